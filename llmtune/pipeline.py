@@ -30,13 +30,15 @@ from llmtune.data.data_report import describe_examples
 from llmtune.data.examples import ExampleReader, encode_rows, examples_inputs, row_lengths
 from llmtune.data.preparation import prepare_rows
 from llmtune.deploy.products import check_products, make_products
-from llmtune.errors import EnvironmentProblem
-from llmtune.evaluate.cache_keys import evaluation_inputs
+from llmtune.errors import EnvironmentProblem, RecipeError
+from llmtune.evaluate.cache_keys import evaluation_inputs, own_metric_files
 from llmtune.evaluate.champion import check_champion, note_look
+from llmtune.evaluate.decision import print_need
 from llmtune.evaluate.eval_inputs import warn_of_cuts
-from llmtune.evaluate.evaluation_file import load_evaluation, print_scores, print_verdict
+from llmtune.evaluate.evaluation_file import list_failed, load_evaluation, print_scores, print_verdict
 from llmtune.evaluate.gates import require_gates
 from llmtune.evaluate.lm_eval import load_benchmarks
+from llmtune.evaluate.own_metrics import check_own_metrics, try_own_metrics
 from llmtune.evaluate.run_report import make_report
 from llmtune.evaluate.suite_registry import check_inputs, check_judge
 from llmtune.model.catalogue import candidate_names
@@ -71,7 +73,7 @@ from llmtune.store.atomic_files import hash_folder, hash_value, plain, staged, w
 from llmtune.store.process_environment import refuse_network
 from llmtune.store.processes import once, rank, world_size
 from llmtune.store.run_folder import Manifest, RunFolder, default_path, open_run, recipe_of_run
-from llmtune.store.run_lock import hash_keys, note_trained, own_pins, read_pins
+from llmtune.store.run_lock import hash_keys, note_metrics, note_trained, own_pins, read_pins
 from llmtune.store.run_request import RunRequest
 from llmtune.store.seed_runs import UNTIL, is_done, kept_findings, seed_folder, share_rows, with_seed
 from llmtune.tasks.base import next_steps
@@ -111,6 +113,7 @@ def check_first(recipe: Recipe, request: RunRequest) -> None:
     refuse_network(recipe, offline=request.offline)
     check_kernels(recipe, pick_device())
     check_inputs(recipe)
+    check_own_metrics(recipe)
     if recipe.adapter.start_from is not None:
         find_adapter(Path(recipe.adapter.start_from))
 
@@ -164,6 +167,7 @@ def _encode_rows(context: RunContext, draft: Plan) -> None:
                 described = describe_examples(rows, made, processor, context.console, task, recipe)
             step.facts.update(described)
     warn_of_cuts(rows, context.examples, task, processor, recipe, context.console)
+    print_need(recipe, rows, context.console)
 
 
 def run_select(context: RunContext, loaded: LoadedRecipe) -> None:
@@ -237,6 +241,7 @@ def _check_evaluation(context: RunContext) -> None:
     recipe = recipe_of_run(context.folder).recipe
     check_champion(recipe, context.folder, context.rows, context.examples, context.console)
     load_benchmarks(recipe, context.console)
+    try_own_metrics(context.plan.recipe, context.plan.task, context.rows, context.console)
     check_judge(recipe)
 
 
@@ -301,7 +306,7 @@ def run_evaluate(context: RunContext, loaded: LoadedRecipe) -> None:
     inputs = context.once(lambda: evaluation_hash(context))
     context.once(lambda: note_look(context.folder, context.console))
     known = target if context.folder.is_whole("evaluate") else None  # earlier answers of the base
-    unchanged = context.once(lambda: context.folder.is_valid("evaluate", inputs))
+    unchanged = context.once(lambda: context.folder.is_valid("evaluate", inputs) and not list_failed(target))
     with context.step("evaluate", inputs, ["evaluation"], always=not unchanged) as step:
         if step.skipped:
             if evaluation := load_evaluation(target):
@@ -311,6 +316,13 @@ def run_evaluate(context: RunContext, loaded: LoadedRecipe) -> None:
             score_models(context, folder, context.request.base or known)
         judged = hash_keys(context.folder.path / "recipe.yaml", judging=True)
         step.facts.update(trained=context.once(lambda: hash_folder(context.trained_folder)), recipe=judged)
+    context.once(lambda: _lock_metrics(context))
+
+
+def _lock_metrics(context: RunContext) -> None:
+    if files := own_metric_files(context.plan.recipe):
+        context.folder.manifest["lock"] = note_metrics(context.folder.path, files)
+        context.folder.write()
 
 
 def run_deploy(context: RunContext, loaded: LoadedRecipe) -> None:
@@ -358,6 +370,7 @@ def evaluate_run(loaded: LoadedRecipe, run: Path, console: Console, *, offline: 
         if examples.counts.get("test"):
             ExampleReader(examples, "test")  # raises before the folder changes
         context.once(lambda: check_champion(loaded.recipe, context.folder, rows, examples, console))
+        context.once(lambda: try_own_metrics(plan.recipe, plan.task, rows, console))
         context.once(lambda: write_text(run / "recipe.yaml", loaded.to_yaml()))
         console.print(f"Saved these settings with the run: {escape(str(run / 'recipe.yaml'))}")
         for step in ("prepare", "encode", "select", "adapt", "train"):
@@ -396,5 +409,6 @@ def _conclude(context: RunContext, loaded: LoadedRecipe) -> Json:
         print_verdict(report.verdict, report.gates, console)
         context.folder.note(next_steps=next_steps(path, context.plan.task, context.rows))
         console.print(context.folder.findings["next_steps"], highlight=False, markup=False, soft_wrap=True)
+        RecipeError.collect(list_failed(path / "evaluation"))
         require_gates(report.gates, report_json(report))
     return report_json(report)

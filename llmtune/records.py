@@ -344,6 +344,102 @@ class Champion:
 
 
 @dataclass(frozen=True)
+class Calibration:
+    """The temperature that corrects a tuned model's probabilities; `calibration.json` next to the model."""
+
+    temperature: float
+    """Divides the logits before softmax or sigmoids; the likeliest label stays the same."""
+    labels: tuple[str, ...]
+    """The labels that the model chooses from, in the order of its outputs; of chat and completion, the answers."""
+    many: bool
+    """Whether each label is a yes-or-no question (sigmoids), or one of them is right (softmax)."""
+    rows: int
+    """Validation rows that it was fitted on."""
+    before: dict[str, float]
+    """Metrics of the validation rows at temperature 1."""
+    after: dict[str, float]
+    trained_sha256: str | None = None
+    """Hash of the trained weights that it belongs to."""
+
+
+@dataclass(frozen=True)
+class Reliability:
+    """The tuned model's probabilities on the test rows, before and after its temperature."""
+
+    record: Calibration | None
+    """None without a temperature."""
+    why: str = ""
+    """Why there is no temperature."""
+    before: dict[str, float] = field(default_factory=dict)
+    """At temperature 1; empty without test rows."""
+    after: dict[str, float] = field(default_factory=dict)
+    """Empty without a temperature."""
+    difference: dict[str, Difference] = field(default_factory=dict)
+    bins_before: tuple[tuple[float, float, float], ...] = ()
+    """Of each bin that is not empty: mean probability, share right, number of choices."""
+    bins_after: tuple[tuple[float, float, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """The lowest confidence that proves `evaluate.decide` on validation rows."""
+
+    risk: float
+    confidence: float
+    value: float | None
+    """Answers with at least this confidence are decided; None: none is."""
+    rows: int
+    """Validation rows."""
+    decided: int
+    """Validation rows with at least this confidence."""
+    wrong: int
+    """Errors among them."""
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Rules for a tuned model's answers, fitted on validation rows; `decision.json` next to the model.
+
+    They use its probabilities at temperature 1: a temperature fitted on the same rows would make them depend on these
+    rows' labels.
+    """
+
+    labels: tuple[str, ...]
+    """As in `Calibration`."""
+    many: bool
+    rows: int
+    """Validation rows."""
+    checkpoints: int
+    """Checkpoints that training chose from by their scores on the same rows."""
+    threshold: Threshold | None = None
+    """None without `evaluate.decide`."""
+    set_bounds: tuple[float, ...] = ()
+    """Probability from which each label belongs to the prediction set; empty without `evaluate.sets`."""
+    coverage: float | None = None
+    per_class: bool = False
+    free_labels: tuple[str, ...] = ()
+    """Labels that are in every set, because too few validation rows have them."""
+    lowest_score: float | None = None
+    """Rows with a lower score are out of scope; None if the validation rows are too few to call any."""
+    false_alarms: float | None = None
+    """Share of usual rows that may be called out of scope; None without `evaluate.out_of_scope`."""
+    trained_sha256: str | None = None
+    """Hash of the trained weights that they belong to."""
+
+
+@dataclass(frozen=True)
+class Decided:
+    """The decisions on test rows."""
+
+    record: Decision | None
+    """None if they could not be fitted."""
+    why: str = ""
+    """Why they could not."""
+    curve: tuple[tuple[float, float], ...] = ()
+    """Of the most confident test rows: their share, and the error rate among them."""
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """Base and tuned model on the same held-out rows."""
 
@@ -373,6 +469,14 @@ class Evaluation:
     """None without test rows."""
     champion: Champion | None = None
     """None without a champion in the recipe."""
+    reliability: Reliability | None = None
+    """None if the task does not choose, or without `evaluate.calibrate`."""
+    decided: Decided | None = None
+    """None without `evaluate.decide`, `evaluate.sets` and `evaluate.out_of_scope`."""
+    intervals: dict[str, Difference] = field(default_factory=dict)
+    """The tuned model's own scores on the test rows, each with its 95 % interval."""
+    failed: dict[str, tuple[str, str, str]] = field(default_factory=dict)
+    """The user's own metrics that failed, each with its problem: what, where, fix."""
 
     def by_name(self, split: str) -> dict[str, float]:
         """Return the scores of `base` or `tuned`, including studies, by the names that gates use."""

@@ -113,6 +113,9 @@ def move_recipe(loaded: LoadedRecipe, lock: Lock, run: Path) -> LoadedRecipe:
     model = model.model_copy(update={"name": name, "candidates": candidates, "chat_template": template})
     if adapter.start_from:
         adapter = adapter.model_copy(update={"start_from": find(adapter.start_from)})
+    own = {one: f"{find(one.rpartition(':')[0])}:{name}" for name, one in recipe.evaluate.own_metrics.items()}
+    metrics = tuple(own.get(one, one) for one in recipe.evaluate.metrics)
+    evaluate = recipe.evaluate.model_copy(update={"metrics": metrics})
 
     def find_source(source: Source) -> Source:
         below, pattern = split_pattern(source.path)
@@ -121,7 +124,8 @@ def move_recipe(loaded: LoadedRecipe, lock: Lock, run: Path) -> LoadedRecipe:
         )
 
     data = change_sources(recipe.data, find_source)
-    return replace(loaded, recipe=recipe.model_copy(update={"data": data, "model": model, "adapter": adapter}))
+    update = {"data": data, "model": model, "adapter": adapter, "evaluate": evaluate}
+    return replace(loaded, recipe=recipe.model_copy(update=update))
 
 
 def change_sources(data: DataSection, change: Callable[[Source], Source]) -> DataSection:

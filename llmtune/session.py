@@ -23,11 +23,13 @@ from llmtune.data.row_store import load_rows
 from llmtune.data.sources import hash_sources, list_sources
 from llmtune.errors import EnvironmentProblem
 from llmtune.evaluate.cache_keys import base_inputs, evaluation_inputs
+from llmtune.evaluate.calibration import run_calibration, save_calibration
 from llmtune.evaluate.champion import face_champion
-from llmtune.evaluate.eval_inputs import EvalContext, make_inputs
+from llmtune.evaluate.decision import save_decision
+from llmtune.evaluate.eval_inputs import EvalContext, calibration_inputs, make_inputs
 from llmtune.evaluate.evaluator import ModelLoaders
 from llmtune.evaluate.judge_client import host
-from llmtune.evaluate.results import load_base
+from llmtune.evaluate.results import TUNED, load_base
 from llmtune.evaluate.scoring import ChampionModel, ask_champion, score_run
 from llmtune.evaluate.suite_registry import check_variant
 from llmtune.model.config import find_class, head_is_new, read_model_config
@@ -45,7 +47,7 @@ from llmtune.records import ALONE, AdaptedModel, Examples, Json, Layout, ModelRe
 from llmtune.report.render_terminal import spinner
 from llmtune.store.atomic_files import hash_folder, hash_value
 from llmtune.store.processes import layout, once, world_size
-from llmtune.store.run_folder import RunFolder, StepRun, read_run, recipe_of_run
+from llmtune.store.run_folder import RunFolder, StepRun, read_curve, read_run, recipe_of_run
 from llmtune.store.run_lock import LOCK, Pins, SourceRecord, check_pin, own_pins, read_pins, write_lock
 from llmtune.store.run_request import RunRequest
 from llmtune.tasks.base import AnyTask
@@ -335,7 +337,9 @@ def load_champion(context: RunContext, run: Path) -> ChampionModel:
     """Open a champion's run, to answer rows of this run with its model."""
     champion = open_finished(run, context.console, context.request.offline)
     plan = champion.plan
-    return ChampionModel(plan.recipe, plan.task, plan.processor, plan.device, Models(champion).loaders)
+    record = run_calibration(champion.folder)
+    temperature = record.temperature if record else 1.0
+    return ChampionModel(plan.recipe, plan.task, plan.processor, plan.device, Models(champion).loaders, temperature)
 
 
 def locate_pinned(context: RunContext, model: ModelSection, name: str) -> ModelRef:
@@ -362,17 +366,34 @@ def score_models(context: RunContext, folder: Path | None, base_folder: Path | N
     recipe, task, processor, models = plan.recipe, plan.task, plan.processor, Models(context)
     join_processes(plan.device)
     inputs = make_inputs(rows, examples, task, processor, recipe) if examples.counts.get("test") else None
-    eval_context = EvalContext(recipe, task, processor, inputs, plan.device, context.console, folder)
+    validation = calibration_inputs(rows, examples, task, processor, recipe, inputs)
+    eval_context = EvalContext(recipe, task, processor, inputs, plan.device, context.console, folder, validation)
+    eval_context = replace(eval_context, checkpoints=compared_checkpoints(context))
     base = base_inputs(recipe, adapter_settings(recipe), plan.model_ref, rows, examples, plan.device)
+    tuned = hash_value([base, hash_folder(context.trained_folder)])
     ask = partial(ask_champion, partial(load_champion, context), eval_context, rows, context.folder.path)
-    score_run(
+    evaluation = score_run(
         models.loaders,
         eval_context,
         rows,
         headless=head_is_new(plan.model_ref, recipe, task),
         known=load_base(base_folder, base),
+        known_tuned=load_base(base_folder, tuned, TUNED) if recipe.evaluate.own_metrics else None,
         challenge=partial(face_champion, context.folder, ask),
     )
+    record = evaluation.reliability.record if evaluation.reliability else None
+    if folder is not None and record is not None:
+        save_calibration(replace(record, trained_sha256=hash_folder(context.trained_folder)), folder)
+    decision = evaluation.decided.record if evaluation.decided else None
+    if folder is not None and decision is not None:
+        save_decision(replace(decision, trained_sha256=hash_folder(context.trained_folder)), folder)
+
+
+def compared_checkpoints(context: RunContext) -> int:
+    """Return how many checkpoints training chose from by their scores on validation rows."""
+    train = context.plan.recipe.train
+    validated = sum("validation_loss" in line for line in read_curve(context.folder.path))
+    return max(1, validated) if train.load_best_model_at_end or train.early_stopping_patience else 1
 
 
 def lock_run(context: RunContext) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
@@ -40,6 +41,7 @@ def generate_command(
     context: Annotated[str | None, typer.Option("--context", help="The text with the answer (qa).")] = None,
     pair: Annotated[str | None, typer.Option("--pair", help="The second text of a pair (classify).")] = None,
     audio: Annotated[Path | None, typer.Option("--audio", help="A recording: wav, flac, mp3, ogg (speech).")] = None,
+    passages: Annotated[Path | None, typer.Option("--passages", help="A file of passages to rank (rerank).")] = None,
     answer: Annotated[str | None, typer.Option("--answer", help="The answer to score (preference, reward).")] = None,
     source_language: Annotated[str | None, typer.Option(help="The text's language (translate).")] = None,
     target_language: Annotated[str | None, typer.Option(help="The answer's language (translate).")] = None,
@@ -65,6 +67,7 @@ def generate_command(
     console = stderr_console()
     given = {"context": context, "pair": pair, "answer": answer, "system": system, "source_language": source_language}
     given |= {"target_language": target_language, "audio": None if audio is None else str(audio)}
+    given["passages"] = None if passages is None else str(passages)
     if rows is not None:
         _check_files(rows, output, [text, prompt, *given.values()])
     elif output is not None:
@@ -75,12 +78,14 @@ def generate_command(
     with spinner(console, "loading the model"), gc_paused():
         from llmtune.serve.finished_run import FinishedRun
     finished = FinishedRun(run, offline, console)
+    if passages is not None:
+        given["passages"] = _read_passages(passages)
     if rows is not None:
         _answer_file(finished, rows, output, base=base, max_new_tokens=max_new_tokens)
     elif as_json:
         with spinner(console, "answering"):
             said = _labelled(finished, given, base=base, max_new_tokens=max_new_tokens)
-        stated = {name: value for name, value in given.items() if value is not None}
+        stated = {name: value for name, value in given.items() if value is not None and name != "passages"}
         print_json({**stated, **said, "model": "base" if base else "tuned", "run": str(run)})
     else:
         pieces = finished.stream(given, base=base, max_new_tokens=max_new_tokens)
@@ -113,6 +118,15 @@ def _prompt(text: str | None, prompt: str | None, *, needed: bool) -> str | None
     if stated != STDIN and (stated is not None or not needed or sys.stdin.isatty()):
         return stated
     return sys.stdin.read().rstrip("\n") or None
+
+
+def _read_passages(file: Path) -> str:
+    """Return the passages of a file as a JSON list."""
+    from llmtune.serve.answer_file import read_passages
+
+    if not file.is_file():
+        raise RecipeError.of("not a file with passages", str(file), "Check the path of --passages.")
+    return json.dumps(read_passages(file), ensure_ascii=False)
 
 
 def _check_files(rows: Path, output: Path | None, stated: Sequence[str | None]) -> None:

@@ -59,6 +59,25 @@ ALIASES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "chosen": ("chosen_response", "chosen_messages", "preferred"),
         "rejected": ("rejected_response", "rejected_messages", "dispreferred"),
     },
+    "embed": {
+        "query": ("anchor", "question", "sentence1", "text1"),
+        "passage": ("positive", "pos", "positives", "passages", "document", "answer", "sentence2", "text2"),
+        "negatives": ("negative", "neg", "hard_negatives", "hard_negative"),
+        "score": ("similarity", "similarity_score", "relatedness_score"),
+        "text": ("sentence", "content"),
+        "label": ("category", "class", "labels"),
+    },
+    "rerank": {
+        "query": ("question", "anchor", "search_query"),
+        "passage": (
+            *("document", "doc", "text", "paragraph", "context", "answer", "content"),
+            *("positive", "positives", "pos", "positive_passages"),
+        ),
+        "relevance": ("label", "score", "relevant", "is_relevant", "rating", "grade"),
+        "passages": ("documents", "docs", "texts", "candidates"),
+        "relevances": ("labels", "scores", "is_selected"),
+        "negatives": ("negative", "neg", "hard_negatives", "negative_passages"),
+    },
 }
 """By task, our column names and their aliases."""
 COMPARED = ("chosen", "rejected", *ALIASES["preference"]["chosen"], *ALIASES["preference"]["rejected"])

@@ -18,13 +18,13 @@ from rich.console import Console
 from llmtune.data.chat_messages import clean_messages
 from llmtune.deploy.export_score import describe_differences, score_answers
 from llmtune.deploy.parity import Certificate
-from llmtune.deploy.tuned_model import ANSWER_TOKENS, TextReference, load_tuned
+from llmtune.deploy.parity_reference import TextReference
+from llmtune.deploy.tuned_model import ANSWER_TOKENS, load_tuned
 from llmtune.errors import GateFailed, Problem, RecipeError
 from llmtune.evaluate.endpoint_client import connect, explained_errors
 from llmtune.evaluate.eval_inputs import EvalContext
 from llmtune.evaluate.generation import answer_ends, answer_reader, end_output
 from llmtune.evaluate.inference import Answers
-from llmtune.recipe.task_facts import PREDICTED
 from llmtune.recipe.user_files import read_text_file
 from llmtune.records import Row
 from llmtune.report.render_terminal import spinner
@@ -109,7 +109,9 @@ def _ask_test_rows(client: openai.OpenAI, model: str, chat: bool, evaluated: Eva
     inputs, tokens = evaluated.inputs, evaluated.recipe.generation.max_new_tokens
     assert inputs is not None
     asked = (
-        [i for i in inputs.prompt_ids if _is_plain_text(inputs.questions[i])] if PREDICTED & {*inputs.metrics} else []
+        [i for i in inputs.prompt_ids if _is_plain_text(inputs.questions[i])]
+        if evaluated.recipe.evaluate.predicted & {*inputs.metrics}
+        else []
     )
     replies = ask_all(client, model, [inputs.questions[i] for i in asked], chat, [{}], tokens)
     return Answers(None, {i: reply.text.strip() for i, reply in zip(asked, replies, strict=True)}, {})

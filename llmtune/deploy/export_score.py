@@ -15,11 +15,13 @@ from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llmtune.adapter.injection import adapter_settings
-from llmtune.deploy.exported_model import ExportedModel, weight_bytes
+from llmtune.deploy.exported_model import ExportedModel, ModelSource, weight_bytes
 from llmtune.deploy.parity import Certificate
 from llmtune.deploy.tuned_model import TunedModel, load_tuned
 from llmtune.errors import LlmtuneError
 from llmtune.evaluate.cache_keys import base_inputs
+from llmtune.evaluate.calibration import run_calibration, save_calibration
+from llmtune.evaluate.decision import run_decision, save_decision
 from llmtune.evaluate.eval_inputs import EvalContext, make_inputs
 from llmtune.evaluate.evaluated_task import LoadedModel
 from llmtune.evaluate.generation import generate_completions
@@ -37,7 +39,8 @@ from llmtune.store.run_folder import CERTIFICATE
 
 MakeExport = Callable[[TunedModel, Path], Certificate]
 """Makes an export of the tuned model in a folder, certifies it, and returns its certificate."""
-OpenExport = Callable[[Path, RunContext], ExportedModel]
+OpenExport = Callable[[Path, ModelSource], ExportedModel]
+"""Opens an export of a model by its own runtime."""
 
 
 @dataclass(frozen=True)
@@ -67,8 +70,13 @@ def export_run(
     release_memory()
     scored = score_export(context, out, open_export, asked) | usage
     certificate = dict(plain({**certificate, "score": scored}))
+    record = run_calibration(context.folder)
     with explained(out):
         write_json(out / CERTIFICATE, certificate)
+        if record is not None:
+            save_calibration(record, out)
+        if rules := run_decision(context.folder):
+            save_decision(rules, out)
     for line in describe_export(scored):
         context.console.print(line, highlight=False)
     return certificate
@@ -96,7 +104,7 @@ def score_export(context: RunContext, out: Path, open_export: OpenExport, asked:
     model there are no scores, and `unmeasured` has the reason.
     """
     rested, plan = reset_peak(), context.plan
-    exported = open_export(out, context)
+    exported = open_export(out, plan)
     found = {"runtime": exported.runtime, "bytes": exported.size, "usage": None}
     try:
         found["usage"] = plain(time_rows(exported.model, exported.processor, plan, asked, rested))
@@ -126,7 +134,8 @@ def score_answers(
         return {"unmeasured": error.problems[0].what}
     evaluated = EvalContext(plan.recipe, plan.task, processor, inputs, plan.device, context.console)
     known = base_inputs(plan.recipe, adapter_settings(plan.recipe), plan.model_ref, rows, examples, plan.device)
-    answers = answer(evaluated)
+    record = run_calibration(context.folder)
+    answers = replace(answer(evaluated), temperature=record.temperature if record else 1.0)
     base = load_base(context.folder.path / "evaluation", known).answers or answers
     measured, names = compute_metrics(evaluated, answers, base), name_test_rows(rows, inputs.rows)
     measures = PerRowScores({}, measured, names, inputs.clusters)

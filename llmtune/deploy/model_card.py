@@ -22,7 +22,7 @@ from llmtune.recipe.schema import Recipe
 from llmtune.recipe.secrets import hide_paths, is_local_path
 from llmtune.recipe.task_facts import TASK_FACTS
 from llmtune.records import Evaluation, GateResult
-from llmtune.report.metric_info import METRIC_NOTES
+from llmtune.report.metric_info import metric_note
 from llmtune.report.number_format import missing
 from llmtune.report.render_markdown import code, markdown_text, render_section
 from llmtune.report.report_record import Seeds
@@ -178,7 +178,7 @@ def find_auto_class(config: Document) -> str:
 
 def _metadata(published: Publication, scores: Evaluation, sources: list[str], auto_class: str) -> dict[str, Any]:
     """Return the metadata by the hub's names."""
-    task, options = published.recipe.task, published.options
+    task, options, method = published.recipe.task, published.options, published.report["adapter"]["method"]
     pipeline = TASK_FACTS[task].pipeline or MODEL_CLASSES.get(auto_class, ("", None))[1]
     hub_data = [source.removeprefix("hub:") for source in sources if source.startswith("hub:")]
     relation = {"base_model_relation": "adapter" if published.kind == "adapter" else "finetune"}
@@ -186,10 +186,10 @@ def _metadata(published: Publication, scores: Evaluation, sources: list[str], au
         "datasets": hub_data or None,
         "eval_results": list(_eval_results(scores, sources, hub_data, pipeline or "other")) or None,
         "language": list(options.languages) or None,
-        "library_name": "peft" if published.kind == "adapter" else "transformers",
+        "library_name": "peft" if published.kind == "adapter" else TASK_FACTS[task].library,
         "metrics": sorted({_hub_metric(metric) for metric in _known_scores(scores)}) or None,
         "pipeline_tag": pipeline,
-        "tags": ["llmtune", task, published.report["adapter"]["method"], *(["gguf"] if options.gguf else [])],
+        "tags": ["llmtune", task, *TASK_FACTS[task].tags, method, *(["gguf"] if options.gguf else [])],
         **(relation if published.base[0] else {}),
     }
 
@@ -242,9 +242,8 @@ def _measured(report: Document, scores: Evaluation) -> str:
         *suite_sections(scores),
         export_section(scores, report.get("deploy")),
     )
-    notes = [
-        f"- {code(name)}: {markdown_text(METRIC_NOTES[name])}" for name in _known_scores(scores) if name in METRIC_NOTES
-    ]
+    known = {name: metric_note(name, report["task"]) for name in _known_scores(scores)}
+    notes = [f"- {code(name)}: {markdown_text(note)}" for name, note in known.items() if note]
     first = render_section(score_section(scores, report["task"]), level=3)
     rest = [render_section(section, level=3) for section in sections]
     return "\n\n".join(part for part in (first, "\n".join(notes), *rest) if part)

@@ -38,19 +38,33 @@ session = onnxruntime.InferenceSession(folder / "model.onnx")
 outputs = session.run(None, {one.name: given[one.name] for one in session.get_inputs()})
 """
 TEXT = 'given = tokenizer(*sys.argv[1:3], truncation=True, max_length=MAX_LENGTH, return_tensors="np")' + READ
-LABELS = 'labels = json.loads((folder / "config.json").read_text("utf-8"))["id2label"]\n'
-CHOICE = TEXT + LABELS + "print(labels[str(outputs[0][0].argmax())])\n"
-YES_NO = TEXT + LABELS + 'print(", ".join(labels[str(i)] for i in np.flatnonzero(outputs[0][0] > 0)) or "(none)")\n'
+LABELS = """
+labels = json.loads((folder / "config.json").read_text("utf-8"))["id2label"]
+calibration = folder / "calibration.json"
+temperature = json.loads(calibration.read_text("utf-8"))["temperature"] if calibration.is_file() else 1.0
+scaled = outputs[0][0].astype(np.float64) / temperature
+"""
+SHARES = """
+for i, share in enumerate(shares):
+    print(f"{labels[str(i)]}\\t{share:.6f}")
+"""
+SOFTMAX = "powers = np.exp(scaled - scaled.max(-1, keepdims=True))\nshares = powers / powers.sum(-1, keepdims=True)\n"
+SIGMOID = "shares = np.exp(-np.logaddexp(0, -scaled))\n"
+CHOICE = TEXT + LABELS + SOFTMAX + "print(labels[str(scaled.argmax())])" + SHARES
+NAMES = 'print(", ".join(labels[str(i)] for i in np.flatnonzero(scaled > 0)) or "(none)")'
+YES_NO = TEXT + LABELS + SIGMOID + NAMES + SHARES
 NUMBER = TEXT + "print(float(outputs[0][0, 0]))\n"
 TAGS = (
     'given = tokenizer(sys.argv[1].split(), is_split_into_words=True, truncation=True, return_tensors="np")'
     + READ
     + LABELS
+    + SOFTMAX
     + """
 owners = given.word_ids(0)
 for i, word in enumerate(sys.argv[1].split()):
     if i in owners:
-        print(word, labels[str(outputs[0][0, owners.index(i)].argmax())])
+        share = shares[owners.index(i)]
+        print(f"{word} {labels[str(share.argmax())]} {share.max():.6f}")
 """
 )
 SPAN = (

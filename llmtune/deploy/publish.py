@@ -19,6 +19,7 @@ from llmtune.deploy.model_card import Document, Publication, PublishOptions, wri
 from llmtune.deploy.ollama_modelfile import MODELFILE
 from llmtune.deploy.parity import Certificate, read_certificate
 from llmtune.errors import EnvironmentProblem, GateFailed, LlmtuneError, Problem, RecipeError
+from llmtune.evaluate.calibration import run_calibration, save_calibration
 from llmtune.evaluate.evaluation_file import load_with_exports
 from llmtune.model.resolve import LICENSES, NO_ANSWER
 from llmtune.recipe.secrets import hide_paths, is_local_path, recipe_to_share, redact, refuse_paths
@@ -270,6 +271,8 @@ def _fill_folder(target: Path, run: Path, published: Publication) -> None:
         if (gguf.parent / MODELFILE).is_file():
             shutil.copyfile(gguf.parent / MODELFILE, target / MODELFILE)
         write_json(target / GGUF_CERTIFICATE, hide_paths(published.gguf))
+    if (record := run_calibration(read_run(run))) is not None:
+        save_calibration(record, target)
     write_json(target / CERTIFICATE, hide_paths(published.certificate))
     write_json(target / LOCK, hide_paths(published.lock))
     write_text(target / "recipe.yaml", recipe_to_share(read_resolved(run / "recipe.yaml")))

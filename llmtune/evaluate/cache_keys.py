@@ -12,7 +12,7 @@ from llmtune.evaluate.lm_eval import list_task_files
 from llmtune.evaluate.opened_runs import find_release
 from llmtune.evaluate.per_row_scores import MEASURES
 from llmtune.recipe.eval_suites_section import is_task_file
-from llmtune.recipe.evaluate_section import GATE_KEYS
+from llmtune.recipe.evaluate_section import GATE_KEYS, OWN_METRIC_KEYS
 from llmtune.recipe.schema import Recipe
 from llmtune.records import Examples, ModelRef, Rows
 from llmtune.store.atomic_files import hash_file, hash_value
@@ -41,11 +41,17 @@ def base_inputs(
     `adapter` is the return value of `adapter_settings`.
     """
     sections = (recipe.generation, recipe.model)
-    settings: list[Any] = [recipe.evaluate.model_dump(mode="json", exclude={*GATE_KEYS}), device]
+    left_out = {*GATE_KEYS, *OWN_METRIC_KEYS, "calibrate"}
+    settings: list[Any] = [recipe.evaluate.model_dump(mode="json", exclude=left_out), device]
     settings += [recipe.task_section(), adapter, *(one.model_dump(mode="json") for one in sections)]
     contents = [model.content_hash, rows.content_hash, examples.content_hash]
     drawn = recipe.seed if recipe.generation.do_sample else None
     return hash_value([__version__, package_versions(("torch", "transformers")), contents, settings, drawn])
+
+
+def own_metric_files(recipe: Recipe) -> list[str]:
+    """Return the files of the user's own metrics."""
+    return sorted({stated.rpartition(":")[0] for stated in recipe.evaluate.own_metrics.values()})
 
 
 def evaluation_files(recipe: Recipe) -> list[Path]:
@@ -53,8 +59,9 @@ def evaluation_files(recipe: Recipe) -> list[Path]:
     forgetting, fairness, champion = recipe.evaluate.forgetting, recipe.evaluate.fairness, recipe.evaluate.champion
     named = [*(forgetting.texts + forgetting.questions if forgetting else ())]
     named += [str(find_release(Path(champion), recipe.name)), f"{champion}/evaluation/{MEASURES}"] if champion else []
-    named += [*(fairness.swaps if fairness else ())]
-    named += [recipe.evaluate.judge.labelled] if recipe.evaluate.judge and recipe.evaluate.judge.labelled else []
+    judge = recipe.evaluate.judge
+    named += [*(fairness.swaps if fairness else ()), *own_metric_files(recipe)]
+    named += [judge.labelled] if judge and judge.labelled else []
     read: set[Path] = set()
     for benchmark in recipe.evaluate.benchmarks:
         with suppress(DataError):

@@ -218,7 +218,7 @@ def check_champion(recipe: Recipe, run: RunFolder, rows: Rows, examples: Example
         text = f"champion: {shared} of {total} test rows are test rows of the champion too{asked}"
         console.print(text, highlight=False, markup=False)
     own = ScoredRun(OWN, recipe, NOTHING, PerRowScores(rows=names))
-    metrics = [metric for metric in champion.measures.tuned if metric in recipe.evaluate.metrics]
+    metrics = [metric for metric in champion.measures.tuned if metric in recipe.evaluate.chosen_metrics(recipe.variant)]
     fix = "Use the same value for both, or rescore the champion: llmtune evaluate RUN --set ..."
     RecipeError.collect(Problem(what, KEY, fix) for what in find_other_keys(champion, own, metrics))
     check_looks(recipe, champion, run.manifest["fingerprint"])

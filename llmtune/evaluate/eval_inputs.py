@@ -11,14 +11,17 @@ from transformers import PreTrainedTokenizerBase
 
 from llmtune.data.examples import ExampleReader
 from llmtune.data.row_store import iterate_groups, iterate_rows
+from llmtune.errors import DataError
 from llmtune.evaluate.evaluated_task import EvaluatedTask
+from llmtune.evaluate.own_metrics import read_full_rows
 from llmtune.evaluate.shared_prefix import SIGNATURE, Tree, check_choices, choice_trees, find_choices
 from llmtune.evaluate.slices import Parts, read_slices
 from llmtune.evaluate.text_metrics import CHOICE_METRIC
 from llmtune.evaluate.token_batches import cut_evenly
 from llmtune.evaluate.tool_metrics import ToolTurn, calls_tool, uncheckable_tools, write_answer
+from llmtune.recipe.evaluate_section import EvaluateSection, metric_name
 from llmtune.recipe.schema import Recipe
-from llmtune.recipe.task_facts import PREDICTED, TASK_FACTS, TOOL_METRICS
+from llmtune.recipe.task_facts import CHOICE_METRICS, TASK_FACTS, TOOL_METRICS
 from llmtune.records import Examples, Row, Rows
 
 SPLIT = "test"
@@ -58,6 +61,8 @@ class EvalInputs:
     """By column of `evaluate.fairness.groups`."""
     clusters: tuple[int, ...] = ()
     """[N] equal for rows that belong together (`data.split_by`); empty if no rows do."""
+    full_rows: tuple[Row, ...] = ()
+    """[N] the rows with their answers and kept columns, for the user's own metrics; empty without any."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +78,10 @@ class EvalContext:
     console: Console
     folder: Path | None = None
     """Where files of the evaluation go; None to keep nothing."""
+    validation: EvalInputs | None = None
+    """The validation rows to calibrate on, if the task chooses; they get no generated answers."""
+    checkpoints: int = 1
+    """Number of checkpoints that training chose from by their scores on validation rows."""
 
 
 def make_inputs(
@@ -97,10 +106,11 @@ def make_inputs(
     questions, references = zip(*(task.split_answer(row) for _, row in held_out), strict=True)
     turns = [task.tool_turns(row, recipe) for _, row in held_out]
     metrics = measured_metrics(recipe, has_tools=any(turns))
-    notes = start_notes(task, recipe) | schema_notes(metrics, turns)
+    notes = start_notes(task, recipe) | task.row_notes(rows, split, recipe) | schema_notes(metrics, turns)
     generates = not task.predicts
     answerable = [i for i in range(len(numbers)) if not generates or (write_prompt(questions[i]) and references[i])]
-    needs_texts = not generates or recipe.evaluate.judge is not None or any(metric in PREDICTED for metric in metrics)
+    wanted = recipe.evaluate.judge is not None or any(metric in recipe.evaluate.predicted for metric in metrics)
+    needs_texts = not generates or wanted
     limit = (recipe.evaluate.limit if needs_texts else recipe.evaluate.samples) if facts.generates else None
     answered = [answerable[i] for i in cut_evenly(len(answerable), limit)]
     if needs_texts and len(answered) < len(numbers):
@@ -108,7 +118,7 @@ def make_inputs(
         why = f"; {unanswerable} have no prompt or no text answer" if unanswerable else ""
         notes["generated"] = f"answers are generated for {len(answered)} of {len(numbers)} rows{why}"
     choices, trees = tuple[str, ...](), dict[int, Tree]()
-    if CHOICE_METRIC in metrics:
+    if not task.predicts and set(CHOICE_METRICS) & set(metrics):
         saying = [i for i in answerable if not calls_tool(turns[i])]
         choices = resolve_choices(rows, task, recipe, references, split)
         if choices:
@@ -134,7 +144,34 @@ def make_inputs(
         slices=slices,
         groups=groups,
         clusters=read_clusters(rows, split, kept),
+        full_rows=tuple(read_full_rows(rows, split, kept)) if recipe.evaluate.own_metrics else (),
     )
+
+
+def calibration_inputs(
+    rows: Rows,
+    examples: Examples,
+    task: EvaluatedTask,
+    processor: PreTrainedTokenizerBase,
+    recipe: Recipe,
+    test: EvalInputs | None,
+) -> EvalInputs | None:
+    """Return the validation rows to calibrate on, with the choices of the test rows, if any; no answer is generated.
+
+    None without validation rows, without `evaluate.calibrate` and decisions, or if the task does not choose.
+    """
+    section, choices = recipe.evaluate, recipe.evaluate.choices
+    chooses = bool(task.output_labels(recipe)) if task.predicts else section.chooses(recipe.variant)
+    if not task.predicts and test is not None:
+        chooses, choices = bool(test.trees), test.choices
+    if not (chooses and (section.calibrate or section.decisions) and examples.counts.get("validation")):
+        return None
+    asked = EvaluateSection(metrics=("nll",), choices=choices, samples=0)
+    recipe = recipe.model_copy(update={"evaluate": asked})
+    try:
+        return make_inputs(rows, examples, task, processor, recipe, "validation")
+    except DataError:  # no validation row has one of the choices
+        return None
 
 
 def read_clusters(rows: Rows, split: str, kept: Set[int]) -> tuple[int, ...]:
@@ -162,7 +199,7 @@ def schema_notes(metrics: Sequence[str], turns: Sequence[Sequence[ToolTurn]]) ->
 
 def measured_metrics(recipe: Recipe, *, has_tools: bool) -> tuple[str, ...]:
     """Return the metrics to measure; a task's default tool metrics are dropped if no row has tools."""
-    metrics = tuple(recipe.evaluate.metrics) or TASK_FACTS[recipe.task].default_metrics
+    metrics = tuple(map(metric_name, recipe.evaluate.metrics)) or TASK_FACTS[recipe.task].default_metrics
     if has_tools or metrics != recipe.variant.default_metrics:
         return metrics
     return tuple(metric for metric in metrics if metric not in TOOL_METRICS)
@@ -227,7 +264,7 @@ def warn_of_cuts(
 ) -> None:
     """Print how many reference answers exceed max_new_tokens; nothing if none does or nothing is generated."""
     metrics = recipe.evaluate.chosen_metrics(recipe.variant)
-    if not (examples.counts.get(SPLIT) and recipe.variant.generates and PREDICTED & set(metrics)):
+    if not (examples.counts.get(SPLIT) and recipe.variant.generates and recipe.evaluate.predicted & set(metrics)):
         return
     lengths, room = answer_lengths(rows, examples, task, processor, recipe), recipe.generation.max_new_tokens
     longer = sum(length > room for length in lengths)
@@ -246,8 +283,10 @@ def write_prompt(row: Row) -> str:
         return str(row["audio"]).rsplit("/", 1)[-1]
     if "tokens" in row:
         return " ".join(row["tokens"])
+    if "relevances" in row:
+        return "\n".join([row["query"], *row["passages"]])
     if "messages" not in row:
-        named = [row.get(name) for name in ("prompt", "source", "document", "text", "pair")]
+        named = [row.get(name) for name in ("query", "prompt", "source", "document", "text", "pair")]
         return "\n".join(str(part) for part in named if part)
     turns = [
         (str(message["role"]), write_answer(plain_text(message.get("content")), message.get("tool_calls") or ()))

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from llmtune.recipe.schema import Recipe
+    from llmtune.records import Rows
 
 PredictionT = TypeVar("PredictionT")
 """A task's prediction for a row: a JSON value."""
@@ -43,6 +44,11 @@ class LoadedModel:
     """Called with the number of rows finished since the last call."""
     note_end: Callable[[int, bool], None] = lambda row, is_cut: None
     """Called for each generated answer with the row's position and whether the answer was truncated."""
+    temperature: float = 1.0
+    """Divides the logits of labels before they become probabilities (`llmtune.evaluate.calibration`)."""
+    note_logits: Callable[[int, list[list[float]]], None] = lambda row, logits: None
+    """Called by tasks with `output_labels`, with the row's position and the logits of each of its choices. They are
+    empty for a word that the model cannot see."""
 
 
 class EvaluatedTask(TaskInterface):
@@ -66,6 +72,22 @@ class EvaluatedTask(TaskInterface):
     def reference(self, row: Any) -> Any:
         """Return the value that predictions are compared with."""
         return self.split_answer(row)[1]
+
+    def output_labels(self, recipe: Recipe) -> tuple[str, ...]:
+        """Return the labels that the model's head chooses from, in the order of its outputs; empty without such."""
+        return ()
+
+    def right_labels(self, reference: Any) -> list[list[str]]:
+        """Return the right labels of each choice in a row; for tasks with `output_labels`."""
+        raise NotImplementedError
+
+    def output_kind(self, recipe: Recipe) -> str:
+        """Return the kind of a head's outputs: `choice` (one of K), `yes-no` (K questions) or `number`."""
+        return "choice"
+
+    def row_notes(self, rows: Rows, split: str, recipe: Recipe) -> dict[str, str]:
+        """Return notes on the evaluated rows of a split for the report, by subject."""
+        return {}
 
     def tool_turns(self, row: Any, recipe: Recipe) -> list[ToolTurn]:
         """Return all answers of a row with tools, its own last; each is generated and scored by its calls."""

@@ -12,6 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 from rich.console import Console
 from rich.markup import escape
 
+from llmtune.errors import Problem
 from llmtune.records import Difference, Evaluation, GateResult, Study
 from llmtune.report.metric_info import better_side
 from llmtune.report.render_terminal import print_sections
@@ -24,7 +25,7 @@ from llmtune.store.run_folder import RunFolder
 EVALUATION = "evaluation.json"
 WORDS = {True: "[green]passed[/]", False: "[red]failed[/]", None: f"[yellow]{INCONCLUSIVE}[/]"}
 """Printed results of a gate."""
-SCORES = ("base", "tuned", "export", "difference", "scores")
+SCORES = ("base", "intervals", "tuned", "export", "difference", "scores", "before", "after")
 """Keys of `evaluation.json` below which null means NaN."""
 
 
@@ -43,6 +44,12 @@ def load_evaluation(folder: Path) -> Evaluation | None:
         return TypeAdapter(Evaluation).validate_python(restore_nan(saved))
     except ValidationError:
         return None
+
+
+def list_failed(folder: Path) -> list[Problem]:
+    """Return the problems of the user's own metrics that failed in the evaluation in `folder`."""
+    evaluation = load_evaluation(folder)
+    return [Problem(*problem) for problem in evaluation.failed.values()] if evaluation else []
 
 
 def load_with_exports(run: RunFolder) -> Evaluation | None:

@@ -12,10 +12,13 @@ import numpy as np
 import torch
 
 from llmtune.data.row_store import iterate_rows
+from llmtune.errors import Problem
+from llmtune.evaluate.calibration import Chosen, calibrate, describe_reliability
+from llmtune.evaluate.decision import conclude, fit_decision, measure_decisions
 from llmtune.evaluate.eval_inputs import EvalContext, EvalInputs
 from llmtune.evaluate.evaluated_task import EvalPrediction, EvaluatedTask
-from llmtune.evaluate.inference import Answers, TokenSums, compute_metrics, predict
-from llmtune.evaluate.metric import Measure, PairedMeasures
+from llmtune.evaluate.inference import Answers, TokenSums, compute_metrics, predict, read_choices
+from llmtune.evaluate.metric import Measure, PairedMeasures, own_interval
 from llmtune.evaluate.paired_statistics import METHOD
 from llmtune.evaluate.results import find_flips, pick_samples
 from llmtune.evaluate.slices import score_slices
@@ -23,7 +26,7 @@ from llmtune.evaluate.suite_registry import Suite, compare_suites
 from llmtune.model.device import release_memory
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_facts import TASK_FACTS
-from llmtune.records import Evaluation, Row, Rows
+from llmtune.records import Decided, Evaluation, Reliability, Row, Rows
 from llmtune.report.metric_info import better_side
 
 PIECES = "loss.pieces"
@@ -50,6 +53,7 @@ class Scored:
 
     evaluation: Evaluation
     answers: dict[str, Answers]
+    """By "base" and "tuned", and "validation": the tuned model's choices on the rows to calibrate on."""
     measures: PairedMeasures
     """Contribution of each test row to each score."""
 
@@ -59,27 +63,85 @@ def evaluate(
     context: EvalContext,
     suites: Sequence[tuple[str, Suite]] = (),
     base: Answers | None = None,
+    tuned: Answers | None = None,
     *,
     stand_in: str | None = None,
     headless: bool = False,
 ) -> Scored:
     """Score base and tuned model on the test rows of `context` and by `suites`; write and print nothing.
 
-    `base` holds known answers of the base model, which is then not run on the rows. A base model without a trained
+    `base` and `tuned` hold known answers of a model, which is then not run on the rows. A base model without a trained
     head (`headless`) is not loaded: `stand_in` names the source of `base`. Without test rows the evaluation contains
     only the suites' results.
 
     Raises EnvironmentProblem if a single row does not fit in memory.
     """
-    answers = {} if base is None else {"base": base}
+    answers = {name: one for name, one in (("base", base), ("tuned", tuned)) if one is not None}
     run_models(models, context, [suite for _, suite in suites], answers, headless=headless)
-    evaluation, measures = Evaluation({}, {}, {}, (), 0), PairedMeasures()
+    evaluation, measures, reliability = Evaluation({}, {}, {}, (), 0), PairedMeasures(), None
+    decided: Decided | None = None
+    if context.recipe.evaluate.calibrate:
+        reliability = calibrate_answers(context, answers)
     if context.inputs is not None:
-        base, tuned = answers["base"], answers["tuned"]
-        measures = PairedMeasures(compute_metrics(context, base, base), compute_metrics(context, tuned, base))
+        base, tuned, problems = answers["base"], answers["tuned"], dict[str, Problem]()
+        both = [compute_metrics(context, one, base, problems) for one in (base, tuned)]
+        measures = PairedMeasures(*({name: one[name] for name in one if name not in problems} for one in both))
+        decided, added = decide_answers(context, answers)
+        measures = replace(measures, tuned={**measures.tuned, **added})
         evaluation = compare_answers(context, context.inputs, base, tuned, measures, headless=stand_in is not None)
+        notes = {name: f"not measured: {problem.what}" for name, problem in problems.items()}
+        failed = {name: (one.what, one.where or "", one.fix or "") for name, one in problems.items()}
+        evaluation = replace(evaluation, signatures=evaluation.signatures | notes, failed=failed)
+    elif context.recipe.evaluate.decisions:
+        decided, _ = decide_answers(context, answers)
     studies = compare_suites(suites, measures, answers)
-    return Scored(replace(evaluation, baseline=stand_in, studies=studies), answers, measures)
+    evaluation = replace(evaluation, baseline=stand_in, studies=studies, reliability=reliability, decided=decided)
+    return Scored(evaluation, answers, measures)
+
+
+def calibrate_answers(context: EvalContext, answers: dict[str, Answers]) -> Reliability | None:
+    """Fit the temperature on the validation answers, set it in those of the tuned model; None if no row has choices."""
+    test, validation = (choices_of(split, context, answers) for split in ("test", "validation"))
+    if test is None and validation is None:
+        return None
+    record = calibrate(validation)
+    if "tuned" in answers and not isinstance(record, str):
+        answers["tuned"] = replace(answers["tuned"], temperature=record.temperature)
+    clusters = context.inputs.clusters if context.inputs is not None else ()
+    return describe_reliability(test, record, context.recipe.seed, clusters)
+
+
+def decide_answers(context: EvalContext, answers: Mapping[str, Answers]) -> tuple[Decided | None, dict[str, Measure]]:
+    """Fit the recipe's decisions on validation rows, and measure them on test rows; None without decisions.
+
+    Of validation rows that belong together, one decides: the exact test needs independent rows.
+    """
+    if not context.recipe.evaluate.decisions:
+        return None, {}
+    validation, test = (choices_of(split, context, answers) for split in ("validation", "test"))
+    if validation is not None and context.validation is not None:
+        validation = validation.one_row_each(context.validation.clusters)
+    record = fit_decision(context.recipe.evaluate, validation, context.checkpoints)
+    if isinstance(record, str) or test is None or record.labels != test.labels:
+        return conclude(record), {}
+    measures, curve = measure_decisions(record, test)
+    clusters = context.inputs.clusters if context.inputs is not None else ()
+    return conclude(record, curve), {
+        name: one.in_clusters(clusters) for name, one in measures.items() if len(one.sums_NK)
+    }
+
+
+def choices_of(split: str, context: EvalContext, answers: Mapping[str, Answers]) -> Chosen | None:
+    """Return the tuned model's choices on the rows of `test` or `validation`; `answers` are those of `Scored`.
+
+    None without rows, if the task does not choose, or (validation) without `evaluate.calibrate`. Of the result,
+    `probabilities(temperature)` [U, K] has the probability of each label for each choice (a row, or a word of it),
+    `right_UK` the references, `rows` the index of each choice's row into the split's inputs: `context.inputs.rows` or
+    `context.validation.rows` (the order of the references there). The temperature is that of the evaluation's
+    `reliability.record`, or 1 if that is None.
+    """
+    inputs, name = (context.inputs, "tuned") if split == "test" else (context.validation, split)
+    return read_choices(replace(context, inputs=inputs), answers[name]) if inputs is not None else None
 
 
 def compare_pieces(base: TokenSums | None, recipe: Recipe) -> dict[str, str]:
@@ -109,11 +171,15 @@ def run_models(
     for name, load in (("base", models.base), ("tuned", models.tuned)):
         predicts = context.inputs is not None and name not in answers
         running = () if name == "base" and headless else suites
-        if not predicts and not running:
+        validation = replace(context, inputs=context.validation) if name == "tuned" else context
+        calibrates = name == "tuned" and context.validation is not None
+        if not predicts and not running and not calibrates:
             continue
         with load() as model:
             if predicts:
                 answers[name] = predict(model, name, context, models.packs())
+            if calibrates:
+                answers["validation"] = predict(model, "validation", validation, models.packs())
             for suite in running:
                 suite.run(name, model)
         del model  # frees the base's weights before the tuned ones are loaded
@@ -180,6 +246,7 @@ def compare_answers(
         base=base_scores,
         tuned=tuned_scores,
         difference=measures.differences(seed),
+        intervals={metric: own_interval(one, seed) for metric, one in measures.tuned.items()},
         samples=pick_samples(inputs, base, tuned, samples),
         rows=len(inputs.rows),
         signatures=describe_metrics(measures.tuned, inputs, tuned, recipe) | compare_pieces(base.sums, recipe),

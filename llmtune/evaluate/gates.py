@@ -38,9 +38,9 @@ def check_gates(section: EvaluateSection, evaluation: Evaluation) -> tuple[GateR
     """Check each gate of `evaluate.gates`; a gate on an unmeasured metric does not pass.
 
     `X > base` compares the scores. `X.low > base` compares the low end of the difference's paired interval (95 %, wider
-    with `evaluate.looks`) with zero. `champion` is the run named by `evaluate.champion`; scores are then compared on
-    the rows that both runs share. `decide` has the rule for interval ends. `when_unsure` sets how an inconclusive gate
-    counts.
+    with `evaluate.looks`) with zero. `X.high <= 0.05` compares an end of the score's own interval. `champion` is the
+    run named by `evaluate.champion`; scores are then compared on the rows that both runs share. `decide` has the rule
+    for interval ends. `when_unsure` sets how an inconclusive gate counts.
 
     Raises RecipeError for a text that is not a gate.
     """
@@ -61,30 +61,33 @@ def check_gate(gate: Gate, evaluation: Evaluation, section: EvaluateSection) -> 
         return GateResult(gate.text, gate.text, "no interval", passed=False)
     wide, alpha = widen(change, section.alpha), section.alpha
     actual = wide.low if gate.part == "low" else wide.high
-    passed, note = decide(gate.op, actual, wide, limit), ""
+    passed, note = decide(gate, actual, wide, limit), ""
     if passed is None:
-        passed, note = COUNTED[section.when_unsure], f"{INCONCLUSIVE}: {explain_unsure(gate.op, change, limit, alpha)}"
-    elif passed and is_worse(gate.op, wide):
+        passed, note = COUNTED[section.when_unsure], f"{INCONCLUSIVE}: {explain_unsure(gate, change, limit, alpha)}"
+    elif passed and not gate.on_own_interval and is_worse(gate.op, wide):
         note = f"worse, and shown to be within the margin: {number(wide.low)} to {number(wide.high)}"
     origin = " from the champion" if gate.against == "champion" else ""
     level = f", at {100 * (1 - alpha):.5g} %," if section.looks else ""
-    wanted = f"{gate.part} end of the difference{origin}{level} {gate.op} {number(limit)}"
+    what = f"interval of {gate.metric}" if gate.on_own_interval else f"difference{origin}"
+    wanted = f"{gate.part} end of the {what}{level} {gate.op} {number(limit)}"
     return GateResult(gate.text, wanted, number(actual), passed, note)
 
 
-def decide(op: Operator, actual: float, change: Difference, limit: float) -> bool | None:
+def decide(gate: Gate, actual: float, change: Difference, limit: float) -> bool | None:
     """Whether a gate on one end of an interval passes; None if the rows are inconclusive.
 
     A gate fails if the entire interval is beyond the limit. A gate with a margin, which equal models pass, also fails
     if the entire interval is on the worse side of zero: the tuned model is shown to be worse, and not shown to be
     within the margin.
     """
+    op = gate.op
     if is_met(op, actual, limit):
         return True
     if op == "==" or math.isnan(limit) or math.isnan(change.value):
         return False
     beyond = change.high < limit if op in (">", ">=") else change.low > limit
-    return False if beyond or (is_met(op, 0.0, limit) and is_worse(op, change)) else None
+    is_margin = not gate.on_own_interval and is_met(op, 0.0, limit)
+    return False if beyond or (is_margin and is_worse(op, change)) else None
 
 
 def is_worse(op: Operator, change: Difference) -> bool:
@@ -92,16 +95,18 @@ def is_worse(op: Operator, change: Difference) -> bool:
     return change.high < 0 if op in (">", ">=") else op in ("<", "<=") and change.low > 0
 
 
-def explain_unsure(op: Operator, change: Difference, limit: float, alpha: float) -> str:
+def explain_unsure(gate: Gate, change: Difference, limit: float, alpha: float) -> str:
     """Return how many rows would decide the gate, and at which true difference; `change` has its 95 % interval."""
     if math.isnan(change.low):
         return f"{change.n} rows are too few for an interval"
-    assumed, needed = plan_rows(op, change, limit, alpha)
+    assumed, needed = plan_rows(gate, change, limit, alpha)
+    score = gate.metric if gate.on_own_interval else "the difference"
     if needed is None:
-        return f"the difference is at the limit, {number(limit)}, so no number of rows would decide it"
+        return f"{score} is at the limit, {number(limit)}, so no number of rows would decide it"
     if needed <= change.n:  # the plan has 80 % power: this is the other 20 %, or there was a change
         assumed, needed = change.value, rows_needed(row_deviation(change), abs(change.value - limit), alpha)
-    case = "nothing changed" if assumed == 0 else f"the difference is {number(assumed)}"
+    unchanged = assumed == 0 and not gate.on_own_interval
+    case = "nothing changed" if unchanged else f"{score} is {number(assumed)}"
     few = f"{change.n} rows{name_groups(change.n, change)} are too few"
     return (
         f"{few}; about {needed:,}{name_groups(needed, change)} would tell, with 80 % power, if {case}"
@@ -110,12 +115,14 @@ def explain_unsure(op: Operator, change: Difference, limit: float, alpha: float)
     )
 
 
-def plan_rows(op: Operator, change: Difference, limit: float, alpha: float) -> tuple[float, int | None]:
+def plan_rows(gate: Gate, change: Difference, limit: float, alpha: float) -> tuple[float, int | None]:
     """Return a true difference to plan with, and the rows needed to decide a gate with 80 % power.
 
-    A gate with a margin is meant for models that do not differ: zero. Otherwise it is the observed difference.
+    A gate with a margin is meant for models that do not differ: zero. Otherwise it is the observed difference; for a
+    gate on the tuned model's own interval, the observed score.
     """
-    assumed = 0.0 if limit != 0 and is_met(op, 0.0, limit) else change.value
+    is_margin = not gate.on_own_interval and limit != 0 and is_met(gate.op, 0.0, limit)
+    assumed = 0.0 if is_margin else change.value
     return assumed, rows_needed(row_deviation(change), abs(assumed - limit), alpha)
 
 
@@ -132,7 +139,12 @@ def margin(gate: Gate, other: float) -> float:
 def compared_scores(
     gate: Gate, evaluation: Evaluation
 ) -> tuple[Mapping[str, float], Mapping[str, float], Mapping[str, Difference]]:
-    """Return scores of the tuned model and of the gate's other model on the same rows, and the differences."""
+    """Return scores of the tuned model and of the gate's other model on the same rows, and the differences.
+
+    A gate on the tuned model's own interval compares with a model that scores zero.
+    """
+    if gate.on_own_interval:
+        return evaluation.tuned, dict.fromkeys(evaluation.tuned, 0.0), evaluation.intervals
     if gate.against != "champion":
         others = evaluation.of_exports() if gate.on_export else evaluation.by_name("base")
         return evaluation.by_name("tuned"), others, evaluation.differences()
@@ -195,7 +207,7 @@ def list_power(section: EvaluateSection, evaluation: Evaluation, rows: int | Non
         _, scores, differences = compared_scores(gate, evaluation)
         change = differences.get(gate.metric)
         if gate.part and change and gate.metric in scores and has_spread(change):
-            assumed, needed = plan_rows(gate.op, change, margin(gate, scores[gate.metric]), section.alpha)
+            assumed, needed = plan_rows(gate, change, margin(gate, scores[gate.metric]), section.alpha)
             one = measure_power(gate.metric, gate.against or "", change, evaluation, rows, section.alpha)
             found.append(replace(one, gate=gate.text, assumed=assumed, rows_needed=needed))
     gated = {(one.metric, one.against) for one in found}

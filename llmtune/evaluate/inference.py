@@ -14,10 +14,13 @@ from rich.progress import Progress
 
 from llmtune.data.answer_parser import ParsedAnswer
 from llmtune.data.example import Collate
+from llmtune.errors import Problem
+from llmtune.evaluate.calibration import Chosen, gather_choices, measure_calibration
 from llmtune.evaluate.eval_inputs import EvalContext, EvalInputs
 from llmtune.evaluate.evaluated_task import EvalPrediction, EvaluatedTask, LoadedModel
 from llmtune.evaluate.generation import CompletionOutput, answer_reader, generate_completions
 from llmtune.evaluate.metric import Measure, measure_right, measure_shares
+from llmtune.evaluate.own_metrics import measure_own
 from llmtune.evaluate.paired_statistics import Floats
 from llmtune.evaluate.shared_prefix import score_trees
 from llmtune.evaluate.text_metrics import CHOICE_METRIC, TEXT_MEASURES, TOKEN_METRICS, measure_tokens
@@ -26,7 +29,7 @@ from llmtune.evaluate.tool_metrics import TOOL_SCORES, calls_tool, measure_tools
 from llmtune.model.causal_lm_loss import move_to, unwrap
 from llmtune.model.device import compute_context, resolve_dtype
 from llmtune.model.memory_plan import context_length
-from llmtune.recipe.task_facts import CUT_METRIC
+from llmtune.recipe.task_facts import CALIBRATION, CUT_METRIC
 from llmtune.records import Advance
 from llmtune.report.render_terminal import counting_bars
 from llmtune.store.processes import world_size
@@ -60,6 +63,10 @@ class Answers:
     """Generated answers with more than text: all answers of a row with tools, its own last."""
     cut: dict[int, float] = field(default_factory=dict)
     """Per row with generated answers, the share that `generation.max_new_tokens` truncated."""
+    logits: dict[int, list[list[float]]] = field(default_factory=dict)
+    """Per row of a task with `output_labels`, the logits of each of its choices."""
+    temperature: float = 1.0
+    """The temperature of the model's probabilities; other metrics do not use it."""
 
     def text(self, row: int) -> str:
         """Return the text of an answer, without reasoning and tool calls."""
@@ -95,10 +102,12 @@ def predict(model: torch.nn.Module, name: str, context: EvalContext, packs: bool
             advance = add_bar(bars, f"{name}: answers", len(inputs.answered))
             rows = [inputs.questions[i] for i in inputs.answered]
             loaded = LoadedModel(model, context.processor, recipe, device, advance)
-            values, cut = predict_rows(task, rows, loaded)
+            values, cut, logits = predict_rows(task, rows, loaded)
             predictions = dict(zip(inputs.answered, values, strict=True))
             texts = {i: task.format_prediction(value) for i, value in predictions.items()}
-            return Answers(sums, texts, {}, predictions, cut={inputs.answered[row]: end for row, end in cut.items()})
+            cut = {inputs.answered[row]: end for row, end in cut.items()}
+            logits = {inputs.answered[row]: noted for row, noted in logits.items()}
+            return Answers(sums, texts, {}, predictions, cut=cut, logits=logits)
         outputs: list[CompletionOutput] = []
         if prompts:
             flat = [ids for asked in prompts.values() for ids in asked]
@@ -110,20 +119,38 @@ def predict(model: torch.nn.Module, name: str, context: EvalContext, packs: bool
 
 def predict_rows(
     task: EvaluatedTask, rows: Sequence[Mapping[str, Any]], loaded: LoadedModel
-) -> tuple[list[object], dict[int, float]]:
-    """Return each row's prediction, and for rows whose answers end, 1 if the answer was truncated, else 0.
+) -> tuple[list[object], dict[int, float], dict[int, list[list[float]]]]:
+    """Return each row's prediction; for rows whose answers end, 1 if the answer was truncated, else 0; and its logits.
 
     Processes share the rows unless answers are sampled: a sample depends on the other rows of its batch.
     """
 
-    def work(part: Sequence[Mapping[str, Any]]) -> list[tuple[object, bool | None]]:
+    def work(part: Sequence[Mapping[str, Any]]) -> list[tuple[object, bool | None, list[list[float]] | None]]:
         ends: dict[int, bool] = {}
-        values = task.predict(part, replace(loaded, note_end=ends.__setitem__)) if part else []
-        return [(value, ends.get(i)) for i, value in enumerate(values)]
+        logits: dict[int, list[list[float]]] = {}
+        noting = replace(loaded, note_end=ends.__setitem__, note_logits=logits.__setitem__)
+        values = task.predict(part, noting) if part else []
+        return [(value, ends.get(i), logits.get(i)) for i, value in enumerate(values)]
 
     results = work(rows) if loaded.recipe.generation.do_sample else over_processes(rows, work)
-    ends = {i: float(end) for i, (_, end) in enumerate(results) if end is not None}
-    return [value for value, _ in results], ends
+    ends = {i: float(end) for i, (_, end, _) in enumerate(results) if end is not None}
+    logits = {i: noted for i, (*_, noted) in enumerate(results) if noted is not None}
+    return [value for value, *_ in results], ends, logits
+
+
+def read_choices(context: EvalContext, answers: Answers) -> Chosen | None:
+    """Return the choices in a model's answers to the context's inputs, with the right labels; None without any.
+
+    Rows of chat and completion whose reference is not a choice are skipped.
+    """
+    inputs, task, recipe = context.inputs, context.task, context.recipe
+    assert inputs is not None
+    if task.predicts:
+        right = {i: task.right_labels(inputs.targets[i]) for i in answers.logits}
+        many = task.output_kind(recipe) == "yes-no"
+        return gather_choices(task.output_labels(recipe), answers.logits, right, many=many)
+    known = {i: [scores] for i, scores in answers.scores.items() if inputs.references[i] in inputs.choices}
+    return gather_choices(inputs.choices, known, {i: [[inputs.references[i]]] for i in known}, many=False)
 
 
 def parse_outputs(
@@ -188,15 +215,20 @@ def score_tokens(
     return TokenSums(*sums, nats[first], supervised[first])
 
 
-def compute_metrics(context: EvalContext, answers: Answers, base: Answers) -> dict[str, Measure]:
+def compute_metrics(
+    context: EvalContext, answers: Answers, base: Answers, problems: dict[str, Problem] | None = None
+) -> dict[str, Measure]:
     """Compute the metrics of the inputs from answers; metrics without rows or without meaning here are omitted.
 
-    Generated answers always add the share of truncated ones.
+    Generated answers always add the share of truncated ones. The user's own metrics that fail are omitted too, and
+    added to `problems`.
     """
-    inputs = context.inputs
+    inputs, section = context.inputs, context.recipe.evaluate
     assert inputs is not None
-    metrics = dict.fromkeys((*inputs.metrics, CUT_METRIC))
-    measures = {metric: measure_one(metric, context, inputs, answers, base) for metric in metrics}
+    given = answers.predictions or answers.texts
+    own = measure_own(section, inputs.full_rows, inputs.origins, given, {} if problems is None else problems)
+    metrics = [name for name in dict.fromkeys((*inputs.metrics, CUT_METRIC)) if name not in section.own_metrics]
+    measures = own | {metric: measure_one(metric, context, inputs, answers, base) for metric in metrics}
     return {
         metric: one.in_clusters(inputs.clusters)
         for metric, one in measures.items()
@@ -211,6 +243,9 @@ def measure_one(
     if metric == CUT_METRIC:
         cut = measure_shares(metric, [*answers.cut.values()], "share of answers truncated at max_new_tokens")
         return replace(cut, at=tuple(answers.cut))
+    if metric in CALIBRATION:
+        chosen = read_choices(context, answers)
+        return measure_calibration(metric, chosen, answers.temperature) if chosen is not None else None
     if metric in TOOL_SCORES:
         return measure_tools(metric, answers.parts, inputs.turns)
     values, others = (one.predictions or {i: one.text(i) for i in one.texts} for one in (answers, base))
@@ -219,7 +254,8 @@ def measure_one(
         found = EvalPrediction([*values.values()], [inputs.targets[i] for i in values], before)
         measured = context.task.compute_metric(metric, found, context.recipe)
         if measured is not None:
-            return replace(measured, at=tuple(values))
+            rows = tuple(values)
+            return replace(measured, at=tuple(rows[i] for i in measured.at) if measured.at else rows)
     if metric in TOKEN_METRICS:
         return measure_sums(metric, context, answers.sums)
     return None if context.task.predicts else measure_answers(metric, inputs, answers)

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from llmtune.evaluate.paired_statistics import (
     BOOTSTRAP,
+    EXACT,
     Bounds,
     Floats,
     Formula,
@@ -22,10 +23,12 @@ from llmtune.evaluate.paired_statistics import (
     Weighted,
     difference,
     difference_weighted,
+    exact_interval,
     pair_bounds,
     share_bounds,
     unknown,
 )
+from llmtune.recipe.evaluate_section import ERROR
 from llmtune.records import Difference
 
 
@@ -137,6 +140,30 @@ def paired_difference(base: Measure, tuned: Measure, seed: int) -> Difference:
         )
         bounded = base_also, tuned_also
     return difference_weighted(base.resampled, tuned.resampled, rows, seed=seed, bounded=bounded, clusters=clusters)
+
+
+def own_interval(measure: Measure, seed: int) -> Difference:
+    """Return a model's score with its 95 % interval.
+
+    Shares of single rows get the exact interval of Clopper and Pearson; other metrics that of `paired_difference`
+    with a model that scores zero.
+    """
+    rows, sums_NK = len(measure.sums_NK), measure.sums_NK
+    is_share = measure.formula is ratio and sums_NK.shape[1] == 2 and np.isin(sums_NK, (0, 1)).all()
+    if rows and is_share and sums_NK[:, 1].all() and not measure.clusters:
+        low, high = exact_interval(int(sums_NK[:, 0].sum()), rows, ERROR)
+        return Difference(measure.value, low, high, 1.0, rows, EXACT)
+    bounded = None
+    if measure.bounds is not None and rows:
+        with_ends = replace(measure, sums_NK=with_rows(sums_NK, np.stack(measure.bounds(sums_NK))))
+        bounded = nothing, with_ends.resampled
+    clusters = measure.clusters if len(set(measure.clusters)) < rows else ()
+    return difference_weighted(nothing, measure.resampled, rows, seed=seed, bounded=bounded, clusters=clusters)
+
+
+def nothing(counts_RN: Floats) -> Floats:
+    """Return the scores [R] of a model that scores zero."""
+    return np.zeros(len(counts_RN))
 
 
 def with_rows(sums_NK: Floats, bounds_2K: Floats) -> Floats:
@@ -255,6 +282,20 @@ def correlation_bounds(seen_M2: Floats) -> tuple[Floats, Floats]:
     return np.array([low, top]), np.array([high, top])
 
 
+def brier_bounds(sums_M2: Floats) -> tuple[Floats, Floats]:
+    """(squared errors, choices): certain of a wrong label, and of the right one, in a row of average length."""
+    choices = float(sums_M2[:, 1].mean())
+    return np.array([2 * choices, choices]), np.array([0.0, choices])
+
+
+def reliability_bounds(sums_M3B: Floats) -> tuple[Floats, Floats]:
+    """(probability, right, choices) by bin: certain and wrong, and certain and right, in a row of average length."""
+    choices = float(np.split(sums_M3B, 3, axis=1)[2].sum(1).mean())
+    worst, best = np.zeros((2, 3, sums_M3B.shape[1] // 3))
+    worst[[0, 2], -1] = best[:, -1] = choices
+    return worst.ravel(), best.ravel()
+
+
 BOUNDS: Mapping[str, Bounds] = {
     "share": share_bounds,
     "mean of shares": mean_share_bounds,
@@ -265,5 +306,7 @@ BOUNDS: Mapping[str, Bounds] = {
     "classes": class_bounds,
     "ranks": rank_bounds,
     "correlation": correlation_bounds,
+    "brier": brier_bounds,
+    "reliability": reliability_bounds,
 }
 """By their names on disk."""

@@ -22,7 +22,7 @@ from llmtune.evaluate.per_row_scores import PerRowScores, load_measures, unpack_
 from llmtune.recipe.evaluate_section import GATE_KEYS
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.source_map import walk
-from llmtune.recipe.task_facts import CUT_METRIC, PREDICTED, TASK_FACTS
+from llmtune.recipe.task_facts import CUT_METRIC, TASK_FACTS
 from llmtune.records import Difference, Evaluation, GateResult, Json
 from llmtune.store.atomic_files import explained, read_json
 from llmtune.store.run_folder import CERTIFICATE, MANIFEST, RunFolder, read_run, recipe_of_run
@@ -198,7 +198,7 @@ def find_other_keys(first: ScoredRun, second: ScoredRun, metrics: Collection[str
     """Yield the keys of two recipes that change how some metrics are measured, with both values."""
     facts = TASK_FACTS[first.recipe.task]
     keys = ["data.train_on", *([f"{facts.section}."] if facts.section else [])]
-    keys += ["generation."] if PREDICTED & set(metrics) and facts.generates else []
+    keys += ["generation."] if first.recipe.evaluate.predicted & set(metrics) and facts.generates else []
     if any(run.recipe.data.on_overlong in ("truncate", "split") for run in (first, second)):
         keys += ["data.max_length", "data.on_overlong"]
     for key, (one, other) in find_differing(first, second).items():
@@ -239,6 +239,8 @@ def pair_measures(first: ScoredRun, second: ScoredRun) -> tuple[dict[str, tuple[
         before, after = (join_rows(run, metric, shared) for run in having)
         if not shared:
             left_out[metric] = "no row in common"
+        elif metric in first.recipe.evaluate.own_metrics and before.signature != after.signature:
+            left_out[metric] = f"measured with another file: {after.signature}, before {before.signature}"
         elif before.sums_NK.shape[1] != after.sums_NK.shape[1]:
             left_out[metric] = "measured with other classes"
         elif before.formula is ratio and not np.array_equal(before.sums_NK[:, 1], after.sums_NK[:, 1]):

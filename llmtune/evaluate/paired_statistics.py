@@ -42,6 +42,7 @@ BEYOND = 1.0
 EQUAL = 1e-9
 """Share of a difference below which rows differ only by rounding."""
 SWAPS, BOOTSTRAP, MCNEMAR = "paired permutation", "paired bootstrap", "McNemar mid-p"
+EXACT = "Clopper-Pearson"
 METHOD = (
     f"95 %, paired bootstrap over rows (with data.split_by over its groups), {RESAMPLES} resamples, expanded "
     "percentiles; resamples without a value are skipped if they are at most 1 in 100; bounded metrics with one "
@@ -281,6 +282,15 @@ def rows_needed(deviation: float, distance: float, alpha: float = ERROR) -> int 
             break
         rows += 1
     return rows
+
+
+def exact_interval(hits: int, rows: int, alpha: float) -> tuple[float, float]:
+    """Return the interval of a share: Clopper and Pearson, "The Use of Confidence or Fiducial Limits", 1934."""
+    import scipy.stats
+
+    low = float(scipy.stats.beta.ppf(alpha / 2, hits, rows - hits + 1)) if hits else 0.0
+    high = float(scipy.stats.beta.ppf(1 - alpha / 2, hits + 1, rows - hits)) if hits < rows else 1.0
+    return low, high
 
 
 def permutation_p(base_NK: Floats, tuned_NK: Floats, formula: Formula, seed: int, resamples: int = RESAMPLES) -> float:

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from llmtune.data.row_store import iterate_ids
 from llmtune.errors import EnvironmentProblem
+from llmtune.evaluate.calibration import ece_formula
 from llmtune.evaluate.classification_metrics import (
     BINARY,
     ENTITY_FORMULAS,
@@ -53,6 +54,7 @@ FORMULAS: dict[str, Formula] = {
     **{f"entity_{name}": formula for name, formula in ENTITY_FORMULAS.items()},
     "error_rate": error_rate,
     "apart": difference_of_ratios,
+    "ece": ece_formula,
 }
 """Formulas by their names on disk."""
 

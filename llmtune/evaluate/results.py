@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from pydantic import ConfigDict
@@ -22,8 +23,8 @@ from llmtune.records import Flips
 from llmtune.store.atomic_files import explained, plain, read_json, write_text
 from llmtune.store.json_shapes import find_misfit
 
-PREDICTIONS, BASE = "predictions.jsonl", "base.json"
-BY_ROW = ("texts", "scores", "predictions", "parts", "cut")
+PREDICTIONS, BASE, TUNED = "predictions.jsonl", "base.json", "tuned.json"
+BY_ROW = ("texts", "scores", "predictions", "parts", "cut", "logits")
 """Row-wise fields of `Answers`, as named in `base.json`."""
 
 
@@ -40,7 +41,7 @@ class SavedPart(TypedDict):
 
 
 class SavedAnswers(TypedDict):
-    """Contents of base.json; each row's part has the row's index."""
+    """Contents of base.json or tuned.json; each row's part has the row's index."""
 
     inputs: str
     sums: dict[str, list[float | None]] | None
@@ -50,11 +51,12 @@ class SavedAnswers(TypedDict):
     predictions: list[tuple[int, object]]
     parts: list[tuple[int, list[SavedPart]]]
     cut: list[tuple[int, float]]
+    logits: list[tuple[int, list[list[float | None]]]]
 
 
 @dataclass(frozen=True)
 class BaseAnswers:
-    """The base model's answers, reused by later runs with the same inputs."""
+    """The base model's answers (or the tuned model's), reused by later evaluations with the same inputs."""
 
     inputs: str
     """Hash of everything that these answers depend on."""
@@ -93,24 +95,24 @@ def prediction_row(i: int, inputs: EvalInputs, models: dict[str, Answers]) -> di
     return line
 
 
-def save_base(folder: Path, answers: Answers, inputs: str) -> None:
-    """Write the base model's answers to `base.json`, with the hash of their inputs."""
+def save_base(folder: Path, answers: Answers, inputs: str, name: str = BASE) -> None:
+    """Write the base model's answers to `base.json` (or the file `name`), with the hash of their inputs."""
     sums = answers.sums and {name: values.tolist() for name, values in vars(answers.sums).items()}
     by_row = {name: list(getattr(answers, name).items()) for name in BY_ROW}
     by_row["parts"] = [(i, [asdict(answer) for answer in parsed]) for i, parsed in answers.parts.items()]
     with explained(folder):
-        write_text(folder / BASE, json.dumps({"inputs": inputs, "sums": sums, **by_row}, ensure_ascii=False))
+        write_text(folder / name, json.dumps({"inputs": inputs, "sums": sums, **by_row}, ensure_ascii=False))
 
 
-def load_base(folder: Path | None, inputs: str) -> BaseAnswers:
-    """Read `base.json`; without answers if it has none for these inputs."""
-    saved = read_json(folder / BASE) if folder else None
+def load_base(folder: Path | None, inputs: str, name: str = BASE) -> BaseAnswers:
+    """Read `base.json` (or the file `name`); without answers if it has none for these inputs."""
+    saved = read_json(folder / name) if folder else None
     if saved is None or find_misfit(saved, SavedAnswers) or saved["inputs"] != inputs:
         return BaseAnswers(inputs)
     if saved["sums"] and saved["sums"].keys() != {one.name for one in fields(TokenSums)}:
         return BaseAnswers(inputs)
     sums = saved["sums"] and TokenSums(**{name: np.asarray(values) for name, values in saved["sums"].items()})
-    by_row = {name: dict(saved[name]) for name in BY_ROW}
+    by_row: dict[str, Any] = {name: dict(saved[name]) for name in BY_ROW}
     by_row["parts"] = {i: [ParsedAnswer(**answer) for answer in parsed] for i, parsed in by_row["parts"].items()}
     return BaseAnswers(inputs, Answers(sums or None, **by_row))
 

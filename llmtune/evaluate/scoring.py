@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from llmtune.data.contamination import Overlap, compared_text, find_overlap, prompt_row
 from llmtune.data.examples import encode_rows
 from llmtune.data.row_store import iterate_rows, iterate_texts, load_rows, pick_rows, read_rows
-from llmtune.errors import DataError
+from llmtune.errors import DataError, RecipeError
 from llmtune.evaluate.eval_inputs import SCHEMAS_NOTE, SPLIT, EvalContext, make_inputs, resolve_choices
 from llmtune.evaluate.evaluated_task import EvaluatedTask
 from llmtune.evaluate.evaluation_file import print_scores, save_evaluation
@@ -21,7 +21,7 @@ from llmtune.evaluate.evaluator import PIECES, ModelLoaders, evaluate, predict_b
 from llmtune.evaluate.inference import Answers, compute_metrics, predict
 from llmtune.evaluate.metric import Measure, PairedMeasures
 from llmtune.evaluate.per_row_scores import PerRowScores, name_test_rows, save_measures
-from llmtune.evaluate.results import BaseAnswers, save_base, save_predictions
+from llmtune.evaluate.results import TUNED, BaseAnswers, save_base, save_predictions
 from llmtune.evaluate.slices import one_line, score_slice
 from llmtune.evaluate.suite_registry import make_suites
 from llmtune.model.device import release_memory
@@ -52,6 +52,8 @@ class ChampionModel:
     processor: PreTrainedTokenizerBase
     device: str
     models: ModelLoaders
+    temperature: float = 1.0
+    """The temperature of its probabilities."""
 
 
 LoadChampion = Callable[[Path], ChampionModel]
@@ -67,12 +69,14 @@ def score_run(
     *,
     headless: bool = False,
     known: BaseAnswers | None = None,
+    known_tuned: BaseAnswers | None = None,
     challenge: Challenge = lambda evaluation, scores: None,
 ) -> Evaluation:
     """Evaluate a run: measure both models, compare test with training rows and the model with the champion.
 
     With `headless` the base model has no trained head and the task's trivial baseline replaces it. With `known`, the
-    base model's answers are saved for later evaluations, and reused if already saved. If the context has a folder, it
+    base model's answers are saved for later evaluations, and reused if already saved; with `known_tuned` the tuned
+    model's. If the context has a folder, it
     gets `predictions.jsonl` (every row's prompt, reference and both answers), `measures.npz` (each row's contribution
     to each score) and `evaluation.json`.
 
@@ -91,7 +95,10 @@ def score_run(
     elif inputs is not None and known is not None and known.answers is not None:
         base = known.answers
         console.print("base: reusing its answers to these rows from an earlier evaluation")
-    scored = evaluate(models, context, suites, base, stand_in=stand_in, headless=headless)
+    tuned = known_tuned.answers if known_tuned is not None else None
+    if tuned is not None:
+        console.print("tuned: reusing its answers to these rows from an earlier evaluation")
+    scored = evaluate(models, context, suites, base, tuned, stand_in=stand_in, headless=headless)
     evaluation, answers, measures = scored.evaluation, scored.answers, scored.measures
     if inputs is not None:
         names = name_test_rows(rows, inputs.rows)
@@ -101,6 +108,8 @@ def score_run(
             save_measures(folder, per_row)
             if known is not None and stand_in is None:
                 save_base(folder, answers["base"], known.inputs)
+            if known_tuned is not None:
+                save_base(folder, answers["tuned"], known_tuned.inputs, TUNED)
         evaluation = replace(evaluation, contamination=find_contamination(rows, context, measures))
         evaluation = replace(evaluation, champion=challenge(evaluation, per_row))
     if folder is not None:
@@ -212,7 +221,7 @@ def ask_champion(
         context.console.print(f"champion: its model answers {len(places)} further test rows", highlight=False)
         try:
             measured, kept = measure_champion(load(run), known, picked, scratch / "examples", context.console)
-        except DataError as error:
+        except (DataError, RecipeError) as error:
             context.console.print(f"champion: it could not answer them: {error}", style="yellow", highlight=False)
             return PerRowScores()
     return PerRowScores({}, measured, tuple(names[places[number]] for number in kept))
@@ -239,4 +248,5 @@ def measure_champion(
         answered = predict(model, "champion", context, champion.models.packs())
     del model
     release_memory()
+    answered = replace(answered, temperature=champion.temperature)
     return compute_metrics(context, answered, answered), inputs.rows

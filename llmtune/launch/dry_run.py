@@ -14,6 +14,7 @@ from llmtune.data.examples import encode_rows, examples_inputs, row_lengths
 from llmtune.data.preparation import prepare_rows
 from llmtune.errors import EnvironmentProblem
 from llmtune.evaluate.champion import check_champion
+from llmtune.evaluate.decision import print_need
 from llmtune.evaluate.eval_inputs import warn_of_cuts
 from llmtune.evaluate.gates import print_plan
 from llmtune.model.device import check_card
@@ -99,6 +100,8 @@ def _plan_named(context: RunContext, loaded: LoadedRecipe, name: str, valid: dic
             plan = finish_plan(draft, decide_rest(context, draft, rows, examples))
         memory = plan_training(model_ref, plan.recipe, plan.task, longest, plan.device, lengths, plan.layout)
     check_memory(memory, plan.recipe, console)
+    if rows is not None:
+        print_need(plan.recipe, rows, console)
     if valid.get("encode") and rows is not None and examples is not None:
         warn_of_cuts(rows, examples, plan.task, plan.processor, plan.recipe, console)
         check_champion(recipe, folder, rows, examples, console)

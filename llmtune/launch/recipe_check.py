@@ -28,14 +28,17 @@ def check_recipe(loaded: LoadedRecipe) -> list[Detected]:
     """Check that everything the recipe names exists on this machine; return how its local files are read.
 
     Raises:
-        RecipeError: `evaluate.champion` is not a run of this task with scores.
+        RecipeError: `evaluate.champion` is not a run of this task with scores, or a file of `evaluate.metrics` has no
+            such function.
         EnvironmentProblem: a tracker is not installed, or a model's folder is missing.
         DataError: a file is missing, empty or in a format that the task does not know.
     """
     from llmtune.data.sources import resolve_inputs  # imports pyarrow, which `--help` does not need
     from llmtune.evaluate.champion import open_champion  # as does this
+    from llmtune.evaluate.own_metrics import list_own_metrics
 
     open_champion(loaded.recipe)
+    list_own_metrics(loaded.recipe.evaluate)
     EnvironmentProblem.collect(_missing(loaded))
     return resolve_inputs(loaded.recipe.data, loaded.recipe.task, local_only=True)
 

@@ -184,7 +184,7 @@ class DataSection(RecipeSection):
     `{user: customer, assistant: [agent, bot]}`. Default none: the usual names are recognised."""
     split_by: NonEmpty | None = None
     """Column that groups rows. A group stays in one split and is resampled as one for confidence intervals. Default
-    none: rows are independent."""
+    none: rows are independent, but those of `task: rerank` are grouped by `query`."""
     deduplicate: Literal["none", "exact", "near"] = "near"
     """Drop exact duplicates, or near duplicates too. Default `near`: the model memorises repeated rows, and a near
     copy in test inflates the score."""
@@ -246,7 +246,7 @@ class DataSection(RecipeSection):
                 source.check(diagnostics, f"data.{split}.{i}", variant)
                 self._check_weight(diagnostics, split, f"data.{split}.{i}.weight")
         share = sum(part for part in (self.validation, self.test) if isinstance(part, float))
-        if self.split_by is not None and not share and not isinstance(self.test, tuple):
+        if self.split_by is not None and not self.splits_rows:
             fix = "Give data.validation or data.test a share of the rows, or data.test a file, or remove it."
             because = ("data.validation", "data.test")
             diagnostics.no_effect("data.split_by", "if no rows are split off", fix, *because)
@@ -265,6 +265,13 @@ class DataSection(RecipeSection):
         names = Counter(name.strip().lower() for theirs in self.roles.values() for name in theirs)
         for name in (name for name, count in names.items() if count > 1):
             diagnostics.add("data.roles", f"'data.roles' maps '{name}' to two roles", "Keep one of them.")
+
+    @property
+    def splits_rows(self) -> bool:
+        """Return whether `split_by` can matter: rows are split off, or a test file may share groups with them."""
+        return isinstance(self.test, tuple) or any(
+            isinstance(part, float) and part for part in (self.validation, self.test)
+        )
 
     def sources(self, split: str) -> tuple[Source, ...]:
         """Return the sources of a split; empty if it is a share of the rows."""

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, Tag
 
 from llmtune.errors import RecipeError, nearest
+from llmtune.recipe.decision_section import DecideSection, Sets, Share, check_decisions, key_of_decision
 from llmtune.recipe.eval_suites_section import (
     BenchmarkSection,
     FairnessSection,
@@ -18,14 +21,25 @@ from llmtune.recipe.eval_suites_section import (
     check_suite_gate,
     fairness_without_effect,
 )
-from llmtune.recipe.gate_grammar import Gate, parse_gate
+from llmtune.recipe.gate_grammar import NAME, Gate, parse_gate
 from llmtune.recipe.section import Many, NonEmpty, Positive, RecipeSection, absolute, by_type, sections_by
 from llmtune.recipe.source_map import Diagnostics
-from llmtune.recipe.task_facts import CUT_METRIC, PREDICTED, TaskVariant
+from llmtune.recipe.task_facts import (
+    CALIBRATION,
+    CHOICE_METRICS,
+    CUT_METRIC,
+    DECISIONS,
+    PREDICTED,
+    TASK_FACTS,
+    TaskVariant,
+    at_ten,
+)
 
 NEED_TEST_ROWS = ("metrics", "gates", "champion", "limit", "choices", "samples", "slices", "judge")
 GATE_KEYS = frozenset({"gates", "champion", "when_unsure", "looks"})
 """Keys that judge scores and do not change the models' answers."""
+OWN_METRIC_KEYS = frozenset({"metric_seconds", "metric_network"})
+"""Keys of the user's own metrics, which do not change the models' answers either."""
 CHOICE = "choice_accuracy"
 ERROR = 0.05
 """Two-sided false-positive rate of a gate on an interval."""
@@ -40,11 +54,33 @@ Benchmarks = Annotated[
 ]
 
 
+def is_own(metric: str) -> bool:
+    """Return whether an item of `evaluate.metrics` is the user's own, `FILE.py:FUNCTION`."""
+    return metric.rpartition(":")[0].endswith(".py")
+
+
+def metric_name(metric: str) -> str:
+    """Return the name that gates and reports use: the function's name for a metric of the user's own."""
+    return metric.rpartition(":")[2] if is_own(metric) else metric
+
+
+def absolute_metric(metric: str, folder: Path) -> str:
+    """Make the file of a user's own metric absolute; return other metrics unchanged."""
+    file, _, function = metric.rpartition(":")
+    return f"{absolute(file, folder)}:{function}" if is_own(metric) else metric
+
+
 class EvaluateSection(RecipeSection):
     """Metrics of the base and tuned model on the test rows, and the gates to pass."""
 
     metrics: Many[str] = ()
-    """Metrics to compute, from those of the task. Default none: the task's default metrics."""
+    """Metrics to compute: those of the task, and your own as `FILE.py:FUNCTION`, relative to the recipe. Default none:
+    the task's default metrics."""
+    metric_seconds: Annotated[float, Field(gt=0, le=86_400)] = 300
+    """Longest time that one of your own metrics may take for all answers of a model, in seconds. Default 300: an
+    endless loop ends, and slow libraries have time to load."""
+    metric_network: bool = False
+    """Let your own metrics use the network. Default false: scores should not depend on a server."""
     gates: Many[str] = ()
     """Conditions such as `exact_match >= 0.8`, `rougeL > base` or `exact_match.low > base`. A failed gate ends the run
     with exit code 6. Default none: a gate is your decision."""
@@ -57,6 +93,17 @@ class EvaluateSection(RecipeSection):
     choices: Choices | None = "auto"
     """Possible answers, scored by likelihood as `choice_accuracy`: a list, `auto` (if the rows have few different
     answers), or null to disable. Default `auto`: shows whether a gain is more than a better answer format."""
+    calibrate: bool = True
+    """Whether to fit a temperature for the probabilities of a task that chooses (classify, token-classify; chat and
+    completion with `choices`), on the validation rows alone. Default true: it costs one pass over these rows."""
+    decide: DecideSection | None = None
+    """Abstention with a guarantee, for a task that chooses: `{risk: 0.05}` finds the confidence from which at most 5 %
+    of the answers are wrong. Default none: the risk is your decision."""
+    sets: Sets | None = None
+    """Prediction sets with a guarantee: `0.9` is the coverage. Default none: a single answer is easier to use."""
+    out_of_scope: Share | None = None
+    """Share of rows like yours that may be called out of scope, such as 0.05. Detection has no guarantee. Default
+    none: each false alarm costs an answer."""
     samples: int = Field(default=5, ge=0, le=1000)
     """Answers shown side by side in the report. Also the maximum number of rows shown (but at most 5) that flipped
     from wrong to right, or from right to wrong. Default 5: enough to see the style."""
@@ -84,7 +131,7 @@ class EvaluateSection(RecipeSection):
     their 5 % false-positive budget by it. `releases.jsonl` next to the champion's release file keeps count. Default
     none: each run has 5 % of its own."""
 
-    paths: ClassVar = {"champion": absolute}
+    paths: ClassVar = {"champion": absolute, "metrics": absolute_metric}
 
     @property
     def alpha(self) -> float:
@@ -92,15 +139,38 @@ class EvaluateSection(RecipeSection):
         return ERROR / (self.looks or 1)
 
     @property
+    def own_metrics(self) -> dict[str, str]:
+        """Return the user's own metrics: `FILE.py:FUNCTION` by name."""
+        return {metric_name(metric): metric for metric in self.metrics if is_own(metric)}
+
+    @property
+    def predicted(self) -> frozenset[str]:
+        """Return the names of all metrics of generated answers, the user's own included."""
+        return PREDICTED | self.own_metrics.keys()
+
+    @property
     def columns(self) -> dict[str, str]:
         """Return the columns to keep with the test rows, each with the recipe key that names it."""
         groups = self.fairness.groups if self.fairness else ()
         return dict.fromkeys(groups, "evaluate.fairness.groups") | dict.fromkeys(self.slices, "evaluate.slices")
 
+    @property
+    def decisions(self) -> list[str]:
+        """Return the keys of decisions that have a value."""
+        return [key for key in DECISIONS if getattr(self, key) is not None]
+
     def check(
-        self, diagnostics: Diagnostics, variant: TaskVariant, has_test: bool, exports: Sequence[str] = ()
+        self,
+        diagnostics: Diagnostics,
+        variant: TaskVariant,
+        has_test: bool,
+        exports: Sequence[str] = (),
+        has_validation: bool = True,
     ) -> None:
         """Report impossible measurements and gates; `exports` are those of the recipe's `deploy`."""
+        self._check_calibrate(diagnostics, variant, has_validation)
+        chooses = self.chooses(variant)
+        check_decisions(diagnostics, self.decisions, variant, has_validation=has_validation, chooses=chooses)
         check_benchmark_keys(diagnostics, self.benchmarks, variant)
         if self.fairness:
             self.fairness.check(diagnostics, variant, has_test)
@@ -125,8 +195,23 @@ class EvaluateSection(RecipeSection):
                 diagnostics.no_effect(f"evaluate.{name}", "without test rows", fix, "data.test")
 
     def chosen_metrics(self, variant: TaskVariant) -> tuple[str, ...]:
-        """Return the recipe's metrics, or the task's default metrics if it has none."""
-        return self.metrics or variant.default_metrics
+        """Return the names of the recipe's metrics, or of the task's default metrics if it has none."""
+        return tuple(map(metric_name, self.metrics)) or variant.default_metrics
+
+    def chooses(self, variant: TaskVariant) -> bool:
+        """Return whether a task that generates answers also chooses among a few of them."""
+        return variant.facts.generates and not set(CHOICE_METRICS).isdisjoint(self.chosen_metrics(variant))
+
+    def _check_calibrate(self, diagnostics: Diagnostics, variant: TaskVariant, has_validation: bool) -> None:
+        key = "evaluate.calibrate"
+        if not has_validation:
+            diagnostics.no_effect(
+                key, "without validation rows", "Set data.validation, or remove it.", "data.validation"
+            )
+        elif not set(CALIBRATION) & set(variant.metrics):
+            diagnostics.no_effect(key, f"in task {variant.task}: its model does not choose", "Remove it.", "task")
+        elif variant.facts.generates and not self.chooses(variant):
+            diagnostics.no_effect(key, f"without the metric {CHOICE}", f"Add {CHOICE} to evaluate.metrics.", "task")
 
     def _check_unmeasured(self, diagnostics: Diagnostics, variant: TaskVariant) -> None:
         for i, metric in enumerate(self.metrics):
@@ -141,28 +226,48 @@ class EvaluateSection(RecipeSection):
         if not self.metrics and diagnostics.stated(key):
             diagnostics.add(key, f"'{key}' is empty", "Name a metric, or remove the key to use the task's metrics.")
         for i, metric in enumerate(self.metrics):
-            if metric not in known:
-                fix = f"{nearest(metric, known)} Metrics of task: {variant.task}: {', '.join(known)}.".strip()
+            if is_own(metric):
+                self._check_own_metric(diagnostics, f"{key}.{i}", metric, variant)
+            elif at_ten(metric) not in known:
+                fix = f"{nearest(metric, known)} Metrics of task: {variant.task}: {', '.join(known)}."
+                fix = "Name a function in it: FILE.py:FUNCTION." if metric.endswith(".py") else fix.strip()
                 diagnostics.add(f"{key}.{i}", f"unknown metric '{metric}'", fix, "task")
-        diagnostics.repeated(key, self.metrics, "a metric")
+        diagnostics.repeated(key, tuple(map(metric_name, self.metrics)), "a metric")
+        if not self.own_metrics:
+            for name in sorted(OWN_METRIC_KEYS):
+                fix = "Add one as FILE.py:FUNCTION, or remove it."
+                diagnostics.no_effect(f"evaluate.{name}", "without a metric of your own", fix, key)
+
+    def _check_own_metric(self, diagnostics: Diagnostics, key: str, metric: str, variant: TaskVariant) -> None:
+        name, taken = metric_name(metric), {one for facts in TASK_FACTS.values() for one in facts.metrics}
+        if variant.is_masked:
+            what = f"'{metric}' needs answers, and with completion.objective: masked a model gives none"
+            diagnostics.add(key, what, "Remove it.", "completion.objective")
+        elif not re.fullmatch(NAME, name, re.ASCII) or "-" in name:
+            fix = "Use a function whose name starts with an ASCII letter, then letters, digits and _."
+            diagnostics.add(key, f"'{name}' cannot be the name of a metric", fix)
+        elif name in taken:
+            diagnostics.add(key, f"'{name}' is the name of one of llmtune's metrics", "Rename the function.")
 
     def _check_choices(self, diagnostics: Diagnostics, variant: TaskVariant) -> None:
         key, metrics = "evaluate.metrics", self.chosen_metrics(variant)
-        if self.choices is not None and CHOICE not in metrics:
+        if self.choices is not None and not self.chooses(variant):
             diagnostics.no_effect("evaluate.choices", f"without the metric {CHOICE}", f"Add {CHOICE} to {key}.", key)
-        if self.choices is None and CHOICE in self.metrics:
-            what = f"{CHOICE} needs choices, but evaluate.choices is null"
+        needing = [metric for metric in self.metrics if metric in CHOICE_METRICS] if variant.facts.generates else []
+        if self.choices is None and needing:
+            what = f"{needing[0]} needs choices, but evaluate.choices is null"
             diagnostics.add(key, what, "Set evaluate.choices to auto.", "evaluate.choices")
         if isinstance(self.choices, tuple):
             diagnostics.repeated("evaluate.choices", self.choices, "an answer")
-        if self.limit is not None and not (variant.facts.generates and (self.judge or PREDICTED & set(metrics))):
+        if self.limit is not None and not (variant.facts.generates and (self.judge or self.predicted & set(metrics))):
             fix = "Add one, such as exact_match, or remove it."
             diagnostics.no_effect("evaluate.limit", "without a metric on generated answers", fix, key)
 
     def _check_gates(self, diagnostics: Diagnostics, variant: TaskVariant, exports: Sequence[str]) -> None:
         metrics, known = self.chosen_metrics(variant), variant.facts.metrics
-        if CUT_METRIC in known and variant.generates and PREDICTED & set(metrics):
+        if CUT_METRIC in known and variant.generates and self.predicted & set(metrics):
             metrics = tuple(dict.fromkeys((*metrics, CUT_METRIC)))
+        metrics = (*metrics, *(metric for key in self.decisions for metric in DECISIONS[key]))
         for i, text in enumerate(self.gates):
             key = f"evaluate.gates.{i}"
             try:
@@ -177,7 +282,10 @@ class EvaluateSection(RecipeSection):
                 self._check_export_gate(diagnostics, key, gate, metrics, exports)
             elif "." in gate.metric:
                 self._check_suite_gate(diagnostics, key, gate, variant, has_test=True)
-            elif gate.metric in known:
+            elif adding := key_of_decision(gate.metric):
+                what = f"the gate {text!r} uses a metric that is not computed"
+                diagnostics.add(key, what, f"Set evaluate.{adding}.", f"evaluate.{adding}")
+            elif at_ten(gate.metric) in known:
                 lacking = variant.unmeasured.get(gate.metric)
                 fix = f"Remove it: {lacking}." if lacking else f"Add {gate.metric} to evaluate.metrics."
                 what = f"the gate {text!r} uses a metric that is not computed"

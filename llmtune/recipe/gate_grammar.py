@@ -1,8 +1,8 @@
 """The grammar of a gate: `metric[.low|.high] OP wanted`; wanted is a number, or a model's score and a number.
 
 Examples: `exact_match >= 0.8`, `rougeL > base`, `loss < base - 0.02`, `perplexity <= base * 1.05`,
-`exact_match.low > base`, `exact_match.low > champion - 0.01`. Metrics of a study are `study.metric`:
-`forgetting.perplexity <= base * 1.05`, `fairness.gap <= 0.05`, `benchmarks.arc_easy.acc > base`.
+`exact_match.low > base`, `exact_match.low > champion - 0.01`, `accuracy.low >= 0.8`. Metrics of a study
+are `study.metric`: `forgetting.perplexity <= base * 1.05`, `fairness.gap <= 0.05`, `benchmarks.arc_easy.acc > base`.
 Metrics of an export are `deploy.format.metric`, compared with the tuned model:
 `deploy.gguf.accuracy.low > tuned - 0.01`.
 """
@@ -22,7 +22,7 @@ Opponent = Literal["base", "champion", "tuned"]
 EXPORT = "deploy."
 """How the metrics of exports begin."""
 NUMBER = r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]{1,3})?"
-NAME = r"[A-Za-z][A-Za-z0-9_]*(?:-[A-Za-z0-9_]+)*"
+NAME = r"[A-Za-z][A-Za-z0-9_]*(?:-[A-Za-z0-9_]+)*(?:@[0-9]+)?"
 GATE = re.compile(
     rf"\s*(?P<metric>{NAME}(?:\.(?!(?:low|high)\b){NAME})*)(?:\.(?P<part>low|high))?"
     r"\s*(?P<op>>=|<=|==|>|<)"
@@ -43,7 +43,8 @@ class Gate:
     metric: str
     """Name of the score; dotted if it belongs to a study."""
     part: IntervalEnd | None
-    """`low` or `high` end of the paired 95 % interval of the difference; None for the tuned model's score."""
+    """`low` or `high` end of a 95 % interval: of the difference from `against`, or of the tuned model's own score.
+    None for the score itself."""
     op: Operator
     number: float | None
     """The wanted number, or None if it comes from the score of another model."""
@@ -51,6 +52,11 @@ class Gate:
     """The model whose score is wanted: base, champion, or for an export the tuned model."""
     factor: float = 1.0
     offset: float = 0.0
+
+    @property
+    def on_own_interval(self) -> bool:
+        """Return whether the gate compares an interval of the tuned model's own score with a number."""
+        return self.part is not None and self.number is not None
 
     @property
     def on_export(self) -> bool:
@@ -65,11 +71,11 @@ def parse_gate(text: str) -> Gate:
         raise RecipeError.of(f"{text!r} is not a gate", None, f"Write one like {FORMS}.")
     sign, operand = match["sign"], float(match["operand"] or 0)
     part = cast("IntervalEnd | None", match["part"])
-    if part and match["number"] is not None:
+    if part and match["number"] is not None and "." in match["metric"]:
         raise RecipeError.of(
-            f"{text!r} compares the {part} end of a difference with a number, but names no model to compare with",
+            f"{text!r} compares the {part} end of an interval with a number, but only test rows have such an interval",
             None,
-            f"Write `{match['metric']}.{part} {match['op']} base`, or `champion`; or omit `.{part}`.",
+            f"Write `{match['metric']}.{part} {match['op']} base`, or omit `.{part}`.",
         )
     return Gate(
         text=" ".join(text.split()),

@@ -59,7 +59,7 @@ def resolve_recipe(root: Node, file: Path) -> LoadedRecipe:
     """Check a recipe and fill in defaults. Raises RecipeError with every problem."""
     source_map = SourceMap(root)
     written = validate(root, default_name(file))
-    recipe = fill_metrics(absolute_paths(written, source_map))
+    recipe = fill_defaults(absolute_paths(written, source_map))
     defaults = Diagnostics(source_map, assume_stated=True)
     recipe.check(defaults)
     return LoadedRecipe(
@@ -101,6 +101,7 @@ def fingerprint(recipe: Recipe) -> str:
     parts = {"seed", "task", "data", "model", "adapter", "train", *([section] if section else [])}
     dumped = recipe.model_dump(mode="json", include=parts)
     dumped["train"]["seeds"] = []
+    dumped["data"]["split_by"] = recipe.data.split_by or TASK_FACTS[recipe.task].split_by
     for section, name in ADDED:
         if dumped[section][name] in (None, 0, [], {}, "nll"):
             del dumped[section][name]
@@ -114,10 +115,16 @@ def default_name(file: Path) -> str:
     return "".join(letters).lstrip("._-")[:64] or "run"
 
 
-def fill_metrics(recipe: Recipe) -> Recipe:
-    """Fill in the task's default metrics if the recipe names none."""
-    metrics = recipe.evaluate.metrics or recipe.variant.default_metrics
-    return recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update={"metrics": metrics})})
+def fill_defaults(recipe: Recipe) -> Recipe:
+    """Fill in the task's default metrics, and the column by which the task groups rows, if the recipe names none."""
+    data, evaluate = recipe.data, recipe.evaluate
+    metrics = evaluate.metrics or recipe.variant.default_metrics
+    split_by = data.split_by or (TASK_FACTS[recipe.task].split_by if data.splits_rows else None)
+    update = {
+        "data": data.model_copy(update={"split_by": split_by}),
+        "evaluate": evaluate.model_copy(update={"metrics": metrics}),
+    }
+    return recipe.model_copy(update=update)
 
 
 AnySection = TypeVar("AnySection", bound=RecipeSection)

@@ -16,8 +16,10 @@ from llmtune.recipe.task_facts import TASK_FACTS, TaskVariant
 from llmtune.recipe.task_sections import (
     ClassifySection,
     CompletionSection,
+    EmbedSection,
     PreferenceSection,
     QaSection,
+    RerankSection,
     SpeechSection,
     SummarizeSection,
     TaskSection,
@@ -112,6 +114,10 @@ class Recipe(RecipeSection):
     """Settings of `task: token-classify`. Default none: the defaults of its keys."""
     speech: SpeechSection | None = None
     """Settings of `task: speech`. Default none: the defaults of its keys."""
+    embed: EmbedSection | None = None
+    """Settings of `task: embed`. Default none: the defaults of its keys."""
+    rerank: RerankSection | None = None
+    """Settings of `task: rerank`. Default none: the defaults of its keys."""
 
     @property
     def needs_rows_apart(self) -> str | None:
@@ -168,7 +174,7 @@ class Recipe(RecipeSection):
         self.train.check(diagnostics, self.data, self.adapter, self.seed, variant)
         self.train.check_task(diagnostics, variant)
         self.generation.check(diagnostics, variant)
-        self.evaluate.check(diagnostics, variant, bool(self.data.test), self.deploy)
+        self.evaluate.check(diagnostics, variant, bool(self.data.test), self.deploy, bool(self.data.validation))
         self._check_deploy(diagnostics, variant)
 
     def _check_deploy(self, diagnostics: Diagnostics, variant: TaskVariant) -> None:

@@ -13,6 +13,8 @@ from llmtune.recipe.yaml_reader import Node, parse_yaml
 Key = Sequence[str | int]
 DEFAULT = "default"
 SET = "--set"
+SHORT_FORMS: Mapping[str, type] = {"path": str, "task": str, "coverage": float}
+"""Keys that a plain value of this type stands for, in place of their section."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,8 @@ class SourceMap:
     def find(self, key: Key) -> tuple[Node, bool]:
         """Return the deepest existing node on the path `key`, and whether the complete path exists.
 
-        A single source counts as a list of one, and a string as a source's `path`: `data.train.0.path` finds both.
+        A single source counts as a list of one, and a short form as the key in `SHORT_FORMS`: `data.train.0.path` finds
+        both.
         """
         node = self.root
         for step in key:
@@ -33,7 +36,7 @@ class SourceMap:
                 node = value[str(step)]
             elif isinstance(value, list) and str(step).isdigit() and int(step) < len(value):
                 node = value[int(step)]
-            elif step in BRANCHES or step == 0 or (step in ("path", "task") and isinstance(value, str)):
+            elif step in BRANCHES or step == 0 or isinstance(value, SHORT_FORMS.get(str(step), ())):
                 continue
             else:
                 return node, False

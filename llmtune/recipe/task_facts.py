@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -11,8 +12,22 @@ GENERATED = ("exact_match", *ROUGE, "chrf")
 """Metrics of chat and completion on generated answers."""
 MACHINE_TRANSLATION = ("bleu", "chrf", "ter", "exact_match")
 TOOL_METRICS = ("tool_call_valid", "tool_name", "tool_arguments", "tool_arguments_f1", "no_call")
+CALIBRATION = ("ece", "brier", "nll")
+"""Metrics of the probabilities of a task that chooses."""
+CHOICE_METRICS = ("choice_accuracy", *CALIBRATION)
+"""Metrics of chat and completion that need choices."""
+DECISIONS: Mapping[str, tuple[str, ...]] = {
+    "decide": ("decided", "decided_error"),
+    "sets": ("set_coverage", "set_size"),
+    "out_of_scope": ("false_alarms",),
+}
+"""Metrics of the tuned model's decisions on test rows, by the key of `evaluate` that adds them."""
+RANKING = ("ndcg@10", "mrr@10", "recall@1", "recall@5", "recall@10", "map")
+"""Metrics of ranked passages; each cutoff after the @ may be another number."""
 NEAREST_TO_ONE = frozenset({"length_ratio"})
 """Metrics that are best near 1: neither more nor less is better."""
+COST = "_cost"
+"""Ending of a metric's name for which lower is better; so users mark their own metrics."""
 CUT_METRIC = "answers_cut"
 """Share of truncated answers; measured whenever another metric generates answers."""
 PREDICTED = frozenset(
@@ -24,8 +39,9 @@ WITH_ROLES = ("messages", "sharegpt", "prompt-completion", "conversation-pair", 
 """Formats whose rows may contain messages."""
 COLUMNS = (
     *("answer", "answers", "audio", "chosen", "completion", "context", "conversations", "document", "file_name"),
-    *("functions", "history", "input", "instruction", "label", "messages", "output", "pair", "prompt", "question"),
-    *("rejected", "source", "source_language", "spans", "summary", "system", "tags", "target", "target_language"),
+    *("functions", "history", "input", "instruction", "label", "messages", "negatives", "output", "pair", "passage"),
+    *("passages", "prompt", "query", "question", "rejected", "relevance", "relevances", "score", "source"),
+    *("source_language", "spans", "summary", "system", "tags", "target", "target_language"),
     *("text", "tokens", "tools", "train_reasoning", "translation"),
 )
 """Names of row columns: the allowed keys of a source's `columns`."""
@@ -77,6 +93,12 @@ class TaskFacts:
     """Meaning of metrics that differs from other tasks."""
     pipeline: str | None = None
     """The hub's name of the task, if the kind of model does not imply it."""
+    library: str = "transformers"
+    """The hub's name of the library that loads complete models of the task."""
+    tags: tuple[str, ...] = ()
+    """The hub's tags for models of the task."""
+    split_by: str | None = None
+    """Column that groups rows if the recipe does not set `data.split_by`."""
 
     @property
     def has_messages(self) -> bool:
@@ -87,6 +109,11 @@ class TaskFacts:
     def splits_text(self) -> bool:
         """Return whether a long row can be split into several; only for language modelling tasks."""
         return "split" in self.overlong
+
+
+def at_ten(metric: str) -> str:
+    """Return a ranking metric at cutoff 10, which stands for all cutoffs in `TaskFacts.metrics`; others unchanged."""
+    return re.sub(r"^(ndcg|mrr|recall)@[1-9][0-9]{0,3}$", r"\1@10", metric)
 
 
 def answer_kind(task: str | None) -> str:
@@ -100,7 +127,7 @@ _TASKS = (
     TaskFacts(
         "chat",
         "answer in a conversation",
-        (*LANGUAGE, *GENERATED, "choice_accuracy", *TOOL_METRICS, CUT_METRIC),
+        (*LANGUAGE, *GENERATED, *CHOICE_METRICS, *TOOL_METRICS, CUT_METRIC),
         (*LANGUAGE, "exact_match", "rougeL", "chrf", "choice_accuracy", *TOOL_METRICS),
         formats=("messages", "sharegpt", "alpaca", "prompt-completion"),
         models=("decoder",),
@@ -116,7 +143,7 @@ _TASKS = (
     TaskFacts(
         "completion",
         "continue a text, or fill in masked tokens",
-        (*LANGUAGE, *GENERATED, "choice_accuracy", CUT_METRIC),
+        (*LANGUAGE, *GENERATED, *CHOICE_METRICS, CUT_METRIC),
         LANGUAGE,
         formats=("prompt-completion", "alpaca", "text"),
         models=("decoder",),
@@ -190,7 +217,7 @@ _TASKS = (
         "assign one class, several classes or a number to a text",
         (
             *("loss", "accuracy", "f1_macro", "f1_micro", "f1_weighted", "matthews", "auroc"),
-            *("mse", "mae", "pearson", "spearman"),
+            *(*CALIBRATION, "mse", "mae", "pearson", "spearman"),
         ),
         ("loss", "accuracy", "f1_macro", "f1_micro", "matthews", "auroc"),
         formats=("text-label",),
@@ -211,7 +238,7 @@ _TASKS = (
     TaskFacts(
         "token-classify",
         "mark words in a text",
-        ("loss", "f1", "precision", "recall", "accuracy"),
+        ("loss", "f1", "precision", "recall", "accuracy", *CALIBRATION),
         ("loss", "f1", "precision", "recall"),
         formats=("tokens-tags", "text-spans"),
         models=("encoder",),
@@ -262,6 +289,47 @@ _TASKS = (
             "loss": "loss per pair, as in training",
             "accuracy": "better answer has the higher reward",
         },
+    ),
+    TaskFacts(
+        "embed",
+        "turn texts into vectors that are close if the texts belong together",
+        (*RANKING, "spearman", "pearson", "random_cosine", "effective_rank"),
+        ("ndcg@10", "recall@1", "mrr@10", "map", "random_cosine", "effective_rank"),
+        formats=("query-passage", "text-label"),
+        models=("encoder", "decoder"),
+        columns=("query", "passage"),
+        section="embed",
+        packs=True,
+        overlong=("error", "drop", "truncate"),
+        prompt_name="query",
+        decodes=False,
+        unswapped="queries and passages may have to change together",
+        pipeline="sentence-similarity",
+        library="sentence-transformers",
+    ),
+    TaskFacts(
+        "rerank",
+        "rank passages for a query",
+        ("loss", *RANKING),
+        ("loss", *RANKING),
+        formats=("query-passage-relevance", "query-passages", "query-passage-negatives"),
+        models=("encoder", "decoder"),
+        columns=("query", "passage", "relevance"),
+        first_metrics=("loss", "ndcg@10", "mrr@10"),
+        section="rerank",
+        packs=True,
+        overlong=("error", "drop", "truncate"),
+        answer_kind="rating",
+        prompt_name="query with passages",
+        metric_notes={
+            "loss": "binary cross-entropy per passage",
+        },
+        pipeline="text-ranking",
+        library="sentence-transformers",
+        tags=("cross-encoder", "reranker"),
+        split_by="query",
+        decodes=False,
+        unswapped="other passages may be relevant for a swapped query",
     ),
 )
 TASK_FACTS = {facts.name: facts for facts in _TASKS}

@@ -11,7 +11,7 @@ from llmtune.recipe.adapter_section import AdapterSection
 from llmtune.recipe.data_section import DataSection
 from llmtune.recipe.section import Many, NonEmpty, Positive, RecipeSection, Seed, one_or_more
 from llmtune.recipe.source_map import Diagnostics
-from llmtune.recipe.task_facts import NEAREST_TO_ONE, TaskVariant
+from llmtune.recipe.task_facts import NEAREST_TO_ONE, TaskVariant, at_ten
 
 AdamW = Literal["adamw_torch", "adamw_torch_fused", "adamw_8bit", "adamw_bnb_8bit"]
 PagedAdamW = Literal["paged_adamw_8bit", "paged_adamw_32bit"]
@@ -204,7 +204,7 @@ class TrainSection(RecipeSection):
         key, known = "train.eval_metrics", variant.eval_metrics
         diagnostics.repeated(key, self.eval_metrics, "a metric")
         for i, metric in enumerate(self.eval_metrics):
-            if metric not in known:
+            if at_ten(metric) not in known:
                 lacking = "is measured anyway" if metric == "loss" else "cannot be measured while training"
                 fix = f"{nearest(metric, known)} Allowed: {', '.join(known)}.".strip()
                 diagnostics.add(f"{key}.{i}", f"'{metric}' {lacking}", fix, "task")
@@ -213,7 +213,11 @@ class TrainSection(RecipeSection):
             fix = "Choose another of train.eval_metrics, or loss."
             diagnostics.add("train.metric_for_best_model", f"neither more nor less {chosen} is better", fix)
         elif chosen not in ("loss", *self.eval_metrics):
-            fix = f"Add {chosen} to {key}." if chosen in known else f"{nearest(chosen, known)} Or use loss.".strip()
+            fix = (
+                f"Add {chosen} to {key}."
+                if at_ten(chosen) in known
+                else f"{nearest(chosen, known)} Or use loss.".strip()
+            )
             what = f"'train.metric_for_best_model' is {chosen!r}, which is not measured while training"
             diagnostics.add("train.metric_for_best_model", what, fix, key)
 

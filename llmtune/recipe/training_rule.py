@@ -86,6 +86,16 @@ def with_length(loaded: LoadedRecipe, length: int, model: str) -> LoadedRecipe:
     return replace(loaded, recipe=loaded.recipe.model_copy(update={"data": data}), origins=origins)
 
 
+def count_checkpoints(recipe: Recipe, rows: int) -> int:
+    """Return how many checkpoints training will choose from by validation rows; 1 if it does not choose."""
+    train = recipe.train
+    if not recipe.data.validation or not (train.load_best_model_at_end or train.early_stopping_patience):
+        return 1
+    of_epoch = math.ceil(rows / train.batch_size)
+    steps = train.max_steps or math.ceil((train.num_train_epochs or 1) * of_epoch)
+    return max(1, math.ceil(steps / (train.eval_steps or of_epoch)))
+
+
 def few_steps(recipe: Recipe, rows: int) -> str | None:
     """Return a warning if `rows` training rows give few steps and the recipe does not set the steps itself."""
     train = recipe.train

@@ -86,6 +86,29 @@ def draw_histogram(
     return heading(title) + svg(parts, WIDTH, height, label) + "\n"
 
 
+def draw_reliability(
+    bins: Sequence[tuple[float, float, float]], *, label: str, title: str = "", style: str = "train"
+) -> Markup:
+    """Draw (probability, share right, size) of each bin as a dot next to the diagonal; the size is a dot's area."""
+    height, largest = 300, max(size for *_, size in bins)
+    wide, tall = WIDTH - LEFT - RIGHT, height - TOP - BOTTOM
+
+    def at(x: float, y: float) -> tuple[float, float]:
+        return LEFT + wide * x, TOP + tall * (1 - y)
+
+    (x1, y1), (x2, y2) = at(0, 0), at(1, 1)
+    marks = [i / 5 for i in range(6)]
+    parts = [grid_line(at(0, mark)[1], short(mark)) for mark in marks]
+    parts += [text(at(mark, 0)[0], height - BOTTOM + 18, short(mark)) for mark in marks]
+    parts += [text(WIDTH - RIGHT, height - 2, "probability", "end"), text(LEFT + 4, TOP + 12, "share right", "start")]
+    parts.append(element("line", class_="zero", x1=x1, y1=y1, x2=x2, y2=y2))
+    for probability, right, size in bins:
+        (x, y), tip = at(probability, right), f"{probability:.2f}: {100 * right:.0f} % of {size:g} right"
+        radius = 2 + 9 * math.sqrt(size / largest)
+        parts.append(element("circle", element("title", tip), class_=f"dot {style}", cx=x, cy=y, r=radius))
+    return heading(title) + svg(parts, WIDTH, height, label) + "\n"
+
+
 def draw_interval(value: float, low: float, high: float, *, better: int, label: str) -> Markup:
     """Draw a difference and its interval around zero; the better side (1: more, -1: less) is on the right."""
     ends = (value, low, high)

@@ -4,17 +4,37 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from llmtune.recipe.task_facts import NEAREST_TO_ONE, TASK_FACTS
+from llmtune.recipe.task_facts import CALIBRATION, COST, NEAREST_TO_ONE, TASK_FACTS, at_ten
 from llmtune.records import Difference
 
 CHOICE = "choice_accuracy"
 LOWER_IS_BETTER = frozenset(
-    {"loss", "perplexity", "bits_per_byte", "wer", "cer", "ter", "mse", "mae", "kl", "answers_cut"},
+    {
+        "loss",
+        "perplexity",
+        "bits_per_byte",
+        "wer",
+        "cer",
+        "ter",
+        "mse",
+        "mae",
+        "kl",
+        "answers_cut",
+        *CALIBRATION,
+        "decided_error",
+        "set_size",
+        "false_alarms",
+        "random_cosine",
+    },
 )
-COSTS = frozenset({"kl", "answers_cut"})
+COSTS = frozenset({"kl", "answers_cut", "ece", "random_cosine", "effective_rank"})
 """Metrics that show the cost or conditions of a gain. A change in only these does not make a model worse."""
 
 METRIC_NOTES = {
+    "ndcg@10": "order of the first k passages, by graded relevance",
+    "mrr@10": "1 / rank of the first relevant passage; 0 beyond rank k",
+    **dict.fromkeys(("recall@1", "recall@5", "recall@10"), "share of a query's relevant passages among the first k"),
+    "map": "mean precision at the ranks of the relevant passages",
     CHOICE: "reference is the likeliest choice; independent of wording",
     "bleu": "shared word n-grams, 0 to 100",
     "wer": "wrong words per reference word",
@@ -40,8 +60,18 @@ METRIC_NOTES = {
     "auroc": "right class ranked above the others; 0.5 is chance",
     "precision": "share of the found ones that are right",
     "recall": "share of the true ones that were found",
+    "decided": "answers that are decided; the others ask a person",
+    "decided_error": "errors among decided answers",
+    "set_coverage": "prediction sets with the right label; of several right labels, the share in the set",
+    "set_size": "labels per prediction set",
+    "false_alarms": "rows called out of scope",
+    "brier": "squared error of the probabilities",
+    "nll": "nats of the right label",
+    "ece": "how far probabilities are from the share that is right",
     "mae": "mean error, in units of the label",
     "mse": "mean squared error",
+    "random_cosine": "mean cosine of unrelated texts; near 1 if all vectors are alike",
+    "effective_rank": "directions that the vectors use",
     "spearman": "rank correlation, −1 to 1",
     "pearson": "linear correlation, −1 to 1",
     "likelihood_accuracy": "better answer is likelier",
@@ -59,13 +89,13 @@ METRIC_NOTES = {
 def metric_note(metric: str, task: str | None) -> str:
     """Return the meaning of a task's metric in a few words; empty if unknown."""
     own = TASK_FACTS[task].metric_notes if task in TASK_FACTS else {}
-    return own.get(metric) or METRIC_NOTES.get(metric, "")
+    return own.get(metric) or METRIC_NOTES.get(metric) or METRIC_NOTES.get(at_ten(metric), "")
 
 
 def rank_metrics(metrics: Iterable[str]) -> list[str]:
-    """Sort metrics, the most informative first."""
+    """Sort metrics, the most informative first: those without a note are the user's own."""
     ranks = {name: rank for rank, name in enumerate(METRIC_NOTES)}
-    return sorted(metrics, key=lambda name: ranks.get(name, len(ranks)))
+    return sorted(metrics, key=lambda name: ranks.get(name, ranks.get(at_ten(name), -1)))
 
 
 def direction(metric: str, change: Difference) -> int:
@@ -76,4 +106,5 @@ def direction(metric: str, change: Difference) -> int:
 
 def better_side(metric: str) -> int:
     """Return 1 if more is better, -1 if less is better, 0 if neither."""
-    return 0 if metric in NEAREST_TO_ONE else -1 if metric in LOWER_IS_BETTER else 1
+    lower = metric in LOWER_IS_BETTER or metric.endswith(COST)
+    return 0 if metric in NEAREST_TO_ONE else -1 if lower else 1

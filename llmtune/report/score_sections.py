@@ -24,8 +24,10 @@ from llmtune.report.blocks import (
     Text,
     difference_table,
 )
+from llmtune.report.calibration_section import calibration_section
 from llmtune.report.charts import draw_meter
-from llmtune.report.metric_info import LOWER_IS_BETTER, better_side, metric_note, rank_metrics
+from llmtune.report.decision_view import decision_section
+from llmtune.report.metric_info import better_side, metric_note, rank_metrics
 from llmtune.report.number_format import count, missing, score, share, signed
 from llmtune.report.report_record import Power, Seeds
 from llmtune.report.sample_view import present_samples
@@ -42,8 +44,10 @@ def score_sections(evaluation: Evaluation, task: str | None, seeds: Seeds | None
     return [
         score_section(evaluation, task),
         sample_section(evaluation, task),
+        calibration_section(evaluation),
         champion_section(evaluation, task),
         seed_section(seeds, base),
+        decision_section(evaluation),
         class_section(evaluation.details, base, entities=answer_kind(task) == "tags"),
         slice_section(evaluation.slices, base),
         *suite_sections(evaluation),
@@ -155,7 +159,7 @@ def full_note(metric: str, task: str | None) -> str:
 
 def lower_note(metric: str) -> str:
     """Return `lower is better` if that is true, else an empty string."""
-    return "lower is better" if metric in LOWER_IS_BETTER else ""
+    return "lower is better" if better_side(metric) < 0 else ""
 
 
 def spell_metrics(metrics: Iterable[str]) -> str:

@@ -11,22 +11,25 @@ from pathlib import Path
 
 from rich.progress import MofNCompleteColumn
 
-from llmtune.data.column_mapping import rename, used_columns, with_aliases
+from llmtune.data.column_mapping import ALIASES, rename, used_columns, with_aliases
 from llmtune.data.ingest import progress_bars
 from llmtune.data.rejected_rows import RowError
+from llmtune.data.rerank_rows import passage_text
 from llmtune.data.row_formats import COLUMNS
 from llmtune.data.sources import local_input
 from llmtune.errors import DataError, RecipeError
 from llmtune.evaluate.generation import answer_reader, generate_completions
 from llmtune.serve.finished_run import FinishedRun, Inputs
-from llmtune.serve.served_model import ServedModel, label_scores
+from llmtune.serve.served_model import ServedModel
 
 INPUT_COLUMNS: Mapping[str, tuple[str, ...]] = {
-    "prompt": ("prompt", "instruction", "question", "text", "source", "document"),
+    "prompt": ("prompt", "instruction", "question", "query", "text", "source", "document"),
     "audio": ("audio", "file_name"),
     "answer": ("completion", "answer", "output"),
 }
 """Possible columns of a task input, by our names; of any other input, its own name."""
+TEXT_ENDINGS = (".txt", ".text", ".md")
+"""Files with a passage per line."""
 AT_ONCE = 512
 """Number of rows answered before their lines are written."""
 
@@ -34,7 +37,9 @@ AT_ONCE = 512
 def answer_file(
     run: FinishedRun, rows: Path, output: Path | None, *, base: bool, max_new_tokens: int | None
 ) -> tuple[int, int]:
-    """Answer the rows of a file and write a JSON line for each: its columns, `answer`, and for classes their `scores`.
+    """Answer the rows of a file and write a JSON line for each: its columns, `answer`, and what goes with a choice.
+
+    A model that chooses adds `scores`, and what `evaluate.decide`, `sets` and `out_of_scope` ask for.
 
     If the file has a column `answer`, it is written as `reference`. Columns are read as in training: by the recipe's
     mapping, and by their usual names. Returns the number of answered and of unreadable rows; the latter have an
@@ -96,7 +101,8 @@ def _read_inputs(
 ) -> Inputs | RowError:
     try:
         named = rename(row, columns)
-        inputs = {name: str(value) for name, column in asked.items() if (value := named.get(column)) is not None}
+        given = {name: value for name, column in asked.items() if (value := named.get(column)) is not None}
+        inputs = {name: json.dumps(value) if isinstance(value, list) else str(value) for name, value in given.items()}
         if "audio" in inputs:
             inputs["audio"] = str(folder / str(inputs["audio"]))
         empty = [
@@ -107,6 +113,29 @@ def _read_inputs(
     return RowError("empty content", f"{empty[0]!r} is empty") if empty else inputs
 
 
+def read_passages(file: Path) -> list[str]:
+    """Return the passages of a file: its lines if it is a text, else the column `passage` (or a usual name for it).
+
+    Raises DataError if the file has no passages, or cannot be read.
+    """
+    if file.suffix.lower() in TEXT_ENDINGS:
+        passages = [line for line in map(str.strip, file.read_text("utf-8").splitlines()) if line]
+    else:
+        rows = [(origin, row) for origin, row in local_input(file).raw_rows() if not isinstance(row, RowError)]
+        header = dict.fromkeys(name for _, row in rows for name in row)
+        column = next((name for name in ("passage", *ALIASES["rerank"]["passage"]) if name in header), None)
+        if column is None:
+            fix = "Name the column passage, or give a text file with a passage per line."
+            raise DataError.of(f"no column for the passages; found {', '.join(header) or 'none'}", str(file), fix)
+        try:
+            passages = [passage_text(row.get(column)) for _, row in rows]
+        except RowError as error:
+            raise DataError.of(str(error), str(file)) from None
+    if not passages:
+        raise DataError.of("it has no passages", str(file), "Give a text file with a passage per line.")
+    return passages
+
+
 def _answer_rows(
     served: ServedModel, given: Sequence[Inputs], advance: Callable[[int], None]
 ) -> Iterator[dict[str, object]]:
@@ -114,10 +143,9 @@ def _answer_rows(
     task, recipe = served.task, served.recipe
     rows = [task.make_row(inputs) for inputs in given]
     if task.predicts:
-        for prediction in served.predict(rows):
-            labelled = label_scores(prediction, recipe)
-            scores = {"scores": labelled["scores"]} if isinstance(labelled, dict) and labelled != prediction else {}
-            yield {"answer": task.format_prediction(prediction), **scores}
+        for predicted in served.predict(rows):
+            of_classes = {"scores": one} if (one := next(iter(predicted.probabilities), None)) else {}
+            yield {"answer": task.format_prediction(predicted.value), **of_classes, **predicted.scores}
         return
     prompts = [task.prompt_ids(row, served.processor, recipe) for row in rows]
     read = answer_reader(served.processor, recipe)
@@ -126,9 +154,10 @@ def _answer_rows(
     outputs = iter(
         generate_completions(served.model, fitting, served.processor, recipe, device=served.device, advance=advance)
     )
-    for ids in prompts:
+    for ids, chosen in zip(prompts, served.choose(rows), strict=True):
         if len(ids) > room:
             yield {"error": f"the prompt has {len(ids)} tokens, but the model's context has room for {room}"}
             continue
         parsed = read(next(outputs).token_ids, None)
-        yield {"answer": parsed.text, **({"reasoning": parsed.reasoning} if parsed.reasoning else {})}
+        thoughts = {"reasoning": parsed.reasoning} if parsed.reasoning else {}
+        yield {"answer": parsed.text, **thoughts, **chosen}

@@ -290,7 +290,7 @@ class Engine:
         batch.jobs = self.queue.take(batch.served, [], 1 if alone else batch.max_rows, None)
         try:
             predictions = batch.served.predict([job.row for job in batch.jobs if job.row is not None])
-            events: list[Event] = [End("answer", prediction) for prediction in predictions]
+            events: list[Event] = [End("answer", *predicted) for predicted in predictions]
         except LlmtuneError as error:
             events = [error] if len(batch.jobs) == 1 else [self._predict_one(batch.served, job) for job in batch.jobs]
         for job, event in zip(batch.jobs, events, strict=True):
@@ -300,10 +300,10 @@ class Engine:
     def _predict_one(self, served: ServedModel, job: AnswerJob) -> Event:
         assert job.row is not None, "only a job with a row is predicted"
         try:
-            (prediction,) = served.predict([job.row])
+            (predicted,) = served.predict([job.row])
         except LlmtuneError as error:
             return error
-        return End("answer", prediction)
+        return End("answer", *predicted)
 
     def _fail(self, batch: DecodingBatch, error: BaseException) -> None:
         """Abort all answers of a batch with `error`."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +15,8 @@ from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llmtune.errors import Problem, RecipeError
+from llmtune.evaluate.calibration import run_calibration
+from llmtune.evaluate.decision import describe_answer, run_decision
 from llmtune.evaluate.evaluation_file import load_evaluation
 from llmtune.evaluate.gates import check_gates
 from llmtune.evaluate.generation import generate_completions
@@ -180,6 +183,7 @@ class FinishedRun:
         context: str | None = None,
         pair: str | None = None,
         audio: str | Path | None = None,
+        passages: Sequence[str] | None = None,
         answer: str | None = None,
         source_language: str | None = None,
         target_language: str | None = None,
@@ -194,6 +198,7 @@ class FinishedRun:
             context: the text that holds the answer (qa).
             pair: the second text of a pair (classify).
             audio: a recording (speech).
+            passages: the passages to rank for the prompt (rerank).
             answer: the answer to score (preference, reward).
             source_language: the language of the prompt, instead of the recipe's (translate).
             target_language: the language of the answer, instead of the recipe's (translate).
@@ -211,12 +216,16 @@ class FinishedRun:
         inputs = {"prompt": prompt, "system": system, "context": context, "pair": pair, "answer": answer}
         inputs |= {"source_language": source_language, "target_language": target_language}
         inputs["audio"] = None if audio is None else str(audio)
+        inputs["passages"] = None if passages is None else json.dumps([*passages])
         return str(self.answer(inputs, base=base, max_new_tokens=max_new_tokens)["text"])
 
     def answer(self, inputs: Inputs, *, base: bool = False, max_new_tokens: int | None = None) -> dict[str, object]:
         """Answer once, whatever the task.
 
-        Returns `text`, for people, and `prediction`, in the task's format; also `reasoning` if the model wrote any.
+        Returns `text`, for people, and `prediction`, in the task's format; also `reasoning` if the model wrote any, and
+        `scores` if it chooses: the probability of each tag for each word, or of each of the answers that it was
+        calibrated on. The prediction of classes has its own. Then `decision` (`decide` or `ask`) and its `confidence`,
+        `set` and `out_of_scope`, as far as the recipe has `evaluate.decide`, `sets` and `out_of_scope`.
         Raises as `generate` does.
         """
         served = self.load(inputs, base=base, max_new_tokens=max_new_tokens)
@@ -224,24 +233,32 @@ class FinishedRun:
         if task.free_prompt:
             whole = sum(_ask(served, inputs), Delta())
             thoughts = {"reasoning": whole.reasoning} if whole.reasoning else {}
-            return {"text": whole.content, "prediction": whole.content, **thoughts}
+            (chosen,) = served.choose([task.make_row(inputs)])
+            return {"text": whole.content, "prediction": whole.content, **thoughts, **chosen}
         row = task.make_row(inputs)
-        prediction: object
         if task.predicts:
-            (prediction,) = served.predict([row])
+            (predicted,) = served.predict([row])
+            prediction, scores = predicted.value, predicted.scores
         else:
             ids = task.prompt_ids(row, served.processor, served.recipe)
             (output,) = generate_completions(served.model, [ids], served.processor, served.recipe, device=served.device)
-            prediction = served.read(output.token_ids)
-        return {"text": task.format_answer(prediction, row), "prediction": prediction}
+            prediction, scores = served.read(output.token_ids), {}
+        return {"text": task.format_answer(prediction, row), "prediction": prediction, **scores}
 
     def stream(self, inputs: Inputs, *, base: bool = False, max_new_tokens: int | None = None) -> Iterator[str]:
-        """Yield the text of `answer`, in pieces as they are generated if the task has free prompts."""
+        """Yield the text of `answer`, in pieces as they are generated if the task has free prompts.
+
+        The last line has the decision, if there is one.
+        """
         if not self.task.free_prompt:
-            yield str(self.answer(inputs, base=base, max_new_tokens=max_new_tokens)["text"])
+            said = self.answer(inputs, base=base, max_new_tokens=max_new_tokens)
+            yield f"{said['text']}{describe_answer(said)}"
             return
         served = self.load(inputs, base=base, max_new_tokens=max_new_tokens)
         yield from (piece.content for piece in _ask(served, inputs) if piece.content)
+        if served.decision is not None:
+            (chosen,) = served.choose([served.task.make_row(inputs)])
+            yield describe_answer(chosen)
 
     def chat(self, *, base: bool = False) -> ChatSession:
         """Begin a conversation; raises RecipeError if the task has none."""
@@ -292,7 +309,10 @@ class FinishedRun:
             plan, models = self._opened.plan, Models(self._opened)
             with models.base() if base else models.tuned() as model:
                 name = "base" if base else "tuned"
-                self._loaded[base] = ServedModel(name, model, plan.processor, plan.recipe, plan.task)
+                served = ServedModel(name, model, plan.processor, plan.recipe, plan.task)
+                record = None if base else run_calibration(self._opened.folder)
+                rules = None if base else run_decision(self._opened.folder)
+                self._loaded[base] = replace(served, calibration=record, decision=rules)
         return self._loaded[base]
 
 

@@ -17,9 +17,11 @@ from starlette.types import ASGIApp
 
 import llmtune
 from llmtune.errors import nearest
+from llmtune.serve.embeddings_endpoint import mount_embeddings
 from llmtune.serve.engine import Engine
 from llmtune.serve.generation_endpoints import ClientDisconnected, mount_generation, served_by_name
 from llmtune.serve.middleware import CONTENT_TYPE, Gateway, Metrics, error_response
+from llmtune.serve.rerank_endpoint import mount_rerank
 from llmtune.serve.schemas import ERROR_RESPONSES, NEUTRAL, ApiError, Health, ModelCard, ModelList
 from llmtune.serve.task_endpoints import mount_task
 
@@ -45,6 +47,10 @@ def build_app(engine: Engine, *, body_bytes: int, key: str | None = None) -> ASG
     if task.free_prompt:
         page_kind = "chat" if task.is_conversational else "completion"
         mount_generation(app, engine, metrics, chat=task.is_conversational)
+    elif task.name == "rerank":
+        mount_rerank(app, engine)
+    elif task.name == "embed":
+        mount_embeddings(app, engine)
     else:
         mount_task(app, task, engine, metrics)
     _mount_models(app, engine)

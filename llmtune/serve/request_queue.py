@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import ceil
+from typing import Any
 
 from transformers import GenerationConfig
 
@@ -40,6 +41,10 @@ class End:
 
     reason: str
     prediction: object = None
+    probabilities: Sequence[dict[str, float]] = ()
+    """Of each label, for each choice of a predicted row."""
+    decision: Mapping[str, Any] = field(default_factory=dict)
+    """The decision about a predicted row, as in `Predicted`."""
 
 
 Event = list[int] | End | BaseException

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from peft import PeftModel
 from rich.console import Console
@@ -16,6 +16,8 @@ from llmtune.adapter.load import add_adapter, find_adapter
 from llmtune.adapter.merging import merge_adapter
 from llmtune.adapter.reference_model import switches_off
 from llmtune.errors import Problem, RecipeError
+from llmtune.evaluate.calibration import run_calibration
+from llmtune.evaluate.decision import run_decision
 from llmtune.model.config import head_is_new
 from llmtune.recipe.user_files import read_text_file
 from llmtune.records import ModelRef
@@ -179,17 +181,23 @@ def load_models(opened: Sequence[ServableRun], options: ServeOptions) -> dict[st
     first, *others = opened
     recipe, task = first.plan.recipe, first.plan.task
     processor, adapted = first.plan.processor, Models(first.context).adapted
+    known: dict[str, dict[str, Any]] = {
+        run.name: {"calibration": run_calibration(run.context.folder), "decision": run_decision(run.context.folder)}
+        for run in opened
+    }
     if options.merged or first.method == "full":
         whole = adapted.model
         if options.merged:
             whole = merge_adapter(adapted, "dequantized" if adapted.selected.quantized else "original")
-        return {first.name: ServedModel(first.name, cast("PreTrainedModel", whole).eval(), processor, recipe, task)}
+        alone = ServedModel(first.name, cast("PreTrainedModel", whole).eval(), processor, recipe, task)
+        return {first.name: replace(alone, **known[first.name])}
     model = cast(PeftModel, adapted.model)
     served = {first.name: ServedModel(first.name, model, processor, recipe, task, "default")}
     for number, run in enumerate(others, 2):
         add_adapter(model, f"run{number}", find_adapter(run.path))
         own = run.plan
         served[run.name] = ServedModel(run.name, model, own.processor, own.recipe, own.task, f"run{number}")
+    served = {name: replace(one, **known[name]) for name, one in served.items()}
     model.set_adapter("default", inference_mode=True)
     name = public_name(first.plan.model_ref)
     if name not in served and switches_off(model) and not head_is_new(first.plan.model_ref, recipe, task):

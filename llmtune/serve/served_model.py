@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import cast
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import NamedTuple, cast
 
 import torch
 from peft import PeftModel
@@ -20,6 +22,8 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from llmtune.data.chat_template import Tools
+from llmtune.evaluate.calibration import name_probabilities
+from llmtune.evaluate.decision import decide_answer
 from llmtune.evaluate.evaluated_task import LoadedModel
 from llmtune.evaluate.generation import (
     answer_ends,
@@ -29,16 +33,33 @@ from llmtune.evaluate.generation import (
     generation_settings,
     only_these_settings,
 )
+from llmtune.evaluate.shared_prefix import choice_trees, score_trees
 from llmtune.model.causal_lm_loss import unwrap
 from llmtune.model.device import compute_context, resolve_dtype
 from llmtune.model.memory_plan import context_length
 from llmtune.recipe.schema import Recipe
-from llmtune.records import Row
+from llmtune.records import Calibration, Decision, Json, Row
 from llmtune.serve.answer_stream import AnswerStream
 from llmtune.tasks.base import AnyTask
 
 DRAWS = {"temperature": 0, "top_p": 1, "top_k": 0, "min_p": 0}
 """Sampling settings, with the value at which each does not enable sampling."""
+
+
+class Predicted(NamedTuple):
+    """The prediction of a row, and the probability of each label for each of its choices: one, or one per word."""
+
+    value: object
+    probabilities: list[dict[str, float]]
+    """Empty if the model does not choose among labels; for a word that the model cannot see, an empty dictionary."""
+    decision: Json
+    """The decision about the row, its prediction set, and whether it is out of scope, as far as the recipe asks."""
+
+    @property
+    def scores(self) -> Json:
+        """The probabilities as `scores` next to an answer, unless its prediction has its own; and the decision."""
+        named = {"scores": self.probabilities} if self.probabilities and not isinstance(self.value, dict) else {}
+        return {**named, **self.decision}
 
 
 @dataclass(eq=False)
@@ -54,6 +75,10 @@ class ServedModel:
     """The adapter's name in the PEFT model; None for the base (all adapters off) or a model without adapters."""
     created: int = field(default_factory=lambda: int(time.time()))
     """Unix time."""
+    calibration: Calibration | None = None
+    """The temperature of its probabilities; None for a base, or without one."""
+    decision: Decision | None = None
+    """The rules for its answers; None for a base, or without any."""
 
     def __post_init__(self) -> None:
         inner = unwrap(self.model)
@@ -86,11 +111,50 @@ class ServedModel:
                 self.model.set_adapter(self.adapter, inference_mode=True)
             yield
 
-    def predict(self, rows: Sequence[Row]) -> Sequence[object]:
-        """Predict from rows as the evaluation does."""
+    def predict(self, rows: Sequence[Row]) -> list[Predicted]:
+        """Predict from rows as the evaluation does, with calibrated probabilities."""
+        task, recipe, temperature = self.task, self.recipe, self.calibration.temperature if self.calibration else 1.0
+        noted: dict[int, list[list[float]]] = {}
+        loaded = LoadedModel(self.model, self.processor, recipe, self.device, temperature=temperature)
+        with self._computing():
+            values = task.predict(rows, replace(loaded, note_logits=noted.__setitem__))
+        many = task.output_kind(recipe) == "yes-no"
+        name = partial(name_probabilities, task.output_labels(recipe), many=many, temperature=temperature)
+        logits = [noted.get(i, []) for i in range(len(values))]
+        return [Predicted(value, name(of), self._decide(of)) for value, of in zip(values, logits, strict=True)]
+
+    def choose(self, rows: Sequence[Row]) -> list[Json]:
+        """Return `scores`, the calibrated probability of each choice of a model that generates answers, and decisions.
+
+        A decision is about the likeliest `choice`. Rows have no answer. Empty for a row that is too long, and without
+        calibrated or decided choices.
+        """
+        known = self.calibration or self.decision
+        if known is None or self.task.predicts:
+            return [{} for _ in rows]
+        trees = choice_trees(rows, known.labels, self.task, self.processor, self.recipe)
+        limit = self.context or sys.maxsize
+        fitting = {i: tree for i, tree in enumerate(trees) if tree is not None and tree.longest <= limit}
+        with self._computing():
+            scores = score_trees(self.model, list(fitting.values()), device=self.device)
+        found = dict(zip(fitting, scores, strict=True))
+        logits = [found.get(i, []) for i in range(len(rows))]
+        temperature = self.calibration.temperature if self.calibration else 1.0
+        named = name_probabilities(known.labels, logits, many=False, temperature=temperature)
+        lines: list[Json] = [{"scores": one} if one else {} for one in named]
+        if self.decision is not None:
+            for line, of in zip(lines, logits, strict=True):
+                line |= {"choice": max(line["scores"], key=line["scores"].get), **self._decide([of])} if of else {}
+        return lines
+
+    def _decide(self, logits: Sequence[Sequence[float]]) -> Json:
+        return decide_answer(self.decision, logits) if self.decision and any(map(len, logits)) else {}
+
+    @contextmanager
+    def _computing(self) -> Iterator[None]:
         dtype = resolve_dtype(self.recipe.model.dtype, self.model.device.type)
         with torch.inference_mode(), compute_context(dtype, self.device):
-            return self.task.predict(rows, LoadedModel(self.model, self.processor, self.recipe, self.device))
+            yield
 
     def read(self, ids: Sequence[int]) -> str:
         """Turn the ids of an answer into its text."""

@@ -5,8 +5,9 @@ from __future__ import annotations
 import base64
 import binascii
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, Literal
 
 from fastapi import FastAPI
 from pydantic import BaseModel, Field, create_model
@@ -47,6 +48,11 @@ class TaskAnswer(BaseModel):
     prediction: object
     labels: list[str] | None = Field(default=None, description="Names of the classes, in the order of the scores.")
     words: list[str] | None = Field(default=None, description="The words that the tags belong to.")
+    scores: list[dict[str, float]] | None = Field(default=None, description="The probability of each tag, by word.")
+    decision: Literal["decide", "ask"] | None = Field(default=None, description="Whether the answer is decided.")
+    confidence: float | None = Field(default=None, description="Its probability, before the temperature.")
+    set: list[str] | None = Field(default=None, description="The prediction set: labels that may be right.")
+    out_of_scope: bool | None = Field(default=None, description="Whether the input is unlike the validation rows.")
 
 
 def mount_task(app: FastAPI, task: AnyTask, engine: Engine, metrics: Metrics) -> None:
@@ -150,9 +156,11 @@ async def answer_row(
         job = make_job(served, ServedPrompt(prompt), GenerationRequest(), None)
     ids: list[int] = []
     prediction: object = None
+    probabilities: Sequence[dict[str, float]] = ()
+    decision: Mapping[str, Any] = {}
     async for event in run_job(engine, job):
         if isinstance(event, End):
-            prediction = event.prediction
+            prediction, probabilities, decision = event.prediction, event.probabilities, event.decision
         else:
             ids += event
     if not task.predicts:
@@ -167,5 +175,7 @@ async def answer_row(
         prediction=prediction,
         labels=list(section.labels or ()) or None if section else None,
         words=row.get("tokens"),
+        scores=[*probabilities] if "tokens" in row else None,
+        **decision,
     )
     return JSONResponse(answer.model_dump(exclude_none=True))

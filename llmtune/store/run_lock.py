@@ -94,6 +94,8 @@ class Lock(TypedDict):
     git_commit: NotRequired[str | None]
     trained: NotRequired[dict[str, dict[str, str]]]
     """Hash of each file in the subfolder of the trained weights; added after training."""
+    metrics: NotRequired[dict[str, str]]
+    """Hash of each file of the user's own metrics; added after each evaluation."""
 
 
 @dataclass(frozen=True)
@@ -155,6 +157,14 @@ def note_trained(folder: Path, name: str) -> str:
     """Add the hash of each trained file in the subfolder `name` to the lock; return the hash of the lock."""
     lock = read_lock(folder / LOCK)
     lock["trained"] = {name: list_folder(folder / name)}
+    write_json(folder / LOCK, lock)
+    return hash_file(folder / LOCK)
+
+
+def note_metrics(folder: Path, files: Sequence[str]) -> str:
+    """Write the hashes of the files of own metrics to the lock; return the hash of the lock."""
+    lock = read_lock(folder / LOCK)
+    lock["metrics"] = {file: hash_file(Path(file)) for file in files if Path(file).is_file()}
     write_json(folder / LOCK, lock)
     return hash_file(folder / LOCK)
 

@@ -112,6 +112,7 @@ def verify_run(run: Path, *, strict: bool = False) -> Verification:
         *_check_data(folder, lock),
         *_check_model(lock, run),
         *_check_template(folder, lock),
+        *_check_metrics(lock, run),
         *_check_outputs(folder, lock),
         *_compare_settings("packages", lock["packages"], packages, strict),
         *_compare_settings("hardware", lock["hardware"], hardware()),
@@ -268,6 +269,13 @@ def _check_template(folder: RunFolder, lock: Lock) -> Iterator[Finding]:
         path = folder.path / name / "chat_template.jinja"
         if path.is_file():
             yield compare_hashes("template", str(path), known, hash_value(path.read_text("utf-8", errors="replace")))
+
+
+def _check_metrics(lock: Lock, run: Path) -> Iterator[Finding]:
+    """Check the files of the user's own metrics."""
+    for file, known in lock.get("metrics", {}).items():
+        path = relocated(file, lock.get("folder"), run)
+        yield compare_hashes("metrics", str(path), known, hash_file(path) if path.is_file() else None)
 
 
 def _check_outputs(folder: RunFolder, lock: Lock) -> Iterator[Finding]:

@@ -92,10 +92,6 @@ class Task(EvaluatedTask, Generic[RowT, PredictionT]):
         """Write the prediction of one prompt row for the terminal, with details if available."""
         return self.format_prediction(prediction)
 
-    def output_kind(self, recipe: Recipe) -> str:
-        """Return the kind of a head's outputs: `choice` (one of K), `yes-no` (K questions) or `number`."""
-        return "choice"
-
 
 class DecoderTask(Task[RowT, str]):
     """A decoder that continues a prompt."""

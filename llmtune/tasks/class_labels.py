@@ -11,7 +11,8 @@ from transformers import PretrainedConfig
 from llmtune.data.task_rows import Label
 from llmtune.errors import DataError, Problem, RecipeError
 from llmtune.evaluate.classification_metrics import CLASS_METRICS
-from llmtune.recipe.task_facts import TASK_FACTS
+from llmtune.recipe.evaluate_section import is_own
+from llmtune.recipe.task_facts import CALIBRATION, TASK_FACTS
 from llmtune.recipe.task_sections import ClassifySection
 
 UNKNOWN_LABEL = "label unknown"
@@ -23,13 +24,15 @@ NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?")
 WHOLE = re.compile(r"[+-]?\d+")
 
 
-def idle_keys(section: ClassifySection, kind: str) -> Iterator[Problem]:
-    """Yield a problem for each key of the section that has no effect on this kind of label."""
+def idle_keys(section: ClassifySection, kind: str, decisions: Sequence[str]) -> Iterator[Problem]:
+    """Yield a problem for each key of the section, or of `decisions`, that has no effect on this kind of label."""
     idle = {"regression": ("labels", "class_weights"), "multi": ("class_weights",)}.get(kind, ())
+    what = f"has no effect: the labels are of the kind '{kind}'"
     for name in idle:
         if getattr(section, name) is not None:
-            what = f"has no effect: the labels are of the kind '{kind}'"
             yield Problem(what, f"classify.{name}", "Remove it, or set classify.kind to the kind of your labels.")
+    for name in decisions if kind == "regression" else ():
+        yield Problem(what, f"evaluate.{name}", "Remove it, or set classify.kind to the kind of your labels.")
 
 
 def infer_kind(labels: Sequence[Label]) -> str:
@@ -88,8 +91,11 @@ def choose_label_metrics(stated: Sequence[str], kind: str) -> tuple[str, ...]:
     own = TASK_FACTS["classify"].default_metrics
     if tuple(stated) in ((), own):
         return {"regression": REGRESSION_METRICS, "multi": MULTI_METRICS}.get(kind, own)
-    known = ("loss", *CLASS_METRICS[kind])  # type: ignore[index]
+    of_choices = () if kind == "regression" else CALIBRATION
+    known = ("loss", *CLASS_METRICS[kind], *of_choices)  # type: ignore[index]
     fix = f"Metrics of these labels: {', '.join(known)}."
     what = f"the labels are of the kind '{kind}', which does not support {{}}"
-    RecipeError.collect(Problem(what.format(name), "evaluate.metrics", fix) for name in stated if name not in known)
+    RecipeError.collect(
+        Problem(what.format(name), "evaluate.metrics", fix) for name in stated if name not in known and not is_own(name)
+    )
     return tuple(stated)

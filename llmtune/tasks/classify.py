@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, TypedDict
 
 import numpy as np
@@ -104,7 +105,7 @@ class Classify(Task[ClassifyRow, ClassPrediction]):
         labels = {split: [row["label"] for _, row in iterate_rows(rows, split)] for split in SPLITS}
         every = [label for split in SPLITS for label in labels[split]]
         kind = infer_kind(every) if section.kind == "auto" else section.kind
-        RecipeError.collect(idle_keys(section, kind))
+        RecipeError.collect(idle_keys(section, kind, recipe.evaluate.decisions))
         update: dict[str, object] = {"kind": kind}
         if kind != "regression":
             counts = Counter(name for label in labels["train"] for name in names_of(label))
@@ -139,6 +140,15 @@ class Classify(Task[ClassifyRow, ClassPrediction]):
     def reference(self, row: ClassifyRow) -> Label | None:
         """Return the label: a name, a list of names, or a number."""
         return row["label"]
+
+    def output_labels(self, recipe: Recipe) -> tuple[str, ...]:
+        """Return the names of the classes; empty for numbers."""
+        section = classify_section(recipe)
+        return () if section.kind == "regression" else section.labels or ()
+
+    def right_labels(self, reference: Label) -> list[list[str]]:
+        """Return the classes of a row."""
+        return [names_of(reference)]
 
     def class_counts(self, rows: Rows, recipe: Recipe) -> dict[str, dict[str, int]]:
         """Count the rows of each class in each split; empty for numbers."""
@@ -241,10 +251,13 @@ class Classify(Task[ClassifyRow, ClassPrediction]):
         examples = tokenize_texts(rows, loaded.processor, loaded.recipe.data.max_length)
 
         def read(i: int, output: SequenceClassifierOutput, row: int) -> ClassPrediction:
-            scores_K = output.logits[row].float()
-            if section.kind != "regression":
-                scores_K = scores_K.sigmoid() if section.kind == "multi" else scores_K.softmax(-1)
-            return {"label": label_of(scores_K, section), "scores": scores_K.tolist()}
+            logits_K = output.logits[row].float()
+            if section.kind == "regression":
+                return {"label": label_of(logits_K, section), "scores": logits_K.tolist()}
+            loaded.note_logits(i, [logits_K.tolist()])
+            normalize = torch.sigmoid if section.kind == "multi" else partial(torch.softmax, dim=-1)
+            scores_K = normalize(logits_K / loaded.temperature)
+            return {"label": label_of(normalize(logits_K), section), "scores": scores_K.tolist()}
 
         pad_id = loaded.processor.pad_token_id
         return run_encoder(loaded.model, examples, pad_id, loaded.device, read, loaded.advance)

@@ -83,6 +83,14 @@ class TokenClassify(Task[TokenClassifyRow, list[str]]):
         """Return the tags."""
         return list(row["tags"])
 
+    def output_labels(self, recipe: Recipe) -> tuple[str, ...]:
+        """Return the tags."""
+        return tuple(tag_names(labels_of(recipe)))
+
+    def right_labels(self, reference: list[str]) -> list[list[str]]:
+        """Return the tag of each word."""
+        return [[tag] for tag in reference]
+
     def class_counts(self, rows: Rows, recipe: Recipe) -> dict[str, dict[str, int]]:
         """Count the entities of each type in each split."""
         counts = {
@@ -155,18 +163,20 @@ class TokenClassify(Task[TokenClassifyRow, list[str]]):
         parts = [(i, words) for i, row in enumerate(rows) for words in cut_words(row["tokens"], processor, limit)]
         tokenized = tokenize_words([words for _, words in parts], processor)
 
-        def read(at: int, output: TokenClassifierOutput, row: int) -> list[str]:
-            best = output.logits[row].argmax(-1).tolist()
-            seen = [first if first is not None and first < len(best) else None for first in tokenized[at][1]]
-            return [OUTSIDE if first is None else names[best[first]] for first in seen]
+        def read(at: int, output: TokenClassifierOutput, row: int) -> list[list[float]]:
+            logits_TK = output.logits[row].float().tolist()
+            seen = (first if first is not None and first < len(logits_TK) else None for first in tokenized[at][1])
+            return [[] if first is None else logits_TK[first] for first in seen]
 
         examples = [Example(ids[:limit], [], 0) for ids, _ in tokenized]
-        tags = run_encoder(loaded.model, examples, processor.pad_token_id, loaded.device, read)
-        predictions: list[list[str]] = [[] for _ in rows]
-        for (i, _), part in zip(parts, tags, strict=True):
-            predictions[i] += part
+        found = run_encoder(loaded.model, examples, processor.pad_token_id, loaded.device, read)
+        logits: list[list[list[float]]] = [[] for _ in rows]
+        for (i, _), part in zip(parts, found, strict=True):
+            logits[i] += part
+        for i, of_words in enumerate(logits):
+            loaded.note_logits(i, of_words)
         loaded.advance(len(rows))
-        return predictions
+        return [[names[word.index(max(word))] if word else OUTSIDE for word in of_words] for of_words in logits]
 
     def format_prediction(self, prediction: list[str]) -> str:
         """Write the tags, separated by spaces."""

@@ -11,8 +11,8 @@ from llmtune.errors import DataError
 from llmtune.evaluate.eval_inputs import EvalContext, make_inputs
 from llmtune.evaluate.evaluated_task import EvaluatedTask
 from llmtune.evaluate.inference import Answers, compute_metrics, predict
-from llmtune.recipe.evaluate_section import CHOICE, EvaluateSection
-from llmtune.recipe.task_facts import PREDICTED, TOOL_METRICS
+from llmtune.recipe.evaluate_section import EvaluateSection
+from llmtune.recipe.task_facts import CHOICE_METRICS, PREDICTED, TOOL_METRICS
 from llmtune.records import Examples
 from llmtune.train.setup import TrainContext
 
@@ -37,7 +37,8 @@ def metrics_of_validation(training: TrainContext, examples: Examples) -> Callabl
     recipe = recipe.model_copy(update={"evaluate": asked})
     processor, rows = training.adapted.selected.processor, load_rows(training.folder / "data" / "rows")
     inputs = make_inputs(rows, examples, task, processor, recipe, "validation")
-    asked_of = {CHOICE: inputs.trees, **dict.fromkeys(TOOL_METRICS, inputs.turns)}
+    asked_of = dict.fromkeys(TOOL_METRICS, inputs.turns)
+    asked_of |= {} if task.predicts else dict.fromkeys(CHOICE_METRICS, inputs.trees)
     asked_of = dict.fromkeys(PREDICTED, inputs.answered) | asked_of
     if lacking := [name for name in metrics if not asked_of.get(name, inputs.rows)]:
         what = f"the validation rows lack what {', '.join(lacking)} needs"

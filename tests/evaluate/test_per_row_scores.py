@@ -13,6 +13,7 @@ import pytest
 from llmtune.data.answer_parser import ParsedAnswer
 from llmtune.data.chat_rows import ToolCall
 from llmtune.errors import EnvironmentProblem
+from llmtune.evaluate.calibration import Chosen, measure_calibration
 from llmtune.evaluate.classification_metrics import (
     CLASS_METRICS,
     ENTITY_METRICS,
@@ -22,9 +23,10 @@ from llmtune.evaluate.classification_metrics import (
 )
 from llmtune.evaluate.metric import Measure, paired_difference
 from llmtune.evaluate.per_row_scores import MEASURES, PerRowScores, load_measures, name_rows, save_measures
+from llmtune.evaluate.ranking_metrics import RankedQuery, measure_ranking
 from llmtune.evaluate.text_metrics import TEXT_MEASURES, TOKEN_METRICS, measure_cer, measure_tokens, measure_wer
 from llmtune.evaluate.tool_metrics import ToolTurn, measure_tools
-from llmtune.recipe.task_facts import TASK_FACTS, TOOL_METRICS
+from llmtune.recipe.task_facts import CALIBRATION, RANKING, TASK_FACTS, TOOL_METRICS
 from llmtune.recipe.task_sections import PreferenceSection
 from llmtune.tasks.preference_metrics import measure_preferences
 
@@ -40,6 +42,7 @@ SAID = [
     {"chosen": -i * 0.1, "rejected": -1.0, "chosen_tokens": 3, "rejected_tokens": 2, "kl": 0.1 * i} for i in range(ROWS)
 ]
 BEFORE = [{**one, "chosen": -0.5} for one in SAID]
+RANKED = [RankedQuery(random.integers(0, 5, 20), [2, 1, *random.integers(0, 2, 18)], [1]) for _ in range(ROWS)]
 ANSWERS = [{"answer": -i * 0.1} for i in range(ROWS)]
 
 
@@ -85,6 +88,18 @@ def tools(metric: str, rows: list[int]) -> Measure:
     return measure_tools(metric, dict(enumerate(of(CALLED, rows))), dict(enumerate(of(TURNS, rows))))
 
 
+LOGITS = random.normal(size=(ROWS, len(LABELS)))
+CHOSEN = {
+    "choices": np.eye(len(LABELS))[[i % len(LABELS) for i in range(ROWS)]] > 0,
+    "labels": random.random((ROWS, len(LABELS))) > 0.5,
+}
+
+
+def probabilities(metric: str, kind: str, rows: list[int]) -> Measure:
+    chosen = Chosen(LABELS, LOGITS[rows], CHOSEN[kind][rows], tuple(range(len(rows))), many=kind == "labels")
+    return measure_calibration(metric, chosen, 1.5)
+
+
 METRICS: dict[str, Callable[[list[int]], Measure]] = {
     **{metric: partial(tokens, metric) for metric in TOKEN_METRICS},
     **{
@@ -107,6 +122,11 @@ METRICS: dict[str, Callable[[list[int]], Measure]] = {
     },
     "margin of thumbs": thumbs,
     **{f"{metric} of tools": partial(tools, metric) for metric in TOOL_METRICS},
+    **{f"{metric} of {kind}": partial(probabilities, metric, kind) for metric in CALIBRATION for kind in CHOSEN},
+    **{
+        f"{metric} of rankings": lambda rows, metric=metric: measure_ranking(metric, of(RANKED, rows))
+        for metric in RANKING
+    },
 }
 """Every metric, on some of twelve rows."""
 

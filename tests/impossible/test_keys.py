@@ -258,7 +258,7 @@ FLIPS = {
     **flips("generation", "evaluation", recipe="speech.yaml", at="@whisper", **GENERATION),
     **flips("generation", "evaluation", "generation.do_sample=true", recipe="speech.yaml", at="@whisper", **DRAWING),
     **flips("evaluate", "evaluation", metrics="[loss, exact_match, rougeL]", gates="['loss < base']", limit="3"),
-    **flips("evaluate", "evaluation", choices="[red, green, blue]", samples="1", slices="[group]"),
+    **flips("evaluate", "evaluation", choices="[red, green, blue]", samples="1", slices="[group]", calibrate="false"),
     **flips("evaluate.forgetting", "evaluation", "evaluate.forgetting.questions=[]", texts="[other.jinja]"),
     **flips("evaluate.forgetting", "evaluation", "evaluate.forgetting.texts=[other.jinja]", questions="[quiz.jsonl]"),
     **flips("evaluate.fairness", "evaluation", swaps="[words.csv]", groups="[group]"),
@@ -276,8 +276,14 @@ FLIPS = {
     **flips("classify", "examples", recipe="classify.yaml", kind="multi", labels="[green, red, blue, black]"),
     **flips("classify", "loss", recipe="classify.yaml", class_weights="{red: 5.0}"),
     **flips("token_classify", "examples", recipe="tags.yaml", labels="[THING, COLOUR]"),
+    **flips("rerank", "examples", recipe="rerank.yaml", max_relevance="4.0"),
     **flips("speech", "examples", recipe="speech.yaml", language="fr", task="translate", window_seconds="0.1"),
     **flips("speech", "evaluation", recipe="speech.yaml", normalizer="none"),
+    **flips("embed", "loss", recipe="embed.yaml", scale="5.0", dimensions="[64, 16]", pooling="cls"),
+    **flips("embed", "examples", recipe="embed.yaml", query_prompt="'Find: '", passage_prompt="'Found: '"),
+    **flips("embed", "evaluation", recipe="embed.yaml", normalize="false"),
+    **flips("embed", "loss", recipe="embed-classes.yaml", margin="1.5"),
+    **flips("embed", "loss", recipe="embed-scores.yaml", loss="cosine"),
     **flips("preference", "loss", STATES, recipe="preference.yaml", loss="ipo", beta="0.5", label_smoothing="0.3"),
     **flips("preference", "loss", recipe="thumbs.yaml", desirable_weight="3.0", undesirable_weight="3.0"),
     **flips("preference", "loss", "preference.loss=reward", recipe="preference.yaml", center_rewards_coefficient="0.5"),
@@ -299,6 +305,9 @@ ELSEWHERE = {
     "test_an_unchanged_recipe_is_compared_with_its_champion_and_again_with_another_one",
     "evaluate.benchmarks.network": "evaluate/test_lm_eval.py::"
     "test_named_tasks_need_the_network_and_files_do_not_unless_the_recipe_says_so",
+    "evaluate.metric_seconds": "evaluate/test_own_metrics.py::"
+    "test_a_metric_that_sleeps_ends_at_its_limit_with_row_and_line",
+    "evaluate.metric_network": "evaluate/test_own_metrics.py::test_the_recipe_may_allow_the_network",
     "evaluate.judge.endpoint": f"{JUDGE}::test_the_key_is_sent_and_written_nowhere",
     "evaluate.judge.model": f"{JUDGE}::test_another_question_or_model_asks_anew",
     "evaluate.judge.question": f"{JUDGE}::test_another_question_or_model_asks_anew",
@@ -441,12 +450,19 @@ def make_tasks(place: Path, questions: list[tuple[str, str]]) -> None:
         "tags": [
             {"tokens": ["it", answer, question], "tags": ["O", "B-COLOUR", "B-THING"]} for question, _, answer in told
         ],
+        "ranked": [
+            {"query": question, "passages": [text, "no idea"], "relevances": [1, 0]} for question, text, _ in told
+        ],
         "pairs-of-answers": [
             {"prompt": question, "chosen": f"{answer} it is", "rejected": "no idea"} for question, _, answer in told
         ],
         "thumbs": [
             {"prompt": question, "completion": answer, "label": i % 2 == 0}
             for i, (question, _, answer) in enumerate(told)
+        ],
+        "found": [{"query": question, "passage": text} for question, text, _ in told],
+        "scored": [
+            {"query": question, "passage": text, "score": i % 5 / 4} for i, (question, text, _) in enumerate(told)
         ],
         "sounds": [{"audio": f"tone-{i}.wav", "text": answer} for i, (_, _, answer) in enumerate(told[:16])],
     }
@@ -467,7 +483,11 @@ def make_tasks(place: Path, questions: list[tuple[str, str]]) -> None:
     write("answers", "qa", "model", "facts", ["exact_match", "f1"], data={"max_length": 256})
     write("classify", "classify", "encoder", "labels", ["loss", "accuracy"], **quiet)
     write("tags", "token-classify", "encoder", "tags", ["loss", "f1"], **quiet)
+    write("rerank", "rerank", "encoder", "ranked", ["loss", "ndcg@10"], **quiet)
     write("speech", "speech", "hearing", "sounds", ["wer"], data={"max_length": 60}, speech={"language": "en"})
+    write("embed", "embed", "encoder", "found", ["mrr@10"], **quiet)
+    write("embed-classes", "embed", "encoder", "labels", ["mrr@10"], **quiet)
+    write("embed-scores", "embed", "encoder", "scored", ["spearman"], **quiet)
     write("preference", "preference", "model", "pairs-of-answers", ["margin"], **quiet)
     write("thumbs", "preference", "model", "thumbs", ["margin"], preference={"loss": "kto"}, **quiet)
 

@@ -23,6 +23,11 @@ from llmtune.recipe.gate_grammar import Gate, parse_gate
             "exact_match.low>champion - 0.01",
             Gate("exact_match.low>champion - 0.01", "exact_match", "low", ">", None, "champion", 1.0, -0.01),
         ),
+        ("ndcg@10.low > base", Gate("ndcg@10.low > base", "ndcg@10", "low", ">", None, "base")),
+        (
+            "deploy.onnx.recall@1>=tuned",
+            Gate("deploy.onnx.recall@1>=tuned", "deploy.onnx.recall@1", None, ">=", None, "tuned"),
+        ),
         ("chrf == -.5", Gate("chrf == -.5", "chrf", None, "==", -0.5)),
     ],
 )
@@ -40,6 +45,8 @@ ODD = [
     "loss > 1e9999",
     "loss > ٣",
     "3 < loss",
+    "ndcg@ > base",
+    "ndcg@ten > base",
 ]
 
 

@@ -1,0 +1,229 @@
+"""The user's own metrics, `FILE.py:FUNCTION`: checked without importing them, and run in a process of their own."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from rich.console import Console
+
+from llmtune.data.row_store import iterate_columns, iterate_rows
+from llmtune.errors import Problem, RecipeError, nearest
+from llmtune.evaluate.metric import Measure, measure_means
+from llmtune.evaluate.paired_statistics import share_bounds
+from llmtune.recipe.evaluate_section import EvaluateSection
+from llmtune.recipe.schema import Recipe
+from llmtune.recipe.task_facts import answer_kind
+from llmtune.recipe.user_files import read_text_file
+from llmtune.records import Json, Row, Rows
+from llmtune.report.metric_info import better_side
+from llmtune.report.number_format import score
+from llmtune.store.atomic_files import hash_file, plain
+from llmtune.store.processes import once
+
+if TYPE_CHECKING:
+    from llmtune.evaluate.evaluated_task import EvaluatedTask
+
+KEY = "evaluate.metrics"
+SHARE = re.compile(r"(?:typing\.|t\.)?Annotated\[float, 0(?:\.0)?, 1(?:\.0)?\]")
+TYPES = "bool, float, or Annotated[float, 0, 1] for numbers from 0 to 1"
+GRACE_SECONDS = 5.0
+"""Time after the limit for a metric to end, before its process is killed: code in C does not see the limit."""
+Kind = Literal["bool", "share", "number"]
+MOST_TRIED = 200
+"""Reference answers to try before training."""
+Pair = tuple[Row, object]
+"""A test row, and an answer to it."""
+
+
+@dataclass(frozen=True)
+class OwnMetric:
+    """One function in a file of the user."""
+
+    name: str
+    file: Path
+    kind: Kind
+    summary: str
+    """The first line of its docstring."""
+
+    @property
+    def signature(self) -> str:
+        """Describe how it is computed; metrics from different versions of a file are not compared."""
+        return f"{self.summary or self.name} ({self.file.name}, sha256 {hash_file(self.file)[:12]})"
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a metric could not be computed: on which of the pairs, and in which line of the file, if known."""
+
+    what: str
+    pair: int | None
+    line: int | None
+
+
+def read_metric(stated: str) -> OwnMetric:
+    """Read the definition of one metric; parses the file and does not import it.
+
+    Raises RecipeError if the file is missing or not Python, or has no such function of two parameters with a type.
+    """
+    file, _, name = stated.rpartition(":")
+    try:
+        tree = ast.parse(read_text_file(Path(file)), file)
+    except OSError as error:
+        fix = "Check the path: it is relative to the recipe file."
+        raise RecipeError.of(f"cannot be read: {error.strerror}", f"{KEY}: {file}", fix) from None
+    except (SyntaxError, ValueError) as error:
+        line = getattr(error, "lineno", None)
+        raise RecipeError.of(f"not Python: {error}", f"{file}:{line}" if line else file, "Correct the file.") from None
+    functions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
+    if name not in functions:
+        fix = f"{nearest(name, [*functions])} Its functions: {', '.join(functions) or 'none'}.".strip()
+        raise RecipeError.of(f"no function {name!r} in {file}", KEY, fix)
+    node, where = functions[name], f"{file}:{functions[name].lineno}"
+    least, most = count_parameters(node.args)
+    if not least <= 2 <= most:
+        fix = f"Write it as: def {name}(row: dict, answer: str) -> bool."
+        raise RecipeError.of(f"{name} cannot be called with a row and an answer", where, fix)
+    returned = ast.unparse(node.returns) if node.returns else ""
+    kind: Kind | None = "bool" if returned == "bool" else "number" if returned in ("float", "int") else None
+    kind = "share" if SHARE.fullmatch(returned) else kind
+    if kind is None:
+        what = f"{name} is annotated to return {returned}" if returned else f"{name} does not state what it returns"
+        raise RecipeError.of(what, where, f"Annotate it with one of: {TYPES}.")
+    summary = (ast.get_docstring(node) or "").strip().split("\n")[0]
+    return OwnMetric(name, Path(file), kind, summary)
+
+
+def count_parameters(given: ast.arguments) -> tuple[int, int]:
+    """Return how many arguments a function needs at least and takes at most; keywords without default are too many."""
+    positional = len(given.posonlyargs) + len(given.args)
+    needed = positional - len(given.defaults) + 3 * sum(default is None for default in given.kw_defaults)
+    return needed, positional + (2 if given.vararg else 0)
+
+
+def list_own_metrics(section: EvaluateSection) -> list[OwnMetric]:
+    """Read all metrics of the user's own; raises one RecipeError with all their problems."""
+    found, problems = [], list[Problem]()
+    for stated in section.own_metrics.values():
+        try:
+            found.append(read_metric(stated))
+        except RecipeError as error:
+            problems += error.problems
+    RecipeError.collect(problems)
+    return found
+
+
+def run_metric(metric: OwnMetric, pairs: Sequence[Pair], section: EvaluateSection) -> list[float] | Failure:
+    """Compute one metric on pairs in its own process, each call with its own copy of the row."""
+    request = Json(file=str(metric.file), function=metric.name, kind=metric.kind)
+    request |= {"seconds": section.metric_seconds, "network": section.metric_network}
+    words = [sys.executable, "-P", "-B", "-m", "llmtune.evaluate.own_metric_process", json.dumps(request)]
+    given = "".join(json.dumps(plain(pair)) + "\n" for pair in pairs).encode()
+    try:
+        limit = section.metric_seconds + GRACE_SECONDS
+        environment = {**os.environ, "PYTHONHASHSEED": "0"}  # the order of sets must not change scores
+        done = subprocess.run(  # noqa: S603
+            words, input=given, capture_output=True, check=False, timeout=limit, env=environment
+        )
+        written, ended = done.stdout, f"its process ended with status {done.returncode}"
+    except subprocess.TimeoutExpired as error:
+        written, ended = error.stdout or b"", f"it took more than {section.metric_seconds:g} s"
+    lines = [json.loads(line) for line in written.split(b"\n")[:-1]]
+    values = [line["value"] for line in lines if "value" in line]
+    if lines and "error" in lines[-1]:
+        return Failure(lines[-1]["error"], len(values) if len(values) < len(pairs) else None, lines[-1]["line"])
+    return values if len(values) == len(pairs) else Failure(ended, len(values), None)
+
+
+def describe_failure(metric: OwnMetric, failure: Failure, origins: Sequence[str]) -> Problem:
+    """Return the problem of a metric that failed: its line, the row, and what to do."""
+    where = f"{metric.file}:{failure.line}" if failure.line else str(metric.file)
+    row = f", on the row {origins[failure.pair]}" if failure.pair is not None and origins else ""
+    fix = "Correct the function."
+    if "took more than" in failure.what:
+        fix = "Make it faster, or raise evaluate.metric_seconds."
+    if "network" in failure.what:
+        fix = "Remove the access, or set evaluate.metric_network: true."
+    return Problem(f"{metric.name}: {failure.what}{row}", where, fix)
+
+
+def read_full_rows(rows: Rows, split: str, numbers: Set[int]) -> Iterator[Row]:
+    """Yield the rows with these numbers as own metrics get them: with answers, and columns of `evaluate.slices`."""
+    both = zip(iterate_rows(rows, split), iterate_columns(rows, split), strict=True)
+    yield from ({**columns, **row} for number, ((_, row), columns) in enumerate(both) if number in numbers)
+
+
+def measure_own(
+    section: EvaluateSection,
+    rows: Sequence[Row],
+    origins: Sequence[str],
+    answers: Mapping[int, object],
+    problems: dict[str, Problem],
+) -> dict[str, Measure]:
+    """Compute the user's own metrics from answers by row index, in rank 0; add those that fail to `problems`."""
+    measured = dict[str, Measure]()
+    if not section.own_metrics or not answers:
+        return measured
+    pairs = [(rows[i], answer) for i, answer in answers.items()]
+    for name, stated in section.own_metrics.items():
+        if name in problems:
+            continue
+        try:
+            metric = read_metric(stated)
+        except RecipeError as error:  # the file was there before training
+            problems[name] = error.problems[0]
+            continue
+        found = once(partial(_run_plain, metric, pairs, section))
+        if isinstance(found, dict):
+            problems[name] = describe_failure(metric, Failure(**found), [origins[i] for i in answers])
+            continue
+        one = measure_means(name, found, metric.signature)
+        bounds = None if metric.kind == "number" else share_bounds
+        measured[name] = replace(one, bounds=bounds, right_wrong=metric.kind == "bool", at=tuple(answers))
+    return measured
+
+
+def _run_plain(metric: OwnMetric, pairs: Sequence[Pair], section: EvaluateSection) -> Any:
+    return plain(run_metric(metric, pairs, section))
+
+
+def check_own_metrics(recipe: Recipe) -> None:
+    """Import the files of the user's own metrics, each in a process of its own; raises RecipeError for bad ones."""
+    found = ((metric, run_metric(metric, [], recipe.evaluate)) for metric in list_own_metrics(recipe.evaluate))
+    failed = [(metric, failure) for metric, failure in found if isinstance(failure, Failure)]
+    RecipeError.collect(describe_failure(metric, failure, ()) for metric, failure in failed)
+
+
+def try_own_metrics(recipe: Recipe, task: EvaluatedTask, rows: Rows, console: Console) -> None:
+    """Compute the user's own metrics on reference answers of the test rows, and print them: no model is needed.
+
+    Raises RecipeError for metrics that fail.
+    """
+    if not recipe.evaluate.own_metrics:
+        return
+    problems, first = dict[str, Problem](), [*islice(iterate_rows(rows, "test"), MOST_TRIED)]
+    known = {i: reference_answer(task, row, recipe) for i, (_, row) in enumerate(first)}
+    known = {i: answer for i, answer in known.items() if answer}
+    origins, full = [origin for origin, _ in first], [*read_full_rows(rows, "test", {*range(len(first))})]
+    for name, one in measure_own(recipe.evaluate, full, origins, known, problems).items():
+        what = f"{name} is {score(one.value)} on the reference answers of {len(known)} test rows"
+        lower = " (lower is better)" if better_side(name) < 0 else ""
+        console.print(f"{KEY}: {what}{lower}", highlight=False, markup=False)
+    RecipeError.collect(problems.values())
+
+
+def reference_answer(task: EvaluatedTask, row: Row, recipe: Recipe) -> object | None:
+    """Return the answer of a perfect model in the form that own metrics get, or None if it is not known."""
+    reference = task.reference(row)
+    is_answer = isinstance(reference, str) or answer_kind(task.name) == "tags"
+    return task.as_prediction(reference, recipe) or (reference if is_answer else None)

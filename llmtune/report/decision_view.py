@@ -1,0 +1,97 @@
+"""Builds the report's section about decisions: their guarantee, their scores on test rows, and how risk grows."""
+
+from __future__ import annotations
+
+from itertools import chain
+
+from llmtune.recipe.task_facts import DECISIONS
+from llmtune.records import Decision, Evaluation
+from llmtune.report.blocks import Beside, Block, Cell, Column, Html, Section, Table, TableColumns, TableRows, Text
+from llmtune.report.charts import Curve, draw_curves
+from llmtune.report.metric_info import metric_note
+from llmtune.report.number_format import DASH, count, missing, score
+
+
+def decision_section(evaluation: Evaluation) -> Section:
+    """Return the decisions and their scores; empty without decisions."""
+    decided = evaluation.decided
+    if decided is None:
+        return Section("Decisions", [])
+    if decided.record is None:
+        return Section("Decisions", [Text(f"No decisions: {decided.why}.", "note")])
+    record, rows = decided.record, TableRows()
+    for metric in chain.from_iterable(DECISIONS.values()):
+        if own := evaluation.intervals.get(metric):
+            ends = DASH if missing(own.low) else f"{score(own.low)} to {score(own.high)}"
+            name = Cell(metric, note=metric_note(metric, None), code=True)
+            rows.append([name, score(own.value), ends, count(own.n)])
+    columns: TableColumns = ["metric", *(Column(name, "number") for name in ("test rows", "95 % interval", "rows"))]
+    blocks: list[Block] = [Text(text) for text in describe_rules(record)]
+    table, chart = [Table(columns, rows)] if rows else [], draw_risk(evaluation, record)
+    blocks += [Beside(table, chart)] if chart else table
+    text = "Fitted on validation rows, measured on test rows. The guarantees hold for new rows of the same kind as the "
+    text += "validation rows. A confidence is a probability before the temperature of the calibration."
+    return Section("Decisions", [*blocks, Text(text, "soft")], anchor="decisions")
+
+
+def describe_rules(record: Decision) -> list[str]:
+    """Return a sentence or two for each rule."""
+    texts, threshold = [], record.threshold
+    if threshold is not None:
+        proven = f"{percent(threshold.risk)} of the decided answers are wrong, with {percent(threshold.confidence)} "
+        proven += "confidence"
+        if record.checkpoints > 1:
+            proven += f" (whichever of {record.checkpoints} checkpoints was best on the same rows)"
+        if threshold.value is None:
+            text = (
+                f"{count(threshold.rows)} validation rows do not prove for any answers that at most {proven}. So every "
+            )
+            text += "answer asks a person. Add validation rows, or raise evaluate.decide.risk."
+        else:
+            text = (
+                f"An answer with a confidence of {score(threshold.value)} or more is decided, any other asks a person. "
+            )
+            text += f"At most {proven}: of {count(threshold.rows)} validation rows, {count(threshold.decided)} are "
+            text += f"decided, and {count(threshold.wrong)} of these are wrong (Learn-then-Test)."
+        texts.append(text)
+    if record.coverage is not None:
+        what = f"A prediction set has the right label in {percent(record.coverage)} of the rows"
+        if record.many:
+            what = f"A prediction set has on average {percent(record.coverage)} of a row's right labels"
+        method = "conformal risk control of the false negative rate" if record.many else "split conformal prediction"
+        text = f"{what}{' of each class' if record.per_class else ''}"
+        text += f" ({'split conformal prediction by class' if record.per_class else method})."
+        if record.free_labels:
+            text += f" Always in the set, for lack of validation rows: {', '.join(record.free_labels)}."
+        texts.append(text)
+    if record.false_alarms is not None:
+        text = "A row is out of scope if its score is lower than that of nearly all validation rows. At most "
+        text += f"{percent(record.false_alarms)} of such rows are called so by mistake. Not guaranteed: that rows of "
+        text += "another kind have low scores."
+        text += "" if record.lowest_score is not None else " The validation rows are too few to call any."
+        texts.append(text)
+    return texts
+
+
+def percent(value: float) -> str:
+    """Write a share as a percentage."""
+    return f"{100 * value:.4g} %"
+
+
+def draw_risk(evaluation: Evaluation, record: Decision) -> list[Block]:
+    """Return the risk-coverage plot of the test rows."""
+    decided, threshold = evaluation.decided, record.threshold
+    if decided is None or threshold is None or not decided.curve:
+        return []
+    share = evaluation.tuned.get("decided", 0.0)
+    lines = [
+        Curve("error rate of the most confident answers", decided.curve, "train"),
+        Curve("risk", [(0.0, threshold.risk), (1.0, threshold.risk)], "validation"),
+        *(
+            [Curve("decided", [(share, 0.0), (share, max(rate for _, rate in decided.curve))], "other")]
+            if share
+            else []
+        ),
+    ]
+    label = f"error rate of the most confident test answers by their share; {score(share)} are decided"
+    return [Html(draw_curves(lines, label=label, title="Risk and coverage", axis="share of test rows"))]

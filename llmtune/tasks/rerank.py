@@ -1,0 +1,253 @@
+"""Task rerank: score how relevant passages are for a query, with a cross-encoder."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import TypedDict
+
+import numpy as np
+import torch
+from torch.nn import functional
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.modeling_outputs import SequenceClassifierOutput
+
+from llmtune.data.collators import encoder_batch
+from llmtune.data.example import Example
+from llmtune.data.overlong import Lost, too_long
+from llmtune.data.rerank_rows import RerankRow, given_passages
+from llmtune.data.row_store import iterate_rows
+from llmtune.data.task_interface import Encoded
+from llmtune.data.task_rows import ClassifyRow
+from llmtune.data.tokenization import Segment, decode_shortened
+from llmtune.errors import DataError
+from llmtune.evaluate.evaluated_task import EvalPrediction, LoadedModel
+from llmtune.evaluate.metric import Measure
+from llmtune.evaluate.ranking_metrics import RELEVANT, RankedQuery, measure_ranking
+from llmtune.evaluate.token_batches import run_encoder
+from llmtune.model.causal_lm_loss import model_inputs
+from llmtune.model.config import name_outputs, set_padding
+from llmtune.recipe.schema import Recipe
+from llmtune.recipe.task_facts import RANKING, at_ten
+from llmtune.recipe.task_sections import RerankSection
+from llmtune.records import Batch, Loss, Rows
+from llmtune.tasks.base import Endpoint, Task, loss_of_rows
+from llmtune.tasks.classify import tokenize_texts
+
+SIGMOID = "torch.nn.modules.activation.Sigmoid"
+SHOWN_CHARACTERS = 80
+BM25 = "BM25 (words that query and passage share)"
+SATURATION, LENGTH_SHARE = 1.2, 0.75
+"""BM25's k1 and b, by Lucene's defaults."""
+
+
+class RerankPrediction(TypedDict):
+    """The passages of one row, scored."""
+
+    scores: list[float]
+    """Probability that a passage is relevant, in the order of the passages."""
+    ranking: list[int]
+    """Indexes of the passages, best first."""
+
+
+class Rerank(Task[RerankRow, RerankPrediction]):
+    """An encoder or decoder with one output on query and passage together."""
+
+    name = "rerank"
+    required_inputs = ("prompt", "passages")
+    endpoint = Endpoint("/v1/rerank", "the scores of the documents, best first", "query")
+    auto_class = "AutoModelForSequenceClassification"
+    peft_task_type = "SEQ_CLS"
+    packs = True
+    predicts_tokens = False
+    trains_head = True
+    loss_unit = "passages"
+
+    def supports(self, config: PretrainedConfig) -> bool:
+        """Whether a model is an encoder or a decoder."""
+        return not getattr(config, "is_encoder_decoder", False)
+
+    def infer_labels(self, recipe: Recipe, rows: Rows, config: PretrainedConfig) -> Recipe:
+        """Infer the highest relevance. Raises DataError if no passage is relevant, or all are equally."""
+        section = rerank_section(recipe)
+        known = {value for _, row in iterate_rows(rows, "train") for value in row["relevances"]}
+        if len(known) == 1 or max(known) == 0:
+            fix = "Give each query relevant passages, and irrelevant ones with relevance 0."
+            raise DataError.of(f"all passages have the relevance {max(known):g}", "data.train", fix)
+        highest = section.max_relevance or max(1.0, *known)
+        return recipe.model_copy(update={"rerank": section.model_copy(update={"max_relevance": highest})})
+
+    def configure_head(self, config: PretrainedConfig, recipe: Recipe) -> None:
+        """Give the head one output; sentence-transformers' `CrossEncoder` reads the activation after it."""
+        name_outputs(config, ("relevance",), None)
+        config.sentence_transformers = {"activation_fn": SIGMOID}
+
+    def check_model(self, model: PreTrainedModel, processor: PreTrainedTokenizerBase, recipe: Recipe) -> None:
+        """Set the token that a decoder's rows are padded with."""
+        set_padding(model, processor)
+
+    def make_row(self, given: Mapping[str, str | None]) -> RerankRow:
+        """Return the row of a query and its passages: a JSON list, or one passage per line."""
+        passages = given_passages(given.get("passages"))
+        return {"query": given["prompt"] or "", "passages": passages, "relevances": []}
+
+    def split_answer(self, row: RerankRow) -> tuple[RerankRow, str]:
+        """Return the row without relevances, and these as text."""
+        return {**row, "relevances": []}, ", ".join(f"{relevance:g}" for relevance in row["relevances"])
+
+    def reference(self, row: RerankRow) -> RerankRow:
+        """Return the row: its relevances belong to its query."""
+        return row
+
+    def row_notes(self, rows: Rows, split: str, recipe: Recipe) -> dict[str, str]:
+        """Return the number of queries and passages, and of passages that training rows have too."""
+        trained = {passage for _, row in iterate_rows(rows, "train") for passage in row["passages"]}
+        relevant: dict[str, bool] = {}
+        passages: Counter[str] = Counter()
+        for _, row in iterate_rows(rows, split):
+            found = any(relevance > RELEVANT for relevance in row["relevances"])
+            relevant[row["query"]] = found or relevant.get(row["query"], False)
+            passages.update(row["passages"])
+        missing = sum(not found for found in relevant.values())
+        text = f"{len(relevant):,} queries with {passages.total() / len(relevant):.1f} passages each"
+        text += f"; {missing:,} without a relevant passage are left out of ranking metrics" if missing else ""
+        shared = sum(passage in trained for passage in passages)
+        return {
+            "queries": f"{text}. A query's rows are all in one split",
+            "passages": f"{shared:,} of {len(passages):,} passages also occur in training rows, with other queries",
+        }
+
+    def encode(self, rows: Sequence[RerankRow], processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[Encoded]:
+        """Return one example per passage: query and passage with the relevance, from 0 to 1."""
+        texts, encoded = iter(tokenize_texts(pair_rows(rows), processor)), list[Encoded]()
+        for row in rows:
+            examples = [
+                encode_pair(pair, next(texts), relevance, processor, recipe)
+                for pair, relevance in zip(pair_rows([row]), row["relevances"], strict=True)
+            ]
+            reason = next((one for one in examples if isinstance(one, str)), None)
+            encoded.append(reason or [one for one in examples if not isinstance(one, str)])
+        return encoded
+
+    def collate(
+        self, examples: Sequence[Example], processor: PreTrainedTokenizerBase, recipe: Recipe, packs: bool, draw: int
+    ) -> Batch:
+        """Add the relevances `values_R` [R]."""
+        batch, _ = encoder_batch(examples, processor.pad_token_id, packs)
+        return batch | {"values_R": torch.tensor([example.values[0] for example in examples], dtype=torch.float32)}
+
+    def loss(self, model: torch.nn.Module, batch: Batch, by_row: bool = False) -> Loss:
+        """Sum the binary cross-entropy of the passages."""
+        logits_R = model(**model_inputs(model, batch)).logits[:, 0].float()
+        losses_R = functional.binary_cross_entropy_with_logits(logits_R, batch["values_R"], reduction="none")
+        return loss_of_rows(losses_R, (logits_R > 0) == (batch["values_R"] > RELEVANT), by_row)
+
+    def guessing_loss(self, config: PretrainedConfig, examples: Iterable[Example], recipe: Recipe) -> float:
+        """Return the loss of scoring every passage with the mean relevance."""
+        mean = float(np.mean([example.values[0] for example in examples]))
+        return -sum(share * math.log(share) for share in (mean, 1 - mean) if share > 0)
+
+    def highlighted_text(self, example: Example, processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[Segment]:
+        """Show query and passage with the relevance."""
+        text = decode_shortened(example.input_ids, processor)
+        return [Segment(f"{text}\n", False), Segment(f"{example.values[0]:g}", True)]
+
+    def predict(self, rows: Sequence[RerankRow], loaded: LoadedModel) -> list[RerankPrediction]:
+        """Score the passages of each row."""
+        examples = tokenize_texts(pair_rows(rows), loaded.processor, loaded.recipe.data.max_length)
+
+        def read(i: int, output: SequenceClassifierOutput, row: int) -> float:
+            return float(output.logits[row, 0].double().sigmoid())
+
+        scores = iter(run_encoder(loaded.model, examples, loaded.processor.pad_token_id, loaded.device, read))
+        loaded.advance(len(rows))
+        return [ranked([next(scores) for _ in row["passages"]]) for row in rows]
+
+    def format_prediction(self, prediction: RerankPrediction) -> str:
+        """Write the scores, in the order of the passages."""
+        return ", ".join(f"{score:.3f}" for score in prediction["scores"])
+
+    def format_answer(self, prediction: RerankPrediction, row: RerankRow) -> str:
+        """Write a line per passage, best first: score and beginning."""
+        lines = [" ".join(passage.split()) for passage in row["passages"]]
+        short = [line if len(line) <= SHOWN_CHARACTERS else f"{line[: SHOWN_CHARACTERS - 1]}…" for line in lines]
+        return "\n".join(f"{prediction['scores'][i]:.3f}  {short[i]}" for i in prediction["ranking"])
+
+    def compute_metric(self, metric: str, found: EvalPrediction[RerankPrediction], recipe: Recipe) -> Measure | None:
+        """Measure the ranking of each query's passages, from all of its rows."""
+        if at_ten(metric) not in RANKING:
+            return None
+        rows: dict[str, list[int]] = {}
+        for i, row in enumerate(found.references):
+            rows.setdefault(row["query"], []).append(i)
+        queries = [
+            RankedQuery(
+                [score for i in numbers for score in found.predictions[i]["scores"]],
+                [relevance for i in numbers for relevance in found.references[i]["relevances"]],
+            )
+            for numbers in rows.values()
+        ]
+        return measure_ranking(metric, queries, [numbers[0] for numbers in rows.values()])
+
+    def baseline(
+        self, references: Sequence[RerankRow], prompts: Sequence[RerankRow], recipe: Recipe
+    ) -> tuple[str, list[RerankPrediction]]:
+        """Rank by BM25, which needs no training; word counts are those of the passages to rank."""
+        return BM25, [ranked(scores) for scores in bm25(prompts)]
+
+    def output_kind(self, recipe: Recipe) -> str:
+        """Return the kind of the head's output."""
+        return "number"
+
+
+def rerank_section(recipe: Recipe) -> RerankSection:
+    """Return the recipe's section, or its defaults."""
+    return recipe.rerank or RerankSection()
+
+
+def pair_rows(rows: Sequence[RerankRow]) -> list[ClassifyRow]:
+    """Return a pair of texts per passage."""
+    return [{"text": row["query"], "pair": passage, "label": None} for row in rows for passage in row["passages"]]
+
+
+def encode_pair(
+    pair: ClassifyRow, text: Example, relevance: float, processor: PreTrainedTokenizerBase, recipe: Recipe
+) -> Example | str:
+    """Return the example of a pair, cut if the recipe says so, or the reason why it has none."""
+    limit, size = recipe.data.max_length, len(text.input_ids)
+    if size > limit and recipe.data.on_overlong != "truncate":
+        return too_long(size, limit)
+    kept = text if size <= limit else tokenize_texts([pair], processor, limit)[0]
+    lost = Lost(size - len(kept.input_ids)) if size > limit else None
+    value = min(1.0, relevance / (rerank_section(recipe).max_relevance or 1.0))
+    return replace(kept, values=[value], counted=1, lost=lost)
+
+
+def ranked(scores: list[float]) -> RerankPrediction:
+    """Return scores with their ranking; of equal scores, the first passage is first."""
+    return {"scores": scores, "ranking": sorted(range(len(scores)), key=lambda i: -scores[i])}
+
+
+def bm25(rows: Sequence[RerankRow]) -> list[list[float]]:
+    """Score passages by Robertson and Zaragoza, "The Probabilistic Relevance Framework: BM25 and Beyond", 2009."""
+    counts = {passage: Counter(words(passage)) for row in rows for passage in row["passages"]}
+    holders = Counter(word for found in counts.values() for word in found)
+    mean = sum(found.total() for found in counts.values()) / max(len(counts), 1) or 1.0
+
+    def score(query: list[str], found: Counter[str]) -> float:
+        norm = SATURATION * (1 - LENGTH_SHARE + LENGTH_SHARE * found.total() / mean)
+        rarity = {word: math.log1p((len(counts) - holders[word] + 0.5) / (holders[word] + 0.5)) for word in query}
+        return sum(rarity[word] * found[word] * (SATURATION + 1) / (found[word] + norm) for word in query)
+
+    return [[score(words(row["query"]), counts[passage]) for passage in row["passages"]] for row in rows]
+
+
+def words(text: str) -> list[str]:
+    """Return the words of a text, without case."""
+    return re.findall(r"\w+", text.casefold())
+
+
+VARIANTS = (Rerank(),)

@@ -1,0 +1,119 @@
+"""Rows of task rerank: pairs, lists and negatives become one form; bad rows with reasons; queries stay in one split."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from support.rows import rows_of, write_jsonl
+
+from llmtune.data.preparation import prepare_rows
+from llmtune.data.rejected_rows import RowError
+from llmtune.data.rerank_rows import given_passages, ranked_list, ranked_negatives, ranked_pair
+from llmtune.data.row_formats import detect_format
+from llmtune.errors import DataError
+from llmtune.recipe.loader import load_recipe
+from llmtune.records import Rows
+
+
+@pytest.mark.parametrize(
+    ("relevance", "read"), [(1, 1), (0, 0), (True, 1), (False, 0), ("1", 1), ("no", 0), (2.5, 2.5), ("0.25", 0.25)]
+)
+def test_a_relevance_may_be_a_number_a_boolean_or_their_text(relevance: object, read: float) -> None:
+    row = ranked_pair({"query": "q", "passage": "p", "relevance": relevance})
+    assert row == {"query": "q", "passages": ["p"], "relevances": [float(read)]}
+
+
+def test_lists_and_negatives_become_the_same_row_as_relevances() -> None:
+    expected = {"query": "q", "passages": ["a", "b", "c"], "relevances": [1.0, 0.0, 0.0]}
+    assert ranked_list({"query": "q", "passages": '["a", "b", "c"]', "relevances": "[1, 0, 0]"}) == expected
+    assert ranked_negatives({"query": "q", "passage": "a", "negatives": ["b", "c"]}) == expected
+    titled = ranked_negatives({"query": "q", "passage": [{"title": "T", "text": "a"}], "negatives": None})
+    assert titled == {"query": "q", "passages": ["T\na"], "relevances": [1.0]}
+
+
+@pytest.mark.parametrize(
+    ("parse", "row", "words"),
+    [
+        (ranked_pair, {"passage": "p", "relevance": "maybe"}, "'maybe'; it must be a number"),
+        (ranked_pair, {"passage": "p", "relevance": None}, "null; it must be a number"),
+        (ranked_pair, {"passage": "p", "relevance": -1}, "0 is irrelevant"),
+        (ranked_pair, {"passage": "p", "relevance": float("nan")}, "0 is irrelevant"),
+        (ranked_pair, {"passage": " ", "relevance": 1}, "'passage' is empty"),
+        (ranked_pair, {"passage": 7, "relevance": 1}, "must be text"),
+        (ranked_list, {"passages": ["a"], "relevances": [1, 0]}, "1 passages and 2 relevances"),
+        (ranked_list, {"passages": [], "relevances": []}, "no passages"),
+        (ranked_negatives, {"passage": None, "negatives": []}, "no passages"),
+    ],
+)
+def test_a_bad_row_says_why(parse: Any, row: dict[str, object], words: str) -> None:
+    with pytest.raises(RowError, match=words):
+        parse({"query": "q", **row})
+
+
+@pytest.mark.parametrize(
+    ("names", "name"),
+    [
+        (("question", "document", "label"), "query-passage-relevance"),
+        (("query", "text", "score"), "query-passage-relevance"),
+        (("query", "pos", "neg"), "query-passage-negatives"),
+        (("query", "docs", "labels"), "query-passages"),
+    ],
+)
+def test_files_of_other_tools_are_read_by_their_usual_names(names: tuple[str, ...], name: str) -> None:
+    assert detect_format([dict.fromkeys(names, "1")], "rerank", {}, None, "x.jsonl").name == name
+
+
+def test_rows_without_relevance_are_refused_with_the_forms_of_rows() -> None:
+    with pytest.raises(DataError, match=r"query-passage-relevance(.|\n)*\"relevances\": \[1, 0\]"):
+        detect_format([{"query": "q", "body": "p"}], "rerank", {}, None, "x.jsonl")
+
+
+def test_given_passages_are_a_json_list_or_lines() -> None:
+    assert given_passages('["a", "b\\nc"]') == ["a", "b\nc"]
+    assert given_passages("a\n\nb") == ["a", "b"]
+    assert given_passages(None) == []
+
+
+ROWS = [
+    {"query": f"query number {i}", "passage": f"the passage {j} is shared by every query", "relevance": int(i % 5 == j)}
+    for i in range(60)
+    for j in range(5)
+]
+
+
+def prepared(folder: Path, **data: object) -> Rows:
+    sections = {"task": "rerank", "model": {"name": "x/y"}, "data": {"train": "rows.jsonl", **data}}
+    (folder / "r.yaml").write_text(json.dumps(sections))
+    recipe = load_recipe(str(folder / "r.yaml")).recipe
+    return prepare_rows(recipe, folder / "rows", Console(quiet=True))
+
+
+def test_the_rows_of_a_query_are_in_one_split_without_a_word_in_the_recipe(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "rows.jsonl", ROWS)
+    rows = prepared(tmp_path, test=0.2)
+    queries = {split: {row["query"] for row in rows_of(rows, split)} for split in ("train", "validation", "test")}
+    assert sum(map(len, queries.values())) == len(set.union(*queries.values())) == 60
+    assert sum(rows.counts.values()) == len(ROWS)  # passages that many queries share are no near duplicates
+
+
+def test_training_rows_with_a_query_of_the_test_file_are_dropped(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "rows.jsonl", ROWS)
+    write_jsonl(tmp_path / "test.jsonl", [{**row, "passage": f"{row['passage']} again"} for row in ROWS[:10]])
+    rows = prepared(tmp_path, test="test.jsonl")
+    assert rows.dropped == {"same query as a test row": 10}
+    assert rows.counts["test"] == 10
+
+
+def test_the_recipe_and_its_resolved_form_name_the_same_run(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text(
+        f"{{task: rerank, name: r, data: {{train: {tmp_path}/x.jsonl}}, model: {{name: x/y}}}}"
+    )
+    loaded = load_recipe(str(tmp_path / "r.yaml"))
+    assert loaded.recipe.data.split_by == "query"
+    (tmp_path / "again.yaml").write_text(loaded.to_yaml())
+    again = load_recipe(str(tmp_path / "again.yaml"))
+    assert (again.fingerprint, again.recipe) == (loaded.fingerprint, loaded.recipe)
+    whole = load_recipe(str(tmp_path / "r.yaml"), ["data.validation=0", "data.test=0"]).recipe
+    assert whole.data.split_by is None
