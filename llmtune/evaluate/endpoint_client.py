@@ -6,14 +6,13 @@ import re
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from ipaddress import ip_address
 from typing import Any
 from urllib.parse import urlsplit
 
 import openai
 
 from llmtune.errors import EnvironmentProblem, LlmtuneError, RecipeError
-from llmtune.recipe.eval_suites_section import is_endpoint
+from llmtune.recipe.eval_suites_section import is_endpoint, is_local
 
 TIMEOUT_SECONDS = 120
 """Time limit for a complete answer, and for the wait before its first byte."""
@@ -35,9 +34,9 @@ def connect(url: str, key: str | None, offline: bool) -> openai.OpenAI:
         fix = "Give it as http://HOST:PORT, and a key with --api-key-file."
         raise RecipeError.of("this is not the address of an endpoint", "--url", fix)
     parsed = urlsplit(url)
-    local = _is_loopback(str(parsed.hostname))
+    local = is_local(url)
     if offline and not local:
-        fix = "Omit --offline, or use an endpoint on this machine."
+        fix = "Omit --offline, or certify an endpoint on this machine."
         raise EnvironmentProblem.of(f"--offline forbids asking {parsed.hostname}", "--url", fix)
     http_client = openai.DefaultHttpxClient(
         timeout=TIMEOUT_SECONDS,
@@ -78,13 +77,6 @@ def _limit_bytes(stream: Iterable[bytes]) -> Iterator[bytes]:
         if time.monotonic() > end:
             raise AnswerRefusedError(f"its answer did not end within {TIMEOUT_SECONDS:g} seconds")
         yield part
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return host == "localhost" or ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 @contextmanager

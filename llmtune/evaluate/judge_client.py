@@ -20,7 +20,7 @@ from pydantic.dataclasses import dataclass  # checks types, unlike the client
 from typing_extensions import TypedDict
 
 from llmtune.errors import EnvironmentProblem
-from llmtune.recipe.eval_suites_section import JudgeSection
+from llmtune.recipe.eval_suites_section import JudgeSection, is_local
 from llmtune.recipe.secrets import redact
 from llmtune.records import Advance
 from llmtune.store.atomic_files import explained, hash_value, read_json_lines
@@ -159,9 +159,10 @@ class Judge:
         """Yield a client. Raises EnvironmentProblem if the host is forbidden."""
         from llmtune.evaluate.endpoint_client import connect  # late: imports the client, slow
 
-        with self.explained():
-            client = connect(self.section.endpoint, self.key, offline=bool(offline_switches()))
-        with client:
+        if (switches := offline_switches()) and not is_local(self.section.endpoint):
+            what = f"{host(self.section)} is asked over the network, which --offline ({switches[0]}) forbids"
+            raise EnvironmentProblem.of(what, f"{WHERE}.endpoint", "Omit it, or use a judge on this machine.")
+        with connect(self.section.endpoint, self.key, offline=False) as client:
             yield client
 
     @contextmanager
@@ -221,7 +222,7 @@ class Judge:
             try:
                 found = self.complete(client, asked)
             except RefusedError as error:
-                reply["refused"] = str(error)
+                reply["refused"] = "" if reply["texts"] else str(error)
                 break
             reply["texts"].append(found.text)
             reply["model"] = found.model

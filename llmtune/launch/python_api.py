@@ -246,5 +246,9 @@ def names_remote(recipe: Recipe) -> bool:
 
 
 def studies_remote(recipe: Recipe) -> bool:
-    """Whether a benchmark of the evaluation reads data from a hub."""
-    return any(benchmark.needs_network for benchmark in recipe.evaluate.benchmarks)
+    """Whether a benchmark of the evaluation reads data from a hub, or its judge is on another machine."""
+    from llmtune.recipe.eval_suites_section import is_local
+
+    judge = recipe.evaluate.judge
+    has_remote_judge = judge is not None and not is_local(judge.endpoint)
+    return has_remote_judge or any(benchmark.needs_network for benchmark in recipe.evaluate.benchmarks)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from ipaddress import ip_address
 from pathlib import Path, PurePath
 from typing import ClassVar
 from urllib.parse import urlsplit
@@ -171,6 +172,15 @@ def is_endpoint(url: str) -> bool:
     try:
         parsed = urlsplit(url.strip())
         return parsed.scheme in ("http", "https") and bool(parsed.hostname) and not (parsed.username or parsed.query)
+    except ValueError:
+        return False
+
+
+def is_local(url: str) -> bool:
+    """Return whether an endpoint is on this machine."""
+    host = str(urlsplit(url).hostname)
+    try:
+        return host == "localhost" or ip_address(host).is_loopback
     except ValueError:
         return False
 

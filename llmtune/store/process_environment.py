@@ -79,11 +79,12 @@ def offline_switches() -> list[str]:
 def refuse_network(recipe: Recipe, *, offline: bool) -> None:
     """Raise EnvironmentProblem if a recipe needs the network with --offline; cached models and data do not need it.
 
-    Remote trackers, attention kernels from the hub and data at a URL need the network.
+    Remote trackers, attention kernels from the hub, data at a URL and a remote judge need the network.
     """
     if not offline:
         return
-    from llmtune.recipe.section import STORES  # late: slow for --help
+    from llmtune.recipe.eval_suites_section import is_local  # late: slow for --help
+    from llmtune.recipe.section import STORES
 
     problems = []
     trackers = sorted(set(recipe.train.report_to) - LOCAL_TRACKERS)
@@ -101,6 +102,10 @@ def refuse_network(recipe: Recipe, *, offline: bool) -> None:
             if source.path.startswith(STORES):
                 what = f"{source.path} is read over the network, which --offline forbids"
                 problems.append(Problem(what, f"data.{split}", "Download it and use the file, or omit --offline."))
+    judge = recipe.evaluate.judge
+    if judge is not None and not is_local(judge.endpoint):
+        what = f"{judge.endpoint} is asked over the network, which --offline forbids"
+        problems.append(Problem(what, "evaluate.judge.endpoint", "Use a judge on this machine, or omit --offline."))
     EnvironmentProblem.collect(problems)
 
 

@@ -6,6 +6,7 @@ import pytest
 from rich.console import Console
 from support.judging import ScriptedJudge, draw_answers, write_labelled
 from support.runs import FAST, invoke, write_recipe, write_sums
+from support.serving import load_served, serving
 
 from llmtune.errors import DataError, EnvironmentProblem
 from llmtune.evaluate import endpoint_client
@@ -14,7 +15,11 @@ from llmtune.evaluate.inference import Answers
 from llmtune.evaluate.judge import JudgeSuite, read_labelled
 from llmtune.evaluate.judge_client import Judge, parse_verdict, write_question
 from llmtune.evaluate.metric import PairedMeasures
+from llmtune.launch.python_api import names_remote, studies_remote
+from llmtune.pipeline import run_pipeline
 from llmtune.recipe.eval_suites_section import JudgeSection
+from llmtune.recipe.loader import load_recipe
+from llmtune.store.run_request import RunRequest
 
 KEY = "sk-none-of-your-business-1234567890"
 
@@ -287,8 +292,17 @@ def test_openais_key_goes_to_openai_only(tmp_path, monkeypatch):
 def test_a_missing_key_and_a_remote_judge_offline_are_refused(monkeypatch):
     with pytest.raises(EnvironmentProblem, match="NO_SUCH_KEY is not set"):
         Judge(JudgeSection(endpoint="http://localhost:1", model="m", api_key_env="NO_SUCH_KEY"), 0)
-    with pytest.raises(EnvironmentProblem, match=r"--offline forbids asking example\.com"):
+    with pytest.raises(EnvironmentProblem, match=r"example\.com is asked over the network, which --offline"):
         Judge(JudgeSection(endpoint="https://example.com", model="m"), 0).check()
+
+
+@pytest.mark.parametrize(("url", "remote"), [("https://example.com", True), ("http://127.0.0.1:9", False)])
+def test_only_a_remote_judge_needs_the_network(here, tiny_llama, url, remote):
+    recipe = write_judged(here, tiny_llama, url)
+    assert names_remote(load_recipe(recipe).recipe) == studies_remote(load_recipe(recipe).recipe) == remote
+    done = invoke("run", recipe, "--out", "run", "--offline")
+    assert done.exit_code == 4
+    assert ("which --offline forbids" in done.output) == remote
 
 
 # Labelled pairs
@@ -375,3 +389,23 @@ def test_a_judge_that_is_down_ends_the_run_before_training(here, tiny_llama):
     assert not (here / "run" / "adapter").exists()
     (here / "labelled.jsonl").write_text("{}\n")
     assert invoke("run", recipe, "--out", "run").exit_code == 3
+
+
+def test_a_served_run_is_a_poor_judge(tmp_path, tiny_llama):
+    """It has learned to pick the first answer, whatever is asked."""
+    turns = [
+        [{"role": "user", "content": f"Compare {i}"}, {"role": "assistant", "content": "Verdict: A"}] for i in range(40)
+    ]
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"messages": one}) + "\n" for one in turns))
+    train = {"num_train_epochs": 8, "learning_rate": 0.02}
+    sections = {"train": train, "data": {"test": 0, "validation": 0}, "evaluate": {"metrics": None}}
+    recipe = write_recipe(tmp_path / "tiny.yaml", tiny_llama, rows, **sections)
+    run_pipeline(load_recipe(recipe), RunRequest(out=tmp_path / "run"), Console(file=io.StringIO()))
+    pairs = draw_answers(3, 1, win=0.6), draw_answers(3, 2, win=0.5)
+    with serving(*load_served(judge=tmp_path / "run").values()) as url:
+        suite = suite_for(tmp_path, url, *pairs, model="judge")
+        study = suite.compare(PairedMeasures())
+    assert (study.tuned["first_position"], study.tuned["inconsistent"], study.tuned["win_rate"]) == (1, 1, 0.5)
+    assert "The judge cannot tell" in study.verdict
+    assert int(costs(study)["prompt tokens"].replace(",", "")) > 12 * 100
