@@ -3,6 +3,8 @@
 import html
 import json
 import shutil
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -373,3 +375,15 @@ def test_generate_prints_vectors_as_json_and_refuses_no_text(run):
     assert done.exit_code == 0, done.output
     assert len(json.loads(done.stdout)["prediction"]["query"]) == 64
     assert invoke("generate", run, "", "--json").exit_code == 2
+
+
+@pytest.mark.slow
+def test_an_onnx_file_gives_the_same_vectors_and_scores(run, tmp_path):
+    done = invoke("deploy", "onnx", run, "--out", tmp_path / "onnx")
+    assert done.exit_code == 0, done.output
+    certificate = json.loads((tmp_path / "onnx" / "certificate.json").read_text())
+    assert certificate["passed"]
+    command = [sys.executable, "-W", "ignore", tmp_path / "onnx" / "run_model.py", "the red cat"]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    expected = FinishedRun(run, offline=True).answer({"prompt": "the red cat"})["prediction"]["query"]
+    np.testing.assert_allclose(json.loads(printed), expected, atol=1e-5)
