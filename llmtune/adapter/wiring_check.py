@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from typing import cast
 
 import torch
 from peft import LoraModel, PeftModel
@@ -180,6 +181,8 @@ def _head_outputs(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> to
     """Return all outputs of the head as one row of numbers."""
     takes_cache = "use_cache" in inspect.signature(type(unwrap(model)).forward).parameters
     output = model(**inputs, **({"use_cache": False} if takes_cache else {}))
+    if "last_hidden_state" in output and "logits" not in output:
+        return cast(torch.Tensor, output.last_hidden_state).reshape(-1)
     parts = (
         [output.logits[:, virtual_tokens(model) :]] if "logits" in output else [output.start_logits, output.end_logits]
     )

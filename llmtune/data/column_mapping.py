@@ -59,6 +59,14 @@ ALIASES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "chosen": ("chosen_response", "chosen_messages", "preferred"),
         "rejected": ("rejected_response", "rejected_messages", "dispreferred"),
     },
+    "embed": {
+        "query": ("anchor", "question", "sentence1", "text1"),
+        "passage": ("positive", "pos", "positives", "passages", "document", "answer", "sentence2", "text2"),
+        "negatives": ("negative", "neg", "hard_negatives", "hard_negative"),
+        "score": ("similarity", "similarity_score", "relatedness_score"),
+        "text": ("sentence", "content"),
+        "label": ("category", "class", "labels"),
+    },
     "rerank": {
         "query": ("question", "anchor", "search_query"),
         "passage": (

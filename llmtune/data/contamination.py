@@ -33,7 +33,10 @@ COMMON_ROWS = 10
 """A run in more training rows than this is no evidence about a single test row."""
 COMMON_SHARE = 0.1
 """A prompt in more than ten training rows and more than this share of them is the task itself."""
-ANSWERS = ("completion", "target", "summary", "chosen", "rejected", "answer", "good", "passages", "relevances")
+ANSWERS = (
+    *("completion", "target", "summary", "chosen", "rejected", "answer", "good", "passages", "negatives", "score"),
+    "relevances",
+)
 """Keys of rows that do not belong to the prompt."""
 FACTOR = np.uint64(0x9E3779B97F4A7C15)
 

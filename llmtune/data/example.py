@@ -15,7 +15,8 @@ class Example:
     input_ids: Sequence[int]
     """Input tokens of the model, or of its encoder if it has one; empty for speech."""
     spans: Sequence[int]
-    """Supervised half-open ranges, flat: start, end, start, end. Token `start` is predicted from `start - 1`."""
+    """Supervised half-open ranges, flat: start, end, start, end. Token `start` is predicted from `start - 1`. For
+    vectors, the range of each text in `input_ids`."""
     target_bytes: int
     """UTF-8 bytes of the supervised text without end markers: the denominator of bits per byte."""
     target_ids: Sequence[int] = ()
@@ -29,9 +30,9 @@ class Example:
     token_type_ids: Sequence[int] = ()
     """Which of two texts each token belongs to; empty if there is one text."""
     class_ids: Sequence[int] = ()
-    """The class of the text, as a one-element list."""
+    """The class of the text, as a one-element list; for vectors, a hash of each text."""
     tag_ids: Sequence[int] = ()
-    """The tag of each token; `IGNORED` if not predicted."""
+    """The tag of each token; `IGNORED` if not predicted. For vectors, a hash of the row's label."""
     answer: Sequence[int] = ()
     """First and last token of the answer span."""
     values: Sequence[float] = ()
@@ -46,6 +47,8 @@ class Example:
     """The number of predictions, if it differs from the number of tokens in `spans`."""
     cost: int | None = None
     """The number of tokens in a micro-batch, if it differs from the length of `input_ids`."""
+    longest: int | None = None
+    """The longest text in tokens, if `input_ids` joins several; used during encoding, not stored."""
     lost: tuple[int, int, int] | None = None
     """What truncation removed from the row (`llmtune.data.overlong.Lost`); counted during encoding, not stored."""
 
@@ -62,6 +65,8 @@ class Example:
     @property
     def reach(self) -> int:
         """Its longest sequence in tokens, which the model's context must fit."""
+        if self.longest is not None:
+            return self.longest
         return max(len(self.input_ids), len(self.target_ids), len(self.other_ids))
 
 

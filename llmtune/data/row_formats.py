@@ -17,6 +17,7 @@ from llmtune.data.chat_rows import (
     completion_from_text,
 )
 from llmtune.data.column_mapping import fields, find, flatten, has_columns, rename, used_columns, with_aliases
+from llmtune.data.embed_rows import embed_from_label, embed_from_pair
 from llmtune.data.rejected_rows import RowError
 from llmtune.data.rerank_rows import ranked_list, ranked_negatives, ranked_pair
 from llmtune.data.task_rows import (
@@ -112,7 +113,7 @@ _KNOWN = (
     RowFormat("document-summary", ("document", "summary"), (), {"summarize": summary_from_pair}),
     RowFormat("squad", ("question", "context", "answers"), (), {"qa": question_squad}),
     RowFormat("question-answer", ("question", "context", "answer"), (), {"qa": question_answer}),
-    RowFormat("text-label", ("text", "label"), ("pair",), {"classify": classified}),
+    RowFormat("text-label", ("text", "label"), ("pair",), {"classify": classified, "embed": embed_from_label}),
     RowFormat("tokens-tags", ("tokens", "tags"), (), {"token-classify": tagged_tokens}),
     RowFormat("text-spans", ("text", "spans"), (), {"token-classify": tagged_spans}),
     RowFormat("audio-text", ("audio", "text"), (), {"speech": speech_from_columns}, files=("audio",)),
@@ -152,6 +153,7 @@ _KNOWN = (
         {"preference": thumb_from_conversation},
         '{"messages": [{"role": "user", ...}, {"role": "assistant", ...}], "label": true}',
     ),
+    RowFormat("query-passage", ("query", "passage"), ("negatives", "score"), {"embed": embed_from_pair}),
     RowFormat("query-passage-relevance", ("query", "passage", "relevance"), (), {"rerank": ranked_pair}),
     RowFormat("query-passages", ("query", "passages", "relevances"), (), {"rerank": ranked_list}),
     RowFormat("query-passage-negatives", ("query", "passage", "negatives"), (), {"rerank": ranked_negatives}),

@@ -72,6 +72,8 @@ def spoken_text(row: Row) -> str:
         return _tag_words(f"{row['question']} {' '.join(answer['text'] for answer in row['answers'])}", row["context"])
     if "relevances" in row:
         return _tag_words(" ".join(row["passages"]), row["query"])
+    if "negatives" in row:
+        return " ".join([row["query"], *row["passages"]])
     if "audio" in row:
         return _tag_words(row["text"], row["content"])
     if "messages" in row:

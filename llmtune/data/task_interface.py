@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from llmtune.data.example import Collate, Example
@@ -36,6 +37,8 @@ class TaskInterface:
     """Whether a head missing from the model is created and fully trained."""
     has_step_statistics: bool = False
     """Whether the loss of a micro-batch needs sums over the complete step."""
+    has_step_loss: bool = False
+    """Whether the loss compares all examples of a step: it is computed from their `features`."""
 
     def encode(self, rows: Sequence[Any], processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[Encoded]:
         """Return the examples of each row, or the reason why it has none."""
@@ -63,6 +66,14 @@ class TaskInterface:
         """Return sums over a complete step that the loss of each micro-batch needs."""
         return []
 
+    def features(self, model: torch.nn.Module, batch: Batch) -> list[torch.Tensor]:
+        """Return a tensor per example, float32, from which `step_loss` computes the loss."""
+        raise NotImplementedError
+
+    def step_loss(self, features: Sequence[torch.Tensor], examples: Sequence[Example], recipe: Recipe) -> Loss:
+        """Return the loss of a complete step; its gradient in the features is passed on to the model."""
+        raise NotImplementedError
+
     def supports(self, config: PretrainedConfig) -> bool:
         """Whether the task can use a model with this configuration, beyond its class."""
         return True
@@ -80,6 +91,9 @@ class TaskInterface:
     def highlighted_text(self, example: Example, processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[Segment]:
         """Return pieces of text, each with whether it is supervised, for display."""
         return highlight(example.input_ids, example.spans, processor)
+
+    def save_files(self, folder: Path, config: PretrainedConfig, recipe: Recipe) -> None:
+        """Write the task's own files next to a saved model or adapter, whose configuration is `config`."""
 
     def class_counts(self, rows: Rows, recipe: Recipe) -> dict[str, dict[str, int]]:
         """Return, by label, the number of rows (or entities) per split; empty for a task without labels."""

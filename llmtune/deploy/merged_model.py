@@ -175,6 +175,7 @@ def save_settings(merged: PreTrainedModel, tuned: TunedModel, folder: Path, dtyp
         vars(merged.config).pop(name, None)
     merged.config.save_pretrained(folder)
     save_tokenizer(tuned.processor, folder)
+    tuned.task.save_files(folder, merged.config, tuned.recipe)
 
 
 def _generation_config(merged: PreTrainedModel, tuned: TunedModel) -> GenerationConfig:

@@ -378,7 +378,7 @@ def read_head_outputs(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
     output = model(**inputs)
     if hasattr(output, "start_logits"):
         return torch.cat([output.start_logits, output.end_logits]).float().cpu()
-    logits: torch.Tensor = output.logits
+    logits: torch.Tensor = output.logits if "logits" in output else output.last_hidden_state
     return logits.reshape(-1, logits.shape[-1]).float().cpu()
 
 

@@ -97,7 +97,7 @@ def make_inputs(
     questions, references = zip(*(task.split_answer(row) for _, row in held_out), strict=True)
     turns = [task.tool_turns(row, recipe) for _, row in held_out]
     metrics = measured_metrics(recipe, has_tools=any(turns))
-    notes = start_notes(task, recipe) | task.row_notes(rows, split) | schema_notes(metrics, turns)
+    notes = start_notes(task, recipe) | task.row_notes(rows, split, recipe) | schema_notes(metrics, turns)
     generates = not task.predicts
     answerable = [i for i in range(len(numbers)) if not generates or (write_prompt(questions[i]) and references[i])]
     needs_texts = not generates or any(metric in PREDICTED for metric in metrics)
@@ -249,7 +249,7 @@ def write_prompt(row: Row) -> str:
     if "relevances" in row:
         return "\n".join([row["query"], *row["passages"]])
     if "messages" not in row:
-        named = [row.get(name) for name in ("prompt", "source", "document", "text", "pair")]
+        named = [row.get(name) for name in ("query", "prompt", "source", "document", "text", "pair")]
         return "\n".join(str(part) for part in named if part)
     turns = [
         (str(message["role"]), write_answer(plain_text(message.get("content")), message.get("tool_calls") or ()))

@@ -68,7 +68,7 @@ class EvaluatedTask(TaskInterface):
         """Return the value that predictions are compared with."""
         return self.split_answer(row)[1]
 
-    def row_notes(self, rows: Rows, split: str) -> dict[str, str]:
+    def row_notes(self, rows: Rows, split: str, recipe: Recipe) -> dict[str, str]:
         """Return notes on the evaluated rows of a split for the report, by subject."""
         return {}
 

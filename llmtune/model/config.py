@@ -73,6 +73,7 @@ def find_class(
 
 
 NEEDS = {
+    "AutoModel": "Name an encoder, such as BERT or ModernBERT, or a decoder.",
     "AutoModelForCausalLM": "Name a decoder model (its config.json names a class that ends in ForCausalLM or "
     "LMHeadModel).",
     "AutoModelForMaskedLM": "Name an encoder with its masked-token head (its config.json names a class that ends in "
@@ -106,7 +107,9 @@ def supports_task(config: PreTrainedConfig, task: TaskInterface) -> bool:
     if model_class is None or not task.supports(config):
         return False
     named = _architectures(config)
-    return task.trains_head or not named or model_class.__name__ in named or _is_relative(named, model_class.__name__)
+    if task.trains_head or task.auto_class == "AutoModel":
+        return True
+    return not named or model_class.__name__ in named or _is_relative(named, model_class.__name__)
 
 
 def is_encoder(config: PreTrainedConfig) -> bool:

@@ -305,7 +305,8 @@ def _initialize_head(
     """
     heads = head_names(model)
     in_head = {name: p for name, p in model.named_parameters() if in_heads(name, heads)}
-    new = {name for name in absent if task.trains_head and is_new_part(name, heads)}
+    starts_new = task.trains_head or task.auto_class == "AutoModel"  # it does not use its pooling layer
+    new = {name for name in absent if starts_new and is_new_part(name, heads)}
     with torch.no_grad():
         if getattr(config, OTHER_CLASSES, False) and not new & in_head.keys():
             spread = float(getattr(config.get_text_config(), "initializer_range", 0.02))

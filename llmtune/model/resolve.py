@@ -100,7 +100,7 @@ def _download(name: str, model: ModelSection, offline: bool) -> Path:
             name,
             revision=model.revision,
             allow_patterns=patterns,
-            ignore_patterns=["*/*", "consolidated*"],
+            ignore_patterns=["[!1]*/*", "consolidated*"],  # 1_Pooling/ of sentence-transformers
             local_files_only=offline,
         )
     except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, LocalEntryNotFoundError, NO_ANSWER) as error:

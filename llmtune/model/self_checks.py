@@ -176,8 +176,9 @@ def _class_logits(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
 
 def _head_logits(model: PreTrainedModel, inputs: dict[str, Any]) -> torch.Tensor:
     output = model(**inputs)
-    if "logits" in output:
-        return cast(torch.Tensor, output.logits)
+    for name in ("logits", "last_hidden_state"):
+        if name in output:
+            return cast(torch.Tensor, output[name])
     return torch.stack([output.start_logits, output.end_logits], dim=-1)
 
 

@@ -16,6 +16,7 @@ from llmtune.recipe.task_facts import TASK_FACTS, TaskVariant
 from llmtune.recipe.task_sections import (
     ClassifySection,
     CompletionSection,
+    EmbedSection,
     PreferenceSection,
     QaSection,
     RerankSection,
@@ -113,6 +114,8 @@ class Recipe(RecipeSection):
     """Settings of `task: token-classify`. Default none: the defaults of its keys."""
     speech: SpeechSection | None = None
     """Settings of `task: speech`. Default none: the defaults of its keys."""
+    embed: EmbedSection | None = None
+    """Settings of `task: embed`. Default none: the defaults of its keys."""
     rerank: RerankSection | None = None
     """Settings of `task: rerank`. Default none: the defaults of its keys."""
 

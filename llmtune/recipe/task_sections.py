@@ -28,6 +28,10 @@ LOSS_KEYS = {
 """Keys of `preference` -> the losses that read them."""
 
 
+EMBED_KEYS = {"scale": ("ranking", "cosent"), "margin": ("triplet",)}
+"""Keys of `embed` -> the losses that read them."""
+
+
 class TaskSection(RecipeSection):
     """A section that only one task has."""
 
@@ -211,3 +215,38 @@ class PreferenceSection(TaskSection):
             if self.loss not in losses:
                 why, fix = f"with preference.loss: {self.loss}", f"Remove it; it belongs to: {', '.join(losses)}."
                 diagnostics.none_has_effect(self, "preference", (name,), why, fix, "preference.loss")
+
+
+class EmbedSection(TaskSection):
+    """Settings of the task `embed`."""
+
+    loss: Literal["auto", "ranking", "cosent", "cosine", "triplet"] = "auto"
+    """`ranking`: the query's passage against all other passages of the step (InfoNCE, in-batch negatives). `cosent` and
+    `cosine` learn scores: their order, or their values. `triplet` learns classes, over all triplets of a step. Default
+    `auto`: `ranking` for passages, `cosent` for scores, `triplet` for labels."""
+    scale: float = Field(default=20.0, gt=0, le=1000)
+    """With `ranking` and `cosent`, factor of the cosine: the inverse of the temperature. Default 20, as in
+    sentence-transformers."""
+    margin: float = Field(default=0.2, gt=0, le=2)
+    """With `triplet`, how much nearer texts of the same class should be, in cosine distance. Default 0.2."""
+    dimensions: Many[Positive] | None = Field(default=None, min_length=1)
+    """Lengths of vectors to train together (Matryoshka): a vector cut to one of them is useful too. The longest is the
+    length of the vectors. Default none: only the model's own."""
+    query_prompt: str | None = None
+    """Text before each query, in training, evaluation, serving and the saved model. Default none: the base's own prompt
+    `query`, if it has one."""
+    passage_prompt: str | None = None
+    """Text before each passage. Default none: the base's own prompt `document` or `passage`, if it has one."""
+    pooling: Literal["auto", "mean", "cls", "max", "lasttoken"] = "auto"
+    """How token vectors become one vector. Default `auto`: the base's own; without one, `mean` for an encoder and
+    `lasttoken` for a decoder."""
+    normalize: bool | None = None
+    """Scale vectors to length 1. Default none: as the base does; true if it does not say."""
+
+    def check(self, diagnostics: Diagnostics, max_length: int) -> None:
+        """Report repeated dimensions, and keys that the loss ignores."""
+        diagnostics.repeated("embed.dimensions", [str(size) for size in self.dimensions or ()], "a length")
+        for name, losses in EMBED_KEYS.items():
+            if self.loss not in ("auto", *losses):
+                why, fix = f"with embed.loss: {self.loss}", f"Remove it; it belongs to: {', '.join(losses)}."
+                diagnostics.none_has_effect(self, "embed", (name,), why, fix, "embed.loss")

@@ -9,9 +9,9 @@ from llmtune.records import Difference
 
 CHOICE = "choice_accuracy"
 LOWER_IS_BETTER = frozenset(
-    {"loss", "perplexity", "bits_per_byte", "wer", "cer", "ter", "mse", "mae", "kl", "answers_cut"},
+    {"loss", "perplexity", "bits_per_byte", "wer", "cer", "ter", "mse", "mae", "kl", "answers_cut", "random_cosine"},
 )
-COSTS = frozenset({"kl", "answers_cut"})
+COSTS = frozenset({"kl", "answers_cut", "random_cosine", "effective_rank"})
 """Metrics that show the cost or conditions of a gain. A change in only these does not make a model worse."""
 
 METRIC_NOTES = {
@@ -46,6 +46,8 @@ METRIC_NOTES = {
     "recall": "share of the true ones that were found",
     "mae": "mean error, in units of the label",
     "mse": "mean squared error",
+    "random_cosine": "mean cosine of unrelated texts; near 1 if all vectors are alike",
+    "effective_rank": "directions that the vectors use",
     "spearman": "rank correlation, −1 to 1",
     "pearson": "linear correlation, −1 to 1",
     "likelihood_accuracy": "better answer is likelier",

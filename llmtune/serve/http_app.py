@@ -17,6 +17,7 @@ from starlette.types import ASGIApp
 
 import llmtune
 from llmtune.errors import nearest
+from llmtune.serve.embeddings_endpoint import mount_embeddings
 from llmtune.serve.engine import Engine
 from llmtune.serve.generation_endpoints import ClientDisconnected, mount_generation, served_by_name
 from llmtune.serve.middleware import CONTENT_TYPE, Gateway, Metrics, error_response
@@ -48,6 +49,8 @@ def build_app(engine: Engine, *, body_bytes: int, key: str | None = None) -> ASG
         mount_generation(app, engine, metrics, chat=task.is_conversational)
     elif task.name == "rerank":
         mount_rerank(app, engine)
+    elif task.name == "embed":
+        mount_embeddings(app, engine)
     else:
         mount_task(app, task, engine, metrics)
     _mount_models(app, engine)

@@ -11,6 +11,7 @@ from llmtune.tasks import (
     chat,
     classify,
     completion,
+    embed,
     preference,
     qa,
     rerank,
@@ -21,7 +22,7 @@ from llmtune.tasks import (
 )
 from llmtune.tasks.base import AnyTask
 
-_FILES = (chat, completion, translate, summarize, qa, classify, token_classify, speech, preference, rerank)
+_FILES = (chat, completion, translate, summarize, qa, classify, token_classify, speech, preference, embed, rerank)
 VARIANTS: dict[str, tuple[AnyTask, ...]] = {file.VARIANTS[0].name: file.VARIANTS for file in _FILES}
 """By task, its variants in order: the first that matches the recipe and supports the model is chosen."""
 

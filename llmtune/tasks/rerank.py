@@ -102,7 +102,7 @@ class Rerank(Task[RerankRow, RerankPrediction]):
         """Return the row: its relevances belong to its query."""
         return row
 
-    def row_notes(self, rows: Rows, split: str) -> dict[str, str]:
+    def row_notes(self, rows: Rows, split: str, recipe: Recipe) -> dict[str, str]:
         """Return the number of queries and passages, and of passages that training rows have too."""
         trained = {passage for _, row in iterate_rows(rows, "train") for passage in row["passages"]}
         relevant: dict[str, bool] = {}

@@ -19,7 +19,7 @@ from llmtune.model.causal_lm_loss import move_to
 from llmtune.model.device import fits_in_memory, release_memory
 from llmtune.records import Batch, Loss
 from llmtune.train.batch_plan import Indexes, divide, micro_batches
-from llmtune.train.distributed import any_process, sum_over_processes
+from llmtune.train.distributed import any_process, gather_lists, sum_over_processes
 from llmtune.train.setup import TrainContext
 
 
@@ -56,6 +56,23 @@ class StepLoss:
         return math.isfinite(self.mean) and math.isfinite(self.grad_norm)
 
 
+@dataclass(frozen=True)
+class StepFeatures:
+    """The loss of a step, and its gradient in the features of each row."""
+
+    loss: Loss
+    gradients: dict[int, torch.Tensor]
+    """By training example."""
+
+    def loss_of(self, rows: Indexes) -> Loss:
+        """Return the share of some rows in the loss."""
+        places = {row: at for at, row in enumerate(self.gradients)}
+        own = [places[int(row)] for row in rows]
+        if self.loss.row_sums is None:
+            return Loss(self.loss.sum * len(own) / len(places), len(own))
+        return Loss(self.loss.row_sums[own].sum(), len(own), row_sums=self.loss.row_sums[own])
+
+
 def step_gradients(training: TrainContext, step: int, budget: int, loss_scale: float) -> StepLoss:
     """Leave the clipped gradient of `step` in the parameters, independent of `budget` and the number of processes.
 
@@ -73,11 +90,14 @@ def step_gradients(training: TrainContext, step: int, budget: int, loss_scale: f
     groups, real = _own_groups(training, rows, budget)
     losses: list[Loss] = []
     totals = _sum_step_statistics(training, training.examples, groups, real, step)
+    divided = len(groups) > 1 or accelerator.num_processes > 1
+    caches = training.task.has_step_loss and divided
+    cached = _cache_gradients(training, rows, groups, real, step) if caches else None
 
     def attempt(index: int) -> bool:
         seed_micro_batch(training, step, index)
         weight = scale if index < real else 0.0
-        work = partial(_backward_pass, training, groups[index], weight, step, totals)
+        work = partial(_backward_pass, training, groups[index], weight, step, totals, cached)
         return try_memory(training, lambda: losses.append(work()))
 
     fits = True
@@ -137,6 +157,7 @@ def validation_loss(training: TrainContext, budget: int, stop: Callable[[], bool
     cut = [micro_batches(share, reader.lengths, budget, training.packed, training.pass_tokens) for share in shares]
     own, turns = cut[accelerator.process_index], max(len(groups) for groups in cut)
     sums: list[tuple[float, int]] = []
+    features: dict[int, torch.Tensor] = {}
     groups = _with_idle(training, own, turns, np.asarray([int(reader.lengths.argmin())]))
     totals = _sum_step_statistics(training, reader, groups, len(own), 0)
     training.model.eval()
@@ -145,6 +166,8 @@ def validation_loss(training: TrainContext, budget: int, stop: Callable[[], bool
             fits = True
             if turn < len(groups):
                 work = partial(_validate_batch, training, groups[turn], turn < len(own), sums, totals)
+                if training.task.has_step_loss:
+                    work = partial(_add_features, training, reader, groups[turn], features, 0)
                 fits = try_memory(training, work)
             stopped, failed = sum_over_processes(accelerator, [float(stop()), float(not fits)])
             if failed:
@@ -153,6 +176,8 @@ def validation_loss(training: TrainContext, budget: int, stop: Callable[[], bool
                 return None
     finally:
         training.model.train()
+    if training.task.has_step_loss:
+        return _loss_of_blocks(training, reader, features)
     total, count = sum_over_processes(accelerator, [sum(value for value, _ in sums), sum(count for _, count in sums)])
     return total / max(1, count)
 
@@ -259,8 +284,78 @@ def _sum_step_statistics(
     return sum_over_processes(training.accelerator, sums)
 
 
-def _backward_pass(training: TrainContext, rows: Indexes, weight: float, step: int, totals: list[float] | None) -> Loss:
+def _cache_gradients(
+    training: TrainContext, rows: Indexes, groups: Sequence[Indexes], real: int, step: int
+) -> StepFeatures:
+    """Compute the features of all rows of a step without a graph, and the gradient of the loss in them.
+
+    The backward passes then send it into the model, one micro-batch at a time, so the loss compares all rows of a step
+    in the memory of one micro-batch: Gao et al., "Scaling Deep Contrastive Learning Batch Size under Memory Limited
+    Setup", 2021. Seeds are those of the backward passes, for the same dropout. Raises MicroBatchTooLarge if memory ran
+    out.
+    """
+    found: dict[int, torch.Tensor] = {}
+    fits = True
+    for index, group in enumerate(groups):
+        seed_micro_batch(training, step, index)
+        kept = found if index < real else {}
+        fits = fits and try_memory(training, partial(_add_features, training, training.examples, group, kept, step))
+    if any_process(training.accelerator, not fits):
+        raise MicroBatchTooLarge
+    found = _gather_features(training, found)
+    leaves = [found[int(row)].requires_grad_() for row in rows]
+    loss = training.task.step_loss(leaves, [training.examples[int(row)] for row in rows], training.recipe)
+    gradients = torch.autograd.grad(loss.sum, leaves)
+    sums = None if loss.row_sums is None else loss.row_sums.detach()
+    return StepFeatures(
+        Loss(loss.sum.detach(), loss.count, row_sums=sums), dict(zip(rows.tolist(), gradients, strict=True))
+    )
+
+
+@torch.no_grad()
+def _add_features(
+    training: TrainContext, reader: ExampleReader, rows: Indexes, found: dict[int, torch.Tensor], draw: int
+) -> None:
+    batch = make_batch(training, reader, rows, draw)
+    with training.compute():
+        found.update(zip(rows.tolist(), training.task.features(training.adapted.model, batch), strict=True))
+
+
+def _gather_features(training: TrainContext, own: dict[int, torch.Tensor]) -> dict[int, torch.Tensor]:
+    """Return the features of all processes."""
+    if training.accelerator.num_processes == 1:
+        return own
+    pairs = gather_lists(training.accelerator, [(row, one.cpu()) for row, one in own.items()])
+    return {row: one.to(training.device) for row, one in pairs}
+
+
+def _loss_of_blocks(training: TrainContext, reader: ExampleReader, own: dict[int, torch.Tensor]) -> float:
+    """Return the mean loss over blocks of `train.batch_size` examples in order, as if each were a step."""
+    found, size = _gather_features(training, own), training.recipe.train.batch_size
+    blocks = [range(start, min(start + size, len(reader))) for start in range(0, len(reader), size)]
+    losses = [
+        training.task.step_loss([found[row] for row in block], [reader[row] for row in block], training.recipe)
+        for block in blocks
+    ]
+    return sum(float(loss.sum) for loss in losses) / sum(loss.count for loss in losses)
+
+
+def _backward_pass(
+    training: TrainContext,
+    rows: Indexes,
+    weight: float,
+    step: int,
+    totals: list[float] | None,
+    cached: StepFeatures | None,
+) -> Loss:
     batch = make_batch(training, training.examples, rows, step) | ({} if totals is None else {"totals": totals})
+    if cached is not None:
+        with training.compute():
+            features = training.task.features(training.model, batch)
+        pairs = zip(rows.tolist(), features, strict=True)
+        products = [(one * cached.gradients[row]).sum() for row, one in pairs]
+        training.accelerator.backward(torch.stack(products).sum() * weight)
+        return cached.loss_of(rows)
     with training.compute():
         loss = training.task.loss(training.model, batch, False)
     training.accelerator.backward(loss.sum * weight)

@@ -357,10 +357,15 @@ def _finish(run: Run) -> Path:
     whole = whole_state(training.adapted.model, trained_only=not full)
     run_on_main(
         training.accelerator,
-        lambda: write_folder(folder, lambda target: save_adapter(training.adapted, target, whole)),
+        lambda: write_folder(folder, lambda target: _save(training, target, whole)),
     )
     run_on_main(training.accelerator, lambda: save_row_losses(training.row_losses, training.examples, training.folder))
     return folder
+
+
+def _save(training: TrainContext, folder: Path, whole: dict[str, torch.Tensor] | None) -> None:
+    save_adapter(training.adapted, folder, whole)
+    training.task.save_files(folder, training.adapted.selected.model.config, training.recipe)
 
 
 def _summary(run: Run, adapter: Path, resumed: int | None) -> TrainedRun:

@@ -279,6 +279,11 @@ FLIPS = {
     **flips("rerank", "examples", recipe="rerank.yaml", max_relevance="4.0"),
     **flips("speech", "examples", recipe="speech.yaml", language="fr", task="translate", window_seconds="0.1"),
     **flips("speech", "evaluation", recipe="speech.yaml", normalizer="none"),
+    **flips("embed", "loss", recipe="embed.yaml", scale="5.0", dimensions="[64, 16]", pooling="cls"),
+    **flips("embed", "examples", recipe="embed.yaml", query_prompt="'Find: '", passage_prompt="'Found: '"),
+    **flips("embed", "evaluation", recipe="embed.yaml", normalize="false"),
+    **flips("embed", "loss", recipe="embed-classes.yaml", margin="1.5"),
+    **flips("embed", "loss", recipe="embed-scores.yaml", loss="cosine"),
     **flips("preference", "loss", STATES, recipe="preference.yaml", loss="ipo", beta="0.5", label_smoothing="0.3"),
     **flips("preference", "loss", recipe="thumbs.yaml", desirable_weight="3.0", undesirable_weight="3.0"),
     **flips("preference", "loss", "preference.loss=reward", recipe="preference.yaml", center_rewards_coefficient="0.5"),
@@ -446,6 +451,10 @@ def make_tasks(place: Path, questions: list[tuple[str, str]]) -> None:
             {"prompt": question, "completion": answer, "label": i % 2 == 0}
             for i, (question, _, answer) in enumerate(told)
         ],
+        "found": [{"query": question, "passage": text} for question, text, _ in told],
+        "scored": [
+            {"query": question, "passage": text, "score": i % 5 / 4} for i, (question, text, _) in enumerate(told)
+        ],
         "sounds": [{"audio": f"tone-{i}.wav", "text": answer} for i, (_, _, answer) in enumerate(told[:16])],
     }
     for name, found in rows.items():
@@ -467,6 +476,9 @@ def make_tasks(place: Path, questions: list[tuple[str, str]]) -> None:
     write("tags", "token-classify", "encoder", "tags", ["loss", "f1"], **quiet)
     write("rerank", "rerank", "encoder", "ranked", ["loss", "ndcg@10"], **quiet)
     write("speech", "speech", "hearing", "sounds", ["wer"], data={"max_length": 60}, speech={"language": "en"})
+    write("embed", "embed", "encoder", "found", ["mrr@10"], **quiet)
+    write("embed-classes", "embed", "encoder", "labels", ["mrr@10"], **quiet)
+    write("embed-scores", "embed", "encoder", "scored", ["spearman"], **quiet)
     write("preference", "preference", "model", "pairs-of-answers", ["margin"], **quiet)
     write("thumbs", "preference", "model", "thumbs", ["margin"], preference={"loss": "kto"}, **quiet)
 

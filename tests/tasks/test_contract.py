@@ -55,13 +55,21 @@ ANSWERS = [
     {"question": f"Which colour has the {t}?", "context": text, "answer": "" if i % 5 == 4 else c}
     for i, (text, t, c) in enumerate(WORDS)
 ]
+FOUND = [
+    {"query": f"Where is the {t}?", "passage": f"{text}.", "negatives": [f"A {t} was {c} once"][: i % 2]}
+    for i, (text, t, c) in enumerate(WORDS)
+]
+SCORED = [
+    {"query": text, "passage": f"The {t} was {COLOURS[i % 3]}", "score": float(COLOURS[i % 3] == c)}
+    for i, (text, t, c) in enumerate(WORDS)
+]
 RANKED = [
     {"query": f"Which colour has the {t}?", "passages": [text, f"The {t} is quick."], "relevances": [1 + i % 2, 0]}
     for i, (text, t, _) in enumerate(WORDS)
 ]
 NO_TEXT = {"generation": {"max_new_tokens": None}}
 RATES = {"lora": 1e-2, "qlora": 4e-3, "full": 2e-3}
-LOGITS = ("logits", "start_logits", "end_logits")
+LOGITS = ("logits", "last_hidden_state", "start_logits", "end_logits")
 MASKED = {"completion": {"objective": "masked"}, "generation": {"max_new_tokens": None}}
 WITH_DROPOUT = ("completion-full", "classify-qlora", "ctc", "ctc-headless", "ctc-qlora", "ctc-full")
 STILL = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -124,6 +132,15 @@ CASES = {
     "preference": Case("preference", 0, build_llama, LIKED, {"preference": {"loss": "dpo"}}),
     "preference-kto": Case("preference", 0, build_llama, THUMBS, {"preference": {"loss": "kto"}}),
     "preference-orpo": Case("preference", 0, build_llama, LIKED, {"preference": {"loss": "orpo"}}),
+    "embed": Case("embed", 0, families.build_bert, FOUND, NO_TEXT, config=STILL),
+    "embed-scores-full": Case("embed", 0, families.build_modernbert, SCORED, NO_TEXT, method="full"),
+    "embed-labels": Case(
+        "embed",
+        0,
+        build_llama,
+        [{"text": text, "label": c} for text, _, c in WORDS],
+        {**NO_TEXT, "embed": {"margin": 1.0}},
+    ),
     "rerank": Case("rerank", 0, families.build_bert, RANKED, NO_TEXT, config=STILL),
     "rerank-decoder": Case("rerank", 0, build_llama, RANKED, NO_TEXT),
     "reward": Case("preference", 1, build_llama, LIKED, {"preference": {"loss": "reward"}, **NO_TEXT}),
@@ -145,7 +162,7 @@ VARIED = {
 """Methods that the default suite does not train for a variant."""
 RELATED = {f"chat-{name}": replace(CASES["chat"], adapter=adapter) for name, adapter in RELATIVES.items()}
 SECOND = ("completion", "masked-full", "translate-full", "qa-extractive-full", "classify-qlora", "token-classify-full")
-SECOND += ("whisper-full", "ctc-headless", "preference-orpo", "rerank-decoder")
+SECOND += ("embed-labels", "whisper-full", "ctc-headless", "preference-orpo", "rerank-decoder")
 """Cases of a variant that the default suite covers with another method, model or loss."""
 SLOW = {*VARIED, *RELATED, *SECOND}
 CELLS = CASES | VARIED | RELATED
@@ -412,13 +429,15 @@ for folder, auto_class, method, skipped, inputs, outputs in json.load(open(sys.a
             config = transformers.AutoConfig.from_pretrained(folder)
             options |= {"num_labels": config.num_labels, "pad_token_id": config.pad_token_id}
         named = "AutoPeftModel" if "Question" in auto_class else "AutoPeft" + auto_class.removeprefix("Auto")
+        named += "ForFeatureExtraction" if auto_class == "AutoModel" else ""
         auto = getattr(peft, named, peft.AutoPeftModel)
         model = auto.from_pretrained(folder, **options)
     for module in model.modules():  # bitsandbytes' inference kernel rounds differently
         module.support_avx512bf16_for_cpu = False
     with torch.no_grad():
         output = model.eval()(**load_file(inputs))
-    names = [name for name in ("logits", "start_logits", "end_logits") if name in output]
+    known = ("logits", "last_hidden_state", "start_logits", "end_logits")
+    names = [name for name in known if name in output]
     save_file({name: output[name].contiguous() for name in names}, outputs)
 assert not any(name.startswith("llmtune") for name in sys.modules)
 """

@@ -1,0 +1,418 @@
+"""Task embed: turn texts into vectors that are close if the texts belong together, for search and clustering."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from torch.nn import functional
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import ModelOutput
+
+from llmtune.data.collators import encoder_batch
+from llmtune.data.embed_rows import EmbedRow, texts_of
+from llmtune.data.example import Example
+from llmtune.data.overlong import Lost, too_long
+from llmtune.data.rerank_rows import given_passages
+from llmtune.data.row_store import iterate_rows
+from llmtune.data.task_interface import Encoded
+from llmtune.data.tokenization import Segment, decode_shortened
+from llmtune.errors import DataError, Problem, RecipeError
+from llmtune.evaluate.classification_metrics import measure_classes
+from llmtune.evaluate.evaluated_task import EvalPrediction, LoadedModel
+from llmtune.evaluate.metric import Measure, columns, measure_means, ratio
+from llmtune.evaluate.paired_statistics import Floats
+from llmtune.evaluate.ranking_metrics import RankedQuery, measure_ranking
+from llmtune.evaluate.token_batches import run_encoder
+from llmtune.model.causal_lm_loss import accepted_arguments, model_inputs, unwrap
+from llmtune.model.config import set_padding
+from llmtune.recipe.schema import Recipe
+from llmtune.recipe.task_facts import RANKING, TASK_FACTS, at_ten
+from llmtune.recipe.task_sections import EmbedSection
+from llmtune.records import SPLITS, Batch, Loss, Rows
+from llmtune.tasks.base import Endpoint, Task
+from llmtune.tasks.embedding_losses import embedding_loss
+from llmtune.tasks.sentence_folder import describe_settings, resolve_settings, write_settings
+
+Vectors: TypeAlias = dict[str, list[float]]
+"""The vector of each text of a row, by `text_names`."""
+KINDS = {"passages": ("ranking",), "scores": ("cosent", "cosine"), "labels": ("triplet",)}
+"""By kind of rows, the losses that learn from them; the first is the default."""
+CORRELATIONS = ("spearman", "pearson")
+SPREAD = ("random_cosine", "effective_rank")
+"""Metrics of how the vectors are spread; collapsed vectors are all alike."""
+RANKED = 1000
+"""Passages of a query whose order counts; others count as not found."""
+AT_ONCE = 256
+"""Queries compared with all passages at a time."""
+
+
+class Embed(Task[EmbedRow, Vectors]):
+    """An encoder or decoder whose token vectors are pooled."""
+
+    name = "embed"
+    required_inputs = ()
+    optional_inputs = ("prompt", "passages")
+    endpoint = Endpoint("/v1/embeddings", "the vectors of the texts", "input")
+    auto_class = "AutoModel"
+    peft_task_type = "FEATURE_EXTRACTION"
+    packs = True
+    predicts_tokens = False
+    has_step_loss = True
+    has_row_loss = False
+
+    def supports(self, config: PretrainedConfig) -> bool:
+        """Whether a model is an encoder or a decoder."""
+        return not getattr(config, "is_encoder_decoder", False)
+
+    def infer_labels(self, recipe: Recipe, rows: Rows, config: PretrainedConfig) -> Recipe:
+        """Choose the loss and the metrics by the kind of rows; take over the base's pooling and prompts.
+
+        Raises:
+            DataError: rows of several kinds, or scores that a cosine cannot reach.
+            RecipeError: a loss or a metric that these rows do not support, lengths that the model does not have, a
+                step without negatives, or a base that cannot be trained.
+        """
+        section = resolve_settings(embed_section(recipe), config)
+        kind = infer_rows(rows)
+        loss = section.loss if section.loss != "auto" else KINDS[kind][0]
+        RecipeError.collect(find_problems(recipe, section, loss, kind, config))
+        if loss == "cosine" and not all(abs(row["score"]) <= 1 for _, row in iterate_rows(rows, "train")):
+            raise DataError.of("scores outside −1 to 1", "embed.loss", "Rescale them, or set embed.loss: cosent.")
+        metrics = recipe.evaluate.metrics
+        if metrics in ((), TASK_FACTS["embed"].default_metrics) and kind == "scores":
+            metrics = (*CORRELATIONS, "random_cosine")
+        evaluate = recipe.evaluate.model_copy(update={"metrics": metrics})
+        section = section.model_copy(update={"loss": loss})
+        return recipe.model_copy(update={"embed": section, "evaluate": evaluate})
+
+    def check_model(self, model: PreTrainedModel, processor: PreTrainedTokenizerBase, recipe: Recipe) -> None:
+        """Set the padding token, and freeze a pooling layer, which the vectors do not use."""
+        set_padding(model, processor)
+        pooler = getattr(model, "pooler", None)
+        if isinstance(pooler, torch.nn.Module):
+            pooler.requires_grad_(False)
+
+    def make_row(self, given: Mapping[str, str | None]) -> EmbedRow:
+        """Return the row of a query, passages (a JSON list, or one per line), or both.
+
+        Raises RecipeError without any text.
+        """
+        query, passages = given.get("prompt") or None, given_passages(given.get("passages"))
+        if query is None and not passages:
+            raise RecipeError.of("no text is given", "--prompt", "Give a query, or --passages.")
+        return {"query": query, "passages": passages, "negatives": [], "score": None, "label": None}
+
+    def split_answer(self, row: EmbedRow) -> tuple[EmbedRow, str]:
+        """Return the texts of a row, and what is known about them: the passage, the score or the label."""
+        known = row["label"] if row["score"] is None else f"{row['score']:g}"
+        return {**row, "score": None, "label": None}, known or "\n".join(row["passages"])
+
+    def reference(self, row: EmbedRow) -> EmbedRow:
+        """Return the row."""
+        return row
+
+    def row_notes(self, rows: Rows, split: str, recipe: Recipe) -> dict[str, str]:
+        """Describe the vectors and the corpus, and count the queries and passages that training rows have too."""
+        trained: tuple[set[str], set[str]] = set(), set()
+        held_out: tuple[set[str], set[str]] = set(), set()
+        for name, (queries, passages) in (("train", trained), (split, held_out)):
+            for _, row in iterate_rows(rows, name):
+                queries.add(row["query"])
+                passages.update(row["passages"])
+        shared = [len(new & old) for new, old in zip(held_out, trained, strict=True)]
+        found, searched = map(len, held_out)
+        notes = {
+            "vectors": describe_settings(embed_section(recipe)),
+            "queries": f"{found:,}, of which {shared[0]:,} also occur in training rows",
+        }
+        if searched:
+            corpus = f"the passages and negatives of the {split} rows"
+            notes["passages"] = f"{corpus}; {shared[1]:,} of {searched:,} passages also occur in training rows"
+        return notes
+
+    def encode(self, rows: Sequence[EmbedRow], processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[Encoded]:
+        """Return an example per passage of each row: its texts in order, with their hashes."""
+        return [self.encode_row(row, processor, recipe) for row in rows]
+
+    def encode_row(self, row: EmbedRow, processor: PreTrainedTokenizerBase, recipe: Recipe) -> Encoded:
+        """Return an example of the query, one passage and the negatives, for each passage."""
+        names, limit = text_names(row), recipe.data.max_length
+        whole = [tokenize(name, text, processor, recipe) for name, text in zip(names, texts_of(row), strict=True)]
+        longest = max(map(len, whole))
+        if longest > limit and recipe.data.on_overlong != "truncate":
+            return too_long(longest, limit)
+        if not min(map(len, whole)):
+            return "a text has no tokens"
+        kept = [
+            ids if len(ids) <= limit else tokenize(name, text, processor, recipe, limit)
+            for ids, name, text in zip(whole, names, texts_of(row), strict=True)
+        ]
+        lost = Lost(sum(map(len, whole)) - sum(map(len, kept))) if longest > limit else None
+        hashes = [hash_text(text) for text in texts_of(row)]
+        negatives = range(1 + len(row["passages"]), len(kept))
+        chosen = [[0, 1 + i, *negatives] for i in range(len(row["passages"]))] or [[0]]
+        about: dict[str, Any] = {} if row["score"] is None else {"values": [row["score"]]}
+        about |= {} if row["label"] is None else {"tag_ids": [hash_text(row["label"])]}
+        examples = []
+        for places in chosen:
+            ids = [token for place in places for token in kept[place]]
+            borders = np.cumsum([0, *(len(kept[place]) for place in places)]).tolist()
+            spans = [border for pair in pairwise(borders) for border in pair]
+            own = [hashes[place] for place in places]
+            longest = max(len(kept[place]) for place in places)
+            examples.append(Example(ids, spans, 0, class_ids=own, counted=1, longest=longest, lost=lost, **about))
+        return examples
+
+    def collate(
+        self, examples: Sequence[Example], processor: PreTrainedTokenizerBase, recipe: Recipe, packs: bool, draw: int
+    ) -> Batch:
+        """Put all texts into one batch, with their `lengths`, and the `examples` that they are from."""
+        texts = [text for example in examples for text in split_texts(example)]
+        batch, _ = encoder_batch(texts, processor.pad_token_id, packs)
+        return batch | {"lengths": [len(text.input_ids) for text in texts], "examples": examples, "recipe": recipe}
+
+    def features(self, model: torch.nn.Module, batch: Batch) -> list[torch.Tensor]:
+        """Return the pooled vectors [texts, D] of each example, before normalisation."""
+        hidden_BTD = hidden_states(model, batch)
+        lengths, section = batch["lengths"], embed_section(batch["recipe"])
+        if "cu_seq_lens_q" in batch:
+            texts = torch.split(hidden_BTD[0], lengths)
+        else:
+            texts = tuple(row[:length] for row, length in zip(hidden_BTD, lengths, strict=True))
+        vectors = torch.stack([pool(text, section.pooling) for text in texts])
+        return list(torch.split(vectors, [len(example.spans) // 2 for example in batch["examples"]]))
+
+    def step_loss(self, features: Sequence[torch.Tensor], examples: Sequence[Example], recipe: Recipe) -> Loss:
+        """Return the recipe's loss of a step."""
+        return embedding_loss(features, examples, embed_section(recipe))
+
+    def loss(self, model: torch.nn.Module, batch: Batch, by_row: bool = False) -> Loss:
+        """Return the loss of a batch that is a complete step."""
+        return self.step_loss(self.features(model, batch), batch["examples"], batch["recipe"])
+
+    def guessing_loss(self, config: PretrainedConfig, examples: Iterable[Example], recipe: Recipe) -> float:
+        """Return the loss of vectors that are all equal, up to the rounding of small steps."""
+        section, rows = embed_section(recipe), recipe.train.batch_size
+        texts = max(len(example.spans) // 2 for example in examples)
+        equal = {"ranking": math.log(rows * max(1, texts - 1)), "cosent": math.log(1 + rows * rows / 2)}
+        return equal.get(section.loss, 1.0) * len(section.dimensions or (1,))
+
+    def highlighted_text(self, example: Example, processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[Segment]:
+        """Show the query, with the passage marked."""
+        texts = [decode_shortened(text.input_ids, processor) for text in split_texts(example)]
+        return [Segment(f"{text}\n", place == 1) for place, text in enumerate(texts)]
+
+    def predict(self, rows: Sequence[EmbedRow], loaded: LoadedModel) -> list[Vectors]:
+        """Return the vectors of each row's texts."""
+        section, limit = embed_section(loaded.recipe), loaded.recipe.data.max_length
+        named = [list(zip(text_names(row), texts_of(row), strict=True)) for row in rows]
+        places = {(name == "query", text): 0 for row in named for name, text in row}
+        asked = [("query" if is_query else "passage", text) for is_query, text in places]
+        places = {key: place for place, key in enumerate(places)}
+        ids = [tokenize(name, text, loaded.processor, loaded.recipe, limit) for name, text in asked]
+
+        def read(i: int, output: ModelOutput, row: int) -> list[float]:
+            vector_D = pool(output.last_hidden_state[row, : len(ids[i])], section.pooling)
+            kept_D = functional.normalize(vector_D, dim=-1) if section.normalize else vector_D
+            vector: list[float] = kept_D.tolist()
+            return vector
+
+        examples = [Example(text, [], 0) for text in ids]
+        vectors = run_encoder(loaded.model, examples, loaded.processor.pad_token_id, loaded.device, read)
+        loaded.advance(len(rows))
+        return [{name: vectors[places[name == "query", text]] for name, text in row} for row in named]
+
+    def format_prediction(self, prediction: Vectors) -> str:
+        """Write the cosine of the first two texts, or the vector of a single text."""
+        first, *others = prediction.values()
+        if others:
+            return f"cosine {float(np.dot(unit(first), unit(others[0]))):.3f}"
+        return "[" + ", ".join(f"{number:.6g}" for number in first) + "]"
+
+    def compute_metric(self, metric: str, found: EvalPrediction[Vectors], recipe: Recipe) -> Measure | None:
+        """Measure the order of passages, the scores of pairs, or the spread of vectors."""
+        rows, vectors = list(found.references), list(found.predictions)
+        if metric in SPREAD:
+            return measure_spread(metric, vectors)
+        if metric in CORRELATIONS:
+            cosines = [float(np.dot(unit(one["query"]), unit(one["passage"]))) for one in vectors]
+            return measure_classes(metric, "regression", np.array(cosines)[:, None], [row["score"] for row in rows], ())
+        queries = rank_labels(rows, vectors) if rows[0]["label"] is not None else rank_passages(rows, vectors)
+        return measure_ranking(metric, [query for _, query in queries], [row for row, _ in queries])
+
+    def save_files(self, folder: Path, config: PretrainedConfig, recipe: Recipe) -> None:
+        """Make the folder one that sentence-transformers loads, with the same vectors."""
+        write_settings(folder, config, embed_section(recipe), recipe.data.max_length)
+
+
+def embed_section(recipe: Recipe) -> EmbedSection:
+    """Return the recipe's section, or its defaults."""
+    return recipe.embed or EmbedSection()
+
+
+# Rows
+
+
+def infer_rows(rows: Rows) -> str:
+    """Return the kind of rows: passages, scores or labels. Raises DataError if there are several."""
+    kinds = {
+        "labels" if row["label"] is not None else "passages" if row["score"] is None else "scores"
+        for split in SPLITS
+        for _, row in iterate_rows(rows, split)
+    }
+    if len(kinds) > 1:
+        what = f"the rows have {' and '.join(sorted(kinds))}"
+        raise DataError.of(what, "data.train", "Give rows of one kind: passages, scores, or labels.")
+    return kinds.pop() if kinds else "passages"
+
+
+def find_problems(
+    recipe: Recipe, section: EmbedSection, loss: str, kind: str, config: PretrainedConfig
+) -> Iterator[Problem]:
+    """Yield settings that do not fit the rows or the model."""
+    if loss not in KINDS[kind]:
+        what = f"embed.loss: {loss} cannot learn from rows with {kind}"
+        yield Problem(what, "embed.loss", f"Use {' or '.join(KINDS[kind])}.")
+    size = config.get_text_config().hidden_size
+    if section.dimensions and max(section.dimensions) != size:
+        what = f"the longest of embed.dimensions is {max(section.dimensions)}, but the model's vectors have {size}"
+        yield Problem(f"{what} numbers", "embed.dimensions", f"Add {size}, and remove longer ones.")
+    if kind != "scores" and recipe.train.batch_size < 2 and recipe.train.batch_tokens is None:
+        yield Problem("a step of one row has no other passages", "train.batch_size", "Set it to 16 or more.")
+    known = {"scores": (*CORRELATIONS, *SPREAD)}.get(kind, (*RANKING, *SPREAD))
+    defaults = TASK_FACTS["embed"].default_metrics
+    for metric in () if recipe.evaluate.metrics == defaults else recipe.evaluate.metrics:
+        if at_ten(metric) not in known:
+            what = f"rows with {kind} do not support {metric}"
+            yield Problem(what, "evaluate.metrics", f"Metrics of these rows: {', '.join(known)}.")
+
+
+def text_names(row: EmbedRow) -> list[str]:
+    """Return a name for each text of a row: query, passage, passage_2, negative, negative_2 and so on."""
+    parts = (("passage", row["passages"]), ("negative", row["negatives"]))
+    named = [name if i == 0 else f"{name}_{i + 1}" for name, texts in parts for i in range(len(texts))]
+    return [*([] if row["query"] is None else ["query"]), *named]
+
+
+def hash_text(text: str) -> int:
+    """Return a hash of a text as a signed 32-bit number."""
+    return zlib.crc32(text.encode()) - 2**31
+
+
+# Texts and vectors. Shapes: T tokens of a text, D numbers of a vector, B texts, Q queries, P passages.
+
+
+def tokenize(
+    name: str, text: str, processor: PreTrainedTokenizerBase, recipe: Recipe, limit: int | None = None
+) -> list[int]:
+    """Return the tokens of a text of this name after its prompt, cut to `limit`."""
+    section = embed_section(recipe)
+    prompt = (section.query_prompt if name == "query" else section.passage_prompt) or ""
+    cut = {} if limit is None else {"truncation": True, "max_length": limit}
+    ids: list[int] = processor(prompt + text, return_attention_mask=False, **cut)["input_ids"]
+    return ids
+
+
+def split_texts(example: Example) -> list[Example]:
+    """Return each text of an example as an example of its own."""
+    ranges = zip(example.spans[::2], example.spans[1::2], strict=True)
+    return [replace(example, input_ids=example.input_ids[start:end], spans=()) for start, end in ranges]
+
+
+def hidden_states(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+    """Return the model's last hidden states [B, T, D]."""
+    inputs = model_inputs(model, batch)
+    if "use_cache" in accepted_arguments(type(unwrap(model))):  # type: ignore[arg-type]
+        inputs["use_cache"] = False
+    hidden_BTD: torch.Tensor = model(**inputs).last_hidden_state
+    return hidden_BTD
+
+
+def pool(hidden_TD: torch.Tensor, mode: str) -> torch.Tensor:
+    """Return one vector [D] of a text's token vectors, in float32."""
+    hidden_TD = hidden_TD.float()
+    if mode == "cls":
+        return hidden_TD[0]
+    if mode == "lasttoken":
+        return hidden_TD[-1]
+    return hidden_TD.amax(0) if mode == "max" else hidden_TD.mean(0)
+
+
+def unit(vector: Sequence[float]) -> Floats:
+    """Return a vector scaled to length 1; zeros stay."""
+    numbers = np.asarray(vector, dtype=np.float64)
+    return np.asarray(numbers / max(float(np.linalg.norm(numbers)), 1e-12))
+
+
+def measure_spread(metric: str, vectors: Sequence[Vectors]) -> Measure:
+    """Measure how different the vectors of unrelated texts are; each row adds its last text.
+
+    The effective rank is the participation ratio of the vectors' second moments: 1 over the mean squared cosine.
+    """
+    unit_ND = np.stack([unit([*one.values()][-1]) for one in vectors])
+    count = len(unit_ND)
+    if metric == "random_cosine":
+        cosine_N = (unit_ND @ unit_ND.sum(0) - 1) / max(1, count - 1)
+        return measure_means(metric, cosine_N.tolist(), "mean cosine of each row's text with those of other rows")
+    squared_N = ((unit_ND @ (unit_ND.T @ unit_ND)) * unit_ND).sum(1) / count
+    signature = "participation ratio of the vectors: 1 if all are parallel, at most their length"
+    return Measure(metric, columns(np.ones(count), squared_N), ratio, signature=signature)
+
+
+# Search
+
+
+def rank_passages(rows: Sequence[EmbedRow], vectors: Sequence[Vectors]) -> list[tuple[int, RankedQuery]]:
+    """Rank all passages of these rows for each different query; return the query's first row with its ranking."""
+    corpus: dict[str, list[float]] = {}
+    relevant: defaultdict[str, set[str]] = defaultdict(set)
+    first: dict[str, int] = {}
+    for i, (row, own) in enumerate(zip(rows, vectors, strict=True)):
+        corpus |= dict(zip([*row["passages"], *row["negatives"]], [*own.values()][1:], strict=True))
+        relevant[str(row["query"])] |= set(row["passages"])
+        first.setdefault(str(row["query"]), i)
+    place = {text: i for i, text in enumerate(corpus)}
+    asked = [(i, {place[text] for text in relevant[query]}, place.get(query)) for query, i in first.items()]
+    passages_PD = np.stack([unit(vector) for vector in corpus.values()])
+    return list(search([vectors[i]["query"] for i, _, _ in asked], passages_PD, asked))
+
+
+def rank_labels(rows: Sequence[EmbedRow], vectors: Sequence[Vectors]) -> list[tuple[int, RankedQuery]]:
+    """Rank the other texts for each text; those with the same label are relevant."""
+    members: defaultdict[str | None, set[int]] = defaultdict(set)
+    for i, row in enumerate(rows):
+        members[row["label"]].add(i)
+    asked = [(i, members[row["label"]] - {i}, i) for i, row in enumerate(rows)]
+    texts_PD = np.stack([unit(one["query"]) for one in vectors])
+    return list(search([one["query"] for one in vectors], texts_PD, asked))
+
+
+def search(
+    queries: Sequence[Sequence[float]], passages_PD: Floats, asked: Sequence[tuple[int, set[int], int | None]]
+) -> Iterator[tuple[int, RankedQuery]]:
+    """Yield the row of each query with its best passages, leaving out the query itself.
+
+    `asked` has for each query its row, its relevant passages, and the passage that is the query itself, if any.
+    """
+    for start in range(0, len(queries), AT_ONCE):
+        part = asked[start : start + AT_ONCE]
+        scores_QP = np.stack([unit(one) for one in queries[start : start + AT_ONCE]]) @ passages_PD.T
+        for scores_P, (row, relevant, itself) in zip(scores_QP, part, strict=True):
+            if itself is not None:
+                scores_P[itself] = -np.inf
+            best = np.argsort(-scores_P, kind="stable")[: min(RANKED, len(scores_P) - (itself is not None))]
+            found = set(best.tolist())
+            relevances = [float(place in relevant) for place in best.tolist()]
+            yield row, RankedQuery(scores_P[best], relevances, [1.0 for place in relevant if place not in found])
+
+
+VARIANTS = (Embed(),)

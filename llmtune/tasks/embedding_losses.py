@@ -1,0 +1,97 @@
+"""Losses of task embed over the vectors of a complete step; each is sentence-transformers' loss of the same name.
+
+Shapes: R rows of a step, F vectors, C candidate passages, P pairs of an anchor with a text of its class, D numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch.nn import functional
+
+from llmtune.data.example import Example
+from llmtune.recipe.task_sections import EmbedSection
+from llmtune.records import Loss
+
+STEP_LOSSES = ("cosent", "triplet")
+"""Losses of a step that are no sums over its rows."""
+
+
+def embedding_loss(vectors: Sequence[torch.Tensor], examples: Sequence[Example], section: EmbedSection) -> Loss:
+    """Return the loss of a step from the vectors [texts, D] of each example, before normalisation.
+
+    With `dimensions` the losses of all lengths are added, as in Kusupati et al., "Matryoshka Representation Learning",
+    2022. A loss that is no sum over rows counts once per row, so that its mean is the loss.
+    """
+    compute = LOSSES[section.loss]
+    sizes = section.dimensions or (vectors[0].shape[1],)
+    parts = [compute([one[:, :size] for one in vectors], examples, section) for size in sizes]
+    losses = torch.stack(parts).sum(0)
+    if section.loss in STEP_LOSSES:
+        return Loss(losses * len(examples), len(examples))
+    return Loss(losses.sum(), len(examples), row_sums=losses)
+
+
+def ranking_loss(vectors: Sequence[torch.Tensor], examples: Sequence[Example], section: EmbedSection) -> torch.Tensor:
+    """Return the cross entropy [R] of each query's passage among the passages and negatives of all rows.
+
+    Other passages of the same query, and texts equal to the query or to one of its passages, are no negatives.
+    """
+    texts = [list(example.class_ids) for example in examples]
+    queries_RD = functional.normalize(torch.stack([one[0] for one in vectors]), dim=-1)
+    passages = [*(one[1] for one in vectors), *(part for one in vectors for part in one[2:])]
+    passages_CD = functional.normalize(torch.stack(passages), dim=-1)
+    device = queries_RD.device
+    names_C = torch.tensor([*(own[1] for own in texts), *(name for own in texts for name in own[2:])], device=device)
+    query_R, passage_R = (torch.tensor([own[place] for own in texts], device=device) for place in (0, 1))
+    same_query_RR = query_R[:, None] == query_R
+    known_RC = (same_query_RR[:, :, None] & (passage_R[:, None] == names_C)).any(1) | (query_R[:, None] == names_C)
+    own_R = torch.arange(len(examples), device=device)
+    known_RC[own_R, own_R] = False  # the row's own passage comes first
+    scores_RC = (section.scale * queries_RD @ passages_CD.T).masked_fill(known_RC, -torch.inf)
+    return functional.cross_entropy(scores_RC, own_R, reduction="none")
+
+
+def cosines(vectors: Sequence[torch.Tensor], examples: Sequence[Example]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the cosine [R] of each row's two texts, and its score [R]."""
+    first_RD, second_RD = (torch.stack([one[place] for one in vectors]) for place in (0, 1))
+    cosine_R = functional.cosine_similarity(first_RD, second_RD)
+    return cosine_R, torch.tensor([example.values[0] for example in examples], device=cosine_R.device)
+
+
+def cosine_loss(vectors: Sequence[torch.Tensor], examples: Sequence[Example], section: EmbedSection) -> torch.Tensor:
+    """Return the squared difference [R] of cosine and score."""
+    cosine_R, score_R = cosines(vectors, examples)
+    return (cosine_R - score_R).square()
+
+
+def cosent_loss(vectors: Sequence[torch.Tensor], examples: Sequence[Example], section: EmbedSection) -> torch.Tensor:
+    """Return the loss of all pairs of rows whose cosines are in another order than their scores (CoSENT)."""
+    cosine_R, score_R = cosines(vectors, examples)
+    scaled_R = section.scale * cosine_R
+    wrong_RR = (scaled_R[:, None] - scaled_R)[score_R[:, None] < score_R]
+    return torch.cat([wrong_RR.new_zeros(1), wrong_RR]).logsumexp(0)
+
+
+def triplet_loss(vectors: Sequence[torch.Tensor], examples: Sequence[Example], section: EmbedSection) -> torch.Tensor:
+    """Return the mean loss of all triplets with a loss: the batch-all loss of Hermans et al., 2017.
+
+    The distance is 1 - cosine.
+    """
+    vectors_RD = functional.normalize(torch.cat(list(vectors)), dim=-1)
+    distance_RR = 1 - vectors_RD @ vectors_RD.T
+    label_R = torch.tensor([example.tag_ids[0] for example in examples], device=distance_RR.device)
+    same_RR = label_R[:, None] == label_R
+    anchor_P, near_P = (same_RR & ~torch.eye(len(examples), dtype=torch.bool, device=label_R.device)).nonzero().T
+    losses_PR = distance_RR[anchor_P, near_P][:, None] - distance_RR[anchor_P] + section.margin
+    losses_PR = losses_PR.clamp_min(0) * ~same_RR[anchor_P]
+    return losses_PR.sum() / (losses_PR.detach() > 1e-16).sum().clamp_min(1)
+
+
+LOSSES: dict[str, Callable[[Sequence[torch.Tensor], Sequence[Example], EmbedSection], torch.Tensor]] = {
+    "ranking": ranking_loss,
+    "cosent": cosent_loss,
+    "cosine": cosine_loss,
+    "triplet": triplet_loss,
+}

@@ -1,0 +1,142 @@
+"""The files of a sentence-transformers folder: how token vectors become one vector, and the prompts."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from llmtune.errors import EnvironmentProblem, RecipeError
+from llmtune.model.config import is_encoder
+from llmtune.recipe.task_sections import EmbedSection
+from llmtune.store.atomic_files import read_json, write_json
+
+MODULES, PROMPTS, POOLING = "modules.json", "config_sentence_transformers.json", "1_Pooling"
+MODES = {
+    "cls": "pooling_mode_cls_token",
+    "max": "pooling_mode_max_tokens",
+    "mean": "pooling_mode_mean_tokens",
+    "lasttoken": "pooling_mode_lasttoken",
+}
+"""By our names, those of versions before 6, which all versions read."""
+PASSAGE_PROMPTS = ("document", "passage")
+USE_OTHER = "Use a base with mean, cls, max or lasttoken pooling and no further layers."
+
+
+@dataclass(frozen=True)
+class SentenceSettings:
+    """What a base model's folder says; None for what it does not say."""
+
+    pooling: str | None = None
+    normalize: bool | None = None
+    query_prompt: str | None = None
+    passage_prompt: str | None = None
+
+
+def read_settings(folder: Path) -> SentenceSettings:
+    """Read the settings of a sentence-transformers folder; nothing if it is another model's.
+
+    Raises:
+        RecipeError: its vectors are made in a way that cannot be trained here, such as by a further layer.
+        EnvironmentProblem: a file is damaged or missing.
+    """
+    modules = _read(folder / MODULES)
+    if modules is None:
+        return SentenceSettings()
+    kinds = {str(one["type"]).rsplit(".", 1)[-1]: folder / one["path"] for one in modules}
+    if unknown := kinds.keys() - {"Transformer", "Pooling", "Normalize"}:
+        what = f"the base makes its vectors with a module {min(unknown)}, which llmtune does not train"
+        raise RecipeError.of(what, str(folder / MODULES), USE_OTHER)
+    prompts = (_read(folder / PROMPTS) or {}).get("prompts") or {}
+    return SentenceSettings(
+        _read_pooling(kinds["Pooling"]) if "Pooling" in kinds else None,
+        "Normalize" in kinds,
+        prompts.get("query"),
+        next((prompts[name] for name in PASSAGE_PROMPTS if prompts.get(name)), None),
+    )
+
+
+def _read(path: Path) -> Any:
+    if not path.exists():
+        return None
+    content = read_json(path)
+    if content is None:
+        raise EnvironmentProblem.of("damaged: not JSON", str(path), "Download the model again.")
+    return content
+
+
+def _read_pooling(folder: Path) -> str:
+    path = folder / "config.json"
+    config = _read(path)
+    if config is None:
+        raise EnvironmentProblem.of("missing: it says how vectors are pooled", str(path), "Download the model again.")
+    stated = config.get("pooling_mode")
+    modes = (
+        [stated]
+        if isinstance(stated, str)
+        else stated
+        or [
+            name.removeprefix("pooling_mode_") for name, on in config.items() if name.startswith("pooling_mode_") and on
+        ]
+    )
+    ours = [next((one for one, name in MODES.items() if mode in (one, name[13:])), None) for mode in modes]
+    if len(ours) != 1 or ours[0] is None:
+        raise RecipeError.of(f"the base pools by {' and '.join(modes)}", str(path), USE_OTHER)
+    if config.get("include_prompt") is False:
+        raise RecipeError.of("the base leaves prompts out of its pooling", str(path), USE_OTHER)
+    return ours[0]
+
+
+def resolve_settings(section: EmbedSection, config: PretrainedConfig) -> EmbedSection:
+    """Return the section with the base's own pooling, normalisation and prompts where the recipe sets none.
+
+    Raises as `read_settings` does.
+    """
+    own = read_settings(Path(config.name_or_path))
+    return section.model_copy(
+        update={
+            "pooling": section.pooling
+            if section.pooling != "auto"
+            else own.pooling or ("mean" if is_encoder(config) else "lasttoken"),
+            "normalize": section.normalize if section.normalize is not None else own.normalize is not False,
+            "query_prompt": section.query_prompt if section.query_prompt is not None else own.query_prompt or "",
+            "passage_prompt": section.passage_prompt
+            if section.passage_prompt is not None
+            else own.passage_prompt or "",
+        }
+    )
+
+
+def write_settings(folder: Path, config: PretrainedConfig, section: EmbedSection, max_length: int) -> None:
+    """Make a saved model or adapter a sentence-transformers folder; `section` has been resolved."""
+    modules = [
+        ("", "Transformer"),
+        (POOLING, "Pooling"),
+        *([("2_Normalize", "Normalize")] if section.normalize else []),
+    ]
+    size = config.get_text_config().hidden_size
+    (folder / POOLING).mkdir(exist_ok=True)
+    write_json(
+        folder / MODULES,
+        [
+            {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
+            for i, (path, kind) in enumerate(modules)
+        ],
+    )
+    modes = {name: mode == section.pooling for mode, name in MODES.items()}
+    write_json(folder / POOLING / "config.json", {"word_embedding_dimension": size, **modes})
+    write_json(folder / "sentence_bert_config.json", {"max_seq_length": max_length, "do_lower_case": False})
+    prompts = {"query": section.query_prompt or "", "document": section.passage_prompt or ""}
+    about = {"prompts": prompts, "default_prompt_name": None, "similarity_fn_name": "cosine"}
+    write_json(folder / PROMPTS, about)
+
+
+def describe_settings(section: EmbedSection) -> str:
+    """Describe how vectors are made, for the report."""
+    parts = [f"{section.pooling} pooling", "length 1" if section.normalize else "not normalised"]
+    prompts = (("queries", section.query_prompt), ("passages", section.passage_prompt))
+    parts += [f"{json.dumps(prompt, ensure_ascii=False)} before {name}" for name, prompt in prompts if prompt]
+    return ", ".join(parts)
