@@ -11,7 +11,7 @@ from pathlib import Path
 
 from rich.progress import MofNCompleteColumn
 
-from llmtune.data.column_mapping import ALIASES, rename, used_columns, with_aliases
+from llmtune.data.column_mapping import rename, used_columns, with_aliases
 from llmtune.data.ingest import progress_bars
 from llmtune.data.rejected_rows import RowError
 from llmtune.data.rerank_rows import passage_text
@@ -111,17 +111,20 @@ def _read_inputs(
     return RowError("empty content", f"{empty[0]!r} is empty") if empty else inputs
 
 
-def read_passages(file: Path) -> list[str]:
+def read_passages(file: Path, task: str) -> list[str]:
     """Return the passages of a file: its lines if it is a text, else the column `passage` (or a usual name for it).
 
     Raises DataError if the file has no passages, or cannot be read.
     """
     if file.suffix.lower() in TEXT_ENDINGS:
-        passages = [line for line in map(str.strip, file.read_text("utf-8").splitlines()) if line]
+        try:
+            passages = [line for line in map(str.strip, file.read_text("utf-8").splitlines()) if line]
+        except UnicodeDecodeError as error:
+            raise DataError.of(f"not UTF-8: {error.reason}", str(file), "Save it as UTF-8.") from None
     else:
         rows = [(origin, row) for origin, row in local_input(file).raw_rows() if not isinstance(row, RowError)]
         header = dict.fromkeys(name for _, row in rows for name in row)
-        column = next((name for name in ("passage", *ALIASES["rerank"]["passage"]) if name in header), None)
+        column = "passage" if "passage" in header else with_aliases({}, ["passage"], list(header), task).get("passage")
         if column is None:
             fix = "Name the column passage, or give a text file with a passage per line."
             raise DataError.of(f"no column for the passages; found {', '.join(header) or 'none'}", str(file), fix)

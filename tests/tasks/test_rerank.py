@@ -223,6 +223,8 @@ def test_files_without_passages_are_refused(
         in invoke("generate", run, "a query", "--passages", tmp_path / "p.csv").stderr
     )
     assert "--passages" in invoke("generate", run, "a query").stderr
+    (tmp_path / "p.txt").write_bytes("straße".encode("latin-1"))
+    assert "not UTF-8" in invoke("generate", run, "a query", "--passages", tmp_path / "p.txt").stderr
 
 
 def test_the_endpoint_answers_like_that_of_cohere_and_gives_the_scores_of_generate(run: Path) -> None:
