@@ -370,6 +370,22 @@ def test_the_openai_client_gets_the_vectors_of_generate(run):
     assert queries.usage.prompt_tokens > len(texts)
 
 
+def test_generate_writes_the_vectors_of_a_file_as_numpy_or_json(run, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"query": "the red cat"}\n{"query": ""}\n{"query": "a house", "id": 7}\n')
+    for name in ("vectors.npy", "vectors.jsonl"):
+        done = invoke("generate", run, "--input", rows, "--output", tmp_path / name)
+        assert done.exit_code == 0, done.output
+    whole = np.load(tmp_path / "vectors.npy")
+    lines = [json.loads(line) for line in (tmp_path / "vectors.jsonl").read_text().splitlines()]
+    expected = FinishedRun(run, offline=True).answer({"prompt": "a house"})["prediction"]["query"]
+    assert (whole.shape, whole.dtype) == ((3, 64), np.float32)
+    np.testing.assert_allclose(whole[2], expected, atol=1e-6)
+    np.testing.assert_allclose(lines[2]["vectors"]["query"], expected, atol=1e-6)
+    assert np.isnan(whole[1]).all()
+    assert (lines[2]["id"], "error" in lines[1]) == (7, True)
+
+
 def test_generate_prints_vectors_as_json_and_refuses_no_text(run):
     done = invoke("generate", run, "the red cat", "--json")
     assert done.exit_code == 0, done.output
