@@ -47,6 +47,8 @@ BUILDERS: dict[str, Callable[[Path], Path]] = {
     "token-classify-offline": families.build_bert,
     "speech": partial(families.build_whisper, multilingual=True),
     "speech-offline": partial(families.build_whisper, multilingual=False),
+    "rerank": families.build_bert,
+    "rerank-offline": families.build_bert,
     "preference": build_llama,
     "preference-offline": build_llama,
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -88,13 +88,19 @@ def generate_command(
         stated = {name: value for name, value in given.items() if value is not None and name != "passages"}
         print_json({**stated, **said, "model": "base" if base else "tuned", "run": str(run)})
     else:
-        pieces = finished.stream(given, base=base, max_new_tokens=max_new_tokens)
-        with spinner(console, "loading the model"):
-            first = next(pieces, "")
-        wrapped = WordWrap()
-        for piece in chain([first], pieces):
-            print_text(wrapped.add(piece))
-        print_text(wrapped.rest() + "\n")
+        _print_pieces(finished.stream(given, base=base, max_new_tokens=max_new_tokens), console)
+
+
+def _print_pieces(pieces: Iterator[str], console: Console) -> None:
+    """Print an answer as it is generated."""
+    from llmtune.report.render_terminal import spinner
+
+    with spinner(console, "loading the model"):
+        first = next(pieces, "")
+    wrapped = WordWrap()
+    for piece in chain([first], pieces):
+        print_text(wrapped.add(piece))
+    print_text(wrapped.rest() + "\n")
 
 
 def _labelled(

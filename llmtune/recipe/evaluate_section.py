@@ -20,7 +20,8 @@ from llmtune.recipe.eval_suites_section import (
 from llmtune.recipe.gate_grammar import Gate, parse_gate
 from llmtune.recipe.section import Many, NonEmpty, Positive, RecipeSection, absolute, by_type, sections_by
 from llmtune.recipe.source_map import Diagnostics
-from llmtune.recipe.task_facts import CUT_METRIC, PREDICTED, TaskVariant, at_ten
+from llmtune.recipe.task_facts import CUT_METRIC, PREDICTED, at_ten
+from llmtune.recipe.task_variant import TaskVariant
 
 NEED_TEST_ROWS = ("metrics", "gates", "champion", "limit", "choices", "samples", "slices")
 GATE_KEYS = frozenset({"gates", "champion", "when_unsure", "looks"})

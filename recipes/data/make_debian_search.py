@@ -5,6 +5,7 @@ python recipes/data/make_debian_search.py --lists /tmp/lists recipes/data/debian
 
 from __future__ import annotations
 
+from collections import defaultdict
 from itertools import islice
 
 from debian_packages import Package, is_prose, keep_distinct, names_somebody, read_all, write_rows
@@ -43,23 +44,28 @@ def is_searchable(package: Package) -> bool:
 
 
 def make_rows(packages: list[Package]) -> list[dict[str, object]]:
-    """Return a row per package; its negatives are the passages of others that share most with the query.
+    """Return a row per package; its negatives are the passages of its section that share most with the query.
 
     A passage that may answer the query too is no negative (`is_another`), and none serves more than six times.
     """
     words = {package: content_words(package.paragraphs[0]) for package in packages}
     weights = weigh_words([*words.values(), *(content_words(package.short) for package in packages)])
+    sections: dict[str, list[Package]] = defaultdict(list)
+    for package in packages:
+        sections[package.section].append(package)
     served, rows = dict.fromkeys(packages, 0), []
     for package in packages:
         query = content_words(package.short)
         others = [
             other
-            for other in packages
+            for other in sections[package.section]
             if other is not package
             and served[other] < PASSAGE_SERVES
             and is_another(query, words[package], content_words(other.short))
         ]
         nearest = sorted(others, key=lambda other: -overlap(query, words[other], weights))[:NEGATIVES]
+        if len(nearest) < NEGATIVES:
+            continue
         for other in nearest:
             served[other] += 1
         negatives = [other.paragraphs[0] for other in nearest]

@@ -328,10 +328,11 @@ def test_numeric_labels_get_numeric_metrics() -> None:
         ("text,label", "word", "accuracy.low > base"),
         ("content,number", "{}", "bits_per_byte.high < base"),
         ("question,answer", "It is at {}.", "chrf.low > base"),
+        ("query,passage,label", "It is at {}.,{}", "ndcg@10.low > base"),
     ],
 )
 def test_the_proposed_gate_passes_for_a_better_model(header: str, answer: str, gate: str) -> None:
-    write("rows.csv", header, [(f"Where is number {i}?", answer.format(i)) for i in range(24)])
+    write("rows.csv", header, [(f"Where is number {i}?", *answer.format(i, i % 2).split(",")) for i in range(24)])
     assert init("rows.csv").exit_code == 0
     assert f"e.g. [{gate}]" in Path("rows.yaml").read_text("utf-8")
     assert parse_gate(gate).metric == gate.partition(".")[0]

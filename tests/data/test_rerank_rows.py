@@ -107,7 +107,9 @@ def test_training_rows_with_a_query_of_the_test_file_are_dropped(tmp_path: Path)
 
 
 def test_the_recipe_and_its_resolved_form_name_the_same_run(tmp_path: Path) -> None:
-    (tmp_path / "r.yaml").write_text(f"{{task: rerank, name: r, data: {{train: {tmp_path}/x.jsonl}}, model: {{name: x/y}}}}")
+    (tmp_path / "r.yaml").write_text(
+        f"{{task: rerank, name: r, data: {{train: {tmp_path}/x.jsonl}}, model: {{name: x/y}}}}"
+    )
     loaded = load_recipe(str(tmp_path / "r.yaml"))
     assert loaded.recipe.data.split_by == "query"
     (tmp_path / "again.yaml").write_text(loaded.to_yaml())

@@ -276,6 +276,7 @@ FLIPS = {
     **flips("classify", "examples", recipe="classify.yaml", kind="multi", labels="[green, red, blue, black]"),
     **flips("classify", "loss", recipe="classify.yaml", class_weights="{red: 5.0}"),
     **flips("token_classify", "examples", recipe="tags.yaml", labels="[THING, COLOUR]"),
+    **flips("rerank", "examples", recipe="rerank.yaml", max_relevance="4.0"),
     **flips("speech", "examples", recipe="speech.yaml", language="fr", task="translate", window_seconds="0.1"),
     **flips("speech", "evaluation", recipe="speech.yaml", normalizer="none"),
     **flips("embed", "loss", recipe="embed.yaml", scale="5.0", dimensions="[64, 16]", pooling="cls"),
@@ -440,6 +441,9 @@ def make_tasks(place: Path, questions: list[tuple[str, str]]) -> None:
         "tags": [
             {"tokens": ["it", answer, question], "tags": ["O", "B-COLOUR", "B-THING"]} for question, _, answer in told
         ],
+        "ranked": [
+            {"query": question, "passages": [text, "no idea"], "relevances": [1, 0]} for question, text, _ in told
+        ],
         "pairs-of-answers": [
             {"prompt": question, "chosen": f"{answer} it is", "rejected": "no idea"} for question, _, answer in told
         ],
@@ -470,6 +474,7 @@ def make_tasks(place: Path, questions: list[tuple[str, str]]) -> None:
     write("answers", "qa", "model", "facts", ["exact_match", "f1"], data={"max_length": 256})
     write("classify", "classify", "encoder", "labels", ["loss", "accuracy"], **quiet)
     write("tags", "token-classify", "encoder", "tags", ["loss", "f1"], **quiet)
+    write("rerank", "rerank", "encoder", "ranked", ["loss", "ndcg@10"], **quiet)
     write("speech", "speech", "hearing", "sounds", ["wer"], data={"max_length": 60}, speech={"language": "en"})
     write("embed", "embed", "encoder", "found", ["mrr@10"], **quiet)
     write("embed-classes", "embed", "encoder", "labels", ["mrr@10"], **quiet)
