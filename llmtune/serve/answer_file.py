@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 from rich.progress import MofNCompleteColumn
 
 from llmtune.data.column_mapping import rename, used_columns, with_aliases
@@ -43,6 +44,8 @@ def answer_file(
     mapping, and by their usual names. Returns the number of answered and of unreadable rows; the latter have an
     `error` instead of an answer.
 
+    An `output` that ends in .npy gets the first vector of each row, float32 [rows, D]; unreadable rows are NaN.
+
     Raises:
         RecipeError: the file lacks an input of the task, or the model cannot answer such inputs.
         DataError: the file cannot be read, or none of its rows.
@@ -56,9 +59,13 @@ def answer_file(
     columns = with_aliases(known, COLUMNS, header, run.recipe.task)
     asked = _columns_of(run.task.inputs, [*columns, *header], str(rows))
     served = run.load(dict.fromkeys(asked, "text"), base=base, max_new_tokens=max_new_tokens)
+    vectors: list[list[float] | None] | None = [] if output is not None and output.suffix == ".npy" else None
+    if vectors is not None and run.task.name != "embed":
+        raise RecipeError.of(f"task {run.task.name} makes no vectors", str(output), "Write to a file in .jsonl.")
     answered = 0
     with ExitStack() as stack:
-        file = stack.enter_context(output.open("w", encoding="utf-8")) if output else sys.stdout
+        lines = None if vectors is not None else output
+        file = stack.enter_context(lines.open("w", encoding="utf-8")) if lines else sys.stdout
         progress = stack.enter_context(progress_bars(run.console, MofNCompleteColumn()))
         bar = progress.add_task("rows", total=len(raw))
         for first in range(0, len(raw), AT_ONCE):
@@ -73,8 +80,15 @@ def answer_file(
                 answer = {"error": f"{origin}: {one}"} if isinstance(one, RowError) else next(answers)
                 answered += "error" not in answer
                 line |= answer
+                if vectors is not None:
+                    found = answer.get("vectors")
+                    vectors.append(next(iter(found.values())) if isinstance(found, dict) else None)
+                    continue
                 file.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
             progress.update(bar, completed=first + len(batch))
+    if vectors is not None and output is not None:
+        width = next((len(one) for one in vectors if one is not None), 0)
+        np.save(output, np.asarray([one or [np.nan] * width for one in vectors], dtype=np.float32))
     return answered, len(raw) - answered
 
 
@@ -145,6 +159,9 @@ def _answer_rows(
     rows = [task.make_row(inputs) for inputs in given]
     if task.predicts:
         for prediction in served.predict(rows):
+            if task.name == "embed":
+                yield {"vectors": prediction}
+                continue
             labelled = label_scores(prediction, recipe)
             scores = {"scores": labelled["scores"]} if isinstance(labelled, dict) and labelled != prediction else {}
             yield {"answer": task.format_prediction(prediction), **scores}
