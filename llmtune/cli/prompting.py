@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -79,7 +79,7 @@ def generate_command(
         from llmtune.serve.finished_run import FinishedRun
     finished = FinishedRun(run, offline, console)
     if passages is not None:
-        given["passages"] = _read_passages(passages)
+        given["passages"] = _read_passages(passages, finished.task.name)
     if rows is not None:
         _answer_file(finished, rows, output, base=base, max_new_tokens=max_new_tokens)
     elif as_json:
@@ -88,13 +88,19 @@ def generate_command(
         stated = {name: value for name, value in given.items() if value is not None and name != "passages"}
         print_json({**stated, **said, "model": "base" if base else "tuned", "run": str(run)})
     else:
-        pieces = finished.stream(given, base=base, max_new_tokens=max_new_tokens)
-        with spinner(console, "loading the model"):
-            first = next(pieces, "")
-        wrapped = WordWrap()
-        for piece in chain([first], pieces):
-            print_text(wrapped.add(piece))
-        print_text(wrapped.rest() + "\n")
+        _print_pieces(finished.stream(given, base=base, max_new_tokens=max_new_tokens), console)
+
+
+def _print_pieces(pieces: Iterator[str], console: Console) -> None:
+    """Print an answer as it is generated."""
+    from llmtune.report.render_terminal import spinner
+
+    with spinner(console, "loading the model"):
+        first = next(pieces, "")
+    wrapped = WordWrap()
+    for piece in chain([first], pieces):
+        print_text(wrapped.add(piece))
+    print_text(wrapped.rest() + "\n")
 
 
 def _labelled(
@@ -120,13 +126,13 @@ def _prompt(text: str | None, prompt: str | None, *, needed: bool) -> str | None
     return sys.stdin.read().rstrip("\n") or None
 
 
-def _read_passages(file: Path) -> str:
+def _read_passages(file: Path, task: str) -> str:
     """Return the passages of a file as a JSON list."""
     from llmtune.serve.answer_file import read_passages
 
     if not file.is_file():
         raise RecipeError.of("not a file with passages", str(file), "Check the path of --passages.")
-    return json.dumps(read_passages(file), ensure_ascii=False)
+    return json.dumps(read_passages(file, task), ensure_ascii=False)
 
 
 def _check_files(rows: Path, output: Path | None, stated: Sequence[str | None]) -> None:

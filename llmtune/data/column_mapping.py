@@ -70,7 +70,7 @@ ALIASES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "rerank": {
         "query": ("question", "anchor", "search_query"),
         "passage": (
-            *("document", "doc", "text", "paragraph", "context", "answer", "content"),
+            *("document", "doc", "text", "paragraph", "context", "content"),
             *("positive", "positives", "pos", "positive_passages"),
         ),
         "relevance": ("label", "score", "relevant", "is_relevant", "rating", "grade"),

@@ -28,7 +28,8 @@ MOST_ROWS = 5000
 """How many rows are read."""
 BY_NAME = dict.fromkeys(
     (
-        *("preference", "token-classify", "speech", "qa", "translate", "summarize", "chat", "classify", "completion"),
+        *("preference", "rerank", "token-classify", "speech", "qa", "translate", "summarize"),
+        *("chat", "classify", "completion"),
         *TASK_FACTS,
     )
 )

@@ -84,9 +84,11 @@ def _head_graph(model: PreTrainedModel, names: Sequence[str]) -> Graph:
 
     def run(inputs: GraphInputs) -> list[torch.Tensor]:
         output = model(**inputs, **options)
-        return [output.start_logits, output.end_logits] if "start_logits" in output else [output.logits]
+        return [output[name] for name in outputs]
 
     outputs = ["start_logits", "end_logits"] if hasattr(model, "qa_outputs") else ["logits"]
+    if model.base_model is model:
+        outputs = ["last_hidden_state"]
     return Graph(MODEL, {name: known[name] for name in names if name in accepted}, outputs, run)
 
 

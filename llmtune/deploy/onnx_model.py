@@ -51,7 +51,8 @@ def open_onnx_export(path: Path, source: ModelSource) -> ExportedModel:
     elif any(name.startswith(PAST) for name in sessions[0].inputs):
         model = borrow_class(kind, config, _continue_texts(sessions[0], kind))
     else:
-        sessions[0].check_width((config.num_labels, config.get_text_config().vocab_size))
+        text = config.get_text_config()
+        sessions[0].check_width((config.num_labels, text.vocab_size, text.hidden_size))
         model = borrow_class(kind, config, _read_heads(sessions[0], columns))
     settings = next((one for one in (folder, source.model_ref.path) if (one / GENERATION_CONFIG_NAME).is_file()), None)
     if settings is not None:
@@ -106,6 +107,8 @@ def _read_heads(session: OnnxSession, columns: Sequence[int] | None) -> Callable
         if len(found) > 1 and hasattr(self, "qa_outputs"):
             start, end = list(found.values())[:2]
             return ModelOutput(start_logits=start, end_logits=end)
+        if "last_hidden_state" in found:
+            return ModelOutput(last_hidden_state=found["last_hidden_state"])
         logits = next(iter(found.values()))
         return ModelOutput(logits=logits if columns is None else logits[..., list(columns)])
 

@@ -79,6 +79,15 @@ offsets = given["offset_mapping"][0]
 print(sys.argv[2][offsets[first][0] : offsets[last][1]].strip())
 """
 )
+VECTOR = (
+    'given = tokenizer(PROMPT + sys.argv[1], truncation=True, max_length=MAX_LENGTH, return_tensors="np")'
+    + READ
+    + """
+hidden = outputs[0][0]
+vector = {"cls": hidden[0], "lasttoken": hidden[-1], "max": hidden.max(0), "mean": hidden.mean(0)}[POOLING]
+print((vector / np.linalg.norm(vector) if NORMALIZE else vector).tolist())
+"""
+)
 MASK = TEXT + "print(tokenizer.decode(outputs[0][given['input_ids'] == tokenizer.mask_token_id].argmax(-1)))\n"
 SOUND = """
 extract = AutoFeatureExtractor.from_pretrained(folder)
@@ -128,12 +137,15 @@ print(tokenizer.decode(answer, skip_special_tokens=True).strip())
 
 def write_script(model: PreTrainedModel, tuned: TunedModel, folder: Path) -> None:
     """Write the script that answers the text, question or recording given as its arguments."""
-    constants = {"MAX_LENGTH": tuned.recipe.data.max_length}
+    constants: dict[str, Any] = {"MAX_LENGTH": tuned.recipe.data.max_length}
     arguments = [name.upper() for name in (*tuned.task.required_inputs, *tuned.task.optional_inputs)]
     if model.config.is_encoder_decoder:
         body, constants = _encoder_decoder_script(model, tuned)
     elif tuned.task.continues_text:
         body, constants = DECODER + WRITE, _decoder_constants(model, tuned)
+    elif (embed := tuned.recipe.embed) is not None:
+        body = VECTOR
+        constants |= {"PROMPT": embed.query_prompt, "POOLING": embed.pooling, "NORMALIZE": embed.normalize}
     else:
         body = _head_script(model, tuned)
     lines = "".join(f"{name} = {value!r}\n" for name, value in constants.items())

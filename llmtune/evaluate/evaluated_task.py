@@ -62,6 +62,8 @@ class EvaluatedTask(TaskInterface):
     """Whether answers are generated token by token from `prompt_ids`."""
     predicts: bool = True
     """Whether `predict` returns what is evaluated; otherwise it is generated from `prompt_ids`."""
+    answer_column: str = "answer"
+    """Column of predictions in files: `answer` has them as text, `vectors` as they are."""
     rates_answers: bool = False
     """Whether rows come with answers that a prediction rates."""
 

@@ -71,8 +71,8 @@ def value_of(name: str, query: RankedQuery, cutoff: int) -> float:
     if name == "ndcg":
         return discounted(by_position(gains)[:cutoff]) / discounted(np.sort(every)[::-1][:cutoff])
     if name == "recall":
-        return float(by_position((gains > RELEVANT) * 1.0)[:cutoff].sum()) / relevant
-    hits_G = np.add.reduceat((gains > RELEVANT)[order_P] * 1, starts_G)
+        return float(by_position((gains > RELEVANT).astype(np.float64))[:cutoff].sum()) / relevant
+    hits_G = np.add.reduceat((gains > RELEVANT)[order_P].astype(np.int64), starts_G)
     groups = [(int(s), int(n), int(r)) for s, n, r in zip(starts_G, sizes_G, hits_G, strict=True) if r]
     if name == "mrr":
         return sum(share / rank for rank, share in first_hits(*groups[0]) if rank <= cutoff) if groups else 0.0

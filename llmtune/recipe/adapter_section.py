@@ -21,7 +21,7 @@ from llmtune.recipe.peft_options import (
 )
 from llmtune.recipe.section import Many, NonEmpty, Positive, RecipeSection, absolute, by_type
 from llmtune.recipe.source_map import Diagnostics
-from llmtune.recipe.task_facts import TaskVariant
+from llmtune.recipe.task_variant import TaskVariant
 
 OneOrMoreTexts = Annotated[
     Annotated[str, Tag("text")] | Annotated[Many[str], Tag("items")],

@@ -24,7 +24,8 @@ from llmtune.recipe.section import (
     sections_by,
 )
 from llmtune.recipe.source_map import Diagnostics
-from llmtune.recipe.task_facts import COLUMNS, ROW_FORMATS, WITH_ROLES, TaskVariant
+from llmtune.recipe.task_facts import COLUMNS, ROW_FORMATS, WITH_ROLES
+from llmtune.recipe.task_variant import TaskVariant
 
 SPLITS = ("train", "validation", "test")
 ENCODING_KEYS = (

@@ -16,7 +16,7 @@ from llmtune.recipe.gate_grammar import Gate
 from llmtune.recipe.retired import RETIRED, retired_problem
 from llmtune.recipe.section import REMOTE, Many, NonEmpty, Positive, RecipeSection, absolute
 from llmtune.recipe.source_map import Diagnostics
-from llmtune.recipe.task_facts import TaskVariant
+from llmtune.recipe.task_variant import TaskVariant
 
 OWN = "own"
 """Names llmtune's packaged data instead of a file."""

@@ -31,9 +31,9 @@ from llmtune.recipe.task_facts import (
     DECISIONS,
     PREDICTED,
     TASK_FACTS,
-    TaskVariant,
     at_ten,
 )
+from llmtune.recipe.task_variant import TaskVariant
 
 NEED_TEST_ROWS = ("metrics", "gates", "champion", "limit", "choices", "samples", "slices", "judge")
 GATE_KEYS = frozenset({"gates", "champion", "when_unsure", "looks"})

@@ -12,7 +12,7 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag
 from llmtune.recipe.builtin import recipes_folder
 from llmtune.recipe.section import REMOTE, Many, NonEmpty, RecipeSection, absolute, by_type, one_or_more
 from llmtune.recipe.source_map import Diagnostics
-from llmtune.recipe.task_facts import TaskVariant
+from llmtune.recipe.task_variant import TaskVariant
 
 BUILTIN = "builtin:"
 HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)

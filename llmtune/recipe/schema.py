@@ -12,7 +12,7 @@ from llmtune.recipe.evaluate_section import EvaluateSection
 from llmtune.recipe.model_section import ModelSection
 from llmtune.recipe.section import Positive, RecipeSection, Seed, descriptions, find_section, one_or_more
 from llmtune.recipe.source_map import Diagnostics
-from llmtune.recipe.task_facts import TASK_FACTS, TaskVariant
+from llmtune.recipe.task_facts import TASK_FACTS
 from llmtune.recipe.task_sections import (
     ClassifySection,
     CompletionSection,
@@ -26,6 +26,7 @@ from llmtune.recipe.task_sections import (
     TokenClassifySection,
     TranslateSection,
 )
+from llmtune.recipe.task_variant import TaskVariant
 from llmtune.recipe.train_section import TrainSection
 
 if TYPE_CHECKING:

@@ -11,7 +11,8 @@ from llmtune.recipe.adapter_section import AdapterSection
 from llmtune.recipe.data_section import DataSection
 from llmtune.recipe.section import Many, NonEmpty, Positive, RecipeSection, Seed, one_or_more
 from llmtune.recipe.source_map import Diagnostics
-from llmtune.recipe.task_facts import NEAREST_TO_ONE, TaskVariant, at_ten
+from llmtune.recipe.task_facts import NEAREST_TO_ONE, at_ten
+from llmtune.recipe.task_variant import TaskVariant
 
 AdamW = Literal["adamw_torch", "adamw_torch_fused", "adamw_8bit", "adamw_bnb_8bit"]
 PagedAdamW = Literal["paged_adamw_8bit", "paged_adamw_32bit"]

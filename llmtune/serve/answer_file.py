@@ -9,9 +9,10 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 from rich.progress import MofNCompleteColumn
 
-from llmtune.data.column_mapping import ALIASES, rename, used_columns, with_aliases
+from llmtune.data.column_mapping import rename, used_columns, with_aliases
 from llmtune.data.ingest import progress_bars
 from llmtune.data.rejected_rows import RowError
 from llmtune.data.rerank_rows import passage_text
@@ -45,6 +46,8 @@ def answer_file(
     mapping, and by their usual names. Returns the number of answered and of unreadable rows; the latter have an
     `error` instead of an answer.
 
+    An `output` that ends in .npy gets the first vector of each row, float32 [rows, D]; unreadable rows are NaN.
+
     Raises:
         RecipeError: the file lacks an input of the task, or the model cannot answer such inputs.
         DataError: the file cannot be read, or none of its rows.
@@ -58,9 +61,13 @@ def answer_file(
     columns = with_aliases(known, COLUMNS, header, run.recipe.task)
     asked = _columns_of(run.task.inputs, [*columns, *header], str(rows))
     served = run.load(dict.fromkeys(asked, "text"), base=base, max_new_tokens=max_new_tokens)
+    vectors: list[list[float] | None] | None = [] if output is not None and output.suffix == ".npy" else None
+    if vectors is not None and run.task.answer_column != "vectors":
+        raise RecipeError.of(f"task {run.task.name} makes no vectors", str(output), "Write to a file in .jsonl.")
     answered = 0
     with ExitStack() as stack:
-        file = stack.enter_context(output.open("w", encoding="utf-8")) if output else sys.stdout
+        lines = None if vectors is not None else output
+        file = stack.enter_context(lines.open("w", encoding="utf-8")) if lines else sys.stdout
         progress = stack.enter_context(progress_bars(run.console, MofNCompleteColumn()))
         bar = progress.add_task("rows", total=len(raw))
         for first in range(0, len(raw), AT_ONCE):
@@ -75,8 +82,15 @@ def answer_file(
                 answer = {"error": f"{origin}: {one}"} if isinstance(one, RowError) else next(answers)
                 answered += "error" not in answer
                 line |= answer
+                if vectors is not None:
+                    found = answer.get("vectors")
+                    vectors.append(next(iter(found.values())) if isinstance(found, dict) else None)
+                    continue
                 file.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
             progress.update(bar, completed=first + len(batch))
+    if vectors is not None and output is not None:
+        width = next((len(one) for one in vectors if one is not None), 0)
+        np.save(output, np.asarray([one or [np.nan] * width for one in vectors], dtype=np.float32))
     return answered, len(raw) - answered
 
 
@@ -113,17 +127,20 @@ def _read_inputs(
     return RowError("empty content", f"{empty[0]!r} is empty") if empty else inputs
 
 
-def read_passages(file: Path) -> list[str]:
+def read_passages(file: Path, task: str) -> list[str]:
     """Return the passages of a file: its lines if it is a text, else the column `passage` (or a usual name for it).
 
     Raises DataError if the file has no passages, or cannot be read.
     """
     if file.suffix.lower() in TEXT_ENDINGS:
-        passages = [line for line in map(str.strip, file.read_text("utf-8").splitlines()) if line]
+        try:
+            passages = [line for line in map(str.strip, file.read_text("utf-8").splitlines()) if line]
+        except UnicodeDecodeError as error:
+            raise DataError.of(f"not UTF-8: {error.reason}", str(file), "Save it as UTF-8.") from None
     else:
         rows = [(origin, row) for origin, row in local_input(file).raw_rows() if not isinstance(row, RowError)]
         header = dict.fromkeys(name for _, row in rows for name in row)
-        column = next((name for name in ("passage", *ALIASES["rerank"]["passage"]) if name in header), None)
+        column = "passage" if "passage" in header else with_aliases({}, ["passage"], list(header), task).get("passage")
         if column is None:
             fix = "Name the column passage, or give a text file with a passage per line."
             raise DataError.of(f"no column for the passages; found {', '.join(header) or 'none'}", str(file), fix)
@@ -144,8 +161,10 @@ def _answer_rows(
     rows = [task.make_row(inputs) for inputs in given]
     if task.predicts:
         for predicted in served.predict(rows):
+            value = predicted.value
             of_classes = {"scores": one} if (one := next(iter(predicted.probabilities), None)) else {}
-            yield {"answer": task.format_prediction(predicted.value), **of_classes, **predicted.scores}
+            shown = value if task.answer_column == "vectors" else task.format_prediction(value)
+            yield {task.answer_column: shown, **of_classes, **predicted.scores}
         return
     prompts = [task.prompt_ids(row, served.processor, recipe) for row in rows]
     read = answer_reader(served.processor, recipe)

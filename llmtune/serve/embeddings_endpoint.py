@@ -13,12 +13,13 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from llmtune.data.embed_rows import EmbedRow, texts_of
+from llmtune.evaluate.vector_search import Vectors, unit
 from llmtune.serve.engine import Engine
 from llmtune.serve.generation_endpoints import in_text_thread, run_job, served_by_name, unless_disconnected
 from llmtune.serve.request_queue import AnswerJob, End
 from llmtune.serve.schemas import ApiError, FilledText, PositiveInt, RequestModel
 from llmtune.serve.served_model import ServedModel
-from llmtune.tasks.embed import Vectors, embed_section, text_names, tokenize, unit
+from llmtune.tasks.embed import embed_section, text_names, tokenize
 
 MOST_TEXTS = 2048
 """Texts per request, as in OpenAI's API."""

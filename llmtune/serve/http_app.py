@@ -30,6 +30,9 @@ ABOUT = """Models tuned with llmtune. `/v1/models` lists them; `model` in a requ
 Undocumented parameters are refused by name, never ignored. If the server was started with an API key, every path
 under `/v1` and `/metrics` needs it: `Authorization: Bearer KEY`."""
 
+OWN_ENDPOINTS = {"/v1/embeddings": mount_embeddings, "/v1/rerank": mount_rerank}
+"""Endpoints whose requests and responses are those of other servers."""
+
 
 def build_app(engine: Engine, *, body_bytes: int, key: str | None = None) -> ASGIApp:
     """Build the application: the gateway, and the endpoints for the task of the models."""
@@ -47,10 +50,8 @@ def build_app(engine: Engine, *, body_bytes: int, key: str | None = None) -> ASG
     if task.free_prompt:
         page_kind = "chat" if task.is_conversational else "completion"
         mount_generation(app, engine, metrics, chat=task.is_conversational)
-    elif task.name == "rerank":
-        mount_rerank(app, engine)
-    elif task.name == "embed":
-        mount_embeddings(app, engine)
+    elif task.endpoint is not None and task.endpoint.path in OWN_ENDPOINTS:
+        OWN_ENDPOINTS[task.endpoint.path](app, engine)
     else:
         mount_task(app, task, engine, metrics)
     _mount_models(app, engine)

@@ -74,15 +74,15 @@ def mount_rerank(app: FastAPI, engine: Engine) -> None:
     @app.post("/v1/rerank", response_model=RerankResponse, response_model_exclude_none=True)
     async def rank_documents(body: RerankRequest, request: Request) -> Response:
         """Rank documents for a query; scores equal those of `llmtune generate`."""
-        answer = await unless_disconnected(request, rank(engine, served_by_name(engine, body.model), body))
+        answer = await unless_disconnected(request, rank_request(engine, served_by_name(engine, body.model), body))
         return JSONResponse(answer.model_dump(exclude_none=True))
 
 
-async def rank(engine: Engine, served: ServedModel, body: RerankRequest) -> RerankResponse:
+async def rank_request(engine: Engine, served: ServedModel, body: RerankRequest) -> RerankResponse:
     """Score the documents of a request, and return the best ones."""
     texts = [document if isinstance(document, str) else document.text for document in body.documents]
     row: RerankRow = {"query": body.query, "passages": texts, "relevances": []}
-    tokens = await in_text_thread(count_tokens, served, row)
+    tokens = await in_text_thread(pair_tokens, served, row)
     scored: RerankPrediction = {"scores": [], "ranking": []}
     async for event in run_job(engine, AnswerJob(served, row={**row})):
         assert isinstance(event, End), "a reranker generates no tokens"
@@ -100,7 +100,7 @@ async def rank(engine: Engine, served: ServedModel, body: RerankRequest) -> Rera
     return RerankResponse(id=f"rerank-{secrets.token_hex(12)}", model=served.name, results=results, usage=usage)
 
 
-def count_tokens(served: ServedModel, row: RerankRow) -> int:
+def pair_tokens(served: ServedModel, row: RerankRow) -> int:
     """Return the number of tokens of all pairs, after truncation."""
     examples = tokenize_texts(pair_rows([row]), served.processor, served.recipe.data.max_length)
     return sum(len(example.input_ids) for example in examples)

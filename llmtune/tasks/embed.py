@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,10 +27,10 @@ from llmtune.data.tokenization import Segment, decode_shortened
 from llmtune.errors import DataError, Problem, RecipeError
 from llmtune.evaluate.classification_metrics import measure_classes
 from llmtune.evaluate.evaluated_task import EvalPrediction, LoadedModel
-from llmtune.evaluate.metric import Measure, columns, measure_means, ratio
-from llmtune.evaluate.paired_statistics import Floats
-from llmtune.evaluate.ranking_metrics import RankedQuery, measure_ranking
+from llmtune.evaluate.metric import Measure
+from llmtune.evaluate.ranking_metrics import measure_ranking
 from llmtune.evaluate.token_batches import run_encoder
+from llmtune.evaluate.vector_search import Vectors, measure_spread, rank_labels, rank_passages, unit
 from llmtune.model.causal_lm_loss import accepted_arguments, model_inputs, unwrap
 from llmtune.model.config import set_padding
 from llmtune.recipe.schema import Recipe
@@ -42,17 +41,11 @@ from llmtune.tasks.base import Endpoint, Task
 from llmtune.tasks.embedding_losses import embedding_loss
 from llmtune.tasks.sentence_folder import describe_settings, resolve_settings, write_settings
 
-Vectors: TypeAlias = dict[str, list[float]]
-"""The vector of each text of a row, by `text_names`."""
 KINDS = {"passages": ("ranking",), "scores": ("cosent", "cosine"), "labels": ("triplet",)}
 """By kind of rows, the losses that learn from them; the first is the default."""
 CORRELATIONS = ("spearman", "pearson")
 SPREAD = ("random_cosine", "effective_rank")
 """Metrics of how the vectors are spread; collapsed vectors are all alike."""
-RANKED = 1000
-"""Passages of a query whose order counts; others count as not found."""
-AT_ONCE = 256
-"""Queries compared with all passages at a time."""
 
 
 class Embed(Task[EmbedRow, Vectors]):
@@ -68,6 +61,7 @@ class Embed(Task[EmbedRow, Vectors]):
     predicts_tokens = False
     has_step_loss = True
     has_row_loss = False
+    answer_column = "vectors"
 
     def supports(self, config: PretrainedConfig) -> bool:
         """Whether a model is an encoder or a decoder."""
@@ -345,74 +339,6 @@ def pool(hidden_TD: torch.Tensor, mode: str) -> torch.Tensor:
     if mode == "lasttoken":
         return hidden_TD[-1]
     return hidden_TD.amax(0) if mode == "max" else hidden_TD.mean(0)
-
-
-def unit(vector: Sequence[float]) -> Floats:
-    """Return a vector scaled to length 1; zeros stay."""
-    numbers = np.asarray(vector, dtype=np.float64)
-    return np.asarray(numbers / max(float(np.linalg.norm(numbers)), 1e-12))
-
-
-def measure_spread(metric: str, vectors: Sequence[Vectors]) -> Measure:
-    """Measure how different the vectors of unrelated texts are; each row adds its last text.
-
-    The effective rank is the participation ratio of the vectors' second moments: 1 over the mean squared cosine.
-    """
-    unit_ND = np.stack([unit([*one.values()][-1]) for one in vectors])
-    count = len(unit_ND)
-    if metric == "random_cosine":
-        cosine_N = (unit_ND @ unit_ND.sum(0) - 1) / max(1, count - 1)
-        return measure_means(metric, cosine_N.tolist(), "mean cosine of each row's text with those of other rows")
-    squared_N = ((unit_ND @ (unit_ND.T @ unit_ND)) * unit_ND).sum(1) / count
-    signature = "participation ratio of the vectors: 1 if all are parallel, at most their length"
-    return Measure(metric, columns(np.ones(count), squared_N), ratio, signature=signature)
-
-
-# Search
-
-
-def rank_passages(rows: Sequence[EmbedRow], vectors: Sequence[Vectors]) -> list[tuple[int, RankedQuery]]:
-    """Rank all passages of these rows for each different query; return the query's first row with its ranking."""
-    corpus: dict[str, list[float]] = {}
-    relevant: defaultdict[str, set[str]] = defaultdict(set)
-    first: dict[str, int] = {}
-    for i, (row, own) in enumerate(zip(rows, vectors, strict=True)):
-        corpus |= dict(zip([*row["passages"], *row["negatives"]], [*own.values()][1:], strict=True))
-        relevant[str(row["query"])] |= set(row["passages"])
-        first.setdefault(str(row["query"]), i)
-    place = {text: i for i, text in enumerate(corpus)}
-    asked = [(i, {place[text] for text in relevant[query]}, place.get(query)) for query, i in first.items()]
-    passages_PD = np.stack([unit(vector) for vector in corpus.values()])
-    return list(search([vectors[i]["query"] for i, _, _ in asked], passages_PD, asked))
-
-
-def rank_labels(rows: Sequence[EmbedRow], vectors: Sequence[Vectors]) -> list[tuple[int, RankedQuery]]:
-    """Rank the other texts for each text; those with the same label are relevant."""
-    members: defaultdict[str | None, set[int]] = defaultdict(set)
-    for i, row in enumerate(rows):
-        members[row["label"]].add(i)
-    asked = [(i, members[row["label"]] - {i}, i) for i, row in enumerate(rows)]
-    texts_PD = np.stack([unit(one["query"]) for one in vectors])
-    return list(search([one["query"] for one in vectors], texts_PD, asked))
-
-
-def search(
-    queries: Sequence[Sequence[float]], passages_PD: Floats, asked: Sequence[tuple[int, set[int], int | None]]
-) -> Iterator[tuple[int, RankedQuery]]:
-    """Yield the row of each query with its best passages, leaving out the query itself.
-
-    `asked` has for each query its row, its relevant passages, and the passage that is the query itself, if any.
-    """
-    for start in range(0, len(queries), AT_ONCE):
-        part = asked[start : start + AT_ONCE]
-        scores_QP = np.stack([unit(one) for one in queries[start : start + AT_ONCE]]) @ passages_PD.T
-        for scores_P, (row, relevant, itself) in zip(scores_QP, part, strict=True):
-            if itself is not None:
-                scores_P[itself] = -np.inf
-            best = np.argsort(-scores_P, kind="stable")[: min(RANKED, len(scores_P) - (itself is not None))]
-            found = set(best.tolist())
-            relevances = [float(place in relevant) for place in best.tolist()]
-            yield row, RankedQuery(scores_P[best], relevances, [1.0 for place in relevant if place not in found])
 
 
 VARIANTS = (Embed(),)

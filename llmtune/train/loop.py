@@ -48,6 +48,7 @@ from llmtune.train.metrics_log import (
     append_line,
     end_trackers,
     show_training,
+    tracker_names,
 )
 from llmtune.train.optimizer import averaged_weights, set_mode
 from llmtune.train.preflight import restore_checkpoint, restore_weights, resume, run_preflight, save, shrink_budget
@@ -292,7 +293,7 @@ def _log(run: Run, validated: bool) -> None:
     if training.recipe.train.report_to:
         values = {key: value for key, value in line.items() if key not in ("step", "validation_metrics")}
         values |= {f"validation_{name}": value for name, value in line.get("validation_metrics", {}).items()}
-        training.accelerator.log(values, step=state.step)
+        training.accelerator.log(tracker_names(values), step=state.step)
     run.display.line(line)
 
 

@@ -193,8 +193,13 @@ def log_results(report: Report, trackers: Sequence[str], run: Path, device: str,
     values |= {"verdict": f"{report.verdict.word}: {report.verdict.reason}", "run_folder": str(run)}
     accelerator = Accelerator(cpu=device == "cpu", log_with=names, project_config=tracker_folder(run))
     start_trackers(accelerator, names, report.name, run, None)
-    accelerator.log(values, step=report.train["steps"])
+    accelerator.log(tracker_names(values), step=report.train["steps"])
     end_trackers(accelerator)
+
+
+def tracker_names(values: Mapping[str, object]) -> dict[str, object]:
+    """Return values by names that every tracker accepts: MLflow refuses the @ of `ndcg@10`."""
+    return {name.replace("@", "_at_"): value for name, value in values.items()}
 
 
 def tracker_folder(run: Path) -> ProjectConfiguration:

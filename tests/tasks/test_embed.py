@@ -3,6 +3,8 @@
 import html
 import json
 import shutil
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -368,8 +370,48 @@ def test_the_openai_client_gets_the_vectors_of_generate(run):
     assert queries.usage.prompt_tokens > len(texts)
 
 
+def test_generate_writes_the_vectors_of_a_file_as_numpy_or_json(run, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"query": "the red cat"}\n{"query": ""}\n{"query": "a house", "id": 7}\n')
+    for name in ("vectors.npy", "vectors.jsonl"):
+        done = invoke("generate", run, "--input", rows, "--output", tmp_path / name)
+        assert done.exit_code == 0, done.output
+    whole = np.load(tmp_path / "vectors.npy")
+    lines = [json.loads(line) for line in (tmp_path / "vectors.jsonl").read_text().splitlines()]
+    expected = FinishedRun(run, offline=True).answer({"prompt": "a house"})["prediction"]["query"]
+    assert (whole.shape, whole.dtype) == ((3, 64), np.float32)
+    np.testing.assert_allclose(whole[2], expected, atol=1e-6)
+    np.testing.assert_allclose(lines[2]["vectors"]["query"], expected, atol=1e-6)
+    assert np.isnan(whole[1]).all()
+    assert (lines[2]["id"], "error" in lines[1]) == (7, True)
+
+
 def test_generate_prints_vectors_as_json_and_refuses_no_text(run):
     done = invoke("generate", run, "the red cat", "--json")
     assert done.exit_code == 0, done.output
     assert len(json.loads(done.stdout)["prediction"]["query"]) == 64
     assert invoke("generate", run, "", "--json").exit_code == 2
+
+
+@pytest.mark.slow
+def test_an_onnx_file_gives_the_same_vectors_and_scores(run, tmp_path):
+    done = invoke("deploy", "onnx", run, "--out", tmp_path / "onnx")
+    assert done.exit_code == 0, done.output
+    certificate = json.loads((tmp_path / "onnx" / "certificate.json").read_text())
+    assert certificate["passed"]
+    command = [sys.executable, "-W", "ignore", tmp_path / "onnx" / "run_model.py", "the red cat"]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    expected = FinishedRun(run, offline=True).answer({"prompt": "the red cat"})["prediction"]["query"]
+    np.testing.assert_allclose(json.loads(printed), expected, atol=1e-5)
+
+
+def test_a_passage_of_two_queries_is_pushed_away_by_sentence_transformers_and_not_here():
+    """Queries that share their passage lose it: https://github.com/huggingface/sentence-transformers/issues/2646."""
+    directions = torch.eye(12)[[0, 0, 1]]
+    given = [torch.stack([row, row]).requires_grad_() for row in directions]  # every query is at its passage
+    columns = [torch.stack([row[place] for row in given]) for place in range(2)]
+    theirs = losses.MultipleNegativesRankingLoss(None).compute_loss_from_embeddings(columns, torch.zeros(3))
+    examples = [Example([], [0, 1] * 2, 0, class_ids=[10 * i, 100 if i < 2 else 200]) for i in range(3)]
+    ours = embedding_loss(given, examples, EmbedSection(loss="ranking"))
+    assert float(theirs.detach()) > 0.4, "the right passage counts as wrong for the other query"
+    assert float(ours.sum.detach()) < 1e-6

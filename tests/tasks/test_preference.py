@@ -19,7 +19,7 @@ from llmtune.data.row_store import iterate_rows, load_rows
 from llmtune.errors import DataError
 from llmtune.pipeline import run_pipeline
 from llmtune.recipe.loader import load_recipe
-from llmtune.recipe.task_facts import LOSS_METRICS
+from llmtune.recipe.task_variant import LOSS_METRICS
 from llmtune.serve.finished_run import FinishedRun
 from llmtune.session import Models, open_finished
 from llmtune.store.run_request import RunRequest

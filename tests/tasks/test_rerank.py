@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +23,7 @@ from support.variants import predict
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from llmtune.deploy.merged_model import merge_run
+from llmtune.deploy.onnx_export import make_onnx
 from llmtune.errors import DataError
 from llmtune.evaluate.per_row_scores import load_measures
 from llmtune.pipeline import run_pipeline
@@ -29,6 +32,7 @@ from llmtune.serve.finished_run import FinishedRun
 from llmtune.session import open_finished
 from llmtune.store.run_request import RunRequest
 from llmtune.tasks.rerank import Rerank, bm25
+from llmtune.train.metrics_log import tracker_names
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -175,6 +179,18 @@ def test_passages_that_training_rows_share_are_counted(bert: Path, tmp_path: Pat
     assert "of 24 passages" not in notes["passages"]
 
 
+def test_the_onnx_model_gives_the_logits_of_the_same_scores(run: Path, tmp_path: Path) -> None:
+    make_onnx(open_finished(run, quiet(), True), tmp_path / "onnx")
+    command = [sys.executable, str(tmp_path / "onnx" / "run_model.py"), *PAIRS[0]]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert 1 / (1 + math.exp(-float(done.stdout))) == pytest.approx(scores_of(run)[0], abs=1e-4)
+
+
+def test_trackers_get_names_without_an_at_sign() -> None:
+    """MLflow refuses `ndcg@10`."""
+    assert tracker_names({"validation_ndcg@10": 0.5, "loss": 1.0}) == {"validation_ndcg_at_10": 0.5, "loss": 1.0}
+
+
 @pytest.mark.parametrize("relevance", [0, 1])
 def test_rows_of_one_relevance_are_refused(relevance: int, bert: Path, tmp_path: Path) -> None:
     rows = [{**row, "relevance": relevance} for row in ROWS]
@@ -223,6 +239,8 @@ def test_files_without_passages_are_refused(
         in invoke("generate", run, "a query", "--passages", tmp_path / "p.csv").stderr
     )
     assert "--passages" in invoke("generate", run, "a query").stderr
+    (tmp_path / "p.txt").write_bytes("straße".encode("latin-1"))
+    assert "not UTF-8" in invoke("generate", run, "a query", "--passages", tmp_path / "p.txt").stderr
 
 
 def test_the_endpoint_answers_like_that_of_cohere_and_gives_the_scores_of_generate(run: Path) -> None:
