@@ -31,9 +31,8 @@ from llmtune.data.examples import ExampleReader, encode_rows, examples_inputs, r
 from llmtune.data.preparation import prepare_rows
 from llmtune.deploy.products import check_products, make_products
 from llmtune.errors import EnvironmentProblem
-from llmtune.evaluate.cache_keys import evaluation_inputs, own_metric_files
+from llmtune.evaluate.cache_keys import evaluation_inputs, note_own_metrics
 from llmtune.evaluate.champion import check_champion, note_look
-from llmtune.evaluate.decision import print_need
 from llmtune.evaluate.eval_inputs import warn_of_cuts
 from llmtune.evaluate.evaluation_file import list_failed, load_evaluation, print_scores, print_verdict
 from llmtune.evaluate.gates import require_gates
@@ -66,12 +65,11 @@ from llmtune.session import (
     open_finished,
     rows_hash,
     score_models,
-    trained_name,
 )
 from llmtune.store.atomic_files import hash_folder, hash_value, plain, staged, write_text
 from llmtune.store.process_environment import refuse_network
 from llmtune.store.processes import once, rank, world_size
-from llmtune.store.run_folder import Manifest, RunFolder, default_path, note_metrics, open_run, recipe_of_run
+from llmtune.store.run_folder import Manifest, RunFolder, default_path, open_run, recipe_of_run, trained_name
 from llmtune.store.run_lock import hash_keys, note_trained, own_pins, read_pins
 from llmtune.store.run_request import RunRequest
 from llmtune.store.seed_runs import UNTIL, is_done, kept_findings, seed_folder, share_rows, with_seed
@@ -164,7 +162,6 @@ def _encode_rows(context: RunContext, draft: Plan) -> None:
                 described = describe_examples(rows, made, processor, context.console, task, recipe)
             step.facts.update(described)
     warn_of_cuts(rows, context.examples, task, processor, recipe, context.console)
-    print_need(recipe, rows, context.console)
 
 
 def run_select(context: RunContext, loaded: LoadedRecipe) -> None:
@@ -311,7 +308,7 @@ def run_evaluate(context: RunContext, loaded: LoadedRecipe) -> None:
             score_models(context, folder, context.request.base or known)
         judged = hash_keys(context.folder.path / "recipe.yaml", judging=True)
         step.facts.update(trained=context.once(lambda: hash_folder(context.trained_folder)), recipe=judged)
-    context.once(lambda: note_metrics(context.folder, own_metric_files(context.plan.recipe)))
+    context.once(lambda: note_own_metrics(context.folder, context.plan.recipe))
 
 
 def run_deploy(context: RunContext, loaded: LoadedRecipe) -> None:

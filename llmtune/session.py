@@ -23,7 +23,7 @@ from llmtune.data.row_store import load_rows
 from llmtune.data.sources import hash_sources, list_sources
 from llmtune.errors import EnvironmentProblem
 from llmtune.evaluate.cache_keys import base_inputs, evaluation_inputs
-from llmtune.evaluate.calibration import run_calibration
+from llmtune.evaluate.calibration import run_temperature
 from llmtune.evaluate.champion import face_champion
 from llmtune.evaluate.decision import save_rules
 from llmtune.evaluate.eval_inputs import EvalContext, calibration_inputs, make_inputs
@@ -48,7 +48,7 @@ from llmtune.records import ALONE, AdaptedModel, Examples, Json, Layout, ModelRe
 from llmtune.report.render_terminal import spinner
 from llmtune.store.atomic_files import hash_folder, hash_value
 from llmtune.store.processes import layout, once, world_size
-from llmtune.store.run_folder import RunFolder, StepRun, read_curve, read_run, recipe_of_run
+from llmtune.store.run_folder import RunFolder, StepRun, read_curve, read_run, recipe_of_run, trained_name
 from llmtune.store.run_lock import LOCK, Pins, SourceRecord, check_pin, own_pins, read_pins, write_lock
 from llmtune.store.run_request import RunRequest
 from llmtune.tasks.base import AnyTask
@@ -206,11 +206,9 @@ def decide_checkpointing(context: RunContext, draft: Plan, longest: int) -> bool
         on = resolve_checkpointing(draft.model_ref, recipe, draft.task, longest, draft.device, draft.layout)
         findings["gradient_checkpointing"] = known = {"inputs": inputs, "on": on}
     if known["on"]:
-        context.console.print(
-            "train.gradient_checkpointing: auto recomputes activations in the backward pass, because the longest row "
-            f"({longest:,} tokens) does not fit into the memory of {draft.device} otherwise.",
-            highlight=False,
-        )
+        why = f"because the longest row ({longest:,} tokens) does not fit into the memory of {draft.device} otherwise."
+        what = "train.gradient_checkpointing: auto recomputes activations in the backward pass"
+        context.console.print(f"{what}, {why}", highlight=False)
     return bool(known["on"])
 
 
@@ -335,9 +333,8 @@ def load_champion(context: RunContext, run: Path) -> ChampionModel:
     """Open a champion's run, to answer rows of this run with its model."""
     champion = open_finished(run, context.console, context.request.offline)
     plan = champion.plan
-    record = run_calibration(champion.folder)
-    temperature = record.temperature if record else 1.0
-    return ChampionModel(plan.recipe, plan.task, plan.processor, plan.device, Models(champion).loaders, temperature)
+    about = plan.recipe, plan.task, plan.processor, plan.device, Models(champion).loaders
+    return ChampionModel(*about, run_temperature(champion.folder))
 
 
 def locate_pinned(context: RunContext, model: ModelSection, name: str) -> ModelRef:
@@ -365,8 +362,8 @@ def score_models(context: RunContext, folder: Path | None, base_folder: Path | N
     join_processes(plan.device)
     inputs = make_inputs(rows, examples, task, processor, recipe) if examples.counts.get("test") else None
     validation = calibration_inputs(rows, examples, task, processor, recipe, inputs)
-    eval_context = EvalContext(recipe, task, processor, inputs, plan.device, context.console, folder, validation)
-    eval_context = replace(eval_context, checkpoints=compared_checkpoints(recipe, read_curve(context.folder.path)))
+    about = recipe, task, processor, inputs, plan.device, context.console, folder, validation
+    eval_context = EvalContext(*about, compared_checkpoints(recipe, read_curve(context.folder.path)))
     base = base_inputs(recipe, adapter_settings(recipe), plan.model_ref, rows, examples, plan.device)
     ask = partial(ask_champion, partial(load_champion, context), eval_context, rows, context.folder.path)
     evaluation = score_run(
@@ -387,9 +384,7 @@ def lock_run(context: RunContext) -> None:
     """Write llmtune.lock with all inputs of training, file by file."""
     plan, recipe, model_ref = context.plan, context.plan.recipe, context.plan.model_ref
     data_hash, files = list_sources(recipe.data, recipe.task)
-    start = recipe.adapter.start_from
-    paths = [str(file.path) if file.path else None for file in files]
-    known = [{"source": one.source, "path": path, one.kind: one.hash} for one, path in zip(files, paths, strict=True)]
+    known = [{"source": one.source, "path": one.path and str(one.path), one.kind: one.hash} for one in files]
     write_lock(
         context.folder.path,
         Pins(model_ref.name, model_ref.revision, model_ref.content_hash, data_hash),
@@ -399,12 +394,7 @@ def lock_run(context: RunContext) -> None:
         threads=torch.get_num_threads(),
         model=model_ref.path,
         sources=cast(list[SourceRecord], known),
-        start_from=find_adapter(Path(start)) if start else None,
+        start_from=find_adapter(Path(start)) if (start := recipe.adapter.start_from) else None,
         device=describe_device(plan.device),
         judge={"model": judge.model, "host": host(judge)} if (judge := recipe.evaluate.judge) else None,
     )
-
-
-def trained_name(recipe: Recipe) -> str:
-    """Return the name of the run's subfolder with the trained adapter or weights."""
-    return "weights" if recipe.adapter.method == "full" else "adapter"

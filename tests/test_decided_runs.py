@@ -20,7 +20,7 @@ from llmtune.errors import GateFailed, RecipeError
 from llmtune.evaluate.decision import load_decision
 from llmtune.evaluate.evaluation_file import load_evaluation
 from llmtune.recipe.loader import load_recipe
-from llmtune.records import Decision, Evaluation
+from llmtune.score_records import Decision, Evaluation
 from llmtune.serve.answer_file import answer_file
 from llmtune.serve.finished_run import FinishedRun
 from llmtune.store.atomic_files import hash_folder

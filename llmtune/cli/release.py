@@ -12,7 +12,7 @@ from typer.core import TyperGroup
 from llmtune.cli.options import AsJson, RunArgument
 from llmtune.cli.output_streams import handled, print_json, stderr_console
 from llmtune.launch.python_api import make_console
-from llmtune.records import Difference
+from llmtune.score_records import Difference
 
 File = Annotated[Path, typer.Argument(metavar="FILE", help="A release file.")]
 Signers = Annotated[
@@ -87,9 +87,9 @@ def show_release(file: File, signers: Signers = None, as_json: AsJson = False) -
     """Show the scores and gates of a release, and check its signature if it has one."""
     from llmtune.deploy.releases import check_signature, summarize_release
     from llmtune.evaluate.opened_runs import read_release
-    from llmtune.records import Evaluation
     from llmtune.report.render_terminal import print_sections
     from llmtune.report.score_sections import gate_section, score_section
+    from llmtune.score_records import Evaluation
 
     release, signature = read_release(file), check_signature(file, signers)
     if as_json:

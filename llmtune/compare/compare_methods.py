@@ -41,7 +41,8 @@ from llmtune.recipe.gate_grammar import parse_gate
 from llmtune.recipe.loader import LoadedRecipe, load_recipe
 from llmtune.recipe.peft_options import REFUSED_METHODS, options_of, peft_methods, rate_factor
 from llmtune.recipe.source_map import SET
-from llmtune.records import GateResult, Json
+from llmtune.records import Json
+from llmtune.score_records import GateResult
 from llmtune.store.atomic_files import explained, hash_value
 from llmtune.store.process_environment import refuse_network
 from llmtune.store.run_folder import MANIFEST

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from llmtune.compare.run_comparison import RunPair, RunSummary
-from llmtune.records import Difference
 from llmtune.report.metric_info import better_side, rank_metrics
 from llmtune.report.number_format import DASH, count, duration, missing, score, size
+from llmtune.score_records import Difference
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

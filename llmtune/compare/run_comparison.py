@@ -12,12 +12,12 @@ from llmtune.errors import LlmtuneError
 from llmtune.evaluate.gates import check_gates
 from llmtune.evaluate.opened_runs import OpenedRun, find_differing, pair_metrics
 from llmtune.evaluate.run_report import judge_run
-from llmtune.records import Difference, Evaluation, GateResult, Json
+from llmtune.records import Json
 from llmtune.report.report_record import Verdict
 from llmtune.report.verdict import INCONCLUSIVE, verdict
-from llmtune.session import trained_name
+from llmtune.score_records import Difference, Evaluation, GateResult
 from llmtune.store.atomic_files import read_json
-from llmtune.store.run_folder import CERTIFICATE
+from llmtune.store.run_folder import CERTIFICATE, trained_name
 
 UNTRAINED = (
     *("data.train", "data.validation", "data.test", "evaluate.", "generation.", "seed", "train.seeds", "model.name"),

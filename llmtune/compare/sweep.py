@@ -37,13 +37,14 @@ from llmtune.recipe.builtin import find_recipe
 from llmtune.recipe.layers import INSTEAD
 from llmtune.recipe.loader import LoadedRecipe, load_recipe
 from llmtune.recipe.yaml_writer import scalar
-from llmtune.records import Difference, Json
+from llmtune.records import Json
 from llmtune.report.blocks import Bullets, Column, Compared, Page, Section, Table, TableRows, Text, difference_table
 from llmtune.report.metric_info import better_side, rank_metrics
 from llmtune.report.render_html import write_page
 from llmtune.report.render_markdown import to_markdown
 from llmtune.report.render_terminal import print_page, spinner
 from llmtune.report.verdict import BETTER, INCONCLUSIVE, WORSE, verdict
+from llmtune.score_records import Difference
 from llmtune.store.atomic_files import explained, hash_value, plain, write_json, write_text
 from llmtune.store.process_environment import refuse_network
 

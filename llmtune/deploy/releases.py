@@ -26,8 +26,9 @@ from llmtune.evaluate.opened_runs import (
 from llmtune.evaluate.per_row_scores import pack_measures
 from llmtune.recipe.secrets import hide_paths
 from llmtune.recipe.user_files import read_bytes
-from llmtune.records import Difference, Json
+from llmtune.records import Json
 from llmtune.report.report_record import require_report
+from llmtune.score_records import Difference
 from llmtune.store.atomic_files import explained, hash_file, plain, read_json, write_json
 from llmtune.store.run_folder import CERTIFICATE
 from llmtune.store.run_lock import LOCK

@@ -25,8 +25,9 @@ from llmtune.evaluate.paired_statistics import Floats, share_bounds
 from llmtune.evaluate.token_batches import of_first_process
 from llmtune.recipe.eval_suites_section import plain_name
 from llmtune.recipe.schema import Recipe
-from llmtune.records import Advance, Study
+from llmtune.records import Advance
 from llmtune.report.render_terminal import counting_bars
+from llmtune.score_records import Study
 from llmtune.store.atomic_files import write_text
 
 if TYPE_CHECKING:

@@ -16,8 +16,9 @@ from llmtune.recipe.evaluate_section import EXTRA_KEYS, GATE_KEYS
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_facts import DECISIONS
 from llmtune.records import Examples, ModelRef, Rows
-from llmtune.store.atomic_files import hash_file, hash_value
-from llmtune.store.run_lock import package_versions
+from llmtune.store.atomic_files import hash_file, hash_value, write_json
+from llmtune.store.run_folder import RunFolder
+from llmtune.store.run_lock import LOCK, package_versions, read_lock
 
 
 def evaluation_inputs(recipe: Recipe, model: ModelRef, rows: Rows, examples: Examples) -> str:
@@ -53,6 +54,17 @@ def base_inputs(
 def own_metric_files(recipe: Recipe) -> list[str]:
     """Return the files of the user's own metrics."""
     return sorted({stated.rpartition(":")[0] for stated in recipe.evaluate.own_metrics.values()})
+
+
+def note_own_metrics(folder: RunFolder, recipe: Recipe) -> None:
+    """Write the hashes of the files of the user's own metrics to the lock of a run, if there are any."""
+    if not (files := own_metric_files(recipe)):
+        return
+    lock = read_lock(folder.path / LOCK)
+    lock["metrics"] = {file: hash_file(Path(file)) for file in files if Path(file).is_file()}
+    write_json(folder.path / LOCK, lock)
+    folder.manifest["lock"] = hash_file(folder.path / LOCK)
+    folder.write()
 
 
 def evaluation_files(recipe: Recipe) -> list[Path]:

@@ -16,7 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 from llmtune.evaluate.metric import Measure, PairedMeasures, brier_bounds, columns, ratio, reliability_bounds
 from llmtune.evaluate.paired_statistics import Bounds, Floats, Formula, share_bounds
 from llmtune.recipe.task_facts import CALIBRATION
-from llmtune.records import Calibration, Reliability
+from llmtune.score_records import Calibration, Reliability
 from llmtune.store.atomic_files import read_json, write_json
 from llmtune.store.run_folder import RunFolder
 
@@ -218,6 +218,12 @@ def describe_reliability(
 def save_calibration(record: Calibration, folder: Path) -> None:
     """Write `calibration.json`."""
     write_json(folder / RECORD, asdict(record))
+
+
+def run_temperature(run: RunFolder) -> float:
+    """Return the temperature of a run's model, 1 without one."""
+    record = run_calibration(run)
+    return record.temperature if record else 1.0
 
 
 def run_calibration(run: RunFolder) -> Calibration | None:

@@ -32,7 +32,8 @@ from llmtune.evaluate.opened_runs import (
 from llmtune.evaluate.per_row_scores import PerRowScores, name_test_rows
 from llmtune.recipe.evaluate_section import ERROR
 from llmtune.recipe.schema import Recipe
-from llmtune.records import Champion, Evaluation, Examples, Json, Rows
+from llmtune.records import Examples, Json, Rows
+from llmtune.score_records import Champion, Evaluation
 from llmtune.store.atomic_files import explained, hash_file, hash_value
 from llmtune.store.run_folder import MANIFEST, RunFolder, recipe_of_run
 

@@ -33,8 +33,9 @@ from llmtune.evaluate.selective_prediction import (
 from llmtune.recipe.evaluate_section import EvaluateSection
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.training_rule import count_checkpoints
-from llmtune.records import Decided, Decision, Evaluation, Json, Rows
+from llmtune.records import Json, Rows
 from llmtune.report.number_format import count
+from llmtune.score_records import Decided, Decision, Evaluation
 from llmtune.store.atomic_files import read_json, write_json
 from llmtune.store.run_folder import RunFolder
 

@@ -108,8 +108,7 @@ def make_inputs(
     notes = start_notes(task, recipe) | task.row_notes(rows, split, recipe) | schema_notes(metrics, turns)
     generates = not task.predicts
     answerable = [i for i in range(len(numbers)) if not generates or (write_prompt(questions[i]) and references[i])]
-    wanted = recipe.evaluate.judge is not None or any(metric in recipe.evaluate.predicted for metric in metrics)
-    needs_texts = not generates or wanted
+    needs_texts = not generates or bool(recipe.evaluate.judge) or not recipe.evaluate.predicted.isdisjoint(metrics)
     limit = (recipe.evaluate.limit if needs_texts else recipe.evaluate.samples) if facts.generates else None
     answered = [answerable[i] for i in cut_evenly(len(answerable), limit)]
     if needs_texts and len(answered) < len(numbers):

@@ -13,12 +13,12 @@ from rich.console import Console
 from rich.markup import escape
 
 from llmtune.errors import Problem
-from llmtune.records import Difference, Evaluation, GateResult, Study
 from llmtune.report.metric_info import better_side
 from llmtune.report.render_terminal import print_sections
 from llmtune.report.report_record import Verdict
 from llmtune.report.score_sections import count_gates, score_sections
 from llmtune.report.verdict import INCONCLUSIVE
+from llmtune.score_records import Difference, Evaluation, GateResult, Study
 from llmtune.store.atomic_files import explained, read_json, write_json
 from llmtune.store.run_folder import RunFolder
 

@@ -26,8 +26,9 @@ from llmtune.evaluate.suite_registry import Suite, compare_suites
 from llmtune.model.device import release_memory
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_facts import TASK_FACTS
-from llmtune.records import Decided, Evaluation, Reliability, Row, Rows
+from llmtune.records import Row, Rows
 from llmtune.report.metric_info import better_side
+from llmtune.score_records import Decided, Evaluation, Reliability
 
 PIECES = "loss.pieces"
 """Name of the note on the base model's loss per piece of a text."""

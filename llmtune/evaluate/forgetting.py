@@ -35,8 +35,9 @@ from llmtune.evaluate.token_batches import TOKEN_BUDGET, budget_for, over_proces
 from llmtune.model.causal_lm_loss import causal_loss, move_to
 from llmtune.recipe.eval_suites_section import OWN
 from llmtune.recipe.schema import Recipe
-from llmtune.records import Advance, StudyTable
+from llmtune.records import Advance
 from llmtune.report.number_format import DASH, count, score
+from llmtune.score_records import StudyTable
 
 PROMPT = "Question: {question}\nAnswer:"
 """The format of lm-eval's ARC tasks; a space and the answer follow."""

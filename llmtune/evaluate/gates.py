@@ -16,11 +16,12 @@ from llmtune.evaluate.paired_statistics import name_groups, row_deviation, rows_
 from llmtune.recipe.evaluate_section import ERROR, EvaluateSection, WhenUnsure
 from llmtune.recipe.gate_grammar import Gate, Operator, parse_gate
 from llmtune.recipe.schema import Recipe
-from llmtune.records import Champion, Difference, Evaluation, GateResult, Json
+from llmtune.records import Json
 from llmtune.report.render_terminal import print_sections
 from llmtune.report.report_record import Power
 from llmtune.report.score_sections import power_section
 from llmtune.report.verdict import INCONCLUSIVE
+from llmtune.score_records import Champion, Difference, Evaluation, GateResult
 from llmtune.store.atomic_files import plain
 from llmtune.store.run_folder import RunFolder
 

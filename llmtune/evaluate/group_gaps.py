@@ -18,9 +18,9 @@ from llmtune.evaluate.eval_suite import EvalSuite
 from llmtune.evaluate.metric import Measure, PairedMeasures
 from llmtune.evaluate.paired_statistics import CHUNK_CELLS, Floats, draw_counts, interval
 from llmtune.evaluate.slices import MISSING, OTHER, Parts
-from llmtune.records import Difference, Study, StudyTable
 from llmtune.report.metric_info import rank_metrics
 from llmtune.report.verdict import FEWEST_ROWS
+from llmtune.score_records import Difference, Study, StudyTable
 
 RESAMPLES = 2000
 PERMUTATIONS = 2000

@@ -22,9 +22,9 @@ from llmtune.evaluate.judge_statistics import JudgedPairs, fit_correction, measu
 from llmtune.evaluate.metric import PairedMeasures
 from llmtune.recipe.data_section import DATA_ENDINGS, data_ending
 from llmtune.recipe.schema import Recipe
-from llmtune.records import Difference, Study, StudyTable
 from llmtune.report.number_format import DASH
 from llmtune.report.render_terminal import counting_bars
+from llmtune.score_records import Difference, Study, StudyTable
 from llmtune.store.atomic_files import explained, write_text
 from llmtune.store.processes import once
 

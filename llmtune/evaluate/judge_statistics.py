@@ -30,7 +30,7 @@ from llmtune.evaluate.paired_statistics import (
     unknown,
 )
 from llmtune.recipe.evaluate_section import ERROR
-from llmtune.records import Difference
+from llmtune.score_records import Difference
 
 LABELS = (1.0, 0.0, -1.0)
 

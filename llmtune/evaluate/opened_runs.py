@@ -23,7 +23,8 @@ from llmtune.recipe.evaluate_section import GATE_KEYS
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.source_map import walk
 from llmtune.recipe.task_facts import CUT_METRIC, TASK_FACTS
-from llmtune.records import Difference, Evaluation, GateResult, Json
+from llmtune.records import Json
+from llmtune.score_records import Difference, Evaluation, GateResult
 from llmtune.store.atomic_files import explained, read_json
 from llmtune.store.run_folder import CERTIFICATE, MANIFEST, RunFolder, read_run, recipe_of_run
 

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmtune.recipe.evaluate_section import ERROR
-from llmtune.records import Difference
+from llmtune.score_records import Difference
 
 Floats = NDArray[np.float64]
 Formula = Callable[[Floats], Floats]

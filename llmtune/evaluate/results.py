@@ -19,7 +19,7 @@ from llmtune.evaluate.eval_inputs import EvalInputs
 from llmtune.evaluate.inference import Answers, TokenSums
 from llmtune.evaluate.metric import Measure, PairedMeasures
 from llmtune.evaluate.token_batches import cut_evenly
-from llmtune.records import Flips
+from llmtune.score_records import Flips
 from llmtune.store.atomic_files import explained, plain, read_json, write_text
 from llmtune.store.json_shapes import find_misfit
 

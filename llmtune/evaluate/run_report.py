@@ -15,10 +15,10 @@ from llmtune.evaluate.paired_statistics import widen
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.secrets import redact_all, redact_yaml, secret_values
 from llmtune.recipe.yaml_reader import read_recipe_text
-from llmtune.records import Evaluation, GateResult
 from llmtune.report.report_page import find_explanations
 from llmtune.report.report_record import Report, Seeds, SuspectFacts, Verdict, collect_facts
 from llmtune.report.verdict import describe_spread, verdict
+from llmtune.score_records import Evaluation, GateResult
 from llmtune.store.atomic_files import read_json_lines
 from llmtune.store.run_folder import RunFolder, read_curve
 from llmtune.store.run_lock import hardware, package_versions

@@ -27,8 +27,9 @@ from llmtune.evaluate.suite_registry import make_suites
 from llmtune.model.device import release_memory
 from llmtune.recipe.evaluate_section import EvaluateSection
 from llmtune.recipe.schema import Recipe
-from llmtune.records import Champion, Contamination, Evaluation, Rows, Slice
+from llmtune.records import Rows
 from llmtune.report.render_terminal import spinner
+from llmtune.score_records import Champion, Contamination, Evaluation, Slice
 
 CLEAN, OVERLAPPING = "clean rows", "overlapping rows"
 KINDS = {

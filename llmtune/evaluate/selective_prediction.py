@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmtune.evaluate.paired_statistics import POWER, Floats
-from llmtune.records import Threshold
+from llmtune.score_records import Threshold
 
 FIRST_SHARE = 10
 """The first threshold keeps a tenth of the rows: fewer would stop at the first chance error, more would give up on

@@ -17,9 +17,10 @@ import numpy as np
 from llmtune.data.row_store import iterate_columns
 from llmtune.errors import DataError, Problem, nearest
 from llmtune.evaluate.metric import PairedMeasures
-from llmtune.records import Rows, Slice
+from llmtune.records import Rows
 from llmtune.report.number_format import is_number
 from llmtune.report.verdict import FEWEST_ROWS
+from llmtune.score_records import Slice
 
 MOST_VALUES = 12
 LONGEST_VALUE = 80

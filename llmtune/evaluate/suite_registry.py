@@ -9,6 +9,7 @@ from rich.console import Console
 
 from llmtune.errors import Problem, RecipeError
 from llmtune.evaluate.benchmarks import BenchmarkSuite
+from llmtune.evaluate.decision import print_need
 from llmtune.evaluate.eval_inputs import EvalContext
 from llmtune.evaluate.eval_suite import EvalSuite, join_studies
 from llmtune.evaluate.evaluated_task import EvaluatedTask
@@ -23,7 +24,8 @@ from llmtune.evaluate.own_metrics import check_own_metrics, try_own_metrics
 from llmtune.evaluate.swapped_rows import SwapSuite
 from llmtune.recipe.eval_suites_section import SUITE_KEYS
 from llmtune.recipe.schema import Recipe
-from llmtune.records import Rows, Study
+from llmtune.records import Rows
+from llmtune.score_records import Study
 
 Suite = EvalSuite[Any]
 SUITES: dict[str, dict[str, type[Suite]]] = {
@@ -77,6 +79,7 @@ def try_inputs(recipe: Recipe, task: EvaluatedTask, rows: Rows, console: Console
         RecipeError: metrics of the user's own that fail on reference answers, or labels that are numbers.
         EnvironmentProblem: the judge does not answer a question.
     """
+    print_need(recipe, rows, console)
     check_suspects(recipe)
     try_own_metrics(recipe, task, rows, console)
     if recipe.evaluate.judge:

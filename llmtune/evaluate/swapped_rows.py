@@ -26,8 +26,9 @@ from llmtune.evaluate.token_batches import cut_evenly
 from llmtune.recipe.eval_suites_section import OWN
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_facts import TASK_FACTS
-from llmtune.records import Row, StudyTable
+from llmtune.records import Row
 from llmtune.report.verdict import FEWEST_ROWS
+from llmtune.score_records import StudyTable
 
 FIX = "Write two different words per line: woman,man"
 TEXTS = (

@@ -17,8 +17,9 @@ from llmtune.evaluate.cache_keys import evaluation_files
 from llmtune.evaluate.evaluation_file import load_evaluation, print_scores, print_verdict
 from llmtune.evaluate.gates import require_gates
 from llmtune.recipe.loader import LoadedRecipe
-from llmtune.records import GateResult, Json
+from llmtune.records import Json
 from llmtune.report.report_record import Verdict, read_report
+from llmtune.score_records import GateResult
 from llmtune.store.atomic_files import hash_file, hash_value, write_json
 from llmtune.store.machine import likely_device
 from llmtune.store.run_folder import MANIFEST, REPORTS, RunFolder, read_run

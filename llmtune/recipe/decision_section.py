@@ -8,7 +8,8 @@ from pydantic import BeforeValidator, Field
 
 from llmtune.recipe.section import RecipeSection
 from llmtune.recipe.source_map import Diagnostics
-from llmtune.recipe.task_facts import CALIBRATION, DECISIONS, TaskVariant
+from llmtune.recipe.task_facts import CALIBRATION, DECISIONS
+from llmtune.recipe.task_variant import TaskVariant
 
 Share = Annotated[float, Field(gt=0, lt=1)]
 

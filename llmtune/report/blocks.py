@@ -11,10 +11,10 @@ from typing import Literal
 
 from markupsafe import Markup
 
-from llmtune.records import Difference
 from llmtune.report.charts import draw_interval
 from llmtune.report.number_format import DASH, chance, count, missing, score, signed
 from llmtune.report.verdict import FEWEST_ROWS
+from llmtune.score_records import Difference
 
 Tone = Literal["", "better", "worse", "mixed", "unsure"]
 TONES: dict[int, Tone] = {1: "better", -1: "worse", 0: "unsure"}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from llmtune.records import Evaluation
 from llmtune.report.blocks import (
     Beside,
     Block,
@@ -21,6 +20,7 @@ from llmtune.report.blocks import (
 from llmtune.report.charts import draw_reliability
 from llmtune.report.metric_info import METRIC_NOTES, better_side
 from llmtune.report.number_format import count, score
+from llmtune.score_records import Evaluation
 
 Bins = Sequence[tuple[float, float, float]]
 EXPLANATION = (

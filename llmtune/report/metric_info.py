@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from llmtune.recipe.task_facts import CALIBRATION, COST, NEAREST_TO_ONE, TASK_FACTS, at_ten
-from llmtune.records import Difference
+from llmtune.score_records import Difference
 
 CHOICE = "choice_accuracy"
 LOWER_IS_BETTER = frozenset(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from llmtune.records import Evaluation, GateResult, Json
+from llmtune.records import Json
 from llmtune.report.blocks import TONES, Compared, Links, Page, Section, Text, Tone, VerdictCard
 from llmtune.report.junit import to_junit
 from llmtune.report.metric_info import rank_metrics
@@ -46,6 +46,7 @@ from llmtune.report.verdict import (
     find_changes,
     judged_differences,
 )
+from llmtune.score_records import Evaluation, GateResult
 from llmtune.store.atomic_files import plain, write_json, write_text
 
 TITLES: dict[str, tuple[str, Tone]] = {

@@ -12,7 +12,8 @@ from typing import Any, NotRequired, Required
 from typing_extensions import TypedDict
 
 from llmtune.errors import RecipeError
-from llmtune.records import Evaluation, GateResult, Json, StepTiming
+from llmtune.records import Json, StepTiming
+from llmtune.score_records import Evaluation, GateResult
 from llmtune.store.json_shapes import (
     AdapterShape,
     Counts,

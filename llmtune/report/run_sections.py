@@ -8,7 +8,7 @@ from typing import Any
 from markupsafe import Markup, escape
 
 from llmtune.recipe.task_facts import TASK_FACTS, answer_kind
-from llmtune.records import Evaluation, StepTiming
+from llmtune.records import StepTiming
 from llmtune.report.blocks import (
     Beside,
     Block,
@@ -32,6 +32,7 @@ from llmtune.report.metric_info import better_side, rank_metrics
 from llmtune.report.number_format import DASH, count, duration, missing, score, share, size
 from llmtune.report.report_record import AdapterFacts, DataFacts, SuspectFacts, TrainFacts
 from llmtune.report.score_sections import list_signatures, spell_metrics
+from llmtune.score_records import Evaluation
 from llmtune.store.json_shapes import HardRow, SelectedFacts
 
 SPLITS = ("train", "validation", "test")

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from llmtune.recipe.task_facts import TASK_FACTS, answer_kind
-from llmtune.records import Evaluation
 from llmtune.report.blocks import ModelAnswer, Sample
+from llmtune.score_records import Evaluation
 
 LONGEST_SHOWN, HEAD, TAIL = 1600, 1000, 400
 """Maximum characters of a text shown in full, and the characters shown of the start and end of a longer text."""

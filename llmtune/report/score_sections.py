@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from llmtune.recipe.task_facts import answer_kind
-from llmtune.records import Contamination, Evaluation, GateResult, Json, Slice
+from llmtune.records import Json
 from llmtune.report.blocks import (
     TONES,
     Block,
@@ -32,6 +32,7 @@ from llmtune.report.number_format import count, missing, score, share, signed
 from llmtune.report.report_record import Power, Seeds
 from llmtune.report.sample_view import present_samples
 from llmtune.report.verdict import INCONCLUSIVE
+from llmtune.score_records import Contamination, Evaluation, GateResult, Slice
 
 MOST_CLASSES, MOST_PAIRS = 20, 15
 """Maximum classes of a readable confusion matrix, and maximum listed pairs of classes."""

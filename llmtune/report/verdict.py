@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from llmtune.recipe.gate_grammar import Opponent, parse_gate
-from llmtune.records import Champion, Difference, Evaluation, GateResult
 from llmtune.report.metric_info import CHOICE, COSTS, better_side, direction
 from llmtune.report.number_format import missing
 from llmtune.report.report_record import SeedRun, Seeds, Spread, Verdict
+from llmtune.score_records import Champion, Difference, Evaluation, GateResult
 
 
 def describe_spread(scored: Mapping[int, Evaluation], missing: Sequence[int]) -> Seeds:

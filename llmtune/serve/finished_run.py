@@ -24,8 +24,9 @@ from llmtune.model.config import head_is_new
 from llmtune.recipe.arguments import check_arguments
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_facts import TASK_FACTS
-from llmtune.records import Evaluation, GateResult, Row
+from llmtune.records import Row
 from llmtune.report.report_record import require_report
+from llmtune.score_records import Evaluation, GateResult
 from llmtune.serve.answer_stream import Delta
 from llmtune.serve.served_model import ServedModel
 from llmtune.session import Models, RunContext, open_finished

@@ -38,7 +38,8 @@ from llmtune.model.causal_lm_loss import unwrap
 from llmtune.model.device import compute_context, resolve_dtype
 from llmtune.model.memory_plan import context_length
 from llmtune.recipe.schema import Recipe
-from llmtune.records import Calibration, Decision, Json, Row
+from llmtune.records import Json, Row
+from llmtune.score_records import Calibration, Decision
 from llmtune.serve.answer_stream import AnswerStream
 from llmtune.tasks.base import AnyTask
 

@@ -15,7 +15,7 @@ from rich.console import Console
 from llmtune.adapter.load import find_adapter, read_config
 from llmtune.errors import EnvironmentProblem, RecipeError
 from llmtune.serve.serve_runs import KEY_VARIABLE, ServableRun, ServeOptions, open_servable_runs, public_name, read_key
-from llmtune.session import trained_name
+from llmtune.store.run_folder import trained_name
 
 VLLM_KEY_VARIABLE = "VLLM_API_KEY"
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512, 1 << 30)

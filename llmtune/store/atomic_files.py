@@ -21,7 +21,7 @@ import xxhash
 from safetensors import SafetensorError
 
 from llmtune.errors import EnvironmentProblem, Problem, system_errno, system_problem
-from llmtune.records import Difference
+from llmtune.score_records import Difference
 
 MODEL_ENDINGS = (".json", ".safetensors", ".model", ".txt", ".jinja", ".bin", ".py", ".tiktoken")
 NO_SPACE = {errno.ENOSPC, errno.EDQUOT}

@@ -15,11 +15,11 @@ from typing_extensions import TypedDict
 from llmtune import __version__
 from llmtune.errors import Problem, RecipeError
 from llmtune.recipe.loader import LoadedRecipe, reload_recipe
+from llmtune.recipe.schema import Recipe
 from llmtune.records import StepTiming
 from llmtune.store.atomic_files import (
     exclusive,
     explained,
-    hash_file,
     hash_listing,
     hash_path,
     list_folder,
@@ -31,7 +31,6 @@ from llmtune.store.atomic_files import (
 from llmtune.store.json_shapes import STEP_FACTS, CurveLine, Findings, Moment, check_shape, find_misfit, read_record
 from llmtune.store.machine import Meter
 from llmtune.store.processes import rank
-from llmtune.store.run_lock import LOCK, read_lock
 
 MANIFEST, METRICS = "run.json", "metrics.jsonl"
 BUDGET = ".micro_batch_tokens"
@@ -291,6 +290,11 @@ def read_manifest(path: Path) -> Manifest | None:
     return cast(Manifest | None, content)
 
 
+def trained_name(recipe: Recipe) -> str:
+    """Return the name of the run's subfolder with the trained adapter or weights."""
+    return "weights" if recipe.adapter.method == "full" else "adapter"
+
+
 def read_curve(run: Path) -> list[dict[str, Any]]:
     """Return the lines of metrics.jsonl, without damaged or truncated lines."""
     return [line for line in read_json_lines(run / METRICS) if find_misfit(line, CurveLine) is None]
@@ -326,17 +330,6 @@ def _remove_run(path: Path) -> None:
         shutil.rmtree(path / name, ignore_errors=True)
     for name in (*OWN_FILES, MANIFEST):
         (path / name).unlink(missing_ok=True)
-
-
-def note_metrics(folder: RunFolder, files: Sequence[str]) -> None:
-    """Write the hashes of the files of the user's own metrics to the lock of a run, if there are any."""
-    if not files:
-        return
-    lock = read_lock(folder.path / LOCK)
-    lock["metrics"] = {file: hash_file(Path(file)) for file in files if Path(file).is_file()}
-    write_json(folder.path / LOCK, lock)
-    folder.manifest["lock"] = hash_file(folder.path / LOCK)
-    folder.write()
 
 
 def recipe_of_run(folder: RunFolder, sets: Sequence[str] = ()) -> LoadedRecipe:

@@ -21,7 +21,7 @@ from llmtune.evaluate.evaluation_file import load_evaluation
 from llmtune.evaluate.metric import measure_right
 from llmtune.evaluate.per_row_scores import PerRowScores, load_measures
 from llmtune.recipe.loader import load_recipe
-from llmtune.records import Evaluation
+from llmtune.score_records import Evaluation
 from llmtune.store.atomic_files import hash_file
 
 GATE = "evaluate.gates=['accuracy.low > champion - 0.5']"

@@ -13,8 +13,8 @@ from llmtune.evaluate.metric import measure_right, paired_difference, ratio
 from llmtune.evaluate.paired_statistics import difference, difference_weighted, row_deviation, share_bounds
 from llmtune.evaluate.per_row_scores import load_measures
 from llmtune.recipe.evaluate_section import EvaluateSection
-from llmtune.records import Evaluation
 from llmtune.report.score_sections import score_section
+from llmtune.score_records import Evaluation
 
 SIZES = [(12, 5), (20, 10), (100, 4)]
 

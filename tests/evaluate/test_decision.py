@@ -22,7 +22,7 @@ from llmtune.evaluate.decision import (
 )
 from llmtune.evaluate.metric import own_interval
 from llmtune.recipe.evaluate_section import EvaluateSection
-from llmtune.records import Decision
+from llmtune.score_records import Decision
 
 LABELS = ("red", "green", "blue")
 

@@ -6,7 +6,7 @@ import pytest
 from llmtune.errors import GateFailed, GateUnsure, RecipeError
 from llmtune.evaluate.gates import check_gates, require_gates
 from llmtune.recipe.evaluate_section import EvaluateSection
-from llmtune.records import Champion, Difference, Evaluation, GateResult
+from llmtune.score_records import Champion, Difference, Evaluation, GateResult
 
 EVALUATION = Evaluation(
     base={"exact_match": 0.5, "loss": 2.0, "chrf": 40.0},

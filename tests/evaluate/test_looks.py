@@ -22,7 +22,7 @@ from llmtune.evaluate.paired_statistics import difference, smallest_difference, 
 from llmtune.recipe.evaluate_section import EvaluateSection
 from llmtune.recipe.loader import load_recipe
 from llmtune.recipe.schema import Recipe
-from llmtune.records import Champion, Difference, Evaluation
+from llmtune.score_records import Champion, Difference, Evaluation
 
 GATE = "loss.high < champion + 10"
 KINDS = [pytest.param(kind, marks=() if kind == "right or wrong" else pytest.mark.slow) for kind in simulated.KINDS]

@@ -15,8 +15,8 @@ from llmtune.evaluate.paired_statistics import (
     permutation_p,
     skewed_p,
 )
-from llmtune.records import Evaluation
 from llmtune.report.verdict import verdict
+from llmtune.score_records import Evaluation
 
 ROWS, TRIALS = 60, 600
 

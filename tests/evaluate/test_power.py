@@ -20,7 +20,7 @@ from llmtune.evaluate.paired_statistics import (
 )
 from llmtune.recipe.evaluate_section import EvaluateSection
 from llmtune.recipe.gate_grammar import parse_gate
-from llmtune.records import Champion, Difference, Evaluation
+from llmtune.score_records import Champion, Difference, Evaluation
 
 GATE = parse_gate("accuracy.low > base")
 

@@ -1,11 +1,11 @@
 """The report's section on calibration."""
 
-from llmtune.records import Calibration, Difference, Evaluation, Reliability
 from llmtune.report.blocks import Beside, Html, Page, Section, Text
 from llmtune.report.calibration_section import calibration_section
 from llmtune.report.charts import BOTTOM, LEFT, RIGHT, TOP, WIDTH
 from llmtune.report.render_html import render_html_section
 from llmtune.report.render_markdown import to_markdown
+from llmtune.score_records import Calibration, Difference, Evaluation, Reliability
 
 BINS = ((0.5, 0.25, 4.0), (1.0, 1.0, 16.0))
 SCORES = {"ece": 0.1, "brier": 0.2, "nll": 0.3}

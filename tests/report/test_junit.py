@@ -6,8 +6,8 @@ import pytest
 from junitparser import Failure, Skipped
 from junitparser.xunit2 import JUnitXml
 
-from llmtune.records import Contamination, Study
 from llmtune.report.junit import to_junit
+from llmtune.score_records import Contamination, Study
 
 
 def read(report):

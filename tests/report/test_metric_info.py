@@ -3,7 +3,6 @@
 import pytest
 
 from llmtune.recipe.task_facts import TASK_FACTS
-from llmtune.records import Difference
 from llmtune.report.metric_info import (
     LOWER_IS_BETTER,
     METRIC_NOTES,
@@ -12,6 +11,7 @@ from llmtune.report.metric_info import (
     direction,
     metric_note,
 )
+from llmtune.score_records import Difference
 
 EVERY = [(task, metric) for task, facts in TASK_FACTS.items() for metric in facts.metrics]
 HIGHER = {

@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 from rich.console import Console
 from support.browser import ParsedPage
 
-from llmtune.records import Difference
 from llmtune.report.blocks import (
     Beside,
     Bullets,
@@ -31,6 +30,7 @@ from llmtune.report.charts import Curve, draw_curves, draw_meter
 from llmtune.report.render_html import to_html
 from llmtune.report.render_markdown import code, table, to_markdown
 from llmtune.report.render_terminal import print_blocks, print_page, spinner, track_items
+from llmtune.score_records import Difference
 
 HOSTILE = (
     "<script>alert(1)</script> \"'><img src=x onerror=alert(1)> | `a``b` | </pre></style> {{ 7*7 }} {% raw %} "

@@ -8,7 +8,6 @@ from dataclasses import replace
 import pytest
 from support.browser import ParsedPage
 
-from llmtune.records import Difference
 from llmtune.report.report_page import (
     explain_section,
     explanation_link,
@@ -17,6 +16,7 @@ from llmtune.report.report_page import (
     write_report,
 )
 from llmtune.report.verdict import verdict
+from llmtune.score_records import Difference
 
 SECTIONS = ("data", "model", "adapter", "train", "evaluation", "deploy")
 

@@ -6,7 +6,6 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from llmtune.records import Evaluation
 from llmtune.report.blocks import Details, Heatmap, Page, Table
 from llmtune.report.render_html import to_html
 from llmtune.report.render_markdown import to_markdown
@@ -21,6 +20,7 @@ from llmtune.report.score_sections import (
     seed_table,
 )
 from llmtune.report.verdict import describe_spread
+from llmtune.score_records import Evaluation
 
 
 def shown(evaluation: Evaluation, task: str = "chat") -> tuple[str, str, str]:

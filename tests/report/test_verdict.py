@@ -5,10 +5,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from llmtune.records import Champion, Contamination, Difference, Evaluation, GateResult
 from llmtune.report.report_page import headline, verdict_card
 from llmtune.report.report_record import SeedRun, Seeds, Spread, Verdict
 from llmtune.report.verdict import describe_gain, describe_spread, spread, still_falling, verdict, warn_of_spread
+from llmtune.score_records import Champion, Contamination, Difference, Evaluation, GateResult
 
 BETTER, WORSE, OPEN, UNKNOWN = (0.1, 0.3), (-0.3, -0.1), (-0.1, 0.2), (math.nan, math.nan)
 LESS, MORE = (-0.3, -0.1), (0.1, 0.3)

@@ -1,0 +1,307 @@
+"""Frozen, typed records of scores: differences, slices, gates, studies, decisions, and an evaluation of them all."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from llmtune.records import Json
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Tuned minus base on the same rows: value, 95 % interval, two-sided p, number of rows."""
+
+    value: float
+    low: float
+    high: float
+    p: float
+    n: int
+    test: str = ""
+    """The test behind p: `McNemar mid-p`, `paired permutation` or `paired bootstrap`; empty without a p."""
+    groups: int = 0
+    """Number of row groups that were resampled and permuted as units; 0 if rows are independent."""
+
+    @property
+    def units(self) -> int:
+        """Return the number of resampled units: groups, or rows."""
+        return self.groups or self.n
+
+
+@dataclass(frozen=True)
+class Flips:
+    """Rows that one model got right and the other wrong, in one right-or-wrong metric."""
+
+    gained: int
+    """Number of rows that the base got wrong and the tuned model right."""
+    lost: int
+    """Number of rows that the base got right and the tuned model wrong."""
+    rows: int
+    gained_rows: tuple[dict[str, str], ...] = ()
+    """A few of these rows, as in `Evaluation.samples`."""
+    lost_rows: tuple[dict[str, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class Slice:
+    """The test rows with one value of a column, and the scores on them."""
+
+    value: str
+    rows: int
+    base: dict[str, float]
+    tuned: dict[str, float]
+    difference: dict[str, Difference]
+    """By metric; without an interval if the rows are too few."""
+
+
+@dataclass(frozen=True)
+class GateResult:
+    """The result of one gate: expression, wanted and actual value."""
+
+    name: str
+    wanted: str
+    got: str
+    passed: bool | None
+    """None: inconclusive, with `evaluate.when_unsure: report`."""
+    note: str = ""
+    """Why it is inconclusive, for any `when_unsure`; or that it passed although the tuned model is worse."""
+
+
+@dataclass(frozen=True)
+class StudyTable:
+    """A table that a study shows with its scores; cells are formatted text."""
+
+    title: str
+    heads: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    open: bool = False
+    """Whether it shows at once, instead of on a click."""
+
+
+@dataclass(frozen=True)
+class Study:
+    """Results of base and tuned model beyond the task's metrics: forgetting, fairness, benchmarks, a judge.
+
+    Metrics have plain names here; gates use `study.metric`.
+    """
+
+    title: str
+    base: dict[str, float]
+    """Empty if the base model could not be evaluated."""
+    tuned: dict[str, float]
+    difference: dict[str, Difference]
+    meanings: dict[str, str]
+    """Short descriptions, by metric."""
+    better: dict[str, int]
+    """By metric: 1 if more is better, -1 if less is better, 0 if neither."""
+    signatures: dict[str, str] = field(default_factory=dict)
+    """How each metric was computed."""
+    limits: str = ""
+    """What these numbers can and cannot show, in plain words."""
+    tables: tuple[StudyTable, ...] = ()
+    verdict: str = ""
+    """A sentence to add to the run's verdict."""
+
+
+@dataclass(frozen=True)
+class Contamination:
+    """Test rows that overlap with training rows, by kind of overlap; a row counts for each kind that applies."""
+
+    rows: int
+    """Test rows."""
+    train_rows: int
+    equal: int
+    near: int
+    short: int
+    """Test rows of fewer than 13 words."""
+    worded: int
+    """Short rows with the same words in the same order as a training row."""
+    shared: int
+    """Longer rows that share a 13-word passage with a training row."""
+    overlapping: int
+    """Test rows with any kind of overlap."""
+    common: int
+    """Number of 13-word passages ignored because more than ten training rows have them."""
+    dropped: dict[str, int]
+    """Rows already dropped for similarity to a test row, by reason."""
+    examples: tuple[dict[str, str], ...]
+    """A few overlaps: kind, origin of the test row and the training row, shared words."""
+    scores: tuple[Slice, ...]
+    """Scores of both models on clean and on overlapping rows; empty without overlap."""
+    prompted: int = 0
+    """Test rows with the complete prompt of a training row; earlier versions did not count them."""
+
+
+@dataclass(frozen=True)
+class Champion:
+    """The run to compare the tuned model with, on rows that neither was trained on."""
+
+    folder: str
+    scores: dict[str, float]
+    """Scores on the shared rows."""
+    difference: dict[str, Difference]
+    """Tuned minus champion."""
+    left_out: dict[str, str]
+    """Metrics that could not be compared, each with the reason."""
+    tuned: dict[str, float] = field(default_factory=dict)
+    """Scores of the tuned model on the shared rows."""
+    rows: int = 0
+    """Number of shared test rows."""
+    asked: int = 0
+    """Number of shared rows that the champion's model answered now, because its own run did not test them."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The temperature that corrects a tuned model's probabilities; `calibration.json` next to the model."""
+
+    temperature: float
+    """Divides the logits before softmax or sigmoids; the likeliest label stays the same."""
+    labels: tuple[str, ...]
+    """The labels that the model chooses from, in the order of its outputs; of chat and completion, the answers."""
+    many: bool
+    """Whether each label is a yes-or-no question (sigmoids), or one of them is right (softmax)."""
+    rows: int
+    """Validation rows that it was fitted on."""
+    before: dict[str, float]
+    """Metrics of the validation rows at temperature 1."""
+    after: dict[str, float]
+    trained_sha256: str | None = None
+    """Hash of the trained weights that it belongs to."""
+
+
+@dataclass(frozen=True)
+class Reliability:
+    """The tuned model's probabilities on the test rows, before and after its temperature."""
+
+    record: Calibration | None
+    """None without a temperature."""
+    why: str = ""
+    """Why there is no temperature."""
+    before: dict[str, float] = field(default_factory=dict)
+    """At temperature 1; empty without test rows."""
+    after: dict[str, float] = field(default_factory=dict)
+    """Empty without a temperature."""
+    difference: dict[str, Difference] = field(default_factory=dict)
+    bins_before: tuple[tuple[float, float, float], ...] = ()
+    """Of each bin that is not empty: mean probability, share right, number of choices."""
+    bins_after: tuple[tuple[float, float, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """The lowest confidence that proves `evaluate.decide` on validation rows."""
+
+    risk: float
+    confidence: float
+    value: float | None
+    """Answers with at least this confidence are decided; None: none is."""
+    rows: int
+    """Validation rows."""
+    decided: int
+    """Validation rows with at least this confidence."""
+    wrong: int
+    """Errors among them."""
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Rules for a tuned model's answers, fitted on validation rows; `decision.json` next to the model.
+
+    They use its probabilities at temperature 1: a temperature fitted on the same rows would make them depend on these
+    rows' labels.
+    """
+
+    labels: tuple[str, ...]
+    """As in `Calibration`."""
+    many: bool
+    rows: int
+    """Validation rows."""
+    checkpoints: int
+    """Checkpoints that training chose from by their scores on the same rows."""
+    threshold: Threshold | None = None
+    """None without `evaluate.decide`."""
+    set_bounds: tuple[float, ...] = ()
+    """Probability from which each label belongs to the prediction set; empty without `evaluate.sets`."""
+    coverage: float | None = None
+    per_class: bool = False
+    free_labels: tuple[str, ...] = ()
+    """Labels that are in every set, because too few validation rows have them."""
+    lowest_score: float | None = None
+    """Rows with a lower score are out of scope; None if the validation rows are too few to call any."""
+    false_alarms: float | None = None
+    """Share of usual rows that may be called out of scope; None without `evaluate.out_of_scope`."""
+    trained_sha256: str | None = None
+    """Hash of the trained weights that they belong to."""
+
+
+@dataclass(frozen=True)
+class Decided:
+    """The decisions on test rows."""
+
+    record: Decision | None
+    """None if they could not be fitted."""
+    why: str = ""
+    """Why they could not."""
+    curve: tuple[tuple[float, float], ...] = ()
+    """Of the most confident test rows: their share, and the error rate among them."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Base and tuned model on the same held-out rows."""
+
+    base: dict[str, float]
+    tuned: dict[str, float]
+    difference: dict[str, Difference]
+    samples: tuple[dict[str, str], ...]
+    """A few rows with prompt, reference, base answer and tuned answer."""
+    rows: int
+    signatures: dict[str, str] = field(default_factory=dict)
+    """How each metric was computed, e.g. sacrebleu's signature."""
+    baseline: str | None = None
+    """Name of the baseline that replaces a base model without a trained head; None with a base model."""
+    guessable: tuple[str, ...] = ()
+    """Metrics in which guessing by class frequency beats the baseline on these rows."""
+    details: Json = field(default_factory=dict)
+    """Task-specific details of base and tuned: a table of classes, a confusion matrix."""
+    flips: dict[str, Flips] = field(default_factory=dict)
+    """By right-or-wrong metric."""
+    slices: dict[str, tuple[Slice, ...]] = field(default_factory=dict)
+    """By column of `evaluate.slices`, the most frequent values first."""
+    studies: dict[str, Study] = field(default_factory=dict)
+    """By name: the studies in the recipe, of forgetting, fairness, benchmarks and a judge."""
+    exports: dict[str, Study] = field(default_factory=dict)
+    """By format: the exports that the recipe names, `tuned` being the export's scores and `base` the tuned model's."""
+    contamination: Contamination | None = None
+    """None without test rows."""
+    champion: Champion | None = None
+    """None without a champion in the recipe."""
+    reliability: Reliability | None = None
+    """None if the task does not choose, or without `evaluate.calibrate`."""
+    decided: Decided | None = None
+    """None without `evaluate.decide`, `evaluate.sets` and `evaluate.out_of_scope`."""
+    intervals: dict[str, Difference] = field(default_factory=dict)
+    """The tuned model's own scores on the test rows, each with its 95 % interval."""
+    failed: dict[str, tuple[str, str, str]] = field(default_factory=dict)
+    """The user's own metrics that failed, each with its problem: what, where, fix."""
+
+    def by_name(self, split: str) -> dict[str, float]:
+        """Return the scores of `base` or `tuned`, including studies, by the names that gates use."""
+        scores = dict(getattr(self, split))
+        exports = {f"deploy.{name}": study for name, study in self.exports.items()} if split == "tuned" else {}
+        for name, study in (self.studies | exports).items():
+            scores |= {f"{name}.{metric}": value for metric, value in getattr(study, split).items()}
+        return scores
+
+    def of_exports(self) -> dict[str, float]:
+        """Return the tuned model's scores on the rows that its exports answered, by the names that gates use."""
+        pairs = self.exports.items()
+        return {f"deploy.{name}.{metric}": value for name, one in pairs for metric, value in one.base.items()}
+
+    def differences(self) -> dict[str, Difference]:
+        """Return the differences, including studies, by the names that gates use."""
+        found = dict(self.difference)
+        exports = {f"deploy.{name}": study for name, study in self.exports.items()}
+        for name, study in (self.studies | exports).items():
+            found |= {f"{name}.{metric}": value for metric, value in study.difference.items()}
+        return found
