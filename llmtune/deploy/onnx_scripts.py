@@ -138,7 +138,6 @@ print(tokenizer.decode(answer, skip_special_tokens=True).strip())
 def write_script(model: PreTrainedModel, tuned: TunedModel, folder: Path) -> None:
     """Write the script that answers the text, question or recording given as its arguments."""
     constants: dict[str, Any] = {"MAX_LENGTH": tuned.recipe.data.max_length}
-    arguments = [name.upper() for name in (*tuned.task.required_inputs, *tuned.task.optional_inputs)]
     if model.config.is_encoder_decoder:
         body, constants = _encoder_decoder_script(model, tuned)
     elif tuned.task.continues_text:
@@ -148,8 +147,10 @@ def write_script(model: PreTrainedModel, tuned: TunedModel, folder: Path) -> Non
         constants |= {"PROMPT": embed.query_prompt, "POOLING": embed.pooling, "NORMALIZE": embed.normalize}
     else:
         body = _head_script(model, tuned)
+    inputs = constants.get("PLACES") or [*tuned.task.required_inputs, *tuned.task.optional_inputs]
+    arguments = " ".join(inputs).upper().replace("<", "").replace(">", "")
     lines = "".join(f"{name} = {value!r}\n" for name, value in constants.items())
-    write_text(folder / SCRIPT, TOP.format(arguments=" ".join(arguments), constants=lines) + body)
+    write_text(folder / SCRIPT, TOP.format(arguments=arguments, constants=lines) + body)
 
 
 def _head_script(model: PreTrainedModel, tuned: TunedModel) -> str:
@@ -165,8 +166,9 @@ def _head_script(model: PreTrainedModel, tuned: TunedModel) -> str:
 
 def _decoder_constants(model: PreTrainedModel, tuned: TunedModel) -> dict[str, Any]:
     """Return the constants of a decoder's script; the prompt is written as the task renders it."""
-    places = {name: f"<{name}>" for name in tuned.task.required_inputs}
-    ids = tuned.task.prompt_ids(tuned.task.make_row(places), tuned.processor, tuned.recipe)
+    places = _placeholders(tuned)
+    own = tuned.task.stated_inputs(tuned.rows[0], tuned.recipe) if tuned.rows else {}
+    ids = tuned.task.prompt_ids(tuned.task.make_row({**own, **places}), tuned.processor, tuned.recipe)
     return {
         "PROMPT": decode(tuned.processor, ids),
         "PLACES": list(places.values()),
@@ -175,6 +177,13 @@ def _decoder_constants(model: PreTrainedModel, tuned: TunedModel) -> dict[str, A
         "NEVER": [],
         "NEVER_FIRST": [],
     }
+
+
+def _placeholders(tuned: TunedModel) -> dict[str, str]:
+    """Return a placeholder for each required input of a prompt, and for each language that the rows state."""
+    first = tuned.rows[0] if tuned.rows else {}
+    stated = [name for name in tuned.task.optional_inputs if first.get(name) is not None]
+    return {name: f"<{name}>" for name in (*tuned.task.required_inputs, *stated)}
 
 
 def _encoder_decoder_script(model: PreTrainedModel, tuned: TunedModel) -> tuple[str, dict[str, Any]]:
@@ -186,7 +195,8 @@ def _encoder_decoder_script(model: PreTrainedModel, tuned: TunedModel) -> tuple[
         start, first, body = list(processor.prefix_tokens), None, SOUND
     else:
         assert isinstance(task, TextToText)
-        pair = task.pair(task.make_row(places), recipe)
+        own = task.stated_inputs(tuned.rows[0], recipe) if tuned.rows else {}
+        pair = task.pair(task.make_row({**own, **places}), recipe)
         first, body = first_token(pair, processor), PROMPT + 'given = tokenizer(text, return_tensors="np")\n'
         constants = {"PROMPT": pair.source, "PLACES": list(places.values())}
         start = []

@@ -80,7 +80,7 @@ class TunedModel:
     @property
     def questions(self) -> list[Row]:
         """`PROMPTS` as rows of the task, with the first row's languages or pair, and the run's rows without answers."""
-        own = {name: self.rows[0].get(name) for name in self.task.optional_inputs} if self.rows else {}
+        own = self.task.stated_inputs(self.rows[0], self.recipe) if self.rows else {}
         fixed = [
             self.task.make_row({**own, "prompt": text, "context": CONTEXT, "passages": CONTEXT}) for text in PROMPTS
         ]

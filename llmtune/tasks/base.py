@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeAlias, TypeVar
+from typing import Any, Generic, TypeAlias, TypeVar, cast
 
 import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -65,6 +65,11 @@ class Task(EvaluatedTask, Generic[RowT, PredictionT]):
     def make_row(self, given: Mapping[str, str | None]) -> RowT:
         """Return a prompt row from the user's inputs, named as in `inputs`."""
         raise NotImplementedError
+
+    def stated_inputs(self, row: RowT, recipe: Recipe) -> dict[str, str | None]:
+        """Return the optional inputs that a row states, such as its languages."""
+        known = cast(Mapping[str, str | None], row)
+        return {name: known.get(name) for name in self.optional_inputs}
 
     def encode(self, rows: Sequence[RowT], processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[Encoded]:
         """Return the examples of each row, or the reason why it has none."""

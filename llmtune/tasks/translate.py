@@ -30,6 +30,10 @@ class Translate(TextToText[TranslateRow]):
         source, target = given.get("source_language"), given.get("target_language")
         return {"source": given["prompt"] or "", "target": "", "source_language": source, "target_language": target}
 
+    def stated_inputs(self, row: TranslateRow, recipe: Recipe) -> dict[str, str | None]:
+        """Return the languages of a row, which may be those of its data set or of the recipe."""
+        return dict(zip(self.optional_inputs, languages_of(row, recipe), strict=True))
+
     def split_answer(self, row: TranslateRow) -> tuple[TranslateRow, str]:
         """Return the row without its target, and the target."""
         return {**row, "target": ""}, row["target"]

@@ -34,6 +34,7 @@ NUMBERS = [{"text": f"a {t} of size {i}", "label": i / 4} for i in range(12) for
 MANY = [{**row, "label": [row["label"]] if i % 4 else ["red", "blue"]} for i, row in enumerate(COLOURS)]
 PAIRS = [{**row, "pair": "which colour?"} for row in COLOURS]
 SILENT = {"generation": {"max_new_tokens": None}}
+NAMED = [{**row, "source_language": "English", "target_language": "German"} for row in pairs.PAIRS]
 TALK = [
     {"messages": [{"role": "user", "content": f"What comes after {i}?"}, {"role": "assistant", "content": str(i + 1)}]}
     for i in range(24)
@@ -61,6 +62,7 @@ CASES = {
     ),
     "chat": ("llama", "chat", TALK, {}, ["What comes after 7?"]),
     "summarize-decoder": ("llama", "summarize", pairs.DOCUMENTS, {}, ["The sky is blue. Nobody else is here."]),
+    "translate-decoder": ("llama", "translate", NAMED, {}, ["The sky is blue.", "English", "German"]),
     "translate": ("t5", "translate", pairs.PAIRS, {}, ["The sky is blue."]),
     "translate-bart": ("bart", "translate", pairs.PAIRS, {}, ["The sky is blue."]),
     "translate-nllb": ("nllb", "translate", pairs.PAIRS, {"translate": pairs.LANGUAGES["nllb"]}, ["The sky is blue."]),
