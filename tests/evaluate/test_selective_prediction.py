@@ -18,10 +18,10 @@ from llmtune.evaluate.calibration import log_probabilities
 from llmtune.evaluate.paired_statistics import Floats, exact_interval
 from llmtune.evaluate.selective_prediction import (
     FIRST_SHARE,
-    prove_risk,
     fit_sets,
     highest_bound,
     least_rows,
+    prove_risk,
     read_sets,
     risk_curve,
     rows_to_prove,
