@@ -23,7 +23,6 @@ from llmtune.data.row_store import load_rows
 from llmtune.data.sources import hash_sources, list_sources
 from llmtune.errors import EnvironmentProblem
 from llmtune.evaluate.cache_keys import base_inputs, evaluation_inputs
-from llmtune.evaluate.calibration import run_calibration, save_calibration
 from llmtune.evaluate.champion import face_champion
 from llmtune.evaluate.eval_inputs import EvalContext, calibration_inputs, make_inputs
 from llmtune.evaluate.evaluator import ModelLoaders
@@ -335,9 +334,7 @@ def load_champion(context: RunContext, run: Path) -> ChampionModel:
     """Open a champion's run, to answer rows of this run with its model."""
     champion = open_finished(run, context.console, context.request.offline)
     plan = champion.plan
-    record = run_calibration(champion.folder)
-    temperature = record.temperature if record else 1.0
-    return ChampionModel(plan.recipe, plan.task, plan.processor, plan.device, Models(champion).loaders, temperature)
+    return ChampionModel(plan.recipe, plan.task, plan.processor, plan.device, Models(champion).loaders)
 
 
 def locate_pinned(context: RunContext, model: ModelSection, name: str) -> ModelRef:
@@ -368,26 +365,22 @@ def score_models(context: RunContext, folder: Path | None, base_folder: Path | N
     eval_context = EvalContext(recipe, task, processor, inputs, plan.device, context.console, folder, validation)
     base = base_inputs(recipe, adapter_settings(recipe), plan.model_ref, rows, examples, plan.device)
     ask = partial(ask_champion, partial(load_champion, context), eval_context, rows, context.folder.path)
-    evaluation = score_run(
+    score_run(
         models.loaders,
         eval_context,
         rows,
         headless=head_is_new(plan.model_ref, recipe, task),
         known=load_base(base_folder, base),
         challenge=partial(face_champion, context.folder, ask),
+        trained=context.trained_folder,
     )
-    record = evaluation.reliability.record if evaluation.reliability else None
-    if folder is not None and record is not None:
-        save_calibration(replace(record, trained_sha256=hash_folder(context.trained_folder)), folder)
 
 
 def lock_run(context: RunContext) -> None:
     """Write llmtune.lock with all inputs of training, file by file."""
     plan, recipe, model_ref = context.plan, context.plan.recipe, context.plan.model_ref
     data_hash, files = list_sources(recipe.data, recipe.task)
-    start = recipe.adapter.start_from
-    paths = [str(file.path) if file.path else None for file in files]
-    known = [{"source": one.source, "path": path, one.kind: one.hash} for one, path in zip(files, paths, strict=True)]
+    known = [{"source": one.source, "path": str(one.path) if one.path else None, one.kind: one.hash} for one in files]
     write_lock(
         context.folder.path,
         Pins(model_ref.name, model_ref.revision, model_ref.content_hash, data_hash),
@@ -397,7 +390,7 @@ def lock_run(context: RunContext) -> None:
         threads=torch.get_num_threads(),
         model=model_ref.path,
         sources=cast(list[SourceRecord], known),
-        start_from=find_adapter(Path(start)) if start else None,
+        start_from=find_adapter(Path(recipe.adapter.start_from)) if recipe.adapter.start_from else None,
         device=describe_device(plan.device),
     )
 
