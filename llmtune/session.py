@@ -23,9 +23,7 @@ from llmtune.data.row_store import load_rows
 from llmtune.data.sources import hash_sources, list_sources
 from llmtune.errors import EnvironmentProblem
 from llmtune.evaluate.cache_keys import base_inputs, evaluation_inputs
-from llmtune.evaluate.calibration import run_calibration
 from llmtune.evaluate.champion import face_champion
-from llmtune.evaluate.decision import save_rules
 from llmtune.evaluate.eval_inputs import EvalContext, calibration_inputs, make_inputs
 from llmtune.evaluate.evaluator import ModelLoaders
 from llmtune.evaluate.results import load_base
@@ -41,12 +39,12 @@ from llmtune.recipe.adapter_section import DATA_STARTS
 from llmtune.recipe.loader import LoadedRecipe
 from llmtune.recipe.model_section import ModelSection
 from llmtune.recipe.schema import Recipe
-from llmtune.recipe.training_rule import choose_training, compared_checkpoints, few_steps, with_choices, with_length
+from llmtune.recipe.training_rule import choose_training, few_steps, with_choices, with_length
 from llmtune.records import ALONE, AdaptedModel, Examples, Json, Layout, ModelRef, Rows, SelectedModel
 from llmtune.report.render_terminal import spinner
 from llmtune.store.atomic_files import hash_folder, hash_value
 from llmtune.store.processes import layout, once, world_size
-from llmtune.store.run_folder import RunFolder, StepRun, read_curve, read_run, recipe_of_run
+from llmtune.store.run_folder import RunFolder, StepRun, read_run, recipe_of_run
 from llmtune.store.run_lock import LOCK, Pins, SourceRecord, check_pin, own_pins, read_pins, write_lock
 from llmtune.store.run_request import RunRequest
 from llmtune.tasks.base import AnyTask
@@ -336,9 +334,7 @@ def load_champion(context: RunContext, run: Path) -> ChampionModel:
     """Open a champion's run, to answer rows of this run with its model."""
     champion = open_finished(run, context.console, context.request.offline)
     plan = champion.plan
-    record = run_calibration(champion.folder)
-    temperature = record.temperature if record else 1.0
-    return ChampionModel(plan.recipe, plan.task, plan.processor, plan.device, Models(champion).loaders, temperature)
+    return ChampionModel(plan.recipe, plan.task, plan.processor, plan.device, Models(champion).loaders)
 
 
 def locate_pinned(context: RunContext, model: ModelSection, name: str) -> ModelRef:
@@ -367,28 +363,24 @@ def score_models(context: RunContext, folder: Path | None, base_folder: Path | N
     inputs = make_inputs(rows, examples, task, processor, recipe) if examples.counts.get("test") else None
     validation = calibration_inputs(rows, examples, task, processor, recipe, inputs)
     eval_context = EvalContext(recipe, task, processor, inputs, plan.device, context.console, folder, validation)
-    eval_context = replace(eval_context, checkpoints=compared_checkpoints(recipe, read_curve(context.folder.path)))
     base = base_inputs(recipe, adapter_settings(recipe), plan.model_ref, rows, examples, plan.device)
     ask = partial(ask_champion, partial(load_champion, context), eval_context, rows, context.folder.path)
-    evaluation = score_run(
+    score_run(
         models.loaders,
         eval_context,
         rows,
         headless=head_is_new(plan.model_ref, recipe, task),
         known=load_base(base_folder, base),
         challenge=partial(face_champion, context.folder, ask),
+        trained=context.trained_folder,
     )
-    if folder is not None:
-        save_rules(evaluation, folder, hash_folder(context.trained_folder))
 
 
 def lock_run(context: RunContext) -> None:
     """Write llmtune.lock with all inputs of training, file by file."""
     plan, recipe, model_ref = context.plan, context.plan.recipe, context.plan.model_ref
     data_hash, files = list_sources(recipe.data, recipe.task)
-    start = recipe.adapter.start_from
-    paths = [str(file.path) if file.path else None for file in files]
-    known = [{"source": one.source, "path": path, one.kind: one.hash} for one, path in zip(files, paths, strict=True)]
+    known = [{"source": one.source, "path": str(one.path) if one.path else None, one.kind: one.hash} for one in files]
     write_lock(
         context.folder.path,
         Pins(model_ref.name, model_ref.revision, model_ref.content_hash, data_hash),
@@ -398,7 +390,7 @@ def lock_run(context: RunContext) -> None:
         threads=torch.get_num_threads(),
         model=model_ref.path,
         sources=cast(list[SourceRecord], known),
-        start_from=find_adapter(Path(start)) if start else None,
+        start_from=find_adapter(Path(recipe.adapter.start_from)) if recipe.adapter.start_from else None,
         device=describe_device(plan.device),
     )
 

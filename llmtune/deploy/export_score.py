@@ -20,7 +20,7 @@ from llmtune.deploy.parity import Certificate
 from llmtune.deploy.tuned_model import TunedModel, load_tuned
 from llmtune.errors import LlmtuneError
 from llmtune.evaluate.cache_keys import base_inputs
-from llmtune.evaluate.calibration import run_calibration
+from llmtune.evaluate.calibration import run_temperature
 from llmtune.evaluate.decision import copy_rules
 from llmtune.evaluate.eval_inputs import EvalContext, make_inputs
 from llmtune.evaluate.evaluated_task import LoadedModel
@@ -129,8 +129,7 @@ def score_answers(
         return {"unmeasured": error.problems[0].what}
     evaluated = EvalContext(plan.recipe, plan.task, processor, inputs, plan.device, context.console)
     known = base_inputs(plan.recipe, adapter_settings(plan.recipe), plan.model_ref, rows, examples, plan.device)
-    record = run_calibration(context.folder)
-    answers = replace(answer(evaluated), temperature=record.temperature if record else 1.0)
+    answers = replace(answer(evaluated), temperature=run_temperature(context.folder))
     base = load_base(context.folder.path / "evaluation", known).answers or answers
     measured, names = compute_metrics(evaluated, answers, base), name_test_rows(rows, inputs.rows)
     measures = PerRowScores({}, measured, names, inputs.clusters)

@@ -225,6 +225,12 @@ def run_calibration(run: RunFolder) -> Calibration | None:
     return load_calibration(run.path / "evaluation") if run.is_done("evaluate") else None
 
 
+def run_temperature(run: RunFolder) -> float:
+    """Return the temperature of a run's tuned model, 1 without a calibration."""
+    record = run_calibration(run)
+    return record.temperature if record else 1.0
+
+
 def load_calibration(folder: Path) -> Calibration | None:
     """Read `calibration.json`; None if the folder has none, or a damaged one."""
     saved = read_json(folder / RECORD)
