@@ -23,9 +23,7 @@ from llmtune.data.row_store import load_rows
 from llmtune.data.sources import hash_sources, list_sources
 from llmtune.errors import EnvironmentProblem
 from llmtune.evaluate.cache_keys import base_inputs, evaluation_inputs
-from llmtune.evaluate.calibration import run_temperature
 from llmtune.evaluate.champion import face_champion
-from llmtune.evaluate.decision import save_rules
 from llmtune.evaluate.eval_inputs import EvalContext, calibration_inputs, make_inputs
 from llmtune.evaluate.evaluator import ModelLoaders
 from llmtune.evaluate.judge_client import host
@@ -43,12 +41,12 @@ from llmtune.recipe.adapter_section import DATA_STARTS
 from llmtune.recipe.loader import LoadedRecipe
 from llmtune.recipe.model_section import ModelSection
 from llmtune.recipe.schema import Recipe
-from llmtune.recipe.training_rule import choose_training, compared_checkpoints, few_steps, with_choices, with_length
+from llmtune.recipe.training_rule import choose_training, few_steps, with_choices, with_length
 from llmtune.records import ALONE, AdaptedModel, Examples, Json, Layout, ModelRef, Rows, SelectedModel
 from llmtune.report.render_terminal import spinner
 from llmtune.store.atomic_files import hash_folder, hash_value
 from llmtune.store.processes import layout, once, world_size
-from llmtune.store.run_folder import RunFolder, StepRun, read_curve, read_run, recipe_of_run, trained_name
+from llmtune.store.run_folder import RunFolder, StepRun, read_run, recipe_of_run, trained_name
 from llmtune.store.run_lock import LOCK, Pins, SourceRecord, check_pin, own_pins, read_pins, write_lock
 from llmtune.store.run_request import RunRequest
 from llmtune.tasks.base import AnyTask
@@ -333,8 +331,7 @@ def load_champion(context: RunContext, run: Path) -> ChampionModel:
     """Open a champion's run, to answer rows of this run with its model."""
     champion = open_finished(run, context.console, context.request.offline)
     plan = champion.plan
-    about = plan.recipe, plan.task, plan.processor, plan.device, Models(champion).loaders
-    return ChampionModel(*about, run_temperature(champion.folder))
+    return ChampionModel(plan.recipe, plan.task, plan.processor, plan.device, Models(champion).loaders)
 
 
 def locate_pinned(context: RunContext, model: ModelSection, name: str) -> ModelRef:
@@ -362,11 +359,10 @@ def score_models(context: RunContext, folder: Path | None, base_folder: Path | N
     join_processes(plan.device)
     inputs = make_inputs(rows, examples, task, processor, recipe) if examples.counts.get("test") else None
     validation = calibration_inputs(rows, examples, task, processor, recipe, inputs)
-    about = recipe, task, processor, inputs, plan.device, context.console, folder, validation
-    eval_context = EvalContext(*about, compared_checkpoints(recipe, read_curve(context.folder.path)))
+    eval_context = EvalContext(recipe, task, processor, inputs, plan.device, context.console, folder, validation)
     base = base_inputs(recipe, adapter_settings(recipe), plan.model_ref, rows, examples, plan.device)
     ask = partial(ask_champion, partial(load_champion, context), eval_context, rows, context.folder.path)
-    evaluation = score_run(
+    score_run(
         Models(context).loaders,
         eval_context,
         rows,
@@ -374,9 +370,8 @@ def score_models(context: RunContext, folder: Path | None, base_folder: Path | N
         known=load_base(base_folder, base),
         known_tuned=load_base(base_folder, base + hash_folder(context.trained_folder), TUNED),
         challenge=partial(face_champion, context.folder, ask),
+        trained=context.trained_folder,
     )
-    if folder is not None:
-        save_rules(evaluation, folder, hash_folder(context.trained_folder))
     save_suspects(Models(context).tuned, eval_context, rows, examples)
 
 

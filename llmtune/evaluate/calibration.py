@@ -220,15 +220,15 @@ def save_calibration(record: Calibration, folder: Path) -> None:
     write_json(folder / RECORD, asdict(record))
 
 
-def run_temperature(run: RunFolder) -> float:
-    """Return the temperature of a run's model, 1 without one."""
-    record = run_calibration(run)
-    return record.temperature if record else 1.0
-
-
 def run_calibration(run: RunFolder) -> Calibration | None:
     """Return the calibration of a run's tuned model; None if its last evaluation fitted none."""
     return load_calibration(run.path / "evaluation") if run.is_done("evaluate") else None
+
+
+def run_temperature(run: RunFolder) -> float:
+    """Return the temperature of a run's tuned model, 1 without a calibration."""
+    record = run_calibration(run)
+    return record.temperature if record else 1.0
 
 
 def load_calibration(folder: Path) -> Calibration | None:

@@ -185,7 +185,7 @@ def describe_need(section: EvaluateSection, rows: int, checkpoints: int) -> str:
     return text + (f": too few, so every answer will be `{ASK}`. Raise data.validation." if rows < least else ".")
 
 
-def save_rules(evaluation: Evaluation, folder: Path, trained_sha256: str) -> None:
+def save_rules(evaluation: Evaluation, folder: Path, trained_sha256: str | None) -> None:
     """Write `calibration.json` and `decision.json`, as far as there are any, with the hash of the trained weights."""
     if evaluation.reliability is not None and evaluation.reliability.record is not None:
         save_calibration(replace(evaluation.reliability.record, trained_sha256=trained_sha256), folder)

@@ -14,6 +14,8 @@ from llmtune.data.contamination import Overlap, compared_text, find_overlap, pro
 from llmtune.data.examples import encode_rows
 from llmtune.data.row_store import iterate_rows, iterate_texts, load_rows, pick_rows, read_rows
 from llmtune.errors import DataError, RecipeError
+from llmtune.evaluate.calibration import run_temperature
+from llmtune.evaluate.decision import save_rules
 from llmtune.evaluate.eval_inputs import SCHEMAS_NOTE, SPLIT, EvalContext, make_inputs, resolve_choices
 from llmtune.evaluate.evaluated_task import EvaluatedTask
 from llmtune.evaluate.evaluation_file import print_scores, save_evaluation
@@ -27,9 +29,12 @@ from llmtune.evaluate.suite_registry import make_suites
 from llmtune.model.device import release_memory
 from llmtune.recipe.evaluate_section import EvaluateSection
 from llmtune.recipe.schema import Recipe
+from llmtune.recipe.training_rule import compared_checkpoints
 from llmtune.records import Rows
 from llmtune.report.render_terminal import spinner
 from llmtune.score_records import Champion, Contamination, Evaluation, Slice
+from llmtune.store.atomic_files import hash_folder
+from llmtune.store.run_folder import read_curve, read_run
 
 CLEAN, OVERLAPPING = "clean rows", "overlapping rows"
 KINDS = {
@@ -53,8 +58,6 @@ class ChampionModel:
     processor: PreTrainedTokenizerBase
     device: str
     models: ModelLoaders
-    temperature: float = 1.0
-    """The temperature of its probabilities."""
 
 
 LoadChampion = Callable[[Path], ChampionModel]
@@ -72,18 +75,22 @@ def score_run(
     known: BaseAnswers | None = None,
     known_tuned: BaseAnswers | None = None,
     challenge: Challenge = lambda evaluation, scores: None,
+    trained: Path | None = None,
 ) -> Evaluation:
     """Evaluate a run: measure both models, compare test with training rows and the model with the champion.
 
     With `headless` the base model has no trained head and the task's trivial baseline replaces it. With `known`, the
     base model's answers are saved for later evaluations, and reused if already saved; with `known_tuned` the tuned
     model's, for recipes with metrics of the user's own. If the context has a folder, it gets `predictions.jsonl` (every
-    row's prompt, reference and both answers), `measures.npz` (each row's contribution to each score) and
-    `evaluation.json`.
+    row's prompt, reference and both answers), `measures.npz` (each row's contribution to each score),
+    `evaluation.json`, and what `save_rules` writes, with the hash of the `trained` folder of the run.
 
     Raises DataError if no reference answer is in `evaluate.choices`, or if a column of `evaluate.slices` was not kept;
     EnvironmentProblem if a single row does not fit in memory.
     """
+    if trained is not None:
+        compared = compared_checkpoints(context.recipe, read_curve(trained.parent))
+        context = replace(context, checkpoints=compared)
     inputs, console, folder = context.inputs, context.console, context.folder
     if inputs is None:
         console.print("evaluate: no test rows (data.test), so nothing is measured on rows")
@@ -115,6 +122,7 @@ def score_run(
         evaluation = replace(evaluation, champion=challenge(evaluation, per_row))
     if folder is not None:
         save_evaluation(evaluation, folder)
+        save_rules(evaluation, folder, hash_folder(trained) if trained else None)
     print_scores(evaluation, console)
     print_cautions(evaluation, answers, context.recipe, console)
     return evaluation
@@ -221,7 +229,9 @@ def ask_champion(
         picked = pick_rows(rows, SPLIT, [numbers[at] for at in places], scratch)
         context.console.print(f"champion: its model answers {len(places)} further test rows", highlight=False)
         try:
-            measured, kept = measure_champion(load(run), known, picked, scratch / "examples", context.console)
+            temperature = run_temperature(read_run(run))
+            about = known, picked, scratch / "examples", context.console
+            measured, kept = measure_champion(load(run), *about, temperature)
         except (DataError, RecipeError) as error:
             context.console.print(f"champion: it could not answer them: {error}", style="yellow", highlight=False)
             return PerRowScores()
@@ -229,11 +239,11 @@ def ask_champion(
 
 
 def measure_champion(
-    champion: ChampionModel, known: Rows, picked: Rows, folder: Path, console: Console
+    champion: ChampionModel, known: Rows, picked: Rows, folder: Path, console: Console, temperature: float = 1.0
 ) -> tuple[dict[str, Measure], tuple[int, ...]]:
     """Return the champion's metrics on `picked` rows, and the numbers of those that could be encoded.
 
-    `known` are its own rows. Raises DataError if none can be encoded.
+    `known` are its own rows, and `temperature` is that of its probabilities. Raises DataError if none can be encoded.
     """
     recipe, task, processor = champion.recipe, champion.task, champion.processor
     references = [task.split_answer(row)[1] for _, row in iterate_rows(known, SPLIT)]
@@ -249,5 +259,5 @@ def measure_champion(
         answered = predict(model, "champion", context, champion.models.packs())
     del model
     release_memory()
-    answered = replace(answered, temperature=champion.temperature)
+    answered = replace(answered, temperature=temperature)
     return compute_metrics(context, answered, answered), inputs.rows
