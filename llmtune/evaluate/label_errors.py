@@ -44,8 +44,8 @@ KEY = "evaluate.suspects"
 FOLDS = 5
 STRENGTH, MOST_STEPS = 0.01, 1000
 """`C` and `max_iter` of the logistic regression, on standardised features."""
-Floats = npt.NDArray[np.float32]
-Ints = npt.NDArray[np.int64]
+Features = npt.NDArray[np.float32]
+ClassNumbers = npt.NDArray[np.int64]
 LoadModel = Callable[[], AbstractContextManager[torch.nn.Module]]
 Error = tuple[int | None, str, str, float]
 """Position of the word, given label, suggested label, probability of the given label."""
@@ -75,9 +75,9 @@ class Suspect:
 class Labelled:
     """N labels with the features of their texts or words."""
 
-    features_ND: Floats  # noqa: N815
-    targets_NQ: Ints  # noqa: N815
-    groups_N: Ints  # noqa: N815
+    features_ND: Features  # noqa: N815
+    targets_NQ: ClassNumbers  # noqa: N815
+    groups_N: ClassNumbers  # noqa: N815
     """Equal for labels that must be in one fold: the words of a row, and rows of one `data.split_by` value."""
     places: Sequence[tuple[str, int, int | None]]
     """[N] split, number of the row, and for a tag the position of its word."""
@@ -125,7 +125,7 @@ def find_suspects(load: LoadModel, context: EvalContext, rows: Rows, examples: E
 def read_labels(model: torch.nn.Module, context: EvalContext, rows: Rows, examples: Examples) -> Labelled:
     """Return the labels of all splits. Features are last hidden states: of a word's first token, or a text's mean."""
     features, targets, groups, places = (
-        list[Floats](),
+        list[Features](),
         list[list[int]](),
         list[int](),
         list[tuple[str, int, int | None]](),
@@ -146,12 +146,12 @@ def read_labels(model: torch.nn.Module, context: EvalContext, rows: Rows, exampl
     return Labelled(np.concatenate(features), np.array(targets), np.array(groups), places)
 
 
-def pool(examples: Sequence[Example], at: int, output: BaseModelOutput, row: int) -> Floats:
+def pool(examples: Sequence[Example], at: int, output: BaseModelOutput, row: int) -> Features:
     """Return the features of an example: [words, D], or [1, D] for a text."""
     example = examples[at]
     hidden_TD = output.last_hidden_state[row, : len(example.input_ids)].float()
     marked = [place for place, tag in enumerate(example.tag_ids) if tag != IGNORED]
-    pooled: Floats = (hidden_TD[marked] if marked else hidden_TD.mean(0, keepdim=True)).cpu().numpy()
+    pooled: Features = (hidden_TD[marked] if marked else hidden_TD.mean(0, keepdim=True)).cpu().numpy()
     return pooled
 
 
@@ -162,7 +162,9 @@ def targets_of(example: Example) -> list[list[int]]:
     return [[int(value) for value in example.values or example.class_ids]]
 
 
-def find_errors(features_ND: Floats, targets_N: Ints, groups_N: Ints, seed: int) -> Iterator[tuple[int, int, float]]:
+def find_errors(
+    features_ND: Features, targets_N: ClassNumbers, groups_N: ClassNumbers, seed: int
+) -> Iterator[tuple[int, int, float]]:
     """Yield each likely error: its number, its most likely class, and the probability of the given class."""
     from cleanlab.filter import find_label_issues  # late: an extra
     from sklearn.linear_model import LogisticRegression

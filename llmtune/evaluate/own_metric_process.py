@@ -26,7 +26,7 @@ BLOCKED = "it used the network"
 SEED = 0
 
 
-def main() -> None:
+def compute_values() -> None:
     """Read the request and the rows, and write the values."""
     request = json.loads(sys.argv[1])
     with os.fdopen(os.dup(1), "w") as results:
@@ -118,4 +118,4 @@ def describe(error: BaseException, uses: list[int | None]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    compute_values()

@@ -224,6 +224,6 @@ def try_own_metrics(recipe: Recipe, task: EvaluatedTask, rows: Rows, console: Co
 
 def reference_answer(task: EvaluatedTask, row: Row, recipe: Recipe) -> object | None:
     """Return the answer of a perfect model in the form that own metrics get, or None if it is not known."""
-    reference = task.reference(row)
-    is_answer = isinstance(reference, str) or answer_kind(task.name) == "tags"
+    reference, kind = task.reference(row), answer_kind(task.name)
+    is_answer = kind == "tags" or (kind == "text" and isinstance(reference, str))
     return task.as_prediction(reference, recipe) or (reference if is_answer else None)

@@ -27,7 +27,7 @@ from llmtune.evaluate.results import TUNED, BaseAnswers, save_base, save_predict
 from llmtune.evaluate.slices import one_line, score_slice
 from llmtune.evaluate.suite_registry import make_suites
 from llmtune.model.device import release_memory
-from llmtune.recipe.evaluate_section import EvaluateSection
+from llmtune.recipe.evaluate_section import OWN_METRIC_KEYS, EvaluateSection
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.training_rule import compared_checkpoints
 from llmtune.records import Rows
@@ -249,7 +249,8 @@ def measure_champion(
     references = [task.split_answer(row)[1] for _, row in iterate_rows(known, SPLIT)]
     choices = resolve_choices(known, task, recipe, references, SPLIT)
     answers = {task.split_answer(row)[1] for _, row in iterate_rows(picked, SPLIT)}
-    asked = EvaluateSection(metrics=recipe.evaluate.metrics, choices=choices if answers & {*choices} else None)
+    given = {key: getattr(recipe.evaluate, key) for key in ("metrics", *OWN_METRIC_KEYS)}
+    asked = EvaluateSection(choices=choices if answers & {*choices} else None, **given)
     data = recipe.data.model_copy(update={"max_dropped": 1.0})
     recipe = recipe.model_copy(update={"evaluate": asked, "data": data})
     encoded = encode_rows(picked, task, processor, recipe, folder, Console(quiet=True))

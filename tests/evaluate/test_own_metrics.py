@@ -8,9 +8,11 @@ import shutil
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
+from support.classifying import colour_rows, recipe_for, run
 from support.runs import finish_run, invoke, write_recipe, write_sums
 
 from llmtune.errors import GateFailed, RecipeError
@@ -327,6 +329,23 @@ def test_runs_measured_with_another_file_are_not_compared_in_its_metrics(finishe
     pairs, left_out = pair_measures(open_run_scores(finished, "one"), open_run_scores(copied, "two"))
     assert "loss" in pairs
     assert left_out["has_digit"].startswith("measured with another file")
+
+
+def test_a_classifier_gives_label_and_scores_and_a_row_has_the_columns_of_slices(tmp_path: Path, built: Any) -> None:
+    metrics = """
+def right_in_big(row: dict, answer: dict) -> bool:
+    assert row["size"] in ("big", "small")
+    return answer["label"] == row["label"] and max(answer["scores"]) > 0 and row["size"] == "big"
+"""
+    (tmp_path / "metrics.py").write_text(metrics)
+    rows = [{**row, "size": "big" if i % 2 else "small"} for i, row in enumerate(colour_rows())]
+    evaluate = {"metrics": ["accuracy", "metrics.py:right_in_big"], "slices": ["size"], "gates": ["right_in_big >= 0"]}
+    recipe = recipe_for(tmp_path / "r.yaml", built("bert"), rows, evaluate=evaluate)
+    report, _ = run(recipe)
+    assert report["gates"][0]["passed"]
+    scored = {part["value"]: part["tuned"] for part in report["evaluation"]["slices"]["size"]}
+    assert scored["big"]["right_in_big"] == scored["big"]["accuracy"] > 0
+    assert scored["small"]["right_in_big"] == 0
 
 
 # In a recipe
