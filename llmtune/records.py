@@ -293,6 +293,8 @@ class Study:
     tables: tuple[StudyTable, ...] = ()
     verdict: str = ""
     """A sentence to add to the run's verdict."""
+    intervals: dict[str, Difference] = field(default_factory=dict)
+    """Scores of `tuned` with their own 95 % intervals."""
 
 
 @dataclass(frozen=True)
@@ -490,6 +492,13 @@ class Evaluation:
         """Return the tuned model's scores on the rows that its exports answered, by the names that gates use."""
         pairs = self.exports.items()
         return {f"deploy.{name}.{metric}": value for name, one in pairs for metric, value in one.base.items()}
+
+    def own_intervals(self) -> dict[str, Difference]:
+        """Return the tuned model's scores with their own intervals, including studies, by the names that gates use."""
+        pairs = self.studies.items()
+        return self.intervals | {
+            f"{name}.{metric}": one for name, study in pairs for metric, one in study.intervals.items()
+        }
 
     def differences(self) -> dict[str, Difference]:
         """Return the differences, including studies, by the names that gates use."""
