@@ -100,6 +100,8 @@ class Study:
     tables: tuple[StudyTable, ...] = ()
     verdict: str = ""
     """A sentence to add to the run's verdict."""
+    intervals: dict[str, Difference] = field(default_factory=dict)
+    """Scores of `tuned` with their own 95 % intervals."""
 
 
 @dataclass(frozen=True)

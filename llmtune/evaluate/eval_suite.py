@@ -124,7 +124,7 @@ def join_studies(title: str, order: Iterable[str], parts: Sequence[Study]) -> St
         values = {metric: value for part in parts for metric, value in getattr(part, field).items()}
         return {metric: values[metric] for metric in dict.fromkeys((*order, *values)) if metric in values}
 
-    joined = {field: join(field) for field in ("base", "tuned", "difference", "meanings", "better")}
+    joined = {field: join(field) for field in ("base", "tuned", "difference", "meanings", "better", "intervals")}
     return Study(
         title=title,
         **joined,  # type: ignore[arg-type]  # same types as in the parts

@@ -145,7 +145,8 @@ def compared_scores(
     A gate on the tuned model's own interval compares with a model that scores zero.
     """
     if gate.on_own_interval:
-        return evaluation.tuned, dict.fromkeys(evaluation.tuned, 0.0), evaluation.intervals
+        scores = evaluation.by_name("tuned")
+        return scores, dict.fromkeys(scores, 0.0), evaluation.own_intervals()
     if gate.against != "champion":
         others = evaluation.of_exports() if gate.on_export else evaluation.by_name("base")
         return evaluation.by_name("tuned"), others, evaluation.differences()

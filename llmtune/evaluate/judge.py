@@ -38,13 +38,13 @@ SIDES = {"A": 1.0, "tie": 0.0, "B": -1.0}
 """A verdict as wins of the answer shown first."""
 MEASURES = {
     "ties": ("ties in both orders", 0),
-    "inconsistent": ("verdicts that change with the order; they count as ties", -1),
+    "inconsistent": ("verdicts that change with the order", -1),
     "first_position": ("picks of the answer shown first; 0.5 is neutral", 0),
-    "longer_wins": ("wins of the longer answer, right or not", 0),
+    "longer_wins": ("wins of the longer answer, deserved or not", 0),
     "agreement": ("same verdict as people", 1),
-    "kappa": ("agreement beyond chance: Cohen's kappa", 1),
-    "error_rate": ("wrong answer picked, where people and judge both pick one", -1),
-    "length_bias": ("added to wins minus losses of the longer answer, at the same verdict of people", 0),
+    "kappa": ("agreement beyond chance", 1),
+    "error_rate": ("picks the answer that people reject", -1),
+    "length_bias": ("wins minus losses gained by length", 0),
 }
 """Measures of the judge itself: meaning, and better direction."""
 ASKED = "asked in both orders, with names hidden; a win in both is 1, in none 0, else 0.5"
@@ -128,12 +128,13 @@ class JudgeSuite(EvalSuite[None]):
         changes |= {"win_rate_uncorrected": win_rate(judged)} if labelled else {}
         measures = measure_judge(judged, seed)
         of_people = measure_judge(people, seed) if labelled else {}
-        own = {name: one.value for name, one in (of_people | measures).items()}
+        own = of_people | measures
         base, tuned = ({name: (1 + sign * one.value) / 2 for name, one in changes.items()} for sign in (-1, 1))
         texts = self.signatures(judged, labelled, len(test))
         tables = [judge_table(measures, of_people), self.costs(replies)]
-        study = self.study(base, tuned | own, changes, texts, LIMITS, tables)
-        return replace(study, verdict=describe(changes["win_rate"], labelled))
+        study = self.study(base, tuned | {name: one.value for name, one in own.items()}, changes, texts, LIMITS, tables)
+        own |= {name: halve(one) for name, one in changes.items()}
+        return replace(study, verdict=describe(own["win_rate"], labelled), intervals=own)
 
     def test_pairs(self) -> list[AnswerPair]:
         """Return the answers of both models to the test rows."""
@@ -216,24 +217,29 @@ class JudgeSuite(EvalSuite[None]):
         return StudyTable("Questions to the judge", ("", "number"), tuple(counts.items()), open=True)
 
 
-def describe(change: Difference, labelled: JudgedPairs | None) -> str:
+def halve(change: Difference) -> Difference:
+    """Return a win rate with its interval, from wins minus losses."""
+    value, low, high = ((1 + one) / 2 for one in (change.value, change.low, change.high))
+    return replace(change, value=value, low=low, high=high)
+
+
+def describe(rate: Difference, labelled: JudgedPairs | None) -> str:
     """Return a sentence for the verdict: whom the judge prefers, and who judged the judge."""
     if labelled and not fit_correction(labelled).is_informative():
         pairs = len(labelled.longer_N)
         return f"The judge cannot tell: on {pairs} labelled pairs it does not agree with people more than chance."
-    who = "the tuned model" if change.low > 0 else "the base" if change.high < 0 else "neither model clearly"
-    value, low, high = ((1 + one) / 2 for one in (change.value, change.low, change.high))
-    rate = f"The judge prefers {who}: win rate {value:.3g} ({low:.3g} to {high:.3g})"
+    who = "the tuned model" if rate.low > 0.5 else "the base" if rate.high < 0.5 else "neither model clearly"
+    text = f"The judge prefers {who}: win rate {rate.value:.3g} ({rate.low:.3g} to {rate.high:.3g})"
     if labelled is None:
-        return f"{rate}. {UNJUDGED}"
-    return f"{rate}, corrected for its errors on {len(labelled.longer_N)} labelled pairs."
+        return f"{text}. {UNJUDGED}"
+    return f"{text}, corrected for its errors on {len(labelled.longer_N)} labelled pairs."
 
 
 def judge_table(test: Mapping[str, Difference], labelled: Mapping[str, Difference]) -> StudyTable:
     """Return the measures of the judge on the test rows and on the labelled pairs."""
 
     def cells(change: Difference | None) -> Iterator[str]:
-        yield DASH if change is None else f"{change.value:.3g}"
+        yield DASH if change is None or np.isnan(change.value) else f"{change.value:.3g}"
         yield DASH if change is None or np.isnan(change.low) else f"{change.low:.3g} to {change.high:.3g}"
 
     rows = [(f"{name}: {MEASURES[name][0]}", *cells(test.get(name)), *cells(labelled.get(name))) for name in MEASURES]

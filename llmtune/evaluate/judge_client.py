@@ -58,7 +58,8 @@ Give your reasons in at most three sentences. Then write the verdict on a last l
 Verdict: A
 Verdict: B
 Verdict: tie"""
-REMINDER = "Write only the verdict, on one line: Verdict: A, Verdict: B or Verdict: tie"
+REMINDER = "Which answer is better? Reply with one word: A, B or tie."
+"""It names no complete verdict: small models repeat what they read."""
 VERDICT = re.compile(r"(?:(?:final )?verdict\s*:\s*)?(?:answer )?(a|b|tie)", re.IGNORECASE)
 FENCE = re.compile(r"^```\w*\n|```$")
 MARKS = re.compile(r"[*_`\[\]()\"'#.]")

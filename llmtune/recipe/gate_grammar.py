@@ -19,6 +19,8 @@ Operator = Literal[">=", "<=", ">", "<", "=="]
 IntervalEnd = Literal["low", "high"]
 Opponent = Literal["base", "champion", "tuned"]
 
+JUDGE = "judge."
+"""How the scores of `evaluate.judge` begin: its own interval belongs to each."""
 EXPORT = "deploy."
 """How the metrics of exports begin."""
 NUMBER = r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]{1,3})?"
@@ -71,9 +73,10 @@ def parse_gate(text: str) -> Gate:
         raise RecipeError.of(f"{text!r} is not a gate", None, f"Write one like {FORMS}.")
     sign, operand = match["sign"], float(match["operand"] or 0)
     part = cast("IntervalEnd | None", match["part"])
-    if part and match["number"] is not None and "." in match["metric"]:
+    if part and match["number"] is not None and "." in match["metric"] and not match["metric"].startswith(JUDGE):
         raise RecipeError.of(
-            f"{text!r} compares the {part} end of an interval with a number, but only test rows have such an interval",
+            f"{text!r} compares the {part} end of an interval with a number, but only test rows and a judge "
+            "have such an interval",
             None,
             f"Write `{match['metric']}.{part} {match['op']} base`, or omit `.{part}`.",
         )

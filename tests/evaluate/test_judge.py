@@ -5,21 +5,19 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 from support.judging import ScriptedJudge, draw_answers, write_labelled
-from support.runs import FAST, invoke, write_recipe, write_sums
+from support.runs import FAST, finish_run, invoke, write_recipe, write_sums
 from support.serving import load_served, serving
 
 from llmtune.errors import DataError, EnvironmentProblem
-from llmtune.evaluate import endpoint_client
+from llmtune.evaluate import endpoint_client, judge_client
 from llmtune.evaluate.eval_inputs import EvalContext
 from llmtune.evaluate.inference import Answers
 from llmtune.evaluate.judge import JudgeSuite, read_labelled
 from llmtune.evaluate.judge_client import Judge, parse_verdict, write_question
 from llmtune.evaluate.metric import PairedMeasures
 from llmtune.launch.python_api import names_remote, studies_remote
-from llmtune.pipeline import run_pipeline
 from llmtune.recipe.eval_suites_section import JudgeSection
 from llmtune.recipe.loader import load_recipe
-from llmtune.store.run_request import RunRequest
 
 KEY = "sk-none-of-your-business-1234567890"
 
@@ -362,7 +360,10 @@ def write_judged(folder, tiny_llama, url, **evaluate):
 
 
 def test_a_run_is_judged_gated_and_reported(here, tiny_llama):
-    judge, gates = ScriptedJudge(), ["judge.win_rate.low > base - 2.5", "judge.agreement >= 0.9"]
+    judge, gates = (
+        ScriptedJudge(),
+        ["judge.win_rate.low > base - 2.5", "judge.agreement.low >= 0.5", "judge.win_rate.high > 0.1"],
+    )
     with judge.serving() as url:
         recipe = write_judged(here, tiny_llama, url, gates=gates)
         done = invoke("run", recipe, "--out", "run")
@@ -391,21 +392,16 @@ def test_a_judge_that_is_down_ends_the_run_before_training(here, tiny_llama):
     assert invoke("run", recipe, "--out", "run").exit_code == 3
 
 
-def test_a_served_run_is_a_poor_judge(tmp_path, tiny_llama):
-    """It has learned to pick the first answer, whatever is asked."""
-    turns = [
-        [{"role": "user", "content": f"Compare {i}"}, {"role": "assistant", "content": "Verdict: A"}] for i in range(40)
-    ]
-    rows = tmp_path / "rows.jsonl"
-    rows.write_text("".join(json.dumps({"messages": one}) + "\n" for one in turns))
-    train = {"num_train_epochs": 8, "learning_rate": 0.02}
-    sections = {"train": train, "data": {"test": 0, "validation": 0}, "evaluate": {"metrics": None}}
-    recipe = write_recipe(tmp_path / "tiny.yaml", tiny_llama, rows, **sections)
-    run_pipeline(load_recipe(recipe), RunRequest(out=tmp_path / "run"), Console(file=io.StringIO()))
-    pairs = draw_answers(3, 1, win=0.6), draw_answers(3, 2, win=0.5)
-    with serving(*load_served(judge=tmp_path / "run").values()) as url:
-        suite = suite_for(tmp_path, url, *pairs, model="judge")
-        study = suite.compare(PairedMeasures())
-    assert (study.tuned["first_position"], study.tuned["inconsistent"], study.tuned["win_rate"]) == (1, 1, 0.5)
-    assert "The judge cannot tell" in study.verdict
-    assert int(costs(study)["prompt tokens"].replace(",", "")) > 12 * 100
+def test_a_served_run_without_a_clue_is_counted_as_such(tmp_path, tiny_llama, monkeypatch):
+    monkeypatch.setattr(judge_client, "REPLY_TOKENS", 4)
+    run = finish_run(tmp_path / "made", tiny_llama, train=FAST)
+    with serving(*load_served(judge=run).values()) as url:
+        study = suite_for(tmp_path, url, draw_answers(2, 1, win=0.6), model="judge").compare(PairedMeasures())
+    assert costs(study)["without a verdict"] == costs(study)["questions"] == "4"
+    assert (
+        costs(study)["refused by the endpoint"]
+        == costs(study)["replies whose tokens the endpoint did not count"]
+        == "0"
+    )
+    assert int(costs(study)["prompt tokens"].replace(",", "")) > 8 * 100
+    assert 8 <= int(costs(study)["completion tokens"]) <= 8 * 4
