@@ -79,7 +79,7 @@ def test_an_export_with_another_template_fails(finished, without, shows):
         assert rendered("run/merged") != rendered("model"), "a server's prompts differ from training"
         (finished / "run/merged").rename(finished / "other")
         shows(merge(6))
-        with without("llmtune.deploy.merged_model.saved_processor", lambda *_: tuned_processor(finished)):
+        with without("llmtune.deploy.exported_model.saved_processor", lambda *_: tuned_processor(finished)):
             shows(merge(6))  # correct for llmtune, wrong for a server
 
 
