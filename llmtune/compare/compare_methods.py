@@ -163,6 +163,8 @@ def change(loaded: LoadedRecipe, method: str) -> list[str]:
     stated = {name for name, origin in loaded.origins.items() if origin != "default"}
     taken_back = [key for key in idle if any(name == key or name.startswith(f"{key}.") for name in stated)]
     gates = [gate for gate in loaded.recipe.evaluate.gates if not parse_gate(gate).on_export]
+    if not any(parse_gate(gate).part for gate in gates):
+        taken_back += [key for key in ("evaluate.when_unsure", "evaluate.looks") if key in stated]
     return [
         f"adapter.method={method}",
         *(f"{key}=null" for key in taken_back),

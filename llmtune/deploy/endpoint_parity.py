@@ -22,7 +22,8 @@ from rich.console import Console
 from llmtune.data.chat_messages import clean_messages
 from llmtune.deploy.export_score import describe_differences, score_answers
 from llmtune.deploy.parity import Certificate
-from llmtune.deploy.tuned_model import ANSWER_TOKENS, TextReference, load_tuned
+from llmtune.deploy.parity_reference import TextReference
+from llmtune.deploy.tuned_model import ANSWER_TOKENS, load_tuned
 from llmtune.errors import EnvironmentProblem, GateFailed, LlmtuneError, Problem, RecipeError
 from llmtune.evaluate.eval_inputs import EvalContext
 from llmtune.evaluate.generation import answer_ends, answer_reader, end_output

@@ -15,7 +15,7 @@ from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llmtune.adapter.injection import adapter_settings
-from llmtune.deploy.exported_model import ExportedModel, weight_bytes
+from llmtune.deploy.exported_model import ExportedModel, ModelSource, weight_bytes
 from llmtune.deploy.parity import Certificate
 from llmtune.deploy.tuned_model import TunedModel, load_tuned
 from llmtune.errors import LlmtuneError
@@ -37,7 +37,8 @@ from llmtune.store.run_folder import CERTIFICATE
 
 MakeExport = Callable[[TunedModel, Path], Certificate]
 """Makes an export of the tuned model in a folder, certifies it, and returns its certificate."""
-OpenExport = Callable[[Path, RunContext], ExportedModel]
+OpenExport = Callable[[Path, ModelSource], ExportedModel]
+"""Opens an export of a model by its own runtime."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ def score_export(context: RunContext, out: Path, open_export: OpenExport, asked:
     model there are no scores, and `unmeasured` has the reason.
     """
     rested, plan = reset_peak(), context.plan
-    exported = open_export(out, context)
+    exported = open_export(out, plan)
     found = {"runtime": exported.runtime, "bytes": exported.size, "usage": None}
     try:
         found["usage"] = plain(time_rows(exported.model, exported.processor, plan, asked, rested))

@@ -17,8 +17,11 @@ from llmtune.deploy.tuned_model import TunedModel, served_by_folder
 from llmtune.model.processor import load_processor
 from llmtune.recipe.model_section import ModelSection
 from llmtune.records import ModelRef
-from llmtune.session import RunContext
+from llmtune.session import Plan
 
+ModelSource = Plan | TunedModel
+"""What an export was made from: the plan of a run, or its tuned model."""
+TRANSFORMERS = f"transformers {transformers.__version__}"
 SAVED_WITH_WEIGHTS: dict[str, object] = {"chat_template": None, "chat_template_kwargs": {}, "add_tokens": ()}
 """Keys of the recipe's model section that a saved folder already contains."""
 
@@ -42,6 +45,8 @@ class ExportedModel:
     """Returns the ids that its own tokenizer and template make of the questions to a model that continues a text."""
     ends: Collection[int] | None = None
     """Tokens that end its answers; None: those of the model's settings and of the processor."""
+    encode: Callable[[str], list[int]] | None = None
+    """Encodes a text by the tokenizer inside the file of a classifier; None if `processor` is its tokenizer."""
 
     @property
     def size(self) -> int:
@@ -49,11 +54,13 @@ class ExportedModel:
         return weight_bytes(self.path)
 
 
-WEIGHT_FILES = (".safetensors", ".bin", ".gguf", ".onnx", ".data", ".onnx_data")
+WEIGHT_FILES = (".safetensors", ".bin", ".gguf", ".onnx", ".data", ".onnx_data", ".xml")
 
 
 def weight_bytes(path: Path) -> int:
     """Return the bytes of the weight files at `path`, a file or a folder; pickles next to safetensors do not count."""
+    if path.suffix == ".xml":  # OpenVINO's weights are in a file next to it
+        return path.stat().st_size + path.with_suffix(".bin").stat().st_size
     files = [path] if path.is_file() else [one for one in path.iterdir() if one.suffix in WEIGHT_FILES]
     if any(one.suffix == ".safetensors" for one in files):
         files = [one for one in files if one.suffix != ".bin"]
@@ -77,18 +84,22 @@ def borrow_class(
     return model.eval()
 
 
-def open_folder(folder: Path, context: RunContext, name: str) -> ExportedModel:
-    """Load a plain model folder with transformers, as its users do."""
-    plan = context.plan
-    auto_class = getattr(transformers, plan.task.auto_class)
-    trust = plan.recipe.model.trust_remote_code
-    options = {"dtype": "auto", "local_files_only": True, "trust_remote_code": trust, "output_loading_info": True}
-    model = load_product(lambda: auto_class.from_pretrained(folder, **options), str(folder))
-    model = cast(PreTrainedModel, model.to(plan.device))
+def open_folder(folder: Path, source: ModelSource, name: str = "folder") -> ExportedModel:
+    """Load a plain model folder with transformers alone, as its users do."""
+    auto_class = getattr(transformers, source.task.auto_class)
+    options = {"local_files_only": True, "trust_remote_code": source.recipe.model.trust_remote_code}
+
+    def load() -> Any:
+        config = transformers.AutoConfig.from_pretrained(folder, **options)
+        on_cpu_half = source.device == "cpu" and config.dtype == torch.float16  # loaded in 16 bits, computed in 32
+        dtype = torch.float32 if on_cpu_half else "auto"
+        return auto_class.from_pretrained(folder, dtype=dtype, output_loading_info=True, **options)
+
+    model = cast(PreTrainedModel, load_product(load, str(folder)).to(source.device))
     limits = LIMITS["exact" if model.dtype == torch.float32 else "rounded"]
-    processor = saved_processor(folder, plan.model_ref, plan.recipe.model)
+    processor = saved_processor(folder, source.model_ref, source.recipe.model)
     served = partial(served_by_folder, folder)
-    return ExportedModel(name, f"transformers {transformers.__version__}", model, processor, folder, limits, served)
+    return ExportedModel(name, TRANSFORMERS, model, processor, folder, limits, served)
 
 
 def saved_processor(folder: Path, model_ref: ModelRef, section: ModelSection) -> PreTrainedTokenizerBase:

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from contextlib import closing
-from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import cast
 
-import torch
 from peft import PeftModel
 from rich.console import Console
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from llmtune.adapter.merging import check_mergeable
 from llmtune.adapter.merging import merge_adapter as merge_weights
@@ -29,12 +26,9 @@ from llmtune.deploy.gguf_converter import (
 )
 from llmtune.deploy.gguf_readers import (
     FORMAT_LIMITS,
-    GgufReader,
-    LlamaClassifier,
     check_reader,
-    open_gguf,
+    longest_text,
     open_gguf_export,
-    served_by_file,
 )
 from llmtune.deploy.gguf_tokenizer import (
     MERGE_INSTEAD,
@@ -42,7 +36,6 @@ from llmtune.deploy.gguf_tokenizer import (
     TokenizerFacts,
     describe_tokenizer,
     find_pre_tokenizer,
-    read_tokenizer,
 )
 from llmtune.deploy.ollama_modelfile import MODELFILE, write_modelfile
 from llmtune.deploy.parity import (
@@ -53,19 +46,10 @@ from llmtune.deploy.parity import (
     check_onto,
     check_output,
     describe_parity,
-    find_breaches,
-    measure_distance,
     write_certificate,
 )
-from llmtune.deploy.tuned_model import (
-    ANSWER_TOKENS,
-    HeadReference,
-    TextReference,
-    TunedModel,
-    load_tuned,
-    make_reference,
-    training_base,
-)
+from llmtune.deploy.parity_reference import TextReference, make_reference
+from llmtune.deploy.tuned_model import TunedModel, load_tuned, training_base
 from llmtune.errors import RecipeError, nearest
 from llmtune.evaluate.generation import answer_ends
 from llmtune.model.config import read_model_config
@@ -114,7 +98,9 @@ def make_gguf(
             tuned, out, context.console, number_format=number_format, onto=onto, adapter_only=adapter_only
         )
 
-    return make(load_tuned(context), folder) if adapter_only else export_run(context, folder, make, open_gguf_export)
+    if adapter_only:
+        return make(load_tuned(context), folder)
+    return export_run(context, folder, make, partial(open_gguf_export, length=longest_text(context)))
 
 
 def check_gguf(plan: Plan) -> None:
@@ -198,9 +184,7 @@ class _Export:
         if self.tuned.adapted.selected.quantized:
             limits = _wider(limits, LIMITS["rounded" if onto == "dequantized" else "other base"])
         facts = {**self._file_facts(file, onto), "ignored_window": find_ignored_window(config.to_dict())}
-        if isinstance(self.reference, HeadReference):
-            return {**facts, **self._certify_classifier(file, config, limits)}
-        return {**facts, **self._certify(file, config, limits)}
+        return {**facts, **self._certify(file, limits)}
 
     def write_adapter(self, folder: Path) -> Certificate:
         """Write the adapter and read it back; with llama.cpp also on the base, unless that is in 4 bits."""
@@ -216,7 +200,7 @@ class _Export:
         whole, base = folder / "base.gguf", cast(PreTrainedModel, model.unload())
         write_model(base, self.tuned.processor, self.tokenizer, whole, "f32", self.name)
         try:
-            return {**facts, **self._certify(whole, base.config, FORMAT_LIMITS[self.number_format], adapter=file)}
+            return {**facts, **self._certify(whole, FORMAT_LIMITS[self.number_format], adapter=file)}
         finally:
             whole.unlink()
 
@@ -242,48 +226,11 @@ class _Export:
             "modelfile": written,
         }
 
-    def _certify(
-        self, whole: Path, config: PretrainedConfig, limits: Limits, adapter: Path | None = None
-    ) -> Certificate:
-        """Read `whole` back, with `adapter` on it, and return its comparison with the tuned model."""
-        facts, reference = read_tokenizer(whole), cast(TextReference, self.reference)
-        length = max(map(len, reference.prompts)) + 2 * ANSWER_TOKENS
-        opened = open_gguf(whole, facts, config, length, adapter)
-        with spinner(self.console, "asking the GGUF file"), opened as reader:
-            logits, same_answers = reference.read_by(reader.logits), reference.same_answers(reader.answer)
-            same_ids = served_by_file(self.tuned, facts, reader) == reference.prompts
-        return self._judge(reader, logits, same_answers, same_ids, limits)
-
-    def _certify_classifier(self, file: Path, config: PretrainedConfig, limits: Limits) -> Certificate:
-        """Certify an encoder with a head; the file's tokenizer does not read truncated texts."""
-        reference = cast(HeadReference, self.reference)
-        asked = [cast(torch.Tensor, batch["input_ids"])[0].tolist() for batch in reference.batches]
-        reader = LlamaClassifier(file, max(map(len, asked)), config.num_labels)
-        with spinner(self.console, "asking the GGUF file"), closing(reader.llm):
-            logits = [reader.logits(ids) for ids in asked]
-            texts = [reader.encode(row["text"]) for row in self.tuned.rows]
-        same_ids = all(ids in texts for ids in asked if len(ids) < self.tuned.recipe.data.max_length)
-        pairs = zip(reference.logits, logits, strict=True)
-        same = [measure_distance([one], [other], reference.kind).top1_agreement == 1 for one, other in pairs]
-        return self._judge(reader, logits, same, same_ids, limits)
-
-    def _judge(
-        self,
-        reader: GgufReader,
-        logits: Sequence[torch.Tensor],
-        same_answers: Sequence[bool],
-        same_ids: bool,
-        limits: Limits,
-    ) -> Certificate:
-        parity = self.reference.judge(logits, same_answers, same_ids)
-        breaches = find_breaches(parity, limits)
-        return {
-            "passed": not breaches,
-            "breaches": breaches,
-            "reader": reader.name,
-            "limits": {"kl_mean": limits.kl(parity.effect_kl), "top1_agreement": limits.top1},
-            "measured": asdict(parity),
-        }
+    def _certify(self, file: Path, limits: Limits, adapter: Path | None = None) -> Certificate:
+        """Read `file` back, with `adapter` on it, and return its comparison with the tuned model."""
+        with spinner(self.console, "asking the GGUF file"):
+            opened = open_gguf_export(file, self.tuned, self.reference.longest, adapter)
+            return self.reference.certify(opened, limits)
 
 
 def _wider(one: Limits, other: Limits) -> Limits:

@@ -6,8 +6,7 @@ Shapes: T positions, V vocabulary.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -19,7 +18,7 @@ from gguf import GGUFReader
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast, SequenceClassifierOutput
 
-from llmtune.deploy.exported_model import ExportedModel, borrow_class
+from llmtune.deploy.exported_model import TRANSFORMERS, ExportedModel, ModelSource, borrow_class
 from llmtune.deploy.gguf_converter import has_llama
 from llmtune.deploy.gguf_tokenizer import (
     NAMES,
@@ -30,7 +29,7 @@ from llmtune.deploy.gguf_tokenizer import (
     read_tokenizer,
 )
 from llmtune.deploy.parity import Limits, load_product
-from llmtune.deploy.tuned_model import ANSWER_TOKENS, TransformersReader, TunedModel, render_chats, render_prompts
+from llmtune.deploy.tuned_model import TransformersReader, TunedModel, render_chats, render_prompts
 from llmtune.errors import EnvironmentProblem
 from llmtune.model.config import find_class
 from llmtune.session import RunContext
@@ -109,17 +108,6 @@ class LlamaReader:
         self.llm.eval(list(ids[shared:]))
         return torch.from_numpy(self.llm.scores[: len(ids)].copy()).float()
 
-    def answer(self, prompt: Sequence[int], stops: Sequence[int], tokens: int = ANSWER_TOKENS) -> list[int]:
-        """Return the first `tokens` ids of the greedy answer, up to one of `stops`, which is included."""
-        self.llm.reset()
-        self.llm.eval(list(prompt))
-        answer: list[int] = []
-        while len(answer) < tokens and not (answer and answer[-1] in stops):
-            answer.append(int(self.llm.scores[self.llm.n_tokens - 1].argmax()))
-            if len(answer) < tokens:
-                self.llm.eval(answer[-1:])
-        return answer
-
 
 class LlamaClassifier(LlamaReader):
     """llama.cpp for an encoder with a classification head."""
@@ -182,56 +170,45 @@ def served_by_file(tuned: TunedModel, facts: TokenizerFacts, reader: GgufReader)
     return [reader.encode(text.removeprefix(start)) for text in texts]
 
 
-@contextmanager
-def open_gguf(
-    file: Path, facts: TokenizerFacts, config: PretrainedConfig, length: int, adapter: Path | None = None
-) -> Iterator[GgufReader]:
-    """Open `file` for texts of up to `length` tokens, with `adapter` on it (llama.cpp only).
+# A GGUF file as a transformers model
+
+
+def longest_text(context: RunContext) -> int:
+    """Return the tokens of the longest row of a run, with an answer."""
+    return max(context.examples.longest.values()) + context.plan.recipe.generation.max_new_tokens
+
+
+def open_gguf_export(path: Path, source: ModelSource, length: int, adapter: Path | None = None) -> ExportedModel:
+    """Open a GGUF file of a model, or the folder with it, for texts of up to `length` tokens.
+
+    `adapter` is a LoRA file to put on it, for llama.cpp only.
 
     Raises:
         EnvironmentProblem: the file cannot be read.
         GateFailed: weights are missing in the file.
     """
-    if has_llama():
-        reader = LlamaReader(file, length, lora_path=str(adapter) if adapter else None)
-        try:
-            yield reader
-        finally:
-            reader.llm.close()
-    else:
-        assert adapter is None
-        yield TransformersGgufReader(file, facts, config)
-
-
-# A GGUF file as a transformers model
-
-
-def open_gguf_export(path: Path, context: RunContext) -> ExportedModel:
-    """Open a GGUF file of a run's model, or the folder with it, for the run's rows."""
-    file, plan = path if path.is_file() else next(path.glob("*.gguf")), context.plan
-    length = max(context.examples.longest.values()) + plan.recipe.generation.max_new_tokens
-    kind, config = find_class(plan.model_ref, plan.recipe, plan.task)
+    file = path if path.is_file() else next(path.glob("*.gguf"))
+    kind, config = find_class(source.model_ref, source.recipe, source.task)
     try:
         facts, stated = read_tokenizer(file), GGUFReader(file).get_field("general.file_type")
     except (ValueError, IndexError, KeyError) as error:
         raise EnvironmentProblem.of(f"not a readable GGUF file: {error}", str(file), "Export it again.") from error
     limits = FORMAT_LIMITS[FILE_TYPES.get(int(stated.contents()), COARSEST) if stated else COARSEST]
+    processor = source.processor
     if not has_llama():
         ours = TransformersGgufReader(file, facts, config)
-        served, ends = (
-            partial(served_by_file, facts=facts, reader=ours),
-            [facts[key] for key in END_IDS if key in facts],
-        )
-        runtime = f"transformers {transformers.__version__}"
-        return ExportedModel("gguf", runtime, ours.model, plan.processor, file, limits, served, ends)
-    if plan.task.continues_text:
-        reader = LlamaReader(file, length)
-        model = borrow_class(kind, config, _read_texts(reader), prepare_inputs_for_generation=_all)
-    else:
-        reader = classifier = LlamaClassifier(file, length, config.num_labels)
+        served = partial(served_by_file, facts=facts, reader=ours)
+        ends = [facts[key] for key in END_IDS if key in facts]
+        return ExportedModel("gguf", TRANSFORMERS, ours.model, processor, file, limits, served, ends)
+    if not source.task.continues_text:
+        classifier = LlamaClassifier(file, length, config.num_labels)
         model = borrow_class(kind, config, _classify_texts(classifier))
+        served, encode = partial(render_prompts, processor=processor), classifier.encode
+        return ExportedModel("gguf", name_llama(), model, processor, file, limits, served, encode=encode)
+    reader = LlamaReader(file, length, lora_path=str(adapter) if adapter else None)
+    model = borrow_class(kind, config, _read_texts(reader), prepare_inputs_for_generation=_all)
     served = partial(served_by_file, facts=facts, reader=reader)
-    return ExportedModel("gguf", name_llama(), model, plan.processor, file, limits, served, reader.ends())
+    return ExportedModel("gguf", name_llama(), model, processor, file, limits, served, reader.ends())
 
 
 def name_llama() -> str:
@@ -256,6 +233,8 @@ def _read_texts(reader: LlamaReader) -> Callable[..., CausalLMOutputWithPast]:
     ) -> CausalLMOutputWithPast:
         if (attention_mask is not None and attention_mask.dim() > 2) or rest.get("past_key_values"):
             raise ValueError("llama.cpp has its own mask and cache")
+        if isinstance(logits_to_keep, int) and logits_to_keep == 1 < len(input_ids):
+            raise ValueError("llama.cpp caches one text, and would read several anew for each token")
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         rows = []
         for row, ids_T in enumerate(input_ids):

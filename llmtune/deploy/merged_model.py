@@ -10,7 +10,6 @@ from typing import cast
 
 import psutil
 import torch
-import transformers
 from rich.console import Console
 from transformers import GenerationConfig, PreTrainedModel
 
@@ -18,7 +17,7 @@ from llmtune.adapter.merging import check_mergeable
 from llmtune.adapter.merging import merge_adapter as merge_weights
 from llmtune.adapter.saving import writing_weights
 from llmtune.deploy.export_score import export_run
-from llmtune.deploy.exported_model import open_folder, saved_processor
+from llmtune.deploy.exported_model import open_folder
 from llmtune.deploy.parity import (
     LIMITS,
     Certificate,
@@ -26,11 +25,10 @@ from llmtune.deploy.parity import (
     check_onto,
     check_output,
     describe_parity,
-    find_breaches,
-    load_product,
     write_certificate,
 )
-from llmtune.deploy.tuned_model import TunedModel, TunedReference, make_reference, served_by_folder, training_base
+from llmtune.deploy.parity_reference import TunedReference, make_reference
+from llmtune.deploy.tuned_model import TunedModel, training_base
 from llmtune.errors import Problem, RecipeError
 from llmtune.evaluate.generation import generation_settings
 from llmtune.model.config import OTHER_CLASSES, OTHER_ORDER
@@ -73,32 +71,23 @@ def merge_model(
     """
     target_dtype = _check_merge(tuned, out, onto, dtype)
     base = cast(Onto, onto)
-    model_ref, quantized = tuned.adapted.selected.model_ref, tuned.adapted.selected.quantized
+    quantized = tuned.adapted.selected.quantized
     original = tuned.adapted.selected.base_quantization is None
     exact = target_dtype == _trained_dtype(tuned) == torch.float32
     limits = LIMITS["other base" if quantized and onto == "original" else "exact" if exact else "rounded"]
     with spinner(console, "asking the tuned model"):
         reference = make_reference(tuned)
-    device = str(tuned.adapted.selected.model.device)
-    with explained(out), explain_oom(f"merging {model_ref.name}", device), staged(out) as folder:
+    with explained(out), explain_oom(f"merging {tuned.model_ref.name}", tuned.device), staged(out) as folder:
         other = _compare_other_base(tuned, base, reference, console) if quantized and original else None
         with spinner(console, "merging and saving"):
             save_merged(merge_to(tuned, base, target_dtype), tuned, folder, target_dtype)
         with spinner(console, "asking the merged model, read back from disk"):
-            merged = load_back(folder, tuned, device, target_dtype, "the merged model")
-            processor = saved_processor(folder, model_ref, tuned.recipe.model)
-            parity = reference.parity(merged, processor, partial(served_by_folder, folder))
+            certified = reference.certify(open_folder(folder, tuned), limits)
         certificate = {
-            **tuned.certificate(find_breaches(parity, limits)),
+            **certified,
             "method": tuned.adapted.method,
             "onto": onto,
             "dtype": str(target_dtype).removeprefix("torch."),
-            "limits": {
-                "kl_mean": limits.kl(parity.effect_kl),
-                "top1_agreement": limits.top1,
-                "largest_logit_difference": limits.logit_difference,
-            },
-            "measured": asdict(parity),
             **weight_facts(folder),
             "other": other,
         }
@@ -204,20 +193,6 @@ def weight_facts(folder: Path) -> Certificate:
         "files": [file.name for file in weights],
         "files_sha256": {file.name: hash_file(file) for file in weights},
     }
-
-
-def load_back(folder: Path, tuned: TunedModel, device: str, dtype: torch.dtype, product: str) -> PreTrainedModel:
-    """Load a saved model by transformers alone, as its users do."""
-    on_cpu_half = device == "cpu" and dtype == torch.float16  # loaded in 16 bits, computed in 32
-    options = {
-        "dtype": torch.float32 if on_cpu_half else dtype,
-        "local_files_only": True,
-        "trust_remote_code": tuned.recipe.model.trust_remote_code,
-        "output_loading_info": True,
-    }
-    auto_class = getattr(transformers, tuned.task.auto_class)
-    model = load_product(lambda: auto_class.from_pretrained(folder, **options), product)
-    return cast(PreTrainedModel, model.to(device))
 
 
 def _print_merge(certificate: Certificate, out: Path, console: Console) -> None:

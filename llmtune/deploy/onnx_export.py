@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from rich.console import Console
 
 from llmtune.adapter.merging import check_mergeable
 from llmtune.adapter.merging import merge_adapter as merge_weights
@@ -26,17 +26,10 @@ from llmtune.deploy.parity import (
     Certificate,
     check_output,
     describe_parity,
-    find_breaches,
     write_certificate,
 )
-from llmtune.deploy.tuned_model import (
-    HeadReference,
-    TextReference,
-    TunedModel,
-    TunedReference,
-    make_reference,
-    training_base,
-)
+from llmtune.deploy.parity_reference import HeadReference, TextReference, TunedReference, make_reference
+from llmtune.deploy.tuned_model import TunedModel, training_base
 from llmtune.errors import EnvironmentProblem, Problem, RecipeError
 from llmtune.model.causal_lm_loss import model_inputs, move_to, unwrap
 from llmtune.model.config import find_class
@@ -64,7 +57,7 @@ def make_onnx(context: RunContext, out: Path | None = None, *, int8: bool = Fals
     folder = out or context.folder.path / "onnx" / ("int8" if int8 else "float32")
 
     def make(tuned: TunedModel, out: Path) -> Certificate:
-        return export_onnx(tuned, out, context, int8=int8)
+        return export_onnx(tuned, out, context.console, int8=int8)
 
     return export_run(context, folder, make, open_onnx_export, splits=("test", "validation", "train"))
 
@@ -91,24 +84,23 @@ def missing_packages() -> Iterable[Problem]:
         yield Problem(f"ONNX export needs {error.name}", None, "Run: pip install 'llmtune-cli[onnx]'")
 
 
-def export_onnx(tuned: TunedModel, out: Path, context: RunContext, *, int8: bool = False) -> Certificate:
+def export_onnx(tuned: TunedModel, out: Path, console: Console, *, int8: bool = False) -> Certificate:
     """Write the graphs with everything that runs them into the folder `out`, and certify them.
 
     This consumes `tuned`. Return the certificate; on failure `out` stays empty.
     """
     RecipeError.collect(check_output(out))
     check_mergeable(tuned.adapted)
-    selected, console = tuned.adapted.selected, context.console
-    if not selected.quantized:
+    if not tuned.adapted.selected.quantized:
         tuned.model.float()
     with spinner(console, "asking the tuned model"):
         reference = make_reference(tuned)
         example = _example_inputs(reference)
         expected = record_layers(tuned.model, example) if example else {}
-    memory = explain_oom(f"exporting {selected.model_ref.name}", str(tuned.model.device))
+    memory = explain_oom(f"exporting {tuned.model_ref.name}", tuned.device)
     with explained(out), memory, staged(out) as folder:
         with spinner(console, "merging and tracing"):
-            onto = training_base(tuned.recipe, selected.model_ref)
+            onto = training_base(tuned.recipe, tuned.model_ref)
             merged = merge_weights(tuned.adapted, onto).float().cpu().eval()
             save_settings(merged, tuned, folder, torch.float32)
             layers = {}
@@ -117,26 +109,17 @@ def export_onnx(tuned: TunedModel, out: Path, context: RunContext, *, int8: bool
             write_script(merged, tuned, folder)
         del merged
         with spinner(console, "asking onnxruntime"):
-            exported = open_onnx_export(folder, context)
-            opened = exported.model, exported.processor, exported.served_prompts, exported.ends
-            parity = reference.parity(*opened)
-            breaches, limits = find_breaches(parity, exported.limits), exported.limits
+            certified = reference.certify(open_onnx_export(folder, tuned))
             if example:
-                least = LARGEST_ROUNDING if int8 and not breaches else SLIGHT
+                least = LARGEST_ROUNDING if int8 and certified["passed"] else SLIGHT
                 found = find_first_difference(expected, read_inner_values(folder / MODEL, layers, example), least)
-                breaches += [found] if found else []
+                breaches = [*certified["breaches"], *([found] if found else [])]
+                certified |= {"passed": not breaches, "breaches": breaches}
         files = sorted(path for path in folder.iterdir() if path.suffix in (".onnx", ".data"))
         certificate = {
-            **tuned.certificate(breaches),
-            "format": exported.format,
-            "reader": exported.runtime,
+            **certified,
+            "format": "onnx-int8" if int8 else "onnx",
             "onto": onto,
-            "limits": {
-                "kl_mean": limits.kl(parity.effect_kl),
-                "top1_agreement": limits.top1,
-                "largest_logit_difference": limits.logit_difference,
-            },
-            "measured": asdict(parity),
             "weights_bytes": weight_bytes(folder),
             "files_sha256": {path.name: hash_file(path) for path in files},
         }

@@ -15,8 +15,9 @@ import torch
 from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
-from llmtune.deploy.onnx_model import CROSS, DECODER, ENCODER, MODEL, PAST, PRESENT, cache_argument
-from llmtune.deploy.tuned_model import HeadReference, TunedReference
+from llmtune.deploy.onnx_model import CROSS, DECODER, ENCODER, MODEL, PRESENT, cache_argument
+from llmtune.deploy.onnx_session import PAST
+from llmtune.deploy.parity_reference import HeadReference, TunedReference
 from llmtune.errors import EnvironmentProblem, RecipeError, first_line
 from llmtune.model.causal_lm_loss import accepted_arguments, model_inputs
 from llmtune.model.config import is_encoder

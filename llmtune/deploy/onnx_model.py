@@ -1,136 +1,52 @@
-"""ONNX files in onnxruntime, called like the transformers model that they were made from.
+"""ONNX or OpenVINO files in their own runtime, called like the transformers model that they were made from.
 
 Shapes: B rows, T tokens, P tokens in the cache, S positions of the encoder, K outputs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import DynamicCache, EncoderDecoderCache, GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutputWithPast, Seq2SeqLMOutput
 from transformers.utils import GENERATION_CONFIG_NAME, ModelOutput
 
-from llmtune.deploy.exported_model import ExportedModel, borrow_class, saved_processor
-from llmtune.deploy.parity import Limits
+from llmtune.deploy.exported_model import ExportedModel, ModelSource, borrow_class, saved_processor
+from llmtune.deploy.onnx_session import OPENVINO_SUFFIX, PAST, OnnxSession, Tensors, open_session
 from llmtune.deploy.tuned_model import render_prompts, served_by_folder
-from llmtune.errors import EnvironmentProblem, first_line
+from llmtune.errors import EnvironmentProblem
 from llmtune.model.causal_lm_loss import READ, accepted_arguments
 from llmtune.model.config import find_class
-from llmtune.session import RunContext
 from llmtune.store.atomic_files import read_json
 
 MODEL, ENCODER, DECODER = "model.onnx", "encoder_model.onnx", "decoder_model.onnx"
-ONNX_LIMITS = {
-    "onnx": Limits(kl_floor=1e-5, kl_cap=1e-4, top1=0.99, logit_difference=0.05),
-    "onnx-int8": Limits(kl_floor=3e-2, kl_cap=3e-2, top1=0.9),
-}
-PAST, PRESENT, CROSS = "past_key_values", "present", "cross"
-"""First part of the names of keys and values: earlier tokens, all tokens, and those of the encoder's output."""
-Tensors = Mapping[str, torch.Tensor | None]
-
-
-class Session:
-    """One ONNX file, opened by onnxruntime on the CPU with the threads of this process."""
-
-    def __init__(self, file: Path, layers: Sequence[str] = ()) -> None:
-        """Open `file`; `layers` are inner values to return as well."""
-        import onnxruntime
-
-        self.file = str(file)
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
-        options.log_severity_level = 3
-        content = str(file)
-        if layers:
-            import onnx
-
-            graph = onnx.load(file)
-            graph.graph.output.extend(onnx.ValueInfoProto(name=name) for name in layers)
-            content = graph.SerializeToString()
-        with self.explained("open"):
-            self.session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
-        self.inputs = {one.name: one for one in self.session.get_inputs()}
-        self.outputs = [one.name for one in self.session.get_outputs()]
-
-    @contextmanager
-    def explained(self, what: str) -> Iterator[None]:
-        """Turn errors of onnxruntime, which have no common class, into an EnvironmentProblem."""
-        from onnxruntime.capi import onnxruntime_pybind11_state as state
-
-        kinds = tuple(kind for kind in vars(state).values() if isinstance(kind, type) and issubclass(kind, Exception))
-        try:
-            yield
-        except kinds as error:
-            raise EnvironmentProblem.of(
-                f"onnxruntime cannot {what} the file: {first_line(error)}", self.file
-            ) from error
-
-    def check_width(self, known: Sequence[int]) -> None:
-        """Raise EnvironmentProblem if the first output has a fixed width that none of this run's heads has."""
-        first = self.session.get_outputs()[0]
-        if len(self.outputs) == 1 and isinstance(first.shape[-1], int) and first.shape[-1] not in known:
-            what = f"the file returns {first.name} of width {first.shape[-1]}: it lacks the run's head"
-            raise EnvironmentProblem.of(what, self.file, "Export the model with its head.")
-
-    def run(self, given: Tensors) -> dict[str, torch.Tensor]:
-        """Return the outputs by name; an empty cache and token types are filled in."""
-        batch = len(next(part for part in given.values() if part is not None))
-        feed = {}
-        for name, about in self.inputs.items():
-            part = given.get(name)
-            kind = np.dtype(ONNX_TYPES[about.type])
-            if part is not None:
-                feed[name] = part.numpy().astype(kind, copy=False)
-            elif name.startswith(PAST):  # [B, heads, P, width]
-                feed[name] = np.zeros((batch, about.shape[1], 0, about.shape[3]), kind)
-            elif name == "token_type_ids":
-                feed[name] = np.zeros_like(feed["input_ids"])
-            else:
-                raise EnvironmentProblem.of(f"the ONNX file needs the unknown input {name!r}")
-        with self.explained("run"):
-            found = self.session.run(None, feed)
-        return {name: torch.from_numpy(part) for name, part in zip(self.outputs, found, strict=True)}
+PRESENT, CROSS = "present", "cross"
+"""First part of the names of keys and values, next to PAST: of all tokens, and of the encoder's output."""
 
 
 def read_inner_values(file: Path, layers: Mapping[str, str], given: Tensors) -> dict[str, torch.Tensor]:
     """Return the values of a graph by the names that `layers` maps to them, for a batch without padding."""
-    found = Session(file, list(layers.values())).run(complete_texts(given))
+    found = OnnxSession(file, list(layers.values())).run(complete_texts(given))
     return {module: found[name] for module, name in layers.items()}
 
 
-ONNX_TYPES = {
-    "tensor(int64)": "int64",
-    "tensor(int32)": "int32",
-    "tensor(float)": "float32",
-    "tensor(float16)": "float16",
-    "tensor(bool)": "bool",
-}
-
-
-def open_onnx_export(path: Path, context: RunContext) -> ExportedModel:
-    """Open an ONNX file, or a folder of them, as this run's model.
+def open_onnx_export(path: Path, source: ModelSource) -> ExportedModel:
+    """Open an ONNX or OpenVINO file, or a folder of them, as this run's model.
 
     Labels and their order come from the folder's `config.json`, the tokenizer and the tokens that end answers from its
     files. Without these files, they come from the run.
     """
-    import onnxruntime
-
-    plan = context.plan
     folder = path if path.is_dir() else path.parent
-    kind, config = find_class(plan.model_ref, plan.recipe, plan.task)
+    kind, config = find_class(source.model_ref, source.recipe, source.task)
     stated = read_json(folder / "config.json") or {}
-    columns = order_labels(config, stated) if plan.task.trains_head else None
-    halves = [folder / ENCODER, folder / DECODER] if path.is_dir() and (folder / DECODER).is_file() else None
-    files = halves or [_find_onnx_file(path)]
-    sessions = [Session(file) for file in files]
-    if halves:
+    columns = order_labels(config, stated) if source.task.trains_head else None
+    files = _find_graphs(path)
+    sessions = [open_session(file) for file in files]
+    if len(sessions) == 2:
         model = _borrow_encoder_decoder(kind, config, *sessions)
     elif any(name.startswith(PAST) for name in sessions[0].inputs):
         model = borrow_class(kind, config, _continue_texts(sessions[0], kind))
@@ -138,33 +54,29 @@ def open_onnx_export(path: Path, context: RunContext) -> ExportedModel:
         text = config.get_text_config()
         sessions[0].check_width((config.num_labels, text.vocab_size, text.hidden_size))
         model = borrow_class(kind, config, _read_heads(sessions[0], columns))
-    settings = next((one for one in (folder, plan.model_ref.path) if (one / GENERATION_CONFIG_NAME).is_file()), None)
+    settings = next((one for one in (folder, source.model_ref.path) if (one / GENERATION_CONFIG_NAME).is_file()), None)
     if settings is not None:
         model.generation_config = GenerationConfig.from_pretrained(settings)
     known = (folder / "tokenizer_config.json").is_file()
-    processor = saved_processor(folder, plan.model_ref, plan.recipe.model) if known else plan.processor
+    processor = saved_processor(folder, source.model_ref, source.recipe.model) if known else source.processor
     served = partial(served_by_folder, folder) if known else partial(render_prompts, processor=processor)
-    name = "onnx-int8" if any(map(_is_rounded, files)) else "onnx"
-    runtime = f"onnxruntime {onnxruntime.__version__}"
-    return ExportedModel(name, runtime, model, processor, path, ONNX_LIMITS[name], served)
+    coarsest = next((one for one in sessions if one.is_rounded()), sessions[0])
+    return ExportedModel(coarsest.format, coarsest.runtime, model, processor, path, coarsest.limits(), served)
 
 
-def _is_rounded(file: Path) -> bool:
-    """Return whether a file has weights of 8 bits."""
-    import onnx
-
-    weights = onnx.load(file, load_external_data=False).graph.initializer
-    return any(
-        one.data_type in (onnx.TensorProto.INT8, onnx.TensorProto.UINT8) and len(one.dims) > 1 for one in weights
+def _find_graphs(path: Path) -> list[Path]:
+    """Return the file of a model, or the files of its encoder and its decoder."""
+    found = (
+        [path]
+        if path.is_file()
+        else sorted(file for one in (".onnx", OPENVINO_SUFFIX) for file in path.glob(f"*{one}"))
     )
-
-
-def _find_onnx_file(path: Path) -> Path:
-    found = [path] if path.is_file() else sorted(path.glob("*.onnx"))
+    if [file.stem for file in found] == [Path(DECODER).stem, Path(ENCODER).stem]:
+        return found[::-1]
     if len(found) != 1:
         what = f"expected one ONNX file, found {len(found)}"
         raise EnvironmentProblem.of(what, str(path), "Give the path of the file.")
-    return found[0]
+    return found
 
 
 def order_labels(config: PretrainedConfig, stated: Mapping[str, Any]) -> list[int] | None:
@@ -186,7 +98,7 @@ def cache_argument(kind: type[torch.nn.Module]) -> str:
     return "cache" if "cache" in accepted_arguments(kind) else "past_key_values"  # type: ignore[arg-type]
 
 
-def _read_heads(session: Session, columns: Sequence[int] | None) -> Callable[..., ModelOutput]:
+def _read_heads(session: OnnxSession, columns: Sequence[int] | None) -> Callable[..., ModelOutput]:
     """Return the forward pass of an encoder, or of a decoder with a head."""
 
     def forward(self: PreTrainedModel, *first: torch.Tensor, **given: Any) -> ModelOutput:
@@ -214,7 +126,7 @@ def complete_texts(given: Tensors, length: int = 0) -> dict[str, torch.Tensor | 
     return {**known, **{name: part.cpu() for name, part in given.items() if part is not None}}
 
 
-def _continue_texts(session: Session, kind: type[PreTrainedModel]) -> Callable[..., CausalLMOutputWithPast]:
+def _continue_texts(session: OnnxSession, kind: type[PreTrainedModel]) -> Callable[..., CausalLMOutputWithPast]:
     """Return the forward pass of a decoder: texts [B, T] and a cache of [B, P] -> logits [B, T, V], and the cache."""
     name = cache_argument(kind)
 
@@ -240,7 +152,7 @@ def _continue_texts(session: Session, kind: type[PreTrainedModel]) -> Callable[.
 
 
 def _borrow_encoder_decoder(
-    kind: type[PreTrainedModel], config: PretrainedConfig, reader: Session, writer: Session
+    kind: type[PreTrainedModel], config: PretrainedConfig, reader: OnnxSession, writer: OnnxSession
 ) -> PreTrainedModel:
     """Return a model whose encoder and decoder are onnxruntime's."""
     name = cache_argument(kind)

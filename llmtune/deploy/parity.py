@@ -91,6 +91,14 @@ class Limits:
             return limit
         return min(limit, max(self.noise, effect / 2))
 
+    def applied(self, effect: float | None) -> Certificate:
+        """Return the limits for a tuning that moved the model by `effect`, as a certificate has them."""
+        return {
+            "kl_mean": self.kl(effect),
+            "top1_agreement": self.top1,
+            "largest_logit_difference": self.logit_difference,
+        }
+
 
 LIMITS = {
     "exact": Limits(kl_floor=1e-5, kl_cap=1e-4, top1=0.99, logit_difference=0.05),

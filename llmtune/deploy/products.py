@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -13,13 +13,14 @@ from llmtune import __version__
 from llmtune.deploy.export_score import describe_export, score_export, time_tuned
 from llmtune.deploy.exported_model import ExportedModel, open_folder, weight_bytes
 from llmtune.deploy.gguf_export import check_gguf, make_gguf
-from llmtune.deploy.gguf_readers import open_gguf_export
+from llmtune.deploy.gguf_readers import longest_text, open_gguf_export
 from llmtune.deploy.merged_model import merge_run
 from llmtune.deploy.onnx_export import check_onnx, make_onnx, missing_packages
 from llmtune.deploy.onnx_model import open_onnx_export
-from llmtune.deploy.parity import Certificate, describe_parity, find_breaches
+from llmtune.deploy.onnx_session import OPENVINO_SUFFIX
+from llmtune.deploy.parity import Certificate, describe_parity
+from llmtune.deploy.parity_reference import make_reference
 from llmtune.deploy.quantized_model import SCHEMES, check_quantizable, quantize_run
-from llmtune.deploy.tuned_model import make_reference
 from llmtune.errors import EnvironmentProblem, GateFailed, Problem, RecipeError
 from llmtune.report.render_terminal import spinner
 from llmtune.session import Plan, RunContext, open_finished
@@ -79,15 +80,17 @@ def make_products(context: RunContext) -> None:
 def open_export(path: Path, context: RunContext) -> ExportedModel:
     """Open a file or a folder by the runtime that its kind belongs to; raises RecipeError for an unknown kind."""
     if not path.exists():
-        raise RecipeError.of("not found", str(path), "Name a GGUF or ONNX file, a model folder, or a URL.")
+        raise RecipeError.of("not found", str(path), "Name a GGUF, ONNX or OpenVINO file, a model folder, or a URL.")
     if path.suffix == ".gguf" or (path.is_dir() and any(path.glob("*.gguf"))):
-        return open_gguf_export(path, context)
+        return open_gguf_export(path, context.plan, longest_text(context))
+    if path.suffix == OPENVINO_SUFFIX or (path.is_dir() and any(path.glob(f"*{OPENVINO_SUFFIX}"))):
+        return open_onnx_export(path, context.plan)
     if path.suffix == ".onnx" or (path.is_dir() and any(path.glob("*.onnx"))):
         EnvironmentProblem.collect(missing_packages())
-        return open_onnx_export(path, context)
+        return open_onnx_export(path, context.plan)
     if (path / "config.json").is_file() and weight_bytes(path):
-        return open_folder(path, context, name="folder")
-    fix = "Name a GGUF or ONNX file, a model folder with config.json and weights, or the URL of an endpoint."
+        return open_folder(path, context.plan)
+    fix = "Name a GGUF, ONNX or OpenVINO file, a model folder with config.json and weights, or the URL of an endpoint."
     raise RecipeError.of("not an export that llmtune can open", str(path), fix)
 
 
@@ -106,15 +109,13 @@ def certify_export(run: Path, path: Path, *, offline: bool, console: Console) ->
         reference = make_reference(tuned)
     exported = open_export(path, context)
     with spinner(console, "asking the export"):
-        parity = reference.parity(exported.model, exported.processor, exported.served_prompts, exported.ends)
-    breaches, limits = find_breaches(parity, exported.limits), asdict(exported.limits)
+        certified = reference.certify(exported)
     out = run / "certified" / path.absolute().name
     with explained(out):
         out.mkdir(parents=True, exist_ok=True)
         scored = score_export(context, out, lambda *_: exported, asked) | usage
         content = hash_file(path) if path.is_file() else hash_folder(path)
-        about = {"export": path.name, "sha256": content, "limits": limits, "measured": asdict(parity), "score": scored}
-        certificate: Certificate = plain({**tuned.certificate(breaches), **about})
+        certificate: Certificate = plain({**certified, "export": path.name, "sha256": content, "score": scored})
         write_json(out / CERTIFICATE, certificate)
     console.print(
         f"{path.name}, read by {exported.runtime}: {describe_parity(certificate['measured'])}", highlight=False
@@ -122,5 +123,5 @@ def certify_export(run: Path, path: Path, *, offline: bool, console: Console) ->
     for line in describe_export(scored):
         console.print(line, highlight=False)
     fix = f"The numbers are in {out / CERTIFICATE}."
-    GateFailed.collect(Problem(f"the export differs: {breach}", str(path), fix) for breach in breaches)
+    GateFailed.collect(Problem(f"the export differs: {breach}", str(path), fix) for breach in certified["breaches"])
     return certificate

@@ -6,7 +6,7 @@ Shapes: O outputs and G groups of inputs with one scale of a layer; T tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
 from importlib.metadata import version
@@ -20,18 +20,18 @@ from transformers import PreTrainedModel
 
 from llmtune.data.examples import ExampleReader
 from llmtune.deploy.export_score import export_run
-from llmtune.deploy.exported_model import open_folder, saved_processor
+from llmtune.deploy.exported_model import open_folder
 from llmtune.deploy.gptq import find_scales, round_layers
-from llmtune.deploy.merged_model import load_back, merge_to, save_merged, weight_facts
+from llmtune.deploy.merged_model import merge_to, save_merged, weight_facts
 from llmtune.deploy.parity import (
     Certificate,
     Limits,
     check_output,
     describe_parity,
-    find_breaches,
     write_certificate,
 )
-from llmtune.deploy.tuned_model import TunedModel, make_reference, served_by_folder, training_base
+from llmtune.deploy.parity_reference import make_reference
+from llmtune.deploy.tuned_model import TunedModel, training_base
 from llmtune.errors import EnvironmentProblem, RecipeError, nearest
 from llmtune.model.config import build_skeleton, expert_parameters, find_class, head_names, in_heads, read_model_config
 from llmtune.model.device import explain_oom
@@ -146,12 +146,10 @@ def quantize_model(
     This consumes `tuned`. Return the certificate; on failure `out` stays empty.
     """
     RecipeError.collect(check_output(out))
-    selected, limits = tuned.adapted.selected, SCHEMES[scheme].limits
-    onto = training_base(tuned.recipe, selected.model_ref)
-    device = str(selected.model.device)
+    onto = training_base(tuned.recipe, tuned.model_ref)
     with spinner(console, "asking the tuned model"):
         reference = make_reference(tuned)
-    memory = explain_oom(f"quantising {selected.model_ref.name}", device)
+    memory = explain_oom(f"quantising {tuned.model_ref.name}", tuned.device)
     with explained(out), memory, staged(out) as folder:
         with spinner(console, f"merging and quantising to {scheme}"):
             merged = merge_to(tuned, onto, torch.float32).eval()
@@ -160,19 +158,15 @@ def quantize_model(
             compressor.update_config(folder)
             del merged
         with spinner(console, "asking the quantised model, read back from disk"):
-            loaded = load_back(folder, tuned, device, DTYPE, "the quantised model")
-            processor = saved_processor(folder, selected.model_ref, tuned.recipe.model)
-            parity = reference.parity(loaded, processor, partial(served_by_folder, folder))
+            certified = reference.certify(open_folder(folder, tuned), SCHEMES[scheme].limits)
         certificate = {
-            **tuned.certificate(find_breaches(parity, limits)),
+            **certified,
             "method": tuned.adapted.method,
             "onto": onto,
             "scheme": scheme,
             "group_size": group_size if scheme == "w4a16" else None,
             "calibration_rows": len(texts) if SCHEMES[scheme].calibrated else 0,
             "compressed_tensors": version("compressed-tensors"),
-            "limits": {"kl_mean": limits.kl(parity.effect_kl), "top1_agreement": limits.top1},
-            "measured": asdict(parity),
             **weight_facts(folder),
         }
         fix = "" if scheme == "w8a8" else "Round less: --scheme w8a8. "

@@ -192,8 +192,8 @@ def test_a_gate_on_an_export_that_is_not_made_yet_names_the_command():
 
 
 def test_methods_are_compared_without_exports_and_their_gates(tiny_llama, tmp_path):
-    gates = ["loss < base", "deploy.merged.loss <= tuned"]
-    path = write_recipe(tmp_path / "r.yaml", tiny_llama, "rows.jsonl", deploy=["merged"], evaluate={"gates": gates})
+    evaluate = {"gates": ["loss < base", "deploy.merged.loss.high <= tuned"], "when_unsure": "report"}
+    path = write_recipe(tmp_path / "r.yaml", tiny_llama, "rows.jsonl", deploy=["merged"], evaluate=evaluate)
     changed = load_recipe(path, change(load_recipe(path), "full")).recipe
     assert (changed.deploy, changed.evaluate.gates) == ((), ("loss < base",))
 

@@ -37,7 +37,7 @@ def test_a_certified_file_answers_like_the_tuned_model(tune, tmp_path, console, 
     certificate = export_gguf(tune(), out, console, number_format=number_format)
     assert {file.name for file in out.iterdir()} == {certificate["file"], "Modelfile", "certificate.json"}
     assert certificate["file"] == f"tiny-{number_format.upper()}.gguf"
-    assert certificate["reader"] == "transformers"
+    assert certificate["reader"].startswith("transformers")
     measured = certificate["measured"]
     assert measured["kl_mean"] < measured["effect_kl"] / 100
     assert measured["same_ids"]

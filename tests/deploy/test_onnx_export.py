@@ -19,7 +19,10 @@ from llmtune.adapter.merging import merge_adapter as really_merge
 from llmtune.deploy.merged_model import save_settings as really_save
 from llmtune.deploy.onnx_export import check_onnx, make_onnx
 from llmtune.deploy.onnx_model import open_onnx_export
+from llmtune.deploy.parity_reference import make_reference
+from llmtune.deploy.tuned_model import load_tuned
 from llmtune.errors import GateFailed, RecipeError
+from llmtune.model import device
 from llmtune.pipeline import run_pipeline
 from llmtune.recipe.loader import load_recipe
 from llmtune.serve.finished_run import FinishedRun
@@ -127,6 +130,14 @@ def test_every_kind_of_model_runs_in_onnxruntime_and_by_its_script(case, tmp_pat
         assert len(written.splitlines()) == len(arguments[0].split())
 
 
+def test_a_float32_reference_stays_in_float32_where_auto_is_bfloat16(trained, console, monkeypatch):
+    monkeypatch.setattr(device, "has_fast_bfloat16", lambda kind: True)
+    tuned = load_tuned(open_finished(trained("classify"), console, offline=True))
+    tuned.model.float()
+    reference = make_reference(tuned)
+    assert torch.equal(torch.cat(reference.logits), torch.cat(reference.read_logits(tuned.model)))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("case", ["chat", "translate"])
 def test_models_that_write_are_rounded_in_blocks(case, tmp_path, trained, console):
@@ -221,11 +232,28 @@ def test_a_recipe_makes_and_scores_int8_and_a_bare_file_is_the_same_model(tmp_pa
     assert score["rows"] == 6
     assert score["runtime"].startswith("onnxruntime")
     assert score["bytes"] == certificate["weights_bytes"]
-    context = open_finished(run, console, offline=True)
+    plan = open_finished(run, console, offline=True).plan
     shutil.copy(run / "onnx/int8/model.onnx", tmp_path / "foreign.onnx")
     ids = torch.tensor([[5, 6, 7, 8]])
-    ours, theirs = (open_onnx_export(path, context).model for path in (run / "onnx/int8", tmp_path / "foreign.onnx"))
+    ours, theirs = (open_onnx_export(path, plan).model for path in (run / "onnx/int8", tmp_path / "foreign.onnx"))
     assert torch.equal(ours(input_ids=ids).logits, theirs(input_ids=ids).logits)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["classify", "qa", "chat", "translate"])
+def test_openvino_files_are_certified_by_openvino(case, tmp_path, trained, console):
+    openvino = pytest.importorskip("openvino")
+    run = shutil.copytree(trained(case), tmp_path / "run")
+    make_onnx(open_finished(run, console, offline=True))
+    out = shutil.copytree(run / "onnx/float32", tmp_path / "openvino")
+    for file in out.glob("*.onnx"):
+        openvino.save_model(openvino.convert_model(file), file.with_suffix(".xml"))
+        file.unlink()
+    result = invoke("deploy", "certify", out, "--run", run, "--json")
+    assert result.exit_code == 0, result.output
+    certificate = json.loads(result.stdout)
+    assert certificate["reader"].startswith("openvino")
+    assert certificate["measured"]["answer_agreement"] == 1
 
 
 def test_missing_packages_and_models_with_other_states_are_refused(tmp_path, trained, console, monkeypatch):

@@ -1,0 +1,172 @@
+"""A graph in the program that computes it: an ONNX file in onnxruntime, an OpenVINO file in OpenVINO."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from llmtune.deploy.parity import LIMITS, Limits
+from llmtune.errors import EnvironmentProblem, first_line
+
+PAST = "past_key_values"
+"""First part of the names of the inputs with the keys and values of earlier tokens."""
+OPENVINO_SUFFIX = ".xml"
+INT8_LIMITS = Limits(kl_floor=3e-2, kl_cap=3e-2, top1=0.9)
+INTEGERS = ('element_type="u8"', 'element_type="i8"', 'element_type="u4"', 'element_type="i4"')
+ONNX_TYPES = {
+    "tensor(int64)": "int64",
+    "tensor(int32)": "int32",
+    "tensor(float)": "float32",
+    "tensor(float16)": "float16",
+    "tensor(bool)": "bool",
+}
+Tensors = Mapping[str, torch.Tensor | None]
+
+
+class OnnxSession:
+    """One ONNX file, opened by onnxruntime on the CPU with the threads of this process."""
+
+    format, package = "onnx", "onnxruntime"
+
+    def __init__(self, file: Path, layers: Sequence[str] = ()) -> None:
+        """Open `file`; `layers` are inner values to return as well."""
+        import onnxruntime
+
+        self.file = file
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        options.log_severity_level = 3
+        content = str(file)
+        if layers:
+            import onnx
+
+            graph = onnx.load(file)
+            graph.graph.output.extend(onnx.ValueInfoProto(name=name) for name in layers)
+            content = graph.SerializeToString()
+        with self.explained("open"):
+            self.session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+        self.inputs = {one.name: (ONNX_TYPES[one.type], one.shape) for one in self.session.get_inputs()}
+        """Number type and shape of each input."""
+        self.outputs = [one.name for one in self.session.get_outputs()]
+        self.width = self.session.get_outputs()[0].shape[-1]
+        """Width of the first output; a name if it varies."""
+
+    @property
+    def runtime(self) -> str:
+        """Name and version of the program."""
+        return f"{self.package} {version(self.package)}"
+
+    def is_rounded(self) -> bool:
+        """Return whether weights are integers."""
+        import onnx
+
+        integers = (onnx.TensorProto.INT8, onnx.TensorProto.UINT8)
+        weights = onnx.load(self.file, load_external_data=False).graph.initializer
+        return any(one.data_type in integers and len(one.dims) > 1 for one in weights)
+
+    def limits(self) -> Limits:
+        """Return how far the number format of the weights may move the model."""
+        return INT8_LIMITS if self.is_rounded() else LIMITS["exact"]
+
+    @contextmanager
+    def explained(self, what: str) -> Iterator[None]:
+        """Turn errors of the program, which have no common class, into an EnvironmentProblem."""
+        from onnxruntime.capi import onnxruntime_pybind11_state as state
+
+        kinds = tuple(kind for kind in vars(state).values() if isinstance(kind, type) and issubclass(kind, Exception))
+        try:
+            yield
+        except kinds as error:
+            reason = f"{self.package} cannot {what} the file: {first_line(error)}"
+            raise EnvironmentProblem.of(reason, str(self.file)) from error
+
+    def check_width(self, known: Sequence[int]) -> None:
+        """Raise EnvironmentProblem if the first output has a fixed width that none of this run's heads has."""
+        if len(self.outputs) == 1 and isinstance(self.width, int) and self.width not in known:
+            what = f"the file returns {self.outputs[0]} of width {self.width}: it lacks the run's head"
+            raise EnvironmentProblem.of(what, str(self.file), "Export the model with its head.")
+
+    def run(self, given: Tensors) -> dict[str, torch.Tensor]:
+        """Return the outputs by name; an empty cache and token types are filled in."""
+        batch = len(next(part for part in given.values() if part is not None))
+        feed = {}
+        for name, (kind, shape) in self.inputs.items():
+            part = given.get(name)
+            if part is not None:
+                feed[name] = part.numpy().astype(kind, copy=False)
+            elif name.startswith(PAST):  # [B, heads, P, width]
+                feed[name] = np.zeros((batch, shape[1], 0, shape[3]), kind)
+            elif name == "token_type_ids":
+                feed[name] = np.zeros_like(feed["input_ids"])
+            else:
+                raise EnvironmentProblem.of(f"the file needs the unknown input {name!r}", str(self.file))
+        with self.explained("run"):
+            found = self.compute(feed)
+        return {name: torch.from_numpy(part) for name, part in zip(self.outputs, found, strict=True)}
+
+    def compute(self, feed: dict[str, NDArray[Any]]) -> Sequence[NDArray[Any]]:
+        """Return the outputs in order."""
+        return cast(Sequence[NDArray[Any]], self.session.run(None, feed))
+
+
+class OpenVinoSession(OnnxSession):
+    """One OpenVINO file (IR), opened by OpenVINO on the CPU with the threads of this process."""
+
+    format, package = "openvino", "openvino"
+
+    def __init__(self, file: Path) -> None:
+        """Open `file`, a .xml file with its .bin file next to it."""
+        try:
+            import openvino
+        except ImportError as error:
+            what = "OpenVINO files need the package openvino"
+            raise EnvironmentProblem.of(what, str(file), "Run: pip install 'llmtune-cli[openvino]'") from error
+        self.file = file
+        with self.explained("open"):
+            options = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "INFERENCE_PRECISION_HINT": "f32"}
+            self.compiled = openvino.Core().compile_model(str(file), "CPU", options)
+        self.inputs = {
+            one.any_name: (one.element_type.to_dtype().name, [*map(_size, one.partial_shape)])
+            for one in self.compiled.inputs
+        }
+        self.outputs = [one.any_name for one in self.compiled.outputs]
+        self.width = _size(self.compiled.outputs[0].partial_shape[-1])
+
+    def is_rounded(self) -> bool:
+        """Return whether weights are integers."""
+        text = self.file.read_text()
+        return any(kind in text for kind in INTEGERS)
+
+    def limits(self) -> Limits:
+        """Return how far the number format of the weights may move the model."""
+        halves = 'element_type="f16"' in self.file.read_text()
+        return INT8_LIMITS if self.is_rounded() else LIMITS["rounded" if halves else "exact"]
+
+    @contextmanager
+    def explained(self, what: str) -> Iterator[None]:
+        """Turn errors of OpenVINO into an EnvironmentProblem."""
+        try:
+            yield
+        except RuntimeError as error:
+            reason = f"{self.package} cannot {what} the file: {first_line(error)}"
+            raise EnvironmentProblem.of(reason, str(self.file)) from error
+
+    def compute(self, feed: dict[str, NDArray[Any]]) -> Sequence[NDArray[Any]]:
+        """Return the outputs in order."""
+        return [*self.compiled(feed).values()]
+
+
+def _size(axis: Any) -> int | str:
+    return axis.get_length() if axis.is_static else "any"
+
+
+def open_session(file: Path) -> OnnxSession:
+    """Open a file by the program that its suffix belongs to."""
+    return OpenVinoSession(file) if file.suffix == OPENVINO_SUFFIX else OnnxSession(file)

@@ -1,0 +1,261 @@
+"""The tuned model's outputs on its questions, with which its exports are compared and certified.
+
+Shapes: T positions of a prompt and its answer, V vocabulary; N distributions over K outputs: one per row for classes,
+one per token for tags and words, two for an answer's ends.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
+from typing import TypeVar, cast
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from llmtune.adapter.reference_model import switches_off
+from llmtune.data.chat_template import stop_ids
+from llmtune.deploy.exported_model import ExportedModel
+from llmtune.deploy.parity import (
+    Certificate,
+    Distance,
+    Limits,
+    Parity,
+    find_breaches,
+    measure_distance,
+    measure_share,
+)
+from llmtune.deploy.tuned_model import ANSWER_TOKENS, TransformersReader, TunedModel, render_prompts
+from llmtune.errors import DataError, LlmtuneError
+from llmtune.evaluate.evaluated_task import LoadedModel
+from llmtune.evaluate.generation import answer_ends
+from llmtune.model.causal_lm_loss import accepted_arguments, decoder_inputs, model_inputs, move_to, unwrap
+from llmtune.model.device import compute_context
+from llmtune.records import Batch, Row
+from llmtune.report.render_terminal import track_items
+from llmtune.tasks.base import AnyTask
+from llmtune.tasks.speech import heard_at_once
+
+T = TypeVar("T")
+
+
+class TunedReference(ABC):
+    """The tuned model's outputs on its questions, to compare products with."""
+
+    kind = "choice"
+    """The task's `output_kind`."""
+
+    def __init__(self, tuned: TunedModel) -> None:
+        self.tuned = tuned
+        self.logits = self.read_logits(tuned.model)
+        self.base_logits = self.read_base_logits()
+        """The base model's logits; None if no adapter can be disabled."""
+        self.effect = None if self.base_logits is None else self.compare(self.base_logits).kl_mean
+        """Mean KL from the tuned model to its own base."""
+
+    def follow(self, items: Sequence[T], what: str) -> Iterator[T]:
+        """Yield items with a bar on the terminal."""
+        return track_items(self.tuned.console, items, what)
+
+    @abstractmethod
+    def read_logits(self, model: PreTrainedModel) -> list[torch.Tensor]:
+        """Return the logits [N, K] of `model` for each question, on the CPU in float32."""
+
+    @property
+    @abstractmethod
+    def longest(self) -> int:
+        """Tokens of the longest text that an export reads and writes."""
+
+    @abstractmethod
+    def parity(self, exported: ExportedModel) -> Parity:
+        """Compare an export: its logits, its answers, and the inputs that its own tokenizer makes."""
+
+    def certify(self, exported: ExportedModel, limits: Limits | None = None) -> Certificate:
+        """Return the fields of an export's certificate; `limits` override its own."""
+        limits, parity = limits or exported.limits, self.parity(exported)
+        return {
+            **self.tuned.certificate(find_breaches(parity, limits)),
+            "reader": exported.runtime,
+            "limits": limits.applied(parity.effect_kl),
+            "measured": asdict(parity),
+        }
+
+    def read_base_logits(self) -> list[torch.Tensor] | None:
+        """Return the base model's logits; None if no adapter can be disabled."""
+        model = self.tuned.adapted.model
+        if not switches_off(model):  # trained biases stay
+            return None
+        with cast(PeftModel, model).disable_adapter():
+            return self.read_logits(cast(PreTrainedModel, model))
+
+    def compare(self, logits: Sequence[torch.Tensor]) -> Distance:
+        """Compare logits of the same questions with those of the tuned model."""
+        return measure_distance(self.logits, logits, self.kind)
+
+    def judge(self, logits: Sequence[torch.Tensor], same_answers: Sequence[bool], same_ids: bool) -> Parity:
+        """Return a product's parity from its logits, equal answers, and whether all inputs are equal."""
+        base = self.base_logits
+        return Parity(
+            **asdict(self.compare(logits)),
+            prompts=len(same_answers),
+            positions=sum(map(len, self.logits)),
+            answer_agreement=sum(same_answers) / len(same_answers),
+            same_ids=same_ids,
+            effect_kl=self.effect,
+            kl_from_base=None if base is None else measure_distance(base, logits, self.kind).kl_mean,
+            effect_share=None if base is None else measure_share(base, self.logits, logits, self.kind),
+        )
+
+
+def make_reference(tuned: TunedModel) -> TunedReference:
+    """Ask the tuned model the fixed prompts and its rows; only the rows if it does not continue a text."""
+    return TextReference(tuned) if tuned.task.continues_text else HeadReference(tuned)
+
+
+# Models that continue a text
+
+
+class TextReference(TunedReference):
+    """Prompts, the tuned model's greedy answers to them, and its logits [T, V] over both."""
+
+    def __init__(self, tuned: TunedModel) -> None:
+        reader = TransformersReader(tuned.model)
+        self.stops = answer_ends(tuned.model, tuned.processor)
+        self.prompts = render_prompts(tuned, tuned.processor)
+        self.tuned = tuned
+        self.answers = [reader.answer(prompt, self.stops) for prompt in self.follow(self.prompts, "answers")]
+        super().__init__(tuned)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt with an answer."""
+        return max(map(len, self.prompts)) + ANSWER_TOKENS
+
+    def read_logits(self, model: PreTrainedModel) -> list[torch.Tensor]:
+        """Return the logits over each prompt with the tuned model's answer."""
+        reader, pairs = TransformersReader(model), list(zip(self.prompts, self.answers, strict=True))
+        return [reader.logits([*prompt, *answer]) for prompt, answer in self.follow(pairs, "likelihoods")]
+
+    def parity(self, exported: ExportedModel) -> Parity:
+        """Compare an export, with prompts made as in training and as by a server."""
+        tuned, processor, reader = self.tuned, exported.processor, TransformersReader(exported.model)
+        try:
+            same_ids = exported.served_prompts(tuned) == self.prompts == render_prompts(tuned, processor)
+        except LlmtuneError:  # its template cannot render them
+            same_ids = False
+        pairs = list(zip(self.prompts, self.answers, strict=True))
+        logits = self.read_logits(exported.model)
+        same = [reader.answer(prompt, self.stops) == expected for prompt, expected in self.follow(pairs, "answers")]
+        known = answer_ends(exported.model, processor) if exported.ends is None else exported.ends
+        turns = stop_ids(tuned.processor, tuned.recipe) if tuned.recipe.variant.facts.templated else []
+        missing = tuned.processor.convert_ids_to_tokens([token for token in turns if token not in known])
+        return replace(self.judge(logits, same, same_ids), missing_ends=tuple(missing))
+
+
+# Classes, tags, answer spans, translations, transcripts
+
+
+class HeadReference(TunedReference):
+    """Outputs and predictions on the run's rows, for models with a head, encoder-decoders and speech models."""
+
+    def __init__(self, tuned: TunedModel) -> None:
+        self.tuned = tuned
+        self.kind = tuned.task.output_kind(tuned.recipe)
+        with compute_context(unwrap(tuned.model).dtype, tuned.device):  # a float32 head on a 16-bit body
+            self.predictions = self._predict(tuned.model, tuned.processor)
+            self.batches = list(self._make_batches(tuned.processor))
+            if not self.batches:
+                what = "none of the run's test rows can be encoded, so the models cannot be compared"
+                raise DataError.of(what, "data.test", "Give test rows that fit into data.max_length.")
+            super().__init__(tuned)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest example."""
+        return max(cast(torch.Tensor, batch["input_ids"]).shape[1] for batch in self.batches)
+
+    def read_logits(self, model: PreTrainedModel) -> list[torch.Tensor]:
+        """Return the logits for each example."""
+        return [read_head_outputs(model, batch) for batch in self.follow(self.batches, "outputs")]
+
+    def parity(self, exported: ExportedModel) -> Parity:
+        """Compare an export; predictions are compared in their written form."""
+        model, task = exported.model, self.tuned.task
+        write = task.format_prediction
+        pairs = zip(self._predict(model, exported.processor), self.predictions, strict=True)
+        same = [write(actual) == write(expected) for actual, expected in pairs]
+        labels = unwrap(self.tuned.model).config.id2label if task.trains_head else model.config.id2label
+        compared = self.judge(self.read_logits(model), same, self._same_ids(exported))
+        return replace(compared, same_labels=model.config.id2label == labels)
+
+    def _same_ids(self, exported: ExportedModel) -> bool:
+        made = list(self._make_batches(exported.processor))
+        if len(made) != len(self.batches) or not all(map(_is_same_batch, made, self.batches)):
+            return False
+        if exported.encode is None:
+            return True
+        asked = [cast(torch.Tensor, batch["input_ids"])[0].tolist() for batch in self.batches]
+        texts = [exported.encode(row["text"]) for row in self.tuned.rows]
+        return all(ids in texts for ids in asked if len(ids) < self.tuned.recipe.data.max_length)  # not truncated
+
+    def _predict(self, model: PreTrainedModel, processor: PreTrainedTokenizerBase) -> Sequence[object]:
+        task = self.tuned.task
+        questions = [task.split_answer(row)[0] for row in self.tuned.rows]
+        with torch.inference_mode():
+            return task.predict(questions, LoadedModel(model, processor, self.tuned.recipe, str(model.device)))
+
+    def _make_batches(self, processor: PreTrainedTokenizerBase) -> Iterator[Batch]:
+        """Yield one batch per example, to avoid padding; rows that cannot be encoded are skipped.
+
+        An encoder-decoder is compared at each token of its prediction.
+        """
+        task, recipe = self.tuned.task, self.tuned.recipe
+        collate = task.collator(processor, recipe, False)
+        for row, prediction in zip(self.tuned.rows, self.predictions, strict=True):
+            for candidate in (fill_answer(task, row, prediction), row):
+                (examples,) = task.encode([candidate], processor, recipe)
+                if not isinstance(examples, str):  # a string is the reason why the row has none
+                    yield from (collate([example], 0) for example in examples)
+                    break
+
+
+def fill_answer(task: AnyTask, row: Row, prediction: object) -> Row:
+    """Return the row with a model's prediction as its answer, if answers are single texts."""
+    question, answer = task.split_answer(row)
+    if not isinstance(prediction, str) or task.trains_head:
+        return row
+    if "answers" in row:
+        return {**row, "answers": [{"text": prediction, "start": None}] if prediction else []}
+    changed = [key for key, value in row.items() if value == answer and question.get(key) != value]
+    return {**row, **dict.fromkeys(changed, prediction)}
+
+
+@torch.inference_mode()
+def read_head_outputs(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+    """Return the model's logits [N, K] for one batch, on the CPU in float32."""
+    inner = unwrap(model)
+    moved = move_to(inner.device, batch)
+    if "samples_R" in moved:
+        pieces = [model(**inputs).logits for inputs, _ in heard_at_once(model, moved)]
+        return torch.cat([part.flatten(0, -2) for part in pieces]).float().cpu()
+    inputs = model_inputs(model, moved)
+    if inner.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = decoder_inputs(model, moved["labels"])
+    if "use_cache" in accepted_arguments(type(inner)):  # type: ignore[arg-type]
+        inputs["use_cache"] = False
+    output = model(**inputs)
+    if hasattr(output, "start_logits"):
+        return torch.cat([output.start_logits, output.end_logits]).float().cpu()
+    logits: torch.Tensor = output.logits if "logits" in output else output.last_hidden_state
+    return logits.reshape(-1, logits.shape[-1]).float().cpu()
+
+
+def _is_same_batch(one: Batch, other: Batch) -> bool:
+    if one.keys() != other.keys():
+        return False
+    return all(
+        torch.equal(part, other[key]) if isinstance(part, torch.Tensor) else part == other[key]
+        for key, part in one.items()
+    )
