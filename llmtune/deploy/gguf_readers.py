@@ -233,6 +233,8 @@ def _read_texts(reader: LlamaReader) -> Callable[..., CausalLMOutputWithPast]:
     ) -> CausalLMOutputWithPast:
         if (attention_mask is not None and attention_mask.dim() > 2) or rest.get("past_key_values"):
             raise ValueError("llama.cpp has its own mask and cache")
+        if isinstance(logits_to_keep, int) and logits_to_keep == 1 < len(input_ids):
+            raise ValueError("llama.cpp caches one text, and would read several anew for each token")
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         rows = []
         for row, ids_T in enumerate(input_ids):

@@ -43,7 +43,7 @@ def merge(code: int) -> str:
 )
 def test_a_merge_without_the_adapter_fails_and_leaves_no_model(finished, without, shows):
     with without("llmtune.deploy.merged_model.merge_weights", lambda adapted, onto: adapted.model.unload()):
-        with without("llmtune.deploy.merged_model.find_breaches", lambda parity, limits: []):
+        with without("llmtune.deploy.parity_reference.find_breaches", lambda parity, limits: []):
             merge(0)
         torch.testing.assert_close(logits(finished / "run/merged"), logits(finished / "model"))  # the tuning is lost
         (finished / "run/merged").rename(finished / "forgetful")
@@ -74,12 +74,12 @@ def test_an_export_with_another_template_fails(finished, without, shows):
         return tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
 
     with without("llmtune.deploy.merged_model.save_tokenizer", save_another):
-        with without("llmtune.deploy.merged_model.find_breaches", lambda parity, limits: []):
+        with without("llmtune.deploy.parity_reference.find_breaches", lambda parity, limits: []):
             merge(0)
         assert rendered("run/merged") != rendered("model"), "a server's prompts differ from training"
         (finished / "run/merged").rename(finished / "other")
         shows(merge(6))
-        with without("llmtune.deploy.merged_model.saved_processor", lambda *_: tuned_processor(finished)):
+        with without("llmtune.deploy.exported_model.saved_processor", lambda *_: tuned_processor(finished)):
             shows(merge(6))  # correct for llmtune, wrong for a server
 
 
