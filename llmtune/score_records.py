@@ -300,6 +300,13 @@ class Evaluation:
         pairs = self.exports.items()
         return {f"deploy.{name}.{metric}": value for name, one in pairs for metric, value in one.base.items()}
 
+    def own_intervals(self) -> dict[str, Difference]:
+        """Return the tuned model's scores with their own intervals, including studies, by the names that gates use."""
+        pairs = self.studies.items()
+        return self.intervals | {
+            f"{name}.{metric}": one for name, study in pairs for metric, one in study.intervals.items()
+        }
+
     def differences(self) -> dict[str, Difference]:
         """Return the differences, including studies, by the names that gates use."""
         found = dict(self.difference)
