@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 
 from rich.console import Console
 
@@ -37,7 +37,7 @@ def metrics_of_validation(training: TrainContext, examples: Examples) -> Callabl
     recipe = recipe.model_copy(update={"evaluate": asked})
     processor, rows = training.adapted.selected.processor, load_rows(training.folder / "data" / "rows")
     inputs = make_inputs(rows, examples, task, processor, recipe, "validation")
-    asked_of = dict.fromkeys(TOOL_METRICS, inputs.turns)
+    asked_of: dict[str, Sized] = dict.fromkeys(TOOL_METRICS, inputs.turns)
     asked_of |= {} if task.predicts else dict.fromkeys(CHOICE_METRICS, inputs.trees)
     asked_of = dict.fromkeys(PREDICTED, inputs.answered) | asked_of
     if lacking := [name for name in metrics if not asked_of.get(name, inputs.rows)]:
