@@ -8,6 +8,7 @@ from typing import Any
 from pydantic_core import PydanticUndefined
 
 from llmtune.recipe.data_section import Source
+from llmtune.recipe.decision_section import DecideSection, SetsSection
 from llmtune.recipe.eval_suites_section import BenchmarkSection, FairnessSection, ForgettingSection
 from llmtune.recipe.gate_grammar import FORMS
 from llmtune.recipe.model_section import CatalogueQuery
@@ -34,6 +35,8 @@ default holds. `--set` wins over all files. `llmtune recipes show NAME --origin`
 
 NAMED = {"Source": "source", "BenchmarkSection": "benchmark"}
 STUDIES: dict[str, type[RecipeSection]] = {
+    "`evaluate.decide`": DecideSection,
+    "`evaluate.sets`": SetsSection,
     "`evaluate.forgetting`": ForgettingSection,
     "`evaluate.fairness`": FairnessSection,
     "Benchmark, in `evaluate.benchmarks`": BenchmarkSection,
