@@ -8,7 +8,7 @@ from typing import Any
 from pydantic_core import PydanticUndefined
 
 from llmtune.recipe.data_section import Source
-from llmtune.recipe.eval_suites_section import BenchmarkSection, FairnessSection, ForgettingSection
+from llmtune.recipe.eval_suites_section import BenchmarkSection, FairnessSection, ForgettingSection, JudgeSection
 from llmtune.recipe.gate_grammar import FORMS
 from llmtune.recipe.model_section import CatalogueQuery
 from llmtune.recipe.schema import EXTENDS, Recipe, json_schema
@@ -36,6 +36,7 @@ NAMED = {"Source": "source", "BenchmarkSection": "benchmark"}
 STUDIES: dict[str, type[RecipeSection]] = {
     "`evaluate.forgetting`": ForgettingSection,
     "`evaluate.fairness`": FairnessSection,
+    "`evaluate.judge`": JudgeSection,
     "Benchmark, in `evaluate.benchmarks`": BenchmarkSection,
 }
 
@@ -146,5 +147,5 @@ def gate_text() -> str:
         "`champion` is the run that `evaluate.champion` names. A gate\n"
         "that fails ends the run with exit code 6; `evaluate.when_unsure` says what a gate counts as that\n"
         "these rows are too few for. Metrics of a study are called `STUDY.METRIC`: those of\n"
-        "`evaluate.forgetting`, `evaluate.fairness` and `evaluate.benchmarks`."
+        "`evaluate.forgetting`, `evaluate.fairness`, `evaluate.benchmarks` and `evaluate.judge`."
     )
