@@ -9,7 +9,7 @@ from pydantic_core import PydanticUndefined
 
 from llmtune.recipe.data_section import Source
 from llmtune.recipe.decision_section import DecideSection, SetsSection
-from llmtune.recipe.eval_suites_section import BenchmarkSection, FairnessSection, ForgettingSection
+from llmtune.recipe.eval_suites_section import BenchmarkSection, FairnessSection, ForgettingSection, JudgeSection
 from llmtune.recipe.gate_grammar import FORMS
 from llmtune.recipe.model_section import CatalogueQuery
 from llmtune.recipe.schema import EXTENDS, Recipe, json_schema
@@ -39,6 +39,7 @@ STUDIES: dict[str, type[RecipeSection]] = {
     "`evaluate.sets`": SetsSection,
     "`evaluate.forgetting`": ForgettingSection,
     "`evaluate.fairness`": FairnessSection,
+    "`evaluate.judge`": JudgeSection,
     "Benchmark, in `evaluate.benchmarks`": BenchmarkSection,
 }
 
@@ -149,5 +150,5 @@ def gate_text() -> str:
         "`champion` is the run that `evaluate.champion` names. A gate\n"
         "that fails ends the run with exit code 6; `evaluate.when_unsure` says what a gate counts as that\n"
         "these rows are too few for. Metrics of a study are called `STUDY.METRIC`: those of\n"
-        "`evaluate.forgetting`, `evaluate.fairness` and `evaluate.benchmarks`."
+        "`evaluate.forgetting`, `evaluate.fairness`, `evaluate.benchmarks` and `evaluate.judge`."
     )

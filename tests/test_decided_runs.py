@@ -194,12 +194,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str, dict[str, Any], str]] = {
     "gate": ({}, "classify", {"gates": ["decided >= 0.6"]}, "uses a metric that is not computed"),
     "risk": ({}, "classify", {"decide": {"risk": 5}}, "evaluate.decide.risk"),
     "coverage": ({}, "classify", {"sets": 1.5}, "evaluate.sets"),
-    "end": (
-        {},
-        "classify",
-        {"gates": ["forgetting.loss.low >= 0.6"]},
-        "only test rows and a judge have such an interval",
-    ),
+    "end": ({}, "classify", {"gates": ["forgetting.loss.low >= 0.6"]}, "only test rows and a judge"),
 }
 
 

@@ -260,7 +260,7 @@ class Judge:
             with lock:
                 replies[key] = reply
                 if journal is not None and not reply["refused"]:
-                    append_line(journal, reply)
+                    append_reply(journal, reply)
                 advance(1)
 
         with self.connected() as client, ThreadPoolExecutor(PARALLEL) as pool:
@@ -274,7 +274,7 @@ class Judge:
         return replies
 
 
-def append_line(path: Path, value: Mapping[str, object]) -> None:
+def append_reply(path: Path, value: Mapping[str, object]) -> None:
     """Append a line of JSON; a line that a killed process left incomplete is ended first."""
     with explained(path), path.open("ab+") as file:
         if file.tell():
