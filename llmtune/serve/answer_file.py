@@ -60,7 +60,7 @@ def answer_file(
     asked = _columns_of(run.task.inputs, [*columns, *header], str(rows))
     served = run.load(dict.fromkeys(asked, "text"), base=base, max_new_tokens=max_new_tokens)
     vectors: list[list[float] | None] | None = [] if output is not None and output.suffix == ".npy" else None
-    if vectors is not None and run.task.name != "embed":
+    if vectors is not None and served.recipe.embed is None:
         raise RecipeError.of(f"task {run.task.name} makes no vectors", str(output), "Write to a file in .jsonl.")
     answered = 0
     with ExitStack() as stack:
@@ -159,7 +159,7 @@ def _answer_rows(
     rows = [task.make_row(inputs) for inputs in given]
     if task.predicts:
         for prediction in served.predict(rows):
-            if task.name == "embed":
+            if recipe.embed is not None:
                 yield {"vectors": prediction}
                 continue
             labelled = label_scores(prediction, recipe)
