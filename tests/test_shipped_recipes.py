@@ -80,7 +80,7 @@ def shorten(recipe: str, model: Path) -> list[str]:
         values["data.max_length"] = 200
     if recipe.startswith("qa"):
         values |= {"data.max_length": 256, "qa.stride": 64}
-    elif written.task not in ("chat", "completion", "speech"):
+    elif written.task not in ("chat", "completion", "speech", "rerank"):
         values["data.max_length"] = 500
     return [f"{key}={value}" for key, value in values.items()]
 

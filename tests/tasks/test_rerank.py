@@ -24,7 +24,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 
 from llmtune.deploy.merged_model import merge_run
 from llmtune.deploy.onnx_export import make_onnx
-from llmtune.errors import DataError
+from llmtune.errors import DataError, RecipeError
 from llmtune.evaluate.per_row_scores import load_measures
 from llmtune.pipeline import run_pipeline
 from llmtune.recipe.loader import load_recipe
@@ -184,6 +184,13 @@ def test_the_onnx_model_gives_the_logits_of_the_same_scores(run: Path, tmp_path:
     command = [sys.executable, str(tmp_path / "onnx" / "run_model.py"), *PAIRS[0]]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert 1 / (1 + math.exp(-float(done.stdout))) == pytest.approx(scores_of(run)[0], abs=1e-4)
+
+
+def test_any_cutoff_is_a_metric_except_zero() -> None:
+    gates = "evaluate.gates=['ndcg@7.low > base']"
+    assert load_recipe("rerank", ["evaluate.metrics=[ndcg@7, recall@100]", gates]).recipe.evaluate.gates
+    with pytest.raises(RecipeError, match=r"unknown metric 'ndcg@0'(.|\n)*ndcg@10"):
+        load_recipe("rerank", ["evaluate.metrics=[ndcg@0]", "evaluate.gates=[]"])
 
 
 def test_trackers_get_names_without_an_at_sign() -> None:
