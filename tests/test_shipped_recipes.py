@@ -47,6 +47,8 @@ BUILDERS: dict[str, Callable[[Path], Path]] = {
     "token-classify-offline": families.build_bert,
     "speech": partial(families.build_whisper, multilingual=True),
     "speech-offline": partial(families.build_whisper, multilingual=False),
+    "embed": families.build_bert,
+    "embed-offline": families.build_bert,
     "rerank": families.build_bert,
     "rerank-offline": families.build_bert,
     "preference": build_llama,
@@ -67,6 +69,8 @@ def shorten(recipe: str, model: Path) -> list[str]:
         "train.learning_rate": 0.01,
         "evaluate.gates": "[]",
     }
+    if recipe.startswith("embed"):
+        values |= {"data.max_length": 128, "data.on_overlong": "truncate"}  # the tiny model's positions are few
     if recipe.startswith("chat-tools"):
         template = RECIPES / "templates/chatml.jinja"
         values |= {"data.max_length": 2048, "generation.max_new_tokens": 4, "model.chat_template": template}
@@ -145,7 +149,7 @@ def test_table_of_recipes_names_each_of_them() -> None:
 
 
 SHIPPED = sorted(path.stem for path in (RECIPES / "data").glob("*.jsonl"))
-SAYS = ("text", "document", "source", "prompt", "question", "tokens")
+SAYS = ("text", "document", "source", "prompt", "question", "query", "tokens")
 """Content columns; each shipped row has at least one of them."""
 
 

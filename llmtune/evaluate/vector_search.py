@@ -35,7 +35,7 @@ def measure_spread(metric: str, vectors: Sequence[Vectors]) -> Measure:
 
     The effective rank is the participation ratio of the vectors' second moments: 1 over the mean squared cosine.
     """
-    unit_ND = np.stack([unit([*one.values()][-1]) for one in vectors])
+    unit_ND = np.stack([unit([*one.values()][-1]) for one in vectors]) if vectors else np.zeros((0, 1))
     count = len(unit_ND)
     if metric == "random_cosine":
         cosine_N = (unit_ND @ unit_ND.sum(0) - 1) / max(1, count - 1)

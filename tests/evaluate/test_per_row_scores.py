@@ -26,6 +26,7 @@ from llmtune.evaluate.per_row_scores import MEASURES, PerRowScores, load_measure
 from llmtune.evaluate.ranking_metrics import RankedQuery, measure_ranking
 from llmtune.evaluate.text_metrics import TEXT_MEASURES, TOKEN_METRICS, measure_cer, measure_tokens, measure_wer
 from llmtune.evaluate.tool_metrics import ToolTurn, measure_tools
+from llmtune.evaluate.vector_search import measure_spread
 from llmtune.recipe.task_facts import CALIBRATION, RANKING, TASK_FACTS, TOOL_METRICS
 from llmtune.recipe.task_sections import PreferenceSection
 from llmtune.tasks.preference_metrics import measure_preferences
@@ -43,6 +44,7 @@ SAID = [
 ]
 BEFORE = [{**one, "chosen": -0.5} for one in SAID]
 RANKED = [RankedQuery(random.integers(0, 5, 20), [2, 1, *random.integers(0, 2, 18)], [1]) for _ in range(ROWS)]
+VECTORS = [{"query": random.normal(size=8).tolist()} for _ in range(ROWS)]
 ANSWERS = [{"answer": -i * 0.1} for i in range(ROWS)]
 
 
@@ -124,6 +126,10 @@ METRICS: dict[str, Callable[[list[int]], Measure]] = {
     **{f"{metric} of tools": partial(tools, metric) for metric in TOOL_METRICS},
     **{f"{metric} of {kind}": partial(probabilities, metric, kind) for metric in CALIBRATION for kind in CHOSEN},
     **{
+        f"{metric} of vectors": lambda rows, metric=metric: measure_spread(metric, of(VECTORS, rows))
+        for metric in ("random_cosine", "effective_rank")
+    },
+    **{
         f"{metric} of rankings": lambda rows, metric=metric: measure_ranking(metric, of(RANKED, rows))
         for metric in RANKING
     },
@@ -136,7 +142,8 @@ def drawn() -> np.ndarray:
     return np.random.default_rng(1).multinomial(ROWS, np.full(ROWS, 1 / ROWS), size=4).astype(float)
 
 
-@pytest.mark.parametrize("name", METRICS)
+# A vector is compared with those of all rows, also of rows that are not drawn.
+@pytest.mark.parametrize("name", [name for name in METRICS if not name.endswith("vectors")])
 def test_a_row_drawn_several_times_counts_like_as_many_copies(name: str, drawn: np.ndarray) -> None:
     wanted = [METRICS[name](np.repeat(np.arange(ROWS), row.astype(int)).tolist()).value for row in drawn]
     assert METRICS[name](list(range(ROWS))).resampled(drawn) == pytest.approx(wanted, abs=1e-9, nan_ok=True)

@@ -80,7 +80,7 @@ def scores_of(run: Path) -> list[float]:
     finished = FinishedRun(run)
     served = finished.load({"prompt": "x", "passages": "y"}, base=False, max_new_tokens=None)
     rows = [{"query": query, "passages": [passage], "relevances": []} for query, passage in PAIRS]
-    return [one["scores"][0] for one in served.predict(rows)]
+    return [one.value["scores"][0] for one in served.predict(rows)]
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
