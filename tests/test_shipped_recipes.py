@@ -69,8 +69,6 @@ def shorten(recipe: str, model: Path) -> list[str]:
         "train.learning_rate": 0.01,
         "evaluate.gates": "[]",
     }
-    if recipe.startswith("embed"):
-        values |= {"data.max_length": 128, "data.on_overlong": "truncate"}  # the tiny model's positions are few
     if recipe.startswith("chat-tools"):
         template = RECIPES / "templates/chatml.jinja"
         values |= {"data.max_length": 2048, "generation.max_new_tokens": 4, "model.chat_template": template}
@@ -84,6 +82,8 @@ def shorten(recipe: str, model: Path) -> list[str]:
         values["data.max_length"] = 200
     if recipe.startswith("qa"):
         values |= {"data.max_length": 256, "qa.stride": 64}
+    elif written.task == "embed":
+        values |= {"data.max_length": 128, "data.on_overlong": "truncate"}
     elif written.task not in ("chat", "completion", "speech", "rerank"):
         values["data.max_length"] = 500
     return [f"{key}={value}" for key, value in values.items()]
