@@ -182,7 +182,7 @@ class _Export:
         del merged
         limits = FORMAT_LIMITS[self.number_format]
         if self.tuned.adapted.selected.quantized:
-            limits = _wider(limits, LIMITS["rounded" if onto == "dequantized" else "other base"])
+            limits = limits.wider(LIMITS["rounded" if onto == "dequantized" else "other base"])
         facts = {**self._file_facts(file, onto), "ignored_window": find_ignored_window(config.to_dict())}
         return {**facts, **self._certify(file, limits)}
 
@@ -231,10 +231,6 @@ class _Export:
         with spinner(self.console, "asking the GGUF file"):
             opened = open_gguf_export(file, self.tuned, self.reference.longest, adapter)
             return self.reference.certify(opened, limits)
-
-
-def _wider(one: Limits, other: Limits) -> Limits:
-    return Limits(max(one.kl_floor, other.kl_floor), max(one.kl_cap, other.kl_cap), min(one.top1, other.top1))
 
 
 def _print_export(certificate: Certificate, out: Path, console: Console) -> None:

@@ -91,6 +91,10 @@ class Limits:
             return limit
         return min(limit, max(self.noise, effect / 2))
 
+    def wider(self, other: Limits) -> Limits:
+        """Return limits that allow what either allows."""
+        return Limits(max(self.kl_floor, other.kl_floor), max(self.kl_cap, other.kl_cap), min(self.top1, other.top1))
+
     def applied(self, effect: float | None) -> Certificate:
         """Return the limits for a tuning that moved the model by `effect`, as a certificate has them."""
         return {

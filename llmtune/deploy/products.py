@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import torch
 from rich.console import Console
 
 from llmtune import __version__
@@ -18,7 +19,7 @@ from llmtune.deploy.merged_model import merge_run
 from llmtune.deploy.onnx_export import check_onnx, make_onnx, missing_packages
 from llmtune.deploy.onnx_model import open_onnx_export
 from llmtune.deploy.onnx_session import OPENVINO_SUFFIX
-from llmtune.deploy.parity import Certificate, describe_parity
+from llmtune.deploy.parity import LIMITS, Certificate, describe_parity
 from llmtune.deploy.parity_reference import make_reference
 from llmtune.deploy.quantized_model import SCHEMES, check_quantizable, quantize_run
 from llmtune.errors import EnvironmentProblem, GateFailed, Problem, RecipeError
@@ -109,7 +110,8 @@ def certify_export(run: Path, path: Path, *, offline: bool, console: Console) ->
         reference = make_reference(tuned)
     exported = open_export(path, context)
     with spinner(console, "asking the export"):
-        certified = reference.certify(exported)
+        rounded = tuned.model.dtype != torch.float32  # so are its outputs, and merges that others convert
+        certified = reference.certify(exported, exported.limits.wider(LIMITS["rounded"]) if rounded else None)
     out = run / "certified" / path.absolute().name
     with explained(out):
         out.mkdir(parents=True, exist_ok=True)

@@ -4,13 +4,16 @@ import json
 import shutil
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 from support import families
 from support.classifying import colour_rows, recipe_for
 from support.classifying import run as run_classifier
 from support.runs import finish_run, invoke, write_recipe
+from transformers import AutoModelForCausalLM
 
 from llmtune.compare.compare_methods import change
+from llmtune.deploy.parity import LIMITS
 from llmtune.errors import RecipeError
 from llmtune.evaluate.gates import check_gates
 from llmtune.evaluate.opened_runs import open_run_scores
@@ -90,6 +93,16 @@ def test_a_copy_of_the_merged_model_is_certified_as_foreign(chat):
     assert certificate["passed"]
     assert certificate["score"]["difference"]["loss"]["value"] == pytest.approx(0, abs=1e-4)
     assert (chat / "certified/merged/measures.npz").exists()
+
+
+def test_the_rounding_of_a_16_bit_run_is_allowed_in_exports_of_others(tmp_path, tiny_llama):
+    run = finish_run(tmp_path, tiny_llama, deploy=["merged"], model={"name": str(tiny_llama), "dtype": "bfloat16"})
+    other = tmp_path / "float32"
+    shutil.copytree(run / "merged", other)
+    AutoModelForCausalLM.from_pretrained(other, dtype=torch.float32).save_pretrained(other)
+    result = invoke("deploy", "certify", other, "--run", run, "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["limits"]["kl_mean"] >= LIMITS["rounded"].kl_floor
 
 
 def break_folder(folder, change):
