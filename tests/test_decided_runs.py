@@ -208,6 +208,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str, dict[str, Any], str]] = {
     ),
     "export": ({"deploy": ["onnx"]}, "classify", {**RULES, "gates": ["deploy.onnx.decided > 0"]}, "is not computed"),
     "gate": ({}, "classify", {"gates": ["decided >= 0.6"]}, "uses a metric that is not computed"),
+    "base": ({}, "classify", {**RULES, "gates": ["decided.low > base"]}, "the base, which decides nothing"),
     "risk": ({}, "classify", {"decide": {"risk": 5}}, "evaluate.decide.risk"),
     "coverage": ({}, "classify", {"sets": 1.5}, "evaluate.sets"),
     "end": ({}, "classify", {"gates": ["forgetting.loss.low >= 0.6"]}, "only test rows and a judge"),
