@@ -33,6 +33,7 @@ from llmtune.deploy.products import check_products, make_products
 from llmtune.errors import EnvironmentProblem
 from llmtune.evaluate.cache_keys import evaluation_inputs, note_own_metrics
 from llmtune.evaluate.champion import check_champion, note_look
+from llmtune.evaluate.decision import refresh_rules
 from llmtune.evaluate.eval_inputs import warn_of_cuts
 from llmtune.evaluate.evaluation_file import list_failed, load_evaluation, print_scores, print_verdict
 from llmtune.evaluate.gates import require_gates
@@ -309,6 +310,7 @@ def run_evaluate(context: RunContext, loaded: LoadedRecipe) -> None:
         judged = hash_keys(context.folder.path / "recipe.yaml", judging=True)
         step.facts.update(trained=context.once(lambda: hash_folder(context.trained_folder)), recipe=judged)
     context.once(lambda: note_own_metrics(context.folder, context.plan.recipe))
+    context.once(lambda: refresh_rules(context.folder, context.trained_folder, context.console))
 
 
 def run_deploy(context: RunContext, loaded: LoadedRecipe) -> None:

@@ -150,6 +150,22 @@ def test_gates_use_decisions_and_the_ends_of_their_intervals(trained: Callable[[
     assert "inconclusive" in report["gates"][2]["note"]
 
 
+def test_exports_get_the_rules_of_a_later_evaluation(trained: Callable[[str], Path], tmp_path: Path) -> None:
+    run = shutil.copytree(trained("single"), tmp_path / "run")
+    other = shutil.copytree(run / "merged", run / "onnx/float32")
+    certificate = json.loads((other / "certificate.json").read_text())
+    (other / "certificate.json").write_text(json.dumps({**certificate, "trained_sha256": "other weights"}))
+    before = load_decision(run / "merged")
+    done = invoke("evaluate", run, "--offline", "--set", "evaluate.decide.risk=0.4")
+    assert "merged now has this evaluation's temperature and decisions" in done.output
+    record, _ = read(run)
+    assert load_decision(run / "merged") == record != before
+    assert load_decision(other) == before
+    without = [f"evaluate.{key}=null" for key in RULES]
+    invoke("evaluate", run, "--offline", *(word for one in without for word in ("--set", one)))
+    assert load_decision(run / "merged") is None
+
+
 def test_a_run_with_too_few_validation_rows_says_so_before_training_and_asks_about_everything(
     tmp_path: Path,
 ) -> None:
@@ -192,6 +208,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str, dict[str, Any], str]] = {
     ),
     "export": ({"deploy": ["onnx"]}, "classify", {**RULES, "gates": ["deploy.onnx.decided > 0"]}, "is not computed"),
     "gate": ({}, "classify", {"gates": ["decided >= 0.6"]}, "uses a metric that is not computed"),
+    "base": ({}, "classify", {**RULES, "gates": ["decided.low > base"]}, "the base, which decides nothing"),
     "risk": ({}, "classify", {"decide": {"risk": 5}}, "evaluate.decide.risk"),
     "coverage": ({}, "classify", {"sets": 1.5}, "evaluate.sets"),
     "end": ({}, "classify", {"gates": ["forgetting.loss.low >= 0.6"]}, "only test rows and a judge"),

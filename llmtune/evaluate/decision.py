@@ -36,10 +36,11 @@ from llmtune.recipe.training_rule import count_checkpoints
 from llmtune.records import Json, Rows
 from llmtune.report.number_format import count
 from llmtune.score_records import Decided, Decision, Evaluation
-from llmtune.store.atomic_files import read_json, write_json
-from llmtune.store.run_folder import RunFolder
+from llmtune.store.atomic_files import hash_folder, read_json, write_json
+from llmtune.store.run_folder import CERTIFICATE, RunFolder
 
 RECORD = "decision.json"
+EXPORTS = ("merged", "gguf", "onnx", "quantized")
 DECIDE, ASK = "decide", "ask"
 
 
@@ -203,6 +204,24 @@ def copy_rules(run: RunFolder, target: Path) -> None:
     for name in (CALIBRATION_RECORD, RECORD):
         if run.is_done("evaluate") and (source := run.path / "evaluation" / name).is_file():
             shutil.copyfile(source, target / name)
+        else:
+            (target / name).unlink(missing_ok=True)
+
+
+def refresh_rules(run: RunFolder, trained: Path, console: Console) -> None:
+    """Copy the rules of a new evaluation into exports of the same weights; they would keep the old ones."""
+    weights = hash_folder(trained)
+    for file in sorted(found for name in EXPORTS for found in (run.path / name).rglob(CERTIFICATE)):
+        out, before = file.parent, _read_rules(file.parent)
+        if (read_json(file) or {}).get("trained_sha256") == weights:
+            copy_rules(run, out)
+            if _read_rules(out) != before:
+                shown = out.relative_to(run.path).as_posix()
+                console.print(f"{shown} now has this evaluation's temperature and decisions", highlight=False)
+
+
+def _read_rules(folder: Path) -> list[Any]:
+    return [read_json(folder / name) for name in (CALIBRATION_RECORD, RECORD)]
 
 
 def load_decision(folder: Path) -> Decision | None:

@@ -317,6 +317,9 @@ class EvaluateSection(RecipeSection):
             if gate.against and (gate.against == "tuned") != gate.on_export:
                 fix = "Compare an export with `tuned`, and the tuned model with `base` or `champion`."
                 diagnostics.add(key, f"the gate {gate.text!r} compares with the wrong model", fix)
+            elif gate.against == "base" and key_of_decision(gate.metric):
+                fix = f"Compare with a number, such as `{gate.metric} {gate.op} 0.5`, or with `champion`."
+                diagnostics.add(key, f"the gate {gate.text!r} compares with the base, which decides nothing", fix)
             elif gate.against == "champion" and "." in gate.metric:
                 fix = "Compare with `base`: a champion has scores on test rows only."
                 diagnostics.add(key, f"the gate {gate.text!r} compares a study with a champion", fix)
