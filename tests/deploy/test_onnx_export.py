@@ -263,16 +263,6 @@ def test_a_foreign_file_may_be_in_float16_next_to_other_xml_files(tmp_path, trai
     assert (exported.format, exported.limits) == ("onnx", LIMITS["rounded"])
 
 
-@pytest.mark.parametrize("other", ["classify", "token-classify", "qa"])
-def test_a_file_of_another_task_is_refused(other, tmp_path, trained, console):
-    run = shutil.copytree(trained(other), tmp_path / "run")
-    make_onnx(open_finished(run, console, offline=True))
-    for case in {"classify", "token-classify", "qa"} - {other}:
-        plan = open_finished(trained(case), console, offline=True).plan
-        with pytest.raises(EnvironmentProblem, match="it lacks the run's head"):
-            open_onnx_export(run / "onnx/float32/model.onnx", plan)
-
-
 @pytest.mark.parametrize("labels", [["red", "green"], {"red": "0"}, {"5": "red", "9": "green"}])
 def test_labels_without_numbers_are_refused(labels, tmp_path, trained, console):
     plan = open_finished(trained("classify"), console, offline=True).plan
