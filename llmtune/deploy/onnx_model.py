@@ -52,7 +52,8 @@ def open_onnx_export(path: Path, source: ModelSource) -> ExportedModel:
         model = borrow_class(kind, config, _continue_texts(sessions[0], kind))
     else:
         text = config.get_text_config()
-        sessions[0].check_width((config.num_labels, text.vocab_size, text.hidden_size))
+        widths = (config.num_labels, text.vocab_size, text.hidden_size)
+        sessions[0].check_head(widths, source.task.auto_class)
         model = borrow_class(kind, config, _read_heads(sessions[0], columns))
     settings = next((one for one in (folder, source.model_ref.path) if (one / GENERATION_CONFIG_NAME).is_file()), None)
     if settings is not None:
@@ -64,13 +65,15 @@ def open_onnx_export(path: Path, source: ModelSource) -> ExportedModel:
     return ExportedModel(coarsest.format, coarsest.runtime, model, processor, path, coarsest.limits(), served)
 
 
+def list_graphs(folder: Path) -> list[Path]:
+    """Return the ONNX files of a folder, and its OpenVINO files: XML files with weights next to them."""
+    models = [one for one in folder.glob(f"*{OPENVINO_SUFFIX}") if one.with_suffix(".bin").is_file()]
+    return sorted([*folder.glob("*.onnx"), *models])
+
+
 def _find_graphs(path: Path) -> list[Path]:
     """Return the file of a model, or the files of its encoder and its decoder."""
-    found = (
-        [path]
-        if path.is_file()
-        else sorted(file for one in (".onnx", OPENVINO_SUFFIX) for file in path.glob(f"*{one}"))
-    )
+    found = [path] if path.is_file() else list_graphs(path)
     if [file.stem for file in found] == [Path(DECODER).stem, Path(ENCODER).stem]:
         return found[::-1]
     if len(found) != 1:
@@ -82,10 +85,17 @@ def _find_graphs(path: Path) -> list[Path]:
 def order_labels(config: PretrainedConfig, stated: Mapping[str, Any]) -> list[int] | None:
     """Return for each of the run's labels the column of an export that states others; None if they are the same.
 
-    The export's own labels are set in `config`, for its certificate.
+    The export's own labels are set in `config`, for its certificate. Raises EnvironmentProblem if they are not numbered
+    from 0.
     """
     ours = dict(config.id2label)
-    theirs = {int(number): str(name) for number, name in (stated.get("id2label") or ours).items()}
+    named = stated.get("id2label") or ours
+    if not isinstance(named, Mapping) or {*map(str, named)} != {*map(str, range(len(named)))}:
+        what = f"id2label does not number the labels from 0: {str(named)[:80]}"
+        raise EnvironmentProblem.of(
+            what, "config.json", 'Write {"0": FIRST, "1": SECOND}, in the order of the outputs.'
+        )
+    theirs = {int(number): str(name) for number, name in named.items()}
     if theirs == ours or all(name == f"LABEL_{i}" for i, name in theirs.items()):
         return None
     config.id2label = theirs

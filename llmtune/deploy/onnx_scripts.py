@@ -30,6 +30,8 @@ import onnxruntime
 from transformers import AutoFeatureExtractor, AutoTokenizer
 
 {constants}
+if len(sys.argv) <= {needed}:
+    sys.exit(__doc__)
 folder = Path(__file__).parent
 tokenizer = AutoTokenizer.from_pretrained(folder)
 '''
@@ -147,10 +149,11 @@ def write_script(model: PreTrainedModel, tuned: TunedModel, folder: Path) -> Non
         constants |= {"PROMPT": embed.query_prompt, "POOLING": embed.pooling, "NORMALIZE": embed.normalize}
     else:
         body = _head_script(model, tuned)
-    inputs = constants.get("PLACES") or [*tuned.task.required_inputs, *tuned.task.optional_inputs]
-    arguments = " ".join(inputs).upper().replace("<", "").replace(">", "")
+    needed = constants.get("PLACES") or tuned.task.required_inputs or tuned.task.optional_inputs[:1]
+    optional = ["[pair]"] if "pair" in tuned.task.optional_inputs else []
+    arguments = " ".join([*needed, *optional]).upper().replace("<", "").replace(">", "")
     lines = "".join(f"{name} = {value!r}\n" for name, value in constants.items())
-    write_text(folder / SCRIPT, TOP.format(arguments=arguments, constants=lines) + body)
+    write_text(folder / SCRIPT, TOP.format(arguments=arguments, constants=lines, needed=len(needed)) + body)
 
 
 def _head_script(model: PreTrainedModel, tuned: TunedModel) -> str:

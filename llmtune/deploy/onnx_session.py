@@ -27,6 +27,12 @@ ONNX_TYPES = {
     "tensor(float16)": "float16",
     "tensor(bool)": "bool",
 }
+OUTPUT_AXES = {
+    "AutoModelForSequenceClassification": 2,
+    "AutoModelForTokenClassification": 3,
+    "AutoModelForQuestionAnswering": 2,
+}
+"""Axes of the first output of a head."""
 Tensors = Mapping[str, torch.Tensor | None]
 
 
@@ -55,8 +61,8 @@ class OnnxSession:
         self.inputs = {one.name: (ONNX_TYPES[one.type], one.shape) for one in self.session.get_inputs()}
         """Number type and shape of each input."""
         self.outputs = [one.name for one in self.session.get_outputs()]
-        self.width = self.session.get_outputs()[0].shape[-1]
-        """Width of the first output; a name if it varies."""
+        self.shape = self.session.get_outputs()[0].shape
+        """Shape of the first output; names of lengths that vary."""
 
     @property
     def runtime(self) -> str:
@@ -65,15 +71,19 @@ class OnnxSession:
 
     def is_rounded(self) -> bool:
         """Return whether weights are integers."""
+        return bool({"INT8", "UINT8"} & self.read_formats())
+
+    def read_formats(self) -> set[str]:
+        """Return ONNX's names of the number formats of weight matrices."""
         import onnx
 
-        integers = (onnx.TensorProto.INT8, onnx.TensorProto.UINT8)
         weights = onnx.load(self.file, load_external_data=False).graph.initializer
-        return any(one.data_type in integers and len(one.dims) > 1 for one in weights)
+        return {onnx.TensorProto.DataType.Name(one.data_type) for one in weights if len(one.dims) > 1}
 
     def limits(self) -> Limits:
         """Return how far the number format of the weights may move the model."""
-        return INT8_LIMITS if self.is_rounded() else LIMITS["exact"]
+        halves = "FLOAT16" in self.read_formats()
+        return INT8_LIMITS if self.is_rounded() else LIMITS["rounded" if halves else "exact"]
 
     @contextmanager
     def explained(self, what: str) -> Iterator[None]:
@@ -87,10 +97,17 @@ class OnnxSession:
             reason = f"{self.package} cannot {what} the file: {first_line(error)}"
             raise EnvironmentProblem.of(reason, str(self.file)) from error
 
-    def check_width(self, known: Sequence[int]) -> None:
-        """Raise EnvironmentProblem if the first output has a fixed width that none of this run's heads has."""
-        if len(self.outputs) == 1 and isinstance(self.width, int) and self.width not in known:
-            what = f"the file returns {self.outputs[0]} of width {self.width}: it lacks the run's head"
+    def check_head(self, known: Sequence[int], auto_class: str) -> None:
+        """Raise EnvironmentProblem if the outputs are not those of a head of `auto_class`.
+
+        If the first output has a fixed width, it must be one of `known`.
+        """
+        axes = OUTPUT_AXES.get(auto_class, len(self.shape))
+        width = self.shape[-1] if len(self.outputs) == 1 else None
+        spans = auto_class == "AutoModelForQuestionAnswering"
+        other_head = len(self.outputs) == 1 if spans else "start_logits" in self.outputs
+        if other_head or len(self.shape) != axes or (isinstance(width, int) and width not in known):
+            what = f"the file returns {', '.join(self.outputs)} of shape {self.shape}: it lacks the run's head"
             raise EnvironmentProblem.of(what, str(self.file), "Export the model with its head.")
 
     def run(self, given: Tensors) -> dict[str, torch.Tensor]:
@@ -137,7 +154,7 @@ class OpenVinoSession(OnnxSession):
             for one in self.compiled.inputs
         }
         self.outputs = [one.any_name for one in self.compiled.outputs]
-        self.width = _size(self.compiled.outputs[0].partial_shape[-1])
+        self.shape = [*map(_size, self.compiled.outputs[0].partial_shape)]
 
     def is_rounded(self) -> bool:
         """Return whether weights are integers."""

@@ -17,12 +17,13 @@ from llmtune.deploy.gguf_export import check_gguf, make_gguf
 from llmtune.deploy.gguf_readers import longest_text, open_gguf_export
 from llmtune.deploy.merged_model import merge_run
 from llmtune.deploy.onnx_export import check_onnx, make_onnx, missing_packages
-from llmtune.deploy.onnx_model import open_onnx_export
+from llmtune.deploy.onnx_model import list_graphs, open_onnx_export
 from llmtune.deploy.onnx_session import OPENVINO_SUFFIX
 from llmtune.deploy.parity import LIMITS, Certificate, describe_parity
 from llmtune.deploy.parity_reference import make_reference
 from llmtune.deploy.quantized_model import SCHEMES, check_quantizable, quantize_run
 from llmtune.errors import EnvironmentProblem, GateFailed, Problem, RecipeError
+from llmtune.model.causal_lm_loss import unwrap
 from llmtune.report.render_terminal import spinner
 from llmtune.session import Plan, RunContext, open_finished
 from llmtune.store.atomic_files import explained, hash_file, hash_folder, hash_value, plain, write_json
@@ -84,10 +85,10 @@ def open_export(path: Path, context: RunContext) -> ExportedModel:
         raise RecipeError.of("not found", str(path), "Name a GGUF, ONNX or OpenVINO file, a model folder, or a URL.")
     if path.suffix == ".gguf" or (path.is_dir() and any(path.glob("*.gguf"))):
         return open_gguf_export(path, context.plan, longest_text(context))
-    if path.suffix == OPENVINO_SUFFIX or (path.is_dir() and any(path.glob(f"*{OPENVINO_SUFFIX}"))):
-        return open_onnx_export(path, context.plan)
-    if path.suffix == ".onnx" or (path.is_dir() and any(path.glob("*.onnx"))):
-        EnvironmentProblem.collect(missing_packages())
+    graphs = list_graphs(path) if path.is_dir() else [path]
+    if any(one.suffix in (".onnx", OPENVINO_SUFFIX) for one in graphs):
+        if all(one.suffix == ".onnx" for one in graphs):
+            EnvironmentProblem.collect(missing_packages())
         return open_onnx_export(path, context.plan)
     if (path / "config.json").is_file() and weight_bytes(path):
         return open_folder(path, context.plan)
@@ -109,6 +110,10 @@ def certify_export(run: Path, path: Path, *, offline: bool, console: Console) ->
     with spinner(console, "asking the tuned model"):
         reference = make_reference(tuned)
     exported = open_export(path, context)
+    ours, theirs = unwrap(tuned.model).config.num_labels, exported.model.config.num_labels
+    if tuned.task.trains_head and ours != theirs:
+        what = f"the export has {theirs} labels, the tuned model {ours}"
+        raise GateFailed.of(what, str(path), "Give an export of this run.")
     with spinner(console, "asking the export"):
         rounded = tuned.model.dtype != torch.float32  # so are its outputs, and merges that others convert
         certified = reference.certify(exported, exported.limits.wider(LIMITS["rounded"]) if rounded else None)

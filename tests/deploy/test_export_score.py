@@ -183,6 +183,19 @@ def test_swapped_labels_fail_and_score_worse(classifier, tmp_path):
     assert "labels" in result.output
 
 
+def test_an_export_with_another_number_of_labels_is_named(classifier, tmp_path):
+    _, run = classifier
+    folder = shutil.copytree(run / "merged", tmp_path / "merged")
+    config = read_json(folder / "config.json")
+    (folder / "config.json").write_text(json.dumps({**config, "id2label": {"0": "red"}, "label2id": {"red": 0}}))
+    weights = load_file(folder / "model.safetensors")
+    weights |= {name: part[:1].clone() for name, part in weights.items() if name.startswith("classifier.")}
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    result = invoke("deploy", "certify", folder, "--run", run)
+    assert result.exit_code == 6, result.output
+    assert "the export has 1 labels, the tuned model 3" in " ".join(result.output.split())
+
+
 def scored(low, high, value=0.0):
     change = Difference(value, low, high, 0.5, 100)
     study = Study("onnx", {"accuracy": 0.9}, {"accuracy": 0.9 + value}, {"accuracy": change}, {}, {"accuracy": 1})

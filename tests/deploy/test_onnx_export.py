@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 
+import onnx
 import pytest
 import torch
 from support import families, pairs
@@ -19,9 +20,11 @@ from llmtune.adapter.merging import merge_adapter as really_merge
 from llmtune.deploy.merged_model import save_settings as really_save
 from llmtune.deploy.onnx_export import check_onnx, make_onnx
 from llmtune.deploy.onnx_model import open_onnx_export
+from llmtune.deploy.parity import LIMITS
 from llmtune.deploy.parity_reference import make_reference
+from llmtune.deploy.products import open_export
 from llmtune.deploy.tuned_model import load_tuned
-from llmtune.errors import GateFailed, RecipeError
+from llmtune.errors import EnvironmentProblem, GateFailed, RecipeError
 from llmtune.model import device
 from llmtune.pipeline import run_pipeline
 from llmtune.recipe.loader import load_recipe
@@ -101,10 +104,13 @@ def trained(tmp_path_factory, tiny_llama):
 
 
 def run_script(folder, *arguments):
-    """Run the script of an export in a Python without torch and llmtune."""
+    """Run the script of an export in a Python without torch and llmtune; without arguments it prints its usage."""
     command = [sys.executable, "-W", "ignore", "-c", HIDING, folder / "run_model.py", *arguments]
     environment = {**os.environ, "TRANSFORMERS_VERBOSITY": "error"}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    if not arguments:
+        assert done.returncode == 1
+        return done.stderr.strip()
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
@@ -123,6 +129,7 @@ def test_every_kind_of_model_runs_in_onnxruntime_and_by_its_script(case, tmp_pat
     tuned = FinishedRun(run)
     asked = dict(zip((*tuned.task.required_inputs, *tuned.task.optional_inputs), arguments, strict=False))
     expected = tuned.task.format_prediction(tuned.answer(asked)["prediction"])
+    assert run_script(run / "onnx/float32").startswith("Run this model: python run_model.py ")
     written = run_script(run / "onnx/float32", *arguments)
     if case == "classify-number":
         assert float(written) == pytest.approx(float(expected), rel=1e-2)
@@ -241,6 +248,27 @@ def test_a_recipe_makes_and_scores_int8_and_a_bare_file_is_the_same_model(tmp_pa
     ids = torch.tensor([[5, 6, 7, 8]])
     ours, theirs = (open_onnx_export(path, plan).model for path in (run / "onnx/int8", tmp_path / "foreign.onnx"))
     assert torch.equal(ours(input_ids=ids).logits, theirs(input_ids=ids).logits)
+
+
+def test_a_foreign_file_may_be_in_float16_next_to_other_xml_files(tmp_path, trained, console):
+    from onnxruntime.transformers.float16 import convert_float_to_float16
+
+    run = shutil.copytree(trained("classify"), tmp_path / "run")
+    context = open_finished(run, console, offline=True)
+    make_onnx(context)
+    file = run / "onnx/float32/model.onnx"
+    onnx.save(convert_float_to_float16(onnx.load(file), keep_io_types=True), file)
+    file.with_name("junit.xml").write_text("<testsuite/>")
+    exported = open_export(file.parent, context)
+    assert (exported.format, exported.limits) == ("onnx", LIMITS["rounded"])
+
+
+@pytest.mark.parametrize("labels", [["red", "green"], {"red": "0"}, {"5": "red", "9": "green"}])
+def test_labels_without_numbers_are_refused(labels, tmp_path, trained, console):
+    plan = open_finished(trained("classify"), console, offline=True).plan
+    (tmp_path / "config.json").write_text(json.dumps({"id2label": labels}))
+    with pytest.raises(EnvironmentProblem, match="id2label does not number the labels from 0"):
+        open_onnx_export(tmp_path, plan)
 
 
 @pytest.mark.slow
