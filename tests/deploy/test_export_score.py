@@ -186,14 +186,14 @@ def test_swapped_labels_fail_and_score_worse(classifier, tmp_path):
 def test_an_export_with_another_number_of_labels_is_named(classifier, tmp_path):
     _, run = classifier
     folder = shutil.copytree(run / "merged", tmp_path / "merged")
-    config = read_json(folder / "config.json")
-    (folder / "config.json").write_text(json.dumps({**config, "id2label": {"0": "red"}, "label2id": {"red": 0}}))
+    config, two = read_json(folder / "config.json"), {"id2label": {"0": "a", "1": "b"}, "label2id": {"a": 0, "b": 1}}
+    (folder / "config.json").write_text(json.dumps({**config, **two}))
     weights = load_file(folder / "model.safetensors")
-    weights |= {name: part[:1].clone() for name, part in weights.items() if name.startswith("classifier.")}
+    weights |= {name: part[:2].clone() for name, part in weights.items() if name.startswith("classifier.")}
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     result = invoke("deploy", "certify", folder, "--run", run)
     assert result.exit_code == 6, result.output
-    assert "the export has 1 labels, the tuned model 3" in " ".join(result.output.split())
+    assert "the export has 2 labels, the tuned model 3" in " ".join(result.output.split())
 
 
 def scored(low, high, value=0.0):
