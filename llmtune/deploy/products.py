@@ -129,6 +129,8 @@ def certify_export(run: Path, path: Path, *, offline: bool, console: Console) ->
     )
     for line in describe_export(scored):
         console.print(line, highlight=False)
+    if certificate["passed"]:
+        console.print(f"certificate: {out / CERTIFICATE}", highlight=False, soft_wrap=True)
     fix = f"The numbers are in {out / CERTIFICATE}."
     GateFailed.collect(Problem(f"the export differs: {breach}", str(path), fix) for breach in certified["breaches"])
     return certificate

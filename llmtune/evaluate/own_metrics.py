@@ -80,7 +80,7 @@ def read_metric(stated: str) -> OwnMetric:
     try:
         tree = ast.parse(read_text_file(Path(file)), file)
     except OSError as error:
-        fix = "Check the path: it is relative to the recipe file."
+        fix = "Check the path: it is relative to the recipe file, and with --set to the working folder."
         raise RecipeError.of(f"cannot be read: {error.strerror}", f"{KEY}: {file}", fix) from None
     except (SyntaxError, ValueError) as error:
         line = getattr(error, "lineno", None)
