@@ -384,5 +384,5 @@ def test_checking_a_recipe_reads_the_file_and_does_not_import_it(tmp_path: Path,
     (tmp_path / "metrics.py").unlink()
     checked = invoke("recipes", "check", recipe)
     assert checked.exit_code == 2
-    assert "Check the path: it is relative to the recipe file." in checked.output
+    assert "Check the path: it is relative to the recipe file" in checked.output
     assert load_recipe(recipe).recipe.evaluate.own_metrics == {"mine": f"{tmp_path}/metrics.py:mine"}
