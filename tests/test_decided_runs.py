@@ -17,7 +17,7 @@ from support.runs import invoke
 from support.serving import load_served, serving
 
 from llmtune.errors import GateFailed, RecipeError
-from llmtune.evaluate.decision import load_decision
+from llmtune.evaluate.calibration import read_rules
 from llmtune.evaluate.evaluation_file import load_evaluation
 from llmtune.recipe.loader import load_recipe
 from llmtune.score_records import Decision, Evaluation
@@ -69,7 +69,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Calla
 
 
 def read(run: Path) -> tuple[Decision, Evaluation]:
-    record, evaluation = load_decision(run / "evaluation"), load_evaluation(run / "evaluation")
+    record, evaluation = read_rules(run / "evaluation/decision.json", Decision), load_evaluation(run / "evaluation")
     assert record is not None
     assert evaluation is not None
     return record, evaluation
@@ -82,7 +82,7 @@ def test_the_rules_belong_to_the_trained_weights_and_ship_with_exports(
     run = trained(case)
     record, evaluation = read(run)
     assert record.trained_sha256 == hash_folder(run / "adapter")
-    assert case != "single" or load_decision(run / "merged") == record
+    assert case != "single" or read_rules(run / "merged/decision.json", Decision) == record
     assert evaluation.decided is not None
     assert evaluation.decided.record is not None
     wanted = {"decided"} if case == "tags" else {"decided", "set_coverage", "set_size", "false_alarms"}
@@ -155,15 +155,15 @@ def test_exports_get_the_rules_of_a_later_evaluation(trained: Callable[[str], Pa
     other = shutil.copytree(run / "merged", run / "onnx/float32")
     certificate = json.loads((other / "certificate.json").read_text())
     (other / "certificate.json").write_text(json.dumps({**certificate, "trained_sha256": "other weights"}))
-    before = load_decision(run / "merged")
+    before = read_rules(run / "merged/decision.json", Decision)
     done = invoke("evaluate", run, "--offline", "--set", "evaluate.decide.risk=0.4")
     assert "merged now has this evaluation's temperature and decisions" in done.output
     record, _ = read(run)
-    assert load_decision(run / "merged") == record != before
-    assert load_decision(other) == before
+    assert read_rules(run / "merged/decision.json", Decision) == record != before
+    assert read_rules(other / "decision.json", Decision) == before
     without = [f"evaluate.{key}=null" for key in RULES]
     invoke("evaluate", run, "--offline", *(word for one in without for word in ("--set", one)))
-    assert load_decision(run / "merged") is None
+    assert read_rules(run / "merged/decision.json", Decision) is None
 
 
 def test_a_run_with_too_few_validation_rows_says_so_before_training_and_asks_about_everything(

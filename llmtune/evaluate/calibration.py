@@ -8,11 +8,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import TypeAdapter, ValidationError
 
+from llmtune.errors import EnvironmentProblem
 from llmtune.evaluate.metric import Measure, PairedMeasures, brier_bounds, columns, ratio, reliability_bounds
 from llmtune.evaluate.paired_statistics import Bounds, Floats, Formula, share_bounds
 from llmtune.recipe.task_facts import CALIBRATION
@@ -20,6 +22,7 @@ from llmtune.score_records import Calibration, Reliability
 from llmtune.store.atomic_files import read_json, write_json
 from llmtune.store.run_folder import RunFolder
 
+RulesT = TypeVar("RulesT")
 RECORD = "calibration.json"
 BINS = 15
 """Bins of equal width, as in Guo et al."""
@@ -126,7 +129,7 @@ def measure_calibration(metric: str, chosen: Chosen, temperature: float = 1.0) -
 
 
 def count_choices(parts_UK: Floats, *, many: bool) -> Floats:
-    """Return [U, 2]: the sum over the labels, and what it is divided by."""
+    """Return [U, 2]: the sum over the labels, and its divisor."""
     return columns(parts_UK.sum(1), np.full(len(parts_UK), parts_UK.shape[1] if many else 1))
 
 
@@ -221,8 +224,11 @@ def save_calibration(record: Calibration, folder: Path) -> None:
 
 
 def run_calibration(run: RunFolder) -> Calibration | None:
-    """Return the calibration of a run's tuned model; None if its last evaluation fitted none."""
-    return load_calibration(run.path / "evaluation") if run.is_done("evaluate") else None
+    """Return the calibration of a run's tuned model; None if its last evaluation fitted none.
+
+    Raises EnvironmentProblem for a damaged file.
+    """
+    return read_rules(run.path / "evaluation" / RECORD, Calibration) if run.is_done("evaluate") else None
 
 
 def run_temperature(run: RunFolder) -> float:
@@ -231,10 +237,11 @@ def run_temperature(run: RunFolder) -> float:
     return record.temperature if record else 1.0
 
 
-def load_calibration(folder: Path) -> Calibration | None:
-    """Read `calibration.json`; None if the folder has none, or a damaged one."""
-    saved = read_json(folder / RECORD)
-    try:
-        return None if saved is None else TypeAdapter(Calibration).validate_python(saved)
-    except ValidationError:
+def read_rules(file: Path, kind: type[RulesT]) -> RulesT | None:
+    """Read `calibration.json` or `decision.json`; None if it is missing. Raises EnvironmentProblem if damaged."""
+    if not file.exists():
         return None
+    try:
+        return TypeAdapter(kind).validate_python(read_json(file))
+    except ValidationError as error:
+        raise EnvironmentProblem.of("damaged", str(file), "Run: llmtune evaluate RUN") from error

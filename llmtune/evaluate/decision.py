@@ -14,11 +14,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import TypeAdapter, ValidationError
 from rich.console import Console
 
 from llmtune.evaluate.calibration import RECORD as CALIBRATION_RECORD
-from llmtune.evaluate.calibration import Chosen, log_probabilities, save_calibration
+from llmtune.evaluate.calibration import Chosen, log_probabilities, read_rules, save_calibration
 from llmtune.evaluate.metric import Measure, measure_means, measure_shares
 from llmtune.evaluate.paired_statistics import Floats
 from llmtune.evaluate.selective_prediction import (
@@ -65,7 +64,8 @@ def score_scope(chosen: Chosen) -> Floats:
 
     It is the negative energy of the logits: Liu, Wang, Owens and Li, "Energy-based Out-of-distribution Detection",
     2020; of yes-or-no questions their joint energy: Wang, Liu, Bocchieri and Li, "Can Multi-label Classification
-    Networks Know What They Don't Know?", 2021. Of choices of a chat it is the log-likelihood of any of them.
+    Networks Know What They Don't Know?", 2021. For the choices of a chat, it is the log-likelihood that the answer is
+    any of them.
     """
     if chosen.many:
         return np.asarray(np.logaddexp(0, chosen.logits_UK).sum(1))
@@ -178,9 +178,9 @@ def describe_need(section: EvaluateSection, rows: int, checkpoints: int) -> str:
         return ""
     risk, confidence = section.decide.risk, divide_error(section.decide.confidence, checkpoints)
     least, half = least_rows(risk, confidence), rows_to_prove(risk, confidence, risk / 2)
-    chosen = f" of the best of {checkpoints} checkpoints" if checkpoints > 1 else ""
-    text = f"evaluate.decide: {count(least)} confident validation rows without an error prove an error rate{chosen} "
-    text += f"of at most {risk:g} with confidence {section.decide.confidence:g}"
+    chosen = f" for the best of {checkpoints} checkpoints" if checkpoints > 1 else ""
+    text = f"evaluate.decide: {count(least)} confident validation rows without an error prove, with confidence "
+    text += f"{section.decide.confidence:g}, an error rate of at most {risk:g}{chosen}"
     text += f"; about {count(half)} do if {risk / 2:g} of them are wrong" if half is not None else ""
     text += f". The run has {count(rows)} validation rows"
     return text + (f": too few, so every answer will be `{ASK}`. Raise data.validation." if rows < least else ".")
@@ -224,20 +224,14 @@ def _read_rules(folder: Path) -> list[Any]:
     return [read_json(folder / name) for name in (CALIBRATION_RECORD, RECORD)]
 
 
-def load_decision(folder: Path) -> Decision | None:
-    """Read `decision.json`; None if the folder has none, or a damaged one."""
-    saved = read_json(folder / RECORD)
-    try:
-        return None if saved is None else TypeAdapter(Decision).validate_python(saved)
-    except ValidationError:
-        return None
-
-
 def run_decision(run: RunFolder) -> Decision | None:
-    """Return the rules of a run's tuned model; None if its last evaluation fitted none."""
-    return load_decision(run.path / "evaluation") if run.is_done("evaluate") else None
+    """Return the rules of a run's tuned model; None if its last evaluation fitted none.
+
+    Raises EnvironmentProblem for a damaged file.
+    """
+    return read_rules(run.path / "evaluation" / RECORD, Decision) if run.is_done("evaluate") else None
 
 
 def conclude(record: Decision | str, curve: tuple[tuple[float, float], ...] = ()) -> Decided:
-    """Return what the evaluation keeps of the decisions."""
+    """Return the decisions as the evaluation stores them."""
     return Decided(None, record) if isinstance(record, str) else Decided(record, curve=curve)

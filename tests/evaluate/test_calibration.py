@@ -9,6 +9,7 @@ from scipy.special import expit, softmax  # type: ignore[import-untyped]
 from sklearn.calibration import calibration_curve
 from sklearn.metrics import brier_score_loss, log_loss
 
+from llmtune.errors import EnvironmentProblem
 from llmtune.evaluate.calibration import (
     BINS,
     FEWEST_ROWS,
@@ -19,12 +20,13 @@ from llmtune.evaluate.calibration import (
     fit_temperature,
     gather_choices,
     list_bins,
-    load_calibration,
     measure_calibration,
     name_probabilities,
+    read_rules,
     save_calibration,
 )
 from llmtune.recipe.task_facts import CALIBRATION
+from llmtune.score_records import Calibration
 
 LABELS = ("red", "green", "blue")
 
@@ -138,11 +140,12 @@ def test_before_and_after_are_paired_on_the_test_rows() -> None:
         assert change.low <= change.value <= change.high < 0, "the logits are three times too large"
 
 
-def test_a_missing_or_damaged_record_is_no_record(tmp_path: Path) -> None:
+def test_a_missing_record_is_none_and_a_damaged_one_an_error(tmp_path: Path) -> None:
     record = calibrate(choices())
     assert not isinstance(record, str)
-    assert load_calibration(tmp_path) is None
+    assert read_rules(tmp_path / RECORD, Calibration) is None
     save_calibration(record, tmp_path)
-    assert load_calibration(tmp_path) == record
+    assert read_rules(tmp_path / RECORD, Calibration) == record
     (tmp_path / RECORD).write_text('{"temperature": "warm"}')
-    assert load_calibration(tmp_path) is None
+    with pytest.raises(EnvironmentProblem, match=r"damaged(.|\n)*llmtune evaluate"):
+        read_rules(tmp_path / RECORD, Calibration)

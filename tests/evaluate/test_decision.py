@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from scipy.special import expit, logsumexp, softmax
 
-from llmtune.evaluate.calibration import Chosen
+from llmtune.errors import EnvironmentProblem
+from llmtune.evaluate.calibration import Chosen, read_rules
 from llmtune.evaluate.decision import (
     decide_answer,
     describe_need,
     fit_decision,
-    load_decision,
     measure_decisions,
     rate_rows,
     save_decision,
@@ -125,9 +125,10 @@ def test_one_row_of_each_group_decides() -> None:
 def test_a_record_survives_its_file(tmp_path: Any) -> None:
     record = fit(decide={"risk": 0.1}, sets=0.9, out_of_scope=0.1)
     save_decision(record, tmp_path)
-    assert load_decision(tmp_path) == record
+    assert read_rules(tmp_path / "decision.json", Decision) == record
     (tmp_path / "decision.json").write_text('{"labels": 3}')
-    assert load_decision(tmp_path) is None
+    with pytest.raises(EnvironmentProblem, match="damaged"):  # not: no decisions
+        read_rules(tmp_path / "decision.json", Decision)
 
 
 def test_the_need_for_rows_counts_checkpoints() -> None:
