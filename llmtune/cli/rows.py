@@ -10,6 +10,7 @@ import typer
 
 from llmtune.cli.options import AsJson, Offline, RunArgument, Threads
 from llmtune.cli.output_streams import handled, print_json, stderr_console
+from llmtune.errors import RecipeError
 from llmtune.store.process_environment import gc_paused, prepare_environment
 
 
@@ -28,6 +29,10 @@ def rows_command(
     from llmtune.store.run_folder import read_run
 
     read_run(run).require_trained()
+    if suspects.suffix not in (".jsonl", ".csv"):
+        raise RecipeError.of("the list is JSON Lines or CSV", str(suspects), "End the name with .jsonl or .csv.")
+    if not suspects.absolute().parent.is_dir():
+        raise RecipeError.of("folder not found", str(suspects.absolute().parent), "Create it, or choose another file.")
     prepare_environment(network=False, threads=threads)
     with gc_paused():
         from llmtune.evaluate.eval_inputs import EvalContext

@@ -226,7 +226,8 @@ def compute_metrics(
     inputs, section = context.inputs, context.recipe.evaluate
     assert inputs is not None
     given = answers.predictions or answers.texts
-    own = measure_own(section, inputs.full_rows, inputs.origins, given, {} if problems is None else problems)
+    failed: dict[str, Problem] = {} if problems is None else problems
+    own = measure_own(section, inputs.full_rows, inputs.origins, given, failed, context.console)
     metrics = [name for name in dict.fromkeys((*inputs.metrics, CUT_METRIC)) if name not in section.own_metrics]
     measures = own | {metric: measure_one(metric, context, inputs, answers, base) for metric in metrics}
     return {

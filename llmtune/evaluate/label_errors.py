@@ -38,6 +38,7 @@ from llmtune.model.causal_lm_loss import unwrap
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_facts import TASK_FACTS
 from llmtune.records import SPLITS, Examples, Rows
+from llmtune.report.render_terminal import spinner
 from llmtune.store.atomic_files import explained, write_text
 
 KEY = "evaluate.suspects"
@@ -115,7 +116,8 @@ def find_suspects(load: LoadModel, context: EvalContext, rows: Rows, examples: E
     questions = [[f"not {name}", name] for name in names] if multi else [names]
     found = defaultdict[tuple[str, int], list[Error]](list)
     for targets_N, classes in zip(labelled.targets_NQ.T, questions, strict=True):
-        errors = find_errors(labelled.features_ND, targets_N, labelled.groups_N, context.recipe.seed)
+        with spinner(context.console, f"suspects: {len(targets_N):,} labels"):
+            errors = [*find_errors(labelled.features_ND, targets_N, labelled.groups_N, context.recipe.seed)]
         for n, best, share in errors:
             split, row, position = labelled.places[n]
             found[split, row].append((position, classes[targets_N[n]], classes[best], share))
@@ -136,7 +138,7 @@ def read_labels(model: torch.nn.Module, context: EvalContext, rows: Rows, exampl
         encoded = [reader[i] for i in range(len(reader))]
         with inference_on(model, context) as bars:
             advance = add_bar(bars, f"suspects: {split}", len(encoded))
-            features += run_encoder(backbone, encoded, pad_id, context.device, partial(pool, encoded), advance)
+            features += run_encoder(backbone, encoded, pad_id, context.device, partial(pool_states, encoded), advance)
         for number, example in zip(reader.rows.tolist(), encoded, strict=True):
             own = targets_of(example)
             group = clusters[number] if clusters else len(places)
@@ -146,7 +148,7 @@ def read_labels(model: torch.nn.Module, context: EvalContext, rows: Rows, exampl
     return Labelled(np.concatenate(features), np.array(targets), np.array(groups), places)
 
 
-def pool(examples: Sequence[Example], at: int, output: BaseModelOutput, row: int) -> Features:
+def pool_states(examples: Sequence[Example], at: int, output: BaseModelOutput, row: int) -> Features:
     """Return the features of an example: [words, D], or [1, D] for a text."""
     example = examples[at]
     hidden_TD = output.last_hidden_state[row, : len(example.input_ids)].float()

@@ -44,7 +44,9 @@ def compute_values() -> None:
                     print(json.dumps({"value": value}), file=results, flush=True)
         except BaseException as error:  # noqa: BLE001 - also SystemExit: the code must not end this process unseen
             line_number = uses[0] if uses else find_line(error, request["file"])
-            print(json.dumps({"error": describe(error, uses), "line": line_number}), file=results, flush=True)
+            print(
+                json.dumps({"error": describe_failed_call(error, uses), "line": line_number}), file=results, flush=True
+            )
 
 
 def load_function(file: str, name: str) -> Callable[[Any, Any], object]:
@@ -107,7 +109,7 @@ def find_line(error: BaseException, file: str) -> int | None:
     return passed[-1] if passed else None
 
 
-def describe(error: BaseException, uses: list[int | None]) -> str:
+def describe_failed_call(error: BaseException, uses: list[int | None]) -> str:
     """Return what went wrong, as the end of a sentence about the metric."""
     if uses:
         return BLOCKED

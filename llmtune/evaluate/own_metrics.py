@@ -20,6 +20,7 @@ from rich.console import Console
 from llmtune.data.row_store import iterate_columns, iterate_rows
 from llmtune.errors import Problem, RecipeError, nearest
 from llmtune.evaluate.metric import Measure, measure_means
+from llmtune.evaluate.own_metric_process import BLOCKED
 from llmtune.evaluate.paired_statistics import share_bounds
 from llmtune.recipe.evaluate_section import EvaluateSection
 from llmtune.recipe.schema import Recipe
@@ -28,8 +29,10 @@ from llmtune.recipe.user_files import read_text_file
 from llmtune.records import Json, Row, Rows
 from llmtune.report.metric_info import better_side
 from llmtune.report.number_format import score
+from llmtune.report.render_terminal import spinner
 from llmtune.store.atomic_files import hash_file, plain
 from llmtune.store.processes import once
+from llmtune.store.resource_limits import TOOK_LONGER
 
 if TYPE_CHECKING:
     from llmtune.evaluate.evaluated_task import EvaluatedTask
@@ -94,7 +97,7 @@ def read_metric(stated: str) -> OwnMetric:
     if not least <= 2 <= most:
         fix = f"Write it as: def {name}(row: dict, answer: str) -> bool."
         raise RecipeError.of(f"{name} cannot be called with a row and an answer", where, fix)
-    returned = ast.unparse(node.returns) if node.returns else ""
+    returned = ast.unparse(node.returns).strip("'") if node.returns else ""  # an annotation may be quoted
     kind: Kind | None = "bool" if returned == "bool" else "number" if returned in ("float", "int") else None
     kind = "share" if SHARE.fullmatch(returned) else kind
     if kind is None:
@@ -137,7 +140,7 @@ def run_metric(metric: OwnMetric, pairs: Sequence[Pair], section: EvaluateSectio
         )
         written, ended = done.stdout, f"its process ended with status {done.returncode}"
     except subprocess.TimeoutExpired as error:
-        written, ended = error.stdout or b"", f"it took more than {section.metric_seconds:g} s"
+        written, ended = error.stdout or b"", f"{TOOK_LONGER} {section.metric_seconds:g} s"
     lines = [json.loads(line) for line in written.split(b"\n")[:-1]]
     values = [line["value"] for line in lines if "value" in line]
     if lines and "error" in lines[-1]:
@@ -150,9 +153,9 @@ def describe_failure(metric: OwnMetric, failure: Failure, origins: Sequence[str]
     where = f"{metric.file}:{failure.line}" if failure.line else str(metric.file)
     row = f", on the row {origins[failure.pair]}" if failure.pair is not None and origins else ""
     fix = "Correct the function."
-    if "took more than" in failure.what:
+    if failure.what.startswith(TOOK_LONGER):
         fix = "Make it faster, or raise evaluate.metric_seconds."
-    if "network" in failure.what:
+    if failure.what == BLOCKED:
         fix = "Remove the access, or set evaluate.metric_network: true."
     return Problem(f"{metric.name}: {failure.what}{row}", where, fix)
 
@@ -169,6 +172,7 @@ def measure_own(
     origins: Sequence[str],
     answers: Mapping[int, object],
     problems: dict[str, Problem],
+    console: Console,
 ) -> dict[str, Measure]:
     """Compute the user's own metrics from answers by row index, in rank 0; add those that fail to `problems`."""
     measured = dict[str, Measure]()
@@ -183,7 +187,8 @@ def measure_own(
         except RecipeError as error:  # the file was there before training
             problems[name] = error.problems[0]
             continue
-        found = once(partial(_run_plain, metric, pairs, section))
+        with spinner(console, f"{name}: {len(pairs):,} answers"):
+            found = once(partial(_run_plain, metric, pairs, section))
         if isinstance(found, dict):
             problems[name] = describe_failure(metric, Failure(**found), [origins[i] for i in answers])
             continue
@@ -215,7 +220,7 @@ def try_own_metrics(recipe: Recipe, task: EvaluatedTask, rows: Rows, console: Co
     known = {i: reference_answer(task, row, recipe) for i, (_, row) in enumerate(first)}
     known = {i: answer for i, answer in known.items() if answer}
     origins, full = [origin for origin, _ in first], [*read_full_rows(rows, "test", {*range(len(first))})]
-    for name, one in measure_own(recipe.evaluate, full, origins, known, problems).items():
+    for name, one in measure_own(recipe.evaluate, full, origins, known, problems, console).items():
         what = f"{name} is {score(one.value)} on the reference answers of {len(known)} test rows"
         lower = " (lower is better)" if better_side(name) < 0 else ""
         console.print(f"{KEY}: {what}{lower}", highlight=False, markup=False)

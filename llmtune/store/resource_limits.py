@@ -15,6 +15,10 @@ AGAIN_SECONDS = 0.5
 """Interval of repeated stop signals: Python ignores errors raised in destructors and garbage collector callbacks."""
 
 
+TOOK_LONGER = "it took more than"
+"""How the text of a LimitExceeded about time begins."""
+
+
 class LimitExceeded(Exception):
     """The code took too long or too much memory; the text says which."""
 
@@ -33,7 +37,7 @@ def limited(seconds: float, extra_bytes: int | None = None) -> Iterator[None]:
         return
 
     def stop(number: int, frame: FrameType | None) -> None:
-        raise LimitExceeded(f"it took more than {seconds:g} s")
+        raise LimitExceeded(f"{TOOK_LONGER} {seconds:g} s")
 
     handler = signal.signal(signal.SIGALRM, stop)
     left, _ = signal.setitimer(signal.ITIMER_REAL, seconds, AGAIN_SECONDS)  # `left`: of an outer timer
