@@ -65,7 +65,7 @@ def open_onnx_export(path: Path, source: ModelSource) -> ExportedModel:
     return ExportedModel(coarsest.format, coarsest.runtime, model, processor, path, coarsest.limits(), served)
 
 
-def list_graphs(folder: Path) -> list[Path]:
+def list_graph_files(folder: Path) -> list[Path]:
     """Return the ONNX files of a folder, and its OpenVINO files: XML files with weights next to them."""
     models = [one for one in folder.glob(f"*{OPENVINO_SUFFIX}") if one.with_suffix(".bin").is_file()]
     return sorted([*folder.glob("*.onnx"), *models])
@@ -73,7 +73,7 @@ def list_graphs(folder: Path) -> list[Path]:
 
 def _find_graphs(path: Path) -> list[Path]:
     """Return the file of a model, or the files of its encoder and its decoder."""
-    found = [path] if path.is_file() else list_graphs(path)
+    found = [path] if path.is_file() else list_graph_files(path)
     if [file.stem for file in found] == [Path(DECODER).stem, Path(ENCODER).stem]:
         return found[::-1]
     if len(found) != 1:

@@ -150,11 +150,11 @@ class OpenVinoSession(OnnxSession):
             options = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "INFERENCE_PRECISION_HINT": "f32"}
             self.compiled = openvino.Core().compile_model(str(file), "CPU", options)
         self.inputs = {
-            one.any_name: (one.element_type.to_dtype().name, [*map(_size, one.partial_shape)])
+            one.any_name: (one.element_type.to_dtype().name, [*map(_axis_size, one.partial_shape)])
             for one in self.compiled.inputs
         }
         self.outputs = [one.any_name for one in self.compiled.outputs]
-        self.shape = [*map(_size, self.compiled.outputs[0].partial_shape)]
+        self.shape = [*map(_axis_size, self.compiled.outputs[0].partial_shape)]
 
     def is_rounded(self) -> bool:
         """Return whether weights are integers."""
@@ -180,7 +180,7 @@ class OpenVinoSession(OnnxSession):
         return [*self.compiled(feed).values()]
 
 
-def _size(axis: Any) -> int | str:
+def _axis_size(axis: Any) -> int | str:
     return axis.get_length() if axis.is_static else "any"
 
 

@@ -17,7 +17,7 @@ from llmtune.deploy.gguf_export import check_gguf, make_gguf
 from llmtune.deploy.gguf_readers import longest_text, open_gguf_export
 from llmtune.deploy.merged_model import merge_run
 from llmtune.deploy.onnx_export import check_onnx, make_onnx, missing_packages
-from llmtune.deploy.onnx_model import list_graphs, open_onnx_export
+from llmtune.deploy.onnx_model import list_graph_files, open_onnx_export
 from llmtune.deploy.onnx_session import OPENVINO_SUFFIX
 from llmtune.deploy.parity import LIMITS, Certificate, describe_parity
 from llmtune.deploy.parity_reference import make_reference
@@ -85,7 +85,7 @@ def open_export(path: Path, context: RunContext) -> ExportedModel:
         raise RecipeError.of("not found", str(path), "Name a GGUF, ONNX or OpenVINO file, a model folder, or a URL.")
     if path.suffix == ".gguf" or (path.is_dir() and any(path.glob("*.gguf"))):
         return open_gguf_export(path, context.plan, longest_text(context))
-    graphs = list_graphs(path) if path.is_dir() else [path]
+    graphs = list_graph_files(path) if path.is_dir() else [path]
     if any(one.suffix in (".onnx", OPENVINO_SUFFIX) for one in graphs):
         if all(one.suffix == ".onnx" for one in graphs):
             EnvironmentProblem.collect(missing_packages())
@@ -99,7 +99,7 @@ def open_export(path: Path, context: RunContext) -> ExportedModel:
 def certify_export(run: Path, path: Path, *, offline: bool, console: Console) -> Certificate:
     """Compare an export that llmtune need not have made with the tuned model, and score it on the run's test rows.
 
-    The certificate is written to `certified/NAME` of the run, also if it fails.
+    The certificate is written to `certified/FOLDER` or `certified/FOLDER-FILE` of the run, also if it fails.
 
     Raises:
         RecipeError: an unknown kind of file.
@@ -117,7 +117,8 @@ def certify_export(run: Path, path: Path, *, offline: bool, console: Console) ->
     with spinner(console, "asking the export"):
         rounded = tuned.model.dtype != torch.float32  # so are its outputs, and merges that others convert
         certified = reference.certify(exported, exported.limits.wider(LIMITS["rounded"]) if rounded else None)
-    out = run / "certified" / path.absolute().name
+    named = path.resolve()
+    out = run / "certified" / (f"{named.parent.name}-{named.name}" if named.is_file() else named.name)
     with explained(out):
         out.mkdir(parents=True, exist_ok=True)
         scored = score_export(context, out, lambda *_: exported, asked) | usage
