@@ -39,7 +39,7 @@ def calibration_section(evaluation: Evaluation) -> Section:
     if record is not None:
         text = f"The temperature is {score(record.temperature)}, fitted on {count(record.rows)} validation rows. "
         text += "`generate`, `serve` and exports divide the model's outputs by it before they compute probabilities. "
-        text += "Predicted labels and the scores above stay the same."
+        text += "Predicted labels stay the same. Of the scores above, only ece, brier and nll use it."
         blocks = [Text(text)]
     rows = [
         Compared(metric, before, found.after.get(metric), found.difference.get(metric), better_side(metric), note)

@@ -100,7 +100,7 @@ def draw_reliability(
     marks = [i / 5 for i in range(6)]
     parts = [grid_line(at(0, mark)[1], short(mark)) for mark in marks]
     parts += [text(at(mark, 0)[0], height - BOTTOM + 18, short(mark)) for mark in marks]
-    parts += [text(WIDTH - RIGHT, height - 2, "probability", "end"), text(LEFT + 4, TOP + 12, "share right", "start")]
+    parts += [text(WIDTH - RIGHT, height - 6, "probability", "end"), text(LEFT + 4, TOP + 12, "share right", "start")]
     parts.append(element("line", class_="zero", x1=x1, y1=y1, x2=x2, y2=y2))
     for probability, right, size in bins:
         (x, y), tip = at(probability, right), f"{probability:.2f}: {100 * right:.0f} % of {size:g} right"

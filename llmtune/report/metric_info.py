@@ -70,7 +70,7 @@ METRIC_NOTES = {
     "ece": "how far probabilities are from the share that is right",
     "mae": "mean error, in units of the label",
     "mse": "mean squared error",
-    "random_cosine": "mean cosine of unrelated texts; near 1 if all vectors are alike",
+    "random_cosine": "mean cosine of unrelated texts; near 1 if all vectors are nearly equal",
     "effective_rank": "directions that the vectors use",
     "spearman": "rank correlation, −1 to 1",
     "pearson": "linear correlation, −1 to 1",

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from llmtune.recipe.task_facts import answer_kind
+from llmtune.recipe.task_facts import DECISIONS, answer_kind
 from llmtune.records import Json
 from llmtune.report.blocks import (
     TONES,
@@ -117,7 +117,9 @@ def power_section(power: Sequence[Power]) -> Section:
 def score_section(evaluation: Evaluation, task: str | None) -> Section:
     """Return a row per metric; metrics that only the tuned model has show no difference."""
     changes, baseline = evaluation.difference, evaluation.baseline
-    rows = [compare_metric(name, evaluation, note=full_note(name, task)) for name in evaluation.tuned]
+    own = {metric for metrics in DECISIONS.values() for metric in metrics}  # in the section on decisions
+    shown = [name for name in evaluation.tuned if name not in own]
+    rows = [compare_metric(name, evaluation, note=full_note(name, task)) for name in shown]
     text = f"{'Baseline and tuned model' if baseline else 'Both models'} answered the same rows. Green and red: the "
     text += "paired interval excludes zero (one in 20 does by chance). The verdict corrects p for many metrics (Holm)."
     if exact := [name for name, change in changes.items() if change.test == "McNemar mid-p"]:
@@ -125,7 +127,7 @@ def score_section(evaluation: Evaluation, task: str | None) -> Section:
         text += "models’ answers."
     if any(change.groups for change in changes.values()):
         text += " Rows with the same value of `data.split_by` form a group; groups, not rows, are resampled."
-    if evaluation.tuned.keys() - changes.keys():
+    if {*shown} - changes.keys():
         text += " A dash: measured for the tuned model only."
     blocks: list[Block] = [difference_table(rows, base=base_name(evaluation), code=True)]
     if baseline:
