@@ -32,7 +32,11 @@ def embed_from_pair(row: Mapping[str, object]) -> EmbedRow:
     graded = next((name for name in ("relevance", "label") if row.get(name) is not None), None)
     if graded is not None:
         raise RowError("graded passage", f"the row has a '{graded}'; task: rerank learns it, or rename it to score")
-    query, passages, negatives = nonempty_text(row, "query"), _texts(row, "passage"), _texts(row, "negatives")
+    query, passages, negatives = (
+        nonempty_text(row, "query"),
+        _column_texts(row, "passage"),
+        _column_texts(row, "negatives"),
+    )
     if not passages:
         raise RowError("no passage", "'passage' is empty")
     if shared := set(passages) & set(negatives):
@@ -52,7 +56,7 @@ def embed_from_label(row: Mapping[str, object]) -> EmbedRow:
     return {"query": text, "passages": [], "negatives": [], "score": None, "label": label}
 
 
-def _texts(row: Mapping[str, object], column: str) -> list[str]:
+def _column_texts(row: Mapping[str, object], column: str) -> list[str]:
     value = parse_cell(row.get(column))
     values = value if isinstance(value, list) else [] if value is None or value == "" else [row[column]]
     texts = [text_of(text, f"'{column}'") for text in values]

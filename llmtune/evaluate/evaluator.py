@@ -102,7 +102,7 @@ def evaluate(
 
 def calibrate_answers(context: EvalContext, answers: dict[str, Answers]) -> Reliability | None:
     """Fit the temperature on the validation answers, set it in those of the tuned model; None if no row has choices."""
-    test, validation = (choices_of(split, context, answers) for split in ("test", "validation"))
+    test, validation = (choices_on(split, context, answers) for split in ("test", "validation"))
     if test is None and validation is None:
         return None
     record = calibrate(validation)
@@ -119,7 +119,7 @@ def decide_answers(context: EvalContext, answers: Mapping[str, Answers]) -> tupl
     """
     if not context.recipe.evaluate.decisions:
         return None, {}
-    validation, test = (choices_of(split, context, answers) for split in ("validation", "test"))
+    validation, test = (choices_on(split, context, answers) for split in ("validation", "test"))
     if validation is not None and context.validation is not None:
         validation = validation.one_row_each(context.validation.clusters)
     record = fit_decision(context.recipe.evaluate, validation, context.checkpoints)
@@ -132,7 +132,7 @@ def decide_answers(context: EvalContext, answers: Mapping[str, Answers]) -> tupl
     }
 
 
-def choices_of(split: str, context: EvalContext, answers: Mapping[str, Answers]) -> Chosen | None:
+def choices_on(split: str, context: EvalContext, answers: Mapping[str, Answers]) -> Chosen | None:
     """Return the tuned model's choices on the rows of `test` or `validation`; `answers` are those of `Scored`.
 
     None without rows, if the task does not choose, or (validation) without `evaluate.calibrate`. Of the result,

@@ -17,7 +17,7 @@ from llmtune.data.rejected_rows import RowError
 from llmtune.errors import DataError, Problem
 from llmtune.evaluate.eval_inputs import EvalContext
 from llmtune.evaluate.eval_suite import EvalSuite, read_sources
-from llmtune.evaluate.judge_client import Judge, Messages, Reply, host, read_journal, write_question
+from llmtune.evaluate.judge_client import Judge, JudgeQuestion, JudgeReply, host, read_journal, write_question
 from llmtune.evaluate.judge_statistics import JudgedPairs, fit_correction, measure_judge, win_rate
 from llmtune.evaluate.metric import PairedMeasures
 from llmtune.recipe.data_section import DATA_ENDINGS, data_ending
@@ -72,7 +72,7 @@ class AnswerPair:
         """Whether the answers are the same: a tie that nobody needs to judge."""
         return self.first.strip() == self.second.strip()
 
-    def questions(self, question: str) -> tuple[Messages, Messages]:
+    def questions(self, question: str) -> tuple[JudgeQuestion, JudgeQuestion]:
         """Return the questions to the judge: with the first answer shown first, and shown second."""
         both = (self.first, self.second), (self.second, self.first)
         one, other = (write_question(question, self.prompt, *answers) for answers in both)
@@ -105,7 +105,7 @@ class JudgeSuite(EvalSuite[None]):
         section = recipe.evaluate.judge
         return read_labelled(section.labelled) if section and section.labelled else []
 
-    def known(self) -> dict[str, Reply]:
+    def known(self) -> dict[str, JudgeReply]:
         """Return the replies to earlier questions."""
         return read_journal([self.journal]) if self.journal else {}
 
@@ -134,7 +134,7 @@ class JudgeSuite(EvalSuite[None]):
         tables = [judge_table(measures, of_people), self.costs(replies)]
         study = self.study(base, tuned | {name: one.value for name, one in own.items()}, changes, texts, LIMITS, tables)
         own |= {name: halve(one) for name, one in changes.items()}
-        return replace(study, verdict=describe(own["win_rate"], labelled), intervals=own)
+        return replace(study, verdict=describe_win_rate(own["win_rate"], labelled), intervals=own)
 
     def test_pairs(self) -> list[AnswerPair]:
         """Return the answers of both models to the test rows."""
@@ -154,7 +154,7 @@ class JudgeSuite(EvalSuite[None]):
             if i in base and i in tuned
         ]
 
-    def ask_pairs(self, pairs: Sequence[AnswerPair]) -> dict[str, Reply]:
+    def ask_pairs(self, pairs: Sequence[AnswerPair]) -> dict[str, JudgeReply]:
         """Ask about all pairs, in both orders, and save the questions of this evaluation."""
         questions = [one for pair in pairs if not pair.is_equal for one in pair.questions(self.section.question)]
         known, console = self.known(), self.context.console
@@ -171,7 +171,7 @@ class JudgeSuite(EvalSuite[None]):
                 write_text(self.context.folder / JOURNAL, "".join(f"{line}\n" for line in lines))
         return replies
 
-    def judged(self, pairs: Sequence[AnswerPair], replies: Mapping[str, Reply]) -> JudgedPairs:
+    def judged(self, pairs: Sequence[AnswerPair], replies: Mapping[str, JudgeReply]) -> JudgedPairs:
         """Return the verdicts on the pairs that have two."""
         found = []
         for pair in pairs:
@@ -200,8 +200,8 @@ class JudgeSuite(EvalSuite[None]):
         how = f"slope {fit.slope:.3g} and length {fit.length:.3g} from {pairs} of {len(self.labelled)} labelled pairs"
         return {"win_rate": f"{about}; corrected with {how}; Fieller interval", "win_rate_uncorrected": about}
 
-    def costs(self, replies: Mapping[str, Reply]) -> StudyTable:
-        """Return what the judge cost, and which questions it did not answer."""
+    def costs(self, replies: Mapping[str, JudgeReply]) -> StudyTable:
+        """Return the judge's costs, and the number of unanswered questions."""
         every = list(replies.values())
         models = dict.fromkeys(reply["model"] for reply in every)
         counts = {
@@ -223,7 +223,7 @@ def halve(change: Difference) -> Difference:
     return replace(change, value=value, low=low, high=high)
 
 
-def describe(rate: Difference, labelled: JudgedPairs | None) -> str:
+def describe_win_rate(rate: Difference, labelled: JudgedPairs | None) -> str:
     """Return a sentence for the verdict: whom the judge prefers, and who judged the judge."""
     if labelled and not fit_correction(labelled).is_informative():
         pairs = len(labelled.longer_N)

@@ -29,8 +29,8 @@ from llmtune.store.process_environment import offline_switches
 if TYPE_CHECKING:
     import openai
 
-Choice = Literal["A", "B", "tie"]
-Messages = list[dict[str, str]]
+JudgeVerdict = Literal["A", "B", "tie"]
+JudgeQuestion = list[dict[str, str]]
 KEY_VARIABLE, OPENAI_VARIABLE, OPENAI_HOST = "LLMTUNE_JUDGE_KEY", "OPENAI_API_KEY", "api.openai.com"
 WHERE = "evaluate.judge"
 PARALLEL = 4
@@ -58,25 +58,25 @@ Give your reasons in at most three sentences. Then write the verdict on a last l
 Verdict: A
 Verdict: B
 Verdict: tie"""
-REMINDER = "Which answer is better? Reply with one word: A, B or tie."
-"""It names no complete verdict: small models repeat what they read."""
+REMINDER = "Which answer is better? JudgeReply with one word: A, B or tie."
+"""Contains no complete verdict, because small models repeat their prompt."""
 VERDICT = re.compile(r"(?:(?:final )?verdict\s*:\s*)?(?:answer )?(a|b|tie)", re.IGNORECASE)
 FENCE = re.compile(r"^```\w*\n|```$")
 MARKS = re.compile(r"[*_`\[\]()\"'#.]")
-CHOICES: Mapping[str, Choice] = {"a": "A", "b": "B", "tie": "tie"}
+CHOICES: Mapping[str, JudgeVerdict] = {"a": "A", "b": "B", "tie": "tie"}
 
 
-class Reply(TypedDict):
+class JudgeReply(TypedDict):
     """A line of the journal: one question with its reply."""
 
     key: str
     """Hash of the endpoint, the model and the messages."""
     model: str
     """Name of the model, as the endpoint reports it."""
-    messages: Messages
+    messages: JudgeQuestion
     texts: list[str]
     """The reply; if it has no verdict, also the second one, after a reminder."""
-    verdict: Choice | None
+    verdict: JudgeVerdict | None
     """None for a reply without a verdict."""
     prompt_tokens: int
     completion_tokens: int
@@ -87,7 +87,7 @@ class Reply(TypedDict):
 
 
 @dataclass(frozen=True)
-class Completion:
+class JudgeCompletion:
     """The endpoint's answer to some messages."""
 
     text: str
@@ -100,13 +100,13 @@ class RefusedError(Exception):
     """The endpoint refuses these messages: too long, or filtered."""
 
 
-def write_question(question: str, prompt: str, answer_a: str, answer_b: str) -> Messages:
+def write_question(question: str, prompt: str, answer_a: str, answer_b: str) -> JudgeQuestion:
     """Return the messages that ask for a verdict on two answers."""
     text = PROMPT.format(question=question, prompt=prompt, answer_a=answer_a, answer_b=answer_b)
     return [{"role": "user", "content": text}]
 
 
-def parse_verdict(text: str) -> Choice | None:
+def parse_verdict(text: str) -> JudgeVerdict | None:
     """Return the verdict on the last line, or in a JSON object `{"verdict": "A"}`; None if there is none.
 
     The line has nothing else but `Verdict:`, `answer` and marks of emphasis.
@@ -177,11 +177,11 @@ class Judge:
             fix += "Replies so far are saved: the same command continues."
             raise EnvironmentProblem.of(what, f"{WHERE}, {host(self.section)}", fix) from None
 
-    def hash_question(self, messages: Messages) -> str:
+    def hash_question(self, messages: JudgeQuestion) -> str:
         """Return the name of a question in the journal."""
         return hash_value([self.section.endpoint, self.section.model, messages])
 
-    def complete(self, client: openai.OpenAI, messages: Messages) -> Completion:
+    def complete(self, client: openai.OpenAI, messages: JudgeQuestion) -> JudgeCompletion:
         """Return a completion, with the first parameters that the endpoint takes.
 
         Raises RefusedError if it takes none with these messages, and EnvironmentProblem for other errors.
@@ -202,12 +202,12 @@ class Judge:
                 self.parameters = [parameters]
                 message, usage = found.choices[0].message, found.usage
                 tokens = (usage.prompt_tokens, usage.completion_tokens) if usage else None
-                return Completion(message.content or "", found.model or self.section.model, tokens)
+                return JudgeCompletion(message.content or "", found.model or self.section.model, tokens)
         raise RefusedError(redact(refused[:300], [self.key] if self.key else []))
 
-    def ask(self, client: openai.OpenAI, messages: Messages) -> Reply:
+    def ask(self, client: openai.OpenAI, messages: JudgeQuestion) -> JudgeReply:
         """Ask one question; a reply without a verdict gets one reminder. Raises EnvironmentProblem."""
-        reply = Reply(
+        reply = JudgeReply(
             key=self.hash_question(messages),
             model=self.section.model,
             messages=messages,
@@ -245,8 +245,12 @@ class Judge:
             raise EnvironmentProblem.of(f"the judge refuses a short question: {reply['refused']}", WHERE, fix)
 
     def ask_all(
-        self, questions: Sequence[Messages], known: Mapping[str, Reply], journal: Path | None, advance: Advance
-    ) -> dict[str, Reply]:
+        self,
+        questions: Sequence[JudgeQuestion],
+        known: Mapping[str, JudgeReply],
+        journal: Path | None,
+        advance: Advance,
+    ) -> dict[str, JudgeReply]:
         """Ask the questions that are not `known`, several at a time; append each reply to the journal as it comes.
 
         Raises EnvironmentProblem if the endpoint fails; the replies so far are in the journal.
@@ -255,7 +259,7 @@ class Judge:
         waiting = {key: one for one in questions if (key := self.hash_question(one)) not in known}
         lock = threading.Lock()
 
-        def work(client: openai.OpenAI, key: str, messages: Messages) -> None:
+        def work(client: openai.OpenAI, key: str, messages: JudgeQuestion) -> None:
             reply = self.ask(client, messages)
             with lock:
                 replies[key] = reply
@@ -285,9 +289,9 @@ def append_reply(path: Path, value: Mapping[str, object]) -> None:
         file.flush()
 
 
-def read_journal(paths: Iterable[Path]) -> dict[str, Reply]:
+def read_journal(paths: Iterable[Path]) -> dict[str, JudgeReply]:
     """Return the replies in journals by their key; lines that are not replies are skipped."""
     from llmtune.store.json_shapes import find_misfit
 
     lines = (line for path in paths for line in read_json_lines(path))
-    return {line["key"]: line for line in lines if not find_misfit(line, Reply)}  # type: ignore[misc]
+    return {line["key"]: line for line in lines if not find_misfit(line, JudgeReply)}  # type: ignore[misc]

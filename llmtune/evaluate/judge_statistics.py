@@ -226,7 +226,7 @@ def kappa(sums: Floats) -> Floats:
 
 
 def kappa_bounds(sums_GK: Floats) -> tuple[Floats, Floats]:
-    """A pair that only disagrees, and one that only agrees, spread over the labels."""
+    """Pseudo-pairs: one with full disagreement and one with full agreement, spread over the labels."""
     size = float(sums_GK.sum()) / len(sums_GK)
     agree = np.eye(3).ravel()
     return (1 - agree) * size / 6, agree * size / 3

@@ -73,7 +73,7 @@ def check_inputs(recipe: Recipe) -> None:
 
 
 def try_inputs(recipe: Recipe, task: EvaluatedTask, rows: Rows, console: Console) -> None:
-    """Refuse, before training, what the rows show to be impossible; `recipe` has its labels resolved.
+    """Refuse, before training, settings that these rows rule out; `recipe` has its labels resolved.
 
     Raises:
         RecipeError: metrics of the user's own that fail on reference answers, or labels that are numbers.

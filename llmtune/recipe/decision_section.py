@@ -35,7 +35,7 @@ class SetsSection(RecipeSection):
 
 
 def as_coverage(value: object) -> object:
-    """Return the mapping that a plain number stands for."""
+    """Expand a plain number to its mapping."""
     return {"coverage": value} if isinstance(value, int | float) and not isinstance(value, bool) else value
 
 

@@ -40,7 +40,7 @@ GATE_KEYS = frozenset({"gates", "champion", "when_unsure", "looks"})
 """Keys that judge scores and do not change the models' answers."""
 OWN_METRIC_KEYS = ("metric_seconds", "metric_network")
 EXTRA_KEYS = frozenset({*OWN_METRIC_KEYS, "suspects"})
-"""Keys of what is made of the answers, or next to them."""
+"""Keys of results that are computed from the answers, or independently of them."""
 CHOICE = "choice_accuracy"
 ERROR = 0.05
 """Two-sided false-positive rate of a gate on an interval."""

@@ -14,7 +14,7 @@ Key = Sequence[str | int]
 DEFAULT = "default"
 SET = "--set"
 SHORT_FORMS: Mapping[str, type] = {"path": str, "task": str, "coverage": float}
-"""Keys that a plain value of this type stands for, in place of their section."""
+"""Keys that a plain value of this type sets, in place of their section."""
 
 
 @dataclass(frozen=True)

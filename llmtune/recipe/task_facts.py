@@ -112,7 +112,7 @@ class TaskFacts:
 
 
 def at_ten(metric: str) -> str:
-    """Return a ranking metric at cutoff 10, which stands for all cutoffs in `TaskFacts.metrics`; others unchanged."""
+    """Return a ranking metric at cutoff 10, as `TaskFacts.metrics` lists it for all cutoffs; others unchanged."""
     return re.sub(r"^(ndcg|mrr|recall)@[1-9][0-9]{0,3}$", r"\1@10", metric)
 
 

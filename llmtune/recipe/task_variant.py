@@ -1,4 +1,4 @@
-"""One task as a recipe trains it: its metrics, and what it can do, by the settings of its section."""
+"""A task with the settings of its section: its metrics and abilities, such as generating answers."""
 
 from __future__ import annotations
 

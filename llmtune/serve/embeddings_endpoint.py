@@ -19,7 +19,7 @@ from llmtune.serve.generation_endpoints import in_text_thread, run_job, served_b
 from llmtune.serve.request_queue import AnswerJob, End
 from llmtune.serve.schemas import ApiError, FilledText, PositiveInt, RequestModel
 from llmtune.serve.served_model import ServedModel
-from llmtune.tasks.embed import embed_section, text_names, tokenize
+from llmtune.tasks.embed import embed_section, text_names, tokenize_prompted
 
 MOST_TEXTS = 2048
 """Texts per request, as in OpenAI's API."""
@@ -86,7 +86,7 @@ async def embed(engine: Engine, served: ServedModel, body: EmbeddingsRequest) ->
     rows: list[EmbedRow] = (
         [make_row([], texts)] if body.input_type == "document" else [make_row([one]) for one in texts]
     )
-    tokens = await in_text_thread(count_tokens, served, rows)
+    tokens = await in_text_thread(count_text_tokens, served, rows)
     found = await asyncio.gather(*(ask(engine, served, row) for row in rows))
     vectors = [vector for one in found for vector in one.values()]
     data = [Embedding(index=i, embedding=write_vector(vector, served, body)) for i, vector in enumerate(vectors)]
@@ -119,8 +119,8 @@ def write_vector(vector: list[float], served: ServedModel, body: EmbeddingsReque
     return vector
 
 
-def count_tokens(served: ServedModel, rows: list[EmbedRow]) -> int:
+def count_text_tokens(served: ServedModel, rows: list[EmbedRow]) -> int:
     """Return the number of tokens of all texts, after truncation."""
     limit = served.recipe.data.max_length
     named = [pair for row in rows for pair in zip(text_names(row), texts_of(row), strict=True)]
-    return sum(len(tokenize(name, text, served.processor, served.recipe, limit)) for name, text in named)
+    return sum(len(tokenize_prompted(name, text, served.processor, served.recipe, limit)) for name, text in named)

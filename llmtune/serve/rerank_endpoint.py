@@ -35,7 +35,7 @@ class RerankRequest(RequestModel):
     model: str | None = None
     """A name of `/v1/models`; default: the first one."""
     query: FilledText
-    """What the documents are ranked for."""
+    """The query to rank the documents for."""
     documents: Annotated[list[FilledText | DocumentObject], Field(min_length=1, max_length=MOST_DOCUMENTS)]
     """Texts, or objects with `text`. Query and document together are truncated at the recipe's `data.max_length`."""
     top_n: PositiveInt | None = None

@@ -45,7 +45,7 @@ KINDS = {"passages": ("ranking",), "scores": ("cosent", "cosine"), "labels": ("t
 """By kind of rows, the losses that learn from them; the first is the default."""
 CORRELATIONS = ("spearman", "pearson")
 SPREAD = ("random_cosine", "effective_rank")
-"""Metrics of how the vectors are spread; collapsed vectors are all alike."""
+"""Metrics of how the vectors are spread; collapsed vectors are nearly equal."""
 
 
 class Embed(Task[EmbedRow, Vectors]):
@@ -78,7 +78,7 @@ class Embed(Task[EmbedRow, Vectors]):
         section = resolve_settings(embed_section(recipe), config)
         kind = infer_rows(rows)
         loss = section.loss if section.loss != "auto" else KINDS[kind][0]
-        RecipeError.collect(find_problems(recipe, section, loss, kind, config))
+        RecipeError.collect(find_misfit_settings(recipe, section, loss, kind, config))
         if loss == "cosine" and not all(abs(row["score"]) <= 1 for _, row in iterate_rows(rows, "train")):
             raise DataError.of("scores outside −1 to 1", "embed.loss", "Rescale them, or set embed.loss: cosent.")
         metrics = recipe.evaluate.metrics
@@ -106,7 +106,7 @@ class Embed(Task[EmbedRow, Vectors]):
         return {"query": query, "passages": passages, "negatives": [], "score": None, "label": None}
 
     def split_answer(self, row: EmbedRow) -> tuple[EmbedRow, str]:
-        """Return the texts of a row, and what is known about them: the passage, the score or the label."""
+        """Return the texts of a row, and their known passage, score or label."""
         known = row["label"] if row["score"] is None else f"{row['score']:g}"
         return {**row, "score": None, "label": None}, known or "\n".join(row["passages"])
 
@@ -126,7 +126,7 @@ class Embed(Task[EmbedRow, Vectors]):
         found, searched = map(len, held_out)
         notes = {
             "vectors": describe_settings(embed_section(recipe)),
-            "queries": f"{found:,}, of which {shared[0]:,} also occur in training rows",
+            "queries": f"{found:,}; {shared[0]:,} also occur in training rows",
         }
         if searched:
             corpus = f"the passages and negatives of the {split} rows"
@@ -140,14 +140,16 @@ class Embed(Task[EmbedRow, Vectors]):
     def encode_row(self, row: EmbedRow, processor: PreTrainedTokenizerBase, recipe: Recipe) -> Encoded:
         """Return an example of the query, one passage and the negatives, for each passage."""
         names, limit = text_names(row), recipe.data.max_length
-        whole = [tokenize(name, text, processor, recipe) for name, text in zip(names, texts_of(row), strict=True)]
+        whole = [
+            tokenize_prompted(name, text, processor, recipe) for name, text in zip(names, texts_of(row), strict=True)
+        ]
         longest = max(map(len, whole))
         if longest > limit and recipe.data.on_overlong != "truncate":
             return too_long(longest, limit)
         if not min(map(len, whole)):
             return "a text has no tokens"
         kept = [
-            ids if len(ids) <= limit else tokenize(name, text, processor, recipe, limit)
+            ids if len(ids) <= limit else tokenize_prompted(name, text, processor, recipe, limit)
             for ids, name, text in zip(whole, names, texts_of(row), strict=True)
         ]
         lost = Lost(sum(map(len, whole)) - sum(map(len, kept))) if longest > limit else None
@@ -212,7 +214,7 @@ class Embed(Task[EmbedRow, Vectors]):
         places = {(name == "query", text): 0 for row in named for name, text in row}
         asked = [("query" if is_query else "passage", text) for is_query, text in places]
         places = {key: place for place, key in enumerate(places)}
-        ids = [tokenize(name, text, loaded.processor, loaded.recipe, limit) for name, text in asked]
+        ids = [tokenize_prompted(name, text, loaded.processor, loaded.recipe, limit) for name, text in asked]
 
         def read(i: int, output: ModelOutput, row: int) -> list[float]:
             vector_D = pool(output.last_hidden_state[row, : len(ids[i])], section.pooling)
@@ -244,7 +246,7 @@ class Embed(Task[EmbedRow, Vectors]):
         return measure_ranking(metric, [query for _, query in queries], [row for row, _ in queries])
 
     def save_files(self, folder: Path, config: PretrainedConfig, recipe: Recipe) -> None:
-        """Make the folder one that sentence-transformers loads, with the same vectors."""
+        """Write the files with which sentence-transformers loads the folder and computes the same vectors."""
         write_settings(folder, config, embed_section(recipe), recipe.data.max_length)
 
 
@@ -269,7 +271,7 @@ def infer_rows(rows: Rows) -> str:
     return kinds.pop() if kinds else "passages"
 
 
-def find_problems(
+def find_misfit_settings(
     recipe: Recipe, section: EmbedSection, loss: str, kind: str, config: PretrainedConfig
 ) -> Iterator[Problem]:
     """Yield settings that do not fit the rows or the model."""
@@ -305,7 +307,7 @@ def hash_text(text: str) -> int:
 # Texts and vectors. Shapes: T tokens of a text, D numbers of a vector, B texts, Q queries, P passages.
 
 
-def tokenize(
+def tokenize_prompted(
     name: str, text: str, processor: PreTrainedTokenizerBase, recipe: Recipe, limit: int | None = None
 ) -> list[int]:
     """Return the tokens of a text of this name after its prompt, cut to `limit`."""

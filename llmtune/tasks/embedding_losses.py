@@ -22,7 +22,7 @@ def embedding_loss(vectors: Sequence[torch.Tensor], examples: Sequence[Example],
     """Return the loss of a step from the vectors [texts, D] of each example, before normalisation.
 
     With `dimensions` the losses of all lengths are added, as in Kusupati et al., "Matryoshka Representation Learning",
-    2022. A loss that is no sum over rows counts once per row, so that its mean is the loss.
+    2022. A loss that is no sum over rows counts once per row: its mean is then the loss.
     """
     compute = LOSSES[section.loss]
     sizes = section.dimensions or (vectors[0].shape[1],)

@@ -28,7 +28,7 @@ USE_OTHER = "Use a base with mean, cls, max or lasttoken pooling and no further 
 
 @dataclass(frozen=True)
 class SentenceSettings:
-    """What a base model's folder says; None for what it does not say."""
+    """Settings in a base model's folder; None for missing ones."""
 
     pooling: str | None = None
     normalize: bool | None = None
@@ -43,14 +43,14 @@ def read_settings(folder: Path) -> SentenceSettings:
         RecipeError: its vectors are made in a way that cannot be trained here, such as by a further layer.
         EnvironmentProblem: a file is damaged or missing.
     """
-    modules = _read(folder / MODULES)
+    modules = _read_part(folder / MODULES)
     if modules is None:
         return SentenceSettings()
     kinds = {str(one["type"]).rsplit(".", 1)[-1]: folder / one["path"] for one in modules}
     if unknown := kinds.keys() - {"Transformer", "Pooling", "Normalize"}:
         what = f"the base makes its vectors with a module {min(unknown)}, which llmtune does not train"
         raise RecipeError.of(what, str(folder / MODULES), USE_OTHER)
-    prompts = (_read(folder / PROMPTS) or {}).get("prompts") or {}
+    prompts = (_read_part(folder / PROMPTS) or {}).get("prompts") or {}
     return SentenceSettings(
         _read_pooling(kinds["Pooling"]) if "Pooling" in kinds else None,
         "Normalize" in kinds,
@@ -59,7 +59,7 @@ def read_settings(folder: Path) -> SentenceSettings:
     )
 
 
-def _read(path: Path) -> Any:
+def _read_part(path: Path) -> Any:
     if not path.exists():
         return None
     content = read_json(path)
@@ -70,7 +70,7 @@ def _read(path: Path) -> Any:
 
 def _read_pooling(folder: Path) -> str:
     path = folder / "config.json"
-    config = _read(path)
+    config = _read_part(path)
     if config is None:
         raise EnvironmentProblem.of("missing: it says how vectors are pooled", str(path), "Download the model again.")
     stated = config.get("pooling_mode")
