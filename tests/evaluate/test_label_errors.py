@@ -67,6 +67,9 @@ def test_the_command_writes_what_the_report_lists(
     assert len(written) == sum(report["suspects"]["found"].values())
     assert [*written[0]] == ["file", "line", "split", "given", "suggested", "score", "text", "word", "position"]
     assert invoke("rows", out, "--suspects", tmp_path / "s.jsonl", "--json").exit_code == 0
+    for file, what in (("s.xlsx", "JSON Lines or CSV"), ("no/s.csv", "folder not found")):
+        refused = invoke("rows", out, "--suspects", tmp_path / file)
+        assert (refused.exit_code, what in refused.output) == (2, True)
     lines = (tmp_path / "s.jsonl").read_text()
     assert lines == (out / "evaluation" / "suspects.jsonl").read_text()
 

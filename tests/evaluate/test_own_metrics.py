@@ -20,6 +20,7 @@ from llmtune.evaluate.opened_runs import open_run_scores, pair_measures
 from llmtune.evaluate.own_metrics import (
     Failure,
     check_own_metrics,
+    describe_failure,
     list_own_metrics,
     read_metric,
     run_metric,
@@ -122,6 +123,13 @@ def test_a_metric_that_sleeps_ends_at_its_limit_with_row_and_line(tmp_path: Path
     assert time.monotonic() - started < 10
 
 
+def test_an_exception_that_mentions_the_network_has_the_usual_fix(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.py"
+    path.write_text("def mine(row, answer) -> bool: ...")
+    failure = Failure("it raised ValueError: the neural network took more than one argument", 0, 1)
+    assert describe_failure(read_metric(f"{path}:mine"), failure, ["rows.jsonl:1"]).fix == "Correct the function."
+
+
 def test_a_metric_that_hides_from_its_limit_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("llmtune.evaluate.own_metrics.GRACE_SECONDS", 1.0)
     body = "import signal, time\nsignal.signal(signal.SIGALRM, signal.SIG_IGN)\nif row['n'] == 2:\n    time.sleep(600)"
@@ -176,7 +184,7 @@ def test_a_function_that_is_no_metric_is_refused_without_importing_it(tmp_path: 
 
 def test_the_kind_comes_from_the_annotation(tmp_path: Path) -> None:
     path, kinds = tmp_path / "metrics.py", {"bool": "bool", "float": "number", "int": "number"}
-    kinds |= {"Annotated[float, 0, 1]": "share", "typing.Annotated[float, 0.0, 1.0]": "share"}
+    kinds |= {"'bool'": "bool", "Annotated[float, 0, 1]": "share", "typing.Annotated[float, 0.0, 1.0]": "share"}
     for returns, kind in kinds.items():
         path.write_text(f"def mine(row, answer, *more) -> {returns}:\n    '''What it is.\n\n    More.\n    '''\n")
         assert (read_metric(f"{path}:mine").kind, read_metric(f"{path}:mine").summary) == (kind, "What it is.")
