@@ -16,7 +16,6 @@ STRATEGIES = ("ddp", "fsdp")
 SHARDED_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "adagrad", "rmsprop", "sgd")
 """Optimisers with elementwise updates: each process can update its own shard."""
 UNCUT = {
-    "qlora": "4-bit weights are stored as packed bytes, which cannot be sharded",
     "osf": "hooks on full weights project its gradients, and sharding loses these hooks",
     **dict.fromkeys(
         ("lily", "tinylora", "unilora", "vblora"),

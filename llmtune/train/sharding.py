@@ -13,9 +13,11 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from torch.nn.utils.parametrize import is_parametrized
+from transformers import BitsAndBytesConfig
 
 from llmtune.adapter.reference_model import KEPT, keep_reference, own_part
 from llmtune.model.memory_plan import kept_together
+from llmtune.model.sharded_quantization import make_shardable, move_states
 from llmtune.records import AdaptedModel
 
 
@@ -26,12 +28,21 @@ def share_model(make: Callable[[], AdaptedModel]) -> AdaptedModel:
     adapters and checks them. An error there ends the others. A model with parametrized weights (wav2vec2) cannot be
     pickled, so each process makes its own.
     """
-    adapted = make() if torch.distributed.get_rank() == 0 else None
-    if adapted is not None and hasattr(adapted.model, KEPT):
-        setattr(adapted.model, KEPT, {})  # `shard_model` fills it with each process's shard
+    adapted = _make_shardable(make) if torch.distributed.get_rank() == 0 else None
     (packed,) = broadcast_object_list([None if adapted is None else _pack_model(adapted)])
     if adapted is None:
-        adapted = make() if packed is None else cast(AdaptedModel, _Unpacking(io.BytesIO(packed)).load())
+        adapted = _make_shardable(make) if packed is None else cast(AdaptedModel, _Unpacking(io.BytesIO(packed)).load())
+    return adapted
+
+
+def _make_shardable(make: Callable[[], AdaptedModel]) -> AdaptedModel:
+    adapted = make()
+    if hasattr(adapted.model, KEPT):
+        setattr(adapted.model, KEPT, {})  # `shard_model` fills it with each process's shard
+    quantization = getattr(adapted.selected.model.config, "quantization_config", None)
+    if isinstance(quantization, BitsAndBytesConfig):
+        quantization.bnb_4bit_quant_storage = quantization.bnb_4bit_compute_dtype
+        make_shardable(adapted.model, quantization.bnb_4bit_quant_storage)
     return adapted
 
 
@@ -76,9 +87,12 @@ def shard_model(model: torch.nn.Module, device: torch.device) -> None:
     never stale.
     """
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
+    ignored = move_states(model, device)
     for piece in [*kept_together(model), model]:
-        whole = {name: one.detach() for name, one in piece.named_parameters() if not isinstance(one, DTensor)}
-        fully_shard(piece, mesh=mesh, reshard_after_forward=True)
+        own = {name: one for name, one in piece.named_parameters() if not isinstance(one, DTensor)}
+        whole = {name: one.detach() for name, one in own.items() if one not in ignored}
+        del own
+        fully_shard(piece, mesh=mesh, reshard_after_forward=True, ignored_params=ignored)
         fill_meta: Any = piece._apply  # `to_empty` would empty buffers too
         fill_meta(lambda own: torch.empty_like(own, device=device) if own.is_meta else own)
         _fill_parts(piece, whole, mesh)
@@ -118,7 +132,7 @@ def whole_state(model: torch.nn.Module, trained_only: bool) -> dict[str, torch.T
     known: dict[int, torch.Tensor] = {}
     first = torch.distributed.get_rank() == 0
     for name, tensor in model.state_dict(keep_vars=True).items():
-        if isinstance(tensor, DTensor) and trained_only and not tensor.requires_grad:
+        if isinstance(tensor, torch.nn.Parameter) and trained_only and not tensor.requires_grad:
             continue
         if id(tensor) not in known:
             whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file, save_file
+from support.adapting import build_family
 from support.models import build_llama
 from support.runs import invoke, llmtune, write_recipe
 from support.training import (
@@ -41,6 +42,9 @@ SLOW = pytest.mark.slow
         ("lora", 2, "fsdp"),
         pytest.param("full", 2, "fsdp", marks=SLOW),
         pytest.param("added", 2, "fsdp", marks=SLOW),
+        pytest.param("qlora", 2, "fsdp", marks=SLOW),
+        pytest.param("qlora, plain scales", 3, "fsdp", marks=SLOW),
+        pytest.param("qlora, dora", 2, "fsdp", marks=SLOW),
         pytest.param("lora", 4, "fsdp", marks=SLOW),
         pytest.param("full", 4, "fsdp", marks=SLOW),
         pytest.param("lora", 4, "ddp", marks=SLOW),
@@ -70,6 +74,9 @@ def test_a_sharded_model_learns_the_same_as_an_unsharded_one(
         pytest.param("lora", (2, "fsdp"), (1, "ddp"), marks=SLOW),
         pytest.param("lora", (4, "fsdp"), (2, "fsdp"), marks=SLOW),
         pytest.param("lora", (4, "fsdp"), (1, "ddp"), marks=SLOW),
+        pytest.param("qlora", (4, "fsdp"), (2, "fsdp"), marks=SLOW),
+        pytest.param("qlora", (4, "fsdp"), (1, "ddp"), marks=SLOW),
+        pytest.param("qlora", (1, "ddp"), (2, "fsdp"), marks=SLOW),
         pytest.param("full", (4, "fsdp"), (2, "fsdp"), marks=SLOW),
         pytest.param("full", (4, "fsdp"), (1, "ddp"), marks=SLOW),
         pytest.param("full", (4, "fsdp"), (2, "ddp"), marks=SLOW),
@@ -96,6 +103,18 @@ def test_one_process_reads_the_model_and_the_others_receive_their_shards(method,
     make_recipe(tmp_path, build_llama(tmp_path / "model", tie_word_embeddings=tied), adapter=METHODS[method])
     found = launch_work("share_tiny", [tmp_path], Topology(processes, "fsdp"), console, processes)
     assert found == dict.fromkeys(("numbers", "without", "tied", "buffers", "cut"), True)
+
+
+@SLOW
+@pytest.mark.parametrize("processes", [2, 3])
+def test_each_process_has_a_part_of_4_bit_weights_and_experts(processes, tmp_path, console):
+    config = {"num_experts": 4, "moe_intermediate_size": 32, "num_experts_per_tok": 2}
+    model = build_family(tmp_path / "model", "qwen3_moe", **config)
+    experts = {"method": "qlora", "target_parameters": ["gate_up_proj", "down_proj"]}
+    make_recipe(tmp_path, model, train=TRAIN, adapter=experts)
+    write_examples(tmp_path / "examples", train=16)
+    found = launch_work("shard_packed", [tmp_path], Topology(processes, "fsdp"), console, processes)
+    assert found == {"storage": ["float32"], "uncut": [], "loss": True, "share": True}
 
 
 @SLOW
@@ -156,7 +175,6 @@ OSF, VECTORS, BANK = ({"method": name, "r": None, "lora_alpha": None} for name i
     [
         (["--strategy", "fdsp"], {}, ["Did you mean 'fsdp'?"]),
         (["--strategy", "cp"], {}, ["'cp'", "ring attention", "fsdp"]),
-        (["--strategy", "fsdp"], {"adapter": {"method": "qlora"}}, ["adapter.method", "4-bit", "--strategy ddp"]),
         (["--strategy", "fsdp"], {"adapter": OSF}, ["adapter.method", "full weights", "--strategy ddp with osf"]),
         (["--strategy", "fsdp"], {"adapter": VECTORS}, ["adapter.method", "full weights"]),
         (["--strategy", "fsdp"], {"adapter": BANK}, ["adapter.method", "shared by layers"]),

@@ -87,6 +87,38 @@ def share_tiny(folder: str) -> dict[str, bool]:
     return {"numbers": numbers, **{name: all(one[name] for one in found) for name in found[0]}}
 
 
+def shard_packed(folder: str) -> dict[str, object]:
+    """Shard the 4-bit model of the recipe in `folder`; return what is not cut, and whether the first loss is equal."""
+    import torch
+    from accelerate.utils import gather_object
+    from torch.distributed.tensor import DTensor
+
+    from llmtune.model.sharded_quantization import ShardableLinear4bit
+    from llmtune.recipe.loader import load_recipe
+    from llmtune.train.distributed import join_processes
+    from llmtune.train.sharding import shard_model, share_model
+    from support.training import adapt
+
+    join_processes("cpu")
+    recipe = load_recipe(str(Path(folder) / "recipe.yaml")).recipe
+    alone, model = adapt(recipe).model, share_model(lambda: adapt(recipe)).model
+    ids = torch.arange(5, 45)[None]
+    before = float(alone(input_ids=ids, labels=ids, use_cache=False).loss)
+    shard_model(model, torch.device("cpu"))
+    packed = [module.weight for module in model.modules() if isinstance(module, ShardableLinear4bit)]
+    packed += [one for name, one in model.named_parameters() if name.endswith(("_packed", "_absmax"))]
+    uncut = [name for name, one in model.named_parameters() if not isinstance(one, DTensor) and one.stride(0)]
+    own = sum(one.to_local().numel() for one in packed)
+    shares = gather_object([own / sum(one.numel() for one in packed)])
+    after = float(model(input_ids=ids, labels=ids, use_cache=False).loss)
+    return {
+        "storage": sorted({str(one.dtype).removeprefix("torch.") for one in packed} - {"uint8"}),
+        "uncut": uncut,
+        "loss": abs(after - before) < 1e-5 * before,
+        "share": abs(sum(shares) - 1) < 1e-9 and max(shares) < 1.1 / len(shares),
+    }
+
+
 def measure_training(folder: str, run: str, strategy: str) -> list[int]:
     """Train as `train_tiny` does; return the highest resident memory of each process, without that of libraries."""
     import psutil
