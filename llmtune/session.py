@@ -54,7 +54,7 @@ from llmtune.tasks.class_labels import AS_NUMBERS
 from llmtune.tasks.registry import choose_variant
 from llmtune.train.distributed import join_processes
 from llmtune.train.setup import train_inputs
-from llmtune.train.sharding import share_model
+from llmtune.train.sharding import Made, shard_model, share_model
 
 T = TypeVar("T")
 
@@ -227,13 +227,18 @@ def make_adapted(context: RunContext) -> AdaptedModel:
 
     If the model is to be sharded, only the first process loads it, into main memory.
     """
+    return _make(context, partial(_make_adapted, context))
+
+
+def _make(context: RunContext, make: Callable[[Recipe, str], Made]) -> Made:
+    """Make a model with a recipe on a device: in the first process for all, if the model is to be sharded."""
     plan = context.plan
     if not context.shards:
-        return _make_adapted(context, plan.recipe, plan.device)
+        return make(plan.recipe, plan.device)
     join_processes(plan.device)
     find_class(plan.model_ref, plan.recipe, plan.task)  # import remote code before receiving a model that uses it
     device, recipe = loading_device(plan.recipe, plan.device)
-    return share_model(partial(_make_adapted, context, recipe, device))
+    return share_model(partial(make, recipe, device))
 
 
 def _make_adapted(context: RunContext, recipe: Recipe, device: str) -> AdaptedModel:
@@ -247,7 +252,10 @@ def _make_adapted(context: RunContext, recipe: Recipe, device: str) -> AdaptedMo
 
 @dataclass
 class Models:
-    """Base and tuned model of a run, each loaded from disk as its user would load it; adapters share their base."""
+    """Base and tuned model of a run, each loaded from disk as its user would load it.
+
+    Adapters share their base, unless the models are sharded.
+    """
 
     context: RunContext
     packs: bool | None = None
@@ -257,7 +265,7 @@ class Models:
     def base(self) -> Iterator[PreTrainedModel]:
         """The base model, on the same quantised weights if it was quantised."""
         yield self._selected.model
-        if self.context.plan.recipe.adapter.method == "full":
+        if self.context.plan.recipe.adapter.method == "full" or self.context.shards:
             del self.__dict__["_selected"]  # one set of full weights in memory at a time
 
     @contextmanager
@@ -274,7 +282,7 @@ class Models:
             if known is not None and known != hash_folder(adapter):
                 what = "The adapter in adapter.start_from changed since training, so the base cannot be restored"
                 raise EnvironmentProblem.of(what, str(adapter), "Put it back, or run the recipe again.")
-            yield load_adapter(self._load(plan.model_ref), adapter).model
+            yield self._shard(partial(self._attach, plan.model_ref, adapter)).model
 
     @contextmanager
     def tuned(self) -> Iterator[PreTrainedModel]:
@@ -286,11 +294,9 @@ class Models:
         """The tuned model, read back from the run folder."""
         trained, plan = self.context.trained_folder, self.context.plan
         if plan.recipe.adapter.method == "full":
-            selected = self._load(replace(plan.model_ref, path=trained))
-            if selected.new_weights:
-                what = "the head in these weights has other classes than the rows have now"
-                raise EnvironmentProblem.of(what, str(trained), "Run the recipe again to train a new head.")
-            return load_adapter(selected, trained)
+            return self._shard(partial(self._attach, replace(plan.model_ref, path=trained), trained))
+        if self.context.shards:  # modules cannot be added to a sharded model
+            return self._shard(partial(self._attach, plan.model_ref, trained))
         return load_adapter(self._selected, trained)
 
     @property
@@ -300,13 +306,28 @@ class Models:
 
     @cached_property
     def _selected(self) -> SelectedModel:
-        return self._load(self.context.plan.model_ref)
+        return self._shard(partial(self._load, self.context.plan.model_ref))
 
-    def _load(self, model_ref: ModelRef) -> SelectedModel:
-        plan = self.context.plan
-        selected = load_model(model_ref, plan.recipe, plan.task, plan.processor, device=plan.device, training=False)
-        self.packs = selected.packs
-        return selected
+    def _load(self, model_ref: ModelRef, recipe: Recipe, device: str) -> SelectedModel:
+        return load_model(
+            model_ref, recipe, self.context.plan.task, self.context.plan.processor, device=device, training=False
+        )
+
+    def _attach(self, model_ref: ModelRef, trained: Path, recipe: Recipe, device: str) -> AdaptedModel:
+        """Load a model with the adapter or the tuned weights in `trained`."""
+        selected = self._load(model_ref, recipe, device)
+        if recipe.adapter.method == "full" and selected.new_weights:
+            what = "the head in these weights has other classes than the rows have now"
+            raise EnvironmentProblem.of(what, str(trained), "Run the recipe again to train a new head.")
+        return load_adapter(selected, trained)
+
+    def _shard(self, make: Callable[[Recipe, str], Made]) -> Made:
+        """Make a model, each process its shard if the run is sharded."""
+        made = _make(self.context, make)
+        self.packs = made.packs if isinstance(made, SelectedModel) else made.selected.packs
+        if self.context.shards:
+            shard_model(made.model, torch.device(pick_device()))
+        return made
 
 
 def open_finished(run: Path, console: Console, offline: bool, recipe: Recipe | None = None) -> RunContext:
@@ -323,7 +344,7 @@ def open_finished(run: Path, console: Console, offline: bool, recipe: Recipe | N
     model_ref = locate_pinned(context, recipe.model, pins.model)
     task = find_variant(recipe, model_ref)
     recipe = task.infer_labels(recipe, context.rows, read_model_config(model_ref, recipe.model))
-    context.resolved = Plan(recipe, task, model_ref, context.device)
+    context.resolved = Plan(recipe, task, model_ref, context.device, layout())
     return context
 
 

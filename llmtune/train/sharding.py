@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Mapping
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import dill
 import torch
@@ -16,30 +16,32 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from llmtune.adapter.reference_model import KEPT, keep_reference, own_part
 from llmtune.model.memory_plan import kept_together
-from llmtune.records import AdaptedModel
+from llmtune.records import AdaptedModel, SelectedModel
+
+Made = TypeVar("Made", AdaptedModel, SelectedModel)
 
 
-def share_model(make: Callable[[], AdaptedModel]) -> AdaptedModel:
+def share_model(make: Callable[[], Made]) -> Made:
     """Make a model in the first process; the others receive it with weights on `meta`, filled later by `shard_model`.
 
     Modules, hooks, configuration and buffers are sent unchanged, so only the first process reads files, initialises
     adapters and checks them. An error there ends the others. A model with parametrized weights (wav2vec2) cannot be
     pickled, so each process makes its own.
     """
-    adapted = make() if torch.distributed.get_rank() == 0 else None
-    if adapted is not None and hasattr(adapted.model, KEPT):
-        setattr(adapted.model, KEPT, {})  # `shard_model` fills it with each process's shard
-    (packed,) = broadcast_object_list([None if adapted is None else _pack_model(adapted)])
-    if adapted is None:
-        adapted = make() if packed is None else cast(AdaptedModel, _Unpacking(io.BytesIO(packed)).load())
-    return adapted
+    made = make() if torch.distributed.get_rank() == 0 else None
+    if made is not None and hasattr(made.model, KEPT):
+        setattr(made.model, KEPT, {})  # `shard_model` fills it with each process's shard
+    (packed,) = broadcast_object_list([None if made is None else _pack_model(made)])
+    if made is None:
+        made = make() if packed is None else cast(Made, _Unpacking(io.BytesIO(packed)).load())
+    return made
 
 
-def _pack_model(adapted: AdaptedModel) -> bytes | None:
-    if any(is_parametrized(module) for module in adapted.model.modules()):
+def _pack_model(made: AdaptedModel | SelectedModel) -> bytes | None:
+    if any(is_parametrized(module) for module in made.model.modules()):
         return None
     file = io.BytesIO()
-    _Packing(file).dump(adapted)
+    _Packing(file).dump(made)
     return file.getvalue()
 
 
