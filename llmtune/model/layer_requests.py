@@ -16,6 +16,8 @@ from llmtune.model.device import MEMORY_ERRORS, is_out_of_memory
 
 NONE_LEFT = 2**31
 """The request of a process that has run all its passes."""
+_MANAGED = "_is_fsdp_managed_module"
+"""Attribute of torch by which transformers makes all processes generate the same number of tokens."""
 SILENCE_SECONDS = 1800
 """How long a process waits for the others before it gives up: longer than rank 0 needs for a checkpoint."""
 
@@ -70,6 +72,9 @@ class LayerRequests:
         outside = [part for part in self.model.modules() if part not in inside and any(True for _ in part.parameters())]
         with ExitStack() as stack:
             for part in outside:
+                if getattr(part, _MANAGED, False):
+                    setattr(part, _MANAGED, False)
+                    stack.callback(setattr, part, _MANAGED, True)
                 stack.callback(part.register_forward_pre_hook(self._enter, prepend=True).remove)
                 stack.callback(part.register_forward_hook(self._leave, always_call=True).remove)
             for number, unit in enumerate(self.units[1:], start=1):

@@ -162,7 +162,6 @@ OSF, VECTORS, BANK = ({"method": name, "r": None, "lora_alpha": None} for name i
         (["--strategy", "fsdp"], {"adapter": BANK}, ["adapter.method", "shared by layers"]),
         (["--strategy", "fsdp"], {"train": {"optim": "adafactor"}}, ["train.optim", "adafactor", "adamw_torch"]),
         (["--strategy", "fsdp"], {"train": {"torch_compile": True}}, ["train.torch_compile"]),
-        (["--strategy", "fsdp"], {"train": {"eval_metrics": ["chrf"]}}, ["train.eval_metrics", "during training"]),
         (["--machines", "2"], {}, ["--address", "HOST:PORT"]),
         (["--machines", "2", "--address", "here"], {}, ["'here' is not HOST:PORT"]),
         (["--machines", "2", "--rank", "2", "--address", "a:1"], {}, ["--rank", "from 0 to 1"]),
