@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -182,6 +183,66 @@ def run_own_passes(folder: str) -> dict[str, object]:
     found["resharded"] = all(type(one).__name__ == "DTensor" for one in model.parameters())
     everywhere = gather_object([found])
     return {name: all(one[name] for one in everywhere) for name in found}
+
+
+def measure_pipeline(recipe: str, out: str, until: str) -> list[list[int]]:
+    """Run a recipe; return the most resident memory of each process, all and without files, beyond its libraries'."""
+    import psutil
+    import transformers.models.llama.modeling_llama  # noqa: F401
+    from accelerate.utils import gather_object
+
+    from llmtune.pipeline import run_pipeline
+    from llmtune.recipe.loader import load_recipe
+    from llmtune.store.machine import Meter
+    from llmtune.store.run_request import RunRequest
+    from llmtune.train.distributed import join_processes
+    from support.adapting import quiet
+
+    join_processes("cpu")
+    process, seen, done = psutil.Process(), list[int](), threading.Event()
+
+    def own() -> int:
+        used = process.memory_info()
+        return int(used.rss - used.shared)
+
+    def watch() -> None:
+        while not done.wait(0.005):
+            seen.append(own())
+
+    libraries, before, meter = process.memory_info().rss, own(), Meter()
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    run_pipeline(load_recipe(recipe), RunRequest(out=Path(out), until=until), quiet())
+    done.set()
+    watcher.join()
+    peaks = [meter.peak_bytes - libraries, max(seen) - before]
+    return list(gather_object([peaks])) if world_size() > 1 else [peaks]
+
+
+def run_and_die(recipe: str, out: str, rank_to_kill: str, event: str, text: str) -> bool:
+    """Run a recipe; one process is killed soon after its `event` with this text: a line, or one of Python's audit."""
+    from llmtune.model.layer_requests import LayerRequests
+    from llmtune.pipeline import run_pipeline
+    from llmtune.recipe.loader import load_recipe
+    from llmtune.store.run_request import RunRequest
+    from support.adapting import quiet
+    from support.process import Watched, kill_at
+
+    console = quiet()
+    if str(rank()) == rank_to_kill and event != "line":
+        sys.addaudithook(lambda name, given: kill_at(name, given, event, text))
+    elif str(rank()) == rank_to_kill:
+        requests, gather_next = [0], LayerRequests._gather_next
+
+        def count(self: LayerRequests, wanted: int) -> int:
+            requests[0] += 1
+            if requests[0] == 20:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return gather_next(self, wanted)
+
+        console.file = Watched(text, lambda: setattr(LayerRequests, "_gather_next", count))
+    run_pipeline(load_recipe(recipe), RunRequest(out=Path(out)), console)
+    return True
 
 
 def write_and_wait(folder: str, run: str) -> None:
