@@ -68,7 +68,7 @@ class LayerRequests:
     @contextmanager
     def before_each_layer(self) -> Iterator[None]:
         """Request the units as passes reach them, by hooks on their modules."""
-        inside = {part for unit in self.units[1:] for part in unit.modules()}  # type: ignore[attr-defined]
+        inside = {part for unit in self.units[1:] for part in unit.modules()}
         outside = [part for part in self.model.modules() if part not in inside and any(True for _ in part.parameters())]
         with ExitStack() as stack:
             for part in outside:
@@ -154,4 +154,5 @@ def _message_group() -> distributed.ProcessGroup | None:
     """Return a group for numbers in main memory: reading them must not wait for a card."""
     if distributed.get_backend() == "gloo":
         return None
-    return distributed.new_group(backend="gloo", timeout=timedelta(seconds=SILENCE_SECONDS))
+    group: distributed.ProcessGroup = distributed.new_group(backend="gloo", timeout=timedelta(seconds=SILENCE_SECONDS))
+    return group

@@ -403,6 +403,7 @@ def test_two_processes_evaluate_as_one(name, finished, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("processes", [2, 4])
 def test_processes_with_shards_evaluate_as_one(processes, finished, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]), prepend=os.pathsep)
