@@ -113,7 +113,4 @@ def why_not(strategy: str, recipe: Recipe) -> list[Problem]:
     if recipe.train.torch_compile:
         what = "compiled layers cannot be sharded"
         problems.append(Problem(what, "train.torch_compile", f"{instead}, or remove it."))
-    if recipe.train.eval_metrics:
-        what = "a sharded model cannot generate answers during training"
-        problems.append(Problem(what, "train.eval_metrics", f"{instead}, or remove it."))
     return problems

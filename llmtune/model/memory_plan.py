@@ -123,7 +123,7 @@ def divide_plan(plan: MemoryPlan, skeleton: PreTrainedModel, recipe: Recipe, lay
     rest = total - sum(sizes)
     parts = {name: size if name in _WHOLE else size // layout.processes for name, size in plan.parts.items()}
     parts["gathered"] = (4 if full else compute_bytes) * (rest + 2 * layer) + 4 * full * (rest + layer)
-    evaluated = compute_bytes * total + parts.get("libraries", 0)
+    evaluated = compute_bytes * (total // layout.processes + rest + 2 * layer) + parts.get("libraries", 0)
     bound = max(_fixed(parts) + plan.lower_bound - _fixed(plan.parts), evaluated)
     return replace(plan, parts=parts | {"evaluation": max(0, evaluated - sum(parts.values()))}, lower_bound=bound)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Mapping
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import dill
 import torch
@@ -16,41 +16,44 @@ from torch.nn.utils.parametrize import is_parametrized
 from transformers import BitsAndBytesConfig
 
 from llmtune.adapter.reference_model import KEPT, keep_reference, own_part
+from llmtune.model.causal_lm_loss import unwrap
 from llmtune.model.memory_plan import kept_together
 from llmtune.model.sharded_quantization import make_shardable, move_states
-from llmtune.records import AdaptedModel
+from llmtune.records import AdaptedModel, SelectedModel
+
+Made = TypeVar("Made", AdaptedModel, SelectedModel)
 
 
-def share_model(make: Callable[[], AdaptedModel]) -> AdaptedModel:
+def share_model(make: Callable[[], Made]) -> Made:
     """Make a model in the first process; the others receive it with weights on `meta`, filled later by `shard_model`.
 
     Modules, hooks, configuration and buffers are sent unchanged, so only the first process reads files, initialises
     adapters and checks them. An error there ends the others. A model with parametrized weights (wav2vec2) cannot be
     pickled, so each process makes its own.
     """
-    adapted = _make_shardable(make) if torch.distributed.get_rank() == 0 else None
-    (packed,) = broadcast_object_list([None if adapted is None else _pack_model(adapted)])
-    if adapted is None:
-        adapted = _make_shardable(make) if packed is None else cast(AdaptedModel, _Unpacking(io.BytesIO(packed)).load())
-    return adapted
+    made = _make_shardable(make) if torch.distributed.get_rank() == 0 else None
+    (packed,) = broadcast_object_list([None if made is None else _pack_model(made)])
+    if made is None:
+        made = _make_shardable(make) if packed is None else cast(Made, _Unpacking(io.BytesIO(packed)).load())
+    return made
 
 
-def _make_shardable(make: Callable[[], AdaptedModel]) -> AdaptedModel:
-    adapted = make()
-    if hasattr(adapted.model, KEPT):
-        setattr(adapted.model, KEPT, {})  # `shard_model` fills it with each process's shard
-    quantization = getattr(adapted.selected.model.config, "quantization_config", None)
+def _make_shardable(make: Callable[[], Made]) -> Made:
+    made = make()
+    if hasattr(made.model, KEPT):
+        setattr(made.model, KEPT, {})  # `shard_model` fills it with each process's shard
+    quantization = getattr(unwrap(made.model).config, "quantization_config", None)
     if isinstance(quantization, BitsAndBytesConfig):
         quantization.bnb_4bit_quant_storage = quantization.bnb_4bit_compute_dtype
-        make_shardable(adapted.model, quantization.bnb_4bit_quant_storage)
-    return adapted
+        make_shardable(made.model, quantization.bnb_4bit_quant_storage)
+    return made
 
 
-def _pack_model(adapted: AdaptedModel) -> bytes | None:
-    if any(is_parametrized(module) for module in adapted.model.modules()):
+def _pack_model(made: AdaptedModel | SelectedModel) -> bytes | None:
+    if any(is_parametrized(module) for module in made.model.modules()):
         return None
     file = io.BytesIO()
-    _Packing(file).dump(adapted)
+    _Packing(file).dump(made)
     return file.getvalue()
 
 
