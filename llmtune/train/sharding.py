@@ -10,16 +10,17 @@ import dill
 import torch
 from accelerate.utils import broadcast_object_list
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from torch.nn.utils.parametrize import is_parametrized
 from transformers import BitsAndBytesConfig
 
 from llmtune.adapter.reference_model import KEPT, keep_reference, own_part
 from llmtune.model.causal_lm_loss import unwrap
-from llmtune.model.memory_plan import kept_together
+from llmtune.model.sharded_plan import kept_together
 from llmtune.model.sharded_quantization import make_shardable, move_states
 from llmtune.records import AdaptedModel, SelectedModel
+from llmtune.store.processes import offloads_params
 
 Made = TypeVar("Made", AdaptedModel, SelectedModel)
 
@@ -82,22 +83,30 @@ class _Unpacking(dill.Unpickler):  # type: ignore[misc]
         return self._known[key]
 
 
-def shard_model(model: torch.nn.Module, device: torch.device) -> None:
+def shard_model(model: torch.nn.Module, device: torch.device, param_dtype: torch.dtype | None = None) -> None:
     """Shard the parameters of `model` over all processes, in place, with the values of the first process.
 
-    Each layer is a unit, and the remaining parameters form one more. Every unit, the outermost included, is resharded
-    after its forward pass. Weights that change between two forward passes (those of a reference model) are therefore
-    never stale.
+    The shards are on `device`, or in main memory if the environment says so. Each layer is a unit, and the remaining
+    parameters form one more. Every unit, the outermost included, is resharded after its forward pass. Weights that
+    change between two forward passes (those of a reference model) are therefore never stale.
+
+    `param_dtype` is that of FSDP2's MixedPrecisionPolicy: layers are gathered in it instead of the dtype of their
+    shards, and gradients are summed in float32. Autocast would keep a copy of all complete layers in it.
     """
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
-    ignored = move_states(model, device)
+    ignored, place, options = move_states(model, device), device, dict[str, Any]()
+    if offloads_params():
+        options["offload_policy"] = CPUOffloadPolicy(pin_memory=device.type == "cuda")
+        place = torch.device("cpu")
+    layers = MixedPrecisionPolicy(param_dtype, torch.float32 if param_dtype else None, cast_forward_inputs=False)
     for piece in [*kept_together(model), model]:
+        options["mp_policy"] = MixedPrecisionPolicy() if piece is model else layers
         own = {name: one for name, one in piece.named_parameters() if not isinstance(one, DTensor)}
         whole = {name: one.detach() for name, one in own.items() if one not in ignored}
         del own
-        fully_shard(piece, mesh=mesh, reshard_after_forward=True, ignored_params=ignored)
+        fully_shard(piece, mesh=mesh, reshard_after_forward=True, ignored_params=ignored, **options)
         fill_meta: Any = piece._apply  # `to_empty` would empty buffers too
-        fill_meta(lambda own: torch.empty_like(own, device=device) if own.is_meta else own)
+        fill_meta(lambda own: torch.empty_like(own, device=place) if own.is_meta else own)
         _fill_parts(piece, whole, mesh)
     switch = getattr(model, "set_reduce_scatter_unused_params", None)  # of newer torch
     if switch is not None:  # some weights, such as an expert's, get gradients in some processes only
@@ -120,8 +129,10 @@ def cut_like(value: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
     """Return this process's shard of a full `value` for `parameter`; all of it if the parameter is not sharded."""
     if not isinstance(parameter, DTensor) or value.shape != parameter.shape:
         return value
-    whole = value.to(parameter.device)
-    return distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
+    cut = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
+    found = torch.empty_like(parameter, dtype=value.dtype, requires_grad=False)  # it may be in main memory
+    own_part(found).copy_(own_part(cut))
+    return found
 
 
 def whole_state(model: torch.nn.Module, trained_only: bool) -> dict[str, torch.Tensor] | None:

@@ -223,7 +223,9 @@ def test_a_dry_run_plans_the_memory_of_one_process(here, tiny_llama, chat_rows):
     assert part["parts"]["gathered"] > 0
 
 
-OSF, VECTORS, BANK = ({"method": name, "r": None, "lora_alpha": None} for name in ("osf", "prompt_tuning", "vblora"))
+OSF, VECTORS, BANK, FULL = (
+    {"method": name, "r": None, "lora_alpha": None} for name in ("osf", "prompt_tuning", "vblora", "full")
+)
 
 
 @pytest.mark.parametrize(
@@ -234,8 +236,8 @@ OSF, VECTORS, BANK = ({"method": name, "r": None, "lora_alpha": None} for name i
         (["--strategy", "fsdp"], {"adapter": OSF}, ["adapter.method", "full weights", "--strategy ddp with osf"]),
         (["--strategy", "fsdp"], {"adapter": VECTORS}, ["adapter.method", "full weights"]),
         (["--strategy", "fsdp"], {"adapter": BANK}, ["adapter.method", "shared by layers"]),
-        (["--strategy", "fsdp"], {"train": {"optim": "adafactor"}}, ["train.optim", "adafactor", "adamw_torch"]),
-        (["--strategy", "fsdp"], {"train": {"torch_compile": True}}, ["train.torch_compile"]),
+        (["--strategy", "fsdp"], {"train": {"optim": "paged_adamw_8bit"}}, ["train.optim", "Omit `paged_`"]),
+        (["--strategy", "fsdp"], {"train": {"optim": "galore_adamw"}, "adapter": FULL}, ["train.optim", "projections"]),
         (["--machines", "2"], {}, ["--address", "HOST:PORT"]),
         (["--machines", "2", "--address", "here"], {}, ["'here' is not HOST:PORT"]),
         (["--machines", "2", "--rank", "2", "--address", "a:1"], {}, ["--rank", "from 0 to 1"]),
