@@ -27,7 +27,8 @@ from memory_plan import write_recipe, write_rows
 from transformers import LlamaConfig, Qwen2Config
 
 from llmtune.model.config import build_skeleton, find_class, linear_shapes
-from llmtune.model.memory_plan import divide_plan, plan_skeleton
+from llmtune.model.memory_plan import plan_skeleton
+from llmtune.model.sharded_plan import divide_plan
 from llmtune.recipe.loader import load_recipe
 from llmtune.records import Layout, MemoryPlan, ModelRef
 from llmtune.tasks.registry import get_task
@@ -133,7 +134,7 @@ def shape(name: str, method: str) -> Shape:
         ref = ModelRef(name, Path(folder), None, "")
         skeleton = build_skeleton(*find_class(ref, recipe, task), recipe)
     plan = plan_skeleton(skeleton, recipe, task, TOKENS, "cuda", None)
-    sharded = divide_plan(plan, skeleton, recipe, Layout(PROCESSES, sharded=True))
+    sharded = divide_plan(plan, skeleton, recipe, Layout(PROCESSES, sharded=True), TOKENS)
     linear = sum(rows * columns for rows, columns in linear_shapes(skeleton).values())
     attention = 2 * config.num_hidden_layers * config.hidden_size * TOKENS  # half of the square: causal
     return Shape(plan, 2 * linear + attention, sharded)

@@ -45,6 +45,7 @@ from llmtune.model.device import pick_device, release_memory
 from llmtune.model.kernels import check_kernels
 from llmtune.model.memory_plan import check_context, check_memory, plan_training
 from llmtune.model.model_trials import choose_candidate, known_or_ranked
+from llmtune.plan_drafting import decide_rest, draft_plan, finish_plan
 from llmtune.recipe.loader import LoadedRecipe
 from llmtune.recipe.schema import Recipe
 from llmtune.records import Json, read_model_ref
@@ -55,11 +56,8 @@ from llmtune.report.score_sections import seed_table
 from llmtune.session import (
     Plan,
     RunContext,
-    decide_rest,
-    draft_plan,
     evaluation_hash,
     find_variant,
-    finish_plan,
     locate_pinned,
     lock_run,
     make_adapted,

@@ -97,6 +97,8 @@ class Layout:
     machines: int = 1
     sharded: bool = False
     """Whether each process has a shard of the model (fsdp) or all of it (ddp)."""
+    offload_params: bool = False
+    """Whether shards are in main memory while they do not compute (FSDP2's CPUOffloadPolicy)."""
 
     @property
     def of_machine(self) -> int:
@@ -126,6 +128,8 @@ class MemoryPlan:
     """Number of processes; the plan is for one of them."""
     base_quantization: str | None = None
     """Quantisation of the base, as in `SelectedModel`."""
+    host: int = 0
+    """Bytes of main memory for shards that are offloaded from a card."""
 
     @property
     def total(self) -> int:

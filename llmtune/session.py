@@ -14,7 +14,7 @@ from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llmtune.adapter.data_init import sample_rows
-from llmtune.adapter.injection import adapter_inputs, adapter_settings, inject
+from llmtune.adapter.injection import adapter_settings, inject
 from llmtune.adapter.load import find_adapter
 from llmtune.adapter.saving import load_adapter
 from llmtune.data.examples import load_examples
@@ -22,7 +22,7 @@ from llmtune.data.preparation import rows_inputs
 from llmtune.data.row_store import load_rows
 from llmtune.data.sources import hash_sources, list_sources
 from llmtune.errors import EnvironmentProblem
-from llmtune.evaluate.cache_keys import base_inputs, evaluation_inputs
+from llmtune.evaluate.cache_keys import base_inputs
 from llmtune.evaluate.champion import face_champion
 from llmtune.evaluate.eval_inputs import EvalContext, calibration_inputs, make_inputs
 from llmtune.evaluate.evaluator import ModelLoaders
@@ -34,15 +34,13 @@ from llmtune.evaluate.suite_registry import check_variant
 from llmtune.model.config import find_class, head_is_new, read_model_config
 from llmtune.model.device import describe_device, loading_device, pick_device
 from llmtune.model.loading import load_model
-from llmtune.model.memory_plan import context_length, resolve_checkpointing
 from llmtune.model.processor import load_processor
+from llmtune.model.quantized_base import kept_quantization
 from llmtune.model.resolve import resolve_model
 from llmtune.recipe.adapter_section import DATA_STARTS
-from llmtune.recipe.loader import LoadedRecipe
 from llmtune.recipe.model_section import ModelSection
 from llmtune.recipe.schema import Recipe
-from llmtune.recipe.training_rule import choose_training, few_steps, with_choices, with_length
-from llmtune.records import ALONE, AdaptedModel, Examples, Json, Layout, ModelRef, Rows, SelectedModel
+from llmtune.records import ALONE, AdaptedModel, Examples, Layout, ModelRef, Rows, SelectedModel
 from llmtune.report.render_terminal import spinner
 from llmtune.store.atomic_files import hash_folder, hash_value
 from llmtune.store.processes import layout, once, world_size
@@ -50,13 +48,13 @@ from llmtune.store.run_folder import RunFolder, StepRun, read_run, recipe_of_run
 from llmtune.store.run_lock import LOCK, Pins, SourceRecord, check_pin, own_pins, read_pins, write_lock
 from llmtune.store.run_request import RunRequest
 from llmtune.tasks.base import AnyTask
-from llmtune.tasks.class_labels import AS_NUMBERS
 from llmtune.tasks.registry import choose_variant
 from llmtune.train.distributed import join_processes
-from llmtune.train.setup import train_inputs
-from llmtune.train.sharding import share_model
+from llmtune.train.sharding import Made, shard_model, share_model
 
 T = TypeVar("T")
+SHARDED = ("full", "lora")
+"""Methods whose finished runs are opened sharded under `--strategy fsdp`; others are opened completely."""
 
 
 @dataclass(frozen=True)
@@ -147,69 +145,6 @@ def find_variant(recipe: Recipe, model_ref: ModelRef) -> AnyTask:
     return variant
 
 
-def draft_plan(context: RunContext, loaded: LoadedRecipe, model_ref: ModelRef, rows: Rows) -> tuple[Plan, LoadedRecipe]:
-    """Resolve the settings that depend on rows and model, and print them; return the draft and the resolved recipe.
-
-    The recipe does not state class names and the like, which are inferred each time.
-
-    Raises RecipeError or DataError if model, rows and recipe do not fit together.
-    """
-    console, task = context.console, find_variant(loaded.recipe, model_ref)
-    config = read_model_config(model_ref, loaded.recipe.model)
-    recipe = task.infer_labels(loaded.recipe, rows, config)
-    stated, found = loaded.recipe.classify, recipe.classify
-    if found is not None and found.kind == "regression" and (stated is None or stated.kind == "auto"):
-        console.print(AS_NUMBERS, highlight=False)
-    text, count = config.get_text_config(), rows.counts.get("train", 0)
-    choices = choose_training(recipe, count, getattr(text, "hidden_size", None), task.trains_head)
-    loaded = with_choices(loaded, choices)
-    reach = context_length(text)
-    if recipe.model.candidates and reach is not None and reach < recipe.data.max_length:
-        loaded = with_length(loaded, reach, model_ref.name)
-        console.print(f"data.max_length: {reach} (chosen: the context of {model_ref.name})", highlight=False)
-    recipe = recipe.model_copy(update={"train": loaded.recipe.train, "data": loaded.recipe.data})
-    for key, choice in choices.items():
-        console.print(f"train.{key}: {choice.value:g} (chosen: {choice.why})", highlight=False)
-    if warning := few_steps(recipe, count):
-        console.print(warning, style="yellow", highlight=False)
-    return Plan(recipe, task, model_ref, context.device, context.request.layout or layout()), loaded
-
-
-def decide_rest(context: RunContext, draft: Plan, rows: Rows, examples: Examples) -> Json:
-    """Resolve what depends on the encoded rows: checkpointing, and the input hash of each step."""
-    adapted = adapter_inputs(draft.recipe, draft.model_ref, examples)
-    evaluated = evaluation_inputs(draft.recipe, draft.model_ref, rows, examples)
-    inputs = {"adapt": adapted, "train": train_inputs(draft.recipe, adapted), "evaluate": evaluated}
-    return {"checkpointing": decide_checkpointing(context, draft, max(examples.longest.values())), "inputs": inputs}
-
-
-def finish_plan(draft: Plan, decided: Json) -> Plan:
-    """Return the plan made of a draft and the result of `decide_rest`."""
-    train = draft.recipe.train.model_copy(update={"gradient_checkpointing": decided["checkpointing"]})
-    return replace(draft, recipe=draft.recipe.model_copy(update={"train": train}), inputs=decided["inputs"])
-
-
-def decide_checkpointing(context: RunContext, draft: Plan, longest: int) -> bool:
-    """Decide `gradient_checkpointing: auto`; `longest` is the longest row in tokens.
-
-    The run's findings keep the decision as long as its inputs are the same. A run that resumes with more or less
-    memory therefore continues as it began.
-    """
-    recipe, findings = draft.recipe, context.folder.findings
-    if recipe.train.gradient_checkpointing != "auto":
-        return recipe.train.gradient_checkpointing
-    inputs = hash_value([draft.model_ref.content_hash, longest, adapter_settings(recipe), recipe.train.optim])
-    known = findings.get("gradient_checkpointing")
-    if known is None or known["inputs"] != inputs:
-        on = resolve_checkpointing(draft.model_ref, recipe, draft.task, longest, draft.device, draft.layout)
-        findings["gradient_checkpointing"] = known = {"inputs": inputs, "on": on}
-    if known["on"]:
-        why = f"because the longest row ({longest:,} tokens) does not fit into the memory of {draft.device} otherwise."
-        what = "train.gradient_checkpointing: auto recomputes activations in the backward pass"
-        context.console.print(f"{what}, {why}", highlight=False)
-    return bool(known["on"])
-
-
 def rows_hash(context: RunContext, recipe: Recipe) -> str:
     """Hash the inputs of the rows; raises EnvironmentProblem if the request's lock names other data."""
     if context.request.pins is not None:
@@ -227,13 +162,18 @@ def make_adapted(context: RunContext) -> AdaptedModel:
 
     If the model is to be sharded, only the first process loads it, into main memory.
     """
+    return _make(context, partial(_make_adapted, context))
+
+
+def _make(context: RunContext, make: Callable[[Recipe, str], Made]) -> Made:
+    """Make a model with a recipe on a device: in the first process for all, if the model is to be sharded."""
     plan = context.plan
     if not context.shards:
-        return _make_adapted(context, plan.recipe, plan.device)
+        return make(plan.recipe, plan.device)
     join_processes(plan.device)
     find_class(plan.model_ref, plan.recipe, plan.task)  # import remote code before receiving a model that uses it
     device, recipe = loading_device(plan.recipe, plan.device)
-    return share_model(partial(_make_adapted, context, recipe, device))
+    return share_model(partial(make, recipe, device))
 
 
 def _make_adapted(context: RunContext, recipe: Recipe, device: str) -> AdaptedModel:
@@ -247,7 +187,10 @@ def _make_adapted(context: RunContext, recipe: Recipe, device: str) -> AdaptedMo
 
 @dataclass
 class Models:
-    """Base and tuned model of a run, each loaded from disk as its user would load it; adapters share their base."""
+    """Base and tuned model of a run, each loaded from disk as its user would load it.
+
+    Adapters share their base, unless the models are sharded.
+    """
 
     context: RunContext
     packs: bool | None = None
@@ -257,7 +200,7 @@ class Models:
     def base(self) -> Iterator[PreTrainedModel]:
         """The base model, on the same quantised weights if it was quantised."""
         yield self._selected.model
-        if self.context.plan.recipe.adapter.method == "full":
+        if self.context.plan.recipe.adapter.method == "full" or self.context.shards:
             del self.__dict__["_selected"]  # one set of full weights in memory at a time
 
     @contextmanager
@@ -274,7 +217,7 @@ class Models:
             if known is not None and known != hash_folder(adapter):
                 what = "The adapter in adapter.start_from changed since training, so the base cannot be restored"
                 raise EnvironmentProblem.of(what, str(adapter), "Put it back, or run the recipe again.")
-            yield load_adapter(self._load(plan.model_ref), adapter).model
+            yield self._shard(partial(self._attach, plan.model_ref, adapter)).model
 
     @contextmanager
     def tuned(self) -> Iterator[PreTrainedModel]:
@@ -286,11 +229,9 @@ class Models:
         """The tuned model, read back from the run folder."""
         trained, plan = self.context.trained_folder, self.context.plan
         if plan.recipe.adapter.method == "full":
-            selected = self._load(replace(plan.model_ref, path=trained))
-            if selected.new_weights:
-                what = "the head in these weights has other classes than the rows have now"
-                raise EnvironmentProblem.of(what, str(trained), "Run the recipe again to train a new head.")
-            return load_adapter(selected, trained)
+            return self._shard(partial(self._attach, replace(plan.model_ref, path=trained), trained))
+        if self.context.shards:  # modules cannot be added to a sharded model
+            return self._shard(partial(self._attach, plan.model_ref, trained))
         return load_adapter(self._selected, trained)
 
     @property
@@ -300,13 +241,28 @@ class Models:
 
     @cached_property
     def _selected(self) -> SelectedModel:
-        return self._load(self.context.plan.model_ref)
+        return self._shard(partial(self._load, self.context.plan.model_ref))
 
-    def _load(self, model_ref: ModelRef) -> SelectedModel:
-        plan = self.context.plan
-        selected = load_model(model_ref, plan.recipe, plan.task, plan.processor, device=plan.device, training=False)
-        self.packs = selected.packs
-        return selected
+    def _load(self, model_ref: ModelRef, recipe: Recipe, device: str) -> SelectedModel:
+        return load_model(
+            model_ref, recipe, self.context.plan.task, self.context.plan.processor, device=device, training=False
+        )
+
+    def _attach(self, model_ref: ModelRef, trained: Path, recipe: Recipe, device: str) -> AdaptedModel:
+        """Load a model with the adapter or the tuned weights in `trained`."""
+        selected = self._load(model_ref, recipe, device)
+        if recipe.adapter.method == "full" and selected.new_weights:
+            what = "the head in these weights has other classes than the rows have now"
+            raise EnvironmentProblem.of(what, str(trained), "Run the recipe again to train a new head.")
+        return load_adapter(selected, trained)
+
+    def _shard(self, make: Callable[[Recipe, str], Made]) -> Made:
+        """Make a model, each process its shard if the run is sharded."""
+        made = _make(self.context, make)
+        self.packs = made.packs if isinstance(made, SelectedModel) else made.selected.packs
+        if self.context.shards:
+            shard_model(made.model, torch.device(pick_device()))
+        return made
 
 
 def open_finished(run: Path, console: Console, offline: bool, recipe: Recipe | None = None) -> RunContext:
@@ -322,8 +278,10 @@ def open_finished(run: Path, console: Console, offline: bool, recipe: Recipe | N
     context = RunContext(folder, console, RunRequest(run, offline=offline, pins=pins))
     model_ref = locate_pinned(context, recipe.model, pins.model)
     task = find_variant(recipe, model_ref)
-    recipe = task.infer_labels(recipe, context.rows, read_model_config(model_ref, recipe.model))
-    context.resolved = Plan(recipe, task, model_ref, context.device)
+    config = read_model_config(model_ref, recipe.model)
+    recipe = task.infer_labels(recipe, context.rows, config)
+    shards = recipe.adapter.method in SHARDED and kept_quantization(config) is None
+    context.resolved = Plan(recipe, task, model_ref, context.device, layout() if shards else ALONE)
     return context
 
 

@@ -37,6 +37,10 @@ Strategy = Annotated[
     str,
     typer.Option("--strategy", help="Share of the model in each process: ddp all of it, fsdp a part.", metavar="NAME"),
 ]
+OffloadParams = Annotated[
+    bool,
+    typer.Option("--fsdp-offload-params", help="With fsdp: keep shards in main memory while they do not compute."),
+]
 MaxRestarts = Annotated[
     int,
     typer.Option("--max-restarts", min=0, help="How often all processes restart from a checkpoint after one died."),
@@ -66,6 +70,7 @@ def local(
         typer.Option("--address", help="Meeting point of the machines: HOST:PORT of machine 0.", metavar="HOST:PORT"),
     ] = None,
     max_restarts: MaxRestarts = 0,
+    offload_params: OffloadParams = False,
     out: RunFolderOption = None,
     sets: Sets = None,
     model: ModelName = None,
@@ -84,7 +89,7 @@ def local(
     request = RunRequest(out, "run", resume, fresh, lock, threads, offline, dry_run)
     refuse_both(resume, fresh)
     sets, console = with_model(sets, model), stderr_console(quiet=quiet)
-    topology = Topology(processes, strategy, machines, rank, address, max_restarts)
+    topology = Topology(processes, strategy, machines, rank, address, max_restarts, offload_params)
     if dry_run:
         result = run_recipe(recipe, sets, replace(request, layout=topology.layout), console)
         print_result(result, as_json=as_json, dry_run=True)
@@ -106,6 +111,7 @@ def slurm(
         int, typer.Option("--machines", min=1, help="Number of machines, with --processes on each.")
     ] = 1,
     max_restarts: MaxRestarts = 0,
+    offload_params: OffloadParams = False,
     out: RunFolderOption = None,
     sets: Sets = None,
     model: ModelName = None,
@@ -143,7 +149,7 @@ def slurm(
 
     console = stderr_console(quiet=quiet)
     address = "HOST:1" if machines > 1 else None  # the job sets the real one
-    topology = Topology(processes, strategy, machines, 0, address, max_restarts)
+    topology = Topology(processes, strategy, machines, 0, address, max_restarts, offload_params)
     request = RunRequest(out, lock=lock, threads=threads, offline=offline)
     job = cluster.plan_job(recipe, with_model(sets, model), request, topology)
     options = {"partition": partition, "account": account, "qos": qos, "time": time, "gres": gres, "mem": mem}

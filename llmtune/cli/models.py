@@ -90,6 +90,9 @@ def show_model(
 def fits(
     memory: Annotated[str | None, typer.Option("--memory", help="Available memory, such as 24GB.")] = None,
     device: Annotated[str | None, typer.Option("--device", help="A card (h100, a100-40, 4090 ...) or cpu.")] = None,
+    devices: Annotated[
+        str | None, typer.Option("--devices", help="Several cards that share a model (fsdp): 2x24GB, 8xh100.")
+    ] = None,
     recipe: Annotated[
         str | None, typer.Option("--recipe", help="Show this recipe's memory by method and card.")
     ] = None,
@@ -111,32 +114,38 @@ def fits(
 
     task = task or DEFAULT_TASK
     found, left_out = select_models(ModelQuery(task, licence or (), language, family or (), max_parameters))
-    if sum(one is not None for one in (memory, device, recipe)) != 1:
+    if sum(one is not None for one in (memory, device, devices, recipe)) != 1:
         fix = "Write: --memory 24GB"
-        raise RecipeError.of("one of --memory, --device and --recipe is needed", "llmtune models fits", fix)
+        raise RecipeError.of("one of --memory, --device, --devices and --recipe is needed", "llmtune models fits", fix)
     if recipe is None and (price or sets):
         raise RecipeError.of("--price and --set have no effect without --recipe", fix="Remove them, or name a recipe.")
-    size = None if memory is None else _read_size(memory)
+    size = None if memory is None else _read_size(memory, "--memory")
+    count, each = (1, None) if devices is None else _read_devices(devices)
     from llmtune.store.process_environment import prepare_environment
 
     prepare_environment(network=False)
     if recipe is not None:
         _fit_recipe(recipe, sets or (), price or (), as_json)
         return
-    from llmtune.compare.model_fits import list_fits
+    from llmtune.compare.model_fits import Place, list_fits
     from llmtune.model.device import DRIVER_BYTES, check_card, device_memory
     from llmtune.report.number_format import size as format_bytes
 
+    if isinstance(each, str):
+        device = each
     if device is not None:
         check_card(device)
+    size = each if isinstance(each, float) else size
     usable = device_memory(device) or 0 if device is not None else (size or 0) - DRIVER_BYTES
+    place = Place(usable, "cpu" if device == "cpu" else "cuda", device)
     with stderr_console().status("planning"):
-        planned = list(list_fits(found, task, usable, length, device, "cpu" if device == "cpu" else "cuda"))
+        planned = list(list_fits(found, task, place, length, count))
     if as_json:
-        about = {"memory_bytes": usable, "length": length, "left_out": left_out}
+        about = {"memory_bytes": usable, "devices": count, "length": length, "left_out": left_out}
         print_json(about | {"fits": [asdict(one) for one in planned]})
         return
     where = f"on {device}" if device else f"in {format_bytes(size)}"
+    where = f"on each of {count} cards ({device or format_bytes(size)}, fsdp)" if count > 1 else where
     _print_fits(planned, f"Longest row {where}, and rows of {length:,} at once", length)
     if left_out:
         reasons = f"{len(left_out)} more filtered out; --json has the reasons"
@@ -238,9 +247,24 @@ def _model_cell(one: Fit) -> str:
     return f"{one.longest:,} x{one.rows}{'*' if one.checkpointing else ''}" if one.rows else GAP
 
 
-def _read_size(text: str) -> float:
+def _read_devices(text: str) -> tuple[int, float | str]:
+    """Read `2x24GB` or `8xh100`: the number of cards, and the bytes or the name of each. Raises RecipeError."""
+    from llmtune.model.device import CARDS, check_card
+
+    found = re.fullmatch(r"(?:([0-9]{1,5})\s*[x×]\s*)?(.+)", text.strip().lower())
+    if not found or not int(found[1] or 1) or found[2] == "cpu":
+        fix = "Write a number of cards and the memory or name of each: --devices 2x24GB, 8xh100."
+        raise RecipeError.of(f"{text!r} names no cards", "--devices", fix)
+    if found[2] in CARDS or not found[2][0].isdecimal():
+        check_card(found[2], "--devices")
+        return int(found[1] or 1), found[2]
+    return int(found[1] or 1), _read_size(found[2], "--devices")
+
+
+def _read_size(text: str, option: str) -> float:
     """Read bytes such as 24GB or 80GiB. Raises RecipeError."""
     found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([kmgt]?i?)b?", text.strip().lower())
     if not found or found[2] not in UNITS or not 1e8 <= float(found[1]) * UNITS[found[2]] <= 1e18:
-        raise RecipeError.of(f"{text!r} is not an amount of memory", "--memory", "Write e.g. --memory 24GB.")
+        example = "24GB" if option == "--memory" else "2x24GB"
+        raise RecipeError.of(f"{text!r} is not an amount of memory", option, f"Write e.g. {option} {example}.")
     return float(found[1]) * UNITS[found[2]]

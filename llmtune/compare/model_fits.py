@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 from rich.console import Console
 from transformers import PreTrainedModel
@@ -21,10 +22,11 @@ from llmtune.model.config import build_skeleton, find_class, read_model_config
 from llmtune.model.device import CARDS, device_memory
 from llmtune.model.memory_plan import USABLE, context_length, plan_skeleton
 from llmtune.model.model_selection import peek_model
+from llmtune.model.sharded_plan import divide_plan
 from llmtune.recipe.loader import LoadedRecipe, load_recipe
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.training_rule import choose_training
-from llmtune.records import MemoryPlan
+from llmtune.records import ALONE, Layout, MemoryPlan
 from llmtune.store.run_folder import RunFolder, default_path, read_manifest
 from llmtune.tasks.registry import choose_variant
 
@@ -61,10 +63,21 @@ class Fit:
     """For those hours, or for a million tokens, if the card has a price."""
 
 
+class Place(NamedTuple):
+    """Where a model is to fit: the bytes of one device, its kind, and its name if it is a known card."""
+
+    memory: float
+    device: str
+    card: str | None = None
+
+
 def list_fits(
-    models: Sequence[CatalogueModel], task: str, memory: float, length: int, card: str | None, device: str
+    models: Sequence[CatalogueModel], task: str, place: Place, length: int, processes: int = 1
 ) -> Iterator[Fit]:
-    """Yield what fits, one model and method at a time; `device` is cpu or cuda. Unbuildable models are skipped."""
+    """Yield what fits, one model and method at a time; with several `processes`, in a shard of each model (fsdp).
+
+    Unbuildable models are skipped.
+    """
     with tempfile.TemporaryDirectory() as name:
         for number, model in enumerate(models):
             model_ref = model.write_config(Path(name) / str(number))
@@ -76,7 +89,8 @@ def list_fits(
             except (RecipeError, EnvironmentProblem):
                 continue
             for method in METHODS:
-                fit = _fit(skeleton, _recipe(task, method), variant, memory, min(length, model.context), device, card)
+                recipe, own_length = _recipe(task, method), min(length, model.context)
+                fit = _fit(skeleton, recipe, variant, place, own_length, Layout(processes, sharded=processes > 1))
                 yield replace(fit, model=model.name, longest=min(model.context, fit.longest))
 
 
@@ -110,7 +124,7 @@ def list_recipe_fits(
             except RecipeError:
                 continue  # the task or another key excludes this method
             for card in (*CARDS, "cpu"):
-                fit = _fit(skeleton, changed, variant, device_memory(card) or 0, length, card, card)
+                fit = _fit(skeleton, changed, variant, Place(device_memory(card) or 0, card, card), length)
                 timed = None if fit.seconds is None else fit.seconds * (tokens or MILLION) / 3600 / MILLION
                 cost = timed * prices[card] if timed is not None and card in prices else None
                 hours = timed if tokens else None
@@ -150,21 +164,20 @@ def _fit(
     skeleton: PreTrainedModel,
     recipe: Recipe,
     variant: TaskInterface,
-    memory: float,
+    place: Place,
     length: int,
-    device: str,
-    card: str | None,
+    layout: Layout = ALONE,
 ) -> Fit:
-    room = int(USABLE * memory)
+    room = int(USABLE * place.memory)
     stated = recipe.train.gradient_checkpointing
     plans = [
-        plan_skeleton(skeleton, _saving(recipe, one), variant, length, device, int(memory))
+        _plan(skeleton, _saving(recipe, one), variant, place, length, layout)
         for one in ((False, True) if stated == "auto" else (stated, stated))
     ]
     tokens = [_largest_batch(plan, length, room) for plan in plans]
     saving = tokens[0] < length
     parameters = sum(parameter.numel() for parameter in skeleton.parameters())
-    speed, method = CARDS[card][1] if card and card in CARDS else None, recipe.adapter.method
+    speed, method = CARDS[place.card][1] if place.card and place.card in CARDS else None, recipe.adapter.method
     return Fit(
         model="",
         method=method,
@@ -174,8 +187,17 @@ def _fit(
         longest=max(tokens),
         rows=tokens[saving] // length,
         checkpointing=saving if stated == "auto" else stated,
-        seconds=None if speed is None else FLOPS[method] * parameters * MILLION / (speed * EFFICIENCY),
+        seconds=None
+        if speed is None
+        else FLOPS[method] * parameters * MILLION / (speed * EFFICIENCY * layout.processes),
     )
+
+
+def _plan(
+    skeleton: PreTrainedModel, recipe: Recipe, variant: TaskInterface, place: Place, length: int, layout: Layout
+) -> MemoryPlan:
+    plan = plan_skeleton(skeleton, recipe, variant, length, place.device, int(place.memory))
+    return plan if layout == ALONE else divide_plan(plan, skeleton, recipe, layout, length)
 
 
 def _saving(recipe: Recipe, saving: bool) -> Recipe:

@@ -372,4 +372,4 @@ def score_passages(model: torch.nn.Module, passages: Passages, device: str, adva
         lengths = [len(windows[i].input_ids) for i in indexes]
         return run_in_batches(lengths, budget_for(device, TOKEN_BUDGET), work, advance)
 
-    return np.asarray(np.sum([np.zeros(paragraphs), *over_processes(range(len(windows)), share)], axis=0))
+    return np.asarray(np.sum([np.zeros(paragraphs), *over_processes(model, range(len(windows)), share)], axis=0))

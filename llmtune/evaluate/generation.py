@@ -112,7 +112,7 @@ def generate_completions(
     are sampled: a sample depends on the other prompts of its batch.
     """
     work = partial(_generate_here, model, processor=processor, recipe=recipe, device=device, advance=advance)
-    return work(prompts) if recipe.generation.do_sample else over_processes(prompts, work)
+    return over_processes(model, prompts, work, divide=not recipe.generation.do_sample)
 
 
 def _generate_here(

@@ -132,7 +132,7 @@ def predict_rows(
         values = task.predict(part, noting) if part else []
         return [(value, ends.get(i), logits.get(i)) for i, value in enumerate(values)]
 
-    results = work(rows) if loaded.recipe.generation.do_sample else over_processes(rows, work)
+    results = over_processes(loaded.model, rows, work, divide=not loaded.recipe.generation.do_sample)
     ends = {i: float(end) for i, (_, end, _) in enumerate(results) if end is not None}
     logits = {i: noted for i, (*_, noted) in enumerate(results) if noted is not None}
     return [value for value, *_ in results], ends, logits
@@ -201,7 +201,7 @@ def score_tokens(
         lengths = [int(reader.lengths[i]) for i in indexes]
         return run_in_batches(lengths, budget_for(device, TOKEN_BUDGET), work, advance, packed=packed)
 
-    nats, correct = np.asarray(over_processes(range(len(reader)), score)).reshape(-1, 2).T
+    nats, correct = np.asarray(over_processes(model, range(len(reader)), score)).reshape(-1, 2).T
     row_of = np.searchsorted(np.asarray(inputs.rows), np.asarray(reader.rows))
 
     def by_row(values: Floats) -> Floats:

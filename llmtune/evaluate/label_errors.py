@@ -33,11 +33,11 @@ from llmtune.errors import EnvironmentProblem, RecipeError
 from llmtune.evaluate.eval_inputs import EvalContext, write_prompt
 from llmtune.evaluate.inference import add_bar, inference_on
 from llmtune.evaluate.run_report import SUSPECTS
-from llmtune.evaluate.token_batches import run_encoder
+from llmtune.evaluate.token_batches import over_processes, run_encoder
 from llmtune.model.causal_lm_loss import unwrap
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_facts import TASK_FACTS
-from llmtune.records import SPLITS, Examples, Rows
+from llmtune.records import SPLITS, Advance, Examples, Rows
 from llmtune.report.render_terminal import spinner
 from llmtune.store.atomic_files import explained, write_text
 
@@ -102,9 +102,14 @@ def require_labels(recipe: Recipe) -> None:
 
 
 def save_suspects(load: LoadModel, context: EvalContext, rows: Rows, examples: Examples) -> None:
-    """Write the labels that are likely wrong to the context's folder, if it has one and the recipe asks for them."""
-    if context.recipe.evaluate.suspects and context.folder is not None:
-        write_suspects(find_suspects(load, context, rows, examples), context.folder / SUSPECTS)
+    """Write the labels that are likely wrong to the context's folder, if the recipe asks for them.
+
+    Processes share the rows. Only the first has a folder.
+    """
+    if context.recipe.evaluate.suspects:
+        suspects = find_suspects(load, context, rows, examples)
+        if context.folder is not None:
+            write_suspects(suspects, context.folder / SUSPECTS)
 
 
 def find_suspects(load: LoadModel, context: EvalContext, rows: Rows, examples: Examples) -> list[Suspect]:
@@ -138,7 +143,8 @@ def read_labels(model: torch.nn.Module, context: EvalContext, rows: Rows, exampl
         encoded = [reader[i] for i in range(len(reader))]
         with inference_on(model, context) as bars:
             advance = add_bar(bars, f"suspects: {split}", len(encoded))
-            features += run_encoder(backbone, encoded, pad_id, context.device, partial(pool_states, encoded), advance)
+            work = partial(encode_states, backbone, pad_id=pad_id, device=context.device, advance=advance)
+            features += over_processes(model, encoded, work)
         for number, example in zip(reader.rows.tolist(), encoded, strict=True):
             own = targets_of(example)
             group = clusters[number] if clusters else len(places)
@@ -146,6 +152,13 @@ def read_labels(model: torch.nn.Module, context: EvalContext, rows: Rows, exampl
             groups += [group] * len(own)
             places += [(split, number, word if len(example.tag_ids) else None) for word in range(len(own))]
     return Labelled(np.concatenate(features), np.array(targets), np.array(groups), places)
+
+
+def encode_states(
+    backbone: torch.nn.Module, examples: Sequence[Example], *, pad_id: int | None, device: str, advance: Advance
+) -> list[Features]:
+    """Return the features of each example."""
+    return run_encoder(backbone, examples, pad_id, device, partial(pool_states, examples), advance)
 
 
 def pool_states(examples: Sequence[Example], at: int, output: BaseModelOutput, row: int) -> Features:

@@ -76,7 +76,7 @@ class BatchedLM(HFLM):  # type: ignore[misc]  # the library has no annotations
             return [[next(answers) for _ in question] for question in questions]
 
         questions = [list(group) for _, group in groupby(requests, key=lambda one: (one.task_name, one.doc_id))]
-        return list(chain.from_iterable(answer(questions) if sampled else over_processes(questions, answer)))
+        return list(chain.from_iterable(over_processes(self.model, questions, answer, divide=not sampled)))
 
     def _count_tokens(self, request: Instance) -> int:
         """Return how many positions a request takes, and count a truncated one; lm-eval reads texts in windows."""

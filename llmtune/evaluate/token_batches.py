@@ -16,6 +16,7 @@ from llmtune.data.example import Example
 from llmtune.errors import EnvironmentProblem
 from llmtune.model.causal_lm_loss import model_inputs, move_to
 from llmtune.model.device import fits_in_memory, release_memory
+from llmtune.model.layer_requests import own_passes
 from llmtune.records import Advance
 from llmtune.store.processes import world_size
 
@@ -110,14 +111,23 @@ def run_encoder(
 # Rows divided among processes
 
 
-def over_processes(items: Sequence[P], work: Callable[[Sequence[P]], Sequence[T]]) -> list[T]:
-    """Return `work(items)`, one result each; every process does every Nth item, so all of them must call this."""
+def over_processes(
+    model: torch.nn.Module, items: Sequence[P], work: Callable[[Sequence[P]], Sequence[T]], *, divide: bool = True
+) -> list[T]:
+    """Return `work(items)`, one result each; every process does every Nth item, so all of them must call this.
+
+    `work` may run `model`, which may be sharded. Without `divide`, every process does all items.
+    """
     count = world_size()
     if count == 1:
         return list(work(items))
-    share = items[distributed.get_rank() :: count]
+    share = items[distributed.get_rank() :: count] if divide else items
+    with own_passes(model):
+        own = list(work(share)) if share else []
+    if not divide:
+        return own
     parts: list[list[T]] = [[] for _ in range(count)]
-    distributed.all_gather_object(parts, list(work(share)) if share else [])
+    distributed.all_gather_object(parts, own)
     return [parts[i % count][i // count] for i in range(len(items))]
 
 

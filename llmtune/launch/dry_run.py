@@ -21,18 +21,15 @@ from llmtune.model.device import check_card
 from llmtune.model.memory_plan import check_memory, plan_training
 from llmtune.model.model_selection import peek_model, plan_candidates
 from llmtune.pipeline import check_first
+from llmtune.plan_drafting import decide_checkpointing, decide_rest, draft_plan, finish_plan
 from llmtune.recipe.loader import LoadedRecipe
 from llmtune.recipe.schema import Recipe
 from llmtune.records import SPLITS, Examples, Json, MemoryPlan, ModelRef, Rows
 from llmtune.session import (
     Plan,
     RunContext,
-    decide_checkpointing,
-    decide_rest,
-    draft_plan,
     evaluation_hash,
     find_variant,
-    finish_plan,
     locate_pinned,
     rows_hash,
 )

@@ -42,7 +42,7 @@ from llmtune.launch.topology import Topology, why_not
 from llmtune.recipe.loader import load_recipe
 from llmtune.records import Json
 from llmtune.store.atomic_files import read_json
-from llmtune.store.processes import ERROR, LEFT, STRATEGY, WORDS, rebuild_error
+from llmtune.store.processes import ERROR, LEFT, OFFLOAD, STRATEGY, WORDS, rebuild_error
 from llmtune.store.run_request import RunRequest
 
 SAVE_SECONDS = 300
@@ -197,6 +197,7 @@ def _surroundings(threads: int, place: Path, topology: Topology) -> Iterator[str
     environment = dict(os.environ)
     os.environ |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
     os.environ |= {LEFT: str(place), STRATEGY: topology.strategy, "TORCH_CPP_LOG_LEVEL": "ERROR"}
+    os.environ |= {OFFLOAD: str(topology.offload_params).lower()}
     if topology.machines > 1 or topology.max_restarts:
         # torch's shared store would give restarted processes the addresses of dead ones.
         os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"

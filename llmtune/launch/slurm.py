@@ -129,6 +129,7 @@ def slurm_script(job: SlurmJob, options: Mapping[str, str], more: Sequence[str] 
         str(job.folder.absolute()),
     ]
     words += ["--processes", str(where.processes), "--strategy", where.strategy]
+    words += ["--fsdp-offload-params"] if where.offload_params else []
     command = shlex.join([*words, "--max-restarts", str(where.max_restarts), *job.options])
     if where.machines > 1:
         command += f' --machines {where.machines} --rank "$SLURM_PROCID" --address "$HEAD:$PORT"'

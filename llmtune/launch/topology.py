@@ -13,10 +13,15 @@ if TYPE_CHECKING:
     from llmtune.recipe.schema import Recipe
 
 STRATEGIES = ("ddp", "fsdp")
-SHARDED_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "adagrad", "rmsprop", "sgd")
-"""Optimisers with elementwise updates: each process can update its own shard."""
+UNSHARDED_OPTIMIZERS = {
+    "paged": ("its state moves between one card and main memory", "Omit `paged_`, or add --fsdp-offload-params"),
+    **dict.fromkeys(
+        ("apollo", "galore"),
+        ("its projections cannot be saved in shards", "Use adamw_torch, muon, adafactor or others"),
+    ),
+}
+"""Name prefixes of optimisers that cannot update sharded weights, each with the reason and the fix."""
 UNCUT = {
-    "qlora": "4-bit weights are stored as packed bytes, which cannot be sharded",
     "osf": "hooks on full weights project its gradients, and sharding loses these hooks",
     **dict.fromkeys(
         ("lily", "tinylora", "unilora", "vblora"),
@@ -51,6 +56,8 @@ class Topology:
     """HOST:PORT of machine 0, the same on all machines."""
     max_restarts: int = 0
     """How often all processes restart from the last checkpoint after one of them died."""
+    offload_params: bool = False
+    """Whether shards are in main memory while they do not compute."""
 
     def __post_init__(self) -> None:
         """Raise RecipeError for options that are invalid or do not go together."""
@@ -60,7 +67,8 @@ class Topology:
     def layout(self) -> Layout:
         """The facts that the memory plan needs."""
         total = self.processes * self.machines
-        return Layout(total, self.machines, self.strategy == "fsdp" and total > 1)
+        sharded = self.strategy == "fsdp" and total > 1
+        return Layout(total, self.machines, sharded, sharded and self.offload_params)
 
     @property
     def host(self) -> str:
@@ -74,6 +82,9 @@ class Topology:
 
     def _problems(self) -> Iterator[Problem]:
         yield from unknown_strategy(self.strategy)
+        if self.offload_params and (self.strategy != "fsdp" or self.processes * self.machines == 1):
+            fix = "Omit it, or add --strategy fsdp and --processes 2 or more."
+            yield Problem("shards are offloaded, and no model is sharded here", "--fsdp-offload-params", fix)
         if self.processes < 1:
             yield Problem(f"{self.processes} is less than 1", "--processes", "Set it to 1 or more.")
         if self.rank >= self.machines:
@@ -108,13 +119,7 @@ def why_not(strategy: str, recipe: Recipe) -> list[Problem]:
     instead = "Use --strategy ddp"
     if what := UNCUT.get(adapter.method):
         problems.append(Problem(what, "adapter.method", f"{instead} with {adapter.method}, or adapter.method: lora."))
-    if optim not in SHARDED_OPTIMIZERS:
-        what = f"{optim} cannot update sharded weights"
-        problems.append(Problem(what, "train.optim", f"{instead}, or one of {', '.join(SHARDED_OPTIMIZERS)}."))
-    if recipe.train.torch_compile:
-        what = "compiled layers cannot be sharded"
-        problems.append(Problem(what, "train.torch_compile", f"{instead}, or remove it."))
-    if recipe.train.eval_metrics:
-        what = "a sharded model cannot generate answers during training"
-        problems.append(Problem(what, "train.eval_metrics", f"{instead}, or remove it."))
+    for prefix, (what, fix) in UNSHARDED_OPTIMIZERS.items():
+        if optim.startswith(prefix):
+            problems.append(Problem(f"{optim}: {what}", "train.optim", f"{fix}, or {instead[0].lower()}{instead[1:]}."))
     return problems

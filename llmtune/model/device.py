@@ -111,11 +111,11 @@ def device_memory(device: str) -> int | None:
     return process_memory_limit()
 
 
-def check_card(name: str) -> None:
+def check_card(name: str, option: str = "--device") -> None:
     """Raise RecipeError unless `name` is a known card, or `cpu`."""
     if name not in (*CARDS, "cpu"):
         fix = f"{nearest(name, list(CARDS))} Cards: {', '.join(CARDS)}, cpu.".strip()
-        raise RecipeError.of(f"unknown card {name!r}", "--device", fix)
+        raise RecipeError.of(f"unknown card {name!r}", option, fix)
 
 
 # Out of memory

@@ -16,7 +16,10 @@ from llmtune.model.config import expert_parameters, linear_shape
 from llmtune.model.quantized_base import is_quantized
 from llmtune.recipe.adapter_section import AdapterSection
 
-_PACKED = "packed_in_4_bits"
+PACKED_EXPERTS = "packed_in_4_bits"
+"""Attribute of a module with such experts: the state of each 4-bit parameter, by its name."""
+BYTES, SCALES = "_packed", "_absmax"
+"""Endings of the attributes with a parameter's packed weights and, if they are sharded, its scales."""
 
 
 @torch.no_grad()
@@ -32,9 +35,10 @@ def quantize_experts(model: torch.nn.Module, adapter: AdapterSection) -> None:
             quant_type=adapter.bnb_4bit_quant_type,
         )
         parameter.requires_grad_(False)
-        vars(module).setdefault(_PACKED, {})[leaf] = (parameter, packed, state)
+        vars(module).setdefault(PACKED_EXPERTS, {})[leaf] = state
+        setattr(module, leaf + BYTES, packed)
         _free(parameter)
-        if len(vars(module)[_PACKED]) == 1:
+        if len(vars(module)[PACKED_EXPERTS]) == 1:
             module.register_forward_pre_hook(_unpack)
             module.register_forward_hook(partial(_pack_again), always_call=True)
 
@@ -42,16 +46,16 @@ def quantize_experts(model: torch.nn.Module, adapter: AdapterSection) -> None:
 def unpacked_experts(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Return the dequantized experts of `model`, by parameter name."""
     return {
-        f"{name}.{leaf}": dequantize_4bit(packed, state)
+        f"{name}.{leaf}": dequantize_4bit(getattr(module, leaf + BYTES), state)
         for name, module in model.named_modules()
-        for leaf, (_, packed, state) in vars(module).get(_PACKED, {}).items()
+        for leaf, state in vars(module).get(PACKED_EXPERTS, {}).items()
     }
 
 
 def count_quantized(model: torch.nn.Module) -> int:
     """Return how many weights of `model` are stored in fewer bits than they compute with."""
     linear = sum(math.prod(linear_shape(module) or ()) for module in model.modules() if is_quantized(module))
-    packed = [state.shape for module in model.modules() for _, _, state in vars(module).get(_PACKED, {}).values()]
+    packed = [state.shape for module in model.modules() for state in vars(module).get(PACKED_EXPERTS, {}).values()]
     return int(linear + sum(shape.numel() for shape in packed))
 
 
@@ -60,19 +64,25 @@ def _unpack(module: torch.nn.Module, inputs: object) -> None:
 
     Under an adapter they become the parameter's data, which PEFT adds to before anything is saved.
     """
-    kept: dict[str, tuple[torch.nn.Parameter, torch.Tensor, QuantState]] = vars(module)[_PACKED]
-    for leaf, (parameter, packed, state) in kept.items():
-        weights = dequantize_4bit(packed, state)
+    kept: dict[str, QuantState] = vars(module)[PACKED_EXPERTS]
+    for leaf, state in kept.items():
+        state.absmax = getattr(module, leaf + SCALES, state.absmax)
+        weights = dequantize_4bit(getattr(module, leaf + BYTES), state)
         if leaf in getattr(module, "parametrizations", ()):
-            parameter.data = weights
+            _placeholder(module, leaf).data = weights
         else:
             vars(module)[leaf] = weights
 
 
 def _pack_again(module: torch.nn.Module, inputs: object, output: object) -> None:
-    for leaf, (parameter, _, _) in vars(module)[_PACKED].items():
+    for leaf in vars(module)[PACKED_EXPERTS]:
         vars(module).pop(leaf, None)
-        _free(parameter)
+        _free(_placeholder(module, leaf))
+
+
+def _placeholder(module: torch.nn.Module, leaf: str) -> torch.nn.Parameter:
+    parametrized = leaf in getattr(module, "parametrizations", ())
+    return module.get_parameter(f"parametrizations.{leaf}.original" if parametrized else leaf)
 
 
 def _free(parameter: torch.nn.Parameter) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -14,12 +13,12 @@ from rich.table import Table
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from llmtune.data.task_interface import TaskInterface
-from llmtune.errors import DataError, EnvironmentProblem, RecipeError
-from llmtune.model.causal_lm_loss import unwrap
+from llmtune.errors import DataError, EnvironmentProblem
 from llmtune.model.chunked_cross_entropy import CHUNK_ELEMENTS
 from llmtune.model.config import build_skeleton, expert_parameters, find_class, head_names, in_heads, linear_shapes
 from llmtune.model.device import device_memory, resolve_dtype
 from llmtune.model.quantized_base import BaseQuantization, kept_quantization
+from llmtune.model.sharded_plan import divide_plan, fixed_bytes
 from llmtune.recipe.adapter_section import MUTATING, AdapterSection
 from llmtune.recipe.peft_options import options_of
 from llmtune.recipe.schema import Recipe
@@ -59,7 +58,7 @@ def plan_memory(
     model_class, config = find_class(model_ref, recipe, task)
     skeleton = build_skeleton(model_class, config, recipe)
     plan = plan_skeleton(skeleton, recipe, task, tokens, device, device_memory(device))
-    return plan if layout == ALONE else divide_plan(plan, skeleton, recipe, layout)
+    return plan if layout == ALONE else divide_plan(plan, skeleton, recipe, layout, tokens)
 
 
 def plan_skeleton(
@@ -93,50 +92,10 @@ def plan_skeleton(
         parts["loading"] = weight_bytes * _quantized(skeleton, inner)
     if task.needs_reference_model(recipe) and (full or recipe.adapter.start_from is not None):
         parts["reference"] = 4 * trained_total
-    lower_bound = _fixed(parts) + logit_bytes - parts.get("loading", 0)  # loading ends before training begins
+    lower_bound = fixed_bytes(parts) + logit_bytes - parts.get("loading", 0)  # loading ends before training begins
     if recipe.train.optim.startswith("paged_"):
         lower_bound -= parts["optimizer"]  # moves to the host if necessary
     return MemoryPlan(parts, lower_bound, limit, device, base_quantization=kept.method if kept else None)
-
-
-def divide_plan(plan: MemoryPlan, skeleton: PreTrainedModel, recipe: Recipe, layout: Layout) -> MemoryPlan:
-    """Return the plan of one of several processes; on a machine without cards they share its memory.
-
-    Raises RecipeError for a model that stays quantised.
-
-    Under DDP, gradients are summed in buckets, which together are a copy of the gradients. Under FSDP, each process
-    has a shard. While a layer computes, it and the next are complete; weights outside layers are complete for a pass.
-    The gradients of one layer, and of weights outside layers, are complete until they are summed.
-    """
-    limit = plan.limit // layout.of_machine if plan.limit and plan.device == "cpu" else plan.limit
-    plan = replace(plan, limit=limit, processes=layout.processes)
-    if not layout.sharded:
-        buckets = plan.parts["gradients"]
-        return replace(plan, parts=plan.parts | {"buckets": buckets}, lower_bound=plan.lower_bound + buckets)
-    if plan.base_quantization:
-        what = "the base's files are quantised, and packed weights cannot be sharded"
-        raise RecipeError.of(what, "model.name", "Use --strategy ddp, or name the original model.")
-    full = recipe.adapter.method == "full"
-    compute_bytes = torch.finfo(resolve_dtype(recipe.model.dtype, plan.device)).bits // 8
-    sizes = [sum(parameter.numel() for parameter in layer.parameters()) for layer in kept_together(skeleton)]
-    total, layer = sum(parameter.numel() for parameter in skeleton.parameters()), max(sizes, default=0)
-    rest = total - sum(sizes)
-    parts = {name: size if name in _WHOLE else size // layout.processes for name, size in plan.parts.items()}
-    parts["gathered"] = (4 if full else compute_bytes) * (rest + 2 * layer) + 4 * full * (rest + layer)
-    evaluated = compute_bytes * total + parts.get("libraries", 0)
-    bound = max(_fixed(parts) + plan.lower_bound - _fixed(plan.parts), evaluated)
-    return replace(plan, parts=parts | {"evaluation": max(0, evaluated - sum(parts.values()))}, lower_bound=bound)
-
-
-_WHOLE = {"libraries", "activations", "logits"}
-"""Parts of a plan that are not sharded."""
-
-
-def kept_together(model: torch.nn.Module) -> list[torch.nn.Module]:
-    """Return the layers that a model must not be split within (`_no_split_modules`), which FSDP shards as units."""
-    names = set(getattr(unwrap(model), "_no_split_modules", None) or ())
-    lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
-    return [child for one in lists for child in one if type(child).__name__ in names]
 
 
 def plan_training(
@@ -173,11 +132,6 @@ def resolve_checkpointing(
         return False
     plan = plan_memory(model_ref, recipe, task, longest, device, layout)
     return plan.limit is not None and plan.total > USABLE * plan.limit
-
-
-def _fixed(parts: Mapping[str, int]) -> int:
-    """Add up the parts that do not grow with a micro-batch."""
-    return sum(size for part, size in parts.items() if part not in ("activations", "logits", "evaluation"))
 
 
 def check_context(model_ref: ModelRef, recipe: Recipe, task: TaskInterface, longest: int) -> None:
@@ -262,7 +216,7 @@ def check_memory(plan: MemoryPlan, recipe: Recipe, console: Console | None = Non
     console.print(f"[yellow]{what}[/yellow]; continuing, because model.check_memory is false.")
 
 
-_MORE = "Use --strategy fsdp, or more machines with it; or choose a smaller model."
+_MORE = "Use --strategy fsdp, with --fsdp-offload-params or on more cards; or choose a smaller model."
 
 
 def suggest_recipe(plan: MemoryPlan, recipe: Recipe) -> str:
@@ -293,7 +247,7 @@ def micro_batch_tokens(plan: MemoryPlan, tokens: int, longest: int) -> int:
     per_token = max(1, (plan.parts["activations"] + plan.parts["logits"]) // tokens)
     if plan.limit is None:
         return max(longest, min(cap, _CPU_TOKENS))
-    room = int(USABLE * plan.limit) - _fixed(plan.parts)
+    room = int(USABLE * plan.limit) - fixed_bytes(plan.parts)
     return max(longest, min(cap, room // per_token))
 
 
@@ -375,5 +329,7 @@ def _draw_plan(plan: MemoryPlan) -> Table:
         table.add_row(part, format_bytes(size))
     table.add_section()
     table.add_row("lower bound", format_bytes(plan.lower_bound))
+    if plan.host:
+        table.add_row("in main memory", format_bytes(plan.host))
     table.add_row("device has", format_bytes(plan.limit) if plan.limit is not None else "unknown")
     return table

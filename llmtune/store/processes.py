@@ -28,6 +28,8 @@ from llmtune.store.process_environment import prepare_environment
 T = TypeVar("T")
 STRATEGY = "LLMTUNE_STRATEGY"
 """Environment variable: ddp (the complete model in each process) or fsdp (a shard)."""
+OFFLOAD = "LLMTUNE_FSDP_OFFLOAD_PARAMS"
+"""Environment variable: `true` keeps shards in main memory while they do not compute (fsdp)."""
 LEFT = "LLMTUNE_LAUNCHER"
 """Environment variable: the folder in which processes write their errors for `llmtune launch local`."""
 WORDS, ERROR = "stderr-{}.log", "rank-{}.json"
@@ -74,11 +76,16 @@ def strategy() -> str:
     return os.environ.get(STRATEGY, "ddp")
 
 
+def offloads_params() -> bool:
+    """Return whether the environment asks to keep shards in main memory."""
+    return strategy() == "fsdp" and os.environ.get(OFFLOAD, "").lower() == "true"
+
+
 def layout() -> Layout:
     """Return the process layout for the memory plan."""
     count = _started()
     machines = count // int(os.environ.get("LOCAL_WORLD_SIZE", count))
-    return Layout(count, machines, sharded=strategy() == "fsdp") if count > 1 else ALONE
+    return Layout(count, machines, strategy() == "fsdp", offloads_params()) if count > 1 else ALONE
 
 
 def start() -> None:
@@ -87,6 +94,8 @@ def start() -> None:
     for name, instead in (("ACCELERATE_USE_FSDP", "fsdp"), ("ACCELERATE_USE_DEEPSPEED", "deepspeed")):
         if stated.get(name, "").lower() == "true":  # the recipe decides all other settings of accelerate
             os.environ[STRATEGY] = instead
+    if stated.get("FSDP_OFFLOAD_PARAMS", "").lower() == "true":
+        os.environ[OFFLOAD] = "true"
     if stated.get("ACCELERATE_USE_CPU", "").lower() == "true":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
         if "MASTER_ADDR" in os.environ and "RANK" not in os.environ:

@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import gather_object
 
-from llmtune.store.processes import once, world_size
+from llmtune.store.processes import offloads_params, once, world_size
 
 T = TypeVar("T")
 SILENCE_SECONDS = 1800
@@ -21,7 +21,9 @@ def join_processes(device: str) -> int:
     """Connect this process to the others that it was started with, if any; return the number of processes."""
     if world_size() == 1:
         return 1
-    return int(PartialState(cpu=device == "cpu", timeout=timedelta(seconds=SILENCE_SECONDS)).num_processes)
+    # Shards in main memory are exchanged by gloo, those on cards by NCCL.
+    both = {"backend": "cuda:nccl,cpu:gloo"} if device == "cuda" and offloads_params() else {}
+    return int(PartialState(cpu=device == "cpu", timeout=timedelta(seconds=SILENCE_SECONDS), **both).num_processes)
 
 
 def sum_over_processes(accelerator: Accelerator, values: Sequence[float]) -> list[float]:

@@ -25,6 +25,11 @@ _TORCH_ADAMW = ("adamw_torch", "adamw_torch_fused")
 _UNPAGED = {"adamw_32bit": "adamw_torch", "ademamix_32bit": "ademamix"}
 
 
+def updates_elementwise(optim: str) -> bool:
+    """Whether the update of a number looks at no other, so that each process can update its shard of a matrix."""
+    return optim in (*_TORCH_ADAMW, "adagrad", "rmsprop", "sgd") or optim.startswith("schedule_free")
+
+
 def build_optimizer(model: torch.nn.Module, recipe: Recipe, device: torch.device) -> torch.optim.Optimizer:
     """Build `train.optim` over the trainable parameters; matrices decay, biases and norms (one dimension) do not.
 

@@ -34,8 +34,9 @@ from llmtune.store.machine import resident_peak_bytes
 from llmtune.train.batch_plan import PASS_TOKENS, StepPlan
 from llmtune.train.distributed import SILENCE_SECONDS
 from llmtune.train.metrics_log import start_trackers, tracker_folder
-from llmtune.train.optimizer import build_optimizer, build_schedule
+from llmtune.train.optimizer import build_optimizer, build_schedule, updates_elementwise
 from llmtune.train.sharding import shard_model
+from llmtune.train.whole_updates import WholeUpdates
 
 if TYPE_CHECKING:
     from llmtune.recipe.schema import Recipe
@@ -164,10 +165,14 @@ def set_up(
     if recipe.adapter.start_from is None:
         task.start_head(adapted, reader, recipe)
     _mark_loss(adapted, task, recipe)
+    device = torch.device(pick_device()) if sharded else next(adapted.model.parameters()).device
     if sharded:
-        shard_model(adapted.model, torch.device(pick_device()))  # not by Accelerate, which shards on GPUs only
-    accelerator = build_accelerator(recipe, folder, next(adapted.model.parameters()).device)
-    optimizer = accelerator.prepare_optimizer(build_optimizer(adapted.model, recipe, accelerator.device))
+        own = resolve_dtype(recipe.model.dtype, device.type) if adapted.method == "full" else None
+        shard_model(adapted.model, device, own)  # not by Accelerate, which shards on GPUs only
+    accelerator = build_accelerator(recipe, folder, device)
+    built = build_optimizer(adapted.model, recipe, accelerator.device)
+    gathers = sharded and not updates_elementwise(train.optim)
+    optimizer = accelerator.prepare_optimizer(WholeUpdates(built) if gathers else built)
     with warnings.catch_warnings():
         # torch 2.13 renamed the argument; Accelerate does not use the new name yet.
         warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)

@@ -20,6 +20,7 @@ from llmtune.train.checkpoint import disk_problems, named_trainable
 from llmtune.train.distributed import run_on_main
 from llmtune.train.setup import TrainContext
 from llmtune.train.sharding import cut_like
+from llmtune.train.whole_updates import WholeUpdates
 
 _BY_ALL = next(name for name in signature(HuggingFaceStorageWriter).parameters if name.startswith("save_"))
 """torch's option to let every process write its own file: `save_distributed`, in 2.8 `save_sharded`."""
@@ -38,9 +39,12 @@ def write_shards(training: TrainContext, checkpoint: Path) -> Path:
     run_on_main(training.accelerator, lambda: shutil.rmtree(folder, ignore_errors=True))
     parameters = named_trainable(training.adapted.model)
     tensors: dict[str, torch.Tensor] = {WEIGHTS + name: parameter for name, parameter in parameters.items()}
-    state = training.optimizer.optimizer.state
+    optimizer = training.optimizer.optimizer
+    spread = dict(optimizer.spread_state()) if isinstance(optimizer, WholeUpdates) else optimizer.state
     for name, parameter in parameters.items():
-        tensors |= {f"{OPTIMIZER}{key}.{name}": value for key, value in state.get(parameter, {}).items()}
+        for key, value in spread.get(parameter, {}).items():
+            tensors[f"{OPTIMIZER}{key}.{name}"] = value if torch.is_tensor(value) else _as_tensor(value)
+    del spread
     ends = accumulate(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     files = {name: 1 + end // FILE_BYTES for name, end in zip(tensors, ends, strict=True)}
     with disk_problems(checkpoint):
@@ -51,7 +55,7 @@ def write_shards(training: TrainContext, checkpoint: Path) -> Path:
     return folder
 
 
-def read_shards(training: TrainContext, folder: Path) -> dict[int, dict[str, torch.Tensor]]:
+def read_shards(training: TrainContext, folder: Path) -> dict[int, dict[str, Any]]:
     """Read weights in place; return the optimiser state by the index of the parameter in its groups."""
     parameters = named_trainable(training.adapted.model)
     reader = HuggingFaceStorageReader(str(folder))
@@ -70,9 +74,18 @@ def read_shards(training: TrainContext, folder: Path) -> dict[int, dict[str, tor
     state = {}
     for index, parameter in enumerate(_numbered(training)):
         own = {key: tensors.get(f"{OPTIMIZER}{key}.{names[id(parameter)]}") for key in sorted(keys)}
-        if found := {key: value for key, value in own.items() if value is not None}:
+        if found := {key: _as_number(value) for key, value in own.items() if value is not None}:
             state[index] = found
     return state
+
+
+def _as_tensor(value: float) -> torch.Tensor:
+    """Return a number of an optimiser's state as a tensor, in a dtype that tensors of such states do not have."""
+    return torch.tensor(value, dtype=torch.int64 if isinstance(value, int) else torch.float64)
+
+
+def _as_number(value: torch.Tensor) -> torch.Tensor | float:
+    return value.item() if value.ndim == 0 and value.dtype in (torch.int64, torch.float64) else value
 
 
 def cut_state(training: TrainContext, state: Mapping[int, Mapping[str, Any]]) -> dict[int, dict[str, Any]]:

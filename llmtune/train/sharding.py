@@ -4,42 +4,57 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Mapping
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import dill
 import torch
 from accelerate.utils import broadcast_object_list
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from torch.nn.utils.parametrize import is_parametrized
+from transformers import BitsAndBytesConfig
 
 from llmtune.adapter.reference_model import KEPT, keep_reference, own_part
-from llmtune.model.memory_plan import kept_together
-from llmtune.records import AdaptedModel
+from llmtune.model.causal_lm_loss import unwrap
+from llmtune.model.sharded_plan import kept_together
+from llmtune.model.sharded_quantization import make_shardable, move_states
+from llmtune.records import AdaptedModel, SelectedModel
+from llmtune.store.processes import offloads_params
+
+Made = TypeVar("Made", AdaptedModel, SelectedModel)
 
 
-def share_model(make: Callable[[], AdaptedModel]) -> AdaptedModel:
+def share_model(make: Callable[[], Made]) -> Made:
     """Make a model in the first process; the others receive it with weights on `meta`, filled later by `shard_model`.
 
     Modules, hooks, configuration and buffers are sent unchanged, so only the first process reads files, initialises
     adapters and checks them. An error there ends the others. A model with parametrized weights (wav2vec2) cannot be
     pickled, so each process makes its own.
     """
-    adapted = make() if torch.distributed.get_rank() == 0 else None
-    if adapted is not None and hasattr(adapted.model, KEPT):
-        setattr(adapted.model, KEPT, {})  # `shard_model` fills it with each process's shard
-    (packed,) = broadcast_object_list([None if adapted is None else _pack_model(adapted)])
-    if adapted is None:
-        adapted = make() if packed is None else cast(AdaptedModel, _Unpacking(io.BytesIO(packed)).load())
-    return adapted
+    made = _make_shardable(make) if torch.distributed.get_rank() == 0 else None
+    (packed,) = broadcast_object_list([None if made is None else _pack_model(made)])
+    if made is None:
+        made = _make_shardable(make) if packed is None else cast(Made, _Unpacking(io.BytesIO(packed)).load())
+    return made
 
 
-def _pack_model(adapted: AdaptedModel) -> bytes | None:
-    if any(is_parametrized(module) for module in adapted.model.modules()):
+def _make_shardable(make: Callable[[], Made]) -> Made:
+    made = make()
+    if hasattr(made.model, KEPT):
+        setattr(made.model, KEPT, {})  # `shard_model` fills it with each process's shard
+    quantization = getattr(unwrap(made.model).config, "quantization_config", None)
+    if isinstance(quantization, BitsAndBytesConfig):
+        quantization.bnb_4bit_quant_storage = quantization.bnb_4bit_compute_dtype
+        make_shardable(made.model, quantization.bnb_4bit_quant_storage)
+    return made
+
+
+def _pack_model(made: AdaptedModel | SelectedModel) -> bytes | None:
+    if any(is_parametrized(module) for module in made.model.modules()):
         return None
     file = io.BytesIO()
-    _Packing(file).dump(adapted)
+    _Packing(file).dump(made)
     return file.getvalue()
 
 
@@ -68,19 +83,30 @@ class _Unpacking(dill.Unpickler):  # type: ignore[misc]
         return self._known[key]
 
 
-def shard_model(model: torch.nn.Module, device: torch.device) -> None:
+def shard_model(model: torch.nn.Module, device: torch.device, param_dtype: torch.dtype | None = None) -> None:
     """Shard the parameters of `model` over all processes, in place, with the values of the first process.
 
-    Each layer is a unit, and the remaining parameters form one more. Every unit, the outermost included, is resharded
-    after its forward pass. Weights that change between two forward passes (those of a reference model) are therefore
-    never stale.
+    The shards are on `device`, or in main memory if the environment says so. Each layer is a unit, and the remaining
+    parameters form one more. Every unit, the outermost included, is resharded after its forward pass. Weights that
+    change between two forward passes (those of a reference model) are therefore never stale.
+
+    `param_dtype` is that of FSDP2's MixedPrecisionPolicy: layers are gathered in it instead of the dtype of their
+    shards, and gradients are summed in float32. Autocast would keep a copy of all complete layers in it.
     """
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
+    ignored, place, options = move_states(model, device), device, dict[str, Any]()
+    if offloads_params():
+        options["offload_policy"] = CPUOffloadPolicy(pin_memory=device.type == "cuda")
+        place = torch.device("cpu")
+    layers = MixedPrecisionPolicy(param_dtype, torch.float32 if param_dtype else None, cast_forward_inputs=False)
     for piece in [*kept_together(model), model]:
-        whole = {name: one.detach() for name, one in piece.named_parameters() if not isinstance(one, DTensor)}
-        fully_shard(piece, mesh=mesh, reshard_after_forward=True)
+        options["mp_policy"] = MixedPrecisionPolicy() if piece is model else layers
+        own = {name: one for name, one in piece.named_parameters() if not isinstance(one, DTensor)}
+        whole = {name: one.detach() for name, one in own.items() if one not in ignored}
+        del own
+        fully_shard(piece, mesh=mesh, reshard_after_forward=True, ignored_params=ignored, **options)
         fill_meta: Any = piece._apply  # `to_empty` would empty buffers too
-        fill_meta(lambda own: torch.empty_like(own, device=device) if own.is_meta else own)
+        fill_meta(lambda own: torch.empty_like(own, device=place) if own.is_meta else own)
         _fill_parts(piece, whole, mesh)
     switch = getattr(model, "set_reduce_scatter_unused_params", None)  # of newer torch
     if switch is not None:  # some weights, such as an expert's, get gradients in some processes only
@@ -103,8 +129,10 @@ def cut_like(value: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
     """Return this process's shard of a full `value` for `parameter`; all of it if the parameter is not sharded."""
     if not isinstance(parameter, DTensor) or value.shape != parameter.shape:
         return value
-    whole = value.to(parameter.device)
-    return distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
+    cut = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
+    found = torch.empty_like(parameter, dtype=value.dtype, requires_grad=False)  # it may be in main memory
+    own_part(found).copy_(own_part(cut))
+    return found
 
 
 def whole_state(model: torch.nn.Module, trained_only: bool) -> dict[str, torch.Tensor] | None:
@@ -118,7 +146,7 @@ def whole_state(model: torch.nn.Module, trained_only: bool) -> dict[str, torch.T
     known: dict[int, torch.Tensor] = {}
     first = torch.distributed.get_rank() == 0
     for name, tensor in model.state_dict(keep_vars=True).items():
-        if isinstance(tensor, DTensor) and trained_only and not tensor.requires_grad:
+        if isinstance(tensor, torch.nn.Parameter) and trained_only and not tensor.requires_grad:
             continue
         if id(tensor) not in known:
             whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file, save_file
+from support.adapting import build_family, quiet
 from support.models import build_llama
 from support.runs import invoke, llmtune, write_recipe
 from support.training import (
@@ -17,11 +18,13 @@ from support.training import (
     launch_work,
     leave_step_4,
     make_recipe,
+    read_metrics,
     run_training,
     train_together,
     write_examples,
 )
 
+from llmtune.errors import EnvironmentProblem
 from llmtune.launch.topology import Topology
 
 TESTS = Path(__file__).parents[1]
@@ -41,6 +44,9 @@ SLOW = pytest.mark.slow
         ("lora", 2, "fsdp"),
         pytest.param("full", 2, "fsdp", marks=SLOW),
         pytest.param("added", 2, "fsdp", marks=SLOW),
+        pytest.param("qlora", 2, "fsdp", marks=SLOW),
+        pytest.param("qlora, plain scales", 3, "fsdp", marks=SLOW),
+        pytest.param("qlora, dora", 2, "fsdp", marks=SLOW),
         pytest.param("lora", 4, "fsdp", marks=SLOW),
         pytest.param("full", 4, "fsdp", marks=SLOW),
         pytest.param("lora", 4, "ddp", marks=SLOW),
@@ -70,6 +76,9 @@ def test_a_sharded_model_learns_the_same_as_an_unsharded_one(
         pytest.param("lora", (2, "fsdp"), (1, "ddp"), marks=SLOW),
         pytest.param("lora", (4, "fsdp"), (2, "fsdp"), marks=SLOW),
         pytest.param("lora", (4, "fsdp"), (1, "ddp"), marks=SLOW),
+        pytest.param("qlora", (4, "fsdp"), (2, "fsdp"), marks=SLOW),
+        pytest.param("qlora", (4, "fsdp"), (1, "ddp"), marks=SLOW),
+        pytest.param("qlora", (1, "ddp"), (2, "fsdp"), marks=SLOW),
         pytest.param("full", (4, "fsdp"), (2, "fsdp"), marks=SLOW),
         pytest.param("full", (4, "fsdp"), (1, "ddp"), marks=SLOW),
         pytest.param("full", (4, "fsdp"), (2, "ddp"), marks=SLOW),
@@ -99,6 +108,18 @@ def test_one_process_reads_the_model_and_the_others_receive_their_shards(method,
 
 
 @SLOW
+@pytest.mark.parametrize("processes", [2, 3])
+def test_each_process_has_a_part_of_4_bit_weights_and_experts(processes, tmp_path, console):
+    config = {"num_experts": 4, "moe_intermediate_size": 32, "num_experts_per_tok": 2}
+    model = build_family(tmp_path / "model", "qwen3_moe", **config)
+    experts = {"method": "qlora", "target_parameters": ["gate_up_proj", "down_proj"]}
+    make_recipe(tmp_path, model, train=TRAIN, adapter=experts)
+    write_examples(tmp_path / "examples", train=16)
+    found = launch_work("shard_packed", [tmp_path], Topology(processes, "fsdp"), console, processes)
+    assert found == {"storage": ["float32"], "uncut": [], "loss": True, "share": True}
+
+
+@SLOW
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_memory_per_process_falls_with_the_number_of_processes(method, tmp_path, console):
     large = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 16, "num_attention_heads": 8}
@@ -117,6 +138,60 @@ def test_memory_per_process_falls_with_the_number_of_processes(method, tmp_path,
     (alone,), (first, *others) = peaks[1], peaks[4]  # the memory of the larger model minus that of the tiny one
     assert max(others) < (0.7 if method == "lora" else 0.5) * alone, peaks  # a layer is unsharded while it computes
     assert first < alone * (1.1 if method == "lora" else 0.6), peaks  # it has held the full model
+
+
+WATCHED = {
+    "eval_metrics": ["accuracy", "chrf"],
+    "metric_for_best_model": "accuracy",
+    "early_stopping_patience": 1,
+    "eval_steps": 1,
+    "num_train_epochs": 3,
+}
+
+
+@SLOW
+def test_metrics_of_validation_rows_decide_under_fsdp_as_in_one_process(here, tiny_llama, chat_rows):
+    write_recipe(here / "tiny.yaml", tiny_llama, chat_rows, train=WATCHED)
+    for command in (["run"], ["launch", "local", "--processes", 2, "--strategy", "fsdp"]):
+        done = llmtune(*command, "tiny.yaml", "--out", command[0], cwd=here)
+        assert done.returncode == 0, done.stderr
+    lines = [[line for line in read_metrics(here / name) if "validation_loss" in line] for name in ("run", "launch")]
+    for alone, together in zip(*lines, strict=True):
+        assert together["validation_metrics"] == pytest.approx(alone["validation_metrics"], rel=1e-5)
+        assert together["validation_loss"] == pytest.approx(alone["validation_loss"], rel=1e-4)
+    alone, together = (json.loads((here / name / "report.json").read_text())["train"] for name in ("run", "launch"))
+    for name in ("best_step", "steps", "stopped_early"):
+        assert together[name] == alone[name]
+    assert alone["stopped_early"]
+
+
+@SLOW
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_process_killed_while_it_evaluates_or_saves_leaves_the_same_bytes(method, tmp_path, tiny_llama, chat_rows):
+    sections = {"train": {"num_train_epochs": 1}, "generation": {"max_new_tokens": 16}}
+    adapter = {"method": "full", "r": None, "lora_alpha": None} if method == "full" else {}
+    recipe = write_recipe(tmp_path / "tiny.yaml", tiny_llama, chat_rows, adapter=adapter, **sections)
+    result = "weights" if method == "full" else "adapter"
+    topology, files = Topology(2, "fsdp"), []
+    for number, (rank, *moment) in enumerate(
+        [
+            (None,),
+            (1, "line", "tuned: loss"),
+            (1, "line", "base: answers"),
+            (0, "line", "tuned: answers"),
+            (1, "open", "step-4/shard-00001-model-00001-of-00001.safetensors"),
+            (0, "os.rename", f".tmp-{result}"),
+            (0, "os.rename", ".evaluation.new"),
+        ]
+    ):
+        words = [recipe, tmp_path / f"run-{number}", rank, *(moment or ("line", "never"))]
+        if rank is not None:
+            with pytest.raises(EnvironmentProblem, match=f"process {rank} was killed by SIGKILL"):
+                launch_work("run_and_die", words, topology, quiet(), 2)
+        launch_work("run_and_die", [*words[:2], None, "line", "never"], topology, quiet(), 2)
+        kept = [path for part in (result, "evaluation") for path in (tmp_path / f"run-{number}" / part).iterdir()]
+        files.append({path.name: path.read_bytes() for path in kept if path.suffix != ".npz"})
+        assert files[-1] == files[0], moment
 
 
 @SLOW
@@ -148,7 +223,9 @@ def test_a_dry_run_plans_the_memory_of_one_process(here, tiny_llama, chat_rows):
     assert part["parts"]["gathered"] > 0
 
 
-OSF, VECTORS, BANK = ({"method": name, "r": None, "lora_alpha": None} for name in ("osf", "prompt_tuning", "vblora"))
+OSF, VECTORS, BANK, FULL = (
+    {"method": name, "r": None, "lora_alpha": None} for name in ("osf", "prompt_tuning", "vblora", "full")
+)
 
 
 @pytest.mark.parametrize(
@@ -156,13 +233,11 @@ OSF, VECTORS, BANK = ({"method": name, "r": None, "lora_alpha": None} for name i
     [
         (["--strategy", "fdsp"], {}, ["Did you mean 'fsdp'?"]),
         (["--strategy", "cp"], {}, ["'cp'", "ring attention", "fsdp"]),
-        (["--strategy", "fsdp"], {"adapter": {"method": "qlora"}}, ["adapter.method", "4-bit", "--strategy ddp"]),
         (["--strategy", "fsdp"], {"adapter": OSF}, ["adapter.method", "full weights", "--strategy ddp with osf"]),
         (["--strategy", "fsdp"], {"adapter": VECTORS}, ["adapter.method", "full weights"]),
         (["--strategy", "fsdp"], {"adapter": BANK}, ["adapter.method", "shared by layers"]),
-        (["--strategy", "fsdp"], {"train": {"optim": "adafactor"}}, ["train.optim", "adafactor", "adamw_torch"]),
-        (["--strategy", "fsdp"], {"train": {"torch_compile": True}}, ["train.torch_compile"]),
-        (["--strategy", "fsdp"], {"train": {"eval_metrics": ["chrf"]}}, ["train.eval_metrics", "during training"]),
+        (["--strategy", "fsdp"], {"train": {"optim": "paged_adamw_8bit"}}, ["train.optim", "Omit `paged_`"]),
+        (["--strategy", "fsdp"], {"train": {"optim": "galore_adamw"}, "adapter": FULL}, ["train.optim", "projections"]),
         (["--machines", "2"], {}, ["--address", "HOST:PORT"]),
         (["--machines", "2", "--address", "here"], {}, ["'here' is not HOST:PORT"]),
         (["--machines", "2", "--rank", "2", "--address", "a:1"], {}, ["--rank", "from 0 to 1"]),

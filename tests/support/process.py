@@ -68,7 +68,7 @@ def main(words: list[str]) -> int:
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + asked.memory * 2**20,) * 2)
     if event != "line":
-        sys.addaudithook(lambda name, args: _kill_at(name, args, event, text))
+        sys.addaudithook(lambda name, args: kill_at(name, args, event, text))
     try:
         run_training(
             asked.run,
@@ -99,7 +99,8 @@ def _fill_disk(ballast: Path) -> None:
     os.truncate(ballast, ballast.stat().st_size - 100_000)
 
 
-def _kill_at(name: str, args: tuple[object, ...], event: str, text: str) -> None:
+def kill_at(name: str, args: tuple[object, ...], event: str, text: str) -> None:
+    """Kill this process if the audit event happens to a path that ends with `text`."""
     if name == event and str(args[0]).endswith(text):
         os.kill(os.getpid(), signal.SIGKILL)
 

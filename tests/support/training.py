@@ -127,6 +127,9 @@ METHODS = {
     "lora": {},
     "full": {"method": "full"},
     "added": {"modules_to_save": ["norm"], "use_dora": True},
+    "qlora": {"method": "qlora"},
+    "qlora, plain scales": {"method": "qlora", "bnb_4bit_use_double_quant": False},
+    "qlora, dora": {"method": "qlora", "use_dora": True},
     "scalar": {"method": "delora", "r": 3, "lora_alpha": None},
 }
 

@@ -7,14 +7,18 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import typer
 
 from llmtune.cli.app import _report_bug
 from llmtune.cli.output_streams import handled_by_all
-from llmtune.errors import DataError, GateFailed, Problem
+from llmtune.errors import DataError, GateFailed, LostProcess, Problem
 from llmtune.store.processes import _here, join, leave, once, rank, start, world_size
 
 
@@ -87,6 +91,38 @@ def share_tiny(folder: str) -> dict[str, bool]:
     return {"numbers": numbers, **{name: all(one[name] for one in found) for name in found[0]}}
 
 
+def shard_packed(folder: str) -> dict[str, object]:
+    """Shard the 4-bit model of the recipe in `folder`; return what is not cut, and whether the first loss is equal."""
+    import torch
+    from accelerate.utils import gather_object
+    from torch.distributed.tensor import DTensor
+
+    from llmtune.model.sharded_quantization import ShardableLinear4bit
+    from llmtune.recipe.loader import load_recipe
+    from llmtune.train.distributed import join_processes
+    from llmtune.train.sharding import shard_model, share_model
+    from support.training import adapt
+
+    join_processes("cpu")
+    recipe = load_recipe(str(Path(folder) / "recipe.yaml")).recipe
+    alone, model = adapt(recipe).model, share_model(lambda: adapt(recipe)).model
+    ids = torch.arange(5, 45)[None]
+    before = float(alone(input_ids=ids, labels=ids, use_cache=False).loss)
+    shard_model(model, torch.device("cpu"))
+    packed = [module.weight for module in model.modules() if isinstance(module, ShardableLinear4bit)]
+    packed += [one for name, one in model.named_parameters() if name.endswith(("_packed", "_absmax"))]
+    uncut = [name for name, one in model.named_parameters() if not isinstance(one, DTensor) and one.stride(0)]
+    own = sum(one.to_local().numel() for one in packed)
+    shares = gather_object([own / sum(one.numel() for one in packed)])
+    after = float(model(input_ids=ids, labels=ids, use_cache=False).loss)
+    return {
+        "storage": sorted({str(one.dtype).removeprefix("torch.") for one in packed} - {"uint8"}),
+        "uncut": uncut,
+        "loss": abs(after - before) < 1e-5 * before,
+        "share": abs(sum(shares) - 1) < 1e-9 and max(shares) < 1.1 / len(shares),
+    }
+
+
 def measure_training(folder: str, run: str, strategy: str) -> list[int]:
     """Train as `train_tiny` does; return the highest resident memory of each process, without that of libraries."""
     import psutil
@@ -110,6 +146,135 @@ def learn_all(folder: str, strategy: str) -> dict[str, list[list[float]]]:
     for path in sorted(Path(folder).glob("*/recipe.yaml")):
         found[path.parent.name] = learn_a_little(path, strategy == "fsdp")
     return found
+
+
+def evaluate_all(folder: str) -> list[str]:
+    """Score every trained run that the test left in `folder` again; return their names."""
+    from llmtune.pipeline import run_pipeline
+    from llmtune.recipe.loader import load_recipe
+    from llmtune.store.run_request import RunRequest
+    from support.adapting import quiet
+
+    paths = sorted(Path(folder).glob("*/recipe.yaml"))
+    for path in paths:
+        run_pipeline(load_recipe(str(path)), RunRequest(out=path.parent / "run", until="evaluate"), quiet())
+    return [path.parent.name for path in paths]
+
+
+def run_own_passes(folder: str) -> dict[str, object]:
+    """Run different passes of one sharded model in each process; compare their results with the unsharded model's."""
+    import torch
+    from accelerate.utils import gather_object
+    from transformers import AutoModelForCausalLM
+
+    from llmtune.model.layer_requests import own_passes
+    from llmtune.train.distributed import join_processes
+    from llmtune.train.sharding import shard_model
+
+    count = join_processes("cpu")
+    alone, model = (AutoModelForCausalLM.from_pretrained(folder).eval() for _ in range(2))
+    shard_model(model, torch.device("cpu"))
+    layers, rank = model.get_submodule("model.layers"), int(os.environ["RANK"])
+    ids = [torch.arange(4, 9 + i)[None] for i in range(4)]
+
+    def equal(find: Callable[[Any], torch.Tensor]) -> bool:
+        with torch.no_grad():
+            return torch.allclose(find(model), find(alone), atol=1e-6)
+
+    def fail(*_: object) -> None:
+        raise ValueError("refused")
+
+    found = {
+        "sharded": layers[0].mlp.up_proj.weight.to_local().numel() * count
+        == alone.model.layers[0].mlp.up_proj.weight.numel()
+    }
+    with own_passes(model):  # the first process runs none
+        found["unequal numbers"] = all(equal(lambda one, i=i: one(ids[i]).logits) for i in range(2 * rank))
+    with own_passes(model):
+        if rank == 0:
+            found["parts"] = equal(lambda one: one.model(ids[0]).last_hidden_state)
+            found["generated"] = equal(lambda one: one.generate(ids[1], max_new_tokens=5, do_sample=False).float())
+        else:
+            found["parts"] = equal(lambda one: one.lm_head(one.model.embed_tokens(ids[2])))
+            found["generated"] = equal(lambda one: one.generate(ids[2], max_new_tokens=3, num_beams=2).float())
+    with own_passes(model):
+        if rank == 1:  # a pass that ends in the middle, as one that runs out of memory
+            hook = layers[1].register_forward_pre_hook(fail)
+            with suppress(ValueError):
+                model(ids[0])
+            hook.remove()
+        found["after a refusal"] = equal(lambda one: one(ids[rank]).logits)
+    try:
+        with own_passes(model):
+            if rank == 1:
+                raise ValueError("mine")
+            model(ids[0])
+    except (ValueError, LostProcess) as error:
+        found["ended"] = ("mine" if rank == 1 else "process 1 stopped") in str(error)
+    found["same passes"] = equal(lambda one: one(ids[0]).logits)
+    found["resharded"] = all(type(one).__name__ == "DTensor" for one in model.parameters())
+    everywhere = gather_object([found])
+    return {name: all(one[name] for one in everywhere) for name in found}
+
+
+def measure_pipeline(recipe: str, out: str, until: str) -> list[list[int]]:
+    """Run a recipe; return the most resident memory of each process, all and without files, beyond its libraries'."""
+    import psutil
+    import transformers.models.llama.modeling_llama  # noqa: F401
+    from accelerate.utils import gather_object
+
+    from llmtune.pipeline import run_pipeline
+    from llmtune.recipe.loader import load_recipe
+    from llmtune.store.machine import Meter
+    from llmtune.store.run_request import RunRequest
+    from llmtune.train.distributed import join_processes
+    from support.adapting import quiet
+
+    join_processes("cpu")
+    process, seen, done = psutil.Process(), list[int](), threading.Event()
+
+    def own() -> int:
+        used = process.memory_info()
+        return int(used.rss - used.shared)
+
+    def watch() -> None:
+        while not done.wait(0.005):
+            seen.append(own())
+
+    libraries, before, meter = process.memory_info().rss, own(), Meter()
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    run_pipeline(load_recipe(recipe), RunRequest(out=Path(out), until=until), quiet())
+    done.set()
+    watcher.join()
+    peaks = [meter.peak_bytes - libraries, max(seen) - before]
+    return list(gather_object([peaks])) if world_size() > 1 else [peaks]
+
+
+def run_and_die(recipe: str, out: str, rank_to_kill: str, event: str, text: str) -> bool:
+    """Run a recipe; one process is killed soon after its `event` with this text: a line, or one of Python's audit."""
+    from llmtune.model.layer_requests import LayerRequests
+    from llmtune.pipeline import run_pipeline
+    from llmtune.recipe.loader import load_recipe
+    from llmtune.store.run_request import RunRequest
+    from support.adapting import quiet
+    from support.process import Watched, kill_at
+
+    console = quiet()
+    if str(rank()) == rank_to_kill and event != "line":
+        sys.addaudithook(lambda name, given: kill_at(name, given, event, text))
+    elif str(rank()) == rank_to_kill:
+        requests, gather_next = [0], LayerRequests._gather_next
+
+        def count(self: LayerRequests, wanted: int) -> int:
+            requests[0] += 1
+            if requests[0] == 20:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return gather_next(self, wanted)
+
+        console.file = Watched(text, lambda: setattr(LayerRequests, "_gather_next", count))
+    run_pipeline(load_recipe(recipe), RunRequest(out=Path(out)), console)
+    return True
 
 
 def write_and_wait(folder: str, run: str) -> None:

@@ -167,6 +167,17 @@ SECOND += ("embed-labels", "whisper-full", "ctc-headless", "preference-orpo", "r
 SLOW = {*VARIED, *RELATED, *SECOND}
 CELLS = CASES | VARIED | RELATED
 """All variants of tasks with LoRA, QLoRA and full tuning, and a decoder with LoRA's relatives."""
+EVALUATED = {
+    "chat-beams": replace(CASES["chat"], sections={"generation": {"num_beams": 2}}),
+    "chat-sampled": replace(CASES["chat"], sections={"generation": {"do_sample": True}}),
+    "chat-choices": replace(CASES["chat"], rows=[{"prompt": text, "completion": c} for text, _, c in WORDS]),
+    "chat-forgetting": replace(CASES["chat"], sections={"evaluate": {"metrics": ["loss"], "forgetting": {}}}),
+    "classify-suspects": replace(
+        CASES["classify"], sections={**NO_TEXT, "evaluate": {"metrics": ["accuracy"], "suspects": True}}
+    ),
+    "translate-beams": replace(CASES["translate"], sections={"generation": {"num_beams": 2}}),
+}
+"""Other kinds of answers and studies."""
 BASELINES = {
     "qa-extractive": "no answer to every question",
     "classify": "the most frequent class",
@@ -189,7 +200,7 @@ def recipe_file(tmp_path_factory: pytest.TempPathFactory, clips: Path) -> Callab
     models: dict[str, Path] = {}
 
     def write(name: str, folder: Path, **changes: Any) -> Path:
-        case = CELLS[name]
+        case = (CELLS | EVALUATED)[name]
         if name not in models:
             models[name] = case.build(tmp_path_factory.mktemp("models") / name, **case.config)
         sections = {**case.sections, "adapter": {"method": case.method, "lora_dropout": 0.0, **case.adapter}}
@@ -389,6 +400,29 @@ def test_two_processes_evaluate_as_one(name, finished, tmp_path):
     lines = [(one / "evaluation" / "predictions.jsonl").read_text().splitlines() for one in (run, again)]
     for alone, both in zip(*(map(json.loads, one) for one in lines), strict=True):
         compare(alone, both)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("processes", [2, 4])
+def test_processes_with_shards_evaluate_as_one(processes, finished, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]), prepend=os.pathsep)
+    names = [name for name, case in (CASES | EVALUATED).items() if case.method != "qlora"]
+    for name in names:
+        run, _ = finished(name)
+        again = Path(shutil.copytree(run, tmp_path / name / "run", ignore=shutil.ignore_patterns("evaluation")))
+        shutil.copy(run.parent / "recipe.yaml", again.parent)
+    assert launch_work("evaluate_all", [tmp_path], Topology(processes, "fsdp"), quiet(), 2) == sorted(names)
+    for name in names:
+        run, _ = finished(name)
+        reports = [json.loads((one / "report.json").read_text()) for one in (run, tmp_path / name / "run")]
+        alone, together = (report["evaluation"] for report in reports)
+        for model in ("base", "tuned"):
+            assert together[model] == pytest.approx(alone[model], rel=1e-5, abs=1e-6), name
+        assert together["studies"] == alone["studies"], name
+        lines = [(one / "evaluation" / "predictions.jsonl").read_text() for one in (run, tmp_path / name / "run")]
+        for one, other in zip(*(map(json.loads, text.splitlines()) for text in lines), strict=True):
+            compare(one, other)
 
 
 @pytest.mark.slow

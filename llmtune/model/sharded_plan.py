@@ -1,0 +1,107 @@
+"""The memory plan of one of several processes, with the complete model or a shard of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from transformers import PreTrainedModel
+
+from llmtune.errors import RecipeError
+from llmtune.model.causal_lm_loss import unwrap
+from llmtune.model.config import head_names, in_heads, linear_shapes
+from llmtune.model.device import resolve_dtype
+from llmtune.model.quantized_base import kept_quantization
+from llmtune.recipe.schema import Recipe
+from llmtune.records import Layout, MemoryPlan
+
+_WHOLE = {"libraries", "activations", "logits"}
+"""Parts of a plan that are not sharded."""
+
+
+def divide_plan(plan: MemoryPlan, skeleton: PreTrainedModel, recipe: Recipe, layout: Layout, tokens: int) -> MemoryPlan:
+    """Return the plan of one of several processes; on a machine without cards they share its memory.
+
+    Raises RecipeError for a model that stays quantised in another way than bitsandbytes' 4 bits.
+
+    Under DDP, gradients are summed in buckets, which together are a copy of the gradients. Under FSDP, each process
+    has a shard, in main memory with `offload_params`. While a layer computes, it and the next are complete; weights
+    outside layers are complete for a pass. The gradients of one layer, and of weights outside layers, are complete
+    until they are summed. `tokens` is the length of a row, for the cache of keys and values.
+    """
+    limit = plan.limit // layout.of_machine if plan.limit and plan.device == "cpu" else plan.limit
+    plan = replace(plan, limit=limit, processes=layout.processes)
+    if not layout.sharded:
+        buckets = plan.parts["gradients"]
+        return replace(plan, parts=plan.parts | {"buckets": buckets}, lower_bound=plan.lower_bound + buckets)
+    kept = kept_quantization(skeleton.config)
+    if kept is not None and (kept.method, kept.bits) != ("bitsandbytes", 4):
+        what = f"the base's files are quantised ({kept.method}), and packed weights cannot be sharded"
+        raise RecipeError.of(what, "model.name", "Use --strategy ddp, or name the original model.")
+    units = _Units.of(plan, skeleton, recipe)
+    moved = ("weights", "adapter", "gradients", "optimizer", "reference") if layout.offload_params else ()
+    moved = moved if plan.device != "cpu" else ()
+    parts = {name: size if name in _WHOLE else size // layout.processes for name, size in plan.parts.items()}
+    host = sum(parts.pop(name, 0) for name in moved)
+    parts["gathered"] = units.gathered
+    shard = 0 if moved else units.stored // layout.processes
+    cache = _cache_bytes(skeleton, units.compute_bytes) * tokens
+    evaluated = shard + units.computing + cache + parts.get("libraries", 0)
+    logit_row = plan.lower_bound - fixed_bytes(plan.parts) + plan.parts.get("loading", 0)
+    parts["evaluation"] = max(0, evaluated - sum(parts.values()))
+    return replace(plan, parts=parts, lower_bound=max(fixed_bytes(parts) + logit_row, evaluated), host=host)
+
+
+@dataclass(frozen=True)
+class _Units:
+    """Bytes of the parts of a sharded model that are complete while they compute."""
+
+    compute_bytes: int
+    """Of a number that is computed with."""
+    gathered: int
+    """In training: the weights outside layers, two layers, and their complete gradients."""
+    computing: int
+    """The same without gradients, in the dtype of evaluation."""
+    stored: int
+    """The complete weights in the dtype of evaluation."""
+
+    @classmethod
+    def of(cls, plan: MemoryPlan, skeleton: PreTrainedModel, recipe: Recipe) -> _Units:
+        """Measure the largest layer and what is outside layers."""
+        full = recipe.adapter.method == "full"
+        compute_bytes = torch.finfo(resolve_dtype(recipe.model.dtype, plan.device)).bits // 8
+        sizes = [sum(parameter.numel() for parameter in layer.parameters()) for layer in kept_together(skeleton)]
+        total, largest = sum(parameter.numel() for parameter in skeleton.parameters()), max(sizes, default=0)
+        rest = total - sum(sizes)
+        stored = compute_bytes * total if full else plan.parts["weights"]
+        layer = (stored - compute_bytes * rest) * largest // max(1, sum(sizes))
+        heads = head_names(skeleton)
+        inner = [shape for name, shape in linear_shapes(skeleton).items() if not in_heads(name, heads)]
+        matrix = max((rows * columns for rows, columns in inner), default=0)
+        unpacked = compute_bytes * matrix if stored < compute_bytes * total else 0  # 4 bits, one matrix at a time
+        computing = compute_bytes * rest + 2 * layer + unpacked
+        # Layers are gathered, and have gradients, in the dtype of their products; these are summed in float32.
+        masters = 4 * rest + 2 * layer + 4 * rest + (4 + compute_bytes) * largest
+        return cls(compute_bytes, masters if full else computing, computing, stored)
+
+
+def _cache_bytes(skeleton: PreTrainedModel, compute_bytes: int) -> int:
+    """Return the bytes of keys and values that a token leaves in all layers while answers are generated."""
+    text = skeleton.config.get_text_config(decoder=True)
+    heads = int(getattr(text, "num_attention_heads", 0) or 0)
+    keys = int(getattr(text, "num_key_value_heads", None) or heads)
+    width = int(getattr(text, "head_dim", None) or int(getattr(text, "hidden_size", 0)) // max(1, heads))
+    return 2 * int(getattr(text, "num_hidden_layers", 0)) * keys * width * compute_bytes
+
+
+def fixed_bytes(parts: Mapping[str, int]) -> int:
+    """Add up the parts that do not grow with a micro-batch."""
+    return sum(size for part, size in parts.items() if part not in ("activations", "logits", "evaluation"))
+
+
+def kept_together(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """Return the layers that a model must not be split within (`_no_split_modules`), which FSDP shards as units."""
+    names = set(getattr(unwrap(model), "_no_split_modules", None) or ())
+    lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
+    return [child for one in lists for child in one if type(child).__name__ in names]
