@@ -6,7 +6,7 @@ from collections.abc import Callable, Sized
 
 from rich.console import Console
 
-from llmtune.data.row_store import load_rows
+from llmtune.data.row_store import load_rows, rows_folder
 from llmtune.errors import DataError
 from llmtune.evaluate.eval_inputs import EvalContext, make_inputs
 from llmtune.evaluate.evaluated_task import EvaluatedTask
@@ -35,7 +35,7 @@ def metrics_of_validation(training: TrainContext, examples: Examples) -> Callabl
     assert isinstance(task, EvaluatedTask), "every task that a recipe names is evaluated"
     asked = EvaluateSection(metrics=metrics, choices=recipe.evaluate.choices, samples=0)
     recipe = recipe.model_copy(update={"evaluate": asked})
-    processor, rows = training.adapted.selected.processor, load_rows(training.folder / "data" / "rows")
+    processor, rows = training.adapted.selected.processor, load_rows(rows_folder(training.folder))
     inputs = make_inputs(rows, examples, task, processor, recipe, "validation")
     asked_of: dict[str, Sized] = dict.fromkeys(PREDICTED, inputs.answered) | dict.fromkeys(TOOL_METRICS, inputs.turns)
     asked_of |= {} if task.predicts else dict.fromkeys(CHOICE_METRICS, inputs.trees)
