@@ -87,6 +87,8 @@ def training_section(train: TrainFacts | None) -> Section:
     )
     courses = [Beside([rate], [norm])] if len(curve) >= FEWEST_POINTS else []
     blocks: list[Block] = [Beside([drawn], [KeyValues(known(facts))]), *validation_curves(curve), *courses]
+    if collapse := train.get("collapse"):
+        blocks.insert(0, Text(collapse, "note"))
     return Section("Training", [*blocks, *hardest_rows(train.get("hardest_rows", []))])
 
 

@@ -1,8 +1,8 @@
-"""Report sections of embedding models and rerankers: negatives, scores by vector length, collapse."""
+"""Report sections of embedding models and rerankers: negatives, scores by vector length."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from llmtune.records import Json
 from llmtune.report.blocks import Block, Column, Section, Table, TableColumns, TableRows, Text
@@ -74,8 +74,3 @@ def length_section(details: Json, base: str) -> Section:
     columns: TableColumns = [Column("numbers", "number"), *(Column(head, "number") for head in heads)]
     text = "Vectors of base and tuned model, cut to their first numbers. The longest is the complete vector."
     return Section(title, [Table(columns, rows, scroll=True), Text(text, "soft")], "Lengths", "lengths")
-
-
-def collapse_blocks(warnings: Sequence[str]) -> list[Block]:
-    """Return the warnings of a collapse during training."""
-    return [Text(warning, "warning") for warning in warnings]

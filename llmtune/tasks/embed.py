@@ -31,7 +31,7 @@ from llmtune.evaluate.evaluated_task import EvalPrediction, LoadedModel
 from llmtune.evaluate.metric import Measure
 from llmtune.evaluate.ranking_metrics import measure_ranking
 from llmtune.evaluate.token_batches import run_encoder
-from llmtune.evaluate.vector_search import Vectors, measure_spread, rank_labels, rank_passages, unit
+from llmtune.evaluate.vector_search import Vectors, measure_spread, measure_vectors, rank_labels, rank_passages, unit
 from llmtune.model.causal_lm_loss import accepted_arguments, model_inputs, unwrap
 from llmtune.model.config import set_padding
 from llmtune.recipe.schema import Recipe
@@ -194,6 +194,11 @@ class Embed(Task[EmbedRow, Vectors]):
     def step_loss(self, features: Sequence[torch.Tensor], examples: Sequence[Example], recipe: Recipe) -> Loss:
         """Return the recipe's loss of a step."""
         return embedding_loss(features, examples, embed_section(recipe))
+
+    def feature_metrics(self, features: Sequence[torch.Tensor]) -> dict[str, float]:
+        """Return the mean cosine and the effective rank of the vectors of each example's last text."""
+        vectors_ND = functional.normalize(torch.stack([one[-1] for one in features]).double(), dim=-1)
+        return dict(zip(SPREAD, measure_vectors(vectors_ND.cpu().numpy()), strict=True))
 
     def loss(self, model: torch.nn.Module, batch: Batch, by_row: bool = False) -> Loss:
         """Return the loss of a batch that is a complete step."""

@@ -332,6 +332,7 @@ def _gather_features(training: TrainContext, own: dict[int, torch.Tensor]) -> di
 def _loss_of_blocks(training: TrainContext, reader: ExampleReader, own: dict[int, torch.Tensor]) -> float:
     """Return the mean loss over blocks of `train.batch_size` examples in order, as if each were a step."""
     found, size = _gather_features(training, own), training.recipe.train.batch_size
+    training.spread.update(training.task.feature_metrics([found[row] for row in range(len(reader))]))
     blocks = [range(start, min(start + size, len(reader))) for start in range(0, len(reader), size)]
     losses = [
         training.task.step_loss([found[row] for row in block], [reader[row] for row in block], training.recipe)

@@ -21,7 +21,7 @@ Scores = dict[str, float]
 
 
 def metrics_of_validation(training: TrainContext, examples: Examples) -> Callable[[], Scores]:
-    """Return a function that computes `train.eval_metrics` on the validation rows.
+    """Return a function that computes `train.eval_metrics` on the validation rows, with the task's own metrics.
 
     It puts the model back into training mode. All processes must call it together: they share the rows, and each gets
     all scores.
@@ -31,7 +31,7 @@ def metrics_of_validation(training: TrainContext, examples: Examples) -> Callabl
     recipe, task = training.recipe, training.task
     metrics = recipe.train.eval_metrics
     if not metrics or training.validation is None:
-        return dict
+        return lambda: {**training.spread}
     assert isinstance(task, EvaluatedTask), "every task that a recipe names is evaluated"
     asked = EvaluateSection(metrics=metrics, choices=recipe.evaluate.choices, samples=0)
     recipe = recipe.model_copy(update={"evaluate": asked})
@@ -51,6 +51,6 @@ def metrics_of_validation(training: TrainContext, examples: Examples) -> Callabl
         finally:
             training.model.train()
         measured = compute_metrics(context, answers, Answers(None, {}, {}))  # no comparison with a base
-        return {name: one.value for name, one in measured.items() if name in metrics}
+        return training.spread | {name: one.value for name, one in measured.items() if name in metrics}
 
     return score
