@@ -45,6 +45,8 @@ class Rows:
     """Hash over `columns` of the test split, in order; empty if `evaluate` names no columns."""
     filled: int = 0
     """Number of null keys that Arrow added inside columns, and that were dropped (`llmtune.data.arrow_rows`)."""
+    corpus_hash: str = ""
+    """Hash over the passages of `data.corpus` (`llmtune.data.corpus`); empty without a corpus."""
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from llmtune.adapter.load import find_adapter
 from llmtune.adapter.saving import load_adapter
 from llmtune.data.examples import load_examples
 from llmtune.data.preparation import rows_inputs
-from llmtune.data.row_store import load_rows
+from llmtune.data.row_store import load_rows, rows_folder
 from llmtune.data.sources import hash_sources, list_sources
 from llmtune.errors import EnvironmentProblem
 from llmtune.evaluate.cache_keys import base_inputs
@@ -98,8 +98,8 @@ class RunContext:
 
     @property
     def rows(self) -> Rows:
-        """The prepared rows."""
-        return load_rows(self.folder.path / "data" / "rows")
+        """The prepared rows; with mined negatives if the recipe mines some, and once they are known."""
+        return load_rows(rows_folder(self.folder.path))
 
     @property
     def examples(self) -> Examples:

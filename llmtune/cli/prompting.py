@@ -91,7 +91,7 @@ def generate_command(
         from llmtune.serve.finished_run import FinishedRun
     finished = FinishedRun(run, offline, console)
     if passages is not None:
-        given["passages"] = _read_passages(passages, finished.task.name)
+        given["passages"] = _read_passages(passages)
     if rows is not None:
         _answer_file(finished, rows, output, base=base, max_new_tokens=max_new_tokens)
     elif as_json:
@@ -138,13 +138,13 @@ def _prompt(text: str | None, prompt: str | None, *, needed: bool) -> str | None
     return sys.stdin.read().rstrip("\n") or None
 
 
-def _read_passages(file: Path, task: str) -> str:
+def _read_passages(file: Path) -> str:
     """Return the passages of a file as a JSON list."""
-    from llmtune.serve.answer_file import read_passages
+    from llmtune.data.corpus import read_passages
 
     if not file.is_file():
         raise RecipeError.of("not a file with passages", str(file), "Check the path of --passages.")
-    return json.dumps(read_passages(file, task), ensure_ascii=False)
+    return json.dumps(read_passages(file), ensure_ascii=False)
 
 
 def _check_files(rows: Path, output: Path | None, stated: Sequence[str | None]) -> None:

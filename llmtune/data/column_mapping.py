@@ -12,6 +12,10 @@ from llmtune.recipe.task_facts import TASK_FACTS
 
 FIELD = re.compile(r"\{([^{}]+)\}")
 """A column name in a template."""
+LIST = "[{"
+"""Beginning of a mapping to several columns, which makes a list: `[{negative_1}, {negative_2}]`."""
+NUMBERED = ("negatives",)
+"""Columns that a file may spread over numbered ones, as sentence-transformers does: `negative_1`, `negative_2`."""
 _PROMPTS = ("question", "query", "input", "inputs", "user", "human", "request", "problem")
 ANSWER_NAMES = ("response", "answer", "output", "outputs", "target", "targets", "assistant", "reply", "bot", "solution")
 _CONVERSATION = {
@@ -94,8 +98,8 @@ def rename(
 ) -> Mapping[str, object]:
     """Give mapped columns their canonical names, and messages our roles. A column that had such a name is replaced.
 
-    A mapping names a column or a nested key (`thread.messages`), or is a template with such names in braces. Raises
-    RowError if a template meets a value that is no text.
+    A mapping names a column or a nested key (`thread.messages`), or is a template with such names in braces; in
+    brackets, a list of those that a row has. Raises RowError if a template meets a value that is no text.
     """
     if columns:
         row = {
@@ -118,8 +122,9 @@ def find(row: Mapping[str, object], name: str) -> object:
 
 
 def has_columns(row: Mapping[str, object], theirs: str) -> bool:
-    """Whether a row has all columns that a mapping names."""
-    return all(find(row, field) is not MISSING for field in fields(theirs, row))
+    """Whether a row has all columns that a mapping names; of a list, any."""
+    enough = any if theirs.startswith(LIST) else all
+    return enough(find(row, field) is not MISSING for field in fields(theirs, row))
 
 
 def flatten(row: Mapping[str, object]) -> dict[str, object]:
@@ -138,6 +143,9 @@ def _mapped_cell(row: Mapping[str, object], theirs: str) -> object:
     value = find(row, theirs)
     if value is not MISSING:
         return value
+    if theirs.startswith(LIST):
+        cells = (find(row, name) for name in FIELD.findall(theirs))
+        return [cell for cell in cells if cell is not MISSING and cell is not None and cell != ""]
     return FIELD.sub(lambda found: _template_text(find(row, found[1]), found[1]), theirs).strip()
 
 
@@ -172,7 +180,16 @@ def with_aliases(
         found = [name for name, spelled in plain.items() if spelled in known]
         if len(found) == 1:
             mapped[ours] = found[0]
+        elif not found and ours in NUMBERED and (numbered := _numbered(plain, known)):
+            mapped[ours] = "[" + ", ".join(f"{{{name}}}" for name in numbered) + "]"
     return mapped
+
+
+def _numbered(plain: Mapping[str, str], known: Collection[str]) -> list[str]:
+    """Return the columns that are a known name with a number, in the order of the numbers."""
+    parts = {name: spelled.rpartition("_") for name, spelled in plain.items()}
+    found = [(int(number), name) for name, (stem, _, number) in parts.items() if stem in known and number.isdecimal()]
+    return [name for _, name in sorted(found)]
 
 
 # Guesses: which task could read a file with unknown column names?

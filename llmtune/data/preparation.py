@@ -11,6 +11,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from rich.markup import escape
 
 from llmtune import __version__
 from llmtune.data.audio import AUDIO_COLUMNS, find_recording
+from llmtune.data.corpus import save_corpus
 from llmtune.data.deduplication import KEPT, drop_equal, drop_near
 from llmtune.data.file_survey import suspicions
 from llmtune.data.ingest import IngestState, ingest_rows, progress_bars
@@ -69,6 +71,7 @@ def prepare_rows(recipe: Recipe, folder: Path, console: Console, inputs: str | N
         console.print(f"columns: {escape(listing)}", highlight=False)
     with explained(folder):
         folder.mkdir(parents=True, exist_ok=True)
+        corpus_hash = save_corpus(data, folder, console)
         (folder / RECORD).unlink(missing_ok=True)  # it must not outlive the files that it describes
         names = [one.input.name for one in detected]  # relative to the folder that the run was started in
         spool = Spool(folder.parent / SPOOL, hash_value([inputs or rows_inputs(recipe), names]))
@@ -86,6 +89,7 @@ def prepare_rows(recipe: Recipe, folder: Path, console: Console, inputs: str | N
                 _check_splits(data, split_N, copies_N, reason_N)
                 grouped = data.split_by is not None
                 rows = _write_rows(folder, spool, index, split_N, copies_N, account, reason_N, tuple(columns), grouped)
+                save_rows(rows := replace(rows, corpus_hash=corpus_hash))
         except DataError:
             spool.remove()
             raise
@@ -177,9 +181,7 @@ def _write_rows(
     columns_hash = writers["test"].columns_hash if "test" in writers else ""
     left_out = dict(sorted(dropped.items()))
     content = digest.hexdigest()
-    rows = Rows(folder, files, counts, account.rows_in, left_out, content, columns, columns_hash, account.filled)
-    save_rows(rows)
-    return rows
+    return Rows(folder, files, counts, account.rows_in, left_out, content, columns, columns_hash, account.filled)
 
 
 def _print_rows(rows: Rows, account: IngestState, notes: Sequence[str], console: Console) -> None:

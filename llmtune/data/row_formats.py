@@ -17,9 +17,15 @@ from llmtune.data.chat_rows import (
     completion_from_text,
 )
 from llmtune.data.column_mapping import fields, find, flatten, has_columns, rename, used_columns, with_aliases
-from llmtune.data.embed_rows import embed_from_label, embed_from_pair
 from llmtune.data.rejected_rows import RowError
-from llmtune.data.rerank_rows import ranked_list, ranked_negatives, ranked_pair
+from llmtune.data.search_rows import (
+    embed_from_label,
+    embed_from_pair,
+    ranked_list,
+    ranked_negatives,
+    ranked_pair,
+    ranked_positive,
+)
 from llmtune.data.task_rows import (
     classified,
     preference_from_conversation,
@@ -153,7 +159,12 @@ _KNOWN = (
         {"preference": thumb_from_conversation},
         '{"messages": [{"role": "user", ...}, {"role": "assistant", ...}], "label": true}',
     ),
-    RowFormat("query-passage", ("query", "passage"), ("negatives", "score"), {"embed": embed_from_pair}),
+    RowFormat(
+        "query-passage",
+        ("query", "passage"),
+        ("negatives", "score"),
+        {"embed": embed_from_pair, "rerank": ranked_positive},
+    ),
     RowFormat("query-passage-relevance", ("query", "passage", "relevance"), (), {"rerank": ranked_pair}),
     RowFormat("query-passages", ("query", "passages", "relevances"), (), {"rerank": ranked_list}),
     RowFormat("query-passage-negatives", ("query", "passage", "negatives"), (), {"rerank": ranked_negatives}),
@@ -197,6 +208,8 @@ def detect_format(
     if forced:
         return _check_forced(FORMATS[forced], [*matching, *aliased], usable, task, present, where)
     fitting = [one for one in matching if one in usable]
+    larger = (one for one in aliased if any(set(found.required) < set(one.required) for found in fitting))
+    fitting += [one for one in larger if one not in fitting]
     if not fitting and aliased:  # prefer the reading that leaves the fewest columns unused
         read = [len(used_columns(map_columns(one, rows, task, columns), present)) for one in aliased]
         fitting = [one for one, count in zip(aliased, read, strict=True) if count == max(read)]

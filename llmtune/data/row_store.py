@@ -27,7 +27,9 @@ BATCH_BYTES = 2**22
 """A batch ends at whichever limit comes first: rows can be long."""
 AGAIN = "Run the recipe again to recreate missing or damaged files."
 RECORD = "rows.json"
-RECORDED = ("counts", "rows_in", "dropped", "content_hash", "columns", "columns_hash", "filled")
+MINED = "mined"
+"""Folder of the rows with mined negatives, next to the prepared rows."""
+RECORDED = ("counts", "rows_in", "dropped", "content_hash", "columns", "columns_hash", "filled", "corpus_hash")
 SCHEMA = pa.schema({"id": pa.string(), "origin": pa.string(), "row": pa.string(), "columns": pa.string()})
 GROUP = pa.field("group", pa.uint64())
 """Hash of the row's `data.split_by` value; only if the recipe names such a column."""
@@ -95,6 +97,12 @@ def save_rows(rows: Rows) -> None:
     """Write the record of `rows` into its folder; file names are relative, so the folder can be moved."""
     files = {split: path.name for split, path in rows.files.items()}
     write_json(rows.folder / RECORD, {"files": files, **{name: getattr(rows, name) for name in RECORDED}})
+
+
+def rows_folder(run: Path) -> Path:
+    """Return the folder of a run's rows: with mined negatives if there are any."""
+    mined = run / "data" / MINED
+    return mined if (mined / RECORD).exists() else run / "data" / "rows"
 
 
 def load_rows(folder: Path) -> Rows:

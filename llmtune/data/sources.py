@@ -139,6 +139,11 @@ def _each_source(data: DataSection) -> Iterator[tuple[str, str | None, Source]]:
                 yield key, None if split == "train" else split, source
 
 
+def open_sources(sources: Sequence[Source], key: str) -> list[Input]:
+    """Return the inputs of sources whose rows have no format, such as passages. Raises DataError."""
+    return [one for number, source in enumerate(sources) for one in _inputs_of(source, number, None, key)]
+
+
 def _inputs_of(source: Source, number: int, split: str | None, key: str) -> list[Input]:
     if hub.dataset_name(source) is not None:
         return [Input(source, number, split, source.path, None, "hub")]
@@ -342,7 +347,8 @@ def list_sources(data: DataSection, task: str) -> tuple[str, list[SourceFile]]:
         digest.update(json.dumps(shared, sort_keys=True).encode())
     problems: list[Problem] = []
     listed: list[SourceFile] = []
-    for key, split, source in _each_source(data):
+    corpus = (("data.corpus", "corpus", source) for source in data.corpus or ())
+    for key, split, source in (*_each_source(data), *corpus):
         settings = source.model_dump(mode="json", exclude={"path"})
         digest.update(json.dumps([split, settings], sort_keys=True).encode())
         try:

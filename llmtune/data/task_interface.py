@@ -74,6 +74,10 @@ class TaskInterface:
         """Return the loss of a complete step; its gradient in the features is passed on to the model."""
         raise NotImplementedError
 
+    def feature_metrics(self, features: Sequence[torch.Tensor]) -> dict[str, float]:
+        """Return metrics of the features of all validation examples, watched during training."""
+        return {}
+
     def supports(self, config: PretrainedConfig) -> bool:
         """Whether the task can use a model with this configuration, beyond its class."""
         return True

@@ -31,6 +31,7 @@ def evaluation_inputs(recipe: Recipe, model: ModelRef, rows: Rows, examples: Exa
     settings += [recipe.data.split_by] if recipe.data.split_by is not None else []
     settings.append([hash_file(path) for path in evaluation_files(recipe)])
     contents = [model.content_hash, rows.content_hash, examples.content_hash, rows.columns_hash]
+    contents += [rows.corpus_hash] if rows.corpus_hash else []
     versions = package_versions(("torch", "transformers", "peft", *(["lm-eval"] if recipe.evaluate.benchmarks else [])))
     return hash_value([__version__, versions, contents, settings, recipe.seed])
 
@@ -47,6 +48,7 @@ def base_inputs(
     settings: list[Any] = [recipe.evaluate.model_dump(mode="json", exclude=left_out), device]
     settings += [recipe.task_section(), adapter, *(one.model_dump(mode="json") for one in sections)]
     contents = [model.content_hash, rows.content_hash, examples.content_hash]
+    contents += [rows.corpus_hash] if rows.corpus_hash else []
     drawn = recipe.seed if recipe.generation.do_sample else None
     return hash_value([__version__, package_versions(("torch", "transformers")), contents, settings, drawn])
 

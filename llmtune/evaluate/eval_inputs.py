@@ -9,6 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
+from llmtune.data.corpus import load_corpus
 from llmtune.data.examples import ExampleReader
 from llmtune.data.row_store import iterate_groups, iterate_rows
 from llmtune.errors import DataError
@@ -63,6 +64,8 @@ class EvalInputs:
     """[N] equal for rows that belong together (`data.split_by`); empty if no rows do."""
     full_rows: tuple[Row, ...] = ()
     """[N] the rows with their answers and kept columns, for the user's own metrics; empty without any."""
+    corpus: tuple[str, ...] = ()
+    """The passages of `data.corpus`."""
 
 
 @dataclass(frozen=True)
@@ -143,6 +146,7 @@ def make_inputs(
         groups=groups,
         clusters=read_clusters(rows, split, kept),
         full_rows=tuple(read_full_rows(rows, split, kept)) if recipe.evaluate.own_metrics else (),
+        corpus=tuple(load_corpus(rows.folder)) if recipe.data.corpus and split == SPLIT else (),
     )
 
 

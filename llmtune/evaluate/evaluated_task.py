@@ -6,6 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
+
 from llmtune.data.task_interface import TaskInterface
 from llmtune.evaluate.metric import Measure
 from llmtune.evaluate.tool_metrics import ToolTurn
@@ -23,6 +26,14 @@ PredictionT = TypeVar("PredictionT")
 
 
 @dataclass(frozen=True)
+class Corpus:
+    """Passages of `data.corpus` (P) with one model's vectors of them."""
+
+    passages: Sequence[str]
+    vectors_PD: NDArray[np.float32]  # noqa: N815
+
+
+@dataclass(frozen=True)
 class EvalPrediction(Generic[PredictionT]):
     """One model's predictions for some rows, with their references."""
 
@@ -30,6 +41,8 @@ class EvalPrediction(Generic[PredictionT]):
     references: Sequence[Any]
     base: Sequence[PredictionT] | None = None
     """The base model's predictions for them; None unless all are known."""
+    corpus: Corpus | None = None
+    """Further passages that queries are searched in, with their vectors."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +100,10 @@ class EvaluatedTask(TaskInterface):
         """Return the kind of a head's outputs: `choice` (one of K), `yes-no` (K questions) or `number`."""
         return "choice"
 
+    def embed_passages(self, passages: Sequence[str], loaded: LoadedModel) -> NDArray[np.float32]:
+        """Return the vectors [P, D] of passages without a query; for tasks that search `data.corpus`."""
+        raise NotImplementedError
+
     def row_notes(self, rows: Rows, split: str, recipe: Recipe) -> dict[str, str]:
         """Return notes on the evaluated rows of a split for the report, by subject."""
         return {}
@@ -120,5 +137,5 @@ class EvaluatedTask(TaskInterface):
         return None
 
     def class_table(self, found: EvalPrediction[Any], recipe: Recipe) -> dict[str, Any] | None:
-        """Return the class table and confusion matrix for the report; None for tasks without classes."""
+        """Return tables for the report: of classes with their confusions, of vector lengths; None without such."""
         return None

@@ -16,7 +16,7 @@ from llmtune.errors import Problem
 from llmtune.evaluate.calibration import Chosen, calibrate, describe_reliability
 from llmtune.evaluate.decision import conclude, fit_decision, measure_decisions
 from llmtune.evaluate.eval_inputs import EvalContext, EvalInputs
-from llmtune.evaluate.evaluated_task import EvalPrediction, EvaluatedTask
+from llmtune.evaluate.evaluated_task import Corpus, EvalPrediction, EvaluatedTask
 from llmtune.evaluate.inference import Answers, TokenSums, compute_metrics, predict, read_choices
 from llmtune.evaluate.metric import Measure, PairedMeasures, own_interval
 from llmtune.evaluate.paired_statistics import METHOD
@@ -239,7 +239,9 @@ def compare_answers(
     references, prompts = [inputs.targets[i] for i in inputs.answered], [inputs.questions[i] for i in inputs.answered]
     details = {}
     for name, answers in (("base", base), ("tuned", tuned)):
-        found = EvalPrediction([*answers.predictions.values()], [inputs.targets[i] for i in answers.predictions])
+        corpus = Corpus(inputs.corpus, answers.corpus) if answers.corpus is not None else None
+        targets = [inputs.targets[i] for i in answers.predictions]
+        found = EvalPrediction([*answers.predictions.values()], targets, corpus=corpus)
         table = task.class_table(found, recipe) if answers.predictions else None
         if table is not None:
             details[name] = table

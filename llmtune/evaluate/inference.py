@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from rich.progress import Progress
 
 from llmtune.data.answer_parser import ParsedAnswer
@@ -17,7 +18,7 @@ from llmtune.data.example import Collate
 from llmtune.errors import Problem
 from llmtune.evaluate.calibration import Chosen, gather_choices, measure_calibration
 from llmtune.evaluate.eval_inputs import EvalContext, EvalInputs
-from llmtune.evaluate.evaluated_task import EvalPrediction, EvaluatedTask, LoadedModel
+from llmtune.evaluate.evaluated_task import Corpus, EvalPrediction, EvaluatedTask, LoadedModel
 from llmtune.evaluate.generation import CompletionOutput, answer_reader, generate_completions
 from llmtune.evaluate.metric import Measure, measure_right, measure_shares
 from llmtune.evaluate.own_metrics import measure_own
@@ -67,6 +68,8 @@ class Answers:
     """Per row of a task with `output_labels`, the logits of each of its choices."""
     temperature: float = 1.0
     """The temperature of the model's probabilities; other metrics do not use it."""
+    corpus: NDArray[np.float32] | None = None
+    """[P, D] vectors of the passages of `data.corpus`."""
 
     def text(self, row: int) -> str:
         """Return the text of an answer, without reasoning and tool calls."""
@@ -107,7 +110,8 @@ def predict(model: torch.nn.Module, name: str, context: EvalContext, packs: bool
             texts = {i: task.format_prediction(value) for i, value in predictions.items()}
             cut = {inputs.answered[row]: end for row, end in cut.items()}
             logits = {inputs.answered[row]: noted for row, noted in logits.items()}
-            return Answers(sums, texts, {}, predictions, cut=cut, logits=logits)
+            corpus = embed_corpus(inputs.corpus, task, loaded, bars, name)
+            return Answers(sums, texts, {}, predictions, cut=cut, logits=logits, corpus=corpus)
         outputs: list[CompletionOutput] = []
         if prompts:
             flat = [ids for asked in prompts.values() for ids in asked]
@@ -136,6 +140,17 @@ def predict_rows(
     ends = {i: float(end) for i, (_, end, _) in enumerate(results) if end is not None}
     logits = {i: noted for i, (*_, noted) in enumerate(results) if noted is not None}
     return [value for value, *_ in results], ends, logits
+
+
+def embed_corpus(
+    passages: Sequence[str], task: EvaluatedTask, loaded: LoadedModel, bars: Progress, name: str
+) -> NDArray[np.float32] | None:
+    """Return the vectors of a corpus, which the processes share; None without passages."""
+    if not passages:
+        return None
+    advance = add_bar(bars, f"{name}: corpus", len(passages))
+    loaded = replace(loaded, advance=advance)
+    return np.stack(over_processes(passages, lambda part: [*task.embed_passages(part, loaded)]))
 
 
 def read_choices(context: EvalContext, answers: Answers) -> Chosen | None:
@@ -252,7 +267,8 @@ def measure_one(
     values, others = (one.predictions or {i: one.text(i) for i in one.texts} for one in (answers, base))
     if values:
         before = [others[i] for i in values] if values.keys() <= others.keys() else None
-        found = EvalPrediction([*values.values()], [inputs.targets[i] for i in values], before)
+        corpus = Corpus(inputs.corpus, answers.corpus) if answers.corpus is not None else None
+        found = EvalPrediction([*values.values()], [inputs.targets[i] for i in values], before, corpus)
         measured = context.task.compute_metric(metric, found, context.recipe)
         if measured is not None:
             rows = tuple(values)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired
 
 import numpy as np
 from pydantic import ConfigDict
@@ -24,6 +24,7 @@ from llmtune.store.atomic_files import explained, plain, read_json, write_text
 from llmtune.store.json_shapes import find_misfit
 
 PREDICTIONS, BASE, TUNED = "predictions.jsonl", "base.json", "tuned.json"
+VECTORS = ".npy"
 BY_ROW = ("texts", "scores", "predictions", "parts", "cut", "logits")
 """Row-wise fields of `Answers`, as named in `base.json`."""
 
@@ -52,6 +53,8 @@ class SavedAnswers(TypedDict):
     parts: list[tuple[int, list[SavedPart]]]
     cut: list[tuple[int, float]]
     logits: list[tuple[int, list[list[float | None]]]]
+    corpus: NotRequired[int]
+    """Passages of a corpus, whose vectors are in the file next to it."""
 
 
 @dataclass(frozen=True)
@@ -96,12 +99,19 @@ def prediction_row(i: int, inputs: EvalInputs, models: dict[str, Answers]) -> di
 
 
 def save_base(folder: Path, answers: Answers, inputs: str, name: str = BASE) -> None:
-    """Write the base model's answers to `base.json` (or the file `name`), with the hash of their inputs."""
+    """Write the base model's answers to `base.json` (or the file `name`), with the hash of their inputs.
+
+    Vectors of a corpus are in a file of that name that ends in `.npy`.
+    """
     sums = answers.sums and {name: values.tolist() for name, values in vars(answers.sums).items()}
     by_row = {name: list(getattr(answers, name).items()) for name in BY_ROW}
     by_row["parts"] = [(i, [asdict(answer) for answer in parsed]) for i, parsed in answers.parts.items()]
     with explained(folder):
-        write_text(folder / name, json.dumps({"inputs": inputs, "sums": sums, **by_row}, ensure_ascii=False))
+        if answers.corpus is not None:
+            np.save((folder / name).with_suffix(VECTORS), answers.corpus)
+        searched = 0 if answers.corpus is None else len(answers.corpus)
+        saved = {"inputs": inputs, "sums": sums, **by_row, "corpus": searched}
+        write_text(folder / name, json.dumps(saved, ensure_ascii=False))
 
 
 def load_base(folder: Path | None, inputs: str, name: str = BASE) -> BaseAnswers:
@@ -114,7 +124,13 @@ def load_base(folder: Path | None, inputs: str, name: str = BASE) -> BaseAnswers
     sums = saved["sums"] and TokenSums(**{name: np.asarray(values) for name, values in saved["sums"].items()})
     by_row: dict[str, Any] = {name: dict(saved[name]) for name in BY_ROW}
     by_row["parts"] = {i: [ParsedAnswer(**answer) for answer in parsed] for i, parsed in by_row["parts"].items()}
-    return BaseAnswers(inputs, Answers(sums or None, **by_row))
+    corpus = None
+    if folder is not None and saved.get("corpus"):
+        vectors = (folder / name).with_suffix(VECTORS)
+        corpus = np.load(vectors) if vectors.exists() else None
+        if corpus is None or len(corpus) != saved["corpus"]:
+            return BaseAnswers(inputs)
+    return BaseAnswers(inputs, Answers(sums or None, **by_row, corpus=corpus))
 
 
 SAMPLE = ("origin", "prompt", "reference", "base", "tuned", "base_choice", "tuned_choice")

@@ -10,11 +10,14 @@ from collections.abc import Iterator, Sequence
 from typing import TypeAlias
 
 import numpy as np
+from numpy.typing import NDArray
 
-from llmtune.data.embed_rows import EmbedRow
+from llmtune.data.search_rows import EmbedRow
+from llmtune.evaluate.evaluated_task import Corpus
 from llmtune.evaluate.metric import Measure, columns, measure_means, ratio
 from llmtune.evaluate.paired_statistics import Floats
 from llmtune.evaluate.ranking_metrics import RankedQuery
+from llmtune.store.atomic_files import hash_value
 
 Vectors: TypeAlias = dict[str, list[float]]
 """The vector of each text of a row by its name: query, passage, passage_2, negative and so on."""
@@ -24,10 +27,17 @@ AT_ONCE = 256
 """Queries compared with all passages at a time."""
 
 
-def unit(vector: Sequence[float]) -> Floats:
+def unit(vector: Sequence[float] | NDArray[np.float32]) -> Floats:
     """Return a vector scaled to length 1; zeros stay."""
     numbers = np.asarray(vector, dtype=np.float64)
     return np.asarray(numbers / max(float(np.linalg.norm(numbers)), 1e-12))
+
+
+def measure_vectors(unit_ND: Floats) -> tuple[float, float]:
+    """Return the mean cosine of two different vectors of length 1, and their effective rank."""
+    count = len(unit_ND)
+    total, moments_DD = unit_ND.sum(0), unit_ND.T @ unit_ND
+    return float((total @ total - count) / max(1, count * (count - 1))), count**2 / float((moments_DD**2).sum())
 
 
 def measure_spread(metric: str, vectors: Sequence[Vectors]) -> Measure:
@@ -45,29 +55,53 @@ def measure_spread(metric: str, vectors: Sequence[Vectors]) -> Measure:
     return Measure(metric, columns(np.ones(count), squared_N), ratio, signature=signature)
 
 
-def rank_passages(rows: Sequence[EmbedRow], vectors: Sequence[Vectors]) -> list[tuple[int, RankedQuery]]:
-    """Rank all passages of these rows for each different query; return the query's first row with its ranking."""
-    corpus: dict[str, list[float]] = {}
+def rank_passages(
+    rows: Sequence[EmbedRow], vectors: Sequence[Vectors], corpus: Corpus | None = None
+) -> tuple[list[tuple[int, RankedQuery]], str]:
+    """Rank all passages of these rows and of the corpus for each different query.
+
+    Returns the query's first row with its ranking, and a description of the passages.
+    """
+    known: dict[str, Sequence[float] | NDArray[np.float32]] = {}
     relevant: defaultdict[str, set[str]] = defaultdict(set)
     first: dict[str, int] = {}
+    if corpus is not None:
+        known |= zip(corpus.passages, corpus.vectors_PD, strict=True)
     for i, (row, own) in enumerate(zip(rows, vectors, strict=True)):
-        corpus |= dict(zip([*row["passages"], *row["negatives"]], [*own.values()][1:], strict=True))
+        known |= zip([*row["passages"], *row["negatives"]], [*own.values()][1:], strict=True)
         relevant[str(row["query"])] |= set(row["passages"])
         first.setdefault(str(row["query"]), i)
-    place = {text: i for i, text in enumerate(corpus)}
+    place = {text: i for i, text in enumerate(known)}
     asked = [(i, {place[text] for text in relevant[query]}, place.get(query)) for query, i in first.items()]
-    passages_PD = np.stack([unit(vector) for vector in corpus.values()])
-    return list(search([vectors[i]["query"] for i, _, _ in asked], passages_PD, asked))
+    queries = [vectors[i]["query"] for i, _, _ in asked]
+    return list(search(queries, unit_rows(known.values(), len(known)), asked)), describe_passages(known)
 
 
-def rank_labels(rows: Sequence[EmbedRow], vectors: Sequence[Vectors]) -> list[tuple[int, RankedQuery]]:
-    """Rank the other texts for each text; those with the same label are relevant."""
+def rank_labels(rows: Sequence[EmbedRow], vectors: Sequence[Vectors]) -> tuple[list[tuple[int, RankedQuery]], str]:
+    """Rank the other texts for each text; those with the same label are relevant. Returns as `rank_passages` does."""
     members: defaultdict[str | None, set[int]] = defaultdict(set)
     for i, row in enumerate(rows):
         members[row["label"]].add(i)
     asked = [(i, members[row["label"]] - {i}, i) for i, row in enumerate(rows)]
-    texts_PD = np.stack([unit(one["query"]) for one in vectors])
-    return list(search([one["query"] for one in vectors], texts_PD, asked))
+    texts = [one["query"] for one in vectors]
+    return list(search(texts, unit_rows(texts, len(texts)), asked)), describe_passages(str(row["query"]) for row in rows)
+
+
+def unit_rows(vectors: Iterable[Sequence[float] | NDArray[np.float32]], count: int) -> Floats:
+    """Return vectors scaled to length 1, [count, D]; zeros stay."""
+    rows_PD: Floats | None = None
+    for i, vector in enumerate(vectors):
+        if rows_PD is None:
+            rows_PD = np.empty((count, len(vector)))
+        rows_PD[i] = unit(vector)
+    assert rows_PD is not None, "there are passages"
+    return rows_PD
+
+
+def describe_passages(texts: Iterable[str]) -> str:
+    """Describe the passages that were searched, with a hash: scores on other passages cannot be compared."""
+    different = sorted(set(texts))
+    return f"searched in {len(different):,} passages ({hash_value(different)[:8]})"
 
 
 def search(
@@ -83,7 +117,9 @@ def search(
         for scores_P, (row, relevant, itself) in zip(scores_QP, part, strict=True):
             if itself is not None:
                 scores_P[itself] = -np.inf
-            best = np.argsort(-scores_P, kind="stable")[: min(RANKED, len(scores_P) - (itself is not None))]
+            count = min(RANKED, len(scores_P) - (itself is not None))
+            near = np.argpartition(-scores_P, count - 1)[:count] if 0 < count < len(scores_P) else np.arange(count)
+            best = near[np.argsort(-scores_P[near], kind="stable")]
             found = set(best.tolist())
             relevances = [float(place in relevant) for place in best.tolist()]
             yield row, RankedQuery(scores_P[best], relevances, [1.0 for place in relevant if place not in found])

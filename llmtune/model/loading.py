@@ -285,7 +285,7 @@ def _quantization(
     skeleton = build_skeleton(model_class, config, recipe)
     heads = head_names(skeleton)
     names = [name for name, _ in skeleton.named_modules()]
-    new = [name for name in names if task.trains_head and is_new_part(name, heads) and not in_heads(name, heads)]
+    new = [name for name in names if starts_new(task) and is_new_part(name, heads) and not in_heads(name, heads)]
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=recipe.adapter.bnb_4bit_quant_type,
@@ -305,8 +305,7 @@ def _initialize_head(
     """
     heads = head_names(model)
     in_head = {name: p for name, p in model.named_parameters() if in_heads(name, heads)}
-    starts_new = task.trains_head or task.auto_class == "AutoModel"  # it does not use its pooling layer
-    new = {name for name in absent if starts_new and is_new_part(name, heads)}
+    new = {name for name in absent if starts_new(task) and is_new_part(name, heads)}
     with torch.no_grad():
         if getattr(config, OTHER_CLASSES, False) and not new & in_head.keys():
             spread = float(getattr(config.get_text_config(), "initializer_range", 0.02))
@@ -328,6 +327,11 @@ def put_in_order(model: PreTrainedModel, heads: Sequence[str], order: Sequence[i
         if in_heads(name, heads) and parameter.shape[0] == len(order):
             parameter.copy_(parameter[list(order)].clone())
     setattr(model.config, OTHER_ORDER, None)
+
+
+def starts_new(task: TaskInterface) -> bool:
+    """Whether parts may be missing in the files: a head that is trained, or a pooling layer that is not used."""
+    return task.trains_head or task.auto_class == "AutoModel"
 
 
 def is_new_part(name: str, heads: Sequence[str]) -> bool:

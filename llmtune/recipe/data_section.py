@@ -19,6 +19,7 @@ from llmtune.recipe.section import (
     Positive,
     RecipeSection,
     absolute,
+    absolute_model,
     by_type,
     one_or_more,
     sections_by,
@@ -30,7 +31,7 @@ from llmtune.recipe.task_variant import TaskVariant
 SPLITS = ("train", "validation", "test")
 ENCODING_KEYS = (
     *("max_length", "on_overlong", "train_on"),
-    *("reasoning", "special_tokens_in_text", "unknown_tokens", "system_prompt"),
+    *("reasoning", "special_tokens_in_text", "unknown_tokens", "system_prompt", "negatives"),
 )
 """Keys that affect encoded examples but not rows."""
 Container = Literal["jsonl", "json", "csv", "parquet"]
@@ -165,6 +166,20 @@ ShareOrSources = Annotated[
 ]
 
 
+class NegativesSection(RecipeSection):
+    """Passages mined as negatives: those that a model finds nearest to a query, without the query's own."""
+
+    mine: int = Field(ge=1, le=1000)
+    """Negatives per query. Required."""
+    below: float = Field(default=0.95, gt=0, le=1)
+    """Highest score of a negative, relative to the query's own passage. Nearer passages are skipped, because they are
+    often right too. Default 0.95, as in NV-Retriever."""
+    model: NonEmpty | None = None
+    """Embedding model that scores the passages. Default none: the base model."""
+
+    paths: ClassVar = {"model": absolute_model}
+
+
 class DataSection(RecipeSection):
     """The rows: their sources, their splits, and the tokens to learn."""
 
@@ -176,6 +191,11 @@ class DataSection(RecipeSection):
     test: ShareOrSources = 0.1
     """Test rows, used only by `evaluate`: a share of the rows, or sources. 0 means none. Default 0.1: enough rows for
     a confidence interval, and most rows remain for training."""
+    corpus: Sources | None = None
+    """Passages that test queries are searched in, with the passages of the test rows. Default none: only the passages
+    and negatives of the test rows."""
+    negatives: NegativesSection | None = None
+    """Mine negatives for each query among the training passages. Default none: those in the rows."""
     columns: dict[str, str] = Field(default={})
     """Column mapping for all sources without their own. The left side is llmtune's name. The right side is the file's
     column, a nested key such as `thread.messages`, or a template such as `"{subject}\\n\\n{body}"`. Files without any
@@ -246,6 +266,7 @@ class DataSection(RecipeSection):
             for i, source in enumerate(self.sources(split)):
                 source.check(diagnostics, f"data.{split}.{i}", variant)
                 self._check_weight(diagnostics, split, f"data.{split}.{i}.weight")
+        self._check_search(diagnostics, variant)
         share = sum(part for part in (self.validation, self.test) if isinstance(part, float))
         if self.split_by is not None and not self.splits_rows:
             fix = "Give data.validation or data.test a share of the rows, or data.test a file, or remove it."
@@ -254,6 +275,22 @@ class DataSection(RecipeSection):
         if share >= 1:
             what = f"data.validation and data.test together take {share:g} of the rows"
             diagnostics.add("data.test", what, "Leave some for training.", "data.validation")
+
+    def _check_search(self, diagnostics: Diagnostics, variant: TaskVariant) -> None:
+        """Report a corpus that nothing is searched in, and mined negatives that nothing learns from."""
+        if variant.task != "embed":
+            fix = "Remove it: only task: embed searches a corpus."
+            diagnostics.no_effect("data.corpus", f"with task: {variant.task}", fix, "task")
+        elif not self.test:
+            diagnostics.no_effect("data.corpus", "without test rows", "Remove it, or set data.test.", "data.test")
+        if variant.task not in ("embed", "rerank"):
+            fix = "Remove it: the task learns from no passages."
+            diagnostics.no_effect("data.negatives", f"with task: {variant.task}", fix, "task")
+        for i, source in enumerate(self.corpus or ()):
+            source.check(diagnostics, f"data.corpus.{i}", variant)
+            unread = ("weight", *(["format"] if source.format in ROW_FORMATS else []))
+            for key in (f"data.corpus.{i}.{name}" for name in unread):
+                diagnostics.no_effect(key, "in a corpus", "Remove it: a corpus has passages, each of them once.")
 
     def _check_mappings(self, diagnostics: Diagnostics, variant: TaskVariant) -> None:
         """Report column and role mappings without effect, and a name mapped to two roles."""

@@ -22,7 +22,8 @@ from llmtune.recipe.yaml_writer import write_yaml
 
 ADDED = (
     *(("train", name) for name in ("optim_args", "loss_type", "neftune_noise_alpha")),
-    *(("data", "system_prompt"), ("data", "columns"), ("data", "roles"), ("model", "licences"), ("model", "trials")),
+    *(("data", "system_prompt"), ("data", "columns"), ("data", "roles"), ("data", "negatives")),
+    *(("model", "licences"), ("model", "trials")),
 )
 """Keys added later. The hash omits their defaults, so older runs keep their fingerprints."""
 
@@ -94,13 +95,14 @@ def reload_recipe(file: Path, sets: Sequence[str] = (), changeable: Collection[s
 def fingerprint(recipe: Recipe) -> str:
     """Hash everything that affects the trained model: seed, task and its section, data, model, adapter, train.
 
-    Name, gates, metrics and generation settings do not affect it. Neither do additional seeds, whose results are in
+    Name, gates, metrics, generation settings and `data.corpus` do not affect it. Neither do additional seeds, whose results are in
     their own folders.
     """
     section = TASK_FACTS[recipe.task].section
     parts = {"seed", "task", "data", "model", "adapter", "train", *([section] if section else [])}
     dumped = recipe.model_dump(mode="json", include=parts)
     dumped["train"]["seeds"] = []
+    del dumped["data"]["corpus"]
     dumped["data"]["split_by"] = recipe.data.split_by or TASK_FACTS[recipe.task].split_by
     for section, name in ADDED:
         if dumped[section][name] in (None, 0, [], {}, "nll"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
@@ -10,7 +9,16 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import BeforeValidator, Discriminator, Field, Tag
 
 from llmtune.recipe.builtin import recipes_folder
-from llmtune.recipe.section import REMOTE, Many, NonEmpty, RecipeSection, absolute, by_type, one_or_more
+from llmtune.recipe.section import (
+    Many,
+    NonEmpty,
+    RecipeSection,
+    absolute,
+    absolute_model,
+    by_type,
+    is_folder,
+    one_or_more,
+)
 from llmtune.recipe.source_map import Diagnostics
 from llmtune.recipe.task_variant import TaskVariant
 
@@ -21,17 +29,6 @@ Attention = Annotated[
     | Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+(@[\w.-]+)?(:\w+)?$"), Tag("text")],
     Discriminator(lambda value: "text" if isinstance(value, str) and "/" in value else "switch"),
 ]
-
-
-def is_folder(name: str, folder: Path) -> bool:
-    """Return whether a model's name looks like a path or is an existing folder."""
-    looks_local = name.startswith(("./", "../", "/", "~")) or name in (".", "..")
-    return not name.startswith(REMOTE) and (looks_local or os.path.isdir(os.path.join(folder, name)))
-
-
-def absolute_model(name: str, folder: Path) -> str:
-    """Make a model folder absolute; return hub names unchanged."""
-    return absolute(name, folder) if is_folder(name, folder) else name
 
 
 def absolute_template(name: str, folder: Path) -> str:

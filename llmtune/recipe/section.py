@@ -50,6 +50,17 @@ def absolute(path: str, folder: Path, pattern: bool = False) -> str:
     return normal if os.path.realpath(normal) == os.path.realpath(joined) else joined  # keep `link/..`
 
 
+def is_folder(name: str, folder: Path) -> bool:
+    """Return whether a model's name looks like a path or is an existing folder."""
+    looks_local = name.startswith(("./", "../", "/", "~")) or name in (".", "..")
+    return not name.startswith(REMOTE) and (looks_local or os.path.isdir(os.path.join(folder, name)))
+
+
+def absolute_model(name: str, folder: Path) -> str:
+    """Make a model folder absolute; return hub names unchanged."""
+    return absolute(name, folder) if is_folder(name, folder) else name
+
+
 def as_tuple(value: object) -> object:
     """Convert a list to a tuple; leave everything else to the validator."""
     return tuple(value) if isinstance(value, list) else value

@@ -312,7 +312,7 @@ _TASKS = (
         "rank passages for a query",
         ("loss", *RANKING),
         ("loss", *RANKING),
-        formats=("query-passage-relevance", "query-passages", "query-passage-negatives"),
+        formats=("query-passage-relevance", "query-passages", "query-passage-negatives", "query-passage"),
         models=("encoder", "decoder"),
         columns=("query", "passage", "relevance"),
         first_metrics=("loss", "ndcg@10", "mrr@10"),

@@ -111,6 +111,9 @@ class DataFacts(PreparedFacts, total=False):
     lengths: Lengths
     example: list[tuple[str, bool]]
     classes: dict[str, Counts]
+    mined: Json | None
+    """Facts of the step `mine`, and of the step `survey` (`llmtune.tasks.negatives`)."""
+    surveyed: Json | None
 
 
 class AdapterFacts(AdapterShape, total=False):
@@ -237,6 +240,7 @@ def collect_facts(done: Mapping[str, Any], began: float | None, curve: Sequence[
         data |= {"supervised_tokens": encoded["supervised"], "lengths": encoded["histogram"]}
         data |= {"classes": encoded.get("classes") or {}, "lost": encoded.get("lost") or {}}
         data |= {"filled": encoded.get("filled", 0), "vanishing": encoded.get("vanishing") or {}}
+        data |= {"mined": done.get("mine"), "surveyed": done.get("survey")}
     return {
         "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(began)) if began else "",
         "data": data,

@@ -32,6 +32,7 @@ from llmtune.report.metric_info import better_side, rank_metrics
 from llmtune.report.number_format import DASH, count, duration, missing, score, share, size
 from llmtune.report.report_record import AdapterFacts, DataFacts, SuspectFacts, TrainFacts
 from llmtune.report.score_sections import list_signatures, spell_metrics
+from llmtune.report.search_sections import negatives_blocks
 from llmtune.score_records import Evaluation
 from llmtune.store.json_shapes import HardRow, SelectedFacts
 
@@ -86,6 +87,8 @@ def training_section(train: TrainFacts | None) -> Section:
     )
     courses = [Beside([rate], [norm])] if len(curve) >= FEWEST_POINTS else []
     blocks: list[Block] = [Beside([drawn], [KeyValues(known(facts))]), *validation_curves(curve), *courses]
+    if collapse := train.get("collapse"):
+        blocks.insert(0, Text(collapse, "note"))
     return Section("Training", [*blocks, *hardest_rows(train.get("hardest_rows", []))])
 
 
@@ -179,6 +182,7 @@ def data_section(data: DataFacts | None, task: str | None) -> Section:
     blocks: list[Block] = [Beside(left, chart)]
     if classes := data.get("classes"):
         blocks.append(class_counts(classes, "entities" if answer_kind(task) == "tags" else "rows"))
+    blocks += negatives_blocks(data.get("mined"), data.get("surveyed"))
     if example := data.get("example"):
         learned = share(sum(supervised.values()), sum(tokens.values()) or None) if by_token else ""
         text = "One training example as the model sees it: it learns the marked text and only reads the rest."

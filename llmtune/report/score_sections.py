@@ -31,6 +31,7 @@ from llmtune.report.metric_info import better_side, metric_note, rank_metrics
 from llmtune.report.number_format import count, missing, score, share, signed
 from llmtune.report.report_record import Power, Seeds
 from llmtune.report.sample_view import present_samples
+from llmtune.report.search_sections import length_section
 from llmtune.report.verdict import INCONCLUSIVE
 from llmtune.score_records import Contamination, Evaluation, GateResult, Slice
 
@@ -50,6 +51,7 @@ def score_sections(evaluation: Evaluation, task: str | None, seeds: Seeds | None
         seed_section(seeds, base),
         decision_section(evaluation),
         class_section(evaluation.details, base, entities=answer_kind(task) == "tags"),
+        length_section(evaluation.details, base),
         slice_section(evaluation.slices, base),
         *suite_sections(evaluation),
         overlap_section(evaluation),

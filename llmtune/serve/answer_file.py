@@ -16,7 +16,6 @@ from rich.progress import MofNCompleteColumn
 from llmtune.data.column_mapping import rename, used_columns, with_aliases
 from llmtune.data.ingest import progress_bars
 from llmtune.data.rejected_rows import RowError
-from llmtune.data.rerank_rows import passage_text
 from llmtune.data.row_formats import COLUMNS
 from llmtune.data.sources import local_input
 from llmtune.errors import DataError, RecipeError
@@ -33,8 +32,6 @@ INPUT_COLUMNS: Mapping[str, tuple[str, ...]] = {
     "answer": ("completion", "answer", "output"),
 }
 """Possible columns of a task input, by our names; of any other input, its own name."""
-TEXT_ENDINGS = (".txt", ".text", ".md")
-"""Files with a passage per line."""
 AT_ONCE = 512
 """Number of rows answered before their lines are written."""
 
@@ -132,32 +129,6 @@ def _read_inputs(
     except RowError as error:
         return error
     return RowError("empty content", f"{empty[0]!r} is empty") if empty else inputs
-
-
-def read_passages(file: Path, task: str) -> list[str]:
-    """Return the passages of a file: its lines if it is a text, else the column `passage` (or a usual name for it).
-
-    Raises DataError if the file has no passages, or cannot be read.
-    """
-    if file.suffix.lower() in TEXT_ENDINGS:
-        try:
-            passages = [line for line in map(str.strip, file.read_text("utf-8").splitlines()) if line]
-        except UnicodeDecodeError as error:
-            raise DataError.of(f"not UTF-8: {error.reason}", str(file), "Save it as UTF-8.") from None
-    else:
-        rows = [(origin, row) for origin, row in local_input(file).raw_rows() if not isinstance(row, RowError)]
-        header = dict.fromkeys(name for _, row in rows for name in row)
-        column = "passage" if "passage" in header else with_aliases({}, ["passage"], list(header), task).get("passage")
-        if column is None:
-            fix = "Name the column passage, or give a text file with a passage per line."
-            raise DataError.of(f"no column for the passages; found {', '.join(header) or 'none'}", str(file), fix)
-        try:
-            passages = [passage_text(row.get(column)) for _, row in rows]
-        except RowError as error:
-            raise DataError.of(str(error), str(file)) from None
-    if not passages:
-        raise DataError.of("it has no passages", str(file), "Give a text file with a passage per line.")
-    return passages
 
 
 def _answer_rows(

@@ -12,7 +12,7 @@ from pydantic import BaseModel, Field
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from llmtune.data.embed_rows import EmbedRow, texts_of
+from llmtune.data.search_rows import EmbedRow, texts_of
 from llmtune.evaluate.vector_search import Vectors, unit
 from llmtune.serve.engine import Engine
 from llmtune.serve.generation_endpoints import in_text_thread, run_job, served_by_name, unless_disconnected

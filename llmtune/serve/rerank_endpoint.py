@@ -10,7 +10,7 @@ from pydantic import BaseModel, Field
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from llmtune.data.rerank_rows import RerankRow
+from llmtune.data.search_rows import RerankRow
 from llmtune.serve.engine import Engine
 from llmtune.serve.generation_endpoints import in_text_thread, run_job, served_by_name, unless_disconnected
 from llmtune.serve.request_queue import AnswerJob, End

@@ -109,6 +109,7 @@ class TrainedFacts(TypedDict):
     processes: NotRequired[Count]
     strategy: NotRequired[str]
     stopped_early: NotRequired[str | None]
+    collapse: NotRequired[str | None]
     resumed_from: NotRequired[Count | None]
     hardest_rows: NotRequired[list[HardRow]]
 

@@ -13,7 +13,7 @@ from llmtune.store.atomic_files import explained, hash_value, staged, write_json
 from llmtune.store.run_folder import MANIFEST, RunFolder, read_manifest
 
 FOLDER = "seeds"
-SHARED = ("prepare", "encode")
+SHARED = ("prepare", "mine", "encode")
 """Steps whose results do not depend on the seed."""
 UNTIL = {"train": "train", "evaluate": "evaluate", "run": "evaluate"}
 """Last step of the run -> last step of its additional seeds."""

@@ -124,11 +124,12 @@ def option_of(name: str) -> str:
 def next_steps(run: Path, task: Task[Any, Any], rows: Rows) -> str:
     """Return the path of a run's report, and the commands to use and serve its model.
 
-    An optional input is named if the first row has it.
+    An optional input is named if the first row has it; the prompt also if no input is required.
     """
     name = shlex.quote(str(run))
     _, row = next(iterate_rows(rows, "train"), ("", {}))
-    inputs = [one for one, required in task.inputs.items() if required or row.get(one)]
+    free = "" if any(task.inputs.values()) else "prompt"
+    inputs = [one for one, required in task.inputs.items() if required or row.get(one) or one == free]
     given = " ".join('"TEXT"' if one == "prompt" else f"{option_of(one)} {one.upper()}" for one in inputs)
     talk = [f"llmtune chat {name}"] if task.is_conversational and task.free_prompt else []
     commands = [*talk, f"llmtune generate {name} {given}", f"llmtune deploy serve {name}"]

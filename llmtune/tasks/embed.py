@@ -12,15 +12,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.nn import functional
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import ModelOutput
 
 from llmtune.data.collators import encoder_batch
-from llmtune.data.embed_rows import EmbedRow, texts_of
+from llmtune.data.corpus import load_corpus
 from llmtune.data.example import Example
 from llmtune.data.overlong import Lost, too_long
-from llmtune.data.rerank_rows import given_passages
+from llmtune.data.search_rows import EmbedRow, given_passages, texts_of
 from llmtune.data.row_store import iterate_rows
 from llmtune.data.task_interface import Encoded
 from llmtune.data.tokenization import Segment, decode_shortened
@@ -30,13 +31,13 @@ from llmtune.evaluate.evaluated_task import EvalPrediction, LoadedModel
 from llmtune.evaluate.metric import Measure
 from llmtune.evaluate.ranking_metrics import measure_ranking
 from llmtune.evaluate.token_batches import run_encoder
-from llmtune.evaluate.vector_search import Vectors, measure_spread, rank_labels, rank_passages, unit
+from llmtune.evaluate.vector_search import Vectors, measure_spread, measure_vectors, rank_labels, rank_passages, unit
 from llmtune.model.causal_lm_loss import accepted_arguments, model_inputs, unwrap
 from llmtune.model.config import set_padding
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_facts import RANKING, TASK_FACTS, at_ten
 from llmtune.recipe.task_sections import EmbedSection
-from llmtune.records import SPLITS, Batch, Loss, Rows
+from llmtune.records import SPLITS, Advance, Batch, Loss, Rows
 from llmtune.tasks.base import Endpoint, Task
 from llmtune.tasks.embedding_losses import embedding_loss
 from llmtune.tasks.sentence_folder import describe_settings, resolve_settings, write_settings
@@ -130,6 +131,9 @@ class Embed(Task[EmbedRow, Vectors]):
         }
         if searched:
             corpus = f"the passages and negatives of the {split} rows"
+            if recipe.data.corpus and split == "test":
+                further = {*load_corpus(rows.folder)} - held_out[1]
+                corpus = f"data.corpus ({len(further):,} further passages), and {corpus}"
             notes["passages"] = f"{corpus}; {shared[1]:,} of {searched:,} passages also occur in training rows"
         return notes
 
@@ -191,6 +195,11 @@ class Embed(Task[EmbedRow, Vectors]):
         """Return the recipe's loss of a step."""
         return embedding_loss(features, examples, embed_section(recipe))
 
+    def feature_metrics(self, features: Sequence[torch.Tensor]) -> dict[str, float]:
+        """Return the mean cosine and the effective rank of the vectors of each example's last text."""
+        vectors_ND = functional.normalize(torch.stack([one[-1] for one in features]).double(), dim=-1)
+        return dict(zip(SPREAD, measure_vectors(vectors_ND.cpu().numpy()), strict=True))
+
     def loss(self, model: torch.nn.Module, batch: Batch, by_row: bool = False) -> Loss:
         """Return the loss of a batch that is a complete step."""
         return self.step_loss(self.features(model, batch), batch["examples"], batch["recipe"])
@@ -209,23 +218,15 @@ class Embed(Task[EmbedRow, Vectors]):
 
     def predict(self, rows: Sequence[EmbedRow], loaded: LoadedModel) -> list[Vectors]:
         """Return the vectors of each row's texts."""
-        section, limit = embed_section(loaded.recipe), loaded.recipe.data.max_length
         named = [list(zip(text_names(row), texts_of(row), strict=True)) for row in rows]
-        places = {(name == "query", text): 0 for row in named for name, text in row}
-        asked = [("query" if is_query else "passage", text) for is_query, text in places]
-        places = {key: place for place, key in enumerate(places)}
-        ids = [tokenize_prompted(name, text, loaded.processor, loaded.recipe, limit) for name, text in asked]
-
-        def read(i: int, output: ModelOutput, row: int) -> list[float]:
-            vector_D = pool(output.last_hidden_state[row, : len(ids[i])], section.pooling)
-            kept_D = functional.normalize(vector_D, dim=-1) if section.normalize else vector_D
-            vector: list[float] = kept_D.tolist()
-            return vector
-
-        examples = [Example(text, [], 0) for text in ids]
-        vectors = run_encoder(loaded.model, examples, loaded.processor.pad_token_id, loaded.device, read)
+        asked = dict.fromkeys((name == "query", text) for row in named for name, text in row)
+        found = dict(zip(asked, embed_texts([*asked], loaded), strict=True))
         loaded.advance(len(rows))
-        return [{name: vectors[places[name == "query", text]] for name, text in row} for row in named]
+        return [{name: found[name == "query", text].tolist() for name, text in row} for row in named]
+
+    def embed_passages(self, passages: Sequence[str], loaded: LoadedModel) -> NDArray[np.float32]:
+        """Return the vectors of passages."""
+        return embed_texts([(False, text) for text in passages], loaded, loaded.advance)
 
     def format_prediction(self, prediction: Vectors) -> str:
         """Write the cosine of the first two texts, or the vector of a single text."""
@@ -242,8 +243,24 @@ class Embed(Task[EmbedRow, Vectors]):
         if metric in CORRELATIONS:
             cosines = [float(np.dot(unit(one["query"]), unit(one["passage"]))) for one in vectors]
             return measure_classes(metric, "regression", np.array(cosines)[:, None], [row["score"] for row in rows], ())
-        queries = rank_labels(rows, vectors) if rows[0]["label"] is not None else rank_passages(rows, vectors)
-        return measure_ranking(metric, [query for _, query in queries], [row for row, _ in queries])
+        labelled = rows[0]["label"] is not None
+        queries, searched = rank_labels(rows, vectors) if labelled else rank_passages(rows, vectors, found.corpus)
+        measured = measure_ranking(metric, [query for _, query in queries], [row for row, _ in queries])
+        return replace(measured, signature=f"{measured.signature}; {searched}")
+
+    def class_table(self, found: EvalPrediction[Vectors], recipe: Recipe) -> dict[str, Any] | None:
+        """Return the scores of vectors cut to each of `embed.dimensions`, the longest first; None without such."""
+        sizes, metrics = embed_section(recipe).dimensions or (), recipe.evaluate.chosen_metrics(recipe.variant)
+        if len(sizes) < 2:
+            return None
+        lengths = []
+        for size in sorted(sizes, reverse=True):
+            cut = [{name: vector[:size] for name, vector in one.items()} for one in found.predictions]
+            corpus = found.corpus and replace(found.corpus, vectors_PD=found.corpus.vectors_PD[:, :size])
+            shorter = replace(found, predictions=cut, corpus=corpus)
+            measured = {name: self.compute_metric(name, shorter, recipe) for name in metrics}
+            lengths.append({"length": size, **{name: one.value for name, one in measured.items() if one is not None}})
+        return {"lengths": lengths}
 
     def save_files(self, folder: Path, config: PretrainedConfig, recipe: Recipe) -> None:
         """Write the files with which sentence-transformers loads the folder and computes the same vectors."""
@@ -282,6 +299,9 @@ def find_misfit_settings(
     if section.dimensions and max(section.dimensions) != size:
         what = f"the longest of embed.dimensions is {max(section.dimensions)}, but the model's vectors have {size}"
         yield Problem(f"{what} numbers", "embed.dimensions", f"Add {size}, and remove longer ones.")
+    if kind != "passages":
+        if recipe.data.corpus:
+            yield Problem(f"rows with {kind} are not searched for", "data.corpus", "Remove it.")
     if kind != "scores" and recipe.train.batch_size < 2 and recipe.train.batch_tokens is None:
         yield Problem("a step of one row has no other passages", "train.batch_size", "Set it to 16 or more.")
     known = {"scores": (*CORRELATIONS, *SPREAD)}.get(kind, (*RANKING, *SPREAD))
@@ -331,6 +351,26 @@ def hidden_states(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
         inputs["use_cache"] = False
     hidden_BTD: torch.Tensor = model(**inputs).last_hidden_state
     return hidden_BTD
+
+
+def embed_texts(
+    texts: Sequence[tuple[bool, str]], loaded: LoadedModel, advance: Advance = lambda rows: None
+) -> NDArray[np.float32]:
+    """Return the vectors [N, D] of texts, each with whether it is a query."""
+    section, limit = embed_section(loaded.recipe), loaded.recipe.data.max_length
+    ids = [
+        tokenize_prompted("query" if is_query else "passage", text, loaded.processor, loaded.recipe, limit)
+        for is_query, text in texts
+    ]
+
+    def read(i: int, output: ModelOutput, row: int) -> NDArray[np.float32]:
+        vector_D = pool(output.last_hidden_state[row, : len(ids[i])], section.pooling)
+        kept_D = functional.normalize(vector_D, dim=-1) if section.normalize else vector_D
+        return np.asarray(kept_D.cpu().numpy())
+
+    examples = [Example(text, [], 0) for text in ids]
+    found = run_encoder(loaded.model, examples, loaded.processor.pad_token_id, loaded.device, read, advance)
+    return np.stack(found) if found else np.zeros((0, 0), dtype=np.float32)
 
 
 def pool(hidden_TD: torch.Tensor, mode: str) -> torch.Tensor:

@@ -18,7 +18,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from llmtune.data.collators import encoder_batch
 from llmtune.data.example import Example
 from llmtune.data.overlong import Lost, too_long
-from llmtune.data.rerank_rows import RerankRow, given_passages
+from llmtune.data.search_rows import RerankRow, given_passages
 from llmtune.data.row_store import iterate_rows
 from llmtune.data.task_interface import Encoded
 from llmtune.data.task_rows import ClassifyRow
@@ -76,6 +76,7 @@ class Rerank(Task[RerankRow, RerankPrediction]):
         known = {value for _, row in iterate_rows(rows, "train") for value in row["relevances"]}
         if len(known) == 1 or max(known) == 0:
             fix = "Give each query relevant passages, and irrelevant ones with relevance 0."
+            fix += " Or mine irrelevant ones: data.negatives: {mine: 4}." if max(known) > 0 else ""
             raise DataError.of(f"all passages have the relevance {max(known):g}", "data.train", fix)
         highest = section.max_relevance or max(1.0, *known)
         return recipe.model_copy(update={"rerank": section.model_copy(update={"max_relevance": highest})})
@@ -190,7 +191,12 @@ class Rerank(Task[RerankRow, RerankPrediction]):
             )
             for numbers in rows.values()
         ]
-        return measure_ranking(metric, queries, [numbers[0] for numbers in rows.values()])
+        measured = measure_ranking(metric, queries, [numbers[0] for numbers in rows.values()])
+        if (mined := recipe.data.negatives) is None:
+            return measured
+        miner = mined.model or recipe.model.name
+        searched = f"passages mined with {miner} (mine {mined.mine}, below {mined.below:g})"
+        return replace(measured, signature=f"{measured.signature}; {searched}")
 
     def baseline(
         self, references: Sequence[RerankRow], prompts: Sequence[RerankRow], recipe: Recipe

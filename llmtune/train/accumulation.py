@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +22,9 @@ from llmtune.records import Batch, Loss
 from llmtune.train.batch_plan import Indexes, divide, micro_batches
 from llmtune.train.distributed import any_process, gather_lists, sum_over_processes
 from llmtune.train.setup import TrainContext
+
+
+T = TypeVar("T")
 
 
 class MicroBatchTooLarge(Exception):
@@ -291,8 +295,12 @@ def _cache_gradients(
 
     The backward passes then send it into the model, one micro-batch at a time, so the loss compares all rows of a step
     in the memory of one micro-batch: Gao et al., "Scaling Deep Contrastive Learning Batch Size under Memory Limited
-    Setup", 2021. Seeds are those of the backward passes, for the same dropout. Raises MicroBatchTooLarge if memory ran
-    out.
+    Setup", 2021. Seeds are those of the backward passes, for the same dropout.
+
+    Raises:
+        MicroBatchTooLarge: memory ran out in a pass, in all processes together. With a sharded model only one process
+            raises, in the middle of a layer; it then ends, and with it the launch.
+        TrainingError: memory ran out in the loss.
     """
     found: dict[int, torch.Tensor] = {}
     fits = True
@@ -304,12 +312,27 @@ def _cache_gradients(
         raise MicroBatchTooLarge
     found = _gather_features(training, found)
     leaves = [found[int(row)].requires_grad_() for row in rows]
-    loss = training.task.step_loss(leaves, [training.examples[int(row)] for row in rows], training.recipe)
-    gradients = torch.autograd.grad(loss.sum, leaves)
+    losses: list[Loss] = []
+
+    def compare() -> tuple[torch.Tensor, ...]:
+        losses.append(training.task.step_loss(leaves, [training.examples[int(row)] for row in rows], training.recipe))
+        return torch.autograd.grad(losses[0].sum, leaves)
+
+    gradients = _compare_rows(compare, len(rows), step)
+    (loss,) = losses
     sums = None if loss.row_sums is None else loss.row_sums.detach()
     return StepFeatures(
         Loss(loss.sum.detach(), loss.count, row_sums=sums), dict(zip(rows.tolist(), gradients, strict=True))
     )
+
+
+def _compare_rows(work: Callable[[], T], rows: int, step: int) -> T:
+    """Return `work()`. Raises TrainingError if memory runs out: smaller micro-batches would not help."""
+    found: list[T] = []
+    if not fits_in_memory(lambda: found.append(work())):
+        what = f"out of memory in the loss of step {step}, which compares all of its {rows:,} rows"
+        raise TrainingError.of(what, "train.batch_size", "Lower it, or give rows fewer negatives.")
+    return found[0]
 
 
 @torch.no_grad()
@@ -332,6 +355,7 @@ def _gather_features(training: TrainContext, own: dict[int, torch.Tensor]) -> di
 def _loss_of_blocks(training: TrainContext, reader: ExampleReader, own: dict[int, torch.Tensor]) -> float:
     """Return the mean loss over blocks of `train.batch_size` examples in order, as if each were a step."""
     found, size = _gather_features(training, own), training.recipe.train.batch_size
+    training.spread.update(training.task.feature_metrics([found[row] for row in range(len(reader))]))
     blocks = [range(start, min(start + size, len(reader))) for start in range(0, len(reader), size)]
     losses = [
         training.task.step_loss([found[row] for row in block], [reader[row] for row in block], training.recipe)

@@ -82,6 +82,10 @@ class TrainState:
     stale_validations: int = 0
     """Validations in a row that were not better by `early_stopping_threshold`."""
     stopped_early: str | None = None
+    first_spread: dict[str, float] = field(default_factory=dict)
+    """How far apart the vectors of the validation rows are before training; empty for other tasks."""
+    collapse: str | None = None
+    """The last warning that vectors come too close."""
     loss_scale: float = 1.0
     """Factor of the loss in float16; 1 in every other format."""
     divergence: LossHistory = field(default_factory=LossHistory)

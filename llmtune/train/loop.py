@@ -18,7 +18,6 @@ from llmtune.errors import Problem, Stopped, TrainingError
 from llmtune.model.device import fits_in_memory
 from llmtune.recipe.schema import Recipe
 from llmtune.records import AdaptedModel, Examples
-from llmtune.report.metric_info import better_side
 from llmtune.store.machine import seconds_of_process
 from llmtune.train.accumulation import MicroBatchTooLarge, StepLoss, step_gradients, validation_loss
 from llmtune.train.batch_plan import padding_share
@@ -39,6 +38,7 @@ from llmtune.train.divergence import (
     ruined_weights_error,
     weights_are_numbers,
 )
+from llmtune.train.early_stopping import record_validation
 from llmtune.train.metrics_log import (
     METRICS,
     ON_VALIDATION,
@@ -139,6 +139,9 @@ def train(
 
 def _run_steps(run: Run) -> None:
     state, total = run.state, run.training.plan.total_steps
+    if state.step == 0 and run.training.task.has_step_loss and run.training.validation is not None:
+        _validate(run)  # how far apart vectors are before training
+        state.first_spread = {**run.training.spread}
     run.training.model.train()
     _stop_if_asked(run)
     while True:
@@ -226,7 +229,7 @@ def _close_step(run: Run) -> None:
             scores = {} if loss is None else run.measure()
         if loss is None:
             return  # interrupted: repeated when training resumes
-        improved = _record_validation(run, loss, scores)
+        improved = record_validation(training, state, loss, scores, run.console)
     if step == 1 or last or validates or state.stopped_early or step % train.logging_steps == 0:
         _log(run, validates)
     if loss is not None and (watch := ON_VALIDATION.get()) is not None:
@@ -252,25 +255,6 @@ def _validate(run: Run) -> float | None:
                 f"Lower train.learning_rate. {name_last_checkpoint(training.folder)}",
             )
         return loss
-
-
-def _record_validation(run: Run, loss: float, scores: Scores) -> bool:
-    """Record the results of a validation, decide on early stopping, and return whether it is the best so far."""
-    state, train = run.state, run.training.recipe.train
-    name = train.metric_for_best_model
-    value, better = {"loss": loss, **scores}.get(name, math.nan), better_side(name)
-    gain = math.inf if state.best_metric is None else better * (value - state.best_metric)
-    improved = gain > 0 and math.isfinite(value)
-    state.validation_loss, state.validation_metrics = loss, scores
-    state.stale_validations = 0 if improved and gain > train.early_stopping_threshold else state.stale_validations + 1
-    if improved:
-        state.best_metric, state.best_loss, state.best_step = value, loss, state.step
-    patience = train.early_stopping_patience
-    if patience is not None and state.stale_validations >= patience and state.step < run.training.plan.total_steps:
-        best = "none" if state.best_metric is None else f"{state.best_metric:.4f} (step {state.best_step})"
-        state.stopped_early = f"{name} did not improve in {patience} validations; best {best}"
-        run.console.print(f"Stopped early after step {state.step}: {state.stopped_early}.")
-    return improved
 
 
 def _log(run: Run, validated: bool) -> None:
@@ -386,6 +370,7 @@ def _summary(run: Run, adapter: Path, resumed: int | None) -> TrainedRun:
         peak_bytes=peak_bytes(training.device),
         micro_batch_tokens=state.budget,
         stopped_early=state.stopped_early,
+        collapse=state.collapse,
         resumed_from=resumed,
         rehearsal_seconds=run.rehearsal_seconds,
         seconds_to_first_step=run.seconds_to_first_step,

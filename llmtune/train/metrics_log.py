@@ -61,6 +61,8 @@ class TrainedRun:
     peak_bytes: int
     micro_batch_tokens: int
     stopped_early: str | None = None
+    collapse: str | None = None
+    """The last warning that vectors came too close."""
     resumed_from: int | None = None
     padding_share: float | None = None
     """Share of computed positions without a token; 0 if rows were packed."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrainContext:
-    """The parts of one training. Only the model and `row_losses` change, in place."""
+    """The parts of one training. Only the model, `row_losses` and `spread` change, in place."""
 
     adapted: AdaptedModel
     accelerator: Accelerator
@@ -68,6 +68,8 @@ class TrainContext:
     """Loss of each training example so far (`llmtune.train.row_losses.LossTable`)."""
     sharded: bool
     """Whether the model is sharded over the processes (FSDP2): each pass then needs all of them."""
+    spread: dict[str, float] = field(default_factory=dict)
+    """The task's metrics of the features in the last validation."""
 
     @property
     def checkpoints(self) -> Path:

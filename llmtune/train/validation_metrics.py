@@ -6,7 +6,7 @@ from collections.abc import Callable, Sized
 
 from rich.console import Console
 
-from llmtune.data.row_store import load_rows
+from llmtune.data.row_store import load_rows, rows_folder
 from llmtune.errors import DataError
 from llmtune.evaluate.eval_inputs import EvalContext, make_inputs
 from llmtune.evaluate.evaluated_task import EvaluatedTask
@@ -21,7 +21,7 @@ Scores = dict[str, float]
 
 
 def metrics_of_validation(training: TrainContext, examples: Examples) -> Callable[[], Scores]:
-    """Return a function that computes `train.eval_metrics` on the validation rows.
+    """Return a function that computes `train.eval_metrics` on the validation rows, with the task's own metrics.
 
     It puts the model back into training mode. All processes must call it together: they share the rows, and each gets
     all scores.
@@ -31,11 +31,11 @@ def metrics_of_validation(training: TrainContext, examples: Examples) -> Callabl
     recipe, task = training.recipe, training.task
     metrics = recipe.train.eval_metrics
     if not metrics or training.validation is None:
-        return dict
+        return lambda: {**training.spread}
     assert isinstance(task, EvaluatedTask), "every task that a recipe names is evaluated"
     asked = EvaluateSection(metrics=metrics, choices=recipe.evaluate.choices, samples=0)
     recipe = recipe.model_copy(update={"evaluate": asked})
-    processor, rows = training.adapted.selected.processor, load_rows(training.folder / "data" / "rows")
+    processor, rows = training.adapted.selected.processor, load_rows(rows_folder(training.folder))
     inputs = make_inputs(rows, examples, task, processor, recipe, "validation")
     asked_of: dict[str, Sized] = dict.fromkeys(PREDICTED, inputs.answered) | dict.fromkeys(TOOL_METRICS, inputs.turns)
     asked_of |= {} if task.predicts else dict.fromkeys(CHOICE_METRICS, inputs.trees)
@@ -51,6 +51,6 @@ def metrics_of_validation(training: TrainContext, examples: Examples) -> Callabl
         finally:
             training.model.train()
         measured = compute_metrics(context, answers, Answers(None, {}, {}))  # no comparison with a base
-        return {name: one.value for name, one in measured.items() if name in metrics}
+        return training.spread | {name: one.value for name, one in measured.items() if name in metrics}
 
     return score

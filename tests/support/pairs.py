@@ -1,6 +1,5 @@
 """Rows of translations, summaries and preferences, and complete runs on them in this process."""
 
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from llmtune.pipeline import run_pipeline
 from llmtune.recipe.loader import load_recipe
 from llmtune.recipe.schema import Recipe
 from llmtune.records import AdaptedModel, Examples
-from llmtune.store.processes import world_size
+from llmtune.store.processes import rank, world_size
 from llmtune.store.run_request import RunRequest
 from llmtune.tasks.base import AnyTask
 from llmtune.tasks.registry import choose_variant
@@ -105,8 +104,11 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def learn_a_little(path: Path, sharded: bool = False) -> list[list[float]]:
-    """Take three steps without dropout and validate; return losses, gradient norms, and how far the weights moved."""
-    folder = path.parent / f"prepared-{os.getpid()}"
+    """Take three steps without dropout and validate; return losses, gradient norms, and how far the weights moved.
+
+    The first process leaves the trained weights in `weights-N.pt`, with N processes.
+    """
+    folder = path.parent / f"prepared-{world_size()}"
     sharded = sharded and world_size() > 1
     training = set_up(*prepare_training(path, folder, sharded), folder, quiet(), "inputs", sharded)
     before = [whole(weight) for weight in training.parameters]
@@ -116,7 +118,10 @@ def learn_a_little(path: Path, sharded: bool = False) -> list[list[float]]:
         numbers.append([found.mean, found.grad_norm])
         training.optimizer.step()
         training.optimizer.zero_grad(set_to_none=True)
-    moved = [whole(now) - then for now, then in zip(training.parameters, before, strict=True)]
+    after = [whole(weight) for weight in training.parameters]  # all processes gather
+    moved = [now - then for now, then in zip(after, before, strict=True)]
+    if rank() == 0:
+        torch.save(after, path.parent / f"weights-{world_size()}.pt")
     total = sum(float(part.double().square().sum()) for part in moved)
     validation = validation_loss(training, 100) if training.validation is not None else 0.0
     return [*numbers, [float(validation or 0.0), total**0.5]]

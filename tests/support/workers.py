@@ -277,6 +277,33 @@ def run_and_die(recipe: str, out: str, rank_to_kill: str, event: str, text: str)
     return True
 
 
+def run_out_of_memory(folder: str, strategy: str) -> list[str]:
+    """Take a step in which only rank 1 runs out of memory, in its second pass without a graph; name the errors."""
+    import torch
+    from accelerate.utils import gather_object
+
+    from llmtune.tasks.embed import Embed
+    from support.pairs import learn_a_little
+
+    features, passes = Embed.features, []
+
+    def fail(self: object, model: object, batch: object) -> object:
+        passes.append(batch)
+        if rank() == 1 and len(passes) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return features(self, model, batch)
+
+    Embed.features = fail
+    try:
+        learn_a_little(Path(folder) / "recipe.yaml", strategy == "fsdp")
+        name = "none"
+    except Exception as error:
+        if getattr(error, "alone", False):
+            raise DataError.of("rank 1 is out of memory alone") from None
+        name = type(error).__name__
+    return list(gather_object([name]))
+
+
 def write_and_wait(folder: str, run: str) -> None:
     """Write a file once both processes run, and keep running for longer than any test."""
     (Path(folder) / os.environ["RANK"]).touch()

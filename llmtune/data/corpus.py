@@ -1,0 +1,105 @@
+"""Passages without queries: those of `data.corpus`, and of files that are to be ranked or turned into vectors."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+
+from llmtune.data.column_mapping import rename, with_aliases
+from llmtune.data.rejected_rows import RowError, too_many_bad
+from llmtune.data.search_rows import passage_text
+from llmtune.data.sources import Input, local_input, open_sources
+from llmtune.errors import DataError, Problem
+from llmtune.recipe.data_section import DataSection
+from llmtune.store.atomic_files import atomic_file
+
+CORPUS = "corpus.jsonl"
+"""File with a passage of `data.corpus` per line, next to the prepared rows."""
+SHOWN = 20
+
+
+def read_passages(file: Path) -> list[str]:
+    """Return the passages of a file: its lines if it is a text, else the column `passage` (or a usual name for it).
+
+    Raises DataError if the file has no passages, or cannot be read.
+    """
+    passages = []
+    for origin, passage in iterate_passages(local_input(file), {}):
+        if isinstance(passage, RowError):
+            raise DataError.of(f"{passage.reason} ({passage.detail})", origin)
+        passages.append(passage)
+    if not passages:
+        raise DataError.of("it has no passages", str(file), "Give a text file with a passage per line.")
+    return passages
+
+
+def save_corpus(data: DataSection, folder: Path, console: Console) -> str:
+    """Write the different passages of `data.corpus` into `folder`; return their hash, or nothing without a corpus.
+
+    Raises DataError for sources that cannot be read, and if more passages are bad than `data.max_dropped` allows.
+    """
+    if not data.corpus:
+        (folder / CORPUS).unlink(missing_ok=True)
+        return ""
+    seen: set[bytes] = set()
+    digest, bad, total = hashlib.sha256(), list[Problem](), 0
+    with atomic_file(folder / CORPUS) as partial, partial.open("w", encoding="utf-8") as file:
+        for one in open_sources(data.corpus, "data.corpus"):
+            for origin, passage in iterate_passages(one, one.source.columns or data.columns):
+                total += 1
+                if isinstance(passage, RowError):
+                    bad.append(Problem(f"{passage.reason} ({passage.detail})", origin))
+                elif (key := hashlib.blake2b(passage.encode(), digest_size=16).digest()) not in seen:
+                    seen.add(key)
+                    digest.update(key)
+                    file.write(json.dumps(passage, ensure_ascii=False) + "\n")
+    if not seen:
+        raise DataError.of("the corpus has no passages", "data.corpus", "Give a text file with a passage per line.")
+    if len(bad) > data.max_dropped * total:
+        looked = f"{len(bad):,} of {total:,} passages of data.corpus"
+        raise DataError(too_many_bad(looked, len(bad) / total, data.max_dropped), *bad[:SHOWN])
+    left_out = f"; {len(bad):,} left out ({escape(bad[0].what)}: {escape(bad[0].where or '')})" if bad else ""
+    console.print(f"corpus: {len(seen):,} different passages of {total:,}{left_out}", highlight=False)
+    return digest.hexdigest()
+
+
+def load_corpus(folder: Path) -> list[str]:
+    """Return the passages that `save_corpus` wrote into `folder`; empty without a corpus."""
+    path = folder / CORPUS
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
+
+
+def iterate_passages(one: Input, columns: Mapping[str, str]) -> Iterator[tuple[str, str | RowError]]:
+    """Yield each passage of an input with its origin, or why a row has none.
+
+    Raises DataError if no column has the passages.
+    """
+    limit = one.source.limit or 1 << 62
+    for number, (origin, row) in enumerate(one.raw_rows()):
+        if number >= limit:
+            return
+        if isinstance(row, RowError):
+            yield origin, row
+        elif one.container == "text":
+            yield from ((origin, line.strip()) for line in str(row["text"]).splitlines() if line.strip())
+        else:
+            column = columns.get("passage") or find_column(list(row), one.name)
+            try:
+                titled = column == "text" and row.get("title")
+                yield origin, passage_text(row if titled else rename(row, {"passage": column}).get("passage"))
+            except RowError as error:
+                yield origin, error
+
+
+def find_column(header: Sequence[str], name: str) -> str:
+    """Return the column with the passages, by its usual names."""
+    column = "passage" if "passage" in header else with_aliases({}, ["passage"], header, "rerank").get("passage")
+    if column is None:
+        fix = "Name the column passage, or give a text file with a passage per line."
+        raise DataError.of(f"no column for the passages; found {', '.join(header) or 'none'}", name, fix)
+    return column

@@ -1,0 +1,156 @@
+"""Rows of the tasks embed and rerank: queries with passages, and the files' formats that are read into them."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import TypedDict
+
+from llmtune.data.rejected_rows import RowError, json_kind, nonempty_text, parse_cell, text_of
+from llmtune.data.task_rows import THUMBS
+
+
+class EmbedRow(TypedDict):
+    """A text with others to find. A row with a score has one passage, a row with a label has none."""
+
+    query: str | None
+    """None only in a prompt that asks for the vector of a passage."""
+    passages: list[str]
+    """Relevant passages; with a score, the other text."""
+    negatives: list[str]
+    """Passages that are not relevant."""
+    score: float | None
+    label: str | None
+
+
+def texts_of(row: EmbedRow) -> list[str]:
+    """Return all texts of a row in order: the query, the passages, the negatives."""
+    return [*([] if row["query"] is None else [row["query"]]), *row["passages"], *row["negatives"]]
+
+
+def embed_from_pair(row: Mapping[str, object]) -> EmbedRow:
+    """Read `query` and `passage` (a text or a list), with `negatives` (a text or a list) or a `score`."""
+    graded = next((name for name in ("relevance", "label") if row.get(name) is not None), None)
+    if graded is not None:
+        raise RowError("graded passage", f"the row has a '{graded}'; task: rerank learns it, or rename it to score")
+    query, passages, negatives = (
+        nonempty_text(row, "query"),
+        _column_texts(row, "passage"),
+        _column_texts(row, "negatives"),
+    )
+    if not passages:
+        raise RowError("no passage", "'passage' is empty")
+    if shared := set(passages) & set(negatives):
+        raise RowError("a passage is a negative", f"{min(shared)[:60]!r} is in both")
+    score = _score(row.get("score"))
+    if score is not None and (len(passages) > 1 or negatives):
+        raise RowError("too many texts", "a row with a score has two texts")
+    return {"query": query, "passages": passages, "negatives": negatives, "score": score, "label": None}
+
+
+def embed_from_label(row: Mapping[str, object]) -> EmbedRow:
+    """Read `text` and `label`, a class."""
+    label = row["label"]
+    if isinstance(label, bool) or not isinstance(label, str | int) or not str(label).strip():
+        raise RowError("no class", f"'label' is {json_kind(label)}; it must be a class name or number")
+    text, label = nonempty_text(row, "text"), str(label).strip()
+    return {"query": text, "passages": [], "negatives": [], "score": None, "label": label}
+
+
+def _column_texts(row: Mapping[str, object], column: str) -> list[str]:
+    value = parse_cell(row.get(column))
+    values = value if isinstance(value, list) else [] if value is None or value == "" else [row[column]]
+    texts = [text_of(text, f"'{column}'") for text in values]
+    if not all(text.strip() for text in texts):
+        raise RowError("empty content", f"'{column}' has an empty text")
+    return list(dict.fromkeys(texts))
+
+
+def _score(value: object) -> float | None:
+    if value is None or value == "":
+        return None
+    try:
+        score = math.nan if isinstance(value, bool) else float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        score = math.nan
+    if not math.isfinite(score):
+        raise RowError("no number", f"'score' is {value!r}")
+    return score
+
+
+class RerankRow(TypedDict):
+    """A query with some of its passages; other rows may have more passages of the same query."""
+
+    query: str
+    passages: list[str]
+    relevances: list[float]
+    """Relevance of each passage: 0 is irrelevant, more is better; empty in a prompt."""
+
+
+def ranked_pair(row: Mapping[str, object]) -> RerankRow:
+    """Read `query`, `passage` and `relevance`: a number from 0, or true or false."""
+    return _ranked(row, [row["passage"]], [row["relevance"]])
+
+
+def ranked_list(row: Mapping[str, object]) -> RerankRow:
+    """Read `query`, `passages` and as many `relevances`."""
+    passages, relevances = (_list_of(row, name) for name in ("passages", "relevances"))
+    if len(passages) != len(relevances):
+        raise RowError("relevances do not fit", f"{len(passages)} passages and {len(relevances)} relevances")
+    return _ranked(row, passages, relevances)
+
+
+def ranked_positive(row: Mapping[str, object]) -> RerankRow:
+    """Read `query` and its relevant `passage` (or a list of them), whose negatives are mined (`data.negatives`)."""
+    graded = next((name for name in ("relevance", "label", "score") if row.get(name) is not None), None)
+    if graded is not None:
+        raise RowError("graded passage", f"only some rows have a '{graded}'; give it to all rows of the file")
+    right = _list_of(row, "passage")
+    return _ranked(row, right, [1] * len(right))
+
+
+def ranked_negatives(row: Mapping[str, object]) -> RerankRow:
+    """Read `query`, its relevant `passage` (or a list of them), and `negatives`, which are irrelevant."""
+    right, wrong = _list_of(row, "passage"), _list_of(row, "negatives")
+    return _ranked(row, [*right, *wrong], [1] * len(right) + [0] * len(wrong))
+
+
+def _list_of(row: Mapping[str, object], column: str) -> Sequence[object]:
+    value = parse_cell(row[column])
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
+def _ranked(row: Mapping[str, object], passages: Sequence[object], relevances: Sequence[object]) -> RerankRow:
+    if not passages:
+        raise RowError("empty content", "no passages")
+    texts = [passage_text(passage) for passage in passages]
+    return {"query": nonempty_text(row, "query"), "passages": texts, "relevances": [*map(_relevance, relevances)]}
+
+
+def passage_text(value: object) -> str:
+    """Return a passage: a text, or an object with `text` and an optional `title`, as in BEIR and Tevatron."""
+    if isinstance(value, Mapping) and "text" in value:
+        title = str(value.get("title") or "").strip()
+        return f"{title}\n{nonempty_text(value, 'text')}" if title else nonempty_text(value, "text")
+    return nonempty_text({"passage": value}, "passage")
+
+
+def _relevance(value: object) -> float:
+    thumb = THUMBS.get(value.strip().lower()) if isinstance(value, str) else None
+    try:
+        number = float(value if thumb is None else thumb)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        what = f"'relevance' is {value!r}" if isinstance(value, str) else f"'relevance' is {json_kind(value)}"
+        raise RowError("no relevance", f"{what}; it must be a number from 0, or true or false") from None
+    if not math.isfinite(number) or number < 0:
+        raise RowError("no relevance", f"'relevance' is {value}; 0 is irrelevant, and more is better")
+    return number
+
+
+def given_passages(text: str | None) -> list[str]:
+    """Return passages from one text: a JSON list, or one text per line."""
+    parsed = parse_cell(text)
+    if isinstance(parsed, list):
+        return [passage if isinstance(passage, str) else json.dumps(passage) for passage in parsed]
+    return [line for line in str(text or "").splitlines() if line.strip()]

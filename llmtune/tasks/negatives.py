@@ -1,0 +1,323 @@
+"""Negatives of a query: mined among the passages of its split, and how many look like right passages to the base.
+
+Mining follows `mine_hard_negatives` of sentence-transformers with `relative_margin` and the nearest passages, which is
+TopK-PercPos of Moreira et al., "NV-Retriever", 2024.
+
+Shapes: Q queries, P passages, D numbers of a vector, K candidates of a query.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+
+import pyarrow as pa
+import torch
+from rich.console import Console
+from torch.nn import functional
+
+from llmtune import __version__
+from llmtune.data.row_store import iterate_batches, iterate_rows, iterate_texts, read_rows, save_rows
+from llmtune.errors import RecipeError
+from llmtune.evaluate.evaluated_task import LoadedModel
+from llmtune.evaluate.ranking_metrics import RELEVANT
+from llmtune.evaluate.token_batches import cut_evenly
+from llmtune.evaluate.vector_search import measure_vectors
+from llmtune.model.config import head_is_new, read_model_config
+from llmtune.model.device import compute_context, release_memory, resolve_dtype
+from llmtune.model.loading import load_model
+from llmtune.model.memory_plan import context_length
+from llmtune.model.processor import load_processor
+from llmtune.model.resolve import resolve_model
+from llmtune.recipe.adapter_section import AdapterSection
+from llmtune.recipe.data_section import NegativesSection
+from llmtune.recipe.schema import Recipe
+from llmtune.recipe.task_sections import EmbedSection
+from llmtune.records import Json, ModelRef, Row, Rows
+from llmtune.report.render_terminal import spinner
+from llmtune.store.atomic_files import hash_value
+from llmtune.store.run_lock import package_versions
+from llmtune.store.seed_runs import hard_link
+from llmtune.tasks.embed import embed_texts, infer_rows
+from llmtune.tasks.registry import get_task
+from llmtune.tasks.sentence_folder import resolve_settings
+
+WIDER = 10
+"""Candidates per mined negative, as in sentence-transformers: some are too near."""
+AT_ONCE = 1024
+"""Queries compared with all passages at a time."""
+SURVEYED = 512
+"""Training rows in the estimate of false negatives."""
+NEAR = 0.95
+"""A negative is likely right from this share of the score of the query's own passage on."""
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """The different queries (Q) of a split that have a right passage, and all of its passages."""
+
+    queries: list[str]
+    origins: list[str]
+    """[Q] where each query's first row is from."""
+    passages: list[str]
+    own: list[list[int]]
+    """[Q] right passages."""
+    wrong: list[list[int]]
+    """[Q] passages that the rows name as irrelevant."""
+    itself: list[int | None]
+    """[Q] the passage equal to the query, if any."""
+
+    def take(self, numbers: Sequence[int]) -> Pairs:
+        """Return some of the queries, with all passages."""
+        parts = (self.queries, self.origins, self.own, self.wrong, self.itself)
+        queries, origins, own, wrong, itself = ([part[i] for i in numbers] for part in parts)  # type: ignore[index]
+        return Pairs(queries, origins, self.passages, own, wrong, itself)
+
+
+@dataclass(frozen=True)
+class Mined:
+    """The negatives of each query, the nearest first, and what was skipped."""
+
+    negatives: list[list[int]]
+    skipped: int
+    """Passages that were too near."""
+    nearest: tuple[int, int, int, float, float] | None
+    """The query with the nearest skipped passage, that passage, its own passage, and the scores of both."""
+
+
+def mine_rows(rows: Rows, recipe: Recipe, model_ref: ModelRef, device: str, folder: Path, console: Console) -> Json:
+    """Write the rows with mined negatives into `folder`; return what was mined, for the report.
+
+    Rows for `embed` get negatives in training, each row those of its query. Rows for `rerank` get them in each split,
+    the first row of a query, among the passages of that split; held-out queries only if they have no irrelevant
+    passage. `recipe` and `model_ref` are those of `embedder`.
+
+    Raises RecipeError if the rows have no passages.
+    """
+    section, ranks = recipe.data.negatives, "relevances" in next(iterate_rows(rows, "train"))[1]
+    assert section is not None, "the recipe mines"
+    if not ranks and (kind := infer_rows(rows)) != "passages":
+        raise RecipeError.of(f"rows with {kind} have no negatives to mine", "data.negatives", "Remove it.")
+    for path in rows.folder.iterdir():
+        hard_link(str(path), str(folder / path.name))
+    facts: Json = {"model": model_ref.name, "sha256": model_ref.content_hash, "mine": section.mine, "below": section.below, "example": None}
+    facts |= {"queries": 0, "negatives": 0, "skipped": 0, "short": 0}
+    digest = hashlib.sha256(rows.content_hash.encode())
+    with open_embedder(recipe, model_ref, device, console) as loaded:
+        for split in rows.files if ranks else ("train",):
+            pairs = read_pairs(rows, split)
+            wanted = [i for i, wrong in enumerate(pairs.wrong) if split == "train" or not wrong]
+            console.print(f"mine: {len(wanted):,} queries, {len(pairs.passages):,} passages ({split})", highlight=False)
+            queries_QD = embed_unit([(True, pairs.queries[i]) for i in wanted], loaded)
+            passages_PD = embed_unit([(False, text) for text in pairs.passages], loaded)
+            mined = mine(queries_QD, passages_PD, pairs.take(wanted), section)
+            texts = {
+                pairs.queries[i]: [pairs.passages[place] for place in found]
+                for i, found in zip(wanted, mined.negatives, strict=True)
+            }
+            write_split(rows, split, folder, texts, digest)
+            facts["queries"] += len(wanted)
+            facts["skipped"] += mined.skipped
+            facts["negatives"] += sum(map(len, mined.negatives))
+            facts["short"] += sum(len(found) < section.mine for found in mined.negatives)
+            if split == "train" and mined.nearest is not None:
+                query, passage, own, score, own_score = mined.nearest
+                facts["example"] = {
+                    **{"query": pairs.queries[wanted[query]], "passage": pairs.passages[own]},
+                    **{"negative": pairs.passages[passage], "origin": pairs.origins[wanted[query]]},
+                    **{"passage_score": own_score, "negative_score": score},
+                }
+    files = {split: folder / path.name for split, path in rows.files.items()}
+    save_rows(replace(rows, folder=folder, files=files, content_hash=digest.hexdigest()))
+    return facts
+
+
+def embedder(recipe: Recipe, base: ModelRef, console: Console, offline: bool) -> tuple[Recipe, ModelRef]:
+    """Return the model that mines, and the recipe by which it turns the rows' texts into vectors.
+
+    Raises:
+        RecipeError: the base is a reranker, which has no vectors of single texts.
+        EnvironmentProblem: the model that the recipe names is not found.
+    """
+    stated, section, adapter = recipe.data.negatives, recipe.embed or EmbedSection(), recipe.adapter
+    if stated is not None and stated.model is not None:
+        base = resolve_model(stated.model, recipe.model, console, offline)
+        section, adapter = EmbedSection(), AdapterSection()
+    elif recipe.task == "rerank" and not head_is_new(base, recipe, get_task("rerank")):
+        what = f"{base.name} scores pairs and has no vectors of single texts"
+        raise RecipeError.of(what, "data.negatives", "Name an embedding model: data.negatives.model.")
+    config = read_model_config(base, recipe.model)
+    section = resolve_settings(section, config)
+    reach = context_length(config.get_text_config()) or recipe.data.max_length
+    data = recipe.data.model_copy(update={"max_length": min(reach, recipe.data.max_length)})
+    update = {"task": "embed", "embed": section, "rerank": None, "adapter": adapter, "data": data}
+    return recipe.model_copy(update=update), base
+
+
+def mining_inputs(rows: Rows, recipe: Recipe, model_ref: ModelRef) -> str:
+    """Hash everything that mined negatives depend on; `recipe` and `model_ref` are those of `embedder`."""
+    sections = (recipe.data.negatives, recipe.embed, recipe.model, recipe.adapter)
+    about = [recipe.data.max_length, *(one and one.model_dump(mode="json") for one in sections)]
+    versions = package_versions(("torch", "transformers"))
+    return hash_value([__version__, versions, rows.content_hash, rows.corpus_hash, model_ref.content_hash, about])
+
+
+@contextmanager
+def open_embedder(recipe: Recipe, model_ref: ModelRef, device: str, console: Console) -> Iterator[LoadedModel]:
+    """Load a model as an embedder, and free it at the end."""
+    task, processor = get_task("embed"), load_processor(model_ref, recipe.model)
+    with spinner(console, f"loading {model_ref.name} as an embedder"):
+        selected = load_model(model_ref, recipe, task, processor, device=device, training=False)
+    with torch.inference_mode(), compute_context(resolve_dtype(recipe.model.dtype, device), device):
+        yield LoadedModel(selected.model, processor, recipe, device)
+    del selected
+    release_memory()
+
+
+def embed_unit(texts: Sequence[tuple[bool, str]], loaded: LoadedModel) -> torch.Tensor:
+    """Return the vectors [N, D] of texts, each with whether it is a query, scaled to length 1."""
+    return functional.normalize(torch.from_numpy(embed_texts(texts, loaded)), dim=-1)
+
+
+def read_pairs(rows: Rows, split: str) -> Pairs:
+    """Return the different queries and passages of a split, the right passages first."""
+    origins: dict[str, str] = {}
+    right: defaultdict[str, dict[str, None]] = defaultdict(dict)
+    wrong: defaultdict[str, dict[str, None]] = defaultdict(dict)
+    for origin, row in iterate_rows(rows, split):
+        relevances = row.get("relevances") or [1.0] * len(row["passages"])
+        origins.setdefault(row["query"], origin)
+        for passage, relevance in zip(row["passages"], relevances, strict=True):
+            (right if relevance > RELEVANT else wrong)[row["query"]][passage] = None
+        wrong[row["query"]] |= dict.fromkeys(row.get("negatives") or ())
+    place: dict[str, int] = {}
+    for texts in (*right.values(), *wrong.values()):
+        for text in texts:
+            place.setdefault(text, len(place))
+    queries = [query for query in origins if right[query]]
+    own, others = ([[place[text] for text in kind[query]] for query in queries] for kind in (right, wrong))
+    itself = [place.get(query) for query in queries]
+    return Pairs(queries, [origins[query] for query in queries], [*place], own, others, itself)
+
+
+def mine(queries_QD: torch.Tensor, passages_PD: torch.Tensor, pairs: Pairs, section: NegativesSection) -> Mined:
+    """Return each query's nearest passages that score at most `below` x the lowest of its right passages."""
+    most = max(map(len, pairs.own), default=0)
+    limit = min(section.mine * WIDER + 2 * most, len(passages_PD))
+    negatives, skipped, nearest = list[list[int]](), 0, None
+    for start in range(0, len(queries_QD), AT_ONCE):
+        scores_QP = queries_QD[start : start + AT_ONCE] @ passages_PD.T
+        best_QK, place_QK = scores_QP.topk(limit, dim=1)
+        for scores_P, best_K, place_K in zip(scores_QP, best_QK, place_QK, strict=True):
+            at = len(negatives)
+            own = pairs.own[at]
+            lowest = min((float(scores_P[place]), place) for place in own)
+            highest = float(lower(torch.tensor(lowest[0]), section.below))
+            known = {*own, *pairs.wrong[at], pairs.itself[at]}
+            found = [pair for pair in zip(best_K.tolist(), place_K.tolist(), strict=True) if pair[1] not in known]
+            near = [pair for pair in found if pair[0] > highest]
+            skipped += len(near)
+            if near and (nearest is None or near[0][0] - lowest[0] > nearest[3] - nearest[4]):
+                nearest = (at, near[0][1], lowest[1], near[0][0], lowest[0])
+            negatives.append([place for _, place in found[len(near) :][: section.mine]])
+    return Mined(negatives, skipped, nearest)
+
+
+def write_split(rows: Rows, split: str, folder: Path, texts: Mapping[str, list[str]], digest: hashlib._Hash) -> None:
+    """Write the rows of a split with negatives by query; add their texts to the digest."""
+    target, left = folder / rows.files[split].name, dict(texts)
+    target.unlink()  # a link to the file that is read
+    with pa.OSFile(str(target), "wb") as file:
+        writer = None
+        for _, batch in iterate_batches(rows, split):
+            changed = [add_negatives(json.loads(text), left) for text in batch.column("row").to_pylist()]
+            for text in changed:
+                digest.update(text.encode() + b"\n")
+            batch = batch.set_column(batch.schema.get_field_index("row"), "row", pa.array(changed, pa.string()))
+            writer = writer or pa.ipc.new_file(file, batch.schema)
+            writer.write_batch(batch)
+        assert writer is not None, "a split has rows"
+        writer.close()
+
+
+def add_negatives(row: Row, texts: dict[str, list[str]]) -> str:
+    """Return a row as JSON with the negatives of its query; those of a reranker are taken out of `texts`."""
+    if "relevances" in row:
+        added = texts.pop(row["query"], [])
+        row = {**row, "passages": row["passages"] + added, "relevances": row["relevances"] + [0.0] * len(added)}
+    else:
+        row = {**row, "negatives": row["negatives"] + texts.get(row["query"], [])}
+    return json.dumps(row, ensure_ascii=False)
+
+
+# How many negatives look like right passages?
+
+
+def survey_negatives(rows: Rows, recipe: Recipe, model_ref: ModelRef, device: str, console: Console) -> Json:
+    """Estimate, on some training rows, how many negatives the base scores like the right passage.
+
+    Also measures how the vectors of passages are spread. `recipe` is that of `embedder`.
+    """
+    picked = [*cut_evenly(rows.counts["train"], SURVEYED)]
+    found = read_rows(rows, "train", picked)
+    firsts = [row["passages"][0] for row in found]
+    given = [(i, text) for i, row in enumerate(found) for text in row["negatives"]]
+    right: defaultdict[str, set[str]] = defaultdict(set)
+    for row in found:
+        right[row["query"]] |= {row["query"], *row["passages"]}
+    with open_embedder(recipe, model_ref, device, console) as loaded:
+        queries_RD = embed_unit([(True, row["query"]) for row in found], loaded)
+        passages_RD = embed_unit([(False, text) for text in firsts], loaded)
+        given_GD = embed_unit([(False, text) for _, text in given], loaded) if given else None
+    scores_RR = queries_RD @ passages_RD.T
+    own_R = scores_RR.diagonal()
+    other_RR = torch.tensor([[text not in right[row["query"]] for text in firsts] for row in found])
+    kinds = {"other rows’ passages": count_near(scores_RR, own_R[:, None], other_RR)}
+    gaps_RR = (scores_RR - own_R[:, None]).masked_fill(~other_RR, -torch.inf)
+    query, place = divmod(int(gaps_RR.argmax()), len(found))
+    nearest, negative = float(gaps_RR[query, place]), firsts[place]
+    if given_GD is not None:
+        row_G = torch.tensor([i for i, _ in given])
+        scores_G, own_G = (queries_RD[row_G] * given_GD).sum(1), own_R[row_G]
+        name = "mined, and given in the rows" if recipe.data.negatives else "given in the rows"
+        kinds[name] = count_near(scores_G, own_G, torch.ones_like(own_G, dtype=torch.bool))
+        best = int((scores_G - own_G).argmax())
+        if float(scores_G[best] - own_G[best]) > nearest:
+            query, negative, nearest = *given[best], float(scores_G[best] - own_G[best])
+    near_RR = other_RR & (scores_RR >= lower(own_R)[:, None])
+    share_R = near_RR.sum(1) / other_RR.sum(1).clamp_min(1)
+    own = float(own_R[query])
+    cosine, rank = measure_vectors(passages_RD.double().numpy())
+    return {
+        "rows": len(found),
+        "below": NEAR,
+        "kinds": kinds,
+        "queries": float((1 - (1 - share_R.double()) ** (recipe.train.batch_size - 1)).sum()),
+        "batch_size": recipe.train.batch_size,
+        "random_cosine": cosine,
+        "effective_rank": rank,
+        "example": {
+            **{"query": found[query]["query"], "passage": firsts[query], "negative": negative},
+            **{"passage_score": own, "negative_score": own + nearest},
+            "origin": next(islice(iterate_texts(rows, "train"), picked[query], None))[0],
+        }
+        if nearest >= float(lower(own_R[query])) - own
+        else None,
+    }
+
+
+def lower(scores: torch.Tensor, below: float = NEAR) -> torch.Tensor:
+    """Return scores lowered to a share of them; also if they are negative."""
+    return scores - scores.abs() * (1 - below)
+
+
+def count_near(scores: torch.Tensor, own: torch.Tensor, counted: torch.Tensor) -> dict[str, int]:
+    """Count the pairs that score like the query's own passage or higher."""
+    near, nearer = counted & (scores >= lower(own)), counted & (scores > own)
+    return {"pairs": int(counted.sum()), "near": int(near.sum()), "nearer": int(nearer.sum())}
