@@ -1,0 +1,95 @@
+"""What all adapters share: read jobs, catch errors, write results. Standard library only, as each tool has its own environment."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+Job = dict[str, Any]
+Configuration = dict[str, Any]
+
+
+class NotOffered(Exception):
+    """The tool documents no way to do this; the message says what is missing."""
+
+
+def serve(
+    package: str,
+    configure: Callable[[Job], Configuration],
+    train: Callable[[Job, Configuration], Mapping[str, Any]],
+    documented: Mapping[str, str] | None = None,
+    torchrun: bool = True,
+) -> None:
+    """Do the jobs of the file named on the command line: `python tools/NAME.py jobs.json`.
+
+    Args:
+        package: the distribution whose version is reported.
+        configure: returns the tool's own settings for a job. `job["column"]` is `default` or `documented`.
+        train: trains, and returns `{"model": folder}` and whatever the job asks for.
+        documented: names of outcomes (`case.wrong`) that the tool documents as its choice -> the page that says so.
+        torchrun: start several processes of this file by torchrun for a job with `processes`; or `train` does it.
+    """
+    for job in json.loads(Path(sys.argv[1]).read_text()):
+        out = Path(job["out"])
+        if torchrun and job["processes"] > 1 and "RANK" not in os.environ:
+            (out / "job.json").write_text(json.dumps([job]))
+            start = [sys.executable, "-P", "-m", "torch.distributed.run", "--standalone"]
+            with logged(out / "log.txt"):
+                subprocess.run([*start, f"--nproc_per_node={job['processes']}", sys.argv[0], out / "job.json"])
+            continue
+        result: dict[str, Any] = {"status": "done", "message": "", "version": version(package)}
+        with logged(out / "log.txt"):
+            try:
+                result["configuration"] = configure(job)
+                if job["column"] == "documented" and result["configuration"] == configure({**job, "column": "default"}):
+                    result["status"] = "same"
+                else:
+                    result.update(train(job, result["configuration"]))
+            except NotOffered as missing:
+                result.update(status="not offered", message=str(missing))
+            except (Exception, SystemExit) as error:  # the runner reads the reason
+                traceback.print_exc()
+                result.update(status="error", message=f"{type(error).__name__}: {error}"[:2000])
+        if os.environ.get("RANK", "0") == "0":
+            result["documented"] = dict(documented or {})
+            (out / "result.json").write_text(json.dumps(result, default=str, indent=1))
+
+
+def command(*arguments: object, **environment: str) -> None:
+    """Run a command of the tool; raise its last lines if it fails."""
+    done = subprocess.run(
+        [str(argument) for argument in arguments],
+        env={**os.environ, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    print(done.stdout)
+    if done.returncode:
+        raise RuntimeError(f"exit code {done.returncode}\n{done.stdout[-1500:]}")
+
+
+@contextmanager
+def logged(path: Path) -> Iterator[None]:
+    """Write everything that this process and its children print into a file."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    kept = os.dup(1), os.dup(2)
+    with path.open("ab") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os.dup2(kept[0], 1)
+        os.dup2(kept[1], 2)

@@ -1,0 +1,53 @@
+"""llmtune: one recipe per job, trained by `llmtune.run`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from conformance.adapter import Configuration, Job, NotOffered, serve
+
+import llmtune
+
+TASKS = {
+    "messages": "chat",
+    "prompt_completion": "chat",
+    "text": "completion",
+    "seq2seq": "translate",
+    "preference": "preference",
+    "classify": "classify",
+    "pairs": "embed",
+}
+
+
+def configure(job: Job) -> Configuration:
+    """Return the recipe. Its defaults learn the answers only, so both columns are the same."""
+    if job["kind"] not in TASKS:
+        raise NotOffered(f"no task for {job['kind']}")
+    data = {"train": job["rows"], "validation": 0, "test": 0, "max_length": job["max_length"]}
+    data |= {"packing": job["packing"], "deduplicate": "none", "on_overlong": job["extra"].get("overlong", "error")}
+    if job["kind"] in ("messages", "prompt_completion") and job["train_on"] != "assistant":
+        data["train_on"] = job["train_on"]
+    adapter: dict[str, Any] = {"method": job["method"]}
+    if job["method"] == "lora":
+        adapter |= {"r": 4, "lora_alpha": 8, **job["extra"].get("lora", {})}
+    train = {name: job[name] for name in ("learning_rate", "optim", "batch_size", "save_steps") if job[name]}
+    train |= {"max_steps": job["steps"], "lr_scheduler_type": job["schedule"], "warmup_steps": 0, "max_grad_norm": 0}
+    task = TASKS[job["kind"]]
+    recipe = {"recipe_version": 1, "task": task, "seed": job["seed"], "data": data, "adapter": adapter, "train": train}
+    return recipe | {"model": {"name": job["model"], "dtype": "float32"}}
+
+
+def train(job: Job, recipe: Configuration) -> dict[str, Any]:
+    folder = Path(job["out"])
+    (folder / "recipe.yaml").write_text(json.dumps(recipe))  # JSON is YAML
+    run = folder / "run"
+    llmtune.run(
+        folder / "recipe.yaml", out=run, until="train", processes=job["processes"], threads=1, offline=True, quiet=False
+    )
+    return {"model": run / ("weights" if job["method"] == "full" else "adapter")}
+
+
+if __name__ == "__main__":
+    serve("llmtune-cli", configure, train, torchrun=False)
