@@ -41,7 +41,7 @@ def serve(
         out = Path(job["out"])
         if torchrun and job["processes"] > 1 and "RANK" not in os.environ:
             (out / "job.json").write_text(json.dumps([job]))
-            start = [sys.executable, "-P", "-m", "torch.distributed.run", "--standalone"]
+            start = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
             with logged(out / "log.txt"):
                 subprocess.run([*start, f"--nproc_per_node={job['processes']}", sys.argv[0], out / "job.json"])
             continue

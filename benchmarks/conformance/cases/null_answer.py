@@ -14,7 +14,7 @@ CASE = Case(
     threads=["https://github.com/huggingface/transformers/pull/45422", "https://github.com/PrimeIntellect-ai/renderers/pull/131"],
     rows=[row(*GOOD), EMPTY],
     settings={"model": "llama3", "batch_size": 2},
-    reason=r"null|none(type)?\b|no (assistant )?(answer|content)|empty|missing content|no content",
+    reason=r"(content|answer|message)\w*.{0,40}(null|none|empty|missing)|(null|none|empty|missing|no) .{0,20}(content|answer|message)",
     right=learns(llama, [GOOD], ALL, "the other row only: {}"),
     wrong={
         **learns(llama, [GOOD, [ASKED, ("assistant", "None")]], ALL, "the word None: {}"),
