@@ -93,3 +93,27 @@ def logged(path: Path) -> Iterator[None]:
         sys.stderr.flush()
         os.dup2(kept[0], 1)
         os.dup2(kept[1], 2)
+
+
+def isolated(run: Callable[[], object]) -> None:
+    """Run in a child process with everything that is imported by now: what a tool patches must not reach the next job."""
+    read, write = os.pipe()
+    child = os.fork()
+    if not child:
+        message = b""
+        try:
+            run()
+        except (Exception, SystemExit) as error:  # the parent raises it
+            if not (isinstance(error, SystemExit) and not error.code):
+                traceback.print_exc()
+                message = f"{type(error).__name__}: {error}".encode()[:4000] or b"error"
+        os.write(write, message)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
+    os.close(write)
+    with os.fdopen(read, "rb") as pipe:
+        message = pipe.read()
+    _, status = os.waitpid(child, 0)
+    if message or status:
+        raise RuntimeError(message.decode() or f"the process ended with status {status}")
