@@ -131,9 +131,9 @@ def compare_gradients(case: Case, reference: Reference, results: Mapping[str, Re
     worst = Finding("right", "", 0.0)
     for name, result in results.items():
         assert result.model is not None, "a job that is done has a model"
-        step = reference.step_taken(result.model, result.job["learning_rate"])
-        right = {learned: distance(step, gradient(reference)) for learned, gradient in case.right.items()}
-        wrong = {learned: distance(step, gradient(reference)) for learned, gradient in case.wrong.items()}
+        step, project = reference.step_taken(result.model, result.job["learning_rate"])
+        right = {learned: distance(step, project(gradient(reference))) for learned, gradient in case.right.items()}
+        wrong = {learned: distance(step, project(gradient(reference))) for learned, gradient in case.wrong.items()}
         nearest = min(right, key=right.__getitem__)
         if right[nearest] < TOLERANCE:
             if worst.verdict == "right" and right[nearest] >= (worst.distance or 0.0):

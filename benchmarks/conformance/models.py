@@ -34,7 +34,10 @@ SHAPE: dict[str, Any] = {
 
 
 def build_model(family: str, folder: Path, seed: int = 0) -> Path:
-    """Save a model and its tokenizer in `folder`: qwen2.5, qwen3, llama3 or t5."""
+    """Save a model and its tokenizer in `folder`: qwen2.5, qwen3, llama3 or t5.
+
+    `llama3-unpadded` has no pad token, as the real one; `qwen2.5-overflowing` has a norm that overflows float32.
+    """
     torch.manual_seed(seed)
     if family == "t5":
         tokenizer = train_tokenizer(["<pad>", "</s>"], [], eos="</s>", pad="<pad>")
@@ -42,17 +45,19 @@ def build_model(family: str, folder: Path, seed: int = 0) -> Path:
         shape = {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4, "dropout_rate": 0.0}
         ids = {"decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 1}
         model = T5ForConditionalGeneration(T5Config(vocab_size=len(tokenizer), **shape, **ids))
-    elif family == "llama3":
-        tokenizer = train_tokenizer(LLAMA, [], bos=LLAMA[0], eos="<|eot_id|>", pad="<|end_of_text|>")
+    elif family.startswith("llama3"):
+        pad = None if family.endswith("-unpadded") else "<|end_of_text|>"
+        tokenizer = train_tokenizer(LLAMA, [], bos=LLAMA[0], eos="<|eot_id|>", pad=pad)
         tokenizer.backend_tokenizer.post_processor = starts_with(tokenizer, LLAMA[0])
         tokenizer.chat_template = read_template("llama3")
         model = AutoModelForCausalLM.from_config(LlamaConfig(**SHAPE, **ids_of(tokenizer)))
     else:
-        config = {"qwen2.5": Qwen2Config, "qwen3": Qwen3Config}[family]
-        added = CALLS if family == "qwen2.5" else THOUGHTS
+        config, added = (Qwen3Config, THOUGHTS) if family == "qwen3" else (Qwen2Config, CALLS)
         tokenizer = train_tokenizer(CHATML, added, eos="<|im_end|>", pad="<|endoftext|>")
-        tokenizer.chat_template = read_template(family.replace(".", "_"))
+        tokenizer.chat_template = read_template("qwen3" if family == "qwen3" else "qwen2_5")
         model = AutoModelForCausalLM.from_config(config(**SHAPE, **ids_of(tokenizer), tie_word_embeddings=True))
+        if family.endswith("-overflowing"):
+            torch.nn.init.constant_(model.model.norm.weight, 3e38)
     model.float().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     settings = folder / "tokenizer_config.json"  # this class is known to every version of transformers
@@ -60,7 +65,7 @@ def build_model(family: str, folder: Path, seed: int = 0) -> Path:
     return folder
 
 
-def train_tokenizer(special: list[str], added: list[str], eos: str, pad: str, bos: str | None = None) -> Any:
+def train_tokenizer(special: list[str], added: list[str], eos: str, pad: str | None, bos: str | None = None) -> Any:
     """Train a byte-level BPE of about 500 tokens; it can encode any text."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

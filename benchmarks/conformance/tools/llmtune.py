@@ -33,6 +33,7 @@ def configure(job: Job) -> Configuration:
     if job["method"] == "lora":
         adapter |= {"r": 4, "lora_alpha": 8, **job["extra"].get("lora", {})}
     train = {name: job[name] for name in ("learning_rate", "optim", "batch_size", "save_steps") if job[name]}
+    train |= {"gradient_checkpointing": True} if job["extra"].get("gradient_checkpointing") else {}
     train |= {"max_steps": job["steps"], "lr_scheduler_type": job["schedule"], "warmup_steps": 0, "max_grad_norm": 0}
     task = TASKS[job["kind"]]
     recipe = {"recipe_version": 1, "task": task, "seed": job["seed"], "data": data, "adapter": adapter, "train": train}

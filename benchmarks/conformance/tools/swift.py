@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from conformance.adapter import Configuration, Job, NotOffered, isolated, serve
-from swift import pt_main, rlhf_main, sft_main
+from swift import rlhf_main, sft_main
+from swift.pipelines import pretrain_main as pt_main
 
 COMMANDS = {"messages": sft_main, "prompt_completion": sft_main, "text": pt_main, "preference": rlhf_main}
 COMMANDS |= {"classify": sft_main, "pairs": sft_main}

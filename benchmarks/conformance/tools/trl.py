@@ -29,9 +29,9 @@ def configure(job: Job) -> Configuration:
         settings["packing"] = True
     if job["column"] == "documented" and job["kind"] == "messages" and job["train_on"] == "assistant":
         settings["assistant_only_loss"] = True
-    if job["train_on"] == "last":
-        raise NotOffered("no setting for the last answer; rows of prompt and completion do it")
-    return settings | job["extra"].get("trl", {})
+    if job["extra"].get("gradient_checkpointing"):
+        settings["gradient_checkpointing"] = True
+    return settings
 
 
 def train(job: Job, settings: Configuration) -> dict[str, Any]:
@@ -51,7 +51,7 @@ def train(job: Job, settings: Configuration) -> dict[str, Any]:
 
 
 def find_checkpoint(job: Job) -> str | None:
-    return str(max(Path(job["resume_from"]).glob("checkpoint-*"))) if job["resume_from"] else None
+    return str(Path(job["resume_from"]) / f"checkpoint-{job['save_steps']}") if job["resume_from"] else None
 
 
 if __name__ == "__main__":
