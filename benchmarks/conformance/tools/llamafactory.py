@@ -9,7 +9,8 @@ from importlib.util import module_from_spec
 from pathlib import Path
 from typing import Any
 
-from conformance.adapter import Configuration, Job, NotOffered, isolated, serve
+from conformance.adapter import Configuration, Job, NotOffered, evaluation, isolated, read_losses, rewrite, serve
+from conformance.formats import SHAREGPT, as_sharegpt
 
 try:
     import torchaudio  # noqa: F401
@@ -19,52 +20,56 @@ from llamafactory.cli import main
 
 STAGES = {"messages": "sft", "prompt_completion": "sft", "text": "pt", "preference": "dpo"}
 TEMPLATES = {"qwen2.5": "qwen", "qwen3": "qwen3", "llama3": "llama3"}
-TAGS = {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"}
-TAGS |= {"observation_tag": "tool", "function_tag": "function_call", "system_tag": "system"}
-LORA = {"r": "lora_rank", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout", "target_modules": "lora_target"}
-LORA |= {"modules_to_save": "additional_target", "use_rslora": "use_rslora", "use_dora": "use_dora"}
+LORA = {"r": "lora_rank", "target_modules": "lora_target", "modules_to_save": "additional_target"}
 
 
 def configure(job: Job) -> Configuration:
     """Return the configuration file. The documentation names a template for each family of models."""
     if job["kind"] not in STAGES:
         raise NotOffered(f"no stage for {job['kind']}")
-    settings = {name: job[name] for name in ("learning_rate", "optim", "seed")} | job["extra"].get("llamafactory", {})
-    settings |= {"stage": STAGES[job["kind"]], "do_train": True, "finetuning_type": job["method"], "report_to": "none"}
-    settings |= {"max_steps": job["steps"], "lr_scheduler_type": job["schedule"], "max_grad_norm": 0.0}
-    micro = job["micro_batch_size"]
-    settings |= {"per_device_train_batch_size": micro, "cutoff_len": job["max_length"]}
+    micro, extra = job["micro_batch_size"], job["extra"]
+    settings = {name: job[name] for name in ("learning_rate", "optim", "seed")} | evaluation(job)
+    settings |= {"stage": STAGES[job["kind"]], "do_train": True, "report_to": "none", "max_steps": job["steps"]}
+    settings |= {"lr_scheduler_type": job["schedule"], "max_grad_norm": 0.0, "cutoff_len": job["max_length"]}
+    settings |= {"per_device_train_batch_size": micro, "finetuning_type": job["method"].removeprefix("q")}
     settings |= {"gradient_accumulation_steps": job["batch_size"] // micro // job["processes"]}
+    settings |= {"save_steps": job["save_steps"] or job["steps"], "overwrite_cache": True}
+    settings |= {"quantization_bit": 4} if job["method"] == "qlora" else {}
     family = next((name for name in TEMPLATES if Path(job["model"]).name.startswith(name)), None)
-    if job["column"] == "documented" and family:
-        settings["template"] = TEMPLATES[family]
+    settings |= {"template": TEMPLATES[family]} if job["column"] == "documented" and family else {}
     settings |= {"mask_history": True} if job["train_on"] == "last" else {}
     settings |= {"train_on_prompt": True} if job["train_on"] == "all" and settings["stage"] == "sft" else {}
-    if job["packing"]:
-        settings |= {"packing": True} | ({"neat_packing": True} if job["column"] == "documented" else {})
-    if job["method"] == "lora":
-        given = {"r": 4, "lora_alpha": 8, "target_modules": "all", **job["extra"].get("lora", {})}
-        settings |= {LORA[k]: ",".join(v) if isinstance(v, list) else v for k, v in given.items()}
-    return settings | {"save_steps": job["save_steps"] or 1000}
+    settings |= {"packing": True} if job["packing"] else {}
+    settings |= {"neat_packing": True} if job["packing"] and job["column"] == "documented" else {}
+    settings |= {"val_size": extra["validation"]} if "validation" in extra else {}
+    settings |= {"enable_thinking": extra["thinking"]} if "thinking" in extra else {}
+    settings |= {"add_tokens": ",".join(extra["add_tokens"]), "resize_vocab": True} if "add_tokens" in extra else {}
+    lora = {"r": 4, "lora_alpha": 8, "target_modules": "all", **extra.get("lora", {})}
+    lora = lora if "lora" in job["method"] else {}
+    return settings | {LORA.get(k, k): ",".join(v) if isinstance(v, list) else v for k, v in lora.items()}
 
 
 def train(job: Job, settings: Configuration) -> dict[str, Any]:
-    out = Path(job["out"])
-    columns = {"messages": {"messages": "messages"}, "text": {"prompt": "text"}}
-    columns["prompt_completion"] = {"prompt": "prompt", "response": "completion"}
-    columns["preference"] = {"prompt": "prompt", "chosen": "chosen", "rejected": "rejected"}
-    entry: dict[str, Any] = {"file_name": job["rows"], "columns": columns[job["kind"]]}
-    entry |= {"formatting": "sharegpt", "tags": TAGS} if job["kind"] == "messages" else {}
-    entry |= {"ranking": True} if job["kind"] == "preference" else {}
-    if '"tools"' in Path(job["rows"]).read_bytes().decode(errors="ignore"):
-        entry["columns"]["tools"] = "tools"
-    (out / "dataset_info.json").write_text(json.dumps({"rows": entry}))
-    settings = settings | {"model_name_or_path": job["model"], "dataset": "rows", "dataset_dir": str(out), "use_cpu": True}
-    settings |= {"output_dir": str(out / "model"), "overwrite_output_dir": True, "resume_from_checkpoint": job["resume_from"]}
-    (out / "train.yaml").write_text(json.dumps({k: v for k, v in settings.items() if v is not None}))  # JSON is YAML
-    sys.argv = ["llamafactory-cli", "train", str(out / "train.yaml")]
+    out, model = Path(job["out"]), f"{job['out']}/model"
+    rewrite(job, as_sharegpt)
+    columns = SHAREGPT[job["kind"]]
+    files = {"rows": job["rows"], "test": job["test_rows"]}
+    (out / "dataset_info.json").write_text(json.dumps({k: columns | {"file_name": v} for k, v in files.items() if v}))
+    settings = settings | {"model_name_or_path": job["model"], "dataset": "rows", "dataset_dir": str(out)}
+    settings |= {"eval_dataset": "test"} if "losses" in job["ask"] and "val_size" not in settings else {}
+    checkpoint = f"{job['resume_from']}/model/checkpoint-{job['save_steps']}"
+    settings |= {"resume_from_checkpoint": checkpoint} if job["resume_from"] else {}
+    run("train", out, settings | {"output_dir": model, "overwrite_output_dir": True, "use_cpu": True})
+    if "merged" in job["ask"]:
+        kept = {name: settings[name] for name in ("model_name_or_path", "template") if name in settings}
+        run("export", out, kept | {"adapter_name_or_path": model, "export_dir": f"{out}/merged"})
+    return {"model": model, "merged": f"{out}/merged", **read_losses(Path(model))}
+
+
+def run(command: str, folder: Path, settings: Configuration) -> None:
+    (folder / f"{command}.yaml").write_text(json.dumps(settings))  # JSON is YAML
+    sys.argv = ["llamafactory-cli", command, str(folder / f"{command}.yaml")]
     isolated(main)
-    return {"model": out / "model"}
 
 
 if __name__ == "__main__":

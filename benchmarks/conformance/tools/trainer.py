@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from conformance.adapter import Configuration, Job, NotOffered, serve
+from conformance.adapter import Configuration, Job, NotOffered, evaluation, read_losses, serve
 from datasets import load_dataset
 from peft import LoraConfig, get_peft_model
 from transformers import (
@@ -32,6 +32,9 @@ def configure(job: Job) -> Configuration:
     settings |= {"per_device_train_batch_size": job["micro_batch_size"]}
     settings |= {"gradient_accumulation_steps": job["batch_size"] // job["micro_batch_size"] // job["processes"]}
     settings |= {"save_steps": job["save_steps"]} if job["save_steps"] else {"save_strategy": "no"}
+    settings |= evaluation(job)
+    if job["extra"].keys() & {"validation", "add_tokens", "thinking"} or job["method"] == "qlora":
+        raise NotOffered(f"no setting of the trainer for {', '.join(job['extra']) or job['method']}; a script does it")
     return settings | ({"gradient_checkpointing": True} if job["extra"].get("gradient_checkpointing") else {})
 
 
@@ -55,16 +58,21 @@ def train(job: Job, settings: Configuration) -> dict[str, Any]:
         model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **lora))
     rows = load_dataset("json" if job["file"] == "jsonl" else job["file"], data_files=job["rows"], split="train")
     collator = DataCollatorForSeq2Seq(tokenizer, model) if job["kind"] == "seq2seq" else None
+    tested = load_dataset("json", data_files=job["test_rows"], split="train") if "losses" in job["ask"] else None
     trainer = Trainer(
         model=model,
         args=TrainingArguments(output_dir=job["out"], **settings),
         train_dataset=rows.map(lambda row: encode(row, tokenizer, job), remove_columns=rows.column_names),
+        eval_dataset=tested and tested.map(lambda row: encode(row, tokenizer, job), remove_columns=rows.column_names),
         data_collator=collator or DataCollatorForLanguageModeling(tokenizer, mlm=False),
     )
     checkpoint = Path(job["resume_from"] or "") / f"checkpoint-{job['save_steps']}"
     trainer.train(resume_from_checkpoint=str(checkpoint) if job["resume_from"] else None)
     trainer.save_model(str(Path(job["out"]) / "model"))
-    return {"model": Path(job["out"]) / "model"}
+    tokenizer.save_pretrained(str(Path(job["out"]) / "model"))
+    if "merged" in job["ask"]:
+        model.merge_and_unload().save_pretrained(f"{job['out']}/merged")
+    return {"model": Path(job["out"]) / "model", "merged": f"{job['out']}/merged", **read_losses(Path(job["out"]))}
 
 
 if __name__ == "__main__":
