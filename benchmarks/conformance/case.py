@@ -132,6 +132,7 @@ def compare_gradients(case: Case, reference: Reference, results: Mapping[str, Re
     for name, result in results.items():
         assert result.model is not None, "a job that is done has a model"
         step, project = reference.step_taken(result.model, result.job["learning_rate"])
+        step = {name: change for name, change in step.items() if not name.startswith(tuple(result.found.get("frozen", ())))}
         right = {learned: distance(step, project(gradient(reference))) for learned, gradient in case.right.items()}
         wrong = {learned: distance(step, project(gradient(reference))) for learned, gradient in case.wrong.items()}
         nearest = min(right, key=right.__getitem__)

@@ -8,18 +8,19 @@ from pathlib import Path
 from typing import Any
 
 from conformance.adapter import Configuration, Job, NotOffered, evaluation, isolated, read_losses, rewrite, serve
-from conformance.formats import one_answer
+from conformance.formats import as_conversation, as_messages, one_answer, with_last_marked
 
 os.environ["AXOLOTL_DO_NOT_TRACK"] = "1"
-import axolotl.core.builders  # imported once, before the processes of the jobs
+import axolotl.cli.config  # imported once, before the processes of the jobs
+import axolotl.common.datasets
+import axolotl.core.builders
+import axolotl.core.trainers
 import axolotl.train  # noqa: F401
 from axolotl.cli.merge_lora import do_cli as merge_lora
 from axolotl.cli.train import do_cli
 
-CUSTOM = {"field_instruction": "prompt", "field_output": "completion", "format": "{instruction}"}
 KINDS: dict[str, dict[str, Any]] = {
     "messages": {"type": "chat_template", "field_messages": "messages"},
-    "prompt_completion": {"type": CUSTOM | {"no_input_format": "{instruction}"}},
     "text": {"type": "completion", "field": "text"},
     "preference": {"type": "chat_template.default", "field_messages": "prompt"},
 }
@@ -28,8 +29,9 @@ LORA = {"r": "lora_r", "modules_to_save": "lora_modules_to_save", "target_module
 
 def configure(job: Job) -> Configuration:
     """Return the configuration file."""
-    if job["kind"] not in KINDS or job["train_on"] == "last":
-        raise NotOffered(f"no setting for {job['kind']}, {job['train_on']}")
+    job = as_conversation(job)
+    if job["kind"] not in KINDS or job["ask"].keys() & {"gguf", "answers"}:
+        raise NotOffered(f"no setting for {job['kind']}, {job['train_on']}, {', '.join(job['ask'])}")
     micro, extra = job["micro_batch_size"], job["extra"]
     settings = {name: job[name] for name in ("learning_rate", "seed", "save_steps") if job[name]} | evaluation(job)
     settings.pop("per_device_eval_batch_size", None)
@@ -37,7 +39,9 @@ def configure(job: Job) -> Configuration:
     settings |= {"optimizer": job["optim"], "lr_scheduler": job["schedule"], "max_steps": job["steps"]}
     settings |= {"num_epochs": 99, "micro_batch_size": micro, "sequence_len": job["max_length"], "max_grad_norm": 0.0}
     settings["gradient_accumulation_steps"] = job["batch_size"] // micro // job["processes"]
-    settings |= {"warmup_steps": 0, "weight_decay": 0.0, "bf16": False, "datasets": [KINDS[job["kind"]]]}
+    settings |= {"warmup_steps": 0, "weight_decay": 0.0, "bf16": False}
+    marked = {"message_field_training": "train"} if job["train_on"] == "last" else {}
+    settings |= {"datasets": [KINDS[job["kind"]] | marked]}
     settings |= {"train_on_inputs": True} if job["train_on"] == "all" and job["kind"] != "text" else {}
     settings |= {"rl": "dpo"} if job["kind"] == "preference" else {}
     settings |= {"sample_packing": True} if job["packing"] else {}
@@ -54,7 +58,8 @@ def configure(job: Job) -> Configuration:
 
 def train(job: Job, settings: Configuration) -> dict[str, Any]:
     out, model = Path(job["out"]), f"{job['out']}/model"
-    rewrite(job, one_answer)
+    last = "message_field_training" in settings["datasets"][0]
+    rewrite(job, with_last_marked if last else lambda row: one_answer(as_messages(row)))
     form = settings["datasets"][0] | {"ds_type": "json" if job["file"] == "jsonl" else job["file"]}
     places = {"base_model": job["model"], "output_dir": model, "dataset_prepared_path": f"{out}/prepared"}
     places |= {"dataset_num_proc": 1, "datasets": [form | {"path": job["rows"]}]}

@@ -10,23 +10,25 @@ from pathlib import Path
 from typing import Any
 
 from conformance.adapter import Configuration, Job, NotOffered, evaluation, isolated, read_losses, rewrite, serve
-from conformance.formats import SHAREGPT, as_sharegpt
+from conformance.formats import SHAREGPT, as_conversation, as_sharegpt
 
 try:
     import torchaudio  # noqa: F401
 except (ImportError, OSError):  # it is built for CUDA; LLaMA-Factory uses it for recordings only
     sys.modules["torchaudio"] = module_from_spec(ModuleSpec("torchaudio", None))
+import llamafactory.train.tuner  # noqa: F401  # imported once, before the processes of the jobs
 from llamafactory.cli import main
 
-STAGES = {"messages": "sft", "prompt_completion": "sft", "text": "pt", "preference": "dpo"}
+STAGES = {"messages": "sft", "text": "pt", "preference": "dpo"}
 TEMPLATES = {"qwen2.5": "qwen", "qwen3": "qwen3", "llama3": "llama3"}
 LORA = {"r": "lora_rank", "target_modules": "lora_target", "modules_to_save": "additional_target"}
 
 
 def configure(job: Job) -> Configuration:
     """Return the configuration file. The documentation names a template for each family of models."""
-    if job["kind"] not in STAGES:
-        raise NotOffered(f"no stage for {job['kind']}")
+    job = as_conversation(job)
+    if job["kind"] not in STAGES or job["ask"].keys() & {"gguf"}:
+        raise NotOffered(f"no stage for {job['kind']}, or no export to {', '.join(job['ask'])}")
     micro, extra = job["micro_batch_size"], job["extra"]
     settings = {name: job[name] for name in ("learning_rate", "optim", "seed")} | evaluation(job)
     settings |= {"stage": STAGES[job["kind"]], "do_train": True, "report_to": "none", "max_steps": job["steps"]}
@@ -52,7 +54,7 @@ def configure(job: Job) -> Configuration:
 def train(job: Job, settings: Configuration) -> dict[str, Any]:
     out, model = Path(job["out"]), f"{job['out']}/model"
     rewrite(job, as_sharegpt)
-    columns = SHAREGPT[job["kind"]]
+    columns = SHAREGPT[as_conversation(job)["kind"]]
     files = {"rows": job["rows"], "test": job["test_rows"]}
     (out / "dataset_info.json").write_text(json.dumps({k: columns | {"file_name": v} for k, v in files.items() if v}))
     settings = settings | {"model_name_or_path": job["model"], "dataset": "rows", "dataset_dir": str(out)}
@@ -63,7 +65,15 @@ def train(job: Job, settings: Configuration) -> dict[str, Any]:
     if "merged" in job["ask"]:
         kept = {name: settings[name] for name in ("model_name_or_path", "template") if name in settings}
         run("export", out, kept | {"adapter_name_or_path": model, "export_dir": f"{out}/merged"})
-    return {"model": model, "merged": f"{out}/merged", **read_losses(Path(model))}
+    found = {"model": model, "merged": f"{out}/merged", **read_losses(Path(model))}
+    if "answers" in job["ask"]:
+        kept = {name: settings[name] for name in ("stage", "finetuning_type", "template", "dataset_dir") if name in settings}
+        kept |= {"model_name_or_path": model, "eval_dataset": "test", "do_predict": True, "predict_with_generate": True}
+        kept |= {"per_device_eval_batch_size": 4, "max_new_tokens": job["ask"]["answers"], "do_sample": False}
+        run("train", out, kept | {"output_dir": f"{out}/answers", "use_cpu": True})
+        lines = (out / "answers" / "generated_predictions.jsonl").read_text().splitlines()
+        found["answers"] = [json.loads(line)["predict"] for line in lines]
+    return found
 
 
 def run(command: str, folder: Path, settings: Configuration) -> None:

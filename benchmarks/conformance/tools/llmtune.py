@@ -44,7 +44,8 @@ def configure(job: Job) -> Configuration:
     model |= {"add_tokens": job["extra"]["add_tokens"]} if "add_tokens" in job["extra"] else {}
     model |= {"chat_template_kwargs": {"enable_thinking": False}} if "thinking" in job["extra"] else {}
     recipe = {"recipe_version": 1, "task": task, "seed": job["seed"], "data": data, "adapter": adapter, "train": train}
-    recipe |= {"deploy": ["merged"]} if "merged" in job["ask"] else {}
+    recipe |= {"deploy": products} if (products := [name for name in ("merged", "gguf") if name in job["ask"]]) else {}
+    recipe |= {"generation": {"max_new_tokens": job["ask"]["answers"]}} if "answers" in job["ask"] else {}
     return recipe | {"model": model}
 
 
@@ -52,10 +53,13 @@ def train(job: Job, recipe: Configuration) -> dict[str, Any]:
     folder = Path(job["out"])
     (folder / "recipe.yaml").write_text(json.dumps(recipe))  # JSON is YAML
     run = folder / "run"
-    until: Any = "run" if "merged" in job["ask"] else "evaluate" if "losses" in job["ask"] else "train"
+    until: Any = "run" if "deploy" in recipe else "evaluate" if job["ask"] else "train"
     started = {"until": until, "processes": job["processes"], "threads": 1, "offline": True, "quiet": False}
     llmtune.run(folder / "recipe.yaml", out=run, **started)
-    found: dict[str, Any] = {"merged": run / "merged"}
+    found: dict[str, Any] = {"merged": run / "merged", "gguf": next(run.glob("gguf/*.gguf"), None)}
+    if "answers" in job["ask"]:
+        lines = (run / "evaluation" / "predictions.jsonl").read_text().splitlines()
+        found["answers"] = [json.loads(line)["tuned"] for line in lines]
     if "losses" in job["ask"]:
         scores = json.loads((run / "report.json").read_text())["evaluation"]
         found["losses"] = [scores[side]["loss"] for side in ("base", "tuned")]

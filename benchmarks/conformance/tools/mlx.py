@@ -8,15 +8,21 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from conformance.adapter import Configuration, Job, NotOffered, isolated, serve
+from conformance.adapter import Configuration, Job, NotOffered, isolated, rewrite, serve
+from conformance.formats import as_conversation, as_messages
 from mlx_lm import fuse, lora
 
-FORMATS = ("messages", "prompt_completion", "text")
+FORMATS = ("messages", "text")
+FROZEN = ["model.embed_tokens", "model.norm", "lm_head"]
+FULL = "https://github.com/ml-explore/mlx-lm/blob/main/mlx_lm/LORA.md#fine-tune"
+"""`full` trains the last `num_layers` layers, and nothing else."""
+MASK = "https://github.com/ml-explore/mlx-lm/blob/main/mlx_lm/LORA.md#prompt-masking"
 
 
 def configure(job: Job) -> Configuration:
     """Return the configuration file. Tools for masks and packing: `mask_prompt` only."""
-    if job["kind"] not in FORMATS or job["file"] != "jsonl":
+    job = as_conversation(job)
+    if job["kind"] not in FORMATS or job["ask"] or job["file"] != "jsonl":
         raise NotOffered(f"no format for {job['kind']} in {job['file']}")
     if job["packing"] or job["processes"] > 1 or job["method"] == "qlora" or job["resume_from"]:
         raise NotOffered("no packing, no processes without MPI, no 4-bit base without `mlx_lm.convert`, no optimiser state")
@@ -39,6 +45,7 @@ def configure(job: Job) -> Configuration:
 
 def train(job: Job, settings: Configuration) -> dict[str, Any]:
     out = Path(job["out"])
+    rewrite(job, as_messages)
     (out / "data").mkdir()
     for name in ("train", "valid"):
         shutil.copy(job["test_rows"] or job["rows"] if name == "valid" else job["rows"], out / "data" / f"{name}.jsonl")
@@ -46,7 +53,7 @@ def train(job: Job, settings: Configuration) -> dict[str, Any]:
     (out / "config.yaml").write_text(json.dumps(settings | places))  # JSON is YAML
     call(lora.main, "mlx_lm.lora", "--config", f"{out}/config.yaml")
     call(fuse.main, "mlx_lm.fuse", "--model", job["model"], "--adapter-path", f"{out}/adapter", "--save-path", f"{out}/model")
-    return {"model": out / "model"}
+    return {"model": out / "model", "frozen": FROZEN if job["method"] == "full" else []}
 
 
 def call(main: Any, *words: str) -> None:
@@ -55,4 +62,4 @@ def call(main: Any, *words: str) -> None:
 
 
 if __name__ == "__main__":
-    serve("mlx-lm", configure, train)
+    serve("mlx-lm", configure, train, {"the embeddings are not trained": FULL, "the whole text": MASK})
