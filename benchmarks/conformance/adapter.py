@@ -93,3 +93,49 @@ def logged(path: Path) -> Iterator[None]:
         sys.stderr.flush()
         os.dup2(kept[0], 1)
         os.dup2(kept[1], 2)
+
+
+def isolated(run: Callable[[], object]) -> None:
+    """Run in a child process with everything that is imported by now: what a tool patches must not reach the next job."""
+    read, write = os.pipe()
+    child = os.fork()
+    if not child:
+        message = b""
+        try:
+            run()
+        except (Exception, SystemExit) as error:  # the parent raises it
+            if not (isinstance(error, SystemExit) and not error.code):
+                traceback.print_exc()
+                message = f"{type(error).__name__}: {error}".encode()[:4000] or b"error"
+        os.write(write, message)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
+    os.close(write)
+    with os.fdopen(read, "rb") as pipe:
+        message = pipe.read()
+    _, status = os.waitpid(child, 0)
+    if message or status:
+        raise RuntimeError(message.decode() or f"the process ended with status {status}")
+
+
+def rewrite(job: Job, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """Replace the rows of a job by those that its tool documents: `change` gets a row and returns it in that format."""
+    for path in (Path(job[name]) for name in ("rows", "test_rows") if job[name] and job["file"] == "jsonl"):
+        rows = [change(json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def evaluation(job: Job) -> Configuration:
+    """Return the arguments of transformers' Trainer that evaluate before the first step and after the last."""
+    if "losses" not in job["ask"]:
+        return {}
+    settings = {"eval_strategy": "steps", "eval_steps": job["steps"], "eval_on_start": True}
+    return settings | {"per_device_eval_batch_size": job["micro_batch_size"], "save_steps": job["steps"]}
+
+
+def read_losses(folder: Path) -> dict[str, Any]:
+    """Return all evaluation losses that transformers' Trainer wrote into its newest checkpoint, if any."""
+    states = sorted(folder.rglob("trainer_state.json"), key=lambda path: path.stat().st_mtime)
+    history = json.loads(states[-1].read_text())["log_history"] if states else []
+    return {"losses": [float(entry["eval_loss"]) for entry in history if "eval_loss" in entry]}

@@ -56,7 +56,9 @@ class Tool:
         if not done.exists() or done.read_text() != wanted:
             subprocess.run([self.python, "-m", "venv", "--clear", folder], check=True)
             links = ["--find-links", self.find_links] if self.find_links else []
-            subprocess.run([folder / "bin/python", "-m", "pip", "install", "--quiet", *links, *self.requires], check=True)
+            subprocess.run(
+                [folder / "bin/python", "-m", "pip", "install", "--quiet", *links, *self.requires], check=True
+            )
             done.write_text(wanted)
         return folder / "bin" / "python"
 

@@ -36,7 +36,7 @@ SHAPE: dict[str, Any] = {
 def build_model(family: str, folder: Path, seed: int = 0) -> Path:
     """Save a model and its tokenizer in `folder`: qwen2.5, qwen3, llama3 or t5.
 
-    `llama3-unpadded` has no pad token, as the real one; `qwen2.5-overflowing` has a norm that overflows float32.
+    `llama3-unpadded` has no pad token, as the real one; `qwen2.5-overflowing` has a norm that overflows float32, `qwen2.5-plain` no chat template.
     """
     torch.manual_seed(seed)
     if family == "t5":
@@ -58,6 +58,8 @@ def build_model(family: str, folder: Path, seed: int = 0) -> Path:
         model = AutoModelForCausalLM.from_config(config(**SHAPE, **ids_of(tokenizer), tie_word_embeddings=True))
         if family.endswith("-overflowing"):
             torch.nn.init.constant_(model.model.norm.weight, 3e38)
+        if family.endswith("-plain"):
+            tokenizer.chat_template = None
     model.float().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     settings = folder / "tokenizer_config.json"  # this class is known to every version of transformers
@@ -71,7 +73,10 @@ def train_tokenizer(special: list[str], added: list[str], eos: str, pad: str | N
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=512, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=512,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     backend.train_from_iterator(CORPUS, trainer)
     backend.add_tokens(added)

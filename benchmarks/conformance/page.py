@@ -160,7 +160,7 @@ def describe_case(name: str, case: Mapping[str, Any], tools: Mapping[str, Any]) 
     for tool, columns in case["findings"].items():
         for column, entry in columns.items():
             where = f" ({column})" if len(columns) > 1 else ""
-            far = f", distance {entry['distance']:.1e}" if "distance" in entry else ""
+            far = f", distance {entry['distance']:.1e}" if entry.get("distance") is not None else ""
             runs = f", {entry['runs']} runs" if "runs" in entry else ""
             did = first_line(entry["learned"])
             yield f"- {tools[tool]['title']}{where}: {strong(entry['verdict'])}{': ' + did if did else ''}{far}{runs}"

@@ -8,6 +8,7 @@ Findings are cached by the text of case, adapter and reference, and by the tool'
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import importlib
 import json
@@ -67,9 +68,14 @@ def run_tool(tool: Tool, cases: Mapping[str, Case], cache: Path, fresh: bool) ->
     except subprocess.CalledProcessError as error:
         why = f"does not install here: {(error.stderr or str(error)).strip()[-300:]}"
         for name in cases:
-            store(cache, tool, name, {"key": "", "version": "", "columns": {"default": {"verdict": "not run", "learned": why}}})
+            store(
+                cache,
+                tool,
+                name,
+                {"key": "", "version": "", "columns": {"default": {"verdict": "not run", "learned": why}}},
+            )
         return
-    keys = {name: make_key(tool, name, version) for name in cases}
+    keys = {name: make_key(tool, name, case, version) for name, case in cases.items()}
     stale = {name: case for name, case in cases.items() if fresh or read_key(cache, tool, name) != keys[name]}
     found: dict[str, dict[str, Any]] = {name: {} for name in stale}
     for column in COLUMNS:
@@ -77,7 +83,10 @@ def run_tool(tool: Tool, cases: Mapping[str, Case], cache: Path, fresh: bool) ->
         wrong = {name: stale[name] for name, entry in first.items() if entry["verdict"] == "silently wrong"}
         for name, again in judge_all(tool, wrong, column, cache).items():
             if (again["verdict"], again["learned"]) != (first[name]["verdict"], first[name]["learned"]):
-                first[name] = {"verdict": "not run", "learned": f"two runs differ: {first[name]['learned']}; {again['learned']}"}
+                first[name] = {
+                    "verdict": "not run",
+                    "learned": f"two runs differ: {first[name]['learned']}; {again['learned']}",
+                }
             first[name]["runs"] = 2
         for name, entry in first.items():
             found[name][column] = entry
@@ -90,7 +99,9 @@ def judge_all(tool: Tool, cases: Mapping[str, Case], column: str, cache: Path) -
     """Run all jobs of the cases and judge them; a case whose settings are those of the other column is left out."""
     folder = cache / "runs" / tool.name / column
     shutil.rmtree(folder, ignore_errors=True)
-    run_jobs(tool, [job for name, case in cases.items() for job in place_jobs(name, case, column, folder, cache)], folder)
+    run_jobs(
+        tool, [job for name, case in cases.items() for job in place_jobs(name, case, column, folder, cache)], folder
+    )
     found = {}
     for name, case in cases.items():
         results = read_results(case, folder / name)
@@ -110,7 +121,13 @@ def place_jobs(name: str, case: Case, column: str, folder: Path, cache: Path) ->
         out = folder / name / key
         out.mkdir(parents=True)
         rows = {kind: write_rows(out / f"{kind}.{job['file']}", job[kind]) for kind in ("rows", "test_rows")}
-        job |= {**rows, "name": f"{name}.{key}", "column": column, "out": str(out), "model": str(model_folder(job, cache))}
+        job |= {
+            **rows,
+            "name": f"{name}.{key}",
+            "column": column,
+            "out": str(out),
+            "model": str(model_folder(job, cache)),
+        }
         job["micro_batch_size"] = job["micro_batch_size"] or job["batch_size"]
         if job["resume_from"]:
             job["resume_from"] = str(folder / name / job["resume_from"])
@@ -145,7 +162,12 @@ def run_jobs(tool: Tool, jobs: list[Job], folder: Path) -> None:
         with log.open("wb") as file:
             command = [tool.interpreter(), tool.adapter, listed]
             process = subprocess.Popen(
-                command, env={**os.environ, **VARIABLES}, stdout=file, stderr=subprocess.STDOUT, cwd=folder, start_new_session=True
+                command,
+                env={**os.environ, **VARIABLES},
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                cwd=folder,
+                start_new_session=True,
             )
             try:
                 why = f"the process ended with exit code {process.wait(SECONDS)}"
@@ -181,9 +203,14 @@ def read_results(case: Case, folder: Path) -> dict[str, Result]:
 def judge_case(case: Case, results: Mapping[str, Result], cache: Path) -> Finding:
     first = next(iter(results.values())).job
     try:
-        return case.decide(Reference(model_folder(first, cache)), results)
+        return case.decide(open_reference(model_folder(first, cache)), results)
     except (KeyError, FileNotFoundError) as error:
         return Finding("stopped", f"the result cannot be read: {error}")
+
+
+@functools.cache
+def open_reference(folder: Path) -> Reference:
+    return Reference(folder)
 
 
 def hide_folders(text: str) -> str:
@@ -191,12 +218,12 @@ def hide_folders(text: str) -> str:
     return re.sub(r"(?<![\w:/.])(?:/[\w.+~@-]+)+/", "", text)
 
 
-def make_key(tool: Tool, name: str, version: str) -> str:
+def make_key(tool: Tool, name: str, case: Case, version: str) -> str:
     """Hash everything that a finding depends on."""
-    files = [HERE / "cases" / f"{name}.py", tool.adapter]
-    files += [HERE / f"{file}.py" for file in ("case", "reference", "models", "adapter", "conversations", "qwen_tools")]
-    text = b"\0".join([version.encode(), *(file.read_bytes() for file in files)])
-    return hashlib.sha256(text).hexdigest()[:16]
+    shared = [file for file in sorted(HERE.glob("*.py")) if file.stem not in ("run", "page", "environments")]
+    files = [HERE / "cases" / f"{name}.py", tool.adapter, *shared]
+    stated = json.dumps([version, case.make_jobs()]).encode()
+    return hashlib.sha256(b"\0".join([stated, *(file.read_bytes() for file in files)])).hexdigest()[:16]
 
 
 def stored_path(cache: Path, tool: Tool, name: str) -> Path:

@@ -17,7 +17,12 @@ CASE = Case(
     reason="arguments.*(string|text|object|JSON)",
     right=learns(qwen, [[*ASKED, ("assistant", written("get_weather", '{"city": "Paris"}'))]], ALL),
     wrong={
-        **learns(qwen, [[*ASKED, ("assistant", written("get_weather", '"{\\"city\\": \\"Paris\\"}"'))]], ALL, "a quoted string: {}"),
+        **learns(
+            qwen,
+            [[*ASKED, ("assistant", written("get_weather", '"{\\"city\\": \\"Paris\\"}"'))]],
+            ALL,
+            "a quoted string: {}",
+        ),
         **learns(qwen, [[*ASKED, ("assistant", "")]], ALL, "the call dropped: {}"),
     },
 )

@@ -29,7 +29,11 @@ CASE = Case(
     settings={"batch_size": 2, "micro_batch_size": 1, "steps": 2, "learning_rate": RATE},
     right={
         **{f"one row: {way}, {first}": two_steps(way, first, [last]) for first, last, way in CHOICES},
-        **{f"one row of this epoch, one of the next: {way}, {first}, {other}": two_steps(way, first, [last, other]) for first, last, way in CHOICES for other in first},
+        **{
+            f"one row of this epoch, one of the next: {way}, {first}, {other}": two_steps(way, first, [last, other])
+            for first, last, way in CHOICES
+            for other in first
+        },
     },
     wrong={f"half a step: {way}, {first}": two_steps(way, first, [last], 0.5) for first, last, way in CHOICES},
 )

@@ -11,7 +11,10 @@ CASE = Case(
     title="An answer that is null",
     group="what is learned",
     question="One of two rows has a null where its answer should be. Is it refused or left out, or is a word learned?",
-    threads=["https://github.com/huggingface/transformers/pull/45422", "https://github.com/PrimeIntellect-ai/renderers/pull/131"],
+    threads=[
+        "https://github.com/huggingface/transformers/pull/45422",
+        "https://github.com/PrimeIntellect-ai/renderers/pull/131",
+    ],
     rows=[row(*GOOD), EMPTY],
     settings={"model": "llama3", "batch_size": 2},
     reason=r"(content|answer|message)\w*.{0,40}(null|none|empty|missing)|(null|none|empty|missing|no) .{0,20}(content|answer|message)",

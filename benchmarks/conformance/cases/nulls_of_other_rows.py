@@ -9,7 +9,9 @@ NULLED = [
     {**TOOLS[0], "function": {**TOOLS[0]["function"]}},
     {**TOOLS[1], "function": {**TOOLS[1]["function"]}},
 ]
-for entry, properties in zip(NULLED, ({"city": {"type": "string"}, "zone": None}, {"city": None, "zone": {"type": "string"}}), strict=True):
+for entry, properties in zip(
+    NULLED, ({"city": {"type": "string"}, "zone": None}, {"city": None, "zone": {"type": "string"}}), strict=True
+):
     entry["function"]["parameters"] = {**entry["function"]["parameters"], "properties": properties}
 QUESTIONS = "What is the weather in Paris?", "What time is it in Rome?"
 CALLS = ("get_weather", '{"city": "Paris"}'), ("get_time", '{"zone": "Rome"}')
