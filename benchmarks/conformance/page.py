@@ -30,13 +30,14 @@ INTRO = """# Conformance
 
 Famous failures of fine-tuning that raise no error, run through each tool. Made by `make conformance`, {date}.
 
-Each tool trains a tiny random model for one step of plain SGD, from the same rows. The change of its weights, divided by the learning
-rate, is the gradient that it used. [Plain torch](conformance/reference.py) computes the gradient of the text that a person wrote by
-hand into the case, and those of known mistakes. So the table says what each tool learned, from its weights alone. A case that asks
-something else says how it judges.
+Each tool trains a tiny random model for one step of plain SGD, from the same rows. The change of its weights, divided
+by the learning rate, is the gradient that it used. [Plain torch](conformance/reference.py) computes the gradient of the
+text that the case states by hand, and those of known mistakes. So the table shows what each tool learned, from its
+weights alone. Some cases compare something else, such as answers or exported files; the case's page says what.
 
-Where the documented defaults and the setting that the documentation names for the task differ, a cell has both. A crash is not
-"silently wrong", nor is what the documentation states. Every tool has the newest version that installs here, on a CPU, in float32.
+A cell has two lines where the documented defaults differ from the setting that the documentation names for the task.
+A crash is not "silently wrong", and neither is a documented choice. Each tool has the newest version that installs
+here, and computes in float32 on a CPU.
 """
 ADD = """
 ## Add a case
@@ -56,7 +57,8 @@ CASE = Case(
 )
 ```
 
-Then `python benchmarks/conformance/run.py --cases NAME --tools llmtune`. A case about something else than one gradient has a `judge`.
+Then `.venv/bin/python benchmarks/conformance/run.py --cases NAME --tools llmtune`. A case that compares something else
+than one gradient has a `judge`.
 
 ## Add a tool
 
@@ -65,11 +67,11 @@ Add a section to `benchmarks/conformance/tools.toml`, and `benchmarks/conformanc
 ```python
 from conformance.adapter import NotOffered, serve
 
-def configure(job):                       # the tool's own settings for a job
-    return {"model": job["model"], "lr": job["learning_rate"], "mask_prompt": job["column"] == "documented"}
+def configure(job):             # the tool's own settings for a job
+    return {"lr": job["learning_rate"], "mask_prompt": job["column"] == "documented"}
 
-def train(job, settings):                 # runs it; returns the folder of the trained weights
-    return {"model": run_the_tool(job["rows"], settings, job["out"])}
+def train(job, settings):       # run the tool; return the folder of the trained weights
+    return {"model": run_the_tool(job["model"], job["rows"], settings, job["out"])}
 
 serve("the-distribution", configure, train, documented={"the whole text": "https://its.documentation"})
 ```
@@ -114,7 +116,7 @@ def render(table: Mapping[str, Any]) -> str:
     for group in GROUPS:
         members = {name: case for name, case in cases.items() if case["group"] == group}
         lines += [f"| *{group}* |{' |' * len(tools)}"] if members else []
-        for name, case in members.items():
+        for case in members.values():
             cells = [cell(case["findings"].get(tool, {})) for tool in tools]
             lines.append(f"| [{case['title']}](#{anchor(case['title'])}) | {' | '.join(cells)} |")
     for name, case in cases.items():

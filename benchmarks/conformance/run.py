@@ -2,12 +2,14 @@
 
     python benchmarks/conformance/run.py --tools llmtune trl --cases answers_only
 
-Findings are cached by the text of case, adapter and reference, and by the tool's version. A silently wrong one is run twice.
+Findings are cached by the code of case, adapter and reference, and by the tool's version. A silently wrong one is
+run twice.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import functools
 import hashlib
 import importlib
@@ -222,8 +224,21 @@ def make_key(tool: Tool, name: str, case: Case, version: str) -> str:
     """Hash everything that a finding depends on."""
     shared = [file for file in sorted(HERE.glob("*.py")) if file.stem not in ("run", "page", "environments")]
     files = [HERE / "cases" / f"{name}.py", tool.adapter, *shared]
-    stated = json.dumps([version, case.make_jobs()]).encode()
-    return hashlib.sha256(b"\0".join([stated, *(file.read_bytes() for file in files)])).hexdigest()[:16]
+    stated = json.dumps([version, case.make_jobs(), [read_code(file) for file in files]])
+    return hashlib.sha256(stated.encode()).hexdigest()[:16]
+
+
+@functools.cache
+def read_code(file: Path) -> str:
+    """Return a module's code without comments, docstrings and layout."""
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(body, list):
+            node.body = [
+                part for part in body if not (isinstance(part, ast.Expr) and isinstance(part.value, ast.Constant))
+            ]
+    return ast.dump(tree)
 
 
 def stored_path(cache: Path, tool: Tool, name: str) -> Path:

@@ -14,7 +14,8 @@ ROWS = [
 CASE = Case(
     title="Accumulation equals one batch",
     group="what is computed",
-    question="Four rows of unequal length, in four micro-batches: is the loss the mean over all tokens, or a mean of means?",
+    question="Four rows of unequal length, in four micro-batches: is the loss the mean over all tokens, or a mean of "
+    "means?",
     threads=[
         "https://github.com/huggingface/transformers/pull/35438",
         "https://github.com/huggingface/transformers/pull/34191",

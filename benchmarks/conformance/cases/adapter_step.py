@@ -7,8 +7,8 @@ from conformance.conversations import ALL, learns, qwen, row
 CASE = Case(
     title="An adapter that is wired and saved",
     group="what is computed",
-    question="One step of SGD on a LoRA: has each saved matrix B the gradient that the full model's gradient, A and the scale "
-    "give?",
+    question="One step of SGD on a LoRA: has each saved matrix B the gradient that the full model's gradient, A and "
+    "the scale give?",
     threads=[
         "https://github.com/huggingface/transformers/pull/34068",
         "https://github.com/vllm-project/vllm/issues/55193",

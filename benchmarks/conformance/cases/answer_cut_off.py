@@ -32,8 +32,8 @@ def judge(case, reference, results):
 CASE = Case(
     title="An answer that is cut off",
     group="what is learned",
-    question="One of two rows is longer than the maximum, and its answer would be cut in the middle. Is it refused, or left "
-    "out with a word, or is an answer without an end learned?",
+    question="One of two rows is longer than the maximum, and its answer would be cut in the middle. Is it refused, or"
+    " left out with a word, or is an answer without an end learned?",
     threads=["https://github.com/huggingface/trl/issues/6668", "https://github.com/hiyouga/LlamaFactory/issues/1494"],
     rows=[row(*SHORT[1:]), row(*LONG[1:])],
     settings={"batch_size": 2, "max_length": LENGTH},

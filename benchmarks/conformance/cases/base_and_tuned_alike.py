@@ -17,7 +17,8 @@ def judge(case, reference, results):
 CASE = Case(
     title="Base and tuned model in one precision",
     group="what is measured",
-    question="QLoRA with a learning rate of 1e-9: is the loss before training that after it, or is the base measured unquantised?",
+    question="QLoRA with a learning rate of 1e-9: is the loss before training that after it, or is the base measured "
+    "unquantised?",
     threads=[
         "https://github.com/unslothai/unsloth-zoo/pull/810",
         "https://github.com/hiyouga/LlamaFactory/issues/2658",

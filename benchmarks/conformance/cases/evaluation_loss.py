@@ -26,7 +26,8 @@ def judge(case, reference, results):
 CASE = Case(
     title="The evaluation loss counts answers",
     group="what is measured",
-    question="One test row with a long question: is the reported loss that of the answer, or do prompt and header count too?",
+    question="One test row with a long question: is the reported loss that of the answer, or do prompt and header "
+    "count too?",
     threads=["https://github.com/hiyouga/LlamaFactory/issues/3148", "https://github.com/huggingface/trl/issues/3279"],
     rows=[row(*TRAINED)],
     settings={"test_rows": [row(*TESTED)], "learning_rate": 0.01, "ask": {"losses": True}},

@@ -29,7 +29,8 @@ def judge(case, reference, results):
 CASE = Case(
     title="The evaluation loss of unequal rows",
     group="what is measured",
-    question="Four test rows of unequal length, evaluated one by one: is the loss the mean over all tokens, as it is in one batch?",
+    question="Four test rows of unequal length, evaluated one by one: is the loss the mean over all tokens, as it is "
+    "in one batch?",
     threads=[
         "https://github.com/huggingface/transformers/issues/39241",
         "https://github.com/huggingface/transformers/issues/24839",

@@ -17,8 +17,8 @@ def with_question(words):
 CASE = Case(
     title="An image for a text model",
     group="what is learned",
-    question="One of two rows asks about an image; the model reads text only. Is the row refused, or is an answer about an "
-    "unseen image learned?",
+    question="One of two rows asks about an image; the model reads text only. Is the row refused, or is an answer "
+    "about an unseen image learned?",
     threads=["https://github.com/hiyouga/LlamaFactory/issues/6703"],
     rows=[row(*GOOD), {"messages": [{"role": "user", "content": PARTS}, {"role": "assistant", "content": "A cat."}]}],
     settings={"batch_size": 2},

@@ -23,7 +23,8 @@ CHOICES = [(first, ({0, 1, 2} - set(first)).pop(), way) for first in combination
 CASE = Case(
     title="The last step of an epoch",
     group="what is computed",
-    question="Three rows, two per step, in micro-batches of one: is the second step the mean over its one row, or half of it?",
+    question="Three rows, two per step, in micro-batches of one: is the second step the mean over its one row, or half"
+    " of it?",
     threads=["https://github.com/huggingface/transformers/pull/39659"],
     rows=[row(*turns) for turns in THREE],
     settings={"batch_size": 2, "micro_batch_size": 1, "steps": 2, "learning_rate": RATE},

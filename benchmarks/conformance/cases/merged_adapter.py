@@ -25,7 +25,8 @@ def judge(case, reference, results):
 CASE = Case(
     title="A merged LoRA",
     group="what ships",
-    question="Rank-stabilised LoRA (scale 8 / sqrt(4)), merged by the tool's own command: are the weights W + scale x B A?",
+    question="Rank-stabilised LoRA (scale 8 / sqrt(4)), merged by the tool's own command: are the weights W + scale x "
+    "B A?",
     threads=["https://github.com/Lightning-AI/litgpt/issues/1224", "https://github.com/huggingface/peft/issues/1388"],
     rows=[row(*TRAINED)],
     settings={

@@ -7,6 +7,8 @@ GOOD = [("user", "Which colour is the sky?"), ("assistant", "Blue.")]
 ASKED = ("user", "How many legs has a cat?")
 EMPTY = {"messages": [{"role": "user", "content": ASKED[1]}, {"role": "assistant", "content": None}]}
 
+TEXT, NOTHING = "(content|answer|message)", "(null|none|empty|missing)"
+
 CASE = Case(
     title="An answer that is null",
     group="what is learned",
@@ -17,7 +19,7 @@ CASE = Case(
     ],
     rows=[row(*GOOD), EMPTY],
     settings={"model": "llama3", "batch_size": 2},
-    reason=r"(content|answer|message)\w*.{0,40}(null|none|empty|missing)|(null|none|empty|missing|no) .{0,20}(content|answer|message)",
+    reason=f"{TEXT}.{{0,40}}{NOTHING}|({NOTHING}|no) .{{0,20}}{TEXT}",
     right=learns(llama, [GOOD], ALL, "the other row only: {}"),
     wrong={
         **learns(llama, [GOOD, [ASKED, ("assistant", "None")]], ALL, "the word None: {}"),

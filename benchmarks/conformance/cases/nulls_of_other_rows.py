@@ -28,8 +28,8 @@ def both(calls, tools):
 CASE = Case(
     title="Nulls of other rows",
     group="what is learned",
-    question="Two rows call tools with different arguments. A table has one type per column, so reading fills each with the "
-    "other's keys as null. Are the nulls learned?",
+    question="Two rows call tools with different arguments. A table has one type per column, so reading fills each "
+    "with the other's keys as null. Are the nulls learned?",
     threads=["https://github.com/modelscope/ms-swift/pull/10125", "https://github.com/castform-ai/benchmax/pull/34"],
     rows=[
         calling(QUESTIONS[0], "get_weather", {"city": "Paris"}, TOOLS),

@@ -35,7 +35,8 @@ def pair(asked, chosen, rejected):
 CASE = Case(
     title="The first step of DPO",
     group="what is computed",
-    question="Two pairs with answers of unequal length, in two micro-batches: is the gradient that of the paper's loss?",
+    question="Two pairs with answers of unequal length, in two micro-batches: is the gradient that of the paper's "
+    "loss?",
     threads=[
         "https://github.com/huggingface/trl/pull/2615",
         "https://github.com/huggingface/transformers/issues/35856",

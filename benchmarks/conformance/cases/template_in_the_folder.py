@@ -23,8 +23,8 @@ def judge(case, reference, results):
 CASE = Case(
     title="The chat template that was learned is saved",
     group="what ships",
-    question="A model without a chat template is trained on a conversation. Does the template in the saved folder write the text "
-    "that was learned?",
+    question="A model without a chat template is trained on a conversation. Does the template in the saved folder "
+    "write the text that was learned?",
     threads=[
         "https://github.com/hiyouga/LlamaFactory/issues/5904",
         "https://github.com/modelscope/ms-swift/issues/2831",

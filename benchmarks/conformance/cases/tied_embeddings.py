@@ -23,7 +23,8 @@ def judge(case, reference, results):
 CASE = Case(
     title="Tied embeddings stay tied",
     group="what ships",
-    question="The input embeddings are also the output head. After full fine-tuning, does the saved matrix have both gradients?",
+    question="The input embeddings are also the output head. After full fine-tuning, does the saved matrix have both "
+    "gradients?",
     threads=[
         "https://github.com/Lightning-AI/litgpt/issues/1727",
         "https://github.com/NVIDIA-NeMo/Automodel/pull/2511",
