@@ -23,7 +23,11 @@ from transformers import (
 
 SAME = {"weight_decay": 0.0, "max_grad_norm": 0.0, "use_cpu": True, "report_to": [], "warmup_steps": 0}
 LABELS = {"animal": 0, "colour": 1}
-CHAT = "https://huggingface.co/docs/transformers/chat_templating#model-training"
+DOCUMENTED = {
+    "the whole text": "https://huggingface.co/docs/transformers/chat_templating#model-training",
+    "an answer cut off": "https://huggingface.co/docs/transformers/pad_truncation",
+    "the misspelt module": "https://huggingface.co/docs/peft/developer_guides/troubleshooting",
+}
 
 
 def configure(job: Job) -> Configuration:
@@ -88,4 +92,4 @@ def train(job: Job, settings: Configuration) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    serve("transformers", configure, train, {"the whole text": CHAT})
+    serve("transformers", configure, train, DOCUMENTED)

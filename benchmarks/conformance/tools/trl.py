@@ -19,7 +19,11 @@ SAME = {
     "report_to": [],
     "save_only_model": False,
 }
-DOCUMENTED = {"the whole text": "https://huggingface.co/docs/trl/sft_trainer#train-on-assistant-messages-only"}
+DOCUMENTED = {
+    "the whole text": "https://huggingface.co/docs/trl/sft_trainer#train-on-assistant-messages-only",
+    "an answer cut off": "https://huggingface.co/docs/trl/reducing_memory_usage#truncation",
+    "the misspelt module": "https://huggingface.co/docs/peft/developer_guides/troubleshooting",
+}
 
 
 def configure(job: Job) -> Configuration:
