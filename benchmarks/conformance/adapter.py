@@ -1,4 +1,7 @@
-"""What all adapters share: read jobs, catch errors, write results. Standard library only, as each tool has its own environment."""
+"""Shared by all adapters: read jobs, catch errors, write results.
+
+Standard library only, as each tool has its own environment.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +44,7 @@ def serve(
         out = Path(job["out"])
         if torchrun and job["processes"] > 1 and "RANK" not in os.environ:
             (out / "job.json").write_text(json.dumps([job]))
-            start = [sys.executable, "-P", "-m", "torch.distributed.run", "--standalone"]
+            start = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
             with logged(out / "log.txt"):
                 subprocess.run([*start, f"--nproc_per_node={job['processes']}", sys.argv[0], out / "job.json"])
             continue
@@ -96,7 +99,7 @@ def logged(path: Path) -> Iterator[None]:
 
 
 def isolated(run: Callable[[], object]) -> None:
-    """Run in a child process with everything that is imported by now: what a tool patches must not reach the next job."""
+    """Run in a child process with all imports so far: patches of a tool must not reach the next job."""
     read, write = os.pipe()
     child = os.fork()
     if not child:

@@ -132,15 +132,16 @@ def compare_gradients(case: Case, reference: Reference, results: Mapping[str, Re
     for name, result in results.items():
         assert result.model is not None, "a job that is done has a model"
         step, project = reference.step_taken(result.model, result.job["learning_rate"])
-        step = {name: change for name, change in step.items() if not name.startswith(tuple(result.found.get("frozen", ())))}
-        right = {learned: distance(step, project(gradient(reference))) for learned, gradient in case.right.items()}
-        wrong = {learned: distance(step, project(gradient(reference))) for learned, gradient in case.wrong.items()}
+        frozen = tuple(result.found.get("frozen", ()))
+        step = {name: change for name, change in step.items() if not name.startswith(frozen)}
+        right = {learned: distance(step, project(reference.of(gradient))) for learned, gradient in case.right.items()}
         nearest = min(right, key=right.__getitem__)
         if right[nearest] < TOLERANCE:
             if worst.verdict == "right" and right[nearest] >= (worst.distance or 0.0):
                 worst = Finding("right", nearest, right[nearest])
             continue
-        learned = next((known for known, far in wrong.items() if far < TOLERANCE), "something else")
+        wrong = ((known, distance(step, project(reference.of(gradient)))) for known, gradient in case.wrong.items())
+        learned = next((known for known, far in wrong if far < TOLERANCE), "something else")
         where = f"{name}: " if len(results) > 1 else ""
         return Finding("silently wrong", where + learned, right[nearest])
     return worst

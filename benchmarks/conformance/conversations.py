@@ -55,7 +55,10 @@ def llama(*turns: Turn, learn: frozenset[Part] = RIGHT["the answers and their en
 
 def learns(write: Any, conversations: Sequence[Sequence[Turn]], ways: Ways, name: str = "{}") -> dict[str, Gradient]:
     """Return, for each way, the gradient of the token mean over all conversations; `name` has {} for the way."""
-    return {name.format(way): gradient_of([write(*turns, learn=learn) for turns in conversations]) for way, learn in ways.items()}
+    return {
+        name.format(way): gradient_of([write(*turns, learn=learn) for turns in conversations])
+        for way, learn in ways.items()
+    }
 
 
 def gradient_of(texts: Sequence[Text]) -> Gradient:

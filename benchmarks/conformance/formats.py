@@ -21,7 +21,7 @@ SHAREGPT: dict[str, dict[str, Any]] = {
 
 
 def as_conversation(job: dict[str, Any]) -> dict[str, Any]:
-    """Return the job for tools that have conversations only: of a prompt and a completion, the last answer is learned."""
+    """Return the job for tools that have conversations only: a completion is the last answer."""
     if job["kind"] != "prompt_completion":
         return job
     return job | {"kind": "messages", "train_on": "last" if job["column"] == "documented" else "assistant"}

@@ -9,8 +9,15 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import LlamaConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen3Config, T5Config
-from transformers import AutoModelForCausalLM, T5ForConditionalGeneration
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 CORPUS = [
     "You are a helpful assistant. user asks a question and the assistant gives a short answer.",
@@ -36,7 +43,8 @@ SHAPE: dict[str, Any] = {
 def build_model(family: str, folder: Path, seed: int = 0) -> Path:
     """Save a model and its tokenizer in `folder`: qwen2.5, qwen3, llama3 or t5.
 
-    `llama3-unpadded` has no pad token, as the real one; `qwen2.5-overflowing` has a norm that overflows float32, `qwen2.5-plain` no chat template.
+    `llama3-unpadded` has no pad token, as the real one; `qwen2.5-overflowing` has a norm that overflows float32;
+    `qwen2.5-plain` has no chat template.
     """
     torch.manual_seed(seed)
     if family == "t5":
@@ -73,7 +81,10 @@ def train_tokenizer(special: list[str], added: list[str], eos: str, pad: str | N
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=512, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=512,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     backend.train_from_iterator(CORPUS, trainer)
     backend.add_tokens(added)

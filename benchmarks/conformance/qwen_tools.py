@@ -19,9 +19,10 @@ def system_with(*tools: Any) -> str:
     """Return Qwen 2.5's system message that lists tools."""
     lines = "".join(f"\n{json.dumps(entry)}" for entry in tools)
     return (
-        f"{OWN}\n\n# Tools\n\nYou may call one or more functions to assist with the user query.\n\nYou are provided with "
-        f"function signatures within <tools></tools> XML tags:\n<tools>{lines}\n</tools>\n\nFor each function call, return a "
-        "json object with function name and arguments within <tool_call></tool_call> XML tags:\n<tool_call>\n"
+        f"{OWN}\n\n# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
+        f"You are provided with function signatures within <tools></tools> XML tags:\n<tools>{lines}\n</tools>\n\n"
+        "For each function call, return a json object with function name and arguments within <tool_call></tool_call> "
+        "XML tags:\n<tool_call>\n"
         '{"name": <function-name>, "arguments": <args-json-object>}\n</tool_call>'
     )
 

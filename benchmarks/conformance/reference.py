@@ -35,6 +35,13 @@ class Reference:
         kind = AutoModelForSeq2SeqLM if "t5" in folder.name else AutoModelForCausalLM
         self.model: Any = kind.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
         self.start = {name: weight.detach().clone() for name, weight in self.model.named_parameters()}
+        self._known: dict[Gradient, Weights] = {}
+
+    def of(self, gradient: Gradient) -> Weights:
+        """Return a case's gradient, computed once for all tools."""
+        if gradient not in self._known:
+            self._known[gradient] = gradient(self)
+        return self._known[gradient]
 
     def encode(self, text: Text, shift: int = 0) -> tuple[list[int], list[int]]:
         """Tokenise the pieces as one text; return ids and labels. A token is learned if its first character is."""

@@ -2,22 +2,25 @@
 
     python benchmarks/conformance/run.py --tools llmtune trl --cases answers_only
 
-Results are cached by the text of case, adapter and reference, and by the tool's version.
+Findings are cached by the code of case, adapter and reference, and by the tool's version. A silently wrong one is
+run twice.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
+import functools
 import hashlib
 import importlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
-import tomllib
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,43 +28,14 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 from conformance.case import Case, Finding, Job, Result  # noqa: E402
+from conformance.environments import VARIABLES, Tool, list_tools  # noqa: E402
 from conformance.models import build_model  # noqa: E402
+from conformance.page import PAGE, TABLE, collect, render  # noqa: E402
 from conformance.reference import Reference  # noqa: E402
 
 COLUMNS = "default", "documented"
-SECONDS = 900
-"""Time limit of one process of an adapter."""
-
-
-@dataclass(frozen=True)
-class Tool:
-    """One tool in its own environment."""
-
-    name: str
-    title: str
-    package: str
-    requires: Sequence[str]
-    cache: Path
-
-    @property
-    def python(self) -> Path:
-        """The interpreter of the tool's environment, made at the first use."""
-        if not self.requires:
-            return Path(sys.executable)
-        folder = self.cache / "environments" / self.name
-        done = folder / ".done"
-        if not done.exists() or done.read_text() != "\n".join(self.requires):
-            subprocess.run([sys.executable, "-m", "venv", "--clear", folder], check=True)
-            subprocess.run([folder / "bin/python", "-m", "pip", "install", "--quiet", *self.requires], check=True)
-            done.write_text("\n".join(self.requires))
-        return folder / "bin" / "python"
-
-    def read_version(self) -> str:
-        """Return the installed version; raise CalledProcessError if it does not install here."""
-        code = f"import importlib.metadata as m; print(m.version({self.package!r}))"
-        return subprocess.run(
-            [self.python, "-c", code], check=True, capture_output=True, text=True
-        ).stdout.strip()
+SECONDS = 1800
+"""Time limit of one process of an adapter, which may do many jobs."""
 
 
 def main() -> int:
@@ -70,18 +44,17 @@ def main() -> int:
     parser.add_argument("--cases", nargs="*", help="names of files in cases/; default: all")
     parser.add_argument("--cache", type=Path, default=Path("build/conformance"))
     parser.add_argument("--fresh", action="store_true", help="run again what is cached")
+    parser.add_argument("--no-page", action="store_true", help="print the findings only")
     asked = parser.parse_args()
     cache = asked.cache.resolve()
     tools, cases = list_tools(cache), list_cases()
-    chosen = {name: cases[name] for name in asked.cases or cases}
     for name in asked.tools or tools:
-        run_tool(tools[name], chosen, cache, fresh=asked.fresh)
+        run_tool(tools[name], {case: cases[case] for case in asked.cases or cases}, cache, fresh=asked.fresh)
+    if not asked.no_page:
+        table = collect(cases, tools, cache)
+        TABLE.write_text(json.dumps(table, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        PAGE.write_text(render(table), encoding="utf-8")
     return 0
-
-
-def list_tools(cache: Path) -> dict[str, Tool]:
-    table = tomllib.loads((HERE / "tools.toml").read_text(encoding="utf-8"))
-    return {name: Tool(name=name, cache=cache, **entry) for name, entry in table.items()}
 
 
 def list_cases() -> dict[str, Case]:
@@ -90,33 +63,57 @@ def list_cases() -> dict[str, Case]:
     return {name: importlib.import_module(f"conformance.cases.{name}").CASE for name in names}
 
 
-def run_tool(tool: Tool, cases: dict[str, Case], cache: Path, fresh: bool) -> None:
+def run_tool(tool: Tool, cases: Mapping[str, Case], cache: Path, fresh: bool) -> None:
     """Bring the stored findings of one tool up to date."""
-    version = tool.read_version()
-    stale = {
-        name: case
-        for name, case in cases.items()
-        if fresh or read_stored(cache, tool, name).get("key") != make_key(tool, name, version)
-    }
+    try:
+        version = tool.read_version()
+    except subprocess.CalledProcessError as error:
+        why = f"does not install here: {(error.stderr or str(error)).strip()[-300:]}"
+        for name in cases:
+            store(
+                cache,
+                tool,
+                name,
+                {"key": "", "version": "", "columns": {"default": {"verdict": "not run", "learned": why}}},
+            )
+        return
+    keys = {name: make_key(tool, name, case, version) for name, case in cases.items()}
+    stale = {name: case for name, case in cases.items() if fresh or read_key(cache, tool, name) != keys[name]}
+    found: dict[str, dict[str, Any]] = {name: {} for name in stale}
     for column in COLUMNS:
-        folder = cache / "runs" / tool.name / column
-        jobs = [job for name, case in stale.items() for job in place_jobs(name, case, column, folder, cache)]
-        run_jobs(tool, jobs, folder)
-    for name, case in stale.items():
-        found = {}
-        for column in COLUMNS:
-            folder = cache / "runs" / tool.name / column / name
-            finding, results = judge_case(case, folder, cache)
-            if finding is not None:
-                found[column] = {**asdict(finding), **describe(results)}
-            shutil.rmtree(folder, ignore_errors=True)
-        stored = {"key": make_key(tool, name, version), "version": version, "columns": found}
-        path = stored_path(cache, tool, name)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(stored, indent=1))
-        for column, entry in found.items():
-            far = entry["distance"]
-            print(tool.name, name, column, entry["verdict"], entry["learned"][:300], "" if far is None else f"{far:.1e}")
+        first = judge_all(tool, stale, column, cache)
+        wrong = {name: stale[name] for name, entry in first.items() if entry["verdict"] == "silently wrong"}
+        for name, again in judge_all(tool, wrong, column, cache).items():
+            if (again["verdict"], again["learned"]) != (first[name]["verdict"], first[name]["learned"]):
+                first[name] = {
+                    "verdict": "not run",
+                    "learned": f"two runs differ: {first[name]['learned']}; {again['learned']}",
+                }
+            first[name]["runs"] = 2
+        for name, entry in first.items():
+            found[name][column] = entry
+            print(tool.name, name, column, entry["verdict"], entry["learned"][:200].replace("\n", " "), flush=True)
+    for name, columns in found.items():
+        store(cache, tool, name, {"key": keys[name], "version": version, "columns": columns})
+
+
+def judge_all(tool: Tool, cases: Mapping[str, Case], column: str, cache: Path) -> dict[str, dict[str, Any]]:
+    """Run all jobs of the cases and judge them; a case whose settings are those of the other column is left out."""
+    folder = cache / "runs" / tool.name / column
+    shutil.rmtree(folder, ignore_errors=True)
+    run_jobs(
+        tool, [job for name, case in cases.items() for job in place_jobs(name, case, column, folder, cache)], folder
+    )
+    found = {}
+    for name, case in cases.items():
+        results = read_results(case, folder / name)
+        if all(result.status == "same" for result in results.values()):
+            continue
+        finding = judge_case(case, results, cache)
+        settings = next(iter(results.values())).configuration
+        entry = {name: value for name, value in asdict(finding).items() if value is not None}
+        found[name] = json.loads(hide_folders(json.dumps({**entry, "configuration": settings})))
+    return found
 
 
 def place_jobs(name: str, case: Case, column: str, folder: Path, cache: Path) -> list[Job]:
@@ -124,10 +121,15 @@ def place_jobs(name: str, case: Case, column: str, folder: Path, cache: Path) ->
     jobs = []
     for key, job in case.make_jobs().items():
         out = folder / name / key
-        shutil.rmtree(out, ignore_errors=True)
         out.mkdir(parents=True)
         rows = {kind: write_rows(out / f"{kind}.{job['file']}", job[kind]) for kind in ("rows", "test_rows")}
-        job |= {**rows, "name": f"{name}.{key}", "column": column, "out": str(out), "model": str(model_folder(job, cache))}
+        job |= {
+            **rows,
+            "name": f"{name}.{key}",
+            "column": column,
+            "out": str(out),
+            "model": str(model_folder(job, cache)),
+        }
         job["micro_batch_size"] = job["micro_batch_size"] or job["batch_size"]
         if job["resume_from"]:
             job["resume_from"] = str(folder / name / job["resume_from"])
@@ -156,82 +158,102 @@ def model_folder(job: Job, cache: Path) -> Path:
 
 def run_jobs(tool: Tool, jobs: list[Job], folder: Path) -> None:
     """Run jobs in one process; after a crash or a timeout, continue after the job that caused it."""
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(HERE.parent),
-        "OMP_NUM_THREADS": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-        "HF_HUB_OFFLINE": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-    }
     while jobs:
-        listed = folder / "jobs.json"
+        listed, log = folder / "jobs.json", folder / "process.txt"
         listed.write_text(json.dumps(jobs))
-        adapter = HERE / "tools" / f"{tool.name}.py"
-        with (folder / "process.txt").open("wb") as log:
+        with log.open("wb") as file:
+            command = [tool.interpreter(), tool.adapter, listed]
+            process = subprocess.Popen(
+                command,
+                env={**os.environ, **VARIABLES},
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                cwd=folder,
+                start_new_session=True,
+            )
             try:
-                command = [tool.python, "-P", adapter, listed]
-                code = subprocess.run(
-                    command, env=environment, stdout=log, stderr=subprocess.STDOUT, timeout=SECONDS, cwd=folder
-                ).returncode
-                why = f"the process ended with exit code {code}"
+                why = f"the process ended with exit code {process.wait(SECONDS)}"
             except subprocess.TimeoutExpired:
+                os.killpg(process.pid, 9)
                 why = f"no end within {SECONDS} s"
         missing = [job for job in jobs if not (Path(job["out"]) / "result.json").exists()]
         if missing:
-            tail = (folder / "process.txt").read_text(errors="replace")[-1500:]
-            result = {"status": "error", "message": f"{why}\n{tail}"}
+            result = {"status": "error", "message": f"{why}\n{log.read_text(errors='replace')[-1500:]}"}
             (Path(missing[0]["out"]) / "result.json").write_text(json.dumps(result))
         jobs = missing[1:]
 
 
-def judge_case(case: Case, folder: Path, cache: Path) -> tuple[Finding | None, dict[str, Result]]:
-    """Judge a finished case; None if the column has the settings of the other one."""
-    results: dict[str, Result] = {}
-    found: dict[str, dict[str, Any]] = {}
+def read_results(case: Case, folder: Path) -> dict[str, Result]:
+    """Return what the adapter wrote for each job of a case."""
+    results = {}
     for key, job in case.make_jobs().items():
-        out = folder / key
-        found[key] = json.loads((out / "result.json").read_text())
-        log = (out / "log.txt").read_text(errors="replace") if (out / "log.txt").exists() else ""
+        found = json.loads((folder / key / "result.json").read_text())
+        log = folder / key / "log.txt"
         results[key] = Result(
-            status=found[key]["status"],
-            message=found[key]["message"],
-            log=log,
-            model=Path(found[key]["model"]) if "model" in found[key] else None,
-            configuration=found[key].get("configuration", {}),
-            documented=found[key].get("documented", {}),
+            status=found["status"],
+            message=found["message"],
+            log=log.read_text(errors="replace") if log.exists() else "",
+            model=Path(found["model"]) if "model" in found else None,
+            configuration=found.get("configuration", {}),
+            documented=found.get("documented", {}),
             job=job,
-            found=found[key],
+            found=found,
         )
-    if all(entry["status"] == "same" for entry in found.values()):
-        return None, results
+    return results
+
+
+def judge_case(case: Case, results: Mapping[str, Result], cache: Path) -> Finding:
     first = next(iter(results.values())).job
     try:
-        return case.decide(Reference(model_folder(first, cache)), results), results
+        return case.decide(open_reference(model_folder(first, cache)), results)
     except (KeyError, FileNotFoundError) as error:
-        return Finding("stopped", f"the result cannot be read: {error}"), results
+        return Finding("stopped", f"the result cannot be read: {error}")
 
 
-def describe(results: dict[str, Result]) -> dict[str, Any]:
-    """Return the configuration for the page."""
-    first = next(iter(results.values()))
-    return {"configuration": first.configuration}
+@functools.cache
+def open_reference(folder: Path) -> Reference:
+    return Reference(folder)
 
 
-def make_key(tool: Tool, name: str, version: str) -> str:
+def hide_folders(text: str) -> str:
+    """Shorten absolute paths to their last part, as they name this machine; addresses stay."""
+    return re.sub(r"(?<![\w:/.])(?:/[\w.+~@-]+)+/", "", text)
+
+
+def make_key(tool: Tool, name: str, case: Case, version: str) -> str:
     """Hash everything that a finding depends on."""
-    files = [HERE / "cases" / f"{name}.py", HERE / "tools" / f"{tool.name}.py"]
-    files += [HERE / file for file in ("case.py", "reference.py", "models.py", "adapter.py")]
-    return hashlib.sha256(b"\0".join([version.encode(), *(file.read_bytes() for file in files)])).hexdigest()[:16]
+    shared = [file for file in sorted(HERE.glob("*.py")) if file.stem not in ("run", "page", "environments")]
+    files = [HERE / "cases" / f"{name}.py", tool.adapter, *shared]
+    stated = json.dumps([version, case.make_jobs(), [read_code(file) for file in files]])
+    return hashlib.sha256(stated.encode()).hexdigest()[:16]
+
+
+@functools.cache
+def read_code(file: Path) -> str:
+    """Return a module's code without comments, docstrings and layout."""
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(body, list):
+            node.body = [
+                part for part in body if not (isinstance(part, ast.Expr) and isinstance(part.value, ast.Constant))
+            ]
+    return ast.dump(tree)
 
 
 def stored_path(cache: Path, tool: Tool, name: str) -> Path:
     return cache / "findings" / tool.name / f"{name}.json"
 
 
-def read_stored(cache: Path, tool: Tool, name: str) -> dict[str, Any]:
+def read_key(cache: Path, tool: Tool, name: str) -> str:
     path = stored_path(cache, tool, name)
-    return json.loads(path.read_text()) if path.exists() else {}
+    return json.loads(path.read_text())["key"] if path.exists() else ""
+
+
+def store(cache: Path, tool: Tool, name: str, finding: dict[str, Any]) -> None:
+    path = stored_path(cache, tool, name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(finding, indent=1))
 
 
 if __name__ == "__main__":

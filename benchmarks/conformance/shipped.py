@@ -1,4 +1,4 @@
-"""What a tool left in its folders, read in plain torch: tuned weights, the loss they give, the text that was learned."""
+"""Read the folders that a tool left, in plain torch: tuned weights, the loss they give, the text that was learned."""
 
 from __future__ import annotations
 

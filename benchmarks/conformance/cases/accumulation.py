@@ -14,8 +14,12 @@ ROWS = [
 CASE = Case(
     title="Accumulation equals one batch",
     group="what is computed",
-    question="Four rows of unequal length, in four micro-batches: is the loss the mean over all tokens, or a mean of means?",
-    threads=["https://github.com/huggingface/transformers/pull/35438", "https://github.com/huggingface/transformers/pull/34191"],
+    question="Four rows of unequal length, in four micro-batches: is the loss the mean over all tokens, or a mean of "
+    "means?",
+    threads=[
+        "https://github.com/huggingface/transformers/pull/35438",
+        "https://github.com/huggingface/transformers/pull/34191",
+    ],
     rows=[row(*turns) for turns in ROWS],
     settings={"batch_size": 4, "micro_batch_size": 1},
     right=learns(qwen, ROWS, ALL),

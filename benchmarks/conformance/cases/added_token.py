@@ -17,10 +17,14 @@ def judge(case, reference, results):
         return Finding("silently wrong", "the saved tokenizer splits the added token")
     saved = read_weights(result.model)
     wide = [name for name, weight in saved.items() if "embed_tokens" in name and weight.shape[0] > ids[0]]
-    single = [name for name in saved if "embed_tokens" in name and ("token_adapter" in name or "trainable_tokens" in name)]
+    single = [
+        name for name in saved if "embed_tokens" in name and ("token_adapter" in name or "trainable_tokens" in name)
+    ]
     if wide or single:
         return Finding("right", f"saved as {(wide or single)[0]}")
-    return Finding("silently wrong", "the adapter folder has no embedding for the token; a reload draws another one at random")
+    return Finding(
+        "silently wrong", "the adapter folder has no embedding for the token; a reload draws another one at random"
+    )
 
 
 CASE = Case(

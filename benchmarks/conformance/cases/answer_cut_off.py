@@ -1,16 +1,14 @@
 """A row that is too long does not teach a cut-off answer without a word."""
 
+import re
+
 from conformance.case import Case, Finding, compare_gradients
-from conformance.conversations import ALL, ENDLESS, RIGHT, learns, qwen, row
+from conformance.conversations import ALL, learns, qwen, row
 from conformance.qwen_tools import OWN
 
 SHORT = [("system", OWN), ("user", "Which colour is the sky?"), ("assistant", "Blue.")]
 LONG = [("system", OWN), ("user", "Count."), ("assistant", " ".join(f"{number}," for number in range(60)))]
 LENGTH = 96
-
-
-def cut(*turns, learn):
-    return qwen(*turns, learn=learn)
 
 
 def short_and_cut(way):
@@ -26,7 +24,7 @@ def judge(case, reference, results):
     """A row that is left out must be reported."""
     finding = compare_gradients(case, reference, results)
     [result] = results.values()
-    if finding.verdict == "right" and not __import__("re").search(case.reason, result.log, 2):
+    if finding.verdict == "right" and not re.search(case.reason, result.log, re.IGNORECASE):
         return Finding("silently wrong", "the long row left out", finding.distance)
     return finding
 
@@ -34,8 +32,8 @@ def judge(case, reference, results):
 CASE = Case(
     title="An answer that is cut off",
     group="what is learned",
-    question="One of two rows is longer than the maximum, and its answer would be cut in the middle. Is it refused, or left "
-    "out with a word, or is an answer without an end learned?",
+    question="One of two rows is longer than the maximum, and its answer would be cut in the middle. Is it refused, or"
+    " left out with a word, or is an answer without an end learned?",
     threads=["https://github.com/huggingface/trl/issues/6668", "https://github.com/hiyouga/LlamaFactory/issues/1494"],
     rows=[row(*SHORT[1:]), row(*LONG[1:])],
     settings={"batch_size": 2, "max_length": LENGTH},

@@ -14,8 +14,8 @@ TURNS = [
 CASE = Case(
     title="Only answers are learned",
     group="what is learned",
-    question="With the setting that learns answers only: are both answers of a conversation learned, each with its end, "
-    "and nothing else?",
+    question="With the setting that learns answers only: are both answers of a conversation learned, each with its "
+    "end, and nothing else?",
     threads=["https://github.com/huggingface/trl/issues/2424", "https://github.com/huggingface/trl/issues/1282"],
     rows=[row(*TURNS)],
     right=learns(qwen, [TURNS], RIGHT),

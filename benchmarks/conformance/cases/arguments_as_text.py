@@ -10,14 +10,20 @@ ASKED = [("system", system_with(WEATHER)), ("user", "What is the weather in Pari
 CASE = Case(
     title="Arguments given as JSON text",
     group="what is learned",
-    question="OpenAI's API returns the arguments of a call as JSON text. Does the model learn an object, or a quoted string?",
+    question="OpenAI's API returns the arguments of a call as JSON text. Does the model learn an object, or a quoted "
+    "string?",
     threads=["https://github.com/oumi-ai/oumi/pull/2599", "https://github.com/vortico/flama/issues/258"],
     rows=[calling(ASKED[1][1], "get_weather", '{"city": "Paris"}', [WEATHER])],
     settings={"max_length": 1024},
     reason="arguments.*(string|text|object|JSON)",
     right=learns(qwen, [[*ASKED, ("assistant", written("get_weather", '{"city": "Paris"}'))]], ALL),
     wrong={
-        **learns(qwen, [[*ASKED, ("assistant", written("get_weather", '"{\\"city\\": \\"Paris\\"}"'))]], ALL, "a quoted string: {}"),
+        **learns(
+            qwen,
+            [[*ASKED, ("assistant", written("get_weather", '"{\\"city\\": \\"Paris\\"}"'))]],
+            ALL,
+            "a quoted string: {}",
+        ),
         **learns(qwen, [[*ASKED, ("assistant", "")]], ALL, "the call dropped: {}"),
     },
 )

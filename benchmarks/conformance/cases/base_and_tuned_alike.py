@@ -17,8 +17,12 @@ def judge(case, reference, results):
 CASE = Case(
     title="Base and tuned model in one precision",
     group="what is measured",
-    question="QLoRA with a learning rate of 1e-9: is the loss before training that after it, or is the base measured unquantised?",
-    threads=["https://github.com/unslothai/unsloth-zoo/pull/810", "https://github.com/hiyouga/LlamaFactory/issues/2658"],
+    question="QLoRA with a learning rate of 1e-9: is the loss before training that after it, or is the base measured "
+    "unquantised?",
+    threads=[
+        "https://github.com/unslothai/unsloth-zoo/pull/810",
+        "https://github.com/hiyouga/LlamaFactory/issues/2658",
+    ],
     rows=[row(*TRAINED)],
     settings={"test_rows": [row(*TESTED)], "method": "qlora", "learning_rate": 1e-9, "ask": {"losses": True}},
     judge=judge,

@@ -7,7 +7,11 @@ from conformance.conversations import row
 from conformance.shipped import loaded, tuned_weights
 
 LENGTH = 8
-QUESTIONS = ["Red?", "Which colour has the sky on a day without clouds, if nobody looks at it?", "How many legs has a cat?"]
+QUESTIONS = [
+    "Red?",
+    "Which colour has the sky on a day without clouds, if nobody looks at it?",
+    "How many legs has a cat?",
+]
 TESTED = [[("system", "You are brief."), ("user", question), ("assistant", "No.")] for question in QUESTIONS]
 
 
@@ -26,7 +30,11 @@ def judge(case, reference, results):
     with loaded(reference, tuned_weights(reference, result.model)), torch.no_grad():
         exact = [answer(reference, turns) for turns in TESTED]
     found = result.found["answers"]
-    other = [f"{got!r} instead of {wanted!r}" for got, wanted in zip(found, exact, strict=True) if got.strip() != wanted.strip()]
+    other = [
+        f"{got!r} instead of {wanted!r}"
+        for got, wanted in zip(found, exact, strict=True)
+        if got.strip() != wanted.strip()
+    ]
     return Finding("silently wrong" if other else "right", "; ".join(other))
 
 
@@ -34,7 +42,10 @@ CASE = Case(
     title="Answers in a padded batch",
     group="what is measured",
     question="Three prompts of unequal length are answered in one batch: are the answers those of each prompt alone?",
-    threads=["https://github.com/huggingface/transformers/issues/26569", "https://github.com/unslothai/unsloth/issues/3699"],
+    threads=[
+        "https://github.com/huggingface/transformers/issues/26569",
+        "https://github.com/unslothai/unsloth/issues/3699",
+    ],
     rows=[row(*TRAINED)],
     settings={"test_rows": [row(*turns) for turns in TESTED], "learning_rate": 0.01, "ask": {"answers": LENGTH}},
     judge=judge,

@@ -15,7 +15,8 @@ MESSAGES = [{"role": role, "content": text} for role, text in TURNS]
 CASE = Case(
     title="Only the completion is learned",
     group="what is learned",
-    question="A row has a prompt of several messages, one by the assistant, and a completion. Is only the completion learned?",
+    question="A row has a prompt of several messages, one by the assistant, and a completion. Is only the completion "
+    "learned?",
     threads=["https://github.com/huggingface/trl/issues/1282", "https://github.com/huggingface/trl/issues/2424"],
     rows=[{"prompt": MESSAGES[:-1], "completion": MESSAGES[-1:]}],
     settings={"kind": "prompt_completion"},

@@ -21,14 +21,16 @@ def judge(case, reference, results):
     [result] = results.values()
     loss = result.found["losses"][-1]
     known = loss < CHANCE
-    return Finding("silently wrong" if known else "right", f"validation loss {loss:.2f}" + ", of rows that were learned" * known)
+    return Finding(
+        "silently wrong" if known else "right", f"validation loss {loss:.2f}" + ", of rows that were learned" * known
+    )
 
 
 CASE = Case(
     title="Copies on both sides of the split",
     group="what is measured",
-    question="Each row is there twice, and its answer cannot be guessed. The tool holds out a quarter for validation: does its "
-    "loss show answers that were trained on?",
+    question="Each row is there twice, and its answer cannot be guessed. The tool holds out a quarter for validation: "
+    "does its loss show answers that were trained on?",
     threads=["https://github.com/MakazhanAlpamys/Soup/issues/680", "https://github.com/js0nwu/webui/issues/1"],
     rows=make_rows(),
     settings={

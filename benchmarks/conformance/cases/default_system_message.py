@@ -9,8 +9,8 @@ TURNS = [("user", "Which colour is the sky?"), ("assistant", "Blue.")]
 CASE = Case(
     title="The template's own system message",
     group="what is learned",
-    question="Qwen's template adds a system message to a conversation without one. Is the prompt of training the same as "
-    "the prompt of inference?",
+    question="Qwen's template adds a system message to a conversation without one. Is the prompt of training the same "
+    "as the prompt of inference?",
     threads=["https://github.com/xusenlinzy/api-for-open-llm/issues/240", "https://github.com/QwenLM/Qwen/issues/1089"],
     rows=[row(*TURNS)],
     right=learns(qwen, [[("system", OWN), *TURNS]], ALL),

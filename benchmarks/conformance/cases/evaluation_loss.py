@@ -17,14 +17,17 @@ def judge(case, reference, results):
     nearest = min(exact, key=lambda way: abs(exact[way] - reported))
     far = abs(exact[nearest] - reported) / exact[nearest]
     if far > 1e-3:
-        return Finding("silently wrong", f"a loss of {reported:.4f}; answers and their ends have {exact[next(iter(exact))]:.4f}")
+        return Finding(
+            "silently wrong", f"a loss of {reported:.4f}; answers and their ends have {exact[next(iter(exact))]:.4f}"
+        )
     return Finding("right" if nearest in RIGHT else "silently wrong", nearest, far)
 
 
 CASE = Case(
     title="The evaluation loss counts answers",
     group="what is measured",
-    question="One test row with a long question: is the reported loss that of the answer, or do prompt and header count too?",
+    question="One test row with a long question: is the reported loss that of the answer, or do prompt and header "
+    "count too?",
     threads=["https://github.com/hiyouga/LlamaFactory/issues/3148", "https://github.com/huggingface/trl/issues/3279"],
     rows=[row(*TRAINED)],
     settings={"test_rows": [row(*TESTED)], "learning_rate": 0.01, "ask": {"losses": True}},

@@ -28,7 +28,8 @@ def judge(case, reference, results):
 CASE = Case(
     title="Template and tokens of a GGUF file",
     group="what ships",
-    question="The tool's own GGUF export of a Llama: does the file have the chat template, the end token and the vocabulary?",
+    question="The tool's own GGUF export of a Llama: does the file have the chat template, the end token and the "
+    "vocabulary?",
     threads=["https://github.com/ollama/ollama/issues/6823", "https://github.com/unslothai/unsloth/issues/468"],
     rows=[row(USER, ("assistant", "Blue."))],
     settings={

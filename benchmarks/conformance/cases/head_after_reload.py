@@ -24,8 +24,12 @@ def judge(case, reference, results):
 CASE = Case(
     title="A classifier's head after a reload",
     group="what ships",
-    question="A classifier is trained with LoRA. Loaded twice by PEFT, does it give the same scores, or is the head drawn anew?",
-    threads=["https://github.com/huggingface/peft/issues/310", "https://github.com/huggingface/sentence-transformers/issues/3980"],
+    question="A classifier is trained with LoRA. Loaded twice by PEFT, does it give the same scores, or is the head "
+    "drawn anew?",
+    threads=[
+        "https://github.com/huggingface/peft/issues/310",
+        "https://github.com/huggingface/sentence-transformers/issues/3980",
+    ],
     rows=ROWS,
     settings={"kind": "classify", "method": "lora", "batch_size": 2, "learning_rate": 0.1},
     reason="classifier|score",

@@ -17,12 +17,12 @@ def with_question(words):
 CASE = Case(
     title="An image for a text model",
     group="what is learned",
-    question="One of two rows asks about an image; the model reads text only. Is the row refused, or is an answer about an "
-    "unseen image learned?",
-    threads=["https://github.com/open-telemetry/opentelemetry-python-genai/issues/521"],
+    question="One of two rows asks about an image; the model reads text only. Is the row refused, or is an answer "
+    "about an unseen image learned?",
+    threads=["https://github.com/hiyouga/LlamaFactory/issues/6703"],
     rows=[row(*GOOD), {"messages": [{"role": "user", "content": PARTS}, {"role": "assistant", "content": "A cat."}]}],
     settings={"batch_size": 2},
-    reason=r"image|vision|multimodal|not text|content.*(list|string|str)|can only concatenate str|mixed|type",
+    reason=r"image (input|part|content)|(no|not support|without).*image|vision|multimodal|not text",
     right=learns(qwen, [[SYSTEM, *GOOD]], ALL, "the other row only: {}"),
     wrong={
         **learns(qwen, with_question(TEXT), ALL, "the image dropped: {}"),

@@ -16,8 +16,12 @@ def judge(case, reference, results):
 CASE = Case(
     title="The names of the labels",
     group="what ships",
-    question="Labels are given as text. Does the saved configuration name them, so that a server answers `animal`, not LABEL_0?",
-    threads=["https://github.com/huggingface/transformers/issues/2487", "https://github.com/huggingface/transformers/issues/13298"],
+    question="Labels are given as text. Does the saved configuration name them, so that a server answers `animal`, not"
+    " LABEL_0?",
+    threads=[
+        "https://github.com/huggingface/transformers/issues/2487",
+        "https://github.com/huggingface/transformers/issues/13298",
+    ],
     rows=ROWS,
     settings={"kind": "classify", "method": "full", "batch_size": 2, "learning_rate": 0.1},
     judge=judge,

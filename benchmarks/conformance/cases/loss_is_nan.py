@@ -1,7 +1,6 @@
 """A loss that is not a number ends the run with an error."""
 
 import torch
-
 from conformance.case import Case, Finding
 from conformance.conversations import row
 from conformance.reference import read_weights
@@ -17,7 +16,8 @@ def judge(case, reference, results):
 CASE = Case(
     title="A loss that is not a number",
     group="what is computed",
-    question="The model overflows, so the loss is NaN from the first step on: does the run stop, or end as if all were well?",
+    question="The model overflows, so the loss is NaN from the first step on: does the run stop, or end as if all were"
+    " well?",
     threads=["https://github.com/huggingface/trl/issues/6702", "https://github.com/MakazhanAlpamys/Soup/issues/532"],
     rows=[row(("user", "Which colour is the sky?"), ("assistant", "Blue."))],
     settings={"model": "qwen2.5-overflowing", "steps": 3, "learning_rate": 0.01},

@@ -28,9 +28,12 @@ def judge(case, reference, results):
 CASE = Case(
     title="A merged QLoRA",
     group="what ships",
-    question="The adapter of a 4-bit base, merged by the tool's own command: is the step added in full precision, or lost by "
-    "rounding to 4 bits again?",
-    threads=["https://github.com/huggingface/transformers/issues/31293", "https://github.com/huggingface/peft/issues/2321"],
+    question="The adapter of a 4-bit base, merged by the tool's own command: is the step added in full precision, or "
+    "lost by rounding to 4 bits again?",
+    threads=[
+        "https://github.com/huggingface/transformers/issues/31293",
+        "https://github.com/huggingface/peft/issues/2321",
+    ],
     rows=[row(*TRAINED)],
     settings={"test_rows": [row(*TESTED)], "method": "qlora", "learning_rate": 0.01, "ask": {"merged": True}},
     reason="4.?bit|quantiz",

@@ -9,7 +9,9 @@ NULLED = [
     {**TOOLS[0], "function": {**TOOLS[0]["function"]}},
     {**TOOLS[1], "function": {**TOOLS[1]["function"]}},
 ]
-for entry, properties in zip(NULLED, ({"city": {"type": "string"}, "zone": None}, {"city": None, "zone": {"type": "string"}}), strict=True):
+for entry, properties in zip(
+    NULLED, ({"city": {"type": "string"}, "zone": None}, {"city": None, "zone": {"type": "string"}}), strict=True
+):
     entry["function"]["parameters"] = {**entry["function"]["parameters"], "properties": properties}
 QUESTIONS = "What is the weather in Paris?", "What time is it in Rome?"
 CALLS = ("get_weather", '{"city": "Paris"}'), ("get_time", '{"zone": "Rome"}')
@@ -26,8 +28,8 @@ def both(calls, tools):
 CASE = Case(
     title="Nulls of other rows",
     group="what is learned",
-    question="Two rows call tools with different arguments. A table has one type per column, so reading fills each with the "
-    "other's keys as null. Are the nulls learned?",
+    question="Two rows call tools with different arguments. A table has one type per column, so reading fills each "
+    "with the other's keys as null. Are the nulls learned?",
     threads=["https://github.com/modelscope/ms-swift/pull/10125", "https://github.com/castform-ai/benchmax/pull/34"],
     rows=[
         calling(QUESTIONS[0], "get_weather", {"city": "Paris"}, TOOLS),

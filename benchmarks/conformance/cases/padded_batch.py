@@ -8,7 +8,10 @@ CASE = Case(
     title="Padding changes nothing",
     group="what is computed",
     question="Four rows of unequal length in one padded batch: is the gradient the token mean of the rows alone?",
-    threads=["https://github.com/unslothai/unsloth/issues/416", "https://github.com/huggingface/transformers/issues/37474"],
+    threads=[
+        "https://github.com/unslothai/unsloth/issues/416",
+        "https://github.com/huggingface/transformers/issues/37474",
+    ],
     rows=[row(*turns) for turns in ROWS],
     settings={"batch_size": 4},
     right=learns(qwen, ROWS, ALL),

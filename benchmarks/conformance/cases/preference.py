@@ -35,8 +35,12 @@ def pair(asked, chosen, rejected):
 CASE = Case(
     title="The first step of DPO",
     group="what is computed",
-    question="Two pairs with answers of unequal length, in two micro-batches: is the gradient that of the paper's loss?",
-    threads=["https://github.com/huggingface/trl/pull/2615", "https://github.com/huggingface/transformers/issues/35856"],
+    question="Two pairs with answers of unequal length, in two micro-batches: is the gradient that of the paper's "
+    "loss?",
+    threads=[
+        "https://github.com/huggingface/trl/pull/2615",
+        "https://github.com/huggingface/transformers/issues/35856",
+    ],
     rows=[pair(*entry) for entry in PAIRS],
     settings={"kind": "preference", "batch_size": 2, "micro_batch_size": 1},
     right={way: step(way, False) for way in RIGHT},

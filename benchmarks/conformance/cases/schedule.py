@@ -18,9 +18,19 @@ CASE = Case(
     title="The learning rate's schedule",
     group="what is computed",
     question="Four steps on two processes with two micro-batches each: does a linear schedule fall once per step?",
-    threads=["https://github.com/huggingface/accelerate/issues/2926", "https://github.com/huggingface/transformers/pull/24088"],
+    threads=[
+        "https://github.com/huggingface/accelerate/issues/2926",
+        "https://github.com/huggingface/transformers/pull/24088",
+    ],
     rows=[row(*TURNS)] * 4,
-    settings={"batch_size": 4, "micro_batch_size": 1, "processes": 2, "steps": 4, "learning_rate": RATE, "schedule": "linear"},
+    settings={
+        "batch_size": 4,
+        "micro_batch_size": 1,
+        "processes": 2,
+        "steps": 4,
+        "learning_rate": RATE,
+        "schedule": "linear",
+    },
     right={way: steps(way, SPEEDS[""]) for way in ALL},
     wrong={f"{name}: {way}": steps(way, factors) for name, factors in SPEEDS.items() if name for way in ALL},
 )

@@ -1,7 +1,6 @@
 """The same seed gives the same adapter, and another seed another one."""
 
 import torch
-
 from conformance.case import Case, Finding
 from conformance.cases.accumulation import ROWS
 from conformance.conversations import row
@@ -20,7 +19,8 @@ def judge(case, reference, results):
 CASE = Case(
     title="The seed decides the weights",
     group="what is computed",
-    question="A LoRA is trained twice with one seed and once with another: are the first two equal, and is the third not?",
+    question="A LoRA is trained twice with one seed and once with another: are the first two equal, and is the third "
+    "not?",
     threads=["https://github.com/MakazhanAlpamys/Soup/issues/354", "https://github.com/huggingface/trl/issues/6688"],
     rows=[row(*turns) for turns in ROWS],
     settings={"method": "lora", "steps": 3},

@@ -24,7 +24,10 @@ CASE = Case(
     title="Accumulation of an encoder-decoder",
     group="what is computed",
     question="Two rows of unequal length train a T5 in two micro-batches: is the loss the mean over all tokens?",
-    threads=["https://github.com/huggingface/transformers/issues/37766", "https://github.com/huggingface/transformers/pull/39659"],
+    threads=[
+        "https://github.com/huggingface/transformers/issues/37766",
+        "https://github.com/huggingface/transformers/pull/39659",
+    ],
     rows=ROWS,
     settings={"model": "t5", "kind": "seq2seq", "batch_size": 2, "micro_batch_size": 1, "learning_rate": 0.1},
     right={"the token mean": lambda reference: reference.gradient_of(losses(reference))},

@@ -30,7 +30,7 @@ CASE = Case(
         "https://github.com/FranxYao/Long-Context-Data-Engineering/issues/14",
     ],
     rows=[row(*TURNS)],
-    reason="special token",
+    reason="special token.*text",
     right={way: as_text(way) for way in ALL},
     wrong=learns(qwen, [TURNS], ALL, "the token ends the turn: {}"),
 )

@@ -17,6 +17,9 @@ CASE = Case(
     right={f"the text{name}": gradient_of([[START, (TEXT + end, True)]]) for name, end in ENDS.items()},
     wrong={
         **{f"no start token: the text{name}": gradient_of([[(TEXT + end, True)]]) for name, end in ENDS.items()},
-        **{f"two start tokens: the text{name}": gradient_of([[START, START, (TEXT + end, True)]]) for name, end in ENDS.items()},
+        **{
+            f"two start tokens: the text{name}": gradient_of([[START, START, (TEXT + end, True)]])
+            for name, end in ENDS.items()
+        },
     },
 )

@@ -14,7 +14,10 @@ CASE = Case(
     title="One start token",
     group="what is learned",
     question="Template and tokenizer of Llama 3 both write the start token. Does a conversation get one, or two?",
-    threads=["https://github.com/OpenRLHF/OpenRLHF/issues/393", "https://github.com/deepseek-ai/DeepSeek-R1/issues/151"],
+    threads=[
+        "https://github.com/OpenRLHF/OpenRLHF/issues/393",
+        "https://github.com/deepseek-ai/DeepSeek-R1/issues/151",
+    ],
     rows=[row(*TURNS)],
     settings={"model": "llama3"},
     right=learns(llama, [TURNS], ALL),

@@ -23,9 +23,12 @@ def judge(case, reference, results):
 CASE = Case(
     title="The chat template that was learned is saved",
     group="what ships",
-    question="A model without a chat template is trained on a conversation. Does the template in the saved folder write the text "
-    "that was learned?",
-    threads=["https://github.com/hiyouga/LlamaFactory/issues/5904", "https://github.com/modelscope/ms-swift/issues/2831"],
+    question="A model without a chat template is trained on a conversation. Does the template in the saved folder "
+    "write the text that was learned?",
+    threads=[
+        "https://github.com/hiyouga/LlamaFactory/issues/5904",
+        "https://github.com/modelscope/ms-swift/issues/2831",
+    ],
     rows=[row(*TURNS)],
     settings={"model": "qwen2.5-plain"},
     reason="chat.?template|template",

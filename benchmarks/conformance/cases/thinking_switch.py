@@ -22,9 +22,12 @@ def judge(case, reference, results):
 CASE = Case(
     title="The template's switch is saved",
     group="what ships",
-    question="Qwen 3 is trained with `enable_thinking: false`. Does the saved folder prompt it as it was trained, or must every "
-    "server be told again?",
-    threads=["https://github.com/hiyouga/LlamaFactory/issues/9765", "https://github.com/hiyouga/LlamaFactory/issues/9092"],
+    question="Qwen 3 is trained with `enable_thinking: false`. Does the saved folder prompt it as it was trained, or "
+    "must every server be told again?",
+    threads=[
+        "https://github.com/hiyouga/LlamaFactory/issues/9765",
+        "https://github.com/hiyouga/LlamaFactory/issues/9092",
+    ],
     rows=[row(*TRAINED)],
     settings={"model": "qwen3", "extra": {"thinking": False}},
     judge=judge,

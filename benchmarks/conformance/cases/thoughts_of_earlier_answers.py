@@ -6,7 +6,9 @@ from conformance.conversations import ALL, RIGHT, last_only, learns, qwen
 FIRST, SECOND = ("user", "What is 2 + 3?"), ("user", "And one more?")
 THOUGHTS = "Two and three more.", "Five and one."
 ANSWERS = "5", "6"
-THINKING = [("assistant", f"<think>\n{thought}\n</think>\n\n{words}") for thought, words in zip(THOUGHTS, ANSWERS, strict=True)]
+THINKING = [
+    ("assistant", f"<think>\n{thought}\n</think>\n\n{words}") for thought, words in zip(THOUGHTS, ANSWERS, strict=True)
+]
 RENDERED = [FIRST, ("assistant", "5"), SECOND, THINKING[1]]
 
 

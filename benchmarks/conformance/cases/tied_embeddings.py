@@ -23,8 +23,12 @@ def judge(case, reference, results):
 CASE = Case(
     title="Tied embeddings stay tied",
     group="what ships",
-    question="The input embeddings are also the output head. After full fine-tuning, does the saved matrix have both gradients?",
-    threads=["https://github.com/Lightning-AI/litgpt/issues/1727", "https://github.com/NVIDIA-NeMo/Automodel/pull/2511"],
+    question="The input embeddings are also the output head. After full fine-tuning, does the saved matrix have both "
+    "gradients?",
+    threads=[
+        "https://github.com/Lightning-AI/litgpt/issues/1727",
+        "https://github.com/NVIDIA-NeMo/Automodel/pull/2511",
+    ],
     rows=[row(*TURNS)],
     right=learns(qwen, [TURNS], ALL),
     judge=judge,

@@ -12,7 +12,10 @@ CASE = Case(
     title="Tools are in the prompt",
     group="what is learned",
     question="A row lists the tools that its answer calls. Does the model see them, as the template writes them?",
-    threads=["https://github.com/NVIDIA-NeMo/Megatron-Bridge/issues/4072", "https://github.com/THUDM/slime/issues/1008"],
+    threads=[
+        "https://github.com/NVIDIA-NeMo/Megatron-Bridge/issues/4072",
+        "https://github.com/THUDM/slime/issues/1008",
+    ],
     rows=[calling(ASKED[1], "get_weather", {"city": "Paris"}, [WEATHER])],
     settings={"max_length": 1024},
     right=learns(qwen, [[("system", system_with(WEATHER)), ASKED, CALL]], ALL),

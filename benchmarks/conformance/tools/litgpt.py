@@ -14,7 +14,11 @@ from litgpt.__main__ import main
 from litgpt.config import Config, name_to_config
 from safetensors.torch import save_file
 
-STYLES = {"qwen2.5": ("Qwen2.5-0.5B", "qwen2.5"), "qwen3": ("Qwen3-0.6B", "qwen3"), "llama3": ("Llama-3.2-1B", "llama3")}
+STYLES = {
+    "qwen2.5": ("Qwen2.5-0.5B", "qwen2.5"),
+    "qwen3": ("Qwen3-0.6B", "qwen3"),
+    "llama3": ("Llama-3.2-1B", "llama3"),
+}
 
 
 def configure(job: Job) -> Configuration:
@@ -42,12 +46,23 @@ def train(job: Job, settings: Configuration) -> dict[str, Any]:
     for name, source in (("train", job["rows"]), ("val", job["test_rows"] or job["rows"])):
         lines = [as_instruction(json.loads(line)) for line in Path(source).read_text().splitlines()]
         (out / "data" / f"{name}.json").write_text(json.dumps(lines))
-    family, own = next(names for key, names in STYLES.items() if Path(job["model"]).name.startswith(key)), Path(job["model"])
+    family, own = (
+        next(names for key, names in STYLES.items() if Path(job["model"]).name.startswith(key)),
+        Path(job["model"]),
+    )
     shape = json.loads((own / "config.json").read_text())
     sizes = {"n_layer": 2, "n_head": 4, "n_query_groups": 2, "n_embd": 64, "head_size": 16, "intermediate_size": 128}
     sizes |= {"block_size": 2048, "vocab_size": shape["vocab_size"], "padded_vocab_size": shape["vocab_size"]}
-    sizes |= {"rope_base": 10000, "rope_adjustments": None, "norm_eps": shape["rms_norm_eps"], "name": f"{family[0]}-tiny"}
-    name_to_config[f"{family[0]}-tiny"] = {**vars(Config.from_name(family[0])), **sizes}  # as the guide on new models does
+    sizes |= {
+        "rope_base": 10000,
+        "rope_adjustments": None,
+        "norm_eps": shape["rms_norm_eps"],
+        "name": f"{family[0]}-tiny",
+    }
+    name_to_config[f"{family[0]}-tiny"] = {
+        **vars(Config.from_name(family[0])),
+        **sizes,
+    }  # as the guide on new models does
     call("convert_to_litgpt", str(out / "base"), "--model_name", f"{family[0]}-tiny")
     options = {"data.json_path": out / "data", "out_dir": out / "tuned", "eval.final_validation": True} | settings
     call("finetune_full", str(out / "base"), *(f"--{name}={value}" for name, value in options.items()))
@@ -56,15 +71,26 @@ def train(job: Job, settings: Configuration) -> dict[str, Any]:
     save_file({name: value.clone() for name, value in weights.items()}, out / "model" / "model.safetensors")
     for path in (out / "tuned" / "final").glob("*.json*"):
         shutil.copy(path, out / "model")
-    logged = [line.split("val loss: ")[1].split()[0] for line in (out / "log.txt").read_text().splitlines() if "val loss: " in line]
-    found = {"model": out / "model", "frozen": ["model.embed_tokens", "lm_head"] if shape["tie_word_embeddings"] else []}
+    logged = [
+        line.split("val loss: ")[1].split()[0]
+        for line in (out / "log.txt").read_text().splitlines()
+        if "val loss: " in line
+    ]
+    found = {
+        "model": out / "model",
+        "frozen": ["model.embed_tokens", "lm_head"] if shape["tie_word_embeddings"] else [],
+    }
     return found | {"losses": [float(loss) for loss in logged]}
 
 
 def as_instruction(row: dict[str, Any]) -> dict[str, str]:
     turns = [(turn["role"], turn["content"]) for turn in row["messages"]]
     system = {"sys_prompt": turns.pop(0)[1]} if turns[0][0] == "system" else {}
-    if [role for role, _ in turns] != ["user", "assistant"] or row.get("tools") or not all(isinstance(t, str) for _, t in turns):
+    if (
+        [role for role, _ in turns] != ["user", "assistant"]
+        or row.get("tools")
+        or not all(isinstance(t, str) for _, t in turns)
+    ):
         raise NotOffered("rows of one question and answer only")
     return system | {"instruction": turns[0][1], "output": turns[1][1]}
 

@@ -67,7 +67,9 @@ def train(job: Job, settings: Configuration) -> dict[str, Any]:
         run("export", out, kept | {"adapter_name_or_path": model, "export_dir": f"{out}/merged"})
     found = {"model": model, "merged": f"{out}/merged", **read_losses(Path(model))}
     if "answers" in job["ask"]:
-        kept = {name: settings[name] for name in ("stage", "finetuning_type", "template", "dataset_dir") if name in settings}
+        kept = {
+            name: settings[name] for name in ("stage", "finetuning_type", "template", "dataset_dir") if name in settings
+        }
         kept |= {"model_name_or_path": model, "eval_dataset": "test", "do_predict": True, "predict_with_generate": True}
         kept |= {"per_device_eval_batch_size": 4, "max_new_tokens": job["ask"]["answers"], "do_sample": False}
         run("train", out, kept | {"output_dir": f"{out}/answers", "use_cpu": True})

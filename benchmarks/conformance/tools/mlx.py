@@ -25,14 +25,19 @@ def configure(job: Job) -> Configuration:
     if job["kind"] not in FORMATS or job["ask"] or job["file"] != "jsonl":
         raise NotOffered(f"no format for {job['kind']} in {job['file']}")
     if job["packing"] or job["processes"] > 1 or job["method"] == "qlora" or job["resume_from"]:
-        raise NotOffered("no packing, no processes without MPI, no 4-bit base without `mlx_lm.convert`, no optimiser state")
+        raise NotOffered(
+            "no packing, no processes without MPI, no 4-bit base without `mlx_lm.convert`, no optimiser state"
+        )
     if job["extra"].keys() - {"lora", "gradient_checkpointing"} or "modules_to_save" in job["extra"].get("lora", {}):
         raise NotOffered(f"no setting for {', '.join(job['extra'])}")
     micro = job["micro_batch_size"]
     optim = {"sgd": "sgd", "adamw_torch": "adamw"}[job["optim"]]
     settings = {name: job[name] for name in ("learning_rate", "seed")} | {"optimizer": optim, "num_layers": -1}
     settings |= {"fine_tune_type": job["method"], "batch_size": micro, "max_seq_length": job["max_length"]}
-    settings |= {"grad_accumulation_steps": job["batch_size"] // micro, "iters": job["steps"] * job["batch_size"] // micro}
+    settings |= {
+        "grad_accumulation_steps": job["batch_size"] // micro,
+        "iters": job["steps"] * job["batch_size"] // micro,
+    }
     settings |= {"grad_checkpoint": True} if job["extra"].get("gradient_checkpointing") else {}
     if job["column"] == "documented" and job["train_on"] != "all":
         settings["mask_prompt"] = True
@@ -52,7 +57,16 @@ def train(job: Job, settings: Configuration) -> dict[str, Any]:
     places = {"model": job["model"], "train": True, "data": f"{out}/data", "adapter_path": f"{out}/adapter"}
     (out / "config.yaml").write_text(json.dumps(settings | places))  # JSON is YAML
     call(lora.main, "mlx_lm.lora", "--config", f"{out}/config.yaml")
-    call(fuse.main, "mlx_lm.fuse", "--model", job["model"], "--adapter-path", f"{out}/adapter", "--save-path", f"{out}/model")
+    call(
+        fuse.main,
+        "mlx_lm.fuse",
+        "--model",
+        job["model"],
+        "--adapter-path",
+        f"{out}/adapter",
+        "--save-path",
+        f"{out}/model",
+    )
     return {"model": out / "model", "frozen": FROZEN if job["method"] == "full" else []}
 
 

@@ -46,7 +46,12 @@ def configure(job: Job) -> Configuration:
 def train(job: Job, settings: Configuration) -> dict[str, Any]:
     out = Path(job["out"])
     rewrite(job, as_numbered if job["kind"] == "classify" else as_two_conversations)
-    given = {"model": job["model"], "dataset": job["rows"], "output_dir": out / "model", "add_version": False} | settings
+    given = {
+        "model": job["model"],
+        "dataset": job["rows"],
+        "output_dir": out / "model",
+        "add_version": False,
+    } | settings
     given |= {"val_dataset": job["test_rows"]} if job["test_rows"] and "split_dataset_ratio" not in settings else {}
     checkpoint = f"{job['resume_from']}/model/checkpoint-{job['save_steps']}"
     given |= {"resume_from_checkpoint": checkpoint} if job["resume_from"] else {}

@@ -36,7 +36,11 @@ def configure(job: Job) -> Configuration:
     settings |= {"gradient_accumulation_steps": job["batch_size"] // job["micro_batch_size"] // job["processes"]}
     settings |= {"save_steps": job["save_steps"]} if job["save_steps"] else {"save_strategy": "no"}
     settings |= evaluation(job)
-    if missing := {"validation", "add_tokens", "thinking", "gguf", "answers", "qlora"} & {*job["extra"], *job["ask"], job["method"]}:
+    if missing := {"validation", "add_tokens", "thinking", "gguf", "answers", "qlora"} & {
+        *job["extra"],
+        *job["ask"],
+        job["method"],
+    }:
         raise NotOffered(f"no setting of the trainer for {', '.join(missing)}")
     return settings | ({"gradient_checkpointing": True} if job["extra"].get("gradient_checkpointing") else {})
 
@@ -57,7 +61,9 @@ def train(job: Job, settings: Configuration) -> dict[str, Any]:
     tokenizer = AutoTokenizer.from_pretrained(job["model"])
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     kinds = {"seq2seq": AutoModelForSeq2SeqLM, "classify": AutoModelForSequenceClassification}
-    named = {"id2label": {i: name for name, i in LABELS.items()}, "label2id": LABELS} if job["kind"] == "classify" else {}
+    named = (
+        {"id2label": {i: name for name, i in LABELS.items()}, "label2id": LABELS} if job["kind"] == "classify" else {}
+    )
     model = kinds.get(job["kind"], AutoModelForCausalLM).from_pretrained(job["model"], dtype=torch.float32, **named)
     if job["method"] == "lora":
         lora = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", **job["extra"].get("lora", {})}

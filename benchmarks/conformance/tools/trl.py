@@ -11,7 +11,14 @@ from datasets import load_dataset
 from peft import AutoPeftModelForCausalLM, LoraConfig
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
-SAME = {"weight_decay": 0.0, "max_grad_norm": 0.0, "bf16": False, "use_cpu": True, "report_to": [], "save_only_model": False}
+SAME = {
+    "weight_decay": 0.0,
+    "max_grad_norm": 0.0,
+    "bf16": False,
+    "use_cpu": True,
+    "report_to": [],
+    "save_only_model": False,
+}
 DOCUMENTED = {"the whole text": "https://huggingface.co/docs/trl/sft_trainer#train-on-assistant-messages-only"}
 
 
