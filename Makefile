@@ -22,7 +22,7 @@ OTHER = $(if $(filter-out bfloat16,$(DTYPE)),-$(DTYPE))
 PEERS = $(if $(LLAMAFACTORY),--llamafactory $(LLAMAFACTORY))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup models demo test test-slow test-gpu test-fake-cuda test-oldest test-newest test-extras check format docs architectures torture hostile site same build bench clean
+.PHONY: help setup models demo test test-slow test-gpu test-fake-cuda test-oldest test-newest test-extras check format docs architectures torture hostile site same build bench conformance clean
 
 help:  ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -157,6 +157,10 @@ bench: $(READY) $(MODELS)  ## Compare with other tools, into benchmarks/RESULTS.
 	$(call MEASURE,preparation) >$(BENCH)/preparation.json
 	$(call MEASURE,generation) >$(BENCH)/generation.json
 	$(BIN)/python benchmarks/results.py $(BENCH) --out benchmarks/RESULTS.md
+
+# Makes an environment per tool in build/conformance (several GB). TOOLS: names in benchmarks/conformance/tools.toml.
+conformance: $(READY)  ## Run TOOLS (default: all) through cases of known failures, into benchmarks/CONFORMANCE.md
+	$(BIN)/python benchmarks/conformance/run.py $(if $(TOOLS),--tools $(TOOLS))
 
 build: $(READY)  ## Build the source archive and the wheel, into DIST (default: dist)
 	$(BIN)/python -m build --outdir $(DIST)

@@ -1,0 +1,144 @@
+"""Shared by all adapters: read jobs, catch errors, write results.
+
+Standard library only, as each tool has its own environment.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+Job = dict[str, Any]
+Configuration = dict[str, Any]
+
+
+class NotOffered(Exception):
+    """The tool documents no way to do this; the message says what is missing."""
+
+
+def serve(
+    package: str,
+    configure: Callable[[Job], Configuration],
+    train: Callable[[Job, Configuration], Mapping[str, Any]],
+    documented: Mapping[str, str] | None = None,
+    torchrun: bool = True,
+) -> None:
+    """Do the jobs of the file named on the command line: `python tools/NAME.py jobs.json`.
+
+    Args:
+        package: the distribution whose version is reported.
+        configure: returns the tool's own settings for a job. `job["column"]` is `default` or `documented`.
+        train: trains, and returns `{"model": folder}` and whatever the job asks for.
+        documented: names of outcomes (`case.wrong`) that the tool documents as its choice -> the page that says so.
+        torchrun: start several processes of this file by torchrun for a job with `processes`; or `train` does it.
+    """
+    for job in json.loads(Path(sys.argv[1]).read_text()):
+        out = Path(job["out"])
+        if torchrun and job["processes"] > 1 and "RANK" not in os.environ:
+            (out / "job.json").write_text(json.dumps([job]))
+            start = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+            with logged(out / "log.txt"):
+                subprocess.run([*start, f"--nproc_per_node={job['processes']}", sys.argv[0], out / "job.json"])
+            continue
+        result: dict[str, Any] = {"status": "done", "message": "", "version": version(package)}
+        with logged(out / "log.txt"):
+            try:
+                result["configuration"] = configure(job)
+                if job["column"] == "documented" and result["configuration"] == configure({**job, "column": "default"}):
+                    result["status"] = "same"
+                else:
+                    result.update(train(job, result["configuration"]))
+            except NotOffered as missing:
+                result.update(status="not offered", message=str(missing))
+            except (Exception, SystemExit) as error:  # the runner reads the reason
+                traceback.print_exc()
+                result.update(status="error", message=f"{type(error).__name__}: {error}"[:2000])
+        if os.environ.get("RANK", "0") == "0":
+            result["documented"] = dict(documented or {})
+            (out / "result.json").write_text(json.dumps(result, default=str, indent=1))
+
+
+def command(*arguments: object, **environment: str) -> None:
+    """Run a command of the tool; raise its last lines if it fails."""
+    done = subprocess.run(
+        [str(argument) for argument in arguments],
+        env={**os.environ, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    print(done.stdout)
+    if done.returncode:
+        raise RuntimeError(f"exit code {done.returncode}\n{done.stdout[-1500:]}")
+
+
+@contextmanager
+def logged(path: Path) -> Iterator[None]:
+    """Write everything that this process and its children print into a file."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    kept = os.dup(1), os.dup(2)
+    with path.open("ab") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os.dup2(kept[0], 1)
+        os.dup2(kept[1], 2)
+
+
+def isolated(run: Callable[[], object]) -> None:
+    """Run in a child process with all imports so far: patches of a tool must not reach the next job."""
+    read, write = os.pipe()
+    child = os.fork()
+    if not child:
+        message = b""
+        try:
+            run()
+        except (Exception, SystemExit) as error:  # the parent raises it
+            if not (isinstance(error, SystemExit) and not error.code):
+                traceback.print_exc()
+                message = f"{type(error).__name__}: {error}".encode()[:4000] or b"error"
+        os.write(write, message)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
+    os.close(write)
+    with os.fdopen(read, "rb") as pipe:
+        message = pipe.read()
+    _, status = os.waitpid(child, 0)
+    if message or status:
+        raise RuntimeError(message.decode() or f"the process ended with status {status}")
+
+
+def rewrite(job: Job, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """Replace the rows of a job by those that its tool documents: `change` gets a row and returns it in that format."""
+    for path in (Path(job[name]) for name in ("rows", "test_rows") if job[name] and job["file"] == "jsonl"):
+        rows = [change(json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def evaluation(job: Job) -> Configuration:
+    """Return the arguments of transformers' Trainer that evaluate before the first step and after the last."""
+    if "losses" not in job["ask"]:
+        return {}
+    settings = {"eval_strategy": "steps", "eval_steps": job["steps"], "eval_on_start": True}
+    return settings | {"per_device_eval_batch_size": job["micro_batch_size"], "save_steps": job["steps"]}
+
+
+def read_losses(folder: Path) -> dict[str, Any]:
+    """Return all evaluation losses that transformers' Trainer wrote into its newest checkpoint, if any."""
+    states = sorted(folder.rglob("trainer_state.json"), key=lambda path: path.stat().st_mtime)
+    history = json.loads(states[-1].read_text())["log_history"] if states else []
+    return {"losses": [float(entry["eval_loss"]) for entry in history if "eval_loss" in entry]}

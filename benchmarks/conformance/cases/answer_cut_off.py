@@ -1,0 +1,44 @@
+"""A row that is too long does not teach a cut-off answer without a word."""
+
+import re
+
+from conformance.case import Case, Finding, compare_gradients
+from conformance.conversations import ALL, learns, qwen, row
+from conformance.qwen_tools import OWN
+
+SHORT = [("system", OWN), ("user", "Which colour is the sky?"), ("assistant", "Blue.")]
+LONG = [("system", OWN), ("user", "Count."), ("assistant", " ".join(f"{number}," for number in range(60)))]
+LENGTH = 96
+
+
+def short_and_cut(way):
+    def gradient(reference):
+        ids, labels = reference.encode(qwen(*LONG, learn=ALL[way]))
+        whole = reference.encode(qwen(*SHORT, learn=ALL[way]))
+        return reference.gradient_of([reference.loss(*whole), reference.loss(ids[:LENGTH], labels[:LENGTH])])
+
+    return gradient
+
+
+def judge(case, reference, results):
+    """A row that is left out must be reported."""
+    finding = compare_gradients(case, reference, results)
+    [result] = results.values()
+    if finding.verdict == "right" and not re.search(case.reason, result.log, re.IGNORECASE):
+        return Finding("silently wrong", "the long row left out", finding.distance)
+    return finding
+
+
+CASE = Case(
+    title="An answer that is cut off",
+    group="what is learned",
+    question="One of two rows is longer than the maximum, and its answer would be cut in the middle. Is it refused, or"
+    " left out with a word, or is an answer without an end learned?",
+    threads=["https://github.com/huggingface/trl/issues/6668", "https://github.com/hiyouga/LlamaFactory/issues/1494"],
+    rows=[row(*SHORT[1:]), row(*LONG[1:])],
+    settings={"batch_size": 2, "max_length": LENGTH},
+    reason=r"too long|overlong|trunca|exceed|longer than|left out|drop(ped|ping)|cut",
+    right=learns(qwen, [SHORT], ALL, "the long row left out: {}"),
+    wrong={f"an answer cut off: {way}": short_and_cut(way) for way in ALL},
+    judge=judge,
+)

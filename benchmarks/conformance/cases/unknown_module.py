@@ -1,0 +1,15 @@
+"""A LoRA for modules that the model lacks is refused."""
+
+from conformance.case import Case, Finding
+from conformance.conversations import row
+
+CASE = Case(
+    title="An adapter for modules that do not exist",
+    group="what is computed",
+    question="The target modules are those of another architecture: is the run refused?",
+    threads=["https://github.com/huggingface/peft/issues/3533", "https://github.com/huggingface/peft/issues/1206"],
+    rows=[row(("user", "Which colour is the sky?"), ("assistant", "Blue."))],
+    settings={"method": "lora", "extra": {"lora": {"target_modules": ["query_key_value"]}}},
+    reason="target.?modules|query_key_value",
+    judge=lambda case, reference, results: Finding("silently wrong", "trained without the module"),
+)

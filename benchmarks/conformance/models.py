@@ -1,0 +1,120 @@
+"""Tiny random models with the tokens and the chat templates of real families; the weights are float32."""
+
+from __future__ import annotations
+
+import json
+from importlib.metadata import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+CORPUS = [
+    "You are a helpful assistant. user asks a question and the assistant gives a short answer.",
+    "Which colour is the sky? The sky is blue. How many legs has a cat? Four. What is the weather in Paris?",
+    "one two three four five six seven eight nine ten red green blue cat dog bird fish system tool think",
+]
+CHATML = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+LLAMA = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+CALLS = ["<tool_call>", "</tool_call>"]
+THOUGHTS = [*CALLS, "<tool_response>", "</tool_response>", "<think>", "</think>"]
+SHAPE: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 2048,
+    "initializer_range": 0.1,
+}
+
+
+def build_model(family: str, folder: Path, seed: int = 0) -> Path:
+    """Save a model and its tokenizer in `folder`: qwen2.5, qwen3, llama3 or t5.
+
+    `llama3-unpadded` has no pad token, as the real one; `qwen2.5-overflowing` has a norm that overflows float32;
+    `qwen2.5-plain` has no chat template.
+    """
+    torch.manual_seed(seed)
+    if family == "t5":
+        tokenizer = train_tokenizer(["<pad>", "</s>"], [], eos="</s>", pad="<pad>")
+        tokenizer.backend_tokenizer.post_processor = ends_with(tokenizer, "</s>")
+        shape = {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4, "dropout_rate": 0.0}
+        ids = {"decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 1}
+        model = T5ForConditionalGeneration(T5Config(vocab_size=len(tokenizer), **shape, **ids))
+    elif family.startswith("llama3"):
+        pad = None if family.endswith("-unpadded") else "<|end_of_text|>"
+        tokenizer = train_tokenizer(LLAMA, [], bos=LLAMA[0], eos="<|eot_id|>", pad=pad)
+        tokenizer.backend_tokenizer.post_processor = starts_with(tokenizer, LLAMA[0])
+        tokenizer.chat_template = read_template("llama3")
+        model = AutoModelForCausalLM.from_config(LlamaConfig(**SHAPE, **ids_of(tokenizer)))
+    else:
+        config, added = (Qwen3Config, THOUGHTS) if family == "qwen3" else (Qwen2Config, CALLS)
+        tokenizer = train_tokenizer(CHATML, added, eos="<|im_end|>", pad="<|endoftext|>")
+        tokenizer.chat_template = read_template("qwen3" if family == "qwen3" else "qwen2_5")
+        model = AutoModelForCausalLM.from_config(config(**SHAPE, **ids_of(tokenizer), tie_word_embeddings=True))
+        if family.endswith("-overflowing"):
+            torch.nn.init.constant_(model.model.norm.weight, 3e38)
+        if family.endswith("-plain"):
+            tokenizer.chat_template = None
+    model.float().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    settings = folder / "tokenizer_config.json"  # this class is known to every version of transformers
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), "tokenizer_class": "PreTrainedTokenizerFast"}))
+    return folder
+
+
+def train_tokenizer(special: list[str], added: list[str], eos: str, pad: str | None, bos: str | None = None) -> Any:
+    """Train a byte-level BPE of about 500 tokens; it can encode any text."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=512,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(CORPUS, trainer)
+    backend.add_tokens(added)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token=bos, eos_token=eos, pad_token=pad, model_max_length=2048
+    )
+
+
+def starts_with(tokenizer: Any, token: str) -> Any:
+    """Add `token` before each text, as Llama's tokenizers do."""
+    special = [(token, tokenizer.convert_tokens_to_ids(token))]
+    return processors.TemplateProcessing(f"{token} $A", f"{token} $A {token} $B", special)
+
+
+def ends_with(tokenizer: Any, token: str) -> Any:
+    """Add `token` after each text, as T5's tokenizers do."""
+    special = [(token, tokenizer.convert_tokens_to_ids(token))]
+    return processors.TemplateProcessing(f"$A {token}", f"$A {token} $B {token}", special)
+
+
+def ids_of(tokenizer: Any) -> dict[str, Any]:
+    return {
+        "vocab_size": len(tokenizer),
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+
+
+def read_template(name: str) -> str:
+    """Return a chat template as its model has it; TRL's package ships verbatim copies, and is not imported."""
+    [path] = [file for file in files("trl") or () if file.match(f"chat_templates/{name}.jinja")]
+    return path.read_text(encoding="utf-8")

@@ -1,0 +1,187 @@
+"""CONFORMANCE.md, rendered from conformance.json."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from conformance.case import Case
+from conformance.environments import HERE, Tool
+
+PAGE = HERE.parent / "CONFORMANCE.md"
+TABLE = HERE.parent / "conformance.json"
+GROUPS = "what is learned", "what is computed", "what is measured", "what ships"
+VERDICTS = {
+    "right": "the result is that of plain torch, or what the case asks for",
+    "refused": "an error, or a row left out, with the reason",
+    "wrong, with a warning": "another result; the output names the reason",
+    "**silently wrong**": "another result without a word; seen in two runs",
+    "documented otherwise": "another result, which the documentation names as the tool's choice",
+    "stopped": "an error that does not name the reason",
+    "not offered": "the tool has no such feature, or none that runs on a CPU",
+    "not run": "the tool does not install or run here, or was not run",
+}
+INTRO = """# Conformance
+
+Famous failures of fine-tuning that raise no error, run through each tool. Made by `make conformance`, {date}.
+
+Each tool trains a tiny random model for one step of plain SGD, from the same rows. The change of its weights, divided
+by the learning rate, is the gradient that it used. [Plain torch](conformance/reference.py) computes the gradient of the
+text that the case states by hand, and those of known mistakes. So the table shows what each tool learned, from its
+weights alone. Some cases compare something else, such as answers or exported files; the case's page says what.
+
+A cell has two lines where the documented defaults differ from the setting that the documentation names for the task.
+A crash is not "silently wrong", and neither is a documented choice. Each tool has the newest version that installs
+here, and computes in float32 on a CPU.
+"""
+ADD = """
+## Add a case
+
+Write `benchmarks/conformance/cases/NAME.py` with a `CASE`:
+
+```python
+from conformance.case import Case
+from conformance.conversations import RIGHT, WHOLE, learns, qwen, row
+
+TURNS = [("system", "You are brief."), ("user", "Which colour is the sky?"), ("assistant", "Blue.")]
+CASE = Case(
+    title="Only answers are learned", group="what is learned", question="Is only the answer learned?",
+    threads=["https://github.com/huggingface/trl/issues/2424"],
+    rows=[row(*TURNS)], settings={"batch_size": 1},      # the keys of a job: conformance/README.md
+    right=learns(qwen, [TURNS], RIGHT), wrong=learns(qwen, [TURNS], WHOLE),
+)
+```
+
+Then `.venv/bin/python benchmarks/conformance/run.py --cases NAME --tools llmtune`. A case that compares something else
+than one gradient has a `judge`.
+
+## Add a tool
+
+Add a section to `benchmarks/conformance/tools.toml`, and `benchmarks/conformance/tools/NAME.py`:
+
+```python
+from conformance.adapter import NotOffered, serve
+
+def configure(job):             # the tool's own settings for a job
+    return {"lr": job["learning_rate"], "mask_prompt": job["column"] == "documented"}
+
+def train(job, settings):       # run the tool; return the folder of the trained weights
+    return {"model": run_the_tool(job["model"], job["rows"], settings, job["out"])}
+
+serve("the-distribution", configure, train, documented={"the whole text": "https://its.documentation"})
+```
+"""
+
+
+def collect(cases: Mapping[str, Case], tools: Mapping[str, Tool], cache: Path) -> dict[str, Any]:
+    """Put the stored findings of all tools together."""
+    found: dict[str, Any] = {}
+    for tool in tools:
+        paths = {name: cache / "findings" / tool / f"{name}.json" for name in cases}
+        found[tool] = {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
+    known = {tool: findings for tool, findings in found.items() if findings}
+    return {
+        "date": datetime.now(UTC).date().isoformat(),
+        "machine": f"{platform.machine()}, Python {platform.python_version()}",
+        "tools": {
+            tool: {"title": tools[tool].title, "version": next(iter(findings.values()))["version"]}
+            for tool, findings in known.items()
+        },
+        "cases": {
+            name: {
+                "title": case.title,
+                "group": case.group,
+                "question": case.question,
+                "threads": list(case.threads),
+                "findings": {tool: findings[name]["columns"] for tool, findings in known.items() if name in findings},
+            }
+            for name, case in cases.items()
+        },
+    }
+
+
+def render(table: Mapping[str, Any]) -> str:
+    """Return the page."""
+    tools, cases = table["tools"], table["cases"]
+    lines = [INTRO.format(date=table["date"]), "| verdict | meaning |", "|---|---|"]
+    lines += [f"| {verdict} | {meaning} |" for verdict, meaning in VERDICTS.items()]
+    lines += ["", *summary(table), "", "## Cases and tools", ""]
+    titles = [f"{tool['title']} {tool['version']}" for tool in tools.values()]
+    lines += [f"| case | {' | '.join(titles)} |", "|---" * (len(tools) + 1) + "|"]
+    for group in GROUPS:
+        members = {name: case for name, case in cases.items() if case["group"] == group}
+        lines += [f"| *{group}* |{' |' * len(tools)}"] if members else []
+        for case in members.values():
+            cells = [cell(case["findings"].get(tool, {})) for tool in tools]
+            lines.append(f"| [{case['title']}](#{anchor(case['title'])}) | {' | '.join(cells)} |")
+    for name, case in cases.items():
+        lines += ["", *describe_case(name, case, tools)]
+    return "\n".join(lines) + "\n" + ADD
+
+
+def summary(table: Mapping[str, Any]) -> Iterator[str]:
+    """Count, for each tool, the verdicts of its best column."""
+    shown = [verdict.strip("*") for verdict in VERDICTS]
+    yield f"| tool | {' | '.join(shown)} |"
+    yield "|---" * (len(shown) + 1) + "|"
+    for tool, entry in table["tools"].items():
+        counts = Counter(final_verdict(case["findings"].get(tool, {})) for case in table["cases"].values())
+        yield f"| {entry['title']} {entry['version']} | {' | '.join(str(counts[verdict] or '') for verdict in shown)} |"
+    yield ""
+    yield "This counts the documented setting where it differs from the default."
+
+
+def final_verdict(columns: Mapping[str, Any]) -> str:
+    entry = columns.get("documented") or columns.get("default") or {"verdict": "not run"}
+    return str(entry["verdict"])
+
+
+def cell(columns: Mapping[str, Any]) -> str:
+    words = {name: strong(entry["verdict"]) for name, entry in columns.items()}
+    if len(set(words.values())) <= 1:
+        return next(iter(words.values()), "not run")
+    return "<br>".join(f"{name}: {word}" for name, word in words.items())
+
+
+def strong(verdict: str) -> str:
+    return f"**{verdict}**" if verdict == "silently wrong" else verdict
+
+
+def describe_case(name: str, case: Mapping[str, Any], tools: Mapping[str, Any]) -> Iterator[str]:
+    """Show the question, the threads, and what each tool did."""
+    yield f"## {case['title']}"
+    yield ""
+    links = ", ".join(f"[{short(link)}]({link})" for link in case["threads"])
+    yield f"{case['question']} [`{name}`](conformance/cases/{name}.py). Met in {links}." if links else case["question"]
+    yield ""
+    for tool, columns in case["findings"].items():
+        for column, entry in columns.items():
+            where = f" ({column})" if len(columns) > 1 else ""
+            far = f", distance {entry['distance']:.1e}" if entry.get("distance") is not None else ""
+            runs = f", {entry['runs']} runs" if "runs" in entry else ""
+            did = first_line(entry["learned"])
+            yield f"- {tools[tool]['title']}{where}: {strong(entry['verdict'])}{': ' + did if did else ''}{far}{runs}"
+            if entry["verdict"] in ("silently wrong", "wrong, with a warning"):
+                yield f"  `{json.dumps(entry.get('configuration', {}), ensure_ascii=False)}`"
+
+
+def first_line(text: str) -> str:
+    line = next((line.strip() for line in text.splitlines() if line.strip()), "")
+    return line.replace("|", "\\|").replace("<", "\\<")[:240]
+
+
+def short(link: str) -> str:
+    """Return owner/name#number of an issue's address."""
+    parts = link.removeprefix("https://github.com/").split("/")
+    return f"{parts[0]}/{parts[1]}#{parts[-1]}" if len(parts) == 4 else link
+
+
+def anchor(title: str) -> str:
+    """Return the anchor that GitHub gives a heading."""
+    kept = "".join(letter for letter in title.lower() if letter.isalnum() or letter in " -_")
+    return kept.replace(" ", "-")

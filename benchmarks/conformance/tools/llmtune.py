@@ -1,0 +1,78 @@
+"""llmtune: one recipe per job, run by `llmtune.run`."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from conformance.adapter import Configuration, Job, NotOffered, serve
+
+import llmtune
+from llmtune.errors import LlmtuneError
+from llmtune.model import memory_plan
+
+CHAT = {"messages": "chat", "prompt_completion": "chat"}
+TASKS = CHAT | {"text": "completion", "seq2seq": "translate", "preference": "preference", "classify": "classify"}
+
+
+def configure(job: Job) -> Configuration:
+    """Return the recipe. Its defaults learn the answers only, so both columns are the same."""
+    if job["kind"] not in TASKS:
+        raise NotOffered(f"no task for {job['kind']}")
+    data = {"train": job["rows"], "validation": 0, "test": job["test_rows"] or 0, "max_length": job["max_length"]}
+    data |= {"test": job["extra"]["validation"]} if "validation" in job["extra"] else {"deduplicate": "none"}
+    data |= {"packing": job["packing"]} if TASKS[job["kind"]] in ("chat", "completion") else {}
+    adapter = {"method": job["method"]}
+    adapter |= {"r": 4, "lora_alpha": 8, **job["extra"].get("lora", {})} if job["method"] != "full" else {}
+    train = {name: job[name] for name in ("learning_rate", "optim", "batch_size", "save_steps") if job[name]}
+    train |= {"max_steps": job["steps"], "lr_scheduler_type": job["schedule"], "warmup_steps": 0, "max_grad_norm": 0}
+    train |= {"gradient_checkpointing": True} if job["extra"].get("gradient_checkpointing") else {}
+    model = {"name": job["model"], "dtype": "float32"}
+    model |= {"add_tokens": job["extra"]["add_tokens"]} if "add_tokens" in job["extra"] else {}
+    model |= {"chat_template_kwargs": {"enable_thinking": False}} if "thinking" in job["extra"] else {}
+    recipe = {"recipe_version": 1, "task": TASKS[job["kind"]], "seed": job["seed"], "data": data, "adapter": adapter}
+    recipe |= {"deploy": products} if (products := [name for name in ("merged", "gguf") if name in job["ask"]]) else {}
+    recipe |= {"generation": {"max_new_tokens": job["ask"]["answers"]}} if "answers" in job["ask"] else {}
+    return recipe | {"train": train, "model": model}
+
+
+def train(job: Job, recipe: Configuration) -> dict[str, Any]:
+    folder, run = Path(job["out"]), Path(job["out"]) / "run"
+    (folder / "recipe.yaml").write_text(json.dumps(recipe))  # JSON is YAML
+    # Micro-batches follow from the memory and have no key: one row each, as on a machine with very little.
+    memory_plan._CPU_TOKENS = 1 if job["micro_batch_size"] < job["batch_size"] else 2048
+    until: Any = "run" if "deploy" in recipe else "evaluate" if job["ask"] else "train"
+    options: dict[str, Any] = {"out": run, "until": until, "threads": 1, "offline": True}
+    if job["resume_from"]:
+        threading.Thread(target=stop_after, args=(run / "checkpoints", job["save_steps"]), daemon=True).start()
+        try:
+            llmtune.run(folder / "recipe.yaml", **options)
+        except LlmtuneError as stopped:
+            print("stopped:", stopped)
+            options["resume"] = True
+        assert "resume" in options, "the run ended before it was stopped"
+    llmtune.run(folder / "recipe.yaml", processes=job["processes"], **options)
+    found: dict[str, Any] = {"merged": run / "merged", "gguf": next(run.glob("gguf/*.gguf"), None)}
+    if "answers" in job["ask"]:
+        lines = (run / "evaluation" / "predictions.jsonl").read_text().splitlines()
+        found["answers"] = [json.loads(line)["tuned"] for line in lines]
+    if "losses" in job["ask"]:
+        scores = json.loads((run / "report.json").read_text())["evaluation"]
+        found["losses"] = [scores[side]["loss"] for side in ("base", "tuned")]
+    return found | {"model": run / ("weights" if job["method"] == "full" else "adapter")}
+
+
+def stop_after(checkpoints: Path, step: int) -> None:
+    """Send SIGTERM to this process when the checkpoint of a step is written."""
+    while not any(int(found.name.rpartition("-")[2]) >= step for found in checkpoints.glob("step-*")):
+        time.sleep(0.001)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+if __name__ == "__main__":
+    serve("llmtune-cli", configure, train, torchrun=False)

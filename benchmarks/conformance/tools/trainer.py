@@ -1,0 +1,95 @@
+"""transformers' Trainer with PEFT: a plain script, as the documentation of both shows it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from conformance.adapter import Configuration, Job, NotOffered, evaluation, read_losses, serve
+from datasets import load_dataset
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorForLanguageModeling,
+    DataCollatorForSeq2Seq,
+    DataCollatorWithPadding,
+    Trainer,
+    TrainingArguments,
+)
+
+SAME = {"weight_decay": 0.0, "max_grad_norm": 0.0, "use_cpu": True, "report_to": [], "warmup_steps": 0}
+LABELS = {"animal": 0, "colour": 1}
+DOCUMENTED = {
+    "the whole text": "https://huggingface.co/docs/transformers/chat_templating#model-training",
+    "an answer cut off": "https://huggingface.co/docs/transformers/pad_truncation",
+    "the misspelt module": "https://huggingface.co/docs/peft/developer_guides/troubleshooting",
+}
+
+
+def configure(job: Job) -> Configuration:
+    """Return the training arguments. The columns are the same: a script of one's own has no switches."""
+    if job["kind"] not in ("messages", "text", "seq2seq", "classify") or job["packing"]:
+        raise NotOffered("no documented way to train on packed rows, or rows of this kind")
+    settings = {name: job[name] for name in ("learning_rate", "optim", "seed")} | SAME
+    settings |= {"max_steps": job["steps"], "lr_scheduler_type": job["schedule"]}
+    settings |= {"per_device_train_batch_size": job["micro_batch_size"]}
+    settings |= {"gradient_accumulation_steps": job["batch_size"] // job["micro_batch_size"] // job["processes"]}
+    settings |= {"save_steps": job["save_steps"]} if job["save_steps"] else {"save_strategy": "no"}
+    settings |= evaluation(job)
+    if missing := {"validation", "add_tokens", "thinking", "gguf", "answers", "qlora"} & {
+        *job["extra"],
+        *job["ask"],
+        job["method"],
+    }:
+        raise NotOffered(f"no setting of the trainer for {', '.join(missing)}")
+    return settings | ({"gradient_checkpointing": True} if job["extra"].get("gradient_checkpointing") else {})
+
+
+def encode(row: dict[str, Any], tokenizer: Any, job: Job) -> dict[str, Any]:
+    """Tokenise a row as the guides on chat templates, language modelling and translation do."""
+    if job["kind"] == "seq2seq":
+        return dict(tokenizer(row["source"], text_target=row["target"], max_length=job["max_length"], truncation=True))
+    if job["kind"] == "classify":
+        return dict(tokenizer(row["text"], truncation=True)) | {"label": LABELS[row["label"]]}
+    if job["kind"] == "text":
+        return dict(tokenizer(row["text"], truncation=True, max_length=job["max_length"]))
+    text = tokenizer.apply_chat_template(row["messages"], tools=row.get("tools"), tokenize=False)
+    return dict(tokenizer(text, add_special_tokens=False, truncation=True, max_length=job["max_length"]))
+
+
+def train(job: Job, settings: Configuration) -> dict[str, Any]:
+    tokenizer = AutoTokenizer.from_pretrained(job["model"])
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    kinds = {"seq2seq": AutoModelForSeq2SeqLM, "classify": AutoModelForSequenceClassification}
+    named = (
+        {"id2label": {i: name for name, i in LABELS.items()}, "label2id": LABELS} if job["kind"] == "classify" else {}
+    )
+    model = kinds.get(job["kind"], AutoModelForCausalLM).from_pretrained(job["model"], dtype=torch.float32, **named)
+    if job["method"] == "lora":
+        lora = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", **job["extra"].get("lora", {})}
+        model = get_peft_model(model, LoraConfig(task_type="SEQ_CLS" if named else "CAUSAL_LM", **lora))
+    rows = load_dataset("json" if job["file"] == "jsonl" else job["file"], data_files=job["rows"], split="train")
+    collators = {"seq2seq": DataCollatorForSeq2Seq(tokenizer, model), "classify": DataCollatorWithPadding(tokenizer)}
+    tested = load_dataset("json", data_files=job["test_rows"], split="train") if "losses" in job["ask"] else None
+    trainer = Trainer(
+        model=model,
+        args=TrainingArguments(output_dir=job["out"], **settings),
+        train_dataset=rows.map(lambda row: encode(row, tokenizer, job), remove_columns=rows.column_names),
+        eval_dataset=tested and tested.map(lambda row: encode(row, tokenizer, job), remove_columns=rows.column_names),
+        data_collator=collators.get(job["kind"]) or DataCollatorForLanguageModeling(tokenizer, mlm=False),
+    )
+    checkpoint = Path(job["resume_from"] or "") / f"checkpoint-{job['save_steps']}"
+    trainer.train(resume_from_checkpoint=str(checkpoint) if job["resume_from"] else None)
+    trainer.save_model(str(Path(job["out"]) / "model"))
+    tokenizer.save_pretrained(str(Path(job["out"]) / "model"))
+    if "merged" in job["ask"]:
+        model.merge_and_unload().save_pretrained(f"{job['out']}/merged")
+    return {"model": Path(job["out"]) / "model", "merged": f"{job['out']}/merged", **read_losses(Path(job["out"]))}
+
+
+if __name__ == "__main__":
+    serve("transformers", configure, train, DOCUMENTED)
