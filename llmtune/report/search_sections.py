@@ -26,7 +26,12 @@ def negatives_blocks(mined: Json | None, surveyed: Json | None) -> list[Block]:
     if not surveyed:
         return blocks
     rows: TableRows = [
-        [kind, count(found["pairs"]), share(found["near"], found["pairs"], 2), share(found["nearer"], found["pairs"], 2)]
+        [
+            kind,
+            count(found["pairs"]),
+            share(found["near"], found["pairs"], 2),
+            share(found["nearer"], found["pairs"], 2),
+        ]
         for kind, found in surveyed["kinds"].items()
     ]
     heads = ("pairs", f"at {surveyed['below']:g} × its score or more", "nearer than the passage")
@@ -46,7 +51,11 @@ def example_blocks(title: str, example: Mapping[str, object] | None) -> list[Blo
     if not example:
         return []
     rows: TableRows = [
-        [name, shorten(str(example[name])), score(number) if isinstance(number := example.get(f"{name}_score"), float) else ""]
+        [
+            name,
+            shorten(str(example[name])),
+            score(number) if isinstance(number := example.get(f"{name}_score"), float) else "",
+        ]
         for name in ("query", "passage", "negative")
     ]
     return [Table(["", "text", Column("score", "number")], rows, f"{title} ({example['origin']})")]

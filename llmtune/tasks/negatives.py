@@ -106,7 +106,13 @@ def mine_rows(rows: Rows, recipe: Recipe, model_ref: ModelRef, device: str, fold
         raise RecipeError.of(f"rows with {kind} have no negatives to mine", "data.negatives", "Remove it.")
     for path in rows.folder.iterdir():
         hard_link(str(path), str(folder / path.name))
-    facts: Json = {"model": model_ref.name, "sha256": model_ref.content_hash, "mine": section.mine, "below": section.below, "example": None}
+    facts: Json = {
+        "model": model_ref.name,
+        "sha256": model_ref.content_hash,
+        "mine": section.mine,
+        "below": section.below,
+        "example": None,
+    }
     facts |= {"queries": 0, "negatives": 0, "skipped": 0, "short": 0}
     digest = hashlib.sha256(rows.content_hash.encode())
     with open_embedder(recipe, model_ref, device, console) as loaded:
