@@ -6,7 +6,7 @@ Shapes: N rows, Q queries, P passages, D numbers of a vector.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TypeAlias
 
 import numpy as np

@@ -36,7 +36,7 @@ def negatives_blocks(mined: Json | None, surveyed: Json | None) -> list[Block]:
     ]
     heads = ("pairs", f"at {surveyed['below']:g} × its score or more", "nearer than the passage")
     columns: TableColumns = ["negatives", *(Column(name, "number") for name in heads)]
-    title = f"Likely false negatives: negatives that the base scores like the right passage, "
+    title = "Likely false negatives: negatives that the base scores like the right passage, "
     blocks.append(Table(columns, rows, title + f"in {count(surveyed['rows'])} training rows"))
     text = f"In a step, {share(surveyed['queries'], surveyed['rows'])} of the queries have at least one such in-batch "
     text += "negative. Some may be right; name all right passages of a query in its rows, or mine with data.negatives."

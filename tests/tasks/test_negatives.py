@@ -1,4 +1,4 @@
-"""Mined negatives: those of sentence-transformers, never of another split, never stale; and the estimate of false ones."""
+"""Mined negatives: those of sentence-transformers, never stale or of another split; and the estimate of false ones."""
 
 import json
 import shutil
