@@ -18,6 +18,7 @@ NUMBERED = ("negatives",)
 """Columns that a file may spread over numbered ones, as sentence-transformers does: `negative_1`, `negative_2`."""
 _PROMPTS = ("question", "query", "input", "inputs", "user", "human", "request", "problem")
 ANSWER_NAMES = ("response", "answer", "output", "outputs", "target", "targets", "assistant", "reply", "bot", "solution")
+PASSAGE_NAMES = ("document", "doc", "text", "paragraph", "context", "content")
 _CONVERSATION = {
     "prompt": _PROMPTS,
     "completion": ANSWER_NAMES,
@@ -73,10 +74,7 @@ ALIASES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     },
     "rerank": {
         "query": ("question", "anchor", "search_query"),
-        "passage": (
-            *("document", "doc", "text", "paragraph", "context", "content"),
-            *("positive", "positives", "pos", "positive_passages"),
-        ),
+        "passage": (*PASSAGE_NAMES, "positive", "positives", "pos", "positive_passages"),
         "relevance": ("label", "score", "relevant", "is_relevant", "rating", "grade"),
         "passages": ("documents", "docs", "texts", "candidates"),
         "relevances": ("labels", "scores", "is_selected"),

@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
-from llmtune.data.column_mapping import rename, with_aliases
+from llmtune.data.column_mapping import PASSAGE_NAMES, rename
 from llmtune.data.rejected_rows import RowError, too_many_bad
 from llmtune.data.search_rows import passage_text
 from llmtune.data.sources import Input, local_input, open_sources
@@ -97,9 +97,9 @@ def iterate_passages(one: Input, columns: Mapping[str, str]) -> Iterator[tuple[s
 
 
 def find_column(header: Sequence[str], name: str) -> str:
-    """Return the column with the passages, by its usual names."""
-    column = "passage" if "passage" in header else with_aliases({}, ["passage"], header, "rerank").get("passage")
-    if column is None:
+    """Return the column with the passages, by its usual names. Raises DataError if there is none, or several."""
+    found = [column for column in header if column.strip().casefold() in PASSAGE_NAMES]
+    if "passage" not in header and len(found) != 1:
         fix = "Name the column passage, or give a text file with a passage per line."
         raise DataError.of(f"no column for the passages; found {', '.join(header) or 'none'}", name, fix)
-    return column
+    return "passage" if "passage" in header else found[0]

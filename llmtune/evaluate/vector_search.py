@@ -6,7 +6,7 @@ Shapes: N rows, Q queries, P passages, D numbers of a vector.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TypeAlias
 
 import numpy as np
@@ -84,7 +84,9 @@ def rank_labels(rows: Sequence[EmbedRow], vectors: Sequence[Vectors]) -> tuple[l
         members[row["label"]].add(i)
     asked = [(i, members[row["label"]] - {i}, i) for i, row in enumerate(rows)]
     texts = [one["query"] for one in vectors]
-    return list(search(texts, unit_rows(texts, len(texts)), asked)), describe_passages(str(row["query"]) for row in rows)
+    return list(search(texts, unit_rows(texts, len(texts)), asked)), describe_passages(
+        str(row["query"]) for row in rows
+    )
 
 
 def unit_rows(vectors: Iterable[Sequence[float] | NDArray[np.float32]], count: int) -> Floats:

@@ -278,12 +278,12 @@ class DataSection(RecipeSection):
 
     def _check_search(self, diagnostics: Diagnostics, variant: TaskVariant) -> None:
         """Report a corpus that nothing is searched in, and mined negatives that nothing learns from."""
-        if variant.task != "embed":
-            fix = "Remove it: only task: embed searches a corpus."
+        if not variant.facts.searches:
+            fix = "Remove it: the task searches no passages."
             diagnostics.no_effect("data.corpus", f"with task: {variant.task}", fix, "task")
         elif not self.test:
             diagnostics.no_effect("data.corpus", "without test rows", "Remove it, or set data.test.", "data.test")
-        if variant.task not in ("embed", "rerank"):
+        if not variant.facts.mines:
             fix = "Remove it: the task learns from no passages."
             diagnostics.no_effect("data.negatives", f"with task: {variant.task}", fix, "task")
         for i, source in enumerate(self.corpus or ()):

@@ -95,8 +95,8 @@ def reload_recipe(file: Path, sets: Sequence[str] = (), changeable: Collection[s
 def fingerprint(recipe: Recipe) -> str:
     """Hash everything that affects the trained model: seed, task and its section, data, model, adapter, train.
 
-    Name, gates, metrics, generation settings and `data.corpus` do not affect it. Neither do additional seeds, whose results are in
-    their own folders.
+    Name, gates, metrics, generation settings and `data.corpus` do not affect it. Neither do additional seeds, whose
+    results are in their own folders.
     """
     section = TASK_FACTS[recipe.task].section
     parts = {"seed", "task", "data", "model", "adapter", "train", *([section] if section else [])}

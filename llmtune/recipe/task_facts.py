@@ -97,6 +97,10 @@ class TaskFacts:
     """The hub's name of the library that loads complete models of the task."""
     tags: tuple[str, ...] = ()
     """The hub's tags for models of the task."""
+    searches: bool = False
+    """Whether test queries are searched in passages, such as those of `data.corpus`."""
+    mines: bool = False
+    """Whether negatives can be mined (`data.negatives`)."""
     split_by: str | None = None
     """Column that groups rows if the recipe does not set `data.split_by`."""
 
@@ -304,6 +308,8 @@ _TASKS = (
         prompt_name="query",
         decodes=False,
         unswapped="queries and passages may have to change together",
+        searches=True,
+        mines=True,
         pipeline="sentence-similarity",
         library="sentence-transformers",
     ),
@@ -327,6 +333,7 @@ _TASKS = (
         pipeline="text-ranking",
         library="sentence-transformers",
         tags=("cross-encoder", "reranker"),
+        mines=True,
         split_by="query",
         decodes=False,
         unswapped="other passages may be relevant for a swapped query",

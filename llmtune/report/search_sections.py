@@ -26,12 +26,17 @@ def negatives_blocks(mined: Json | None, surveyed: Json | None) -> list[Block]:
     if not surveyed:
         return blocks
     rows: TableRows = [
-        [kind, count(found["pairs"]), share(found["near"], found["pairs"], 2), share(found["nearer"], found["pairs"], 2)]
+        [
+            kind,
+            count(found["pairs"]),
+            share(found["near"], found["pairs"], 2),
+            share(found["nearer"], found["pairs"], 2),
+        ]
         for kind, found in surveyed["kinds"].items()
     ]
     heads = ("pairs", f"at {surveyed['below']:g} × its score or more", "nearer than the passage")
     columns: TableColumns = ["negatives", *(Column(name, "number") for name in heads)]
-    title = f"Likely false negatives: negatives that the base scores like the right passage, "
+    title = "Likely false negatives: negatives that the base scores like the right passage, "
     blocks.append(Table(columns, rows, title + f"in {count(surveyed['rows'])} training rows"))
     text = f"In a step, {share(surveyed['queries'], surveyed['rows'])} of the queries have at least one such in-batch "
     text += "negative. Some may be right; name all right passages of a query in its rows, or mine with data.negatives."
@@ -46,7 +51,11 @@ def example_blocks(title: str, example: Mapping[str, object] | None) -> list[Blo
     if not example:
         return []
     rows: TableRows = [
-        [name, shorten(str(example[name])), score(number) if isinstance(number := example.get(f"{name}_score"), float) else ""]
+        [
+            name,
+            shorten(str(example[name])),
+            score(number) if isinstance(number := example.get(f"{name}_score"), float) else "",
+        ]
         for name in ("query", "passage", "negative")
     ]
     return [Table(["", "text", Column("score", "number")], rows, f"{title} ({example['origin']})")]

@@ -21,8 +21,8 @@ from llmtune.data.collators import encoder_batch
 from llmtune.data.corpus import load_corpus
 from llmtune.data.example import Example
 from llmtune.data.overlong import Lost, too_long
-from llmtune.data.search_rows import EmbedRow, given_passages, texts_of
 from llmtune.data.row_store import iterate_rows
+from llmtune.data.search_rows import EmbedRow, given_passages, texts_of
 from llmtune.data.task_interface import Encoded
 from llmtune.data.tokenization import Segment, decode_shortened
 from llmtune.errors import DataError, Problem, RecipeError
@@ -306,9 +306,8 @@ def find_misfit_settings(
     if section.dimensions and max(section.dimensions) != size:
         what = f"the longest of embed.dimensions is {max(section.dimensions)}, but the model's vectors have {size}"
         yield Problem(f"{what} numbers", "embed.dimensions", f"Add {size}, and remove longer ones.")
-    if kind != "passages":
-        if recipe.data.corpus:
-            yield Problem(f"rows with {kind} are not searched for", "data.corpus", "Remove it.")
+    if kind != "passages" and recipe.data.corpus:
+        yield Problem(f"rows with {kind} are not searched for", "data.corpus", "Remove it.")
     if kind != "scores" and recipe.train.batch_size < 2 and recipe.train.batch_tokens is None:
         yield Problem("a step of one row has no other passages", "train.batch_size", "Set it to 16 or more.")
     known = {"scores": (*CORRELATIONS, *SPREAD)}.get(kind, (*RANKING, *SPREAD))

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
+from typing import TypeVar
 
 import pyarrow as pa
 import torch
@@ -48,6 +49,7 @@ from llmtune.tasks.embed import embed_texts, infer_rows
 from llmtune.tasks.registry import get_task
 from llmtune.tasks.sentence_folder import resolve_settings
 
+T = TypeVar("T")
 WIDER = 10
 """Candidates per mined negative, as in sentence-transformers: some are too near."""
 AT_ONCE = 1024
@@ -75,9 +77,12 @@ class Pairs:
 
     def take(self, numbers: Sequence[int]) -> Pairs:
         """Return some of the queries, with all passages."""
-        parts = (self.queries, self.origins, self.own, self.wrong, self.itself)
-        queries, origins, own, wrong, itself = ([part[i] for i in numbers] for part in parts)  # type: ignore[index]
-        return Pairs(queries, origins, self.passages, own, wrong, itself)
+
+        def some(part: list[T]) -> list[T]:
+            return [part[i] for i in numbers]
+
+        queries, origins, itself = some(self.queries), some(self.origins), some(self.itself)
+        return Pairs(queries, origins, self.passages, some(self.own), some(self.wrong), itself)
 
 
 @dataclass(frozen=True)
@@ -106,7 +111,13 @@ def mine_rows(rows: Rows, recipe: Recipe, model_ref: ModelRef, device: str, fold
         raise RecipeError.of(f"rows with {kind} have no negatives to mine", "data.negatives", "Remove it.")
     for path in rows.folder.iterdir():
         hard_link(str(path), str(folder / path.name))
-    facts: Json = {"model": model_ref.name, "sha256": model_ref.content_hash, "mine": section.mine, "below": section.below, "example": None}
+    facts: Json = {
+        "model": model_ref.name,
+        "sha256": model_ref.content_hash,
+        "mine": section.mine,
+        "below": section.below,
+        "example": None,
+    }
     facts |= {"queries": 0, "negatives": 0, "skipped": 0, "short": 0}
     digest = hashlib.sha256(rows.content_hash.encode())
     with open_embedder(recipe, model_ref, device, console) as loaded:
@@ -129,9 +140,12 @@ def mine_rows(rows: Rows, recipe: Recipe, model_ref: ModelRef, device: str, fold
             if split == "train" and mined.nearest is not None:
                 query, passage, own, score, own_score = mined.nearest
                 facts["example"] = {
-                    **{"query": pairs.queries[wanted[query]], "passage": pairs.passages[own]},
-                    **{"negative": pairs.passages[passage], "origin": pairs.origins[wanted[query]]},
-                    **{"passage_score": own_score, "negative_score": score},
+                    "query": pairs.queries[wanted[query]],
+                    "passage": pairs.passages[own],
+                    "negative": pairs.passages[passage],
+                    "origin": pairs.origins[wanted[query]],
+                    "passage_score": own_score,
+                    "negative_score": score,
                 }
     files = {split: folder / path.name for split, path in rows.files.items()}
     save_rows(replace(rows, folder=folder, files=files, content_hash=digest.hexdigest()))
@@ -303,8 +317,11 @@ def survey_negatives(rows: Rows, recipe: Recipe, model_ref: ModelRef, device: st
         "random_cosine": cosine,
         "effective_rank": rank,
         "example": {
-            **{"query": found[query]["query"], "passage": firsts[query], "negative": negative},
-            **{"passage_score": own, "negative_score": own + nearest},
+            "query": found[query]["query"],
+            "passage": firsts[query],
+            "negative": negative,
+            "passage_score": own,
+            "negative_score": own + nearest,
             "origin": next(islice(iterate_texts(rows, "train"), picked[query], None))[0],
         }
         if nearest >= float(lower(own_R[query])) - own

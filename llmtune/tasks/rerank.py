@@ -18,8 +18,8 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from llmtune.data.collators import encoder_batch
 from llmtune.data.example import Example
 from llmtune.data.overlong import Lost, too_long
-from llmtune.data.search_rows import RerankRow, given_passages
 from llmtune.data.row_store import iterate_rows
+from llmtune.data.search_rows import RerankRow, given_passages
 from llmtune.data.task_interface import Encoded
 from llmtune.data.task_rows import ClassifyRow
 from llmtune.data.tokenization import Segment, decode_shortened

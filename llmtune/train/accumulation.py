@@ -23,7 +23,6 @@ from llmtune.train.batch_plan import Indexes, divide, micro_batches
 from llmtune.train.distributed import any_process, gather_lists, sum_over_processes
 from llmtune.train.setup import TrainContext
 
-
 T = TypeVar("T")
 
 

@@ -15,9 +15,7 @@ CLOSER, COLLAPSED = 0.25, 0.05
 """Warn, and stop, once the distance of unrelated vectors is below this share of the distance before training."""
 
 
-def record_validation(
-    training: TrainContext, state: TrainState, loss: float, scores: Scores, console: Console
-) -> bool:
+def record_validation(training: TrainContext, state: TrainState, loss: float, scores: Scores, console: Console) -> bool:
     """Record the results of a validation, decide on early stopping, and return whether it is the best so far."""
     train = training.recipe.train
     name = train.metric_for_best_model

@@ -10,8 +10,8 @@ from support.rows import rows_of, write_jsonl
 
 from llmtune.data.preparation import prepare_rows
 from llmtune.data.rejected_rows import RowError
-from llmtune.data.search_rows import given_passages, ranked_list, ranked_negatives, ranked_pair
 from llmtune.data.row_formats import detect_format
+from llmtune.data.search_rows import given_passages, ranked_list, ranked_negatives, ranked_pair
 from llmtune.errors import DataError
 from llmtune.recipe.loader import load_recipe
 from llmtune.records import Rows

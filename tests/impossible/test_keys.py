@@ -282,6 +282,7 @@ FLIPS = {
     **flips("embed", "loss", recipe="embed.yaml", scale="5.0", dimensions="[64, 16]", pooling="cls"),
     **flips("embed", "examples", recipe="embed.yaml", query_prompt="'Find: '", passage_prompt="'Found: '"),
     **flips("embed", "evaluation", recipe="embed.yaml", normalize="false"),
+    **flips("data", "evaluation", recipe="embed.yaml", corpus="passages.txt"),
     **flips("embed", "loss", recipe="embed-classes.yaml", margin="1.5"),
     **flips("embed", "loss", recipe="embed-scores.yaml", loss="cosine"),
     **flips("preference", "loss", STATES, recipe="preference.yaml", loss="ipo", beta="0.5", label_smoothing="0.3"),
@@ -290,6 +291,7 @@ FLIPS = {
 }
 HUB = "data/test_hub_datasets.py"
 JUDGE = "evaluate/test_judge.py"
+MINING = "tasks/test_negatives.py"
 SELECTIVE = "evaluate/test_decision.py"
 ELSEWHERE = {
     "extends": "recipe/test_loader.py::test_nearer_files_override_values_and_mappings_are_merged",
@@ -302,6 +304,9 @@ ELSEWHERE = {
     "data.train.split": f"{HUB}::test_a_missing_split_is_reported",
     "data.train.revision": f"{HUB}::test_rows_of_another_commit_are_refused_offline",
     "data.unknown_tokens": "data/test_examples.py::test_an_unknown_target_is_a_bad_row_unless_allowed",
+    "data.negatives.mine": f"{MINING}::test_every_setting_that_changes_mined_negatives_is_in_their_hash",
+    "data.negatives.below": f"{MINING}::test_every_setting_that_changes_mined_negatives_is_in_their_hash",
+    "data.negatives.model": f"{MINING}::test_a_reranker_learns_from_pairs_with_mined_negatives",
     "evaluate.champion": "evaluate/test_champion.py::"
     "test_an_unchanged_recipe_is_compared_with_its_champion_and_again_with_another_one",
     "evaluate.benchmarks.network": "evaluate/test_lm_eval.py::"
@@ -428,6 +433,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (place / "pairs.jsonl").write_text("\n".join(pairs) + "\n")
     lines = ["prompt,completion", *(f"{question},é {answer}" for question, answer in questions)]
     (place / "latin.csv").write_text("\n".join(lines), encoding="cp1252")
+    (place / "passages.txt").write_text("The fox is brown.\nNobody is here.\n")
     (place / "words.csv").write_text("cat,dog\n")
     (place / "quiz.yaml").write_text(LM_EVAL_TASK)
     build_llama(place / "model")

@@ -283,6 +283,7 @@ def run_out_of_memory(folder: str, strategy: str) -> list[str]:
     from accelerate.utils import gather_object
 
     from llmtune.tasks.embed import Embed
+    from llmtune.train.accumulation import MicroBatchTooLarge
     from support.pairs import learn_a_little
 
     features, passes = Embed.features, []
@@ -297,8 +298,8 @@ def run_out_of_memory(folder: str, strategy: str) -> list[str]:
     try:
         learn_a_little(Path(folder) / "recipe.yaml", strategy == "fsdp")
         name = "none"
-    except Exception as error:
-        if getattr(error, "alone", False):
+    except MicroBatchTooLarge as error:
+        if error.alone:
             raise DataError.of("rank 1 is out of memory alone") from None
         name = type(error).__name__
     return list(gather_object([name]))

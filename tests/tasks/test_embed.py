@@ -192,6 +192,109 @@ def test_the_report_says_how_vectors_are_made_and_which_corpus_is_searched(run):
     assert "the passages and negatives of the test rows" in text
 
 
+def test_the_report_scores_vectors_of_each_length(run):
+    report = json.loads((run / "report.json").read_text())
+    lengths = report["evaluation"]["details"]["tuned"]["lengths"]
+    assert [cut["length"] for cut in lengths] == [64, 16]
+    scores = report["evaluation"]["tuned"]
+    assert {name: lengths[0][name] for name in scores} == pytest.approx(scores)
+    lines = [json.loads(line) for line in (run / "evaluation/predictions.jsonl").read_text().splitlines()]
+    cut = [{name: vector[:16] for name, vector in line["tuned_prediction"].items()} for line in lines]
+    rows = [
+        {"query": line["prompt"], "passages": [line["reference"]], "negatives": [], "score": None, "label": None}
+        for line in lines
+    ]
+    measured = Embed().compute_metric(
+        "ndcg@10", EvalPrediction(cut, rows), load_recipe(str(run.parent / "recipe.yaml")).recipe
+    )
+    assert lengths[1]["ndcg@10"] == pytest.approx(measured.value)
+    assert "Scores by vector length" in (run / "report.md").read_text()
+
+
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose queries are searched in a corpus."""
+    folder = tmp_path_factory.mktemp("searched")
+    texts = [f"The {THINGS[i % 9]} number {i} is red." for i in range(300)]
+    (folder / "corpus.txt").write_text("\n".join(texts))
+    data = {"corpus": str(folder / "corpus.txt"), "test": 0.25}
+    train = {"max_steps": 2, "num_train_epochs": None}
+    run_recipe(folder, build_bert(folder / "model", **STILL), PAIRS, "embed", data=data, train=train, **NO_TEXT)
+    return folder / "run"
+
+
+def test_queries_are_searched_in_the_corpus_and_the_report_says_so(searched):
+    evaluation = json.loads((searched / "report.json").read_text())["evaluation"]
+    assert "searched in 300 passages" in evaluation["signatures"]["recall@1"]
+    assert "data.corpus (" in evaluation["signatures"]["passages"]
+    lines = [json.loads(line) for line in (searched / "evaluation/predictions.jsonl").read_text().splitlines()]
+    ours = FinishedRun(searched, offline=True)
+    corpus = (searched.parent / "corpus.txt").read_text().splitlines()
+    vectors = [ours.answer({"passages": text})["prediction"]["passage"] for text in corpus]
+    right = [
+        corpus[int(np.argmax(np.asarray(vectors) @ line["tuned_prediction"]["query"]))] == line["reference"]
+        for line in lines
+    ]
+    assert evaluation["tuned"]["recall@1"] == pytest.approx(np.mean(right))
+
+
+def test_another_corpus_scores_again_without_training_and_reuses_nothing_of_the_old_one(searched, tmp_path):
+    run = Path(shutil.copytree(searched, tmp_path / "run"))
+    recipe = searched.parent / "recipe.yaml"
+    (tmp_path / "less.txt").write_text("Nobody is here.\n")
+    done = invoke("run", recipe, "--out", run, "--set", f"data.corpus={tmp_path / 'less.txt'}")
+    assert done.exit_code == 0, done.output
+    assert "train unchanged, skipped" in done.output
+    assert "evaluate unchanged" not in done.output
+    before, after = (json.loads((one / "report.json").read_text())["evaluation"] for one in (searched, run))
+    assert after["base"]["recall@1"] >= before["base"]["recall@1"]
+    assert f"searched in {after['rows'] + 1} passages" in after["signatures"]["recall@1"]
+
+
+def test_a_champion_that_searched_other_passages_is_not_compared(searched, tmp_path):
+    recipe = searched.parent / "recipe.yaml"
+    run = Path(shutil.copytree(searched, tmp_path / "run"))
+    (tmp_path / "other.txt").write_text("Nobody is here.\n")
+    sets = ("--set", f"evaluate.champion={searched}")
+    done = invoke("run", recipe, "--out", run, *sets)
+    assert done.exit_code == 0, done.output
+    champion = json.loads((run / "report.json").read_text())["evaluation"]["champion"]
+    assert champion["difference"]["recall@1"]["value"] == 0
+    done = invoke("run", recipe, "--out", run, *sets, "--set", f"data.corpus={tmp_path / 'other.txt'}")
+    assert done.exit_code == 0, done.output
+    champion = json.loads((run / "report.json").read_text())["evaluation"]["champion"]
+    assert "recall@1" not in champion["difference"]
+    assert "searched in" in champion["left_out"]["recall@1"]
+    assert "random_cosine" in champion["difference"], "it needs no corpus"
+
+
+def test_collapsing_vectors_are_reported_and_end_the_training(tmp_path):
+    rows = [{**row, "score": 1.0} for row in PAIRS]
+    train = {"num_train_epochs": 8, "learning_rate": 1e-2, "eval_steps": 4, "batch_size": 8}
+    sections = {"embed": {"loss": "cosine"}, "data": {"validation": 0.2, "test": 0.2}, "train": train}
+    report = run_recipe(tmp_path, build_bert(tmp_path / "model", **STILL), rows, "embed", **sections, **NO_TEXT)
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    spread = [line["validation_metrics"] for line in lines if "validation_metrics" in line]
+    assert spread[-1]["random_cosine"] > 0.995
+    assert spread[-1]["effective_rank"] < 1.01
+    assert report["train"]["stopped_early"] == "the vectors collapsed"
+    assert report["train"]["steps"] < 8 * 7
+    assert "the vectors collapse: unrelated texts have a cosine of" in (tmp_path / "run/report.md").read_text()
+
+
+def test_the_spread_of_vectors_is_logged_at_each_validation_without_a_warning(tmp_path):
+    sections = {
+        "data": {"validation": 0.2, "test": 0},
+        "train": {"max_steps": 4, "num_train_epochs": None, "eval_steps": 2},
+    }
+    report = run_recipe(tmp_path, build_bert(tmp_path / "model", **STILL), PAIRS, "embed", **sections, **NO_TEXT)
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [sorted(line["validation_metrics"]) for line in lines if "validation_metrics" in line] == [
+        ["effective_rank", "random_cosine"]
+    ] * 2
+    assert report["train"]["collapse"] is None
+
+
 def found(rows: list[dict[str, Any]], made: list[dict[str, list[float]]]) -> EvalPrediction[Any]:
     return EvalPrediction(made, rows)
 

@@ -1,4 +1,4 @@
-"""Mined negatives: those of sentence-transformers, never of another split, never stale; and the estimate of false ones."""
+"""Mined negatives: those of sentence-transformers, never stale or of another split; and the estimate of false ones."""
 
 import json
 import shutil
@@ -176,7 +176,7 @@ def test_a_reranker_learns_from_pairs_with_mined_negatives(bert: Path, tmp_path:
     again = recipe_of(tmp_path / "again", tmp_path / "run/merged", ROWS, "rerank", **data(mine=2), **QUICK)
     refused = invoke("run", again, "--out", tmp_path / "again/run")
     assert (refused.exit_code, "data.negatives.model" in refused.output) == (2, True), refused.output
-    done = invoke("run", again, "--out", tmp_path / "again/run", "--set", f"data.negatives.model={bert}")
+    done = invoke("run", again, "--out", tmp_path / "named", "--set", f"data.negatives.model={bert}")
     assert done.exit_code == 0, done.output
 
 
