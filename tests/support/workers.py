@@ -9,6 +9,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -275,6 +276,22 @@ def run_and_die(recipe: str, out: str, rank_to_kill: str, event: str, text: str)
         console.file = Watched(text, lambda: setattr(LayerRequests, "_gather_next", count))
     run_pipeline(load_recipe(recipe), RunRequest(out=Path(out)), console)
     return True
+
+
+def learn_methods(folder: str, strategy: str) -> dict[str, list[list[float]] | str]:
+    """Do the same, and return the error of a recipe that fails."""
+    from support.pairs import learn_a_little
+
+    found: dict[str, list[list[float]] | str] = {}
+    for path in sorted(Path(folder).glob("*/recipe.yaml")):
+        began = time.perf_counter()
+        try:
+            found[path.parent.name] = learn_a_little(path, strategy == "fsdp")
+        except Exception as error:  # noqa: BLE001 - it is one cell of a table
+            found[path.parent.name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            traceback.print_exc()
+        print(path.parent.name, round(time.perf_counter() - began, 1), file=sys.stderr, flush=True)
+    return found
 
 
 def write_and_wait(folder: str, run: str) -> None:
