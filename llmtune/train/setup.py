@@ -165,7 +165,9 @@ def set_up(
         task.start_head(adapted, reader, recipe)
     _mark_loss(adapted, task, recipe)
     if sharded:
-        shard_model(adapted.model, torch.device(pick_device()))  # not by Accelerate, which shards on GPUs only
+        shard_model(
+            adapted.model, torch.device(pick_device()), training=True
+        )  # not by Accelerate, which shards on GPUs only
     accelerator = build_accelerator(recipe, folder, next(adapted.model.parameters()).device)
     optimizer = accelerator.prepare_optimizer(build_optimizer(adapted.model, recipe, accelerator.device))
     with warnings.catch_warnings():

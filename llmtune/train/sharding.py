@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import io
+import mmap
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, cast
 
@@ -18,6 +21,8 @@ from llmtune.adapter.reference_model import KEPT, keep_reference, own_part
 from llmtune.model.memory_plan import kept_together
 from llmtune.records import AdaptedModel, SelectedModel
 
+_MADV_PAGEOUT = 21
+"""Number of that advice on Linux; Python's mmap has no name for it."""
 Made = TypeVar("Made", AdaptedModel, SelectedModel)
 
 
@@ -70,8 +75,10 @@ class _Unpacking(dill.Unpickler):  # type: ignore[misc]
         return self._known[key]
 
 
-def shard_model(model: torch.nn.Module, device: torch.device) -> None:
+def shard_model(model: torch.nn.Module, device: torch.device, *, training: bool = False) -> None:
     """Shard the parameters of `model` over all processes, in place, with the values of the first process.
+
+    With `training`, trainable parameters become float32, one layer at a time.
 
     Each layer is a unit, and the remaining parameters form one more. Every unit, the outermost included, is resharded
     after its forward pass. Weights that change between two forward passes (those of a reference model) are therefore
@@ -79,6 +86,9 @@ def shard_model(model: torch.nn.Module, device: torch.device) -> None:
     """
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     for piece in [*kept_together(model), model]:
+        for one in piece.parameters() if training else ():
+            if one.requires_grad and not isinstance(one, DTensor):
+                one.data = one.data.float()
         whole = {name: one.detach() for name, one in piece.named_parameters() if not isinstance(one, DTensor)}
         fully_shard(piece, mesh=mesh, reshard_after_forward=True)
         fill_meta: Any = piece._apply  # `to_empty` would empty buffers too
@@ -99,6 +109,17 @@ def _fill_parts(piece: torch.nn.Module, whole: dict[str, torch.Tensor], mesh: De
         sent = torch.empty_like(here, device=mesh.device_type) if here.is_meta else here.to(mesh.device_type)
         own = distribute_tensor(sent, mesh, parameter.placements if isinstance(parameter, DTensor) else [Replicate()])
         own_part(parameter).copy_(own_part(own))
+        if here.device.type == "cpu":
+            _page_out(here)
+
+
+def _page_out(tensor: torch.Tensor) -> None:
+    """Drop the memory of weights that are mapped from a file (`madvise(2)`, MADV_PAGEOUT); other memory stays."""
+    page = mmap.PAGESIZE
+    start = -(-tensor.data_ptr() // page) * page
+    size = tensor.data_ptr() + tensor.nbytes - start
+    if sys.platform == "linux" and size > 0:
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), _MADV_PAGEOUT)
 
 
 def cut_like(value: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
