@@ -12,9 +12,18 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from llmtune.cli.options import AsJson, Offline, RunArgument, Threads
-from llmtune.cli.output_streams import Terminated, WordWrap, handled, print_json, print_text, stderr_console
+from llmtune.cli.output_streams import (
+    Terminated,
+    WordWrap,
+    handled,
+    handled_by_all,
+    print_json,
+    print_text,
+    stderr_console,
+)
 from llmtune.errors import RecipeError, visible
 from llmtune.store.process_environment import gc_paused, prepare_environment
+from llmtune.store.processes import world_size
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -30,7 +39,7 @@ System = Annotated[str | None, typer.Option("--system", help="A system message b
 Base = Annotated[bool, typer.Option("--base", help="Use the base model without the adapter.")]
 
 
-@handled
+@handled_by_all
 def generate_command(
     run: RunArgument,
     text: Annotated[
@@ -70,6 +79,9 @@ def generate_command(
     given["passages"] = None if passages is None else str(passages)
     if rows is not None:
         _check_files(rows, output, [text, prompt, *given.values()])
+    elif world_size() > 1:
+        what = "several processes answer the rows of a file"
+        raise RecipeError.of(what, "--input", "Add --input, or start it without torchrun.")
     elif output is not None:
         raise RecipeError.of("--output needs --input", "--output", "Add --input, or redirect standard output: > FILE.")
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -20,8 +21,11 @@ from llmtune.data.row_formats import COLUMNS
 from llmtune.data.sources import local_input
 from llmtune.errors import DataError, RecipeError
 from llmtune.evaluate.generation import answer_reader, generate_completions
+from llmtune.model.device import pick_device
 from llmtune.serve.finished_run import FinishedRun, Inputs
 from llmtune.serve.served_model import ServedModel
+from llmtune.store.processes import rank
+from llmtune.train.distributed import join_processes
 
 INPUT_COLUMNS: Mapping[str, tuple[str, ...]] = {
     "prompt": ("prompt", "instruction", "question", "query", "text", "source", "document"),
@@ -46,12 +50,14 @@ def answer_file(
     mapping, and by their usual names. Returns the number of answered and of unreadable rows; the latter have an
     `error` instead of an answer.
 
-    An `output` that ends in .npy gets the first vector of each row, float32 [rows, D]; unreadable rows are NaN.
+    An `output` that ends in .npy gets the first vector of each row, float32 [rows, D]; unreadable rows are NaN. Of
+    several processes, which share the rows, the first one writes.
 
     Raises:
         RecipeError: the file lacks an input of the task, or the model cannot answer such inputs.
         DataError: the file cannot be read, or none of its rows.
     """
+    join_processes(pick_device())
     raw = list(local_input(rows).raw_rows())
     header = list(dict.fromkeys(name for _, row in raw if not isinstance(row, RowError) for name in row))
     if not header:
@@ -67,6 +73,7 @@ def answer_file(
     answered = 0
     with ExitStack() as stack:
         lines = None if vectors is not None else output
+        lines = Path(os.devnull) if rank() else lines
         file = stack.enter_context(lines.open("w", encoding="utf-8")) if lines else sys.stdout
         progress = stack.enter_context(progress_bars(run.console, MofNCompleteColumn()))
         bar = progress.add_task("rows", total=len(raw))
@@ -88,7 +95,7 @@ def answer_file(
                     continue
                 file.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
             progress.update(bar, completed=first + len(batch))
-    if vectors is not None and output is not None:
+    if vectors is not None and output is not None and rank() == 0:
         width = next((len(one) for one in vectors if one is not None), 0)
         np.save(output, np.asarray([one or [np.nan] * width for one in vectors], dtype=np.float32))
     return answered, len(raw) - answered

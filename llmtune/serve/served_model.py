@@ -36,6 +36,7 @@ from llmtune.evaluate.generation import (
 from llmtune.evaluate.shared_prefix import choice_trees, score_trees
 from llmtune.model.causal_lm_loss import unwrap
 from llmtune.model.device import compute_context, resolve_dtype
+from llmtune.model.layer_requests import own_passes
 from llmtune.model.memory_plan import context_length
 from llmtune.recipe.schema import Recipe
 from llmtune.records import Json, Row
@@ -117,7 +118,7 @@ class ServedModel:
         task, recipe, temperature = self.task, self.recipe, self.calibration.temperature if self.calibration else 1.0
         noted: dict[int, list[list[float]]] = {}
         loaded = LoadedModel(self.model, self.processor, recipe, self.device, temperature=temperature)
-        with self._computing():
+        with self._computing(), own_passes(self.model):
             values = task.predict(rows, replace(loaded, note_logits=noted.__setitem__))
         many = task.output_kind(recipe) == "yes-no"
         name = partial(name_probabilities, task.output_labels(recipe), many=many, temperature=temperature)

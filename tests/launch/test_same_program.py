@@ -82,6 +82,29 @@ def test_under_torchrun_rank_0_prints_a_failed_gate_even_if_it_ends_last(tmp_pat
 
 
 @pytest.mark.slow
+def test_processes_with_shards_evaluate_a_finished_run_and_answer_a_file(recipe, here):
+    one = invoke("run", "tiny.yaml", "--out", "one")
+    assert one.exit_code == 0, one.stderr
+    shutil.copytree(here / "one", here / "two")
+    questions = [json.dumps({"prompt": f"Which colour has the cat number {i}?"}) for i in range(7)]
+    (here / "questions.jsonl").write_text("\n".join(questions))
+    for name, command in (("one", [sys.executable]), ("two", TORCHRUN)):
+        words = ["--set", "generation.max_new_tokens=5"]
+        for command_words in (
+            ["evaluate", name, *words],
+            ["generate", name, "--input", "questions.jsonl", "--output", f"{name}.jsonl"],
+        ):
+            done = started([*command, "-m", "llmtune"], *command_words, LLMTUNE_STRATEGY="fsdp")
+            assert done.returncode == 0, done.stderr
+    scores = [json.loads((here / name / "report.json").read_text())["evaluation"] for name in ("one", "two")]
+    for model in ("base", "tuned"):
+        assert scores[1][model] == pytest.approx(scores[0][model], rel=1e-5, abs=1e-6)
+    assert (here / "two.jsonl").read_bytes() == (here / "one.jsonl").read_bytes()
+    refused = started(TORCHRUN, "-m", "llmtune", "generate", "two", "Which colour?")
+    assert refused.stderr.count("several processes answer the rows of a file") == 1
+
+
+@pytest.mark.slow
 def test_accelerate_starting_one_process_on_a_cpu_is_an_error(recipe, here):
     done = started([*ACCELERATE, "--cpu"], "-m", "llmtune", "run", "tiny.yaml", "--out", "run")
     assert done.returncode == 0, done.stderr
