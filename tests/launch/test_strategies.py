@@ -256,6 +256,8 @@ OSF, VECTORS, BANK, FULL = (
         (["--strategy", "fsdp"], {"adapter": BANK}, ["adapter.method", "shared by layers"]),
         (["--strategy", "fsdp"], {"train": {"optim": "paged_adamw_8bit"}}, ["train.optim", "Omit `paged_`"]),
         (["--strategy", "fsdp"], {"train": {"optim": "galore_adamw"}, "adapter": FULL}, ["train.optim", "projections"]),
+        (["--processes", "2", "--fsdp-offload-params"], {}, ["--fsdp-offload-params", "no model is sharded"]),
+        (["--strategy", "fsdp", "--fsdp-offload-params"], {}, ["--fsdp-offload-params", "--processes 2"]),
         (["--machines", "2"], {}, ["--address", "HOST:PORT"]),
         (["--machines", "2", "--address", "here"], {}, ["'here' is not HOST:PORT"]),
         (["--machines", "2", "--rank", "2", "--address", "a:1"], {}, ["--rank", "from 0 to 1"]),
