@@ -53,7 +53,7 @@ from llmtune.train.distributed import join_processes
 from llmtune.train.sharding import Made, shard_model, share_model
 
 T = TypeVar("T")
-SHARDED = ("full", "lora")
+SHARDED = ("full", "lora", "qlora")
 """Methods whose finished runs are opened sharded under `--strategy fsdp`; others are opened completely."""
 
 

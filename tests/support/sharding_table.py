@@ -15,6 +15,7 @@ from typing import Any
 
 from llmtune.launch.topology import Topology, why_not
 from llmtune.recipe.loader import load_recipe
+from llmtune.recipe.peft_options import REFUSED_METHODS
 from support.adapting import build_family, quiet
 from support.method_table import CHATS, METHODS, SMALL
 from support.models import build_llama
@@ -38,11 +39,12 @@ OPTIMIZERS = (
     *("adamw_torch_fused", "adamw_8bit", "adafactor", "muon", "lion_32bit", "lion_8bit", "ademamix", "ademamix_8bit"),
     *("adagrad", "rmsprop", "rmsprop_bnb", "rmsprop_bnb_8bit", "sgd"),
 )
-REFUSED = ("adalora", "cartridge", "cpt", "multitask_prompt_tuning", "poly", "shadow", "xlora")
-"""Methods of PEFT that llmtune refuses in one process too: docs/adapter-methods.md has the reasons."""
 NOISE = "each process draws its own noise"
 PAGED = "paged optimisers need a GPU"
-UNEQUAL = {"NEFTune": NOISE}
+MUON = (
+    "Muon's Newton-Schulz steps are in bfloat16, which enlarges differences in the last digits; the first loss is equal"
+)
+UNEQUAL = {"NEFTune": NOISE, "`optim: muon`": MUON, "`optim: muon`, lora": MUON}
 """Cases that differ by design, each with the reason."""
 
 
@@ -71,7 +73,7 @@ CASES: dict[str, dict[str, Any]] = {
         f"lora, `{start}`": method("lora", init_lora_weights=start)
         for start in ("pissa", "olora", "eva", "corda", "lora_ga")
     },
-    **{name: method(name) for name in METHODS if name not in ("lora", "qlora", *REFUSED)},
+    **{name: method(name) for name in METHODS if name not in ("lora", "qlora", *REFUSED_METHODS)},
     "lora, dpo": {"preference": {"loss": "dpo"}, **method("lora")},
     "full, dpo": {"preference": {"loss": "dpo"}, "adapter": FULL},
     "`loraplus_lr_ratio`": {"train": {"loraplus_lr_ratio": 16.0}, **method("lora")},

@@ -124,6 +124,32 @@ def shard_packed(folder: str) -> dict[str, object]:
     }
 
 
+def gather_layers(folder: str) -> dict[str, object]:
+    """Take the gradient of a sharded model of 16-bit products; return its dtypes, and the loss there and alone."""
+    import torch
+
+    from llmtune.adapter.reference_model import own_part
+    from llmtune.recipe.loader import load_recipe
+    from llmtune.train.distributed import join_processes
+    from llmtune.train.sharding import shard_model, share_model
+    from support.training import adapt
+
+    join_processes("cpu")
+    recipe = load_recipe(str(Path(folder) / "recipe.yaml")).recipe
+    alone, model = adapt(recipe).model, share_model(lambda: adapt(recipe)).model
+    shard_model(model, torch.device("cpu"), training=True, param_dtype=torch.bfloat16)
+    layer, found = model.model.layers[0].mlp.up_proj, {}
+    found["shards"] = own_part(layer.weight).dtype
+    layer.register_forward_pre_hook(lambda module, inputs: found.update(computes=module.weight.dtype))
+    ids = torch.arange(5, 45)[None]
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = [one(input_ids=ids, labels=ids, use_cache=False).loss for one in (alone, model)]
+    losses[1].backward()
+    found["gradients"] = own_part(layer.weight.grad).dtype
+    names = {name: str(dtype).removeprefix("torch.") for name, dtype in found.items()}
+    return names | {"alone": float(losses[0]), "loss": float(losses[1])}
+
+
 def measure_training(folder: str, run: str, strategy: str) -> list[int]:
     """Train as `train_tiny` does; return the highest resident memory of each process, without that of libraries."""
     import psutil
