@@ -61,7 +61,7 @@ class Result:
     """The folder of the trained weights."""
     configuration: Mapping[str, Any]
     documented: Mapping[str, str]
-    """Names of outcomes that the tool documents as its own choice -> where it does."""
+    """Names of outcomes, or their beginnings, that the tool documents as its own choice -> where it does."""
     job: Job
     found: Mapping[str, Any] = field(default_factory=dict)
     """Anything else that the case asked for: answers, scores."""
@@ -118,7 +118,8 @@ class Case:
         if finding.verdict != "silently wrong":
             return finding
         [*logs] = (result.log for result in results.values())
-        link = next(iter(results.values())).documented.get(finding.learned)
+        documented = next(iter(results.values())).documented
+        link = next((link for name, link in documented.items() if finding.learned.startswith(name)), None)
         if link:
             return Finding("documented otherwise", f"{finding.learned} ({link})", finding.distance)
         if warning := re.search(f".*(?:{self.reason}).*", "\n".join(logs), re.IGNORECASE):

@@ -7,7 +7,7 @@ ROWS = [
     [("user", "Which colour is the sky?"), ("assistant", "Blue.")],
     [("user", "How many legs has a cat?"), ("assistant", "Four, two in front and two behind.")],
 ]
-CUT = {f"{way}, but no end": learn - {"end"} for way, learn in ALL.items()}
+CUT = {f"no end: {way}": learn - {"end"} for way, learn in ALL.items()}
 
 CASE = Case(
     title="The end is learned without a pad token",

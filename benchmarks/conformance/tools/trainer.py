@@ -23,7 +23,11 @@ from transformers import (
 
 SAME = {"weight_decay": 0.0, "max_grad_norm": 0.0, "use_cpu": True, "report_to": [], "warmup_steps": 0}
 LABELS = {"animal": 0, "colour": 1}
-CHAT = "https://huggingface.co/docs/transformers/chat_templating#model-training"
+DOCUMENTED = {
+    "the whole text": "https://huggingface.co/docs/transformers/chat_templating#model-training",
+    "an answer cut off": "https://huggingface.co/docs/transformers/pad_truncation",
+    "the misspelt module": "https://huggingface.co/docs/peft/developer_guides/troubleshooting",
+}
 
 
 def configure(job: Job) -> Configuration:
@@ -36,11 +40,8 @@ def configure(job: Job) -> Configuration:
     settings |= {"gradient_accumulation_steps": job["batch_size"] // job["micro_batch_size"] // job["processes"]}
     settings |= {"save_steps": job["save_steps"]} if job["save_steps"] else {"save_strategy": "no"}
     settings |= evaluation(job)
-    if missing := {"validation", "add_tokens", "thinking", "gguf", "answers", "qlora"} & {
-        *job["extra"],
-        *job["ask"],
-        job["method"],
-    }:
+    unknown = {"validation", "add_tokens", "thinking", "gguf", "answers", "qlora"}
+    if missing := unknown & {*job["extra"], *job["ask"], job["method"]}:
         raise NotOffered(f"no setting of the trainer for {', '.join(missing)}")
     return settings | ({"gradient_checkpointing": True} if job["extra"].get("gradient_checkpointing") else {})
 
@@ -88,4 +89,4 @@ def train(job: Job, settings: Configuration) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    serve("transformers", configure, train, {"the whole text": CHAT})
+    serve("transformers", configure, train, DOCUMENTED)
