@@ -23,8 +23,8 @@ from conformance.adapter import (
 from conformance.formats import SHAREGPT, as_conversation, as_sharegpt
 
 do_without("torchaudio")  # used for recordings only
-import llamafactory.train.tuner  # noqa: F401  # imported once, before the processes of the jobs
-from llamafactory.cli import main
+import llamafactory.train.tuner  # noqa: E402, F401  # imported once, before the processes of the jobs
+from llamafactory.cli import main  # noqa: E402
 
 STAGES = {"messages": "sft", "text": "pt", "preference": "dpo"}
 TEMPLATES = {"qwen2.5": "qwen", "qwen3": "qwen3", "llama3": "llama3"}
