@@ -62,7 +62,11 @@ def train(job: Job, settings: Configuration) -> dict[str, Any]:
     call(fuse.main, "mlx_lm.fuse", *merge, *(["--export-gguf"] if "gguf" in job["ask"] else []))
     found = {"model": out / "model", "gguf": out / "model" / "ggml-model-f16.gguf"}
     losses = re.findall(r"Test loss ([0-9.]+[0-9])", (out / "log.txt").read_text(errors="replace"))
-    return found | {"losses": [float(loss) for loss in losses], "frozen": FROZEN if job["method"] == "full" else []}
+    return found | {
+        "losses": [float(loss) for loss in losses],
+        "frozen": FROZEN if job["method"] == "full" else [],
+        "after": 0,
+    }
 
 
 if __name__ == "__main__":
