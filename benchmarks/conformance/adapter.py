@@ -12,7 +12,10 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from importlib import import_module
+from importlib.machinery import ModuleSpec
 from importlib.metadata import version
+from importlib.util import module_from_spec
 from pathlib import Path
 from typing import Any
 
@@ -125,8 +128,23 @@ def isolated(run: Callable[[], object]) -> None:
 def rewrite(job: Job, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
     """Replace the rows of a job by those that its tool documents: `change` gets a row and returns it in that format."""
     for path in (Path(job[name]) for name in ("rows", "test_rows") if job[name] and job["file"] == "jsonl"):
-        rows = [change(json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+        rows = [change(row) for row in read_lines(path)]
         path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def given(settings: Configuration) -> Configuration:
+    """Return the settings that have a value."""
+    return {name: value for name, value in settings.items() if value is not None}
+
+
+def trainer_arguments(job: Job) -> Configuration:
+    """Return the job in the arguments of transformers' Trainer, which several tools take."""
+    micro = job["micro_batch_size"]
+    settings = {name: job[name] for name in ("learning_rate", "optim", "seed")} | {"use_cpu": True, "report_to": "none"}
+    settings |= {"max_steps": job["steps"], "lr_scheduler_type": job["schedule"], "max_grad_norm": 0.0}
+    settings |= {"per_device_train_batch_size": micro, "save_steps": job["save_steps"] or job["steps"]}
+    settings["gradient_accumulation_steps"] = job["batch_size"] // micro // job["processes"]
+    return settings | evaluation(job)
 
 
 def evaluation(job: Job) -> Configuration:
@@ -137,8 +155,35 @@ def evaluation(job: Job) -> Configuration:
     return settings | {"per_device_eval_batch_size": job["micro_batch_size"], "save_steps": job["steps"]}
 
 
+def checkpoint(job: Job) -> str | None:
+    """Return the checkpoint to resume from, where adapters write to `model`."""
+    return f"{job['resume_from']}/model/checkpoint-{job['save_steps']}" if job["resume_from"] else None
+
+
 def read_losses(folder: Path) -> dict[str, Any]:
     """Return all evaluation losses that transformers' Trainer wrote into its newest checkpoint, if any."""
     states = sorted(folder.rglob("trainer_state.json"), key=lambda path: path.stat().st_mtime)
     history = json.loads(states[-1].read_text())["log_history"] if states else []
     return {"losses": [float(entry["eval_loss"]) for entry in history if "eval_loss" in entry]}
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def call(main: Callable[[], object], *words: str) -> None:
+    """Run a tool's command in a process of its own."""
+
+    def run() -> None:
+        sys.argv = list(words)
+        main()
+
+    isolated(run)
+
+
+def do_without(name: str) -> None:
+    """Replace a module by an empty one if it cannot be loaded, as a build for CUDA next to a CPU torch."""
+    try:
+        import_module(name)
+    except (ImportError, OSError):
+        sys.modules[name] = module_from_spec(ModuleSpec(name, None))

@@ -46,6 +46,7 @@ def as_sharegpt(row: dict[str, Any]) -> dict[str, Any]:
 
 def one_answer(row: dict[str, Any]) -> dict[str, Any]:
     """Write each answer of a pair as a message instead of a list of one."""
+    row = as_messages(row)
     return row | {side: row[side][-1] for side in ("chosen", "rejected") if isinstance(row.get(side), list)}
 
 

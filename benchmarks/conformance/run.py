@@ -190,8 +190,8 @@ def read_results(case: Case, folder: Path) -> dict[str, Result]:
         log = folder / key / "log.txt"
         results[key] = Result(
             status=found["status"],
-            message=found["message"],
-            log=log.read_text(errors="replace") if log.exists() else "",
+            message=hide_folders(found["message"]),
+            log=hide_folders(log.read_text(errors="replace")) if log.exists() else "",
             model=Path(found["model"]) if "model" in found else None,
             configuration=found.get("configuration", {}),
             documented=found.get("documented", {}),

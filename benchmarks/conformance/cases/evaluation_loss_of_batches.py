@@ -35,7 +35,7 @@ CASE = Case(
         "https://github.com/huggingface/transformers/issues/39241",
         "https://github.com/huggingface/transformers/issues/24839",
     ],
-    rows=[row(*ROWS[0])],
+    rows=[row(("system", "You are brief."), ("user", "Name a fish."), ("assistant", "Cod."))],
     settings={"test_rows": [row(*turns) for turns in ROWS], "learning_rate": 0.01, "ask": {"losses": True}},
     judge=judge,
 )
