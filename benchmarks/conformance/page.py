@@ -31,7 +31,7 @@ INTRO = """# Conformance
 Famous failures of fine-tuning that raise no error, run through each tool. Made by `make conformance`, {date}.
 
 Each tool trains a tiny random model for one step of plain SGD, from the same rows. The change of its weights, divided
-by the learning rate, is the gradient that it used. [Plain torch](conformance/reference.py) computes the gradient of the
+by the learning rate, is the gradient that it used. Plain torch (`conformance/reference.py`) computes the gradient of the
 text that the case states by hand, and those of known mistakes. So the table shows what each tool learned, from its
 weights alone. Some cases compare something else, such as answers or exported files; the case's page says what.
 
@@ -129,11 +129,28 @@ def summary(table: Mapping[str, Any]) -> Iterator[str]:
     shown = [verdict.strip("*") for verdict in VERDICTS]
     yield f"| tool | {' | '.join(shown)} |"
     yield "|---" * (len(shown) + 1) + "|"
-    for tool, entry in table["tools"].items():
-        counts = Counter(final_verdict(case["findings"].get(tool, {})) for case in table["cases"].values())
+    for entry, counts in count_verdicts(table):
         yield f"| {entry['title']} {entry['version']} | {' | '.join(str(counts[verdict] or '') for verdict in shown)} |"
     yield ""
     yield "This counts the documented setting where it differs from the default."
+
+
+def short_summary(table: Mapping[str, Any]) -> list[str]:
+    """Return the README's table."""
+    lines = ["| tool | right or refused | wrong, with a warning or documented | silently wrong | not offered |"]
+    lines.append("|---|---|---|---|---|")
+    for entry, counts in count_verdicts(table):
+        said = counts["wrong, with a warning"] + counts["documented otherwise"]
+        sums = counts["right"] + counts["refused"], said, counts["silently wrong"], counts["not offered"]
+        lines.append(f"| {entry['title']} {entry['version']} | {' | '.join(str(number) for number in sums)} |")
+    return lines
+
+
+def count_verdicts(table: Mapping[str, Any]) -> Iterator[tuple[Mapping[str, Any], Counter[str]]]:
+    """Yield each tool with its verdicts, on the documented setting where it differs from the default."""
+    for tool, entry in table["tools"].items():
+        findings = [case["findings"].get(tool, {}) for case in table["cases"].values()]
+        yield entry, Counter(final_verdict(columns) for columns in findings)
 
 
 def final_verdict(columns: Mapping[str, Any]) -> str:
@@ -157,7 +174,7 @@ def describe_case(name: str, case: Mapping[str, Any], tools: Mapping[str, Any]) 
     yield f"## {case['title']}"
     yield ""
     links = ", ".join(f"[{short(link)}]({link})" for link in case["threads"])
-    yield f"{case['question']} [`{name}`](conformance/cases/{name}.py). Met in {links}." if links else case["question"]
+    yield f"{case['question']} Case `{name}`, met in {links}." if links else case["question"]
     yield ""
     for tool, columns in case["findings"].items():
         for column, entry in columns.items():
