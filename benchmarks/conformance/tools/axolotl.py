@@ -19,6 +19,9 @@ import axolotl.core.trainers
 import axolotl.train  # noqa: F401
 from axolotl.cli.merge_lora import do_cli as merge_lora
 from axolotl.cli.train import do_cli
+from datasets import Dataset
+
+adapter.in_this_process(Dataset, "map", "filter", "save_to_disk")
 
 KINDS: dict[str, dict[str, Any]] = {
     "messages": {"type": "chat_template", "field_messages": "messages"},
