@@ -5,6 +5,7 @@ Standard library only, as each tool has its own environment.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
@@ -187,3 +188,17 @@ def do_without(name: str) -> None:
         import_module(name)
     except (ImportError, OSError):
         sys.modules[name] = module_from_spec(ModuleSpec(name, None))
+
+
+def in_this_process(owner: type, *methods: str) -> None:
+    """Ignore `num_proc` in calls of these methods: for a few rows, a pool of processes costs seconds."""
+
+    def wrap(method: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(method)
+        def called(*arguments: Any, num_proc: int | None = None, **named: Any) -> Any:
+            return method(*arguments, **named)
+
+        return called
+
+    for name in methods:
+        setattr(owner, name, wrap(getattr(owner, name)))

@@ -8,7 +8,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from conformance.adapter import Configuration, Job, NotOffered, call, rewrite, serve
+from conformance import adapter
+from conformance.adapter import Configuration, Job, NotOffered
 from conformance.formats import as_conversation, as_messages
 from mlx_lm import fuse, lora
 
@@ -50,16 +51,16 @@ def configure(job: Job) -> Configuration:
 
 def train(job: Job, settings: Configuration) -> dict[str, Any]:
     out, data = Path(job["out"]), Path(job["out"]) / "data"
-    rewrite(job, as_messages)
+    adapter.rewrite(job, as_messages)
     data.mkdir()
     shutil.copy(job["rows"], data / "train.jsonl")
     for name in ("valid", "test"):
         shutil.copy(job["test_rows"] or job["rows"], data / f"{name}.jsonl")
     places = {"model": job["model"], "train": True, "data": str(data), "adapter_path": f"{out}/adapter"}
     (out / "config.yaml").write_text(json.dumps(settings | places | {"test": "losses" in job["ask"]}))  # JSON is YAML
-    call(lora.main, "mlx_lm.lora", "--config", f"{out}/config.yaml")
+    adapter.call(lora.main, "mlx_lm.lora", "--config", f"{out}/config.yaml")
     merge = ["--model", job["model"], "--adapter-path", f"{out}/adapter", "--save-path", f"{out}/model"]
-    call(fuse.main, "mlx_lm.fuse", *merge, *(["--export-gguf"] if "gguf" in job["ask"] else []))
+    adapter.call(fuse.main, "mlx_lm.fuse", *merge, *(["--export-gguf"] if "gguf" in job["ask"] else []))
     found = {"model": out / "model", "gguf": out / "model" / "ggml-model-f16.gguf"}
     losses = re.findall(r"Test loss ([0-9.]+[0-9])", (out / "log.txt").read_text(errors="replace"))
     return found | {
@@ -70,4 +71,4 @@ def train(job: Job, settings: Configuration) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    serve("mlx-lm", configure, train, {"the whole text": MASK})
+    adapter.serve("mlx-lm", configure, train, {"the whole text": MASK})
