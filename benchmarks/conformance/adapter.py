@@ -45,19 +45,16 @@ def serve(
         torchrun: start several processes of this file by torchrun for a job with `processes`; or `train` does it.
     """
     for job in json.loads(Path(sys.argv[1]).read_text()):
-        out = Path(job["out"])
-        if torchrun and job["processes"] > 1 and "RANK" not in os.environ:
-            (out / "job.json").write_text(json.dumps([job]))
-            start = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-            with logged(out / "log.txt"):
-                subprocess.run([*start, f"--nproc_per_node={job['processes']}", sys.argv[0], out / "job.json"])
-            continue
+        out, child = Path(job["out"]), "RANK" in os.environ
         result: dict[str, Any] = {"status": "done", "message": "", "version": version(package)}
         with logged(out / "log.txt"):
             try:
                 result["configuration"] = configure(job)
                 if job["column"] == "documented" and result["configuration"] == configure({**job, "column": "default"}):
                     result["status"] = "same"
+                elif torchrun and job["processes"] > 1 and not child:
+                    start_processes(job)
+                    continue
                 else:
                     result.update(train(job, result["configuration"]))
             except NotOffered as missing:
@@ -68,6 +65,15 @@ def serve(
         if os.environ.get("RANK", "0") == "0":
             result["documented"] = dict(documented or {})
             (out / "result.json").write_text(json.dumps(result, default=str, indent=1))
+
+
+def start_processes(job: Job) -> None:
+    """Do one job in several processes of this file; the first one writes the result."""
+    file = Path(job["out"]) / "job.json"
+    file.write_text(json.dumps([job]))
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={job['processes']}"]
+    if subprocess.run([*start, sys.argv[0], str(file)]).returncode:
+        raise RuntimeError("a process failed")
 
 
 def command(*arguments: object, **environment: str) -> None:

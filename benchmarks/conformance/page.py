@@ -31,9 +31,9 @@ INTRO = """# Conformance
 Famous failures of fine-tuning that raise no error, run through each tool. Made by `make conformance`, {date}.
 
 Each tool trains a tiny random model for one step of plain SGD, from the same rows. The change of its weights, divided
-by the learning rate, is the gradient that it used. Plain torch (`conformance/reference.py`) computes the gradient of the
-text that the case states by hand, and those of known mistakes. So the table shows what each tool learned, from its
-weights alone. Some cases compare something else, such as answers or exported files; the case's page says what.
+by the learning rate, is the gradient that it used. Plain torch (`conformance/reference.py`) computes the gradient of
+the text that the case states by hand, and those of known mistakes. So the table shows what each tool learned, from its
+weights alone. Some cases compare something else, such as answers or exported files.
 
 A cell has two lines where the documented defaults differ from the setting that the documentation names for the task.
 A crash is not "silently wrong", and neither is a documented choice. Each tool has the newest version that installs

@@ -104,7 +104,7 @@ def judge_all(
 
     Jobs that an interrupted run finished in `folder` are not run again.
     """
-    folders = {name: folder / f"{name}-{keys[name]}" for name in cases}
+    folders = {name: folder / keys[name] for name in cases}
     jobs = [job for name, case in cases.items() for job in place_jobs(case, folders[name], cache)]
     run_jobs(tool, jobs, folder)
     found = {}
@@ -191,7 +191,7 @@ def read_results(case: Case, folder: Path) -> dict[str, Result]:
         results[key] = Result(
             status=found["status"],
             message=hide_folders(found["message"]),
-            log=hide_folders(log.read_text(errors="replace")) if log.exists() else "",
+            log=hide_folders(read_plain(log)) if log.exists() else "",
             model=Path(found["model"]) if "model" in found else None,
             configuration=found.get("configuration", {}),
             documented=found.get("documented", {}),
@@ -212,6 +212,11 @@ def judge_case(case: Case, results: Mapping[str, Result], cache: Path) -> Findin
 @functools.cache
 def open_reference(folder: Path) -> Reference:
     return Reference(folder)
+
+
+def read_plain(log: Path) -> str:
+    """Return a log without the codes of colours."""
+    return re.sub(r"\x1b\[[0-9;]*m", "", log.read_text(errors="replace"))
 
 
 def hide_folders(text: str) -> str:

@@ -53,6 +53,7 @@ def decoded(place: Path, example: int = 0) -> str:
         "tools_in_prompt",
         "arguments_as_text",
         "nulls_of_other_rows",
+        "nulls_in_json_lines",
         "thoughts",
         "thoughts_of_earlier_answers",
         "image_in_text_model",
