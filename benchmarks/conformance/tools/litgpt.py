@@ -82,4 +82,4 @@ def as_instruction(row: dict[str, Any]) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    adapter.serve("litgpt", configure, train, {"the whole text": GUIDE})
+    adapter.serve("litgpt", configure, train, {"the whole text": GUIDE}, torchrun=False)

@@ -8,11 +8,14 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 from conformance import adapter
 from conformance.adapter import Configuration, Job, NotOffered
 from conformance.formats import as_conversation, as_messages
 from mlx_lm import fuse, lora
 
+BLOCKS = dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), "self_attn.")
+BLOCKS |= dict.fromkeys(("gate_proj", "up_proj", "down_proj"), "mlp.")
 OPTIMIZERS = {"sgd": "sgd", "adamw_torch": "adamw"}
 FROZEN = ["model.embed_tokens", "model.norm", "lm_head"]
 """`full` trains the layers only, which has a case of its own; the other cases compare the layers."""
@@ -45,7 +48,9 @@ def configure(job: Job) -> Configuration:
     if job["method"] == "lora":
         given = {"r": 4, "lora_alpha": 8, **extra.get("lora", {})}
         settings["lora_parameters"] = {"rank": given["r"], "scale": given["lora_alpha"] / given["r"], "dropout": 0.0}
-        settings["lora_parameters"] |= {"keys": given["target_modules"]} if "target_modules" in given else {}
+        if "target_modules" in given:
+            keys = [f"{BLOCKS.get(name, '')}{name}" for name in given["target_modules"]]
+            settings["lora_parameters"] |= {"keys": keys}
     return settings
 
 
@@ -59,6 +64,8 @@ def train(job: Job, settings: Configuration) -> dict[str, Any]:
     places = {"model": job["model"], "train": True, "data": str(data), "adapter_path": f"{out}/adapter"}
     (out / "config.yaml").write_text(json.dumps(settings | places | {"test": "losses" in job["ask"]}))  # JSON is YAML
     adapter.call(lora.main, "mlx_lm.lora", "--config", f"{out}/config.yaml")
+    if job["method"] == "lora" and "gguf" not in job["ask"]:
+        return {"model": as_peft(out / "adapter", settings["lora_parameters"]), "after": 0}
     merge = ["--model", job["model"], "--adapter-path", f"{out}/adapter", "--save-path", f"{out}/model"]
     adapter.call(fuse.main, "mlx_lm.fuse", *merge, *(["--export-gguf"] if "gguf" in job["ask"] else []))
     found = {"model": out / "model", "gguf": out / "model" / "ggml-model-f16.gguf"}
@@ -70,5 +77,17 @@ def train(job: Job, settings: Configuration) -> dict[str, Any]:
     }
 
 
+def as_peft(folder: Path, lora: dict[str, Any]) -> Path:
+    """Save an adapter under the names of PEFT, which has both matrices transposed."""
+    weights = mx.load(str(folder / "adapters.safetensors"))
+    names = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight"}
+    (peft := folder.parent / "peft").mkdir()
+    renamed = {f"base_model.model.{name[:-6]}{names[name[-6:]]}": weight.T for name, weight in weights.items()}
+    mx.save_safetensors(str(peft / "adapter_model.safetensors"), {k: mx.contiguous(v) for k, v in renamed.items()})
+    config = {"r": lora["rank"], "lora_alpha": lora["scale"] * lora["rank"]}
+    (peft / "adapter_config.json").write_text(json.dumps(config))
+    return peft
+
+
 if __name__ == "__main__":
-    adapter.serve("mlx-lm", configure, train, {"the whole text": MASK})
+    adapter.serve("mlx-lm", configure, train, {"the whole text": MASK}, torchrun=False)

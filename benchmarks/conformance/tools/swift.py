@@ -35,7 +35,7 @@ def configure(job: Job) -> Configuration:
         settings |= {"task_type": "seq_cls", "num_labels": 2}
     settings |= {EXTRA[name]: value for name, value in extra.items() if name in EXTRA}
     if "lora" in job["method"]:
-        lora = {"r": 4, "lora_alpha": 8, **extra.get("lora", {})}
+        lora = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0, **extra.get("lora", {})}
         settings |= {LORA.get(name, name): value for name, value in lora.items()}
     return adapter.given(settings | ({"quant_method": "bnb", "quant_bits": 4} if job["method"] == "qlora" else {}))
 

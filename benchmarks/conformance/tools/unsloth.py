@@ -83,4 +83,4 @@ def render(tokenizer: Any, row: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    adapter.serve("unsloth", configure, train, {"the whole text": MASK})
+    adapter.serve("unsloth", configure, train, {"the whole text": MASK}, torchrun=False)
