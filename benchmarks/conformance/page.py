@@ -171,20 +171,23 @@ def strong(verdict: str) -> str:
 
 def describe_case(name: str, case: Mapping[str, Any], tools: Mapping[str, Any]) -> Iterator[str]:
     """Show the question, the threads, and what each tool did."""
-    yield f"## {case['title']}"
-    yield ""
     links = ", ".join(f"[{short(link)}]({link})" for link in case["threads"])
-    yield f"{case['question']} Case `{name}`, met in {links}." if links else case["question"]
-    yield ""
+    yield f"## {case['title']}\n\n{case['question']} Case `{name}`, met in {links}.\n"
+    right, others = [], []
     for tool, columns in case["findings"].items():
         for column, entry in columns.items():
-            where = f" ({column})" if len(columns) > 1 else ""
-            far = f", distance {entry['distance']:.1e}" if entry.get("distance") is not None else ""
-            runs = f", {entry['runs']} runs" if "runs" in entry else ""
-            did = first_line(entry["learned"])
-            yield f"- {tools[tool]['title']}{where}: {strong(entry['verdict'])}{': ' + did if did else ''}{far}{runs}"
-            if entry["verdict"] in ("silently wrong", "wrong, with a warning"):
-                yield f"  `{json.dumps(entry.get('configuration', {}), ensure_ascii=False)}`"
+            who = tools[tool]["title"] + (f" ({column})" if len(columns) > 1 else "")
+            if entry["verdict"] == "right":
+                right.append(who)
+            else:
+                others.append((who, entry))
+    if right:
+        yield f"- right: {', '.join(right)}"
+    for who, entry in others:
+        did, runs = first_line(entry["learned"]), f", in {entry['runs']} runs" if "runs" in entry else ""
+        yield f"- {who}: {strong(entry['verdict'])}{': ' + did if did else ''}{runs}"
+        if entry["verdict"] in ("silently wrong", "wrong, with a warning"):
+            yield f"  `{json.dumps(entry.get('configuration', {}), ensure_ascii=False)}`"
 
 
 def first_line(text: str) -> str:
