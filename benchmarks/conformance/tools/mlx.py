@@ -65,7 +65,10 @@ def train(job: Job, settings: Configuration) -> dict[str, Any]:
     (out / "config.yaml").write_text(json.dumps(settings | places | {"test": "losses" in job["ask"]}))  # JSON is YAML
     adapter.call(lora.main, "mlx_lm.lora", "--config", f"{out}/config.yaml")
     if job["method"] == "lora" and "gguf" not in job["ask"]:
-        return {"model": as_peft(out / "adapter", settings["lora_parameters"]), "after": 0}
+        adapter.isolated(
+            lambda: as_peft(out / "adapter", settings["lora_parameters"])
+        )  # MLX's threads do not survive a fork
+        return {"model": out / "peft", "after": 0}
     merge = ["--model", job["model"], "--adapter-path", f"{out}/adapter", "--save-path", f"{out}/model"]
     adapter.call(fuse.main, "mlx_lm.fuse", *merge, *(["--export-gguf"] if "gguf" in job["ask"] else []))
     found = {"model": out / "model", "gguf": out / "model" / "ggml-model-f16.gguf"}
@@ -77,7 +80,7 @@ def train(job: Job, settings: Configuration) -> dict[str, Any]:
     }
 
 
-def as_peft(folder: Path, lora: dict[str, Any]) -> Path:
+def as_peft(folder: Path, lora: dict[str, Any]) -> None:
     """Save an adapter under the names of PEFT, which has both matrices transposed."""
     weights = mx.load(str(folder / "adapters.safetensors"))
     names = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight"}
@@ -86,7 +89,6 @@ def as_peft(folder: Path, lora: dict[str, Any]) -> Path:
     mx.save_safetensors(str(peft / "adapter_model.safetensors"), {k: mx.contiguous(v) for k, v in renamed.items()})
     config = {"r": lora["rank"], "lora_alpha": lora["scale"] * lora["rank"]}
     (peft / "adapter_config.json").write_text(json.dumps(config))
-    return peft
 
 
 if __name__ == "__main__":
