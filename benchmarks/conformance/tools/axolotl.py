@@ -29,6 +29,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "preference": {"type": "chat_template.default", "field_messages": "prompt"},
 }
 LORA = {"r": "lora_r", "modules_to_save": "lora_modules_to_save", "target_modules": "lora_target_modules"}
+KERNELS = "lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "lora_embedding_kernel"  # for CUDA only
 EXTRA = {"validation": "val_set_size", "add_tokens": "tokens", "gradient_checkpointing": "gradient_checkpointing"}
 
 
@@ -56,6 +57,9 @@ def configure(job: Job) -> Configuration:
         lora = {"r": 4, "lora_alpha": 8, "lora_target_linear": "target_modules" not in extra.get("lora", {})}
         settings |= {LORA.get(name, name): value for name, value in (lora | extra.get("lora", {})).items()}
         settings |= {"adapter": job["method"], "load_in_4bit": job["method"] == "qlora"}
+        settings |= dict.fromkeys(KERNELS, False)
+        if "add_tokens" in extra and job["column"] == "documented":
+            settings["lora_modules_to_save"] = ["embed_tokens", "lm_head"]
     return adapter.given(settings)
 
 

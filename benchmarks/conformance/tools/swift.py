@@ -11,8 +11,8 @@ from conformance.formats import as_conversation, as_numbered, as_two_conversatio
 from swift.pipelines import export_main, infer_main, pretrain_main, rlhf_main, sft_main
 
 COMMANDS = {"messages": sft_main, "text": pretrain_main, "preference": rlhf_main, "classify": sft_main}
-TYPES = {"qwen2.5": "qwen2", "qwen3": "qwen3", "llama3": "llama3"}
-"""The documentation asks for `model_type` where the name of the folder does not tell it."""
+TYPES = {"qwen2.5": ("qwen2", "qwen2_5"), "qwen3": ("qwen3", "qwen3"), "llama3": ("llama", "llama3")}
+"""`model_type` and `template`, which the tool asks for where the name of the folder does not tell them."""
 LORA = {"r": "lora_rank"}
 EXTRA = {"validation": "split_dataset_ratio", "thinking": "enable_thinking", "add_tokens": "new_special_tokens"}
 
@@ -27,7 +27,8 @@ def configure(job: Job) -> Configuration:
         "tuner_type": job["method"].removeprefix("q"),
         "max_length": job["max_length"],
     }
-    settings |= {"model_type": TYPES.get(family), "torch_dtype": "float32", "warmup_ratio": 0.0, "weight_decay": 0.0}
+    settings |= dict(zip(("model_type", "template"), TYPES.get(family, ()), strict=False))
+    settings |= {"torch_dtype": "float32", "warmup_ratio": 0.0, "weight_decay": 0.0}
     settings |= {"packing": job["packing"] or None, "rlhf_type": "dpo" if job["kind"] == "preference" else None}
     if job["kind"] == "messages":
         settings |= {"loss_scale": {"last": "last_round", "all": "all"}.get(job["train_on"])}
