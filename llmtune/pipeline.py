@@ -179,9 +179,8 @@ def run_select(context: RunContext, loaded: LoadedRecipe) -> None:
     if context.resolved is None:
         resolve_run(context, loaded, best_candidate(context, loaded))
     context.once(lambda: _plan_memory(context))
-    plan, mined = context.plan, context.folder.facts("mine")
-    about = plan.recipe, plan.model_ref, plan.device, context.console
-    context.once(lambda: survey_step(context.step, context.rows, mined, *about))
+    plan, found = context.plan, (context.rows, context.folder.facts("mine"))
+    context.once(lambda: survey_step(context.step, *found, plan.recipe, plan.model_ref, plan.device, context.console))
 
 
 def _plan_memory(context: RunContext) -> None:
@@ -213,8 +212,8 @@ def best_candidate(context: RunContext, loaded: LoadedRecipe) -> str:
         context.once(lambda: share_rows(context.folder, out, trial.fingerprint))
         run_pipeline(trial, RunRequest(out, "train", offline=request.offline), console)
 
-    rows = load_rows(context.folder.path / "data" / "rows")
-    about = recipe, partial(find_variant, recipe), rows, console, context.folder, context.device
+    prepared = load_rows(context.folder.path / "data" / "rows")
+    about = recipe, partial(find_variant, recipe), prepared, console, context.folder, context.device
     known = context.once(lambda: known_or_ranked(*about, request.offline))
     return known["chosen"] or choose_candidate(loaded, known, context.folder, console, run_trial, context.once)
 

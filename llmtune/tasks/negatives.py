@@ -154,7 +154,7 @@ def mine_rows(rows: Rows, recipe: Recipe, model_ref: ModelRef, device: str, fold
     digest = hashlib.sha256(rows.content_hash.encode())
     with open_embedder(recipe, model_ref, device, console) as loaded:
         for split in rows.files if ranks else ("train",):
-            pairs = read_pairs(rows, split)
+            pairs = collect_pairs(rows, split)
             wanted = [i for i, wrong in enumerate(pairs.wrong) if split == "train" or not wrong]
             console.print(f"mine: {len(wanted):,} queries, {len(pairs.passages):,} passages ({split})", highlight=False)
             queries_QD = embed_unit([(True, pairs.queries[i]) for i in wanted], loaded)
@@ -231,7 +231,7 @@ def embed_unit(texts: Sequence[tuple[bool, str]], loaded: LoadedModel) -> torch.
     return functional.normalize(torch.from_numpy(embed_texts(texts, loaded)), dim=-1)
 
 
-def read_pairs(rows: Rows, split: str) -> Pairs:
+def collect_pairs(rows: Rows, split: str) -> Pairs:
     """Return the different queries and passages of a split, the right passages first."""
     origins: dict[str, str] = {}
     right: defaultdict[str, dict[str, None]] = defaultdict(dict)
