@@ -151,7 +151,7 @@ def sorted_for_search(readings: list[Reading]) -> list[Reading]:
 
     Embed does not read graded passages, so pairs and triplets are for embed, and graded rows for rerank.
     """
-    kept = [one for one in readings if not all(set(row.get("relevances", ())) == {1.0} for row in one.rows)]
+    kept = [one for one in readings if not all(row.get("relevances") == [1.0] for row in one.rows)]
     tasks = [one.task for one in kept]
     if {"embed", "rerank"} <= {*tasks}:
         kept.insert(tasks.index("rerank"), kept.pop(tasks.index("embed")))
