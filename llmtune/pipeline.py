@@ -29,10 +29,10 @@ from llmtune.adapter.load import find_adapter
 from llmtune.data.data_report import describe_examples
 from llmtune.data.examples import ExampleReader, encode_rows, examples_inputs, row_lengths
 from llmtune.data.preparation import prepare_rows
-from llmtune.data.row_store import MINED, load_rows
+from llmtune.data.row_store import load_rows
 from llmtune.deploy.products import check_products, make_products
 from llmtune.errors import EnvironmentProblem
-from llmtune.evaluate.cache_keys import evaluation_inputs, note_own_metrics
+from llmtune.evaluate.cache_keys import evaluation_inputs, lock_trained, note_own_metrics
 from llmtune.evaluate.champion import check_champion, note_look
 from llmtune.evaluate.decision import refresh_rules
 from llmtune.evaluate.eval_inputs import warn_of_cuts
@@ -49,12 +49,11 @@ from llmtune.model.model_trials import choose_candidate, known_or_ranked
 from llmtune.plan_drafting import decide_rest, draft_plan, finish_plan
 from llmtune.recipe.loader import LoadedRecipe
 from llmtune.recipe.schema import Recipe
-from llmtune.records import Json, ModelRef, read_model_ref
+from llmtune.records import Json, read_model_ref
 from llmtune.report.render_terminal import print_blocks
 from llmtune.report.report_page import report_json, write_report
 from llmtune.report.report_record import Report
 from llmtune.report.score_sections import seed_table
-from llmtune.report.search_sections import negatives_blocks
 from llmtune.session import (
     Plan,
     RunContext,
@@ -71,11 +70,11 @@ from llmtune.store.atomic_files import hash_folder, hash_value, plain, staged, w
 from llmtune.store.process_environment import refuse_network
 from llmtune.store.processes import once, rank, world_size
 from llmtune.store.run_folder import Manifest, RunFolder, default_path, open_run, recipe_of_run, trained_name
-from llmtune.store.run_lock import hash_keys, note_trained, own_pins, read_pins
+from llmtune.store.run_lock import hash_keys, own_pins, read_pins
 from llmtune.store.run_request import RunRequest
 from llmtune.store.seed_runs import UNTIL, is_done, kept_findings, seed_folder, share_rows, with_seed
 from llmtune.tasks.base import next_steps
-from llmtune.tasks.negatives import embedder, mine_rows, mining_inputs, survey_negatives
+from llmtune.tasks.negatives import mine_step, survey_step
 from llmtune.train.loop import train
 from llmtune.train.metrics_log import log_results
 from llmtune.train.row_losses import list_hardest
@@ -139,24 +138,11 @@ def _prepare_rows(context: RunContext, loaded: LoadedRecipe) -> None:
             step.facts.update(rows_in=made.rows_in, kept=made.counts, dropped=made.dropped)
 
 
-def _mine_negatives(context: RunContext, recipe: Recipe, base: ModelRef) -> None:
-    """Mine negatives if the recipe asks for them; remove those of another recipe."""
-    data = context.folder.path / "data"
-    if recipe.data.negatives is None:
-        shutil.rmtree(data / MINED, ignore_errors=True)
-        return
-    rows, (recipe, miner) = load_rows(data / "rows"), embedder(recipe, base, context.console, context.request.offline)
-    with context.step("mine", mining_inputs(rows, recipe, miner), [f"data/{MINED}"]) as step:
-        if not step.skipped:
-            with staged(data / MINED) as folder:
-                step.facts.update(mine_rows(rows, recipe, miner, context.device, folder, context.console))
-
-
 def resolve_run(context: RunContext, loaded: LoadedRecipe, name: str) -> None:
     """Find the model, resolve the recipe's open settings, encode the rows, and set `context.resolved`."""
     model_ref = read_model_ref(context.once(lambda: plain(locate_pinned(context, loaded.recipe.model, name))))
-    find_variant(loaded.recipe, model_ref)  # before a model is loaded
-    context.once(lambda: _mine_negatives(context, loaded.recipe, model_ref))
+    about = loaded.recipe, model_ref, context.device, context.console, context.request.offline
+    context.once(lambda: mine_step(context.step, context.folder.path / "data", *about))
     rows = context.rows
     draft, stated = draft_plan(context, loaded, model_ref, rows)
     context.once(lambda: write_text(context.folder.path / "recipe.yaml", stated.to_yaml()))
@@ -191,19 +177,8 @@ def run_select(context: RunContext, loaded: LoadedRecipe) -> None:
     if context.resolved is None:
         resolve_run(context, loaded, best_candidate(context, loaded))
     context.once(lambda: _plan_memory(context))
-    section = context.plan.recipe.embed
-    if section is not None and section.loss == "ranking":
-        context.once(lambda: _survey(context))
-
-
-def _survey(context: RunContext) -> None:
-    """Estimate how many negatives are false, and print it before training."""
-    plan, rows = context.plan, context.rows
-    inputs = hash_value([mining_inputs(rows, plan.recipe, plan.model_ref), plan.recipe.train.batch_size])
-    with context.step("survey", inputs) as step:
-        if not step.skipped:
-            step.facts.update(survey_negatives(rows, plan.recipe, plan.model_ref, plan.device, context.console))
-            print_blocks(negatives_blocks(context.folder.facts("mine"), step.facts), context.console)
+    plan, found = context.plan, (context.rows, context.folder.facts("mine"))
+    context.once(lambda: survey_step(context.step, *found, plan.recipe, plan.model_ref, plan.device, context.console))
 
 
 def _plan_memory(context: RunContext) -> None:
@@ -235,8 +210,8 @@ def best_candidate(context: RunContext, loaded: LoadedRecipe) -> str:
         context.once(lambda: share_rows(context.folder, out, trial.fingerprint))
         run_pipeline(trial, RunRequest(out, "train", offline=request.offline), console)
 
-    rows = load_rows(context.folder.path / "data" / "rows")
-    about = recipe, partial(find_variant, recipe), rows, console, context.folder, context.device
+    prepared = load_rows(context.folder.path / "data" / "rows")
+    about = recipe, partial(find_variant, recipe), prepared, console, context.folder, context.device
     known = context.once(lambda: known_or_ranked(*about, request.offline))
     return known["chosen"] or choose_candidate(loaded, known, context.folder, console, run_trial, context.once)
 
@@ -259,7 +234,7 @@ def run_train(context: RunContext, loaded: LoadedRecipe) -> None:
         context.once(lambda: _check_evaluation(context, recipe_of_run(context.folder).recipe))
     if context.once(lambda: _begin_training(context)):
         adapt_and_train(context)
-    context.once(lambda: _lock_trained(context))
+    context.once(lambda: lock_trained(context.folder, trained_name(context.plan.recipe)))
 
 
 def _check_evaluation(context: RunContext, recipe: Recipe) -> None:
@@ -314,13 +289,6 @@ def adapt_and_train(context: RunContext) -> None:
         step.facts.update(processes=world_size(), strategy="fsdp" if context.shards else "ddp")
     del adapted
     release_memory()  # evaluation loads its own model
-
-
-def _lock_trained(context: RunContext) -> None:
-    manifest = context.folder.manifest
-    if "lock" not in manifest:  # not in the train step: a run may be killed in between
-        manifest["lock"] = note_trained(context.folder.path, trained_name(context.plan.recipe))
-        context.folder.write()
 
 
 def run_evaluate(context: RunContext, loaded: LoadedRecipe) -> None:

@@ -178,12 +178,12 @@ def with_aliases(
         found = [name for name, spelled in plain.items() if spelled in known]
         if len(found) == 1:
             mapped[ours] = found[0]
-        elif not found and ours in NUMBERED and (numbered := _numbered(plain, known)):
+        elif not found and ours in NUMBERED and (numbered := _numbered_columns(plain, known)):
             mapped[ours] = "[" + ", ".join(f"{{{name}}}" for name in numbered) + "]"
     return mapped
 
 
-def _numbered(plain: Mapping[str, str], known: Collection[str]) -> list[str]:
+def _numbered_columns(plain: Mapping[str, str], known: Collection[str]) -> list[str]:
     """Return the columns that are a known name with a number, in the order of the numbers."""
     parts = {name: spelled.rpartition("_") for name, spelled in plain.items()}
     found = [(int(number), name) for name, (stem, _, number) in parts.items() if stem in known and number.isdecimal()]

@@ -142,7 +142,20 @@ def list_readings(survey: Survey, task: str | None = None, columns: Mapping[str,
         readings = list(_conversations(survey, columns))
     if not readings and not columns and not refusals(survey, task):  # known names count, even if values are bad
         readings = [_reading(survey, one, columns) for one, columns in _inferred(survey, task)]
-    return [reading for reading in readings if reading.rows]
+    readings = [reading for reading in readings if reading.rows]
+    return readings if task is not None else sorted_for_search(readings)
+
+
+def sorted_for_search(readings: list[Reading]) -> list[Reading]:
+    """Put embed before rerank, and drop a reranker that would learn from right passages alone.
+
+    Embed does not read graded passages, so pairs and triplets are for embed, and graded rows for rerank.
+    """
+    kept = [one for one in readings if not all(row.get("relevances") == [1.0] for row in one.rows)]
+    tasks = [one.task for one in kept]
+    if {"embed", "rerank"} <= {*tasks}:
+        kept.insert(tasks.index("rerank"), kept.pop(tasks.index("embed")))
+    return kept
 
 
 def refusals(survey: Survey, task: str | None = None, columns: Mapping[str, str] | None = None) -> list[str]:

@@ -18,7 +18,7 @@ from llmtune.recipe.task_facts import DECISIONS
 from llmtune.records import Examples, ModelRef, Rows
 from llmtune.store.atomic_files import hash_file, hash_value, write_json
 from llmtune.store.run_folder import RunFolder
-from llmtune.store.run_lock import LOCK, package_versions, read_lock
+from llmtune.store.run_lock import LOCK, note_trained, package_versions, read_lock
 
 
 def evaluation_inputs(recipe: Recipe, model: ModelRef, rows: Rows, examples: Examples) -> str:
@@ -56,6 +56,13 @@ def base_inputs(
 def own_metric_files(recipe: Recipe) -> list[str]:
     """Return the files of the user's own metrics."""
     return sorted({stated.rpartition(":")[0] for stated in recipe.evaluate.own_metrics.values()})
+
+
+def lock_trained(folder: RunFolder, trained: str) -> None:
+    """Write the hashes of the trained files to the lock of a run, once."""
+    if "lock" not in folder.manifest:  # not in the train step: a run may be killed in between
+        folder.manifest["lock"] = note_trained(folder.path, trained)
+        folder.write()
 
 
 def note_own_metrics(folder: RunFolder, recipe: Recipe) -> None:

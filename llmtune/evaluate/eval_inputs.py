@@ -100,9 +100,8 @@ def make_inputs(
     Raises DataError if no reference answer is among the choices, or if a column of slices was not kept.
     """
     reader = ExampleReader(examples, split)
-    numbers = sorted({int(row) for row in reader.rows})
+    numbers = sorted({*reader.rows.tolist()})
     fairness, facts = recipe.evaluate.fairness, TASK_FACTS[recipe.task]
-    groups = read_slices(rows, fairness.groups if fairness else (), numbers, "evaluate.fairness.groups")
     kept = set(numbers)
     held_out = [pair for number, pair in enumerate(iterate_rows(rows, split)) if number in kept]
     questions, references = zip(*(task.split_answer(row) for _, row in held_out), strict=True)
@@ -143,11 +142,16 @@ def make_inputs(
         metrics=metrics,
         notes=notes,
         slices=read_slices(rows, recipe.evaluate.slices, numbers),
-        groups=groups,
+        groups=read_slices(rows, fairness.groups if fairness else (), numbers, "evaluate.fairness.groups"),
         clusters=read_clusters(rows, split, kept),
         full_rows=tuple(read_full_rows(rows, split, kept)) if recipe.evaluate.own_metrics else (),
-        corpus=tuple(load_corpus(rows.folder)) if recipe.data.corpus and split == SPLIT else (),
+        corpus=read_corpus(rows, split),
     )
+
+
+def read_corpus(rows: Rows, split: str) -> tuple[str, ...]:
+    """Return the passages of `data.corpus`; none for other rows than the test rows."""
+    return tuple(load_corpus(rows.folder)) if rows.corpus_hash and split == SPLIT else ()
 
 
 def calibration_inputs(

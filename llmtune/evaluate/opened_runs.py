@@ -198,7 +198,7 @@ def find_other_measure(first: ScoredRun, second: ScoredRun, metric: str) -> tupl
 def find_other_keys(first: ScoredRun, second: ScoredRun, metrics: Collection[str]) -> Iterator[str]:
     """Yield the keys of two recipes that change how some metrics are measured, with both values."""
     facts = TASK_FACTS[first.recipe.task]
-    keys = ["data.train_on", *([f"{facts.section}."] if facts.section else [])]
+    keys = ["data.train_on", *([f"{facts.section}."] if facts.section and facts.section_measures else [])]
     keys += ["generation."] if first.recipe.evaluate.predicted & set(metrics) and facts.generates else []
     if any(run.recipe.data.on_overlong in ("truncate", "split") for run in (first, second)):
         keys += ["data.max_length", "data.on_overlong"]

@@ -67,6 +67,8 @@ class TaskFacts:
     """Lines of the task's section in that recipe."""
     section: str | None = None
     """Name of the task's own section."""
+    section_measures: bool = True
+    """Whether keys of that section change what a metric measures; otherwise runs with other values are comparable."""
     packs: bool = False
     """Whether some models of the task train on packed rows."""
     templated: bool = False
@@ -303,6 +305,7 @@ _TASKS = (
         models=("encoder", "decoder"),
         columns=("query", "passage"),
         section="embed",
+        section_measures=False,
         packs=True,
         overlong=("error", "drop", "truncate"),
         prompt_name="query",

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -24,7 +25,7 @@ from rich.console import Console
 from torch.nn import functional
 
 from llmtune import __version__
-from llmtune.data.row_store import iterate_batches, iterate_rows, iterate_texts, read_rows, save_rows
+from llmtune.data.row_store import MINED, iterate_batches, iterate_rows, iterate_texts, load_rows, read_rows, save_rows
 from llmtune.errors import RecipeError
 from llmtune.evaluate.evaluated_task import LoadedModel
 from llmtune.evaluate.ranking_metrics import RELEVANT
@@ -41,8 +42,10 @@ from llmtune.recipe.data_section import NegativesSection
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_sections import EmbedSection
 from llmtune.records import Json, ModelRef, Row, Rows
-from llmtune.report.render_terminal import spinner
-from llmtune.store.atomic_files import hash_value
+from llmtune.report.render_terminal import print_blocks, spinner
+from llmtune.report.search_sections import negatives_blocks
+from llmtune.store.atomic_files import hash_value, staged
+from llmtune.store.run_folder import StepRun
 from llmtune.store.run_lock import package_versions
 from llmtune.store.seed_runs import hard_link
 from llmtune.tasks.embed import embed_texts, infer_rows
@@ -50,6 +53,8 @@ from llmtune.tasks.registry import get_task
 from llmtune.tasks.sentence_folder import resolve_settings
 
 T = TypeVar("T")
+OpenStep = Callable[[str, str, Sequence[str]], AbstractContextManager[StepRun]]
+"""Opens a step of a run by name, hash of its inputs, and outputs; see `RunFolder.step`."""
 WIDER = 10
 """Candidates per mined negative, as in sentence-transformers: some are too near."""
 AT_ONCE = 1024
@@ -96,6 +101,33 @@ class Mined:
     """The query with the nearest skipped passage, that passage, its own passage, and the scores of both."""
 
 
+def mine_step(
+    step: OpenStep, data: Path, recipe: Recipe, base: ModelRef, device: str, console: Console, offline: bool
+) -> None:
+    """Mine negatives for the rows in the folder `data` of a run; remove those that its recipe no longer mines."""
+    if recipe.data.negatives is None:
+        shutil.rmtree(data / MINED, ignore_errors=True)
+        return
+    rows, (recipe, miner) = load_rows(data / "rows"), embedder(recipe, base, console, offline)
+    with step("mine", mining_inputs(rows, recipe, miner), [f"data/{MINED}"]) as opened:
+        if not opened.skipped:
+            with staged(data / MINED) as folder:
+                opened.facts.update(mine_rows(rows, recipe, miner, device, folder, console))
+
+
+def survey_step(
+    step: OpenStep, rows: Rows, mined: Json, recipe: Recipe, base: ModelRef, device: str, console: Console
+) -> None:
+    """Estimate how many negatives are false, and print it with what was mined; for rows with passages only."""
+    if recipe.embed is None or recipe.embed.loss != "ranking":
+        return
+    inputs = hash_value([mining_inputs(rows, recipe, base), recipe.train.batch_size])
+    with step("survey", inputs, []) as opened:
+        if not opened.skipped:
+            opened.facts.update(survey_negatives(rows, recipe, base, device, console))
+            print_blocks(negatives_blocks(mined, opened.facts), console)
+
+
 def mine_rows(rows: Rows, recipe: Recipe, model_ref: ModelRef, device: str, folder: Path, console: Console) -> Json:
     """Write the rows with mined negatives into `folder`; return what was mined, for the report.
 
@@ -122,7 +154,7 @@ def mine_rows(rows: Rows, recipe: Recipe, model_ref: ModelRef, device: str, fold
     digest = hashlib.sha256(rows.content_hash.encode())
     with open_embedder(recipe, model_ref, device, console) as loaded:
         for split in rows.files if ranks else ("train",):
-            pairs = read_pairs(rows, split)
+            pairs = collect_pairs(rows, split)
             wanted = [i for i, wrong in enumerate(pairs.wrong) if split == "train" or not wrong]
             console.print(f"mine: {len(wanted):,} queries, {len(pairs.passages):,} passages ({split})", highlight=False)
             queries_QD = embed_unit([(True, pairs.queries[i]) for i in wanted], loaded)
@@ -199,7 +231,7 @@ def embed_unit(texts: Sequence[tuple[bool, str]], loaded: LoadedModel) -> torch.
     return functional.normalize(torch.from_numpy(embed_texts(texts, loaded)), dim=-1)
 
 
-def read_pairs(rows: Rows, split: str) -> Pairs:
+def collect_pairs(rows: Rows, split: str) -> Pairs:
     """Return the different queries and passages of a split, the right passages first."""
     origins: dict[str, str] = {}
     right: defaultdict[str, dict[str, None]] = defaultdict(dict)

@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -22,8 +21,6 @@ from llmtune.records import Batch, Loss
 from llmtune.train.batch_plan import Indexes, divide, micro_batches
 from llmtune.train.distributed import any_process, gather_lists, sum_over_processes
 from llmtune.train.setup import TrainContext
-
-T = TypeVar("T")
 
 
 class MicroBatchTooLarge(Exception):
@@ -311,27 +308,20 @@ def _cache_gradients(
         raise MicroBatchTooLarge
     found = _gather_features(training, found)
     leaves = [found[int(row)].requires_grad_() for row in rows]
-    losses: list[Loss] = []
+    compared: list[tuple[Loss, tuple[torch.Tensor, ...]]] = []
 
-    def compare() -> tuple[torch.Tensor, ...]:
-        losses.append(training.task.step_loss(leaves, [training.examples[int(row)] for row in rows], training.recipe))
-        return torch.autograd.grad(losses[0].sum, leaves)
+    def compare() -> None:
+        loss = training.task.step_loss(leaves, [training.examples[int(row)] for row in rows], training.recipe)
+        compared.append((loss, torch.autograd.grad(loss.sum, leaves)))
 
-    gradients = _compare_rows(compare, len(rows), step)
-    (loss,) = losses
+    if not fits_in_memory(compare):  # smaller micro-batches would not help
+        what = f"out of memory in the loss of step {step}, which compares all of its {len(rows):,} rows"
+        raise TrainingError.of(what, "train.batch_size", "Lower it, or give rows fewer negatives.")
+    ((loss, gradients),) = compared
     sums = None if loss.row_sums is None else loss.row_sums.detach()
     return StepFeatures(
         Loss(loss.sum.detach(), loss.count, row_sums=sums), dict(zip(rows.tolist(), gradients, strict=True))
     )
-
-
-def _compare_rows(work: Callable[[], T], rows: int, step: int) -> T:
-    """Return `work()`. Raises TrainingError if memory runs out: smaller micro-batches would not help."""
-    found: list[T] = []
-    if not fits_in_memory(lambda: found.append(work())):
-        what = f"out of memory in the loss of step {step}, which compares all of its {rows:,} rows"
-        raise TrainingError.of(what, "train.batch_size", "Lower it, or give rows fewer negatives.")
-    return found[0]
 
 
 @torch.no_grad()

@@ -38,7 +38,6 @@ from llmtune.train.divergence import (
     ruined_weights_error,
     weights_are_numbers,
 )
-from llmtune.train.early_stopping import record_validation
 from llmtune.train.metrics_log import (
     METRICS,
     ON_VALIDATION,
@@ -56,7 +55,7 @@ from llmtune.train.row_losses import add_step, save_row_losses
 from llmtune.train.setup import TrainContext, deterministic, peak_bytes, set_up
 from llmtune.train.sharding import whole_state
 from llmtune.train.signals import StopRequest, catch_signals
-from llmtune.train.validation_metrics import Scores, metrics_of_validation
+from llmtune.train.validation_metrics import Scores, metrics_of_validation, record_validation
 
 FIRST_SCALE = 2.0**16
 """Initial loss scale of float16; when a gradient overflows, it is halved and the step is repeated."""

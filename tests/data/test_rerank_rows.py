@@ -8,6 +8,7 @@ import pytest
 from rich.console import Console
 from support.rows import rows_of, write_jsonl
 
+from llmtune.data.file_survey import list_readings, survey_files
 from llmtune.data.preparation import prepare_rows
 from llmtune.data.rejected_rows import RowError
 from llmtune.data.row_formats import detect_format
@@ -117,3 +118,20 @@ def test_the_recipe_and_its_resolved_form_name_the_same_run(tmp_path: Path) -> N
     assert (again.fingerprint, again.recipe) == (loaded.fingerprint, loaded.recipe)
     whole = load_recipe(str(tmp_path / "r.yaml"), ["data.validation=0", "data.test=0"]).recipe
     assert whole.data.split_by is None
+
+
+@pytest.mark.parametrize(
+    ("row", "task"),
+    [
+        ({"query": "q", "passage": "p"}, "embed"),
+        ({"anchor": "q", "positive": "p", "negative": "n"}, "embed"),
+        ({"anchor": "q", "positive": "p", "negative_1": "n", "negative_2": "m"}, "embed"),
+        ({"query": "q", "passage": "p", "label": 0}, "rerank"),
+    ],
+)
+def test_pairs_and_triplets_are_for_embed_and_graded_passages_for_rerank(row, task, tmp_path):
+    rows = [
+        {name: f"{value} {i}" if isinstance(value, str) else i % 2 for name, value in row.items()} for i in range(20)
+    ]
+    file = write_jsonl(tmp_path / "rows.jsonl", rows)
+    assert list_readings(survey_files(str(file)))[0].task == task

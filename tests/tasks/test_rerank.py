@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 import warnings
@@ -13,7 +14,8 @@ import httpx
 import numpy as np
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
+from safetensors.torch import load_file
 from support.families import build_bert, build_roberta
 from support.pairs import quiet, recipe_of, start_training
 from support.rows import write_jsonl
@@ -118,6 +120,30 @@ def test_a_saved_adapter_keeps_its_trained_head(run: Path, bert: Path) -> None:
     with torch.inference_mode():
         logits = [model(**tokenizer(*pair, return_tensors="pt")).logits[0, 0] for pair in PAIRS]
     assert torch.stack(logits).sigmoid().tolist() == pytest.approx(scores_of(run), abs=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_cross_encoder_loses_the_head_of_its_own_adapter_and_llmtune_does_not(
+    bert: Path, run: Path, tmp_path: Path
+) -> None:
+    """https://github.com/huggingface/sentence-transformers/issues/3980: the head in `modules_to_save` starts anew."""
+    pytest.importorskip("peft", "0.22", reason="transformers 5.24 reads no adapters with an older PEFT")
+    encoder = CrossEncoder(str(bert), num_labels=1, device="cpu")
+    encoder.add_adapter(LoraConfig(task_type="SEQ_CLS", target_modules=["query"], modules_to_save=["classifier"]))
+    head = encoder.model.classifier.modules_to_save["default"]
+    with torch.no_grad():
+        head.weight.add_(1.0)
+    before = encoder.predict(PAIRS)
+    encoder.save_pretrained(str(tmp_path / "adapter"))
+    saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert any(torch.equal(weight, head.weight) for weight in saved.values()), "the files have the head"
+    again = CrossEncoder(str(tmp_path / "adapter"), device="cpu").predict(PAIRS)
+    assert np.abs(again - before).max() > 1e-3, "CrossEncoder does not read it"
+    first = scores_of(run)
+    moved = Path(shutil.copytree(run, tmp_path / "run"))
+    assert scores_of(moved) == pytest.approx(first, abs=1e-6)
+    merge_run(open_finished(moved, quiet(), True), tmp_path / "merged")
+    assert CrossEncoder(str(tmp_path / "merged"), device="cpu").predict(PAIRS) == pytest.approx(first, abs=1e-5)
 
 
 def test_the_loss_equals_that_of_sentence_transformers_on_the_same_batch(bert: Path, tmp_path: Path) -> None:
