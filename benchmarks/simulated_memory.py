@@ -2,9 +2,9 @@
 
 python benchmarks/simulated_memory.py "Llama 3.1 8B" qlora 2
 
-torch's FSDPMemTracker counts the bytes of all tensors. Their number and sizes are those of a training on cards; kernels,
-fragmentation and NCCL's buffers are not part of it. The loss takes the logits of 128 tokens, about as many as llmtune
-has in memory at once.
+torch's FSDPMemTracker counts the bytes of all tensors. Their number and sizes are those of a training on cards.
+Kernels, fragmentation and NCCL's buffers are not part of it. The loss takes the logits of 128 tokens, about as many
+as llmtune has in memory at once.
 """
 
 from __future__ import annotations
