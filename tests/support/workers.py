@@ -312,7 +312,7 @@ def learn_methods(folder: str, strategy: str) -> dict[str, list[list[float]] | s
     for path in sorted(Path(folder).glob("*/recipe.yaml")):
         began = time.perf_counter()
         try:
-            found[path.parent.name] = learn_a_little(path, strategy == "fsdp")
+            found[path.parent.name] = learn_a_little(path, strategy == "fsdp", mode=True)
         except Exception as error:  # noqa: BLE001 - it is one cell of a table
             found[path.parent.name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
             traceback.print_exc()
