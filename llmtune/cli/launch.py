@@ -107,9 +107,7 @@ def slurm(
     recipe: RecipeArgument,
     processes: Processes = 1,
     strategy: Strategy = "ddp",
-    machines: Annotated[
-        int, typer.Option("--machines", min=1, help="Number of machines, with --processes on each.")
-    ] = 1,
+    machines: Annotated[int, typer.Option("--machines", min=1, help="Machines, with --processes on each.")] = 1,
     max_restarts: MaxRestarts = 0,
     offload_params: OffloadParams = False,
     out: RunFolderOption = None,

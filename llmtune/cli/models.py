@@ -119,25 +119,19 @@ def fits(
         raise RecipeError.of("one of --memory, --device, --devices and --recipe is needed", "llmtune models fits", fix)
     if recipe is None and (price or sets):
         raise RecipeError.of("--price and --set have no effect without --recipe", fix="Remove them, or name a recipe.")
-    size = None if memory is None else _read_size(memory, "--memory")
-    count, each = (1, None) if devices is None else _read_devices(devices)
     from llmtune.store.process_environment import prepare_environment
 
     prepare_environment(network=False)
+    count, device, size = _read_devices(memory, device, devices)
     if recipe is not None:
         _fit_recipe(recipe, sets or (), price or (), as_json)
         return
-    from llmtune.compare.model_fits import Place, list_fits
-    from llmtune.model.device import DRIVER_BYTES, check_card, device_memory
+    from llmtune.compare.model_fits import DeviceMemory, list_fits
+    from llmtune.model.device import DRIVER_BYTES, device_memory
     from llmtune.report.number_format import size as format_bytes
 
-    if isinstance(each, str):
-        device = each
-    if device is not None:
-        check_card(device)
-    size = each if isinstance(each, float) else size
     usable = device_memory(device) or 0 if device is not None else (size or 0) - DRIVER_BYTES
-    place = Place(usable, "cpu" if device == "cpu" else "cuda", device)
+    place = DeviceMemory(usable, "cpu" if device == "cpu" else "cuda", device)
     with stderr_console().status("planning"):
         planned = list(list_fits(found, task, place, length, count))
     if as_json:
@@ -247,18 +241,23 @@ def _model_cell(one: Fit) -> str:
     return f"{one.longest:,} x{one.rows}{'*' if one.checkpointing else ''}" if one.rows else GAP
 
 
-def _read_devices(text: str) -> tuple[int, float | str]:
-    """Read `2x24GB` or `8xh100`: the number of cards, and the bytes or the name of each. Raises RecipeError."""
+def _read_devices(memory: str | None, device: str | None, devices: str | None) -> tuple[int, str | None, float | None]:
+    """Return the number of cards, and the name or the bytes of each. Raises RecipeError."""
     from llmtune.model.device import CARDS, check_card
 
-    found = re.fullmatch(r"(?:([0-9]{1,5})\s*[x×]\s*)?(.+)", text.strip().lower())
+    if device is not None:
+        check_card(device)
+    if devices is None:
+        return 1, device, None if memory is None else _read_size(memory, "--memory")
+    found = re.fullmatch(r"(?:([0-9]{1,5})\s*[x×]\s*)?(.+)", devices.strip().lower())
     if not found or not int(found[1] or 1) or found[2] == "cpu":
         fix = "Write a number of cards and the memory or name of each: --devices 2x24GB, 8xh100."
-        raise RecipeError.of(f"{text!r} names no cards", "--devices", fix)
-    if found[2] in CARDS or not found[2][0].isdecimal():
-        check_card(found[2], "--devices")
-        return int(found[1] or 1), found[2]
-    return int(found[1] or 1), _read_size(found[2], "--devices")
+        raise RecipeError.of(f"{devices!r} names no cards", "--devices", fix)
+    count, each = int(found[1] or 1), found[2]
+    if each in CARDS or not each[0].isdecimal():
+        check_card(each, "--devices")
+        return count, each, None
+    return count, None, _read_size(each, "--devices")
 
 
 def _read_size(text: str, option: str) -> float:

@@ -80,8 +80,7 @@ def generate_command(
     if rows is not None:
         _check_files(rows, output, [text, prompt, *given.values()])
     elif world_size() > 1:
-        what = "several processes answer the rows of a file"
-        raise RecipeError.of(what, "--input", "Add --input, or start it without torchrun.")
+        raise RecipeError.of("several processes answer the rows of a file", "--input", "Add it, or omit torchrun.")
     elif output is not None:
         raise RecipeError.of("--output needs --input", "--output", "Add --input, or redirect standard output: > FILE.")
     else:

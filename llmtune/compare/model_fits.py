@@ -63,16 +63,19 @@ class Fit:
     """For those hours, or for a million tokens, if the card has a price."""
 
 
-class Place(NamedTuple):
-    """Where a model is to fit: the bytes of one device, its kind, and its name if it is a known card."""
+class DeviceMemory(NamedTuple):
+    """Where a model is to fit: a card or this machine's main memory."""
 
     memory: float
-    device: str
+    """Bytes."""
+    kind: str
+    """cuda, cpu, or the name of a card."""
     card: str | None = None
+    """Its name, if it is a known card."""
 
 
 def list_fits(
-    models: Sequence[CatalogueModel], task: str, place: Place, length: int, processes: int = 1
+    models: Sequence[CatalogueModel], task: str, device: DeviceMemory, length: int, processes: int = 1
 ) -> Iterator[Fit]:
     """Yield what fits, one model and method at a time; with several `processes`, in a shard of each model (fsdp).
 
@@ -90,7 +93,7 @@ def list_fits(
                 continue
             for method in METHODS:
                 recipe, own_length = _recipe(task, method), min(length, model.context)
-                fit = _fit(skeleton, recipe, variant, place, own_length, Layout(processes, sharded=processes > 1))
+                fit = _fit(skeleton, recipe, variant, device, own_length, Layout(processes, sharded=processes > 1))
                 yield replace(fit, model=model.name, longest=min(model.context, fit.longest))
 
 
@@ -124,7 +127,7 @@ def list_recipe_fits(
             except RecipeError:
                 continue  # the task or another key excludes this method
             for card in (*CARDS, "cpu"):
-                fit = _fit(skeleton, changed, variant, Place(device_memory(card) or 0, card, card), length)
+                fit = _fit(skeleton, changed, variant, DeviceMemory(device_memory(card) or 0, card, card), length)
                 timed = None if fit.seconds is None else fit.seconds * (tokens or MILLION) / 3600 / MILLION
                 cost = timed * prices[card] if timed is not None and card in prices else None
                 hours = timed if tokens else None
@@ -164,20 +167,20 @@ def _fit(
     skeleton: PreTrainedModel,
     recipe: Recipe,
     variant: TaskInterface,
-    place: Place,
+    device: DeviceMemory,
     length: int,
     layout: Layout = ALONE,
 ) -> Fit:
-    room = int(USABLE * place.memory)
+    room = int(USABLE * device.memory)
     stated = recipe.train.gradient_checkpointing
     plans = [
-        _plan(skeleton, _saving(recipe, one), variant, place, length, layout)
+        _plan(skeleton, _saving(recipe, one), variant, device, length, layout)
         for one in ((False, True) if stated == "auto" else (stated, stated))
     ]
     tokens = [_largest_batch(plan, length, room) for plan in plans]
     saving = tokens[0] < length
     parameters = sum(parameter.numel() for parameter in skeleton.parameters())
-    speed, method = CARDS[place.card][1] if place.card and place.card in CARDS else None, recipe.adapter.method
+    speed, method = CARDS[device.card][1] if device.card and device.card in CARDS else None, recipe.adapter.method
     return Fit(
         model="",
         method=method,
@@ -194,9 +197,9 @@ def _fit(
 
 
 def _plan(
-    skeleton: PreTrainedModel, recipe: Recipe, variant: TaskInterface, place: Place, length: int, layout: Layout
+    skeleton: PreTrainedModel, recipe: Recipe, variant: TaskInterface, device: DeviceMemory, length: int, layout: Layout
 ) -> MemoryPlan:
-    plan = plan_skeleton(skeleton, recipe, variant, length, place.device, int(place.memory))
+    plan = plan_skeleton(skeleton, recipe, variant, length, device.kind, int(device.memory))
     return plan if layout == ALONE else divide_plan(plan, skeleton, recipe, layout, length)
 
 

@@ -79,12 +79,7 @@ def load_model(
         full = training and recipe.adapter.method == "full"
         masters = full and (masters or task.trains_head or bool(recipe.model.add_tokens))
         model, new = _load_weights(model_ref, recipe, task, model_class, config, attention, masters, device)
-        if recipe.train.use_liger_kernel and device.startswith("cuda"):
-            apply_liger(model)
-        if attention == PACKED:
-            install_packed(model)
-            if task.auto_class == CLASSES:
-                pool_documents(model)
+        _install_kernels(model, recipe, task, attention, device)
         _grow_embedding(model, processor, recipe)
         _make_head_inputs_contiguous(model)
         _align_generation_config(model, processor)
@@ -113,6 +108,17 @@ def load_model(
         new_weights=new,
         packs=packs,
     )
+
+
+def _install_kernels(
+    model: PreTrainedModel, recipe: Recipe, task: TaskInterface, attention: str | None, device: str
+) -> None:
+    if recipe.train.use_liger_kernel and device.startswith("cuda"):
+        apply_liger(model)
+    if attention == PACKED:
+        install_packed(model)
+        if task.auto_class == CLASSES:
+            pool_documents(model)
 
 
 def _check_readable(

@@ -61,9 +61,9 @@ def move_states(model: torch.nn.Module, device: torch.device) -> set[torch.nn.Pa
     placeholders = set()
     for module in model.modules():
         if isinstance(module, ShardableLinear4bit):
-            _move(module.quant_state, device)
+            _move_state(module.quant_state, device)
         for leaf, state in vars(module).get(PACKED_EXPERTS, {}).items():
-            _move(state, device)
+            _move_state(state, device)
             own = module.get_parameter(leaf)
             number = torch.zeros((), dtype=own.dtype, device=device)
             placeholder = _frozen(number.expand(own.shape))
@@ -72,7 +72,7 @@ def move_states(model: torch.nn.Module, device: torch.device) -> set[torch.nn.Pa
     return placeholders
 
 
-def _move(state: QuantState, device: torch.device) -> None:
+def _move_state(state: QuantState, device: torch.device) -> None:
     state.code = state.code.to(device)
     if state.nested:
         state.offset = state.offset.to(device)

@@ -6,13 +6,14 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 
 import torch
 from rich.console import Console
 
-from llmtune.adapter.saving import save_adapter
+from llmtune.adapter.saving import save_adapter, stored_dtype
 from llmtune.data.task_interface import TaskInterface
 from llmtune.errors import Problem, Stopped, TrainingError
 from llmtune.model.device import fits_in_memory
@@ -338,11 +339,9 @@ def _finish(run: Run) -> Path:
     set_mode(training.optimizer.optimizer, "eval")
     full = training.adapted.method == "full"
     folder = training.folder / ("weights" if full else "adapter")
-    whole = whole_state(training.adapted.model, trained_only=not full)
-    run_on_main(
-        training.accelerator,
-        lambda: write_folder(folder, lambda target: _save(training, target, whole)),
-    )
+    dtype = stored_dtype(training.adapted.selected) if full else None
+    whole = whole_state(training.adapted.model, trained_only=not full, dtype=dtype)
+    run_on_main(training.accelerator, lambda: write_folder(folder, partial(_save, training, whole=whole)))
     run_on_main(training.accelerator, lambda: save_row_losses(training.row_losses, training.examples, training.folder))
     return folder
 

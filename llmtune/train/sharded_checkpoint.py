@@ -24,8 +24,11 @@ from llmtune.train.whole_updates import WholeUpdates
 
 _BY_ALL = next(name for name in signature(HuggingFaceStorageWriter).parameters if name.startswith("save_"))
 """torch's option to let every process write its own file: `save_distributed`, in 2.8 `save_sharded`."""
-FILE_BYTES = 2**28
-"""Approximate size of one file, in bytes of unsharded tensors: the writer holds a copy of each file in memory."""
+FILE_BYTES, FEWEST_FILES = 2**28, 32
+"""Approximate size of one file, in bytes of unsharded tensors, and the number of files of a small checkpoint.
+
+The writer holds two copies of a file in memory.
+"""
 WEIGHTS, OPTIMIZER = "weights.", "optimizer."
 """Prefixes of tensor names: `weights.PARAMETER`, `optimizer.KEY.PARAMETER`."""
 
@@ -45,8 +48,9 @@ def write_shards(training: TrainContext, checkpoint: Path) -> Path:
         for key, value in spread.get(parameter, {}).items():
             tensors[f"{OPTIMIZER}{key}.{name}"] = value if torch.is_tensor(value) else _as_tensor(value)
     del spread
-    ends = accumulate(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-    files = {name: 1 + end // FILE_BYTES for name, end in zip(tensors, ends, strict=True)}
+    ends = [*accumulate(tensor.numel() * tensor.element_size() for tensor in tensors.values())]
+    size = min(FILE_BYTES, max(FILE_BYTES // FEWEST_FILES, ends[-1] // FEWEST_FILES))
+    files = {name: 1 + end // size for name, end in zip(tensors, ends, strict=True)}
     with disk_problems(checkpoint):
         try:
             save(tensors, storage_writer=cast(Any, HuggingFaceStorageWriter)(str(folder), files, **{_BY_ALL: True}))

@@ -157,8 +157,10 @@ def cut_like(value: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
     return found
 
 
-def whole_state(model: torch.nn.Module, trained_only: bool) -> dict[str, torch.Tensor] | None:
-    """Gather the state of a sharded model on the CPU of the first process; all processes must call it.
+def whole_state(
+    model: torch.nn.Module, trained_only: bool, dtype: torch.dtype | None = None
+) -> dict[str, torch.Tensor] | None:
+    """Gather the state of a sharded model on the CPU of the first process, in `dtype`; all processes must call it.
 
     With `trained_only`, frozen weights are omitted. Tied weights share one tensor. Returns None for any other model.
     """
@@ -172,7 +174,7 @@ def whole_state(model: torch.nn.Module, trained_only: bool) -> dict[str, torch.T
             continue
         if id(tensor) not in known:
             whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-            known[id(tensor)] = whole.detach().cpu() if first else torch.empty(0)
+            known[id(tensor)] = whole.detach().to("cpu", dtype) if first else torch.empty(0)
         state[name] = known[id(tensor)]
     return state
 

@@ -97,7 +97,7 @@ class WholeUpdates(torch.optim.Optimizer):
             for key, described in known.get(index, {}).items():
                 value = self.state[whole][key] if index % size == rank else None
                 found[key] = (
-                    described if not isinstance(described, tuple) else _share(value, parameter, described, index)
+                    described if not isinstance(described, tuple) else _send(value, parameter, described, index)
                 )
             yield parameter, found
 
@@ -111,7 +111,7 @@ def _describe(value: Any) -> Any:
     return (value.shape, value.dtype) if torch.is_tensor(value) else value
 
 
-def _share(value: torch.Tensor | None, parameter: DTensor, described: tuple[Any, ...], index: int) -> torch.Tensor:
+def _send(value: torch.Tensor | None, parameter: DTensor, described: tuple[Any, ...], index: int) -> torch.Tensor:
     """Return the value of its owner: cut like the parameter if it has the same shape, else complete."""
     shape, dtype = described
     owner = index % distributed.get_world_size()

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support.sharding_table import CASES, LAYOUTS, MARKS, PAGE, SAME, UNEQUAL, measure, write_page
+from support.sharding_table import CASES, LAYOUTS, MARKS, PAGE, SAME, measure, write_page
 from support.training import (
     METHODS,
     TRAIN,
@@ -44,7 +44,7 @@ def test_the_page_has_every_case():
     for name in CASES:
         (line,) = [line for line in written.splitlines() if line.startswith(f"| {name} |")]
         assert "fails" not in line
-        assert "differs" not in line or name in UNEQUAL
+        assert "differs" not in line or name == "NEFTune"
 
 
 @pytest.mark.timeout(600)

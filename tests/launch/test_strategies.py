@@ -108,13 +108,14 @@ def test_one_process_reads_the_model_and_the_others_receive_their_shards(method,
 
 
 LARGE = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 16, "num_attention_heads": 8}
+WIDE = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 8, "num_attention_heads": 8}
 
 
 @SLOW
 def test_two_processes_need_little_more_than_half_of_one_processs_memory_to_train_and_evaluate(
     tmp_path, chat_rows, console
 ):
-    model = build_llama(tmp_path / "model", **LARGE)
+    model = build_llama(tmp_path / "model", **WIDE)
     full = {"adapter": {"method": "full", "r": None, "lora_alpha": None}}
     short = {"train": {"max_steps": 2, "num_train_epochs": None}, "generation": {"max_new_tokens": 4}}
     recipe, peaks = write_recipe(tmp_path / "tiny.yaml", model, chat_rows, **full, **short), {}
@@ -124,8 +125,6 @@ def test_two_processes_need_little_more_than_half_of_one_processs_memory_to_trai
             peaks[processes, until] = launch_work("measure_pipeline", words, Topology(processes, "fsdp"), console, 2)
     (alone, _), *_ = peaks[1, "train"]
     assert all(peak < 0.6 * alone for until in ("train", "evaluate") for peak, _ in peaks[2, until]), peaks
-    weights = (model / "model.safetensors").stat().st_size
-    assert all(own < 0.9 * weights for _, own in peaks[2, "evaluate"]), peaks  # files that are mapped may be dropped
 
 
 @SLOW

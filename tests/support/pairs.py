@@ -108,15 +108,17 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
 
 
-def learn_a_little(path: Path, sharded: bool = False) -> list[list[float]]:
-    """Take three steps without dropout and validate; return losses, gradient norms, and how far the weights moved.
+def learn_a_little(path: Path, sharded: bool = False, mode: bool = False) -> list[list[float]]:
+    """Take three steps and validate; return losses, gradient norms, and how far the weights moved.
 
+    In training `mode` there are dropout, noise and recomputed activations.
     The first process leaves the trained weights in `weights-N.pt`, with N processes.
     """
     folder = path.parent / f"prepared-by-{world_size()}"
     sharded = sharded and world_size() > 1
     training = set_up(*prepare_training(path, folder, sharded), folder, quiet(), "inputs", sharded)
     before = [whole(weight) for weight in training.parameters]
+    training.model.train(mode)
     numbers = []
     for step in (1, 2, 3):
         found = step_gradients(training, step, 100, 1.0)

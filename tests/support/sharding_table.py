@@ -24,12 +24,8 @@ from support.training import launch_work
 
 PAGE = Path(__file__).parents[2] / "docs/scale-methods.md"
 MARKS = ("<!-- table: made by `cd tests; python -m support.sharding_table` -->", "<!-- end of table -->")
-LAYOUTS = {
-    "one process": Topology(),
-    "ddp, 2": Topology(2, "ddp"),
-    "fsdp, 2": Topology(2, "fsdp"),
-    "fsdp, 2, offloaded": Topology(2, "fsdp", offload_params=True),
-}
+LAYOUTS = {"one process": Topology(), "ddp, 2": Topology(2, "ddp"), "fsdp, 2": Topology(2, "fsdp")}
+OFFLOADED = Topology(2, "fsdp", offload_params=True)
 SAME = 1e-5
 """Relative difference of losses in float32 that counts as equal."""
 FULL: dict[str, Any] = {"method": "full", "r": None, "lora_alpha": None}
@@ -41,11 +37,11 @@ OPTIMIZERS = (
 )
 NOISE = "each process draws its own noise"
 PAGED = "paged optimisers need a GPU"
-MUON = (
-    "Muon's Newton-Schulz steps are in bfloat16, which enlarges differences in the last digits; the first loss is equal"
-)
+NO_SHARDS = "refused: ddp has no shards to offload"
+MUON = "Muon's Newton-Schulz steps are in bfloat16, which enlarges differences in the last digits"
+ENLARGED = "the first update enlarges differences in the last digits: sums have another order"
 UNEQUAL = {"NEFTune": NOISE, "`optim: muon`": MUON, "`optim: muon`, lora": MUON}
-"""Cases that differ by design, each with the reason."""
+"""Why cases differ; others differ by ENLARGED."""
 
 
 def method(name: str, **options: Any) -> dict[str, Any]:
@@ -88,8 +84,20 @@ CASES: dict[str, dict[str, Any]] = {
         f"`optim: {name}`": optimizer(name, lr_scheduler_type="constant")
         for name in ("schedule_free_adamw", "schedule_free_radam", "schedule_free_sgd")
     },
+    **{
+        f"{name}, `--fsdp-offload-params`": {"offloads": True, **sections}
+        for name, sections in {
+            "full": {"adapter": FULL},
+            "lora": method("lora"),
+            "qlora": method("qlora"),
+            "`optim: adafactor`": optimizer("adafactor"),
+        }.items()
+    },
     **{f"`optim: {name}`": optimizer(name) for name in ("paged_adamw_8bit", "galore_adamw", "apollo_adamw")},
 }
+
+
+Cells = dict[str, dict[str, str]]
 
 
 def slug(name: str) -> str:
@@ -97,45 +105,52 @@ def slug(name: str) -> str:
     return re.sub(r"\W+", "-", name).strip("-")
 
 
-def measure(folder: Path, names: Iterable[str] = tuple(CASES)) -> dict[str, dict[str, str]]:
+def measure(folder: Path, names: Iterable[str] = tuple(CASES)) -> Cells:
     """Return the cells of the table, by case and layout."""
-    llama, moe = build_llama(folder / "llama"), build_family(folder / "moe", "qwen3_moe", **MOE)
-    refused: dict[str, dict[str, str]] = {name: {} for name in names}
-    numbers: dict[str, dict[str, list[list[float]] | str]] = {}
-    for layout, topology in LAYOUTS.items():
-        place = folder / slug(layout)
-        for name in names:
-            sections = dict(CASES[name])
+    build_llama(folder / "llama")
+    build_family(folder / "moe", "qwen3_moe", **MOE)
+    found = {layout: learn(folder, layout, names) for layout in LAYOUTS}
+    return {name: {layout: _compare(found, name, layout) for layout in LAYOUTS} for name in names}
+
+
+def learn(folder: Path, layout: str, names: Iterable[str]) -> dict[str, list[list[float]] | str]:
+    """Return the losses of the first steps of each case in a layout, or why it is refused or fails."""
+    found: dict[str, list[list[float]] | str] = {}
+    for offloads in (False, True):
+        topology, place = OFFLOADED if offloads else LAYOUTS[layout], folder / slug(layout) / f"offloads-{offloads}"
+        own = [name for name in names if (layout == "fsdp, 2" and bool(CASES[name].get("offloads"))) == offloads]
+        for name in own:
+            if CASES[name].get("offloads") and layout == "ddp, 2":
+                found[name] = NO_SHARDS
+                continue
+            sections = {key: value for key, value in CASES[name].items() if key not in ("moe", "offloads")}
             task, rows = ("preference", LIKED) if "preference" in sections else ("chat", CHATS)
-            model = moe if sections.pop("moe", False) else llama
+            model = folder / ("moe" if CASES[name].get("moe") else "llama")
             path = recipe_of(place / slug(name), model, rows[:24], task, **sections)
             recipe = load_recipe(str(path)).recipe
             problems = [problem.what for problem in why_not(topology.strategy, recipe)]
             if problems or recipe.train.optim.startswith("paged"):
-                refused[name][layout] = [*problems, PAGED][0]
+                found[name] = f"refused: {[*problems, PAGED][0]}"
                 path.unlink()
-        numbers[layout] = launch_work("learn_methods", [place, topology.strategy], topology, quiet(), 2)
-        print(layout, numbers[layout], flush=True)
-    alone = numbers["one process"]
-    return {
-        name: {
-            layout: refused[name].get(layout) or _compare(alone[slug(name)], numbers[layout][slug(name)])
-            for layout in LAYOUTS
-        }
-        for name in names
-    }
+        learned = launch_work("learn_methods", [place, topology.strategy], topology, quiet(), 2) if own else {}
+        found |= {name: learned[slug(name)] for name in own if name not in found}
+    return found
 
 
-def _compare(one: list[list[float]] | str, other: list[list[float]] | str) -> str:
+def _compare(found: Mapping[str, dict[str, list[list[float]] | str]], name: str, layout: str) -> str:
     """Return the largest relative difference of the losses, as `equal` if it is small, or what failed."""
-    if isinstance(one, str) or isinstance(other, str):
-        return f"fails: {one if isinstance(one, str) else other}"
+    one, other = found["one process"][name], found[layout][name]
+    if isinstance(other, str):
+        return other if other.startswith("refused") else f"fails: {other}"
+    if isinstance(one, str):
+        return f"fails: {one}"
     pairs = zip(one, other, strict=True)
-    apart = max(abs(there[0] - here[0]) / max(1e-9, abs(here[0])) for here, there in pairs)
-    return "equal" if apart <= SAME else f"differs by {apart:.1e}"
+    apart = [abs(there[0] - here[0]) / max(1e-9, abs(here[0])) for here, there in pairs]
+    first = "differs by" if apart[0] > SAME else "equal at first, then"
+    return "equal" if max(apart) <= SAME else f"{first} {max(apart):.0e}"
 
 
-def write_page(cells: Mapping[str, Mapping[str, str]]) -> str:
+def write_page(cells: Cells) -> str:
     """Return the table as Markdown, with the reasons below it."""
     reasons: list[str] = []
 
@@ -147,9 +162,9 @@ def write_page(cells: Mapping[str, Mapping[str, str]]) -> str:
     def cell(name: str, text: str) -> str:
         if text == "equal":
             return text
-        if text.startswith(("differs", "fails")):
-            return f"{text} {note(UNEQUAL[name])}" if name in UNEQUAL else text
-        return f"refused {note(text)}"
+        if not text.startswith("refused"):
+            return f"{text} {note(UNEQUAL.get(name, ENLARGED))}" if not text.startswith("fails") else text
+        return f"refused {note(text.removeprefix('refused: '))}"
 
     shown = [layout for layout in LAYOUTS if layout != "one process"]
     lines = [f"| method | {' | '.join(shown)} |", "|---" * (len(shown) + 1) + "|"]

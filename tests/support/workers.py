@@ -175,17 +175,26 @@ def learn_all(folder: str, strategy: str) -> dict[str, list[list[float]]]:
     return found
 
 
-def evaluate_all(folder: str) -> list[str]:
-    """Score every trained run that the test left in `folder` again; return their names."""
+def evaluate_all(folder: str) -> dict[str, bool]:
+    """Score every trained run that the test left in `folder` again; return whether its models were sharded, by name."""
+    from llmtune.model.layer_requests import LayerRequests
     from llmtune.pipeline import run_pipeline
     from llmtune.recipe.loader import load_recipe
     from llmtune.store.run_request import RunRequest
     from support.adapting import quiet
 
-    paths = sorted(Path(folder).glob("*/recipe.yaml"))
-    for path in paths:
+    serve, served, found = LayerRequests.serve, list[LayerRequests](), {}
+
+    def note(self: LayerRequests) -> None:
+        served.append(self)
+        serve(self)
+
+    LayerRequests.serve = note  # type: ignore[method-assign]
+    for path in sorted(Path(folder).glob("*/recipe.yaml")):
+        served.clear()
         run_pipeline(load_recipe(str(path)), RunRequest(out=path.parent / "run", until="evaluate"), quiet())
-    return [path.parent.name for path in paths]
+        found[path.parent.name] = bool(served)
+    return found
 
 
 def run_own_passes(folder: str) -> dict[str, object]:
@@ -340,7 +349,7 @@ def learn_methods(folder: str, strategy: str) -> dict[str, list[list[float]] | s
     for path in sorted(Path(folder).glob("*/recipe.yaml")):
         began = time.perf_counter()
         try:
-            found[path.parent.name] = learn_a_little(path, strategy == "fsdp")
+            found[path.parent.name] = learn_a_little(path, strategy == "fsdp", mode=True)
         except Exception as error:  # noqa: BLE001 - it is one cell of a table
             found[path.parent.name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
             traceback.print_exc()

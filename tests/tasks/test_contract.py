@@ -419,7 +419,8 @@ def test_processes_with_shards_evaluate_as_one(processes, finished, tmp_path, mo
         run, _ = finished(name)
         again = Path(shutil.copytree(run, tmp_path / name / "run", ignore=shutil.ignore_patterns("evaluation")))
         shutil.copy(run.parent / "recipe.yaml", again.parent)
-    assert launch_work("evaluate_all", [tmp_path], Topology(processes, "fsdp"), quiet(), 2) == sorted(names)
+    sharded = launch_work("evaluate_all", [tmp_path], Topology(processes, "fsdp"), quiet(), 2)
+    assert sharded == dict.fromkeys(names, True)
     for name in names:
         run, _ = finished(name)
         reports = [json.loads((one / "report.json").read_text()) for one in (run, tmp_path / name / "run")]
