@@ -24,6 +24,7 @@ from llmtune.model.config import (
     head_names,
     in_heads,
     readable,
+    trains_in_float32,
 )
 from llmtune.model.device import explain_oom, resolve_dtype
 from llmtune.model.experts import quantize_experts
@@ -62,7 +63,7 @@ def load_model(
 ) -> SelectedModel:
     """Load the weights onto `device`, in eval mode, quantised to 4 bits if `adapter.method` is qlora, else unchanged.
 
-    With `training` and `method: full` weights are float32 masters. The embedding grows for the tokens of `processor`.
+    With `training`, some weights are float32 (`trains_in_float32`). The embedding grows for the tokens of `processor`.
 
     Raises:
         EnvironmentProblem: the weights cannot be loaded, some are missing, or memory runs out.
@@ -215,7 +216,7 @@ def _load_weights(
 ) -> tuple[PreTrainedModel, tuple[str, ...]]:
     """Return the model, and the names of parameters that are missing in the files."""
     dtype = resolve_dtype(recipe.model.dtype, device)
-    if recipe.adapter.method == "full" and training:
+    if training and trains_in_float32(recipe, task, config):
         dtype = torch.float32
     options: dict[str, object] = {} if attention is None else {"attn_implementation": attention}
     if recipe.adapter.method == "qlora":

@@ -8,6 +8,7 @@ import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
 from support.adapting import build_family, documents, open_model, packed, recipe_with
+from support.families import build_bert
 from support.models import build_llama, train_tokenizer
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
 
@@ -28,6 +29,24 @@ def test_full_fine_tuning_keeps_float32_masters(tiny_llama, method, training, wa
     selected = open_model(recipe, training)
     assert {parameter.dtype for parameter in selected.model.parameters()} == {wanted}
     assert not selected.quantized
+
+
+@pytest.mark.parametrize(
+    ("build", "task", "dtype", "training", "wanted"),
+    [
+        (build_bert, "embed", "auto", True, torch.float32),
+        (build_bert, "embed", "auto", False, torch.bfloat16),
+        (build_bert, "embed", "bfloat16", True, torch.bfloat16),
+        (build_bert, "rerank", "auto", True, torch.bfloat16),
+        (build_llama, "embed", "auto", True, torch.bfloat16),
+    ],
+)
+def test_an_embedding_encoder_keeps_its_frozen_weights_in_float32(
+    tmp_path, monkeypatch, build, task, dtype, training, wanted
+):
+    monkeypatch.setattr("llmtune.model.device.has_fast_bfloat16", lambda device: True)
+    recipe = recipe_with(build(tmp_path), model={"dtype": dtype}).model_copy(update={"task": task})
+    assert {parameter.dtype for parameter in open_model(recipe, training).model.parameters()} == {wanted}
 
 
 def test_a_loaded_model_is_in_eval_mode_with_a_cache_only_outside_training(tiny_llama):
