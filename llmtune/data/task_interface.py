@@ -35,6 +35,8 @@ class TaskInterface:
     """Whether the loss is token prediction over the vocabulary."""
     trains_head: bool = False
     """Whether a head missing from the model is created and fully trained."""
+    needs_float32: bool = False
+    """Whether an encoder's frozen weights are float32 in training, because rounding them costs accuracy."""
     has_step_statistics: bool = False
     """Whether the loss of a micro-batch needs sums over the complete step."""
     has_step_loss: bool = False

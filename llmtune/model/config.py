@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from llmtune.data.task_interface import TaskInterface
 from llmtune.errors import EnvironmentProblem, Problem, RecipeError, first_line, system_errno
 from llmtune.model.device import is_out_of_memory
-from llmtune.model.quantized_base import check_training, is_quantized, prepare_reading
+from llmtune.model.quantized_base import check_training, is_quantized, kept_quantization, prepare_reading
 from llmtune.recipe.model_section import ModelSection
 from llmtune.recipe.schema import Recipe
 from llmtune.records import ModelRef
@@ -119,6 +119,19 @@ def is_encoder(config: PreTrainedConfig) -> bool:
     if any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in _architectures(config)):
         return False
     return type(config) in transformers.AutoModelForMaskedLM._model_mapping
+
+
+def trains_in_float32(recipe: Recipe, task: TaskInterface, config: PreTrainedConfig) -> bool:
+    """Whether weights are float32 in training, whatever the number format of the products.
+
+    These are trained weights, and with `model.dtype: auto` the frozen weights of an encoder whose task `needs_float32`.
+    The sums between its layers are then float32 too. In bfloat16 they cost nDCG and save no time
+    (docs/embed-evidence.md).
+    """
+    if recipe.adapter.method == "full":
+        return True
+    plain = recipe.adapter.method != "qlora" and kept_quantization(config) is None
+    return plain and task.needs_float32 and recipe.model.dtype == "auto" and is_encoder(config)
 
 
 def _is_relative(named: list[str], class_name: str) -> bool:

@@ -24,6 +24,7 @@ from llmtune.model.config import (
     head_names,
     in_heads,
     readable,
+    trains_in_float32,
 )
 from llmtune.model.device import explain_oom, resolve_dtype
 from llmtune.model.experts import quantize_experts
@@ -63,8 +64,8 @@ def load_model(
 ) -> SelectedModel:
     """Load the weights onto `device`, in eval mode, quantised to 4 bits if `adapter.method` is qlora, else unchanged.
 
-    With `training` and `method: full` weights are float32 masters; without `masters` only if some weights may be new.
-    The embedding grows for the tokens of `processor`.
+    With `training`, some weights are float32 (`trains_in_float32`); those of `method: full`, without `masters`, only if
+    some may be new. The embedding grows for the tokens of `processor`.
 
     Raises:
         EnvironmentProblem: the weights cannot be loaded, some are missing, or memory runs out.
@@ -76,9 +77,10 @@ def load_model(
         attention, reason = choose_attention(model_class, config, recipe, task)
         if reason and task.auto_class == CAUSAL:
             console.print(f"Attention: {attention or 'own'}, with a mask over packed rows, because {reason}.")
-        full = training and recipe.adapter.method == "full"
-        masters = full and (masters or task.trains_head or bool(recipe.model.add_tokens))
-        model, new = _load_weights(model_ref, recipe, task, model_class, config, attention, masters, device)
+        exact = training and trains_in_float32(recipe, task, config)
+        if recipe.adapter.method == "full":
+            exact = exact and (masters or task.trains_head or bool(recipe.model.add_tokens))
+        model, new = _load_weights(model_ref, recipe, task, model_class, config, attention, exact, device)
         _install_kernels(model, recipe, task, attention, device)
         _grow_embedding(model, processor, recipe)
         _make_head_inputs_contiguous(model)
@@ -220,11 +222,11 @@ def _load_weights(
     model_class: type[PreTrainedModel],
     config: PreTrainedConfig,
     attention: str | None,
-    masters: bool,
+    exact: bool,
     device: str,
 ) -> tuple[PreTrainedModel, tuple[str, ...]]:
-    """Return the model, in float32 if its weights are `masters`, and the names of parameters missing in the files."""
-    dtype = torch.float32 if masters else resolve_dtype(recipe.model.dtype, device)
+    """Return the model, in float32 if it is to be `exact`, and the names of parameters missing in the files."""
+    dtype = torch.float32 if exact else resolve_dtype(recipe.model.dtype, device)
     options: dict[str, object] = {} if attention is None else {"attn_implementation": attention}
     if recipe.adapter.method == "qlora":
         options["quantization_config"] = _quantization(recipe, task, model_class, config, dtype)

@@ -15,7 +15,15 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from llmtune.data.task_interface import TaskInterface
 from llmtune.errors import DataError, EnvironmentProblem
 from llmtune.model.chunked_cross_entropy import CHUNK_ELEMENTS
-from llmtune.model.config import build_skeleton, expert_parameters, find_class, head_names, in_heads, linear_shapes
+from llmtune.model.config import (
+    build_skeleton,
+    expert_parameters,
+    find_class,
+    head_names,
+    in_heads,
+    linear_shapes,
+    trains_in_float32,
+)
 from llmtune.model.device import device_memory, resolve_dtype
 from llmtune.model.quantized_base import BaseQuantization, kept_quantization
 from llmtune.model.sharded_plan import divide_plan, fixed_bytes, plan_evaluation
@@ -82,7 +90,9 @@ def plan_skeleton(
     optimizer += small * optimizer_bytes(recipe.train.optim, small=True)
     parts = {
         **({"libraries": _LIBRARIES_BYTES} if device == "cpu" else {}),
-        "weights": _weight_bytes(skeleton, inner, recipe.adapter, weight_bytes, kept),
+        "weights": 4 * sum(parameter.numel() for parameter in skeleton.parameters())
+        if trains_in_float32(recipe, task, config)
+        else _weight_bytes(skeleton, inner, recipe.adapter, weight_bytes, kept),
         "adapter": 0 if full else 4 * trained_total,
         "gradients": 4 * trained_total,
         "optimizer": int(optimizer),
@@ -260,8 +270,6 @@ def _weight_bytes(
     kept: BaseQuantization | None,
 ) -> int:
     parameters: int = sum(parameter.numel() for parameter in skeleton.parameters())
-    if adapter.method == "full":
-        return 4 * parameters
     if kept is not None:
         whole = {name: shape for name, shape in inner.items() if not any(part in name for part in kept.skipped)}
         quantized = sum(inputs * outputs for inputs, outputs in whole.values())

@@ -60,6 +60,7 @@ class Embed(Task[EmbedRow, Vectors]):
     peft_task_type = "FEATURE_EXTRACTION"
     packs = True
     predicts_tokens = False
+    needs_float32 = True
     has_step_loss = True
     has_row_loss = False
     answer_column = "vectors"

@@ -8,6 +8,7 @@ import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
 from support.adapting import build_family, documents, open_model, packed, recipe_with
+from support.families import build_bert
 from support.models import build_llama, train_tokenizer
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
 
@@ -36,6 +37,24 @@ def test_weights_to_be_sharded_keep_the_dtype_of_their_files_unless_some_may_be_
         recipe = recipe_with(tiny_llama, model={"dtype": "bfloat16", **section}, adapter={"method": "full"})
         found[name] = {one.dtype for one in open_model(recipe, masters=False).model.parameters()}
     assert found == {"same": {torch.bfloat16}, "more tokens": {torch.float32}}
+
+
+@pytest.mark.parametrize(
+    ("build", "task", "dtype", "training", "wanted"),
+    [
+        (build_bert, "embed", "auto", True, torch.float32),
+        (build_bert, "embed", "auto", False, torch.bfloat16),
+        (build_bert, "embed", "bfloat16", True, torch.bfloat16),
+        (build_bert, "rerank", "auto", True, torch.bfloat16),
+        (build_llama, "embed", "auto", True, torch.bfloat16),
+    ],
+)
+def test_an_embedding_encoder_keeps_its_frozen_weights_in_float32(
+    tmp_path, monkeypatch, build, task, dtype, training, wanted
+):
+    monkeypatch.setattr("llmtune.model.device.has_fast_bfloat16", lambda device: True)
+    recipe = recipe_with(build(tmp_path), model={"dtype": dtype}).model_copy(update={"task": task})
+    assert {parameter.dtype for parameter in open_model(recipe, training).model.parameters()} == {wanted}
 
 
 def test_a_loaded_model_is_in_eval_mode_with_a_cache_only_outside_training(tiny_llama):
