@@ -45,6 +45,8 @@ def test_lists_and_negatives_become_the_same_row_as_relevances() -> None:
         (ranked_list, {"passages": ["a"], "relevances": [1, 0]}, "1 passages and 2 relevances"),
         (ranked_list, {"passages": [], "relevances": []}, "no passages"),
         (ranked_negatives, {"passage": None, "negatives": []}, "no passages"),
+        (ranked_negatives, {"passage": "p", "negatives": ["n", ""]}, "'negatives' is empty"),
+        (ranked_list, {"passages": ["p", None], "relevances": [1, 0]}, "'passages' is null"),
     ],
 )
 def test_a_bad_row_says_why(parse: Any, row: dict[str, object], words: str) -> None:

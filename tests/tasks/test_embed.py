@@ -367,6 +367,7 @@ def test_pairs_triplets_lists_scores_and_classes_are_read_into_one_form(row, rea
         ({"query": "a", "passage": "b", "negatives": ["b"]}, "a passage is a negative"),
         ({"query": "a", "passage": "b", "score": "high"}, "no number"),
         ({"query": "a", "passage": "b", "relevance": 0}, "graded passage"),
+        ({"query": "a", "passage": ["b", "c"], "labels": [1, 0]}, "graded passage"),
         ({"query": "a", "passage": ["b", 3]}, "wrong type"),
     ],
 )
