@@ -107,6 +107,9 @@ def ranked_positive(row: Mapping[str, object]) -> RerankRow:
     graded = next((name for name in ("relevance", "label", "score") if row.get(name) is not None), None)
     if graded is not None:
         raise RowError("graded passage", f"only some rows have a '{graded}'; give it to all rows of the file")
+    listed = next((name for name in ("relevances", "labels", "scores") if row.get(name) is not None), None)
+    if listed is not None:
+        raise RowError("graded passages", f"the row has '{listed}'; map its list of passages: columns.passages")
     right = _passages_of(row, "passage")
     return _ranked(row, right, [1] * len(right))
 
@@ -129,7 +132,11 @@ def _passages_of(row: Mapping[str, object], column: str) -> list[str]:
 def _ranked(row: Mapping[str, object], passages: Sequence[str], relevances: Sequence[object]) -> RerankRow:
     if not passages:
         raise RowError("empty content", "no passages")
-    return {"query": nonempty_text(row, "query"), "passages": list(passages), "relevances": [*map(_relevance, relevances)]}
+    return {
+        "query": nonempty_text(row, "query"),
+        "passages": list(passages),
+        "relevances": [*map(_relevance, relevances)],
+    }
 
 
 def passage_text(value: object, column: str = "passage") -> str:
