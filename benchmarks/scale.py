@@ -17,8 +17,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -28,14 +29,15 @@ from transformers import LlamaConfig, Qwen2Config
 
 from llmtune.model.config import build_skeleton, find_class, linear_shapes
 from llmtune.model.memory_plan import plan_skeleton
-from llmtune.model.sharded_plan import divide_plan
+from llmtune.model.sharded_plan import divide_plan, plan_evaluation
 from llmtune.recipe.loader import load_recipe
-from llmtune.records import Layout, MemoryPlan, ModelRef
+from llmtune.recipe.schema import Recipe
+from llmtune.records import ALONE, Layout, MemoryPlan, ModelRef
 from llmtune.tasks.registry import get_task
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZES, EVIDENCE = ROOT / "docs/sizes.md", ROOT / "docs/scale-evidence.md"
-PAGES = {"memory": SIZES, "time": SIZES, "efficiency": EVIDENCE}
+PAGES = {"memory": SIZES, "places": SIZES, "time": SIZES, "efficiency": EVIDENCE}
 """Where a table is kept, by its name."""
 GIB = 2**30
 CARDS = (24, 48, 80, 141)
@@ -65,6 +67,13 @@ adapter: {{method: {method}}}
 train: {{gradient_checkpointing: true, optim: adamw_torch}}
 """
 Rows = list[Sequence[str]]
+PLACES = {
+    "8 GB": (8, ALONE),
+    "24 GB": (24, ALONE),
+    "2 x 24 GB": (24, Layout(2, sharded=True)),
+    "8 x 80 GB": (80, Layout(8, sharded=True)),
+}
+"""Cards: GiB of each, and the processes that share the model."""
 
 
 def llama(hidden: int, layers: int, heads: int, intermediate: int, tie: bool = False) -> LlamaConfig:
@@ -106,6 +115,44 @@ MODELS = {
 }
 
 
+def skeleton_of(name: str, method: str) -> tuple[Any, Recipe]:
+    """Return the model without weights, and a recipe for it."""
+    with tempfile.TemporaryDirectory() as folder:
+        MODELS[name].save_pretrained(folder)
+        (Path(folder) / "recipe.yaml").write_text(RECIPE.format(folder=folder, method=method))
+        recipe, task = load_recipe(Path(folder) / "recipe.yaml").recipe, get_task("chat")
+        ref = ModelRef(name, Path(folder), None, "")
+        return build_skeleton(*find_class(ref, recipe, task), recipe), recipe
+
+
+def place_plan(name: str, method: str, layout: Layout) -> MemoryPlan:
+    """Plan training and evaluation of rows of TOKENS tokens on one of the cards of a layout."""
+    skeleton, recipe = skeleton_of(name, method)
+    plan = plan_skeleton(skeleton, recipe, get_task("chat"), TOKENS, "cuda", None)
+    plan = plan_evaluation(plan, skeleton, recipe, TOKENS)
+    return plan if layout == ALONE else divide_plan(plan, skeleton, recipe, layout, TOKENS)
+
+
+def places_table() -> Rows:
+    """Return what each of PLACES can train and evaluate, by model; a star needs shards in main memory."""
+    rows: Rows = [["model", *(f"{name}: {what}" for name in PLACES for what in ("train", "evaluate"))]]
+    for model in MODELS:
+        cells = [model]
+        for size, layout in PLACES.values():
+            trains, evaluates = [], []
+            for method, dtype in (("full", ""), ("lora", "16 bits"), ("qlora", "4 bits")):
+                near, far = (place_plan(model, method, replace(layout, offload_params=one)) for one in (False, True))
+                room = USABLE * size * GIB
+                for found, needs, what in ((trains, "total", method), (evaluates, "evaluated", dtype)):
+                    if getattr(near, needs) <= room:
+                        found.append(what)
+                    elif layout.sharded and getattr(far, needs) <= room:
+                        found.append(f"{what}\\*")
+            cells += [", ".join(trains) or "none", ", ".join(one for one in evaluates if one.strip("\\*")) or "none"]
+        rows.append(cells)
+    return rows
+
+
 @dataclass(frozen=True)
 class Shape:
     """The facts about a model and a method that the tables need."""
@@ -126,14 +173,8 @@ class Shape:
 
 def shape(name: str, method: str) -> Shape:
     """Plan a training of rows of TOKENS tokens on a card, with gradient checkpointing."""
-    with tempfile.TemporaryDirectory() as folder:
-        config = MODELS[name]
-        config.save_pretrained(folder)
-        (Path(folder) / "recipe.yaml").write_text(RECIPE.format(folder=folder, method=method))
-        recipe, task = load_recipe(Path(folder) / "recipe.yaml").recipe, get_task("chat")
-        ref = ModelRef(name, Path(folder), None, "")
-        skeleton = build_skeleton(*find_class(ref, recipe, task), recipe)
-    plan = plan_skeleton(skeleton, recipe, task, TOKENS, "cuda", None)
+    config, (skeleton, recipe) = MODELS[name], skeleton_of(name, method)
+    plan = plan_skeleton(skeleton, recipe, get_task("chat"), TOKENS, "cuda", None)
     sharded = divide_plan(plan, skeleton, recipe, Layout(PROCESSES, sharded=True), TOKENS)
     linear = sum(rows * columns for rows, columns in linear_shapes(skeleton).values())
     attention = 2 * config.num_hidden_layers * config.hidden_size * TOKENS  # half of the square: causal
@@ -312,7 +353,12 @@ def main() -> None:
     for name, given in vars(parser.parse_args()).items():
         if given:
             return works[name]()
-    tables = {"memory": memory_table(), "time": time_table(), "efficiency": efficiency_table()}
+    tables = {
+        "memory": memory_table(),
+        "places": places_table(),
+        "time": time_table(),
+        "efficiency": efficiency_table(),
+    }
     for name, rows in tables.items():
         text = PAGES[name].read_text(encoding="utf-8")
         begin, end = f"<!-- {name}: made by `python benchmarks/scale.py` -->\n", f"<!-- end of {name} -->"

@@ -25,6 +25,8 @@ class Guarantee:
     """`file::name`, below tests/."""
     also: tuple[str, ...]
     """Further tests that hold it: files, or `file::name`."""
+    cases: tuple[str, ...]
+    """Cases of the conformance suite that run this failure through other tools."""
     provokes: bool
     """Whether the test holds the message of the page against what it has seen."""
 
@@ -50,8 +52,11 @@ def _read_marks(file: Path) -> Iterator[Guarantee]:
                     {k.arg: ast.literal_eval(k.value) for k in mark.keywords},
                 )
                 also = tuple(test if ".py" in test else f"{name}::{test}" for test in words.pop("also", ()))
+                cases = tuple(words.pop("cases", ()))
                 provokes = "shows" in [argument.arg for argument in function.args.args]
-                yield Guarantee(number, **words, test=f"{name}::{function.name}", also=also, provokes=provokes)
+                yield Guarantee(
+                    number, **words, test=f"{name}::{function.name}", also=also, cases=cases, provokes=provokes
+                )
 
 
 def _block(guarantee: Guarantee) -> Iterator[str]:
@@ -62,3 +67,6 @@ def _block(guarantee: Guarantee) -> Iterator[str]:
     yield f"    {guarantee.shows}\n"
     also = f"; further: {', '.join(f'`{test}`' for test in guarantee.also)}" if guarantee.also else ""
     yield f"Held by `{guarantee.test}`{also}.\n"
+    if guarantee.cases:
+        names = ", ".join(f"`{case}`" for case in guarantee.cases)
+        yield f"[Other tools](../benchmarks/CONFORMANCE.md): {names}.\n"

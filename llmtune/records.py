@@ -130,6 +130,8 @@ class MemoryPlan:
     """Number of processes; the plan is for one of them."""
     base_quantization: str | None = None
     """Quantisation of the base, as in `SelectedModel`."""
+    evaluated: int = 0
+    """Bytes that evaluation and generation need."""
     host: int = 0
     """Bytes of main memory for shards that are offloaded from a card."""
 

@@ -53,7 +53,7 @@ from llmtune.train.distributed import join_processes
 from llmtune.train.sharding import Made, shard_model, share_model
 
 T = TypeVar("T")
-SHARDED = ("full", "lora")
+SHARDED = ("full", "lora", "qlora")
 """Methods whose finished runs are opened sharded under `--strategy fsdp`; others are opened completely."""
 
 
@@ -179,7 +179,8 @@ def _make(context: RunContext, make: Callable[[Recipe, str], Made]) -> Made:
 def _make_adapted(context: RunContext, recipe: Recipe, device: str) -> AdaptedModel:
     plan, sample = context.plan, None
     with spinner(context.console, "loading the model"):
-        selected = load_model(plan.model_ref, recipe, plan.task, plan.processor, device=device, training=True)
+        about = plan.model_ref, recipe, plan.task, plan.processor
+        selected = load_model(*about, device=device, training=True, masters=not context.shards)
     if recipe.adapter.init_lora_weights in DATA_STARTS:
         sample = sample_rows(context.examples, plan.task, selected, recipe)
     return inject(selected, recipe, context.console, sample)

@@ -146,6 +146,14 @@ def test_the_page_is_that_of_the_table_and_has_every_case(load: Any) -> None:
     assert all(entry["runs"] == 2 and entry["configuration"] for entry in wrong)
 
 
+def test_the_readme_has_the_summary_of_the_table(load: Any) -> None:
+    page: ModuleType = load("page")
+    readme = (BENCHMARKS.parent / "README.md").read_text(encoding="utf-8")
+    table = json.loads(page.TABLE.read_text(encoding="utf-8"))
+    assert "\n".join(page.short_summary(table)) in readme
+    assert f"[{len(table['cases'])} " in readme
+
+
 def test_the_reference_imports_no_tool() -> None:
     code = (
         "import sys; import conformance.reference, conformance.conversations, conformance.models; print(*sys.modules)"

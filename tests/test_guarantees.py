@@ -18,3 +18,5 @@ def test_each_guarantee_has_a_test_that_provokes_its_failure_and_names_only_test
             file, _, test = named.partition("::")
             text = (TESTS / file).read_text()
             assert not test or f"def {test}(" in text, named
+        for case in guarantee.cases:
+            assert (TESTS.parent / "benchmarks" / "conformance" / "cases" / f"{case}.py").exists(), case

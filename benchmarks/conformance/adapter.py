@@ -5,6 +5,7 @@ Standard library only, as each tool has its own environment.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
@@ -44,19 +45,16 @@ def serve(
         torchrun: start several processes of this file by torchrun for a job with `processes`; or `train` does it.
     """
     for job in json.loads(Path(sys.argv[1]).read_text()):
-        out = Path(job["out"])
-        if torchrun and job["processes"] > 1 and "RANK" not in os.environ:
-            (out / "job.json").write_text(json.dumps([job]))
-            start = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-            with logged(out / "log.txt"):
-                subprocess.run([*start, f"--nproc_per_node={job['processes']}", sys.argv[0], out / "job.json"])
-            continue
+        out, child = Path(job["out"]), "RANK" in os.environ
         result: dict[str, Any] = {"status": "done", "message": "", "version": version(package)}
         with logged(out / "log.txt"):
             try:
                 result["configuration"] = configure(job)
                 if job["column"] == "documented" and result["configuration"] == configure({**job, "column": "default"}):
                     result["status"] = "same"
+                elif torchrun and job["processes"] > 1 and not child:
+                    start_processes(job)
+                    continue
                 else:
                     result.update(train(job, result["configuration"]))
             except NotOffered as missing:
@@ -67,6 +65,16 @@ def serve(
         if os.environ.get("RANK", "0") == "0":
             result["documented"] = dict(documented or {})
             (out / "result.json").write_text(json.dumps(result, default=str, indent=1))
+
+
+def start_processes(job: Job) -> None:
+    """Do one job in several processes of this file; the first one writes the result."""
+    file = Path(job["out"]) / "job.json"
+    file.write_text(json.dumps([job]))
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={job['processes']}"]
+    failed = subprocess.run([*start, sys.argv[0], str(file)]).returncode
+    if failed and not (file.parent / "result.json").exists():
+        raise RuntimeError("a process failed")
 
 
 def command(*arguments: object, **environment: str) -> None:
@@ -187,3 +195,17 @@ def do_without(name: str) -> None:
         import_module(name)
     except (ImportError, OSError):
         sys.modules[name] = module_from_spec(ModuleSpec(name, None))
+
+
+def in_this_process(owner: type, *methods: str) -> None:
+    """Ignore `num_proc` in calls of these methods: for a few rows, a pool of processes costs seconds."""
+
+    def wrap(method: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(method)
+        def called(*arguments: Any, num_proc: int | None = None, **named: Any) -> Any:
+            return method(*arguments, **named)
+
+        return called
+
+    for name in methods:
+        setattr(owner, name, wrap(getattr(owner, name)))

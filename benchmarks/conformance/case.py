@@ -132,6 +132,7 @@ def compare_gradients(case: Case, reference: Reference, results: Mapping[str, Re
     worst = Finding("right", "", 0.0)
     for name, result in results.items():
         assert result.model is not None, "a job that is done has a model"
+        reference.after = result.found.get("after")
         step, project = reference.step_taken(result.model, result.job["learning_rate"])
         frozen = tuple(result.found.get("frozen", ()))
         step = {name: change for name, change in step.items() if not name.startswith(frozen)}
@@ -144,5 +145,7 @@ def compare_gradients(case: Case, reference: Reference, results: Mapping[str, Re
         wrong = ((known, distance(step, project(reference.of(gradient)))) for known, gradient in case.wrong.items())
         learned = next((known for known, far in wrong if far < TOLERANCE), "something else")
         where = f"{name}: " if len(results) > 1 else ""
+        reference.after = None
         return Finding("silently wrong", where + learned, right[nearest])
+    reference.after = None
     return worst

@@ -44,7 +44,7 @@ class Tool:
         return HERE / "tools" / f"{self.name}.py"
 
     def interpreter(self) -> Path:
-        """Return the Python of the tool's environment, which is made at the first use.
+        """Return the Python of the tool's environment, which is made at the first use; a link is used as it is.
 
         Raises:
             CalledProcessError: it does not install here.
@@ -53,7 +53,7 @@ class Tool:
             return Path(sys.executable)
         folder = self.cache / "environments" / self.name
         done, wanted = folder / ".done", "\n".join(self.requires)
-        if not done.exists() or done.read_text() != wanted:
+        if not folder.is_symlink() and (not done.exists() or done.read_text() != wanted):
             subprocess.run([self.python, "-m", "venv", "--clear", folder], check=True)
             links = ["--find-links", self.find_links] if self.find_links else []
             subprocess.run(

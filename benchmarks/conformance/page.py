@@ -31,13 +31,16 @@ INTRO = """# Conformance
 Famous failures of fine-tuning that raise no error, run through each tool. Made by `make conformance`, {date}.
 
 Each tool trains a tiny random model for one step of plain SGD, from the same rows. The change of its weights, divided
-by the learning rate, is the gradient that it used. [Plain torch](conformance/reference.py) computes the gradient of the
-text that the case states by hand, and those of known mistakes. So the table shows what each tool learned, from its
-weights alone. Some cases compare something else, such as answers or exported files; the case's page says what.
+by the learning rate, is the gradient that it used. Plain torch (`conformance/reference.py`) computes the gradient of
+the text that the case states by hand, and those of known mistakes. So the table shows what each tool learned, from its
+weights alone. Some cases compare something else, such as answers or exported files.
 
 A cell has two lines where the documented defaults differ from the setting that the documentation names for the task.
 A crash is not "silently wrong", and neither is a documented choice. Each tool has the newest version that installs
 here, and computes in float32 on a CPU.
+
+llmtune's authors chose the cases, mostly failures that llmtune guards against, so other tools meet them unprepared.
+Cases that llmtune fails are as welcome: [add one](#add-a-case).
 """
 ADD = """
 ## Add a case
@@ -129,11 +132,31 @@ def summary(table: Mapping[str, Any]) -> Iterator[str]:
     shown = [verdict.strip("*") for verdict in VERDICTS]
     yield f"| tool | {' | '.join(shown)} |"
     yield "|---" * (len(shown) + 1) + "|"
-    for tool, entry in table["tools"].items():
-        counts = Counter(final_verdict(case["findings"].get(tool, {})) for case in table["cases"].values())
+    for entry, counts in count_verdicts(table):
         yield f"| {entry['title']} {entry['version']} | {' | '.join(str(counts[verdict] or '') for verdict in shown)} |"
     yield ""
     yield "This counts the documented setting where it differs from the default."
+
+
+def short_summary(table: Mapping[str, Any]) -> list[str]:
+    """Return the README's table."""
+    lines = [
+        "| tool | right or refused | wrong, but warned or documented | silently wrong | not offered, stopped, not run |"
+    ]
+    lines.append("|---|---|---|---|---|")
+    for entry, counts in count_verdicts(table):
+        said = counts["wrong, with a warning"] + counts["documented otherwise"]
+        rest = counts["not offered"] + counts["stopped"] + counts["not run"]
+        sums = counts["right"] + counts["refused"], said, counts["silently wrong"], rest
+        lines.append(f"| {entry['title']} {entry['version']} | {' | '.join(str(number) for number in sums)} |")
+    return lines
+
+
+def count_verdicts(table: Mapping[str, Any]) -> Iterator[tuple[Mapping[str, Any], Counter[str]]]:
+    """Yield each tool with its verdicts, on the documented setting where it differs from the default."""
+    for tool, entry in table["tools"].items():
+        findings = [case["findings"].get(tool, {}) for case in table["cases"].values()]
+        yield entry, Counter(final_verdict(columns) for columns in findings)
 
 
 def final_verdict(columns: Mapping[str, Any]) -> str:
@@ -154,20 +177,23 @@ def strong(verdict: str) -> str:
 
 def describe_case(name: str, case: Mapping[str, Any], tools: Mapping[str, Any]) -> Iterator[str]:
     """Show the question, the threads, and what each tool did."""
-    yield f"## {case['title']}"
-    yield ""
     links = ", ".join(f"[{short(link)}]({link})" for link in case["threads"])
-    yield f"{case['question']} [`{name}`](conformance/cases/{name}.py). Met in {links}." if links else case["question"]
-    yield ""
+    yield f"## {case['title']}\n\n{case['question']} Case `{name}`, met in {links}.\n"
+    right, others = [], []
     for tool, columns in case["findings"].items():
         for column, entry in columns.items():
-            where = f" ({column})" if len(columns) > 1 else ""
-            far = f", distance {entry['distance']:.1e}" if entry.get("distance") is not None else ""
-            runs = f", {entry['runs']} runs" if "runs" in entry else ""
-            did = first_line(entry["learned"])
-            yield f"- {tools[tool]['title']}{where}: {strong(entry['verdict'])}{': ' + did if did else ''}{far}{runs}"
-            if entry["verdict"] in ("silently wrong", "wrong, with a warning"):
-                yield f"  `{json.dumps(entry.get('configuration', {}), ensure_ascii=False)}`"
+            who = tools[tool]["title"] + (f" ({column})" if len(columns) > 1 else "")
+            if entry["verdict"] == "right":
+                right.append(who)
+            else:
+                others.append((who, entry))
+    if right:
+        yield f"- right: {', '.join(right)}"
+    for who, entry in others:
+        did, runs = first_line(entry["learned"]), f", in {entry['runs']} runs" if "runs" in entry else ""
+        yield f"- {who}: {strong(entry['verdict'])}{': ' + did if did else ''}{runs}"
+        if entry["verdict"] in ("silently wrong", "wrong, with a warning"):
+            yield f"  `{json.dumps(entry.get('configuration', {}), ensure_ascii=False)}`"
 
 
 def first_line(text: str) -> str:

@@ -31,17 +31,20 @@ class Reference:
     def __init__(self, folder: Path) -> None:
         torch.set_num_threads(1)
         self.folder = folder
+        self.after: int | None = None
+        """A token that a tool learns after each text, which has a case of its own."""
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         kind = AutoModelForSeq2SeqLM if "t5" in folder.name else AutoModelForCausalLM
         self.model: Any = kind.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
         self.start = {name: weight.detach().clone() for name, weight in self.model.named_parameters()}
-        self._known: dict[Gradient, Weights] = {}
+        self._known: dict[tuple[Gradient, int | None], Weights] = {}
 
     def of(self, gradient: Gradient) -> Weights:
         """Return a case's gradient, computed once for all tools."""
-        if gradient not in self._known:
-            self._known[gradient] = gradient(self)
-        return self._known[gradient]
+        key = gradient, self.after
+        if key not in self._known:
+            self._known[key] = gradient(self)
+        return self._known[key]
 
     def encode(self, text: Text, shift: int = 0) -> tuple[list[int], list[int]]:
         """Tokenise the pieces as one text; return ids and labels. A token is learned if its first character is."""
@@ -50,7 +53,8 @@ class Reference:
         encoded = self.tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
         ids = encoded["input_ids"]
         pairs = zip(ids, encoded["offset_mapping"], strict=True)
-        return ids, [token if learned[begin] else IGNORED for token, (begin, _) in pairs]
+        after = [] if self.after is None else [self.after]
+        return ids + after, [token if learned[begin] else IGNORED for token, (begin, _) in pairs] + after
 
     def loss(
         self, ids: Sequence[int], labels: Sequence[int], positions: Sequence[int] | None = None

@@ -33,6 +33,8 @@ from conformance.models import build_model  # noqa: E402
 from conformance.page import PAGE, TABLE, collect, render  # noqa: E402
 from conformance.reference import Reference  # noqa: E402
 
+Entry = dict[str, Any]
+"""A finding, with the tool's configuration and the number of runs."""
 COLUMNS = "default", "documented"
 SECONDS = 1800
 """Time limit of one process of an adapter, which may do many jobs."""
@@ -70,71 +72,67 @@ def run_tool(tool: Tool, cases: Mapping[str, Case], cache: Path, fresh: bool) ->
     except subprocess.CalledProcessError as error:
         why = f"does not install here: {(error.stderr or str(error)).strip()[-300:]}"
         for name in cases:
-            store(
-                cache,
-                tool,
-                name,
-                {"key": "", "version": "", "columns": {"default": {"verdict": "not run", "learned": why}}},
-            )
+            store(cache, tool, name, "", "", {"default": {"verdict": "not run", "learned": why}})
         return
     keys = {name: make_key(tool, name, case, version) for name, case in cases.items()}
     stale = {name: case for name, case in cases.items() if fresh or read_key(cache, tool, name) != keys[name]}
     found: dict[str, dict[str, Any]] = {name: {} for name in stale}
     for column in COLUMNS:
-        first = judge_all(tool, stale, column, cache)
+        first = judge_all(tool, stale, keys, cache / "runs" / tool.name / column, cache)
         wrong = {name: stale[name] for name, entry in first.items() if entry["verdict"] == "silently wrong"}
-        for name, again in judge_all(tool, wrong, column, cache).items():
-            if (again["verdict"], again["learned"]) != (first[name]["verdict"], first[name]["learned"]):
-                first[name] = {
-                    "verdict": "not run",
-                    "learned": f"two runs differ: {first[name]['learned']}; {again['learned']}",
-                }
-            first[name]["runs"] = 2
+        second = judge_all(tool, wrong, keys, cache / "runs" / tool.name / f"{column}-again", cache)
         for name, entry in first.items():
-            found[name][column] = entry
-            print(tool.name, name, column, entry["verdict"], entry["learned"][:200].replace("\n", " "), flush=True)
+            found[name][column] = compare_runs(entry, second[name]) if name in second else entry
+            told = found[name][column]["learned"][:200].replace("\n", " ")
+            print(tool.name, name, column, found[name][column]["verdict"], told, flush=True)
     for name, columns in found.items():
-        store(cache, tool, name, {"key": keys[name], "version": version, "columns": columns})
+        store(cache, tool, name, keys[name], version, columns)
+    shutil.rmtree(cache / "runs" / tool.name)
 
 
-def judge_all(tool: Tool, cases: Mapping[str, Case], column: str, cache: Path) -> dict[str, dict[str, Any]]:
-    """Run all jobs of the cases and judge them; a case whose settings are those of the other column is left out."""
-    folder = cache / "runs" / tool.name / column
-    shutil.rmtree(folder, ignore_errors=True)
-    run_jobs(
-        tool, [job for name, case in cases.items() for job in place_jobs(name, case, column, folder, cache)], folder
-    )
+def compare_runs(first: Entry, second: Entry) -> Entry:
+    """Return what two runs agree on."""
+    if (first["verdict"], first["learned"]) == (second["verdict"], second["learned"]):
+        return {**first, "runs": 2}
+    return {**first, "verdict": "not run", "learned": f"two runs differ: {first['learned']}; {second['learned']}"}
+
+
+def judge_all(
+    tool: Tool, cases: Mapping[str, Case], keys: Mapping[str, str], folder: Path, cache: Path
+) -> dict[str, Entry]:
+    """Run all jobs of the cases and judge them; a case whose settings are those of the other column is left out.
+
+    Jobs that an interrupted run finished in `folder` are not run again.
+    """
+    folders = {name: folder / keys[name] for name in cases}
+    jobs = [job for name, case in cases.items() for job in place_jobs(case, folders[name], cache)]
+    run_jobs(tool, jobs, folder)
     found = {}
     for name, case in cases.items():
-        results = read_results(case, folder / name)
-        if all(result.status == "same" for result in results.values()):
-            continue
-        finding = judge_case(case, results, cache)
-        settings = next(iter(results.values())).configuration
-        entry = {name: value for name, value in asdict(finding).items() if value is not None}
-        found[name] = json.loads(hide_folders(json.dumps({**entry, "configuration": settings})))
+        results = read_results(case, folders[name])
+        if any(result.status != "same" for result in results.values()):
+            finding = asdict(judge_case(case, results, cache))
+            finding["configuration"] = next(iter(results.values())).configuration
+            found[name] = json.loads(hide_folders(json.dumps(finding)))
     return found
 
 
-def place_jobs(name: str, case: Case, column: str, folder: Path, cache: Path) -> list[Job]:
-    """Write rows, build models, and return jobs with their folders."""
-    jobs = []
-    for key, job in case.make_jobs().items():
-        out = folder / name / key
+def place_jobs(case: Case, folder: Path, cache: Path) -> list[Job]:
+    """Write rows, build models, and return the jobs of a case, unless all are done."""
+    jobs = case.make_jobs()
+    if all((folder / name / "result.json").exists() for name in jobs):
+        return []
+    shutil.rmtree(folder, ignore_errors=True)
+    for name, job in jobs.items():
+        out = folder / name
         out.mkdir(parents=True)
-        rows = {kind: write_rows(out / f"{kind}.{job['file']}", job[kind]) for kind in ("rows", "test_rows")}
-        job |= {
-            **rows,
-            "name": f"{name}.{key}",
-            "column": column,
-            "out": str(out),
-            "model": str(model_folder(job, cache)),
-        }
+        job["model"] = str(model_folder(job, cache))
+        job["column"] = folder.parent.name.removesuffix("-again")
+        job["out"] = str(out)
+        job |= {kind: write_rows(out / f"{kind}.{job['file']}", job[kind]) for kind in ("rows", "test_rows")}
         job["micro_batch_size"] = job["micro_batch_size"] or job["batch_size"]
-        if job["resume_from"]:
-            job["resume_from"] = str(folder / name / job["resume_from"])
-        jobs.append(job)
-    return jobs
+        job["resume_from"] = str(folder / job["resume_from"]) if job["resume_from"] else None
+    return list(jobs.values())
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> str | None:
@@ -158,6 +156,7 @@ def model_folder(job: Job, cache: Path) -> Path:
 
 def run_jobs(tool: Tool, jobs: list[Job], folder: Path) -> None:
     """Run jobs in one process; after a crash or a timeout, continue after the job that caused it."""
+    folder.mkdir(parents=True, exist_ok=True)
     while jobs:
         listed, log = folder / "jobs.json", folder / "process.txt"
         listed.write_text(json.dumps(jobs))
@@ -192,7 +191,7 @@ def read_results(case: Case, folder: Path) -> dict[str, Result]:
         results[key] = Result(
             status=found["status"],
             message=hide_folders(found["message"]),
-            log=hide_folders(log.read_text(errors="replace")) if log.exists() else "",
+            log=hide_folders(read_plain(log)) if log.exists() else "",
             model=Path(found["model"]) if "model" in found else None,
             configuration=found.get("configuration", {}),
             documented=found.get("documented", {}),
@@ -206,13 +205,18 @@ def judge_case(case: Case, results: Mapping[str, Result], cache: Path) -> Findin
     first = next(iter(results.values())).job
     try:
         return case.decide(open_reference(model_folder(first, cache)), results)
-    except (KeyError, FileNotFoundError) as error:
-        return Finding("stopped", f"the result cannot be read: {error}")
+    except Exception as error:  # a tool may leave anything
+        return Finding("stopped", f"the result cannot be read: {type(error).__name__}: {error}")
 
 
 @functools.cache
 def open_reference(folder: Path) -> Reference:
     return Reference(folder)
+
+
+def read_plain(log: Path) -> str:
+    """Return a log without the codes of colours."""
+    return re.sub(r"\x1b\[[0-9;]*m", "", log.read_text(errors="replace"))
 
 
 def hide_folders(text: str) -> str:
@@ -250,10 +254,10 @@ def read_key(cache: Path, tool: Tool, name: str) -> str:
     return json.loads(path.read_text())["key"] if path.exists() else ""
 
 
-def store(cache: Path, tool: Tool, name: str, finding: dict[str, Any]) -> None:
+def store(cache: Path, tool: Tool, name: str, key: str, version: str, columns: Mapping[str, Entry]) -> None:
     path = stored_path(cache, tool, name)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(finding, indent=1))
+    path.write_text(json.dumps({"key": key, "version": version, "columns": columns}, indent=1))
 
 
 if __name__ == "__main__":

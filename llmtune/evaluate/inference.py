@@ -150,7 +150,7 @@ def embed_corpus(
         return None
     advance = add_bar(bars, f"{name}: corpus", len(passages))
     loaded = replace(loaded, advance=advance)
-    return np.stack(over_processes(passages, lambda part: [*task.embed_passages(part, loaded)]))
+    return np.stack(over_processes(loaded.model, passages, lambda part: [*task.embed_passages(part, loaded)]))
 
 
 def read_choices(context: EvalContext, answers: Answers) -> Chosen | None:

@@ -57,12 +57,14 @@ def load_model(
     *,
     device: str,
     training: bool,
+    masters: bool = True,
     plan: MemoryPlan | None = None,
     console: Console | None = None,
 ) -> SelectedModel:
     """Load the weights onto `device`, in eval mode, quantised to 4 bits if `adapter.method` is qlora, else unchanged.
 
-    With `training` and `method: full` weights are float32 masters. The embedding grows for the tokens of `processor`.
+    With `training` and `method: full` weights are float32 masters; without `masters` only if some weights may be new.
+    The embedding grows for the tokens of `processor`.
 
     Raises:
         EnvironmentProblem: the weights cannot be loaded, some are missing, or memory runs out.
@@ -74,7 +76,9 @@ def load_model(
         attention, reason = choose_attention(model_class, config, recipe, task)
         if reason and task.auto_class == CAUSAL:
             console.print(f"Attention: {attention or 'own'}, with a mask over packed rows, because {reason}.")
-        model, new = _load_weights(model_ref, recipe, task, model_class, config, attention, training, device)
+        full = training and recipe.adapter.method == "full"
+        masters = full and (masters or task.trains_head or bool(recipe.model.add_tokens))
+        model, new = _load_weights(model_ref, recipe, task, model_class, config, attention, masters, device)
         if recipe.train.use_liger_kernel and device.startswith("cuda"):
             apply_liger(model)
         if attention == PACKED:
@@ -210,13 +214,11 @@ def _load_weights(
     model_class: type[PreTrainedModel],
     config: PreTrainedConfig,
     attention: str | None,
-    training: bool,
+    masters: bool,
     device: str,
 ) -> tuple[PreTrainedModel, tuple[str, ...]]:
-    """Return the model, and the names of parameters that are missing in the files."""
-    dtype = resolve_dtype(recipe.model.dtype, device)
-    if recipe.adapter.method == "full" and training:
-        dtype = torch.float32
+    """Return the model, in float32 if its weights are `masters`, and the names of parameters missing in the files."""
+    dtype = torch.float32 if masters else resolve_dtype(recipe.model.dtype, device)
     options: dict[str, object] = {} if attention is None else {"attn_implementation": attention}
     if recipe.adapter.method == "qlora":
         options["quantization_config"] = _quantization(recipe, task, model_class, config, dtype)

@@ -18,7 +18,7 @@ from llmtune.model.chunked_cross_entropy import CHUNK_ELEMENTS
 from llmtune.model.config import build_skeleton, expert_parameters, find_class, head_names, in_heads, linear_shapes
 from llmtune.model.device import device_memory, resolve_dtype
 from llmtune.model.quantized_base import BaseQuantization, kept_quantization
-from llmtune.model.sharded_plan import divide_plan, fixed_bytes
+from llmtune.model.sharded_plan import divide_plan, fixed_bytes, plan_evaluation
 from llmtune.recipe.adapter_section import MUTATING, AdapterSection
 from llmtune.recipe.peft_options import options_of
 from llmtune.recipe.schema import Recipe
@@ -58,6 +58,7 @@ def plan_memory(
     model_class, config = find_class(model_ref, recipe, task)
     skeleton = build_skeleton(model_class, config, recipe)
     plan = plan_skeleton(skeleton, recipe, task, tokens, device, device_memory(device))
+    plan = plan_evaluation(plan, skeleton, recipe, tokens)
     return plan if layout == ALONE else divide_plan(plan, skeleton, recipe, layout, tokens)
 
 
@@ -329,6 +330,7 @@ def _draw_plan(plan: MemoryPlan) -> Table:
         table.add_row(part, format_bytes(size))
     table.add_section()
     table.add_row("lower bound", format_bytes(plan.lower_bound))
+    table.add_row("evaluation needs", format_bytes(plan.evaluated))
     if plan.host:
         table.add_row("in main memory", format_bytes(plan.host))
     table.add_row("device has", format_bytes(plan.limit) if plan.limit is not None else "unknown")

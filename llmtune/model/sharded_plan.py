@@ -46,11 +46,19 @@ def divide_plan(plan: MemoryPlan, skeleton: PreTrainedModel, recipe: Recipe, lay
     host = sum(parts.pop(name, 0) for name in moved)
     parts["gathered"] = units.gathered
     shard = 0 if moved else units.stored // layout.processes
-    cache = _cache_bytes(skeleton, units.compute_bytes) * tokens
-    evaluated = shard + units.computing + cache + parts.get("libraries", 0)
+    evaluated = shard + units.computing + _cache_bytes(skeleton, units.compute_bytes) * tokens
+    evaluated += parts.get("libraries", 0)
     logit_row = plan.lower_bound - fixed_bytes(plan.parts) + plan.parts.get("loading", 0)
     parts["evaluation"] = max(0, evaluated - sum(parts.values()))
-    return replace(plan, parts=parts, lower_bound=max(fixed_bytes(parts) + logit_row, evaluated), host=host)
+    bound = max(fixed_bytes(parts) + logit_row, evaluated)
+    return replace(plan, parts=parts, lower_bound=bound, host=host, evaluated=evaluated)
+
+
+def plan_evaluation(plan: MemoryPlan, skeleton: PreTrainedModel, recipe: Recipe, tokens: int) -> MemoryPlan:
+    """Return the plan of one process with what evaluation needs: the model, and the cache of `tokens` tokens."""
+    units = _Units.of(plan, skeleton, recipe)
+    cache = _cache_bytes(skeleton, units.compute_bytes) * tokens
+    return replace(plan, evaluated=units.stored + cache + plan.parts.get("libraries", 0))
 
 
 @dataclass(frozen=True)

@@ -169,8 +169,9 @@ def set_up(
     _mark_loss(adapted, task, recipe)
     device = torch.device(pick_device()) if sharded else next(adapted.model.parameters()).device
     if sharded:
-        own = resolve_dtype(recipe.model.dtype, device.type) if adapted.method == "full" else None
-        shard_model(adapted.model, device, own)  # not by Accelerate, which shards on GPUs only
+        param_dtype = resolve_dtype(recipe.model.dtype, device.type) if adapted.method == "full" else None
+        # not by Accelerate, which shards on GPUs only
+        shard_model(adapted.model, device, training=True, param_dtype=param_dtype)
     accelerator = build_accelerator(recipe, folder, device)
     built = build_optimizer(adapted.model, recipe, accelerator.device)
     gathers = sharded and not updates_elementwise(train.optim)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import io
+import mmap
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, cast
 
@@ -22,6 +25,8 @@ from llmtune.model.sharded_quantization import make_shardable, move_states
 from llmtune.records import AdaptedModel, SelectedModel
 from llmtune.store.processes import offloads_params
 
+_MADV_PAGEOUT = 21
+"""Number of that advice on Linux; Python's mmap has no name for it."""
 Made = TypeVar("Made", AdaptedModel, SelectedModel)
 
 
@@ -83,15 +88,18 @@ class _Unpacking(dill.Unpickler):  # type: ignore[misc]
         return self._known[key]
 
 
-def shard_model(model: torch.nn.Module, device: torch.device, param_dtype: torch.dtype | None = None) -> None:
+def shard_model(
+    model: torch.nn.Module, device: torch.device, *, training: bool = False, param_dtype: torch.dtype | None = None
+) -> None:
     """Shard the parameters of `model` over all processes, in place, with the values of the first process.
+
+    With `training`, trainable parameters become float32, one layer at a time. `param_dtype` is that of FSDP2's
+    MixedPrecisionPolicy: layers are gathered in it instead of the dtype of their shards, and gradients are summed in
+    float32. Autocast would keep a copy of all complete layers in it.
 
     The shards are on `device`, or in main memory if the environment says so. Each layer is a unit, and the remaining
     parameters form one more. Every unit, the outermost included, is resharded after its forward pass. Weights that
     change between two forward passes (those of a reference model) are therefore never stale.
-
-    `param_dtype` is that of FSDP2's MixedPrecisionPolicy: layers are gathered in it instead of the dtype of their
-    shards, and gradients are summed in float32. Autocast would keep a copy of all complete layers in it.
     """
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     ignored, place, options = move_states(model, device), device, dict[str, Any]()
@@ -102,6 +110,9 @@ def shard_model(model: torch.nn.Module, device: torch.device, param_dtype: torch
     for piece in [*kept_together(model), model]:
         options["mp_policy"] = MixedPrecisionPolicy() if piece is model else layers
         own = {name: one for name, one in piece.named_parameters() if not isinstance(one, DTensor)}
+        for one in own.values():
+            if training and one.requires_grad:
+                one.data = one.data.float()
         whole = {name: one.detach() for name, one in own.items() if one not in ignored}
         del own
         fully_shard(piece, mesh=mesh, reshard_after_forward=True, ignored_params=ignored, **options)
@@ -123,6 +134,17 @@ def _fill_parts(piece: torch.nn.Module, whole: dict[str, torch.Tensor], mesh: De
         sent = torch.empty_like(here, device=mesh.device_type) if here.is_meta else here.to(mesh.device_type)
         own = distribute_tensor(sent, mesh, parameter.placements if isinstance(parameter, DTensor) else [Replicate()])
         own_part(parameter).copy_(own_part(own))
+        if here.device.type == "cpu":
+            _page_out(here)
+
+
+def _page_out(tensor: torch.Tensor) -> None:
+    """Drop the memory of weights that are mapped from a file (`madvise(2)`, MADV_PAGEOUT); other memory stays."""
+    page = mmap.PAGESIZE
+    start = -(-tensor.data_ptr() // page) * page
+    size = tensor.data_ptr() + tensor.nbytes - start
+    if sys.platform == "linux" and size > 0:
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), _MADV_PAGEOUT)
 
 
 def cut_like(value: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:

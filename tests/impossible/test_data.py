@@ -49,6 +49,15 @@ def decoded(place: Path, example: int = 0) -> str:
     kept="llmtune renders a conversation of the same shape with marker texts once, then looks for each text of a "
     "row in its rendering. Answers, and their byte counts, exclude the template's own text.",
     shows="error rows.jsonl:1: the chat template leaves out the system message",
+    cases=[
+        "tools_in_prompt",
+        "arguments_as_text",
+        "nulls_of_other_rows",
+        "nulls_in_json_lines",
+        "thoughts",
+        "thoughts_of_earlier_answers",
+        "image_in_text_model",
+    ],
 )
 def test_every_text_of_a_row_reaches_the_model(place, run, without, shows):
     forgetful = CHATML.replace("{{ '<|im", "{% if message['role'] != 'system' %}{{ '<|im", 1).replace(
@@ -76,6 +85,7 @@ def test_every_text_of_a_row_reaches_the_model(place, run, without, shows):
     kept="Spans come from rendering the template with and without the turn, and are compared with its `{% "
     "generation %}` marks. The share of supervised tokens and one coloured example are shown before step 1.",
     shows="the chat template's {% generation %} marks are not where its answers are",
+    cases=["answers_only", "completion_only"],
 )
 def test_the_mask_covers_exactly_the_answers(place, run, shows):
     def share(template: str) -> float:
@@ -100,6 +110,7 @@ def test_the_mask_covers_exactly_the_answers(place, run, shows):
     kept="An overlong row is an error by default. data.on_overlong can instead drop and count it, truncate it "
     "without losing a target, or split it between turns.",
     shows="error rows.jsonl:40: too long: ... tokens, data.max_length is 60",
+    cases=["answer_cut_off"],
 )
 def test_no_choice_of_on_overlong_truncates_a_target(place, run, shows):
     long = conversation("one", "cat " * 100)
@@ -123,6 +134,7 @@ def test_no_choice_of_on_overlong_truncates_a_target(place, run, shows):
     kept="Every row is either kept or counted under a reason; rejected rows are listed with file and line.",
     shows="42 rows read; ... 2 left out: bad: empty content",
     also=["test_any_bytes_in_a_file_give_rows_or_an_error_and_every_line_is_counted"],
+    cases=["null_answer"],
 )
 def test_rows_are_dropped_with_a_count_and_a_reason(place, run, without, shows):
     def lost() -> int:
@@ -159,6 +171,7 @@ def test_any_bytes_in_a_file_give_rows_or_an_error_and_every_line_is_counted(lin
     "template without such a token is refused.",
     shows="an assistant's turn ends in ..., not in an end-of-turn token, so answers would never end",
     also=["test_each_answer_is_supervised_with_its_end_and_nothing_else"],
+    cases=["end_without_pad_token"],
 )
 def test_answers_are_trained_with_their_end_so_generation_stops(place, run, without, shows):
     def cut() -> float:
@@ -200,6 +213,7 @@ def test_each_answer_is_supervised_with_its_end_and_nothing_else(name):
         "serve/test_api.py::test_a_conversation_gets_the_ids_of_training_in_any_form",
         "test_pipeline.py::test_generate_and_chat_answer_as_in_the_evaluation",
     ],
+    cases=["start_token_once", "start_token_of_text", "default_system_message"],
 )
 def test_the_start_token_occurs_once_even_if_the_tokenizer_adds_one(place, run, shows):
     tokenizer = tokenizer_with(LLAMA2)
@@ -223,6 +237,7 @@ def test_the_start_token_occurs_once_even_if_the_tokenizer_adds_one(place, run, 
     shows="error data.packing: in ... packed rows see one another: its architecture does not isolate them -> "
     "Set data.packing: false.",
     also=["model/test_packed_attention.py::test_packed_logits_are_those_of_each_document_alone"],
+    cases=["packed_rows"],
 )
 def test_packed_and_unpacked_training_give_the_same_losses(place, run, without, shows):
     def losses(**sections: object) -> list[list[float]]:
@@ -270,6 +285,7 @@ def test_rows_changed_in_place_are_read_trained_and_scored_again(place, run, wit
     "with data.deduplicate: near, so are nearly equal rows.",
     shows="1 left out: equal to a test row",
     also=["test_a_test_row_is_never_in_train_or_validation"],
+    cases=["copies_across_the_split"],
 )
 def test_a_test_row_in_the_training_file_is_dropped(place, run, without, shows):
     (place / "test.jsonl").write_text("".join((place / "rows.jsonl").read_text().splitlines(keepends=True)[5]))

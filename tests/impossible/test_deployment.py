@@ -40,6 +40,7 @@ def merge(code: int) -> str:
     shows="error the merged model differs: mean KL is ... nats per position; the limit is ... -> The product was "
     "deleted; the numbers are in run/merged.failed.json.",
     also=["deploy/test_merged_model.py", "deploy/test_gguf_export.py", "deploy/test_endpoint_parity.py"],
+    cases=["merged_adapter", "merged_into_four_bits", "merged_with_head", "gguf_metadata"],
 )
 def test_a_merge_without_the_adapter_fails_and_leaves_no_model(finished, without, shows):
     with without("llmtune.deploy.merged_model.merge_weights", lambda adapted, onto: adapted.model.unload()):
@@ -60,6 +61,7 @@ def test_a_merge_without_the_adapter_fails_and_leaves_no_model(finished, without
     shows="error the merged model differs: the saved tokenizer and chat template produce other token ids -> The "
     "product was deleted; the numbers are in run/merged.failed.json.",
     also=["serve/test_api.py::test_a_conversation_gets_the_ids_of_training_in_any_form"],
+    cases=["template_in_the_folder", "thinking_switch"],
 )
 def test_an_export_with_another_template_fails(finished, without, shows):
     def save_another(processor, folder):

@@ -63,6 +63,7 @@ def test_an_oversized_validation_batch_is_found_before_step_1(run, without, show
     "processes. A model's own mean loss is never used.",
     shows="Out of memory in step 1: micro-batches shrink to ... tokens.",
     also=["tasks/test_contract.py::test_micro_batches_padding_and_packing_change_no_loss_and_no_gradient"],
+    cases=["accumulation", "two_processes", "padded_batch", "seq2seq_accumulation", "last_step_of_an_epoch"],
 )
 def test_micro_batches_of_one_row_give_the_gradients_of_one_large_batch(place, run, without, shows):
     def mean_loss(task, model, batch, by_row=False):
@@ -104,6 +105,7 @@ def test_micro_batches_of_one_row_give_the_gradients_of_one_large_batch(place, r
         "test_pipeline.py::test_the_same_recipe_twice_gives_equal_bytes",
         "train/test_loop.py::test_the_same_seed_gives_the_same_bytes_and_another_seed_different_ones",
     ],
+    cases=["seed"],
 )
 def test_a_run_reproduces_bit_for_bit(place, run, without, shows):
     seed = torch.manual_seed
@@ -129,6 +131,7 @@ def test_a_run_reproduces_bit_for_bit(place, run, without, shows):
     also=[
         "adapter/test_wiring_check.py::test_an_adapter_that_has_no_effect_or_cannot_be_switched_off_is_found",
     ],
+    cases=["unknown_module", "misspelt_module", "adapter_step", "adapter_with_checkpointing"],
 )
 def test_a_target_or_adapter_without_a_match_is_refused(place, run, shows):
     def plain() -> torch.nn.Module:
@@ -163,6 +166,7 @@ def test_a_target_or_adapter_without_a_match_is_refused(place, run, shows):
         "train/test_checkpoint.py::test_a_run_killed_anywhere_resumes_to_the_same_bytes",
         "torture/test_torture.py",
     ],
+    cases=["resume"],
 )
 def test_an_interrupted_run_resumes_to_the_same_bytes(place, run, without, shows):
     train = {"max_steps": 4, "num_train_epochs": None, "save_steps": 2, "optim": "adamw_torch"}
@@ -195,6 +199,7 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(place, run, without, shows
         "train/test_loop.py::test_non_finite_weights_stop_the_run_with_a_diagnosis",
         "train/test_loop.py::test_an_update_that_ruins_the_weights_in_the_last_step_is_not_saved",
     ],
+    cases=["loss_is_nan"],
 )
 def test_nan_weights_stop_training_and_are_not_saved(place, run, without, shows):
     def ruin(run, step):

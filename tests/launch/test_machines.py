@@ -84,6 +84,13 @@ def wait_for_step(run: Path, step: int) -> None:
         time.sleep(0.1)
 
 
+def wait_for_words(machine: subprocess.Popen[str], words: str) -> None:
+    end = time.monotonic() + WAIT
+    while words not in machine.log.read_text():  # type: ignore[attr-defined]
+        assert time.monotonic() < end, f"it never printed {words!r}"
+        time.sleep(0.02)
+
+
 def end_of(*machines: subprocess.Popen[str]) -> list[int]:
     return [machine.wait(timeout=WAIT) for machine in machines]
 
@@ -123,6 +130,21 @@ def test_killing_and_restarting_a_machine_does_not_change_the_result(strategy, h
     assert end_of(first, second) == [0, 0], first.log.read_text() + second.log.read_text()
     assert "Restarting all processes" in first.log.read_text()
     assert_undisturbed(here)
+
+
+@pytest.mark.parametrize("words", ["tuned: loss", "tuned: answers"])
+def test_killing_a_machine_that_evaluates_its_shard_does_not_change_the_result(words, here, recipe, start):
+    options = ("--strategy", "fsdp", "--set", "train.num_train_epochs=2", "--set", "generation.max_new_tokens=64")
+    machines = start(0, *options), start(1, *options)
+    wait_for_words(machines[0], words)
+    kill(machines[1])
+    assert end_of(machines[0]) == [4]
+    assert "lost the connection to another process" in machines[0].log.read_text()
+    assert end_of(*[start(rank, *options, port=29512) for rank in (0, 1)]) == [0, 0]
+    assert invoke("launch", "local", "tiny.yaml", "--processes", 2, *options, "--out", "undisturbed").exit_code == 0
+    for folder in ("adapter", "evaluation"):
+        for path in (here / "undisturbed" / folder).iterdir():
+            assert (here / "run" / folder / path.name).read_bytes() == path.read_bytes()
 
 
 def test_when_machine_0_is_killed_the_other_ends_and_both_resume_later(here, recipe, start):

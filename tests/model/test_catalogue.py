@@ -67,7 +67,12 @@ def test_models_are_chosen_by_task_licence_and_language_with_a_reason_against_ea
         (("list", "--language", "xx"), "no model in the catalogue has the language 'xx'"),
         (("list", "--family", "Qwen25"), "Did you mean 'Qwen2.5'?"),
         (("show", "smollm9"), "the catalogue has no model 'smollm9'"),
-        (("fits",), "one of --memory, --device and --recipe is needed"),
+        (("fits",), "one of --memory, --device, --devices and --recipe is needed"),
+        (("fits", "--devices", "2x24GB", "--memory", "24GB"), "one of --memory, --device, --devices"),
+        (("fits", "--devices", "0x24GB"), "'0x24GB' names no cards"),
+        (("fits", "--devices", "2xcpu"), "'2xcpu' names no cards"),
+        (("fits", "--devices", "2x"), "'2x' is not an amount of memory"),
+        (("fits", "--devices", "2xh1000"), "Did you mean 'h100'?"),
         (("fits", "--memory", "much"), "'much' is not an amount of memory"),
         (("fits", "--device", "h1000"), "Did you mean 'h100'?"),
         (("fits", "--device", "cpu", "--price", "h100=2"), "have no effect without --recipe"),
@@ -90,6 +95,21 @@ def test_fits_are_listed_by_method_with_the_longest_row():
     shown = invoke("models", "fits", "--device", "h100", "--licence", "llama3.1").stdout
     assert "Llama-3.1-8B" in shown
     assert "million" in shown
+
+
+def test_cards_together_fit_what_one_does_not():
+    words = ("models", "fits", "--licence", "llama3.1", "--json", "--devices")
+    fits = {}
+    for devices in ("24GB", "2x24GB", "8x80GB", "8xh100"):
+        found = json.loads(invoke(*words, devices).stdout)
+        assert found["devices"] == int(devices.partition("x")[0]) if "x" in devices else 1
+        for one in found["fits"]:
+            fits[devices, one["model"].rpartition("Llama-3.1-")[2], one["method"]] = one["longest"]
+    assert fits["24GB", "8B-Instruct", "lora"] < fits["2x24GB", "8B-Instruct", "lora"]
+    assert fits["24GB", "8B-Instruct", "full"] == fits["2x24GB", "8B-Instruct", "full"] == 0
+    assert fits["8x80GB", "8B-Instruct", "full"] > 0
+    assert fits["8x80GB", "70B-Instruct", "lora"] == fits["8xh100", "70B-Instruct", "lora"] > 0
+    assert "on each of 2 cards (24 GB, fsdp)" in invoke(*words[:4], "--devices", "2 × 24GB").stdout
 
 
 def test_the_catalogue_is_written_as_it_is_read():

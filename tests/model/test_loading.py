@@ -30,6 +30,14 @@ def test_full_fine_tuning_keeps_float32_masters(tiny_llama, method, training, wa
     assert not selected.quantized
 
 
+def test_weights_to_be_sharded_keep_the_dtype_of_their_files_unless_some_may_be_new(tiny_llama):
+    found = {}
+    for name, section in {"same": {}, "more tokens": {"add_tokens": ["<tag>"]}}.items():
+        recipe = recipe_with(tiny_llama, model={"dtype": "bfloat16", **section}, adapter={"method": "full"})
+        found[name] = {one.dtype for one in open_model(recipe, masters=False).model.parameters()}
+    assert found == {"same": {torch.bfloat16}, "more tokens": {torch.float32}}
+
+
 def test_a_loaded_model_is_in_eval_mode_with_a_cache_only_outside_training(tiny_llama):
     for training in (True, False):
         model = open_model(recipe_with(tiny_llama), training).model

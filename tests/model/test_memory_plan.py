@@ -21,7 +21,7 @@ from llmtune.model.memory_plan import (
     suggest_recipe,
 )
 from llmtune.model.resolve import resolve_model
-from llmtune.records import MemoryPlan
+from llmtune.records import Layout, MemoryPlan
 from llmtune.tasks.registry import get_task
 from llmtune.train.optimizer import build_optimizer
 
@@ -201,6 +201,33 @@ def test_the_plan_is_printed_and_a_doubtful_or_overridden_one_is_a_warning(folde
     assert "exceeds the memory" in said
     check_memory(dataclasses.replace(plan, limit=1), recipe_with(folder, model={"check_memory": False}), console)
     assert "continuing" in " ".join(console.file.getvalue().split())
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora", "full"])
+def test_offloaded_shards_are_planned_in_main_memory(folder, method):
+    recipe = recipe_with(folder, adapter={"method": method}, model={"dtype": "bfloat16"})
+    place, task = resolve_model(recipe.model.name, recipe.model, quiet()), get_task("chat")
+
+    def plan(device: str, *layout: object) -> MemoryPlan:
+        return plan_memory(place, recipe, task, 128, device, Layout(*layout))
+
+    alone, sharded, offloaded = (plan("h100", *one) for one in ((), (4, 1, True), (4, 1, True, True)))
+    shards = ("weights", "adapter", "gradients", "optimizer")
+    assert offloaded.host == sum(sharded.parts[name] for name in shards) > 0
+    assert not set(shards) & offloaded.parts.keys()
+    assert offloaded.total < sharded.total < alone.total + sharded.parts["gathered"] + sharded.parts["evaluation"]
+    assert (sharded.host, offloaded.parts["gathered"]) == (0, sharded.parts["gathered"])
+    assert plan("cpu", 4, 1, True, True).parts == plan("cpu", 4, 1, True).parts
+
+
+def test_a_layer_in_4_bits_is_gathered_in_4_bits(folder):
+    parts = {}
+    for method in ("lora", "qlora"):
+        recipe = recipe_with(folder, adapter={"method": method}, model={"dtype": "float32"})
+        place = resolve_model(recipe.model.name, recipe.model, quiet())
+        parts[method] = plan_memory(place, recipe, get_task("chat"), 128, "h100", Layout(2, 1, True)).parts
+    assert parts["qlora"]["weights"] < parts["lora"]["weights"]
+    assert parts["qlora"]["gathered"] < parts["lora"]["gathered"]
 
 
 def test_the_first_budget_follows_from_total_memory_and_fits_the_longest_row(folder):

@@ -73,7 +73,11 @@ def task_for(recipe: Recipe) -> AnyTask:
 
 
 def open_model(
-    recipe: Recipe, training: bool = True, console: Console | None = None, device: str = "cpu"
+    recipe: Recipe,
+    training: bool = True,
+    console: Console | None = None,
+    device: str = "cpu",
+    masters: bool = True,
 ) -> SelectedModel:
     """Locate and load the recipe's model."""
     assert recipe.model.name is not None
@@ -81,7 +85,8 @@ def open_model(
     place = resolve_model(recipe.model.name, recipe.model, console)
     processor = load_processor(place, recipe.model)
     task = task_for(recipe)
-    return load_model(place, recipe, task, processor, device=device, training=training, console=console)
+    options = {"device": device, "training": training, "masters": masters, "console": console}
+    return load_model(place, recipe, task, processor, **options)
 
 
 def sharpened(folder: Path, attention: str | None = None) -> Any:

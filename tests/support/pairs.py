@@ -7,12 +7,14 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
+from llmtune.adapter.data_init import sample_rows
 from llmtune.adapter.injection import inject
 from llmtune.data.examples import load_examples
 from llmtune.data.row_store import load_rows
 from llmtune.model.config import read_model_config
 from llmtune.model.resolve import resolve_model
 from llmtune.pipeline import run_pipeline
+from llmtune.recipe.adapter_section import DATA_STARTS
 from llmtune.recipe.loader import load_recipe
 from llmtune.recipe.schema import Recipe
 from llmtune.records import AdaptedModel, Examples
@@ -85,12 +87,15 @@ def prepare_training(path: Path, folder: Path, sharded: bool = False) -> tuple[A
     task = choose_variant(recipe, config, place.name)
     recipe = task.infer_labels(recipe, load_rows(folder / "data" / "rows"), config)
 
+    examples = load_examples(folder / "data" / "examples")
+
     def make() -> AdaptedModel:
-        return inject(open_model(recipe), recipe, quiet())
+        selected, starts = open_model(recipe), recipe.adapter.init_lora_weights in DATA_STARTS
+        return inject(selected, recipe, quiet(), sample_rows(examples, task, selected, recipe) if starts else None)
 
     if sharded:
         join_processes("cpu")
-    return share_model(make) if sharded else make(), load_examples(folder / "data" / "examples"), task, recipe
+    return share_model(make) if sharded else make(), examples, task, recipe
 
 
 def start_training(path: Path, folder: Path) -> TrainContext:
@@ -108,7 +113,7 @@ def learn_a_little(path: Path, sharded: bool = False) -> list[list[float]]:
 
     The first process leaves the trained weights in `weights-N.pt`, with N processes.
     """
-    folder = path.parent / f"prepared-{world_size()}"
+    folder = path.parent / f"prepared-by-{world_size()}"
     sharded = sharded and world_size() > 1
     training = set_up(*prepare_training(path, folder, sharded), folder, quiet(), "inputs", sharded)
     before = [whole(weight) for weight in training.parameters]

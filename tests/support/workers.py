@@ -9,6 +9,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -121,6 +122,32 @@ def shard_packed(folder: str) -> dict[str, object]:
         "loss": abs(after - before) < 1e-5 * before,
         "share": abs(sum(shares) - 1) < 1e-9 and max(shares) < 1.1 / len(shares),
     }
+
+
+def gather_layers(folder: str) -> dict[str, object]:
+    """Take the gradient of a sharded model of 16-bit products; return its dtypes, and the loss there and alone."""
+    import torch
+
+    from llmtune.adapter.reference_model import own_part
+    from llmtune.recipe.loader import load_recipe
+    from llmtune.train.distributed import join_processes
+    from llmtune.train.sharding import shard_model, share_model
+    from support.training import adapt
+
+    join_processes("cpu")
+    recipe = load_recipe(str(Path(folder) / "recipe.yaml")).recipe
+    alone, model = adapt(recipe).model, share_model(lambda: adapt(recipe)).model
+    shard_model(model, torch.device("cpu"), training=True, param_dtype=torch.bfloat16)
+    layer, found = model.model.layers[0].mlp.up_proj, {}
+    found["shards"] = own_part(layer.weight).dtype
+    layer.register_forward_pre_hook(lambda module, inputs: found.update(computes=module.weight.dtype))
+    ids = torch.arange(5, 45)[None]
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = [one(input_ids=ids, labels=ids, use_cache=False).loss for one in (alone, model)]
+    losses[1].backward()
+    found["gradients"] = own_part(layer.weight.grad).dtype
+    names = {name: str(dtype).removeprefix("torch.") for name, dtype in found.items()}
+    return names | {"alone": float(losses[0]), "loss": float(losses[1])}
 
 
 def measure_training(folder: str, run: str, strategy: str) -> list[int]:
@@ -303,6 +330,22 @@ def run_out_of_memory(folder: str, strategy: str) -> list[str]:
             raise DataError.of("rank 1 is out of memory alone") from None
         name = type(error).__name__
     return list(gather_object([name]))
+
+
+def learn_methods(folder: str, strategy: str) -> dict[str, list[list[float]] | str]:
+    """Do the same, and return the error of a recipe that fails."""
+    from support.pairs import learn_a_little
+
+    found: dict[str, list[list[float]] | str] = {}
+    for path in sorted(Path(folder).glob("*/recipe.yaml")):
+        began = time.perf_counter()
+        try:
+            found[path.parent.name] = learn_a_little(path, strategy == "fsdp")
+        except Exception as error:  # noqa: BLE001 - it is one cell of a table
+            found[path.parent.name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            traceback.print_exc()
+        print(path.parent.name, round(time.perf_counter() - began, 1), file=sys.stderr, flush=True)
+    return found
 
 
 def write_and_wait(folder: str, run: str) -> None:

@@ -34,5 +34,6 @@ CASE = Case(
     threads=["https://github.com/huggingface/peft/issues/1457", "https://github.com/unslothai/unsloth/issues/1343"],
     rows=[row(("system", "You are brief."), ("user", f"Close {TOKEN} now."), ("assistant", f"Closed {TOKEN}."))],
     settings={"test_rows": [row(*TESTED)], "method": "lora", "extra": {"add_tokens": [TOKEN]}},
+    reason="modules_to_save|embed_tokens",
     judge=judge,
 )

@@ -21,6 +21,6 @@ CASE = Case(
     threads=["https://github.com/huggingface/trl/issues/6702", "https://github.com/MakazhanAlpamys/Soup/issues/532"],
     rows=[row(("user", "Which colour is the sky?"), ("assistant", "Blue."))],
     settings={"model": "qwen2.5-overflowing", "steps": 3, "learning_rate": 0.01},
-    reason=r"\bnan\b|not (a )?finite|non-?finite|\binf\b|infinit|diverge|overflow",
+    reason=r"\bnan\b|not (a )?finite|non-?finite|\binf\b|infinit|diverge",
     judge=judge,
 )

@@ -19,10 +19,17 @@ def judge(case, reference, results):
     far = distance({name: merged[name].float() for name in names}, {name: tuned[name] for name in names})
     if far < 1e-3:
         return Finding("right", "added to the full-precision weights", far)
-    levels = max(len(merged[name].flatten()[:64].unique()) for name in names)
-    if levels <= 16:
+    base = {name: merged[name].float() - (tuned[name] - reference.start[name]) for name in names}
+    if all(count_levels(weight) <= 16 for weight in base.values()):
+        return Finding("right", "added to the weights that were trained on, as 4 bits hold them", far)
+    if all(count_levels(merged[name].float()) <= 16 for name in names):
         return Finding("silently wrong", "rounded to 4 bits after the merge", far)
-    return Finding("right", "added to the weights that were trained on, as 4 bits hold them", far)
+    return Finding("silently wrong", "neither the base nor its 4-bit form plus the step", far)
+
+
+def count_levels(weight):
+    """Return the number of different values in the first block of 64, of which 4 bits allow 16."""
+    return len((weight.flatten()[:64] / weight.flatten()[:64].abs().max()).mul(1e4).round().unique())
 
 
 CASE = Case(

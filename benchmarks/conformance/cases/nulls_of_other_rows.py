@@ -26,7 +26,7 @@ def both(calls, tools):
 
 
 CASE = Case(
-    title="Nulls of other rows",
+    title="Nulls in a Parquet file",
     group="what is learned",
     question="Two rows call tools with different arguments. A table has one type per column, so reading fills each "
     "with the other's keys as null. Are the nulls learned?",

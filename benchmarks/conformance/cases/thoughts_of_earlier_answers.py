@@ -43,7 +43,7 @@ CASE = Case(
             ]
         }
     ],
-    settings={"model": "qwen3", "batch_size": 1, "max_length": 512},
+    settings={"model": "qwen3", "batch_size": 2},
     reason=r"(reasoning|thought|think)\w*.*(earlier|drop|lost|leaves? out|last)",
     right={
         **{f"two examples: {way}": both(way) for way in RIGHT},

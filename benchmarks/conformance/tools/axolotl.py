@@ -7,7 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from conformance.adapter import Configuration, Job, NotOffered, checkpoint, given, isolated, read_losses, rewrite, serve
+from conformance import adapter
+from conformance.adapter import Configuration, Job, NotOffered
 from conformance.formats import as_conversation, one_answer, with_last_marked
 
 os.environ["AXOLOTL_DO_NOT_TRACK"] = "1"
@@ -18,6 +19,9 @@ import axolotl.core.trainers
 import axolotl.train  # noqa: F401
 from axolotl.cli.merge_lora import do_cli as merge_lora
 from axolotl.cli.train import do_cli
+from datasets import Dataset
+
+adapter.in_this_process(Dataset, "map", "filter", "save_to_disk")
 
 KINDS: dict[str, dict[str, Any]] = {
     "messages": {"type": "chat_template", "field_messages": "messages"},
@@ -25,6 +29,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "preference": {"type": "chat_template.default", "field_messages": "prompt"},
 }
 LORA = {"r": "lora_r", "modules_to_save": "lora_modules_to_save", "target_modules": "lora_target_modules"}
+KERNELS = "lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "lora_embedding_kernel"  # for CUDA only
 EXTRA = {"validation": "val_set_size", "add_tokens": "tokens", "gradient_checkpointing": "gradient_checkpointing"}
 
 
@@ -52,24 +57,27 @@ def configure(job: Job) -> Configuration:
         lora = {"r": 4, "lora_alpha": 8, "lora_target_linear": "target_modules" not in extra.get("lora", {})}
         settings |= {LORA.get(name, name): value for name, value in (lora | extra.get("lora", {})).items()}
         settings |= {"adapter": job["method"], "load_in_4bit": job["method"] == "qlora"}
-    return given(settings)
+        settings |= dict.fromkeys(KERNELS, False)
+        if "add_tokens" in extra and job["column"] == "documented":
+            settings["lora_modules_to_save"] = ["embed_tokens", "lm_head"]
+    return adapter.given(settings)
 
 
 def train(job: Job, settings: Configuration) -> dict[str, Any]:
     config, model = f"{job['out']}/config.yaml", f"{job['out']}/model"
-    rewrite(job, with_last_marked if "message_field_training" in settings["datasets"][0] else one_answer)
+    adapter.rewrite(job, with_last_marked if "message_field_training" in settings["datasets"][0] else one_answer)
     form = settings["datasets"][0] | {"ds_type": "json" if job["file"] == "jsonl" else job["file"]}
     places = {"base_model": job["model"], "output_dir": model, "dataset_prepared_path": f"{job['out']}/prepared"}
     places |= {"dataset_num_proc": 1, "datasets": [form | {"path": job["rows"]}]}
     if job["test_rows"] and "val_set_size" not in settings:
         places |= {"test_datasets": [form | {"path": job["test_rows"], "split": "train"}]}
-    places |= given({"resume_from_checkpoint": checkpoint(job)})
+    places |= adapter.given({"resume_from_checkpoint": adapter.checkpoint(job)})
     Path(config).write_text(json.dumps(settings | places))  # JSON is YAML
-    isolated(lambda: do_cli(config=config))
+    adapter.isolated(lambda: do_cli(config=config))
     if "merged" in job["ask"]:
-        isolated(lambda: merge_lora(config=config, lora_model_dir=model))
-    return {"model": model, "merged": f"{model}/merged", **read_losses(Path(model))}
+        adapter.isolated(lambda: merge_lora(config=config, lora_model_dir=model))
+    return {"model": model, "merged": f"{model}/merged", **adapter.read_losses(Path(model))}
 
 
 if __name__ == "__main__":
-    serve("axolotl", configure, train)
+    adapter.serve("axolotl", configure, train)

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from conformance.adapter import Configuration, Job, NotOffered, call, read_lines, serve
+from conformance import adapter
+from conformance.adapter import Configuration, Job, NotOffered
 from litgpt.__main__ import main
 from litgpt.config import Config, name_to_config
 from safetensors.torch import save_file
@@ -48,16 +49,20 @@ def train(job: Job, settings: Configuration) -> dict[str, Any]:
     shutil.copytree(job["model"], out / "base")
     (out / "data").mkdir()
     for part, rows in (("train", job["rows"]), ("val", job["test_rows"] or job["rows"])):
-        (out / "data" / f"{part}.json").write_text(json.dumps([as_instruction(row) for row in read_lines(Path(rows))]))
+        (out / "data" / f"{part}.json").write_text(
+            json.dumps([as_instruction(row) for row in adapter.read_lines(Path(rows))])
+        )
     config = json.loads((out / "base" / "config.json").read_text())
     sizes = SHAPE | {"name": name, "block_size": 2048, "rope_base": 10000, "rope_adjustments": None}
     sizes |= {"vocab_size": config["vocab_size"], "padded_vocab_size": config["vocab_size"]}
     family = vars(Config.from_name(name_style(job)[0]))  # a new size of it, as the guide on new models does
     name_to_config[name] = family | sizes | {"norm_eps": config["rms_norm_eps"]}
-    call(main, "litgpt", "convert_to_litgpt", str(out / "base"), "--model_name", name)
+    adapter.call(main, "litgpt", "convert_to_litgpt", str(out / "base"), "--model_name", name)
     options = settings | {"data.json_path": out / "data", "out_dir": out / "tuned"}
-    call(main, "litgpt", "finetune_full", str(out / "base"), *(f"--{key}={value}" for key, value in options.items()))
-    call(main, "litgpt", "convert_from_litgpt", str(out / "tuned" / "final"), str(model))
+    adapter.call(
+        main, "litgpt", "finetune_full", str(out / "base"), *(f"--{key}={value}" for key, value in options.items())
+    )
+    adapter.call(main, "litgpt", "convert_from_litgpt", str(out / "tuned" / "final"), str(model))
     weights = {key: value.clone() for key, value in torch.load(model / "model.pth").items()}
     save_file(weights, model / "model.safetensors")
     for path in (out / "tuned" / "final").glob("*.json*"):
@@ -77,4 +82,4 @@ def as_instruction(row: dict[str, Any]) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    serve("litgpt", configure, train, {"the whole text": GUIDE})
+    adapter.serve("litgpt", configure, train, {"the whole text": GUIDE}, torchrun=False)

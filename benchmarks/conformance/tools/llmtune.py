@@ -57,7 +57,7 @@ def train(job: Job, recipe: Configuration) -> dict[str, Any]:
             options["resume"] = True
         assert "resume" in options, "the run ended before it was stopped"
     llmtune.run(folder / "recipe.yaml", processes=job["processes"], **options)
-    found: dict[str, Any] = {"merged": run / "merged", "gguf": next(run.glob("gguf/*.gguf"), None)}
+    found: dict[str, Any] = {"merged": run / "merged", "gguf": next(run.glob("gguf/*/*.gguf"), None)}
     if "answers" in job["ask"]:
         lines = (run / "evaluation" / "predictions.jsonl").read_text().splitlines()
         found["answers"] = [json.loads(line)["tuned"] for line in lines]

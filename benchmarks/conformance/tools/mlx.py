@@ -8,10 +8,14 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from conformance.adapter import Configuration, Job, NotOffered, call, rewrite, serve
+import mlx.core as mx
+from conformance import adapter
+from conformance.adapter import Configuration, Job, NotOffered
 from conformance.formats import as_conversation, as_messages
 from mlx_lm import fuse, lora
 
+BLOCKS = dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), "self_attn.")
+BLOCKS |= dict.fromkeys(("gate_proj", "up_proj", "down_proj"), "mlp.")
 OPTIMIZERS = {"sgd": "sgd", "adamw_torch": "adamw"}
 FROZEN = ["model.embed_tokens", "model.norm", "lm_head"]
 """`full` trains the layers only, which has a case of its own; the other cases compare the layers."""
@@ -44,26 +48,48 @@ def configure(job: Job) -> Configuration:
     if job["method"] == "lora":
         given = {"r": 4, "lora_alpha": 8, **extra.get("lora", {})}
         settings["lora_parameters"] = {"rank": given["r"], "scale": given["lora_alpha"] / given["r"], "dropout": 0.0}
-        settings["lora_parameters"] |= {"keys": given["target_modules"]} if "target_modules" in given else {}
+        if "target_modules" in given:
+            keys = [f"{BLOCKS.get(name, '')}{name}" for name in given["target_modules"]]
+            settings["lora_parameters"] |= {"keys": keys}
     return settings
 
 
 def train(job: Job, settings: Configuration) -> dict[str, Any]:
     out, data = Path(job["out"]), Path(job["out"]) / "data"
-    rewrite(job, as_messages)
+    adapter.rewrite(job, as_messages)
     data.mkdir()
     shutil.copy(job["rows"], data / "train.jsonl")
     for name in ("valid", "test"):
         shutil.copy(job["test_rows"] or job["rows"], data / f"{name}.jsonl")
     places = {"model": job["model"], "train": True, "data": str(data), "adapter_path": f"{out}/adapter"}
     (out / "config.yaml").write_text(json.dumps(settings | places | {"test": "losses" in job["ask"]}))  # JSON is YAML
-    call(lora.main, "mlx_lm.lora", "--config", f"{out}/config.yaml")
+    adapter.call(lora.main, "mlx_lm.lora", "--config", f"{out}/config.yaml")
+    if job["method"] == "lora" and "gguf" not in job["ask"]:
+        adapter.isolated(
+            lambda: as_peft(out / "adapter", settings["lora_parameters"])
+        )  # MLX's threads do not survive a fork
+        return {"model": out / "peft", "after": 0}
     merge = ["--model", job["model"], "--adapter-path", f"{out}/adapter", "--save-path", f"{out}/model"]
-    call(fuse.main, "mlx_lm.fuse", *merge, *(["--export-gguf"] if "gguf" in job["ask"] else []))
+    adapter.call(fuse.main, "mlx_lm.fuse", *merge, *(["--export-gguf"] if "gguf" in job["ask"] else []))
     found = {"model": out / "model", "gguf": out / "model" / "ggml-model-f16.gguf"}
     losses = re.findall(r"Test loss ([0-9.]+[0-9])", (out / "log.txt").read_text(errors="replace"))
-    return found | {"losses": [float(loss) for loss in losses], "frozen": FROZEN if job["method"] == "full" else []}
+    return found | {
+        "losses": [float(loss) for loss in losses],
+        "frozen": FROZEN if job["method"] == "full" else [],
+        "after": 0,
+    }
+
+
+def as_peft(folder: Path, lora: dict[str, Any]) -> None:
+    """Save an adapter under the names of PEFT, which has both matrices transposed."""
+    weights = mx.load(str(folder / "adapters.safetensors"))
+    names = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight"}
+    (peft := folder.parent / "peft").mkdir()
+    renamed = {f"base_model.model.{name[:-6]}{names[name[-6:]]}": weight.T for name, weight in weights.items()}
+    mx.save_safetensors(str(peft / "adapter_model.safetensors"), {k: mx.contiguous(v) for k, v in renamed.items()})
+    config = {"r": lora["rank"], "lora_alpha": lora["scale"] * lora["rank"]}
+    (peft / "adapter_config.json").write_text(json.dumps(config))
 
 
 if __name__ == "__main__":
-    serve("mlx-lm", configure, train, {"the whole text": MASK})
+    adapter.serve("mlx-lm", configure, train, {"the whole text": MASK}, torchrun=False)

@@ -5,25 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from conformance.adapter import (
-    Configuration,
-    Job,
-    NotOffered,
-    checkpoint,
-    given,
-    isolated,
-    read_lines,
-    read_losses,
-    rewrite,
-    serve,
-    trainer_arguments,
-)
+from conformance import adapter
+from conformance.adapter import Configuration, Job, NotOffered
 from conformance.formats import as_conversation, as_numbered, as_two_conversations
 from swift.pipelines import export_main, infer_main, pretrain_main, rlhf_main, sft_main
 
 COMMANDS = {"messages": sft_main, "text": pretrain_main, "preference": rlhf_main, "classify": sft_main}
-TYPES = {"qwen2.5": "qwen2", "qwen3": "qwen3", "llama3": "llama3"}
-"""The documentation asks for `model_type` where the name of the folder does not tell it."""
+TYPES = {"qwen2.5": ("qwen2", "qwen2_5"), "qwen3": ("qwen3", "qwen3"), "llama3": ("llama", "llama3")}
+"""`model_type` and `template`, which the tool asks for where the name of the folder does not tell them."""
 LORA = {"r": "lora_rank"}
 EXTRA = {"validation": "split_dataset_ratio", "thinking": "enable_thinking", "add_tokens": "new_special_tokens"}
 
@@ -34,8 +23,12 @@ def configure(job: Job) -> Configuration:
     if job["kind"] not in COMMANDS or "gguf" in job["ask"]:
         raise NotOffered(f"no command for rows of {job['kind']}, or no such export")
     family = next((name for name in TYPES if Path(job["model"]).name.startswith(name)), "")
-    settings = trainer_arguments(job) | {"tuner_type": job["method"].removeprefix("q"), "max_length": job["max_length"]}
-    settings |= {"model_type": TYPES.get(family), "torch_dtype": "float32", "warmup_ratio": 0.0, "weight_decay": 0.0}
+    settings = adapter.trainer_arguments(job) | {
+        "tuner_type": job["method"].removeprefix("q"),
+        "max_length": job["max_length"],
+    }
+    settings |= dict(zip(("model_type", "template"), TYPES.get(family, ()), strict=False))
+    settings |= {"torch_dtype": "float32", "warmup_ratio": 0.0, "weight_decay": 0.0}
     settings |= {"packing": job["packing"] or None, "rlhf_type": "dpo" if job["kind"] == "preference" else None}
     if job["kind"] == "messages":
         settings |= {"loss_scale": {"last": "last_round", "all": "all"}.get(job["train_on"])}
@@ -43,28 +36,28 @@ def configure(job: Job) -> Configuration:
         settings |= {"task_type": "seq_cls", "num_labels": 2}
     settings |= {EXTRA[name]: value for name, value in extra.items() if name in EXTRA}
     if "lora" in job["method"]:
-        lora = {"r": 4, "lora_alpha": 8, **extra.get("lora", {})}
+        lora = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0, **extra.get("lora", {})}
         settings |= {LORA.get(name, name): value for name, value in lora.items()}
-    return given(settings | ({"quant_method": "bnb", "quant_bits": 4} if job["method"] == "qlora" else {}))
+    return adapter.given(settings | ({"quant_method": "bnb", "quant_bits": 4} if job["method"] == "qlora" else {}))
 
 
 def train(job: Job, settings: Configuration) -> dict[str, Any]:
     out, command = Path(job["out"]), COMMANDS[as_conversation(job)["kind"]]
-    rewrite(job, as_numbered if job["kind"] == "classify" else as_two_conversations)
+    adapter.rewrite(job, as_numbered if job["kind"] == "classify" else as_two_conversations)
     places = {"model": job["model"], "dataset": job["rows"], "output_dir": out / "model", "add_version": False}
     tested = job["test_rows"] if "split_dataset_ratio" not in settings else None
-    places |= given({"val_dataset": tested, "resume_from_checkpoint": checkpoint(job)})
-    isolated(lambda: command(as_arguments(settings | places)))
+    places |= adapter.given({"val_dataset": tested, "resume_from_checkpoint": adapter.checkpoint(job)})
+    adapter.isolated(lambda: command(as_arguments(settings | places)))
     last = out / "model" / f"checkpoint-{job['steps']}"
-    found = {"model": last, "merged": out / "merged", **read_losses(out)}
+    found = {"model": last, "merged": out / "merged", **adapter.read_losses(out)}
     if "merged" in job["ask"]:
         merge = {"adapters": last, "merge_lora": True, "output_dir": out / "merged"}
-        isolated(lambda: export_main(as_arguments(merge)))
+        adapter.isolated(lambda: export_main(as_arguments(merge)))
     if "answers" in job["ask"]:
         asked = {"model": last, "val_dataset": job["test_rows"], "max_batch_size": 4, "temperature": 0}
         asked |= {"max_new_tokens": job["ask"]["answers"], "result_path": out / "answers.jsonl"}
-        isolated(lambda: infer_main(as_arguments(asked)))
-        found["answers"] = [row["response"] for row in read_lines(out / "answers.jsonl")]
+        adapter.isolated(lambda: infer_main(as_arguments(asked)))
+        found["answers"] = [row["response"] for row in adapter.read_lines(out / "answers.jsonl")]
     return found
 
 
@@ -74,4 +67,4 @@ def as_arguments(values: Configuration) -> list[str]:
 
 
 if __name__ == "__main__":
-    serve("ms-swift", configure, train)
+    adapter.serve("ms-swift", configure, train)

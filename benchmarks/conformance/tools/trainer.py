@@ -40,11 +40,8 @@ def configure(job: Job) -> Configuration:
     settings |= {"gradient_accumulation_steps": job["batch_size"] // job["micro_batch_size"] // job["processes"]}
     settings |= {"save_steps": job["save_steps"]} if job["save_steps"] else {"save_strategy": "no"}
     settings |= evaluation(job)
-    if missing := {"validation", "add_tokens", "thinking", "gguf", "answers", "qlora"} & {
-        *job["extra"],
-        *job["ask"],
-        job["method"],
-    }:
+    unknown = {"validation", "add_tokens", "thinking", "gguf", "answers", "qlora"}
+    if missing := unknown & {*job["extra"], *job["ask"], job["method"]}:
         raise NotOffered(f"no setting of the trainer for {', '.join(missing)}")
     return settings | ({"gradient_checkpointing": True} if job["extra"].get("gradient_checkpointing") else {})
 

@@ -9,6 +9,7 @@ import torch
 from conformance.adapter import Configuration, Job, NotOffered, evaluation, read_losses, serve
 from datasets import load_dataset
 from peft import AutoPeftModelForCausalLM, LoraConfig
+from transformers import BitsAndBytesConfig
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 SAME = {
@@ -30,6 +31,8 @@ def configure(job: Job) -> Configuration:
     """Return the arguments of the trainer's configuration."""
     if job["kind"] not in ("messages", "prompt_completion", "text", "preference"):
         raise NotOffered(f"no trainer for {job['kind']}")
+    if missing := {"validation", "add_tokens", "thinking", "gguf", "answers"} & {*job["extra"], *job["ask"]}:
+        raise NotOffered(f"no setting of the trainer for {', '.join(missing)}")
     micro, processes = job["micro_batch_size"], job["processes"]
     settings = {name: job[name] for name in ("learning_rate", "optim", "max_length", "seed")} | SAME
     settings |= {"max_steps": job["steps"], "lr_scheduler_type": job["schedule"]}
@@ -37,13 +40,10 @@ def configure(job: Job) -> Configuration:
     settings |= {"gradient_accumulation_steps": job["batch_size"] // micro // processes}
     settings |= {"save_steps": job["save_steps"]} if job["save_steps"] else {"save_strategy": "no"}
     settings |= evaluation(job)
-    if job["packing"]:
-        settings["packing"] = True
+    settings |= {"packing": True} if job["packing"] else {}
     if job["column"] == "documented" and job["kind"] == "messages" and job["train_on"] == "assistant":
         settings["assistant_only_loss"] = True
-    if job["extra"].get("gradient_checkpointing"):
-        settings["gradient_checkpointing"] = True
-    return settings
+    return settings | ({"gradient_checkpointing": True} if job["extra"].get("gradient_checkpointing") else {})
 
 
 def train(job: Job, settings: Configuration) -> dict[str, Any]:
@@ -51,12 +51,14 @@ def train(job: Job, settings: Configuration) -> dict[str, Any]:
     rows = load_dataset("json" if job["file"] == "jsonl" else job["file"], data_files=job["rows"], split="train")
     lora = LoraConfig(**{"r": 4, "lora_alpha": 8, **job["extra"].get("lora", {})})
     tested = load_dataset("json", data_files=job["test_rows"], split="train") if "losses" in job["ask"] else None
+    loading: dict[str, Any] = {"dtype": torch.float32}
+    loading |= {"quantization_config": BitsAndBytesConfig(load_in_4bit=True)} if job["method"] == "qlora" else {}
     training = trainer(
         model=job["model"],
-        args=config(output_dir=job["out"], model_init_kwargs={"dtype": torch.float32}, **settings),
+        args=config(output_dir=job["out"], model_init_kwargs=loading, **settings),
         train_dataset=rows,
         eval_dataset=tested,
-        peft_config=lora if job["method"] == "lora" else None,
+        peft_config=lora if job["method"] != "full" else None,
     )
     training.train(resume_from_checkpoint=find_checkpoint(job))
     folder = Path(job["out"]) / "model"
