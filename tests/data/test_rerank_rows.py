@@ -47,7 +47,7 @@ def test_lists_and_negatives_become_the_same_row_as_relevances() -> None:
         (ranked_negatives, {"passage": None, "negatives": []}, "no passages"),
         (ranked_negatives, {"passage": "p", "negatives": ["n", ""]}, "'negatives' is empty"),
         (ranked_positive, {"passage": ["p", "n"], "labels": [1, 0]}, "the row has 'labels'; map its list"),
-        (ranked_list, {"passages": ["p", None], "relevances": [1, 0]}, "'passages' is null"),
+        (ranked_list, {"passages": ["p", None], "relevances": [1, 0]}, "'passages' is empty"),
     ],
 )
 def test_a_bad_row_says_why(parse: Any, row: dict[str, object], words: str) -> None:
