@@ -125,8 +125,13 @@ def _unread(survey: Survey, task: str | None, columns: Mapping[str, str]) -> Llm
     from llmtune.recipe.task_facts import TASK_FACTS
 
     known = "\n    ".join(refusals(survey, task, columns))
-    ways = f"Name a task with --task ({', '.join(TASK_FACTS)}), or" if task is None else "Map them:"
-    fix = f"The first row is bad:\n    {known}" if known else f"{ways} --columns OURS=THEIRS, such as prompt=Question."
+    if known:
+        fix = f"The first row is bad:\n    {known}"
+    elif task is None:
+        fix = f"Name a task with --task ({', '.join(TASK_FACTS)}), or --columns OURS=THEIRS, such as prompt=Question."
+    else:
+        names = ",".join(f"{ours}=YOUR_COLUMN" for ours in TASK_FACTS[task].columns or ("messages",))
+        fix = f"Map them: --columns {names}."
     reader = "no task reads" if task is None else f"task: {task} does not read"
     return DataError.of(f"{reader} these rows; their columns are {', '.join(survey.columns)}", survey.path, fix)
 

@@ -76,7 +76,7 @@ ALIASES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "query": ("question", "anchor", "search_query"),
         "passage": (*PASSAGE_NAMES, "positive", "positives", "pos", "positive_passages"),
         "relevance": ("label", "score", "relevant", "is_relevant", "rating", "grade"),
-        "passages": ("documents", "docs", "texts", "candidates"),
+        "passages": ("documents", "docs", "texts", "candidates", "answers", "answer"),
         "relevances": ("labels", "scores", "is_selected"),
         "negatives": ("negative", "neg", "hard_negatives", "negative_passages"),
     },

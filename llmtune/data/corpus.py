@@ -71,7 +71,10 @@ def save_corpus(data: DataSection, folder: Path, console: Console) -> str:
 def load_corpus(folder: Path) -> list[str]:
     """Return the passages that `save_corpus` wrote into `folder`; empty without a corpus."""
     path = folder / CORPUS
-    return [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
+    if not path.exists():
+        return []
+    with path.open(encoding="utf-8") as file:  # `splitlines` would split at U+2028 and U+0085 too
+        return [json.loads(line) for line in file]
 
 
 def iterate_passages(one: Input, columns: Mapping[str, str]) -> Iterator[tuple[str, str | RowError]]:

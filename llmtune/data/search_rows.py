@@ -31,9 +31,10 @@ def texts_of(row: EmbedRow) -> list[str]:
 
 def embed_from_pair(row: Mapping[str, object]) -> EmbedRow:
     """Read `query` and `passage` (a text or a list), with `negatives` (a text or a list) or a `score`."""
-    graded = next((name for name in ("relevance", "label") if row.get(name) is not None), None)
+    graded = next((name for name in ("relevance", "label", "relevances", "labels") if row.get(name) is not None), None)
     if graded is not None:
-        raise RowError("graded passage", f"the row has a '{graded}'; task: rerank learns it, or rename it to score")
+        other = " learns them" if graded.endswith("s") else " learns it, or rename it to score"
+        raise RowError("graded passage", f"the row has '{graded}'; task: rerank{other}")
     query, passages, negatives = (
         nonempty_text(row, "query"),
         _column_texts(row, "passage"),
@@ -90,12 +91,12 @@ class RerankRow(TypedDict):
 
 def ranked_pair(row: Mapping[str, object]) -> RerankRow:
     """Read `query`, `passage` and `relevance`: a number from 0, or true or false."""
-    return _ranked(row, [row["passage"]], [row["relevance"]])
+    return _ranked(row, [passage_text(row["passage"])], [row["relevance"]])
 
 
 def ranked_list(row: Mapping[str, object]) -> RerankRow:
     """Read `query`, `passages` and as many `relevances`."""
-    passages, relevances = (_list_of(row, name) for name in ("passages", "relevances"))
+    passages, relevances = _passages_of(row, "passages"), _list_of(row, "relevances")
     if len(passages) != len(relevances):
         raise RowError("relevances do not fit", f"{len(passages)} passages and {len(relevances)} relevances")
     return _ranked(row, passages, relevances)
@@ -106,34 +107,47 @@ def ranked_positive(row: Mapping[str, object]) -> RerankRow:
     graded = next((name for name in ("relevance", "label", "score") if row.get(name) is not None), None)
     if graded is not None:
         raise RowError("graded passage", f"only some rows have a '{graded}'; give it to all rows of the file")
-    right = _list_of(row, "passage")
+    listed = next((name for name in ("relevances", "labels", "scores") if row.get(name) is not None), None)
+    if listed is not None:
+        raise RowError("graded passages", f"the row has '{listed}'; map its list of passages: columns.passages")
+    right = _passages_of(row, "passage")
     return _ranked(row, right, [1] * len(right))
 
 
 def ranked_negatives(row: Mapping[str, object]) -> RerankRow:
     """Read `query`, its relevant `passage` (or a list of them), and `negatives`, which are irrelevant."""
-    right, wrong = _list_of(row, "passage"), _list_of(row, "negatives")
+    right, wrong = _passages_of(row, "passage"), _passages_of(row, "negatives")
     return _ranked(row, [*right, *wrong], [1] * len(right) + [0] * len(wrong))
 
 
-def _list_of(row: Mapping[str, object], column: str) -> Sequence[object]:
+def _list_of(row: Mapping[str, object], column: str) -> list[object]:
     value = parse_cell(row[column])
     return value if isinstance(value, list) else [] if value is None else [value]
 
 
-def _ranked(row: Mapping[str, object], passages: Sequence[object], relevances: Sequence[object]) -> RerankRow:
+def _passages_of(row: Mapping[str, object], column: str) -> list[str]:
+    return [passage_text(passage, column) for passage in _list_of(row, column)]
+
+
+def _ranked(row: Mapping[str, object], passages: Sequence[str], relevances: Sequence[object]) -> RerankRow:
     if not passages:
         raise RowError("empty content", "no passages")
-    texts = [passage_text(passage) for passage in passages]
-    return {"query": nonempty_text(row, "query"), "passages": texts, "relevances": [*map(_relevance, relevances)]}
+    return {
+        "query": nonempty_text(row, "query"),
+        "passages": list(passages),
+        "relevances": [*map(_relevance, relevances)],
+    }
 
 
-def passage_text(value: object) -> str:
-    """Return a passage: a text, or an object with `text` and an optional `title`, as in BEIR and Tevatron."""
+def passage_text(value: object, column: str = "passage") -> str:
+    """Return a passage: a text, or an object with `text` and an optional `title`, as in BEIR and Tevatron.
+
+    Raises RowError, which names `column`, if it is neither.
+    """
     if isinstance(value, Mapping) and "text" in value:
         title = str(value.get("title") or "").strip()
         return f"{title}\n{nonempty_text(value, 'text')}" if title else nonempty_text(value, "text")
-    return nonempty_text({"passage": value}, "passage")
+    return nonempty_text({column: value}, column)
 
 
 def _relevance(value: object) -> float:

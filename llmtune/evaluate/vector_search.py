@@ -60,7 +60,8 @@ def rank_passages(
 ) -> tuple[list[tuple[int, RankedQuery]], str]:
     """Rank all passages of these rows and of the corpus for each different query.
 
-    Returns the query's first row with its ranking, and a description of the passages.
+    A passage that is the query itself is neither ranked nor relevant. Returns the query's first row with its ranking,
+    and a description of the passages.
     """
     known: dict[str, Sequence[float] | NDArray[np.float32]] = {}
     relevant: defaultdict[str, set[str]] = defaultdict(set)
@@ -72,7 +73,7 @@ def rank_passages(
         relevant[str(row["query"])] |= set(row["passages"])
         first.setdefault(str(row["query"]), i)
     place = {text: i for i, text in enumerate(known)}
-    asked = [(i, {place[text] for text in relevant[query]}, place.get(query)) for query, i in first.items()]
+    asked = [(i, {place[text] for text in relevant[query] - {query}}, place.get(query)) for query, i in first.items()]
     queries = [vectors[i]["query"] for i, _, _ in asked]
     return list(search(queries, unit_rows(known.values(), len(known)), asked)), describe_passages(known)
 

@@ -137,6 +137,7 @@ def test_a_book_is_split_into_rows_and_read_in_its_encoding() -> None:
         (("rows.cvs",), 2, "Did you mean 'rows.csv'?"),
         (("rows.csv", "--task", "chatt"), 2, "Did you mean 'chat'?"),
         (("rows.csv", "--task", "speech"), 3, "task: speech does not read these rows; their columns are id, value"),
+        (("rows.csv", "--task", "rerank"), 3, "query=YOUR_COLUMN,passage=YOUR_COLUMN,relevance=YOUR_COLUMN"),
     ],
 )
 def test_impossible_init_arguments_are_refused(arguments: tuple[str, ...], code: int, words: str) -> None:

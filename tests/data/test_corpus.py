@@ -33,6 +33,13 @@ def test_a_corpus_is_read_from_usual_files(name, content, passages, tmp_path):
     assert load_corpus(tmp_path) == passages
 
 
+def test_passages_keep_the_line_separators_of_unicode(tmp_path):
+    passages = ["one\u2028line", "next\x85line", "form\x0cfeed"]
+    file = write_jsonl(tmp_path / "c.jsonl", [{"passage": passage} for passage in passages])
+    save_corpus(section(str(file)), tmp_path, QUIET)
+    assert load_corpus(tmp_path) == passages
+
+
 def test_sources_are_joined_limited_and_mapped(tmp_path):
     first = write_jsonl(tmp_path / "first.jsonl", [{"passage": str(i)} for i in range(5)])
     second = write_jsonl(tmp_path / "second.jsonl", [{"of": {"text": "x"}}])

@@ -12,7 +12,7 @@ from llmtune.data.file_survey import list_readings, survey_files
 from llmtune.data.preparation import prepare_rows
 from llmtune.data.rejected_rows import RowError
 from llmtune.data.row_formats import detect_format
-from llmtune.data.search_rows import given_passages, ranked_list, ranked_negatives, ranked_pair
+from llmtune.data.search_rows import given_passages, ranked_list, ranked_negatives, ranked_pair, ranked_positive
 from llmtune.errors import DataError
 from llmtune.recipe.loader import load_recipe
 from llmtune.records import Rows
@@ -46,6 +46,9 @@ def test_lists_and_negatives_become_the_same_row_as_relevances() -> None:
         (ranked_list, {"passages": ["a"], "relevances": [1, 0]}, "1 passages and 2 relevances"),
         (ranked_list, {"passages": [], "relevances": []}, "no passages"),
         (ranked_negatives, {"passage": None, "negatives": []}, "no passages"),
+        (ranked_negatives, {"passage": "p", "negatives": ["n", ""]}, "'negatives' is empty"),
+        (ranked_positive, {"passage": ["p", "n"], "labels": [1, 0]}, "the row has 'labels'; map its list"),
+        (ranked_list, {"passages": ["p", None], "relevances": [1, 0]}, "'passages' is empty"),
     ],
 )
 def test_a_bad_row_says_why(parse: Any, row: dict[str, object], words: str) -> None:
@@ -60,6 +63,7 @@ def test_a_bad_row_says_why(parse: Any, row: dict[str, object], words: str) -> N
         (("query", "text", "score"), "query-passage-relevance"),
         (("query", "pos", "neg"), "query-passage-negatives"),
         (("query", "docs", "labels"), "query-passages"),
+        (("query", "answer", "labels"), "query-passages"),  # `mine_hard_negatives` of sentence-transformers
     ],
 )
 def test_files_of_other_tools_are_read_by_their_usual_names(names: tuple[str, ...], name: str) -> None:

@@ -318,6 +318,18 @@ def test_metrics_rank_all_passages_for_each_query(tmp_path):
     assert measured["map"].at == (0, 1), "one value per query"
 
 
+def test_a_passage_equal_to_the_query_is_not_expected(tmp_path):
+    recipe = load_recipe(str(recipe_of(tmp_path, tmp_path, PAIRS, "embed", **NO_TEXT))).recipe
+    texts = [("a", "a"), ("b", "b"), ("b", "p"), ("c", "q")]
+    rows = [
+        {"query": query, "passages": [text], "negatives": [], "score": None, "label": None} for query, text in texts
+    ]
+    made = [{"query": np.eye(4)[i].tolist(), "passage": np.eye(4)[i].tolist()} for i in (0, 1, 2, 3)]
+    made[1]["query"] = made[2]["query"]
+    measured = Embed().compute_metric("recall@1", found(rows, made), recipe)
+    assert (measured.value, measured.at) == (1.0, (1, 3)), "query a has no other passage"
+
+
 def test_metrics_of_classes_leave_out_the_text_itself(tmp_path):
     recipe = load_recipe(str(recipe_of(tmp_path, tmp_path, PAIRS, "embed", **NO_TEXT))).recipe
     rows = [{"query": str(i), "passages": [], "negatives": [], "score": None, "label": "xy"[i % 2]} for i in range(4)]
@@ -367,6 +379,7 @@ def test_pairs_triplets_lists_scores_and_classes_are_read_into_one_form(row, rea
         ({"query": "a", "passage": "b", "negatives": ["b"]}, "a passage is a negative"),
         ({"query": "a", "passage": "b", "score": "high"}, "no number"),
         ({"query": "a", "passage": "b", "relevance": 0}, "graded passage"),
+        ({"query": "a", "passage": ["b", "c"], "labels": [1, 0]}, "graded passage"),
         ({"query": "a", "passage": ["b", 3]}, "wrong type"),
     ],
 )
