@@ -142,6 +142,8 @@ PRINTED = [
     "Dropping the following result as it does not have all the necessary fields:",
     '  File "benchmarks/conformance/adapter.py", line 105, in isolated',
     "Failed to load a revision of the kernels",
+    "score.weight | MISSING |",
+    '    "lora_target_modules": ["query_key_value"],',
     "For each function call, return a json object with function name and arguments within <tool_call></tool_call>",
 ]
 """Lines that axolotl, TRL, unsloth, transformers or this suite print in every run."""
