@@ -55,8 +55,7 @@ def serve(
                 if torchrun and job["processes"] > 1 and not child:
                     start_processes(job)
                     continue
-                else:
-                    result.update(train(job, result["configuration"]))
+                result.update(train(job, result["configuration"]))
             except NotOffered as missing:
                 result.update(status="not offered", message=str(missing))
             except (Exception, SystemExit) as error:  # the runner reads the reason
