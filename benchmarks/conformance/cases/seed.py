@@ -20,8 +20,8 @@ def judge(case, reference, results):
 CASE = Case(
     title="The seed decides the weights",
     group="what is computed",
-    question="A LoRA is trained for a step, twice with one seed and once with another: are the first two equal, and does "
-    "the third start from other matrices?",
+    question="A LoRA is trained for a step, twice with one seed and once with another: are the first two equal, and "
+    "does the third start from other matrices?",
     threads=["https://github.com/MakazhanAlpamys/Soup/issues/354", "https://github.com/huggingface/trl/issues/6688"],
     rows=[row(*turns) for turns in ROWS],
     settings={"method": "lora"},
