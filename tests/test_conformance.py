@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -128,6 +129,37 @@ def test_each_case_has_threads_and_a_place(load: Any) -> None:
         assert all(link.startswith("https://github.com/") for link in case.threads), name
         assert case.judge or case.right, name
         assert case.make_jobs()
+
+
+PRINTED = [
+    '    "mask_truncated_completions": false,',
+    '    "attn_decontaminates_packing": false,',
+    '    "chat_template": "tokenizer_default",',
+    '    "load_in_4bit": false,',
+    '    "vproj"',
+    "Truncating train dataset: 100%|██████████| 1/1 [00:00<00:00, 99.00 examples/s]",
+    "Failed to load CPU gemm_4bit_forward from kernels-community: No module named 'kernels'.",
+    "Dropping the following result as it does not have all the necessary fields:",
+    '  File "benchmarks/conformance/adapter.py", line 105, in isolated',
+    "Failed to load a revision of the kernels",
+    "score.weight | MISSING |",
+    '    "lora_target_modules": ["query_key_value"],',
+    "For each function call, return a json object with function name and arguments within <tool_call></tool_call>",
+]
+"""Lines that axolotl, TRL, unsloth, transformers or this suite print in every run."""
+
+
+def test_no_reason_is_found_in_what_tools_print_in_every_run(load: Any) -> None:
+    for name, case in load("run").list_cases().items():
+        found = [line for line in PRINTED if re.search(case.reason, line, re.IGNORECASE)]
+        assert not found, f"{name}: {case.reason}"
+
+
+def test_thoughts_are_in_the_content_for_tools_without_a_key_for_them(load: Any) -> None:
+    answer = {"role": "assistant", "reasoning_content": "Two and three.", "content": "5"}
+    for write in (load("formats").as_sharegpt, load("formats").as_two_conversations):
+        [turn] = write({"messages": [dict(answer)]})["messages"]
+        assert turn == {"role": "assistant", "content": "<think>\nTwo and three.\n</think>\n\n5"}
 
 
 def test_the_page_is_that_of_the_table_and_has_every_case(load: Any) -> None:

@@ -32,9 +32,21 @@ def as_messages(row: dict[str, Any]) -> dict[str, Any]:
     return {"messages": [*row["prompt"], *row["completion"]]} if "completion" in row else row
 
 
+def with_thoughts_in_content(row: dict[str, Any]) -> dict[str, Any]:
+    """Write `reasoning_content` into the content, where a tool has no key for thoughts.
+
+    Sources: https://github.com/hiyouga/LlamaFactory/issues/8112,
+    https://swift.readthedocs.io/en/latest/BestPractices/Qwen3-Best-Practice.html
+    """
+    for turn in row.get("messages", ()):
+        if thought := turn.pop("reasoning_content", None):
+            turn["content"] = f"<think>\n{thought}\n</think>\n\n{turn['content']}"
+    return row
+
+
 def as_sharegpt(row: dict[str, Any]) -> dict[str, Any]:
     """Write calls as turns of the role `function_call`, tools as JSON text, an answer of a pair as one message."""
-    row = as_messages(row)
+    row = with_thoughts_in_content(as_messages(row))
     for turn in row.get("messages", ()):
         if calls := turn.pop("tool_calls", None):
             functions = [call["function"] for call in calls]
@@ -60,7 +72,7 @@ def with_last_marked(row: dict[str, Any]) -> dict[str, Any]:
 def as_two_conversations(row: dict[str, Any]) -> dict[str, Any]:
     """Write a pair as two full conversations, `messages` and `rejected_messages`."""
     if not isinstance(row.get("rejected"), list):
-        return as_messages(row)
+        return with_thoughts_in_content(as_messages(row))
     return {"messages": [*row["prompt"], *row["chosen"]], "rejected_messages": [*row["prompt"], *row["rejected"]]}
 
 

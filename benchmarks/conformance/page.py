@@ -54,30 +54,52 @@ from conformance.conversations import RIGHT, WHOLE, learns, qwen, row
 TURNS = [("system", "You are brief."), ("user", "Which colour is the sky?"), ("assistant", "Blue.")]
 CASE = Case(
     title="Only answers are learned", group="what is learned", question="Is only the answer learned?",
-    threads=["https://github.com/huggingface/trl/issues/2424"],
-    rows=[row(*TURNS)], settings={"batch_size": 1},      # the keys of a job: conformance/README.md
-    right=learns(qwen, [TURNS], RIGHT), wrong=learns(qwen, [TURNS], WHOLE),
+    threads=["https://github.com/huggingface/trl/issues/2424"],  # where users met it
+    rows=[row(*TURNS)], settings={"batch_size": 1},              # the keys of a job, in README.md
+    right=learns(qwen, [TURNS], RIGHT), wrong=learns(qwen, [TURNS], WHOLE),  # any of `right`; named mistakes
+    reason=r"no assistant",                                      # finds the reason in an error or a warning
 )
 ```
 
-Then `.venv/bin/python benchmarks/conformance/run.py --cases NAME --tools llmtune`. A case that compares something else
-than one gradient has a `judge`.
+`qwen` writes the text of a conversation as Qwen's template does. The first turn is the system message, as the template
+adds one otherwise. `RIGHT` allows the line breaks around an answer; use `ALL` if the case is not about masks. Without a
+`reason`, an error counts as "stopped". Choose words that no tool prints among its settings.
+
+Try it. The first run of another tool installs it, except for `trl` and `trainer`:
+
+    .venv/bin/python benchmarks/conformance/run.py --no-page --cases NAME --tools llmtune trl
+
+Then `make conformance` writes this page. A case that compares something else than one gradient has a `judge`, such as
+`cases/seed.py`. All keys, models and verdicts are in
+[benchmarks/conformance/README.md](conformance/README.md).
 
 ## Add a tool
 
-Add a section to `benchmarks/conformance/tools.toml`, and `benchmarks/conformance/tools/NAME.py`:
+Add a section to `benchmarks/conformance/tools.toml`:
+
+```toml
+[name]
+title = "The Tool"
+package = "the-distribution"
+requires = ["the-distribution"]     # installed by pip in an environment of its own
+```
+
+Then write `benchmarks/conformance/tools/NAME.py`:
 
 ```python
 from conformance.adapter import NotOffered, serve
 
-def configure(job):             # the tool's own settings for a job
+def configure(job):             # the tool's own settings for a job; raise NotOffered("no packing") if it has none
     return {"lr": job["learning_rate"], "mask_prompt": job["column"] == "documented"}
 
-def train(job, settings):       # run the tool; return the folder of the trained weights
+def train(job, settings):       # run the tool; return the folder with the safetensors of the trained model or adapter
     return {"model": run_the_tool(job["model"], job["rows"], settings, job["out"])}
 
 serve("the-distribution", configure, train, documented={"the whole text": "https://its.documentation"})
 ```
+
+`job["model"]`, `job["rows"]` and `job["out"]` are paths. Write the rows in the tool's documented format; `formats.py`
+has some. `documented` lists outcomes that the tool documents as its choice, by their names in a case's `wrong`.
 """
 
 

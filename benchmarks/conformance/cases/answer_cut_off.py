@@ -20,6 +20,21 @@ def short_and_cut(way):
     return gradient
 
 
+def cut_in_proportion(way):
+    """Prompt and answer lose the same share, as LLaMA-Factory's `infer_seqlen` does if both are long."""
+
+    def gradient(reference):
+        ids, labels = reference.encode(qwen(*LONG, learn=ALL[way]))
+        answer = len(reference.encode([*qwen(*LONG[:-1]), *qwen(LONG[-1])[:2]])[0])
+        kept = int(LENGTH * (len(ids) - answer) / len(ids))
+        places = [*range(LENGTH - kept), *range(answer, answer + kept)]
+        cut = [ids[place] for place in places], [labels[place] for place in places]
+        whole = reference.encode(qwen(*SHORT, learn=ALL[way]))
+        return reference.gradient_of([reference.loss(*whole), reference.loss(*cut)])
+
+    return gradient
+
+
 def judge(case, reference, results):
     """A row that is left out must be reported."""
     finding = compare_gradients(case, reference, results)
@@ -37,8 +52,11 @@ CASE = Case(
     threads=["https://github.com/huggingface/trl/issues/6668", "https://github.com/hiyouga/LlamaFactory/issues/1494"],
     rows=[row(*SHORT[1:]), row(*LONG[1:])],
     settings={"batch_size": 2, "max_length": LENGTH},
-    reason=r"too long|overlong|trunca|exceed|longer than|left out|drop(ped|ping)|cut",
+    reason=r"too long|exceeds|(longer|larger) than|left out|dropped (\d+|lengthy)|\btruncated\b",
     right=learns(qwen, [SHORT], ALL, "the long row left out: {}"),
-    wrong={f"an answer cut off: {way}": short_and_cut(way) for way in ALL},
+    wrong={
+        **{f"an answer cut off: {way}": short_and_cut(way) for way in ALL},
+        **{f"an answer cut off, and its prompt: {way}": cut_in_proportion(way) for way in ALL},
+    },
     judge=judge,
 )

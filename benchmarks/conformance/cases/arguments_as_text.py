@@ -15,7 +15,7 @@ CASE = Case(
     threads=["https://github.com/oumi-ai/oumi/pull/2599", "https://github.com/vortico/flama/issues/258"],
     rows=[calling(ASKED[1][1], "get_weather", '{"city": "Paris"}', [WEATHER])],
     settings={"max_length": 1024},
-    reason="arguments.*(string|text|object|JSON)",
+    reason=r"arguments\b.{0,40}\b(must|should|not|expected)\b.{0,40}(string|text|object|JSON|mapping|dict)",
     right=learns(qwen, [[*ASKED, ("assistant", written("get_weather", '{"city": "Paris"}'))]], ALL),
     wrong={
         **learns(

@@ -2,6 +2,14 @@
 
 from conformance.case import Case, Finding
 from conformance.conversations import row
+from conformance.reference import read_weights
+
+
+def judge(case, reference, results):
+    [result] = results.values()
+    saved = {name.split(".lora_B")[0].rpartition(".")[2] for name in read_weights(result.model) if ".lora_B" in name}
+    return Finding("silently wrong", f"the misspelt module is ignored; the adapter has {', '.join(sorted(saved))}")
+
 
 CASE = Case(
     title="One misspelt module of two",
@@ -11,6 +19,6 @@ CASE = Case(
     threads=["https://github.com/huggingface/peft/issues/1959", "https://github.com/huggingface/peft/pull/3603"],
     rows=[row(("user", "Which colour is the sky?"), ("assistant", "Blue."))],
     settings={"method": "lora", "extra": {"lora": {"target_modules": ["q_proj", "vproj"]}}},
-    reason="vproj.*|not found",
-    judge=lambda case, reference, results: Finding("silently wrong", "the misspelt module is ignored"),
+    reason=r"vproj\b.{0,60}\b(not?|unknown|missing)\b|\b(not found|unknown|missing)\b.{0,60}vproj",
+    judge=judge,
 )

@@ -44,7 +44,7 @@ CASE = Case(
     threads=["https://github.com/huggingface/trl/issues/1230", "https://github.com/huggingface/trl/pull/3699"],
     rows=[row(*turns) for turns in ROWS],
     settings={"packing": True, "batch_size": 2, "max_length": 256},
-    reason=r"contaminat|(flash|attention).*pack|pack.*(flash|attention)|isolate",
+    reason=r"contamination|packing\b.{0,80}\b(flash|attention)|\b(flash|attention).{0,80}\bpack(ed|ing)\b",
     right=learns(qwen, ROWS, ALL),
     wrong=LEAKS,
 )

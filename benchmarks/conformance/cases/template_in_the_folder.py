@@ -31,6 +31,6 @@ CASE = Case(
     ],
     rows=[row(*TURNS)],
     settings={"model": "qwen2.5-plain"},
-    reason="chat.?template|template",
+    reason=r"template.{0,40}\b(not|no|missing)\b|\b(not|no|without|missing)\b.{0,40}template",
     judge=judge,
 )

@@ -10,6 +10,6 @@ CASE = Case(
     threads=["https://github.com/huggingface/peft/issues/3533", "https://github.com/huggingface/peft/issues/1206"],
     rows=[row(("user", "Which colour is the sky?"), ("assistant", "Blue."))],
     settings={"method": "lora", "extra": {"lora": {"target_modules": ["query_key_value"]}}},
-    reason="target.?modules|query_key_value",
+    reason=r"target.?modules.{0,80}not found|query_key_value\b.{0,60}\b(not?|unknown|missing)\b",
     judge=lambda case, reference, results: Finding("silently wrong", "trained without the module"),
 )

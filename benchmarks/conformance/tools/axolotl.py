@@ -52,6 +52,7 @@ def configure(job: Job) -> Configuration:
         settings |= {"eval_strategy": "steps", "eval_steps": job["steps"], "save_steps": job["steps"]}
         settings |= {"eval_batch_size": micro, "eval_on_start": True}
     settings |= {EXTRA[name]: value for name, value in extra.items() if name in EXTRA}
+    settings |= {"dataset_exact_deduplication": True} if "validation" in extra and job["column"] == "documented" else {}
     settings |= {"chat_template_kwargs": {"enable_thinking": extra["thinking"]}} if "thinking" in extra else {}
     if "lora" in job["method"]:
         lora = {"r": 4, "lora_alpha": 8, "lora_target_linear": "target_modules" not in extra.get("lora", {})}

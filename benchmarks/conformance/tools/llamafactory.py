@@ -17,6 +17,7 @@ from llamafactory.cli import main  # noqa: E402
 STAGES = {"messages": "sft", "text": "pt", "preference": "dpo"}
 TEMPLATES = {"qwen2.5": "qwen", "qwen3": "qwen3", "llama3": "llama3"}
 LORA = {"r": "lora_rank", "target_modules": "lora_target", "modules_to_save": "additional_target"}
+CUTOFF = "https://github.com/hiyouga/LlamaFactory/blob/main/src/llamafactory/hparams/data_args.py"
 EXTRA = {"validation": "val_size", "thinking": "enable_thinking", "add_tokens": "add_tokens"}
 
 
@@ -25,6 +26,8 @@ def configure(job: Job) -> Configuration:
     job, extra = as_conversation(job), job["extra"]
     if job["kind"] not in STAGES or "gguf" in job["ask"]:
         raise NotOffered(f"no stage for rows of {job['kind']}, or no such export")
+    if job["file"] == "parquet":
+        raise NotOffered("its rows have calls and tools as JSON text, which a table does not fill with nulls")
     documented, whole = job["column"] == "documented", job["train_on"] == "all" and job["kind"] == "messages"
     family = next((name for name in TEMPLATES if Path(job["model"]).name.startswith(name)), "")
     settings = adapter.trainer_arguments(job) | {
@@ -80,4 +83,4 @@ def run(command: str, folder: Path, settings: Configuration) -> None:
 
 
 if __name__ == "__main__":
-    adapter.serve("llamafactory", configure, train)
+    adapter.serve("llamafactory", configure, train, {"an answer cut off": CUTOFF})

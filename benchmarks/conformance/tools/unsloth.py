@@ -18,8 +18,11 @@ PARTS = {
     "qwen": ("<|im_start|>user\n", "<|im_start|>assistant\n"),
     "llama": ("<|start_header_id|>user<|end_header_id|>\n\n", "<|start_header_id|>assistant<|end_header_id|>\n\n"),
 }
-MASK = "https://github.com/unslothai/unsloth-zoo/blob/main/unsloth_zoo/dataset_utils.py"
 """Where questions and answers begin: the arguments of `train_on_responses_only`."""
+DOCUMENTED = {
+    "the whole text": "https://github.com/unslothai/unsloth-zoo/blob/main/unsloth_zoo/dataset_utils.py",
+    "an answer cut off": "https://huggingface.co/docs/trl/reducing_memory_usage#truncation",
+}
 
 
 def configure(job: Job) -> Configuration:
@@ -83,4 +86,4 @@ def render(tokenizer: Any, row: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    adapter.serve("unsloth", configure, train, {"the whole text": MASK}, torchrun=False)
+    adapter.serve("unsloth", configure, train, DOCUMENTED, torchrun=False)
