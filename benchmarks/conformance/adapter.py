@@ -47,16 +47,15 @@ def serve(
     for job in json.loads(Path(sys.argv[1]).read_text()):
         out, child = Path(job["out"]), "RANK" in os.environ
         result: dict[str, Any] = {"status": "done", "message": "", "version": version(package)}
+        columns = [settings_for(job, column, configure) for column in ("default", "documented")]
+        result["same"] = columns[0] == columns[1]
         with logged(out / "log.txt"):
             try:
                 result["configuration"] = configure(job)
-                if job["column"] == "documented" and result["configuration"] == configure({**job, "column": "default"}):
-                    result["status"] = "same"
-                elif torchrun and job["processes"] > 1 and not child:
+                if torchrun and job["processes"] > 1 and not child:
                     start_processes(job)
                     continue
-                else:
-                    result.update(train(job, result["configuration"]))
+                result.update(train(job, result["configuration"]))
             except NotOffered as missing:
                 result.update(status="not offered", message=str(missing))
             except (Exception, SystemExit) as error:  # the runner reads the reason
@@ -65,6 +64,14 @@ def serve(
         if os.environ.get("RANK", "0") == "0":
             result["documented"] = dict(documented or {})
             (out / "result.json").write_text(json.dumps(result, default=str, indent=1))
+
+
+def settings_for(job: Job, column: str, configure: Callable[[Job], Configuration]) -> Configuration | str:
+    """Return the settings of a column, or why there are none."""
+    try:
+        return configure({**job, "column": column})
+    except Exception as error:
+        return str(error)
 
 
 def start_processes(job: Job) -> None:

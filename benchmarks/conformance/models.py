@@ -70,9 +70,15 @@ def build_model(family: str, folder: Path, seed: int = 0) -> Path:
             tokenizer.chat_template = None
     model.float().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    settings = folder / "tokenizer_config.json"  # this class is known to every version of transformers
-    settings.write_text(json.dumps({**json.loads(settings.read_text()), "tokenizer_class": "PreTrainedTokenizerFast"}))
+    # The form that every tool reads, not only those with the newest transformers.
+    add_settings(folder / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
+    if family != "t5":
+        add_settings(folder / "config.json", rope_theta=10000.0)
     return folder
+
+
+def add_settings(file: Path, **settings: Any) -> None:
+    file.write_text(json.dumps({**json.loads(file.read_text()), **settings}, indent=2))
 
 
 def train_tokenizer(special: list[str], added: list[str], eos: str, pad: str | None, bos: str | None = None) -> Any:

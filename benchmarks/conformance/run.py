@@ -78,7 +78,8 @@ def run_tool(tool: Tool, cases: Mapping[str, Case], cache: Path, fresh: bool) ->
     stale = {name: case for name, case in cases.items() if fresh or read_key(cache, tool, name) != keys[name]}
     found: dict[str, dict[str, Any]] = {name: {} for name in stale}
     for column in COLUMNS:
-        first = judge_all(tool, stale, keys, cache / "runs" / tool.name / column, cache)
+        asked = {name: case for name, case in stale.items() if not found[name].get("default", {}).get("same")}
+        first = judge_all(tool, asked, keys, cache / "runs" / tool.name / column, cache)
         wrong = {name: stale[name] for name, entry in first.items() if entry["verdict"] == "silently wrong"}
         second = judge_all(tool, wrong, keys, cache / "runs" / tool.name / f"{column}-again", cache)
         for name, entry in first.items():
@@ -100,7 +101,7 @@ def compare_runs(first: Entry, second: Entry) -> Entry:
 def judge_all(
     tool: Tool, cases: Mapping[str, Case], keys: Mapping[str, str], folder: Path, cache: Path
 ) -> dict[str, Entry]:
-    """Run all jobs of the cases and judge them; a case whose settings are those of the other column is left out.
+    """Run all jobs of the cases and judge them; `same` says whether both columns have the same settings.
 
     Jobs that an interrupted run finished in `folder` are not run again.
     """
@@ -110,10 +111,10 @@ def judge_all(
     found = {}
     for name, case in cases.items():
         results = read_results(case, folders[name])
-        if any(result.status != "same" for result in results.values()):
-            finding = asdict(judge_case(case, results, cache))
-            finding["configuration"] = next(iter(results.values())).configuration
-            found[name] = json.loads(hide_folders(json.dumps(finding)))
+        finding = asdict(judge_case(case, results, cache))
+        finding["configuration"] = next(iter(results.values())).configuration
+        found[name] = json.loads(hide_folders(json.dumps(finding)))
+        found[name]["same"] = all(result.found.get("same") for result in results.values())
     return found
 
 

@@ -9,6 +9,12 @@ ROWS = [
 ]
 CUT = {f"no end: {way}": learn - {"end"} for way, learn in ALL.items()}
 
+
+def endless(*turns, learn):
+    """Learn no end, not even that of a question."""
+    return [(text, mark and text != "<|eot_id|>") for text, mark in llama(*turns, learn=learn)]
+
+
 CASE = Case(
     title="The end is learned without a pad token",
     group="what is learned",
@@ -17,5 +23,5 @@ CASE = Case(
     rows=[row(*turns) for turns in ROWS],
     settings={"model": "llama3-unpadded", "batch_size": 2},
     right=learns(llama, ROWS, ALL),
-    wrong=learns(llama, ROWS, CUT),
+    wrong={**learns(llama, ROWS, CUT), **learns(endless, ROWS, ALL, "no end of any turn: {}")},
 )

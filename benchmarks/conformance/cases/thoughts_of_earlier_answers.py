@@ -12,6 +12,16 @@ THINKING = [
 RENDERED = [FIRST, ("assistant", "5"), SECOND, THINKING[1]]
 
 
+ROW = {
+    "messages": [
+        {"role": "user", "content": FIRST[1]},
+        {"role": "assistant", "reasoning_content": THOUGHTS[0], "content": ANSWERS[0]},
+        {"role": "user", "content": SECOND[1]},
+        {"role": "assistant", "reasoning_content": THOUGHTS[1], "content": ANSWERS[1]},
+    ]
+}
+
+
 def separately(*_, learn):
     """Write the first answer after its own prompt; the second one is `last_only`."""
     return qwen(FIRST, THINKING[0], learn=learn)
@@ -33,22 +43,14 @@ CASE = Case(
     question="Qwen 3's template drops the thoughts of all answers but the last. Is the first answer learned with its "
     "thoughts, as the model has to write it, or is the model taught to answer without?",
     threads=["https://github.com/fw-ai/cookbook/pull/386", "https://github.com/axolotl-ai-cloud/axolotl/issues/3088"],
-    rows=[
-        {
-            "messages": [
-                {"role": "user", "content": FIRST[1]},
-                {"role": "assistant", "reasoning_content": THOUGHTS[0], "content": ANSWERS[0]},
-                {"role": "user", "content": SECOND[1]},
-                {"role": "assistant", "reasoning_content": THOUGHTS[1], "content": ANSWERS[1]},
-            ]
-        }
-    ],
+    rows=[ROW, ROW],
     settings={"model": "qwen3", "batch_size": 2},
     reason=r"(reasoning|thought|think)\w*.*(earlier|drop|lost|leaves? out|last)",
     right={
         **{f"two examples: {way}": both(way) for way in RIGHT},
         **learns(qwen, [[FIRST, THINKING[0], SECOND, THINKING[1]]], RIGHT, "all thoughts in one text: {}"),
         **last_only(qwen, RENDERED, RIGHT),
+        **learns(qwen, [[FIRST, THINKING[0]]], RIGHT, "the first answer with its thoughts: {}"),
     },
     wrong=learns(qwen, [RENDERED], ALL, "the first answer without its thoughts: {}"),
 )

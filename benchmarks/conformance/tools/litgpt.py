@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ def train(job: Job, settings: Configuration) -> dict[str, Any]:
     config = json.loads((out / "base" / "config.json").read_text())
     sizes = SHAPE | {"name": name, "block_size": 2048, "rope_base": 10000, "rope_adjustments": None}
     sizes |= {"vocab_size": config["vocab_size"], "padded_vocab_size": config["vocab_size"]}
-    family = vars(Config.from_name(name_style(job)[0]))  # a new size of it, as the guide on new models does
+    family = asdict(Config.from_name(name_style(job)[0]))  # a new size of it, as the guide on new models does
     name_to_config[name] = family | sizes | {"norm_eps": config["rms_norm_eps"]}
     adapter.call(main, "litgpt", "convert_to_litgpt", str(out / "base"), "--model_name", name)
     options = settings | {"data.json_path": out / "data", "out_dir": out / "tuned"}

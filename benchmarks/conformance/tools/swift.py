@@ -49,7 +49,7 @@ def train(job: Job, settings: Configuration) -> dict[str, Any]:
     places |= adapter.given({"val_dataset": tested, "resume_from_checkpoint": adapter.checkpoint(job)})
     adapter.isolated(lambda: command(as_arguments(settings | places)))
     last = out / "model" / f"checkpoint-{job['steps']}"
-    found = {"model": last, "merged": out / "merged", **adapter.read_losses(out)}
+    found = {"model": last, "merged": out / "merged", "numbered": True, **adapter.read_losses(out)}
     if "merged" in job["ask"]:
         merge = {"adapters": last, "merge_lora": True, "output_dir": out / "merged"}
         adapter.isolated(lambda: export_main(as_arguments(merge)))

@@ -38,8 +38,8 @@ def configure(job: Job) -> Configuration:
     settings |= {"max_steps": job["steps"], "lr_scheduler_type": job["schedule"]}
     settings |= {"per_device_train_batch_size": job["micro_batch_size"]}
     settings |= {"gradient_accumulation_steps": job["batch_size"] // job["micro_batch_size"] // job["processes"]}
-    settings |= {"save_steps": job["save_steps"]} if job["save_steps"] else {"save_strategy": "no"}
-    settings |= evaluation(job)
+    settings |= {"save_steps": job["save_steps"]} if job["save_steps"] else {}
+    settings |= evaluation(job) or ({} if job["save_steps"] else {"save_strategy": "no"})
     unknown = {"validation", "add_tokens", "thinking", "gguf", "answers", "qlora"}
     if missing := unknown & {*job["extra"], *job["ask"], job["method"]}:
         raise NotOffered(f"no setting of the trainer for {', '.join(missing)}")

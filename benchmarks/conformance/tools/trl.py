@@ -38,8 +38,8 @@ def configure(job: Job) -> Configuration:
     settings |= {"max_steps": job["steps"], "lr_scheduler_type": job["schedule"]}
     settings |= {"per_device_train_batch_size": micro}
     settings |= {"gradient_accumulation_steps": job["batch_size"] // micro // processes}
-    settings |= {"save_steps": job["save_steps"]} if job["save_steps"] else {"save_strategy": "no"}
-    settings |= evaluation(job)
+    settings |= {"save_steps": job["save_steps"]} if job["save_steps"] else {}
+    settings |= evaluation(job) or ({} if job["save_steps"] else {"save_strategy": "no"})
     settings |= {"packing": True} if job["packing"] else {}
     if job["column"] == "documented" and job["kind"] == "messages" and job["train_on"] == "assistant":
         settings["assistant_only_loss"] = True
