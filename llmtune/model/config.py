@@ -208,6 +208,15 @@ def in_heads(name: str, heads: Iterable[str]) -> bool:
     return any(name == head or name.startswith(f"{head}.") for head in heads)
 
 
+@torch.no_grad()
+def put_in_order(model: PreTrainedModel, heads: Sequence[str], order: Sequence[int]) -> None:
+    """Move the outputs of a trained head to the recipe's order of the same classes, in place."""
+    for name, parameter in model.named_parameters():
+        if in_heads(name, heads) and parameter.shape[0] == len(order):
+            parameter.copy_(parameter[list(order)].clone())
+    setattr(model.config, OTHER_ORDER, None)
+
+
 def build_skeleton(model_class: type[PreTrainedModel], config: PreTrainedConfig, recipe: Recipe) -> PreTrainedModel:
     """Build the model on the meta device: names and shapes, no memory.
 

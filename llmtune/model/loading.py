@@ -23,6 +23,7 @@ from llmtune.model.config import (
     find_class,
     head_names,
     in_heads,
+    put_in_order,
     readable,
     trains_in_float32,
 )
@@ -328,15 +329,6 @@ def _initialize_head(
     if order := getattr(config, OTHER_ORDER, None):
         put_in_order(model, heads, order)
     return new
-
-
-@torch.no_grad()
-def put_in_order(model: PreTrainedModel, heads: Sequence[str], order: Sequence[int]) -> None:
-    """Move the outputs of a trained head to the recipe's order of the same classes, in place."""
-    for name, parameter in model.named_parameters():
-        if in_heads(name, heads) and parameter.shape[0] == len(order):
-            parameter.copy_(parameter[list(order)].clone())
-    setattr(model.config, OTHER_ORDER, None)
 
 
 def starts_new(task: TaskInterface) -> bool:

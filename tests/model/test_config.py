@@ -14,8 +14,15 @@ from transformers import AutoModelForSequenceClassification, BertConfig, BertFor
 
 from llmtune.adapter.injection import inject
 from llmtune.errors import EnvironmentProblem, RecipeError
-from llmtune.model.config import OTHER_CLASSES, OTHER_ORDER, head_is_new, head_names, in_heads, name_outputs
-from llmtune.model.loading import put_in_order
+from llmtune.model.config import (
+    OTHER_CLASSES,
+    OTHER_ORDER,
+    head_is_new,
+    head_names,
+    in_heads,
+    name_outputs,
+    put_in_order,
+)
 from llmtune.model.resolve import resolve_model
 from llmtune.recipe.schema import Recipe
 from llmtune.records import AdaptedModel
