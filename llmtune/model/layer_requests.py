@@ -126,7 +126,8 @@ class LayerRequests:
         unit = self.units[number]
         try:
             unit.reshard()  # its owner takes part too
-            unit.unshard()
+            with torch.inference_mode(False), torch.no_grad():  # its buffers outlive this pass's mode
+                unit.unshard()
         except MEMORY_ERRORS as error:
             if not is_out_of_memory(error):
                 raise

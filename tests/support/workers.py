@@ -213,8 +213,8 @@ def run_own_passes(folder: str) -> dict[str, object]:
     layers, rank = model.get_submodule("model.layers"), int(os.environ["RANK"])
     ids = [torch.arange(4, 9 + i)[None] for i in range(4)]
 
-    def equal(find: Callable[[Any], torch.Tensor]) -> bool:
-        with torch.no_grad():
+    def equal(find: Callable[[Any], torch.Tensor], mode: Any = torch.no_grad) -> bool:
+        with mode():
             return torch.allclose(find(model), find(alone), atol=1e-6)
 
     def fail(*_: object) -> None:
@@ -224,6 +224,10 @@ def run_own_passes(folder: str) -> dict[str, object]:
         "sharded": layers[0].mlp.up_proj.weight.to_local().numel() * count
         == alone.model.layers[0].mlp.up_proj.weight.numel()
     }
+    with own_passes(model):
+        found["modes"] = all(
+            equal(lambda one: one(ids[0]).logits, mode) for mode in (torch.inference_mode, torch.no_grad)
+        )
     with own_passes(model):  # the first process runs none
         found["unequal numbers"] = all(equal(lambda one, i=i: one(ids[i]).logits) for i in range(2 * rank))
     with own_passes(model):
