@@ -142,7 +142,14 @@ def list_readings(survey: Survey, task: str | None = None, columns: Mapping[str,
         readings = list(_conversations(survey, columns))
     if not readings and not columns and not refusals(survey, task):  # known names count, even if values are bad
         readings = [_reading(survey, one, columns) for one, columns in _inferred(survey, task)]
+    readings.sort(key=_lacks_irrelevant)
     return [reading for reading in readings if reading.rows]
+
+
+def _lacks_irrelevant(reading: Reading) -> bool:
+    """Whether a reranker could not learn from the rows before `data.negatives` mines irrelevant passages."""
+    rows: Sequence[Mapping[str, Any]] = reading.rows if reading.task == "rerank" else ()
+    return bool(rows) and len({relevance for row in rows for relevance in row["relevances"]}) == 1
 
 
 def refusals(survey: Survey, task: str | None = None, columns: Mapping[str, str] | None = None) -> list[str]:
