@@ -151,11 +151,17 @@ def sorted_for_search(readings: list[Reading]) -> list[Reading]:
 
     Embed does not read graded passages, so pairs and triplets are for embed, and graded rows for rerank.
     """
-    kept = [one for one in readings if not all(row.get("relevances") == [1.0] for row in one.rows)]
+    kept = [one for one in readings if not _lacks_irrelevant(one)]
     tasks = [one.task for one in kept]
     if {"embed", "rerank"} <= {*tasks}:
         kept.insert(tasks.index("rerank"), kept.pop(tasks.index("embed")))
     return kept
+
+
+def _lacks_irrelevant(reading: Reading) -> bool:
+    """Whether a reranker could not learn from the rows before `data.negatives` mines irrelevant passages."""
+    rows: Sequence[Mapping[str, Any]] = reading.rows if reading.task == "rerank" else ()
+    return bool(rows) and len({relevance for row in rows for relevance in row["relevances"]}) == 1
 
 
 def refusals(survey: Survey, task: str | None = None, columns: Mapping[str, str] | None = None) -> list[str]:

@@ -67,6 +67,8 @@ def test_a_ticket_file_gives_a_valid_recipe_and_the_next_command() -> None:
         ("subject,body,answer", [("Order", f"where is {i}?", f"It is at {i}.") for i in range(24)], "chat"),
         ("en,de", [("The dog", "Der Hund"), ("A cat", "Eine Katze")], "translate"),
         ("question,passage,answer", [("Who wrote?", "Ada wrote.", "Ada")], "qa"),
+        ("query,passage", [("Who wrote?", "Ada wrote.")], "embed"),
+        ("query,passage,negative", [("Who wrote?", "Ada wrote.", "Ada read.")], "rerank"),
         ("article,highlights", [("A long text.", "Text.")], "summarize"),
         ("question,chosen,rejected", [("Why?", "So.", "No.")], "preference"),
         ("question,answer", [("Why?", "So.")], "chat"),
