@@ -68,7 +68,7 @@ def test_a_ticket_file_gives_a_valid_recipe_and_the_next_command() -> None:
         ("en,de", [("The dog", "Der Hund"), ("A cat", "Eine Katze")], "translate"),
         ("question,passage,answer", [("Who wrote?", "Ada wrote.", "Ada")], "qa"),
         ("query,passage", [("Who wrote?", "Ada wrote.")], "embed"),
-        ("query,passage,negative", [("Who wrote?", "Ada wrote.", "Ada read.")], "rerank"),
+        ("query,passage,negative", [("Who wrote?", "Ada wrote.", "Ada read.")], "embed"),
         ("article,highlights", [("A long text.", "Text.")], "summarize"),
         ("question,chosen,rejected", [("Why?", "So.", "No.")], "preference"),
         ("question,answer", [("Why?", "So.")], "chat"),
