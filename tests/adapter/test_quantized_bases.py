@@ -257,8 +257,8 @@ def test_what_quantised_weights_cannot_do_is_refused_before_they_are_loaded(base
         open_model(recipe_with(folder, adapter=adapter))
 
 
-def test_weights_that_stay_quantised_are_not_sharded(base, here, chat_rows):
-    write_recipe(here / "recipe.yaml", base("bitsandbytes-4"), chat_rows)
+def test_weights_that_stay_quantised_in_other_formats_than_4_bit_bitsandbytes_are_not_sharded(base, here, chat_rows):
+    write_recipe(here / "recipe.yaml", base("bitsandbytes-8"), chat_rows)
     result = invoke("launch", "local", "recipe.yaml", "--processes", 2, "--strategy", "fsdp", "--dry-run")
     assert result.exit_code == 2, result.output
     assert "cannot be sharded" in result.output
