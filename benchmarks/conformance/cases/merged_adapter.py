@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import torch
 from conformance.case import Case, Finding
 from conformance.cases.evaluation_loss import TESTED, TRAINED
 from conformance.conversations import row
@@ -15,10 +16,12 @@ def judge(case, reference, results):
     merged = {
         name: weight for name, weight in read_weights(Path(result.found["merged"])).items() if name in reference.start
     }
-    moved = {name: exact[name] - reference.start[name] for name in merged}
+    rounded = {name: exact[name].to(weight.dtype).float() for name, weight in merged.items()}
+    moved = {name: weight - reference.start[name] for name, weight in rounded.items()}
     far = distance({name: merged[name].float() - reference.start[name] for name in merged}, moved)
+    limit = 1e-3 if all(weight.dtype == torch.float32 for weight in merged.values()) else 1e-2  # the order of roundings
     return Finding(
-        "right" if far < 1e-3 else "silently wrong", "" if far < 1e-3 else "other weights than adapter and base", far
+        "right" if far < limit else "silently wrong", "" if far < limit else "other weights than adapter and base", far
     )
 
 

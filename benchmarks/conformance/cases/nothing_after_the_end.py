@@ -21,13 +21,13 @@ def with_padding(token):
 
         return gradient
 
-    return {f"a padding token (id {token}) after the end: {way}": learn(way) for way in ALL}
+    return {f"token {token} after the end: {way}": learn(way) for way in ALL}
 
 
 CASE = Case(
     title="Nothing after the end",
     group="what is learned",
-    question="One row in a batch that may be padded: does the model learn to write a padding token after the end?",
+    question="One row in a batch that may be padded: does the model learn to write another token after the end?",
     threads=["https://github.com/ml-explore/mlx-lm/pull/1697", "https://github.com/facebookresearch/XLM/issues/34"],
     rows=[row(*TURNS)],
     right=learns(qwen, [TURNS], ALL),

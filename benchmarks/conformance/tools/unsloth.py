@@ -42,7 +42,10 @@ def configure(job: Job) -> Configuration:
 def train(job: Job, settings: Configuration) -> dict[str, Any]:
     adapter.rewrite(job, as_messages)
     adapter.isolated(lambda: run(job, dict(settings)))
-    return {"model": f"{job['out']}/model", "merged": f"{job['out']}/merged", **adapter.read_losses(Path(job["out"]))}
+    found = {"model": f"{job['out']}/model", "merged": f"{job['out']}/merged"}
+    # SFTTrainer adds the end token to a text, which Qwen's conversation has before its last line break.
+    found |= {"after": 2} if "qwen" in Path(job["model"]).name and job["kind"] != "text" else {}
+    return found | adapter.read_losses(Path(job["out"]))
 
 
 def run(job: Job, settings: Configuration) -> None:
