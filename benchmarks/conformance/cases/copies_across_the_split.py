@@ -31,7 +31,7 @@ CASE = Case(
     group="what is measured",
     question="Each row is there twice, and its answer cannot be guessed. The tool holds out a quarter for validation: "
     "does its loss show answers that were trained on?",
-    threads=["https://github.com/MakazhanAlpamys/Soup/issues/680", "https://github.com/js0nwu/webui/issues/1"],
+    threads=["https://github.com/MakazhanAlpamys/Soup/issues/680"],
     rows=make_rows(),
     settings={
         "steps": 60,
