@@ -27,6 +27,7 @@ LABELS = {"animal": 0, "colour": 1}
 DOCUMENTED = {
     "the whole text": "https://huggingface.co/docs/transformers/chat_templating#model-training",
     "an answer cut off": "https://huggingface.co/docs/transformers/pad_truncation",
+    "a quoted string": "https://huggingface.co/docs/transformers/chat_extras",
     "the misspelt module": "https://huggingface.co/docs/peft/developer_guides/troubleshooting",
 }
 
