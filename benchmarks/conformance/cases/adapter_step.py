@@ -14,7 +14,7 @@ CASE = Case(
         "https://github.com/vllm-project/vllm/issues/55193",
     ],
     rows=[row(*turns) for turns in ROWS],
-    settings={"method": "lora", "batch_size": 4, "micro_batch_size": 2},
+    settings={"method": "lora", "batch_size": 4},
     right=learns(qwen, ROWS, ALL),
     wrong={"nothing is trained": lambda reference: {name: 0 * weight for name, weight in reference.start.items()}},
 )

@@ -3,10 +3,10 @@
 from itertools import combinations
 
 from conformance.case import Case
-from conformance.cases.accumulation import ROWS
 from conformance.conversations import ALL, qwen, row
 
-THREE = ROWS[:3]
+THREE = [[("system", "You are brief."), ("user", f"Is {number} odd?"), ("assistant", "Yes.")] for number in (1, 3, 5)]
+"""Of equal length, so that a mean of means is the mean."""
 RATE = 0.1
 
 

@@ -22,16 +22,18 @@ from transformers import (
 )
 
 SAME = {"weight_decay": 0.0, "max_grad_norm": 0.0, "use_cpu": True, "report_to": [], "warmup_steps": 0}
+KINDS = {"seq2seq": AutoModelForSeq2SeqLM, "classify": AutoModelForSequenceClassification}
 LABELS = {"animal": 0, "colour": 1}
 DOCUMENTED = {
     "the whole text": "https://huggingface.co/docs/transformers/chat_templating#model-training",
     "an answer cut off": "https://huggingface.co/docs/transformers/pad_truncation",
+    "a quoted string": "https://huggingface.co/docs/transformers/chat_extras",
     "the misspelt module": "https://huggingface.co/docs/peft/developer_guides/troubleshooting",
 }
 
 
 def configure(job: Job) -> Configuration:
-    """Return the training arguments. The columns are the same: a script of one's own has no switches."""
+    """Return the training arguments. `model_init` is the documented way to a seed that covers a new adapter."""
     if job["kind"] not in ("messages", "text", "seq2seq", "classify") or job["packing"]:
         raise NotOffered("no documented way to train on packed rows, or rows of this kind")
     settings = {name: job[name] for name in ("learning_rate", "optim", "seed")} | SAME
@@ -43,6 +45,7 @@ def configure(job: Job) -> Configuration:
     unknown = {"validation", "add_tokens", "thinking", "gguf", "answers", "qlora"}
     if missing := unknown & {*job["extra"], *job["ask"], job["method"]}:
         raise NotOffered(f"no setting of the trainer for {', '.join(missing)}")
+    settings |= {"model_init": True} if job["column"] == "documented" and job["method"] == "lora" else {}
     return settings | ({"gradient_checkpointing": True} if job["extra"].get("gradient_checkpointing") else {})
 
 
@@ -58,23 +61,28 @@ def encode(row: dict[str, Any], tokenizer: Any, job: Job) -> dict[str, Any]:
     return dict(tokenizer(text, add_special_tokens=False, truncation=True, max_length=job["max_length"]))
 
 
+def make_model(job: Job) -> Any:
+    """Load the model, with a new adapter for LoRA."""
+    named = {"id2label": dict(enumerate(LABELS)), "label2id": LABELS} if job["kind"] == "classify" else {}
+    model = KINDS.get(job["kind"], AutoModelForCausalLM).from_pretrained(job["model"], dtype=torch.float32, **named)
+    if job["method"] == "full":
+        return model
+    lora = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", **job["extra"].get("lora", {})}
+    return get_peft_model(model, LoraConfig(task_type="SEQ_CLS" if named else "CAUSAL_LM", **lora))
+
+
 def train(job: Job, settings: Configuration) -> dict[str, Any]:
     tokenizer = AutoTokenizer.from_pretrained(job["model"])
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    kinds = {"seq2seq": AutoModelForSeq2SeqLM, "classify": AutoModelForSequenceClassification}
-    named = (
-        {"id2label": {i: name for name, i in LABELS.items()}, "label2id": LABELS} if job["kind"] == "classify" else {}
-    )
-    model = kinds.get(job["kind"], AutoModelForCausalLM).from_pretrained(job["model"], dtype=torch.float32, **named)
-    if job["method"] == "lora":
-        lora = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", **job["extra"].get("lora", {})}
-        model = get_peft_model(model, LoraConfig(task_type="SEQ_CLS" if named else "CAUSAL_LM", **lora))
+    model = None if "model_init" in settings else make_model(job)
+    arguments = {name: value for name, value in settings.items() if name != "model_init"}
     rows = load_dataset("json" if job["file"] == "jsonl" else job["file"], data_files=job["rows"], split="train")
     collators = {"seq2seq": DataCollatorForSeq2Seq(tokenizer, model), "classify": DataCollatorWithPadding(tokenizer)}
     tested = load_dataset("json", data_files=job["test_rows"], split="train") if "losses" in job["ask"] else None
     trainer = Trainer(
         model=model,
-        args=TrainingArguments(output_dir=job["out"], **settings),
+        model_init=None if model else lambda: make_model(job),
+        args=TrainingArguments(output_dir=job["out"], **arguments),
         train_dataset=rows.map(lambda row: encode(row, tokenizer, job), remove_columns=rows.column_names),
         eval_dataset=tested and tested.map(lambda row: encode(row, tokenizer, job), remove_columns=rows.column_names),
         data_collator=collators.get(job["kind"]) or DataCollatorForLanguageModeling(tokenizer, mlm=False),
@@ -84,7 +92,7 @@ def train(job: Job, settings: Configuration) -> dict[str, Any]:
     trainer.save_model(str(Path(job["out"]) / "model"))
     tokenizer.save_pretrained(str(Path(job["out"]) / "model"))
     if "merged" in job["ask"]:
-        model.merge_and_unload().save_pretrained(f"{job['out']}/merged")
+        trainer.model.merge_and_unload().save_pretrained(f"{job['out']}/merged")
     return {"model": Path(job["out"]) / "model", "merged": f"{job['out']}/merged", **read_losses(Path(job["out"]))}
 
 

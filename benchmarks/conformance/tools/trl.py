@@ -23,6 +23,7 @@ SAME = {
 DOCUMENTED = {
     "the whole text": "https://huggingface.co/docs/trl/sft_trainer#train-on-assistant-messages-only",
     "an answer cut off": "https://huggingface.co/docs/trl/reducing_memory_usage#truncation",
+    "a quoted string": "https://huggingface.co/docs/transformers/chat_extras",
     "the misspelt module": "https://huggingface.co/docs/peft/developer_guides/troubleshooting",
 }
 
