@@ -17,6 +17,7 @@ Verdict = Literal[
     "refused",
     "wrong, with a warning",
     "silently wrong",
+    "unexplained",
     "documented otherwise",
     "stopped",
     "not offered",
@@ -143,9 +144,11 @@ def compare_gradients(case: Case, reference: Reference, results: Mapping[str, Re
                 worst = Finding("right", nearest, right[nearest])
             continue
         wrong = ((known, distance(step, project(reference.of(gradient)))) for known, gradient in case.wrong.items())
-        learned = next((known for known, far in wrong if far < TOLERANCE), "something else")
+        learned = next((known for known, far in wrong if far < TOLERANCE), None)
         where = f"{name}: " if len(results) > 1 else ""
         reference.after = None
+        if learned is None:
+            return Finding("unexplained", f"{where}none of the known results", right[nearest])
         return Finding("silently wrong", where + learned, right[nearest])
     reference.after = None
     return worst

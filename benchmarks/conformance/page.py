@@ -21,6 +21,7 @@ VERDICTS = {
     "refused": "an error, or a row left out, with the reason",
     "wrong, with a warning": "another result; the output names the reason",
     "**silently wrong**": "another result without a word; seen in two runs",
+    "unexplained": "another result, which none of the case's known mistakes explains; it may be right",
     "documented otherwise": "another result, which the documentation names as the tool's choice",
     "stopped": "an error that does not name the reason",
     "not offered": "the tool has no such feature, or none that runs on a CPU",
@@ -163,12 +164,12 @@ def summary(table: Mapping[str, Any]) -> Iterator[str]:
 def short_summary(table: Mapping[str, Any]) -> list[str]:
     """Return the README's table."""
     lines = [
-        "| tool | right or refused | wrong, but warned or documented | silently wrong | not offered, stopped, not run |"
+        "| tool | right or refused | wrong, but warned or documented | silently wrong | not offered or no verdict |"
     ]
     lines.append("|---|---|---|---|---|")
     for entry, counts in count_verdicts(table):
         said = counts["wrong, with a warning"] + counts["documented otherwise"]
-        rest = counts["not offered"] + counts["stopped"] + counts["not run"]
+        rest = counts["not offered"] + counts["stopped"] + counts["unexplained"] + counts["not run"]
         sums = counts["right"] + counts["refused"], said, counts["silently wrong"], rest
         lines.append(f"| {entry['title']} {entry['version']} | {' | '.join(str(number) for number in sums)} |")
     return lines
