@@ -140,8 +140,8 @@ def handled(command: Callable[P, None], *, by_all: bool = False) -> Callable[P, 
         except KeyboardInterrupt as stop:
             number = signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT
             word = "terminated" if number == signal.SIGTERM else "interrupted"
-            kept = "; finished steps are kept" if "recipe" in kwargs else ""
-            kept += ". To continue, run the same command again." if kwargs.keys() & {"recipe", "out"} else ""
+            kept = "; finished steps are kept" if kwargs.keys() >= {"recipe", "out"} else ""
+            kept += ". To continue, run the same command again." if "out" in kwargs else ""
             if reports(stop):
                 stderr_console().print(f"{word}{kept}")
             raise typer.Exit(128 + number) from None

@@ -291,7 +291,7 @@ def _first_error(
     ends = {-code if code < 0 else code - 128 for code in codes.values()}
     ended = stopped_by or next((one for one in (signal.SIGTERM, signal.SIGINT) if one in ends), None)
     if ended is not None:
-        what = f"stopped by {ended.name} before a checkpoint was saved"
+        what = f"stopped by {ended.name}; finished steps and checkpoints are kept"
         return Stopped(Problem(what, fix="Run the same command again to resume."), signal_number=int(ended))
     if said := [code for code in codes.values() if code in BY_EXIT_CODE]:
         return SystemExit(said[0])  # with --json the process has printed the reason

@@ -28,3 +28,22 @@ def test_an_error_after_a_library_printed_is_still_one_document(capsys):
     with pytest.raises(typer.Exit):
         command(as_json=True)
     assert json.loads(capsys.readouterr().out)["error"]["exit_code"] == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "shows"),
+    [
+        ({"recipe": "r.yaml", "out": None}, "interrupted; finished steps are kept. To continue, run"),
+        ({"recipe": None}, "interrupted\n"),
+    ],
+    ids=["a run", "a plan"],
+)
+def test_only_commands_with_a_run_folder_promise_to_resume(capsys, options, shows):
+    @handled
+    def command(**options: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(typer.Exit) as caught:
+        command(**options)
+    assert caught.value.exit_code == 130
+    assert shows in capsys.readouterr().err
