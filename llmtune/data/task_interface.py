@@ -101,6 +101,17 @@ class TaskInterface:
     def save_files(self, folder: Path, config: PretrainedConfig, recipe: Recipe) -> None:
         """Write the task's own files next to a saved model or adapter, whose configuration is `config`."""
 
+    def infer_labels(self, recipe: Recipe, rows: Rows, config: PretrainedConfig) -> Recipe:
+        """Return the recipe completed with values inferred from the rows, such as class names."""
+        return recipe
+
+    def score_untuned(self, rows: Sequence[Any], *loaded: Any) -> tuple[str, float] | None:
+        """Return the metric that ranks untuned models on rows, and its value; None: bits per byte ranks them.
+
+        `loaded` are the model, its processor, the recipe and the device.
+        """
+        return None
+
     def class_counts(self, rows: Rows, recipe: Recipe) -> dict[str, dict[str, int]]:
         """Return, by label, the number of rows (or entities) per split; empty for a task without labels."""
         return {}

@@ -1,4 +1,4 @@
-"""Find which of several models predicts the user's rows best: bits per byte of the answers, on a sample."""
+"""Find which of several models suits a sample of the rows best: by bits per byte, or by the task's own score."""
 
 from __future__ import annotations
 
@@ -38,6 +38,7 @@ from llmtune.model.processor import load_processor
 from llmtune.model.resolve import find_license, resolve_model
 from llmtune.recipe.schema import Recipe
 from llmtune.records import Json, MemoryPlan, ModelRef, Row, Rows, read_model_ref
+from llmtune.report.metric_info import LOWER_IS_BETTER
 from llmtune.report.number_format import size as format_bytes
 from llmtune.store.process_environment import is_remote_model
 
@@ -54,7 +55,8 @@ class RankedModel:
     """One model in the ranking: its score, or why it is skipped."""
 
     name: str
-    bits_per_byte: float | None = None
+    score: float | None = None
+    """By the ranking's `metric`, before tuning."""
     reason: str | None = None
     lower_bound: int | None = None
     """Minimum bytes to train it."""
@@ -76,6 +78,7 @@ class ModelRanking:
     split: str
     model_refs: Mapping[str, ModelRef]
     """The scored candidates, by name."""
+    metric: str = "bits_per_byte"
 
     def to_dict(self) -> dict[str, object]:
         """Return the report's data, ready for JSON."""
@@ -84,7 +87,11 @@ class ModelRanking:
             "revision": self.chosen.revision,
             "rows": self.rows,
             "side": self.split,
-            "candidates": [dataclasses.asdict(candidate) for candidate in self.candidates],
+            "metric": self.metric,
+            "candidates": [
+                {self.metric if name == "score" else name: value for name, value in dataclasses.asdict(one).items()}
+                for one in self.candidates
+            ],
         }
 
 
@@ -92,7 +99,8 @@ def read_ranking(described: Json) -> ModelRanking:
     """Rebuild a ranking from JSON."""
     refs = {name: read_model_ref(one) for name, one in described["model_refs"].items()}
     candidates = tuple(RankedModel(**one) for one in described["candidates"])
-    return ModelRanking(refs[described["chosen"]["name"]], candidates, described["rows"], described["split"], refs)
+    rows, split, metric = described["rows"], described["split"], described["metric"]
+    return ModelRanking(refs[described["chosen"]["name"]], candidates, rows, split, refs, metric)
 
 
 @dataclass(frozen=True)
@@ -100,6 +108,8 @@ class _Entrant:
     """A candidate that can do the task and fits, with the sample in its own tokens."""
 
     model_ref: ModelRef
+    recipe: Recipe
+    """With the task's settings that this model completes, such as pooling."""
     task: TaskInterface
     processor: PreTrainedTokenizerBase
     plan: MemoryPlan
@@ -122,22 +132,25 @@ def rank_candidates(
     entrants: list[_Entrant] = []
     refs, out = resolve_candidates(recipe, choose, console, device, offline)
     for model_ref in refs:
-        entrant = _admit(model_ref, recipe, choose, sample, many, device)
+        entrant = _admit(model_ref, recipe, choose, rows, sample, many, device)
         if isinstance(entrant, _Entrant):
             entrants.append(entrant)
         else:
             out.append(entrant)
     shared = sorted(set.intersection(*(set(entrant.examples) for entrant in entrants))) if entrants else []
     if not shared:
-        problems = [Problem("no row can be encoded by all candidates")] if entrants else []
-        raise none_left(out, *problems)
+        raise none_left(out, *([Problem("no row can be encoded by all candidates")] if entrants else []))
     measured: list[RankedModel] = []
+    metric = "bits_per_byte"
     for entrant in entrants:
-        bits = _bits_per_byte(entrant, shared, recipe, device, console)
-        measured.append(RankedModel(entrant.model_ref.name, bits, None, entrant.plan.lower_bound, entrant.context))
-    measured.sort(key=lambda one: (math.isnan(one.bits_per_byte or 0), one.bits_per_byte or 0))
+        metric, score = _score(entrant, {index: sample[index] for index in shared}, device, console)
+        measured.append(RankedModel(entrant.model_ref.name, score, None, entrant.plan.lower_bound, entrant.context))
+    sign = 1 if metric in LOWER_IS_BETTER else -1
+    measured.sort(key=lambda one: (math.isnan(one.score or 0), sign * (one.score or 0)))
+    if math.isnan(measured[0].score or 0):
+        raise none_left(out, Problem(f"{metric} has no value on the {len(shared)} {split} rows for any candidate"))
     by_name = {entrant.model_ref.name: entrant.model_ref for entrant in entrants}
-    ranking = ModelRanking(by_name[measured[0].name], (*measured, *out), len(shared), split, by_name)
+    ranking = ModelRanking(by_name[measured[0].name], (*measured, *out), len(shared), split, by_name, metric)
     show_ranking(ranking, console, folder)
     return ranking
 
@@ -164,19 +177,20 @@ def show_ranking(ranking: ModelRanking, console: Console, folder: Path) -> None:
 
 def _draw_ranking(ranking: ModelRanking) -> Table:
     """Draw the table that shows why the first was chosen."""
-    title = f"Candidates by bits per byte on {ranking.rows} {ranking.split} rows (lower knows the rows better)"
+    measured, better = ranking.metric.replace("_", " "), "lower" if ranking.metric in LOWER_IS_BETTER else "higher"
+    title = f"Candidates by {measured} on {ranking.rows} {ranking.split} rows ({better} is better)"
     tried = any(candidate.steps for candidate in ranking.candidates)
     if tried:
         title += "; candidates with a trial by the bits after it, on all validation rows"
     table = Table(title=title, title_justify="left")
-    numbers = ("bits per byte", *(["tuned", "steps"] if tried else []), "needs at least", "context")
+    numbers = (measured, *(["tuned", "steps"] if tried else []), "needs at least", "context")
     for column in ("", "model", *numbers, "skipped because"):
         table.add_column(column, justify="right" if column in numbers else "left")
     for candidate in ranking.candidates:
         table.add_row(
             "→" if candidate.name == ranking.chosen.name else "",
             candidate.name,
-            "" if candidate.bits_per_byte is None else f"{candidate.bits_per_byte:.4f}",
+            _number(candidate.score, ".4f"),
             *([_number(candidate.tuned, ".4f"), _number(candidate.steps, ",")] if tried else []),
             "" if candidate.lower_bound is None else format_bytes(candidate.lower_bound),
             _number(candidate.context, ","),
@@ -301,6 +315,7 @@ def _admit(
     model_ref: ModelRef,
     recipe: Recipe,
     choose: ChooseTask,
+    rows: Rows,
     sample: Mapping[int, Row],
     many: Mapping[int, Row],
     device: str,
@@ -309,6 +324,7 @@ def _admit(
     try:
         task = choose(model_ref)
         _, config = find_class(model_ref, recipe, task)
+        recipe = task.infer_labels(recipe, rows, config)
         processor = load_processor(model_ref, recipe.model, recipe.data.system_prompt)
         plan = plan_memory(model_ref, recipe, task, recipe.data.max_length, device)
         context = context_length(config)
@@ -327,7 +343,7 @@ def _admit(
     if context is not None and (reason := _too_short(context, lengths, recipe)) is not None:
         return dataclasses.replace(out, reason=reason)
     fitting = {index: row for index, row in examples.items() if context is None or _longest(row) <= context}
-    return _Entrant(model_ref, task, processor, plan, context, fitting)
+    return _Entrant(model_ref, recipe, task, processor, plan, context, fitting)
 
 
 def _longest(row: list[Example] | str) -> int:
@@ -345,30 +361,30 @@ def _too_short(context: int, lengths: Sequence[int], recipe: Recipe) -> str | No
     return None
 
 
-def _bits_per_byte(entrant: _Entrant, shared: Sequence[int], recipe: Recipe, device: str, console: Console) -> float:
-    """Return bits per byte of the supervised text; end markers count as cost, not as bytes."""
-    task = entrant.task
-    collate = task.collator(entrant.processor, recipe)
-    examples = [example for index in shared for example in entrant.examples[index]]
-    longest = max(example.tokens for example in examples)
-    budget = micro_batch_tokens(entrant.plan, recipe.data.max_length, longest)
-    model = load_model(
-        entrant.model_ref,
-        recipe,
-        task,
-        entrant.processor,
-        device=device,
-        training=False,
-        plan=entrant.plan,
-        console=console,
-    ).model
-    nats = 0.0
+def _score(entrant: _Entrant, sample: Mapping[int, Row], device: str, console: Console) -> tuple[str, float]:
+    """Return the metric that compares models of the task, and its value on the sample."""
+    recipe, task, processor, plan = entrant.recipe, entrant.task, entrant.processor, entrant.plan
+    about = entrant.model_ref, recipe, task, processor
+    model = load_model(*about, device=device, training=False, plan=plan, console=console).model
     with torch.inference_mode(), compute_context(resolve_dtype(recipe.model.dtype, device), device):
-        for group in _batches_within(examples, budget):
-            batch = move_to(device, collate(group, 0))
-            nats += float(task.loss(model, batch, False).sum)
+        found = task.score_untuned([*sample.values()], model, processor, recipe, device)
+        if found is None:
+            examples = [example for index in sample for example in entrant.examples[index]]
+            found = "bits_per_byte", _bits_per_byte(model, entrant, examples, device)
     del model
     release_memory()
+    return found
+
+
+def _bits_per_byte(model: torch.nn.Module, entrant: _Entrant, examples: Sequence[Example], device: str) -> float:
+    """Return bits per byte of the supervised text; end markers count as cost, not as bytes."""
+    collate = entrant.task.collator(entrant.processor, entrant.recipe)
+    longest = max(example.tokens for example in examples)
+    budget = micro_batch_tokens(entrant.plan, entrant.recipe.data.max_length, longest)
+    nats = 0.0
+    for group in _batches_within(examples, budget):
+        batch = move_to(device, collate(group, 0))
+        nats += float(entrant.task.loss(model, batch, False).sum)
     return nats / math.log(2) / max(1, sum(example.target_bytes for example in examples))
 
 

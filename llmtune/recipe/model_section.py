@@ -64,14 +64,14 @@ class ModelSection(RecipeSection):
     candidates: Candidates | None = None
     """Models to choose from, instead of `name`: a list, or a catalogue query such as
     `{family: Qwen2.5, language: de, max_parameters: 2.0e9}`. Models that cannot do the task or do not fit in memory
-    are skipped. The rest are ranked by bits per byte on a sample of the rows. Default none: ranking loads every
-    candidate."""
+    are skipped. The rest are ranked on a sample of the rows, by bits per byte, for `task: embed` by nDCG@10 (rows with
+    scores: Spearman correlation). Default none: ranking loads every candidate."""
     licences: Many[NonEmpty] = ()
     """Licences that a candidate may have, by the hub's names, such as `apache-2.0`. Candidates with another or an
     unknown licence are skipped. Default none: any licence."""
     trials: int = Field(default=0, ge=0)
     """Steps of a short trial training of each candidate. The better half continues with twice as many steps until one
-    is left. Needs `data.validation`. Default 0: rank by bits per byte before training, which takes seconds."""
+    is left. Needs `data.validation`; not for `task: embed`. Default 0: rank before training, which takes seconds."""
     revision: NonEmpty = "main"
     """Branch, tag or commit on the hub. Default `main`; the lock file pins its commit."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -123,9 +123,16 @@ class ModelSection(RecipeSection):
             template_keys = ("chat_template", "chat_template_kwargs")
             why, fix = f"with task: {variant.task}", "Remove it, or use task: chat."
             diagnostics.none_has_effect(self, "model", template_keys, why, fix, "task")
-        if self.candidates is not None and (not variant.facts.ranks or variant.is_masked):
-            what = f"'model.candidates' cannot be ranked for task: {variant.task}: its models write no text"
+        facts = variant.facts
+        if self.candidates is not None and not facts.searches and (not facts.ranks or variant.is_masked):
+            has_head = not facts.decodes and not facts.takes_audio
+            head = "its models start from a new head, which scores at random"
+            why = head if has_head else "no score compares its models before tuning"
+            what = f"'model.candidates' cannot be ranked for task: {variant.task}: {why}"
             diagnostics.add("model.candidates", what, "Set model.name to one model.", "task")
+        if self.candidates is not None and self.trials and facts.searches:
+            what = f"'model.trials' compares bits per byte, which task: {variant.task} does not measure"
+            diagnostics.add("model.trials", what, "Remove it: candidates are ranked before tuning.", "task")
         if self.trials and not validates:
             what = "'model.trials' needs validation rows, but 'data.validation' is 0"
             diagnostics.add("model.trials", what, "Set data.validation, such as 0.1.", "data.validation")

@@ -258,17 +258,17 @@ def model_section(model: SelectedFacts | None) -> Section:
         blocks.append(Shares(named, title))
     ranking = model.get("ranking") or {}
     if candidates := ranking.get("candidates"):
-        tried = any(row.get("steps") for row in candidates)
+        tried, metric = any(row.get("steps") for row in candidates), ranking.get("metric", "bits_per_byte")
         rows: TableRows = [
             [
                 Cell(row["name"], note=f"skipped: {row['reason']}" if row.get("reason") else ""),
-                score(row.get("bits_per_byte")),
+                score(row.get(metric)),
                 *([score(row.get("tuned")), count(row.get("steps"))] if tried else []),
                 size(row.get("lower_bound")),
             ]
             for row in candidates
         ]
-        numbers = ("bits per byte", *(("after a trial", "of steps") if tried else ()), "needs")
+        numbers = (metric.replace("_", " "), *(("after a trial", "of steps") if tried else ()), "needs")
         columns: TableColumns = ["model", *(Column(name, "number") for name in numbers)]
         blocks.append(Table(columns, rows, "Candidates, ranked on the rows"))
     return Section("Model and memory plan", blocks, "Model", "model", brief=False)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeAlias, TypeVar, cast
 
 import torch
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from llmtune.data.collators import causal_collator
 from llmtune.data.example import Collate, Example
@@ -57,10 +57,6 @@ class Task(EvaluatedTask, Generic[RowT, PredictionT]):
     def matches(self, recipe: Recipe) -> bool:
         """Whether the recipe selects this variant."""
         return True
-
-    def infer_labels(self, recipe: Recipe, rows: Rows, config: PretrainedConfig) -> Recipe:
-        """Return the recipe completed with values inferred from the rows, such as class names."""
-        return recipe
 
     def make_row(self, given: Mapping[str, str | None]) -> RowT:
         """Return a prompt row from the user's inputs, named as in `inputs`."""

@@ -138,12 +138,8 @@ class Embed(Task[EmbedRow, Vectors]):
             notes["passages"] = f"{corpus}; {shared[1]:,} of {searched:,} passages also occur in training rows"
         return notes
 
-    def encode(self, rows: Sequence[EmbedRow], processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[Encoded]:
-        """Return an example per passage of each row: its texts in order, with their hashes."""
-        return [self.encode_row(row, processor, recipe) for row in rows]
-
     def encode_row(self, row: EmbedRow, processor: PreTrainedTokenizerBase, recipe: Recipe) -> Encoded:
-        """Return an example of the query, one passage and the negatives, for each passage."""
+        """Return an example of the query, one passage and the negatives, with their hashes, for each passage."""
         names, limit = text_names(row), recipe.data.max_length
         whole = [
             tokenize_prompted(name, text, processor, recipe) for name, text in zip(names, texts_of(row), strict=True)
@@ -255,6 +251,16 @@ class Embed(Task[EmbedRow, Vectors]):
         queries, searched = rank_labels(rows, vectors) if labelled else rank_passages(rows, vectors, found.corpus)
         measured = measure_ranking(metric, [query for _, query in queries], [row for row, _ in queries])
         return replace(measured, signature=f"{measured.signature}; {searched}")
+
+    def score_untuned(self, rows: Sequence[EmbedRow], *loaded: Any) -> tuple[str, float]:
+        """Return nDCG@10 among the passages or texts of the rows, or the correlation with their scores."""
+        metric = "ndcg@10" if rows[0]["score"] is None else "spearman"
+        opened = LoadedModel(*loaded)
+        vectors = self.predict(rows, opened)
+        measured = self.compute_metric(metric, EvalPrediction(vectors, rows), opened.recipe)
+        assert measured is not None, "both are metrics of the task"
+        is_finite = all(np.isfinite([*one.values()]).all() for one in vectors)
+        return metric, measured.value if is_finite else math.nan
 
     def class_table(self, found: EvalPrediction[Vectors], recipe: Recipe) -> dict[str, Any] | None:
         """Return the scores of vectors cut to each of `embed.dimensions`, the longest first; None without such."""

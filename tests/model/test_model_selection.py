@@ -3,11 +3,13 @@
 import json
 import math
 import shutil
+from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
 from support.adapting import SHAPE, build_family, quiet
+from support.families import build_bert
 from support.models import build_llama, train_tokenizer
 from support.rows import chat, write_jsonl
 from support.runs import invoke, write_recipe
@@ -82,7 +84,7 @@ def test_the_model_that_knows_the_rows_best_is_chosen(taught, disturbed, rows_fi
     ranking = rank(recipe, tmp_path, console)
     assert [Path(candidate.name) for candidate in ranking.candidates] == [taught, disturbed, fresh]
     assert ranking.chosen.path == taught
-    bits = [candidate.bits_per_byte for candidate in ranking.candidates]
+    bits = [candidate.score for candidate in ranking.candidates]
     assert bits == sorted(bits)
     assert bits[0] < 0.8 * bits[2]
     assert (ranking.split, ranking.rows) == ("validation", load_rows(tmp_path / "data").counts["validation"])
@@ -108,7 +110,7 @@ def test_bits_per_byte_equal_those_of_the_textbook(taught, rows_file, tmp_path):
             logs = plain(torch.tensor([whole])).logits[0].log_softmax(-1)
         nats -= float(sum(logs[i - 1, whole[i]] for i in range(len(head), len(whole))))
         size += len(answer["content"].encode())
-    assert ranking.candidates[0].bits_per_byte == pytest.approx(nats / math.log(2) / size, rel=1e-4)
+    assert ranking.candidates[0].score == pytest.approx(nats / math.log(2) / size, rel=1e-4)
 
 
 def test_test_rows_are_never_read(taught, rows_file, tmp_path):
@@ -223,3 +225,55 @@ def test_a_missing_candidate_does_not_end_a_run(taught, rows_file, tmp_path):
     assert json.loads(done.stdout)["model"]["name"] == str(taught)
     done = invoke("select", recipe, "--out", tmp_path / "two", "--set", f"model.candidates=[{tmp_path / 'no'}]")
     assert (done.exit_code, "not found" in done.stderr) == (4, True)
+
+
+def blend(folder: Path, weight: float) -> Path:
+    """Build an encoder with sharp word vectors: at weight 0 they reach its output, at 1 every token gets one vector."""
+    build_bert(folder)
+    model = AutoModelForMaskedLM.from_pretrained(folder)
+    bert = model.bert
+    with torch.no_grad():
+        words = bert.embeddings.word_embeddings.weight
+        words.copy_((1 - weight) * torch.randn(words.shape, generator=torch.Generator().manual_seed(0)) + weight)
+        bert.embeddings.position_embeddings.weight.zero_()
+        for layer in bert.encoder.layer:
+            for linear in (layer.attention.output.dense, layer.output.dense):
+                linear.weight.zero_()
+                linear.bias.zero_()
+    model.save_pretrained(folder)
+    return folder
+
+
+ANIMALS = ["cat", "dog", "bird", "fish", "fox", "house", "river", "stone", "sky", "tree"]
+EMBEDDED = {
+    "ndcg@10": [{"query": f"{i} {one}?", "passage": f"The {one} {i} is red."} for i in range(6) for one in ANIMALS],
+    "ndcg@10 of classes": [{"text": f"{one} number {i}", "label": one} for i in range(6) for one in ANIMALS],
+    "spearman": [
+        {"query": f"{a} {i}", "passage": f"the {b} {i}", "score": float(a == b)}
+        for i, (a, b) in enumerate(product(ANIMALS[:5], ANIMALS[:5] + ANIMALS[:3]))
+    ],
+}
+
+
+@pytest.mark.parametrize("kind", EMBEDDED)
+def test_encoders_are_ranked_by_the_order_of_passages_before_tuning(kind, tmp_path):
+    """One maps equal words to equal vectors; the vectors of the other are all equal."""
+    metric = kind.removesuffix(" of classes")
+    words, collapsed, wide = blend(tmp_path / "words", 0.0), blend(tmp_path / "collapsed", 1.0), tmp_path / "wide"
+    build_bert(wide, hidden_size=128)
+    rows = write_jsonl(tmp_path / "rows.jsonl", EMBEDDED[kind])
+    model = {"name": None, "candidates": [str(wide), str(collapsed), str(words)]}
+    data = {"validation": 0.3, "max_length": 64}
+    more = {"evaluate": {"metrics": None}, "generation": {"max_new_tokens": None}, "embed": {"dimensions": [64, 16]}}
+    recipe = write_recipe(tmp_path / "r.yaml", "none", rows, task="embed", model=model, data=data, **more)
+    done = invoke("select", recipe, "--out", tmp_path / "out", "--json")
+    assert done.exit_code == 0, done.stderr
+    assert json.loads(done.stdout)["model"]["name"] == str(words)
+    assert f"Candidates by {metric} on" in done.stderr
+    assert "higher is better" in done.stderr
+    ranking = json.loads((tmp_path / "out" / "model" / "ranking.json").read_text())
+    assert (ranking["metric"], ranking["side"]) == (metric, "validation")
+    first, second, last = ranking["candidates"]
+    assert [first["name"], second["name"]] == [str(words), str(collapsed)]
+    assert first[metric] > second[metric] + 0.2
+    assert "the longest of embed.dimensions is 64" in last["reason"]

@@ -34,7 +34,7 @@ def test_the_better_half_continues_with_twice_the_steps_until_one_remains():
     assert [(one.name, one.steps) for one in found.candidates] == [
         *(("d", 40), ("c", 40), ("b", 20), ("a", 10), ("e", 10), ("gone", None))
     ]
-    assert [one.bits_per_byte for one in found.candidates[:3]] == [3.0, 2.0, 1.0]
+    assert [one.score for one in found.candidates[:3]] == [3.0, 2.0, 1.0]
 
 
 def test_a_failed_trial_drops_its_candidate_and_the_run_ends_if_all_fail():

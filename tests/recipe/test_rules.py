@@ -4,6 +4,7 @@ from llmtune.recipe.loader import load_recipe
 
 TWO = "data.train=[a.jsonl, b.jsonl]"
 MASKED, PREFERENCE = ["task=completion", "completion.objective=masked"], ["task=preference"]
+CANDIDATES = ["model.name=null", "model.candidates=[a/b, c/d]"]
 POINTING, WRITING = ["task=qa", "qa.style=extractive"], ["task=qa", "qa.style=generative"]
 
 
@@ -108,6 +109,8 @@ def test_the_same_key_is_accepted_where_it_has_an_effect(write, sets, key):
         (["model.name=a", "model.candidates=[a, b]"], "both 'model.name' and 'model.candidates'", "Keep one of them"),
         (["model.name=null"], "neither 'model.name' nor 'model.candidates'", "Name a model"),
         (["model.name=null", "model.candidates=[a, a]"], "names a model twice", "once"),
+        (["task=rerank", *CANDIDATES], "its models start from a new head", "one model"),
+        (["task=embed", *CANDIDATES, "model.trials=5"], "'model.trials' compares bits per byte", "before tuning"),
         (["model.name=a/b/c"], "'model.name' is 'a/b/c'", "Name an existing folder"),
         (["model.name=hub:a/b"], "'model.name' is 'hub:a/b'", "without `hub:`: a/b"),
         (["model.name='builtin:'"], "without a name", "builtin:NAME"),
