@@ -18,7 +18,7 @@ def judge(case, reference, results):
     far = abs(exact[nearest] - reported) / exact[nearest]
     if far > 1e-3:
         return Finding(
-            "silently wrong", f"a loss of {reported:.4f}; answers and their ends have {exact[next(iter(exact))]:.4f}"
+            "unexplained", f"a loss of {reported:.4f}; answers and their ends have {exact[next(iter(exact))]:.4f}"
         )
     return Finding("right" if nearest in RIGHT else "silently wrong", nearest, far)
 

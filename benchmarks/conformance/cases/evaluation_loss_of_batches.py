@@ -21,7 +21,7 @@ def judge(case, reference, results):
             if abs(loss - reported) < 1e-3 * loss:
                 return Finding(verdict, way, abs(loss - reported) / loss)
     return Finding(
-        "silently wrong",
+        "unexplained",
         f"a loss of {reported:.4f}; the mean over all learned tokens is {exact[next(iter(exact))]:.4f}",
     )
 

@@ -31,8 +31,8 @@ def configure(job: Job) -> Configuration:
         raise NotOffered("rows of one question and answer only; adapters in a format of its own")
     if job["packing"] or job["processes"] > 1 or job["steps"] > 1 or job["train_on"] == "last" or job["extra"]:
         raise NotOffered("no packing, no processes on CPUs, no schedule without warmup, no such setting")
-    settings = {"precision": "32-true", "seed": job["seed"], "data": "JSON", "optimizer.class_path": "torch.optim.SGD"}
-    settings |= {"optimizer.init_args.lr": job["learning_rate"], "train.max_seq_length": job["max_length"]}
+    settings = {"precision": "32-true", "seed": job["seed"], "data": "JSON", "train.max_seq_length": job["max_length"]}
+    settings["optimizer"] = {"class_path": "torch.optim.SGD", "init_args": {"lr": job["learning_rate"]}}
     # the first step of its warmup has a rate of 0, and a warmup of 0 steps divides by 0
     settings |= {"train.lr_warmup_steps": 1, "train.max_steps": job["steps"] + 1, "train.epochs": 9}
     settings |= {"train.global_batch_size": job["batch_size"], "train.micro_batch_size": job["micro_batch_size"]}
@@ -61,7 +61,11 @@ def train(job: Job, settings: Configuration) -> dict[str, Any]:
     adapter.call(main, "litgpt", "convert_to_litgpt", str(out / "base"), "--model_name", name)
     options = settings | {"data.json_path": out / "data", "out_dir": out / "tuned"}
     adapter.call(
-        main, "litgpt", "finetune_full", str(out / "base"), *(f"--{key}={value}" for key, value in options.items())
+        main,
+        "litgpt",
+        "finetune_full",
+        str(out / "base"),
+        *(f"--{key}={json.dumps(value) if isinstance(value, dict) else value}" for key, value in options.items()),
     )
     adapter.call(main, "litgpt", "convert_from_litgpt", str(out / "tuned" / "final"), str(model))
     weights = {key: value.clone() for key, value in torch.load(model / "model.pth").items()}

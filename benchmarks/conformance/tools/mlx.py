@@ -92,4 +92,4 @@ def as_peft(folder: Path, lora: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    adapter.serve("mlx-lm", configure, train, {"the whole text": MASK}, torchrun=False)
+    adapter.serve("mlx-lm", configure, train, {"the whole text": MASK, "only the last answer": MASK}, torchrun=False)
