@@ -17,6 +17,7 @@ from llamafactory.cli import main  # noqa: E402
 STAGES = {"messages": "sft", "text": "pt", "preference": "dpo"}
 TEMPLATES = {"qwen2.5": "qwen", "qwen3": "qwen3", "llama3": "llama3"}
 LORA = {"r": "lora_rank", "target_modules": "lora_target", "modules_to_save": "additional_target"}
+PEFT = "https://huggingface.co/docs/peft/developer_guides/troubleshooting"
 CUTOFF = "https://github.com/hiyouga/LlamaFactory/blob/main/src/llamafactory/hparams/data_args.py"
 EXTRA = {"validation": "val_size", "thinking": "enable_thinking", "add_tokens": "add_tokens"}
 
@@ -83,4 +84,4 @@ def run(command: str, folder: Path, settings: Configuration) -> None:
 
 
 if __name__ == "__main__":
-    adapter.serve("llamafactory", configure, train, {"an answer cut off": CUTOFF})
+    adapter.serve("llamafactory", configure, train, {"an answer cut off": CUTOFF, "the misspelt module": PEFT})

@@ -16,6 +16,11 @@ TYPES = {"qwen2.5": ("qwen2", "qwen2_5"), "qwen3": ("qwen3", "qwen3"), "llama3":
 LORA = {"r": "lora_rank"}
 EXTRA = {"validation": "split_dataset_ratio", "thinking": "enable_thinking", "add_tokens": "new_special_tokens"}
 
+DOCUMENTED = {
+    "the long row left out": "https://github.com/modelscope/ms-swift/blob/main/docs/source/Instruction/Command-line-parameters.md",
+    "the misspelt module": "https://huggingface.co/docs/peft/developer_guides/troubleshooting",
+}
+
 
 def configure(job: Job) -> Configuration:
     """Return the arguments."""
@@ -67,4 +72,4 @@ def as_arguments(values: Configuration) -> list[str]:
 
 
 if __name__ == "__main__":
-    adapter.serve("ms-swift", configure, train)
+    adapter.serve("ms-swift", configure, train, DOCUMENTED)
