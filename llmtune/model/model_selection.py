@@ -143,7 +143,7 @@ def rank_candidates(
     measured: list[RankedModel] = []
     metric = "bits_per_byte"
     for entrant in entrants:
-        metric, score = _score(entrant, {index: sample[index] for index in shared}, device, console)
+        metric, score = _score_entrant(entrant, {index: sample[index] for index in shared}, device, console)
         measured.append(RankedModel(entrant.model_ref.name, score, None, entrant.plan.lower_bound, entrant.context))
     sign = 1 if metric in LOWER_IS_BETTER else -1
     measured.sort(key=lambda one: (math.isnan(one.score or 0), sign * (one.score or 0)))
@@ -361,7 +361,7 @@ def _too_short(context: int, lengths: Sequence[int], recipe: Recipe) -> str | No
     return None
 
 
-def _score(entrant: _Entrant, sample: Mapping[int, Row], device: str, console: Console) -> tuple[str, float]:
+def _score_entrant(entrant: _Entrant, sample: Mapping[int, Row], device: str, console: Console) -> tuple[str, float]:
     """Return the metric that compares models of the task, and its value on the sample."""
     recipe, task, processor, plan = entrant.recipe, entrant.task, entrant.processor, entrant.plan
     about = entrant.model_ref, recipe, task, processor

@@ -76,7 +76,7 @@ class _Units:
 
     @classmethod
     def of(cls, plan: MemoryPlan, skeleton: PreTrainedModel, recipe: Recipe) -> _Units:
-        """Measure the largest layer and what is outside layers."""
+        """Measure the largest layer and the weights outside layers."""
         full = recipe.adapter.method == "full"
         compute_bytes = torch.finfo(resolve_dtype(recipe.model.dtype, plan.device)).bits // 8
         sizes = [sum(parameter.numel() for parameter in layer.parameters()) for layer in kept_together(skeleton)]
