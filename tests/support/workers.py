@@ -93,7 +93,7 @@ def share_tiny(folder: str) -> dict[str, bool]:
 
 
 def shard_packed(folder: str) -> dict[str, object]:
-    """Shard the 4-bit model of the recipe in `folder`; return its unsharded weights, and whether the first loss is equal."""
+    """Shard the 4-bit model of the recipe in `folder`; return its unsharded weights, and whether first losses agree."""
     import torch
     from accelerate.utils import gather_object
     from torch.distributed.tensor import DTensor
