@@ -104,7 +104,7 @@ class TaskFacts:
     mines: bool = False
     """Whether negatives can be mined (`data.negatives`)."""
     split_by: str | None = None
-    """Column that groups rows if the recipe does not set `data.split_by`."""
+    """Column that groups rows if the recipe does not set `data.split_by`; all rows of the task have it once parsed."""
 
     @property
     def has_messages(self) -> bool:
@@ -313,6 +313,7 @@ _TASKS = (
         unswapped="queries and passages may have to change together",
         searches=True,
         mines=True,
+        split_by="query",
         pipeline="sentence-similarity",
         library="sentence-transformers",
     ),

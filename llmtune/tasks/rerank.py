@@ -196,6 +196,7 @@ class Rerank(Task[RerankRow, RerankPrediction]):
             return measured
         miner = mined.model or recipe.model.name
         searched = f"passages mined with {miner} (mine {mined.mine}, below {mined.below:g})"
+        searched += ", in data.corpus too" if recipe.data.corpus else ""
         return replace(measured, signature=f"{measured.signature}; {searched}")
 
     def baseline(
