@@ -206,8 +206,8 @@ class DataSection(RecipeSection):
     `{user: customer, assistant: [agent, bot]}`. Default none: the usual names are recognised."""
     split_by: NonEmpty | None = None
     """Column that groups rows. A group stays in one split and is resampled as one for confidence intervals. Default
-    none: rows are independent, but those of `task: embed` and `task: rerank` are grouped by `query`; rows with classes,
-    by their text."""
+    none: rows are independent, but those of embedding models and rerankers are grouped by `query`, or by `text` if they
+    have classes."""
     deduplicate: Literal["none", "exact", "near"] = "near"
     """Drop exact duplicates, or near duplicates too. Default `near`: the model memorises repeated rows, and a near
     copy in test inflates the score."""

@@ -46,15 +46,14 @@ def negatives_blocks(mined: Json | None, surveyed: Json | None) -> list[Block]:
 def describe_mining(mined: Json) -> str:
     """Describe where negatives were searched, how many were found per query, and what was skipped."""
     searched = ", ".join(f"{count(number)} ({split})" for split, number in mined["searched"].items())
-    text = f"Searched passages, with {mined['model']}: {searched}. They are those of the rows of the same split"
-    text += f" and the {count(mined['corpus'])} of data.corpus. " if mined["corpus"] else ". "
-    text += f"Mined {count(mined['negatives'])} negatives for {count(mined['queries'])} queries: "
-    text += (
-        f"{mined['negatives'] / max(1, mined['queries']):.1f} per query on average; {count(mined['short'])} queries "
+    corpus = f" and the {count(mined['corpus'])} of data.corpus" if mined["corpus"] else ""
+    mean = mined["negatives"] / max(1, mined["queries"])
+    return (
+        f"Searched passages, with {mined['model']}: {searched}. They are those of the rows of the same split{corpus}. "
+        f"Mined {count(mined['negatives'])} negatives for {count(mined['queries'])} queries: {mean:.1f} per query on "
+        f"average; {count(mined['short'])} queries have fewer than {mined['mine']}, {count(mined['without'])} have "
+        f"none. Skipped {count(mined['skipped'])} nearer passages that score above {mined['below']:g} × the query’s own."
     )
-    text += f"have fewer than {mined['mine']}, {count(mined['without'])} have none. Skipped "
-    text += f"{count(mined['skipped'])} nearer passages that score above {mined['below']:g} × the query’s own."
-    return text
 
 
 def describe_test_passages(all: int, searched: int, mined: int) -> str:

@@ -17,7 +17,6 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import TypeVar
 
 import pyarrow as pa
 import torch
@@ -30,9 +29,8 @@ from llmtune.data.ingest import progress_bars
 from llmtune.data.row_store import MINED, iterate_batches, iterate_rows, iterate_texts, load_rows, read_rows, save_rows
 from llmtune.errors import RecipeError
 from llmtune.evaluate.evaluated_task import LoadedModel
-from llmtune.evaluate.ranking_metrics import RELEVANT
+from llmtune.evaluate.ranking_metrics import RELEVANT, measure_vectors
 from llmtune.evaluate.token_batches import cut_evenly
-from llmtune.evaluate.vector_search import measure_vectors
 from llmtune.model.config import head_is_new, read_model_config
 from llmtune.model.device import compute_context, release_memory, resolve_dtype
 from llmtune.model.loading import load_model
@@ -50,11 +48,10 @@ from llmtune.store.atomic_files import hash_value, staged
 from llmtune.store.run_folder import StepRun
 from llmtune.store.run_lock import package_versions
 from llmtune.store.seed_runs import hard_link
-from llmtune.tasks.embed import embed_texts, infer_rows
+from llmtune.tasks.embed import infer_rows
 from llmtune.tasks.registry import get_task
-from llmtune.tasks.sentence_folder import resolve_settings
+from llmtune.tasks.sentence_vectors import embed_texts, resolve_settings
 
-T = TypeVar("T")
 OpenStep = Callable[[str, str, Sequence[str]], AbstractContextManager[StepRun]]
 """Opens a step of a run by name, hash of its inputs, and outputs; see `RunFolder.step`."""
 WIDER = 10
@@ -69,7 +66,7 @@ NEAR = 0.95
 
 @dataclass(frozen=True)
 class Pairs:
-    """The different queries (Q) of a split that have a right passage, and all passages that are searched for them."""
+    """The different queries (Q) of a split to mine for, and all passages that are searched for them."""
 
     queries: list[str]
     origins: list[str]
@@ -81,15 +78,6 @@ class Pairs:
     """[Q] passages that the rows name as irrelevant."""
     itself: list[int | None]
     """[Q] the passage equal to the query, if any."""
-
-    def take(self, numbers: Sequence[int]) -> Pairs:
-        """Return some of the queries, with all passages."""
-
-        def some(part: list[T]) -> list[T]:
-            return [part[i] for i in numbers]
-
-        queries, origins, itself = some(self.queries), some(self.origins), some(self.itself)
-        return Pairs(queries, origins, self.passages, some(self.own), some(self.wrong), itself)
 
 
 @dataclass(frozen=True)
@@ -155,7 +143,6 @@ def mine_rows(rows: Rows, recipe: Recipe, model_ref: ModelRef, device: str, fold
             bar = progress.add_task("mine: read the passages", total=len(texts))
             vectors_PD = embed_unit([(False, text) for text in texts], loaded, lambda done: progress.advance(bar, done))
         for split, pairs in searched.items():
-            pairs = pairs.take([i for i, wrong in enumerate(pairs.wrong) if split == "train" or not wrong])
             about = f"mine: {len(pairs.queries):,} queries, {len(pairs.passages):,} passages ({split})"
             console.print(about, highlight=False)
             queries_QD = embed_unit([(True, query) for query in pairs.queries], loaded)
@@ -196,10 +183,16 @@ def mining_facts(mined: Mapping[str, tuple[Pairs, Mined]], section: NegativesSec
     return facts
 
 
+def judged(row: Row) -> Iterator[tuple[str, bool]]:
+    """Yield the passages of a row, each with whether it is right."""
+    relevances = row.get("relevances") or [1.0] * len(row["passages"])
+    yield from ((text, relevance > RELEVANT) for text, relevance in zip(row["passages"], relevances, strict=True))
+    yield from ((text, False) for text in row.get("negatives") or ())
+
+
 def count_test_passages(rows: Rows, searched: Pairs, mined: Mined) -> dict[str, int]:
     """Count the right passages of test queries: all, those searched for training queries, and those mined."""
-    test = collect_pairs(rows, "test", ()) if "test" in rows.files else searched.take([])
-    right = {test.passages[place] for own in test.own for place in own}
+    right = {text for _, row in iterate_rows(rows, "test") for text, is_right in judged(row) if is_right}
     places = {place for nearest in mined.negatives for place in nearest}
     found = {searched.passages[place] for place in places}
     return {"all": len(right), "searched": len(right & {*searched.passages}), "mined": len(right & found)}
@@ -255,21 +248,22 @@ def embed_unit(
 
 
 def collect_pairs(rows: Rows, split: str, corpus: Sequence[str]) -> Pairs:
-    """Return the different queries and passages of a split, the right passages first; then those of the corpus."""
+    """Return the queries of a split that have a right passage, and the passages: right, wrong, those of the corpus.
+
+    Held-out queries with a wrong passage need no others.
+    """
     origins: dict[str, str] = {}
     right: defaultdict[str, dict[str, None]] = defaultdict(dict)
     wrong: defaultdict[str, dict[str, None]] = defaultdict(dict)
     for origin, row in iterate_rows(rows, split):
-        relevances = row.get("relevances") or [1.0] * len(row["passages"])
         origins.setdefault(row["query"], origin)
-        for passage, relevance in zip(row["passages"], relevances, strict=True):
-            (right if relevance > RELEVANT else wrong)[row["query"]][passage] = None
-        wrong[row["query"]] |= dict.fromkeys(row.get("negatives") or ())
+        for passage, is_right in judged(row):
+            (right if is_right else wrong)[row["query"]][passage] = None
     place: dict[str, int] = {}
     for texts in (*right.values(), *wrong.values(), corpus):
         for text in texts:
             place.setdefault(text, len(place))
-    queries = [query for query in origins if right[query]]
+    queries = [query for query in origins if right[query] and (split == "train" or not wrong[query])]
     own, others = ([[place[text] for text in kind[query]] for query in queries] for kind in (right, wrong))
     itself = [place.get(query) for query in queries]
     return Pairs(queries, [origins[query] for query in queries], [*place], own, others, itself)
