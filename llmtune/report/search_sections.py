@@ -52,7 +52,8 @@ def describe_mining(mined: Json) -> str:
         f"Searched passages, with {mined['model']}: {searched}. They are those of the rows of the same split{corpus}. "
         f"Mined {count(mined['negatives'])} negatives for {count(mined['queries'])} queries: {mean:.1f} per query on "
         f"average; {count(mined['short'])} queries have fewer than {mined['mine']}, {count(mined['without'])} have "
-        f"none. Skipped {count(mined['skipped'])} nearer passages that score above {mined['below']:g} × the query’s own."
+        f"none. Skipped {count(mined['skipped'])} nearer passages, which score above {mined['below']:g} × the query’s "
+        "own."
     )
 
 
