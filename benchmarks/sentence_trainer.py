@@ -34,14 +34,16 @@ from rich.console import Console
 
 from llmtune.data.examples import ExampleReader, load_examples
 from llmtune.data.row_store import iterate_rows, load_rows
+from llmtune.data.search_rows import named_texts
 from llmtune.evaluate.evaluated_task import EvalPrediction
 from llmtune.evaluate.metric import Measure, own_interval, paired_difference
 from llmtune.evaluate.per_row_scores import load_measures
 from llmtune.model.device import resolve_dtype
 from llmtune.recipe.loader import LoadedRecipe, load_recipe
 from llmtune.recipe.schema import Recipe
-from llmtune.tasks.embed import Embed, embed_section, text_names
+from llmtune.tasks.embed import Embed
 from llmtune.tasks.rerank import Rerank, ranked, rerank_section
+from llmtune.tasks.sentence_vectors import embed_section
 from llmtune.train.batch_plan import StepPlan
 from llmtune.train.optimizer import build_optimizer, build_schedule
 
@@ -272,7 +274,7 @@ def embed_rows(model: Any, rows: list[Row]) -> list[Any]:
     queries = iter(model.encode_query([row["query"] for row in rows], show_progress_bar=False).tolist())
     others = [text for row in rows for text in (*row["passages"], *row["negatives"])]
     vectors = iter(model.encode_document(others, show_progress_bar=False).tolist())
-    return [{name: next(queries if name == "query" else vectors) for name in text_names(row)} for row in rows]
+    return [{name: next(queries if name == "query" else vectors) for name, _ in named_texts(row)} for row in rows]
 
 
 def compare_scores(run: Path, recipe: Recipe, theirs: dict[str, Measure]) -> Row:

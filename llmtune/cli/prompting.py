@@ -50,7 +50,7 @@ def generate_command(
     context: Annotated[str | None, typer.Option("--context", help="The text with the answer (qa).")] = None,
     pair: Annotated[str | None, typer.Option("--pair", help="The second text of a pair (classify).")] = None,
     audio: Annotated[Path | None, typer.Option("--audio", help="A recording: wav, flac, mp3, ogg (speech).")] = None,
-    passages: Annotated[Path | None, typer.Option("--passages", help="A file of passages to rank (rerank).")] = None,
+    passages: Annotated[Path | None, typer.Option("--passages", help="A file of passages to rank or encode.")] = None,
     answer: Annotated[str | None, typer.Option("--answer", help="The answer to score (preference, reward).")] = None,
     source_language: Annotated[str | None, typer.Option(help="The text's language (translate).")] = None,
     target_language: Annotated[str | None, typer.Option(help="The answer's language (translate).")] = None,

@@ -147,21 +147,22 @@ def list_readings(survey: Survey, task: str | None = None, columns: Mapping[str,
 
 
 def sorted_for_search(readings: list[Reading]) -> list[Reading]:
-    """Put embed before rerank, and drop a reranker that would learn from right passages alone.
+    """Put a model that searches before one that ranks, and drop one that would learn from right passages alone.
 
-    Embed does not read graded passages, so pairs and triplets are for embed, and graded rows for rerank.
+    Only rankers read graded passages, so pairs and triplets are for search, and graded rows for ranking.
     """
     kept = [one for one in readings if not _lacks_irrelevant(one)]
     tasks = [one.task for one in kept]
-    if {"embed", "rerank"} <= {*tasks}:
-        kept.insert(tasks.index("rerank"), kept.pop(tasks.index("embed")))
+    for place, task in enumerate(tasks):
+        if (first := TASK_FACTS[task].after) in tasks:
+            kept.insert(place, kept.pop(tasks.index(first)))
     return kept
 
 
 def _lacks_irrelevant(reading: Reading) -> bool:
     """Whether a reranker could not learn from the rows before `data.negatives` mines irrelevant passages."""
-    rows: Sequence[Mapping[str, Any]] = reading.rows if reading.task == "rerank" else ()
-    return bool(rows) and len({relevance for row in rows for relevance in row["relevances"]}) == 1
+    rows: Sequence[Mapping[str, Any]] = reading.rows
+    return len({relevance for row in rows for relevance in row.get("relevances", ())}) == 1
 
 
 def refusals(survey: Survey, task: str | None = None, columns: Mapping[str, str] | None = None) -> list[str]:

@@ -303,7 +303,8 @@ class _RowParser:
             if len(text) > MAX_ROW_BYTES:
                 raise RowError("too large", f"the row has {len(text) / 2**20:.0f} MiB of text")
             content = hash_content(row)
-            group = _split_group(raw, self.split_by, required=split < 0) or int.from_bytes(content[8:], "big")
+            values = raw if self.split_by in raw else row
+            group = _split_group(values, self.split_by, required=split < 0) or int.from_bytes(content[8:], "big")
         except RowError as error:
             return origin, error, ()
         except RecursionError:

@@ -24,9 +24,11 @@ class EmbedRow(TypedDict):
     label: str | None
 
 
-def texts_of(row: EmbedRow) -> list[str]:
-    """Return all texts of a row in order: the query, the passages, the negatives."""
-    return [*([] if row["query"] is None else [row["query"]]), *row["passages"], *row["negatives"]]
+def named_texts(row: EmbedRow) -> list[tuple[str, str]]:
+    """Return all texts of a row, each with its name: query, passage, passage_2, negative, negative_2 and so on."""
+    query = [] if row["query"] is None else [row["query"]]
+    parts = (("query", query), ("passage", row["passages"]), ("negative", row["negatives"]))
+    return [(name if i == 0 else f"{name}_{i + 1}", text) for name, texts in parts for i, text in enumerate(texts)]
 
 
 def embed_from_pair(row: Mapping[str, object]) -> EmbedRow:

@@ -144,11 +144,9 @@ def write_script(model: PreTrainedModel, tuned: TunedModel, folder: Path) -> Non
         body, constants = _encoder_decoder_script(model, tuned)
     elif tuned.task.continues_text:
         body, constants = DECODER + WRITE, _decoder_constants(model, tuned)
-    elif (embed := tuned.recipe.embed) is not None:
-        body = VECTOR
-        constants |= {"PROMPT": embed.query_prompt, "POOLING": embed.pooling, "NORMALIZE": embed.normalize}
     else:
         body = _head_script(model, tuned)
+        constants |= tuned.task.export_constants(tuned.recipe)
     needed = constants.get("PLACES") or tuned.task.required_inputs or tuned.task.optional_inputs[:1]
     optional = ["[pair]"] if "pair" in tuned.task.optional_inputs else []
     arguments = " ".join([*needed, *optional]).upper().replace("<", "").replace(">", "")
@@ -163,6 +161,7 @@ def _head_script(model: PreTrainedModel, tuned: TunedModel) -> str:
         "AutoModelForQuestionAnswering": SPAN,
         "AutoModelForMaskedLM": MASK,
         "AutoModelForCTC": LETTERS,
+        "AutoModel": VECTOR,
     }
     return by_class.get(tuned.task.auto_class) or kinds[tuned.task.output_kind(tuned.recipe)]
 

@@ -145,7 +145,7 @@ def make_inputs(
         groups=read_slices(rows, fairness.groups if fairness else (), numbers, "evaluate.fairness.groups"),
         clusters=read_clusters(rows, split, kept),
         full_rows=tuple(read_full_rows(rows, split, kept)) if recipe.evaluate.own_metrics else (),
-        corpus=read_corpus(rows, split),
+        corpus=read_corpus(rows, split) if facts.searches else (),
     )
 
 

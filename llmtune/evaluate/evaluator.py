@@ -266,7 +266,7 @@ def describe_metrics(
     """Describe how each metric was computed, and what was omitted."""
     by_metric = dict.fromkeys(inputs.metrics, "not measured: these rows lack its inputs")
     by_metric |= {metric: one.signature for metric, one in measures.items()} | {"intervals": METHOD} | inputs.notes
-    if recipe.data.split_by is not None and not inputs.clusters:
+    if recipe.data.split_by not in (None, TASK_FACTS[recipe.task].split_by) and not inputs.clusters:
         by_metric["intervals.groups"] = "no two test rows have the same data.split_by value: rows are drawn one by one"
     if answers.texts and TASK_FACTS[recipe.task].generates:
         settings = recipe.generation.model_dump(exclude_none=True)

@@ -1,25 +1,39 @@
-"""Metrics of ranked passages, one number per query: nDCG, reciprocal rank and recall at a cutoff, average precision.
+"""Search with vectors, and metrics of ranked passages: nDCG, reciprocal rank and recall at a cutoff, mean precision.
 
-They equal those of ir-measures (trec_eval): nDCG with linear gains, a passage is relevant if its relevance is above
-one half. Equal scores have no order, so each metric is its mean over all orders of them, as in McSherry and Najork,
-"Computing Information Retrieval Performance Measures Efficiently in the Presence of Tied Scores", 2008. The order of
-rows in a file therefore changes no score, and a model that scores all passages equally ranks like chance.
+A metric has a number per query. They equal the metrics of ir-measures (trec_eval): nDCG with linear gains; a passage is
+relevant if its relevance is above one half. Equal scores have no order, so each metric is its mean over all orders of
+them, as in McSherry and Najork, "Computing Information Retrieval Performance Measures Efficiently in the Presence of
+Tied Scores", 2008. The order of rows in a file therefore changes no score, and a model that scores all passages equally
+ranks like chance.
 
-Shapes: P ranked passages of a query, best first; G groups of passages with equal scores.
+Shapes: P passages, ranked ones best first; G groups of passages with equal scores; N rows, Q queries, D numbers of a
+vector.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 import numpy as np
+from numpy.typing import NDArray
 
-from llmtune.evaluate.metric import Measure, measure_shares
+from llmtune.data.search_rows import EmbedRow
+from llmtune.evaluate.evaluated_task import Corpus
+from llmtune.evaluate.metric import Measure, columns, measure_means, measure_shares, ratio
 from llmtune.evaluate.paired_statistics import Floats
+from llmtune.store.atomic_files import hash_value
 
 RELEVANT = 0.5
 """A passage is relevant above this relevance."""
+Vectors: TypeAlias = dict[str, list[float]]
+"""The vector of each text of a row by its name: query, passage, passage_2, negative and so on."""
+RANKED = 1000
+"""Passages of a query whose order counts; others count as not found."""
+AT_ONCE = 256
+"""Queries compared with all passages at a time."""
 SIGNATURE = "mean over queries with a relevant passage; equal scores count as the mean of their orders"
 
 
@@ -101,3 +115,107 @@ def precisions(groups: Sequence[tuple[int, int, int]]) -> Iterator[float]:
         others = (hits - 1) / (size - 1) if size > 1 else 0.0
         yield from (hits / size * (before + 1 + i * others) / (start + i + 1) for i in range(size))
         before += hits
+
+
+# Search with vectors
+
+
+def unit(vector: Sequence[float] | NDArray[np.float32]) -> Floats:
+    """Return a vector scaled to length 1; zeros stay."""
+    numbers = np.asarray(vector, dtype=np.float64)
+    return np.asarray(numbers / max(float(np.linalg.norm(numbers)), 1e-12))
+
+
+def measure_vectors(unit_ND: Floats) -> tuple[float, float]:
+    """Return the mean cosine of two different vectors of length 1, and their effective rank."""
+    count = len(unit_ND)
+    total, moments_DD = unit_ND.sum(0), unit_ND.T @ unit_ND
+    return float((total @ total - count) / max(1, count * (count - 1))), count**2 / float((moments_DD**2).sum())
+
+
+def measure_spread(metric: str, vectors: Sequence[Vectors]) -> Measure:
+    """Measure how different the vectors of unrelated texts are; each row adds its last text.
+
+    The effective rank is the participation ratio of the vectors' second moments: 1 over the mean squared cosine.
+    """
+    unit_ND = np.stack([unit([*one.values()][-1]) for one in vectors]) if vectors else np.zeros((0, 1))
+    count = len(unit_ND)
+    if metric == "random_cosine":
+        cosine_N = (unit_ND @ unit_ND.sum(0) - 1) / max(1, count - 1)
+        return measure_means(metric, cosine_N.tolist(), "mean cosine of each row's text with those of other rows")
+    squared_N = ((unit_ND @ (unit_ND.T @ unit_ND)) * unit_ND).sum(1) / count
+    signature = "participation ratio of the vectors: 1 if all are parallel, at most their length"
+    return Measure(metric, columns(np.ones(count), squared_N), ratio, signature=signature)
+
+
+def rank_passages(
+    rows: Sequence[EmbedRow], vectors: Sequence[Vectors], corpus: Corpus | None = None
+) -> tuple[list[tuple[int, RankedQuery]], str]:
+    """Rank all passages of these rows and of the corpus for each different query.
+
+    A passage that is the query itself is neither ranked nor relevant. Returns the query's first row with its ranking,
+    and a description of the passages.
+    """
+    known: dict[str, Sequence[float] | NDArray[np.float32]] = {}
+    relevant: defaultdict[str, set[str]] = defaultdict(set)
+    first: dict[str, int] = {}
+    if corpus is not None:
+        known |= zip(corpus.passages, corpus.vectors_PD, strict=True)
+    for i, (row, own) in enumerate(zip(rows, vectors, strict=True)):
+        known |= zip([*row["passages"], *row["negatives"]], [*own.values()][1:], strict=True)
+        relevant[str(row["query"])] |= set(row["passages"])
+        first.setdefault(str(row["query"]), i)
+    place = {text: i for i, text in enumerate(known)}
+    asked = [(i, {place[text] for text in relevant[query] - {query}}, place.get(query)) for query, i in first.items()]
+    queries = [vectors[i]["query"] for i, _, _ in asked]
+    return list(search(queries, unit_rows(known.values(), len(known)), asked)), describe_passages(known)
+
+
+def rank_labels(rows: Sequence[EmbedRow], vectors: Sequence[Vectors]) -> tuple[list[tuple[int, RankedQuery]], str]:
+    """Rank the other texts for each text; those with the same label are relevant. Returns as `rank_passages` does."""
+    members: defaultdict[str | None, set[int]] = defaultdict(set)
+    for i, row in enumerate(rows):
+        members[row["label"]].add(i)
+    asked = [(i, members[row["label"]] - {i}, i) for i, row in enumerate(rows)]
+    texts = [one["query"] for one in vectors]
+    return list(search(texts, unit_rows(texts, len(texts)), asked)), describe_passages(
+        str(row["query"]) for row in rows
+    )
+
+
+def unit_rows(vectors: Iterable[Sequence[float] | NDArray[np.float32]], count: int) -> Floats:
+    """Return vectors scaled to length 1, [count, D]; zeros stay."""
+    rows_PD: Floats | None = None
+    for i, vector in enumerate(vectors):
+        if rows_PD is None:
+            rows_PD = np.empty((count, len(vector)))
+        rows_PD[i] = unit(vector)
+    assert rows_PD is not None, "there are passages"
+    return rows_PD
+
+
+def describe_passages(texts: Iterable[str]) -> str:
+    """Describe the passages that were searched, with a hash: scores on other passages cannot be compared."""
+    different = sorted(set(texts))
+    return f"searched in {len(different):,} passages ({hash_value(different)[:8]})"
+
+
+def search(
+    queries: Sequence[Sequence[float]], passages_PD: Floats, asked: Sequence[tuple[int, set[int], int | None]]
+) -> Iterator[tuple[int, RankedQuery]]:
+    """Yield the row of each query with its best passages, leaving out the query itself.
+
+    `asked` has for each query its row, its relevant passages, and the passage that is the query itself, if any.
+    """
+    for start in range(0, len(queries), AT_ONCE):
+        part = asked[start : start + AT_ONCE]
+        scores_QP = np.stack([unit(one) for one in queries[start : start + AT_ONCE]]) @ passages_PD.T
+        for scores_P, (row, relevant, itself) in zip(scores_QP, part, strict=True):
+            if itself is not None:
+                scores_P[itself] = -np.inf
+            count = min(RANKED, len(scores_P) - (itself is not None))
+            near = np.argpartition(-scores_P, count - 1)[:count] if 0 < count < len(scores_P) else np.arange(count)
+            best = near[np.argsort(-scores_P[near], kind="stable")]
+            found = set(best.tolist())
+            relevances = [float(place in relevant) for place in best.tolist()]
+            yield row, RankedQuery(scores_P[best], relevances, [1.0 for place in relevant if place not in found])

@@ -74,8 +74,8 @@ def known_or_ranked(
     there, _ = resolve_candidates(recipe, choose, console, device, offline)
     template = hash_file(Path(model.chat_template)) if model.chat_template else None
     settings = [model.model_dump(mode="json"), [one.content_hash for one in there], template]
-    embed = [recipe.embed.model_dump(mode="json")] if recipe.embed else []
-    inputs = hash_value([rows.content_hash, [*settings, recipe.data.max_length, device, *embed]])
+    section = recipe.task_section() or {}
+    inputs = hash_value([rows.content_hash, [*settings, recipe.data.max_length, device, section]])
     known = run.findings.get("ranking")
     if known is not None and known["inputs"] == inputs:
         return {"inputs": inputs, "chosen": known["chosen"]}

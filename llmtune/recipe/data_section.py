@@ -192,10 +192,11 @@ class DataSection(RecipeSection):
     """Test rows, used only by `evaluate`: a share of the rows, or sources. 0 means none. Default 0.1: enough rows for
     a confidence interval, and most rows remain for training."""
     corpus: Sources | None = None
-    """Passages that test queries are searched in, with the passages of the test rows. Default none: only the passages
-    and negatives of the test rows."""
+    """Passages that test queries are searched in, with the passages of the test rows; `negatives` are mined among them
+    too. Default none: only the passages and negatives of the test rows."""
     negatives: NegativesSection | None = None
-    """Mine negatives for each query among the training passages. Default none: those in the rows."""
+    """Mine negatives for each query among the training passages and those of `corpus`. Default none: those in the
+    rows."""
     columns: dict[str, str] = Field(default={})
     """Column mapping for all sources without their own. The left side is llmtune's name. The right side is the file's
     column, a nested key such as `thread.messages`, or a template such as `"{subject}\\n\\n{body}"`. Files without any
@@ -205,7 +206,8 @@ class DataSection(RecipeSection):
     `{user: customer, assistant: [agent, bot]}`. Default none: the usual names are recognised."""
     split_by: NonEmpty | None = None
     """Column that groups rows. A group stays in one split and is resampled as one for confidence intervals. Default
-    none: rows are independent, but those of `task: rerank` are grouped by `query`."""
+    none: rows are independent, but those of embedding models and rerankers are grouped by `query`, or by `text` if they
+    have classes."""
     deduplicate: Literal["none", "exact", "near"] = "near"
     """Drop exact duplicates, or near duplicates too. Default `near`: the model memorises repeated rows, and a near
     copy in test inflates the score."""
@@ -278,10 +280,13 @@ class DataSection(RecipeSection):
 
     def _check_search(self, diagnostics: Diagnostics, variant: TaskVariant) -> None:
         """Report a corpus that nothing is searched in, and mined negatives that nothing learns from."""
-        if not variant.facts.searches:
-            fix = "Remove it: the task searches no passages."
-            diagnostics.no_effect("data.corpus", f"with task: {variant.task}", fix, "task")
-        elif not self.test:
+        mines = variant.facts.mines and self.negatives is not None
+        if not variant.facts.searches and not mines:
+            other = (
+                ", or set data.negatives to mine in it." if variant.facts.mines else ": the task searches no passages."
+            )
+            diagnostics.no_effect("data.corpus", f"with task: {variant.task}", f"Remove it{other}", "task")
+        elif not self.test and not mines:
             diagnostics.no_effect("data.corpus", "without test rows", "Remove it, or set data.test.", "data.test")
         if not variant.facts.mines:
             fix = "Remove it: the task learns from no passages."

@@ -95,14 +95,15 @@ def reload_recipe(file: Path, sets: Sequence[str] = (), changeable: Collection[s
 def fingerprint(recipe: Recipe) -> str:
     """Hash everything that affects the trained model: seed, task and its section, data, model, adapter, train.
 
-    Name, gates, metrics, generation settings and `data.corpus` do not affect it. Neither do additional seeds, whose
-    results are in their own folders.
+    Name, gates, metrics and generation settings do not affect it, nor does `data.corpus`, unless negatives are mined in
+    it. Neither do additional seeds, whose results are in their own folders.
     """
     section = TASK_FACTS[recipe.task].section
     parts = {"seed", "task", "data", "model", "adapter", "train", *([section] if section else [])}
     dumped = recipe.model_dump(mode="json", include=parts)
     dumped["train"]["seeds"] = []
-    del dumped["data"]["corpus"]
+    if recipe.data.corpus is None or recipe.data.negatives is None:
+        del dumped["data"]["corpus"]
     dumped["data"]["split_by"] = recipe.data.split_by or TASK_FACTS[recipe.task].split_by
     for section, name in ADDED:
         if dumped[section][name] in (None, 0, [], {}, "nll"):

@@ -64,14 +64,14 @@ class ModelSection(RecipeSection):
     candidates: Candidates | None = None
     """Models to choose from, instead of `name`: a list, or a catalogue query such as
     `{family: Qwen2.5, language: de, max_parameters: 2.0e9}`. Models that cannot do the task or do not fit in memory
-    are skipped. The rest are ranked on a sample of the rows, by bits per byte, for `task: embed` by nDCG@10 (rows with
+    are skipped. The rest are ranked on a sample of the rows, by bits per byte, embedding models by nDCG@10 (rows with
     scores: Spearman correlation). Default none: ranking loads every candidate."""
     licences: Many[NonEmpty] = ()
     """Licences that a candidate may have, by the hub's names, such as `apache-2.0`. Candidates with another or an
     unknown licence are skipped. Default none: any licence."""
     trials: int = Field(default=0, ge=0)
     """Steps of a short trial training of each candidate. The better half continues with twice as many steps until one
-    is left. Needs `data.validation`; not for `task: embed`. Default 0: rank before training, which takes seconds."""
+    is left. Needs `data.validation`; not for embedding models. Default 0: rank before training, which takes seconds."""
     revision: NonEmpty = "main"
     """Branch, tag or commit on the hub. Default `main`; the lock file pins its commit."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"

@@ -95,16 +95,23 @@ class TaskFacts:
     """Meaning of metrics that differs from other tasks."""
     pipeline: str | None = None
     """The hub's name of the task, if the kind of model does not imply it."""
-    library: str = "transformers"
-    """The hub's name of the library that loads complete models of the task."""
+    loader: str | None = None
+    """Class of sentence-transformers that loads complete models of the task; None: transformers loads them."""
     tags: tuple[str, ...] = ()
     """The hub's tags for models of the task."""
     searches: bool = False
     """Whether test queries are searched in passages, such as those of `data.corpus`."""
     mines: bool = False
     """Whether negatives can be mined (`data.negatives`)."""
+    after: str | None = None
+    """Task that `llmtune init` proposes before this one for a file that both read."""
     split_by: str | None = None
-    """Column that groups rows if the recipe does not set `data.split_by`."""
+    """Column that groups rows if the recipe does not set `data.split_by`; all rows of the task have it once parsed."""
+
+    @property
+    def library(self) -> str:
+        """Return the hub's name of the library that loads complete models of the task."""
+        return "sentence-transformers" if self.loader else "transformers"
 
     @property
     def has_messages(self) -> bool:
@@ -313,8 +320,9 @@ _TASKS = (
         unswapped="queries and passages may have to change together",
         searches=True,
         mines=True,
+        split_by="query",
         pipeline="sentence-similarity",
-        library="sentence-transformers",
+        loader="SentenceTransformer",
     ),
     TaskFacts(
         "rerank",
@@ -334,7 +342,8 @@ _TASKS = (
             "loss": "binary cross-entropy per passage",
         },
         pipeline="text-ranking",
-        library="sentence-transformers",
+        loader="CrossEncoder",
+        after="embed",
         tags=("cross-encoder", "reranker"),
         mines=True,
         split_by="query",

@@ -16,12 +16,9 @@ def negatives_blocks(mined: Json | None, surveyed: Json | None) -> list[Block]:
     """Return how many negatives were mined, how many negatives are likely right passages, and an example."""
     blocks: list[Block] = []
     if mined:
-        text = f"Mined {count(mined['negatives'])} negatives for {count(mined['queries'])} queries with "
-        text += f"{mined['model']}, among the passages of the same split. Skipped {count(mined['skipped'])} nearer "
-        text += f"passages that score above {mined['below']:g} × the query’s own."
-        if mined["short"]:
-            text += f" {count(mined['short'])} queries have fewer than {mined['mine']}."
-        blocks.append(Text(text))
+        blocks.append(Text(describe_mining(mined)))
+        if found := mined.get("test_passages"):
+            blocks.append(Text(describe_test_passages(**found)))
         blocks += example_blocks("A skipped passage", mined.get("example"))
     if not surveyed:
         return blocks
@@ -44,6 +41,30 @@ def negatives_blocks(mined: Json | None, surveyed: Json | None) -> list[Block]:
     text = f"Before training, two unrelated passages have a cosine of {score(surveyed['random_cosine'])} on average, "
     blocks.append(Text(text + f"and the vectors an effective rank of {score(surveyed['effective_rank'])}.", "soft"))
     return blocks
+
+
+def describe_mining(mined: Json) -> str:
+    """Describe where negatives were searched, how many were found per query, and what was skipped."""
+    searched = ", ".join(f"{count(number)} ({split})" for split, number in mined["searched"].items())
+    corpus = f" and the {count(mined['corpus'])} of data.corpus" if mined["corpus"] else ""
+    mean = mined["negatives"] / max(1, mined["queries"])
+    return (
+        f"Searched passages, with {mined['model']}: {searched}. They are those of the rows of the same split{corpus}. "
+        f"Mined {count(mined['negatives'])} negatives for {count(mined['queries'])} queries: {mean:.1f} per query on "
+        f"average; {count(mined['short'])} queries have fewer than {mined['mine']}, {count(mined['without'])} have "
+        f"none. Skipped {count(mined['skipped'])} nearer passages, which score above {mined['below']:g} × the query’s "
+        "own."
+    )
+
+
+def describe_test_passages(all: int, searched: int, mined: int) -> str:
+    """Describe how many right passages of test queries could become negatives, and did."""
+    text = f"Of {count(all)} right passages of test queries, {count(searched)} were searched like all other passages, "
+    text += f"and {count(mined)} are negatives of training queries. Which of them are right was not used."
+    if searched < all:
+        text += f" The other {count(all - searched)} were never negatives, unlike the passages that they are ranked "
+        text += "among, so test scores may be too high. Add them to data.corpus."
+    return text
 
 
 def example_blocks(title: str, example: Mapping[str, object] | None) -> list[Block]:

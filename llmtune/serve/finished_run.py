@@ -199,7 +199,7 @@ class FinishedRun:
             context: the text that holds the answer (qa).
             pair: the second text of a pair (classify).
             audio: a recording (speech).
-            passages: the passages to rank for the prompt (rerank).
+            passages: the passages to rank for the prompt, or to turn into vectors.
             answer: the answer to score (preference, reward).
             source_language: the language of the prompt, instead of the recipe's (translate).
             target_language: the language of the answer, instead of the recipe's (translate).

@@ -17,21 +17,17 @@ from starlette.types import ASGIApp
 
 import llmtune
 from llmtune.errors import nearest
-from llmtune.serve.embeddings_endpoint import mount_embeddings
 from llmtune.serve.engine import Engine
 from llmtune.serve.generation_endpoints import ClientDisconnected, mount_generation, served_by_name
 from llmtune.serve.middleware import CONTENT_TYPE, Gateway, Metrics, error_response
-from llmtune.serve.rerank_endpoint import mount_rerank
 from llmtune.serve.schemas import ERROR_RESPONSES, NEUTRAL, ApiError, Health, ModelCard, ModelList
+from llmtune.serve.search_endpoints import OWN_ENDPOINTS
 from llmtune.serve.task_endpoints import mount_task
 
 ABOUT = """Models tuned with llmtune. `/v1/models` lists them; `model` in a request chooses one.
 
 Undocumented parameters are refused by name, never ignored. If the server was started with an API key, every path
 under `/v1` and `/metrics` needs it: `Authorization: Bearer KEY`."""
-
-OWN_ENDPOINTS = {"/v1/embeddings": mount_embeddings, "/v1/rerank": mount_rerank}
-"""Endpoints whose requests and responses are those of other servers."""
 
 
 def build_app(engine: Engine, *, body_bytes: int, key: str | None = None) -> ASGIApp:

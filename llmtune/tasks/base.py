@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeAlias, TypeVar, cast
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from llmtune.data.collators import causal_collator
 from llmtune.data.example import Collate, Example
@@ -17,6 +17,7 @@ from llmtune.data.row_store import iterate_rows
 from llmtune.data.task_interface import Encoded
 from llmtune.evaluate.evaluated_task import EvaluatedTask, PredictionT
 from llmtune.model.causal_lm_loss import causal_loss
+from llmtune.model.config import set_padding
 from llmtune.recipe.schema import Recipe
 from llmtune.records import Batch, Loss, Rows
 
@@ -67,6 +68,10 @@ class Task(EvaluatedTask, Generic[RowT, PredictionT]):
         known = cast(Mapping[str, str | None], row)
         return {name: known.get(name) for name in self.optional_inputs}
 
+    def export_constants(self, recipe: Recipe) -> dict[str, Any]:
+        """Return further constants of the script next to ONNX files."""
+        return {}
+
     def encode(self, rows: Sequence[RowT], processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[Encoded]:
         """Return the examples of each row, or the reason why it has none."""
         return [self.encode_row(row, processor, recipe) for row in rows]
@@ -110,6 +115,21 @@ class DecoderTask(Task[RowT, str]):
     def loss(self, model: torch.nn.Module, batch: Batch, by_row: bool = False) -> Loss:
         """Sum the cross entropy of the supervised tokens."""
         return causal_loss(model, batch, by_row)
+
+
+class ReadingTask(Task[RowT, PredictionT]):
+    """An encoder or decoder that reads complete texts, padded or packed, and predicts no tokens."""
+
+    packs = True
+    predicts_tokens = False
+
+    def supports(self, config: PretrainedConfig) -> bool:
+        """Whether a model is an encoder or a decoder: an encoder-decoder's head needs an end token in each text."""
+        return not getattr(config, "is_encoder_decoder", False)
+
+    def check_model(self, model: PreTrainedModel, processor: PreTrainedTokenizerBase, recipe: Recipe) -> None:
+        """Set the token that a decoder's rows are padded with."""
+        set_padding(model, processor)
 
 
 def option_of(name: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypedDict
@@ -12,7 +12,7 @@ from typing import Any, TypedDict
 import numpy as np
 import torch
 from torch.nn import functional
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from llmtune.data.collators import encoder_batch
@@ -36,11 +36,11 @@ from llmtune.evaluate.metric import Measure
 from llmtune.evaluate.paired_statistics import Floats
 from llmtune.evaluate.token_batches import run_encoder
 from llmtune.model.causal_lm_loss import model_inputs
-from llmtune.model.config import head_names, in_heads, name_outputs, set_padding
+from llmtune.model.config import head_names, in_heads, name_outputs
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_sections import ClassifySection
 from llmtune.records import SPLITS, AdaptedModel, Batch, Loss, Rows
-from llmtune.tasks.base import Endpoint, Task, loss_of_rows
+from llmtune.tasks.base import Endpoint, ReadingTask, loss_of_rows
 from llmtune.tasks.class_labels import (
     UNKNOWN_LABEL,
     choose_label_metrics,
@@ -74,7 +74,7 @@ class ClassPrediction(TypedDict):
     scores: list[float]
 
 
-class Classify(Task[ClassifyRow, ClassPrediction]):
+class Classify(ReadingTask[ClassifyRow, ClassPrediction]):
     """An encoder or decoder with a head on the complete text."""
 
     name = "classify"
@@ -85,13 +85,7 @@ class Classify(Task[ClassifyRow, ClassPrediction]):
     auto_class = "AutoModelForSequenceClassification"
     peft_task_type = "SEQ_CLS"
     optional_inputs = ("pair",)
-    packs = True
-    predicts_tokens = False
     trains_head = True
-
-    def supports(self, config: PretrainedConfig) -> bool:
-        """Whether a model is an encoder or a decoder: an encoder-decoder's head needs an end token in each text."""
-        return not getattr(config, "is_encoder_decoder", False)
 
     def infer_labels(self, recipe: Recipe, rows: Rows, config: PretrainedConfig) -> Recipe:
         """Infer the kind of labels, their names and weights.
@@ -124,10 +118,6 @@ class Classify(Task[ClassifyRow, ClassPrediction]):
         section = classify_section(recipe)
         names = ("value",) if section.kind == "regression" else section.labels or ()
         name_outputs(config, names, PROBLEM_TYPES.get(section.kind))
-
-    def check_model(self, model: PreTrainedModel, processor: PreTrainedTokenizerBase, recipe: Recipe) -> None:
-        """Set the token that a decoder's rows are padded with."""
-        set_padding(model, processor)
 
     def make_row(self, given: Mapping[str, str | None]) -> ClassifyRow:
         """Return the row of a text and its optional pair."""
@@ -164,21 +154,17 @@ class Classify(Task[ClassifyRow, ClassPrediction]):
 
     def encode(self, rows: Sequence[ClassifyRow], processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[Encoded]:
         """Return one example per row: the text (and its pair) with its class number, its classes, or its value."""
-        limit = recipe.data.max_length
         encoded: list[Encoded] = []
-        for row, text in zip(rows, tokenize_texts(rows, processor), strict=True):
+        for row, text in zip(rows, fitted_texts(rows, processor, recipe), strict=True):
             target = class_target(row["label"], classify_section(recipe))
-            size = len(text.input_ids)
             if isinstance(target, str):
                 encoded.append(target)
-            elif size > limit and recipe.data.on_overlong != "truncate":
-                encoded.append(too_long(size, limit))
-            elif not size:
+            elif isinstance(text, str):
+                encoded.append(text)
+            elif not text.input_ids:
                 encoded.append("the text has no tokens")
             else:
-                kept = text if size <= limit else tokenize_texts([row], processor, limit)[0]
-                lost = Lost(size - len(kept.input_ids)) if size > limit else None
-                encoded.append([replace(kept, **target, counted=1, lost=lost)])
+                encoded.append([replace(text, **target)])
         return encoded
 
     def collate(
@@ -329,6 +315,21 @@ def tokenize_texts(
             for i, ids, types in zip(numbers, tokenized["input_ids"], kinds, strict=True):
                 examples[i] = Example(ids, [], 0, token_type_ids=types if any(types) else ())
     return [examples[i] for i in range(len(rows))]
+
+
+def fitted_texts(
+    rows: Sequence[ClassifyRow], processor: PreTrainedTokenizerBase, recipe: Recipe
+) -> Iterator[Example | str]:
+    """Yield the model inputs of each row's text, cut if the recipe says so, or the reason why it has none."""
+    limit = recipe.data.max_length
+    for row, text in zip(rows, tokenize_texts(rows, processor), strict=True):
+        if (size := len(text.input_ids)) <= limit:
+            yield replace(text, counted=1)
+        elif recipe.data.on_overlong != "truncate":
+            yield too_long(size, limit)
+        else:
+            kept = tokenize_texts([row], processor, limit)[0]
+            yield replace(kept, counted=1, lost=Lost(size - len(kept.input_ids)))
 
 
 def class_target(label: Label | None, section: ClassifySection) -> dict[str, Any] | str:

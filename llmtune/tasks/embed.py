@@ -15,32 +15,44 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import ModelOutput
 
 from llmtune.data.collators import encoder_batch
 from llmtune.data.corpus import load_corpus
 from llmtune.data.example import Example
 from llmtune.data.overlong import Lost, too_long
 from llmtune.data.row_store import iterate_rows
-from llmtune.data.search_rows import EmbedRow, given_passages, texts_of
+from llmtune.data.search_rows import EmbedRow, given_passages, named_texts
 from llmtune.data.task_interface import Encoded
 from llmtune.data.tokenization import Segment, decode_shortened
 from llmtune.errors import DataError, Problem, RecipeError
 from llmtune.evaluate.classification_metrics import measure_classes
 from llmtune.evaluate.evaluated_task import EvalPrediction, LoadedModel
 from llmtune.evaluate.metric import Measure
-from llmtune.evaluate.ranking_metrics import measure_ranking
-from llmtune.evaluate.token_batches import run_encoder
-from llmtune.evaluate.vector_search import Vectors, measure_spread, measure_vectors, rank_labels, rank_passages, unit
-from llmtune.model.causal_lm_loss import accepted_arguments, model_inputs, unwrap
-from llmtune.model.config import set_padding
+from llmtune.evaluate.ranking_metrics import (
+    Vectors,
+    measure_ranking,
+    measure_spread,
+    measure_vectors,
+    rank_labels,
+    rank_passages,
+    unit,
+)
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_facts import RANKING, TASK_FACTS, at_ten
 from llmtune.recipe.task_sections import EmbedSection
-from llmtune.records import SPLITS, Advance, Batch, Loss, Rows
-from llmtune.tasks.base import Endpoint, Task
-from llmtune.tasks.embedding_losses import embedding_loss
-from llmtune.tasks.sentence_folder import describe_settings, resolve_settings, write_settings
+from llmtune.records import SPLITS, Batch, Loss, Rows
+from llmtune.tasks.base import Endpoint, ReadingTask
+from llmtune.tasks.sentence_vectors import (
+    describe_settings,
+    embed_section,
+    embed_texts,
+    embedding_loss,
+    hidden_states,
+    pool,
+    resolve_settings,
+    tokenize_prompted,
+    write_settings,
+)
 
 KINDS = {"passages": ("ranking",), "scores": ("cosent", "cosine"), "labels": ("triplet",)}
 """By kind of rows, the losses that learn from them; the first is the default."""
@@ -49,7 +61,7 @@ SPREAD = ("random_cosine", "effective_rank")
 """Metrics of how the vectors are spread; collapsed vectors are nearly equal."""
 
 
-class Embed(Task[EmbedRow, Vectors]):
+class Embed(ReadingTask[EmbedRow, Vectors]):
     """An encoder or decoder whose token vectors are pooled."""
 
     name = "embed"
@@ -58,16 +70,10 @@ class Embed(Task[EmbedRow, Vectors]):
     endpoint = Endpoint("/v1/embeddings", "the vectors of the texts", "input")
     auto_class = "AutoModel"
     peft_task_type = "FEATURE_EXTRACTION"
-    packs = True
-    predicts_tokens = False
     needs_float32 = True
     has_step_loss = True
     has_row_loss = False
     answer_column = "vectors"
-
-    def supports(self, config: PretrainedConfig) -> bool:
-        """Whether a model is an encoder or a decoder."""
-        return not getattr(config, "is_encoder_decoder", False)
 
     def infer_labels(self, recipe: Recipe, rows: Rows, config: PretrainedConfig) -> Recipe:
         """Choose the loss and the metrics by the kind of rows; take over the base's pooling and prompts.
@@ -92,7 +98,7 @@ class Embed(Task[EmbedRow, Vectors]):
 
     def check_model(self, model: PreTrainedModel, processor: PreTrainedTokenizerBase, recipe: Recipe) -> None:
         """Set the padding token, and freeze a pooling layer, which the vectors do not use."""
-        set_padding(model, processor)
+        super().check_model(model, processor, recipe)
         pooler = getattr(model, "pooler", None)
         if isinstance(pooler, torch.nn.Module):
             pooler.requires_grad_(False)
@@ -140,21 +146,19 @@ class Embed(Task[EmbedRow, Vectors]):
 
     def encode_row(self, row: EmbedRow, processor: PreTrainedTokenizerBase, recipe: Recipe) -> Encoded:
         """Return an example of the query, one passage and the negatives, with their hashes, for each passage."""
-        names, limit = text_names(row), recipe.data.max_length
-        whole = [
-            tokenize_prompted(name, text, processor, recipe) for name, text in zip(names, texts_of(row), strict=True)
-        ]
+        named, limit = named_texts(row), recipe.data.max_length
+        whole = [tokenize_prompted(*one, processor, recipe) for one in named]
         longest = max(map(len, whole))
         if longest > limit and recipe.data.on_overlong != "truncate":
             return too_long(longest, limit)
         if not min(map(len, whole)):
             return "a text has no tokens"
         kept = [
-            ids if len(ids) <= limit else tokenize_prompted(name, text, processor, recipe, limit)
-            for ids, name, text in zip(whole, names, texts_of(row), strict=True)
+            ids if len(ids) <= limit else tokenize_prompted(*one, processor, recipe, limit)
+            for ids, one in zip(whole, named, strict=True)
         ]
         lost = Lost(sum(map(len, whole)) - sum(map(len, kept))) if longest > limit else None
-        hashes = [hash_text(text) for text in texts_of(row)]
+        hashes = [hash_text(text) for _, text in named]
         negatives = range(1 + len(row["passages"]), len(kept))
         chosen = [[0, 1 + i, *negatives] for i in range(len(row["passages"]))] or [[0]]
         about: dict[str, Any] = {} if row["score"] is None else {"values": [row["score"]]}
@@ -222,7 +226,7 @@ class Embed(Task[EmbedRow, Vectors]):
 
     def predict(self, rows: Sequence[EmbedRow], loaded: LoadedModel) -> list[Vectors]:
         """Return the vectors of each row's texts."""
-        named = [list(zip(text_names(row), texts_of(row), strict=True)) for row in rows]
+        named = [named_texts(row) for row in rows]
         asked = dict.fromkeys((name == "query", text) for row in named for name, text in row)
         found = dict(zip(asked, embed_texts([*asked], loaded), strict=True))
         loaded.advance(len(rows))
@@ -276,14 +280,14 @@ class Embed(Task[EmbedRow, Vectors]):
             lengths.append({"length": size, **{name: one.value for name, one in measured.items() if one is not None}})
         return {"lengths": lengths}
 
+    def export_constants(self, recipe: Recipe) -> dict[str, Any]:
+        """Return what the script next to ONNX files needs to make the vectors of queries."""
+        section = embed_section(recipe)
+        return {"PROMPT": section.query_prompt, "POOLING": section.pooling, "NORMALIZE": section.normalize}
+
     def save_files(self, folder: Path, config: PretrainedConfig, recipe: Recipe) -> None:
         """Write the files with which sentence-transformers loads the folder and computes the same vectors."""
         write_settings(folder, config, embed_section(recipe), recipe.data.max_length)
-
-
-def embed_section(recipe: Recipe) -> EmbedSection:
-    """Return the recipe's section, or its defaults."""
-    return recipe.embed or EmbedSection()
 
 
 # Rows
@@ -325,75 +329,15 @@ def find_misfit_settings(
             yield Problem(what, "evaluate.metrics", f"Metrics of these rows: {', '.join(known)}.")
 
 
-def text_names(row: EmbedRow) -> list[str]:
-    """Return a name for each text of a row: query, passage, passage_2, negative, negative_2 and so on."""
-    parts = (("passage", row["passages"]), ("negative", row["negatives"]))
-    named = [name if i == 0 else f"{name}_{i + 1}" for name, texts in parts for i in range(len(texts))]
-    return [*([] if row["query"] is None else ["query"]), *named]
-
-
 def hash_text(text: str) -> int:
     """Return a hash of a text as a signed 32-bit number."""
     return zlib.crc32(text.encode()) - 2**31
-
-
-# Texts and vectors. Shapes: T tokens of a text, D numbers of a vector, B texts, Q queries, P passages.
-
-
-def tokenize_prompted(
-    name: str, text: str, processor: PreTrainedTokenizerBase, recipe: Recipe, limit: int | None = None
-) -> list[int]:
-    """Return the tokens of a text of this name after its prompt, cut to `limit`."""
-    section = embed_section(recipe)
-    prompt = (section.query_prompt if name == "query" else section.passage_prompt) or ""
-    cut = {} if limit is None else {"truncation": True, "max_length": limit}
-    ids: list[int] = processor(prompt + text, return_attention_mask=False, **cut)["input_ids"]
-    return ids
 
 
 def split_texts(example: Example) -> list[Example]:
     """Return each text of an example as an example of its own."""
     ranges = zip(example.spans[::2], example.spans[1::2], strict=True)
     return [replace(example, input_ids=example.input_ids[start:end], spans=()) for start, end in ranges]
-
-
-def hidden_states(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
-    """Return the model's last hidden states [B, T, D]."""
-    inputs = model_inputs(model, batch)
-    if "use_cache" in accepted_arguments(type(unwrap(model))):  # type: ignore[arg-type]
-        inputs["use_cache"] = False
-    hidden_BTD: torch.Tensor = model(**inputs).last_hidden_state
-    return hidden_BTD
-
-
-def embed_texts(
-    texts: Sequence[tuple[bool, str]], loaded: LoadedModel, advance: Advance = lambda rows: None
-) -> NDArray[np.float32]:
-    """Return the vectors [N, D] of texts, each with whether it is a query."""
-    section, limit = embed_section(loaded.recipe), loaded.recipe.data.max_length
-    ids = [
-        tokenize_prompted("query" if is_query else "passage", text, loaded.processor, loaded.recipe, limit)
-        for is_query, text in texts
-    ]
-
-    def read(i: int, output: ModelOutput, row: int) -> NDArray[np.float32]:
-        vector_D = pool(output.last_hidden_state[row, : len(ids[i])], section.pooling)
-        kept_D = functional.normalize(vector_D, dim=-1) if section.normalize else vector_D
-        return np.asarray(kept_D.cpu().numpy())
-
-    examples = [Example(text, [], 0) for text in ids]
-    found = run_encoder(loaded.model, examples, loaded.processor.pad_token_id, loaded.device, read, advance)
-    return np.stack(found) if found else np.zeros((0, 0), dtype=np.float32)
-
-
-def pool(hidden_TD: torch.Tensor, mode: str) -> torch.Tensor:
-    """Return one vector [D] of a text's token vectors, in float32."""
-    hidden_TD = hidden_TD.float()
-    if mode == "cls":
-        return hidden_TD[0]
-    if mode == "lasttoken":
-        return hidden_TD[-1]
-    return hidden_TD.amax(0) if mode == "max" else hidden_TD.mean(0)
 
 
 VARIANTS = (Embed(),)

@@ -1,4 +1,4 @@
-"""Negatives of a query: mined among the passages of its split, and how many look like right passages to the base.
+"""Mine negatives among the passages of a split and of `data.corpus`, and estimate how many negatives are false.
 
 Mining follows `mine_hard_negatives` of sentence-transformers with `relative_margin` and the nearest passages, which is
 TopK-PercPos of Moreira et al., "NV-Retriever", 2024.
@@ -17,7 +17,6 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import TypeVar
 
 import pyarrow as pa
 import torch
@@ -25,12 +24,13 @@ from rich.console import Console
 from torch.nn import functional
 
 from llmtune import __version__
+from llmtune.data.corpus import load_corpus
+from llmtune.data.ingest import progress_bars
 from llmtune.data.row_store import MINED, iterate_batches, iterate_rows, iterate_texts, load_rows, read_rows, save_rows
 from llmtune.errors import RecipeError
 from llmtune.evaluate.evaluated_task import LoadedModel
-from llmtune.evaluate.ranking_metrics import RELEVANT
+from llmtune.evaluate.ranking_metrics import RELEVANT, measure_vectors
 from llmtune.evaluate.token_batches import cut_evenly
-from llmtune.evaluate.vector_search import measure_vectors
 from llmtune.model.config import head_is_new, read_model_config
 from llmtune.model.device import compute_context, release_memory, resolve_dtype
 from llmtune.model.loading import load_model
@@ -41,24 +41,23 @@ from llmtune.recipe.adapter_section import AdapterSection
 from llmtune.recipe.data_section import NegativesSection
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_sections import EmbedSection
-from llmtune.records import Json, ModelRef, Row, Rows
+from llmtune.records import Advance, Json, ModelRef, Row, Rows
 from llmtune.report.render_terminal import print_blocks, spinner
 from llmtune.report.search_sections import negatives_blocks
 from llmtune.store.atomic_files import hash_value, staged
 from llmtune.store.run_folder import StepRun
 from llmtune.store.run_lock import package_versions
 from llmtune.store.seed_runs import hard_link
-from llmtune.tasks.embed import embed_texts, infer_rows
+from llmtune.tasks.embed import infer_rows
 from llmtune.tasks.registry import get_task
-from llmtune.tasks.sentence_folder import resolve_settings
+from llmtune.tasks.sentence_vectors import embed_texts, resolve_settings
 
-T = TypeVar("T")
 OpenStep = Callable[[str, str, Sequence[str]], AbstractContextManager[StepRun]]
 """Opens a step of a run by name, hash of its inputs, and outputs; see `RunFolder.step`."""
 WIDER = 10
 """Candidates per mined negative, as in sentence-transformers: some are too near."""
-AT_ONCE = 1024
-"""Queries compared with all passages at a time."""
+SCORES = 1 << 26
+"""Scores of queries and passages in memory at a time: 256 MB."""
 SURVEYED = 512
 """Training rows in the estimate of false negatives."""
 NEAR = 0.95
@@ -67,7 +66,7 @@ NEAR = 0.95
 
 @dataclass(frozen=True)
 class Pairs:
-    """The different queries (Q) of a split that have a right passage, and all of its passages."""
+    """The different queries (Q) of a split to mine for, and all passages that are searched for them."""
 
     queries: list[str]
     origins: list[str]
@@ -79,15 +78,6 @@ class Pairs:
     """[Q] passages that the rows name as irrelevant."""
     itself: list[int | None]
     """[Q] the passage equal to the query, if any."""
-
-    def take(self, numbers: Sequence[int]) -> Pairs:
-        """Return some of the queries, with all passages."""
-
-        def some(part: list[T]) -> list[T]:
-            return [part[i] for i in numbers]
-
-        queries, origins, itself = some(self.queries), some(self.origins), some(self.itself)
-        return Pairs(queries, origins, self.passages, some(self.own), some(self.wrong), itself)
 
 
 @dataclass(frozen=True)
@@ -132,8 +122,8 @@ def mine_rows(rows: Rows, recipe: Recipe, model_ref: ModelRef, device: str, fold
     """Write the rows with mined negatives into `folder`; return what was mined, for the report.
 
     Rows for `embed` get negatives in training, each row those of its query. Rows for `rerank` get them in each split,
-    the first row of a query, among the passages of that split; held-out queries only if they have no irrelevant
-    passage. `recipe` and `model_ref` are those of `embedder`.
+    the first row of a query; held-out queries only if they have no irrelevant passage. The passages of the split and
+    of `data.corpus` are searched. `recipe` and `model_ref` are those of `embedder`.
 
     Raises RecipeError if the rows have no passages.
     """
@@ -143,45 +133,69 @@ def mine_rows(rows: Rows, recipe: Recipe, model_ref: ModelRef, device: str, fold
         raise RecipeError.of(f"rows with {kind} have no negatives to mine", "data.negatives", "Remove it.")
     for path in rows.folder.iterdir():
         hard_link(str(path), str(folder / path.name))
-    facts: Json = {
-        "model": model_ref.name,
-        "sha256": model_ref.content_hash,
-        "mine": section.mine,
-        "below": section.below,
-        "example": None,
-    }
-    facts |= {"queries": 0, "negatives": 0, "skipped": 0, "short": 0}
+    corpus, mined = load_corpus(rows.folder), dict[str, tuple[Pairs, Mined]]()
+    searched = {split: collect_pairs(rows, split, corpus) for split in (rows.files if ranks else ("train",))}
+    texts = dict.fromkeys(text for pairs in searched.values() for text in pairs.passages)
+    place = {text: i for i, text in enumerate(texts)}
     digest = hashlib.sha256(rows.content_hash.encode())
     with open_embedder(recipe, model_ref, device, console) as loaded:
-        for split in rows.files if ranks else ("train",):
-            pairs = collect_pairs(rows, split)
-            wanted = [i for i, wrong in enumerate(pairs.wrong) if split == "train" or not wrong]
-            console.print(f"mine: {len(wanted):,} queries, {len(pairs.passages):,} passages ({split})", highlight=False)
-            queries_QD = embed_unit([(True, pairs.queries[i]) for i in wanted], loaded)
-            passages_PD = embed_unit([(False, text) for text in pairs.passages], loaded)
-            mined = mine(queries_QD, passages_PD, pairs.take(wanted), section)
-            texts = {
-                pairs.queries[i]: [pairs.passages[place] for place in found]
-                for i, found in zip(wanted, mined.negatives, strict=True)
-            }
-            write_split(rows, split, folder, texts, digest)
-            facts["queries"] += len(wanted)
-            facts["skipped"] += mined.skipped
-            facts["negatives"] += sum(map(len, mined.negatives))
-            facts["short"] += sum(len(found) < section.mine for found in mined.negatives)
-            if split == "train" and mined.nearest is not None:
-                query, passage, own, score, own_score = mined.nearest
-                facts["example"] = {
-                    "query": pairs.queries[wanted[query]],
-                    "passage": pairs.passages[own],
-                    "negative": pairs.passages[passage],
-                    "origin": pairs.origins[wanted[query]],
-                    "passage_score": own_score,
-                    "negative_score": score,
-                }
+        with progress_bars(console) as progress:
+            bar = progress.add_task("mine: read the passages", total=len(texts))
+            vectors_PD = embed_unit([(False, text) for text in texts], loaded, lambda done: progress.advance(bar, done))
+        for split, pairs in searched.items():
+            about = f"mine: {len(pairs.queries):,} queries, {len(pairs.passages):,} passages ({split})"
+            console.print(about, highlight=False)
+            queries_QD = embed_unit([(True, query) for query in pairs.queries], loaded)
+            found = mine(queries_QD, vectors_PD[[place[text] for text in pairs.passages]], pairs, section)
+            mined[split] = pairs, found
+            negatives = [[pairs.passages[i] for i in nearest] for nearest in found.negatives]
+            write_split(rows, split, folder, dict(zip(pairs.queries, negatives, strict=True)), digest)
     files = {split: folder / path.name for split, path in rows.files.items()}
     save_rows(replace(rows, folder=folder, files=files, content_hash=digest.hexdigest()))
+    facts: Json = {"model": model_ref.name, "sha256": model_ref.content_hash, "corpus": len(corpus)}
+    facts |= {"mine": section.mine, "below": section.below} | mining_facts(mined, section)
+    return facts | ({"test_passages": count_test_passages(rows, *mined["train"])} if corpus else {})
+
+
+def mining_facts(mined: Mapping[str, tuple[Pairs, Mined]], section: NegativesSection) -> Json:
+    """Return how much was searched and found over all splits, and the nearest skipped passage of a training query."""
+    counts = [len(nearest) for _, found in mined.values() for nearest in found.negatives]
+    pairs, found = mined["train"]
+    facts: Json = {
+        "searched": {split: len(pairs.passages) for split, (pairs, _) in mined.items()},
+        "queries": len(counts),
+        "negatives": sum(counts),
+        "skipped": sum(found.skipped for _, found in mined.values()),
+        "short": sum(one < section.mine for one in counts),
+        "without": counts.count(0),
+        "example": None,
+    }
+    if found.nearest is not None:
+        query, passage, own, score, own_score = found.nearest
+        facts["example"] = {
+            "query": pairs.queries[query],
+            "passage": pairs.passages[own],
+            "negative": pairs.passages[passage],
+            "origin": pairs.origins[query],
+            "passage_score": own_score,
+            "negative_score": score,
+        }
     return facts
+
+
+def judged(row: Row) -> Iterator[tuple[str, bool]]:
+    """Yield the passages of a row, each with whether it is right."""
+    relevances = row.get("relevances") or [1.0] * len(row["passages"])
+    yield from ((text, relevance > RELEVANT) for text, relevance in zip(row["passages"], relevances, strict=True))
+    yield from ((text, False) for text in row.get("negatives") or ())
+
+
+def count_test_passages(rows: Rows, searched: Pairs, mined: Mined) -> dict[str, int]:
+    """Count the right passages of test queries: all, those searched for training queries, and those mined."""
+    right = {text for _, row in iterate_rows(rows, "test") for text, is_right in judged(row) if is_right}
+    places = {place for nearest in mined.negatives for place in nearest}
+    found = {searched.passages[place] for place in places}
+    return {"all": len(right), "searched": len(right & {*searched.passages}), "mined": len(right & found)}
 
 
 def embedder(recipe: Recipe, base: ModelRef, console: Console, offline: bool) -> tuple[Recipe, ModelRef]:
@@ -226,27 +240,30 @@ def open_embedder(recipe: Recipe, model_ref: ModelRef, device: str, console: Con
     release_memory()
 
 
-def embed_unit(texts: Sequence[tuple[bool, str]], loaded: LoadedModel) -> torch.Tensor:
+def embed_unit(
+    texts: Sequence[tuple[bool, str]], loaded: LoadedModel, advance: Advance = lambda rows: None
+) -> torch.Tensor:
     """Return the vectors [N, D] of texts, each with whether it is a query, scaled to length 1."""
-    return functional.normalize(torch.from_numpy(embed_texts(texts, loaded)), dim=-1)
+    return functional.normalize(torch.from_numpy(embed_texts(texts, loaded, advance)), dim=-1)
 
 
-def collect_pairs(rows: Rows, split: str) -> Pairs:
-    """Return the different queries and passages of a split, the right passages first."""
+def collect_pairs(rows: Rows, split: str, corpus: Sequence[str]) -> Pairs:
+    """Return the queries of a split that have a right passage, and the passages: right, wrong, those of the corpus.
+
+    Held-out queries with a wrong passage need no others.
+    """
     origins: dict[str, str] = {}
     right: defaultdict[str, dict[str, None]] = defaultdict(dict)
     wrong: defaultdict[str, dict[str, None]] = defaultdict(dict)
     for origin, row in iterate_rows(rows, split):
-        relevances = row.get("relevances") or [1.0] * len(row["passages"])
         origins.setdefault(row["query"], origin)
-        for passage, relevance in zip(row["passages"], relevances, strict=True):
-            (right if relevance > RELEVANT else wrong)[row["query"]][passage] = None
-        wrong[row["query"]] |= dict.fromkeys(row.get("negatives") or ())
+        for passage, is_right in judged(row):
+            (right if is_right else wrong)[row["query"]][passage] = None
     place: dict[str, int] = {}
-    for texts in (*right.values(), *wrong.values()):
+    for texts in (*right.values(), *wrong.values(), corpus):
         for text in texts:
             place.setdefault(text, len(place))
-    queries = [query for query in origins if right[query]]
+    queries = [query for query in origins if right[query] and (split == "train" or not wrong[query])]
     own, others = ([[place[text] for text in kind[query]] for query in queries] for kind in (right, wrong))
     itself = [place.get(query) for query in queries]
     return Pairs(queries, [origins[query] for query in queries], [*place], own, others, itself)
@@ -257,8 +274,9 @@ def mine(queries_QD: torch.Tensor, passages_PD: torch.Tensor, pairs: Pairs, sect
     most = max(map(len, pairs.own), default=0)
     limit = min(section.mine * WIDER + 2 * most, len(passages_PD))
     negatives, skipped, nearest = list[list[int]](), 0, None
-    for start in range(0, len(queries_QD), AT_ONCE):
-        scores_QP = queries_QD[start : start + AT_ONCE] @ passages_PD.T
+    step = max(1, SCORES // max(1, len(passages_PD)))
+    for start in range(0, len(queries_QD), step):
+        scores_QP = queries_QD[start : start + step] @ passages_PD.T
         best_QK, place_QK = scores_QP.topk(limit, dim=1)
         for scores_P, best_K, place_K in zip(scores_QP, best_QK, place_QK, strict=True):
             at = len(negatives)

@@ -12,12 +12,11 @@ from typing import TypedDict
 import numpy as np
 import torch
 from torch.nn import functional
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from llmtune.data.collators import encoder_batch
 from llmtune.data.example import Example
-from llmtune.data.overlong import Lost, too_long
 from llmtune.data.row_store import iterate_rows
 from llmtune.data.search_rows import RerankRow, given_passages
 from llmtune.data.task_interface import Encoded
@@ -29,13 +28,13 @@ from llmtune.evaluate.metric import Measure
 from llmtune.evaluate.ranking_metrics import RELEVANT, RankedQuery, measure_ranking
 from llmtune.evaluate.token_batches import run_encoder
 from llmtune.model.causal_lm_loss import model_inputs
-from llmtune.model.config import name_outputs, set_padding
+from llmtune.model.config import name_outputs
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_facts import RANKING, at_ten
 from llmtune.recipe.task_sections import RerankSection
 from llmtune.records import Batch, Loss, Rows
-from llmtune.tasks.base import Endpoint, Task, loss_of_rows
-from llmtune.tasks.classify import tokenize_texts
+from llmtune.tasks.base import Endpoint, ReadingTask, loss_of_rows
+from llmtune.tasks.classify import fitted_texts, tokenize_texts
 
 SIGMOID = "torch.nn.modules.activation.Sigmoid"
 SHOWN_CHARACTERS = 80
@@ -53,7 +52,7 @@ class RerankPrediction(TypedDict):
     """Indexes of the passages, best first."""
 
 
-class Rerank(Task[RerankRow, RerankPrediction]):
+class Rerank(ReadingTask[RerankRow, RerankPrediction]):
     """An encoder or decoder with one output on query and passage together."""
 
     name = "rerank"
@@ -61,14 +60,8 @@ class Rerank(Task[RerankRow, RerankPrediction]):
     endpoint = Endpoint("/v1/rerank", "the scores of the documents, best first", "query")
     auto_class = "AutoModelForSequenceClassification"
     peft_task_type = "SEQ_CLS"
-    packs = True
-    predicts_tokens = False
     trains_head = True
     loss_unit = "passages"
-
-    def supports(self, config: PretrainedConfig) -> bool:
-        """Whether a model is an encoder or a decoder."""
-        return not getattr(config, "is_encoder_decoder", False)
 
     def infer_labels(self, recipe: Recipe, rows: Rows, config: PretrainedConfig) -> Recipe:
         """Infer the highest relevance. Raises DataError if no passage is relevant, or all are equally."""
@@ -85,10 +78,6 @@ class Rerank(Task[RerankRow, RerankPrediction]):
         """Give the head one output; sentence-transformers' `CrossEncoder` reads the activation after it."""
         name_outputs(config, ("relevance",), None)
         config.sentence_transformers = {"activation_fn": SIGMOID}
-
-    def check_model(self, model: PreTrainedModel, processor: PreTrainedTokenizerBase, recipe: Recipe) -> None:
-        """Set the token that a decoder's rows are padded with."""
-        set_padding(model, processor)
 
     def make_row(self, given: Mapping[str, str | None]) -> RerankRow:
         """Return the row of a query and its passages: a JSON list, or one passage per line."""
@@ -123,14 +112,19 @@ class Rerank(Task[RerankRow, RerankPrediction]):
 
     def encode(self, rows: Sequence[RerankRow], processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[Encoded]:
         """Return one example per passage: query and passage with the relevance, from 0 to 1."""
-        texts, encoded = iter(tokenize_texts(pair_rows(rows), processor)), list[Encoded]()
+        texts, encoded = fitted_texts(pair_rows(rows), processor, recipe), list[Encoded]()
+        highest = rerank_section(recipe).max_relevance or 1.0
         for row in rows:
-            examples = [
-                encode_pair(pair, next(texts), relevance, processor, recipe)
-                for pair, relevance in zip(pair_rows([row]), row["relevances"], strict=True)
-            ]
-            reason = next((one for one in examples if isinstance(one, str)), None)
-            encoded.append(reason or [one for one in examples if not isinstance(one, str)])
+            pairs = [next(texts) for _ in row["passages"]]
+            reason = next((one for one in pairs if isinstance(one, str)), None)
+            encoded.append(
+                reason
+                or [
+                    replace(one, values=[min(1.0, relevance / highest)])
+                    for one, relevance in zip(pairs, row["relevances"], strict=True)
+                    if not isinstance(one, str)
+                ]
+            )
         return encoded
 
     def collate(
@@ -196,6 +190,7 @@ class Rerank(Task[RerankRow, RerankPrediction]):
             return measured
         miner = mined.model or recipe.model.name
         searched = f"passages mined with {miner} (mine {mined.mine}, below {mined.below:g})"
+        searched += ", in data.corpus too" if recipe.data.corpus else ""
         return replace(measured, signature=f"{measured.signature}; {searched}")
 
     def baseline(
@@ -217,19 +212,6 @@ def rerank_section(recipe: Recipe) -> RerankSection:
 def pair_rows(rows: Sequence[RerankRow]) -> list[ClassifyRow]:
     """Return a pair of texts per passage."""
     return [{"text": row["query"], "pair": passage, "label": None} for row in rows for passage in row["passages"]]
-
-
-def encode_pair(
-    pair: ClassifyRow, text: Example, relevance: float, processor: PreTrainedTokenizerBase, recipe: Recipe
-) -> Example | str:
-    """Return the example of a pair, cut if the recipe says so, or the reason why it has none."""
-    limit, size = recipe.data.max_length, len(text.input_ids)
-    if size > limit and recipe.data.on_overlong != "truncate":
-        return too_long(size, limit)
-    kept = text if size <= limit else tokenize_texts([pair], processor, limit)[0]
-    lost = Lost(size - len(kept.input_ids)) if size > limit else None
-    value = min(1.0, relevance / (rerank_section(recipe).max_relevance or 1.0))
-    return replace(kept, values=[value], counted=1, lost=lost)
 
 
 def ranked(scores: list[float]) -> RerankPrediction:

@@ -93,6 +93,13 @@ def test_a_corpus_or_negatives_without_effect_are_refused(recipe, sets, what):
     assert what in str(refused.value)
 
 
+@pytest.mark.parametrize("task", ["embed", "rerank"])
+def test_a_corpus_to_mine_in_needs_no_test_rows(task):
+    sets = ["data.corpus=c.jsonl", "data.negatives={mine: 4}"]
+    assert load_recipe(task, sets).recipe.data.corpus
+    assert load_recipe(task, [*sets, "data.test=0", "evaluate.gates=null", "evaluate.metrics=null"]).recipe.data.corpus
+
+
 def test_passages_of_a_file_need_no_recipe(tmp_path):
     (tmp_path / "p.md").write_text("one\ntwo\n")
     assert read_passages(tmp_path / "p.md") == ["one", "two"]

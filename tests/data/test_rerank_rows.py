@@ -1,4 +1,4 @@
-"""Rows of task rerank: pairs, lists and negatives become one form; bad rows with reasons; queries stay in one split."""
+"""Rows of task rerank: pairs, lists and negatives become one form; bad rows with reasons. Queries stay in one split."""
 
 import json
 from pathlib import Path
@@ -88,8 +88,12 @@ ROWS = [
 ]
 
 
-def prepared(folder: Path, **data: object) -> Rows:
-    sections = {"task": "rerank", "model": {"name": "x/y"}, "data": {"train": "rows.jsonl", **data}}
+def split_texts(rows: Rows) -> list[set[str]]:
+    return [{row["query"] for row in rows_of(rows, split)} for split in ("train", "validation", "test")]
+
+
+def prepared(folder: Path, task: str = "rerank", **data: object) -> Rows:
+    sections = {"task": task, "model": {"name": "x/y"}, "data": {"train": "rows.jsonl", **data}}
     (folder / "r.yaml").write_text(json.dumps(sections))
     recipe = load_recipe(str(folder / "r.yaml")).recipe
     return prepare_rows(recipe, folder / "rows", Console(quiet=True))
@@ -98,9 +102,24 @@ def prepared(folder: Path, **data: object) -> Rows:
 def test_the_rows_of_a_query_are_in_one_split_without_a_word_in_the_recipe(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "rows.jsonl", ROWS)
     rows = prepared(tmp_path, test=0.2)
-    queries = {split: {row["query"] for row in rows_of(rows, split)} for split in ("train", "validation", "test")}
-    assert sum(map(len, queries.values())) == len(set.union(*queries.values())) == 60
+    queries = split_texts(rows)
+    assert sum(map(len, queries)) == len(set.union(*queries)) == 60
     assert sum(rows.counts.values()) == len(ROWS)  # passages that many queries share are no near duplicates
+
+
+@pytest.mark.parametrize("more", [{}, {"negatives": ["another passage"]}, {"score": 0.5}])
+def test_embed_keeps_the_rows_of_a_query_in_one_split_too(more: dict[str, object], tmp_path: Path) -> None:
+    rows = [{"query": row["query"], "passage": f"{row['passage']} {row['query']}", **more} for row in ROWS]
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    sides = split_texts(prepared(tmp_path, task="embed", test=0.2, deduplicate="exact"))
+    assert sum(map(len, sides)) == len(set.union(*sides)) == 60
+
+
+def test_classes_of_one_text_are_in_one_split(tmp_path: Path) -> None:
+    rows = [{"text": f"text number {i}", "label": f"class {j}"} for i in range(60) for j in range(3)]
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    sides = split_texts(prepared(tmp_path, task="embed", test=0.2, deduplicate="none"))
+    assert sum(map(len, sides)) == len(set.union(*sides)) == 60
 
 
 def test_training_rows_with_a_query_of_the_test_file_are_dropped(tmp_path: Path) -> None:

@@ -28,9 +28,8 @@ from llmtune.evaluate.evaluated_task import EvalPrediction
 from llmtune.recipe.loader import load_recipe
 from llmtune.recipe.task_sections import EmbedSection
 from llmtune.serve.finished_run import FinishedRun
-from llmtune.tasks.embed import Embed, embed_section
-from llmtune.tasks.embedding_losses import embedding_loss
-from llmtune.tasks.sentence_folder import read_settings, resolve_settings
+from llmtune.tasks.embed import Embed
+from llmtune.tasks.sentence_vectors import embed_section, embedding_loss, read_settings, resolve_settings
 from llmtune.train.accumulation import step_gradients
 
 with warnings.catch_warnings():

@@ -1,5 +1,6 @@
 """Mined negatives: those of sentence-transformers, never stale or of another split; and the estimate of false ones."""
 
+import html
 import json
 import shutil
 import warnings
@@ -12,6 +13,7 @@ import torch
 from datasets import Dataset
 from support.families import build_bert
 from support.pairs import quiet, recipe_of, run_recipe
+from support.rows import write_jsonl
 from support.runs import invoke
 
 from llmtune.data.row_store import iterate_rows, load_rows
@@ -32,6 +34,7 @@ ROWS = [
     {"query": f"number {i} {THINGS[i % 9]}", "passage": f"The {THINGS[i % 9]} number {i} is red."} for i in range(80)
 ]
 ROWS += [{"query": ROWS[i]["query"], "passage": f"{THINGS[i % 9]} {i}, once more"} for i in (3, 20, 21)]
+HELD_OUT = [{"query": f"test {i} {THINGS[i % 9]}", "passage": f"A {THINGS[i % 9]} number {i} is."} for i in range(12)]
 QUICK: dict[str, Any] = {
     "generation": {"max_new_tokens": None},
     "train": {"max_steps": 2, "num_train_epochs": None, "batch_size": 8},
@@ -75,6 +78,81 @@ def test_sentence_transformers_mines_the_same_negatives(below: float, run: Path,
     ours = {(row["query"], row["passages"][0]): row["negatives"] for row in rows}
     assert ours == {key: theirs.get(key, []) for key in ours}
     assert sum(map(len, ours.values())) > 100 or below == 0.9
+
+
+@pytest.fixture(scope="module")
+def corpus_run(bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with a test file, and a corpus that has the passages of its first test rows and others."""
+    folder = tmp_path_factory.mktemp("corpus")
+    further = [f"A {THINGS[i % 9]} that is number {i}." for i in range(150)]
+    (folder / "corpus.txt").write_text("\n".join(further + [row["passage"] for row in HELD_OUT[:6]]))
+    write_jsonl(folder / "test.jsonl", HELD_OUT)
+    run_recipe(folder, bert, ROWS, "embed", **in_corpus(folder), **QUICK)
+    return folder / "run"
+
+
+def in_corpus(folder: Path, test: str = "test.jsonl") -> dict[str, Any]:
+    sections = data()
+    sections["data"] |= {"test": str(folder / test), "corpus": str(folder / "corpus.txt")}
+    return sections
+
+
+def test_a_corpus_is_searched_as_sentence_transformers_does(corpus_run: Path, bert: Path) -> None:
+    rows = rows_of(corpus_run, "train")
+    pairs = Dataset.from_list([{"query": row["query"], "passage": row["passages"][0]} for row in rows])
+    corpus = (corpus_run.parent / "corpus.txt").read_text().splitlines()
+    model = SentenceTransformer(str(bert), device="cpu", local_files_only=True)
+    settings = {"num_negatives": 3, "relative_margin": 0.01, "verbose": False}
+    theirs: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for row in mine_hard_negatives(pairs, model, corpus=corpus, **settings):
+        theirs[row["query"], row["passage"]].append(row["negative"])
+    ours = {(row["query"], row["passages"][0]): row["negatives"] for row in rows}
+    assert ours == {key: theirs.get(key, []) for key in ours}
+    mined = {negative for row in rows for negative in row["negatives"]}
+    assert mined & {*corpus}
+    assert mined - {*corpus}
+
+
+def test_the_report_says_how_much_was_searched_and_found(corpus_run: Path) -> None:
+    mined = json.loads((corpus_run / "report.json").read_text("utf-8"))["data"]["mined"]
+    train, test = rows_of(corpus_run, "train"), rows_of(corpus_run, "test")
+    corpus = {*(corpus_run.parent / "corpus.txt").read_text().splitlines()}
+    searched = corpus | {passage for row in train for passage in row["passages"]}
+    by_query = {row["query"]: row["negatives"] for row in train}
+    assert mined["searched"] == {"train": len(searched)}
+    assert mined["without"] == sum(not negatives for negatives in by_query.values())
+    right = {passage for row in test for passage in row["passages"]}
+    negatives = {negative for found in by_query.values() for negative in found}
+    assert mined["test_passages"] == {"all": 12, "searched": 6, "mined": len(right & negatives)}
+    mean = sum(map(len, by_query.values())) / len(by_query)
+    for name in ("report.md", "report.html"):
+        text = html.unescape((corpus_run / name).read_text("utf-8"))
+        assert f"{len(searched)} (train)" in text
+        assert f"{mean:.1f} per query on average" in text
+        assert f"{mined['without']} have none" in text
+        assert "Of 12 right passages of test queries, 6 were searched" in text
+
+
+def test_which_passages_are_right_for_test_queries_changes_no_negative(corpus_run: Path, bert: Path) -> None:
+    """Leaving them out would tell the model which passages of the corpus are answers."""
+    folder = corpus_run.parent
+    passages = [row["passage"] for row in HELD_OUT]
+    other = [{**row, "passage": passages[i - 5]} for i, row in enumerate(HELD_OUT)]
+    write_jsonl(folder / "other.jsonl", other)
+    run = folder / "other"
+    path = recipe_of(folder / "again", bert, ROWS, "embed", **in_corpus(folder, "other.jsonl"), **QUICK)
+    assert invoke("prepare", path, "--out", run).exit_code == 0
+    assert rows_of(run, "train") == rows_of(corpus_run, "train")
+    assert rows_of(run, "test") != rows_of(corpus_run, "test")
+
+
+def test_another_corpus_to_mine_in_is_another_run(corpus_run: Path) -> None:
+    recipe = str(corpus_run.parent / "recipe.yaml")
+    other = [f"data.corpus={corpus_run.parent / 'test.jsonl'}"]
+    hashes = {load_recipe(recipe, sets).fingerprint for sets in ([], other)}
+    assert len(hashes) == 2
+    unmined = {load_recipe(recipe, ["data.negatives=null", *sets]).fingerprint for sets in ([], other)}
+    assert len(unmined) == 1
 
 
 def test_negatives_are_mined_among_training_passages_only(run: Path) -> None:
@@ -178,6 +256,30 @@ def test_a_reranker_learns_from_pairs_with_mined_negatives(bert: Path, tmp_path:
     assert (refused.exit_code, "data.negatives.model" in refused.output) == (2, True), refused.output
     done = invoke("run", again, "--out", tmp_path / "named", "--set", f"data.negatives.model={bert}")
     assert done.exit_code == 0, done.output
+
+
+def test_a_reranker_gets_negatives_of_a_corpus_in_each_split(bert: Path, tmp_path: Path) -> None:
+    corpus = [f"A {THINGS[i % 9]} that is number {i}." for i in range(150)]
+    (tmp_path / "corpus.txt").write_text("\n".join(corpus))
+    sections = data(mine=2)
+    sections["data"]["corpus"] = str(tmp_path / "corpus.txt")
+    report = run_recipe(tmp_path, bert, ROWS, "rerank", **sections, **QUICK)
+    for split in ("train", "test"):
+        rows = rows_of(tmp_path / "run", split)
+        pairs = [pair for row in rows for pair in zip(row["passages"], row["relevances"], strict=True)]
+        assert {passage for passage, relevance in pairs if not relevance} & {*corpus}
+        assert not {passage for passage, relevance in pairs if relevance} & {*corpus}
+    assert report["data"]["mined"]["searched"]["test"] > 150
+    assert "in data.corpus too" in report["evaluation"]["signatures"]["ndcg@10"]
+
+
+def test_any_number_of_scores_at_a_time_gives_the_same_negatives(monkeypatch: pytest.MonkeyPatch) -> None:
+    vectors = torch.nn.functional.normalize(torch.randn(40, 8, generator=torch.Generator().manual_seed(0)), dim=-1)
+    pairs = Pairs([*"abcdef"], [*"abcdef"], [*map(str, range(40))], [[i] for i in range(6)], [[]] * 6, [None] * 6)
+    section = NegativesSection(mine=3, below=0.9)
+    at_once = mine(vectors[:6], vectors, pairs, section)
+    monkeypatch.setattr("llmtune.tasks.negatives.SCORES", 100)
+    assert mine(vectors[:6], vectors, pairs, section) == at_once
 
 
 def test_classes_have_no_negatives_to_mine(bert: Path, tmp_path: Path) -> None:

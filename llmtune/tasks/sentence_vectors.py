@@ -1,0 +1,300 @@
+"""Vectors as sentence-transformers has them: its folder's files, how token vectors become one vector, and its losses.
+
+Shapes: T tokens of a text, B and N texts, R rows of a step, C candidate passages, P pairs of an anchor with a text of
+its class, D numbers of a vector.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.nn import functional
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers.utils import ModelOutput
+
+from llmtune.data.example import Example
+from llmtune.errors import EnvironmentProblem, RecipeError
+from llmtune.evaluate.evaluated_task import LoadedModel
+from llmtune.evaluate.token_batches import run_encoder
+from llmtune.model.causal_lm_loss import accepted_arguments, model_inputs, unwrap
+from llmtune.model.config import is_encoder
+from llmtune.recipe.schema import Recipe
+from llmtune.recipe.task_sections import EmbedSection
+from llmtune.records import Advance, Batch, Loss
+from llmtune.store.atomic_files import read_json, write_json
+
+MODULES, PROMPTS, POOLING = "modules.json", "config_sentence_transformers.json", "1_Pooling"
+MODES = {
+    "cls": "pooling_mode_cls_token",
+    "max": "pooling_mode_max_tokens",
+    "mean": "pooling_mode_mean_tokens",
+    "lasttoken": "pooling_mode_lasttoken",
+}
+"""By our names, those of versions before 6, which all versions read."""
+PASSAGE_PROMPTS = ("document", "passage")
+USE_OTHER = "Use a base with mean, cls, max or lasttoken pooling and no further layers."
+STEP_LOSSES = ("cosent", "triplet")
+"""Losses of a step that are no sums over its rows."""
+
+
+def embed_section(recipe: Recipe) -> EmbedSection:
+    """Return the recipe's section, or its defaults."""
+    return recipe.embed or EmbedSection()
+
+
+@dataclass(frozen=True)
+class SentenceSettings:
+    """Settings in a base model's folder; None for missing ones."""
+
+    pooling: str | None = None
+    normalize: bool | None = None
+    query_prompt: str | None = None
+    passage_prompt: str | None = None
+
+
+def read_settings(folder: Path) -> SentenceSettings:
+    """Read the settings of a sentence-transformers folder; nothing if it is another model's.
+
+    Raises:
+        RecipeError: its vectors are made in a way that cannot be trained here, such as by a further layer.
+        EnvironmentProblem: a file is damaged or missing.
+    """
+    modules = _read_part(folder / MODULES)
+    if modules is None:
+        return SentenceSettings()
+    kinds = {str(one["type"]).rsplit(".", 1)[-1]: folder / one["path"] for one in modules}
+    if unknown := kinds.keys() - {"Transformer", "Pooling", "Normalize"}:
+        what = f"the base makes its vectors with a module {min(unknown)}, which llmtune does not train"
+        raise RecipeError.of(what, str(folder / MODULES), USE_OTHER)
+    prompts = (_read_part(folder / PROMPTS) or {}).get("prompts") or {}
+    return SentenceSettings(
+        _read_pooling(kinds["Pooling"]) if "Pooling" in kinds else None,
+        "Normalize" in kinds,
+        prompts.get("query"),
+        next((prompts[name] for name in PASSAGE_PROMPTS if prompts.get(name)), None),
+    )
+
+
+def _read_part(path: Path) -> Any:
+    if not path.exists():
+        return None
+    content = read_json(path)
+    if content is None:
+        raise EnvironmentProblem.of("damaged: not JSON", str(path), "Download the model again.")
+    return content
+
+
+def _read_pooling(folder: Path) -> str:
+    path = folder / "config.json"
+    config = _read_part(path)
+    if config is None:
+        raise EnvironmentProblem.of("missing: it says how vectors are pooled", str(path), "Download the model again.")
+    stated = config.get("pooling_mode")
+    modes = (
+        [stated]
+        if isinstance(stated, str)
+        else stated
+        or [
+            name.removeprefix("pooling_mode_") for name, on in config.items() if name.startswith("pooling_mode_") and on
+        ]
+    )
+    ours = [next((one for one, name in MODES.items() if mode in (one, name[13:])), None) for mode in modes]
+    if len(ours) != 1 or ours[0] is None:
+        raise RecipeError.of(f"the base pools by {' and '.join(modes)}", str(path), USE_OTHER)
+    if config.get("include_prompt") is False:
+        raise RecipeError.of("the base leaves prompts out of its pooling", str(path), USE_OTHER)
+    return ours[0]
+
+
+def resolve_settings(section: EmbedSection, config: PretrainedConfig) -> EmbedSection:
+    """Return the section with the base's own pooling, normalisation and prompts where the recipe sets none.
+
+    Raises as `read_settings` does.
+    """
+    own = read_settings(Path(config.name_or_path))
+    return section.model_copy(
+        update={
+            "pooling": section.pooling
+            if section.pooling != "auto"
+            else own.pooling or ("mean" if is_encoder(config) else "lasttoken"),
+            "normalize": section.normalize if section.normalize is not None else own.normalize is not False,
+            "query_prompt": section.query_prompt if section.query_prompt is not None else own.query_prompt or "",
+            "passage_prompt": section.passage_prompt
+            if section.passage_prompt is not None
+            else own.passage_prompt or "",
+        }
+    )
+
+
+def write_settings(folder: Path, config: PretrainedConfig, section: EmbedSection, max_length: int) -> None:
+    """Make a saved model or adapter a sentence-transformers folder; `section` has been resolved."""
+    modules = [
+        ("", "Transformer"),
+        (POOLING, "Pooling"),
+        *([("2_Normalize", "Normalize")] if section.normalize else []),
+    ]
+    size = config.get_text_config().hidden_size
+    (folder / POOLING).mkdir(exist_ok=True)
+    write_json(
+        folder / MODULES,
+        [
+            {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
+            for i, (path, kind) in enumerate(modules)
+        ],
+    )
+    modes = {name: mode == section.pooling for mode, name in MODES.items()}
+    write_json(folder / POOLING / "config.json", {"word_embedding_dimension": size, **modes})
+    write_json(folder / "sentence_bert_config.json", {"max_seq_length": max_length, "do_lower_case": False})
+    prompts = {"query": section.query_prompt or "", "document": section.passage_prompt or ""}
+    about = {"prompts": prompts, "default_prompt_name": None, "similarity_fn_name": "cosine"}
+    write_json(folder / PROMPTS, about)
+
+
+def describe_settings(section: EmbedSection) -> str:
+    """Describe how vectors are made, for the report."""
+    parts = [f"{section.pooling} pooling", "length 1" if section.normalize else "not normalised"]
+    prompts = (("queries", section.query_prompt), ("passages", section.passage_prompt))
+    parts += [f"{json.dumps(prompt, ensure_ascii=False)} before {name}" for name, prompt in prompts if prompt]
+    return ", ".join(parts)
+
+
+# From texts to vectors
+
+
+def tokenize_prompted(
+    name: str, text: str, processor: PreTrainedTokenizerBase, recipe: Recipe, limit: int | None = None
+) -> list[int]:
+    """Return the tokens of a text of this name after its prompt, cut to `limit`."""
+    section = embed_section(recipe)
+    prompt = (section.query_prompt if name == "query" else section.passage_prompt) or ""
+    cut = {} if limit is None else {"truncation": True, "max_length": limit}
+    ids: list[int] = processor(prompt + text, return_attention_mask=False, **cut)["input_ids"]
+    return ids
+
+
+def hidden_states(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+    """Return the model's last hidden states [B, T, D]."""
+    inputs = model_inputs(model, batch)
+    if "use_cache" in accepted_arguments(type(unwrap(model))):  # type: ignore[arg-type]
+        inputs["use_cache"] = False
+    hidden_BTD: torch.Tensor = model(**inputs).last_hidden_state
+    return hidden_BTD
+
+
+def embed_texts(
+    texts: Sequence[tuple[bool, str]], loaded: LoadedModel, advance: Advance = lambda rows: None
+) -> NDArray[np.float32]:
+    """Return the vectors [N, D] of texts, each with whether it is a query."""
+    section, limit = embed_section(loaded.recipe), loaded.recipe.data.max_length
+    ids = [
+        tokenize_prompted("query" if is_query else "passage", text, loaded.processor, loaded.recipe, limit)
+        for is_query, text in texts
+    ]
+
+    def read(i: int, output: ModelOutput, row: int) -> NDArray[np.float32]:
+        vector_D = pool(output.last_hidden_state[row, : len(ids[i])], section.pooling)
+        kept_D = functional.normalize(vector_D, dim=-1) if section.normalize else vector_D
+        return np.asarray(kept_D.cpu().numpy())
+
+    examples = [Example(text, [], 0) for text in ids]
+    found = run_encoder(loaded.model, examples, loaded.processor.pad_token_id, loaded.device, read, advance)
+    return np.stack(found) if found else np.zeros((0, 0), dtype=np.float32)
+
+
+def pool(hidden_TD: torch.Tensor, mode: str) -> torch.Tensor:
+    """Return one vector [D] of a text's token vectors, in float32."""
+    hidden_TD = hidden_TD.float()
+    if mode == "cls":
+        return hidden_TD[0]
+    if mode == "lasttoken":
+        return hidden_TD[-1]
+    return hidden_TD.amax(0) if mode == "max" else hidden_TD.mean(0)
+
+
+# Losses over the vectors of a complete step; each is that of the same name in sentence-transformers
+
+
+def embedding_loss(vectors: Sequence[torch.Tensor], examples: Sequence[Example], section: EmbedSection) -> Loss:
+    """Return the loss of a step from the vectors [texts, D] of each example, before normalisation.
+
+    With `dimensions` the losses of all lengths are added, as in Kusupati et al., "Matryoshka Representation Learning",
+    2022. A loss that is no sum over rows counts once per row: its mean is then the loss.
+    """
+    compute = LOSSES[section.loss]
+    sizes = section.dimensions or (vectors[0].shape[1],)
+    parts = [compute([one[:, :size] for one in vectors], examples, section) for size in sizes]
+    losses = torch.stack(parts).sum(0)
+    if section.loss in STEP_LOSSES:
+        return Loss(losses * len(examples), len(examples))
+    return Loss(losses.sum(), len(examples), row_sums=losses)
+
+
+def ranking_loss(vectors: Sequence[torch.Tensor], examples: Sequence[Example], section: EmbedSection) -> torch.Tensor:
+    """Return the cross entropy [R] of each query's passage among the passages and negatives of all rows.
+
+    Other passages of the same query, and texts equal to the query or to one of its passages, are no negatives.
+    """
+    texts = [list(example.class_ids) for example in examples]
+    queries_RD = functional.normalize(torch.stack([one[0] for one in vectors]), dim=-1)
+    passages = [*(one[1] for one in vectors), *(part for one in vectors for part in one[2:])]
+    passages_CD = functional.normalize(torch.stack(passages), dim=-1)
+    device = queries_RD.device
+    names_C = torch.tensor([*(own[1] for own in texts), *(name for own in texts for name in own[2:])], device=device)
+    query_R, passage_R = (torch.tensor([own[place] for own in texts], device=device) for place in (0, 1))
+    same_query_RR = query_R[:, None] == query_R
+    known_RC = (same_query_RR[:, :, None] & (passage_R[:, None] == names_C)).any(1) | (query_R[:, None] == names_C)
+    own_R = torch.arange(len(examples), device=device)
+    known_RC[own_R, own_R] = False  # the row's own passage comes first
+    scores_RC = (section.scale * queries_RD @ passages_CD.T).masked_fill(known_RC, -torch.inf)
+    return functional.cross_entropy(scores_RC, own_R, reduction="none")
+
+
+def cosines(vectors: Sequence[torch.Tensor], examples: Sequence[Example]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the cosine [R] of each row's two texts, and its score [R]."""
+    first_RD, second_RD = (torch.stack([one[place] for one in vectors]) for place in (0, 1))
+    cosine_R = functional.cosine_similarity(first_RD, second_RD)
+    return cosine_R, torch.tensor([example.values[0] for example in examples], device=cosine_R.device)
+
+
+def cosine_loss(vectors: Sequence[torch.Tensor], examples: Sequence[Example], section: EmbedSection) -> torch.Tensor:
+    """Return the squared difference [R] of cosine and score."""
+    cosine_R, score_R = cosines(vectors, examples)
+    return (cosine_R - score_R).square()
+
+
+def cosent_loss(vectors: Sequence[torch.Tensor], examples: Sequence[Example], section: EmbedSection) -> torch.Tensor:
+    """Return the loss of all pairs of rows whose cosines are in another order than their scores (CoSENT)."""
+    cosine_R, score_R = cosines(vectors, examples)
+    scaled_R = section.scale * cosine_R
+    wrong_RR = (scaled_R[:, None] - scaled_R)[score_R[:, None] < score_R]
+    return torch.cat([wrong_RR.new_zeros(1), wrong_RR]).logsumexp(0)
+
+
+def triplet_loss(vectors: Sequence[torch.Tensor], examples: Sequence[Example], section: EmbedSection) -> torch.Tensor:
+    """Return the mean loss of all triplets with a loss: the batch-all loss of Hermans et al., 2017.
+
+    The distance is 1 - cosine.
+    """
+    vectors_RD = functional.normalize(torch.cat(list(vectors)), dim=-1)
+    distance_RR = 1 - vectors_RD @ vectors_RD.T
+    label_R = torch.tensor([example.tag_ids[0] for example in examples], device=distance_RR.device)
+    same_RR = label_R[:, None] == label_R
+    anchor_P, near_P = (same_RR & ~torch.eye(len(examples), dtype=torch.bool, device=label_R.device)).nonzero().T
+    losses_PR = distance_RR[anchor_P, near_P][:, None] - distance_RR[anchor_P] + section.margin
+    losses_PR = losses_PR.clamp_min(0) * ~same_RR[anchor_P]
+    return losses_PR.sum() / (losses_PR.detach() > 1e-16).sum().clamp_min(1)
+
+
+LOSSES: dict[str, Callable[[Sequence[torch.Tensor], Sequence[Example], EmbedSection], torch.Tensor]] = {
+    "ranking": ranking_loss,
+    "cosent": cosent_loss,
+    "cosine": cosine_loss,
+    "triplet": triplet_loss,
+}
