@@ -25,7 +25,7 @@ from llmtune.recipe.section import (
     sections_by,
 )
 from llmtune.recipe.source_map import Diagnostics
-from llmtune.recipe.task_facts import COLUMNS, ROW_FORMATS, WITH_ROLES
+from llmtune.recipe.task_facts import COLUMNS, ROW_FORMATS, TEMPLATE_KEYS, WITH_ROLES
 from llmtune.recipe.task_variant import TaskVariant
 
 SPLITS = ("train", "validation", "test")
@@ -247,7 +247,7 @@ class DataSection(RecipeSection):
             diagnostics.none_has_effect(
                 self,
                 "data",
-                ("reasoning", "special_tokens_in_text", "system_prompt"),
+                TEMPLATE_KEYS["data"],
                 f"with task: {variant.task}",
                 fix,
                 "task",
