@@ -81,14 +81,16 @@ def spoken_text(row: Row) -> str:
     """Return the text for the near-duplicate search: everything except system messages.
 
     A long system message shared by all rows would make them all similar. Questions on different contexts, passages
-    for different queries, and texts of different recordings are never duplicates, whatever they share: each word is
-    tagged with its context.
+    for different queries (a passage may answer several), and texts of different recordings are never duplicates,
+    whatever they share: each word is tagged with its context.
     """
     if "context" in row:
         return _tag_words(f"{row['question']} {' '.join(answer['text'] for answer in row['answers'])}", row["context"])
     if "relevances" in row:
         return _tag_words(" ".join(row["passages"]), row["query"])
     if "negatives" in row:
+        if row["score"] is None and row["passages"]:
+            return _tag_words(" ".join(row["passages"]), row["query"])
         return " ".join([row["query"], *row["passages"]])
     if "audio" in row:
         return _tag_words(row["text"], row["content"])
