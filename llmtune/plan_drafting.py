@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 from llmtune.adapter.injection import adapter_inputs, adapter_settings
+from llmtune.errors import RecipeError
 from llmtune.evaluate.cache_keys import evaluation_inputs
 from llmtune.model.config import read_model_config
 from llmtune.model.memory_plan import context_length, resolve_checkpointing
+from llmtune.recipe.idle_keys import find_idle_keys
 from llmtune.recipe.loader import LoadedRecipe
 from llmtune.recipe.training_rule import choose_training, few_steps, with_choices, with_length
 from llmtune.records import Examples, Json, ModelRef, Rows
@@ -28,6 +30,7 @@ def draft_plan(context: RunContext, loaded: LoadedRecipe, model_ref: ModelRef, r
     console, task = context.console, find_variant(loaded.recipe, model_ref)
     config = read_model_config(model_ref, loaded.recipe.model)
     recipe = task.infer_labels(loaded.recipe, rows, config)
+    RecipeError.collect(find_idle_keys(recipe, style=task.style, reads_template=task.reads_template))
     stated, found = loaded.recipe.classify, recipe.classify
     if found is not None and found.kind == "regression" and (stated is None or stated.kind == "auto"):
         console.print(AS_NUMBERS, highlight=False)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,11 @@ from llmtune.data.sources import hash_sources
 from llmtune.errors import DataError, EnvironmentProblem, Problem, RecipeError
 from llmtune.model.device import describe_device, pick_device
 from llmtune.pipeline import run_pipeline
-from llmtune.recipe.data_section import DataSection, Source
+from llmtune.recipe.data_section import Source
+from llmtune.recipe.evaluate_section import is_own
 from llmtune.recipe.loader import LoadedRecipe
 from llmtune.recipe.schema import Recipe
+from llmtune.recipe.section import change_paths
 from llmtune.records import Json
 from llmtune.store.atomic_files import hash_file, list_folder, write_json
 from llmtune.store.diff_runs import (
@@ -100,39 +101,17 @@ def refuse_changed(verification: Verification) -> None:
 
 def move_recipe(loaded: LoadedRecipe, lock: Lock, run: Path) -> LoadedRecipe:
     """Return the recipe with each missing path replaced by its new location; see `relocated`."""
-    then = lock.get("folder")
 
     def find(path: str) -> str:
-        return str(relocated(path, then, run)) if os.path.isabs(path) else path
+        if not os.path.isabs(path):
+            return path
+        if is_own(path):
+            file, _, function = path.rpartition(":")
+            return f"{find(file)}:{function}"
+        below, pattern = split_pattern(path)
+        return str(relocated(str(below), lock.get("folder"), run) / pattern)
 
-    recipe = loaded.recipe
-    model, adapter = recipe.model, recipe.adapter
-    name = find(model.name) if model.name else None
-    candidates = tuple(map(find, model.candidates)) if isinstance(model.candidates, tuple) else model.candidates
-    template = find(model.chat_template) if model.chat_template else None
-    model = model.model_copy(update={"name": name, "candidates": candidates, "chat_template": template})
-    if adapter.start_from:
-        adapter = adapter.model_copy(update={"start_from": find(adapter.start_from)})
-    own = {one: f"{find(one.rpartition(':')[0])}:{name}" for name, one in recipe.evaluate.own_metrics.items()}
-    metrics = tuple(own.get(one, one) for one in recipe.evaluate.metrics)
-    evaluate = recipe.evaluate.model_copy(update={"metrics": metrics})
-
-    def find_source(source: Source) -> Source:
-        below, pattern = split_pattern(source.path)
-        return source.model_copy(
-            update={"path": os.path.join(find(str(below)), pattern) if pattern else find(source.path)}
-        )
-
-    data = change_sources(recipe.data, find_source)
-    update = {"data": data, "model": model, "adapter": adapter, "evaluate": evaluate}
-    return replace(loaded, recipe=recipe.model_copy(update=update))
-
-
-def change_sources(data: DataSection, change: Callable[[Source], Source]) -> DataSection:
-    """Return the data section with each of its sources changed."""
-    sides = {side: getattr(data, side) for side in ("train", "validation", "test")}
-    update = {side: tuple(map(change, sources)) for side, sources in sides.items() if isinstance(sources, tuple)}
-    return data.model_copy(update=update)
+    return replace(loaded, recipe=change_paths(loaded.recipe, lambda key, path, resolve: find(path)))
 
 
 def at_commits(recipe: Recipe, lock: Lock) -> Recipe:
@@ -140,11 +119,11 @@ def at_commits(recipe: Recipe, lock: Lock) -> Recipe:
     commits = {entry["source"]: entry["commit"] for entry in lock["data"].get("files", []) if "commit" in entry}
     if not commits:
         return recipe
-
-    def pin(source: Source) -> Source:
-        return source.model_copy(update={"revision": commits.get(source.path, source.revision)})
-
-    return recipe.model_copy(update={"data": change_sources(recipe.data, pin)})
+    update: dict[str, tuple[Source, ...]] = {}
+    for _, place, source in recipe.data.named_sources():
+        pinned = source.model_copy(update={"revision": commits.get(source.path, source.revision)})
+        update[place] = (*update.get(place, ()), pinned)
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update=update)})
 
 
 def hold(pins: Pins, recipe: Recipe, lock: Lock, run: Path) -> Pins:

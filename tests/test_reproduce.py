@@ -13,8 +13,11 @@ from support.runs import invoke, write_recipe, write_sums
 
 from llmtune.errors import DataError, EnvironmentProblem, RecipeError
 from llmtune.pipeline import run_pipeline
-from llmtune.recipe.loader import load_recipe
-from llmtune.reproduce import Tolerances, explain_difference, reproduce
+from llmtune.recipe.data_section import Source
+from llmtune.recipe.loader import LoadedRecipe, load_recipe
+from llmtune.recipe.schema import Recipe
+from llmtune.recipe.section import change_paths
+from llmtune.reproduce import Tolerances, at_commits, explain_difference, move_recipe, reproduce
 from llmtune.store.run_folder import read_run
 from llmtune.store.run_lock import LOCK
 from llmtune.store.run_request import RunRequest
@@ -135,3 +138,43 @@ def test_a_run_is_not_reproduced_into_itself_or_before_training(project: Path, t
     done = invoke("reproduce", tmp_path)
     assert done.exit_code == 2
     assert "no trained model yet" in done.stderr
+
+
+def test_every_path_of_a_recipe_moves_with_its_run(tmp_path: Path) -> None:
+    """Whatever key names a file or folder: with one of them left behind, the run could not be reproduced."""
+    before, now = tmp_path / "before", tmp_path / "now"
+    folders = ["model", "miner", "start", "champion"]
+    files = [*("rows.jsonl", "test-1.jsonl", "passages.txt", "chat.jinja", "metrics.py", "texts.txt", "quiz.jsonl")]
+    files += ["words.csv", "labelled.jsonl", "choose.yaml"]
+    for name in (*folders, "run"):
+        (before / name).mkdir(parents=True)
+    for name in files:
+        (before / name).touch()
+    recipe: dict[str, Any] = {
+        "task": "embed",
+        "model": {"name": "./model", "chat_template": "chat.jinja"},
+        "data": {"train": "rows.jsonl", "test": "test-*.jsonl", "corpus": ["passages.txt", "hub:owner/passages"]},
+        "adapter": {"start_from": "start"},
+        "evaluate": {
+            "metrics": ["ndcg@10", "metrics.py:length"],
+            "champion": "champion",
+            "forgetting": {"texts": ["texts.txt"], "questions": ["quiz.jsonl"]},
+            "fairness": {"swaps": ["words.csv"]},
+            "judge": {"endpoint": "http://localhost/v1", "model": "m", "labelled": "labelled.jsonl"},
+            "benchmarks": "choose.yaml",
+        },
+    }
+    recipe["data"]["negatives"] = {"mine": 2, "model": "./miner"}
+    written = change_paths(Recipe.model_validate(recipe), lambda key, path, resolve: resolve(path, before))
+    loaded = LoadedRecipe(written, {}, before / "recipe.yaml", "")
+    before.rename(now)
+    lock: Any = {"folder": str(before / "run"), "data": {"files": [{"source": "hub:owner/passages", "commit": "abc"}]}}
+    moved = move_recipe(loaded, lock, now / "run").recipe
+    text = moved.model_dump_json()
+    assert str(before) not in text
+    for name in (*folders, *files):
+        assert str(now / name.replace("1", "*")) in text, name
+    assert at_commits(moved, lock).data.corpus == (
+        Source(path=str(now / "passages.txt")),
+        Source(path="hub:owner/passages", revision="abc"),
+    )

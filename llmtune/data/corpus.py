@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
 
-from llmtune.data.column_mapping import PASSAGE_NAMES, rename
+from llmtune.data.column_mapping import PASSAGE_NAMES, has_columns, rename
 from llmtune.data.rejected_rows import RowError, too_many_bad
 from llmtune.data.search_rows import passage_text
 from llmtune.data.sources import Input, local_input, open_sources
@@ -46,15 +47,19 @@ def save_corpus(data: DataSection, folder: Path, console: Console) -> str:
     if not data.corpus:
         (folder / CORPUS).unlink(missing_ok=True)
         return ""
-    seen: set[bytes] = set()
+    seen, taken = set[bytes](), Counter[int]()
     digest, bad, total = hashlib.sha256(), list[Problem](), 0
     with atomic_file(folder / CORPUS) as partial, partial.open("w", encoding="utf-8") as file:
         for one in open_sources(data.corpus, "data.corpus"):
             for origin, passage in iterate_passages(one, one.source.columns or data.columns):
+                if one.source.limit is not None and taken[one.number] >= one.source.limit:
+                    break
                 total += 1
                 if isinstance(passage, RowError):
                     bad.append(Problem(f"{passage.reason} ({passage.detail})", origin))
-                elif (key := hashlib.blake2b(passage.encode(), digest_size=16).digest()) not in seen:
+                    continue
+                taken[one.number] += 1
+                if (key := hashlib.blake2b(passage.encode(), digest_size=16).digest()) not in seen:
                     seen.add(key)
                     digest.update(key)
                     file.write(json.dumps(passage, ensure_ascii=False) + "\n")
@@ -82,16 +87,15 @@ def iterate_passages(one: Input, columns: Mapping[str, str]) -> Iterator[tuple[s
 
     Raises DataError if no column has the passages.
     """
-    limit = one.source.limit or 1 << 62
-    for number, (origin, row) in enumerate(one.raw_rows()):
-        if number >= limit:
-            return
+    for origin, row in one.raw_rows():
         if isinstance(row, RowError):
             yield origin, row
         elif one.container == "text":
             yield from ((origin, line.strip()) for line in str(row["text"]).splitlines() if line.strip())
         else:
-            column = columns.get("passage") or find_column(list(row), one.name)
+            column = columns.get("passage")
+            if column is None or not (one.source.columns or has_columns(row, column)):
+                column = find_column(list(row), one.name)
             try:
                 titled = column == "text" and row.get("title")
                 yield origin, passage_text(row if titled else rename(row, {"passage": column}).get("passage"))

@@ -181,6 +181,7 @@ def encode_rows(
     """
     check_tools(rows, processor, recipe)
     tally, total = _Tally(), sum(rows.counts.values())
+    tally.digest.update(hash_value(processor.chat_template).encode())  # it renders the prompts of evaluation too
     with explained(folder):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / RECORD).unlink(missing_ok=True)

@@ -327,7 +327,8 @@ def _split_group(raw: Mapping[str, object], split_by: str | None, required: bool
         if required:
             raise RowError("no value to split by", f"{split_by!r} (data.split_by) is missing or null")
         return None
-    text = value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str)
+    in_json = isinstance(value, bool | int | float | list | dict)  # Parquet has dates where JSON and CSV have texts
+    text = json.dumps(value, sort_keys=True, default=str) if in_json else str(value)
     return xxhash.xxh3_64_intdigest(text.encode(errors="surrogatepass"))
 
 

@@ -178,10 +178,11 @@ def _write_rows(
             (folder / f"{name}.rows.arrow").unlink(missing_ok=True)
     dropped = Counter(account.bad)
     dropped.update(reason for reason in reason_N.tolist() if reason != KEPT)
-    columns_hash = writers["test"].columns_hash if "test" in writers else ""
+    kept = {name: one.columns_hash for name, one in writers.items() if one.columns_hash}
     left_out = dict(sorted(dropped.items()))
     content = digest.hexdigest()
-    return Rows(folder, files, counts, account.rows_in, left_out, content, columns, columns_hash, account.filled)
+    kept_hash = hash_value(kept) if kept else ""
+    return Rows(folder, files, counts, account.rows_in, left_out, content, columns, kept_hash, account.filled)
 
 
 def _print_rows(rows: Rows, account: IngestState, notes: Sequence[str], console: Console) -> None:

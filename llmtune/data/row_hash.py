@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -14,6 +15,8 @@ from llmtune.data.chat_rows import Message
 from llmtune.data.rejected_rows import RowError
 from llmtune.records import Row
 
+DECIMAL = re.compile(r"[+-]?(\d+\.\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
+"""A number with a decimal point."""
 _dump = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 _write_sorted = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), sort_keys=True).encode
 
@@ -35,11 +38,24 @@ def row_json(row: Mapping[str, object]) -> str:
 
 
 def hash_content(row: Mapping[str, object]) -> bytes:
-    """Hash a row's content to 16 bytes; Unicode composition and outer white space make no difference."""
-    text = _write_sorted(_stripped(row))
+    """Hash a row's content to 16 bytes; Unicode composition and outer white space make no difference.
+
+    Neither does the type of a label: CSV files have texts where JSON and Parquet have numbers or true and false.
+    """
+    label = {"label": _plain_label(row["label"])} if "label" in row else {}
+    text = _write_sorted(_stripped({**row, **label}))
     if not text.isascii():
         text = unicodedata.normalize("NFC", text)
     return xxhash.xxh3_128_digest(text.encode())
+
+
+def _plain_label(label: object) -> object:
+    """Return a label as JSON has it: 0.5 for `0.50`, 3 as a class for `3.0`, and true for `True`."""
+    if isinstance(label, str) and DECIMAL.fullmatch(label):
+        label = float(label)
+    if isinstance(label, float) and label.is_integer():
+        return str(int(label))
+    return label.lower() if isinstance(label, str) and label.lower() in ("true", "false") else label
 
 
 def _stripped(value: object) -> object:
@@ -65,14 +81,16 @@ def spoken_text(row: Row) -> str:
     """Return the text for the near-duplicate search: everything except system messages.
 
     A long system message shared by all rows would make them all similar. Questions on different contexts, passages
-    for different queries, and texts of different recordings are never duplicates, whatever they share: each word is
-    tagged with its context.
+    for different queries (a passage may answer several), and texts of different recordings are never duplicates,
+    whatever they share: each word is tagged with its context.
     """
     if "context" in row:
         return _tag_words(f"{row['question']} {' '.join(answer['text'] for answer in row['answers'])}", row["context"])
     if "relevances" in row:
         return _tag_words(" ".join(row["passages"]), row["query"])
     if "negatives" in row:
+        if row["score"] is None and row["passages"]:
+            return _tag_words(" ".join(row["passages"]), row["query"])
         return " ".join([row["query"], *row["passages"]])
     if "audio" in row:
         return _tag_words(row["text"], row["content"])

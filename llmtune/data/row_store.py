@@ -57,28 +57,31 @@ class RowWriter:
         self._writer = pa.ipc.new_file(self._file, self._schema)
         self._batches: list[pa.RecordBatch] = []
         self._digest = hashlib.sha256()
-        self._columns = hashlib.sha256()
-        self._has_columns = False
+        self._kept = hashlib.sha256()
+        self._keeps = False
 
     def add(self, batch: pa.RecordBatch, content_R2: U64, group_R: U64) -> None:
         """Write rows from the spool, with hashes of their contents and of their groups."""
         ids = pa.array([f"{high:016x}{low:016x}" for high, low in content_R2.tolist()])
         groups = [pa.array(group_R)] if GROUP in self._schema else []
+        if groups:
+            self._kept.update(group_R.tobytes())
+            self._keeps = True
         self._batches.append(pa.record_batch([ids, *batch.columns, *groups], schema=self._schema))
         for row in batch.column("row").to_pylist():
             self._digest.update(row.encode() + b"\n")  # JSON text has no line end
         for kept in batch.column("columns").to_pylist():
             if kept is not None:
-                self._columns.update(kept.encode() + b"\n")
-                self._has_columns = True
+                self._kept.update(kept.encode() + b"\n")
+                self._keeps = True
         rows, size = sum(one.num_rows for one in self._batches), sum(one.nbytes for one in self._batches)
         if rows >= BATCH_ROWS or size >= BATCH_BYTES:
             self._flush()
 
     @property
     def columns_hash(self) -> str:
-        """Hash over `columns`; empty if no row has any."""
-        return self._columns.hexdigest() if self._has_columns else ""
+        """Hash over what is kept with the rows, `columns` and groups; empty if nothing is."""
+        return self._kept.hexdigest() if self._keeps else ""
 
     def _flush(self) -> None:
         for batch in pa.Table.from_batches(self._batches, self._schema).combine_chunks().to_batches():

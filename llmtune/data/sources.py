@@ -27,7 +27,7 @@ from llmtune.recipe.data_section import DATA_ENDINGS, DataSection, Source, data_
 from llmtune.recipe.task_facts import TASK_FACTS
 from llmtune.recipe.user_files import match_files, walk_files
 from llmtune.recipe.yaml_writer import source_line, written_path
-from llmtune.records import SPLITS, Advance
+from llmtune.records import Advance
 from llmtune.store.atomic_files import hash_file, hash_recording
 
 IN_FOLDERS = tuple(ending for ending in DATA_ENDINGS if ending != ".md")
@@ -109,11 +109,13 @@ def resolve_inputs(data: DataSection, task: str, *, local_only: bool = False) ->
     """
     detected: list[Detected] = []
     problems: list[Problem] = []
-    for number, (key, split, source) in enumerate(_each_source(data)):
+    for number, (key, place, source) in enumerate(data.named_sources()):
         if local_only and (hub.dataset_name(source) is not None or is_remote(source.path)):
             continue
+        split = None if place == "train" else place
         try:
-            of_source = [_detect(one, data, task, problems) for one in _inputs_of(source, number, split, key)]
+            inputs = _inputs_of(source, number, split, key)
+            of_source = [_detect(one, data, task, problems) for one in inputs if place != "corpus"]
         except DataError as error:
             problems += error.problems
             continue
@@ -127,16 +129,6 @@ def resolve_inputs(data: DataSection, task: str, *, local_only: bool = False) ->
         problems.append(Problem(f"no file has {names}", "data.columns", "Correct the names, or remove the key."))
     DataError.collect(problems)
     return detected
-
-
-def _each_source(data: DataSection) -> Iterator[tuple[str, str | None, Source]]:
-    """Yield every source with its key and its split."""
-    for split in SPLITS:
-        sources = getattr(data, split)
-        if isinstance(sources, tuple):
-            for number, source in enumerate(sources):
-                key = f"data.{split}" if len(sources) == 1 else f"data.{split}[{number}]"
-                yield key, None if split == "train" else split, source
 
 
 def open_sources(sources: Sequence[Source], key: str) -> list[Input]:
@@ -347,10 +339,9 @@ def list_sources(data: DataSection, task: str) -> tuple[str, list[SourceFile]]:
         digest.update(json.dumps(shared, sort_keys=True).encode())
     problems: list[Problem] = []
     listed: list[SourceFile] = []
-    corpus = (("data.corpus", "corpus", source) for source in data.corpus or ())
-    for key, split, source in (*_each_source(data), *corpus):
+    for key, place, source in data.named_sources():
         settings = source.model_dump(mode="json", exclude={"path"})
-        digest.update(json.dumps([split, settings], sort_keys=True).encode())
+        digest.update(json.dumps([None if place == "train" else place, settings], sort_keys=True).encode())
         try:
             for file in _hash_source(source, data, key, task):
                 digest.update(f"{file.name} {file.hash}\n".encode())

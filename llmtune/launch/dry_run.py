@@ -24,7 +24,7 @@ from llmtune.pipeline import check_first
 from llmtune.plan_drafting import decide_checkpointing, decide_rest, draft_plan, finish_plan
 from llmtune.recipe.loader import LoadedRecipe
 from llmtune.recipe.schema import Recipe
-from llmtune.records import SPLITS, Examples, Json, MemoryPlan, ModelRef, Rows
+from llmtune.records import Examples, Json, MemoryPlan, ModelRef, Rows
 from llmtune.session import (
     Plan,
     RunContext,
@@ -140,5 +140,5 @@ def _find_examples(
 
 
 def _is_small(recipe: Recipe) -> bool:
-    files = [Path(source.path) for split in SPLITS for source in recipe.data.sources(split)]
+    files = [Path(source.path) for _, _, source in recipe.data.named_sources()]
     return all(file.is_file() and file.stat().st_size <= TRIED_BYTES for file in files)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from llmtune import __version__
 from llmtune.errors import Problem, RecipeError
 from llmtune.launch.topology import Topology, why_not
-from llmtune.records import SPLITS, Json
+from llmtune.records import Json
 from llmtune.store.atomic_files import hash_value
 from llmtune.store.process_environment import LOCAL_TRACKERS, gc_paused, is_remote_model, prepare_environment
 from llmtune.store.processes import once, rank
@@ -238,7 +238,8 @@ def names_remote(recipe: Recipe) -> bool:
     from llmtune.recipe.section import STORES
 
     models = [recipe.model.name] if recipe.model.name else candidate_names(recipe)
-    sources = [source for split in SPLITS for source in recipe.data.sources(split)]
+    models += [mined.model] if (mined := recipe.data.negatives) and mined.model else []
+    sources = [source for _, _, source in recipe.data.named_sources()]
     remote_data = any(source.path.startswith(("hub:", *STORES)) for source in sources) or studies_remote(recipe)
     remote_trackers = set(recipe.train.report_to) - LOCAL_TRACKERS
     hub_kernel = "/" in recipe.model.attn_implementation

@@ -14,7 +14,6 @@ from llmtune.errors import EnvironmentProblem, Problem, nearest
 from llmtune.model.catalogue import candidate_names
 from llmtune.recipe.builtin import new_recipe
 from llmtune.recipe.loader import LoadedRecipe
-from llmtune.records import SPLITS
 
 if TYPE_CHECKING:
     from llmtune.data.sources import Detected
@@ -57,13 +56,14 @@ def try_recipe_rows(loaded: LoadedRecipe, detected: Sequence[Detected], *, split
 
     recipe = loaded.recipe
     count = try_rows(detected, recipe.data, recipe.task)
-    sources = {id(source) for split in SPLITS for source in recipe.data.sources(split)}
+    sources = {id(source) for _, place, source in recipe.data.named_sources() if place != "corpus"}
     local = {id(one.input.source) for one in detected} == sources
     if count is not None and count <= split_up_to and local:
         from llmtune.data.preparation import prepare_rows  # takes half a second to import
 
+        alone = recipe.model_copy(update={"data": recipe.data.model_copy(update={"corpus": None})})
         with tempfile.TemporaryDirectory() as folder:
-            prepare_rows(recipe, Path(folder) / "rows", Console(quiet=True))
+            prepare_rows(alone, Path(folder) / "rows", Console(quiet=True))
 
 
 def _missing(loaded: LoadedRecipe) -> Iterator[Problem]:
@@ -73,11 +73,15 @@ def _missing(loaded: LoadedRecipe) -> Iterator[Problem]:
             yield Problem(what, "train.report_to", f"pip install {tracker.replace('_', '-')}")
     model = loaded.recipe.model
     names = [model.name] if model.name else candidate_names(loaded.recipe)
-    missing = [name for name in names if os.path.isabs(name) and not os.path.exists(name)]
-    for name in missing if len(missing) == len(names) else ():  # one of several may be missing: it is skipped
+    missing = [("model.name", name) for name in names if os.path.isabs(name) and not os.path.exists(name)]
+    missing = missing if len(missing) == len(names) else []  # one of several may be missing: it is skipped
+    miner = loaded.recipe.data.negatives and loaded.recipe.data.negatives.model
+    if miner and os.path.isabs(miner) and not os.path.exists(miner):
+        missing.append(("data.negatives.model", miner))
+    for key, name in missing:
         parent = Path(name).parent
         known = [entry.name for entry in parent.iterdir()] if parent.is_dir() else []
-        yield Problem(f"folder {name} not found", "model.name", f"Check the path.{nearest(Path(name).name, known)}")
+        yield Problem(f"folder {name} not found", key, f"Check the path.{nearest(Path(name).name, known)}")
 
 
 def marks_left(loaded: LoadedRecipe) -> list[str]:

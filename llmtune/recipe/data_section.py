@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, get_args
 from urllib.parse import urlsplit
@@ -25,7 +25,7 @@ from llmtune.recipe.section import (
     sections_by,
 )
 from llmtune.recipe.source_map import Diagnostics
-from llmtune.recipe.task_facts import COLUMNS, ROW_FORMATS, WITH_ROLES
+from llmtune.recipe.task_facts import COLUMNS, ROW_FORMATS, TEMPLATE_KEYS, WITH_ROLES
 from llmtune.recipe.task_variant import TaskVariant
 
 SPLITS = ("train", "validation", "test")
@@ -249,7 +249,7 @@ class DataSection(RecipeSection):
             diagnostics.none_has_effect(
                 self,
                 "data",
-                ("reasoning", "special_tokens_in_text", "system_prompt"),
+                TEMPLATE_KEYS["data"],
                 f"with task: {variant.task}",
                 fix,
                 "task",
@@ -316,10 +316,17 @@ class DataSection(RecipeSection):
             isinstance(part, float) and part for part in (self.validation, self.test)
         )
 
-    def sources(self, split: str) -> tuple[Source, ...]:
-        """Return the sources of a split; empty if it is a share of the rows."""
-        value = getattr(self, split)
+    def sources(self, place: str) -> tuple[Source, ...]:
+        """Return the sources of a split or of `corpus`; empty if it has none."""
+        value = getattr(self, place)
         return value if isinstance(value, tuple) else ()
+
+    def named_sources(self) -> Iterator[tuple[str, str, Source]]:
+        """Yield every source that the recipe names, with its key and its place: a split, or `corpus`."""
+        for place in (*SPLITS, "corpus"):
+            sources = self.sources(place)
+            for number, source in enumerate(sources):
+                yield f"data.{place}" if len(sources) == 1 else f"data.{place}[{number}]", place, source
 
     def _check_weight(self, diagnostics: Diagnostics, split: str, key: str) -> None:
         if split != "train":

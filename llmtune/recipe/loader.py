@@ -8,12 +8,11 @@ import os
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TypeVar
 
 from llmtune.recipe.builtin import find_recipe
 from llmtune.recipe.layers import apply_sets, drop_key, read_layers
 from llmtune.recipe.schema import Recipe
-from llmtune.recipe.section import RecipeSection
+from llmtune.recipe.section import AnySection, change_paths
 from llmtune.recipe.source_map import DEFAULT, Diagnostics, SourceMap, list_origins, restore_origins
 from llmtune.recipe.task_facts import TASK_FACTS
 from llmtune.recipe.validation import validate
@@ -130,20 +129,6 @@ def fill_defaults(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update=update)
 
 
-AnySection = TypeVar("AnySection", bound=RecipeSection)
-
-
-def absolute_paths(section: AnySection, source_map: SourceMap, prefix: str = "") -> AnySection:
+def absolute_paths(section: AnySection, source_map: SourceMap) -> AnySection:
     """Return a section with absolute paths, resolved against the recipe file or, for `--set`, the working folder."""
-    update: dict[str, object] = {}
-    for name, value in section:
-        key, to_absolute = f"{prefix}{name}", type(section).paths.get(name)
-        if isinstance(value, RecipeSection):
-            update[name] = absolute_paths(value, source_map, f"{key}.")
-        elif isinstance(value, tuple) and value and isinstance(value[0], RecipeSection):
-            update[name] = tuple(absolute_paths(item, source_map, f"{key}.{i}.") for i, item in enumerate(value))
-        elif to_absolute and isinstance(value, tuple):
-            update[name] = tuple(to_absolute(item, source_map.folder(f"{key}.{i}")) for i, item in enumerate(value))
-        elif to_absolute and value is not None:
-            update[name] = to_absolute(value, source_map.folder(key))
-    return section.model_copy(update=update)
+    return change_paths(section, lambda key, value, resolve: resolve(value, source_map.folder(key)))

@@ -20,6 +20,7 @@ from llmtune.recipe.section import (
     one_or_more,
 )
 from llmtune.recipe.source_map import Diagnostics
+from llmtune.recipe.task_facts import TEMPLATE_KEYS
 from llmtune.recipe.task_variant import TaskVariant
 
 BUILTIN = "builtin:"
@@ -120,9 +121,8 @@ class ModelSection(RecipeSection):
         if locals_ and all(locals_):
             diagnostics.no_effect("model.revision", "except for a model on the hub", "Remove it.", *both)
         if not variant.facts.templated or variant.is_extractive:
-            template_keys = ("chat_template", "chat_template_kwargs")
             why, fix = f"with task: {variant.task}", "Remove it, or use task: chat."
-            diagnostics.none_has_effect(self, "model", template_keys, why, fix, "task")
+            diagnostics.none_has_effect(self, "model", TEMPLATE_KEYS["model"], why, fix, "task")
         facts = variant.facts
         if self.candidates is not None and not facts.searches and (not facts.ranks or variant.is_masked):
             has_head = not facts.decodes and not facts.takes_audio

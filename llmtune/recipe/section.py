@@ -40,6 +40,27 @@ class RecipeSection(BaseModel):
     """Keys that contain paths -> the function that resolves them against the folder of the recipe file."""
 
 
+AnySection = TypeVar("AnySection", bound=RecipeSection)
+ChangePath = Callable[[str, str, Callable[[str, Path], str]], str]
+"""Maps a key, its path, and the function of `paths` that resolves it, to another path."""
+
+
+def change_paths(section: AnySection, change: ChangePath, prefix: str = "") -> AnySection:
+    """Return a section with each of its paths changed; keys of items in a list have an index, `data.train.0.path`."""
+    update: dict[str, object] = {}
+    for name, value in section:
+        key, resolve = f"{prefix}{name}", type(section).paths.get(name)
+        if isinstance(value, RecipeSection):
+            update[name] = change_paths(value, change, f"{key}.")
+        elif isinstance(value, tuple) and value and isinstance(value[0], RecipeSection):
+            update[name] = tuple(change_paths(item, change, f"{key}.{i}.") for i, item in enumerate(value))
+        elif resolve and isinstance(value, tuple):
+            update[name] = tuple(change(f"{key}.{i}", item, resolve) for i, item in enumerate(value))
+        elif resolve and isinstance(value, str):
+            update[name] = change(key, value, resolve)
+    return section.model_copy(update=update)
+
+
 def absolute(path: str, folder: Path, pattern: bool = False) -> str:
     """Resolve `path` against `folder`; `~` is the home folder. With `pattern`, only `path` may be a glob."""
     path = os.path.expanduser(path)

@@ -35,6 +35,11 @@ PREDICTED = frozenset(
 )
 """Metrics of generated answers, whose number `evaluate.limit` limits."""
 
+TEMPLATE_KEYS = {
+    "data": ("reasoning", "special_tokens_in_text", "system_prompt"),
+    "model": ("chat_template", "chat_template_kwargs"),
+}
+"""Keys that only models with a chat template read, by section."""
 WITH_ROLES = ("messages", "sharegpt", "prompt-completion", "conversation-pair", "conversation-thumb", "chosen-rejected")
 """Formats whose rows may contain messages."""
 COLUMNS = (

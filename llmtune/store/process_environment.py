@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmtune.errors import EnvironmentProblem, Problem
-from llmtune.records import SPLITS
 
 if TYPE_CHECKING:
     from llmtune.recipe.schema import Recipe
@@ -97,11 +96,10 @@ def refuse_network(recipe: Recipe, *, offline: bool) -> None:
         what = f"the kernel {attention} must be downloaded from the hub, which --offline forbids"
         fix = "Set it to auto (--set model.attn_implementation=auto), or omit --offline."
         problems.append(Problem(what, "model.attn_implementation", fix))
-    for split in SPLITS:
-        for source in recipe.data.sources(split):
-            if source.path.startswith(STORES):
-                what = f"{source.path} is read over the network, which --offline forbids"
-                problems.append(Problem(what, f"data.{split}", "Download it and use the file, or omit --offline."))
+    for key, _, source in recipe.data.named_sources():
+        if source.path.startswith(STORES):
+            what = f"{source.path} is read over the network, which --offline forbids"
+            problems.append(Problem(what, key, "Download it and use the file, or omit --offline."))
     judge = recipe.evaluate.judge
     if judge is not None and not is_local(judge.endpoint):
         what = f"{judge.endpoint} is asked over the network, which --offline forbids"

@@ -48,6 +48,10 @@ class Task(EvaluatedTask, Generic[RowT, PredictionT]):
     is_conversational: bool = False
     """Whether rows are conversations: lists of messages."""
     takes_audio: bool = False
+    reads_template: bool = True
+    """Whether a chat template, if the model has one, makes the prompts; only for tasks whose facts say `templated`."""
+    style: str | None = None
+    """The style of `qa` that this kind of model has."""
     endpoint: Endpoint | None = None
 
     @property

@@ -114,8 +114,12 @@ class MaskedCompletion(Task[CompletionRow, str]):
     def collate(
         self, examples: Sequence[Example], processor: PreTrainedTokenizerBase, recipe: Recipe, packs: bool, draw: int
     ) -> Batch:
-        """Mask a share of each text's tokens, drawn from the text, the seed and the draw only."""
-        hidden = [hide_tokens(example, processor, (recipe.seed, draw)) for example in examples]
+        """Mask a share of each text's tokens, drawn from the text, and in training from the seed and the draw.
+
+        In evaluation all models see the same masks, whatever the seed of their training.
+        """
+        seed = (recipe.seed, draw) if draw else (0, 0)
+        hidden = [hide_tokens(example, processor, seed) for example in examples]
         shown = [replace(e, input_ids=ids.tolist()) for e, (ids, _) in zip(examples, hidden, strict=True)]
         batch, starts = encoder_batch(shown, processor.pad_token_id, packs)
         chosen = [at for _, at in hidden]

@@ -205,6 +205,8 @@ class ExtractiveQa(Qa[Span]):
     """An encoder that points at the first and last token of an answer."""
 
     auto_class = "AutoModelForQuestionAnswering"
+    style = "extractive"
+    reads_template = False
     packs = True
     loss_unit = "windows"
     predicts_tokens = False
@@ -346,6 +348,7 @@ def by_window(logits_BT: torch.Tensor, batch: Batch) -> torch.Tensor:
 class GenerativeQa(Qa[str]):
     """Qa with a model that writes its answers."""
 
+    style = "generative"
     default_prompt = SOURCE
 
     def matches(self, recipe: Recipe) -> bool:

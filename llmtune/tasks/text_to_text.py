@@ -74,6 +74,7 @@ class EncoderDecoder(TextToText[RowT]):
     """The encoder-decoder's version: the encoder reads the source, the decoder writes the target."""
 
     auto_class = "AutoModelForSeq2SeqLM"
+    reads_template = False
     peft_task_type = "SEQ_2_SEQ_LM"
 
     def supports(self, config: PretrainedConfig) -> bool:

@@ -7,9 +7,11 @@ from rich.console import Console
 from support.rows import write_jsonl
 
 from llmtune.data.corpus import load_corpus, read_passages, save_corpus
-from llmtune.errors import DataError, RecipeError
+from llmtune.errors import DataError, EnvironmentProblem, RecipeError
+from llmtune.launch.python_api import names_remote
 from llmtune.recipe.data_section import DataSection
 from llmtune.recipe.loader import load_recipe
+from llmtune.store.process_environment import refuse_network
 
 QUIET = Console(quiet=True)
 
@@ -50,6 +52,24 @@ def test_sources_are_joined_limited_and_mapped(tmp_path):
     assert save_corpus(section(*sources), tmp_path, QUIET) != one
     assert save_corpus(section(), tmp_path, QUIET) == ""
     assert load_corpus(tmp_path) == []
+
+
+def test_a_limit_counts_the_good_passages_of_all_files_of_a_source(tmp_path):
+    write_jsonl(tmp_path / "c" / "a.jsonl", [{"passage": "a"}, {"passage": ""}, {"passage": "b"}])
+    write_jsonl(tmp_path / "c" / "b.jsonl", [{"passage": "c"}, {"passage": "d"}])
+    (tmp_path / "lines.txt").write_text("one\ntwo\nthree\n")
+    sources = [{"path": str(tmp_path / "c"), "limit": 3}, {"path": str(tmp_path / "lines.txt"), "limit": 2}]
+    save_corpus(section(*sources, max_dropped=0.5), tmp_path, QUIET)
+    assert load_corpus(tmp_path) == ["a", "b", "c", "one", "two"]
+
+
+def test_a_corpus_without_the_mapped_column_is_read_by_its_own_names(tmp_path):
+    file = write_jsonl(tmp_path / "c.jsonl", [{"text": "a"}])
+    save_corpus(section(str(file), columns={"query": "asked", "passage": "found"}), tmp_path, QUIET)
+    assert load_corpus(tmp_path) == ["a"]
+    mapped = {"path": str(file), "columns": {"passage": "found"}}  # this source's own mapping must fit
+    with pytest.raises(DataError, match="passage"):
+        save_corpus(section(mapped), tmp_path, QUIET)
 
 
 @pytest.mark.parametrize(
@@ -103,3 +123,15 @@ def test_a_corpus_to_mine_in_needs_no_test_rows(task):
 def test_passages_of_a_file_need_no_recipe(tmp_path):
     (tmp_path / "p.md").write_text("one\ntwo\n")
     assert read_passages(tmp_path / "p.md") == ["one", "two"]
+
+
+@pytest.mark.parametrize("key", ["corpus=hub:a/b", "corpus=s3://b/c.txt", "negatives={mine: 2, model: a/b}"])
+def test_the_network_is_on_for_a_remote_corpus_or_miner_and_off_if_forbidden(key, tmp_path):
+    (tmp_path / "model").mkdir()
+    recipe = {"task": "embed", "model": {"name": "./model"}, "data": {"train": "rows.jsonl"}}
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    alone, remote = (load_recipe(tmp_path / "recipe.yaml", sets).recipe for sets in ([], [f"data.{key}"]))
+    assert (names_remote(alone), names_remote(remote)) == (False, True)
+    if "s3" in key:  # the others may be in the cache
+        with pytest.raises(EnvironmentProblem, match=r"data.corpus: s3://b/c.txt is read over the network"):
+            refuse_network(remote, offline=True)

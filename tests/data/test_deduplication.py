@@ -188,3 +188,17 @@ def test_a_validation_row_near_a_test_row_is_dropped(tmp_path):
     rows = prepare(tmp_path, "train.jsonl", validation="validation.jsonl", test="test.jsonl", deduplicate="near")
     assert questions(rows) == {"train": ["a"], "validation": ["b"], "test": [long + " more"]}
     assert rows.dropped == {"near a test row": 2}
+
+
+def test_a_passage_that_answers_several_queries_makes_no_duplicates(tmp_path):
+    """Passages are long and queries short: rows of other queries would look nearly equal."""
+    rng = random.Random(0)
+    passages = [" ".join(sentence(rng, 60)) for _ in range(40)]
+    rows = [{"query": " ".join(sentence(rng, 6)), "passage": one} for one in passages for _ in range(3)]
+    again = [{**row, "passage": f"{row['passage']} indeed"} for row in rows[:5]]
+    write_jsonl(tmp_path / "rows.jsonl", rows + again)
+    found = prepare(tmp_path, "rows.jsonl", "embed", deduplicate="near")
+    assert (found.counts["train"], found.dropped) == (120, {"near duplicate": 5})
+    scored = [{"query": row["query"], "passage": row["passage"], "score": 0.5} for row in rows]
+    write_jsonl(tmp_path / "scored.jsonl", scored)
+    assert prepare(tmp_path, "scored.jsonl", "embed", deduplicate="near").dropped, "a pair of texts is compared as one"

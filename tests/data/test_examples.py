@@ -173,6 +173,15 @@ def test_parts_of_a_split_row_name_their_row(tmp_path, console):
     assert set(rows[3:]) == {3}
 
 
+def test_another_template_makes_other_examples_even_if_no_row_shows_it(tmp_path, console):
+    """Its other branches are saved with the model, and served: the model is not what it was."""
+    path = write_jsonl(tmp_path / "rows.jsonl", [conversation("Hi?", "Yes."), conversation("Why?", "So.")])
+    with_tools = CHATML + "{% if tools %}{{ tools }}{% endif %}"
+    found = [encode_file(path, tmp_path, console, template)[1] for template in (CHATML, CHATML, with_tools)]
+    assert found[0].tokens == found[2].tokens
+    assert found[0].content_hash == found[1].content_hash != found[2].content_hash
+
+
 def test_a_few_rows_refused_by_the_template_are_left_out_and_many_stop_the_run(tmp_path, console):
     refused = [conversation(f"question {i}", f"answer {i}", system="be kind") for i in range(10)]
     path = write_jsonl(tmp_path / "rows.jsonl", [*refused[:1], *plain_rows(40)[1:]])

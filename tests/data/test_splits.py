@@ -1,12 +1,21 @@
+import csv
+import json
 import tempfile
+from datetime import date
+from decimal import Decimal
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.rows import chat, make_recipe, prepare, questions, rows_of, write_jsonl
 
 from llmtune.errors import DataError
+from llmtune.records import SPLITS
+
+TEXTS = [f"{i} is the number of text {i * 7}" for i in range(90)]
 
 
 def split(folder: Path, rows, **data):
@@ -78,6 +87,40 @@ def test_a_split_by_value_counts_the_same_as_number_and_as_text(tmp_path):
     numbers = questions(split(tmp_path, [chat(f"q{i}", c=i % 9) for i in range(90)], split_by="c", out="one"))
     texts = questions(split(tmp_path, [chat(f"q{i}", c=str(i % 9)) for i in range(90)], split_by="c", out="two"))
     assert numbers == texts
+
+
+@pytest.mark.parametrize(
+    ("task", "columns"),
+    [
+        ("completion", {"text": TEXTS, "group": [date(2026, 1, 1 + i % 9) for i in range(90)]}),
+        ("completion", {"text": TEXTS, "group": [Decimal(i % 9) / 4 for i in range(90)]}),
+        ("completion", {"text": TEXTS, "group": [i % 9 for i in range(90)]}),
+        ("classify", {"text": TEXTS, "label": [i / 8 for i in range(90)]}),
+        ("classify", {"text": TEXTS, "label": [i % 3 == 0 for i in range(90)]}),
+        ("classify", {"text": TEXTS, "label": [i % 3 for i in range(90)]}),
+        ("embed", {"query": TEXTS, "passage": TEXTS[::-1], "score": [i % 6 / 5 for i in range(90)]}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else type([*value.values()][-1][0]).__name__,
+)
+def test_rows_keep_their_split_when_a_file_changes_its_format(tmp_path, task, columns):
+    """The conversions that users do: JSON Lines to Parquet to CSV, each with its own types."""
+    table = pa.table(columns)
+    pq.write_table(table, tmp_path / "rows.parquet")
+    with (tmp_path / "rows.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, table.column_names)
+        writer.writeheader()
+        writer.writerows(table.to_pylist())
+    write_jsonl(tmp_path / "rows.jsonl", [json.loads(json.dumps(row, default=str)) for row in table.to_pylist()])
+    found = []
+    for ending in ("jsonl", "parquet", "csv"):
+        more = {"split_by": "group"} if "group" in columns else {}
+        rows = prepare(tmp_path, f"rows.{ending}", task, ending, validation=0.2, test=0.2, **more)
+        texts = [
+            [row.get("text") or row.get("query") or row["completion"] for row in rows_of(rows, side)] for side in SPLITS
+        ]
+        found.append(texts)
+    assert found[0] == found[1]
+    assert found[0] == found[2]
 
 
 def test_a_row_without_a_split_by_value_is_bad(tmp_path):

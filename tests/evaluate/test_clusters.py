@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from support.rows import write_jsonl
+from support.rows import prepare, write_jsonl
 from support.templates import conversation
 
 from llmtune.evaluate.gates import check_gates
@@ -149,6 +149,18 @@ def test_groups_reach_scores_file_and_report(make_bench, tmp_path):
     (table, text) = score_section(found, "chat").blocks
     assert f"{change.n} in {change.groups} groups" in json.dumps([[str(cell) for cell in row] for row in table.rows])
     assert "data.split_by" in text.text
+
+
+def test_other_groups_of_the_same_rows_are_scored_again(tmp_path):
+    """Intervals depend on the groups; the rows, their splits and the trained model do not."""
+    found = []
+    for size in (1, 1, 4):
+        rows = [{**conversation(f"What is {i}?", "That."), "page": f"page {i // size}"} for i in range(20)]
+        write_jsonl(tmp_path / "test.jsonl", rows)
+        write_jsonl(tmp_path / "train.jsonl", [conversation(f"Why {i}?", "That.") | {"page": "a"} for i in range(9)])
+        found.append(prepare(tmp_path, "train.jsonl", test="test.jsonl", split_by="page"))
+    assert len({rows.content_hash for rows in found}) == 1
+    assert found[0].columns_hash == found[1].columns_hash != found[2].columns_hash
 
 
 def test_test_rows_from_a_file_have_groups_too(make_bench, tmp_path):

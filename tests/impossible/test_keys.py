@@ -44,6 +44,7 @@ from llmtune.recipe.data_section import Source
 from llmtune.recipe.loader import load_recipe
 from llmtune.recipe.schema import Recipe
 from llmtune.session import Plan, find_variant
+from llmtune.store.atomic_files import hash_path
 from llmtune.store.run_folder import default_path
 from llmtune.train.accumulation import step_gradients, validation_loss
 from llmtune.train.loop import train
@@ -107,7 +108,8 @@ class Resolved:
         return [rows.content_hash, rows.counts, rows.dropped, rows.columns_hash]
 
     def examples(self) -> object:
-        return [self.made_examples.content_hash, self.made_examples.counts, self.made_examples.dropped]
+        made = self.made_examples  # not its hash, which covers the template whether any row shows it or not
+        return [*map(hash_path, made.files.values()), made.counts, made.dropped]
 
     def model(self) -> object:
         model = self.selected.model

@@ -49,6 +49,23 @@ def test_files_columns_models_and_trackers_are_checked(
     assert words in found.stderr.replace("\n    ", " ") or words in found.stderr
 
 
+@COMMANDS
+@pytest.mark.parametrize(
+    ("data", "code", "words"),
+    [
+        ({"corpus": "passages.tx"}, 3, "data.corpus: file not found"),
+        ({"negatives": {"mine": 2, "model": "./no-model"}}, 4, "data.negatives.model: folder"),
+    ],
+)
+def test_corpus_and_miner_are_checked_too(here: Path, command: list[str], data: dict, code: int, words: str) -> None:
+    (here / "pairs.csv").write_text("query,passage\nWhere is my parcel?,On its way.\n")
+    (here / "passages.txt").write_text("On its way.\n")
+    more: dict = {"task": "embed", "evaluate": None, "generation": None}
+    write_recipe(here / "mine.yaml", "owner/model", "pairs.csv", data=data, **more)
+    found = invoke(*command, "mine.yaml")
+    assert (found.exit_code, words in found.stderr) == (code, True), found.stderr
+
+
 @pytest.mark.parametrize("command", [["run"], ["train"]])
 def test_an_error_before_the_gates_is_reported_in_junit_xml(here: Path, command: list[str]) -> None:
     (here / "tickets.csv").write_text("subject,body,answer\nLate,Where is my parcel?,On its way.\n")

@@ -50,6 +50,28 @@ def test_different_words_are_masked_in_every_training_step(built, tmp_path):
     assert len(set(losses)) == len(losses) == 4
 
 
+def test_evaluation_masks_the_same_words_whatever_the_seed(built):
+    """Further seeds and champions are compared on them, and reuse the base's answers."""
+    processor = AutoTokenizer.from_pretrained(built("bert"))
+    recipes = [recipe_for_seed(seed) for seed in (7, 8)]
+    text = {"prompt": "The quick brown fox jumps over the lazy dog. " * 4, "completion": ""}
+    (example,) = MASKED.encode_row(text, processor, recipes[0])
+    shown = {
+        draw: [MASKED.collate([example], processor, one, False, draw)["predict_S"].tolist() for one in recipes]
+        for draw in (0, 1)
+    }
+    assert shown[0][0] == shown[0][1] != shown[1][0]
+    assert shown[1][0] != shown[1][1], "training depends on the seed"
+
+
+def recipe_for_seed(seed):
+    data = {"train": "rows.jsonl", "max_length": 64}
+    completion = {"objective": "masked", "mask_probability": 0.3}
+    return Recipe.model_validate(
+        {"task": "completion", "seed": seed, "data": data, "model": {"name": "m"}, "completion": completion}
+    )
+
+
 # Filling in
 
 
