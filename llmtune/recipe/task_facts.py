@@ -315,6 +315,7 @@ _TASKS = (
         mines=True,
         pipeline="sentence-similarity",
         library="sentence-transformers",
+        tags=("sentence-transformers", "feature-extraction"),
     ),
     TaskFacts(
         "rerank",

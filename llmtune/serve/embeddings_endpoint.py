@@ -8,18 +8,18 @@ from typing import Annotated, Literal, cast
 
 import numpy as np
 from fastapi import FastAPI
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, field_validator
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from llmtune.data.search_rows import EmbedRow, texts_of
+from llmtune.data.search_rows import EmbedRow, text_names, texts_of
 from llmtune.evaluate.vector_search import Vectors, unit
 from llmtune.serve.engine import Engine
 from llmtune.serve.generation_endpoints import in_text_thread, run_job, served_by_name, unless_disconnected
 from llmtune.serve.request_queue import AnswerJob, End
 from llmtune.serve.schemas import ApiError, FilledText, PositiveInt, RequestModel
 from llmtune.serve.served_model import ServedModel
-from llmtune.tasks.embed import embed_section, text_names, tokenize_prompted
+from llmtune.tasks.embed import embed_section, tokenize_prompted
 
 MOST_TEXTS = 2048
 """Texts per request, as in OpenAI's API."""
@@ -40,6 +40,14 @@ class EmbeddingsRequest(RequestModel):
     """Numbers, or base64 of 32-bit floats; default: float."""
     user: str | None = None
     """The end user: accepted, but not stored."""
+
+    @field_validator("input", mode="before")
+    @classmethod
+    def refuse_tokens(cls, value: object) -> object:
+        """Refuse token ids, which OpenAI's API accepts: clients make them with OpenAI's tokenizers."""
+        if isinstance(value, list) and any(isinstance(one, int | list) for one in value):
+            raise ValueError("token ids are not accepted, because they depend on the tokenizer; send texts")
+        return value
 
 
 class Embedding(BaseModel):

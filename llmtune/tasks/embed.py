@@ -22,7 +22,7 @@ from llmtune.data.corpus import load_corpus
 from llmtune.data.example import Example
 from llmtune.data.overlong import Lost, too_long
 from llmtune.data.row_store import iterate_rows
-from llmtune.data.search_rows import EmbedRow, given_passages, texts_of
+from llmtune.data.search_rows import EmbedRow, given_passages, text_names, texts_of
 from llmtune.data.task_interface import Encoded
 from llmtune.data.tokenization import Segment, decode_shortened
 from llmtune.errors import DataError, Problem, RecipeError
@@ -31,7 +31,16 @@ from llmtune.evaluate.evaluated_task import EvalPrediction, LoadedModel
 from llmtune.evaluate.metric import Measure
 from llmtune.evaluate.ranking_metrics import measure_ranking
 from llmtune.evaluate.token_batches import run_encoder
-from llmtune.evaluate.vector_search import Vectors, measure_spread, measure_vectors, rank_labels, rank_passages, unit
+from llmtune.evaluate.vector_search import (
+    Vectors,
+    cosine,
+    format_search,
+    format_vectors,
+    measure_spread,
+    measure_vectors,
+    rank_labels,
+    rank_passages,
+)
 from llmtune.model.causal_lm_loss import accepted_arguments, model_inputs, unwrap
 from llmtune.model.config import set_padding
 from llmtune.recipe.schema import Recipe
@@ -39,8 +48,8 @@ from llmtune.recipe.task_facts import RANKING, TASK_FACTS, at_ten
 from llmtune.recipe.task_sections import EmbedSection
 from llmtune.records import SPLITS, Advance, Batch, Loss, Rows
 from llmtune.tasks.base import Endpoint, Task
-from llmtune.tasks.embedding_losses import embedding_loss
-from llmtune.tasks.sentence_folder import describe_settings, resolve_settings, write_settings
+from llmtune.tasks.embedding_losses import embedding_loss, pool, require_triplets
+from llmtune.tasks.sentence_folder import describe_settings, read_settings, resolve_settings, write_settings
 
 KINDS = {"passages": ("ranking",), "scores": ("cosent", "cosine"), "labels": ("triplet",)}
 """By kind of rows, the losses that learn from them; the first is the default."""
@@ -66,14 +75,16 @@ class Embed(Task[EmbedRow, Vectors]):
     answer_column = "vectors"
 
     def supports(self, config: PretrainedConfig) -> bool:
-        """Whether a model is an encoder or a decoder."""
+        """Whether a model is an encoder or a decoder. Raises as `read_settings` does."""
+        read_settings(Path(config.name_or_path))
         return not getattr(config, "is_encoder_decoder", False)
 
     def infer_labels(self, recipe: Recipe, rows: Rows, config: PretrainedConfig) -> Recipe:
         """Choose the loss and the metrics by the kind of rows; take over the base's pooling and prompts.
 
         Raises:
-            DataError: rows of several kinds, or scores that a cosine cannot reach.
+            DataError: rows of several kinds, classes or scores that nothing can be learned from, or scores that a
+                cosine cannot reach.
             RecipeError: a loss or a metric that these rows do not support, lengths that the model does not have, a
                 step without negatives, or a base that cannot be trained.
         """
@@ -81,14 +92,19 @@ class Embed(Task[EmbedRow, Vectors]):
         kind = infer_rows(rows)
         loss = section.loss if section.loss != "auto" else KINDS[kind][0]
         RecipeError.collect(find_misfit_settings(recipe, section, loss, kind, config))
-        if loss == "cosine" and not all(abs(row["score"]) <= 1 for _, row in iterate_rows(rows, "train")):
+        scores = {row["score"] for _, row in iterate_rows(rows, "train")} if kind == "scores" else set()
+        if loss == "cosine" and not all(abs(score) <= 1 for score in scores):
             raise DataError.of("scores outside −1 to 1", "embed.loss", "Rescale them, or set embed.loss: cosent.")
+        if loss == "cosent" and len(scores) == 1:
+            fix = "Give rows with other scores too, or set embed.loss: cosine."
+            raise DataError.of(f"all training rows have the score {scores.pop():g}", "data.train", fix)
+        if kind == "labels":
+            require_triplets(row["label"] for _, row in iterate_rows(rows, "train"))
         metrics = recipe.evaluate.metrics
         if metrics in ((), TASK_FACTS["embed"].default_metrics) and kind == "scores":
             metrics = (*CORRELATIONS, "random_cosine")
         evaluate = recipe.evaluate.model_copy(update={"metrics": metrics})
-        section = section.model_copy(update={"loss": loss})
-        return recipe.model_copy(update={"embed": section, "evaluate": evaluate})
+        return recipe.model_copy(update={"embed": section.model_copy(update={"loss": loss}), "evaluate": evaluate})
 
     def check_model(self, model: PreTrainedModel, processor: PreTrainedTokenizerBase, recipe: Recipe) -> None:
         """Set the padding token, and freeze a pooling layer, which the vectors do not use."""
@@ -234,10 +250,11 @@ class Embed(Task[EmbedRow, Vectors]):
 
     def format_prediction(self, prediction: Vectors) -> str:
         """Write the cosine of the first two texts, or the vector of a single text."""
-        first, *others = prediction.values()
-        if others:
-            return f"cosine {float(np.dot(unit(first), unit(others[0]))):.3f}"
-        return "[" + ", ".join(f"{number:.6g}" for number in first) + "]"
+        return format_vectors(prediction)
+
+    def format_answer(self, prediction: Vectors, row: EmbedRow) -> str:
+        """Write the passages by their cosine with the query, best first; without a query or passages, the vectors."""
+        return format_search(row["passages"], prediction)
 
     def compute_metric(self, metric: str, found: EvalPrediction[Vectors], recipe: Recipe) -> Measure | None:
         """Measure the order of passages, the scores of pairs, or the spread of vectors."""
@@ -245,7 +262,7 @@ class Embed(Task[EmbedRow, Vectors]):
         if metric in SPREAD:
             return measure_spread(metric, vectors)
         if metric in CORRELATIONS:
-            cosines = [float(np.dot(unit(one["query"]), unit(one["passage"]))) for one in vectors]
+            cosines = [cosine(one["query"], one["passage"]) for one in vectors]
             return measure_classes(metric, "regression", np.array(cosines)[:, None], [row["score"] for row in rows], ())
         labelled = rows[0]["label"] is not None
         queries, searched = rank_labels(rows, vectors) if labelled else rank_passages(rows, vectors, found.corpus)
@@ -259,8 +276,7 @@ class Embed(Task[EmbedRow, Vectors]):
         vectors = self.predict(rows, opened)
         measured = self.compute_metric(metric, EvalPrediction(vectors, rows), opened.recipe)
         assert measured is not None, "both are metrics of the task"
-        is_finite = all(np.isfinite([*one.values()]).all() for one in vectors)
-        return metric, measured.value if is_finite else math.nan
+        return metric, measured.value if all(np.isfinite([*one.values()]).all() for one in vectors) else math.nan
 
     def class_table(self, found: EvalPrediction[Vectors], recipe: Recipe) -> dict[str, Any] | None:
         """Return the scores of vectors cut to each of `embed.dimensions`, the longest first; None without such."""
@@ -325,13 +341,6 @@ def find_misfit_settings(
             yield Problem(what, "evaluate.metrics", f"Metrics of these rows: {', '.join(known)}.")
 
 
-def text_names(row: EmbedRow) -> list[str]:
-    """Return a name for each text of a row: query, passage, passage_2, negative, negative_2 and so on."""
-    parts = (("passage", row["passages"]), ("negative", row["negatives"]))
-    named = [name if i == 0 else f"{name}_{i + 1}" for name, texts in parts for i in range(len(texts))]
-    return [*([] if row["query"] is None else ["query"]), *named]
-
-
 def hash_text(text: str) -> int:
     """Return a hash of a text as a signed 32-bit number."""
     return zlib.crc32(text.encode()) - 2**31
@@ -347,8 +356,7 @@ def tokenize_prompted(
     section = embed_section(recipe)
     prompt = (section.query_prompt if name == "query" else section.passage_prompt) or ""
     cut = {} if limit is None else {"truncation": True, "max_length": limit}
-    ids: list[int] = processor(prompt + text, return_attention_mask=False, **cut)["input_ids"]
-    return ids
+    return list(processor(prompt + text, return_attention_mask=False, **cut)["input_ids"])
 
 
 def split_texts(example: Example) -> list[Example]:
@@ -384,16 +392,6 @@ def embed_texts(
     examples = [Example(text, [], 0) for text in ids]
     found = run_encoder(loaded.model, examples, loaded.processor.pad_token_id, loaded.device, read, advance)
     return np.stack(found) if found else np.zeros((0, 0), dtype=np.float32)
-
-
-def pool(hidden_TD: torch.Tensor, mode: str) -> torch.Tensor:
-    """Return one vector [D] of a text's token vectors, in float32."""
-    hidden_TD = hidden_TD.float()
-    if mode == "cls":
-        return hidden_TD[0]
-    if mode == "lasttoken":
-        return hidden_TD[-1]
-    return hidden_TD.amax(0) if mode == "max" else hidden_TD.mean(0)
 
 
 VARIANTS = (Embed(),)

@@ -1,21 +1,43 @@
-"""Losses of task embed over the vectors of a complete step; each is sentence-transformers' loss of the same name.
+"""Vectors of task embed, and their losses over a complete step; each is sentence-transformers' loss of the same name.
 
-Shapes: R rows of a step, F vectors, C candidate passages, P pairs of an anchor with a text of its class, D numbers.
+Shapes: R rows of a step, F vectors, C candidate passages, P pairs of an anchor with a text of its class, T tokens,
+D numbers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch.nn import functional
 
 from llmtune.data.example import Example
+from llmtune.errors import DataError
 from llmtune.recipe.task_sections import EmbedSection
 from llmtune.records import Loss
 
 STEP_LOSSES = ("cosent", "triplet")
 """Losses of a step that are no sums over its rows."""
+
+
+def pool(hidden_TD: torch.Tensor, mode: str) -> torch.Tensor:
+    """Return one vector [D] of a text's token vectors, in float32."""
+    hidden_TD = hidden_TD.float()
+    if mode == "cls":
+        return hidden_TD[0]
+    if mode == "lasttoken":
+        return hidden_TD[-1]
+    return hidden_TD.amax(0) if mode == "max" else hidden_TD.mean(0)
+
+
+def require_triplets(labels: Iterable[str]) -> None:
+    """Raise DataError unless a class has two of the training rows, and another class has one."""
+    counts = Counter(labels)
+    if counts and (len(counts) < 2 or max(counts.values()) < 2):
+        what = f"all training rows have the class {max(counts)!r}"
+        what = what if len(counts) < 2 else "no class has two training rows"
+        raise DataError.of(f"{what}, so there are no triplets to learn from", "data.train", "Check the column label.")
 
 
 def embedding_loss(vectors: Sequence[torch.Tensor], examples: Sequence[Example], section: EmbedSection) -> Loss:
