@@ -328,6 +328,7 @@ _TASKS = (
         split_by="query",
         pipeline="sentence-similarity",
         loader="SentenceTransformer",
+        tags=("sentence-transformers", "feature-extraction"),
     ),
     TaskFacts(
         "rerank",
