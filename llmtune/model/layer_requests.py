@@ -91,8 +91,10 @@ class LayerRequests:
             pass
 
     def forget_passes(self) -> None:
-        """Clear torch's list of the layers that ran: the next backward pass would prefetch by it, and each process's
-        list is different."""
+        """Clear torch's list of the layers that ran.
+
+        The next backward pass would prefetch by it, and the processes' lists differ.
+        """
         order = self.model._get_fsdp_state()._comm_ctx.post_forward_order
         for group in order:
             group._post_forward_indices.clear()
