@@ -233,10 +233,14 @@ def main() -> None:
     """Entry point of the `llmtune` command."""
     start()
     sys.excepthook = _report_bug
+    code: Any = 1
     try:
         app()
+    except SystemExit as end:
+        code = end.code
+        raise
     finally:
-        leave()
+        leave(code)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_DFL)  # the interpreter takes a moment to exit, with nothing left to save
 

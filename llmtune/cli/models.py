@@ -8,6 +8,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.markup import escape
 
 from llmtune.cli.options import AsJson, Sets
 from llmtune.cli.output_streams import handled, print_json, stderr_console
@@ -126,14 +127,16 @@ def fits(
     if recipe is not None:
         _fit_recipe(recipe, sets or (), price or (), as_json)
         return
+    console = stderr_console()
+    console.print(f"Planning {len(found)} models.")
     from llmtune.compare.model_fits import DeviceMemory, list_fits
     from llmtune.model.device import DRIVER_BYTES, device_memory
     from llmtune.report.number_format import size as format_bytes
+    from llmtune.report.render_terminal import track_items
 
     usable = device_memory(device) or 0 if device is not None else (size or 0) - DRIVER_BYTES
     place = DeviceMemory(usable, "cpu" if device == "cpu" else "cuda", device)
-    with stderr_console().status("planning"):
-        planned = list(list_fits(found, task, place, length, count))
+    planned = list(list_fits(track_items(console, found, "planning"), task, place, length, count))
     if as_json:
         about = {"memory_bytes": usable, "devices": count, "length": length, "left_out": left_out}
         print_json(about | {"fits": [asdict(one) for one in planned]})
@@ -143,17 +146,20 @@ def fits(
     _print_fits(planned, f"Longest row {where}, and rows of {length:,} at once", length)
     if left_out:
         reasons = f"{len(left_out)} more filtered out; --json has the reasons"
-        stderr_console().print(reasons, highlight=False, soft_wrap=True)
+        console.print(reasons, highlight=False, soft_wrap=True)
 
 
 def _fit_recipe(recipe: str, sets: Sequence[str], price: Sequence[str], as_json: bool) -> None:
     """Print a recipe's table: one row per card, one column per method."""
+    console = stderr_console()
+    console.print(f"Planning {escape(recipe)} on each card.")
     from llmtune.compare.model_fits import METHODS, cheapest, list_recipe_fits
     from llmtune.report.number_format import size
+    from llmtune.report.render_terminal import spinner
 
     prices = _read_prices(price)
-    with stderr_console().status("planning"):
-        planned, about = list_recipe_fits(recipe, sets, prices, stderr_console())
+    with spinner(console, "planning"):
+        planned, about = list_recipe_fits(recipe, sets, prices, console)
     best = cheapest(planned)
     if as_json:
         print_json({**about, "cheapest": best and asdict(best), "fits": [asdict(one) for one in planned]})
@@ -177,7 +183,7 @@ def _fit_recipe(recipe: str, sets: Sequence[str], price: Sequence[str], as_json:
         else "It fits on none of these cards.",
     ]
     for note in notes:
-        stderr_console().print(note, highlight=False, soft_wrap=True)
+        console.print(note, highlight=False, soft_wrap=True)
 
 
 def _recipe_cell(one: Fit) -> str:
@@ -255,7 +261,7 @@ def _read_devices(memory: str | None, device: str | None, devices: str | None) -
         raise RecipeError.of(f"{devices!r} names no cards", "--devices", fix)
     count, each = int(found[1] or 1), found[2]
     if each in CARDS or not each[0].isdecimal():
-        check_card(each, "--devices")
+        check_card(each, "--devices", [*CARDS])
         return count, each, None
     return count, None, _read_size(each, "--devices")
 

@@ -6,7 +6,7 @@ The plan is that of `--dry-run` and `select` (`llmtune.model.memory_plan`), for 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -75,7 +75,7 @@ class DeviceMemory(NamedTuple):
 
 
 def list_fits(
-    models: Sequence[CatalogueModel], task: str, device: DeviceMemory, length: int, processes: int = 1
+    models: Iterable[CatalogueModel], task: str, device: DeviceMemory, length: int, processes: int = 1
 ) -> Iterator[Fit]:
     """Yield what fits, one model and method at a time; with several `processes`, in a shard of each model (fsdp).
 

@@ -6,7 +6,7 @@ import ctypes
 import errno
 import gc
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
@@ -111,10 +111,10 @@ def device_memory(device: str) -> int | None:
     return process_memory_limit()
 
 
-def check_card(name: str, option: str = "--device") -> None:
-    """Raise RecipeError unless `name` is a known card, or `cpu`."""
-    if name not in (*CARDS, "cpu"):
-        fix = f"{nearest(name, list(CARDS))} Cards: {', '.join(CARDS)}, cpu.".strip()
+def check_card(name: str, option: str = "--device", known: Sequence[str] = (*CARDS, "cpu")) -> None:
+    """Raise RecipeError unless `name` is one of the known devices."""
+    if name not in known:
+        fix = f"{nearest(name, known)} Use one of {', '.join(known)}.".strip()
         raise RecipeError.of(f"unknown card {name!r}", option, fix)
 
 

@@ -37,6 +37,7 @@ def own_passes(model: torch.nn.Module) -> Iterator[None]:
         with requests.before_each_layer():
             yield
             requests.serve()
+        requests.forget_passes()
     except LostProcess:
         raise
     except Exception:
@@ -88,6 +89,16 @@ class LayerRequests:
         """Gather layers for the other processes until all have run their passes."""
         while self._gather_next(NONE_LEFT) != NONE_LEFT:
             pass
+
+    def forget_passes(self) -> None:
+        """Clear torch's list of the layers that ran.
+
+        The next backward pass would prefetch by it, and the processes' lists differ.
+        """
+        order = self.model._get_fsdp_state()._comm_ctx.post_forward_order
+        for group in order:
+            group._post_forward_indices.clear()
+        order.clear()
 
     def fail(self) -> None:
         """Tell the other processes that this one stops."""

@@ -49,6 +49,8 @@ class _Meeting:
     count = 0
     alone = False
     """Whether rank 0 is inside `once`, which exchanges nothing."""
+    broken = False
+    """Whether a lost process or a signal broke off an exchange."""
     terminal: tuple[int, int] | None = None
     """Original standard output and error of a process whose output is redirected."""
 
@@ -231,6 +233,7 @@ def reports(error: BaseException) -> bool:
     if folder is None and _started() == 1:
         return True
     signal.signal(signal.SIGTERM, lambda number, frame: os._exit(128 + number))  # torch's agent ends the others
+    _here.broken = isinstance(error, LostProcess | KeyboardInterrupt)
     if isinstance(error, GateFailed) and rank():
         time.sleep(LOST_SECONDS)
     if folder is not None:
@@ -241,7 +244,7 @@ def reports(error: BaseException) -> bool:
             write_json(Path(folder) / ERROR.format(rank()), {"traceback": text})
         return False
     if isinstance(error, LostProcess):
-        time.sleep(LOST_SECONDS)
+        _let_others_report()
     try:
         first = rank() == 0 if _here.store is None else _here.store.add(f"{_here.name}/failed", 1) == 1
     except RuntimeError:  # the machine with the store is gone
@@ -250,6 +253,16 @@ def reports(error: BaseException) -> bool:
         os.dup2(_here.terminal[0], 1)
         os.dup2(_here.terminal[1], 2)
     return first
+
+
+def _let_others_report() -> None:
+    """Give the process that failed time to report the cause, until torch's agent sends SIGTERM because it has ended."""
+    sent: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sent.append(number))
+    end = time.monotonic() + LOST_SECONDS
+    while not sent and time.monotonic() < end:
+        time.sleep(POLL_SECONDS)
+    signal.signal(signal.SIGTERM, before)
 
 
 def lost_process(error: BaseException) -> LlmtuneError | None:
@@ -264,8 +277,15 @@ def lost_process(error: BaseException) -> LlmtuneError | None:
     return LostProcess.of(f"process {rank()} lost the connection to another process: {first}", None, fix)
 
 
-def leave() -> None:
-    """Leave torch's process group, if any."""
+def leave(code: int = 0) -> None:
+    """Leave torch's process group, if any.
+
+    If an exchange broke off, leaving would wait for it. The process then ends here, with the exit code.
+    """
     torch = sys.modules.get("torch")
     if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
+        if _here.broken:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
         torch.distributed.destroy_process_group()

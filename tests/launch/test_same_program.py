@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 from support.runs import invoke, write_recipe
 from support.training import read_metrics
@@ -160,6 +161,23 @@ def test_a_signal_to_torchrun_saves_and_the_same_command_resumes(number, here, t
     assert done.returncode == 0, done.stderr
     assert done.stderr.count(f"from step {step} of") == 1
     assert [line["step"] for line in read_metrics(here / "run")] == list(range(1, len(read_metrics(here / "run")) + 1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_after_a_death_in_the_evaluation_the_other_process_says_so_and_ends_at_once(strategy, recipe, here):
+    command = [*TORCHRUN, "-m", "llmtune", "run", "tiny.yaml", "--out", "run", "--set", "generation.max_new_tokens=100"]
+    told = {**os.environ, "OMP_NUM_THREADS": "1", "LLMTUNE_STRATEGY": strategy}
+    with (here / "said").open("w") as log:
+        process = subprocess.Popen(command, stderr=log, env=told)
+    wait_for(lambda: "tuned: answers" in (here / "said").read_text())
+    workers = [one for one in psutil.Process(process.pid).children(recursive=True) if "RANK" in one.environ()]
+    victim = next(one for one in workers if one.environ()["RANK"] == "1")
+    victim.kill()
+    assert process.wait(25) == 1  # torch's agent kills after 30 seconds
+    said = (here / "said").read_text()
+    assert said.count("process 0 lost the connection to another process") + said.count("terminated; finished") == 1
+    assert "Signal 9 (SIGKILL) received" in said
 
 
 @pytest.mark.slow

@@ -73,6 +73,7 @@ def test_models_are_chosen_by_task_licence_and_language_with_a_reason_against_ea
         (("fits", "--devices", "2xcpu"), "'2xcpu' names no cards"),
         (("fits", "--devices", "2x"), "'2x' is not an amount of memory"),
         (("fits", "--devices", "2xh1000"), "Did you mean 'h100'?"),
+        (("fits", "--devices", "2xfoo"), "3090, t4.\n"),  # cpu is no card that shares a model
         (("fits", "--memory", "much"), "'much' is not an amount of memory"),
         (("fits", "--device", "h1000"), "Did you mean 'h100'?"),
         (("fits", "--device", "cpu", "--price", "h100=2"), "have no effect without --recipe"),
@@ -86,7 +87,9 @@ def test_unknown_values_are_refused_with_the_known_ones(words: tuple[str, ...], 
 
 def test_fits_are_listed_by_method_with_the_longest_row():
     words = ("--memory", "24GB", "--licence", "llama3.1", "--length", 2048, "--json")
-    found = {(one["model"], one["method"]): one for one in json.loads(invoke("models", "fits", *words).stdout)["fits"]}
+    done = invoke("models", "fits", *words)
+    found = {(one["model"], one["method"]): one for one in json.loads(done.stdout)["fits"]}
+    assert done.stderr == "Planning 2 models.\n"
     eight = "meta-llama/Llama-3.1-8B-Instruct"
     assert found[eight, "full"]["longest"] == 0
     assert found[eight, "qlora"]["longest"] > found[eight, "lora"]["longest"] > 0

@@ -21,5 +21,6 @@ def test_processes_with_shards_run_different_numbers_and_kinds_of_passes(tiny_ll
         "ended",
         "same passes",
         "resharded",
+        "trained between",
     )
     assert found == dict.fromkeys(names, True)

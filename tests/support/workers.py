@@ -253,6 +253,13 @@ def run_own_passes(folder: str) -> dict[str, object]:
         found["ended"] = ("mine" if rank == 1 else "process 1 stopped") in str(error)
     found["same passes"] = equal(lambda one: one(ids[0]).logits)
     found["resharded"] = all(type(one).__name__ == "DTensor" for one in model.parameters())
+    with own_passes(model):
+        if rank == 1:
+            model(ids[0])
+    for one in (model, alone):
+        one(ids[1], labels=ids[1]).loss.backward()
+    whole, own = alone.model.layers[0].mlp.up_proj.weight.grad, layers[0].mlp.up_proj.weight.grad
+    found["trained between"] = torch.allclose(own.full_tensor(), whole, atol=1e-6)
     everywhere = gather_object([found])
     return {name: all(one[name] for one in everywhere) for name in found}
 
