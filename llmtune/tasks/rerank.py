@@ -30,6 +30,7 @@ from llmtune.evaluate.ranking_metrics import RELEVANT, RankedQuery, measure_rank
 from llmtune.evaluate.token_batches import run_encoder
 from llmtune.model.causal_lm_loss import model_inputs
 from llmtune.model.config import name_outputs, set_padding
+from llmtune.model.device import in_own_dtype
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_facts import RANKING, at_ten
 from llmtune.recipe.task_sections import RerankSection
@@ -63,8 +64,11 @@ class Rerank(Task[RerankRow, RerankPrediction]):
     peft_task_type = "SEQ_CLS"
     packs = True
     predicts_tokens = False
+    needs_float32 = True
+    predicts_in_float32 = True
     trains_head = True
     loss_unit = "passages"
+    answer_keys = ("scores", "ranking")
 
     def supports(self, config: PretrainedConfig) -> bool:
         """Whether a model is an encoder or a decoder."""
@@ -82,7 +86,12 @@ class Rerank(Task[RerankRow, RerankPrediction]):
         return recipe.model_copy(update={"rerank": section.model_copy(update={"max_relevance": highest})})
 
     def configure_head(self, config: PretrainedConfig, recipe: Recipe) -> None:
-        """Give the head one output; sentence-transformers' `CrossEncoder` reads the activation after it."""
+        """Give the head one output; sentence-transformers' `CrossEncoder` reads the activation after it.
+
+        A head that has one output scores already, whatever its name, and is kept.
+        """
+        if config.num_labels == 1:
+            config.id2label = {0: "relevance"}
         name_outputs(config, ("relevance",), None)
         config.sentence_transformers = {"activation_fn": SIGMOID}
 
@@ -163,7 +172,8 @@ class Rerank(Task[RerankRow, RerankPrediction]):
         def read(i: int, output: SequenceClassifierOutput, row: int) -> float:
             return float(output.logits[row, 0].double().sigmoid())
 
-        scores = iter(run_encoder(loaded.model, examples, loaded.processor.pad_token_id, loaded.device, read))
+        with in_own_dtype(loaded.model, loaded.device):
+            scores = iter(run_encoder(loaded.model, examples, loaded.processor.pad_token_id, loaded.device, read))
         loaded.advance(len(rows))
         return [ranked([next(scores) for _ in row["passages"]]) for row in rows]
 
