@@ -115,6 +115,29 @@ def test_evaluating_a_run_again_evaluates_its_seeds(place: Path, finished: tuple
     assert report["evaluation"]["seeds"]["missing"] == []
 
 
+def test_seeds_of_older_rows_or_settings_are_not_mixed_with_a_newer_run(
+    place: Path, finished: tuple[Path, dict[str, Any], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run is trained and scored again, and killed before its seeds are."""
+
+    def stop(context: RunContext, loaded: object) -> None:
+        raise Stopped(Problem("stopped"), signal_number=15)
+
+    monkeypatch.setattr("llmtune.pipeline.run_seeds", stop)
+    shutil.copytree(finished[0], place / "changed")
+    rows = (place / "rows.jsonl").read_text()
+    changes = [(rows, "generation.max_new_tokens=4"), (rows.replace("What comes", "Say what comes"), "seed=7")]
+    try:
+        for text, change in changes:
+            (place / "rows.jsonl").write_text(text)
+            with pytest.raises(Stopped):
+                run(place, "changed", SEEDS, change)
+            seeds = json.loads((place / "changed/report.json").read_text())["evaluation"]["seeds"]
+            assert (seeds["missing"], [one["seed"] for one in seeds["runs"]]) == ([8, 9], [7])
+    finally:
+        (place / "rows.jsonl").write_text(rows)
+
+
 def test_gates_are_judged_once_after_all_seeds(place: Path, finished: tuple[Path, dict[str, Any], str]) -> None:
     shutil.copytree(finished[0], place / "gated")
     with pytest.raises(GateFailed):

@@ -16,8 +16,7 @@ from llmtune.records import Json
 from llmtune.report.report_record import Verdict
 from llmtune.report.verdict import INCONCLUSIVE, verdict
 from llmtune.score_records import Difference, Evaluation, GateResult
-from llmtune.store.atomic_files import read_json
-from llmtune.store.run_folder import CERTIFICATE, trained_name
+from llmtune.store.run_folder import trained_name
 
 UNTRAINED = (
     *("data.train", "data.validation", "data.test", "evaluate.", "generation.", "seed", "train.seeds", "model.name"),
@@ -157,9 +156,8 @@ def summarize(run: OpenedRun) -> RunSummary:
 
 def find_usage(run: OpenedRun) -> tuple[int | None, float | None]:
     """Return the size and the seconds per answer of an export, or of a run by the certificate of one of its exports."""
-    path, kind = run.folder.path, "" if run.export else "tuned_"
-    files = [*path.glob(f"*/{CERTIFICATE}"), *path.glob(f"*/*/{CERTIFICATE}")]
-    known = [run.export] if run.export else [one for file in sorted(files) if (one := read_json(file))]
+    kind = "" if run.export else "tuned_"
+    known = [run.export] if run.export else [*run.folder.certificates().values()]
     scored: Json = next((one["score"] for one in known if "bytes" in one.get("score", {})), {})
     usage = scored.get(f"{kind}usage")
     return scored.get(f"{kind}bytes"), 1 / usage["rows_per_second"] if usage else None

@@ -17,6 +17,9 @@ from llmtune.records import Row
 
 DECIMAL = re.compile(r"[+-]?(\d+\.\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 """A number with a decimal point."""
+HIDES = 4
+"""From this factor on, the longer text of a pair hides the shorter one. Pairs that share a text 8 times as long as the
+other have 80 % of their words in common."""
 _dump = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 _write_sorted = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), sort_keys=True).encode
 
@@ -105,8 +108,16 @@ def spoken_text(row: Row) -> str:
     if "source" in row:
         return f"{row['source']} {row['target']}"
     if "label" in row:
-        return f"{row['text']} {row['pair'] or ''}"
+        return _pair_text(row["text"], row["pair"]) if row["pair"] else row["text"]
     return f"{row['prompt']} {row['completion']}"
+
+
+def _pair_text(one: str, other: str) -> str:
+    """Return two texts as one; if one of them is so long that the other hardly counts, its words are tagged with it."""
+    short, long = sorted((one, other), key=lambda text: len(text.split()))
+    if len(long.split()) < HIDES * len(short.split()):
+        return f"{one} {other}"
+    return _tag_words(long, short)
 
 
 def _tag_words(text: str, context: str) -> str:

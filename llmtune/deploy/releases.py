@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from llmtune import __version__
-from llmtune.deploy.endpoint_parity import ENDPOINT_CERTIFICATE
 from llmtune.errors import EnvironmentProblem, GateFailed, Problem, RecipeError
 from llmtune.evaluate.champion import hash_weights
 from llmtune.evaluate.opened_runs import (
@@ -30,7 +29,6 @@ from llmtune.records import Json
 from llmtune.report.report_record import require_report
 from llmtune.score_records import Difference
 from llmtune.store.atomic_files import explained, hash_file, plain, read_json, write_json
-from llmtune.store.run_folder import CERTIFICATE
 from llmtune.store.run_lock import LOCK
 
 NAMESPACE = "llmtune-release"
@@ -172,7 +170,7 @@ def make_release(run: Path, out: str | Path | None, signing: str | None = None) 
         difference=evaluation.difference,
         signatures=evaluation.signatures,
         gates=report["gates"],
-        certificates=find_certificates(run),
+        certificates=opened.folder.certificates(),
         rows=evaluation.rows,
         measures="",
     )
@@ -189,13 +187,6 @@ def make_release(run: Path, out: str | Path | None, signing: str | None = None) 
 def _without_paths(content: Release) -> Json:
     difference = {metric: asdict(change) for metric, change in content["difference"].items()}
     return {key: hide_paths(value) for key, value in {**content, "difference": difference}.items()}
-
-
-def find_certificates(run: Path) -> dict[str, Json]:
-    """Return the certificates of a run's products by path in its folder."""
-    files = [*run.glob(f"*/{CERTIFICATE}"), *run.glob(f"*/*/{CERTIFICATE}"), run / ENDPOINT_CERTIFICATE]
-    found = {str(file.relative_to(run)): read_json(file) for file in files}
-    return {name: content for name, content in found.items() if isinstance(content, dict)}
 
 
 def diff_releases(first: Path, second: Path) -> tuple[dict[str, Difference], dict[str, str]]:

@@ -108,6 +108,8 @@ def open_export_scores(path: Path, certificate: Json, name: str) -> OpenedRun:
     if "export" not in certificate.get("score", {}):
         raise RecipeError.of("this export has no scores", str(path), fix)
     run = open_run_scores(whole, name)
+    if not run.folder.certifies(certificate):
+        raise EnvironmentProblem.of("this export was made from an earlier training of its run", str(path), fix)
     measures = replace(run.measures, tuned=keep_asked(load_measures(path), run.recipe).tuned)
     if load_measures(path).rows != run.measures.rows:
         raise DataError.of("this export was scored on other test rows than its run", str(path), fix)

@@ -22,7 +22,7 @@ from llmtune.score_records import Evaluation, GateResult
 from llmtune.store.atomic_files import read_json_lines
 from llmtune.store.run_folder import RunFolder, read_curve
 from llmtune.store.run_lock import hardware, package_versions
-from llmtune.store.seed_runs import is_done, seed_folder
+from llmtune.store.seed_runs import is_scored_alike, seed_folder
 
 SUSPECTS = "suspects.jsonl"
 """File of the evaluation with the labels that are likely wrong."""
@@ -32,7 +32,7 @@ MOST_LISTED, LONGEST = 10, 400
 def make_report(folder: RunFolder, recipe: Recipe, device: str) -> Report:
     """Assemble all findings of a run, without its secrets."""
     evaluation = load_with_exports(folder)
-    seeds = collect_seeds(folder.path, recipe, evaluation)
+    seeds = collect_seeds(folder, recipe, evaluation)
     settings = recipe.model_dump(mode="json")
     curve = read_curve(folder.path)
     began = max((step["started"] for step in folder.manifest["steps"].values()), default=None)
@@ -85,14 +85,14 @@ def judge_run(
     return replace(found, reason=" ".join([found.reason, *added]))
 
 
-def collect_seeds(run: Path, recipe: Recipe, own: Evaluation | None) -> Seeds | None:
+def collect_seeds(run: RunFolder, recipe: Recipe, own: Evaluation | None) -> Seeds | None:
     """Return the combined scores of all seeds; None without further seeds or without the run's own scores."""
     if not recipe.train.seeds or own is None or not own.tuned:
         return None
     scored = {recipe.seed: own}
     for seed in recipe.train.seeds:
-        folder = seed_folder(run, seed)
-        evaluation = load_evaluation(folder / "evaluation") if is_done(folder, "evaluate") else None
+        folder = seed_folder(run.path, seed)
+        evaluation = load_evaluation(folder / "evaluation") if is_scored_alike(run, folder) else None
         if evaluation is not None:
             scored[seed] = evaluation
     return describe_spread(scored, [seed for seed in recipe.train.seeds if seed not in scored])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,6 +23,7 @@ from llmtune.store.atomic_files import (
     hash_listing,
     hash_path,
     list_folder,
+    read_json,
     read_json_lines,
     remove,
     write_json,
@@ -206,6 +207,20 @@ class RunFolder:
         if step in STEP_FACTS and self.is_done(step):
             check_shape(facts, STEP_FACTS[step], self.path / MANIFEST, below=f"steps.{step}.facts.")
         return facts
+
+    def certifies(self, certificate: Mapping[str, Any]) -> bool:
+        """Return whether a certificate is of the trained weights, not of an earlier training in this folder."""
+        known = certificate.get("trained_sha256")  # missing in other programs' and in older certificates
+        return (
+            known is None or not self.is_done("train") or known in self.manifest["steps"]["train"]["outputs"].values()
+        )
+
+    def certificates(self) -> dict[str, dict[str, Any]]:
+        """Return the certificates of the exports in the folder that are of its trained weights, by relative path."""
+        patterns = (f"*/{CERTIFICATE}", f"*/*/{CERTIFICATE}", f"*.{CERTIFICATE}")  # the last one is of an endpoint
+        files = [file for pattern in patterns for file in sorted(self.path.glob(pattern))]
+        found = {str(file.relative_to(self.path)): read_json(file) for file in files}
+        return {name: one for name, one in found.items() if isinstance(one, dict) and self.certifies(one)}
 
     def done_facts(self) -> dict[str, StepFacts]:
         """Return the facts of each finished step; raises as `facts` does."""

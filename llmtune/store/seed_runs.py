@@ -79,3 +79,17 @@ def is_done(run: Path, step: str) -> bool:
     """Return whether a run folder exists and its step is done."""
     manifest = read_manifest(run)
     return manifest is not None and RunFolder(run, manifest).is_done(step)
+
+
+def is_scored_alike(run: RunFolder, further: Path) -> bool:
+    """Return whether an additional seed was trained and scored on the run's present data, with its present settings.
+
+    If not, it is still to be run again, because the run was changed and stopped.
+    """
+    manifest = read_manifest(further)
+    if manifest is None or not (seed := RunFolder(further, manifest)).is_done("evaluate"):
+        return False
+    data = {one.manifest["steps"]["encode"]["inputs"] for one in (run, seed) if one.is_done("encode")}
+    same_start = run.findings.get("start_from") == seed.findings.get("start_from")
+    same_settings = run.facts("evaluate").get("recipe") == seed.facts("evaluate").get("recipe")
+    return len(data) <= 1 and same_start and same_settings

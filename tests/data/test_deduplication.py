@@ -202,3 +202,17 @@ def test_a_passage_that_answers_several_queries_makes_no_duplicates(tmp_path):
     scored = [{"query": row["query"], "passage": row["passage"], "score": 0.5} for row in rows]
     write_jsonl(tmp_path / "scored.jsonl", scored)
     assert prepare(tmp_path, "scored.jsonl", "embed", deduplicate="near").dropped, "a pair of texts is compared as one"
+
+
+def test_a_long_text_with_several_short_ones_makes_no_duplicates(tmp_path):
+    """As a premise with its hypotheses, which often have other labels."""
+    rng = random.Random(0)
+    texts = [" ".join(sentence(rng, 120)) for _ in range(30)]
+    pairs = [{"text": text, "pair": " ".join(sentence(rng, 8)), "label": "abc"[i]} for text in texts for i in range(3)]
+    again = [{**pair, "text": f"{pair['text']} indeed"} for pair in pairs[:4]]
+    write_jsonl(tmp_path / "pairs.jsonl", pairs + again)
+    found = prepare(tmp_path, "pairs.jsonl", "classify", deduplicate="near")
+    assert (found.counts["train"], found.dropped) == (90, {"near duplicate": 4})
+    short = [{"text": text[:300], "pair": f"{text[:300]} {i}", "label": "a"} for text in texts for i in range(3)]
+    write_jsonl(tmp_path / "short.jsonl", short)
+    assert prepare(tmp_path, "short.jsonl", "classify", deduplicate="near").dropped == {"near duplicate": 60}

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from llmtune.compare.compare_methods import change
 from llmtune.deploy.parity import LIMITS
-from llmtune.errors import RecipeError
+from llmtune.errors import EnvironmentProblem, RecipeError
 from llmtune.evaluate.gates import check_gates
 from llmtune.evaluate.opened_runs import open_run_scores
 from llmtune.recipe.evaluate_section import EvaluateSection
@@ -77,6 +77,17 @@ def test_compare_takes_a_run_and_its_export(classifier, tmp_path):
     assert all(one["row_seconds"] > 0 for one in runs)
     assert runs[0]["served_bytes"] > runs[1]["served_bytes"]
     assert (tmp_path / "compared/pareto.png").exists()
+
+
+def test_an_export_of_an_earlier_training_does_not_count_as_the_runs(classifier, tmp_path):
+    """It stays in the folder if the run is trained again; its scores are those of other weights."""
+    run = shutil.copytree(classifier[1], tmp_path / "run")
+    file = run / "merged/certificate.json"
+    file.write_text(json.dumps(read_json(file) | {"trained_sha256": "0" * 64}))
+    assert invoke("release", run, "--out", tmp_path / "r.json").exit_code == 0
+    assert read_json(tmp_path / "r.json")["certificates"] == {}
+    with pytest.raises(EnvironmentProblem, match="made from an earlier training"):
+        open_run_scores(run / "merged", "merged")
 
 
 def test_an_export_out_of_its_run_folder_is_not_compared(classifier, tmp_path):
