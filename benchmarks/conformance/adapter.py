@@ -24,6 +24,16 @@ Job = dict[str, Any]
 Configuration = dict[str, Any]
 
 
+TOKENS = {
+    "the token ends the turn": "https://huggingface.co/docs/transformers/main_classes/tokenizer#transformers.PreTrainedTokenizerBase"
+}
+TEMPLATES = TOKENS | {"a quoted string": "https://huggingface.co/docs/transformers/chat_extras"}
+MODULES = {
+    "the misspelt module": "https://huggingface.co/docs/peft/package_reference/lora#peft.LoraConfig.target_modules"
+}
+"""Outcomes that transformers and PEFT document, for every tool that leaves this to them."""
+
+
 class NotOffered(Exception):
     """The tool documents no way to do this; the message says what is missing."""
 
@@ -155,7 +165,8 @@ def given(settings: Configuration) -> Configuration:
 def trainer_arguments(job: Job) -> Configuration:
     """Return the job in the arguments of transformers' Trainer, which several tools take."""
     micro = job["micro_batch_size"]
-    settings = {name: job[name] for name in ("learning_rate", "optim", "seed")} | {"use_cpu": True, "report_to": "none"}
+    settings = {name: job[name] for name in ("learning_rate", "optim", "seed")}
+    settings |= {"use_cpu": True, "report_to": "none", "logging_steps": 1}
     settings |= {"max_steps": job["steps"], "lr_scheduler_type": job["schedule"], "max_grad_norm": 0.0}
     settings |= {"per_device_train_batch_size": micro, "save_steps": job["save_steps"] or job["steps"]}
     settings["gradient_accumulation_steps"] = job["batch_size"] // micro // job["processes"]
