@@ -22,15 +22,9 @@ from typing import Any
 
 Job = dict[str, Any]
 Configuration = dict[str, Any]
-
-
-TOKENS = {
-    "the token ends the turn": "https://huggingface.co/docs/transformers/main_classes/tokenizer#transformers.PreTrainedTokenizerBase"
-}
+TOKENS = {"the token ends the turn": "https://huggingface.co/docs/transformers/main_classes/tokenizer"}
 TEMPLATES = TOKENS | {"a quoted string": "https://huggingface.co/docs/transformers/chat_extras"}
-MODULES = {
-    "the misspelt module": "https://huggingface.co/docs/peft/package_reference/lora#peft.LoraConfig.target_modules"
-}
+MODULES = {"the misspelt module": "https://huggingface.co/docs/peft/developer_guides/troubleshooting"}
 """Outcomes that transformers and PEFT document, for every tool that leaves this to them."""
 
 
