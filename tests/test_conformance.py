@@ -115,6 +115,17 @@ def test_an_error_is_a_refusal_only_if_it_names_the_reason(load: Any, reference:
     assert verdicts == ["refused", "stopped", "not offered"]
 
 
+def test_habits_of_a_tool_that_have_their_own_cases_hold_for_one_result_only(reference: Any) -> None:
+    head = "model.embed_tokens"
+    ids, _ = reference.encode(TEXT)
+    with reference.allowing({"after": 0, "frozen": [head]}):
+        assert reference.encode(TEXT)[0] == [*ids, 0]
+        moved = reference.after_steps([[TEXT]], [0.1])
+    assert [name for name, change in moved.items() if not change.any()] == [f"{head}.weight"]
+    assert reference.encode(TEXT)[0] == ids
+    assert all(change.any() for change in reference.after_steps([[TEXT]], [0.1]).values())
+
+
 def test_absolute_paths_of_this_machine_are_hidden_and_addresses_are_not(load: Any) -> None:
     text = 'No rows in /home/me/x/rows.jsonl, see https://github.com/a/b/issues/1 and "/tmp/run-1/model"'
     hidden = 'No rows in rows.jsonl, see https://github.com/a/b/issues/1 and "model"'
@@ -143,6 +154,8 @@ PRINTED = [
     '  File "benchmarks/conformance/adapter.py", line 105, in isolated',
     "Failed to load a revision of the kernels",
     "score.weight | MISSING |",
+    "{'loss': '5.682', 'grad_norm': '6.962', 'learning_rate': '1', 'epoch': '1'}",
+    '  "rope_parameters": {',
     '    "lora_target_modules": ["query_key_value"],',
     "For each function call, return a json object with function name and arguments within <tool_call></tool_call>",
 ]
@@ -176,6 +189,17 @@ def test_the_page_is_that_of_the_table_and_has_every_case(load: Any) -> None:
         if entry["verdict"] == "silently wrong"
     ]
     assert all(entry["runs"] == 2 and entry["configuration"] for entry in wrong)
+
+
+def test_the_page_claims_one_pass_only_for_results_of_one_clean_commit(load: Any) -> None:
+    def say(*commits: str) -> str:
+        tool = {"title": "The Tool", "version": "1", "libraries": {"torch": "2"}, "commits": list(commits)}
+        return str(load("page").how_made({"machine": "x", "tools": {"tool": tool}}))
+
+    assert "one pass, from commit abc, on x" in say("abc")
+    assert "several passes, from commits abc, def" in say("abc", "def")
+    assert "several passes" in say("abc-dirty")
+    assert "- The Tool 1: torch 2" in say("abc")
 
 
 def test_the_readme_has_the_summary_of_the_table(load: Any) -> None:

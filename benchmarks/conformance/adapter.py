@@ -22,6 +22,10 @@ from typing import Any
 
 Job = dict[str, Any]
 Configuration = dict[str, Any]
+TOKENS = {"the token ends the turn": "https://huggingface.co/docs/transformers/main_classes/tokenizer"}
+TEMPLATES = TOKENS | {"a quoted string": "https://huggingface.co/docs/transformers/chat_extras"}
+MODULES = {"the misspelt module": "https://huggingface.co/docs/peft/developer_guides/troubleshooting"}
+"""Outcomes that transformers and PEFT document, for every tool that leaves this to them."""
 
 
 class NotOffered(Exception):
@@ -155,7 +159,8 @@ def given(settings: Configuration) -> Configuration:
 def trainer_arguments(job: Job) -> Configuration:
     """Return the job in the arguments of transformers' Trainer, which several tools take."""
     micro = job["micro_batch_size"]
-    settings = {name: job[name] for name in ("learning_rate", "optim", "seed")} | {"use_cpu": True, "report_to": "none"}
+    settings = {name: job[name] for name in ("learning_rate", "optim", "seed")}
+    settings |= {"use_cpu": True, "report_to": "none", "logging_steps": 1}
     settings |= {"max_steps": job["steps"], "lr_scheduler_type": job["schedule"], "max_grad_norm": 0.0}
     settings |= {"per_device_train_batch_size": micro, "save_steps": job["save_steps"] or job["steps"]}
     settings["gradient_accumulation_steps"] = job["batch_size"] // micro // job["processes"]

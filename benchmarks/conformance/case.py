@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -132,23 +132,25 @@ def compare_gradients(case: Case, reference: Reference, results: Mapping[str, Re
     """Compare the step that each job took with the gradients that are right, and name the nearest that is wrong."""
     worst = Finding("right", "", 0.0)
     for name, result in results.items():
-        assert result.model is not None, "a job that is done has a model"
-        reference.after = result.found.get("after")
-        step, project = reference.step_taken(result.model, result.job["learning_rate"])
-        frozen = tuple(result.found.get("frozen", ()))
-        step = {name: change for name, change in step.items() if not name.startswith(frozen)}
-        right = {learned: distance(step, project(reference.of(gradient))) for learned, gradient in case.right.items()}
-        nearest = min(right, key=right.__getitem__)
-        if right[nearest] < TOLERANCE:
-            if worst.verdict == "right" and right[nearest] >= (worst.distance or 0.0):
-                worst = Finding("right", nearest, right[nearest])
-            continue
-        wrong = ((known, distance(step, project(reference.of(gradient)))) for known, gradient in case.wrong.items())
-        learned = next((known for known, far in wrong if far < TOLERANCE), None)
-        where = f"{name}: " if len(results) > 1 else ""
-        reference.after = None
-        if learned is None:
-            return Finding("unexplained", f"{where}none of the known results", right[nearest])
-        return Finding("silently wrong", where + learned, right[nearest])
-    reference.after = None
+        with reference.allowing(result.found):
+            finding = compare_gradient(case, reference, result)
+        if finding.verdict != "right":
+            return replace(finding, learned=f"{name}: {finding.learned}") if len(results) > 1 else finding
+        if (finding.distance or 0.0) >= (worst.distance or 0.0):
+            worst = finding
     return worst
+
+
+def compare_gradient(case: Case, reference: Reference, result: Result) -> Finding:
+    assert result.model is not None, "a job that is done has a model"
+    step, project = reference.step_taken(result.model, result.job["learning_rate"])
+    step = {name: change for name, change in step.items() if not name.startswith(reference.frozen)}
+    right = {learned: distance(step, project(reference.of(gradient))) for learned, gradient in case.right.items()}
+    nearest = min(right, key=right.__getitem__)
+    if right[nearest] < TOLERANCE:
+        return Finding("right", nearest, right[nearest])
+    wrong = ((known, distance(step, project(reference.of(gradient)))) for known, gradient in case.wrong.items())
+    learned = next((known for known, far in wrong if far < TOLERANCE), None)
+    if learned is None:
+        return Finding("unexplained", "none of the known results", right[nearest])
+    return Finding("silently wrong", learned, right[nearest])

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+LIBRARIES = "torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes", "mlx"
+"""Distributions whose versions are shown next to a tool's own."""
 HERE = Path(__file__).resolve().parent
 VARIABLES = {
     "PYTHONPATH": str(HERE.parent),
@@ -62,14 +64,19 @@ class Tool:
             done.write_text(wanted)
         return folder / "bin" / "python"
 
-    def read_version(self) -> str:
-        """Return the installed version.
+    def read_versions(self) -> dict[str, str]:
+        """Return the versions of the tool, first, and of the libraries in its environment.
 
         Raises:
             CalledProcessError: it does not install here.
         """
-        code = f"import importlib.metadata as m; print(m.version({self.package!r}))"
-        return self.run("-c", code).stdout.strip()
+        code = "import importlib.metadata as m; print(*(f'{d.name} {d.version}' for d in m.distributions()), sep='\\n')"
+        lines = (line.split() for line in self.run("-c", code).stdout.splitlines())
+        installed = {name.lower().replace("_", "-"): version for name, version in lines}
+        if self.package not in installed:
+            raise subprocess.CalledProcessError(1, self.package, stderr=f"{self.package} is not installed")
+        names = [self.package, *(name for name in LIBRARIES if name != self.package)]
+        return {name: installed[name] for name in names if name in installed}
 
     def run(self, *arguments: object) -> subprocess.CompletedProcess[str]:
         command = [str(argument) for argument in (self.interpreter(), *arguments)]

@@ -38,13 +38,22 @@ SHAPE: dict[str, Any] = {
     "max_position_embeddings": 2048,
     "initializer_range": 0.1,
 }
+SCALED: dict[str, Any] = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+"""Llama 3.1's, except for the length: it scales rotations that a short text shows."""
 
 
 def build_model(family: str, folder: Path, seed: int = 0) -> Path:
     """Save a model and its tokenizer in `folder`: qwen2.5, qwen3, llama3 or t5.
 
-    `llama3-unpadded` has no pad token, as the real one; `qwen2.5-overflowing` has a norm that overflows float32;
-    `qwen2.5-plain` has no chat template.
+    `llama3-unpadded` has no pad token, as the real one; `llama3-scaled` scales rotations as Llama 3.1 does;
+    `qwen2.5-overflowing` has a norm that overflows float32; `qwen2.5-plain` has no chat template.
     """
     torch.manual_seed(seed)
     if family == "t5":
@@ -58,7 +67,8 @@ def build_model(family: str, folder: Path, seed: int = 0) -> Path:
         tokenizer = train_tokenizer(LLAMA, [], bos=LLAMA[0], eos="<|eot_id|>", pad=pad)
         tokenizer.backend_tokenizer.post_processor = starts_with(tokenizer, LLAMA[0])
         tokenizer.chat_template = read_template("llama3")
-        model = AutoModelForCausalLM.from_config(LlamaConfig(**SHAPE, **ids_of(tokenizer)))
+        rope = {"rope_parameters": SCALED} if family.endswith("-scaled") else {}
+        model = AutoModelForCausalLM.from_config(LlamaConfig(**SHAPE, **ids_of(tokenizer), **rope))
     else:
         config, added = (Qwen3Config, THOUGHTS) if family == "qwen3" else (Qwen2Config, CALLS)
         tokenizer = train_tokenizer(CHATML, added, eos="<|im_end|>", pad="<|endoftext|>")
@@ -72,7 +82,7 @@ def build_model(family: str, folder: Path, seed: int = 0) -> Path:
     tokenizer.save_pretrained(folder)
     # The form that every tool reads, not only those with the newest transformers.
     add_settings(folder / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
-    if family != "t5":
+    if family != "t5" and not family.endswith("-scaled"):
         add_settings(folder / "config.json", rope_theta=10000.0)
     return folder
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import platform
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -37,14 +37,18 @@ the text that the case states by hand, and those of known mistakes. So the table
 weights alone. Some cases compare something else, such as answers or exported files.
 
 A cell has two lines where the documented defaults differ from the setting that the documentation names for the task.
-A crash is not "silently wrong", and neither is a documented choice. Each tool has the newest version that installs
-here, and computes in float32 on a CPU.
+Each tool has the newest version that installs here, and computes in float32 on a CPU. "Trainer and PEFT" is a plain
+script, as the documentation of both shows it. Each tool logs every step, so that its warnings can be seen.
+
+Code makes each verdict, by the same rules for all tools (`Case.decide` in `conformance/case.py`); none is edited later.
+A crash is not "silently wrong". Neither is a result that no known mistake explains, a result that the output warns
+of, nor a documented choice. A choice counts as documented if an address is given for it, in the tool's own
+documentation, or in that of transformers or PEFT where the tool leaves the matter to them.
+
+{made}
 
 Not shown: axolotl, LitGPT and unsloth, whose adapters here do not yet run every case in a way that can be explained,
 and torchtune 0.6.1, which does not import with the current torchao.
-
-Not one clean pass: the runs come from several states of the cases within one hour. Then 14 verdicts on other tools
-were made milder by rule, without a new run: the tool documents its choice, or no known mistake explains the result.
 
 llmtune's authors chose the cases, mostly failures that llmtune guards against, so other tools meet them unprepared.
 Cases that llmtune fails are as welcome: [add one](#add-a-case).
@@ -121,7 +125,7 @@ def collect(cases: Mapping[str, Case], tools: Mapping[str, Tool], cache: Path) -
         "date": datetime.now(UTC).date().isoformat(),
         "machine": f"{platform.machine()}, Python {platform.python_version()}",
         "tools": {
-            tool: {"title": tools[tool].title, "version": next(iter(findings.values()))["version"]}
+            tool: {"title": tools[tool].title, **describe_tool(list(findings.values()))}
             for tool, findings in known.items()
         },
         "cases": {
@@ -137,10 +141,18 @@ def collect(cases: Mapping[str, Case], tools: Mapping[str, Tool], cache: Path) -
     }
 
 
+def describe_tool(findings: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the versions of a tool and of its libraries, and the commits that its findings are from."""
+    versions = dict(findings[0]["versions"])
+    own = next(iter(versions), None)
+    commits = sorted({finding["commit"] for finding in findings})
+    return {"version": versions.pop(own, ""), "libraries": versions, "commits": commits}
+
+
 def render(table: Mapping[str, Any]) -> str:
     """Return the page."""
     tools, cases = table["tools"], table["cases"]
-    lines = [INTRO.format(date=table["date"]), "| verdict | meaning |", "|---|---|"]
+    lines = [INTRO.format(date=table["date"], made=how_made(table)), "| verdict | meaning |", "|---|---|"]
     lines += [f"| {verdict} | {meaning} |" for verdict, meaning in VERDICTS.items()]
     lines += ["", *summary(table), "", "## Cases and tools", ""]
     titles = [f"{tool['title']} {tool['version']}" for tool in tools.values()]
@@ -154,6 +166,18 @@ def render(table: Mapping[str, Any]) -> str:
     for name, case in cases.items():
         lines += ["", *describe_case(name, case, tools)]
     return "\n".join(lines) + "\n" + ADD
+
+
+def how_made(table: Mapping[str, Any]) -> str:
+    """Say which commits and versions the results are from."""
+    commits = sorted({commit for tool in table["tools"].values() for commit in tool["commits"]})
+    one = len(commits) == 1 and "dirty" not in commits[0]
+    origin = f"one pass, from commit {commits[0]}" if one else f"several passes, from commits {', '.join(commits)}"
+    lines = [f"All results are from {origin}, on {table['machine']}. The tools and their libraries:", ""]
+    for tool in table["tools"].values():
+        libraries = ", ".join(f"{name} {version}" for name, version in tool["libraries"].items())
+        lines.append(f"- {tool['title']} {tool['version']}: {libraries}")
+    return "\n".join(lines)
 
 
 def summary(table: Mapping[str, Any]) -> Iterator[str]:

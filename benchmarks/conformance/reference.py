@@ -7,7 +7,8 @@ see by hand, as pieces: `[("<|im_start|>assistant\n", False), ("Blue.<|im_end|>"
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,24 +34,39 @@ class Reference:
         self.folder = folder
         self.after: int | None = None
         """A token that a tool learns after each text, which has a case of its own."""
+        self.frozen: tuple[str, ...] = ()
+        """Beginnings of the names of weights that a tool does not train, which has a case of its own."""
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         kind = AutoModelForSeq2SeqLM if "t5" in folder.name else AutoModelForCausalLM
         self.model: Any = kind.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
         self.start = {name: weight.detach().clone() for name, weight in self.model.named_parameters()}
-        self._known: dict[tuple[Gradient, int | None], Weights] = {}
+        self._known: dict[tuple[Gradient, int | None, tuple[str, ...]], Weights] = {}
+
+    @contextmanager
+    def allowing(self, result: Mapping[str, Any]) -> Iterator[None]:
+        """Compute with the habits of a tool that have cases of their own, as its adapter names them."""
+        self.after, self.frozen = result.get("after"), tuple(result.get("frozen", ()))
+        try:
+            yield
+        finally:
+            self.after, self.frozen = None, ()
 
     def of(self, gradient: Gradient) -> Weights:
         """Return a case's gradient, computed once for all tools."""
-        key = gradient, self.after
+        key = gradient, self.after, self.frozen
         if key not in self._known:
             self._known[key] = gradient(self)
         return self._known[key]
 
-    def encode(self, text: Text, shift: int = 0) -> tuple[list[int], list[int]]:
-        """Tokenise the pieces as one text; return ids and labels. A token is learned if its first character is."""
+    def encode(self, text: Text, split: bool = False) -> tuple[list[int], list[int]]:
+        """Tokenise the pieces as one text; return ids and labels. A token is learned if its first character is.
+
+        `split` reads special tokens as plain text.
+        """
         whole = "".join(piece for piece, _ in text)
         learned = [mark for piece, mark in text for _ in piece]
-        encoded = self.tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
+        options = {"add_special_tokens": False, "return_offsets_mapping": True, "split_special_tokens": split}
+        encoded = self.tokenizer(whole, **options)
         ids = encoded["input_ids"]
         pairs = zip(ids, encoded["offset_mapping"], strict=True)
         after = [] if self.after is None else [self.after]
@@ -103,7 +119,7 @@ class Reference:
             gradient = self.gradient_of([self.loss(*pair) for pair in texts])
             with torch.no_grad():
                 for name, weight in weights.items():
-                    weight -= rate * gradient[name]
+                    weight -= rate * gradient[name] * (not name.startswith(self.frozen))
         moved = {name: (self.start[name] - weight.detach()) / rates[0] for name, weight in weights.items()}
         with torch.no_grad():
             for name, weight in weights.items():

@@ -68,13 +68,13 @@ def list_cases() -> dict[str, Case]:
 def run_tool(tool: Tool, cases: Mapping[str, Case], cache: Path, fresh: bool) -> None:
     """Bring the stored findings of one tool up to date."""
     try:
-        version = tool.read_version()
+        versions = tool.read_versions()
     except subprocess.CalledProcessError as error:
         why = f"does not install here: {(error.stderr or str(error)).strip()[-300:]}"
         for name in cases:
-            store(cache, tool, name, "", "", {"default": {"verdict": "not run", "learned": why}})
+            store(cache, tool, name, "", {}, {"default": {"verdict": "not run", "learned": why}})
         return
-    keys = {name: make_key(tool, name, case, version) for name, case in cases.items()}
+    keys = {name: make_key(tool, name, case, versions) for name, case in cases.items()}
     stale = {name: case for name, case in cases.items() if fresh or read_key(cache, tool, name) != keys[name]}
     found: dict[str, dict[str, Any]] = {name: {} for name in stale}
     for column in COLUMNS:
@@ -87,7 +87,7 @@ def run_tool(tool: Tool, cases: Mapping[str, Case], cache: Path, fresh: bool) ->
             told = found[name][column]["learned"][:200].replace("\n", " ")
             print(tool.name, name, column, found[name][column]["verdict"], told, flush=True)
     for name, columns in found.items():
-        store(cache, tool, name, keys[name], version, columns)
+        store(cache, tool, name, keys[name], versions, columns)
     shutil.rmtree(cache / "runs" / tool.name)
 
 
@@ -225,11 +225,11 @@ def hide_folders(text: str) -> str:
     return re.sub(r"(?<![\w:/.])(?:/[\w.+~@-]+)+/", "", text)
 
 
-def make_key(tool: Tool, name: str, case: Case, version: str) -> str:
+def make_key(tool: Tool, name: str, case: Case, versions: Mapping[str, str]) -> str:
     """Hash everything that a finding depends on."""
     shared = [file for file in sorted(HERE.glob("*.py")) if file.stem not in ("run", "page", "environments")]
     files = [HERE / "cases" / f"{name}.py", tool.adapter, *shared]
-    stated = json.dumps([version, case.make_jobs(), [read_code(file) for file in files]])
+    stated = json.dumps([versions, case.make_jobs(), [read_code(file) for file in files]])
     return hashlib.sha256(stated.encode()).hexdigest()[:16]
 
 
@@ -255,10 +255,20 @@ def read_key(cache: Path, tool: Tool, name: str) -> str:
     return json.loads(path.read_text())["key"] if path.exists() else ""
 
 
-def store(cache: Path, tool: Tool, name: str, key: str, version: str, columns: Mapping[str, Entry]) -> None:
+def store(
+    cache: Path, tool: Tool, name: str, key: str, versions: Mapping[str, str], columns: Mapping[str, Entry]
+) -> None:
     path = stored_path(cache, tool, name)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"key": key, "version": version, "columns": columns}, indent=1))
+    finding = {"key": key, "versions": versions, "commit": read_commit(), "columns": columns}
+    path.write_text(json.dumps(finding, indent=1))
+
+
+@functools.cache
+def read_commit() -> str:
+    """Return the commit of the suite; "-dirty" follows if files differ from it."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--match="]
+    return subprocess.run(command, cwd=HERE, capture_output=True, text=True).stdout.strip() or "unknown"
 
 
 if __name__ == "__main__":

@@ -11,8 +11,9 @@ TOKEN = "<|ticket|>"
 
 def judge(case, reference, results):
     [result] = results.values()
-    tokenizer = AutoTokenizer.from_pretrained(result.model)
-    ids = tokenizer(TOKEN, add_special_tokens=False)["input_ids"]
+    ids = [len(reference.tokenizer)]  # where a tool saves no tokenizer, and adds the token again for each use
+    if (result.model / "tokenizer.json").exists():
+        ids = AutoTokenizer.from_pretrained(result.model)(TOKEN, add_special_tokens=False)["input_ids"]
     if len(ids) != 1:
         return Finding("silently wrong", "the saved tokenizer splits the added token")
     saved = read_weights(result.model)

@@ -11,11 +11,10 @@ def judge(case, reference, results):
     reported = result.found["losses"][-1]
     weights = tuned_weights(reference, result.model)
     texts = {way: [qwen(*turns, learn=parts) for turns in ROWS] for way, parts in ALL.items()}
-    exact = {way: loss_of(reference, weights, several) for way, several in texts.items()}
-    by_row = {
-        f"the mean of the rows' means: {way}": loss_of(reference, weights, several, True)
-        for way, several in texts.items()
-    }
+    with reference.allowing(result.found):
+        exact = {way: loss_of(reference, weights, several) for way, several in texts.items()}
+        means = {way: loss_of(reference, weights, several, True) for way, several in texts.items()}
+    by_row = {f"the mean of the rows' means: {way}": loss for way, loss in means.items()}
     for verdict, losses in (("right", exact), ("silently wrong", by_row)):
         for way, loss in losses.items():
             if abs(loss - reported) < 1e-3 * loss:

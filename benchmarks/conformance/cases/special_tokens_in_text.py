@@ -1,5 +1,7 @@
 """Text of a user that spells a special token stays text."""
 
+from itertools import chain
+
 from conformance.case import Case
 from conformance.conversations import ALL, learns, qwen, row
 
@@ -12,11 +14,21 @@ def as_text(way):
     def gradient(reference):
         learn = ALL[way]
         before, after = qwen(SYSTEM, learn=learn), qwen(TURNS[2], learn=learn)
-        plain = reference.tokenizer(f"user\n{ASKED}", add_special_tokens=False, split_special_tokens=True)["input_ids"]
-        ids, labels = reference.encode([*before, ("<|im_start|>", "prompt" in learn)])
-        rest = reference.encode([("<|im_end|>\n", "prompt" in learn), *after])
-        learned = plain if "prompt" in learn else [-100] * len(plain)
-        return reference.gradient_of([reference.loss([*ids, *plain, *rest[0]], [*labels, *learned, *rest[1]])])
+        marked = "prompt" in learn
+        parts = [
+            reference.encode([*before, ("<|im_start|>", marked)]),
+            reference.encode([(f"user\n{ASKED}", marked)], split=True),
+            reference.encode([("<|im_end|>\n", marked), *after]),
+        ]
+        ids, labels = (list(chain(*several)) for several in zip(*parts, strict=True))
+        return reference.gradient_of([reference.loss(ids, labels)])
+
+    return gradient
+
+
+def all_split(way):
+    def gradient(reference):
+        return reference.gradient_of([reference.loss(*reference.encode(qwen(*TURNS, learn=ALL[way]), split=True))])
 
     return gradient
 
@@ -30,7 +42,11 @@ CASE = Case(
         "https://github.com/FranxYao/Long-Context-Data-Engineering/issues/14",
     ],
     rows=[row(*TURNS)],
+    settings={"extra": {"split_special_tokens": True}},
     reason="special token.*text",
     right={way: as_text(way) for way in ALL},
-    wrong=learns(qwen, [TURNS], ALL, "the token ends the turn: {}"),
+    wrong={
+        **learns(qwen, [TURNS], ALL, "the token ends the turn: {}"),
+        **{f"the template's own tokens are split too: {way}": all_split(way) for way in ALL},
+    },
 )

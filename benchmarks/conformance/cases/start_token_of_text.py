@@ -7,6 +7,17 @@ TEXT = "The sky is blue, and a cat has four legs."
 ENDS = {"": "", " and its end": "<|eot_id|>"}
 START = ("<|begin_of_text|>", False)
 
+
+def counting_the_first(end):
+    """Return the gradient without a start token, if the first token, which nothing predicts, counts as learned."""
+
+    def gradient(reference):
+        total, count = reference.loss(*reference.encode([(TEXT + end, True)]))
+        return reference.gradient_of([(total, count + 1)])
+
+    return gradient
+
+
 CASE = Case(
     title="The start token of a text",
     group="what is learned",
@@ -17,6 +28,10 @@ CASE = Case(
     right={f"the text{name}": gradient_of([[START, (TEXT + end, True)]]) for name, end in ENDS.items()},
     wrong={
         **{f"no start token: the text{name}": gradient_of([[(TEXT + end, True)]]) for name, end in ENDS.items()},
+        **{
+            f"no start token, and one token too many in the mean: the text{name}": counting_the_first(end)
+            for name, end in ENDS.items()
+        },
         **{
             f"two start tokens: the text{name}": gradient_of([[START, START, (TEXT + end, True)]])
             for name, end in ENDS.items()

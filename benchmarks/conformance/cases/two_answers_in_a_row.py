@@ -8,6 +8,11 @@ FIRST, SECOND, ASKED = ("assistant", "Let me look."), ("assistant", "It is blue.
 LAST = ("assistant", "Gladly.")
 TURNS = [*START, FIRST, SECOND, ASKED, LAST]
 
+
+def joined_by(space):
+    return [*START, ("assistant", f"{FIRST[1]}{space}{SECOND[1]}"), ASKED, LAST]
+
+
 CASE = Case(
     title="Two answers in a row",
     group="what is learned",
@@ -23,7 +28,8 @@ CASE = Case(
     wrong={
         **learns(qwen, [TURNS], {**WHOLE, **ENDLESS}),
         **last_only(qwen, TURNS, RIGHT),
-        **learns(qwen, [[*START, ("assistant", "Let me look.\nIt is blue."), ASKED, LAST]], RIGHT, "joined: {}"),
+        **learns(qwen, [joined_by("\n")], RIGHT, "joined by a line break: {}"),
+        **learns(qwen, [joined_by("")], RIGHT, "joined: {}"),
         **learns(qwen, [[*START, SECOND, ASKED, LAST]], RIGHT, "without the first: {}"),
     },
 )

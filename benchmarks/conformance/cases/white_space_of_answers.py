@@ -1,7 +1,7 @@
 """White space at both ends of an answer is learned as the row has it."""
 
 from conformance.case import Case
-from conformance.conversations import ENDLESS, RIGHT, WHOLE, learns, qwen, row
+from conformance.conversations import ENDLESS, RIGHT, WHOLE, last_only, learns, qwen, row
 
 CODE = "    return 4\n\n"
 START = [("system", "You are brief."), ("user", "Write the line.")]
@@ -27,6 +27,7 @@ CASE = Case(
     right=learns(qwen, [TURNS], RIGHT),
     wrong={
         **learns(qwen, [TURNS], {**WHOLE, **ENDLESS}),
+        **last_only(qwen, TURNS, RIGHT),
         **learns(qwen, [cut(CODE.strip())], {**RIGHT, **WHOLE}, "stripped at both ends: {}"),
         **learns(qwen, [cut(CODE.lstrip())], {**RIGHT, **WHOLE}, "stripped on the left: {}"),
         **learns(qwen, [cut(CODE.rstrip())], {**RIGHT, **WHOLE}, "stripped on the right: {}"),

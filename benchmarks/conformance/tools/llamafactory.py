@@ -17,8 +17,17 @@ from llamafactory.cli import main  # noqa: E402
 STAGES = {"messages": "sft", "text": "pt", "preference": "dpo"}
 TEMPLATES = {"qwen2.5": "qwen", "qwen3": "qwen3", "llama3": "llama3"}
 LORA = {"r": "lora_rank", "target_modules": "lora_target", "modules_to_save": "additional_target"}
-PEFT = "https://huggingface.co/docs/peft/developer_guides/troubleshooting"
-CUTOFF = "https://github.com/hiyouga/LlamaFactory/blob/main/src/llamafactory/hparams/data_args.py"
+SOURCE = "https://github.com/hiyouga/LlamaFactory/blob/main"
+ARGUMENTS = f"{SOURCE}/src/llamafactory/hparams/data_args.py"
+DOCUMENTED = {
+    "an answer cut off": ARGUMENTS,  # cutoff_len
+    "earlier answers too": ARGUMENTS,  # mask_history
+    "rows see each other": ARGUMENTS,  # neat_packing
+    "the template's own tokens are split": f"{SOURCE}/src/llamafactory/hparams/model_args.py",  # split_special_tokens
+    "the saved template asks the model to think": f"{SOURCE}/data/README.md",
+    **adapter.TOKENS,
+    **adapter.MODULES,
+}
 EXTRA = {"validation": "val_size", "thinking": "enable_thinking", "add_tokens": "add_tokens"}
 
 
@@ -40,6 +49,7 @@ def configure(job: Job) -> Configuration:
     settings |= {"template": TEMPLATES.get(family) if documented else None, "train_on_prompt": whole or None}
     settings |= {"mask_history": job["train_on"] == "last" or None, "packing": job["packing"]}
     settings |= {"neat_packing": (documented and job["packing"]) or None, "resize_vocab": "add_tokens" in extra or None}
+    settings |= {"split_special_tokens": (documented and "split_special_tokens" in extra) or None}
     settings |= {"quantization_bit": 4 if job["method"] == "qlora" else None}
     settings |= {EXTRA[name]: value for name, value in extra.items() if name in EXTRA}
     if "lora" in job["method"]:
@@ -84,4 +94,4 @@ def run(command: str, folder: Path, settings: Configuration) -> None:
 
 
 if __name__ == "__main__":
-    adapter.serve("llamafactory", configure, train, {"an answer cut off": CUTOFF, "the misspelt module": PEFT})
+    adapter.serve("llamafactory", configure, train, DOCUMENTED)

@@ -20,6 +20,7 @@ OPTIMIZERS = {"sgd": "sgd", "adamw_torch": "adamw"}
 FROZEN = ["model.embed_tokens", "model.norm", "lm_head"]
 """`full` trains the layers only, which has a case of its own; the other cases compare the layers."""
 MASK = "https://github.com/ml-explore/mlx-lm/blob/main/mlx_lm/LORA.md#prompt-masking"
+DOCUMENTED = {"the whole text": MASK, "only the last answer": MASK, **adapter.TEMPLATES}
 
 
 def configure(job: Job) -> Configuration:
@@ -31,10 +32,8 @@ def configure(job: Job) -> Configuration:
         raise NotOffered(
             "no packing, no processes without MPI, no optimiser state to resume; a 4-bit base is another model"
         )
-    if extra.keys() - {"lora", "gradient_checkpointing"} or extra.get("lora", {}).keys() & {
-        "modules_to_save",
-        "use_rslora",
-    }:
+    known = {"lora", "gradient_checkpointing", "split_special_tokens"}
+    if extra.keys() - known or extra.get("lora", {}).keys() & {"modules_to_save", "use_rslora"}:
         raise NotOffered(f"no setting for {', '.join(extra)}")
     settings = {name: job[name] for name in ("learning_rate", "seed")} | {"optimizer": OPTIMIZERS[job["optim"]]}
     settings |= {"fine_tune_type": job["method"], "batch_size": micro, "num_layers": -1, "iters": job["steps"]}
@@ -65,19 +64,15 @@ def train(job: Job, settings: Configuration) -> dict[str, Any]:
     (out / "config.yaml").write_text(json.dumps(settings | places | {"test": "losses" in job["ask"]}))  # JSON is YAML
     adapter.call(lora.main, "mlx_lm.lora", "--config", f"{out}/config.yaml")
     if job["method"] == "lora" and "gguf" not in job["ask"]:
-        adapter.isolated(
-            lambda: as_peft(out / "adapter", settings["lora_parameters"])
-        )  # MLX's threads do not survive a fork
+        # In a process of its own, as MLX's threads do not survive the next fork.
+        adapter.isolated(lambda: as_peft(out / "adapter", settings["lora_parameters"]))
         return {"model": out / "peft", "after": 0}
     merge = ["--model", job["model"], "--adapter-path", f"{out}/adapter", "--save-path", f"{out}/model"]
     adapter.call(fuse.main, "mlx_lm.fuse", *merge, *(["--export-gguf"] if "gguf" in job["ask"] else []))
     found = {"model": out / "model", "gguf": out / "model" / "ggml-model-f16.gguf"}
     losses = re.findall(r"Test loss ([0-9.]+[0-9])", (out / "log.txt").read_text(errors="replace"))
-    return found | {
-        "losses": [float(loss) for loss in losses],
-        "frozen": FROZEN if job["method"] == "full" else [],
-        "after": 0,
-    }
+    found |= {"losses": [float(loss) for loss in losses], "after": 0}
+    return found | {"frozen": FROZEN if job["method"] == "full" else []}
 
 
 def as_peft(folder: Path, lora: dict[str, Any]) -> None:
@@ -92,4 +87,4 @@ def as_peft(folder: Path, lora: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    adapter.serve("mlx-lm", configure, train, {"the whole text": MASK, "only the last answer": MASK}, torchrun=False)
+    adapter.serve("mlx-lm", configure, train, DOCUMENTED, torchrun=False)

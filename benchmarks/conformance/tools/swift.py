@@ -16,9 +16,15 @@ TYPES = {"qwen2.5": ("qwen2", "qwen2_5"), "qwen3": ("qwen3", "qwen3"), "llama3":
 LORA = {"r": "lora_rank"}
 EXTRA = {"validation": "split_dataset_ratio", "thinking": "enable_thinking", "add_tokens": "new_special_tokens"}
 
+SOURCE = "https://github.com/modelscope/ms-swift/blob/main/docs/source_en"
+PARAMETERS = f"{SOURCE}/Instruction/Command-line-parameters.md"
 DOCUMENTED = {
-    "the long row left out": "https://github.com/modelscope/ms-swift/blob/main/docs/source/Instruction/Command-line-parameters.md",
-    "the misspelt module": "https://huggingface.co/docs/peft/developer_guides/troubleshooting",
+    "the long row left out": PARAMETERS,  # truncation_strategy
+    "earlier answers too": PARAMETERS,  # loss_scale
+    "joined": f"{SOURCE}/Customization/Custom-dataset.md",
+    "the saved template asks the model to think": PARAMETERS,  # enable_thinking
+    **adapter.TOKENS,
+    **adapter.MODULES,
 }
 
 

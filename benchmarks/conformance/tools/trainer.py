@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from conformance.adapter import Configuration, Job, NotOffered, evaluation, read_losses, serve
+from conformance import adapter
+from conformance.adapter import Configuration, Job, NotOffered
 from datasets import load_dataset
 from peft import LoraConfig, get_peft_model
 from transformers import (
@@ -21,14 +22,13 @@ from transformers import (
     TrainingArguments,
 )
 
-SAME = {"weight_decay": 0.0, "max_grad_norm": 0.0, "use_cpu": True, "report_to": [], "warmup_steps": 0}
 KINDS = {"seq2seq": AutoModelForSeq2SeqLM, "classify": AutoModelForSequenceClassification}
 LABELS = {"animal": 0, "colour": 1}
 DOCUMENTED = {
     "the whole text": "https://huggingface.co/docs/transformers/chat_templating#model-training",
     "an answer cut off": "https://huggingface.co/docs/transformers/pad_truncation",
-    "a quoted string": "https://huggingface.co/docs/transformers/chat_extras",
-    "the misspelt module": "https://huggingface.co/docs/peft/developer_guides/troubleshooting",
+    **adapter.TEMPLATES,
+    **adapter.MODULES,
 }
 
 
@@ -36,12 +36,7 @@ def configure(job: Job) -> Configuration:
     """Return the training arguments. `model_init` is the documented way to a seed that covers a new adapter."""
     if job["kind"] not in ("messages", "text", "seq2seq", "classify") or job["packing"]:
         raise NotOffered("no documented way to train on packed rows, or rows of this kind")
-    settings = {name: job[name] for name in ("learning_rate", "optim", "seed")} | SAME
-    settings |= {"max_steps": job["steps"], "lr_scheduler_type": job["schedule"]}
-    settings |= {"per_device_train_batch_size": job["micro_batch_size"]}
-    settings |= {"gradient_accumulation_steps": job["batch_size"] // job["micro_batch_size"] // job["processes"]}
-    settings |= {"save_steps": job["save_steps"]} if job["save_steps"] else {}
-    settings |= evaluation(job) or ({} if job["save_steps"] else {"save_strategy": "no"})
+    settings = adapter.trainer_arguments(job) | {"weight_decay": 0.0, "warmup_steps": 0}
     unknown = {"validation", "add_tokens", "thinking", "gguf", "answers", "qlora"}
     if missing := unknown & {*job["extra"], *job["ask"], job["method"]}:
         raise NotOffered(f"no setting of the trainer for {', '.join(missing)}")
@@ -72,7 +67,7 @@ def make_model(job: Job) -> Any:
 
 
 def train(job: Job, settings: Configuration) -> dict[str, Any]:
-    tokenizer = AutoTokenizer.from_pretrained(job["model"])
+    folder, tokenizer = f"{job['out']}/model", AutoTokenizer.from_pretrained(job["model"])
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     model = None if "model_init" in settings else make_model(job)
     arguments = {name: value for name, value in settings.items() if name != "model_init"}
@@ -82,19 +77,18 @@ def train(job: Job, settings: Configuration) -> dict[str, Any]:
     trainer = Trainer(
         model=model,
         model_init=None if model else lambda: make_model(job),
-        args=TrainingArguments(output_dir=job["out"], **arguments),
+        args=TrainingArguments(output_dir=folder, **arguments),
         train_dataset=rows.map(lambda row: encode(row, tokenizer, job), remove_columns=rows.column_names),
         eval_dataset=tested and tested.map(lambda row: encode(row, tokenizer, job), remove_columns=rows.column_names),
         data_collator=collators.get(job["kind"]) or DataCollatorForLanguageModeling(tokenizer, mlm=False),
     )
-    checkpoint = Path(job["resume_from"] or "") / f"checkpoint-{job['save_steps']}"
-    trainer.train(resume_from_checkpoint=str(checkpoint) if job["resume_from"] else None)
-    trainer.save_model(str(Path(job["out"]) / "model"))
-    tokenizer.save_pretrained(str(Path(job["out"]) / "model"))
+    trainer.train(resume_from_checkpoint=adapter.checkpoint(job))
+    trainer.save_model(folder)
+    tokenizer.save_pretrained(folder)
     if "merged" in job["ask"]:
         trainer.model.merge_and_unload().save_pretrained(f"{job['out']}/merged")
-    return {"model": Path(job["out"]) / "model", "merged": f"{job['out']}/merged", **read_losses(Path(job["out"]))}
+    return {"model": folder, "merged": f"{job['out']}/merged", **adapter.read_losses(Path(folder))}
 
 
 if __name__ == "__main__":
-    serve("transformers", configure, train, DOCUMENTED)
+    adapter.serve("transformers", configure, train, DOCUMENTED)
