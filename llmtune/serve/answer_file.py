@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 from rich.progress import MofNCompleteColumn
@@ -21,6 +22,7 @@ from llmtune.data.sources import local_input
 from llmtune.errors import DataError, RecipeError
 from llmtune.evaluate.generation import answer_reader, generate_completions
 from llmtune.model.device import pick_device
+from llmtune.records import Row
 from llmtune.serve.finished_run import FinishedRun, Inputs
 from llmtune.serve.served_model import ServedModel
 from llmtune.store.processes import rank
@@ -87,20 +89,23 @@ def answer_file(
             usable = [one for one in given if not isinstance(one, RowError)]
             answers = _answer_rows(served, usable, partial(progress.advance, bar))
             for (origin, row), one in zip(batch, given, strict=True):
-                line = {} if isinstance(row, RowError) else _own_columns(row)
                 answer = {"error": f"{origin}: {one}"} if isinstance(one, RowError) else next(answers)
                 answered += "error" not in answer
-                line |= answer
                 if vectors is not None:
                     found = answer.get("vectors")
                     vectors.append(next(iter(found.values())) if isinstance(found, dict) else None)
                     continue
+                line = answer if isinstance(row, RowError) else _own_columns(row) | answer
                 file.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
             progress.update(bar, completed=first + len(batch))
     if vectors is not None and output is not None and rank() == 0:
-        width = next((len(one) for one in vectors if one is not None), 0)
-        np.save(output, np.asarray([one or [np.nan] * width for one in vectors], dtype=np.float32))
+        _save_vectors(output, vectors)
     return answered, len(raw) - answered
+
+
+def _save_vectors(output: Path, vectors: Sequence[list[float] | None]) -> None:
+    width = next((len(one) for one in vectors if one is not None), 0)
+    np.save(output, np.asarray([one or [np.nan] * width for one in vectors], dtype=np.float32))
 
 
 def _own_columns(row: Mapping[str, object]) -> dict[str, object]:
@@ -149,7 +154,7 @@ def _answer_rows(
             value = predicted.value
             of_classes = {"scores": one} if (one := next(iter(predicted.probabilities), None)) else {}
             shown = value if task.answer_column == "vectors" else task.format_prediction(value)
-            own = {key: value[key] for key in task.answer_keys}
+            own = {key: cast(Row, value)[key] for key in task.answer_keys}
             yield {task.answer_column: shown, **own, **of_classes, **predicted.scores}
         return
     prompts = [task.prompt_ids(row, served.processor, recipe) for row in rows]
