@@ -45,11 +45,12 @@ from llmtune.model.catalogue import candidate_names
 from llmtune.model.device import pick_device, release_memory
 from llmtune.model.kernels import check_kernels
 from llmtune.model.memory_plan import check_context, check_memory, plan_training
+from llmtune.model.model_files import check_model_folder
 from llmtune.model.model_trials import choose_candidate, known_or_ranked
 from llmtune.plan_drafting import decide_rest, draft_plan, finish_plan
 from llmtune.recipe.loader import LoadedRecipe
 from llmtune.recipe.schema import Recipe
-from llmtune.records import Json, read_model_ref
+from llmtune.records import Json, ModelRef, read_model_ref
 from llmtune.report.render_terminal import print_blocks
 from llmtune.report.report_page import report_json, write_report
 from llmtune.report.report_record import Report
@@ -106,12 +107,15 @@ def run_pipeline(loaded: LoadedRecipe, request: RunRequest, console: Console) ->
 
 
 def check_first(recipe: Recipe, request: RunRequest) -> None:
-    """Raise the problems of a recipe on this machine that can be found without its rows and its model."""
+    """Raise the problems of a recipe on this machine that can be found without its rows and without weights."""
     refuse_network(recipe, offline=request.offline)
     check_kernels(recipe, pick_device())
     check_inputs(recipe)
     if recipe.adapter.start_from is not None:
         find_adapter(Path(recipe.adapter.start_from))
+    if recipe.model.name and (folder := Path(recipe.model.name).expanduser()).is_dir():
+        check_model_folder(folder, recipe.model)
+        find_variant(recipe, ModelRef(recipe.model.name, folder, None, ""))
 
 
 def _begin(stack: ExitStack, path: Path, loaded: LoadedRecipe, request: RunRequest, console: Console) -> Manifest:

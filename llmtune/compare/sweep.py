@@ -8,7 +8,7 @@ complete round. A killed and resumed sweep therefore ends like an uninterrupted 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
@@ -31,15 +31,16 @@ from llmtune.compare.sweep_trial import (
     sweep_trial_folder,
     validations,
 )
-from llmtune.errors import EnvironmentProblem, RecipeError
+from llmtune.errors import EnvironmentProblem, Problem, RecipeError
 from llmtune.evaluate.opened_runs import check_alike, open_runs, pair_metrics
 from llmtune.recipe.builtin import find_recipe
 from llmtune.recipe.layers import INSTEAD
 from llmtune.recipe.loader import LoadedRecipe, load_recipe
+from llmtune.recipe.task_facts import TASK_FACTS
 from llmtune.recipe.yaml_writer import scalar
 from llmtune.records import Json
 from llmtune.report.blocks import Bullets, Column, Compared, Page, Section, Table, TableRows, Text, difference_table
-from llmtune.report.metric_info import better_side, rank_metrics
+from llmtune.report.metric_info import better_side, direction, rank_metrics
 from llmtune.report.render_html import write_page
 from llmtune.report.render_markdown import to_markdown
 from llmtune.report.render_terminal import print_page, spinner
@@ -53,6 +54,15 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
 
+BATCH_KEYS = ("train.batch_size", "train.batch_tokens")
+CLAIMS = {
+    BETTER: "The winner is better than the recipe.",
+    WORSE: "The winner is worse than the recipe: keep the recipe.",
+    INCONCLUSIVE: "It is inconclusive whether the winner is better than the recipe.",
+}
+NO_GAIN = "The winner is better than the recipe, but not shown to be better than the base: no gain is claimed."
+
+
 @dataclass(frozen=True)
 class SweepResult:
     """Final result of a sweep."""
@@ -63,13 +73,14 @@ class SweepResult:
     validation_gain: float
     """How much lower the winner's validation loss is than the recipe's, in nats."""
     test_gain: float | None
-    """The same on the test rows; None if the recipe itself won."""
+    """The same on the test rows; None if the recipe itself won, or if rows have no loss."""
     luck: float | None
     """The part of the validation gain that is missing on the test rows."""
     difference: dict[str, Difference]
     """By metric, winner minus recipe on the test rows."""
     word: str
-    """better, worse or inconclusive: the winner, by its loss interval on the test rows."""
+    """better, worse or inconclusive: the winner, by its loss interval on the test rows. A task whose rows have no loss
+    of their own is judged by its first metric."""
     summary: str
 
 
@@ -124,9 +135,29 @@ def _judge(study: Study, winner: FrozenTrial, out: Path) -> SweepResult:
     runs = open_runs([sweep_trial_folder(out, 0), sweep_trial_folder(out, winner.number)])
     check_alike(runs)
     difference, _ = pair_metrics(*runs)
-    loss = difference["loss"]
-    word = BETTER if loss.high < 0 else WORSE if loss.low > 0 else INCONCLUSIVE
     learned = verdict(replace(runs[1].evaluation, champion=None)).word == BETTER
+    found = replace(found, difference=difference)
+    if "loss" not in difference:
+        metric = next(name for name in (*runs[0].recipe.evaluate.metrics, *difference) if name in difference)
+        return _judge_metric(found, metric, learned)
+    return _judge_loss(found, difference["loss"], learned)
+
+
+def _judge_metric(found: SweepResult, metric: str, learned: bool) -> SweepResult:
+    """Judge the winner by a metric on the test rows."""
+    change = found.difference[metric]
+    sign = direction(metric, change)
+    word = BETTER if sign > 0 and learned else WORSE if sign < 0 else INCONCLUSIVE
+    claim = NO_GAIN if sign > 0 and not learned else CLAIMS[word]
+    held = f"On {change.n} test rows {metric} changed by {change.value:+.4f}"
+    summary = f"{claim} {held}, with the interval [{change.low:.4f}, {change.high:.4f}]."
+    return replace(found, word=word, summary=summary)
+
+
+def _judge_loss(found: SweepResult, loss: Difference, learned: bool) -> SweepResult:
+    """Judge the winner by its loss on the test rows, and measure how much of its validation gain was luck."""
+    gain = found.validation_gain
+    word = BETTER if loss.high < 0 else WORSE if loss.low > 0 else INCONCLUSIVE
     if word == BETTER and not learned:
         word = INCONCLUSIVE
     test_gain = -loss.value
@@ -135,15 +166,9 @@ def _judge(study: Study, winner: FrozenTrial, out: Path) -> SweepResult:
     held = f"Of {gain:.4f} nats gained on the validation rows, {test_gain:.4f} remain on {loss.n} test rows"
     interval = f"[{-loss.high:.4f}, {-loss.low:.4f}]"
     luck_text = f"{luck:.4f}{share} were selection luck" if luck > 0 else "none was selection luck"
-    claim = {
-        BETTER: "The winner is better than the recipe.",
-        WORSE: "The winner is worse than the recipe: keep the recipe.",
-        INCONCLUSIVE: "It is inconclusive whether the winner is better than the recipe.",
-    }[word]
-    if loss.high < 0 and not learned:
-        claim = "The winner is better than the recipe, but not shown to be better than the base: no gain is claimed."
+    claim = NO_GAIN if loss.high < 0 and not learned else CLAIMS[word]
     summary = f"{claim} {held}, with the interval {interval}; {luck_text}."
-    return replace(found, test_gain=test_gain, luck=luck, difference=difference, word=word, summary=summary)
+    return replace(found, test_gain=test_gain, luck=luck, word=word, summary=summary)
 
 
 def _sweep_page(found: SweepResult, recipe: str, complete: int) -> Page:
@@ -222,6 +247,7 @@ def run_sweep(recipe: str, options: SweepOptions, console: Console, shown: Conso
     _check_searchable(loaded)
     require_optuna()
     space = read_space(options.space, recipe, options.sets)
+    _check_comparable(loaded, space)
     refuse_network(loaded.recipe, offline=options.offline)
     searched = hash_value([loaded.fingerprint, {key: repr(one) for key, one in space.items()}])
     out = options.out or Path("runs") / f"{loaded.recipe.name}-sweep-{searched[:8]}"
@@ -242,8 +268,21 @@ def _check_searchable(loaded: LoadedRecipe) -> None:
     if loaded.recipe.train.metric_for_best_model != "loss":
         fix = "Trials are ranked by validation loss: set train.metric_for_best_model: loss."
         raise RecipeError.of("a sweep keeps the checkpoint with the lowest loss", "train.metric_for_best_model", fix)
-    if "loss" not in loaded.recipe.evaluate.metrics:
+    if "loss" not in loaded.recipe.evaluate.metrics and not _lacks_loss(loaded):
         raise RecipeError.of("a sweep needs the metric loss", "evaluate.metrics", "Add loss to evaluate.metrics.")
+
+
+def _lacks_loss(loaded: LoadedRecipe) -> bool:
+    """Whether rows have no loss of their own: that of a step compares all of its rows."""
+    return "loss" not in TASK_FACTS[loaded.recipe.task].metrics
+
+
+def _check_comparable(loaded: LoadedRecipe, space: Collection[str]) -> None:
+    RecipeError.collect(
+        Problem(f"'{key}' cannot be searched: with another batch, the validation loss is another", key, "Remove it.")
+        for key in BATCH_KEYS
+        if key in space and _lacks_loss(loaded)
+    )
 
 
 def _ended(study: Study) -> list[FrozenTrial]:

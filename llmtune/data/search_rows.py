@@ -10,6 +10,8 @@ from typing import TypedDict
 from llmtune.data.rejected_rows import RowError, json_kind, nonempty_text, parse_cell, text_of
 from llmtune.data.task_rows import THUMBS
 
+SHOWN_CHARACTERS = 80
+
 
 class EmbedRow(TypedDict):
     """A text with others to find. A row with a score has one passage, a row with a label has none."""
@@ -162,6 +164,14 @@ def _relevance(value: object) -> float:
     if not math.isfinite(number) or number < 0:
         raise RowError("no relevance", f"'relevance' is {value}; 0 is irrelevant, and more is better")
     return number
+
+
+def write_ranking(passages: Sequence[str], scores: Sequence[float]) -> str:
+    """Write a line per passage, best first: score and beginning."""
+    lines = [" ".join(passage.split()) for passage in passages]
+    short = [line if len(line) <= SHOWN_CHARACTERS else f"{line[: SHOWN_CHARACTERS - 1]}…" for line in lines]
+    best = sorted(range(len(scores)), key=lambda i: -scores[i])
+    return "\n".join(f"{scores[i]:.3f}  {short[i]}" for i in best)
 
 
 def given_passages(text: str | None) -> list[str]:

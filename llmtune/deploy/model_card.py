@@ -87,6 +87,11 @@ class Publication:
         return read_json_object(self.folder / ("adapter_config.json" if self.kind == "adapter" else "config.json"))
 
     @property
+    def needs_peft(self) -> bool:
+        """Whether it is an adapter, but no sentence-transformers folder, which loads its base itself."""
+        return self.kind == "adapter" and not (self.folder / "modules.json").is_file()
+
+    @property
     def base(self) -> tuple[str | None, str, list[str]]:
         """The base's name on the hub (if any), its public name, and notes on it."""
         name = str(self.lock["model"]["name"])
@@ -186,7 +191,7 @@ def _metadata(published: Publication, scores: Evaluation, sources: list[str], au
         "datasets": hub_data or None,
         "eval_results": list(_eval_results(scores, sources, hub_data, pipeline or "other")) or None,
         "language": list(options.languages) or None,
-        "library_name": "peft" if published.kind == "adapter" else TASK_FACTS[task].library,
+        "library_name": "peft" if published.needs_peft else TASK_FACTS[task].library,
         "metrics": sorted({_hub_metric(metric) for metric in _known_scores(scores)}) or None,
         "pipeline_tag": pipeline,
         "tags": ["llmtune", task, *TASK_FACTS[task].tags, method, *(["gguf"] if options.gguf else [])],

@@ -99,7 +99,7 @@ def publish_run(run: Path, options: PublishOptions, console: Console) -> dict[st
         write_text(target / CARD, redact(str(written)))
         refuse_paths(target, _private_paths(folder.path, published.lock))
         card = _read_card(target / CARD)
-        sizes = {path.name: path.stat().st_size for path in sorted(target.iterdir())}
+        sizes = {str(name): (target / name).stat().st_size for name in _files_below(target)}
         if options.repo and not options.dry_run:
             upload(target, options.repo, private=options.private, card=card, name=options.repo.rpartition("/")[2])
     where = f"https://huggingface.co/{options.repo}" if options.repo else str(options.to)
@@ -256,11 +256,17 @@ def _private_paths(run: Path, lock: Document) -> list[Path]:
     return [run.absolute(), run.resolve(), Path.home(), Path.cwd(), Path(lock["model"]["folder"]), *data]
 
 
+def _files_below(folder: Path) -> list[Path]:
+    """Return the relative paths of all files; sentence-transformers has some in subfolders."""
+    return sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+
+
 def _fill_folder(target: Path, run: Path, published: Publication) -> None:
     """Write all files except the card."""
-    for path in sorted(published.folder.iterdir()):
-        if path.is_file() and path.name not in REWRITTEN:
-            shutil.copyfile(path, target / path.name)
+    for name in _files_below(published.folder):
+        if str(name) not in REWRITTEN:
+            (target / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(published.folder / name, target / name)
     if published.kind == "adapter":
         base, base_name, _ = published.base
         revision = published.config.get("revision") if base == published.lock["model"]["name"] else None

@@ -6,7 +6,7 @@ Shapes: T positions of a prompt and its answer, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar, cast
 
@@ -18,7 +18,7 @@ from llmtune.data.chat_messages import clean_messages
 from llmtune.data.row_store import read_rows
 from llmtune.deploy.parity import Certificate, Onto
 from llmtune.evaluate.generation import generate_batch, only_these_settings
-from llmtune.model.config import read_model_config
+from llmtune.model.config import keeps_float32, read_model_config
 from llmtune.model.quantized_base import kept_quantization
 from llmtune.recipe.schema import Recipe
 from llmtune.records import AdaptedModel, ModelRef, Row
@@ -99,8 +99,15 @@ class TunedModel:
 
 
 def load_tuned(context: RunContext, splits: Sequence[str] = ("test",)) -> TunedModel:
-    """Load the model of a finished run, and a few rows of the first non-empty split."""
-    rows = context.rows
+    """Load the model of a finished run, and a few rows of the first non-empty split.
+
+    Weights that training kept in float32 are not rounded, so that products are not either.
+    """
+    rows, plan = context.rows, context.plan
+    if keeps_float32(plan.recipe, plan.task, read_model_config(plan.model_ref, plan.recipe.model)):
+        model = plan.recipe.model.model_copy(update={"dtype": "float32"})
+        recipe = plan.recipe.model_copy(update={"model": model})
+        context = replace(context, resolved=replace(plan, recipe=recipe))
     split = next((name for name in splits if rows.counts[name]), splits[0])
     return TunedModel(
         Models(context).adapted,

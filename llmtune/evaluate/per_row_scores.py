@@ -31,6 +31,7 @@ from llmtune.evaluate.classification_metrics import (
 )
 from llmtune.evaluate.metric import BOUNDS, Measure, PairedMeasures, difference_of_ratios, ratio
 from llmtune.evaluate.paired_statistics import Floats, Formula
+from llmtune.evaluate.ranking_metrics import rows_by_squares
 from llmtune.evaluate.text_metrics import bleu_formula, chrf_formula, error_rate, exponential_ratio, ter_formula
 from llmtune.records import Rows
 from llmtune.store.atomic_files import explained
@@ -55,6 +56,7 @@ FORMULAS: dict[str, Formula] = {
     "error_rate": error_rate,
     "apart": difference_of_ratios,
     "ece": ece_formula,
+    "rows_by_squares": rows_by_squares,
 }
 """Formulas by their names on disk."""
 

@@ -20,7 +20,7 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from llmtune.data.search_rows import EmbedRow
+from llmtune.data.search_rows import EmbedRow, write_ranking
 from llmtune.evaluate.evaluated_task import Corpus
 from llmtune.evaluate.metric import Measure, columns, measure_means, measure_shares, ratio
 from llmtune.evaluate.paired_statistics import Floats
@@ -126,6 +126,27 @@ def unit(vector: Sequence[float] | NDArray[np.float32]) -> Floats:
     return np.asarray(numbers / max(float(np.linalg.norm(numbers)), 1e-12))
 
 
+def cosine(one: Sequence[float], other: Sequence[float]) -> float:
+    """Return the cosine of two vectors; 0 if one is all zeros."""
+    return float(np.dot(unit(one), unit(other)))
+
+
+def format_vectors(vectors: Vectors) -> str:
+    """Write the cosine of the first two texts, or the vector of a single text as a JSON list."""
+    first, *others = vectors.values()
+    if others:
+        return f"cosine {cosine(first, others[0]):.3f}"
+    return "[" + ", ".join(f"{number:.6g}" for number in first) + "]"
+
+
+def format_search(passages: Sequence[str], vectors: Vectors) -> str:
+    """Write the passages by their cosine with the query, best first; without a query or passages, the vectors."""
+    query, *others = vectors.values()
+    if "query" not in vectors or not others:
+        return "\n".join(format_vectors({name: vector}) for name, vector in vectors.items())
+    return write_ranking(passages, [cosine(query, other) for other in others])
+
+
 def measure_vectors(unit_ND: Floats) -> tuple[float, float]:
     """Return the mean cosine of two different vectors of length 1, and their effective rank."""
     count = len(unit_ND)
@@ -145,7 +166,12 @@ def measure_spread(metric: str, vectors: Sequence[Vectors]) -> Measure:
         return measure_means(metric, cosine_N.tolist(), "mean cosine of each row's text with those of other rows")
     squared_N = ((unit_ND @ (unit_ND.T @ unit_ND)) * unit_ND).sum(1) / count
     signature = "participation ratio of the vectors: 1 if all are parallel, at most their length"
-    return Measure(metric, columns(np.ones(count), squared_N), ratio, signature=signature)
+    return Measure(metric, columns(np.ones(count), squared_N), rows_by_squares, signature=signature)
+
+
+def rows_by_squares(sums: Floats) -> Floats:
+    """Return the rows over the sum of mean squared cosines. Unlike in a rate, the second sum is no count."""
+    return ratio(sums)
 
 
 def rank_passages(

@@ -21,6 +21,7 @@ from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_sections import SpeechSection
 from llmtune.tasks.chat import Chat
 from llmtune.tasks.completion import MaskedCompletion
+from llmtune.tasks.embed import Embed, embed_section, tokenize_prompted
 from llmtune.tasks.language_codes import has_languages
 from llmtune.tasks.recordings import extract_features, feature_extractor, is_multilingual, read_windows, set_speech
 from llmtune.tasks.speech import count_frames
@@ -175,7 +176,7 @@ def read_attention_text(target: Target, request: AttentionRequest) -> ModelInput
     recipe = target.recipe or target.default_recipe()
     if target.takes_audio:
         return _read_recording(target, request, recipe)
-    text, processor, tensors = str(request.text), target.processor, {}
+    text, processor, tensors, note = str(request.text), target.processor, {}, ""
     pair = kinds = first = None
     if target.family == "encoder-decoder":
         pair = make_pair(target, {"prompt": text}, request.target or "", request.language)
@@ -187,6 +188,10 @@ def read_attention_text(target: Target, request: AttentionRequest) -> ModelInput
             fit_tokens(target_ids(pair, processor)[0], "--target", target, request)
     elif request.chat:
         ids = render_prompt([{"role": "user", "content": text}], processor, recipe)
+    elif isinstance(target.task, Embed):
+        ids = tokenize_prompted("query", text, processor, recipe)
+        prompt = embed_section(recipe).query_prompt
+        note = f"the text is a query, after the prompt {prompt!r}" if prompt else ""
     else:
         encoded = processor(text, request.pair, verbose=False)
         ids, kinds = list(encoded["input_ids"]), encoded.get("token_type_ids")
@@ -195,21 +200,24 @@ def read_attention_text(target: Target, request: AttentionRequest) -> ModelInput
     ids = fit_tokens(ids, "--text", target, request)
     if kinds is not None:
         tensors["token_type_ids"] = torch.tensor([kinds[: len(ids)]])
-    return ModelInputs(ids, recipe, tensors, pair, first=first)
+    return ModelInputs(ids, recipe, tensors, pair, first=first, note=note)
 
 
 def check_text_options(target: Target, request: AttentionRequest) -> None:
     """Raise RecipeError or DataError for options that are missing, empty or inapplicable."""
     writes = target.family == "encoder-decoder"
     named = target.is_whisper or (writes and has_languages(target.processor))
-    options = {"target": writes, "pair": target.family == "encoder", "language": named and target.recipe is None}
+    paired = target.family == "encoder" and not isinstance(target.task, Embed)
+    options = {"target": writes, "pair": paired, "language": named and target.recipe is None}
     useful = {
         "audio" if target.takes_audio else "text": True,
         **{name: False for name, used in options.items() if used},
     }
     given = {name: getattr(request, name) for name in ("text", "audio", "target", "pair", "language")}
     problems = check_options(given, useful)
-    if request.chat and not (target.family == "decoder" and target.processor.chat_template):
+    if request.chat and isinstance(target.task, Embed):
+        problems.append(Problem("a run of task embed reads plain texts", "--chat", "Omit it."))
+    elif request.chat and not (target.family == "decoder" and target.processor.chat_template):
         problems.append(Problem("the model has no chat template", "--chat", "Omit it."))
     RecipeError.collect(problems)
     DataError.collect(

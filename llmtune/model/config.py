@@ -122,14 +122,16 @@ def is_encoder(config: PreTrainedConfig) -> bool:
 
 
 def trains_in_float32(recipe: Recipe, task: TaskInterface, config: PreTrainedConfig) -> bool:
-    """Whether weights are float32 in training, whatever the number format of the products.
+    """Whether weights are float32 in training, whatever the number format of the products."""
+    return recipe.adapter.method == "full" or keeps_float32(recipe, task, config)
 
-    These are trained weights, and with `model.dtype: auto` the frozen weights of an encoder whose task `needs_float32`.
+
+def keeps_float32(recipe: Recipe, task: TaskInterface, config: PreTrainedConfig) -> bool:
+    """Whether `model.dtype: auto` leaves the weights in float32: those of an encoder whose task `needs_float32`.
+
     The sums between its layers are then float32 too. In bfloat16 they cost nDCG and save no time
     (docs/embed-evidence.md).
     """
-    if recipe.adapter.method == "full":
-        return True
     plain = recipe.adapter.method != "qlora" and kept_quantization(config) is None
     return plain and task.needs_float32 and recipe.model.dtype == "auto" and is_encoder(config)
 

@@ -323,6 +323,7 @@ _TASKS = (
         split_by="query",
         pipeline="sentence-similarity",
         loader="SentenceTransformer",
+        tags=("sentence-transformers", "feature-extraction"),
     ),
     TaskFacts(
         "rerank",

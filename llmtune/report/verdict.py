@@ -349,7 +349,9 @@ def weigh(findings: MetricChanges, changes: Differences, opponent: str | None) -
         return Verdict(BETTER, f"Better in {join_names(better)}{than}. {rest}")
     if within:
         return Verdict(WITHIN, margin)
-    moved = f"No metric shows a clear difference{f' from {opponent}' if opponent else ''}"
+    costs = any(direction(metric, changes[metric]) for metric in changes.keys() & COSTS)
+    what = "No metric of quality" if costs else "No metric"
+    moved = f"{what} shows a clear difference{f' from {opponent}' if opponent else ''}"
     moved_alone = [metric for metric in changes.keys() - COSTS if direction(metric, changes[metric])]
     if moved_alone:
         moved += f" (the interval of {join_names(sorted(moved_alone))} excludes zero, but one in twenty intervals does "

@@ -30,6 +30,7 @@ INPUT_COLUMNS: Mapping[str, tuple[str, ...]] = {
     "prompt": ("prompt", "instruction", "question", "query", "text", "source", "document"),
     "audio": ("audio", "file_name"),
     "answer": ("completion", "answer", "output"),
+    "passages": ("passages", "passage"),
 }
 """Possible columns of a task input, by our names; of any other input, its own name."""
 AT_ONCE = 512
@@ -47,15 +48,19 @@ def answer_file(
     mapping, and by their usual names. Returns the number of answered and of unreadable rows; the latter have an
     `error` instead of an answer.
 
-    An `output` that ends in .npy gets the first vector of each row, float32 [rows, D]; unreadable rows are NaN. Of
-    several processes, which share the rows, the first one writes.
+    An `output` that ends in .npy gets a vector per row, float32 [rows, D]: the query's, or else the first passage's;
+    unreadable rows are NaN. Of several processes, which share the rows, the first one writes.
 
     Raises:
         RecipeError: the file lacks an input of the task, or the model cannot answer such inputs.
         DataError: the file cannot be read, or none of its rows.
     """
     join_processes(pick_device())
-    raw = list(local_input(rows).raw_rows())
+    source = local_input(rows)
+    if source.container == "text" and run.task.answer_column == "vectors":
+        fix = "Give JSON lines or CSV with a column query or passage."
+        raise RecipeError.of("a text file does not say whether its texts are queries or passages", str(rows), fix)
+    raw = list(source.raw_rows())
     header = list(dict.fromkeys(name for _, row in raw if not isinstance(row, RowError) for name in row))
     if not header:
         raise DataError.of("no row can be read", str(rows))
@@ -120,6 +125,8 @@ def _read_inputs(
     try:
         named = rename(row, columns)
         given = {name: value for name, column in asked.items() if (value := named.get(column)) is not None}
+        if asked.get("passages") == "passage" and isinstance(given.get("passages"), str):
+            given["passages"] = [given["passages"]]  # a passage may have several lines
         inputs = {name: json.dumps(value) if isinstance(value, list) else str(value) for name, value in given.items()}
         if "audio" in inputs:
             inputs["audio"] = str(folder / str(inputs["audio"]))

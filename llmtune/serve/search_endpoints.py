@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 from fastapi import FastAPI
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, field_validator
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
@@ -51,6 +51,14 @@ class EmbeddingsRequest(RequestModel):
     """Numbers, or base64 of 32-bit floats; default: float."""
     user: str | None = None
     """The end user: accepted, but not stored."""
+
+    @field_validator("input", mode="before")
+    @classmethod
+    def refuse_tokens(cls, value: object) -> object:
+        """Refuse token ids, which OpenAI's API accepts: clients make them with OpenAI's tokenizers."""
+        if isinstance(value, list) and any(isinstance(one, int | list) for one in value):
+            raise ValueError("token ids are not accepted, because they depend on the tokenizer; send texts")
+        return value
 
 
 class Embedding(BaseModel):

@@ -30,12 +30,14 @@ from llmtune.evaluate.evaluated_task import EvalPrediction, LoadedModel
 from llmtune.evaluate.metric import Measure
 from llmtune.evaluate.ranking_metrics import (
     Vectors,
+    cosine,
+    format_search,
+    format_vectors,
     measure_ranking,
     measure_spread,
     measure_vectors,
     rank_labels,
     rank_passages,
-    unit,
 )
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_facts import RANKING, TASK_FACTS, at_ten
@@ -49,6 +51,8 @@ from llmtune.tasks.sentence_vectors import (
     embedding_loss,
     hidden_states,
     pool,
+    read_settings,
+    require_triplets,
     resolve_settings,
     tokenize_prompted,
     write_settings,
@@ -75,11 +79,17 @@ class Embed(ReadingTask[EmbedRow, Vectors]):
     has_row_loss = False
     answer_column = "vectors"
 
+    def supports(self, config: PretrainedConfig) -> bool:
+        """Whether a model is an encoder or a decoder. Raises as `read_settings` does."""
+        read_settings(Path(config.name_or_path))
+        return super().supports(config)
+
     def infer_labels(self, recipe: Recipe, rows: Rows, config: PretrainedConfig) -> Recipe:
         """Choose the loss and the metrics by the kind of rows; take over the base's pooling and prompts.
 
         Raises:
-            DataError: rows of several kinds, or scores that a cosine cannot reach.
+            DataError: rows of several kinds, classes or scores that nothing can be learned from, or scores that a
+                cosine cannot reach.
             RecipeError: a loss or a metric that these rows do not support, lengths that the model does not have, a
                 step without negatives, or a base that cannot be trained.
         """
@@ -87,14 +97,19 @@ class Embed(ReadingTask[EmbedRow, Vectors]):
         kind = infer_rows(rows)
         loss = section.loss if section.loss != "auto" else KINDS[kind][0]
         RecipeError.collect(find_misfit_settings(recipe, section, loss, kind, config))
-        if loss == "cosine" and not all(abs(row["score"]) <= 1 for _, row in iterate_rows(rows, "train")):
+        scores = {row["score"] for _, row in iterate_rows(rows, "train")} if kind == "scores" else set()
+        if loss == "cosine" and not all(abs(score) <= 1 for score in scores):
             raise DataError.of("scores outside −1 to 1", "embed.loss", "Rescale them, or set embed.loss: cosent.")
+        if loss == "cosent" and len(scores) == 1:
+            fix = "Give rows with other scores too, or set embed.loss: cosine."
+            raise DataError.of(f"all training rows have the score {scores.pop():g}", "data.train", fix)
+        if kind == "labels":
+            require_triplets(row["label"] for _, row in iterate_rows(rows, "train"))
         metrics = recipe.evaluate.metrics
         if metrics in ((), TASK_FACTS["embed"].default_metrics) and kind == "scores":
             metrics = (*CORRELATIONS, "random_cosine")
         evaluate = recipe.evaluate.model_copy(update={"metrics": metrics})
-        section = section.model_copy(update={"loss": loss})
-        return recipe.model_copy(update={"embed": section, "evaluate": evaluate})
+        return recipe.model_copy(update={"embed": section.model_copy(update={"loss": loss}), "evaluate": evaluate})
 
     def check_model(self, model: PreTrainedModel, processor: PreTrainedTokenizerBase, recipe: Recipe) -> None:
         """Set the padding token, and freeze a pooling layer, which the vectors do not use."""
@@ -238,10 +253,11 @@ class Embed(ReadingTask[EmbedRow, Vectors]):
 
     def format_prediction(self, prediction: Vectors) -> str:
         """Write the cosine of the first two texts, or the vector of a single text."""
-        first, *others = prediction.values()
-        if others:
-            return f"cosine {float(np.dot(unit(first), unit(others[0]))):.3f}"
-        return "[" + ", ".join(f"{number:.6g}" for number in first) + "]"
+        return format_vectors(prediction)
+
+    def format_answer(self, prediction: Vectors, row: EmbedRow) -> str:
+        """Write the passages by their cosine with the query, best first; without a query or passages, the vectors."""
+        return format_search(row["passages"], prediction)
 
     def compute_metric(self, metric: str, found: EvalPrediction[Vectors], recipe: Recipe) -> Measure | None:
         """Measure the order of passages, the scores of pairs, or the spread of vectors."""
@@ -249,7 +265,7 @@ class Embed(ReadingTask[EmbedRow, Vectors]):
         if metric in SPREAD:
             return measure_spread(metric, vectors)
         if metric in CORRELATIONS:
-            cosines = [float(np.dot(unit(one["query"]), unit(one["passage"]))) for one in vectors]
+            cosines = [cosine(one["query"], one["passage"]) for one in vectors]
             return measure_classes(metric, "regression", np.array(cosines)[:, None], [row["score"] for row in rows], ())
         labelled = rows[0]["label"] is not None
         queries, searched = rank_labels(rows, vectors) if labelled else rank_passages(rows, vectors, found.corpus)
@@ -263,8 +279,7 @@ class Embed(ReadingTask[EmbedRow, Vectors]):
         vectors = self.predict(rows, opened)
         measured = self.compute_metric(metric, EvalPrediction(vectors, rows), opened.recipe)
         assert measured is not None, "both are metrics of the task"
-        is_finite = all(np.isfinite([*one.values()]).all() for one in vectors)
-        return metric, measured.value if is_finite else math.nan
+        return metric, measured.value if all(np.isfinite([*one.values()]).all() for one in vectors) else math.nan
 
     def class_table(self, found: EvalPrediction[Vectors], recipe: Recipe) -> dict[str, Any] | None:
         """Return the scores of vectors cut to each of `embed.dimensions`, the longest first; None without such."""

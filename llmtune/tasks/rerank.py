@@ -18,7 +18,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from llmtune.data.collators import encoder_batch
 from llmtune.data.example import Example
 from llmtune.data.row_store import iterate_rows
-from llmtune.data.search_rows import RerankRow, given_passages
+from llmtune.data.search_rows import RerankRow, given_passages, write_ranking
 from llmtune.data.task_interface import Encoded
 from llmtune.data.task_rows import ClassifyRow
 from llmtune.data.tokenization import Segment, decode_shortened
@@ -37,7 +37,6 @@ from llmtune.tasks.base import Endpoint, ReadingTask, loss_of_rows
 from llmtune.tasks.classify import fitted_texts, tokenize_texts
 
 SIGMOID = "torch.nn.modules.activation.Sigmoid"
-SHOWN_CHARACTERS = 80
 BM25 = "BM25 (words that query and passage share)"
 SATURATION, LENGTH_SHARE = 1.2, 0.75
 """BM25's k1 and b, by Lucene's defaults."""
@@ -166,10 +165,8 @@ class Rerank(ReadingTask[RerankRow, RerankPrediction]):
         return ", ".join(f"{score:.3f}" for score in prediction["scores"])
 
     def format_answer(self, prediction: RerankPrediction, row: RerankRow) -> str:
-        """Write a line per passage, best first: score and beginning."""
-        lines = [" ".join(passage.split()) for passage in row["passages"]]
-        short = [line if len(line) <= SHOWN_CHARACTERS else f"{line[: SHOWN_CHARACTERS - 1]}…" for line in lines]
-        return "\n".join(f"{prediction['scores'][i]:.3f}  {short[i]}" for i in prediction["ranking"])
+        """Write a line per passage, best first."""
+        return write_ranking(row["passages"], prediction["scores"])
 
     def compute_metric(self, metric: str, found: EvalPrediction[RerankPrediction], recipe: Recipe) -> Measure | None:
         """Measure the ranking of each query's passages, from all of its rows."""

@@ -7,7 +7,8 @@ its class, D numbers of a vector.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import ModelOutput
 
 from llmtune.data.example import Example
-from llmtune.errors import EnvironmentProblem, RecipeError
+from llmtune.errors import DataError, EnvironmentProblem, RecipeError
 from llmtune.evaluate.evaluated_task import LoadedModel
 from llmtune.evaluate.token_batches import run_encoder
 from llmtune.model.causal_lm_loss import accepted_arguments, model_inputs, unwrap
@@ -175,8 +176,7 @@ def tokenize_prompted(
     section = embed_section(recipe)
     prompt = (section.query_prompt if name == "query" else section.passage_prompt) or ""
     cut = {} if limit is None else {"truncation": True, "max_length": limit}
-    ids: list[int] = processor(prompt + text, return_attention_mask=False, **cut)["input_ids"]
-    return ids
+    return list(processor(prompt + text, return_attention_mask=False, **cut)["input_ids"])
 
 
 def hidden_states(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
@@ -219,6 +219,15 @@ def pool(hidden_TD: torch.Tensor, mode: str) -> torch.Tensor:
 
 
 # Losses over the vectors of a complete step; each is that of the same name in sentence-transformers
+
+
+def require_triplets(labels: Iterable[str]) -> None:
+    """Raise DataError unless a class has two of the training rows, and another class has one."""
+    counts = Counter(labels)
+    if counts and (len(counts) < 2 or max(counts.values()) < 2):
+        what = f"all training rows have the class {max(counts)!r}"
+        what = what if len(counts) < 2 else "no class has two training rows"
+        raise DataError.of(f"{what}, so there are no triplets to learn from", "data.train", "Check the column label.")
 
 
 def embedding_loss(vectors: Sequence[torch.Tensor], examples: Sequence[Example], section: EmbedSection) -> Loss:

@@ -194,3 +194,21 @@ def test_of_forty_sweeps_without_anything_to_learn_at_most_two_claim_a_gain(
         )
         words.append(run_sweep("out", 6)["word"])
     assert words.count("better") <= 2
+
+
+@pytest.mark.usefixtures("here")
+def test_embedding_models_are_ranked_by_validation_loss_and_judged_by_their_first_metric(tmp_path: Path):
+    pairs = [{"query": f"number {i}", "passage": f"The {COLOURS[i % 4]} cat number {i}."} for i in range(60)]
+    rows = write_jsonl(tmp_path / "rows.jsonl", pairs)
+    sections = {"task": "embed", "generation": {"max_new_tokens": None}, "evaluate": {"metrics": ["recall@1", "map"]}}
+    train = {"num_train_epochs": None, "max_steps": 2}
+    write_recipe(Path("recipe.yaml"), build_bert(tmp_path / "model"), rows, data={}, train=train, **sections)
+    Path("space.yaml").write_text("train.learning_rate: [1.0e-5, 1.0e-2]")
+    found = run_sweep("out", 3)
+    losses = [trial["validation_loss"] for trial in found["trials"]]
+    assert losses[found["winner"]] == min(losses)
+    assert (found["test_gain"], found["luck"]) == (None, None)
+    assert found["winner"] == 0 or f"{found['difference']['recall@1']['n']} test rows recall@1" in found["summary"]
+    Path("space.yaml").write_text("train.batch_size: [8, 16]")
+    done = invoke("sweep", "recipe.yaml", "--space", "space.yaml")
+    assert (done.exit_code, "'train.batch_size' cannot be searched" in done.stderr) == (2, True)

@@ -101,6 +101,7 @@ def test_a_cost_is_mentioned_but_decides_nothing():
             "Better in f1 macro than the most frequent class, worse in accuracy.",
         ),
         ({"accuracy": OPEN}, "No metric shows a clear difference from the most frequent class."),
+        ({"accuracy": OPEN, "kl": MORE}, "No metric of quality shows a clear difference from the most"),
     ],
 )
 def test_the_reason_names_the_baseline(intervals, start):

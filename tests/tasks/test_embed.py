@@ -403,6 +403,9 @@ def test_graded_passages_are_left_to_rerank():
         (PAIRS[:20], {"evaluate": {"metrics": ["spearman"]}}, "do not support spearman"),
         ([*PAIRS[:20], *({**row, "score": 1.0} for row in PAIRS[20:40])], {}, "the rows have passages and scores"),
         ([{**row, "score": 5.0} for row in PAIRS[:20]], {"embed": {"loss": "cosine"}}, "scores outside"),
+        ([{**row, "score": 1.0} for row in PAIRS[:20]], {}, "all training rows have the score 1"),
+        ([{"text": f"a {i}", "label": i} for i in range(20)], {}, "no class has two training rows"),
+        ([{"text": f"a {i}", "label": "x"} for i in range(20)], {}, "all training rows have the class 'x'"),
     ],
 )
 def test_settings_that_do_not_fit_the_rows_are_refused(rows, sections, what, tmp_path):
@@ -474,8 +477,11 @@ def test_the_openai_client_gets_the_vectors_of_generate(run):
         found = client.embeddings.create(model="mine", input=texts, extra_body={"input_type": "document"})
         short = client.embeddings.create(model="mine", input=texts[0], dimensions=16)
         wrong = httpx.post(f"{url}/v1/embeddings", json={"input": texts, "dimensions": 17})
+        tokens = httpx.post(f"{url}/v1/embeddings", json={"input": [[5, 6], [7]]})
     assert wrong.status_code == 400
     assert "Use one of 64, 16." in wrong.json()["error"]["message"]
+    assert tokens.status_code == 400
+    assert tokens.json()["error"]["message"].endswith("they depend on the tokenizer; send texts")
     for i, text in enumerate(texts):
         for answer, given in ((queries, {"prompt": text}), (found, {"passages": text})):
             [vector] = ours.answer(given)["prediction"].values()
