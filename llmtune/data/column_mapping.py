@@ -78,6 +78,7 @@ ALIASES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "relevance": ("label", "score", "relevant", "is_relevant", "rating", "grade"),
         "passages": ("documents", "docs", "texts", "candidates", "answers", "answer"),
         "relevances": ("labels", "scores", "is_selected"),
+        "judged_passages": ("passages",),
         "negatives": ("negative", "neg", "hard_negatives", "negative_passages"),
     },
 }

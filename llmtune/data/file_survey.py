@@ -254,8 +254,10 @@ def suspicions(rows: Iterable[tuple[str, Mapping[str, Any]]]) -> list[str]:
     several: set[bytes] = set()
     pair = ("", "")
     empty: Counter[str] = Counter()
-    for origin, row in islice(rows, MOST_QUESTIONS):
+    ranks = False
+    for origin, row in islice(one_passage_each(rows), MOST_QUESTIONS):
         asked, answer = _split_answer(row)
+        ranks = "relevances" in row
         for text in {text for text in map(str.strip, iterate_strings([asked, answer])) if text in NO_VALUES}:
             empty[text] += 1
         if "rejected" in row or "audio" in row or not any(map(str.strip, iterate_strings(asked))):
@@ -268,8 +270,19 @@ def suspicions(rows: Iterable[tuple[str, Mapping[str, Any]]]) -> list[str]:
     found = [f"rows with {text!r}, a placeholder for a missing value: {count:,}" for text, count in empty.most_common()]
     if several:
         where = f", first in {pair[0]} and {pair[1]}" if all(pair) else ""
-        found.append(f"questions with different answers in different rows: {len(several):,}{where}")
+        what = "passages with different relevances for the same query" if ranks else "questions with different answers"
+        found.append(f"{what} in different rows: {len(several):,}{where}")
     return found
+
+
+def one_passage_each(rows: Iterable[tuple[str, Mapping[str, Any]]]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yield the rows; a query with several ranked passages as a row per passage, which belongs to the question."""
+    for origin, row in rows:
+        if "relevances" not in row:
+            yield origin, row
+            continue
+        for passage, relevance in zip(row["passages"], row["relevances"], strict=True):
+            yield origin, {"query": [row["query"], passage], "relevances": [relevance]}
 
 
 def _split_answer(row: Mapping[str, Any]) -> tuple[object, object]:

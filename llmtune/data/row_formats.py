@@ -23,6 +23,7 @@ from llmtune.data.search_rows import (
     embed_from_pair,
     ranked_list,
     ranked_negatives,
+    ranked_objects,
     ranked_pair,
     ranked_positive,
 )
@@ -167,6 +168,13 @@ _KNOWN = (
     ),
     RowFormat("query-passage-relevance", ("query", "passage", "relevance"), (), {"rerank": ranked_pair}),
     RowFormat("query-passages", ("query", "passages", "relevances"), (), {"rerank": ranked_list}),
+    RowFormat(
+        "query-judged-passages",
+        ("query", "judged_passages"),
+        (),
+        {"rerank": ranked_objects},
+        '{"query": "...", "judged_passages": [{"text": "...", "relevance": 1}, {"text": "...", "relevance": 0}]}',
+    ),
     RowFormat("query-passage-negatives", ("query", "passage", "negatives"), (), {"rerank": ranked_negatives}),
 )
 FORMATS = {one.name: one for one in _KNOWN}

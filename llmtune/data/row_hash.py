@@ -66,12 +66,13 @@ def spoken_text(row: Row) -> str:
 
     A long system message shared by all rows would make them all similar. Questions on different contexts, passages
     for different queries, and texts of different recordings are never duplicates, whatever they share: each word is
-    tagged with its context.
+    tagged with its context. Nor are passages that a query rates differently: an irrelevant one that is almost right
+    teaches the most.
     """
     if "context" in row:
         return _tag_words(f"{row['question']} {' '.join(answer['text'] for answer in row['answers'])}", row["context"])
     if "relevances" in row:
-        return _tag_words(" ".join(row["passages"]), row["query"])
+        return _tag_words(" ".join(row["passages"]), f"{row['query']} {row['relevances']}")
     if "negatives" in row:
         return " ".join([row["query"], *row["passages"]])
     if "audio" in row:

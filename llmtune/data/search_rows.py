@@ -84,6 +84,11 @@ def _score(value: object) -> float | None:
     return score
 
 
+TEXT_KEYS = ("text", "passage_text", "passage", "content")
+RELEVANCE_KEYS = ("relevance", "label", "score", "is_selected")
+"""Keys of a passage that is an object with its relevance."""
+
+
 class RerankRow(TypedDict):
     """A query with some of its passages; other rows may have more passages of the same query."""
 
@@ -103,6 +108,32 @@ def ranked_list(row: Mapping[str, object]) -> RerankRow:
     passages, relevances = _passages_of(row, "passages"), _list_of(row, "relevances")
     if len(passages) != len(relevances):
         raise RowError("relevances do not fit", f"{len(passages)} passages and {len(relevances)} relevances")
+    return _ranked(row, passages, relevances)
+
+
+def ranked_objects(row: Mapping[str, object]) -> RerankRow:
+    """Read `query` and `judged_passages`, which have a text and a relevance each.
+
+    They are a list of objects, or an object of lists, as MS MARCO has them: `{"passage_text": [...], "is_selected":
+    [...]}`.
+    """
+    column = "judged_passages"
+    value = parse_cell(row[column])
+    if isinstance(value, Mapping):
+        lists = {name: part for name, part in value.items() if isinstance(part, list)}
+        value = [dict(zip(lists, parts, strict=False)) for parts in zip(*lists.values(), strict=False)]
+    passages, relevances = [], []
+    for one in value if isinstance(value, list) else []:
+        found = one if isinstance(one, Mapping) else {}
+        text = next((name for name in TEXT_KEYS if name in found), None)
+        relevance = next((name for name in RELEVANCE_KEYS if name in found), None)
+        if text is None or relevance is None:
+            fix = (
+                f"a passage must be an object with one of {', '.join(TEXT_KEYS)} and one of {', '.join(RELEVANCE_KEYS)}"
+            )
+            raise RowError("no relevance", f"{fix}; or give the relevances in a column")
+        passages.append(passage_text({**found, "text": found[text]}))
+        relevances.append(found[relevance])
     return _ranked(row, passages, relevances)
 
 
@@ -136,11 +167,12 @@ def _passages_of(row: Mapping[str, object], column: str) -> list[str]:
 def _ranked(row: Mapping[str, object], passages: Sequence[str], relevances: Sequence[object]) -> RerankRow:
     if not passages:
         raise RowError("empty content", "no passages")
-    return {
-        "query": nonempty_text(row, "query"),
-        "passages": list(passages),
-        "relevances": [*map(_relevance, relevances)],
-    }
+    found: dict[str, float] = {}
+    for passage, relevance in zip(passages, map(_relevance, relevances), strict=True):
+        if found.setdefault(passage, relevance) != relevance:
+            what = f"{passage[:60]!r} has the relevances {found[passage]:g} and {relevance:g}"
+            raise RowError("a passage with two relevances", what)
+    return {"query": nonempty_text(row, "query"), "passages": [*found], "relevances": [*found.values()]}
 
 
 def passage_text(value: object, column: str = "passage") -> str:
@@ -178,5 +210,14 @@ def given_passages(text: str | None) -> list[str]:
     """Return passages from one text: a JSON list, or one text per line."""
     parsed = parse_cell(text)
     if isinstance(parsed, list):
-        return [passage if isinstance(passage, str) else json.dumps(passage) for passage in parsed]
+        return [*map(_given_passage, parsed)]
     return [line for line in str(text or "").splitlines() if line.strip()]
+
+
+def _given_passage(value: object) -> str:
+    """Return a passage as `passage_text` does; other values are written as JSON."""
+    found = value if isinstance(value, Mapping) else {}
+    text = next((text for name in TEXT_KEYS if isinstance(text := found.get(name), str) and text.strip()), None)
+    if text is not None:
+        return passage_text({**found, "text": text})
+    return value if isinstance(value, str) else json.dumps(value)

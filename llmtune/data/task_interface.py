@@ -37,6 +37,8 @@ class TaskInterface:
     """Whether a head missing from the model is created and fully trained."""
     needs_float32: bool = False
     """Whether an encoder's frozen weights are float32 in training, because rounding them costs accuracy."""
+    predicts_in_float32: bool = False
+    """Whether such an encoder also predicts in float32: scores in bfloat16 are often equal."""
     has_step_statistics: bool = False
     """Whether the loss of a micro-batch needs sums over the complete step."""
     has_step_loss: bool = False

@@ -77,6 +77,8 @@ class EvaluatedTask(TaskInterface):
     """Whether `predict` returns what is evaluated; otherwise it is generated from `prompt_ids`."""
     answer_column: str = "answer"
     """Column of predictions in files: `answer` has them as text, `vectors` as they are."""
+    answer_keys: tuple[str, ...] = ()
+    """Keys of a prediction that are written next to it."""
     rates_answers: bool = False
     """Whether rows come with answers that a prediction rates."""
 

@@ -92,6 +92,13 @@ def compute_context(dtype: torch.dtype, device: str) -> AbstractContextManager[o
     return torch.autocast(device.split(":")[0], dtype=dtype)
 
 
+def in_own_dtype(model: torch.nn.Module, device: str) -> AbstractContextManager[object]:
+    """Return the context in which float32 weights are multiplied in float32; other weights as around it."""
+    if next(model.parameters()).dtype == torch.float32:
+        return torch.autocast(device.split(":")[0], enabled=False)
+    return nullcontext()
+
+
 def computing_dtype(model: torch.nn.Module, device: str) -> torch.dtype:
     """Return the dtype of the forward pass: autocast's if enabled, else that of the weights."""
     kind = device.split(":")[0]

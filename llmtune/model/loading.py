@@ -23,6 +23,7 @@ from llmtune.model.config import (
     find_class,
     head_names,
     in_heads,
+    keeps_float32,
     put_in_order,
     readable,
     trains_in_float32,
@@ -65,8 +66,8 @@ def load_model(
 ) -> SelectedModel:
     """Load the weights onto `device`, in eval mode, quantised to 4 bits if `adapter.method` is qlora, else unchanged.
 
-    With `training`, some weights are float32 (`trains_in_float32`); those of `method: full`, without `masters`, only if
-    some may be new. The embedding grows for the tokens of `processor`.
+    Some weights are float32 (`trains_in_float32`, `predicts_in_float32`); in training with `method: full`, without
+    `masters`, only if some may be new. The embedding grows for the tokens of `processor`.
 
     Raises:
         EnvironmentProblem: the weights cannot be loaded, some are missing, or memory runs out.
@@ -78,8 +79,9 @@ def load_model(
         attention, reason = choose_attention(model_class, config, recipe, task)
         if reason and task.auto_class == CAUSAL:
             console.print(f"Attention: {attention or 'own'}, with a mask over packed rows, because {reason}.")
-        exact = training and trains_in_float32(recipe, task, config)
-        if recipe.adapter.method == "full":
+        predicts = task.predicts_in_float32 and keeps_float32(recipe, task, config)
+        exact = trains_in_float32(recipe, task, config) if training else predicts
+        if training and recipe.adapter.method == "full":
             exact = exact and (masters or task.trains_head or bool(recipe.model.add_tokens))
         model, new = _load_weights(model_ref, recipe, task, model_class, config, attention, exact, device)
         _install_kernels(model, recipe, task, attention, device)

@@ -149,7 +149,8 @@ def _answer_rows(
             value = predicted.value
             of_classes = {"scores": one} if (one := next(iter(predicted.probabilities), None)) else {}
             shown = value if task.answer_column == "vectors" else task.format_prediction(value)
-            yield {task.answer_column: shown, **of_classes, **predicted.scores}
+            own = {key: value[key] for key in task.answer_keys}
+            yield {task.answer_column: shown, **own, **of_classes, **predicted.scores}
         return
     prompts = [task.prompt_ids(row, served.processor, recipe) for row in rows]
     read = answer_reader(served.processor, recipe)

@@ -29,6 +29,7 @@ from llmtune.evaluate.ranking_metrics import RELEVANT, RankedQuery, measure_rank
 from llmtune.evaluate.token_batches import run_encoder
 from llmtune.model.causal_lm_loss import model_inputs
 from llmtune.model.config import name_outputs
+from llmtune.model.device import in_own_dtype
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_facts import RANKING, at_ten
 from llmtune.recipe.task_sections import RerankSection
@@ -59,8 +60,11 @@ class Rerank(ReadingTask[RerankRow, RerankPrediction]):
     endpoint = Endpoint("/v1/rerank", "the scores of the documents, best first", "query")
     auto_class = "AutoModelForSequenceClassification"
     peft_task_type = "SEQ_CLS"
+    needs_float32 = True
+    predicts_in_float32 = True
     trains_head = True
     loss_unit = "passages"
+    answer_keys = ("scores", "ranking")
 
     def infer_labels(self, recipe: Recipe, rows: Rows, config: PretrainedConfig) -> Recipe:
         """Infer the highest relevance. Raises DataError if no passage is relevant, or all are equally."""
@@ -74,7 +78,12 @@ class Rerank(ReadingTask[RerankRow, RerankPrediction]):
         return recipe.model_copy(update={"rerank": section.model_copy(update={"max_relevance": highest})})
 
     def configure_head(self, config: PretrainedConfig, recipe: Recipe) -> None:
-        """Give the head one output; sentence-transformers' `CrossEncoder` reads the activation after it."""
+        """Give the head one output; sentence-transformers' `CrossEncoder` reads the activation after it.
+
+        A head that has one output scores already, whatever its name, and is kept.
+        """
+        if config.num_labels == 1:
+            config.id2label = {0: "relevance"}
         name_outputs(config, ("relevance",), None)
         config.sentence_transformers = {"activation_fn": SIGMOID}
 
@@ -156,7 +165,8 @@ class Rerank(ReadingTask[RerankRow, RerankPrediction]):
         def read(i: int, output: SequenceClassifierOutput, row: int) -> float:
             return float(output.logits[row, 0].double().sigmoid())
 
-        scores = iter(run_encoder(loaded.model, examples, loaded.processor.pad_token_id, loaded.device, read))
+        with in_own_dtype(loaded.model, loaded.device):
+            scores = iter(run_encoder(loaded.model, examples, loaded.processor.pad_token_id, loaded.device, read))
         loaded.advance(len(rows))
         return [ranked([next(scores) for _ in row["passages"]]) for row in rows]
 

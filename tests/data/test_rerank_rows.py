@@ -8,11 +8,19 @@ import pytest
 from rich.console import Console
 from support.rows import rows_of, write_jsonl
 
-from llmtune.data.file_survey import list_readings, survey_files
+from llmtune.data.column_mapping import rename
+from llmtune.data.file_survey import list_readings, survey_files, suspicions
 from llmtune.data.preparation import prepare_rows
 from llmtune.data.rejected_rows import RowError
-from llmtune.data.row_formats import detect_format
-from llmtune.data.search_rows import given_passages, ranked_list, ranked_negatives, ranked_pair, ranked_positive
+from llmtune.data.row_formats import detect_format, map_columns, parse_row
+from llmtune.data.search_rows import (
+    given_passages,
+    ranked_list,
+    ranked_negatives,
+    ranked_objects,
+    ranked_pair,
+    ranked_positive,
+)
 from llmtune.errors import DataError
 from llmtune.recipe.loader import load_recipe
 from llmtune.records import Rows
@@ -49,6 +57,11 @@ def test_lists_and_negatives_become_the_same_row_as_relevances() -> None:
         (ranked_negatives, {"passage": "p", "negatives": ["n", ""]}, "'negatives' is empty"),
         (ranked_positive, {"passage": ["p", "n"], "labels": [1, 0]}, "the row has 'labels'; map its list"),
         (ranked_list, {"passages": ["p", None], "relevances": [1, 0]}, "'passages' is empty"),
+        (ranked_list, {"passages": ["p", "p"], "relevances": [1, 0]}, "'p' has the relevances 1 and 0"),
+        (ranked_negatives, {"passage": "p", "negatives": ["n", "p"]}, "'p' has the relevances 1 and 0"),
+        (ranked_objects, {"judged_passages": ["p"]}, "must be an object with one of text"),
+        (ranked_objects, {"judged_passages": [{"text": "p"}]}, "one of relevance"),
+        (ranked_objects, {"judged_passages": []}, "no passages"),
     ],
 )
 def test_a_bad_row_says_why(parse: Any, row: dict[str, object], words: str) -> None:
@@ -75,10 +88,40 @@ def test_rows_without_relevance_are_refused_with_the_forms_of_rows() -> None:
         detect_format([{"query": "q", "body": "p"}], "rerank", {}, None, "x.jsonl")
 
 
+@pytest.mark.parametrize(
+    "passages",
+    [
+        [{"text": "a", "score": 1.0}, {"text": "b", "score": 0.0}],
+        [{"passage_text": "a", "is_selected": 1, "url": "u"}, {"passage_text": "b", "is_selected": 0, "url": "v"}],
+        {"is_selected": [1, 0], "passage_text": ["a", "b"], "url": ["u", "v"]},  # MS MARCO on the hub
+    ],
+)
+def test_passages_may_be_objects_with_their_relevance(passages: object) -> None:
+    row = {"query_id": 1, "query": "q", "answers": ["x"], "passages": passages}
+    row_format = detect_format([row], "rerank", {}, None, "x.jsonl")
+    assert row_format.name == "query-judged-passages"
+    parsed = parse_row(rename(row, map_columns(row_format, [row], "rerank", {})), row_format, "rerank")
+    assert parsed == {"query": "q", "passages": ["a", "b"], "relevances": [1.0, 0.0]}
+
+
+def test_copies_of_a_passage_in_a_row_count_once() -> None:
+    row = {"query": "q", "passages": ["a", "b", "b"], "relevances": [1, 0, 0]}
+    assert ranked_list(row) == {"query": "q", "passages": ["a", "b"], "relevances": [1.0, 0.0]}
+
+
+def test_only_passages_with_several_relevances_for_one_query_are_suspicious() -> None:
+    one = {"query": "q", "passages": ["a", "b"], "relevances": [1.0, 0.0]}
+    other = {"query": "q", "passages": ["b", "c"], "relevances": [1.0, 0.0]}
+    assert suspicions([("r:1", one), ("r:2", {**other, "passages": ["d", "c"]})]) == []
+    (found,) = suspicions([("r:1", one), ("r:2", other)])
+    assert found == "passages with different relevances for the same query in different rows: 1, first in r:1 and r:2"
+
+
 def test_given_passages_are_a_json_list_or_lines() -> None:
     assert given_passages('["a", "b\\nc"]') == ["a", "b\nc"]
     assert given_passages("a\n\nb") == ["a", "b"]
     assert given_passages(None) == []
+    assert given_passages('[{"title": "T", "text": "a"}, {"passage_text": "b"}, 7]') == ["T\na", "b", "7"]
 
 
 ROWS = [
@@ -120,6 +163,15 @@ def test_classes_of_one_text_are_in_one_split(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "rows.jsonl", rows)
     sides = split_texts(prepared(tmp_path, task="embed", test=0.2, deduplicate="none"))
     assert sum(map(len, sides)) == len(set.union(*sides)) == 60
+
+
+def test_an_irrelevant_passage_that_is_almost_right_is_no_duplicate_of_the_right_one(tmp_path: Path) -> None:
+    words = " ".join(f"word{i}" for i in range(60))
+    copies = [{"query": f"q {i}", "passage": f"{words} {i} end {j}", "relevance": j} for i in range(4) for j in (0, 1)]
+    write_jsonl(tmp_path / "rows.jsonl", copies)
+    assert prepared(tmp_path, test=0.25, validation=0).dropped == {}
+    write_jsonl(tmp_path / "rows.jsonl", [{**row, "relevance": 1} for row in copies])
+    assert prepared(tmp_path, test=0.25, validation=0).dropped == {"near duplicate": 4}
 
 
 def test_training_rows_with_a_query_of_the_test_file_are_dropped(tmp_path: Path) -> None:

@@ -45,11 +45,15 @@ def test_weights_to_be_sharded_keep_the_dtype_of_their_files_unless_some_may_be_
         (build_bert, "embed", "auto", True, torch.float32),
         (build_bert, "embed", "auto", False, torch.bfloat16),
         (build_bert, "embed", "bfloat16", True, torch.bfloat16),
-        (build_bert, "rerank", "auto", True, torch.bfloat16),
+        (build_bert, "rerank", "auto", True, torch.float32),
+        (build_bert, "rerank", "auto", False, torch.float32),
+        (build_bert, "rerank", "bfloat16", False, torch.bfloat16),
+        (build_llama, "rerank", "auto", False, torch.bfloat16),
+        (build_bert, "classify", "auto", True, torch.bfloat16),
         (build_llama, "embed", "auto", True, torch.bfloat16),
     ],
 )
-def test_an_embedding_encoder_keeps_its_frozen_weights_in_float32(
+def test_an_encoder_for_search_keeps_its_frozen_weights_in_float32(
     tmp_path, monkeypatch, build, task, dtype, training, wanted
 ):
     monkeypatch.setattr("llmtune.model.device.has_fast_bfloat16", lambda device: True)

@@ -184,8 +184,23 @@ def test_metrics_are_paired_over_queries_whose_rows_may_be_pairs_or_lists(
     )
 
 
-def test_a_trained_reranker_is_its_own_base(run: Path, tmp_path: Path) -> None:
+def test_scores_are_not_rounded_to_bfloat16(bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Logits in bfloat16 have 8 bits: passages that are about equally relevant would tie."""
+    monkeypatch.setattr("llmtune.model.device.has_fast_bfloat16", lambda device: True)
+    run = finish(tmp_path, bert, ROWS, model={"dtype": "auto"}, train={"max_steps": 1, "num_train_epochs": None})
+    merge_run(open_finished(run, quiet(), True), None)
+    encoder = CrossEncoder(str(run / "merged"), device="cpu")
+    assert encoder.model.dtype == torch.float32
+    assert scores_of(run) == pytest.approx(encoder.predict(PAIRS), abs=1e-6)
+
+
+@pytest.mark.parametrize("label", ["LABEL_0", "score"])
+def test_a_trained_reranker_is_its_own_base(label: str, run: Path, tmp_path: Path) -> None:
+    """Whatever it calls its output."""
     merge_run(open_finished(run, quiet(), True), tmp_path / "base")
+    config = tmp_path / "base" / "config.json"
+    names = {"id2label": {"0": label}, "label2id": {label: 0}}
+    config.write_text(json.dumps({**json.loads(config.read_text("utf-8")), **names}), "utf-8")
     again = finish(tmp_path / "again", tmp_path / "base", ROWS, train={"max_steps": 1, "num_train_epochs": None})
     report = json.loads((again / "report.json").read_text("utf-8"))["evaluation"]
     assert report["baseline"] is None
@@ -250,6 +265,7 @@ def test_generate_ranks_the_passages_of_a_file(run: Path, tmp_path: Path) -> Non
     write_jsonl(tmp_path / "many.jsonl", [{"query": query, "passages": texts}])
     line = json.loads(invoke("generate", run, "--input", tmp_path / "many.jsonl").stdout)
     assert line["answer"] == ", ".join(f"{score:.3f}" for score in first["scores"])
+    assert (line["scores"], line["ranking"]) == (pytest.approx(first["scores"], abs=1e-6), first["ranking"])
 
 
 @pytest.mark.parametrize(
