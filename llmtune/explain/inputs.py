@@ -21,9 +21,10 @@ from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_sections import SpeechSection
 from llmtune.tasks.chat import Chat
 from llmtune.tasks.completion import MaskedCompletion
-from llmtune.tasks.embed import Embed, embed_section, tokenize_prompted
+from llmtune.tasks.embed import Embed
 from llmtune.tasks.language_codes import has_languages
 from llmtune.tasks.recordings import extract_features, feature_extractor, is_multilingual, read_windows, set_speech
+from llmtune.tasks.sentence_vectors import embed_section, tokenize_prompted
 from llmtune.tasks.speech import count_frames
 from llmtune.tasks.text_to_text import EncoderDecoder, TextPair, first_token, source_ids, target_ids
 
