@@ -176,8 +176,7 @@ def tokenize_prompted(
     section = embed_section(recipe)
     prompt = (section.query_prompt if name == "query" else section.passage_prompt) or ""
     cut = {} if limit is None else {"truncation": True, "max_length": limit}
-    ids: list[int] = processor(prompt + text, return_attention_mask=False, **cut)["input_ids"]
-    return ids
+    return list(processor(prompt + text, return_attention_mask=False, **cut)["input_ids"])
 
 
 def hidden_states(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
