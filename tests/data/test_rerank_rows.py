@@ -8,8 +8,8 @@ import pytest
 from rich.console import Console
 from support.rows import rows_of, write_jsonl
 
-from llmtune.data.file_survey import list_readings, survey_files, suspicions
 from llmtune.data.column_mapping import rename
+from llmtune.data.file_survey import list_readings, survey_files, suspicions
 from llmtune.data.preparation import prepare_rows
 from llmtune.data.rejected_rows import RowError
 from llmtune.data.row_formats import detect_format, map_columns, parse_row
