@@ -9,8 +9,8 @@ from llmtune.errors import RecipeError
 from llmtune.evaluate.cache_keys import evaluation_inputs
 from llmtune.model.config import read_model_config
 from llmtune.model.memory_plan import context_length, resolve_checkpointing
-from llmtune.recipe.idle_keys import find_idle_keys
 from llmtune.recipe.loader import LoadedRecipe
+from llmtune.recipe.schema import find_idle_keys
 from llmtune.recipe.training_rule import choose_training, few_steps, with_choices, with_length
 from llmtune.records import Examples, Json, ModelRef, Rows
 from llmtune.session import Plan, RunContext, find_variant
