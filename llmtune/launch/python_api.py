@@ -237,7 +237,7 @@ def names_remote(recipe: Recipe) -> bool:
     from llmtune.model.catalogue import candidate_names  # keep --help fast
     from llmtune.recipe.section import STORES
 
-    models = [recipe.model.name] if recipe.model.name else candidate_names(recipe)
+    models = [recipe.model.name] if recipe.model.name else [*candidate_names(recipe)]
     models += [mined.model] if (mined := recipe.data.negatives) and mined.model else []
     sources = [source for _, _, source in recipe.data.named_sources()]
     remote_data = any(source.path.startswith(("hub:", *STORES)) for source in sources) or studies_remote(recipe)
