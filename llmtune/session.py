@@ -337,6 +337,7 @@ def score_models(context: RunContext, folder: Path | None, base_folder: Path | N
 def lock_run(context: RunContext) -> None:
     """Write llmtune.lock with all inputs of training, file by file."""
     plan, recipe, model_ref = context.plan, context.plan.recipe, context.plan.model_ref
+    miner = recipe.data.negatives and recipe.data.negatives.model
     data_hash, files = list_sources(recipe.data, recipe.task)
     known = [{"source": one.source, "path": one.path and str(one.path), one.kind: one.hash} for one in files]
     write_lock(
@@ -351,4 +352,5 @@ def lock_run(context: RunContext) -> None:
         start_from=find_adapter(Path(start)) if (start := recipe.adapter.start_from) else None,
         device=describe_device(plan.device),
         judge={"model": judge.model, "host": host(judge)} if (judge := recipe.evaluate.judge) else None,
+        miner=resolve_model(miner, recipe.model, context.console, context.request.offline) if miner else None,
     )

@@ -17,7 +17,6 @@ from llmtune.evaluate.cache_keys import evaluation_files
 from llmtune.evaluate.evaluation_file import load_evaluation, print_scores, print_verdict
 from llmtune.evaluate.gates import require_gates
 from llmtune.recipe.loader import LoadedRecipe
-from llmtune.recipe.schema import Recipe
 from llmtune.records import Json
 from llmtune.report.report_record import Verdict, read_report
 from llmtune.score_records import GateResult
@@ -74,18 +73,11 @@ def _hash_command(loaded: LoadedRecipe, folder: RunFolder, until: str) -> str:
     recipe = loaded.recipe
     template = [Path(recipe.model.chat_template)] if recipe.model.chat_template else []
     files = [hash_file(path) for path in (*evaluation_files(recipe), *template) if path.is_file()]
-    folders = [Path(name) for name in other_models(recipe) if Path(name).is_dir()]
-    files += [hash_listing(list_model(folder)) for folder in folders]
+    candidates = recipe.model.candidates if isinstance(recipe.model.candidates, tuple) else ()  # the lock has only one
+    files += [hash_listing(list_model(folder)) for folder in map(Path, candidates) if folder.is_dir()]
     inputs = {name: step["inputs"] for name, step in folder.manifest["steps"].items() if step["state"] == "done"}
     machine = [likely_device(), package_versions(("lm-eval",)), list(Example.__annotations__)]
     return hash_value([__version__, str(folder.path), until, recipe.model_dump(mode="json"), files, inputs, machine])
-
-
-def other_models(recipe: Recipe) -> list[str]:
-    """Return the models that a recipe names in addition to the one in the lock: candidates, and the miner."""
-    candidates, mined = recipe.model.candidates, recipe.data.negatives
-    named = candidates if isinstance(candidates, tuple) else ()
-    return [*named, *([mined.model] if mined and mined.model else [])]
 
 
 def print_unchanged(report: Json, path: Path, console: Console) -> None:

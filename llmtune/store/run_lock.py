@@ -19,6 +19,7 @@ from typing_extensions import TypedDict
 from llmtune.errors import EnvironmentProblem, RecipeError
 from llmtune.recipe.evaluate_section import GATE_KEYS
 from llmtune.recipe.yaml_reader import read_recipe_text
+from llmtune.records import ModelRef
 from llmtune.store.atomic_files import hash_file, hash_value, list_folder, list_model, read_json, write_json
 from llmtune.store.json_shapes import find_misfit
 
@@ -84,6 +85,8 @@ class Lock(TypedDict):
     model: LockedModel
     data: LockedData
     start_from: NotRequired[LockedFolder | None]
+    miner: NotRequired[LockedModel]
+    """The model that mined negatives, if the recipe names another one."""
     template: dict[str, str]
     packages: dict[str, str | None]
     seed: int
@@ -121,24 +124,19 @@ def write_lock(
     start_from: Path | None = None,
     device: Mapping[str, object] | None = None,
     judge: Mapping[str, str] | None = None,
+    miner: ModelRef | None = None,
 ) -> None:
     """Write llmtune.lock to a run folder that already has recipe.yaml.
 
     `model` is the model's folder, `start_from` the adapter that training continues, `device` the compute device,
-    `judge` the model and host of `evaluate.judge`.
+    `judge` the model and host of `evaluate.judge`, `miner` the model of `data.negatives`.
     """
     lock = Lock(
         lock_version=LOCK_VERSION,
         fingerprint=fingerprint,
         folder=str(folder.absolute()),
         recipe=hash_keys(folder / "recipe.yaml"),
-        model={
-            "name": pins.model,
-            "revision": pins.revision,
-            "sha256": pins.model_hash,
-            "folder": str(model),
-            "files": list_model(model),
-        },
+        model=_lock_model(ModelRef(pins.model, model, pins.revision, pins.model_hash)),
         data={"sha256": pins.data_hash, "files": list(sources)},
         start_from={"folder": str(start_from), "files": list_folder(start_from)} if start_from else None,
         template={"sha256": template_hash},
@@ -150,7 +148,14 @@ def write_lock(
     )
     if judge:
         lock["judge"] = dict(judge)
+    if miner:
+        lock["miner"] = _lock_model(miner)
     write_json(folder / LOCK, lock)
+
+
+def _lock_model(one: ModelRef) -> LockedModel:
+    about = LockedModel(name=one.name, revision=one.revision, sha256=one.content_hash)
+    return about | {"folder": str(one.path), "files": list_model(one.path)}
 
 
 def note_trained(folder: Path, name: str) -> str:

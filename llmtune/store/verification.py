@@ -233,15 +233,19 @@ def _added_files(source: str, known: set[Path], old_run: str | None, run: Path) 
 
 
 def _check_model(lock: Lock, run: Path) -> Iterator[Finding]:
-    """Check the model that training started from, and the adapter that it continued."""
+    """Check the model that training started from, the adapter that it continued, and the model that mined negatives."""
     if start := lock.get("start_from"):
         folder = relocated(start["folder"], lock.get("folder"), run)
         yield from _compare_all("start_from", f"{folder}{os.sep}", start["files"], list_folder(folder))
-    model = lock["model"]
+    for model in (lock["model"], *([lock["miner"]] if "miner" in lock else [])):
+        yield from _check_model_files(model, lock.get("folder"), run)
+
+
+def _check_model_files(model: LockedModel, old_run: str | None, run: Path) -> Iterator[Finding]:
     if not model.get("files"):
         yield Finding("model", model["name"], "unknown", model["sha256"])
         return
-    folder = _model_folder(model, lock.get("folder"), run)
+    folder = _model_folder(model, old_run, run)
     if folder.is_dir():
         yield from _compare_all("model", f"{folder}{os.sep}", model["files"], list_model(folder))
     elif model["revision"] or model["name"].startswith(BUILTIN):

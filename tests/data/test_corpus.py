@@ -132,6 +132,8 @@ def test_the_network_is_on_for_a_remote_corpus_or_miner_and_off_if_forbidden(key
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
     alone, remote = (load_recipe(tmp_path / "recipe.yaml", sets).recipe for sets in ([], [f"data.{key}"]))
     assert (names_remote(alone), names_remote(remote)) == (False, True)
+    candidates = ["model.name=null", "model.candidates=[./model]"]
+    assert not names_remote(load_recipe(tmp_path / "recipe.yaml", candidates).recipe)
     if "s3" in key:  # the others may be in the cache
         with pytest.raises(EnvironmentProblem, match=r"data.corpus: s3://b/c.txt is read over the network"):
             refuse_network(remote, offline=True)

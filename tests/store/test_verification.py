@@ -11,7 +11,7 @@ from support.runs import finish_run, invoke
 
 from llmtune.errors import RecipeError
 from llmtune.store.atomic_files import hash_file
-from llmtune.store.run_lock import LOCK, read_pins
+from llmtune.store.run_lock import LOCK, read_lock, read_pins
 from llmtune.store.verification import Verification, verify_run
 
 
@@ -92,6 +92,17 @@ def test_a_changed_adapter_and_another_template_are_named(project: Path) -> None
         ("adapter", "chat_template.jinja", "changed"),
         ("evaluated", "adapter", "changed"),
     ]
+
+
+def test_a_changed_model_that_mined_negatives_is_named(project: Path) -> None:
+    run, miner = project / "runs/tiny", shutil.copytree(project / "model", project / "miner")
+    lock, manifest = read_lock(run / LOCK), json.loads((run / "run.json").read_text())
+    lock["miner"] = {**lock["model"], "name": str(miner), "folder": str(miner)}
+    (run / LOCK).write_text(json.dumps(lock))
+    (run / "run.json").write_text(json.dumps(manifest | {"lock": hash_file(run / LOCK)}))
+    assert failed(verify_run(run)) == []
+    flip_byte(miner / "model.safetensors")
+    assert failed(verify_run(run)) == [("model", "model.safetensors", "changed")]
 
 
 def test_missing_and_added_files_are_named(project: Path) -> None:
