@@ -98,7 +98,7 @@ class Rerank(Task[RerankRow, RerankPrediction]):
         config.sentence_transformers = {"activation_fn": SIGMOID}
 
     def save_files(self, folder: Path, config: PretrainedConfig, recipe: Recipe) -> None:
-        """Remove a decoder's chat template: `CrossEncoder` would put query and passage into it, as training does not."""
+        """Remove a decoder's chat template: training does not use it, and `CrossEncoder` would."""
         (folder / "chat_template.jinja").unlink(missing_ok=True)
 
     def check_model(self, model: PreTrainedModel, processor: PreTrainedTokenizerBase, recipe: Recipe) -> None:
