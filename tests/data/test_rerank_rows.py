@@ -24,6 +24,7 @@ from llmtune.data.search_rows import (
 from llmtune.errors import DataError
 from llmtune.recipe.loader import load_recipe
 from llmtune.records import Rows
+from llmtune.tasks.rerank import Rerank
 
 
 @pytest.mark.parametrize(
@@ -62,6 +63,7 @@ def test_lists_and_negatives_become_the_same_row_as_relevances() -> None:
         (ranked_objects, {"judged_passages": ["p"]}, "must be an object with one of text"),
         (ranked_objects, {"judged_passages": [{"text": "p"}]}, "one of relevance"),
         (ranked_objects, {"judged_passages": []}, "no passages"),
+        (ranked_objects, {"judged_passages": {"text": ["a", "b"], "label": [1]}}, "have 1 to 2 values"),
     ],
 )
 def test_a_bad_row_says_why(parse: Any, row: dict[str, object], words: str) -> None:
@@ -180,6 +182,20 @@ def test_training_rows_with_a_query_of_the_test_file_are_dropped(tmp_path: Path)
     rows = prepared(tmp_path, test="test.jsonl")
     assert rows.dropped == {"same query as a test row": 10}
     assert rows.counts["test"] == 10
+
+
+def test_queries_for_which_any_order_is_right_are_counted(tmp_path: Path) -> None:
+    asked = {"a": [1], "b": [1, 1], "c": [1, 0], "d": [0]}
+    lists = [
+        {"query": query, "passages": [f"{query} {i}" for i in range(len(relevances))], "relevances": relevances}
+        for query, relevances in asked.items()
+    ]
+    write_jsonl(tmp_path / "rows.jsonl", ROWS)
+    write_jsonl(tmp_path / "test.jsonl", lists)
+    rows = prepared(tmp_path, test="test.jsonl", validation=0)
+    notes = Rerank().row_notes(rows, "test", load_recipe("rerank").recipe)["queries"]
+    assert "1 without a relevant passage are left out" in notes
+    assert "2 with equally relevant passages only, for which any order is right" in notes
 
 
 def test_the_recipe_and_its_resolved_form_name_the_same_run(tmp_path: Path) -> None:
