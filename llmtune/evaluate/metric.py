@@ -182,6 +182,11 @@ def ratio(sums: Floats) -> Floats:
         return np.asarray(sums[..., 0] / sums[..., 1], dtype=np.float64)
 
 
+def rows_by_squares(sums: Floats) -> Floats:
+    """Return the rows over the sum of mean squared cosines. Unlike in a rate, the second sum is no count."""
+    return ratio(sums)
+
+
 def measure_right(
     right: Sequence[bool], metric: str, signature: str = "texts equal once outer white space is stripped"
 ) -> Measure:

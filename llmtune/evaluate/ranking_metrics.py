@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from llmtune.data.search_rows import EmbedRow, write_ranking
 from llmtune.evaluate.evaluated_task import Corpus
-from llmtune.evaluate.metric import Measure, columns, measure_means, measure_shares, ratio
+from llmtune.evaluate.metric import Measure, columns, measure_means, measure_shares, rows_by_squares
 from llmtune.evaluate.paired_statistics import Floats
 from llmtune.store.atomic_files import hash_value
 
@@ -167,11 +167,6 @@ def measure_spread(metric: str, vectors: Sequence[Vectors]) -> Measure:
     squared_N = ((unit_ND @ (unit_ND.T @ unit_ND)) * unit_ND).sum(1) / count
     signature = "participation ratio of the vectors: 1 if all are parallel, at most their length"
     return Measure(metric, columns(np.ones(count), squared_N), rows_by_squares, signature=signature)
-
-
-def rows_by_squares(sums: Floats) -> Floats:
-    """Return the rows over the sum of mean squared cosines. Unlike in a rate, the second sum is no count."""
-    return ratio(sums)
 
 
 def rank_passages(

@@ -142,7 +142,7 @@ def test_the_comparison_covers_the_text_of_a_row():
     question = {"question": "Who?", "context": "Ada was here.", "answers": [{"text": "Ada", "start": 0}]}
     assert compared_text(question) == "Who? Ada"
     assert compared_text({"audio": "a.wav", "content": "ab", "text": "one two"}) == "one two"
-    assert compared_text({"text": "good film", "pair": None, "label": "yes"}) == "good film "
+    assert compared_text({"text": "good film", "pair": None, "label": "yes"}) == "good film"
 
 
 def test_results_match_a_plain_comparison(prepare):

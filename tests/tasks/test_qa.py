@@ -119,7 +119,11 @@ def test_the_context_of_roberta_is_512_and_not_514(built):
 
 
 def test_windows_longer_than_the_context_are_refused_with_the_number_to_set(built, tmp_path):
-    sections = {"data": {"max_length": families.LONGEST + 2}, "qa": {"stride": 8}}
+    sections = {
+        "data": {"max_length": families.LONGEST + 2},
+        "qa": {"stride": 8},
+        "generation": {"max_new_tokens": None},
+    }
     rows = [*ROWS, unanswered("cat", "red " * 600)]
     with pytest.raises(DataError, match=f"the context of .* is {families.LONGEST}") as caught:
         run_recipe(tmp_path, built("roberta"), rows, "qa", **sections)
