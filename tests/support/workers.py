@@ -34,11 +34,15 @@ def main() -> None:
         if rank() == 0:
             Path(result).write_text(json.dumps(value))
 
+    code = 1
     try:
         handled_by_all(work)()
+        code = 0
     except typer.Exit as end:
-        sys.exit(end.exit_code)
-    leave()
+        code = end.exit_code
+        sys.exit(code)
+    finally:
+        leave(code)
 
 
 def train_tiny(folder: str, run: str, strategy: str = "ddp") -> dict[str, float]:
@@ -415,6 +419,25 @@ def end_rank_one(how: str) -> None:
             os.abort()
         os.kill(os.getpid(), signal.Signals[how])
     time.sleep(60)
+
+
+def die_between_passes() -> None:
+    """Run passes of a sharded model; the second process is killed after some."""
+    import torch
+    from torch.distributed.fsdp import fully_shard
+
+    from llmtune.model.layer_requests import own_passes
+    from llmtune.train.distributed import join_processes
+
+    join_processes("cpu")
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))
+    for part in (*model, model):
+        fully_shard(part)
+    with torch.inference_mode(), own_passes(model):
+        for number in range(1_000_000):
+            model(torch.ones(1, 8))
+            if rank() and number == 20:
+                os.kill(os.getpid(), signal.SIGKILL)
 
 
 def fail_a_gate() -> None:
