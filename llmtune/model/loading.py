@@ -23,7 +23,7 @@ from llmtune.model.config import (
     find_class,
     head_names,
     in_heads,
-    keeps_float32,
+    predicts_in_float32,
     put_in_order,
     readable,
     trains_in_float32,
@@ -79,8 +79,7 @@ def load_model(
         attention, reason = choose_attention(model_class, config, recipe, task)
         if reason and task.auto_class == CAUSAL:
             console.print(f"Attention: {attention or 'own'}, with a mask over packed rows, because {reason}.")
-        predicted = task.predicts_in_float32 and keeps_float32(recipe, task, config)
-        exact = trains_in_float32(recipe, task, config) if training else predicted
+        exact = trains_in_float32(recipe, task, config) if training else predicts_in_float32(recipe, task, config)
         if training and recipe.adapter.method == "full":
             exact = exact and (masters or task.trains_head or bool(recipe.model.add_tokens))
         model, new = _load_weights(model_ref, recipe, task, model_class, config, attention, exact, device)
@@ -100,9 +99,11 @@ def load_model(
         packs = _check_packing(model, model_ref, recipe, task, attention, reason, console)
         plan = plan or plan_memory(model_ref, recipe, task, recipe.data.max_length, device)
     kept = None if recipe.adapter.method == "qlora" else kept_quantization(model.config)
-    parts = model_ref, model, processor, plan
     return SelectedModel(
-        *parts,
+        model_ref,
+        model,
+        processor,
+        plan,
         quantized=recipe.adapter.method == "qlora" or kept is not None,
         base_quantization=kept.method if kept else None,
         trains_head=task.trains_head,
