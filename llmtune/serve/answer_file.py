@@ -58,7 +58,7 @@ def answer_file(
         DataError: the file cannot be read, or none of its rows.
     """
     join_processes(pick_device())
-    raw = _read_rows(rows, run)
+    raw = _read_raw_rows(rows, run)
     header = list(dict.fromkeys(name for _, row in raw if not isinstance(row, RowError) for name in row))
     if not header:
         raise DataError.of("no row can be read", str(rows))
@@ -104,7 +104,7 @@ def _save_vectors(output: Path, vectors: Sequence[list[float] | None]) -> None:
     np.save(output, np.asarray([one or [np.nan] * width for one in vectors], dtype=np.float32))
 
 
-def _read_rows(rows: Path, run: FinishedRun) -> list[RawRow]:
+def _read_raw_rows(rows: Path, run: FinishedRun) -> list[RawRow]:
     source = local_input(rows)
     if source.container == "text" and run.task.answer_column == "vectors":
         fix = "Give JSON lines or CSV with a column query or passage."
