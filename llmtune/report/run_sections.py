@@ -209,7 +209,7 @@ def vanishing_sentence(vanishing: Mapping[str, int]) -> str:
 
 def lost_sentence(lost: Mapping[str, int], supervised: int) -> str:
     """Return a sentence on truncated rows; `supervised` is the number of tokens left to learn."""
-    text = f"{count(lost['rows'])} rows were truncated to data.max_length and lost {count(lost['tokens'])} tokens"
+    text = f"{count(lost['rows'])} examples were truncated to data.max_length and lost {count(lost['tokens'])} tokens"
     if lost["answers"]:
         part = share(lost["supervised"], supervised + lost["supervised"])
         text += f", including {count(lost['answers'])} answers: {part} of all tokens to learn"

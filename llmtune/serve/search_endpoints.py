@@ -18,7 +18,7 @@ from pydantic import BaseModel, Field, field_validator
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from llmtune.data.search_rows import EmbedRow, RerankRow, named_texts
+from llmtune.data.search_rows import EmbedRow, RerankRow, named_texts, passage_text
 from llmtune.evaluate.ranking_metrics import unit
 from llmtune.records import Row
 from llmtune.serve.engine import Engine
@@ -34,6 +34,8 @@ MOST_TEXTS = 2048
 """Texts per request, as in OpenAI's API."""
 MOST_DOCUMENTS = 1000
 """Documents per request, as in Cohere's API."""
+RERANK_PATHS = ("/v1/rerank", "/v2/rerank", "/rerank")
+"""Paths of the endpoint: Cohere's second client asks `/v2/rerank`, and vLLM has all three."""
 
 
 class EmbeddingsRequest(RequestModel):
@@ -86,9 +88,11 @@ class EmbeddingsResponse(BaseModel):
 
 
 class DocumentObject(RequestModel):
-    """A document with its text as a field."""
+    """A document with its text, and an optional title, as fields."""
 
-    text: FilledText
+    text: Annotated[str, Field(pattern=r"\S")]
+    title: str | None = None
+    """Read before the text, as in training rows."""
 
 
 class RerankRequest(RequestModel):
@@ -99,7 +103,7 @@ class RerankRequest(RequestModel):
     query: FilledText
     """The query to rank the documents for."""
     documents: Annotated[list[FilledText | DocumentObject], Field(min_length=1, max_length=MOST_DOCUMENTS)]
-    """Texts, or objects with `text`. Query and document together are truncated at the recipe's `data.max_length`."""
+    """Texts, or objects with `text` and optional `title`. Query and document are cut at `data.max_length` together."""
     top_n: PositiveInt | None = None
     """Number of results; default: all documents."""
     return_documents: bool | None = None
@@ -170,16 +174,26 @@ def count_text_tokens(served: ServedModel, rows: list[EmbedRow]) -> int:
 def mount_rerank(app: FastAPI, engine: Engine) -> None:
     """Add the endpoint to `app`."""
 
-    @app.post("/v1/rerank", response_model=RerankResponse, response_model_exclude_none=True)
     async def rank_documents(body: RerankRequest, request: Request) -> Response:
         """Rank documents for a query; scores equal those of `llmtune generate`."""
         answer = await unless_disconnected(request, rank_request(engine, served_by_name(engine, body.model), body))
         return JSONResponse(answer.model_dump(exclude_none=True))
 
+    for path in RERANK_PATHS:
+        add = app.post(
+            path,
+            response_model=RerankResponse,
+            response_model_exclude_none=True,
+            include_in_schema=path == RERANK_PATHS[0],
+        )
+        add(rank_documents)
+
 
 async def rank_request(engine: Engine, served: ServedModel, body: RerankRequest) -> RerankResponse:
     """Score the documents of a request, and return the best ones."""
-    texts = [document if isinstance(document, str) else document.text for document in body.documents]
+    texts = [
+        document if isinstance(document, str) else passage_text(document.model_dump()) for document in body.documents
+    ]
     row: RerankRow = {"query": body.query, "passages": texts, "relevances": []}
     tokens = await in_text_thread(pair_tokens, served, row)
     scored: RerankPrediction = await predict_row(engine, served, {**row})

@@ -310,7 +310,7 @@ def tokenize_texts(
         numbers = [i for i, row in enumerate(rows) if bool(row.get("pair")) == paired]
         if numbers:
             texts = [[rows[i]["text"] for i in numbers], *([[rows[i]["pair"] for i in numbers]] if paired else [])]
-            tokenized = processor(*texts, return_attention_mask=False, **cut)
+            tokenized = processor(*texts, return_attention_mask=False, verbose=False, **cut)
             kinds = tokenized.get("token_type_ids") or [()] * len(numbers)
             for i, ids, types in zip(numbers, tokenized["input_ids"], kinds, strict=True):
                 examples[i] = Example(ids, [], 0, token_type_ids=types if any(types) else ())

@@ -219,7 +219,7 @@ def test_losses_from_truncation_are_counted_and_reported(tmp_path):
     recipe, tokenizer = recipe_for(max_length=60, on_overlong="truncate"), tokenizer_with(CHATML)
     facts = describe_examples(rows, examples, tokenizer, console, get_task("chat"), recipe)
     assert facts["lost"] == examples.lost
-    assert "1 rows were truncated to data.max_length" in console.export_text()
+    assert "1 examples were truncated to data.max_length" in console.export_text()
 
 
 def word_tokenizer(text: str) -> PreTrainedTokenizerFast:

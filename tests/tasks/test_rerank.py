@@ -59,7 +59,7 @@ SILENT: dict[str, Any] = {"generation": {"max_new_tokens": None}}
 PAIRS = [("Which colour has the cat?", "The cat is red."), ("What is blue?", "One fox sits. " * 3)]
 
 
-def finish(folder: Path, model: Path, rows: list[dict[str, Any]], **sections: Any) -> Path:
+def finish(folder: Path, model: Path, rows: list[dict[str, Any]], /, **sections: Any) -> Path:
     sections = {"train": {"num_train_epochs": 2, "learning_rate": 1e-2}, **SILENT, **sections}
     recipe = recipe_of(folder, model, rows, "rerank", **sections)
     run_pipeline(load_recipe(str(recipe)), RunRequest(out=folder / "run"), quiet())
@@ -306,6 +306,11 @@ def test_the_endpoint_answers_like_that_of_cohere_and_gives_the_scores_of_genera
         assert answer["usage"]["total_tokens"] > 3 * 4
         best = httpx.post(f"{url}/v1/rerank", json={**body, "top_n": 1, "return_documents": False}).json()["results"]
         assert [(one["index"], sorted(one)) for one in best] == [(expected["ranking"][0], ["index", "relevance_score"])]
+        titled = {**body, "documents": ["A fox.\nOne fox sits.", {"title": "A fox.", "text": "One fox sits."}]}
+        for path in ("rerank", "v2/rerank"):
+            pair = httpx.post(f"{url}/{path}", json=titled).json()["results"]
+            assert pair[0]["relevance_score"] == pytest.approx(pair[1]["relevance_score"], abs=1e-6)
+            assert pair[0]["document"] == pair[1]["document"]
         for wrong in ({"documents": []}, {"documents": [""]}, {"query": ""}, {"top_n": 0}, {"texts": ["x"]}):
             refused = httpx.post(f"{url}/v1/rerank", json={**body, **wrong})
             assert (refused.status_code, next(iter(wrong)) in str(refused.json())) == (400, True), refused.text
