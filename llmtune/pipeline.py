@@ -45,12 +45,11 @@ from llmtune.model.catalogue import candidate_names
 from llmtune.model.device import pick_device, release_memory
 from llmtune.model.kernels import check_kernels
 from llmtune.model.memory_plan import check_context, check_memory, plan_training
-from llmtune.model.model_files import check_model_folder
 from llmtune.model.model_trials import choose_candidate, known_or_ranked
 from llmtune.plan_drafting import decide_rest, draft_plan, finish_plan
 from llmtune.recipe.loader import LoadedRecipe
 from llmtune.recipe.schema import Recipe
-from llmtune.records import Json, ModelRef, read_model_ref
+from llmtune.records import Json, read_model_ref
 from llmtune.report.render_terminal import print_blocks
 from llmtune.report.report_page import report_json, write_report
 from llmtune.report.report_record import Report
@@ -58,6 +57,7 @@ from llmtune.report.score_sections import seed_table
 from llmtune.session import (
     Plan,
     RunContext,
+    check_local_model,
     evaluation_hash,
     find_variant,
     locate_pinned,
@@ -113,9 +113,7 @@ def check_first(recipe: Recipe, request: RunRequest) -> None:
     check_inputs(recipe)
     if recipe.adapter.start_from is not None:
         find_adapter(Path(recipe.adapter.start_from))
-    if recipe.model.name and (folder := Path(recipe.model.name).expanduser()).is_dir():
-        check_model_folder(folder, recipe.model)
-        find_variant(recipe, ModelRef(recipe.model.name, folder, None, ""))
+    check_local_model(recipe)
 
 
 def _begin(stack: ExitStack, path: Path, loaded: LoadedRecipe, request: RunRequest, console: Console) -> Manifest:

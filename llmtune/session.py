@@ -34,6 +34,7 @@ from llmtune.evaluate.suite_registry import check_variant
 from llmtune.model.config import find_class, head_is_new, read_model_config
 from llmtune.model.device import describe_device, loading_device, pick_device
 from llmtune.model.loading import load_model
+from llmtune.model.model_files import check_model_folder
 from llmtune.model.processor import load_processor
 from llmtune.model.quantized_base import kept_quantization
 from llmtune.model.resolve import resolve_model
@@ -143,6 +144,16 @@ def find_variant(recipe: Recipe, model_ref: ModelRef) -> AnyTask:
     variant = choose_variant(recipe, read_model_config(model_ref, recipe.model), model_ref.name)
     check_variant(recipe, variant, model_ref.name)
     return variant
+
+
+def check_local_model(recipe: Recipe) -> None:
+    """Refuse a model in a local folder that the task does not support, without its rows and weights.
+
+    Raises as `resolve_model` and `find_variant` do.
+    """
+    if recipe.model.name and (folder := Path(recipe.model.name).expanduser()).is_dir():
+        check_model_folder(folder, recipe.model)
+        find_variant(recipe, ModelRef(recipe.model.name, folder, None, ""))
 
 
 def rows_hash(context: RunContext, recipe: Recipe) -> str:

@@ -15,7 +15,7 @@ from rich.progress import MofNCompleteColumn
 
 from llmtune.data.column_mapping import rename, used_columns, with_aliases
 from llmtune.data.ingest import progress_bars
-from llmtune.data.rejected_rows import RowError
+from llmtune.data.rejected_rows import RawRow, RowError
 from llmtune.data.row_formats import COLUMNS
 from llmtune.data.sources import local_input
 from llmtune.errors import DataError, RecipeError
@@ -56,11 +56,7 @@ def answer_file(
         DataError: the file cannot be read, or none of its rows.
     """
     join_processes(pick_device())
-    source = local_input(rows)
-    if source.container == "text" and run.task.answer_column == "vectors":
-        fix = "Give JSON lines or CSV with a column query or passage."
-        raise RecipeError.of("a text file does not say whether its texts are queries or passages", str(rows), fix)
-    raw = list(source.raw_rows())
+    raw = _read_rows(rows, run)
     header = list(dict.fromkeys(name for _, row in raw if not isinstance(row, RowError) for name in row))
     if not header:
         raise DataError.of("no row can be read", str(rows))
@@ -101,6 +97,14 @@ def answer_file(
         width = next((len(one) for one in vectors if one is not None), 0)
         np.save(output, np.asarray([one or [np.nan] * width for one in vectors], dtype=np.float32))
     return answered, len(raw) - answered
+
+
+def _read_rows(rows: Path, run: FinishedRun) -> list[RawRow]:
+    source = local_input(rows)
+    if source.container == "text" and run.task.answer_column == "vectors":
+        fix = "Give JSON lines or CSV with a column query or passage."
+        raise RecipeError.of("a text file does not say whether its texts are queries or passages", str(rows), fix)
+    return list(source.raw_rows())
 
 
 def _own_columns(row: Mapping[str, object]) -> dict[str, object]:

@@ -39,7 +39,8 @@ MODES = {
     "lasttoken": "pooling_mode_lasttoken",
 }
 """By our names, those of versions before 6, which all versions read."""
-PASSAGE_PROMPTS = ("document", "passage")
+PASSAGE_PROMPTS = ("document", "passage", "corpus")
+"""Names of the prompt of passages, in the order in which sentence-transformers looks for one."""
 USE_OTHER = "Use a base with mean, cls, max or lasttoken pooling and no further layers."
 STEP_LOSSES = ("cosent", "triplet")
 """Losses of a step that are no sums over its rows."""
@@ -135,7 +136,10 @@ def resolve_settings(section: EmbedSection, config: PretrainedConfig) -> EmbedSe
 
 
 def write_settings(folder: Path, config: PretrainedConfig, section: EmbedSection, max_length: int) -> None:
-    """Make a saved model or adapter a sentence-transformers folder; `section` has been resolved."""
+    """Make a saved model or adapter a sentence-transformers folder; `section` has been resolved.
+
+    Prompts of the base for other uses stay, and so does the one that `encode` takes by default.
+    """
     modules = [
         ("", "Transformer"),
         (POOLING, "Pooling"),
@@ -153,9 +157,12 @@ def write_settings(folder: Path, config: PretrainedConfig, section: EmbedSection
     modes = {name: mode == section.pooling for mode, name in MODES.items()}
     write_json(folder / POOLING / "config.json", {"word_embedding_dimension": size, **modes})
     write_json(folder / "sentence_bert_config.json", {"max_seq_length": max_length, "do_lower_case": False})
-    prompts = {"query": section.query_prompt or "", "document": section.passage_prompt or ""}
-    about = {"prompts": prompts, "default_prompt_name": None, "similarity_fn_name": "cosine"}
-    write_json(folder / PROMPTS, about)
+    base = _read_part(Path(config.name_or_path) / PROMPTS) or {}
+    ours = {"query": section.query_prompt or "", "document": section.passage_prompt or ""}
+    others = {name: text for name, text in (base.get("prompts") or {}).items() if name not in PASSAGE_PROMPTS}
+    prompts, default = {**others, **ours}, base.get("default_prompt_name")
+    default = "document" if default in PASSAGE_PROMPTS else default if default in prompts else None
+    write_json(folder / PROMPTS, {"prompts": prompts, "default_prompt_name": default, "similarity_fn_name": "cosine"})
 
 
 def describe_settings(section: EmbedSection) -> str:

@@ -29,7 +29,13 @@ from llmtune.recipe.loader import load_recipe
 from llmtune.recipe.task_sections import EmbedSection
 from llmtune.serve.finished_run import FinishedRun
 from llmtune.tasks.embed import Embed
-from llmtune.tasks.sentence_vectors import embed_section, embedding_loss, read_settings, resolve_settings
+from llmtune.tasks.sentence_vectors import (
+    embed_section,
+    embedding_loss,
+    read_settings,
+    resolve_settings,
+    write_settings,
+)
 from llmtune.train.accumulation import step_gradients
 
 with warnings.catch_warnings():
@@ -433,6 +439,19 @@ def test_pooling_normalisation_and_prompts_are_the_bases_own(base):
     assert (section.query_prompt, section.passage_prompt) == ("search: ", "text: ")
     stated = resolve_settings(EmbedSection(pooling="max", query_prompt=""), AutoConfig.from_pretrained(base))
     assert (stated.pooling, stated.query_prompt) == ("max", "")
+
+
+def test_other_prompts_of_the_base_and_its_default_are_kept_in_the_saved_folder(base, tmp_path):
+    folder = Path(shutil.copytree(base, tmp_path / "base"))
+    about = {"prompts": {"query": "q: ", "corpus": "c: ", "sts": "s: "}, "default_prompt_name": "query"}
+    (folder / "config_sentence_transformers.json").write_text(json.dumps(about))
+    config = AutoConfig.from_pretrained(folder)
+    section = resolve_settings(EmbedSection(query_prompt="find: "), config)
+    (tmp_path / "saved").mkdir()
+    write_settings(tmp_path / "saved", config, section, 64)
+    saved = json.loads((tmp_path / "saved/config_sentence_transformers.json").read_text())
+    assert saved["prompts"] == {"sts": "s: ", "query": "find: ", "document": "c: "}
+    assert saved["default_prompt_name"] == "query"
 
 
 def test_a_base_with_further_layers_or_other_pooling_is_refused_by_name(base, tmp_path):
