@@ -88,7 +88,7 @@ class TaskFacts:
     takes_audio: bool = False
     """Whether rows are recordings."""
     answer_kind: str = "text"
-    """Type of an answer: `text`, `labels` (in any order), `tags` of words or a `rating`."""
+    """Type of an answer: `text`, `labels` (in any order), `tags` of words, a `rating`, or `relevances` of passages."""
     prompt_name: str = "prompt"
     """Word for a prompt in the report."""
     metric_notes: Mapping[str, str] = field(default_factory=dict)
@@ -343,7 +343,7 @@ _TASKS = (
         section="rerank",
         packs=True,
         overlong=("error", "drop", "truncate"),
-        answer_kind="rating",
+        answer_kind="relevances",
         prompt_name="query with passages",
         metric_notes={
             "loss": "binary cross-entropy per passage",

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from llmtune.recipe.task_facts import TASK_FACTS
 from llmtune.records import Json
 from llmtune.report.blocks import TONES, Compared, Links, Page, Section, Text, Tone, VerdictCard
 from llmtune.report.junit import to_junit
@@ -99,7 +100,7 @@ def make_report_page(report: Report) -> Page:
         *(score_sections(evaluation, task, report.seeds) if evaluation else []),
         export_section(evaluation, report.deploy),
         power_section(report.power),
-        explain_section(report.explanations, trained=report.train is not None),
+        explain_section(report.explanations, report.task if report.train is not None else None),
         training_section(report.train),
         suspect_section(report.suspects),
         data_section(report.data, task),
@@ -175,11 +176,14 @@ def find_explanations(run: Path) -> list[str]:
     return sorted(names, key=lambda name: (order.index(kind_of(name)) if kind_of(name) in order else len(order), name))
 
 
-def explain_section(names: Sequence[str], *, trained: bool) -> Section:
-    """Return links to the explain pages, or without pages the command to make one; empty before training."""
-    text = "Where do base and tuned model diverge, and what changed inside? Run `llmtune explain generation RUN "
-    text += "--prompt TEXT` to make a page, with RUN this folder. `llmtune explain --help` lists the other pages."
-    shown = [Links([explanation_link(name) for name in names])] if names else [Text(text)] if trained else []
+def explain_section(names: Sequence[str], task: str | None) -> Section:
+    """Return links to the explain pages, or without pages the command to make one; empty if no `task` was trained."""
+    facts = TASK_FACTS.get(task or "")
+    page, given = ("generation", "--prompt TEXT") if facts and facts.generates else ("attention", "--text TEXT")
+    page += f" RUN {'--audio FILE' if facts and facts.takes_audio else given}"
+    text = f"Where do base and tuned model diverge, and what changed inside? Run `llmtune explain {page}` to make a "
+    text += "page, with RUN this folder. `llmtune explain --help` lists the other pages."
+    shown = [Links([explanation_link(name) for name in names])] if names else [Text(text)] if task else []
     return Section("Look inside", shown, anchor="inside", brief=False)
 
 
@@ -210,7 +214,8 @@ def link_explanations(run: Path) -> bool:
     if not isinstance(report, dict):
         return False
     report["explanations"] = find_explanations(run)
-    section = render_html_section(explain_section(report["explanations"], trained=bool(report.get("train"))))
+    trained = report["task"] if report.get("train") else None
+    section = render_html_section(explain_section(report["explanations"], trained))
     write_text(run / "report.html", INSIDE.sub(lambda found: section, page, count=1))
     write_json(run / "report.json", report)
     return True

@@ -10,6 +10,11 @@ from llmtune.score_records import Evaluation
 
 LONGEST_SHOWN, HEAD, TAIL = 1600, 1000, 400
 """Maximum characters of a text shown in full, and the characters shown of the start and end of a longer text."""
+NUMBERS = {
+    "rating": "The numbers are log-likelihoods of the answers, or the scores of a reward model. ",
+    "relevances": "Relevances and scores are in the order of the passages. ",
+}
+"""By kind of answer, the meaning of answers that are numbers; none equals its reference."""
 
 
 def present_samples(samples: Sequence[Mapping[str, str]], evaluation: Evaluation, task: str | None) -> list[Sample]:
@@ -25,13 +30,13 @@ def read_sample(sample: Mapping[str, str], names: Mapping[str, str], task: str |
     answers = []
     for model in (name for name in names if name in sample):
         text = read_tags(prompt, str(sample[model])) if kind == "tags" else str(sample[model])
-        answers.append(ModelAnswer(names[model], cut(text), kind != "rating" and is_same(text, reference, kind)))
+        answers.append(ModelAnswer(names[model], cut(text), kind not in NUMBERS and is_same(text, reference, kind)))
     chosen = [
         ModelAnswer(names[model], str(sample[f"{model}_choice"]), sample[f"{model}_choice"] == reference)
         for model in names
         if sample.get(f"{model}_choice")
     ]
-    reference_name = "reference"
+    reference_name = "relevances" if kind == "relevances" else "reference"
     if kind == "rating":  # the better of two answers, or the only one
         reference_name = "chosen answer" if str(sample.get("tuned", "")).startswith("chosen") else "judged answer"
     origin = str(sample.get("origin", "")).rsplit("/", 1)[-1]

@@ -30,7 +30,7 @@ from llmtune.report.decision_view import decision_section
 from llmtune.report.metric_info import better_side, metric_note, rank_metrics
 from llmtune.report.number_format import count, missing, score, share, signed
 from llmtune.report.report_record import Power, Seeds
-from llmtune.report.sample_view import present_samples
+from llmtune.report.sample_view import NUMBERS, present_samples
 from llmtune.report.search_sections import length_section
 from llmtune.report.verdict import INCONCLUSIVE
 from llmtune.score_records import Contamination, Evaluation, GateResult, Slice
@@ -382,9 +382,8 @@ def flip_section(evaluation: Evaluation, task: str | None) -> Section:
 def sample_section(evaluation: Evaluation, task: str | None) -> Section:
     """Return rows with their reference and both models' answers."""
     samples = present_samples(evaluation.samples, evaluation, task)
-    judged = "The numbers are log-likelihoods of the answers, or the scores of a reward model. "
     source = "Spread evenly over the test rows, not hand-picked. `evaluation/predictions.jsonl` has all rows."
-    text = judged + source if answer_kind(task) == "rating" else source
+    text = NUMBERS.get(answer_kind(task), "") + source
     return Section("Samples", [SampleList(samples), Text(text, "soft")] if samples else [])
 
 

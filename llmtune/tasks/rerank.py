@@ -6,7 +6,9 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 from typing import TypedDict
 
 import numpy as np
@@ -87,6 +89,10 @@ class Rerank(ReadingTask[RerankRow, RerankPrediction]):
         name_outputs(config, ("relevance",), None)
         config.sentence_transformers = {"activation_fn": SIGMOID}
 
+    def save_files(self, folder: Path, config: PretrainedConfig, recipe: Recipe) -> None:
+        """Remove a decoder's chat template: `CrossEncoder` would put query and passage into it, as training does not."""
+        (folder / "chat_template.jinja").unlink(missing_ok=True)
+
     def make_row(self, given: Mapping[str, str | None]) -> RerankRow:
         """Return the row of a query and its passages: a JSON list, or one passage per line."""
         passages = given_passages(given.get("passages"))
@@ -103,15 +109,16 @@ class Rerank(ReadingTask[RerankRow, RerankPrediction]):
     def row_notes(self, rows: Rows, split: str, recipe: Recipe) -> dict[str, str]:
         """Return the number of queries and passages, and of passages that training rows have too."""
         trained = {passage for _, row in iterate_rows(rows, "train") for passage in row["passages"]}
-        relevant: dict[str, bool] = {}
+        asked: dict[str, list[float]] = {}
         passages: Counter[str] = Counter()
         for _, row in iterate_rows(rows, split):
-            found = any(relevance > RELEVANT for relevance in row["relevances"])
-            relevant[row["query"]] = found or relevant.get(row["query"], False)
+            asked.setdefault(row["query"], []).extend(row["relevances"])
             passages.update(row["passages"])
-        missing = sum(not found for found in relevant.values())
-        text = f"{len(relevant):,} queries with {passages.total() / len(relevant):.1f} passages each"
+        missing = sum(max(relevances) <= RELEVANT for relevances in asked.values())
+        alike = sum(min(relevances) == max(relevances) > RELEVANT for relevances in asked.values())
+        text = f"{len(asked):,} queries with {passages.total() / len(asked):.1f} passages each"
         text += f"; {missing:,} without a relevant passage are left out of ranking metrics" if missing else ""
+        text += f"; {alike:,} with equally relevant passages only, for which any order is right" if alike else ""
         shared = sum(passage in trained for passage in passages)
         return {
             "queries": f"{text}. A query's rows are all in one split",
@@ -143,10 +150,12 @@ class Rerank(ReadingTask[RerankRow, RerankPrediction]):
         return batch | {"values_R": torch.tensor([example.values[0] for example in examples], dtype=torch.float32)}
 
     def loss(self, model: torch.nn.Module, batch: Batch, by_row: bool = False) -> Loss:
-        """Sum the binary cross-entropy of the passages."""
-        logits_R = model(**model_inputs(model, batch)).logits[:, 0].float()
-        losses_R = functional.binary_cross_entropy_with_logits(logits_R, batch["values_R"], reduction="none")
-        return loss_of_rows(losses_R, (logits_R > 0) == (batch["values_R"] > RELEVANT), by_row)
+        """Sum the binary cross-entropy of the passages; outside training, of the logits that `predict` has."""
+        values_R = batch["values_R"]
+        with nullcontext() if model.training else in_own_dtype(model, values_R.device.type):
+            logits_R = model(**model_inputs(model, batch)).logits[:, 0].float()
+        losses_R = functional.binary_cross_entropy_with_logits(logits_R, values_R, reduction="none")
+        return loss_of_rows(losses_R, (logits_R > 0) == (values_R > RELEVANT), by_row)
 
     def guessing_loss(self, config: PretrainedConfig, examples: Iterable[Example], recipe: Recipe) -> float:
         """Return the loss of scoring every passage with the mean relevance."""

@@ -24,6 +24,7 @@ from llmtune.data.search_rows import (
 from llmtune.errors import DataError
 from llmtune.recipe.loader import load_recipe
 from llmtune.records import Rows
+from llmtune.tasks.rerank import Rerank
 
 
 @pytest.mark.parametrize(
@@ -180,6 +181,20 @@ def test_training_rows_with_a_query_of_the_test_file_are_dropped(tmp_path: Path)
     rows = prepared(tmp_path, test="test.jsonl")
     assert rows.dropped == {"same query as a test row": 10}
     assert rows.counts["test"] == 10
+
+
+def test_queries_for_which_any_order_is_right_are_counted(tmp_path: Path) -> None:
+    asked = {"a": [1], "b": [1, 1], "c": [1, 0], "d": [0]}
+    lists = [
+        {"query": query, "passages": [f"{query} {i}" for i in range(len(relevances))], "relevances": relevances}
+        for query, relevances in asked.items()
+    ]
+    write_jsonl(tmp_path / "rows.jsonl", ROWS)
+    write_jsonl(tmp_path / "test.jsonl", lists)
+    rows = prepared(tmp_path, test="test.jsonl", validation=0)
+    notes = Rerank().row_notes(rows, "test", load_recipe("rerank").recipe)["queries"]
+    assert "1 without a relevant passage are left out" in notes
+    assert "2 with equally relevant passages only, for which any order is right" in notes
 
 
 def test_the_recipe_and_its_resolved_form_name_the_same_run(tmp_path: Path) -> None:

@@ -183,7 +183,9 @@ def test_a_trained_run_without_pages_shows_the_command(run, report):
     text = (run() / "report.html").read_text()
     assert "llmtune explain generation RUN --prompt TEXT" in text
     assert 'href="#inside"' in text
-    assert explain_section([], trained=False).blocks == []
+    assert explain_section([], None).blocks == []
+    for task, command in {"rerank": "attention RUN --text TEXT", "speech": "generation RUN --audio FILE"}.items():
+        assert f"llmtune explain {command}`" in str(explain_section([], task).blocks)
 
 
 @pytest.mark.parametrize("content", [None, "{", "[1]", b"\xff\xfe"])

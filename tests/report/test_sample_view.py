@@ -48,6 +48,8 @@ def test_ratings_are_never_marked_right():
     assert rights(found) == [False, False]
     assert found.reference_name == "chosen answer"
     assert shown("preference", prompt="Hi", reference="x", tuned="answer -3").reference_name == "judged answer"
+    ranked = shown("rerank", prompt="a query", reference="1, 0", tuned="1, 0")
+    assert (ranked.reference_name, [answer.right for answer in ranked.answers]) == ("relevances", [False])
 
 
 @pytest.mark.parametrize(("baseline", "name"), [(None, "base"), ("an empty transcript", "baseline")])

@@ -17,6 +17,7 @@ import torch
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 from support.families import build_bert, build_roberta
+from support.models import build_llama
 from support.pairs import quiet, recipe_of, start_training
 from support.rows import write_jsonl
 from support.runs import invoke
@@ -182,6 +183,16 @@ def test_metrics_are_paired_over_queries_whose_rows_may_be_pairs_or_lists(
     assert len(load_measures(lists / "evaluation").tuned["map"].sums_NK) == len(
         load_measures(lists / "evaluation").rows
     )
+
+
+def test_a_decoder_with_a_chat_template_scores_as_in_cross_encoder(tmp_path: Path) -> None:
+    """sentence-transformers puts pairs into a chat template, as messages of `query` and `document`, if there is one."""
+    base = build_llama(tmp_path / "llama")
+    assert (base / "chat_template.jinja").is_file()
+    run = finish(tmp_path, base, ROWS, train={"max_steps": 2, "num_train_epochs": None})
+    merge_run(open_finished(run, quiet(), True), None)
+    encoder = CrossEncoder(str(run / "merged"), device="cpu")
+    assert scores_of(run) == pytest.approx(encoder.predict(PAIRS), abs=1e-5)
 
 
 def test_scores_are_not_rounded_to_bfloat16(bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
