@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.progress import MofNCompleteColumn
@@ -150,7 +151,7 @@ def _answer_rows(
     rows = [task.make_row(inputs) for inputs in given]
     if task.predicts:
         for predicted in served.predict(rows):
-            value = predicted.value
+            value: Any = predicted.value
             of_classes = {"scores": one} if (one := next(iter(predicted.probabilities), None)) else {}
             shown = value if task.answer_column == "vectors" else task.format_prediction(value)
             own = {key: value[key] for key in task.answer_keys}
