@@ -120,8 +120,13 @@ def ranked_objects(row: Mapping[str, object]) -> RerankRow:
     column = "judged_passages"
     value = parse_cell(row[column])
     if isinstance(value, Mapping):
-        lists = {name: part for name, part in value.items() if isinstance(part, list)}
-        value = [dict(zip(lists, parts, strict=False)) for parts in zip(*lists.values(), strict=False)]
+        known = ("title", *TEXT_KEYS, *RELEVANCE_KEYS)
+        lists = {name: part for name in known if isinstance(part := value.get(name), list)}
+        if len(counts := {len(part) for part in lists.values()}) > 1:
+            raise RowError(
+                "relevances do not fit", f"the lists of the passages have {min(counts)} to {max(counts)} values"
+            )
+        value = [dict(zip(lists, parts, strict=True)) for parts in zip(*lists.values(), strict=True)]
     passages, relevances = [], []
     for one in value if isinstance(value, list) else []:
         found = one if isinstance(one, Mapping) else {}

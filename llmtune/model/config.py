@@ -126,6 +126,11 @@ def trains_in_float32(recipe: Recipe, task: TaskInterface, config: PreTrainedCon
     return recipe.adapter.method == "full" or keeps_float32(recipe, task, config)
 
 
+def predicts_in_float32(recipe: Recipe, task: TaskInterface, config: PreTrainedConfig) -> bool:
+    """Whether weights are float32 outside training, whatever the device multiplies fast."""
+    return task.predicts_in_float32 and keeps_float32(recipe, task, config)
+
+
 def keeps_float32(recipe: Recipe, task: TaskInterface, config: PreTrainedConfig) -> bool:
     """Whether `model.dtype: auto` leaves the weights in float32: those of an encoder whose task `needs_float32`.
 

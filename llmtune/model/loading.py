@@ -23,7 +23,7 @@ from llmtune.model.config import (
     find_class,
     head_names,
     in_heads,
-    keeps_float32,
+    predicts_in_float32,
     put_in_order,
     readable,
     trains_in_float32,
@@ -79,8 +79,7 @@ def load_model(
         attention, reason = choose_attention(model_class, config, recipe, task)
         if reason and task.auto_class == CAUSAL:
             console.print(f"Attention: {attention or 'own'}, with a mask over packed rows, because {reason}.")
-        predicts = task.predicts_in_float32 and keeps_float32(recipe, task, config)
-        exact = trains_in_float32(recipe, task, config) if training else predicts
+        exact = trains_in_float32(recipe, task, config) if training else predicts_in_float32(recipe, task, config)
         if training and recipe.adapter.method == "full":
             exact = exact and (masters or task.trains_head or bool(recipe.model.add_tokens))
         model, new = _load_weights(model_ref, recipe, task, model_class, config, attention, exact, device)

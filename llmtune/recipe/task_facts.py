@@ -39,9 +39,9 @@ WITH_ROLES = ("messages", "sharegpt", "prompt-completion", "conversation-pair", 
 """Formats whose rows may contain messages."""
 COLUMNS = (
     *("answer", "answers", "audio", "chosen", "completion", "context", "conversations", "document", "file_name"),
-    *("functions", "history", "input", "instruction", "label", "messages", "negatives", "output", "pair", "passage"),
-    *("passages", "prompt", "query", "question", "rejected", "relevance", "relevances", "score", "source"),
-    *("source_language", "spans", "summary", "system", "tags", "target", "target_language"),
+    *("functions", "history", "input", "instruction", "judged_passages", "label", "messages", "negatives", "output"),
+    *("pair", "passage", "passages", "prompt", "query", "question", "rejected", "relevance", "relevances", "score"),
+    *("source", "source_language", "spans", "summary", "system", "tags", "target", "target_language"),
     *("text", "tokens", "tools", "train_reasoning", "translation"),
 )
 """Names of row columns: the allowed keys of a source's `columns`."""

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import numpy as np
 from rich.progress import MofNCompleteColumn
@@ -22,6 +22,7 @@ from llmtune.data.sources import local_input
 from llmtune.errors import DataError, RecipeError
 from llmtune.evaluate.generation import answer_reader, generate_completions
 from llmtune.model.device import pick_device
+from llmtune.records import Json
 from llmtune.serve.finished_run import FinishedRun, Inputs
 from llmtune.serve.served_model import ServedModel
 from llmtune.store.processes import rank
@@ -151,10 +152,10 @@ def _answer_rows(
     rows = [task.make_row(inputs) for inputs in given]
     if task.predicts:
         for predicted in served.predict(rows):
-            value: Any = predicted.value
+            value = predicted.value
             of_classes = {"scores": one} if (one := next(iter(predicted.probabilities), None)) else {}
             shown = value if task.answer_column == "vectors" else task.format_prediction(value)
-            own = {key: value[key] for key in task.answer_keys}
+            own = {key: cast(Json, value)[key] for key in task.answer_keys}
             yield {task.answer_column: shown, **own, **of_classes, **predicted.scores}
         return
     prompts = [task.prompt_ids(row, served.processor, recipe) for row in rows]

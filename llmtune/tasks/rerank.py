@@ -90,7 +90,7 @@ class Rerank(ReadingTask[RerankRow, RerankPrediction]):
         config.sentence_transformers = {"activation_fn": SIGMOID}
 
     def save_files(self, folder: Path, config: PretrainedConfig, recipe: Recipe) -> None:
-        """Remove a decoder's chat template: `CrossEncoder` would put query and passage into it, unlike training."""
+        """Remove a decoder's chat template: training does not use it, and `CrossEncoder` would."""
         (folder / "chat_template.jinja").unlink(missing_ok=True)
 
     def make_row(self, given: Mapping[str, str | None]) -> RerankRow:

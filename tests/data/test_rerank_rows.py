@@ -63,6 +63,7 @@ def test_lists_and_negatives_become_the_same_row_as_relevances() -> None:
         (ranked_objects, {"judged_passages": ["p"]}, "must be an object with one of text"),
         (ranked_objects, {"judged_passages": [{"text": "p"}]}, "one of relevance"),
         (ranked_objects, {"judged_passages": []}, "no passages"),
+        (ranked_objects, {"judged_passages": {"text": ["a", "b"], "label": [1]}}, "have 1 to 2 values"),
     ],
 )
 def test_a_bad_row_says_why(parse: Any, row: dict[str, object], words: str) -> None:
