@@ -31,7 +31,7 @@ from llmtune.evaluate.label_errors import save_suspects
 from llmtune.evaluate.results import TUNED, load_base
 from llmtune.evaluate.scoring import ChampionModel, ask_champion, score_run
 from llmtune.evaluate.suite_registry import check_variant
-from llmtune.model.config import find_class, head_is_new, read_model_config
+from llmtune.model.config import find_class, head_is_new, keeps_float32, read_model_config
 from llmtune.model.device import describe_device, loading_device, pick_device
 from llmtune.model.loading import load_model
 from llmtune.model.model_files import check_model_folder
@@ -173,18 +173,20 @@ def make_adapted(context: RunContext) -> AdaptedModel:
 
     If the model is to be sharded, only the first process loads it, into main memory.
     """
-    return _make(context, partial(_make_adapted, context))
+    return _make(context, partial(_make_adapted, context), training=True)
 
 
-def _make(context: RunContext, make: Callable[[Recipe, str], Made]) -> Made:
+def _make(context: RunContext, make: Callable[[Recipe, str], Made], *, training: bool) -> Made:
     """Make a model with a recipe on a device: in the first process for all, if the model is to be sharded."""
     plan = context.plan
     if not context.shards:
         return make(plan.recipe, plan.device)
     join_processes(plan.device)
-    find_class(plan.model_ref, plan.recipe, plan.task)  # import remote code before receiving a model that uses it
+    # Import remote code before receiving a model that uses it.
+    _, config = find_class(plan.model_ref, plan.recipe, plan.task)
     device, recipe = loading_device(plan.recipe, plan.device)
-    return share_model(partial(make, recipe, device))
+    exact = keeps_float32(plan.recipe, plan.task, config) and (training or plan.task.predicts_in_float32)
+    return share_model(partial(make, plan.recipe if exact else recipe, device))
 
 
 def _make_adapted(context: RunContext, recipe: Recipe, device: str) -> AdaptedModel:
@@ -270,7 +272,7 @@ class Models:
 
     def _shard(self, make: Callable[[Recipe, str], Made]) -> Made:
         """Make a model, each process its shard if the run is sharded."""
-        made = _make(self.context, make)
+        made = _make(self.context, make, training=False)
         self.packs = made.packs if isinstance(made, SelectedModel) else made.selected.packs
         if self.context.shards:
             shard_model(made.model, torch.device(pick_device()))

@@ -12,6 +12,7 @@ import numpy as np
 import psutil
 import pytest
 from rich.console import Console
+from support import families
 from support.process import Watched
 from support.runs import invoke, write_recipe
 from support.training import launch_work, make_recipe, read_metrics, run_training, write_examples
@@ -48,6 +49,21 @@ def test_two_processes_train_like_one(tmp_path, tiny_llama, console):
         if "validation_loss" in alone:
             assert together["validation_loss"] == pytest.approx(alone["validation_loss"], rel=1e-4)
     assert {path.name for path in (tmp_path / "two" / "checkpoints").iterdir()} == {"step-11", "step-22"}
+
+
+@pytest.mark.slow
+def test_a_sharded_embedding_model_trains_with_the_precision_of_an_unsharded_one(here):
+    rows = [{"query": f"the {word} cat {i}", "passage": f"a {word} fox"} for i, word in enumerate(["red", "blue"] * 20)]
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sections = {"task": "embed", "model": {"dtype": "auto"}, "generation": None, "evaluate": None}
+    train = {"max_steps": 3, "num_train_epochs": None}
+    model = families.build_bert(here / "model")
+    write_recipe(here / "embed.yaml", model, "rows.jsonl", data={"deduplicate": "none"}, train=train, **sections)
+    for strategy in ("ddp", "fsdp"):
+        done = invoke("launch", "local", "embed.yaml", "--processes", 2, "--strategy", strategy, "--out", strategy)
+        assert done.exit_code == 0, done.stderr
+    losses = [[line["loss"] for line in read_metrics(here / strategy)] for strategy in ("ddp", "fsdp")]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)  # where bfloat16 is fast, weights in it differ by 1e-3
 
 
 def test_the_command_trains_and_evaluates_in_two_processes_like_in_one_and_leaves_a_complete_run(
