@@ -47,7 +47,7 @@ documentation, or in that of transformers or PEFT where the tool leaves the matt
 
 {made}
 
-Not shown: ms-swift 4.6.0, whose run is not complete; axolotl, LitGPT and unsloth, whose adapters here do not yet run every case in a way that can be explained,
+Not shown: axolotl, LitGPT and unsloth, whose adapters here do not yet run every case in a way that can be explained,
 and torchtune 0.6.1, which does not import with the current torchao.
 
 llmtune's authors chose the cases, mostly failures that llmtune guards against, so other tools meet them unprepared.
