@@ -38,7 +38,7 @@ weights alone. Some cases compare something else, such as answers or exported fi
 
 A cell has two lines where the documented defaults differ from the setting that the documentation names for the task.
 Each tool has the newest version that installs here, and computes in float32 on a CPU. "Trainer and PEFT" is a plain
-script, as the documentation of both shows it. Each tool logs every step, so that its warnings can be seen.
+script, as the documentation of both shows it. Tools with transformers' Trainer log every step, to show their warnings.
 
 Code makes each verdict, by the same rules for all tools (`Case.decide` in `conformance/case.py`); none is edited later.
 A crash is not "silently wrong". Neither is a result that no known mistake explains, a result that the output warns
