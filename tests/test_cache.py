@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
+import torch
+from safetensors.torch import save_file
 from support.models import build_llama
 from support.runs import FAST, ROWS, heavy_imports, invoke, write_colours, write_recipe
 
@@ -109,7 +111,7 @@ def test_a_new_or_changed_slice_is_scored_without_training(place: Path) -> None:
 
 
 def test_a_slice_by_an_unknown_column_is_refused_before_reading_weights(place: Path) -> None:
-    (place / "model/model.safetensors").write_bytes(b"no weights")
+    save_file({"unknown": torch.zeros(1)}, place / "model/model.safetensors")
     result = invoke("run", "tiny.yaml", "--out", "run", "--set", "evaluate.slices=[mesages]")
     assert result.exit_code == 3
     assert "no test row has a column 'mesages'" in result.stderr

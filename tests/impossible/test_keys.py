@@ -499,7 +499,7 @@ def make_tasks(place: Path, questions: list[tuple[str, str]]) -> None:
     write("tags", "token-classify", "encoder", "tags", ["loss", "f1"], **quiet)
     write("rerank", "rerank", "encoder", "ranked", ["loss", "ndcg@10"], **quiet)
     write("speech", "speech", "hearing", "sounds", ["wer"], data={"max_length": 60}, speech={"language": "en"})
-    write("embed", "embed", "encoder", "found", ["mrr@10"], **quiet)
+    write("embed", "embed", "encoder", "found", ["mrr@10"], data={"validation": 0.3}, **quiet)
     write("embed-classes", "embed", "encoder", "labels", ["mrr@10"], **quiet)
     write("embed-scores", "embed", "encoder", "scored", ["spearman"], **quiet)
     write("preference", "preference", "model", "pairs-of-answers", ["margin"], **quiet)

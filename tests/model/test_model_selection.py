@@ -250,7 +250,7 @@ EMBEDDED = {
     "ndcg@10 of classes": [{"text": f"{one} number {i}", "label": one} for i in range(6) for one in ANIMALS],
     "spearman": [
         {"query": f"{a} {i}", "passage": f"the {b} {i}", "score": float(a == b)}
-        for i, (a, b) in enumerate(product(ANIMALS[:5], ANIMALS[:5] + ANIMALS[:3]))
+        for i, (a, b) in enumerate(product(ANIMALS[:5] * 4, ANIMALS[:5] + ANIMALS[:3]))
     ],
 }
 
@@ -275,5 +275,5 @@ def test_encoders_are_ranked_by_the_order_of_passages_before_tuning(kind, tmp_pa
     assert (ranking["metric"], ranking["side"]) == (metric, "validation")
     first, second, last = ranking["candidates"]
     assert [first["name"], second["name"]] == [str(words), str(collapsed)]
-    assert first[metric] > second[metric] + 0.2
+    assert first[metric] > second[metric] + 0.1
     assert "the longest of embed.dimensions is 64" in last["reason"]

@@ -134,6 +134,7 @@ NAMING_TASKS = {
     "data/row_formats.py": "parsers of rows",
     "data/column_mapping.py": "other names of columns",
     "data/file_survey.py": "which task goes first where several can read a file",
+    "recipe/schema.py": "keys of a section that have no effect on a kind of model or of rows",
     "recipe/task_sections.py": "sections are called as their tasks",
     "recipe/first_recipe.py": "a kind of model is called `speech`",
     "explain/inputs.py": "the section `speech`",
