@@ -14,8 +14,7 @@ import httpx
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig, PeftModel
-from safetensors.torch import load_file
+from peft import PeftModel
 from support.families import build_bert, build_roberta
 from support.models import build_llama
 from support.pairs import quiet, recipe_of, start_training
@@ -113,7 +112,7 @@ def test_cross_encoder_gives_the_same_scores_from_the_saved_folder(
 
 
 def test_a_saved_adapter_keeps_its_trained_head(run: Path, bert: Path) -> None:
-    """Adapters of CrossEncoder lose it when they are loaded (sentence-transformers#3980)."""
+    """With transformers 5.6, adapters of CrossEncoder lose it when they are loaded (sentence-transformers#3980)."""
     config = AutoConfig.from_pretrained(run / "adapter")
     base = AutoModelForSequenceClassification.from_pretrained(bert, config=config)
     model = PeftModel.from_pretrained(base, run / "adapter").eval()
@@ -123,23 +122,11 @@ def test_a_saved_adapter_keeps_its_trained_head(run: Path, bert: Path) -> None:
     assert torch.stack(logits).sigmoid().tolist() == pytest.approx(scores_of(run), abs=1e-5)
 
 
-@pytest.mark.filterwarnings("ignore")
-def test_cross_encoder_loses_the_head_of_its_own_adapter_and_llmtune_does_not(
-    bert: Path, run: Path, tmp_path: Path
-) -> None:
-    """https://github.com/huggingface/sentence-transformers/issues/3980: the head in `modules_to_save` starts anew."""
-    pytest.importorskip("peft", "0.22", reason="transformers 5.24 reads no adapters with an older PEFT")
-    encoder = CrossEncoder(str(bert), num_labels=1, device="cpu")
-    encoder.add_adapter(LoraConfig(task_type="SEQ_CLS", target_modules=["query"], modules_to_save=["classifier"]))
-    head = encoder.model.classifier.modules_to_save["default"]
-    with torch.no_grad():
-        head.weight.add_(1.0)
-    before = encoder.predict(PAIRS)
-    encoder.save_pretrained(str(tmp_path / "adapter"))
-    saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
-    assert any(torch.equal(weight, head.weight) for weight in saved.values()), "the files have the head"
-    again = CrossEncoder(str(tmp_path / "adapter"), device="cpu").predict(PAIRS)
-    assert np.abs(again - before).max() > 1e-3, "CrossEncoder does not read it"
+def test_a_moved_and_merged_run_keeps_its_trained_head(run: Path, tmp_path: Path) -> None:
+    """https://github.com/huggingface/sentence-transformers/issues/3980: there, the trained head starts anew.
+
+    Seen with transformers 5.6, with PEFT 0.19 and 0.21. Not with transformers 5.19 to 5.23; 5.24 needs PEFT 0.22.
+    """
     first = scores_of(run)
     moved = Path(shutil.copytree(run, tmp_path / "run"))
     assert scores_of(moved) == pytest.approx(first, abs=1e-6)
