@@ -242,9 +242,10 @@ def reports(error: BaseException) -> bool:
         elif not isinstance(error, KeyboardInterrupt):
             text = "".join(traceback.format_exception(error))
             write_json(Path(folder) / ERROR.format(rank()), {"traceback": text})
-        return False
     if isinstance(error, LostProcess):
         _let_others_report()
+    if folder is not None:
+        return False
     try:
         first = rank() == 0 if _here.store is None else _here.store.add(f"{_here.name}/failed", 1) == 1
     except RuntimeError:  # the machine with the store is gone
