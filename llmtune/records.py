@@ -42,7 +42,7 @@ class Rows:
     columns: tuple[str, ...] = ()
     """Names of the columns stored with the rows."""
     columns_hash: str = ""
-    """Hash over what is kept with the rows: `columns`, and the groups of `data.split_by`; empty without both."""
+    """Hash of `columns` and of the groups of `data.split_by`; empty without both."""
     filled: int = 0
     """Number of null keys that Arrow added inside columns, and that were dropped (`llmtune.data.arrow_rows`)."""
     corpus_hash: str = ""

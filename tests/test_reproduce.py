@@ -141,7 +141,7 @@ def test_a_run_is_not_reproduced_into_itself_or_before_training(project: Path, t
 
 
 def test_every_path_of_a_recipe_moves_with_its_run(tmp_path: Path) -> None:
-    """Whatever key names a file or folder: with one of them left behind, the run could not be reproduced."""
+    """Every key that names a file or folder is moved; a missing one would make the run irreproducible."""
     before, now = tmp_path / "before", tmp_path / "now"
     folders = ["model", "miner", "start", "champion"]
     files = [*("rows.jsonl", "test-1.jsonl", "passages.txt", "chat.jinja", "metrics.py", "texts.txt", "quiz.jsonl")]

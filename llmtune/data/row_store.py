@@ -80,7 +80,7 @@ class RowWriter:
 
     @property
     def columns_hash(self) -> str:
-        """Hash over what is kept with the rows, `columns` and groups; empty if nothing is."""
+        """Hash of the columns and groups stored with the rows; empty without both."""
         return self._kept.hexdigest() if self._keeps else ""
 
     def _flush(self) -> None:

@@ -183,7 +183,7 @@ def ratio(sums: Floats) -> Floats:
 
 
 def rows_by_squares(sums: Floats) -> Floats:
-    """Return the rows over the sum of mean squared cosines. Unlike in a rate, the second sum is no count."""
+    """Return the number of rows over the sum of their mean squared cosines; here the second sum is not a count."""
     return ratio(sums)
 
 

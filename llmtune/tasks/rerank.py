@@ -115,10 +115,10 @@ class Rerank(ReadingTask[RerankRow, RerankPrediction]):
             asked.setdefault(row["query"], []).extend(row["relevances"])
             passages.update(row["passages"])
         missing = sum(max(relevances) <= RELEVANT for relevances in asked.values())
-        alike = sum(min(relevances) == max(relevances) > RELEVANT for relevances in asked.values())
+        tied = sum(min(relevances) == max(relevances) > RELEVANT for relevances in asked.values())
         text = f"{len(asked):,} queries with {passages.total() / len(asked):.1f} passages each"
         text += f"; {missing:,} without a relevant passage are left out of ranking metrics" if missing else ""
-        text += f"; {alike:,} with equally relevant passages only, for which any order is right" if alike else ""
+        text += f"; {tied:,} have only equally relevant passages, so any order is right" if tied else ""
         shared = sum(passage in trained for passage in passages)
         return {
             "queries": f"{text}. A query's rows are all in one split",

@@ -174,7 +174,7 @@ def test_parts_of_a_split_row_name_their_row(tmp_path, console):
 
 
 def test_another_template_makes_other_examples_even_if_no_row_shows_it(tmp_path, console):
-    """Its other branches are saved with the model, and served: the model is not what it was."""
+    """Other branches of the template are saved and served with the model, so training must run again."""
     path = write_jsonl(tmp_path / "rows.jsonl", [conversation("Hi?", "Yes."), conversation("Why?", "So.")])
     with_tools = CHATML + "{% if tools %}{{ tools }}{% endif %}"
     found = [encode_file(path, tmp_path, console, template)[1] for template in (CHATML, CHATML, with_tools)]

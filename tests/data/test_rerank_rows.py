@@ -195,7 +195,7 @@ def test_queries_for_which_any_order_is_right_are_counted(tmp_path: Path) -> Non
     rows = prepared(tmp_path, test="test.jsonl", validation=0)
     notes = Rerank().row_notes(rows, "test", load_recipe("rerank").recipe)["queries"]
     assert "1 without a relevant passage are left out" in notes
-    assert "2 with equally relevant passages only, for which any order is right" in notes
+    assert "2 have only equally relevant passages, so any order is right" in notes
 
 
 def test_the_recipe_and_its_resolved_form_name_the_same_run(tmp_path: Path) -> None:
