@@ -22,7 +22,7 @@ OTHER = $(if $(filter-out bfloat16,$(DTYPE)),-$(DTYPE))
 PEERS = $(if $(LLAMAFACTORY),--llamafactory $(LLAMAFACTORY))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup models demo test test-slow test-gpu test-fake-cuda test-oldest test-newest test-extras check format docs architectures torture hostile site same build bench conformance clean
+.PHONY: help setup models demo test test-slow test-gpu test-fake-cuda test-oldest test-newest test-extras check format docs architectures promises torture hostile site same build bench conformance clean
 
 help:  ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -127,6 +127,9 @@ docs: $(READY) models  ## Regenerate the generated pages and the pictures of doc
 
 architectures: $(READY)  ## Train a small model of every transformers architecture, and write docs/architectures.md
 	PYTHONPATH=tests $(BIN)/python -m support.architecture_checks
+
+promises: $(READY) models $(LLAMA)  ## Run the test of every cell of docs/promises.md, and record the results (SELECT: pytest's options)
+	PYTHONPATH=tests $(BIN)/python -m support.promises run $(SELECT)
 
 torture: $(READY)  ## Disturb commands in 240 rounds, and write docs/torture.md (as root: also with full disks)
 	PYTHONPATH=tests $(BIN)/python -m torture.rounds --rounds 240 >docs/torture.md

@@ -16,6 +16,7 @@ from typing import Any
 import typer.main
 from guarantees_page import guarantee_blocks
 from peft_methods import peft_methods
+from promises_page import promise_tables
 from python_reference import python_reference
 from recipe_reference import recipe_reference
 
@@ -28,6 +29,10 @@ RANKING = ("<!-- ranking: made by `make docs` from benchmarks/ranking.json -->",
 MEMORY = ("<!-- memory: made by `make docs` from benchmarks/memory_plan.json -->", "<!-- end of memory -->")
 PYTHON = ("<!-- reference: made by `make docs` from the docstrings -->", "<!-- end of reference -->")
 GUARANTEES = ("<!-- guarantees: made by `make docs` from tests/impossible -->", "<!-- end of guarantees -->")
+PROMISES = (
+    "<!-- promises: made by `make docs` from tests marked `promise`, tests/promises.toml and promises.json -->",
+    "<!-- end of promises -->",
+)
 CODE_HEAD = """\
 # Map of the code
 
@@ -48,12 +53,14 @@ shipped recipe, `RUN` a run folder.
 
 def main() -> int:
     """Write, or check; returns the exit code."""
+    tables, faults = promise_tables()
     pages = {
         ROOT / "docs/recipe.md": recipe_reference(),
         ROOT / "docs/cli.md": command_reference(),
         ROOT / "docs/code.md": code_map(),
         ROOT / "docs/python.md": between(ROOT / "docs/python.md", PYTHON, f"\n{python_reference()}\n"),
         ROOT / "docs/guarantees.md": between(ROOT / "docs/guarantees.md", GUARANTEES, f"\n{guarantee_blocks()}"),
+        ROOT / "docs/promises.md": between(ROOT / "docs/promises.md", PROMISES, f"\n{tables}"),
         ROOT / "docs/memory.md": between(ROOT / "docs/memory.md", MEMORY, f"\n{memory_table()}\n"),
         ROOT / "docs/model-evidence.md": between(ROOT / "docs/model-evidence.md", RANKING, f"\n{ranking_table()}\n"),
         ROOT / "CONTRIBUTING.md": between(ROOT / "CONTRIBUTING.md", PACKAGES, package_lines()),
@@ -67,7 +74,9 @@ def main() -> int:
     stale = [path for path, text in pages.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
     for path in stale:
         print(f"{path.relative_to(ROOT)} is out of date; run: make docs", file=sys.stderr)
-    return 1 if stale else 0
+    for fault in faults:
+        print(f"docs/promises.md: {fault}", file=sys.stderr)
+    return 1 if stale or faults else 0
 
 
 def between(page: Path, marks: tuple[str, str], text: str) -> str:

@@ -10,8 +10,8 @@ import pytest
 import torch
 from fake_cuda.device import HiddenRead, fake_cuda, move, set_up_there
 from support.pairs import prepare_training, recipe_of
+from support.task_cases import CASES, Case
 from support.training import with_methods
-from tasks.test_contract import CASES, Case
 from torch._subclasses.fake_tensor import FakeTensor
 
 from llmtune.evaluate.generation import FEW_PROMPTS, generate_completions

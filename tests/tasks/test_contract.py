@@ -8,20 +8,17 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support import families
-from support.models import build_gpt2, build_llama
-from support.pairs import DOCUMENTS, LIKED, PAIRS, THUMBS, gradient, learn_a_little, quiet, recipe_of, start_training
+from support.pairs import gradient, learn_a_little, quiet, start_training
 from support.runs import llmtune
+from support.task_cases import CASES, CELLS, EVALUATED, RATES, RELATED, SLOW
 from support.training import launch_work, read_metrics
 from support.variants import predict
-from transformers import AutoModelForCTC
 
 from llmtune.adapter.merging import merge_adapter
 from llmtune.data.examples import ExampleReader, load_examples
@@ -35,150 +32,8 @@ from llmtune.session import Models, open_finished
 from llmtune.store.run_request import RunRequest
 from llmtune.tasks.registry import VARIANTS
 
-COLOURS = ("red", "green", "blue", "black", "white")
-THINGS = ("cat", "dog", "bird", "fish", "fox", "house", "river", "stone")
-WORDS = [
-    (f"The quick {t} is {c}" + " and the sky is blue" * (i % 3), t, c) for i, t in enumerate(THINGS) for c in COLOURS
-]
-TEXTS = [{"text": f"{text}."} for text, _, _ in WORDS]
-CHATS = [{"prompt": f"Which colour has the {t} {i}?", "completion": f"It is {c}"} for i, (_, t, c) in enumerate(WORDS)]
-SINGLE = [{"text": text, "label": c} for text, _, c in WORDS]
-MULTI = [{"text": text, "label": [c, t][: 1 + i % 2]} for i, (text, t, c) in enumerate(WORDS)]
-NUMBERS = [{"text": text, "label": COLOURS.index(c) + 0.5} for text, _, c in WORDS]
-TAGS = [
-    {
-        "tokens": text.split(),
-        "tags": [f"B-{'THING' if w == t else 'COLOUR'}" if w in (t, c) else "O" for w in text.split()],
-    }
-    for text, t, c in WORDS
-]
-ANSWERS = [
-    {"question": f"Which colour has the {t}?", "context": text, "answer": "" if i % 5 == 4 else c}
-    for i, (text, t, c) in enumerate(WORDS)
-]
-FOUND = [
-    {"query": f"Where is the {t}?", "passage": f"{text}.", "negatives": [f"A {t} was {c} once"][: i % 2]}
-    for i, (text, t, c) in enumerate(WORDS)
-]
-SCORED = [
-    {"query": text, "passage": f"The {t} was {COLOURS[i % 3]}", "score": float(COLOURS[i % 3] == c)}
-    for i, (text, t, c) in enumerate(WORDS)
-]
-RANKED = [
-    {"query": f"Which colour has the {t}?", "passages": [text, f"The {t} is quick."], "relevances": [1 + i % 2, 0]}
-    for i, (text, t, _) in enumerate(WORDS)
-]
-NO_TEXT = {"generation": {"max_new_tokens": None}}
-RATES = {"lora": 1e-2, "qlora": 4e-3, "full": 2e-3}
 LOGITS = ("logits", "last_hidden_state", "start_logits", "end_logits")
-MASKED = {"completion": {"objective": "masked"}, "generation": {"max_new_tokens": None}}
 WITH_DROPOUT = ("completion-full", "classify-qlora", "ctc", "ctc-headless", "ctc-qlora", "ctc-full")
-STILL = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-
-
-@dataclass(frozen=True)
-class Case:
-    """A variant on a tiny model."""
-
-    task: str
-    variant: int
-    build: Callable[..., Path]
-    rows: list[dict[str, Any]] = field(default_factory=list)
-    sections: dict[str, Any] = field(default_factory=dict)
-    method: str = "lora"
-    config: dict[str, Any] = field(default_factory=dict)
-    adapter: dict[str, Any] = field(default_factory=dict)
-
-
-def speech(**section: Any) -> dict[str, Any]:
-    return {"speech": {"window_seconds": 2, **section}}
-
-
-def build_headless(folder: Path) -> Path:
-    """A CTC model that has not learned any letters."""
-    families.build_wav2vec2(folder)
-    AutoModelForCTC.from_pretrained(folder).wav2vec2.save_pretrained(folder)
-    return folder
-
-
-CASES = {
-    "chat": Case("chat", 0, build_llama, CHATS),
-    "completion-full": Case("completion", 0, build_gpt2, CHATS, method="full"),
-    "completion": Case("completion", 0, build_llama, CHATS),
-    "masked": Case("completion", 1, families.build_bert, TEXTS, MASKED, config=STILL),
-    "masked-full": Case("completion", 1, families.build_deberta, TEXTS, MASKED, "full", STILL),
-    "translate": Case("translate", 0, families.build_t5, PAIRS, config={"dropout_rate": 0.0}),
-    "translate-full": Case("translate", 0, families.build_marian, PAIRS, method="full", config={"dropout": 0.0}),
-    "translate-decoder": Case("translate", 1, build_llama, PAIRS, {"translate": {"prompt": "In French: {source}"}}),
-    "summarize": Case("summarize", 0, families.build_bart, DOCUMENTS, config={"dropout": 0.0}),
-    "summarize-decoder": Case("summarize", 1, build_llama, DOCUMENTS, method="qlora"),
-    "qa-extractive": Case("qa", 0, families.build_bert, ANSWERS, {"qa": {"stride": 4}, **NO_TEXT}, config=STILL),
-    "qa-extractive-full": Case(
-        "qa", 0, families.build_deberta, ANSWERS, {"qa": {"stride": 4}, **NO_TEXT}, "full", STILL
-    ),
-    "qa": Case("qa", 1, families.build_t5, ANSWERS, config={"dropout_rate": 0.0}),
-    "qa-decoder": Case("qa", 2, build_llama, ANSWERS),
-    "classify": Case(
-        "classify", 0, families.build_bert, SINGLE, {"classify": {"class_weights": "balanced"}, **NO_TEXT}, config=STILL
-    ),
-    "classify-qlora": Case("classify", 0, families.build_bert, SINGLE, NO_TEXT, method="qlora"),
-    "classify-multi": Case("classify", 0, families.build_deberta, MULTI, NO_TEXT, method="full", config=STILL),
-    "classify-number": Case("classify", 0, build_llama, NUMBERS, NO_TEXT),
-    "token-classify": Case("token-classify", 0, families.build_modernbert, TAGS, NO_TEXT),
-    "token-classify-full": Case("token-classify", 0, families.build_bert, TAGS, NO_TEXT, "full", STILL),
-    "whisper": Case("speech", 0, families.build_whisper, sections=speech(language="fr")),
-    "whisper-full": Case("speech", 0, families.build_whisper, sections=speech(language="fr"), method="full"),
-    "ctc-headless": Case("speech", 1, build_headless, sections=speech()),
-    "ctc": Case("speech", 1, families.build_wav2vec2, sections=speech()),
-    "preference": Case("preference", 0, build_llama, LIKED, {"preference": {"loss": "dpo"}}),
-    "preference-kto": Case("preference", 0, build_llama, THUMBS, {"preference": {"loss": "kto"}}),
-    "preference-orpo": Case("preference", 0, build_llama, LIKED, {"preference": {"loss": "orpo"}}),
-    "embed": Case("embed", 0, families.build_bert, FOUND, NO_TEXT, config=STILL),
-    "embed-scores-full": Case("embed", 0, families.build_modernbert, SCORED, NO_TEXT, method="full"),
-    "embed-labels": Case(
-        "embed",
-        0,
-        build_llama,
-        [{"text": text, "label": c} for text, _, c in WORDS],
-        {**NO_TEXT, "embed": {"margin": 1.0}},
-    ),
-    "rerank": Case("rerank", 0, families.build_bert, RANKED, NO_TEXT, config=STILL),
-    "rerank-decoder": Case("rerank", 0, build_llama, RANKED, NO_TEXT),
-    "reward": Case("preference", 1, build_llama, LIKED, {"preference": {"loss": "reward"}, **NO_TEXT}),
-}
-RELATIVES = {
-    "dora": {"use_dora": True},
-    "rslora": {"use_rslora": True},
-    "pissa": {"init_lora_weights": "pissa"},
-    "olora": {"init_lora_weights": "olora"},
-    "patterns": {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"q_proj": 16}},
-    "saved": {"modules_to_save": ["norm"]},
-}
-VARIED = {
-    f"{name}-{method}": replace(case, method=method)
-    for name, case in CASES.items()
-    for method in RATES
-    if not name.endswith((*RATES,)) and method != case.method and f"{name}-{method}" not in CASES
-}
-"""Methods that the default suite does not train for a variant."""
-RELATED = {f"chat-{name}": replace(CASES["chat"], adapter=adapter) for name, adapter in RELATIVES.items()}
-SECOND = ("completion", "masked-full", "translate-full", "qa-extractive-full", "classify-qlora", "token-classify-full")
-SECOND += ("embed-labels", "whisper-full", "ctc-headless", "preference-orpo", "rerank-decoder")
-"""Cases of a variant that the default suite covers with another method, model or loss."""
-SLOW = {*VARIED, *RELATED, *SECOND}
-CELLS = CASES | VARIED | RELATED
-"""All variants of tasks with LoRA, QLoRA and full tuning, and a decoder with LoRA's relatives."""
-EVALUATED = {
-    "chat-beams": replace(CASES["chat"], sections={"generation": {"num_beams": 2}}),
-    "chat-sampled": replace(CASES["chat"], sections={"generation": {"do_sample": True}}),
-    "chat-choices": replace(CASES["chat"], rows=[{"prompt": text, "completion": c} for text, _, c in WORDS]),
-    "chat-forgetting": replace(CASES["chat"], sections={"evaluate": {"metrics": ["loss"], "forgetting": {}}}),
-    "classify-suspects": replace(
-        CASES["classify"], sections={**NO_TEXT, "evaluate": {"metrics": ["accuracy"], "suspects": True}}
-    ),
-    "translate-beams": replace(CASES["translate"], sections={"generation": {"num_beams": 2}}),
-}
-"""Other kinds of answers and studies."""
 BASELINES = {
     "qa-extractive": "no answer to every question",
     "classify": "the most frequent class",
@@ -195,42 +50,6 @@ EVERY = [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) fo
 every_case = pytest.mark.parametrize("name", EVERY)
 
 
-@pytest.fixture(scope="module")
-def recipe_file(tmp_path_factory: pytest.TempPathFactory, clips: Path) -> Callable[..., Path]:
-    """Write the recipe of a case into a folder; speech rows are tones, whose pitch is the word."""
-    models: dict[str, Path] = {}
-
-    def write(name: str, folder: Path, **changes: Any) -> Path:
-        case = (CELLS | EVALUATED)[name]
-        if name not in models:
-            models[name] = case.build(tmp_path_factory.mktemp("models") / name, **case.config)
-        sections = {**case.sections, "adapter": {"method": case.method, "lora_dropout": 0.0, **case.adapter}}
-        if case.method == "full":
-            sections["adapter"] = {"method": "full"}
-        sections["train"] = {"learning_rate": RATES[case.method], "num_train_epochs": 3}
-        data = {"max_length": 64 if case.task == "qa" and case.variant == 0 else 128, **changes.pop("data", {})}
-        if case.task == "speech":
-            data["train"] = str(clips)
-        return recipe_of(folder, models[name], case.rows, case.task, **sections, data=data, **changes)
-
-    return write
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory, recipe_file: Callable[..., Path]) -> Callable[[str], Any]:
-    """The run folder of a case and its report, made once."""
-    runs: dict[str, tuple[Path, dict[str, Any]]] = {}
-
-    def run(name: str) -> tuple[Path, dict[str, Any]]:
-        if name not in runs:
-            folder = tmp_path_factory.mktemp(name)
-            recipe = load_recipe(str(recipe_file(name, folder)))
-            runs[name] = folder / "run", run_pipeline(recipe, RunRequest(out=folder / "run"), quiet())
-        return runs[name]
-
-    return run
-
-
 def opened(run: Path) -> Any:
     """The context of a run, its models, and the test rows without their answers."""
     context = open_finished(run, quiet(), True)
@@ -239,6 +58,12 @@ def opened(run: Path) -> Any:
     return context, Models(context), processor, rows
 
 
+@pytest.mark.promise(
+    "task",
+    "loss and gradient",
+    by="name",
+    equal="itself one row at a time, padded or packed: loss within 1e-5, gradient 2e-4",
+)
 @every_case
 def test_micro_batches_padding_and_packing_change_no_loss_and_no_gradient(name, recipe_file, tmp_path):
     found = []
@@ -286,6 +111,7 @@ def test_a_second_run_is_skipped(name, finished):
     assert again["evaluation"] == report["evaluation"]
 
 
+@pytest.mark.promise("task", "answers and scores", by="name", equal="answers to single rows; numbers within 1e-4")
 @every_case
 def test_batched_answers_equal_single_ones_and_those_of_the_evaluation(name, finished):
     run, _ = finished(name)
@@ -354,6 +180,7 @@ def test_disabling_the_adapter_gives_the_base_and_merging_keeps_it(name, finishe
     torch.testing.assert_close(merged, tuned, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.promise("task", "resume", by="name", equal="the run without a stop: every byte of the weights")
 @pytest.mark.slow
 @every_case
 def test_an_interrupted_run_resumes_to_the_same_bytes(name, finished, tmp_path):
@@ -371,6 +198,9 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(name, finished, tmp_path):
     assert [(halved / path).read_bytes() for path in weights] == [(run / path).read_bytes() for path in weights] != []
 
 
+@pytest.mark.promise(
+    "task", "two processes", by="name", equal="one process: losses of five steps within 1e-3, with dropout 0.05"
+)
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CASES | RELATED)
 def test_two_processes_learn_as_one(name, finished, tmp_path):
@@ -386,6 +216,7 @@ def test_two_processes_learn_as_one(name, finished, tmp_path):
         assert together["loss"] == pytest.approx(alone["loss"], rel=tolerance)
 
 
+@pytest.mark.promise("task", "two processes", by="name", equal="one process: scores within 1e-5, the same answers")
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_two_processes_evaluate_as_one(name, finished, tmp_path):
@@ -522,6 +353,7 @@ def read_in_plain_classes(names: list[str], finished: Callable[[str], Any], plac
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.promise("task", "plain library", by="name", equal="transformers and PEFT alone: logits within 1e-4")
 @every_case
 def test_results_reload_with_plain_classes_and_give_the_same_outputs(name, reloaded):
     ours, plain = (load_file(f"{reloaded(name)}.{part}") for part in ("ours", "plain"))
