@@ -202,6 +202,8 @@ def write_graph(model: PreTrainedModel, graph: Graph, folder: Path, int8: bool) 
 
     Raises EnvironmentProblem if torch cannot trace the model.
     """
+    import onnx
+
     traced, values = _Traced(model, graph), tuple(graph.inputs.values())
     shapes = {"values": tuple(graph.sizes(name) for name in graph.inputs)}
     options: Any = {"dynamo": True, "verbose": False, "dynamic_shapes": shapes, "optimize": True}
@@ -230,7 +232,10 @@ def write_graph(model: PreTrainedModel, graph: Graph, folder: Path, int8: bool) 
     program.save(folder / graph.file, external_data=large)
     if int8:
         quantize(folder / graph.file, large, by_block=not is_encoder(model.config))
-    return {} if large else layers  # layers are read from a graph in one piece
+    if large:
+        return {}  # layers are read from a graph in one piece
+    outputs = {name for node in onnx.load(folder / graph.file).graph.node for name in node.output}
+    return {module: name for module, name in layers.items() if name in outputs}  # constant folding removes some
 
 
 def quantize(file: Path, external: bool, *, by_block: bool) -> None:
