@@ -33,12 +33,15 @@ CHUNK_CELLS = 200_000
 UNDEFINED_SHARE = 0.01
 """Share of draws that may lack a value and are skipped."""
 FEWEST_UNBOUNDED = 10
-"""Units below which a metric without bounds has no interval: its next row may be anything."""
-FEW_CHANGES = 8
-"""Units with another value than the most frequent one, below which the seen range says nothing about the next one."""
+"""Units below which a difference without bounds has no interval: its next row may be anything."""
+FEWEST_UNSEEN = 60
+"""Units below which a score without bounds, or a difference of equal numbers, has none: of this many, a value that
+5 % of the rows have is missing by chance in fewer than 5 of 100 samples."""
+FEWEST_VARIED = 3
+"""Units with another number than the most frequent one, below which they show no range."""
 BEYOND = 8.0
-"""Range added at either end of what U units show, in ranges / U: the least that keeps the error below 5 % for
-lognormal numbers of sigma 1, from 10 units on."""
+"""Range added at either end of the seen one, in ranges / U for U units with different numbers: the least that keeps the
+error below 5 % for lognormal numbers of sigma 1, from 10 units on."""
 SAME = 1e-9
 """Share of the largest number below which numbers differ only by rounding."""
 
@@ -67,26 +70,32 @@ def bound(statistic: Weighted, units: int, ends: int, seed: int, resamples: int 
     return cut_tails([np.concatenate(side) for side in values])
 
 
-def learn(parts_U: Floats, seed: int, reach: float = 0.0, resamples: int = RESAMPLES) -> Interval:
+def learn(
+    parts_U: Floats, seed: int, reach: float = 0.0, fewest: int = FEWEST_UNBOUNDED, resamples: int = RESAMPLES
+) -> Interval:
     """Return the interval of the mean of numbers without bounds.
 
-    The pseudo-rows are at the ends of the seen range, widened by `BEYOND` / U of it, and the interval is at least that
-    of Student's t. If all but a few units have the same number, the range is at least -`reach` to `reach`. There is no
-    interval with fewer than `FEWEST_UNBOUNDED` units, nor if nothing varies: no range is then known.
+    The pseudo-rows are at the ends of the seen range, widened by `BEYOND`; units with the most frequent number do not
+    count there. The interval is at least that of Student's t. If all numbers are equal, the range is -`reach` to
+    `reach`. There is no interval with fewer than `fewest` units, nor if one or two differ from all others.
+    No interval of such numbers holds for all distributions: Bahadur and Savage, "The Nonexistence of Certain
+    Statistical Procedures in Nonparametric Problems", 1956. This one does not cover values far outside of the range.
     """
     import scipy.stats  # type: ignore[import-untyped]  # takes a third of a second, and training does not need it
 
     units = len(parts_U)
-    if units < FEWEST_UNBOUNDED or not np.isfinite(parts_U).all():
+    if units < fewest or not np.isfinite(parts_U).all():
         return Interval()
     low, high, mean = float(parts_U.min()), float(parts_U.max()), float(parts_U.mean())
     scale = max(abs(low), abs(high), reach)
-    counts = np.unique(np.round(parts_U / (SAME * scale)) if scale else parts_U, return_counts=True)[1]
-    beyond = (high - low) * BEYOND / units
-    low, high = low - beyond, high + beyond
-    if reach and 1 < counts.max() > units - FEW_CHANGES:
+    most = int(np.unique(np.round(parts_U / (SAME * scale or 1)), return_counts=True)[1].max())
+    varied = units - most if most > 1 else units
+    if varied >= FEWEST_VARIED:
+        beyond = (high - low) * BEYOND / varied
+        low, high = low - beyond, high + beyond
+    elif not varied and reach > SAME * scale and units >= FEWEST_UNSEEN:
         low, high = min(low, -reach), max(high, reach)
-    if high - low <= SAME * scale:
+    else:
         return Interval()
     with_ends = np.append(parts_U, [low, high])
     found = bound(lambda weights_RU: weights_RU @ with_ends / units, units, 1, seed, resamples)

@@ -13,7 +13,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from llmtune.evaluate.intervals import Floats, Formula, Weighted, exact_interval, learn, pseudo_values
+from llmtune.evaluate.intervals import FEWEST_UNSEEN, Floats, Formula, Weighted, exact_interval, learn, pseudo_values
 from llmtune.evaluate.paired_statistics import (
     EXACT,
     Bounds,
@@ -127,8 +127,8 @@ def paired_difference(base: Measure, tuned: Measure, seed: int) -> Difference:
         sums, right_wrong = (base.sums_NK, tuned.sums_NK), tuned.right_wrong
         return difference(*sums, tuned.formula, right_wrong=right_wrong, seed=seed, bounds=bounds, clusters=clusters)
     assert bounds is not None, "rankings have bounds"
-    if not rows:
-        return unknown(math.nan, rows)
+    if not rows or is_line(bounds, clusters, rows):
+        return unknown(tuned.value - base.value, rows)
     worst, best = bounds(np.concatenate([base.sums_NK, tuned.sums_NK]))
     base_also, tuned_also = with_rows(base, best, worst, fixed=True), with_rows(tuned, worst, best)
     return difference_weighted(base_also, tuned_also, rows, len(worst), seed=seed, clusters=clusters)
@@ -143,7 +143,7 @@ def own_interval(measure: Measure, seed: int) -> Difference:
     if rows and is_share and sums_NK[:, 1].all() and not clusters:
         low, high = exact_interval(int(sums_NK[:, 0].sum()), rows, ERROR)
         return Difference(measure.value, low, high, 1.0, rows, EXACT)
-    if not rows or not math.isfinite(measure.value):
+    if not rows or not math.isfinite(measure.value) or is_line(bounds, clusters, rows):
         return unknown(measure.value, rows)
     if bounds is not None:
         worst, best = bounds(sums_NK)
@@ -152,8 +152,13 @@ def own_interval(measure: Measure, seed: int) -> Difference:
         )
     assert measure.formula is not None, "rankings have bounds"
     sums_UK = add_up(sums_NK, clusters) if clusters else sums_NK
-    found = learn(pseudo_values(sums_UK, measure.formula), seed)
+    found = learn(pseudo_values(sums_UK, measure.formula), seed, fewest=FEWEST_UNSEEN)
     return conclude_interval(measure.value, found, rows, len(sums_UK) if clusters else 0)
+
+
+def is_line(bounds: Bounds | None, clusters: Sequence[int], rows: int) -> bool:
+    """Whether a correlation says nothing: two points are always on a line."""
+    return bounds is correlation_bounds and (len(set(clusters)) or rows) < 3
 
 
 def nothing(weights_RN: Floats) -> Floats:
@@ -295,9 +300,9 @@ def rank_bounds(seen_MK: Floats) -> tuple[Floats, Floats]:
 
 
 def correlation_bounds(seen_M2: Floats) -> tuple[Floats, Floats]:
-    """(predicted, reference): the corners of what was seen, opposite ones, and equal ones."""
-    (low, least), (high, top) = seen_M2.min(0), seen_M2.max(0)
-    return np.array([[low, top], [high, least]]), np.array([[high, top], [low, least]])
+    """(predicted, reference): the highest reference with the lowest prediction, and with the highest."""
+    (low, _), (high, top) = seen_M2.min(0), seen_M2.max(0)
+    return np.array([[low, top]]), np.array([[high, top]])
 
 
 def brier_bounds(sums_M2: Floats) -> tuple[Floats, Floats]:

@@ -16,6 +16,7 @@ import numpy as np
 from llmtune.evaluate.intervals import (
     CHUNK_CELLS,
     FEWEST_UNBOUNDED,
+    FEWEST_UNSEEN,
     RESAMPLES,
     UNDEFINED_SHARE,
     Floats,
@@ -41,8 +42,9 @@ BOOTSTRAP, MCNEMAR, EXACT = "Bayesian bootstrap", "McNemar exact", "Clopper-Pear
 METHOD = (
     f"95 %, from {RESAMPLES} draws of weights for the rows (with data.split_by for its groups) and for a pseudo-row at "
     "either end of the metric's range (Gaffke's bound; shares of right rows: Clopper and Pearson's interval); metrics "
-    f"without a range: pseudo-rows just outside of the seen range, at least Student's t, none below {FEWEST_UNBOUNDED} "
-    "rows; p from the same draws, of right-or-wrong metrics by McNemar's exact test"
+    "without a range: pseudo-rows outside of the seen range, at least Student's t, no interval of a difference below "
+    f"{FEWEST_UNBOUNDED} rows and of a score below {FEWEST_UNSEEN}; p from the same draws, of right-or-wrong metrics by "
+    "McNemar's exact test"
 )
 
 
@@ -75,7 +77,8 @@ def difference(
         return replace(unknown(value, rows), groups=groups)
     if bounds is None:
         base_U, tuned_U = pseudo_values(base_NK, formula), pseudo_values(tuned_NK, formula)
-        found = learn(tuned_U - base_U, seed, float(np.ptp(np.concatenate([base_U, tuned_U]))), resamples)
+        reach = float(np.ptp(np.concatenate([base_U, tuned_U])))
+        found = learn(tuned_U - base_U, seed, reach, resamples=resamples)
     else:
         worst, best = bounds(np.concatenate([base_NK, tuned_NK]))
         with_ends = [np.concatenate([base_NK, best, worst]), np.concatenate([tuned_NK, worst, best])]
@@ -84,7 +87,7 @@ def difference(
             *(units, len(worst), seed, resamples),
         )
     change = conclude_interval(value, found, rows, groups)
-    if right_wrong and change.test:
+    if right_wrong and change.test and np.isin(np.stack([base_NK, tuned_NK]), (0, 1)).all():  # no ties of one half
         return replace(change, p=mcnemar(*discordant(base_NK, tuned_NK)), test=MCNEMAR)
     return change
 

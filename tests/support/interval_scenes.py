@@ -21,9 +21,9 @@ from llmtune.evaluate.metric import Measure, own_interval, paired_difference
 from llmtune.score_records import Difference
 
 Generator = np.random.Generator
-RESAMPLES = 600
+RESAMPLES = 400
 SIZES = (2, 5, 8, 20, 60, 200)
-TRUTH_ROWS = 60_000
+TRUTH_ROWS = 40_000
 """Rows that the true scores are computed from."""
 
 

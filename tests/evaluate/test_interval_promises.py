@@ -1,0 +1,195 @@
+"""Every metric's own and paired interval by simulation, and the outcomes of the gates that read them.
+
+An end of an interval errs if the true value is beyond it: a gate whose limit is just there then passes wrongly. It does
+so in at most 5 of 100 runs. A cell fails if that is too few for the counted errors, by Clopper and Pearson's interval.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+from functools import cache, partial
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support import interval_scenes as simulated
+from support.interval_scenes import KINDS, SCENES, SIZES
+
+from llmtune.data.answer_parser import ParsedAnswer
+from llmtune.evaluate import intervals
+from llmtune.evaluate.calibration import Chosen, measure_calibration
+from llmtune.evaluate.classification_metrics import (
+    CLASS_METRICS,
+    ENTITY_METRICS,
+    LabelKind,
+    measure_classes,
+    measure_entities,
+)
+from llmtune.evaluate.decision import measure_decisions
+from llmtune.evaluate.intervals import exact_interval
+from llmtune.evaluate.metric import Measure, measure_right, measure_shares
+from llmtune.evaluate.own_metrics import OwnMetric, measure_values
+from llmtune.evaluate.ranking_metrics import RankedQuery, measure_ranking, measure_spread
+from llmtune.evaluate.text_metrics import (
+    SQUAD_METRICS,
+    TEXT_MEASURES,
+    TOKEN_METRICS,
+    measure_cer,
+    measure_squad,
+    measure_tokens,
+    measure_wer,
+)
+from llmtune.evaluate.tool_metrics import ToolTurn, measure_tools
+from llmtune.recipe.task_facts import CALIBRATION, DECISIONS, RANKING, TASK_FACTS, TOOL_METRICS
+from llmtune.recipe.task_sections import PreferenceSection
+from llmtune.score_records import Decision, Threshold
+from llmtune.tasks.preference_metrics import measure_preferences
+
+TUNED_ALONE = {metric for metrics in DECISIONS.values() for metric in metrics}
+BAR = 0.05
+TRIALS, FEW_TRIALS = 300, 100
+SLOW_TRIALS = {"bleu": 40, "spearman": 80, "pearson": 150, "area": 150, "mean area": 150}
+QUICK = ("right or wrong", "share", "number")
+QUICK_CELLS = (("ties", 5), ("groups", 20), ("rare", 60))
+
+
+@pytest.fixture
+def few_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Use fewer draws, and the same in each trial: rows are new in each, so trials stay independent."""
+    draw = intervals.draw_weights
+    again = cache(lambda units, total, seed, _: list(draw(units, total, seed, simulated.RESAMPLES)))
+    monkeypatch.setattr(intervals, "draw_weights", again)
+
+
+def exceed(kind: str, cells: list[tuple[str, int]], trials: int, *, paired: bool) -> dict[tuple[str, int], list[int]]:
+    """Return the cells in which more than 5 of 100 ends of intervals are shown to err, with the errors at each end."""
+    counted = {cell: simulated.count_errors(kind, *cell, trials, paired=paired) for cell in cells}
+    return {
+        cell: list(errors)
+        for cell, errors in counted.items()
+        if max(exact_interval(count, trials, 0.05)[0] for count in errors) > BAR
+    }
+
+
+@cache
+def exceed_all(kind: str, paired: bool) -> dict[tuple[str, int], list[int]]:
+    trials = SLOW_TRIALS.get(kind, TRIALS)
+    return exceed(kind, [(scene, rows) for scene in SCENES for rows in SIZES], trials, paired=paired)
+
+
+# Metrics by name
+
+
+TWO = ["a b c d e", "b a"]
+TURNS = {0: [ToolTurn({"messages": [], "tools": []}, ())]}
+QUERY = RankedQuery([2.0, 1.0], [1, 0])
+RATING = {"chosen": -1.0, "rejected": -2.0, "answer": -1.0, "kl": 0.1, "chosen_tokens": 2.0, "rejected_tokens": 2.0}
+
+
+def classified(metric: str, kind: LabelKind) -> Measure:
+    labels = ("red", "green") if metric == "auroc" and kind == "single" else ("red", "green", "blue")
+    references = {"single": ["red", "green"], "multi": [["red"], ["green"]], "regression": [0.2, 0.4]}[kind]
+    scores = np.array([[0.3, 0.7, 0.1], [0.2, 0.4, 0.9]])[:, : 1 if kind == "regression" else len(labels)]
+    return measure_classes(metric, kind, scores, references, labels)
+
+
+def calibrated(metric: str, *, many: bool) -> Measure:
+    right_UK = np.array([[True, False], [False, True]])
+    return measure_calibration(metric, Chosen(("red", "green"), np.eye(2), right_UK, (0, 1), many))
+
+
+def decided(metric: str) -> Measure:
+    chosen = Chosen(("red", "green"), 9 * np.eye(2), np.eye(2) > 0, (0, 1), False)
+    threshold = Threshold(0.1, 0.9, 0.0, 2, 2, 0)
+    bounds, scope = {"set_bounds": (0.5, 0.5), "coverage": 0.9}, {"lowest_score": 0.0, "false_alarms": 0.1}
+    return measure_decisions(Decision(chosen.labels, False, 2, 1, threshold, **bounds, **scope), chosen)[0][metric]
+
+
+def preferred(metric: str, loss: str = "dpo") -> Measure:
+    return measure_preferences(metric, [RATING] * 2, [True, False], PreferenceSection(loss=loss), [RATING] * 2)
+
+
+BUILT: dict[str, list[Callable[[], Measure]]] = defaultdict(list)
+"""The ways in which tasks build each metric."""
+for _metric in TOKEN_METRICS:
+    BUILT[_metric].append(partial(measure_tokens, _metric, *np.ones((4, 2))))
+for _metric, _build in TEXT_MEASURES.items():
+    BUILT[_metric].append(partial(_build, TWO, TWO))
+for _metric in SQUAD_METRICS:
+    BUILT[_metric].append(partial(measure_squad, _metric, TWO, [[text] for text in TWO]))
+for _metric, _build in (("wer", measure_wer), ("cer", measure_cer)):
+    BUILT[_metric].append(partial(_build, TWO, TWO))
+for _kind, _names in CLASS_METRICS.items():
+    for _metric in _names:
+        BUILT[_metric].append(partial(classified, _metric, _kind))
+for _metric in ENTITY_METRICS:
+    BUILT[_metric].append(partial(measure_entities, _metric, [["B-X"]] * 2, [["B-X"]] * 2))
+for _metric, _many in product(CALIBRATION, (False, True)):
+    BUILT[_metric].append(partial(calibrated, _metric, many=_many))
+for _metric in TOOL_METRICS:
+    BUILT[_metric].append(
+        partial(measure_tools, _metric, {0: [ParsedAnswer("")]}, {0: [ToolTurn({"messages": [], "tools": []}, ())]})
+    )
+for _metric in RANKING:
+    BUILT[_metric].append(partial(measure_ranking, _metric, [QUERY, QUERY]))
+for _metric in ("random_cosine", "effective_rank"):
+    BUILT[_metric].append(partial(measure_spread, _metric, [{"query": [1.0, 0.0]}, {"query": [0.0, 1.0]}]))
+for _metric in ("loss", "accuracy", "margin", "likelihood_accuracy", "kl"):
+    BUILT[_metric].append(partial(preferred, _metric))
+BUILT["margin"].append(partial(preferred, "margin", "kto"))
+BUILT["choice_accuracy"].append(partial(measure_right, [True, False], "choice_accuracy"))
+BUILT["answers_cut"].append(partial(measure_shares, "answers_cut", [0.0, 1.0], ""))
+for _metric in [name for names in DECISIONS.values() for name in names]:
+    BUILT[_metric].append(partial(decided, _metric))
+for _kind_of_value in ("bool", "share", "number"):
+    _own = OwnMetric("own", Path(__file__), _kind_of_value, "")
+    BUILT[f"own ({_kind_of_value})"].append(partial(measure_values, _own, [0.0, 1.0]))
+NAMES = sorted(BUILT)
+
+
+def name_kind(measure: Measure) -> str:
+    """Return the simulated kind of a measure: the same formula and bounds."""
+    shape = (measure.formula, measure.bounds, measure.right_wrong, measure.ranking)
+    if measure.right_wrong:
+        return "right or wrong"
+    (kind, *_) = [
+        name for name, kind in KINDS.items() if (kind.formula, kind.bounds, kind.right_wrong, kind.ranking) == shape
+    ]
+    return kind
+
+
+def test_every_metric_of_a_task_is_simulated() -> None:
+    listed = {metric for facts in TASK_FACTS.values() for metric in facts.metrics}
+    listed |= {metric for metrics in DECISIONS.values() for metric in metrics}
+    assert listed <= BUILT.keys()
+    for metric in NAMES:
+        assert all(name_kind(build()) in KINDS for build in BUILT[metric])
+
+
+@pytest.mark.usefixtures("few_draws")
+@pytest.mark.parametrize("paired", [False, True], ids=["own", "paired"])
+@pytest.mark.parametrize("kind", QUICK)
+def test_ends_of_intervals_seldom_err(kind: str, paired: bool) -> None:
+    assert exceed(kind, [*QUICK_CELLS], FEW_TRIALS, paired=paired) == {}
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("few_draws")
+@pytest.mark.promise("metric", "own interval", equal="the true score, beyond an end in at most 5 of 100 simulated runs")
+@pytest.mark.parametrize("metric", NAMES)
+def test_an_end_of_a_score_s_own_interval_errs_in_at_most_5_of_100_runs(metric: str) -> None:
+    kinds = {name_kind(build()) for build in BUILT[metric]}
+    assert {kind: errors for kind in kinds if (errors := exceed_all(kind, False))} == {}
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("few_draws")
+@pytest.mark.promise(
+    "metric", "paired interval", equal="the true difference, beyond an end in at most 5 of 100 simulated runs"
+)
+@pytest.mark.parametrize("metric", [name for name in NAMES if name not in TUNED_ALONE])
+def test_an_end_of_a_paired_interval_errs_in_at_most_5_of_100_runs(metric: str) -> None:
+    kinds = {name_kind(build()) for build in BUILT[metric]}
+    assert {kind: errors for kind in kinds if (errors := exceed_all(kind, True))} == {}
