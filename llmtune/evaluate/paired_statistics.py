@@ -42,8 +42,8 @@ BOOTSTRAP, MCNEMAR, EXACT = "Bayesian bootstrap", "McNemar exact", "Clopper-Pear
 METHOD = (
     f"95 %, from {RESAMPLES} draws of weights for the rows (with data.split_by for its groups) and for a pseudo-row at "
     "either end of the metric's range (Gaffke's bound; shares of right rows: Clopper and Pearson's interval); metrics "
-    "without a range: pseudo-rows outside of the seen range, at least Student's t, no interval of a difference below "
-    f"{FEWEST_UNBOUNDED} rows and of a score below {FEWEST_UNSEEN}; p from the same draws, of right-or-wrong metrics by "
+    "without a range: pseudo-rows outside of the seen range, at least Student's t, none for a difference below "
+    f"{FEWEST_UNBOUNDED} rows or a score below {FEWEST_UNSEEN}; p from the same draws, of right-or-wrong metrics by "
     "McNemar's exact test"
 )
 

@@ -6,6 +6,7 @@ so in at most 5 of 100 runs. A cell fails if that is too few for the counted err
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable
 from functools import cache, partial
@@ -28,8 +29,9 @@ from llmtune.evaluate.classification_metrics import (
     measure_entities,
 )
 from llmtune.evaluate.decision import measure_decisions
+from llmtune.evaluate.gates import check_gates
 from llmtune.evaluate.intervals import exact_interval
-from llmtune.evaluate.metric import Measure, measure_right, measure_shares
+from llmtune.evaluate.metric import Measure, measure_right, measure_shares, paired_difference
 from llmtune.evaluate.own_metrics import OwnMetric, measure_values
 from llmtune.evaluate.ranking_metrics import RankedQuery, measure_ranking, measure_spread
 from llmtune.evaluate.text_metrics import (
@@ -42,9 +44,11 @@ from llmtune.evaluate.text_metrics import (
     measure_wer,
 )
 from llmtune.evaluate.tool_metrics import ToolTurn, measure_tools
+from llmtune.recipe.evaluate_section import EvaluateSection
 from llmtune.recipe.task_facts import CALIBRATION, DECISIONS, RANKING, TASK_FACTS, TOOL_METRICS
 from llmtune.recipe.task_sections import PreferenceSection
-from llmtune.score_records import Decision, Threshold
+from llmtune.report.metric_info import better_side
+from llmtune.score_records import Champion, Decision, Difference, Evaluation, Study, Threshold
 from llmtune.tasks.preference_metrics import measure_preferences
 
 TUNED_ALONE = {metric for metrics in DECISIONS.values() for metric in metrics}
@@ -129,9 +133,7 @@ for _metric in ENTITY_METRICS:
 for _metric, _many in product(CALIBRATION, (False, True)):
     BUILT[_metric].append(partial(calibrated, _metric, many=_many))
 for _metric in TOOL_METRICS:
-    BUILT[_metric].append(
-        partial(measure_tools, _metric, {0: [ParsedAnswer("")]}, {0: [ToolTurn({"messages": [], "tools": []}, ())]})
-    )
+    BUILT[_metric].append(partial(measure_tools, _metric, {0: [ParsedAnswer("")]}, TURNS))
 for _metric in RANKING:
     BUILT[_metric].append(partial(measure_ranking, _metric, [QUERY, QUERY]))
 for _metric in ("random_cosine", "effective_rank"):
@@ -193,3 +195,66 @@ def test_an_end_of_a_score_s_own_interval_errs_in_at_most_5_of_100_runs(metric: 
 def test_an_end_of_a_paired_interval_errs_in_at_most_5_of_100_runs(metric: str) -> None:
     kinds = {name_kind(build()) for build in BUILT[metric]}
     assert {kind: errors for kind in kinds if (errors := exceed_all(kind, True))} == {}
+
+
+# p-values and gates
+
+
+@pytest.mark.usefixtures("few_draws")
+@pytest.mark.parametrize("kind", [name for name in KINDS if name != "bleu"])
+def test_p_and_interval_agree_on_whether_two_models_differ(kind: str) -> None:
+    generator, agreed = np.random.default_rng(4), set()
+    for scene, rows in product(("rare", "between"), (20, 100, 100)):
+        found = paired_difference(*simulated.draw(KINDS[kind], scene, generator, rows), seed=0)
+        excluded = found.low > 0 or found.high < 0
+        assert excluded == (found.p <= (0.056 if excluded else 0.05)), found  # one of 400 draws is 0.005
+        agreed.add(excluded)
+    assert agreed
+
+
+FORMS = {
+    "own": "{metric}.{end} {op} 0.5",
+    "base": "{metric}.{end} {op} base",
+    "base, margin": "{metric}.{end} {op} base {worse} 0.1",
+    "champion": "{metric}.{end} {op} champion",
+    "champion, margin": "{metric}.{end} {op} champion {worse} 0.1",
+    "tuned": "deploy.gguf.{metric}.{end} {op} tuned",
+    "tuned, margin": "deploy.gguf.{metric}.{end} {op} tuned {worse} 0.1",
+}
+"""Forms of gates on an interval."""
+LIMITS = {"own": 0.5, "base, margin": -0.1, "champion, margin": -0.1, "tuned, margin": -0.1}
+"""Where the interval must be on the better side, if it is not zero."""
+
+
+def check_form(form: str, metric: str, centre: float | None) -> bool | None:
+    """Return the outcome of a gate if the middle of the interval is `centre` on the better side of the limit.
+
+    None: there is no interval.
+    """
+    side = better_side(metric) or 1
+    words = {"end": "low", "op": ">", "worse": "-"} if side > 0 else {"end": "high", "op": "<", "worse": "+"}
+    value = LIMITS.get(form, 0.0) * (side if form != "own" else 1) + side * (centre or 0.0)
+    ends = (math.nan, math.nan) if centre is None else (value - 0.2, value + 0.2)
+    change, scores = {metric: Difference(value, *ends, 0.5, 100)}, {metric: 0.5}
+    study, champion = Study("gguf", scores, scores, change, {}, {}), Champion("runs/best", scores, change, {}, scores)
+    evaluation = Evaluation(
+        scores, scores, change, (), 100, exports={"gguf": study}, champion=champion, intervals=change
+    )
+    section = EvaluateSection(gates=(FORMS[form].format(metric=metric, **words),), when_unsure="report")
+    (gate,) = check_gates(section, evaluation)
+    return gate.passed
+
+
+@pytest.mark.promise(
+    "metric", "gates", equal="passed, failed and inconclusive, against a number, base, champion and tuned model"
+)
+@pytest.mark.parametrize("metric", [name for name in NAMES if not name.startswith("own")] + ["own", "own_cost"])
+def test_every_form_of_a_gate_passes_fails_and_is_inconclusive(metric: str) -> None:
+    for form in FORMS:
+        outcomes = [check_form(form, metric, centre) for centre in (0.3, -0.3, 0.0, None)]
+        assert outcomes == [True, False, None, None], form
+    better, worse = (0.6, 0.4) if better_side(metric) >= 0 else (0.4, 0.6)
+    gates = (f"{metric} {'>' if better > worse else '<'} 0.5", f"{metric} {'>' if better > worse else '<'} base")
+    for score, passed in ((better, True), (worse, False), (math.nan, False)):  # a score alone is never inconclusive
+        found = check_gates(EvaluateSection(gates=gates), Evaluation({metric: 0.5}, {metric: score}, {}, (), 100))
+        assert [gate.passed for gate in found] == [passed, passed]
