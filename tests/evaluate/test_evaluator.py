@@ -74,6 +74,7 @@ def test_losses_equal_those_of_plain_forward_passes(make_bench, packing):
     assert found["accuracy"] == pytest.approx(correct / tokens)
 
 
+@pytest.mark.promise("metric", "referee", equal="predictions.jsonl, counted", place="choice_accuracy")
 def test_predictions_have_a_line_per_row_and_add_up_to_the_scores(measured):
     bench, found, folder = measured
     lines = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]

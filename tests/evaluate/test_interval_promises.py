@@ -51,7 +51,6 @@ from llmtune.report.metric_info import better_side
 from llmtune.score_records import Champion, Decision, Difference, Evaluation, Study, Threshold
 from llmtune.tasks.preference_metrics import measure_preferences
 
-TUNED_ALONE = {metric for metrics in DECISIONS.values() for metric in metrics}
 BAR = 0.05
 TRIALS, FEW_TRIALS = 300, 100
 SLOW_TRIALS = {"bleu": 40, "spearman": 80, "pearson": 150, "area": 150, "mean area": 150}
@@ -191,7 +190,7 @@ def test_an_end_of_a_score_s_own_interval_errs_in_at_most_5_of_100_runs(metric: 
 @pytest.mark.promise(
     "metric", "paired interval", equal="the true difference, beyond an end in at most 5 of 100 simulated runs"
 )
-@pytest.mark.parametrize("metric", [name for name in NAMES if name not in TUNED_ALONE])
+@pytest.mark.parametrize("metric", NAMES)
 def test_an_end_of_a_paired_interval_errs_in_at_most_5_of_100_runs(metric: str) -> None:
     kinds = {name_kind(build()) for build in BUILT[metric]}
     assert {kind: errors for kind in kinds if (errors := exceed_all(kind, True))} == {}
@@ -248,13 +247,28 @@ def check_form(form: str, metric: str, centre: float | None) -> bool | None:
 @pytest.mark.promise(
     "metric", "gates", equal="passed, failed and inconclusive, against a number, base, champion and tuned model"
 )
-@pytest.mark.parametrize("metric", [name for name in NAMES if not name.startswith("own")] + ["own", "own_cost"])
+@pytest.mark.parametrize("metric", NAMES)
 def test_every_form_of_a_gate_passes_fails_and_is_inconclusive(metric: str) -> None:
-    for form in FORMS:
-        outcomes = [check_form(form, metric, centre) for centre in (0.3, -0.3, 0.0, None)]
-        assert outcomes == [True, False, None, None], form
-    better, worse = (0.6, 0.4) if better_side(metric) >= 0 else (0.4, 0.6)
-    gates = (f"{metric} {'>' if better > worse else '<'} 0.5", f"{metric} {'>' if better > worse else '<'} base")
-    for score, passed in ((better, True), (worse, False), (math.nan, False)):  # a score alone is never inconclusive
-        found = check_gates(EvaluateSection(gates=gates), Evaluation({metric: 0.5}, {metric: score}, {}, (), 100))
-        assert [gate.passed for gate in found] == [passed, passed]
+    for name in ("own", "own_cost") if metric.startswith("own (") else (metric,):
+        for form in FORMS:
+            outcomes = [check_form(form, name, centre) for centre in (0.3, -0.3, 0.0, None)]
+            assert outcomes == [True, False, None, None], form
+        better, worse = (0.6, 0.4) if better_side(name) >= 0 else (0.4, 0.6)
+        gates = (f"{name} {'>' if better > worse else '<'} 0.5", f"{name} {'>' if better > worse else '<'} base")
+        for score, passed in ((better, True), (worse, False), (math.nan, False)):  # a score is never inconclusive
+            found = check_gates(EvaluateSection(gates=gates), Evaluation({name: 0.5}, {name: score}, {}, (), 100))
+            assert [gate.passed for gate in found] == [passed, passed]
+
+
+@pytest.mark.promise(
+    "metric", "gates", equal="passed, failed and inconclusive, against a number", place="judge.win_rate"
+)
+@pytest.mark.parametrize(
+    ("low", "high", "passed"), [(0.6, 0.8, True), (0.2, 0.4, False), (0.4, 0.6, None), (math.nan, math.nan, None)]
+)
+def test_a_gate_on_the_win_rate_passes_fails_and_is_inconclusive(low: float, high: float, passed: bool | None) -> None:
+    win_rate = {"win_rate": Difference(0.5, low, high, 1.0, 60)}
+    study = Study("judge", {"win_rate": 0.5}, {"win_rate": 0.5}, {}, {}, {}, intervals=win_rate)
+    section = EvaluateSection(gates=("judge.win_rate.low > 0.5",), when_unsure="report")
+    (gate,) = check_gates(section, Evaluation({}, {}, {}, (), 60, studies={"judge": study}))
+    assert gate.passed is passed

@@ -49,6 +49,7 @@ def cover(test, judge, rows, labelled, runs=500):
     return hits / runs
 
 
+@pytest.mark.promise("metric", "own interval", equal="the true win rate in 925 of 1000 runs", place="judge.win_rate")
 @pytest.mark.slow
 @pytest.mark.parametrize(("rows", "labelled"), [(50, 30), (200, 100), (1000, 300)])
 @pytest.mark.parametrize("case", CASES)

@@ -12,6 +12,10 @@ def test_exact_match_strips_outer_white_space_and_nothing_else():
     assert found.value == 0.25
 
 
+@pytest.mark.promise("metric", "referee", equal="sums by hand", place="loss")
+@pytest.mark.promise("metric", "referee", equal="sums by hand", place="perplexity")
+@pytest.mark.promise("metric", "referee", equal="sums by hand", place="bits_per_byte")
+@pytest.mark.promise("metric", "referee", equal="sums by hand", place="accuracy")
 def test_token_metrics_are_weighted_by_their_denominators():
     nats, correct, tokens, size = map(np.array, ([2.0, 9.0], [1.0, 2.0], [1.0, 3.0], [4.0, 10.0]))
     value = {

@@ -273,12 +273,20 @@ def test_own_metrics_are_paired_gated_and_in_every_report(finished: Path) -> Non
     assert re.search("length_cost.{0,99}lower is better", (finished / "report.html").read_text(), re.DOTALL)
 
 
+@pytest.mark.promise("metric", "referee", equal="the function on the saved answers", place="own (bool)")
+@pytest.mark.promise("metric", "referee", equal="the function on the saved answers", place="own (share)")
+@pytest.mark.promise("metric", "referee", equal="the function on the saved answers", place="own (number)")
 def test_values_are_those_of_the_saved_answers(finished: Path) -> None:
-    lines = map(json.loads, (finished / "evaluation" / "predictions.jsonl").read_text().splitlines())
+    answered = [*map(json.loads, (finished / "evaluation" / "predictions.jsonl").read_text().splitlines())]
     measures = load_measures(finished / "evaluation").tuned
-    costs = [abs(len(line["tuned"]) - len(line["reference"])) for line in lines]
+    costs = [abs(len(line["tuned"]) - len(line["reference"])) for line in answered]
     assert measures["length_cost"].sums_NK[:, 0].tolist() == costs
     assert len({*costs}) > 1
+    tuned = [line["tuned"] for line in answered]
+    wanted = [line["reference"] for line in answered]
+    shares = [sum(a in text for a in want) / len(want) for text, want in zip(tuned, wanted, strict=True)]
+    assert measures["right_letters"].sums_NK[:, 0].tolist() == shares
+    assert measures["has_digit"].sums_NK[:, 0].tolist() == [any(map(str.isdigit, text)) for text in tuned]
     assert measures["length_cost"].bounds is None
     assert measures["right_letters"].bounds is not None
     assert measures["has_digit"].right_wrong
