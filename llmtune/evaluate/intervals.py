@@ -34,9 +34,9 @@ UNDEFINED_SHARE = 0.01
 """Share of draws that may lack a value and are skipped."""
 FEWEST_UNBOUNDED = 10
 """Units below which a difference without bounds has no interval: its next row may be anything."""
-FEWEST_UNSEEN = 60
+FEWEST_UNSEEN = 72
 """Units below which a score without bounds, or a difference of equal numbers, has none: of this many, a value that
-5 % of the rows have is missing by chance in fewer than 5 of 100 samples."""
+5 % of the rows have is missing by chance in fewer than 2.5 of 100 samples."""
 FEWEST_VARIED = 3
 """Units with another number than the most frequent one, below which they show no range."""
 BEYOND = 8.0
@@ -71,14 +71,20 @@ def bound(statistic: Weighted, units: int, ends: int, seed: int, resamples: int 
 
 
 def learn(
-    parts_U: Floats, seed: int, reach: float = 0.0, fewest: int = FEWEST_UNBOUNDED, resamples: int = RESAMPLES
+    parts_U: Floats,
+    seed: int,
+    *,
+    reach: float = 0.0,
+    unchanged: int = 0,
+    fewest: int = FEWEST_UNBOUNDED,
+    resamples: int = RESAMPLES,
 ) -> Interval:
     """Return the interval of the mean of numbers without bounds.
 
-    The pseudo-rows are at the ends of the seen range, widened by `BEYOND`; units with the most frequent number do not
-    count there. The interval is at least that of Student's t. If all numbers are equal, the range is -`reach` to
-    `reach`. There is no interval with fewer than `fewest` units, nor if one or two differ from all others.
-    No interval of such numbers holds for all distributions: Bahadur and Savage, "The Nonexistence of Certain
+    The pseudo-rows are at the ends of the seen range, widened by `BEYOND`. Units with the most frequent number, or the
+    `unchanged` ones of a difference, do not count there. The interval is at least that of Student's t. If all numbers
+    are equal, the range is -`reach` to `reach`. There is no interval with fewer than `fewest` units, nor if only one or
+    two vary. No interval of such numbers holds for all distributions: Bahadur and Savage, "The Nonexistence of Certain
     Statistical Procedures in Nonparametric Problems", 1956. This one does not cover values far outside of the range.
     """
     import scipy.stats  # type: ignore[import-untyped]  # takes a third of a second, and training does not need it
@@ -88,7 +94,7 @@ def learn(
         return Interval()
     low, high, mean = float(parts_U.min()), float(parts_U.max()), float(parts_U.mean())
     scale = max(abs(low), abs(high), reach)
-    most = int(np.unique(np.round(parts_U / (SAME * scale or 1)), return_counts=True)[1].max())
+    most = max(unchanged, int(np.unique(np.round(parts_U / (SAME * scale or 1)), return_counts=True)[1].max()))
     varied = units - most if most > 1 else units
     if varied >= FEWEST_VARIED:
         beyond = (high - low) * BEYOND / varied

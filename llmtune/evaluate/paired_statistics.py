@@ -78,7 +78,8 @@ def difference(
     if bounds is None:
         base_U, tuned_U = pseudo_values(base_NK, formula), pseudo_values(tuned_NK, formula)
         reach = float(np.ptp(np.concatenate([base_U, tuned_U])))
-        found = learn(tuned_U - base_U, seed, reach, resamples=resamples)
+        unchanged = int((base_NK == tuned_NK).all(1).sum())
+        found = learn(tuned_U - base_U, seed, reach=reach, unchanged=unchanged, resamples=resamples)
     else:
         worst, best = bounds(np.concatenate([base_NK, tuned_NK]))
         with_ends = [np.concatenate([base_NK, best, worst]), np.concatenate([tuned_NK, worst, best])]

@@ -147,12 +147,21 @@ def test_numbers_without_bounds_prove_nothing_on_a_few_rows_or_if_they_do_not_va
 
 
 def test_equal_models_differ_by_as_much_as_their_rows_do():
-    few, many = (ones(np.arange(rows) / (rows - 1)) for rows in (59, 400))
+    few, many = (ones(np.arange(rows) / (rows - 1)) for rows in (71, 400))
     assert math.isnan(difference(few, few, ratio, right_wrong=False, seed=0).low)
     found = difference(many, many, ratio, right_wrong=False, seed=0)
     assert (found.value, found.p, found.n) == (0, 1, 400)
     assert found.high == pytest.approx(1 - 0.025 ** (1 / 400), rel=0.1)  # one pseudo-row of the range 1
     assert found.low == pytest.approx(-found.high, rel=0.1)
+
+
+def test_one_or_two_changed_rows_show_no_range_of_changes():
+    generator = np.random.default_rng(0)
+    base = np.stack([generator.gamma(2, 1, 60) * (tokens := generator.integers(5, 60, 60)), tokens], 1)
+    for changed, has_interval in ((1, False), (2, False), (3, True)):
+        tuned = base.copy()
+        tuned[:changed, 0] += 20
+        assert math.isfinite(difference(base, tuned, ratio, right_wrong=False, seed=0).low) == has_interval
 
 
 def test_a_few_equal_right_or_wrong_answers_do_not_prove_equality():
