@@ -118,6 +118,11 @@ def test_generate_decides_about_the_likeliest_choice_of_a_chat(trained: Callable
     assert f"likeliest choice: {said['choice']}" in "".join(FinishedRun(run).stream({"prompt": TEXT}))
 
 
+@pytest.mark.promise("metric", "referee", equal="answers of the served model, counted", place="decided")
+@pytest.mark.promise("metric", "referee", equal="answers of the served model, counted", place="decided_error")
+@pytest.mark.promise("metric", "referee", equal="answers of the served model, counted", place="set_coverage")
+@pytest.mark.promise("metric", "referee", equal="answers of the served model, counted", place="set_size")
+@pytest.mark.promise("metric", "referee", equal="answers of the served model, counted", place="false_alarms")
 def test_scores_of_decisions_are_those_of_the_answers_to_the_test_rows(trained: Callable[[str], Path]) -> None:
     run = trained("single")
     record, evaluation = read(run)

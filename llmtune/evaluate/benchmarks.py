@@ -19,9 +19,10 @@ import torch
 
 from llmtune.evaluate.eval_inputs import EvalContext
 from llmtune.evaluate.eval_suite import EvalSuite
+from llmtune.evaluate.intervals import Floats
 from llmtune.evaluate.lm_eval import RUN_ERRORS, Benchmark, check_task_names, explain_errors, load_benchmarks, quietly
 from llmtune.evaluate.metric import Measure, PairedMeasures, columns, mean_share_bounds, ratio
-from llmtune.evaluate.paired_statistics import Floats, share_bounds
+from llmtune.evaluate.paired_statistics import share_bounds
 from llmtune.evaluate.token_batches import of_first_process
 from llmtune.recipe.eval_suites_section import plain_name
 from llmtune.recipe.schema import Recipe

@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 from pydantic import TypeAdapter, ValidationError
 
 from llmtune.errors import EnvironmentProblem
-from llmtune.evaluate.metric import Measure, PairedMeasures, brier_bounds, columns, ratio, reliability_bounds
-from llmtune.evaluate.paired_statistics import Bounds, Floats, Formula, share_bounds
+from llmtune.evaluate.intervals import Floats, Formula
+from llmtune.evaluate.metric import Measure, PairedMeasures, brier_bounds, columns, quotient, ratio, reliability_bounds
+from llmtune.evaluate.paired_statistics import Bounds, share_bounds
 from llmtune.recipe.task_facts import CALIBRATION
 from llmtune.score_records import Calibration, Reliability
 from llmtune.store.atomic_files import read_json, write_json
@@ -153,7 +154,7 @@ def sum_bins(chosen: Chosen, temperature: float) -> Floats:
 def ece_formula(sums: Floats) -> Floats:
     """[..., 3 B] -> expected calibration error [...]; 0 without choices."""
     probability, right, count = np.split(sums, 3, axis=-1)
-    return np.asarray(np.abs(probability - right).sum(-1) / np.maximum(count.sum(-1), 1), dtype=np.float64)
+    return quotient(np.abs(probability - right).sum(-1), count.sum(-1))
 
 
 def list_bins(measure: Measure) -> tuple[tuple[float, float, float], ...]:

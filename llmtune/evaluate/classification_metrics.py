@@ -18,6 +18,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from llmtune.evaluate.intervals import Floats, Weighted
 from llmtune.evaluate.metric import (
     Measure,
     class_bounds,
@@ -26,10 +27,11 @@ from llmtune.evaluate.metric import (
     hit_bounds,
     measure_means,
     measure_right,
+    quotient,
     rank_bounds,
     ratio,
 )
-from llmtune.evaluate.paired_statistics import Floats, RankStatistic, Weighted, share_bounds
+from llmtune.evaluate.paired_statistics import RankStatistic, share_bounds
 
 LabelKind = Literal["single", "multi", "regression"]
 TrueLabel = str | float | Sequence[str]
@@ -121,20 +123,20 @@ def measure_f1(metric: str, predicted_NK: NDArray[np.bool_], true_NK: NDArray[np
 def f1_by_class(sums: Floats) -> Floats:
     """[..., 3K] -> F1 per class [..., K]; 0 for a class that is neither right nor predicted anywhere."""
     hits, predicted, true = split_sums(sums)
-    return np.asarray(2 * hits / np.maximum(predicted + true, 1), dtype=np.float64)
+    return quotient(2 * hits, predicted + true)
 
 
 def f1_macro_formula(sums: Floats) -> Floats:
     """[..., 3K] -> mean F1 [...] of the classes that occur; 0 if none does."""
     _, predicted, true = split_sums(sums)
     occurring = ((predicted + true) > 0).sum(-1)
-    return np.asarray(f1_by_class(sums).sum(-1) / np.maximum(occurring, 1), dtype=np.float64)
+    return quotient(f1_by_class(sums).sum(-1), occurring)
 
 
 def f1_weighted_formula(sums: Floats) -> Floats:
     """[..., 3K] -> mean F1 [...], each class weighted by its rows; 0 without rows."""
     _, _, true = split_sums(sums)
-    return np.asarray((f1_by_class(sums) * true).sum(-1) / np.maximum(true.sum(-1), 1), dtype=np.float64)
+    return quotient((f1_by_class(sums) * true).sum(-1), true.sum(-1))
 
 
 def matthews_formula(sums: Floats) -> Floats:
@@ -146,7 +148,7 @@ def matthews_formula(sums: Floats) -> Floats:
     rows, right = true.sum(-1), hits.sum(-1)
     covariance = right * rows - (predicted * true).sum(-1)
     spread = (rows**2 - (predicted**2).sum(-1)) * (rows**2 - (true**2).sum(-1))
-    return np.asarray(np.where(spread > 0, covariance / np.sqrt(np.maximum(spread, 1)), 0.0), dtype=np.float64)
+    return quotient(covariance, np.sqrt(np.where(spread > NEARLY_CONSTANT * rows**4, spread, 0.0)))
 
 
 def measure_numbers(metric: str, predicted_N: Floats, reference_N: Floats) -> Measure:
@@ -240,7 +242,7 @@ def area(scores_N: Floats, true_N: NDArray[np.bool_]) -> Weighted:
         below_RT = (others_RO.take(first_T, axis=1) + others_RO.take(after_T, axis=1)) / 2
         pairs_R = true_RT.sum(1) * others_RO[:, -1]
         in_order_R = np.einsum("rt,rt->r", true_RT, below_RT)
-        return np.asarray(np.where(pairs_R > 0, in_order_R / np.maximum(pairs_R, 1), np.nan), dtype=np.float64)
+        return np.asarray(np.where(pairs_R > 0, quotient(in_order_R, pairs_R), np.nan), dtype=np.float64)
 
     return weighted
 
@@ -345,17 +347,17 @@ def measure_entities(metric: str, predicted_tags: Tags, reference_tags: Tags) ->
 
 def precision_formula(sums: Floats) -> Floats:
     """[..., (hits, predicted, right)] -> hits by predicted [...]."""
-    return np.asarray(sums[..., 0] / np.maximum(sums[..., 1], 1), dtype=np.float64)
+    return quotient(sums[..., 0], sums[..., 1])
 
 
 def recall_formula(sums: Floats) -> Floats:
     """[..., (hits, predicted, right)] -> hits by right [...]."""
-    return np.asarray(sums[..., 0] / np.maximum(sums[..., 2], 1), dtype=np.float64)
+    return quotient(sums[..., 0], sums[..., 2])
 
 
 def f1_formula(sums: Floats) -> Floats:
     """[..., (hits, predicted, right)] -> harmonic mean of precision and recall [...]."""
-    return np.asarray(2 * sums[..., 0] / np.maximum(sums[..., 1] + sums[..., 2], 1), dtype=np.float64)
+    return quotient(2 * sums[..., 0], sums[..., 1] + sums[..., 2])
 
 
 ENTITY_FORMULAS = {"precision": precision_formula, "recall": recall_formula, "f1": f1_formula}

@@ -18,8 +18,8 @@ from rich.console import Console
 
 from llmtune.evaluate.calibration import RECORD as CALIBRATION_RECORD
 from llmtune.evaluate.calibration import Chosen, log_probabilities, read_rules, save_calibration
+from llmtune.evaluate.intervals import Floats
 from llmtune.evaluate.metric import Measure, measure_means, measure_shares
-from llmtune.evaluate.paired_statistics import Floats
 from llmtune.evaluate.selective_prediction import (
     fit_sets,
     highest_bound,

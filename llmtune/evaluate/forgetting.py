@@ -25,8 +25,8 @@ from llmtune.data.tokenization import encode_texts, start_ids
 from llmtune.errors import Problem
 from llmtune.evaluate.eval_inputs import EvalContext
 from llmtune.evaluate.eval_suite import OWN_FILES, Bar, EvalSuite, read_sources, read_utf8
+from llmtune.evaluate.intervals import Floats
 from llmtune.evaluate.metric import Measure, PairedMeasures, columns, measure_right, ratio
-from llmtune.evaluate.paired_statistics import Floats
 from llmtune.evaluate.results import flipped_rows
 from llmtune.evaluate.shared_prefix import Tree, make_tree, score_trees
 from llmtune.evaluate.slices import rows_by

@@ -32,6 +32,7 @@ COMPARE: dict[str, Callable[[float, float], bool]] = {
     "<": operator.lt,
     "==": math.isclose,
 }
+NO_INTERVAL = "{} are too few for an interval, or the metric has no range and nearly all of them have the same value"
 COUNTED: dict[WhenUnsure, bool | None] = {"fail": False, "pass": True, "report": None}
 
 
@@ -99,7 +100,7 @@ def is_worse(op: Operator, change: Difference) -> bool:
 def explain_unsure(gate: Gate, change: Difference, limit: float, alpha: float) -> str:
     """Return how many rows would decide the gate, and at which true difference; `change` has its 95 % interval."""
     if math.isnan(change.low):
-        return f"{change.n} rows are too few for an interval"
+        return NO_INTERVAL.format(f"{change.n} rows{name_groups(change.n, change)}")
     assumed, needed = plan_rows(gate, change, limit, alpha)
     score = gate.metric if gate.on_own_interval else "the difference"
     if needed is None:

@@ -15,8 +15,9 @@ import torch
 from numpy.typing import NDArray
 
 from llmtune.evaluate.eval_suite import EvalSuite
+from llmtune.evaluate.intervals import CHUNK_CELLS, Floats
 from llmtune.evaluate.metric import Measure, PairedMeasures
-from llmtune.evaluate.paired_statistics import CHUNK_CELLS, Floats, draw_counts, interval
+from llmtune.evaluate.paired_statistics import draw_counts, interval
 from llmtune.evaluate.slices import MISSING, OTHER, Parts
 from llmtune.report.metric_info import rank_metrics
 from llmtune.report.verdict import FEWEST_ROWS

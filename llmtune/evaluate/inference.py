@@ -20,9 +20,9 @@ from llmtune.evaluate.calibration import Chosen, gather_choices, measure_calibra
 from llmtune.evaluate.eval_inputs import EvalContext, EvalInputs
 from llmtune.evaluate.evaluated_task import Corpus, EvalPrediction, EvaluatedTask, LoadedModel
 from llmtune.evaluate.generation import CompletionOutput, answer_reader, generate_completions
+from llmtune.evaluate.intervals import Floats
 from llmtune.evaluate.metric import Measure, measure_right, measure_shares
 from llmtune.evaluate.own_metrics import measure_own
-from llmtune.evaluate.paired_statistics import Floats
 from llmtune.evaluate.shared_prefix import score_trees
 from llmtune.evaluate.text_metrics import CHOICE_METRIC, TEXT_MEASURES, TOKEN_METRICS, measure_tokens
 from llmtune.evaluate.token_batches import TOKEN_BUDGET, budget_for, over_processes, run_in_batches

@@ -13,22 +13,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 
+from llmtune.evaluate.intervals import Floats, Formula, bound
 from llmtune.evaluate.metric import ratio
-from llmtune.evaluate.paired_statistics import (
-    RESAMPLES,
-    Bounds,
-    Floats,
-    Formula,
-    add_up,
-    draw_counts,
-    interval,
-    share_bounds,
-    unknown,
-)
+from llmtune.evaluate.paired_statistics import Bounds, add_up, conclude_interval, share_bounds, unknown
 from llmtune.recipe.evaluate_section import ERROR
 from llmtune.score_records import Difference
 
@@ -200,19 +192,20 @@ class Part(NamedTuple):
 
 
 def score_intervals(parts: Mapping[str, Part], pairs: JudgedPairs, seed: int) -> dict[str, Difference]:
-    """Return scores with bootstrap intervals from the same draws, with a pseudo-pair at either end of their range."""
-    rows, groups = len(pairs.longer_N), pairs.units if len(pairs.clusters) else 0
-    values = {name: float(part.formula(part.sums_NK.sum(0))) for name, part in parts.items()}
-    if pairs.units < 2:
-        return {name: replace(unknown(value, rows), groups=groups) for name, value in values.items()}
-    of_units = {name: add_up(part.sums_NK, group_numbers(pairs)) for name, part in parts.items()}
-    bounded = [np.concatenate([of_units[name], np.stack(part.bounds(of_units[name]))]) for name, part in parts.items()]
-    drawn = [counts_RG @ np.hstack(bounded) for counts_RG in draw_counts(pairs.units + 2, seed, RESAMPLES)]
-    ends = np.cumsum([part.sums_NK.shape[1] for part in parts.values()])[:-1]
-    found = {}
-    for (name, part), sums_RK in zip(parts.items(), np.split(np.concatenate(drawn), ends, axis=1), strict=True):
-        found[name] = replace(interval(values[name], part.formula(sums_RK), pairs.units), n=rows, groups=groups)
+    """Return scores with intervals, with a pseudo-pair at either end of their range."""
+    rows, groups, found = len(pairs.longer_N), pairs.units if len(pairs.clusters) else 0, {}
+    for name, part in parts.items():
+        value, sums_UK = float(part.formula(part.sums_NK.sum(0))), add_up(part.sums_NK, group_numbers(pairs))
+        with_ends = np.concatenate([sums_UK, *part.bounds(sums_UK)])
+        ends = (len(with_ends) - pairs.units) // 2
+        weighted = partial(weigh_sums, part.formula, with_ends)
+        found[name] = conclude_interval(value, bound(weighted, pairs.units, ends, seed), rows, groups)
     return found
+
+
+def weigh_sums(formula: Formula, sums_NK: Floats, weights_RN: Floats) -> Floats:
+    """Return the metric [R] of weighted rows."""
+    return formula(weights_RN @ sums_NK)
 
 
 def kappa(sums: Floats) -> Floats:
@@ -229,7 +222,7 @@ def kappa_bounds(sums_GK: Floats) -> tuple[Floats, Floats]:
     """Pseudo-pairs: one with full disagreement and one with full agreement, spread over the labels."""
     size = float(sums_GK.sum()) / len(sums_GK)
     agree = np.eye(3).ravel()
-    return (1 - agree) * size / 6, agree * size / 3
+    return ((1 - agree) * size / 6)[None], (agree * size / 3)[None]
 
 
 def length_bias(labelled: JudgedPairs) -> Difference:

@@ -13,18 +13,15 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
+from llmtune.evaluate.intervals import FEWEST_UNSEEN, Floats, Formula, Weighted, exact_interval, learn, pseudo_values
 from llmtune.evaluate.paired_statistics import (
-    BOOTSTRAP,
     EXACT,
     Bounds,
-    Floats,
-    Formula,
     RankStatistic,
-    Weighted,
+    add_up,
+    conclude_interval,
     difference,
     difference_weighted,
-    exact_interval,
-    pair_bounds,
     share_bounds,
     unknown,
 )
@@ -61,7 +58,7 @@ class Measure:
 
     @cached_property
     def resampled(self) -> Weighted:
-        """The metric [R] with row n drawn counts_RN[r, n] times."""
+        """The metric [R] with row n weighted by weights_RN[r, n]."""
         if self.ranking is not None:
             return self.ranking(self.sums_NK)
         assert self.formula is not None
@@ -129,51 +126,55 @@ def paired_difference(base: Measure, tuned: Measure, seed: int) -> Difference:
     if tuned.formula is not None:
         sums, right_wrong = (base.sums_NK, tuned.sums_NK), tuned.right_wrong
         return difference(*sums, tuned.formula, right_wrong=right_wrong, seed=seed, bounds=bounds, clusters=clusters)
-    if bounds is None and rows > 1 and np.array_equal(base.sums_NK, tuned.sums_NK):
-        return Difference(0.0, 0.0, 0.0, 1.0, rows, BOOTSTRAP)
-    bounded = None
-    if bounds is not None and rows:
-        bounds_22K = pair_bounds(bounds(np.concatenate([base.sums_NK, tuned.sums_NK])))
-        base_also, tuned_also = (
-            replace(one, sums_NK=with_rows(one.sums_NK, bounds_22K[:, which])).resampled
-            for which, one in enumerate((base, tuned))
-        )
-        bounded = base_also, tuned_also
-    return difference_weighted(base.resampled, tuned.resampled, rows, seed=seed, bounded=bounded, clusters=clusters)
+    assert bounds is not None, "rankings have bounds"
+    if not rows or is_line(bounds, clusters, rows):
+        return unknown(tuned.value - base.value, rows)
+    worst, best = bounds(np.concatenate([base.sums_NK, tuned.sums_NK]))
+    base_also, tuned_also = with_rows(base, best, worst, fixed=True), with_rows(tuned, worst, best)
+    return difference_weighted(base_also, tuned_also, rows, len(worst), seed=seed, clusters=clusters)
 
 
 def own_interval(measure: Measure, seed: int) -> Difference:
-    """Return a model's score with its 95 % interval.
-
-    Shares of single rows get the exact interval of Clopper and Pearson; other metrics that of `paired_difference`
-    with a model that scores zero.
-    """
+    """Return a model's score with its 95 % interval, by the construction of `intervals.py`."""
     rows, sums_NK = len(measure.sums_NK), measure.sums_NK
-    is_share = measure.formula is ratio and sums_NK.shape[1] == 2 and np.isin(sums_NK, (0, 1)).all()
-    if rows and is_share and sums_NK[:, 1].all() and not measure.clusters:
+    bounds = share_bounds if measure.right_wrong else measure.bounds
+    clusters = measure.clusters if len(set(measure.clusters)) < rows else ()
+    is_share = bounds is share_bounds and np.isin(sums_NK, (0, 1)).all()
+    if rows and is_share and sums_NK[:, 1].all() and not clusters:
         low, high = exact_interval(int(sums_NK[:, 0].sum()), rows, ERROR)
         return Difference(measure.value, low, high, 1.0, rows, EXACT)
-    bounded = None
-    if measure.bounds is not None and rows:
-        with_ends = replace(measure, sums_NK=with_rows(sums_NK, np.stack(measure.bounds(sums_NK))))
-        bounded = nothing, with_ends.resampled
-    clusters = measure.clusters if len(set(measure.clusters)) < rows else ()
-    return difference_weighted(nothing, measure.resampled, rows, seed=seed, bounded=bounded, clusters=clusters)
+    if not rows or not math.isfinite(measure.value) or is_line(bounds, clusters, rows):
+        return unknown(measure.value, rows)
+    if bounds is not None:
+        worst, best = bounds(sums_NK)
+        return difference_weighted(
+            nothing, with_rows(measure, worst, best), rows, len(worst), seed=seed, clusters=clusters
+        )
+    assert measure.formula is not None, "rankings have bounds"
+    sums_UK = add_up(sums_NK, clusters) if clusters else sums_NK
+    found = learn(pseudo_values(sums_UK, measure.formula), seed, fewest=FEWEST_UNSEEN)
+    return conclude_interval(measure.value, found, rows, len(sums_UK) if clusters else 0)
 
 
-def nothing(counts_RN: Floats) -> Floats:
+def is_line(bounds: Bounds | None, clusters: Sequence[int], rows: int) -> bool:
+    """Whether a correlation says nothing: two points are always on a line."""
+    return bounds is correlation_bounds and (len(set(clusters)) or rows) < 3
+
+
+def nothing(weights_RN: Floats) -> Floats:
     """Return the scores [R] of a model that scores zero."""
-    return np.zeros(len(counts_RN))
+    return np.zeros(len(weights_RN))
 
 
-def with_rows(sums_NK: Floats, bounds_2K: Floats) -> Floats:
-    """Add two pseudo-rows to a model's rows; constant columns stay constant.
+def with_rows(measure: Measure, first: Floats, second: Floats, *, fixed: bool = False) -> Weighted:
+    """Return the metric [R] of weighted rows and two sets of pseudo-rows; with `fixed`, constant columns stay constant.
 
     A baseline without a model predicts the same number for every row. A pseudo-row with another number would
     give it a correlation that it cannot have.
     """
-    constant_K = np.ptp(sums_NK, axis=0) == 0
-    return np.concatenate([sums_NK, np.where(constant_K, sums_NK[:1], bounds_2K)])
+    constant_K = (np.ptp(measure.sums_NK, axis=0) == 0) & fixed
+    ends = (np.where(constant_K, measure.sums_NK[:1], end_PK) for end_PK in (first, second))
+    return replace(measure, sums_NK=np.concatenate([measure.sums_NK, *ends])).resampled
 
 
 def ratio(sums: Floats) -> Floats:
@@ -205,6 +206,11 @@ def measure_means(metric: str, values: Sequence[float], signature: str) -> Measu
     return Measure(metric, columns(numbers, np.ones(len(numbers))), ratio, signature=signature)
 
 
+def quotient(top: Floats, bottom: Floats) -> Floats:
+    """Return `top / bottom`, and 0 where there is nothing to divide by."""
+    return np.divide(top, bottom, out=np.zeros(np.broadcast_shapes(top.shape, bottom.shape)), where=bottom > 0)
+
+
 def columns(*parts: Floats) -> Floats:
     """Stack K columns [N] into [N, K]."""
     return np.stack([np.asarray(part, dtype=np.float64) for part in parts], axis=1)
@@ -215,19 +221,29 @@ def difference_of_ratios(sums: Floats) -> Floats:
     return ratio(sums[..., :2]) - ratio(sums[..., 2:])
 
 
-# Bounds: a row at either end of a metric's range.
+# Bounds: rows at either end of a metric's range.
 #
 # Ten rows with equal answers do not prove that all rows have equal answers. Intervals of bounded metrics therefore
-# resample two more rows, in which one model is as bad as the metric allows and the other as good (`difference`).
-# Shapes: M rows of both models, or groups of rows added up.
+# weigh pseudo-rows too, in which a model is as bad or as good as the metric allows (`intervals.py`). A mean over
+# classes or tasks gets one for each of the rarest, because a single row may be all that shows them.
+# Shapes: M rows of both models, or groups of rows added up; P pseudo-rows at either end.
+
+MOST_CLASSES = 5
+"""Classes with rows that get a pseudo-row: as many wrong ones all look right by chance in about 5 of 100 samples."""
+
+
+def rarest(counts_C: Floats) -> NDArray[np.int64]:
+    """Return the numbers of all classes without a row, and of the rarest ones with rows."""
+    order_C = np.argsort(counts_C, kind="stable")
+    return order_C[: int((counts_C == 0).sum()) + MOST_CLASSES]
 
 
 def mean_share_bounds(sums_MK: Floats) -> tuple[Floats, Floats]:
-    """(right, counted) of several tasks: a question of the smallest task, where one counts most."""
-    counted = sums_MK[:, 1::2].sum(0)
-    task = 2 * int(np.argmin(counted))
-    worst, best = np.zeros((2, sums_MK.shape[1]))
-    worst[task + 1] = best[task] = best[task + 1] = 1
+    """(right, counted) of several tasks: a question of each of the smallest tasks, where one counts most."""
+    tasks = 2 * rarest(sums_MK[:, 1::2].sum(0))
+    worst, best = np.zeros((2, len(tasks), sums_MK.shape[1]))
+    each = np.arange(len(tasks))
+    worst[each, tasks + 1] = best[each, tasks] = best[each, tasks + 1] = 1
     return worst, best
 
 
@@ -237,7 +253,7 @@ def error_bounds(sums_MK: Floats) -> tuple[Floats, Floats]:
     An error rate has no upper bound: an answer may never end. The lower bound of the first row is an empty answer.
     """
     length = float(sums_MK[:, 1].mean())
-    return np.array([max(length, float(sums_MK[:, 0].max())), length]), np.array([0.0, length])
+    return np.array([[max(length, float(sums_MK[:, 0].max())), length]]), np.array([[0.0, length]])
 
 
 def chrf_bounds(sums_MK: Floats) -> tuple[Floats, Floats]:
@@ -245,7 +261,7 @@ def chrf_bounds(sums_MK: Floats) -> tuple[Floats, Floats]:
     reference = sums_MK.mean(0)[1::3]
     worst, best = np.repeat(reference, 3), np.repeat(reference, 3)
     worst[2::3] = 0
-    return worst, best
+    return worst[None], best[None]
 
 
 def bleu_bounds(sums_MK: Floats) -> tuple[Floats, Floats]:
@@ -253,44 +269,46 @@ def bleu_bounds(sums_MK: Floats) -> tuple[Floats, Floats]:
     length, orders = float(sums_MK[:, 1].mean()), (sums_MK.shape[1] - 2) // 2
     grams = np.maximum(length - np.arange(orders), 0)
     lengths = [length, length]
-    return np.concatenate([lengths, 0 * grams, grams]), np.concatenate([lengths, grams, grams])
+    return np.concatenate([lengths, 0 * grams, grams])[None], np.concatenate([lengths, grams, grams])[None]
 
 
 def hit_bounds(sums_MK: Floats) -> tuple[Floats, Floats]:
     """(hits, predicted, right): nothing found, and everything, in a row with an average number to find."""
     right = float(sums_MK[:, 2].mean())
-    return np.array([0.0, right, right]), np.array([right, right, right])
+    return np.array([[0.0, right, right]]), np.array([[right, right, right]])
 
 
 def class_bounds(sums_M3K: Floats) -> tuple[Floats, Floats]:
-    """(hits, predicted, right) by class: a row of the rarest class, which counts most, predicted as the commonest."""
-    right = np.split(sums_M3K, 3, axis=1)[2].sum(0)
-    classes, size = len(right), float(right.sum()) / len(sums_M3K)
-    worst, best = np.zeros((2, 3, classes))
-    rarest, commonest = int(np.argmin(np.where(right > 0, right, np.inf))), int(np.argmax(right))
-    best[:, rarest] = worst[2, rarest] = worst[1, commonest] = size
-    return worst.ravel(), best.ravel()
+    """(hits, predicted, right) by class: a row of each of the rarest classes, predicted as the most frequent other."""
+    right_K = np.split(sums_M3K, 3, axis=1)[2].sum(0)
+    size, rare_P = float(right_K.sum()) / len(sums_M3K), rarest(right_K)
+    worst, best = np.zeros((2, len(rare_P), 3, len(right_K)))
+    common = np.argsort(-right_K, kind="stable")
+    for row, label in enumerate(rare_P):
+        best[row, :, label] = worst[row, 2, label] = size
+        worst[row, 1, common[int(len(common) > 1 and common[0] == label)]] = size
+    return worst.reshape(len(rare_P), -1), best.reshape(len(rare_P), -1)
 
 
 def rank_bounds(seen_MK: Floats) -> tuple[Floats, Floats]:
-    """(scores, right) by class: a row of the rarest class with its lowest score, or its highest."""
+    """(scores, right) by class: a row of each of the rarest classes with its lowest score, or its highest."""
     scores, right = np.split(seen_MK, 2, axis=1)
-    counts = right.sum(0)
-    true = np.arange(len(counts)) == int(np.argmin(np.where(counts > 0, counts, np.inf)))
+    true_PC = np.eye(right.shape[1])[rarest(right.sum(0))]
     low, high = scores.min(0), scores.max(0)
-    return np.concatenate([np.where(true, low, high), true]), np.concatenate([np.where(true, high, low), true])
+    worst, best = np.where(true_PC, low, high), np.where(true_PC, high, low)
+    return np.concatenate([worst, true_PC], 1), np.concatenate([best, true_PC], 1)
 
 
 def correlation_bounds(seen_M2: Floats) -> tuple[Floats, Floats]:
     """(predicted, reference): the highest reference with the lowest prediction, and with the highest."""
     (low, _), (high, top) = seen_M2.min(0), seen_M2.max(0)
-    return np.array([low, top]), np.array([high, top])
+    return np.array([[low, top]]), np.array([[high, top]])
 
 
 def brier_bounds(sums_M2: Floats) -> tuple[Floats, Floats]:
     """(squared errors, choices): certain of a wrong label, and of the right one, in a row of average length."""
     choices = float(sums_M2[:, 1].mean())
-    return np.array([2 * choices, choices]), np.array([0.0, choices])
+    return np.array([[2 * choices, choices]]), np.array([[0.0, choices]])
 
 
 def reliability_bounds(sums_M3B: Floats) -> tuple[Floats, Floats]:
@@ -298,7 +316,7 @@ def reliability_bounds(sums_M3B: Floats) -> tuple[Floats, Floats]:
     choices = float(np.split(sums_M3B, 3, axis=1)[2].sum(1).mean())
     worst, best = np.zeros((2, 3, sums_M3B.shape[1] // 3))
     worst[[0, 2], -1] = best[:, -1] = choices
-    return worst.ravel(), best.ravel()
+    return worst.reshape(1, -1), best.reshape(1, -1)
 
 
 BOUNDS: Mapping[str, Bounds] = {

@@ -19,9 +19,8 @@ from rich.console import Console
 
 from llmtune.data.row_store import iterate_columns, iterate_rows
 from llmtune.errors import Problem, RecipeError, nearest
-from llmtune.evaluate.metric import Measure, measure_means
+from llmtune.evaluate.metric import Measure, measure_means, measure_shares
 from llmtune.evaluate.own_metric_process import BLOCKED
-from llmtune.evaluate.paired_statistics import share_bounds
 from llmtune.recipe.evaluate_section import EvaluateSection
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_facts import answer_kind
@@ -40,6 +39,9 @@ if TYPE_CHECKING:
 KEY = "evaluate.metrics"
 SHARE = re.compile(r"(?:typing\.|t\.)?Annotated\[float, 0(?:\.0)?, 1(?:\.0)?\]")
 TYPES = "bool, float, or Annotated[float, 0, 1] for numbers from 0 to 1"
+NO_RANGE = (
+    "no range stated, so its intervals use the one that the rows show: annotate Annotated[float, 0, 1] if it fits"
+)
 GRACE_SECONDS = 5.0
 """Time after the limit for a metric to end, before its process is killed: code in C does not see the limit."""
 Kind = Literal["bool", "share", "number"]
@@ -192,10 +194,15 @@ def measure_own(
         if isinstance(found, dict):
             problems[name] = describe_failure(metric, Failure(**found), [origins[i] for i in answers])
             continue
-        one = measure_means(name, found, metric.signature)
-        bounds = None if metric.kind == "number" else share_bounds
-        measured[name] = replace(one, bounds=bounds, right_wrong=metric.kind == "bool", at=tuple(answers))
+        measured[name] = replace(measure_values(metric, found), at=tuple(answers))
     return measured
+
+
+def measure_values(metric: OwnMetric, values: Sequence[float]) -> Measure:
+    """Build the measure of one metric; one that states no range gets it from its rows."""
+    if metric.kind == "number":
+        return measure_means(metric.name, values, f"{metric.signature}; {NO_RANGE}")
+    return replace(measure_shares(metric.name, values, metric.signature), right_wrong=metric.kind == "bool")
 
 
 def _run_plain(metric: OwnMetric, pairs: Sequence[Pair], section: EvaluateSection) -> Any:

@@ -1,8 +1,8 @@
 """Paired statistics on the rows that both models answered: an interval and a p-value for tuned minus base.
 
 Nearly every metric is a formula over per-row sums (nats and tokens, right answers and answers, n-gram counts). One
-resampling therefore serves means, ratios and corpus scores. Rank metrics have no such sums; they depend on how
-often each row was drawn. Shapes: R resamples, N rows, K sums.
+set of weights therefore serves means, ratios and corpus scores. Rank metrics have no such sums; they depend on the
+weight of each row. Shapes: R draws, N rows, U rows or groups of rows, K sums.
 """
 
 from __future__ import annotations
@@ -12,43 +12,39 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
-from numpy.typing import NDArray
 
+from llmtune.evaluate.intervals import (
+    CHUNK_CELLS,
+    FEWEST_UNBOUNDED,
+    FEWEST_UNSEEN,
+    RESAMPLES,
+    UNDEFINED_SHARE,
+    Floats,
+    Formula,
+    Interval,
+    Weighted,
+    bound,
+    learn,
+    pseudo_values,
+)
 from llmtune.recipe.evaluate_section import ERROR
 from llmtune.score_records import Difference
 
-Floats = NDArray[np.float64]
-Formula = Callable[[Floats], Floats]
-"""Maps summed statistics [..., K] to the metric's value [...]."""
-Weighted = Callable[[Floats], Floats]
-"""Maps how often each row is drawn [R, N] to the metric's values [R]."""
 RankStatistic = Callable[[Floats], Weighted]
 """Builds a weighted statistic from the numbers of each row [N, K], for metrics without sums."""
 Bounds = Callable[[Floats], tuple[Floats, Floats]]
-"""Maps the rows of both models [M, K] to a worst and a best row [K] (`metric.py`)."""
+"""Maps the rows of both models [M, K] to the worst and the best rows [P, K] (`metric.py`)."""
 
-RESAMPLES = 5000
-CHUNK_CELLS = 200_000
-"""Counts held at a time: small enough for a CPU cache, large enough for its matrix product."""
-UNDEFINED_SHARE = 0.01
-"""Share of resamples that may lack a value (no row of a rare class was drawn) and are skipped."""
-ALL_SWAPS = 12
-"""Up to this many rows, every way of swapping the two models' answers is tried."""
 POWER = 0.8
 """Share of repetitions in which an existing difference is shown."""
 MOST_STEPS = 20
-BEYOND = 1.0
-"""How far an end of an interval moves, in rows: lost rows are whole numbers, quantiles fall between them."""
-EQUAL = 1e-9
-"""Share of a difference below which rows differ only by rounding."""
-SWAPS, BOOTSTRAP, MCNEMAR = "paired permutation", "paired bootstrap", "McNemar mid-p"
-EXACT = "Clopper-Pearson"
+BOOTSTRAP, MCNEMAR, EXACT = "Bayesian bootstrap", "McNemar exact", "Clopper-Pearson"
 METHOD = (
-    f"95 %, paired bootstrap over rows (with data.split_by over its groups), {RESAMPLES} resamples, expanded "
-    "percentiles; resamples without a value are skipped if they are at most 1 in 100; bounded metrics with one "
-    f"pseudo-row at either end of their range; p by {RESAMPLES} paired permutations, at least that of Johnson's t for "
-    "skewed differences (ranks: by the bootstrap); right-or-wrong metrics with p by McNemar's test, mid-p (groups: by "
-    "permutations)"
+    f"95 %, from {RESAMPLES} draws of weights for the rows (with data.split_by for its groups) and for a pseudo-row at "
+    "either end of the metric's range (Gaffke's bound; shares of right rows: Clopper and Pearson's interval); metrics "
+    "without a range: pseudo-rows outside of the seen range, at least Student's t, none for a difference below "
+    f"{FEWEST_UNBOUNDED} rows or a score below {FEWEST_UNSEEN}; p from the same draws, of right-or-wrong metrics by "
+    "McNemar's exact test"
 )
 
 
@@ -65,79 +61,66 @@ def difference(
 ) -> Difference:
     """Compare two models on the same rows.
 
-    `base_NK` and `tuned_NK` contain each row's sums. The interval is the bootstrap percentile interval with the tails
-    widened for small samples as in Hesterberg, "What Teachers Should Know About the Bootstrap", 2015.
-    Bounded metrics (`bounds`) get two pseudo-rows in the resampling, in which the models differ as much as the metric
-    allows, either way. Right-or-wrong metrics (`right_wrong`, sums [right, 1]) get them after Bonett and Price,
-    "Adjusted Wald Confidence Interval for a Difference of Binomial Proportions Based on Paired Data", 2012: without
-    them the interval of ten rows that all got better would be a single point. The ends of other bounded metrics also
-    move out by one row. A model that is worse by exactly the margin of a gate then passes in at most 4 of 100 runs,
-    whatever the share of equal answers. The p of right-or-wrong metrics is McNemar's; for all others it comes from
-    swapping the answers of the two models, row by row, and is never below that of `skewed_p`.
-    Rows with equal numbers in `clusters` [N] belong together: they are summed, and these groups drawn and swapped.
-    With fewer than two of them, or more than one in a hundred resamples without a finite value, the interval is NaN and
-    p is 1.
+    `base_NK` and `tuned_NK` contain each row's sums. Interval and p-value are from the same draws (`intervals.py`); the
+    p of right-or-wrong metrics (`right_wrong`, sums [right, 1]) is computed. The pseudo-rows of bounded metrics
+    (`bounds`) are rows in which the models differ as much as the metric allows; those of other metrics are learned.
+    Rows with equal numbers in `clusters` [N] belong together: they are summed, and these groups get the weights.
+    With too few of them the interval is NaN and p is 1.
     """
-    if len(clusters):
-        sums, bounds = (add_up(base_NK, clusters), add_up(tuned_NK, clusters)), share_bounds if right_wrong else bounds
-        grouped = difference(*sums, formula, right_wrong=False, seed=seed, resamples=resamples, bounds=bounds)
-        return replace(grouped, n=len(base_NK), groups=grouped.n)
     rows, bounds = len(base_NK), share_bounds if right_wrong else bounds
-    value = float(formula(tuned_NK.sum(0)) - formula(base_NK.sum(0)))
-    if rows < 2:
-        return unknown(value, rows)
-    paired_N2K = np.stack([base_NK, tuned_NK], axis=1)
-    if bounds is None and np.array_equal(base_NK, tuned_NK):
-        return Difference(0.0, 0.0, 0.0, 1.0, rows, SWAPS)
-    bounds_22K = pair_bounds(bounds(np.concatenate([base_NK, tuned_NK]))) if bounds else paired_N2K[:0]
-    change = interval(value, resample(np.concatenate([paired_N2K, bounds_22K]), formula, seed, resamples), rows)
-    if not np.isfinite(change.low):
-        return change
-    if right_wrong:
-        return replace(change, p=mcnemar(*discordant(base_NK, tuned_NK)), test=MCNEMAR)
-    if bounds is not None:
-        with_one, alone = (
-            formula(sums[:, 1]) - formula(sums[:, 0]) for sums in (paired_N2K.sum(0) + bounds_22K, bounds_22K)
+    groups = 0
+    if len(clusters):
+        base_NK, tuned_NK = add_up(base_NK, clusters), add_up(tuned_NK, clusters)
+        right_wrong, groups = False, len(base_NK)
+    units, value = len(base_NK), float(formula(tuned_NK.sum(0)) - formula(base_NK.sum(0)))
+    if units < 2 or not math.isfinite(value):
+        return replace(unknown(value, rows), groups=groups)
+    if bounds is None:
+        base_U, tuned_U = pseudo_values(base_NK, formula), pseudo_values(tuned_NK, formula)
+        reach = float(np.ptp(np.concatenate([base_U, tuned_U])))
+        unchanged = int((base_NK == tuned_NK).all(1).sum())
+        found = learn(tuned_U - base_U, seed, reach=reach, unchanged=unchanged, resamples=resamples)
+    else:
+        worst, best = bounds(np.concatenate([base_NK, tuned_NK]))
+        with_ends = [np.concatenate([base_NK, best, worst]), np.concatenate([tuned_NK, worst, best])]
+        found = bound(
+            lambda weights_RU: formula(weights_RU @ with_ends[1]) - formula(weights_RU @ with_ends[0]),
+            *(units, len(worst), seed, resamples),
         )
-        change = move_apart(change, with_one, widest=float(np.abs(alone).max()))
-    swapped = permutation_p(base_NK, tuned_NK, formula, seed, resamples)
-    return replace(change, p=max(swapped, skewed_p(base_NK, tuned_NK, formula)), test=SWAPS)
+    change = conclude_interval(value, found, rows, groups)
+    if right_wrong and change.test and np.isin(np.stack([base_NK, tuned_NK]), (0, 1)).all():  # no ties of one half
+        return replace(change, p=mcnemar(*discordant(base_NK, tuned_NK)), test=MCNEMAR)
+    return change
 
 
 def difference_weighted(
-    base: Weighted,
-    tuned: Weighted,
-    rows: int,
-    *,
-    seed: int,
-    bounded: tuple[Weighted, Weighted] | None = None,
-    clusters: Sequence[int] = (),
+    base: Weighted, tuned: Weighted, rows: int, ends: int, *, seed: int, clusters: Sequence[int] = ()
 ) -> Difference:
     """Compare two models on the same N rows as `difference` does, by a metric that sums cannot express.
 
-    `bounded` is the pair of statistics of a bounded metric on two more rows, the pairs of `pair_bounds`.
+    Both statistics take the weights [R, N + 2 * ends] of the rows and of the pseudo-rows of either end.
     """
-    once_1N = np.ones((1, rows))
-    value = float(tuned(once_1N)[0] - base(once_1N)[0]) if rows else float("nan")
     unit_N = np.unique(clusters, return_inverse=True)[1] if len(clusters) else np.arange(rows)
     units = len(np.unique(unit_N))
     groups = units if len(clusters) else 0
-    if units < 2:
+    size = rows / max(1, units)  # a pseudo-row counts as a group of average size
+
+    def values(weights_RU: Floats) -> Floats:
+        weights_RN = np.concatenate([weights_RU[:, :units][:, unit_N], weights_RU[:, units:] * size], axis=1)
+        return tuned(weights_RN) - base(weights_RN)
+
+    value = float(values(np.append(np.ones(units), np.zeros(2 * ends))[None])[0]) if rows else math.nan
+    if not math.isfinite(value):
         return replace(unknown(value, rows), groups=groups)
-    base, tuned = bounded or (base, tuned)
-    size = rows / units
+    return conclude_interval(value, bound(values, units, ends, seed), rows, groups)
 
-    def values(counts_RU: Floats) -> Floats:
-        drawn_RN = counts_RU[:, unit_N]
-        if bounded is not None:  # a pseudo-row counts as a group of average size
-            drawn_RN = np.concatenate([drawn_RN, counts_RU[:, units:] * size], axis=1)
-        return tuned(drawn_RN) - base(drawn_RN)
 
-    drawn = draw_counts(units + 2 * (bounded is not None), seed, RESAMPLES)
-    change = interval(value, np.concatenate([values(counts_RU) for counts_RU in drawn]), units)
-    if bounded is not None and np.isfinite(change.low):
-        change = move_apart(change, values(np.concatenate([np.ones((2, units)), np.eye(2)], axis=1)))
-    return replace(change, n=rows, groups=groups)
+def conclude_interval(value: float, found: Interval, rows: int, groups: int) -> Difference:
+    """Return a difference, or a score, with its interval; without a test if it has none."""
+    low, high = min(found.low, value), max(found.high, value)
+    if math.isnan(found.low):
+        return replace(unknown(value, rows), groups=groups)
+    return Difference(value, low, high, found.p, rows, BOOTSTRAP, groups)
 
 
 def add_up(sums_NK: Floats, clusters: Sequence[int]) -> Floats:
@@ -151,25 +134,7 @@ def add_up(sums_NK: Floats, clusters: Sequence[int]) -> Floats:
 def share_bounds(sums_MK: Floats) -> tuple[Floats, Floats]:
     """(right, counted): nothing right, and everything, in a row of average length."""
     counted = float(sums_MK[:, 1].mean())
-    return np.array([0.0, counted]), np.array([counted, counted])
-
-
-def pair_bounds(bounds: tuple[Floats, Floats]) -> Floats:
-    """Return two pseudo-rows [2, (base, tuned), K]: the tuned model at the better end, then at the worse one."""
-    worst, best = bounds
-    return np.array([[worst, best], [best, worst]])
-
-
-def move_apart(change: Difference, values_2: Floats, widest: float = math.inf) -> Difference:
-    """Move the ends of an interval outwards by the effect of one more row.
-
-    `values_2` are the differences with one pseudo-row of either kind, `widest` the largest possible difference. This
-    corrects a discrete count for continuity: the bootstrap's quantile of a few lost rows is about one row too small.
-    """
-    changes = np.nan_to_num(values_2 - change.value)
-    down, up = float(min(changes.min(), 0)), float(max(changes.max(), 0))
-    low, high = change.low + BEYOND * down, change.high + BEYOND * up
-    return replace(change, low=max(low, min(-widest, change.low)), high=min(high, max(widest, change.high)))
+    return np.array([[0.0, counted]]), np.array([[counted, counted]])
 
 
 def interval(value: float, values_R: Floats, rows: int) -> Difference:
@@ -193,17 +158,6 @@ def discordant(base_NK: Floats, tuned_NK: Floats) -> tuple[int, int]:
     """Count the rows that the base model scored higher on, and those that the tuned one did (right, half, wrong)."""
     base_N, tuned_N = base_NK[:, 0], tuned_NK[:, 0]
     return int(np.sum(base_N > tuned_N)), int(np.sum(tuned_N > base_N))
-
-
-def resample(paired_N2K: Floats, formula: Formula, seed: int, resamples: int = RESAMPLES) -> Floats:
-    """Draw rows with replacement and return tuned minus base for each of R draws; memory stays flat in N."""
-    rows, _, sums = paired_N2K.shape
-    flat = paired_N2K.reshape(rows, 2 * sums)
-    values = []
-    for counts_RN in draw_counts(rows, seed, resamples):
-        totals = (counts_RN @ flat).reshape(len(counts_RN), 2, sums)
-        values.append(formula(totals[:, 1]) - formula(totals[:, 0]))
-    return np.concatenate(values)
 
 
 def draw_counts(rows: int, seed: int, resamples: int) -> Iterator[Floats]:
@@ -284,70 +238,12 @@ def rows_needed(deviation: float, distance: float, alpha: float = ERROR) -> int 
     return rows
 
 
-def exact_interval(hits: int, rows: int, alpha: float) -> tuple[float, float]:
-    """Return the interval of a share: Clopper and Pearson, "The Use of Confidence or Fiducial Limits", 1934."""
-    import scipy.stats
-
-    low = float(scipy.stats.beta.ppf(alpha / 2, hits, rows - hits + 1)) if hits else 0.0
-    high = float(scipy.stats.beta.ppf(1 - alpha / 2, hits + 1, rows - hits)) if hits < rows else 1.0
-    return low, high
-
-
-def permutation_p(base_NK: Floats, tuned_NK: Floats, formula: Formula, seed: int, resamples: int = RESAMPLES) -> float:
-    """Return the share of answer swaps with a difference as large as the observed one, counting the observed one.
-
-    If the models do not differ, each row's two answers are exchangeable. Noreen,
-    "Computer-Intensive Methods for Testing Hypotheses", 1989. A bootstrap's p is far too small below thirty rows.
-    """
-    rows = len(base_NK)
-    change_NK = tuned_NK - base_NK
-    generator = np.random.default_rng(seed)
-    chunk = max(1, min(resamples, CHUNK_CELLS // rows))
-    if rows <= ALL_SWAPS:
-        swaps = iter([np.arange(2**rows)[:, None] >> np.arange(rows) & 1])
-    else:
-        swaps = (generator.integers(0, 2, (min(chunk, resamples - i), rows)) for i in range(0, resamples, chunk))
-    moved = (swap_RN.astype(np.float64) @ change_NK for swap_RN in swaps)
-    values_R = np.concatenate([formula(tuned_NK.sum(0) - RK) - formula(base_NK.sum(0) + RK) for RK in moved])
-    seen = abs(float(formula(tuned_NK.sum(0)) - formula(base_NK.sum(0))))
-    as_large = int(np.sum(~(np.abs(values_R) < seen * (1 - 1e-9))))
-    sampled = rows > ALL_SWAPS
-    return (as_large + sampled) / (len(values_R) + sampled)
-
-
-def skewed_p(base_NK: Floats, tuned_NK: Floats, formula: Formula) -> float:
-    """Return the p-value of a t test corrected for skewed differences; 0 if the differences do not vary.
-
-    Swaps assume that differences are as often above zero as below. For skewed differences with a mean of zero, such as
-    many small gains and a few large losses, their p is too small. Each row contributes its jackknife value. Johnson,
-    "Modified t Tests and Confidence Intervals for Asymmetrical Populations", 1978.
-    """
-    import scipy.stats
-
-    rows = len(base_NK)
-    value = formula(tuned_NK.sum(0)) - formula(base_NK.sum(0))
-    without_N = formula(tuned_NK.sum(0) - tuned_NK) - formula(base_NK.sum(0) - base_NK)
-    part_N = (rows - 1) * (value - without_N)
-    deviation = float(part_N.std(ddof=1))
-    if not deviation > EQUAL * abs(value):
-        return 0.0
-    part_N = (part_N - part_N.mean()) / deviation
-    t, skewness = float(value) * math.sqrt(rows) / deviation, float((part_N**3).mean())
-    t += skewness * (1 + 2 * t**2) / (6 * math.sqrt(rows))
-    return 2 * float(scipy.stats.t.sf(abs(t), rows - 1))
-
-
 def mcnemar(only_base: int, only_tuned: int) -> float:
-    """Return the mid-p-value of McNemar's test on the rows that only one model got right.
+    """Return the p-value of McNemar's exact test on the rows that only one model got right.
 
-    The exact test is far below its level with few such rows: Fagerland, Lydersen and Laake, "The McNemar test for
-    binary matched-pairs data: mid-p and asymptotic are better than exact conditional", 2013.
+    The interval of `bound` excludes zero if and only if it is below 5 %.
     """
-    discordant = only_base + only_tuned
-    if discordant == 0:
-        return 1.0
     import scipy.stats
 
-    fewer = min(only_base, only_tuned)
-    tail = scipy.stats.binom.cdf(fewer, discordant, 0.5) - scipy.stats.binom.pmf(fewer, discordant, 0.5) / 2
-    return min(1.0, 2 * float(tail))
+    discordant = only_base + only_tuned
+    return float(scipy.stats.binomtest(only_base, discordant).pvalue) if discordant else 1.0

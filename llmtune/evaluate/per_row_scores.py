@@ -29,8 +29,8 @@ from llmtune.evaluate.classification_metrics import (
     f1_weighted_formula,
     matthews_formula,
 )
+from llmtune.evaluate.intervals import Floats, Formula
 from llmtune.evaluate.metric import BOUNDS, Measure, PairedMeasures, difference_of_ratios, ratio, rows_by_squares
-from llmtune.evaluate.paired_statistics import Floats, Formula
 from llmtune.evaluate.text_metrics import bleu_formula, chrf_formula, error_rate, exponential_ratio, ter_formula
 from llmtune.records import Rows
 from llmtune.store.atomic_files import explained

@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 
 from llmtune.data.search_rows import EmbedRow, write_ranking
 from llmtune.evaluate.evaluated_task import Corpus
+from llmtune.evaluate.intervals import Floats
 from llmtune.evaluate.metric import Measure, columns, measure_means, measure_shares, rows_by_squares
-from llmtune.evaluate.paired_statistics import Floats
 from llmtune.store.atomic_files import hash_value
 
 RELEVANT = 0.5

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from llmtune.evaluate.paired_statistics import POWER, Floats
+from llmtune.evaluate.intervals import Floats
+from llmtune.evaluate.paired_statistics import POWER
 from llmtune.score_records import Threshold
 
 FIRST_SHARE = 10

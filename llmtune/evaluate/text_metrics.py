@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from llmtune.evaluate.intervals import Floats, Formula
 from llmtune.evaluate.metric import (
     Measure,
     bleu_bounds,
@@ -27,9 +28,10 @@ from llmtune.evaluate.metric import (
     error_bounds,
     measure_right,
     measure_shares,
+    quotient,
     ratio,
 )
-from llmtune.evaluate.paired_statistics import Bounds, Floats, Formula, share_bounds
+from llmtune.evaluate.paired_statistics import Bounds, share_bounds
 from llmtune.recipe.task_facts import CHOICE_METRICS
 from llmtune.recipe.user_files import read_text_file
 
@@ -133,8 +135,8 @@ def chrf_formula(sums: Floats) -> Floats:
     hypothesis, reference, match = counts[..., 0], counts[..., 1], counts[..., 2]
     effective = (hypothesis > 0) & (reference > 0)
     orders = np.maximum(effective.sum(-1), 1)
-    precision = np.where(effective, match / np.maximum(hypothesis, 1), 0).sum(-1) / orders
-    recall = np.where(effective, match / np.maximum(reference, 1), 0).sum(-1) / orders
+    precision = (effective * quotient(match, hypothesis)).sum(-1) / orders
+    recall = (effective * quotient(match, reference)).sum(-1) / orders
     return np.asarray(100 * 5 * precision * recall / np.maximum(4 * precision + recall, 1e-300), dtype=np.float64)
 
 
@@ -151,7 +153,7 @@ def ter_formula(sums: Floats) -> Floats:
     Snover et al., "A Study of Translation Edit Rate with Targeted Human Annotation", 2006.
     """
     edits, words = sums[..., 0], sums[..., 1]
-    return np.asarray(100 * np.where(words > 0, edits / np.maximum(words, 1), edits > 0), dtype=np.float64)
+    return np.asarray(100 * np.where(words > 0, quotient(edits, words), edits > 0), dtype=np.float64)
 
 
 def measure_corpus(
@@ -272,7 +274,7 @@ measure_cer = partial(measure_error_rate, "cer")
 def error_rate(sums: Floats) -> Floats:
     """[..., (errors, reference length)] -> [...]; NaN without a reference."""
     errors, length = sums[..., 0], sums[..., 1]
-    return np.asarray(np.where(length > 0, errors / np.maximum(length, 1), np.nan), dtype=np.float64)
+    return np.asarray(np.where(length > 0, quotient(errors, length), np.nan), dtype=np.float64)
 
 
 def errors_and_lengths(alignments: Sequence[Sequence[AlignmentChunk]], references: Sequence[Sequence[str]]) -> Floats:

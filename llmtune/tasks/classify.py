@@ -32,8 +32,8 @@ from llmtune.evaluate.classification_metrics import (
     true_classes,
 )
 from llmtune.evaluate.evaluated_task import EvalPrediction, LoadedModel
+from llmtune.evaluate.intervals import Floats
 from llmtune.evaluate.metric import Measure
-from llmtune.evaluate.paired_statistics import Floats
 from llmtune.evaluate.token_batches import run_encoder
 from llmtune.model.causal_lm_loss import model_inputs
 from llmtune.model.config import head_names, in_heads, name_outputs

@@ -11,8 +11,8 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from llmtune.evaluate.intervals import Floats
 from llmtune.evaluate.metric import Measure, columns, difference_of_ratios, measure_means, ratio
-from llmtune.evaluate.paired_statistics import Floats
 from llmtune.recipe.task_sections import PreferenceSection
 
 Ratings: TypeAlias = dict[str, float]

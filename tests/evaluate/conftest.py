@@ -17,7 +17,7 @@ from support.runs import write_colours
 
 from llmtune.data.examples import ExampleReader, encode_rows
 from llmtune.data.preparation import prepare_rows
-from llmtune.evaluate import paired_statistics as statistics
+from llmtune.evaluate import intervals
 from llmtune.evaluate.eval_inputs import EvalContext, make_inputs
 from llmtune.evaluate.evaluator import ModelLoaders
 from llmtune.evaluate.scoring import score_run
@@ -152,12 +152,7 @@ def measured(colours, tmp_path_factory):
 
 @pytest.fixture
 def drawn_once(monkeypatch):
-    """Reuse the resamples in each trial to save time: rows are new in each, so trials stay independent."""
-    draw = statistics.draw_counts
-    monkeypatch.setattr(statistics, "draw_counts", cache(lambda rows, seed, resamples: list(draw(rows, 0, resamples))))
-
-
-@pytest.fixture
-def without_p(monkeypatch):
-    """Skip permutations: gates use only intervals."""
-    monkeypatch.setattr(statistics, "permutation_p", lambda *arguments: 1.0)
+    """Reuse the weights in each trial to save time: rows are new in each, so trials stay independent."""
+    draw = intervals.draw_weights
+    again = cache(lambda units, total, seed, resamples: list(draw(units, total, 0, resamples)))
+    monkeypatch.setattr(intervals, "draw_weights", again)

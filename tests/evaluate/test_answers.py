@@ -134,6 +134,7 @@ def test_tool_metrics_are_omitted_if_no_row_has_tools(bench):
     assert not {*TOOL_METRICS} & {*measured_metrics(bench.recipe, has_tools=False)}
 
 
+@pytest.mark.promise("metric", "referee", equal="answers counted", place="answers_cut")
 def test_truncated_answers_are_counted_and_reported(bench, console):
     longer = bench.recipe.generation.model_copy(update={"max_new_tokens": 1})
     bench.recipe, bench.steps = bench.recipe.model_copy(update={"generation": longer}), 0

@@ -42,6 +42,8 @@ def choices(count: int = 400, *, many: bool = False, sharpness: float = 3.0, see
     return Chosen(LABELS, logits * sharpness, right, tuple(range(count)), many)
 
 
+@pytest.mark.promise("metric", "referee", equal="scikit-learn, within 1e-6 of the value", place="brier")
+@pytest.mark.promise("metric", "referee", equal="scikit-learn, within 1e-6 of the value", place="nll")
 def test_brier_and_likelihood_equal_those_of_scikit_learn() -> None:
     chosen = choices()
     p, right = softmax(chosen.logits_UK, 1), chosen.right_UK.argmax(1)
@@ -58,6 +60,7 @@ def test_brier_and_likelihood_of_several_labels_equal_those_of_scikit_learn() ->
     assert measure_calibration("nll", chosen).value == pytest.approx(log_loss(right, p))
 
 
+@pytest.mark.promise("metric", "referee", equal="scikit-learn, within 1e-6 of the value", place="ece")
 @pytest.mark.parametrize("many", [False, True])
 def test_bins_and_calibration_error_equal_the_curve_of_scikit_learn(many: bool) -> None:
     chosen = choices(many=many)

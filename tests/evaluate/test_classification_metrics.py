@@ -85,6 +85,7 @@ def by_the_library(metric, kind, scores, references, labels=LABELS):
 CASES = [(kind, metric) for kind, metrics in CLASS_METRICS.items() for metric in metrics]
 
 
+@pytest.mark.promise("metric", "referee", equal="scikit-learn or SciPy, within 1e-12")
 @pytest.mark.parametrize(("kind", "metric"), CASES)
 @pytest.mark.parametrize("seed", range(6))
 def test_scores_of_a_few_rows_equal_the_librarys_even_if_classes_are_missing(kind, metric, seed):
@@ -180,6 +181,9 @@ def entity_score(metric, predicted, reference):
     return SEQEVAL[metric](reference, predicted, **options)
 
 
+@pytest.mark.promise("metric", "referee", equal="seqeval, within 1e-12", place="precision")
+@pytest.mark.promise("metric", "referee", equal="seqeval, within 1e-12", place="recall")
+@pytest.mark.promise("metric", "referee", equal="seqeval, within 1e-12", place="f1")
 @settings(max_examples=200, deadline=None)
 @given(TAGGED_ROWS)
 def test_entity_scores_equal_those_of_seqeval_for_any_tags(rows):

@@ -100,9 +100,10 @@ def test_rank_metrics_draw_groups_too():
     def mean(numbers):
         return lambda counts_RN: counts_RN @ numbers / counts_RN.sum(1)
 
-    rows = difference_weighted(mean(base), mean(tuned), 30, seed=0)
-    copies = mean(np.repeat(base, 5)), mean(np.repeat(tuned, 5))
-    groups = difference_weighted(*copies, 150, seed=0, clusters=clusters)
+    base, tuned = (np.append(one, [low, high]) for one, low, high in ((base, 9, -9), (tuned, -9, 9)))
+    rows = difference_weighted(mean(base), mean(tuned), 30, 1, seed=0)
+    copies = (mean(np.append(np.repeat(one[:30], 5), one[30:])) for one in (base, tuned))
+    groups = difference_weighted(*copies, 150, 1, seed=0, clusters=clusters)
     assert (groups.value, groups.low, groups.high) == pytest.approx((rows.value, rows.low, rows.high))
     assert (groups.n, groups.groups) == (150, 30)
 

@@ -86,7 +86,7 @@ def test_the_bounds_are_the_metrics_worst_and_best_possible_rows(metric):
     assert one.bounds is not None
     worst, best = one.bounds(one.sums_NK)
     scores = [
-        Measure(one.metric, np.concatenate([one.sums_NK, [end]]), one.formula, ranking=one.ranking).value
+        Measure(one.metric, np.concatenate([one.sums_NK, end]), one.formula, ranking=one.ranking).value
         for end in (worst, best)
     ]
     low, high = sorted(scores)
@@ -97,13 +97,14 @@ def test_the_bounds_are_the_metrics_worst_and_best_possible_rows(metric):
 
 def test_the_worst_row_of_an_error_rate_is_the_worst_one_observed():
     """It has no upper bound: an answer may never end."""
-    assert [part.tolist() for part in error_bounds(np.array([[0.0, 6.0], [40.0, 4.0]]))] == [[40, 5], [0, 5]]
-    assert [part.tolist() for part in error_bounds(np.array([[0.0, 6.0], [1.0, 4.0]]))] == [[5, 5], [0, 5]]
+    assert [part.tolist() for part in error_bounds(np.array([[0.0, 6.0], [40.0, 4.0]]))] == [[[40, 5]], [[0, 5]]]
+    assert [part.tolist() for part in error_bounds(np.array([[0.0, 6.0], [1.0, 4.0]]))] == [[[5, 5]], [[0, 5]]]
 
 
 def test_an_interval_is_no_wider_than_the_range():
     found = paired_difference(*(measure_shares("f1", [0.7, 0.7], ""),) * 2, seed=0)
-    assert (found.low, found.high) == (-1, 1)
+    assert -1 <= found.low < -0.5
+    assert 0.5 < found.high <= 1
 
 
 @pytest.mark.parametrize("metric", ["pearson", "spearman"])
@@ -115,11 +116,6 @@ def test_a_baseline_with_constant_predictions_has_no_correlation_in_its_pseudo_r
     found = paired_difference(mean, tuned, seed=0)
     assert found.value > 0.7
     assert 0.1 < found.low < found.value < found.high <= 1
-
-
-def test_a_metric_without_bounds_has_no_floor():
-    sums = np.stack([np.arange(5.0), np.ones(5)], 1)
-    assert difference(sums, sums, ratio, right_wrong=False, seed=0).low == 0
 
 
 def test_with_many_rows_the_bounds_hardly_widen_the_interval():
@@ -179,7 +175,7 @@ def passes(metric, shape, rows, ties, trials):
     return passed / trials
 
 
-@pytest.mark.usefixtures("drawn_once", "without_p")
+@pytest.mark.usefixtures("drawn_once")
 @pytest.mark.parametrize(
     ("rows", "ties"),
     [(8, 0.85), (60, 0.95), *(pytest.param(*one, marks=pytest.mark.slow) for one in ((20, 0.85), (200, 0.3)))],
@@ -190,7 +186,7 @@ def test_a_model_that_is_worse_by_exactly_the_margin_seldom_passes(shape, rows, 
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("drawn_once", "without_p")
+@pytest.mark.usefixtures("drawn_once")
 @pytest.mark.parametrize("ties", [0, 0.3, 0.6, 0.85, 0.95])
 @pytest.mark.parametrize("metric", ["mean", "ratio", "chrf", "wer"])
 def test_a_model_that_is_worse_by_exactly_the_margin_passes_in_at_most_4_of_100_runs(metric, ties):
@@ -201,7 +197,6 @@ def test_a_model_that_is_worse_by_exactly_the_margin_passes_in_at_most_4_of_100_
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("without_p")
 @pytest.mark.parametrize("rows", [8, 12, 20, 30, 60, 100, 200, 500])
 def test_a_model_that_only_loses_rows_passes_in_at_most_4_of_100_runs(rows):
     """Computed: the outcome depends only on the number of lost rows. Worst case of all shares of equal rows to 95 %."""

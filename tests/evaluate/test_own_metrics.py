@@ -2,7 +2,6 @@
 
 import io
 import json
-import math
 import re
 import shutil
 import time
@@ -265,20 +264,30 @@ def test_own_metrics_are_paired_gated_and_in_every_report(finished: Path) -> Non
     for name in ("has_digit", "right_letters", "length_cost"):
         change = report["difference"][name]
         assert change["value"] == pytest.approx(report["tuned"][name] - report["base"][name])
-        assert all(map(math.isfinite, change["interval"]))
+        assert (change["interval"] == [None, None]) == (name == "length_cost")  # no range, and fewer than ten rows
         assert f"tuned.{name}" in (finished / "junit.xml").read_text()
     assert report["signatures"]["has_digit"].startswith("The answer contains a digit. (metrics.py, sha256 ")
     assert report["flips"]["has_digit"]["rows"] == report["rows"]
     assert gates["length_cost <= 10000"]["passed"]
+    assert "too few for an interval" in gates["length_cost.high < base"]["note"]
+    assert "Annotated[float, 0, 1]" in report["signatures"]["length_cost"]
     assert re.search("length_cost.{0,99}lower is better", (finished / "report.html").read_text(), re.DOTALL)
 
 
+@pytest.mark.promise("metric", "referee", equal="the function on the saved answers", place="own (bool)")
+@pytest.mark.promise("metric", "referee", equal="the function on the saved answers", place="own (share)")
+@pytest.mark.promise("metric", "referee", equal="the function on the saved answers", place="own (number)")
 def test_values_are_those_of_the_saved_answers(finished: Path) -> None:
-    lines = map(json.loads, (finished / "evaluation" / "predictions.jsonl").read_text().splitlines())
+    answered = [*map(json.loads, (finished / "evaluation" / "predictions.jsonl").read_text().splitlines())]
     measures = load_measures(finished / "evaluation").tuned
-    costs = [abs(len(line["tuned"]) - len(line["reference"])) for line in lines]
+    costs = [abs(len(line["tuned"]) - len(line["reference"])) for line in answered]
     assert measures["length_cost"].sums_NK[:, 0].tolist() == costs
     assert len({*costs}) > 1
+    tuned = [line["tuned"] for line in answered]
+    wanted = [line["reference"] for line in answered]
+    shares = [sum(a in text for a in want) / len(want) for text, want in zip(tuned, wanted, strict=True)]
+    assert measures["right_letters"].sums_NK[:, 0].tolist() == shares
+    assert measures["has_digit"].sums_NK[:, 0].tolist() == [any(map(str.isdigit, text)) for text in tuned]
     assert measures["length_cost"].bounds is None
     assert measures["right_letters"].bounds is not None
     assert measures["has_digit"].right_wrong

@@ -66,7 +66,7 @@ def computed(deviation, true, limit):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("drawn_once", "without_p")
+@pytest.mark.usefixtures("drawn_once")
 @pytest.mark.parametrize("draw", [right_or_wrong, losses])
 def test_gates_pass_fail_and_are_inconclusive_as_often_as_an_earlier_run_promised(draw):
     earlier = measure(draw, np.random.default_rng(1), 3000, 0.0)
@@ -87,7 +87,7 @@ def test_gates_pass_fail_and_are_inconclusive_as_often_as_an_earlier_run_promise
     assert no_change == near(computed(deviation, 0.0, 0.0))
 
 
-@pytest.mark.usefixtures("drawn_once", "without_p")
+@pytest.mark.usefixtures("drawn_once")
 def test_a_gate_with_a_margin_fails_a_worse_model_and_seldom_an_equal_one():
     """Two fifths of 300 rows flip; the margin is 0.1, and one row in ten is about 1.6 standard errors."""
     equal, within, at_the_margin, beyond = (

@@ -10,6 +10,7 @@ import pytest
 
 from llmtune.evaluate.metric import paired_difference
 from llmtune.evaluate.ranking_metrics import RankedQuery, measure_ranking
+from llmtune.recipe.task_facts import RANKING
 
 METRICS = {
     "ndcg@10": "nDCG@10",
@@ -23,6 +24,12 @@ METRICS = {
     "map": "AP",
 }
 """By our names those of ir-measures."""
+REFEREED = [
+    pytest.param(name, marks=[pytest.mark.promise("metric", "referee", equal="ir-measures, within 1e-9", place=name)])
+    if name in RANKING
+    else name
+    for name in METRICS
+]
 
 
 def referee(metric: str, queries: list[RankedQuery]) -> dict[int, float]:
@@ -53,7 +60,7 @@ def random_queries(seed: int, scores: int) -> list[RankedQuery]:
     return [*queries, RankedQuery([1, 2], [0, 0])]
 
 
-@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("metric", REFEREED)
 def test_values_equal_those_of_ir_measures_for_graded_relevance(metric: str) -> None:
     queries = [
         RankedQuery(np.random.default_rng(i).permutation(len(query.scores)), query.relevances, query.unranked)

@@ -15,7 +15,7 @@ from sklearn.base import BaseEstimator, ClassifierMixin
 from support import decisions as simulated
 
 from llmtune.evaluate.calibration import log_probabilities
-from llmtune.evaluate.paired_statistics import Floats, exact_interval
+from llmtune.evaluate.intervals import Floats, exact_interval
 from llmtune.evaluate.selective_prediction import (
     FIRST_SHARE,
     fit_sets,

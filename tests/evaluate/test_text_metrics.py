@@ -36,6 +36,7 @@ PAIRS = st.lists(st.tuples(st.text("ab .,é\n", max_size=24), st.text("ab .,é\n
 COUNTS = np.array([[2.0, 0, 1, 3, 0], [0, 0, 0, 0, 1], [1, 1, 1, 1, 1]])
 
 
+@pytest.mark.promise("metric", "referee", equal="rouge-score, within 1e-12")
 @pytest.mark.parametrize("metric", ["rouge1", "rouge2", "rougeL", "rougeLsum"])
 def test_rouge_is_the_mean_f1_of_rouge_score(metric):
     scorer = RougeScorer([metric], use_stemmer=False)
@@ -51,6 +52,9 @@ def test_bleu_with_another_tokenizer_equals_sacrebleu():
     assert "tok:char" in found.signature
 
 
+@pytest.mark.promise("metric", "referee", equal="sacrebleu, within 1e-9", place="bleu")
+@pytest.mark.promise("metric", "referee", equal="sacrebleu, within 1e-9", place="ter")
+@pytest.mark.promise("metric", "referee", equal="sacrebleu, within 1e-9", place="chrf")
 @settings(max_examples=150, deadline=None)
 @given(PAIRS)
 def test_corpus_scores_equal_those_of_sacrebleu_for_any_texts(pairs):
@@ -61,6 +65,7 @@ def test_corpus_scores_equal_those_of_sacrebleu_for_any_texts(pairs):
     assert measure_chrf(texts, references).value == pytest.approx(chrf, abs=1e-9)
 
 
+@pytest.mark.promise("metric", "referee", equal="words counted by hand", place="length_ratio")
 def test_the_length_ratio_is_the_words_of_all_texts_over_the_words_of_all_references():
     found = measure_length_ratio(["one two", "", "a\tb\nc"], ["one", "one two three", "a b c d"])
     assert found.value == 5 / 8
@@ -86,6 +91,8 @@ SQUAD_CASES = [
 ]
 
 
+@pytest.mark.promise("metric", "referee", equal="cases of the SQuAD 2.0 script", place="exact_match")
+@pytest.mark.promise("metric", "referee", equal="cases of the SQuAD 2.0 script", place="f1")
 @pytest.mark.parametrize(("text", "answers", "exact", "f1"), SQUAD_CASES)
 def test_answers_are_compared_as_in_the_squad_script(text, answers, exact, f1):
     assert measure_squad("exact_match", [text], [answers]).value == exact
@@ -113,6 +120,7 @@ HEARD = ["he hoped there'd be stew for the dinner", "turnips and carrot's", "Ca 
 ERROR_RATES = {"wer": (measure_wer, jiwer.wer), "cer": (measure_cer, jiwer.cer)}
 
 
+@pytest.mark.promise("metric", "referee", equal="jiwer, within 1e-12")
 @pytest.mark.parametrize("normaliser", NORMALISERS)
 @pytest.mark.parametrize("metric", ERROR_RATES)
 def test_the_error_rate_equals_that_of_jiwer_on_normalised_texts(metric, normaliser):

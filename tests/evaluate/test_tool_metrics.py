@@ -43,6 +43,10 @@ CASES = [
 ]
 
 
+@pytest.mark.promise("metric", "referee", equal="calls compared by hand", place="tool_call_valid")
+@pytest.mark.promise("metric", "referee", equal="calls compared by hand", place="tool_name")
+@pytest.mark.promise("metric", "referee", equal="calls compared by hand", place="tool_arguments")
+@pytest.mark.promise("metric", "referee", equal="calls compared by hand", place="tool_arguments_f1")
 @pytest.mark.parametrize(("given", "asked", "valid", "name", "arguments", "f1"), CASES)
 def test_a_call_is_checked_against_its_declaration_and_the_reference(given, asked, valid, name, arguments, f1):
     scores = {metric: measure_tools(metric, {3: [given]}, {3: [asked]}) for metric in TOOL_METRICS}
@@ -52,6 +56,7 @@ def test_a_call_is_checked_against_its_declaration_and_the_reference(given, aske
     assert len(scores["no_call"].sums_NK) == 0
 
 
+@pytest.mark.promise("metric", "referee", equal="calls compared by hand", place="no_call")
 def test_no_call_is_correct_if_none_is_wanted():
     answers = {
         0: [answer(text="Hello")],

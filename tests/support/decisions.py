@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmtune.evaluate.calibration import Chosen, fit_temperature, log_probabilities
-from llmtune.evaluate.paired_statistics import Floats
+from llmtune.evaluate.intervals import Floats
 from llmtune.evaluate.selective_prediction import prove_risk
 
 RISK, CONFIDENCE = 0.05, 0.95

@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import nct, norm, t
+from scipy.stats import nct, t
 
-from llmtune.evaluate.paired_statistics import draw_counts
+from llmtune.evaluate.intervals import BEYOND, draw_weights
 
 Floats = NDArray[Any]
 ROWS, LOOKS, SERIES, RESAMPLES = 300, 50, 1000, 600
@@ -48,19 +48,25 @@ def draw_series(kind: str, generator: np.random.Generator, models: int, true: fl
 
 def measure_ends(change_NM: Floats, kind: str, looks: int) -> tuple[Floats, Floats]:
     """Return the ends of each model's interval [M], computed as by `difference` and `widen`, for all models at once."""
-    value_M, free = change_NM.mean(0), ROWS - 1
-    if kind == "right or wrong":  # a pseudo-row of either disagreement
-        change_NM = np.concatenate([change_NM, np.ones_like(change_NM[:1]), -np.ones_like(change_NM[:1])])
-    tail = norm.cdf(math.sqrt(ROWS / free) * t.ppf(0.025, free))
-    low_M, high_M = np.quantile(resamples(len(change_NM)) @ change_NM / len(change_NM), [tail, 1 - tail], axis=0)
+    value_M, free, ends = change_NM.mean(0), ROWS - 1, (-1.0, 1.0)  # pseudo-rows of either disagreement
+    error_M = t.ppf(0.975, free) * change_NM.std(0, ddof=1) / math.sqrt(ROWS) * (kind == "losses")
+    if kind == "losses":
+        beyond = np.ptp(change_NM, axis=0) * BEYOND / ROWS
+        ends = (change_NM.min(0) - beyond, change_NM.max(0) + beyond)
+    weights_RN = resamples()
+    rows_RM, pseudo_R1 = weights_RN[:, :-1] @ change_NM, weights_RN[:, -1:]
+    low_M, high_M = (
+        np.quantile((rows_RM + pseudo_R1 * end) / ROWS, q, axis=0) for q, end in zip((0.025, 0.975), ends, strict=True)
+    )
+    low_M, high_M = np.minimum(low_M, value_M - error_M), np.maximum(high_M, value_M + error_M)
     wider = t.ppf(1 - 0.025 / looks, free) / t.ppf(0.975, free)
     return value_M + (low_M - value_M) * wider, value_M + (high_M - value_M) * wider
 
 
 @cache
-def resamples(rows: int) -> Floats:
-    """Return the same resamples for all series; rows are new in each series, so series stay independent."""
-    return np.concatenate(list(draw_counts(rows, 0, RESAMPLES)))
+def resamples() -> Floats:
+    """Return the same weights for all series; rows are new in each series, so series stay independent."""
+    return np.concatenate(list(draw_weights(ROWS + 1, ROWS, 0, RESAMPLES)))
 
 
 @cache

@@ -342,6 +342,8 @@ def test_metrics_of_classes_leave_out_the_text_itself(tmp_path):
     assert Embed().compute_metric("recall@1", found(rows, made), recipe).value == 1.0
 
 
+@pytest.mark.promise("metric", "referee", equal="vectors with values by hand", place="random_cosine")
+@pytest.mark.promise("metric", "referee", equal="vectors with values by hand", place="effective_rank")
 def test_collapsed_vectors_show_in_cosine_and_effective_rank(tmp_path):
     recipe = load_recipe(str(recipe_of(tmp_path, tmp_path, PAIRS, "embed", **NO_TEXT))).recipe
     rows = [{"query": str(i), "passages": ["p"], "score": None, "label": None} for i in range(8)]

@@ -38,6 +38,9 @@ def measure(metric, loss="dpo", said=TUNED, base=BASE, thumbs=(True,) * 3, **mor
     return measure_preferences(metric, said, thumbs, settings(loss, **more), base)
 
 
+@pytest.mark.promise("metric", "referee", equal="rewards by hand", place="margin")
+@pytest.mark.promise("metric", "referee", equal="rewards by hand", place="likelihood_accuracy")
+@pytest.mark.promise("metric", "referee", equal="rewards by hand", place="kl")
 def test_metrics_of_dpo_by_hand():
     assert measure("margin").value == pytest.approx(np.mean(APART))
     assert measure("accuracy").value == pytest.approx((1 + 0 + 0.5) / 3)
