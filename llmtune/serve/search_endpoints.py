@@ -18,7 +18,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from llmtune.data.long_texts import count_tokens
-from llmtune.data.search_rows import RerankRow, passage_text
+from llmtune.data.search_rows import passage_text
 from llmtune.evaluate.ranking_metrics import unit
 from llmtune.evaluate.token_batches import TOKEN_BUDGET, batch_size, budget_for
 from llmtune.recipe.task_sections import EmbedSection
@@ -250,7 +250,7 @@ async def rank_request(engine: Engine, served: ServedModel, body: RerankRequest)
         message += f"{MOST_TOKENS:,}. Send fewer documents, or a shorter query."
         raise ApiError(400, message, param="documents", code="request_too_large")
     truncated = find_truncated(lengths, served, body.truncate, "documents", " with the query")
-    rows: list[RerankRow] = [{"query": body.query, "passages": [text], "relevances": []} for text in texts]
+    rows: list[Row] = [{"query": body.query, "passages": [text], "relevances": []} for text in texts]
     scores = [one["scores"][0] for one in await predict_rows(engine, served, rows, lengths)]
     shown = body.return_documents is not False
     results = [
