@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import TypedDict
 
@@ -41,6 +43,11 @@ from llmtune.tasks.classify import fitted_texts, tokenize_texts
 
 SIGMOID = "torch.nn.modules.activation.Sigmoid"
 BM25 = "BM25 (words that query and passage share)"
+UNSPACED = re.compile(
+    "([\u0e00-\u0eff\u1000-\u109f\uaa60-\uaa7f\u1780-\u17ff"  # Thai, Lao, Burmese, Khmer
+    "\u3005-\u3007\u3040-\u30ff\u31f0-\u31ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]+)"  # kana, Han
+)
+"""Characters of scripts that are written without spaces."""
 SATURATION, LENGTH_SHARE = 1.2, 0.75
 """BM25's k1 and b, by Lucene's defaults."""
 
@@ -265,8 +272,20 @@ def bm25(rows: Sequence[RerankRow]) -> list[list[float]]:
 
 
 def words(text: str) -> list[str]:
-    """Return the words of a text, without case."""
-    return re.findall(r"\w+", text.casefold())
+    """Return the words of a text, without case; in scripts without spaces, each two neighbouring characters."""
+    found: list[str] = []
+    for word in word_pattern().findall(unicodedata.normalize("NFKC", text).casefold()):
+        for run in UNSPACED.split(word):
+            pairs = [run[i : i + 2] for i in range(len(run) - 1)] if UNSPACED.fullmatch(run) else []
+            found += pairs or ([run] if run else [])
+    return found
+
+
+@cache
+def word_pattern() -> re.Pattern[str]:
+    """Return the pattern of a word; `\\w` has no vowel signs, which would split the words of Hindi or Thai."""
+    marks = (chr(code) for code in range(0x300, 0x20000) if unicodedata.category(chr(code)).startswith("M"))
+    return re.compile(rf"[\w{''.join(marks)}]+")
 
 
 VARIANTS = (Rerank(),)
