@@ -13,7 +13,7 @@ from rich.markup import escape
 
 from llmtune.data.column_mapping import PASSAGE_NAMES, has_columns, rename
 from llmtune.data.rejected_rows import RowError, too_many_bad
-from llmtune.data.search_rows import passage_text
+from llmtune.data.search_rows import passage_text, text_key
 from llmtune.data.sources import Input, local_input, open_sources
 from llmtune.errors import DataError, Problem
 from llmtune.recipe.data_section import DataSection
@@ -59,7 +59,7 @@ def save_corpus(data: DataSection, folder: Path, console: Console) -> str:
                     bad.append(Problem(f"{passage.reason} ({passage.detail})", origin))
                     continue
                 taken[one.number] += 1
-                if (key := hashlib.blake2b(passage.encode(), digest_size=16).digest()) not in seen:
+                if (key := hashlib.blake2b(text_key(passage).encode(), digest_size=16).digest()) not in seen:
                     seen.add(key)
                     digest.update(key)
                     file.write(json.dumps(passage, ensure_ascii=False) + "\n")

@@ -178,8 +178,8 @@ def fraction(values: U64, salt: int) -> npt.NDArray[np.float64]:
 def hash_triples(texts: list[str]) -> tuple[U32, I64]:
     """Hash every run of three words; the last two words of a text start shorter runs, so short texts have some too.
 
-    Words are runs of letters and digits in lower case; Chinese, Japanese, Thai, Lao and Burmese characters, which are
-    written without spaces, are words of their own.
+    Words are runs of letters and digits in lower case; Chinese, Japanese, Thai, Lao, Burmese and Khmer characters,
+    which are written without spaces, are words of their own.
 
     Returns:
         [W] hash of each run, [W] which text it is from.
@@ -226,6 +226,7 @@ def _classify(byte_B: npt.NDArray[np.uint8]) -> tuple[npt.NDArray[np.bool_], npt
     alone_B = (byte_B >= 0xE3) & (byte_B <= 0xE9)  # U+3000 to U+9FFF: kana and Han
     alone_B |= (byte_B == 0xE0) & (next_B >= 0xB8) & (next_B <= 0xBB)  # Thai and Lao
     alone_B |= (byte_B == 0xE1) & (next_B >= 0x80) & (next_B <= 0x82)  # Burmese
+    alone_B |= (byte_B == 0xE1) & (next_B >= 0x9E) & (next_B <= 0x9F)  # Khmer
     return inside_B, alone_B
 
 

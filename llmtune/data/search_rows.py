@@ -4,13 +4,31 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TypedDict
 
 from llmtune.data.rejected_rows import RowError, json_kind, nonempty_text, parse_cell, text_of
 from llmtune.data.task_rows import THUMBS
 
 SHOWN_CHARACTERS = 80
+
+
+def text_key(text: str) -> str:
+    """Return the form in which queries and passages are compared: Unicode composed, white space as single spaces.
+
+    Texts with the same form are one text: in rows, corpus and metrics, as negatives, and within a step. The model reads
+    a text as it is in the file.
+    """
+    return " ".join(unicodedata.normalize("NFC", text).split())
+
+
+def different_texts(texts: Iterable[str]) -> list[str]:
+    """Return the first of the texts with the same `text_key`, in order."""
+    first: dict[str, str] = {}
+    for text in texts:
+        first.setdefault(text_key(text), text)
+    return [*first.values()]
 
 
 class EmbedRow(TypedDict):
@@ -46,7 +64,7 @@ def embed_from_pair(row: Mapping[str, object]) -> EmbedRow:
     )
     if not passages:
         raise RowError("no passage", "'passage' is empty")
-    if shared := set(passages) & set(negatives):
+    if shared := {*map(text_key, passages)} & {*map(text_key, negatives)}:
         raise RowError("a passage is a negative", f"{min(shared)[:60]!r} is in both")
     score = _score(row.get("score"))
     if score is not None and (len(passages) > 1 or negatives):
@@ -69,7 +87,7 @@ def _column_texts(row: Mapping[str, object], column: str) -> list[str]:
     texts = [text_of(text, f"'{column}'") for text in values]
     if not all(text.strip() for text in texts):
         raise RowError("empty content", f"'{column}' has an empty text")
-    return list(dict.fromkeys(texts))
+    return different_texts(texts)
 
 
 def _score(value: object) -> float | None:
@@ -172,12 +190,13 @@ def _passages_of(row: Mapping[str, object], column: str) -> list[str]:
 def _ranked(row: Mapping[str, object], passages: Sequence[str], relevances: Sequence[object]) -> RerankRow:
     if not passages:
         raise RowError("empty content", "no passages")
-    found: dict[str, float] = {}
+    found: dict[str, tuple[str, float]] = {}
     for passage, relevance in zip(passages, map(_relevance, relevances), strict=True):
-        if found.setdefault(passage, relevance) != relevance:
-            what = f"{passage[:60]!r} has the relevances {found[passage]:g} and {relevance:g}"
+        if (first := found.setdefault(text_key(passage), (passage, relevance))[1]) != relevance:
+            what = f"{passage[:60]!r} has the relevances {first:g} and {relevance:g}"
             raise RowError("a passage with two relevances", what)
-    return {"query": nonempty_text(row, "query"), "passages": [*found], "relevances": [*found.values()]}
+    texts, numbers = zip(*found.values(), strict=True)
+    return {"query": nonempty_text(row, "query"), "passages": [*texts], "relevances": [*numbers]}
 
 
 def passage_text(value: object, column: str = "passage") -> str:

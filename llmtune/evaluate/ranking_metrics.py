@@ -20,7 +20,7 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from llmtune.data.search_rows import EmbedRow, write_ranking
+from llmtune.data.search_rows import EmbedRow, text_key, write_ranking
 from llmtune.evaluate.evaluated_task import Corpus
 from llmtune.evaluate.intervals import Floats
 from llmtune.evaluate.metric import Measure, columns, measure_means, measure_shares, rows_by_squares
@@ -180,12 +180,14 @@ def rank_passages(
     known: dict[str, Sequence[float] | NDArray[np.float32]] = {}
     relevant: defaultdict[str, set[str]] = defaultdict(set)
     first: dict[str, int] = {}
-    if corpus is not None:
-        known |= zip(corpus.passages, corpus.vectors_PD, strict=True)
+    for text, vector in zip(corpus.passages, corpus.vectors_PD, strict=True) if corpus is not None else ():
+        known.setdefault(text_key(text), vector)
     for i, (row, own) in enumerate(zip(rows, vectors, strict=True)):
-        known |= zip([*row["passages"], *row["negatives"]], [*own.values()][1:], strict=True)
-        relevant[str(row["query"])] |= set(row["passages"])
-        first.setdefault(str(row["query"]), i)
+        for text, vector in zip([*row["passages"], *row["negatives"]], [*own.values()][1:], strict=True):
+            known.setdefault(text_key(text), vector)
+        query = text_key(str(row["query"]))
+        relevant[query] |= {*map(text_key, row["passages"])}
+        first.setdefault(query, i)
     place = {text: i for i, text in enumerate(known)}
     asked = [(i, {place[text] for text in relevant[query] - {query}}, place.get(query)) for query, i in first.items()]
     queries = [vectors[i]["query"] for i, _, _ in asked]
@@ -195,12 +197,15 @@ def rank_passages(
 def rank_labels(rows: Sequence[EmbedRow], vectors: Sequence[Vectors]) -> tuple[list[tuple[int, RankedQuery]], str]:
     """Rank the other texts for each text; those with the same label are relevant. Returns as `rank_passages` does."""
     members: defaultdict[str | None, set[int]] = defaultdict(set)
+    first: dict[tuple[str, str | None], int] = {}
     for i, row in enumerate(rows):
-        members[row["label"]].add(i)
-    asked = [(i, members[row["label"]] - {i}, i) for i, row in enumerate(rows)]
-    texts = [one["query"] for one in vectors]
+        first.setdefault((text_key(str(row["query"])), row["label"]), i)
+    for place, (_, label) in enumerate(first):
+        members[label].add(place)
+    asked = [(i, members[label] - {place}, place) for place, ((_, label), i) in enumerate(first.items())]
+    texts = [vectors[i]["query"] for i in first.values()]
     return list(search(texts, unit_rows(texts, len(texts)), asked)), describe_passages(
-        str(row["query"]) for row in rows
+        text_key(str(row["query"])) for row in rows
     )
 
 

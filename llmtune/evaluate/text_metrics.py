@@ -84,9 +84,11 @@ def measure_rouge(texts: Sequence[str], references: Sequence[str], *, metric: st
 
     scorer = RougeScorer([metric], use_stemmer=False)
     scores = [scorer.score(reference, text)[metric].fmeasure for text, reference in zip(texts, references, strict=True)]
-    return measure_shares(
-        metric, scores, "rouge-score F1, no stemmer" + (", sentences by line" if metric == "rougeLsum" else "")
-    )
+    signature = "rouge-score F1, no stemmer" + (", sentences by line" if metric == "rougeLsum" else "")
+    read = sum(re.search("[a-z0-9]", reference.lower()) is not None for reference in references)
+    if 2 * read < len(references):
+        signature += "; it reads only a to z and 0 to 9, which most references do not have: use chrf"
+    return measure_shares(metric, scores, signature)
 
 
 def measure_bleu(texts: Sequence[str], references: Sequence[str], tokenize: str = "13a") -> Measure:

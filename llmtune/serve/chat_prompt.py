@@ -19,6 +19,8 @@ from llmtune.serve.served_model import ServedModel
 ARGUMENTS: Sequence[dict[str, object]] = ({}, {"a": 1}, {"b": ""})
 """Arguments for sample calls; their common prefix ends before any argument."""
 ANY_LENGTH = 1 << 30
+MAX_POSITIONS = 1 << 15
+"""Tokens of prompt and answer for a model that does not state a limit."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ def chat_prompt(request: ChatRequest, served: ServedModel) -> ServedPrompt:
     task, processor = served.task, served.processor
     try:
         ids = task.prompt_ids(row, processor, recipe)
+        require_room(served, len(ids), None)  # a forced call costs as many readings of the prompt as there are tools
         without = {key: value for key, value in row.items() if key != "tools"}
         if row.get("tools") and task.prompt_ids(without, processor, recipe) == ids:
             raise ApiError(400, "The chat template of this model does not support tools.", param="tools")
@@ -50,6 +53,17 @@ def chat_prompt(request: ChatRequest, served: ServedModel) -> ServedPrompt:
         raise ApiError.of(error, param="messages") from error
     turn = sum(message["role"] != "system" for message in row["messages"])
     return ServedPrompt(ids, begun, row.get("tools"), turn)
+
+
+def require_room(served: ServedModel, tokens: int, max_tokens: int | None) -> int:
+    """Return how many tokens fit after a prompt; raises ApiError if none do, or fewer than `max_tokens`."""
+    context = served.context or MAX_POSITIONS
+    room = context - tokens
+    if room < (max_tokens or 1):
+        answer = f" and the answer may have {max_tokens}" if max_tokens else ""
+        message = f"The prompt has {tokens} tokens{answer}, but the model's context holds {context}."
+        raise ApiError(400, message, param="max_tokens" if room > 0 else None, code="context_length_exceeded")
+    return room
 
 
 def read_messages(request: ChatRequest) -> Row:

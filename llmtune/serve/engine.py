@@ -11,6 +11,7 @@ import threading
 import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import cast
 
 import torch
@@ -22,6 +23,7 @@ from llmtune.evaluate.greedy_decoding import KVCache, column_bytes_of, next_logi
 from llmtune.evaluate.token_batches import TOKEN_BUDGET, batch_size, budget_for
 from llmtune.model.causal_lm_loss import unwrap
 from llmtune.model.device import is_out_of_memory, release_memory
+from llmtune.records import Row
 from llmtune.serve.request_queue import AnswerJob, End, Event, RequestQueue, Stopping
 from llmtune.serve.schemas import ApiError
 from llmtune.serve.served_model import ServedModel
@@ -285,25 +287,36 @@ class Engine:
         batch.jobs = []
 
     def _predict(self, batch: DecodingBatch) -> None:
-        """Predict from waiting rows in one batch; if one of them is invalid, from each separately."""
-        alone = batch.served.recipe.generation.do_sample  # one row's random draws must not affect another's
-        batch.jobs = self.queue.take(batch.served, [], 1 if alone else batch.max_rows, None)
+        """Predict from the next part of each job together; if a row is invalid, from each part separately."""
+        served = batch.served
+        for job in [job for job in batch.jobs if job.cancelled.is_set()]:
+            self._end(batch, job, None)
+        alone = served.recipe.generation.do_sample  # one row's random draws must not affect another's
+        batch.jobs += self.queue.take(served, batch.jobs, 1 if alone else batch.max_rows, None)
+        parts = [job.parts[job.ended] for job in batch.jobs]
         try:
-            predictions = batch.served.predict([job.row for job in batch.jobs if job.row is not None])
-            events: list[Event] = [End("answer", *predicted) for predicted in predictions]
-        except LlmtuneError as error:
-            events = [error] if len(batch.jobs) == 1 else [self._predict_one(batch.served, job) for job in batch.jobs]
-        for job, event in zip(batch.jobs, events, strict=True):
-            self.queue.leave(job, event)
-        batch.jobs = []
+            predicted = iter(served.predict([row for part in parts for row in part]))
+            for job, part in zip(batch.jobs, parts, strict=True):
+                job.predicted += islice(predicted, len(part))
+        except LlmtuneError:
+            for job, part in zip([*batch.jobs], parts, strict=True):
+                self._predict_part(batch, job, part)
+        for job in [*batch.jobs]:
+            job.ended += 1
+            if job.ended == len(job.parts):
+                self._end(batch, job, End("answer"))
 
-    def _predict_one(self, served: ServedModel, job: AnswerJob) -> Event:
-        assert job.row is not None, "only a job with a row is predicted"
+    def _predict_part(self, batch: DecodingBatch, job: AnswerJob, part: Sequence[Row]) -> None:
+        """Predict from rows of one job; an invalid one ends the job."""
         try:
-            (predicted,) = served.predict([job.row])
+            job.predicted += batch.served.predict(part)
         except LlmtuneError as error:
-            return error
-        return End("answer", *predicted)
+            self._end(batch, job, error)
+
+    def _end(self, batch: DecodingBatch, job: AnswerJob, event: Event | None) -> None:
+        """Remove a job without generated text from its batch, and deliver its last event."""
+        batch.jobs.remove(job)
+        self.queue.leave(job, event)
 
     def _fail(self, batch: DecodingBatch, error: BaseException) -> None:
         """Abort all answers of a batch with `error`."""

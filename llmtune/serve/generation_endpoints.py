@@ -22,7 +22,7 @@ from llmtune.data.chat_rows import ToolCall
 from llmtune.data.completion_encoding import prompt_ids
 from llmtune.errors import nearest
 from llmtune.serve.answer_stream import Delta
-from llmtune.serve.chat_prompt import ServedPrompt, chat_prompt
+from llmtune.serve.chat_prompt import ServedPrompt, chat_prompt, require_room
 from llmtune.serve.engine import Engine
 from llmtune.serve.middleware import Metrics
 from llmtune.serve.request_queue import AnswerJob, End, Event
@@ -33,8 +33,6 @@ _TEXT_THREAD = ThreadPoolExecutor(1, "text")
 """A single thread: tokenizers are not safe to share between threads."""
 P = ParamSpec("P")
 T = TypeVar("T")
-MAX_POSITIONS = 1 << 15
-"""Tokens of prompt and answer for a model that does not state a limit."""
 NO_CACHE = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 EVENT_STREAM = {"text/event-stream": {"example": "data: {...}\n\ndata: [DONE]\n\n"}}
 RESPONSES: dict[int | str, dict[str, object]] = {
@@ -102,11 +100,7 @@ def make_job(
 ) -> AnswerJob:
     """Return the job of a prompt; raises ApiError if prompt and answer do not fit the model's context."""
     ids = [*prompt.ids, *prompt.begun]
-    room = (served.context or MAX_POSITIONS) - len(ids)
-    if room < (max_tokens or 1):
-        answer = f" and the answer may have {max_tokens}" if max_tokens else ""
-        message = f"The prompt has {len(ids)} tokens{answer}, but the model's context holds {room + len(ids)}."
-        raise ApiError(400, message, param="max_tokens" if room > 0 else None, code="context_length_exceeded")
+    room = require_room(served, len(ids), max_tokens)
     stated = request.model_dump(include={*DRAWS, "repetition_penalty"}, exclude_none=True)
     settings = served.request_settings(stated, max_tokens or min(room, served.recipe.generation.max_new_tokens))
     seed = served.recipe.seed + prompt.turn if request.seed is None else request.seed

@@ -176,7 +176,8 @@ def describe_errors(errors: Iterable[Mapping[str, object]]) -> ApiError:
             context = error.get("ctx")
             reason = context.get("error", message) if isinstance(context, Mapping) else message
             name, message = "", f"The body is not JSON: {reason}"
-        messages.setdefault(name, message)
+        if message not in messages.setdefault(name, message):  # the value fits none of several types
+            messages[name] += f"; or: {message}"
     text = "; ".join(f"{name}: {message}" if name else message for name, message in messages.items())
     text = text.encode("utf-8", "replace").decode()  # JSON allows lone surrogates, UTF-8 does not
     return ApiError(400, text, param=next(iter(messages), None) or None, code=code)

@@ -8,13 +8,12 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import ceil
-from typing import Any
 
 from transformers import GenerationConfig
 
 from llmtune.records import Row
 from llmtune.serve.schemas import ApiError
-from llmtune.serve.served_model import ServedModel
+from llmtune.serve.served_model import Predicted, ServedModel
 
 MAX_RETRY_SECONDS = 60
 """Longest `Retry-After`, in seconds."""
@@ -37,14 +36,9 @@ class Stopping(ApiError):
 
 @dataclass(frozen=True)
 class End:
-    """The end of an answer: `stop` or `length` for generated text, `answer` for the prediction of a task."""
+    """The end of an answer: `stop` or `length` for generated text, `answer` once all rows of a job are predicted."""
 
     reason: str
-    prediction: object = None
-    probabilities: Sequence[dict[str, float]] = ()
-    """Of each label, for each choice of a predicted row."""
-    decision: Mapping[str, Any] = field(default_factory=dict)
-    """The decision about a predicted row, as in `Predicted`."""
 
 
 Event = list[int] | End | BaseException
@@ -53,14 +47,19 @@ Event = list[int] | End | BaseException
 
 @dataclass(eq=False)
 class AnswerJob:
-    """One request: a prompt to continue (`ids`, `settings`, `seed`), or a row to predict from."""
+    """One request: a prompt to continue (`ids`, `settings`, `seed`), or rows to predict from."""
 
     served: ServedModel
     ids: Sequence[int] = ()
     settings: GenerationConfig | None = None
     seed: int = 0
     """Random seed."""
-    row: Row | None = None
+    parts: Sequence[Sequence[Row]] = ()
+    """Rows to predict from, a part at a time: other jobs get their turn in between."""
+    predicted: list[Predicted] = field(default_factory=list)
+    """Of the rows so far."""
+    ended: int = 0
+    """Number of parts that are predicted."""
     deliver: Callable[[Event], None] = lambda event: None
     """Called in the model's thread."""
     cancelled: threading.Event = field(default_factory=threading.Event)

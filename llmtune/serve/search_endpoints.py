@@ -5,12 +5,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import json
 import secrets
-from collections.abc import Callable, Mapping
-from typing import Annotated, Any, Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Literal, cast
 
 import numpy as np
 from fastapi import FastAPI
@@ -18,22 +17,26 @@ from pydantic import BaseModel, Field, field_validator
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from llmtune.data.search_rows import EmbedRow, RerankRow, named_texts, passage_text
+from llmtune.data.long_texts import count_tokens
+from llmtune.data.search_rows import passage_text
 from llmtune.evaluate.ranking_metrics import unit
+from llmtune.evaluate.token_batches import TOKEN_BUDGET, batch_size, budget_for
+from llmtune.recipe.task_sections import EmbedSection
 from llmtune.records import Row
 from llmtune.serve.engine import Engine
 from llmtune.serve.generation_endpoints import in_text_thread, run_job, served_by_name, unless_disconnected
 from llmtune.serve.request_queue import AnswerJob, End
 from llmtune.serve.schemas import ApiError, FilledText, PositiveInt, RequestModel
 from llmtune.serve.served_model import ServedModel
-from llmtune.tasks.classify import tokenize_texts
-from llmtune.tasks.rerank import RerankPrediction, pair_rows
-from llmtune.tasks.sentence_vectors import embed_section, tokenize_prompted
+from llmtune.tasks.rerank import ranked
+from llmtune.tasks.sentence_vectors import embed_section, prompt_of
 
 MOST_TEXTS = 2048
 """Texts per request, as in OpenAI's API."""
 MOST_DOCUMENTS = 1000
 """Documents per request, as in Cohere's API."""
+MOST_TOKENS = 1 << 19
+"""Tokens of all pairs of a request, as many as texts of 2 MiB have: the query is read again with each document."""
 RERANK_PATHS = ("/v1/rerank", "/v2/rerank", "/rerank")
 """Cohere's second client asks `/v2/rerank`, and vLLM has all three."""
 
@@ -44,9 +47,12 @@ class EmbeddingsRequest(RequestModel):
     model: str | None = None
     """A name of `/v1/models`; default: the first one."""
     input: FilledText | Annotated[list[FilledText], Field(min_length=1, max_length=MOST_TEXTS)]
-    """A text or several, each truncated at the recipe's `data.max_length`."""
+    """A text or several, each of at most the recipe's `data.max_length` tokens."""
     input_type: Literal["query", "document"] | None = None
-    """Which of the model's prompts is put before each text; default: query. (Not in OpenAI's API.)"""
+    """Which of the model's prompts is put before each text; required if they differ. (Not in OpenAI's API.)"""
+    truncate: bool | None = None
+    """Whether longer texts are cut; if not, they are refused. Default: as the recipe's `data.on_overlong` says. (Not in
+    OpenAI's API.)"""
     dimensions: PositiveInt | None = None
     """Length of the vectors: one of the recipe's `embed.dimensions`; default: the longest."""
     encoding_format: Literal["float", "base64"] | None = None
@@ -59,7 +65,10 @@ class EmbeddingsRequest(RequestModel):
     def refuse_tokens(cls, value: object) -> object:
         """Refuse token ids, which OpenAI's API accepts: clients make them with OpenAI's tokenizers."""
         if isinstance(value, list) and any(isinstance(one, int | list) for one in value):
-            raise ValueError("token ids are not accepted, because they depend on the tokenizer; send texts")
+            raise ValueError(
+                "token ids are not accepted, because they depend on the tokenizer. Send texts; in LangChain, set "
+                "check_embedding_ctx_length=False"
+            )
         return value
 
 
@@ -85,6 +94,8 @@ class EmbeddingsResponse(BaseModel):
     data: list[Embedding]
     model: str
     usage: TextUsage
+    truncated: list[int] | None = None
+    """Indexes of the texts that were cut; absent if none was. (Not in OpenAI's API.)"""
 
 
 class DocumentObject(RequestModel):
@@ -103,11 +114,13 @@ class RerankRequest(RequestModel):
     query: FilledText
     """The query to rank the documents for."""
     documents: Annotated[list[FilledText | DocumentObject], Field(min_length=1, max_length=MOST_DOCUMENTS)]
-    """Texts, or objects with `text` and optional `title`. Query and document are cut at `data.max_length` together."""
+    """Texts, or objects with `text` and optional `title`. Query and document have `data.max_length` tokens together."""
     top_n: PositiveInt | None = None
     """Number of results; default: all documents."""
     return_documents: bool | None = None
     """Whether results have the text of their document; default: true."""
+    truncate: bool | None = None
+    """Whether longer pairs are cut; if not, they are refused. Default: as the recipe's `data.on_overlong` says."""
 
 
 class RankedDocument(BaseModel):
@@ -125,6 +138,8 @@ class RerankResponse(BaseModel):
     model: str
     results: list[RankedDocument]
     usage: TextUsage
+    truncated: list[int] | None = None
+    """Indexes of the documents that were cut, or whose query was; absent if none was."""
 
 
 def mount_embeddings(app: FastAPI, engine: Engine) -> None:
@@ -134,24 +149,63 @@ def mount_embeddings(app: FastAPI, engine: Engine) -> None:
     async def make_embeddings(body: EmbeddingsRequest, request: Request) -> Response:
         """Turn texts into vectors; they equal those of `llmtune generate`."""
         answer = await unless_disconnected(request, embed(engine, served_by_name(engine, body.model), body))
-        return JSONResponse(answer.model_dump())
+        return JSONResponse(answer.model_dump(exclude_none=True))
 
 
 async def embed(engine: Engine, served: ServedModel, body: EmbeddingsRequest) -> EmbeddingsResponse:
     """Return the vectors of a request."""
-    known = embed_section(served.recipe).dimensions or ()
-    if body.dimensions is not None and body.dimensions not in known:
-        fix = f"Use one of {', '.join(map(str, known))}." if known else "Omit it."
+    section, limit = embed_section(served.recipe), served.recipe.data.max_length
+    sizes = section.dimensions or ()
+    if body.dimensions is not None and body.dimensions not in sizes:
+        fix = f"Use one of {', '.join(map(str, sizes))}." if sizes else "Omit it."
         raise ApiError(400, f"The model was not trained for {body.dimensions} dimensions. {fix}", param="dimensions")
+    prompt = prompt_of(choose_type(body, section), section)
     texts = [body.input] if isinstance(body.input, str) else body.input
-    inputs = [{"passages": json.dumps(texts)}] if body.input_type == "document" else [{"prompt": one} for one in texts]
-    rows = [served.task.make_row(given) for given in inputs]
-    tokens = await in_text_thread(count_text_tokens, served, rows)
-    found = await asyncio.gather(*(predict_row(engine, served, row) for row in rows))
-    vectors = [vector for one in found for vector in one.values()]
+    lengths = await in_text_thread(lambda: [count_tokens(prompt + text, served.processor, limit) for text in texts])
+    truncated = find_truncated(lengths, served, body.truncate, "input")
+    inputs = [{"passages": json.dumps([text])} if body.input_type == "document" else {"prompt": text} for text in texts]
+    predicted = await predict_rows(engine, served, [served.task.make_row(given) for given in inputs], lengths)
+    vectors = [vector for one in predicted for vector in one.values()]
     data = [Embedding(index=i, embedding=write_vector(vector, served, body)) for i, vector in enumerate(vectors)]
-    usage = TextUsage(prompt_tokens=tokens, total_tokens=tokens)
-    return EmbeddingsResponse(data=data, model=served.name, usage=usage)
+    usage = count_usage(lengths, limit)
+    return EmbeddingsResponse(data=data, model=served.name, usage=usage, truncated=truncated or None)
+
+
+def choose_type(body: EmbeddingsRequest, section: EmbedSection) -> str:
+    """Return whether the texts are queries or documents.
+
+    Raises ApiError if the request does not say so, and the model has a prompt for each.
+    """
+    query, document = (prompt_of(name, section) for name in ("query", "document"))
+    if body.input_type is None and query != document:
+        message = (
+            f"The model reads {query!r} before queries and {document!r} before documents. Send input_type: query or "
+        )
+        message += 'document; in OpenAI\'s client, extra_body={"input_type": "document"}.'
+        raise ApiError(400, message, param="input_type")
+    return body.input_type or "query"
+
+
+def find_truncated(
+    lengths: Sequence[int], served: ServedModel, truncate: bool | None, param: str, together: str = ""
+) -> list[int]:
+    """Return the indexes of inputs that are longer than the model reads; raises ApiError unless they may be cut."""
+    data = served.recipe.data
+    longer = [i for i, length in enumerate(lengths) if length > data.max_length]
+    if longer and not (data.on_overlong == "truncate" if truncate is None else truncate):
+        more = f", as have {len(longer) - 1} others" if len(longer) > 1 else ""
+        message = (
+            f"{param}.{longer[0]} has more than {data.max_length} tokens{together}, the length that the model was "
+        )
+        message += f"trained for{more}. Shorten the texts, or send truncate: true."
+        raise ApiError(400, message, param=f"{param}.{longer[0]}", code="context_length_exceeded")
+    return longer
+
+
+def count_usage(lengths: Sequence[int], limit: int) -> TextUsage:
+    """Return the number of tokens that the model read."""
+    tokens = sum(min(limit, length) for length in lengths)
+    return TextUsage(prompt_tokens=tokens, total_tokens=tokens)
 
 
 def write_vector(vector: list[float], served: ServedModel, body: EmbeddingsRequest) -> list[float] | str:
@@ -162,13 +216,6 @@ def write_vector(vector: list[float], served: ServedModel, body: EmbeddingsReque
     if body.encoding_format == "base64":
         return base64.b64encode(np.asarray(vector, dtype="<f4").tobytes()).decode()
     return vector
-
-
-def count_text_tokens(served: ServedModel, rows: list[EmbedRow]) -> int:
-    """Return the number of tokens of all texts, after truncation."""
-    limit = served.recipe.data.max_length
-    named = [one for row in rows for one in named_texts(row)]
-    return sum(len(tokenize_prompted(*one, served.processor, served.recipe, limit)) for one in named)
 
 
 def mount_rerank(app: FastAPI, engine: Engine) -> None:
@@ -194,35 +241,52 @@ async def rank_request(engine: Engine, served: ServedModel, body: RerankRequest)
     texts = [
         document if isinstance(document, str) else passage_text(document.model_dump()) for document in body.documents
     ]
-    row: RerankRow = {"query": body.query, "passages": texts, "relevances": []}
-    tokens = await in_text_thread(pair_tokens, served, row)
-    scored: RerankPrediction = await predict_row(engine, served, {**row})
+    lengths = await in_text_thread(count_pairs, served, body.query, texts)
+    usage = count_usage(lengths, served.recipe.data.max_length)
+    if usage.total_tokens > MOST_TOKENS:
+        message = (
+            f"{len(texts):,} documents, each with the query, have {usage.total_tokens:,} tokens; a request may have "
+        )
+        message += f"{MOST_TOKENS:,}. Send fewer documents, or a shorter query."
+        raise ApiError(400, message, param="documents", code="request_too_large")
+    truncated = find_truncated(lengths, served, body.truncate, "documents", " with the query")
+    rows: list[Row] = [{"query": body.query, "passages": [text], "relevances": []} for text in texts]
+    scores = [one["scores"][0] for one in await predict_rows(engine, served, rows, lengths)]
     shown = body.return_documents is not False
     results = [
         RankedDocument(
             index=i,
-            relevance_score=scored["scores"][i],
+            relevance_score=scores[i],
             document=DocumentObject(text=texts[i]) if shown else None,
         )
-        for i in scored["ranking"][: body.top_n]
+        for i in ranked(scores)["ranking"][: body.top_n]
     ]
-    usage = TextUsage(prompt_tokens=tokens, total_tokens=tokens)
-    return RerankResponse(id=f"rerank-{secrets.token_hex(12)}", model=served.name, results=results, usage=usage)
+    name = f"rerank-{secrets.token_hex(12)}"
+    return RerankResponse(id=name, model=served.name, results=results, usage=usage, truncated=truncated or None)
 
 
-def pair_tokens(served: ServedModel, row: RerankRow) -> int:
-    """Return the number of tokens of all pairs, after truncation."""
-    examples = tokenize_texts(pair_rows([row]), served.processor, served.recipe.data.max_length)
-    return sum(len(example.input_ids) for example in examples)
+def count_pairs(served: ServedModel, query: str, texts: Sequence[str]) -> list[int]:
+    """Return the number of tokens of the query with each text; of long pairs, some number above `data.max_length`."""
+    processor, limit = served.processor, served.recipe.data.max_length
+    first, *others = (count_tokens(text, processor, limit, add_special_tokens=False) for text in (query, *texts))
+    special = processor.num_special_tokens_to_add(pair=True)
+    return [first + other + special for other in others]
 
 
-async def predict_row(engine: Engine, served: ServedModel, row: Row) -> Any:
-    """Return the model's prediction for a row."""
-    prediction: object = None
-    async for event in run_job(engine, AnswerJob(served, row=row)):
+async def predict_rows(
+    engine: Engine, served: ServedModel, rows: Sequence[Row], lengths: Sequence[int]
+) -> list[dict[str, list[float]]]:
+    """Return the model's prediction for each row, as one job whose parts have rows of similar length."""
+    order, parts = sorted(range(len(rows)), key=lambda i: -lengths[i]), list[list[Row]]()
+    limit, budget = served.recipe.data.max_length, budget_for(served.device, TOKEN_BUDGET)
+    while (first := sum(map(len, parts))) < len(rows):
+        size = batch_size(min(limit, lengths[order[first]]), budget)
+        parts.append([rows[i] for i in order[first : first + size]])
+    job = AnswerJob(served, parts=parts)
+    async for event in run_job(engine, job):
         assert isinstance(event, End), "these models generate no tokens"
-        prediction = event.prediction
-    return prediction
+    values = dict(zip(order, (cast(dict[str, list[float]], one.value) for one in job.predicted), strict=True))
+    return [values[i] for i in range(len(rows))]
 
 
 OWN_ENDPOINTS: Mapping[str, Callable[[FastAPI, Engine], None]] = {

@@ -5,9 +5,9 @@ from __future__ import annotations
 import base64
 import binascii
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from fastapi import FastAPI
 from pydantic import BaseModel, Field, create_model
@@ -23,6 +23,7 @@ from llmtune.serve.generation_endpoints import in_text_thread, make_job, run_job
 from llmtune.serve.middleware import Metrics
 from llmtune.serve.request_queue import AnswerJob, End
 from llmtune.serve.schemas import ApiError, GenerationRequest, RequestModel
+from llmtune.serve.served_model import Predicted
 from llmtune.tasks.base import AnyTask
 
 FIELDS = {
@@ -36,6 +37,8 @@ FIELDS = {
     "source_language": "The language of the text; default: the recipe's.",
     "target_language": "The language of the translation; default: the recipe's.",
 }
+MOST_CHARACTERS = 1 << 18
+"""Characters of a text, about 65,000 tokens: a model that reads it in windows keeps other clients waiting meanwhile."""
 MODEL = "A name of `/v1/models`; default: the first one."
 
 
@@ -101,8 +104,9 @@ def request_schema(task: AnyTask, names: Mapping[str, str]) -> type[RequestModel
     """Return the schema of a request: the task's inputs and the model's name."""
     fields: dict[str, object] = {"model": (str | None, Field(default=None, description=MODEL))}
     for field, name in names.items():
-        required = (str, Field(min_length=1, description=FIELDS[field]))
-        optional = (str | None, Field(default=None, description=FIELDS[field]))
+        most = None if name == "audio" else MOST_CHARACTERS
+        required = (str, Field(min_length=1, max_length=most, description=FIELDS[field]))
+        optional = (str | None, Field(default=None, max_length=most, description=FIELDS[field]))
         fields[field] = required if task.inputs[name] else optional
     name = f"{task.name.title().replace('-', '')}Request"
     return create_model(name, __base__=RequestModel, **fields)  # type: ignore[call-overload, no-any-return]
@@ -147,7 +151,7 @@ async def answer_row(
     served = served_by_name(engine, model)
     task, row = served.task, served.task.make_row(inputs)
     if task.predicts:
-        job = AnswerJob(served, row=row)
+        job = AnswerJob(served, parts=[[row]])
     else:
         try:
             prompt = await in_text_thread(task.prompt_ids, row, served.processor, served.recipe)
@@ -155,27 +159,23 @@ async def answer_row(
             raise ApiError.of(error) from error
         job = make_job(served, ServedPrompt(prompt), GenerationRequest(), None)
     ids: list[int] = []
-    prediction: object = None
-    probabilities: Sequence[dict[str, float]] = ()
-    decision: Mapping[str, Any] = {}
     async for event in run_job(engine, job):
-        if isinstance(event, End):
-            prediction, probabilities, decision = event.prediction, event.probabilities, event.decision
-        else:
-            ids += event
-    if not task.predicts:
+        ids += [] if isinstance(event, End) else event
+    if task.predicts:
+        (found,) = job.predicted
+    else:
         metrics.prompt_tokens.labels(served.name).inc(len(job.ids))
         metrics.answer_tokens.labels(served.name).inc(len(ids))
-        prediction = served.read(ids)
+        found = Predicted(served.read(ids), [], {})
     section = served.recipe.classify
     answer = TaskAnswer(
         model=served.name,
         task=task.name,
-        text=task.format_answer(prediction, row),
-        prediction=prediction,
+        text=task.format_answer(found.value, row),
+        prediction=found.value,
         labels=list(section.labels or ()) or None if section else None,
         words=row.get("tokens"),
-        scores=[*probabilities] if "tokens" in row else None,
-        **decision,
+        scores=found.probabilities if "tokens" in row else None,
+        **found.decision,
     )
     return JSONResponse(answer.model_dump(exclude_none=True))

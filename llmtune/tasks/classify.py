@@ -17,6 +17,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from llmtune.data.collators import encoder_batch
 from llmtune.data.example import Example
+from llmtune.data.long_texts import tokenize_columns
 from llmtune.data.overlong import Lost, too_long
 from llmtune.data.row_store import iterate_rows
 from llmtune.data.task_interface import Encoded
@@ -304,15 +305,12 @@ def tokenize_texts(
     rows: Sequence[ClassifyRow], processor: PreTrainedTokenizerBase, max_length: int | None = None
 ) -> list[Example]:
     """Return the model inputs of each row's text (and its pair), cut to `max_length` tokens, row by row."""
-    cut = {} if max_length is None else {"truncation": True, "max_length": max_length}
     examples: dict[int, Example] = {}
     for paired in (False, True):
         numbers = [i for i, row in enumerate(rows) if bool(row.get("pair")) == paired]
+        columns = [[rows[i]["text"] for i in numbers], *([[rows[i]["pair"] or "" for i in numbers]] if paired else [])]
         if numbers:
-            texts = [[rows[i]["text"] for i in numbers], *([[rows[i]["pair"] for i in numbers]] if paired else [])]
-            tokenized = processor(*texts, return_attention_mask=False, verbose=False, **cut)
-            kinds = tokenized.get("token_type_ids") or [()] * len(numbers)
-            for i, ids, types in zip(numbers, tokenized["input_ids"], kinds, strict=True):
+            for i, (ids, types) in zip(numbers, tokenize_columns(columns, processor, max_length), strict=True):
                 examples[i] = Example(ids, [], 0, token_type_ids=types if any(types) else ())
     return [examples[i] for i in range(len(rows))]
 

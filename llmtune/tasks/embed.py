@@ -21,7 +21,7 @@ from llmtune.data.corpus import load_corpus
 from llmtune.data.example import Example
 from llmtune.data.overlong import Lost, too_long
 from llmtune.data.row_store import iterate_rows
-from llmtune.data.search_rows import EmbedRow, given_passages, named_texts
+from llmtune.data.search_rows import EmbedRow, given_passages, named_texts, text_key
 from llmtune.data.task_interface import Encoded
 from llmtune.data.tokenization import Segment, decode_shortened
 from llmtune.errors import DataError, Problem, RecipeError
@@ -143,8 +143,8 @@ class Embed(ReadingTask[EmbedRow, Vectors]):
         held_out: tuple[set[str], set[str]] = set(), set()
         for name, (queries, passages) in (("train", trained), (split, held_out)):
             for _, row in iterate_rows(rows, name):
-                queries.add(row["query"])
-                passages.update(row["passages"])
+                queries.add(text_key(row["query"]))
+                passages.update(map(text_key, row["passages"]))
         shared = [len(new & old) for new, old in zip(held_out, trained, strict=True)]
         found, searched = map(len, held_out)
         notes = {
@@ -154,7 +154,7 @@ class Embed(ReadingTask[EmbedRow, Vectors]):
         if searched:
             corpus = f"the passages and negatives of the {split} rows"
             if recipe.data.corpus and split == "test":
-                further = {*load_corpus(rows.folder)} - held_out[1]
+                further = {*map(text_key, load_corpus(rows.folder))} - held_out[1]
                 corpus = f"data.corpus ({len(further):,} further passages), and {corpus}"
             notes["passages"] = f"{corpus}; {shared[1]:,} of {searched:,} passages also occur in training rows"
         return notes
@@ -173,7 +173,7 @@ class Embed(ReadingTask[EmbedRow, Vectors]):
             for ids, one in zip(whole, named, strict=True)
         ]
         lost = Lost(sum(map(len, whole)) - sum(map(len, kept))) if longest > limit else None
-        hashes = [hash_text(text) for _, text in named]
+        hashes = [hash_text(text_key(text)) for _, text in named]
         negatives = range(1 + len(row["passages"]), len(kept))
         chosen = [[0, 1 + i, *negatives] for i in range(len(row["passages"]))] or [[0]]
         about: dict[str, Any] = {} if row["score"] is None else {"values": [row["score"]]}

@@ -27,6 +27,7 @@ from llmtune import __version__
 from llmtune.data.corpus import load_corpus
 from llmtune.data.ingest import progress_bars
 from llmtune.data.row_store import MINED, iterate_batches, iterate_rows, iterate_texts, load_rows, read_rows, save_rows
+from llmtune.data.search_rows import text_key
 from llmtune.errors import RecipeError
 from llmtune.evaluate.evaluated_task import LoadedModel
 from llmtune.evaluate.ranking_metrics import RELEVANT, measure_vectors
@@ -149,7 +150,8 @@ def mine_rows(rows: Rows, recipe: Recipe, model_ref: ModelRef, device: str, fold
             found = mine(queries_QD, vectors_PD[[place[text] for text in pairs.passages]], pairs, section)
             mined[split] = pairs, found
             negatives = [[pairs.passages[i] for i in nearest] for nearest in found.negatives]
-            write_split(rows, split, folder, dict(zip(pairs.queries, negatives, strict=True)), digest)
+            by_query = dict(zip(map(text_key, pairs.queries), negatives, strict=True))
+            write_split(rows, split, folder, by_query, digest)
     files = {split: folder / path.name for split, path in rows.files.items()}
     save_rows(replace(rows, folder=folder, files=files, content_hash=digest.hexdigest()))
     facts: Json = {"model": model_ref.name, "sha256": model_ref.content_hash, "corpus": len(corpus)}
@@ -192,10 +194,10 @@ def judged(row: Row) -> Iterator[tuple[str, bool]]:
 
 def count_test_passages(rows: Rows, searched: Pairs, mined: Mined) -> dict[str, int]:
     """Count the right passages of test queries: all, those searched for training queries, and those mined."""
-    right = {text for _, row in iterate_rows(rows, "test") for text, is_right in judged(row) if is_right}
+    right = {text_key(text) for _, row in iterate_rows(rows, "test") for text, is_right in judged(row) if is_right}
     places = {place for nearest in mined.negatives for place in nearest}
-    found = {searched.passages[place] for place in places}
-    return {"all": len(right), "searched": len(right & {*searched.passages}), "mined": len(right & found)}
+    keys = [*map(text_key, searched.passages)]
+    return {"all": len(right), "searched": len(right & {*keys}), "mined": len(right & {keys[i] for i in places})}
 
 
 def embedder(recipe: Recipe, base: ModelRef, console: Console, offline: bool) -> tuple[Recipe, ModelRef]:
@@ -252,21 +254,25 @@ def collect_pairs(rows: Rows, split: str, corpus: Sequence[str]) -> Pairs:
 
     Held-out queries with a wrong passage need no others.
     """
-    origins: dict[str, str] = {}
-    right: defaultdict[str, dict[str, None]] = defaultdict(dict)
-    wrong: defaultdict[str, dict[str, None]] = defaultdict(dict)
+    firsts: dict[str, tuple[str, str]] = {}
+    right: defaultdict[str, dict[str, str]] = defaultdict(dict)
+    wrong: defaultdict[str, dict[str, str]] = defaultdict(dict)
     for origin, row in iterate_rows(rows, split):
-        origins.setdefault(row["query"], origin)
+        query = text_key(row["query"])
+        firsts.setdefault(query, (row["query"], origin))
         for passage, is_right in judged(row):
-            (right if is_right else wrong)[row["query"]][passage] = None
-    place: dict[str, int] = {}
-    for texts in (*right.values(), *wrong.values(), corpus):
-        for text in texts:
-            place.setdefault(text, len(place))
-    queries = [query for query in origins if right[query] and (split == "train" or not wrong[query])]
-    own, others = ([[place[text] for text in kind[query]] for query in queries] for kind in (right, wrong))
+            (right if is_right else wrong)[query].setdefault(text_key(passage), passage)
+    passages: dict[str, str] = {}
+    for texts in (*right.values(), *wrong.values(), dict(zip(map(text_key, corpus), corpus, strict=True))):
+        for key, text in texts.items():
+            passages.setdefault(key, text)
+    place = {key: i for i, key in enumerate(passages)}
+    queries = [query for query in firsts if right[query] and (split == "train" or not wrong[query])]
+    own, others = ([[place[key] for key in kind[query]] for query in queries] for kind in (right, wrong))
     itself = [place.get(query) for query in queries]
-    return Pairs(queries, [origins[query] for query in queries], [*place], own, others, itself)
+    first = [firsts[query] for query in queries]
+    origins = [origin for _, origin in first]
+    return Pairs([text for text, _ in first], origins, [*passages.values()], own, others, itself)
 
 
 def mine(queries_QD: torch.Tensor, passages_PD: torch.Tensor, pairs: Pairs, section: NegativesSection) -> Mined:
@@ -313,10 +319,10 @@ def write_split(rows: Rows, split: str, folder: Path, texts: Mapping[str, list[s
 def add_negatives(row: Row, texts: dict[str, list[str]]) -> str:
     """Return a row as JSON with the negatives of its query; those of a reranker are taken out of `texts`."""
     if "relevances" in row:
-        added = texts.pop(row["query"], [])
+        added = texts.pop(text_key(row["query"]), [])
         row = {**row, "passages": row["passages"] + added, "relevances": row["relevances"] + [0.0] * len(added)}
     else:
-        row = {**row, "negatives": row["negatives"] + texts.get(row["query"], [])}
+        row = {**row, "negatives": row["negatives"] + texts.get(text_key(row["query"]), [])}
     return json.dumps(row, ensure_ascii=False)
 
 
@@ -333,15 +339,16 @@ def survey_negatives(rows: Rows, recipe: Recipe, model_ref: ModelRef, device: st
     firsts = [row["passages"][0] for row in found]
     given = [(i, text) for i, row in enumerate(found) for text in row["negatives"]]
     right: defaultdict[str, set[str]] = defaultdict(set)
-    for row in found:
-        right[row["query"]] |= {row["query"], *row["passages"]}
+    keys, passages = ([text_key(text) for text in texts] for texts in ([row["query"] for row in found], firsts))
+    for key, row in zip(keys, found, strict=True):
+        right[key] |= {key, *map(text_key, row["passages"])}
     with open_embedder(recipe, model_ref, device, console) as loaded:
         queries_RD = embed_unit([(True, row["query"]) for row in found], loaded)
         passages_RD = embed_unit([(False, text) for text in firsts], loaded)
         given_GD = embed_unit([(False, text) for _, text in given], loaded) if given else None
     scores_RR = queries_RD @ passages_RD.T
     own_R = scores_RR.diagonal()
-    other_RR = torch.tensor([[text not in right[row["query"]] for text in firsts] for row in found])
+    other_RR = torch.tensor([[passage not in right[key] for passage in passages] for key in keys])
     kinds = {"other rows’ passages": count_near(scores_RR, own_R[:, None], other_RR)}
     gaps_RR = (scores_RR - own_R[:, None]).masked_fill(~other_RR, -torch.inf)
     query, place = divmod(int(gaps_RR.argmax()), len(found))

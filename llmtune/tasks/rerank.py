@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import TypedDict
 
@@ -20,7 +22,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from llmtune.data.collators import encoder_batch
 from llmtune.data.example import Example
 from llmtune.data.row_store import iterate_rows
-from llmtune.data.search_rows import RerankRow, given_passages, write_ranking
+from llmtune.data.search_rows import RerankRow, given_passages, text_key, write_ranking
 from llmtune.data.task_interface import Encoded
 from llmtune.data.task_rows import ClassifyRow
 from llmtune.data.tokenization import Segment, decode_shortened
@@ -41,6 +43,11 @@ from llmtune.tasks.classify import fitted_texts, tokenize_texts
 
 SIGMOID = "torch.nn.modules.activation.Sigmoid"
 BM25 = "BM25 (words that query and passage share)"
+UNSPACED = re.compile(
+    "([\u0e00-\u0eff\u1000-\u109f\uaa60-\uaa7f\u1780-\u17ff"  # Thai, Lao, Burmese, Khmer
+    "\u3005-\u3007\u3040-\u30ff\u31f0-\u31ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]+)"  # kana, Han
+)
+"""Characters of scripts that are written without spaces."""
 SATURATION, LENGTH_SHARE = 1.2, 0.75
 """BM25's k1 and b, by Lucene's defaults."""
 
@@ -108,15 +115,13 @@ class Rerank(ReadingTask[RerankRow, RerankPrediction]):
 
     def row_notes(self, rows: Rows, split: str, recipe: Recipe) -> dict[str, str]:
         """Return the number of queries and passages, and of passages that training rows have too."""
-        trained = {passage for _, row in iterate_rows(rows, "train") for passage in row["passages"]}
-        asked: dict[str, list[float]] = {}
-        passages: Counter[str] = Counter()
-        for _, row in iterate_rows(rows, split):
-            asked.setdefault(row["query"], []).extend(row["relevances"])
-            passages.update(row["passages"])
-        missing = sum(max(relevances) <= RELEVANT for relevances in asked.values())
-        tied = sum(min(relevances) == max(relevances) > RELEVANT for relevances in asked.values())
-        text = f"{len(asked):,} queries with {passages.total() / len(asked):.1f} passages each"
+        trained = {text_key(passage) for _, row in iterate_rows(rows, "train") for passage in row["passages"]}
+        found = [row for _, row in iterate_rows(rows, split)]
+        queries = [highest_relevances([found[i] for i in numbers]) for numbers in rows_by_query(found)]
+        passages = {passage for relevances in queries for passage in relevances}
+        missing = sum(max(relevances.values()) <= RELEVANT for relevances in queries)
+        tied = sum(min(relevances.values()) == max(relevances.values()) > RELEVANT for relevances in queries)
+        text = f"{len(queries):,} queries with {sum(map(len, queries)) / len(queries):.1f} passages each"
         text += f"; {missing:,} without a relevant passage are left out of ranking metrics" if missing else ""
         text += f"; {tied:,} have only equally relevant passages, so any order is right" if tied else ""
         shared = sum(passage in trained for passage in passages)
@@ -188,20 +193,19 @@ class Rerank(ReadingTask[RerankRow, RerankPrediction]):
         return write_ranking(row["passages"], prediction["scores"])
 
     def compute_metric(self, metric: str, found: EvalPrediction[RerankPrediction], recipe: Recipe) -> Measure | None:
-        """Measure the ranking of each query's passages, from all of its rows."""
+        """Measure the ranking of each query's passages, from all of its rows; a passage of several rows counts once."""
         if at_ten(metric) not in RANKING:
             return None
-        rows: dict[str, list[int]] = {}
-        for i, row in enumerate(found.references):
-            rows.setdefault(row["query"], []).append(i)
-        queries = [
-            RankedQuery(
-                [score for i in numbers for score in found.predictions[i]["scores"]],
-                [relevance for i in numbers for relevance in found.references[i]["relevances"]],
-            )
-            for numbers in rows.values()
-        ]
-        measured = measure_ranking(metric, queries, [numbers[0] for numbers in rows.values()])
+        rows, queries = rows_by_query(found.references), []
+        for numbers in rows:
+            relevances = highest_relevances([found.references[i] for i in numbers])
+            scores = dict.fromkeys(relevances, 0.0)
+            for i in reversed(numbers):
+                scores |= zip(
+                    map(text_key, found.references[i]["passages"]), found.predictions[i]["scores"], strict=True
+                )
+            queries.append(RankedQuery([*scores.values()], [*relevances.values()]))
+        measured = measure_ranking(metric, queries, [numbers[0] for numbers in rows])
         if (mined := recipe.data.negatives) is None:
             return measured
         miner = mined.model or recipe.model.name
@@ -225,6 +229,24 @@ def rerank_section(recipe: Recipe) -> RerankSection:
     return recipe.rerank or RerankSection()
 
 
+def rows_by_query(rows: Sequence[RerankRow]) -> list[list[int]]:
+    """Return the numbers of the rows of each different query."""
+    numbers: dict[str, list[int]] = {}
+    for i, row in enumerate(rows):
+        numbers.setdefault(text_key(row["query"]), []).append(i)
+    return [*numbers.values()]
+
+
+def highest_relevances(rows: Iterable[RerankRow]) -> dict[str, float]:
+    """Return the highest relevance of each different passage of a query's rows, by its `text_key`."""
+    relevances: dict[str, float] = {}
+    for row in rows:
+        for passage, relevance in zip(row["passages"], row["relevances"], strict=True):
+            key = text_key(passage)
+            relevances[key] = max(relevance, relevances.get(key, relevance))
+    return relevances
+
+
 def pair_rows(rows: Sequence[RerankRow]) -> list[ClassifyRow]:
     """Return a pair of texts per passage."""
     return [{"text": row["query"], "pair": passage, "label": None} for row in rows for passage in row["passages"]]
@@ -237,7 +259,7 @@ def ranked(scores: list[float]) -> RerankPrediction:
 
 def bm25(rows: Sequence[RerankRow]) -> list[list[float]]:
     """Score passages by Robertson and Zaragoza, "The Probabilistic Relevance Framework: BM25 and Beyond", 2009."""
-    counts = {passage: Counter(words(passage)) for row in rows for passage in row["passages"]}
+    counts = {text_key(passage): Counter(words(passage)) for row in rows for passage in row["passages"]}
     holders = Counter(word for found in counts.values() for word in found)
     mean = sum(found.total() for found in counts.values()) / max(len(counts), 1) or 1.0
 
@@ -246,12 +268,24 @@ def bm25(rows: Sequence[RerankRow]) -> list[list[float]]:
         rarity = {word: math.log1p((len(counts) - holders[word] + 0.5) / (holders[word] + 0.5)) for word in query}
         return sum(rarity[word] * found[word] * (SATURATION + 1) / (found[word] + norm) for word in query)
 
-    return [[score(words(row["query"]), counts[passage]) for passage in row["passages"]] for row in rows]
+    return [[score(words(row["query"]), counts[text_key(text)]) for text in row["passages"]] for row in rows]
 
 
 def words(text: str) -> list[str]:
-    """Return the words of a text, without case."""
-    return re.findall(r"\w+", text.casefold())
+    """Return the words of a text, without case; in scripts without spaces, each two neighbouring characters."""
+    found: list[str] = []
+    for word in word_pattern().findall(unicodedata.normalize("NFKC", text).casefold()):
+        for run in UNSPACED.split(word):
+            pairs = [run[i : i + 2] for i in range(len(run) - 1)] if UNSPACED.fullmatch(run) else []
+            found += pairs or ([run] if run else [])
+    return found
+
+
+@cache
+def word_pattern() -> re.Pattern[str]:
+    """Return the pattern of a word; `\\w` has no vowel signs, which would split the words of Hindi or Thai."""
+    marks = (chr(code) for code in range(0x300, 0x20000) if unicodedata.category(chr(code)).startswith("M"))
+    return re.compile(rf"[\w{''.join(marks)}]+")
 
 
 VARIANTS = (Rerank(),)

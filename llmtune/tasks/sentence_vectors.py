@@ -21,6 +21,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import ModelOutput
 
 from llmtune.data.example import Example
+from llmtune.data.long_texts import start_of, tokenize
 from llmtune.errors import DataError, EnvironmentProblem, RecipeError
 from llmtune.evaluate.evaluated_task import LoadedModel
 from llmtune.evaluate.token_batches import run_encoder
@@ -180,10 +181,15 @@ def tokenize_prompted(
     name: str, text: str, processor: PreTrainedTokenizerBase, recipe: Recipe, limit: int | None = None
 ) -> list[int]:
     """Return the tokens of a text of this name after its prompt, cut to `limit`."""
-    section = embed_section(recipe)
-    prompt = (section.query_prompt if name == "query" else section.passage_prompt) or ""
-    cut = {} if limit is None else {"truncation": True, "max_length": limit}
-    return list(processor(prompt + text, return_attention_mask=False, **cut)["input_ids"])
+    text = prompt_of(name, embed_section(recipe)) + text
+    if limit is None:
+        return list(tokenize(processor, text)["input_ids"])
+    return list(tokenize(processor, start_of(text, processor, limit), truncation=True, max_length=limit)["input_ids"])
+
+
+def prompt_of(name: str, section: EmbedSection) -> str:
+    """Return the text that the model puts before a text of this name."""
+    return (section.query_prompt if name == "query" else section.passage_prompt) or ""
 
 
 def hidden_states(model: torch.nn.Module, batch: Batch) -> torch.Tensor:

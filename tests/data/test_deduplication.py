@@ -216,3 +216,21 @@ def test_a_long_text_with_several_short_ones_makes_no_duplicates(tmp_path):
     short = [{"text": text[:300], "pair": f"{text[:300]} {i}", "label": "a"} for text in texts for i in range(3)]
     write_jsonl(tmp_path / "short.jsonl", short)
     assert prepare(tmp_path, "short.jsonl", "classify", deduplicate="near").dropped == {"near duplicate": 60}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "猫在沙发上睡觉，狗在花园里跑步。",
+        "猫はソファで寝て、犬は庭で走ります。",
+        "แมวนอนบนโซฟาและสุนัขวิ่งในสวน",
+        "ແມວນອນເທິງໂຊຟາແລະໝາແລ່ນໃນສວນ",
+        "ကြောင်သည်ဆိုဖာပေါ်မှာအိပ်သည်",
+        "ឆ្មាដេកលើសាឡុងហើយឆ្កែរត់ក្នុងសួន",
+    ],
+)
+def test_characters_of_scripts_without_spaces_are_words_of_near_duplicates(text):
+    triples, _ = hash_triples([text])
+    other, _ = hash_triples([f"{text}{text[:2]}"])
+    assert len(triples) > len(text) / 2
+    assert len({*triples.tolist()} & {*other.tolist()}) > 0.8 * len({*triples.tolist()})

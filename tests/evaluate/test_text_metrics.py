@@ -188,3 +188,13 @@ def test_the_signature_says_whether_english_spellings_were_unified():
     assert "whisper (basic)" in signatures[0]
     assert "not unified" in signatures[1]
     assert "whisper (English)," in signatures[2]
+
+
+def test_rouge_says_that_it_does_not_read_other_scripts():
+    """rouge-score reads a to z and 0 to 9: equal texts in Chinese or Russian have a score of 0."""
+    for text in ("猫在沙发上睡觉", "Кошка спит"):
+        measured = TEXT_MEASURES["rougeL"]([text], [text])
+        assert measured.value == RougeScorer(["rougeL"]).score(text, text)["rougeL"].fmeasure == 0
+        assert measured.signature.endswith("most references do not have: use chrf")
+        assert TEXT_MEASURES["chrf"]([text], [text]).value == pytest.approx(100)
+    assert "chrf" not in TEXT_MEASURES["rougeL"](["der Fuchs"], ["der Fuchs"]).signature

@@ -1,6 +1,7 @@
 """Tools and thoughts through OpenAI's client: a call, its arguments, its result, and the answer."""
 
 import json
+import time
 
 import openai
 import pytest
@@ -91,6 +92,16 @@ def test_a_client_may_override_the_template_values_of_the_recipe(tmp_path):
         assert prompt_of(client).endswith("<think>\n\n</think>\n\n")
         with pytest.raises(openai.BadRequestError, match="enable_thinkin'"):
             prompt_of(client, enable_thinkin=True)
+
+
+def test_a_prompt_beyond_the_context_is_refused_before_calls_are_tried(client):
+    """Each tool costs three readings of the prompt: 100 tools and 240 kB of text took half a minute."""
+    tools = [{"type": "function", "function": {"name": f"tool_{i}"}} for i in range(200)]
+    started = time.monotonic()
+    messages = [{"role": "user", "content": "red cat " * 20_000}]
+    with pytest.raises(openai.BadRequestError, match="context holds"):
+        ask(client, messages, stream=False, tools=tools, tool_choice="required")
+    assert time.monotonic() - started < 10
 
 
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "weather"}}])

@@ -494,15 +494,16 @@ def test_the_openai_client_gets_the_vectors_of_generate(run):
     texts = ["the red cat", "a house"]
     with serving(*load_served(mine=run).values()) as url:
         client = OpenAI(base_url=f"{url}/v1", api_key="none")
-        queries = client.embeddings.create(model="mine", input=texts)
+        queries = client.embeddings.create(model="mine", input=texts, extra_body={"input_type": "query"})
         found = client.embeddings.create(model="mine", input=texts, extra_body={"input_type": "document"})
-        short = client.embeddings.create(model="mine", input=texts[0], dimensions=16)
-        wrong = httpx.post(f"{url}/v1/embeddings", json={"input": texts, "dimensions": 17})
+        query = {"input_type": "query"}
+        short = client.embeddings.create(model="mine", input=texts[0], dimensions=16, extra_body=query)
+        wrong = httpx.post(f"{url}/v1/embeddings", json={"input": texts, "dimensions": 17, **query})
         tokens = httpx.post(f"{url}/v1/embeddings", json={"input": [[5, 6], [7]]})
     assert wrong.status_code == 400
     assert "Use one of 64, 16." in wrong.json()["error"]["message"]
     assert tokens.status_code == 400
-    assert tokens.json()["error"]["message"].endswith("they depend on the tokenizer; send texts")
+    assert tokens.json()["error"]["message"].endswith("in LangChain, set check_embedding_ctx_length=False")
     for i, text in enumerate(texts):
         for answer, given in ((queries, {"prompt": text}), (found, {"passages": text})):
             [vector] = ours.answer(given)["prediction"].values()

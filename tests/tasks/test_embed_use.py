@@ -1,16 +1,19 @@
 """A finished embedding run in use: ranking, vectors of files, products, attention, and bases that are refused early."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from sentence_transformers import SentenceTransformer
 from support.explaining import page_data
 from support.families import build_bert
 from support.pairs import recipe_of, run_recipe
 from support.runs import invoke
+from transformers import AutoModel
 
 from llmtune.serve.finished_run import FinishedRun
 
@@ -91,6 +94,37 @@ def test_a_published_folder_is_loaded_by_sentence_transformers_with_the_same_vec
         for folder in (tmp_path / "whole", run / "merged")
     )
     np.testing.assert_array_equal(theirs, ours)
+
+
+@pytest.mark.parametrize("place", ["adapter", "merged"])
+def test_the_code_of_the_page_gives_the_vectors_of_a_bfloat16_base_to_1e_6(place, half):
+    """Without `dtype`, an adapter's base is loaded in bfloat16."""
+    page = (Path(__file__).parents[2] / "docs/embed.md").read_text()
+    (code,) = (block for block in re.findall("```python\n(.*?)```", page, re.DOTALL) if "SentenceTransformer(" in block)
+    names = {}
+    exec(code.replace("runs/embed-offline-1a2b3c4d/adapter", str(half / place)), names)
+    ours = FinishedRun(half, offline=True)
+    vectors = [ours.answer({"prompt": text})["prediction"]["query"] for text in TEXTS]
+    np.testing.assert_allclose(names["model"].encode_query(TEXTS), vectors, atol=1e-6)
+    plain = SentenceTransformer(str(half / place), device="cpu", local_files_only=True)
+    assert (np.abs(plain.encode_query(TEXTS) - vectors).max() > 1e-4) == (place == "adapter")
+
+
+def test_the_card_of_an_adapter_on_a_bfloat16_base_loads_it_in_float32(half, tmp_path):
+    done = invoke("deploy", "publish", half, "--to", tmp_path / "card", "--license", "mit")
+    assert done.exit_code == 0, done.output
+    assert 'model_kwargs={"dtype": "float32"}' in (tmp_path / "card/README.md").read_text()
+
+
+@pytest.fixture(scope="module")
+def half(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A merged run on a base whose files are in bfloat16."""
+    folder = tmp_path_factory.mktemp("half")
+    base = build_bert(folder / "model")
+    AutoModel.from_pretrained(base, dtype=torch.bfloat16).save_pretrained(base)
+    run_recipe(folder, base, PAIRS, "embed", model={"dtype": "float32"}, train=STEPS, **NO_TEXT)
+    assert invoke("deploy", "merge", folder / "run").exit_code == 0
+    return folder / "run"
 
 
 def test_explained_attention_is_that_of_a_query_after_its_prompt(run, tmp_path):

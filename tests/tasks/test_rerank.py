@@ -33,7 +33,7 @@ from llmtune.recipe.loader import load_recipe
 from llmtune.serve.finished_run import FinishedRun
 from llmtune.session import open_finished
 from llmtune.store.run_request import RunRequest
-from llmtune.tasks.rerank import Rerank, bm25
+from llmtune.tasks.rerank import Rerank, bm25, words
 from llmtune.train.metrics_log import tracker_names
 
 with warnings.catch_warnings():
@@ -323,6 +323,39 @@ def test_bm25_prefers_rare_words_short_passages_and_gives_zero_without_a_shared_
     norm = 1.2 * (1 - 0.75 + 0.75 * 3 / mean)
     rarity = [math.log(1 + (count - holders + 0.5) / (holders + 0.5)) for holders in (2, 1)]
     assert scores[0] == pytest.approx(sum(rarity) * 2.2 / (1 + norm))
+
+
+UNSPACED = {
+    "Chinese": ("猫在哪里睡觉", ["狗在花园里跑步。", "猫在沙发上睡觉。", "火车明天早上出发。", "我们喝了很多茶。"]),
+    "Japanese": ("猫はどこで寝ますか", ["犬が庭で走っています。", "猫はソファで寝ています。", "電車は明日出ます。"]),
+    "Thai": ("แมวนอนที่ไหน", ["สุนัขวิ่งในสวน", "แมวนอนบนโซฟา", "รถไฟออกพรุ่งนี้เช้า", "เราดื่มชา"]),
+    "Lao": ("ແມວນອນຢູ່ໃສ", ["ໝາແລ່ນໃນສວນ", "ແມວນອນເທິງໂຊຟາ", "ລົດໄຟອອກມື້ອື່ນ"]),
+    "Burmese": ("ကြောင်ဘယ်မှာအိပ်လဲ", ["ခွေးသည်ဥယျာဉ်တွင်ပြေးသည်", "ကြောင်သည်ဆိုဖာပေါ်မှာအိပ်သည်", "ရထားမနက်ဖြန်ထွက်မည်"]),
+    "Khmer": ("ឆ្មាដេកនៅឯណា", ["ឆ្កែរត់ក្នុងសួន", "ឆ្មាដេកលើសាឡុង", "រថភ្លើងចេញថ្ងៃស្អែក"]),
+    "Hindi": ("बिल्ली कहाँ सोती है", ["कुत्ता बगीचे में दौड़ता है", "बिल्ली सोफे पर सोती है", "रेलगाड़ी कल सुबह जाएगी"]),
+}
+
+
+@pytest.mark.parametrize("language", UNSPACED)
+def test_bm25_finds_shared_words_in_scripts_without_spaces(language: str) -> None:
+    query, passages = UNSPACED[language]
+    (scores,) = bm25([{"query": query, "passages": passages, "relevances": []}])
+    assert int(np.argmax(scores)) == 1
+    assert scores[1] > 2 * max(score for i, score in enumerate(scores) if i != 1)
+
+
+@pytest.mark.parametrize(("first", "last"), [(0x4E00, 0x5200), (0x3041, 0x3097), (0x0E01, 0x0E3A), (0x1780, 0x17B4)])
+def test_bm25_is_better_than_chance_on_random_text_without_spaces(first: int, last: int) -> None:
+    """As words, each passage was one word that no query has."""
+    draw = np.random.default_rng(1)
+    passages = ["".join(map(chr, draw.integers(first, last, 40))) for _ in range(30)]
+    rows = [{"query": passage[10:16], "passages": passages, "relevances": []} for passage in passages]
+    assert np.mean([int(np.argmax(scores)) == i for i, scores in enumerate(bm25(rows))]) > 0.95
+
+
+def test_words_keep_vowel_signs_and_the_letters_of_other_scripts() -> None:
+    assert words("Python3入門 हिन्दी, Straße_1") == ["python3", "入門", "हिन्दी", "strasse_1"]
+    assert words("ภาษา 猫") == ["ภา", "าษ", "ษา", "猫"]
 
 
 def test_the_highest_relevance_of_the_recipe_overrides_that_of_the_rows(bert: Path, tmp_path: Path) -> None:
