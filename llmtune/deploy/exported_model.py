@@ -49,6 +49,11 @@ class ExportedModel:
     """Encodes a text by the tokenizer inside the file of a classifier; None if `processor` is its tokenizer."""
 
     @property
+    def is_folder(self) -> bool:
+        """Whether it is a plain model folder."""
+        return self.path.is_dir() and self.runtime == TRANSFORMERS
+
+    @property
     def size(self) -> int:
         """Bytes of the weights on disk."""
         return weight_bytes(self.path)

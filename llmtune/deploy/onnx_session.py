@@ -18,7 +18,7 @@ from llmtune.errors import EnvironmentProblem, first_line
 PAST = "past_key_values"
 """First part of the names of the inputs with the keys and values of earlier tokens."""
 OPENVINO_SUFFIX = ".xml"
-INT8_LIMITS = Limits(kl_floor=3e-2, kl_cap=3e-2, top1=0.9)
+INT8_LIMITS = Limits(kl_floor=3e-2, kl_cap=3e-2, top1=0.9, cosine=3e-2, score=5e-2)
 INTEGERS = ('element_type="u8"', 'element_type="i8"', 'element_type="u4"', 'element_type="i4"')
 ONNX_TYPES = {
     "tensor(int64)": "int64",

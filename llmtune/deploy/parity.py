@@ -28,7 +28,9 @@ EFFECT_SHARE = 0.05
 """A merge may undo this share of what tuning did."""
 
 SLACK = 0.1
-"""A share of tuning's effect this far from 1 is reported as the cause of other breaches."""
+"""A share of tuning's effect this far from 1 is a breach in float32, and the cause of other breaches elsewhere."""
+LARGEST = 10
+"""The largest difference of a vector or score may be this many times the limit of the mean."""
 NEGLIGIBLE = 100
 """If tuning's effect is smaller than the rounding by this factor, a lost adapter is not checked for."""
 
@@ -64,6 +66,8 @@ class Parity(Distance):
     """Mean KL from the base model to the product, likewise."""
     effect_share: float | None = None
     """How far the product's logits went from the base's in the direction of the tuned model's: 1 is all the way."""
+    share_noise: float = 0.0
+    """How far rounding may move `effect_share`."""
     same_labels: bool = True
     """Whether a head's outputs have the same names in the same order."""
     missing_ends: tuple[str, ...] = ()
@@ -83,6 +87,10 @@ class Limits:
     top1: float
     logit_difference: float | None = None
     noise: float | None = None
+    cosine: float = 2e-3
+    """Of vectors: the mean of 1 - cosine; `LARGEST` times as much for a single text."""
+    score: float = 1e-2
+    """Of a passage's score from 0 to 1: the mean difference; likewise."""
 
     def kl(self, effect: float | None) -> float:
         """The limit of `kl_mean` for a tuning that moved the model by `effect`."""
@@ -93,7 +101,13 @@ class Limits:
 
     def wider(self, other: Limits) -> Limits:
         """Return limits that allow what either allows."""
-        return Limits(max(self.kl_floor, other.kl_floor), max(self.kl_cap, other.kl_cap), min(self.top1, other.top1))
+        return Limits(
+            max(self.kl_floor, other.kl_floor),
+            max(self.kl_cap, other.kl_cap),
+            min(self.top1, other.top1),
+            cosine=max(self.cosine, other.cosine),
+            score=max(self.score, other.score),
+        )
 
     def applied(self, effect: float | None) -> Certificate:
         """Return the limits for a tuning that moved the model by `effect`, as a certificate has them."""
@@ -105,9 +119,9 @@ class Limits:
 
 
 LIMITS = {
-    "exact": Limits(kl_floor=1e-5, kl_cap=1e-4, top1=0.99, logit_difference=0.05),
+    "exact": Limits(kl_floor=1e-5, kl_cap=1e-4, top1=0.99, logit_difference=0.05, cosine=1e-5, score=1e-4),
     "rounded": Limits(kl_floor=1e-2, kl_cap=2e-2, top1=0.9, noise=5e-3),
-    "other base": Limits(kl_floor=2e-2, kl_cap=1e-1, top1=0.85),
+    "other base": Limits(kl_floor=2e-2, kl_cap=1e-1, top1=0.85, cosine=2e-2, score=5e-2),
 }
 """exact: float32 throughout. rounded: one model in 16 bits, which alone moves SmolLM2 in bfloat16 by 3e-3 to 5e-3.
 other base: a 4-bit adapter on the original weights."""
@@ -157,16 +171,30 @@ def measure_share(
     base: Sequence[torch.Tensor], tuned: Sequence[torch.Tensor], product: Sequence[torch.Tensor], kind: str
 ) -> float | None:
     """Return the least-squares share of the step from `base` to `tuned` that `product` took; None without a step."""
+    return measure_step(base, tuned, product, kind)[0]
+
+
+def measure_step(
+    base: Sequence[torch.Tensor], tuned: Sequence[torch.Tensor], product: Sequence[torch.Tensor], kind: str
+) -> tuple[float | None, float]:
+    """Return what `measure_share` does, and how far rounding may move it.
+
+    The part of the product's step that is not in the tuned model's direction is taken for rounding. It has as many
+    independent numbers as the outputs, and one direction gets its share: three standard deviations.
+    """
 
     def step(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-        moved = other - one  # for a choice, a shift of all logits changes nothing
-        return moved - moved.mean(-1, keepdim=True) if kind == "choice" else moved
+        moved = (other - one).double()  # for a choice, a shift of all logits changes nothing
+        return (moved - moved.mean(-1, keepdim=True) if kind == "choice" else moved).flatten()
 
-    aims = [step(one, other) for one, other in zip(base, tuned, strict=True)]
-    taken = [step(one, other) for one, other in zip(base, product, strict=True)]
-    total = sum(float(aim.square().sum()) for aim in aims)
-    common = sum(float((aim * moved).sum()) for aim, moved in zip(aims, taken, strict=True))
-    return common / total if total else None
+    aim = torch.cat([step(one, other) for one, other in zip(base, tuned, strict=True)])
+    taken = torch.cat([step(one, other) for one, other in zip(base, product, strict=True)])
+    total = float(aim.square().sum())
+    if not total:
+        return None, 0.0
+    share = float(aim @ taken) / total
+    rest = float((taken - share * aim).norm())
+    return share, 3 * rest / (total * len(aim)) ** 0.5
 
 
 def find_breaches(parity: Parity, limits: Limits) -> list[str]:
@@ -187,10 +215,16 @@ def find_breaches(parity: Parity, limits: Limits) -> list[str]:
     if highest is not None and not parity.largest_logit_difference <= highest:
         difference = f"the largest logit difference is {parity.largest_logit_difference:.2g}"
         breaches.append(f"{difference}; the limit is {highest:.2g}")
-    taken = parity.effect_share
-    if breaches and parity.same_ids and taken is not None and not 1 - SLACK <= taken <= 1 + SLACK:
-        breaches.append(f"its outputs moved by {taken:.0%} of what tuning did to the base model's")
+    taken, exact = parity.effect_share, highest is not None
+    moved = taken is not None and not abs(taken - 1) <= SLACK + parity.share_noise
+    if moved and parity.same_ids and (breaches or exact):
+        breaches.append(describe_share(taken or 0.0))
     return [*breaches, *find_lost_adapter(parity)]
+
+
+def describe_share(taken: float) -> str:
+    """Describe a product that took only a share of tuning's step."""
+    return f"its outputs moved by {taken:.0%} of what tuning did to the base model's"
 
 
 def find_lost_adapter(parity: Parity) -> list[str]:
@@ -219,6 +253,21 @@ class ParityNumbers(TypedDict):
     kl_from_base: NotRequired[float | None]
 
 
+class SearchNumbers(TypedDict):
+    """The numbers of a parity check of vectors or scores."""
+
+    unit: str
+    outputs: int
+    difference_mean: float | None
+    difference_max: float | None
+    same_order: float
+    same_ids: bool
+    ndcg: float | None
+    ndcg_tuned: float | None
+    effect: NotRequired[float | None]
+    effect_share: NotRequired[float | None]
+
+
 class CertificateDocument(TypedDict, total=False):
     """The certificate fields that other commands read."""
 
@@ -230,7 +279,7 @@ class CertificateDocument(TypedDict, total=False):
     files_sha256: dict[str, str]
     number_format: str
     reader: str
-    measured: ParityNumbers | None
+    measured: ParityNumbers | SearchNumbers | None
 
 
 def read_certificate(folder: Path, name: str = CERTIFICATE) -> Certificate | None:
@@ -241,12 +290,30 @@ def read_certificate(folder: Path, name: str = CERTIFICATE) -> Certificate | Non
 
 def describe_parity(measured: Certificate) -> str:
     """Format a certificate's numbers as one readable line."""
+    ids = f"token ids {'equal' if measured['same_ids'] else 'not equal'}"
+    if "difference_mean" in measured:
+        effect = "" if measured["effect"] is None else f" (tuning had moved it by {measured['effect']:.2g})"
+        ndcg = (
+            "" if measured["ndcg"] is None else f", nDCG@10 {measured['ndcg']:.3f}, tuned {measured['ndcg_tuned']:.3f}"
+        )
+        return (
+            f"over {measured['outputs']} outputs {describe_distance(measured)}{effect}, "
+            f"largest {measured['difference_max']:.2g}{ndcg}, {ids}"
+        )
     effect = "" if measured.get("effect_kl") is None else f" (tuning had moved it by {measured['effect_kl']:.2g})"
     return (
         f"over {measured['positions']} positions mean KL {measured['kl_mean']:.2g} nats{effect}, largest logit "
         f"difference {measured['largest_logit_difference']:.2g}, same first choice {measured['top1_agreement']:.1%}, "
-        f"same answers {measured['answer_agreement']:.0%}, token ids {'equal' if measured['same_ids'] else 'not equal'}"
+        f"same answers {measured['answer_agreement']:.0%}, {ids}"
     )
+
+
+def describe_distance(measured: Certificate) -> str:
+    """Format the distance of a model from the tuned one: mean and agreement."""
+    if "difference_mean" in measured:
+        unit, mean = measured["unit"], measured["difference_mean"]
+        return f"mean difference ({unit}) {mean:.2g}, same order {measured['same_order']:.1%}"
+    return f"mean KL {measured['kl_mean']:.2g}, same first choice {measured['top1_agreement']:.1%}"
 
 
 def check_output(out: Path) -> Iterator[Problem]:

@@ -20,8 +20,8 @@ from llmtune.deploy.onnx_export import check_onnx, make_onnx, missing_packages
 from llmtune.deploy.onnx_model import list_graph_files, open_onnx_export
 from llmtune.deploy.onnx_session import OPENVINO_SUFFIX
 from llmtune.deploy.parity import LIMITS, Certificate, describe_parity
-from llmtune.deploy.parity_reference import make_reference
 from llmtune.deploy.quantized_model import SCHEMES, check_quantizable, quantize_run
+from llmtune.deploy.search_parity import make_reference
 from llmtune.errors import EnvironmentProblem, GateFailed, Problem, RecipeError
 from llmtune.model.causal_lm_loss import unwrap
 from llmtune.report.render_terminal import spinner
@@ -126,7 +126,7 @@ def certify_export(run: Path, path: Path, *, offline: bool, console: Console) ->
         certificate: Certificate = plain({**certified, "export": path.name, "sha256": content, "score": scored})
         write_json(out / CERTIFICATE, certificate)
     console.print(
-        f"{path.name}, read by {exported.runtime}: {describe_parity(certificate['measured'])}", highlight=False
+        f"{path.name}, read by {certified['reader']}: {describe_parity(certificate['measured'])}", highlight=False
     )
     for line in describe_export(scored):
         console.print(line, highlight=False)
