@@ -91,6 +91,7 @@ def borrow_class(
 
 def open_folder(folder: Path, source: ModelSource, name: str = "folder") -> ExportedModel:
     """Load a plain model folder with transformers alone, as its users do."""
+    processor = saved_processor(folder, source.model_ref, source.recipe.model)  # also refuses a damaged configuration
     auto_class = getattr(transformers, source.task.auto_class)
     options = {"local_files_only": True, "trust_remote_code": source.recipe.model.trust_remote_code}
 
@@ -102,7 +103,6 @@ def open_folder(folder: Path, source: ModelSource, name: str = "folder") -> Expo
 
     model = cast(PreTrainedModel, load_product(load, str(folder)).to(source.device))
     limits = LIMITS["exact" if model.dtype == torch.float32 else "rounded"]
-    processor = saved_processor(folder, source.model_ref, source.recipe.model)
     served = partial(served_by_folder, folder)
     return ExportedModel(name, TRANSFORMERS, model, processor, folder, limits, served)
 

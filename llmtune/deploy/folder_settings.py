@@ -98,6 +98,8 @@ def find_other_settings(expected: Settings, exported: ExportedModel, tuned: Tune
         if not (folder / file).is_file() and not (exported.is_folder and file in (MODULES, LENGTH)):
             continue
         try:
+            if file != MODULES:  # libraries pass over some damaged files
+                _read_object(folder / file)
             stated = _flatten(readers[file]() if file in readers else _read_object(folder / file))
         except (RecipeError, EnvironmentProblem) as error:
             breaches.append(f"{file}: {error.problems[0].what}")
@@ -107,7 +109,8 @@ def find_other_settings(expected: Settings, exported: ExportedModel, tuned: Tune
             for name, value in _flatten(settings).items()
             if not _is_same(name, stated.get(name), value, tuned)
         ]
-    return breaches
+    strange = [name for name in RULES if name not in expected and (folder / name).is_file()]
+    return [*breaches, *(f"{name}: the run's evaluation made no such rules" for name in strange)]
 
 
 def _flatten(settings: Mapping[str, object]) -> dict[str, object]:

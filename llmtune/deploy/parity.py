@@ -5,18 +5,19 @@ Shapes: T positions of a prompt and its answer, V vocabulary; N distributions ov
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NotRequired
 
 import torch
-from safetensors import SafetensorError
 from torch.nn.functional import logsigmoid
 from transformers import PreTrainedModel
 from typing_extensions import TypedDict
 
-from llmtune.errors import EnvironmentProblem, GateFailed, Problem, system_errno
+from llmtune.errors import EnvironmentProblem, GateFailed, Problem, first_line, system_errno
+from llmtune.model.config import UNREADABLE
 from llmtune.model.device import is_out_of_memory
 from llmtune.store.atomic_files import read_json, write_json
 from llmtune.store.json_shapes import read_record
@@ -29,6 +30,7 @@ EFFECT_SHARE = 0.05
 
 SLACK = 0.1
 """A share of tuning's effect this far from 1 is a breach in float32, and the cause of other breaches elsewhere."""
+NOT_FINITE = "its outputs are not finite numbers"
 LARGEST = 10
 """The largest difference of a vector or score may be this many times the limit of the mean."""
 NEGLIGIBLE = 100
@@ -70,6 +72,8 @@ class Parity(Distance):
     """How far rounding may move `effect_share`."""
     same_labels: bool = True
     """Whether a head's outputs have the same names in the same order."""
+    ids_error: str | None = None
+    """Why the saved tokenizer and template produce no token ids; None if they do."""
     missing_ends: tuple[str, ...] = ()
     """Tokens that end the tuned model's turns and not the product's."""
 
@@ -136,6 +140,7 @@ def measure_distance(
     spread of the numbers over all rows as width.
     """
     pairs = list(zip(expected, actual, strict=True))
+    check_shapes(expected, actual)
     largest = max(float((one - other).abs().max()) for one, other in pairs)
     if kind == "choice":
         parts = [_compare_choices(*pair) for pair in pairs]
@@ -144,6 +149,15 @@ def measure_distance(
         parts = [compare(torch.cat(tuple(expected)), torch.cat(tuple(actual)))]
     kl_N, agreed_N = (torch.cat(part) for part in zip(*parts, strict=True))
     return Distance(largest, float(kl_N.mean()), float(kl_N.max()), float(agreed_N.float().mean()))
+
+
+def check_shapes(expected: Sequence[torch.Tensor], actual: Sequence[torch.Tensor]) -> None:
+    """Raise GateFailed if a product returns another number of outputs than the tuned model."""
+    for one, other in zip(expected, actual, strict=True):
+        if one.shape != other.shape:
+            shapes = " x ".join(map(str, other.shape)), " x ".join(map(str, one.shape))
+            what = f"its outputs have the shape {shapes[0]}; those of the tuned model have {shapes[1]}"
+            raise GateFailed.of(what, None, "Give an export of this run.")
 
 
 def _compare_choices(expected_NK: torch.Tensor, actual_NK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -200,7 +214,11 @@ def measure_step(
 def find_breaches(parity: Parity, limits: Limits) -> list[str]:
     """Describe the violated limits."""
     breaches = []
-    if not parity.same_ids:
+    if not math.isfinite(parity.kl_mean):
+        breaches.append(NOT_FINITE)
+    if parity.ids_error:
+        breaches.append(f"the saved tokenizer and chat template produce no token ids: {parity.ids_error}")
+    elif not parity.same_ids:
         breaches.append("the saved tokenizer and chat template produce other token ids")
     if not parity.same_labels:
         breaches.append("its labels, or their order, are not those of the tuned model")
@@ -298,13 +316,13 @@ def describe_parity(measured: Certificate) -> str:
         )
         return (
             f"over {measured['outputs']} outputs {describe_distance(measured)}{effect}, "
-            f"largest {measured['difference_max']:.2g}{ndcg}, {ids}"
+            f"largest {_write(measured['difference_max'])}{ndcg}, {ids}"
         )
     effect = "" if measured.get("effect_kl") is None else f" (tuning had moved it by {measured['effect_kl']:.2g})"
     return (
-        f"over {measured['positions']} positions mean KL {measured['kl_mean']:.2g} nats{effect}, largest logit "
-        f"difference {measured['largest_logit_difference']:.2g}, same first choice {measured['top1_agreement']:.1%}, "
-        f"same answers {measured['answer_agreement']:.0%}, {ids}"
+        f"over {measured['positions']} positions mean KL {_write(measured['kl_mean'])} nats{effect}, largest logit "
+        f"difference {_write(measured['largest_logit_difference'])}, same first choice "
+        f"{measured['top1_agreement']:.1%}, same answers {measured['answer_agreement']:.0%}, {ids}"
     )
 
 
@@ -312,8 +330,13 @@ def describe_distance(measured: Certificate) -> str:
     """Format the distance of a model from the tuned one: mean and agreement."""
     if "difference_mean" in measured:
         unit, mean = measured["unit"], measured["difference_mean"]
-        return f"mean difference ({unit}) {mean:.2g}, same order {measured['same_order']:.1%}"
-    return f"mean KL {measured['kl_mean']:.2g}, same first choice {measured['top1_agreement']:.1%}"
+        return f"mean difference ({unit}) {_write(mean)}, same order {measured['same_order']:.1%}"
+    return f"mean KL {_write(measured['kl_mean'])}, same first choice {measured['top1_agreement']:.1%}"
+
+
+def _write(value: float | None) -> str:
+    """Format a number; certificates have None for NaN and infinity."""
+    return "not a number" if value is None else f"{value:.2g}"
 
 
 def check_output(out: Path) -> Iterator[Problem]:
@@ -344,10 +367,10 @@ def load_product(load: Callable[[], tuple[PreTrainedModel, dict[str, set[str]]]]
     """
     try:
         model, info = load()
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+    except UNREADABLE as error:
         if is_out_of_memory(error) or system_errno(error) is not None:
             raise
-        raise EnvironmentProblem.of(f"{product} cannot be loaded: {error}") from error
+        raise EnvironmentProblem.of(f"{product} cannot be loaded: {first_line(error)}") from error
     if lost := sorted({*info["missing_keys"], *info["unexpected_keys"]}):
         raise GateFailed.of(f"{len(lost)} weights of {product} are missing or unexpected, such as {lost[0]}")
     return model.eval()

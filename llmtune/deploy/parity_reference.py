@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llmtune.adapter.reference_model import switches_off, without_adapter
 from llmtune.data.chat_template import stop_ids
+from llmtune.data.template_facts import TemplateRefusal
 from llmtune.deploy.adapter_weights import find_lost_steps, record_steps
 from llmtune.deploy.exported_model import ExportedModel
 from llmtune.deploy.folder_settings import expected_settings, find_other_settings
@@ -30,7 +31,7 @@ from llmtune.deploy.parity import (
     measure_step,
 )
 from llmtune.deploy.tuned_model import ANSWER_TOKENS, TransformersReader, TunedModel, render_prompts
-from llmtune.errors import DataError, LlmtuneError
+from llmtune.errors import DataError, LlmtuneError, first_line
 from llmtune.evaluate.evaluated_task import LoadedModel
 from llmtune.evaluate.generation import answer_ends
 from llmtune.model.causal_lm_loss import accepted_arguments, decoder_inputs, model_inputs, move_to, unwrap
@@ -127,13 +128,18 @@ class TunedReference(ABC):
             **asdict(self.compare(logits)),
             prompts=len(same_answers),
             positions=sum(map(len, self.logits)),
-            answer_agreement=sum(same_answers) / len(same_answers),
+            answer_agreement=sum(same_answers) / max(len(same_answers), 1),
             same_ids=same_ids,
             effect_kl=self.effect,
             kl_from_base=None if base is None else measure_distance(base, logits, self.kind).kl_mean,
             effect_share=share,
             share_noise=noise,
         )
+
+
+def are_finite(outputs: Sequence[torch.Tensor]) -> bool:
+    """Whether all outputs are finite numbers; a model with others has no answers."""
+    return all(bool(part.isfinite().all()) for part in outputs)
 
 
 # Models that continue a text
@@ -163,15 +169,18 @@ class TextReference(TunedReference):
     def parity(self, exported: ExportedModel) -> Parity:
         """Compare an export, with prompts made as in training and as by a server."""
         tuned, processor, reader = self.tuned, exported.processor, TransformersReader(exported.model)
+        reason = None
         try:
             same_ids = exported.served_prompts(tuned) == self.prompts == render_prompts(tuned, processor)
-        except LlmtuneError:  # its template cannot render them
-            same_ids = False
+        except (LlmtuneError, TemplateRefusal) as error:  # its template cannot render them
+            same_ids, reason = False, first_line(error)
         pairs = list(zip(self.prompts, self.answers, strict=True))
         logits = self.read_logits(exported.model)
-        same = [reader.answer(prompt, self.stops) == expected for prompt, expected in self.follow(pairs, "answers")]
+        answers = pairs if are_finite(logits) else []
+        same = [reader.answer(prompt, self.stops) == expected for prompt, expected in self.follow(answers, "answers")]
         turns = stop_ids(tuned.processor, tuned.recipe) if tuned.recipe.variant.facts.templated else []
-        return replace(self.judge(logits, same, same_ids), missing_ends=self.missing_ends(exported, turns))
+        compared = self.judge(logits, same, same_ids)
+        return replace(compared, ids_error=reason, missing_ends=self.missing_ends(exported, turns))
 
 
 # Classes, tags, answer spans, translations, transcripts
@@ -204,10 +213,11 @@ class HeadReference(TunedReference):
         """Compare an export; predictions are compared in their written form."""
         model, task = exported.model, self.tuned.task
         write = task.format_prediction
-        pairs = zip(self._predict(model, exported.processor), self.predictions, strict=True)
-        same = [write(actual) == write(expected) for actual, expected in pairs]
+        logits = self.read_logits(model)
+        given = self._predict(model, exported.processor) if are_finite(logits) else []
+        same = [write(actual) == write(expected) for actual, expected in zip(given, self.predictions, strict=False)]
         labels = unwrap(self.tuned.model).config.id2label if task.trains_head else model.config.id2label
-        compared = self.judge(self.read_logits(model), same, self._same_ids(exported))
+        compared = self.judge(logits, same, self._same_ids(exported))
         writes = model.can_generate() and not task.trains_head
         missing = self.missing_ends(exported, []) if writes else ()
         return replace(compared, same_labels=model.config.id2label == labels, missing_ends=missing)

@@ -5,6 +5,7 @@ Shapes: D numbers of a vector, P passages of a row.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -21,13 +22,15 @@ from llmtune.deploy.exported_model import ExportedModel
 from llmtune.deploy.folder_settings import LENGTH, MODULES, stated_recipe
 from llmtune.deploy.parity import (
     LARGEST,
+    NOT_FINITE,
     SLACK,
     Certificate,
     Limits,
+    check_shapes,
     describe_share,
     measure_step,
 )
-from llmtune.deploy.parity_reference import HeadReference, TextReference, TunedReference
+from llmtune.deploy.parity_reference import HeadReference, TextReference, TunedReference, are_finite
 from llmtune.deploy.tuned_model import TunedModel
 from llmtune.evaluate.evaluated_task import EvalPrediction, LoadedModel
 from llmtune.model.config import readable
@@ -145,6 +148,7 @@ class SearchReference(HeadReference):
         return self._measure(self.logits, logits)
 
     def _measure(self, expected: Sequence[torch.Tensor], actual: Sequence[torch.Tensor]) -> SearchDistance:
+        check_shapes(expected, actual)
         pairs = [*zip(expected, actual, strict=True)]
         same = [torch.equal(_order(one), _order(other)) for one, other in pairs]
         share, length = sum(same) / len(same), None
@@ -194,6 +198,8 @@ class SearchReference(HeadReference):
         rows, task = [*self.tuned.rows], self.tuned.task
         if self.is_vectors and rows[0]["score"] is not None:
             return None
+        if not are_finite(outputs):
+            return None
         values = (part.tolist() for part in outputs)
         predictions: list[Any] = [
             dict(zip([name for name, _ in named_texts(row)], value, strict=True))
@@ -215,6 +221,8 @@ def _order(outputs: torch.Tensor) -> torch.Tensor:
 def find_search_breaches(parity: SearchParity, highest: float) -> list[str]:
     """Describe the violated limits; `highest` is that of the mean difference."""
     breaches = []
+    if not math.isfinite(parity.difference_mean):
+        breaches.append(NOT_FINITE)
     if not parity.same_ids:
         breaches.append("the saved tokenizer produces other token ids")
     if not (parity.difference_mean <= highest and parity.difference_max <= LARGEST * highest):  # NaN is a breach

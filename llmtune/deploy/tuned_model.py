@@ -15,7 +15,9 @@ from rich.console import Console
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from llmtune.data.chat_messages import clean_messages
+from llmtune.data.chat_template import ChatTemplate
 from llmtune.data.row_store import read_rows
+from llmtune.data.template_text import check_length
 from llmtune.deploy.parity import Certificate, Onto
 from llmtune.evaluate.calibration import RECORD as CALIBRATION
 from llmtune.evaluate.decision import RECORD as DECISION
@@ -174,14 +176,15 @@ def render_prompts(tuned: TunedModel, processor: PreTrainedTokenizerBase) -> lis
 def render_chats(tuned: TunedModel, tokenizer: PreTrainedTokenizerBase) -> list[str] | None:
     """Return the prompts as a server renders them from the saved tokenizer alone, without template options.
 
-    Return None if the client writes the prompt.
+    A template of somebody else's file has the limits of training. Return None if the client writes the prompt.
     """
     if not tuned.task.is_conversational or not tokenizer.chat_template:
         return None
-    options = {"add_generation_prompt": True, "tokenize": False}
+    template = tokenizer.get_chat_template()
+    check_length(template, tokenizer.name_or_path)
+    chats = ChatTemplate(tokenizer, {}, tokenizer.name_or_path)
     return [
-        cast(str, tokenizer.apply_chat_template(clean_messages(row["messages"]), tools=row.get("tools"), **options))
-        for row in tuned.questions
+        chats.render(clean_messages(row["messages"]), row.get("tools"), answer_next=True) for row in tuned.questions
     ]
 
 
