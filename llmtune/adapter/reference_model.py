@@ -8,6 +8,7 @@ from typing import cast
 
 import torch
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.distributed.tensor import DTensor
 
 from llmtune.adapter.wiring_check import SWITCHES_OFF
@@ -48,6 +49,23 @@ def reference_of(model: torch.nn.Module) -> AbstractContextManager[object]:
     if kept is not None:
         return _restored(inner, kept)
     return inner.disable_adapter() if isinstance(inner, PeftModel) else nullcontext()
+
+
+@contextmanager
+def without_adapter(model: PeftModel, *, keeps_head: bool) -> Iterator[None]:
+    """Switch the adapter off for a while; with `keeps_head`, trained modules other than adapters stay on."""
+    if not keeps_head:
+        with model.disable_adapter():
+            yield
+        return
+    layers = [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)]
+    try:
+        for layer in layers:
+            layer.enable_adapters(False)
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llmtune.adapter.injection import adapter_settings
 from llmtune.deploy.exported_model import ExportedModel, ModelSource, weight_bytes
+from llmtune.deploy.folder_settings import stated_recipe
 from llmtune.deploy.parity import Certificate
 from llmtune.deploy.tuned_model import TunedModel, load_tuned
 from llmtune.errors import LlmtuneError
@@ -109,7 +110,8 @@ def score_export(context: RunContext, out: Path, open_export: OpenExport, asked:
     device = str(exported.model.device)
 
     def answer(evaluated: EvalContext) -> Answers:
-        return predict(exported.model, exported.format, replace(evaluated, device=device), packs=False)
+        recipe = stated_recipe(evaluated.recipe, exported)
+        return predict(exported.model, exported.format, replace(evaluated, device=device, recipe=recipe), packs=False)
 
     return {**found, **score_answers(context, exported.processor, answer, out)}
 

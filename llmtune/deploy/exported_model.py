@@ -49,6 +49,11 @@ class ExportedModel:
     """Encodes a text by the tokenizer inside the file of a classifier; None if `processor` is its tokenizer."""
 
     @property
+    def is_folder(self) -> bool:
+        """Whether it is a plain model folder."""
+        return self.path.is_dir() and self.runtime == TRANSFORMERS
+
+    @property
     def size(self) -> int:
         """Bytes of the weights on disk."""
         return weight_bytes(self.path)
@@ -86,6 +91,7 @@ def borrow_class(
 
 def open_folder(folder: Path, source: ModelSource, name: str = "folder") -> ExportedModel:
     """Load a plain model folder with transformers alone, as its users do."""
+    processor = saved_processor(folder, source.model_ref, source.recipe.model)  # also refuses a damaged configuration
     auto_class = getattr(transformers, source.task.auto_class)
     options = {"local_files_only": True, "trust_remote_code": source.recipe.model.trust_remote_code}
 
@@ -97,7 +103,6 @@ def open_folder(folder: Path, source: ModelSource, name: str = "folder") -> Expo
 
     model = cast(PreTrainedModel, load_product(load, str(folder)).to(source.device))
     limits = LIMITS["exact" if model.dtype == torch.float32 else "rounded"]
-    processor = saved_processor(folder, source.model_ref, source.recipe.model)
     served = partial(served_by_folder, folder)
     return ExportedModel(name, TRANSFORMERS, model, processor, folder, limits, served)
 

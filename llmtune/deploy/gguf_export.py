@@ -48,7 +48,8 @@ from llmtune.deploy.parity import (
     describe_parity,
     write_certificate,
 )
-from llmtune.deploy.parity_reference import TextReference, make_reference
+from llmtune.deploy.parity_reference import TextReference
+from llmtune.deploy.search_parity import make_reference
 from llmtune.deploy.tuned_model import TunedModel, load_tuned, training_base
 from llmtune.errors import RecipeError, nearest
 from llmtune.evaluate.generation import answer_ends

@@ -11,33 +11,34 @@ from typing import cast
 import psutil
 import torch
 from rich.console import Console
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from llmtune.adapter.merging import check_mergeable
 from llmtune.adapter.merging import merge_adapter as merge_weights
 from llmtune.adapter.saving import writing_weights
 from llmtune.deploy.export_score import export_run
 from llmtune.deploy.exported_model import open_folder
+from llmtune.deploy.folder_settings import expected_generation
 from llmtune.deploy.parity import (
     LIMITS,
     Certificate,
     Onto,
     check_onto,
     check_output,
+    describe_distance,
     describe_parity,
     write_certificate,
 )
-from llmtune.deploy.parity_reference import TunedReference, make_reference
+from llmtune.deploy.parity_reference import TunedReference
+from llmtune.deploy.search_parity import make_reference
 from llmtune.deploy.tuned_model import TunedModel, training_base
 from llmtune.errors import Problem, RecipeError
-from llmtune.evaluate.generation import generation_settings
 from llmtune.model.config import OTHER_CLASSES, OTHER_ORDER
 from llmtune.model.device import explain_oom, is_out_of_memory, release_memory
 from llmtune.model.processor import save_tokenizer
 from llmtune.report.render_terminal import spinner
 from llmtune.session import RunContext
 from llmtune.store.atomic_files import explained, hash_file, staged
-from llmtune.tasks.text_to_text import decoder_settings
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SHARD_SIZE = "5GB"
@@ -156,7 +157,7 @@ def save_merged(merged: PreTrainedModel, tuned: TunedModel, folder: Path, dtype:
 def save_settings(merged: PreTrainedModel, tuned: TunedModel, folder: Path, dtype: torch.dtype) -> None:
     """Write everything but the weights: configuration, generation settings, tokenizer and template."""
     if merged.can_generate():
-        merged.generation_config = _generation_config(merged, tuned)
+        merged.generation_config = expected_generation(merged, tuned)
         merged.generation_config.save_pretrained(folder)
     merged.config.dtype = dtype
     merged.config.architectures = [type(merged).__name__]
@@ -165,24 +166,6 @@ def save_settings(merged: PreTrainedModel, tuned: TunedModel, folder: Path, dtyp
     merged.config.save_pretrained(folder)
     save_tokenizer(tuned.processor, folder)
     tuned.task.save_files(folder, merged.config, tuned.recipe)
-
-
-def _generation_config(merged: PreTrainedModel, tuned: TunedModel) -> GenerationConfig:
-    """Return the recipe's generation settings, plus those that the model needs to generate.
-
-    Whisper's class looks up languages and tasks in its own settings. They stay, with the recipe's language and task.
-    """
-    recipe, own = tuned.recipe, merged.generation_config
-    if recipe.speech is not None or merged.config.model_type == "whisper":
-        if recipe.speech is not None and getattr(own, "is_multilingual", False):
-            own.language, own.task = recipe.speech.language, recipe.speech.task
-        return own
-    if merged.config.is_encoder_decoder:
-        settings = decoder_settings(own, merged, tuned.processor, recipe)
-    else:
-        settings = generation_settings(merged, tuned.processor, recipe)
-    settings.max_new_tokens = None  # servers treat it as a maximum for requests
-    return settings
 
 
 def weight_facts(folder: Path) -> Certificate:
@@ -203,7 +186,7 @@ def _print_merge(certificate: Certificate, out: Path, console: Console) -> None:
     console.print(f"  {describe_parity(certificate['measured'])}", highlight=False)
     if other := certificate["other"]:
         numbers = f": not measured, because {other.get('not_measured')}"
-        if "kl_mean" in other:
-            numbers = f" it would be: mean KL {other['kl_mean']:.2g}, same first choice {other['top1_agreement']:.1%}"
+        if "not_measured" not in other:
+            numbers = f" it would be: {describe_distance(other)}"
             numbers += f" (measured in {other['seconds']:.0f} s)"
         console.print(f"merged onto the {other['onto']} weights instead{numbers}", highlight=False)

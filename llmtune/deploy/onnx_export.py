@@ -28,7 +28,8 @@ from llmtune.deploy.parity import (
     describe_parity,
     write_certificate,
 )
-from llmtune.deploy.parity_reference import HeadReference, TextReference, TunedReference, make_reference
+from llmtune.deploy.parity_reference import HeadReference, TextReference, TunedReference
+from llmtune.deploy.search_parity import make_reference
 from llmtune.deploy.tuned_model import TunedModel, training_base
 from llmtune.errors import EnvironmentProblem, Problem, RecipeError
 from llmtune.model.causal_lm_loss import model_inputs, move_to, unwrap

@@ -18,7 +18,7 @@ from llmtune.errors import EnvironmentProblem, first_line
 PAST = "past_key_values"
 """First part of the names of the inputs with the keys and values of earlier tokens."""
 OPENVINO_SUFFIX = ".xml"
-INT8_LIMITS = Limits(kl_floor=3e-2, kl_cap=3e-2, top1=0.9)
+INT8_LIMITS = Limits(kl_floor=3e-2, kl_cap=3e-2, top1=0.9, cosine=3e-2, score=5e-2)
 INTEGERS = ('element_type="u8"', 'element_type="i8"', 'element_type="u4"', 'element_type="i4"')
 ONNX_TYPES = {
     "tensor(int64)": "int64",
@@ -33,6 +33,8 @@ OUTPUT_AXES = {
     "AutoModelForQuestionAnswering": 2,
 }
 """Axes of the first output of a head."""
+FATAL = 4
+"""onnxruntime's level for fatal errors only."""
 Tensors = Mapping[str, torch.Tensor | None]
 
 
@@ -46,23 +48,33 @@ class OnnxSession:
         import onnxruntime
 
         self.file = file
+        onnxruntime.set_default_logger_severity(FATAL)  # its log writes names out of the file to the terminal
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
-        options.log_severity_level = 3
+        options.log_severity_level = FATAL
         content = str(file)
-        if layers:
-            import onnx
-
-            graph = onnx.load(file)
-            graph.graph.output.extend(onnx.ValueInfoProto(name=name) for name in layers)
-            content = graph.SerializeToString()
         with self.explained("open"):
+            if layers:
+                import onnx
+
+                graph = onnx.load(file)
+                graph.graph.output.extend(onnx.ValueInfoProto(name=name) for name in layers)
+                content = graph.SerializeToString()
             self.session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
-        self.inputs = {one.name: (ONNX_TYPES[one.type], one.shape) for one in self.session.get_inputs()}
+        self.inputs = {one.name: (self._read_type(one.type), one.shape) for one in self.session.get_inputs()}
         """Number type and shape of each input."""
         self.outputs = [one.name for one in self.session.get_outputs()]
+        for one in self.session.get_outputs():
+            self._read_type(one.type)
         self.shape = self.session.get_outputs()[0].shape
         """Shape of the first output; names of lengths that vary."""
+
+    def _read_type(self, kind: str) -> str:
+        """Return the number type of an input or output."""
+        if kind not in ONNX_TYPES:
+            what = f"an input or output has the type {kind}; known types are {', '.join(ONNX_TYPES)}"
+            raise EnvironmentProblem.of(what, str(self.file), "Export the model in float32 or float16.")
+        return ONNX_TYPES[kind]
 
     @property
     def runtime(self) -> str:
@@ -77,7 +89,8 @@ class OnnxSession:
         """Return ONNX's names of the number formats of weight matrices."""
         import onnx
 
-        weights = onnx.load(self.file, load_external_data=False).graph.initializer
+        with self.explained("read"):
+            weights = onnx.load(self.file, load_external_data=False).graph.initializer
         return {onnx.TensorProto.DataType.Name(one.data_type) for one in weights if len(one.dims) > 1}
 
     def limits(self) -> Limits:
@@ -88,9 +101,13 @@ class OnnxSession:
     @contextmanager
     def explained(self, what: str) -> Iterator[None]:
         """Turn errors of the program, which have no common class, into an EnvironmentProblem."""
+        from google.protobuf.message import DecodeError
         from onnxruntime.capi import onnxruntime_pybind11_state as state
 
-        kinds = tuple(kind for kind in vars(state).values() if isinstance(kind, type) and issubclass(kind, Exception))
+        kinds = (
+            DecodeError,
+            *(kind for kind in vars(state).values() if isinstance(kind, type) and issubclass(kind, Exception)),
+        )
         try:
             yield
         except kinds as error:
@@ -118,7 +135,8 @@ class OnnxSession:
             part = given.get(name)
             if part is not None:
                 feed[name] = part.numpy().astype(kind, copy=False)
-            elif name.startswith(PAST):  # [B, heads, P, width]
+            elif name.startswith(PAST) and len(shape) == 4 and all(isinstance(shape[i], int) for i in (1, 3)):
+                # [B, heads, P, width]
                 feed[name] = np.zeros((batch, shape[1], 0, shape[3]), kind)
             elif name == "token_type_ids":
                 feed[name] = np.zeros_like(feed["input_ids"])

@@ -15,9 +15,12 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from llmtune.adapter.reference_model import switches_off
+from llmtune.adapter.reference_model import switches_off, without_adapter
 from llmtune.data.chat_template import stop_ids
+from llmtune.data.template_facts import TemplateRefusal
+from llmtune.deploy.adapter_weights import find_lost_steps, record_steps
 from llmtune.deploy.exported_model import ExportedModel
+from llmtune.deploy.folder_settings import expected_settings, find_other_settings
 from llmtune.deploy.parity import (
     Certificate,
     Distance,
@@ -25,10 +28,10 @@ from llmtune.deploy.parity import (
     Parity,
     find_breaches,
     measure_distance,
-    measure_share,
+    measure_step,
 )
 from llmtune.deploy.tuned_model import ANSWER_TOKENS, TransformersReader, TunedModel, render_prompts
-from llmtune.errors import DataError, LlmtuneError
+from llmtune.errors import DataError, LlmtuneError, first_line
 from llmtune.evaluate.evaluated_task import LoadedModel
 from llmtune.evaluate.generation import answer_ends
 from llmtune.model.causal_lm_loss import accepted_arguments, decoder_inputs, model_inputs, move_to, unwrap
@@ -49,11 +52,12 @@ class TunedReference(ABC):
 
     def __init__(self, tuned: TunedModel) -> None:
         self.tuned = tuned
+        self.settings, self.steps = expected_settings(tuned), record_steps(tuned.model)
         self.logits = self.read_logits(tuned.model)
         self.base_logits = self.read_base_logits()
         """The base model's logits; None if no adapter can be disabled."""
-        self.effect = None if self.base_logits is None else self.compare(self.base_logits).kl_mean
-        """Mean KL from the tuned model to its own base."""
+        self.effect = None if self.base_logits is None else self.measure_effect(self.base_logits)
+        """Mean KL from the tuned model to its own base, or another mean difference."""
 
     def follow(self, items: Sequence[T], what: str) -> Iterator[T]:
         """Yield items with a bar on the terminal."""
@@ -75,20 +79,42 @@ class TunedReference(ABC):
     def certify(self, exported: ExportedModel, limits: Limits | None = None) -> Certificate:
         """Return the fields of an export's certificate; `limits` override its own."""
         limits, parity = limits or exported.limits, self.parity(exported)
+        breaches = [*find_breaches(parity, limits), *self.find_causes(exported)]
         return {
-            **self.tuned.certificate(find_breaches(parity, limits)),
+            **self.tuned.certificate(breaches),
             "reader": exported.runtime,
             "limits": limits.applied(parity.effect_kl),
             "measured": asdict(parity),
         }
 
+    def find_causes(self, exported: ExportedModel) -> list[str]:
+        """Describe weights without a part of the adapter, and settings of the files that differ from the run's."""
+        lost = find_lost_steps(self.steps, exported.model.state_dict()) if exported.is_folder else []
+        return [*lost, *find_other_settings(self.settings, exported, self.tuned)]
+
+    def missing_ends(self, exported: ExportedModel, turns: Sequence[int]) -> tuple[str, ...]:
+        """Return tokens that end the tuned model's turns, or texts without turns, and do not end the product's.
+
+        transformers ends answers at the tokens of the generation settings alone.
+        """
+        processor = self.tuned.processor
+        stated = getattr(exported.model.generation_config, "eos_token_id", None) if exported.is_folder else None
+        ends = stated if isinstance(stated, list) else None if stated is None else [stated]
+        known = exported.ends or ends or answer_ends(exported.model, exported.processor)
+        required = turns or [token for token in (processor.eos_token_id,) if token is not None]
+        return tuple(processor.convert_ids_to_tokens([token for token in required if token not in known]))
+
     def read_base_logits(self) -> list[torch.Tensor] | None:
-        """Return the base model's logits; None if no adapter can be disabled."""
+        """Return the base model's logits, with the trained head; None if no adapter can be disabled."""
         model = self.tuned.adapted.model
         if not switches_off(model):  # trained biases stay
             return None
-        with cast(PeftModel, model).disable_adapter():
+        with without_adapter(cast(PeftModel, model), keeps_head=self.tuned.task.trains_head):
             return self.read_logits(cast(PreTrainedModel, model))
+
+    def measure_effect(self, base_logits: Sequence[torch.Tensor]) -> float:
+        """Return the mean difference between the tuned model and its base."""
+        return self.compare(base_logits).kl_mean
 
     def compare(self, logits: Sequence[torch.Tensor]) -> Distance:
         """Compare logits of the same questions with those of the tuned model."""
@@ -97,21 +123,23 @@ class TunedReference(ABC):
     def judge(self, logits: Sequence[torch.Tensor], same_answers: Sequence[bool], same_ids: bool) -> Parity:
         """Return a product's parity from its logits, equal answers, and whether all inputs are equal."""
         base = self.base_logits
+        share, noise = (None, 0.0) if base is None else measure_step(base, self.logits, logits, self.kind)
         return Parity(
             **asdict(self.compare(logits)),
             prompts=len(same_answers),
             positions=sum(map(len, self.logits)),
-            answer_agreement=sum(same_answers) / len(same_answers),
+            answer_agreement=sum(same_answers) / max(len(same_answers), 1),
             same_ids=same_ids,
             effect_kl=self.effect,
             kl_from_base=None if base is None else measure_distance(base, logits, self.kind).kl_mean,
-            effect_share=None if base is None else measure_share(base, self.logits, logits, self.kind),
+            effect_share=share,
+            share_noise=noise,
         )
 
 
-def make_reference(tuned: TunedModel) -> TunedReference:
-    """Ask the tuned model the fixed prompts and its rows; only the rows if it does not continue a text."""
-    return TextReference(tuned) if tuned.task.continues_text else HeadReference(tuned)
+def are_finite(outputs: Sequence[torch.Tensor]) -> bool:
+    """Whether all outputs are finite numbers; a model with others has no answers."""
+    return all(bool(part.isfinite().all()) for part in outputs)
 
 
 # Models that continue a text
@@ -141,17 +169,18 @@ class TextReference(TunedReference):
     def parity(self, exported: ExportedModel) -> Parity:
         """Compare an export, with prompts made as in training and as by a server."""
         tuned, processor, reader = self.tuned, exported.processor, TransformersReader(exported.model)
+        reason = None
         try:
             same_ids = exported.served_prompts(tuned) == self.prompts == render_prompts(tuned, processor)
-        except LlmtuneError:  # its template cannot render them
-            same_ids = False
+        except (LlmtuneError, TemplateRefusal) as error:  # its template cannot render them
+            same_ids, reason = False, first_line(error)
         pairs = list(zip(self.prompts, self.answers, strict=True))
         logits = self.read_logits(exported.model)
-        same = [reader.answer(prompt, self.stops) == expected for prompt, expected in self.follow(pairs, "answers")]
-        known = answer_ends(exported.model, processor) if exported.ends is None else exported.ends
+        answers = pairs if are_finite(logits) else []
+        same = [reader.answer(prompt, self.stops) == expected for prompt, expected in self.follow(answers, "answers")]
         turns = stop_ids(tuned.processor, tuned.recipe) if tuned.recipe.variant.facts.templated else []
-        missing = tuned.processor.convert_ids_to_tokens([token for token in turns if token not in known])
-        return replace(self.judge(logits, same, same_ids), missing_ends=tuple(missing))
+        compared = self.judge(logits, same, same_ids)
+        return replace(compared, ids_error=reason, missing_ends=self.missing_ends(exported, turns))
 
 
 # Classes, tags, answer spans, translations, transcripts
@@ -184,11 +213,14 @@ class HeadReference(TunedReference):
         """Compare an export; predictions are compared in their written form."""
         model, task = exported.model, self.tuned.task
         write = task.format_prediction
-        pairs = zip(self._predict(model, exported.processor), self.predictions, strict=True)
-        same = [write(actual) == write(expected) for actual, expected in pairs]
+        logits = self.read_logits(model)
+        given = self._predict(model, exported.processor) if are_finite(logits) else []
+        same = [write(actual) == write(expected) for actual, expected in zip(given, self.predictions, strict=False)]
         labels = unwrap(self.tuned.model).config.id2label if task.trains_head else model.config.id2label
-        compared = self.judge(self.read_logits(model), same, self._same_ids(exported))
-        return replace(compared, same_labels=model.config.id2label == labels)
+        compared = self.judge(logits, same, self._same_ids(exported))
+        writes = model.can_generate() and not task.trains_head
+        missing = self.missing_ends(exported, []) if writes else ()
+        return replace(compared, same_labels=model.config.id2label == labels, missing_ends=missing)
 
     def _same_ids(self, exported: ExportedModel) -> bool:
         made = list(self._make_batches(exported.processor))

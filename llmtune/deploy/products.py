@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,18 +14,21 @@ from rich.console import Console
 
 from llmtune import __version__
 from llmtune.deploy.export_score import describe_export, score_export, time_tuned
-from llmtune.deploy.exported_model import ExportedModel, open_folder, weight_bytes
+from llmtune.deploy.exported_model import WEIGHT_FILES, ExportedModel, open_folder
 from llmtune.deploy.gguf_export import check_gguf, make_gguf
 from llmtune.deploy.gguf_readers import longest_text, open_gguf_export
 from llmtune.deploy.merged_model import merge_run
 from llmtune.deploy.onnx_export import check_onnx, make_onnx, missing_packages
 from llmtune.deploy.onnx_model import list_graph_files, open_onnx_export
 from llmtune.deploy.onnx_session import OPENVINO_SUFFIX
-from llmtune.deploy.parity import LIMITS, Certificate, describe_parity
-from llmtune.deploy.parity_reference import make_reference
+from llmtune.deploy.parity import LIMITS, NOT_FINITE, Certificate, describe_parity
 from llmtune.deploy.quantized_model import SCHEMES, check_quantizable, quantize_run
+from llmtune.deploy.search_parity import make_reference
 from llmtune.errors import EnvironmentProblem, GateFailed, Problem, RecipeError
 from llmtune.model.causal_lm_loss import unwrap
+from llmtune.model.config import readable
+from llmtune.model.device import explain_oom
+from llmtune.model.library_logging import silent
 from llmtune.report.render_terminal import spinner
 from llmtune.session import Plan, RunContext, open_finished
 from llmtune.store.atomic_files import explained, hash_file, hash_folder, hash_value, plain, write_json
@@ -90,10 +95,25 @@ def open_export(path: Path, context: RunContext) -> ExportedModel:
         if all(one.suffix == ".onnx" for one in graphs):
             EnvironmentProblem.collect(missing_packages())
         return open_onnx_export(path, context.plan)
-    if (path / "config.json").is_file() and weight_bytes(path):
+    if (path / "config.json").is_file() and any(file.suffix in WEIGHT_FILES for file in path.iterdir()):
         return open_folder(path, context.plan)
     fix = "Name a GGUF, ONNX or OpenVINO file, a model folder with config.json and weights, or the URL of an endpoint."
     raise RecipeError.of("not an export that llmtune can open", str(path), fix)
+
+
+@contextmanager
+def foreign(path: Path, device: str) -> Iterator[None]:
+    """Turn errors that somebody else's export causes in libraries into an EnvironmentProblem.
+
+    Logs are off: names and texts out of the export would reach the terminal as they are.
+    """
+    fix = "Export the model again."
+    with (
+        explain_oom(f"opening {path.name}", device),
+        readable("the export cannot be opened or run", str(path), fix),
+        silent(logging.CRITICAL),
+    ):
+        yield
 
 
 def certify_export(run: Path, path: Path, *, offline: bool, console: Console) -> Certificate:
@@ -109,24 +129,29 @@ def certify_export(run: Path, path: Path, *, offline: bool, console: Console) ->
     tuned, usage, asked = time_tuned(context, ("test", "validation", "train"))
     with spinner(console, "asking the tuned model"):
         reference = make_reference(tuned)
-    exported = open_export(path, context)
-    ours, theirs = unwrap(tuned.model).config.num_labels, exported.model.config.num_labels
-    if tuned.task.trains_head and ours != theirs:
-        what = f"the export has {theirs} labels, the tuned model {ours}"
-        raise GateFailed.of(what, str(path), "Give an export of this run.")
-    with spinner(console, "asking the export"):
+    with spinner(console, "asking the export"), foreign(path, tuned.device):
+        exported = open_export(path, context)
+        ours, theirs = unwrap(tuned.model).config.num_labels, exported.model.config.num_labels
+        if tuned.task.trains_head and ours != theirs:
+            what = f"the export has {theirs} labels, the tuned model {ours}"
+            raise GateFailed.of(what, str(path), "Give an export of this run.")
         rounded = tuned.model.dtype != torch.float32  # so are its outputs, and merges that others convert
         certified = reference.certify(exported, exported.limits.wider(LIMITS["rounded"]) if rounded else None)
     named = path.resolve()
     out = run / "certified" / (f"{named.parent.name}-{named.name}" if named.is_file() else named.name)
     with explained(out):
         out.mkdir(parents=True, exist_ok=True)
-        scored = score_export(context, out, lambda *_: exported, asked) | usage
+        with foreign(path, tuned.device):
+            if NOT_FINITE in certified["breaches"]:
+                scored = {"runtime": exported.runtime, "bytes": exported.size, "usage": None, "unmeasured": NOT_FINITE}
+            else:
+                scored = score_export(context, out, lambda *_: exported, asked)
+        scored |= usage
         content = hash_file(path) if path.is_file() else hash_folder(path)
         certificate: Certificate = plain({**certified, "export": path.name, "sha256": content, "score": scored})
         write_json(out / CERTIFICATE, certificate)
     console.print(
-        f"{path.name}, read by {exported.runtime}: {describe_parity(certificate['measured'])}", highlight=False
+        f"{path.name}, read by {certified['reader']}: {describe_parity(certificate['measured'])}", highlight=False
     )
     for line in describe_export(scored):
         console.print(line, highlight=False)

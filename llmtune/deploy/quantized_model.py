@@ -30,7 +30,7 @@ from llmtune.deploy.parity import (
     describe_parity,
     write_certificate,
 )
-from llmtune.deploy.parity_reference import make_reference
+from llmtune.deploy.search_parity import make_reference
 from llmtune.deploy.tuned_model import TunedModel, training_base
 from llmtune.errors import EnvironmentProblem, RecipeError, nearest
 from llmtune.model.config import build_skeleton, expert_parameters, find_class, head_names, in_heads, read_model_config

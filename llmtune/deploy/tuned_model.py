@@ -5,7 +5,7 @@ Shapes: T positions of a prompt and its answer, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar, cast
@@ -15,15 +15,19 @@ from rich.console import Console
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from llmtune.data.chat_messages import clean_messages
+from llmtune.data.chat_template import ChatTemplate
 from llmtune.data.row_store import read_rows
+from llmtune.data.template_text import check_length
 from llmtune.deploy.parity import Certificate, Onto
+from llmtune.evaluate.calibration import RECORD as CALIBRATION
+from llmtune.evaluate.decision import RECORD as DECISION
 from llmtune.evaluate.generation import generate_batch, only_these_settings
 from llmtune.model.config import keeps_float32, read_model_config
 from llmtune.model.quantized_base import kept_quantization
 from llmtune.recipe.schema import Recipe
 from llmtune.records import AdaptedModel, ModelRef, Row
 from llmtune.session import Models, RunContext
-from llmtune.store.atomic_files import hash_folder
+from llmtune.store.atomic_files import hash_folder, read_json
 from llmtune.tasks.base import AnyTask
 
 T = TypeVar("T")
@@ -42,6 +46,10 @@ CONTEXT = "Paris is the capital of France. The train to Berlin leaves at nine o'
 ANSWER_TOKENS = 16
 CERTIFIED_ROWS = 8
 """Rows of the run to ask after the fixed prompts."""
+RANKED_ROWS = 64
+"""Rows of a task that ranks passages: their scores are cheap, and an nDCG of a few queries says little."""
+RULES = {CALIBRATION: ("temperature", "labels"), DECISION: ("threshold", "set_bounds", "lowest_score", "labels")}
+"""By file of an evaluation, what programs read from it."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +62,8 @@ class TunedModel:
     rows: Sequence[Row] = ()
     trained_sha256: str | None = None
     """Hash of the trained files in the run folder; None if they exist only in memory."""
+    rules: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
+    """The temperature and the decisions of the run's evaluation, by file."""
     console: Console = field(default_factory=lambda: Console(quiet=True))
     """The console for progress."""
 
@@ -109,14 +119,23 @@ def load_tuned(context: RunContext, splits: Sequence[str] = ("test",)) -> TunedM
         recipe = plan.recipe.model_copy(update={"model": model})
         context = replace(context, resolved=replace(plan, recipe=recipe))
     split = next((name for name in splits if rows.counts[name]), splits[0])
+    most = RANKED_ROWS if plan.recipe.embed or plan.recipe.rerank else CERTIFIED_ROWS
     return TunedModel(
         Models(context).adapted,
         context.plan.recipe,
         context.plan.task,
-        read_rows(rows, split, range(min(CERTIFIED_ROWS, rows.counts[split]))),
+        read_rows(rows, split, range(min(most, rows.counts[split]))),
         hash_folder(context.trained_folder),
+        read_rules(context),
         context.console,
     )
+
+
+def read_rules(context: RunContext) -> dict[str, dict[str, object]]:
+    """Return the temperature and the decisions of a run's evaluation, by file."""
+    folder = context.folder.path / "evaluation"
+    known = {name: read_json(folder / name) for name in RULES} if context.folder.is_done("evaluate") else {}
+    return {name: {key: rules.get(key) for key in RULES[name]} for name, rules in known.items() if rules}
 
 
 def training_base(recipe: Recipe, model_ref: ModelRef) -> Onto:
@@ -157,14 +176,15 @@ def render_prompts(tuned: TunedModel, processor: PreTrainedTokenizerBase) -> lis
 def render_chats(tuned: TunedModel, tokenizer: PreTrainedTokenizerBase) -> list[str] | None:
     """Return the prompts as a server renders them from the saved tokenizer alone, without template options.
 
-    Return None if the client writes the prompt.
+    A template of somebody else's file has the limits of training. Return None if the client writes the prompt.
     """
     if not tuned.task.is_conversational or not tokenizer.chat_template:
         return None
-    options = {"add_generation_prompt": True, "tokenize": False}
+    template = tokenizer.get_chat_template()
+    check_length(template, tokenizer.name_or_path)
+    chats = ChatTemplate(tokenizer, {}, tokenizer.name_or_path)
     return [
-        cast(str, tokenizer.apply_chat_template(clean_messages(row["messages"]), tools=row.get("tools"), **options))
-        for row in tuned.questions
+        chats.render(clean_messages(row["messages"]), row.get("tools"), answer_next=True) for row in tuned.questions
     ]
 
 

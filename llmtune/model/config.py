@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import re
+import struct
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pickle import UnpicklingError
 from typing import cast
 
+import jinja2
 import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
@@ -33,6 +35,7 @@ OTHER_ORDER = "llmtune_other_order"
 UNREADABLE = (
     *(OSError, ValueError, LookupError, TypeError, AttributeError, ImportError, ArithmeticError, RuntimeError),
     *(AssertionError, EOFError, StrictDataclassError, SafetensorError, UnpicklingError, re.error, LimitExceeded),
+    *(struct.error, jinja2.TemplateError, StopIteration),
 )
 """Errors that libraries raise for files that are damaged or unknown to them."""
 MOST = {

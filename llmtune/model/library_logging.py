@@ -45,10 +45,10 @@ def hushed() -> Iterator[None]:
 
 
 @contextmanager
-def silent() -> Iterator[None]:
-    """Hide all warnings below errors, such as those of torch's exporter, which name its own inner steps."""
+def silent(level: int = logging.WARNING) -> Iterator[None]:
+    """Hide all messages up to a level, such as warnings of torch's exporter, which name its own inner steps."""
     before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
+    logging.disable(level)
     try:
         with warnings.catch_warnings(action="ignore"):
             yield

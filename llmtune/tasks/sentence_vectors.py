@@ -33,6 +33,7 @@ from llmtune.records import Advance, Batch, Loss
 from llmtune.store.atomic_files import read_json, write_json
 
 MODULES, PROMPTS, POOLING = "modules.json", "config_sentence_transformers.json", "1_Pooling"
+LENGTH = "sentence_bert_config.json"
 MODES = {
     "cls": "pooling_mode_cls_token",
     "max": "pooling_mode_max_tokens",
@@ -157,7 +158,7 @@ def write_settings(folder: Path, config: PretrainedConfig, section: EmbedSection
     )
     modes = {name: mode == section.pooling for mode, name in MODES.items()}
     write_json(folder / POOLING / "config.json", {"word_embedding_dimension": size, **modes})
-    write_json(folder / "sentence_bert_config.json", {"max_seq_length": max_length, "do_lower_case": False})
+    write_json(folder / LENGTH, {"max_seq_length": max_length, "do_lower_case": False})
     base = _read_part(Path(config.name_or_path) / PROMPTS) or {}
     ours = {"query": section.query_prompt or "", "document": section.passage_prompt or ""}
     others = {name: text for name, text in (base.get("prompts") or {}).items() if name not in PASSAGE_PROMPTS}

@@ -18,7 +18,7 @@ from llmtune.adapter.injection import trained_parameters
 from llmtune.adapter.merging import merge_adapter as really_merge
 from llmtune.deploy.merged_model import merge_model, merge_run
 from llmtune.deploy.parity import LIMITS, Parity, find_breaches
-from llmtune.deploy.parity_reference import make_reference
+from llmtune.deploy.search_parity import make_reference
 from llmtune.errors import EnvironmentProblem, GateFailed, RecipeError
 from llmtune.session import open_finished
 

@@ -21,8 +21,8 @@ from llmtune.deploy.merged_model import save_settings as really_save
 from llmtune.deploy.onnx_export import check_onnx, make_onnx
 from llmtune.deploy.onnx_model import open_onnx_export
 from llmtune.deploy.parity import LIMITS
-from llmtune.deploy.parity_reference import make_reference
 from llmtune.deploy.products import open_export
+from llmtune.deploy.search_parity import make_reference
 from llmtune.deploy.tuned_model import load_tuned
 from llmtune.errors import EnvironmentProblem, GateFailed, RecipeError
 from llmtune.model import device
