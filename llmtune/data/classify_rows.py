@@ -97,9 +97,9 @@ def class_doubts(labels: Iterable[Label], kind: str = "auto") -> Iterator[tuple[
         is_decimal = kind == "single" and DECIMAL.fullmatch(name)
         whole = name.removesuffix(".0") if is_decimal else name.casefold()
         spellings[TRUTH.get(name, whole)].add(name)
-    for names in spellings.values():
-        if len(names) > 1:
-            yield f"one class in several spellings: {_some(sorted(names))}", "Write it the same way in all rows."
+    for spelled in spellings.values():
+        if len(spelled) > 1:
+            yield f"one class in several spellings: {_some(sorted(spelled))}", "Write it the same way in all rows."
 
 
 def _joined(texts: Mapping[str, int]) -> tuple[str, list[str]] | None:

@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from llmtune.data.input_overlap import JsonRows, find_shared_inputs, select_rows
+from llmtune.data.input_overlap import MOST_WORDS, JsonRows, find_shared_inputs, select_rows
 from llmtune.data.row_hash import (
     BANDS,
     I64,
@@ -139,9 +139,9 @@ def drop_shared_inputs(
 
 
 def input_text(row: Row) -> NearText:
-    """Return the text of a row's input."""
+    """Return the text of a row's input; none of a short one, which `find_shared_inputs` compares."""
     found = row_input(row)
-    return NearText(visible_form(found.query), found.context)
+    return NearText(visible_form(found.query) if len(found.query.split()) > MOST_WORDS else "", found.context)
 
 
 def _rank(index: Index, split_N: npt.NDArray[np.int8], reason_N: npt.NDArray[np.object_]) -> I64:

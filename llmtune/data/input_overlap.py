@@ -13,18 +13,18 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import xxhash
 
 from llmtune.data.row_hash import I64, U64, mix
 from llmtune.data.row_text import RowInput, plain_words, row_input
 from llmtune.data.worker_pool import WorkerPool
+from llmtune.records import Row
 
 JsonRows = Callable[[], Iterator[tuple[int, pa.Array]]]
 """Yields all rows as JSON, in batches, each with the number of its first row."""
@@ -39,8 +39,9 @@ FEWEST_WORDS = 3
 """Fewest words that two queries with a word more or less share; with another word, one more."""
 STEM_LETTERS = 4
 """Words that differ only after so many letters are forms or spellings of one word."""
-DIGIT = re.compile(r"\d")
-SAME, WHOLE, SHORTER, CHANGED, SPELLED = range(11, 16)
+FIXED = re.compile(r"[\d+#$=<>%]|^\W+$")
+"""Words that never differ between two queries that match: numbers and signs."""
+SAME, WHOLE, SHORTER, FRAME, CHANGED, SPELLED = range(11, 17)
 """Kinds of keys, as salts."""
 
 
@@ -53,8 +54,8 @@ class InputKeys(NamedTuple):
     """[K] the row's number."""
     input: U64
     """[K] hash of the row's input."""
-    exact: npt.NDArray[np.bool_]
-    """[K] whether the key stands for the same input, not for one that differs by a word."""
+    frame: U64
+    """[K] the key whose rows are counted to recognise a template; 0 if the key only counts."""
 
 
 @dataclass(frozen=True)
@@ -70,35 +71,37 @@ class InputOverlap:
 def find_shared_inputs(held: I64, others: I64, rows: JsonRows) -> InputOverlap:
     """Compare the inputs of rows `held` with those of `others`, both given by number.
 
-    Memory: about 20 bytes for each word of the held-out rows' queries of up to 30 words.
+    Memory: about 150 bytes for each word of the held-out rows' queries of up to 30 words.
     """
     parts = [*_map_keys(_Signer(True), held, rows)]
     if not parts or not len(others):
         return InputOverlap(np.zeros(0, np.int64), {})
-    tests = InputKeys(*map(np.concatenate, zip(*parts, strict=True)))
+    tests = _join(parts)
     key_G = np.unique(tests.key)
-    hits: list[tuple[I64, I64, U64, npt.NDArray[np.bool_]]] = []
+    hits: list[InputKeys] = []
     for keys in _map_keys(_Signer(False), others, rows):
-        slot_K = np.minimum(np.searchsorted(key_G, keys.key), len(key_G) - 1)
-        hit_K = (key_G[slot_K] == keys.key) & (keys.exact | ~np.isin(keys.input, tests.input))
-        hits.append((slot_K[hit_K], keys.row[hit_K], keys.input[hit_K], keys.exact[hit_K]))
-    slot_H, row_H, input_H, exact_H = (np.concatenate(part) for part in zip(*hits, strict=True))
-    most = max(COMMON_ROWS, COMMON_SHARE * len(others))
+        hit_K = np.isin(keys.key, key_G) & ((keys.key == keys.input) | ~np.isin(keys.input, tests.input))
+        hits.append(InputKeys(*(column[hit_K] for column in keys)))
+    hit = _join(hits)
+    slot_H, slot_K = np.searchsorted(key_G, hit.key), np.searchsorted(key_G, tests.key)
     rows_G = np.bincount(slot_H, minlength=len(key_G))
-    inputs_G = _count_distinct(
-        np.concatenate([slot_H, np.searchsorted(key_G, tests.key)]),
-        np.concatenate([input_H, tests.input]),
-        len(key_G),
-    )
-    taken_H = np.where(exact_H, rows_G[slot_H] <= most, inputs_G[slot_H] <= TEMPLATE_ROWS)
+    inputs_G = _count_distinct(np.append(slot_H, slot_K), np.append(hit.input, tests.input), len(key_G))
+    most = max(COMMON_ROWS, COMMON_SHARE * len(others))
+    frame_H = np.searchsorted(key_G, np.where(hit.frame == 0, hit.key, hit.frame))
+    is_template_H = (inputs_G[frame_H] > TEMPLATE_ROWS) | (hit.frame == 0)
+    taken_H = np.where(hit.key == hit.input, rows_G[slot_H] <= most, ~is_template_H)
     first_G = np.full(len(key_G), -1, dtype=np.int64)
     slots, at = np.unique(slot_H[taken_H], return_index=True)
-    first_G[slots] = row_H[taken_H][at]
+    first_G[slots] = hit.row[taken_H][at]
     found: dict[int, int] = {}
-    first_K = first_G[np.searchsorted(key_G, tests.key)]
+    first_K = first_G[slot_K]
     for row, first in zip(tests.row[first_K >= 0].tolist(), first_K[first_K >= 0].tolist(), strict=True):
         found[row] = min(first, found.get(row, first))
-    return InputOverlap(np.unique(row_H[taken_H]), found)
+    return InputOverlap(np.unique(hit.row[taken_H]), found)
+
+
+def _join(parts: Sequence[InputKeys]) -> InputKeys:
+    return InputKeys(*map(np.concatenate, zip(*parts, strict=True)))
 
 
 def _count_distinct(slots: I64, values: U64, count: int) -> I64:
@@ -133,40 +136,42 @@ class _Signer:
 
     def __call__(self, batch: tuple[I64, list[str]]) -> InputKeys:
         parts = [part for number, row in zip(*batch, strict=True) for part in self._keys(number, json.loads(row))]
-        keys, numbers, inputs, exact = zip(*parts, strict=True) if parts else ((), (), (), ())
-        return InputKeys(
-            np.array(keys, np.uint64), np.array(numbers, np.int64), np.array(inputs, np.uint64), np.array(exact, bool)
-        )
+        keys, numbers, inputs, frames = zip(*parts, strict=True) if parts else ((), (), (), ())
+        wide = (np.array(column, np.uint64) for column in (keys, inputs, frames))
+        key, same, frame = wide
+        return InputKeys(key, np.array(numbers, np.int64), same, frame)
 
-    def _keys(self, number: int, row: dict[str, object]) -> Iterator[tuple[int, int, int, bool]]:
+    def _keys(self, number: int, row: Row) -> Iterator[tuple[int, int, int, int]]:
         found = row_input(row)
         words = plain_words(found.query)
         plain = [word.casefold() for word in words]
         same = _hash(SAME, found.context, " ".join(plain) or found.query.strip())
         if not (plain or found.query.strip() or found.context):
             return
-        yield same, number, same, True
+        yield same, number, same, same
         if FEWEST_WORDS <= len(plain) <= MOST_WORDS:
-            for key in self._changed_keys(found, words, plain):
-                yield key, number, same, False
+            for key, frame in self._changed_keys(found, words, plain):
+                yield key, number, same, frame
 
-    def _changed_keys(self, found: RowInput, words: list[str], plain: list[str]) -> Iterator[int]:
-        """Yield the keys of a query without each of its words."""
+    def _changed_keys(self, found: RowInput, words: list[str], plain: list[str]) -> Iterator[tuple[int, int]]:
+        """Yield the keys of a query without each of its words, each with its frame."""
         context = f"{found.context}\n{found.answer if found.labelled else ''}"
         answered = f"{context}\n{found.answer}"
         whole, shorter = (WHOLE, SHORTER) if self.held else (SHORTER, WHOLE)
-        yield from (_hash(whole, one, " ".join(plain)) for one in (context, answered))
+        for one in (context, answered):
+            yield (key := _hash(whole, one, " ".join(plain))), key
         for place, word in enumerate(words):
             is_name = word[0].isupper()
-            if DIGIT.search(word) or (place and is_name):
+            if FIXED.search(word) or (place and is_name):
                 continue
             rest = " ".join([*plain[:place], "", *plain[place + 1 :]])
+            yield (frame := _hash(FRAME, context, rest)), 0
             if len(plain) > FEWEST_WORDS:
                 without = " ".join(plain[:place] + plain[place + 1 :])
-                yield _hash(shorter, answered if is_name else context, without)
-                yield _hash(CHANGED, answered, rest)
+                yield (key := _hash(shorter, answered if is_name else context, without)), key
+                yield _hash(CHANGED, answered, rest), frame
             if len(word) > STEM_LETTERS:
-                yield _hash(SPELLED, context, f"{rest}\n{plain[place][:STEM_LETTERS]}")
+                yield _hash(SPELLED, context, f"{rest}\n{plain[place][:STEM_LETTERS]}"), frame
 
 
 def _hash(kind: int, context: str, text: str) -> int:

@@ -57,7 +57,7 @@ def _token() -> re.Pattern[str]:
     kinds = ("Pc", "Pd", "Ps", "Pe", "Pi", "Pf", "Po", "Sk")
     marks = "".join(sign for sign in map(chr, range(2**16)) if unicodedata.category(sign) in kinds)
     word = rf"[^\s{re.escape(marks)}|~]+"
-    return re.compile(rf"(?<=\d)\s*[-*/.,:^]\s*(?=\d)|(?<=\d)%|(?<=[^\W\d_])#|(?<!\S)-(?=\d)|{word}")
+    return re.compile(rf"(?<=\d)\s*[-*/.,:^]\s*(?=\d)|(?<=\d)%|(?<!\S)-(?=\d)|{word}(?:(?<=[^\W\d_])#)?")
 
 
 def plain_words(text: str) -> list[str]:
