@@ -6,6 +6,9 @@ import json
 import re
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from datetime import date, datetime
+from decimal import Decimal
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +18,8 @@ from llmtune.data.rejected_rows import RowError
 
 DECIMAL = re.compile(r"[+-]?(\d+\.\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 """A number with a decimal point."""
+DATE = re.compile(r"\d{4}-\d\d-\d\d([T ]\d\d:\d\d.*)?", re.ASCII)
+"""A date, perhaps with its time."""
 _dump = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 _write_sorted = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), sort_keys=True).encode
 
@@ -54,6 +59,31 @@ def _plain_label(label: object) -> object:
     if isinstance(label, float) and label.is_integer():
         return str(int(label))
     return label.lower() if isinstance(label, str) and label.lower() in ("true", "false") else label
+
+
+def plain_value(value: object) -> str:
+    """Write a cell so that equal values of any type and file are equal; empty for null, NaN and blanks.
+
+    12, 12.0 and `12.0` are one value, and so are true and `True`, a date and its ISO text. `012` and `12` are two.
+    """
+    if isinstance(value, list | dict):
+        return json.dumps(_plain_values(value), ensure_ascii=False, sort_keys=True)
+    if isinstance(value, date | datetime):
+        value = value.isoformat()
+    text = unicodedata.normalize("NFC", str("" if value is None else value)).strip()
+    if isinstance(value, float | Decimal) or DECIMAL.fullmatch(text):
+        number = Decimal(text)
+        return "" if number.is_nan() else f"{number.normalize() + 0:f}" if number.is_finite() else text
+    if DATE.fullmatch(text):
+        with suppress(ValueError):
+            return datetime.fromisoformat(text).isoformat().removesuffix("T00:00:00")
+    return text.lower() if text.lower() in ("true", "false") else text
+
+
+def _plain_values(value: object) -> object:
+    if isinstance(value, dict):
+        return {str(key): _plain_values(item) for key, item in value.items()}
+    return [_plain_values(item) for item in value] if isinstance(value, list) else plain_value(value)
 
 
 def _stripped(value: object) -> object:
