@@ -66,7 +66,7 @@ def split_by_value(values: Sequence[object]) -> Parts:
     """
     names = [write_value(value) for value in values]
     numbers = [value for value in values if is_number(value)]
-    numeric = len(numbers) == sum(value is not None for value in values)
+    numeric = len(numbers) == sum(name != MISSING for name in names)
     if len({*names} - {MISSING}) > MOST_VALUES and numeric:
         edges_Q = sorted({float(edge) for edge in np.quantile(numbers, QUARTERS, method="lower")})
         order = name_ranges(edges_Q)
