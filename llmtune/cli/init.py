@@ -23,8 +23,8 @@ from llmtune.store.atomic_files import explained
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from llmtune.data.classify_rows import Label
     from llmtune.data.file_survey import Reading, Survey
-    from llmtune.data.task_rows import Label
 
 SCHEMA = "recipe.schema.json"
 

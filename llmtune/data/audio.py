@@ -1,7 +1,8 @@
 """Recordings: find their files, check them, and decode them to samples at the model's rate.
 
-Decoded by libsndfile (wav, flac, mp3, ogg), mixed to one channel, resampled by soxr. Samples are kept as 16-bit
-integers: nearly all recordings are made in them, and they take half the space of float32. Shape: N samples.
+Decoded by libsndfile (wav, flac, mp3, ogg), mixed to one channel, resampled by soxr, scaled where it would clip.
+Samples are kept as 16-bit integers: nearly all recordings are made in them, and they take half the space of float32.
+Shape: N samples.
 """
 
 from __future__ import annotations
@@ -31,6 +32,10 @@ MP3_SLACK = 2 * 1152
 """Samples that an MP3 file may lack at its end: two frames, because encoders count differently."""
 MP3_TAGS_BYTES = 4096
 """Bytes after the sound of an MP3 file that may stay unread: tags."""
+MOST_OVERSHOOT = 1.5
+"""Largest sample that is scaled to full scale. Lossy formats and mixes overshoot; more is another unit, as 32768."""
+CANCELLED = 0.1
+"""Channels cancel out if their mean varies by less than this share of one channel. Independent ones vary by more."""
 AUDIO_COLUMNS = ("audio", "file_name")
 
 
@@ -140,15 +145,29 @@ def decode_recording(path: Path, rate: int) -> Waveform:
             raise RowError("audio unreadable", f"{what}; write it again, as FLAC or with a Xing header")
     elif announced - len(sound_NC) > max(MP3_SLACK, announced // 100):
         raise RowError("audio cut", f"{path} has {len(sound_NC):,} samples, but its header states {announced:,}")
-    sound_N = sound_NC.mean(axis=1)
-    if not len(sound_N) or not np.isfinite(sound_N).all():
+    if not len(sound_NC) or not np.isfinite(sound_NC).all():
         raise RowError("audio unreadable", f"{path}: no samples, or samples that are not numbers")
+    sound_N = _mix_channels(sound_NC, path)
     if own_rate != rate:
         sound_N = soxr.resample(sound_N, own_rate, rate)
     if not len(sound_N):
         raise RowError("audio empty", f"{path} is shorter than one sample at {rate:,} a second")
+    sound_N /= max(1.0, float(np.abs(sound_N).max()))  # scale what resampling and lossy formats overshoot
     rounded: Waveform = np.clip(np.rint(sound_N * FULL_SCALE), -FULL_SCALE, FULL_SCALE - 1).astype(np.int16)
     return rounded
+
+
+def _mix_channels(sound_NC: npt.NDArray[np.float32], path: Path) -> npt.NDArray[np.float32]:
+    """Return the mean of the channels. Raises RowError if they cancel out, or if samples are far beyond full scale."""
+    peak = float(np.abs(sound_NC).max())
+    if peak > MOST_OVERSHOOT:
+        fix = "divide them by the largest, or write the file with 16-bit samples"
+        raise RowError("audio beyond full scale", f"{path} has samples up to {peak:,.6g}, but 1 is full scale; {fix}")
+    mixed_N: npt.NDArray[np.float32] = sound_NC.mean(axis=1)
+    if mixed_N.std() < CANCELLED * sound_NC.std(axis=0).mean():
+        what = f"the {sound_NC.shape[1]} channels of {path} have opposite signs, so their mean is silence"
+        raise RowError("audio channels cancel out", f"{what}; write one channel, or invert one")
+    return mixed_N
 
 
 def to_float(samples: npt.ArrayLike) -> npt.NDArray[np.float32]:

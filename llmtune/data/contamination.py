@@ -11,28 +11,24 @@ Legend: W words, V runs of words, R texts of a batch, G distinct runs of the tes
 from __future__ import annotations
 
 import json
-import unicodedata
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
 from llmtune.data.deduplication import match_near
-from llmtune.data.row_hash import I64, U64, hash_content, hash_words, spoken_text
+from llmtune.data.input_overlap import COMMON_ROWS, JsonRows, find_shared_inputs
+from llmtune.data.row_hash import I64, U64, hash_words
 from llmtune.data.row_store import iterate_batches, iterate_ids, iterate_texts
+from llmtune.data.row_text import compared_text, near_text, visible_form
 from llmtune.records import Row, Rows
 
 WORDS = 13
-COMMON_ROWS = 10
-"""A run in more training rows than this is no evidence about a single test row."""
-COMMON_SHARE = 0.1
-"""A prompt in more than ten training rows and more than this share of them is the task itself."""
 ANSWERS = (
     *("completion", "target", "summary", "chosen", "rejected", "answer", "good", "passages", "negatives", "score"),
     "relevances",
@@ -53,7 +49,7 @@ class Overlap:
     equal: dict[int, int]
     near: dict[int, int]
     prompted: dict[int, int]
-    """Rows whose complete prompt, with system message and tools, is that of a training row."""
+    """Rows whose input, with system message and tools, is that of a training row, or short and one word from it."""
     worded: dict[int, int]
     """Short rows whose words all appear in a training row, in order."""
     shared: dict[int, int]
@@ -88,7 +84,6 @@ def find_overlap(rows: Rows, *, near: bool) -> Overlap:
     answers: several rows about one text are usual. Memory: about fifty bytes for each word of the test rows, and for
     each training row.
     """
-    prompts = _PromptSearch(json.loads(text) for _, text in iterate_texts(rows, "test"))
     texts = [same_form(compared_text(json.loads(text))) for _, text in iterate_texts(rows, "test")]
     test_numbers = {name: number for number, name in enumerate(iterate_ids(rows, "test"))}
     tests = find_runs(texts)
@@ -104,9 +99,7 @@ def find_overlap(rows: Rows, *, near: bool) -> Overlap:
         written = zip(batch.column("id").to_pylist(), batch.column("row").to_pylist(), strict=True)
         for number, (name, text) in enumerate(written, start=first):
             if first_N[number]:
-                row = json.loads(text)
-                new[number] = same_form(compared_text(row))
-                prompts.add(row, number)
+                new[number] = same_form(compared_text(json.loads(text)))
             if name in test_numbers:
                 equal.setdefault(test_numbers[name], number)
         trained = find_runs(list(new.values()))
@@ -116,14 +109,17 @@ def find_overlap(rows: Rows, *, near: bool) -> Overlap:
             for test in short_tests.get(words, ()) if words else ():
                 worded.setdefault(test, int(number_R[short]))
     shared, runs = _first_shared(tests, search, texts)
-    known = np.flatnonzero(first_N)
+    known, first_test = np.flatnonzero(first_N), len(first_N)
+    tests_N = first_test + np.arange(len(texts))
+    near_tests = _find_near(rows, known, tests_N) if near else {}
+    inputs = find_shared_inputs(tests_N, known, _numbered(rows))
     return Overlap(
         test_rows=len(texts),
         train_rows=len(known),
         short=frozenset(tests.short),
         equal=equal,
-        near=_find_near(rows, known, len(texts)) if near else {},
-        prompted=prompts.found(len(known)),
+        near={test - first_test: train for test, train in near_tests.items()},
+        prompted={test - first_test: train for test, train in sorted(inputs.first.items())},
         worded=worded,
         shared=shared,
         runs=runs,
@@ -140,25 +136,9 @@ def _first_copies(rows: Rows) -> npt.NDArray[np.bool_]:
     return first_N
 
 
-def compared_text(row: Row) -> str:
-    """Return the text of a row for comparison, in the order of its parts."""
-    if "context" in row:
-        return " ".join([row["question"], *(answer["text"] for answer in row["answers"])])
-    return str(row["text"]) if "audio" in row else spoken_text(row)
-
-
 def same_form(text: str) -> str:
-    """Return a text normalised for comparison: case, full width, the kind and number of spaces."""
-    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
-
-
-def _same_forms(value: object) -> Any:
-    """Return a value with all of its texts normalised."""
-    if isinstance(value, dict):
-        return {key: _same_forms(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_same_forms(item) for item in value]
-    return same_form(value) if isinstance(value, str) else value
+    """Return a text normalised for comparison: case, width, the kind and number of spaces, no invisible characters."""
+    return " ".join(visible_form(text).casefold().split())
 
 
 def prompt_row(row: Row) -> Row | None:
@@ -170,7 +150,7 @@ def prompt_row(row: Row) -> Row | None:
     if "messages" in row and prompt == row:
         answers = [i for i, message in enumerate(row["messages"]) if message["role"] == "assistant"]
         prompt["messages"] = row["messages"][: answers[-1]] if answers else []
-    return prompt if prompt != row and spoken_text(prompt).strip() else None
+    return prompt if prompt != row and near_text(prompt).text.strip() else None
 
 
 def find_runs(texts: Sequence[str]) -> _Runs:
@@ -189,34 +169,6 @@ def find_runs(texts: Sequence[str]) -> _Runs:
         text_W[:count][inside_V],
         {text: word_W[begin_R[text] : end_R[text]].tobytes() for text in short},
     )
-
-
-class _PromptSearch:
-    """Counts the training rows that have the same prompt as a test row."""
-
-    def __init__(self, tests: Iterator[Row]) -> None:
-        self._prompts = [self._hash(row) for row in tests]
-        self._first: dict[bytes, int] = {}
-        self._count = Counter(dict.fromkeys(filter(None, self._prompts), 0))
-
-    def add(self, row: Row, number: int) -> None:
-        """Count a training row."""
-        prompt = self._hash(row)
-        if prompt in self._count:
-            self._count[prompt] += 1
-            self._first.setdefault(prompt, number)
-
-    def found(self, train_rows: int) -> dict[int, int]:
-        """Return, by test row, the first training row with its prompt. Ignore prompts shared by too many rows."""
-        most = max(COMMON_ROWS, COMMON_SHARE * train_rows)
-        tests = enumerate(self._prompts)
-        return {i: self._first[prompt] for i, prompt in tests if prompt and 0 < self._count[prompt] <= most}
-
-    @staticmethod
-    def _hash(row: Row) -> bytes:
-        """Hash a prompt; empty if the row has none."""
-        prompt = prompt_row(row)
-        return b"" if prompt is None else hash_content(_same_forms(prompt))
 
 
 class _RunSearch:
@@ -262,15 +214,19 @@ def _words_from(text: str, first: int) -> str:
     return " ".join(piece.split())
 
 
-def _find_near(rows: Rows, kept: I64, tests: int) -> dict[int, int]:
-    """Return, by test row, a nearly equal training row among those at `kept`."""
-    count = rows.counts["train"]
+def _numbered(rows: Rows) -> JsonRows:
+    """Return an iterator over the training rows, then the test rows, numbered together."""
 
     def texts() -> Iterator[tuple[int, pa.Array]]:
-        for split, offset in (("train", 0), ("test", count)):
+        for split, offset in (("train", 0), ("test", rows.counts["train"])):
             for first, batch in iterate_batches(rows, split):
                 yield offset + first, batch.column("row")
 
+    return texts
+
+
+def _find_near(rows: Rows, kept: I64, tests: I64) -> dict[int, int]:
+    """Return, by test row, a nearly equal training row among those at `kept`."""
     with TemporaryDirectory(dir=rows.folder.parent, prefix=".keys-") as keys:
-        matches = match_near(kept, np.arange(count, count + tests), texts, Path(keys))
-        return {row - count: int(near[0]) for row, near in matches}
+        matches = match_near(kept, tests, _numbered(rows), Path(keys))
+        return {row: int(near[0]) for row, near in matches}

@@ -22,13 +22,14 @@ import json
 import mmap
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 
+from llmtune.data.input_overlap import MOST_WORDS, JsonRows, find_shared_inputs, select_rows
 from llmtune.data.row_hash import (
     BANDS,
     I64,
@@ -37,17 +38,17 @@ from llmtune.data.row_hash import (
     U64,
     band_keys,
     hash_triples,
-    spoken_text,
+    tag_triples,
     take_minima,
     without_common,
 )
 from llmtune.data.row_store import Index
+from llmtune.data.row_text import NearText, near_text, row_input, visible_form
 from llmtune.data.worker_pool import WorkerPool
-from llmtune.records import SPLITS
+from llmtune.records import SPLITS, Row
 from llmtune.store.atomic_files import atomic_file
 
-JsonRows = Callable[[], Iterator[tuple[int, pa.Array]]]
-"""Yields all rows as JSON, in batches, each with the number of its first row."""
+TextOf = Callable[[Row], NearText]
 
 NEAR = 0.8
 ENOUGH = round(NEAR * MINIMA)
@@ -112,6 +113,37 @@ def drop_near(
         reason_N[row] = "near duplicate" if same == split_N[row] else f"near a {SPLITS[same]} row"
 
 
+def drop_shared_inputs(
+    index: Index, split_N: npt.NDArray[np.int8], reason_N: npt.NDArray[np.object_], rows: JsonRows, folder: Path
+) -> None:
+    """Find rows whose input is, or nearly is, that of a row of a split with priority, whatever their answers.
+
+    Writes the reason into `reason_N` in place; the arguments are those of `drop_near`.
+    """
+    for held, below in ((SPLITS.index("test"), SPLITS[:2]), (SPLITS.index("validation"), SPLITS[:1])):
+        kept_N = reason_N == KEPT
+        tests, others = (
+            np.flatnonzero(kept_N & np.isin(split_N, splits))
+            for splits in ([held], [SPLITS.index(name) for name in below])
+        )
+        if not len(tests) or not len(others):
+            continue
+        found = find_shared_inputs(tests, others, rows).others
+        reason_N[found] = f"near a {SPLITS[held]} row"
+        first = json.loads(next(rows())[1][0].as_py())
+        if row_input(first).labelled:  # the search for near duplicates compares the same texts
+            continue
+        (keys := folder / SPLITS[held]).mkdir(exist_ok=True)
+        near = [row for row, _ in match_near(tests, np.setdiff1d(others, found), rows, keys, input_text)]
+        reason_N[near] = f"near a {SPLITS[held]} row"
+
+
+def input_text(row: Row) -> NearText:
+    """Return the text of a row's input; none of a short one, which `find_shared_inputs` compares."""
+    found = row_input(row)
+    return NearText(visible_form(found.query) if len(found.query.split()) > MOST_WORDS else "", found.context)
+
+
 def _rank(index: Index, split_N: npt.NDArray[np.int8], reason_N: npt.NDArray[np.object_]) -> I64:
     """Return the numbers of the remaining rows, those with priority first."""
     high_N, low_N = index.content.T
@@ -138,16 +170,19 @@ def find_near(order: I64, rows: JsonRows, folder: Path) -> Iterator[tuple[int, I
             kept.add(rank)
 
 
-def match_near(known: I64, queries: I64, rows: JsonRows, folder: Path) -> Iterator[tuple[int, I64]]:
+def match_near(
+    known: I64, queries: I64, rows: JsonRows, folder: Path, text: TextOf = near_text
+) -> Iterator[tuple[int, I64]]:
     """Yield each row of `queries` that is near rows of `known`, with those rows; other pairs are not compared.
 
     Args:
         known: Numbers of rows; each band uses the first 256.
         queries: Numbers of other rows.
         rows: Yields all rows.
-        folder: Stores the files of `find_near`; must be empty.
+        folder: Stores the files of `find_near`; empty, or from the same rows.
+        text: Returns the compared text of a row.
     """
-    kept = _KeptRows(np.concatenate([known, queries]), rows, folder, queries)
+    kept = _KeptRows(np.concatenate([known, queries]), rows, folder, queries, text)
     is_query_C = np.isin(kept.order, queries)
     for rank in np.flatnonzero(~is_query_C).tolist():
         kept.add(rank)
@@ -160,9 +195,11 @@ def match_near(known: I64, queries: I64, rows: JsonRows, folder: Path) -> Iterat
 class _KeptRows:
     """Kept candidates by bucket, and the search for kept rows near another one; all data is in files."""
 
-    def __init__(self, order: I64, rows: JsonRows, folder: Path, queries: I64 | None = None) -> None:
-        common = _common_triples(order, rows)
-        _write_keys(order, rows, common, folder)
+    def __init__(
+        self, order: I64, rows: JsonRows, folder: Path, queries: I64 | None = None, text: TextOf = near_text
+    ) -> None:
+        signer = _Signer(text, _common_triples(order, rows, text))
+        _write_keys(order, rows, signer, folder)
         alike_N = _find_alike(folder, queries)
         number_C = _read_keys(folder, 0)[alike_N].astype(np.int64)
         taken = np.zeros(int(order.max(initial=-1)) + 1, dtype=bool)
@@ -172,7 +209,7 @@ class _KeptRows:
         if not len(self.order):
             return
         self._place_C = np.searchsorted(number_C, self.order)
-        self._minimum_CP = _File(_write_minima(number_C, rows, common, folder), np.uint32, (-1, MINIMA))
+        self._minimum_CP = _File(_write_minima(number_C, rows, signer, folder), np.uint32, (-1, MINIMA))
         begins, slots = _write_buckets(folder, alike_N, self._place_C)
         self._begin_LC = _File(begins, np.int64, (BANDS, -1))
         self._slots = _File(slots, np.int32, (-1,))
@@ -222,11 +259,11 @@ class _File:
             self._map.madvise(mmap.MADV_DONTNEED)
 
 
-def _common_triples(order: I64, rows: JsonRows) -> U32:
+def _common_triples(order: I64, rows: JsonRows, text: TextOf) -> U32:
     """Return, sorted, the word triples that many rows share. The sample depends only on the rows."""
     seen: list[U32] = []
-    for _, batch in _select(order[_sample_places(len(order))], rows):
-        triple_W, row_W = hash_triples([spoken_text(json.loads(row)) for row in batch])
+    for _, batch in select_rows(order[_sample_places(len(order))], rows):
+        triple_W, row_W = hash_triples([text(json.loads(row)).text for row in batch])
         pairs = np.unique((row_W.astype(np.uint64) << np.uint64(32)) | triple_W)
         seen.append(pairs.astype(np.uint32))
     triples, counts = np.unique(np.concatenate(seen or [np.zeros(0, np.uint32)]), return_counts=True)
@@ -234,45 +271,35 @@ def _common_triples(order: I64, rows: JsonRows) -> U32:
     return triples[(counts >= COMMON_ROWS) & (counts >= COMMON_SHARE * sampled)]
 
 
-def _select(order: I64, rows: JsonRows) -> Iterator[tuple[I64, list[str]]]:
-    """Yield the rows in `order` as JSON, in batches, with their numbers."""
-    if not len(order):
-        return
-    taken = np.zeros(int(order.max()) + 1, dtype=bool)
-    taken[order] = True
-    for first, batch in rows():
-        places = np.flatnonzero(taken[first : first + len(batch)])
-        if len(places):
-            yield first + places, batch.take(pa.array(places)).to_pylist()
-
-
 def _sample_places(count: int) -> I64:
     """Return evenly spaced sample positions in an order that is sorted by split and hash."""
     return np.unique(np.linspace(0, max(count - 1, 0), min(count, SAMPLE_ROWS)).astype(np.int64))
 
 
+@dataclass(frozen=True)
 class _Signer:
     """Computes the minima of a batch of rows, or their band keys; runs in every process."""
 
-    def __init__(self, common: U32, keys: bool) -> None:
-        self._common = common
-        self._keys = keys
+    text: TextOf
+    common: U32
+    keys: bool = False
 
     def __call__(self, batch: tuple[I64, list[str]]) -> tuple[I64, npt.NDArray[Any]]:
         """Return the numbers of the rows that contain words, and [R, P] their minima or [R, L] their keys."""
         numbers, rows = batch
-        triple_W, row_W = hash_triples([spoken_text(json.loads(row)) for row in rows])
-        triple_W, row_W = without_common(self._common, triple_W, row_W)
+        texts = [self.text(json.loads(row)) for row in rows]
+        triple_W, row_W = without_common(self.common, *hash_triples([near.text for near in texts]))
+        triple_W = tag_triples(triple_W, row_W, [near.tag for near in texts])
         begins = np.flatnonzero(np.diff(row_W, prepend=-1))
         minimum_RP = take_minima(triple_W, begins)
-        return numbers[row_W[begins]], band_keys(minimum_RP) if self._keys else minimum_RP
+        return numbers[row_W[begins]], band_keys(minimum_RP) if self.keys else minimum_RP
 
     def map(self, order: I64, rows: JsonRows) -> Iterator[tuple[I64, npt.NDArray[Any]]]:
         """Yield the results for the rows in `order`, using all cores."""
-        return WorkerPool(self).map(_select(order, rows), lambda batch: len(batch[1]), len(order))
+        return WorkerPool(self).map(select_rows(order, rows), lambda batch: len(batch[1]), len(order))
 
 
-def _write_keys(order: I64, rows: JsonRows, common: U32, folder: Path) -> None:
+def _write_keys(order: I64, rows: JsonRows, signer: _Signer, folder: Path) -> None:
     """Write the band keys and numbers of rows into files of [1 + L, R]; resume after existing files."""
     files = sorted(folder.glob("*.npy"))
     done = int(_read_line(files[-1], 0)[-1]) + 1 if files else 0
@@ -284,7 +311,7 @@ def _write_keys(order: I64, rows: JsonRows, common: U32, folder: Path) -> None:
             np.save(file, keys_LR)
         waiting.clear()
 
-    for numbers, keys_RL in _Signer(common, keys=True).map(order[order >= done], rows):
+    for numbers, keys_RL in replace(signer, keys=True).map(order[order >= done], rows):
         if len(numbers):
             waiting.append(np.concatenate([numbers.astype(np.uint64)[None], keys_RL.T]))
         if sum(part.shape[1] for part in waiting) >= FILE_ROWS:
@@ -325,12 +352,12 @@ def _find_alike(folder: Path, queries: I64 | None) -> npt.NDArray[np.bool_]:
     return alike_N
 
 
-def _write_minima(number_C: I64, rows: JsonRows, common: U32, folder: Path) -> Path:
+def _write_minima(number_C: I64, rows: JsonRows, signer: _Signer, folder: Path) -> Path:
     """Write the minima of the candidates [C, P] in the order of their numbers, unless the file exists."""
     path = folder / "minima"
     if not path.exists():
         with atomic_file(path) as partial, partial.open("wb") as file:
-            for _, minimum_RP in _Signer(common, keys=False).map(number_C, rows):
+            for _, minimum_RP in signer.map(number_C, rows):
                 file.write(minimum_RP.tobytes())
     return path
 

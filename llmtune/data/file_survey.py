@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from llmtune.data.byte_streams import GUESSED_BYTES, guess_encoding, open_bytes
+from llmtune.data.classify_rows import class_doubts
 from llmtune.data.column_mapping import ANSWER_NAMES, find, flatten, infer_columns, name_words, rename
 from llmtune.data.contamination import ANSWERS
 from llmtune.data.message_fields import CONTENT_KEYS, first_key, is_message, propose_roles, read_turns
@@ -253,11 +254,13 @@ def suspicions(rows: Iterable[tuple[str, Mapping[str, Any]]]) -> list[str]:
     answered: dict[bytes, tuple[bytes, str]] = {}
     several: set[bytes] = set()
     pair = ("", "")
+    labels = []
     empty: Counter[str] = Counter()
     ranks = False
     for origin, row in islice(one_passage_each(rows), MOST_QUESTIONS):
         asked, answer = _split_answer(row)
         ranks = "relevances" in row
+        labels += [row["label"]] if "pair" in row else []
         for text in {text for text in map(str.strip, iterate_strings([asked, answer])) if text in NO_VALUES}:
             empty[text] += 1
         if "rejected" in row or "audio" in row or not any(map(str.strip, iterate_strings(asked))):
@@ -268,6 +271,7 @@ def suspicions(rows: Iterable[tuple[str, Mapping[str, Any]]]) -> list[str]:
             pair = pair if several else (where, origin)
             several.add(key)
     found = [f"rows with {text!r}, a placeholder for a missing value: {count:,}" for text, count in empty.most_common()]
+    found += [f"{what}. {fix}" for what, fix in class_doubts(labels)]
     if several:
         where = f", first in {pair[0]} and {pair[1]}" if all(pair) else ""
         what = "passages with different relevances for the same query" if ranks else "questions with different answers"

@@ -21,9 +21,9 @@ from rich.progress import BarColumn, DownloadColumn, Progress, ProgressColumn, T
 from llmtune.data.arrow_rows import ArrowRow
 from llmtune.data.column_mapping import rename
 from llmtune.data.file_readers import MAX_ROW_BYTES, NOT_UTF8, JsonLine, LazyRow
-from llmtune.data.rejected_rows import RowError, too_many_bad
+from llmtune.data.rejected_rows import RowError, parse_cell, too_many_bad
 from llmtune.data.row_formats import parse_row
-from llmtune.data.row_hash import hash_content, row_json
+from llmtune.data.row_hash import hash_content, plain_value, row_json
 from llmtune.data.row_store import BATCH_BYTES, BATCH_ROWS, HashedRow, Spool
 from llmtune.data.sources import Detected, encoding_hint
 from llmtune.data.worker_pool import WorkerPool
@@ -322,13 +322,11 @@ def _split_group(raw: Mapping[str, object], split_by: str | None, required: bool
     """Hash the value that decides the split; None if the row's content decides it."""
     if split_by is None:
         return None
-    value = raw.get(split_by)
-    if value is None:
+    text = plain_value(parse_cell(raw.get(split_by)))
+    if not text:
         if required:
-            raise RowError("no value to split by", f"{split_by!r} (data.split_by) is missing or null")
+            raise RowError("no value to split by", f"{split_by!r} (data.split_by) is missing, null or blank")
         return None
-    in_json = isinstance(value, bool | int | float | list | dict)  # Parquet has dates where JSON and CSV have texts
-    text = json.dumps(value, sort_keys=True, default=str) if in_json else str(value)
     return xxhash.xxh3_64_intdigest(text.encode(errors="surrogatepass"))
 
 

@@ -23,7 +23,7 @@ from rich.markup import escape
 from llmtune import __version__
 from llmtune.data.audio import AUDIO_COLUMNS, find_recording
 from llmtune.data.corpus import save_corpus
-from llmtune.data.deduplication import KEPT, drop_equal, drop_near
+from llmtune.data.deduplication import KEPT, drop_equal, drop_near, drop_shared_inputs
 from llmtune.data.file_survey import suspicions
 from llmtune.data.ingest import IngestState, ingest_rows, progress_bars
 from llmtune.data.rejected_rows import RowError
@@ -120,6 +120,8 @@ def _decide(
                     yield first, batch.column("row")
 
             (keys := spool.folder / "keys").mkdir(exist_ok=True)
+            (inputs := spool.folder / "inputs").mkdir(exist_ok=True)
+            drop_shared_inputs(index, split_N, reason_N, rows, inputs)
             drop_near(index, split_N, reason_N, rows, keys)
     return split_N, reason_N, notes
 

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import ast
+import io
 import json
 import math
+import tokenize
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from itertools import pairwise
 from pathlib import Path
 
 from llmtune.errors import Problem
 from llmtune.store.atomic_files import atomic_file
 
+MOST_LITERAL = 2**20
+"""Longest text that is parsed as a Python literal: the parser needs a hundred times its size."""
 ANSWER_COLUMNS = ("completion", "output", "target", "summary", "chosen", "rejected")
 
 
@@ -30,11 +37,27 @@ def json_kind(value: object) -> str:
 
 
 def parse_cell(value: object) -> object:
-    """Parse a list or object that a table has as JSON text; return any other value unchanged."""
+    """Parse a list or object that a table has as JSON text or as Python writes it; return any other value unchanged."""
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
         with suppress(ValueError, RecursionError):
             return json.loads(value)
+        if len(value) <= MOST_LITERAL:
+            return _parse_literal(value)
     return value
+
+
+def _parse_literal(text: str) -> object:
+    """Parse a Python list or dict; return any other text unchanged.
+
+    NumPy writes `['a' 'b']`, which Python reads as one text: two texts in a row are no list.
+    """
+    with suppress(ValueError, SyntaxError, RecursionError, MemoryError, tokenize.TokenError), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # unknown escapes
+        value = ast.literal_eval(text.strip())
+        kinds = [token.type for token in tokenize.generate_tokens(io.StringIO(text.strip()).readline)]
+        texts_in_a_row = any(one == other == tokenize.STRING for one, other in pairwise(kinds))
+        return value if isinstance(value, list | dict) and not texts_in_a_row else text
+    return text
 
 
 def text_of(value: object, what: str) -> str:

@@ -16,6 +16,7 @@ from llmtune.data.chat_rows import (
     completion_from_pair,
     completion_from_text,
 )
+from llmtune.data.classify_rows import classified
 from llmtune.data.column_mapping import fields, find, flatten, has_columns, rename, used_columns, with_aliases
 from llmtune.data.rejected_rows import RowError
 from llmtune.data.search_rows import (
@@ -28,7 +29,6 @@ from llmtune.data.search_rows import (
     ranked_positive,
 )
 from llmtune.data.task_rows import (
-    classified,
     preference_from_conversation,
     preference_from_pair,
     question_answer,

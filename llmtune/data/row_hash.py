@@ -1,4 +1,4 @@
-"""A row's content: as JSON, as a hash for equality, as text for near duplicates, and as words."""
+"""A row's content: as JSON, as a hash for equality, and as hashes of words."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ import json
 import re
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from datetime import date, datetime
+from decimal import Decimal
 
 import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from llmtune.data.chat_rows import Message
 from llmtune.data.rejected_rows import RowError
-from llmtune.records import Row
 
 DECIMAL = re.compile(r"[+-]?(\d+\.\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 """A number with a decimal point."""
-HIDES = 4
-"""From this factor on, the longer text of a pair hides the shorter one. Pairs that share a text 8 times as long as the
-other have 80 % of their words in common."""
+DATE = re.compile(r"\d{4}-\d\d-\d\d([T ]\d\d:\d\d.*)?", re.ASCII)
+"""A date, perhaps with its time."""
 _dump = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 _write_sorted = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), sort_keys=True).encode
 
@@ -61,6 +61,31 @@ def _plain_label(label: object) -> object:
     return label.lower() if isinstance(label, str) and label.lower() in ("true", "false") else label
 
 
+def plain_value(value: object) -> str:
+    """Write a cell so that equal values of any type and file are equal; empty for null, NaN and blanks.
+
+    12, 12.0 and `12.0` are one value, and so are true and `True`, a date and its ISO text. `012` and `12` are two.
+    """
+    if isinstance(value, list | dict):
+        return json.dumps(_plain_values(value), ensure_ascii=False, sort_keys=True)
+    if isinstance(value, date | datetime):
+        value = value.isoformat()
+    text = unicodedata.normalize("NFC", str("" if value is None else value)).strip()
+    if isinstance(value, float | Decimal) or DECIMAL.fullmatch(text):
+        number = Decimal(text)
+        return "" if number.is_nan() else f"{number.normalize() + 0:f}" if number.is_finite() else text
+    if DATE.fullmatch(text):
+        with suppress(ValueError):
+            return datetime.fromisoformat(text).isoformat().removesuffix("T00:00:00")
+    return text.lower() if text.lower() in ("true", "false") else text
+
+
+def _plain_values(value: object) -> object:
+    if isinstance(value, dict):
+        return {str(key): _plain_values(item) for key, item in value.items()}
+    return [_plain_values(item) for item in value] if isinstance(value, list) else plain_value(value)
+
+
 def _stripped(value: object) -> object:
     """Strip every text in a row except file names."""
     if isinstance(value, str):
@@ -78,62 +103,6 @@ def iterate_strings(value: object) -> Iterator[str]:
         yield value
     for part in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
         yield from iterate_strings(part)
-
-
-def spoken_text(row: Row) -> str:
-    """Return the text for the near-duplicate search: everything except system messages.
-
-    A long system message shared by all rows would make them all similar. Questions on different contexts, passages
-    for different queries (a passage may answer several), and texts of different recordings are never duplicates,
-    whatever they share: each word is tagged with its context. Nor are passages that a query rates differently: an
-    irrelevant one that is almost right teaches the most.
-    """
-    if "context" in row:
-        return _tag_words(f"{row['question']} {' '.join(answer['text'] for answer in row['answers'])}", row["context"])
-    if "relevances" in row:
-        return _tag_words(" ".join(row["passages"]), f"{row['query']} {row['relevances']}")
-    if "negatives" in row:
-        if row["score"] is None and row["passages"]:
-            return _tag_words(" ".join(row["passages"]), row["query"])
-        return " ".join([row["query"], *row["passages"]])
-    if "audio" in row:
-        return _tag_words(row["text"], row["content"])
-    if "messages" in row:
-        answers = [row[key] for key in ("chosen", "rejected", "answer") if key in row]
-        return " ".join([*_message_texts(row["messages"]), *answers])
-    if "tokens" in row:
-        return " ".join(row["tokens"])
-    if "document" in row:
-        return f"{row['document']} {row['summary']}"
-    if "source" in row:
-        return f"{row['source']} {row['target']}"
-    if "label" in row:
-        return _pair_text(row["text"], row["pair"]) if row["pair"] else row["text"]
-    return f"{row['prompt']} {row['completion']}"
-
-
-def _pair_text(one: str, other: str) -> str:
-    """Return two texts as one; if one of them is so long that the other hardly counts, its words are tagged with it."""
-    short, long = sorted((one, other), key=lambda text: len(text.split()))
-    if len(long.split()) < HIDES * len(short.split()):
-        return f"{one} {other}"
-    return _tag_words(long, short)
-
-
-def _tag_words(text: str, context: str) -> str:
-    tag = xxhash.xxh3_64_hexdigest(context.encode())[:8]
-    return " ".join(f"{word}{tag}" for word in text.split())
-
-
-def _message_texts(messages: Sequence[Message]) -> list[str]:
-    parts = []
-    for message in messages:
-        if message["role"] != "system":
-            parts += [message["reasoning"]] if "reasoning" in message else []
-            parts.append(message["content"])
-            if "tool_calls" in message:
-                parts.append(json.dumps(message["tool_calls"], ensure_ascii=False))
-    return parts
 
 
 # Words, word triples, and their minima under scrambled orders; equal minima estimate the overlap of texts.
@@ -239,6 +208,17 @@ def without_common(common: U32, triple_W: U32, row_W: I64) -> tuple[U32, I64]:
     own_R = np.bincount(row_W[own_W], minlength=row_W[-1] + 1) > TRIPLES_OF_A_WORD
     stays_W = own_W | ~own_R[row_W]
     return triple_W[stays_W], row_W[stays_W]
+
+
+def tag_triples(triple_W: U32, row_W: I64, tags: Sequence[str]) -> U32:
+    """Mix the tag of its row into each triple.
+
+    Return each triple with the tag of its row: equal triples of rows with other tags differ. An empty tag does nothing.
+    """
+    hash_R = np.array([xxhash.xxh3_64_intdigest(tag.encode()) if tag else 0 for tag in tags], dtype=np.uint64)
+    tag_W = hash_R[row_W]
+    tagged: U32 = np.where(tag_W == 0, triple_W, (mix(tag_W ^ triple_W, 8) >> np.uint64(32)).astype(np.uint32))
+    return tagged
 
 
 def take_minima(triple_W: U32, begins: I64) -> U32:

@@ -1,12 +1,11 @@
-"""Rows of all tasks except chat and completion: labels, tags, answers in a context, translations, preferences."""
+"""Rows of the tasks with tags, answers in a context, translations, summaries and preferences."""
 
 from __future__ import annotations
 
-import math
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
-from typing import NotRequired, TypeAlias, TypedDict
+from typing import NotRequired, TypedDict
 
 from llmtune.data.chat_rows import answer_as_text, canonical_messages
 from llmtune.data.message_fields import ROLES
@@ -16,17 +15,6 @@ from llmtune.records import Row
 OUTSIDE = "O"
 TAG = re.compile(r"O|[BI]-\S.*")
 JOINERS = "_\N{ZERO WIDTH JOINER}\N{ZERO WIDTH NON-JOINER}"
-
-
-Label: TypeAlias = str | float | list[str]
-
-
-class ClassifyRow(TypedDict):
-    """One or two texts with a label; a prompt has no label."""
-
-    text: str
-    pair: str | None
-    label: Label | None
 
 
 class TokenClassifyRow(TypedDict):
@@ -51,38 +39,6 @@ class QaRow(TypedDict):
     context: str
     answers: list[AnswerSpan] | None
     """All correct answers; empty if the context has none; None if they were removed."""
-
-
-def classified(row: Mapping[str, object]) -> ClassifyRow:
-    """Read `text` (and `pair`, a second text) with `label`: text, a number, or a list of texts."""
-    pair = row.get("pair")
-    return {
-        "text": nonempty_text(row, "text"),
-        "pair": None if pair is None or pair == "" else text_of(pair, "'pair'"),
-        "label": _label(row["label"]),
-    }
-
-
-def _label(value: object) -> Label:
-    parsed = parse_cell(value)
-    value = parsed if isinstance(parsed, list) else value
-    if isinstance(value, list):
-        names = [_label(item) for item in value if not isinstance(item, list)]
-        if len(names) < len(value) or not all(isinstance(item, str) for item in names):
-            raise RowError("wrong type", "'label' contains values that are not class names")
-        return sorted({str(item) for item in names})
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, int):
-        return str(value)
-    if isinstance(value, float):
-        if not math.isfinite(value):
-            raise RowError("no number", f"'label' is {value}")
-        return value
-    if value is None or not isinstance(value, str) or not value.strip():
-        what = "empty" if isinstance(value, str) else json_kind(value)
-        raise RowError("no label", f"'label' is {what}")
-    return value.strip()
 
 
 def tagged_tokens(row: Mapping[str, object]) -> TokenClassifyRow:

@@ -10,9 +10,10 @@ from tempfile import TemporaryDirectory
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
-from llmtune.data.contamination import Overlap, compared_text, find_overlap, prompt_row
+from llmtune.data.contamination import Overlap, find_overlap, prompt_row
 from llmtune.data.examples import encode_rows
 from llmtune.data.row_store import iterate_rows, iterate_texts, load_rows, pick_rows, read_rows
+from llmtune.data.row_text import compared_text
 from llmtune.errors import DataError, RecipeError
 from llmtune.evaluate.calibration import run_temperature
 from llmtune.evaluate.decision import save_rules

@@ -6,7 +6,6 @@ Q inner edges.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 from itertools import pairwise
@@ -14,6 +13,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from llmtune.data.row_hash import plain_value
 from llmtune.data.row_store import iterate_columns
 from llmtune.errors import DataError, Problem, nearest
 from llmtune.evaluate.metric import PairedMeasures
@@ -66,7 +66,7 @@ def split_by_value(values: Sequence[object]) -> Parts:
     """
     names = [write_value(value) for value in values]
     numbers = [value for value in values if is_number(value)]
-    numeric = len(numbers) == sum(value is not None for value in values)
+    numeric = len(numbers) == sum(name != MISSING for name in names)
     if len({*names} - {MISSING}) > MOST_VALUES and numeric:
         edges_Q = sorted({float(edge) for edge in np.quantile(numbers, QUARTERS, method="lower")})
         order = name_ranges(edges_Q)
@@ -90,9 +90,7 @@ def name_ranges(edges_Q: Sequence[float]) -> list[str]:
 
 def write_value(value: object) -> str:
     """Write a value on one line, shortened."""
-    if value is None or value == "":
-        return MISSING
-    return one_line(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False), LONGEST_VALUE)
+    return one_line(plain_value(value), LONGEST_VALUE) or MISSING
 
 
 def one_line(text: str, longest: int) -> str:

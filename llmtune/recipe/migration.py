@@ -19,11 +19,11 @@ from llmtune.recipe.yaml_reader import Node
 from llmtune.recipe.yaml_writer import scalar
 
 HELD_OUT: dict[str, tuple[object, str]] = {
-    "data.validation": (0, "that tool holds out no rows; 0.05 gives training a validation loss"),
-    "data.test": (0, "that tool holds out no rows; 0.1 measures the effect of tuning"),
+    "data.validation": (0.05, "llmtune's own: a loss on held-out rows; that tool holds out none, as 0 does"),
+    "data.test": (0.1, "llmtune's own: measures the effect of tuning; that tool holds out no rows, as 0 does"),
     "data.deduplicate": ("none", "that tool trains on duplicates; near keeps one of each"),
 }
-"""Recipe keys whose defaults differ from other tools: the other tools' behaviour, and a note."""
+"""Recipe keys that other tools lack: the value to state, and a note."""
 REQUIRED = {
     "task": (DEFAULT_TASK, "SET: the task"),
     "data.train": ("rows.jsonl", "SET: the rows"),

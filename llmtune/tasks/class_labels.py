@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 
 from transformers import PretrainedConfig
 
-from llmtune.data.task_rows import Label
+from llmtune.data.classify_rows import Label
 from llmtune.errors import DataError, Problem, RecipeError
 from llmtune.evaluate.classification_metrics import CLASS_METRICS
 from llmtune.recipe.evaluate_section import is_own
@@ -59,8 +59,12 @@ def _are_two_classes(labels: Sequence[Label]) -> bool:
 
 
 def names_of(label: Label) -> list[str]:
-    """Return the class names in a label; a number's name is its displayed form."""
-    return list(label) if isinstance(label, list) else [f"{label:.4g}" if isinstance(label, float) else label]
+    """Return the class names in a label; the number 3.0 is the class 3: tables turn whole numbers into decimals."""
+    if isinstance(label, list):
+        return list(label)
+    if isinstance(label, float):
+        return [str(int(label)) if label.is_integer() else str(label)]
+    return [label]
 
 
 def sort_names(names: set[str], config: PretrainedConfig) -> list[str]:

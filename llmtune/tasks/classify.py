@@ -15,15 +15,15 @@ from torch.nn import functional
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from transformers.modeling_outputs import SequenceClassifierOutput
 
+from llmtune.data.classify_rows import ClassifyRow, Label, class_doubts
 from llmtune.data.collators import encoder_batch
 from llmtune.data.example import Example
 from llmtune.data.long_texts import tokenize_columns
 from llmtune.data.overlong import Lost, too_long
 from llmtune.data.row_store import iterate_rows
 from llmtune.data.task_interface import Encoded
-from llmtune.data.task_rows import ClassifyRow, Label
 from llmtune.data.tokenization import Segment, decode_shortened
-from llmtune.errors import DataError, RecipeError
+from llmtune.errors import DataError, Problem, RecipeError
 from llmtune.evaluate.classification_metrics import (
     CLASS_METRICS,
     class_table,
@@ -104,6 +104,9 @@ class Classify(ReadingTask[ClassifyRow, ClassPrediction]):
         update: dict[str, object] = {"kind": kind}
         if kind != "regression":
             counts = Counter(name for label in labels["train"] for name in names_of(label))
+            if section.labels is None:
+                doubts = class_doubts(every, section.kind)
+                DataError.collect(Problem(what, "classify.labels", fix) for what, fix in doubts)
             names = section.labels or sort_names({name for label in every for name in names_of(label)}, config)
             if len(names) < FEWEST:
                 fix = "Give rows of at least two classes."
@@ -339,7 +342,7 @@ def class_target(label: Label | None, section: ClassifySection) -> dict[str, Any
             value = math.nan
         return {"values": [value]} if math.isfinite(value) else f"no number: the label is {label!r}"
     labels = section.labels or ()
-    named = label if isinstance(label, list) else [str(label)]
+    named = names_of(label) if label is not None else []
     wrong = next((name for name in named if name not in labels), None)
     if wrong is not None:
         return f"{UNKNOWN_LABEL}: {wrong!r} is none of {', '.join(labels[:20])}"

@@ -24,6 +24,14 @@ def write_rate(path, rate):
     return path
 
 
+def write_opposite(path, offset=0.0, noise=0.0):
+    """Write two channels of opposite sign."""
+    tone = make_tone()
+    hiss = noise * np.random.default_rng(1).standard_normal(len(tone))
+    soundfile.write(path, np.stack([tone + offset, hiss - tone + offset], axis=1), RATE)
+    return path
+
+
 BROKEN = {
     "no.wav": (lambda path: path, "audio missing"),
     "bytes.flac": (write_empty, "audio empty"),
@@ -42,6 +50,13 @@ DAMAGED = {
     "cut.flac": (write_cut, "audio unreadable"),
     "cut.mp3": (lambda path: write_cut(path, seconds=2), "audio cut"),
     "nan.wav": (lambda path: soundfile.write(path, np.full(99, np.nan, np.float32), RATE, "FLOAT"), "not numbers"),
+    "inf.wav": (lambda path: soundfile.write(path, np.full(99, np.inf, np.float32), RATE, "FLOAT"), "not numbers"),
+    "loud.wav": (lambda path: soundfile.write(path, 8 * make_tone(), RATE, "FLOAT"), "audio beyond full scale"),
+    "units.wav": (lambda path: soundfile.write(path, 3e4 * make_tone(), RATE, "DOUBLE"), "audio beyond full scale"),
+    "opposite.wav": (lambda path: write_opposite(path), "audio channels cancel out"),
+    "offset.wav": (lambda path: write_opposite(path, offset=0.2), "audio channels cancel out"),
+    "noisy.wav": (lambda path: write_opposite(path, noise=0.01), "audio channels cancel out"),
+    "opposite.flac": (lambda path: write_opposite(path), "audio channels cancel out"),
     "one.wav": (lambda path: soundfile.write(path, np.zeros(2), 96_000), "audio empty"),
 }
 """Errors that only decoding shows."""
@@ -210,3 +225,51 @@ def test_cutting_into_windows_of_any_length_terminates(tmp_path):
         windows = list(cut_windows(tone, RATE, seconds))
         assert sum(map(len, windows)) == len(tone)
         assert min(map(len, windows)) > 0
+
+
+def test_samples_beyond_full_scale_are_scaled_and_not_clipped(tmp_path):
+    tone = make_tone()
+    loud = 1.4 * tone / np.abs(tone).max()
+    soundfile.write(tmp_path / "loud.wav", loud, RATE, "FLOAT")
+    heard = to_float(decode_recording(tmp_path / "loud.wav", RATE))
+    assert heard == pytest.approx(loud / np.abs(loud).max(), abs=2 / 32768)
+    assert np.count_nonzero(np.abs(heard) > 0.999) < 5
+
+
+@pytest.mark.parametrize("rate", [8_000, 48_000])
+def test_resampling_does_not_clip(tmp_path, rate):
+    square = np.sign(np.sin(2 * np.pi * 300 * np.arange(rate) / rate))
+    soundfile.write(tmp_path / "square.wav", square, rate)
+    heard = to_float(decode_recording(tmp_path / "square.wav", RATE))
+    assert np.count_nonzero(np.abs(heard) > 0.9999) < 0.02 * len(heard)
+
+
+SUBTYPES = ("PCM_U8", "PCM_16", "PCM_24", "PCM_32", "FLOAT", "DOUBLE", "ULAW", "ALAW")
+
+
+@pytest.mark.parametrize("subtype", SUBTYPES)
+def test_samples_of_any_type_decode_the_same(tmp_path, subtype):
+    tone = make_tone()
+    soundfile.write(tmp_path / "tone.wav", tone, RATE, subtype)
+    heard = to_float(decode_recording(tmp_path / "tone.wav", RATE))
+    assert heard == pytest.approx(tone, abs=0.02 if subtype in ("PCM_U8", "ULAW", "ALAW") else 2 / 32768)
+
+
+@pytest.mark.parametrize("second", ["silence", "independent", "equal", "offset"])
+def test_usual_channels_are_mixed(tmp_path, second):
+    tone = make_tone()
+    other = {
+        "silence": np.zeros(len(tone)),
+        "independent": make_tone(pitch_hz=600, seed=2),
+        "equal": tone,
+        "offset": np.full(len(tone), 0.3),
+    }[second]
+    soundfile.write(tmp_path / "two.wav", np.stack([tone, other], axis=1), RATE)
+    heard = to_float(decode_recording(tmp_path / "two.wav", RATE))
+    assert heard == pytest.approx((tone + other) / 2, abs=2 / 32768)
+
+
+@pytest.mark.parametrize("offset", [0.0, 0.5])
+def test_silence_with_or_without_an_offset_is_decoded(tmp_path, offset):
+    soundfile.write(tmp_path / "silence.wav", np.full((800, 2), offset), RATE)
+    assert to_float(decode_recording(tmp_path / "silence.wav", RATE)) == pytest.approx(offset, abs=1e-4)

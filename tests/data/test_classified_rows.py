@@ -1,13 +1,20 @@
 """Rows of task classify: labels of any type from any file, bad rows with reasons, and encoded texts."""
 
+import json
+
+import pandas
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from support.families import build_bert, build_distilbert, build_roberta
-from support.rows import prepare, rows_of
+from support.rows import prepare, rows_of, write_jsonl
 from support.variants import CLASSIFY
 from transformers import AutoTokenizer
 
+from llmtune.data.classify_rows import class_doubts, classified
+from llmtune.data.file_survey import suspicions
 from llmtune.data.rejected_rows import RowError
-from llmtune.data.task_rows import classified
+from llmtune.errors import DataError
 from llmtune.recipe.schema import Recipe
 from llmtune.tasks.classify import tokenize_texts
 
@@ -37,6 +44,12 @@ def tokenizer(tmp_path_factory):
         ([2, 1], ["1", "2"]),
         ([], []),
         ('["b", "a"]', ["a", "b"]),
+        ("['b', 'a']", ["a", "b"]),
+        ("['it\\'s', \"b\"]", ["b", "it's"]),
+        ("[other]", "[other]"),
+        ("True", "true"),
+        ("FALSE", "false"),
+        ([1, 0], ["0", "1"]),
     ],
 )
 def test_a_label_may_be_text_a_number_a_boolean_or_a_list(label, read):
@@ -63,6 +76,17 @@ def test_a_second_text_makes_a_pair_and_an_empty_one_is_none():
         ({"text": "a", "label": {"name": "x"}}, "no label"),
         ({"text": "a", "label": [None]}, "no label"),
         ({"text": "a", "pair": 3, "label": "x"}, "pair"),
+        ({"text": "a", "label": [1, 0, 0, 1]}, "labels without names"),
+        ({"text": "a", "label": [0, 0]}, "labels without names"),
+        ({"text": "a", "label": [1.0, 0.0]}, "labels without names"),
+        ({"text": "a", "label": [True, False]}, "labels without names"),
+        ({"text": "a", "label": "[1, 0, 0]"}, "labels without names"),
+        ({"text": "a", "label": "[True, False]"}, "labels without names"),
+        ({"text": "a", "label": ["1", "0", "0"]}, "labels without names"),
+        ({"text": "a", "label": "['a' 'b']"}, "label list unreadable"),
+        ({"text": "a", "label": "[1 0 0]"}, "label list unreadable"),
+        ({"text": "a", "label": "{'a', 'b'}"}, "label list unreadable"),
+        ({"text": "a", "label": "('a', 'b')"}, "label list unreadable"),
     ],
 )
 def test_a_row_without_a_text_or_a_label_is_bad(row, reason):
@@ -164,3 +188,124 @@ def test_the_encoding_of_a_row_does_not_depend_on_its_neighbours(tmp_path, build
     assert together[0].input_ids == tokenizer("red cat").input_ids
     assert together[1].input_ids == tokenizer("red cat", "blue dog").input_ids
     assert tokenize_texts([], tokenizer) == []
+
+
+@pytest.mark.parametrize(
+    ("labels", "kind", "doubt"),
+    [
+        (["a|b", "a", "b|c"], "auto", "read as one each: 'a|b', 'b|c'"),
+        (["a, b", "a", "c, b"], "auto", "read as one each: 'a, b', 'c, b'"),
+        (["a;b", "b;c"], "multi", "read as one each"),
+        ([["0", "1"], ["0"], []], "multi", "lists of 0 and 1"),
+        (["Spam", "spam"], "auto", "several spellings: 'Spam', 'spam'"),
+        (["true", "1", "0"], "auto", "several spellings: '1', 'true'"),
+        (["2.0", "2", "1"], "single", "several spellings: '2', '2.0'"),
+        (["2.0", 2.0], "single", "several spellings: '2', '2.0'"),
+        ([["A"], ["a", "b"]], "multi", "several spellings"),
+    ],
+)
+def test_a_doubtful_reading_of_the_labels_is_named(labels, kind, doubt):
+    ((sentence, fix),) = class_doubts(labels, kind)
+    assert doubt in sentence
+    assert fix.endswith(".")
+
+
+@pytest.mark.parametrize(
+    ("labels", "kind"),
+    [
+        (["a|b", "a", "b|c"], "single"),
+        (["Food, drinks", "Home, garden", "Toys"], "auto"),
+        (["news/sport", "news/politics"], "auto"),
+        (["1", "2", "1.5", 3.0], "auto"),
+        ([["a"], ["b", "c"], []], "auto"),
+        ([["0", "1", "2"], ["1"]], "multi"),
+        (["true", "false"], "auto"),
+    ],
+)
+def test_usual_labels_raise_no_doubt(labels, kind):
+    assert list(class_doubts(labels, kind)) == []
+
+
+LABELS = {
+    "jsonl": lambda path, rows: write_jsonl(path, rows),
+    "json": lambda path, rows: path.write_text(json.dumps(rows)),
+    "csv": lambda path, rows: pandas.DataFrame(rows).to_csv(path, index=False),
+    "parquet": lambda path, rows: pq.write_table(pa.Table.from_pylist(rows), path),
+}
+
+
+@pytest.mark.parametrize("kind", LABELS)
+@pytest.mark.parametrize(
+    ("labels", "read"),
+    [
+        ([["a", "b"], ["c"]], [["a", "b"], ["c"]]),
+        ([True, False], ["true", "false"]),
+        ([1, 2], ["1", "2"]),
+    ],
+)
+def test_labels_are_the_same_from_every_kind_of_file(tmp_path, kind, labels, read):
+    rows = [{"text": f"text {number}", "label": label} for number, label in enumerate(labels)]
+    LABELS[kind](tmp_path / f"rows.{kind}", rows)
+    found = sorted(rows_of(prepare(tmp_path, f"rows.{kind}", task="classify")), key=lambda row: row["text"])
+    assert [row["label"] for row in found] == read
+
+
+@pytest.mark.parametrize("kind", LABELS)
+@pytest.mark.parametrize("labels", [[[1, 0, 0], [0, 1, 1]], [[True, False], [False, False]]])
+def test_a_value_for_each_class_is_refused_from_every_kind_of_file(tmp_path, kind, labels):
+    rows = [{"text": f"text {number}", "label": label} for number, label in enumerate(labels)]
+    LABELS[kind](tmp_path / f"rows.{kind}", rows)
+    with pytest.raises(DataError, match="labels without names") as caught:
+        prepare(tmp_path, f"rows.{kind}", task="classify")
+    assert "write the names of the classes that apply" in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", LABELS)
+def test_a_thumb_is_the_same_from_every_kind_of_file(tmp_path, kind):
+    rows = [{"prompt": f"Question {good}?", "completion": "Answer", "label": good} for good in (True, False)]
+    LABELS[kind](tmp_path / f"rows.{kind}", rows)
+    found = rows_of(prepare(tmp_path, f"rows.{kind}", task="preference"))
+    assert {row["messages"][0]["content"]: row["good"] for row in found} == {
+        "Question True?": True,
+        "Question False?": False,
+    }
+
+
+@pytest.mark.parametrize("kind", LABELS)
+def test_a_relevance_is_the_same_from_every_kind_of_file(tmp_path, kind):
+    rows = [{"query": "q", "passage": f"passage {good}", "relevance": good} for good in (True, False)]
+    LABELS[kind](tmp_path / f"rows.{kind}", rows)
+    found = rows_of(prepare(tmp_path, f"rows.{kind}", task="rerank"))
+    assert {row["passages"][0]: row["relevances"] for row in found} == {"passage True": [1.0], "passage False": [0.0]}
+
+
+@pytest.mark.parametrize("kind", LABELS)
+def test_tags_are_the_same_from_every_kind_of_file_and_numbers_are_refused(tmp_path, kind):
+    rows = [{"tokens": ["Ada", "wrote"], "tags": ["B-PERSON", "O"]}, {"tokens": ["She", "did"], "tags": ["O", "O"]}]
+    LABELS[kind](tmp_path / f"rows.{kind}", rows)
+    found = rows_of(prepare(tmp_path, f"rows.{kind}", task="token-classify"))
+    assert sorted(row["tags"] for row in found) == [["B-PERSON", "O"], ["O", "O"]]
+    LABELS[kind](tmp_path / f"rows.{kind}", [{"tokens": ["Ada", "wrote"], "tags": [1, 0]}])
+    with pytest.raises(DataError, match="not a tag"):
+        prepare(tmp_path, f"rows.{kind}", task="token-classify")
+
+
+def test_the_survey_names_doubtful_labels():
+    rows = [("", {"text": str(i), "pair": None, "label": label}) for i, label in enumerate(["a|b", "a", "b|c"])]
+    assert any("read as one each: 'a|b', 'b|c'" in line for line in suspicions(rows))
+
+
+def test_numbers_are_classes_if_the_recipe_says_so(tokenizer):
+    rows = [{"text": "red cat", "pair": None, "label": label} for label in (2.0, 1.0, 2.5)]
+    encoded = CLASSIFY.encode(rows, tokenizer, recipe_of(kind="single", labels=["1", "2", "2.5"]))
+    assert [example.class_ids for (example,) in encoded] == [[1], [0], [2]]
+
+
+def test_rows_with_doubtful_classes_are_refused_unless_the_recipe_settles_them(tmp_path):
+    names = ["a|b", "a", "b|c"]
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"text": str(i), "label": name} for i, name in enumerate(names)])
+    rows = prepare(tmp_path, str(path), task="classify")
+    with pytest.raises(DataError, match="read as one each"):
+        CLASSIFY.infer_labels(recipe_of(), rows, None)
+    assert CLASSIFY.infer_labels(recipe_of(kind="single"), rows, None).classify.labels == ("a", "a|b", "b|c")
+    assert CLASSIFY.infer_labels(recipe_of(labels=names), rows, None).classify.labels == tuple(names)

@@ -4,7 +4,7 @@ import pytest
 
 from llmtune.data.chat_rows import canonical_messages, chat_from_messages
 from llmtune.data.rejected_rows import RowError
-from llmtune.data.row_hash import spoken_text
+from llmtune.data.row_text import near_text
 from llmtune.data.task_rows import preference_from_pair
 
 QUESTION = {"role": "user", "content": "two and two?"}
@@ -79,7 +79,7 @@ def test_thoughts_do_not_make_rows_near_duplicates():
         canonical_messages([QUESTION, {"role": "assistant", "content": "Four.", "reasoning": text}])
         for text in ("Add.", "Guess.")
     )
-    assert spoken_text(one) != spoken_text(other)
+    assert near_text(one) != near_text(other)
 
 
 def test_the_thoughts_of_a_preferred_answer_stay_with_it():

@@ -9,7 +9,8 @@ from support.rows import chat, read_row, refusal
 from llmtune.data.column_mapping import rename
 from llmtune.data.rejected_rows import RowError
 from llmtune.data.row_formats import FORMATS, detect_format, parse_row, unused_keys
-from llmtune.data.row_hash import hash_content, row_json, spoken_text
+from llmtune.data.row_hash import hash_content, row_json
+from llmtune.data.row_text import near_text
 from llmtune.errors import DataError
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
@@ -294,7 +295,7 @@ def test_equal_content_has_an_equal_hash_for_any_composition_and_outer_space(que
 
 def test_system_messages_do_not_count_when_texts_are_compared():
     row = turns(("system", "a long text that all rows share"), ("user", "q"), ("assistant", "a"))
-    assert spoken_text(row) == "q a"
+    assert near_text(row).text == "q a"
 
 
 def test_two_columns_of_numbers_get_a_suggested_mapping() -> None:

@@ -12,7 +12,7 @@ from llmtune.errors import DataError
 from llmtune.evaluate.classification_metrics import measure_correlation
 from llmtune.evaluate.evaluation_file import load_evaluation, save_evaluation
 from llmtune.evaluate.metric import PairedMeasures, measure_right, paired_difference
-from llmtune.evaluate.slices import read_slices, score_slices, split_by_value
+from llmtune.evaluate.slices import MISSING, read_slices, score_slices, split_by_value
 from llmtune.recipe.loader import load_recipe
 
 ROWS = 40
@@ -62,7 +62,7 @@ def test_few_numbers_booleans_and_lists_are_plain_values():
     assert tuple(split_by_value([30, 4, 30])) == ("4", "30")
     assert tuple(split_by_value([True, False, True])) == ("true", "false")
     assert tuple(split_by_value([["a", "é"], ["a", "é"]])) == ('["a", "é"]',)
-    assert list(split_by_value([math.nan, 1.0, *range(20)]))[-1] == "(other)"
+    assert list(split_by_value([math.nan, 1.0, *range(20)]))[-1] == MISSING
 
 
 def test_a_slices_scores_cover_only_its_rows():

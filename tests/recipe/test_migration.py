@@ -300,7 +300,7 @@ def test_a_command_may_have_negative_numbers_windows_line_ends_and_shell_variabl
     assert migration.moved["max_steps"].why == "epochs decide"
     for key in ("dataset_name", "gradient_accumulation_steps", "lora_r"):
         assert "a variable" in str(migration.moved[key].why), key
-    assert migration.unset == ["data.train.0.path"]
+    assert migration.unset == ["task", "data.train.0.path"]
 
 
 @pytest.mark.parametrize(
@@ -576,3 +576,89 @@ def test_a_key_that_changes_nothing_is_not_needed(tmp_path: Path, tool: str, key
     assert "refused" not in {one.state for one in migration.outcomes}
     assert "not needed" in {one.state for one in migration.outcomes}
     assert "# Not needed:" in write_migrated(migration)
+
+
+# One path: a command, with or without a launcher, and a file give the same recipe
+
+ROWS = {
+    "text": {"text": "one two"},
+    "messages": {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
+    "prompt": {"prompt": "a", "completion": "b"},
+    "prompt of messages": {
+        "prompt": [{"role": "user", "content": "a"}],
+        "completion": [{"role": "assistant", "content": "b"}],
+    },
+    "chosen": {"prompt": "a", "chosen": "b", "rejected": "c"},
+    "no file": None,
+}
+PROGRAMS = {
+    "trl": "trl {word}",
+    "accelerate": "accelerate launch --num_processes 1 trl/scripts/{word}.py",
+    "torchrun": "torchrun --nproc_per_node 1 trl/scripts/{word}.py",
+    "python": "CUDA_VISIBLE_DEVICES=0 python examples/scripts/{word}.py",
+}
+
+
+def values_of(file: Path, out: Path) -> dict[str, object]:
+    return dict(walk(migrate_config(file, out)[1].recipe))
+
+
+@pytest.mark.parametrize("command", PROGRAMS.values(), ids=COMMANDS)
+@pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
+def test_an_sft_command_gives_the_recipe_of_the_same_file(tmp_path: Path, rows: object, command: str):
+    if rows:
+        (tmp_path / "rows.jsonl").write_text(json.dumps(rows) + "\n")
+    name = "./rows.jsonl" if rows else "owner/rows"
+    keys = {
+        "model_name_or_path": "a/b",
+        "dataset_name": name,
+        "learning_rate": 1e-4,
+        "max_length": 512,
+        "packing": True,
+    }
+    words = " ".join(f"--{key} {value}" if value is not True else f"--{key}" for key, value in keys.items())
+    (tmp_path / "config.yaml").write_text(json.dumps(keys))
+    program = command.format(word="sft")
+    for number, text in enumerate((f"{program} {words}", f"{program} --config {tmp_path / 'config.yaml'}")):
+        ours = values_of(config(tmp_path, text, f"train{number}.sh"), tmp_path / "out.yaml")
+        assert ours == {**values_of(tmp_path / "config.yaml", tmp_path / "out.yaml"), "name": ours["name"]}
+
+
+@pytest.mark.parametrize("command", PROGRAMS.values(), ids=COMMANDS)
+@pytest.mark.parametrize(("word", "loss"), [("dpo", "dpo"), ("kto", "kto"), ("reward", "reward"), ("orpo", "orpo")])
+def test_a_preference_command_names_its_loss(tmp_path: Path, word: str, loss: str, command: str):
+    text = f"{command.format(word=word)} --model_name_or_path a/b --dataset_name owner/rows"
+    values = values_of(config(tmp_path, text, "train.sh"), tmp_path / "out.yaml")
+    assert (values["task"], values["preference.loss"], values["data.test"]) == ("preference", loss, 0.1)
+
+
+FORMS = {
+    "axolotl": (
+        "axolotl train {file}",
+        {"base_model": "a/b", "datasets": [{"path": "owner/rows", "type": "alpaca"}], "sequence_len": 512},
+    ),
+    "llamafactory": (
+        "llamafactory-cli train {file}",
+        {"model_name_or_path": "a/b", "stage": "pt", "dataset": "owner/rows", "cutoff_len": 512},
+    ),
+}
+
+
+@pytest.mark.parametrize("launcher", ["", "torchrun --nproc_per_node 1 -m "])
+@pytest.mark.parametrize("tool", FORMS)
+def test_a_command_of_another_tool_gives_the_recipe_of_its_file(tmp_path: Path, tool: str, launcher: str):
+    command, keys = FORMS[tool]
+    (tmp_path / "config.yaml").write_text(json.dumps(keys))
+    script = config(tmp_path, launcher + command.format(file=tmp_path / "config.yaml"), "train.sh")
+    ours = values_of(script, tmp_path / "out.yaml")
+    assert ours == {**values_of(tmp_path / "config.yaml", tmp_path / "out.yaml"), "name": ours["name"]}
+
+
+@pytest.mark.parametrize("tool", tables())
+def test_a_migrated_recipe_holds_out_the_documented_shares(tmp_path: Path, tool: str):
+    migration, loaded = migrate_config(config(tmp_path, "output_dir: x"), tmp_path / "out.yaml", tool)
+    assert (loaded.recipe.data.validation, loaded.recipe.data.test) == (0.05, 0.1)
+    page = " ".join((Path(__file__).parents[2] / "docs" / "migrate.md").read_text("utf-8").split())
+    assert "`data.test: 0.1`" in page
+    assert "`data.validation: 0.05`" in page
+    assert "test: 0.1  # llmtune's own" in write_migrated(migration)

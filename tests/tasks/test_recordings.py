@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from support.audio import write_cut, write_silence, write_tone
+from support.audio import make_tone, write_cut, write_silence, write_tone
 from support.families import build_wav2vec2, build_whisper
 from support.variants import CTC, WHISPER
 from transformers import AutoConfig, AutoTokenizer, Wav2Vec2CTCTokenizer, Wav2Vec2ForCTC
 
-from llmtune.errors import EnvironmentProblem, RecipeError
+from llmtune.errors import DataError, EnvironmentProblem, RecipeError
 from llmtune.recipe.schema import Recipe
-from llmtune.tasks.recordings import set_speech, spell
+from llmtune.tasks.recordings import feature_extractor, read_windows, set_speech, spell
 from llmtune.tasks.speech import count_frames
 
 TEXT = "The sky is blue."
@@ -251,3 +251,22 @@ def test_a_decoding_error_is_the_reason_of_its_row_only(encode, whisper, letters
         assert reason.startswith("audio ")
         assert path.name in reason
     assert len(good[0].audio) == 8_000
+
+
+UNUSABLE = {
+    "beyond full scale": (lambda tone: 4 * tone, "audio beyond full scale"),
+    "opposite channels": (lambda tone: np.stack([tone, -tone], axis=1), "audio channels cancel out"),
+}
+
+
+@pytest.mark.parametrize("name", UNUSABLE)
+@pytest.mark.parametrize("encode", [WHISPER.encode, CTC.encode])
+def test_a_recording_that_would_change_is_refused_in_training_and_in_answers(encode, name, whisper, letters, tmp_path):
+    change, reason = UNUSABLE[name]
+    soundfile.write(tmp_path / "a.wav", change(make_tone()), 16_000, "FLOAT")
+    row = row_of(tmp_path / "a.wav", "ab")
+    processor = AutoTokenizer.from_pretrained(whisper if encode == WHISPER.encode else letters)
+    (refused,) = encode([row], processor, recipe_for(FRENCH))
+    assert refused.startswith(reason)
+    with pytest.raises(DataError, match=reason):  # evaluate, generate and serve read windows
+        read_windows([row], feature_extractor(processor), recipe_for(FRENCH))

@@ -1,0 +1,123 @@
+"""Rows of classify: labels of any type from any file, and doubts about how their classes were read."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TypeAlias, TypedDict
+
+from llmtune.data.rejected_rows import RowError, json_kind, nonempty_text, parse_cell, text_of
+from llmtune.data.row_hash import DECIMAL
+
+Label: TypeAlias = str | float | list[str]
+LIST_FIX = 'write the names of the classes that apply as a JSON list: ["sport", "news"]'
+UNREAD_LIST = re.compile(r"""[\[({]\s*(['"]|-?[\d.]+[\s,])""")
+"""Begins a list that is neither JSON nor Python: NumPy's, a set, a tuple."""
+FLAGS = frozenset(("0", "1", "0.0", "1.0", "true", "false"))
+SEPARATORS = ("|", ";", ",")
+TRUTH = {"true": "1", "false": "0"}
+SHOWN = 3
+
+
+class ClassifyRow(TypedDict):
+    """One or two texts with a label; a prompt has no label."""
+
+    text: str
+    pair: str | None
+    label: Label | None
+
+
+def classified(row: Mapping[str, object]) -> ClassifyRow:
+    """Read `text` (and `pair`, a second text) with `label`: text, a number, or a list of texts."""
+    pair = row.get("pair")
+    return {
+        "text": nonempty_text(row, "text"),
+        "pair": None if pair is None or pair == "" else text_of(pair, "'pair'"),
+        "label": _label(row["label"]),
+    }
+
+
+def _label(value: object) -> Label:
+    parsed = parse_cell(value)
+    value = parsed if isinstance(parsed, list) else value
+    if isinstance(value, list):
+        return _class_list(value)
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int):
+        return str(value)
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            raise RowError("no number", f"'label' is {value}")
+        return value
+    if value is None or not isinstance(value, str) or not value.strip():
+        what = "empty" if isinstance(value, str) else json_kind(value)
+        raise RowError("no label", f"'label' is {what}")
+    name = value.strip()
+    if UNREAD_LIST.match(name):
+        raise RowError("label list unreadable", f"'label' is {name[:60]!r}; {LIST_FIX}")
+    return name.lower() if name.lower() in ("true", "false") else name
+
+
+def _class_list(values: list[object]) -> list[str]:
+    """Return class names, sorted. Refuse a 0 or 1 for each class: such a list does not name its classes."""
+    texts = {str(value).strip().lower() for value in values}
+    if values and texts <= FLAGS and (len(texts) < len(values) or not texts <= {"0", "1"}):
+        what = f"'label' is {json.dumps(values)[:60]}: a value for each class"
+        raise RowError("labels without names", f"{what}; {LIST_FIX}")
+    names = [_label(item) for item in values if not isinstance(item, list)]
+    if len(names) < len(values) or not all(isinstance(item, str) for item in names):
+        raise RowError("wrong type", "'label' contains values that are not class names")
+    return sorted({str(item) for item in names})
+
+
+# Doubts: readings that are probably wrong
+
+
+def class_doubts(labels: Iterable[Label], kind: str = "auto") -> Iterator[tuple[str, str]]:
+    """Yield a sentence and a fix for each reading of the labels that is probably wrong.
+
+    With `kind` single, a text with separators is one class, and numbers are classes, with one spelling each.
+    """
+    every = list(labels)
+    texts = Counter(label for label in every if isinstance(label, str))
+    listed = {name for label in every if isinstance(label, list) for name in label}
+    if listed and listed <= {"0", "1"} and any(isinstance(label, list) and len(label) > 1 for label in every):
+        yield "lists of 0 and 1 are read as two classes, 0 and 1", f"{_sentence(LIST_FIX)}"
+    if kind != "single" and (joined := _joined(texts)):
+        separator, names = joined
+        what = f"classes are read as one each: {_some(names)}; parts between {separator!r} occur in several of them"
+        yield what, f"For several labels in a row, {LIST_FIX}. If each is one class, set classify.kind: single."
+    spellings: defaultdict[str, set[str]] = defaultdict(set)
+    whole_numbers = {str(int(label)) for label in every if isinstance(label, float) and label.is_integer()}
+    for name in {*texts, *listed, *(whole_numbers if kind == "single" else ())}:
+        is_decimal = kind == "single" and DECIMAL.fullmatch(name)
+        whole = name.removesuffix(".0") if is_decimal else name.casefold()
+        spellings[TRUTH.get(name, whole)].add(name)
+    for spelled in spellings.values():
+        if len(spelled) > 1:
+            yield f"one class in several spellings: {_some(sorted(spelled))}", "Write it the same way in all rows."
+
+
+def _joined(texts: Mapping[str, int]) -> tuple[str, list[str]] | None:
+    """Return a separator and the classes that it joins, if most of them share a part with another class."""
+    for separator in SEPARATORS:
+        parts = {name: {part.strip() for part in name.split(separator)} - {""} for name in texts}
+        uses = Counter(part for found in parts.values() for part in found)
+        joined = sorted(name for name, found in parts.items() if len(found) > 1)
+        shared = [name for name in joined if any(uses[part] > 1 for part in parts[name])]
+        if joined and 2 * len(shared) > len(joined):
+            return separator, joined
+    return None
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - SHOWN:,} more" if len(names) > SHOWN else ""
+    return ", ".join(repr(name) for name in names[:SHOWN]) + more
+
+
+def _sentence(text: str) -> str:
+    return f"{text[0].upper()}{text[1:]}."

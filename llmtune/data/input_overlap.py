@@ -1,0 +1,178 @@
+"""Finds rows whose input is that of a held-out row: the same words, or short queries that differ by one word.
+
+Short queries have too few word triples for the search for near duplicates. Two of up to 30 words match if one has a
+word more, or if one word differs and the answers are equal or the words begin alike. Words with digits and names
+(capital letters) never differ within a match, since such queries ask for different things; nor do the words of a
+template, which many different rows share. The first word may be a name: it differs only if the answers are equal.
+Labelled rows match this way only if they have the same label.
+
+Legend: K keys, W words, R rows of a batch, G distinct keys of the held-out rows, H hits.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import xxhash
+
+from llmtune.data.row_hash import I64, U64, mix
+from llmtune.data.row_text import RowInput, plain_words, row_input
+from llmtune.data.worker_pool import WorkerPool
+from llmtune.records import Row
+
+JsonRows = Callable[[], Iterator[tuple[int, pa.Array]]]
+"""Yields all rows as JSON, in batches, each with the number of its first row."""
+COMMON_ROWS = 10
+COMMON_SHARE = 0.1
+"""An input in more than ten training rows and more than this share of them is the task itself."""
+TEMPLATE_ROWS = 3
+"""Queries with one variable word in more different rows than this are a template."""
+MOST_WORDS = 30
+"""The search for near duplicates finds longer texts that differ by one word."""
+FEWEST_WORDS = 3
+"""Fewest words that two queries with a word more or less share; with another word, one more."""
+STEM_LETTERS = 4
+"""Words that differ only after so many letters are forms or spellings of one word."""
+FIXED = re.compile(r"[\d+#$=<>%]|^\W+$")
+"""Words that never differ between two queries that match: numbers and signs."""
+SAME, WHOLE, SHORTER, FRAME, CHANGED, SPELLED = range(11, 17)
+"""Kinds of keys, as salts."""
+
+
+class InputKeys(NamedTuple):
+    """The keys of a batch of rows; rows match if they share one."""
+
+    key: U64
+    """[K] the keys."""
+    row: I64
+    """[K] the row's number."""
+    input: U64
+    """[K] hash of the row's input."""
+    frame: U64
+    """[K] the key whose rows are counted to recognise a template; 0 if the key only counts."""
+
+
+@dataclass(frozen=True)
+class InputOverlap:
+    """Rows that match, in both directions."""
+
+    others: I64
+    """Rows with the input of a held-out row, ascending."""
+    first: dict[int, int]
+    """Held-out row -> the first other row with its input."""
+
+
+def find_shared_inputs(held: I64, others: I64, rows: JsonRows) -> InputOverlap:
+    """Compare the inputs of rows `held` with those of `others`, both given by number.
+
+    Memory: about 150 bytes for each word of the held-out rows' queries of up to 30 words.
+    """
+    parts = [*_map_keys(_Signer(True), held, rows)]
+    if not parts or not len(others):
+        return InputOverlap(np.zeros(0, np.int64), {})
+    tests = _join(parts)
+    key_G = np.unique(tests.key)
+    hits: list[InputKeys] = []
+    for keys in _map_keys(_Signer(False), others, rows):
+        hit_K = np.isin(keys.key, key_G) & ((keys.key == keys.input) | ~np.isin(keys.input, tests.input))
+        hits.append(InputKeys(*(column[hit_K] for column in keys)))
+    hit = _join(hits)
+    slot_H, slot_K = np.searchsorted(key_G, hit.key), np.searchsorted(key_G, tests.key)
+    rows_G = np.bincount(slot_H, minlength=len(key_G))
+    inputs_G = _count_distinct(np.append(slot_H, slot_K), np.append(hit.input, tests.input), len(key_G))
+    most = max(COMMON_ROWS, COMMON_SHARE * len(others))
+    frame_H = np.searchsorted(key_G, np.where(hit.frame == 0, hit.key, hit.frame))
+    is_template_H = (inputs_G[frame_H] > TEMPLATE_ROWS) | (hit.frame == 0)
+    taken_H = np.where(hit.key == hit.input, rows_G[slot_H] <= most, ~is_template_H)
+    first_G = np.full(len(key_G), -1, dtype=np.int64)
+    slots, at = np.unique(slot_H[taken_H], return_index=True)
+    first_G[slots] = hit.row[taken_H][at]
+    found: dict[int, int] = {}
+    first_K = first_G[slot_K]
+    for row, first in zip(tests.row[first_K >= 0].tolist(), first_K[first_K >= 0].tolist(), strict=True):
+        found[row] = min(first, found.get(row, first))
+    return InputOverlap(np.unique(hit.row[taken_H]), found)
+
+
+def _join(parts: Sequence[InputKeys]) -> InputKeys:
+    return InputKeys(*map(np.concatenate, zip(*parts, strict=True)))
+
+
+def _count_distinct(slots: I64, values: U64, count: int) -> I64:
+    """Return [G] the number of distinct values of each slot."""
+    pairs = np.unique(mix(values, 1) ^ mix(slots.astype(np.uint64), 2), return_index=True)[1]
+    counts: I64 = np.bincount(slots[pairs], minlength=count)
+    return counts
+
+
+def _map_keys(signer: _Signer, numbers: I64, rows: JsonRows) -> Iterator[InputKeys]:
+    return WorkerPool(signer).map(select_rows(numbers, rows), lambda batch: len(batch[1]), len(numbers))
+
+
+def select_rows(numbers: I64, rows: JsonRows) -> Iterator[tuple[I64, list[str]]]:
+    """Yield the rows with these numbers as JSON, in batches, with their numbers."""
+    if not len(numbers):
+        return
+    taken = np.zeros(int(numbers.max()) + 1, dtype=bool)
+    taken[numbers] = True
+    for first, batch in rows():
+        places = np.flatnonzero(taken[first : first + len(batch)])
+        if len(places):
+            yield first + places, batch.take(pa.array(places)).to_pylist()
+
+
+@dataclass(frozen=True)
+class _Signer:
+    """Computes the keys of a batch; runs in every process."""
+
+    held: bool
+    """Whether the rows are held out: a longer query of theirs matches a shorter one of the others, and vice versa."""
+
+    def __call__(self, batch: tuple[I64, list[str]]) -> InputKeys:
+        parts = [part for number, row in zip(*batch, strict=True) for part in self._keys(number, json.loads(row))]
+        keys, numbers, inputs, frames = zip(*parts, strict=True) if parts else ((), (), (), ())
+        wide = (np.array(column, np.uint64) for column in (keys, inputs, frames))
+        key, same, frame = wide
+        return InputKeys(key, np.array(numbers, np.int64), same, frame)
+
+    def _keys(self, number: int, row: Row) -> Iterator[tuple[int, int, int, int]]:
+        found = row_input(row)
+        words = plain_words(found.query)
+        plain = [word.casefold() for word in words]
+        same = _hash(SAME, found.context, " ".join(plain) or found.query.strip())
+        if not (plain or found.query.strip() or found.context):
+            return
+        yield same, number, same, same
+        if FEWEST_WORDS <= len(plain) <= MOST_WORDS:
+            for key, frame in self._changed_keys(found, words, plain):
+                yield key, number, same, frame
+
+    def _changed_keys(self, found: RowInput, words: list[str], plain: list[str]) -> Iterator[tuple[int, int]]:
+        """Yield the keys of a query without each of its words, each with its frame."""
+        context = f"{found.context}\n{found.answer if found.labelled else ''}"
+        answered = f"{context}\n{found.answer}"
+        whole, shorter = (WHOLE, SHORTER) if self.held else (SHORTER, WHOLE)
+        for one in (context, answered):
+            yield (key := _hash(whole, one, " ".join(plain))), key
+        for place, word in enumerate(words):
+            is_name = word[0].isupper()
+            if FIXED.search(word) or (place and is_name):
+                continue
+            rest = " ".join([*plain[:place], "", *plain[place + 1 :]])
+            yield (frame := _hash(FRAME, context, rest)), 0
+            if len(plain) > FEWEST_WORDS:
+                without = " ".join(plain[:place] + plain[place + 1 :])
+                yield (key := _hash(shorter, answered if is_name else context, without)), key
+                yield _hash(CHANGED, answered, rest), frame
+            if len(word) > STEM_LETTERS:
+                yield _hash(SPELLED, context, f"{rest}\n{plain[place][:STEM_LETTERS]}"), frame
+
+
+def _hash(kind: int, context: str, text: str) -> int:
+    return xxhash.xxh3_64_intdigest(f"{context}\n{text}".encode(errors="surrogatepass"), seed=kind)
