@@ -54,7 +54,6 @@ SMALL: dict[str, dict[str, Any]] = {
     "gralora": {"r": 4},
     "hira": {"r": 4},
     "hra": {"r": 4},
-    "lily": {"r": 4},
     "loha": {"r": 4},
     "lokr": {"r": 4},
     "miss": {"r": 4},
