@@ -37,7 +37,8 @@ def draft_plan(context: RunContext, loaded: LoadedRecipe, model_ref: ModelRef, r
     text, count = config.get_text_config(), rows.counts.get("train", 0)
     choices = choose_training(recipe, count, getattr(text, "hidden_size", None), task.trains_head)
     loaded = with_choices(loaded, choices)
-    reach = context_length(text)
+    positions = context_length(text)
+    reach = None if positions is None else positions - recipe.adapter.virtual_tokens
     if recipe.model.candidates and reach is not None and reach < recipe.data.max_length:
         loaded = with_length(loaded, reach, model_ref.name)
         console.print(f"data.max_length: {reach} (chosen: the context of {model_ref.name})", highlight=False)

@@ -76,7 +76,7 @@ def make_config(
         ids = next(iter(tokens.values()))
         given |= {"token_indices": ids} if adapter.method == "trainable_tokens" else {"trainable_token_indices": tokens}
     if adapter.is_prompt:
-        given.setdefault("num_virtual_tokens", options_of(adapter.method)["num_virtual_tokens"]["default"])
+        given["num_virtual_tokens"] = adapter.virtual_tokens
         given["tokenizer_name_or_path"] = str(selected.model_ref.path)  # for prompt_tuning_init_text
     given |= {"modules_to_save": list(whole) or None, "fan_in_fan_out": are_transposed(selected.model)}
     options = {name: _as_peft(value, hints[name]) for name, value in given.items() if name in hints}

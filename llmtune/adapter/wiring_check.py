@@ -14,7 +14,7 @@ from peft.tuners.lora.layer import ParamWrapper
 
 from llmtune.adapter.target_modules import resolve_targets
 from llmtune.errors import EnvironmentProblem, Problem, RecipeError
-from llmtune.model.causal_lm_loss import unwrap, virtual_tokens
+from llmtune.model.causal_lm_loss import unwrap, virtual_logits
 from llmtune.model.config import linear_shapes
 from llmtune.model.device import compute_context, resolve_dtype
 from llmtune.model.library_logging import hushed
@@ -184,7 +184,7 @@ def _head_outputs(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> to
     if "last_hidden_state" in output and "logits" not in output:
         return cast(torch.Tensor, output.last_hidden_state).reshape(-1)
     parts = (
-        [output.logits[:, virtual_tokens(model) :]] if "logits" in output else [output.start_logits, output.end_logits]
+        [output.logits[:, virtual_logits(model) :]] if "logits" in output else [output.start_logits, output.end_logits]
     )
     return torch.cat([part.reshape(-1) for part in parts])
 

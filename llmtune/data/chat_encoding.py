@@ -26,7 +26,7 @@ from llmtune.data.chat_template import (
 )
 from llmtune.data.example import Example
 from llmtune.data.overlong import NOTHING, ChatFit, only_last
-from llmtune.data.rendering_check import check_marks, find_missing
+from llmtune.data.rendering_check import check_marks, find_dropped, find_missing
 from llmtune.data.task_interface import Encoded
 from llmtune.data.template_facts import TemplateRefusal
 from llmtune.data.tokenization import (
@@ -298,6 +298,8 @@ def _assemble_turns(draft: Draft, template: ChatTemplate, bordered: Bordered) ->
             continue
         answer_bytes = next(said)
         if start is not None and end is not None:
+            if answer_bytes and (reason := find_dropped(template, ids[start:end], segment.text)):
+                return reason
             spans += [start, end]
             target_bytes += answer_bytes
             continue

@@ -37,7 +37,7 @@ from llmtune.data.chat_messages import (
 )
 from llmtune.data.chat_rows import ChatRow, Message, Tool
 from llmtune.data.template_facts import FIX, NO_FACTS, TemplateFacts, TemplateRefusal, read_facts
-from llmtune.data.template_text import ENDLESS, refuse_unread
+from llmtune.data.template_text import ENDLESS, reads_date, refuse_unread
 from llmtune.data.tokenization import tokenize
 from llmtune.errors import DataError, EnvironmentProblem, RecipeError
 from llmtune.recipe.schema import Recipe
@@ -153,7 +153,7 @@ class ChatTemplate:
     @property
     def end_ids(self) -> list[int]:
         """The ids that stop generation: the end-of-turn token, and the tokenizer's own end token."""
-        ends = [self.facts.end, *filter(None, [self.facts.calls.end])]
+        ends = [self.facts.end, *filter(None, [self.facts.calls.end, self.facts.end_with_tools])]
         ids = [*self.processor.convert_tokens_to_ids(ends), self.processor.eos_token_id]
         return list(dict.fromkeys(token for token in ids if token is not None))
 
@@ -168,9 +168,6 @@ def read_template(processor: PreTrainedTokenizerBase, recipe: Recipe) -> ChatTem
     """
     template = _without_facts(processor, recipe)
     refuse_unread(template.kwargs, processor.chat_template)
-    if "strftime_now(" in template.text():
-        what = "the template writes today's date, so its prompts change every day"
-        raise EnvironmentProblem.of(what, template.name, f"{FIX} has a fixed date instead.")
     system, fix = recipe.data.system_prompt, "Omit it, and write its content into the questions."
     try:
         template = with_kwargs(template, template.kwargs)
@@ -199,7 +196,15 @@ def _without_facts(processor: PreTrainedTokenizerBase, recipe: Recipe) -> ChatTe
     if not processor.chat_template:
         fix = f"{FIX} suits the model, name a model that has one (often called Instruct), or use task: completion."
         raise EnvironmentProblem.of("the tokenizer has no chat template", str(where), fix)
-    return ChatTemplate(processor, recipe.model.chat_template_kwargs, str(where))
+    named = processor.chat_template
+    if isinstance(named, dict) and "default" not in named:
+        what = f"the tokenizer has templates named {', '.join(map(repr, sorted(named)))}, but none named 'default'"
+        raise EnvironmentProblem.of(what, str(where), f"{FIX} suits the model.")
+    template = ChatTemplate(processor, recipe.model.chat_template_kwargs, str(where))
+    if any(reads_date(text) for text in {template.text(), template.text([])}):
+        what = "the template writes today's date, so its prompts change every day"
+        raise EnvironmentProblem.of(what, template.name, f"{FIX} has a fixed date instead.")
+    return template
 
 
 def stop_ids(processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[int]:

@@ -7,6 +7,7 @@ predicted once.
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Callable, Sequence
 
 from tokenizers import Encoding
@@ -70,6 +71,8 @@ def _encode_row(
         ids, encoding = [*prompt, *target], None
     elif ids != joint[: len(ids)]:
         encoding = None  # its offsets count a start token that was removed
+    if len(ids) <= len(prompt or start):
+        return f"the tokenizer drops every character of the {'completion' if text else 'text'}"
     if not start and ids[0] == processor.bos_token_id:
         start = ids[:1]  # the author wrote it
     starts = len(start) if ids[: len(start)] == start else 0
@@ -107,7 +110,10 @@ def _byte_counter(
 
     def by_offset(tokens: int) -> int:
         span = offsets(min(tokens, len(ids)) - 1) if tokens > 0 else None
-        return len(text[: span[1]].encode()) if span else 0
+        end = span[1] if span else 0
+        while end and end < len(text) and unicodedata.combining(text[end]):
+            end += 1  # NFC joins a letter and its marks in one character, but its offsets are the letter's
+        return len(text[:end].encode())
 
     return by_offset
 

@@ -41,6 +41,8 @@ KEYS = ('"tools":', '"tool_calls":', '"role":"tool"')
 OTHER = "Set model.chat_template to a Jinja file that writes `tools`, `tool_calls` and messages of the role `tool`"
 SHOWN = 40
 """How many characters of a text a reason quotes."""
+FEW_TOKENS = 4
+"""Longer answers contain a character that the tokenizer knows."""
 CHATML = "<|im_start|>"
 """A model whose own template writes this can learn tools with the template that comes with llmtune."""
 _GENERATION = re.compile(r"{%-?\s*generation\s*-?%}")
@@ -73,9 +75,8 @@ def find_missing(
         elif not (part in text or all(any(form in text for form in _forms(line)) for line in part.splitlines())):
             return f"the chat template leaves out or changes {name}"
     texts = [unmark(message["content"].strip()) for message in messages]
-    conversation = "\0".join(texts)
     for part in dict.fromkeys(filter(None, texts)):
-        wanted, found = conversation.count(part), sum(text.count(form) for form in {*_forms(part)})
+        wanted, found = sum(one.count(part) for one in texts), sum(text.count(form) for form in {*_forms(part)})
         if 0 < found < wanted:  # the match may be another message, or a part of one
             return f"the chat template leaves out one of {wanted} messages that say {part[:SHOWN]!r}"
     return None
@@ -164,6 +165,16 @@ def check_marks(example: Example, chat: PreparedChat, messages: int, template: C
         if text.strip() or not inside or len(inside) != inside[-1] + 1 - inside[0]:
             return "the chat template's {% generation %} marks are not where its answers are"
     return None
+
+
+def find_dropped(template: ChatTemplate, ids: Sequence[int], answer: str) -> str | None:
+    """Return why an answer cannot be learned if its ids are only those of its end; None if they are more."""
+    if len(ids) > FEW_TOKENS:
+        return None
+    written = decode(template.processor, ids)
+    for token in template.facts.special:
+        answer, written = answer.replace(token, ""), written.replace(token, "")
+    return "the tokenizer drops every character of an answer" if answer.strip() and not written.strip() else None
 
 
 # Checks before any row is encoded

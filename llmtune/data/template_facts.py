@@ -79,7 +79,12 @@ PROBES: Mapping[str, list[Json]] = {
     "turns": _TURNS[1:],
     "system turns": _TURNS,
 }
-TOOL_PROBES: Mapping[str, list[Json]] = {"tools": [QUESTION], **_with_tools(False), **_with_tools(True)}
+TOOL_PROBES: Mapping[str, list[Json]] = {
+    "tools": [QUESTION],
+    "answer with tools": [QUESTION, _SAID],
+    **_with_tools(False),
+    **_with_tools(True),
+}
 """Probes rendered with a tool declaration."""
 PROMPTS = ("prompt", "turns", "system turns", "tools")
 """Probes rendered with a generation prompt."""
@@ -112,6 +117,8 @@ class TemplateFacts:
     """The text after an answer, e.g. `<|im_end|>` and a line break."""
     end: str = ""
     """The end-of-turn token: the first token in `tail` that is not ordinary text."""
+    end_with_tools: str = ""
+    """The end-of-turn token of a text answer that could have called tools; empty if its end is not such a token."""
     ends_with_next: bool = False
     """Whether the header of the next message ends an answer, because nothing else does (GLM)."""
     special: tuple[str, ...] = ()
@@ -196,6 +203,9 @@ def _infer_facts(
     if len(whole) > MAX_PROBE_TEXT:
         what = f"the chat template writes {len(whole):,} characters, but at most {MAX_PROBE_TEXT:,} are allowed"
         raise EnvironmentProblem.of(what, name, ENDLESS)
+    if question not in prompt:
+        what = f"the template changes or leaves out the text of a question: it writes {prompt!r} for {question!r}"
+        raise EnvironmentProblem.of(what, name, f"{FIX} writes a question as given.")
     thoughts = _infer_thoughts(texts, prompt, whole)
     difference = _difference(prompt.removesuffix(thoughts.opener), whole, name)
     heading, _, tail = difference.partition(ANSWER)
@@ -212,6 +222,7 @@ def _infer_facts(
         heading=heading,
         tail=tail,
         end=end,
+        end_with_tools=_end_with_tools(texts, special, thoughts.opener, processor.eos_token),
         ends_with_next=ends_with_next,
         special=special,
         thoughts=thoughts,
@@ -257,6 +268,13 @@ def _turn_end(tail: str, special: Sequence[str], eos_token: str, following: str,
     fix = f"{FIX} writes {eos_token!r} after each answer"
     fix += ", or add the marker to model.add_tokens." if tail.strip() else "."
     raise EnvironmentProblem.of(what, name, fix)
+
+
+def _end_with_tools(texts: Written, special: Sequence[str], opener: str, eos_token: str) -> str:
+    """Return the token that ends a text answer after a declaration of tools; empty if there is none."""
+    prompt, whole = (texts["tools"] or "").removesuffix(opener), texts["answer with tools"] or ""
+    tail = whole[len(prompt) :].partition(ANSWER)[2] if whole.startswith(prompt) else ""
+    return _turn_end(tail, special, eos_token, "", "")[0] if any(token in tail for token in special) else ""
 
 
 def _added_system(texts: Written) -> str | None:

@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping
 from datetime import datetime
 
 import jinja2
-from jinja2 import meta
+from jinja2 import meta, nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from llmtune.errors import EnvironmentProblem, Problem, RecipeError, nearest
@@ -27,7 +27,7 @@ ENDLESS = "Set model.chat_template to a Jinja file that renders a conversation i
 """Fix for a template that takes too long."""
 FIXED_DATE = datetime(2024, 7, 26)
 """Replaces today's date in templates, so a run can be repeated; the date is from Llama 3.1's template."""
-_DATE_CALL = re.compile(r"strftime_now\(\s*(['\"])(.{0,200}?)\1\s*\)")
+_DATE_CALL = re.compile(r"strftime_now\s*\(\s*(['\"])(.{0,200}?)\1\s*\)")
 
 
 def check_length(template: str, name: str) -> None:
@@ -39,12 +39,24 @@ def check_length(template: str, name: str) -> None:
 
 def template_variables(template: str) -> set[str]:
     """Return the variables that a chat template reads, except messages and tools."""
+    return meta.find_undeclared_variables(_parse(template)) - GIVEN
+
+
+def reads_date(template: str) -> bool:
+    """Whether a template uses today's date, under its own name or another; it may ask whether there is one."""
+    parsed = _parse(template)
+    asked = {id(test.node) for test in parsed.find_all(nodes.Test) if test.name == "defined"}
+    names = (name for name in parsed.find_all(nodes.Name) if name.name == "strftime_now" and id(name) not in asked)
+    return any(names)
+
+
+def _parse(template: str) -> nodes.Template:
+    """Return the syntax tree of a template; an empty one if it is invalid, which its first rendering reports."""
     environment = ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"])
     try:
-        parsed = environment.parse(_GENERATION_TAGS.sub("", template))
+        return environment.parse(_GENERATION_TAGS.sub("", template))
     except jinja2.TemplateSyntaxError:
-        return set()
-    return meta.find_undeclared_variables(parsed) - GIVEN
+        return nodes.Template([], lineno=1)
 
 
 def with_defaults(template: str, kwargs: Mapping[str, object]) -> str:

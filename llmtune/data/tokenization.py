@@ -371,16 +371,20 @@ def find_unknown(examples: Sequence[Example], token: int, row: str, processor: P
 def find_vanishing(texts: Iterable[str], processor: PreTrainedTokenizerBase) -> dict[str, int]:
     """Return the characters that make no token, each with the number of rows (given as JSON) that contain it.
 
-    Tokenizers without `<unk>` drop unknown text, and some drop control characters in any case.
+    Tokenizers without `<unk>` drop unknown text, and some drop control characters in any case. Combining marks do not
+    count if the tokenizer strips all accents on purpose.
     """
     vanishes: dict[str, bool] = {}
     counts: Counter[str] = Counter()
+    accented, plain = processor(["\xe9", "e"], add_special_tokens=False)["input_ids"]
+    strips_accents = list(accented) == list(plain)
     for text in texts:
         spelled = "".join(iterate_strings(json.loads(text))) if "\\" in text else text
         letters = {*spelled} - PRINTABLE
         for letter in letters - vanishes.keys():
             with_it, without = processor([f"a{letter}b", "ab"], add_special_tokens=False)["input_ids"]
-            vanishes[letter] = list(with_it) == list(without) and unicodedata.category(letter) != "Mn"
+            stripped = strips_accents and unicodedata.category(letter) == "Mn"
+            vanishes[letter] = list(with_it) == list(without) and not stripped
         counts.update(letter for letter in letters if vanishes[letter])
     return dict(sorted(counts.items()))
 

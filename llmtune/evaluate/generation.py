@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,14 +10,15 @@ from functools import partial
 from typing import Any, Literal, Protocol, cast
 
 import torch
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import DynamicCache, GenerationConfig, PreTrainedTokenizerBase
+from transformers.generation.utils import GenerationMixin
 
 from llmtune.data.answer_parser import ParsedAnswer, parse_answer
 from llmtune.data.chat_template import ChatTemplate, Tools, read_template, stop_ids
 from llmtune.data.tokenization import decode
-from llmtune.evaluate.greedy_decoding import column_bytes_of, decode_greedily
+from llmtune.evaluate.greedy_decoding import cache_argument, column_bytes_of, decode_greedily, read_virtual_tokens
 from llmtune.evaluate.token_batches import GENERATION_BUDGET, budget_for, over_processes, run_in_batches
-from llmtune.model.causal_lm_loss import unwrap
+from llmtune.model.causal_lm_loss import unwrap, virtual_logits, virtual_tokens
 from llmtune.model.device import SuppressRefusal, computing_dtype, device_memory
 from llmtune.model.self_checks import logits_agree, positions_depend_on_neighbours
 from llmtune.recipe.schema import Recipe
@@ -128,7 +130,8 @@ def _generate_here(
     stops = set(answer_ends(model, processor, recipe))
     new = recipe.generation.max_new_tokens
     lengths = [len(prompt) + new for prompt in prompts]
-    alone = positions_depend_on_neighbours(model, max(lengths, default=0))
+    longest = max(lengths, default=0)
+    alone = positions_depend_on_neighbours(model, longest)
     ours = is_greedy(recipe) and len(prompts) > FEW_PROMPTS and not alone
     column_bytes = column_bytes_of(model, device) if ours else None
 
@@ -145,7 +148,7 @@ def _generate_here(
         return run_in_batches(lengths, cache_budget(device, column_bytes), work, advance, most=most)
     budget = budget_for(device, GENERATION_BUDGET) // recipe.generation.num_beams
     with torch.random.fork_rng(), only_these_settings(model):
-        alone = alone or not ignores_padding(model, settings, device)
+        alone = alone or windows_count_padding(model, longest) or not ignores_padding(model, settings, device)
         torch.manual_seed(recipe.seed)
         return run_in_batches(lengths, budget, work, advance, most=1 if alone else None)
 
@@ -185,8 +188,29 @@ def _generate(model: torch.nn.Module, prompts: Sequence[Sequence[int]], settings
     for row, prompt in enumerate(prompts):
         ids_BT[row, width - len(prompt) :] = torch.tensor(prompt)
         mask_BT[row, width - len(prompt) :] = 1
-    generate = cast(Any, model).generate
-    return generate(input_ids=ids_BT.to(device), attention_mask=mask_BT.to(device), generation_config=settings)
+    return generate(model, ids_BT.to(device), mask_BT.to(device), generation_config=settings)
+
+
+def generate(model: torch.nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor, **options: Any) -> Any:
+    """Run transformers' `generate` on the forward pass that was trained; takes its options and returns its results.
+
+    PEFT's `generate` repeats virtual tokens before every token, because it knows the KV cache by a former name. Here
+    they are in the cache from the start. Models that cannot continue from it read all tokens again at each step.
+    """
+    count, inner = virtual_tokens(model), unwrap(model)
+    options |= {"input_ids": input_ids, "attention_mask": attention_mask}
+    if not count:
+        return cast(Any, type(model)).generate(model, **options)
+    settings = copy.copy(options.pop("generation_config", None) or GenerationConfig())
+    settings.update(**{name: options.pop(name) for name in [*options] if hasattr(settings, name)})
+    if virtual_logits(model) and column_bytes_of(model, str(input_ids.device)) is None:
+        settings.use_cache = False
+        return cast(Any, type(model)).generate(model, **options, generation_config=settings)
+    with torch.no_grad():
+        cache = DynamicCache(config=inner.config.get_text_config())
+        cache = read_virtual_tokens(model, cache, len(input_ids) * (settings.num_beams or 1))
+    options["attention_mask"] = torch.nn.functional.pad(attention_mask, (count, 0), value=1)
+    return GenerationMixin.generate(inner, **options, **{cache_argument(inner): cache}, generation_config=settings)
 
 
 def ignores_padding(model: torch.nn.Module, settings: GenerationConfig, device: str) -> bool:
@@ -203,6 +227,13 @@ def ignores_padding(model: torch.nn.Module, settings: GenerationConfig, device: 
         together, *alone = (torch.stack(_generate(model, batch, greedy, device).logits, 1).float() for batch in batches)
         return logits_agree(torch.cat(alone), together, computing_dtype(model, device))
     return False
+
+
+def windows_count_padding(model: torch.nn.Module, longest: int) -> bool:
+    """Whether a window of attention may end between virtual tokens and the text of a row: padding is there."""
+    config, count = unwrap(model).config.get_text_config(), virtual_tokens(model)
+    windows = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
+    return bool(count) and any(window and window < longest + count for window in windows)
 
 
 @contextmanager

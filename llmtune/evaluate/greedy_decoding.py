@@ -11,10 +11,10 @@ from itertools import chain, groupby
 from typing import Any, cast
 
 import torch
-from transformers import Cache
+from transformers import Cache, PreTrainedModel
 
 from llmtune.evaluate.token_batches import TOKEN_BUDGET, batch_size, budget_for
-from llmtune.model.causal_lm_loss import accepted_arguments, unwrap
+from llmtune.model.causal_lm_loss import accepted_arguments, unwrap, virtual_tokens
 from llmtune.model.device import SuppressRefusal, computing_dtype
 from llmtune.model.self_checks import logits_agree
 
@@ -65,6 +65,14 @@ class KVCache(Cache):  # type: ignore[misc]
         """Return the maximum number of keys that `query_length` queries attend to, and the number of the first."""
         return self.get_seq_length() + query_length, 0
 
+    def read_virtual_tokens(self, model: torch.nn.Module) -> None:
+        """Fill the first columns of an empty one-row cache with a model's virtual tokens."""
+        filled = read_virtual_tokens(model, self)
+        if filled is not self:
+            for number, layer in enumerate(filled.layers):
+                self.update(layer.keys, layer.values, number)
+        self.end = virtual_tokens(model)
+
     def copy_prefix(self, source: KVCache, rows: slice, start: int, count: int) -> None:
         """Copy the first `count` columns of the one-row cache `source` to `rows`, starting at column `start`."""
         for number, prefix in source.states.items():
@@ -92,18 +100,21 @@ WORTH_SHARING = 64
 class DecodeBatch:
     """Prompts being answered, with their cache; a row leaves when its answer ends.
 
-    Rows are identified by their index in `prompts`; `order` lists them by slot.
+    Rows are identified by their index in `prompts`; `order` lists them by slot. The model's virtual tokens count as
+    the beginning of every row.
     """
 
     def __init__(self, model: torch.nn.Module, prompts: Sequence[Sequence[int]], new_tokens: int, device: str) -> None:
         """Reserve space for `prompts` and answers of up to `new_tokens` tokens."""
         self.model, self.prompts, self.device = model, prompts, device
+        self.virtual = virtual_tokens(model)
+        self.lengths = [self.virtual + len(prompt) for prompt in prompts]
         self.order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-        self.width = len(prompts[self.order[0]])
+        self.width = max(self.lengths)
         self.cache = KVCache(len(prompts), self.width + max(0, new_tokens - 1))
         self.mask_BT = torch.ones((len(prompts), self.cache.width), dtype=torch.int64)
         for slot, i in enumerate(self.order):
-            self.mask_BT[slot, : self.width - len(prompts[i])] = 0
+            self.mask_BT[slot, : self.width - self.lengths[i]] = 0
         self.mask_BT = self.mask_BT.to(device)
 
     def read(self, shared: int, budget: int) -> torch.Tensor:
@@ -111,20 +122,28 @@ class DecodeBatch:
 
         All prompts begin with the same `shared` tokens, which are read once, and each has at least one more.
         """
-        prefix = KVCache(1, shared)
+        start = self.virtual + shared
+        prefix = KVCache(1, start)
+        if self.virtual:
+            prefix.read_virtual_tokens(self.model)
         if shared:
             ids_1T = torch.tensor([self.prompts[self.order[0]][:shared]], device=self.device)
-            next_logits(self.model, prefix, ids_1T, torch.arange(shared, device=self.device)[None], None)
-        logits = [self._read_rows(rows, shared, prefix) for rows in self._cut(shared, budget)]
+            next_logits(self.model, prefix, ids_1T, torch.arange(self.virtual, start, device=self.device)[None], None)
+        logits = [self._read_rows(rows, start, prefix) for rows in self._cut(start, budget)]
         self.cache.active, self.cache.first, self.cache.end = slice(0, len(self.order)), 0, self.width
         return torch.cat(logits)
 
     def _cut(self, shared: int, budget: int) -> Iterator[slice]:
-        """Yield groups of rows to read together; the longest rows come first."""
+        """Yield groups of rows to read together; the longest rows come first.
+
+        With virtual tokens, which cannot be read again, the rows of a group have the same length.
+        """
         start = 0
         while start < len(self.order):
-            longest = len(self.prompts[self.order[start]]) - shared
-            stop = min(start + batch_size(longest, budget), len(self.order))
+            longest = self.lengths[self.order[start]]
+            stop = min(start + batch_size(longest - shared, budget), len(self.order))
+            if self.virtual:
+                stop = start + sum(self.lengths[i] == longest for i in self.order[start:stop])
             yield slice(start, stop)
             start = stop
 
@@ -136,10 +155,10 @@ class DecodeBatch:
         """
         cache, chosen = self.cache, self.order[rows]
         cache.active = rows
-        cache.first = self.width - len(self.prompts[chosen[0]])
+        cache.first = self.width - self.lengths[chosen[0]]
         cache.end = cache.first + shared
         slot = rows.start
-        for length, same in groupby(chosen, key=lambda i: len(self.prompts[i])):
+        for length, same in groupby(chosen, key=lambda i: self.lengths[i]):
             stop, start = slot + len([*same]), self.width - length
             if start < cache.end:
                 cache.copy_prefix(prefix, slice(slot, stop), start, cache.end - start)
@@ -149,7 +168,7 @@ class DecodeBatch:
         for row, i in enumerate(chosen):
             part = torch.tensor(self.prompts[i][-read:])
             ids_BT[row, read - len(part) :] = part
-        positions_BT = torch.arange(-read, 0)[None] + torch.tensor([len(self.prompts[i]) for i in chosen])[:, None]
+        positions_BT = torch.arange(-read, 0)[None] + torch.tensor([self.lengths[i] for i in chosen])[:, None]
         mask_BT = self.mask_BT[rows, cache.first : self.width]
         return next_logits(self.model, cache, ids_BT.to(self.device), positions_BT.clamp_(0).to(self.device), mask_BT)
 
@@ -157,7 +176,7 @@ class DecodeBatch:
         """Append a token to each row, after `written` others; return the next-token logits [B, V]."""
         cache = self.cache
         mask_BT = self.mask_BT[cache.active, cache.first : cache.end + 1]
-        positions = torch.tensor([len(self.prompts[i]) + written for i in self.order], device=self.device)
+        positions = torch.tensor([self.lengths[i] + written for i in self.order], device=self.device)
         logits_BV = next_logits(self.model, cache, tokens_B[:, None], positions[:, None], mask_BT)
         cache.end += 1
         return logits_BV
@@ -173,7 +192,7 @@ class DecodeBatch:
         self.order = [self.order[slot] for slot in taken]
         self.mask_BT = self.mask_BT[taken]
         self.cache.active = slice(0, stays)
-        self.cache.first = self.width - max((len(self.prompts[i]) for i in self.order), default=0)
+        self.cache.first = self.width - max((self.lengths[i] for i in self.order), default=0)
         return taken
 
 
@@ -186,18 +205,38 @@ def next_logits(
 ) -> torch.Tensor:
     """Run `model` on tokens after those in `cache`; return the next-token logits [B, V].
 
-    `mask_BT` is 0 at attended columns that hold padding; None without padding.
+    `mask_BT` is 0 at attended columns that hold padding; None without padding. Virtual tokens are in the cache: PEFT's
+    forward would put them before these tokens again.
     """
-    accepted = accepted_arguments(type(unwrap(model)))  # type: ignore[arg-type]
-    inputs: dict[str, Any] = {"input_ids": ids_BT, "use_cache": True}
-    inputs["cache" if "cache" in accepted else "past_key_values"] = cache
+    inner = unwrap(model)
+    accepted = accepted_arguments(type(inner))  # type: ignore[arg-type]
+    inputs: dict[str, Any] = {"input_ids": ids_BT, "use_cache": True, cache_argument(inner): cache}
     if mask_BT is not None:
         inputs["attention_mask"] = mask_BT
     if "position_ids" in accepted:
         inputs["position_ids"] = positions_BT
     if "logits_to_keep" in accepted:
         inputs["logits_to_keep"] = 1
-    return cast(torch.Tensor, model(**inputs).logits[:, -1])
+    return cast(torch.Tensor, (inner if virtual_tokens(model) else model)(**inputs).logits[:, -1])
+
+
+def cache_argument(inner: PreTrainedModel) -> str:
+    """Return the name of the KV cache among the arguments of a model's forward; transformers 5.2x renamed it."""
+    return "cache" if "cache" in accepted_arguments(type(inner)) else "past_key_values"  # type: ignore[arg-type]
+
+
+def read_virtual_tokens(model: torch.nn.Module, cache: Cache, rows: int = 1) -> Cache:
+    """Return a cache with the keys and values of a PEFT model's virtual tokens, once per row.
+
+    Those of prefix tuning come in a cache, which is returned; others are written to the empty `cache`.
+    """
+    peft_model, inner = cast(Any, model), unwrap(model)
+    vectors = peft_model.get_prompt(batch_size=rows)
+    if isinstance(vectors, Cache):
+        return vectors
+    vectors_BTD = vectors.to(peft_model.word_embeddings.weight.dtype)
+    inner(inputs_embeds=vectors_BTD, use_cache=True, **{cache_argument(inner): cache})
+    return cache
 
 
 def decode_greedily(
@@ -236,9 +275,8 @@ def column_bytes_of(model: torch.nn.Module, device: str) -> int | None:
     A test on a dozen tokens decides: rows of different lengths with a shared prefix are read, one leaves, and the
     logits are compared with plain forward passes. Models with a recurrent state or their own cache format fail.
     """
-    adapter = getattr(model, "active_peft_config", None)
-    if adapter is not None and (adapter.is_prompt_learning or getattr(adapter, "alora_invocation_tokens", None)):
-        return None  # only PEFT's own `generate` handles virtual tokens and activation
+    if getattr(getattr(model, "active_peft_config", None), "alora_invocation_tokens", None):
+        return None  # only PEFT's own `generate` handles activation
     size = unwrap(model).get_input_embeddings().weight.shape[0]
     ids = [size * (7 * (i % 6 + 1) + i % 5) // 50 for i in range(13)]
     prompts = [ids[:4] + ids[4:5], ids[:4] + ids[5:8], ids[:4] + ids[8:10]]

@@ -27,7 +27,7 @@ from llmtune.evaluate.shared_prefix import score_trees
 from llmtune.evaluate.text_metrics import CHOICE_METRIC, TEXT_MEASURES, TOKEN_METRICS, measure_tokens
 from llmtune.evaluate.token_batches import TOKEN_BUDGET, budget_for, over_processes, run_in_batches
 from llmtune.evaluate.tool_metrics import TOOL_SCORES, calls_tool, measure_tools, write_answer
-from llmtune.model.causal_lm_loss import move_to, unwrap
+from llmtune.model.causal_lm_loss import move_to, unwrap, virtual_tokens
 from llmtune.model.device import compute_context, resolve_dtype
 from llmtune.model.memory_plan import context_length
 from llmtune.recipe.task_facts import CALIBRATION, CUT_METRIC
@@ -309,8 +309,8 @@ def task_signature(metric: str, context: EvalContext) -> str:
 
 
 def context_limit(model: torch.nn.Module) -> int:
-    """Return the model's maximum number of positions; a very large number if it states none."""
-    return context_length(unwrap(model).config) or 1 << 60
+    """Return the maximum number of tokens of a text; a very large number if the model states none."""
+    return (context_length(unwrap(model).config) or 1 << 60) - virtual_tokens(model)
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import chain, groupby
 from typing import Any
 
@@ -13,6 +14,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import normalize_gen_kwargs
 
 from llmtune.evaluate.eval_inputs import EvalContext
+from llmtune.evaluate.generation import generate
 from llmtune.evaluate.lm_eval import replaced
 from llmtune.evaluate.token_batches import (
     GENERATION_BUDGET,
@@ -22,6 +24,7 @@ from llmtune.evaluate.token_batches import (
     over_processes,
     run_in_batches,
 )
+from llmtune.model.causal_lm_loss import virtual_logits, virtual_tokens
 from llmtune.model.device import resolve_dtype
 from llmtune.records import Advance
 
@@ -40,6 +43,7 @@ class BatchedLM(HFLM):  # type: ignore[misc]  # the library has no annotations
         # lm-eval ties weights again, which would undo or break an adapter on the embeddings or the head.
         with replaced(model, "tie_weights", lambda *_, **__: None):
             super().__init__(pretrained=model, backend="causal", tokenizer=tokenizer, mixed_precision_dtype=autocast)
+        self._max_length = self.max_length - virtual_tokens(model)
         self.where, self.advance = context.device, advance
         self.truncated = 0
         """Number of requests truncated on the left because they exceed the model's context."""
@@ -54,7 +58,13 @@ class BatchedLM(HFLM):  # type: ignore[misc]  # the library has no annotations
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = True) -> Responses:
         """Return generated texts."""
-        return self._answer(super().generate_until, requests, GENERATION_BUDGET)
+        with replaced(self.model, "generate", partial(generate, self.model)):
+            return self._answer(super().generate_until, requests, GENERATION_BUDGET)
+
+    def _model_call(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Return the logits [B, T, V] of a text."""
+        logits_BTV: torch.Tensor = super()._model_call(*args, **kwargs)
+        return logits_BTV[:, virtual_logits(self.model) :]
 
     def _answer(self, ask: Ask, requests: Sequence[Instance], budgets: dict[str, int]) -> Responses:
         """Answer requests in batches; those of one question stay together, since many differ only at the end.

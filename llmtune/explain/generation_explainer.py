@@ -282,6 +282,8 @@ def resolve_sampling(request: PromptRequest, prompt: ModelInputs, target: Target
     sampled = own if own is not None and own.do_sample else None
     longest = request.max_new_tokens or min(own.max_new_tokens if own else FEW_TOKENS, MOST_TOKENS)
     room = context_length(target.config)
+    if room is not None and target.recipe is not None:
+        room -= target.recipe.adapter.virtual_tokens
     if room is not None and not prompt.masks:
         before = len(prompt.decoder_ids) or 1 if target.config.is_encoder_decoder else len(prompt.ids)
         if room - before < (request.max_new_tokens or 1):

@@ -24,7 +24,7 @@ from transformers.generation.logits_process import (
 )
 from transformers.generation.utils import GenerationMixin
 
-from llmtune.evaluate.generation import generation_settings, only_these_settings
+from llmtune.evaluate.generation import generate, generation_settings, only_these_settings
 from llmtune.explain.inputs import ModelInputs
 from llmtune.explain.logit_lens import ForwardPass, read_lens, run_forward
 from llmtune.explain.token_text import Token, token_namer
@@ -145,11 +145,15 @@ def trace_answer(
         else:
             settings = generation_settings(model, processor, recipe)
         settings.max_new_tokens = sampling.max_new_tokens
-        inputs = place_inputs(prompt, inner)
+        inputs, processors = place_inputs(prompt, inner), LogitsProcessorList([recorder])
         if prompt.decoder_ids:
             inputs["decoder_input_ids"] = torch.tensor([prompt.decoder_ids], device=inner.device)
-        options = {"generation_config": settings, "logits_processor": LogitsProcessorList([recorder])}
-        ids = cast(list[int], GenerationMixin.generate(inner, **inputs, **options)[0].tolist())
+        if inner.config.is_encoder_decoder:
+            out_BT = GenerationMixin.generate(inner, **inputs, generation_config=settings, logits_processor=processors)
+        else:
+            ids_BT, mask_BT = inputs["input_ids"], torch.ones_like(inputs["input_ids"])
+            out_BT = generate(model, ids_BT, mask_BT, generation_config=settings, logits_processor=processors)
+    ids = cast(list[int], out_BT[0].tolist())
     written = len(recorder.logs)
     prefix, answer, ends = ids[:-written], ids[-written:], settings.eos_token_id or []
     stops = set(ends if isinstance(ends, list) else [ends])

@@ -24,7 +24,7 @@ UNSHARDED_OPTIMIZERS = {
 UNCUT = {
     "osf": "hooks on full weights project its gradients, and sharding loses these hooks",
     **dict.fromkeys(
-        ("lily", "tinylora", "unilora", "vblora"),
+        ("tinylora", "unilora", "vblora"),
         "its weights are shared by layers, so they cannot be sharded by layer",
     ),
     **dict.fromkeys(

@@ -67,7 +67,7 @@ def predicted_logits(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
     accepted = accepted_arguments(type(unwrap(model)))  # type: ignore[arg-type]
     predict_S, width = batch["predict_S"], batch["input_ids"].shape[1]
     inputs = _decoder_arguments(model, batch)
-    row_S, column_S = predict_S // width, predict_S % width + virtual_tokens(model)
+    row_S, column_S = predict_S // width, predict_S % width + virtual_logits(model)
     if "logits_to_keep" not in accepted:
         return cast(torch.Tensor, model(**inputs).logits[row_S, column_S])
     if len(batch["input_ids"]) == 1:
@@ -88,11 +88,16 @@ def _decoder_arguments(model: torch.nn.Module, batch: Batch) -> dict[str, object
 
 
 def virtual_tokens(model: torch.nn.Module) -> int:
-    """Return the number of logits before those of the text: one per virtual token of prompt tuning."""
+    """Return the number of trained vectors that the model reads before a text; 0 if they are off."""
+    config = _prompt_config(model)
+    return 0 if config is None else int(config.num_virtual_tokens)
+
+
+def virtual_logits(model: torch.nn.Module) -> int:
+    """Return the number of logits before those of the text: the keys and values of prefix tuning have none."""
     config = _prompt_config(model)
     decodes = config is not None and config.task_type == "CAUSAL_LM"
-    before = decodes and config.peft_type in ("PROMPT_TUNING", "P_TUNING")
-    return int(config.num_virtual_tokens) if before else 0
+    return virtual_tokens(model) if decodes and config.peft_type != "PREFIX_TUNING" else 0
 
 
 def _prompt_config(model: torch.nn.Module) -> Any:

@@ -149,9 +149,11 @@ def check_context(model_ref: ModelRef, recipe: Recipe, task: TaskInterface, long
     """Raise DataError if a row of `longest` tokens is longer than the model's context."""
     _, config = find_class(model_ref, recipe, task)
     context = context_length(config)
-    if context is not None and longest > context:
-        what = f"a row has {longest:,} tokens, but the context of {model_ref.name} is {context:,}"
-        fix = f"Set data.max_length: {context} and choose in data.on_overlong how to treat longer rows."
+    virtual = recipe.adapter.virtual_tokens
+    if context is not None and longest + virtual > context:
+        prepended = f" after {virtual:,} virtual tokens" if virtual else ""
+        what = f"a row has {longest:,} tokens{prepended}, but the context of {model_ref.name} is {context:,}"
+        fix = f"Set data.max_length: {context - virtual} and choose in data.on_overlong how to treat longer rows."
         raise DataError.of(what, "data.max_length", fix)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, cast
 
 from pydantic import ConfigDict, Field, Tag
 
@@ -153,6 +153,12 @@ class AdapterSection(RecipeSection):
     def is_prompt(self) -> bool:
         """Return whether the method prepends trained vectors to a text."""
         return self.method in PROMPT_METHODS
+
+    @property
+    def virtual_tokens(self) -> int:
+        """Return the number of trained vectors that the method prepends to a text."""
+        default = options_of(self.method)["num_virtual_tokens"]["default"] if self.is_prompt else 0
+        return cast(int, self.options.get("num_virtual_tokens", default))
 
     @property
     def unmergeable(self) -> str | None:

@@ -22,6 +22,7 @@ REFUSED_METHODS = {
     "cartridge": "its vectors are distilled from a long text, not learned from rows",
     "cpt": "it needs a type for each token: instruction, input or answer",
     "multitask_prompt_tuning": "each row needs a task number",
+    "lily": "its router averages over all tokens of a batch, so a row's loss and answers depend on the other rows",
     "shadow": "it runs a second model with its own loss",
     "poly": "each row needs a task number",
     "xlora": "it mixes trained adapters, and trains none",
@@ -30,7 +31,6 @@ REFUSED_METHODS = {
 UNMERGEABLE = {
     **dict.fromkeys(PROMPT_METHODS, "its vectors come before the text and change no base weight"),
     "adaption_prompt": "its vectors are read with the text and change no base weight",
-    "lily": "it selects matrices by the input",
     "alora_invocation_tokens": "it becomes active in the middle of each row",
 }
 """Methods, and a LoRA option, whose adapters cannot be merged into the base weights, each with the reason."""

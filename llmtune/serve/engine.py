@@ -21,7 +21,7 @@ from llmtune.errors import LlmtuneError
 from llmtune.evaluate.generation import cache_budget
 from llmtune.evaluate.greedy_decoding import KVCache, column_bytes_of, next_logits
 from llmtune.evaluate.token_batches import TOKEN_BUDGET, batch_size, budget_for
-from llmtune.model.causal_lm_loss import unwrap
+from llmtune.model.causal_lm_loss import unwrap, virtual_tokens
 from llmtune.model.device import is_out_of_memory, release_memory
 from llmtune.records import Row
 from llmtune.serve.request_queue import AnswerJob, End, Event, RequestQueue, Stopping
@@ -38,7 +38,7 @@ class LiveRows:
     def __init__(self, model: torch.nn.Module, device: str) -> None:
         self.model, self.device = model, device
         self.lengths: list[int] = []
-        """Tokens of each row in the cache."""
+        """Tokens of each row in the cache, virtual ones included."""
         self.columns = KVCache(0, 0)
 
     def __len__(self) -> int:
@@ -46,20 +46,25 @@ class LiveRows:
 
     def join(self, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
         """Read prompts into the next slots; return the logits [N, V] that follow them."""
-        first = len(self)
-        self.lengths += map(len, prompts)
+        first, virtual = len(self), virtual_tokens(self.model)
+        self.lengths += [virtual + len(prompt) for prompt in prompts]
         self._make_room(first)
-        size = batch_size(max(map(len, prompts)), budget_for(self.device, TOKEN_BUDGET))
+        size = 1 if virtual else batch_size(max(map(len, prompts)), budget_for(self.device, TOKEN_BUDGET))
         return torch.cat([self._read(prompts[i : i + size], first + i) for i in range(0, len(prompts), size)])
 
     def _read(self, prompts: Sequence[Sequence[int]], first: int) -> torch.Tensor:
         """Read some of the prompts, padded on the left; their rows begin at slot `first`."""
         columns, end, width = self.columns, self.columns.end, max(map(len, prompts))
-        columns.active, columns.first = slice(first, first + len(prompts)), end - width
-        columns.end = columns.first
+        rows, virtual = slice(first, first + len(prompts)), virtual_tokens(self.model)
+        columns.active, columns.first, columns.end = rows, end - width - virtual, end - width
+        if virtual:
+            prefix = KVCache(1, virtual)
+            prefix.read_virtual_tokens(self.model)
+            columns.copy_prefix(prefix, rows, columns.first, virtual)
         ids_NT = torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in prompts])
         positions_NT = torch.stack([torch.arange(width) - (width - len(prompt)) for prompt in prompts])
-        inputs = (ids_NT, positions_NT.clamp(0), (positions_NT >= 0).long())
+        seen_NT = torch.nn.functional.pad((positions_NT >= 0).long(), (virtual, 0), value=1)
+        inputs = (ids_NT, positions_NT.clamp(0) + virtual, seen_NT)
         logits_NV = next_logits(self.model, columns, *(part.to(self.device) for part in inputs))
         columns.end = end
         return logits_NV

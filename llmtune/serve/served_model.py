@@ -30,11 +30,12 @@ from llmtune.evaluate.generation import (
     answer_reader,
     answer_template,
     end_output,
+    generate,
     generation_settings,
     only_these_settings,
 )
 from llmtune.evaluate.shared_prefix import choice_trees, score_trees
-from llmtune.model.causal_lm_loss import unwrap
+from llmtune.model.causal_lm_loss import unwrap, virtual_tokens
 from llmtune.model.device import compute_context, resolve_dtype
 from llmtune.model.layer_requests import own_passes
 from llmtune.model.memory_plan import context_length
@@ -86,8 +87,10 @@ class ServedModel:
         inner = unwrap(self.model)
         self.stops = set(answer_ends(self.model, self.processor, self.recipe))
         self.template = answer_template(self.processor, self.recipe) if self.task.free_prompt else None
-        self.context = context_length(inner.config)
-        """The model's context length in tokens; None if its configuration does not say."""
+        with self.activated():
+            virtual, context = virtual_tokens(self.model), context_length(inner.config)
+        self.context = context - virtual if context is not None else None
+        """Maximum tokens of prompt and answer together; None if the model's configuration does not say."""
         self.vocabulary = int(inner.get_input_embeddings().weight.shape[0]) if self.generates else 0
 
     @property
@@ -197,9 +200,10 @@ class ServedModel:
         ids_BT = torch.tensor([list(prompt)], device=self.model.device)
         with torch.random.fork_rng(), only_these_settings(self.model):
             torch.manual_seed(seed)
-            out_BT = self.model.generate(
-                input_ids=ids_BT,
-                attention_mask=torch.ones_like(ids_BT),
+            out_BT = generate(
+                self.model,
+                ids_BT,
+                torch.ones_like(ids_BT),
                 generation_config=settings,
                 streamer=None if beams else _TokenStreamer(deliver),
                 stopping_criteria=StoppingCriteriaList([_Cancelled(is_cancelled)]),

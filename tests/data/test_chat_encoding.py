@@ -1,7 +1,7 @@
 """Ids and supervised spans of conversations and completions."""
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from support.encoding import complete, encode, learned, with_start_token
 from support.models import CHATML, train_tokenizer
@@ -31,6 +31,7 @@ CHAT = conversation("one two", "three", "four five", "six")
 
 @pytest.mark.parametrize("template", [*STABLE.values(), THINKING, ENDS_TWICE])
 @settings(max_examples=25, deadline=None)
+@example(texts=["\0"])
 @given(texts=st.lists(st.text(min_size=1, max_size=30).filter(str.strip), min_size=1, max_size=3))
 def test_an_answer_is_trained_after_the_exact_ids_of_its_generation_prompt(template, texts):
     tokenizer = tokenizer_with(template)

@@ -26,6 +26,16 @@ from llmtune.data.template_text import fix_date
 from llmtune.errors import DataError, EnvironmentProblem, RecipeError
 
 CHAT = conversation("one two", "three", "four five", "six")
+CHANGED = "changes or leaves out the text of a question"
+
+
+def questions(written):
+    """Write the texts of questions so, and others as they are."""
+    return f"({written} if message['role'] == 'user' else message['content'])"
+
+
+def answers(written):
+    return f"({written} if message['role'] == 'assistant' else message['content'])"
 
 
 def test_generation_stops_at_the_templates_end_if_the_tokenizers_differs():
@@ -37,6 +47,25 @@ def test_generation_stops_at_the_templates_end_if_the_tokenizers_differs():
 def test_generation_stops_at_the_tokenizers_end_without_a_template():
     tokenizer = train_tokenizer(None)
     assert stop_ids(tokenizer, recipe_for()) == [tokenizer.eos_token_id]
+
+
+TOOL = {"type": "function", "function": {"name": "sum", "description": "adds", "parameters": {"type": "object"}}}
+IN_A_BRANCH = "{{ tools | tojson if tools else '' }}" + CHATML.replace(
+    "'<|im_end|>'", "('<|eot_id|>' if tools else '<|im_end|>')"
+)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [{"default": CHATML, "tool_use": TOOLS.replace("else '<|im_end|>'", "else '<|eot_id|>'")}, IN_A_BRANCH],
+    ids=["named", "branch"],
+)
+def test_generation_stops_at_the_end_of_an_answer_that_could_have_called_a_tool(template):
+    tokenizer = tokenizer_with(template)
+    ((plain,), (tooled,)) = encode_chat([CHAT, {**CHAT, "tools": [TOOL]}], tokenizer, recipe_for())
+    ends = [tokenizer.convert_ids_to_tokens(one.input_ids[one.spans[-1] - 1]) for one in (plain, tooled)]
+    assert ends == ["<|im_end|>", "<|eot_id|>"]
+    assert {*tokenizer.convert_tokens_to_ids(ends)} <= {*stop_ids(tokenizer, recipe_for())}
 
 
 def test_a_turn_ends_at_the_first_of_two_ends():
@@ -63,10 +92,17 @@ def test_a_turn_that_calls_a_tool_may_end_in_another_token():
         (NO_END, "not in an end-of-turn token"),
         (NO_PROMPT, "ignores add_generation_prompt"),
         (DOUBLED_START, "twice at the start"),
-        (CHATML.replace("message['content']", "message['content'] | upper"), "not as given"),
+        (CHATML.replace("message['content']", answers("message['content'] | upper")), "not as given"),
+        (CHATML.replace("message['content']", questions("message['content'] | trim | upper")), CHANGED),
+        (CHATML.replace("message['content']", questions("message['content'] | replace('W', '')")), CHANGED),
+        (CHATML.replace("message['content']", questions("''")), CHANGED),
         ("{{ raise_exception('never') }}", "never"),
         ("{% for %}", "refuses"),
         ("{% set form = '%Y' %}{{ strftime_now(form) }}" + CHATML, "today's date"),
+        ("{% set now = strftime_now %}{{ now('%Y') }}" + CHATML, "today's date"),
+        ("{% set clock = namespace(now=strftime_now) %}{{ clock.now('%Y') }}" + CHATML, "today's date"),
+        ({"default": CHATML, "tool_use": "{% set now = strftime_now %}{{ now('%Y') }}" + TOOLS}, "today's date"),
+        ({"rag": CHATML, "tool_use": TOOLS}, "templates named 'rag', 'tool_use', but none named 'default'"),
     ],
 )
 def test_an_unusable_template_is_refused_by_name_with_a_fix(template, says):
@@ -92,7 +128,10 @@ def test_a_prompt_refused_by_the_template_is_a_data_error():
         render_prompt([], tokenizer_with(CHATML), recipe_for())
 
 
-@pytest.mark.parametrize("call", ["strftime_now('%d %b %Y')", 'strftime_now( "%d %b %Y" )'])
+DATES = ["strftime_now('%d %b %Y')", 'strftime_now( "%d %b %Y" )', "strftime_now ('%d %b %Y')"]
+
+
+@pytest.mark.parametrize("call", DATES)
 def test_a_templates_date_becomes_part_of_it(call):
     tokenizer = tokenizer_with(fix_date(DATED.replace("strftime_now('%d %b %Y')", call)))
     assert "26 Jul 2024" in tokenizer.decode(render_prompt(CHAT["messages"][:1], tokenizer, recipe_for()))

@@ -1,53 +1,12 @@
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from support.decoders import BEGINNING, FAMILIES, make_decoder, prompts_of
 
 from llmtune.evaluate import greedy_decoding as greedy
 from llmtune.evaluate.greedy_decoding import DecodeBatch, KVCache, column_bytes_of, decode_greedily
-from llmtune.model.packed_attention import PACKED, install_packed
+from llmtune.model.packed_attention import PACKED
 
-SIZE = 90
-SHAPE = {"vocab_size": SIZE, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
-WIDE = {**SHAPE, "intermediate_size": 64, "num_key_value_heads": 2, "pad_token_id": 0}
-MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
-WINDOWS = {"sliding_window": 5, "layer_types": MIXED, "query_pre_attn_scalar": 8}
-GEMMA = {**WIDE, **WINDOWS, "head_dim": 8, "tie_word_embeddings": False}
-FAMILIES = {
-    "llama": WIDE,
-    "qwen2": WIDE,
-    "mistral": {**WIDE, "sliding_window": 5},
-    "gemma2": GEMMA,
-    "gemma3_text": GEMMA,
-    "phi3": WIDE,
-    "gpt_neox": {**SHAPE, "intermediate_size": 64},
-    "gpt2": {"vocab_size": SIZE, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128},
-    "opt": {**SHAPE, "ffn_dim": 64, "word_embed_proj_dim": 32, "max_position_embeddings": 128},
-    "bloom": {"vocab_size": SIZE, "hidden_size": 32, "n_layer": 2, "n_head": 4},
-    "falcon": SHAPE,
-    "mamba": {"vocab_size": SIZE, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8},
-}
 WRITTEN = [family for family in FAMILIES if family != "mamba"]
-BEGINNING = [(7 * i + 3) % SIZE for i in range(12)]
-
-
-def make(family, attention=None):
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **FAMILIES[family])).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.ndim > 1:
-                parameter.mul_(8 if "embed" in name else 5)  # a fresh model repeats itself whatever the prompt
-    if attention is not None:
-        model.set_attn_implementation(attention)
-    if attention == PACKED:
-        install_packed(model)
-    return model
-
-
-def prompts_of(lengths, beginning=()):
-    generator = torch.Generator().manual_seed(1)
-    rows = [torch.randint(1, SIZE, (length,), generator=generator).tolist() for length in lengths]
-    return [[*beginning, *row] for row in rows]
 
 
 def by_transformers(model, prompts, new, stops):
@@ -72,7 +31,7 @@ def check(model, prompts, new=14, stops=(5, 6, 7, 8, 9, 10, 11, 12)):
 @pytest.mark.parametrize("family", WRITTEN)
 @pytest.mark.parametrize("beginning", [[], BEGINNING], ids=["nothing shared", "a shared beginning"])
 def test_rows_of_any_length_get_the_answers_of_transformers(family, beginning):
-    model = make(family)
+    model = make_decoder(family)
     with torch.inference_mode():
         assert column_bytes_of(model, "cpu") is not None
     written = check(model, prompts_of([1, 9, 3, 17, 9, 2, 5, 9, 11, 4], beginning))
@@ -82,11 +41,11 @@ def test_rows_of_any_length_get_the_answers_of_transformers(family, beginning):
 @pytest.mark.parametrize("attention", ["eager", "sdpa", PACKED])
 @pytest.mark.parametrize("family", ["llama", "mistral", "gpt2"])
 def test_the_result_does_not_depend_on_the_installed_attention(family, attention):
-    check(make(family, attention), prompts_of([8, 1, 5, 13, 20, 2], BEGINNING))
+    check(make_decoder(family, attention), prompts_of([8, 1, 5, 13, 20, 2], BEGINNING))
 
 
 def test_rows_end_at_different_steps_and_leave():
-    model = make("llama")
+    model = make_decoder("llama")
     kept = []
     written = check(model, prompts_of([3, 4, 5, 6, 7, 8, 9, 10]), new=20, stops=range(1, 20))
     assert len({len(row) for row in written}) > 3
@@ -103,7 +62,7 @@ def test_rows_end_at_different_steps_and_leave():
 
 
 def test_prompts_are_read_in_parts_and_their_shared_prefix_only_once(monkeypatch):
-    model, read = make("llama"), []
+    model, read = make_decoder("llama"), []
     model.model.register_forward_pre_hook(
         lambda _, args, given: read.append(given["input_ids"].shape), with_kwargs=True
     )
@@ -117,11 +76,11 @@ def test_prompts_are_read_in_parts_and_their_shared_prefix_only_once(monkeypatch
 
 def test_a_model_with_a_recurrent_state_is_left_to_transformers():
     with torch.inference_mode():
-        assert column_bytes_of(make("mamba"), "cpu") is None
+        assert column_bytes_of(make_decoder("mamba"), "cpu") is None
 
 
 def test_a_cache_that_returns_other_keys_is_detected(monkeypatch):
-    model = make("llama")
+    model = make_decoder("llama")
     monkeypatch.setattr(KVCache, "move", lambda self, places, rows: None)
     with torch.inference_mode():
         assert column_bytes_of(model, "cpu") is None

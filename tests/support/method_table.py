@@ -19,7 +19,7 @@ from llmtune.adapter.saving import load_adapter, save_adapter
 from llmtune.data.examples import load_examples
 from llmtune.data.row_store import load_rows
 from llmtune.errors import LlmtuneError
-from llmtune.model.causal_lm_loss import decoder_inputs, model_inputs, virtual_tokens
+from llmtune.model.causal_lm_loss import decoder_inputs, model_inputs, virtual_logits
 from llmtune.model.config import read_model_config
 from llmtune.model.loading import load_model
 from llmtune.model.processor import load_processor
@@ -54,7 +54,6 @@ SMALL: dict[str, dict[str, Any]] = {
     "gralora": {"r": 4},
     "hira": {"r": 4},
     "hra": {"r": 4},
-    "lily": {"r": 4},
     "loha": {"r": 4},
     "lokr": {"r": 4},
     "miss": {"r": 4},
@@ -186,7 +185,7 @@ class Bench:
             output = model.eval()(**inputs)
         model.train(training)
         found = output["logits"] if "logits" in output else torch.stack([output.start_logits, output.end_logits], -1)
-        return found[:, virtual_tokens(model) :].float() if found.dim() > 2 else found.float()
+        return found[:, virtual_logits(model) :].float() if found.dim() > 2 else found.float()
 
     def cells(self, method: str) -> list[str]:
         """Return `yes` or the failing check for each cell; one cell with the reason if the method is refused."""
