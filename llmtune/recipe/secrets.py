@@ -13,6 +13,7 @@ from typing import Any, TypeVar, cast
 from ruamel.yaml import YAML
 
 from llmtune.errors import EnvironmentProblem, Problem
+from llmtune.recipe.yaml_reader import parse_yaml
 
 T = TypeVar("T")
 REMOVED = "[removed]"
@@ -107,7 +108,8 @@ def secret_values(value: object, secret: bool = False) -> Iterator[str]:
 
 
 def redact_yaml(text: str) -> str:
-    """Return YAML text without secrets; comments are kept."""
+    """Return YAML text without secrets; comments are kept. Raises RecipeError if it is not a recipe's YAML."""
+    parse_yaml(text, "recipe.yaml", Path())  # its limits: an alias is walked at every use
     writer = YAML()  # keeps comments
     writer.width = 10_000
     read = writer.load(text)
