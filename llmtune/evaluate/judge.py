@@ -17,7 +17,15 @@ from llmtune.data.rejected_rows import RowError
 from llmtune.errors import DataError, Problem
 from llmtune.evaluate.eval_inputs import EvalContext
 from llmtune.evaluate.eval_suite import EvalSuite, read_sources
-from llmtune.evaluate.judge_client import Judge, JudgeQuestion, JudgeReply, host, read_journal, write_question
+from llmtune.evaluate.judge_client import (
+    Judge,
+    JudgeQuestion,
+    JudgeReply,
+    host,
+    key_variable,
+    read_journal,
+    write_question,
+)
 from llmtune.evaluate.judge_statistics import JudgedPairs, fit_correction, measure_judge, win_rate
 from llmtune.evaluate.metric import PairedMeasures
 from llmtune.recipe.data_section import DATA_ENDINGS, data_ending
@@ -96,6 +104,9 @@ class JudgeSuite(EvalSuite[None]):
         self.labelled = self.read(context.recipe)
         self.judge = Judge(section, context.recipe.seed)
         self.journal = context.folder.parent / JOURNAL if context.folder else None
+        sent = f", with the key in {variable}" if (variable := key_variable(section)) else ""
+        what = f"judge: sends prompts and answers of the test rows to {host(section)}{sent}"
+        context.console.print(what, highlight=False, markup=False)
         if once(lambda: not self.known()):
             once(self.judge.check)
 
@@ -107,7 +118,8 @@ class JudgeSuite(EvalSuite[None]):
 
     def known(self) -> dict[str, JudgeReply]:
         """Return the replies to earlier questions."""
-        return read_journal([self.journal]) if self.journal else {}
+        replies = read_journal([self.journal]) if self.journal else {}
+        return {key: self.judge.without_key(reply) for key, reply in replies.items()}
 
     def run(self, name: str, model: torch.nn.Module) -> None:
         """Do nothing: the answers to the test rows are generated for the other metrics too."""

@@ -58,6 +58,10 @@ IN_QUERY = re.compile(
 PRIVATE_KEY = re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)", re.DOTALL)
 SHORTEST = 4
 """Minimum length of secrets to remove from texts; shorter strings occur by chance."""
+VARIABLE = re.compile(r"(?:.*_)?(?:KEY|TOKEN|SECRET|PASSWORD|PASSWD)")
+"""Names of environment variables with secrets."""
+SHORTEST_KEY, SHORTEST_WORD = 8, 20
+"""Minimum length of keys to remove: local servers take EMPTY, and production is the value of some APP_KEY."""
 
 
 def redact(text: str, known: Collection[str] = ()) -> str:
@@ -105,6 +109,17 @@ def secret_values(value: object, secret: bool = False) -> Iterator[str]:
             yield from secret_values(item, secret)
     elif secret and isinstance(value, str | int) and len(str(value)) >= SHORTEST and not isinstance(value, bool):
         yield str(value)
+
+
+def environment_secrets() -> list[str]:
+    """Return the secrets in environment variables, to remove them from errors and reports; long ones first."""
+    parts = {part for name, value in os.environ.items() if VARIABLE.fullmatch(name) for part in secret_parts(value)}
+    return sorted(parts, key=len, reverse=True)
+
+
+def secret_parts(key: str) -> list[str]:
+    """Return the parts of a key to remove from texts: split where a text shows an escape, and no plain words."""
+    return [part for part in key.split() if len(part) >= (SHORTEST_WORD if part.isalpha() else SHORTEST_KEY)]
 
 
 def redact_yaml(text: str) -> str:
