@@ -42,6 +42,7 @@ from llmtune.launch.topology import Topology, why_not
 from llmtune.recipe.loader import load_recipe
 from llmtune.records import Json
 from llmtune.store.atomic_files import read_json
+from llmtune.store.bounded_process import no_orphans
 from llmtune.store.processes import ERROR, LEFT, OFFLOAD, STRATEGY, WORDS, rebuild_error
 from llmtune.store.run_request import RunRequest
 
@@ -113,7 +114,7 @@ def launch(words: Sequence[str], topology: Topology, console: Console, *, thread
         tempfile.TemporaryDirectory(prefix="llmtune-") as place,
         _surroundings(share, Path(place), topology) as address,
     ):
-        with _no_orphans(), _deaths_shown(console, topology):
+        with no_orphans(), _deaths_shown(console, topology):
             machines = f" of each of {topology.machines} machines" if topology.machines > 1 else ""
             plural = "es" if topology.processes > 1 else ""
             console.print(
@@ -221,19 +222,6 @@ def _surroundings(threads: int, place: Path, topology: Topology) -> Iterator[str
         logger.removeHandler(nowhere)
         os.environ.clear()
         os.environ |= environment
-
-
-@contextmanager
-def _no_orphans() -> Iterator[None]:
-    """Kill the processes that were started inside the block and are still running at its end."""
-    before = set(psutil.Process().children(recursive=True))
-    try:
-        yield
-    finally:
-        left = [child for child in psutil.Process().children(recursive=True) if child not in before]
-        for child in left:
-            child.kill()
-        psutil.wait_procs(left, timeout=10)
 
 
 @contextmanager
