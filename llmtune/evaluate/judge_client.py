@@ -19,15 +19,19 @@ from urllib.parse import urlsplit
 from pydantic.dataclasses import dataclass  # checks types, unlike the client
 from typing_extensions import TypedDict
 
-from llmtune.errors import EnvironmentProblem
+from llmtune.errors import EnvironmentProblem, RecipeError
 from llmtune.recipe.eval_suites_section import JudgeSection, is_local
 from llmtune.recipe.secrets import redact, secret_parts
 from llmtune.records import Advance
 from llmtune.store.atomic_files import explained, hash_value, read_json_lines
 from llmtune.store.process_environment import offline_switches
+from llmtune.store.run_origin import is_own, list_evaluation_code, name_code
 
 if TYPE_CHECKING:
     import openai
+    from rich.console import Console
+
+    from llmtune.recipe.schema import Recipe
 
 JudgeVerdict = Literal["A", "B", "tie"]
 JudgeQuestion = list[dict[str, str]]
@@ -147,6 +151,16 @@ def find_key(section: JudgeSection) -> str | None:
         what = f"the environment variable {section.api_key_env} is not set"
         raise EnvironmentProblem.of(what, f"{WHERE}.api_key_env", "Set it to the endpoint's API key.")
     return key
+
+
+def check_evaluation(run: Path, recipe: Recipe, console: Console) -> None:
+    """Print what the evaluation of a run folder executes. Raises RecipeError if another user's run sends a key."""
+    name_code(run, list_evaluation_code(recipe), console)
+    judge = recipe.evaluate.judge
+    if judge is not None and (variable := key_variable(judge)) is not None and not is_own(run):
+        what = f"{run} was not made by you on this machine, and would send the key in {variable} to {host(judge)}"
+        fix = f"If you trust it: llmtune verify {run} --trust. Else --set evaluate.judge=null."
+        raise RecipeError.of(what, "evaluate.judge", fix)
 
 
 class Judge:
