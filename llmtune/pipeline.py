@@ -67,11 +67,12 @@ from llmtune.session import (
     rows_hash,
     score_models,
 )
-from llmtune.store.atomic_files import hash_folder, hash_value, plain, staged, write_text
+from llmtune.store.atomic_files import hash_folder, hash_value, plain, staged
 from llmtune.store.process_environment import refuse_network
 from llmtune.store.processes import once, rank, world_size
 from llmtune.store.run_folder import Manifest, RunFolder, default_path, open_run, recipe_of_run, trained_name
 from llmtune.store.run_lock import hash_keys, own_pins, read_pins
+from llmtune.store.run_origin import is_own, save_recipe
 from llmtune.store.run_request import RunRequest
 from llmtune.store.seed_runs import UNTIL, is_done, kept_findings, seed_folder, share_rows, with_seed
 from llmtune.tasks.base import next_steps
@@ -119,7 +120,7 @@ def check_first(recipe: Recipe, request: RunRequest) -> None:
 def _begin(stack: ExitStack, path: Path, loaded: LoadedRecipe, request: RunRequest, console: Console) -> Manifest:
     folder = stack.enter_context(open_run(path, loaded.fingerprint, resume=request.resume, fresh=request.fresh))
     console.print(f"[bold]llmtune {__version__}[/] {escape(loaded.recipe.name)} -> {escape(str(path))}")
-    write_text(path / "recipe.yaml", loaded.to_yaml())
+    save_recipe(path, loaded.to_yaml())
     folder.findings.update(request.findings)
     return folder.manifest
 
@@ -147,7 +148,7 @@ def resolve_run(context: RunContext, loaded: LoadedRecipe, name: str) -> None:
     context.once(lambda: mine_step(context.step, context.folder.path / "data", *about))
     rows = context.rows
     draft, stated = draft_plan(context, loaded, model_ref, rows)
-    context.once(lambda: write_text(context.folder.path / "recipe.yaml", stated.to_yaml()))
+    context.once(lambda: save_recipe(context.folder.path, stated.to_yaml()))
     if context.request.until == "run":
         check_products(draft)  # before training, not after it
     context.once(lambda: _encode_rows(context, draft))
@@ -358,7 +359,7 @@ def evaluate_run(loaded: LoadedRecipe, run: Path, console: Console, *, offline: 
         if examples.counts.get("test"):
             ExampleReader(examples, "test")  # raises before the folder changes
         context.once(lambda: _check_evaluation(context, loaded.recipe))
-        context.once(lambda: write_text(run / "recipe.yaml", loaded.to_yaml()))
+        context.once(lambda: save_recipe(run, loaded.to_yaml(), own=is_own(run)))
         console.print(f"Saved these settings with the run: {escape(str(run / 'recipe.yaml'))}")
         for step in ("prepare", "encode", "select", "adapt", "train"):
             context.begin(step, skipped=True)

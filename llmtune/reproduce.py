@@ -13,6 +13,7 @@ from rich.markup import escape
 
 from llmtune.data.sources import hash_sources
 from llmtune.errors import DataError, EnvironmentProblem, Problem, RecipeError
+from llmtune.evaluate.judge_client import check_evaluation
 from llmtune.model.device import describe_device, pick_device
 from llmtune.pipeline import run_pipeline
 from llmtune.recipe.data_section import Source
@@ -32,6 +33,7 @@ from llmtune.store.diff_runs import (
 from llmtune.store.processes import rank
 from llmtune.store.run_folder import RunFolder, read_run, recipe_of_run
 from llmtune.store.run_lock import LOCK, Lock, Pins, hardware, package_versions, read_lock, read_pins
+from llmtune.store.run_origin import list_model_code, name_code
 from llmtune.store.run_request import RunRequest
 from llmtune.store.seed_runs import kept_findings, without_gates, without_seeds
 from llmtune.store.verification import Verification, relocated, split_pattern, verify_run
@@ -73,6 +75,8 @@ def reproduce(
     refuse_changed(verification)
     lock = read_lock(run / LOCK)
     loaded = move_recipe(recipe_of_run(folder), lock, run)
+    name_code(run, list_model_code(loaded.recipe), console)
+    check_evaluation(run, loaded.recipe, console)
     request = RunRequest(
         out=target,
         fresh=fresh,

@@ -47,6 +47,7 @@ from llmtune.store.atomic_files import hash_folder, hash_value
 from llmtune.store.processes import layout, once, world_size
 from llmtune.store.run_folder import RunFolder, StepRun, read_run, recipe_of_run, trained_name
 from llmtune.store.run_lock import LOCK, Pins, SourceRecord, check_pin, own_pins, read_pins, write_lock
+from llmtune.store.run_origin import list_model_code, name_code
 from llmtune.store.run_request import RunRequest
 from llmtune.tasks.base import AnyTask
 from llmtune.tasks.registry import choose_variant
@@ -289,6 +290,7 @@ def open_finished(run: Path, console: Console, offline: bool, recipe: Recipe | N
     folder = read_run(run)
     folder.require_trained()
     pins, recipe = read_pins(run / LOCK), recipe or recipe_of_run(folder).recipe
+    name_code(run, list_model_code(recipe), console)
     context = RunContext(folder, console, RunRequest(run, offline=offline, pins=pins))
     model_ref = locate_pinned(context, recipe.model, pins.model)
     task = find_variant(recipe, model_ref)

@@ -220,8 +220,11 @@ def _terminate(number: int, frame: FrameType | None) -> None:
 def _print_error(error: LlmtuneError, as_json: bool) -> None:
     from rich.markup import escape
 
-    console = stderr_console()
-    for problem in error.problems[:SHOWN_PROBLEMS]:
+    from llmtune.recipe.secrets import environment_secrets, redact_all  # late: imports the schema, slow for --help
+
+    console, secrets = stderr_console(), environment_secrets()
+    problems = [redact_all(problem, secrets) for problem in error.problems]
+    for problem in problems[:SHOWN_PROBLEMS]:
         place = f"[bold]{escape(problem.where)}[/]: " if problem.where else ""
         console.print(f"[bold red]error[/] {place}{escape(problem.what)}")
         if problem.fix:
@@ -229,6 +232,5 @@ def _print_error(error: LlmtuneError, as_json: bool) -> None:
     if len(error.problems) > SHOWN_PROBLEMS:
         console.print(f"and {len(error.problems) - SHOWN_PROBLEMS} more")
     if as_json:
-        problems = [{"what": p.what, "where": p.where, "fix": p.fix} for p in error.problems]
         report = error.report if isinstance(error, GateFailed) else None
-        print_json({**(report or {}), "error": {"exit_code": error.exit_code, "problems": problems}})
+        print_json({**(report or {}), "error": {"exit_code": error.exit_code, "problems": plain(problems)}})

@@ -36,12 +36,21 @@ FINDING_STYLES = {
 def verify_command(
     run: RunArgument,
     strict: Annotated[bool, typer.Option("--strict", help="Also require the same package versions.")] = False,
+    trust: Annotated[
+        bool,
+        typer.Option(
+            "--trust", help="If it is unchanged, mark a run of others as yours: it may run its code and send keys."
+        ),
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Check data, model, adapter and evaluation of a run against its lock, file by file; exit 6 if one changed."""
+    from llmtune.store.run_origin import mark_own
     from llmtune.store.verification import verify_run
 
     found = verify_run(run, strict=strict)
+    if trust and not found.failed:
+        mark_own(run)
     if as_json:
         print_json(found.to_dict() | {"problems": [vars(problem) for problem in found.problems()]})
         if found.failed:

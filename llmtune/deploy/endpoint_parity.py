@@ -21,7 +21,7 @@ from llmtune.deploy.parity import Certificate
 from llmtune.deploy.parity_reference import TextReference
 from llmtune.deploy.tuned_model import ANSWER_TOKENS, load_tuned
 from llmtune.errors import GateFailed, Problem, RecipeError
-from llmtune.evaluate.endpoint_client import connect, explained_errors
+from llmtune.evaluate.endpoint_client import check_key, connect, explained_errors
 from llmtune.evaluate.eval_inputs import EvalContext
 from llmtune.evaluate.generation import answer_ends, answer_reader, end_output
 from llmtune.evaluate.inference import Answers
@@ -65,7 +65,7 @@ def certify_run(
         EnvironmentProblem: the endpoint does not answer.
     """
     try:
-        key = read_text_file(key_file).strip() if key_file else None
+        key = check_key(read_text_file(key_file), "--api-key-file") if key_file else None
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError.of(f"the API key cannot be read: {error}", "--api-key-file") from error
     client = connect(url, key, offline)

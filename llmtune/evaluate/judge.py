@@ -17,7 +17,15 @@ from llmtune.data.rejected_rows import RowError
 from llmtune.errors import DataError, Problem
 from llmtune.evaluate.eval_inputs import EvalContext
 from llmtune.evaluate.eval_suite import EvalSuite, read_sources
-from llmtune.evaluate.judge_client import Judge, JudgeQuestion, JudgeReply, host, read_journal, write_question
+from llmtune.evaluate.judge_client import (
+    Judge,
+    JudgeQuestion,
+    JudgeReply,
+    host,
+    key_variable,
+    read_journal,
+    write_question,
+)
 from llmtune.evaluate.judge_statistics import JudgedPairs, fit_correction, measure_judge, win_rate
 from llmtune.evaluate.metric import PairedMeasures
 from llmtune.recipe.data_section import DATA_ENDINGS, data_ending
@@ -48,6 +56,7 @@ MEASURES = {
 }
 """Measures of the judge itself: meaning, and better direction."""
 ASKED = "asked in both orders, with names hidden; a win in both is 1, in none 0, else 0.5"
+OPEN = "the interval takes a pair whose orders disagree as either verdict"
 LIMITS = (
     "A judge's errors are corrected as far as labelled pairs show them: pairs of the same kind of prompts and answers, "
     "and a bias for length. Other biases, such as for answers in its own style, remain."
@@ -96,6 +105,9 @@ class JudgeSuite(EvalSuite[None]):
         self.labelled = self.read(context.recipe)
         self.judge = Judge(section, context.recipe.seed)
         self.journal = context.folder.parent / JOURNAL if context.folder else None
+        sent = f", with the key in {variable}" if (variable := key_variable(section)) else ""
+        what = f"judge: sends prompts and answers of the test rows to {host(section)}{sent}"
+        context.console.print(what, highlight=False, markup=False)
         if once(lambda: not self.known()):
             once(self.judge.check)
 
@@ -107,7 +119,8 @@ class JudgeSuite(EvalSuite[None]):
 
     def known(self) -> dict[str, JudgeReply]:
         """Return the replies to earlier questions."""
-        return read_journal([self.journal]) if self.journal else {}
+        replies = read_journal([self.journal]) if self.journal else {}
+        return {key: self.judge.without_key(reply) for key, reply in replies.items()}
 
     def run(self, name: str, model: torch.nn.Module) -> None:
         """Do nothing: the answers to the test rows are generated for the other metrics too."""
@@ -134,7 +147,7 @@ class JudgeSuite(EvalSuite[None]):
         tables = [judge_table(measures, of_people), self.costs(replies)]
         study = self.study(base, tuned | {name: one.value for name, one in own.items()}, changes, texts, LIMITS, tables)
         own |= {name: halve(one) for name, one in changes.items()}
-        return replace(study, verdict=describe_win_rate(own["win_rate"], labelled), intervals=own)
+        return replace(study, verdict=describe_win_rate(own["win_rate"], labelled, own["inconsistent"]), intervals=own)
 
     def test_pairs(self) -> list[AnswerPair]:
         """Return the answers of both models to the test rows."""
@@ -195,10 +208,13 @@ class JudgeSuite(EvalSuite[None]):
         """Return how the win rate was computed."""
         about = f"{len(judged.longer_N)} of {rows} rows, {self.section.model} at {host(self.section)}, {ASKED}"
         if labelled is None:
-            return {"win_rate": f"{about}; not corrected: {UNJUDGED}"}
+            return {"win_rate": f"{about}; {OPEN}; not corrected: {UNJUDGED}"}
         fit, pairs = fit_correction(labelled, pseudo=False), len(labelled.longer_N)
         how = f"slope {fit.slope:.3g} and length {fit.length:.3g} from {pairs} of {len(self.labelled)} labelled pairs"
-        return {"win_rate": f"{about}; corrected with {how}; Fieller interval", "win_rate_uncorrected": about}
+        return {
+            "win_rate": f"{about}; corrected with {how}; Fieller interval",
+            "win_rate_uncorrected": f"{about}; {OPEN}",
+        }
 
     def costs(self, replies: Mapping[str, JudgeReply]) -> StudyTable:
         """Return the judge's costs, and the number of unanswered questions."""
@@ -223,7 +239,7 @@ def halve(change: Difference) -> Difference:
     return replace(change, value=value, low=low, high=high)
 
 
-def describe_win_rate(rate: Difference, labelled: JudgedPairs | None) -> str:
+def describe_win_rate(rate: Difference, labelled: JudgedPairs | None, inconsistent: Difference) -> str:
     """Return a sentence for the verdict: whom the judge prefers, and who judged the judge."""
     if labelled and not fit_correction(labelled).is_informative():
         pairs = len(labelled.longer_N)
@@ -231,7 +247,9 @@ def describe_win_rate(rate: Difference, labelled: JudgedPairs | None) -> str:
     who = "the tuned model" if rate.low > 0.5 else "the base" if rate.high < 0.5 else "neither model clearly"
     text = f"The judge prefers {who}: win rate {rate.value:.3g} ({rate.low:.3g} to {rate.high:.3g})"
     if labelled is None:
-        return f"{text}. {UNJUDGED}"
+        share = f"{inconsistent.value:.0%} of its verdicts change with the order of the answers"
+        widened = f" {share}, which widens the interval." if inconsistent.value else ""
+        return f"{text}.{widened} {UNJUDGED}"
     return f"{text}, corrected for its errors on {len(labelled.longer_N)} labelled pairs."
 
 

@@ -19,15 +19,19 @@ from urllib.parse import urlsplit
 from pydantic.dataclasses import dataclass  # checks types, unlike the client
 from typing_extensions import TypedDict
 
-from llmtune.errors import EnvironmentProblem
+from llmtune.errors import EnvironmentProblem, RecipeError
 from llmtune.recipe.eval_suites_section import JudgeSection, is_local
-from llmtune.recipe.secrets import redact
+from llmtune.recipe.secrets import redact, secret_parts
 from llmtune.records import Advance
 from llmtune.store.atomic_files import explained, hash_value, read_json_lines
 from llmtune.store.process_environment import offline_switches
+from llmtune.store.run_origin import is_own, list_evaluation_code, name_code
 
 if TYPE_CHECKING:
     import openai
+    from rich.console import Console
+
+    from llmtune.recipe.schema import Recipe
 
 JudgeVerdict = Literal["A", "B", "tie"]
 JudgeQuestion = list[dict[str, str]]
@@ -126,19 +130,37 @@ def host(section: JudgeSection) -> str:
     return urlsplit(section.endpoint).netloc
 
 
-def find_key(section: JudgeSection) -> str | None:
-    """Return the API key from the environment, or None. OpenAI's own key is sent to OpenAI only.
-
-    Raises EnvironmentProblem if the recipe names a variable that is not set.
-    """
+def key_variable(section: JudgeSection) -> str | None:
+    """Return the environment variable with the API key, or None. OpenAI's own key is sent to OpenAI only."""
     if section.api_key_env is not None:
-        key = os.environ.get(section.api_key_env, "").strip()
-        if not key:
-            what = f"the environment variable {section.api_key_env} is not set"
-            raise EnvironmentProblem.of(what, f"{WHERE}.api_key_env", "Set it to the endpoint's API key.")
-        return key
+        return section.api_key_env
     names = (KEY_VARIABLE, *([OPENAI_VARIABLE] if urlsplit(section.endpoint).hostname == OPENAI_HOST else []))
-    return next((key for name in names if (key := os.environ.get(name, "").strip())), None)
+    return next((name for name in names if os.environ.get(name, "").strip()), None)
+
+
+def find_key(section: JudgeSection) -> str | None:
+    """Return the API key from the environment, or None.
+
+    Raises EnvironmentProblem if the recipe names a variable that is not set, or if the key cannot be sent.
+    """
+    from llmtune.evaluate.endpoint_client import check_key  # late: imports the client, slow
+
+    variable = key_variable(section)
+    key = check_key(os.environ.get(variable), variable) if variable else None
+    if key is None and section.api_key_env is not None:
+        what = f"the environment variable {section.api_key_env} is not set"
+        raise EnvironmentProblem.of(what, f"{WHERE}.api_key_env", "Set it to the endpoint's API key.")
+    return key
+
+
+def check_evaluation(run: Path, recipe: Recipe, console: Console) -> None:
+    """Print what the evaluation of a run folder executes. Raises RecipeError if another user's run sends a key."""
+    name_code(run, list_evaluation_code(recipe), console)
+    judge = recipe.evaluate.judge
+    if judge is not None and (variable := key_variable(judge)) is not None and not is_own(run):
+        what = f"{run} was not made by you on this machine, and would send the key in {variable} to {host(judge)}"
+        fix = f"If you trust it: llmtune verify {run} --trust. Else --set evaluate.judge=null."
+        raise RecipeError.of(what, "evaluate.judge", fix)
 
 
 class Judge:
@@ -168,14 +190,19 @@ class Judge:
 
     @contextmanager
     def explained(self) -> Iterator[None]:
-        """Name the recipe's keys in errors of the endpoint, and remove the API key."""
+        """Name the recipe's keys in errors of the endpoint."""
         try:
             yield
         except EnvironmentProblem as error:
-            what = redact(error.problems[0].what, [self.key] if self.key else [])
+            what = error.problems[0].what
             fix = f"Check {WHERE}.endpoint and model, and the key in {self.section.api_key_env or KEY_VARIABLE}. "
             fix += "Replies so far are saved: the same command continues."
             raise EnvironmentProblem.of(what, f"{WHERE}, {host(self.section)}", fix) from None
+
+    def without_key(self, reply: JudgeReply) -> JudgeReply:
+        """Return an earlier reply without the API key, which the journals of llmtune 0.2 may contain."""
+        texts = [redact(text, secret_parts(self.key or "")) for text in (reply["model"], *reply["texts"])]
+        return {**reply, "model": texts[0], "texts": texts[1:]}
 
     def hash_question(self, messages: JudgeQuestion) -> str:
         """Return the name of a question in the journal."""
@@ -203,7 +230,7 @@ class Judge:
                 message, usage = found.choices[0].message, found.usage
                 tokens = (usage.prompt_tokens, usage.completion_tokens) if usage else None
                 return JudgeCompletion(message.content or "", found.model or self.section.model, tokens)
-        raise RefusedError(redact(refused[:300], [self.key] if self.key else []))
+        raise RefusedError(redact(refused)[:300])
 
     def ask(self, client: openai.OpenAI, messages: JudgeQuestion) -> JudgeReply:
         """Ask one question; a reply without a verdict gets one reminder. Raises EnvironmentProblem."""

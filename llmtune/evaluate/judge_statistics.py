@@ -106,6 +106,9 @@ def win_rate(test: JudgedPairs, labelled: JudgedPairs | None = None, alpha: floa
     `labelled` corrects the judge's errors and its preference for length; without it the judge is taken at its word. The
     interval includes the uncertainty of both samples: Fieller, "Some Problems in Interval Estimation", 1954. It covers
     everything, -1 to 1, if the judge is not shown to be better than chance.
+
+    Without `labelled`, a pair whose two orders contradict each other may be either verdict. The low end takes the worse
+    one of each pair and the high end the better: Manski, "Nonparametric Bounds on Treatment Effects", 1990.
     """
     exact = fit_correction(labelled, pseudo=False) if labelled else Correction()
     fitted = fit_correction(labelled) if labelled else Correction()
@@ -116,17 +119,29 @@ def win_rate(test: JudgedPairs, labelled: JudgedPairs | None = None, alpha: floa
     groups = units if len(test.clusters) else 0
     if few < 2 or not fitted.is_informative(alpha):
         return Difference(value, -1.0, 1.0, 1.0, rows, "Fieller", groups)
-    verdict_N, groups_N = extend(test.verdict_N, group_numbers(test))
+    if labelled is None:
+        worse_N, better_N = (end(test.shown_first_N, test.shown_second_N) for end in (np.minimum, np.maximum))
+        low, _, of_worse = mean_interval(test, fitted, worse_N, alpha, few)
+        _, high, of_better = mean_interval(test, fitted, better_N, alpha, few)
+        p = of_worse if worse_N.sum() > 0 else of_better if better_N.sum() < 0 else 1.0
+    else:
+        low, high, p = mean_interval(test, fitted, test.verdict_N, alpha, few)
+    return Difference(value, min(low, value), max(high, value), p, rows, "Fieller", groups)
+
+
+def mean_interval(
+    test: JudgedPairs, fitted: Correction, verdict_N: Floats, alpha: float, few: int
+) -> tuple[float, float, float]:
+    """Return the interval of the corrected mean of verdicts [N], and its p-value; `few` is the smaller sample."""
+    verdict_N, groups_N = extend(verdict_N, group_numbers(test))
     longer_N = np.concatenate([test.longer_N, [0.0, 0.0]])
     part_N = verdict_N - fitted.length * longer_N
     mean, longer = float(part_N.mean()), float(longer_N.mean())
     sums_G = add_up((part_N - mean)[:, None], groups_N)[:, 0]
     of_mean = float(sums_G @ sums_G) / len(part_N) ** 2 * len(sums_G) / (len(sums_G) - 1)
     (of_slope, of_both), (_, of_length) = fitted.covariance.tolist()
-    low, high, p = fieller(
-        mean, fitted.slope, of_mean + longer**2 * of_length, of_slope, -longer * of_both, student(alpha, few), few
-    )
-    return Difference(value, min(low, value), max(high, value), p, rows, "Fieller", groups)
+    of_top = of_mean + longer**2 * of_length
+    return fieller(mean, fitted.slope, of_top, of_slope, -longer * of_both, student(alpha, few), few)
 
 
 def fieller(

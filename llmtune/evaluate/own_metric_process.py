@@ -28,7 +28,7 @@ SEED = 0
 
 def compute_values() -> None:
     """Read the request and the rows, and write the values."""
-    request = json.loads(sys.argv[1])
+    request, pid = json.loads(sys.argv[1]), os.getpid()
     with os.fdopen(os.dup(1), "w") as results:
         os.dup2(2, 1)  # prints of the user's code must not mix with the values
         lines = sys.stdin.read().split("\n")[:-1]
@@ -39,10 +39,14 @@ def compute_values() -> None:
                 function = load_function(request["file"], request["function"])
                 for line in lines:
                     value = as_number(function(*json.loads(line)), request["kind"])
+                    if os.getpid() != pid:
+                        os._exit(1)  # the code forked, and this is the copy
                     if uses:
                         raise PermissionError(BLOCKED)  # even if the code caught the first one
                     print(json.dumps({"value": value}), file=results, flush=True)
         except BaseException as error:  # noqa: BLE001 - also SystemExit: the code must not end this process unseen
+            if os.getpid() != pid:
+                os._exit(1)
             line_number = uses[0] if uses else find_line(error, request["file"])
             print(
                 json.dumps({"error": describe_failed_call(error, uses), "line": line_number}), file=results, flush=True
@@ -121,3 +125,4 @@ def describe_failed_call(error: BaseException, uses: list[int | None]) -> str:
 
 if __name__ == "__main__":
     compute_values()
+    os._exit(0)  # do not wait for threads that the code left

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import ast
 import json
+import math
 import os
 import re
-import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence, Set
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -30,6 +32,7 @@ from llmtune.report.metric_info import better_side
 from llmtune.report.number_format import score
 from llmtune.report.render_terminal import spinner
 from llmtune.store.atomic_files import hash_file, plain
+from llmtune.store.bounded_process import run_bounded
 from llmtune.store.processes import once
 from llmtune.store.resource_limits import TOOK_LONGER
 
@@ -44,6 +47,9 @@ NO_RANGE = (
 )
 GRACE_SECONDS = 5.0
 """Time after the limit for a metric to end, before its process is killed: code in C does not see the limit."""
+MOST_ERROR_BYTES, MOST_VALUE_BYTES = 2**16, 64
+"""Limits of an error and of a value, as the process of a metric writes them."""
+INTO_PIPE = "into the pipe of its values; print to stdout or stderr instead"
 Kind = Literal["bool", "share", "number"]
 MOST_TRIED = 200
 """Reference answers to try before training."""
@@ -87,6 +93,8 @@ def read_metric(stated: str) -> OwnMetric:
     except OSError as error:
         fix = "Check the path: it is relative to the recipe file, and with --set to the working folder."
         raise RecipeError.of(f"cannot be read: {error.strerror}", f"{KEY}: {file}", fix) from None
+    except (RecursionError, MemoryError) as error:  # the latter from the stack of Python's parser
+        raise RecipeError.of(f"nested too deep: {error}", file, "Split its expressions into smaller ones.") from None
     except (SyntaxError, ValueError) as error:
         line = getattr(error, "lineno", None)
         raise RecipeError.of(f"not Python: {error}", f"{file}:{line}" if line else file, "Correct the file.") from None
@@ -99,7 +107,9 @@ def read_metric(stated: str) -> OwnMetric:
     if not least <= 2 <= most:
         fix = f"Write it as: def {name}(row: dict, answer: str) -> bool."
         raise RecipeError.of(f"{name} cannot be called with a row and an answer", where, fix)
-    returned = ast.unparse(node.returns).strip("'") if node.returns else ""  # an annotation may be quoted
+    returned = "a type nested too deep" if node.returns else ""
+    with suppress(RecursionError):
+        returned = ast.unparse(node.returns).strip("'") if node.returns else ""  # an annotation may be quoted
     kind: Kind | None = "bool" if returned == "bool" else "number" if returned in ("float", "int") else None
     kind = "share" if SHARE.fullmatch(returned) else kind
     if kind is None:
@@ -133,21 +143,35 @@ def run_metric(metric: OwnMetric, pairs: Sequence[Pair], section: EvaluateSectio
     request = Json(file=str(metric.file), function=metric.name, kind=metric.kind)
     request |= {"seconds": section.metric_seconds, "network": section.metric_network}
     words = [sys.executable, "-P", "-B", "-m", "llmtune.evaluate.own_metric_process", json.dumps(request)]
-    given = "".join(json.dumps(plain(pair)) + "\n" for pair in pairs).encode()
-    try:
-        limit = section.metric_seconds + GRACE_SECONDS
-        environment = {**os.environ, "PYTHONHASHSEED": "0"}  # the order of sets must not change scores
-        done = subprocess.run(  # noqa: S603
-            words, input=given, capture_output=True, check=False, timeout=limit, env=environment
-        )
-        written, ended = done.stdout, f"its process ended with status {done.returncode}"
-    except subprocess.TimeoutExpired as error:
-        written, ended = error.stdout or b"", f"{TOOK_LONGER} {section.metric_seconds:g} s"
-    lines = [json.loads(line) for line in written.split(b"\n")[:-1]]
-    values = [line["value"] for line in lines if "value" in line]
-    if lines and "error" in lines[-1]:
-        return Failure(lines[-1]["error"], len(values) if len(values) < len(pairs) else None, lines[-1]["line"])
-    return values if len(values) == len(pairs) else Failure(ended, len(values), None)
+    environment = {**os.environ, "PYTHONHASHSEED": "0"}  # the order of sets must not change scores
+    most_bytes = MOST_ERROR_BYTES + MOST_VALUE_BYTES * len(pairs)
+    with tempfile.TemporaryFile() as given:
+        given.writelines(json.dumps(plain(pair)).encode() + b"\n" for pair in pairs)
+        given.seek(0)
+        done = run_bounded(words, given, section.metric_seconds + GRACE_SECONDS, most_bytes, environment)
+    ended = f"its process ended with status {done.status}"
+    if not done.in_time:
+        ended = f"{TOOK_LONGER} {section.metric_seconds:g} s"
+    elif done.status is None:
+        ended = f"it wrote more than {most_bytes:,} bytes {INTO_PIPE}"
+    return read_values(done.output, len(pairs), ended)
+
+
+def read_values(written: bytes, count: int, ended: str) -> list[float] | Failure:
+    """Read the lines of the process: a value for each of `count` pairs, or those before its error."""
+    values: list[float] = []
+    for line in written.split(b"\n")[:-1]:
+        try:
+            match json.loads(line):
+                case {"value": float() | int() as value} if math.isfinite(value) and len(values) < count:
+                    values.append(float(value))
+                    continue
+                case {"error": str() as error, "line": int() | None as number}:
+                    return Failure(error, len(values) if len(values) < count else None, number)
+        except (ValueError, OverflowError, RecursionError):
+            pass
+        return Failure(f"it wrote {line[:40]!r} {INTO_PIPE}", len(values) if len(values) < count else None, None)
+    return values if len(values) == count else Failure(ended, len(values), None)
 
 
 def describe_failure(metric: OwnMetric, failure: Failure, origins: Sequence[str]) -> Problem:

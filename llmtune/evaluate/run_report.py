@@ -13,7 +13,7 @@ from llmtune.evaluate.evaluation_file import load_evaluation, load_with_exports
 from llmtune.evaluate.gates import check_gates, list_power
 from llmtune.evaluate.paired_statistics import widen
 from llmtune.recipe.schema import Recipe
-from llmtune.recipe.secrets import redact_all, redact_yaml, secret_values
+from llmtune.recipe.secrets import environment_secrets, redact_all, redact_yaml, secret_values
 from llmtune.recipe.yaml_reader import read_recipe_text
 from llmtune.report.report_page import find_explanations
 from llmtune.report.report_record import Report, Seeds, SuspectFacts, Verdict, collect_facts
@@ -56,7 +56,7 @@ def make_report(folder: RunFolder, recipe: Recipe, device: str) -> Report:
         explanations=find_explanations(folder.path),
         **collect_facts(folder.done_facts(), began, curve),
     )
-    return redact_all(report, [*secret_values(settings)])
+    return redact_all(report, [*secret_values(settings), *environment_secrets()])
 
 
 def summarize_suspects(path: Path) -> SuspectFacts | None:

@@ -11,9 +11,10 @@ import tempfile
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, fields, replace
 from datetime import timedelta
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,8 @@ from llmtune.launch.topology import Topology, why_not
 from llmtune.recipe.loader import load_recipe
 from llmtune.records import Json
 from llmtune.store.atomic_files import read_json
-from llmtune.store.processes import ERROR, LEFT, OFFLOAD, STRATEGY, WORDS, rebuild_error
+from llmtune.store.bounded_process import no_orphans
+from llmtune.store.processes import ERROR, LEFT, OFFLOAD, STRATEGY, WORDS, host_store, rebuild_error
 from llmtune.store.run_request import RunRequest
 
 SAVE_SECONDS = 300
@@ -104,16 +106,16 @@ def launch(words: Sequence[str], topology: Topology, console: Console, *, thread
     _check_devices(topology)
     if topology.rank:
         console.print(f"Machine {topology.rank} of {topology.machines}: waiting for machine 0 at {topology.address}.")
-    if topology.machines > 1:
-        _check_address(topology)
+        _wait_for_machine_0(topology)
     share = max(1, (threads or _count_cores()) // topology.processes)
     failures: dict[int, ProcessFailure] = {}
     stopped_by, trouble = None, None
     with (
+        nullcontext(_host_rendezvous(topology, console)),  # torch ends the store with this object
         tempfile.TemporaryDirectory(prefix="llmtune-") as place,
         _surroundings(share, Path(place), topology) as address,
     ):
-        with _no_orphans(), _deaths_shown(console, topology):
+        with no_orphans(), _deaths_shown(console, topology):
             machines = f" of each of {topology.machines} machines" if topology.machines > 1 else ""
             plural = "es" if topology.processes > 1 else ""
             console.print(
@@ -172,7 +174,7 @@ def _configure(topology: Topology, place: str, address: str) -> LaunchConfig:
     # torch unpickles data from the rendezvous. On one machine that is a file which no other user can write.
     alone = topology.machines == 1
     meeting: dict[str, Any] = {"timeout": JOIN_SECONDS, "join_timeout": JOIN_SECONDS}
-    meeting |= {"store_type": "file"} if alone else {"is_host": topology.rank == 0}
+    meeting |= {"store_type": "file"} if alone else {"is_host": False}  # see `_host_rendezvous`
     return LaunchConfig(
         min_nodes=topology.machines,
         max_nodes=topology.machines,
@@ -198,9 +200,8 @@ def _surroundings(threads: int, place: Path, topology: Topology) -> Iterator[str
     os.environ |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
     os.environ |= {LEFT: str(place), STRATEGY: topology.strategy, "TORCH_CPP_LOG_LEVEL": "ERROR"}
     os.environ |= {OFFLOAD: str(topology.offload_params).lower()}
-    if topology.machines > 1 or topology.max_restarts:
-        # torch's shared store would give restarted processes the addresses of dead ones.
-        os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+    # torch's shared store listens on all interfaces, and would give restarted processes the addresses of dead ones.
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     address, card = "127.0.0.1", "lo0" if sys.platform == "darwin" else "lo"
     if topology.machines > 1:
         address, interface = _own_address(topology)
@@ -221,19 +222,6 @@ def _surroundings(threads: int, place: Path, topology: Topology) -> Iterator[str
         logger.removeHandler(nowhere)
         os.environ.clear()
         os.environ |= environment
-
-
-@contextmanager
-def _no_orphans() -> Iterator[None]:
-    """Kill the processes that were started inside the block and are still running at its end."""
-    before = set(psutil.Process().children(recursive=True))
-    try:
-        yield
-    finally:
-        left = [child for child in psutil.Process().children(recursive=True) if child not in before]
-        for child in left:
-            child.kill()
-        psutil.wait_procs(left, timeout=10)
 
 
 @contextmanager
@@ -323,11 +311,8 @@ def _killed(rank: int, number: int, words: Sequence[str]) -> LlmtuneError:
     )
 
 
-def _check_address(topology: Topology) -> None:
-    """Raise EnvironmentProblem if machine 0 cannot listen at the address; torch would try for minutes.
-
-    Any other machine waits until machine 0 listens.
-    """
+def _wait_for_machine_0(topology: Topology) -> None:
+    """Wait until machine 0 listens at the address. Raises EnvironmentProblem if it cannot be reached."""
     end = time.monotonic() + JOIN_SECONDS
     while topology.rank:
         try:
@@ -339,19 +324,31 @@ def _check_address(topology: Topology) -> None:
                 what = f"machine 0 cannot be reached: {error}"
                 raise EnvironmentProblem.of(what, f"--address {topology.address}", fix) from error
             time.sleep(1)
-    dual = socket.has_dualstack_ipv6()
+
+
+def _host_rendezvous(topology: Topology, console: Console) -> TCPStore | None:
+    """Host the store at which the machines meet, at the named address only; None if this is not machine 0.
+
+    Raises EnvironmentProblem if it cannot listen there; torch would try for minutes.
+    """
+    if topology.machines == 1 or topology.rank:
+        return None
+    where, port = "at this address only", topology.port
     try:
-        with (
-            socket.create_server(
-                ("", topology.port), family=socket.AF_INET6 if dual else socket.AF_INET, dualstack_ipv6=dual
-            ) as server,
-            socket.create_connection((topology.host, topology.port), timeout=TRY_SECONDS),
-        ):
-            server.settimeout(TRY_SECONDS)
-            server.accept()[0].close()
+        addresses = [one[4][0] for one in socket.getaddrinfo(topology.host, topology.port, type=socket.SOCK_STREAM)]
+        # Debian gives a machine's own name a loopback address, which other machines cannot reach.
+        address = str(next((one for one in addresses if not ip_address(one).is_loopback), addresses[0]))
+        if ip_address(address).is_loopback and topology.host not in (address, "localhost"):
+            where = f"on all interfaces, because {topology.host} is {address} here: better give its IP address"
+            address = "::" if socket.has_dualstack_ipv6() else "0.0.0.0"  # noqa: S104 - as the line below says
+        store: TCPStore = host_store(address, port)
     except OSError as error:
         fix = "Use the address of this machine (machine 0) and a free port."
         raise EnvironmentProblem.of(f"cannot listen: {error}", f"--address {topology.address}", fix) from error
+    shown = f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
+    console.print(f"Machine 0: waiting for {topology.machines - 1} more at {shown}, {where}.", markup=False)
+    console.print("torch runs what it receives there as code: only trusted machines may reach this port.")
+    return store
 
 
 def _own_address(topology: Topology) -> tuple[str, str | None]:

@@ -209,10 +209,12 @@ def write_test_file(recipe: str, sets: Sequence[str], out: Path | None, file: Pa
 def evaluate_folder(run: Path, sets: Sequence[str], request: RunRequest, console: Console) -> Json:
     """Score a finished run again, with some settings changed; return the content of report.json."""
     from llmtune.evaluate.champion import open_champion
+    from llmtune.evaluate.judge_client import check_evaluation
     from llmtune.report.render_terminal import spinner
     from llmtune.store.run_folder import read_run, recipe_of_run
 
     loaded = recipe_of_run(read_run(run), sets)
+    check_evaluation(run, loaded.recipe, console)
     open_champion(loaded.recipe, run)
     prepare_environment(network=studies_remote(loaded.recipe) and not request.offline, threads=request.threads)
     with spinner(console, "loading the libraries"), gc_paused():

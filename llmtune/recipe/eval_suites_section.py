@@ -18,6 +18,7 @@ from llmtune.recipe.section import REMOTE, Many, NonEmpty, Positive, RecipeSecti
 from llmtune.recipe.source_map import Diagnostics
 from llmtune.recipe.task_variant import TaskVariant
 
+MAX_URL = 2000
 OWN = "own"
 """Names llmtune's packaged data instead of a file."""
 TASK_FILES = (".yaml", ".yml")
@@ -47,6 +48,31 @@ SUITE_KEYS = {
     },
 }
 """By suite: its metrics, as gates name them after the suite, and the key that each one measures."""
+
+SERVICE_HOSTS = {
+    "OPENAI": ("api.openai.com",),
+    "ANTHROPIC": ("api.anthropic.com",),
+    "AZURE": ("openai.azure.com",),
+    "GEMINI": ("generativelanguage.googleapis.com",),
+    "GOOGLE": ("generativelanguage.googleapis.com",),
+    "MISTRAL": ("api.mistral.ai",),
+    "GROQ": ("api.groq.com",),
+    "DEEPSEEK": ("api.deepseek.com",),
+    "OPENROUTER": ("openrouter.ai",),
+    "TOGETHER": ("api.together.xyz", "api.together.ai"),
+    "FIREWORKS": ("api.fireworks.ai",),
+    "XAI": ("api.x.ai",),
+    "NVIDIA": ("integrate.api.nvidia.com",),
+    **dict.fromkeys(("HF", "HUGGINGFACE", "HUGGINGFACEHUB", "HUGGING"), ("router.huggingface.co",)),
+    **dict.fromkeys(("GITHUB", "GH"), ("models.github.ai", "models.inference.ai.azure.com")),
+    **dict.fromkeys(("AWS", "WANDB", "COMET", "NEPTUNE", "MLFLOW", "CLEARML", "SWANLAB", "TRACKIO", "DVC"), ()),
+    **dict.fromkeys(("GITLAB", "CI", "ACTIONS", "RUNNER", "BITBUCKET", "CIRCLE", "JENKINS", "CODECOV", "SENTRY"), ()),
+    **dict.fromkeys(("NPM", "NODE", "PYPI", "TWINE", "UV", "CARGO", "DOCKER", "CONDA", "ANACONDA", "KAGGLE"), ()),
+    **dict.fromkeys(("SLACK", "DISCORD", "TELEGRAM", "STRIPE", "TWILIO", "SENDGRID", "DD", "DATADOG"), ()),
+    **dict.fromkeys(("VAULT", "KUBE", "DIGITALOCEAN", "CLOUDFLARE", "HEROKU", "VERCEL", "NETLIFY", "GCP"), ()),
+    **dict.fromkeys(("SSH", "GPG", "DJANGO", "SECRET", "LLMTUNE_API", "VLLM", "RUNPOD", "LAMBDA", "MODAL"), ()),
+}
+"""By first word of an environment variable: the hosts (and their subdomains) of the service that it is for."""
 
 
 def absolute_file(name: str, folder: Path) -> str:
@@ -144,8 +170,8 @@ class JudgeSection(RecipeSection):
     tie). The judge answers them too, and the win rate is corrected for its errors. Default none: the judge is taken at
     its word, and the verdict says so."""
     api_key_env: NonEmpty | None = None
-    """Environment variable with the endpoint's API key. Default none: LLMTUNE_JUDGE_KEY; for api.openai.com also
-    OPENAI_API_KEY."""
+    """Environment variable with the endpoint's API key; its name ends in _KEY or _TOKEN. A variable of another service,
+    such as HF_TOKEN, is refused. Default none: LLMTUNE_JUDGE_KEY; for api.openai.com also OPENAI_API_KEY."""
 
     paths: ClassVar = {"labelled": absolute}
 
@@ -162,23 +188,51 @@ class JudgeSection(RecipeSection):
         if not is_endpoint(self.endpoint):
             fix = "Write https://HOST/v1, without a key or a query."
             diagnostics.add(f"{key}.endpoint", f"'{key}.endpoint' is not the address of an endpoint", fix)
-        if self.api_key_env is not None and not re.fullmatch(r"[A-Z_][A-Z0-9_]*", self.api_key_env):
-            fix = "Write the name, such as MY_JUDGE_KEY, and keep the key itself in the environment."
-            diagnostics.add(f"{key}.api_key_env", "this is not the name of an environment variable", fix)
+        if self.api_key_env is not None and (problem := describe_key_variable(self.api_key_env, self.endpoint)):
+            diagnostics.add(f"{key}.api_key_env", *problem)
 
 
 def is_endpoint(url: str) -> bool:
-    """Return whether a URL can be an endpoint: HTTP, with a host, without credentials and query."""
+    """Return whether a URL can be an endpoint: HTTP, printable ASCII, a host, no credentials, query or fragment."""
+    url = url.strip()
     try:
-        parsed = urlsplit(url.strip())
-        return parsed.scheme in ("http", "https") and bool(parsed.hostname) and not (parsed.username or parsed.query)
+        parsed = urlsplit(url)
+        host, port = parsed.hostname or "", parsed.port  # an invalid port raises
+        named = all(0 < len(part) < 64 for part in host.rstrip(".").split("."))
+        is_host = bool(ip_address(host.partition("%")[0])) if "[" in parsed.netloc else named
     except ValueError:
         return False
+    is_plain = url.isascii() and url.isprintable() and " " not in url and len(url) <= MAX_URL
+    extra = parsed.username or parsed.query or parsed.fragment or port == 0
+    return parsed.scheme in ("http", "https") and is_plain and is_host and not extra
+
+
+def describe_key_variable(name: str, endpoint: str) -> tuple[str, str] | None:
+    """Return why this environment variable is not for this endpoint's key, with the fix; None if it may be."""
+    if not re.fullmatch(r"[A-Z_][A-Z0-9_]*", name):
+        fix = "Write the name, such as MY_JUDGE_KEY, and keep the key itself in the environment."
+        return "this is not the name of an environment variable", fix
+    fix = "Set MY_JUDGE_KEY to the endpoint's key, and name that."
+    if not name.endswith(("_KEY", "_TOKEN")):
+        return f"{name} does not end in _KEY or _TOKEN", fix
+    host = endpoint_host(endpoint)
+    service = next((word for word in SERVICE_HOSTS if name.startswith(f"{word}_")), None)
+    if service is None or any(f".{host}".endswith(f".{known}") for known in SERVICE_HOSTS[service]):
+        return None
+    return f"{name} is the key of another service, and would be sent to {host}", fix
+
+
+def endpoint_host(url: str) -> str:
+    """Return the host of an endpoint's URL, without the port."""
+    try:
+        return urlsplit(url.strip()).hostname or ""
+    except ValueError:
+        return ""
 
 
 def is_local(url: str) -> bool:
     """Return whether an endpoint is on this machine."""
-    host = str(urlsplit(url).hostname)
+    host = endpoint_host(url)
     try:
         return host == "localhost" or ip_address(host).is_loopback
     except ValueError:

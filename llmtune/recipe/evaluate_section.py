@@ -77,7 +77,7 @@ class EvaluateSection(RecipeSection):
     metrics: Many[str] = ()
     """Metrics to compute: those of the task, and your own as `FILE.py:FUNCTION`, relative to the recipe. Default none:
     the task's default metrics."""
-    metric_seconds: Annotated[float, Field(gt=0, le=86_400)] = 300
+    metric_seconds: Annotated[float, Field(gt=0, le=86_400)] = 300.0
     """Longest time that one of your own metrics may take for all answers of a model, in seconds. Default 300: an
     endless loop ends, and slow libraries have time to load."""
     metric_network: bool = False

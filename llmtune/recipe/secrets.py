@@ -13,6 +13,7 @@ from typing import Any, TypeVar, cast
 from ruamel.yaml import YAML
 
 from llmtune.errors import EnvironmentProblem, Problem
+from llmtune.recipe.yaml_reader import parse_yaml
 
 T = TypeVar("T")
 REMOVED = "[removed]"
@@ -57,6 +58,10 @@ IN_QUERY = re.compile(
 PRIVATE_KEY = re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)", re.DOTALL)
 SHORTEST = 4
 """Minimum length of secrets to remove from texts; shorter strings occur by chance."""
+VARIABLE = re.compile(r"(?:.*_)?(?:KEY|TOKEN|SECRET|PASSWORD|PASSWD)")
+"""Names of environment variables with secrets."""
+SHORTEST_KEY, SHORTEST_WORD = 8, 20
+"""Minimum length of keys to remove: local servers take EMPTY, and production is the value of some APP_KEY."""
 
 
 def redact(text: str, known: Collection[str] = ()) -> str:
@@ -106,8 +111,20 @@ def secret_values(value: object, secret: bool = False) -> Iterator[str]:
         yield str(value)
 
 
+def environment_secrets() -> list[str]:
+    """Return the secrets in environment variables, to remove them from errors and reports; long ones first."""
+    parts = {part for name, value in os.environ.items() if VARIABLE.fullmatch(name) for part in secret_parts(value)}
+    return sorted(parts, key=len, reverse=True)
+
+
+def secret_parts(key: str) -> list[str]:
+    """Return the parts of a key to remove from texts: split where a text shows an escape, and no plain words."""
+    return [part for part in key.split() if len(part) >= (SHORTEST_WORD if part.isalpha() else SHORTEST_KEY)]
+
+
 def redact_yaml(text: str) -> str:
-    """Return YAML text without secrets; comments are kept."""
+    """Return YAML text without secrets; comments are kept. Raises RecipeError if it is not a recipe's YAML."""
+    parse_yaml(text, "recipe.yaml", Path())  # its limits: an alias is walked at every use
     writer = YAML()  # keeps comments
     writer.width = 10_000
     read = writer.load(text)

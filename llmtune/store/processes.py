@@ -10,12 +10,14 @@ import faulthandler
 import json
 import os
 import signal
+import socket
 import sys
 import threading
 import time
 import traceback
 import uuid
 from collections.abc import Callable
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -45,6 +47,8 @@ class _Meeting:
     """The exchange between the processes of this start: torch's store, with a unique key prefix per start."""
 
     store: Any = None
+    hosted: Any = None
+    """The server of that store, in rank 0 if it listens at one address."""
     name = ""
     count = 0
     alone = False
@@ -144,6 +148,7 @@ def join() -> None:
 
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    _here.hosted = None if rank() else _host_workers_store()
     store, own, count = next(rendezvous("env://"))
     if own:
         me = uuid.uuid4().hex
@@ -160,6 +165,25 @@ def join() -> None:
             time.sleep(POLL_SECONDS)
             left = {other for other in left if not store.check([f"{_here.name}/met/{other}"])}
     _here.store = store
+
+
+def host_store(address: str, port: int) -> Any:
+    """Host torch's store at one IP address, or at all with `::`, as torch itself does. Raises OSError."""
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]  # torch does not list it
+
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    server = socket.create_server((address, port), family=family, dualstack_ipv6=address == "::")
+    # A second store of this process at the same port, which torch makes, uses the same server (multi_tenant).
+    options = {"is_master": True, "multi_tenant": True, "wait_for_workers": False}
+    return TCPStore(address, port, master_listen_fd=server.detach(), **options)
+
+
+def _host_workers_store() -> Any:
+    """Host the store of rank 0 at its address; None if that is a name, or if torch's agent hosts the store."""
+    try:
+        return host_store(str(ip_address(os.environ["MASTER_ADDR"])), int(os.environ["MASTER_PORT"]))
+    except (ValueError, OSError):
+        return None
 
 
 def _get(store: Any, key: str) -> str:

@@ -12,13 +12,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NotRequired
 
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
 from typing_extensions import TypedDict
 
 from llmtune.errors import EnvironmentProblem, RecipeError
 from llmtune.recipe.evaluate_section import GATE_KEYS
-from llmtune.recipe.yaml_reader import read_recipe_text
+from llmtune.recipe.yaml_reader import file_label, parse_yaml, read_recipe_text
 from llmtune.records import ModelRef
 from llmtune.store.atomic_files import hash_file, hash_value, list_folder, list_model, read_json, write_json
 from llmtune.store.json_shapes import find_misfit
@@ -180,12 +178,8 @@ def hash_keys(recipe: Path, judging: bool = False) -> dict[str, str]:
 
 def read_resolved(recipe: Path) -> dict[str, Any]:
     """Read the recipe.yaml of a run as plain values; raises RecipeError if it is damaged."""
-    text = read_recipe_text(recipe)
-    try:
-        content = YAML(typ="safe").load(text)
-    except (YAMLError, ValueError, RecursionError) as error:
-        content = error
-    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+    content = parse_yaml(read_recipe_text(recipe), file_label(recipe), recipe.parent).plain()
+    if not isinstance(content, dict):
         raise RecipeError.of("damaged: it is not a recipe", str(recipe), "Restore the file that the run wrote.")
     return content
 

@@ -3,12 +3,14 @@
 import io
 import json
 import re
+import resource
 import shutil
 import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from rich.console import Console
 from support.classifying import colour_rows, recipe_for, run
@@ -156,6 +158,104 @@ def test_a_metric_does_not_see_the_files_next_to_it(tmp_path: Path) -> None:
     path = write_metric(tmp_path, "return 1.0", head="import neighbour")
     found = run_metric(read_metric(f"{path}:mine"), [], EvaluateSection())
     assert found == Failure("it raised ModuleNotFoundError: No module named 'neighbour'", None, 1)
+
+
+# What a metric leaves behind
+
+CHILD = "import subprocess\nsubprocess.Popen(['sleep', '987'], stdout={out}, start_new_session={alone})\nreturn 1.0"
+FORK = "import os, time\nif row['n'] == 2 and os.fork() == 0:\n    {session}time.sleep(987)\nreturn 1.0"
+
+
+def sleepers() -> list[str]:
+    """Return processes of the tests that sleep, wherever they are in the tree of processes."""
+    mine = {child.pid for child in psutil.Process().children(recursive=True)}
+    lines = [(one.pid, one.info["cmdline"] or []) for one in psutil.process_iter(["cmdline"])]
+    return [" ".join(words) for pid, words in lines if words[:2] == ["sleep", "987"] or (pid in mine and words)]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        *(CHILD.format(out=out, alone=alone) for out in (None, "subprocess.DEVNULL") for alone in (False, True)),
+        FORK.format(session=""),
+        FORK.format(session="os.setsid()\n    "),
+        "import threading, time\nthreading.Thread(target=time.sleep, args=(987,)).start()\nreturn 1.0",
+        "import atexit, time\natexit.register(time.sleep, 987)\nreturn 1.0",
+    ],
+)
+def test_processes_and_threads_that_a_metric_leaves_are_ended_at_once(tmp_path: Path, body: str) -> None:
+    before, started = sleepers(), time.monotonic()
+    assert run_on_pairs(tmp_path, body) == [1, 1, 1]
+    assert time.monotonic() - started < 5
+    assert sleepers() == before
+
+
+def test_a_child_of_a_metric_that_takes_too_long_is_ended_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llmtune.evaluate.own_metrics.GRACE_SECONDS", 0.5)
+    before = sleepers()
+    body = CHILD.format(out=None, alone=True).replace("return 1.0", "import signal, time\n")
+    body += "signal.signal(signal.SIGALRM, signal.SIG_IGN)\ntime.sleep(986)\nreturn 1.0"
+    assert run_on_pairs(tmp_path, body, metric_seconds=0.5) == Failure("it took more than 0.5 s", 0, None)
+    assert sleepers() == before
+
+
+@pytest.mark.parametrize("where", ["1", "2"])
+def test_prints_of_a_metric_are_not_kept(tmp_path: Path, where: str) -> None:
+    body = f"import os\nblock = b'x' * 2**20\nfor _ in range(150):\n    os.write({where}, block)\nreturn 1.0"
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert run_on_pairs(tmp_path, body) == [1, 1, 1]
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 * 1024
+
+
+PIPE = "import os\nfor pipe in range(3, 9):\n    try:\n        {write}\n    except OSError:\n        pass\nreturn 1.0"
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        *(b"garbage\n", b"\xff\xfe\n", b"5\n", b"[]\n", b"null\n", b"{}\n", b'{"value": "x"}\n', b'{"value": NaN}\n'),
+        *(
+            b'{"value": 1e999}\n',
+            b'{"value": true}\n' * 9,
+            b'{"error": 5, "line": null}\n',
+            b'{"value": 1' + b"0" * 400,
+        ),
+        *(b"[" * 5000 + b"\n", b"9" * 5000 + b"\n", b'{"value": 1}\n' * 9, b'{"error": "x", "line": "y"}\n'),
+    ],
+)
+def test_garbage_among_the_values_of_a_metric_is_a_failure(tmp_path: Path, written: bytes) -> None:
+    found = run_on_pairs(tmp_path, PIPE.format(write=f"os.write(pipe, {written!r})"))
+    assert isinstance(found, Failure)
+    assert "into the pipe of its values" in found.what
+
+
+def test_endless_output_among_the_values_ends_at_its_limit(tmp_path: Path) -> None:
+    found = run_on_pairs(tmp_path, PIPE.format(write="while True: os.write(pipe, b'x' * 2**16)"))
+    assert isinstance(found, Failure)
+    assert (
+        found.what == "it wrote more than 65,728 bytes into the pipe of its values; print to stdout or stderr instead"
+    )
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"x = {'(' * 150}1{')' * 150}\ndef mine(row, answer) -> bool: return {'-' * 9_000}1",
+        f"def mine(row, answer) -> bool: return {'+'.join(['1'] * 100_000)}",
+        f"def mine(row, answer) -> {'|'.join(['int'] * 5_000)}: return 1",
+        f"def mine(row, answer) -> bool: return {'not ' * 100_000}1",
+        f"def mine(row, answer) -> bool: return a{'.a' * 100_000}",
+        "def mine(row, answer) -> bool: return '\0'",
+    ],
+)
+def test_a_file_with_deep_expressions_is_refused_or_fails(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "metrics.py"
+    path.write_text(text)
+    with suppress(RecipeError):
+        found = run_metric(read_metric(f"{path}:mine"), PAIRS, EvaluateSection(metric_seconds=20))
+        assert isinstance(found, Failure)
 
 
 # Reading a file without importing it

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import typer.main
+from support.hostile import attempt
 from support.runs import finish_run, invoke
 
 from llmtune.cli.app import app
@@ -190,6 +191,36 @@ def test_commands_name_the_run_file_with_a_wrong_value(name: str, each: int, sha
 def test_commands_that_load_the_model_name_the_damaged_file(command: str) -> None:
     hows = ("missing", "cut", "not UTF-8", "list", "object", "folder")
     assert try_all({command: HEAVY[command]}, whole_files(READ_BY_MODELS, hows)) == []
+
+
+BOMB = "x:\n" + "".join(f"  a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9) if i else 1}]\n" for i in range(12))
+HOSTILE_YAML = {
+    "alias bomb": BOMB,
+    "timestamp": "x: !!timestamp soon\n",
+    "number": "x: !!int ''\n",
+    "object": "x: !!python/object/apply:os.system ['true']\n",
+    "set": "x: !!set {a, b}\n",
+    "deep": f"x: {'[' * 400}{']' * 400}\n",
+    "date": "x: 2020-01-01\n2020-01-01: 1\n",
+}
+
+
+def append(name: str, text: str) -> None:
+    content = (RUN / name).read_text()
+    (RUN / name).unlink()
+    (RUN / name).write_text(content + text)
+
+
+@pytest.mark.usefixtures("place")
+@pytest.mark.parametrize("kind", HOSTILE_YAML)
+@pytest.mark.parametrize("command", [*LIGHT, *(pytest.param(name, marks=pytest.mark.slow) for name in HEAVY)])
+def test_hostile_yaml_in_the_recipe_of_a_run_is_refused_in_time(command: str, kind: str) -> None:
+    restore()
+    shutil.rmtree("again", ignore_errors=True)
+    append("recipe.yaml", HOSTILE_YAML[kind])
+    words = (LIGHT | HEAVY)[command]
+    code = 0 if command in ("runs", "train again") else (2, 6) if command == "verify" else 2  # these two do not read it
+    attempt(*words, code=code, seconds=60 if command == "train again" else 5)
 
 
 JOURNAL = "journal.log"

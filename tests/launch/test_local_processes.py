@@ -1,3 +1,4 @@
+import io
 import json
 import os
 import signal
@@ -6,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from ipaddress import ip_address
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +21,7 @@ from support.training import launch_work, make_recipe, read_metrics, run_trainin
 
 from llmtune.errors import DataError, EnvironmentProblem, GateFailed, RecipeError, Stopped
 from llmtune.launch import local_processes
-from llmtune.launch.local_processes import WorkerBug, _configure, launch
+from llmtune.launch.local_processes import WorkerBug, _configure, _host_rendezvous, launch
 from llmtune.launch.topology import Topology
 
 TESTS = Path(__file__).parents[1]
@@ -234,6 +236,44 @@ def test_a_port_in_use_and_an_address_of_another_machine_are_refused_at_once(mon
             topology = Topology(1, machines=2, address=address)
             with pytest.raises(EnvironmentProblem, match=f"--address {address}: cannot listen: .*{words}"):
                 launch(["-c", ""], topology, Console(quiet=True))
+
+
+def listening(process=None):
+    """Return the addresses at which a process listens."""
+    connections = psutil.Process(process).net_connections("inet")
+    return {(one.laddr.ip, one.laddr.port) for one in connections if one.status == psutil.CONN_LISTEN}
+
+
+@pytest.mark.parametrize("address", ["127.0.0.2:29534", "localhost:29535", "[::1]:29536"])
+def test_machines_meet_at_the_named_address_only(address):
+    if "::" in address and not socket.has_dualstack_ipv6():
+        pytest.skip("takes IPv6")
+    output, before = io.StringIO(), listening()
+    topology = Topology(1, machines=3, address=address)
+    store = _host_rendezvous(topology, Console(file=output, width=200))
+    ((ip, port),) = listening() - before
+    assert ip_address(ip).is_loopback
+    assert port == topology.port
+    assert f"waiting for 2 more at {f'[{ip}]' if ':' in ip else ip}:{port}, at this address only" in output.getvalue()
+    assert "only trusted machines may reach this port" in output.getvalue()
+    del store
+    assert _configure(topology, "", "").rdzv_configs["is_host"] is False
+
+
+def test_a_name_that_is_a_loopback_address_here_listens_everywhere_and_is_reported(monkeypatch):
+    answer = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.1.1", 29537))]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *words, **options: answer)
+    output = io.StringIO()
+    store = _host_rendezvous(Topology(1, machines=2, address="node-7:29537"), Console(file=output, width=200))
+    assert "on all interfaces, because node-7 is 127.0.1.1 here: better give its IP address" in output.getvalue()
+    del store
+
+
+@pytest.mark.slow
+def test_the_store_of_the_processes_listens_at_their_address_only(console):
+    heard = launch_work("name_listeners", [], Topology(2), console)
+    assert {ip for ip, _ in heard["listening"]} <= {"127.0.0.1"}
+    assert heard["listening"]
 
 
 @pytest.mark.slow

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from llmtune.recipe.eval_suites_section import plain_name, suite_name
+from llmtune.recipe.eval_suites_section import describe_key_variable, plain_name, suite_name
 from llmtune.recipe.gate_grammar import GATE
 from llmtune.recipe.loader import load_recipe
 
@@ -98,12 +98,33 @@ def test_unstated_keys_are_left_to_the_suite(write, task):
         ([JUDGE, "evaluate.judge.endpoint='http://me:key@host'"], "not the address of an endpoint", "without a key"),
         ([JUDGE, "evaluate.judge.endpoint='http://[bad'"], "not the address of an endpoint", "https://HOST/v1"),
         ([JUDGE, "evaluate.judge.api_key_env=sk-12345678901234567890"], "not the name of", "in the environment"),
+        ([JUDGE, "evaluate.judge.api_key_env=AWS_PROFILE"], "AWS_PROFILE does not end in _KEY", "MY_JUDGE_KEY"),
+        *(
+            ([JUDGE, f"evaluate.judge.api_key_env={name}"], f"{name} is the key of another service", "MY_JUDGE_KEY")
+            for name in ("HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "WANDB_API_KEY", "GITHUB_TOKEN", "LLMTUNE_API_KEY")
+        ),
     ],
 )
 def test_impossible_measurements_are_refused(refuse, sets, what, fix):
     (problem,) = refuse(sets=sets)
     assert what in problem.what
     assert fix in problem.fix
+
+
+@pytest.mark.parametrize(
+    ("name", "endpoint", "is_sent"),
+    [
+        ("MY_JUDGE_KEY", "https://example.com", True),
+        ("HF_TOKEN", "https://router.huggingface.co/v1", True),
+        ("HF_TOKEN", "https://router.huggingface.co.example.com/v1", False),
+        ("OPENAI_API_KEY", "https://api.openai.com/v1", True),
+        ("OPENAI_API_KEY", "https://notapi.openai.com", False),
+        ("AZURE_OPENAI_API_KEY", "https://mine.openai.azure.com", True),
+        ("WANDB_API_KEY", "https://api.wandb.ai", False),
+    ],
+)
+def test_the_key_of_a_service_is_sent_to_that_service_only(name, endpoint, is_sent):
+    assert (describe_key_variable(name, endpoint) is None) == is_sent
 
 
 @pytest.mark.parametrize(

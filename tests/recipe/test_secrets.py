@@ -1,5 +1,6 @@
 import pytest
 
+from llmtune.errors import RecipeError
 from llmtune.recipe.secrets import holds_secret, redact, redact_all, redact_yaml, secret_values
 
 SECRETS = [
@@ -141,3 +142,9 @@ def test_a_setting_is_secret_by_its_name_or_the_format_of_its_value(name: str, v
 )
 def test_settings_of_the_tokenizer_are_not_secret(name: str, value: object):
     assert not holds_secret(name, value)
+
+
+def test_redacting_an_alias_bomb_is_refused_in_time():
+    lists = "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9) if i else 1}]\n" for i in range(12))
+    with pytest.raises(RecipeError, match="more than 20,000 values"):
+        redact_yaml(lists)

@@ -15,6 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import typer
 
 from llmtune.cli.app import _report_bug
@@ -385,6 +386,14 @@ def write_and_wait(folder: str, run: str) -> None:
 def succeed(*words: str) -> dict[str, object]:
     """Return the processes and environment as rank 0 sees them."""
     return {"heard": list(words), "world": world_size(), "threads": os.environ["OMP_NUM_THREADS"]}
+
+
+def name_listeners() -> dict[str, object]:
+    """Return the addresses at which rank 0 listens."""
+    join()
+    connections = psutil.Process().net_connections("inet")
+    once(lambda: None)
+    return {"listening": [one.laddr for one in connections if one.status == psutil.CONN_LISTEN]}
 
 
 def post_code(folder: str) -> None:
