@@ -43,8 +43,14 @@ def step(folder: Path, start: Mapping[str, torch.Tensor], gradient: Mapping[str,
 
 
 def result(load: Any, **changes: Any) -> Any:
-    given = {"status": "done", "message": "", "log": "", "model": None, "configuration": {}, "documented": {}}
-    return load("case").Result(**{**given, "job": {"learning_rate": 1.0}, **changes})
+    given = {"status": "done", "message": "", "log": "", "model": None, "configuration": {}}
+    return load("case").Result(**{**given, "job": {"learning_rate": 1.0, "column": "default"}, **changes})
+
+
+def search(load: Any, outcome: str) -> Any:
+    """Return statements of which one says that the documentation does not name an outcome."""
+    statements = load("statements")
+    return statements.Statements(searches=[statements.Search("a case", outcome, "docs/ at 0123456", "2026-11-30")])
 
 
 def test_the_reference_learns_the_marked_tokens_only(reference: Any) -> None:
@@ -84,35 +90,101 @@ def test_a_step_of_a_lora_is_the_full_gradient_times_its_scale_and_a(load: Any) 
 
 def test_a_step_is_named_after_what_it_learned(load: Any, reference: Any, tmp_path: Path) -> None:
     case = importlib.import_module("conformance.cases.answers_only").CASE
+    statements = search(load, "the whole text")
     named = {**case.right, **case.wrong}
     learned = {"the answers and their ends": "right", "the whole text": "silently wrong"}
     for name, verdict in learned.items():
         folder = step(tmp_path / name, reference.start, reference.of(named[name]))
-        finding = case.decide(reference, {"run": result(load, model=folder)})
+        finding = case.decide(reference, {"run": result(load, model=folder)}, statements)
         assert (finding.verdict, finding.learned) == (verdict, name)
+    assert finding.searched == "docs/ at 0123456, 2026-11-30"
     folder = step(
         tmp_path / "half", reference.start, {n: 0.5 * g for n, g in reference.of(named["the whole text"]).items()}
     )
-    assert case.decide(reference, {"run": result(load, model=folder)}).verdict == "unexplained"
+    assert case.decide(reference, {"run": result(load, model=folder)}, statements).verdict == "unexplained"
 
 
-def test_a_documented_choice_and_a_warning_are_not_silently_wrong(load: Any, reference: Any, tmp_path: Path) -> None:
+def test_another_result_is_unexplained_until_the_documentation_was_searched(
+    load: Any, reference: Any, tmp_path: Path
+) -> None:
     case = importlib.import_module("conformance.cases.answers_only").CASE
     folder = step(tmp_path / "whole", reference.start, reference.of(case.wrong["the whole text"]))
-    documented = result(load, model=folder, documented={"the whole text": "https://example.com"})
-    assert case.decide(reference, {"run": documented}).verdict == "documented otherwise"
-    case = dataclasses.replace(case, reason="no mask")
-    warned = result(load, model=folder, log="step 1\nWARNING: no mask found\n")
-    assert case.decide(reference, {"run": warned}).verdict == "wrong, with a warning"
+    results = {"run": result(load, model=folder)}
+    verdicts = {
+        "nothing": load("statements").Statements(),
+        "another outcome": search(load, "only the last answer"),
+        "this outcome": search(load, "the whole text"),
+    }
+    assert {name: case.decide(reference, results, stated).verdict for name, stated in verdicts.items()} == {
+        "nothing": "unexplained",
+        "another outcome": "unexplained",
+        "this outcome": "silently wrong",
+    }
+
+
+@pytest.mark.parametrize(
+    ("column", "configuration", "verdict"),
+    [
+        ("default", {}, "documented otherwise"),
+        ("documented", {}, "unexplained"),
+        ("default", {"mask": {"prompt": True}}, "unexplained"),
+    ],
+)
+def test_an_address_excuses_one_column_and_one_setting(
+    load: Any, reference: Any, tmp_path: Path, column: str, configuration: dict[str, Any], verdict: str
+) -> None:
+    case = importlib.import_module("conformance.cases.answers_only").CASE
+    folder = step(tmp_path / "whole", reference.start, reference.of(case.wrong["the whole text"]))
+    choice = load("statements").Choice("the whole text", "default", "mask.prompt", "https://example.com")
+    job = {"learning_rate": 1.0, "column": column}
+    trained = result(load, model=folder, configuration=configuration, job=job)
+    assert case.decide(reference, {"run": trained}, load("statements").Statements([choice])).verdict == verdict
+
+
+def test_a_statement_applies_to_the_case_that_it_names(load: Any) -> None:
+    statements = search(load, "the whole text")
+    assert statements.of("a case").find_search("the whole text")
+    assert not statements.of("another case").find_search("the whole text")
+
+
+def test_a_warning_is_a_line_that_names_the_reason(load: Any, reference: Any, tmp_path: Path) -> None:
+    case = importlib.import_module("conformance.cases.answers_only").CASE
+    folder = step(tmp_path / "whole", reference.start, reference.of(case.wrong["the whole text"]))
+    case, statements = dataclasses.replace(case, reason="no mask"), search(load, "the whole text")
+    logs = {
+        "step 1\nWARNING: no mask found\n": "wrong, with a warning",
+        "loading 50%|#####     | no mask": "silently wrong",
+        'Traceback (most recent call last):\n  File "masks.py", line 3, in no mask\n    x = 1\n': "silently wrong",
+    }
+    found = {log: case.decide(reference, {"run": result(load, model=folder, log=log)}, statements) for log in logs}
+    assert {log: finding.verdict for log, finding in found.items()} == logs
+
+
+def test_a_row_that_is_left_out_is_refused_only_if_the_output_names_the_reason(load: Any, tmp_path: Path) -> None:
+    run = load("run")
+    for name in ("answer_cut_off", "image_in_text_model", "null_answer"):
+        case = run.list_cases()[name]
+        assert case.left_out, name
+        assert not case.right, name
+    reference = load("reference").Reference(run.model_folder(case.make_jobs()["run"], tmp_path))
+    outcome, gradient = next(iter(case.left_out.items()))
+    folder = step(tmp_path / "left-out", reference.start, reference.of(gradient))
+    verdicts = {
+        log: case.decide(reference, {"run": result(load, model=folder, log=log)}, search(load, outcome)).verdict
+        for log in ("skipped 1 row: its content is null", "done")
+    }
+    assert list(verdicts.values()) == ["refused", "silently wrong"]
 
 
 def test_an_error_is_a_refusal_only_if_it_names_the_reason(load: Any, reference: Any) -> None:
-    case = importlib.import_module("conformance.cases.unknown_module").CASE
+    case, statements = importlib.import_module("conformance.cases.unknown_module").CASE, load("statements").Statements()
     refused = result(load, status="error", message="Target modules {'query_key_value'} not found in the base model")
-    crashed = result(load, status="error", message="IndexError: list index out of range")
+    frames = "Traceback (most recent call last):\n  File 'a.py', line 1, in find\n    raise Missing(query_key_value)\n"
+    crashed = result(load, status="error", message="IndexError: list index out of range", log=f"{frames}IndexError: x")
     absent = result(load, status="not offered", message="no LoRA")
-    verdicts = [case.decide(reference, {"run": found}).verdict for found in (refused, crashed, absent)]
-    assert verdicts == ["refused", "stopped", "not offered"]
+    other = result(load, status="not run", message="the adapter has no LoRA")
+    verdicts = [case.decide(reference, {"run": one}, statements).verdict for one in (refused, crashed, absent, other)]
+    assert verdicts == ["refused", "stopped", "not offered", "not run"]
 
 
 def test_habits_of_a_tool_that_have_their_own_cases_hold_for_one_result_only(reference: Any) -> None:
@@ -138,7 +210,7 @@ def test_each_case_has_threads_and_a_place(load: Any) -> None:
         assert case.group in groups, name
         assert case.threads, f"{name} names no thread"
         assert all(link.startswith("https://github.com/") for link in case.threads), name
-        assert case.judge or case.right, name
+        assert case.judge or case.right or case.left_out, name
         assert case.make_jobs()
 
 
@@ -154,6 +226,8 @@ PRINTED = [
     '  File "benchmarks/conformance/adapter.py", line 105, in isolated',
     "Failed to load a revision of the kernels",
     "score.weight | MISSING |",
+    "Trainable parameters: 74.169% (0.074M/0.100M)",
+    "trainable params: 2,560 || all params: 102,400 || trainable%: 2.5000",
     "{'loss': '5.682', 'grad_norm': '6.962', 'learning_rate': '1', 'epoch': '1'}",
     '  "rope_parameters": {',
     '    "lora_target_modules": ["query_key_value"],',
@@ -184,22 +258,63 @@ def test_the_page_is_that_of_the_table_and_has_every_case(load: Any) -> None:
     wrong = [
         entry
         for case in table["cases"].values()
-        for columns in case["findings"].values()
-        for entry in columns.values()
+        for finding in case["findings"].values()
+        for entry in finding["columns"].values()
         if entry["verdict"] == "silently wrong"
     ]
-    assert all(entry["runs"] == 2 and entry["configuration"] for entry in wrong)
+    assert all(entry["runs"] == 2 and entry["configuration"] and entry["searched"] for entry in wrong)
+
+
+def test_the_page_shows_every_configuration(load: Any) -> None:
+    page: ModuleType = load("page")
+    table = json.loads(page.TABLE.read_text(encoding="utf-8"))
+    flatten = load("statements").flatten
+    shared = {tool: page.find_shared(table, tool) for tool in table["tools"]}
+    assert shared["llmtune"]["data.deduplicate"] == "none"
+    for name, case in table["cases"].items():
+        for tool, finding in case["findings"].items():
+            for entry in finding["columns"].values():
+                said = page.say_difference(entry["configuration"], shared[tool]) if entry.get("configuration") else ""
+                other = {k: v for k, v in flatten(entry.get("configuration") or {}).items() if shared[tool].get(k) != v}
+                assert all(json.dumps(value, ensure_ascii=False) in said for value in other.values()), (name, tool)
+
+
+def test_a_run_of_some_tools_keeps_the_columns_of_the_others(load: Any, tmp_path: Path) -> None:
+    page: ModuleType = load("page")
+    before = json.loads(page.TABLE.read_text(encoding="utf-8"))
+    cases, tools = load("run").list_cases(), load("environments").list_tools(tmp_path)
+    columns = {"default": {"verdict": "stopped", "learned": "a new result", "configuration": {}}}
+    finding = {"commit": "abc", "date": "2031-01-01", "versions": {"trl": "9.9"}, "columns": columns}
+    (tmp_path / "findings" / "trl").mkdir(parents=True)
+    (tmp_path / "findings" / "trl" / "seed.json").write_text(json.dumps(finding))
+    after = page.collect(cases, tools, tmp_path, [("trl", "seed")])
+    assert after["cases"]["seed"]["findings"]["trl"]["columns"] == columns
+    assert after["tools"]["trl"]["passes"][-1] == {
+        "date": "2031-01-01", "version": "9.9", "commit": "abc", "cases": ["seed"]
+    }  # fmt: skip
+    after["cases"]["seed"]["findings"]["trl"] = before["cases"]["seed"]["findings"]["trl"]
+    assert after["cases"] == before["cases"]
+
+
+def test_a_finding_is_dropped_if_the_jobs_of_its_case_change(load: Any, tmp_path: Path) -> None:
+    page: ModuleType = load("page")
+    cases, tools = load("run").list_cases(), load("environments").list_tools(tmp_path)
+    other = dataclasses.replace(cases["seed"], settings={"method": "lora", "batch_size": 2})
+    after = page.collect({**cases, "seed": other}, tools, tmp_path, [])
+    assert after["cases"]["seed"]["findings"] == {}
+    assert after["cases"]["resume"]["findings"]
 
 
 def test_the_page_claims_one_pass_only_for_results_of_one_clean_commit(load: Any) -> None:
     def say(*commits: str) -> str:
-        tool = {"title": "The Tool", "version": "1", "libraries": {"torch": "2"}, "commits": list(commits)}
+        passes = [{"date": "2026-11-30", "version": "1", "commit": commit, "cases": ["seed"]} for commit in commits]
+        tool = {"title": "The Tool", "version": "1", "libraries": {"torch": "2"}, "passes": passes}
         return str(load("page").how_made({"machine": "x", "tools": {"tool": tool}}))
 
-    assert "one pass, from commit abc, on x" in say("abc")
-    assert "several passes, from commits abc, def" in say("abc", "def")
-    assert "several passes" in say("abc-dirty")
-    assert "- The Tool 1: torch 2" in say("abc")
+    assert "runs of commit abc, on x" in say("abc")
+    assert "runs of commits abc, def" in say("abc", "def")
+    assert "runs of commits abc-dirty" in say("abc-dirty")
+    assert "- The Tool 1: torch 2. 1 cases: 2026-11-30, version 1, commit abc. `seed`: 2026-11-30" in say("abc", "def")
 
 
 def test_the_readme_has_the_summary_of_the_table(load: Any) -> None:
@@ -225,9 +340,12 @@ def test_right_and_wrong_gradients_of_each_case_are_apart(load: Any, tmp_path: P
         reference = load("reference").Reference(
             load("run").model_folder(next(iter(case.make_jobs().values())), tmp_path)
         )
-        right = [reference.of(gradient) for gradient in case.right.values()]
-        for learned, gradient in case.wrong.items():
-            assert min(distance(reference.of(gradient), found) for found in right) > 5 * tolerance, (name, learned)
+        groups = [case.right, case.left_out, case.wrong]
+        for before, after in ((0, 1), (0, 2), (1, 2)):
+            allowed = [reference.of(gradient) for gradient in groups[before].values()]
+            for learned, gradient in groups[after].items():
+                apart = [distance(reference.of(gradient), one) for one in allowed]
+                assert min(apart, default=1.0) > 5 * tolerance, (name, learned)
 
 
 @pytest.mark.slow
