@@ -271,9 +271,14 @@ def store(
 
 @functools.cache
 def read_commit() -> str:
-    """Return the commit of the suite; "-dirty" follows if files differ from it."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--match="]
-    return subprocess.run(command, cwd=HERE, capture_output=True, text=True).stdout.strip() or "unknown"
+    """Return the commit of the suite; "-dirty" follows if cases, adapters or models differ from it."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=HERE, capture_output=True, text=True).stdout.strip()
+
+    files = "cases", "tools/*.py", "adapter.py", "formats.py", "models.py"
+    commit = git("rev-parse", "--short=12", "HEAD") or "unknown"
+    return f"{commit}-dirty" if git("status", "--porcelain", "--", *files) else commit
 
 
 if __name__ == "__main__":
