@@ -8,7 +8,6 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -187,6 +186,37 @@ def test_an_error_is_a_refusal_only_if_it_names_the_reason(load: Any, reference:
     assert verdicts == ["refused", "stopped", "not offered", "not run"]
 
 
+def test_a_validation_loss_below_that_of_unseen_rows_shows_rows_that_were_learned(
+    load: Any, reference: Any, tmp_path: Path
+) -> None:
+    module = importlib.import_module("conformance.cases.copies_across_the_split")
+    folder = step(tmp_path / "untrained", reference.start, {name: 0 * w for name, w in reference.start.items()})
+    way = next(iter(load("conversations").RIGHT))
+    with torch.no_grad():
+        means = [module.losses_of(reference, turns, way)[0] for turns in module.TURNS]
+    mean = sum(means) / len(means)  # the model has learned no row
+    verdicts = []
+    for reported in (mean, 0.75 * min(means), 2 * max(means)):
+        trained = result(load, model=folder, found={"losses": [9.0, reported]})
+        verdicts.append(module.judge(module.CASE, reference, {"run": trained}).verdict)
+    assert verdicts == ["right", "silently wrong", "unexplained"]
+
+
+def test_a_passage_of_several_rows_counts_once_in_recall(load: Any, reference: Any) -> None:
+    module = importlib.import_module("conformance.cases.repeated_passages")
+    rankings = [[("blue", 0.9, 1), ("red", 0.1, 0), ("blue ", 0.9, 1), ("dog", 0.2, 0)]]
+    verdicts = {
+        recall: module.judge(
+            module.CASE, reference, {"run": result(load, found={"recall@1": recall, "rankings": rankings})}
+        )
+        for recall in (1.0, 0.5, 0.25)
+    }
+    assert [finding.verdict for finding in verdicts.values()] == ["right", "silently wrong", "silently wrong"]
+    assert [finding.learned.split(":")[0] for finding in verdicts.values()] == [
+        "recall@1 1.000", "a passage counted for each row", "another ranking"
+    ]  # fmt: skip
+
+
 def test_habits_of_a_tool_that_have_their_own_cases_hold_for_one_result_only(reference: Any) -> None:
     head = "model.embed_tokens"
     ids, _ = reference.encode(TEXT)
@@ -196,12 +226,6 @@ def test_habits_of_a_tool_that_have_their_own_cases_hold_for_one_result_only(ref
     assert [name for name, change in moved.items() if not change.any()] == [f"{head}.weight"]
     assert reference.encode(TEXT)[0] == ids
     assert all(change.any() for change in reference.after_steps([[TEXT]], [0.1]).values())
-
-
-def test_absolute_paths_of_this_machine_are_hidden_and_addresses_are_not(load: Any) -> None:
-    text = 'No rows in /home/me/x/rows.jsonl, see https://github.com/a/b/issues/1 and "/tmp/run-1/model"'
-    hidden = 'No rows in rows.jsonl, see https://github.com/a/b/issues/1 and "model"'
-    assert load("run").hide_folders(text) == hidden
 
 
 def test_each_case_has_threads_and_a_place(load: Any) -> None:
@@ -247,82 +271,6 @@ def test_thoughts_are_in_the_content_for_tools_without_a_key_for_them(load: Any)
     for write in (load("formats").as_sharegpt, load("formats").as_two_conversations):
         [turn] = write({"messages": [dict(answer)]})["messages"]
         assert turn == {"role": "assistant", "content": "<think>\nTwo and three.\n</think>\n\n5"}
-
-
-def test_the_page_is_that_of_the_table_and_has_every_case(load: Any) -> None:
-    page: ModuleType = load("page")
-    table = json.loads(page.TABLE.read_text(encoding="utf-8"))
-    assert page.PAGE.read_text(encoding="utf-8") == page.render(table), "run `make conformance`"
-    titles = {name: case.title for name, case in load("run").list_cases().items()}
-    assert {name: case["title"] for name, case in table["cases"].items()} == titles
-    wrong = [
-        entry
-        for case in table["cases"].values()
-        for finding in case["findings"].values()
-        for entry in finding["columns"].values()
-        if entry["verdict"] == "silently wrong"
-    ]
-    assert all(entry["runs"] == 2 and entry["configuration"] and entry["searched"] for entry in wrong)
-
-
-def test_the_page_shows_every_configuration(load: Any) -> None:
-    page: ModuleType = load("page")
-    table = json.loads(page.TABLE.read_text(encoding="utf-8"))
-    flatten = load("statements").flatten
-    shared = {tool: page.find_shared(table, tool) for tool in table["tools"]}
-    assert shared["llmtune"]["data.deduplicate"] == "none"
-    for name, case in table["cases"].items():
-        for tool, finding in case["findings"].items():
-            for entry in finding["columns"].values():
-                said = page.say_difference(entry["configuration"], shared[tool]) if entry.get("configuration") else ""
-                other = {k: v for k, v in flatten(entry.get("configuration") or {}).items() if shared[tool].get(k) != v}
-                assert all(json.dumps(value, ensure_ascii=False) in said for value in other.values()), (name, tool)
-
-
-def test_a_run_of_some_tools_keeps_the_columns_of_the_others(load: Any, tmp_path: Path) -> None:
-    page: ModuleType = load("page")
-    before = json.loads(page.TABLE.read_text(encoding="utf-8"))
-    cases, tools = load("run").list_cases(), load("environments").list_tools(tmp_path)
-    columns = {"default": {"verdict": "stopped", "learned": "a new result", "configuration": {}}}
-    finding = {"commit": "abc", "date": "2031-01-01", "versions": {"trl": "9.9"}, "columns": columns}
-    (tmp_path / "findings" / "trl").mkdir(parents=True)
-    (tmp_path / "findings" / "trl" / "seed.json").write_text(json.dumps(finding))
-    after = page.collect(cases, tools, tmp_path, [("trl", "seed")])
-    assert after["cases"]["seed"]["findings"]["trl"]["columns"] == columns
-    assert after["tools"]["trl"]["passes"][-1] == {
-        "date": "2031-01-01", "version": "9.9", "commit": "abc", "cases": ["seed"]
-    }  # fmt: skip
-    after["cases"]["seed"]["findings"]["trl"] = before["cases"]["seed"]["findings"]["trl"]
-    assert after["cases"] == before["cases"]
-
-
-def test_a_finding_is_dropped_if_the_jobs_of_its_case_change(load: Any, tmp_path: Path) -> None:
-    page: ModuleType = load("page")
-    cases, tools = load("run").list_cases(), load("environments").list_tools(tmp_path)
-    other = dataclasses.replace(cases["seed"], settings={"method": "lora", "batch_size": 2})
-    after = page.collect({**cases, "seed": other}, tools, tmp_path, [])
-    assert after["cases"]["seed"]["findings"] == {}
-    assert after["cases"]["resume"]["findings"]
-
-
-def test_the_page_claims_one_pass_only_for_results_of_one_clean_commit(load: Any) -> None:
-    def say(*commits: str) -> str:
-        passes = [{"date": "2026-11-30", "version": "1", "commit": commit, "cases": ["seed"]} for commit in commits]
-        tool = {"title": "The Tool", "version": "1", "libraries": {"torch": "2"}, "passes": passes}
-        return str(load("page").how_made({"machine": "x", "tools": {"tool": tool}}))
-
-    assert "runs of commit abc, on x" in say("abc")
-    assert "runs of commits abc, def" in say("abc", "def")
-    assert "runs of commits abc-dirty" in say("abc-dirty")
-    assert "- The Tool 1: torch 2. 1 cases: 2026-11-30, version 1, commit abc. `seed`: 2026-11-30" in say("abc", "def")
-
-
-def test_the_readme_has_the_summary_of_the_table(load: Any) -> None:
-    page: ModuleType = load("page")
-    readme = (BENCHMARKS.parent / "README.md").read_text(encoding="utf-8")
-    table = json.loads(page.TABLE.read_text(encoding="utf-8"))
-    assert "\n".join(page.short_summary(table)) in readme
-    assert f"[{len(table['cases'])} " in readme
 
 
 def test_the_reference_imports_no_tool() -> None:
