@@ -61,6 +61,7 @@ Code makes each verdict, by the same rules for all tools (`Case.decide` in `conf
 Not shown:
 
 {absent}
+- torchtune 0.6.1: it does not import with the torchao of 2026-11-29.
 """
 ADD = """
 ## Add a case
@@ -143,7 +144,7 @@ def collect(
 ) -> dict[str, Any]:
     """Put the stored findings of `fresh` pairs of tool and case into the table; other findings stay as they are.
 
-    A finding is dropped if the jobs of its case have changed since.
+    A finding is dropped if the jobs of its case have changed since, and a note on a commit with its last finding.
     """
     table = json.loads(TABLE.read_text(encoding="utf-8")) if TABLE.exists() else {"tools": {}, "cases": {}}
     stored: dict[str, dict[str, Any]] = {name: {} for name in cases}
@@ -161,15 +162,13 @@ def collect(
             "jobs": case.hash_jobs(),
             "findings": {tool: findings[tool] for tool in tools if tool in findings and not tools[tool].absent},
         }
-    shown = [
-        tool
-        for tool in tools
-        if not tools[tool].absent and any(tool in case["findings"] for case in described.values())
-    ]
+    shown = [tool for tool in tools if any(tool in case["findings"] for case in described.values())]
+    commits = {finding["commit"] for case in described.values() for finding in case["findings"].values()}
     return {
         "date": datetime.now(UTC).date().isoformat(),
         "machine": f"{platform.machine()}, Python {platform.python_version()}",
         "tools": {tool: describe_tool(tools[tool], libraries.get(tool, {}), described, tool) for tool in shown},
+        "notes": {commit: note for commit, note in table.get("notes", {}).items() if commit in commits},
         "absent": {tool.title: tool.absent for tool in tools.values() if tool.absent},
         "cases": described,
     }
@@ -237,7 +236,8 @@ def how_made(table: Mapping[str, Any]) -> str:
     for tool in table["tools"].values():
         libraries = ", ".join(f"{name} {version}" for name, version in tool["libraries"].items())
         lines.append(f"- {tool['title']} {tool['version']}: {libraries}. {'. '.join(say_passes(tool['passes']))}.")
-    return "\n".join(lines)
+    notes = [f"- Commit {commit}: {note}" for commit, note in table.get("notes", {}).items()]
+    return "\n".join(lines + notes)
 
 
 def say_absent(table: Mapping[str, Any]) -> str:

@@ -28,7 +28,7 @@ def judge(case, reference, results):
         exact = [answer(model, reference.tokenizer, turns) for turns in TESTED]
     pairs = zip(result.found["answers"], exact, strict=True)
     other = [f"{text!r} instead of {wanted!r}" for text, wanted in pairs if text.strip() != wanted.strip()]
-    return Finding("silently wrong" if other else "right", "; ".join(other))
+    return Finding("silently wrong", f"other answers: {'; '.join(other)}") if other else Finding("right", "")
 
 
 CASE = Case(
