@@ -360,7 +360,7 @@ def describe_case(
 def describe_entry(who: str, entry: Mapping[str, Any]) -> str:
     did = f": {first_line(entry['learned'])}" if entry["learned"].strip() else ""
     runs = f", in {entry['runs']} runs" if "runs" in entry else ""
-    searched = f". Not found in {entry['searched']}" if entry.get("searched") else ""
+    searched = f". Searched in vain: {entry['searched']}" if entry.get("searched") else ""
     return f"- {who}: {strong(entry['verdict'])}{did}{runs}{searched}"
 
 
