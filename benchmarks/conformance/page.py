@@ -144,12 +144,15 @@ def collect(
 ) -> dict[str, Any]:
     """Put the stored findings of `fresh` pairs of tool and case into the table; other findings stay as they are.
 
+    A tool that does not install here has none, so its column stays too.
+
     A finding is dropped if the jobs of its case have changed since, and a note on a commit with its last finding.
     """
     table = json.loads(TABLE.read_text(encoding="utf-8")) if TABLE.exists() else {"tools": {}, "cases": {}}
     stored: dict[str, dict[str, Any]] = {name: {} for name in cases}
     for tool, name in fresh:
-        stored[name][tool] = json.loads((cache / "findings" / tool / f"{name}.json").read_text())
+        if (path := cache / "findings" / tool / f"{name}.json").exists():
+            stored[name][tool] = json.loads(path.read_text())
     libraries = {tool: entry["libraries"] for tool, entry in table["tools"].items()}
     described: dict[str, Any] = {}
     for name, case in cases.items():
