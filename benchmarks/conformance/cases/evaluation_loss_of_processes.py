@@ -1,11 +1,19 @@
 """The reported evaluation loss does not depend on the number of processes."""
 
+import torch
 from conformance.case import Case, Finding
 from conformance.cases.accumulation import ROWS
 from conformance.conversations import ALL, qwen, row
-from conformance.shipped import loss_of, tuned_weights
+from conformance.shipped import loaded, loss_of, tuned_weights
 
 TRAINED = row(("system", "You are brief."), ("user", "Name a fish."), ("assistant", "Cod."))
+
+
+def mean_of_steps(reference, weights, texts):
+    """Divide each row's loss by half of the tokens of both processes, where the first row fills the last step."""
+    with loaded(reference, weights), torch.no_grad():
+        (first, a), (second, b), (third, c) = (reference.loss(*reference.encode(text)) for text in texts)
+    return float(2 * (first + second) / (a + b) + 2 * third / (c + a)) / 3
 
 
 def judge(case, reference, results):
@@ -18,6 +26,9 @@ def judge(case, reference, results):
         for way, several in texts.items():
             known[way] = loss_of(reference, weights, several)
             known[f"the mean of the rows' means: {way}"] = loss_of(reference, weights, several, by_row=True)
+            known[f"the mean of the steps' means, a repeated row counted: {way}"] = mean_of_steps(
+                reference, weights, several
+            )
             for index in range(3):
                 twice = [*several, several[index]]
                 known[f"row {index} counted twice: {way}"] = loss_of(reference, weights, twice)
