@@ -22,10 +22,10 @@ from typing import Any
 
 Job = dict[str, Any]
 Configuration = dict[str, Any]
-TOKENS = {"the token ends the turn": "https://huggingface.co/docs/transformers/main_classes/tokenizer"}
-TEMPLATES = TOKENS | {"a quoted string": "https://huggingface.co/docs/transformers/chat_extras"}
-MODULES = {"the misspelt module": "https://huggingface.co/docs/peft/developer_guides/troubleshooting"}
-"""Outcomes that transformers and PEFT document, for every tool that leaves this to them."""
+
+
+class NotRun(Exception):
+    """The adapter cannot do this yet, although the tool may; the message says what is missing."""
 
 
 class NotOffered(Exception):
@@ -36,7 +36,6 @@ def serve(
     package: str,
     configure: Callable[[Job], Configuration],
     train: Callable[[Job, Configuration], Mapping[str, Any]],
-    documented: Mapping[str, str] | None = None,
     torchrun: bool = True,
 ) -> None:
     """Do the jobs of the file named on the command line: `python tools/NAME.py jobs.json`.
@@ -45,7 +44,6 @@ def serve(
         package: the distribution whose version is reported.
         configure: returns the tool's own settings for a job. `job["column"]` is `default` or `documented`.
         train: trains, and returns `{"model": folder}` and whatever the job asks for.
-        documented: names of outcomes (`case.wrong`) that the tool documents as its choice -> the page that says so.
         torchrun: start several processes of this file by torchrun for a job with `processes`; or `train` does it.
     """
     for job in json.loads(Path(sys.argv[1]).read_text()):
@@ -60,13 +58,13 @@ def serve(
                     start_processes(job)
                     continue
                 result.update(train(job, result["configuration"]))
-            except NotOffered as missing:
-                result.update(status="not offered", message=str(missing))
+            except (NotOffered, NotRun) as missing:
+                status = "not run" if isinstance(missing, NotRun) else "not offered"
+                result.update(status=status, message=str(missing))
             except (Exception, SystemExit) as error:  # the runner reads the reason
                 traceback.print_exc()
                 result.update(status="error", message=f"{type(error).__name__}: {error}"[:2000])
         if os.environ.get("RANK", "0") == "0":
-            result["documented"] = dict(documented or {})
             (out / "result.json").write_text(json.dumps(result, default=str, indent=1))
 
 
@@ -161,7 +159,10 @@ def trainer_arguments(job: Job) -> Configuration:
     micro = job["micro_batch_size"]
     settings = {name: job[name] for name in ("learning_rate", "optim", "seed")}
     settings |= {"use_cpu": True, "report_to": "none", "logging_steps": 1}
-    settings |= {"max_steps": job["steps"], "lr_scheduler_type": job["schedule"], "max_grad_norm": 0.0}
+    settings |= {"num_train_epochs": job["epochs"]} if job["epochs"] else {"max_steps": job["steps"]}
+    settings |= {"lr_scheduler_type": job["schedule"]}
+    settings |= {name: job[name] for name in ("max_grad_norm", "weight_decay", "warmup_steps")}
+    settings |= {"label_smoothing_factor": job["extra"]["label_smoothing"]} if "label_smoothing" in job["extra"] else {}
     settings |= {"per_device_train_batch_size": micro, "save_steps": job["save_steps"] or job["steps"]}
     settings["gradient_accumulation_steps"] = job["batch_size"] // micro // job["processes"]
     return settings | evaluation(job)

@@ -38,6 +38,10 @@ class Tool:
     """Where environments are made."""
     python: str = sys.executable
     """The Python that makes the environment."""
+    absent: str = ""
+    """Why the page does not show the tool."""
+    given: str = ""
+    """What the adapter gives the tool besides settings; the page shows it."""
     find_links: str = ""
     """A further place for pip to look for files, such as torch's builds without CUDA."""
 

@@ -2,8 +2,8 @@
 
     python benchmarks/conformance/run.py --tools llmtune trl --cases answers_only
 
-Findings are cached by the code of case, adapter and reference, and by the tool's version. A silently wrong one is
-run twice.
+Runs are kept, with their logs, in `build/conformance/runs/TOOL/COLUMN/CASE/JOB`, and are used again while the case's
+jobs, the adapter and the tool's version are the same. They are judged each time. A silently wrong one is run twice.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from conformance.environments import VARIABLES, Tool, list_tools  # noqa: E402
 from conformance.models import build_model  # noqa: E402
 from conformance.page import PAGE, TABLE, collect, render  # noqa: E402
 from conformance.reference import Reference  # noqa: E402
+from conformance.statements import Statements, read_statements  # noqa: E402
 
 Entry = dict[str, Any]
 """A finding, with the tool's configuration and the number of runs."""
@@ -42,18 +44,20 @@ SECONDS = 1800
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tools", nargs="*", help="names in tools.toml; default: all")
+    parser.add_argument("--tools", nargs="*", help="names in tools.toml; default: all that the page shows")
     parser.add_argument("--cases", nargs="*", help="names of files in cases/; default: all")
     parser.add_argument("--cache", type=Path, default=Path("build/conformance"))
     parser.add_argument("--fresh", action="store_true", help="run again what is cached")
     parser.add_argument("--no-page", action="store_true", help="print the findings only")
-    asked = parser.parse_args()
-    cache = asked.cache.resolve()
+    options = parser.parse_args()
+    cache = options.cache.resolve()
     tools, cases = list_tools(cache), list_cases()
-    for name in asked.tools or tools:
-        run_tool(tools[name], {case: cases[case] for case in asked.cases or cases}, cache, fresh=asked.fresh)
-    if not asked.no_page:
-        table = collect(cases, tools, cache)
+    shown = [name for name, tool in tools.items() if not tool.absent]
+    pairs = [(tool, case) for tool in options.tools or shown for case in options.cases or cases]
+    for name in dict.fromkeys(tool for tool, _ in pairs):
+        run_tool(tools[name], {case: cases[case] for tool, case in pairs if tool == name}, cache, options.fresh)
+    if not options.no_page:
+        table = collect(cases, tools, cache, pairs)
         TABLE.write_text(json.dumps(table, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         PAGE.write_text(render(table), encoding="utf-8")
     return 0
@@ -70,25 +74,23 @@ def run_tool(tool: Tool, cases: Mapping[str, Case], cache: Path, fresh: bool) ->
     try:
         versions = tool.read_versions()
     except subprocess.CalledProcessError as error:
-        why = f"does not install here: {(error.stderr or str(error)).strip()[-300:]}"
-        for name in cases:
-            store(cache, tool, name, "", {}, {"default": {"verdict": "not run", "learned": why}})
+        print(f"{tool.name} does not install here: {(error.stderr or str(error)).strip()[-300:]}", flush=True)
         return
-    keys = {name: make_key(tool, name, case, versions) for name, case in cases.items()}
-    stale = {name: case for name, case in cases.items() if fresh or read_key(cache, tool, name) != keys[name]}
-    found: dict[str, dict[str, Any]] = {name: {} for name in stale}
+    keys = {name: make_key(tool, case, versions) for name, case in cases.items()}
+    columns: dict[str, dict[str, Any]] = {name: {} for name in cases}
     for column in COLUMNS:
-        asked = {name: case for name, case in stale.items() if not found[name].get("default", {}).get("same")}
-        first = judge_all(tool, asked, keys, cache / "runs" / tool.name / column, cache)
-        wrong = {name: stale[name] for name, entry in first.items() if entry["verdict"] == "silently wrong"}
-        second = judge_all(tool, wrong, keys, cache / "runs" / tool.name / f"{column}-again", cache)
+        folder, again = cache / "runs" / tool.name / column, cache / "runs" / tool.name / f"{column}-again"
+        todo = {name: case for name, case in cases.items() if not columns[name].get("default", {}).get("same")}
+        first = judge_all(tool, todo, keys, folder, cache, fresh)
+        wrong = {name: cases[name] for name, entry in first.items() if entry["verdict"] == "silently wrong"}
+        second = judge_all(tool, wrong, keys, again, cache, fresh)
         for name, entry in first.items():
-            found[name][column] = compare_runs(entry, second[name]) if name in second else entry
-            told = found[name][column]["learned"][:200].replace("\n", " ")
-            print(tool.name, name, column, found[name][column]["verdict"], told, flush=True)
-    for name, columns in found.items():
-        store(cache, tool, name, keys[name], versions, columns)
-    shutil.rmtree(cache / "runs" / tool.name)
+            columns[name][column] = compare_runs(entry, second[name]) if name in second else entry
+            learned = columns[name][column]["learned"][:200].replace("\n", " ")
+            print(tool.name, name, column, columns[name][column]["verdict"], learned, flush=True)
+    for name, entries in columns.items():
+        origin = read_origin(cache / "runs" / tool.name / "default" / name)
+        store(cache, tool, name, cases[name], versions, origin, entries)
 
 
 def compare_runs(first: Entry, second: Entry) -> Entry:
@@ -99,34 +101,34 @@ def compare_runs(first: Entry, second: Entry) -> Entry:
 
 
 def judge_all(
-    tool: Tool, cases: Mapping[str, Case], keys: Mapping[str, str], folder: Path, cache: Path
+    tool: Tool, cases: Mapping[str, Case], keys: Mapping[str, str], folder: Path, cache: Path, fresh: bool
 ) -> dict[str, Entry]:
-    """Run all jobs of the cases and judge them; `same` says whether both columns have the same settings.
-
-    Jobs that an interrupted run finished in `folder` are not run again.
-    """
-    folders = {name: folder / keys[name] for name in cases}
-    jobs = [job for name, case in cases.items() for job in place_jobs(case, folders[name], cache)]
+    """Run the jobs of the cases that have not been run, and judge all; `same`: both columns have the same settings."""
+    jobs = [job for name, case in cases.items() for job in place_jobs(case, keys[name], folder / name, cache, fresh)]
     run_jobs(tool, jobs, folder)
-    found = {}
+    found, statements = {}, read_statements(tool.adapter.with_suffix(".toml"))
     for name, case in cases.items():
-        results = read_results(case, folders[name])
-        finding = asdict(judge_case(case, results, cache))
+        results = read_results(case, folder / name)
+        finding = asdict(judge_case(case, results, statements.of(name), cache))
         finding["configuration"] = next(iter(results.values())).configuration
         found[name] = json.loads(hide_folders(json.dumps(finding)))
         found[name]["same"] = all(result.found.get("same") for result in results.values())
     return found
 
 
-def place_jobs(case: Case, folder: Path, cache: Path) -> list[Job]:
+def place_jobs(case: Case, key: str, folder: Path, cache: Path, fresh: bool) -> list[Job]:
     """Write rows, build models, and return the jobs of a case, unless all are done."""
     jobs = case.make_jobs()
-    if all((folder / name / "result.json").exists() for name in jobs):
+    done = all((folder / name / "result.json").exists() for name in jobs)
+    if done and not fresh and read_origin(folder).get("key") == key:
         return []
     shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    origin = {"key": key, "commit": read_commit(), "date": datetime.now(UTC).date().isoformat()}
+    (folder / "origin.json").write_text(json.dumps(origin))
     for name, job in jobs.items():
         out = folder / name
-        out.mkdir(parents=True)
+        out.mkdir()
         job["model"] = str(model_folder(job, cache))
         job["column"] = folder.parent.name.removesuffix("-again")
         job["out"] = str(out)
@@ -195,17 +197,16 @@ def read_results(case: Case, folder: Path) -> dict[str, Result]:
             log=hide_folders(read_plain(log)) if log.exists() else "",
             model=Path(found["model"]) if "model" in found else None,
             configuration=found.get("configuration", {}),
-            documented=found.get("documented", {}),
-            job=job,
+            job=job | {"column": folder.parent.name.removesuffix("-again")},
             found=found,
         )
     return results
 
 
-def judge_case(case: Case, results: Mapping[str, Result], cache: Path) -> Finding:
+def judge_case(case: Case, results: Mapping[str, Result], statements: Statements, cache: Path) -> Finding:
     first = next(iter(results.values())).job
     try:
-        return case.decide(open_reference(model_folder(first, cache)), results)
+        return case.decide(open_reference(model_folder(first, cache)), results, statements)
     except Exception as error:  # a tool may leave anything
         return Finding("stopped", f"the result cannot be read: {type(error).__name__}: {error}")
 
@@ -225,11 +226,10 @@ def hide_folders(text: str) -> str:
     return re.sub(r"(?<![\w:/.])(?:/[\w.+~@-]+)+/", "", text)
 
 
-def make_key(tool: Tool, name: str, case: Case, versions: Mapping[str, str]) -> str:
-    """Hash everything that a finding depends on."""
-    shared = [file for file in sorted(HERE.glob("*.py")) if file.stem not in ("run", "page", "environments")]
-    files = [HERE / "cases" / f"{name}.py", tool.adapter, *shared]
-    stated = json.dumps([versions, case.make_jobs(), [read_code(file) for file in files]])
+def make_key(tool: Tool, case: Case, versions: Mapping[str, str]) -> str:
+    """Hash everything that a run depends on."""
+    files = [tool.adapter, *(HERE / f"{name}.py" for name in ("adapter", "formats", "models"))]
+    stated = json.dumps([versions, case.hash_jobs(), [read_code(file) for file in files]])
     return hashlib.sha256(stated.encode()).hexdigest()[:16]
 
 
@@ -246,29 +246,37 @@ def read_code(file: Path) -> str:
     return ast.dump(tree)
 
 
-def stored_path(cache: Path, tool: Tool, name: str) -> Path:
-    return cache / "findings" / tool.name / f"{name}.json"
-
-
-def read_key(cache: Path, tool: Tool, name: str) -> str:
-    path = stored_path(cache, tool, name)
-    return json.loads(path.read_text())["key"] if path.exists() else ""
+def read_origin(folder: Path) -> dict[str, str]:
+    """Return the key, the commit and the date of the run in a folder, if there is one."""
+    path = folder / "origin.json"
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def store(
-    cache: Path, tool: Tool, name: str, key: str, versions: Mapping[str, str], columns: Mapping[str, Entry]
+    cache: Path,
+    tool: Tool,
+    name: str,
+    case: Case,
+    versions: Mapping[str, str],
+    origin: Mapping[str, str],
+    columns: Mapping[str, Entry],
 ) -> None:
-    path = stored_path(cache, tool, name)
+    path = cache / "findings" / tool.name / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    finding = {"key": key, "versions": versions, "commit": read_commit(), "columns": columns}
-    path.write_text(json.dumps(finding, indent=1))
+    made = {"commit": origin.get("commit", ""), "date": origin.get("date", ""), "jobs": case.hash_jobs()}
+    path.write_text(json.dumps({**made, "versions": versions, "columns": columns}, indent=1))
 
 
 @functools.cache
 def read_commit() -> str:
-    """Return the commit of the suite; "-dirty" follows if files differ from it."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--match="]
-    return subprocess.run(command, cwd=HERE, capture_output=True, text=True).stdout.strip() or "unknown"
+    """Return the commit of the suite; "-dirty" follows if cases, adapters or models differ from it."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=HERE, capture_output=True, text=True).stdout.strip()
+
+    files = "cases", "tools/*.py", "adapter.py", "formats.py", "models.py"
+    commit = git("rev-parse", "--short=12", "HEAD") or "unknown"
+    return f"{commit}-dirty" if git("status", "--porcelain", "--", *files) else commit
 
 
 if __name__ == "__main__":

@@ -1,8 +1,6 @@
 """A row that is too long does not teach a cut-off answer without a word."""
 
-import re
-
-from conformance.case import Case, Finding, compare_gradients
+from conformance.case import Case
 from conformance.conversations import ALL, learns, qwen, row
 from conformance.qwen_tools import OWN
 
@@ -35,15 +33,6 @@ def cut_in_proportion(way):
     return gradient
 
 
-def judge(case, reference, results):
-    """A row that is left out must be reported."""
-    finding = compare_gradients(case, reference, results)
-    [result] = results.values()
-    if finding.verdict == "right" and not re.search(case.reason, result.log, re.IGNORECASE):
-        return Finding("silently wrong", "the long row left out", finding.distance)
-    return finding
-
-
 CASE = Case(
     title="An answer that is cut off",
     group="what is learned",
@@ -53,10 +42,9 @@ CASE = Case(
     rows=[row(*SHORT[1:]), row(*LONG[1:])],
     settings={"batch_size": 2, "max_length": LENGTH},
     reason=r"too long|exceeds|(longer|larger) than|left out|dropped (\d+|lengthy)|\btruncated\b",
-    right=learns(qwen, [SHORT], ALL, "the long row left out: {}"),
+    left_out=learns(qwen, [SHORT], ALL, "the long row left out: {}"),
     wrong={
         **{f"an answer cut off: {way}": short_and_cut(way) for way in ALL},
         **{f"an answer cut off, and its prompt: {way}": cut_in_proportion(way) for way in ALL},
     },
-    judge=judge,
 )

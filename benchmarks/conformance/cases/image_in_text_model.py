@@ -23,7 +23,7 @@ CASE = Case(
     rows=[row(*GOOD), {"messages": [{"role": "user", "content": PARTS}, {"role": "assistant", "content": "A cat."}]}],
     settings={"batch_size": 2},
     reason=r"image (input|part|content)|(no|not support|without).*image|\bvision\b|\bmultimodal\b|not text",
-    right=learns(qwen, [[SYSTEM, *GOOD]], ALL, "the other row only: {}"),
+    left_out=learns(qwen, [[SYSTEM, *GOOD]], ALL, "the other row only: {}"),
     wrong={
         **learns(qwen, with_question(TEXT), ALL, "the image dropped: {}"),
         **learns(qwen, with_question(str(PARTS)), ALL, "the part written as Python: {}"),

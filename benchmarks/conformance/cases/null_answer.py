@@ -20,7 +20,7 @@ CASE = Case(
     rows=[row(*GOOD), EMPTY],
     settings={"model": "llama3", "batch_size": 2},
     reason=f"{TEXT}.{{0,40}}{NOTHING}|({NOTHING}|no) .{{0,20}}{TEXT}",
-    right=learns(llama, [GOOD], ALL, "the other row only: {}"),
+    left_out=learns(llama, [GOOD], ALL, "the other row only: {}"),
     wrong={
         **learns(llama, [GOOD, [ASKED, ("assistant", "None")]], ALL, "the word None: {}"),
         **learns(llama, [GOOD, [ASKED, ("assistant", "")]], ALL, "an empty answer: {}"),

@@ -38,10 +38,12 @@ def configure(job: Job) -> Configuration:
     job, extra, micro = as_conversation(job), job["extra"], job["micro_batch_size"]
     if job["kind"] not in KINDS or job["ask"].keys() & {"gguf", "answers"}:
         raise NotOffered(f"no type of dataset for {job['kind']}, or no such export or batch of answers")
-    settings = {name: job[name] for name in ("learning_rate", "seed", "save_steps")} | {"max_steps": job["steps"]}
-    settings |= {"optimizer": job["optim"], "lr_scheduler": job["schedule"], "warmup_steps": 0, "weight_decay": 0.0}
-    settings |= {"micro_batch_size": micro, "sequence_len": job["max_length"], "max_grad_norm": 0.0, "bf16": False}
-    settings |= {"gradient_accumulation_steps": job["batch_size"] // micro // job["processes"], "num_epochs": 99}
+    settings = {name: job[name] for name in ("learning_rate", "seed", "save_steps", "warmup_steps")}
+    settings |= {"num_epochs": job["epochs"]} if job["epochs"] else {"max_steps": job["steps"], "num_epochs": 99}
+    settings |= {"optimizer": job["optim"], "lr_scheduler": job["schedule"], "weight_decay": job["weight_decay"]}
+    settings |= {"micro_batch_size": micro, "sequence_len": job["max_length"], "bf16": False}
+    settings |= {"max_grad_norm": job["max_grad_norm"]}
+    settings |= {"gradient_accumulation_steps": job["batch_size"] // micro // job["processes"]}
     marked = {"message_field_training": "train"} if job["train_on"] == "last" else {}
     settings |= {"datasets": [KINDS[job["kind"]] | marked], "rl": "dpo" if job["kind"] == "preference" else None}
     settings |= {"train_on_inputs": (job["train_on"] == "all" and job["kind"] == "messages") or None}

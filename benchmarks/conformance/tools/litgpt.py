@@ -22,7 +22,6 @@ STYLES = {
     "llama3": ("Llama-3.2-1B", "llama3"),
 }
 SHAPE = {"n_layer": 2, "n_head": 4, "n_query_groups": 2, "n_embd": 64, "head_size": 16, "intermediate_size": 128}
-GUIDE = "https://github.com/Lightning-AI/litgpt/blob/main/tutorials/prepare_dataset.md"
 
 
 def configure(job: Job) -> Configuration:
@@ -31,6 +30,8 @@ def configure(job: Job) -> Configuration:
         raise NotOffered("rows of one question and answer only; adapters in a format of its own")
     if job["packing"] or job["processes"] > 1 or job["steps"] > 1 or job["train_on"] == "last" or job["extra"]:
         raise NotOffered("no packing, no processes on CPUs, no schedule without warmup, no such setting")
+    if job["max_grad_norm"] or job["weight_decay"] or job["warmup_steps"] or job["epochs"]:
+        raise NotOffered("no clipping on one device; the adapter sets no decay, warm-up or epochs")
     settings = {"precision": "32-true", "seed": job["seed"], "data": "JSON", "train.max_seq_length": job["max_length"]}
     settings["optimizer"] = {"class_path": "torch.optim.SGD", "init_args": {"lr": job["learning_rate"]}}
     # the first step of its warmup has a rate of 0, and a warmup of 0 steps divides by 0
@@ -87,4 +88,4 @@ def as_instruction(row: dict[str, Any]) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    adapter.serve("litgpt", configure, train, {"the whole text": GUIDE}, torchrun=False)
+    adapter.serve("litgpt", configure, train, torchrun=False)

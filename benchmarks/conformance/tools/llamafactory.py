@@ -17,17 +17,6 @@ from llamafactory.cli import main  # noqa: E402
 STAGES = {"messages": "sft", "text": "pt", "preference": "dpo"}
 TEMPLATES = {"qwen2.5": "qwen", "qwen3": "qwen3", "llama3": "llama3"}
 LORA = {"r": "lora_rank", "target_modules": "lora_target", "modules_to_save": "additional_target"}
-SOURCE = "https://github.com/hiyouga/LlamaFactory/blob/main"
-ARGUMENTS = f"{SOURCE}/src/llamafactory/hparams/data_args.py"
-DOCUMENTED = {
-    "an answer cut off": ARGUMENTS,  # cutoff_len
-    "earlier answers too": ARGUMENTS,  # mask_history
-    "rows see each other": ARGUMENTS,  # neat_packing
-    "the template's own tokens are split": f"{SOURCE}/src/llamafactory/hparams/model_args.py",  # split_special_tokens
-    "the saved template asks the model to think": f"{SOURCE}/data/README.md",
-    **adapter.TOKENS,
-    **adapter.MODULES,
-}
 EXTRA = {"validation": "val_size", "thinking": "enable_thinking", "add_tokens": "add_tokens"}
 
 
@@ -38,6 +27,8 @@ def configure(job: Job) -> Configuration:
         raise NotOffered(f"no stage for rows of {job['kind']}, or no such export")
     if job["file"] == "parquet":
         raise NotOffered("its rows have calls and tools as JSON text, which a table does not fill with nulls")
+    if job["method"] == "prompt_tuning":
+        raise NotOffered("no prompt tuning")
     documented, whole = job["column"] == "documented", job["train_on"] == "all" and job["kind"] == "messages"
     family = next((name for name in TEMPLATES if Path(job["model"]).name.startswith(name)), "")
     settings = adapter.trainer_arguments(job) | {
@@ -94,4 +85,4 @@ def run(command: str, folder: Path, settings: Configuration) -> None:
 
 
 if __name__ == "__main__":
-    adapter.serve("llamafactory", configure, train, DOCUMENTED)
+    adapter.serve("llamafactory", configure, train)

@@ -19,8 +19,6 @@ BLOCKS |= dict.fromkeys(("gate_proj", "up_proj", "down_proj"), "mlp.")
 OPTIMIZERS = {"sgd": "sgd", "adamw_torch": "adamw"}
 FROZEN = ["model.embed_tokens", "model.norm", "lm_head"]
 """`full` trains the layers only, which has a case of its own; the other cases compare the layers."""
-MASK = "https://github.com/ml-explore/mlx-lm/blob/main/mlx_lm/LORA.md#prompt-masking"
-DOCUMENTED = {"the whole text": MASK, "only the last answer": MASK, **adapter.TEMPLATES}
 
 
 def configure(job: Job) -> Configuration:
@@ -32,6 +30,8 @@ def configure(job: Job) -> Configuration:
         raise NotOffered(
             "no packing, no processes without MPI, no optimiser state to resume; a 4-bit base is another model"
         )
+    if job["max_grad_norm"] or job["epochs"] or job["warmup_steps"]:
+        raise NotOffered("no clipping, no epochs; warm-up by a schedule, which has no steps without it")
     known = {"lora", "gradient_checkpointing", "split_special_tokens"}
     if extra.keys() - known or extra.get("lora", {}).keys() & {"modules_to_save", "use_rslora"}:
         raise NotOffered(f"no setting for {', '.join(extra)}")
@@ -41,6 +41,8 @@ def configure(job: Job) -> Configuration:
     settings["iters"] *= settings["grad_accumulation_steps"]
     settings |= {"grad_checkpoint": True} if "gradient_checkpointing" in extra else {}
     settings |= {"mask_prompt": True} if job["column"] == "documented" and job["train_on"] != "all" else {}
+    if job["weight_decay"]:
+        settings["optimizer_config"] = {settings["optimizer"]: {"weight_decay": job["weight_decay"]}}
     if job["schedule"] == "linear":
         schedule = [job["learning_rate"], 0.0, job["steps"]]
         settings["lr_schedule"] = {"name": "linear_schedule", "arguments": schedule}
@@ -87,4 +89,4 @@ def as_peft(folder: Path, lora: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    adapter.serve("mlx-lm", configure, train, DOCUMENTED, torchrun=False)
+    adapter.serve("mlx-lm", configure, train, torchrun=False)

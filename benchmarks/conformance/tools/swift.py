@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from conformance import adapter
-from conformance.adapter import Configuration, Job, NotOffered
+from conformance.adapter import Configuration, Job, NotOffered, NotRun
 from conformance.formats import as_conversation, as_numbered, as_two_conversations
 from swift.pipelines import export_main, infer_main, pretrain_main, rlhf_main, sft_main
 
@@ -16,30 +16,23 @@ TYPES = {"qwen2.5": ("qwen2", "qwen2_5"), "qwen3": ("qwen3", "qwen3"), "llama3":
 LORA = {"r": "lora_rank"}
 EXTRA = {"validation": "split_dataset_ratio", "thinking": "enable_thinking", "add_tokens": "new_special_tokens"}
 
-SOURCE = "https://github.com/modelscope/ms-swift/blob/main/docs/source_en"
-PARAMETERS = f"{SOURCE}/Instruction/Command-line-parameters.md"
-DOCUMENTED = {
-    "the long row left out": PARAMETERS,  # truncation_strategy
-    "earlier answers too": PARAMETERS,  # loss_scale
-    "joined": f"{SOURCE}/Customization/Custom-dataset.md",
-    "the saved template asks the model to think": PARAMETERS,  # enable_thinking
-    **adapter.TOKENS,
-    **adapter.MODULES,
-}
-
 
 def configure(job: Job) -> Configuration:
     """Return the arguments."""
     job, extra = as_conversation(job), job["extra"]
+    if job["kind"] == "rerank":
+        raise NotRun("the adapter does not train ms-swift's rerankers yet")
     if job["kind"] not in COMMANDS or "gguf" in job["ask"]:
         raise NotOffered(f"no command for rows of {job['kind']}, or no such export")
+    if job["method"] == "prompt_tuning":
+        raise NotOffered("no prompt tuning")
     family = next((name for name in TYPES if Path(job["model"]).name.startswith(name)), "")
     settings = adapter.trainer_arguments(job) | {
         "tuner_type": job["method"].removeprefix("q"),
         "max_length": job["max_length"],
     }
     settings |= dict(zip(("model_type", "template"), TYPES.get(family, ()), strict=False))
-    settings |= {"torch_dtype": "float32", "warmup_ratio": 0.0, "weight_decay": 0.0}
+    settings |= {"torch_dtype": "float32", "warmup_ratio": 0.0}
     settings |= {"packing": job["packing"] or None, "rlhf_type": "dpo" if job["kind"] == "preference" else None}
     if job["kind"] == "messages":
         settings |= {"loss_scale": {"last": "last_round", "all": "all"}.get(job["train_on"])}
@@ -78,4 +71,4 @@ def as_arguments(values: Configuration) -> list[str]:
 
 
 if __name__ == "__main__":
-    adapter.serve("ms-swift", configure, train, DOCUMENTED)
+    adapter.serve("ms-swift", configure, train)

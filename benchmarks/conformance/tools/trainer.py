@@ -24,62 +24,65 @@ from transformers import (
 
 KINDS = {"seq2seq": AutoModelForSeq2SeqLM, "classify": AutoModelForSequenceClassification}
 LABELS = {"animal": 0, "colour": 1}
-DOCUMENTED = {
-    "the whole text": "https://huggingface.co/docs/transformers/chat_templating#model-training",
-    "an answer cut off": "https://huggingface.co/docs/transformers/pad_truncation",
-    **adapter.TEMPLATES,
-    **adapter.MODULES,
-}
+COLLATORS = {"seq2seq": "DataCollatorForSeq2Seq", "classify": "DataCollatorWithPadding"}
 
 
 def configure(job: Job) -> Configuration:
     """Return the training arguments. `model_init` is the documented way to a seed that covers a new adapter."""
     if job["kind"] not in ("messages", "text", "seq2seq", "classify") or job["packing"]:
         raise NotOffered("no documented way to train on packed rows, or rows of this kind")
-    settings = adapter.trainer_arguments(job) | {"weight_decay": 0.0, "warmup_steps": 0}
+    settings = adapter.trainer_arguments(job) | {"tokenizer": {"truncation": True, "max_length": job["max_length"]}}
+    settings["data_collator"] = COLLATORS.get(job["kind"], "DataCollatorForLanguageModeling")
     unknown = {"validation", "add_tokens", "thinking", "gguf", "answers", "qlora"}
     if missing := unknown & {*job["extra"], *job["ask"], job["method"]}:
         raise NotOffered(f"no setting of the trainer for {', '.join(missing)}")
     settings |= {"model_init": True} if job["column"] == "documented" and job["method"] == "lora" else {}
+    if job["method"] == "lora":
+        settings["peft_config"] = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
+        settings["peft_config"] |= job["extra"].get("lora", {})
     return settings | ({"gradient_checkpointing": True} if job["extra"].get("gradient_checkpointing") else {})
 
 
-def encode(row: dict[str, Any], tokenizer: Any, job: Job) -> dict[str, Any]:
+def encode(row: dict[str, Any], tokenizer: Any, kind: str, cut: Configuration) -> dict[str, Any]:
     """Tokenise a row as the guides on chat templates, language modelling and translation do."""
-    if job["kind"] == "seq2seq":
-        return dict(tokenizer(row["source"], text_target=row["target"], max_length=job["max_length"], truncation=True))
-    if job["kind"] == "classify":
-        return dict(tokenizer(row["text"], truncation=True)) | {"label": LABELS[row["label"]]}
-    if job["kind"] == "text":
-        return dict(tokenizer(row["text"], truncation=True, max_length=job["max_length"]))
+    if kind == "seq2seq":
+        return dict(tokenizer(row["source"], text_target=row["target"], **cut))
+    if kind == "classify":
+        return dict(tokenizer(row["text"], **cut)) | {"label": LABELS[row["label"]]}
+    if kind == "text":
+        return dict(tokenizer(row["text"], **cut))
     text = tokenizer.apply_chat_template(row["messages"], tools=row.get("tools"), tokenize=False)
-    return dict(tokenizer(text, add_special_tokens=False, truncation=True, max_length=job["max_length"]))
+    return dict(tokenizer(text, add_special_tokens=False, **cut))
 
 
-def make_model(job: Job) -> Any:
+def make_model(job: Job, lora: Configuration | None) -> Any:
     """Load the model, with a new adapter for LoRA."""
     named = {"id2label": dict(enumerate(LABELS)), "label2id": LABELS} if job["kind"] == "classify" else {}
     model = KINDS.get(job["kind"], AutoModelForCausalLM).from_pretrained(job["model"], dtype=torch.float32, **named)
-    if job["method"] == "full":
+    if not lora:
         return model
-    lora = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", **job["extra"].get("lora", {})}
     return get_peft_model(model, LoraConfig(task_type="SEQ_CLS" if named else "CAUSAL_LM", **lora))
 
 
 def train(job: Job, settings: Configuration) -> dict[str, Any]:
     folder, tokenizer = f"{job['out']}/model", AutoTokenizer.from_pretrained(job["model"])
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    model = None if "model_init" in settings else make_model(job)
-    arguments = {name: value for name, value in settings.items() if name != "model_init"}
+    arguments = dict(settings)
+    _, cut, lora = (arguments.pop(name, None) for name in ("data_collator", "tokenizer", "peft_config"))
+    model = None if arguments.pop("model_init", False) else make_model(job, lora)
     rows = load_dataset("json" if job["file"] == "jsonl" else job["file"], data_files=job["rows"], split="train")
     collators = {"seq2seq": DataCollatorForSeq2Seq(tokenizer, model), "classify": DataCollatorWithPadding(tokenizer)}
     tested = load_dataset("json", data_files=job["test_rows"], split="train") if "losses" in job["ask"] else None
+
+    def encode_row(row: dict[str, Any]) -> dict[str, Any]:
+        return encode(row, tokenizer, job["kind"], cut or {})
+
     trainer = Trainer(
         model=model,
-        model_init=None if model else lambda: make_model(job),
+        model_init=None if model else lambda: make_model(job, lora),
         args=TrainingArguments(output_dir=folder, **arguments),
-        train_dataset=rows.map(lambda row: encode(row, tokenizer, job), remove_columns=rows.column_names),
-        eval_dataset=tested and tested.map(lambda row: encode(row, tokenizer, job), remove_columns=rows.column_names),
+        train_dataset=rows.map(encode_row, remove_columns=rows.column_names),
+        eval_dataset=tested and tested.map(encode_row, remove_columns=rows.column_names),
         data_collator=collators.get(job["kind"]) or DataCollatorForLanguageModeling(tokenizer, mlm=False),
     )
     trainer.train(resume_from_checkpoint=adapter.checkpoint(job))
@@ -91,4 +94,4 @@ def train(job: Job, settings: Configuration) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    adapter.serve("transformers", configure, train, DOCUMENTED)
+    adapter.serve("transformers", configure, train)

@@ -14,13 +14,7 @@ from transformers import BitsAndBytesConfig
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from trl.trainer.utils import remove_none_values
 
-SAME = {"weight_decay": 0.0, "bf16": False, "save_only_model": False}
-DOCUMENTED = {
-    "the whole text": "https://huggingface.co/docs/trl/sft_trainer#train-on-assistant-messages-only",
-    "an answer cut off": "https://huggingface.co/docs/trl/reducing_memory_usage#truncation",
-    **adapter.TEMPLATES,
-    **adapter.MODULES,
-}
+SAME = {"bf16": False, "save_only_model": False}
 
 
 def configure(job: Job) -> Configuration:
@@ -35,6 +29,10 @@ def configure(job: Job) -> Configuration:
         settings["remove_none_values"] = True
     if job["column"] == "documented" and job["kind"] == "messages" and job["train_on"] == "assistant":
         settings["assistant_only_loss"] = True
+    if job["method"] != "full":
+        settings["peft_config"] = {"r": 4, "lora_alpha": 8, **job["extra"].get("lora", {})}
+    if job["method"] == "qlora":
+        settings["quantization_config"] = {"load_in_4bit": True}
     return settings | ({"gradient_checkpointing": True} if job["extra"].get("gradient_checkpointing") else {})
 
 
@@ -45,16 +43,16 @@ def train(job: Job, settings: Configuration) -> dict[str, Any]:
     if settings.pop("remove_none_values", False):
         # https://github.com/huggingface/trl/blob/main/MIGRATION.md, https://huggingface.co/docs/trl/dataset_formats
         rows = Dataset.from_list([remove_none_values(row) for row in rows], on_mixed_types="use_json")
-    lora = LoraConfig(**{"r": 4, "lora_alpha": 8, **job["extra"].get("lora", {})})
+    lora, quantized = settings.pop("peft_config", None), settings.pop("quantization_config", None)
     tested = load_dataset("json", data_files=job["test_rows"], split="train") if "losses" in job["ask"] else None
     loading: dict[str, Any] = {"dtype": torch.float32}
-    loading |= {"quantization_config": BitsAndBytesConfig(load_in_4bit=True)} if job["method"] == "qlora" else {}
+    loading |= {"quantization_config": BitsAndBytesConfig(**quantized)} if quantized else {}
     training = trainer(
         model=job["model"],
         args=config(output_dir=folder, model_init_kwargs=loading, **settings),
         train_dataset=rows,
         eval_dataset=tested,
-        peft_config=lora if job["method"] != "full" else None,
+        peft_config=LoraConfig(**lora) if lora else None,
     )
     training.train(resume_from_checkpoint=adapter.checkpoint(job))
     training.save_model(folder)
@@ -64,4 +62,4 @@ def train(job: Job, settings: Configuration) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    adapter.serve("trl", configure, train, DOCUMENTED)
+    adapter.serve("trl", configure, train)

@@ -19,10 +19,6 @@ PARTS = {
     "llama": ("<|start_header_id|>user<|end_header_id|>\n\n", "<|start_header_id|>assistant<|end_header_id|>\n\n"),
 }
 """Where questions and answers begin: the arguments of `train_on_responses_only`."""
-DOCUMENTED = {
-    "the whole text": "https://github.com/unslothai/unsloth-zoo/blob/main/unsloth_zoo/dataset_utils.py",
-    "an answer cut off": "https://huggingface.co/docs/trl/reducing_memory_usage#truncation",
-}
 
 
 def configure(job: Job) -> Configuration:
@@ -33,7 +29,7 @@ def configure(job: Job) -> Configuration:
     if extra.keys() - {"lora", "gradient_checkpointing"} or job["processes"] > 1:
         raise NotOffered(f"no setting of the trainer for {', '.join(extra) or 'several processes on CPUs'}")
     settings = adapter.trainer_arguments(job) | {"max_length": job["max_length"], "packing": job["packing"]}
-    settings |= {"weight_decay": 0.0, "dataset_num_proc": 1}
+    settings |= {"dataset_num_proc": 1}
     if job["column"] == "documented" and job["kind"] == "messages" and job["train_on"] != "all":
         settings["train_on_responses_only"] = {"last_response_only": True} if job["train_on"] == "last" else {}
     return settings
@@ -89,4 +85,4 @@ def render(tokenizer: Any, row: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    adapter.serve("unsloth", configure, train, DOCUMENTED, torchrun=False)
+    adapter.serve("unsloth", configure, train, torchrun=False)
