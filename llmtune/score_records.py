@@ -150,6 +150,8 @@ class Champion:
     """Number of shared test rows."""
     asked: int = 0
     """Number of shared rows that the champion's model answered now, because its own run did not test them."""
+    partial: dict[str, str] = field(default_factory=dict)
+    """Metrics that are compared without some of the shared rows, each with their number and the reason."""
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import json
 import os
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, NotRequired
@@ -17,7 +17,7 @@ from typing_extensions import TypedDict
 
 from llmtune.data.row_store import RECORD, iterate_ids, load_rows
 from llmtune.errors import DataError, EnvironmentProblem, LlmtuneError, Problem, RecipeError
-from llmtune.evaluate.metric import paired_difference
+from llmtune.evaluate.metric import Measure, paired_difference
 from llmtune.evaluate.opened_runs import (
     ScoredRun,
     find_other_keys,
@@ -318,4 +318,19 @@ def compare_with_champion(
         tuned={metric: after.value for metric, (_, after) in pairs.items()},
         rows=len(both),
         asked=len(both & {*asked.rows}),
+        partial=dict(find_partial(champion, own, pairs)),
     )
+
+
+def find_partial(
+    champion: ScoredRun, own: ScoredRun, pairs: Mapping[str, tuple[Measure, Measure]]
+) -> Iterator[tuple[str, str]]:
+    """Yield metrics that leave out rows whose candidates or columns differ from the champion's, with their number."""
+    for metric, (_, after) in pairs.items():
+        names = own.row_names(metric)
+        if own.measures.tuned[metric].names and len(after.sums_NK) < len(names):
+            fewer = f"{len(names) - len(after.sums_NK)} of {len(names)}"
+            yield (
+                metric,
+                f"{fewer} rows are left out, because the champion did not have the same {own.name_inputs(metric)}",
+            )

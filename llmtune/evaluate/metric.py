@@ -49,6 +49,9 @@ class Measure:
     """A row at either end of the metric's range; None if it is unbounded."""
     clusters: tuple[int, ...] = ()
     """[N] equal for rows that belong together and are drawn and swapped together; empty if no rows do."""
+    names: tuple[str, ...] = ()
+    """[N] names of rows that depend on more than one evaluated row, such as a query with its candidates. Another run's
+    rows are compared only under the same names. Empty if each is one evaluated row, named by `PerRowScores.rows`."""
 
     @property
     def value(self) -> float:
@@ -75,7 +78,8 @@ class Measure:
     def take(self, numbers: Sequence[int] | NDArray[np.int64]) -> Measure:
         """Return the metric on the rows with these numbers, in that order."""
         at, clusters = (tuple(part[n] for n in numbers) if part else () for part in (self.at, self.clusters))
-        return replace(self, sums_NK=self.sums_NK[list(numbers)], at=at, clusters=clusters)
+        names = tuple(self.names[n] for n in numbers) if self.names else ()
+        return replace(self, sums_NK=self.sums_NK[list(numbers)], at=at, clusters=clusters, names=names)
 
     def in_clusters(self, clusters: Sequence[int]) -> Measure:
         """Return it with the clusters of its rows; `clusters` is indexed by evaluated row, as `at` is."""

@@ -17,11 +17,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console
 
+from llmtune.data.row_hash import hash_content
 from llmtune.data.row_store import iterate_columns, iterate_rows
 from llmtune.errors import Problem, RecipeError, nearest
 from llmtune.evaluate.metric import Measure, measure_means
 from llmtune.evaluate.own_metric_process import BLOCKED
 from llmtune.evaluate.paired_statistics import share_bounds
+from llmtune.evaluate.per_row_scores import name_rows
 from llmtune.recipe.evaluate_section import EvaluateSection
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_facts import answer_kind
@@ -194,7 +196,8 @@ def measure_own(
             continue
         one = measure_means(name, found, metric.signature)
         bounds = None if metric.kind == "number" else share_bounds
-        measured[name] = replace(one, bounds=bounds, right_wrong=metric.kind == "bool", at=tuple(answers))
+        names = name_rows([hash_content(row).hex() for row, _ in pairs]) if section.slices else ()
+        measured[name] = replace(one, bounds=bounds, right_wrong=metric.kind == "bool", at=tuple(answers), names=names)
     return measured
 
 

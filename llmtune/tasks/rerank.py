@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +27,7 @@ from llmtune.data.tokenization import Segment, decode_shortened
 from llmtune.errors import DataError
 from llmtune.evaluate.evaluated_task import EvalPrediction, LoadedModel
 from llmtune.evaluate.metric import Measure
-from llmtune.evaluate.ranking_metrics import RELEVANT, RankedQuery, measure_ranking
+from llmtune.evaluate.ranking_metrics import RELEVANT, RankedQuery, measure_ranking, name_query
 from llmtune.evaluate.token_batches import run_encoder
 from llmtune.model.causal_lm_loss import model_inputs
 from llmtune.model.config import name_outputs
@@ -198,8 +198,9 @@ class Rerank(ReadingTask[RerankRow, RerankPrediction]):
             RankedQuery(
                 [score for i in numbers for score in found.predictions[i]["scores"]],
                 [relevance for i in numbers for relevance in found.references[i]["relevances"]],
+                name=name_query(query, (pair for i in numbers for pair in judged_passages(found.references[i]))),
             )
-            for numbers in rows.values()
+            for query, numbers in rows.items()
         ]
         measured = measure_ranking(metric, queries, [numbers[0] for numbers in rows.values()])
         if (mined := recipe.data.negatives) is None:
@@ -228,6 +229,11 @@ def rerank_section(recipe: Recipe) -> RerankSection:
 def pair_rows(rows: Sequence[RerankRow]) -> list[ClassifyRow]:
     """Return a pair of texts per passage."""
     return [{"text": row["query"], "pair": passage, "label": None} for row in rows for passage in row["passages"]]
+
+
+def judged_passages(row: RerankRow) -> Iterator[tuple[str, float]]:
+    """Yield each passage of a row with its relevance."""
+    yield from zip(row["passages"], row["relevances"], strict=True)
 
 
 def ranked(scores: list[float]) -> RerankPrediction:
