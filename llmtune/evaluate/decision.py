@@ -18,7 +18,14 @@ from rich.console import Console
 
 from llmtune.evaluate.calibration import RECORD as CALIBRATION_RECORD
 from llmtune.evaluate.calibration import Chosen, log_probabilities, read_rules, save_calibration
-from llmtune.evaluate.metric import Measure, measure_means, measure_shares
+from llmtune.evaluate.metric import (
+    Measure,
+    columns,
+    counted_bounds,
+    measure_means,
+    measure_shares,
+    ratio_of_counted,
+)
 from llmtune.evaluate.paired_statistics import Floats
 from llmtune.evaluate.selective_prediction import (
     fit_sets,
@@ -111,8 +118,7 @@ def measure_decisions(record: Decision, test: Chosen) -> tuple[dict[str, Measure
     if record.threshold is not None:
         decided_N = is_decided(record, confidence_N)
         found["decided"] = measure_shares("decided", decided_N.tolist(), "share of rows with a decided answer")
-        errors = measure_shares("decided_error", wrong_N.tolist(), "share of decided answers that are wrong")
-        found["decided_error"] = replace(errors, at=at).take(np.flatnonzero(decided_N))
+        found["decided_error"] = measure_errors(decided_N, wrong_N)
     if record.set_bounds:
         chosen_NK = read_sets(test.probabilities(), record.set_bounds, many=test.many)
         right_N, hits_N = test.right_UK.sum(1), (chosen_NK & test.right_UK).sum(1)
@@ -123,7 +129,16 @@ def measure_decisions(record: Decision, test: Chosen) -> tuple[dict[str, Measure
         alarms = is_unusual(record, test).tolist()
         found["false_alarms"] = measure_shares("false_alarms", alarms, "share of test rows called out of scope")
     curve = risk_curve(confidence_N, wrong_N) if record.threshold is not None else ()
-    return {name: one if one.at else replace(one, at=at) for name, one in found.items()}, curve
+    return {name: replace(one, at=at) for name, one in found.items()}, curve
+
+
+def measure_errors(decided_N: NDArray[np.bool_], wrong_N: NDArray[np.bool_]) -> Measure:
+    """Return the share of decided answers that are wrong.
+
+    It has every row: two models decide different rows, and each keeps its own.
+    """
+    sums_N2, signature = columns(decided_N & wrong_N, decided_N), "share of decided answers that are wrong"
+    return Measure("decided_error", sums_N2, ratio_of_counted, signature=signature, bounds=counted_bounds)
 
 
 def is_decided(record: Decision, confidence_N: Floats) -> NDArray[np.bool_]:

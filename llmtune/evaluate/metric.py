@@ -152,6 +152,8 @@ def own_interval(measure: Measure, seed: int) -> Difference:
     Shares of single rows get the exact interval of Clopper and Pearson; other metrics that of `paired_difference`
     with a model that scores zero.
     """
+    if measure.formula is ratio_of_counted:
+        measure = replace(measure.take(np.flatnonzero(measure.sums_NK[:, 1])), formula=ratio)
     rows, sums_NK = len(measure.sums_NK), measure.sums_NK
     is_share = measure.formula is ratio and sums_NK.shape[1] == 2 and np.isin(sums_NK, (0, 1)).all()
     if rows and is_share and sums_NK[:, 1].all() and not measure.clusters:
@@ -184,6 +186,11 @@ def ratio(sums: Floats) -> Floats:
     """[..., (numerator, denominator)] -> [...]; 0 / 0 is NaN."""
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.asarray(sums[..., 0] / sums[..., 1], dtype=np.float64)
+
+
+def ratio_of_counted(sums: Floats) -> Floats:
+    """Return the ratio of rows of which each model counts others, such as those that it decides."""
+    return ratio(sums)
 
 
 def rows_by_squares(sums: Floats) -> Floats:
@@ -224,6 +231,11 @@ def difference_of_ratios(sums: Floats) -> Floats:
 # Ten rows with equal answers do not prove that all rows have equal answers. Intervals of bounded metrics therefore
 # resample two more rows, in which one model is as bad as the metric allows and the other as good (`difference`).
 # Shapes: M rows of both models, or groups of rows added up.
+
+
+def counted_bounds(sums_MK: Floats) -> tuple[Floats, Floats]:
+    """(wrong, counted) where a model need not count a row: a row that counts, at either end."""
+    return share_bounds(np.ones_like(sums_MK))
 
 
 def mean_share_bounds(sums_MK: Floats) -> tuple[Floats, Floats]:
@@ -307,6 +319,7 @@ def reliability_bounds(sums_M3B: Floats) -> tuple[Floats, Floats]:
 
 BOUNDS: Mapping[str, Bounds] = {
     "share": share_bounds,
+    "counted": counted_bounds,
     "mean of shares": mean_share_bounds,
     "errors": error_bounds,
     "chrf": chrf_bounds,

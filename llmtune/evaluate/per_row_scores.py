@@ -29,7 +29,15 @@ from llmtune.evaluate.classification_metrics import (
     f1_weighted_formula,
     matthews_formula,
 )
-from llmtune.evaluate.metric import BOUNDS, Measure, PairedMeasures, difference_of_ratios, ratio, rows_by_squares
+from llmtune.evaluate.metric import (
+    BOUNDS,
+    Measure,
+    PairedMeasures,
+    difference_of_ratios,
+    ratio,
+    ratio_of_counted,
+    rows_by_squares,
+)
 from llmtune.evaluate.paired_statistics import Formula
 from llmtune.evaluate.text_metrics import bleu_formula, chrf_formula, error_rate, exponential_ratio, ter_formula
 from llmtune.records import Rows
@@ -56,6 +64,7 @@ FORMULAS: dict[str, Formula] = {
     "apart": difference_of_ratios,
     "ece": ece_formula,
     "rows_by_squares": rows_by_squares,
+    "ratio_of_counted": ratio_of_counted,
 }
 """Formulas by their names on disk."""
 

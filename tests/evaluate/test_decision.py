@@ -110,7 +110,10 @@ def test_answers_are_decided_as_the_test_rows_are(many: bool) -> None:
     decided = [one["decision"] == "decide" for one in found]
     assert 0 < sum(decided) < 60
     assert measures["decided"].sums_NK[:, 0].tolist() == decided
-    assert measures["decided_error"].at == tuple(np.flatnonzero(decided))
+    errors = measures["decided_error"]
+    assert (errors.sums_NK[:, 1] > 0).tolist() == decided
+    assert errors.value == pytest.approx(rate_rows(test)[1][decided].mean())
+    assert own_interval(errors, 0).n == sum(decided)
     assert measures["set_size"].sums_NK[:, 0].tolist() == [len(one["set"]) for one in found]
     assert measures["false_alarms"].sums_NK[:, 0].tolist() == [one["out_of_scope"] for one in found]
     assert curve[-1] == (1.0, pytest.approx(rate_rows(test)[1].mean()))

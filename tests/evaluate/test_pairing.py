@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from rich.console import Console
 from support.families import build_bert
 from support.pairs import recipe_of
@@ -21,9 +22,9 @@ from llmtune.data.row_hash import hash_content
 from llmtune.errors import RecipeError
 from llmtune.evaluate.calibration import Chosen, measure_calibration
 from llmtune.evaluate.champion import compare_with_champion
-from llmtune.evaluate.decision import measure_decisions
+from llmtune.evaluate.decision import measure_decisions, measure_errors
 from llmtune.evaluate.evaluated_task import Corpus, EvalPrediction
-from llmtune.evaluate.metric import Measure, measure_right
+from llmtune.evaluate.metric import Measure, measure_right, own_interval, paired_difference
 from llmtune.evaluate.opened_runs import ScoredRun, check_alike, pair_measures
 from llmtune.evaluate.own_metrics import measure_own
 from llmtune.evaluate.per_row_scores import PerRowScores, name_rows, pack_measures, unpack_measures
@@ -235,6 +236,57 @@ def test_the_spread_of_vectors_is_compared_only_among_the_same_texts(metric: str
     rows = [embed_row(f"q{i}", f"p{i}") for i in range(6)]
     assert found_in(metric, rows, rows) == 6
     assert found_in(metric, rows, [*rows[:5], embed_row("q5", "other")]) == 0
+
+
+# Decisions
+
+
+def decided_run(name: str, *, decides_hard: bool) -> ScoredRun:
+    """Return a run that is right on 240 rows, and decides another 60 wrongly or not at all."""
+    n = np.arange(300)
+    logits, hard = np.zeros((300, 3)), n >= 240
+    logits[n, np.where(hard, n + 1, n) % 3] = np.where(hard & (not decides_hard), 0, 4)
+    chosen = Chosen(LABELS, logits, np.eye(3, dtype=bool)[n % 3], tuple(n.tolist()))
+    measures, _ = measure_decisions(Decision(LABELS, False, 9, 1, Threshold(0.1, 0.9, 0.6, 9, 9, 0)), chosen)
+    return scored(name, "classify", [f"{i}" for i in n], **measures)
+
+
+def test_each_model_keeps_its_own_decided_rows_in_a_comparison() -> None:
+    champion, own = decided_run("champion", decides_hard=False), decided_run("this run", decides_hard=True)
+    check_alike([champion, own])
+    found = compare(champion, own)
+    difference = found.difference["decided_error"]
+    assert (found.scores["decided_error"], found.tuned["decided_error"]) == (0, pytest.approx(0.2))
+    assert difference.n == 300
+    assert difference.value == pytest.approx(0.2)
+    assert 0.1 < difference.low < difference.high < 0.3
+    assert found.difference["decided"].value == pytest.approx(0.2)
+    assert own_interval(own.measures.tuned["decided_error"], 0).n == 300
+    assert own_interval(champion.measures.tuned["decided_error"], 0).n == 240
+
+
+def test_the_error_of_decided_rows_survives_its_file(tmp_path: Path) -> None:
+    scores = decided_run("one", decides_hard=True).measures
+    read = unpack_measures(pack_measures(scores), tmp_path, "").tuned["decided_error"]
+    known = scores.tuned["decided_error"]
+    assert (read.formula, read.bounds, read.value) == (known.formula, known.bounds, known.value)
+
+
+@pytest.mark.slow
+def test_equal_models_and_models_at_the_margin_rarely_pass_a_gate_on_the_error_of_decided_rows() -> None:
+    draw, passed, at_margin = np.random.default_rng(0), 0, 0
+    for seed in range(150):
+        hard = draw.random(60) < 0.1
+
+        def model(further: float, hard: NDArray[np.bool_] = hard) -> Measure:
+            wrong = np.where(draw.random(60) < 0.5, hard, draw.random(60) < 0.1) | (draw.random(60) < further)
+            return measure_errors(draw.random(60) < 0.7, wrong)
+
+        base = model(0.0)
+        passed += paired_difference(base, model(0.0), seed).high < 0
+        at_margin += paired_difference(base, model(0.1), seed).high < 0.09  # worse by 0.1 of the 0.9 right rows
+    assert passed <= 7
+    assert at_margin <= 7
 
 
 # Choices and the user's own metrics
