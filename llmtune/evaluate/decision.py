@@ -88,14 +88,15 @@ def fit_decision(section: EvaluateSection, validation: Chosen | None, checkpoint
     if validation is None:
         return "no validation row has a choice"
     rows = len(set(validation.rows))
-    record = Decision(validation.labels, validation.many, rows, checkpoints)
+    record = Decision(validation.labels, validation.many, rows, checkpoints, outside=validation.outside)
     if section.decide is not None:
         confidence = divide_error(section.decide.confidence, checkpoints)
         threshold = prove_risk(*rate_rows(validation), section.decide.risk, confidence)
         record = replace(record, threshold=replace(threshold, confidence=section.decide.confidence))
     if section.sets is not None:
         coverage, per_class = section.sets.coverage, section.sets.per_class
-        bounds = fit_sets(validation.probabilities(), validation.right_UK, coverage, per_class=per_class)
+        missed = 0 if per_class else record.outside
+        bounds = fit_sets(validation.probabilities(), validation.right_UK, coverage, missed, per_class=per_class)
         free = tuple(label for label, bound in zip(validation.labels, bounds, strict=True) if bound == 0)
         record = replace(record, set_bounds=bounds, coverage=coverage, per_class=per_class, free_labels=free)
     if section.out_of_scope is not None:
@@ -122,7 +123,7 @@ def measure_decisions(record: Decision, test: Chosen) -> tuple[dict[str, Measure
     if record.set_bounds:
         chosen_NK = read_sets(test.probabilities(), record.set_bounds, many=test.many)
         right_N, hits_N = test.right_UK.sum(1), (chosen_NK & test.right_UK).sum(1)
-        covered_N = np.where(right_N > 0, hits_N / np.maximum(right_N, 1), 1.0)
+        covered_N = np.where(right_N > 0, hits_N / np.maximum(right_N, 1), float(test.many))
         found["set_coverage"] = measure_shares("set_coverage", covered_N.tolist(), "share of right labels in the set")
         found["set_size"] = measure_means("set_size", chosen_NK.sum(1).tolist(), "labels in the prediction set")
     if record.false_alarms is not None:
