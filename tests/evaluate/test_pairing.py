@@ -19,6 +19,7 @@ from support.rows import write_jsonl
 from support.runs import invoke
 
 from llmtune.data.row_hash import hash_content
+from llmtune.data.row_input import hash_input
 from llmtune.errors import RecipeError
 from llmtune.evaluate.calibration import Chosen, measure_calibration
 from llmtune.evaluate.champion import compare_with_champion
@@ -84,6 +85,45 @@ def test_a_row_whose_input_changed_has_another_name(task: str) -> None:
     row, change = CHANGES[task]
     assert hash_content(row) == hash_content(dict(reversed(row.items())))
     assert hash_content(row) != hash_content({**row, **change})
+
+
+ANSWERED: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
+    "chat": (
+        {"messages": [*TURNS, {"role": "assistant", "content": "yes"}]},
+        {"messages": [*TURNS, {"role": "assistant", "content": "no"}]},
+        {"messages": [TURNS[0], {"role": "user", "content": "ho"}, {"role": "assistant", "content": "yes"}]},
+    ),
+    "completion": ({"prompt": "a b", "completion": "c"}, {"completion": "d"}, {"prompt": "a c"}),
+    "completion-text": ({"prompt": "", "completion": "c d"}, {"completion": "C  D"}, {"completion": "d"}),
+    "translate": ({"source": "a", "target": "b", "source_language": "en"}, {"target": "c"}, {"source": "d"}),
+    "summarize": ({"document": "a", "summary": "b"}, {"summary": "c"}, {"document": "d"}),
+    "qa": (
+        {"question": "a", "context": "b c", "answers": [{"text": "b", "start": 0}]},
+        {"answers": [{"text": "c", "start": 2}]},
+        {"question": "d"},
+    ),
+    "classify": ({"text": "a", "pair": None, "label": "x"}, {"text": "A ", "label": "y"}, {"text": "b"}),
+    "classify-pair": ({"text": "a", "pair": "b", "label": "x"}, {"label": "y"}, {"pair": "c"}),
+    "token-classify": ({"tokens": ["a", "b"], "tags": ["O", "O"]}, {"tags": ["B-X", "O"]}, {"tokens": ["a", "c"]}),
+    "speech": ({"audio": "1.wav", "content": "11", "text": "a"}, {"text": "b"}, {"content": "22"}),
+    "preference": (
+        {"messages": TURNS, "chosen": "a", "rejected": "b"},
+        {"chosen": "b", "rejected": "a"},
+        {"messages": []},
+    ),
+    "preference-thumb": ({"messages": TURNS, "answer": "a", "good": True}, {"good": False}, {"messages": TURNS[:1]}),
+    "embed": ({"query": "a", "passages": ["b"], "negatives": [], "score": None}, {"passages": ["c"]}, {"query": "d"}),
+    "embed-score": ({"query": "a", "passages": ["b"], "score": 0.5}, {"score": 0.1}, {"passages": ["c"]}),
+    "rerank": ({"query": "a", "passages": ["b"], "relevances": [1]}, {"relevances": [0]}, {"query": "c"}),
+}
+
+
+@pytest.mark.parametrize("task", ANSWERED)
+def test_a_row_with_another_answer_has_the_same_input(task: str) -> None:
+    row, answer, question = ANSWERED[task]
+    assert hash_content(row) != hash_content({**row, **answer})
+    assert hash_input(row) == hash_input({**row, **answer})
+    assert hash_input(row) != hash_input({**row, **question})
 
 
 # Rankings
