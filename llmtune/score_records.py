@@ -150,6 +150,8 @@ class Champion:
     """Number of shared test rows."""
     asked: int = 0
     """Number of shared rows that the champion's model answered now, because its own run did not test them."""
+    partial: dict[str, str] = field(default_factory=dict)
+    """Metrics that are compared without some of the shared rows, each with their number and the reason."""
 
 
 @dataclass(frozen=True)
@@ -169,6 +171,8 @@ class Calibration:
     after: dict[str, float]
     trained_sha256: str | None = None
     """Hash of the trained weights that it belongs to."""
+    outside: int = 0
+    """Validation rows whose reference is none of the labels."""
 
 
 @dataclass(frozen=True)
@@ -234,6 +238,8 @@ class Decision:
     """Share of usual rows that may be called out of scope; None without `evaluate.out_of_scope`."""
     trained_sha256: str | None = None
     """Hash of the trained weights that they belong to."""
+    outside: int = 0
+    """Validation rows whose reference is none of the labels; they count as errors."""
 
 
 @dataclass(frozen=True)

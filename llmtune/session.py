@@ -343,7 +343,7 @@ def score_models(context: RunContext, folder: Path | None, base_folder: Path | N
         headless=head_is_new(plan.model_ref, recipe, task),
         known=load_base(base_folder, base),
         known_tuned=load_base(base_folder, base + hash_folder(context.trained_folder), TUNED),
-        challenge=partial(face_champion, context.folder, ask),
+        challenge=partial(face_champion, context.folder, rows, ask),
         trained=context.trained_folder,
     )
     save_suspects(Models(context).tuned, eval_context, rows, examples)

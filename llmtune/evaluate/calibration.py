@@ -42,11 +42,21 @@ class Chosen:
     logits_UK: Floats  # noqa: N815
     """Scores of the labels, before softmax or sigmoids."""
     right_UK: NDArray[np.bool_]  # noqa: N815
-    """Whether a label is right: exactly one of each choice, or any number of them if `many`."""
+    """Whether a label is right: one of each choice, or none if its reference is no label; with `many` any number."""
     rows: tuple[int, ...]
     """[U] index of each choice's row into `EvalInputs.rows`, ascending."""
     many: bool = False
     """Whether each label is a yes-or-no question of its own."""
+
+    @property
+    def outside_U(self) -> NDArray[np.bool_]:  # noqa: N802
+        """Whether no label can be right, because the reference is none of them; never if `many`."""
+        return ~self.right_UK.any(1) & (not self.many)
+
+    @property
+    def outside(self) -> int:
+        """The number of rows with such a choice."""
+        return len({row for row, outside in zip(self.rows, self.outside_U, strict=True) if outside})
 
     def probabilities(self, temperature: float = 1.0) -> Floats:
         """Return the probability of each label [U, K]."""
@@ -106,7 +116,9 @@ def measure_calibration(metric: str, chosen: Chosen, temperature: float = 1.0) -
     `ece` is the expected calibration error of Guo et al., "On Calibration of Modern Neural Networks", 2017: it compares
     the probability of the likeliest label, or with `many` of each label, with how often that label is right. `brier`
     (Brier, "Verification of Forecasts Expressed in Terms of Probability", 1950) sums over the labels, from 0 to 2; with
-    `many` it is a mean over them, as `nll` is.
+    `many` it is a mean over them, as `nll` is. If the reference is none of the labels, the answer is wrong for `ece`;
+    `brier` adds the unlisted answer as a label of probability 0, and `nll` is the mean over the labels, which is lowest
+    if no label is preferred.
     """
     logits_UK, right_UK, many = chosen.logits_UK / temperature, chosen.right_UK, chosen.many
     formula: Formula = ratio
@@ -118,10 +130,13 @@ def measure_calibration(metric: str, chosen: Chosen, temperature: float = 1.0) -
     elif metric == "brier":
         signature = f"squared errors of the probabilities, {'mean' if many else 'sum'} over the labels"
         parts = count_choices((chosen.probabilities(temperature) - right_UK) ** 2, many=many)
+        parts[:, 0] += chosen.outside_U
     else:
         signature = f"negative log-likelihood of {'each label' if many else 'the right label'}, nats"
         wrong_UK = log_probabilities(-logits_UK, many=True) if many else np.zeros(1)
-        parts = count_choices(-np.where(right_UK, log_probabilities(logits_UK, many=many), wrong_UK), many=many)
+        logs_UK = log_probabilities(logits_UK, many=many)
+        parts = count_choices(-np.where(right_UK, logs_UK, wrong_UK), many=many)
+        parts[:, 0] -= np.where(chosen.outside_U, logs_UK.mean(1), 0.0)
         bounds = None
     rows, row_U = np.unique(chosen.rows, return_inverse=True)
     sums_NK = np.zeros((len(rows), parts.shape[1]))
@@ -195,7 +210,8 @@ def calibrate(validation: Chosen | None) -> Calibration | str:
         {metric: measure_calibration(metric, validation, one).value for metric in CALIBRATION}
         for one in (1.0, temperature)
     )
-    return Calibration(temperature, validation.labels, validation.many, rows, before, after)
+    labels, many, outside = validation.labels, validation.many, validation.outside
+    return Calibration(temperature, labels, many, rows, before, after, outside=outside)
 
 
 def describe_reliability(

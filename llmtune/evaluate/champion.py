@@ -6,7 +6,7 @@ import json
 import os
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, NotRequired
@@ -15,9 +15,10 @@ from pydantic import Field, TypeAdapter, ValidationError
 from rich.console import Console
 from typing_extensions import TypedDict
 
-from llmtune.data.row_store import RECORD, iterate_ids, load_rows
+from llmtune.data.row_input import hash_input
+from llmtune.data.row_store import RECORD, iterate_ids, iterate_rows, load_rows
 from llmtune.errors import DataError, EnvironmentProblem, LlmtuneError, Problem, RecipeError
-from llmtune.evaluate.metric import paired_difference
+from llmtune.evaluate.metric import Measure, paired_difference
 from llmtune.evaluate.opened_runs import (
     ScoredRun,
     find_other_keys,
@@ -210,7 +211,7 @@ def check_champion(recipe: Recipe, run: RunFolder, rows: Rows, examples: Example
     numbers = sorted({int(row) for row in ExampleReader(examples, "test").rows})
     names = name_test_rows(rows, numbers)
     shared, total = len({*names} & {*champion.measures.rows}), len(names)
-    further = len(list_unseen(champion, find_champion_run(recipe, run.path), names))
+    further = len(list_unseen(champion, find_champion_run(recipe, run.path), rows, names))
     if not shared + further:
         what = f"none of the {total} test rows can be compared: the champion was trained on them or did not answer them"
         raise DataError.of(what, KEY, ROWS_FIX)
@@ -239,18 +240,20 @@ def find_champion_run(recipe: Recipe, run: Path) -> Path | None:
     return path if (path / MANIFEST).is_file() and (path / "data" / "rows" / RECORD).is_file() else None
 
 
-def list_unseen(champion: ScoredRun, folder: Path | None, names: Sequence[str]) -> list[int]:
+def list_unseen(champion: ScoredRun, folder: Path | None, rows: Rows, names: Sequence[str]) -> list[int]:
     """Return the positions of test rows that the champion neither answered nor saw in training or validation.
 
-    `folder` is its run folder; without it the result is empty.
+    It saw a row if it saw its input with any answer. `folder` is its run folder; without it the result is empty.
     """
-    if folder is None:
-        return []
-    known = load_rows(folder / "data" / "rows")
-    learned = {row for split in ("train", "validation") for row in iterate_ids(known, split)}
     answered = {*champion.measures.rows}
     new = [place for place, name in enumerate(names) if name not in answered]
-    return [place for place in new if names[place].rpartition("-")[0] not in learned]
+    if folder is None or not new:
+        return []
+    known = load_rows(folder / "data" / "rows")
+    learned = {hash_input(row) for split in ("train", "validation") for _, row in iterate_rows(known, split)}
+    tests = zip(iterate_ids(rows, "test"), iterate_rows(rows, "test"), strict=True)
+    seen = {name for name, (_, row) in tests if hash_input(row) in learned}
+    return [place for place in new if names[place].rpartition("-")[0] not in seen]
 
 
 def note_look(run: RunFolder, console: Console) -> None:
@@ -268,14 +271,16 @@ AskChampion = Callable[[Path, Sequence[int]], PerRowScores]
 """Lets the model of a run folder answer the test rows at these positions, and scores the answers."""
 
 
-def face_champion(run: RunFolder, ask: AskChampion, evaluation: Evaluation, measures: PerRowScores) -> Champion | None:
-    """Compare a run's scores with those of its recipe's champion; None if the recipe names none."""
+def face_champion(
+    run: RunFolder, rows: Rows, ask: AskChampion, evaluation: Evaluation, measures: PerRowScores
+) -> Champion | None:
+    """Compare the scores of a run with these rows with those of its recipe's champion; None if it names none."""
     recipe = recipe_of_run(run).recipe
     champion = open_champion(recipe, run.path)
     if champion is None:
         return None
     folder = find_champion_run(recipe, run.path)
-    places = list_unseen(champion, folder, measures.rows)
+    places = list_unseen(champion, folder, rows, measures.rows)
     asked = ask(folder, places) if folder and places else NONE_ASKED
     return compare_with_champion(champion, recipe, evaluation, measures, asked)
 
@@ -318,4 +323,19 @@ def compare_with_champion(
         tuned={metric: after.value for metric, (_, after) in pairs.items()},
         rows=len(both),
         asked=len(both & {*asked.rows}),
+        partial=dict(find_partial(champion, own, pairs)),
     )
+
+
+def find_partial(
+    champion: ScoredRun, own: ScoredRun, pairs: Mapping[str, tuple[Measure, Measure]]
+) -> Iterator[tuple[str, str]]:
+    """Yield metrics that leave out rows whose candidates or columns differ from the champion's, with their number."""
+    for metric, (_, after) in pairs.items():
+        names = own.row_names(metric)
+        if own.measures.tuned[metric].names and len(after.sums_NK) < len(names):
+            fewer = f"{len(names) - len(after.sums_NK)} of {len(names)}"
+            yield (
+                metric,
+                f"{fewer} rows are left out, because the champion did not have the same {own.name_inputs(metric)}",
+            )

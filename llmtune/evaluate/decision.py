@@ -19,7 +19,14 @@ from rich.console import Console
 from llmtune.evaluate.calibration import RECORD as CALIBRATION_RECORD
 from llmtune.evaluate.calibration import Chosen, log_probabilities, read_rules, save_calibration
 from llmtune.evaluate.intervals import Floats
-from llmtune.evaluate.metric import Measure, measure_means, measure_shares
+from llmtune.evaluate.metric import (
+    Measure,
+    columns,
+    counted_bounds,
+    measure_means,
+    measure_shares,
+    ratio_of_counted,
+)
 from llmtune.evaluate.selective_prediction import (
     fit_sets,
     highest_bound,
@@ -81,14 +88,15 @@ def fit_decision(section: EvaluateSection, validation: Chosen | None, checkpoint
     if validation is None:
         return "no validation row has a choice"
     rows = len(set(validation.rows))
-    record = Decision(validation.labels, validation.many, rows, checkpoints)
+    record = Decision(validation.labels, validation.many, rows, checkpoints, outside=validation.outside)
     if section.decide is not None:
         confidence = divide_error(section.decide.confidence, checkpoints)
         threshold = prove_risk(*rate_rows(validation), section.decide.risk, confidence)
         record = replace(record, threshold=replace(threshold, confidence=section.decide.confidence))
     if section.sets is not None:
         coverage, per_class = section.sets.coverage, section.sets.per_class
-        bounds = fit_sets(validation.probabilities(), validation.right_UK, coverage, per_class=per_class)
+        missed = 0 if per_class else record.outside
+        bounds = fit_sets(validation.probabilities(), validation.right_UK, coverage, missed, per_class=per_class)
         free = tuple(label for label, bound in zip(validation.labels, bounds, strict=True) if bound == 0)
         record = replace(record, set_bounds=bounds, coverage=coverage, per_class=per_class, free_labels=free)
     if section.out_of_scope is not None:
@@ -111,19 +119,27 @@ def measure_decisions(record: Decision, test: Chosen) -> tuple[dict[str, Measure
     if record.threshold is not None:
         decided_N = is_decided(record, confidence_N)
         found["decided"] = measure_shares("decided", decided_N.tolist(), "share of rows with a decided answer")
-        errors = measure_shares("decided_error", wrong_N.tolist(), "share of decided answers that are wrong")
-        found["decided_error"] = replace(errors, at=at).take(np.flatnonzero(decided_N))
+        found["decided_error"] = measure_errors(decided_N, wrong_N)
     if record.set_bounds:
         chosen_NK = read_sets(test.probabilities(), record.set_bounds, many=test.many)
         right_N, hits_N = test.right_UK.sum(1), (chosen_NK & test.right_UK).sum(1)
-        covered_N = np.where(right_N > 0, hits_N / np.maximum(right_N, 1), 1.0)
+        covered_N = np.where(right_N > 0, hits_N / np.maximum(right_N, 1), float(test.many))
         found["set_coverage"] = measure_shares("set_coverage", covered_N.tolist(), "share of right labels in the set")
         found["set_size"] = measure_means("set_size", chosen_NK.sum(1).tolist(), "labels in the prediction set")
     if record.false_alarms is not None:
         alarms = is_unusual(record, test).tolist()
         found["false_alarms"] = measure_shares("false_alarms", alarms, "share of test rows called out of scope")
     curve = risk_curve(confidence_N, wrong_N) if record.threshold is not None else ()
-    return {name: one if one.at else replace(one, at=at) for name, one in found.items()}, curve
+    return {name: replace(one, at=at) for name, one in found.items()}, curve
+
+
+def measure_errors(decided_N: NDArray[np.bool_], wrong_N: NDArray[np.bool_]) -> Measure:
+    """Return the share of decided answers that are wrong.
+
+    It has every row: two models decide different rows, and each keeps its own.
+    """
+    sums_N2, signature = columns(decided_N & wrong_N, decided_N), "share of decided answers that are wrong"
+    return Measure("decided_error", sums_N2, ratio_of_counted, signature=signature, bounds=counted_bounds)
 
 
 def is_decided(record: Decision, confidence_N: Floats) -> NDArray[np.bool_]:

@@ -128,7 +128,7 @@ def decide_answers(context: EvalContext, answers: Mapping[str, Answers]) -> tupl
     measures, curve = measure_decisions(record, test)
     clusters = context.inputs.clusters if context.inputs is not None else ()
     return conclude(record, curve), {
-        name: one.in_clusters(clusters) for name, one in measures.items() if len(one.sums_NK)
+        name: one.in_clusters(clusters) for name, one in measures.items() if not math.isnan(one.value)
     }
 
 

@@ -156,7 +156,7 @@ def embed_corpus(
 def read_choices(context: EvalContext, answers: Answers) -> Chosen | None:
     """Return the choices in a model's answers to the context's inputs, with the right labels; None without any.
 
-    Rows of chat and completion whose reference is not a choice are skipped.
+    Rows of chat and completion whose reference is not a choice have no right label.
     """
     inputs, task, recipe = context.inputs, context.task, context.recipe
     assert inputs is not None
@@ -164,8 +164,8 @@ def read_choices(context: EvalContext, answers: Answers) -> Chosen | None:
         right = {i: task.right_labels(inputs.targets[i]) for i in answers.logits}
         many = task.output_kind(recipe) == "yes-no"
         return gather_choices(task.output_labels(recipe), answers.logits, right, many=many)
-    known = {i: [scores] for i, scores in answers.scores.items() if inputs.references[i] in inputs.choices}
-    return gather_choices(inputs.choices, known, {i: [[inputs.references[i]]] for i in known}, many=False)
+    scores = {i: [one] for i, one in answers.scores.items()}
+    return gather_choices(inputs.choices, scores, {i: [[inputs.references[i]]] for i in scores}, many=False)
 
 
 def parse_outputs(

@@ -46,6 +46,9 @@ class Measure:
     """A row at either end of the metric's range; None if it is unbounded."""
     clusters: tuple[int, ...] = ()
     """[N] equal for rows that belong together and are drawn and swapped together; empty if no rows do."""
+    names: tuple[str, ...] = ()
+    """[N] names of rows that depend on more than one evaluated row, such as a query with its candidates. Another run's
+    rows are compared only under the same names. Empty if each is one evaluated row, named by `PerRowScores.rows`."""
 
     @property
     def value(self) -> float:
@@ -72,7 +75,8 @@ class Measure:
     def take(self, numbers: Sequence[int] | NDArray[np.int64]) -> Measure:
         """Return the metric on the rows with these numbers, in that order."""
         at, clusters = (tuple(part[n] for n in numbers) if part else () for part in (self.at, self.clusters))
-        return replace(self, sums_NK=self.sums_NK[list(numbers)], at=at, clusters=clusters)
+        names = tuple(self.names[n] for n in numbers) if self.names else ()
+        return replace(self, sums_NK=self.sums_NK[list(numbers)], at=at, clusters=clusters, names=names)
 
     def in_clusters(self, clusters: Sequence[int]) -> Measure:
         """Return it with the clusters of its rows; `clusters` is indexed by evaluated row, as `at` is."""
@@ -136,6 +140,9 @@ def paired_difference(base: Measure, tuned: Measure, seed: int) -> Difference:
 
 def own_interval(measure: Measure, seed: int) -> Difference:
     """Return a model's score with its 95 % interval, by the construction of `intervals.py`."""
+    if measure.formula is ratio_of_counted:
+        counted = measure.take(np.flatnonzero(measure.sums_NK[:, 1]))
+        measure = replace(counted, formula=ratio, bounds=share_bounds)
     rows, sums_NK = len(measure.sums_NK), measure.sums_NK
     bounds = share_bounds if measure.right_wrong else measure.bounds
     clusters = measure.clusters if len(set(measure.clusters)) < rows else ()
@@ -181,6 +188,11 @@ def ratio(sums: Floats) -> Floats:
     """[..., (numerator, denominator)] -> [...]; 0 / 0 is NaN."""
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.asarray(sums[..., 0] / sums[..., 1], dtype=np.float64)
+
+
+def ratio_of_counted(sums: Floats) -> Floats:
+    """Return the ratio of rows of which each model counts others, such as those that it decides."""
+    return ratio(sums)
 
 
 def rows_by_squares(sums: Floats) -> Floats:
@@ -236,6 +248,11 @@ def rarest(counts_C: Floats) -> NDArray[np.int64]:
     """Return the numbers of all classes without a row, and of the rarest ones with rows."""
     order_C = np.argsort(counts_C, kind="stable")
     return order_C[: int((counts_C == 0).sum()) + MOST_CLASSES]
+
+
+def counted_bounds(sums_MK: Floats) -> tuple[Floats, Floats]:
+    """(wrong, counted) where a model need not count a row: a row that counts, at either end."""
+    return share_bounds(np.ones_like(sums_MK))
 
 
 def mean_share_bounds(sums_MK: Floats) -> tuple[Floats, Floats]:
@@ -321,6 +338,7 @@ def reliability_bounds(sums_M3B: Floats) -> tuple[Floats, Floats]:
 
 BOUNDS: Mapping[str, Bounds] = {
     "share": share_bounds,
+    "counted": counted_bounds,
     "mean of shares": mean_share_bounds,
     "errors": error_bounds,
     "chrf": chrf_bounds,

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,7 +24,7 @@ from llmtune.evaluate.per_row_scores import PerRowScores, load_measures, unpack_
 from llmtune.recipe.evaluate_section import GATE_KEYS
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.source_map import walk
-from llmtune.recipe.task_facts import CUT_METRIC, TASK_FACTS
+from llmtune.recipe.task_facts import CHOICE_METRICS, CUT_METRIC, DECISIONS, TASK_FACTS
 from llmtune.records import Json
 from llmtune.score_records import Difference, Evaluation, GateResult
 from llmtune.store.atomic_files import explained, read_json
@@ -30,6 +32,8 @@ from llmtune.store.run_folder import CERTIFICATE, MANIFEST, RunFolder, read_run,
 
 DECIDES_NOTHING = ("name", "deploy", *(f"evaluate.{key}" for key in GATE_KEYS))
 """Keys that affect neither training nor measurement."""
+UNLISTED = r"; \d+ references are not among them and count as wrong$"
+"""The end of the note on choices, which depends on the rows."""
 ROWS_FIX = "Run both on the same data, with the same data.test and data.split_by."
 
 
@@ -48,8 +52,15 @@ class ScoredRun:
         return {key: value for key, value in walk(self.recipe) if key not in DECIDES_NOTHING}
 
     def row_names(self, metric: str) -> list[str]:
-        """Return the names of a metric's rows."""
-        return [self.measures.rows[at] for at in self.measures.tuned[metric].at]
+        """Return the names of a metric's rows; rows of two runs are the same if their names are."""
+        measure = self.measures.tuned[metric]
+        return [*measure.names] or [self.measures.rows[at] for at in measure.at]
+
+    def name_inputs(self, metric: str) -> str:
+        """Return what a metric's rows depend on, besides their content: candidates or columns; else `rows`."""
+        if not self.measures.tuned[metric].names:
+            return "rows"
+        return "columns" if metric in self.recipe.evaluate.own_metrics else "candidates"
 
 
 @dataclass(frozen=True)
@@ -180,7 +191,7 @@ def find_other_settings(first: ScoredRun, second: ScoredRun) -> Iterator[tuple[s
         elif set(first.row_names(metric)) != set(second.row_names(metric)):
             counts = f"{len(after[metric].at)} rows, but in {name} on {len(before[metric].at)}"
             yield (
-                f"{metric} was measured on {counts}, and the rows differ",
+                f"{metric} was measured on {counts}, and the {second.name_inputs(metric)} differ",
                 " (evaluate.limit, evaluate.choices)",
             )
     if not shared:
@@ -210,8 +221,11 @@ def find_other_keys(first: ScoredRun, second: ScoredRun, metrics: Collection[str
 
 
 def choices_of(run: ScoredRun, metric: str) -> list[str]:
-    """Return the words that describe a metric's answer choices, sorted."""
-    return sorted(run.evaluation.signatures.get(f"{metric}.choices", "").replace(",", " ").split())
+    """Return the words of the answers that a metric chooses among, sorted; empty if it does not choose."""
+    if metric not in (*CHOICE_METRICS, *chain.from_iterable(DECISIONS.values())):
+        return []
+    note = run.evaluation.signatures.get(f"{CHOICE_METRICS[0]}.choices", "")
+    return sorted(re.sub(UNLISTED, "", note.partition(" rows: ")[2]).replace(",", " ").split())
 
 
 def find_differing(first: ScoredRun, second: ScoredRun) -> dict[str, tuple[object, object]]:
@@ -241,7 +255,8 @@ def pair_measures(first: ScoredRun, second: ScoredRun) -> tuple[dict[str, tuple[
         shared = set(first.row_names(metric)) & set(second.row_names(metric))
         before, after = (join_rows(run, metric, shared) for run in having)
         if not shared:
-            left_out[metric] = "no row in common"
+            names = second.name_inputs(metric)
+            left_out[metric] = "no row in common" + (f" with the same {names}" if names != "rows" else "")
         elif metric in first.recipe.evaluate.own_metrics and before.signature != after.signature:
             left_out[metric] = f"measured with another file: {after.signature}, before {before.signature}"
         elif before.sums_NK.shape[1] != after.sums_NK.shape[1]:

@@ -19,10 +19,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console
 
+from llmtune.data.row_hash import hash_content
 from llmtune.data.row_store import iterate_columns, iterate_rows
 from llmtune.errors import Problem, RecipeError, nearest
 from llmtune.evaluate.metric import Measure, measure_means, measure_shares
 from llmtune.evaluate.own_metric_process import BLOCKED
+from llmtune.evaluate.per_row_scores import name_rows
 from llmtune.recipe.evaluate_section import EvaluateSection
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_facts import answer_kind
@@ -218,7 +220,8 @@ def measure_own(
         if isinstance(found, dict):
             problems[name] = describe_failure(metric, Failure(**found), [origins[i] for i in answers])
             continue
-        measured[name] = replace(measure_values(metric, found), at=tuple(answers))
+        names = name_rows([hash_content(row).hex() for row, _ in pairs]) if section.slices else ()
+        measured[name] = replace(measure_values(metric, found), at=tuple(answers), names=names)
     return measured
 
 

@@ -10,10 +10,10 @@ import json
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NotRequired, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,8 +29,16 @@ from llmtune.evaluate.classification_metrics import (
     f1_weighted_formula,
     matthews_formula,
 )
-from llmtune.evaluate.intervals import Floats, Formula
-from llmtune.evaluate.metric import BOUNDS, Measure, PairedMeasures, difference_of_ratios, ratio, rows_by_squares
+from llmtune.evaluate.intervals import Formula
+from llmtune.evaluate.metric import (
+    BOUNDS,
+    Measure,
+    PairedMeasures,
+    difference_of_ratios,
+    ratio,
+    ratio_of_counted,
+    rows_by_squares,
+)
 from llmtune.evaluate.text_metrics import bleu_formula, chrf_formula, error_rate, exponential_ratio, ter_formula
 from llmtune.records import Rows
 from llmtune.store.atomic_files import explained
@@ -56,6 +64,7 @@ FORMULAS: dict[str, Formula] = {
     "apart": difference_of_ratios,
     "ece": ece_formula,
     "rows_by_squares": rows_by_squares,
+    "ratio_of_counted": ratio_of_counted,
 }
 """Formulas by their names on disk."""
 
@@ -87,14 +96,16 @@ class PerRowScores(PairedMeasures):
         tuned = dict(self.tuned)
         for metric, more in others.tuned.items():
             known = tuned.get(metric)
-            if known is not None and (known.signature, known.sums_NK.shape[1]) == (
-                more.signature,
-                more.sums_NK.shape[1],
-            ):
+            if known is not None and _kind_of(known) == _kind_of(more):
                 at = (*known.at, *(len(self.rows) + row for row in more.at))
-                sums_NK = np.concatenate([known.sums_NK, more.sums_NK])
-                tuned[metric] = replace(known, sums_NK=sums_NK, at=at, clusters=())
+                sums_NK, names = np.concatenate([known.sums_NK, more.sums_NK]), (*known.names, *more.names)
+                tuned[metric] = replace(known, sums_NK=sums_NK, at=at, clusters=(), names=names)
         return PerRowScores({}, tuned, (*self.rows, *others.rows))
+
+
+def _kind_of(measure: Measure) -> tuple[str, int, bool]:
+    """Return what two measures of the same metric must have in common to be joined."""
+    return measure.signature, measure.sums_NK.shape[1], bool(measure.names)
 
 
 def name_rows(ids: Sequence[str]) -> tuple[str, ...]:
@@ -130,6 +141,8 @@ def pack_measures(scores: PerRowScores) -> bytes:
             described[name][metric] = describe_measure(measure)
             arrays[f"{name}/{metric}/sums"] = measure.sums_NK
             arrays[f"{name}/{metric}/at"] = np.asarray(measure.at, dtype=np.int64)
+            if measure.names:
+                arrays[f"{name}/{metric}/names"] = np.asarray(measure.names, dtype=np.str_)
     arrays["record"] = np.asarray(json.dumps({"version": VERSION, **described}))
     packed = io.BytesIO()
     np.savez_compressed(packed, allow_pickle=False, **arrays)
@@ -169,12 +182,7 @@ def unpack_measures(packed: bytes, path: Path, fix: str) -> PerRowScores:
             clusters = tuple(arrays["clusters"].tolist()) if "clusters" in arrays else ()
             base, tuned = (
                 {
-                    metric: restore_measure(
-                        metric,
-                        arrays[f"{name}/{metric}/sums"],
-                        tuple(arrays[f"{name}/{metric}/at"].tolist()),
-                        described,
-                    ).in_clusters(clusters)
+                    metric: restore_measure(metric, arrays, name, described).in_clusters(clusters)
                     for metric, described in record[name].items()
                 }
                 for name in ("base", "tuned")
@@ -184,10 +192,12 @@ def unpack_measures(packed: bytes, path: Path, fix: str) -> PerRowScores:
         raise EnvironmentProblem.of(f"damaged: {error}", str(path), fix) from None
 
 
-def restore_measure(metric: str, sums_NK: Floats, at: tuple[int, ...], described: Description) -> Measure:
-    """Rebuild a metric from its sums and the name of its formula."""
+def restore_measure(metric: str, arrays: Mapping[str, NDArray[Any]], model: str, described: Description) -> Measure:
+    """Rebuild a metric of the model `base` or `tuned` from its sums and the name of its formula."""
+    sums_NK, at = arrays[f"{model}/{metric}/sums"], tuple(arrays[f"{model}/{metric}/at"].tolist())
+    names = tuple(arrays[key].tolist()) if (key := f"{model}/{metric}/names") in arrays else ()
     name, right_wrong, signature = described["formula"], described["right_wrong"], described["signature"]
     ranking = RANKINGS.get(BINARY if signature == BINARY else name)
     formula = FORMULAS[name] if ranking is None else None
     bounds = BOUNDS.get(described.get("ends") or "")
-    return Measure(metric, sums_NK, formula, right_wrong, signature, ranking, at, bounds)
+    return Measure(metric, sums_NK, formula, right_wrong, signature, ranking, at, bounds, names=names)

@@ -24,6 +24,7 @@ from llmtune.data.search_rows import EmbedRow, text_key, write_ranking
 from llmtune.evaluate.evaluated_task import Corpus
 from llmtune.evaluate.intervals import Floats
 from llmtune.evaluate.metric import Measure, columns, measure_means, measure_shares, rows_by_squares
+from llmtune.evaluate.per_row_scores import name_rows
 from llmtune.store.atomic_files import hash_value
 
 RELEVANT = 0.5
@@ -46,6 +47,8 @@ class RankedQuery:
     """Of the same passages; a negative relevance counts as 0."""
     unranked: Sequence[float] = ()
     """Relevances of passages without a score, such as those below the top of a large corpus."""
+    name: str = ""
+    """Hash of the query and its candidates (`name_query`); two rankings are compared only if they are equal."""
 
     @property
     def has_relevant(self) -> bool:
@@ -62,8 +65,13 @@ def measure_ranking(metric: str, queries: Sequence[RankedQuery], at: Sequence[in
     name, _, cutoff = metric.partition("@")
     kept = [i for i, query in enumerate(queries) if query.has_relevant]
     values = [value_of(name, queries[i], int(cutoff or 0)) for i in kept]
-    measured = measure_shares(metric, values, SIGNATURE)
-    return replace(measured, at=tuple(at[i] if at else i for i in kept))
+    measured, names = measure_shares(metric, values, SIGNATURE), [queries[i].name for i in kept]
+    return replace(measured, at=tuple(at[i] if at else i for i in kept), names=name_rows(names) if all(names) else ())
+
+
+def name_query(query: str, candidates: Iterable[tuple[str, float]]) -> str:
+    """Hash a query with its candidates and their relevances, in any order; outer white space makes no difference."""
+    return hash_value([query.strip(), sorted({(text.strip(), float(relevance)) for text, relevance in candidates})])
 
 
 def value_of(name: str, query: RankedQuery, cutoff: int) -> float:
@@ -191,7 +199,9 @@ def rank_passages(
     place = {text: i for i, text in enumerate(known)}
     asked = [(i, {place[text] for text in relevant[query] - {query}}, place.get(query)) for query, i in first.items()]
     queries = [vectors[i]["query"] for i, _, _ in asked]
-    return list(search(queries, unit_rows(known.values(), len(known)), asked)), describe_passages(known)
+    ranked = search(queries, unit_rows(known.values(), len(known)), asked)
+    named = [name_query(query, ((text, 1.0) for text in relevant[query])) for query in first]
+    return name_rankings(ranked, named), describe_passages(known)
 
 
 def rank_labels(rows: Sequence[EmbedRow], vectors: Sequence[Vectors]) -> tuple[list[tuple[int, RankedQuery]], str]:
@@ -204,9 +214,16 @@ def rank_labels(rows: Sequence[EmbedRow], vectors: Sequence[Vectors]) -> tuple[l
         members[label].add(place)
     asked = [(i, members[label] - {place}, place) for place, ((_, label), i) in enumerate(first.items())]
     texts = [vectors[i]["query"] for i in first.values()]
-    return list(search(texts, unit_rows(texts, len(texts)), asked)), describe_passages(
-        text_key(str(row["query"])) for row in rows
-    )
+    queries = [query for query, _ in first]
+    classes = {label: hash_value(sorted(queries[i] for i in found)) for label, found in members.items()}
+    named = [name_query(query, [(classes[label], 1.0)]) for query, label in first]
+    ranked = search(texts, unit_rows(texts, len(texts)), asked)
+    return name_rankings(ranked, named), describe_passages(text_key(str(row["query"])) for row in rows)
+
+
+def name_rankings(ranked: Iterable[tuple[int, RankedQuery]], names: Sequence[str]) -> list[tuple[int, RankedQuery]]:
+    """Return rankings with the names of their queries; the searched passages are in the metric's signature."""
+    return [(row, replace(query, name=name)) for (row, query), name in zip(ranked, names, strict=True)]
 
 
 def unit_rows(vectors: Iterable[Sequence[float] | NDArray[np.float32]], count: int) -> Floats:

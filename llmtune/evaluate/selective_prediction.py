@@ -87,13 +87,14 @@ def highest_bound(values_M: Floats, weights_M: Floats, rows: int, miss: float) -
 
 
 def fit_sets(
-    probability_NK: Floats, right_NK: NDArray[np.bool_], coverage: float, *, per_class: bool
+    probability_NK: Floats, right_NK: NDArray[np.bool_], coverage: float, missed: int = 0, *, per_class: bool
 ) -> tuple[float, ...]:
     """Return the probability [K] from which each label belongs to a row's set.
 
     Rows with one right label: the set has it in at least `coverage` of new rows. Rows with several: of a new row's
     right labels the set is expected to miss at most 1 - `coverage` (false negative rate; a row without any misses
     none). With `per_class` (Mondrian) the guarantee holds for each label among the rows that it is right for.
+    `missed` rows have a right label that is none of the labels: no set has it.
     """
     miss, labels = 1 - coverage, right_NK.shape[1]
     if per_class:
@@ -102,7 +103,9 @@ def fit_sets(
     else:
         row_M, label_M = np.nonzero(right_NK)
         weights_M = 1 / right_NK.sum(1)[row_M]
-        bounds = [highest_bound(probability_NK[row_M, label_M], weights_M, len(right_NK), miss)] * labels
+        values_M = np.concatenate([np.full(missed, -math.inf), probability_NK[row_M, label_M]])
+        weights_M = np.concatenate([np.ones(missed), weights_M])
+        bounds = [highest_bound(values_M, weights_M, len(right_NK), miss)] * labels
     return tuple(min(1.0, max(0.0, bound)) for bound in bounds)
 
 

@@ -18,6 +18,7 @@ from llmtune.report.blocks import (
     difference_table,
 )
 from llmtune.report.charts import draw_reliability
+from llmtune.report.decision_view import describe_outside
 from llmtune.report.metric_info import METRIC_NOTES, better_side
 from llmtune.report.number_format import count, score
 from llmtune.score_records import Evaluation
@@ -40,6 +41,7 @@ def calibration_section(evaluation: Evaluation) -> Section:
         text = f"The temperature is {score(record.temperature)}, fitted on {count(record.rows)} validation rows. "
         text += "`generate`, `serve` and exports divide the model's outputs by it before they compute probabilities. "
         text += "Predicted labels stay the same. Of the scores above, only ece, brier and nll use it."
+        text += f" {describe_outside(record)}. No choice is right for them." if record.outside else ""
         blocks = [Text(text)]
     rows = [
         Compared(metric, before, found.after.get(metric), found.difference.get(metric), better_side(metric), note)

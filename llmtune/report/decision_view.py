@@ -9,7 +9,7 @@ from llmtune.report.blocks import Beside, Block, Cell, Column, Html, Section, Ta
 from llmtune.report.charts import Curve, draw_curves
 from llmtune.report.metric_info import metric_note
 from llmtune.report.number_format import DASH, count, missing, score
-from llmtune.score_records import Decision, Evaluation
+from llmtune.score_records import Calibration, Decision, Evaluation
 
 
 def decision_section(evaluation: Evaluation) -> Section:
@@ -61,7 +61,9 @@ def describe_rules(record: Decision) -> list[str]:
         method = "conformal risk control of the false negative rate" if record.many else "split conformal prediction"
         text = f"{what}{' of each class' if record.per_class else ''}"
         text += f" ({'split conformal prediction by class' if record.per_class else method})."
-        if record.free_labels:
+        if record.outside > (1 - record.coverage) * record.rows and not record.per_class:
+            text += f" No set can reach this: {describe_outside(record)}."
+        elif record.free_labels:
             text += f" Always in the set, for lack of validation rows: {', '.join(record.free_labels)}."
         texts.append(text)
     if record.false_alarms is not None:
@@ -70,7 +72,16 @@ def describe_rules(record: Decision) -> list[str]:
         text += "another kind have low scores."
         text += "" if record.lowest_score is not None else " The validation rows are too few to call any."
         texts.append(text)
+    if record.outside:
+        texts.append(f"{describe_outside(record)}. They count as errors, because no choice is right.")
     return texts
+
+
+def describe_outside(record: Decision | Calibration) -> str:
+    """Return how many validation rows have a reference that is none of the choices."""
+    return (
+        f"{count(record.outside)} of {count(record.rows)} validation rows have a reference that is none of the choices"
+    )
 
 
 def percent(value: float) -> str:

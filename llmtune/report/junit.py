@@ -79,7 +79,10 @@ def add_properties(element: Tree.Element, values: Mapping[str, str]) -> None:
 
 
 def list_scores(report: Report) -> dict[str, str]:
-    """Return verdict and scores as named values."""
+    """Return verdict and scores as named values, with the number of rows of each score.
+
+    `champion` and `tuned_against_champion` have the scores of both on their common rows, `tuned` those on all.
+    """
     evaluation = report.evaluation
     named = {"verdict": f"{report.verdict.word}: {report.verdict.reason}"}
     if evaluation is None:
@@ -88,9 +91,12 @@ def list_scores(report: Report) -> dict[str, str]:
         named["baseline"] = evaluation.baseline
     for model in ("base", "tuned"):
         named |= {f"{model}.{metric}": score(value) for metric, value in evaluation.by_name(model).items()}
+    named |= {f"tuned.{metric}.rows": str(own.n) for metric, own in evaluation.intervals.items()}
     if champion := evaluation.champion:
         named["champion.rows"] = str(champion.rows)
         named |= {f"champion.{metric}": score(value) for metric, value in champion.scores.items()}
+        named |= {f"tuned_against_champion.{metric}": score(value) for metric, value in champion.tuned.items()}
+        named |= {f"champion.{metric}.rows": str(change.n) for metric, change in champion.difference.items()}
     if overlap := evaluation.contamination:
         named["overlapping_test_rows"] = f"{overlap.overlapping} of {overlap.rows}"
     return named

@@ -153,6 +153,7 @@ def champion_section(evaluation: Evaluation, task: str | None) -> Section:
     blocks: list[Block] = [Text(text)]
     blocks += [difference_table(rows, base="champion", code=True)] if rows else []
     blocks += [Text(f"`{metric}` is not compared: {why}.") for metric, why in sorted(champion.left_out.items())]
+    blocks += [Text(f"`{metric}`: {why}.") for metric, why in sorted(champion.partial.items())]
     return Section("Against the champion", blocks, "Champion", "champion")
 
 

@@ -43,6 +43,7 @@ from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_facts import RANKING, TASK_FACTS, at_ten
 from llmtune.recipe.task_sections import EmbedSection
 from llmtune.records import SPLITS, Batch, Loss, Rows
+from llmtune.store.atomic_files import hash_value
 from llmtune.tasks.base import Endpoint, ReadingTask
 from llmtune.tasks.sentence_vectors import (
     describe_settings,
@@ -263,7 +264,8 @@ class Embed(ReadingTask[EmbedRow, Vectors]):
         """Measure the order of passages, the scores of pairs, or the spread of vectors."""
         rows, vectors = list(found.references), list(found.predictions)
         if metric in SPREAD:
-            return measure_spread(metric, vectors)
+            measured, texts = measure_spread(metric, vectors), [named_texts(row)[-1][1] for row in rows]
+            return replace(measured, signature=f"{measured.signature}; texts {hash_value(sorted(texts))[:8]}")
         if metric in CORRELATIONS:
             cosines = [cosine(one["query"], one["passage"]) for one in vectors]
             return measure_classes(metric, "regression", np.array(cosines)[:, None], [row["score"] for row in rows], ())

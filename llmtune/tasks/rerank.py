@@ -29,7 +29,7 @@ from llmtune.data.tokenization import Segment, decode_shortened
 from llmtune.errors import DataError
 from llmtune.evaluate.evaluated_task import EvalPrediction, LoadedModel
 from llmtune.evaluate.metric import Measure
-from llmtune.evaluate.ranking_metrics import RELEVANT, RankedQuery, measure_ranking
+from llmtune.evaluate.ranking_metrics import RELEVANT, RankedQuery, measure_ranking, name_query
 from llmtune.evaluate.token_batches import run_encoder
 from llmtune.model.causal_lm_loss import model_inputs
 from llmtune.model.config import name_outputs
@@ -204,7 +204,8 @@ class Rerank(ReadingTask[RerankRow, RerankPrediction]):
                 scores |= zip(
                     map(text_key, found.references[i]["passages"]), found.predictions[i]["scores"], strict=True
                 )
-            queries.append(RankedQuery([*scores.values()], [*relevances.values()]))
+            name = name_query(text_key(found.references[numbers[0]]["query"]), relevances.items())
+            queries.append(RankedQuery([*scores.values()], [*relevances.values()], name=name))
         measured = measure_ranking(metric, queries, [numbers[0] for numbers in rows])
         if (mined := recipe.data.negatives) is None:
             return measured

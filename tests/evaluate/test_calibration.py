@@ -53,6 +53,41 @@ def test_brier_and_likelihood_equal_those_of_scikit_learn() -> None:
     assert measure_calibration("nll", chosen).value == pytest.approx(log_loss(right, p, labels=range(3)))
 
 
+def with_outside(chosen: Chosen, every: int = 4) -> Chosen:
+    """Return the choices with an unlisted reference in every fourth row."""
+    right = chosen.right_UK.copy()
+    right[::every] = False
+    return replace(chosen, right_UK=right)
+
+
+def test_an_unlisted_reference_counts_as_an_answer_of_probability_zero() -> None:
+    chosen = with_outside(choices())
+    p = np.hstack([softmax(chosen.logits_UK, 1), np.zeros((400, 1))])
+    right = np.where(chosen.right_UK.any(1), chosen.right_UK.argmax(1), 3)
+    assert measure_calibration("brier", chosen).value == pytest.approx(
+        brier_score_loss(right, p, labels=range(4), scale_by_half=False)
+    )
+    bins = list_bins(measure_calibration("ece", chosen))
+    assert sum(size for *_, size in bins) == 400
+    assert sum(share * size for _, share, size in bins) == (right == chosen.logits_UK.argmax(1)).sum()
+    logs = np.log(softmax(chosen.logits_UK, 1))
+    expected = np.where(right < 3, logs[np.arange(400), right % 3], logs.mean(1))
+    assert measure_calibration("nll", chosen).value == pytest.approx(-expected.mean())
+    assert chosen.outside == 100
+
+
+def test_unlisted_references_make_a_model_less_sure() -> None:
+    honest = choices(4000, sharpness=1.0)
+    test = with_outside(choices(4000, sharpness=1.0, seed=1))
+    alone, counted = calibrate(honest), calibrate(with_outside(honest))
+    assert isinstance(alone, Calibration)
+    assert isinstance(counted, Calibration)
+    assert (alone.outside, counted.outside) == (0, 1000)
+    assert alone.temperature == pytest.approx(1, abs=0.05)
+    before, after = (measure_calibration("ece", test, one.temperature).value for one in (alone, counted))
+    assert after < before / 2
+
+
 def test_brier_and_likelihood_of_several_labels_equal_those_of_scikit_learn() -> None:
     chosen = choices(many=True)
     p, right = expit(chosen.logits_UK).ravel(), chosen.right_UK.ravel()

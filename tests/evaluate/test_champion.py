@@ -114,10 +114,13 @@ def test_an_invalid_champion_ends_the_check_and_the_run_with_exit_code_2(champio
     assert not (tmp_path / "new" / "data").exists()
 
 
+@pytest.mark.parametrize("answer", [None, "another"])
 def test_other_settings_and_rows_the_champion_learned_are_refused_before_training(
-    champion: Path, tmp_path: Path, tiny_llama: Path
+    answer: str | None, champion: Path, tmp_path: Path, tiny_llama: Path
 ) -> None:
-    learned = {json.dumps({"messages": row["messages"]}) for row in read_split(champion, "train")}
+    rows = [row["messages"] for row in read_split(champion, "train")]
+    turns = [[*asked, {**reply, "content": answer or reply["content"]}] for *asked, reply in rows]
+    learned = {json.dumps({"messages": row}) for row in turns}
     (tmp_path / "learned.jsonl").write_text("\n".join(sorted(learned)[:8]))
     evaluate = {"champion": str(champion), "gates": ["accuracy.low > champion - 0.5"]}
     data = {"train": str(write_sums(tmp_path / "rows.jsonl", 60)), "test": "learned.jsonl", "validation": 0.0}

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from scipy.special import expit, logsumexp, softmax
+from support.variants import CHAT
 
 from llmtune.errors import EnvironmentProblem
 from llmtune.evaluate.calibration import Chosen, read_rules
@@ -20,6 +23,8 @@ from llmtune.evaluate.decision import (
     save_decision,
     score_scope,
 )
+from llmtune.evaluate.eval_inputs import EvalContext
+from llmtune.evaluate.inference import Answers, read_choices
 from llmtune.evaluate.metric import own_interval
 from llmtune.recipe.evaluate_section import EvaluateSection
 from llmtune.score_records import Decision
@@ -43,6 +48,51 @@ def fit(chosen: Chosen | None = None, checkpoints: int = 1, **keys: Any) -> Deci
     record = fit_decision(EvaluateSection.model_validate(keys), chosen or draw(), checkpoints)
     assert isinstance(record, Decision)
     return record
+
+
+def talk(rows: int, generator: np.random.Generator, listed: float) -> tuple[Chosen, NDArray[np.bool_]]:
+    """Return the choices of a chat whose model is honest among LABELS, and which likeliest choices are wrong.
+
+    The share `listed` of its references is in LABELS.
+    """
+    logits = generator.normal(size=(rows, len(LABELS))) * 3
+    names = [LABELS[generator.multinomial(1, row).argmax()] for row in softmax(logits, 1)]
+    names = [name if generator.random() < listed else "grey" for name in names]
+    context = SimpleNamespace(inputs=SimpleNamespace(references=names, choices=LABELS), task=CHAT, recipe=None)
+    answers = Answers(None, {}, dict(enumerate(logits.tolist())))
+    chosen = read_choices(cast(EvalContext, context), answers)
+    assert chosen is not None
+    return chosen, np.array([LABELS[best] for best in logits.argmax(1)]) != names
+
+
+def test_rows_whose_reference_is_no_choice_count_as_errors_of_decisions() -> None:
+    generator, broken, fitted = np.random.default_rng(0), 0, 0
+    for _ in range(40):
+        record = fit(talk(200, generator, 0.7)[0], decide={"risk": 0.4, "confidence": 0.9})
+        test, wrong = talk(2000, generator, 0.7)
+        measures, _ = measure_decisions(record, test)
+        if measures["decided"].value > 0.1:
+            fitted += 1
+            decided = measures["decided"].sums_NK[:, 0] > 0
+            assert measures["decided_error"].value == pytest.approx(wrong[decided].mean())
+            broken += bool(wrong[decided].mean() > 0.4)
+    assert fitted >= 5, "else nothing is tried"
+    assert broken <= 8, "one in ten may, by chance some more"
+    assert record.outside == pytest.approx(60, abs=20)
+
+
+def test_rows_whose_reference_is_no_choice_are_in_no_set_and_the_promised_coverage_holds() -> None:
+    generator, covered = np.random.default_rng(0), []
+    for _ in range(40):
+        record = fit(talk(150, generator, 0.9)[0], sets=0.8)
+        measures, _ = measure_decisions(record, talk(500, generator, 0.9)[0])
+        covered.append(measures["set_coverage"].value)
+    assert 0.8 <= np.mean(covered) < 0.83
+    assert min(record.set_bounds) > 0
+    out_of_reach = fit(talk(150, generator, 0.7)[0], sets=0.8)
+    assert set(out_of_reach.set_bounds) == {0.0}
+    measures, _ = measure_decisions(out_of_reach, talk(500, generator, 0.7)[0])
+    assert measures["set_coverage"].value == pytest.approx(0.7, abs=0.06)
 
 
 def test_risk_and_confidence_change_the_threshold() -> None:
@@ -110,7 +160,10 @@ def test_answers_are_decided_as_the_test_rows_are(many: bool) -> None:
     decided = [one["decision"] == "decide" for one in found]
     assert 0 < sum(decided) < 60
     assert measures["decided"].sums_NK[:, 0].tolist() == decided
-    assert measures["decided_error"].at == tuple(np.flatnonzero(decided))
+    errors = measures["decided_error"]
+    assert (errors.sums_NK[:, 1] > 0).tolist() == decided
+    assert errors.value == pytest.approx(rate_rows(test)[1][decided].mean())
+    assert own_interval(errors, 0).n == sum(decided)
     assert measures["set_size"].sums_NK[:, 0].tolist() == [len(one["set"]) for one in found]
     assert measures["false_alarms"].sums_NK[:, 0].tolist() == [one["out_of_scope"] for one in found]
     assert curve[-1] == (1.0, pytest.approx(rate_rows(test)[1].mean()))

@@ -1,5 +1,7 @@
 """The report's section on calibration."""
 
+from dataclasses import replace
+
 from llmtune.report.blocks import Beside, Html, Page, Section, Text
 from llmtune.report.calibration_section import calibration_section
 from llmtune.report.charts import BOTTOM, LEFT, RIGHT, TOP, WIDTH
@@ -41,3 +43,10 @@ def test_without_a_temperature_the_reason_and_the_test_rows_are_shown() -> None:
     assert [type(block) for block in beside.left] == [Html]
     assert beside.right == []
     assert section_of(None).blocks == []
+
+
+def test_validation_rows_without_a_right_choice_are_counted() -> None:
+    counted = replace(FOUND, record=replace(RECORD, outside=7))
+    text = to_markdown(Page("run", [section_of(counted)]))
+    assert "7 of 40 validation rows have a reference that is none of the choices. No choice is right for them." in text
+    assert "none of the choices" not in to_markdown(Page("run", [section_of(FOUND)]))

@@ -52,6 +52,12 @@ def test_the_text_states_risk_confidence_and_what_is_not_guaranteed() -> None:
         ({"many": True}, "conformal risk control of the false negative rate"),
         ({"per_class": True, "free_labels": ("green",)}, "Always in the set, for lack of validation rows: green."),
         ({"lowest_score": None}, "too few to call any"),
+        ({"outside": 9}, "9 of 400 validation rows have a reference that is none of the choices. They count as errors"),
+        ({"outside": 90, "free_labels": ("red", "green")}, "No set can reach this: 90 of 400 validation rows have"),
+        (
+            {"outside": 9, "free_labels": ("red", "green")},
+            "Always in the set, for lack of validation rows: red, green.",
+        ),
     ],
 )
 def test_the_text_states_exceptions(changes: dict[str, object], words: str) -> None:

@@ -7,7 +7,7 @@ from junitparser import Failure, Skipped
 from junitparser.xunit2 import JUnitXml
 
 from llmtune.report.junit import to_junit
-from llmtune.score_records import Contamination, Study
+from llmtune.score_records import Champion, Contamination, Difference, Study
 
 
 def read(report):
@@ -67,3 +67,21 @@ def test_special_and_invalid_xml_characters_are_handled(report):
     (failed,) = list(read(replace(report, gates=(gate,)))[1])
     assert failed.name == 'a<b & \ufffd\ufffd "c" > base'
     assert failed.result[0].message.endswith("got ]]>")
+
+
+def test_each_score_has_the_number_of_its_rows(report):
+    own = {"decided_error": Difference(0.15, 0.1, 0.2, 1, 244)}
+    champion = Champion(
+        "first",
+        {"decided_error": 0.0},
+        {"decided_error": Difference(0.14, 0.1, 0.2, 0.01, 280)},
+        {},
+        tuned={"decided_error": 0.14},
+        rows=280,
+    )
+    tuned = {**report.evaluation.tuned, "decided_error": 0.15}
+    evaluation = replace(report.evaluation, rows=289, tuned=tuned, intervals=own, champion=champion)
+    found = named(read(replace(report, evaluation=evaluation))[1])
+    assert (found["tuned.decided_error"], found["tuned.decided_error.rows"]) == ("0.1500", "244")
+    both = [found[f"{model}.decided_error"] for model in ("champion", "tuned_against_champion")]
+    assert (both, found["champion.decided_error.rows"]) == (["0.0000", "0.1400"], "280")

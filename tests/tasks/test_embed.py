@@ -346,7 +346,7 @@ def test_metrics_of_classes_leave_out_the_text_itself(tmp_path):
 @pytest.mark.promise("metric", "referee", equal="vectors with values by hand", place="effective_rank")
 def test_collapsed_vectors_show_in_cosine_and_effective_rank(tmp_path):
     recipe = load_recipe(str(recipe_of(tmp_path, tmp_path, PAIRS, "embed", **NO_TEXT))).recipe
-    rows = [{"query": str(i), "passages": ["p"], "score": None, "label": None} for i in range(8)]
+    rows = [{"query": str(i), "passages": ["p"], "negatives": [], "score": None, "label": None} for i in range(8)]
     apart = [{"query": [1.0] * 8, "passage": np.eye(8)[i].tolist()} for i in range(8)]
     alike = [{"query": [1.0] * 8, "passage": [1.0] * 8} for _ in range(8)]
     values = {
