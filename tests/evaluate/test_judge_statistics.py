@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import cohen_kappa_score
 
+from llmtune.evaluate.intervals import exact_interval
 from llmtune.evaluate.judge_statistics import JudgedPairs, fit_correction, measure_judge, win_rate
 
 
@@ -49,13 +50,29 @@ def cover(test, judge, rows, labelled, runs=500):
     return hits / runs
 
 
-@pytest.mark.promise("metric", "own interval", equal="the true win rate in 925 of 1000 runs", place="judge.win_rate")
 @pytest.mark.slow
 @pytest.mark.parametrize(("rows", "labelled"), [(50, 30), (200, 100), (1000, 300)])
 @pytest.mark.parametrize("case", CASES)
 def test_the_corrected_win_rate_covers_the_truth_in_95_of_100_runs(case, rows, labelled):
     """500 runs have a standard error of 0.01."""
     assert cover(**CASES[case], rows=rows, labelled=labelled)[0] >= 0.925
+
+
+@pytest.mark.slow
+@pytest.mark.promise(
+    "metric", "own interval", equal="the true one, beyond an end in 5 of 100 runs", place="judge.win_rate"
+)
+@pytest.mark.parametrize("rows", [2, 5, 8, 20, 60])
+@pytest.mark.parametrize("case", ["right", "a clear winner", "errors"])
+def test_an_end_of_the_corrected_win_rate_errs_in_at_most_5_of_100_runs(case, rows):
+    test, judge = CASES[case]["test"], CASES[case]["judge"]
+    generator, truth, runs, errors = np.random.default_rng(rows), test["win"] + test.get("tie", 0.1) / 2, 300, [0, 0]
+    for _ in range(runs):
+        labelled = draw_pairs(generator, 60, 0.45, **judge)
+        change = win_rate(draw_pairs(generator, rows, **test, **judge), labelled)
+        errors[0] += (1 + change.low) / 2 > truth + 1e-9
+        errors[1] += (1 + change.high) / 2 < truth - 1e-9
+    assert max(exact_interval(count, runs, 0.05)[0] for count in errors) <= 0.05, errors
 
 
 @pytest.mark.parametrize("case", CASES)
