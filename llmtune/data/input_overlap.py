@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import xxhash
 
@@ -72,39 +73,60 @@ class InputOverlap:
 def find_shared_inputs(held: I64, others: I64, rows: JsonRows) -> InputOverlap:
     """Compare the inputs of rows `held`, those with priority first, with those of `others`; both are given by number.
 
-    Memory: about 150 bytes for each word of the held-out rows' queries of up to 30 words.
+    Memory: about 30 bytes for each key of a held-out row, of which a query has four for each of its up to 30 words.
     """
-    parts = [*_map_keys(_Signer(True), held, rows)]
+    rank_N = np.zeros(int(held.max(initial=0)) + 1, dtype=np.int32)
+    rank_N[held] = np.arange(len(held))
+    parts = [(part.key, rank_N[part.row], part.input) for part in _map_keys(_Signer(True), held, rows)]
     if not parts or not len(others):
         return InputOverlap({}, {})
-    tests = _join(parts)
-    key_G = np.unique(tests.key)
+    input_N = np.zeros(len(held), dtype=np.uint64)
+    for _, rank, same in parts:
+        input_N[rank] = same
+    rank_K = np.concatenate([rank for _, rank, _ in parts])
+    key_G, slot_K = np.unique(np.concatenate([key for key, _, _ in parts]), return_inverse=True)
+    del parts
+    inputs = np.unique(input_N)
     hits: list[InputKeys] = []
     for keys in _map_keys(_Signer(False), others, rows):
-        hit_K = np.isin(keys.key, key_G) & ((keys.key == keys.input) | ~np.isin(keys.input, tests.input))
+        hit_K = np.isin(keys.key, key_G) & ((keys.key == keys.input) | ~np.isin(keys.input, inputs))
         hits.append(InputKeys(*(column[hit_K] for column in keys)))
     hit = _join(hits)
-    slot_H, slot_K = np.searchsorted(key_G, hit.key), np.searchsorted(key_G, tests.key)
-    rows_G = np.bincount(slot_H, minlength=len(key_G))
-    inputs_G = _count_distinct(np.append(slot_H, slot_K), np.append(hit.input, tests.input), len(key_G))
-    most = max(COMMON_ROWS, COMMON_SHARE * len(others))
-    frame_H = np.searchsorted(key_G, np.where(hit.frame == 0, hit.key, hit.frame))
-    is_template_H = (inputs_G[frame_H] > TEMPLATE_ROWS) | (hit.frame == 0)
-    taken_H = np.where(hit.key == hit.input, rows_G[slot_H] <= most, ~is_template_H)
-    rank_N = np.zeros(int(held.max()) + 1, dtype=np.int64)
-    rank_N[held] = np.arange(len(held))
+    slot_H = np.searchsorted(key_G, hit.key)
+    was_hit_G = np.zeros(len(key_G), dtype=bool)
+    was_hit_G[slot_H] = True
+    rank_K, slot_K = rank_K[was_hit_G[slot_K]], slot_K[was_hit_G[slot_K]]
+    taken_H = _take(hit, key_G, slot_H, slot_K, input_N[rank_K], len(others))
     best_G = np.full(len(key_G), len(held), dtype=np.int64)
-    np.minimum.at(best_G, slot_K, rank_N[tests.row])
-    found: dict[int, int] = {}
-    for row, rank in zip(hit.row[taken_H].tolist(), best_G[slot_H[taken_H]].tolist(), strict=True):
-        found[row] = min(rank, found.get(row, rank))
+    np.minimum.at(best_G, slot_K, rank_K)
     first_G = np.full(len(key_G), NONE, dtype=np.int64)
     np.minimum.at(first_G, slot_H[taken_H], hit.row[taken_H])
-    matched = first_G[slot_K] < NONE
-    first: dict[int, int] = {}
-    for row, other in zip(tests.row[matched].tolist(), first_G[slot_K][matched].tolist(), strict=True):
-        first[row] = min(other, first.get(row, other))
-    return InputOverlap({row: int(held[rank]) for row, rank in sorted(found.items())}, first)
+    first_K = first_G[slot_K]
+    matched = first_K < NONE
+    found = _smallest(hit.row[taken_H], best_G[slot_H[taken_H]])
+    return InputOverlap(
+        {row: int(held[rank]) for row, rank in sorted(found.items())},
+        _smallest(held[rank_K[matched]], first_K[matched]),
+    )
+
+
+def _take(hit: InputKeys, key_G: U64, slot_H: I64, slot_K: I64, input_K: U64, others: int) -> npt.NDArray[np.bool_]:
+    """Return [H] which hits count: those whose input is not the task itself, or whose query is not a template."""
+    rows_G = np.bincount(slot_H, minlength=len(key_G))
+    inputs_G = _count_distinct(np.append(slot_H, slot_K), np.append(hit.input, input_K), len(key_G))
+    frame_H = np.searchsorted(key_G, np.where(hit.frame == 0, hit.key, hit.frame))
+    is_template_H = (inputs_G[frame_H] > TEMPLATE_ROWS) | (hit.frame == 0)
+    most = max(COMMON_ROWS, COMMON_SHARE * others)
+    taken_H: npt.NDArray[np.bool_] = np.where(hit.key == hit.input, rows_G[slot_H] <= most, ~is_template_H)
+    return taken_H
+
+
+def _smallest(rows: I64, values: I64) -> dict[int, int]:
+    """Return the smallest of the values of each row."""
+    found: dict[int, int] = {}
+    for row, value in zip(rows.tolist(), values.tolist(), strict=True):
+        found[row] = min(value, found.get(row, value))
+    return found
 
 
 def _join(parts: Sequence[InputKeys]) -> InputKeys:
