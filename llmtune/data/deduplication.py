@@ -120,22 +120,20 @@ def drop_shared_inputs(
 
     Writes the reason into `reason_N` in place; the arguments are those of `drop_near`.
     """
-    for held, below in ((SPLITS.index("test"), SPLITS[:2]), (SPLITS.index("validation"), SPLITS[:1])):
+    train, validation, test = range(len(SPLITS))
+    for below, held in ((validation, [test]), (train, [test, validation])):
         kept_N = reason_N == KEPT
-        tests, others = (
-            np.flatnonzero(kept_N & np.isin(split_N, splits))
-            for splits in ([held], [SPLITS.index(name) for name in below])
-        )
+        tests = np.concatenate([np.flatnonzero(kept_N & (split_N == split)) for split in held])
+        others = np.flatnonzero(kept_N & (split_N == below))
         if not len(tests) or not len(others):
             continue
         found = find_shared_inputs(tests, others, rows).others
-        reason_N[found] = f"near a {SPLITS[held]} row"
-        first = json.loads(next(rows())[1][0].as_py())
-        if row_input(first).labelled:  # the search for near duplicates compares the same texts
-            continue
-        (keys := folder / SPLITS[held]).mkdir(exist_ok=True)
-        near = [row for row, _ in match_near(tests, np.setdiff1d(others, found), rows, keys, input_text)]
-        reason_N[near] = f"near a {SPLITS[held]} row"
+        if not row_input(json.loads(next(rows())[1][0].as_py())).labelled:  # else the near search compares these texts
+            (keys := folder / SPLITS[below]).mkdir(exist_ok=True)
+            left = np.setdiff1d(others, np.array([*found], dtype=np.int64))
+            found |= {row: int(near[0]) for row, near in match_near(tests, left, rows, keys, input_text)}
+        for row, near in found.items():
+            reason_N[row] = f"near a {SPLITS[split_N[near]]} row"
 
 
 def input_text(row: Row) -> NearText:

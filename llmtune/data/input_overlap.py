@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import xxhash
 
@@ -41,6 +42,7 @@ STEM_LETTERS = 4
 """Words that differ only after so many letters are forms or spellings of one word."""
 FIXED = re.compile(r"[\d+#$=<>%]|^\W+$")
 """Words that never differ between two queries that match: numbers and signs."""
+NONE = np.iinfo(np.int64).max
 SAME, WHOLE, SHORTER, FRAME, CHANGED, SPELLED = range(11, 17)
 """Kinds of keys, as salts."""
 
@@ -62,42 +64,69 @@ class InputKeys(NamedTuple):
 class InputOverlap:
     """Rows that match, in both directions."""
 
-    others: I64
-    """Rows with the input of a held-out row, ascending."""
+    others: dict[int, int]
+    """Row with the input of held-out rows -> the first of those in their given order."""
     first: dict[int, int]
     """Held-out row -> the first other row with its input."""
 
 
 def find_shared_inputs(held: I64, others: I64, rows: JsonRows) -> InputOverlap:
-    """Compare the inputs of rows `held` with those of `others`, both given by number.
+    """Compare the inputs of rows `held`, those with priority first, with those of `others`; both are given by number.
 
-    Memory: about 150 bytes for each word of the held-out rows' queries of up to 30 words.
+    Memory: about 30 bytes for each key of a held-out row, of which a query has four for each of its up to 30 words.
     """
-    parts = [*_map_keys(_Signer(True), held, rows)]
+    rank_N = np.zeros(int(held.max(initial=0)) + 1, dtype=np.int32)
+    rank_N[held] = np.arange(len(held))
+    parts = [(part.key, rank_N[part.row], part.input) for part in _map_keys(_Signer(True), held, rows)]
     if not parts or not len(others):
-        return InputOverlap(np.zeros(0, np.int64), {})
-    tests = _join(parts)
-    key_G = np.unique(tests.key)
+        return InputOverlap({}, {})
+    input_N = np.zeros(len(held), dtype=np.uint64)
+    for _, rank, same in parts:
+        input_N[rank] = same
+    rank_K = np.concatenate([rank for _, rank, _ in parts])
+    key_G, slot_K = np.unique(np.concatenate([key for key, _, _ in parts]), return_inverse=True)
+    del parts
+    inputs = np.unique(input_N)
     hits: list[InputKeys] = []
     for keys in _map_keys(_Signer(False), others, rows):
-        hit_K = np.isin(keys.key, key_G) & ((keys.key == keys.input) | ~np.isin(keys.input, tests.input))
+        hit_K = np.isin(keys.key, key_G) & ((keys.key == keys.input) | ~np.isin(keys.input, inputs))
         hits.append(InputKeys(*(column[hit_K] for column in keys)))
     hit = _join(hits)
-    slot_H, slot_K = np.searchsorted(key_G, hit.key), np.searchsorted(key_G, tests.key)
+    slot_H = np.searchsorted(key_G, hit.key)
+    was_hit_G = np.zeros(len(key_G), dtype=bool)
+    was_hit_G[slot_H] = True
+    rank_K, slot_K = rank_K[was_hit_G[slot_K]], slot_K[was_hit_G[slot_K]]
+    taken_H = _take(hit, key_G, slot_H, slot_K, input_N[rank_K], len(others))
+    best_G = np.full(len(key_G), len(held), dtype=np.int64)
+    np.minimum.at(best_G, slot_K, rank_K)
+    first_G = np.full(len(key_G), NONE, dtype=np.int64)
+    np.minimum.at(first_G, slot_H[taken_H], hit.row[taken_H])
+    first_K = first_G[slot_K]
+    matched = first_K < NONE
+    found = _smallest(hit.row[taken_H], best_G[slot_H[taken_H]])
+    return InputOverlap(
+        {row: int(held[rank]) for row, rank in sorted(found.items())},
+        _smallest(held[rank_K[matched]], first_K[matched]),
+    )
+
+
+def _take(hit: InputKeys, key_G: U64, slot_H: I64, slot_K: I64, input_K: U64, others: int) -> npt.NDArray[np.bool_]:
+    """Return [H] which hits count: those whose input is not the task itself, or whose query is not a template."""
     rows_G = np.bincount(slot_H, minlength=len(key_G))
-    inputs_G = _count_distinct(np.append(slot_H, slot_K), np.append(hit.input, tests.input), len(key_G))
-    most = max(COMMON_ROWS, COMMON_SHARE * len(others))
+    inputs_G = _count_distinct(np.append(slot_H, slot_K), np.append(hit.input, input_K), len(key_G))
     frame_H = np.searchsorted(key_G, np.where(hit.frame == 0, hit.key, hit.frame))
     is_template_H = (inputs_G[frame_H] > TEMPLATE_ROWS) | (hit.frame == 0)
-    taken_H = np.where(hit.key == hit.input, rows_G[slot_H] <= most, ~is_template_H)
-    first_G = np.full(len(key_G), -1, dtype=np.int64)
-    slots, at = np.unique(slot_H[taken_H], return_index=True)
-    first_G[slots] = hit.row[taken_H][at]
+    most = max(COMMON_ROWS, COMMON_SHARE * others)
+    taken_H: npt.NDArray[np.bool_] = np.where(hit.key == hit.input, rows_G[slot_H] <= most, ~is_template_H)
+    return taken_H
+
+
+def _smallest(rows: I64, values: I64) -> dict[int, int]:
+    """Return the smallest of the values of each row."""
     found: dict[int, int] = {}
-    first_K = first_G[slot_K]
-    for row, first in zip(tests.row[first_K >= 0].tolist(), first_K[first_K >= 0].tolist(), strict=True):
-        found[row] = min(first, found.get(row, first))
-    return InputOverlap(np.unique(hit.row[taken_H]), found)
+    for row, value in zip(rows.tolist(), values.tolist(), strict=True):
+        found[row] = min(value, found.get(row, value))
+    return found
 
 
 def _join(parts: Sequence[InputKeys]) -> InputKeys:
@@ -135,44 +164,51 @@ class _Signer:
     """Whether the rows are held out: a longer query of theirs matches a shorter one of the others, and vice versa."""
 
     def __call__(self, batch: tuple[I64, list[str]]) -> InputKeys:
-        parts = [part for number, row in zip(*batch, strict=True) for part in self._keys(number, json.loads(row))]
-        keys, numbers, inputs, frames = zip(*parts, strict=True) if parts else ((), (), (), ())
-        wide = (np.array(column, np.uint64) for column in (keys, inputs, frames))
-        key, same, frame = wide
-        return InputKeys(key, np.array(numbers, np.int64), same, frame)
+        keys: list[int] = []
+        numbers: list[int] = []
+        inputs: list[int] = []
+        frames: list[int] = []
+        for number, row in zip(batch[0].tolist(), batch[1], strict=True):
+            same, pairs = self._keys(json.loads(row))
+            keys += [key for key, _ in pairs]
+            frames += [frame for _, frame in pairs]
+            numbers += [number] * len(pairs)
+            inputs += [same] * len(pairs)
+        key, same_input, frame = (np.array(column, np.int64).view(np.uint64) for column in (keys, inputs, frames))
+        return InputKeys(key, np.array(numbers, np.int64), same_input, frame)
 
-    def _keys(self, number: int, row: Row) -> Iterator[tuple[int, int, int, int]]:
+    def _keys(self, row: Row) -> tuple[int, list[tuple[int, int]]]:
+        """Return the hash of a row's input, and its keys with their frames; none without an input."""
         found = row_input(row)
         words = plain_words(found.query)
         plain = [word.casefold() for word in words]
-        same = _hash(SAME, found.context, " ".join(plain) or found.query.strip())
+        same = hash((SAME, _hash(found.context), _hash(" ".join(plain) or found.query.strip())))
         if not (plain or found.query.strip() or found.context):
-            return
-        yield same, number, same, same
-        if FEWEST_WORDS <= len(plain) <= MOST_WORDS:
-            for key, frame in self._changed_keys(found, words, plain):
-                yield key, number, same, frame
+            return same, []
+        changed = self._changed_keys(found, words, plain) if FEWEST_WORDS <= len(plain) <= MOST_WORDS else ()
+        return same, [(same, same), *changed]
 
     def _changed_keys(self, found: RowInput, words: list[str], plain: list[str]) -> Iterator[tuple[int, int]]:
         """Yield the keys of a query without each of its words, each with its frame."""
-        context = f"{found.context}\n{found.answer if found.labelled else ''}"
-        answered = f"{context}\n{found.answer}"
+        context = hash((_hash(found.context), _hash(found.answer) if found.labelled else 0))
+        answered = hash((context, _hash(found.answer)))
         whole, shorter = (WHOLE, SHORTER) if self.held else (SHORTER, WHOLE)
+        hashes = tuple(map(_hash, plain))
         for one in (context, answered):
-            yield (key := _hash(whole, one, " ".join(plain))), key
+            yield (key := hash((whole, one, hash(hashes)))), key
         for place, word in enumerate(words):
             is_name = word[0].isupper()
             if FIXED.search(word) or (place and is_name):
                 continue
-            rest = " ".join([*plain[:place], "", *plain[place + 1 :]])
-            yield (frame := _hash(FRAME, context, rest)), 0
+            rest = hash(hashes[:place] + hashes[place + 1 :])
+            yield (frame := hash((FRAME, context, rest, place))), 0
             if len(plain) > FEWEST_WORDS:
-                without = " ".join(plain[:place] + plain[place + 1 :])
-                yield (key := _hash(shorter, answered if is_name else context, without)), key
-                yield _hash(CHANGED, answered, rest), frame
+                yield (key := hash((shorter, answered if is_name else context, rest))), key
+                yield hash((CHANGED, answered, rest, place)), frame
             if len(word) > STEM_LETTERS:
-                yield _hash(SPELLED, context, f"{rest}\n{plain[place][:STEM_LETTERS]}"), frame
+                yield hash((SPELLED, context, rest, place, _hash(plain[place][:STEM_LETTERS]))), frame
 
 
-def _hash(kind: int, context: str, text: str) -> int:
-    return xxhash.xxh3_64_intdigest(f"{context}\n{text}".encode(errors="surrogatepass"), seed=kind)
+def _hash(text: str) -> int:
+    """Hash a text; Python's hash of such numbers is the same in every process."""
+    return xxhash.xxh3_64_intdigest(text.encode(errors="surrogatepass"))
