@@ -11,6 +11,7 @@ from support.models import build_llama
 from support.pairs import recipe_of
 from support.runs import invoke
 from support.serving import load_served, serving
+from support.training import TRAIN, leave_step_4, make_recipe, run_training, write_examples
 
 from llmtune.adapter.injection import inject, trained_parameters
 from llmtune.data.example import Example
@@ -104,6 +105,20 @@ def test_answers_are_the_first_choices_of_the_loss(method, adapted):
             assert int(loss.row_correct.sum()) == loss.count == len(output.token_ids)
             learned += loss.count
     assert learned > 20
+
+
+@pytest.mark.slow
+@pytest.mark.promise("method", "resume", equal="training without a stop, to the last bit")
+@pytest.mark.parametrize("method", ["full"])
+def test_full_training_resumes_to_the_same_bytes(method, tmp_path, tiny_llama):
+    examples = write_examples(tmp_path / "examples", train=61, validation=7)
+    recipe = make_recipe(tmp_path, tiny_llama, train=TRAIN, adapter={"method": method})
+    for name in ("whole", "stopped"):
+        run_training(tmp_path / name, recipe, examples)
+    leave_step_4(tmp_path / "stopped")
+    assert run_training(tmp_path / "stopped", recipe, examples).resumed_from == 4
+    (whole,), (stopped,) = ([*(tmp_path / name / "weights").glob("*.safetensors")] for name in ("whole", "stopped"))
+    assert whole.read_bytes() == stopped.read_bytes()
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from llmtune.adapter.peft_config import make_config
 from llmtune.errors import RecipeError
 from llmtune.recipe.adapter_section import Method
 from llmtune.recipe.loader import load_recipe
-from llmtune.recipe.peft_options import REFUSED_METHODS, REFUSED_OPTIONS, options_of, peft_methods
+from llmtune.recipe.peft_options import REFUSED_METHODS, REFUSED_OPTIONS, UNMERGEABLE, options_of, peft_methods
 
 ROOT = Path(__file__).parents[2]
 TRAINED = sorted(set(peft_methods()) - set(REFUSED_METHODS))
@@ -171,16 +171,38 @@ def test_the_page_is_right_about_a_method(chat_bench, method):
     assert unnumbered(describe(chat_bench.cells(method), [])) == on_page("chat", method)
 
 
+ACCEPTED = tuple(sorted({*TRAINED, "qlora"}))
+MERGEABLE = tuple(method for method in ACCEPTED if method not in UNMERGEABLE and method != "beft")
+OF_THE_PAGE = [
+    pytest.mark.promise("method", "resume", place=ACCEPTED, equal="training without a stop, to the last bit"),
+    pytest.mark.promise("method", "opens in PEFT", place=ACCEPTED, equal="logits of the tuned model, within 1e-3"),
+    pytest.mark.promise("method", "merged", place=MERGEABLE, equal="logits of the tuned model, within 1e-2"),
+    *(
+        pytest.mark.promise("method", "merged", place=method, refused=reason)
+        for method, reason in UNMERGEABLE.items()
+        if method in ACCEPTED
+    ),
+    pytest.mark.promise("method", "merged", place="beft", refused="layers without a bias have no place for one"),
+]
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings(
     "ignore::UserWarning",  # of PEFT, one method or another
     "ignore:`past_key_values` is deprecated:FutureWarning",  # PEFT's prefix tuning has the old name
 )
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [pytest.param("chat", marks=OF_THE_PAGE), *(case for case in CASES if case != "chat")])
 def test_every_cell_of_the_page_is_right(tmp_path, case):
     bench = build_bench(case, tmp_path)
     found = {method: unnumbered(describe(bench.cells(method), [])) for method in METHODS}
     assert found == {method: on_page(case, method) for method in METHODS}
+
+
+def test_the_marks_of_the_matrix_agree_with_the_page():
+    for method in ACCEPTED:
+        cell = on_page("chat", method)
+        assert cell.split(",")[0] in ("all", "not: starts as the base")
+        assert ("merging refused" in cell) == (method not in MERGEABLE)
 
 
 def test_no_method_is_untested():

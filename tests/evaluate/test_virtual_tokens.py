@@ -5,13 +5,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from lm_eval.api.instance import Instance
-from peft import PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
+from peft import AutoPeftModelForCausalLM, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
 from support.adapting import nudge, open_model, padded, quiet, recipe_with
 from support.decoders import BEGINNING, make_decoder, prompts_of
 from support.method_table import SMALL
 from transformers import GenerationConfig
 
 from llmtune.adapter.injection import inject
+from llmtune.adapter.saving import save_adapter
 from llmtune.data.example import Example
 from llmtune.errors import DataError
 from llmtune.evaluate import generation
@@ -203,6 +204,24 @@ def test_choices_and_benchmarks_are_scored_by_the_forward_pass(tiny_llama, adapt
     ask = Instance("generate_until", {}, (text, {"until": ["nothing"], "max_gen_toks": 6}), 0, ("task", 0, 1))
     (answer,) = judge.generate_until([ask])
     assert answer == processor.decode(likeliest(model, ids, 6), skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("method", CONFIGS)
+def test_plain_peft_gives_the_same_answers_as_the_guide_says(tiny_llama, method, tmp_path):
+    adapted, recipe = adapt(tiny_llama, **ADAPTERS[method])
+    save_adapter(adapted, tmp_path)
+    model = AutoPeftModelForCausalLM.from_pretrained(tmp_path).eval()
+    model.get_base_model().load_state_dict(adapted.model.get_base_model().state_dict())
+    prompt_1T, options = torch.tensor([PROMPTS[0]]), {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    if method == "prefix_tuning":
+        mask_1T = torch.ones(1, model.active_peft_config.num_virtual_tokens + len(PROMPTS[0]))
+        inner, prefix = model.get_base_model(), model.get_prompt(1)
+        with torch.no_grad():
+            out_1T = inner.generate(prompt_1T, attention_mask=mask_1T, cache=prefix, **options)
+    else:
+        out_1T = model.generate(input_ids=prompt_1T, use_cache=False, **options)
+    (output,) = generate_completions(adapted.model, [PROMPTS[0]], adapted.selected.processor, recipe, device="cpu")
+    assert out_1T[0, len(PROMPTS[0]) :].tolist()[: len(output.token_ids)] == output.token_ids
 
 
 def test_virtual_tokens_take_positions_of_the_context(tiny_llama):

@@ -20,6 +20,7 @@ from support.training import (
 )
 
 from llmtune.launch.topology import Topology
+from llmtune.recipe.peft_options import peft_methods
 
 pytestmark = pytest.mark.slow
 QUICK = ("lora", "qlora, `use_dora`", "qlora on experts", "full, dpo", "`optim: adamw_8bit`", "`optim: adafactor`")
@@ -37,6 +38,18 @@ def test_methods_learn_the_same_in_several_processes(tmp_path):
     written = PAGE.read_text().partition(MARKS[0])[2].partition(MARKS[1])[0]
     for line in write_page(found).splitlines()[2 : 2 + len(QUICK)]:
         assert line in written
+
+
+PLACES = tuple(name for name in CASES if name in {*peft_methods(), "qlora", "full"})
+
+
+@pytest.mark.promise(
+    "method", "two processes", place=PLACES, equal="losses of one process, within 1e-5 at first (docs/scale-methods.md)"
+)
+@pytest.mark.timeout(2400)
+def test_every_method_learns_the_same_in_two_processes(tmp_path):
+    for name, cells in measure(tmp_path, PLACES, ("one process", "ddp, 2")).items():
+        assert cells["ddp, 2"].startswith("equal"), (name, cells)
 
 
 def test_the_page_has_every_case():

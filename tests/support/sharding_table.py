@@ -105,12 +105,12 @@ def slug(name: str) -> str:
     return re.sub(r"\W+", "-", name).strip("-")
 
 
-def measure(folder: Path, names: Iterable[str] = tuple(CASES)) -> Cells:
-    """Return the cells of the table, by case and layout."""
+def measure(folder: Path, names: Iterable[str] = tuple(CASES), layouts: Iterable[str] = tuple(LAYOUTS)) -> Cells:
+    """Return the cells of the table, by case and layout; the first layout is one process."""
     build_llama(folder / "llama")
     build_family(folder / "moe", "qwen3_moe", **MOE)
-    found = {layout: learn(folder, layout, names) for layout in LAYOUTS}
-    return {name: {layout: _compare(found, name, layout) for layout in LAYOUTS} for name in names}
+    found = {layout: learn(folder, layout, names) for layout in layouts}
+    return {name: {layout: _compare(found, name, layout) for layout in found} for name in names}
 
 
 def learn(folder: Path, layout: str, names: Iterable[str]) -> dict[str, list[list[float]] | str]:
