@@ -21,7 +21,9 @@ Sets = Annotated[
 Resume = Annotated[bool, typer.Option("--resume", help="Resume the existing run; exit 2 if there is none.")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Start over and delete the run folder's contents.")]
 LockFile = Annotated[Path | None, typer.Option("--lock", help="Require the model and data in this llmtune.lock.")]
-Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads (default: torch's own choice).")]
+Threads = Annotated[
+    int | None, typer.Option("--threads", min=1, max=4096, help="CPU threads (default: torch's own choice).")
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Run all cheap checks, print what would run, and stop.")]
 Device = Annotated[
     str | None, typer.Option("--device", help="Plan for this card (h100, a100-40, 4090 ...) or cpu, and stop.")

@@ -96,7 +96,9 @@ def reproduce_command(
     ] = 0.05,
     score_tolerance: Annotated[float, typer.Option(min=0, help="The same for scores.")] = 0.02,
     fresh: Fresh = False,
-    threads: Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads (default: the lock's).")] = None,
+    threads: Annotated[
+        int | None, typer.Option("--threads", min=1, max=4096, help="CPU threads (default: the lock's).")
+    ] = None,
     offline: Offline = False,
     as_json: AsJson = False,
 ) -> None:

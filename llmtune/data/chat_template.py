@@ -62,7 +62,7 @@ CLOSED = (
 )
 _RENDER_ERRORS = (
     *(jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError),
-    *(ArithmeticError, RuntimeError, AssertionError, SyntaxError),
+    *(ArithmeticError, RuntimeError, AssertionError, SyntaxError, NameError),  # Jinja compiles infinity to a name
 )
 
 

@@ -13,6 +13,7 @@ from rich.markup import escape
 
 from llmtune.data.column_mapping import PASSAGE_NAMES, has_columns, rename
 from llmtune.data.rejected_rows import RowError, too_many_bad
+from llmtune.data.row_hash import row_json
 from llmtune.data.search_rows import passage_text, text_key
 from llmtune.data.sources import Input, local_input, open_sources
 from llmtune.errors import DataError, Problem
@@ -98,7 +99,9 @@ def iterate_passages(one: Input, columns: Mapping[str, str]) -> Iterator[tuple[s
                 column = find_column(list(row), one.name)
             try:
                 titled = column == "text" and row.get("title")
-                yield origin, passage_text(row if titled else rename(row, {"passage": column}).get("passage"))
+                passage = passage_text(row if titled else rename(row, {"passage": column}).get("passage"))
+                row_json({"passage": passage})  # raises for half of a surrogate pair
+                yield origin, passage
             except RowError as error:
                 yield origin, error
 

@@ -16,6 +16,7 @@ from llmtune.data.byte_streams import GUESSED_BYTES, guess_encoding, open_bytes
 from llmtune.data.classify_rows import class_doubts
 from llmtune.data.column_mapping import ANSWER_NAMES, find, flatten, infer_columns, name_words, rename
 from llmtune.data.contamination import ANSWERS
+from llmtune.data.file_readers import data_errors
 from llmtune.data.message_fields import CONTENT_KEYS, first_key, is_message, propose_roles, read_turns
 from llmtune.data.rejected_rows import RowError
 from llmtune.data.row_formats import check_mapped, detect_format, map_columns, parse_row, reads_rows
@@ -110,7 +111,10 @@ def survey_files(path: str) -> Survey:
 
 def _encoding(inputs: Sequence[Input]) -> str | None:
     """Return the encoding of files that are not UTF-8. Raises DataError if only some files of a folder are not."""
-    guessed = {one.name: guess_encoding(one.path) for one in inputs if one.path and one.container != "parquet"}
+    guessed = dict[str, str | None]()
+    for one in [one for one in inputs if one.path and one.container != "parquet"]:
+        with data_errors(one.name):
+            guessed[one.name] = guess_encoding(one.path)
     found = {name: encoding for name, encoding in guessed.items() if encoding}
     others = [one for one in inputs if one.path and not guessed.get(one.name) and not _is_ascii(one)]
     if found and others:

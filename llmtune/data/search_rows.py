@@ -95,11 +95,19 @@ def _score(value: object) -> float | None:
         return None
     try:
         score = math.nan if isinstance(value, bool) else float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         score = math.nan
     if not math.isfinite(score):
-        raise RowError("no number", f"'score' is {value!r}")
+        raise RowError("no number", f"'score' is {shortened(value)}")
     return score
+
+
+def shortened(value: object) -> str:
+    """Return the beginning of a value as text; Python refuses to write numbers of thousands of digits."""
+    try:
+        return f"{value!r:.40}"
+    except ValueError:
+        return "a number of thousands of digits"
 
 
 TEXT_KEYS = ("text", "passage_text", "passage", "content")
@@ -214,11 +222,13 @@ def _relevance(value: object) -> float:
     thumb = THUMBS.get(value.strip().lower()) if isinstance(value, str) else None
     try:
         number = float(value if thumb is None else thumb)  # type: ignore[arg-type]
+    except OverflowError:
+        number = math.inf
     except (TypeError, ValueError):
         what = f"'relevance' is {value!r}" if isinstance(value, str) else f"'relevance' is {json_kind(value)}"
         raise RowError("no relevance", f"{what}; it must be a number from 0, or true or false") from None
     if not math.isfinite(number) or number < 0:
-        raise RowError("no relevance", f"'relevance' is {value}; 0 is irrelevant, and more is better")
+        raise RowError("no relevance", f"'relevance' is {shortened(value)}; 0 is irrelevant, and more is better")
     return number
 
 

@@ -33,6 +33,7 @@ from llmtune.evaluate.opened_runs import (
 from llmtune.evaluate.per_row_scores import PerRowScores, name_test_rows
 from llmtune.recipe.evaluate_section import ERROR
 from llmtune.recipe.schema import Recipe
+from llmtune.recipe.user_files import read_text_file
 from llmtune.records import Examples, Json, Rows
 from llmtune.score_records import Champion, Evaluation
 from llmtune.store.atomic_files import explained, hash_file, hash_value
@@ -105,7 +106,7 @@ def open_ledger(recipe: Recipe, champion: ScoredRun) -> Ledger | None:
         raise EnvironmentProblem.of("cannot be written, so this look would not be counted", str(path), fix)
     tests = hash_value(sorted(champion.measures.rows))
     with explained(path):
-        texts = path.read_text("utf-8", "replace").splitlines() if path.exists() else []
+        texts = read_text_file(path, errors="replace").splitlines() if path.exists() else []
     try:
         lines = [TypeAdapter(LedgerLine).validate_json(text) for text in texts if text.strip()]
     except ValidationError:

@@ -341,6 +341,12 @@ def _host_rendezvous(topology: Topology, console: Console) -> TCPStore | None:
         if ip_address(address).is_loopback and topology.host not in (address, "localhost"):
             where = f"on all interfaces, because {topology.host} is {address} here: better give its IP address"
             address = "::" if socket.has_dualstack_ipv6() else "0.0.0.0"  # noqa: S104 - as the line below says
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        with (  # torch would try to reach its own store for minutes
+            socket.create_server((address, port), family=family, dualstack_ipv6=address == "::"),
+            socket.create_connection((topology.host, port), timeout=TRY_SECONDS),
+        ):
+            pass
         store: TCPStore = host_store(address, port)
     except OSError as error:
         fix = "Use the address of this machine (machine 0) and a free port."

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from ipaddress import IPv6Address
 from typing import TYPE_CHECKING
 
 from llmtune.errors import Problem, RecipeError, nearest
@@ -12,6 +14,9 @@ from llmtune.records import Layout
 if TYPE_CHECKING:
     from llmtune.recipe.schema import Recipe
 
+MOST_PROCESSES, MOST_MACHINES = 1024, 65_536
+"""Far more than any machine or cluster has; starting them would only use up this machine's memory."""
+PORT, LABEL = re.compile(r"[0-9]{1,5}"), re.compile(r"[A-Za-z0-9_-]{1,63}")
 STRATEGIES = ("ddp", "fsdp")
 UNSHARDED_OPTIMIZERS = {
     "paged": ("its state moves between one card and main memory", "Omit `paged_`, or add --fsdp-offload-params"),
@@ -85,6 +90,14 @@ class Topology:
         if self.offload_params and (self.strategy != "fsdp" or self.processes * self.machines == 1):
             fix = "Omit it, or add --strategy fsdp and --processes 2 or more."
             yield Problem("shards are offloaded, and no model is sharded here", "--fsdp-offload-params", fix)
+        limits = (("processes", self.processes, MOST_PROCESSES), ("machines", self.machines, MOST_MACHINES))
+        for name, count, most in limits:
+            if count > most:
+                yield Problem(
+                    f"{count if count < 10**15 else 'it'} is more than {most:,}",
+                    f"--{name}",
+                    "Set it to what the machines have.",
+                )
         if self.processes < 1:
             yield Problem(f"{self.processes} is less than 1", "--processes", "Set it to 1 or more.")
         if self.rank >= self.machines:
@@ -94,10 +107,21 @@ class Topology:
         if self.machines > 1 and self.address is None:
             fix = "Give HOST:PORT of machine 0, the same on each machine: --address 10.0.0.1:29500"
             yield Problem("several machines need the address of machine 0", "--address", fix)
-        elif self.address is not None and not (host and port.isdecimal() and 0 < int(port) < 65536):
+        elif self.address is not None and not (is_host(host) and PORT.fullmatch(port) and 0 < int(port) < 65536):
             yield Problem(f"{self.address!r} is not HOST:PORT", "--address", "For example 10.0.0.1:29500")
         elif self.machines == 1 and self.address is not None:
             yield Problem("has no effect with one machine", "--address", "Omit it, or set --machines.")
+
+
+def is_host(text: str) -> bool:
+    """Return whether a text can be the name of a machine, or an IP address; an IPv6 address has brackets or none."""
+    bare = text[1:-1] if text[:1] == "[" and text[-1:] == "]" else text
+    if ":" in bare or bare != text:
+        try:
+            return IPv6Address(bare).version == 6
+        except ValueError:
+            return False
+    return all(LABEL.fullmatch(part) for part in bare.split(".")) and len(bare) < 254
 
 
 def unknown_strategy(strategy: str) -> Iterator[Problem]:

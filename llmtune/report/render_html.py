@@ -10,6 +10,7 @@ from pathlib import Path
 import jinja2
 from markupsafe import Markup, escape
 
+from llmtune.errors import STEERING, visible
 from llmtune.report.blocks import Page, Section
 from llmtune.report.number_format import score, signed
 from llmtune.store.atomic_files import plain, write_text
@@ -22,12 +23,12 @@ def write_page(path: Path, page: Page) -> Path:
 
 
 def to_html(page: Page) -> str:
-    """Render the page's template, which escapes all text."""
+    """Render the page's template, which escapes all text; control characters become visible."""
     shown = [section for section in page.sections if section.blocks]
     data = None if page.data is None else embed_json(page.data)
     style, script = (Markup(text) for text in (page.style, page.script))  # noqa: S704 - the program's own
     template = open_templates().get_template("page.html.jinja")
-    return template.render(page=page, sections=shown, data=data, style=style, script=script)
+    return visible(template.render(page=page, sections=shown, data=data, style=style, script=script))
 
 
 def render_html_section(section: Section) -> str:
@@ -60,4 +61,5 @@ def embed_json(data: object) -> Markup:
     """Return JSON that is safe in a script element: it cannot start an end tag or comment."""
     text = json.dumps(plain(data), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     safe = text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+    safe = STEERING.sub(lambda found: f"\\u{ord(found[0]):04x}", safe)
     return Markup(safe)  # noqa: S704 - nothing in it can end the element

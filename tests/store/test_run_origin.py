@@ -95,7 +95,7 @@ def test_a_run_of_others_sends_no_key_before_it_is_trusted(
     with judge.serving() as url:
         section = {"endpoint": url, "model": "m"}
         run = finish_run(here / "made", tiny_llama, train=FAST, evaluate={"metrics": ["loss"], "judge": section})
-        (run / "judge.jsonl").unlink()
+        (run / "judge.jsonl").unlink(missing_ok=True)
         asked = len(judge.requests)
         monkeypatch.setenv("LLMTUNE_CACHE", str(here / "other"))
         for words in (("evaluate", run), ("reproduce", run, "--out", "again")):
