@@ -176,6 +176,8 @@ def data_section(data: DataFacts | None, task: str | None) -> Section:
         left.append(Text(vanishing_sentence(vanishing), "note"))
     if lost := data.get("lost"):
         left.append(Text(lost_sentence(lost, sum(supervised.values())), "note"))
+    if long_answers := data.get("long_answers"):
+        left.append(Text(long_answers_sentence(long_answers), "note"))
     names = {"label": "training examples by length in tokens", "title": "Training examples by length", "axis": "tokens"}
     lengths = data.get("lengths")
     chart = [Html(draw_histogram(lengths["edges"], lengths["counts"], **names))] if lengths else []
@@ -205,6 +207,13 @@ def vanishing_sentence(vanishing: Mapping[str, int]) -> str:
     )
     more = f" and {len(vanishing) - SHOWN_LETTERS} more" if len(vanishing) > SHOWN_LETTERS else ""
     return f"The tokenizer drops these characters, so the model never sees them: {listed}{more}."
+
+
+def long_answers_sentence(found: Mapping[str, Any]) -> str:
+    """Return a sentence on answers that the model learns and can never give (`count_long_answers`)."""
+    rows = ", ".join(f"{count(number)} {split}" for split, number in found["rows"].items() if number)
+    text = f"{count(sum(found['rows'].values()))} answers have more than {found['limit']} tokens ({rows}), "
+    return f"{text}so the model can never give them. Set `{found['key']}: {found['longest']}`."
 
 
 def lost_sentence(lost: Mapping[str, int], supervised: int) -> str:
