@@ -152,6 +152,8 @@ class SuspectFacts(TypedDict):
 
     found: dict[str, int]
     listed: list[SuspectRow]
+    unchecked: dict[str, int]
+    """Classes that cannot be checked, with the number of their labels."""
 
 
 @dataclass(frozen=True)

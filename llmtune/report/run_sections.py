@@ -141,7 +141,15 @@ def suspect_section(suspects: SuspectFacts | None) -> Section:
         cells.append([shown, row["given"], row["suggested"], score(row["score"]), Cell(place, note=row["split"])])
     columns: TableColumns = ["text", "label", "suggested", Column("probability of the label", "number"), "row"]
     table: list[Block] = [Table(columns, cells, scroll=True)] if cells else []
-    return Section(title, [Text(f"Labels that are likely wrong: {found or 'none'}."), *table, Text(text, "soft")])
+    left_out = [Text(unchecked_sentence(suspects["unchecked"]), "note")] if suspects["unchecked"] else []
+    first = Text(f"Labels that are likely wrong: {found or 'none'}.")
+    return Section(title, [first, *left_out, *table, Text(text, "soft")])
+
+
+def unchecked_sentence(unchecked: Mapping[str, int]) -> str:
+    """Return a sentence on classes whose labels cannot be checked."""
+    listed = ", ".join(f"{name} ({count(labels)})" for name, labels in unchecked.items())
+    return f"Not checked, because all labels of the class are in one row or one group of data.split_by: {listed}."
 
 
 def points(curve: Sequence[Mapping[str, object]], key: str) -> list[ChartPoint]:

@@ -214,6 +214,7 @@ def test_a_task_formats_its_rows_for_display():
     }
 
 
+@pytest.mark.slow
 def test_answers_that_are_longer_than_the_model_may_give_are_counted_with_a_length_that_fits_all(tmp_path):
     rows = [dict(row) for row in ANSWERED[:40]]
     for row in rows[:5]:
