@@ -43,10 +43,10 @@ def rows_command(
     plan = context.plan
     require_labels(plan.recipe)
     evaluated = EvalContext(plan.recipe, plan.task, plan.processor, None, plan.device, context.console)
-    found = find_suspects(Models(context).tuned, evaluated, context.rows, context.examples)
+    found, unchecked = find_suspects(Models(context).tuned, evaluated, context.rows, context.examples)
     write_suspects(found, suspects)
     if as_json:
-        print_json({"file": str(suspects), "found": len(found)})
+        print_json({"file": str(suspects), "found": len(found), "unchecked": unchecked})
     else:
         typer.echo(f"{len(found)} labels are likely wrong; written to {suspects}")
 

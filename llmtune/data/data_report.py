@@ -20,11 +20,11 @@ from llmtune.data.tokenization import find_vanishing
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.secrets import redact_all, secret_values
 from llmtune.recipe.task_facts import TASK_FACTS
-from llmtune.records import Examples, Rows
+from llmtune.records import Examples, Json, Rows
 from llmtune.report.blocks import Column, Table
 from llmtune.report.blocks import Text as Note
 from llmtune.report.render_terminal import print_blocks
-from llmtune.report.run_sections import filled_sentence, lost_sentence, vanishing_sentence
+from llmtune.report.run_sections import filled_sentence, long_answers_sentence, lost_sentence, vanishing_sentence
 
 BINS = 10
 SHOWN = 30
@@ -43,9 +43,9 @@ def describe_examples(
 
     Keys: `rows_in`; `rows`, `examples`, `tokens`, `supervised` and `longest` by split; `supervised_share` (None if no
     tokens are predicted); `dropped` by reason (`rows` and `examples` together); `lost` (what truncated rows lost:
-    `rows`, `answers`, `tokens`, and `supervised` tokens); `filled` (null keys that Arrow added); `vanishing` (rows by
-    character that the tokenizer drops); `histogram` (training examples: `edges` in tokens, `counts`); `example`, the
-    first training example as pieces `[text, learned]`.
+    `rows`, `answers`, `tokens`, and `supervised` tokens); `long_answers` (of `count_long_answers`); `filled` (null keys
+    that Arrow added); `vanishing` (rows by character that the tokenizer drops); `histogram` (training examples: `edges`
+    in tokens, `counts`); `example`, the first training example as pieces `[text, learned]`.
     """
     train = ExampleReader(examples, "train")
     edges, counts = _histogram(train.lengths)
@@ -59,7 +59,9 @@ def describe_examples(
     vanishing: dict[str, int] = {}
     if not TASK_FACTS[task.name].takes_audio:
         vanishing = find_vanishing((text for split in rows.files for _, text in iterate_texts(rows, split)), processor)
-    blocks = [_splits(rows, examples), _dropped(rows.rows_in, dropped), *_notes(rows, examples, vanishing)]
+    long_answers = count_long_answers(task, examples, recipe)
+    notes = _notes(rows, examples, vanishing, long_answers)
+    blocks = [_splits(rows, examples), _dropped(rows.rows_in, dropped), *notes]
     print_blocks([*blocks, _bars(edges, counts), *([_classes(classes)] if classes else [])], console)
     _name_unseen(classes, console)
     if task.predicts_tokens:
@@ -81,6 +83,7 @@ def describe_examples(
         "supervised_share": share if task.predicts_tokens else None,
         "dropped": dropped,
         "lost": dict(examples.lost),
+        "long_answers": long_answers,
         "filled": rows.filled,
         "vanishing": vanishing,
         "histogram": {"edges": edges, "counts": counts},
@@ -89,7 +92,25 @@ def describe_examples(
     }
 
 
-def _notes(rows: Rows, examples: Examples, vanishing: Mapping[str, int]) -> Iterator[Note]:
+def count_long_answers(task: TaskInterface, examples: Examples, recipe: Recipe) -> Json:
+    """Count the rows whose answer the model learns and can never give, because it is longer than a key allows.
+
+    Keys: `key`, `limit`, `longest` (tokens of the longest answer), and `rows` by split; empty if there are none.
+    """
+    limit, sizes = task.answer_limit(recipe), dict[str, dict[int, int]]()
+    if limit is None:
+        return {}
+    for split in examples.counts:
+        reader = ExampleReader(examples, split)
+        sizes[split] = {}
+        for row, example in zip(reader.rows.tolist(), reader, strict=True):
+            sizes[split][row] = max(sizes[split].get(row, 0), task.answer_size(example))
+    counts = {split: sum(size > limit[1] for size in found.values()) for split, found in sizes.items()}
+    longest = max((size for found in sizes.values() for size in found.values()), default=0)
+    return {"key": limit[0], "limit": limit[1], "longest": longest, "rows": counts} if longest > limit[1] else {}
+
+
+def _notes(rows: Rows, examples: Examples, vanishing: Mapping[str, int], long_answers: Json) -> Iterator[Note]:
     """Yield a note on each kind of content that rows lost on their way to the model."""
     if rows.filled:
         yield Note(filled_sentence(rows.filled), "note")
@@ -97,6 +118,8 @@ def _notes(rows: Rows, examples: Examples, vanishing: Mapping[str, int]) -> Iter
         yield Note(vanishing_sentence(vanishing), "note")
     if examples.lost:
         yield Note(lost_sentence(examples.lost, sum(examples.supervised.values())), "note")
+    if long_answers:
+        yield Note(long_answers_sentence(long_answers), "note")
 
 
 def _name_unseen(classes: Mapping[str, Mapping[str, int]], console: Console) -> None:

@@ -114,6 +114,14 @@ class TaskInterface:
         """
         return None
 
+    def answer_limit(self, recipe: Recipe) -> tuple[str, int] | None:
+        """Return the recipe key that limits the tokens of an answer within a text, and its value; None without one."""
+        return None
+
+    def answer_size(self, example: Example) -> int:
+        """Return the tokens of an example's answer; for tasks with `answer_limit`."""
+        raise NotImplementedError
+
     def class_counts(self, rows: Rows, recipe: Recipe) -> dict[str, dict[str, int]]:
         """Return, by label, the number of rows (or entities) per split; empty for a task without labels."""
         return {}

@@ -51,7 +51,7 @@ class Chosen:
     @property
     def outside_U(self) -> NDArray[np.bool_]:  # noqa: N802
         """Whether no label can be right, because the reference is none of them; never if `many`."""
-        return ~self.right_UK.any(1) & (not self.many)
+        return np.zeros(len(self.rows), bool) if self.many else np.asarray(~self.right_UK.any(1))
 
     @property
     def outside(self) -> int:

@@ -21,7 +21,6 @@ from llmtune.evaluate.calibration import Chosen, log_probabilities, read_rules, 
 from llmtune.evaluate.intervals import Floats
 from llmtune.evaluate.metric import (
     Measure,
-    columns,
     counted_bounds,
     measure_means,
     measure_shares,
@@ -138,7 +137,8 @@ def measure_errors(decided_N: NDArray[np.bool_], wrong_N: NDArray[np.bool_]) -> 
 
     It has every row: two models decide different rows, and each keeps its own.
     """
-    sums_N2, signature = columns(decided_N & wrong_N, decided_N), "share of decided answers that are wrong"
+    sums_N2 = np.stack([decided_N & wrong_N, decided_N], axis=1).astype(np.float64)
+    signature = "share of decided answers that are wrong"
     return Measure("decided_error", sums_N2, ratio_of_counted, signature=signature, bounds=counted_bounds)
 
 

@@ -32,17 +32,20 @@ from llmtune.data.row_store import iterate_groups, iterate_rows
 from llmtune.errors import EnvironmentProblem, RecipeError
 from llmtune.evaluate.eval_inputs import EvalContext, write_prompt
 from llmtune.evaluate.inference import add_bar, inference_on
-from llmtune.evaluate.run_report import SUSPECTS
+from llmtune.evaluate.run_report import SUSPECTS, UNCHECKED
 from llmtune.evaluate.token_batches import over_processes, run_encoder
 from llmtune.model.causal_lm_loss import unwrap
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_facts import TASK_FACTS
 from llmtune.records import SPLITS, Advance, Examples, Rows
 from llmtune.report.render_terminal import spinner
-from llmtune.store.atomic_files import explained, write_text
+from llmtune.report.run_sections import unchecked_sentence
+from llmtune.store.atomic_files import explained, write_json, write_text
 
 KEY = "evaluate.suspects"
 FOLDS = 5
+FEW_GROUPS = 2 * FOLDS
+"""With as many groups, a class is in two random folds or more but for one case in two million."""
 STRENGTH, MOST_STEPS = 0.01, 1000
 """`C` and `max_iter` of the logistic regression, on standardised features."""
 Features = npt.NDArray[np.float32]
@@ -107,26 +110,35 @@ def save_suspects(load: LoadModel, context: EvalContext, rows: Rows, examples: E
     Processes share the rows. Only the first has a folder.
     """
     if context.recipe.evaluate.suspects:
-        suspects = find_suspects(load, context, rows, examples)
+        suspects, unchecked = find_suspects(load, context, rows, examples)
         if context.folder is not None:
             write_suspects(suspects, context.folder / SUSPECTS)
+            write_json(context.folder / UNCHECKED, unchecked)
 
 
-def find_suspects(load: LoadModel, context: EvalContext, rows: Rows, examples: Examples) -> list[Suspect]:
-    """Return the labels of all splits that are likely wrong by the features of a model, the most suspicious first."""
+def find_suspects(
+    load: LoadModel, context: EvalContext, rows: Rows, examples: Examples
+) -> tuple[list[Suspect], dict[str, int]]:
+    """Return the labels of all splits that are likely wrong by the features of a model, the most suspicious first.
+
+    Also returns the classes that cannot be checked (`find_errors`), with the number of their labels, and prints them.
+    """
     with load() as model:
         names = [name for _, name in sorted(unwrap(model).config.id2label.items())]
         labelled = read_labels(model, context, rows, examples)
     multi = labelled.targets_NQ.shape[1] > 1
     questions = [[f"not {name}", name] for name in names] if multi else [names]
-    found = defaultdict[tuple[str, int], list[Error]](list)
+    found, unchecked = defaultdict[tuple[str, int], list[Error]](list), dict[str, int]()
     for targets_N, classes in zip(labelled.targets_NQ.T, questions, strict=True):
         with spinner(context.console, f"suspects: {len(targets_N):,} labels"):
-            errors = [*find_errors(labelled.features_ND, targets_N, labelled.groups_N, context.recipe.seed)]
+            errors, alone = find_errors(labelled.features_ND, targets_N, labelled.groups_N, context.recipe.seed)
+        unchecked |= {classes[number]: labels for number, labels in alone.items()}
         for n, best, share in errors:
             split, row, position = labelled.places[n]
             found[split, row].append((position, classes[targets_N[n]], classes[best], share))
-    return sorted(add_texts(found, rows), key=lambda one: one.score)
+    if unchecked:
+        context.console.print(unchecked_sentence(unchecked), style="yellow", highlight=False, markup=False)
+    return sorted(add_texts(found, rows), key=lambda one: one.score), unchecked
 
 
 def read_labels(model: torch.nn.Module, context: EvalContext, rows: Rows, examples: Examples) -> Labelled:
@@ -179,28 +191,62 @@ def targets_of(example: Example) -> list[list[int]]:
 
 def find_errors(
     features_ND: Features, targets_N: ClassNumbers, groups_N: ClassNumbers, seed: int
-) -> Iterator[tuple[int, int, float]]:
-    """Yield each likely error: its number, its most likely class, and the probability of the given class."""
+) -> tuple[list[tuple[int, int, float]], dict[int, int]]:
+    """Return the likely errors, and the classes that cannot be checked with the number of their labels.
+
+    An error is its number, its most likely class, and the probability of the given class. A class whose labels are all
+    in one fold cannot be checked: a regression without that fold never saw the class, and gives it no probability.
+    """
     from cleanlab.filter import find_label_issues  # late: an extra
     from sklearn.linear_model import LogisticRegression
-    from sklearn.model_selection import GroupKFold, cross_val_predict
+    from sklearn.model_selection import cross_val_predict
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    classes_K, labels_N = np.unique(targets_N, return_inverse=True)
-    folds = min(FOLDS, len(np.unique(groups_N)))
-    if len(classes_K) < 2 or folds < 2:
-        return
+    kept_N, folds = divide_rows(targets_N, groups_N, seed)
+    numbers, counts = np.unique(np.delete(targets_N, kept_N), return_counts=True)
+    alone = dict(zip(numbers.tolist(), counts.tolist(), strict=True))
+    if not folds:
+        return [], alone
+    classes_K, labels_N = np.unique(targets_N[kept_N], return_inverse=True)
     regression = make_pipeline(StandardScaler(), LogisticRegression(C=STRENGTH, max_iter=MOST_STEPS))
-    splitter = GroupKFold(folds, shuffle=True, random_state=seed)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a fold may lack a rare class
-        shares_NK = cross_val_predict(
-            regression, features_ND, labels_N, groups=groups_N, cv=splitter, method="predict_proba"
-        )
+        warnings.simplefilter("ignore")  # cleanlab's, on classes with few labels
+        shares_NK = cross_val_predict(regression, features_ND[kept_N], labels_N, cv=folds, method="predict_proba")
         found = find_label_issues(labels_N, shares_NK, return_indices_ranked_by="self_confidence", n_jobs=1)
-    for n in found.tolist():
-        yield n, int(classes_K[shares_NK[n].argmax()]), float(shares_NK[n, labels_N[n]])
+    return [
+        (int(kept_N[n]), int(classes_K[shares_NK[n].argmax()]), float(shares_NK[n, labels_N[n]]))
+        for n in found.tolist()
+    ], alone
+
+
+def divide_rows(
+    targets_N: ClassNumbers, groups_N: ClassNumbers, seed: int
+) -> tuple[ClassNumbers, list[tuple[ClassNumbers, ClassNumbers]]]:
+    """Return the labels to check and their folds, as pairs of training and test rows; no folds with nothing to check.
+
+    Each class of the labels is in two folds or more: others are left out. Folds balance the classes if some have few
+    groups, which takes longer.
+    """
+    from sklearn.model_selection import GroupKFold, StratifiedGroupKFold
+
+    kept_N, groups_N = np.arange(len(targets_N)), np.unique(groups_N, return_inverse=True)[1]
+    while True:
+        classes_K, labels_N = np.unique(targets_N[kept_N], return_inverse=True)
+        pairs = np.unique(np.stack([labels_N, groups_N[kept_N]]), axis=1)
+        groups_K = np.bincount(pairs[0], minlength=len(classes_K))
+        size = min(FOLDS, int(groups_K.max(initial=0)), len(np.unique(pairs[1])))
+        if len(classes_K) < 2 or size < 2:
+            return kept_N[:0] if (groups_K < 2).any() and len(classes_K) > 1 else kept_N, []
+        kind = StratifiedGroupKFold if groups_K.min() < FEW_GROUPS else GroupKFold
+        splitter = kind(size, shuffle=True, random_state=seed)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a class has fewer labels than folds
+            folds = [*splitter.split(kept_N, labels_N, groups_N[kept_N])]
+        seen_K = sum(np.bincount(labels_N[test], minlength=len(classes_K)) > 0 for _, test in folds)
+        if (np.asarray(seen_K) > 1).all():
+            return kept_N, folds
+        kept_N = kept_N[np.asarray(seen_K)[labels_N] > 1]
 
 
 def add_texts(found: Mapping[tuple[str, int], Sequence[Error]], rows: Rows) -> Iterator[Suspect]:

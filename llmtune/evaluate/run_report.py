@@ -19,12 +19,12 @@ from llmtune.report.report_page import find_explanations
 from llmtune.report.report_record import Report, Seeds, SuspectFacts, Verdict, collect_facts
 from llmtune.report.verdict import describe_spread, verdict
 from llmtune.score_records import Evaluation, GateResult
-from llmtune.store.atomic_files import read_json_lines
+from llmtune.store.atomic_files import read_json, read_json_lines
 from llmtune.store.run_folder import RunFolder, read_curve
 from llmtune.store.run_lock import hardware, package_versions
 from llmtune.store.seed_runs import is_scored_alike, seed_folder
 
-SUSPECTS = "suspects.jsonl"
+SUSPECTS, UNCHECKED = "suspects.jsonl", "suspects_unchecked.json"
 """File of the evaluation with the labels that are likely wrong."""
 MOST_LISTED, LONGEST = 10, 400
 
@@ -65,7 +65,8 @@ def summarize_suspects(path: Path) -> SuspectFacts | None:
         return None
     lines: list[Any] = read_json_lines(path)
     listed = [{**line, "file": Path(line["file"]).name, "text": line["text"][:LONGEST]} for line in lines[:MOST_LISTED]]
-    return cast(SuspectFacts, {"found": dict(Counter(line["split"] for line in lines)), "listed": listed})
+    found, unchecked = dict(Counter(line["split"] for line in lines)), read_json(path.with_name(UNCHECKED)) or {}
+    return cast(SuspectFacts, {"found": found, "listed": listed, "unchecked": unchecked})
 
 
 def judge_run(

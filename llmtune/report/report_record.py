@@ -101,6 +101,7 @@ class DataFacts(PreparedFacts, total=False):
     """Rows in, kept and dropped by reason; examples and tokens by split."""
 
     lost: Counts
+    long_answers: Json
     filled: int
     vanishing: Counts
     examples: Counts
@@ -151,6 +152,8 @@ class SuspectFacts(TypedDict):
 
     found: dict[str, int]
     listed: list[SuspectRow]
+    unchecked: dict[str, int]
+    """Classes that cannot be checked, with the number of their labels."""
 
 
 @dataclass(frozen=True)
@@ -240,6 +243,7 @@ def collect_facts(done: Mapping[str, Any], began: float | None, curve: Sequence[
         data |= {"supervised_tokens": encoded["supervised"], "lengths": encoded["histogram"]}
         data |= {"classes": encoded.get("classes") or {}, "lost": encoded.get("lost") or {}}
         data |= {"filled": encoded.get("filled", 0), "vanishing": encoded.get("vanishing") or {}}
+        data |= {"long_answers": encoded.get("long_answers") or {}}
         data |= {"mined": done.get("mine"), "surveyed": done.get("survey")}
     return {
         "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(began)) if began else "",

@@ -141,7 +141,15 @@ def suspect_section(suspects: SuspectFacts | None) -> Section:
         cells.append([shown, row["given"], row["suggested"], score(row["score"]), Cell(place, note=row["split"])])
     columns: TableColumns = ["text", "label", "suggested", Column("probability of the label", "number"), "row"]
     table: list[Block] = [Table(columns, cells, scroll=True)] if cells else []
-    return Section(title, [Text(f"Labels that are likely wrong: {found or 'none'}."), *table, Text(text, "soft")])
+    left_out = [Text(unchecked_sentence(suspects["unchecked"]), "note")] if suspects["unchecked"] else []
+    first = Text(f"Labels that are likely wrong: {found or 'none'}.")
+    return Section(title, [first, *left_out, *table, Text(text, "soft")])
+
+
+def unchecked_sentence(unchecked: Mapping[str, int]) -> str:
+    """Return a sentence on classes whose labels cannot be checked."""
+    listed = ", ".join(f"{name} ({count(labels)})" for name, labels in unchecked.items())
+    return f"Not checked, because all labels of the class are in one row or one group of data.split_by: {listed}."
 
 
 def points(curve: Sequence[Mapping[str, object]], key: str) -> list[ChartPoint]:
@@ -176,6 +184,8 @@ def data_section(data: DataFacts | None, task: str | None) -> Section:
         left.append(Text(vanishing_sentence(vanishing), "note"))
     if lost := data.get("lost"):
         left.append(Text(lost_sentence(lost, sum(supervised.values())), "note"))
+    if long_answers := data.get("long_answers"):
+        left.append(Text(long_answers_sentence(long_answers), "note"))
     names = {"label": "training examples by length in tokens", "title": "Training examples by length", "axis": "tokens"}
     lengths = data.get("lengths")
     chart = [Html(draw_histogram(lengths["edges"], lengths["counts"], **names))] if lengths else []
@@ -205,6 +215,13 @@ def vanishing_sentence(vanishing: Mapping[str, int]) -> str:
     )
     more = f" and {len(vanishing) - SHOWN_LETTERS} more" if len(vanishing) > SHOWN_LETTERS else ""
     return f"The tokenizer drops these characters, so the model never sees them: {listed}{more}."
+
+
+def long_answers_sentence(found: Mapping[str, Any]) -> str:
+    """Return a sentence on answers that the model learns and can never give (`count_long_answers`)."""
+    rows = ", ".join(f"{count(number)} {split}" for split, number in found["rows"].items() if number)
+    text = f"{count(sum(found['rows'].values()))} answers have more than {found['limit']} tokens ({rows}), "
+    return f"{text}so the model can never give them. Set `{found['key']}: {found['longest']}`."
 
 
 def lost_sentence(lost: Mapping[str, int], supervised: int) -> str:

@@ -251,6 +251,14 @@ class ExtractiveQa(Qa[Span]):
             return explain_missing(windows, *characters)
         return [window_example(window, tokens) for window, tokens in zip(windows, ends, strict=True)]
 
+    def answer_limit(self, recipe: Recipe) -> tuple[str, int]:
+        """Return `qa.max_answer_length`: `predict` gives no longer answer."""
+        return "qa.max_answer_length", qa_section(recipe).max_answer_length
+
+    def answer_size(self, example: Example) -> int:
+        """Return the tokens of the answer in a window; `no answer` is one."""
+        return example.answer[1] - example.answer[0] + 1
+
     def collate(
         self, examples: Sequence[Example], processor: PreTrainedTokenizerBase, recipe: Recipe, packs: bool, draw: int
     ) -> Batch:

@@ -1,12 +1,16 @@
 """Answers parsed by the template: text, calls, and truncation."""
 
 import json
+import re
 
 import pytest
 import torch
+from support.families import build_t5
 from support.learning import LOOKS_LIKE_A_CALL, WEATHER, learn_by_heart, weather_row
 from support.models import build_llama
+from support.pairs import DOCUMENTS, PAIRS, recipe_of
 from support.rows import write_jsonl
+from support.runs import invoke
 from support.templates import (
     EMPTY_THOUGHTS,
     FAMILY_FILES,
@@ -188,3 +192,34 @@ def test_a_model_that_learned_its_rows_answers_all_of_them_correctly(family):
     score = TEXT_MEASURES["exact_match"]([answer.text for answer in parsed], references).value
     assert score == 1.0, [tokenizer.decode(output.token_ids) for output in outputs]
     assert [output.finish_reason for output in outputs] == ["stop"] * 3
+
+
+QUESTIONS = [
+    {"question": f"which {i}?", "context": f"The fox is red and number {i}.", "answer": f"red and number {i}"}
+    for i in range(30)
+]
+COMPLETIONS = [{"prompt": pair["source"], "completion": f" {pair['target']}"} for pair in PAIRS]
+LANGUAGES = {"translate": {"source_language": "English", "target_language": "French"}}
+GENERATING = {
+    "translate": (build_t5, PAIRS, LANGUAGES),
+    "translate-decoder": (build_llama, PAIRS, LANGUAGES),
+    "summarize": (build_t5, DOCUMENTS, {}),
+    "completion": (build_llama, COMPLETIONS, {"evaluate": {"metrics": ["loss", "exact_match"]}}),
+    "qa": (build_t5, QUESTIONS, {}),
+    "qa-decoder": (build_llama, QUESTIONS, {}),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", GENERATING)
+def test_every_generating_task_reports_references_longer_than_max_new_tokens(task, tmp_path):
+    build, rows, sections = GENERATING[task]
+    sections = {"generation": {"max_new_tokens": 1}, "data": {"validation": 0.1, "test": 0.3}, **sections}
+    name = task.removesuffix("-decoder")
+    done = invoke(
+        "prepare", recipe_of(tmp_path, build(tmp_path / "model"), rows, name, **sections), "--out", tmp_path / "run"
+    )
+    assert done.exit_code == 0, done.output
+    said = " ".join(done.output.split())
+    assert re.search(r"(\d+) of \1 reference answers of the test rows have more than 1 tokens", said)
+    assert re.search(r"generation\.max_new_tokens: \d+ fits all", said)

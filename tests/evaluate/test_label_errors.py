@@ -113,17 +113,81 @@ def test_a_label_is_judged_by_a_regression_that_did_not_see_its_group() -> None:
     labels = draw.integers(0, 2, 60)
     seen = LogisticRegression(C=0.01, max_iter=1000).fit(features, labels).predict_proba(features)
     twice, groups = np.concatenate([features, features]), np.tile(np.arange(60), 2)
-    found = {n: share for n, _, share in find_errors(twice, np.tile(labels, 2), groups, 0)}
+    found = {n: share for n, _, share in find_errors(twice, np.tile(labels, 2), groups, 0)[0]}
     assert found
     assert max(found.values()) < 0.5
     assert min(seen[n % 60, labels[n % 60]] for n in found) > min(found.values())
     assert {n % 60 for n in found if n < 60} == {n % 60 for n in found if n >= 60}
 
 
+def grouped_classes(groups_each: int, classes: int = 12, rows: int = 360) -> tuple[Any, Any, Any]:
+    """Return features that show the class and the group of each row, classes, and groups with one class each."""
+    draw = np.random.default_rng(0)
+    labels, numbers = np.arange(rows) % classes, np.arange(rows) // classes
+    groups = labels * groups_each + numbers % groups_each
+    shifts = draw.normal(size=(classes * groups_each, 16)) / 2
+    features = draw.normal(size=(classes, 16))[labels] * 2 + shifts[groups] + draw.normal(size=(rows, 16))
+    return features.astype(np.float32), labels, groups
+
+
+@pytest.mark.parametrize("groups_each", [1, 2, 3, 5])
+def test_right_labels_of_classes_with_few_groups_are_not_listed(groups_each: int) -> None:
+    features, labels, groups = grouped_classes(groups_each)
+    errors, unchecked = find_errors(features, labels, groups, 0)
+    assert len(errors) <= 2
+    assert unchecked == (dict.fromkeys(range(12), 30) if groups_each == 1 else {})
+
+
+def test_only_the_class_in_one_group_is_left_out_and_errors_of_others_are_found() -> None:
+    features, labels, groups = grouped_classes(6)
+    groups[labels == 7] = 1000
+    wrong = np.flatnonzero(labels == 3)[:4]
+    labels[wrong] = 4
+    errors, unchecked = find_errors(features, labels, groups, 0)
+    assert unchecked == {7: 30}
+    assert len({n for n, *_ in errors} & {*wrong.tolist()}) >= 3
+    assert len(errors) <= 6
+
+
+def test_a_yes_or_no_question_whose_yes_is_in_one_group_is_not_checked() -> None:
+    features, labels, groups = grouped_classes(6)
+    groups[labels == 7] = 1000
+    assert find_errors(features, (labels == 7).astype(int), groups, 0) == ([], {1: 30})
+    assert find_errors(features, (labels == 3).astype(int), groups, 0) == ([], {})
+
+
 def test_one_class_or_one_group_has_no_suspects() -> None:
     features, groups = np.eye(8, dtype=np.float32), np.arange(8)
-    assert [*find_errors(features, np.zeros(8, dtype=np.int64), groups, 0)] == []
-    assert [*find_errors(features, np.arange(8) % 2, np.zeros(8, dtype=np.int64), 0)] == []
+    assert find_errors(features, np.zeros(8, dtype=np.int64), groups, 0) == ([], {})
+    assert find_errors(features, np.arange(8) % 2, np.zeros(8, dtype=np.int64), 0) == ([], {0: 4, 1: 4})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["classify", "token-classify"])
+def test_the_report_and_the_command_name_classes_that_cannot_be_checked(task: str, tmp_path: Path, built: Any) -> None:
+    rows: list[dict[str, Any]] = [{**row, "by": f"g{i // 3}"} for i, row in enumerate(colour_rows(90))]
+    rows += [
+        {"text": f"a violet {thing} number {i}", "label": "violet", "by": "last"} for i, thing in enumerate(THINGS)
+    ]
+    if task == "token-classify":
+        rows = [
+            {
+                "tokens": (words := row["text"].split()),
+                "tags": ["O", f"B-{row['label']}", *["O"] * (len(words) - 2)],
+                "by": row["by"],
+            }
+            for row in rows
+        ]
+    sets = {**SETS, "data": {"deduplicate": "none", "split_by": "by"}, "evaluate": {**SETS["evaluate"]}}
+    path = recipe_for(tmp_path / "r.yaml", built("bert"), rows, **sets)
+    path.write_text(path.read_text().replace("task: classify", f"task: {task}"))
+    report, out = run(path)
+    name = "violet" if task == "classify" else "B-violet"
+    assert report["suspects"]["unchecked"] == {name: 5}
+    assert "violet (5)." in (out / "report.md").read_text()
+    assert all(line["given"] != name for line in report["suspects"]["listed"])
+    done = invoke("rows", out, "--suspects", tmp_path / "s.jsonl", "--json")
+    assert json.loads(done.stdout)["unchecked"] == {name: 5}
 
 
 def test_without_cleanlab_the_run_ends_at_once_with_the_command(

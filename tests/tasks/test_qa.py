@@ -212,3 +212,23 @@ def test_a_task_formats_its_rows_for_display():
         "context": "c",
         "answers": None,
     }
+
+
+@pytest.mark.slow
+def test_answers_that_are_longer_than_the_model_may_give_are_counted_with_a_length_that_fits_all(tmp_path):
+    rows = [dict(row) for row in ANSWERED[:40]]
+    for row in rows[:5]:
+        row["answers"] = {"text": [row["context"].split(".")[0]], "answer_start": [0]}  # four words
+    for row in rows[5:8]:
+        row["answers"] = {"text": ["The sky"], "answer_start": [row["context"].index("The sky")]}
+    sections = {"qa": {"max_answer_length": 2, "stride": 16}, "train": {"max_steps": 1, "num_train_epochs": None}}
+    sections |= {"data": {"validation": 0.2, "test": 0.3}, "generation": {"max_new_tokens": None}}
+    report = run_recipe(tmp_path, families.build_bert(tmp_path / "model"), rows, "qa", **sections)
+    found = report["data"]["long_answers"]
+    assert (found["key"], found["limit"], sum(found["rows"].values())) == ("qa.max_answer_length", 2, 5)
+    assert found["longest"] == 4
+    text = (tmp_path / "run/report.md").read_text()
+    assert "5 answers have more than 2 tokens (" in text
+    assert "so the model can never give them. Set `qa.max_answer_length: 4`." in text
+    again = {**sections, "qa": {"max_answer_length": 4, "stride": 16}}
+    assert run_recipe(tmp_path / "more", tmp_path / "model", rows, "qa", **again)["data"]["long_answers"] == {}
