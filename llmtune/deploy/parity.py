@@ -214,8 +214,6 @@ def measure_step(
 def find_breaches(parity: Parity, limits: Limits) -> list[str]:
     """Describe the violated limits."""
     breaches = []
-    if not math.isfinite(parity.kl_mean):
-        breaches.append(NOT_FINITE)
     if parity.ids_error:
         breaches.append(f"the saved tokenizer and chat template produce no token ids: {parity.ids_error}")
     elif not parity.same_ids:
@@ -224,7 +222,9 @@ def find_breaches(parity: Parity, limits: Limits) -> list[str]:
         breaches.append("its labels, or their order, are not those of the tuned model")
     breaches += [f"its answers do not end at {token!r}" for token in parity.missing_ends]
     kl = limits.kl(parity.effect_kl)
-    if not parity.kl_mean <= kl:  # NaN is a breach
+    if not math.isfinite(parity.kl_mean):
+        breaches.append(NOT_FINITE)
+    elif not parity.kl_mean <= kl:
         breaches.append(f"mean KL is {parity.kl_mean:.2g} nats per position; the limit is {kl:.2g}")
     if not parity.top1_agreement >= limits.top1:
         share = f"the first choice agrees at {parity.top1_agreement:.1%} of positions"

@@ -42,6 +42,8 @@ from llmtune.tasks.rerank import Rerank
 NDCG = "ndcg@10"
 NDCG_LOSS = 0.02
 """A product may lose this much nDCG@10 on the compared rows."""
+HIDES = 2
+"""A product that differs from the tuned model by more than this times tuning's effect did not just lose the adapter."""
 SCORE, COSINE = "score", "1 - cosine"
 Tensors = list[torch.Tensor]
 
@@ -233,9 +235,12 @@ def find_search_breaches(parity: SearchParity, highest: float) -> list[str]:
     if parity.ndcg is not None and not parity.ndcg >= (parity.ndcg_tuned or 0.0) - NDCG_LOSS:
         breaches.append(f"{NDCG} is {parity.ndcg:.3f}; the tuned model has {parity.ndcg_tuned:.3f}")
     taken, base, effect = parity.effect_share, parity.from_base, parity.effect
-    if taken is not None and parity.same_ids and not abs(taken - 1) <= SLACK + parity.share_noise:
+    if taken is None or base is None or effect is None or not parity.same_ids:
+        return breaches
+    hidden = parity.difference_mean > HIDES * effect
+    if not hidden and not abs(taken - 1) <= SLACK + parity.share_noise:
         breaches.append(describe_share(taken))
-        if base is not None and effect is not None and parity.difference_mean - base > effect / 2:
+        if parity.difference_mean - base > effect / 2:
             breaches.append("it is nearer to the base model: the adapter is lost")
     return breaches
 

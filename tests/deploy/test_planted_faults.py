@@ -200,14 +200,14 @@ FAULTS = {
     "language": (("whisper",), writes("generation_config.json", language="en"), "language is 'en'; the run has 'fr'"),
 }
 """By promise: the kinds of folder that make it, the fault, and what the message says."""
-QUICK = {("chat", "sampling settings"), ("vectors", "pooling"), ("pairs", "activation"), ("classes", "temperature")}
+CHOSEN = {("chat", "sampling settings"), ("vectors", "pooling"), ("pairs", "activation"), ("classes", "temperature")}
 """The cells of the default suite."""
 
 
 def cell(kind, fault):
     reason = f"`certify` exits with 6 and says: {FAULTS[fault][2]}"
     marks = [pytest.mark.promise("folder", fault, refused=reason)]
-    return pytest.param(kind, fault, marks=marks if (kind, fault) in QUICK else [*marks, pytest.mark.slow])
+    return pytest.param(kind, fault, marks=marks if (kind, fault) in CHOSEN else [*marks, pytest.mark.slow])
 
 
 CELLS = [cell(kind, fault) for fault, (kinds, *_) in FAULTS.items() for kind in kinds]
