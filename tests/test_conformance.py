@@ -202,6 +202,18 @@ def test_a_validation_loss_below_that_of_unseen_rows_shows_rows_that_were_learne
     assert verdicts == ["right", "silently wrong", "unexplained"]
 
 
+def test_a_loss_near_a_known_one_is_not_named_after_it(load: Any, reference: Any, tmp_path: Path) -> None:
+    module = importlib.import_module("conformance.cases.evaluation_loss_of_batches")
+    folder = step(tmp_path / "untrained", reference.start, {name: 0 * w for name, w in reference.start.items()})
+    texts = [load("conversations").qwen(*turns) for turns in module.ROWS]
+    mean_of_means = load("shipped").loss_of(reference, reference.start, texts, by_row=True)
+    verdicts = []
+    for reported in (mean_of_means, mean_of_means * (1 + 6e-4)):
+        trained = result(load, model=folder, found={"losses": [reported]})
+        verdicts.append(module.judge(module.CASE, reference, {"run": trained}).verdict)
+    assert verdicts == ["silently wrong", "unexplained"]
+
+
 def test_a_passage_of_several_rows_counts_once_in_recall(load: Any, reference: Any) -> None:
     module = importlib.import_module("conformance.cases.repeated_passages")
     rankings = [[("blue", 0.9, 1), ("red", 0.1, 0), ("blue ", 0.9, 1), ("dog", 0.2, 0)]]

@@ -97,6 +97,8 @@ def test_the_page_shows_every_configuration(load: Any) -> None:
     flatten = load("statements").flatten
     shared = {tool: page.find_shared(table, tool) for tool in table["tools"]}
     assert shared["llmtune"]["data.deduplicate"] == "none"
+    assert table["tools"]["llmtune"]["given"] in page.PAGE.read_text(encoding="utf-8")
+    assert "private variable" in table["tools"]["llmtune"]["given"]
     for name, case in table["cases"].items():
         for tool, finding in case["findings"].items():
             for entry in finding["columns"].values():

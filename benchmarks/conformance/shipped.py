@@ -12,6 +12,8 @@ import torch
 from conformance.reference import Reference, Text, Weights, distance, read_weights
 
 PREFIX = "base_model.model."
+SAME_LOSS = 1e-4
+"""Largest relative distance of two losses that count as the same; some tools print three decimals."""
 
 
 def tuned_weights(reference: Reference, folder: Path) -> dict[str, torch.Tensor]:

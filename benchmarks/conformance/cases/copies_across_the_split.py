@@ -7,7 +7,7 @@ import torch
 from conformance.case import Case, Finding
 from conformance.conversations import RIGHT, qwen, row
 from conformance.qwen_tools import OWN
-from conformance.shipped import loaded, tuned_weights
+from conformance.shipped import SAME_LOSS, loaded, tuned_weights
 
 NUMBERS = ["two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 WORDS = [*NUMBERS, "red", "green", "blue", "cat", "dog", "bird", "fish"]
@@ -41,7 +41,7 @@ def judge(case, reference, results):
         pairs = {way: [losses_of(reference, turns, way) for turns in TURNS] for way in RIGHT}
     for several in pairs.values():
         unseen = [mean for mean, answer in several if answer >= GUESS]
-        if unseen and abs(reported - sum(unseen) / len(unseen)) < 2e-3 * reported:
+        if unseen and abs(reported - sum(unseen) / len(unseen)) < SAME_LOSS * reported:
             return Finding("right", f"the validation loss {reported:.2f} is that of {len(unseen)} rows not learned")
     lowest = min(mean for several in pairs.values() for mean, answer in several if answer >= GUESS) if unseen else None
     if lowest and reported > lowest:

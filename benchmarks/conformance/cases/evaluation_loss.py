@@ -2,7 +2,7 @@
 
 from conformance.case import Case, Finding
 from conformance.conversations import ALL, RIGHT, qwen, row
-from conformance.shipped import loss_of, tuned_weights
+from conformance.shipped import SAME_LOSS, loss_of, tuned_weights
 
 SYSTEM = ("system", "You are brief.")
 TRAINED = [SYSTEM, ("user", "Which colour is the sky?"), ("assistant", "Blue.")]
@@ -17,7 +17,7 @@ def judge(case, reference, results):
         exact = {way: loss_of(reference, weights, [qwen(*TESTED, learn=parts)]) for way, parts in ALL.items()}
     nearest = min(exact, key=lambda way: abs(exact[way] - reported))
     far = abs(exact[nearest] - reported) / exact[nearest]
-    if far > 1e-3:
+    if far > SAME_LOSS:
         return Finding(
             "unexplained", f"a loss of {reported:.4f}; answers and their ends have {exact[next(iter(exact))]:.4f}"
         )

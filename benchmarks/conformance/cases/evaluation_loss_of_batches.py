@@ -3,7 +3,7 @@
 from conformance.case import Case, Finding
 from conformance.cases.accumulation import ROWS
 from conformance.conversations import ALL, qwen, row
-from conformance.shipped import loss_of, tuned_weights
+from conformance.shipped import SAME_LOSS, loss_of, tuned_weights
 
 
 def judge(case, reference, results):
@@ -17,7 +17,7 @@ def judge(case, reference, results):
     by_row = {f"the mean of the rows' means: {way}": loss for way, loss in means.items()}
     for verdict, losses in (("right", exact), ("silently wrong", by_row)):
         for way, loss in losses.items():
-            if abs(loss - reported) < 1e-3 * loss:
+            if abs(loss - reported) < SAME_LOSS * loss:
                 return Finding(verdict, way, abs(loss - reported) / loss)
     return Finding(
         "unexplained",

@@ -6,6 +6,8 @@ from conformance.cases.accumulation import ROWS
 from conformance.conversations import ALL, qwen, row
 from conformance.shipped import loaded, loss_of, tuned_weights
 
+EXACT = 1e-5
+"""Many of the known losses are near each other, and tools report seven digits."""
 TRAINED = row(("system", "You are brief."), ("user", "Name a fish."), ("assistant", "Cod."))
 
 
@@ -36,7 +38,7 @@ def judge(case, reference, results):
                 known[name] = loss_of(reference, weights, twice, by_row=True)
     nearest = min(known, key=lambda name: abs(known[name] - reported))
     far = abs(known[nearest] - reported) / known[nearest]
-    if far > 1e-3:
+    if far > EXACT:
         return Finding("unexplained", f"a loss of {reported:.4f}; the mean over all learned tokens is {known[way]:.4f}")
     return Finding("right" if nearest in ALL else "silently wrong", nearest, far)
 
