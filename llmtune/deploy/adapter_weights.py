@@ -38,8 +38,8 @@ class LayerStep:
 
     def matrix(self) -> torch.Tensor:
         """Return the step, in float64 on the CPU."""
-        step = self.scaling * (self.up.double() @ self.down.double())
-        return transpose(step, self.transposed)
+        step: torch.Tensor = transpose(self.scaling * (self.up.double() @ self.down.double()), self.transposed)
+        return step
 
 
 def record_steps(model: torch.nn.Module) -> list[LayerStep]:

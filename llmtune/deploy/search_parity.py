@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llmtune.data.search_rows import named_texts
 from llmtune.deploy.exported_model import ExportedModel
-from llmtune.deploy.folder_settings import LENGTH, MODULES, stated_recipe
+from llmtune.deploy.folder_settings import stated_recipe
 from llmtune.deploy.parity import (
     LARGEST,
     NOT_FINITE,
@@ -38,6 +38,7 @@ from llmtune.model.library_logging import silent
 from llmtune.recipe.schema import Recipe
 from llmtune.tasks.embed import Embed
 from llmtune.tasks.rerank import Rerank
+from llmtune.tasks.sentence_vectors import LENGTH, MODULES
 
 NDCG = "ndcg@10"
 NDCG_LOSS = 0.02
@@ -123,12 +124,13 @@ class SearchReference(HeadReference):
     def _embed(self, folder: Path) -> Tensors:
         from sentence_transformers import SentenceTransformer
 
-        model, options = SentenceTransformer(str(folder), **self._options()), {"show_progress_bar": False}
+        model: Any = SentenceTransformer(str(folder), **self._options())
+        rows: list[Any] = [*self.tuned.rows]
         vectors = []
-        for row in self.tuned.rows:
+        for row in rows:
             texts = named_texts(row)
             parts = [
-                (model.encode_query if name == "query" else model.encode_document)(text, **options)
+                (model.encode_query if name == "query" else model.encode_document)(text, show_progress_bar=False)
                 for name, text in texts
             ]
             vectors.append(torch.stack([torch.as_tensor(part).float().cpu() for part in parts]))
@@ -197,7 +199,8 @@ class SearchReference(HeadReference):
 
     def _ndcg(self, outputs: Tensors) -> float | None:
         """Return nDCG@10 among the passages of the rows; None of rows with scores."""
-        rows, task = [*self.tuned.rows], self.tuned.task
+        rows: list[Any] = [*self.tuned.rows]
+        task = self.tuned.task
         if self.is_vectors and rows[0]["score"] is not None:
             return None
         if not are_finite(outputs):

@@ -11,7 +11,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
@@ -116,7 +116,7 @@ class Rerank(ReadingTask[RerankRow, RerankPrediction]):
     def row_notes(self, rows: Rows, split: str, recipe: Recipe) -> dict[str, str]:
         """Return the number of queries and passages, and of passages that training rows have too."""
         trained = {text_key(passage) for _, row in iterate_rows(rows, "train") for passage in row["passages"]}
-        found = [row for _, row in iterate_rows(rows, split)]
+        found: list[Any] = [row for _, row in iterate_rows(rows, split)]
         queries = [highest_relevances([found[i] for i in numbers]) for numbers in rows_by_query(found)]
         passages = {passage for relevances in queries for passage in relevances}
         missing = sum(max(relevances.values()) <= RELEVANT for relevances in queries)
