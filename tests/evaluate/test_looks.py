@@ -43,10 +43,10 @@ def test_fifty_unchanged_models_raise_a_false_alarm_in_at_most_5_of_100_series(k
 def test_a_true_loss_is_found_with_the_promised_power(kind: str) -> None:
     deviation = simulated.mean_deviation(kind)
     smallest = smallest_difference(deviation, simulated.ROWS, 0.05 / simulated.LOOKS)
-    assert simulated.share_outcomes(kind, -smallest).failed == pytest.approx(0.8, abs=0.05)
+    assert simulated.share_outcomes(kind, -smallest).failed == pytest.approx(0.8, abs=0.07)
     for true in (0.0, -smallest / 2, -smallest * 0.75, -smallest):
         found, computed = simulated.share_outcomes(kind, true), simulated.compute_shares(deviation, true)
-        assert astuple(found) == pytest.approx(astuple(computed), abs=0.05), true
+        assert astuple(found) == pytest.approx(astuple(computed), abs=0.07), true
 
 
 @pytest.mark.parametrize("kind", simulated.KINDS)
