@@ -159,7 +159,7 @@ def test_a_release_is_a_champion_on_the_command_line(run: Path, file: Path, tmp_
     assert "measures" not in listed[0]
     compared = json.loads(invoke("release", "diff", tmp_path / "best.json", file, "--json").stdout)
     assert compared["difference"]["loss"]["value"] == 0
-    sets = ["--set", f"evaluate.champion={tmp_path / 'best.json'}", "--set", "evaluate.gates=['loss.high <= champion']"]
+    sets = ["--set", f"evaluate.champion={tmp_path / 'best.json'}", "--set", "evaluate.gates=['loss <= champion']"]
     done = invoke("run", run.parent.parent / "tiny.yaml", "--out", tmp_path / "next", *sets)
     assert done.exit_code == 0, done.output
     report = json.loads((tmp_path / "next" / "report.json").read_text())

@@ -60,7 +60,7 @@ def test_the_corrected_win_rate_covers_the_truth_in_95_of_100_runs(case, rows, l
 
 @pytest.mark.slow
 @pytest.mark.promise(
-    "metric", "own interval", equal="the true one, beyond an end in 5 of 100 runs", place="judge.win_rate"
+    "metric", "own interval", equal="the truth, beyond an end in 5 of 100 runs", place="judge.win_rate"
 )
 @pytest.mark.parametrize("rows", [2, 5, 8, 20, 60])
 @pytest.mark.parametrize("case", ["right", "a clear winner", "errors"])

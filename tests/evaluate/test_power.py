@@ -69,10 +69,12 @@ def computed(deviation, true, limit):
 @pytest.mark.usefixtures("drawn_once")
 @pytest.mark.parametrize("draw", [right_or_wrong, losses])
 def test_gates_pass_fail_and_are_inconclusive_as_often_as_an_earlier_run_promised(draw):
-    earlier = measure(draw, np.random.default_rng(1), 3000, 0.0)
-    deviation = row_deviation(earlier)
+    generator = np.random.default_rng(
+        1
+    )  # more rows would have less of a floor
+    deviation = float(np.mean([row_deviation(measure(draw, generator, ROWS, 0.0)) for _ in range(100)]))
     smallest = smallest_difference(deviation, ROWS)
-    near = partial(pytest.approx, abs=0.03)
+    near = partial(pytest.approx, abs=0.05)
     unchanged = shares(draw, 0.0, -smallest)
     assert unchanged[0] == near(0.8)
     assert unchanged == near(computed(deviation, 0.0, -smallest))

@@ -63,6 +63,12 @@ def measure_ends(change_NM: Floats, kind: str, looks: int) -> tuple[Floats, Floa
     return value_M + (low_M - value_M) * wider, value_M + (high_M - value_M) * wider
 
 
+def mean_deviation(kind: str) -> float:
+    """Return the deviation of a row's difference that gives intervals of this width, as gates plan with."""
+    low_M, high_M = measure_ends(draw_series(kind, np.random.default_rng(1), 50), kind, 1)
+    return float((high_M - low_M).mean() / 2 * math.sqrt(ROWS) / t.ppf(0.975, ROWS - 1))
+
+
 @cache
 def resamples() -> Floats:
     """Return the same weights for all series; rows are new in each series, so series stay independent."""
