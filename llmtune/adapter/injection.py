@@ -91,7 +91,8 @@ def trained_parameters(model: torch.nn.Module) -> list[torch.nn.Parameter]:
 def describe_adapter(adapted: AdaptedModel) -> dict[str, object]:
     """Return the report's facts about the adapter, ready for JSON."""
     config = getattr(adapted.model, "peft_config", {}).get("default")
-    shape = {name: getattr(config, name) for name in ("r", "lora_alpha", "use_dora") if hasattr(config, name)}
+    named = ((name, getattr(config, name, None)) for name in ("r", "lora_alpha", "use_dora"))
+    shape = {name: value for name, value in named if isinstance(value, int)}  # supertuning has no r unless stated
     return {
         "method": adapted.method,
         "trainable": adapted.trainable,

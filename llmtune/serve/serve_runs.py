@@ -24,7 +24,7 @@ from llmtune.records import ModelRef
 from llmtune.serve.engine import Engine
 from llmtune.serve.http_app import build_app
 from llmtune.serve.middleware import LOOPBACK
-from llmtune.serve.served_model import ServedModel
+from llmtune.serve.served_model import ServedModel, activate
 from llmtune.serve.server import bind_socket, run_server
 from llmtune.session import Models, Plan, RunContext, open_finished
 
@@ -198,7 +198,7 @@ def load_models(opened: Sequence[ServableRun], options: ServeOptions) -> dict[st
         own = run.plan
         served[run.name] = ServedModel(run.name, model, own.processor, own.recipe, own.task, f"run{number}")
     served = {name: replace(one, **known[name]) for name, one in served.items()}
-    model.set_adapter("default", inference_mode=True)
+    activate(model, "default")
     name = public_name(first.plan.model_ref)
     if name not in served and switches_off(model) and not head_is_new(first.plan.model_ref, recipe, task):
         served[name] = ServedModel(name, model, processor, recipe, task, None)

@@ -113,7 +113,7 @@ class ServedModel:
                 yield
         else:
             if self.model.active_adapter != self.adapter:
-                self.model.set_adapter(self.adapter, inference_mode=True)
+                activate(self.model, self.adapter)
             yield
 
     def predict(self, rows: Sequence[Row]) -> list[Predicted]:
@@ -215,6 +215,11 @@ class ServedModel:
             ids = ids[: end + 1]  # the rest is padding
             deliver(ids)
         return ids
+
+
+def activate(model: PeftModel, adapter: str) -> None:
+    """Switch a model to an adapter without gradients; PEFT refuses that mode for adaption_prompt."""
+    model.set_adapter(adapter, inference_mode=not model.peft_config[adapter].is_adaption_prompt)
 
 
 def label_scores(prediction: object, recipe: Recipe) -> object:
