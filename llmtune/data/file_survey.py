@@ -111,9 +111,10 @@ def survey_files(path: str) -> Survey:
 def _encoding(inputs: Sequence[Input]) -> str | None:
     """Return the encoding of files that are not UTF-8. Raises DataError if only some files of a folder are not."""
     guessed = dict[str, str | None]()
-    for one in [one for one in inputs if one.path and one.container != "parquet"]:
+    for one in inputs:
         with data_errors(one.name):
-            guessed[one.name] = guess_encoding(one.path)
+            if one.path and one.container != "parquet":
+                guessed[one.name] = guess_encoding(one.path)
     found = {name: encoding for name, encoding in guessed.items() if encoding}
     others = [one for one in inputs if one.path and not guessed.get(one.name) and not _is_ascii(one)]
     if found and others:

@@ -174,7 +174,7 @@ def host_store(address: str, port: int) -> Any:
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     server = socket.create_server((address, port), family=family, dualstack_ipv6=address == "::")
     # A second store of this process at the same port, which torch makes, uses the same server (multi_tenant).
-    options = {"is_master": True, "multi_tenant": True, "wait_for_workers": False}
+    options: dict[str, Any] = {"is_master": True, "multi_tenant": True, "wait_for_workers": False}
     return TCPStore(address, port, master_listen_fd=server.detach(), **options)
 
 
