@@ -351,10 +351,9 @@ def evaluate_run(loaded: LoadedRecipe, run: Path, console: Console, *, offline: 
     `base` is as in `RunRequest`. Trained runs of further seeds are scored again too.
     """
     with ExitStack() as stack:
-        manifest = once(lambda: stack.enter_context(open_run(run, loaded.fingerprint)).manifest)
+        folder = RunFolder(run, once(lambda: stack.enter_context(open_run(run, loaded.fingerprint)).manifest))
         request = RunRequest(run, "evaluate", offline=offline, base=base)
-        context = open_finished(run, console, offline, loaded.recipe)
-        context = replace(context, folder=RunFolder(run, manifest), request=request)
+        context = replace(open_finished(run, console, offline, loaded.recipe), folder=folder, request=request)
         plan, rows, examples = context.plan, context.rows, context.examples
         if examples.counts.get("test"):
             ExampleReader(examples, "test")  # raises before the folder changes

@@ -60,10 +60,7 @@ def load_processor(
             what = f"the chat template {model.chat_template} cannot be read: {error}"
             raise RecipeError.of(what, "model.chat_template", "Use a Jinja file in UTF-8.") from None
     template = tokenizer.chat_template
-    texts = template if isinstance(template, dict) else {"default": template or ""}
-    if not all(isinstance(text, str) for pair in texts.items() for text in pair) or (texts and "default" not in texts):
-        what = f"chat_template is {template!r:.60}, but must be a text, or texts by name with one named default"
-        raise EnvironmentProblem.of(what, str(model_ref.path / "tokenizer_config.json"), "Set model.chat_template.")
+    _check_texts(template, model_ref.path)
     for text in template.values() if isinstance(template, dict) else [template or ""]:
         check_length(str(text), str(model.chat_template or model_ref.path))
     if template:
@@ -81,6 +78,14 @@ def load_processor(
         )
         tokenizer.add_tokens(list(model.add_tokens))
     return cast(PreTrainedTokenizerBase, tokenizer)
+
+
+def _check_texts(template: object, folder: Path) -> None:
+    """Raise EnvironmentProblem for a chat template that is neither a text nor texts by name."""
+    texts = template if isinstance(template, dict) else {"default": template or ""}
+    if not all(isinstance(text, str) for pair in texts.items() for text in pair) or (texts and "default" not in texts):
+        what = f"chat_template is {template!r:.60}, but must be a text, or texts by name with one named default"
+        raise EnvironmentProblem.of(what, str(folder / "tokenizer_config.json"), "Set model.chat_template.")
 
 
 def _fix_template(template: str, model: ModelSection, system_prompt: str | None) -> str:

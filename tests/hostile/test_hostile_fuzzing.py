@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import gzip
+import json
+import math
 import tempfile
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
+import httpx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -17,6 +20,10 @@ from llmtune.data.chat_template import ChatTemplate, TemplateRefusal
 from llmtune.data.file_readers import parse_lines, read_lazily
 from llmtune.data.rejected_rows import RowError
 from llmtune.errors import DataError, EnvironmentProblem, RecipeError
+from llmtune.evaluate.endpoint_client import hide_key
+from llmtune.evaluate.own_metrics import Failure, read_values
+from llmtune.launch.topology import is_host
+from llmtune.recipe.eval_suites_section import is_endpoint, is_local
 from llmtune.recipe.gate_grammar import parse_gate
 from llmtune.recipe.yaml_reader import parse_yaml
 
@@ -90,6 +97,72 @@ def test_any_text_is_a_gate_or_a_recipe_error(text):
         return
     assert parse_gate(gate.text) == gate
     assert gate.against or gate.number == gate.number
+
+
+LINES = [
+    '{"value": ',
+    "1",
+    "}",
+    "\n",
+    '{"error": "',
+    '", "line": ',
+    "null",
+    "1e999",
+    "NaN",
+    "[",
+    "]",
+    "\\ud800",
+    "9" * 5000,
+    "\xff",
+]
+URLS = [
+    "http",
+    "https",
+    "://",
+    "[",
+    "]",
+    ":",
+    "%",
+    "@",
+    "/",
+    "?",
+    "#",
+    "\0",
+    "é",
+    "a.b",
+    "::1",
+    "99999",
+    " ",
+    "\ud800",
+    ".",
+]
+KEY = "Zm9vYmFy-none-of-your-business-42"
+
+
+@pytest.mark.slow
+@given(st.binary(max_size=200) | st.lists(st.sampled_from(LINES), max_size=20).map("".join).map(str.encode))
+@MANY
+def test_any_output_of_a_metric_is_values_or_a_failure(written):
+    found = read_values(written, 2, "it ended")
+    assert isinstance(found, Failure) or (len(found) == 2 and all(map(math.isfinite, found)))
+
+
+@pytest.mark.slow
+@given(st.lists(st.sampled_from(URLS), max_size=12).map("".join) | st.text(max_size=30))
+@MANY
+def test_any_text_is_an_endpoint_that_the_client_takes_or_none(text):
+    is_local(text)
+    is_host(text)
+    if is_endpoint(text):
+        httpx.URL(text.strip())
+
+
+@pytest.mark.slow
+@given(st.binary(max_size=50), st.binary(max_size=50), st.booleans())
+@MANY
+def test_no_answer_keeps_the_key(before, after, is_json):
+    body = json.dumps({"x": KEY, "y": before.hex()}).encode() if is_json else before + KEY.encode() + after
+    assert KEY.encode() not in hide_key(KEY, body)
 
 
 @cache
