@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from peft.tuners.lora import Linear
@@ -39,7 +40,7 @@ class LayerStep:
     def matrix(self) -> torch.Tensor:
         """Return the step, in float64 on the CPU."""
         step = self.scaling * (self.up.double() @ self.down.double())
-        return transpose(step, self.transposed)
+        return cast(torch.Tensor, transpose(step, self.transposed))
 
 
 def record_steps(model: torch.nn.Module) -> list[LayerStep]:

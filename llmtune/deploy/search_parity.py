@@ -11,15 +11,15 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from llmtune.data.search_rows import named_texts
+from llmtune.data.search_rows import EmbedRow, named_texts
 from llmtune.deploy.exported_model import ExportedModel
-from llmtune.deploy.folder_settings import LENGTH, MODULES, stated_recipe
+from llmtune.deploy.folder_settings import stated_recipe
 from llmtune.deploy.parity import (
     LARGEST,
     NOT_FINITE,
@@ -38,6 +38,7 @@ from llmtune.model.library_logging import silent
 from llmtune.recipe.schema import Recipe
 from llmtune.tasks.embed import Embed
 from llmtune.tasks.rerank import Rerank
+from llmtune.tasks.sentence_vectors import LENGTH, MODULES
 
 NDCG = "ndcg@10"
 NDCG_LOSS = 0.02
@@ -123,12 +124,12 @@ class SearchReference(HeadReference):
     def _embed(self, folder: Path) -> Tensors:
         from sentence_transformers import SentenceTransformer
 
-        model, options = SentenceTransformer(str(folder), **self._options()), {"show_progress_bar": False}
+        model: Any = SentenceTransformer(str(folder), **self._options())
         vectors = []
         for row in self.tuned.rows:
-            texts = named_texts(row)
+            texts = named_texts(cast(EmbedRow, row))
             parts = [
-                (model.encode_query if name == "query" else model.encode_document)(text, **options)
+                (model.encode_query if name == "query" else model.encode_document)(text, show_progress_bar=False)
                 for name, text in texts
             ]
             vectors.append(torch.stack([torch.as_tensor(part).float().cpu() for part in parts]))
@@ -204,7 +205,7 @@ class SearchReference(HeadReference):
             return None
         values = (part.tolist() for part in outputs)
         predictions: list[Any] = [
-            dict(zip([name for name, _ in named_texts(row)], value, strict=True))
+            dict(zip([name for name, _ in named_texts(cast(EmbedRow, row))], value, strict=True))
             if self.is_vectors
             else {"scores": value, "ranking": []}
             for row, value in zip(rows, values, strict=True)
