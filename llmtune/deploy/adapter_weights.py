@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from peft.tuners.lora import Linear
@@ -38,8 +39,8 @@ class LayerStep:
 
     def matrix(self) -> torch.Tensor:
         """Return the step, in float64 on the CPU."""
-        step: torch.Tensor = transpose(self.scaling * (self.up.double() @ self.down.double()), self.transposed)
-        return step
+        step = self.scaling * (self.up.double() @ self.down.double())
+        return cast(torch.Tensor, transpose(step, self.transposed))
 
 
 def record_steps(model: torch.nn.Module) -> list[LayerStep]:

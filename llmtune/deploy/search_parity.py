@@ -11,13 +11,13 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from llmtune.data.search_rows import named_texts
+from llmtune.data.search_rows import EmbedRow, named_texts
 from llmtune.deploy.exported_model import ExportedModel
 from llmtune.deploy.folder_settings import stated_recipe
 from llmtune.deploy.parity import (
@@ -125,10 +125,9 @@ class SearchReference(HeadReference):
         from sentence_transformers import SentenceTransformer
 
         model: Any = SentenceTransformer(str(folder), **self._options())
-        rows: list[Any] = [*self.tuned.rows]
         vectors = []
-        for row in rows:
-            texts = named_texts(row)
+        for row in self.tuned.rows:
+            texts = named_texts(cast(EmbedRow, row))
             parts = [
                 (model.encode_query if name == "query" else model.encode_document)(text, show_progress_bar=False)
                 for name, text in texts
@@ -199,15 +198,14 @@ class SearchReference(HeadReference):
 
     def _ndcg(self, outputs: Tensors) -> float | None:
         """Return nDCG@10 among the passages of the rows; None of rows with scores."""
-        rows: list[Any] = [*self.tuned.rows]
-        task = self.tuned.task
+        rows, task = [*self.tuned.rows], self.tuned.task
         if self.is_vectors and rows[0]["score"] is not None:
             return None
         if not are_finite(outputs):
             return None
         values = (part.tolist() for part in outputs)
         predictions: list[Any] = [
-            dict(zip([name for name, _ in named_texts(row)], value, strict=True))
+            dict(zip([name for name, _ in named_texts(cast(EmbedRow, row))], value, strict=True))
             if self.is_vectors
             else {"scores": value, "ranking": []}
             for row, value in zip(rows, values, strict=True)
