@@ -12,6 +12,7 @@ from typing import NamedTuple
 import xxhash
 
 from llmtune.data.chat_rows import Message
+from llmtune.data.row_hash import hash_content
 from llmtune.records import Row
 
 HIDES = 4
@@ -214,6 +215,12 @@ def row_input(row: Row) -> RowInput:
         return RowInput("", row["completion"], "", False)
     query = f"{row['text']} \n {row['pair'] or ''}" if "pair" in row else _near_text(row).text
     return RowInput("", query, _near_text(row).answer, True)
+
+
+def hash_input(row: Row) -> bytes:
+    """Hash the input of a row, for comparison between runs; case, punctuation and white space make no difference."""
+    found = row_input(row)
+    return hash_content({"context": found.context, "query": plain_form(found.query)})
 
 
 def _conversation_input(row: Row) -> RowInput:

@@ -15,8 +15,8 @@ from pydantic import Field, TypeAdapter, ValidationError
 from rich.console import Console
 from typing_extensions import TypedDict
 
-from llmtune.data.row_input import hash_input
 from llmtune.data.row_store import RECORD, iterate_ids, iterate_rows, load_rows
+from llmtune.data.row_text import hash_input
 from llmtune.errors import DataError, EnvironmentProblem, LlmtuneError, Problem, RecipeError
 from llmtune.evaluate.metric import Measure, paired_difference
 from llmtune.evaluate.opened_runs import (

@@ -55,7 +55,9 @@ def others(make):
     return [make(words(f"other {n}", 8), n) for n in range(6)]
 
 
-@pytest.mark.promise("task", "leakage", equal="the same input is dropped from train in seven spellings, or counted")
+@pytest.mark.promise(
+    "rows", "leakage", by="task", equal="the same input is dropped from train in seven spellings, or counted"
+)
 @pytest.mark.parametrize("spelling", SPELLINGS.values(), ids=SPELLINGS)
 @pytest.mark.parametrize("task", INPUTS)
 def test_a_training_row_with_the_input_of_a_test_row_is_dropped_in_any_spelling(tmp_path, task, spelling):
@@ -66,7 +68,9 @@ def test_a_training_row_with_the_input_of_a_test_row_is_dropped_in_any_spelling(
     assert find_overlap(kept, near=True).rows == {0}, "counted if it is not dropped"
 
 
-@pytest.mark.promise("task", "leakage by a word", equal="an input one word away is dropped from train, or counted")
+@pytest.mark.promise(
+    "rows", "leakage by a word", by="task", equal="an input one word away is dropped from train, or counted"
+)
 @pytest.mark.parametrize(
     "other", ["How do I reset the old password", "How do I reset password", "How do I resets the password"]
 )
@@ -158,7 +162,10 @@ CONTRASTS = {
 
 
 @pytest.mark.promise(
-    "task", "contrast pairs", equal="20 of 20 pairs with other answers are kept; with one answer, one of each"
+    "rows",
+    "contrast pairs",
+    by="task",
+    equal="20 of 20 pairs with other answers are kept; with one answer, one of each",
 )
 @pytest.mark.parametrize("task", CONTRASTS)
 def test_rows_with_other_labels_are_no_near_duplicates(tmp_path, task):

@@ -19,7 +19,7 @@ from support.rows import write_jsonl
 from support.runs import invoke
 
 from llmtune.data.row_hash import hash_content
-from llmtune.data.row_input import hash_input
+from llmtune.data.row_text import hash_input
 from llmtune.errors import RecipeError
 from llmtune.evaluate.calibration import Chosen, measure_calibration
 from llmtune.evaluate.champion import compare_with_champion
@@ -113,7 +113,11 @@ ANSWERED: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     ),
     "preference-thumb": ({"messages": TURNS, "answer": "a", "good": True}, {"good": False}, {"messages": TURNS[:1]}),
     "embed": ({"query": "a", "passages": ["b"], "negatives": [], "score": None}, {"passages": ["c"]}, {"query": "d"}),
-    "embed-score": ({"query": "a", "passages": ["b"], "score": 0.5}, {"score": 0.1}, {"passages": ["c"]}),
+    "embed-score": (
+        {"query": "a", "passages": ["b"], "negatives": [], "score": 0.5},
+        {"score": 0.1},
+        {"passages": ["c"]},
+    ),
     "rerank": ({"query": "a", "passages": ["b"], "relevances": [1]}, {"relevances": [0]}, {"query": "c"}),
 }
 

@@ -69,9 +69,7 @@ def computed(deviation, true, limit):
 @pytest.mark.usefixtures("drawn_once")
 @pytest.mark.parametrize("draw", [right_or_wrong, losses])
 def test_gates_pass_fail_and_are_inconclusive_as_often_as_an_earlier_run_promised(draw):
-    generator = np.random.default_rng(
-        1
-    )  # more rows would have less of a floor
+    generator = np.random.default_rng(1)  # more rows would have less of a floor
     deviation = float(np.mean([row_deviation(measure(draw, generator, ROWS, 0.0)) for _ in range(100)]))
     smallest = smallest_difference(deviation, ROWS)
     near = partial(pytest.approx, abs=0.05)

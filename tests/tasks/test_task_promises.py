@@ -176,3 +176,23 @@ def test_a_changed_byte_in_any_file_fails_verify_by_name(place, copied):
             unnoticed.append((file.relative_to(run).as_posix(), done.exit_code))
         file.write_bytes(content)
     assert unnoticed == []
+
+
+SEARCH = [place for place in PLACES if place.startswith(("embed", "rerank"))]
+
+
+@pytest.mark.promise("task", "served", by="place", equal="`generate`: vectors and scores within 1e-5")
+@pytest.mark.parametrize("place", SEARCH)
+def test_the_server_gives_the_vectors_and_scores_of_generate(place, finished):
+    run, _ = finished(NAMES[place])
+    query, passage = "Which colour has the cat 4?", "The quick cat is blue"
+    with serving(*load_served(mine=run).values()) as url:
+        if CASES[NAMES[place]].task == "embed":
+            (expected,) = FinishedRun(run).answer({"prompt": query})["prediction"].values()
+            body: dict[str, Any] = {"input": query, "input_type": "query"}
+            answer = httpx.post(f"{url}/v1/embeddings", json=body, timeout=60).json()["data"][0]["embedding"]
+        else:
+            (expected,) = FinishedRun(run).answer({"prompt": query, "passages": [passage]})["prediction"]["scores"]
+            body = {"query": query, "documents": [passage]}
+            answer = httpx.post(f"{url}/v1/rerank", json=body, timeout=60).json()["results"][0]["relevance_score"]
+    assert answer == pytest.approx(expected, abs=1e-5)
