@@ -229,6 +229,24 @@ def test_a_passage_of_several_rows_counts_once_in_recall(load: Any, reference: A
     ]  # fmt: skip
 
 
+def test_a_passage_may_have_the_score_of_any_of_its_spellings_and_counts_once(load: Any, reference: Any) -> None:
+    module = importlib.import_module("conformance.cases.passages_with_white_space")
+    blue = [("blue", 0.3, 1), ("red", 0.4, 0), ("blue", 0.3, 1), ("blue ", 0.9, 1)]
+    two = [("two", 0.6, 1), ("one", 0.5, 0), ("two", 0.6, 1), ("two ", 0.1, 1)]
+    rankings = [blue, blue, two, two, two]
+    judged = {
+        recall: module.CASE.judge(
+            module.CASE, reference, {"run": result(load, found={"recall@1": recall, "rankings": rankings})}
+        )
+        for recall in (0.6, 0.4, 1.0, 0.5, 1 / 3)  # first, last and best spelling; each spelling, each row
+    }
+    assert [finding.verdict for finding in judged.values()] == ["right"] * 3 + ["silently wrong"] * 2
+    assert [judged[recall].learned for recall in (0.5, 1 / 3)] == [
+        "a passage counted for each spelling: recall@1 0.500; with each passage once, 0.400 or 0.600 or 1.000",
+        "a passage counted for each row: recall@1 0.333; with each passage once, 0.400 or 0.600 or 1.000",
+    ]
+
+
 def test_habits_of_a_tool_that_have_their_own_cases_hold_for_one_result_only(reference: Any) -> None:
     head = "model.embed_tokens"
     ids, _ = reference.encode(TEXT)

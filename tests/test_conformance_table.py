@@ -91,6 +91,19 @@ def test_the_page_is_that_of_the_table_and_has_every_case(load: Any) -> None:
     assert all(entry["runs"] == 2 and entry["configuration"] and entry["searched"] for entry in wrong)
 
 
+def test_a_case_that_llmtune_failed_names_the_commit_since_which_it_passes(load: Any) -> None:
+    page: ModuleType = load("page")
+    table, text = json.loads(page.TABLE.read_text(encoding="utf-8")), page.PAGE.read_text(encoding="utf-8")
+    failed = {name: case for name, case in table["cases"].items() if case["added"]}
+    assert {"repeated_passages", "passages_with_white_space", "answers_of_a_tuned_prompt"} <= failed.keys()
+    for name, case in failed.items():
+        verdict = page.final_verdict(page.columns_of(case, "llmtune"))
+        assert (verdict in ("right", "refused")) == bool(case["passed"]), (name, verdict)
+        assert case["failed"], name
+        since = f" It passes since {case['passed']}.\n" if case["passed"] else "\n"
+        assert f"Added {case['added']}, when llmtune failed it: {case['failed']}.{since}" in text, name
+
+
 def test_the_page_shows_every_configuration(load: Any) -> None:
     page: ModuleType = load("page")
     table = json.loads(page.TABLE.read_text(encoding="utf-8"))

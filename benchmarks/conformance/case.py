@@ -95,6 +95,10 @@ class Case:
     """Addresses of issues where users met it."""
     added: str = ""
     """The day on which a case was added that llmtune failed at that time."""
+    failed: str = ""
+    """What llmtune did on that day."""
+    passed: str = ""
+    """The day and the commit since which llmtune passes it."""
     rows: Sequence[Row] = ()
     settings: Job = field(default_factory=dict)
     jobs: Mapping[str, Job] = field(default_factory=lambda: {"run": {}})

@@ -33,7 +33,8 @@ INTRO = """# Conformance
 Famous failures of fine-tuning that raise no error, run through each tool. Made by `make conformance`, {date}.
 
 **llmtune's authors chose the cases**, mostly failures that llmtune guards against, so other tools meet them unprepared.
-Cases that llmtune fails are as welcome: [add one](#add-a-case). Those that it failed when they were added have a date.
+Cases that llmtune fails are as welcome: [add one](#add-a-case). Those that it failed when they were added say
+what it did, and since which commit it passes.
 
 Each tool trains a tiny random model for one step of plain SGD, from the same rows. The change of its weights, divided
 by the learning rate, is the gradient that it used. Plain torch (`conformance/reference.py`) computes the gradient of
@@ -160,7 +161,7 @@ def collect(
         kept = before.get("findings", {}) if before.get("jobs") == case.hash_jobs() else {}
         findings = {**kept, **{tool: split_versions(entry, libraries, tool) for tool, entry in stored[name].items()}}
         described[name] = {
-            **{key: getattr(case, key) for key in ("title", "group", "question", "added")},
+            **{key: getattr(case, key) for key in ("title", "group", "question", "added", "failed", "passed")},
             "threads": list(case.threads),
             "jobs": case.hash_jobs(),
             "findings": {tool: findings[tool] for tool in tools if tool in findings and not tools[tool].absent},
@@ -339,7 +340,8 @@ def describe_case(
 ) -> Iterator[str]:
     """Show the question, the threads, what each tool did, and the settings that differ from its shared ones."""
     links = ", ".join(f"[{short(link)}]({link})" for link in case["threads"])
-    added = f" Added {case['added']}, when llmtune failed it." if case["added"] else ""
+    added = f" Added {case['added']}, when llmtune failed it: {case['failed']}." if case["added"] else ""
+    added += f" It passes since {case['passed']}." if case["passed"] else ""
     yield f"## {case['title']}\n\n{case['question']} Case `{name}`, met in {links}.{added}\n"
     entries = [
         (tools[tool]["title"] + (f" ({column})" if len(finding["columns"]) > 1 else ""), tool, entry)

@@ -192,7 +192,7 @@ def test_the_server_gives_the_vectors_and_scores_of_generate(place, finished):
             body: dict[str, Any] = {"input": query, "input_type": "query"}
             answer = httpx.post(f"{url}/v1/embeddings", json=body, timeout=60).json()["data"][0]["embedding"]
         else:
-            (expected,) = FinishedRun(run).answer({"prompt": query, "passages": [passage]})["prediction"]["scores"]
+            (expected,) = FinishedRun(run).answer({"prompt": query, "passages": passage})["prediction"]["scores"]
             body = {"query": query, "documents": [passage]}
             answer = httpx.post(f"{url}/v1/rerank", json=body, timeout=60).json()["results"][0]["relevance_score"]
     assert answer == pytest.approx(expected, abs=1e-5)

@@ -38,6 +38,8 @@ CASE = Case(
     "another one?",
     threads=["https://github.com/huggingface/peft/issues/2131", "https://github.com/huggingface/peft/pull/543"],
     added="2026-11-30",
+    failed="three of three answers were those of another forward pass",
+    passed="2026-11-30, commit 67f4e30975ef",
     rows=[row(*TRAINED)],
     settings={
         "test_rows": [row(*turns) for turns in TESTED],

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from conformance import adapter
-from conformance.adapter import Configuration, Job, NotOffered, NotRun
+from conformance.adapter import Configuration, Job, NotOffered
 from conformance.formats import as_conversation, as_numbered, as_two_conversations
 from swift.pipelines import export_main, infer_main, pretrain_main, rlhf_main, sft_main
 
@@ -21,7 +21,7 @@ def configure(job: Job) -> Configuration:
     """Return the arguments."""
     job, extra = as_conversation(job), job["extra"]
     if job["kind"] == "rerank":
-        raise NotRun("the adapter does not train ms-swift's rerankers yet")
+        raise NotOffered("its rerankers report MRR and NDCG, no recall")
     if job["kind"] not in COMMANDS or "gguf" in job["ask"]:
         raise NotOffered(f"no command for rows of {job['kind']}, or no such export")
     if job["method"] == "prompt_tuning":
@@ -52,7 +52,7 @@ def train(job: Job, settings: Configuration) -> dict[str, Any]:
     tested = job["test_rows"] if "split_dataset_ratio" not in settings else None
     places |= adapter.given({"val_dataset": tested, "resume_from_checkpoint": adapter.checkpoint(job)})
     adapter.isolated(lambda: command(as_arguments(settings | places)))
-    last = out / "model" / f"checkpoint-{job['steps']}"
+    last = max((out / "model").glob("checkpoint-*"), key=lambda folder: int(folder.name.rpartition("-")[2]))
     found = {"model": last, "merged": out / "merged", "numbered": True, **adapter.read_losses(out)}
     if "merged" in job["ask"]:
         merge = {"adapters": last, "merge_lora": True, "output_dir": out / "merged"}
