@@ -69,6 +69,21 @@ def test_a_run_is_kept_with_its_log_until_its_jobs_or_its_tool_change(load: Any,
     assert not (folder / "run" / "log.txt").exists()
 
 
+def test_llmtune_runs_again_after_a_change_of_its_code(load: Any, tmp_path: Path) -> None:
+    run, case = load("run"), load("run").list_cases()["accumulation"]
+    tool = load("environments").list_tools(tmp_path)["llmtune"]
+    assert (BENCHMARKS.parent / tool.source / "__init__.py").exists()
+
+    def key_of(name: str, code: str) -> str:
+        (tmp_path / name / "inner").mkdir(parents=True)
+        (tmp_path / name / "inner" / "module.py").write_text(code)
+        return str(run.make_key(dataclasses.replace(tool, source=str(tmp_path / name)), case, {"llmtune-cli": "1"}))
+
+    before = key_of("before", "number = 1")
+    assert key_of("comment", "number = 1  # one") == before
+    assert key_of("after", "number = 2") != before
+
+
 def test_absolute_paths_of_this_machine_are_hidden_and_addresses_are_not(load: Any) -> None:
     text = 'No rows in /home/me/x/rows.jsonl, see https://github.com/a/b/issues/1 and "/tmp/run-1/model"'
     hidden = 'No rows in rows.jsonl, see https://github.com/a/b/issues/1 and "model"'

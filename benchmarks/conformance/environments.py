@@ -42,6 +42,8 @@ class Tool:
     """Why the page does not show the tool."""
     given: str = ""
     """What the adapter gives the tool besides settings; the page shows it."""
+    source: str = ""
+    """The folder with the tool's code, if it is in this repository: its version stays while the code changes."""
     find_links: str = ""
     """A further place for pip to look for files, such as torch's builds without CUDA."""
 

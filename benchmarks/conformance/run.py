@@ -3,7 +3,8 @@
     python benchmarks/conformance/run.py --tools llmtune trl --cases answers_only
 
 Runs are kept, with their logs, in `build/conformance/runs/TOOL/COLUMN/CASE/JOB`, and are used again while the case's
-jobs, the adapter and the tool's version are the same. They are judged each time. A silently wrong one is run twice.
+jobs, the adapter and the tool's version are the same; llmtune's code counts as its version. They are judged each time.
+A silently wrong one is run twice.
 """
 
 from __future__ import annotations
@@ -229,8 +230,15 @@ def hide_folders(text: str) -> str:
 def make_key(tool: Tool, case: Case, versions: Mapping[str, str]) -> str:
     """Hash everything that a run depends on."""
     files = [tool.adapter, *(HERE / f"{name}.py" for name in ("adapter", "formats", "models"))]
-    stated = json.dumps([versions, case.hash_jobs(), [read_code(file) for file in files]])
+    source = [hash_source(HERE.parents[1] / tool.source)] if tool.source else []
+    stated = json.dumps([versions, case.hash_jobs(), [read_code(file) for file in files], *source])
     return hashlib.sha256(stated.encode()).hexdigest()[:16]
+
+
+@functools.cache
+def hash_source(folder: Path) -> str:
+    """Hash the code of all modules in a folder."""
+    return hashlib.sha256("".join(map(read_code, sorted(folder.rglob("*.py")))).encode()).hexdigest()
 
 
 @functools.cache
