@@ -93,7 +93,8 @@ def _stripped(value: object) -> object:
     if isinstance(value, list):
         return [_stripped(item) for item in value]
     if isinstance(value, dict):
-        return {key: _stripped(item) for key, item in value.items() if not (key == "audio" and "content" in value)}
+        named = "audio" in value and "content" in value
+        return {key: _stripped(item) for key, item in value.items() if not (named and key == "audio")}
     return value
 
 
@@ -197,6 +198,13 @@ def _classify(byte_B: npt.NDArray[np.uint8]) -> tuple[npt.NDArray[np.bool_], npt
     alone_B |= (byte_B == 0xE1) & (next_B >= 0x80) & (next_B <= 0x82)  # Burmese
     alone_B |= (byte_B == 0xE1) & (next_B >= 0x9E) & (next_B <= 0x9F)  # Khmer
     return inside_B, alone_B
+
+
+def different_triples(triple_W: U32, row_W: I64) -> tuple[U32, I64]:
+    """Return each row's triples once, sorted."""
+    pairs = np.sort((row_W.astype(np.uint64) << np.uint64(32)) | triple_W)
+    pairs = pairs[np.diff(pairs, prepend=~pairs[:1]) != 0]
+    return pairs.astype(np.uint32), (pairs >> np.uint64(32)).astype(np.int64)
 
 
 def without_common(common: U32, triple_W: U32, row_W: I64) -> tuple[U32, I64]:
