@@ -76,7 +76,7 @@ def find_shared_inputs(held: I64, others: I64, rows: JsonRows) -> InputOverlap:
     """
     rank_N = np.zeros(int(held.max(initial=0)) + 1, dtype=np.int32)
     rank_N[held] = np.arange(len(held))
-    parts: list[tuple[U64, I64, U64]] = []
+    parts: list[tuple[U64, npt.NDArray[np.int32], U64]] = []
     halves: set[int] = set()
     for keys, batch_halves in _map_keys(_Signer(), held, rows):
         parts.append((keys.key, rank_N[keys.row], keys.input))

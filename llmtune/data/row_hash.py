@@ -15,6 +15,7 @@ import numpy.typing as npt
 import xxhash
 
 from llmtune.data.rejected_rows import RowError
+from llmtune.data.search_rows import text_key
 
 DECIMAL = re.compile(r"[+-]?(\d+\.\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 """A number with a decimal point."""
@@ -64,13 +65,14 @@ def _plain_label(label: object) -> object:
 def plain_value(value: object) -> str:
     """Write a cell so that equal values of any type and file are equal; empty for null, NaN and blanks.
 
-    12, 12.0 and `12.0` are one value, and so are true and `True`, a date and its ISO text. `012` and `12` are two.
+    12, 12.0 and `12.0` are one value, and so are true and `True`, a date and its ISO text, and texts with the same
+    `text_key`. `012` and `12` are two.
     """
     if isinstance(value, list | dict):
         return json.dumps(_plain_values(value), ensure_ascii=False, sort_keys=True)
     if isinstance(value, date | datetime):
         value = value.isoformat()
-    text = unicodedata.normalize("NFC", str("" if value is None else value)).strip()
+    text = text_key(str("" if value is None else value))
     if isinstance(value, float | Decimal) or DECIMAL.fullmatch(text):
         number = Decimal(text)
         return "" if number.is_nan() else f"{number.normalize() + 0:f}" if number.is_finite() else text

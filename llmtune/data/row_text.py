@@ -12,6 +12,7 @@ from typing import NamedTuple
 import xxhash
 
 from llmtune.data.chat_rows import Message
+from llmtune.data.search_rows import text_key
 from llmtune.records import Row
 
 HIDES = 4
@@ -41,7 +42,7 @@ class NearText(NamedTuple):
     @property
     def tag(self) -> str:
         """Everything that must be equal; empty if nothing must."""
-        return f"{self.context}\n{self.answer}" if self.context or self.answer else ""
+        return f"{text_key(self.context)}\n{self.answer}" if self.context or self.answer else ""
 
 
 class RowInput(NamedTuple):
@@ -179,7 +180,7 @@ PARTS = ("document", "summary", "source", "target", "prompt", "completion")
 
 
 def _tag_words(text: str, context: str) -> str:
-    tag = xxhash.xxh3_64_hexdigest(context.encode())[:8]
+    tag = xxhash.xxh3_64_hexdigest(text_key(context).encode())[:8]
     return " ".join(f"{word}{tag}" for word in text.split())
 
 
