@@ -37,6 +37,7 @@ from llmtune.data.row_hash import (
     U32,
     U64,
     band_keys,
+    different_triples,
     hash_triples,
     tag_triples,
     take_minima,
@@ -53,6 +54,9 @@ TextOf = Callable[[Row], NearText]
 NEAR = 0.8
 ENOUGH = round(NEAR * MINIMA)
 """Minimum number of equal minima for near rows."""
+LEAST_SHARED = 0.5
+"""A row with fewer of its triples in a set of rows is near none of them, however far off the estimate is."""
+MARK_SHIFT = 8
 SAMPLE_ROWS = 4096
 COMMON_SHARE = 0.1
 COMMON_ROWS = 20
@@ -139,7 +143,9 @@ def drop_shared_inputs(
 def input_text(row: Row) -> NearText:
     """Return the text of a row's input; none of a short one, which `find_shared_inputs` compares."""
     found = row_input(row)
-    return NearText(visible_form(found.query) if len(found.query.split()) > MOST_WORDS else "", found.context)
+    return (
+        NearText(visible_form(found.query), found.context()) if len(found.query.split()) > MOST_WORDS else NearText("")
+    )
 
 
 def _rank(index: Index, split_N: npt.NDArray[np.int8], reason_N: npt.NDArray[np.object_]) -> I64:
@@ -197,6 +203,9 @@ class _KeptRows:
         self, order: I64, rows: JsonRows, folder: Path, queries: I64 | None = None, text: TextOf = near_text
     ) -> None:
         signer = _Signer(text, _common_triples(order, rows, text))
+        if queries is not None:
+            fewer = min(queries, np.setdiff1d(order, queries), key=len)
+            signer = replace(signer, shared=_mark_triples(signer, fewer, rows))
         _write_keys(order, rows, signer, folder)
         alike_N = _find_alike(folder, queries)
         number_C = _read_keys(folder, 0)[alike_N].astype(np.int64)
@@ -262,8 +271,7 @@ def _common_triples(order: I64, rows: JsonRows, text: TextOf) -> U32:
     seen: list[U32] = []
     for _, batch in select_rows(order[_sample_places(len(order))], rows):
         triple_W, row_W = hash_triples([text(json.loads(row)).text for row in batch])
-        pairs = np.unique((row_W.astype(np.uint64) << np.uint64(32)) | triple_W)
-        seen.append(pairs.astype(np.uint32))
+        seen.append(different_triples(triple_W, row_W)[0])
     triples, counts = np.unique(np.concatenate(seen or [np.zeros(0, np.uint32)]), return_counts=True)
     sampled = min(len(order), SAMPLE_ROWS)
     return triples[(counts >= COMMON_ROWS) & (counts >= COMMON_SHARE * sampled)]
@@ -281,13 +289,24 @@ class _Signer:
     text: TextOf
     common: U32
     keys: bool = False
+    shared: npt.NDArray[np.bool_] | None = None
+    """Of `_mark_triples`, if rows are compared with these rows alone: leaves out others that cannot be near them."""
+
+    def triples(self, rows: list[str]) -> tuple[U32, I64]:
+        """Return [W] the triples of the rows, without a template's, and [W] the row of each."""
+        texts = [self.text(json.loads(row)) for row in rows]
+        triple_W, row_W = without_common(self.common, *hash_triples([near.text for near in texts]))
+        return tag_triples(triple_W, row_W, [near.tag for near in texts]), row_W
 
     def __call__(self, batch: tuple[I64, list[str]]) -> tuple[I64, npt.NDArray[Any]]:
         """Return the numbers of the rows that contain words, and [R, P] their minima or [R, L] their keys."""
         numbers, rows = batch
-        texts = [self.text(json.loads(row)) for row in rows]
-        triple_W, row_W = without_common(self.common, *hash_triples([near.text for near in texts]))
-        triple_W = tag_triples(triple_W, row_W, [near.tag for near in texts])
+        triple_W, row_W = self.triples(rows)
+        if self.shared is not None:
+            triple_W, row_W = different_triples(triple_W, row_W)
+            share_R = np.bincount(row_W, self.shared[triple_W >> MARK_SHIFT]) / np.maximum(np.bincount(row_W), 1)
+            stays_W = (share_R >= LEAST_SHARED)[row_W]
+            triple_W, row_W = triple_W[stays_W], row_W[stays_W]
         begins = np.flatnonzero(np.diff(row_W, prepend=-1))
         minimum_RP = take_minima(triple_W, begins)
         return numbers[row_W[begins]], band_keys(minimum_RP) if self.keys else minimum_RP
@@ -295,6 +314,14 @@ class _Signer:
     def map(self, order: I64, rows: JsonRows) -> Iterator[tuple[I64, npt.NDArray[Any]]]:
         """Yield the results for the rows in `order`, using all cores."""
         return WorkerPool(self).map(select_rows(order, rows), lambda batch: len(batch[1]), len(order))
+
+
+def _mark_triples(signer: _Signer, numbers: I64, rows: JsonRows) -> npt.NDArray[np.bool_]:
+    """Return a table, by the first bits of a triple, of those that occur in the rows with these numbers."""
+    marked = np.zeros(2**32 >> MARK_SHIFT, dtype=bool)
+    for _, batch in select_rows(numbers, rows):
+        marked[signer.triples(batch)[0] >> MARK_SHIFT] = True
+    return marked
 
 
 def _write_keys(order: I64, rows: JsonRows, signer: _Signer, folder: Path) -> None:

@@ -266,9 +266,9 @@ def suspicions(rows: Iterable[tuple[str, Mapping[str, Any]]]) -> list[str]:
         asked, answer = _split_answer(row)
         ranks = "relevances" in row
         labels += [row["label"]] if "pair" in row else []
-        for text in {text for text in map(str.strip, iterate_strings([asked, answer])) if text in NO_VALUES}:
-            empty[text] += 1
-        if "rejected" in row or "audio" in row or not any(map(str.strip, iterate_strings(asked))):
+        texts = {text.strip() for text in iterate_strings(asked)}
+        empty.update(NO_VALUES & texts.union(text.strip() for text in iterate_strings(answer)))
+        if "rejected" in row or "audio" in row or not any(texts):
             continue
         key, said = hash_content({"asked": asked}), hash_content({"answer": answer})
         first, where = answered.setdefault(key, (said, origin))

@@ -25,7 +25,6 @@ import xxhash
 from llmtune.data.row_hash import I64, U64, mix
 from llmtune.data.row_text import RowInput, plain_words, row_input
 from llmtune.data.worker_pool import WorkerPool
-from llmtune.records import Row
 
 JsonRows = Callable[[], Iterator[tuple[int, pa.Array]]]
 """Yields all rows as JSON, in batches, each with the number of its first row."""
@@ -77,8 +76,12 @@ def find_shared_inputs(held: I64, others: I64, rows: JsonRows) -> InputOverlap:
     """
     rank_N = np.zeros(int(held.max(initial=0)) + 1, dtype=np.int32)
     rank_N[held] = np.arange(len(held))
-    parts = [(part.key, rank_N[part.row], part.input) for part in _map_keys(_Signer(True), held, rows)]
-    if not parts or not len(others):
+    parts: list[tuple[U64, npt.NDArray[np.int32], U64]] = []
+    halves: set[int] = set()
+    for keys, batch_halves in _map_keys(_Signer(), held, rows):
+        parts.append((keys.key, rank_N[keys.row], keys.input))
+        halves |= batch_halves
+    if not len(others) or not any(len(key) for key, _, _ in parts):
         return InputOverlap({}, {})
     input_N = np.zeros(len(held), dtype=np.uint64)
     for _, rank, same in parts:
@@ -88,8 +91,8 @@ def find_shared_inputs(held: I64, others: I64, rows: JsonRows) -> InputOverlap:
     del parts
     inputs = np.unique(input_N)
     hits: list[InputKeys] = []
-    for keys in _map_keys(_Signer(False), others, rows):
-        hit_K = np.isin(keys.key, key_G) & ((keys.key == keys.input) | ~np.isin(keys.input, inputs))
+    for keys, _ in _map_keys(_Signer(frozenset(halves)), others, rows):
+        hit_K = is_in(key_G, keys.key) & ((keys.key == keys.input) | ~is_in(inputs, keys.input))
         hits.append(InputKeys(*(column[hit_K] for column in keys)))
     hit = _join(hits)
     slot_H = np.searchsorted(key_G, hit.key)
@@ -121,6 +124,12 @@ def _take(hit: InputKeys, key_G: U64, slot_H: I64, slot_K: I64, input_K: U64, ot
     return taken_H
 
 
+def is_in(values_G: U64, values: U64) -> npt.NDArray[np.bool_]:
+    """Return which values are in a sorted array that is not empty; `np.isin` would sort both at every call."""
+    found: npt.NDArray[np.bool_] = values_G[np.minimum(np.searchsorted(values_G, values), len(values_G) - 1)] == values
+    return found
+
+
 def _smallest(rows: I64, values: I64) -> dict[int, int]:
     """Return the smallest of the values of each row."""
     found: dict[int, int] = {}
@@ -140,7 +149,7 @@ def _count_distinct(slots: I64, values: U64, count: int) -> I64:
     return counts
 
 
-def _map_keys(signer: _Signer, numbers: I64, rows: JsonRows) -> Iterator[InputKeys]:
+def _map_keys(signer: _Signer, numbers: I64, rows: JsonRows) -> Iterator[tuple[InputKeys, set[int]]]:
     return WorkerPool(signer).map(select_rows(numbers, rows), lambda batch: len(batch[1]), len(numbers))
 
 
@@ -158,45 +167,57 @@ def select_rows(numbers: I64, rows: JsonRows) -> Iterator[tuple[I64, list[str]]]
 
 @dataclass(frozen=True)
 class _Signer:
-    """Computes the keys of a batch; runs in every process."""
+    """Computes the keys of a batch; runs in every process.
 
-    held: bool
-    """Whether the rows are held out: a longer query of theirs matches a shorter one of the others, and vice versa."""
+    A word more, or another word, leaves the words before it and after it, and one of these is half of the query. Only
+    rows that share a half with a held-out query of about their length have keys, and only for words outside that half.
+    """
 
-    def __call__(self, batch: tuple[I64, list[str]]) -> InputKeys:
-        keys: list[int] = []
-        numbers: list[int] = []
-        inputs: list[int] = []
-        frames: list[int] = []
+    halves: frozenset[int] | None = None
+    """Of `_halves`, for all held-out queries; None while these rows are signed. A longer query of theirs matches
+    a shorter one of the others, and vice versa."""
+
+    def __call__(self, batch: tuple[I64, list[str]]) -> tuple[InputKeys, set[int]]:
+        """Return the keys of the rows, and the halves of held-out queries."""
+        columns: list[tuple[int, int, int, int]] = []
+        halves: set[int] = set()
         for number, row in zip(batch[0].tolist(), batch[1], strict=True):
-            same, pairs = self._keys(json.loads(row))
-            keys += [key for key, _ in pairs]
-            frames += [frame for _, frame in pairs]
-            numbers += [number] * len(pairs)
-            inputs += [same] * len(pairs)
-        key, same_input, frame = (np.array(column, np.int64).view(np.uint64) for column in (keys, inputs, frames))
-        return InputKeys(key, np.array(numbers, np.int64), same_input, frame)
+            found = row_input(json.loads(row))
+            words = plain_words(found.query)
+            text = " ".join(words).casefold()
+            plain = text.split()
+            count, places = len(plain), range(len(plain))
+            if self.halves is None:
+                halves.update(*(_halves(plain, count + more) for more in (-1, 0, 1)))
+            else:
+                first, last = (half in self.halves for half in _halves(plain, count))
+                if not (first or last):
+                    continue
+                places = places[0 if last else count // 2 : count if first else count // 2]
+            context, text = found.context(), text or found.query.strip()
+            if not (text or context):
+                continue
+            same = hash((SAME, _hash(context), _hash(text)))
+            columns.append((same, number, same, same))
+            if FEWEST_WORDS <= count <= MOST_WORDS:
+                changed = self._changed_keys(found, context, words, plain, places)
+                columns += [(key, number, same, frame) for key, frame in changed]
+        key, numbers, same_input, frame = np.array(columns, np.int64).reshape(-1, 4).T
+        return InputKeys(key.view(np.uint64), numbers, same_input.view(np.uint64), frame.view(np.uint64)), halves
 
-    def _keys(self, row: Row) -> tuple[int, list[tuple[int, int]]]:
-        """Return the hash of a row's input, and its keys with their frames; none without an input."""
-        found = row_input(row)
-        words = plain_words(found.query)
-        plain = [word.casefold() for word in words]
-        same = hash((SAME, _hash(found.context), _hash(" ".join(plain) or found.query.strip())))
-        if not (plain or found.query.strip() or found.context):
-            return same, []
-        changed = self._changed_keys(found, words, plain) if FEWEST_WORDS <= len(plain) <= MOST_WORDS else ()
-        return same, [(same, same), *changed]
-
-    def _changed_keys(self, found: RowInput, words: list[str], plain: list[str]) -> Iterator[tuple[int, int]]:
-        """Yield the keys of a query without each of its words, each with its frame."""
-        context = hash((_hash(found.context), _hash(found.answer) if found.labelled else 0))
-        answered = hash((context, _hash(found.answer)))
-        whole, shorter = (WHOLE, SHORTER) if self.held else (SHORTER, WHOLE)
+    def _changed_keys(
+        self, found: RowInput, before: str, words: list[str], plain: list[str], places: range
+    ) -> Iterator[tuple[int, int]]:
+        """Yield the keys of a query without the word at each of the places, each with its frame."""
+        answer = _hash(found.answer())
+        context = hash((_hash(before), answer if found.labelled else 0))
+        answered = hash((context, answer))
+        whole, shorter = (WHOLE, SHORTER) if self.halves is None else (SHORTER, WHOLE)
         hashes = tuple(map(_hash, plain))
         for one in (context, answered):
             yield (key := hash((whole, one, hash(hashes)))), key
-        for place, word in enumerate(words):
+        for place in places:
+            word = words[place]
             is_name = word[0].isupper()
             if FIXED.search(word) or (place and is_name):
                 continue
@@ -207,6 +228,13 @@ class _Signer:
                 yield hash((CHANGED, answered, rest, place)), frame
             if len(word) > STEM_LETTERS:
                 yield hash((SPELLED, context, rest, place, _hash(plain[place][:STEM_LETTERS]))), frame
+
+
+def _halves(words: list[str], count: int) -> tuple[int, int]:
+    """Hash the first and the last words of a query as halves of one of `count` words."""
+    half = max(count, 0) // 2
+    first, last = words[:half], words[max(len(words) - half, 0) :]
+    return _hash(f"{count} {' '.join(first)}"), _hash(f"{-count} {' '.join(last)}")
 
 
 def _hash(text: str) -> int:

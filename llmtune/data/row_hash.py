@@ -15,6 +15,7 @@ import numpy.typing as npt
 import xxhash
 
 from llmtune.data.rejected_rows import RowError
+from llmtune.data.search_rows import text_key
 
 DECIMAL = re.compile(r"[+-]?(\d+\.\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 """A number with a decimal point."""
@@ -64,13 +65,14 @@ def _plain_label(label: object) -> object:
 def plain_value(value: object) -> str:
     """Write a cell so that equal values of any type and file are equal; empty for null, NaN and blanks.
 
-    12, 12.0 and `12.0` are one value, and so are true and `True`, a date and its ISO text. `012` and `12` are two.
+    12, 12.0 and `12.0` are one value, and so are true and `True`, a date and its ISO text, and texts with the same
+    `text_key`. `012` and `12` are two.
     """
     if isinstance(value, list | dict):
         return json.dumps(_plain_values(value), ensure_ascii=False, sort_keys=True)
     if isinstance(value, date | datetime):
         value = value.isoformat()
-    text = unicodedata.normalize("NFC", str("" if value is None else value)).strip()
+    text = text_key(str("" if value is None else value))
     if isinstance(value, float | Decimal) or DECIMAL.fullmatch(text):
         number = Decimal(text)
         return "" if number.is_nan() else f"{number.normalize() + 0:f}" if number.is_finite() else text
@@ -93,7 +95,8 @@ def _stripped(value: object) -> object:
     if isinstance(value, list):
         return [_stripped(item) for item in value]
     if isinstance(value, dict):
-        return {key: _stripped(item) for key, item in value.items() if not (key == "audio" and "content" in value)}
+        named = "audio" in value and "content" in value
+        return {key: _stripped(item) for key, item in value.items() if not (named and key == "audio")}
     return value
 
 
@@ -197,6 +200,13 @@ def _classify(byte_B: npt.NDArray[np.uint8]) -> tuple[npt.NDArray[np.bool_], npt
     alone_B |= (byte_B == 0xE1) & (next_B >= 0x80) & (next_B <= 0x82)  # Burmese
     alone_B |= (byte_B == 0xE1) & (next_B >= 0x9E) & (next_B <= 0x9F)  # Khmer
     return inside_B, alone_B
+
+
+def different_triples(triple_W: U32, row_W: I64) -> tuple[U32, I64]:
+    """Return each row's triples once, sorted."""
+    pairs = np.sort((row_W.astype(np.uint64) << np.uint64(32)) | triple_W)
+    pairs = pairs[np.diff(pairs, prepend=~pairs[:1]) != 0]
+    return pairs.astype(np.uint32), (pairs >> np.uint64(32)).astype(np.int64)
 
 
 def without_common(common: U32, triple_W: U32, row_W: I64) -> tuple[U32, I64]:

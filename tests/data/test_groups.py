@@ -22,7 +22,7 @@ SAME = {
     "truth": (True, "true", "True", "TRUE "),
     "day": (date(2024, 1, 2), datetime(2024, 1, 2), "2024-01-02", "2024-01-02 00:00:00", "2024-01-02T00:00:00"),
     "time": (datetime(2024, 1, 2, 3, 4, 5), "2024-01-02 03:04:05", "2024-01-02T03:04:05"),
-    "text": ("caf\u00e9", "cafe\u0301 "),
+    "text": ("caf\u00e9 bar", "cafe\u0301 bar ", "cafe\u0301 \u00a0\nbar"),
     "list": ([1, "a"], [1.0, "a "]),
     "missing": (None, "", "  ", math.nan),
 }

@@ -123,6 +123,28 @@ def test_inputs_with_other_numbers_signs_and_names_are_kept(tmp_path, task, trai
     assert (rows.counts["train"], rows.dropped) == (7, {})
 
 
+PASSAGES = ("Ada wrote it in 1843.", "Ada  wrote\n\nit in 1843. ")
+
+
+def test_white_space_in_a_passage_makes_it_no_other_passage(tmp_path):
+    questions = (words("question", 40), words("question", 40) + " really")
+    rows = [
+        {"question": question, "context": context, "answer": "Ada"}
+        for question, context in zip(questions, PASSAGES, strict=True)
+    ]
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    assert prepare(tmp_path, "rows.jsonl", "qa", deduplicate="near").dropped == {"near duplicate": 1}
+
+
+def test_texts_with_a_short_one_that_differs_in_white_space_overlap(tmp_path):
+    long = words("long", 60)
+    train, test = (
+        [{"text": f"{long} {end}", "pair": short, "label": "a"}] for end, short in zip("xy", PASSAGES, strict=True)
+    )
+    kept = split(tmp_path, "classify", train, test, deduplicate="exact")
+    assert find_overlap(kept, near=False).shared == {0: 0}
+
+
 def test_a_template_with_a_variable_word_is_no_leak(tmp_path):
     rows = [asked(f"please tell me about the {name} package now", words(name, 20)) for name in ALPHABET]
     assert split(tmp_path, "chat", rows[4:], rows[:4]).dropped == {}
