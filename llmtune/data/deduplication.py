@@ -3,15 +3,13 @@
 Two texts are near if their sets of word triples overlap by 0.8 (Jaccard), the measure and threshold of Lee et al.,
 "Deduplicating Training Data Makes Language Models Better" (2022). The overlap is estimated from 120 minima: Broder, "On
 the resemblance and containment of documents" (1997); candidates come from 20 bands of 6 minima: Leskovec, Rajaraman and
-Ullman, "Mining of Massive Datasets", section 3.4. Pairs at 0.8 become candidates with 99.8 %, at 0.9 nearly always; the
-estimate's standard deviation at 0.8 is 0.037.
+Ullman, "Mining of Massive Datasets", section 3.4. Pairs at 0.8 become candidates with 99.8 %, at 0.9 nearly always.
 
 Rows made from one template (a long instruction, a short question) overlap by more than 0.8 and still differ. Triples in
 a tenth of all rows therefore do not count, except in a row with at most one word outside them.
 
-Only candidates keep their minima. These are the rows that share a band with another row. The band keys identify them;
-then their minima are computed again. Keys, minima and buckets are on disk: memory grows by a few bytes per row, however
-many rows are near each other.
+Only candidates, rows that share a band with another row, keep their minima. Keys, minima and buckets are on disk: memory
+grows by a few bytes per row, however many rows are near each other.
 
 Legend: W words (and word triples, as many), R rows of a batch, N rows, C candidates, P minima, L bands, G buckets.
 """
@@ -50,7 +48,6 @@ from llmtune.records import SPLITS, Row
 from llmtune.store.atomic_files import atomic_file
 
 TextOf = Callable[[Row], NearText]
-
 NEAR = 0.8
 ENOUGH = round(NEAR * MINIMA)
 """Minimum number of equal minima for near rows."""
