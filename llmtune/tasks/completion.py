@@ -133,6 +133,11 @@ class MaskedCompletion(Task[CompletionRow, str]):
         """Sum the cross entropy of the masked tokens."""
         return causal_loss(model, batch, by_row)
 
+    def count_tokens(self, row: CompletionRow, processor: PreTrainedTokenizerBase, recipe: Recipe, limit: int) -> int:
+        """Return the tokens of the text, up to `limit`."""
+        text = row["prompt"] + row["completion"]
+        return len(processor(text, truncation=True, max_length=limit)["input_ids"])
+
     def predict(self, rows: Sequence[CompletionRow], loaded: LoadedModel) -> list[str]:
         """Return each text with its masks replaced by the most likely tokens, all at once; other texts are unchanged.
 

@@ -122,6 +122,11 @@ class EncoderDecoder(TextToText[RowT]):
         read = decode_shortened(example.input_ids, processor)
         return [Segment(f"{read}\n", False), *highlight(example.target_ids, example.target_spans, processor)]
 
+    def count_tokens(self, row: RowT, processor: PreTrainedTokenizerBase, recipe: Recipe, limit: int) -> int:
+        """Return the tokens of the source, up to `limit`, if it may be cut; other long sources are read completely."""
+        source = self.pair(row, recipe).source if self.cuts_texts(recipe) else ""
+        return len(processor(source, truncation=True, max_length=limit)["input_ids"])
+
     def predict(self, rows: Sequence[RowT], loaded: LoadedModel) -> list[str]:
         """Return the decoder's text for each source."""
         return write_targets([self.pair(row, loaded.recipe) for row in rows], loaded)
