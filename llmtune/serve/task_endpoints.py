@@ -15,7 +15,7 @@ from starlette.datastructures import UploadFile
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from llmtune.errors import LlmtuneError
+from llmtune.errors import DataError, LlmtuneError
 from llmtune.recipe.task_facts import TASK_FACTS
 from llmtune.serve.chat_prompt import ServedPrompt
 from llmtune.serve.engine import Engine
@@ -155,10 +155,12 @@ async def answer_row(
     if task.predicts:
         try:
             truncated = await in_text_thread(served.check_length, row) or None
-        except LlmtuneError as error:
+        except DataError as error:
             message = f"{error.problems[0].what}. {error.problems[0].fix}"
             field = task.endpoint.prompt_field if task.endpoint else None
             raise ApiError(400, message, param=field, code="context_length_exceeded") from error
+        except LlmtuneError as error:
+            raise ApiError.of(error) from error
         job = AnswerJob(served, parts=[[row]])
     else:
         try:

@@ -246,7 +246,7 @@ class Embed(ReadingTask[EmbedRow, Vectors]):
 
     def count_tokens(self, row: EmbedRow, processor: PreTrainedTokenizerBase, recipe: Recipe, limit: int) -> int:
         """Return the tokens of the longest text, up to `limit`."""
-        return max(len(tokenize_prompted(*text, processor, recipe, limit)) for text in named_texts(row))
+        return max((len(tokenize_prompted(*text, processor, recipe, limit)) for text in named_texts(row)), default=0)
 
     def predict(self, rows: Sequence[EmbedRow], loaded: LoadedModel) -> list[Vectors]:
         """Return the vectors of each row's texts."""
