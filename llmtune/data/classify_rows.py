@@ -6,8 +6,10 @@ import json
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TypeAlias, TypedDict
+
+import numpy as np
 
 from llmtune.data.rejected_rows import RowError, json_kind, nonempty_text, parse_cell, text_of
 from llmtune.data.row_hash import DECIMAL
@@ -121,3 +123,18 @@ def _some(names: list[str]) -> str:
 
 def _sentence(text: str) -> str:
     return f"{text[0].upper()}{text[1:]}."
+
+
+def format_label(label: Label | None) -> str:
+    """Write one label, several labels, or a number with all digits of its float32 value, or else of its own."""
+    if isinstance(label, list):
+        return join_labels(label) or "(none)"
+    if not isinstance(label, float):
+        return str(label)
+    single = np.float32(label)
+    return str(single if float(single) == label else label).removesuffix(".0")
+
+
+def join_labels(labels: Sequence[str]) -> str:
+    """Write labels with commas between them; as a JSON list if one has a comma."""
+    return json.dumps([*labels], ensure_ascii=False) if "," in "".join(labels) else ", ".join(labels)

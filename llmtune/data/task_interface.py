@@ -35,10 +35,8 @@ class TaskInterface:
     """Whether the loss is token prediction over the vocabulary."""
     trains_head: bool = False
     """Whether a head missing from the model is created and fully trained."""
-    needs_float32: bool = False
-    """Whether an encoder's frozen weights are float32 in training, because rounding them costs accuracy."""
     predicts_in_float32: bool = False
-    """Whether such an encoder also predicts in float32: scores in bfloat16 are often equal."""
+    """Whether an encoder that `needs_float32` also predicts in float32: scores in bfloat16 are often equal."""
     has_step_statistics: bool = False
     """Whether the loss of a micro-batch needs sums over the complete step."""
     has_step_loss: bool = False
@@ -91,6 +89,10 @@ class TaskInterface:
 
     def check_model(self, model: PreTrainedModel, processor: PreTrainedTokenizerBase, recipe: Recipe) -> None:
         """Refuse a model that would fail later; called after loading."""
+
+    def needs_float32(self, recipe: Recipe) -> bool:
+        """Whether rounding costs accuracy: an encoder's frozen weights are float32 in training, and a single output."""
+        return False
 
     def needs_reference_model(self, recipe: Recipe) -> bool:
         """Whether training needs a frozen copy of the original model as reference."""

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from llmtune.data.tokenization import decode
 from llmtune.deploy.tuned_model import TunedModel
 from llmtune.evaluate.generation import answer_ends
+from llmtune.model.memory_plan import context_length
 from llmtune.store.atomic_files import write_text
 from llmtune.tasks.recordings import set_speech
 from llmtune.tasks.text_to_text import TextToText, decoder_settings, first_token
@@ -39,7 +40,11 @@ READ = """
 session = onnxruntime.InferenceSession(folder / "model.onnx")
 outputs = session.run(None, {one.name: given[one.name] for one in session.get_inputs()})
 """
-TEXT = 'given = tokenizer(*sys.argv[1:3], truncation=True, max_length=MAX_LENGTH, return_tensors="np")' + READ
+CUT = """
+if (size := len(tokenizer({text})["input_ids"])) > MAX_LENGTH:
+    print(f"The text has {{size:,}} tokens. Only the first {{MAX_LENGTH:,}} are read.", file=sys.stderr)
+given = tokenizer({text}, truncation={how}, max_length=MAX_LENGTH, return_tensors="np")"""
+TEXT = CUT.format(text="*sys.argv[1:3]", how=True) + READ
 LABELS = """
 labels = json.loads((folder / "config.json").read_text("utf-8"))["id2label"]
 calibration = folder / "calibration.json"
@@ -53,11 +58,13 @@ for i, share in enumerate(shares):
 SOFTMAX = "powers = np.exp(scaled - scaled.max(-1, keepdims=True))\nshares = powers / powers.sum(-1, keepdims=True)\n"
 SIGMOID = "shares = np.exp(-np.logaddexp(0, -scaled))\n"
 CHOICE = TEXT + LABELS + SOFTMAX + "print(labels[str(scaled.argmax())])" + SHARES
-NAMES = 'print(", ".join(labels[str(i)] for i in np.flatnonzero(scaled > 0)) or "(none)")'
+NAMES = """names = [labels[str(i)] for i in np.flatnonzero(scaled > 0)]
+listed = json.dumps(names, ensure_ascii=False) if "," in "".join(names) else ", ".join(names)
+print(listed or "(none)")"""
 YES_NO = TEXT + LABELS + SIGMOID + NAMES + SHARES
-NUMBER = TEXT + "print(float(outputs[0][0, 0]))\n"
+NUMBER = TEXT + "print(outputs[0][0, 0])\n"
 TAGS = (
-    'given = tokenizer(sys.argv[1].split(), is_split_into_words=True, truncation=True, return_tensors="np")'
+    CUT.format(text="sys.argv[1].split(), is_split_into_words=True", how=True)
     + READ
     + LABELS
     + SOFTMAX
@@ -70,7 +77,7 @@ for i, word in enumerate(sys.argv[1].split()):
 """
 )
 SPAN = (
-    'given = tokenizer(*sys.argv[1:3], truncation="only_second", return_offsets_mapping=True, return_tensors="np")'
+    CUT.format(text="*sys.argv[1:3], return_offsets_mapping=True", how='"only_second"')
     + READ
     + """
 inside = np.array([text == 1 for text in given.sequence_ids(0)])
@@ -82,7 +89,7 @@ print(sys.argv[2][offsets[first][0] : offsets[last][1]].strip())
 """
 )
 VECTOR = (
-    'given = tokenizer(PROMPT + sys.argv[1], truncation=True, max_length=MAX_LENGTH, return_tensors="np")'
+    CUT.format(text="PROMPT + sys.argv[1]", how=True)
     + READ
     + """
 hidden = outputs[0][0]
@@ -139,7 +146,8 @@ print(tokenizer.decode(answer, skip_special_tokens=True).strip())
 
 def write_script(model: PreTrainedModel, tuned: TunedModel, folder: Path) -> None:
     """Write the script that answers the text, question or recording given as its arguments."""
-    constants: dict[str, Any] = {"MAX_LENGTH": tuned.recipe.data.max_length}
+    context, longest = context_length(model.config), tuned.recipe.data.max_length
+    constants: dict[str, Any] = {"MAX_LENGTH": min(longest, context or longest)}
     if model.config.is_encoder_decoder:
         body, constants = _encoder_decoder_script(model, tuned)
     elif tuned.task.continues_text:

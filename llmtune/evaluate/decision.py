@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
 
+from llmtune.data.classify_rows import join_labels
 from llmtune.evaluate.calibration import RECORD as CALIBRATION_RECORD
 from llmtune.evaluate.calibration import Chosen, log_probabilities, read_rules, save_calibration
 from llmtune.evaluate.intervals import Floats
@@ -183,7 +184,7 @@ def describe_answer(found: Mapping[str, Any]) -> str:
     parts = [f"decision: {found['decision']}"] if "decision" in found else []
     parts += [f"likeliest choice: {found['choice']}"] if "choice" in found else []
     parts += [f"confidence: {found['confidence']:.4f}"] if "confidence" in found else []
-    parts += [f"set: {', '.join(found['set']) or '(empty)'}"] if "set" in found else []
+    parts += [f"set: {join_labels(found['set']) or '(empty)'}"] if "set" in found else []
     parts += ["out of scope"] if found.get("out_of_scope") else []
     return "\n" + "; ".join(parts) if parts else ""
 

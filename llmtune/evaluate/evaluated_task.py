@@ -102,6 +102,14 @@ class EvaluatedTask(TaskInterface):
         """Return the kind of a head's outputs: `choice` (one of K), `yes-no` (K questions) or `number`."""
         return "choice"
 
+    def count_tokens(self, row: Any, processor: PreTrainedTokenizerBase, recipe: Recipe, limit: int) -> int:
+        """Return the tokens of a row's longest text, counted up to `limit`; 0 for a task that never cuts texts."""
+        return 0
+
+    def cuts_texts(self, recipe: Recipe) -> bool:
+        """Whether `predict` reads the start of a longer text; otherwise such a text is refused."""
+        return recipe.data.on_overlong in ("truncate", "split")
+
     def embed_passages(self, passages: Sequence[str], loaded: LoadedModel) -> NDArray[np.float32]:
         """Return the vectors [P, D] of passages without a query; for tasks that search `data.corpus`."""
         raise NotImplementedError

@@ -141,7 +141,7 @@ def keeps_float32(recipe: Recipe, task: TaskInterface, config: PreTrainedConfig)
     (docs/embed-evidence.md).
     """
     plain = recipe.adapter.method != "qlora" and kept_quantization(config) is None
-    return plain and task.needs_float32 and recipe.model.dtype == "auto" and is_encoder(config)
+    return plain and task.needs_float32(recipe) and recipe.model.dtype == "auto" and is_encoder(config)
 
 
 def _is_relative(named: list[str], class_name: str) -> bool:

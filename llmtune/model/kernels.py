@@ -1,10 +1,11 @@
-"""Faster kernels that a recipe requests: missing requirements, Liger's kernels, and fused norms."""
+"""Layers computed in another way: kernels that a recipe requests, fused norms, and numbers in float32."""
 
 from __future__ import annotations
 
 import os
 import shutil
 from collections.abc import Iterator
+from contextlib import nullcontext
 from importlib.util import find_spec
 from inspect import signature
 from types import MethodType
@@ -13,9 +14,12 @@ from typing import Any, cast
 import torch
 from torch.autograd.function import once_differentiable
 from torch.func import functional_call
+from torch.nn import functional
 from transformers import PreTrainedModel
 
+from llmtune.data.task_interface import TaskInterface
 from llmtune.errors import EnvironmentProblem, Problem, RecipeError
+from llmtune.model.config import head_names, in_heads
 from llmtune.recipe.schema import Recipe
 
 _OWN_LOSSES = ("cross_entropy", "fused_linear_cross_entropy")
@@ -137,3 +141,22 @@ class _RootMeanSquare(torch.autograd.Function):
         raised = (outputs[0] * weight_D).to(torch.float32)
         along = (raised * normed).mean(-1, keepdim=True)
         return raised.addcmul_(normed, along, value=-1).mul_(inverse).to(x.dtype), None, None
+
+
+class Float32Linear(torch.nn.Linear):
+    """A linear layer whose product and output are float32, whatever autocast and its weights are."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the outputs in float32."""
+        kind = x.device.type
+        with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext():
+            bias = None if self.bias is None else self.bias.float()
+            return functional.linear(x.float(), self.weight.float(), bias)
+
+
+def compute_numbers_in_float32(model: PreTrainedModel, recipe: Recipe, task: TaskInterface) -> None:
+    """Compute a head's single output in float32, in place, if the task needs it: bfloat16 turns 1,203 into 1,200."""
+    heads = head_names(model) if task.needs_float32(recipe) else []
+    for name, module in [*model.named_modules()]:
+        if in_heads(name, heads) and type(module) is torch.nn.Linear and module.out_features == 1:
+            module.__class__ = Float32Linear

@@ -30,7 +30,7 @@ from llmtune.model.config import (
 )
 from llmtune.model.device import explain_oom, resolve_dtype
 from llmtune.model.experts import quantize_experts
-from llmtune.model.kernels import apply_liger, fuse_norms
+from llmtune.model.kernels import apply_liger, compute_numbers_in_float32, fuse_norms
 from llmtune.model.library_logging import unreported
 from llmtune.model.memory_plan import plan_memory
 from llmtune.model.packed_attention import PACKED, choose_attention, install_packed, pool_documents
@@ -86,6 +86,7 @@ def load_model(
         _install_kernels(model, recipe, task, attention, device)
         _grow_embedding(model, processor, recipe)
         _make_head_inputs_contiguous(model)
+        compute_numbers_in_float32(model, recipe, task)
         _align_generation_config(model, processor)
         _disable_layerdrop(model)
         model.config.use_cache = not training

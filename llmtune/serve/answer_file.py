@@ -22,7 +22,7 @@ from llmtune.data.sources import local_input
 from llmtune.errors import DataError, RecipeError
 from llmtune.evaluate.generation import answer_reader, generate_completions
 from llmtune.model.device import pick_device
-from llmtune.records import Json
+from llmtune.records import Json, Row
 from llmtune.serve.finished_run import FinishedRun, Inputs
 from llmtune.serve.served_model import ServedModel
 from llmtune.store.processes import rank
@@ -154,12 +154,21 @@ def _answer_rows(
     task, recipe = served.task, served.recipe
     rows = [task.make_row(inputs) for inputs in given]
     if task.predicts:
-        for predicted in served.predict(rows):
+        cuts = [_check_length(served, row) for row in rows]
+        predictions = iter(
+            served.predict([row for row, cut in zip(rows, cuts, strict=True) if not isinstance(cut, str)])
+        )
+        for cut in cuts:
+            if isinstance(cut, str):
+                yield {"error": cut}
+                continue
+            predicted = next(predictions)
             value = predicted.value
             of_classes = {"scores": one} if (one := next(iter(predicted.probabilities), None)) else {}
             shown = value if task.answer_column == "vectors" else task.format_prediction(value)
             own = {key: cast(Json, value)[key] for key in task.answer_keys}
-            yield {task.answer_column: shown, **own, **of_classes, **predicted.scores}
+            truncated = {"truncated": True} if cut else {}
+            yield {task.answer_column: shown, **own, **of_classes, **predicted.scores, **truncated}
         return
     prompts = [task.prompt_ids(row, served.processor, recipe) for row in rows]
     read = answer_reader(served.processor, recipe)
@@ -175,3 +184,11 @@ def _answer_rows(
         parsed = read(next(outputs).token_ids, None)
         thoughts = {"reasoning": parsed.reasoning} if parsed.reasoning else {}
         yield {"answer": parsed.text, **thoughts, **chosen}
+
+
+def _check_length(served: ServedModel, row: Row) -> bool | str:
+    """Return whether a row is cut, or the reason why it is refused."""
+    try:
+        return served.check_length(row)
+    except DataError as error:
+        return error.problems[0].what

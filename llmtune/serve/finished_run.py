@@ -33,6 +33,8 @@ from llmtune.session import Models, RunContext, open_finished
 from llmtune.store.run_folder import read_run, recipe_of_run
 from llmtune.tasks.base import AnyTask, option_of
 
+TRUNCATED = "The text is longer than the model reads. Only its first {:,} tokens were used."
+
 
 class ChatSession:
     """Answer prompts with one model, and remember the conversation on request.
@@ -226,7 +228,8 @@ class FinishedRun:
         Returns `text`, for people, and `prediction`, in the task's format; also `reasoning` if the model wrote any, and
         `scores` if it chooses: the probability of each tag for each word, or of each of the answers that it was
         calibrated on. The prediction of classes has its own. Then `decision` (`decide` or `ask`) and its `confidence`,
-        `set` and `out_of_scope`, as far as the recipe has `evaluate.decide`, `sets` and `out_of_scope`.
+        `set` and `out_of_scope`, as far as the recipe has `evaluate.decide`, `sets` and `out_of_scope`. `truncated` is
+        true if only the start of a text was read.
         Raises as `generate` does.
         """
         served = self.load(inputs, base=base, max_new_tokens=max_new_tokens)
@@ -238,8 +241,11 @@ class FinishedRun:
             return {"text": whole.content, "prediction": whole.content, **thoughts, **chosen}
         row = task.make_row(inputs)
         if task.predicts:
+            cut = served.check_length(row)
             (predicted,) = served.predict([row])
-            prediction, scores = predicted.value, predicted.scores
+            prediction, scores = predicted.value, predicted.scores | ({"truncated": True} if cut else {})
+            if cut:
+                self.console.print(TRUNCATED.format(served.recipe.data.max_length))
         else:
             ids = task.prompt_ids(row, served.processor, served.recipe)
             (output,) = generate_completions(served.model, [ids], served.processor, served.recipe, device=served.device)

@@ -22,6 +22,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from llmtune.data.chat_template import Tools
+from llmtune.errors import DataError
 from llmtune.evaluate.calibration import name_probabilities
 from llmtune.evaluate.decision import decide_answer
 from llmtune.evaluate.evaluated_task import LoadedModel
@@ -45,6 +46,7 @@ from llmtune.score_records import Calibration, Decision
 from llmtune.serve.answer_stream import AnswerStream
 from llmtune.tasks.base import AnyTask
 
+UNLIMITED = 1 << 30
 DRAWS = {"temperature": 0, "top_p": 1, "top_k": 0, "min_p": 0}
 """Sampling settings, with the value at which each does not enable sampling."""
 
@@ -91,6 +93,10 @@ class ServedModel:
             virtual, context = virtual_tokens(self.model), context_length(inner.config)
         self.context = context - virtual if context is not None else None
         """Maximum tokens of prompt and answer together; None if the model's configuration does not say."""
+        data = self.recipe.data
+        if self.context is not None and not (self.generates or self.task.takes_audio):
+            data = data.model_copy(update={"max_length": min(data.max_length, self.context)})
+        self.recipe = self.recipe.model_copy(update={"data": data})
         self.vocabulary = int(inner.get_input_embeddings().weight.shape[0]) if self.generates else 0
 
     @property
@@ -115,6 +121,17 @@ class ServedModel:
             if self.model.active_adapter != self.adapter:
                 activate(self.model, self.adapter)
             yield
+
+    def check_length(self, row: Row) -> bool:
+        """Return whether only the start of a row's text is read. Raises DataError for one that may not be cut."""
+        limit = self.recipe.data.max_length
+        count = partial(self.task.count_tokens, row, self.processor, self.recipe)
+        if count(limit + 1) <= limit:
+            return False
+        if not self.task.cuts_texts(self.recipe):
+            what = f"the text has {count(UNLIMITED):,} tokens, but the model reads {limit:,}"
+            raise DataError.of(what, "data.max_length", "Shorten the text, or train with longer ones.")
+        return True
 
     def predict(self, rows: Sequence[Row]) -> list[Predicted]:
         """Predict from rows as the evaluation does, with calibrated probabilities."""

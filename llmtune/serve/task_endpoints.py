@@ -15,7 +15,7 @@ from starlette.datastructures import UploadFile
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from llmtune.errors import LlmtuneError
+from llmtune.errors import DataError, LlmtuneError
 from llmtune.recipe.task_facts import TASK_FACTS
 from llmtune.serve.chat_prompt import ServedPrompt
 from llmtune.serve.engine import Engine
@@ -55,6 +55,7 @@ class TaskAnswer(BaseModel):
     decision: Literal["decide", "ask"] | None = Field(default=None, description="Whether the answer is decided.")
     confidence: float | None = Field(default=None, description="Its probability, before the temperature.")
     set: list[str] | None = Field(default=None, description="The prediction set: labels that may be right.")
+    truncated: bool | None = Field(default=None, description="Whether only the start of the text was read.")
     out_of_scope: bool | None = Field(default=None, description="Whether the input is unlike the validation rows.")
 
 
@@ -150,7 +151,16 @@ async def answer_row(
     """Predict from a task's inputs, or generate an answer to the prompt made of them."""
     served = served_by_name(engine, model)
     task, row = served.task, served.task.make_row(inputs)
+    truncated = None
     if task.predicts:
+        try:
+            truncated = await in_text_thread(served.check_length, row) or None
+        except DataError as error:
+            message = f"{error.problems[0].what}. {error.problems[0].fix}"
+            field = task.endpoint.prompt_field if task.endpoint else None
+            raise ApiError(400, message, param=field, code="context_length_exceeded") from error
+        except LlmtuneError as error:
+            raise ApiError.of(error) from error
         job = AnswerJob(served, parts=[[row]])
     else:
         try:
@@ -176,6 +186,7 @@ async def answer_row(
         labels=list(section.labels or ()) or None if section else None,
         words=row.get("tokens"),
         scores=found.probabilities if "tokens" in row else None,
+        truncated=truncated,
         **found.decision,
     )
     return JSONResponse(answer.model_dump(exclude_none=True))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypedDict
@@ -15,7 +16,7 @@ from torch.nn import functional
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from llmtune.data.classify_rows import ClassifyRow, Label, class_doubts
+from llmtune.data.classify_rows import ClassifyRow, Label, class_doubts, format_label
 from llmtune.data.collators import encoder_batch
 from llmtune.data.example import Example
 from llmtune.data.long_texts import tokenize_columns
@@ -38,6 +39,7 @@ from llmtune.evaluate.metric import Measure
 from llmtune.evaluate.token_batches import run_encoder
 from llmtune.model.causal_lm_loss import model_inputs
 from llmtune.model.config import head_names, in_heads, name_outputs
+from llmtune.model.device import in_own_dtype
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_sections import ClassifySection
 from llmtune.records import SPLITS, AdaptedModel, Batch, Loss, Rows
@@ -86,7 +88,12 @@ class Classify(ReadingTask[ClassifyRow, ClassPrediction]):
     auto_class = "AutoModelForSequenceClassification"
     peft_task_type = "SEQ_CLS"
     optional_inputs = ("pair",)
+    predicts_in_float32 = True
     trains_head = True
+
+    def needs_float32(self, recipe: Recipe) -> bool:
+        """Whether labels are numbers."""
+        return classify_section(recipe).kind == "regression"
 
     def infer_labels(self, recipe: Recipe, rows: Rows, config: PretrainedConfig) -> Recipe:
         """Infer the kind of labels, their names and weights.
@@ -190,11 +197,13 @@ class Classify(ReadingTask[ClassifyRow, ClassPrediction]):
 
         With `weights_R` each row is weighted in the sum, but counts once in the count.
         """
-        logits_RK = model(**model_inputs(model, batch)).logits.float()
+        number = "values_RK" in batch and not batch["many"]
+        with in_own_dtype(model, batch["input_ids"].device.type) if number and not model.training else nullcontext():
+            logits_RK = model(**model_inputs(model, batch)).logits.float()
         if "classes_R" in batch:
             losses_R = functional.cross_entropy(logits_RK, batch["classes_R"], reduction="none")
             correct_R = logits_RK.argmax(-1) == batch["classes_R"]
-        elif logits_RK.shape[1] == batch["values_RK"].shape[1] and batch["many"]:
+        elif logits_RK.shape[1] == batch["values_RK"].shape[1] and not number:
             targets_RK = batch["values_RK"]
             losses_R = functional.binary_cross_entropy_with_logits(logits_RK, targets_RK, reduction="none").mean(-1)
             correct_R = ((logits_RK > 0) == (targets_RK > 0.5)).all(-1)
@@ -230,10 +239,14 @@ class Classify(ReadingTask[ClassifyRow, ClassPrediction]):
             target = labels[example.class_ids[0]]
         elif section.kind == "multi":
             named = [name for name, value in zip(labels, example.values, strict=True) if value]
-            target = ", ".join(named) or "(none)"
+            target = format_label(named)
         else:
-            target = f"{example.values[0]:g}"
+            target = format_label(float(example.values[0]))
         return [Segment(f"{decode_shortened(example.input_ids, processor)}\n", False), Segment(target, True)]
+
+    def count_tokens(self, row: ClassifyRow, processor: PreTrainedTokenizerBase, recipe: Recipe, limit: int) -> int:
+        """Return the tokens of the text with its pair, up to `limit`."""
+        return len(tokenize_texts([row], processor, limit)[0].input_ids)
 
     def predict(self, rows: Sequence[ClassifyRow], loaded: LoadedModel) -> list[ClassPrediction]:
         """Return the label of each text, with the probabilities of classes, or the number."""
@@ -250,7 +263,8 @@ class Classify(ReadingTask[ClassifyRow, ClassPrediction]):
             return {"label": label_of(normalize(logits_K), section), "scores": scores_K.tolist()}
 
         pad_id = loaded.processor.pad_token_id
-        return run_encoder(loaded.model, examples, pad_id, loaded.device, read, loaded.advance)
+        with in_own_dtype(loaded.model, loaded.device) if section.kind == "regression" else nullcontext():
+            return run_encoder(loaded.model, examples, pad_id, loaded.device, read, loaded.advance)
 
     def format_prediction(self, prediction: ClassPrediction) -> str:
         """Write the label."""
@@ -368,13 +382,6 @@ def label_of(scores_K: torch.Tensor | Floats, section: ClassifySection) -> Label
 def classify_section(recipe: Recipe) -> ClassifySection:
     """Return the recipe's section, or its defaults."""
     return recipe.classify or ClassifySection()
-
-
-def format_label(label: Label | None) -> str:
-    """Write one label, several labels, or a number in readable form."""
-    if isinstance(label, list):
-        return ", ".join(label) or "(none)"
-    return f"{label:.4g}" if isinstance(label, float) else str(label)
 
 
 def as_target(label: Label, kind: str) -> Label:

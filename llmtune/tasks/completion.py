@@ -17,6 +17,7 @@ from llmtune.data.chat_rows import CompletionRow
 from llmtune.data.collators import encoder_batch, require_offsets
 from llmtune.data.completion_encoding import encode_completion, prompt_ids
 from llmtune.data.example import Example
+from llmtune.data.long_texts import count_tokens, tokenize
 from llmtune.data.overlong import Lost, too_long
 from llmtune.data.task_interface import Encoded
 from llmtune.errors import EnvironmentProblem
@@ -133,6 +134,10 @@ class MaskedCompletion(Task[CompletionRow, str]):
         """Sum the cross entropy of the masked tokens."""
         return causal_loss(model, batch, by_row)
 
+    def count_tokens(self, row: CompletionRow, processor: PreTrainedTokenizerBase, recipe: Recipe, limit: int) -> int:
+        """Return the tokens of the text; of a long one, some number above `limit`."""
+        return count_tokens(row["prompt"] + row["completion"], processor, limit)
+
     def predict(self, rows: Sequence[CompletionRow], loaded: LoadedModel) -> list[str]:
         """Return each text with its masks replaced by the most likely tokens, all at once; other texts are unchanged.
 
@@ -190,11 +195,11 @@ def hide_tokens(example: Example, processor: PreTrainedTokenizerBase, seed: tupl
 
 def _cut_text(text: str, processor: PreTrainedTokenizerBase, room: int) -> tuple[list[int], str]:
     """Return the ids of the first `room` tokens of a text, and the text after them."""
-    ids: list[int] = processor(text)["input_ids"]
+    ids: list[int] = tokenize(processor, text)["input_ids"]
     if len(ids) <= room:
         return ids, ""
     require_offsets(processor)
-    cut = processor(text, truncation=True, max_length=room, return_offsets_mapping=True)
+    cut = tokenize(processor, text, truncation=True, max_length=room, return_offsets_mapping=True)
     return cut["input_ids"], text[max(right for _, right in cut["offset_mapping"]) :]
 
 

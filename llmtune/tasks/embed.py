@@ -39,6 +39,7 @@ from llmtune.evaluate.ranking_metrics import (
     rank_labels,
     rank_passages,
 )
+from llmtune.model.memory_plan import context_length
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_facts import RANKING, TASK_FACTS, at_ten
 from llmtune.recipe.task_sections import EmbedSection
@@ -75,10 +76,13 @@ class Embed(ReadingTask[EmbedRow, Vectors]):
     endpoint = Endpoint("/v1/embeddings", "the vectors of the texts", "input")
     auto_class = "AutoModel"
     peft_task_type = "FEATURE_EXTRACTION"
-    needs_float32 = True
     has_step_loss = True
     has_row_loss = False
     answer_column = "vectors"
+
+    def needs_float32(self, recipe: Recipe) -> bool:
+        """Return True: cosines rank texts."""
+        return True
 
     def supports(self, config: PretrainedConfig) -> bool:
         """Whether a model is an encoder or a decoder. Raises as `read_settings` does."""
@@ -240,6 +244,10 @@ class Embed(ReadingTask[EmbedRow, Vectors]):
         texts = [decode_shortened(text.input_ids, processor) for text in split_texts(example)]
         return [Segment(f"{text}\n", place == 1) for place, text in enumerate(texts)]
 
+    def count_tokens(self, row: EmbedRow, processor: PreTrainedTokenizerBase, recipe: Recipe, limit: int) -> int:
+        """Return the tokens of the longest text, up to `limit`."""
+        return max((len(tokenize_prompted(*text, processor, recipe, limit)) for text in named_texts(row)), default=0)
+
     def predict(self, rows: Sequence[EmbedRow], loaded: LoadedModel) -> list[Vectors]:
         """Return the vectors of each row's texts."""
         named = [named_texts(row) for row in rows]
@@ -304,7 +312,8 @@ class Embed(ReadingTask[EmbedRow, Vectors]):
 
     def save_files(self, folder: Path, config: PretrainedConfig, recipe: Recipe) -> None:
         """Write the files with which sentence-transformers loads the folder and computes the same vectors."""
-        write_settings(folder, config, embed_section(recipe), recipe.data.max_length)
+        limit = min(recipe.data.max_length, context_length(config) or recipe.data.max_length)
+        write_settings(folder, config, embed_section(recipe), limit)
 
 
 # Rows

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -15,6 +16,7 @@ from llmtune.adapter.reference_model import reference_of
 from llmtune.data.chat_encoding import encode_chat
 from llmtune.data.chat_rows import answer_message
 from llmtune.data.chat_template import render_prompt
+from llmtune.data.classify_rows import format_label
 from llmtune.data.collators import collate_padded
 from llmtune.data.completion_encoding import encode_completion, prompt_ids
 from llmtune.data.example import Example
@@ -27,6 +29,7 @@ from llmtune.evaluate.metric import Measure
 from llmtune.evaluate.token_batches import TOKEN_BUDGET, budget_for, run_in_batches
 from llmtune.model.causal_lm_loss import move_to, unwrap
 from llmtune.model.config import name_outputs, set_padding
+from llmtune.model.device import in_own_dtype
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_sections import PreferenceSection
 from llmtune.records import Batch, Loss, Row, Rows
@@ -207,7 +210,7 @@ class Preference(Task[Row, Ratings]):
     def format_prediction(self, prediction: Ratings) -> str:
         """Write the ratings of a row's answers."""
         names = ("chosen", "rejected", "answer")
-        return ", ".join(f"{name} {prediction[name]:.4g}" for name in names if name in prediction)
+        return ", ".join(f"{name} {format_label(prediction[name])}" for name in names if name in prediction)
 
     def compute_metric(self, metric: str, found: EvalPrediction[Ratings], recipe: Recipe) -> Measure | None:
         """Measure the ratings of answers, relative to the untuned model if the loss is."""
@@ -222,6 +225,7 @@ class RewardModel(Preference):
     required_inputs = ("prompt", "answer")
     optional_inputs = ()
     has_step_statistics = False
+    predicts_in_float32 = True
     trains_head = True
     continues_text = False
     free_prompt = False
@@ -229,6 +233,20 @@ class RewardModel(Preference):
     def matches(self, recipe: Recipe) -> bool:
         """Whether the recipe trains a reward model."""
         return recipe.variant.is_reward
+
+    def needs_float32(self, recipe: Recipe) -> bool:
+        """Return True: scores rank answers."""
+        return True
+
+    def loss(self, model: torch.nn.Module, batch: Batch, by_row: bool = False) -> Loss:
+        """Return the summed loss over pairs; outside training, of the scores that `predict` has."""
+        with nullcontext() if model.training else in_own_dtype(model, batch["input_ids"].device.type):
+            return super().loss(model, batch, by_row)
+
+    def predict(self, rows: Sequence[Row], loaded: LoadedModel) -> list[Ratings]:
+        """Return the scores of a row's answers."""
+        with in_own_dtype(loaded.model, loaded.device):
+            return super().predict(rows, loaded)
 
     def needs_reference_model(self, recipe: Recipe) -> bool:
         """Return False: scores need no reference."""
@@ -241,6 +259,16 @@ class RewardModel(Preference):
     def check_model(self, model: PreTrainedModel, processor: PreTrainedTokenizerBase, recipe: Recipe) -> None:
         """Set the token that a decoder's rows are padded with."""
         set_padding(model, processor)
+
+    def count_tokens(self, row: Row, processor: PreTrainedTokenizerBase, recipe: Recipe, limit: int) -> int:
+        """Return the tokens of prompt and answer; 0 for a row that cannot be encoded, which `predict` refuses."""
+        whole = recipe.model_copy(update={"data": recipe.data.model_copy(update={"max_length": 1 << 30})})
+        (encoded,) = encode_answers([row], [row["answer"]], processor, whole)
+        return 0 if isinstance(encoded, str) else len(encoded[0].input_ids)
+
+    def cuts_texts(self, recipe: Recipe) -> bool:
+        """Return False: the answer is at the end."""
+        return False
 
     def make_row(self, given: Mapping[str, str | None]) -> Row:
         """Return the row of a prompt with the answer to score."""

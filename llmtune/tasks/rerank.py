@@ -69,11 +69,14 @@ class Rerank(ReadingTask[RerankRow, RerankPrediction]):
     endpoint = Endpoint("/v1/rerank", "the scores of the documents, best first", "query")
     auto_class = "AutoModelForSequenceClassification"
     peft_task_type = "SEQ_CLS"
-    needs_float32 = True
     predicts_in_float32 = True
     trains_head = True
     loss_unit = "passages"
     answer_keys = ("scores", "ranking")
+
+    def needs_float32(self, recipe: Recipe) -> bool:
+        """Return True: scores rank passages."""
+        return True
 
     def infer_labels(self, recipe: Recipe, rows: Rows, config: PretrainedConfig) -> Recipe:
         """Infer the highest relevance. Raises DataError if no passage is relevant, or all are equally."""
@@ -171,6 +174,10 @@ class Rerank(ReadingTask[RerankRow, RerankPrediction]):
         """Show query and passage with the relevance."""
         text = decode_shortened(example.input_ids, processor)
         return [Segment(f"{text}\n", False), Segment(f"{example.values[0]:g}", True)]
+
+    def count_tokens(self, row: RerankRow, processor: PreTrainedTokenizerBase, recipe: Recipe, limit: int) -> int:
+        """Return the tokens of the longest passage with the query, up to `limit`."""
+        return max((len(pair.input_ids) for pair in tokenize_texts(pair_rows([row]), processor, limit)), default=0)
 
     def predict(self, rows: Sequence[RerankRow], loaded: LoadedModel) -> list[RerankPrediction]:
         """Score the passages of each row."""

@@ -19,6 +19,7 @@ from llmtune.data.chat_template import render_prompt
 from llmtune.data.collators import IGNORED, pad, pad_texts
 from llmtune.data.completion_encoding import encode_completion, prompt_ids
 from llmtune.data.example import Example
+from llmtune.data.long_texts import count_tokens, tokenize
 from llmtune.data.overlong import Lost, too_long
 from llmtune.data.task_interface import Encoded
 from llmtune.data.tokenization import Segment, cut_start, decode_shortened, highlight
@@ -122,6 +123,10 @@ class EncoderDecoder(TextToText[RowT]):
         read = decode_shortened(example.input_ids, processor)
         return [Segment(f"{read}\n", False), *highlight(example.target_ids, example.target_spans, processor)]
 
+    def count_tokens(self, row: RowT, processor: PreTrainedTokenizerBase, recipe: Recipe, limit: int) -> int:
+        """Return the tokens of a source that may be cut; of a long one, some number above `limit`."""
+        return count_tokens(self.pair(row, recipe).source, processor, limit) if self.cuts_texts(recipe) else 0
+
     def predict(self, rows: Sequence[RowT], loaded: LoadedModel) -> list[str]:
         """Return the decoder's text for each source."""
         return write_targets([self.pair(row, loaded.recipe) for row in rows], loaded)
@@ -179,7 +184,7 @@ def source_ids(pair: TextPair, processor: PreTrainedTokenizerBase, recipe: Recip
     set_languages(pair.source_language, pair.target_language, processor)
     cut = recipe.data.on_overlong == "truncate"
     options = {"truncation": True, "max_length": recipe.data.max_length} if cut else {}
-    return list(processor(pair.source, verbose=False, **options)["input_ids"])
+    return list(tokenize(processor, pair.source, **options)["input_ids"])
 
 
 def target_ids(pair: TextPair, processor: PreTrainedTokenizerBase) -> tuple[list[int], int, int]:

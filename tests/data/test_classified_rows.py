@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pandas
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -11,7 +12,7 @@ from support.rows import prepare, rows_of, write_jsonl
 from support.variants import CLASSIFY
 from transformers import AutoTokenizer
 
-from llmtune.data.classify_rows import class_doubts, classified
+from llmtune.data.classify_rows import class_doubts, classified, format_label
 from llmtune.data.file_survey import suspicions
 from llmtune.data.rejected_rows import RowError
 from llmtune.errors import DataError
@@ -309,3 +310,22 @@ def test_rows_with_doubtful_classes_are_refused_unless_the_recipe_settles_them(t
         CLASSIFY.infer_labels(recipe_of(), rows, None)
     assert CLASSIFY.infer_labels(recipe_of(kind="single"), rows, None).classify.labels == ("a", "a|b", "b|c")
     assert CLASSIFY.infer_labels(recipe_of(labels=names), rows, None).classify.labels == tuple(names)
+
+
+@pytest.mark.parametrize(
+    ("label", "text"),
+    [
+        (float(np.float32(123456.78)), "123456.78"),
+        (float(np.float32(2019.62)), "2019.62"),
+        (2019.62, "2019.62"),
+        (20231231.0, "20231231"),
+        (float(np.float32(0.1)), "0.1"),
+        (3.0, "3"),
+        (["red", "blue"], "red, blue"),
+        (["Paris, France", "red"], '["Paris, France", "red"]'),
+        (["Paris, France"], '["Paris, France"]'),
+        ([], "(none)"),
+    ],
+)
+def test_a_label_is_written_with_all_digits_and_without_ambiguity(label, text):
+    assert format_label(label) == text

@@ -141,6 +141,21 @@ def test_every_kind_of_model_runs_in_onnxruntime_and_by_its_script(case, tmp_pat
         assert len(written.splitlines()) == len(arguments[0].split())
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["classify", "token-classify", "qa"])
+def test_the_script_cuts_a_text_at_the_positions_of_the_model_and_says_so(kind, tmp_path):
+    task, rows, sections, arguments = CASES[kind][1:]
+    model = families.build_bert(tmp_path / "bert", max_position_embeddings=40)
+    recipe = pairs.recipe_of(tmp_path, model, rows, task, **sections)
+    run_pipeline(load_recipe(str(recipe)), RunRequest(out=tmp_path / "run", until="train"), pairs.quiet())
+    make_onnx(open_finished(tmp_path / "run", pairs.quiet(), offline=True))
+    longer = [*arguments[:-1], arguments[-1] + " the red cat" * 100]
+    command = [sys.executable, tmp_path / "run/onnx/float32/run_model.py", *longer]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "Only the first 40 are read." in done.stderr
+
+
 def test_a_float32_reference_stays_in_float32_where_auto_is_bfloat16(trained, console, monkeypatch):
     monkeypatch.setattr(device, "has_fast_bfloat16", lambda kind: True)
     tuned = load_tuned(open_finished(trained("classify"), console, offline=True))

@@ -15,8 +15,10 @@ from support.classifying import COLOURS
 from support.families import build_bert
 from support.pairs import finish, finish_with
 from support.rows import write_jsonl
+from support.runs import invoke
 from support.serving import load_served, serving
 
+from llmtune.errors import DataError
 from llmtune.serve.finished_run import FinishedRun
 
 CASES: dict[str, tuple[str, list[dict[str, str]]]] = {
@@ -79,6 +81,21 @@ def test_an_endpoint_answers_like_generate(case: str, finished: Callable[[str], 
         assert path in paths
         assert "/v1/chat/completions" not in paths
         assert httpx.get(url, follow_redirects=True).url.path == "/docs"
+
+
+@pytest.mark.parametrize("case", ["classify", "masked", "reward"])
+def test_a_longer_text_is_refused(case: str, finished: Callable[[str], Path], tmp_path: Path) -> None:
+    run, (path, ((given, *_))) = finished(case), CASES[case]
+    longer = {**given, "answer" if case == "reward" else "prompt": "red cat [MASK] " * 500}
+    with pytest.raises(DataError, match="tokens, but the model reads 128"):
+        FinishedRun(run).answer(longer)
+    rows = write_jsonl(tmp_path / "rows.jsonl", [given, longer])
+    lines = invoke("generate", run, "--input", rows).stdout.splitlines()
+    assert ["error" in json.loads(line) for line in lines] == [False, True]
+    names = {"answer": "answer", "prompt": "text", **FIELDS.get(case, {})}
+    with serving(*load_served(mine=run).values()) as url:
+        response = httpx.post(f"{url}{path}", json={names[key]: value for key, value in longer.items()})
+    assert (response.status_code, response.json()["error"]["code"]) == (400, "context_length_exceeded")
 
 
 def test_concurrent_rows_are_predicted_together_without_mixing(

@@ -9,16 +9,20 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from rich.console import Console
 from support import families
 from support.classifying import COLOURS, STILL, colour_rows, predictions, prepared, recipe_for, run
 from support.rows import write_jsonl
-from transformers import AutoConfig, AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from llmtune.data.examples import ExampleReader
+from llmtune.deploy.merged_model import merge_run
 from llmtune.errors import DataError, RecipeError
 from llmtune.pipeline import run_pipeline
 from llmtune.recipe.loader import load_recipe
+from llmtune.serve.finished_run import FinishedRun
+from llmtune.session import open_finished
 from llmtune.store.run_request import RunRequest
 from llmtune.tasks import classify
 
@@ -250,3 +254,34 @@ def test_balanced_weights_match_scikit_learn(models, tmp_path):
     stored = [reader[i].weights[0] for i in range(len(reader))]
     assert stored == pytest.approx([recipe.classify.class_weights[label] for label in labels])
     assert sum(stored) == pytest.approx(len(stored), rel=1e-5)
+
+
+NUMBERS = [{"text": row["text"], "label": 1200 + 0.5 * COLOURS.index(row["label"])} for row in colour_rows()]
+
+
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [
+        ("bert", "auto"),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("roberta", "auto"), ("bert", "bfloat16"))),
+        *(pytest.param("llama", dtype, marks=pytest.mark.slow) for dtype in ("auto", "bfloat16")),
+    ],
+)
+def test_large_numbers_are_not_rounded_to_bfloat16(models, family, dtype, tmp_path, monkeypatch):
+    """Numbers in bfloat16 have 8 bits: from 1,024 to 2,048 they are 8 apart."""
+    monkeypatch.setattr("llmtune.model.device.has_fast_bfloat16", lambda device: True)
+    path = recipe_for(tmp_path / "r.yaml", models(family), NUMBERS, train=ONE_STEP)
+    request = RunRequest(out=tmp_path / "run", offline=True)
+    run_pipeline(load_recipe(str(path), [f"model.dtype={dtype}"]), request, Console(quiet=True))
+    numbers = [line["tuned_prediction"]["label"] for line in predictions(tmp_path / "run")]
+    assert all(np.float32(number).view(np.int32) & 0xFFFF for number in numbers), "bfloat16 lacks these bits"
+    answer = FinishedRun(tmp_path / "run", offline=True).answer({"prompt": NUMBERS[0]["text"]})
+    assert np.float32(answer["prediction"]["label"]).view(np.int32) & 0xFFFF
+    assert float(answer["text"]) == pytest.approx(answer["prediction"]["label"], rel=1e-8)
+    if (family, dtype) == ("bert", "auto"):
+        merge_run(open_finished(tmp_path / "run", Console(quiet=True), True), None)
+        folder = tmp_path / "run" / "merged"
+        merged = AutoModelForSequenceClassification.from_pretrained(folder)
+        assert merged.dtype == torch.float32
+        text = AutoTokenizer.from_pretrained(folder)(NUMBERS[0]["text"], return_tensors="pt")
+        assert merged(**text).logits.item() == pytest.approx(answer["prediction"]["label"], rel=1e-6)

@@ -15,6 +15,7 @@ from support.pairs import recipe_of, run_recipe
 from support.runs import invoke
 from transformers import AutoModel
 
+from llmtune.errors import DataError
 from llmtune.serve.finished_run import FinishedRun
 
 NO_TEXT = {"generation": {"max_new_tokens": None}}
@@ -61,6 +62,11 @@ def test_passages_of_a_file_get_the_vectors_of_passages(run, tmp_path):
     refused = invoke("generate", run, "--input", tmp_path / "rows.txt", "--output", tmp_path / "vectors.npy")
     assert refused.exit_code == 2
     assert "whether its texts are queries or passages" in " ".join(refused.output.split())
+
+
+def test_a_longer_passage_is_refused(run):
+    with pytest.raises(DataError, match="tokens, but the model reads 128"):
+        FinishedRun(run, offline=True).answer({"prompt": "red", "passages": json.dumps(["cat", "red cat " * 200])})
 
 
 @pytest.fixture(scope="module")

@@ -172,6 +172,11 @@ def test_metrics_are_paired_over_queries_whose_rows_may_be_pairs_or_lists(
     )
 
 
+def test_a_longer_passage_is_refused(run: Path) -> None:
+    with pytest.raises(DataError, match="tokens, but the model reads 64"):
+        FinishedRun(run).answer({"prompt": "red", "passages": json.dumps(["cat", "red cat " * 200])})
+
+
 def test_a_decoder_with_a_chat_template_scores_as_in_cross_encoder(tmp_path: Path) -> None:
     """sentence-transformers puts pairs into a chat template, as messages of `query` and `document`, if there is one."""
     base = build_llama(tmp_path / "llama")
