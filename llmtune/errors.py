@@ -47,6 +47,25 @@ _IN_TEXT = {
 _CODE = re.compile(r"(?:os error|os \{ code:|\[errno) (\d+)")
 
 
+_ORIGIN = re.compile(r"(?P<file>.*):(?:(?P<alone>\d+)|row (?P<row>\d+)(?: \(line (?P<line>\d+)\))?)", re.DOTALL)
+
+
+def write_origin(file: str, *, line: int | None = None, row: int | None = None) -> str:
+    """Return the place of a row: `file:line`, `file:row N`, or `file:row N (line M)` if row and line differ."""
+    if row is None or row == line:
+        return f"{file}:{line}"
+    return f"{file}:row {row}" + ("" if line is None else f" (line {line})")
+
+
+def read_origin(origin: str) -> tuple[str, int | None, int | None]:
+    """Return the file, the line and the row of a place that `write_origin` wrote; any other text is a file."""
+    match = _ORIGIN.fullmatch(origin)
+    if match is None:
+        return origin, None, None
+    line, row = (None if text is None else int(text) for text in (match["alone"] or match["line"], match["row"]))
+    return match["file"], line, row
+
+
 @dataclass(frozen=True)
 class Problem:
     """One problem: what is wrong with the value, where, and what to do."""

@@ -102,7 +102,7 @@ def run_pipeline(loaded: LoadedRecipe, request: RunRequest, console: Console) ->
             if name == request.until:
                 break
         if loaded.recipe.train.seeds and request.until in UNTIL:
-            context.once(lambda: write_report(_report(context, loaded), path))  # in case a further seed is stopped
+            context.once(lambda: _write_report(context, loaded))  # in case a further seed is stopped
             run_seeds(context, loaded)
         return conclude_run(context, loaded)
 
@@ -371,8 +371,10 @@ def evaluate_run(loaded: LoadedRecipe, run: Path, console: Console, *, offline: 
         return conclude_run(context, loaded)
 
 
-def _report(context: RunContext, loaded: LoadedRecipe) -> Report:
-    return make_report(context.folder, context.resolved.recipe if context.resolved else loaded.recipe, context.device)
+def _write_report(context: RunContext, loaded: LoadedRecipe) -> Report:
+    report = make_report(context.folder, (context.resolved or loaded).recipe, context.device)
+    context.folder.note_reports(write_report(report, context.folder.path))
+    return report
 
 
 def conclude_run(context: RunContext, loaded: LoadedRecipe) -> Json:
@@ -383,16 +385,14 @@ def conclude_run(context: RunContext, loaded: LoadedRecipe) -> Json:
 
 
 def _conclude(context: RunContext, loaded: LoadedRecipe) -> Json:
-    path, console = context.folder.path, context.console
-    report = _report(context, loaded)
-    write_report(report, path)
+    path, console, request = context.folder.path, context.console, context.request
+    report = _write_report(context, loaded)
     if report.seeds:
         print_blocks([seed_table(report.seeds)], console)
         console.print(report.seeds.told, highlight=False)
-    if context.request.until in {"run", "evaluate"}:
+    if request.until in {"run", "evaluate"}:
         if "evaluate" in context.folder.ran:
-            trackers = context.plan.recipe.train.report_to
-            log_results(report, trackers, path, context.device, offline=context.request.offline)
+            log_results(report, context.plan.recipe.train.report_to, path, context.device, offline=request.offline)
         print_verdict(report.verdict, report.gates, console)
         context.folder.note(next_steps=next_steps(path, context.plan.task, context.rows))
         console.print(context.folder.findings["next_steps"], highlight=False, markup=False, soft_wrap=True)

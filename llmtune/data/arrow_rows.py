@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from llmtune.data.byte_streams import GROWN_BYTES, MAX_GROWTH, GrowthError
 from llmtune.data.object_store import RemoteFile
 from llmtune.data.rejected_rows import RawRow, RowError
-from llmtune.errors import DataError, first_line
+from llmtune.errors import DataError, first_line, write_origin
 from llmtune.recipe.user_files import check_regular
 from llmtune.records import Advance
 
@@ -84,7 +84,7 @@ def read_parquet(path: Path | RemoteFile, name: str, advance: Advance) -> Iterat
                         name: name_classes(names, value[name]) for name, names in classes.items() if name in value
                     }
                     value = drop_filled(value)
-                yield f"{name}:row {number}", value
+                yield write_origin(name, row=number), value
 
 
 def _class_names(metadata: Mapping[bytes, bytes]) -> dict[str, list[str]]:

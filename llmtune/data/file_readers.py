@@ -30,7 +30,7 @@ from llmtune.data.byte_streams import (
 from llmtune.data.message_fields import is_message
 from llmtune.data.object_store import RemoteFile, is_damage, reached
 from llmtune.data.rejected_rows import RawRow, RowError, json_kind
-from llmtune.errors import DataError, first_line
+from llmtune.errors import DataError, first_line, write_origin
 from llmtune.records import Advance
 
 MAX_ROW_BYTES = 8 * 2**20
@@ -143,7 +143,7 @@ def _read_lines(stream: ByteStream, name: str) -> Iterator[LazyRow]:
         if number == 1:
             line = line.removeprefix(b"\xef\xbb\xbf")
         if line and not line.isspace():
-            yield f"{name}:{number}", JsonLine(line, offset)
+            yield write_origin(name, line=number), JsonLine(line, offset)
         offset += len(line)
 
 
@@ -163,7 +163,10 @@ def _read_json_document(stream: ByteStream, name: str) -> Iterator[LazyRow]:
         raise DataError.of(what, name, "Write it as JSON Lines, one row per line: these are read one by one.")
     for number, row in enumerate(_json_rows(data, name), 1):
         is_row = isinstance(row, dict)
-        yield f"{name}:row {number}", row if is_row else RowError("not a JSON object", f"the row is {json_kind(row)}")
+        yield (
+            write_origin(name, row=number),
+            row if is_row else RowError("not a JSON object", f"the row is {json_kind(row)}"),
+        )
 
 
 def _json_rows(data: bytes, name: str) -> list[Any]:
@@ -230,8 +233,7 @@ def _read_csv(stream: ByteStream, name: str) -> Iterator[RawRow]:
         line = lines.line_num + 1
         for row, cells in enumerate(lines, 2):  # count as spreadsheets do: the header is row 1
             if cells:
-                place = f"{line}" if row == line else f"row {row} (line {line})"
-                yield f"{name}:{place}", _name_cells(cells, header)
+                yield write_origin(name, line=line, row=row), _name_cells(cells, header)
             line = lines.line_num + 1
     except csv.Error as error:
         fix = 'Quote cells that hold the delimiter, a line end or a quote, and double the quotes inside: "say ""hi""".'
@@ -286,10 +288,10 @@ def _read_text(stream: ByteStream, name: str) -> Iterator[RawRow]:
         size += len(line)
         number += line.endswith("\n")
         if (size >= TEXT_PIECE and line.isspace()) or size >= 2 * TEXT_PIECE:
-            yield f"{name}:{first}", {"text": "".join(piece)}
+            yield write_origin(name, line=first), {"text": "".join(piece)}
             piece, size, first = [], 0, number
     if piece and (first == 1 or not "".join(piece).isspace()):
-        yield f"{name}:{first}", {"text": "".join(piece)}
+        yield write_origin(name, line=first), {"text": "".join(piece)}
 
 
 def _escaped_byte(text: str) -> int | None:

@@ -13,7 +13,7 @@ import xxhash
 
 from llmtune.data.arrow_rows import drop_filled, name_classes
 from llmtune.data.rejected_rows import RawRow
-from llmtune.errors import DataError, EnvironmentProblem
+from llmtune.errors import DataError, EnvironmentProblem, write_origin
 from llmtune.recipe.data_section import Source
 from llmtune.store.atomic_files import atomic_file, explained, write_text
 
@@ -101,7 +101,7 @@ def read_hub(name: str, source: Source) -> Iterator[RawRow]:
             _check_cached(rows, name, commit)
         rows, plain = as_files_hold_it(rows)
         for number, row in enumerate(rows, 1):
-            yield f"{HUB}{name}/{split}:row {number}", plain(row)
+            yield write_origin(f"{HUB}{name}/{split}", row=number), plain(row)
 
 
 def as_files_hold_it(

@@ -6,11 +6,12 @@ Weights and token ids can be right while a temperature, a pooling or a length in
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from llmtune.deploy.exported_model import ExportedModel
 from llmtune.deploy.tuned_model import RULES, TunedModel
@@ -33,6 +34,16 @@ Settings = dict[str, Mapping[str, object]]
 CHECKED_ELSEWHERE = {"eos_token_id", "pad_token_id", "bos_token_id", "transformers_version", "_from_model_config"}
 SPEED_ONLY = {"use_cache", "cache_implementation", "cache_config", "disable_compile", "compile_config", "low_memory"}
 """Keys of generation settings that change no answer."""
+IN_TRAINING = re.compile(
+    r".*(?:drop(?:out)?|layerdrop|_drop_prob|initializer_\w+|loss\w*|label_smoothing)|mask_(?:time|feature)_\w+"
+)
+"""Keys of config.json that only training reads."""
+BOOKKEEPING = re.compile(
+    r"_.*|architectures|auto_map|transformers_version|dtype|torch_dtype|quantization_config|compression_config|use_cache"
+    r"|(?:bos|eos|pad)_token_id|tie_word_embeddings|vocab_size|num_labels|id2label|label2id|problem_type|tokenizer_class"
+    r"|sentence_transformers|sbert_\w+|llmtune_\w+|output_\w+|return_dict|use_return_dict|torchscript|gradient_checkpointing"
+)
+"""Keys of config.json that change no output, that weights decide, or that another comparison reads."""
 LONGEST = ("max_length", "max_new_tokens")
 QUERIES, PASSAGES = "the prompt of queries", "the prompt of passages"
 
@@ -43,8 +54,9 @@ def expected_settings(tuned: TunedModel) -> Settings:
     settings: Settings = {TOKENIZER: _read_tokenizer(tuned.processor), **tuned.rules}
     if model.can_generate() and not task.trains_head:
         settings[GENERATION] = _read_generation(expected_generation(model, tuned))
+    settings[CONFIG] = _read_network(model.config)
     if task.trains_head:
-        settings[CONFIG] = _read_head(model.config.to_dict(), tuned, model)
+        settings[CONFIG] = {**settings[CONFIG], **_read_head(model.config.to_dict(), tuned, model)}
     if task.takes_audio:
         settings[PREPROCESSOR] = _read_features(tuned.processor)
     if isinstance(task, Embed):
@@ -86,7 +98,7 @@ def find_other_settings(expected: Settings, exported: ExportedModel, tuned: Tune
     readers: dict[str, Callable[[], Mapping[str, object]]] = {
         GENERATION: lambda: _read_generation(exported.model.generation_config),
         TOKENIZER: lambda: _read_tokenizer(exported.processor),
-        CONFIG: lambda: _read_head(_read_object(folder / CONFIG), tuned, exported.model),
+        CONFIG: lambda: _read_config(_read_object(folder / CONFIG), tuned, exported),
         PREPROCESSOR: lambda: _read_features(exported.processor),
         MODULES: lambda: _read_vectors(folder),
         LENGTH: lambda: {**_default_length(exported), **_read_object(folder / LENGTH)},
@@ -104,10 +116,12 @@ def find_other_settings(expected: Settings, exported: ExportedModel, tuned: Tune
         except (RecipeError, EnvironmentProblem) as error:
             breaches.append(f"{file}: {error.problems[0].what}")
             continue
+        run = _flatten(settings)
+        names = [*run, *(name for name in stated if name not in run and name.partition(".")[0] in settings)]
         breaches += [
-            f"{file}: {name} is {stated.get(name)!r}; the run has {value!r}"
-            for name, value in _flatten(settings).items()
-            if not _is_same(name, stated.get(name), value, tuned)
+            f"{file}: {name} is {stated.get(name)!r}; the run has {run.get(name)!r}"
+            for name in names
+            if not _is_same(name, stated.get(name), run.get(name), tuned)
         ]
     strange = [name for name in RULES if name not in expected and (folder / name).is_file()]
     return [*breaches, *(f"{name}: the run's evaluation made no such rules" for name in strange)]
@@ -145,6 +159,25 @@ def _read_generation(settings: GenerationConfig | None) -> dict[str, object]:
 
 def _read_tokenizer(processor: PreTrainedTokenizerBase) -> dict[str, object]:
     return {"model_max_length": processor.model_max_length, "truncation_side": processor.truncation_side}
+
+
+def _read_network(config: PretrainedConfig) -> dict[str, object]:
+    """Return the settings of the network that weights leave open, such as its positions and windows.
+
+    Of a model of several parts, only the part for text counts: exports of that part alone have the same settings.
+    """
+    settings = config.get_text_config().to_dict()
+    return {
+        name: value
+        for name, value in settings.items()
+        if not (IN_TRAINING.fullmatch(name) or BOOKKEEPING.fullmatch(name))
+    }
+
+
+def _read_config(stated: Mapping[str, Any], tuned: TunedModel, exported: ExportedModel) -> dict[str, object]:
+    """Return the settings of a product's network and head. The network of an ONNX graph is that of the graph."""
+    network = _read_network(exported.model.config)
+    return {**network, **_read_head(stated, tuned, exported.model)} if tuned.task.trains_head else network
 
 
 def _read_head(stated: Mapping[str, Any], tuned: TunedModel, model: PreTrainedModel) -> dict[str, object]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import cycle
 from pathlib import Path
 from typing import TypeVar, cast
 
@@ -17,8 +18,10 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTr
 from llmtune.data.chat_messages import clean_messages
 from llmtune.data.chat_template import ChatTemplate
 from llmtune.data.row_store import read_rows
+from llmtune.data.template_facts import TemplateRefusal
 from llmtune.data.template_text import check_length
 from llmtune.deploy.parity import Certificate, Onto
+from llmtune.errors import LlmtuneError
 from llmtune.evaluate.calibration import RECORD as CALIBRATION
 from llmtune.evaluate.decision import RECORD as DECISION
 from llmtune.evaluate.generation import generate_batch, only_these_settings
@@ -41,6 +44,12 @@ PROMPTS = (
     "Summarize: The committee met on Tuesday, talked for three hours and decided nothing.",
     "Once upon a time there was a small town by the sea, and",
 )
+TURNS = (
+    *("My name is Ann.", "Hello Ann.", "I live in Rome.", "A fine city.", "I have two cats.", "How nice!"),
+    "What is my name, and where do I live?",
+)
+"""A conversation, the user first: templates can treat earlier turns differently."""
+SYSTEM = "Answer in one sentence."
 CONTEXT = "Paris is the capital of France. The train to Berlin leaves at nine o'clock, and 30 apples cost 15 euros."
 """The context of the fixed prompts, for tasks that find answers in a text."""
 ANSWER_TOKENS = 16
@@ -89,12 +98,30 @@ class TunedModel:
 
     @property
     def questions(self) -> list[Row]:
-        """`PROMPTS` as rows of the task, with the first row's languages or pair, and the run's rows without answers."""
+        """Return `PROMPTS` as rows of the task, a conversation, and the run's rows without answers.
+
+        Prompts have the first row's languages or pair.
+        """
         own = self.task.stated_inputs(self.rows[0], self.recipe) if self.rows else {}
         fixed = [
             self.task.make_row({**own, "prompt": text, "context": CONTEXT, "passages": CONTEXT}) for text in PROMPTS
         ]
-        return [*fixed, *(self.task.split_answer(row)[0] for row in self.rows)]
+        return [*fixed, *self._conversation(), *(self.task.split_answer(row)[0] for row in self.rows)]
+
+    def _conversation(self) -> list[Row]:
+        """Return `TURNS` as a row, with `SYSTEM` if the run's template takes it; empty if it takes no earlier turns."""
+        if not self.task.is_conversational:
+            return []
+        roles = cycle(("user", "assistant"))
+        turns = [{"role": role, "content": text} for role, text in zip(roles, TURNS, strict=False)]
+        for head in ([{"role": "system", "content": SYSTEM}], []):
+            row = {**self.task.make_row({"prompt": TURNS[-1]}), "messages": [*head, *turns]}
+            try:
+                self.task.prompt_ids(row, self.processor, self.recipe)
+            except (LlmtuneError, TemplateRefusal):
+                continue
+            return [row]
+        return []
 
     def certificate(self, breaches: Sequence[str]) -> Certificate:
         """Return the first fields of every certificate."""

@@ -29,7 +29,7 @@ from llmtune.data.collators import IGNORED
 from llmtune.data.example import Example
 from llmtune.data.examples import ExampleReader
 from llmtune.data.row_store import iterate_groups, iterate_rows
-from llmtune.errors import EnvironmentProblem, RecipeError
+from llmtune.errors import EnvironmentProblem, RecipeError, read_origin
 from llmtune.evaluate.eval_inputs import EvalContext, write_prompt
 from llmtune.evaluate.inference import add_bar, inference_on
 from llmtune.evaluate.run_report import SUSPECTS, UNCHECKED
@@ -61,7 +61,9 @@ class Suspect:
 
     file: str
     line: int | None
-    """None if the row does not come from a line of a file."""
+    """None in formats without lines."""
+    row: int | None
+    """Number of the row, if it is not the line."""
     split: str
     given: str
     suggested: str
@@ -253,11 +255,10 @@ def add_texts(found: Mapping[tuple[str, int], Sequence[Error]], rows: Rows) -> I
     """Yield the errors, by split and number of their row, with place and text."""
     for split in SPLITS:
         for number, (origin, row) in enumerate(iterate_rows(rows, split)):
-            file, _, line = origin.rpartition(":")
-            file, at = (file, int(line)) if line.isdecimal() else (origin, None)
+            place = read_origin(origin)
             for position, given, suggested, share in found.get((split, number), ()):
                 word = None if position is None else row["tokens"][position]
-                yield Suspect(file, at, split, given, suggested, share, write_prompt(row), word, position)
+                yield Suspect(*place, split, given, suggested, share, write_prompt(row), word, position)
 
 
 def write_suspects(suspects: Sequence[Suspect], path: Path) -> None:

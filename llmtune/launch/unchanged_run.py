@@ -22,7 +22,7 @@ from llmtune.report.report_record import Verdict, read_report
 from llmtune.score_records import GateResult
 from llmtune.store.atomic_files import hash_file, hash_listing, hash_value, list_model, write_json
 from llmtune.store.machine import likely_device
-from llmtune.store.run_folder import MANIFEST, REPORTS, RunFolder, read_run
+from llmtune.store.run_folder import MANIFEST, REPORTS, RunFolder, read_run, updating_reports
 from llmtune.store.run_lock import LOCK, package_versions
 from llmtune.store.verification import verify_run
 
@@ -65,7 +65,8 @@ def find_unchanged(loaded: LoadedRecipe, path: Path, until: str) -> Json | None:
     if any(finding.state != "same" for finding in findings if finding.kind not in LOOSE):
         return None
     steps = [step | {"skipped": True} for step in report["steps"]]
-    write_json(path / "report.json", report | {"steps": steps})
+    with updating_reports(path):
+        write_json(path / "report.json", report | {"steps": steps})
     return report | {"steps": steps}
 
 

@@ -143,7 +143,7 @@ _INSTEAD = (
 
 
 def _read_nested(text: str, name: str, file: Path) -> dict[str, object]:
-    nested = parse_yaml(text, name, file.parent).plain()
+    nested = parse_yaml(text, name, file.parent, old_booleans=True).plain()
     if not isinstance(nested, dict) or not nested:
         what = "not a configuration: neither a mapping of keys nor a command of a tool"
         raise RecipeError.of(what, name, _TOOL)
@@ -204,7 +204,7 @@ def _without_comment(line: str) -> str:
 
 def _read_options(table: MigrationTable, words: list[str], file: Path) -> tuple[dict[str, object], RecipeValues]:
     """Parse `--key value...`, `--key=value`, `--key` and `key=value`; options override a named configuration file."""
-    options: dict[str, list[object]] = {}
+    options: dict[str, list[object]] = {}  # the last of repeated options wins
     facts: dict[str, object] = {}
     key = ""
     for word in words:
@@ -213,7 +213,7 @@ def _read_options(table: MigrationTable, words: list[str], file: Path) -> tuple[
             break
         if word.startswith("--") or (equals and table.find(name) is not None):
             name = name.removeprefix("--").replace("-", "_") if word.startswith("--") else name
-            options.setdefault(name, []).extend([_value(value)] if equals else [])
+            options[name] = [_value(value)] if equals else []
             key = "" if equals else name
         elif key and (not word.startswith("-") or isinstance(_value(word), int | float)):
             options[key].append(_value(word))
@@ -253,14 +253,14 @@ def _read_processes(words: list[str]) -> dict[str, object]:
 
 def _value(word: str) -> object:
     try:
-        return resolve_scalar(word)
+        return resolve_scalar(word, old_booleans=True)
     except ValueError:  # a number with thousands of digits
         return word
 
 
 def mapping(file: Path) -> dict[str, object]:
     """Return the keys of a YAML or JSON file; empty if it is not a mapping. Raises RecipeError if it is damaged."""
-    value = parse_yaml(read_recipe_text(file), file_label(file), file.parent).plain()
+    value = parse_yaml(read_recipe_text(file), file_label(file), file.parent, old_booleans=True).plain()
     return value if isinstance(value, dict) else {}
 
 

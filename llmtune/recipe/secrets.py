@@ -175,7 +175,7 @@ def hide_paths(value: object) -> object:
 
 def _cut_paths(value: object) -> object:
     if isinstance(value, dict):
-        return {key: _cut_paths(item) for key, item in value.items() if key not in PATH_KEYS}
+        return {_cut_paths(key): _cut_paths(item) for key, item in value.items() if key not in PATH_KEYS}
     if isinstance(value, list | tuple):
         return [_cut_paths(item) for item in value]
     return Path(value).name if isinstance(value, str) and is_local_path(value) else value

@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterable, Sequence
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from llmtune.errors import Problem, RecipeError, nearest
+from llmtune.errors import Problem, RecipeError, nearest, read_origin
 from llmtune.recipe.peft_options import options_of, readers_of
 from llmtune.recipe.retired import RETIRED, retired_problem
 from llmtune.recipe.schema import Recipe
@@ -278,5 +278,5 @@ def replace_broken(values: dict[str, object], keys: Iterable[Key]) -> set[str]:
 
 def file_and_line(problem: Problem) -> tuple[str, int]:
     """Sort problems by file, then by line."""
-    file, _, line = (problem.where or "").rpartition(":")
-    return (file, int(line)) if line.isdigit() else (problem.where or "", 0)
+    file, line, _ = read_origin(problem.where or "")
+    return file, line or 0

@@ -32,6 +32,8 @@ YamlScalar = str | int | float | bool | None
 
 NULL = re.compile(r"(?:null|Null|NULL|~|)")
 BOOL = re.compile(r"(?:true|True|TRUE|false|False|FALSE)")
+OLD_BOOL = re.compile(r"(?:yes|Yes|YES|on|On|ON)|(?:no|No|NO|off|Off|OFF)")
+"""Further booleans of YAML 1.1."""
 INT = re.compile(r"(?:[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+)")
 FLOAT = re.compile(r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?")
 NOT_FINITE = re.compile(r"(?:[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))")
@@ -58,8 +60,10 @@ class Node:
         return self.value
 
 
-def resolve_scalar(text: str) -> YamlScalar:
-    """Return the value of a plain (unquoted) scalar by the core schema of YAML 1.2."""
+def resolve_scalar(text: str, old_booleans: bool = False) -> YamlScalar:
+    """Return the value of a plain (unquoted) scalar by the core schema of YAML 1.2; booleans may be those of 1.1."""
+    if old_booleans and OLD_BOOL.fullmatch(text):
+        return text.lower() in ("yes", "on")
     if NULL.fullmatch(text):
         return None
     if BOOL.fullmatch(text):
@@ -85,10 +89,11 @@ class PlainResolver(VersionedResolver):
 class NodeReader:
     """Converts nodes of the YAML library to `Node`, and counts values."""
 
-    def __init__(self, label: str, folder: Path, by_line: bool) -> None:
+    def __init__(self, label: str, folder: Path, by_line: bool, old_booleans: bool = False) -> None:
         self.label = label
         self.folder = folder
         self.by_line = by_line
+        self.old_booleans = old_booleans
         self.problems: list[Problem] = []
         self.values = 0
 
@@ -151,20 +156,21 @@ class NodeReader:
         if len(text) > MAX_DIGITS and INT.fullmatch(text):
             self.report(node, f"a number of {len(text)} digits", "Write a smaller number.")
             return 0
-        value = resolve_scalar(text)
+        value = resolve_scalar(text, self.old_booleans)
         if isinstance(value, int) and abs(value) > MAX_INT:
             self.report(node, f"{text} is too large", "Write a smaller number.")
             return 0
         return value
 
 
-def parse_yaml(text: str, label: str, folder: Path, by_line: bool = True) -> Node:
+def parse_yaml(text: str, label: str, folder: Path, by_line: bool = True, *, old_booleans: bool = False) -> Node:
     """Parse one YAML document; an empty document is None.
 
-    `label` names the source in origins and errors; with `by_line` the line is added. Raises RecipeError.
+    `label` names the source in origins and errors; with `by_line` the line is added. With `old_booleans`, `yes`,
+    `no`, `on` and `off` are booleans, as in YAML 1.1. Raises RecipeError.
     """
     check_size(len(text.encode("utf-8", "surrogatepass")), label)
-    reader = NodeReader(label, folder, by_line)
+    reader = NodeReader(label, folder, by_line, old_booleans)
     yaml = YAML(typ="safe", pure=True)
     yaml.Resolver = PlainResolver
     try:

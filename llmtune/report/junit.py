@@ -13,6 +13,7 @@ from llmtune.recipe.secrets import redact_all
 from llmtune.report.number_format import score
 from llmtune.report.report_record import Report
 from llmtune.store.atomic_files import write_text
+from llmtune.store.run_folder import updating_reports
 
 NOT_XML = re.compile(r"[^\t\n\r -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
@@ -43,9 +44,10 @@ def failures_in_junit(folder: Path, name: str) -> Iterator[None]:
         yield
     except LlmtuneError as error:
         if not isinstance(error, GateFailed):
-            with suppress(OSError):  # the error may be a full disk
+            with suppress(OSError, LlmtuneError):  # the error may be a full disk, or a damaged run.json
                 folder.mkdir(parents=True, exist_ok=True)
-                write_text(folder / "junit.xml", error_to_junit(name, error))
+                with updating_reports(folder):
+                    write_text(folder / "junit.xml", error_to_junit(name, error))
         raise
 
 

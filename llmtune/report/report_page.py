@@ -49,6 +49,7 @@ from llmtune.report.verdict import (
 )
 from llmtune.score_records import Evaluation, GateResult
 from llmtune.store.atomic_files import plain, write_json, write_text
+from llmtune.store.run_folder import REPORTS, updating_reports
 
 TITLES: dict[str, tuple[str, Tone]] = {
     BETTER: ("Better than {opponent}", "better"),
@@ -71,8 +72,8 @@ MEANINGS = {
 """By the first word of a page's name: title and description."""
 
 
-def write_report(report: Report, folder: Path) -> None:
-    """Write report.html, report.md, report.json and junit.xml to `folder`, each atomically.
+def write_report(report: Report, folder: Path) -> Sequence[str]:
+    """Write report.html, report.md, report.json and junit.xml to `folder`, each atomically; return these names.
 
     Numbers that JSON does not support become null. `make_report` has already redacted the report.
     """
@@ -81,6 +82,7 @@ def write_report(report: Report, folder: Path) -> None:
     write_text(folder / "report.md", to_markdown(page))
     write_json(folder / "report.json", report_json(report))
     write_text(folder / "junit.xml", to_junit(report))
+    return REPORTS
 
 
 def report_json(report: Report) -> Json:
@@ -216,6 +218,7 @@ def link_explanations(run: Path) -> bool:
     report["explanations"] = find_explanations(run)
     trained = report["task"] if report.get("train") else None
     section = render_html_section(explain_section(report["explanations"], trained))
-    write_text(run / "report.html", INSIDE.sub(lambda found: section, page, count=1))
-    write_json(run / "report.json", report)
+    with updating_reports(run):
+        write_text(run / "report.html", INSIDE.sub(lambda found: section, page, count=1))
+        write_json(run / "report.json", report)
     return True

@@ -138,6 +138,7 @@ class SuspectRow(TypedDict):
 
     file: str
     line: int | None
+    row: NotRequired[int | None]
     split: str
     given: str
     suggested: str

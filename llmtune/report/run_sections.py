@@ -7,6 +7,7 @@ from typing import Any
 
 from markupsafe import Markup, escape
 
+from llmtune.errors import write_origin
 from llmtune.recipe.task_facts import TASK_FACTS, answer_kind
 from llmtune.records import StepTiming
 from llmtune.report.blocks import (
@@ -137,7 +138,8 @@ def suspect_section(suspects: SuspectFacts | None) -> Section:
     cells: TableRows = []
     for row in suspects["listed"]:
         shown = row["text"] if row["word"] is None else f"{row['word']} (in: {row['text']})"
-        place = row["file"] if row["line"] is None else f"{row['file']}:{row['line']}"
+        line, number = row["line"], row.get("row")
+        place = row["file"] if line is None and number is None else write_origin(row["file"], line=line, row=number)
         cells.append([shown, row["given"], row["suggested"], score(row["score"]), Cell(place, note=row["split"])])
     columns: TableColumns = ["text", "label", "suggested", Column("probability of the label", "number"), "row"]
     table: list[Block] = [Table(columns, cells, scroll=True)] if cells else []

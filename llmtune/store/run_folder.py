@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -82,6 +82,8 @@ class Manifest(TypedDict):
     """The llmtune version that wrote it last."""
     lock: NotRequired[str]
     """Hash of llmtune.lock, once trained."""
+    reports: NotRequired[dict[str, str]]
+    """Hash of each report file."""
     finished: NotRequired[str]
     """Hash of the inputs of the command that finished it, to recognise a command with nothing left to do."""
 
@@ -124,6 +126,12 @@ class RunFolder:
         with suppress(FileNotFoundError, ValueError):
             self.findings["micro_batch_tokens"] = int((self.path / BUDGET).read_text())
             (self.path / BUDGET).unlink()
+
+    def note_reports(self, names: Iterable[str]) -> None:
+        """Store the hashes of report files that llmtune has just written."""
+        hashes = {name: hash_path(self.path / name) for name in names if (self.path / name).is_file()}
+        self.manifest["reports"] = {**self.manifest.get("reports", {}), **hashes}
+        self.write()
 
     def write(self) -> None:
         """Write run.json atomically; only rank 0 writes."""
@@ -303,6 +311,17 @@ def read_manifest(path: Path) -> Manifest | None:
     if content is not None:
         check_shape(content["findings"], Findings, file, below="findings.", fix=fix, kind=RecipeError)
     return cast(Manifest | None, content)
+
+
+@contextmanager
+def updating_reports(path: Path) -> Iterator[None]:
+    """Store the new hashes of a run's report files that the block rewrites; files edited before keep the old hash."""
+    manifest = read_manifest(path)
+    known = manifest.get("reports", {}) if manifest else {}
+    same = [name for name, sha256 in known.items() if hash_path(path / name) == sha256]
+    yield
+    if same:
+        read_run(path).note_reports(same)
 
 
 def trained_name(recipe: Recipe) -> str:

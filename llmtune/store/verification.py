@@ -114,6 +114,7 @@ def verify_run(run: Path, *, strict: bool = False) -> Verification:
         *_check_template(folder, lock),
         *_check_metrics(lock, run),
         *_check_outputs(folder, lock),
+        *_check_reports(folder),
         *_compare_settings("packages", lock["packages"], packages, strict),
         *_compare_settings("hardware", lock["hardware"], hardware()),
         *_compare_settings("git", {"commit": lock.get("git_commit")}, {"commit": git_commit()}),
@@ -297,3 +298,9 @@ def _check_outputs(folder: RunFolder, lock: Lock) -> Iterator[Finding]:
         yield compare_hashes(
             "evaluated", str(path), evaluated, hash_path(path)
         )  # the trained weights must be the evaluated weights
+
+
+def _check_reports(folder: RunFolder) -> Iterator[Finding]:
+    for name, known in folder.manifest.get("reports", {}).items():
+        path = folder.path / name
+        yield compare_hashes("report", str(path), known, hash_path(path) or None)

@@ -20,7 +20,7 @@ from support.rows import read_file
 
 from llmtune.data import file_readers as read
 from llmtune.data.rejected_rows import RowError
-from llmtune.errors import DataError
+from llmtune.errors import DataError, read_origin, write_origin
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)
 PACKERS = [gzip.compress, zstandard.ZstdCompressor().compress]
@@ -292,3 +292,23 @@ def test_a_file_without_read_permission_is_an_error_without_a_traceback():
     finally:
         (folder / "secret.jsonl").chmod(stat.S_IRUSR)
         shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize(
+    ("data", "container", "places"),
+    [
+        (b'a,b\n1,"x\ny"\n3,4\n', "csv", [("file", 2, None), ("file", 4, 3)]),
+        (b'{"a": 1}\n\n{"a": 2}\n', "jsonl", [("file", 1, None), ("file", 3, None)]),
+        (b'[{"a": 1}, {"a": 2}]', "json", [("file", None, 1), ("file", None, 2)]),
+        (b"one", "text", [("file", 1, None)]),
+    ],
+)
+def test_origins_of_all_containers_are_read_back(tmp_path, data, container, places):
+    origins = [origin for origin, _ in read_bytes(tmp_path, data, container)]
+    assert [read_origin(origin) for origin in origins] == places
+
+
+@given(st.text(), st.integers(0, 99) | st.none(), st.integers(0, 99) | st.none())
+def test_any_written_origin_is_read_back(file, line, row):
+    if line is not None or row is not None:
+        assert read_origin(write_origin(file, line=line, row=row)) == (file, line, None if row == line else row)

@@ -138,6 +138,26 @@ def change_template(folder, base):
     path.write_text(path.read_text().replace("add_generation_prompt", "false"))
 
 
+def forget_turns(folder, base):
+    """Drop all earlier turns of conversations of more than three messages."""
+    path = folder / "chat_template.jinja"
+    path.write_text("{% if messages|length > 3 %}{% set messages = messages[-1:] %}{% endif %}" + path.read_text())
+
+
+def move_positions(folder, base):
+    """Change positions far from each other only."""
+    rope = {"rope_theta": 10000.0, "rope_type": "dynamic", "factor": 4.0}
+    is_t5 = "relative_attention_max_distance" in read_json(folder / "config.json")
+    far = {"relative_attention_max_distance": 64} if is_t5 else {"rope_parameters": rope}
+    change_json(folder, "config.json", **far)
+
+
+def round_norms(folder, base):
+    names = ("rms_norm_eps", "layer_norm_epsilon", "layer_norm_eps", "scale_embedding")
+    name = next(name for name in names if name in read_json(folder / "config.json"))
+    change_json(folder, "config.json", **{name: True if name == "scale_embedding" else 3e-6})
+
+
 def writes(name, **values):
     return lambda folder, base: change_json(folder, name, **values)
 
@@ -181,6 +201,9 @@ FAULTS = {
     "labels swapped": (("classes", "tags"), swap_labels, "its labels, or their order, are not those"),
     "tokenizer": (WORDS, change_tokenizer, "other token ids"),
     "template": (("chat",), change_template, "produce other token ids"),
+    "template of later turns": (("chat",), forget_turns, "produce other token ids"),
+    "positions": (("chat", "completion", "encoder-decoder"), move_positions, "config.json: r"),
+    "network": (WORDS, round_norms, "config.json: "),
     "end token": (GENERATING, writes("generation_config.json", eos_token_id=5), "its answers do not end at"),
     "sampling settings": (GENERATING, SAMPLES, "temperature is 3.0; the run has 1.0"),
     "length": (TEXTS, SHORT, "model_max_length is 5"),
@@ -201,6 +224,7 @@ FAULTS = {
 }
 """By promise: the kinds of folder that make it, the fault, and what the message says."""
 CHOSEN = {("chat", "sampling settings"), ("vectors", "pooling"), ("pairs", "activation"), ("classes", "temperature")}
+CHOSEN |= {("chat", "template of later turns"), ("chat", "positions"), ("classes", "network")}
 """The cells of the default suite."""
 
 

@@ -7,14 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from rich.console import Console
 from sklearn.linear_model import LogisticRegression
 from support.classifying import COLOURS, THINGS, colour_rows, recipe_for, run
 from support.runs import invoke
 
+from llmtune.data.preparation import prepare_rows
 from llmtune.errors import EnvironmentProblem, RecipeError
-from llmtune.evaluate.label_errors import find_errors, require_labels
+from llmtune.evaluate.label_errors import add_texts, find_errors, require_labels
 from llmtune.recipe.loader import load_recipe
+from llmtune.records import SPLITS
 
 BRIEF = {"num_train_epochs": None, "max_steps": 6}
 SETS = {"evaluate": {"suspects": True, "metrics": ["loss"]}, "data": {"deduplicate": "none"}, "train": BRIEF}
@@ -65,7 +70,7 @@ def test_the_command_writes_what_the_report_lists(
     with (tmp_path / "s.csv").open() as file:
         written = [*csv.DictReader(file)]
     assert len(written) == sum(report["suspects"]["found"].values())
-    assert [*written[0]] == ["file", "line", "split", "given", "suggested", "score", "text", "word", "position"]
+    assert [*written[0]] == ["file", "line", "row", "split", "given", "suggested", "score", "text", "word", "position"]
     assert invoke("rows", out, "--suspects", tmp_path / "s.jsonl", "--json").exit_code == 0
     for file, what in (("s.xlsx", "JSON Lines or CSV"), ("no/s.csv", "folder not found")):
         refused = invoke("rows", out, "--suspects", tmp_path / file)
@@ -211,3 +216,20 @@ def test_numbers_and_texts_have_no_labels_to_check(tmp_path: Path, built: Any) -
     recipe.write_text(recipe.read_text().replace("task: classify", "task: chat"))
     with pytest.raises(RecipeError, match=r"'evaluate.suspects' has no effect with task: chat"):
         load_recipe(recipe)
+
+
+def test_suspects_name_file_line_and_row_in_every_format(tmp_path: Path) -> None:
+    texts = [f"a {thing}\nand {i}" for i, thing in enumerate(THINGS[:6])]
+    with (tmp_path / "a.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([("text", "label"), *((text, COLOURS[i % 2]) for i, text in enumerate(texts))])
+    rows = [{"text": f"the {text}", "label": COLOURS[i % 2]} for i, text in enumerate(texts)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "b.parquet")
+    files = [{"path": str(tmp_path / name)} for name in ("a.csv", "b.parquet")]
+    held = {"validation": 0, "test": 0, "deduplicate": "none"}
+    recipe = recipe_for(tmp_path / "r.yaml", tmp_path, tmp_path / "a.csv", data={"train": files, **held})
+    found = prepare_rows(load_recipe(str(recipe)).recipe, tmp_path / "out", Console(quiet=True))
+    errors = {(split, number): [(None, "red", "blue", 0.1)] for split in SPLITS for number in range(12)}
+    suspects = {(Path(one.file).name, one.line, one.row) for one in add_texts(errors, found)}
+    lines = [("a.csv", 2 + 2 * i, None if i == 0 else 2 + i) for i in range(6)]
+    assert suspects <= {*lines, *(("b.parquet", None, 1 + i) for i in range(6))}
+    assert len(suspects) >= 8  # rows of test may be dropped from train

@@ -125,6 +125,30 @@ def test_options_override_the_configuration_file_of_a_command(tmp_path: Path, mo
     assert loaded.recipe.adapter.method == "lora"
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.yaml", "base_model: a/b\nadapter: lora\npeft_use_rslora: {}\ndatasets: [{{path: c/d, type: alpaca}}]"),
+        ("l.yaml", "model_name_or_path: a/b\nstage: sft\nfinetuning_type: lora\ndataset: c/d\nuse_rslora: {}"),
+        ("t.yaml", "model_name_or_path: a/b\ndataset_name: c/d\nuse_peft: true\nlora_r: 8\nuse_rslora: {}"),
+        ("t.sh", "trl sft --model_name_or_path a/b --dataset_name c/d --use_peft --use_rslora {}"),
+        ("l.sh", "llamafactory-cli train model_name_or_path=a/b stage=sft dataset=c/d use_rslora={}"),
+    ],
+)
+@pytest.mark.parametrize(("word", "value"), [("yes", True), ("no", False), ("on", True), ("Off", False)])
+def test_yes_and_no_are_booleans_as_those_tools_read_them(tmp_path: Path, name: str, text: str, word: str, value: bool):
+    migration, loaded = migrate_config(config(tmp_path, text.format(word), name), tmp_path / "out.yaml")
+    assert loaded.recipe.adapter.use_rslora is value
+    assert not [one for one in migration.outcomes if one.state == "refused"]
+
+
+@pytest.mark.parametrize("repeated", ["--learning_rate=3e-4", "--learning_rate 3e-4", "--learning-rate 3e-4"])
+def test_the_last_of_repeated_options_wins(tmp_path: Path, repeated: str):
+    line = f"trl sft --model_name_or_path a/b --dataset_name c/d --learning_rate 1e-4 --use_peft {repeated}"
+    _, loaded = migrate_config(config(tmp_path, line, "train.sh"), tmp_path / "out.yaml")
+    assert loaded.recipe.train.learning_rate == 3e-4
+
+
 def test_the_columns_of_a_local_file_decide_what_trl_learns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     text = "model_name_or_path: a/b\ndataset_name: rows.jsonl\nuse_peft: true"

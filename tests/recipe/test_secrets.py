@@ -1,7 +1,7 @@
 import pytest
 
 from llmtune.errors import RecipeError
-from llmtune.recipe.secrets import holds_secret, redact, redact_all, redact_yaml, secret_values
+from llmtune.recipe.secrets import hide_paths, holds_secret, redact, redact_all, redact_yaml, secret_values
 
 SECRETS = [
     "hf_abcdefghijklmnopqrstuvwxyzABCDEFGH",
@@ -148,3 +148,8 @@ def test_redacting_an_alias_bomb_is_refused_in_time():
     lists = "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9) if i else 1}]\n" for i in range(12))
     with pytest.raises(RecipeError, match="more than 20,000 values"):
         redact_yaml(lists)
+
+
+def test_local_paths_are_cut_in_keys_too():
+    lock = {"metrics": {"/home/ann/own.py": "1a2b"}, "folder": "/home/ann/run", "files": ["/home/ann/rows.jsonl"]}
+    assert hide_paths(lock) == {"metrics": {"own.py": "1a2b"}, "files": ["rows.jsonl"]}

@@ -10,7 +10,10 @@ import pytest
 from support.runs import finish_run, invoke
 
 from llmtune.errors import RecipeError
+from llmtune.report.junit import failures_in_junit
+from llmtune.report.report_page import link_explanations
 from llmtune.store.atomic_files import hash_file
+from llmtune.store.run_folder import REPORTS
 from llmtune.store.run_lock import LOCK, read_lock, read_pins
 from llmtune.store.verification import Verification, verify_run
 
@@ -80,6 +83,26 @@ def test_one_changed_byte_of_any_other_file_is_named_with_its_file(project: Path
     for file, _ in changes:
         flip_byte(file)
     assert failed(verify_run(run)) == [(kind, file.name, "changed") for file, kind in changes]
+
+
+@pytest.mark.parametrize("name", REPORTS)
+def test_an_edited_verdict_is_named_with_its_file(project: Path, name: str) -> None:
+    run = project / "runs/tiny"
+    (run / name).write_text((run / name).read_text() + " ")
+    assert failed(verify_run(run)) == [("report", name, "changed")]
+
+
+def test_files_that_llmtune_rewrites_are_verified_and_files_edited_before_are_named(project: Path) -> None:
+    run = project / "runs/tiny"
+    assert link_explanations(run)
+    with pytest.raises(RecipeError), failures_in_junit(run, "tiny"):
+        raise RecipeError.of("wrong", "x")
+    assert "wrong" in (run / "junit.xml").read_text()
+    assert failed(verify_run(run)) == []
+    report = json.loads((run / "report.json").read_text())
+    (run / "report.json").write_text(json.dumps(report | {"verdict": {}}))
+    assert link_explanations(run)
+    assert failed(verify_run(run)) == [("report", "report.json", "changed")]
 
 
 def test_a_changed_adapter_and_another_template_are_named(project: Path) -> None:

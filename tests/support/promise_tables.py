@@ -14,6 +14,7 @@ METRICS = {metric for facts in TASK_FACTS.values() for metric in facts.metrics} 
 METRICS |= {"own (bool)", "own (share)", "own (number)", "judge.win_rate"}
 FOLDERS = ["chat", "completion", "encoder-decoder", "classes", "tags", "spans", "whisper", "ctc", "vectors", "pairs"]
 FAULTS = ("adapter dropped", "adapter halved", "labels swapped", "tokenizer", "template", "end token")
+FAULTS += ("template of later turns", "positions", "network")
 FAULTS += ("sampling settings", "length", "truncation side", "pooling", "prompt", "normalisation", "activation")
 FAULTS += ("temperature", "threshold", "problem type", "audio features", "language")
 TABLES: dict[str, tuple[str, list[str], tuple[str, ...]]] = {
