@@ -268,6 +268,8 @@ class Evaluation:
     """How each metric was computed, e.g. sacrebleu's signature."""
     baseline: str | None = None
     """Name of the baseline that replaces a base model without a trained head; None with a base model."""
+    baseline_reason: str = ""
+    """Why the base model cannot answer, so that the baseline replaces it."""
     guessable: tuple[str, ...] = ()
     """Metrics in which guessing by class frequency beats the baseline on these rows."""
     details: Json = field(default_factory=dict)

@@ -31,7 +31,7 @@ from llmtune.evaluate.label_errors import save_suspects
 from llmtune.evaluate.results import TUNED, load_base
 from llmtune.evaluate.scoring import ChampionModel, ask_champion, score_run
 from llmtune.evaluate.suite_registry import check_variant
-from llmtune.model.config import find_class, head_is_new, keeps_float32, read_model_config
+from llmtune.model.config import find_class, keeps_float32, read_model_config, why_headless
 from llmtune.model.device import describe_device, loading_device, pick_device
 from llmtune.model.loading import load_model
 from llmtune.model.model_files import check_model_folder
@@ -340,7 +340,7 @@ def score_models(context: RunContext, folder: Path | None, base_folder: Path | N
         Models(context).loaders,
         eval_context,
         rows,
-        headless=head_is_new(plan.model_ref, recipe, task),
+        headless=why_headless(plan.model_ref, recipe, task),
         known=load_base(base_folder, base),
         known_tuned=load_base(base_folder, base + hash_folder(context.trained_folder), TUNED),
         challenge=partial(face_champion, context.folder, rows, ask),

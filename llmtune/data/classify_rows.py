@@ -20,6 +20,9 @@ UNREAD_LIST = re.compile(r"""[\[({]\s*(['"]|-?[\d.]+[\s,])""")
 """Begins a list that is neither JSON nor Python: NumPy's, a set, a tuple."""
 FLAGS = frozenset(("0", "1", "0.0", "1.0", "true", "false"))
 SEPARATORS = ("|", ";", ",")
+PLAIN_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
+WRITTEN_NUMBER = re.compile(r"[+-]?\d+([.,'’\s]\d{3})*([.,]\d+)?\s*%?")
+"""A number perhaps with a decimal comma, thousands separators or a percent sign."""
 TRUTH = {"true": "1", "false": "0"}
 SHOWN = 3
 
@@ -89,7 +92,13 @@ def class_doubts(labels: Iterable[Label], kind: str = "auto") -> Iterator[tuple[
     listed = {name for label in every if isinstance(label, list) for name in label}
     if listed and listed <= {"0", "1"} and any(isinstance(label, list) and len(label) > 1 for label in every):
         yield "lists of 0 and 1 are read as two classes, 0 and 1", f"{_sentence(LIST_FIX)}"
-    if kind != "single" and (joined := _joined(texts)):
+    if kind != "single" and (written := _written_numbers(texts)):
+        what = f"numbers are read as classes, because of their commas, separators or percent signs: {_some(written)}"
+        fix = (
+            f"For numbers, write digits with a decimal point, such as 1234.5. For several labels in a row, {LIST_FIX}. "
+        )
+        yield what, f"{fix}If each is a class, set classify.kind: single."
+    elif kind != "single" and (joined := _joined(texts)):
         separator, names = joined
         what = f"classes are read as one each: {_some(names)}; parts between {separator!r} occur in several of them"
         yield what, f"For several labels in a row, {LIST_FIX}. If each is one class, set classify.kind: single."
@@ -102,6 +111,13 @@ def class_doubts(labels: Iterable[Label], kind: str = "auto") -> Iterator[tuple[
     for spelled in spellings.values():
         if len(spelled) > 1:
             yield f"one class in several spellings: {_some(sorted(spelled))}", "Write it the same way in all rows."
+
+
+def _written_numbers(texts: Iterable[str]) -> list[str]:
+    """Return the texts that only a reader takes for numbers, if most texts are numbers."""
+    names = sorted(texts)
+    numbers = [name for name in names if PLAIN_NUMBER.fullmatch(name) or WRITTEN_NUMBER.fullmatch(name)]
+    return [name for name in numbers if not PLAIN_NUMBER.fullmatch(name)] if 2 * len(numbers) > len(names) else []
 
 
 def _joined(texts: Mapping[str, int]) -> tuple[str, list[str]] | None:

@@ -72,7 +72,7 @@ def score_run(
     context: EvalContext,
     rows: Rows,
     *,
-    headless: bool = False,
+    headless: str = "",
     known: BaseAnswers | None = None,
     known_tuned: BaseAnswers | None = None,
     challenge: Challenge = lambda evaluation, scores: None,
@@ -80,7 +80,7 @@ def score_run(
 ) -> Evaluation:
     """Evaluate a run: measure both models, compare test with training rows and the model with the champion.
 
-    With `headless` the base model has no trained head and the task's trivial baseline replaces it. With `known`, the
+    `headless` is the reason if the base model cannot answer: the task's trivial baseline replaces it. With `known`, the
     base model's answers are saved for later evaluations, and reused if already saved; with `known_tuned` the tuned
     model's, for recipes with metrics of the user's own. If the context has a folder, it gets `predictions.jsonl` (every
     row's prompt, reference and both answers), `measures.npz` (each row's contribution to each score),
@@ -100,14 +100,14 @@ def score_run(
     suites, stand_in, base = make_suites(context), None, None
     if inputs is not None and headless:
         stand_in, base = predict_baseline(context, inputs, rows)
-        console.print(f"base: the model has no trained head for this task, so {stand_in} replaces it")
+        console.print(f"base: {headless}, so {stand_in} replaces its answers", highlight=False, markup=False)
     elif inputs is not None and known is not None and known.answers is not None:
         base = known.answers
         console.print("base: reusing its answers to these rows from an earlier evaluation")
     tuned = known_tuned.answers if known_tuned is not None else None
     if tuned is not None:
         console.print("tuned: reusing its answers to these rows from an earlier evaluation")
-    scored = evaluate(models, context, suites, base, tuned, stand_in=stand_in, headless=headless)
+    scored = evaluate(models, context, suites, base, tuned, stand_in=stand_in, headless=bool(headless))
     evaluation, answers, measures = scored.evaluation, scored.answers, scored.measures
     if inputs is not None:
         names = name_test_rows(rows, inputs.rows)
@@ -120,7 +120,7 @@ def score_run(
             if known_tuned is not None and context.recipe.evaluate.own_metrics:
                 save_base(folder, answers["tuned"], known_tuned.inputs, TUNED)
         evaluation = replace(evaluation, contamination=find_contamination(rows, context, measures))
-        evaluation = replace(evaluation, champion=challenge(evaluation, per_row))
+        evaluation = replace(evaluation, baseline_reason=headless, champion=challenge(evaluation, per_row))
     if folder is not None:
         save_evaluation(evaluation, folder)
         save_rules(evaluation, folder, hash_folder(trained) if trained else None)

@@ -267,6 +267,7 @@ def expert_parameters(model: torch.nn.Module) -> dict[str, torch.Size]:
 
 
 _UNNAMED = "LABEL_"
+SHOWN_NAMES = 6
 
 
 def name_outputs(config: PreTrainedConfig, names: Sequence[str], problem_type: str | None) -> None:
@@ -275,17 +276,37 @@ def name_outputs(config: PreTrainedConfig, names: Sequence[str], problem_type: s
     If the model's files have a head for other classes (or for as many without names), the configuration is marked:
     those weights do not fit these classes. A head for the same classes in another order is reordered when loaded.
     """
-    stated = [str(name) for _, name in sorted((getattr(config, "id2label", None) or {}).items())]
+    stated = output_names(config)
     if names:
         unnamed = all(name.startswith(_UNNAMED) for name in stated)
-        same = len(stated) == len(names) and set(stated) == set(names)
-        setattr(config, OTHER_CLASSES, not same and not (unnamed and len(names) == 1))
-        setattr(config, OTHER_ORDER, [stated.index(name) for name in names] if same and stated != list(names) else None)
+        order = find_outputs(stated, names)
+        setattr(config, OTHER_CLASSES, order is None and not (unnamed and len(names) == 1))
+        setattr(config, OTHER_ORDER, order if order != list(range(len(names))) else None)
         config.num_labels = len(names)
         config.id2label = dict(enumerate(names))
         config.label2id = {name: i for i, name in enumerate(names)}
     if problem_type is not None:
         config.problem_type = problem_type
+
+
+def output_names(config: PreTrainedConfig) -> list[str]:
+    """Return the names of a head's outputs, in their order."""
+    return [str(name) for _, name in sorted((getattr(config, "id2label", None) or {}).items())]
+
+
+def find_outputs(stated: Sequence[str], names: Sequence[str]) -> list[int] | None:
+    """Return the output of a head for each class, or None if the head has other classes.
+
+    Names may differ in case if that is unambiguous. Classes 0 to n-1 are the numbers of the outputs.
+    """
+    if len(stated) != len(names):
+        return None
+    for spell in (str, str.casefold):
+        places = {spell(name): place for place, name in enumerate(stated)}
+        if len(places) == len(names) and places.keys() == {spell(name) for name in names}:
+            return [places[spell(name)] for name in names]
+    numbers = {str(place): place for place in range(len(names))}
+    return [numbers[name] for name in names] if numbers.keys() == set(names) else None
 
 
 def set_padding(model: PreTrainedModel, processor: PreTrainedTokenizerBase) -> None:
@@ -314,3 +335,19 @@ def head_is_new(model_ref: ModelRef, recipe: Recipe, task: TaskInterface) -> boo
         with safe_open(str(path), "pt") as file:
             stored |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys() if name in expected}  # noqa: SIM118
     return stored != expected
+
+
+def why_headless(model_ref: ModelRef, recipe: Recipe, task: TaskInterface) -> str:
+    """Return the reason why the base cannot answer before its head is trained; empty if it can."""
+    if not head_is_new(model_ref, recipe, task):
+        return ""
+    model_class, config = find_class(model_ref, recipe, task)
+    if model_class.__name__ not in _architectures(config):
+        return "the base model has no trained head for this task"
+    before, after = (_some(output_names(one)) for one in (read_model_config(model_ref, recipe.model), config))
+    return f"the base model's head for {before} is replaced by a new one for {after}"
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - SHOWN_NAMES:,} more" if len(names) > SHOWN_NAMES else ""
+    return f"{{{', '.join(names[:SHOWN_NAMES])}{more}}}"

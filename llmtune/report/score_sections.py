@@ -132,8 +132,8 @@ def score_section(evaluation: Evaluation, task: str | None) -> Section:
         text += " A dash: measured for the tuned model only."
     blocks: list[Block] = [difference_table(rows, base=base_name(evaluation), code=True)]
     if baseline:
-        why = "not a model: before tuning, the base model has no trained head for this task"
-        blocks.append(Text(f"The baseline is `{baseline}`, {why}.", "note"))
+        why = evaluation.baseline_reason or "the base model has no trained head for this task"
+        blocks.append(Text(f"The baseline is `{baseline}`, not a model: {why}.", "note"))
     blocks.append(Text(text, "soft"))
     return Section("Scores on held-out rows", blocks if rows else [], "Scores", "scores")
 

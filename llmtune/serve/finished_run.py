@@ -20,7 +20,7 @@ from llmtune.evaluate.decision import describe_answer, run_decision
 from llmtune.evaluate.evaluation_file import load_evaluation
 from llmtune.evaluate.gates import check_gates
 from llmtune.evaluate.generation import generate_completions
-from llmtune.model.config import head_is_new
+from llmtune.model.config import why_headless
 from llmtune.recipe.arguments import check_arguments
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_facts import TASK_FACTS
@@ -293,9 +293,9 @@ class FinishedRun:
         _check_inputs(plan.task, inputs)
         if max_new_tokens is not None and not TASK_FACTS[plan.recipe.task].generates:
             raise RecipeError.of("this run's model does not generate text", "--max-new-tokens", "Omit it.")
-        if base and head_is_new(plan.model_ref, plan.recipe, plan.task):
+        if base and (why := why_headless(plan.model_ref, plan.recipe, plan.task)):
             fix = "Omit --base: the head was made and trained by this run."
-            raise RecipeError.of("the base model has no trained head for this task", "--base", fix)
+            raise RecipeError.of(why, "--base", fix)
         served = self._load(base)
         if max_new_tokens is None:
             return served

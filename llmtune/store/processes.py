@@ -6,6 +6,7 @@ launcher a command is a single process, and this module has no cost.
 
 from __future__ import annotations
 
+import atexit
 import faulthandler
 import json
 import os
@@ -17,6 +18,7 @@ import time
 import traceback
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -164,7 +166,16 @@ def join() -> None:
                 store.set(f"llmtune/welcome/{other}", _get(store, f"llmtune/hello/{other}") + _here.name)
             time.sleep(POLL_SECONDS)
             left = {other for other in left if not store.check([f"{_here.name}/met/{other}"])}
+        atexit.register(_wait_for_readers, store, count)
     _here.store = store
+
+
+def _wait_for_readers(store: Any, count: int) -> None:
+    """Keep rank 0, which may host the store, until the others have read its last result or are gone."""
+    end = time.monotonic() + LOST_SECONDS
+    keys = [f"{_here.name}/read/{other}/{_here.count}" for other in range(1, count)]
+    with suppress(RuntimeError):  # the store of torch's agent is gone
+        _wait_until(lambda: not _here.count or store.check(keys) or time.monotonic() > end)
 
 
 def host_store(address: str, port: int) -> Any:
@@ -211,6 +222,7 @@ def once(work: Callable[[], T]) -> T:
     if rank():
         _wait_until(lambda: bool(_here.store.check([key])))
         found = json.loads(_here.store.get(key))
+        _here.store.set(f"{_here.name}/read/{rank()}/{_here.count}", "")
         if "kind" in found:
             raise rebuild_error(found)
         if "value" not in found:

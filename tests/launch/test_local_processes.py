@@ -118,6 +118,14 @@ def test_a_mistake_in_one_process_is_raised_here_with_its_rank(console):
     assert caught.value.problems[0].fix == "Give it one."
 
 
+def test_rank_0_ends_only_after_the_others_have_read_its_result(console):
+    """Rank 0 hosts the store: if it ends first, the others lose their connection after a complete run."""
+    assert launch_work("read_late", ["result"], Topology(2), console) == "done"
+    with pytest.raises(DataError) as caught:
+        launch_work("read_late", ["error"], Topology(2), console)
+    assert caught.value.problems[0].where == "rows.jsonl:7"
+
+
 def test_a_failed_gate_keeps_the_report_even_if_rank_0_ends_last(console):
     with pytest.raises(GateFailed, match="a gate failed in rank 0") as caught:
         launch_work("fail_a_gate", [], Topology(2), console)

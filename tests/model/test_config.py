@@ -1,5 +1,6 @@
 """New and trained heads: named, distinguished, seeded, never in 4 bits, never given a LoRA."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,12 @@ from support import families
 from support.adapting import open_model, quiet
 from support.classifying import BUILDERS
 from support.training import with_methods
-from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    BertConfig,
+    BertForSequenceClassification,
+)
 
 from llmtune.adapter.injection import inject
 from llmtune.errors import EnvironmentProblem, RecipeError
@@ -22,11 +28,13 @@ from llmtune.model.config import (
     in_heads,
     name_outputs,
     put_in_order,
+    read_model_config,
+    why_headless,
 )
 from llmtune.model.resolve import resolve_model
 from llmtune.recipe.schema import Recipe
 from llmtune.records import AdaptedModel
-from llmtune.tasks.registry import get_task
+from llmtune.tasks.registry import choose_variant, get_task
 
 HEADS = {
     "bert": ["classifier"],
@@ -73,6 +81,15 @@ def save_classifier(folder: Path, source: Path, names: list[str], seed: int = 1)
         (("x", "y"), ("x", "z"), True, None),
         (("x", "y"), ("x", "y", "z"), True, None),
         (("LABEL_0", "LABEL_1"), ("x", "y"), True, None),
+        (("NEGATIVE", "POSITIVE"), ("negative", "positive"), False, None),
+        (("NEGATIVE", "POSITIVE"), ("positive", "negative"), False, [1, 0]),
+        (("NEGATIVE", "POSITIVE"), ("0", "1"), False, None),  # numbers are those of the outputs
+        (("LABEL_0", "LABEL_1"), ("1", "0"), False, [1, 0]),
+        (("1", "0"), ("0", "1"), False, [1, 0]),  # the names, not the places
+        (("NEGATIVE", "POSITIVE"), ("1", "2"), True, None),
+        (("a", "A"), ("A", "b"), True, None),
+        (("a", "A"), ("A", "a"), False, [1, 0]),
+        (("O", "B-PER", "I-PER"), ("O", "B-per", "I-per"), False, None),
         (("LABEL_0",), ("value",), False, None),  # a number needs no name
     ],
 )
@@ -105,6 +122,43 @@ def test_a_head_with_the_same_classes_reordered_predicts_the_same_for_each(tmp_p
         put_in_order(model, ["classifier"], getattr(config, OTHER_ORDER))
         after = dict(zip("zxy", model(input_ids=ids).logits[0].tolist(), strict=True))
     assert after == pytest.approx(before)
+
+
+@pytest.mark.parametrize(
+    ("task", "section", "own", "why"),
+    [
+        ("classify", {"kind": "single", "labels": ["negative", "positive"]}, ["NEGATIVE", "POSITIVE"], ""),
+        ("classify", {"kind": "single", "labels": ["0", "1"]}, ["LABEL_0", "LABEL_1"], ""),
+        ("classify", {"kind": "multi", "labels": ["a", "b"]}, ["A", "B"], ""),
+        ("classify", {"kind": "single", "labels": ["bad", "good"]}, ["no", "yes"], "{no, yes}.*{bad, good}"),
+        ("classify", {"kind": "regression"}, ["no", "yes"], "{no, yes}.*{value}"),
+        ("classify", {"kind": "single", "labels": ["bad", "good"]}, None, "no trained head"),
+        ("classify", {"kind": "single", "labels": ["0", "1"]}, None, "no trained head"),  # unnamed by default
+        ("token-classify", {"labels": ["per"]}, ["O", "B-PER", "I-PER"], ""),
+        ("token-classify", {"labels": ["org"]}, ["O", "B-PER", "I-PER"], "{O, B-PER, I-PER}.*{O, B-org, I-org}"),
+        ("token-classify", {"labels": ["org"]}, None, "no trained head"),
+        ("rerank", {}, ["no", "yes"], "{no, yes}.*{relevance}"),
+        ("rerank", {}, ["LABEL_0", "LABEL_1"], "{LABEL_0, LABEL_1}.*{relevance}"),
+        ("rerank", {}, ["score"], ""),
+        ("preference", {"loss": "reward"}, ["no", "yes"], "{no, yes}.*{reward}"),
+        ("qa", {}, None, "no trained head"),
+    ],
+)
+def test_a_head_that_is_replaced_is_named_with_its_classes(task, section, own, why, built, tmp_path):
+    folder = built("bert")
+    if own:
+        families.build_bert(tmp_path)  # its tokenizer
+        kind = AutoModelForTokenClassification if task == "token-classify" else AutoModelForSequenceClassification
+        kind.from_pretrained(folder, id2label=dict(enumerate(own))).save_pretrained(tmp_path)
+        folder = tmp_path
+    content = {"task": task, "data": {"train": "x.jsonl"}, "model": {"name": str(folder), "dtype": "float32"}}
+    recipe = Recipe.model_validate(content | ({task.replace("-", "_"): section} if section else {}))
+    place = resolve_model(str(folder), recipe.model, quiet())
+    variant = choose_variant(recipe, read_model_config(place, recipe.model), "bert")
+    reason = why_headless(place, recipe, variant)
+    assert re.search(why, reason)
+    assert bool(reason) == bool(why)
+    assert why == "no trained head" or "no trained head" not in reason
 
 
 @pytest.mark.parametrize("family", BUILDERS)

@@ -66,6 +66,7 @@ def test_the_json_keys_are_stable(report, tmp_path):
         *(
             "base",
             "baseline",
+            "baseline_reason",
             "champion",
             "contamination",
             "decided",

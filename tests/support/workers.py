@@ -449,6 +449,19 @@ def die_between_passes() -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
 
 
+def read_late(how: str) -> str:
+    """Share rank 0's result, or its error, which rank 1 reads two seconds after rank 0 has ended."""
+
+    def work() -> str:
+        if how == "error":
+            raise DataError.of("row 7 has no answer", "rows.jsonl:7", "Give it one.")
+        return "done"
+
+    join()
+    time.sleep(2 * rank())
+    return once(work)
+
+
 def fail_a_gate() -> None:
     """Fail a gate in every process; rank 0, which alone has the report, is the last to end."""
     join()
