@@ -33,7 +33,8 @@ def find_inheritance(recipe: Recipe) -> Inheritance:
 
     Raises RecipeError if the lock of an earlier run is damaged.
     """
-    bases = [recipe.model.name] if recipe.model.name else recipe.model.candidates
+    candidates = recipe.model.candidates
+    bases = (recipe.model.name,) if recipe.model.name else candidates if isinstance(candidates, tuple) else ()
     starts = _list_starts(recipe.adapter.start_from, bases)
     runs: list[Path] = []
     unknown: list[str] = []

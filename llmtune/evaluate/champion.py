@@ -218,7 +218,7 @@ def check_champion(recipe: Recipe, run: RunFolder, rows: Rows, examples: Example
     if not shared + further:
         what = f"none of the {total} test rows can be compared: the champion was trained on them or did not answer them"
         what += ", or a run that one of both models starts from was trained on them" if learned else ""
-        raise DataError.of(what, KEY, ROWS_FIX)
+        raise DataError.of(what, KEY, ROWS_FIX if left else "Set data.test to rows that no earlier run learned.")
     if len(left) < total:
         text = (
             f"champion: {total - len(left)} of {total} test rows were training rows of a run that one of both models "
