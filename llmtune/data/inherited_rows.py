@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from llmtune.data.input_overlap import COMMON_ROWS, COMMON_SHARE
 from llmtune.data.row_hash import hash_content
-from llmtune.data.row_store import RECORD, iterate_ids, iterate_rows, load_rows
+from llmtune.data.row_store import iterate_ids, iterate_rows, load_rows
 from llmtune.data.row_text import hash_input, plain_form, row_input
+from llmtune.errors import LlmtuneError
 from llmtune.recipe.schema import Recipe
 from llmtune.records import Row, Rows
 from llmtune.store.run_folder import CERTIFICATE, MANIFEST, OWN_FOLDERS
@@ -29,10 +31,7 @@ class Inheritance:
 
 
 def find_inheritance(recipe: Recipe) -> Inheritance:
-    """Follow `adapter.start_from` and `model.name` of a recipe, and those of each run found, to all earlier runs.
-
-    Raises RecipeError if the lock of an earlier run is damaged.
-    """
+    """Follow `adapter.start_from` and `model.name` of a recipe, and those of each run found, to all earlier runs."""
     candidates = recipe.model.candidates
     bases = (recipe.model.name,) if recipe.model.name else candidates if isinstance(candidates, tuple) else ()
     starts = _list_starts(recipe.adapter.start_from, bases)
@@ -58,7 +57,7 @@ def _list_starts(adapter: str | None, bases: Sequence[str]) -> list[tuple[str, b
 
 
 def find_run_of(start: str) -> Path | None:
-    """Return the run folder that a folder is, or is part of; None if it has no rows."""
+    """Return the run folder that a folder is, or is part of; None if its lock or its rows cannot be read."""
     place = Path(os.path.realpath(start))
     for folder in (place, *place.parents):
         inner = place.relative_to(folder).parts[:1]
@@ -68,7 +67,12 @@ def find_run_of(start: str) -> Path | None:
 
 
 def _has_rows(run: Path) -> bool:
-    return (run / LOCK).is_file() and (run / "data" / "rows" / RECORD).is_file()
+    """Return whether the lock and the rows of a run can be read; an earlier run never ends this one."""
+    with suppress(LlmtuneError):
+        read_lock(run / LOCK)
+        load_rows(run / "data" / "rows")
+        return True
+    return False
 
 
 def find_learned(rows: Rows, runs: Iterable[Path]) -> frozenset[str]:

@@ -192,6 +192,9 @@ def test_an_earlier_run_whose_rows_or_start_are_gone_has_unknown_rows(
     (moved / "llmtune.lock").write_text(lock.replace(str(learned), str(tmp_path / "gone")))
     recipe = load_recipe(continued.parent / "recipe.yaml", [f"adapter.start_from={moved}"]).recipe
     assert find_inheritance(recipe) == Inheritance((moved,), (str(tmp_path / "gone" / "adapter"),))
+    (moved / "llmtune.lock").write_text(lock[:100])
+    assert find_inheritance(recipe) == Inheritance((), (str(moved),))
+    (moved / "llmtune.lock").write_text(lock)
     shutil.rmtree(moved / "data" / "rows")
     assert find_inheritance(recipe) == Inheritance((), (str(moved),))
 
