@@ -131,6 +131,10 @@ class Contamination:
     """Scores of both models on clean and on overlapping rows; empty without overlap."""
     prompted: int = 0
     """Test rows with the complete prompt of a training row; earlier versions did not count them."""
+    inherited: int = 0
+    """Test rows whose input was in training or validation of an earlier run that this one starts from."""
+    unknown: tuple[str, ...] = ()
+    """Folders that this run starts from, trained on unknown rows."""
 
 
 @dataclass(frozen=True)

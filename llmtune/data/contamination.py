@@ -58,11 +58,13 @@ class Overlap:
     """The first shared run of each row in `shared`."""
     common: int
     """Number of distinct runs that were ignored because more than ten training rows have them."""
+    inherited: frozenset[int] = frozenset()
+    """Test rows whose input an earlier run learned, from which this one starts."""
 
     @property
     def rows(self) -> frozenset[int]:
         """All test rows that overlap in any way."""
-        return frozenset((*self.equal, *self.near, *self.prompted, *self.worded, *self.shared))
+        return frozenset((*self.equal, *self.near, *self.prompted, *self.worded, *self.shared, *self.inherited))
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from pydantic import Field, TypeAdapter, ValidationError
 from rich.console import Console
 from typing_extensions import TypedDict
 
-from llmtune.data.row_store import RECORD, iterate_ids, iterate_rows, load_rows
-from llmtune.data.row_text import hash_input
+from llmtune.data.inherited_rows import find_inheritance, find_learned
+from llmtune.data.row_store import RECORD
 from llmtune.errors import DataError, EnvironmentProblem, LlmtuneError, Problem, RecipeError
 from llmtune.evaluate.metric import Measure, paired_difference
 from llmtune.evaluate.opened_runs import (
@@ -37,7 +37,7 @@ from llmtune.recipe.user_files import read_text_file
 from llmtune.records import Examples, Json, Rows
 from llmtune.score_records import Champion, Evaluation
 from llmtune.store.atomic_files import explained, hash_file, hash_value
-from llmtune.store.run_folder import MANIFEST, RunFolder, recipe_of_run
+from llmtune.store.run_folder import MANIFEST, RunFolder, read_run, recipe_of_run
 
 LEDGER = "releases.jsonl"
 LOOKS = "evaluate.looks"
@@ -211,11 +211,19 @@ def check_champion(recipe: Recipe, run: RunFolder, rows: Rows, examples: Example
         return
     numbers = sorted({int(row) for row in ExampleReader(examples, "test").rows})
     names = name_test_rows(rows, numbers)
-    shared, total = len({*names} & {*champion.measures.rows}), len(names)
-    further = len(list_unseen(champion, find_champion_run(recipe, run.path), rows, names))
+    folder, total = find_champion_run(recipe, run.path), len(names)
+    learned = find_inherited(recipe, folder, rows)
+    left = [name for name in names if name.rpartition("-")[0] not in learned]
+    shared, further = len({*left} & {*champion.measures.rows}), len(list_unseen(champion, folder, rows, names, learned))
     if not shared + further:
         what = f"none of the {total} test rows can be compared: the champion was trained on them or did not answer them"
-        raise DataError.of(what, KEY, ROWS_FIX)
+        what += ", or a run that one of both models starts from was trained on them" if learned else ""
+        raise DataError.of(what, KEY, ROWS_FIX if left else "Set data.test to rows that no earlier run learned.")
+    if len(left) < total:
+        text = (
+            f"champion: {total - len(left)} of {total} test rows were training rows of a run that one of both models "
+        )
+        console.print(f"{text}starts from, and are left out", style="yellow", highlight=False, markup=False)
     if shared < total:
         asked = f"; its model answers {further} more rows that it was not trained on" if further else ""
         text = f"champion: {shared} of {total} test rows are test rows of the champion too{asked}"
@@ -241,19 +249,25 @@ def find_champion_run(recipe: Recipe, run: Path) -> Path | None:
     return path if (path / MANIFEST).is_file() and (path / "data" / "rows" / RECORD).is_file() else None
 
 
-def list_unseen(champion: ScoredRun, folder: Path | None, rows: Rows, names: Sequence[str]) -> list[int]:
+def find_inherited(recipe: Recipe, folder: Path | None, rows: Rows) -> frozenset[str]:
+    """Return the ids of test rows learned by earlier runs that this one or the champion, in `folder`, starts from."""
+    recipes = [recipe, recipe_of_run(read_run(folder)).recipe] if folder else [recipe]
+    return find_learned(rows, {run for one in recipes for run in find_inheritance(one).runs})
+
+
+def list_unseen(
+    champion: ScoredRun, folder: Path | None, rows: Rows, names: Sequence[str], inherited: frozenset[str]
+) -> list[int]:
     """Return the positions of test rows that the champion neither answered nor saw in training or validation.
 
-    It saw a row if it saw its input with any answer. `folder` is its run folder; without it the result is empty.
+    It saw a row if it saw its input with any answer. `folder` is its run folder; without it the result is empty. Rows
+    that are `inherited` are left out.
     """
     answered = {*champion.measures.rows}
     new = [place for place, name in enumerate(names) if name not in answered]
     if folder is None or not new:
         return []
-    known = load_rows(folder / "data" / "rows")
-    learned = {hash_input(row) for split in ("train", "validation") for _, row in iterate_rows(known, split)}
-    tests = zip(iterate_ids(rows, "test"), iterate_rows(rows, "test"), strict=True)
-    seen = {name for name, (_, row) in tests if hash_input(row) in learned}
+    seen = inherited | find_learned(rows, [folder])
     return [place for place in new if names[place].rpartition("-")[0] not in seen]
 
 
@@ -281,9 +295,10 @@ def face_champion(
     if champion is None:
         return None
     folder = find_champion_run(recipe, run.path)
-    places = list_unseen(champion, folder, rows, measures.rows)
+    inherited = find_inherited(recipe, folder, rows)
+    places = list_unseen(champion, folder, rows, measures.rows, inherited)
     asked = ask(folder, places) if folder and places else NONE_ASKED
-    return compare_with_champion(champion, recipe, evaluation, measures, asked)
+    return compare_with_champion(champion, recipe, evaluation, measures, asked, inherited)
 
 
 def compare_with_champion(
@@ -292,18 +307,19 @@ def compare_with_champion(
     evaluation: Evaluation,
     measures: PerRowScores,
     asked: PerRowScores = NONE_ASKED,
+    inherited: frozenset[str] = frozenset(),
 ) -> Champion:
     """Compare the tuned model with the champion on the rows they share.
 
-    `asked` holds the champion's answers to further test rows of this run. Metrics that the two runs measure
-    differently are omitted.
+    `asked` holds the champion's answers to further test rows of this run. Rows with the ids in `inherited` are left
+    out: one of both models learned them in an earlier run. Metrics that the two runs measure differently are omitted.
 
     Raises:
         RecipeError: measurement settings differ.
         DataError: the runs share no row.
     """
     champion = replace(champion, measures=champion.measures.with_rows(asked))
-    own = ScoredRun(OWN, recipe, evaluation, keep_asked(measures, recipe))
+    own = ScoredRun(OWN, recipe, evaluation, keep_asked(measures, recipe).without_rows(inherited))
     both = {*champion.measures.rows} & {*own.measures.rows}
     if not both:
         raise DataError.of("no test row is also a test row of the champion", KEY, ROWS_FIX)

@@ -10,7 +10,7 @@ import json
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
@@ -101,6 +101,17 @@ class PerRowScores(PairedMeasures):
                 sums_NK, names = np.concatenate([known.sums_NK, more.sums_NK]), (*known.names, *more.names)
                 tuned[metric] = replace(known, sums_NK=sums_NK, at=at, clusters=(), names=names)
         return PerRowScores({}, tuned, (*self.rows, *others.rows))
+
+    def without_rows(self, ids: Collection[str]) -> PerRowScores:
+        """Return the tuned model's scores without the rows with these ids; metrics without other rows are dropped."""
+        if not ids:
+            return self
+        kept = [at for at, name in enumerate(self.rows) if name.rpartition("-")[0] not in ids]
+        place = {at: number for number, at in enumerate(kept)}
+        parts = {metric: one.subset(place) for metric, one in self.tuned.items()}
+        tuned = {name: replace(one, at=tuple(place[at] for at in one.at)) for name, one in parts.items() if one.at}
+        clusters = tuple(self.clusters[at] for at in kept) if self.clusters else ()
+        return PerRowScores({}, tuned, tuple(self.rows[at] for at in kept), clusters)
 
 
 def _kind_of(measure: Measure) -> tuple[str, int, bool]:

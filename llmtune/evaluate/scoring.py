@@ -12,7 +12,8 @@ from transformers import PreTrainedTokenizerBase
 
 from llmtune.data.contamination import Overlap, find_overlap, prompt_row
 from llmtune.data.examples import encode_rows
-from llmtune.data.row_store import iterate_rows, iterate_texts, load_rows, pick_rows, read_rows
+from llmtune.data.inherited_rows import find_inheritance, find_learned
+from llmtune.data.row_store import iterate_ids, iterate_rows, iterate_texts, load_rows, pick_rows, read_rows
 from llmtune.data.row_text import compared_text
 from llmtune.errors import DataError, RecipeError
 from llmtune.evaluate.calibration import run_temperature
@@ -143,11 +144,16 @@ def print_cautions(evaluation: Evaluation, answers: Mapping[str, Answers], recip
 def find_contamination(rows: Rows, context: EvalContext, measures: PairedMeasures) -> Contamination:
     """Compare the test rows with the training rows, and score both models without overlapping ones.
 
-    Looks for nearly equal rows unless preparation already did.
+    Looks for nearly equal rows unless preparation already did. Training rows of earlier runs that this one starts from
+    count as well.
     """
     recipe = context.recipe
     with spinner(context.console, "comparing test rows with training rows"):
         overlap = find_overlap(rows, near=recipe.data.deduplicate != "near")
+        inheritance = find_inheritance(recipe)
+        learned = find_learned(rows, inheritance.runs)
+    inherited = frozenset(number for number, name in enumerate(iterate_ids(rows, SPLIT)) if name in learned)
+    overlap = replace(overlap, inherited=inherited)
     return Contamination(
         rows=overlap.test_rows,
         train_rows=overlap.train_rows,
@@ -162,6 +168,8 @@ def find_contamination(rows: Rows, context: EvalContext, measures: PairedMeasure
         dropped={reason: number for reason, number in rows.dropped.items() if reason.endswith(" a test row")},
         examples=show_examples(rows, overlap),
         scores=score_apart(overlap, context, measures),
+        inherited=len(inherited),
+        unknown=inheritance.unknown,
     )
 
 

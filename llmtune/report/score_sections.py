@@ -29,11 +29,12 @@ from llmtune.report.charts import draw_meter
 from llmtune.report.decision_view import decision_section
 from llmtune.report.metric_info import better_side, metric_note, rank_metrics
 from llmtune.report.number_format import count, missing, score, share, signed
+from llmtune.report.overlap_view import overlap_sentence, overlap_table
 from llmtune.report.report_record import Power, Seeds
 from llmtune.report.sample_view import NUMBERS, present_samples
 from llmtune.report.search_sections import length_section
 from llmtune.report.verdict import INCONCLUSIVE
-from llmtune.score_records import Contamination, Evaluation, GateResult, Slice
+from llmtune.score_records import Evaluation, GateResult, Slice
 
 MOST_CLASSES, MOST_PAIRS = 20, 15
 """Maximum classes of a readable confusion matrix, and maximum listed pairs of classes."""
@@ -314,47 +315,6 @@ def overlap_section(evaluation: Evaluation) -> Section:
         text += "are boilerplate or part of a template. "
     text += "It cannot find paraphrases, and does not know the model's pre-training data."
     return Section("Overlap with training data", [*blocks, Text(text, "soft")], "Overlap", "overlap")
-
-
-def overlap_kinds(overlap: Contamination) -> list[tuple[str, str, int, int]]:
-    """Return the kinds of overlap: name in the table, name in a sentence, overlapping rows, and rows searched."""
-    long, short = overlap.rows - overlap.short, overlap.short
-    return [
-        ("equal", "equal", overlap.equal, overlap.rows),
-        ("nearly equal (shares 80 % of word triples)", "nearly equal", overlap.near, overlap.rows),
-        ("same prompt, any answer", "with the same prompt", overlap.prompted, overlap.rows),
-        ("shares a 13-word passage (rows of 13 words or more)", "with a shared 13-word passage", overlap.shared, long),
-        ("same words in the same order (shorter rows)", "short, with the same words", overlap.worded, short),
-    ]
-
-
-def overlap_table(overlap: Contamination) -> Table:
-    """Return a table of the test rows with each kind of overlap."""
-    columns: TableColumns = [
-        "overlap with a training row",
-        *(Column(name, "number") for name in ("rows", "of", "share")),
-    ]
-    rows = [[name, count(part), count(of), share(part, of)] for name, _, part, of in overlap_kinds(overlap)]
-    return Table(columns, rows)
-
-
-def overlap_sentence(overlap: Contamination) -> str:
-    """Return how many test rows overlap, by kind, and how many rows were already dropped for overlap."""
-    number = overlap.overlapping
-    text = f"None of the {count(overlap.rows)} test rows overlaps with a training row "
-    text += "(equal, nearly equal, same prompt, or a shared 13-word passage)."
-    if number:
-        kinds = ", ".join(f"{count(part)} {name}" for _, name, part, _ in overlap_kinds(overlap) if part)
-        verb = "overlaps" if number == 1 else "overlap"
-        text = f"{count(number)} of {count(overlap.rows)} test rows ({share(number, overlap.rows)}) {verb} with a "
-        text += f"training row: {kinds}."
-    if overlap.prompted:
-        text += " Set data.split_by to a column that identifies the question, or remove the test questions from "
-        text += "training."
-    if left := sum(overlap.dropped.values()):
-        were = "row was" if left == 1 else "rows were"
-        text += f" {count(left)} other {were} dropped from training or validation for overlap."
-    return text
 
 
 def flip_section(evaluation: Evaluation, task: str | None) -> Section:

@@ -1,0 +1,110 @@
+"""Rows that a model learned before a run: those of the earlier runs that made its adapter or its base model."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from llmtune.data.input_overlap import COMMON_ROWS, COMMON_SHARE
+from llmtune.data.row_hash import hash_content
+from llmtune.data.row_store import iterate_ids, iterate_rows, load_rows
+from llmtune.data.row_text import hash_input, plain_form, row_input
+from llmtune.errors import LlmtuneError
+from llmtune.recipe.schema import Recipe
+from llmtune.records import Row, Rows
+from llmtune.store.run_folder import CERTIFICATE, MANIFEST, OWN_FOLDERS
+from llmtune.store.run_lock import LOCK, read_lock
+
+
+@dataclass(frozen=True)
+class Inheritance:
+    """The earlier runs that a model comes from."""
+
+    runs: tuple[Path, ...] = ()
+    """Run folders with rows, the nearest first."""
+    unknown: tuple[str, ...] = ()
+    """Adapters and trained models of which no run folder with rows exists."""
+
+
+def find_inheritance(recipe: Recipe) -> Inheritance:
+    """Follow `adapter.start_from` and `model.name` of a recipe, and those of each run found, to all earlier runs."""
+    candidates = recipe.model.candidates
+    bases = (recipe.model.name,) if recipe.model.name else candidates if isinstance(candidates, tuple) else ()
+    starts = _list_starts(recipe.adapter.start_from, bases)
+    runs: list[Path] = []
+    unknown: list[str] = []
+    for start, is_trained in starts:
+        run = find_run_of(start)
+        if run is not None and run not in runs:
+            runs.append(run)
+            lock = read_lock(run / LOCK)
+            adapter = lock.get("start_from")
+            starts += _list_starts(adapter["folder"] if adapter else None, [lock["model"]["name"]])
+        elif run is None and is_trained:
+            unknown.append(start)
+    return Inheritance(tuple(runs), tuple(dict.fromkeys(unknown)))
+
+
+def _list_starts(adapter: str | None, bases: Sequence[str]) -> list[tuple[str, bool]]:
+    """Return the folders that training starts from, each with whether llmtune or PEFT certainly trained it."""
+    folders = [base for base in bases if os.path.isabs(base)]
+    trained = [(base, not os.path.isdir(base) or os.path.exists(os.path.join(base, CERTIFICATE))) for base in folders]
+    return [*([(adapter, True)] if adapter else []), *trained]
+
+
+def find_run_of(start: str) -> Path | None:
+    """Return the run folder that a folder is, or is part of; None if its lock or its rows cannot be read."""
+    place = Path(os.path.realpath(start))
+    for folder in (place, *place.parents):
+        inner = place.relative_to(folder).parts[:1]
+        if (folder / MANIFEST).is_file() and {*inner} <= {*OWN_FOLDERS} and _has_rows(folder):
+            return folder
+    return None
+
+
+def _has_rows(run: Path) -> bool:
+    """Return whether the lock and the rows of a run can be read; an earlier run never ends this one."""
+    with suppress(LlmtuneError):
+        read_lock(run / LOCK)
+        load_rows(run / "data" / "rows")
+        return True
+    return False
+
+
+def find_learned(rows: Rows, runs: Iterable[Path]) -> frozenset[str]:
+    """Return the ids of test rows whose input is in the training or validation rows of some run folders.
+
+    An input of many different rows is the task itself and does not count, as in `find_shared_inputs`. Raises DataError
+    or EnvironmentProblem if rows of a run are damaged.
+    """
+    learned = {one for run in runs for one in _list_inputs(load_rows(run / "data" / "rows"))}
+    if not learned:
+        return frozenset()
+    tests = zip(iterate_ids(rows, "test"), iterate_rows(rows, "test"), strict=True)
+    return frozenset(name for name, (_, row) in tests if learned.intersection(_hash_inputs(row)))
+
+
+def _list_inputs(rows: Rows) -> Collection[bytes]:
+    input_of_row = {
+        name: _hash_inputs(row)
+        for split in ("train", "validation")
+        for name, (_, row) in zip(iterate_ids(rows, split), iterate_rows(rows, split), strict=True)
+    }
+    counts = Counter(one for inputs in input_of_row.values() for one in inputs)
+    most = max(COMMON_ROWS, COMMON_SHARE * len(input_of_row))
+    return [one for one, number in counts.items() if number <= most]
+
+
+def _hash_inputs(row: Row) -> frozenset[bytes]:
+    """Hash a row's input; a single question without system message also as the plain prompt of another task."""
+    return frozenset((hash_input(row), *_hash_plain(row)))
+
+
+def _hash_plain(row: Row) -> Iterator[bytes]:
+    roles = [message["role"] for message in row.get("messages") or () if message["role"] != "assistant"]
+    if roles == ["user"] and not row.get("tools"):
+        yield hash_content({"context": "", "query": plain_form(row_input(row).query)})
