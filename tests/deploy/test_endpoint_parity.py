@@ -95,7 +95,7 @@ def test_an_endpoint_with_the_same_model_passes_whatever_it_returns(run, served,
     assert (measured["ids_known_by"], measured["logprob_mean_difference"] is not None) == told
     assert measured["answer_agreement"] == 1
     assert (measured["logprob_mean_difference"] or 0) < 1e-4
-    assert (certificate["model"], measured["prompts"]) == ("tiny", 16)
+    assert (certificate["model"], measured["prompts"]) == ("tiny", 17)
     assert json.loads((run / "endpoint.certificate.json").read_text())["passed"]
     assert "parity with the adapter over 16 prompts" in console.file.getvalue()
 
