@@ -39,6 +39,10 @@ def test_a_trivial_baseline_is_never_called_the_base_model(headed, evaluation):
     assert ">base<" not in page
     assert "| metric | baseline | tuned |" in text
     assert "The baseline is the most frequent class, not a model" in terminal
+    why = "the base model's head for {no, yes} is replaced by a new one for {bad, good}"
+    *_, terminal = shown(replace(headed.evaluation, baseline_reason=why), "classify")
+    assert f"not a model: {why}." in " ".join(terminal.split())
+    assert "no trained head" not in terminal
     page, *others = shown(evaluation)
     assert "The baseline is" not in page
     assert "baseline" not in "".join(others)
