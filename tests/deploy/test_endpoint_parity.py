@@ -97,7 +97,7 @@ def test_an_endpoint_with_the_same_model_passes_whatever_it_returns(run, served,
     assert (measured["logprob_mean_difference"] or 0) < 1e-4
     assert (certificate["model"], measured["prompts"]) == ("tiny", 17)
     assert json.loads((run / "endpoint.certificate.json").read_text())["passed"]
-    assert "parity with the adapter over 16 prompts" in console.file.getvalue()
+    assert "parity with the adapter over 17 prompts" in console.file.getvalue()
 
 
 @pytest.mark.parametrize(("knows", "said"), [(ALL, "other token ids"), ((), "a different number of tokens")])

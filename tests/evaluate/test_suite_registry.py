@@ -59,7 +59,7 @@ def test_gaps_and_swaps_of_both_models_survive_a_round_trip(make_bench, tmp_path
     for word in ("Swaps", "chance alone", "not why"):
         assert word in study.limits
     save_evaluation(found, tmp_path / "saved")
-    assert load_evaluation(tmp_path / "saved") == found
+    assert repr(load_evaluation(tmp_path / "saved")) == repr(found)  # intervals may have no ends: not a number
 
 
 @pytest.mark.parametrize(("metrics", "choices"), [("[loss, choice_accuracy]", "auto"), ("[exact_match]", "null")])

@@ -37,14 +37,17 @@ def merge(code: int) -> str:
     cannot="a merged, quantised or exported model that differs from the trained one",
     kept="Each export is read back from disk, compared with the trained model on its own rows, and gets a certificate; "
     "one that differs is not kept.",
-    shows="error the merged model differs: mean KL is ... nats per position; the limit is ... -> The product was "
-    "deleted; the numbers are in run/merged.failed.json.",
+    shows="error the merged model differs: the adapter is lost: its weights moved by ...% of what tuning did to the base "
+    "model's -> The product was deleted; the numbers are in run/merged.failed.json.",
     also=["deploy/test_merged_model.py", "deploy/test_gguf_export.py", "deploy/test_endpoint_parity.py"],
     cases=["merged_adapter", "merged_into_four_bits", "merged_with_head", "gguf_metadata"],
 )
 def test_a_merge_without_the_adapter_fails_and_leaves_no_model(finished, without, shows):
     with without("llmtune.deploy.merged_model.merge_weights", lambda adapted, onto: adapted.model.unload()):
-        with without("llmtune.deploy.parity_reference.find_breaches", lambda parity, limits: []):
+        with (
+            without("llmtune.deploy.parity_reference.find_breaches", lambda parity, limits: []),
+            without("llmtune.deploy.parity_reference.find_lost_steps", lambda *steps: []),
+        ):
             merge(0)
         torch.testing.assert_close(logits(finished / "run/merged"), logits(finished / "model"))  # the tuning is lost
         (finished / "run/merged").rename(finished / "forgetful")
@@ -76,7 +79,10 @@ def test_an_export_with_another_template_fails(finished, without, shows):
         return tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
 
     with without("llmtune.deploy.merged_model.save_tokenizer", save_another):
-        with without("llmtune.deploy.parity_reference.find_breaches", lambda parity, limits: []):
+        with (
+            without("llmtune.deploy.parity_reference.find_breaches", lambda parity, limits: []),
+            without("llmtune.deploy.parity_reference.find_lost_steps", lambda *steps: []),
+        ):
             merge(0)
         assert rendered("run/merged") != rendered("model"), "a server's prompts differ from training"
         (finished / "run/merged").rename(finished / "other")

@@ -138,6 +138,7 @@ NAMING_TASKS = {
     "recipe/task_sections.py": "sections are called as their tasks",
     "recipe/first_recipe.py": "a kind of model is called `speech`",
     "explain/inputs.py": "the section `speech`",
+    "deploy/folder_settings.py": "the section `embed`",
 }
 
 

@@ -76,7 +76,7 @@ def test_a_prompt_that_does_not_fit_the_context_is_refused_with_numbers(tune):
 
 def test_an_error_during_generation_reaches_the_reader(tune, monkeypatch):
     session = session_of(tune())
-    monkeypatch.setattr(session.served.model, "generate", lambda **kwargs: 1 / 0)
+    monkeypatch.setattr(session.served.model.get_base_model(), "forward", lambda *inputs, **options: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         list(session.answer("Hello"))
 

@@ -188,7 +188,7 @@ def test_a_request_ends_when_its_client_leaves(path: str, reranker: Path, embedd
 
     def counted(rows: Any, loaded: Any) -> Any:
         sizes.append(len(rows))
-        time.sleep(0.05)
+        time.sleep(0.3)
         return predict(rows, loaded)
 
     object.__setattr__(served.task, "predict", counted)

@@ -179,6 +179,7 @@ SHARE = metrics.share_bounds
 KINDS = {
     "right or wrong": Kind(lambda quality_N, _: ones(quality_N), bounds=SHARE, right_wrong=True),
     "share": Kind(lambda quality_N, _: ones(quality_N), bounds=SHARE),
+    "share of counted": Kind(tokens, metrics.ratio_of_counted, metrics.counted_bounds),
     "share of tokens": Kind(tokens, bounds=SHARE),
     "mean of tasks": Kind(of_tasks, benchmarks.mean_of_ratios, metrics.mean_share_bounds),
     "errors": Kind(errors, texts.error_rate, metrics.error_bounds),
