@@ -8,8 +8,8 @@ Ullman, "Mining of Massive Datasets", section 3.4. Pairs at 0.8 become candidate
 Rows made from one template (a long instruction, a short question) overlap by more than 0.8 and still differ. Triples in
 a tenth of all rows therefore do not count, except in a row with at most one word outside them.
 
-Only candidates, rows that share a band with another row, keep their minima. Keys, minima and buckets are on disk: memory
-grows by a few bytes per row, however many rows are near each other.
+Only candidates, rows that share a band with another row, keep their minima. Keys, minima and buckets are on disk, so
+memory grows by a few bytes per row, however many rows are near each other.
 
 Legend: W words (and word triples, as many), R rows of a batch, N rows, C candidates, P minima, L bands, G buckets.
 """

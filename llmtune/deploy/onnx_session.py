@@ -101,7 +101,7 @@ class OnnxSession:
     @contextmanager
     def explained(self, what: str) -> Iterator[None]:
         """Turn errors of the program, which have no common class, into an EnvironmentProblem."""
-        from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+        from google.protobuf.message import DecodeError
         from onnxruntime.capi import onnxruntime_pybind11_state as state
 
         kinds = (

@@ -139,9 +139,7 @@ class SearchReference(HeadReference):
         from sentence_transformers import CrossEncoder
 
         model = CrossEncoder(str(folder), **self._options())
-        model.max_length = min(
-            model.max_length, self.tuned.recipe.data.max_length
-        )  # docs/rerank.md tells users to do so
+        model.max_length = min(model.max_length, self.tuned.recipe.data.max_length)  # as docs/rerank.md shows
         asked = [[(row["query"], passage) for passage in row["passages"]] for row in self.tuned.rows]
         return [torch.as_tensor(model.predict(pairs, show_progress_bar=False)).float().cpu() for pairs in asked]
 

@@ -92,8 +92,7 @@ def load_model(
         model.config.use_cache = not training
         if training:
             fuse_norms(model)
-        model.eval()
-        task.check_model(model, processor, recipe)
+        task.check_model(model.eval(), processor, recipe)
         if training and model.main_input_name == "input_ids":
             _check_readable(model, model_ref, recipe, task, processor)
         _check_positions(model, model_ref, recipe)

@@ -37,8 +37,8 @@ def merge(code: int) -> str:
     cannot="a merged, quantised or exported model that differs from the trained one",
     kept="Each export is read back from disk, compared with the trained model on its own rows, and gets a certificate; "
     "one that differs is not kept.",
-    shows="error the merged model differs: the adapter is lost: its weights moved by ...% of what tuning did to the base "
-    "model's -> The product was deleted; the numbers are in run/merged.failed.json.",
+    shows="error the merged model differs: the adapter is lost: its weights moved by ...% of what tuning did to the "
+    "base model's -> The product was deleted; the numbers are in run/merged.failed.json.",
     also=["deploy/test_merged_model.py", "deploy/test_gguf_export.py", "deploy/test_endpoint_parity.py"],
     cases=["merged_adapter", "merged_into_four_bits", "merged_with_head", "gguf_metadata"],
 )
