@@ -155,6 +155,8 @@ def test_an_input_of_most_rows_is_the_task_itself(tmp_path):
     assert split(tmp_path, "chat", rows[4:], rows[:4]).dropped == {}
 
 
+@pytest.mark.promise("rows", "leakage", place="speech", equal="the same recording is dropped from train")
+@pytest.mark.promise("rows", "contrast pairs", place="speech", equal="other recordings with one text are kept")
 def test_other_recordings_with_one_text_are_kept_and_the_same_recording_is_dropped(tmp_path):
     np, soundfile = pytest.importorskip("numpy"), pytest.importorskip("soundfile")
     for name in ("a", "b", "c"):
