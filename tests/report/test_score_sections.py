@@ -122,6 +122,7 @@ def test_overlapping_test_rows_are_counted_and_scored_separately(measured):
         ["2", "148", "1.4 %"],
         ["9", "128", "7.0 %"],
         ["1", "20", "5.0 %"],
+        ["0", "148", "0.0 %"],
     ]
     assert [row[1:] for row in overlap_table(measured.contamination).rows] == counts
 

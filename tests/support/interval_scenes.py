@@ -82,6 +82,11 @@ def tokens(quality_N: Floats, length_N: Floats) -> Floats:
     return np.stack([quality_N * length_N, length_N], 1)
 
 
+def some(quality_N: Floats, length_N: Floats) -> Floats:
+    counted_N = (length_N > 10).astype(float)
+    return np.stack([quality_N * counted_N, counted_N], 1)
+
+
 def errors(quality_N: Floats, length_N: Floats) -> Floats:
     return np.stack([(1 - quality_N) * length_N, length_N], 1)
 
@@ -179,7 +184,7 @@ SHARE = metrics.share_bounds
 KINDS = {
     "right or wrong": Kind(lambda quality_N, _: ones(quality_N), bounds=SHARE, right_wrong=True),
     "share": Kind(lambda quality_N, _: ones(quality_N), bounds=SHARE),
-    "share of counted": Kind(tokens, metrics.ratio_of_counted, metrics.counted_bounds),
+    "share of counted": Kind(some, metrics.ratio_of_counted, metrics.counted_bounds),
     "share of tokens": Kind(tokens, bounds=SHARE),
     "mean of tasks": Kind(of_tasks, benchmarks.mean_of_ratios, metrics.mean_share_bounds),
     "errors": Kind(errors, texts.error_rate, metrics.error_bounds),

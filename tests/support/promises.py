@@ -92,7 +92,9 @@ def collect(arguments: Sequence[str]) -> Collector:
     """Run pytest on all tests that hold a cell."""
     collector = Collector()
     code = pytest.main(["-q", "-m", MARK, *arguments, *marked_files()], plugins=[collector])
-    assert code in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.NO_TESTS_COLLECTED), code
+    assert code not in (pytest.ExitCode.INTERNAL_ERROR, pytest.ExitCode.USAGE_ERROR), code
+    if code == pytest.ExitCode.INTERRUPTED and not collector.results:
+        raise SystemExit("interrupted, or a module could not be collected")  # what ran before Ctrl-C is recorded
     return collector
 
 
