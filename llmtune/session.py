@@ -42,7 +42,7 @@ from llmtune.recipe.adapter_section import DATA_STARTS
 from llmtune.recipe.model_section import ModelSection
 from llmtune.recipe.schema import Recipe
 from llmtune.records import ALONE, AdaptedModel, Examples, Layout, ModelRef, Rows, SelectedModel
-from llmtune.report.render_terminal import spinner
+from llmtune.report.render_terminal import phase, spinner
 from llmtune.store.atomic_files import hash_folder, hash_value
 from llmtune.store.processes import layout, once, world_size
 from llmtune.store.run_folder import RunFolder, StepRun, read_run, recipe_of_run, trained_name
@@ -127,7 +127,7 @@ class RunContext:
     def step(self, name: str, inputs: str, outputs: Sequence[str] = (), *, always: bool = False) -> Iterator[StepRun]:
         """Print a step's name, and skip the step if nothing changed; see `RunFolder.step`."""
         begin = partial(self.begin, name)
-        with self.folder.step(name, inputs, outputs, always=always, on_begin=begin) as step:
+        with phase(self.console, name), self.folder.step(name, inputs, outputs, always=always, on_begin=begin) as step:
             yield step
 
     def begin(self, step: str, skipped: bool = False) -> None:

@@ -30,6 +30,7 @@ from llmtune.data.worker_pool import WorkerPool
 from llmtune.errors import DataError, Problem, nearest
 from llmtune.recipe.data_section import DataSection
 from llmtune.records import SPLITS, Advance, Json
+from llmtune.report.render_terminal import LiveProgress
 from llmtune.store.atomic_files import atomic_file
 
 SHOWN = 20
@@ -120,7 +121,7 @@ class IngestState:
 def progress_bars(console: Console, amount: ProgressColumn | None = None) -> Iterator[Progress]:
     """Draw progress bars if the output is a terminal, in bytes by default."""
     columns = (TextColumn("{task.description}"), BarColumn(), amount or DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+    with LiveProgress(*columns, console=console, transient=True) as progress:
         yield progress
 
 

@@ -126,13 +126,13 @@ def run_recipe(recipe: str | Path, sets: Sequence[str], request: RunRequest, con
     _agree(loaded)
     from llmtune.launch.unchanged_run import finish_noted
     from llmtune.report.junit import failures_in_junit
-    from llmtune.report.render_terminal import spinner
+    from llmtune.report.render_terminal import phase, spinner
     from llmtune.store.run_folder import default_path
 
     path = request.out or default_path(loaded.recipe.name, loaded.fingerprint)
     once(lambda: _peek(loaded, path, request))  # before anything is written there
     notes = rank() == 0 and not request.dry_run
-    with failures_in_junit(path, loaded.recipe.name) if notes else nullcontext():
+    with phase(console, request.until), failures_in_junit(path, loaded.recipe.name) if notes else nullcontext():
         known: Json = {}
         if once(lambda: bool(known.update(_look_first(loaded, path, request, console)) or known)):
             return known
@@ -210,7 +210,7 @@ def evaluate_folder(run: Path, sets: Sequence[str], request: RunRequest, console
     """Score a finished run again, with some settings changed; return the content of report.json."""
     from llmtune.evaluate.champion import open_champion
     from llmtune.evaluate.judge_client import check_evaluation
-    from llmtune.report.render_terminal import spinner
+    from llmtune.report.render_terminal import phase, spinner
     from llmtune.store.run_folder import read_run, recipe_of_run
 
     loaded = recipe_of_run(read_run(run), sets)
@@ -220,7 +220,8 @@ def evaluate_folder(run: Path, sets: Sequence[str], request: RunRequest, console
     with spinner(console, "loading the libraries"), gc_paused():
         from llmtune.pipeline import evaluate_run
 
-    return evaluate_run(loaded, run, console, offline=request.offline)
+    with phase(console, request.until):
+        return evaluate_run(loaded, run, console, offline=request.offline)
 
 
 def make_console(*, quiet: bool = False, stderr: bool = True) -> Console:

@@ -1,12 +1,17 @@
-"""Renders tables and texts on the terminal with rich; omits pictures, small print and collapsed parts."""
+"""Renders tables, texts and progress on the terminal with rich; omits pictures, small print and collapsed parts.
+
+Without a terminal, `Heartbeat` prints a line whenever nothing was printed for a minute.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from textwrap import fill
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 from rich.box import SIMPLE_HEAD
 from rich.cells import cell_len
@@ -14,9 +19,13 @@ from rich.console import Console, ConsoleOptions, RenderableType
 from rich.markup import escape
 from rich.progress import (
     BarColumn,
+    DownloadColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
     SpinnerColumn,
+    Task,
+    TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -27,6 +36,8 @@ from rich.text import Text as RichText
 
 from llmtune.errors import visible
 from llmtune.report.blocks import Beside, Block, Bullets, Column, KeyValues, Page, Section, Table, Text
+from llmtune.report.number_format import duration
+from llmtune.store.processes import rank
 
 LEAST_TEXT = 12
 """Minimum width of text columns."""
@@ -34,6 +45,8 @@ SHORT = 8
 """Cells up to this length, such as `< 0.001`, are not wrapped."""
 NO_BREAK = "\u00a0"
 STYLES = {"better": "green", "worse": "red"}
+BEAT_SECONDS = 60.0
+"""Longest silence of a log without a terminal; CI systems end jobs that print nothing for longer."""
 
 
 T = TypeVar("T")
@@ -42,17 +55,126 @@ T = TypeVar("T")
 class VisibleConsole(Console):
     """A console that shows escape codes as text, so data cannot control the terminal."""
 
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.heartbeat = Heartbeat(self)
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """Print as rich does, and note the time."""
+        self.heartbeat.printed = time.monotonic()
+        super().print(*objects, **options)
+
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
         """Render as rich does, and make all control characters visible except rich's own."""
         for segment in super().render(renderable, options):
             yield segment if segment.control else Segment(visible(segment.text), segment.style)
 
 
+class Heartbeat:
+    """Prints what a console's innermost phase does, whenever the console was silent for `BEAT_SECONDS`."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.printed = time.monotonic()
+        """Time of the last line."""
+        self.phases: list[Callable[[], str]] = []
+        """Each returns the state of a running phase, the outermost first."""
+        self._ended = threading.Event()
+
+    @contextmanager
+    def during(self, describe: Callable[[], str]) -> Iterator[None]:
+        """Beat during a phase; the thread ends with the outermost one."""
+        outermost = not self.phases
+        self.phases.append(describe)
+        if outermost:
+            self.printed, self._ended = time.monotonic(), threading.Event()
+            threading.Thread(target=self._beat, args=(self._ended,), daemon=True).start()
+        try:
+            yield
+        finally:
+            self.phases.remove(describe)
+            if outermost:
+                self._ended.set()
+
+    def _beat(self, ended: threading.Event) -> None:
+        while not ended.wait(max(self.printed + BEAT_SECONDS - time.monotonic(), 0.01)):
+            running = self.phases[-1:]
+            if running and time.monotonic() - self.printed >= BEAT_SECONDS:
+                self.console.print(running[0](), highlight=False, markup=False)
+
+
+@contextmanager
+def heartbeat(console: Console, describe: Callable[[], str]) -> Iterator[None]:
+    """Let a log without a terminal speak at least once a minute during the block; see `Heartbeat`."""
+    if not isinstance(console, VisibleConsole) or console.is_terminal or console.quiet or rank():
+        yield
+        return
+    with console.heartbeat.during(describe):
+        yield
+
+
+@contextmanager
+def phase(console: Console, name: str) -> Iterator[None]:
+    """Name the work of the block in the heartbeat, with the time since it began."""
+    started = time.monotonic()
+    with heartbeat(console, lambda: f"{name}: still running after {duration(time.monotonic() - started)}"):
+        yield
+
+
+class LiveProgress(Progress):
+    """Bars on a terminal; elsewhere the heartbeat has their counts and the time left."""
+
+    def __init__(self, *columns: ProgressColumn, console: Console, **options: Any) -> None:
+        super().__init__(*columns, console=console, disable=not console.is_terminal, **options)
+        self._phases = ExitStack()
+        self._begun: dict[TaskID, float] = {}
+
+    def start(self) -> None:
+        """Start the display, or the heartbeat."""
+        super().start()
+        self._phases.enter_context(heartbeat(self.console, self.describe))
+
+    def stop(self) -> None:
+        """End the display, or the heartbeat."""
+        self._phases.close()
+        super().stop()
+
+    def add_task(
+        self,
+        description: str,
+        start: bool = True,
+        total: float | None = 100.0,
+        completed: int = 0,
+        visible: bool = True,
+        **fields: Any,
+    ) -> TaskID:
+        """Add a bar; the time left counts from what is `completed` already."""
+        number = super().add_task(description, start, total, completed, visible, **fields)
+        self._begun[number] = completed
+        return number
+
+    def describe(self) -> str:
+        """Return the state of the running bar: its counts, the time since it began, and an estimate of the rest."""
+        running = [task for task in self.tasks if not task.finished] or self.tasks
+        return self._describe_task(running[-1]) if running else "still running"
+
+    def _describe_task(self, task: Task) -> str:
+        elapsed, parts = task.elapsed or 0.0, []
+        if task.total:
+            in_bytes = any(isinstance(column, DownloadColumn) for column in self.columns)
+            parts.append(f"{task.percentage:.0f} %" if in_bytes else f"{task.completed:,.0f} of {task.total:,.0f}")
+        parts.append(f"{duration(elapsed)} so far")
+        done = task.completed - self._begun.get(task.id, 0)
+        if task.total and done > 0:
+            parts.append(f"about {duration(elapsed * (task.total - task.completed) / done)} left")
+        return f"{task.description}: {', '.join(parts)}"
+
+
 @contextmanager
 def spinner(console: Console, text: str) -> Iterator[None]:
     """Show a spinner with the elapsed time on a terminal."""
-    columns = (SpinnerColumn(), TextColumn(text), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with LiveProgress(*columns, console=console, transient=True) as bars:
         bars.add_task(text, total=None)
         yield
 
@@ -63,11 +185,11 @@ def track_items(console: Console, items: Sequence[T], text: str) -> Iterator[T]:
         yield from bars.track(items, description=text)
 
 
-def counting_bars(console: Console) -> Progress:
+def counting_bars(console: Console) -> LiveProgress:
     """Return progress bars with a counter, and a spinner that moves during long items."""
     what = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     times = (TimeElapsedColumn(), TimeRemainingColumn())
-    return Progress(*what, *times, console=console, transient=True, disable=not console.is_terminal)
+    return LiveProgress(*what, *times, console=console, transient=True)
 
 
 def print_page(page: Page, console: Console) -> None:

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from llmtune.records import Json
+from llmtune.report.render_terminal import LiveProgress
 from llmtune.report.report_record import Report
 from llmtune.store.atomic_files import explained, plain, read_json, read_json_lines, write_json, write_text
 from llmtune.store.process_environment import LOCAL_TRACKERS
@@ -115,7 +116,7 @@ def show_training(console: Console, done: int, total: int) -> Iterator[Display]:
         TextColumn("{task.fields[figures]}"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, speed_estimate_period=300, disable=not console.is_terminal) as bar:
+    with LiveProgress(*columns, console=console, speed_estimate_period=300) as bar:
         yield Display(console, bar, bar.add_task("train", completed=done, total=total, figures=""), total)
 
 
