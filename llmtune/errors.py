@@ -94,6 +94,8 @@ class LlmtuneError(Exception):
     """
 
     exit_code: int = 1
+    reported = False
+    """Whether the run's report and junit.xml already have it."""
 
     def __init__(self, *problems: Problem) -> None:
         assert problems, "an error names at least one problem"

@@ -316,8 +316,8 @@ def run_evaluate(context: RunContext, loaded: LoadedRecipe) -> None:
 
 def run_deploy(context: RunContext, loaded: LoadedRecipe) -> None:
     """Make the products that the recipe names, each verified against the trained model."""
-    if context.plan.recipe.deploy:
-        context.once(lambda: make_products(context))
+    if context.plan.recipe.deploy.formats:
+        context.once(lambda: make_products(context, partial(_write_report, context, loaded)))
 
 
 STEPS: dict[str, Callable[[RunContext, LoadedRecipe], None]] = {

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from llmtune.serve.serve_runs import ServeOptions
 
 ENGINES = ("own", "vllm")
+Limit = Annotated[
+    int | None, typer.Option("--limit", min=1, help="Most test rows to score it on (default: the run's deploy.limit).")
+]
 
 app = typer.Typer(help="Merge, export, serve, certify or publish a run.", no_args_is_help=True)
 
@@ -116,6 +119,7 @@ def merge_command(
         typer.Option("--onto", help="original or dequantized weights (default: those used in training)."),
     ] = None,
     dtype: Annotated[str, typer.Option("--dtype", help="float32, bfloat16 or float16 (auto: as trained).")] = "auto",
+    limit: Limit = None,
     threads: Threads = None,
     offline: Offline = False,
     as_json: AsJson = False,
@@ -123,10 +127,12 @@ def merge_command(
     """Merge the adapter into the base weights, and certify the result against the adapter; exit 6 if they differ."""
     prepare_environment(network=False, threads=threads)
     with gc_paused():
+        from llmtune.deploy.export_score import open_to_export
         from llmtune.deploy.merged_model import merge_run
-        from llmtune.session import open_finished
 
-    certificate = merge_run(open_finished(run, stderr_console(), offline), out, onto=onto, dtype=dtype)
+    certificate = merge_run(
+        open_to_export(run, stderr_console(), offline=offline, limit=limit), out, onto=onto, dtype=dtype
+    )
     if as_json:
         print_json(certificate)
 
@@ -145,17 +151,20 @@ def gguf(
     onto: Annotated[
         str | None, typer.Option("--onto", help="For qlora: original or dequantized weights (default: dequantized).")
     ] = None,
+    limit: Limit = None,
     threads: Threads = None,
     offline: Offline = False,
     as_json: AsJson = False,
 ) -> None:
     """Write a GGUF file for llama.cpp with an Ollama Modelfile, and certify it; exit 6 if it differs."""
+    if adapter_only and limit is not None:
+        raise RecipeError.of("an adapter without its base is not scored", "--limit", "Omit --limit.")
     prepare_environment(network=False, threads=threads)
     with gc_paused():
+        from llmtune.deploy.export_score import open_to_export
         from llmtune.deploy.gguf_export import make_gguf
-        from llmtune.session import open_finished
 
-    context = open_finished(run, stderr_console(), offline)
+    context = open_to_export(run, stderr_console(), offline=offline, limit=limit)
     certificate = make_gguf(context, out, number_format=number_format.lower(), adapter_only=adapter_only, onto=onto)
     if as_json:
         print_json(certificate)
@@ -169,6 +178,7 @@ def onnx_command(
     out: Annotated[
         Path | None, typer.Option("--out", help="Output folder (default: RUN/onnx/float32 or int8).")
     ] = None,
+    limit: Limit = None,
     threads: Threads = None,
     offline: Offline = False,
     as_json: AsJson = False,
@@ -176,10 +186,10 @@ def onnx_command(
     """Write ONNX files for onnxruntime with a script that runs them, and certify them; exit 6 if they differ."""
     prepare_environment(network=False, threads=threads)
     with gc_paused():
+        from llmtune.deploy.export_score import open_to_export
         from llmtune.deploy.onnx_export import make_onnx
-        from llmtune.session import open_finished
 
-    certificate = make_onnx(open_finished(run, stderr_console(), offline), out, int8=int8)
+    certificate = make_onnx(open_to_export(run, stderr_console(), offline=offline, limit=limit), out, int8=int8)
     if as_json:
         print_json(certificate)
 
@@ -193,6 +203,7 @@ def quantize_command(
         typer.Option("--scheme", help="w4a16 (4-bit weights), w8a8 or fp8 (8-bit weights and activations)."),
     ] = "w4a16",
     out: Annotated[Path | None, typer.Option("--out", help="Output folder (default: RUN/quantized/SCHEME).")] = None,
+    limit: Limit = None,
     threads: Threads = None,
     offline: Offline = False,
     as_json: AsJson = False,
@@ -200,10 +211,12 @@ def quantize_command(
     """Merge and quantise a model for vLLM (compressed-tensors), certify and score it; exit 6 if it differs."""
     prepare_environment(network=False, threads=threads)
     with gc_paused():
+        from llmtune.deploy.export_score import open_to_export
         from llmtune.deploy.quantized_model import quantize_run
-        from llmtune.session import open_finished
 
-    certificate = quantize_run(open_finished(run, stderr_console(), offline), out, scheme=scheme.lower())
+    certificate = quantize_run(
+        open_to_export(run, stderr_console(), offline=offline, limit=limit), out, scheme=scheme.lower()
+    )
     if as_json:
         print_json(certificate)
 
@@ -280,6 +293,7 @@ def certify(
     api_key_file: Annotated[
         Path | None, typer.Option("--api-key-file", metavar="FILE", help="File with the endpoint's API key.")
     ] = None,
+    limit: Limit = None,
     threads: Threads = None,
     offline: Offline = False,
     as_json: AsJson = False,
@@ -298,10 +312,12 @@ def certify(
     url = url or (export if "://" in export else None)
     folder = find_run(Path(run or export))
     if url is not None:
-        certificate = certify_run(folder, url=url, model=model, key_file=api_key_file, offline=offline, console=console)
+        certificate = certify_run(
+            folder, url=url, model=model, key_file=api_key_file, offline=offline, console=console, limit=limit
+        )
     else:
         ours = {"--model": model, "--api-key-file": api_key_file}
         RecipeError.collect(Problem("applies to endpoints only", name, "Omit it.") for name, one in ours.items() if one)
-        certificate = certify_export(folder, Path(export), offline=offline, console=console)
+        certificate = certify_export(folder, Path(export), offline=offline, console=console, limit=limit)
     if as_json:
         print_json(certificate)

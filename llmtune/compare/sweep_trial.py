@@ -15,6 +15,7 @@ from typing_extensions import TypedDict
 
 from llmtune.errors import EnvironmentProblem, LlmtuneError, Problem, RecipeError, Stopped, first_line, nearest
 from llmtune.recipe.loader import LoadedRecipe, load_recipe
+from llmtune.recipe.schema import DeploySection
 from llmtune.recipe.validation import key_paths
 from llmtune.recipe.yaml_reader import Node, file_label, parse_yaml, read_recipe_text
 from llmtune.recipe.yaml_writer import scalar
@@ -250,7 +251,7 @@ def sweep_trial_folder(out: Path, number: int) -> Path:
 def alone(loaded: LoadedRecipe) -> LoadedRecipe:
     """Return the recipe of a trial: no gates, further seeds or deployment."""
     one = without_gates(without_seeds(loaded))
-    return replace(one, recipe=one.recipe.model_copy(update={"deploy": ()}))
+    return replace(one, recipe=one.recipe.model_copy(update={"deploy": DeploySection()}))
 
 
 def _share(out: Path, run: Path, loaded: LoadedRecipe) -> None:

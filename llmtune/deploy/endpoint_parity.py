@@ -16,7 +16,7 @@ from pydantic.dataclasses import dataclass
 from rich.console import Console
 
 from llmtune.data.chat_messages import clean_messages
-from llmtune.deploy.export_score import describe_differences, score_answers
+from llmtune.deploy.export_score import describe_differences, open_to_export, score_answers
 from llmtune.deploy.parity import Certificate
 from llmtune.deploy.parity_reference import TextReference
 from llmtune.deploy.tuned_model import ANSWER_TOKENS, load_tuned
@@ -28,7 +28,6 @@ from llmtune.evaluate.inference import Answers
 from llmtune.recipe.user_files import read_text_file
 from llmtune.records import Row
 from llmtune.report.render_terminal import spinner
-from llmtune.session import open_finished
 from llmtune.store.atomic_files import explained, write_json
 
 ENDPOINT_CERTIFICATE = "endpoint.certificate.json"
@@ -55,9 +54,18 @@ class Reply:
 
 
 def certify_run(
-    run: Path, *, url: str, model: str | None, key_file: Path | None, offline: bool, console: Console
+    run: Path,
+    *,
+    url: str,
+    model: str | None,
+    key_file: Path | None,
+    offline: bool,
+    console: Console,
+    limit: int | None = None,
 ) -> Certificate:
     """Ask an endpoint and the model of a finished run the same prompts greedily; write the certificate in any case.
+
+    Scores at most `limit` test rows, by default `deploy.limit` of the run.
 
     Raises:
         RecipeError: no URL, an unknown model, or a task without messages or texts to continue.
@@ -70,7 +78,7 @@ def certify_run(
         raise RecipeError.of(f"the API key cannot be read: {error}", "--api-key-file") from error
     client = connect(url, key, offline)
     url = str(client.base_url).rstrip("/")
-    context = open_finished(run, console, offline)
+    context = open_to_export(run, console, offline=offline, limit=limit)
     if not context.plan.task.free_prompt:
         fix = "Its answers are those of `llmtune generate`; merge and GGUF files have certificates of their own."
         raise RecipeError.of(f"an endpoint of task {context.plan.task.name} has no prompts to compare", "--url", fix)

@@ -23,20 +23,20 @@ from llmtune.errors import LlmtuneError
 from llmtune.evaluate.cache_keys import base_inputs
 from llmtune.evaluate.calibration import run_temperature
 from llmtune.evaluate.decision import copy_rules
-from llmtune.evaluate.eval_inputs import EvalContext, make_inputs
+from llmtune.evaluate.eval_inputs import EvalContext, limit_inputs, make_inputs
 from llmtune.evaluate.evaluated_task import LoadedModel
 from llmtune.evaluate.generation import generate_completions
 from llmtune.evaluate.inference import Answers, compute_metrics, inference_on, predict
-from llmtune.evaluate.opened_runs import OpenedRun, ScoredRun, keep_asked, open_run_scores, pair_metrics
+from llmtune.evaluate.opened_runs import OpenedRun, ScoredRun, keep_asked, open_run_scores, pair_measures, pair_metrics
 from llmtune.evaluate.per_row_scores import PerRowScores, name_test_rows, save_measures
 from llmtune.evaluate.results import load_base
 from llmtune.model.device import release_memory
 from llmtune.records import Json, Row
 from llmtune.report.metric_info import better_side
 from llmtune.report.number_format import count, score, signed, size
-from llmtune.session import Plan, RunContext
+from llmtune.session import Plan, RunContext, open_finished
 from llmtune.store.atomic_files import explained, plain, write_json
-from llmtune.store.run_folder import CERTIFICATE
+from llmtune.store.run_folder import CERTIFICATE, read_run, recipe_of_run
 
 MakeExport = Callable[[TunedModel, Path], Certificate]
 """Makes an export of the tuned model in a folder, certifies it, and returns its certificate."""
@@ -52,6 +52,12 @@ class Usage:
     peak_bytes: int | None
     """Peak main memory that loading and answering added; None on a GPU, or if the system does not count it."""
     device: str
+
+
+def open_to_export(run: Path, console: Console, *, offline: bool, limit: int | None = None) -> RunContext:
+    """Open a finished run to export it; `limit` replaces its `deploy.limit`. Raises as `open_finished` does."""
+    recipe = None if limit is None else recipe_of_run(read_run(run), [f"deploy.limit={limit}"]).recipe
+    return open_finished(run, console, offline, recipe)
 
 
 def export_run(
@@ -121,15 +127,16 @@ def score_answers(
 ) -> Json:
     """Score the answers of an export to the run's test rows, and pair them with the tuned model's.
 
-    Saves `measures.npz` in the folder `out`. If the test rows or the tuned model's scores are missing, `unmeasured` has
-    the reason.
+    At most `deploy.limit` rows. Saves `measures.npz` in the folder `out`. If the test rows or the tuned model's scores
+    are missing, `unmeasured` has the reason.
     """
     plan, rows, examples = context.plan, context.rows, context.examples
     try:
         run = open_run_scores(context.folder.path, "tuned")
-        inputs = make_inputs(rows, examples, plan.task, processor, plan.recipe)
+        whole = make_inputs(rows, examples, plan.task, processor, plan.recipe)
     except LlmtuneError as error:
         return {"unmeasured": error.problems[0].what}
+    inputs = limit_inputs(whole, plan.recipe.deploy.limit)
     evaluated = EvalContext(plan.recipe, plan.task, processor, inputs, plan.device, context.console)
     known = base_inputs(plan.recipe, adapter_settings(plan.recipe), plan.model_ref, rows, examples, plan.device)
     answers = replace(answer(evaluated), temperature=run_temperature(context.folder))
@@ -137,17 +144,18 @@ def score_answers(
     measured, names = compute_metrics(evaluated, answers, base), name_test_rows(rows, inputs.rows)
     measures = PerRowScores({}, measured, names, inputs.clusters)
     save_measures(out, measures)
-    return compare_with_tuned(run, measures)
+    scored = len(inputs.measured or inputs.rows)
+    return {"rows": scored, "test_rows": len(inputs.rows), **compare_with_tuned(run, measures)}
 
 
 def compare_with_tuned(run: OpenedRun, measures: PerRowScores) -> Json:
-    """Return both models' scores on the test rows, and the differences: the export's minus the tuned model's."""
+    """Return both models' scores on their common rows, and the differences: the export's minus the tuned model's."""
     export = ScoredRun("the export", run.recipe, run.evaluation, keep_asked(measures, run.recipe))
-    difference, left_out = pair_metrics(run, export)
+    pairs, left_out = pair_measures(run, export)
+    difference, _ = pair_metrics(run, export)
     return {
-        "rows": len(measures.rows),
-        "tuned": {metric: run.measures.tuned[metric].value for metric in difference},
-        "export": {metric: measures.tuned[metric].value for metric in difference},
+        "tuned": {metric: before.value for metric, (before, _) in pairs.items()},
+        "export": {metric: after.value for metric, (_, after) in pairs.items()},
         "difference": {metric: asdict(change) for metric, change in difference.items()},
         "left_out": left_out,
     }
@@ -220,7 +228,9 @@ def describe_differences(scored: Json, by: str) -> list[str]:
     """Write the scores of an export and of the tuned model with their paired difference, a line per metric."""
     if "unmeasured" in scored:
         return [f"not scored: {scored['unmeasured']}"]
-    lines = [f"scored by {by} on {count(scored['rows'])} test rows, compared with the tuned model:"]
+    rows, every = scored["rows"], scored["test_rows"]
+    of_all = "" if rows == every else f" of {count(every)}"
+    lines = [f"scored by {by} on {count(rows)}{of_all} test rows, compared with the tuned model:"]
     for metric, change in scored["difference"].items():
         both = f"{score(scored['export'][metric])}, tuned {score(scored['tuned'][metric])}"
         interval = f"{signed(change['value'])} ({signed(change['low'])} to {signed(change['high'])})"

@@ -21,11 +21,11 @@ from llmtune.model.resolve import UNKNOWN, find_license
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.secrets import hide_paths, is_local_path
 from llmtune.recipe.task_facts import TASK_FACTS
+from llmtune.report.export_section import export_section
 from llmtune.report.metric_info import metric_note
 from llmtune.report.number_format import missing
 from llmtune.report.render_markdown import code, markdown_text, render_section
 from llmtune.report.report_record import Seeds
-from llmtune.report.run_sections import export_section
 from llmtune.report.score_sections import base_name, gate_section, score_section, seed_section, suite_sections
 from llmtune.score_records import Evaluation, GateResult
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 
 from llmtune import __version__
-from llmtune.deploy.export_score import describe_export, score_export, time_tuned
+from llmtune.deploy.export_score import describe_export, open_to_export, score_export, time_tuned
 from llmtune.deploy.exported_model import WEIGHT_FILES, ExportedModel, open_folder
 from llmtune.deploy.gguf_export import check_gguf, make_gguf
 from llmtune.deploy.gguf_readers import longest_text, open_gguf_export
@@ -24,15 +24,17 @@ from llmtune.deploy.onnx_session import OPENVINO_SUFFIX
 from llmtune.deploy.parity import LIMITS, NOT_FINITE, Certificate, describe_parity
 from llmtune.deploy.quantized_model import SCHEMES, check_quantizable, quantize_run
 from llmtune.deploy.search_parity import make_reference
-from llmtune.errors import EnvironmentProblem, GateFailed, Problem, RecipeError
+from llmtune.errors import EnvironmentProblem, GateFailed, LlmtuneError, Problem, RecipeError
 from llmtune.model.causal_lm_loss import unwrap
 from llmtune.model.config import readable
 from llmtune.model.device import explain_oom
 from llmtune.model.library_logging import silent
+from llmtune.recipe.secrets import redact_all
 from llmtune.report.render_terminal import spinner
-from llmtune.session import Plan, RunContext, open_finished
+from llmtune.report.report_record import ExportFailure
+from llmtune.session import Plan, RunContext
 from llmtune.store.atomic_files import explained, hash_file, hash_folder, hash_value, plain, write_json
-from llmtune.store.run_folder import CERTIFICATE
+from llmtune.store.run_folder import CERTIFICATE, StepFacts
 
 
 @dataclass(frozen=True)
@@ -66,19 +68,46 @@ EXPORT_FORMATS = {
 
 def check_products(plan: Plan) -> None:
     """Check without loading weights that the exports of the recipe can be made; raises the errors of their formats."""
-    for name in plan.recipe.deploy:
+    for name in plan.recipe.deploy.formats:
         EXPORT_FORMATS[name].check(plan)
 
 
-def make_products(context: RunContext) -> None:
-    """Make, certify and score the exports that the recipe names, unless they exist from the same inputs."""
+def make_products(context: RunContext, write_report: Callable[[], object]) -> None:
+    """Make, certify and score the exports that the recipe names, unless they exist from the same inputs.
+
+    `write_report` is called before the first of them is made, and if one fails or the user stops: the report names what
+    failed or is unfinished. The step's facts have each export as soon as it is made.
+    """
     recipe, trained = context.plan.recipe, hash_folder(context.trained_folder)
-    settings, names = recipe.generation.model_dump(mode="json"), recipe.deploy
+    settings, names = recipe.generation.model_dump(mode="json"), recipe.deploy.formats
     scored = context.plan.inputs.get("evaluate")
-    inputs = hash_value([__version__, trained, context.plan.model_ref.content_hash, settings, scored, sorted(names)])
-    with context.step("deploy", inputs, [EXPORT_FORMATS[name].folder for name in names]) as step:
-        if not step.skipped:
-            step.facts["exports"] = {name: EXPORT_FORMATS[name].make(context) for name in names}
+    parts = [__version__, trained, context.plan.model_ref.content_hash, settings, scored, sorted(names)]
+    inputs = hash_value(parts if recipe.deploy.limit is None else [*parts, recipe.deploy.limit])
+    try:
+        with context.step("deploy", inputs, [EXPORT_FORMATS[name].folder for name in names]) as step:
+            if not step.skipped:
+                folders = {name: EXPORT_FORMATS[name].folder for name in names}
+                step.facts.update(exports={}, failed={}, folders=folders)
+                write_report()
+                for name in names:
+                    _make_one(context, name, step.facts)
+    except BaseException as error:  # also Ctrl-C
+        with suppress(OSError, LlmtuneError):  # the error may be a full disk
+            write_report()
+            if isinstance(error, LlmtuneError):
+                error.reported = True
+        raise
+
+
+def _make_one(context: RunContext, name: str, facts: StepFacts) -> None:
+    """Make one export, and add its certificate to the facts of the step, or its error."""
+    try:
+        facts["exports"][name] = EXPORT_FORMATS[name].make(context)
+    except LlmtuneError as error:
+        message = redact_all(str(error))
+        facts["failed"][name] = ExportFailure(kind=type(error).__name__, exit_code=error.exit_code, message=message)
+        raise
+    context.folder.write()
 
 
 # Somebody else's export of a run
@@ -116,16 +145,17 @@ def foreign(path: Path, device: str) -> Iterator[None]:
         yield
 
 
-def certify_export(run: Path, path: Path, *, offline: bool, console: Console) -> Certificate:
+def certify_export(run: Path, path: Path, *, offline: bool, console: Console, limit: int | None = None) -> Certificate:
     """Compare an export that llmtune need not have made with the tuned model, and score it on the run's test rows.
 
-    The certificate is written to `certified/FOLDER` or `certified/FOLDER-FILE` of the run, also if it fails.
+    At most `limit` rows, by default `deploy.limit` of the run. The certificate is written to `certified/FOLDER` or
+    `certified/FOLDER-FILE` of the run, also if it fails.
 
     Raises:
         RecipeError: an unknown kind of file.
         GateFailed: the export differs from the tuned model by more than the limits.
     """
-    context = open_finished(run, console, offline)
+    context = open_to_export(run, console, offline=offline, limit=limit)
     tuned, usage, asked = time_tuned(context, ("test", "validation", "train"))
     with spinner(console, "asking the tuned model"):
         reference = make_reference(tuned)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
@@ -66,6 +66,8 @@ class EvalInputs:
     """[N] the rows with their answers and kept columns, for the user's own metrics; empty without any."""
     corpus: tuple[str, ...] = ()
     """The passages of `data.corpus`."""
+    measured: tuple[int, ...] = ()
+    """Indexes into the rows above: the only rows that are measured; empty for all."""
 
 
 @dataclass(frozen=True)
@@ -146,6 +148,23 @@ def make_inputs(
         clusters=read_clusters(rows, split, kept),
         full_rows=tuple(read_full_rows(rows, split, kept)) if recipe.evaluate.own_metrics else (),
         corpus=read_corpus(rows, split) if facts.searches else (),
+    )
+
+
+def limit_inputs(inputs: EvalInputs, limit: int | None) -> EvalInputs:
+    """Measure at most `limit` rows, spread evenly; those with answers first, so that all metrics share their rows."""
+    rows = inputs.answered or range(len(inputs.rows))
+    if limit is None or limit >= len(rows):
+        return inputs
+    measured = tuple(rows[at] for at in cut_evenly(len(rows), limit))
+    kept = set(measured)
+    return replace(
+        inputs,
+        measured=measured,
+        answered=tuple(i for i in inputs.answered if i in kept),
+        prompt_ids={i: prompts for i, prompts in inputs.prompt_ids.items() if i in kept},
+        turns={i: turns for i, turns in inputs.turns.items() if i in kept},
+        trees={i: tree for i, tree in inputs.trees.items() if i in kept},
     )
 
 

@@ -95,7 +95,7 @@ def predict(model: torch.nn.Module, name: str, context: EvalContext, packs: bool
         sums = None
         if task.has_row_loss and any(metric in TOKEN_METRICS for metric in inputs.metrics):
             collate = task.collator(context.processor, recipe, packs)
-            advance = add_bar(bars, f"{name}: loss", len(inputs.reader))
+            advance = add_bar(bars, f"{name}: loss", len(measured_examples(inputs)))
             sums = score_tokens(model, inputs, task, collate, device, advance, bool(packs))
         scores: list[list[float]] = []
         if trees:
@@ -201,9 +201,10 @@ def score_tokens(
 ) -> TokenSums:
     """Add up loss and first choices over the supervised tokens of each row; examples of a split row are summed.
 
-    With `packed`, `collate` concatenates examples, and a batch costs the sum of their lengths.
+    With `packed`, `collate` concatenates examples, and a batch costs the sum of their lengths. If only some rows are
+    measured, the sums are theirs, in the order of `inputs.measured`.
     """
-    reader = inputs.reader
+    reader, examples = inputs.reader, measured_examples(inputs)
 
     def score(indexes: Sequence[int]) -> list[list[float]]:
         def work(batch: list[int]) -> list[list[float]]:
@@ -216,18 +217,27 @@ def score_tokens(
         lengths = [int(reader.lengths[i]) for i in indexes]
         return run_in_batches(lengths, budget_for(device, TOKEN_BUDGET), work, advance, packed=packed)
 
-    nats, correct = np.asarray(over_processes(model, range(len(reader)), score)).reshape(-1, 2).T
-    row_of = np.searchsorted(np.asarray(inputs.rows), np.asarray(reader.rows))
+    nats, correct = np.asarray(over_processes(model, examples, score)).reshape(-1, 2).T
+    rows = np.asarray(inputs.rows)[list(inputs.measured)] if inputs.measured else np.asarray(inputs.rows)
+    row_of = np.searchsorted(rows, np.asarray(reader.rows)[examples])
 
     def by_row(values: Floats) -> Floats:
-        sums = np.bincount(row_of, weights=values, minlength=len(inputs.rows))
+        sums = np.bincount(row_of, weights=values, minlength=len(rows))
         return sums.astype(np.float64)
 
-    supervised = np.asarray(reader.supervised, dtype=np.float64)
-    target_bytes = np.asarray([reader[i].target_bytes for i in range(len(reader))], dtype=np.float64)
+    supervised = np.asarray(reader.supervised, dtype=np.float64)[examples]
+    target_bytes = np.asarray([reader[i].target_bytes for i in examples], dtype=np.float64)
     first = np.unique(row_of, return_index=True)[1]
     sums = by_row(nats), by_row(correct), by_row(supervised), by_row(target_bytes)
     return TokenSums(*sums, nats[first], supervised[first])
+
+
+def measured_examples(inputs: EvalInputs) -> list[int]:
+    """Return the numbers of the examples of the rows that are measured."""
+    if not inputs.measured:
+        return list(range(len(inputs.reader)))
+    rows = [inputs.rows[i] for i in inputs.measured]
+    return [int(i) for i in np.flatnonzero(np.isin(np.asarray(inputs.reader.rows), rows))]
 
 
 def compute_metrics(
@@ -285,7 +295,8 @@ def measure_sums(metric: str, context: EvalContext, sums: TokenSums | None) -> M
     measured = measure_tokens(metric, sums.nats, sums.correct, sums.tokens, sums.target_bytes)
     if not context.task.predicts_tokens:
         measured = replace(measured, signature=task_signature(metric, context))
-    return replace(measured, at=tuple(range(len(sums.nats))))
+    assert context.inputs is not None
+    return replace(measured, at=context.inputs.measured or tuple(range(len(sums.nats))))
 
 
 def measure_answers(metric: str, inputs: EvalInputs, answers: Answers) -> Measure:

@@ -192,7 +192,7 @@ def find_other_settings(first: ScoredRun, second: ScoredRun) -> Iterator[tuple[s
             counts = f"{len(after[metric].at)} rows, but in {name} on {len(before[metric].at)}"
             yield (
                 f"{metric} was measured on {counts}, and the {second.name_inputs(metric)} differ",
-                " (evaluate.limit, evaluate.choices)",
+                " (evaluate.limit, evaluate.choices, deploy.limit)",
             )
     if not shared:
         yield f"no metric in common: {', '.join(after)}, but {name} has {', '.join(before)}", ""

@@ -54,7 +54,7 @@ def make_report(folder: RunFolder, recipe: Recipe, device: str) -> Report:
         power=list_power(recipe.evaluate, evaluation) if evaluation else (),
         suspects=summarize_suspects(folder.path / "evaluation" / SUSPECTS),
         explanations=find_explanations(folder.path),
-        **collect_facts(folder.done_facts(), began, curve),
+        **collect_facts(folder.done_facts(), began, curve, folder.facts("deploy")),
     )
     return redact_all(report, [*secret_values(settings), *environment_secrets()])
 

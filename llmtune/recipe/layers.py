@@ -21,6 +21,8 @@ INSTEAD = {
 }
 """A key set on the command line -> the key in the file that it replaces."""
 SOURCE_KEYS = (("data", "train"), ("data", "validation"), ("data", "test"))
+LISTS = {("deploy",): "formats"}
+"""A section -> the key that a list, or one name, in its place sets."""
 
 
 def read_layers(
@@ -64,6 +66,8 @@ def read_layers(
 
 def overlay(below: Node, above: Node, key: tuple[str, ...] = ()) -> Node:
     """Override one value with another. Mappings are merged key by key; sources and all other values are replaced."""
+    if key in LISTS and isinstance(below.value, dict) != isinstance(above.value, dict):
+        below, above = (_as_section(node, LISTS[key]) for node in (below, above))
     if not isinstance(below.value, dict) or not isinstance(above.value, dict) or key in SOURCE_KEYS:
         overrides = above.value is None and (below.value is not None or below.overrides)
         return Node(above.value, above.origin, above.folder, overrides)
@@ -71,6 +75,12 @@ def overlay(below: Node, above: Node, key: tuple[str, ...] = ()) -> Node:
     for name, item in above.value.items():
         merged[name] = overlay(merged[name], item, (*key, name)) if name in merged else item
     return Node(merged, above.origin, above.folder)
+
+
+def _as_section(node: Node, key: str) -> Node:
+    """Write a list, or one name, in place of a section in full."""
+    short = isinstance(node.value, list | str)
+    return Node({key: node}, node.origin, node.folder) if short else node
 
 
 def apply_sets(root: Node, sets: Sequence[str]) -> Node:
@@ -126,6 +136,8 @@ def assign(below: Node | None, parts: Sequence[str], above: Node, key: tuple[str
     is_source = key in SOURCE_KEYS or (key[:2] in SOURCE_KEYS and len(key) == 3 and key[2].isdigit())
     if key in SOURCE_KEYS and name == "0" and isinstance(value, str | dict):
         return assign(below, rest, above, key)  # a single source counts as a list of one
+    if key in LISTS and below and not name.isdigit():
+        value = _as_section(below, LISTS[key]).value
     if is_source and isinstance(value, str) and below:
         value = {"path": below}
     if isinstance(value, list):

@@ -76,6 +76,28 @@ class GenerationSection(RecipeSection):
             diagnostics.none_has_effect(self, "generation", names, why, fix, "generation.do_sample")
 
 
+class DeploySection(RecipeSection):
+    """What is made of a trained model. A list, or one name, is short for `formats`."""
+
+    formats: Products = ()
+    """Exports that `run` makes at the end, each certified, and scored on the test rows by its own runtime: `merged`,
+    `gguf` (F16), `gguf-q8_0`, `gguf-q4_k_m`, `onnx`, `onnx-int8`; for vLLM `w4a16`, `w8a8`, `fp8`. Default none: the
+    adapter is the result."""
+    limit: Positive | None = None
+    """Most test rows that each export is scored on, spread evenly over all of them: runtimes on the CPU are slow.
+    Intervals get wider accordingly, and certificates have the number. Default none: all test rows."""
+
+
+def as_formats(value: object) -> object:
+    """Convert the short forms of `deploy`, a list or one name, to the section."""
+    return {"formats": value} if isinstance(value, str | list | tuple) else value
+
+
+Deploy = Annotated[
+    DeploySection, BeforeValidator(as_formats, json_schema_input_type=Product | list[Product] | DeploySection)
+]
+
+
 class Recipe(RecipeSection):
     """A complete recipe: model, rows, training and evaluation. It does not say where to run."""
 
@@ -99,10 +121,8 @@ class Recipe(RecipeSection):
     """How answers are generated. Default: greedily."""
     evaluate: EvaluateSection = EvaluateSection()
     """Metrics to compute and gates to pass. Default: the task's metrics, no gates."""
-    deploy: Products = ()
-    """Exports that `run` makes at the end, each certified, and scored on the test rows by its own runtime: `merged`,
-    `gguf` (F16), `gguf-q8_0`, `gguf-q4_k_m`, `onnx`, `onnx-int8`; for vLLM `w4a16`, `w8a8`, `fp8`. Default none: the
-    adapter is the result."""
+    deploy: Deploy = DeploySection()
+    """Exports that `run` makes at the end. Default none: the adapter is the result."""
     completion: CompletionSection | None = None
     """Settings of `task: completion`. Default none: the defaults of its keys."""
     preference: PreferenceSection | None = None
@@ -179,30 +199,34 @@ class Recipe(RecipeSection):
         self.train.check(diagnostics, self.data, self.adapter, self.seed, variant)
         self.train.check_task(diagnostics, variant)
         self.generation.check(diagnostics, variant)
-        self.evaluate.check(diagnostics, variant, bool(self.data.test), self.deploy, bool(self.data.validation))
+        self.evaluate.check(diagnostics, variant, bool(self.data.test), self.deploy.formats, bool(self.data.validation))
         self._check_deploy(diagnostics, variant)
 
     def _check_deploy(self, diagnostics: Diagnostics, variant: TaskVariant) -> None:
-        if "merged" in self.deploy and self.adapter.method == "full":
+        formats = self.deploy.formats
+        if "merged" in formats and self.adapter.method == "full":
             fix = "Remove it: `weights/` in the run folder is already the complete model."
             diagnostics.add("deploy", "'merged' has no effect with adapter.method: full", fix, "adapter.method")
         unmergeable = self.adapter.unmergeable
-        for product in self.deploy if unmergeable else ():
+        for product in formats if unmergeable else ():
             what = f"'deploy: {product}' cannot be made with adapter.method: {self.adapter.method}: {unmergeable}"
             diagnostics.add("deploy", what, "Remove it; the adapter is the result.", "adapter.method")
         readable = (variant.facts.decodes and not variant.is_masked) or variant.facts.answer_kind == "labels"
-        for product in self.deploy if not readable else ():
+        for product in formats if not readable else ():
             if product.startswith("gguf"):
                 what = (
                     f"'deploy: {product}' has no effect with task: {self.task}: llama.cpp does not support its models"
                 )
                 diagnostics.add("deploy", what, "Remove it.", "task")
         reason, key = variant.without_decoder or ("", "task")
-        for product in self.deploy if reason else ():
+        for product in formats if reason else ():
             if product in QUANTIZED:
                 what = f"'deploy: {product}' is for models that continue a text: {reason}"
                 diagnostics.add("deploy", what, "Remove it.", key)
-        diagnostics.repeated("deploy", self.deploy, "the same thing")
+        diagnostics.repeated("deploy", formats, "the same thing")
+        if not self.data.test:
+            fix = "Give data.test a share of the rows or sources, or remove it."
+            diagnostics.no_effect("deploy.limit", "without test rows", fix, "data.test")
 
 
 def find_idle_keys(recipe: Recipe, *, style: str | None, reads_template: bool) -> Iterator[Problem]:

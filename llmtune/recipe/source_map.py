@@ -13,7 +13,12 @@ from llmtune.recipe.yaml_reader import Node, parse_yaml
 Key = Sequence[str | int]
 DEFAULT = "default"
 SET = "--set"
-SHORT_FORMS: Mapping[str, type] = {"path": str, "task": str, "coverage": float}
+SHORT_FORMS: Mapping[str, type | tuple[type, ...]] = {
+    "path": str,
+    "task": str,
+    "coverage": float,
+    "formats": (str, list),
+}
 """Keys that a plain value of this type sets, in place of their section."""
 
 

@@ -79,7 +79,7 @@ def unknown_key(key: Key, source_map: SourceMap, others: Collection[str] = ()) -
     section = section_at(parents)
     allowed = sorted({*section.model_fields, *others}) if section else []
     elsewhere = [path for path in key_paths() if path.rpartition(".")[2] == name]
-    if name in ALIASES:
+    if name in ALIASES and f"{name}s" not in allowed:
         return Problem(f"unknown key '{dotted(key)}'", source_map.where(key), ALIASES[name])
     hint = f" Did you mean '{elsewhere[0]}'?" if elsewhere else nearest(name, allowed)
     if not parents:

@@ -11,7 +11,7 @@ from xml.etree import ElementTree as Tree  # only writes XML, so parser attacks 
 from llmtune.errors import GateFailed, LlmtuneError
 from llmtune.recipe.secrets import redact_all
 from llmtune.report.number_format import score
-from llmtune.report.report_record import Report
+from llmtune.report.report_record import UNFINISHED, Report, ReportedExport, list_exports
 from llmtune.store.atomic_files import write_text
 from llmtune.store.run_folder import updating_reports
 
@@ -20,11 +20,15 @@ NOT_XML = re.compile(r"[^\t\n\r -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 def to_junit(report: Report) -> str:
     """Return one test suite with a test case per gate; verdict and all scores are its properties."""
-    gates = report.gates
+    gates, exports = report.gates, list_exports(report.deploy)
     failed, unsure = (sum(gate.passed is outcome for gate in gates) for outcome in (False, None))
+    broken = [one.failure for one in exports if one.failure]
+    errors = sum(failure["exit_code"] != GateFailed.exit_code for failure in broken)
+    unfinished = sum(one.state == "unfinished" for one in exports)
     seconds = next((step.seconds for step in report.steps if step.name == "evaluate"), 0)
-    counts = {"tests": str(len(gates)), "failures": str(failed), "errors": "0", "time": f"{seconds:.3f}"}
-    root, suite = begin_suite(report.name, counts, skipped=unsure)
+    counts = {"tests": str(len(gates) + len(exports)), "failures": str(failed + len(broken) - errors)}
+    counts |= {"errors": str(errors), "time": f"{seconds:.3f}"}
+    root, suite = begin_suite(report.name, counts, skipped=unsure + unfinished)
     add_properties(suite, list_scores(report))
     for gate in gates:
         case = Tree.SubElement(suite, "testcase", classname="llmtune.gates", name=xml_text(gate.name), time="0")
@@ -34,16 +38,29 @@ def to_junit(report: Report) -> str:
             Tree.SubElement(case, "skipped", message=message, type="GateUnsure").text = message
         elif not gate.passed:
             Tree.SubElement(case, "failure", message=message, type="GateFailed").text = message
+    for one in exports:
+        add_export(suite, one)
     return write_xml(root)
+
+
+def add_export(suite: Tree.Element, export: ReportedExport) -> None:
+    """Add a test case of an export: passed, failed, in error, or skipped because it is unfinished."""
+    case = Tree.SubElement(suite, "testcase", classname="llmtune.exports", name=export.name, time="0")
+    if export.state == "unfinished":
+        Tree.SubElement(case, "skipped", message=UNFINISHED, type="Unfinished").text = UNFINISHED
+    elif export.failure:
+        kind, message = export.failure["kind"], xml_text(export.failure["message"])
+        tag = "failure" if export.failure["exit_code"] == GateFailed.exit_code else "error"
+        Tree.SubElement(case, tag, message=message.splitlines()[0], type=kind).text = message
 
 
 @contextmanager
 def failures_in_junit(folder: Path, name: str) -> Iterator[None]:
-    """Write an error that ends the block to `folder/junit.xml`, except gate failures, which are already there."""
+    """Write an error that ends the block to `folder/junit.xml`, except those that are already there."""
     try:
         yield
     except LlmtuneError as error:
-        if not isinstance(error, GateFailed):
+        if not (error.reported or isinstance(error, GateFailed)):
             with suppress(OSError, LlmtuneError):  # the error may be a full disk, or a damaged run.json
                 folder.mkdir(parents=True, exist_ok=True)
                 with updating_reports(folder):

@@ -12,6 +12,7 @@ from urllib.parse import quote
 from llmtune.recipe.task_facts import TASK_FACTS
 from llmtune.records import Json
 from llmtune.report.blocks import TONES, Compared, Links, Page, Section, Text, Tone, VerdictCard
+from llmtune.report.export_section import export_section
 from llmtune.report.junit import to_junit
 from llmtune.report.metric_info import rank_metrics
 from llmtune.report.number_format import DASH, count
@@ -21,7 +22,6 @@ from llmtune.report.report_record import Report
 from llmtune.report.run_sections import (
     adapter_section,
     data_section,
-    export_section,
     method_section,
     model_section,
     recipe_section,

@@ -5,9 +5,9 @@ from __future__ import annotations
 import shlex
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NotRequired, Required
+from typing import Any, Literal, NotRequired, Required
 
 from typing_extensions import TypedDict
 
@@ -188,6 +188,50 @@ class Report:
     """Start of its last step, in UTC."""
 
 
+class ExportFailure(TypedDict):
+    """The error that ended the making of an export."""
+
+    kind: str
+    exit_code: int
+    message: str
+
+
+UNFINISHED = "unfinished: the same command makes it"
+
+
+@dataclass(frozen=True)
+class ReportedExport:
+    """An export that the recipe names: `done`, `failed` or `unfinished`."""
+
+    name: str
+    state: Literal["done", "failed", "unfinished"]
+    folder: str
+    """In the run folder."""
+    certificate: Mapping[str, Any] = field(default_factory=dict)
+    """Empty unless it is done."""
+    failure: ExportFailure | None = None
+
+
+def list_exports(deploy: Mapping[str, Any] | None) -> list[ReportedExport]:
+    """Return the exports of a report's `deploy`."""
+    facts = deploy or {}
+    folders = facts.get("folders", {})
+    done = [
+        ReportedExport(name, "done", folders.get(name, ""), certificate)
+        for name, certificate in facts.get("exports", {}).items()
+    ]
+    failed = [
+        ReportedExport(name, "failed", folders.get(name, ""), failure=failure)
+        for name, failure in facts.get("failed", {}).items()
+    ]
+    seen = {one.name for one in (*done, *failed)}
+    return [
+        *done,
+        *failed,
+        *(ReportedExport(name, "unfinished", folders[name]) for name in folders if name not in seen),
+    ]
+
+
 class ReportScores(TypedDict):
     """The scores in report.json that other commands read; evaluation.json has all scores."""
 
@@ -232,10 +276,13 @@ def require_report(run: Path) -> Json:
     return report
 
 
-def collect_facts(done: Mapping[str, Any], began: float | None, curve: Sequence[Mapping[str, object]]) -> Json:
+def collect_facts(
+    done: Mapping[str, Any], began: float | None, curve: Sequence[Mapping[str, object]], deploy: Mapping[str, Any]
+) -> Json:
     """Return the facts of the steps by the report's names; None for steps not reached.
 
     `done` has the facts of each finished step, `began` is the last step's start, `curve` the lines of metrics.jsonl.
+    `deploy` has the facts of exports, finished or not.
     """
     prepared, encoded, adapted, trained = (done.get(name) for name in ("prepare", "encode", "adapt", "train"))
     data = {key: prepared[key] for key in ("rows_in", "kept", "dropped")} if prepared else None
@@ -252,5 +299,5 @@ def collect_facts(done: Mapping[str, Any], began: float | None, curve: Sequence[
         "model": done.get("select"),
         "adapter": {RENAMED.get(key, key): value for key, value in adapted.items()} if adapted else None,
         "train": {**trained, "curve": curve} if trained else None,
-        "deploy": done.get("deploy"),
+        "deploy": deploy or None,
     }

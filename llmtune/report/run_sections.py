@@ -16,7 +16,6 @@ from llmtune.report.blocks import (
     Bullets,
     Cell,
     Column,
-    Compared,
     Details,
     Html,
     KeyValues,
@@ -26,13 +25,11 @@ from llmtune.report.blocks import (
     TableColumns,
     TableRows,
     Text,
-    difference_table,
 )
 from llmtune.report.charts import ChartPoint, Curve, draw_curves, draw_histogram, draw_meter, element, heading
-from llmtune.report.metric_info import better_side, rank_metrics
 from llmtune.report.number_format import DASH, count, duration, missing, score, share, size
 from llmtune.report.report_record import AdapterFacts, DataFacts, SuspectFacts, TrainFacts
-from llmtune.report.score_sections import list_signatures, spell_metrics
+from llmtune.report.score_sections import list_signatures
 from llmtune.report.search_sections import negatives_blocks
 from llmtune.score_records import Evaluation
 from llmtune.store.json_shapes import HardRow, SelectedFacts
@@ -291,39 +288,6 @@ def model_section(model: SelectedFacts | None) -> Section:
         columns: TableColumns = ["model", *(Column(name, "number") for name in numbers)]
         blocks.append(Table(columns, rows, "Candidates, ranked on the rows"))
     return Section("Model and memory plan", blocks, "Model", "model", brief=False)
-
-
-def export_section(evaluation: Evaluation | None, deploy: Mapping[str, Any] | None) -> Section:
-    """Return size, speed, certificate and scores of each export, next to those of the tuned model."""
-    exports: Mapping[str, Any] = (deploy or {}).get("exports", {})
-    rows: TableRows = []
-    for name, certificate in exports.items():
-        scored = certificate["score"]
-        if not rows:
-            rows.append(["tuned model", "", *write_usage(scored["tuned_bytes"], scored["tuned_usage"]), ""])
-        about = write_usage(scored["bytes"], scored["usage"])
-        rows.append([Cell(name, code=True), scored["runtime"], *about, Cell("passed", "better")])
-    columns: TableColumns = ["", "runtime", *(Column(name, "number") for name in ("weights", "rows/s", "memory"))]
-    blocks: list[Block] = [Table([*columns, "certificate"], rows)] if rows else []
-    studies = evaluation.exports if evaluation else {}
-    for metric in rank_metrics(dict.fromkeys(metric for one in studies.values() for metric in one.difference)):
-        compared = [
-            Compared(name, one.base[metric], one.tuned[metric], one.difference[metric], better_side(metric))
-            for name, one in studies.items()
-            if metric in one.difference
-        ]
-        heads = {"heading": "export", "base": "tuned", "tuned": "export"}
-        blocks.append(difference_table(compared, title=spell_metrics([metric]), code=True, **heads))
-    if blocks:
-        note = "Each export was loaded by its own runtime, and answered the test rows. Differences are paired with the "
-        blocks.append(Text(note + "tuned model's answers. Rows per second: one row at a time.", "soft"))
-    return Section("Exports", blocks, anchor="exports")
-
-
-def write_usage(weights: int, usage: Mapping[str, Any] | None) -> list[str]:
-    """Return size on disk, rows per second and added memory as text."""
-    known = usage or {}
-    return [size(weights), score(known.get("rows_per_second")), size(known.get("peak_bytes"))]
 
 
 def adapter_section(adapter: AdapterFacts | None) -> Section:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from llmtune.recipe.evaluate_section import GATE_KEYS
 from llmtune.recipe.loader import LoadedRecipe
+from llmtune.recipe.schema import DeploySection
 from llmtune.store.atomic_files import explained, hash_value, staged, write_json
 from llmtune.store.run_folder import MANIFEST, RunFolder, read_manifest
 
@@ -43,7 +44,7 @@ def without_gates(loaded: LoadedRecipe) -> LoadedRecipe:
 def with_seed(loaded: LoadedRecipe, seed: int) -> LoadedRecipe:
     """Return the recipe for one additional seed, without gates and deployment, which only the main run has."""
     alone = without_gates(without_seeds(loaded))
-    recipe = alone.recipe.model_copy(update={"seed": seed, "deploy": ()})
+    recipe = alone.recipe.model_copy(update={"seed": seed, "deploy": DeploySection()})
     origins = {**loaded.origins, "seed": loaded.origins.get("train.seeds", "train.seeds")}
     return replace(alone, recipe=recipe, origins=origins, fingerprint=hash_value([loaded.fingerprint, seed]))
 

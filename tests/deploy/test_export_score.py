@@ -232,7 +232,7 @@ def test_methods_are_compared_without_exports_and_their_gates(tiny_llama, tmp_pa
     evaluate = {"gates": ["loss < base", "deploy.merged.loss.high <= tuned"], "when_unsure": "report"}
     path = write_recipe(tmp_path / "r.yaml", tiny_llama, "rows.jsonl", deploy=["merged"], evaluate=evaluate)
     changed = load_recipe(path, change(load_recipe(path), "full")).recipe
-    assert (changed.deploy, changed.evaluate.gates) == ((), ("loss < base",))
+    assert (changed.deploy.formats, changed.evaluate.gates) == ((), ("loss < base",))
 
 
 @pytest.mark.parametrize(
@@ -298,3 +298,39 @@ def test_certify_refuses_what_it_cannot_open(chat, tmp_path):
         result = invoke("deploy", "certify", *words)
         assert result.exit_code == 2, result.output
         assert said in " ".join(result.output.split())
+
+
+@pytest.mark.parametrize("kind", ["classes", "text"])
+def test_a_limit_scores_an_export_on_some_rows_and_says_so(kind, classifier, chat, tmp_path):
+    run = shutil.copytree(classifier[1] if kind == "classes" else chat, tmp_path / "run")
+    shutil.rmtree(run / "merged")
+    result = invoke("deploy", "merge", run, "--limit", 3)
+    assert result.exit_code == 0, result.output
+    scored = read_json(run / "merged/certificate.json")["score"]
+    every = read_json(run / "report.json")["evaluation"]["rows"]
+    assert (scored["rows"], scored["test_rows"]) == (3, every)
+    assert {change["n"] for change in scored["difference"].values()} == {3}
+    assert {metric: scored["tuned"][metric] for metric in scored["export"]} == pytest.approx(scored["export"], abs=1e-4)
+    assert f"on 3 of {every} test rows" in result.output.replace("\n", " ")
+    refused = invoke("compare", run, run / "merged", "--out", tmp_path / "compared")
+    assert refused.exit_code == 2
+    assert "deploy.limit" in refused.output.replace("\n", " ")
+
+
+def test_a_limit_in_the_recipe_holds_for_a_run_and_widens_the_interval_of_its_gate(tiny_llama, tmp_path):
+    gate = "deploy.merged.accuracy.low > tuned - 1"
+    deploy = {"formats": ["merged"], "limit": 2}
+    run = finish_run(tmp_path, tiny_llama, deploy=deploy, evaluate={"gates": [gate]})
+    report = read_json(run / "report.json")
+    assert report["deploy"]["exports"]["merged"]["score"]["rows"] == 2
+    assert f"2 of {report['evaluation']['rows']}" in (run / "report.md").read_text()
+    assert "limit: 2" in (run / "recipe.yaml").read_text()
+    again = invoke("run", tmp_path / "tiny.yaml", "--out", run, "--set", "deploy.limit=3")
+    assert again.exit_code == 0, again.output
+    assert read_json(run / "merged/certificate.json")["score"]["rows"] == 3
+
+
+def test_a_limit_on_an_adapter_alone_is_refused(chat):
+    result = invoke("deploy", "gguf", chat, "--adapter-only", "--limit", 3)
+    assert result.exit_code == 2
+    assert "is not scored" in result.output

@@ -333,7 +333,8 @@ ELSEWHERE = {
     "train.metric_for_best_model": "train/test_validation_metrics.py::"
     "test_the_best_checkpoint_and_early_stopping_follow_the_named_metric",
     "train.seeds": "test_seeds.py::test_each_further_seed_equals_a_run_with_that_seed_alone",
-    "deploy": "deploy/test_gguf_run.py::test_a_recipe_makes_the_file_at_the_end_of_run",
+    "deploy.limit": "deploy/test_export_score.py::test_a_limit_scores_an_export_on_some_rows_and_says_so",
+    "deploy.formats": "recipe/test_loader.py::test_a_list_of_exports_is_short_for_a_section_with_a_limit",
 }
 """Keys that have one value, or need a hub, several trainings or a trained model, each with its test."""
 
