@@ -31,6 +31,7 @@ from llmtune.data.examples import ExampleReader, encode_rows, examples_inputs, r
 from llmtune.data.preparation import prepare_rows
 from llmtune.data.row_store import load_rows
 from llmtune.deploy.products import check_products, make_products
+from llmtune.deploy.release_folder import conclude_release
 from llmtune.errors import EnvironmentProblem
 from llmtune.evaluate.cache_keys import evaluation_inputs, lock_trained, note_own_metrics
 from llmtune.evaluate.champion import check_champion, note_look
@@ -316,7 +317,7 @@ def run_evaluate(context: RunContext, loaded: LoadedRecipe) -> None:
 
 def run_deploy(context: RunContext, loaded: LoadedRecipe) -> None:
     """Make the products that the recipe names, each verified against the trained model."""
-    if context.plan.recipe.deploy:
+    if context.plan.recipe.exports:
         context.once(lambda: make_products(context))
 
 
@@ -362,7 +363,7 @@ def evaluate_run(loaded: LoadedRecipe, run: Path, console: Console, *, offline: 
         console.print(f"Saved these settings with the run: {escape(str(run / 'recipe.yaml'))}")
         for step in ("prepare", "encode", "select", "adapt", "train"):
             context.begin(step, skipped=True)
-        inputs = {"evaluate": evaluation_inputs(plan.recipe, plan.model_ref, rows, examples)}
+        inputs = {"evaluate": evaluation_inputs(plan.recipe, plan.model_ref, rows, examples, run)}
         context.resolved = replace(plan, inputs=inputs)
         run_evaluate(context, loaded)
         for seed in loaded.recipe.train.seeds:
@@ -396,5 +397,7 @@ def _conclude(context: RunContext, loaded: LoadedRecipe) -> Json:
         print_verdict(report.verdict, report.gates, console)
         context.folder.note(next_steps=next_steps(path, context.plan.task, context.rows))
         console.print(context.folder.findings["next_steps"], highlight=False, markup=False, soft_wrap=True)
+        conclude_release(context, report.gates)
+        report = _write_report(context, loaded) if report.release != context.folder.findings.get("release") else report
         require_gates(report.gates, report_json(report), list_failed(path / "evaluation"))
     return report_json(report)

@@ -53,7 +53,7 @@ def draft_plan(context: RunContext, loaded: LoadedRecipe, model_ref: ModelRef, r
 def decide_rest(context: RunContext, draft: Plan, rows: Rows, examples: Examples) -> Json:
     """Resolve what depends on the encoded rows: checkpointing, and the input hash of each step."""
     adapted = adapter_inputs(draft.recipe, draft.model_ref, examples)
-    evaluated = evaluation_inputs(draft.recipe, draft.model_ref, rows, examples)
+    evaluated = evaluation_inputs(draft.recipe, draft.model_ref, rows, examples, context.folder.path)
     inputs = {"adapt": adapted, "train": train_inputs(draft.recipe, adapted), "evaluate": evaluated}
     return {"checkpointing": decide_checkpointing(context, draft, max(examples.longest.values())), "inputs": inputs}
 

@@ -94,10 +94,10 @@ def run(
 
 
 def load_run(folder: str | Path, *, offline: bool = False) -> FinishedRun:
-    """Open a trained run; its model is loaded at its first use.
+    """Open a trained run, or a release by its address; its model is loaded at its first use.
 
     Raises:
-        RecipeError: not a run folder, or not trained yet.
+        RecipeError: not a run folder, not trained yet, or no such release.
 
     Example:
         run = llmtune.load_run("runs/support-chat-1a2b3c4d")
@@ -107,7 +107,11 @@ def load_run(folder: str | Path, *, offline: bool = False) -> FinishedRun:
     with gc_paused():
         from llmtune.serve.finished_run import FinishedRun
 
-    return FinishedRun(Path(folder), offline)
+    from llmtune.recipe.section import RELEASE_PREFIX
+    from llmtune.store.release_store import resolve_release
+
+    place = resolve_release(str(folder)) if str(folder).startswith(RELEASE_PREFIX) else Path(folder)
+    return FinishedRun(place, offline)
 
 
 def _check_types(function: str, given: Mapping[str, object]) -> None:

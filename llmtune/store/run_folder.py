@@ -32,6 +32,7 @@ from llmtune.store.atomic_files import (
 from llmtune.store.json_shapes import STEP_FACTS, CurveLine, Findings, Moment, check_shape, find_misfit, read_record
 from llmtune.store.machine import Meter
 from llmtune.store.processes import rank
+from llmtune.store.release_store import is_stored
 
 MANIFEST, METRICS = "run.json", "metrics.jsonl"
 BUDGET = ".micro_batch_tokens"
@@ -279,6 +280,9 @@ def peek_run(path: Path, fingerprint: str, *, resume: bool = False, fresh: bool 
     """Read a run folder with the checks of `open_run`, without changing anything."""
     if path.exists() and not path.is_dir():
         raise RecipeError.of("the run folder is a file", str(path), "Choose another folder with --out.")
+    if is_stored(path):
+        fix = "Train and evaluate in the run folder, then release it: llmtune release RUN."
+        raise RecipeError.of("this folder is a release, which never changes", str(path), fix)
     manifest = read_manifest(path)
     _refuse_foreign(path, manifest, fingerprint, resume, fresh)
     if fresh or manifest is None or manifest["fingerprint"] != fingerprint:

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing_extensions import TypedDict
 
 from llmtune.errors import LlmtuneError, RecipeError, nearest
+from llmtune.recipe.section import RELEASE_PREFIX
 from llmtune.store.atomic_files import read_json
 from llmtune.store.json_shapes import find_misfit
+from llmtune.store.release_store import resolve_release
 from llmtune.store.run_folder import MANIFEST, RunFolder, read_manifest, read_run
 
 RUNS = Path("runs")
@@ -64,7 +66,12 @@ def _look(path: Path) -> ListedRun | None:
 
 
 def match_run(name: str) -> Path | None:
-    """Return the folder of a run, given its folder, the name of its recipe or `latest`; None if not found."""
+    """Return the folder of a run, given its folder, the name of its recipe or `latest`; None if not found.
+
+    `release:NAME[@HASH]` is the folder of a release; raises RecipeError if it does not exist.
+    """
+    if name.startswith(RELEASE_PREFIX):
+        return resolve_release(name)
     if (Path(name) / MANIFEST).exists():
         return Path(name)
     runs = list_runs()
