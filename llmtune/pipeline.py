@@ -37,7 +37,7 @@ from llmtune.evaluate.champion import check_champion, note_look
 from llmtune.evaluate.decision import refresh_rules
 from llmtune.evaluate.eval_inputs import warn_of_cuts
 from llmtune.evaluate.evaluation_file import list_failed, load_evaluation, print_scores, print_verdict
-from llmtune.evaluate.gates import require_gates
+from llmtune.evaluate.gates import settle_gates
 from llmtune.evaluate.lm_eval import load_benchmarks
 from llmtune.evaluate.run_report import make_report
 from llmtune.evaluate.suite_registry import check_inputs, try_inputs
@@ -70,7 +70,7 @@ from llmtune.session import (
 from llmtune.store.atomic_files import hash_folder, hash_value, plain, staged
 from llmtune.store.process_environment import refuse_network
 from llmtune.store.processes import once, rank, world_size
-from llmtune.store.run_folder import Manifest, RunFolder, default_path, open_run, recipe_of_run, trained_name
+from llmtune.store.run_folder import Manifest, RunFolder, open_run, recipe_of_run, trained_name
 from llmtune.store.run_lock import hash_keys, own_pins, read_pins
 from llmtune.store.run_origin import is_own, save_recipe
 from llmtune.store.run_request import RunRequest
@@ -88,7 +88,7 @@ def run_pipeline(loaded: LoadedRecipe, request: RunRequest, console: Console) ->
     Raises a subclass of LlmtuneError for every error a user can fix; `GateFailed` once the report is written.
     """
     assert not request.dry_run, "`launch.dry_run` is for those"
-    path = request.out or default_path(loaded.recipe.name, loaded.fingerprint)
+    path = request.folder
     check_first(loaded.recipe, request)
     request = replace(request, pins=request.pins or (read_pins(request.lock) if request.lock else None))
     with ExitStack() as stack:
@@ -119,7 +119,7 @@ def check_first(recipe: Recipe, request: RunRequest) -> None:
 
 def _begin(stack: ExitStack, path: Path, loaded: LoadedRecipe, request: RunRequest, console: Console) -> Manifest:
     folder = stack.enter_context(open_run(path, loaded.fingerprint, resume=request.resume, fresh=request.fresh))
-    console.print(f"[bold]llmtune {__version__}[/] {escape(loaded.recipe.name)} -> {escape(str(path))}")
+    console.print(f"[bold]llmtune {__version__}[/] {escape(loaded.recipe.name)} -> {escape(request.place)}")
     save_recipe(path, loaded.to_yaml())
     folder.findings.update(request.findings)
     return folder.manifest
@@ -253,16 +253,13 @@ def _begin_training(context: RunContext) -> bool:
         context.begin("adapt", skipped=True)
         context.begin("train", skipped=True)
         return False
+    folder.begin_training()
     steps = folder.manifest["steps"]
-    for step in ("evaluate", "deploy"):
-        steps.pop(step, None)  # from an earlier training
-    folder.take_budget()
     if "train" not in steps or steps["train"]["inputs"] != inputs:
         tokens = folder.facts("select")["plan"]["tokens"]
         folder.findings["micro_batch_tokens"] = context.request.findings.get("micro_batch_tokens", tokens)
         shutil.rmtree(folder.path / "explain", ignore_errors=True)  # from an earlier training too
     folder.findings["start_from"] = adapter_settings(context.plan.recipe)[-1]
-    folder.manifest.pop("lock", None)
     folder.write()
     lock_run(context)
     return True
@@ -306,6 +303,7 @@ def run_evaluate(context: RunContext, loaded: LoadedRecipe) -> None:
             if evaluation := load_evaluation(target):
                 print_scores(evaluation, context.console)
             return
+        context.once(lambda: context.folder.note(gates=None))
         with staged(target) if rank() == 0 else nullcontext() as folder:
             score_models(context, folder, context.request.base or known)
         judged = hash_keys(context.folder.path / "recipe.yaml", judging=True)
@@ -396,5 +394,7 @@ def _conclude(context: RunContext, loaded: LoadedRecipe) -> Json:
         print_verdict(report.verdict, report.gates, console)
         context.folder.note(next_steps=next_steps(path, context.plan.task, context.rows))
         console.print(context.folder.findings["next_steps"], highlight=False, markup=False, soft_wrap=True)
-        require_gates(report.gates, report_json(report), list_failed(path / "evaluation"))
+        settle_gates(context.folder, report.gates, report_json(report), list_failed(path / "evaluation"))
+    elif request.until == "train" and not context.plan.recipe.evaluate.gates:
+        context.folder.note(gates="passed")
     return report_json(report)

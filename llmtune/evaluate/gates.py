@@ -180,6 +180,16 @@ def require_gates(gates: Sequence[GateResult], report: Json, failed_metrics: Seq
         raise error
 
 
+def settle_gates(
+    run: RunFolder, gates: Sequence[GateResult], report: Json, failed_metrics: Sequence[Problem] = ()
+) -> None:
+    """Record in a run whether it passed its gates, which decides what its name means; then raise as `require_gates`."""
+    results = [gate.passed for gate in gates]
+    judged = "failed" if False in results else "undecided" if None in results else "passed"
+    run.note(gates=None if failed_metrics else judged)
+    require_gates(gates, report, failed_metrics)
+
+
 def outcome(gate: GateResult) -> str:
     """Return the wanted value, the actual value and the note."""
     return "; ".join(part for part in (f"{gate.wanted}, got {gate.got}", gate.note) if part)
