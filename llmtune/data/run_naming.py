@@ -48,7 +48,7 @@ def explain_new(loaded: LoadedRecipe) -> str:
     earlier = [
         (run.folder, read_lock(run.folder / LOCK))
         for run in list_runs()
-        if run.name == loaded.recipe.name and run.trained and (run.folder / LOCK).is_file()
+        if run.name == loaded.recipe.name and (run.folder / LOCK).is_file()
     ]
     same_recipe = [one for one in earlier if one[1]["fingerprint"] == loaded.fingerprint]
     if not earlier:
