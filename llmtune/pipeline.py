@@ -25,28 +25,27 @@ from rich.markup import escape
 
 from llmtune import __version__
 from llmtune.adapter.injection import adapter_settings, describe_adapter
-from llmtune.adapter.load import find_adapter
 from llmtune.data.data_report import describe_examples
 from llmtune.data.examples import ExampleReader, encode_rows, examples_inputs, row_lengths
 from llmtune.data.preparation import prepare_rows
 from llmtune.data.row_store import load_rows
 from llmtune.deploy.products import check_products, make_products
+from llmtune.deploy.release_folder import conclude_release
 from llmtune.errors import EnvironmentProblem
 from llmtune.evaluate.cache_keys import evaluation_inputs, lock_trained, note_own_metrics
 from llmtune.evaluate.champion import check_champion, note_look
 from llmtune.evaluate.decision import refresh_rules
 from llmtune.evaluate.eval_inputs import warn_of_cuts
 from llmtune.evaluate.evaluation_file import list_failed, load_evaluation, print_scores, print_verdict
-from llmtune.evaluate.gates import settle_gates
+from llmtune.evaluate.gates import note_gates, require_gates
 from llmtune.evaluate.lm_eval import load_benchmarks
 from llmtune.evaluate.run_report import make_report
-from llmtune.evaluate.suite_registry import check_inputs, try_inputs
+from llmtune.evaluate.suite_registry import try_inputs
 from llmtune.model.catalogue import candidate_names
-from llmtune.model.device import pick_device, release_memory
-from llmtune.model.kernels import check_kernels
+from llmtune.model.device import release_memory
 from llmtune.model.memory_plan import check_context, check_memory, plan_training
 from llmtune.model.model_trials import choose_candidate, known_or_ranked
-from llmtune.plan_drafting import decide_rest, draft_plan, finish_plan
+from llmtune.plan_drafting import check_first, decide_rest, draft_plan, finish_plan
 from llmtune.recipe.loader import LoadedRecipe
 from llmtune.recipe.schema import Recipe
 from llmtune.records import Json, read_model_ref
@@ -57,7 +56,6 @@ from llmtune.report.score_sections import seed_table
 from llmtune.session import (
     Plan,
     RunContext,
-    check_local_model,
     evaluation_hash,
     find_variant,
     locate_pinned,
@@ -68,7 +66,6 @@ from llmtune.session import (
     score_models,
 )
 from llmtune.store.atomic_files import hash_folder, hash_value, plain, staged
-from llmtune.store.process_environment import refuse_network
 from llmtune.store.processes import once, rank, world_size
 from llmtune.store.run_folder import Manifest, RunFolder, open_run, recipe_of_run, trained_name
 from llmtune.store.run_lock import hash_keys, own_pins, read_pins
@@ -105,16 +102,6 @@ def run_pipeline(loaded: LoadedRecipe, request: RunRequest, console: Console) ->
             context.once(lambda: _write_report(context, loaded))  # in case a further seed is stopped
             run_seeds(context, loaded)
         return conclude_run(context, loaded)
-
-
-def check_first(recipe: Recipe, request: RunRequest) -> None:
-    """Raise the problems of a recipe on this machine that can be found without its rows and without weights."""
-    refuse_network(recipe, offline=request.offline)
-    check_kernels(recipe, pick_device())
-    check_inputs(recipe)
-    if recipe.adapter.start_from is not None:
-        find_adapter(Path(recipe.adapter.start_from))
-    check_local_model(recipe)
 
 
 def _begin(stack: ExitStack, path: Path, loaded: LoadedRecipe, request: RunRequest, console: Console) -> Manifest:
@@ -314,7 +301,7 @@ def run_evaluate(context: RunContext, loaded: LoadedRecipe) -> None:
 
 def run_deploy(context: RunContext, loaded: LoadedRecipe) -> None:
     """Make the products that the recipe names, each verified against the trained model."""
-    if context.plan.recipe.deploy:
+    if context.plan.recipe.exports:
         context.once(lambda: make_products(context))
 
 
@@ -360,7 +347,7 @@ def evaluate_run(loaded: LoadedRecipe, run: Path, console: Console, *, offline: 
         console.print(f"Saved these settings with the run: {escape(str(run / 'recipe.yaml'))}")
         for step in ("prepare", "encode", "select", "adapt", "train"):
             context.begin(step, skipped=True)
-        inputs = {"evaluate": evaluation_inputs(plan.recipe, plan.model_ref, rows, examples)}
+        inputs = {"evaluate": evaluation_inputs(plan.recipe, plan.model_ref, rows, examples, run)}
         context.resolved = replace(plan, inputs=inputs)
         run_evaluate(context, loaded)
         for seed in loaded.recipe.train.seeds:
@@ -388,13 +375,15 @@ def _conclude(context: RunContext, loaded: LoadedRecipe) -> Json:
     if report.seeds:
         print_blocks([seed_table(report.seeds)], console)
         console.print(report.seeds.told, highlight=False)
+    if request.until in UNTIL:
+        note_gates(context.folder, context.plan.recipe, report.gates)
     if request.until in {"run", "evaluate"}:
         if "evaluate" in context.folder.ran:
             log_results(report, context.plan.recipe.train.report_to, path, context.device, offline=request.offline)
         print_verdict(report.verdict, report.gates, console)
         context.folder.note(next_steps=next_steps(path, context.plan.task, context.rows))
         console.print(context.folder.findings["next_steps"], highlight=False, markup=False, soft_wrap=True)
-        settle_gates(context.folder, report.gates, report_json(report), list_failed(path / "evaluation"))
-    elif request.until == "train" and not context.plan.recipe.evaluate.gates:
-        context.folder.note(gates="passed")
+        conclude_release(context, report.gates)
+        report = _write_report(context, loaded) if report.release != context.folder.findings.get("release") else report
+        require_gates(report.gates, report_json(report), list_failed(path / "evaluation"))
     return report_json(report)

@@ -20,8 +20,7 @@ from llmtune.evaluate.gates import print_plan
 from llmtune.model.device import check_card
 from llmtune.model.memory_plan import check_memory, plan_training
 from llmtune.model.model_selection import peek_model, plan_candidates
-from llmtune.pipeline import check_first
-from llmtune.plan_drafting import decide_checkpointing, decide_rest, draft_plan, finish_plan
+from llmtune.plan_drafting import check_first, decide_checkpointing, decide_rest, draft_plan, finish_plan
 from llmtune.recipe.loader import LoadedRecipe
 from llmtune.recipe.schema import Recipe
 from llmtune.records import Examples, Json, MemoryPlan, ModelRef, Rows

@@ -102,10 +102,12 @@ def run(
 
 
 def load_run(folder: str | Path, *, offline: bool = False) -> FinishedRun:
-    """Open a trained run; its model is loaded at its first use.
+    """Open a trained run or a release by its folder or address; its model is loaded at its first use.
+
+    Addresses are those of the command line: `NAME`, `NAME@HASH`, `latest`, `release:NAME`.
 
     Raises:
-        RecipeError: not a run folder, or not trained yet.
+        RecipeError: not a run folder, not trained yet, or no such run or release.
 
     Example:
         run = llmtune.load_run("runs/support-chat-1a2b3c4d")
@@ -115,7 +117,9 @@ def load_run(folder: str | Path, *, offline: bool = False) -> FinishedRun:
     with gc_paused():
         from llmtune.serve.finished_run import FinishedRun
 
-    return FinishedRun(Path(folder), offline)
+    from llmtune.store.run_listing import find_run
+
+    return FinishedRun(find_run(Path(folder)), offline)
 
 
 def _check_types(function: str, given: Mapping[str, object]) -> None:

@@ -32,6 +32,7 @@ from llmtune.store.atomic_files import (
 from llmtune.store.json_shapes import STEP_FACTS, CurveLine, Findings, Moment, check_shape, find_misfit, read_record
 from llmtune.store.machine import Meter
 from llmtune.store.processes import rank
+from llmtune.store.release_store import is_stored
 
 MANIFEST, METRICS = "run.json", "metrics.jsonl"
 BUDGET = ".micro_batch_tokens"
@@ -50,8 +51,6 @@ CERTIFICATE = "certificate.json"
 """In the folder of each export."""
 AFTER_TRAINING = ("evaluate", "generation", "deploy")
 """Recipe sections that may change after training."""
-BEFORE_TRAINING = ("prepare", "mine", "encode")
-"""Steps that write the rows of the trained model."""
 STEPS = ("prepare", "mine", "encode", "select", "survey", "adapt", "train", "evaluate", "deploy")
 
 StepFacts = dict[str, Any]
@@ -183,7 +182,7 @@ class RunFolder:
         if step.skipped:
             yield step
             return
-        if name in BEFORE_TRAINING:
+        if name in STEPS[:3]:  # they write the rows of the trained model
             self.refuse_released()
         self.ran.add(name)
         record = StepRecord(state="running", inputs=inputs, started=time.time(), outputs={}, facts=step.facts)
@@ -246,9 +245,9 @@ class RunFolder:
 
     def refuse_released(self) -> None:
         """Raise RecipeError if a release was made from this run: nothing is trained in its folder again."""
-        if self.findings.get("released"):
-            fix = "Choose another folder with --out; `llmtune release list` shows the release."
-            raise RecipeError.of("this run is released: its folder is not trained over", str(self.path), fix)
+        if names := self.findings.get("released"):
+            what = f"this run is released as {', '.join(names)}: nothing is trained over it"
+            raise RecipeError.of(what, str(self.path), "Choose another folder with --out.")
 
     def begin_training(self) -> None:
         """Discard what depends on an earlier training; raises as `refuse_released` does."""
@@ -293,6 +292,9 @@ def peek_run(path: Path, fingerprint: str, *, resume: bool = False, fresh: bool 
     """Read a run folder with the checks of `open_run`, without changing anything."""
     if path.exists() and not path.is_dir():
         raise RecipeError.of("the run folder is a file", str(path), "Choose another folder with --out.")
+    if is_stored(path):
+        fix = "Train and evaluate in the run folder, then release it: llmtune release RUN."
+        raise RecipeError.of("this folder is a release, which never changes", str(path), fix)
     manifest = read_manifest(path)
     _refuse_foreign(path, manifest, fingerprint, resume, fresh)
     if fresh or manifest is None or manifest["fingerprint"] != fingerprint:

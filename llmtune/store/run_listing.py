@@ -14,11 +14,11 @@ from typing import Literal
 from typing_extensions import TypedDict
 
 from llmtune.errors import LlmtuneError, RecipeError, nearest
+from llmtune.recipe.section import RELEASE_PREFIX
 from llmtune.store.atomic_files import read_json
 from llmtune.store.json_shapes import find_misfit
 from llmtune.store.release_store import (
     RECORD_FILE,
-    RELEASE_PREFIX,
     list_release_names,
     list_stored,
     resolve_release,
