@@ -34,7 +34,6 @@ from llmtune.evaluate.suite_registry import check_variant
 from llmtune.model.config import find_class, keeps_float32, read_model_config, why_headless
 from llmtune.model.device import describe_device, loading_device, pick_device
 from llmtune.model.loading import load_model
-from llmtune.model.model_files import check_model_folder
 from llmtune.model.processor import load_processor
 from llmtune.model.quantized_base import kept_quantization
 from llmtune.model.resolve import resolve_model
@@ -147,16 +146,6 @@ def find_variant(recipe: Recipe, model_ref: ModelRef) -> AnyTask:
     variant = choose_variant(recipe, read_model_config(model_ref, recipe.model), model_ref.name)
     check_variant(recipe, variant, model_ref.name)
     return variant
-
-
-def check_local_model(recipe: Recipe) -> None:
-    """Refuse a model in a local folder that the task does not support, without its rows and weights.
-
-    Raises as `resolve_model` and `find_variant` do.
-    """
-    if recipe.model.name and (folder := Path(recipe.model.name).expanduser()).is_dir():
-        check_model_folder(folder, recipe.model)
-        find_variant(recipe, ModelRef(recipe.model.name, folder, None, ""))
 
 
 def rows_hash(context: RunContext, recipe: Recipe) -> str:
@@ -374,7 +363,11 @@ def lock_run(context: RunContext) -> None:
     plan, recipe, model_ref = context.plan, context.plan.recipe, context.plan.model_ref
     miner = recipe.data.negatives and recipe.data.negatives.model
     data_hash, files = list_sources(recipe.data, recipe.task)
-    known = [{"source": one.source, "path": one.path and str(one.path), one.kind: one.hash} for one in files]
+    records = [
+        {"source": one.source, "path": one.path and str(one.path), one.kind: one.hash}
+        | ({} if one.lines is None else {"lines": one.lines})
+        for one in files
+    ]
     write_lock(
         context.folder.path,
         Pins(model_ref.name, model_ref.revision, model_ref.content_hash, data_hash),
@@ -383,7 +376,7 @@ def lock_run(context: RunContext) -> None:
         seed=recipe.seed,
         threads=torch.get_num_threads(),
         model=model_ref.path,
-        sources=cast(list[SourceRecord], known),
+        sources=cast(list[SourceRecord], records),
         start_from=find_adapter(Path(start)) if (start := recipe.adapter.start_from) else None,
         device=describe_device(plan.device),
         judge={"model": judge.model, "host": host(judge)} if (judge := recipe.evaluate.judge) else None,

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from llmtune.errors import GateFailed, GateUnsure, Problem, RecipeError
 from llmtune.evaluate.champion import open_champion
-from llmtune.evaluate.evaluation_file import load_with_exports
+from llmtune.evaluate.evaluation_file import list_failed, load_with_exports
 from llmtune.evaluate.paired_statistics import name_groups, row_deviation, rows_needed, smallest_difference, widen
 from llmtune.recipe.evaluate_section import ERROR, EvaluateSection, WhenUnsure
 from llmtune.recipe.gate_grammar import Gate, Operator, parse_gate
@@ -184,6 +184,17 @@ def require_gates(gates: Sequence[GateResult], report: Json, failed_metrics: Seq
         error = GateFailed(*failed) if failed else GateUnsure(*unsure)
         error.report = report
         raise error
+
+
+def note_gates(run: RunFolder, recipe: Recipe, gates: Sequence[GateResult]) -> None:
+    """Record in a trained run whether it passed its gates, which decides what its name means.
+
+    None if they are not judged: the run was not scored, or metrics of the user's own failed.
+    """
+    results = [gate.passed for gate in gates]
+    judged = len(results) == len(recipe.evaluate.gates) and not list_failed(run.path / "evaluation")
+    together = "failed" if False in results else "undecided" if None in results else "passed"
+    run.note(gates=together if judged else None)
 
 
 def outcome(gate: GateResult) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, NotRequired
+from typing import Annotated, Any, Literal, NotRequired
 
 from pydantic import Field, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
@@ -152,6 +152,10 @@ class Findings(TypedDict, total=False):
     """In a release: the run folder that it was made from."""
     start_from: object
     ranking: dict[str, object]
+    gates: Literal["passed", "failed", "undecided"] | None
+    """The outcome of all gates on the present weights; None until they are judged."""
+    reproduces: str
+    """The run that this one reproduces."""
 
 
 class CurveLine(TypedDict):
