@@ -15,6 +15,7 @@ from llmtune.launch.topology import Topology, why_not
 from llmtune.records import Json
 from llmtune.store.atomic_files import hash_value
 from llmtune.store.process_environment import LOCAL_TRACKERS, gc_paused, is_remote_model, prepare_environment
+from llmtune.store.process_state import as_in_new_process
 from llmtune.store.processes import once, rank
 from llmtune.store.processes import strategy as stated_strategy
 from llmtune.store.run_request import RunRequest
@@ -82,14 +83,15 @@ def run(
     folder = default_path(loaded.recipe.name, loaded.fingerprint) if out is None else Path(out)
     lock = None if lock is None else Path(lock)
     request = RunRequest(folder, until, resume, fresh, lock, threads, offline)
-    console = make_console(quiet=quiet)
-    if (processes, strategy) == (1, "ddp"):
-        run_recipe(recipe, sets, request, console)
-    else:
-        topology = Topology(processes, strategy)
-        from llmtune.launch.local_processes import launch_run
+    with as_in_new_process():
+        console = make_console(quiet=quiet)
+        if (processes, strategy) == (1, "ddp"):
+            run_recipe(recipe, sets, request, console)
+        else:
+            topology = Topology(processes, strategy)
+            from llmtune.launch.local_processes import launch_run
 
-        launch_run(recipe, sets, request, topology, console, ["--quiet"] if quiet else [])
+            launch_run(recipe, sets, request, topology, console, ["--quiet"] if quiet else [])
     return load_run(folder, offline=offline)
 
 
@@ -103,11 +105,12 @@ def load_run(folder: str | Path, *, offline: bool = False) -> FinishedRun:
         run = llmtune.load_run("runs/support-chat-1a2b3c4d")
     """
     _check_types("llmtune.load_run", locals())
-    prepare_environment(network=False)
-    with gc_paused():
-        from llmtune.serve.finished_run import FinishedRun
+    with as_in_new_process():
+        prepare_environment(network=False)
+        with gc_paused():
+            from llmtune.serve.finished_run import FinishedRun
 
-    return FinishedRun(Path(folder), offline)
+        return FinishedRun(Path(folder), offline)
 
 
 def _check_types(function: str, given: Mapping[str, object]) -> None:
