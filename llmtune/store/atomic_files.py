@@ -28,6 +28,7 @@ NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
 NO_PLACE = {errno.ENOTDIR, errno.ENOENT, errno.EEXIST}
 NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK, errno.EBADF}
 """Errors of file systems without locks, such as some network file systems."""
+BUSY_FIX = "Wait for it, or choose another folder with --out."
 MAX_JSON_BYTES = 2**30
 MAX_JSON_DEPTH = 100
 """Far more than llmtune's own files need, and far below Python's recursion limit."""
@@ -137,7 +138,7 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
 
 
 @contextmanager
-def exclusive(path: Path, place: Path) -> Iterator[None]:
+def exclusive(path: Path, place: Path, fix: str = BUSY_FIX) -> Iterator[None]:
     """Lock a file or folder, and with it `place`, against other processes; no-op on file systems without locks.
 
     Raises EnvironmentProblem, naming the process that has the lock.
@@ -151,7 +152,6 @@ def exclusive(path: Path, place: Path) -> Iterator[None]:
                 raise
             if error.errno == errno.EWOULDBLOCK:
                 what = f"another llmtune process is using this folder{_holder(handle)}"
-                fix = "Wait for it, or choose another folder with --out."
                 raise EnvironmentProblem.of(what, str(place), fix) from None
         yield
     finally:
