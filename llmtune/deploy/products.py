@@ -68,7 +68,7 @@ EXPORT_FORMATS = {
 
 def check_products(plan: Plan) -> None:
     """Check without loading weights that the exports of the recipe can be made; raises the errors of their formats."""
-    for name in plan.recipe.deploy.formats:
+    for name in plan.recipe.exports:
         EXPORT_FORMATS[name].check(plan)
 
 
@@ -79,7 +79,7 @@ def make_products(context: RunContext, write_report: Callable[[], object]) -> No
     failed or is unfinished. The step's facts have each export as soon as it is made.
     """
     recipe, trained = context.plan.recipe, hash_folder(context.trained_folder)
-    settings, names = recipe.generation.model_dump(mode="json"), recipe.deploy.formats
+    settings, names = recipe.generation.model_dump(mode="json"), recipe.exports
     scored = context.plan.inputs.get("evaluate")
     parts = [__version__, trained, context.plan.model_ref.content_hash, settings, scored, sorted(names)]
     inputs = hash_value(parts if recipe.deploy.limit is None else [*parts, recipe.deploy.limit])

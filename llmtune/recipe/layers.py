@@ -21,7 +21,7 @@ INSTEAD = {
 }
 """A key set on the command line -> the key in the file that it replaces."""
 SOURCE_KEYS = (("data", "train"), ("data", "validation"), ("data", "test"))
-LISTS = {("deploy",): "formats"}
+LISTS = {("deploy",): "products"}
 """A section -> the key that a list, or one name, in its place sets."""
 
 

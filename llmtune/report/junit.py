@@ -26,9 +26,11 @@ def to_junit(report: Report) -> str:
     errors = sum(failure["exit_code"] != GateFailed.exit_code for failure in broken)
     unfinished = sum(one.state == "unfinished" for one in exports)
     seconds = next((step.seconds for step in report.steps if step.name == "evaluate"), 0)
-    counts = {"tests": str(len(gates) + len(exports)), "failures": str(failed + len(broken) - errors)}
-    counts |= {"errors": str(errors), "time": f"{seconds:.3f}"}
-    root, suite = begin_suite(report.name, counts, skipped=unsure + unfinished)
+    released = report.release
+    counts = {"tests": str(len(gates) + len(exports) + (released is not None))}
+    counts |= {"failures": str(failed + len(broken) - errors), "errors": str(errors), "time": f"{seconds:.3f}"}
+    skipped = unsure + unfinished + (released is not None and not released["promoted"])
+    root, suite = begin_suite(report.name, counts, skipped=skipped)
     add_properties(suite, list_scores(report))
     for gate in gates:
         case = Tree.SubElement(suite, "testcase", classname="llmtune.gates", name=xml_text(gate.name), time="0")
@@ -40,6 +42,14 @@ def to_junit(report: Report) -> str:
             Tree.SubElement(case, "failure", message=message, type="GateFailed").text = message
     for one in exports:
         add_export(suite, one)
+    if released is not None:
+        case = Tree.SubElement(
+            suite, "testcase", classname="llmtune.release", name=xml_text(released["name"]), time="0"
+        )
+        message = xml_text(released["told"])
+        add_properties(case, {"current": released["current"] or ""})
+        if not released["promoted"]:
+            Tree.SubElement(case, "skipped", message=message, type="NotReleased").text = message
     return write_xml(root)
 
 

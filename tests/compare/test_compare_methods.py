@@ -66,7 +66,7 @@ def test_keys_that_a_method_does_not_read_are_reset(place: Path) -> None:
     assert full.loaded.recipe.train.loraplus_lr_ratio is None
     assert lora.loaded.recipe.adapter.rank_pattern == {"q_proj": 2}
     assert (lora.loaded.recipe.adapter.r, qlora.loaded.recipe.adapter.bnb_4bit_quant_type) == (4, "fp4")
-    assert {trial.loaded.recipe.deploy.formats for trial in (full, lora, qlora)} == {()}
+    assert {trial.loaded.recipe.deploy.products for trial in (full, lora, qlora)} == {()}
 
 
 def test_what_a_method_cannot_do_is_reported_before_training(place: Path) -> None:

@@ -232,7 +232,7 @@ def test_methods_are_compared_without_exports_and_their_gates(tiny_llama, tmp_pa
     evaluate = {"gates": ["loss < base", "deploy.merged.loss.high <= tuned"], "when_unsure": "report"}
     path = write_recipe(tmp_path / "r.yaml", tiny_llama, "rows.jsonl", deploy=["merged"], evaluate=evaluate)
     changed = load_recipe(path, change(load_recipe(path), "full")).recipe
-    assert (changed.deploy.formats, changed.evaluate.gates) == ((), ("loss < base",))
+    assert (changed.deploy.products, changed.evaluate.gates) == ((), ("loss < base",))
 
 
 @pytest.mark.parametrize(
@@ -319,7 +319,7 @@ def test_a_limit_scores_an_export_on_some_rows_and_says_so(kind, classifier, cha
 
 def test_a_limit_in_the_recipe_holds_for_a_run_and_widens_the_interval_of_its_gate(tiny_llama, tmp_path):
     gate = "deploy.merged.accuracy.low > tuned - 1"
-    deploy = {"formats": ["merged"], "limit": 2}
+    deploy = {"products": ["merged"], "limit": 2}
     run = finish_run(tmp_path, tiny_llama, deploy=deploy, evaluate={"gates": [gate]})
     report = read_json(run / "report.json")
     assert report["deploy"]["exports"]["merged"]["score"]["rows"] == 2

@@ -223,27 +223,27 @@ def test_an_invalid_set_is_refused_by_name(write, text, words):
     [
         ("[merged, gguf]", [], ("merged", "gguf"), None),
         ("gguf", [], ("gguf",), None),
-        ("{formats: onnx, limit: 50}", [], ("onnx",), 50),
+        ("{products: onnx, limit: 50}", [], ("onnx",), 50),
         ("[merged, gguf]", ["deploy.limit=20"], ("merged", "gguf"), 20),
         ("gguf", ["deploy={limit: 20}"], ("gguf",), 20),
-        ("{formats: [gguf], limit: 50}", ["deploy=[onnx]"], ("onnx",), 50),
-        ("{formats: [gguf], limit: 50}", ["deploy.formats.0=onnx", "deploy.limit=null"], ("onnx",), None),
+        ("{products: [gguf], limit: 50}", ["deploy=[onnx]"], ("onnx",), 50),
+        ("{products: [gguf], limit: 50}", ["deploy.products.0=onnx", "deploy.limit=null"], ("onnx",), None),
         ("[merged, gguf]", ["deploy.1=onnx"], ("merged", "onnx"), None),
         ("[]", ["deploy.limit=20"], (), 20),
     ],
 )
 def test_a_list_of_exports_is_short_for_a_section_with_a_limit(write, stated, sets, formats, limit):
     loaded = load_recipe(write(f"deploy: {stated}\n"), sets)
-    assert (loaded.recipe.deploy.formats, loaded.recipe.deploy.limit) == (formats, limit)
+    assert (loaded.recipe.deploy.products, loaded.recipe.deploy.limit) == (formats, limit)
     path = write(loaded.to_yaml(), "again.yaml", whole=True)
     assert load_recipe(path).recipe.deploy == loaded.recipe.deploy
     above = write("extends: recipe.yaml\ndeploy: {limit: 7}\n", "above.yaml", whole=True)
-    assert load_recipe(above).recipe.deploy.formats == load_recipe(write(f"deploy: {stated}\n")).recipe.deploy.formats
+    assert load_recipe(above).recipe.deploy.products == load_recipe(write(f"deploy: {stated}\n")).recipe.deploy.products
 
 
 @pytest.mark.parametrize(
     ("stated", "said"),
-    [("{formats: [gguf], limit: 0}", "limit"), ("[ggf]", "gguf"), ("{format: gguf}", "formats"), ("5", "deploy")],
+    [("{products: [gguf], limit: 0}", "limit"), ("[ggf]", "gguf"), ("{product: gguf}", "products"), ("5", "deploy")],
 )
 def test_a_wrong_export_or_limit_is_refused_with_its_line(write, stated, said):
     with pytest.raises(RecipeError) as caught:

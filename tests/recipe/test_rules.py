@@ -94,10 +94,10 @@ def test_a_key_without_effect_is_refused_even_with_its_default_as_value(refuse, 
         (["task=completion", "data.train.format=text"], "data.train.0.format"),
         (["evaluate.choices=[yes, no]"], "evaluate.choices"),
         (["evaluate.limit=3"], "evaluate.limit"),
-        (["deploy=merged"], "deploy.formats"),
+        (["deploy=merged"], "deploy.products"),
         (["deploy.limit=20", "deploy=merged"], "deploy.limit"),
-        (["deploy=[merged, gguf]"], "deploy.formats"),
-        (["task=summarize", "deploy=[merged, fp8]"], "deploy.formats"),
+        (["deploy=[merged, gguf]"], "deploy.products"),
+        (["task=summarize", "deploy=[merged, fp8]"], "deploy.products"),
     ],
 )
 def test_the_same_key_is_accepted_where_it_has_an_effect(write, sets, key):
