@@ -32,6 +32,7 @@ from llmtune.cli import (
 )
 from llmtune.cli.options import AsJson
 from llmtune.cli.output_streams import handled, print_json, stderr_console
+from llmtune.cli.run_result import print_usage_error
 from llmtune.errors import RecipeError
 from llmtune.store.process_environment import offline_switches, prepare_environment
 from llmtune.store.processes import leave, reports, start
@@ -45,6 +46,7 @@ class CommandGroup(TyperGroup):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse the options before a command."""
+        self.words = list(args)
         with self._hints():
             return super().parse_args(ctx, args)
 
@@ -62,6 +64,8 @@ class CommandGroup(TyperGroup):
             hint = self._hint(option, context.command) if option and context else None
             if hint:
                 vars(error).update(message=f"No such option: {option}. {hint}", possibilities=None)
+            if "--json" in self.words:
+                print_usage_error(_name_command(context), error.format_message())  # type: ignore[attr-defined]
             raise
 
     def _hint(self, option: str, command: Any) -> str | None:
@@ -78,6 +82,13 @@ class CommandGroup(TyperGroup):
         if not takes_sets or not (keys or name in ALIASES):
             return None
         return f"Set it in the recipe, or with --set {keys[0]}=VALUE." if keys else f"{ALIASES[name]} See --set."
+
+
+def _name_command(context: Any) -> str:
+    """Return the words of a command after the program's name, such as `launch local`."""
+    if context is None or context.parent is None:
+        return ""
+    return f"{_name_command(context.parent)} {context.info_name}".strip()
 
 
 REPORT = "Please report it with the lines above and the output of 'llmtune doctor'. CONTRIBUTING.md says where."

@@ -24,9 +24,10 @@ from llmtune.cli.options import (
     Threads,
 )
 from llmtune.cli.output_streams import handled, print_json, print_text, stderr_console
-from llmtune.cli.run import print_result, refuse_both, with_model
+from llmtune.cli.run import refuse_both, show_plan, with_model
+from llmtune.cli.run_result import result_of
 from llmtune.errors import Problem, Stopped
-from llmtune.launch.python_api import run_recipe
+from llmtune.launch.python_api import locate_run, run_recipe
 from llmtune.store.run_request import RunRequest
 
 app = typer.Typer(help="Run a recipe on several processes.", no_args_is_help=True)
@@ -87,16 +88,22 @@ def local(
     from llmtune.launch.topology import Topology
 
     request = RunRequest(out, "run", resume, fresh, lock, threads, offline, dry_run)
+    ending = result_of("launch local", recipe, out)
     refuse_both(resume, fresh)
     sets, console = with_model(sets, model), stderr_console(quiet=quiet)
     topology = Topology(processes, strategy, machines, rank, address, max_restarts, offload_params)
     if dry_run:
-        result = run_recipe(recipe, sets, replace(request, layout=topology.layout), console)
-        print_result(result, as_json=as_json, dry_run=True)
+        result = run_recipe(recipe, sets, replace(request, layout=topology.layout), console, ending.begin)
+        show_plan(result, ending, as_json=as_json, dry_run=True)
         return
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # before importing torch, whose sockets warn of each attempt
     from llmtune.launch.local_processes import launch_run
+    from llmtune.recipe.loader import load_recipe
 
+    if as_json:
+        loaded = load_recipe(recipe, sets)
+        request = locate_run(loaded, request, console)
+        ending.begin(loaded, request.folder)
     words = [word for word, given in (("--quiet", quiet), ("--json", as_json)) if given]
     launch_run(recipe, sets, request, topology, console, words)
 

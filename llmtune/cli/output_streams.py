@@ -10,7 +10,7 @@ import re
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from types import FrameType
@@ -21,16 +21,17 @@ import typer
 from llmtune.errors import (
     STEERING,
     EnvironmentProblem,
-    GateFailed,
     LlmtuneError,
     Problem,
     RecipeError,
+    Stopped,
+    first_line,
     system_problem,
     visible,
 )
 from llmtune.launch.python_api import make_console
 from llmtune.store.atomic_files import plain
-from llmtune.store.processes import join, lost_process, reports, world_size
+from llmtune.store.processes import LEFT, join, lost_process, reports, world_size
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -40,6 +41,7 @@ IN_PLACE_OF_A_FILE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EINVAL)
 """Error numbers of refused files; `user_files.NotAFileError` has EINVAL."""
 RUN_PARAMETERS = {"run", "runs", "what"}
 """Command parameters that name runs."""
+REPORT_BUG = "Please report it with the traceback and the output of 'llmtune doctor'. CONTRIBUTING.md says where."
 SHOWN_PROBLEMS = 30
 """More than the twenty named bad rows and their surrounding lines."""
 
@@ -61,17 +63,40 @@ def print_json(value: Any) -> None:
 
 _document: list[TextIO] = []
 """Standard output reserved for the document of --json."""
+DescribeEnd = Callable[[int, Mapping[str, Any] | None], Any]
+"""Returns the document of a command from its exit code and the error that ended it."""
+_endings: list[DescribeEnd] = []
+
+
+def end_with(describe: DescribeEnd) -> None:
+    """Let the running command print one document with --json however it ends: done, an error, a signal or a bug."""
+    _endings[-1:] = [describe]
+
+
+def _describe_failure(exit_code: int, error: Mapping[str, Any] | None) -> Any:
+    return {"error": error}
 
 
 @contextmanager
 def _document_alone() -> Iterator[None]:
     """Redirect prints of libraries (such as gptqmodel's greeting) to stderr; stdout gets only the document."""
     _document.append(sys.stdout)
+    _endings.append(_describe_failure)
     try:
         with redirect_stdout(sys.stderr):
             yield
     finally:
         _document.pop()
+        _endings.pop()
+
+
+def _print_end(exit_code: int, kind: str = "", problems: Sequence[Problem] = ()) -> None:
+    """Print the document of a command that ends, unless its launcher prints it."""
+    if not _document or os.environ.get(LEFT):
+        return
+    error = {"kind": kind, "exit_code": exit_code, "problems": plain(problems)} if kind else None
+    if error or _endings[-1] is not _describe_failure:
+        print_json(_endings[-1](exit_code, error))
 
 
 def _json_escape(found: re.Match[str]) -> str:
@@ -125,28 +150,39 @@ def handled(command: Callable[P, None], *, by_all: bool = False) -> Callable[P, 
     @functools.wraps(command)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> None:
         signal.signal(signal.SIGTERM, _terminate)
-        as_json = bool(kwargs.get("as_json"))
-        try:
-            with _document_alone() if as_json else nullcontext(), _system_refusals():
-                _meet(by_all)
-                _check_names(kwargs)
-                for name in [name for name in RUN_PARAMETERS & kwargs.keys() if kwargs[name] is not None]:
-                    kwargs[name] = _resolve_runs(kwargs[name])
-                command(*args, **kwargs)
-        except LlmtuneError as error:
-            if reports(error):
-                _print_error(error, as_json)
-            raise typer.Exit(error.exit_code) from None
-        except KeyboardInterrupt as stop:
-            number = signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT
-            word = "terminated" if number == signal.SIGTERM else "interrupted"
-            kept = "; finished steps are kept" if kwargs.keys() >= {"recipe", "out"} else ""
-            kept += ". To continue, run the same command again." if "out" in kwargs else ""
-            if reports(stop):
-                stderr_console().print(f"{word}{kept}")
-            raise typer.Exit(128 + number) from None
+        with _document_alone() if kwargs.get("as_json") else nullcontext():
+            try:
+                with _system_refusals():
+                    _meet(by_all)
+                    _check_names(kwargs)
+                    for name in [name for name in RUN_PARAMETERS & kwargs.keys() if kwargs[name] is not None]:
+                        kwargs[name] = _resolve_runs(kwargs[name])
+                    command(*args, **kwargs)
+            except LlmtuneError as error:
+                if reports(error):
+                    _print_error(error)
+                raise typer.Exit(error.exit_code) from None
+            except KeyboardInterrupt as stop:
+                number = signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT
+                problem = _describe_stop(number, kwargs)
+                if reports(stop):
+                    stderr_console().print(". ".join(filter(None, (problem.what, problem.fix))))
+                    _print_end(128 + number, Stopped.__name__, [problem])
+                raise typer.Exit(128 + number) from None
+            except (typer.Exit, typer.Abort):
+                raise
+            except Exception as bug:
+                _print_end(1, type(bug).__name__, [Problem(first_line(bug), fix=REPORT_BUG)])
+                raise
+            _print_end(0)
 
     return wrapper
+
+
+def _describe_stop(number: int, arguments: Mapping[str, object]) -> Problem:
+    what = "terminated" if number == signal.SIGTERM else "interrupted"
+    what += "; finished steps are kept" if arguments.keys() >= {"recipe", "out"} else ""
+    return Problem(what, fix="To continue, run the same command again." if "out" in arguments else None)
 
 
 handled_by_all = functools.partial(handled, by_all=True)
@@ -217,7 +253,7 @@ def _terminate(number: int, frame: FrameType | None) -> None:
     raise Terminated
 
 
-def _print_error(error: LlmtuneError, as_json: bool) -> None:
+def _print_error(error: LlmtuneError) -> None:
     from rich.markup import escape
 
     from llmtune.recipe.secrets import environment_secrets, redact_all  # late: imports the schema, slow for --help
@@ -231,6 +267,4 @@ def _print_error(error: LlmtuneError, as_json: bool) -> None:
             console.print(f"  [green]->[/] {escape(problem.fix)}")
     if len(error.problems) > SHOWN_PROBLEMS:
         console.print(f"and {len(error.problems) - SHOWN_PROBLEMS} more")
-    if as_json:
-        report = error.report if isinstance(error, GateFailed) else None
-        print_json({**(report or {}), "error": {"exit_code": error.exit_code, "problems": plain(problems)}})
+    _print_end(error.exit_code, type(error).__name__, problems)

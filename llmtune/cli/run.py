@@ -26,11 +26,20 @@ from llmtune.cli.options import (
     Threads,
 )
 from llmtune.cli.output_streams import handled_by_all, print_json, stderr_console
+from llmtune.cli.run_result import RunResult, result_of
 from llmtune.errors import RecipeError
 from llmtune.launch.python_api import evaluate_folder, run_recipe, write_test_file
 from llmtune.records import Json
 from llmtune.store.processes import once
 from llmtune.store.run_request import RunRequest
+
+
+def _print_schema(wanted: bool) -> None:
+    if wanted:
+        from llmtune.report.run_document import document_schema
+
+        print_json(document_schema())
+        raise typer.Exit
 
 
 @handled_by_all
@@ -48,6 +57,12 @@ def run_command(
     offline: Offline = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
+    schema: Annotated[
+        bool,
+        typer.Option(
+            "--schema", callback=_print_schema, is_eager=True, help="Print the JSON Schema of --json, and stop."
+        ),
+    ] = False,
 ) -> None:
     """Run all five steps: prepare, select, adapt, train, evaluate (and deploy)."""
     if device is not None and not dry_run:
@@ -83,6 +98,7 @@ def prepare_command(
 ) -> None:
     """Step 1: read, check, deduplicate and split the rows; encode, mask and pack them."""
     request = RunRequest(out, "prepare", resume, fresh, lock, threads, offline, dry_run)
+    ending = result_of("prepare", recipe, out)
     refuse_both(request.resume, request.fresh)
     if write_test is not None:
         _check_test_file(write_test, dry_run)
@@ -90,10 +106,10 @@ def prepare_command(
     if ray:
         from llmtune.data.worker_pool import spread_on_ray  # not for --help
     with spread_on_ray(ray, offline=offline) if ray else nullcontext():
-        result = run_recipe(recipe, stated, request, stderr_console(quiet=quiet))
+        result = run_recipe(recipe, stated, request, stderr_console(quiet=quiet), ending.begin)
     if (file := write_test) is not None:
         once(lambda: write_test_file(recipe, stated, out, file, stderr_console(quiet=quiet)))
-    print_result(result, as_json=as_json, dry_run=dry_run)
+    show_plan(result, ending, as_json=as_json, dry_run=dry_run)
 
 
 @handled_by_all
@@ -175,6 +191,7 @@ def evaluate_command(
 ) -> None:
     """Step 5: score base and tuned model on the same held-out rows. Also accepts a run: its folder or address."""
     request = RunRequest(out, "evaluate", resume, fresh, lock, threads, offline, dry_run)
+    ending = result_of("evaluate", recipe, out)
     folder = find_named(recipe)
     if folder is None:
         _run(recipe, with_model(sets, model), request, quiet=quiet, as_json=as_json)
@@ -182,8 +199,7 @@ def evaluate_command(
     refuse_both(request.resume, request.fresh)
     if request != RunRequest(until="evaluate", threads=threads, offline=offline):
         raise RecipeError.of("a run folder accepts only --set, --threads, --offline and --json")
-    result = evaluate_folder(folder, with_model(sets, model), request, stderr_console(quiet=quiet))
-    print_result(result, as_json=as_json)
+    evaluate_folder(folder, with_model(sets, model), request, stderr_console(quiet=quiet), ending.begin)
 
 
 def find_named(text: str) -> Path | None:
@@ -197,16 +213,19 @@ def find_named(text: str) -> Path | None:
 
 
 def _run(recipe: str, sets: list[str], request: RunRequest, *, quiet: bool, as_json: bool) -> None:
+    ending = result_of(request.until, recipe, request.out)
     refuse_both(request.resume, request.fresh)
-    result = run_recipe(recipe, sets, request, stderr_console(quiet=quiet))
-    print_result(result, as_json=as_json, dry_run=request.dry_run)
+    result = run_recipe(recipe, sets, request, stderr_console(quiet=quiet), ending.begin)
+    show_plan(result, ending, as_json=as_json, dry_run=request.dry_run)
 
 
-def print_result(result: Json, *, as_json: bool, dry_run: bool = False) -> None:
-    """Print the requested result on stdout."""
-    if result and as_json:
-        print_json(result)
-    elif result and dry_run:
+def show_plan(result: Json, ending: RunResult, *, as_json: bool, dry_run: bool) -> None:
+    """Add the result of a dry run to the document, or print it on stdout."""
+    if not result or not dry_run:
+        return
+    if as_json:
+        ending.plan = {key: result[key] for key in ("would_run", "plans", "power")}
+    else:
         for step in ("prepare", "encode", "train", "evaluate"):
             typer.echo(f"{step}: {'would run' if step in result['would_run'] else 'unchanged, would be skipped'}")
         typer.echo(f"valid; the run folder is {result['folder']}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -37,8 +37,13 @@ if TYPE_CHECKING:
     from llmtune.serve.finished_run import FinishedRun
 
 
+OnBegin = Callable[["LoadedRecipe", Path], object]
 FILE_WIDTH = 160
 """Width in columns of output to a file or a pipe: enough for every table."""
+
+
+def _ignore(loaded: LoadedRecipe, folder: Path) -> None:
+    pass
 
 
 def run(
@@ -131,8 +136,13 @@ def _check_types(function: str, given: Mapping[str, object]) -> None:
     check_arguments(function, given)
 
 
-def run_recipe(recipe: str | Path, sets: Sequence[str], request: RunRequest, console: Console) -> Json:
-    """Run a recipe in this process and those started with it; return the content of report.json in rank 0."""
+def run_recipe(
+    recipe: str | Path, sets: Sequence[str], request: RunRequest, console: Console, on_begin: OnBegin = _ignore
+) -> Json:
+    """Run a recipe in this process and those started with it; return the content of report.json in rank 0.
+
+    `on_begin` gets the recipe and the run folder, before anything is written there.
+    """
     from llmtune.recipe.loader import load_recipe
 
     loaded = load_recipe(recipe, sets)
@@ -145,6 +155,7 @@ def run_recipe(recipe: str | Path, sets: Sequence[str], request: RunRequest, con
 
     request = locate_run(loaded, request, console)
     path = request.folder
+    on_begin(loaded, path)
     once(lambda: _peek(loaded, path, request))  # before anything is written there
     notes = rank() == 0 and not request.dry_run
     with phase(console, request.until), failures_in_junit(path, loaded.recipe.name) if notes else nullcontext():
@@ -254,14 +265,20 @@ def write_test_file(recipe: str, sets: Sequence[str], out: Path | None, file: Pa
     console.print(f"test rows written to {file}. Set in data: {line}", highlight=False, markup=False)
 
 
-def evaluate_folder(run: Path, sets: Sequence[str], request: RunRequest, console: Console) -> Json:
-    """Score a finished run again, with some settings changed; return the content of report.json."""
+def evaluate_folder(
+    run: Path, sets: Sequence[str], request: RunRequest, console: Console, on_begin: OnBegin = _ignore
+) -> Json:
+    """Score a finished run again, with some settings changed; return the content of report.json.
+
+    `on_begin` is as in `run_recipe`.
+    """
     from llmtune.evaluate.champion import open_champion
     from llmtune.evaluate.judge_client import check_evaluation
     from llmtune.report.render_terminal import phase, spinner
     from llmtune.store.run_folder import read_run, recipe_of_run
 
     loaded = recipe_of_run(read_run(run), sets)
+    on_begin(loaded, run)
     check_evaluation(run, loaded.recipe, console)
     open_champion(loaded.recipe, run)
     prepare_environment(network=studies_remote(loaded.recipe) and not request.offline, threads=request.threads)

@@ -148,7 +148,7 @@ def find_section(annotation: object) -> type[RecipeSection] | None:
     return next((section for section in inner if section), None)
 
 
-def descriptions(section: type[RecipeSection]) -> dict[str, str]:
+def descriptions(section: type) -> dict[str, str]:
     """Return the docstring of each key on one line, parsed from the source.
 
     Empty if the source is not installed. Slow: call it only to show the texts.
