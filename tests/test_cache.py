@@ -234,10 +234,10 @@ def test_a_dry_run_lists_the_steps_and_changes_nothing(finished: Path) -> None:
     assert not (finished / "other").exists()
     before = {path: path.stat().st_mtime_ns for path in (finished / "run").rglob("*")}
     result = invoke("run", "tiny.yaml", "--out", "run", "--dry-run", "--json")
-    assert json.loads(result.stdout)["would_run"] == []
+    assert json.loads(result.stdout)["plan"]["would_run"] == []
     assert {path: path.stat().st_mtime_ns for path in (finished / "run").rglob("*")} == before
     result = invoke("run", "tiny.yaml", "--out", "run", "--dry-run", "--set", "generation.max_new_tokens=3", "--json")
-    assert json.loads(result.stdout)["would_run"] == ["evaluate"]
+    assert json.loads(result.stdout)["plan"]["would_run"] == ["evaluate"]
     assert invoke("run", "tiny.yaml", "--out", "run", "--dry-run", "--set", "seed=5").exit_code == 2
 
 

@@ -154,7 +154,7 @@ def test_eight_test_rows_are_inconclusive_and_the_rows_needed_are_named(
     repeated = invoke("evaluate", folder, "--json")
     printed = json.loads(repeated.stdout)
     assert (printed["verdict"]["word"], printed["error"]["exit_code"]) == ("inconclusive", 7)
-    assert printed["evaluation"]["champion"]["difference"]
+    assert printed["champion"]["scores"]["choice_accuracy"]["difference"]
     assert "8 rows are too few; about" in " ".join(done.stderr.split())
     (gate,) = json.loads((folder / "report.json").read_text())["gates"]
     assert gate["passed"] is None
@@ -169,5 +169,5 @@ def test_eight_test_rows_are_inconclusive_and_the_rows_needed_are_named(
     gates = ["--set", "evaluate.gates=['choice_accuracy.low > champion - 0.01']"]
     dry = invoke("run", place / "eight.yaml", "--out", tmp_path / "new", *planned, *gates)
     assert dry.exit_code == 0, dry.stderr
-    assert json.loads(dry.stdout)["power"]["rows"][0]["rows_needed"] > 1000
+    assert json.loads(dry.stdout)["plan"]["power"]["rows"][0]["rows_needed"] > 1000
     assert "Planned by how far the champion and its own base differ" in " ".join(dry.stderr.split())

@@ -39,8 +39,8 @@ def train(
     }
     with (folder / f"{name}.yaml").open("w") as file:
         YAML(typ="safe").dump(recipe, file)
-    done = invoke("run", folder / f"{name}.yaml", "--out", folder / "runs" / name, "--offline", "--json")
-    return done.exit_code, json.loads(done.stdout)
+    done = invoke("run", folder / f"{name}.yaml", "--out", folder / "runs" / name, "--offline")
+    return done.exit_code, json.loads((folder / "runs" / name / "report.json").read_text())
 
 
 @pytest.mark.slow

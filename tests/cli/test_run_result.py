@@ -131,7 +131,7 @@ ERRORS = {
     "both": (2, "RecipeError", ["--resume", "--fresh"]),
     "data": (3, "DataError", ["--set", "data.train=missing.jsonl"]),
     "model": (4, "EnvironmentProblem", ["--set", "model.name=./no-such-model"]),
-    "diverged": (5, "TrainingError", ["--set", "train.learning_rate=1.0e+30", "--set", "train.max_grad_norm=null"]),
+    "diverged": (5, "TrainingError", ["--set", "train.learning_rate=1.0e+6", "--set", "train.max_grad_norm=1.0e+9"]),
 }
 
 

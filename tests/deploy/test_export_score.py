@@ -282,9 +282,9 @@ def test_a_damaged_export_is_named_without_a_traceback(damage, code, chat, tmp_p
 def test_other_metrics_score_the_exports_again(classifier):
     _, run = classifier
     more = "evaluate.metrics=[loss, accuracy, matthews]"
-    result = invoke("run", run.with_name("r.yaml"), "--out", run, "--set", more, "--json")
+    result = invoke("run", run.with_name("r.yaml"), "--out", run, "--set", more)
     assert result.exit_code == 0, result.output
-    scored = json.loads(result.stdout)["deploy"]["exports"]["merged"]["score"]
+    scored = read_json(run / "report.json")["deploy"]["exports"]["merged"]["score"]
     assert "matthews" in scored["difference"]
 
 

@@ -153,12 +153,12 @@ def test_on_a_grown_file_shared_rows_are_compared_and_the_champions_model_answer
     recipe = write_recipe(tmp_path / "tiny.yaml", tiny_llama, rows, evaluate=evaluate, train={"num_train_epochs": 1})
     before, learned = read_split(champion, "test"), read_split(champion, "train") + read_split(champion, "validation")
 
-    done = invoke("run", recipe, "--out", place / "grown", "--json")
+    done = invoke("run", recipe, "--out", place / "grown")
     assert done.exit_code in (0, 7), done.stderr
     now = read_split(place / "grown", "test")
     further = [row for row in now if row not in before and row not in learned]
     assert further, "else nothing is tried"
-    report = json.loads(done.stdout)
+    report = json.loads((place / "grown/report.json").read_text())
     found = report["evaluation"]["champion"]
     assert (found["rows"], found["asked"]) == (len([row for row in now if row in before]) + len(further), len(further))
     assert found["difference"]["accuracy"]["n"] == found["rows"]
@@ -167,8 +167,8 @@ def test_on_a_grown_file_shared_rows_are_compared_and_the_champions_model_answer
     assert f'name="champion.rows" value="{found["rows"]}"' in junit
     assert not list((place / "grown").glob(".champion-*"))
 
-    again = invoke("run", recipe, "--out", tmp_path / "elsewhere", "--json")  # the run folder is not next to it
-    alone = json.loads(again.stdout)["evaluation"]["champion"]
+    again = invoke("run", recipe, "--out", tmp_path / "elsewhere")  # the run folder is not next to it
+    alone = json.loads((tmp_path / "elsewhere/report.json").read_text())["evaluation"]["champion"]
     assert (alone["rows"], alone["asked"]) == (found["rows"] - len(further), 0)
     assert f"champion: {alone['rows']} of {len(now)} test rows are test rows of the champion too" in again.stderr
 

@@ -422,11 +422,9 @@ def test_a_reranker_with_the_same_weights_and_fewer_candidates_passes_no_gate_on
         f"evaluate.champion={tmp_path / 'first'}",
         "evaluate.gates=['recall@1.low > champion']",
     ]
-    done = invoke(
-        "run", path, "--out", tmp_path / "second", "--offline", "--json", *(w for s in sets for w in ("--set", s))
-    )
+    done = invoke("run", path, "--out", tmp_path / "second", "--offline", *(w for s in sets for w in ("--set", s)))
     assert done.exit_code == 6, done.output
-    report = json.loads(done.stdout)
+    report = json.loads((tmp_path / "second/report.json").read_text())
     assert report["verdict"]["word"] == "inconclusive"
     assert "the same candidates" in report["gates"][0]["got"]
     assert report["evaluation"]["champion"]["difference"]["loss"]["value"] == 0

@@ -44,9 +44,9 @@ def test_a_run_in_bfloat16_learns_and_says_that_it_was_on_the_gpu(
     write_recipe(
         tmp_path / "tiny.yaml", tiny_llama, chat_rows, model={"dtype": "bfloat16"}, adapter=adapter, train=train
     )
-    done = llmtune("run", "tiny.yaml", "--out", "run", "--json", cwd=tmp_path)
+    done = llmtune("run", "tiny.yaml", "--out", "run", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    report = json.loads(done.stdout)
+    report = json.loads((tmp_path / "run/report.json").read_text())
     assert report["train"]["train_loss"] < report["train"]["first_loss"]
     assert report["evaluation"]["tuned"]["loss"] < report["evaluation"]["base"]["loss"]
     assert report["train"]["peak_bytes"] > 0
@@ -137,7 +137,7 @@ def test_a_shipped_recipe_of_each_family_runs(name: str, tiny_llama: Path, tmp_p
         "evaluate.gates": "[]",
     }
     sets = [part for key, value in values.items() for part in ("--set", f"{key}={value}")]
-    done = llmtune("run", name, "--out", "run", *sets, "--json", cwd=tmp_path)
+    done = llmtune("run", name, "--out", "run", *sets, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    report = json.loads(done.stdout)
+    report = json.loads((tmp_path / "run/report.json").read_text())
     assert report["evaluation"]["tuned"]["loss"] < report["evaluation"]["base"]["loss"]

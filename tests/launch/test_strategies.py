@@ -230,7 +230,7 @@ def test_a_dry_run_plans_the_memory_of_one_process(here, tiny_llama, chat_rows):
     for options in ([], ["--processes", 2, "--machines", 2, "--address", "a:1", "--strategy", "fsdp"]):
         found = invoke("launch", "local", "tiny.yaml", "--dry-run", "--json", *options)
         assert found.exit_code == 0, found.stderr
-        plans.extend(json.loads(found.stdout)["plans"].values())
+        plans.extend(json.loads(found.stdout)["plan"]["plans"].values())
     alone, part = plans
     assert "cpu, each of 4 processes" in found.stderr
     assert part["processes"] == 4

@@ -155,7 +155,7 @@ def test_a_run_is_planned_for_a_card_that_this_machine_lacks(here, tiny_llama):
         for card in ("t4", "h100"):
             done = invoke(*words, "--device", card, "--json")
             assert done.exit_code == 0, done.stderr
-            (plans[card],) = json.loads(done.stdout)["plans"].values()
+            (plans[card],) = json.loads(done.stdout)["plan"]["plans"].values()
             assert f"Memory plan ({card})" in done.stderr
     assert plans["h100"]["limit"] > 4 * plans["t4"]["limit"]
     assert plans["h100"]["parts"]["weights"] * 2 == plans["t4"]["parts"]["weights"]  # a T4 has no bfloat16

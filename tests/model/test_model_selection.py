@@ -201,7 +201,7 @@ def test_a_query_finds_candidates_in_the_catalogue_and_a_dry_run_shows_them_with
     recipe = write_recipe(tmp_path / "r.yaml", "none", rows_file, model=model)
     done = invoke("run", recipe, "--dry-run", "--json", "--out", tmp_path / "out")
     assert done.exit_code == 0, done.stderr
-    plans = json.loads(done.stdout)["plans"]
+    plans = json.loads(done.stdout)["plan"]["plans"]
     assert "Qwen/Qwen2.5-0.5B-Instruct" in plans
     assert "google/gemma-2-2b-it" not in plans
     for words in ("would be downloaded first", "skipped: its licence is gemma"):
@@ -218,7 +218,7 @@ def test_a_missing_candidate_does_not_end_a_run(taught, rows_file, tmp_path):
     model = {"name": None, "candidates": [str(tmp_path / "no"), str(taught)]}
     recipe = write_recipe(tmp_path / "r.yaml", "none", rows_file, model=model)
     planned = invoke("run", recipe, "--out", tmp_path / "out", "--dry-run", "--json")
-    assert [*json.loads(planned.stdout)["plans"]] == [str(taught)]
+    assert [*json.loads(planned.stdout)["plan"]["plans"]] == [str(taught)]
     assert "skipped:" in planned.stderr
     done = invoke("select", recipe, "--out", tmp_path / "out", "--json")
     assert done.exit_code == 0, done.stderr

@@ -56,9 +56,9 @@ def test_a_run_uses_the_winner_of_the_trials_and_reports_both_orders(tiny_llama:
     model = {"name": None, "candidates": [str(tiny_llama), str(other)], "trials": 2}
     data = {"on_overlong": "drop"}
     recipe = write_recipe(Path("r.yaml"), "none", write_colours(Path("rows.jsonl")), model=model, data=data)
-    done = invoke("select", recipe, "--out", "out", "--json")
+    done = invoke("select", recipe, "--out", "out")
     assert done.exit_code == 0, done.stderr
-    told = json.loads(done.stdout)["model"]
+    told = json.loads(Path("out/report.json").read_text())["model"]
     candidates = told["ranking"]["candidates"]
     assert told["name"] == candidates[0]["name"] == told["ranking"]["chosen"]
     assert candidates[0]["tuned"] < candidates[1]["tuned"]
