@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -247,6 +247,16 @@ def conclude_release(context: RunContext, gates: Sequence[GateResult]) -> None:
         told = f"release {name}: {digest}" + (f", before {promoted.before}" if changes else "")
         run.note(release={"name": name, "current": digest, "promoted": True, "told": told})
         context.console.print(told, highlight=False, markup=False)
+
+
+def release_kept(make: Callable[[RunContext], None], context: RunContext) -> None:
+    """Call a function; if it fails and the recipe names `release`, note first that the earlier release stays."""
+    try:
+        make(context)
+    except LlmtuneError as error:
+        if RELEASE in context.plan.recipe.deploy:
+            note_outcome(context, f"because {error.problems[0].what}")
+        raise
 
 
 def note_outcome(context: RunContext, why: str) -> None:
