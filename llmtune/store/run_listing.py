@@ -142,7 +142,8 @@ def choose_run(runs: Sequence[ListedRun], name: str) -> ListedRun | None:
 def match_run(name: str) -> Path | None:
     """Return the folder that an address of a run or release names; None if there is no such run.
 
-    Raises RecipeError if runs of that name exist, but none of them passed its gates, and for a missing release.
+    Raises RecipeError if the recipe has runs, but none of them passed its gates or has this hash, and for a missing
+    release.
     """
     if name.startswith(RELEASE_PREFIX):
         return resolve_release(name)
@@ -155,11 +156,11 @@ def match_run(name: str) -> Path | None:
         return chosen.folder
     if exact := [run.folder for run in runs if name in (run.address, run.folder.name)]:
         return exact[0]
-    candidates = [run for run in runs if run.name == name]
+    recipe, _, digest = name.partition("@")
+    candidates = [f"{run.address} ({describe_gates(run)})" for run in runs if run.name == recipe]
     if candidates:
-        states = ", ".join(f"{run.address} ({describe_gates(run)})" for run in candidates)
-        fix = f"Name one of its runs: {states}."
-        raise RecipeError.of(f"no run of {name} passed its gates", name, fix)
+        what = f"{recipe} has no run {digest}" if digest else f"no run of {recipe} passed its gates"
+        raise RecipeError.of(what, name, f"Name one of its runs: {', '.join(candidates)}.")
     return None
 
 
