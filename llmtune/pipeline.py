@@ -67,6 +67,7 @@ from llmtune.session import (
 )
 from llmtune.store.atomic_files import hash_folder, hash_value, plain, staged
 from llmtune.store.processes import once, rank, world_size
+from llmtune.store.release_store import find_start, pin_start
 from llmtune.store.run_folder import Manifest, RunFolder, open_run, recipe_of_run, trained_name
 from llmtune.store.run_lock import hash_keys, own_pins, read_pins
 from llmtune.store.run_origin import is_own, save_recipe
@@ -86,6 +87,7 @@ def run_pipeline(loaded: LoadedRecipe, request: RunRequest, console: Console) ->
     """
     assert not request.dry_run, "`launch.dry_run` is for those"
     path = request.folder
+    loaded = pin_start(loaded, once(lambda: find_start(loaded.recipe, path)))
     check_first(loaded.recipe, request)
     request = replace(request, pins=request.pins or (read_pins(request.lock) if request.lock else None))
     with ExitStack() as stack:

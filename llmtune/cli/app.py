@@ -16,6 +16,7 @@ from typer.core import TyperGroup
 
 from llmtune import __version__
 from llmtune.cli import (
+    clean,
     compare,
     deploy,
     explain,
@@ -197,7 +198,7 @@ def show_version(words: Words = None) -> None:
 
 PANELS: dict[str, dict[str, Callable[..., None] | typer.Typer]] = {
     "Begin": {**init.COMMANDS, "run": run.COMMANDS["run"], "runs": runs, "doctor": doctor},
-    "Use a run": {**prompting.COMMANDS, "deploy": deploy.app},
+    "Use a run": {**prompting.COMMANDS, "deploy": deploy.app, **clean.COMMANDS},
     "One step at a time": {name: command for name, command in run.COMMANDS.items() if name != "run"},
     "Look closer": {**compare.COMMANDS, **verify.COMMANDS, **rows.COMMANDS, "explain": explain.app},
     "More": {"recipes": recipes.app, "models": models.app, "release": release.app, "launch": launch.app},
@@ -212,6 +213,7 @@ EXAMPLES = {
     "compare": "llmtune compare RUN RUN, or llmtune compare tickets.yaml --methods full,lora,qlora",
     "sweep": "llmtune sweep tickets.yaml --space space.yaml --trials 20",
     "verify": "llmtune verify latest",
+    "clean": "llmtune clean latest --dry-run, or llmtune clean --all",
     "rows": "llmtune rows latest --suspects suspects.csv",
     "reproduce": "llmtune reproduce latest",
 }

@@ -173,7 +173,7 @@ def evaluate_command(
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Step 5: score base and tuned model on the same held-out rows. Also takes a run: a folder, NAME@HASH, latest."""
+    """Step 5: score base and tuned model on the same held-out rows. Also accepts a run: its folder or address."""
     request = RunRequest(out, "evaluate", resume, fresh, lock, threads, offline, dry_run)
     folder = find_named(recipe)
     if folder is None:

@@ -15,8 +15,8 @@ from typing import Literal, TypeVar
 
 from llmtune.data import hub_datasets as hub
 from llmtune.data.audio import AUDIO_COLUMNS, find_recording
-from llmtune.data.byte_streams import guess_encoding
 from llmtune.data.column_mapping import has_columns, infer_columns, rename
+from llmtune.data.encoding_guess import guess_encoding
 from llmtune.data.file_readers import NOT_UTF8, LazyRow, parse_lines, read_lazily
 from llmtune.data.object_store import RemoteFile, find_objects, is_remote
 from llmtune.data.rejected_rows import RawRow, RowError

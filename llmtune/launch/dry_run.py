@@ -33,6 +33,7 @@ from llmtune.session import (
     rows_hash,
 )
 from llmtune.store.processes import layout
+from llmtune.store.release_store import find_start, pin_start
 from llmtune.store.run_folder import peek_run
 from llmtune.store.run_lock import read_pins
 from llmtune.store.run_request import RunRequest
@@ -44,7 +45,9 @@ TRIED_BYTES = 2**22
 
 def dry_run(loaded: LoadedRecipe, request: RunRequest, console: Console) -> Json:
     """Run the cheap checks and print the steps that would run and the memory they need; change and download nothing."""
-    recipe, path = loaded.recipe, request.folder
+    path = request.folder
+    loaded = pin_start(loaded, find_start(loaded.recipe, path))
+    recipe = loaded.recipe
     check_first(recipe, request)
     folder = peek_run(path, loaded.fingerprint, resume=request.resume, fresh=request.fresh)
     context = RunContext(folder, console, replace(request, pins=read_pins(request.lock) if request.lock else None))

@@ -22,6 +22,7 @@ from llmtune.store.process_environment import (
     prepare_environment,
     refuse_network,
 )
+from llmtune.store.process_state import as_in_new_process
 from llmtune.store.processes import once, rank
 from llmtune.store.processes import strategy as stated_strategy
 from llmtune.store.run_request import RunRequest
@@ -87,17 +88,18 @@ def run(
     sets = [f"{key}={value}" for key, value in texts.items()]
     lock = None if lock is None else Path(lock)
     request = RunRequest(out if out is None else Path(out), until, resume, fresh, lock, threads, offline)
-    console = make_console(quiet=quiet)
-    request = locate_run(load_recipe(recipe, sets), request, console)
-    if (processes, strategy) == (1, "ddp"):
-        run_recipe(recipe, sets, request, console)
-    else:
-        topology = Topology(processes, strategy)
-        from llmtune.launch.local_processes import launch_run
+    with as_in_new_process():
+        console = make_console(quiet=quiet)
+        request = locate_run(load_recipe(recipe, sets), request, console)
+        if (processes, strategy) == (1, "ddp"):
+            run_recipe(recipe, sets, request, console)
+        else:
+            topology = Topology(processes, strategy)
+            from llmtune.launch.local_processes import launch_run
 
-        if request.reason:
-            console.print(request.reason, markup=False)
-        launch_run(recipe, sets, request, topology, console, ["--quiet"] if quiet else [])
+            if request.reason:
+                console.print(request.reason, markup=False)
+            launch_run(recipe, sets, request, topology, console, ["--quiet"] if quiet else [])
     return load_run(request.folder, offline=offline)
 
 
@@ -113,13 +115,14 @@ def load_run(folder: str | Path, *, offline: bool = False) -> FinishedRun:
         run = llmtune.load_run("runs/support-chat-1a2b3c4d")
     """
     _check_types("llmtune.load_run", locals())
-    prepare_environment(network=False)
-    with gc_paused():
-        from llmtune.serve.finished_run import FinishedRun
+    with as_in_new_process():
+        prepare_environment(network=False)
+        with gc_paused():
+            from llmtune.serve.finished_run import FinishedRun
 
-    from llmtune.store.run_listing import find_run
+        from llmtune.store.run_listing import find_run
 
-    return FinishedRun(find_run(Path(folder)), offline)
+        return FinishedRun(find_run(Path(folder)), offline)
 
 
 def _check_types(function: str, given: Mapping[str, object]) -> None:
