@@ -1,5 +1,6 @@
 """Week after week in the default run folder: new rows make another folder, and a bad week replaces nothing."""
 
+import json
 import os
 import shutil
 import signal
@@ -16,6 +17,7 @@ from llmtune.errors import RecipeError
 from llmtune.store.atomic_files import hash_path
 from llmtune.store.run_folder import read_run
 from llmtune.store.run_listing import find_run
+from llmtune.store.run_lock import read_lock
 
 QUESTION = "What comes after 5 and before 7?"
 FAILING = 'evaluate.gates=["accuracy >= 2"]'
@@ -138,6 +140,24 @@ def test_a_released_run_is_not_trained_over(folder: Path) -> None:
         assert "Choose another folder with --out" in done.stderr
     assert [hash_path(run.path / name) for name in kept] == before
     assert invoke("evaluate", run.path, "--set", FAILING).exit_code == 6
+
+
+def test_a_champion_and_a_start_are_named_like_runs_and_are_never_the_run_itself(folder: Path) -> None:
+    (first,) = folders()
+    settings = ("--set", "evaluate.champion=tiny", "--set", f"adapter.start_from={first.replace('tiny-', 'tiny@')}")
+    settings += ("--set", "adapter.r=null", "--set", "adapter.lora_alpha=null")
+    for _ in range(2):
+        done = invoke("run", "tiny.yaml", *settings, "--json")
+        assert done.exit_code == 0, done.stderr
+        (second,) = folders() - {first}
+        assert find_run(Path("tiny")) == Path("runs") / second
+        evaluation = json.loads(Path("runs", second, "report.json").read_text())["evaluation"]
+        assert evaluation["champion"]["folder"].endswith(first)
+        assert read_lock(Path("runs", second, "llmtune.lock"))["start_from"]["folder"].endswith(f"{first}/adapter")
+    assert "skipped" in done.stderr
+    for key in ("evaluate.champion", "adapter.start_from"):
+        done = invoke("run", "tiny.yaml", *settings, "--set", f"{key}=tiny@00000000")
+        assert (done.exit_code, "tiny has no run 00000000" in done.stderr) == (2, True), done.stderr
 
 
 @pytest.mark.slow
