@@ -67,8 +67,8 @@ from llmtune.session import (
 )
 from llmtune.store.atomic_files import hash_folder, hash_value, plain, staged
 from llmtune.store.processes import once, rank, world_size
-from llmtune.store.release_store import find_start, pin_start
 from llmtune.store.run_folder import Manifest, RunFolder, open_run, recipe_of_run, trained_name
+from llmtune.store.run_listing import find_start, pin_start
 from llmtune.store.run_lock import hash_keys, own_pins, read_pins
 from llmtune.store.run_origin import is_own, save_recipe
 from llmtune.store.run_request import RunRequest

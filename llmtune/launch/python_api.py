@@ -185,7 +185,10 @@ def _name_folder(loaded: LoadedRecipe, request: RunRequest, console: Console) ->
         with nullcontext() if request.dry_run else failures_in_junit(rowless_folder(loaded), loaded.recipe.name):
             _check(loaded, console)  # names all problems, not only those of the data's content
             raise
-    return str(path), "" if (path / MANIFEST).exists() else explain_new(loaded)
+    reason = "" if (path / MANIFEST).exists() else explain_new(loaded)
+    if request.resume and reason:
+        raise RecipeError.of(f"nothing to resume: {reason}", str(path), "Omit --resume to start.")
+    return str(path), reason
 
 
 def _agree(loaded: LoadedRecipe) -> None:
