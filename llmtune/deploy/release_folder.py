@@ -25,6 +25,7 @@ from llmtune.evaluate.per_row_scores import MEASURES
 from llmtune.evaluate.run_report import make_report
 from llmtune.recipe.schema import RELEASE, Recipe
 from llmtune.recipe.section import RELEASE_PREFIX
+from llmtune.records import Json
 from llmtune.report.report_page import write_report
 from llmtune.score_records import Evaluation, GateResult
 from llmtune.session import RunContext, open_finished
@@ -67,7 +68,7 @@ SERVING_DATA = ("system_prompt", "max_length", "on_overlong", "train_on")
 SELECTING = ("name", "candidates", "trials", "licences", "scores", "check_memory")
 """Keys of the model section that decide which model it is; its content has a hash."""
 KEPT_STEPS = ("prepare", "encode", "select", "adapt", "train", "evaluate", "deploy")
-SHOWN_TEXTS = {"example": [], "hardest_rows": []}
+SHOWN_TEXTS: Json = {"example": [], "hardest_rows": []}
 """Facts of steps that show rows, with what a release has in their place."""
 CHANGING = (RECORD_FILE, MANIFEST, ".origin", *REPORTS)
 """Files of a release that do not serve; `explain` and `verify` may change some."""

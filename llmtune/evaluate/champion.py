@@ -23,13 +23,11 @@ from llmtune.evaluate.opened_runs import (
     find_other_keys,
     find_other_measure,
     keep_asked,
-    locate_champion,
-    open_release,
     open_run_scores,
     pair_measures,
-    read_release,
 )
 from llmtune.evaluate.per_row_scores import PerRowScores, name_test_rows
+from llmtune.evaluate.release_records import locate_champion, open_release, read_release
 from llmtune.recipe.evaluate_section import ERROR
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.user_files import read_text_file

@@ -14,7 +14,7 @@ from support.runs import finish_run, invoke
 import llmtune
 from llmtune.deploy.release_folder import promote_run
 from llmtune.errors import RecipeError
-from llmtune.evaluate.opened_runs import read_release
+from llmtune.evaluate.release_records import read_release
 from llmtune.store.atomic_files import hash_folder, list_folder
 from llmtune.store.release_store import RECORD_FILE, resolve_release
 
