@@ -52,6 +52,7 @@ from llmtune.store.release_store import (
 )
 from llmtune.store.run_folder import (
     MANIFEST,
+    METRICS,
     REPORTS,
     Manifest,
     RunFolder,
@@ -62,6 +63,7 @@ from llmtune.store.run_folder import (
 )
 from llmtune.store.run_lock import LOCK
 from llmtune.store.run_origin import is_own, mark_own
+from llmtune.store.seed_runs import kept_findings
 
 SERVING_SECTIONS = ("task", "generation")
 SERVING_DATA = ("system_prompt", "max_length", "on_overlong", "train_on")
@@ -164,7 +166,7 @@ def fill_release(context: RunContext, folder: Path, signing: str | None = None) 
         outputs = [trained_name(recipe), *(run.manifest["steps"]["deploy"]["outputs"] if recipe.exports else ())]
         for name in outputs:
             shutil.copytree(run.path / name, folder / name)
-        for name in (LOCK, "recipe.yaml"):
+        for name in (LOCK, "recipe.yaml", METRICS):
             shutil.copyfile(run.path / name, folder / name)
         if is_own(run.path):
             mark_own(folder)
@@ -215,7 +217,7 @@ def make_manifest(run: RunFolder, folder: Path, outputs: Sequence[str]) -> Manif
             files = {output: list_folder(folder / output) for output in record["outputs"] if output in outputs}
             hashes = {output: hash_listing(listed) for output, listed in files.items()}
             steps[name] = cast(StepRecord, {**record, "facts": facts, "outputs": hashes, "files": files})
-    findings = {"released_from": str(run.path.absolute()), "look": run.findings.get("look")}
+    findings = kept_findings(run) | {"released_from": str(run.path.absolute()), "look": run.findings.get("look")}
     manifest = Manifest(fingerprint=run.manifest["fingerprint"], steps=steps, findings=findings)
     return manifest | {"lock": hash_file(folder / LOCK), "llmtune": run.manifest.get("llmtune", "")}
 
@@ -232,6 +234,9 @@ def conclude_release(context: RunContext, gates: Sequence[GateResult]) -> None:
         return
     name, run = context.plan.recipe.name, context.folder
     failed = [gate.name for gate in gates if gate.passed is not True]
+    if not gates:
+        text = f"release {name}: the recipe has no gates, so every model is promoted"
+        context.console.print(text, style="yellow", highlight=False, markup=False)
     digest = hash_served(context)
     if failed:
         note_outcome(context, f"because of {', '.join(failed)}")

@@ -51,7 +51,7 @@ def release(project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> P
 def test_a_release_has_what_serves_and_no_text_of_rows(release: Path) -> None:
     names = {path.name for path in release.iterdir()}
     assert names >= {"adapter", "merged", "evaluation", "llmtune.lock", "recipe.yaml", "serving.json", RECORD_FILE}
-    assert not names & {"data", "checkpoints", "metrics.jsonl", "row_losses.npz"}
+    assert not names & {"data", "checkpoints", "row_losses.npz"}
     for path in release.rglob("*"):
         if path.is_file():
             assert b"What comes after" not in path.read_bytes(), path.name
@@ -80,6 +80,7 @@ def test_a_release_has_what_serves_and_no_text_of_rows(release: Path) -> None:
         ("release", "diff", "tiny", "release:tiny"),
         ("release", "list", "--json"),
         ("verify", "release:tiny"),
+        ("reproduce", "release:tiny"),
         ("runs",),
     ],
     ids=" ".join,
