@@ -30,7 +30,7 @@ from llmtune.data.examples import ExampleReader, encode_rows, examples_inputs, r
 from llmtune.data.preparation import prepare_rows
 from llmtune.data.row_store import load_rows
 from llmtune.deploy.products import check_products, make_products
-from llmtune.deploy.release_folder import conclude_release
+from llmtune.deploy.release_folder import conclude_release, release_kept
 from llmtune.errors import EnvironmentProblem
 from llmtune.evaluate.cache_keys import evaluation_inputs, lock_trained, note_own_metrics
 from llmtune.evaluate.champion import check_champion, note_look
@@ -304,7 +304,7 @@ def run_evaluate(context: RunContext, loaded: LoadedRecipe) -> None:
 def run_deploy(context: RunContext, loaded: LoadedRecipe) -> None:
     """Make the products that the recipe names, each verified against the trained model."""
     if context.plan.recipe.exports:
-        context.once(lambda: make_products(context))
+        context.once(lambda: release_kept(make_products, context))
 
 
 STEPS: dict[str, Callable[[RunContext, LoadedRecipe], None]] = {

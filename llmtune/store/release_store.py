@@ -100,6 +100,11 @@ def resolve_release(address: str) -> Path:
     chosen = [one for one in stored if (one.current if digest is None else one.hash == digest)]
     if chosen:
         return chosen[0].folder
+    if digest is None and (current := read_current(name)):
+        fix = "Restore the folder, or release its run again: llmtune release RUN."
+        hashes = ", ".join(one.hash for one in stored)
+        fix += f" Or go back to one of {hashes}: llmtune release rollback {name} --to HASH" if stored else ""
+        raise RecipeError.of(f"the current release {current} is gone", str(RELEASES / name / current), fix)
     if stored:
         what = f"{name} has no release {digest}" if digest else f"no release of {name} is current"
         fix = f"Name one of: {', '.join(one.address for one in stored)}."
