@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from llmtune.serve.finished_run import FinishedRun
 
 
+TRAINING = ("train", "evaluate", "run")
+"""Values of `until` that include training."""
 FILE_WIDTH = 160
 """Width in columns of output to a file or a pipe: enough for every table."""
 
@@ -182,7 +184,7 @@ def _look_first(loaded: LoadedRecipe, path: Path, request: RunRequest, console: 
         console.print(f"[yellow]Restarting all processes ({again} times so far).[/]")
     for line in marks_left(loaded):
         console.print(f"still the starter's value: {line}", style="yellow", markup=False)
-    detected = check_recipe(loaded)
+    detected = check_recipe(loaded, trains=request.until in TRAINING)
     if request.dry_run:
         from llmtune.data.ingest import TRIED_ROWS
 

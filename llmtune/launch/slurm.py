@@ -87,7 +87,7 @@ def plan_job(recipe: str, sets: Sequence[str], request: RunRequest, topology: To
     if request.lock is not None:
         read_pins(request.lock)
         lock = Path(os.path.relpath(request.lock))  # relative to the folder from which the job is submitted
-    check_recipe(loaded)
+    check_recipe(loaded, trains=True)
     stated = [word for one in sets for word in ("--set", one)]
     return SlurmJob(loaded, folder, topology, (*stated, *replace(request, out=None, lock=lock).words()))
 
