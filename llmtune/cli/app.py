@@ -162,18 +162,20 @@ def doctor(
 
 @handled
 def runs(as_json: AsJson = False) -> None:
-    """List the runs in runs/ with their verdicts, the latest first."""
-    from llmtune.store.run_listing import list_runs
+    """List the runs in runs/ with verdict, gates and the names that mean them, the latest first."""
+    from llmtune.store.run_listing import list_names, list_runs
 
-    found = list_runs()
+    listed = list_runs()
+    names = list_names(listed)
     if as_json:
-        print_json([vars(one) for one in found])
+        print_json([{**vars(one), "address": one.address, "names": names[one.folder]} for one in listed])
         return
-    if not found:
+    if not listed:
         stderr_console().print("no runs in runs/ yet; start one: llmtune run RECIPE")
-    for one in found:
+    for one in listed:
         when = time.strftime("%Y-%m-%d %H:%M", time.localtime(one.started))
-        typer.echo(f"{one.folder}  {one.task}  {when}  {one.verdict or '-'}  {one.step}")
+        meant = f"  = {', '.join(names[one.folder])}" if names[one.folder] else ""
+        typer.echo(f"{one.folder}  {one.task}  {when}  {one.verdict or '-'}  {one.gates or '-'}  {one.step}{meant}")
 
 
 def _pointer(name: str) -> Callable[..., None]:

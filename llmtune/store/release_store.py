@@ -13,13 +13,16 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from typing_extensions import TypedDict
 
 from llmtune.errors import EnvironmentProblem, RecipeError, nearest
+from llmtune.recipe.loader import LoadedRecipe
+from llmtune.recipe.schema import Recipe
+from llmtune.recipe.section import RELEASE_ADDRESS, RELEASE_PREFIX
 from llmtune.store.atomic_files import (
     exclusive,
     explained,
@@ -30,20 +33,21 @@ from llmtune.store.atomic_files import (
     write_text,
 )
 from llmtune.store.json_shapes import find_misfit
+from llmtune.store.run_lock import LOCK
 
 RELEASES = Path("releases")
 """In the working folder, like `runs`."""
-RELEASE_PREFIX = "release:"
 RECORD_FILE = "release.json"
 CURRENT, HISTORY = "current", "history.jsonl"
-ADDRESS = re.compile(r"release:(?P<name>[A-Za-z0-9][A-Za-z0-9._-]{0,63})(@(?P<hash>[0-9a-f]{8}))?")
+SERVED_RECIPE, TEMPLATE = "serving.json", "chat_template.jinja"
+"""In a release: the recipe with everything resolved that a run infers from its rows, and the user's own template."""
 RELEASE_HASH = re.compile(r"[0-9a-f]{8}")
 IGNORED = """\
 # Weights stay out of git. Records, pointers and histories of releases go in.
 .*
 !.gitignore
 /*/*/*
-!/*/*/release.json
+!/*/*/release.json*
 """
 
 
@@ -71,12 +75,17 @@ class StoredRelease:
     @property
     def address(self) -> str:
         """Its full address, `release:NAME@HASH`."""
-        return f"{RELEASE_PREFIX}{self.name}@{self.hash}"
+        return release_address(self.folder)
+
+
+def release_address(folder: Path) -> str:
+    """Return the full address of a release's folder, `release:NAME@HASH`."""
+    return f"{RELEASE_PREFIX}{folder.parent.name}@{folder.name}"
 
 
 def split_address(address: str) -> tuple[str, str | None]:
     """Return name and hash of `release:NAME[@HASH]`; raises RecipeError for another form."""
-    parts = ADDRESS.fullmatch(address)
+    parts = RELEASE_ADDRESS.fullmatch(address)
     if parts is None:
         fix = "Write release:NAME for the current release, or release:NAME@HASH with the 8 digits of an older one."
         raise RecipeError.of("not the address of a release", address, fix)
@@ -104,7 +113,8 @@ def resolve_release(address: str) -> Path:
 
 def list_release_names() -> list[str]:
     """Return the names that have releases, sorted."""
-    return sorted({path.parent.parent.name for path in RELEASES.glob(f"*/*/{RECORD_FILE}") if is_stored(path.parent)})
+    folders = [path.parent for path in RELEASES.glob(f"*/*/{RECORD_FILE}")]
+    return sorted({folder.parent.name for folder in folders if is_stored(folder)})
 
 
 def list_stored(name: str) -> list[StoredRelease]:
@@ -115,7 +125,7 @@ def list_stored(name: str) -> list[StoredRelease]:
 
 
 def is_stored(folder: Path) -> bool:
-    """Return whether a folder is named and filled as a release in a store."""
+    """Return whether a folder is a release in a store."""
     return RELEASE_HASH.fullmatch(folder.name) is not None and (folder / RECORD_FILE).is_file()
 
 
@@ -139,6 +149,67 @@ def read_history(name: str) -> list[Promotion]:
     """Return the promotions and rollbacks of a name, the oldest first, without damaged lines."""
     lines = read_json_lines(RELEASES / name / HISTORY)
     return [Promotion(**line) for line in lines if find_misfit(line, Promotion) is None]  # type: ignore[typeddict-item]
+
+
+def find_opponent(address: str, run: Path | None) -> Path | None:
+    """Return the folder of the release that a run is compared with; None as long as its name has no release.
+
+    A run that is itself the current release is compared with the release that it replaced.
+
+    Raises RecipeError as `resolve_release` does.
+    """
+    name, digest = split_address(address)
+    if digest is None and read_current(name) is None and not list_stored(name):
+        return None
+    folder = resolve_release(address)
+    if digest is None and run is not None and is_release_of(folder, run):
+        before = replaced_by(name, folder.name)
+        return resolve_release(f"{RELEASE_PREFIX}{name}@{before}") if before else None
+    return folder
+
+
+def find_start(recipe: Recipe, run: Path) -> str | None:
+    """Return the folder that `adapter.start_from` names for the run in folder `run`; None if it names none.
+
+    Raises RecipeError if it is a release that does not exist.
+    """
+    start = recipe.adapter.start_from
+    if start is None or not start.startswith(RELEASE_PREFIX):
+        return start
+    return str((find_opponent(start, run) or resolve_release(start)).absolute())
+
+
+def pin_start(loaded: LoadedRecipe, start: str | None) -> LoadedRecipe:
+    """Return a recipe that starts from a folder, with the same fingerprint."""
+    adapter = loaded.recipe.adapter.model_copy(update={"start_from": start})
+    return replace(loaded, recipe=loaded.recipe.model_copy(update={"adapter": adapter}))
+
+
+def is_release_of(folder: Path, run: Path) -> bool:
+    """Return whether a release has the weights that a run trained, by their hashes."""
+    record, lock = read_json(folder / RECORD_FILE), read_json(run / LOCK)
+    if not (isinstance(record, dict) and isinstance(lock, dict) and lock.get("trained")):
+        return False
+    trained = {f"{name}/{file}": sha256 for name, files in lock["trained"].items() for file, sha256 in files.items()}
+    return trained.items() <= record.get("files", {}).items()
+
+
+def find_source(folder: Path) -> Path:
+    """Return the run folder that a release was made from, which has its rows; a folder that is no release itself.
+
+    Raises EnvironmentProblem if that run is gone, or was trained again.
+    """
+    if not is_stored(folder):
+        return folder
+    record = read_json(folder / RECORD_FILE) or {}
+    stated = (read_json(folder / "run.json") or {}).get("findings", {}).get("released_from", "")
+    near = folder.absolute().parents[2] / "runs" / str(record.get("run"))  # the project may have been moved
+    for run in (Path(stated), near):
+        if run.name and is_release_of(folder, run):
+            return run
+    what = f"a release has no rows, and the run that it was made from is gone: {stated or record.get('run')}"
+    fix = "Restore that run folder. Or name the export in the recipe before `release`, as in deploy: [merged, release]."
+    raise EnvironmentProblem.of(what, str(folder), fix)
 
 
 def replaced_by(name: str, digest: str) -> str | None:
@@ -177,6 +248,12 @@ def promote(
                 sync_folder(empty)
         _point(name, "promote", current, digest)
     return folder
+
+
+def is_withdrawn(name: str, digest: str) -> bool:
+    """Return whether a release was rolled back from, and not promoted again since."""
+    lines = [one for one in read_history(name) if digest in (one["before"], one["after"])]
+    return bool(lines) and lines[-1]["action"] == "rollback" and lines[-1]["before"] == digest
 
 
 def rollback(name: str, to: str | None = None) -> tuple[str, str]:
