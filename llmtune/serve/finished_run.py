@@ -229,7 +229,7 @@ class FinishedRun:
     def answer(
         self, inputs: str | Mapping[str, Given], *, base: bool = False, max_new_tokens: int | None = None
     ) -> dict[str, object]:
-        """Answer once, whatever the task; the same as `llmtune generate --json`.
+        """Answer once, whatever the task; the same as `generate --json`.
 
         Args:
             inputs: a text (speech: the path of a recording), or all inputs by the names of `generate`'s arguments.
