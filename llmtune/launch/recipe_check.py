@@ -17,14 +17,17 @@ from llmtune.recipe.loader import LoadedRecipe
 
 if TYPE_CHECKING:
     from llmtune.data.sources import Detected
+    from llmtune.recipe.schema import Recipe
 
 FEW_ROWS = 30
 """With this many rows or fewer, a split may end up without any."""
 MARK = re.compile(r"#\s*SET:")
 
 
-def check_recipe(loaded: LoadedRecipe) -> list[Detected]:
+def check_recipe(loaded: LoadedRecipe, *, trains: bool = False) -> list[Detected]:
     """Check that everything the recipe names exists on this machine; return how its local files are read.
+
+    With `trains` its trackers must be installed too. Elsewhere they are a note: the machine that trains has them.
 
     Raises:
         RecipeError: `evaluate.champion` is not a run of this task with scores, or a file of `evaluate.metrics` has no
@@ -38,7 +41,7 @@ def check_recipe(loaded: LoadedRecipe) -> list[Detected]:
 
     open_champion(loaded.recipe)
     list_own_metrics(loaded.recipe.evaluate)
-    EnvironmentProblem.collect(_missing(loaded))
+    EnvironmentProblem.collect([*(missing_trackers(loaded.recipe) if trains else ()), *_missing(loaded)])
     return resolve_inputs(loaded.recipe.data, loaded.recipe.task, local_only=True)
 
 
@@ -66,11 +69,15 @@ def try_recipe_rows(loaded: LoadedRecipe, detected: Sequence[Detected], *, split
             prepare_rows(alone, Path(folder) / "rows", Console(quiet=True))
 
 
-def _missing(loaded: LoadedRecipe) -> Iterator[Problem]:
-    for tracker in loaded.recipe.train.report_to:
+def missing_trackers(recipe: Recipe) -> Iterator[Problem]:
+    """Yield each tracker of the recipe that is not installed, with its install command."""
+    for tracker in recipe.train.report_to:
         if find_spec(tracker) is None:
             what = f"the tracker {tracker} is not installed"
             yield Problem(what, "train.report_to", f"pip install {tracker.replace('_', '-')}")
+
+
+def _missing(loaded: LoadedRecipe) -> Iterator[Problem]:
     model = loaded.recipe.model
     names = [model.name] if model.name else candidate_names(loaded.recipe)
     missing = [("model.name", name) for name in names if os.path.isabs(name) and not os.path.exists(name)]
