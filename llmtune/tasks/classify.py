@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -24,6 +23,7 @@ from llmtune.data.overlong import Lost, too_long
 from llmtune.data.row_store import iterate_rows
 from llmtune.data.task_interface import Encoded
 from llmtune.data.tokenization import Segment, decode_shortened
+from llmtune.data.written_numbers import read_number
 from llmtune.errors import DataError, Problem, RecipeError
 from llmtune.evaluate.classification_metrics import (
     CLASS_METRICS,
@@ -350,11 +350,8 @@ def fitted_texts(
 def class_target(label: Label | None, section: ClassifySection) -> dict[str, Any] | str:
     """Return an example's target columns, or the reason why it has none."""
     if section.kind == "regression":
-        try:
-            value = float(label)  # type: ignore[arg-type]
-        except (TypeError, ValueError):
-            value = math.nan
-        return {"values": [value]} if math.isfinite(value) else f"no number: the label is {label!r}"
+        value = read_number(label)
+        return f"no number: the label is {label!r}" if value is None else {"values": [float(value)]}
     labels = section.labels or ()
     named = names_of(label) if label is not None else []
     wrong = next((name for name in named if name not in labels), None)
@@ -387,8 +384,9 @@ def classify_section(recipe: Recipe) -> ClassifySection:
 def as_target(label: Label, kind: str) -> Label:
     """Return a label in the form of its kind: a number, a list of class names, or one name."""
     if kind == "regression":
-        assert not isinstance(label, list)
-        return float(label)
+        number = read_number(label)
+        assert number is not None, "class_target() refuses rows without a number"
+        return float(number)
     return names_of(label) if kind == "multi" else names_of(label)[0]
 
 
