@@ -95,7 +95,7 @@ def init(
     loaded = load_recipe(target, [f"{key}={json.dumps(reading.candidates[0].column)}" for key in open_keys])
     try:
         try_recipe_rows(loaded, check_recipe(loaded))
-    except DataError as error:
+    except (DataError, RecipeError) as error:
         console.print(f"{target} needs a look before it runs:\n{error}", style="yellow", markup=False, highlight=False)
     if as_json:
         about = {"columns": reading.columns, "roles": reading.roles, "undecided": open_keys}

@@ -21,6 +21,7 @@ from llmtune.recipe.undecided import UNDECIDED
 from llmtune.recipe.yaml_writer import flow
 from llmtune.store.atomic_files import atomic_file, explained
 from llmtune.store.machine import likely_device, list_cards, process_memory_limit
+from llmtune.tasks.class_labels import REGRESSION_METRICS, infer_kind
 
 SHOWN_CANDIDATES = 8
 
@@ -147,8 +148,6 @@ def _name_corpus(
 
 def _number_metrics(reading: Reading) -> tuple[str, ...] | None:
     """Return the metrics for labels that are numbers on a scale; None otherwise, to keep the task's metrics."""
-    from llmtune.tasks.class_labels import REGRESSION_METRICS, infer_kind  # imports transformers
-
     if TASK_FACTS[reading.task].answer_kind != "labels":
         return None
     with suppress(DataError):  # labels of several kinds

@@ -66,7 +66,7 @@ def _stem(file: Path) -> str:
 
 
 def join_rows(files: RetrievalSet, split: str) -> Iterator[Json]:
-    """Yield a row per judged query: `query`, relevant passages, and those judged irrelevant as `negatives`.
+    """Yield a row per judged query: `query`, relevant passages, and `negatives` if some passages are judged irrelevant.
 
     Raises DataError if a file lacks a column, or if no judgement has both its query and its passage.
     """
@@ -76,6 +76,7 @@ def join_rows(files: RetrievalSet, split: str) -> Iterator[Json]:
         judged[str(query)][str(passage)] = _number(score, files.judgements[split])
     passages = dict(_texts(files.corpus, {passage for scores in judged.values() for passage in scores}))
     queries = dict(_texts(files.queries, judged.keys()))
+    has_negatives = any(score <= 0 for scores in judged.values() for score in scores.values())
     rows = 0
     for query, scores in judged.items():
         texts = {0: list[str](), 1: list[str]()}
@@ -84,7 +85,7 @@ def join_rows(files: RetrievalSet, split: str) -> Iterator[Json]:
                 texts[score > 0].append(passages[passage])
         if query in queries and texts[1]:
             rows += 1
-            yield {"query": queries[query], "passage": texts[1], **({"negatives": texts[0]} if texts[0] else {})}
+            yield {"query": queries[query], "passage": texts[1]} | ({"negatives": texts[0]} if has_negatives else {})
     if not rows:
         what = f"no judgement has its query in {files.queries.name} and a relevant passage in {files.corpus.name}"
         raise DataError.of(what, str(files.judgements[split]), "Check that the files have the same ids.")
