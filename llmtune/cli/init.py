@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from llmtune.data.file_survey import Reading, Survey
 
 SCHEMA = "recipe.schema.json"
+SHOWN_FOLDERS = 5
 SEARCHES = ("embed", "rerank")
 """Tasks for a folder with queries, passages and judgements; the first is the default."""
 
@@ -221,6 +222,11 @@ def _print_survey(survey: Survey, reading: Reading, readings: list[Reading], con
             console.print(f"  {number:,} rows {what}", style="yellow", highlight=False)
     for suspicion in suspicions(("", row) for row in reading.rows):
         console.print(f"  {suspicion}", style="yellow", markup=False, highlight=False)
+    folders = sorted({file.parent.name for file in survey.files})
+    if len(folders) > 1 and survey.columns == ["text"]:
+        note = f"the files are in {len(folders)} folders ({', '.join(folders[:SHOWN_FOLDERS])})"
+        fix = "If these are classes, write a table with the columns text and label: folder names are not read."
+        console.print(f"  {note}. {fix}", style="yellow", markup=False, highlight=False)
     others = [one.task for one in readings if one is not reading]
     more = f" (also possible: {', '.join(f'--task {name}' for name in others)})" if others else ""
     console.print(f"task: {reading.task}{more}", highlight=False)
