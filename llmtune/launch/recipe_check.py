@@ -30,8 +30,10 @@ SHOWN = 5
 MARK = re.compile(r"#\s*SET:")
 
 
-def check_recipe(loaded: LoadedRecipe) -> list[Detected]:
+def check_recipe(loaded: LoadedRecipe, *, trains: bool = False) -> list[Detected]:
     """Check that everything the recipe names exists on this machine; return how its local files are read.
+
+    With `trains` its trackers must be installed too. Elsewhere they are a note: the machine that trains has them.
 
     Raises:
         RecipeError: `evaluate.champion` is not a run of this task with scores, or a file of `evaluate.metrics` has no
@@ -45,7 +47,7 @@ def check_recipe(loaded: LoadedRecipe) -> list[Detected]:
 
     open_champion(loaded.recipe)
     list_own_metrics(loaded.recipe.evaluate)
-    EnvironmentProblem.collect(_missing(loaded))
+    EnvironmentProblem.collect([*(missing_trackers(loaded.recipe) if trains else ()), *_missing(loaded)])
     return resolve_inputs(loaded.recipe.data, loaded.recipe.task, local_only=True)
 
 
@@ -100,11 +102,15 @@ def _try_labels(recipe: Recipe, labels: Sequence[Label]) -> None:
         )
 
 
-def _missing(loaded: LoadedRecipe) -> Iterator[Problem]:
-    for tracker in loaded.recipe.train.report_to:
+def missing_trackers(recipe: Recipe) -> Iterator[Problem]:
+    """Yield each tracker of the recipe that is not installed, with its install command."""
+    for tracker in recipe.train.report_to:
         if find_spec(tracker) is None:
             what = f"the tracker {tracker} is not installed"
             yield Problem(what, "train.report_to", f"pip install {tracker.replace('_', '-')}")
+
+
+def _missing(loaded: LoadedRecipe) -> Iterator[Problem]:
     model = loaded.recipe.model
     names = [model.name] if model.name else candidate_names(loaded.recipe)
     missing = [("model.name", name) for name in names if os.path.isabs(name) and not os.path.exists(name)]
