@@ -17,7 +17,7 @@ class Difference:
     p: float
     n: int
     test: str = ""
-    """The test that p is from, such as `McNemar exact` or `Bayesian bootstrap`; empty without a p."""
+    """The method of interval and p, such as `Bayesian bootstrap`; empty without an interval."""
     groups: int = 0
     """Number of row groups that were resampled and permuted as units; 0 if rows are independent."""
 

@@ -125,8 +125,6 @@ def score_section(evaluation: Evaluation, task: str | None) -> Section:
     rows = [compare_metric(name, evaluation, note=full_note(name, task)) for name in shown]
     text = f"{'Baseline and tuned model' if baseline else 'Both models'} answered the same rows. Green and red: the "
     text += "paired interval excludes zero (one in 20 does by chance). The verdict corrects p for many metrics (Holm)."
-    if exact := [name for name, change in changes.items() if change.test.startswith("McNemar")]:
-        text += f" p of {spell_metrics(exact)}: McNemar’s test. p of other metrics: from the draws of the interval."
     if any(change.groups for change in changes.values()):
         text += " Rows with the same value of `data.split_by` form a group; groups, not rows, are resampled."
     if {*shown} - changes.keys():
