@@ -14,7 +14,8 @@ from llmtune.evaluate.opened_runs import OpenedRun, find_differing, pair_metrics
 from llmtune.evaluate.run_report import judge_run
 from llmtune.records import Json
 from llmtune.report.report_record import Verdict
-from llmtune.report.verdict import INCONCLUSIVE, verdict
+from llmtune.report.significance import INCONCLUSIVE
+from llmtune.report.verdict import verdict
 from llmtune.score_records import Difference, Evaluation, GateResult
 from llmtune.store.run_folder import trained_name
 

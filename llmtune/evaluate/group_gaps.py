@@ -20,7 +20,7 @@ from llmtune.evaluate.metric import Measure, PairedMeasures
 from llmtune.evaluate.paired_statistics import draw_counts, interval
 from llmtune.evaluate.slices import MISSING, OTHER, Parts
 from llmtune.report.metric_info import rank_metrics
-from llmtune.report.verdict import FEWEST_ROWS
+from llmtune.report.significance import FEWEST_ROWS
 from llmtune.score_records import Difference, Study, StudyTable
 
 RESAMPLES = 2000

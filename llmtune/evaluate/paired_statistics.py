@@ -38,7 +38,7 @@ Bounds = Callable[[Floats], tuple[Floats, Floats]]
 POWER = 0.8
 """Share of repetitions in which an existing difference is shown."""
 MOST_STEPS = 20
-BOOTSTRAP, EXACT = "Bayesian bootstrap", "Clopper-Pearson"
+BOOTSTRAP, EXACT, INDEPENDENT = "Bayesian bootstrap", "Clopper-Pearson", "independent rows"
 NARROWEST = 0.25
 """Least distance from the value to the interval's end at zero, as a share of the interval's width, by which `widen`
 moves that end. The draws of a ratio may lie on one side of its value."""
@@ -215,6 +215,19 @@ def p_of_interval(value: float, low: float, high: float, units: int) -> float:
         return float(value == 0)
     steps = max(0.0, 1 + end / move) * float(scipy.stats.t.ppf(1 - ERROR / 2, units - 1))
     return 2 * float(scipy.stats.t.sf(steps, units - 1))
+
+
+def subtract_intervals(first: Difference, second: Difference) -> Difference:
+    """Return the difference of two scores on different rows, with an interval from both of theirs.
+
+    Zou and Donner, "Construction of confidence limits about effect measures: A general approach", 2008.
+    """
+    value, units = first.value - second.value, min(first.units, second.units)
+    low = value - math.hypot(first.value - first.low, second.high - second.value)
+    high = value + math.hypot(first.high - first.value, second.value - second.low)
+    if units < 2 or not math.isfinite(low + high):
+        return unknown(value, first.n)
+    return Difference(value, low, high, p_of_interval(value, low, high, units), first.n, INDEPENDENT)
 
 
 def smallest_difference(deviation: float, rows: int, alpha: float = ERROR) -> float:

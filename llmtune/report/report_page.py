@@ -26,7 +26,6 @@ from llmtune.report.run_sections import (
     model_section,
     recipe_section,
     step_section,
-    suspect_section,
     training_section,
 )
 from llmtune.report.score_sections import (
@@ -37,16 +36,9 @@ from llmtune.report.score_sections import (
     power_section,
     score_sections,
 )
-from llmtune.report.verdict import (
-    BETTER,
-    INCONCLUSIVE,
-    MIXED,
-    WITHIN,
-    WORSE,
-    MetricChanges,
-    find_changes,
-    judged_differences,
-)
+from llmtune.report.significance import INCONCLUSIVE, MetricChanges, find_changes
+from llmtune.report.suspect_section import suspect_section
+from llmtune.report.verdict import BETTER, MIXED, WITHIN, WORSE, judged_differences
 from llmtune.score_records import Evaluation, GateResult
 from llmtune.store.atomic_files import plain, write_json, write_text
 from llmtune.store.run_folder import REPORTS, updating_reports
