@@ -18,7 +18,7 @@ from llmtune.recipe.secrets import environment_secrets, redact_all, redact_yaml,
 from llmtune.recipe.yaml_reader import read_recipe_text
 from llmtune.report.report_page import find_explanations
 from llmtune.report.report_record import Report, Seeds, SuspectFacts, Verdict, collect_facts
-from llmtune.report.source_labels import compare_sources
+from llmtune.report.source_labels import SourceLabels, compare_sources, describe_disagreement, describe_outliers
 from llmtune.report.verdict import describe_spread, verdict
 from llmtune.score_records import Evaluation, GateResult
 from llmtune.store.atomic_files import read_json, read_json_lines
@@ -46,7 +46,7 @@ def make_report(folder: RunFolder, recipe: Recipe, device: str) -> Report:
         llmtune=__version__,
         name=recipe.name,
         task=recipe.task,
-        verdict=judge_run(evaluation, gates, recipe.evaluate.alpha, seeds, curve, suspects),
+        verdict=judge_run(evaluation, gates, recipe.evaluate.alpha, seeds, curve, list_label_doubts(folder, suspects)),
         recipe=settings,
         recipe_yaml=redact_yaml(read_recipe_text(folder.path / "recipe.yaml")),
         fingerprint=folder.manifest["fingerprint"],
@@ -81,6 +81,15 @@ def summarize_suspects(path: Path) -> SuspectFacts | None:
     return cast(SuspectFacts, {"found": found, "listed": listed, "unchecked": unchecked, "sources": sources})
 
 
+def list_label_doubts(run: RunFolder, suspects: SuspectFacts | None) -> list[str]:
+    """Return sentences on source files whose labels stand out among the suspects, or against the champion."""
+    check, texts = run.findings.get("label_check"), [describe_outliers(suspects["sources"])] if suspects else []
+    if check:
+        sources = [SourceLabels(**one) for one in check["sources"]]
+        texts.append(describe_disagreement(sources, check["reference"], check["unknown"], every=False))
+    return [text for text in texts if text]
+
+
 def name_sources(files: Collection[str]) -> list[str]:
     """Return the shortest distinct ends of the files' paths."""
     return name_runs([Path(file) for file in files]) if files else []
@@ -92,15 +101,17 @@ def judge_run(
     alpha: float,
     seeds: Seeds | None = None,
     curve: Sequence[Mapping[str, object]] = (),
-    suspects: SuspectFacts | None = None,
+    doubts: Sequence[str] = (),
 ) -> Verdict:
-    """Return the verdict on a run; champion differences get the gates' intervals, with error `alpha`."""
+    """Return the verdict on a run; champion differences get the gates' intervals, with error `alpha`.
+
+    `doubts` are those of `list_label_doubts`.
+    """
     champion = evaluation.champion if evaluation else None
     if evaluation is not None and champion is not None:
         wide = {metric: widen(change, alpha) for metric, change in champion.difference.items()}
         evaluation = replace(evaluation, champion=replace(champion, difference=wide))
-    sources = suspects["sources"] if suspects else ()
-    found = verdict(evaluation, seeds, curve, gates, alpha, sources)
+    found = verdict(evaluation, seeds, curve, gates, alpha, doubts)
     added = [study.verdict for study in evaluation.studies.values() if study.verdict] if evaluation else []
     return replace(found, reason=" ".join([found.reason, *added]))
 

@@ -58,6 +58,28 @@ def _stands_out(labels: int, doubtful: int, total: int, wrong: int, files: int) 
     return float(scipy.stats.hypergeom.sf(doubtful - 1, total, wrong, labels)) * files < CHANCE
 
 
+def describe_disagreement(
+    sources: Iterable[SourceLabels], reference: tuple[int, int], unknown: Mapping[str, int], *, every: bool = True
+) -> str:
+    """Say how many labels of each file differ from the champion's predictions; of outliers only unless `every`."""
+    parts = []
+    for one in sources:
+        if every or one.stands_out:
+            text = (
+                f"{one.file}: {count(one.doubtful)} of {count(one.labels)} labels that the champion never saw differ "
+            )
+            text += f"from its predictions ({share(one.doubtful, one.labels, 0)}"
+            text += f"; {share(reference[1], reference[0], 0)} in its own test)"
+            text += (
+                f", and {count(unknown[one.file])} more are of classes that it does not have"
+                if one.file in unknown
+                else ""
+            )
+            text += ": far more than expected. Check them." if one.stands_out else "."
+            parts.append(text)
+    return " ".join(parts)
+
+
 def describe_outliers(sources: Iterable[SourceLabels]) -> str:
     """Name the files that stand out in a run's suspects, or return an empty string."""
     sources = list(sources)
@@ -69,5 +91,6 @@ def describe_outliers(sources: Iterable[SourceLabels]) -> str:
             elsewhere = share(suspects - one.doubtful, rest, 0)
             text = f"{count(one.doubtful)} of {count(suspects)} suspects are in {one.file}: "
             text += f"{share(one.doubtful, one.labels, 0)} of its {count(one.labels)} labels, {elsewhere} elsewhere."
+            text += " Check them."
             parts.append(text)
     return " ".join(parts)

@@ -21,7 +21,6 @@ from llmtune.report.significance import (
     find_changes,
     speaking,
 )
-from llmtune.report.source_labels import SourceLabels, describe_outliers
 from llmtune.score_records import Champion, Difference, Evaluation, GateResult, NewRows
 
 
@@ -130,20 +129,20 @@ def verdict(
     curve: Sequence[Mapping[str, object]] = (),
     gates: Sequence[GateResult] = (),
     chance: float = CHANCE,
-    sources: Sequence[SourceLabels] = (),
+    doubts: Sequence[str] = (),
 ) -> Verdict:
     """Return the verdict as `judge_scores` does, unless the labels of a source file are in doubt.
 
-    With such a file among `sources`, a model is not `better` or within its margin. It is `worse` if it also is clearly
-    worse on the rows that are new to the champion than on the others.
+    With such `doubts` a model is not `better` or within its margin. It is `worse` if it also is clearly worse on the
+    rows that are new to the champion than on the others.
     """
-    found, doubt = judge_scores(evaluation, seeds, curve, gates, chance), describe_outliers(sources)
-    if not doubt:
+    found = judge_scores(evaluation, seeds, curve, gates, chance)
+    if not doubts:
         return found
     new = evaluation.champion.new if evaluation and evaluation.champion else None
     word = INCONCLUSIVE if found.word in (BETTER, WITHIN) else found.word
     word = WORSE if new and worse_on_new(new, chance) else word
-    return Verdict(word, f"{found.reason} {doubt} Check the labels of that file before you use this model.")
+    return Verdict(word, " ".join((found.reason, *doubts)))
 
 
 def judge_scores(
