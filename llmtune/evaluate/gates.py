@@ -11,11 +11,12 @@ from rich.console import Console
 
 from llmtune.errors import GateFailed, GateUnsure, Problem, RecipeError
 from llmtune.evaluate.champion import open_champion
-from llmtune.evaluate.evaluation_file import load_with_exports
+from llmtune.evaluate.evaluation_file import list_failed, load_with_exports
 from llmtune.evaluate.paired_statistics import name_groups, row_deviation, rows_needed, smallest_difference, widen
 from llmtune.recipe.evaluate_section import ERROR, EvaluateSection, WhenUnsure
 from llmtune.recipe.gate_grammar import Gate, Operator, parse_gate
 from llmtune.recipe.schema import Recipe
+from llmtune.recipe.section import RELEASE_PREFIX
 from llmtune.records import Json
 from llmtune.report.render_terminal import print_sections
 from llmtune.report.report_record import Power
@@ -41,7 +42,8 @@ def check_gates(section: EvaluateSection, evaluation: Evaluation) -> tuple[GateR
 
     `X > base` compares the scores. `X.low > base` compares the low end of the difference's paired interval (95 %, wider
     with `evaluate.looks`) with zero. `X.high <= 0.05` compares an end of the score's own interval. `champion` is the
-    run named by `evaluate.champion`; scores are then compared on the rows that both runs share. `decide` has the rule
+    run named by `evaluate.champion`; scores are then compared on the rows that both runs share, and a gate passes if
+    `release:NAME` has no release yet. `decide` has the rule
     for interval ends. `when_unsure` sets how an inconclusive gate counts.
 
     Raises RecipeError for a text that is not a gate.
@@ -50,8 +52,8 @@ def check_gates(section: EvaluateSection, evaluation: Evaluation) -> tuple[GateR
 
 
 def check_gate(gate: Gate, evaluation: Evaluation, section: EvaluateSection) -> GateResult:
-    """Check one gate; one on new rows applies only if there are any."""
-    if gate.rows and (why := why_no_new(evaluation)):
+    """Check one gate; it does not apply without a release to compare with, or without new rows."""
+    if why := why_idle(gate, evaluation, section):
         return GateResult(gate.text, gate.text, NOT_APPLICABLE, passed=True, note=why, applies=False)
     tuned, scores, differences = compared_scores(gate, evaluation)
     if gate.metric not in tuned or (gate.against and gate.metric not in scores):
@@ -178,12 +180,16 @@ def scores_on_new(
     return new.scores.tuned, new.scores.base, new.scores.difference
 
 
-def why_no_new(evaluation: Evaluation) -> str:
-    """Return why a gate on new rows does not apply; empty if it does."""
-    if evaluation.champion is None:
+def why_idle(gate: Gate, evaluation: Evaluation, section: EvaluateSection) -> str:
+    """Return why a gate has nothing to judge; empty if it applies."""
+    champion, address = evaluation.champion, section.champion or ""
+    if champion is None and address.startswith(RELEASE_PREFIX) and (gate.rows or gate.against == "champion"):
+        return f"{address} has no release yet"
+    if not gate.rows or (champion and champion.new):
+        return ""
+    if champion is None:
         return "without a champion, all test rows are new"
-    why = evaluation.champion.why_no_new or "an earlier version of llmtune scored this run"
-    return "" if evaluation.champion.new else why
+    return champion.why_no_new or "an earlier version of llmtune scored this run"
 
 
 def why_unmeasured(gate: Gate, evaluation: Evaluation) -> str:
@@ -209,6 +215,17 @@ def require_gates(gates: Sequence[GateResult], report: Json, failed_metrics: Seq
         error = GateFailed(*failed) if failed else GateUnsure(*unsure)
         error.report = report
         raise error
+
+
+def note_gates(run: RunFolder, recipe: Recipe, gates: Sequence[GateResult]) -> None:
+    """Record in a trained run whether it passed its gates, which decides what its name means.
+
+    None if they are not judged: the run was not scored, or metrics of the user's own failed.
+    """
+    results = [gate.passed for gate in gates]
+    judged = len(results) == len(recipe.evaluate.gates) and not list_failed(run.path / "evaluation")
+    together = "failed" if False in results else "undecided" if None in results else "passed"
+    run.note(gates=together if judged else None)
 
 
 def outcome(gate: GateResult) -> str:

@@ -14,7 +14,7 @@ import numpy as np
 from rich.console import Console
 
 from llmtune.data.inherited_rows import find_learned
-from llmtune.data.row_store import gather_rows, iterate_ids, iterate_texts, load_rows
+from llmtune.data.row_store import gather_rows, iterate_ids, iterate_texts
 from llmtune.errors import DataError, Problem, RecipeError, read_origin
 from llmtune.evaluate.champion import find_champion_run, open_champion
 from llmtune.evaluate.opened_runs import ScoredRun
@@ -136,7 +136,7 @@ def compare_labels(
     with TemporaryDirectory(dir=scratch, prefix=".labels-") as name:
         gathered = gather_rows(rows, numbers, Path(name), "test")
         examples = Path(name) / "examples"
-        measured, kept = measure_champion(model, load_rows(folder / "data" / "rows"), gathered, examples, console)
+        measured, kept = measure_champion(model, None, gathered, examples, console)
     measure = measured[METRIC]
     wrong = np.asarray(measure.at)[measure.sums_NK[:, 0] < measure.sums_NK[:, 1]]
     files = [order[number][2] for number in kept]
