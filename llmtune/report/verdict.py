@@ -134,15 +134,16 @@ def verdict(
     """Return the verdict as `judge_scores` does, unless the labels of a source file are in doubt.
 
     With such `doubts` a model is not `better` or within its margin. It is `worse` if it also is clearly worse on the
-    rows that are new to the champion than on the others.
+    rows that are new to the champion than on the others, unless it is better than the champion.
     """
     found = judge_scores(evaluation, seeds, curve, gates, chance)
     if not doubts:
         return found
     new = evaluation.champion.new if evaluation and evaluation.champion else None
     word = INCONCLUSIVE if found.word in (BETTER, WITHIN) else found.word
-    word = WORSE if new and worse_on_new(new, chance) else word
-    return Verdict(word, " ".join((found.reason, *doubts)))
+    word = WORSE if found.word != BETTER and new and worse_on_new(new, chance) else word
+    parts = [found.reason, *doubts] if word == found.word else [*doubts, found.reason]
+    return Verdict(word, " ".join(parts))
 
 
 def judge_scores(
@@ -219,7 +220,8 @@ def judge_new(found: Verdict, new: NewRows, gates: Sequence[GateResult], chance:
     """Return the verdict with the rows that are new to the champion: a loss there is never outweighed by old rows.
 
     `worse` if the tuned model is clearly worse there than the champion, or misses a gate there and is clearly worse
-    than on the other rows. Any other gate on new rows that did not pass prevents a good verdict.
+    than on the other rows; `mixed` if it also is clearly better than the champion. Any other gate on new rows that did
+    not pass prevents a good verdict.
     """
     findings = find_changes(new.difference, gates, "champion", chance, list_sides(new.before, new.tuned), NEW)
     lower = worse_on_new(new, chance)
@@ -227,13 +229,11 @@ def judge_new(found: Verdict, new: NewRows, gates: Sequence[GateResult], chance:
     failed = [gate.name for gate in judged if gate.passed is False]
     left = [gate.name for gate in judged if not gate.passed]
     word = found.word
-    if findings.failed or (failed and lower) or (findings.worse and word in (WITHIN, INCONCLUSIVE)):
-        word = WORSE
-    elif findings.worse and word == BETTER:
-        word = MIXED
+    if findings.failed or (failed and lower) or findings.worse:
+        word = MIXED if word == BETTER and not findings.failed else word if word in (MIXED, WORSE) else WORSE
     elif left and word in (BETTER, WITHIN):
         word = INCONCLUSIVE
-    parts = [found.reason]
+    parts = []
     where = f"On {new.rows} test rows that are new to the champion"
     for side, names in (("worse", findings.worse), ("better", findings.better)):
         if names:
@@ -246,7 +246,7 @@ def judge_new(found: Verdict, new: NewRows, gates: Sequence[GateResult], chance:
         parts.append(f"On {new.scores.rows} new test rows it is clearly worse than on the others: {values}.")
     if left:
         parts.append(f"Not passed on new rows: {', '.join(left)}.")
-    return Verdict(word, " ".join(parts))
+    return Verdict(word, " ".join([found.reason, *parts] if word == found.word else [*parts, found.reason]))
 
 
 def worse_on_new(new: NewRows, chance: float = CHANCE) -> list[str]:

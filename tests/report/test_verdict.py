@@ -249,15 +249,18 @@ def test_a_length_ratio_is_better_the_nearer_it_is_to_one():
 
 
 def on_new(
-    new: tuple[float, float, float], gates: tuple[GateResult, ...] = (), old: Difference | None = None
+    new: tuple[float, float, float],
+    gates: tuple[GateResult, ...] = (),
+    old: Difference | None = None,
+    overall: tuple[float, float, float] = (0.2, 0.1, 0.3),
 ) -> Verdict:
-    """Return the verdict of a model that beats its champion on all rows, by its difference on the new ones."""
+    """Return the verdict on a model by its difference from the champion on new rows; it is better on all rows."""
     rows = Slice("new", 60, {"accuracy": 0.2}, {"accuracy": 0.4}, {})
     apart = {"accuracy": old} if old else {}
     change = {"accuracy": Difference(*new, 0.5 if new[1] < 0 < new[2] else 1e-4, 60)}
     judged = NewRows(rows, {}, apart, 60, {"accuracy": 0.4 - new[0]}, {"accuracy": 0.4}, change)
-    better = {"accuracy": Difference(0.2, 0.1, 0.3, 1e-5, 300)}
-    champion = Champion("runs/best", {"accuracy": 0.5}, better, {}, {"accuracy": 0.7}, rows=300, new=judged)
+    moved = {"accuracy": Difference(*overall, 0.5 if overall[1] < 0 < overall[2] else 1e-5, 300)}
+    champion = Champion("runs/best", {"accuracy": 0.5}, moved, {}, {"accuracy": 0.7}, rows=300, new=judged)
     return verdict(Evaluation({}, {"accuracy": 0.7}, {}, (), 300, champion=champion), gates=gates)
 
 
@@ -279,7 +282,10 @@ def test_a_model_that_is_clearly_worse_on_new_rows_than_on_others_is_said_so_and
     assert "On 60 new test rows it is clearly worse than on the others: accuracy 0.4000 against 0.8000." in said.reason
     gate = GateResult("accuracy[new] >= 0.6", "", "", passed=False)
     failed = on_new((0.0, -0.1, 0.1), (gate,), LOWER)
-    assert (failed.word, "Not passed on new rows: accuracy[new] >= 0.6." in failed.reason) == ("worse", True)
+    assert (failed.word, "Not passed on new rows: accuracy[new] >= 0.6." in failed.reason) == ("mixed", True)
+    equal = on_new((0.0, -0.1, 0.1), (gate,), LOWER, overall=(0.0, -0.1, 0.1))
+    assert equal.word == "worse"
+    assert equal.reason.startswith("On 60 new test rows it is clearly worse than on the others")
     assert on_new((0.0, -0.1, 0.1), (gate,)).word == "inconclusive"
     idle = replace(gate, passed=True, applies=False)
     assert on_new((0.0, -0.1, 0.1), (idle,)).word == "better"
