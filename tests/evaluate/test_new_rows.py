@@ -129,3 +129,57 @@ def test_gates_on_new_rows_do_not_apply_without_new_rows_a_champion_or_its_rows(
         suite = ElementTree.parse(out / "junit.xml").getroot().find("testsuite")
         assert suite is not None
         assert (suite.get("skipped"), suite.get("failures")) == ("1", "0")
+
+
+def test_rows_of_classes_that_the_champion_does_not_have_are_counted_apart(
+    champion: Path, tmp_path: Path, built: Any
+) -> None:
+    rows = week_rows(shuffled=False)
+    for row in rows[::4]:
+        row["label"] = "violet"
+    write_jsonl(champion.parent / "violet.jsonl", rows)
+    done = run_week(champion, tmp_path / "violet", "violet.jsonl", built, max_disagreement=0.5, gates=GATES[:1])
+    told = " ".join(done.stderr.split())
+    assert "30 more are of classes that it does not have" in told
+    assert "far more than expected" not in told
+    report = json.loads(done.stdout)
+    new = report["evaluation"]["champion"]["new"]
+    assert new["rows"] < new["scores"]["rows"], "the champion cannot answer violet rows"
+
+
+def test_a_column_named_new_is_a_slice_like_any_other(champion: Path, tmp_path: Path, built: Any) -> None:
+    rows = [{**row, "new": "yes" if i % 2 else "no"} for i, row in enumerate(week_rows(shuffled=False))]
+    write_jsonl(champion.parent / "column.jsonl", rows)
+    old = [{**row, "new": "no"} for row in colour_rows(240)]
+    write_jsonl(champion.parent / "champion.rows.jsonl", old)
+    done = run_week(champion, tmp_path / "column", "column.jsonl", built, slices=["new"], gates=GATES[:1])
+    assert done.exit_code == 0, done.stderr
+    evaluation = json.loads(done.stdout)["evaluation"]
+    assert {one["value"] for one in evaluation["slices"]["new"]} == {"yes", "no"}
+    by_value = {one["value"]: one["rows"] for one in evaluation["slices"]["new"]}
+    assert evaluation["champion"]["new"]["scores"]["rows"] > by_value["yes"]
+
+
+@pytest.mark.slow
+def test_wrong_tags_of_a_new_file_are_named_by_row(tmp_path: Path, built: Any) -> None:
+    def tagged(words: str, count: int, *, wrong: bool) -> list[dict[str, Any]]:
+        colours = [COLOURS[i % 3] for i in range(count)]
+        tags = [["B-COLOUR", "O", "O"] if wrong else ["O", "O", "B-COLOUR"] for _ in colours]
+        rows = [[f"{words}{i}", "is", colour] for i, colour in enumerate(colours)]
+        return [{"tokens": row, "tags": own} for row, own in zip(rows, tags, strict=True)]
+
+    def write(name: str, rows: Any, **sections: Any) -> Path:
+        path = recipe_for(tmp_path / name, built("bert"), rows, adapter=ADAPTER, **sections)
+        path.write_text(path.read_text().replace("task: classify", "task: token-classify"))
+        return path
+
+    old, bad = tagged("cat", 120, wrong=False), write_jsonl(tmp_path / "bad.jsonl", tagged("dog", 60, wrong=True))
+    measured = {"metrics": ["accuracy", "f1"]}
+    first = write("first.yaml", old, data=DATA, evaluate=measured)
+    assert invoke("run", first, "--out", tmp_path / "first", "--offline").exit_code == 0
+    data = {**DATA, "train": [str(tmp_path / "first.rows.jsonl"), str(bad)]}
+    judged = {**measured, "champion": str(tmp_path / "first"), "gates": ["accuracy[new] >= 0.5"]}
+    second = write("second.yaml", bad, data=data, evaluate={**judged, "max_disagreement": 0.6})
+    done = invoke("run", second, "--out", tmp_path / "second", "--offline")
+    assert done.exit_code == 3, done.stderr
+    assert "60 of 60 labels differ from the champion's predictions" in " ".join(done.stderr.split())
