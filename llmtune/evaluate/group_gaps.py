@@ -177,7 +177,8 @@ def value_of_rows(measure: Measure, rows_RM: Ints) -> Floats:
 
 def gap_tables(gaps: Sequence[GroupGap]) -> Iterator[StudyTable]:
     """Show the gaps, one row per column and metric, and each group's scores by the most informative metric."""
-    heads = ("column", "metric", "lowest", "highest", "base", "tuned", "change", "95 % interval", "by chance", "p")
+    first_heads = ("column", "metric", "lowest", "highest", "base", "tuned", "change", "95 % interval")
+    heads = (*first_heads, "by chance", "p of the gap")
     if gaps:
         yield StudyTable("Gaps between groups", heads, tuple(map(gap_row, gaps)))
     first = {gap.column: gap for gap in reversed(gaps)}
