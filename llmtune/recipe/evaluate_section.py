@@ -28,7 +28,7 @@ from llmtune.recipe.section import (
     Positive,
     RecipeSection,
     absolute,
-    absolute_or_release,
+    absolute_or_address,
     by_type,
     sections_by,
 )
@@ -95,10 +95,11 @@ class EvaluateSection(RecipeSection):
     """Conditions such as `exact_match >= 0.8`, `rougeL > base` or `exact_match.low > base`. A failed gate ends the run
     with exit code 6. Default none: a gate is your decision."""
     champion: NonEmpty | None = None
-    """The model in production: `release:NAME` (the current release), `release:NAME@HASH`, a run folder, a release file,
-    or a folder of release files (uses the newest with the recipe's name). The tuned model is compared with it on test
-    rows that neither was trained on. Gates may use it: `exact_match.low > champion - 0.01`. They pass, and say so, as
-    long as NAME has no release. Default none: gates compare with the base model."""
+    """The model in production: `release:NAME` (the current release), `release:NAME@HASH`, a run (its folder, `NAME` or
+    `NAME@HASH`), a release file, or a folder of release files (uses the newest with the recipe's name). The tuned
+    model is compared with it on test rows that neither was trained on. Gates may use it:
+    `exact_match.low > champion - 0.01`. They pass, and say so, as long as NAME has no release. Default none: gates
+    compare with the base model."""
     limit: Positive | None = None
     """Maximum number of test rows to generate answers for. Default none: all; a limit saves time."""
     choices: Choices | None = "auto"
@@ -150,7 +151,7 @@ class EvaluateSection(RecipeSection):
     before training (exit code 3). Compares at most 200 rows of a file that the champion never saw, of known classes.
     Default none: a file that differs far more than the champion's own test is named, and trained on."""
 
-    paths: ClassVar = {"champion": absolute_or_release, "metrics": absolute_metric}
+    paths: ClassVar = {"champion": absolute_or_address, "metrics": absolute_metric}
 
     @property
     def alpha(self) -> float:
