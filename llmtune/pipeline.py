@@ -29,8 +29,8 @@ from llmtune.data.data_report import describe_examples
 from llmtune.data.examples import ExampleReader, encode_rows, examples_inputs, row_lengths
 from llmtune.data.preparation import prepare_rows
 from llmtune.data.row_store import load_rows
-from llmtune.deploy.products import check_products, make_products
-from llmtune.deploy.release_folder import conclude_release
+from llmtune.deploy.products import check_products, make_products, reporting
+from llmtune.deploy.release_folder import conclude_release, release_kept
 from llmtune.errors import EnvironmentProblem
 from llmtune.evaluate.cache_keys import evaluation_inputs, lock_trained, note_own_metrics
 from llmtune.evaluate.champion import check_champion, note_look
@@ -56,6 +56,7 @@ from llmtune.report.score_sections import seed_table
 from llmtune.session import (
     Plan,
     RunContext,
+    check_new_labels,
     evaluation_hash,
     find_variant,
     locate_pinned,
@@ -67,8 +68,8 @@ from llmtune.session import (
 )
 from llmtune.store.atomic_files import hash_folder, hash_value, plain, staged
 from llmtune.store.processes import once, rank, world_size
-from llmtune.store.release_store import find_start, pin_start
 from llmtune.store.run_folder import Manifest, RunFolder, open_run, recipe_of_run, trained_name
+from llmtune.store.run_listing import find_start, pin_start
 from llmtune.store.run_lock import hash_keys, own_pins, read_pins
 from llmtune.store.run_origin import is_own, save_recipe
 from llmtune.store.run_request import RunRequest
@@ -224,6 +225,7 @@ def run_train(context: RunContext, loaded: LoadedRecipe) -> None:
     """Steps 3 and 4 in all processes: adapt and train; resume from the last checkpoint if the inputs are the same."""
     if context.request.until != "train" and not context.folder.is_done("train"):  # before hours of training
         context.once(lambda: _check_evaluation(context, recipe_of_run(context.folder).recipe))
+        check_new_labels(context)
     if context.once(lambda: _begin_training(context)):
         adapt_and_train(context)
     context.once(lambda: lock_trained(context.folder, trained_name(context.plan.recipe)))
@@ -304,7 +306,8 @@ def run_evaluate(context: RunContext, loaded: LoadedRecipe) -> None:
 def run_deploy(context: RunContext, loaded: LoadedRecipe) -> None:
     """Make the products that the recipe names, each verified against the trained model."""
     if context.plan.recipe.exports:
-        context.once(lambda: make_products(context, partial(_write_report, context, loaded)))
+        write = partial(_write_report, context, loaded)
+        context.once(lambda: reporting(write, lambda: release_kept(partial(make_products, on_begin=write), context)))
 
 
 STEPS: dict[str, Callable[[RunContext, LoadedRecipe], None]] = {

@@ -72,31 +72,35 @@ def check_products(plan: Plan) -> None:
         EXPORT_FORMATS[name].check(plan)
 
 
-def make_products(context: RunContext, write_report: Callable[[], object]) -> None:
-    """Make, certify and score the exports that the recipe names, unless they exist from the same inputs.
-
-    `write_report` is called before the first of them is made, and if one fails or the user stops: the report names what
-    failed or is unfinished. The step's facts have each export as soon as it is made.
-    """
-    recipe, trained = context.plan.recipe, hash_folder(context.trained_folder)
-    settings, names = recipe.generation.model_dump(mode="json"), recipe.exports
-    scored = context.plan.inputs.get("evaluate")
-    parts = [__version__, trained, context.plan.model_ref.content_hash, settings, scored, sorted(names)]
-    inputs = hash_value(parts if recipe.deploy.limit is None else [*parts, recipe.deploy.limit])
+def reporting(write_report: Callable[[], object], make: Callable[[], None]) -> None:
+    """Make products; if that fails or the user stops, write the report, which names what failed or is unfinished."""
     try:
-        with context.step("deploy", inputs, [EXPORT_FORMATS[name].folder for name in names]) as step:
-            if not step.skipped:
-                folders = {name: EXPORT_FORMATS[name].folder for name in names}
-                step.facts.update(exports={}, failed={}, folders=folders)
-                write_report()
-                for name in names:
-                    _make_one(context, name, step.facts)
+        make()
     except BaseException as error:  # also Ctrl-C
         with suppress(OSError, LlmtuneError):  # the error may be a full disk
             write_report()
             if isinstance(error, LlmtuneError):
                 error.reported = True
         raise
+
+
+def make_products(context: RunContext, on_begin: Callable[[], object]) -> None:
+    """Make, certify and score the exports that the recipe names, unless they exist from the same inputs.
+
+    `on_begin` is called before the first of them is made. The step's facts have each export as soon as it is made.
+    """
+    recipe, trained = context.plan.recipe, hash_folder(context.trained_folder)
+    settings, names = recipe.generation.model_dump(mode="json"), recipe.exports
+    scored = context.plan.inputs.get("evaluate")
+    parts = [__version__, trained, context.plan.model_ref.content_hash, settings, scored, sorted(names)]
+    inputs = hash_value(parts if recipe.deploy.limit is None else [*parts, recipe.deploy.limit])
+    with context.step("deploy", inputs, [EXPORT_FORMATS[name].folder for name in names]) as step:
+        if not step.skipped:
+            folders = {name: EXPORT_FORMATS[name].folder for name in names}
+            step.facts.update(exports={}, failed={}, folders=folders)
+            on_begin()
+            for name in names:
+                _make_one(context, name, step.facts)
 
 
 def _make_one(context: RunContext, name: str, facts: StepFacts) -> None:

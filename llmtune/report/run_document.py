@@ -60,6 +60,8 @@ class GatePart(TypedDict):
     wanted: str
     got: str
     note: str
+    applies: bool
+    """false: it has nothing to judge yet, such as a champion in the first week; it passed."""
 
 
 class ChangePart(TypedDict):
@@ -210,7 +212,7 @@ def describe_report(report: Json | None, folder: Path) -> Json:
     model, data = content.get("model"), content.get("data") or {}
     return {
         "verdict": content.get("verdict") if evaluation else None,
-        "gates": [pick(gate, GatePart.__annotations__) for gate in content.get("gates", ())],
+        "gates": [pick({"applies": True, **gate}, GatePart.__annotations__) for gate in content.get("gates", ())],
         "scores": _list_scores(evaluation),
         "champion": _describe_champion(evaluation.get("champion")),
         "exports": list(_list_exports(content, folder)),
