@@ -228,7 +228,8 @@ def show_plan(result: Json, ending: RunResult, *, as_json: bool, dry_run: bool) 
     else:
         for step in ("prepare", "encode", "train", "evaluate"):
             typer.echo(f"{step}: {'would run' if step in result['would_run'] else 'unchanged, would be skipped'}")
-        typer.echo(f"valid; the run folder is {result['folder']}")
+        folder = Path(result["folder"])
+        typer.echo(f"valid; the run folder {'is' if folder.exists() else 'will be'} {folder}")
 
 
 def with_model(sets: list[str] | None, model: str | None) -> list[str]:

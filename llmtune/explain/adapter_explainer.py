@@ -169,7 +169,8 @@ class AdapterExplainer(Explainer):
                 first, last = (f"{key} ({in_percent(sizes[key])})" for key in (order[0], order[-1]))
                 yield f"By {kind}: most in {first}, least in {last}."
         if any(move.rank for move in self.moves):
-            yield f"Mean effective rank: {_mean_rank(self.moves)}."
+            meaning = "higher means that the change uses more directions; far below, a smaller rank is enough"
+            yield f"Mean effective rank: {_mean_rank(self.moves)}, the most possible ({meaning})."
         if self.new_head:
             yield "This run created the head: it moved from random weights, not from trained ones."
 

@@ -40,7 +40,7 @@ MOST_CLASSES, MOST_PAIRS = 20, 15
 """Maximum classes of a readable confusion matrix, and maximum listed pairs of classes."""
 NOT_APPLICABLE = "not applicable"
 """The result of a gate that finds nothing to judge."""
-BETTER_NOTES = {1: "", -1: "lower is better", 0: "neither more nor less is better"}
+BETTER_NOTES = {1: "higher is better", -1: "lower is better", 0: "neither more nor less is better"}
 
 
 def score_sections(evaluation: Evaluation, task: str | None, seeds: Seeds | None = None) -> list[Section]:
@@ -200,13 +200,13 @@ def new_section(evaluation: Evaluation, task: str | None) -> Section:
 
 
 def full_note(metric: str, task: str | None) -> str:
-    """Return the meaning of a metric, and whether lower is better."""
-    return "; ".join(part for part in (metric_note(metric, task), lower_note(metric)) if part)
+    """Return the meaning of a metric, and which side is better."""
+    return "; ".join(part for part in (metric_note(metric, task), side_note(metric)) if part)
 
 
-def lower_note(metric: str) -> str:
-    """Return `lower is better` if that is true, else an empty string."""
-    return "lower is better" if better_side(metric) < 0 else ""
+def side_note(metric: str) -> str:
+    """Return which side is better, if one is."""
+    return BETTER_NOTES[better_side(metric)]
 
 
 def spell_metrics(metrics: Iterable[str]) -> str:
@@ -235,7 +235,7 @@ def seed_table(seeds: Seeds, base: str = "base") -> Table:
         scores = [score(one) for one in (spread.base, *spread.scores, spread.mean, spread.deviation)]
         tone = TONES[(1 if spread.better else -1) if spread.larger else 0]
         ends, gain = f"{score(spread.lowest)} to {score(spread.highest)}", Cell(signed(spread.gain), tone)
-        rows.append([Cell(metric, note=lower_note(metric), code=True), *scores, ends, gain])
+        rows.append([Cell(metric, note=side_note(metric), code=True), *scores, ends, gain])
     return Table(["metric", *(Column(name, "number") for name in names)], rows)
 
 
@@ -308,7 +308,7 @@ def slice_tables(column: str, parts: Sequence[Slice], base: str) -> list[Block]:
     metrics = rank_metrics(dict.fromkeys(metric for part in parts for metric in part.difference))
     for metric in metrics:
         rows = [compare_metric(metric, part, part.value) for part in parts if metric in part.difference]
-        title = ", ".join(part for part in (f"{spell_metrics([metric])} by {column}", lower_note(metric)) if part)
+        title = ", ".join(part for part in (f"{spell_metrics([metric])} by {column}", side_note(metric)) if part)
         tables.append(difference_table(rows, title=title, heading=column, base=base, code=True))
     return [*tables[:1], *([Details(f"{column}: {spell_metrics(metrics[1:])}", tables[1:])] if tables[1:] else [])]
 
