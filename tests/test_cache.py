@@ -272,3 +272,16 @@ def test_the_lock_names_the_trained_files_even_if_the_run_was_killed_before_reco
     (finished / "run/llmtune.lock").write_text(json.dumps(without))
     assert done("train", "tiny.yaml", "--out", "run")["train"]
     assert (finished / "run/llmtune.lock").read_text() == lock
+
+
+def test_a_dry_run_names_no_file_that_does_not_exist(place: Path, tiny_llama: Path) -> None:
+    turns = [{"role": "user", "content": "word " * 400}, {"role": "assistant", "content": "yes"}]
+    rows = [{"messages": [{**turns[0], "content": f"{i} {turns[0]['content']}"}, turns[1]]} for i in range(40)]
+    (place / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_recipe(place / "long.yaml", tiny_llama, "long.jsonl")
+    refused = invoke("run", "long.yaml", "--out", "long", "--dry-run")
+    assert refused.exit_code == 3, refused.output
+    assert "Raise data.max_length" in refused.stderr
+    assert "All of them" not in refused.stderr
+    done = invoke("run", "tiny.yaml", "--out", "new", "--dry-run")
+    assert "the run folder will be new" in done.stdout, done.output

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -12,7 +15,7 @@ from rich.markup import escape
 
 from llmtune.data.examples import encode_rows, examples_inputs, row_lengths
 from llmtune.data.preparation import prepare_rows
-from llmtune.errors import EnvironmentProblem
+from llmtune.errors import EnvironmentProblem, LlmtuneError
 from llmtune.evaluate.champion import check_champion
 from llmtune.evaluate.decision import print_need
 from llmtune.evaluate.eval_inputs import warn_of_cuts
@@ -72,7 +75,7 @@ def dry_run(loaded: LoadedRecipe, request: RunRequest, console: Console) -> Json
 def _plan_named(context: RunContext, loaded: LoadedRecipe, name: str, valid: dict[str, bool]) -> MemoryPlan | None:
     """Plan the named model of a recipe, and record its valid steps in `valid`; None if nothing is known of it yet."""
     recipe, console, folder, request = loaded.recipe, context.console, context.folder, context.request
-    with TemporaryDirectory() as scratch:
+    with _scratch_folder() as scratch:
         try:
             offline = replace(context, request=replace(request, offline=True))
             model_ref = locate_pinned(offline, recipe.model, name)
@@ -108,6 +111,25 @@ def _plan_named(context: RunContext, loaded: LoadedRecipe, name: str, valid: dic
         valid["train"] = folder.is_valid("train", plan.inputs["train"])
         valid["evaluate"] = folder.is_valid("evaluate", evaluation_hash(context))
     return memory
+
+
+@contextmanager
+def _scratch_folder() -> Iterator[str]:
+    """Yield a folder that is removed afterwards; errors from the block do not name its files."""
+    with TemporaryDirectory() as scratch:
+        try:
+            yield scratch
+        except LlmtuneError as error:
+            mention = re.compile(rf" ?[^.]*: {re.escape(scratch)}\S*")
+            problems = [
+                replace(
+                    one,
+                    where=None if one.where and one.where.startswith(scratch) else one.where,
+                    fix=one.fix and mention.sub("", one.fix).strip(),
+                )
+                for one in error.problems
+            ]
+            raise type(error)(*problems) from error
 
 
 def _longest_row(context: RunContext, recipe: Recipe) -> int:
