@@ -16,6 +16,7 @@ from llmtune.evaluate.paired_statistics import name_groups, row_deviation, rows_
 from llmtune.recipe.evaluate_section import ERROR, EvaluateSection, WhenUnsure
 from llmtune.recipe.gate_grammar import Gate, Operator, parse_gate
 from llmtune.recipe.schema import Recipe
+from llmtune.recipe.task_facts import SIMPLE_BASELINES
 from llmtune.records import Json
 from llmtune.report.render_terminal import print_sections
 from llmtune.report.report_record import Power
@@ -33,6 +34,8 @@ COMPARE: dict[str, Callable[[float, float], bool]] = {
     "==": math.isclose,
 }
 NO_INTERVAL = "{} are too few for an interval, or the metric has no range and nearly all of them have the same value"
+ORIGINS = {"champion": " from the champion", **{name: f" from {name}" for name in SIMPLE_BASELINES}}
+"""What a difference is from, by the gate's other model; the base needs no name."""
 COUNTED: dict[WhenUnsure, bool | None] = {"fail": False, "pass": True, "report": None}
 
 
@@ -41,8 +44,9 @@ def check_gates(section: EvaluateSection, evaluation: Evaluation) -> tuple[GateR
 
     `X > base` compares the scores. `X.low > base` compares the low end of the difference's paired interval (95 %, wider
     with `evaluate.looks`) with zero. `X.high <= 0.05` compares an end of the score's own interval. `champion` is the
-    run named by `evaluate.champion`; scores are then compared on the rows that both runs share. `decide` has the rule
-    for interval ends. `when_unsure` sets how an inconclusive gate counts.
+    run named by `evaluate.champion`; scores are then compared on the rows that both runs share, as with a simple
+    baseline such as `tfidf`. `decide` has the rule for interval ends. `when_unsure` sets how an inconclusive gate
+    counts.
 
     Raises RecipeError for a text that is not a gate.
     """
@@ -68,7 +72,7 @@ def check_gate(gate: Gate, evaluation: Evaluation, section: EvaluateSection) -> 
         passed, note = COUNTED[section.when_unsure], f"{INCONCLUSIVE}: {explain_unsure(gate, change, limit, alpha)}"
     elif passed and not gate.on_own_interval and is_worse(gate.op, wide):
         note = f"worse, and shown to be within the margin: {number(wide.low)} to {number(wide.high)}"
-    origin = " from the champion" if gate.against == "champion" else ""
+    origin = ORIGINS.get(gate.against or "", "")
     level = f", at {100 * (1 - alpha):.5g} %," if section.looks else ""
     what = f"interval of {gate.metric}" if gate.on_own_interval else f"difference{origin}"
     wanted = f"{gate.part} end of the {what}{level} {gate.op} {number(limit)}"
@@ -148,19 +152,21 @@ def compared_scores(
     if gate.on_own_interval:
         scores = evaluation.by_name("tuned")
         return scores, dict.fromkeys(scores, 0.0), evaluation.own_intervals()
-    if gate.against != "champion":
+    if gate.against != "champion" and gate.against not in SIMPLE_BASELINES:
         others = evaluation.of_exports() if gate.on_export else evaluation.by_name("base")
         return evaluation.by_name("tuned"), others, evaluation.differences()
-    champion = evaluation.champion
-    if champion is None:
+    opponent = evaluation.champion if gate.against == "champion" else evaluation.simple_baseline
+    if opponent is None:
         return evaluation.by_name("tuned"), {}, {}
-    return {**evaluation.by_name("tuned"), **champion.tuned}, champion.scores, champion.difference
+    return {**evaluation.by_name("tuned"), **opponent.tuned}, opponent.scores, opponent.difference
 
 
 def why_unmeasured(gate: Gate, evaluation: Evaluation) -> str:
     """Return why there is no score to compare with."""
     if gate.on_export:
         return "not measured: `llmtune run` makes and scores the exports"
+    if gate.against in SIMPLE_BASELINES:
+        return evaluation.signatures.get(gate.against, "not measured")
     left_out = evaluation.champion.left_out if evaluation.champion and gate.against == "champion" else {}
     return f"not comparable: {left_out[gate.metric]}" if gate.metric in left_out else "not measured"
 

@@ -26,6 +26,7 @@ from llmtune.evaluate.inference import Answers, compute_metrics, predict
 from llmtune.evaluate.metric import Measure, PairedMeasures
 from llmtune.evaluate.per_row_scores import PerRowScores, name_test_rows, save_measures
 from llmtune.evaluate.results import TUNED, BaseAnswers, save_base, save_predictions
+from llmtune.evaluate.simple_baseline import SimpleScores
 from llmtune.evaluate.slices import one_line, score_slice
 from llmtune.evaluate.suite_registry import make_suites
 from llmtune.model.device import release_memory
@@ -76,6 +77,7 @@ def score_run(
     headless: str = "",
     known: BaseAnswers | None = None,
     known_tuned: BaseAnswers | None = None,
+    simply: Callable[[Mapping[str, Measure]], SimpleScores | None] = lambda measures: None,
     challenge: Challenge = lambda evaluation, scores: None,
     trained: Path | None = None,
 ) -> Evaluation:
@@ -83,9 +85,10 @@ def score_run(
 
     `headless` is the reason if the base model cannot answer: the task's trivial baseline replaces it. With `known`, the
     base model's answers are saved for later evaluations, and reused if already saved; with `known_tuned` the tuned
-    model's, for recipes with metrics of the user's own. If the context has a folder, it gets `predictions.jsonl` (every
-    row's prompt, reference and both answers), `measures.npz` (each row's contribution to each score),
-    `evaluation.json`, and what `save_rules` writes, with the hash of the `trained` folder of the run.
+    model's, for recipes with metrics of the user's own. `simply` scores a simple baseline. If the context has a folder,
+    it gets `predictions.jsonl` (every row's prompt, reference and both answers), `measures.npz` (each row's
+    contribution to each score), `evaluation.json`, and what `save_rules` writes, with the hash of the `trained` folder
+    of the run.
 
     Raises DataError if no reference answer is in `evaluate.choices`, or if a column of `evaluate.slices` was not kept;
     EnvironmentProblem if a single row does not fit in memory.
@@ -113,6 +116,10 @@ def score_run(
     if inputs is not None:
         names = name_test_rows(rows, inputs.rows)
         per_row = PerRowScores(measures.base, measures.tuned, names, inputs.clusters)
+        if folder is not None and (simple := simply(measures.tuned)) is not None:
+            noted = evaluation.signatures | {simple.name: simple.note}
+            evaluation = replace(evaluation, simple_baseline=simple.record, signatures=noted)
+            per_row = replace(per_row, simple=simple.measures)
         if folder is not None:
             save_predictions(folder, inputs, answers["base"], answers["tuned"])
             save_measures(folder, per_row)

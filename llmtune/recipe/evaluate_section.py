@@ -30,6 +30,7 @@ from llmtune.recipe.task_facts import (
     CUT_METRIC,
     DECISIONS,
     PREDICTED,
+    SIMPLE_BASELINES,
     TASK_FACTS,
     at_ten,
 )
@@ -83,8 +84,9 @@ class EvaluateSection(RecipeSection):
     metric_network: bool = False
     """Let your own metrics use the network. Default false: scores should not depend on a server."""
     gates: Many[str] = ()
-    """Conditions such as `exact_match >= 0.8`, `rougeL > base` or `exact_match.low > base`. A failed gate ends the run
-    with exit code 6. Default none: a gate is your decision."""
+    """Conditions such as `exact_match >= 0.8`, `rougeL > base` or `exact_match.low > base`. A baseline without a
+    language model has a name: `accuracy.low > tfidf`, `ndcg@10.low > bm25`. A failed gate ends the run with exit code
+    6. Default none: a gate is your decision."""
     champion: NonEmpty | None = None
     """The model in production: a run folder, a release file, or a folder of releases (uses the newest with the
     recipe's name). The tuned model is compared with it on test rows that neither was trained on. Gates may use it:
@@ -187,6 +189,7 @@ class EvaluateSection(RecipeSection):
             diagnostics.no_effect("evaluate.suspects", why, fix, "task")
         self._check_unmeasured(diagnostics, variant)
         self._check_opponents(diagnostics)
+        self._check_simple_baselines(diagnostics, variant)
         if has_test:
             diagnostics.repeated("evaluate.slices", self.slices, "a column")
             self._check_metrics(diagnostics, variant)
@@ -315,7 +318,7 @@ class EvaluateSection(RecipeSection):
     def _check_opponents(self, diagnostics: Diagnostics) -> None:
         for key, gate in self._parsed_gates():
             if gate.against and (gate.against == "tuned") != gate.on_export:
-                fix = "Compare an export with `tuned`, and the tuned model with `base` or `champion`."
+                fix = "Compare an export with `tuned`, and the tuned model with another model."
                 diagnostics.add(key, f"the gate {gate.text!r} compares with the wrong model", fix)
             elif gate.against == "base" and key_of_decision(gate.metric):
                 fix = f"Compare with a number, such as `{gate.metric} {gate.op} 0.5`, or with `champion`."
@@ -335,6 +338,24 @@ class EvaluateSection(RecipeSection):
         elif self.champion is None:
             fix = "Set evaluate.champion to a release file: looks are counted next to it."
             diagnostics.no_effect("evaluate.looks", "without a champion", fix, "evaluate.champion")
+
+    def _check_simple_baselines(self, diagnostics: Diagnostics, variant: TaskVariant) -> None:
+        """Report gates on a baseline, or on a metric of it, that this recipe does not have."""
+        name, measured = variant.facts.simple_baseline, variant.facts.baseline_metrics
+        metrics = [one for one in self.chosen_metrics(variant) if at_ten(one) in measured]
+        if variant.facts.generates and CHOICE in measured and self.choices is None:
+            metrics = []
+        for key, gate in self._parsed_gates():
+            if gate.against not in SIMPLE_BASELINES:
+                continue
+            has = f"`{gate.metric} {gate.op} {name}`" if gate.metric in metrics else f"{name}: {', '.join(metrics)}"
+            fix = f"Compare with {has}." if metrics else "Compare with `base` or a number."
+            if gate.against != name or not metrics:
+                what = f"the gate {gate.text!r} uses {gate.against}, which this recipe does not have"
+                diagnostics.add(key, what, fix, "task")
+            elif gate.metric not in metrics:
+                what = f"the gate {gate.text!r} compares {gate.metric}, which {name} does not have"
+                diagnostics.add(key, what, f"Metrics of {has}.", "evaluate.metrics")
 
     def _parsed_gates(self) -> Iterator[tuple[str, Gate]]:
         for i, text in enumerate(self.gates):

@@ -4,7 +4,8 @@ Examples: `exact_match >= 0.8`, `rougeL > base`, `loss < base - 0.02`, `perplexi
 `exact_match.low > base`, `exact_match.low > champion - 0.01`, `accuracy.low >= 0.8`. Metrics of a study
 are `study.metric`: `forgetting.perplexity <= base * 1.05`, `fairness.gap <= 0.05`, `benchmarks.arc_easy.acc > base`.
 Metrics of an export are `deploy.format.metric`, compared with the tuned model:
-`deploy.gguf.accuracy.low > tuned - 0.01`.
+`deploy.gguf.accuracy.low > tuned - 0.01`. A baseline without a language model has a name: `accuracy.low > tfidf`,
+`ndcg@10.low > bm25`.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ from dataclasses import dataclass
 from typing import Literal, cast
 
 from llmtune.errors import RecipeError
+from llmtune.recipe.task_facts import SIMPLE_BASELINES
 
 Operator = Literal[">=", "<=", ">", "<", "=="]
 IntervalEnd = Literal["low", "high"]
-Opponent = Literal["base", "champion", "tuned"]
+Opponent = Literal["base", "champion", "tuned", "tfidf", "bm25", "unigram", "lead3"]
 
 JUDGE = "judge."
 """How the scores of `evaluate.judge` begin: its own interval belongs to each."""
@@ -25,15 +27,17 @@ EXPORT = "deploy."
 """How the metrics of exports begin."""
 NUMBER = r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]{1,3})?"
 NAME = r"[A-Za-z][A-Za-z0-9_]*(?:-[A-Za-z0-9_]+)*(?:@[0-9]+)?"
+OPPONENT = "|".join(("base", "champion", "tuned", *SIMPLE_BASELINES))
 GATE = re.compile(
     rf"\s*(?P<metric>{NAME}(?:\.(?!(?:low|high)\b){NAME})*)(?:\.(?P<part>low|high))?"
     r"\s*(?P<op>>=|<=|==|>|<)"
-    rf"\s*(?:(?P<number>{NUMBER})|(?P<against>base|champion|tuned)(?:\s*(?P<sign>[*+-])\s*(?P<operand>{NUMBER}))?)\s*",
+    rf"\s*(?:(?P<number>{NUMBER})|(?P<against>{OPPONENT})(?:\s*(?P<sign>[*+-])\s*(?P<operand>{NUMBER}))?)\s*",
     re.ASCII,
 )
 FORMS = (
     "`exact_match >= 0.8`, `rougeL > base`, `loss < base - 0.02`, `perplexity <= base * 1.05`, "
-    "`exact_match.low > base`, `exact_match.low > champion - 0.01`, `forgetting.perplexity <= base * 1.05`"
+    "`exact_match.low > base`, `exact_match.low > champion - 0.01`, `accuracy.low > tfidf`, "
+    "`forgetting.perplexity <= base * 1.05`"
 )
 
 
@@ -51,7 +55,7 @@ class Gate:
     number: float | None
     """The wanted number, or None if it comes from the score of another model."""
     against: Opponent | None = None
-    """The model whose score is wanted: base, champion, or for an export the tuned model."""
+    """The model whose score is wanted: base, champion, a simple baseline, or for an export the tuned model."""
     factor: float = 1.0
     offset: float = 0.0
 

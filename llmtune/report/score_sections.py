@@ -33,6 +33,7 @@ from llmtune.report.overlap_view import overlap_sentence, overlap_table
 from llmtune.report.report_record import Power, Seeds
 from llmtune.report.sample_view import NUMBERS, present_samples
 from llmtune.report.search_sections import length_section
+from llmtune.report.simple_baseline_view import simple_baseline_section
 from llmtune.report.verdict import INCONCLUSIVE
 from llmtune.score_records import Evaluation, GateResult, Slice
 
@@ -46,6 +47,7 @@ def score_sections(evaluation: Evaluation, task: str | None, seeds: Seeds | None
     base = base_name(evaluation)
     return [
         score_section(evaluation, task),
+        simple_baseline_section(evaluation, task),
         sample_section(evaluation, task),
         calibration_section(evaluation),
         champion_section(evaluation, task),

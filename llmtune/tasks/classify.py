@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -33,9 +32,10 @@ from llmtune.evaluate.classification_metrics import (
     measure_classes,
     true_classes,
 )
-from llmtune.evaluate.evaluated_task import EvalPrediction, LoadedModel
+from llmtune.evaluate.evaluated_task import EvalPrediction, LoadedModel, SimplePredictions
 from llmtune.evaluate.intervals import Floats
 from llmtune.evaluate.metric import Measure
+from llmtune.evaluate.tfidf import logits_of
 from llmtune.evaluate.token_batches import run_encoder
 from llmtune.model.causal_lm_loss import model_inputs
 from llmtune.model.config import head_names, in_heads, name_outputs
@@ -45,8 +45,10 @@ from llmtune.recipe.task_sections import ClassifySection
 from llmtune.records import SPLITS, AdaptedModel, Batch, Loss, Rows
 from llmtune.tasks.base import Endpoint, ReadingTask, loss_of_rows
 from llmtune.tasks.class_labels import (
-    UNKNOWN_LABEL,
+    as_target,
     choose_label_metrics,
+    class_target,
+    fit_labels,
     idle_keys,
     infer_kind,
     names_of,
@@ -293,6 +295,19 @@ class Classify(ReadingTask[ClassifyRow, ClassPrediction]):
         ]
         return BASELINES[section.kind], predictions
 
+    def predict_simply(
+        self, train: Sequence[ClassifyRow], prompts: Sequence[ClassifyRow], recipe: Recipe
+    ) -> SimplePredictions | str:
+        """Return the predictions of TF-IDF with logistic regression, or with ridge regression for numbers."""
+        section = classify_section(recipe)
+        assert section.kind != "auto"
+        fitted = fit_labels(train, prompts, section, section.kind)
+        if isinstance(fitted, str):
+            return fitted
+        predictions = [{"label": label_of(row, section), "scores": row.tolist()} for row in fitted.scores_AK]
+        logits = [[row.tolist()] for row in logits_of(fitted.scores_AK, many=section.kind == "multi")]
+        return SimplePredictions(predictions, fitted.note, logits if self.output_labels(recipe) else [])
+
     def as_prediction(self, reference: Label, recipe: Recipe) -> ClassPrediction | None:
         """Return the prediction that assigns all probability to the right classes; None for a number."""
         section = classify_section(recipe)
@@ -347,28 +362,6 @@ def fitted_texts(
             yield replace(kept, counted=1, lost=Lost(size - len(kept.input_ids)))
 
 
-def class_target(label: Label | None, section: ClassifySection) -> dict[str, Any] | str:
-    """Return an example's target columns, or the reason why it has none."""
-    if section.kind == "regression":
-        try:
-            value = float(label)  # type: ignore[arg-type]
-        except (TypeError, ValueError):
-            value = math.nan
-        return {"values": [value]} if math.isfinite(value) else f"no number: the label is {label!r}"
-    labels = section.labels or ()
-    named = names_of(label) if label is not None else []
-    wrong = next((name for name in named if name not in labels), None)
-    if wrong is not None:
-        return f"{UNKNOWN_LABEL}: {wrong!r} is none of {', '.join(labels[:20])}"
-    if section.kind == "multi":
-        return {"values": [float(name in named) for name in labels]}
-    if len(named) != 1:
-        return f"{len(named)} labels, but classify.kind: single allows one"
-    weights = section.class_weights
-    weight = {"weights": [float(weights.get(named[0], 1.0))]} if isinstance(weights, dict) else {}
-    return {"class_ids": [labels.index(named[0])], **weight}
-
-
 def label_of(scores_K: torch.Tensor | Floats, section: ClassifySection) -> Label:
     """Return the label of scores [K]: the most likely class, all above one half, or the number itself."""
     if section.kind == "regression":
@@ -382,14 +375,6 @@ def label_of(scores_K: torch.Tensor | Floats, section: ClassifySection) -> Label
 def classify_section(recipe: Recipe) -> ClassifySection:
     """Return the recipe's section, or its defaults."""
     return recipe.classify or ClassifySection()
-
-
-def as_target(label: Label, kind: str) -> Label:
-    """Return a label in the form of its kind: a number, a list of class names, or one name."""
-    if kind == "regression":
-        assert not isinstance(label, list)
-        return float(label)
-    return names_of(label) if kind == "multi" else names_of(label)[0]
 
 
 def scores_of(predictions: Sequence[ClassPrediction]) -> Floats:
