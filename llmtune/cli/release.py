@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -89,6 +89,7 @@ def show_release(file: File, signers: Signers = None, as_json: AsJson = False) -
     from llmtune.evaluate.opened_runs import read_release
     from llmtune.report.render_terminal import print_sections
     from llmtune.report.score_sections import gate_section, score_section
+    from llmtune.report.simple_baseline_view import simple_baseline_section
     from llmtune.score_records import Evaluation
 
     release, signature = read_release(file), check_signature(file, signers)
@@ -97,7 +98,10 @@ def show_release(file: File, signers: Signers = None, as_json: AsJson = False) -
         return
     scores = release["base"], release["tuned"], release["difference"]
     evaluation = Evaluation(*scores, (), release["rows"], release["signatures"])
-    sections = [score_section(evaluation, release["recipe"]["task"]), gate_section(release["gates"])]
+    evaluation = replace(evaluation, simple_baseline=release.get("simple_baseline"))
+    task = release["recipe"]["task"]
+    sections = [score_section(evaluation, task), simple_baseline_section(evaluation, task)]
+    sections.append(gate_section(release["gates"]))
     print_sections(sections, make_console(stderr=False))
     if signature:
         by = f"signed by {signature.by}" if signature.kind == "ssh" else signature.by

@@ -15,7 +15,7 @@ from llmtune.evaluate.run_report import judge_run
 from llmtune.records import Json
 from llmtune.report.report_record import Verdict
 from llmtune.report.verdict import INCONCLUSIVE, verdict
-from llmtune.score_records import Difference, Evaluation, GateResult
+from llmtune.score_records import Difference, Evaluation, GateResult, SimpleBaseline
 from llmtune.store.run_folder import trained_name
 
 UNTRAINED = (
@@ -59,6 +59,7 @@ class RunSummary:
     rate: str | None = None
     """Origin of its learning rate, if methods are compared."""
     gates: Sequence[GateResult] | None = None
+    simple_baseline: SimpleBaseline | None = None
 
 
 @dataclass(frozen=True)
@@ -151,6 +152,7 @@ def summarize(run: OpenedRun) -> RunSummary:
         tuned=evaluation.tuned,
         difference=evaluation.difference,
         verdict=judge_run(evaluation, check_gates(run.recipe.evaluate, evaluation), run.recipe.evaluate.alpha),
+        simple_baseline=evaluation.simple_baseline,
     )
 
 

@@ -46,7 +46,7 @@ def word_pattern() -> re.Pattern[str]:
 
 def index_words(passages: Sequence[str]) -> Callable[[Sequence[str]], Floats]:
     """Return a function that scores all passages for some queries, [Q, P]; 0 without a shared word."""
-    from scipy.sparse import csr_matrix  # late: most evaluations need none
+    from scipy.sparse import csr_matrix  # type: ignore[import-untyped]  # late: most evaluations need none
 
     counts, numbers = [Counter(words(passage)) for passage in passages], dict[str, int]()
     entries = [

@@ -34,7 +34,10 @@ COMPARE: dict[str, Callable[[float, float], bool]] = {
     "==": math.isclose,
 }
 NO_INTERVAL = "{} are too few for an interval, or the metric has no range and nearly all of them have the same value"
-ORIGINS = {"champion": " from the champion", **{name: f" from {name}" for name in SIMPLE_BASELINES}}
+ORIGINS: Mapping[str | None, str] = {
+    "champion": " from the champion",
+    **{name: f" from {name}" for name in SIMPLE_BASELINES},
+}
 """What a difference is from, by the gate's other model; the base needs no name."""
 COUNTED: dict[WhenUnsure, bool | None] = {"fail": False, "pass": True, "report": None}
 
@@ -72,7 +75,7 @@ def check_gate(gate: Gate, evaluation: Evaluation, section: EvaluateSection) -> 
         passed, note = COUNTED[section.when_unsure], f"{INCONCLUSIVE}: {explain_unsure(gate, change, limit, alpha)}"
     elif passed and not gate.on_own_interval and is_worse(gate.op, wide):
         note = f"worse, and shown to be within the margin: {number(wide.low)} to {number(wide.high)}"
-    origin = ORIGINS.get(gate.against or "", "")
+    origin = ORIGINS.get(gate.against, "")
     level = f", at {100 * (1 - alpha):.5g} %," if section.looks else ""
     what = f"interval of {gate.metric}" if gate.on_own_interval else f"difference{origin}"
     wanted = f"{gate.part} end of the {what}{level} {gate.op} {number(limit)}"

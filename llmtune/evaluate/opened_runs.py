@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NotRequired
 
 import numpy as np
 from pydantic import AfterValidator, TypeAdapter, ValidationError
@@ -26,7 +26,7 @@ from llmtune.recipe.schema import Recipe
 from llmtune.recipe.source_map import walk
 from llmtune.recipe.task_facts import CHOICE_METRICS, CUT_METRIC, DECISIONS, TASK_FACTS
 from llmtune.records import Json
-from llmtune.score_records import Difference, Evaluation, GateResult
+from llmtune.score_records import Difference, Evaluation, GateResult, SimpleBaseline
 from llmtune.store.atomic_files import explained, read_json
 from llmtune.store.run_folder import CERTIFICATE, MANIFEST, RunFolder, read_run, recipe_of_run
 
@@ -129,7 +129,8 @@ def open_export_scores(path: Path, certificate: Json, name: str) -> OpenedRun:
         {metric: measures.base[metric] for metric in same}, {metric: measures.tuned[metric] for metric in same}
     )
     scores = {metric: one.value for metric, one in measures.tuned.items()}
-    evaluation = replace(run.evaluation, tuned=scores, difference=pairs.differences(run.recipe.seed))
+    difference = pairs.differences(run.recipe.seed)
+    evaluation = replace(run.evaluation, tuned=scores, difference=difference, simple_baseline=None)
     return OpenedRun(name, run.recipe, evaluation, measures, run.folder, certificate)
 
 
@@ -315,6 +316,7 @@ class Release(TypedDict):
     certificates: dict[str, Json]
     """The merged, exported or served model, with the numbers of its parity check."""
     rows: int
+    simple_baseline: NotRequired[SimpleBaseline | None]
     measures: str
     """`measures.npz` of the tuned model, in base64: each row's hash, and its contribution to each score."""
 
@@ -393,4 +395,5 @@ def open_release(path: Path, name: str) -> ScoredRun:
         raise RecipeError.of(f"damaged: {error}", str(path), RELEASE_FIX) from None
     scores = release["base"], release["tuned"], release["difference"]
     evaluation = Evaluation(*scores, (), release["rows"], release["signatures"])
+    evaluation = replace(evaluation, simple_baseline=release.get("simple_baseline"))
     return ScoredRun(name, recipe, evaluation, unpack_measures(packed, path, RELEASE_FIX))

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from llmtune.evaluate.intervals import Floats
 
 if TYPE_CHECKING:
-    from scipy.sparse import csr_matrix
+    from scipy.sparse import csr_matrix  # type: ignore[import-untyped]
 
 TargetKind = Literal["single", "multi", "regression"]
 Targets: TypeAlias = NDArray[np.int64] | NDArray[np.bool_] | Floats
