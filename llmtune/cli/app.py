@@ -16,6 +16,7 @@ from typer.core import TyperGroup
 
 from llmtune import __version__
 from llmtune.cli import (
+    clean,
     compare,
     deploy,
     explain,
@@ -161,18 +162,20 @@ def doctor(
 
 @handled
 def runs(as_json: AsJson = False) -> None:
-    """List the runs in runs/ with their verdicts, the latest first."""
-    from llmtune.store.run_listing import list_runs
+    """List the runs in runs/ with verdict, gates and the names that mean them, the latest first."""
+    from llmtune.store.run_listing import list_names, list_runs
 
-    found = list_runs()
+    listed = list_runs()
+    names = list_names(listed)
     if as_json:
-        print_json([vars(one) for one in found])
+        print_json([{**vars(one), "address": one.address, "names": names[one.folder]} for one in listed])
         return
-    if not found:
+    if not listed:
         stderr_console().print("no runs in runs/ yet; start one: llmtune run RECIPE")
-    for one in found:
+    for one in listed:
         when = time.strftime("%Y-%m-%d %H:%M", time.localtime(one.started))
-        typer.echo(f"{one.folder}  {one.task}  {when}  {one.verdict or '-'}  {one.step}")
+        meant = f"  = {', '.join(names[one.folder])}" if names[one.folder] else ""
+        typer.echo(f"{one.folder}  {one.task}  {when}  {one.verdict or '-'}  {one.gates or '-'}  {one.step}{meant}")
 
 
 def _pointer(name: str) -> Callable[..., None]:
@@ -195,7 +198,7 @@ def show_version(words: Words = None) -> None:
 
 PANELS: dict[str, dict[str, Callable[..., None] | typer.Typer]] = {
     "Begin": {**init.COMMANDS, "run": run.COMMANDS["run"], "runs": runs, "doctor": doctor},
-    "Use a run": {**prompting.COMMANDS, "deploy": deploy.app},
+    "Use a run": {**prompting.COMMANDS, "deploy": deploy.app, **clean.COMMANDS},
     "One step at a time": {name: command for name, command in run.COMMANDS.items() if name != "run"},
     "Look closer": {**compare.COMMANDS, **verify.COMMANDS, **rows.COMMANDS, "explain": explain.app},
     "More": {"recipes": recipes.app, "models": models.app, "release": release.app, "launch": launch.app},
@@ -210,6 +213,7 @@ EXAMPLES = {
     "compare": "llmtune compare RUN RUN, or llmtune compare tickets.yaml --methods full,lora,qlora",
     "sweep": "llmtune sweep tickets.yaml --space space.yaml --trials 20",
     "verify": "llmtune verify latest",
+    "clean": "llmtune clean latest --dry-run, or llmtune clean --all",
     "rows": "llmtune rows latest --suspects suspects.csv",
     "reproduce": "llmtune reproduce latest",
 }

@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
+from rich.markup import escape
 
 from llmtune.cli.options import AsJson
 from llmtune.cli.output_streams import handled, print_json, stderr_console
 from llmtune.cli.recipes import migrate_file
-from llmtune.errors import DataError, LlmtuneError, RecipeError, nearest
+from llmtune.errors import DataError, LlmtuneError, Problem, RecipeError, nearest
 from llmtune.store.atomic_files import explained
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from llmtune.data.file_survey import Reading, Survey
 
 SCHEMA = "recipe.schema.json"
+SHOWN_CANDIDATES = 8
 
 
 @handled
@@ -57,6 +59,7 @@ def init(
     from llmtune.recipe.loader import load_recipe
     from llmtune.recipe.schema import json_schema
     from llmtune.recipe.task_facts import TASK_FACTS
+    from llmtune.recipe.undecided import UNDECIDED
 
     if task is not None and task not in TASK_FACTS:
         fix = f"{nearest(task, list(TASK_FACTS))} Tasks: {', '.join(TASK_FACTS)}.".strip()
@@ -72,21 +75,29 @@ def init(
     if not readings:
         raise _unread(survey, task, mapped)
     reading = _choose(readings, asks, console)
+    _refuse_lost(survey, reading)
     _print_survey(survey, reading, readings, console)
+    if asks and len(reading.candidates) > 1:
+        reading = _choose_label(survey, reading, mapped, console)
+    open_keys = ["data.columns.label"] if len(reading.candidates) > 1 else []
     text, model = _propose(survey, reading, target, model)
     with explained(target):
         target.write_text(text, encoding="utf-8")
         target.with_name(SCHEMA).write_text(json.dumps(json_schema(), indent=2) + "\n", encoding="utf-8")
-    loaded = load_recipe(target)
+    loaded = load_recipe(target, [f"{key}={json.dumps(reading.candidates[0].column)}" for key in open_keys])
     try:
         try_recipe_rows(loaded, check_recipe(loaded))
     except DataError as error:
         console.print(f"{target} needs a look before it runs:\n{error}", style="yellow", markup=False, highlight=False)
     if as_json:
-        about = {"columns": reading.columns, "roles": reading.roles}
-        print_json({"recipe": str(target), "task": reading.task, "model": model, **about})
+        about = {"columns": reading.columns, "roles": reading.roles, "undecided": open_keys}
+        candidates = [{"column": one.column, "classes": dict(one.counts.most_common())} for one in reading.candidates]
+        print_json({"recipe": str(target), "task": reading.task, "model": model, **about, "candidates": candidates})
         return
     typer.echo(f"wrote {target} (task {reading.task}, model {model}) and {SCHEMA}")
+    if open_keys:
+        typer.echo(f"next: choose {' and '.join(open_keys)} in {target}, marked {UNDECIDED}; then llmtune run {target}")
+        return
     typer.echo(f"next: llmtune run {target}")
 
 
@@ -136,6 +147,18 @@ def _unread(survey: Survey, task: str | None, columns: Mapping[str, str]) -> Llm
     return DataError.of(f"{reader} these rows; their columns are {', '.join(survey.columns)}", survey.path, fix)
 
 
+def _refuse_lost(survey: Survey, reading: Reading) -> None:
+    """Raise DataError for files without a readable row: a recipe should not name them."""
+    from llmtune.recipe.yaml_writer import written_path
+
+    if len(survey.files) > 1:
+        fix = f"Name the files with rows for {reading.task}, such as '*.csv', or put this one elsewhere."
+        DataError.collect(
+            Problem(f"no row can be read as {reading.task}: {why}", written_path(str(file)), fix)
+            for file, why in reading.lost.items()
+        )
+
+
 def _only_file() -> str:
     """Return the only file in the working folder that may contain rows; raises RecipeError otherwise."""
     from llmtune.recipe.data_section import DATA_ENDINGS, data_ending
@@ -158,22 +181,30 @@ def _choose(readings: list[Reading], asks: bool, console: Console) -> Reading:
     return readings[names.index(answer)]
 
 
+def _choose_label(survey: Survey, reading: Reading, columns: Mapping[str, str], console: Console) -> Reading:
+    """Return the reading with the column that the user names as the label."""
+    from llmtune.data.file_survey import list_readings
+
+    names = [one.column for one in reading.candidates]
+    question = f"Which column is the label? {', '.join(names)} [{names[0]}]: "
+    while (answer := console.input(escape(question)).strip() or names[0]) not in names:
+        console.print(f"unknown column {answer!r}", markup=False)
+    (chosen,) = list_readings(survey, "classify", {**columns, "label": answer})
+    others = ", ".join(str(one) for one in reading.candidates if one.column != answer)
+    console.print(f"  label is {answer!r}; not used: {others}", markup=False, highlight=False)
+    return chosen
+
+
 def _propose(survey: Survey, reading: Reading, target: Path, model: str | None) -> tuple[str, str]:
     """Return the recipe's text and its model."""
-    from llmtune.recipe.data_section import Source
     from llmtune.recipe.first_recipe import propose_model, write_first_recipe
-    from llmtune.recipe.yaml_writer import flow, source_line
+    from llmtune.recipe.yaml_writer import flow
     from llmtune.store.machine import likely_device, list_cards, process_memory_limit
 
     cuda = likely_device() == "cuda"
     memory = max(card.memory_bytes for card in list_cards()) if cuda else process_memory_limit() / 2
     model = model or propose_model(reading.task, memory)
-    written = os.path.relpath(survey.path, target.parent)
-    data = [f"train: {flow(written)}"]
-    if survey.encoding:
-        data = [source_line("train", Source(path=written), path=written, encoding=survey.encoding)]
-    if reading.columns:
-        data.append(f"columns: {flow(reading.columns)}")
+    data = [*_name_train(survey, target), *_name_columns(reading)]
     if reading.roles:
         names = {role: names[0] if len(names) == 1 else list(names) for role, names in reading.roles.items()}
         data.append(f"roles: {flow(names)}  # DECIDE: who is who; the model learns what the assistant says")
@@ -181,6 +212,43 @@ def _propose(survey: Survey, reading: Reading, target: Path, model: str | None) 
     metrics = _number_metrics(reading)
     text = write_first_recipe(target.stem, reading.task, data, reading.rows, model=model, metrics=metrics, **counts)
     return text, model
+
+
+def _name_train(survey: Survey, target: Path) -> list[str]:
+    """Return the lines of `data.train`."""
+    from llmtune.recipe.yaml_writer import flow
+
+    written = [
+        {"path": os.path.relpath(one.path, target.parent)} | ({"encoding": one.encoding} if one.encoding else {})
+        for one in survey.sources
+    ]
+    if len(written) > 1:
+        note = "the encodings differ, so each file is a source; add a line for a new file"
+        return [f"train:  # {note}", *(f"  - {flow(one)}" for one in written)]
+    (one,) = written
+    return [f"train: {flow(one if survey.sources[0].encoding else one['path'])}"]
+
+
+def _name_columns(reading: Reading) -> list[str]:
+    """Return the lines of `data.columns`, with the reasons for joined texts, and with the candidates for the label."""
+    from llmtune.data.column_mapping import FIELD, JOINT
+    from llmtune.recipe.undecided import UNDECIDED
+    from llmtune.recipe.yaml_writer import flow
+
+    joined = [ours for ours, theirs in reading.columns.items() if JOINT in theirs]
+    if not joined and len(reading.candidates) < 2:
+        return [f"columns: {flow(reading.columns)}"] if reading.columns else []
+    lines = {ours: f"{ours}: {flow(theirs)}" for ours, theirs in reading.columns.items()}
+    for ours in joined:
+        many = len(FIELD.findall(reading.columns[ours]))
+        why = f"{'both' if many == 2 else 'all'} differ from row to row; an empty one is left out"
+        lines[ours] += f"  # joined in this order: {why}. Join new texts for the model in the same way"
+    if len(reading.candidates) > 1:
+        shown = [str(one) for one in reading.candidates[:SHOWN_CANDIDATES]]
+        more = len(reading.candidates) - len(shown)
+        choices = ", ".join(shown) + (f" and {more} more" if more else "")
+        lines["label"] = f"label: {UNDECIDED}  # one of {choices}"
+    return ["columns:", *(f"  {line}" for line in lines.values())]
 
 
 def _number_metrics(reading: Reading) -> tuple[str, ...] | None:
@@ -203,7 +271,7 @@ def _print_survey(survey: Survey, reading: Reading, readings: list[Reading], con
 
     count = f"{len(reading.rows) + sum(reading.bad.values()):,}" + ("" if survey.whole else " and more")
     files = f"{len(survey.files):,} files, " if len(survey.files) > 1 else ""
-    about = f"{files}{count} rows, {survey.encoding or 'UTF-8'}; columns {', '.join(survey.columns)}"
+    about = f"{files}{count} rows, {survey.encodings}; columns {', '.join(survey.columns)}"
     console.print(f"{survey.path}: {about}", markup=False)
     notes = [(number, f"cannot be read ({reason})") for reason, number in reading.bad.items()]
     for number, what in (*notes, (reading.copies, "are copies of others")):
@@ -215,7 +283,13 @@ def _print_survey(survey: Survey, reading: Reading, readings: list[Reading], con
     more = f" (also possible: {', '.join(f'--task {name}' for name in others)})" if others else ""
     console.print(f"task: {reading.task}{more}", highlight=False)
     for ours, theirs in reading.columns.items():
-        console.print(f"  {ours} is {theirs!r}", markup=False, highlight=False)
+        shown = str(reading.candidates[0]) if ours == "label" and reading.candidates else repr(theirs)
+        if ours != "label" or len(reading.candidates) < 2:
+            console.print(f"  {ours} is {shown}", markup=False, highlight=False)
+    if len(reading.candidates) > 1:
+        console.print("  label may be any of:", highlight=False)
+        for one in reading.candidates:
+            console.print(f"    {one}", markup=False, highlight=False)
     for role, names in reading.roles.items():
         console.print(f"  the {role} is {' or '.join(map(repr, names))}", markup=False, highlight=False)
 

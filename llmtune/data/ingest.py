@@ -61,7 +61,7 @@ class IngestState:
     position: tuple[int, int] = (0, 0)
     """The input being read, and how many of its rows were read."""
     hints: list[Problem] = field(default_factory=list)
-    """Likely causes of many bad rows at once."""
+    """Files in another encoding, which no share of bad rows excuses: only their ASCII rows would be left."""
 
     @classmethod
     def restore(cls, list_file: Path, spool: Spool) -> IngestState:
@@ -158,7 +158,7 @@ def ingest_rows(
     account.publish()
     if account.bad[f"bad: {NOT_UTF8}"]:
         account.hints += [problem for one in inputs if (problem := encoding_hint(one.input))]
-    if account.unreadable:
+    if account.unreadable or account.hints:
         raise DataError(*dict.fromkeys(account.unreadable), *account.problems())
     _check_share(account, data.max_dropped)
     check_columns(columns or {}, tuple(account.columns))
@@ -183,12 +183,17 @@ def try_rows(inputs: Sequence[Detected], data: DataSection, task: str) -> int | 
         rows_in += len(parsed)
         contents |= {row.content for _, row, _ in parsed if isinstance(row, HashedRow)}
         bad += [(origin, row) for origin, row, _ in parsed if isinstance(row, RowError)]
+    hints = [hint for one in inputs if (hint := encoding_hint(one.input))] if _lack_utf8(bad) else []
     share = len(bad) / max(rows_in, 1)
-    if share < 1 and (share <= data.max_dropped or not whole):
+    if not hints and share < 1 and (share <= data.max_dropped or not whole):
         return len(contents) if whole else None
     looked = f"{len(bad):,} of {rows_in:,} rows" if whole else f"the first {len(bad):,} rows"
     first = [Problem(str(error), origin) for origin, error in bad[:SHOWN]]
-    raise DataError(too_many_bad(looked, share, data.max_dropped), *first)
+    raise DataError(*(hints or [too_many_bad(looked, share, data.max_dropped)]), *first)
+
+
+def _lack_utf8(bad: Sequence[tuple[str, RowError]]) -> bool:
+    return any(error.reason == NOT_UTF8 for _, error in bad)
 
 
 def check_columns(required: Mapping[str, str], columns: Sequence[str]) -> None:

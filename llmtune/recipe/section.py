@@ -6,6 +6,7 @@ import ast
 import glob
 import inspect
 import os
+import re
 import typing
 from collections.abc import Callable, Mapping
 from itertools import pairwise
@@ -69,6 +70,16 @@ def absolute(path: str, folder: Path, pattern: bool = False) -> str:
         joined = os.path.join(glob.escape(str(folder)), path)
     normal = os.path.normpath(joined)
     return normal if os.path.realpath(normal) == os.path.realpath(joined) else joined  # keep `link/..`
+
+
+RELEASE_PREFIX = "release:"
+RELEASE_ADDRESS = re.compile(r"release:(?P<name>[A-Za-z0-9][A-Za-z0-9._-]{0,63})(@(?P<hash>[0-9a-f]{8}))?")
+"""`release:NAME`, the current release, or `release:NAME@HASH`."""
+
+
+def absolute_or_release(path: str, folder: Path) -> str:
+    """Resolve `path` as `absolute` does; the address of a release stays as it is."""
+    return path if path.startswith(RELEASE_PREFIX) else absolute(path, folder)
 
 
 def is_folder(name: str, folder: Path) -> bool:

@@ -30,6 +30,8 @@ from llmtune.score_records import Evaluation, GateResult
 from llmtune.serve.answer_stream import Delta
 from llmtune.serve.served_model import ServedModel
 from llmtune.session import Models, RunContext, open_finished
+from llmtune.store.process_environment import prepare_environment
+from llmtune.store.process_state import as_in_new_process
 from llmtune.store.run_folder import read_run, recipe_of_run
 from llmtune.tasks.base import AnyTask, option_of
 
@@ -309,12 +311,14 @@ class FinishedRun:
 
     @cached_property
     def _opened(self) -> RunContext:
-        return open_finished(self.folder, self.console, self.offline)
+        with as_in_new_process():
+            prepare_environment(network=False)
+            return open_finished(self.folder, self.console, self.offline)
 
     def _load(self, base: bool) -> ServedModel:
         if base not in self._loaded:
             plan, models = self._opened.plan, Models(self._opened)
-            with models.base() if base else models.tuned() as model:
+            with as_in_new_process(), models.base() if base else models.tuned() as model:
                 name = "base" if base else "tuned"
                 served = ServedModel(name, model, plan.processor, plan.recipe, plan.task)
                 record = None if base else run_calibration(self._opened.folder)

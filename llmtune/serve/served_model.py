@@ -85,6 +85,9 @@ class ServedModel:
     decision: Decision | None = None
     """The rules for its answers; None for a base, or without any."""
 
+    release: str | None = None
+    """The release that it is of, `NAME@HASH`; None for a run, or a base."""
+
     def __post_init__(self) -> None:
         inner = unwrap(self.model)
         self.stops = set(answer_ends(self.model, self.processor, self.recipe))
