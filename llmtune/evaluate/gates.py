@@ -173,8 +173,8 @@ def why_unmeasured(gate: Gate, evaluation: Evaluation) -> str:
     """Return why there is no score to compare with."""
     if gate.on_export:
         return "not measured: `llmtune run` makes and scores the exports"
-    if gate.against in SIMPLE_BASELINES:
-        return evaluation.signatures.get(gate.against, "not measured")
+    if (name := gate.against or "") in SIMPLE_BASELINES:
+        return evaluation.signatures.get(name, "not measured")
     left_out = evaluation.champion.left_out if evaluation.champion and gate.against == "champion" else {}
     return f"not comparable: {left_out[gate.metric]}" if gate.metric in left_out else "not measured"
 

@@ -2,23 +2,29 @@
 
 import io
 import json
+import shutil
 
 import numpy as np
 import pytest
 from rich.console import Console
 from support.classifying import colour_rows, recipe_for, run
+from support.runs import invoke
 from support.task_cases import CASES
 
+from llmtune.compare.compare_runs import compare_runs
 from llmtune.data.row_store import iterate_rows, load_rows
+from llmtune.deploy.releases import make_release
 from llmtune.errors import GateFailed
 from llmtune.evaluate.evaluation_file import load_evaluation
 from llmtune.evaluate.metric import paired_difference
+from llmtune.evaluate.opened_runs import open_release
 from llmtune.evaluate.per_row_scores import load_measures
 from llmtune.evaluate.simple_baseline import lead
 from llmtune.evaluate.tfidf import fit_tfidf
 from llmtune.pipeline import run_pipeline
 from llmtune.recipe.loader import load_recipe
 from llmtune.recipe.task_facts import SIMPLE_BASELINES, TASK_FACTS, at_ten
+from llmtune.report.number_format import score
 from llmtune.store.run_request import RunRequest
 
 SCORED = {
@@ -122,6 +128,23 @@ def test_a_failed_gate_on_the_baseline_ends_the_run_and_a_new_evaluation_reuses_
     before = report["evaluation"]["simple_baseline"]
     assert (again["note"], again["scores"]["accuracy"]) == (before["note"], before["scores"]["accuracy"])
     assert 'name="tfidf.accuracy"' in (folder / "junit.xml").read_text()
+
+
+def test_a_release_and_a_comparison_name_the_baseline(finished, tmp_path, console):
+    folder, report = finished("classify")
+    simple = report["evaluation"]["simple_baseline"]
+    file = make_release(folder, tmp_path / "one.json")
+    assert json.loads(file.read_text())["simple_baseline"]["scores"] == simple["scores"]
+    assert (
+        open_release(file, "one").evaluation.simple_baseline == load_evaluation(folder / "evaluation").simple_baseline
+    )
+    shown = invoke("release", "show", str(file)).stdout
+    assert "Against TF-IDF with logistic regression" in shown
+    again = shutil.copytree(folder, tmp_path / "again")
+    made = compare_runs([folder, again], tmp_path / "comparison", console)
+    assert [run["simple_baseline"]["scores"] for run in made["runs"]] == [simple["scores"]] * 2
+    page = (tmp_path / "comparison" / "compare.md").read_text()
+    assert f"| tfidf | – | {score(simple['scores']['accuracy'])} |" in page
 
 
 def test_rows_that_teach_nothing_give_the_reason_and_no_scores(built, tmp_path):
