@@ -30,7 +30,7 @@ from llmtune.data.examples import ExampleReader, encode_rows, examples_inputs, r
 from llmtune.data.preparation import prepare_rows
 from llmtune.data.row_store import load_rows
 from llmtune.deploy.products import check_products, make_products
-from llmtune.deploy.release_folder import conclude_release
+from llmtune.deploy.release_folder import conclude_release, release_kept
 from llmtune.errors import EnvironmentProblem
 from llmtune.evaluate.cache_keys import evaluation_inputs, lock_trained, note_own_metrics
 from llmtune.evaluate.champion import check_champion, note_look
@@ -67,8 +67,8 @@ from llmtune.session import (
 )
 from llmtune.store.atomic_files import hash_folder, hash_value, plain, staged
 from llmtune.store.processes import once, rank, world_size
-from llmtune.store.release_store import find_start, pin_start
 from llmtune.store.run_folder import Manifest, RunFolder, open_run, recipe_of_run, trained_name
+from llmtune.store.run_listing import find_start, pin_start
 from llmtune.store.run_lock import hash_keys, own_pins, read_pins
 from llmtune.store.run_origin import is_own, save_recipe
 from llmtune.store.run_request import RunRequest
@@ -304,7 +304,7 @@ def run_evaluate(context: RunContext, loaded: LoadedRecipe) -> None:
 def run_deploy(context: RunContext, loaded: LoadedRecipe) -> None:
     """Make the products that the recipe names, each verified against the trained model."""
     if context.plan.recipe.exports:
-        context.once(lambda: make_products(context))
+        context.once(lambda: release_kept(make_products, context))
 
 
 STEPS: dict[str, Callable[[RunContext, LoadedRecipe], None]] = {

@@ -172,10 +172,20 @@ def runs(as_json: AsJson = False) -> None:
         return
     if not listed:
         stderr_console().print("no runs in runs/ yet; start one: llmtune run RECIPE")
-    for one in listed:
-        when = time.strftime("%Y-%m-%d %H:%M", time.localtime(one.started))
-        meant = f"  = {', '.join(names[one.folder])}" if names[one.folder] else ""
-        typer.echo(f"{one.folder}  {one.task}  {when}  {one.verdict or '-'}  {one.gates or '-'}  {one.step}{meant}")
+        return
+    from llmtune.launch.python_api import make_console
+    from llmtune.report.render_terminal import print_columns
+
+    rows = [
+        [
+            *(str(one.folder), one.task, one.verdict or "-", one.gates or "-", ", ".join(names[one.folder]) or "-"),
+            *(time.strftime("%Y-%m-%d %H:%M", time.localtime(one.started)), one.step),
+        ]
+        for one in listed
+    ]
+    columns = ("run", "task", "verdict", "gates", "names", "started", "step")
+    if omitted := print_columns(columns, rows, make_console(stderr=False)):
+        stderr_console().print(f"A wider terminal also shows {' and '.join(omitted)}.")
 
 
 def _pointer(name: str) -> Callable[..., None]:

@@ -8,9 +8,8 @@ import os
 import re
 import sys
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
@@ -24,11 +23,12 @@ from llmtune.store.atomic_files import explained
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from llmtune.data.classify_rows import Label
     from llmtune.data.file_survey import Reading, Survey
 
 SCHEMA = "recipe.schema.json"
-SHOWN_CANDIDATES = 8
+SHOWN_FOLDERS = 5
+SEARCHES = ("embed", "rerank")
+"""Tasks for a folder with queries, passages and judgements; the first is the default."""
 
 
 @handled
@@ -54,7 +54,9 @@ def init(
     as_json: AsJson = False,
 ) -> None:
     """Write a recipe for your rows: task, columns, lengths and a model that fits this machine."""
+    from llmtune.cli.proposal import propose_recipe, write_joined_rows
     from llmtune.data.file_survey import list_readings, survey_files
+    from llmtune.data.retrieval_layout import find_retrieval_set
     from llmtune.launch.recipe_check import check_recipe, try_recipe_rows
     from llmtune.recipe.loader import load_recipe
     from llmtune.recipe.schema import json_schema
@@ -68,9 +70,15 @@ def init(
         migrate_file(from_, out, task=task, as_json=as_json)
         return
     path, asks = data or data_option or _only_file(), not yes and not as_json and sys.stdin.isatty()
-    target = _target(path, out)
-    console = stderr_console()
-    survey, mapped = survey_files(path), _mapped(columns or [])
+    target, console, mapped = _target(path, out), stderr_console(), _mapped(columns or [])
+    retrieval = find_retrieval_set(Path(path)) if task in (None, *SEARCHES) else None
+    splits = write_joined_rows(retrieval, target) if retrieval else {}
+    if retrieval:
+        task = task or SEARCHES[0]
+        console.print(
+            f"{path}: queries joined with their passages: {', '.join(map(str, splits.values()))}", markup=False
+        )
+    survey = survey_files(str(splits["train"]) if splits else path)
     readings = list_readings(survey, task, mapped)
     if not readings:
         raise _unread(survey, task, mapped)
@@ -80,14 +88,15 @@ def init(
     if asks and len(reading.candidates) > 1:
         reading = _choose_label(survey, reading, mapped, console)
     open_keys = ["data.columns.label"] if len(reading.candidates) > 1 else []
-    text, model = _propose(survey, reading, target, model)
+    corpus = retrieval.corpus if retrieval else None
+    text, model = propose_recipe(survey, reading, target, model, splits, corpus)
     with explained(target):
         target.write_text(text, encoding="utf-8")
         target.with_name(SCHEMA).write_text(json.dumps(json_schema(), indent=2) + "\n", encoding="utf-8")
     loaded = load_recipe(target, [f"{key}={json.dumps(reading.candidates[0].column)}" for key in open_keys])
     try:
         try_recipe_rows(loaded, check_recipe(loaded))
-    except DataError as error:
+    except (DataError, RecipeError) as error:
         console.print(f"{target} needs a look before it runs:\n{error}", style="yellow", markup=False, highlight=False)
     if as_json:
         about = {"columns": reading.columns, "roles": reading.roles, "undecided": open_keys}
@@ -135,6 +144,10 @@ def _unread(survey: Survey, task: str | None, columns: Mapping[str, str]) -> Llm
     from llmtune.data.file_survey import refusals
     from llmtune.recipe.task_facts import TASK_FACTS
 
+    if task in SEARCHES and len(survey.columns) == 1 and not columns:
+        what = f"task: {task} needs queries, and these rows have only texts"
+        fix = "Give rows with query and passage: what users type, and its answer. These texts may be data.corpus."
+        return DataError.of(what, survey.path, fix)
     known = "\n    ".join(refusals(survey, task, columns))
     if known:
         fix = f"The first row is bad:\n    {known}"
@@ -195,76 +208,6 @@ def _choose_label(survey: Survey, reading: Reading, columns: Mapping[str, str], 
     return chosen
 
 
-def _propose(survey: Survey, reading: Reading, target: Path, model: str | None) -> tuple[str, str]:
-    """Return the recipe's text and its model."""
-    from llmtune.recipe.first_recipe import propose_model, write_first_recipe
-    from llmtune.recipe.yaml_writer import flow
-    from llmtune.store.machine import likely_device, list_cards, process_memory_limit
-
-    cuda = likely_device() == "cuda"
-    memory = max(card.memory_bytes for card in list_cards()) if cuda else process_memory_limit() / 2
-    model = model or propose_model(reading.task, memory)
-    data = [*_name_train(survey, target), *_name_columns(reading)]
-    if reading.roles:
-        names = {role: names[0] if len(names) == 1 else list(names) for role, names in reading.roles.items()}
-        data.append(f"roles: {flow(names)}  # DECIDE: who is who; the model learns what the assistant says")
-    counts = {"unread": sum(reading.bad.values()), "copies": reading.copies}
-    metrics = _number_metrics(reading)
-    text = write_first_recipe(target.stem, reading.task, data, reading.rows, model=model, metrics=metrics, **counts)
-    return text, model
-
-
-def _name_train(survey: Survey, target: Path) -> list[str]:
-    """Return the lines of `data.train`."""
-    from llmtune.recipe.yaml_writer import flow
-
-    written = [
-        {"path": os.path.relpath(one.path, target.parent)} | ({"encoding": one.encoding} if one.encoding else {})
-        for one in survey.sources
-    ]
-    if len(written) > 1:
-        note = "the encodings differ, so each file is a source; add a line for a new file"
-        return [f"train:  # {note}", *(f"  - {flow(one)}" for one in written)]
-    (one,) = written
-    return [f"train: {flow(one if survey.sources[0].encoding else one['path'])}"]
-
-
-def _name_columns(reading: Reading) -> list[str]:
-    """Return the lines of `data.columns`, with the reasons for joined texts, and with the candidates for the label."""
-    from llmtune.data.column_mapping import FIELD, JOINT
-    from llmtune.recipe.undecided import UNDECIDED
-    from llmtune.recipe.yaml_writer import flow
-
-    joined = [ours for ours, theirs in reading.columns.items() if JOINT in theirs]
-    if not joined and len(reading.candidates) < 2:
-        return [f"columns: {flow(reading.columns)}"] if reading.columns else []
-    lines = {ours: f"{ours}: {flow(theirs)}" for ours, theirs in reading.columns.items()}
-    for ours in joined:
-        many = len(FIELD.findall(reading.columns[ours]))
-        why = f"{'both' if many == 2 else 'all'} differ from row to row; an empty one is left out"
-        lines[ours] += f"  # joined in this order: {why}. Join new texts for the model in the same way"
-    if len(reading.candidates) > 1:
-        shown = [str(one) for one in reading.candidates[:SHOWN_CANDIDATES]]
-        more = len(reading.candidates) - len(shown)
-        choices = ", ".join(shown) + (f" and {more} more" if more else "")
-        lines["label"] = f"label: {UNDECIDED}  # one of {choices}"
-    return ["columns:", *(f"  {line}" for line in lines.values())]
-
-
-def _number_metrics(reading: Reading) -> tuple[str, ...] | None:
-    """Return the metrics for labels that are numbers on a scale; None otherwise, to keep the task's metrics."""
-    from llmtune.recipe.task_facts import TASK_FACTS
-    from llmtune.tasks.class_labels import REGRESSION_METRICS, infer_kind
-
-    if TASK_FACTS[reading.task].answer_kind != "labels":
-        return None
-    with suppress(DataError):  # labels of several kinds
-        labels = cast("list[Label]", [row["label"] for row in reading.rows])
-        if infer_kind(labels) == "regression":
-            return REGRESSION_METRICS
-    return None
-
-
 def _print_survey(survey: Survey, reading: Reading, readings: list[Reading], console: Console) -> None:
     """Print the findings for the user to check."""
     from llmtune.data.file_survey import suspicions
@@ -279,6 +222,11 @@ def _print_survey(survey: Survey, reading: Reading, readings: list[Reading], con
             console.print(f"  {number:,} rows {what}", style="yellow", highlight=False)
     for suspicion in suspicions(("", row) for row in reading.rows):
         console.print(f"  {suspicion}", style="yellow", markup=False, highlight=False)
+    folders = sorted({file.parent.name for file in survey.files})
+    if len(folders) > 1 and survey.columns == ["text"]:
+        note = f"the files are in {len(folders)} folders ({', '.join(folders[:SHOWN_FOLDERS])})"
+        fix = "If these are classes, write a table with the columns text and label: folder names are not read."
+        console.print(f"  {note}. {fix}", style="yellow", markup=False, highlight=False)
     others = [one.task for one in readings if one is not reading]
     more = f" (also possible: {', '.join(f'--task {name}' for name in others)})" if others else ""
     console.print(f"task: {reading.task}{more}", highlight=False)

@@ -165,30 +165,54 @@ def ingest_rows(
     return account
 
 
-def try_rows(inputs: Sequence[Detected], data: DataSection, task: str) -> int | None:
-    """Refuse rows that `ingest_rows` would refuse, judging by the first rows of each input.
+@dataclass
+class TriedRows:
+    """The first rows of all inputs, parsed."""
 
-    Returns the number of distinct rows, or None if the inputs have more rows than were read.
+    whole: bool = True
+    """Whether the inputs have no other rows."""
+    rows_in: int = 0
+    good: list[HashedRow] = field(default_factory=list)
+    bad: list[tuple[str, RowError]] = field(default_factory=list)
+    columns: dict[str, None] = field(default_factory=dict)
+    """Columns of possible test rows, if `evaluate` requires some."""
+
+    @property
+    def different(self) -> int:
+        """The number of rows with different content, or of their groups if there are fewer."""
+        return min(len({row.content for row in self.good}), len({row.group for row in self.good}))
+
+
+def try_rows(
+    inputs: Sequence[Detected], data: DataSection, task: str, columns: Mapping[str, str] | None = None
+) -> TriedRows:
+    """Refuse rows that `ingest_rows` would refuse with the same arguments, judging by the first rows of each input.
 
     Raises:
-        DataError: too many rows are bad, or all of the first rows of longer inputs; or a file cannot be read.
+        DataError: too many rows are bad, or all of the first rows of longer inputs; a file cannot be read, or has
+            another encoding; or no possible test row has one of `columns`.
     """
-    parser = _RowParser(tuple(inputs), task, data.split_by, isinstance(data.test, tuple), ())
-    rows_in, whole, contents, bad = 0, True, set[bytes](), []
+    columns, tried = columns or {}, TriedRows()
+    parser = _RowParser(tuple(inputs), task, data.split_by, isinstance(data.test, tuple), tuple(columns))
     for number, one in enumerate(inputs):
         most = min(one.input.source.limit or TRIED_ROWS, TRIED_ROWS)
         rows = list(islice(one.input.lazy_rows(lambda count: None), most + 1))
-        whole &= len(rows) <= most
-        parsed = [row for _, row in parser(_InputBatch(number, 0, rows[:most], 0))[1]]
-        rows_in += len(parsed)
-        contents |= {row.content for _, row, _ in parsed if isinstance(row, HashedRow)}
-        bad += [(origin, row) for origin, row, _ in parsed if isinstance(row, RowError)]
-    hints = [hint for one in inputs if (hint := encoding_hint(one.input))] if _lack_utf8(bad) else []
-    share = len(bad) / max(rows_in, 1)
-    if not hints and share < 1 and (share <= data.max_dropped or not whole):
-        return len(contents) if whole else None
-    looked = f"{len(bad):,} of {rows_in:,} rows" if whole else f"the first {len(bad):,} rows"
-    first = [Problem(str(error), origin) for origin, error in bad[:SHOWN]]
+        tried.whole &= len(rows) <= most
+        for _, (origin, row, names) in parser(_InputBatch(number, 0, rows[:most], 0))[1]:
+            tried.rows_in += 1
+            tried.columns.update(dict.fromkeys(names))
+            if isinstance(row, HashedRow):
+                tried.good.append(row)
+            else:
+                tried.bad.append((origin, row))
+    hints = [hint for one in inputs if (hint := encoding_hint(one.input))] if _lack_utf8(tried.bad) else []
+    share = len(tried.bad) / max(tried.rows_in, 1)
+    if not hints and share < 1 and (share <= data.max_dropped or not tried.whole):
+        if tried.columns:
+            check_columns(columns, tuple(tried.columns))
+        return tried
+    looked = f"{len(tried.bad):,} of {tried.rows_in:,} rows" if tried.whole else f"the first {len(tried.bad):,} rows"
+    first = [Problem(str(error), origin) for origin, error in tried.bad[:SHOWN]]
     raise DataError(*(hints or [too_many_bad(looked, share, data.max_dropped)]), *first)
 
 

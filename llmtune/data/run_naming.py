@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import os
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +13,6 @@ from llmtune.recipe.yaml_writer import written_path
 from llmtune.store.atomic_files import hash_value
 from llmtune.store.run_listing import RUNS, list_runs
 from llmtune.store.run_lock import LOCK, Lock, read_lock
-from llmtune.store.verification import relocated
 
 SHOWN_CHANGES = 3
 KINDS = ("sha256", "xxh3_128", "commit", "etag")
@@ -56,8 +56,8 @@ def explain_new(loaded: LoadedRecipe) -> str:
     folder, lock = (same_recipe or earlier)[0]
     if not same_recipe:
         return f"the recipe changed since {folder.name}: new folder"
-    files = list_sources(loaded.recipe.data, loaded.recipe.task)[1]
-    changes = [*_list_changes(_group_records(lock, folder), _group_files(files))]
+    files = _group_files(list_sources(loaded.recipe.data, loaded.recipe.task)[1])
+    changes = [*_list_changes(_group_records(lock, folder, files), files)]
     if not changes:
         return f"{folder.name} got its name from the recipe alone, without the rows: new folder"
     more = [f"{len(changes) - SHOWN_CHANGES} more"] if len(changes) > SHOWN_CHANGES else []
@@ -73,33 +73,37 @@ class Content:
     """None for a binary or remote file."""
 
 
-def _group_records(lock: Lock, run: Path) -> dict[str, Content]:
-    """Return the data files in a run's lock by their present path, as a recipe would state it."""
+def _group_files(files: Sequence[SourceFile]) -> dict[str, Content]:
+    """Return data files by their path, and remote sources by their name."""
     contents: dict[str, Content] = {}
-    for record in lock["data"].get("files", []):
-        path = record["path"] and str(relocated(record["path"], lock.get("folder"), run))
-        content = contents.setdefault(written_path(path or record["source"]), Content(set(), record.get("lines")))
-        content.hashes.update(str(record[kind]) for kind in KINDS if kind in record)  # type: ignore[literal-required]
+    for file in files:
+        contents.setdefault(str(file.path or file.source), Content(set(), file.lines)).hashes.add(file.hash)
     return contents
 
 
-def _group_files(files: Sequence[SourceFile]) -> dict[str, Content]:
+def _group_records(lock: Lock, run: Path, present: Collection[str]) -> dict[str, Content]:
+    """Return the data files in a run's lock as `_group_files` does; a file moved along with its run has its new path.
+
+    `present` are the paths of the files that the recipe names now.
+    """
     contents: dict[str, Content] = {}
-    for file in files:
-        contents.setdefault(written_path(str(file.path or file.source)), Content(set(), file.lines)).hashes.add(
-            file.hash
-        )
+    for record in lock["data"].get("files", []):
+        place = record["path"] or record["source"]
+        if place not in present and record["path"] is not None and (before := lock.get("folder")):
+            place = os.path.normpath(run.absolute() / os.path.relpath(place, before))
+        content = contents.setdefault(place, Content(set(), record.get("lines")))
+        content.hashes.update(str(record[kind]) for kind in KINDS if kind in record)  # type: ignore[literal-required]
     return contents
 
 
 def _list_changes(before: Mapping[str, Content], after: Mapping[str, Content]) -> Iterator[str]:
     """Yield the files that are new, changed or gone since a run."""
-    for name, content in after.items():
-        if name not in before:
-            yield f"{name} is new"
-        elif content.hashes != before[name].hashes:
-            yield f"{name} {_describe_change(before[name].lines, content.lines)}"
-    yield from (f"{name} is gone" for name in before if name not in after)
+    for place, content in after.items():
+        if place not in before:
+            yield f"{written_path(place)} is new"
+        elif content.hashes != before[place].hashes:
+            yield f"{written_path(place)} {_describe_change(before[place].lines, content.lines)}"
+    yield from (f"{written_path(place)} is gone" for place in before if place not in after)
 
 
 def _describe_change(before: int | None, after: int | None) -> str:

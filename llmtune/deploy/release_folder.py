@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import cast
+from typing import Literal, cast
 
 from rich.console import Console
 
@@ -20,7 +20,7 @@ from llmtune.errors import LlmtuneError, RecipeError
 from llmtune.evaluate.decision import copy_rules
 from llmtune.evaluate.eval_inputs import resolve_choices
 from llmtune.evaluate.evaluation_file import load_evaluation, save_evaluation
-from llmtune.evaluate.opened_runs import locate_champion, open_run_scores
+from llmtune.evaluate.opened_runs import open_run_scores
 from llmtune.evaluate.per_row_scores import MEASURES
 from llmtune.evaluate.run_report import make_report
 from llmtune.recipe.schema import RELEASE, Recipe
@@ -109,17 +109,23 @@ def promote_run(run: Path, console: Console, *, offline: bool, signing: str | No
     context = open_finished(run, console, offline)
     require_exports(context)
     name, digest = scored.recipe.name, hash_served(context)
-    champion, before = scored.recipe.evaluate.champion or "", read_current(name)
-    compared = locate_champion(scored.recipe, run) if champion == f"{RELEASE_PREFIX}{name}" else None
-    address = f"{RELEASE_PREFIX}{name}@{digest}"
-    context.folder.note(released=sorted({*context.folder.findings.get("released", ()), address}))
-    folder = promote(
-        name,
-        digest,
-        partial(fill_release, context, signing=signing),
-        replaces=compared.parent.name if compared else None if champion == f"{RELEASE_PREFIX}{name}" else False,
-    )
+    before, replaces = read_current(name), find_compared(scored.recipe, run)
+    released = {*context.folder.findings.get("released", ()), f"{RELEASE_PREFIX}{name}@{digest}"}
+    context.folder.note(released=sorted(released))
+    write = partial(fill_release, context, signing=signing)
+    folder = promote(name, digest, write, replaces if before != digest else False)
     return Promoted(folder, before)
+
+
+def find_compared(recipe: Recipe, run: Path) -> str | Literal[False] | None:
+    """Return the hash of the release that the gates of a run compare with the current one; False for other champions.
+
+    None if its name had no release yet.
+    """
+    if recipe.evaluate.champion != f"{RELEASE_PREFIX}{recipe.name}":
+        return False
+    compared = load_evaluation(run / "evaluation")
+    return Path(compared.champion.folder).name.rpartition("@")[2] if compared and compared.champion else None
 
 
 def require_exports(context: RunContext) -> None:
@@ -241,6 +247,16 @@ def conclude_release(context: RunContext, gates: Sequence[GateResult]) -> None:
         told = f"release {name}: {digest}" + (f", before {promoted.before}" if changes else "")
         run.note(release={"name": name, "current": digest, "promoted": True, "told": told})
         context.console.print(told, highlight=False, markup=False)
+
+
+def release_kept(make: Callable[[RunContext], None], context: RunContext) -> None:
+    """Call a function; if it fails and the recipe names `release`, note first that the earlier release stays."""
+    try:
+        make(context)
+    except LlmtuneError as error:
+        if RELEASE in context.plan.recipe.deploy:
+            note_outcome(context, f"because {error.problems[0].what}")
+        raise
 
 
 def note_outcome(context: RunContext, why: str) -> None:

@@ -100,7 +100,8 @@ def open_ledger(recipe: Recipe, champion: ScoredRun, run: Path | None = None) ->
     assert release is not None, "the champion is open"
     if not release.is_file():
         what = "looks are counted next to a release file, but the champion is a run folder"
-        raise RecipeError.of(what, LOOKS, f"Write one and name it as evaluate.champion: llmtune release {release}")
+        fix = f"Release it with `llmtune release {release}`, and set evaluate.champion: release:NAME."
+        raise RecipeError.of(what, LOOKS, fix)
     path = (release.parent.parent if is_stored(release.parent) else release.parent) / LEDGER
     if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
         fix = "Give the job a writable copy of the folder, and keep the file that it writes there."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
@@ -39,6 +40,7 @@ from llmtune.store.release_store import (
     resolve_release,
 )
 from llmtune.store.run_folder import CERTIFICATE, MANIFEST, RunFolder, read_run, recipe_of_run
+from llmtune.store.run_listing import find_run
 
 DECIDES_NOTHING = ("name", "deploy", *(f"evaluate.{key}" for key in GATE_KEYS))
 """Keys that affect neither training nor measurement."""
@@ -411,14 +413,18 @@ def find_release(path: Path, name: str) -> Path:
 def locate_champion(recipe: Recipe, run: Path | None) -> Path | None:
     """Return the run folder or release file that `evaluate.champion` names, for the run in folder `run`.
 
-    None without a champion, or if it is `release:NAME` and that name has no release yet.
-    Raises RecipeError as `find_release` and `find_opponent` do.
+    None without a champion, or if it is `release:NAME` and that name has no release yet. `NAME` does not mean the run
+    itself.
+
+    Raises RecipeError as `find_release`, `find_run` and `find_opponent` do.
     """
     champion = recipe.evaluate.champion
     if champion is None:
         return None
-    if not champion.startswith(RELEASE_PREFIX):
+    if os.path.isabs(champion):
         return find_release(Path(champion), recipe.name)
+    if not champion.startswith(RELEASE_PREFIX):
+        return find_run(Path(champion), other_than=run).absolute()
     folder = find_opponent(champion, run)
     return folder.absolute() / RECORD_FILE if folder else None
 

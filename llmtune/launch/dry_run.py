@@ -33,8 +33,8 @@ from llmtune.session import (
     rows_hash,
 )
 from llmtune.store.processes import layout
-from llmtune.store.release_store import find_start, pin_start
 from llmtune.store.run_folder import peek_run
+from llmtune.store.run_listing import find_start, pin_start
 from llmtune.store.run_lock import read_pins
 from llmtune.store.run_request import RunRequest
 from llmtune.store.seed_runs import seed_folder

@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from llmtune.serve.finished_run import FinishedRun
 
 
+TRAINING = ("train", "evaluate", "run")
+"""Values of `until` that include training."""
 FILE_WIDTH = 160
 """Width in columns of output to a file or a pipe: enough for every table."""
 
@@ -183,9 +185,12 @@ def _name_folder(loaded: LoadedRecipe, request: RunRequest, console: Console) ->
         path = default_folder(loaded)
     except LlmtuneError:
         with nullcontext() if request.dry_run else failures_in_junit(rowless_folder(loaded), loaded.recipe.name):
-            _check(loaded, console)  # names all problems, not only those of the data's content
+            _check(loaded, request, console)  # names all problems, not only those of the data's content
             raise
-    return str(path), "" if (path / MANIFEST).exists() else explain_new(loaded)
+    reason = "" if (path / MANIFEST).exists() else explain_new(loaded)
+    if request.resume and reason:
+        raise RecipeError.of(f"nothing to resume: {reason}", str(path), "Omit --resume to start.")
+    return str(path), reason
 
 
 def _agree(loaded: LoadedRecipe) -> None:
@@ -219,7 +224,7 @@ def _look_first(loaded: LoadedRecipe, path: Path, request: RunRequest, console: 
 
     if again := int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
         console.print(f"[yellow]Restarting all processes ({again} times so far).[/]")
-    detected = _check(loaded, console)
+    detected = _check(loaded, request, console)
     if request.dry_run:
         from llmtune.data.ingest import TRIED_ROWS
 
@@ -232,12 +237,12 @@ def _look_first(loaded: LoadedRecipe, path: Path, request: RunRequest, console: 
     return report or {}
 
 
-def _check(loaded: LoadedRecipe, console: Console) -> list[Detected]:
+def _check(loaded: LoadedRecipe, request: RunRequest, console: Console) -> list[Detected]:
     from llmtune.launch.recipe_check import check_recipe, marks_left
 
     for line in marks_left(loaded):
         console.print(f"still the starter's value: {line}", style="yellow", markup=False)
-    return check_recipe(loaded)
+    return check_recipe(loaded, trains=request.until in TRAINING)
 
 
 def write_test_file(recipe: str, sets: Sequence[str], out: Path | None, file: Path, console: Console) -> None:

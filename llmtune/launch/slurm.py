@@ -87,7 +87,7 @@ def plan_job(recipe: str, sets: Sequence[str], request: RunRequest, topology: To
     if request.lock is not None:
         read_pins(request.lock)
         lock = Path(os.path.relpath(request.lock))  # relative to the folder from which the job is submitted
-    check_recipe(loaded)
+    check_recipe(loaded, trains=True)
     prepare_environment(network=not request.offline)
     folder = request.out or default_folder(loaded)  # decided here: a restarted job continues in the same folder
     peek_run(folder, loaded.fingerprint)

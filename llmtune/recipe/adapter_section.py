@@ -19,7 +19,7 @@ from llmtune.recipe.peft_options import (
     peft_methods,
     readers_of,
 )
-from llmtune.recipe.section import Many, NonEmpty, Positive, RecipeSection, absolute_or_release, by_type
+from llmtune.recipe.section import Many, NonEmpty, Positive, RecipeSection, absolute_or_address, by_type
 from llmtune.recipe.source_map import Diagnostics
 from llmtune.recipe.task_variant import TaskVariant
 
@@ -113,9 +113,10 @@ class AdapterSection(RecipeSection):
     """With `qlora`, also quantise the scales of the 4-bit blocks. Default true: saves 0.4 bits per weight without a
     measured loss."""
     start_from: NonEmpty | None = None
-    """Run folder, PEFT folder or `release:NAME` whose adapter to continue training. Default none: a new adapter."""
+    """A run, a release or a PEFT folder whose adapter to continue training: a folder, `NAME` (the newest run of that
+    recipe that passed its gates), `NAME@HASH` or `release:NAME`. Default none: a new adapter."""
 
-    paths: ClassVar = {"start_from": absolute_or_release}
+    paths: ClassVar = {"start_from": absolute_or_address}
 
     @property
     def options(self) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from llmtune.recipe.section import (
     Positive,
     RecipeSection,
     absolute,
-    absolute_or_release,
+    absolute_or_address,
     by_type,
     sections_by,
 )
@@ -97,10 +97,11 @@ class EvaluateSection(RecipeSection):
     language model has a name: `accuracy.low > tfidf`, `ndcg@10.low > bm25`. A failed gate ends the run with exit code
     6. Default none: a gate is your decision."""
     champion: NonEmpty | None = None
-    """The model in production: `release:NAME` (the current release), `release:NAME@HASH`, a run folder, a release file,
-    or a folder of release files (uses the newest with the recipe's name). The tuned model is compared with it on test
-    rows that neither was trained on. Gates may use it: `exact_match.low > champion - 0.01`. They pass, and say so, as
-    long as NAME has no release. Default none: gates compare with the base model."""
+    """The model in production: `release:NAME` (the current release), `release:NAME@HASH`, a run (its folder, `NAME` or
+    `NAME@HASH`), a release file, or a folder of release files (uses the newest with the recipe's name). The tuned
+    model is compared with it on test rows that neither was trained on. Gates may use it:
+    `exact_match.low > champion - 0.01`. They pass, and say so, as long as NAME has no release. Default none: gates
+    compare with the base model."""
     limit: Positive | None = None
     """Maximum number of test rows to generate answers for. Default none: all; a limit saves time."""
     choices: Choices | None = "auto"
@@ -147,7 +148,7 @@ class EvaluateSection(RecipeSection):
     their 5 % false-positive budget by it. `releases.jsonl` next to the champion's release file keeps count. Default
     none: each run has 5 % of its own."""
 
-    paths: ClassVar = {"champion": absolute_or_release, "metrics": absolute_metric}
+    paths: ClassVar = {"champion": absolute_or_address, "metrics": absolute_metric}
 
     @property
     def alpha(self) -> float:

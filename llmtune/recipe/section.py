@@ -77,9 +77,14 @@ RELEASE_ADDRESS = re.compile(r"release:(?P<name>[A-Za-z0-9][A-Za-z0-9._-]{0,63})
 """`release:NAME`, the current release, or `release:NAME@HASH`."""
 
 
-def absolute_or_release(path: str, folder: Path) -> str:
-    """Resolve `path` as `absolute` does; the address of a release stays as it is."""
-    return path if path.startswith(RELEASE_PREFIX) else absolute(path, folder)
+RUN_ADDRESS = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}(@[0-9a-f]{8})?")
+"""`NAME`, the newest run of a recipe that passed its gates, or `NAME@HASH`."""
+
+
+def absolute_or_address(path: str, folder: Path) -> str:
+    """Resolve `path` as `absolute` does; leave the address of a release, or of a run if nothing has its name here."""
+    is_run = RUN_ADDRESS.fullmatch(path) is not None and not os.path.lexists(os.path.join(folder, path))
+    return path if is_run or path.startswith(RELEASE_PREFIX) else absolute(path, folder)
 
 
 def is_folder(name: str, folder: Path) -> bool:

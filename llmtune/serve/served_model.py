@@ -242,14 +242,6 @@ def activate(model: PeftModel, adapter: str) -> None:
     model.set_adapter(adapter, inference_mode=not model.peft_config[adapter].is_adaption_prompt)
 
 
-def label_scores(prediction: object, recipe: Recipe) -> object:
-    """Return a classifier's prediction with its scores by class name; any other prediction unchanged."""
-    labels = recipe.classify.labels if recipe.classify else None
-    if not labels or not isinstance(prediction, dict) or len(prediction.get("scores", ())) != len(labels):
-        return prediction
-    return {**prediction, "scores": dict(zip(labels, prediction["scores"], strict=True))}
-
-
 class _TokenStreamer(BaseStreamer):  # type: ignore[misc]
     """Deliver new tokens; the first call has the prompt."""
 

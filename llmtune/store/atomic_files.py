@@ -218,12 +218,13 @@ def hash_lines(path: Path) -> tuple[str, int | None]:
     """Return the sha256 of a file in hex and its number of lines, which is None for a binary file."""
     from llmtune.recipe.user_files import open_regular
 
-    digest, lines, last, is_binary = hashlib.sha256(), 0, b"\n", False
+    digest, lines, last = hashlib.sha256(), 0, b"\n"
     with open_regular(path) as file:
+        is_binary = b"\0" in file.read(BLOCK_BYTES)
+        file.seek(0)
         while block := file.read(BLOCK_BYTES):
             digest.update(block)
-            lines += block.count(b"\n")
-            is_binary = is_binary or b"\0" in block
+            lines += 0 if is_binary else block.count(b"\n")
             last = block[-1:]
     return digest.hexdigest(), None if is_binary else lines + (last != b"\n")
 

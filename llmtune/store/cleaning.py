@@ -41,8 +41,9 @@ class Removable:
 
 @dataclass
 class Cleaning:
-    """What was found: what may go, and the folders that were skipped, with the reason."""
+    """What may go, and the folders that were skipped, with the reason."""
 
+    dry_run: bool
     removable: list[Removable] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
 
@@ -55,6 +56,13 @@ class Cleaning:
         """Add a file or folder, unless it lies in one that is already listed."""
         if not any(one.path in (path, *path.parents) for one in self.removable):
             self.removable.append(Removable(path, measure_bytes(path), reason))
+
+    def remove(self) -> None:
+        """Remove what was added and still exists, unless this is a dry run."""
+        for one in () if self.dry_run else self.removable:
+            if one.path.exists() or one.path.is_symlink():
+                with explained(one.path):
+                    _remove_at_once(one.path)
 
 
 def clean_run(folder: Path, *, dry_run: bool) -> Cleaning:
@@ -75,7 +83,7 @@ def clean_all(*, keep_releases: int | None, dry_run: bool) -> Cleaning:
     Raises EnvironmentProblem if a file cannot be removed.
     """
     folders = sorted(path for path in RUNS.glob("*") if path.is_dir())
-    return _clean(folders, keep_releases=keep_releases, with_cache=True, dry_run=dry_run)
+    return _clean(folders, keep_releases=keep_releases, everything=True, dry_run=dry_run)
 
 
 def measure_bytes(path: Path) -> int:
@@ -85,20 +93,23 @@ def measure_bytes(path: Path) -> int:
 
 
 def _clean(
-    folders: list[Path], *, keep_releases: int | None = None, with_cache: bool = False, dry_run: bool
+    folders: list[Path], *, keep_releases: int | None = None, everything: bool = False, dry_run: bool
 ) -> Cleaning:
-    found = Cleaning()
-    with ExitStack() as locks:
-        for folder in folders:
-            _look_below(folder, found, locks)
-        if with_cache:
-            _find_unused_models(found)
-        if keep_releases is not None:
-            _find_old_releases(found, keep_releases, locks)
-        if not dry_run:
-            for one in found.removable:
-                with explained(one.path):
-                    _remove_at_once(one.path)
+    found = Cleaning(dry_run=dry_run)
+    for folder in folders:
+        _clean_runs_below(folder, found)
+    if everything:
+        _find_unused_models(found)
+        found.remove()
+    for name in list_release_names() if everything else ():
+        try:
+            with changing(name):
+                _find_leftovers(list((RELEASES / name).glob(".*")), found)
+                if keep_releases is not None:
+                    _find_old_releases(name, found, keep_releases)
+                found.remove()
+        except EnvironmentProblem as error:
+            found.skipped[str(RELEASES / name)] = error.problems[0].what
     return found
 
 
@@ -109,19 +120,21 @@ def _remove_at_once(path: Path) -> None:
     remove(path)
 
 
-def _look_below(folder: Path, found: Cleaning, locks: ExitStack) -> None:
-    """Look into a run folder and the runs inside it (further seeds, methods, trials), and keep them locked."""
+def _clean_runs_below(folder: Path, found: Cleaning) -> None:
+    """Clean a run folder and the runs inside it (further seeds, methods, trials); skip those in use."""
     for path in sorted(file.parent for file in folder.rglob(MANIFEST)):
         if any(str(parent) in found.skipped for parent in path.parents):
             continue
-        try:
-            manifest = read_manifest(path)
-            locks.enter_context(exclusive(path / ".lock", path))
-        except LlmtuneError as error:
-            found.skipped[str(path)] = error.problems[0].what
-            continue
-        if manifest is not None:
-            _find_in_run(RunFolder(path, manifest), found)
+        with ExitStack() as stack:
+            try:
+                manifest = read_manifest(path)
+                stack.enter_context(exclusive(path / ".lock", path))
+            except LlmtuneError as error:
+                found.skipped[str(path)] = error.problems[0].what
+                continue
+            if manifest is not None:
+                _find_in_run(RunFolder(path, manifest), found)
+                found.remove()
 
 
 def _find_in_run(run: RunFolder, found: Cleaning) -> None:
@@ -135,14 +148,17 @@ def _find_in_run(run: RunFolder, found: Cleaning) -> None:
     for _, path in steps:
         if path not in kept:
             found.add(path, "training is finished" if trained else "there is a newer checkpoint")
-    for file in sorted(run.path.rglob(CERTIFICATE)):
+    for file in _search(run.path, CERTIFICATE):
         certificate = read_json(file)
         if isinstance(certificate, dict) and not run.certifies(certificate):
             found.add(file.parent, "export of an earlier training in this folder")
-    for pattern in UNFINISHED:
-        for path in sorted(run.path.rglob(pattern)):
-            if not _is_being_written(path):
-                found.add(path, "left by a killed process")
+    _find_leftovers(_search(run.path, ".*"), found)
+
+
+def _search(run: Path, pattern: str) -> list[Path]:
+    """Return the paths in a run folder that match, without those of the runs inside it."""
+    inner = [file.parent for file in run.rglob(MANIFEST) if file.parent != run]
+    return [path for path in sorted(run.rglob(pattern)) if not any(one in (path, *path.parents) for one in inner)]
 
 
 def _needed_checkpoints(newest_first: list[Path]) -> set[Path]:
@@ -156,6 +172,12 @@ def _needed_checkpoints(newest_first: list[Path]) -> set[Path]:
             best = path.with_name(f"step-{content['state'].get('best_step')}")
             return {*newest_first[: at + 1], best}
     return {*newest_first}
+
+
+def _find_leftovers(hidden: list[Path], found: Cleaning) -> None:
+    for path in hidden:
+        if any(path.match(pattern) for pattern in UNFINISHED) and not _is_being_written(path):
+            found.add(path, "left by a killed process")
 
 
 def _is_being_written(path: Path) -> bool:
@@ -193,18 +215,13 @@ def _locked(recipe: Path) -> bool:
     return recipe.with_name(LOCK).is_file()
 
 
-def _find_old_releases(found: Cleaning, keep: int, locks: ExitStack) -> None:
+def _find_old_releases(name: str, found: Cleaning, keep: int) -> None:
     """Add releases that are neither current, nor among the last promoted, nor named by a run."""
-    named = "".join(_read(file) for name in ("recipe.yaml", LOCK) for file in sorted(RUNS.rglob(name)))
-    for name in list_release_names():
-        try:
-            locks.enter_context(changing(name))
-        except EnvironmentProblem as error:
-            found.skipped[str(RELEASES / name)] = error.problems[0].what
-            continue
-        last = [*dict.fromkeys(line["after"] for line in reversed(read_history(name)))]
-        before = [digest for digest in last if not any(one.current for one in list_stored(name) if one.hash == digest)]
-        for one in list_stored(name):
-            uses = f"{name}@{one.hash}" in named or f"{name}/{one.hash}" in named
-            if not one.current and one.hash not in before[:keep] and not uses:
-                found.add(one.folder, f"release {one.address}, not current")
+    named = "".join(_read(file) for wanted in ("recipe.yaml", LOCK) for file in sorted(RUNS.rglob(wanted)))
+    stored = list_stored(name)
+    current = {one.hash for one in stored if one.current}
+    last = [*dict.fromkeys(line["after"] for line in reversed(read_history(name)) if line["after"] not in current)]
+    for one in stored:
+        uses = f"{name}@{one.hash}" in named or f"{name}/{one.hash}" in named
+        if not one.current and one.hash not in last[:keep] and not uses:
+            found.add(one.folder, f"release {one.address}, not current")

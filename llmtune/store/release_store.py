@@ -13,15 +13,13 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from typing_extensions import TypedDict
 
 from llmtune.errors import EnvironmentProblem, RecipeError, nearest
-from llmtune.recipe.loader import LoadedRecipe
-from llmtune.recipe.schema import Recipe
 from llmtune.recipe.section import RELEASE_ADDRESS, RELEASE_PREFIX
 from llmtune.store.atomic_files import (
     exclusive,
@@ -102,6 +100,11 @@ def resolve_release(address: str) -> Path:
     chosen = [one for one in stored if (one.current if digest is None else one.hash == digest)]
     if chosen:
         return chosen[0].folder
+    if digest is None and (current := read_current(name)):
+        fix = "Restore the folder, or release its run again: llmtune release RUN."
+        hashes = ", ".join(one.hash for one in stored)
+        fix += f" Or go back to one of {hashes}: llmtune release rollback {name} --to HASH" if stored else ""
+        raise RecipeError.of(f"the current release {current} is gone", str(RELEASES / name / current), fix)
     if stored:
         what = f"{name} has no release {digest}" if digest else f"no release of {name} is current"
         fix = f"Name one of: {', '.join(one.address for one in stored)}."
@@ -166,23 +169,6 @@ def find_opponent(address: str, run: Path | None) -> Path | None:
         before = replaced_by(name, folder.name)
         return resolve_release(f"{RELEASE_PREFIX}{name}@{before}") if before else None
     return folder
-
-
-def find_start(recipe: Recipe, run: Path) -> str | None:
-    """Return the folder that `adapter.start_from` names for the run in folder `run`; None if it names none.
-
-    Raises RecipeError if it is a release that does not exist.
-    """
-    start = recipe.adapter.start_from
-    if start is None or not start.startswith(RELEASE_PREFIX):
-        return start
-    return str((find_opponent(start, run) or resolve_release(start)).absolute())
-
-
-def pin_start(loaded: LoadedRecipe, start: str | None) -> LoadedRecipe:
-    """Return a recipe that starts from a folder, with the same fingerprint."""
-    adapter = loaded.recipe.adapter.model_copy(update={"start_from": start})
-    return replace(loaded, recipe=loaded.recipe.model_copy(update={"adapter": adapter}))
 
 
 def is_release_of(folder: Path, run: Path) -> bool:

@@ -5,20 +5,24 @@ A run's address is its folder, `NAME` (the newest run of that recipe that passed
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from typing_extensions import TypedDict
 
 from llmtune.errors import LlmtuneError, RecipeError, nearest
+from llmtune.recipe.loader import LoadedRecipe
+from llmtune.recipe.schema import Recipe
 from llmtune.recipe.section import RELEASE_PREFIX
 from llmtune.store.atomic_files import read_json
 from llmtune.store.json_shapes import find_misfit
 from llmtune.store.release_store import (
     RECORD_FILE,
+    find_opponent,
     list_release_names,
     list_stored,
     resolve_release,
@@ -139,28 +143,52 @@ def choose_run(runs: Sequence[ListedRun], name: str) -> ListedRun | None:
     return max(passed, key=lambda run: run.trained_at, default=None)
 
 
-def match_run(name: str) -> Path | None:
+def match_run(name: str, other_than: Path | None = None) -> Path | None:
     """Return the folder that an address of a run or release names; None if there is no such run.
 
-    Raises RecipeError if runs of that name exist, but none of them passed its gates, and for a missing release.
+    `other_than` is the folder of a run that `NAME` and `latest` do not mean.
+
+    Raises RecipeError if the recipe has runs, but none of them passed its gates or has this hash, and for a missing
+    release.
     """
     if name.startswith(RELEASE_PREFIX):
         return resolve_release(name)
     if (Path(name) / MANIFEST).exists():
         return Path(name)
-    runs = list_runs()
+    itself = other_than and other_than.resolve()
+    runs = [run for run in list_runs() if run.folder.resolve() != itself]
     if name == LATEST:
         return next((run.folder for run in sorted(runs, key=lambda run: not run.trained)), None)
     if chosen := choose_run(runs, name):
         return chosen.folder
     if exact := [run.folder for run in runs if name in (run.address, run.folder.name)]:
         return exact[0]
-    candidates = [run for run in runs if run.name == name]
+    recipe, _, digest = name.partition("@")
+    candidates = [f"{run.address} ({describe_gates(run)})" for run in runs if run.name == recipe]
     if candidates:
-        states = ", ".join(f"{run.address} ({describe_gates(run)})" for run in candidates)
-        fix = f"Name one of its runs: {states}."
-        raise RecipeError.of(f"no run of {name} passed its gates", name, fix)
+        what = f"{recipe} has no run {digest}" if digest else f"no run of {recipe} passed its gates"
+        raise RecipeError.of(what, name, f"Name one of its runs: {', '.join(candidates)}.")
     return None
+
+
+def find_start(recipe: Recipe, run: Path) -> str | None:
+    """Return the folder that `adapter.start_from` names for the run in folder `run`; None if it names none.
+
+    A run never starts from itself: if it is what the address means, it starts from the one before.
+
+    Raises RecipeError if it is the address of a run or release that does not exist.
+    """
+    start = recipe.adapter.start_from
+    if start is None or os.path.isabs(start):
+        return start
+    release = find_opponent(start, run) if start.startswith(RELEASE_PREFIX) else None
+    return str((release or find_run(Path(start), other_than=run)).absolute())
+
+
+def pin_start(loaded: LoadedRecipe, start: str | None) -> LoadedRecipe:
+    """Return a recipe that starts from a folder, with the same fingerprint."""
+    adapter = loaded.recipe.adapter.model_copy(update={"start_from": start})
+    return replace(loaded, recipe=loaded.recipe.model_copy(update={"adapter": adapter}))
 
 
 def describe_gates(run: ListedRun) -> str:
@@ -172,13 +200,13 @@ def describe_gates(run: ListedRun) -> str:
     return f"gates {run.gates}" if run.gates else "gates not judged"
 
 
-def find_run(name: Path) -> Path:
+def find_run(name: Path, other_than: Path | None = None) -> Path:
     """Return the folder of a run or release, as `match_run` does.
 
     Raises:
         RecipeError: it was not found, or is not a run.
     """
-    found = match_run(str(name))
+    found = match_run(str(name), other_than)
     if found is None:
         if not name.exists():
             runs = [word for run in list_runs() for word in (run.name, str(run.folder), run.address)]

@@ -1,24 +1,25 @@
-"""Labels of classify: their kind, names, weights and metrics, as targets, and predicted from words alone."""
+"""Labels of classify, inferred from the rows: their kind, names in order, weights and metrics."""
 
 from __future__ import annotations
 
-import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
-import numpy as np
-from transformers import PretrainedConfig
-
-from llmtune.data.classify_rows import ClassifyRow, Label
+from llmtune.data.classify_rows import Label, class_doubts
 from llmtune.errors import DataError, Problem, RecipeError
-from llmtune.evaluate.classification_metrics import CLASS_METRICS, LabelKind, true_classes
-from llmtune.evaluate.tfidf import Fitted, Targets, fit_tfidf
+from llmtune.evaluate.classification_metrics import CLASS_METRICS
 from llmtune.recipe.evaluate_section import is_own
+from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_facts import CALIBRATION, TASK_FACTS
 from llmtune.recipe.task_sections import ClassifySection
 
+if TYPE_CHECKING:  # `recipes check` imports this module, and no library of models
+    from transformers import PretrainedConfig
+
+FEWEST = 2
+"""Fewest classes."""
 UNKNOWN_LABEL = "label unknown"
 """Prefix of the reason for a row with an unknown label."""
 REGRESSION_METRICS = ("loss", "mse", "mae", "pearson", "spearman")
@@ -26,6 +27,28 @@ MULTI_METRICS = ("loss", "accuracy", "f1_macro", "f1_micro", "auroc")
 AS_NUMBERS = "classify.kind: regression (chosen: labels have a decimal point). Set classify.kind: single for classes."
 NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?")
 WHOLE = re.compile(r"[+-]?\d+")
+
+
+def check_labels(recipe: Recipe, labels: Sequence[Label]) -> str:
+    """Return the kind of all labels of a data set.
+
+    Raises:
+        DataError: labels of several kinds, fewer than two classes, or labels that are probably misread.
+        RecipeError: a metric that this kind of label does not support, or a key that has no effect on it.
+    """
+    section = recipe.classify or ClassifySection()
+    kind = infer_kind(labels) if section.kind == "auto" else section.kind
+    RecipeError.collect(idle_keys(section, kind, recipe.evaluate.decisions))
+    if kind != "regression":
+        if section.labels is None:
+            doubts = class_doubts(labels, section.kind)
+            DataError.collect(Problem(what, "classify.labels", fix) for what, fix in doubts)
+        names = section.labels or sorted({name for label in labels for name in names_of(label)})
+        if len(names) < FEWEST:
+            fix = "Give rows of at least two classes."
+            raise DataError.of(f"all rows have the label {', '.join(names) or '(none)'}", "classify.labels", fix)
+    choose_label_metrics(recipe.evaluate.metrics, kind)
+    return kind
 
 
 def idle_keys(section: ClassifySection, kind: str, decisions: Sequence[str]) -> Iterator[Problem]:
@@ -107,53 +130,3 @@ def choose_label_metrics(stated: Sequence[str], kind: str) -> tuple[str, ...]:
         Problem(what.format(name), "evaluate.metrics", fix) for name in stated if name not in known and not is_own(name)
     )
     return tuple(stated)
-
-
-def class_target(label: Label | None, section: ClassifySection) -> dict[str, Any] | str:
-    """Return an example's target columns, or the reason why it has none."""
-    if section.kind == "regression":
-        try:
-            value = float(label)  # type: ignore[arg-type]
-        except (TypeError, ValueError):
-            value = math.nan
-        return {"values": [value]} if math.isfinite(value) else f"no number: the label is {label!r}"
-    labels = section.labels or ()
-    named = names_of(label) if label is not None else []
-    wrong = next((name for name in named if name not in labels), None)
-    if wrong is not None:
-        return f"{UNKNOWN_LABEL}: {wrong!r} is none of {', '.join(labels[:20])}"
-    if section.kind == "multi":
-        return {"values": [float(name in named) for name in labels]}
-    if len(named) != 1:
-        return f"{len(named)} labels, but classify.kind: single allows one"
-    weights = section.class_weights
-    weight = {"weights": [float(weights.get(named[0], 1.0))]} if isinstance(weights, dict) else {}
-    return {"class_ids": [labels.index(named[0])], **weight}
-
-
-def as_target(label: Label, kind: str) -> Label:
-    """Return a label in the form of its kind: a number, a list of class names, or one name."""
-    if kind == "regression":
-        assert not isinstance(label, list)
-        return float(label)
-    return names_of(label) if kind == "multi" else names_of(label)[0]
-
-
-def fit_labels(
-    train: Sequence[ClassifyRow], prompts: Sequence[ClassifyRow], section: ClassifySection, kind: LabelKind
-) -> Fitted | str:
-    """Fit TF-IDF on training rows and predict the prompts' labels; the reason instead if nothing can be fitted.
-
-    A text and its pair count as one text. Rows whose labels were left out of training are left out here too.
-    """
-    usable = [row for row in train if not isinstance(class_target(row["label"], section), str)]
-    targets = [as_target(row["label"], kind) for row in usable if row["label"] is not None]
-    if not usable:
-        return "no training row has a label"
-    if kind == "regression":
-        wanted: Targets = np.array(targets, dtype=np.float64)
-    else:
-        true_NK = true_classes(kind, targets, section.labels or ())
-        wanted = true_NK.argmax(1) if kind == "single" else true_NK
-    texts, asked = (["\n".join([row["text"], row.get("pair") or ""]) for row in rows] for rows in (usable, prompts))
-    return fit_tfidf(kind, texts, wanted, len(section.labels or ()), asked)

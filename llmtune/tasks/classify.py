@@ -15,7 +15,7 @@ from torch.nn import functional
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from llmtune.data.classify_rows import ClassifyRow, Label, class_doubts, format_label
+from llmtune.data.classify_rows import ClassifyRow, Label, format_label
 from llmtune.data.collators import encoder_batch
 from llmtune.data.example import Example
 from llmtune.data.long_texts import tokenize_columns
@@ -23,7 +23,6 @@ from llmtune.data.overlong import Lost, too_long
 from llmtune.data.row_store import iterate_rows
 from llmtune.data.task_interface import Encoded
 from llmtune.data.tokenization import Segment, decode_shortened
-from llmtune.errors import DataError, Problem, RecipeError
 from llmtune.evaluate.classification_metrics import (
     CLASS_METRICS,
     class_table,
@@ -45,19 +44,14 @@ from llmtune.recipe.task_sections import ClassifySection
 from llmtune.records import SPLITS, AdaptedModel, Batch, Loss, Rows
 from llmtune.tasks.base import Endpoint, ReadingTask, loss_of_rows
 from llmtune.tasks.class_labels import (
-    as_target,
+    check_labels,
     choose_label_metrics,
-    class_target,
-    fit_labels,
-    idle_keys,
-    infer_kind,
     names_of,
     sort_names,
     weigh_classes,
 )
+from llmtune.tasks.class_targets import as_target, class_target, fit_labels
 
-FEWEST = 2
-"""Minimum number of classes."""
 PROBLEM_TYPES = {
     "single": "single_label_classification",
     "multi": "multi_label_classification",
@@ -108,18 +102,11 @@ class Classify(ReadingTask[ClassifyRow, ClassPrediction]):
         section = classify_section(recipe)
         labels = {split: [row["label"] for _, row in iterate_rows(rows, split)] for split in SPLITS}
         every = [label for split in SPLITS for label in labels[split]]
-        kind = infer_kind(every) if section.kind == "auto" else section.kind
-        RecipeError.collect(idle_keys(section, kind, recipe.evaluate.decisions))
+        kind = check_labels(recipe, every)
         update: dict[str, object] = {"kind": kind}
         if kind != "regression":
             counts = Counter(name for label in labels["train"] for name in names_of(label))
-            if section.labels is None:
-                doubts = class_doubts(every, section.kind)
-                DataError.collect(Problem(what, "classify.labels", fix) for what, fix in doubts)
             names = section.labels or sort_names({name for label in every for name in names_of(label)}, config)
-            if len(names) < FEWEST:
-                fix = "Give rows of at least two classes."
-                raise DataError.of(f"all rows have the label {', '.join(names) or '(none)'}", "classify.labels", fix)
             update["labels"] = tuple(names)
             if section.class_weights is not None:
                 update["class_weights"] = weigh_classes(section, names, counts)

@@ -3,6 +3,10 @@
 import codecs
 import csv
 import json
+import os
+import pty
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -493,3 +497,29 @@ def test_booleans_ratings_and_a_rare_class_are_labels(values: list[str]) -> None
     write("rows.csv", "comment,outcome", rows)
     found = json.loads(init("rows.csv", "--json").stdout)
     assert (found["task"], found["columns"]["label"]) == ("classify", "outcome")
+
+
+def test_in_a_terminal_init_asks_for_the_task_and_the_label() -> None:
+    write_tickets("desk.csv", "Betreff", "Text", "Team", "Priorität")
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "llmtune", "init", "desk.csv"]
+    process = subprocess.Popen(command, stdin=theirs, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    os.write(ours, "\nStunden\nPriorität\n".encode())
+    _, printed = process.communicate(timeout=120)
+    os.close(ours)
+    os.close(theirs)
+    assert process.returncode == 0, printed
+    assert "unknown column 'Stunden'" in printed
+    assert "label is 'Priorität'; not used: Team (4 classes" in printed
+    recipe = load_recipe("desk.yaml").recipe
+    assert recipe.data.columns == {"text": "{Betreff}\n\n{Text}", "label": "Priorität"}
+
+
+def test_folders_with_the_names_of_classes_are_explained(here: Path) -> None:
+    for name in ("news", "sport"):
+        (here / "texts" / name).mkdir(parents=True)
+        for i in range(20):
+            (here / "texts" / name / f"{i}.txt").write_text(f"A text about {name} and the number {i}.")
+    done = init("texts")
+    assert "in 2 folders (news, sport)" in done.stderr
+    assert "text and label" in done.stderr

@@ -108,9 +108,12 @@ def test_exports_of_an_earlier_training_go(run: Path) -> None:
     old = run / "gguf" / "f16" / "certificate.json"
     old.parent.mkdir(parents=True)
     write_json(old, certificate | {"trained_sha256": "0" * 64})
+    shutil.copytree(run / "merged", run / "seeds" / "8" / "merged")
+    own = {"trained_sha256": read_run(run / "seeds" / "8").manifest["steps"]["train"]["outputs"]["adapter"]}
+    write_json(run / "seeds" / "8" / "merged" / "certificate.json", certificate | own)
     removed = names(clean(run))
     assert "gguf/f16" in removed
-    assert "merged" not in removed
+    assert not {"merged", "seeds/8/merged"} & {*removed}, "each is of the weights of its own run"
 
 
 def test_leftovers_of_killed_processes_go_and_files_being_written_stay(run: Path) -> None:
@@ -175,7 +178,9 @@ def test_releases_go_only_if_asked_for(run: Path) -> None:
     write_releases("aaaaaaaa", "bbbbbbbb", "cccccccc", "dddddddd")
     named = run / "recipe.yaml"
     named.write_text(named.read_text() + "# release:tiny@aaaaaaaa\n")
+    (RELEASES / "tiny" / ".eeeeeeee.new").mkdir()
     clean("--all")
+    assert not (RELEASES / "tiny" / ".eeeeeeee.new").exists()
     assert len([*RELEASES.glob("tiny/*/release.json")]) == 4
     clean("--all", "--keep-releases", "1")
     left = {path.parent.name for path in RELEASES.glob("tiny/*/release.json")}
