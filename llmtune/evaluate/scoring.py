@@ -18,12 +18,13 @@ from llmtune.data.row_text import compared_text
 from llmtune.errors import DataError, EnvironmentProblem, RecipeError
 from llmtune.evaluate.calibration import run_temperature
 from llmtune.evaluate.decision import save_rules
-from llmtune.evaluate.eval_inputs import SCHEMAS_NOTE, SPLIT, EvalContext, make_inputs, resolve_choices
+from llmtune.evaluate.eval_inputs import SCHEMAS_NOTE, SPLIT, EvalContext, EvalInputs, make_inputs, resolve_choices
 from llmtune.evaluate.evaluated_task import EvaluatedTask
 from llmtune.evaluate.evaluation_file import print_scores, save_evaluation
 from llmtune.evaluate.evaluator import PIECES, ModelLoaders, evaluate, predict_baseline
 from llmtune.evaluate.inference import Answers, compute_metrics, predict
 from llmtune.evaluate.metric import Measure, PairedMeasures
+from llmtune.evaluate.new_rows import NONE_ASKED, Asked
 from llmtune.evaluate.per_row_scores import PerRowScores, name_test_rows, save_measures
 from llmtune.evaluate.results import TUNED, BaseAnswers, save_base, save_predictions
 from llmtune.evaluate.simple_baseline import SimpleScores
@@ -86,10 +87,9 @@ def score_run(
 
     `headless` is the reason if the base model cannot answer: the task's trivial baseline replaces it. With `known`, the
     base model's answers are saved for later evaluations, and reused if already saved; with `known_tuned` the tuned
-    model's, for recipes with metrics of the user's own. `simply` scores a simple baseline. If the context has a folder,
-    it gets `predictions.jsonl` (every row's prompt, reference and both answers), `measures.npz` (each row's
-    contribution to each score), `evaluation.json`, and what `save_rules` writes, with the hash of the `trained` folder
-    of the run.
+    model's, for recipes with metrics of the user's own. `simply` scores a simple baseline. The context's folder, if any,
+    gets `predictions.jsonl` (every row's prompt, reference and both answers), `measures.npz` (each row's contribution
+    to each score), `evaluation.json`, and what `save_rules` writes, with the hash of the run's `trained` folder.
 
     Raises DataError if no reference answer is in `evaluate.choices`, or if a column of `evaluate.slices` was not kept;
     EnvironmentProblem if a single row does not fit in memory.
@@ -117,17 +117,12 @@ def score_run(
     if inputs is not None:
         names = name_test_rows(rows, inputs.rows)
         per_row = PerRowScores(measures.base, measures.tuned, names, inputs.clusters)
-        if folder is not None and (simple := simply(measures.tuned)) is not None:
-            noted = evaluation.signatures | {simple.name: simple.note}
-            evaluation = replace(evaluation, simple_baseline=simple.record, signatures=noted)
-            per_row = replace(per_row, simple=simple.measures)
         if folder is not None:
-            save_predictions(folder, inputs, answers["base"], answers["tuned"])
+            if (simple := simply(measures.tuned)) is not None:
+                evaluation, per_row = simple.add_to(evaluation, per_row)
             save_measures(folder, per_row)
-            if known is not None and stand_in is None:
-                save_base(folder, answers["base"], known.inputs)
-            if known_tuned is not None and context.recipe.evaluate.own_metrics:
-                save_base(folder, answers["tuned"], known_tuned.inputs, TUNED)
+            own = context.recipe.evaluate.own_metrics
+            save_answers(folder, inputs, answers, None if stand_in else known, known_tuned if own else None)
         evaluation = replace(evaluation, contamination=find_contamination(rows, context, measures))
         evaluation = replace(evaluation, baseline_reason=headless, champion=challenge(evaluation, per_row))
     if folder is not None:
@@ -136,6 +131,21 @@ def score_run(
     print_scores(evaluation, console)
     print_cautions(evaluation, answers, context.recipe, console)
     return evaluation
+
+
+def save_answers(
+    folder: Path,
+    inputs: EvalInputs,
+    answers: Mapping[str, Answers],
+    base: BaseAnswers | None,
+    tuned: BaseAnswers | None,
+) -> None:
+    """Write `predictions.jsonl`, and the answers that later evaluations with the inputs of `base` or `tuned` reuse."""
+    save_predictions(folder, inputs, answers["base"], answers["tuned"])
+    if base is not None:
+        save_base(folder, answers["base"], base.inputs)
+    if tuned is not None:
+        save_base(folder, answers["tuned"], tuned.inputs, TUNED)
 
 
 def print_cautions(evaluation: Evaluation, answers: Mapping[str, Answers], recipe: Recipe, console: Console) -> None:
@@ -225,7 +235,7 @@ def origins(rows: Rows, split: str, numbers: set[int]) -> dict[int, str]:
 
 def ask_champion(
     load: LoadChampion, context: EvalContext, rows: Rows, folder: Path, run: Path, places: Sequence[int]
-) -> PerRowScores:
+) -> Asked:
     """Let the model of the run in folder `run` answer test rows, scored as its own evaluation did.
 
     Rows nearly equal to one of its training rows are skipped, as `data.deduplicate: near` would do; so are rows that
@@ -243,7 +253,7 @@ def ask_champion(
             found = find_overlap(replace(picked, files=files, counts=counts), near=True)
             places = [at for place, at in enumerate(places) if place not in {*found.equal, *found.near}]
         if not places:
-            return PerRowScores()
+            return NONE_ASKED
         picked = pick_rows(rows, SPLIT, [numbers[at] for at in places], scratch)
         context.console.print(f"champion: its model answers {len(places)} further test rows", highlight=False)
         try:
@@ -252,8 +262,8 @@ def ask_champion(
             measured, kept = measure_champion(load(run), *about, temperature)
         except (DataError, RecipeError) as error:
             context.console.print(f"champion: it could not answer them: {error}", style="yellow", highlight=False)
-            return PerRowScores()
-    return PerRowScores({}, measured, tuple(names[places[number]] for number in kept))
+            return Asked(tuple(places))
+    return Asked(tuple(places), PerRowScores({}, measured, tuple(names[places[number]] for number in kept)))
 
 
 def load_champion_rows(run: Path, console: Console) -> Rows | None:

@@ -16,12 +16,13 @@ from llmtune.evaluate.bm25 import BM25_NOTE
 from llmtune.evaluate.eval_inputs import EvalContext, EvalInputs, write_prompt
 from llmtune.evaluate.inference import Answers, compute_metrics
 from llmtune.evaluate.metric import Measure, paired_difference
+from llmtune.evaluate.per_row_scores import PerRowScores
 from llmtune.evaluate.results import SIMPLE, BaseAnswers, save_base
 from llmtune.evaluate.tfidf import MOST_TEXTS, fit_tfidf, logits_of
 from llmtune.evaluate.token_batches import cut_evenly
 from llmtune.recipe.task_facts import CUT_METRIC, SIMPLE_BASELINES, TASK_FACTS, at_ten
 from llmtune.records import Examples, Row, Rows
-from llmtune.score_records import SimpleBaseline
+from llmtune.score_records import Evaluation, SimpleBaseline
 
 SENTENCE = re.compile(r".+?(?:[.!?…]+[\"'”’)\]]*(?=\s|$)|[。！？]+[”」』）]*|\n|$)", re.DOTALL)
 LEAD = 3
@@ -38,6 +39,12 @@ class SimpleScores:
     measures: Mapping[str, Measure]
     note: str
     """What was fitted, or why nothing was."""
+
+    def add_to(self, evaluation: Evaluation, scores: PerRowScores) -> tuple[Evaluation, PerRowScores]:
+        """Return an evaluation and its scores by row with those of the baseline."""
+        signatures = evaluation.signatures | {self.name: self.note}
+        noted = replace(evaluation, simple_baseline=self.record, signatures=signatures)
+        return noted, replace(scores, simple=self.measures)
 
 
 def score_simple_baseline(

@@ -21,7 +21,7 @@ from llmtune.recipe.eval_suites_section import (
     check_suite_gate,
     fairness_without_effect,
 )
-from llmtune.recipe.gate_grammar import NAME, Gate, parse_gate
+from llmtune.recipe.gate_grammar import NAME, Gate, find_baseline_problem, parse_gate
 from llmtune.recipe.section import (
     Many,
     NonEmpty,
@@ -39,14 +39,13 @@ from llmtune.recipe.task_facts import (
     CUT_METRIC,
     DECISIONS,
     PREDICTED,
-    SIMPLE_BASELINES,
     TASK_FACTS,
     at_ten,
 )
 from llmtune.recipe.task_variant import TaskVariant
 
 NEED_TEST_ROWS = ("metrics", "gates", "champion", "limit", "choices", "samples", "slices", "judge")
-GATE_KEYS = frozenset({"gates", "champion", "when_unsure", "looks"})
+GATE_KEYS = frozenset({"gates", "champion", "when_unsure", "looks", "max_disagreement"})
 """Keys that judge scores and do not change the models' answers."""
 OWN_METRIC_KEYS = ("metric_seconds", "metric_network")
 EXTRA_KEYS = frozenset({*OWN_METRIC_KEYS, "suspects"})
@@ -148,6 +147,11 @@ class EvaluateSection(RecipeSection):
     their 5 % false-positive budget by it. `releases.jsonl` next to the champion's release file keeps count. Default
     none: each run has 5 % of its own."""
 
+    max_disagreement: Share | None = None
+    """Share of a source file's labels that may differ from the champion's predictions, such as 0.6; more is an error
+    before training (exit code 3). Compares at most 200 rows of a file that the champion never saw, of known classes.
+    Default none: a file that differs far more than the champion's own test is named, and trained on."""
+
     paths: ClassVar = {"champion": absolute_or_address, "metrics": absolute_metric}
 
     @property
@@ -202,6 +206,7 @@ class EvaluateSection(RecipeSection):
         self._check_unmeasured(diagnostics, variant)
         self._check_opponents(diagnostics)
         self._check_simple_baselines(diagnostics, variant)
+        self._check_disagreement(diagnostics, variant)
         if has_test:
             diagnostics.repeated("evaluate.slices", self.slices, "a column")
             self._check_metrics(diagnostics, variant)
@@ -352,22 +357,19 @@ class EvaluateSection(RecipeSection):
             diagnostics.no_effect("evaluate.looks", "without a champion", fix, "evaluate.champion")
 
     def _check_simple_baselines(self, diagnostics: Diagnostics, variant: TaskVariant) -> None:
-        """Report gates on a baseline, or on a metric of it, that this recipe does not have."""
-        name, measured = variant.facts.simple_baseline, variant.facts.baseline_metrics
-        metrics = [one for one in self.chosen_metrics(variant) if at_ten(one) in measured]
-        if variant.facts.generates and CHOICE in measured and self.choices is None:
-            metrics = []
+        without_choices = variant.facts.generates and self.choices is None
+        metrics = [] if without_choices and CHOICE in variant.facts.baseline_metrics else self.chosen_metrics(variant)
         for key, gate in self._parsed_gates():
-            if gate.against not in SIMPLE_BASELINES:
-                continue
-            has = f"`{gate.metric} {gate.op} {name}`" if gate.metric in metrics else f"{name}: {', '.join(metrics)}"
-            fix = f"Compare with {has}." if metrics else "Compare with `base` or a number."
-            if gate.against != name or not metrics:
-                what = f"the gate {gate.text!r} uses {gate.against}, which this recipe does not have"
-                diagnostics.add(key, what, fix, "task")
-            elif gate.metric not in metrics:
-                what = f"the gate {gate.text!r} compares {gate.metric}, which {name} does not have"
-                diagnostics.add(key, what, f"Metrics of {has}.", "evaluate.metrics")
+            if problem := find_baseline_problem(gate, variant.facts, metrics):
+                diagnostics.add(key, *problem, "task")
+
+    def _check_disagreement(self, diagnostics: Diagnostics, variant: TaskVariant) -> None:
+        key = "evaluate.max_disagreement"
+        if variant.facts.answer_kind not in ("labels", "tags"):
+            diagnostics.no_effect(key, f"with task: {variant.task}", "Remove it: it is for classes and tags.", "task")
+        elif self.champion is None:
+            fix = "Set evaluate.champion to the model in production."
+            diagnostics.no_effect(key, "without a champion", fix, "evaluate.champion")
 
     def _parsed_gates(self) -> Iterator[tuple[str, Gate]]:
         for i, text in enumerate(self.gates):

@@ -6,7 +6,8 @@ from llmtune.report.blocks import Block, Compared, Section, Text, difference_tab
 from llmtune.report.metric_info import COSTS, better_side, direction, metric_note, rank_metrics
 from llmtune.report.number_format import missing, score, signed
 from llmtune.report.report_record import Verdict
-from llmtune.report.verdict import BETTER, FEWEST_ROWS, INCONCLUSIVE, MIXED
+from llmtune.report.significance import FEWEST_ROWS, INCONCLUSIVE
+from llmtune.report.verdict import BETTER, MIXED
 from llmtune.score_records import Evaluation, SimpleBaseline
 
 

@@ -171,6 +171,11 @@ def test_the_same_key_is_accepted_where_it_has_an_effect(write, sets, key):
             "Metrics of tfidf: accuracy.",
         ),
         (["evaluate.choices=null", "evaluate.gates=['loss < tfidf']"], "uses tfidf, which this recipe", "`base`"),
+        (
+            ["task=classify", "evaluate.champion=a", "evaluate.gates=['accuracy[new] > tfidf']"],
+            "compares new rows with tfidf",
+            "`base` or `champion`",
+        ),
         ([*MASKED, "evaluate.gates=['accuracy > tfidf']"], "uses tfidf, which this recipe", "`base`"),
         (["task=qa", "qa.stride=384", "data.max_length=384"], "'qa.stride' is 384, and a window has 384 tokens", ""),
         ([*POINTING, "data.on_overlong=truncate"], "'data.on_overlong' is 'truncate'", ""),

@@ -17,8 +17,8 @@ from llmtune.deploy.releases import make_release
 from llmtune.errors import GateFailed
 from llmtune.evaluate.evaluation_file import load_evaluation
 from llmtune.evaluate.metric import paired_difference
-from llmtune.evaluate.opened_runs import open_release
 from llmtune.evaluate.per_row_scores import load_measures
+from llmtune.evaluate.release_records import open_release
 from llmtune.evaluate.simple_baseline import lead
 from llmtune.evaluate.tfidf import fit_tfidf
 from llmtune.pipeline import run_pipeline
