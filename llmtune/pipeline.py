@@ -138,7 +138,7 @@ def _prepare_rows(context: RunContext, loaded: LoadedRecipe) -> None:
         if not step.skipped:
             with staged(context.folder.path / "data" / "rows") as folder:
                 made = prepare_rows(loaded.recipe, folder, context.console, inputs)
-            step.facts.update(rows_in=made.rows_in, kept=made.counts, dropped=made.dropped)
+            step.facts.update(made.as_facts())
 
 
 def resolve_run(context: RunContext, loaded: LoadedRecipe, name: str) -> None:

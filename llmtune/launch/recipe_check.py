@@ -55,7 +55,7 @@ def try_recipe_rows(loaded: LoadedRecipe, detected: Sequence[Detected], *, split
     from llmtune.data.ingest import try_rows  # imports pyarrow, which `--help` does not need
 
     recipe = loaded.recipe
-    count = try_rows(detected, recipe.data, recipe.task)
+    count = try_rows(detected, recipe)
     sources = {id(source) for _, place, source in recipe.data.named_sources() if place != "corpus"}
     local = {id(one.input.source) for one in detected} == sources
     if count is not None and count <= split_up_to and local:

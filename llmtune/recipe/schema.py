@@ -9,6 +9,7 @@ from pydantic import BeforeValidator, Field
 
 from llmtune.errors import Problem
 from llmtune.recipe.adapter_section import AdapterSection
+from llmtune.recipe.class_names import follow_renames
 from llmtune.recipe.data_section import DataSection
 from llmtune.recipe.evaluate_section import EvaluateSection
 from llmtune.recipe.model_section import ModelSection
@@ -146,6 +147,12 @@ class Recipe(RecipeSection):
             loss=own.loss if isinstance(own, PreferenceSection) else None,
             kl_hindrance=hindrance,
         )
+
+    @property
+    def renames(self) -> dict[str, str]:
+        """Return the last new name of each class that the recipe renames."""
+        own = self._own_section()
+        return follow_renames(own.rename or {}) if isinstance(own, ClassifySection | TokenClassifySection) else {}
 
     def task_section(self) -> dict[str, object] | None:
         """Return the task's own section, including inferred labels once they are known."""

@@ -23,11 +23,12 @@ Moment = Annotated[float, Field(ge=0, lt=1e11)]
 
 
 class PreparedFacts(TypedDict):
-    """Rows read, rows kept by split, and rows dropped by reason."""
+    """Rows read, rows kept by split, rows dropped by reason, and class names that were normalised or renamed."""
 
     rows_in: Count
     kept: Counts
     dropped: Counts
+    class_changes: NotRequired[list[dict[str, str | Count]]]
 
 
 class Lengths(TypedDict):
