@@ -57,6 +57,7 @@ from llmtune.report.score_sections import seed_table
 from llmtune.session import (
     Plan,
     RunContext,
+    ask_champion_classes,
     check_local_model,
     evaluation_hash,
     find_variant,
@@ -241,7 +242,8 @@ def run_train(context: RunContext, loaded: LoadedRecipe) -> None:
 
 
 def _check_evaluation(context: RunContext, recipe: Recipe) -> None:
-    check_champion(recipe, context.folder, context.rows, context.examples, context.console)
+    ask = partial(ask_champion_classes, context)
+    check_champion(recipe, context.folder, context.rows, context.examples, context.console, ask)
     load_benchmarks(recipe, context.console)
     try_inputs(context.plan.recipe, context.plan.task, context.rows, context.console)
 

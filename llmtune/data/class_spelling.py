@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -61,14 +61,16 @@ def list_changes(counts: Mapping[NameChange, int]) -> list[Json]:
     return [{"why": why, "from": old, "to": new, "rows": rows} for (why, old, new), rows in ordered]
 
 
-def warn_of_idle_renames(renames: Mapping[str, str], changes: Iterable[Json], names: Iterable[str]) -> Iterator[str]:
-    """Yield a sentence for each rename of a class that neither a row nor another run (`names`) has."""
-    used = {change["from"] for change in changes if change["why"] == RENAMED}
-    known = [*dict.fromkeys(names)]
-    for old in renames:
-        if old not in used and old not in known:
-            hint = nearest(old, [name for name in known if name not in renames.values()])
-            yield f"rename: no row and no earlier class is called {show_name(old)}.{hint} Remove it if it is done."
+def warn_of_idle_renames(
+    renames: Mapping[str, str], changes: Iterable[Json], earlier: Iterable[str], current: Iterable[str]
+) -> list[str]:
+    """Return a sentence for each rename of a class that no row has, nor an earlier run with these class names."""
+    used = {*earlier, *(change["from"] for change in changes if change["why"] == RENAMED)}
+    names = [name for name in dict.fromkeys([*used, *current]) if name not in renames]
+    idle = [old for old in renames if old not in used]
+    return [
+        f"rename: no row has the class {show_name(old)}.{nearest(old, names)} Remove it if it is done." for old in idle
+    ]
 
 
 @dataclass
@@ -90,8 +92,8 @@ class Spelling:
         return f"{show_name(name)}: {rows:,} row{'s' if rows != 1 else ''} ({'; '.join(places)}{more})"
 
 
-def require_one_spelling(rows: Iterable[tuple[str, Mapping[str, object]]], recipe: Recipe) -> None:
-    """Refuse class names in (origin, row) that differ only by case, width or invisible characters.
+def require_one_spelling(rows: Iterable[tuple[str, Mapping[str, object]]], recipe: Recipe) -> list[str]:
+    """Return the class names in (origin, row); refuse names that differ only by case, width or invisible characters.
 
     Names that the recipe lists as labels are different classes.
 
@@ -106,9 +108,9 @@ def require_one_spelling(rows: Iterable[tuple[str, Mapping[str, object]]], recip
             found[name].first.setdefault(file, origin)
     facts = TASK_FACTS[recipe.task]
     key = facts.section if facts.answer_kind in NAMED else None
-    stated = getattr(getattr(recipe, key), "labels", None) if key else None
     words = [name for name in found if not PLAIN_NUMBER.fullmatch(name)]
-    DataError.collect(_problem(group, found, key) for group in similar_names(words, stated or ()))
+    DataError.collect(_problem(group, found, key) for group in similar_names(words, recipe.classes))
+    return [*found]
 
 
 def _problem(group: list[str], found: Mapping[str, Spelling], key: str | None) -> Problem:

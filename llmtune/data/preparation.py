@@ -22,7 +22,7 @@ from rich.markup import escape
 
 from llmtune import __version__
 from llmtune.data.audio import AUDIO_COLUMNS, find_recording
-from llmtune.data.class_spelling import list_changes, require_one_spelling
+from llmtune.data.class_spelling import list_changes, require_one_spelling, warn_of_idle_renames
 from llmtune.data.corpus import save_corpus
 from llmtune.data.deduplication import KEPT, drop_equal, drop_near, drop_shared_inputs
 from llmtune.data.file_survey import suspicions
@@ -36,7 +36,7 @@ from llmtune.recipe.data_section import ENCODING_KEYS, DataSection, Source
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.yaml_writer import source_line
 from llmtune.records import SPLITS, Rows
-from llmtune.report.class_view import name_changes_sentences
+from llmtune.report.class_sentences import name_changes_sentences
 from llmtune.store.atomic_files import explained, hash_value, write_text
 
 TRAIN, VALIDATION, TEST = range(len(SPLITS))
@@ -95,7 +95,9 @@ def prepare_rows(recipe: Recipe, folder: Path, console: Console, inputs: str | N
                 rows = replace(rows, corpus_hash=corpus_hash, class_changes=tuple(list_changes(account.changes)))
                 read = (pair for split in rows.files for pair in iterate_rows(rows, split))
                 if any(one.row_format.labels for one in detected):
-                    require_one_spelling(read, recipe)
+                    names = require_one_spelling(read, recipe)
+                    if recipe.evaluate.champion is None:  # otherwise its classes may have these names
+                        notes += warn_of_idle_renames(recipe.renames, rows.class_changes, (), names)
                 save_rows(rows)
         except DataError:
             spool.remove()

@@ -12,6 +12,7 @@ from pathlib import Path
 from llmtune import __version__
 from llmtune.errors import EnvironmentProblem, GateFailed, Problem, RecipeError
 from llmtune.evaluate.champion import hash_weights
+from llmtune.evaluate.class_alignment import classes_of, pair_metrics
 from llmtune.evaluate.opened_runs import (
     RELEASE_VERSION,
     Release,
@@ -20,7 +21,6 @@ from llmtune.evaluate.opened_runs import (
     name_runs,
     open_release,
     open_run_scores,
-    pair_metrics,
 )
 from llmtune.evaluate.per_row_scores import pack_measures
 from llmtune.recipe.secrets import hide_paths
@@ -163,7 +163,7 @@ def make_release(run: Path, out: str | Path | None, signing: str | None = None) 
         run=run.absolute().name,
         lock=hash_file(run / LOCK),
         trained=hash_weights(run),
-        recipe=opened.recipe.model_dump(mode="json"),
+        recipe=opened.recipe.with_classes(classes_of(opened)).model_dump(mode="json"),
         verdict=report["verdict"],
         base=evaluation.base,
         tuned=evaluation.tuned,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import BeforeValidator, Field
@@ -146,6 +146,21 @@ class Recipe(RecipeSection):
             style=own.style if isinstance(own, QaSection) else None,
             loss=own.loss if isinstance(own, PreferenceSection) else None,
             kl_hindrance=hindrance,
+        )
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Return the names of classes or entity types that the recipe lists, or that were inferred."""
+        own = self._own_section()
+        return own.labels or () if isinstance(own, ClassifySection | TokenClassifySection) else ()
+
+    def with_classes(self, names: Sequence[str]) -> Recipe:
+        """Return the recipe with these names of classes or entity types; unchanged without any."""
+        own = self._own_section()
+        if not names or not isinstance(own, ClassifySection | TokenClassifySection):
+            return self
+        return self.model_copy(
+            update={str(TASK_FACTS[self.task].section): own.model_copy(update={"labels": tuple(names)})}
         )
 
     @property

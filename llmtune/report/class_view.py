@@ -1,32 +1,34 @@
-"""Sentences on classes: names that were normalised or renamed."""
+"""Classes in the section on the champion: what changed, and the scores of new classes."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
-
 from llmtune.recipe.class_names import show_name
+from llmtune.report.blocks import TONES, Block, Cell, Column, Table, TableColumns, TableRows, Text
+from llmtune.report.class_sentences import list_class_changes, write_interval
 from llmtune.report.number_format import count
-
-SHOWN_NAMES = 8
-"""How many changed names a sentence lists."""
+from llmtune.score_records import ClassChanges
 
 
-def name_changes_sentences(changes: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return a sentence on the class names of rows that were normalised, and one on those that were renamed."""
-    joined = {change["to"]: change["rows"] for change in changes if change["why"] == "joined"}
-    sentences = []
-    for why in ("normalised", "renamed"):
-        some = [change for change in changes if change["why"] == why]
-        if not some:
-            continue
-        listed = [
-            f"{show_name(one['from'])} -> {show_name(one['to'])} ({count(one['rows'])})" for one in some[:SHOWN_NAMES]
+def class_blocks(changes: ClassChanges, key: str) -> list[Block]:
+    """Return what changed, and a table of the tuned model's scores on each class that the champion does not have."""
+    blocks: list[Block] = [Text(sentence, "note") for sentence in list_class_changes(changes, key)]
+    if changes.renamed:
+        listed = ", ".join(f"{show_name(old)} is {show_name(new)}" for old, new in changes.renamed.items())
+        blocks.insert(0, Text(f"Renamed classes of the champion: {listed}."))
+    if changes.new:
+        heads = ("test rows", "recall", "precision", "F1")
+        columns: TableColumns = ["new class", *(Column(name, "number") for name in heads), "result"]
+        rows: TableRows = [
+            [
+                Cell(one.label, code=True),
+                count(one.rows),
+                *(write_interval(one.scores.get(metric)) for metric in ("recall", "precision", "f1")),
+                Cell(one.verdict, TONES[{"learned": 1, "not learned": -1}.get(one.verdict, 0)]),
+            ]
+            for one in changes.new
         ]
-        more = f" and {count(len(some) - SHOWN_NAMES)} more" if len(some) > SHOWN_NAMES else ""
-        total = count(sum(one["rows"] for one in some))
-        sentences.append(f"{total} class names were {why}: {', '.join(listed)}{more}.")
-    new = {change["to"] for change in changes if change["why"] == "renamed"}
-    for name in sorted(new & joined.keys()):
-        sentences.append(f"{count(joined[name])} other rows have the class {show_name(name)}: they are one class now.")
-    return sentences
+        text = "The champion cannot answer a new class, so its answers to these rows count as wrong above. A new class "
+        text += "is learned if more than half of its test rows get it: the whole interval of its recall decides. Fewer "
+        text += "than ten test rows are not judged."
+        blocks += [Table(columns, rows, "Classes that the champion does not have, tuned model"), Text(text, "soft")]
+    return blocks

@@ -29,7 +29,7 @@ from llmtune.report.blocks import (
     difference_table,
 )
 from llmtune.report.charts import ChartPoint, Curve, draw_curves, draw_histogram, draw_meter, element, heading
-from llmtune.report.class_view import name_changes_sentences
+from llmtune.report.class_sentences import name_changes_sentences
 from llmtune.report.metric_info import better_side, rank_metrics
 from llmtune.report.number_format import DASH, count, duration, missing, score, share, size
 from llmtune.report.report_record import AdapterFacts, DataFacts, SuspectFacts, TrainFacts

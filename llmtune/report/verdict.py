@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from llmtune.recipe.gate_grammar import Opponent, parse_gate
+from llmtune.report.class_sentences import class_reasons
 from llmtune.report.metric_info import CHOICE, COSTS, better_side, direction
 from llmtune.report.number_format import missing
 from llmtune.report.report_record import SeedRun, Seeds, Spread, Verdict
@@ -202,6 +203,12 @@ def judge_challenger(champion: Champion, gates: Sequence[GateResult], chance: fl
         word = WORSE
     elif word in (BETTER, WITHIN) and (left := [gate.name for gate in own if not gate.passed]):
         word, reason = INCONCLUSIVE, f"{reason} But not every gate passed: {', '.join(left)}."
+    if (changes := champion.classes) is not None:  # gains on new classes must not hide a loss
+        signs = speaking(changes.known.difference, chance) if changes.known else {}
+        worse = [metric for metric, sign in signs.items() if sign < 0]
+        unlearned = any(one.verdict == "not learned" for one in changes.new)
+        word = MIXED if (worse or unlearned) and word in (BETTER, WITHIN) else word
+        reason = " ".join([reason, *class_reasons(changes, [name for name in worse if name not in findings.worse])])
     return Verdict(word, f"{reason} Compared on {champion.rows} test rows." if champion.rows else reason)
 
 

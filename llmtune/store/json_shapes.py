@@ -138,6 +138,7 @@ class Findings(TypedDict, total=False):
     look: str | None
     start_from: object
     ranking: dict[str, object]
+    class_hints: list[list[str | int]]
 
 
 class CurveLine(TypedDict):
