@@ -98,7 +98,12 @@ def align_classes(
         left_out = {metric: why for metric in OF_PROBABILITIES if metric in other.measures.tuned}
         if not {*CLASS_SUMS} & other.measures.tuned.keys():
             left_out |= {metric: why for metric in ("accuracy", "f1_micro") if metric in other.measures.tuned}
-    return _widen_run(other, other_map, left_out), _widen_run(own, own_map, left_out), left_out
+    other, own = _widen_run(other, other_map, left_out), _widen_run(own, own_map, left_out)
+    areas = [run.measures.tuned.get("auroc") for run in (other, own)]
+    if areas[0] and areas[1] and areas[0].sums_NK.shape[1] == areas[1].sums_NK.shape[1]:
+        same = replace(areas[0], ranking=areas[1].ranking, signature=areas[1].signature)
+        other = replace(other, measures=replace(other.measures, tuned={**other.measures.tuned, "auroc": same}))
+    return other, own, left_out
 
 
 def pair_metrics(first: ScoredRun, second: ScoredRun) -> tuple[dict[str, Difference], dict[str, str]]:

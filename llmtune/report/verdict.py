@@ -207,7 +207,9 @@ def judge_challenger(champion: Champion, gates: Sequence[GateResult], chance: fl
         signs = speaking(changes.known.difference, chance) if changes.known else {}
         worse = [metric for metric, sign in signs.items() if sign < 0]
         unlearned = any(one.verdict == "not learned" for one in changes.new)
-        word = MIXED if (worse or unlearned) and word in (BETTER, WITHIN) else word
+        if (worse or unlearned) and word in (BETTER, WITHIN):
+            word = MIXED
+        word = WORSE if worse and word == INCONCLUSIVE else word
         reason = " ".join([reason, *class_reasons(changes, [name for name in worse if name not in findings.worse])])
     return Verdict(word, f"{reason} Compared on {champion.rows} test rows." if champion.rows else reason)
 
