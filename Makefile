@@ -6,6 +6,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 INSTALLED := $(VENV)/.installed
 READY := $(VENV)/.ready
 SITE := $(VENV)/.site
+BUILD := $(VENV)/.build
 MODEL := $(VENV)/.model
 MODELS := $(VENV)/.models
 LLAMA := $(VENV)/.llama
@@ -137,8 +138,10 @@ torture: $(READY)  ## Disturb commands in 240 rounds, and write docs/torture.md 
 hostile: $(READY)  ## Run and measure commands on hostile files, models and templates; print a table
 	PYTHONPATH=tests $(BIN)/python -m hostile.measure
 
-$(SITE): $(READY)
-	$(PIP) --editable '.[docs]'
+# Only the extra's packages: llmtune, which would bring torch, is not imported.
+$(SITE): pyproject.toml | $(BIN)/python
+	$(PIP) $$($(BIN)/python -c 'import tomllib; \
+	print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"])')
 	@touch $@
 
 site: $(SITE)  ## Build the documentation site in site/; dead links are errors
@@ -165,7 +168,11 @@ bench: $(READY) $(MODELS)  ## Compare with other tools, into benchmarks/RESULTS.
 conformance: $(READY)  ## Run TOOLS (default: all) through cases of known failures, into benchmarks/CONFORMANCE.md
 	$(BIN)/python benchmarks/conformance/run.py $(if $(TOOLS),--tools $(TOOLS))
 
-build: $(READY)  ## Build the source archive and the wheel, into DIST (default: dist)
+$(BUILD): | $(BIN)/python
+	$(PIP) 'build>=1.2'
+	@touch $@
+
+build: $(BUILD)  ## Build the source archive and the wheel, into DIST (default: dist)
 	$(BIN)/python -m build --outdir $(DIST)
 
 clean:  ## Remove build output and caches, but not runs or environments

@@ -25,28 +25,27 @@ from rich.markup import escape
 
 from llmtune import __version__
 from llmtune.adapter.injection import adapter_settings, describe_adapter
-from llmtune.adapter.load import find_adapter
 from llmtune.data.data_report import describe_examples
 from llmtune.data.examples import ExampleReader, encode_rows, examples_inputs, row_lengths
 from llmtune.data.preparation import prepare_rows
 from llmtune.data.row_store import load_rows
 from llmtune.deploy.products import check_products, make_products
+from llmtune.deploy.release_folder import conclude_release, release_kept
 from llmtune.errors import EnvironmentProblem
 from llmtune.evaluate.cache_keys import evaluation_inputs, lock_trained, note_own_metrics
 from llmtune.evaluate.champion import check_champion, note_look
 from llmtune.evaluate.decision import refresh_rules
 from llmtune.evaluate.eval_inputs import warn_of_cuts
 from llmtune.evaluate.evaluation_file import list_failed, load_evaluation, print_scores, print_verdict
-from llmtune.evaluate.gates import require_gates
+from llmtune.evaluate.gates import note_gates, require_gates
 from llmtune.evaluate.lm_eval import load_benchmarks
 from llmtune.evaluate.run_report import make_report
-from llmtune.evaluate.suite_registry import check_inputs, try_inputs
+from llmtune.evaluate.suite_registry import try_inputs
 from llmtune.model.catalogue import candidate_names
-from llmtune.model.device import pick_device, release_memory
-from llmtune.model.kernels import check_kernels
+from llmtune.model.device import release_memory
 from llmtune.model.memory_plan import check_context, check_memory, plan_training
 from llmtune.model.model_trials import choose_candidate, known_or_ranked
-from llmtune.plan_drafting import decide_rest, draft_plan, finish_plan
+from llmtune.plan_drafting import check_first, decide_rest, draft_plan, finish_plan
 from llmtune.recipe.loader import LoadedRecipe
 from llmtune.recipe.schema import Recipe
 from llmtune.records import Json, read_model_ref
@@ -58,7 +57,6 @@ from llmtune.session import (
     Plan,
     RunContext,
     ask_champion_classes,
-    check_local_model,
     evaluation_hash,
     find_variant,
     locate_pinned,
@@ -69,9 +67,9 @@ from llmtune.session import (
     score_models,
 )
 from llmtune.store.atomic_files import hash_folder, hash_value, plain, staged
-from llmtune.store.process_environment import refuse_network
 from llmtune.store.processes import once, rank, world_size
-from llmtune.store.run_folder import Manifest, RunFolder, default_path, open_run, recipe_of_run, trained_name
+from llmtune.store.run_folder import Manifest, RunFolder, open_run, recipe_of_run, trained_name
+from llmtune.store.run_listing import find_start, pin_start
 from llmtune.store.run_lock import hash_keys, own_pins, read_pins
 from llmtune.store.run_origin import is_own, save_recipe
 from llmtune.store.run_request import RunRequest
@@ -89,7 +87,8 @@ def run_pipeline(loaded: LoadedRecipe, request: RunRequest, console: Console) ->
     Raises a subclass of LlmtuneError for every error a user can fix; `GateFailed` once the report is written.
     """
     assert not request.dry_run, "`launch.dry_run` is for those"
-    path = request.out or default_path(loaded.recipe.name, loaded.fingerprint)
+    path = request.folder
+    loaded = pin_start(loaded, once(lambda: find_start(loaded.recipe, path)))
     check_first(loaded.recipe, request)
     request = replace(request, pins=request.pins or (read_pins(request.lock) if request.lock else None))
     with ExitStack() as stack:
@@ -108,19 +107,9 @@ def run_pipeline(loaded: LoadedRecipe, request: RunRequest, console: Console) ->
         return conclude_run(context, loaded)
 
 
-def check_first(recipe: Recipe, request: RunRequest) -> None:
-    """Raise the problems of a recipe on this machine that can be found without its rows and without weights."""
-    refuse_network(recipe, offline=request.offline)
-    check_kernels(recipe, pick_device())
-    check_inputs(recipe)
-    if recipe.adapter.start_from is not None:
-        find_adapter(Path(recipe.adapter.start_from))
-    check_local_model(recipe)
-
-
 def _begin(stack: ExitStack, path: Path, loaded: LoadedRecipe, request: RunRequest, console: Console) -> Manifest:
     folder = stack.enter_context(open_run(path, loaded.fingerprint, resume=request.resume, fresh=request.fresh))
-    console.print(f"[bold]llmtune {__version__}[/] {escape(loaded.recipe.name)} -> {escape(str(path))}")
+    console.print(f"[bold]llmtune {__version__}[/] {escape(loaded.recipe.name)} -> {escape(request.place)}")
     save_recipe(path, loaded.to_yaml())
     folder.findings.update(request.findings)
     return folder.manifest
@@ -255,16 +244,13 @@ def _begin_training(context: RunContext) -> bool:
         context.begin("adapt", skipped=True)
         context.begin("train", skipped=True)
         return False
+    folder.begin_training()
     steps = folder.manifest["steps"]
-    for step in ("evaluate", "deploy"):
-        steps.pop(step, None)  # from an earlier training
-    folder.take_budget()
     if "train" not in steps or steps["train"]["inputs"] != inputs:
         tokens = folder.facts("select")["plan"]["tokens"]
         folder.findings["micro_batch_tokens"] = context.request.findings.get("micro_batch_tokens", tokens)
         shutil.rmtree(folder.path / "explain", ignore_errors=True)  # from an earlier training too
     folder.findings["start_from"] = adapter_settings(context.plan.recipe)[-1]
-    folder.manifest.pop("lock", None)
     folder.write()
     lock_run(context)
     return True
@@ -308,6 +294,7 @@ def run_evaluate(context: RunContext, loaded: LoadedRecipe) -> None:
             if evaluation := load_evaluation(target):
                 print_scores(evaluation, context.console)
             return
+        context.once(lambda: context.folder.note(gates=None))
         with staged(target) if rank() == 0 else nullcontext() as folder:
             score_models(context, folder, context.request.base or known)
         judged = hash_keys(context.folder.path / "recipe.yaml", judging=True)
@@ -318,8 +305,8 @@ def run_evaluate(context: RunContext, loaded: LoadedRecipe) -> None:
 
 def run_deploy(context: RunContext, loaded: LoadedRecipe) -> None:
     """Make the products that the recipe names, each verified against the trained model."""
-    if context.plan.recipe.deploy:
-        context.once(lambda: make_products(context))
+    if context.plan.recipe.exports:
+        context.once(lambda: release_kept(make_products, context))
 
 
 STEPS: dict[str, Callable[[RunContext, LoadedRecipe], None]] = {
@@ -364,7 +351,7 @@ def evaluate_run(loaded: LoadedRecipe, run: Path, console: Console, *, offline: 
         console.print(f"Saved these settings with the run: {escape(str(run / 'recipe.yaml'))}")
         for step in ("prepare", "encode", "select", "adapt", "train"):
             context.begin(step, skipped=True)
-        inputs = {"evaluate": evaluation_inputs(plan.recipe, plan.model_ref, rows, examples)}
+        inputs = {"evaluate": evaluation_inputs(plan.recipe, plan.model_ref, rows, examples, run)}
         context.resolved = replace(plan, inputs=inputs)
         run_evaluate(context, loaded)
         for seed in loaded.recipe.train.seeds:
@@ -392,11 +379,15 @@ def _conclude(context: RunContext, loaded: LoadedRecipe) -> Json:
     if report.seeds:
         print_blocks([seed_table(report.seeds)], console)
         console.print(report.seeds.told, highlight=False)
+    if request.until in UNTIL:
+        note_gates(context.folder, context.plan.recipe, report.gates)
     if request.until in {"run", "evaluate"}:
         if "evaluate" in context.folder.ran:
             log_results(report, context.plan.recipe.train.report_to, path, context.device, offline=request.offline)
         print_verdict(report.verdict, report.gates, console)
         context.folder.note(next_steps=next_steps(path, context.plan.task, context.rows))
         console.print(context.folder.findings["next_steps"], highlight=False, markup=False, soft_wrap=True)
+        conclude_release(context, report.gates)
+        report = _write_report(context, loaded) if report.release != context.folder.findings.get("release") else report
         require_gates(report.gates, report_json(report), list_failed(path / "evaluation"))
     return report_json(report)

@@ -1,23 +1,51 @@
-"""Resolve the open settings of a run from its rows and its model, before anything is loaded."""
+"""Check a recipe on this machine; resolve its open settings from rows and model, before anything is loaded."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 from llmtune.adapter.injection import adapter_inputs, adapter_settings
+from llmtune.adapter.load import find_adapter
 from llmtune.errors import RecipeError
 from llmtune.evaluate.cache_keys import evaluation_inputs
+from llmtune.evaluate.suite_registry import check_inputs
 from llmtune.model.config import read_model_config
+from llmtune.model.device import pick_device
+from llmtune.model.kernels import check_kernels
 from llmtune.model.memory_plan import context_length, resolve_checkpointing
+from llmtune.model.model_files import check_model_folder
 from llmtune.recipe.loader import LoadedRecipe
-from llmtune.recipe.schema import find_idle_keys
+from llmtune.recipe.schema import Recipe, find_idle_keys
 from llmtune.recipe.training_rule import choose_training, few_steps, with_choices, with_length
 from llmtune.records import Examples, Json, ModelRef, Rows
 from llmtune.session import Plan, RunContext, find_variant
 from llmtune.store.atomic_files import hash_value
+from llmtune.store.process_environment import refuse_network
 from llmtune.store.processes import layout
+from llmtune.store.run_request import RunRequest
 from llmtune.tasks.class_labels import AS_NUMBERS
 from llmtune.train.setup import train_inputs
+
+
+def check_first(recipe: Recipe, request: RunRequest) -> None:
+    """Raise the problems of a recipe on this machine that can be found without its rows and without weights."""
+    refuse_network(recipe, offline=request.offline)
+    check_kernels(recipe, pick_device())
+    check_inputs(recipe)
+    if recipe.adapter.start_from is not None:
+        find_adapter(Path(recipe.adapter.start_from))
+    check_local_model(recipe)
+
+
+def check_local_model(recipe: Recipe) -> None:
+    """Refuse a model in a local folder that the task does not support, without its rows and weights.
+
+    Raises as `resolve_model` and `find_variant` do.
+    """
+    if recipe.model.name and (folder := Path(recipe.model.name).expanduser()).is_dir():
+        check_model_folder(folder, recipe.model)
+        find_variant(recipe, ModelRef(recipe.model.name, folder, None, ""))
 
 
 def draft_plan(context: RunContext, loaded: LoadedRecipe, model_ref: ModelRef, rows: Rows) -> tuple[Plan, LoadedRecipe]:
@@ -53,7 +81,7 @@ def draft_plan(context: RunContext, loaded: LoadedRecipe, model_ref: ModelRef, r
 def decide_rest(context: RunContext, draft: Plan, rows: Rows, examples: Examples) -> Json:
     """Resolve what depends on the encoded rows: checkpointing, and the input hash of each step."""
     adapted = adapter_inputs(draft.recipe, draft.model_ref, examples)
-    evaluated = evaluation_inputs(draft.recipe, draft.model_ref, rows, examples)
+    evaluated = evaluation_inputs(draft.recipe, draft.model_ref, rows, examples, context.folder.path)
     inputs = {"adapt": adapted, "train": train_inputs(draft.recipe, adapted), "evaluate": evaluated}
     return {"checkpointing": decide_checkpointing(context, draft, max(examples.longest.values())), "inputs": inputs}
 

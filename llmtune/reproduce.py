@@ -83,7 +83,7 @@ def reproduce(
         offline=offline,
         until="evaluate" if folder.is_done("evaluate") else "train",
         pins=hold(read_pins(run / LOCK), loaded.recipe, lock, run),
-        findings=kept_findings(folder),
+        findings={**kept_findings(folder), "reproduces": str(run)},
     )
     loaded = without_gates(without_seeds(replace(loaded, recipe=at_commits(loaded.recipe, lock))))
     run_pipeline(loaded, request, console)  # without gates: only equality with the run counts

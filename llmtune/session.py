@@ -34,17 +34,18 @@ from llmtune.evaluate.suite_registry import check_variant
 from llmtune.model.config import find_class, keeps_float32, read_model_config, why_headless
 from llmtune.model.device import describe_device, loading_device, pick_device
 from llmtune.model.loading import load_model
-from llmtune.model.model_files import check_model_folder
 from llmtune.model.processor import load_processor
 from llmtune.model.quantized_base import kept_quantization
 from llmtune.model.resolve import resolve_model
 from llmtune.recipe.adapter_section import DATA_STARTS
 from llmtune.recipe.model_section import ModelSection
 from llmtune.recipe.schema import Recipe
+from llmtune.recipe.user_files import read_text_file
 from llmtune.records import ALONE, AdaptedModel, Examples, Layout, ModelRef, Row, Rows, SelectedModel
 from llmtune.report.render_terminal import spinner
 from llmtune.store.atomic_files import hash_folder, hash_value
 from llmtune.store.processes import layout, once, world_size
+from llmtune.store.release_store import SERVED_RECIPE, TEMPLATE, find_source, is_stored
 from llmtune.store.run_folder import RunFolder, StepRun, read_run, recipe_of_run, trained_name
 from llmtune.store.run_lock import LOCK, Pins, SourceRecord, check_pin, own_pins, read_pins, write_lock
 from llmtune.store.run_origin import list_model_code, name_code
@@ -101,12 +102,12 @@ class RunContext:
     @property
     def rows(self) -> Rows:
         """The prepared rows; with mined negatives if the recipe mines some, and once they are known."""
-        return load_rows(rows_folder(self.folder.path))
+        return load_rows(rows_folder(find_source(self.folder.path)))
 
     @property
     def examples(self) -> Examples:
         """The encoded rows."""
-        return load_examples(self.folder.path / "data" / "examples")
+        return load_examples(find_source(self.folder.path) / "data" / "examples")
 
     @property
     def device(self) -> str:
@@ -145,16 +146,6 @@ def find_variant(recipe: Recipe, model_ref: ModelRef) -> AnyTask:
     variant = choose_variant(recipe, read_model_config(model_ref, recipe.model), model_ref.name)
     check_variant(recipe, variant, model_ref.name)
     return variant
-
-
-def check_local_model(recipe: Recipe) -> None:
-    """Refuse a model in a local folder that the task does not support, without its rows and weights.
-
-    Raises as `resolve_model` and `find_variant` do.
-    """
-    if recipe.model.name and (folder := Path(recipe.model.name).expanduser()).is_dir():
-        check_model_folder(folder, recipe.model)
-        find_variant(recipe, ModelRef(recipe.model.name, folder, None, ""))
 
 
 def rows_hash(context: RunContext, recipe: Recipe) -> str:
@@ -281,7 +272,7 @@ class Models:
 
 
 def open_finished(run: Path, console: Console, offline: bool, recipe: Recipe | None = None) -> RunContext:
-    """Open a trained run, to use its model; `recipe` replaces the run's own.
+    """Open a trained run or a release, to use its model; `recipe` replaces the run's own.
 
     Raises:
         RecipeError: not a run folder, or not trained yet.
@@ -289,16 +280,34 @@ def open_finished(run: Path, console: Console, offline: bool, recipe: Recipe | N
     """
     folder = read_run(run)
     folder.require_trained()
-    pins, recipe = read_pins(run / LOCK), recipe or recipe_of_run(folder).recipe
+    served = read_served_recipe(run)
+    pins, recipe = read_pins(run / LOCK), recipe or served or recipe_of_run(folder).recipe
     name_code(run, list_model_code(recipe), console)
     context = RunContext(folder, console, RunRequest(run, offline=offline, pins=pins))
     model_ref = locate_pinned(context, recipe.model, pins.model)
     task = find_variant(recipe, model_ref)
     config = read_model_config(model_ref, recipe.model)
-    recipe = task.infer_labels(recipe, context.rows, config)
+    recipe = recipe if served else task.infer_labels(recipe, context.rows, config)
     shards = recipe.adapter.method in SHARDED and kept_quantization(config) is None
     context.resolved = Plan(recipe, task, model_ref, context.device, layout() if shards else ALONE)
     return context
+
+
+def read_served_recipe(folder: Path) -> Recipe | None:
+    """Return the resolved recipe of a release; None for a run, which infers it from its rows.
+
+    Raises EnvironmentProblem if it is damaged.
+    """
+    if not is_stored(folder):
+        return None
+    try:
+        recipe = Recipe.model_validate_json(read_text_file(folder / SERVED_RECIPE))
+    except (OSError, ValueError) as error:
+        what = "files of this release are missing, or from another version of llmtune"
+        raise EnvironmentProblem.of(what, str(folder / SERVED_RECIPE), "Release its run again.") from error
+    template = folder.absolute() / TEMPLATE
+    model = recipe.model.model_copy(update={"chat_template": str(template)} if template.is_file() else {})
+    return recipe.model_copy(update={"model": model})
 
 
 def load_champion(context: RunContext, run: Path) -> ChampionModel:
@@ -359,7 +368,11 @@ def lock_run(context: RunContext) -> None:
     plan, recipe, model_ref = context.plan, context.plan.recipe, context.plan.model_ref
     miner = recipe.data.negatives and recipe.data.negatives.model
     data_hash, files = list_sources(recipe.data, recipe.task)
-    known = [{"source": one.source, "path": one.path and str(one.path), one.kind: one.hash} for one in files]
+    records = [
+        {"source": one.source, "path": one.path and str(one.path), one.kind: one.hash}
+        | ({} if one.lines is None else {"lines": one.lines})
+        for one in files
+    ]
     write_lock(
         context.folder.path,
         Pins(model_ref.name, model_ref.revision, model_ref.content_hash, data_hash),
@@ -368,7 +381,7 @@ def lock_run(context: RunContext) -> None:
         seed=recipe.seed,
         threads=torch.get_num_threads(),
         model=model_ref.path,
-        sources=cast(list[SourceRecord], known),
+        sources=cast(list[SourceRecord], records),
         start_from=find_adapter(Path(start)) if (start := recipe.adapter.start_from) else None,
         device=describe_device(plan.device),
         judge={"model": judge.model, "host": host(judge)} if (judge := recipe.evaluate.judge) else None,

@@ -16,6 +16,7 @@ from typer.core import TyperGroup
 
 from llmtune import __version__
 from llmtune.cli import (
+    clean,
     compare,
     deploy,
     explain,
@@ -161,18 +162,30 @@ def doctor(
 
 @handled
 def runs(as_json: AsJson = False) -> None:
-    """List the runs in runs/ with their verdicts, the latest first."""
-    from llmtune.store.run_listing import list_runs
+    """List the runs in runs/ with verdict, gates and the names that mean them, the latest first."""
+    from llmtune.store.run_listing import list_names, list_runs
 
-    found = list_runs()
+    listed = list_runs()
+    names = list_names(listed)
     if as_json:
-        print_json([vars(one) for one in found])
+        print_json([{**vars(one), "address": one.address, "names": names[one.folder]} for one in listed])
         return
-    if not found:
+    if not listed:
         stderr_console().print("no runs in runs/ yet; start one: llmtune run RECIPE")
-    for one in found:
-        when = time.strftime("%Y-%m-%d %H:%M", time.localtime(one.started))
-        typer.echo(f"{one.folder}  {one.task}  {when}  {one.verdict or '-'}  {one.step}")
+        return
+    from llmtune.launch.python_api import make_console
+    from llmtune.report.render_terminal import print_columns
+
+    rows = [
+        [
+            *(str(one.folder), one.task, one.verdict or "-", one.gates or "-", ", ".join(names[one.folder]) or "-"),
+            *(time.strftime("%Y-%m-%d %H:%M", time.localtime(one.started)), one.step),
+        ]
+        for one in listed
+    ]
+    columns = ("run", "task", "verdict", "gates", "names", "started", "step")
+    if omitted := print_columns(columns, rows, make_console(stderr=False)):
+        stderr_console().print(f"A wider terminal also shows {' and '.join(omitted)}.")
 
 
 def _pointer(name: str) -> Callable[..., None]:
@@ -195,7 +208,7 @@ def show_version(words: Words = None) -> None:
 
 PANELS: dict[str, dict[str, Callable[..., None] | typer.Typer]] = {
     "Begin": {**init.COMMANDS, "run": run.COMMANDS["run"], "runs": runs, "doctor": doctor},
-    "Use a run": {**prompting.COMMANDS, "deploy": deploy.app},
+    "Use a run": {**prompting.COMMANDS, "deploy": deploy.app, **clean.COMMANDS},
     "One step at a time": {name: command for name, command in run.COMMANDS.items() if name != "run"},
     "Look closer": {**compare.COMMANDS, **verify.COMMANDS, **rows.COMMANDS, "explain": explain.app},
     "More": {"recipes": recipes.app, "models": models.app, "release": release.app, "launch": launch.app},
@@ -210,6 +223,7 @@ EXAMPLES = {
     "compare": "llmtune compare RUN RUN, or llmtune compare tickets.yaml --methods full,lora,qlora",
     "sweep": "llmtune sweep tickets.yaml --space space.yaml --trials 20",
     "verify": "llmtune verify latest",
+    "clean": "llmtune clean latest --dry-run, or llmtune clean --all",
     "rows": "llmtune rows latest --suspects suspects.csv",
     "reproduce": "llmtune reproduce latest",
 }

@@ -24,9 +24,12 @@ app = typer.Typer(help="Merge, export, serve, certify or publish a run.", no_arg
 @app.command()
 @handled
 def serve(
-    runs: Annotated[
+    addresses: Annotated[
         list[Path] | None,
-        typer.Argument(metavar="RUN...", help="Run folders with the same base, each served under its own name."),
+        typer.Argument(metavar="RUN...", help="Runs with the same base, each under its own name; or release:NAME."),
+    ] = None,
+    release: Annotated[
+        str | None, typer.Option("--release", metavar="NAME", help="Serve the current release, and each later one.")
     ] = None,
     adapter: Annotated[
         list[str] | None, typer.Option("--adapter", metavar="NAME=RUN", help="Serve a run under a name of your choice.")
@@ -61,7 +64,9 @@ def serve(
     _check_engine(engine, [name for name, stated in ours.items() if stated])
     prepare_environment(network=False, threads=threads)
     with gc_paused():
+        from llmtune.recipe.section import RELEASE_PREFIX
         from llmtune.serve.serve_runs import ServeOptions, parse_run_names
+        from llmtune.store.run_listing import find_run
 
     options = ServeOptions(
         host=host,
@@ -74,22 +79,41 @@ def serve(
         grace_seconds=grace,
         offline=offline,
     )
-    named = parse_run_names(runs or [], adapter or [])
+    stated = [*([f"{RELEASE_PREFIX}{release}"] if release else []), *map(str, addresses or [])]
+    watched = _find_watched(stated, adapter or [], engine)
+    named = parse_run_names([find_run(Path(one)) for one in stated], adapter or [])
     if engine == "vllm":
         from llmtune.serve.vllm_engine import serve_by_vllm
 
         serve_by_vllm(named, options, stderr_console())
     else:
-        _serve_until_stopped(named, options, as_json)
+        _serve_until_stopped(named, options, as_json, watched)
 
 
-def _serve_until_stopped(runs: Mapping[str, Path], options: ServeOptions, as_json: bool) -> None:
+def _find_watched(stated: list[str], adapters: list[str], engine: str) -> str | None:
+    """Return the name of the release that is reloaded when another one becomes current; None if all runs are fixed.
+
+    Raises RecipeError if there are other runs, or if the engine cannot reload.
+    """
+    from llmtune.recipe.section import RELEASE_PREFIX  # late: imports pydantic, slow for --help
+
+    current = [one for one in stated if one.startswith(RELEASE_PREFIX) and "@" not in one]
+    fix = f"Serve it alone with --engine own, or name a fixed one: {current[0]}@HASH." if current else ""
+    if current and (len(stated) + len(adapters) > 1 or engine != "own"):
+        why = f"--engine {engine} cannot do" if engine != "own" else "needs a server of its own"
+        raise RecipeError.of(f"it is reloaded on each promotion, which {why}", current[0], fix)
+    return current[0].removeprefix(RELEASE_PREFIX) if current else None
+
+
+def _serve_until_stopped(
+    runs: Mapping[str, Path], options: ServeOptions, as_json: bool, watched: str | None = None
+) -> None:
     """Serve until Ctrl-C or SIGTERM, then exit with its code."""
     from llmtune.serve.serve_runs import serve_runs
 
     console = stderr_console()
     try:
-        serve_runs(runs, options, console, print_json if as_json else lambda about: None)
+        serve_runs(runs, options, console, print_json if as_json else lambda about: None, watched)
     except KeyboardInterrupt as stop:
         terminated = isinstance(stop, Terminated)
         console.print("terminated: accepting no more requests" if terminated else "stopped")

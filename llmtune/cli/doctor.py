@@ -22,7 +22,9 @@ from llmtune import __version__
 from llmtune.data.worker_pool import usable_cores
 from llmtune.errors import first_line
 from llmtune.model.builtin_models import PACKAGED
+from llmtune.model.cached_models import list_cached_models
 from llmtune.records import Json
+from llmtune.report.number_format import size
 from llmtune.store.atomic_files import find_cache
 from llmtune.store.machine import has_bfloat16, likely_device, list_cards, process_memory_limit, torch_cuda
 from llmtune.store.process_environment import offline_switches
@@ -67,7 +69,14 @@ def examine(console: Console, switched_off: Sequence[str] | None = None, *, impo
     threads = int(os.environ.get("OMP_NUM_THREADS") or 0) or psutil.cpu_count(logical=False) or 1
     cores = usable_cores()
     checks += [check_threads(threads if "OMP_NUM_THREADS" in os.environ else min(threads, cores), cores)]
-    checks += [_check_number_formats(), _check_memory(), _check_disk(), *_check_cache(), _check_network(switched_off)]
+    checks += [
+        _check_number_formats(),
+        _check_memory(),
+        _check_disk(),
+        *_check_cache(),
+        *_check_models(),
+        _check_network(switched_off),
+    ]
     print_checks(checks, console)
     ready = all(check.state != "missing" for check in checks)
     console.print("ready" if ready else "[bold red]something is missing[/]: run the commands after the arrows")
@@ -174,6 +183,19 @@ def _check_cache() -> list[Check]:
             Check(f"builtin:{name}", "good" if version else "note", found, None if version else entry.install)
         )
     return checks
+
+
+def _check_models() -> list[Check]:
+    """List the models that need no download, and those whose download was interrupted."""
+    checks = []
+    for one in list_cached_models():
+        found = f"{size(one.bytes)} in {one.folder}"
+        if one.missing is None:
+            checks.append(Check(f"cached {one.name}", "good", found))
+        else:
+            fix = f"hf download {one.name}"
+            checks.append(Check(f"cached {one.name}", "note", f"incomplete, {one.missing} missing; {found}", fix))
+    return checks or [Check("cached models", "good", "none; a model of the hub is downloaded at its first use")]
 
 
 def _check_network(offline: Sequence[str]) -> Check:

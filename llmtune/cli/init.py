@@ -8,25 +8,27 @@ import os
 import re
 import sys
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.markup import escape
 
 from llmtune.cli.options import AsJson
 from llmtune.cli.output_streams import handled, print_json, stderr_console
 from llmtune.cli.recipes import migrate_file
-from llmtune.errors import DataError, LlmtuneError, RecipeError, nearest
+from llmtune.errors import DataError, LlmtuneError, Problem, RecipeError, nearest
 from llmtune.store.atomic_files import explained
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from llmtune.data.classify_rows import Label
     from llmtune.data.file_survey import Reading, Survey
 
 SCHEMA = "recipe.schema.json"
+SHOWN_FOLDERS = 5
+SEARCHES = ("embed", "rerank")
+"""Tasks for a folder with queries, passages and judgements; the first is the default."""
 
 
 @handled
@@ -52,11 +54,14 @@ def init(
     as_json: AsJson = False,
 ) -> None:
     """Write a recipe for your rows: task, columns, lengths and a model that fits this machine."""
+    from llmtune.cli.proposal import propose_recipe, write_joined_rows
     from llmtune.data.file_survey import list_readings, survey_files
+    from llmtune.data.retrieval_layout import find_retrieval_set
     from llmtune.launch.recipe_check import check_recipe, try_recipe_rows
     from llmtune.recipe.loader import load_recipe
     from llmtune.recipe.schema import json_schema
     from llmtune.recipe.task_facts import TASK_FACTS
+    from llmtune.recipe.undecided import UNDECIDED
 
     if task is not None and task not in TASK_FACTS:
         fix = f"{nearest(task, list(TASK_FACTS))} Tasks: {', '.join(TASK_FACTS)}.".strip()
@@ -65,28 +70,43 @@ def init(
         migrate_file(from_, out, task=task, as_json=as_json)
         return
     path, asks = data or data_option or _only_file(), not yes and not as_json and sys.stdin.isatty()
-    target = _target(path, out)
-    console = stderr_console()
-    survey, mapped = survey_files(path), _mapped(columns or [])
+    target, console, mapped = _target(path, out), stderr_console(), _mapped(columns or [])
+    retrieval = find_retrieval_set(Path(path)) if task in (None, *SEARCHES) else None
+    splits = write_joined_rows(retrieval, target) if retrieval else {}
+    if retrieval:
+        task = task or SEARCHES[0]
+        console.print(
+            f"{path}: queries joined with their passages: {', '.join(map(str, splits.values()))}", markup=False
+        )
+    survey = survey_files(str(splits["train"]) if splits else path)
     readings = list_readings(survey, task, mapped)
     if not readings:
         raise _unread(survey, task, mapped)
     reading = _choose(readings, asks, console)
+    _refuse_lost(survey, reading)
     _print_survey(survey, reading, readings, console)
-    text, model = _propose(survey, reading, target, model)
+    if asks and len(reading.candidates) > 1:
+        reading = _choose_label(survey, reading, mapped, console)
+    open_keys = ["data.columns.label"] if len(reading.candidates) > 1 else []
+    corpus = retrieval.corpus if retrieval else None
+    text, model = propose_recipe(survey, reading, target, model, splits, corpus)
     with explained(target):
         target.write_text(text, encoding="utf-8")
         target.with_name(SCHEMA).write_text(json.dumps(json_schema(), indent=2) + "\n", encoding="utf-8")
-    loaded = load_recipe(target)
+    loaded = load_recipe(target, [f"{key}={json.dumps(reading.candidates[0].column)}" for key in open_keys])
     try:
         try_recipe_rows(loaded, check_recipe(loaded))
-    except DataError as error:
+    except (DataError, RecipeError) as error:
         console.print(f"{target} needs a look before it runs:\n{error}", style="yellow", markup=False, highlight=False)
     if as_json:
-        about = {"columns": reading.columns, "roles": reading.roles}
-        print_json({"recipe": str(target), "task": reading.task, "model": model, **about})
+        about = {"columns": reading.columns, "roles": reading.roles, "undecided": open_keys}
+        candidates = [{"column": one.column, "classes": dict(one.counts.most_common())} for one in reading.candidates]
+        print_json({"recipe": str(target), "task": reading.task, "model": model, **about, "candidates": candidates})
         return
     typer.echo(f"wrote {target} (task {reading.task}, model {model}) and {SCHEMA}")
+    if open_keys:
+        typer.echo(f"next: choose {' and '.join(open_keys)} in {target}, marked {UNDECIDED}; then llmtune run {target}")
+        return
     typer.echo(f"next: llmtune run {target}")
 
 
@@ -124,6 +144,10 @@ def _unread(survey: Survey, task: str | None, columns: Mapping[str, str]) -> Llm
     from llmtune.data.file_survey import refusals
     from llmtune.recipe.task_facts import TASK_FACTS
 
+    if task in SEARCHES and len(survey.columns) == 1 and not columns:
+        what = f"task: {task} needs queries, and these rows have only texts"
+        fix = "Give rows with query and passage: what users type, and its answer. These texts may be data.corpus."
+        return DataError.of(what, survey.path, fix)
     known = "\n    ".join(refusals(survey, task, columns))
     if known:
         fix = f"The first row is bad:\n    {known}"
@@ -134,6 +158,18 @@ def _unread(survey: Survey, task: str | None, columns: Mapping[str, str]) -> Llm
         fix = f"Map them: --columns {names}."
     reader = "no task reads" if task is None else f"task: {task} does not read"
     return DataError.of(f"{reader} these rows; their columns are {', '.join(survey.columns)}", survey.path, fix)
+
+
+def _refuse_lost(survey: Survey, reading: Reading) -> None:
+    """Raise DataError for files without a readable row: a recipe should not name them."""
+    from llmtune.recipe.yaml_writer import written_path
+
+    if len(survey.files) > 1:
+        fix = f"Name the files with rows for {reading.task}, such as '*.csv', or put this one elsewhere."
+        DataError.collect(
+            Problem(f"no row can be read as {reading.task}: {why}", written_path(str(file)), fix)
+            for file, why in reading.lost.items()
+        )
 
 
 def _only_file() -> str:
@@ -158,43 +194,18 @@ def _choose(readings: list[Reading], asks: bool, console: Console) -> Reading:
     return readings[names.index(answer)]
 
 
-def _propose(survey: Survey, reading: Reading, target: Path, model: str | None) -> tuple[str, str]:
-    """Return the recipe's text and its model."""
-    from llmtune.recipe.data_section import Source
-    from llmtune.recipe.first_recipe import propose_model, write_first_recipe
-    from llmtune.recipe.yaml_writer import flow, source_line
-    from llmtune.store.machine import likely_device, list_cards, process_memory_limit
+def _choose_label(survey: Survey, reading: Reading, columns: Mapping[str, str], console: Console) -> Reading:
+    """Return the reading with the column that the user names as the label."""
+    from llmtune.data.file_survey import list_readings
 
-    cuda = likely_device() == "cuda"
-    memory = max(card.memory_bytes for card in list_cards()) if cuda else process_memory_limit() / 2
-    model = model or propose_model(reading.task, memory)
-    written = os.path.relpath(survey.path, target.parent)
-    data = [f"train: {flow(written)}"]
-    if survey.encoding:
-        data = [source_line("train", Source(path=written), path=written, encoding=survey.encoding)]
-    if reading.columns:
-        data.append(f"columns: {flow(reading.columns)}")
-    if reading.roles:
-        names = {role: names[0] if len(names) == 1 else list(names) for role, names in reading.roles.items()}
-        data.append(f"roles: {flow(names)}  # DECIDE: who is who; the model learns what the assistant says")
-    counts = {"unread": sum(reading.bad.values()), "copies": reading.copies}
-    metrics = _number_metrics(reading)
-    text = write_first_recipe(target.stem, reading.task, data, reading.rows, model=model, metrics=metrics, **counts)
-    return text, model
-
-
-def _number_metrics(reading: Reading) -> tuple[str, ...] | None:
-    """Return the metrics for labels that are numbers on a scale; None otherwise, to keep the task's metrics."""
-    from llmtune.recipe.task_facts import TASK_FACTS
-    from llmtune.tasks.class_labels import REGRESSION_METRICS, infer_kind
-
-    if TASK_FACTS[reading.task].answer_kind != "labels":
-        return None
-    with suppress(DataError):  # labels of several kinds
-        labels = cast("list[Label]", [row["label"] for row in reading.rows])
-        if infer_kind(labels) == "regression":
-            return REGRESSION_METRICS
-    return None
+    names = [one.column for one in reading.candidates]
+    question = f"Which column is the label? {', '.join(names)} [{names[0]}]: "
+    while (answer := console.input(escape(question)).strip() or names[0]) not in names:
+        console.print(f"unknown column {answer!r}", markup=False)
+    (chosen,) = list_readings(survey, "classify", {**columns, "label": answer})
+    others = ", ".join(str(one) for one in reading.candidates if one.column != answer)
+    console.print(f"  label is {answer!r}; not used: {others}", markup=False, highlight=False)
+    return chosen
 
 
 def _print_survey(survey: Survey, reading: Reading, readings: list[Reading], console: Console) -> None:
@@ -203,7 +214,7 @@ def _print_survey(survey: Survey, reading: Reading, readings: list[Reading], con
 
     count = f"{len(reading.rows) + sum(reading.bad.values()):,}" + ("" if survey.whole else " and more")
     files = f"{len(survey.files):,} files, " if len(survey.files) > 1 else ""
-    about = f"{files}{count} rows, {survey.encoding or 'UTF-8'}; columns {', '.join(survey.columns)}"
+    about = f"{files}{count} rows, {survey.encodings}; columns {', '.join(survey.columns)}"
     console.print(f"{survey.path}: {about}", markup=False)
     notes = [(number, f"cannot be read ({reason})") for reason, number in reading.bad.items()]
     for number, what in (*notes, (reading.copies, "are copies of others")):
@@ -211,11 +222,22 @@ def _print_survey(survey: Survey, reading: Reading, readings: list[Reading], con
             console.print(f"  {number:,} rows {what}", style="yellow", highlight=False)
     for suspicion in suspicions(("", row) for row in reading.rows):
         console.print(f"  {suspicion}", style="yellow", markup=False, highlight=False)
+    folders = sorted({file.parent.name for file in survey.files})
+    if len(folders) > 1 and survey.columns == ["text"]:
+        note = f"the files are in {len(folders)} folders ({', '.join(folders[:SHOWN_FOLDERS])})"
+        fix = "If these are classes, write a table with the columns text and label: folder names are not read."
+        console.print(f"  {note}. {fix}", style="yellow", markup=False, highlight=False)
     others = [one.task for one in readings if one is not reading]
     more = f" (also possible: {', '.join(f'--task {name}' for name in others)})" if others else ""
     console.print(f"task: {reading.task}{more}", highlight=False)
     for ours, theirs in reading.columns.items():
-        console.print(f"  {ours} is {theirs!r}", markup=False, highlight=False)
+        shown = str(reading.candidates[0]) if ours == "label" and reading.candidates else repr(theirs)
+        if ours != "label" or len(reading.candidates) < 2:
+            console.print(f"  {ours} is {shown}", markup=False, highlight=False)
+    if len(reading.candidates) > 1:
+        console.print("  label may be any of:", highlight=False)
+        for one in reading.candidates:
+            console.print(f"    {one}", markup=False, highlight=False)
     for role, names in reading.roles.items():
         console.print(f"  the {role} is {' or '.join(map(repr, names))}", markup=False, highlight=False)
 

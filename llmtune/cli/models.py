@@ -45,27 +45,24 @@ def list_catalogue(
     as_json: AsJson = False,
 ) -> None:
     """List the models of the catalogue. A recipe may name any other model."""
-    from rich.console import Console
-    from rich.table import Table
-
     from llmtune.model.catalogue import ModelQuery, select_models
     from llmtune.recipe.task_facts import DEFAULT_TASK
+    from llmtune.report.render_terminal import print_columns
 
     task = task or DEFAULT_TASK
     found, left_out = select_models(ModelQuery(task, licence or (), language, family or (), max_parameters))
     if as_json:
         print_json({"models": [asdict(one) for one in found], "left_out": left_out})
         return
-    table = Table(box=None, pad_edge=False)
-    for column in ("model", "parameters", "kind", "context", "licence", "languages"):
-        number = column in ("context", "parameters")
-        table.add_column(column, justify="right" if number else "left", no_wrap=number or column == "model")
-    for one in found:
-        size = f"{one.parameters / 1e9:.2f} G"
-        table.add_row(one.name, size, one.kind, f"{one.context:,}", one.licence, " ".join(one.languages))
-    Console().print(table)
+    rows = [
+        [one.name, f"{one.parameters / 1e9:.2f} G", f"{one.context:,}", one.licence, one.kind, " ".join(one.languages)]
+        for one in found
+    ]
+    columns = ("model", "size", "context", "licence", "kind", "languages")
+    omitted = print_columns(columns, rows, _out(), numbers=("size", "context"))
+    also = f"; a wider terminal also shows {' and '.join(omitted)}" if omitted else ""
     stderr_console().print(
-        f"{len(found)} models, {len(left_out)} filtered out; --json has the reasons", highlight=False
+        f"{len(found)} models, {len(left_out)} filtered out; --json has the reasons{also}", highlight=False
     )
 
 

@@ -11,7 +11,10 @@ RecipeArgument = Annotated[
     str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a shipped recipe.")
 ]
 RunArgument = Annotated[
-    Path, typer.Argument(metavar="RUN", help="A run folder, the name of a recipe with a run, or latest.")
+    Path,
+    typer.Argument(
+        metavar="RUN", help="A run folder; NAME, the recipe's newest run that passed; NAME@HASH; latest; release:NAME."
+    ),
 ]
 RunFolderOption = Annotated[Path | None, typer.Option("--out", help="The run folder (default: runs/<name>-<hash>).")]
 Sets = Annotated[

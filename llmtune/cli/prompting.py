@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -95,7 +95,7 @@ def generate_command(
         _answer_file(finished, rows, output, base=base, max_new_tokens=max_new_tokens)
     elif as_json:
         with spinner(console, "answering"):
-            said = _labelled(finished, given, base=base, max_new_tokens=max_new_tokens)
+            said = finished.answer(given, base=base, max_new_tokens=max_new_tokens)
         stated = {name: value for name, value in given.items() if value is not None and name != "passages"}
         print_json({**stated, **said, "model": "base" if base else "tuned", "run": str(run)})
     else:
@@ -112,17 +112,6 @@ def _print_pieces(pieces: Iterator[str], console: Console) -> None:
     for piece in chain([first], pieces):
         print_text(wrapped.add(piece))
     print_text(wrapped.rest() + "\n")
-
-
-def _labelled(
-    run: FinishedRun, given: Mapping[str, str | None], *, base: bool, max_new_tokens: int | None
-) -> dict[str, object]:
-    """Return the result of `FinishedRun.answer`, with class scores by name."""
-    from llmtune.serve.served_model import label_scores
-
-    said = run.answer(given, base=base, max_new_tokens=max_new_tokens)
-    served = run.load(given, base=base, max_new_tokens=max_new_tokens)
-    return {**said, "prediction": label_scores(said["prediction"], served.recipe)}
 
 
 def _prompt(text: str | None, prompt: str | None, *, needed: bool) -> str | None:

@@ -77,21 +77,16 @@ app = typer.Typer(help="Recipes: list, show, new, check, schema, migrate.", no_a
 @handled
 def list_shipped(as_json: AsJson = False) -> None:
     """List the shipped recipes."""
-    from rich.console import Console
-    from rich.table import Table
-
+    from llmtune.launch.python_api import make_console
     from llmtune.recipe.builtin import list_recipes
+    from llmtune.report.render_terminal import print_columns
 
     found = list_recipes()
     if as_json:
         print_json([{"name": recipe.name, "task": recipe.task, "about": recipe.about} for recipe in found])
         return
-    table = Table(box=None, pad_edge=False)
-    for column in ("recipe", "task", "about"):
-        table.add_column(column)
-    for recipe in found:
-        table.add_row(recipe.name, recipe.task, recipe.about)
-    Console().print(table)
+    rows = [[recipe.name, recipe.task, recipe.about] for recipe in found]
+    print_columns(("recipe", "task", "about"), rows, make_console(stderr=False), wraps=True)
 
 
 @app.command("show")
@@ -142,8 +137,8 @@ def new(
 @app.command()
 @handled
 def check(recipe: RecipeArgument, sets: Sets = None, as_json: AsJson = False) -> None:
-    """Check a recipe and its files, columns and trackers; report every problem at once, with file and line."""
-    from llmtune.launch.recipe_check import check_recipe, marks_left, try_recipe_rows
+    """Check a recipe, its files and columns; report every problem at once, with file and line. Trackers are a note."""
+    from llmtune.launch.recipe_check import check_recipe, marks_left, missing_trackers, try_recipe_rows
     from llmtune.recipe.loader import load_recipe
 
     loaded = load_recipe(recipe, sets or [])
@@ -152,10 +147,13 @@ def check(recipe: RecipeArgument, sets: Sets = None, as_json: AsJson = False) ->
         stderr_console().print(f"still the starter's value: {line}", style="yellow", markup=False)
     detected = check_recipe(loaded)
     try_recipe_rows(loaded, detected)
+    notes = [f"{one.what}; a run needs it: {one.fix}" for one in missing_trackers(loaded.recipe)]
+    for note in notes:
+        stderr_console().print(f"note: {note}", style="yellow", markup=False)
     if as_json:
         read = [{"file": one.input.name, "format": one.row_format.name, "columns": one.columns} for one in detected]
         about = {"file": str(loaded.file), "fingerprint": loaded.fingerprint, "problems": []}
-        print_json(about | {"data": read, "not_set": marks})
+        print_json(about | {"data": read, "not_set": marks, "notes": notes})
         return
     for one in detected:
         columns = ", ".join(f"{ours} is {theirs!r}" for ours, theirs in one.columns.items())

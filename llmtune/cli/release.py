@@ -1,4 +1,4 @@
-"""`llmtune release RUN`: write a small file for git; list, show and diff such files."""
+"""`llmtune release RUN`: store a run as the current release of its name; list, show, diff and roll back releases."""
 
 from __future__ import annotations
 
@@ -9,12 +9,15 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from llmtune.cli.options import AsJson, RunArgument
+from llmtune.cli.options import AsJson, Offline, RunArgument
 from llmtune.cli.output_streams import handled, print_json, stderr_console
 from llmtune.launch.python_api import make_console
 from llmtune.score_records import Difference
+from llmtune.store.process_environment import gc_paused, prepare_environment
 
-File = Annotated[Path, typer.Argument(metavar="FILE", help="A release file.")]
+Stored = Annotated[
+    str, typer.Argument(metavar="RELEASE", help="release:NAME, release:NAME@HASH, NAME, or a release file.")
+]
 Signers = Annotated[
     Path | None,
     typer.Option("--signers", help="Allowed signers: lines of a name and an SSH public key. Others fail (exit 6)."),
@@ -33,7 +36,7 @@ class MakesByDefault(TyperGroup):
 
 app = typer.Typer(
     cls=MakesByDefault,
-    help="Write a run's scores into a small file for git: llmtune release RUN; list, show and diff such files.",
+    help="Make a run the current release of its name: llmtune release RUN; list, show, diff and roll back releases.",
     no_args_is_help=True,
 )
 
@@ -43,61 +46,87 @@ app = typer.Typer(
 def make(
     run: RunArgument,
     out: Annotated[
-        str | None, typer.Option(metavar="OUT", help="The file, or FOLDER/ (default: releases/<run folder>.json).")
+        str | None, typer.Option(metavar="OUT", help="Only write the scores into this file, or a file in FOLDER/.")
     ] = None,
     sign: Annotated[str | None, typer.Option("--sign", metavar="KEY", help="File of an SSH key, or: sigstore.")] = None,
+    offline: Offline = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write the release file of a run (short: `release RUN`). It contains no text of rows and no paths."""
-    from llmtune.deploy.releases import make_release, summarize_release
+    """Store a run in releases/NAME/HASH and make it the current release (short: `release RUN`).
+
+    Exit code 6 if a gate of the run failed, 7 if one is inconclusive; then the earlier release stays. With --out, only
+    write a small file for git, with the scores of every row and without texts, weights and paths.
+    """
+    from llmtune.deploy.releases import make_release, require_passed, summarize_release
     from llmtune.evaluate.opened_runs import read_release
 
-    path = make_release(run, out, sign)
+    if out is not None:
+        path = make_release(run, out, sign)
+        if as_json:
+            print_json(summarize_release(path, read_release(path)))
+        else:
+            typer.echo(f"{path}; as a champion: evaluate.champion: {path}")
+        return
+    require_passed(run)
+    prepare_environment(network=False)
+    with gc_paused():
+        from llmtune.deploy.release_folder import promote_run
+        from llmtune.store.release_store import RECORD_FILE
+
+    promoted = promote_run(run, stderr_console(), offline=offline, signing=sign)
     if as_json:
-        print_json(summarize_release(path, read_release(path)))
+        record = promoted.folder / RECORD_FILE
+        print_json(summarize_release(record, read_release(record)) | {"before": promoted.before})
     else:
-        typer.echo(f"{path}; as a champion: evaluate.champion: {path}")
+        before = f", before {promoted.before}" if promoted.before not in (None, promoted.folder.name) else ""
+        typer.echo(f"{promoted.address} is current{before}; use it as a run: llmtune generate {promoted.short}")
 
 
 @app.command("list")
 @handled
 def list_release_files(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder with the files.")] = Path("releases"),
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder with release files.")] = Path("releases"),
     as_json: AsJson = False,
 ) -> None:
-    """List the releases in a folder, the oldest first."""
+    """List releases, the oldest first of each name; `*` marks the current one. Also release files in FOLDER."""
     from llmtune.deploy.releases import summarize_release
-    from llmtune.evaluate.opened_runs import list_releases
+    from llmtune.evaluate.opened_runs import list_all_releases
     from llmtune.report.number_format import score
 
-    found = list_releases(folder)
+    found = list_all_releases(folder)
     if as_json:
         print_json([summarize_release(*one) for one in found])
         return
     if not found:
         stderr_console().print(f"no releases in {folder} yet; make one: llmtune release RUN", markup=False)
     for path, release in found:
+        summary = summarize_release(path, release)
         scores = ", ".join(f"{name} {score(value)}" for name, value in release["tuned"].items())
-        typer.echo(f"{path}  {release['date']}  {release['verdict']['word']}  {scores}")
+        marked = f"{'*' if summary['current'] else ' '} {summary['address'] or path}"
+        typer.echo(f"{marked}  {release['date']}  {release['verdict']['word']}  {scores}")
 
 
 @app.command("show")
 @handled
-def show_release(file: File, signers: Signers = None, as_json: AsJson = False) -> None:
+def show_release(release: Stored, signers: Signers = None, as_json: AsJson = False) -> None:
     """Show the scores and gates of a release, and check its signature if it has one."""
     from llmtune.deploy.releases import check_signature, summarize_release
-    from llmtune.evaluate.opened_runs import read_release
+    from llmtune.evaluate.opened_runs import find_record, read_release
     from llmtune.report.render_terminal import print_sections
     from llmtune.report.score_sections import gate_section, score_section
     from llmtune.score_records import Evaluation
 
-    release, signature = read_release(file), check_signature(file, signers)
+    file = find_record(release)
+    record, signature = read_release(file), check_signature(file, signers)
+    summary = summarize_release(file, record)
     if as_json:
-        print_json(summarize_release(file, release) | {"signature": asdict(signature) if signature else None})
+        print_json(summary | {"signature": asdict(signature) if signature else None})
         return
-    scores = release["base"], release["tuned"], release["difference"]
-    evaluation = Evaluation(*scores, (), release["rows"], release["signatures"])
-    sections = [score_section(evaluation, release["recipe"]["task"]), gate_section(release["gates"])]
+    if summary["address"]:
+        typer.echo(f"{summary['address']}{' (current)' if summary['current'] else ''}, from run {record['run']}")
+    scores = record["base"], record["tuned"], record["difference"]
+    evaluation = Evaluation(*scores, (), record["rows"], record["signatures"])
+    sections = [score_section(evaluation, record["recipe"]["task"]), gate_section(record["gates"])]
     print_sections(sections, make_console(stderr=False))
     if signature:
         by = f"signed by {signature.by}" if signature.kind == "ssh" else signature.by
@@ -107,15 +136,16 @@ def show_release(file: File, signers: Signers = None, as_json: AsJson = False) -
 
 @app.command()
 @handled
-def diff(first: File, second: File, as_json: AsJson = False) -> None:
+def diff(first: Stored, second: Stored, as_json: AsJson = False) -> None:
     """Compare two releases row by row, second minus first."""
     from llmtune.deploy.releases import diff_releases
+    from llmtune.evaluate.opened_runs import find_record
     from llmtune.report.blocks import Compared, Section, difference_table
     from llmtune.report.metric_info import better_side
     from llmtune.report.render_terminal import print_sections
     from llmtune.store.atomic_files import plain
 
-    difference, left_out = diff_releases(first, second)
+    difference, left_out = diff_releases(find_record(first), find_record(second))
     if as_json:
         print_json({"difference": plain(difference), "left_out": left_out})
         return
@@ -127,3 +157,24 @@ def diff(first: File, second: File, as_json: AsJson = False) -> None:
     print_sections([Section(f"{second} minus {first}", [table])], make_console(stderr=False))
     for metric, why in left_out.items():
         typer.echo(f"{metric} not compared: {why}")
+
+
+@app.command("rollback")
+@handled
+def roll_back(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the releases.")],
+    to: Annotated[
+        str | None, typer.Option("--to", metavar="HASH", help="The release (default: the one before the current).")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make an earlier release current again, by one rename of a pointer. Servers with --release reload it."""
+    from llmtune.recipe.section import RELEASE_PREFIX
+    from llmtune.store.release_store import rollback
+
+    name = name.removeprefix(RELEASE_PREFIX)
+    before, current = rollback(name, to)
+    if as_json:
+        print_json({"name": name, "before": before, "current": current})
+    else:
+        typer.echo(f"{name}: {before or 'none'} -> {current}")

@@ -173,16 +173,27 @@ def evaluate_command(
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Step 5: score base and tuned model on the same held-out rows. Also accepts a run folder."""
+    """Step 5: score base and tuned model on the same held-out rows. Also accepts a run: its folder or address."""
     request = RunRequest(out, "evaluate", resume, fresh, lock, threads, offline, dry_run)
-    if not Path(recipe).is_dir():
+    folder = find_named(recipe)
+    if folder is None:
         _run(recipe, with_model(sets, model), request, quiet=quiet, as_json=as_json)
         return
     refuse_both(request.resume, request.fresh)
     if request != RunRequest(until="evaluate", threads=threads, offline=offline):
         raise RecipeError.of("a run folder accepts only --set, --threads, --offline and --json")
-    result = evaluate_folder(Path(recipe), with_model(sets, model), request, stderr_console(quiet=quiet))
+    result = evaluate_folder(folder, with_model(sets, model), request, stderr_console(quiet=quiet))
     print_result(result, as_json=as_json)
+
+
+def find_named(text: str) -> Path | None:
+    """Return the run that a folder or an address names; None for a recipe, whose name alone is not an address here."""
+    from llmtune.recipe.section import RELEASE_PREFIX  # keep --help fast: it imports pydantic
+    from llmtune.store.run_listing import LATEST, find_run
+
+    if "@" in text or text == LATEST or text.startswith(RELEASE_PREFIX):
+        return None if Path(text).is_file() else find_run(Path(text))
+    return Path(text) if Path(text).is_dir() else None
 
 
 def _run(recipe: str, sets: list[str], request: RunRequest, *, quiet: bool, as_json: bool) -> None:

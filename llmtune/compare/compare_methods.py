@@ -25,6 +25,7 @@ from typing import IO
 from rich.console import Console
 from rich.markup import escape
 
+from llmtune.data.run_naming import hash_run
 from llmtune.errors import (
     BY_EXIT_CODE,
     EnvironmentProblem,
@@ -46,6 +47,7 @@ from llmtune.score_records import GateResult
 from llmtune.store.atomic_files import explained, hash_value
 from llmtune.store.process_environment import refuse_network
 from llmtune.store.run_folder import MANIFEST
+from llmtune.store.run_listing import RUNS
 
 METHODS = ("full", "lora", "qlora", *(name for name in peft_methods() if name not in (*REFUSED_METHODS, "lora")))
 TENTH = 10
@@ -175,8 +177,8 @@ def change(loaded: LoadedRecipe, method: str) -> list[str]:
 
 
 def default_out(loaded: LoadedRecipe, rates: Mapping[str, float]) -> Path:
-    """`runs/<name>-compare-<8 hex>`: the same for the same recipe, independent of the methods."""
-    return Path("runs") / f"{loaded.recipe.name}-compare-{hash_value([loaded.fingerprint, dict(rates)])[:8]}"
+    """`runs/<name>-compare-<8 hex>`: the same for the same recipe and rows, independent of the methods."""
+    return RUNS / f"{loaded.recipe.name}-compare-{hash_value([hash_run(loaded), dict(rates)])[:8]}"
 
 
 def compare_methods(recipe: str, options: MethodOptions, console: Console, shown: Console) -> Json:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -15,8 +16,9 @@ from rich.console import Console
 from transformers import PreTrainedModel
 
 from llmtune.compare.compare_methods import change
+from llmtune.data.run_naming import default_folder
 from llmtune.data.task_interface import TaskInterface
-from llmtune.errors import EnvironmentProblem, RecipeError
+from llmtune.errors import DataError, EnvironmentProblem, RecipeError
 from llmtune.model.catalogue import CatalogueModel
 from llmtune.model.config import build_skeleton, find_class, read_model_config
 from llmtune.model.device import CARDS, device_memory
@@ -27,7 +29,7 @@ from llmtune.recipe.loader import LoadedRecipe, load_recipe
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.training_rule import choose_training
 from llmtune.records import ALONE, Layout, MemoryPlan
-from llmtune.store.run_folder import RunFolder, default_path, read_manifest
+from llmtune.store.run_folder import RunFolder, read_manifest
 from llmtune.tasks.registry import choose_variant
 
 METHODS = ("full", "lora", "qlora")
@@ -138,10 +140,11 @@ def list_recipe_fits(
 
 def _trained_tokens(loaded: LoadedRecipe) -> tuple[int | None, int]:
     """Return the tokens of all steps (None before rows are prepared), and those of the longest row."""
-    recipe = loaded.recipe
-    path = default_path(recipe.name, loaded.fingerprint)
-    manifest = read_manifest(path)
-    facts = RunFolder(path, manifest).facts("encode") if manifest else None
+    recipe, path = loaded.recipe, None
+    with suppress(DataError, EnvironmentProblem):  # rows that cannot be read here
+        path = default_folder(loaded)
+    manifest = path and read_manifest(path)
+    facts = RunFolder(path, manifest).facts("encode") if path and manifest else None
     if not facts:
         return None, recipe.data.max_length
     tokens, rows = facts["tokens"]["train"], facts["counts"]["train"]

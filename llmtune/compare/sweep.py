@@ -31,6 +31,7 @@ from llmtune.compare.sweep_trial import (
     sweep_trial_folder,
     validations,
 )
+from llmtune.data.run_naming import hash_run
 from llmtune.errors import EnvironmentProblem, Problem, RecipeError
 from llmtune.evaluate.class_alignment import pair_metrics
 from llmtune.evaluate.opened_runs import check_alike, open_runs
@@ -49,6 +50,7 @@ from llmtune.report.verdict import BETTER, INCONCLUSIVE, WORSE, verdict
 from llmtune.score_records import Difference
 from llmtune.store.atomic_files import explained, hash_value, plain, write_json, write_text
 from llmtune.store.process_environment import refuse_network
+from llmtune.store.run_listing import RUNS
 
 if TYPE_CHECKING:
     from optuna import Study
@@ -250,8 +252,8 @@ def run_sweep(recipe: str, options: SweepOptions, console: Console, shown: Conso
     space = read_space(options.space, recipe, options.sets)
     _check_comparable(loaded, space)
     refuse_network(loaded.recipe, offline=options.offline)
-    searched = hash_value([loaded.fingerprint, {key: repr(one) for key, one in space.items()}])
-    out = options.out or Path("runs") / f"{loaded.recipe.name}-sweep-{searched[:8]}"
+    searched = hash_value([hash_run(loaded), {key: repr(one) for key, one in space.items()}])
+    out = options.out or RUNS / f"{loaded.recipe.name}-sweep-{searched[:8]}"
     study = open_study(out, searched)
     console.print(f"searching {', '.join(space)} -> {escape(str(out))}")
     while (done := len(_ended(study))) < options.trials:

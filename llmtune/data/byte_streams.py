@@ -36,10 +36,14 @@ OTHER_FILES = {
 TAR = slice(257, 262)
 """Offset of a tar archive's magic number: `ustar`."""
 
-GUESSED_BYTES = 2**20
-"""How many bytes of a file the encoding guess reads."""
-WESTERN_SIGNS = "€‚„…†‡‰‹‘’“”•–—™›\xa0¡¢£§©ª«®°±²³´µ·º»¼½¾¿×÷"
 WIDE = ("utf-16", "utf_16", "utf16", "utf-32", "utf_32", "utf32")
+ZERO_BYTES, ZERO_SHARE = 4, 0.02
+"""In UTF-16, one half of each character has so many times the zero bytes of the other half, and so many of all."""
+PEEKED_BYTES = 4096
+UTF8 = "UTF-8"
+MULTIBYTE = ("big5", "cp932", "cp949", "cp950", "euc_", "gb", "johab", "shift_jis")
+SEVERAL = 8
+"""So many bytes are no chance: beyond ASCII and valid in UTF-8, or zero in one half of each two bytes."""
 WIDE_MARKS = {
     codecs.BOM_UTF32_LE: "utf-32",  # before UTF-16, whose mark is a prefix of this one
     codecs.BOM_UTF32_BE: "utf-32",
@@ -83,13 +87,50 @@ def skip_bom(stream: ByteStream) -> None:
         stream.read(len(codecs.BOM_UTF8))
 
 
+class OtherEncodingError(Exception):
+    """A file is in another encoding than stated, though its bytes can be read in both: what it is, and the fix."""
+
+    def __init__(self, encoding: str, stated: str) -> None:
+        self.what = f"the file is {encoding}, and its source states {stated}"
+        self.fix = f"Set `encoding: {encoding}`." if encoding != UTF8 else f"Remove `encoding: {stated}`."
+        super().__init__(self.what)
+
+
+def _refuse_utf8(pieces: Iterator[bytes], stated: str) -> Iterator[bytes]:
+    """Yield the pieces of a file; raise OtherEncodingError once they turn out to be UTF-8."""
+    name = codecs.lookup(stated).name
+    is_wide, least = name.startswith(WIDE), SEVERAL if name.startswith(MULTIBYTE) else 1
+    decoder, is_utf8, signs = codecs.getincrementaldecoder("utf-8")(), not name.startswith("utf-8"), 0
+    for piece in pieces:
+        if is_utf8:
+            with suppress(UnicodeDecodeError):
+                signs += len(piece) - len(decoder.decode(piece))  # a character takes several bytes
+                is_utf8 = not (is_wide and b"\0" in piece)
+                if is_utf8 and (is_wide or signs >= SEVERAL):
+                    raise OtherEncodingError(UTF8, stated)
+                yield piece
+                continue
+            is_utf8 = False
+        yield piece
+    if is_utf8 and signs >= least and not is_wide:
+        raise OtherEncodingError(UTF8, stated)
+
+
 class Transcoded(io.RawIOBase):
-    """Converts a stream in another encoding to UTF-8."""
+    """Converts a stream in another encoding to UTF-8.
+
+    Reading raises OtherEncodingError if the bytes show that the file is UTF-8, UTF-16 or UTF-32 and not as stated:
+    decoding could succeed, with other characters.
+    """
 
     def __init__(self, stream: ByteStream, encoding: str) -> None:
-        if not encoding.lower().startswith(WIDE):
+        start, stated = stream.peek(PEEKED_BYTES)[:PEEKED_BYTES], codecs.lookup(encoding).name
+        wide = wide_mark(start) or byte_order(start)
+        if wide and not (stated.startswith(wide) or (wide_mark(start) and wide.startswith(stated[:6]))):
+            raise OtherEncodingError(wide, encoding)
+        if not wide:
             skip_bom(stream)
-        pieces = iter(lambda: stream.read(2**16), b"")
+        pieces = _refuse_utf8(iter(lambda: stream.read(2**16), b""), encoding)
         self._pieces = codecs.iterencode(codecs.iterdecode(pieces, encoding), "utf-8")
         self._rest = b""
 
@@ -155,39 +196,39 @@ def _refuse_bomb(path: Path | RemoteFile, kind: str) -> None:
             pass
 
 
+def wide_mark(start: bytes) -> str | None:
+    """Return the encoding of a byte order mark of UTF-16 or UTF-32 at the start of a file; None without one."""
+    return next((name for mark, name in WIDE_MARKS.items() if start.startswith(mark)), None)
+
+
+def refuse_wide(stream: ByteStream, name: str) -> None:
+    """Raise DataError for UTF-16 or UTF-32 text without a stated encoding."""
+    start = stream.peek(PEEKED_BYTES)[:PEEKED_BYTES]
+    if encoding := wide_mark(start) or byte_order(start):
+        raise DataError.of(
+            f"the file is {encoding.upper()[:6]}", name, f"Set `encoding: {encoding}`, or save it as UTF-8."
+        )
+
+
+def byte_order(start: bytes, fewest: int = SEVERAL) -> str | None:
+    """Return the kind of UTF-16 without a mark, by the `fewest` ASCII characters; None for other encodings.
+
+    Their zero byte comes second, or first.
+    """
+    first, second = start[0::2].count(0), start[1::2].count(0)
+    if max(fewest, ZERO_SHARE * len(start)) > max(first, second):
+        return None
+    name = "utf-16-le" if second > ZERO_BYTES * first else "utf-16-be" if first > ZERO_BYTES * second else None
+    with suppress(UnicodeDecodeError):
+        return name if name and codecs.getincrementaldecoder(name)().decode(start) else None
+    return None
+
+
 def refuse_other_files(stream: ByteStream, name: str) -> None:
-    """Raise DataError for an archive, a database or UTF-16 text, whatever the file's name suggests."""
+    """Raise DataError for an archive or a database, whatever the file's name suggests."""
     start = stream.peek(TAR.stop)
-    if start[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        raise DataError.of("the file is UTF-16", name, "Add `encoding: utf-16` to the source, or save it as UTF-8.")
     kind, fix = next((about for magic, about in OTHER_FILES.items() if start.startswith(magic)), (None, None))
     if start[TAR] == b"ustar":
         kind, fix = "a tar archive", "Unpack it."
     if kind is not None:
         raise DataError.of(f"the file is {kind}, whatever its name says", name, fix)
-
-
-def guess_encoding(path: Path | RemoteFile) -> str | None:
-    """Return the encoding of a file's byte order mark, or `cp1252` if the file is not UTF-8 and looks Western European.
-
-    Excel writes "Unicode text" as UTF-16 with a mark, and CSV files as cp1252 without one.
-    """
-    with open_bytes(path) as stream:
-        skip_bom(stream)
-        start = stream.read(GUESSED_BYTES)
-    if marked := next((name for mark, name in WIDE_MARKS.items() if start.startswith(mark)), None):
-        return marked
-    try:
-        start.decode()
-    except UnicodeDecodeError as error:
-        if error.end >= len(start) - 3 and len(start) == GUESSED_BYTES:
-            return None  # the last character is cut in two
-    else:
-        return None
-    try:
-        signs = [sign for sign in start.decode("cp1252") if not sign.isascii()]
-    except UnicodeDecodeError:
-        return None
-    rare = sum(not (sign.isalpha() or sign in WESTERN_SIGNS) for sign in signs)
-    words = len(signs) < len(start) / 3  # more of them suggest another alphabet
-    return "cp1252" if signs and words and rare <= len(signs) / 10 else None

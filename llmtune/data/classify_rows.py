@@ -96,7 +96,8 @@ def class_doubts(labels: Iterable[Label], kind: str = "auto") -> Iterator[tuple[
     if kind != "single" and (written := _written_numbers(texts)):
         what = f"numbers are read as classes, because of their commas, separators or percent signs: {_some(written)}"
         fix = (
-            f"For numbers, write digits with a decimal point, such as 1234.5. For several labels in a row, {LIST_FIX}. "
+            "For numbers, set classify.kind: regression, or write a decimal point, such as 1234.5. "
+            f"For several labels in a row, {LIST_FIX}. "
         )
         yield what, f"{fix}If each is a class, set classify.kind: single."
     elif kind != "single" and (joined := _joined(texts)):

@@ -12,6 +12,8 @@ from llmtune.recipe.task_facts import TASK_FACTS
 
 FIELD = re.compile(r"\{([^{}]+)\}")
 """A column name in a template."""
+JOINT = "\n\n"
+"""Between the parts of a template; an empty part is left out."""
 LIST = "[{"
 """Beginning of a mapping to several columns, which makes a list: `[{negative_1}, {negative_2}]`."""
 NUMBERED = ("negatives",)
@@ -98,7 +100,8 @@ def rename(
     """Give mapped columns their canonical names, and messages our roles. A column that had such a name is replaced.
 
     A mapping names a column or a nested key (`thread.messages`), or is a template with such names in braces; in
-    brackets, a list of those that a row has. Raises RowError if a template meets a value that is no text.
+    brackets, a list of those that a row has. Parts of a template between blank lines are left out if they are empty.
+    Raises RowError if a template meets a value that is no text.
     """
     if columns:
         row = {
@@ -145,13 +148,22 @@ def _mapped_cell(row: Mapping[str, object], theirs: str) -> object:
     if theirs.startswith(LIST):
         cells = (find(row, name) for name in FIELD.findall(theirs))
         return [cell for cell in cells if cell is not MISSING and cell is not None and cell != ""]
-    return FIELD.sub(lambda found: _template_text(find(row, found[1]), found[1]), theirs).strip()
+    parts = theirs.split(JOINT)
+    filled = [FIELD.sub(lambda field: _template_text(find(row, field[1]), field[1]), part) for part in parts]
+    return JOINT.join(
+        text for text, part in zip(filled, parts, strict=True) if text.strip() or not part.strip()
+    ).strip()
 
 
 def _template_text(value: object, name: str) -> str:
     if isinstance(value, dict | list):
         raise RowError("wrong type", f"{name!r} is {json_kind(value)}; a template takes texts and numbers")
-    return "" if value is None else str(value)
+    return "" if value is None or value != value else str(value)  # a number that is not equal to itself is NaN
+
+
+def join_columns(names: Sequence[str]) -> str:
+    """Return the mapping to one column, or to several with a blank line between those that a row has."""
+    return names[0] if len(names) == 1 else JOINT.join(f"{{{name}}}" for name in names)
 
 
 def fields(theirs: str, names: Collection[str]) -> set[str]:
@@ -210,7 +222,7 @@ def infer_columns(rows: RawRows, task: str) -> dict[str, str] | None:
     known = {name for ours in wanted for name in (ours, *ALIASES.get(task, {}).get(ours, ()))}
     refused = () if wanted[-1] in COMPARED else COMPARED
     names = dict.fromkeys(name for row in rows for name in row if name.lower() not in refused)
-    texts = [name for name in names if name.lower() in known or _is_text(rows, name)]
+    texts = [name for name in names if name.lower() in known or is_text(rows, name)]
     if len(texts) < len(wanted):
         return None
     return _assign(rows, task, wanted, texts)
@@ -227,12 +239,11 @@ def _assign(rows: RawRows, task: str, wanted: Sequence[str], texts: Sequence[str
         left.remove(columns[ours])
     if wanted[0] == "audio":
         left = [name for name in left if all(RECORDING.search(str(row.get(name))) for row in rows)]
-    left = _columns_called(task, wanted[0], left) or [name for name in left if not _repeats(rows, name)] or left
+    left = _columns_called(task, wanted[0], left) or [name for name in left if not repeats(rows, name)] or left
     if not left:
         return None
     joined = left if wanted[0] in ("prompt", "text", "document") else left[:1]
-    given = joined[0] if len(joined) == 1 else "\n\n".join(f"{{{name}}}" for name in joined)
-    return {wanted[0]: given, **{ours: columns[ours] for ours in wanted[1:]}}
+    return {wanted[0]: join_columns(joined), **{ours: columns[ours] for ours in wanted[1:]}}
 
 
 def _by_values(rows: RawRows, ours: str, names: Sequence[str]) -> str:
@@ -241,7 +252,7 @@ def _by_values(rows: RawRows, ours: str, names: Sequence[str]) -> str:
         return min(names, key=lambda name: len({str(row.get(name)) for row in rows}))
     if ours in ("context", "text"):
         return max(names, key=lambda name: mean(len(str(row.get(name) or "")) for row in rows))
-    return next((name for name in reversed(names) if not _repeats(rows, name)), names[-1])
+    return next((name for name in reversed(names) if not repeats(rows, name)), names[-1])
 
 
 def _columns_called(task: str, ours: str, names: Sequence[str]) -> list[str]:
@@ -252,15 +263,15 @@ def _columns_called(task: str, ours: str, names: Sequence[str]) -> list[str]:
 
 def name_words(name: str) -> set[str]:
     """Return the words in a column's name."""
-    return set(re.findall(r"[a-z]+", name.lower()))
+    return set(re.findall(r"[^\W\d_]+", name.lower()))
 
 
-def _repeats(rows: RawRows, name: str) -> bool:
+def repeats(rows: RawRows, name: str) -> bool:
     """Whether a column repeats few values, as a category does."""
     return len(rows) >= MANY_ROWS and len({str(row.get(name)) for row in rows}) <= len(rows) / 4
 
 
-def _is_text(rows: RawRows, name: str) -> bool:
+def is_text(rows: RawRows, name: str) -> bool:
     """Whether a column has text that differs from row to row; numbers, dates and identifiers do not count."""
     values = [value for row in rows if isinstance(value := row.get(name), str) and value.strip()]
     if len(values) > 2 and len(set(values)) == 1:

@@ -6,23 +6,28 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
 
 from llmtune.data.column_mapping import PASSAGE_NAMES, has_columns, rename
+from llmtune.data.hub_datasets import dataset_name
+from llmtune.data.object_store import is_remote
 from llmtune.data.rejected_rows import RowError, too_many_bad
 from llmtune.data.row_hash import row_json
 from llmtune.data.search_rows import passage_text, text_key
 from llmtune.data.sources import Input, local_input, open_sources
-from llmtune.errors import DataError, Problem
+from llmtune.errors import DataError, LlmtuneError, Problem
 from llmtune.recipe.data_section import DataSection
 from llmtune.store.atomic_files import atomic_file
 
 CORPUS = "corpus.jsonl"
 """File with a passage of `data.corpus` per line, next to the prepared rows."""
 SHOWN = 20
+TRIED_PASSAGES = 1000
+"""How many passages of each file a check reads."""
 
 
 def read_passages(file: Path) -> list[str]:
@@ -65,13 +70,38 @@ def save_corpus(data: DataSection, folder: Path, console: Console) -> str:
                     digest.update(key)
                     file.write(json.dumps(passage, ensure_ascii=False) + "\n")
     if not seen:
-        raise DataError.of("the corpus has no passages", "data.corpus", "Give a text file with a passage per line.")
+        raise _no_passages()
     if len(bad) > data.max_dropped * total:
         looked = f"{len(bad):,} of {total:,} passages of data.corpus"
         raise DataError(too_many_bad(looked, len(bad) / total, data.max_dropped), *bad[:SHOWN])
     left_out = f"; {len(bad):,} left out ({escape(bad[0].what)}: {escape(bad[0].where or '')})" if bad else ""
     console.print(f"corpus: {len(seen):,} different passages of {total:,}{left_out}", highlight=False)
     return digest.hexdigest()
+
+
+def _no_passages() -> LlmtuneError:
+    return DataError.of("the corpus has no passages", "data.corpus", "Give a text file with a passage per line.")
+
+
+def try_corpus(data: DataSection) -> None:
+    """Refuse passages that `save_corpus` would refuse, judging by the first of each local file."""
+    local = [one for one in data.corpus or () if not (dataset_name(one) or is_remote(one.path))]
+    bad, total, whole = list[Problem](), 0, True
+    for one in open_sources(local, "data.corpus"):
+        tried = list(islice(iterate_passages(one, one.source.columns or data.columns), TRIED_PASSAGES + 1))
+        whole &= len(tried) <= TRIED_PASSAGES
+        total += len(tried)
+        bad += [
+            Problem(f"{passage.reason} ({passage.detail})", origin)
+            for origin, passage in tried
+            if isinstance(passage, RowError)
+        ]
+    share = len(bad) / max(total, 1)
+    if local and total == 0 and len(local) == len(data.corpus or ()):
+        raise _no_passages()
+    if total and (share == 1 or (whole and share > data.max_dropped)):
+        looked = f"{len(bad):,} of {total:,} passages of data.corpus"
+        raise DataError(too_many_bad(looked, share, data.max_dropped), *bad[:SHOWN])
 
 
 def load_corpus(folder: Path) -> list[str]:

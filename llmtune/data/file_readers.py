@@ -23,10 +23,13 @@ from llmtune.data.byte_streams import (
     MAX_GROWTH,
     ByteStream,
     GrowthError,
+    OtherEncodingError,
     Transcoded,
     open_bytes,
     refuse_other_files,
+    refuse_wide,
 )
+from llmtune.data.encoding_guess import guess_encoding
 from llmtune.data.message_fields import is_message
 from llmtune.data.object_store import RemoteFile, is_damage, reached
 from llmtune.data.rejected_rows import RawRow, RowError, json_kind
@@ -99,11 +102,24 @@ def read_lazily(
         if container == "parquet":
             yield from read_parquet(path, name, advance)
             return
-        with open_bytes(path, advance) as stream:
-            if encoding is not None:
-                stream = io.BufferedReader(Transcoded(stream, encoding))
-            refuse_other_files(stream, name)
-            yield from READERS[container](stream, name)
+        try:
+            yield from _read_text_file(path, name, container, advance, encoding)
+        except UnicodeError:  # with a stated encoding; otherwise bad bytes are errors of their rows
+            if encoding is not None and (guess := guess_encoding(path)):
+                raise OtherEncodingError(guess, encoding) from None
+            raise
+
+
+def _read_text_file(
+    path: Path | RemoteFile, name: str, container: str, advance: Advance, encoding: str | None
+) -> Iterator[LazyRow]:
+    with open_bytes(path, advance) as stream:
+        if encoding is not None:
+            stream = io.BufferedReader(Transcoded(stream, encoding))
+        refuse_other_files(stream, name)
+        if encoding is None:
+            refuse_wide(stream, name)
+        yield from READERS[container](stream, name)
 
 
 @contextmanager
@@ -122,7 +138,9 @@ def data_errors(name: str) -> Iterator[None]:
         raise DataError.of(what, name, "Unpack it by hand, if that is intended.") from error
     except pa.ArrowException as error:
         raise DataError.of(f"not a readable Parquet file: {first_line(error)}", name) from error
-    except UnicodeError as error:  # with a stated encoding; otherwise bad bytes are errors of their rows
+    except OtherEncodingError as error:
+        raise DataError.of(error.what, name, error.fix) from error
+    except UnicodeError as error:
         raise DataError.of(f"the file is not in the stated encoding: {error}", name, "Correct `encoding:`.") from error
     except OSError as error:
         if is_damage(error):

@@ -12,17 +12,19 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from llmtune.data.byte_streams import GUESSED_BYTES, guess_encoding, open_bytes
+from llmtune.data.byte_streams import WIDE, open_bytes
 from llmtune.data.classify_rows import class_doubts
 from llmtune.data.column_mapping import ANSWER_NAMES, find, flatten, infer_columns, name_words, rename
 from llmtune.data.contamination import ANSWERS
+from llmtune.data.encoding_guess import GUESSED_BYTES, guess_encoding
 from llmtune.data.file_readers import data_errors
+from llmtune.data.label_candidates import LabelCandidate, are_identifiers, map_classes
 from llmtune.data.message_fields import CONTENT_KEYS, first_key, is_message, propose_roles, read_turns
 from llmtune.data.rejected_rows import RowError
 from llmtune.data.row_formats import check_mapped, detect_format, map_columns, parse_row, reads_rows
 from llmtune.data.row_hash import hash_content, iterate_strings, row_json
 from llmtune.data.sources import LOOKED_AT, Input, find_files, local_input
-from llmtune.errors import DataError
+from llmtune.errors import DataError, Problem
 from llmtune.recipe.data_section import Source
 from llmtune.recipe.task_facts import TASK_FACTS
 
@@ -49,12 +51,13 @@ class Survey:
 
     path: str
     """The path as the user gave it."""
-    files: Sequence[Path]
-    encoding: str | None
-    """None if the text is UTF-8."""
+    files: Mapping[Path, str | None]
+    """The encoding of each file; None if it is UTF-8."""
+    sources: Sequence[Source]
+    """The sources of a recipe that read the files: one, or one per file if their encodings differ."""
     rows: Sequence[Mapping[str, object]]
-    folders: Sequence[Path]
-    """The folder of each row's file."""
+    row_files: Sequence[Path]
+    """The file of each row."""
     bad: Mapping[str, int]
     """Unreadable rows by reason."""
     whole: bool
@@ -64,6 +67,11 @@ class Survey:
     def columns(self) -> list[str]:
         """The names of the columns and of their nested keys."""
         return list(dict.fromkeys(name for row in self.rows[:LOOKED_AT] for name in flatten(row)))
+
+    @property
+    def encodings(self) -> str:
+        """The encodings of the files, in words."""
+        return " and ".join(dict.fromkeys(encoding or "UTF-8" for encoding in self.files.values()))
 
     @property
     def first(self) -> Sequence[Mapping[str, object]]:
@@ -82,6 +90,10 @@ class Reading:
     rows: Sequence[Mapping[str, object]]
     bad: Mapping[str, int]
     """The number of unreadable rows by reason, the most frequent first."""
+    lost: Mapping[Path, str]
+    """Files without a readable row, each with the problem of its first row."""
+    candidates: Sequence[LabelCandidate] = ()
+    """Columns that may be the label; the reading takes the first. Empty if the label is named."""
 
     @property
     def copies(self) -> int:
@@ -92,43 +104,47 @@ class Reading:
 def survey_files(path: str) -> Survey:
     """Read the first rows of a file, or of the files of a folder or glob.
 
-    Raises DataError if a file cannot be read, or if no file has rows.
+    Raises DataError if a file cannot be read, or has rows of which none can be read.
     """
     inputs = [local_input(file) for file in find_files(Source(path=path), "llmtune init")]
-    encoding = _encoding(inputs)
-    if encoding:
-        inputs = [replace(one, source=one.source.model_copy(update={"encoding": encoding})) for one in inputs]
-    rows_in = ((one.folder or Path(), row) for one in inputs for row in one.raw_rows())
-    found = list(islice(rows_in, MOST_ROWS + 1))
-    good = [(row, folder) for folder, (_, row) in found[:MOST_ROWS] if not isinstance(row, RowError)]
-    bad = [error for _, (_, error) in found[:MOST_ROWS] if isinstance(error, RowError)]
+    inputs = [replace(one, source=_with_encoding(one)) for one in inputs]
+    rows_in = ((one, row) for one in inputs for row in one.raw_rows())
+    looked_at = list(islice(rows_in, MOST_ROWS + 1))
+    good = [(row, one.path) for one, (_, row) in looked_at[:MOST_ROWS] if not isinstance(row, RowError)]
+    bad = [(one.path, origin, row) for one, (origin, row) in looked_at[:MOST_ROWS] if isinstance(row, RowError)]
+    files = {one.path: one.source.encoding for one in inputs if isinstance(one.path, Path)}
+    read = {file for _, file in good}
+    first_bad = {file: Problem(f"no row can be read: {error}", origin) for file, origin, error in reversed(bad)}
+    DataError.collect(problem for file, problem in first_bad.items() if file not in read)
     if not good:
-        raise DataError.of("no row can be read", path, str(bad[0]) if bad else "The file is empty.")
-    files = [one.path for one in inputs if isinstance(one.path, Path)]
-    rows, folders = zip(*good, strict=True)
-    return Survey(path, files, encoding, rows, folders, Counter(error.reason for error in bad), len(found) <= MOST_ROWS)
+        raise DataError.of("no row can be read", path, "The file is empty.")
+    rows, row_files = zip(*good, strict=True)
+    reasons = Counter(error.reason for _, _, error in bad)
+    return Survey(path, files, _name_sources(path, inputs), rows, row_files, reasons, len(looked_at) <= MOST_ROWS)
 
 
-def _encoding(inputs: Sequence[Input]) -> str | None:
-    """Return the encoding of files that are not UTF-8. Raises DataError if only some files of a folder are not."""
-    guessed = dict[str, str | None]()
-    for one in inputs:
-        if one.path and one.container != "parquet":
-            with data_errors(one.name):
-                guessed[one.name] = guess_encoding(one.path)
-    found = {name: encoding for name, encoding in guessed.items() if encoding}
-    others = [one for one in inputs if one.path and not guessed.get(one.name) and not _is_ascii(one)]
-    if found and others:
-        name, encoding = next(iter(found.items()))
-        what = f"this file is {encoding}, and {others[0].name} is UTF-8: one encoding is expected"
-        raise DataError.of(what, name, "Save it as UTF-8.")
-    return next(iter(found.values()), None)
+def _with_encoding(one: Input) -> Source:
+    """Return the source of a file with its encoding, if it is not UTF-8."""
+    if one.path is None or one.container == "parquet":
+        return one.source
+    with data_errors(one.name):
+        return one.source.model_copy(update={"encoding": guess_encoding(one.path)})
+
+
+def _name_sources(path: str, inputs: Sequence[Input]) -> list[Source]:
+    """Return one source for all files, or one per file if no encoding reads them all."""
+    encodings = {one.source.encoding for one in inputs if one.source.encoding or not _is_ascii(one)}
+    if any(str(encoding).startswith(WIDE) for encoding in encodings):  # it does not read ASCII
+        encodings |= {one.source.encoding for one in inputs}
+    if len(encodings) > 1:
+        return [one.source for one in inputs]
+    return [Source(path=path, encoding=next(iter(encodings), None))]
 
 
 def _is_ascii(one: Input) -> bool:
     """Whether a file starts with ASCII only, so its encoding does not matter."""
     if one.path is None or one.container == "parquet":
-        return False
+        return True
     with open_bytes(one.path) as stream:
         return stream.read(GUESSED_BYTES).isascii()
 
@@ -141,15 +157,41 @@ def list_readings(survey: Survey, task: str | None = None, columns: Mapping[str,
     columns = columns or {}
     check_mapped(columns, survey.first, survey.path)
     named = [one for one in BY_NAME if task in (None, one)]
-    readings = [
-        _reading(survey, one, columns) for one in named if reads_rows(survey.first, one, columns, survey.folders[0])
-    ]
+    folder = survey.row_files[0].parent
+    readings = [_reading(survey, one, columns) for one in named if reads_rows(survey.first, one, columns, folder)]
     if not readings and task in (None, "chat"):
         readings = list(_conversations(survey, columns))
     if not readings and not columns and not refusals(survey, task):  # known names count, even if values are bad
         readings = [_reading(survey, one, columns) for one, columns in _inferred(survey, task)]
+    if task in (None, "classify"):
+        readings = _with_classes(survey, readings, columns, is_named=task is not None)
     readings = [reading for reading in readings if reading.rows]
     return readings if task is not None else sorted_for_search(readings)
+
+
+def _with_classes(survey: Survey, readings: list[Reading], columns: Mapping[str, str], is_named: bool) -> list[Reading]:
+    """Read all texts and find all candidates for the label in the reading of classify, if the rows have any.
+
+    It replaces a reading by the names of single columns, and precedes readings that leave a label out.
+    """
+    mapped, folder = map_classes(survey.rows, columns), survey.row_files[0].parent
+    others = [one.task for one in readings]
+    if mapped is None or not reads_rows(survey.first, "classify", mapped[0], folder):
+        return readings
+    if "classify" not in others and not (is_named or _leaves_label_out(survey, others, columns)):
+        return readings
+    reading = replace(_reading(survey, "classify", mapped[0]), candidates=mapped[1])
+    place = others.index("classify") if "classify" in others else 0
+    rest = [one for one in readings if one.task != "classify"]
+    if not mapped[1] and are_identifiers([row["label"] for row in reading.rows]):
+        place = len(rest)
+    return [*rest[:place], reading, *rest[place:]] if reading.rows else rest
+
+
+def _leaves_label_out(survey: Survey, tasks: Sequence[str], columns: Mapping[str, str]) -> bool:
+    """Whether the rows have no answers to learn, so that tasks of a text alone leave a label out."""
+    has_answers = any(name_words(name) & {*ANSWER_NAMES} for name in survey.columns)
+    return not has_answers and {*tasks} <= {"completion", "chat"} and {*columns} <= {"text", "label", "pair"}
 
 
 def sorted_for_search(readings: list[Reading]) -> list[Reading]:
@@ -180,7 +222,7 @@ def refusals(survey: Survey, task: str | None = None, columns: Mapping[str, str]
             row_format = detect_format(first, one, columns, None, survey.path)
             named = rename(first[0], map_columns(row_format, first, one, columns))
             try:
-                parse_row(named, row_format, one, survey.folders[0])
+                parse_row(named, row_format, one, survey.row_files[0].parent)
             except RowError as error:
                 found.append(f"as {one}: {error}")
     return found
@@ -207,7 +249,7 @@ def _has_content(turn: object) -> bool:
 def _inferred(survey: Survey, task: str | None) -> Iterator[tuple[str, dict[str, str]]]:
     for one in BY_VALUES if task is None else (task,):
         columns = infer_columns(survey.first, one)
-        reads = columns and reads_rows(survey.first, one, columns, survey.folders[0])
+        reads = columns and reads_rows(survey.first, one, columns, survey.row_files[0].parent)
         if columns and reads and (task is not None or _likely(columns, survey)):
             yield one, columns
 
@@ -226,15 +268,18 @@ def _likely(columns: Mapping[str, str], survey: Survey) -> bool:
 def _reading(survey: Survey, task: str, columns: Mapping[str, str], roles: Roles | None = None) -> Reading:
     row_format = detect_format(survey.first, task, columns, None, survey.path)
     mapping = map_columns(row_format, survey.first, task, columns)
-    rows, bad = [], Counter(survey.bad)
-    for row, folder in zip(survey.rows, survey.folders, strict=True):
+    rows, bad, read, lost = [], Counter(survey.bad), set[Path](), dict[Path, str]()
+    for row, file in zip(survey.rows, survey.row_files, strict=True):
         try:
-            parsed = parse_row(rename(row, mapping, roles), row_format, task, folder)
+            parsed = parse_row(rename(row, mapping, roles), row_format, task, file.parent)
             row_json(parsed)  # a row that cannot be stored is bad
             rows.append(parsed)
+            read.add(file)
         except RowError as error:
             bad[error.reason] += 1
-    return Reading(task, columns, roles or {}, rows, dict(bad.most_common()))
+            lost.setdefault(file, str(error))
+    lost = {file: why for file, why in lost.items() if file not in read}
+    return Reading(task, columns, roles or {}, rows, dict(bad.most_common()), lost)
 
 
 # Suspicious rows: one question with several answers, and placeholders that spreadsheets write for missing values

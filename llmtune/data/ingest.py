@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 
 from llmtune.data.arrow_rows import ArrowRow
-from llmtune.data.class_spelling import NameChange, note_tidied, rename_classes, require_one_spelling
+from llmtune.data.class_spelling import NameChange, note_tidied, rename_classes
 from llmtune.data.column_mapping import rename
 from llmtune.data.file_readers import MAX_ROW_BYTES, NOT_UTF8, JsonLine, LazyRow
 from llmtune.data.rejected_rows import RowError, parse_cell, too_many_bad
@@ -30,7 +30,6 @@ from llmtune.data.sources import Detected, encoding_hint
 from llmtune.data.worker_pool import WorkerPool
 from llmtune.errors import DataError, Problem, nearest
 from llmtune.recipe.data_section import DataSection
-from llmtune.recipe.schema import Recipe
 from llmtune.records import SPLITS, Advance, Json
 from llmtune.store.atomic_files import atomic_file
 
@@ -65,7 +64,7 @@ class IngestState:
     position: tuple[int, int] = (0, 0)
     """The input being read, and how many of its rows were read."""
     hints: list[Problem] = field(default_factory=list)
-    """Likely causes of many bad rows at once."""
+    """Files in another encoding, which no share of bad rows excuses: only their ASCII rows would be left."""
 
     @classmethod
     def restore(cls, list_file: Path, spool: Spool) -> IngestState:
@@ -168,42 +167,71 @@ def ingest_rows(
     account.publish()
     if account.bad[f"bad: {NOT_UTF8}"]:
         account.hints += [problem for one in inputs if (problem := encoding_hint(one.input))]
-    if account.unreadable:
+    if account.unreadable or account.hints:
         raise DataError(*dict.fromkeys(account.unreadable), *account.problems())
     _check_share(account, data.max_dropped)
     check_columns(columns or {}, tuple(account.columns))
     return account
 
 
-def try_rows(inputs: Sequence[Detected], recipe: Recipe) -> int | None:
-    """Refuse rows that `ingest_rows` would refuse, judging by the first rows of each input.
+@dataclass
+class TriedRows:
+    """The first rows of all inputs, parsed."""
 
-    Returns the number of distinct rows, or None if the inputs have more rows than were read.
+    whole: bool = True
+    """Whether the inputs have no other rows."""
+    rows_in: int = 0
+    good: list[HashedRow] = field(default_factory=list)
+    bad: list[tuple[str, RowError]] = field(default_factory=list)
+    columns: dict[str, None] = field(default_factory=dict)
+    """Columns of possible test rows, if `evaluate` requires some."""
+
+    @property
+    def different(self) -> int:
+        """The number of rows with different content, or of their groups if there are fewer."""
+        return min(len({row.content for row in self.good}), len({row.group for row in self.good}))
+
+
+def try_rows(
+    inputs: Sequence[Detected],
+    data: DataSection,
+    task: str,
+    columns: Mapping[str, str] | None = None,
+    renames: Mapping[str, str] | None = None,
+) -> TriedRows:
+    """Refuse rows that `ingest_rows` would refuse with the same arguments, judging by the first rows of each input.
 
     Raises:
-        DataError: too many rows are bad, or all of the first rows of longer inputs; a file cannot be read; or class
-            names differ only by case.
+        DataError: too many rows are bad, or all of the first rows of longer inputs; a file cannot be read, or has
+            another encoding; or no possible test row has one of `columns`.
     """
-    data = recipe.data
-    parser = _RowParser(tuple(inputs), recipe.task, data.split_by, isinstance(data.test, tuple), (), recipe.renames)
-    rows_in, whole, contents, bad, good = 0, True, set[bytes](), [], []
+    columns, tried = columns or {}, TriedRows()
+    own_tests = isinstance(data.test, tuple)
+    parser = _RowParser(tuple(inputs), task, data.split_by, own_tests, tuple(columns), renames or {})
     for number, one in enumerate(inputs):
         most = min(one.input.source.limit or TRIED_ROWS, TRIED_ROWS)
         rows = list(islice(one.input.lazy_rows(lambda count: None), most + 1))
-        whole &= len(rows) <= most
-        parsed = [row for _, row in parser(_InputBatch(number, 0, rows[:most], 0))[1]]
-        rows_in += len(parsed)
-        contents |= {row.content for _, row, _ in parsed if isinstance(row, HashedRow)}
-        bad += [(origin, row) for origin, row, _ in parsed if isinstance(row, RowError)]
-        if one.row_format.labels:
-            good += [(origin, json.loads(row.row)) for origin, row, _ in parsed if isinstance(row, HashedRow)]
-    share = len(bad) / max(rows_in, 1)
-    if share < 1 and (share <= data.max_dropped or not whole):
-        require_one_spelling(good, recipe)
-        return len(contents) if whole else None
-    looked = f"{len(bad):,} of {rows_in:,} rows" if whole else f"the first {len(bad):,} rows"
-    first = [Problem(str(error), origin) for origin, error in bad[:SHOWN]]
-    raise DataError(too_many_bad(looked, share, data.max_dropped), *first)
+        tried.whole &= len(rows) <= most
+        for _, (origin, row, names) in parser(_InputBatch(number, 0, rows[:most], 0))[1]:
+            tried.rows_in += 1
+            tried.columns.update(dict.fromkeys(names))
+            if isinstance(row, HashedRow):
+                tried.good.append(row)
+            else:
+                tried.bad.append((origin, row))
+    hints = [hint for one in inputs if (hint := encoding_hint(one.input))] if _lack_utf8(tried.bad) else []
+    share = len(tried.bad) / max(tried.rows_in, 1)
+    if not hints and share < 1 and (share <= data.max_dropped or not tried.whole):
+        if tried.columns:
+            check_columns(columns, tuple(tried.columns))
+        return tried
+    looked = f"{len(tried.bad):,} of {tried.rows_in:,} rows" if tried.whole else f"the first {len(tried.bad):,} rows"
+    first = [Problem(str(error), origin) for origin, error in tried.bad[:SHOWN]]
+    raise DataError(*(hints or [too_many_bad(looked, share, data.max_dropped)]), *first)
+
+
+def _lack_utf8(bad: Sequence[tuple[str, RowError]]) -> bool:
+    return any(error.reason == NOT_UTF8 for _, error in bad)
 
 
 def check_columns(required: Mapping[str, str], columns: Sequence[str]) -> None:

@@ -13,11 +13,15 @@ from llmtune.data.input_overlap import COMMON_ROWS, COMMON_SHARE
 from llmtune.data.row_hash import hash_content
 from llmtune.data.row_store import iterate_ids, iterate_rows, load_rows
 from llmtune.data.row_text import hash_input, plain_form, row_input
-from llmtune.errors import LlmtuneError
+from llmtune.errors import EnvironmentProblem, LlmtuneError
 from llmtune.recipe.schema import Recipe
 from llmtune.records import Row, Rows
+from llmtune.store.atomic_files import explained
 from llmtune.store.run_folder import CERTIFICATE, MANIFEST, OWN_FOLDERS
 from llmtune.store.run_lock import LOCK, read_lock
+
+LEARNED, HASH_BYTES = "learned_inputs.bin", 16
+"""In a release, in place of its rows: the sorted hashes of `hash_content`."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,8 @@ def find_inheritance(recipe: Recipe) -> Inheritance:
         run = find_run_of(start)
         if run is not None and run not in runs:
             runs.append(run)
+            if (run / LEARNED).is_file():
+                continue  # it lists the inputs of its own earlier runs too
             lock = read_lock(run / LOCK)
             adapter = lock.get("start_from")
             starts += _list_starts(adapter["folder"] if adapter else None, [lock["model"]["name"]])
@@ -61,14 +67,16 @@ def find_run_of(start: str) -> Path | None:
     place = Path(os.path.realpath(start))
     for folder in (place, *place.parents):
         inner = place.relative_to(folder).parts[:1]
-        if (folder / MANIFEST).is_file() and {*inner} <= {*OWN_FOLDERS} and _has_rows(folder):
+        if (folder / MANIFEST).is_file() and {*inner} <= {*OWN_FOLDERS} and has_learned(folder):
             return folder
     return None
 
 
-def _has_rows(run: Path) -> bool:
-    """Return whether the lock and the rows of a run can be read; an earlier run never ends this one."""
+def has_learned(run: Path) -> bool:
+    """Return whether it is known what a run or release learned; an earlier run never ends this one."""
     with suppress(LlmtuneError):
+        if (run / LEARNED).is_file():
+            return True
         read_lock(run / LOCK)
         load_rows(run / "data" / "rows")
         return True
@@ -76,16 +84,33 @@ def _has_rows(run: Path) -> bool:
 
 
 def find_learned(rows: Rows, runs: Iterable[Path]) -> frozenset[str]:
-    """Return the ids of test rows whose input is in the training or validation rows of some run folders.
+    """Return the ids of test rows whose input is in the training or validation rows of some runs or releases.
 
     An input of many different rows is the task itself and does not count, as in `find_shared_inputs`. Raises DataError
     or EnvironmentProblem if rows of a run are damaged.
     """
-    learned = {one for run in runs for one in _list_inputs(load_rows(run / "data" / "rows"))}
+    learned = {one for run in runs for one in list_learned(run)}
     if not learned:
         return frozenset()
     tests = zip(iterate_ids(rows, "test"), iterate_rows(rows, "test"), strict=True)
     return frozenset(name for name, (_, row) in tests if learned.intersection(_hash_inputs(row)))
+
+
+def list_learned(run: Path) -> Collection[bytes]:
+    """Return the hashes of the inputs that a run or release learned. Raises as `find_learned` does."""
+    if not (run / LEARNED).is_file():
+        return _list_inputs(load_rows(run / "data" / "rows"))
+    with explained(run / LEARNED):
+        content = (run / LEARNED).read_bytes()
+    if len(content) % HASH_BYTES:
+        raise EnvironmentProblem.of("damaged: it ends within a hash", str(run / LEARNED), "Release the run again.")
+    return [content[at : at + HASH_BYTES] for at in range(0, len(content), HASH_BYTES)]
+
+
+def save_learned(run: Path, recipe: Recipe, folder: Path) -> None:
+    """Write the hashes of all inputs that the model of a run learned, also in earlier runs, to the release `folder`."""
+    runs = [run, *find_inheritance(recipe).runs]
+    (folder / LEARNED).write_bytes(b"".join(sorted({one for each in runs for one in list_learned(each)})))
 
 
 def _list_inputs(rows: Rows) -> Collection[bytes]:

@@ -16,6 +16,7 @@ import xxhash
 
 from llmtune.data.rejected_rows import RowError
 from llmtune.data.search_rows import text_key
+from llmtune.data.written_numbers import read_number
 
 DECIMAL = re.compile(r"[+-]?(\d+\.\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 """A number with a decimal point."""
@@ -54,9 +55,11 @@ def hash_content(row: Mapping[str, object]) -> bytes:
 
 
 def _plain_label(label: object) -> object:
-    """Return a label as JSON has it: 0.5 for `0.50`, 3 as a class for `3.0`, and true for `True`."""
+    """Return a label as JSON has it: 0.5 for `0.50` and `0,5`, 3 as a class for `3.0`, and true for `True`."""
     if isinstance(label, str) and DECIMAL.fullmatch(label):
         label = float(label)
+    elif isinstance(label, str) and "," in label and (number := read_number(label)) is not None:
+        label = float(number)
     if isinstance(label, float) and label.is_integer():
         return str(int(label))
     return label.lower() if isinstance(label, str) and label.lower() in ("true", "false") else label

@@ -10,6 +10,7 @@ from typing import TypedDict
 
 from llmtune.data.rejected_rows import RowError, json_kind, nonempty_text, parse_cell, text_of
 from llmtune.data.task_rows import THUMBS
+from llmtune.data.written_numbers import read_number
 from llmtune.recipe.class_names import tidy_name
 
 SHOWN_CHARACTERS = 80
@@ -94,13 +95,20 @@ def _column_texts(row: Mapping[str, object], column: str) -> list[str]:
 def _score(value: object) -> float | None:
     if value is None or value == "":
         return None
-    try:
-        score = math.nan if isinstance(value, bool) else float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError, OverflowError):
-        score = math.nan
-    if not math.isfinite(score):
+    if (score := _finite(value)) is None:
         raise RowError("no number", f"'score' is {shortened(value)}")
     return score
+
+
+def _finite(value: object) -> float | None:
+    """Return the number in a cell, perhaps with a decimal comma; None if it is none."""
+    if isinstance(value, str) and "," in value:
+        value = read_number(value)
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return number if math.isfinite(number) else None
 
 
 def shortened(value: object) -> str:
@@ -222,7 +230,8 @@ def passage_text(value: object, column: str = "passage") -> str:
 def _relevance(value: object) -> float:
     thumb = THUMBS.get(value.strip().lower()) if isinstance(value, str) else None
     try:
-        number = float(value if thumb is None else thumb)  # type: ignore[arg-type]
+        written = isinstance(value, str) and "," in value
+        number = float(read_number(value) if written else value if thumb is None else thumb)  # type: ignore[arg-type]
     except OverflowError:
         number = math.inf
     except (TypeError, ValueError):

@@ -15,8 +15,8 @@ from typing import Literal, TypeVar
 
 from llmtune.data import hub_datasets as hub
 from llmtune.data.audio import AUDIO_COLUMNS, find_recording
-from llmtune.data.byte_streams import guess_encoding
 from llmtune.data.column_mapping import has_columns, infer_columns, rename
+from llmtune.data.encoding_guess import guess_encoding
 from llmtune.data.file_readers import NOT_UTF8, LazyRow, parse_lines, read_lazily
 from llmtune.data.object_store import RemoteFile, find_objects, is_remote
 from llmtune.data.rejected_rows import RawRow, RowError
@@ -28,7 +28,7 @@ from llmtune.recipe.task_facts import TASK_FACTS
 from llmtune.recipe.user_files import match_files, walk_files
 from llmtune.recipe.yaml_writer import source_line, written_path
 from llmtune.records import Advance
-from llmtune.store.atomic_files import hash_file, hash_recording
+from llmtune.store.atomic_files import hash_lines, hash_recording, read_once
 
 IN_FOLDERS = tuple(ending for ending in DATA_ENDINGS if ending != ".md")
 """File patterns taken from a folder: its README is no data."""
@@ -318,6 +318,8 @@ class SourceFile:
     kind: Literal["sha256", "xxh3_128", "commit", "etag"]
     """sha256; xxh3_128 for a recording; the commit for a hub data set; etag and size for a URL."""
     hash: str
+    lines: int | None = None
+    """Lines of a text file on this machine."""
 
 
 def hash_sources(data: DataSection, task: str) -> str:
@@ -364,7 +366,8 @@ def _hash_source(source: Source, data: DataSection, key: str, task: str) -> Iter
         yield SourceFile(source.path, file.url, None, "etag" if file.etag else "sha256", tagged)
     for one in () if is_remote(source.path) else _inputs_of(source, 0, None, key):
         assert isinstance(one.path, Path)
-        yield SourceFile(source.path, one.path.name, one.path, "sha256", hash_file(one.path))
+        digest, lines = read_once(one.path, hash_lines)
+        yield SourceFile(source.path, one.path.name, one.path, "sha256", digest, lines)
         if TASK_FACTS[task].takes_audio and (detected := _detect(one, data, task, [])):
             yield from _hash_recordings(detected, one.path)
 
@@ -376,4 +379,4 @@ def _hash_recordings(detected: Detected, path: Path) -> Iterator[SourceFile]:
         row = {} if isinstance(value, RowError) else rename(value, detected.columns)
         name = next((file for column in AUDIO_COLUMNS if (file := find_recording(row.get(column)))), None)
         if name is not None and (recording := path.parent / name).is_file():
-            yield SourceFile(source.path, name, recording, "xxh3_128", hash_recording(recording))
+            yield SourceFile(source.path, name, recording, "xxh3_128", read_once(recording, hash_recording))

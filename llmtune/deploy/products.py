@@ -66,14 +66,14 @@ EXPORT_FORMATS = {
 
 def check_products(plan: Plan) -> None:
     """Check without loading weights that the exports of the recipe can be made; raises the errors of their formats."""
-    for name in plan.recipe.deploy:
+    for name in plan.recipe.exports:
         EXPORT_FORMATS[name].check(plan)
 
 
 def make_products(context: RunContext) -> None:
     """Make, certify and score the exports that the recipe names, unless they exist from the same inputs."""
     recipe, trained = context.plan.recipe, hash_folder(context.trained_folder)
-    settings, names = recipe.generation.model_dump(mode="json"), recipe.deploy
+    settings, names = recipe.generation.model_dump(mode="json"), recipe.exports
     scored = context.plan.inputs.get("evaluate")
     inputs = hash_value([__version__, trained, context.plan.model_ref.content_hash, settings, scored, sorted(names)])
     with context.step("deploy", inputs, [EXPORT_FORMATS[name].folder for name in names]) as step:

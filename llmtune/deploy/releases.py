@@ -9,10 +9,13 @@ import subprocess
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from pydantic import TypeAdapter
+
 from llmtune import __version__
 from llmtune.errors import EnvironmentProblem, GateFailed, Problem, RecipeError
 from llmtune.evaluate.champion import hash_weights
 from llmtune.evaluate.class_alignment import classes_of, pair_metrics
+from llmtune.evaluate.gates import require_gates
 from llmtune.evaluate.opened_runs import (
     RELEASE_VERSION,
     Release,
@@ -27,8 +30,9 @@ from llmtune.recipe.secrets import hide_paths
 from llmtune.recipe.user_files import read_bytes
 from llmtune.records import Json
 from llmtune.report.report_record import require_report
-from llmtune.score_records import Difference
+from llmtune.score_records import Difference, GateResult
 from llmtune.store.atomic_files import explained, hash_file, plain, read_json, write_json
+from llmtune.store.release_store import RECORD_FILE, is_stored, read_current, release_address
 from llmtune.store.run_lock import LOCK
 
 NAMESPACE = "llmtune-release"
@@ -135,23 +139,41 @@ def _call_program(words: list[str]) -> None:
         raise EnvironmentProblem.of(f"{words[0]} did not sign: {said}", "--sign", "Try it by hand: " + " ".join(words))
 
 
-FOLDER = Path("releases")
+def require_passed(run: Path) -> None:
+    """Raise GateFailed if a gate of a run failed, GateUnsure if one is inconclusive, RecipeError without a report."""
+    gates = TypeAdapter(list[GateResult]).validate_python(require_report(run)["gates"])
+    require_gates(gates, {})
 
 
-def make_release(run: Path, out: str | Path | None, signing: str | None = None) -> Path:
-    """Write the release file of a run, by default `releases/<name of the run folder>.json`, and return its path.
+def make_release(run: Path, out: str | Path, signing: str | None = None) -> Path:
+    """Write the release file of a run, and return its path.
 
     `out` is a file, or a folder that exists or ends in a slash; the file in a folder gets the name of the run folder.
     `signing` is the argument of `sign`. Raises the errors of `sign`, and:
         RecipeError: the run has no scores or no report, or `out` exists and is not a release.
         EnvironmentProblem: its scores are damaged, or the file cannot be written.
     """
-    given = FOLDER if out is None else Path(out)
-    into_folder = out is None or given.is_dir() or str(out).endswith("/")
+    given = Path(out)
+    into_folder = given.is_dir() or str(out).endswith("/")
     target = given / f"{run.absolute().name}.json" if into_folder else given
     if target.exists() and not is_release(read_json(target)):
         fix = "Name another file with --out, or delete this one first."
         raise RecipeError.of("the file exists and is not a release", str(target), fix)
+    content = make_record(run)
+    with explained(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_json(target, content)
+        remove_signatures(target)
+    if signing:
+        sign(target, signing)
+    return target
+
+
+def make_record(run: Path) -> Json:
+    """Return the record of a run: scores, gates, hashes and row scores, without texts, paths and secrets.
+
+    Raises RecipeError or EnvironmentProblem as `make_release` does.
+    """
     opened = open_run_scores(run, run.name)
     report = require_report(run)
     evaluation, measures = opened.evaluation, replace(opened.measures, base={})
@@ -174,14 +196,8 @@ def make_release(run: Path, out: str | Path | None, signing: str | None = None) 
         rows=evaluation.rows,
         measures="",
     )
-    with explained(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        packed = base64.b64encode(pack_measures(measures)).decode()  # contains no path or secret
-        write_json(target, {**_without_paths(content), "measures": packed})
-        remove_signatures(target)
-    if signing:
-        sign(target, signing)
-    return target
+    packed = base64.b64encode(pack_measures(measures)).decode()  # contains no path or secret
+    return {**_without_paths(content), "measures": packed}
 
 
 def _without_paths(content: Release) -> Json:
@@ -206,8 +222,12 @@ def diff_releases(first: Path, second: Path) -> tuple[dict[str, Difference], dic
 
 
 def summarize_release(path: Path, release: Release) -> Json:
-    """Return a release without its scores by row."""
+    """Return a release without its scores by row; with its address, and whether it is current, if it is stored."""
     shown = {key: value for key, value in release.items() if key != "measures"}
     changes = {metric: asdict(change) for metric, change in release["difference"].items()}
-    summary: Json = plain({"file": str(path), **shown, "difference": changes})
+    folder = path.parent
+    address = release_address(folder) if is_stored(folder) and path.name == RECORD_FILE else None
+    current = address is not None and read_current(folder.parent.name) == folder.name
+    place = {"file": str(path), "address": address, "current": current}
+    summary: Json = plain({**place, **shown, "difference": changes})
     return summary

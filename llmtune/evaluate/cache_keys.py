@@ -9,7 +9,7 @@ from typing import Any
 from llmtune import __version__
 from llmtune.errors import DataError
 from llmtune.evaluate.lm_eval import list_task_files
-from llmtune.evaluate.opened_runs import find_release
+from llmtune.evaluate.opened_runs import locate_champion
 from llmtune.evaluate.per_row_scores import MEASURES
 from llmtune.recipe.eval_suites_section import is_task_file
 from llmtune.recipe.evaluate_section import EXTRA_KEYS, GATE_KEYS
@@ -21,15 +21,18 @@ from llmtune.store.run_folder import RunFolder
 from llmtune.store.run_lock import LOCK, note_trained, package_versions, read_lock
 
 
-def evaluation_inputs(recipe: Recipe, model: ModelRef, rows: Rows, examples: Examples) -> str:
-    """Hash the inputs of scores other than the trained weights: the rows, generation and measurement settings."""
+def evaluation_inputs(recipe: Recipe, model: ModelRef, rows: Rows, examples: Examples, run: Path) -> str:
+    """Hash the inputs of scores other than the trained weights: the rows, generation and measurement settings.
+
+    `run` is the run folder: it decides which release is the champion.
+    """
     settings: list[Any] = [
         recipe.evaluate.model_dump(mode="json", exclude={*GATE_KEYS}),
         recipe.generation.model_dump(mode="json"),
     ]
     settings.append(recipe.task_section() or {})
     settings += [recipe.data.split_by] if recipe.data.split_by is not None else []
-    settings.append([hash_file(path) for path in evaluation_files(recipe)])
+    settings.append([hash_file(path) for path in evaluation_files(recipe, run)])
     contents = [model.content_hash, rows.content_hash, examples.content_hash, rows.columns_hash]
     contents += [rows.corpus_hash] if rows.corpus_hash else []
     versions = package_versions(("torch", "transformers", "peft", *(["lm-eval"] if recipe.evaluate.benchmarks else [])))
@@ -76,11 +79,14 @@ def note_own_metrics(folder: RunFolder, recipe: Recipe) -> None:
     folder.write()
 
 
-def evaluation_files(recipe: Recipe) -> list[Path]:
-    """Return the files that the evaluation reads outside the run; missing files are skipped and reported elsewhere."""
-    forgetting, fairness, champion = recipe.evaluate.forgetting, recipe.evaluate.fairness, recipe.evaluate.champion
+def evaluation_files(recipe: Recipe, run: Path) -> list[Path]:
+    """Return the files that the evaluation of `run` reads outside its folder.
+
+    Missing files are skipped and reported elsewhere.
+    """
+    forgetting, fairness, champion = recipe.evaluate.forgetting, recipe.evaluate.fairness, locate_champion(recipe, run)
     named = [*(forgetting.texts + forgetting.questions if forgetting else ())]
-    named += [str(find_release(Path(champion), recipe.name)), f"{champion}/evaluation/{MEASURES}"] if champion else []
+    named += [str(champion), str(champion / "evaluation" / MEASURES)] if champion else []
     judge = recipe.evaluate.judge
     named += [*(fairness.swaps if fairness else ()), *own_metric_files(recipe)]
     named += [judge.labelled] if judge and judge.labelled else []

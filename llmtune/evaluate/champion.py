@@ -6,7 +6,7 @@ import json
 import os
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,18 +16,17 @@ from pydantic import Field, TypeAdapter, ValidationError
 from rich.console import Console
 from typing_extensions import TypedDict
 
-from llmtune.data.inherited_rows import find_inheritance, find_learned
-from llmtune.data.row_store import RECORD
+from llmtune.data.inherited_rows import find_inheritance, find_learned, has_learned
 from llmtune.errors import DataError, EnvironmentProblem, LlmtuneError, Problem, RecipeError
-from llmtune.evaluate.class_alignment import OF_PROBABILITIES, align_classes, follow_rows, knows_all
+from llmtune.evaluate.class_alignment import align_classes, find_partial, follow_rows, shared_names
 from llmtune.evaluate.class_changes import check_classes, judge_classes
-from llmtune.evaluate.metric import Measure, paired_difference
+from llmtune.evaluate.metric import paired_difference
 from llmtune.evaluate.opened_runs import (
     ScoredRun,
     find_other_keys,
     find_other_measure,
-    find_release,
     keep_asked,
+    locate_champion,
     open_release,
     open_run_scores,
     pair_measures,
@@ -41,6 +40,7 @@ from llmtune.records import Examples, Json, Row, Rows
 from llmtune.score_records import Champion, ClassChanges, Evaluation
 from llmtune.store.atomic_files import explained, hash_file, hash_value
 from llmtune.store.processes import world_size
+from llmtune.store.release_store import is_stored, release_address
 from llmtune.store.run_folder import MANIFEST, RunFolder, read_run, recipe_of_run
 
 LEDGER = "releases.jsonl"
@@ -91,8 +91,8 @@ class Ledger:
         raise RecipeError.of(what, f"{LOOKS}: {self.path}", fix)
 
 
-def open_ledger(recipe: Recipe, champion: ScoredRun) -> Ledger | None:
-    """Open the ledger next to a recipe's champion; None if the recipe does not count looks.
+def open_ledger(recipe: Recipe, champion: ScoredRun, run: Path | None = None) -> Ledger | None:
+    """Open the ledger next to a recipe's champion, for the run in folder `run`; None if the recipe counts no looks.
 
     Raises:
         RecipeError: the champion is not a release file, so it has no ledger.
@@ -100,11 +100,13 @@ def open_ledger(recipe: Recipe, champion: ScoredRun) -> Ledger | None:
     """
     if recipe.evaluate.looks is None:
         return None
-    release = find_release(Path(recipe.evaluate.champion or ""), recipe.name)
+    release = locate_champion(recipe, run)
+    assert release is not None, "the champion is open"
     if not release.is_file():
         what = "looks are counted next to a release file, but the champion is a run folder"
-        raise RecipeError.of(what, LOOKS, f"Write one and name it as evaluate.champion: llmtune release {release}")
-    path = release.parent / LEDGER
+        fix = f"Release it with `llmtune release {release}`, and set evaluate.champion: release:NAME."
+        raise RecipeError.of(what, LOOKS, fix)
+    path = (release.parent.parent if is_stored(release.parent) else release.parent) / LEDGER
     if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
         fix = "Give the job a writable copy of the folder, and keep the file that it writes there."
         raise EnvironmentProblem.of("cannot be written, so this look would not be counted", str(path), fix)
@@ -127,21 +129,23 @@ def hash_weights(run: Path) -> str:
     return hash_value([hash_file(file) for file in sorted(files)])
 
 
-def check_looks(recipe: Recipe, champion: ScoredRun, fingerprint: str) -> None:
+def check_looks(recipe: Recipe, champion: ScoredRun, fingerprint: str, run: Path | None = None) -> None:
     """Refuse, before training, a run for which no error budget is left; a run already counted may continue."""
-    ledger = open_ledger(recipe, champion)
+    ledger = open_ledger(recipe, champion, run)
     if ledger and fingerprint not in {line.get("run") for line in ledger.lines}:
         ledger.require_left(recipe.evaluate.alpha)
 
 
-def count_look(recipe: Recipe, champion: ScoredRun, fingerprint: str, trained: str) -> str | None:
+def count_look(
+    recipe: Recipe, champion: ScoredRun, fingerprint: str, trained: str, run: Path | None = None
+) -> str | None:
     """Add a look to the ledger before its scores are seen; return its number, or None if looks are not counted.
 
     The same model against the same champion counts once; the champion itself does not count.
 
     Raises as `open_ledger` does, and RecipeError if the error budget is used up.
     """
-    ledger = open_ledger(recipe, champion)
+    ledger = open_ledger(recipe, champion, run)
     if ledger is None or trained == ledger.champion:
         return None
     alpha, own = recipe.evaluate.alpha, (trained, ledger.champion)
@@ -169,18 +173,18 @@ ROWS_FIX = (
 
 
 def open_champion(recipe: Recipe, run: Path | None = None) -> ScoredRun | None:
-    """Open the champion that a recipe names for the run in folder `run`; None if it names none.
+    """Open the champion that a recipe names for the run in folder `run`; None if it names none, or no release yet.
 
     Raises:
         RecipeError: no scored run or release file found, it has another task, or it is `run` itself.
         EnvironmentProblem: its scores are damaged.
     """
-    if recipe.evaluate.champion is None:
-        return None
     try:
-        path = find_release(Path(recipe.evaluate.champion), recipe.name)
+        path = locate_champion(recipe, run)
     except RecipeError as error:
         raise _about_champion(error) from None
+    if path is None:
+        return None
     if run is not None and os.path.realpath(run) == os.path.realpath(path):
         fix = "Copy the champion's folder elsewhere and name the copy."
         raise RecipeError.of("the champion is the folder of this run: it would be compared with itself", KEY, fix)
@@ -220,6 +224,8 @@ def check_champion(
 
     champion = open_champion(recipe, run.path)
     if champion is None:
+        if recipe.evaluate.champion is not None:
+            console.print(f"champion: none, {recipe.evaluate.champion} has no release yet", highlight=False)
         return
     numbers = sorted({int(row) for row in ExampleReader(examples, "test").rows})
     names, champion = name_test_rows(rows, numbers), follow_rows(champion, rows, recipe.renames)
@@ -244,23 +250,25 @@ def check_champion(
     metrics = [metric for metric in champion.measures.tuned if metric in recipe.evaluate.chosen_metrics(recipe.variant)]
     fix = "Use the same value for both, or rescore the champion: llmtune evaluate RUN --set ..."
     RecipeError.collect(Problem(what, KEY, fix) for what in find_other_keys(champion, own, metrics))
-    check_looks(recipe, champion, run.manifest["fingerprint"])
     answer = partial(ask, folder) if ask and folder and world_size() == 1 else None
+    check_looks(recipe, champion, run.manifest["fingerprint"], run.path)
     check_classes(champion, run, folder, rows, recipe, answer, console)
 
 
 def find_champion_run(recipe: Recipe, run: Path) -> Path | None:
-    """Return the champion's run folder, which has its model and rows; None if it is gone.
+    """Return the champion's folder, which has its model and knows what it learned; None if it is gone.
 
     For a release file this is the folder of that name next to `run`, if it has the released weights.
     """
-    path = find_release(Path(recipe.evaluate.champion or ""), recipe.name)
-    if path.is_file():
+    path = locate_champion(recipe, run)
+    if path is not None and is_stored(path.parent) and (path.parent / MANIFEST).is_file():
+        return path.parent
+    if path is not None and path.is_file():
         release = read_release(path)
         path = run.absolute().parent / release["run"]
         if os.path.realpath(path) == os.path.realpath(run) or hash_weights(path) != release["trained"]:
             return None
-    return path if (path / MANIFEST).is_file() and (path / "data" / "rows" / RECORD).is_file() else None
+    return path if path is not None and (path / MANIFEST).is_file() and has_learned(path) else None
 
 
 def find_inherited(recipe: Recipe, folder: Path | None, rows: Rows) -> frozenset[str]:
@@ -289,7 +297,8 @@ def note_look(run: RunFolder, console: Console) -> None:
     """Count the look at a trained run's scores before they are seen, and record it in the run."""
     recipe = recipe_of_run(run).recipe
     champion = open_champion(recipe, run.path)
-    look = count_look(recipe, champion, run.manifest["fingerprint"], hash_weights(run.path)) if champion else None
+    trained = hash_weights(run.path)
+    look = count_look(recipe, champion, run.manifest["fingerprint"], trained, run.path) if champion else None
     if look:
         console.print(f"evaluate: {look}", highlight=False, markup=False)
     if run.findings.get("look") != look:
@@ -318,7 +327,14 @@ def face_champion(
     places = list_unseen(champion, folder, rows, measures.rows, inherited)
     asked = ask(folder, places) if folder and places else NONE_ASKED
     changes = partial(judge_classes, rows=rows, renames=recipe.renames, hints=run.findings.get("class_hints", ()))
-    return compare_with_champion(champion, recipe, evaluation, measures, asked, inherited, changes)
+    compared = compare_with_champion(champion, recipe, evaluation, measures, asked, inherited, changes)
+    return replace(compared, folder=name_champion(locate_champion(recipe, run.path)))
+
+
+def name_champion(path: Path | None) -> str:
+    """Return the address of a champion in the store of releases; the path of any other."""
+    stored = path is not None and is_stored(path.parent)
+    return release_address(path.parent) if path and stored else str(path)
 
 
 def compare_with_champion(
@@ -358,7 +374,7 @@ def compare_with_champion(
         for metric, (before, after) in pairs.items()
     }
     return Champion(
-        folder=str(find_release(Path(recipe.evaluate.champion or ""), recipe.name)),
+        folder=recipe.evaluate.champion or "",
         scores={metric: before.value for metric, (before, _) in pairs.items()},
         difference={
             metric: paired_difference(before, after, champion.recipe.seed) for metric, (before, after) in pairs.items()
@@ -370,27 +386,3 @@ def compare_with_champion(
         partial=dict(find_partial(champion, own, pairs, len(both))),
         classes=judge(champion, alone, pairs=named),
     )
-
-
-def shared_names(champion: ScoredRun, own: ScoredRun, metric: str) -> tuple[str, ...]:
-    """Return the names of the rows of both runs in the order of `pair_measures`."""
-    return tuple(sorted({*champion.row_names(metric)} & {*own.row_names(metric)}))
-
-
-def find_partial(
-    champion: ScoredRun, own: ScoredRun, pairs: Mapping[str, tuple[Measure, Measure]], rows: int
-) -> Iterator[tuple[str, str]]:
-    """Yield metrics that leave out some of the shared rows, with their number and the reason.
-
-    The champion did not have their candidates or columns; or it has no probability of their class.
-    """
-    for metric, (_, after) in pairs.items():
-        names = own.row_names(metric)
-        if own.measures.tuned[metric].names and len(after.sums_NK) < len(names):
-            fewer = f"{len(names) - len(after.sums_NK)} of {len(names)}"
-            yield (
-                metric,
-                f"{fewer} rows are left out, because the champion did not have the same {own.name_inputs(metric)}",
-            )
-        elif metric in OF_PROBABILITIES and not knows_all(champion, own) and (left := rows - len(after.sums_NK)):
-            yield metric, f"{left} of {rows} rows are left out, because the champion has no probability of their class"

@@ -5,7 +5,7 @@ Shapes: N rows, K classes of a run, J classes of both.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -181,3 +181,27 @@ def rename_prediction(prediction: object, classes: ClassMap) -> object:
 def knows_all(other: ScoredRun, own: ScoredRun) -> bool:
     """Whether another run has every class of this one; a missing one is new or has another name."""
     return {*classes_of(own)} <= {own.recipe.renames.get(name, name) for name in map(tidy_name, classes_of(other))}
+
+
+def shared_names(champion: ScoredRun, own: ScoredRun, metric: str) -> tuple[str, ...]:
+    """Return the names of the rows of both runs in the order of `pair_measures`."""
+    return tuple(sorted({*champion.row_names(metric)} & {*own.row_names(metric)}))
+
+
+def find_partial(
+    champion: ScoredRun, own: ScoredRun, pairs: Mapping[str, tuple[Measure, Measure]], rows: int
+) -> Iterator[tuple[str, str]]:
+    """Yield metrics that leave out some of the shared rows, with their number and the reason.
+
+    The champion did not have their candidates or columns; or it has no probability of their class.
+    """
+    for metric, (_, after) in pairs.items():
+        names = own.row_names(metric)
+        if own.measures.tuned[metric].names and len(after.sums_NK) < len(names):
+            fewer = f"{len(names) - len(after.sums_NK)} of {len(names)}"
+            yield (
+                metric,
+                f"{fewer} rows are left out, because the champion did not have the same {own.name_inputs(metric)}",
+            )
+        elif metric in OF_PROBABILITIES and not knows_all(champion, own) and (left := rows - len(after.sums_NK)):
+            yield metric, f"{left} of {rows} rows are left out, because the champion has no probability of their class"

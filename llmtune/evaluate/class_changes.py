@@ -29,6 +29,7 @@ from llmtune.records import SPLITS, Row, Rows
 from llmtune.report.class_sentences import list_class_changes
 from llmtune.report.verdict import FEWEST_ROWS
 from llmtune.score_records import ClassChanges, Difference, Evaluation, NewClass, Slice
+from llmtune.store.release_store import find_source
 from llmtune.store.run_folder import RunFolder
 
 RECOGNISED = 0.5
@@ -73,7 +74,7 @@ def find_stopped(champion: ScoredRun, folder: Path | None, rows: Rows, changes: 
     if folder is None:
         return [*changes.lost]
     try:
-        earlier = load_rows(folder / "data" / "rows")
+        earlier = load_rows(find_source(folder) / "data" / "rows")
     except LlmtuneError:
         return [*changes.lost]
     seen = {name for split in SPLITS for name in iterate_ids(earlier, split)}

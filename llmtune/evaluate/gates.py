@@ -11,11 +11,12 @@ from rich.console import Console
 
 from llmtune.errors import GateFailed, GateUnsure, Problem, RecipeError
 from llmtune.evaluate.champion import open_champion
-from llmtune.evaluate.evaluation_file import load_with_exports
+from llmtune.evaluate.evaluation_file import list_failed, load_with_exports
 from llmtune.evaluate.paired_statistics import name_groups, row_deviation, rows_needed, smallest_difference, widen
 from llmtune.recipe.evaluate_section import ERROR, EvaluateSection, WhenUnsure
 from llmtune.recipe.gate_grammar import Gate, Operator, parse_gate
 from llmtune.recipe.schema import Recipe
+from llmtune.recipe.section import RELEASE_PREFIX
 from llmtune.records import Json
 from llmtune.report.render_terminal import print_sections
 from llmtune.report.report_record import Power
@@ -41,7 +42,8 @@ def check_gates(section: EvaluateSection, evaluation: Evaluation) -> tuple[GateR
 
     `X > base` compares the scores. `X.low > base` compares the low end of the difference's paired interval (95 %, wider
     with `evaluate.looks`) with zero. `X.high <= 0.05` compares an end of the score's own interval. `champion` is the
-    run named by `evaluate.champion`; scores are then compared on the rows that both runs share. `decide` has the rule
+    run named by `evaluate.champion`; scores are then compared on the rows that both runs share, and a gate passes if
+    `release:NAME` has no release yet. `decide` has the rule
     for interval ends. `when_unsure` sets how an inconclusive gate counts.
 
     Raises RecipeError for a text that is not a gate.
@@ -69,6 +71,10 @@ def check_with_classes(gate: Gate, evaluation: Evaluation, section: EvaluateSect
 
 def check_gate(gate: Gate, evaluation: Evaluation, section: EvaluateSection) -> GateResult:
     """Check one gate."""
+    address = section.champion or ""
+    if gate.against == "champion" and evaluation.champion is None and address.startswith(RELEASE_PREFIX):
+        note = f"not applicable: {address} has no release yet"
+        return GateResult(gate.text, gate.text, "no release yet", passed=True, note=note)
     tuned, scores, differences = compared_scores(gate, evaluation)
     if gate.metric not in tuned or (gate.against and gate.metric not in scores):
         return GateResult(gate.text, gate.text, why_unmeasured(gate, evaluation), passed=False)
@@ -196,6 +202,17 @@ def require_gates(gates: Sequence[GateResult], report: Json, failed_metrics: Seq
         error = GateFailed(*failed) if failed else GateUnsure(*unsure)
         error.report = report
         raise error
+
+
+def note_gates(run: RunFolder, recipe: Recipe, gates: Sequence[GateResult]) -> None:
+    """Record in a trained run whether it passed its gates, which decides what its name means.
+
+    None if they are not judged: the run was not scored, or metrics of the user's own failed.
+    """
+    results = [gate.passed for gate in gates]
+    judged = len(results) == len(recipe.evaluate.gates) and not list_failed(run.path / "evaluation")
+    together = "failed" if False in results else "undecided" if None in results else "passed"
+    run.note(gates=together if judged else None)
 
 
 def outcome(gate: GateResult) -> str:

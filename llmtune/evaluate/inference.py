@@ -243,7 +243,7 @@ def compute_metrics(
     assert inputs is not None
     given = answers.predictions or answers.texts
     failed: dict[str, Problem] = {} if problems is None else problems
-    own = measure_own(section, inputs.full_rows, inputs.origins, given, failed, context.console)
+    own = measure_own(context.recipe, inputs.full_rows, inputs.origins, given, failed, context.console)
     metrics = [name for name in dict.fromkeys((*inputs.metrics, CUT_METRIC)) if name not in section.own_metrics]
     measures = own | {metric: measure_one(metric, context, inputs, answers, base) for metric in metrics}
     return {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
@@ -23,12 +24,23 @@ from llmtune.evaluate.metric import Measure, PairedMeasures, ratio
 from llmtune.evaluate.per_row_scores import PerRowScores, load_measures, unpack_measures
 from llmtune.recipe.evaluate_section import GATE_KEYS
 from llmtune.recipe.schema import Recipe
+from llmtune.recipe.section import RELEASE_PREFIX
 from llmtune.recipe.source_map import walk
 from llmtune.recipe.task_facts import CHOICE_METRICS, CUT_METRIC, DECISIONS, TASK_FACTS
 from llmtune.records import Json
 from llmtune.score_records import Difference, Evaluation, GateResult
 from llmtune.store.atomic_files import explained, read_json
+from llmtune.store.release_store import (
+    RECORD_FILE,
+    RELEASES,
+    find_opponent,
+    is_stored,
+    list_release_names,
+    list_stored,
+    resolve_release,
+)
 from llmtune.store.run_folder import CERTIFICATE, MANIFEST, RunFolder, read_run, recipe_of_run
+from llmtune.store.run_listing import find_run
 
 DECIDES_NOTHING = ("name", "deploy", *(f"evaluate.{key}" for key in GATE_KEYS))
 """Keys that affect neither training nor measurement."""
@@ -353,6 +365,27 @@ def list_releases(folder: Path) -> list[tuple[Path, Release]]:
     return sorted(releases, key=lambda one: one[1]["date"])
 
 
+def list_all_releases(folder: Path) -> list[tuple[Path, Release]]:
+    """Return the stored releases by name, the oldest first, if `folder` is the store; then its release files."""
+    names = list_release_names() if folder == RELEASES else []
+    records = ([(one.folder / RECORD_FILE) for one in list_stored(name)] for name in names)
+    stored = (sorted(((path, read_release(path)) for path in one), key=lambda pair: pair[1]["date"]) for one in records)
+    return [*chain.from_iterable(stored), *list_releases(folder)]
+
+
+def find_record(stated: str) -> Path:
+    """Return the release file of `release:NAME[@HASH]`, `NAME[@HASH]`, a release's folder, or a file.
+
+    Raises RecipeError as `resolve_release` does.
+    """
+    path, name = Path(stated), stated.partition("@")[0]
+    if stated.startswith(RELEASE_PREFIX):
+        return resolve_release(stated) / RECORD_FILE
+    if not path.exists() and name in list_release_names():
+        return resolve_release(f"{RELEASE_PREFIX}{stated}") / RECORD_FILE
+    return path / RECORD_FILE if is_stored(path) else path
+
+
 def find_release(path: Path, name: str) -> Path:
     """Return the newest release of the recipe `name` if `path` is a folder of releases, else `path`.
 
@@ -363,8 +396,28 @@ def find_release(path: Path, name: str) -> Path:
     matching = [file for file, release in list_releases(path) if release["name"] == name]
     if not matching:
         fix = f"Write one from a run without gates on the champion: llmtune release RUN --out {path}/first.json"
+        fix = f"Write evaluate.champion: release:{name}." if name in list_release_names() else fix
         raise RecipeError.of(f"neither a run nor a folder with a release of '{name}'", str(path), fix)
     return matching[-1]
+
+
+def locate_champion(recipe: Recipe, run: Path | None) -> Path | None:
+    """Return the run folder or release file that `evaluate.champion` names, for the run in folder `run`.
+
+    None without a champion, or if it is `release:NAME` and that name has no release yet. `NAME` does not mean the run
+    itself.
+
+    Raises RecipeError as `find_release`, `find_run` and `find_opponent` do.
+    """
+    champion = recipe.evaluate.champion
+    if champion is None:
+        return None
+    if os.path.isabs(champion):
+        return find_release(Path(champion), recipe.name)
+    if not champion.startswith(RELEASE_PREFIX):
+        return find_run(Path(champion), other_than=run).absolute()
+    folder = find_opponent(champion, run)
+    return folder.absolute() / RECORD_FILE if folder else None
 
 
 def open_release(path: Path, name: str) -> ScoredRun:

@@ -194,8 +194,16 @@ def read_full_rows(rows: Rows, split: str, numbers: Set[int]) -> Iterator[Row]:
     yield from ({**columns, **row} for number, ((_, row), columns) in enumerate(both) if number in numbers)
 
 
+def label_scores(prediction: object, recipe: Recipe) -> object:
+    """Return a classifier's prediction with its scores by class name; any other prediction unchanged."""
+    labels = recipe.classify.labels if recipe.classify else None
+    if not labels or not isinstance(prediction, dict) or len(prediction.get("scores", ())) != len(labels):
+        return prediction
+    return {**prediction, "scores": dict(zip(labels, prediction["scores"], strict=True))}
+
+
 def measure_own(
-    section: EvaluateSection,
+    recipe: Recipe,
     rows: Sequence[Row],
     origins: Sequence[str],
     answers: Mapping[int, object],
@@ -203,10 +211,10 @@ def measure_own(
     console: Console,
 ) -> dict[str, Measure]:
     """Compute the user's own metrics from answers by row index, in rank 0; add those that fail to `problems`."""
-    measured = dict[str, Measure]()
+    measured, section = dict[str, Measure](), recipe.evaluate
     if not section.own_metrics or not answers:
         return measured
-    pairs = [(rows[i], answer) for i, answer in answers.items()]
+    pairs = [(rows[i], label_scores(answer, recipe)) for i, answer in answers.items()]
     for name, stated in section.own_metrics.items():
         if name in problems:
             continue
@@ -254,7 +262,7 @@ def try_own_metrics(recipe: Recipe, task: EvaluatedTask, rows: Rows, console: Co
     known = {i: reference_answer(task, row, recipe) for i, (_, row) in enumerate(first)}
     known = {i: answer for i, answer in known.items() if answer}
     origins, full = [origin for origin, _ in first], [*read_full_rows(rows, "test", {*range(len(first))})]
-    for name, one in measure_own(recipe.evaluate, full, origins, known, problems, console).items():
+    for name, one in measure_own(recipe, full, origins, known, problems, console).items():
         what = f"{name} is {score(one.value)} on the reference answers of {len(known)} test rows"
         lower = " (lower is better)" if better_side(name) < 0 else ""
         console.print(f"{KEY}: {what}{lower}", highlight=False, markup=False)

@@ -12,7 +12,7 @@ from llmtune import __version__
 from llmtune.evaluate.evaluation_file import load_evaluation, load_with_exports
 from llmtune.evaluate.gates import check_gates, list_power
 from llmtune.evaluate.paired_statistics import widen
-from llmtune.recipe.schema import Recipe
+from llmtune.recipe.schema import RELEASE, Recipe
 from llmtune.recipe.secrets import environment_secrets, redact_all, redact_yaml, secret_values
 from llmtune.recipe.yaml_reader import read_recipe_text
 from llmtune.report.report_page import find_explanations
@@ -50,6 +50,7 @@ def make_report(folder: RunFolder, recipe: Recipe, device: str) -> Report:
         evaluation=evaluation,
         seeds=seeds,
         gates=gates,
+        release=folder.findings.get("release") if RELEASE in recipe.deploy else None,
         look=folder.findings.get("look") if recipe.evaluate.looks else None,
         power=list_power(recipe.evaluate, evaluation) if evaluation else (),
         suspects=summarize_suspects(folder.path / "evaluation" / SUSPECTS),

@@ -15,7 +15,7 @@ from llmtune.data.examples import encode_rows
 from llmtune.data.inherited_rows import find_inheritance, find_learned
 from llmtune.data.row_store import iterate_ids, iterate_rows, iterate_texts, load_rows, pick_rows, read_rows
 from llmtune.data.row_text import compared_text
-from llmtune.errors import DataError, RecipeError
+from llmtune.errors import DataError, EnvironmentProblem, RecipeError
 from llmtune.evaluate.calibration import run_temperature
 from llmtune.evaluate.class_alignment import ClassMap, map_classes, rename_prediction
 from llmtune.evaluate.decision import save_rules
@@ -40,6 +40,7 @@ from llmtune.records import Row, Rows
 from llmtune.report.render_terminal import spinner
 from llmtune.score_records import Champion, Contamination, Evaluation, Slice
 from llmtune.store.atomic_files import hash_folder
+from llmtune.store.release_store import find_source
 from llmtune.store.run_folder import read_curve, read_run
 
 CLEAN, OVERLAPPING = "clean rows", "overlapping rows"
@@ -234,11 +235,12 @@ def ask_champion(
     numbers = context.inputs.rows
     names = name_test_rows(rows, numbers)
     with TemporaryDirectory(dir=folder, prefix=".champion-") as name:
-        scratch, known = Path(name), load_rows(run / "data" / "rows")
+        scratch, known = Path(name), load_champion_rows(run, context.console)
         picked = pick_rows(rows, SPLIT, [numbers[at] for at in places], scratch)
-        files, counts = known.files | picked.files, known.counts | picked.counts
-        found = find_overlap(replace(picked, files=files, counts=counts), near=True)
-        places = [at for place, at in enumerate(places) if place not in {*found.equal, *found.near}]
+        if known is not None:
+            files, counts = known.files | picked.files, known.counts | picked.counts
+            found = find_overlap(replace(picked, files=files, counts=counts), near=True)
+            places = [at for place, at in enumerate(places) if place not in {*found.equal, *found.near}]
         if not places:
             return PerRowScores()
         picked = pick_rows(rows, SPLIT, [numbers[at] for at in places], scratch)
@@ -263,16 +265,29 @@ def replace_classes(champion: ChampionModel, recipe: Recipe) -> ChampionModel:
     return replace(champion, recipe=champion.recipe.with_classes(classes.outputs), classes=classes)
 
 
+def load_champion_rows(run: Path, console: Console) -> Rows | None:
+    """Return the rows of the champion's run; None for a release whose run is gone, which knows their hashes only."""
+    try:
+        return load_rows(find_source(run) / "data" / "rows")
+    except EnvironmentProblem:
+        text = "champion: its run is gone, so test rows that nearly equal its training rows are compared too"
+        console.print(text, style="yellow", highlight=False)
+        return None
+
+
 def measure_champion(
-    champion: ChampionModel, known: Rows, picked: Rows, folder: Path, console: Console, temperature: float = 1.0
+    champion: ChampionModel, known: Rows | None, picked: Rows, folder: Path, console: Console, temperature: float = 1.0
 ) -> tuple[dict[str, Measure], tuple[int, ...]]:
     """Return the champion's metrics on `picked` rows, and the numbers of those that could be encoded.
 
-    `known` are its own rows, and `temperature` is that of its probabilities. Raises DataError if none can be encoded.
+    `known` are its own rows, unless its recipe states the choices; `temperature` is that of its probabilities.
+    Raises DataError if none can be encoded.
     """
     recipe, task, processor = champion.recipe, champion.task, champion.processor
-    references = [task.split_answer(row)[1] for _, row in iterate_rows(known, SPLIT)]
-    choices = resolve_choices(known, task, recipe, references, SPLIT)
+    choices: tuple[str, ...] = recipe.evaluate.choices if isinstance(recipe.evaluate.choices, tuple) else ()
+    if known is not None:
+        references = [task.split_answer(row)[1] for _, row in iterate_rows(known, SPLIT)]
+        choices = resolve_choices(known, task, recipe, references, SPLIT)
     answers = {task.split_answer(row)[1] for _, row in iterate_rows(picked, SPLIT)}
     given = {key: getattr(recipe.evaluate, key) for key in ("metrics", *OWN_METRIC_KEYS)}
     asked = EvaluateSection(choices=choices if answers & {*choices} else None, **given)

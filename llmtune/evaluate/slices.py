@@ -15,10 +15,10 @@ import numpy as np
 
 from llmtune.data.row_hash import plain_value
 from llmtune.data.row_store import iterate_columns
+from llmtune.data.written_numbers import read_numbers
 from llmtune.errors import DataError, Problem, nearest
 from llmtune.evaluate.metric import PairedMeasures
 from llmtune.records import Rows
-from llmtune.report.number_format import is_number
 from llmtune.report.verdict import FEWEST_ROWS
 from llmtune.score_records import Slice
 
@@ -62,19 +62,20 @@ def split_by_value(values: Sequence[object]) -> Parts:
     """Put each row into the slice of its value [N], of a range of numbers, or of other values.
 
     More than twelve different numbers are put into four ranges with about as many rows each. Of other values the
-    twelve most frequent get a slice each.
+    twelve most frequent get a slice each. A table's text is a number too, with a decimal point or a decimal comma.
     """
-    names = [write_value(value) for value in values]
-    numbers = [value for value in values if is_number(value)]
-    numeric = len(numbers) == sum(name != MISSING for name in names)
-    if len({*names} - {MISSING}) > MOST_VALUES and numeric:
-        edges_Q = sorted({float(edge) for edge in np.quantile(numbers, QUARTERS, method="lower")})
+    numbers = read_numbers(values)
+    names = [write_value(value) for value in (values if numbers is None else numbers)]
+    if numbers is not None and len({*names} - {MISSING}) > MOST_VALUES:
+        edges_Q = sorted(
+            {float(edge) for edge in np.quantile([n for n in numbers if n is not None], QUARTERS, method="lower")}
+        )
         order = name_ranges(edges_Q)
-        names = [order[int(np.searchsorted(edges_Q, value))] if is_number(value) else MISSING for value in values]
+        names = [MISSING if number is None else order[int(np.searchsorted(edges_Q, number))] for number in numbers]
     else:
         counted = Counter(names)
         order = sorted(counted.keys() - {MISSING}, key=lambda name: (-counted[name], name))[:MOST_VALUES]
-        if numeric:
+        if numbers is not None:
             order.sort(key=float)
         names = [name if name in order or name == MISSING else OTHER for name in names]
     rows = rows_by(names)

@@ -20,8 +20,7 @@ from llmtune.evaluate.gates import print_plan
 from llmtune.model.device import check_card
 from llmtune.model.memory_plan import check_memory, plan_training
 from llmtune.model.model_selection import peek_model, plan_candidates
-from llmtune.pipeline import check_first
-from llmtune.plan_drafting import decide_checkpointing, decide_rest, draft_plan, finish_plan
+from llmtune.plan_drafting import check_first, decide_checkpointing, decide_rest, draft_plan, finish_plan
 from llmtune.recipe.loader import LoadedRecipe
 from llmtune.recipe.schema import Recipe
 from llmtune.records import Examples, Json, MemoryPlan, ModelRef, Rows
@@ -34,7 +33,8 @@ from llmtune.session import (
     rows_hash,
 )
 from llmtune.store.processes import layout
-from llmtune.store.run_folder import default_path, peek_run
+from llmtune.store.run_folder import peek_run
+from llmtune.store.run_listing import find_start, pin_start
 from llmtune.store.run_lock import read_pins
 from llmtune.store.run_request import RunRequest
 from llmtune.store.seed_runs import seed_folder
@@ -45,7 +45,9 @@ TRIED_BYTES = 2**22
 
 def dry_run(loaded: LoadedRecipe, request: RunRequest, console: Console) -> Json:
     """Run the cheap checks and print the steps that would run and the memory they need; change and download nothing."""
-    recipe, path = loaded.recipe, request.out or default_path(loaded.recipe.name, loaded.fingerprint)
+    path = request.folder
+    loaded = pin_start(loaded, find_start(loaded.recipe, path))
+    recipe = loaded.recipe
     check_first(recipe, request)
     folder = peek_run(path, loaded.fingerprint, resume=request.resume, fresh=request.fresh)
     context = RunContext(folder, console, replace(request, pins=read_pins(request.lock) if request.lock else None))

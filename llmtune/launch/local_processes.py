@@ -8,6 +8,7 @@ import signal
 import socket
 import sys
 import tempfile
+import threading
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -216,8 +217,9 @@ def _surroundings(threads: int, place: Path, topology: Topology) -> Iterator[str
     try:
         yield address
     finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+        if threading.current_thread() is threading.main_thread():  # else nobody could change them
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
         logger.propagate = True
         logger.removeHandler(nowhere)
         os.environ.clear()

@@ -6,15 +6,23 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmtune import __version__
-from llmtune.errors import Problem, RecipeError
+from llmtune.errors import LlmtuneError, Problem, RecipeError
 from llmtune.launch.topology import Topology, why_not
 from llmtune.records import Json
 from llmtune.store.atomic_files import hash_value
-from llmtune.store.process_environment import LOCAL_TRACKERS, gc_paused, is_remote_model, prepare_environment
+from llmtune.store.process_environment import (
+    LOCAL_TRACKERS,
+    gc_paused,
+    is_remote_model,
+    prepare_environment,
+    refuse_network,
+)
+from llmtune.store.process_state import as_in_new_process
 from llmtune.store.processes import once, rank
 from llmtune.store.processes import strategy as stated_strategy
 from llmtune.store.run_request import RunRequest
@@ -22,12 +30,15 @@ from llmtune.store.run_request import RunRequest
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from llmtune.data.sources import Detected
     from llmtune.recipe.arguments import Until
     from llmtune.recipe.loader import LoadedRecipe
     from llmtune.recipe.schema import Recipe
     from llmtune.serve.finished_run import FinishedRun
 
 
+TRAINING = ("train", "evaluate", "run")
+"""Values of `until` that include training."""
 FILE_WIDTH = 160
 """Width in columns of output to a file or a pipe: enough for every table."""
 
@@ -72,42 +83,48 @@ def run(
     """
     _check_types("llmtune.run", locals())
     from llmtune.recipe.loader import load_recipe
-    from llmtune.store.run_folder import default_path
 
     texts = {
         key: value if isinstance(value, str) else json.dumps(value, default=str) for key, value in (set or {}).items()
     }
     sets = [f"{key}={value}" for key, value in texts.items()]
-    loaded = load_recipe(recipe, sets)
-    folder = default_path(loaded.recipe.name, loaded.fingerprint) if out is None else Path(out)
     lock = None if lock is None else Path(lock)
-    request = RunRequest(folder, until, resume, fresh, lock, threads, offline)
-    console = make_console(quiet=quiet)
-    if (processes, strategy) == (1, "ddp"):
-        run_recipe(recipe, sets, request, console)
-    else:
-        topology = Topology(processes, strategy)
-        from llmtune.launch.local_processes import launch_run
+    request = RunRequest(out if out is None else Path(out), until, resume, fresh, lock, threads, offline)
+    with as_in_new_process():
+        console = make_console(quiet=quiet)
+        request = locate_run(load_recipe(recipe, sets), request, console)
+        if (processes, strategy) == (1, "ddp"):
+            run_recipe(recipe, sets, request, console)
+        else:
+            topology = Topology(processes, strategy)
+            from llmtune.launch.local_processes import launch_run
 
-        launch_run(recipe, sets, request, topology, console, ["--quiet"] if quiet else [])
-    return load_run(folder, offline=offline)
+            if request.reason:
+                console.print(request.reason, markup=False)
+            launch_run(recipe, sets, request, topology, console, ["--quiet"] if quiet else [])
+    return load_run(request.folder, offline=offline)
 
 
 def load_run(folder: str | Path, *, offline: bool = False) -> FinishedRun:
-    """Open a trained run; its model is loaded at its first use.
+    """Open a trained run or a release by its folder or address; its model is loaded at its first use.
+
+    Addresses are those of the command line: `NAME`, `NAME@HASH`, `latest`, `release:NAME`.
 
     Raises:
-        RecipeError: not a run folder, or not trained yet.
+        RecipeError: not a run folder, not trained yet, or no such run or release.
 
     Example:
         run = llmtune.load_run("runs/support-chat-1a2b3c4d")
     """
     _check_types("llmtune.load_run", locals())
-    prepare_environment(network=False)
-    with gc_paused():
-        from llmtune.serve.finished_run import FinishedRun
+    with as_in_new_process():
+        prepare_environment(network=False)
+        with gc_paused():
+            from llmtune.serve.finished_run import FinishedRun
 
-    return FinishedRun(Path(folder), offline)
+        from llmtune.store.run_listing import find_run
+
+        return FinishedRun(find_run(Path(folder)), offline)
 
 
 def _check_types(function: str, given: Mapping[str, object]) -> None:
@@ -127,9 +144,9 @@ def run_recipe(recipe: str | Path, sets: Sequence[str], request: RunRequest, con
     from llmtune.launch.unchanged_run import finish_noted
     from llmtune.report.junit import failures_in_junit
     from llmtune.report.render_terminal import spinner
-    from llmtune.store.run_folder import default_path
 
-    path = request.out or default_path(loaded.recipe.name, loaded.fingerprint)
+    request = locate_run(loaded, request, console)
+    path = request.folder
     once(lambda: _peek(loaded, path, request))  # before anything is written there
     notes = rank() == 0 and not request.dry_run
     with failures_in_junit(path, loaded.recipe.name) if notes else nullcontext():
@@ -144,6 +161,36 @@ def run_recipe(recipe: str | Path, sets: Sequence[str], request: RunRequest, con
             return {} if rank() else dry_run(loaded, request, console)
         with finish_noted(loaded, path, request.until) if notes else nullcontext():
             return run_pipeline(loaded, request, console)
+
+
+def locate_run(loaded: LoadedRecipe, request: RunRequest, console: Console) -> RunRequest:
+    """Return the request with its run folder: `--out`, else the default one, with the reason if that is a new one.
+
+    All processes call this; rank 0 reads the data. Raises what `check_recipe` raises if the data cannot be read.
+    """
+    if request.out is not None:
+        return request
+    prepare_environment(network=names_remote(loaded.recipe) and not request.offline, threads=request.threads)
+    path, reason = once(lambda: _name_folder(loaded, request, console))
+    return replace(request, out=Path(path), reason=reason)
+
+
+def _name_folder(loaded: LoadedRecipe, request: RunRequest, console: Console) -> tuple[str, str]:
+    from llmtune.data.run_naming import default_folder, explain_new, rowless_folder
+    from llmtune.report.junit import failures_in_junit
+    from llmtune.store.run_folder import MANIFEST
+
+    try:
+        refuse_network(loaded.recipe, offline=request.offline)
+        path = default_folder(loaded)
+    except LlmtuneError:
+        with nullcontext() if request.dry_run else failures_in_junit(rowless_folder(loaded), loaded.recipe.name):
+            _check(loaded, request, console)  # names all problems, not only those of the data's content
+            raise
+    reason = "" if (path / MANIFEST).exists() else explain_new(loaded)
+    if request.resume and reason:
+        raise RecipeError.of(f"nothing to resume: {reason}", str(path), "Omit --resume to start.")
+    return str(path), reason
 
 
 def _agree(loaded: LoadedRecipe) -> None:
@@ -172,14 +219,12 @@ def _peek(loaded: LoadedRecipe, path: Path, request: RunRequest) -> None:
 
 def _look_first(loaded: LoadedRecipe, path: Path, request: RunRequest, console: Console) -> Json:
     """Run the checks that do not need torch; return the report of a run that has nothing left to do."""
-    from llmtune.launch.recipe_check import check_recipe, marks_left, try_recipe_rows
+    from llmtune.launch.recipe_check import try_recipe_rows
     from llmtune.launch.unchanged_run import find_unchanged, print_unchanged
 
     if again := int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
         console.print(f"[yellow]Restarting all processes ({again} times so far).[/]")
-    for line in marks_left(loaded):
-        console.print(f"still the starter's value: {line}", style="yellow", markup=False)
-    detected = check_recipe(loaded)
+    detected = _check(loaded, request, console)
     if request.dry_run:
         from llmtune.data.ingest import TRIED_ROWS
 
@@ -192,15 +237,23 @@ def _look_first(loaded: LoadedRecipe, path: Path, request: RunRequest, console: 
     return report or {}
 
 
+def _check(loaded: LoadedRecipe, request: RunRequest, console: Console) -> list[Detected]:
+    from llmtune.launch.recipe_check import check_recipe, marks_left
+
+    for line in marks_left(loaded):
+        console.print(f"still the starter's value: {line}", style="yellow", markup=False)
+    return check_recipe(loaded, trains=request.until in TRAINING)
+
+
 def write_test_file(recipe: str, sets: Sequence[str], out: Path | None, file: Path, console: Console) -> None:
     """Write the test rows of a prepared recipe to a file, and print the line to add to the recipe."""
     from llmtune.data.preparation import write_test_rows
     from llmtune.data.row_store import load_rows
+    from llmtune.data.run_naming import default_folder
     from llmtune.recipe.loader import load_recipe
-    from llmtune.store.run_folder import default_path
 
     loaded = load_recipe(recipe, sets)
-    rows = load_rows((out or default_path(loaded.recipe.name, loaded.fingerprint)) / "data" / "rows")
+    rows = load_rows((out or default_folder(loaded)) / "data" / "rows")
     stated = Path(recipe)
     line = write_test_rows(loaded.recipe, rows, file, stated.parent if stated.is_file() else Path())
     console.print(f"test rows written to {file}. Set in data: {line}", highlight=False, markup=False)

@@ -2,29 +2,38 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llmtune.errors import EnvironmentProblem, Problem, nearest
+from llmtune.errors import DataError, EnvironmentProblem, Problem, nearest
 from llmtune.model.catalogue import candidate_names
 from llmtune.recipe.builtin import new_recipe
 from llmtune.recipe.loader import LoadedRecipe
 
 if TYPE_CHECKING:
+    from llmtune.data.classify_rows import Label
     from llmtune.data.sources import Detected
+    from llmtune.recipe.schema import Recipe
 
-FEW_ROWS = 30
-"""With this many rows or fewer, a split may end up without any."""
+FEW_ROWS = 1000
+"""So many rows are prepared completely, in a fifth of a second."""
+FEW_GROUPS = 30
+"""With this many different rows or groups, or fewer, a split may end up without any, however many rows there are."""
+SHOWN = 5
 MARK = re.compile(r"#\s*SET:")
 
 
-def check_recipe(loaded: LoadedRecipe) -> list[Detected]:
+def check_recipe(loaded: LoadedRecipe, *, trains: bool = False) -> list[Detected]:
     """Check that everything the recipe names exists on this machine; return how its local files are read.
+
+    With `trains` its trackers must be installed too. Elsewhere they are a note: the machine that trains has them.
 
     Raises:
         RecipeError: `evaluate.champion` is not a run of this task with scores, or a file of `evaluate.metrics` has no
@@ -38,39 +47,73 @@ def check_recipe(loaded: LoadedRecipe) -> list[Detected]:
 
     open_champion(loaded.recipe)
     list_own_metrics(loaded.recipe.evaluate)
-    EnvironmentProblem.collect(_missing(loaded))
+    EnvironmentProblem.collect([*(missing_trackers(loaded.recipe) if trains else ()), *_missing(loaded)])
     return resolve_inputs(loaded.recipe.data, loaded.recipe.task, local_only=True)
 
 
 def try_recipe_rows(loaded: LoadedRecipe, detected: Sequence[Detected], *, split_up_to: int = FEW_ROWS) -> None:
     """Refuse data that `prepare` would refuse: check all rows of small files, and the first rows of large ones.
 
-    Up to `split_up_to` rows are also deduplicated and split, which takes longer.
+    Up to `split_up_to` rows are also deduplicated and split. Labels are checked as for training.
 
     Raises:
-        DataError: too many rows are bad, or no row is left for a split.
+        DataError: too many rows or passages are bad, no row is left for a split, a column is missing, or labels are
+            misread.
+        RecipeError: a metric or a key does not fit the labels.
     """
     from rich.console import Console
 
+    from llmtune.data.class_spelling import require_one_spelling
+    from llmtune.data.corpus import try_corpus
     from llmtune.data.ingest import try_rows  # imports pyarrow, which `--help` does not need
 
     recipe = loaded.recipe
-    count = try_rows(detected, recipe)
+    try_corpus(recipe.data)
+    tried = try_rows(detected, recipe.data, recipe.task, recipe.evaluate.columns, recipe.renames)
+    if any(one.row_format.labels for one in detected):
+        require_one_spelling(((row.origin, json.loads(row.row)) for row in tried.good), recipe)
     sources = {id(source) for _, place, source in recipe.data.named_sources() if place != "corpus"}
-    local = {id(one.input.source) for one in detected} == sources
-    if count is not None and count <= split_up_to and local:
+    if not tried.whole or {id(one.input.source) for one in detected} != sources:
+        return
+    if len(tried.good) <= split_up_to or tried.different <= FEW_GROUPS:
         from llmtune.data.preparation import prepare_rows  # takes half a second to import
 
         alone = recipe.model_copy(update={"data": recipe.data.model_copy(update={"corpus": None})})
         with tempfile.TemporaryDirectory() as folder:
             prepare_rows(alone, Path(folder) / "rows", Console(quiet=True))
+    if recipe.task == "classify":
+        _try_labels(recipe, [json.loads(row.row)["label"] for row in tried.good])
 
 
-def _missing(loaded: LoadedRecipe) -> Iterator[Problem]:
-    for tracker in loaded.recipe.train.report_to:
+def _try_labels(recipe: Recipe, labels: Sequence[Label]) -> None:
+    """Refuse labels that training would refuse, and rows whose labels are unknown."""
+    from llmtune.data.rejected_rows import too_many_bad
+    from llmtune.tasks.class_labels import check_labels, names_of
+
+    kind = check_labels(recipe, labels)
+    stated = recipe.classify.labels if recipe.classify else None
+    if kind == "regression" or not stated:
+        return
+    unknown = Counter(name for label in labels for name in names_of(label) if name not in stated)
+    lost = sum(not {*names_of(label)} <= {*stated} for label in labels)
+    if lost / len(labels) > recipe.data.max_dropped:
+        problem = too_many_bad(f"{lost:,} of {len(labels):,} rows", lost / len(labels), recipe.data.max_dropped)
+        names = ", ".join(f"{name!r} ({count:,} rows)" for name, count in unknown.most_common(SHOWN))
+        hint = "".join(nearest(name, stated) for name, _ in unknown.most_common(1))
+        raise DataError(
+            problem, Problem(f"labels that classify.labels does not list: {names}", "classify.labels", hint)
+        )
+
+
+def missing_trackers(recipe: Recipe) -> Iterator[Problem]:
+    """Yield each tracker of the recipe that is not installed, with its install command."""
+    for tracker in recipe.train.report_to:
         if find_spec(tracker) is None:
             what = f"the tracker {tracker} is not installed"
             yield Problem(what, "train.report_to", f"pip install {tracker.replace('_', '-')}")
+
+
+def _missing(loaded: LoadedRecipe) -> Iterator[Problem]:
     model = loaded.recipe.model
     names = [model.name] if model.name else candidate_names(loaded.recipe)
     missing = [("model.name", name) for name in names if os.path.isabs(name) and not os.path.exists(name)]

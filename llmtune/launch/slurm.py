@@ -18,12 +18,14 @@ from pathlib import Path
 
 from rich.console import Console
 
+from llmtune.data.run_naming import default_folder
 from llmtune.errors import BY_EXIT_CODE, EnvironmentProblem, LlmtuneError, Problem, RecipeError, Stopped
 from llmtune.launch.recipe_check import check_recipe
 from llmtune.launch.topology import Topology, why_not
 from llmtune.recipe.loader import LoadedRecipe, load_recipe
 from llmtune.records import Json
-from llmtune.store.run_folder import REPORTS, default_path, peek_run
+from llmtune.store.process_environment import prepare_environment
+from llmtune.store.run_folder import REPORTS, peek_run
 from llmtune.store.run_lock import read_pins
 from llmtune.store.run_request import RunRequest
 
@@ -81,13 +83,14 @@ def plan_job(recipe: str, sets: Sequence[str], request: RunRequest, topology: To
     """Check a recipe as `launch local` would, and plan its job; raises the LlmtuneErrors that `launch local` would."""
     loaded = load_recipe(recipe, sets)
     RecipeError.collect(why_not(topology.strategy, loaded.recipe))
-    folder = request.out or default_path(loaded.recipe.name, loaded.fingerprint)
-    peek_run(folder, loaded.fingerprint)
     lock = None
     if request.lock is not None:
         read_pins(request.lock)
         lock = Path(os.path.relpath(request.lock))  # relative to the folder from which the job is submitted
-    check_recipe(loaded)
+    check_recipe(loaded, trains=True)
+    prepare_environment(network=not request.offline)
+    folder = request.out or default_folder(loaded)  # decided here: a restarted job continues in the same folder
+    peek_run(folder, loaded.fingerprint)
     stated = [word for one in sets for word in ("--set", one)]
     return SlurmJob(loaded, folder, topology, (*stated, *replace(request, out=None, lock=lock).words()))
 

@@ -22,6 +22,7 @@ from llmtune.report.report_record import Verdict, read_report
 from llmtune.score_records import GateResult
 from llmtune.store.atomic_files import hash_file, hash_listing, hash_value, list_model, write_json
 from llmtune.store.machine import likely_device
+from llmtune.store.release_store import list_stored
 from llmtune.store.run_folder import MANIFEST, REPORTS, RunFolder, read_run, updating_reports
 from llmtune.store.run_lock import LOCK, package_versions
 from llmtune.store.verification import verify_run
@@ -61,6 +62,8 @@ def find_unchanged(loaded: LoadedRecipe, path: Path, until: str) -> Json | None:
     folder = read_run(path)
     if folder.manifest.get("finished") != _hash_command(loaded, folder, until):
         return None
+    if is_gone(report.get("release")):
+        return None
     findings = verify_run(path, strict=True).findings
     if any(finding.state != "same" for finding in findings if finding.kind not in LOOSE):
         return None
@@ -70,10 +73,17 @@ def find_unchanged(loaded: LoadedRecipe, path: Path, until: str) -> Json | None:
     return report | {"steps": steps}
 
 
+def is_gone(outcome: Json | None) -> bool:
+    """Return whether the release that a run made is in the store no more."""
+    if outcome is None or not outcome["promoted"]:
+        return False
+    return outcome["current"] not in [one.hash for one in list_stored(outcome["name"])]
+
+
 def _hash_command(loaded: LoadedRecipe, folder: RunFolder, until: str) -> str:
     recipe = loaded.recipe
     template = [Path(recipe.model.chat_template)] if recipe.model.chat_template else []
-    files = [hash_file(path) for path in (*evaluation_files(recipe), *template) if path.is_file()]
+    files = [hash_file(path) for path in (*evaluation_files(recipe, folder.path), *template) if path.is_file()]
     candidates = recipe.model.candidates if isinstance(recipe.model.candidates, tuple) else ()  # the lock has only one
     files += [hash_listing(list_model(folder)) for folder in map(Path, candidates) if folder.is_dir()]
     inputs = {name: step["inputs"] for name, step in folder.manifest["steps"].items() if step["state"] == "done"}
@@ -90,5 +100,7 @@ def print_unchanged(report: Json, path: Path, console: Console) -> None:
     if evaluation := load_evaluation(path / "evaluation"):
         print_scores(evaluation, console)
     print_verdict(Verdict(**report["verdict"]), gates, console)
+    if report.get("release"):
+        console.print(report["release"]["told"], highlight=False, markup=False)
     console.print(read_run(path).findings.get("next_steps", ""), highlight=False, markup=False, soft_wrap=True)
     require_gates(gates, report)

@@ -63,7 +63,7 @@ def resolve_builtin(name: str, console: Console, convert: Convert | None = None)
             "model.name",
             f"Packaged models: {known}.",
         )
-    folder = find_cache() / "models" / f"{name}-{entry.sha256[:16]}-{entry.conversion}"
+    folder = packaged_folder(name, entry)
     if folder.is_dir():
         return folder
     file = _find_file(name, entry)
@@ -73,6 +73,11 @@ def resolve_builtin(name: str, console: Console, convert: Convert | None = None)
         raise EnvironmentProblem.of(what, "model.name", f"Run: make models (or: {entry.install})")
     console.print(f"Converting {entry.file} into {folder} (once) ...", highlight=False, soft_wrap=True)
     return build_once(folder, file, convert)
+
+
+def packaged_folder(name: str, entry: PackagedModel) -> Path:
+    """Return the folder in llmtune's cache into which a packaged model is converted."""
+    return find_cache() / "models" / f"{name}-{entry.sha256[:16]}-{entry.conversion}"
 
 
 def _find_file(name: str, entry: PackagedModel) -> Path:

@@ -19,7 +19,7 @@ from llmtune.recipe.peft_options import (
     peft_methods,
     readers_of,
 )
-from llmtune.recipe.section import Many, NonEmpty, Positive, RecipeSection, absolute, by_type
+from llmtune.recipe.section import Many, NonEmpty, Positive, RecipeSection, absolute_or_address, by_type
 from llmtune.recipe.source_map import Diagnostics
 from llmtune.recipe.task_variant import TaskVariant
 
@@ -113,9 +113,10 @@ class AdapterSection(RecipeSection):
     """With `qlora`, also quantise the scales of the 4-bit blocks. Default true: saves 0.4 bits per weight without a
     measured loss."""
     start_from: NonEmpty | None = None
-    """Run folder or PEFT folder whose adapter to continue training. Default none: a new adapter."""
+    """A run, a release or a PEFT folder whose adapter to continue training: a folder, `NAME` (the newest run of that
+    recipe that passed its gates), `NAME@HASH` or `release:NAME`. Default none: a new adapter."""
 
-    paths: ClassVar = {"start_from": absolute}
+    paths: ClassVar = {"start_from": absolute_or_address}
 
     @property
     def options(self) -> dict[str, Any]:
@@ -125,6 +126,7 @@ class AdapterSection(RecipeSection):
     def check(self, diagnostics: Diagnostics, variant: TaskVariant, add_tokens: bool = False) -> None:
         """Report settings that the method or `start_from` ignores, and combinations that PEFT does not support."""
         why, method = f"with adapter.method: {self.method}", "adapter.method"
+        diagnostics.check_release("adapter.start_from", self.start_from)
         if self.method == "full":
             diagnostics.none_has_effect(self, "adapter", LORA_KEYS, why, "Remove it, or use lora or qlora.", method)
             fix = "Set model.name to the run's `weights` folder."

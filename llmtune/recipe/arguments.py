@@ -55,10 +55,19 @@ class GenerateArguments(TypedDict):
     max_new_tokens: Positive | None
 
 
+class AnswerArguments(TypedDict):
+    """The arguments of a finished run's `answer`."""
+
+    inputs: str | Mapping[str, str | Path | list[str] | tuple[str, ...] | None]
+    base: bool
+    max_new_tokens: Positive | None
+
+
 SHAPES: dict[str, type[Any]] = {
     "llmtune.run": RunArguments,
     "llmtune.load_run": LoadArguments,
     "run.generate": GenerateArguments,
+    "run.answer": AnswerArguments,
 }
 
 

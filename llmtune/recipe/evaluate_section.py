@@ -23,7 +23,16 @@ from llmtune.recipe.eval_suites_section import (
     fairness_without_effect,
 )
 from llmtune.recipe.gate_grammar import NAME, Gate, parse_gate
-from llmtune.recipe.section import Many, NonEmpty, Positive, RecipeSection, absolute, by_type, sections_by
+from llmtune.recipe.section import (
+    Many,
+    NonEmpty,
+    Positive,
+    RecipeSection,
+    absolute,
+    absolute_or_address,
+    by_type,
+    sections_by,
+)
 from llmtune.recipe.source_map import Diagnostics
 from llmtune.recipe.task_facts import (
     CALIBRATION,
@@ -87,9 +96,11 @@ class EvaluateSection(RecipeSection):
     """Conditions such as `exact_match >= 0.8`, `rougeL > base` or `exact_match.low > base`. A failed gate ends the run
     with exit code 6. Default none: a gate is your decision."""
     champion: NonEmpty | None = None
-    """The model in production: a run folder, a release file, or a folder of releases (uses the newest with the
-    recipe's name). The tuned model is compared with it on test rows that neither was trained on. Gates may use it:
-    `exact_match.low > champion - 0.01`. Default none: gates compare with the base model."""
+    """The model in production: `release:NAME` (the current release), `release:NAME@HASH`, a run (its folder, `NAME` or
+    `NAME@HASH`), a release file, or a folder of release files (uses the newest with the recipe's name). The tuned
+    model is compared with it on test rows that neither was trained on. Gates may use it:
+    `exact_match.low > champion - 0.01`. They pass, and say so, as long as NAME has no release. Default none: gates
+    compare with the base model."""
     limit: Positive | None = None
     """Maximum number of test rows to generate answers for. Default none: all; a limit saves time."""
     choices: Choices | None = "auto"
@@ -136,7 +147,7 @@ class EvaluateSection(RecipeSection):
     their 5 % false-positive budget by it. `releases.jsonl` next to the champion's release file keeps count. Default
     none: each run has 5 % of its own."""
 
-    paths: ClassVar = {"champion": absolute, "metrics": absolute_metric}
+    paths: ClassVar = {"champion": absolute_or_address, "metrics": absolute_metric}
 
     @property
     def alpha(self) -> float:
@@ -173,6 +184,7 @@ class EvaluateSection(RecipeSection):
         has_validation: bool = True,
     ) -> None:
         """Report impossible measurements and gates; `exports` are those of the recipe's `deploy`."""
+        diagnostics.check_release("evaluate.champion", self.champion)
         self._check_calibrate(diagnostics, variant, has_validation)
         chooses = self.chooses(variant) and self.choices is not None
         check_decisions(diagnostics, self.decisions, variant, has_validation=has_validation, chooses=chooses)
@@ -328,7 +340,7 @@ class EvaluateSection(RecipeSection):
                 fix = "Compare with `base`: a champion has scores on test rows only."
                 diagnostics.add(key, f"the gate {gate.text!r} compares a study with a champion", fix)
             elif gate.against == "champion" and self.champion is None:
-                fix = "Set evaluate.champion to a run folder or a release file, or compare with `base`."
+                fix = "Set evaluate.champion to release:NAME, a run folder or a release file, or compare with `base`."
                 what = f"the gate {gate.text!r} uses the champion, but evaluate.champion is not set"
                 diagnostics.add(key, what, fix, "evaluate.champion")
 
@@ -337,7 +349,7 @@ class EvaluateSection(RecipeSection):
             for key in ("evaluate.when_unsure", "evaluate.looks"):
                 diagnostics.no_effect(key, "without a gate on the end of an interval", fix, "evaluate.gates")
         elif self.champion is None:
-            fix = "Set evaluate.champion to a release file: looks are counted next to it."
+            fix = "Set evaluate.champion to release:NAME or a release file: looks are counted next to it."
             diagnostics.no_effect("evaluate.looks", "without a champion", fix, "evaluate.champion")
 
     def _parsed_gates(self) -> Iterator[tuple[str, Gate]]:

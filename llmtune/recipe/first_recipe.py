@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 from llmtune.recipe.task_facts import TASK_FACTS, TaskFacts
 from llmtune.recipe.yaml_writer import scalar
@@ -15,6 +16,12 @@ TEMPLATE_TOKENS = 48
 """Upper estimate of the tokens that a chat template adds to a row."""
 LENGTHS = (64, 8192)
 ANSWER_LENGTHS = (16, 1024)
+PACKAGED_LENGTH = 512
+"""Most tokens that the packaged encoder reads."""
+MINED, FEWEST_MINED = 4, 50
+"""Mined negatives per query, and the fewest passages to mine them among."""
+BATCH_SIZES = ((1000, 64), (300, 32), (0, 16))
+"""(Fewest rows, rows per step) of a task with in-batch negatives."""
 TEXT_LENGTH = 1024
 """Tokens per row when plain text is split."""
 ERRORS = ("bits_per_byte", "wer", "mse")
@@ -54,23 +61,32 @@ def write_first_recipe(
     metrics: Sequence[str] | None = None,
     unread: int = 0,
     copies: int = 0,
+    has_test: bool = False,
 ) -> str:
     """Return the first recipe for canonical rows, with comments.
 
     `data` has the lines of the section `data` that name and map the rows. `metrics` override the task's metrics if
     they depend on the labels. `unread` counts unreadable rows, `copies` counts duplicates that will be dropped.
+    `has_test` says that `data` names the test rows too.
     """
     facts = TASK_FACTS[task]
-    longest = max(len(_join_texts(row)) for row in rows)
+    longest = max(_count_characters(row, apart=facts.searches) for row in rows)
     is_text = "text" in facts.formats and not any(row["prompt"] for row in rows)
-    lengths = (LENGTHS[0], TEXT_LENGTH) if is_text else LENGTHS
+    most = TEXT_LENGTH if is_text else PACKAGED_LENGTH if model == PACKAGED["encoder"][0] else LENGTHS[1]
+    lengths = (LENGTHS[0], most)
     answers = [] if is_text else [answer for row in rows if (answer := _generated_text(facts, row)) is not None]
     metrics = metrics or facts.first_metrics or facts.default_metrics
     if facts.has_turns and len(set(answers)) <= min(FEW_ANSWERS, len(answers) // 4):
         metrics = ("loss", "exact_match", "choice_accuracy")
-    judged = metrics[-1 if facts.has_turns else 1]
+    judged = metrics[-1 if facts.has_turns else 0 if facts.searches else 1]
     gate = f"{judged}.high < base" if judged in ERRORS else f"{judged}.low > base"
-    test = min(MOST_TEST, max(LEAST_TEST, math.ceil(20 * TEST_ROWS / (len(rows) - copies)) / 20))
+    share = min(MOST_TEST, max(LEAST_TEST, math.ceil(20 * TEST_ROWS / (len(rows) - copies)) / 20))
+    test = [
+        f"test: {share}  # share of rows used only for evaluation; if your data grows, keep these",
+        f"#           rows in a file: llmtune prepare {name}.yaml --write-test FILE, then test: FILE",
+    ]
+    mined = f"negatives: {{mine: {MINED}}}  # for each query, the {MINED} nearest wrong passages: they teach the most"
+    negatives = [mined] if mines_negatives(facts, rows) else []
     lines = [
         "# yaml-language-server: $schema=recipe.schema.json",
         f"# Made by `llmtune init`. Next: llmtune run {name}.yaml",
@@ -78,25 +94,43 @@ def write_first_recipe(
         f"name: {scalar(name)}",
         f"task: {task}",
         "data:",
-        *(f"  {line}" for line in (*data, *_max_dropped(unread, len(rows) + unread))),
-        f"  test: {test}  # share of rows used only for evaluation; if your data grows, keep these",
-        f"  #           rows in a file: llmtune prepare {name}.yaml --write-test FILE, then test: FILE",
+        *(f"  {line}" for line in (*data, *negatives, *_max_dropped(unread, len(rows) + unread))),
+        *(f"  {line}" for line in ([] if has_test else test)),
         f"  max_length: {_round_up_tokens(longest, lengths, TEMPLATE_TOKENS)}"
         "  # tokens: estimate of the longest row; longer rows are errors",
     ]
     if longest / CHARACTERS_A_TOKEN > lengths[1]:
         long_way = "split" if is_text else "truncate" if "truncate" in facts.overlong else "drop"
-        lines += [f"  on_overlong: {long_way}"]
+        lines += [f"  on_overlong: {long_way}  # some rows are longer than {lengths[1]:,} tokens"]
     lines += ["model:", f"  name: {model}  # a folder, owner/model on the hub, or builtin:NAME"]
     if facts.first_lines:
         lines += [f"{facts.section}:", *(f"  {line}" for line in facts.first_lines)]
-    lines += ["# train: epochs, learning rate and batch size depend on rows and model; set them to override"]
+    usual = "# train: epochs, learning rate and batch size depend on rows and model; set them to override"
+    lines += _name_batch_size(rows) if facts.searches else [usual]
     if answers:
         tokens = _round_up_tokens(max(map(len, answers)), ANSWER_LENGTHS)
         lines += ["generation:", f"  max_new_tokens: {tokens}  # estimate of the longest answer"]
     lines += ["evaluate:", f"  metrics: [{', '.join(metrics)}]"]
     lines += [f"  gates: []  # DECIDE: when is the model good enough? e.g. [{gate}]"]
     return "\n".join(lines) + "\n"
+
+
+def mines_negatives(facts: TaskFacts, rows: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether a recipe for these rows mines negatives: they have none, and enough passages to mine among."""
+    if not facts.mines:
+        return False
+    passages = {passage for row in rows for passage in row["passages"]}
+    given = any(row.get("negatives") or row.get("score") is not None or 0 in row.get("relevances", ()) for row in rows)
+    return len(passages) >= FEWEST_MINED and not given
+
+
+def _name_batch_size(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the lines of `train` for a task that learns from the other rows of a step."""
+    size = next(size for least, size in BATCH_SIZES if len(rows) >= least)
+    why = "the passages of the other rows are negatives too, so a larger batch is a harder and better task"
+    if classes := {row["label"] for row in rows} - {None}:
+        size, why = max(size, 2 * len(classes)), "a step learns from classes of which it has several rows"
+    return ["train:", f"  batch_size: {size}  # {why}"]
 
 
 def _max_dropped(unread: int, looked_at: int) -> list[str]:
@@ -134,10 +168,10 @@ def _generated_text(facts: TaskFacts, row: Mapping[str, object]) -> str | None:
     return str(row[facts.columns[-1]]) if facts.ranks else None
 
 
-def _join_texts(value: object) -> str:
-    """Return all texts of a row, joined with spaces."""
-    if isinstance(value, Mapping):
-        return " ".join(_join_texts(item) for item in value.values())
-    if isinstance(value, list):
-        return " ".join(_join_texts(item) for item in value)
-    return value if isinstance(value, str) else ""
+def _count_characters(value: object, apart: bool) -> int:
+    """Return the characters of all texts of a row with spaces between them; `apart`, those of its longest text."""
+    if isinstance(value, str):
+        return len(value)
+    inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
+    counts = [_count_characters(item, apart) for item in inner]
+    return max(counts, default=0) if apart else sum(counts) + max(len(counts) - 1, 0)

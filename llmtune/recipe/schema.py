@@ -39,7 +39,9 @@ if TYPE_CHECKING:
 else:
     TaskName = Literal[tuple(TASK_FACTS)]
 EXTENDS = "A recipe file to inherit from, relative to this one. Values set here override inherited ones."
-Product = Literal["merged", "gguf", "gguf-q8_0", "gguf-q4_k_m", "onnx", "onnx-int8", "w4a16", "w8a8", "fp8"]
+Product = Literal["merged", "gguf", "gguf-q8_0", "gguf-q4_k_m", "onnx", "onnx-int8", "w4a16", "w8a8", "fp8", "release"]
+RELEASE = "release"
+"""The product that is no export: it is promoted after all gates."""
 QUANTIZED = ("w4a16", "w8a8", "fp8")
 """Those in the compressed-tensors format."""
 Products = Annotated[tuple[Product, ...], BeforeValidator(one_or_more, json_schema_input_type=Product | list[Product])]
@@ -102,8 +104,9 @@ class Recipe(RecipeSection):
     """Metrics to compute and gates to pass. Default: the task's metrics, no gates."""
     deploy: Products = ()
     """Exports that `run` makes at the end, each certified, and scored on the test rows by its own runtime: `merged`,
-    `gguf` (F16), `gguf-q8_0`, `gguf-q4_k_m`, `onnx`, `onnx-int8`; for vLLM `w4a16`, `w8a8`, `fp8`. Default none: the
-    adapter is the result."""
+    `gguf` (F16), `gguf-q8_0`, `gguf-q4_k_m`, `onnx`, `onnx-int8`; for vLLM `w4a16`, `w8a8`, `fp8`. With `release`, the
+    model becomes the current release of the recipe's `name` once all gates and certificates have passed. Default none:
+    the adapter is the result."""
     completion: CompletionSection | None = None
     """Settings of `task: completion`. Default none: the defaults of its keys."""
     preference: PreferenceSection | None = None
@@ -124,6 +127,11 @@ class Recipe(RecipeSection):
     """Settings of `task: embed`. Default none: the defaults of its keys."""
     rerank: RerankSection | None = None
     """Settings of `task: rerank`. Default none: the defaults of its keys."""
+
+    @property
+    def exports(self) -> tuple[str, ...]:
+        """Return the products that are exports: all but `release`."""
+        return tuple(product for product in self.deploy if product != RELEASE)
 
     @property
     def needs_rows_apart(self) -> str | None:
@@ -201,7 +209,7 @@ class Recipe(RecipeSection):
         self.train.check(diagnostics, self.data, self.adapter, self.seed, variant)
         self.train.check_task(diagnostics, variant)
         self.generation.check(diagnostics, variant)
-        self.evaluate.check(diagnostics, variant, bool(self.data.test), self.deploy, bool(self.data.validation))
+        self.evaluate.check(diagnostics, variant, bool(self.data.test), self.exports, bool(self.data.validation))
         self._check_deploy(diagnostics, variant)
 
     def _check_deploy(self, diagnostics: Diagnostics, variant: TaskVariant) -> None:
@@ -209,7 +217,7 @@ class Recipe(RecipeSection):
             fix = "Remove it: `weights/` in the run folder is already the complete model."
             diagnostics.add("deploy", "'merged' has no effect with adapter.method: full", fix, "adapter.method")
         unmergeable = self.adapter.unmergeable
-        for product in self.deploy if unmergeable else ():
+        for product in self.exports if unmergeable else ():
             what = f"'deploy: {product}' cannot be made with adapter.method: {self.adapter.method}: {unmergeable}"
             diagnostics.add("deploy", what, "Remove it; the adapter is the result.", "adapter.method")
         readable = (variant.facts.decodes and not variant.is_masked) or variant.facts.answer_kind == "labels"
@@ -224,6 +232,9 @@ class Recipe(RecipeSection):
             if product in QUANTIZED:
                 what = f"'deploy: {product}' is for models that continue a text: {reason}"
                 diagnostics.add("deploy", what, "Remove it.", key)
+        if RELEASE in self.deploy and not self.data.test:
+            fix = "Give data.test a share of the rows, or remove it from `deploy`."
+            diagnostics.add("deploy", "'release' needs scores, but there are no test rows", fix, "data.test")
         diagnostics.repeated("deploy", self.deploy, "the same thing")
 
 

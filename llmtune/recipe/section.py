@@ -6,6 +6,7 @@ import ast
 import glob
 import inspect
 import os
+import re
 import typing
 from collections.abc import Callable, Mapping
 from itertools import pairwise
@@ -69,6 +70,21 @@ def absolute(path: str, folder: Path, pattern: bool = False) -> str:
         joined = os.path.join(glob.escape(str(folder)), path)
     normal = os.path.normpath(joined)
     return normal if os.path.realpath(normal) == os.path.realpath(joined) else joined  # keep `link/..`
+
+
+RELEASE_PREFIX = "release:"
+RELEASE_ADDRESS = re.compile(r"release:(?P<name>[A-Za-z0-9][A-Za-z0-9._-]{0,63})(@(?P<hash>[0-9a-f]{8}))?")
+"""`release:NAME`, the current release, or `release:NAME@HASH`."""
+
+
+RUN_ADDRESS = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}(@[0-9a-f]{8})?")
+"""`NAME`, the newest run of a recipe that passed its gates, or `NAME@HASH`."""
+
+
+def absolute_or_address(path: str, folder: Path) -> str:
+    """Resolve `path` as `absolute` does; leave the address of a release, or of a run if nothing has its name here."""
+    is_run = RUN_ADDRESS.fullmatch(path) is not None and not os.path.lexists(os.path.join(folder, path))
+    return path if is_run or path.startswith(RELEASE_PREFIX) else absolute(path, folder)
 
 
 def is_folder(name: str, folder: Path) -> bool:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llmtune.errors import Problem
-from llmtune.recipe.section import BRANCHES, RecipeSection
+from llmtune.recipe.section import BRANCHES, RELEASE_ADDRESS, RELEASE_PREFIX, RecipeSection
 from llmtune.recipe.yaml_reader import Node, parse_yaml
 
 Key = Sequence[str | int]
@@ -141,6 +141,12 @@ class Diagnostics:
         if not any(name == other or name.startswith(f"{other}.") for name in (key, *because) for other in self._broken):
             self.problems.append(Problem(what, self.source_map.where(split(key)), fix))
             self.keys.add(key)
+
+    def check_release(self, key: str, value: str | None) -> None:
+        """Report a value that begins like the address of a release but is none."""
+        if value is not None and value.startswith(RELEASE_PREFIX) and RELEASE_ADDRESS.fullmatch(value) is None:
+            what = f"{value!r} is not the address of a release"
+            self.add(key, what, "Write release:NAME for the current release, or release:NAME@HASH for an older one.")
 
     def no_effect(self, key: str, why: str, fix: str, *because: str) -> None:
         """Report a key without effect if the recipe states it."""

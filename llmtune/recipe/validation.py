@@ -16,6 +16,7 @@ from llmtune.recipe.schema import Recipe
 from llmtune.recipe.section import BRANCHES, RecipeSection, descriptions, find_section, is_section
 from llmtune.recipe.source_map import Diagnostics, Key, SourceMap, dotted
 from llmtune.recipe.task_facts import TASK_FACTS
+from llmtune.recipe.undecided import list_undecided
 from llmtune.recipe.yaml_reader import Node
 
 THREADS = "Remove it: llmtune uses all cores, or the number given with `--threads`."
@@ -154,13 +155,15 @@ def validate(root: Node, name: str) -> Recipe:
     source_map = SourceMap(root)
     values = plain_values(root, Recipe)
     values.setdefault("name", name)
-    problems: list[Problem] = []
-    broken: set[str] = set()
+    undecided = dict(list_undecided(root))
+    problems = [*undecided.values()]
+    broken = replace_broken(values, undecided)
     try:
         recipe = Recipe.model_validate(values)
     except ValidationError as error:
-        keys, problems = schema_problems(error.errors(include_url=False), source_map)
-        broken = replace_broken(values, keys)
+        keys, wrong = schema_problems(error.errors(include_url=False), source_map)
+        problems += wrong
+        broken |= replace_broken(values, keys)
         recipe = Recipe.model_validate(values)
     strangers = [name for name in recipe.adapter.model_extra or () if not readers_of(name)]
     problems += [unknown_key(("adapter", name), source_map, options_of(recipe.adapter.method)) for name in strangers]

@@ -24,8 +24,14 @@ def to_junit(report: Report) -> str:
     gates = report.gates
     failed, unsure = (sum(gate.passed is outcome for gate in gates) for outcome in (False, None))
     seconds = next((step.seconds for step in report.steps if step.name == "evaluate"), 0)
-    counts = {"tests": str(len(gates)), "failures": str(failed), "errors": "0", "time": f"{seconds:.3f}"}
-    root, suite = begin_suite(report.name, counts, skipped=unsure)
+    released = report.release
+    counts = {
+        "tests": str(len(gates) + (released is not None)),
+        "failures": str(failed),
+        "errors": "0",
+        "time": f"{seconds:.3f}",
+    }
+    root, suite = begin_suite(report.name, counts, skipped=unsure + (released is not None and not released["promoted"]))
     add_properties(suite, list_scores(report))
     for gate in gates:
         case = Tree.SubElement(suite, "testcase", classname="llmtune.gates", name=xml_text(gate.name), time="0")
@@ -35,6 +41,14 @@ def to_junit(report: Report) -> str:
             Tree.SubElement(case, "skipped", message=message, type="GateUnsure").text = message
         elif not gate.passed:
             Tree.SubElement(case, "failure", message=message, type="GateFailed").text = message
+    if released is not None:
+        case = Tree.SubElement(
+            suite, "testcase", classname="llmtune.release", name=xml_text(released["name"]), time="0"
+        )
+        message = xml_text(released["told"])
+        add_properties(case, {"current": released["current"] or ""})
+        if not released["promoted"]:
+            Tree.SubElement(case, "skipped", message=message, type="NotReleased").text = message
     return write_xml(root)
 
 

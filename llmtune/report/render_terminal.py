@@ -70,6 +70,34 @@ def counting_bars(console: Console) -> Progress:
     return Progress(*what, *times, console=console, transient=True, disable=not console.is_terminal)
 
 
+def print_columns(
+    headings: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    console: Console,
+    *,
+    numbers: Sequence[str] = (),
+    wraps: bool = False,
+) -> list[str]:
+    """Print a list, one line per row; on a terminal without the last columns that do not fit. Return their headings.
+
+    In a file or a pipe each line is as long as its row, for grep. `wraps` wraps the last column on a terminal instead.
+    """
+    widths = [max(map(cell_len, column)) for column in zip(headings, *rows, strict=True)]
+    shown = len(headings)
+    while console.is_terminal and not wraps and shown > 1 and sum(widths[:shown]) + 2 * (shown - 1) > console.width:
+        shown -= 1
+    for row in (headings, *rows):
+        cells = zip(headings[:shown], row, widths, strict=False)
+        *first, last = (
+            " " * (width - cell_len(cell)) + cell if heading in numbers else cell for heading, cell, width in cells
+        )
+        start = "".join(cell + " " * (width + 2 - cell_len(cell)) for cell, width in zip(first, widths, strict=False))
+        if wraps and console.is_terminal:
+            last = fill(last, max(console.width - len(start), LEAST_TEXT)).replace("\n", "\n" + " " * len(start))
+        console.print(f"{start}{last}", soft_wrap=True, highlight=False, markup=False)
+    return [*headings[shown:]]
+
+
 def print_page(page: Page, console: Console) -> None:
     """Print the sections of a page that are meant for the terminal too."""
     print_sections(page.sections, console)

@@ -20,6 +20,7 @@ from llmtune.store.json_shapes import (
     Lengths,
     Number,
     PreparedFacts,
+    ReleaseOutcome,
     SelectedFacts,
     TrainedFacts,
     read_record,
@@ -183,6 +184,8 @@ class Report:
     suspects: SuspectFacts | None = None
     """The labels that are likely wrong; None unless `evaluate.suspects` asks for them."""
     deploy: Mapping[str, object] | None = None
+    release: ReleaseOutcome | None = None
+    """What became of `deploy: release`; None unless the recipe names it."""
     explanations: Sequence[str] = ()
     date: str = ""
     """Start of its last step, in UTC."""

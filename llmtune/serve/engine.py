@@ -183,6 +183,8 @@ class Engine:
         self.models = models
         self.queue = RequestQueue(models, max_batch=max_batch, max_queue=max_queue)
         self.batches: dict[ServedModel, DecodingBatch] = {}
+        self.made: dict[ServedModel, DecodingBatch] = {}
+        """Batches of models that the thread does not serve yet."""
         self.thread = threading.Thread(target=self._work, name="model", daemon=True)
 
     @property
@@ -192,15 +194,22 @@ class Engine:
 
     def start(self) -> None:
         """Test whether each model's rows can be batched, and start the thread."""
-        for served in self.models.values():
-            budget = None
-            if served.generates and served.recipe.generation.num_beams == 1:
-                with torch.inference_mode(), served.activated():
-                    column_bytes = column_bytes_of(served.model, served.device)
-                budget = None if column_bytes is None else cache_budget(served.device, column_bytes)
-            live = LiveRows(served.model, served.device)
-            self.batches[served] = DecodingBatch(served, budget, self.queue.max_batch, live)
+        self.batches = {served: self._make_batch(served) for served in self.models.values()}
         self.thread.start()
+
+    def replace(self, models: Mapping[str, ServedModel]) -> None:
+        """Serve other models from the next request on; earlier ones answer their requests, and are then freed."""
+        self.made |= {served: self._make_batch(served) for served in models.values()}
+        self.models = models
+        self.queue.expect(models.values())
+
+    def _make_batch(self, served: ServedModel) -> DecodingBatch:
+        budget = None
+        if served.generates and served.recipe.generation.num_beams == 1:
+            with torch.inference_mode(), served.activated():
+                column_bytes = column_bytes_of(served.model, served.device)
+            budget = None if column_bytes is None else cache_budget(served.device, column_bytes)
+        return DecodingBatch(served, budget, self.queue.max_batch, LiveRows(served.model, served.device))
 
     def submit(self, job: AnswerJob) -> None:
         """Put a job into the queue; raises QueueFull, or Stopping."""
@@ -211,11 +220,28 @@ class Engine:
     def _work(self) -> None:
         with torch.inference_mode():
             while self.queue.wait():
-                for batch in self.batches.values():
-                    if self.queue.expired:
-                        self._fail(batch, Stopping())
-                    if batch.jobs or self.queue.waiting[batch.served]:
-                        self._take_turn(batch)
+                self._update_batches()
+                self._take_turns()
+
+    def _take_turns(self) -> None:
+        for batch in self.batches.values():
+            if self.queue.expired:
+                self._fail(batch, Stopping())
+            if batch.jobs or self.queue.waiting[batch.served]:
+                self._take_turn(batch)
+
+    def _update_batches(self) -> None:
+        """Make a batch for each new model; free the models that were replaced and have no requests left."""
+        replaced = {*self.queue.waiting} - {*self.models.values()}
+        if replaced:
+            self.queue.forget(replaced, {served for served, batch in self.batches.items() if batch.jobs})
+            replaced.clear()
+        kept = {served: batch for served, batch in self.batches.items() if served in self.queue.waiting}
+        if len(kept) < len(self.batches):
+            self.batches = kept
+            release_memory()
+        for served in self.queue.waiting.keys() - self.batches.keys():
+            self.batches[served] = self.made.pop(served, None) or self._make_batch(served)
 
     def _take_turn(self, batch: DecodingBatch) -> None:
         """Take a turn of one model; an error fails its running jobs only, and later jobs are served."""

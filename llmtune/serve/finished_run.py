@@ -20,6 +20,7 @@ from llmtune.evaluate.decision import describe_answer, run_decision
 from llmtune.evaluate.evaluation_file import load_evaluation
 from llmtune.evaluate.gates import check_gates
 from llmtune.evaluate.generation import generate_completions
+from llmtune.evaluate.own_metrics import label_scores
 from llmtune.model.config import why_headless
 from llmtune.recipe.arguments import check_arguments
 from llmtune.recipe.schema import Recipe
@@ -30,6 +31,8 @@ from llmtune.score_records import Evaluation, GateResult
 from llmtune.serve.answer_stream import Delta
 from llmtune.serve.served_model import ServedModel
 from llmtune.session import Models, RunContext, open_finished
+from llmtune.store.process_environment import prepare_environment
+from llmtune.store.process_state import as_in_new_process
 from llmtune.store.run_folder import read_run, recipe_of_run
 from llmtune.tasks.base import AnyTask, option_of
 
@@ -132,6 +135,8 @@ class ChatSession:
 
 Inputs = Mapping[str, str | None]
 """Inputs of a task, by the names of `Task.inputs`."""
+Given = str | Path | list[str] | tuple[str, ...] | None
+"""A value of an input in Python: passages may be several texts, a recording may be a path."""
 
 
 @dataclass
@@ -216,22 +221,34 @@ class FinishedRun:
             run.generate("Where is my parcel?", base=True)
         """
         check_arguments("run.generate", locals())
-        inputs = {"prompt": prompt, "system": system, "context": context, "pair": pair, "answer": answer}
-        inputs |= {"source_language": source_language, "target_language": target_language}
-        inputs["audio"] = None if audio is None else str(audio)
-        inputs["passages"] = None if passages is None else json.dumps([*passages])
+        inputs: dict[str, Given] = {"prompt": prompt, "system": system, "context": context, "pair": pair}
+        inputs |= {"answer": answer, "source_language": source_language, "target_language": target_language}
+        inputs |= {"audio": audio, "passages": None if passages is None else [*passages]}
         return str(self.answer(inputs, base=base, max_new_tokens=max_new_tokens)["text"])
 
-    def answer(self, inputs: Inputs, *, base: bool = False, max_new_tokens: int | None = None) -> dict[str, object]:
-        """Answer once, whatever the task.
+    def answer(
+        self, inputs: str | Mapping[str, Given], *, base: bool = False, max_new_tokens: int | None = None
+    ) -> dict[str, object]:
+        """Answer once, whatever the task; the same as `generate --json`.
+
+        Args:
+            inputs: a text (speech: the path of a recording), or all inputs by the names of `generate`'s arguments.
+            base: use the base model without the adapter.
+            max_new_tokens: overrides the recipe's generation section.
 
         Returns `text`, for people, and `prediction`, in the task's format; also `reasoning` if the model wrote any, and
         `scores` if it chooses: the probability of each tag for each word, or of each of the answers that it was
-        calibrated on. The prediction of classes has its own. Then `decision` (`decide` or `ask`) and its `confidence`,
-        `set` and `out_of_scope`, as far as the recipe has `evaluate.decide`, `sets` and `out_of_scope`. `truncated` is
-        true if only the start of a text was read.
+        calibrated on. The prediction of classes has its own, by class name. Then `decision` (`decide` or `ask`) and its
+        `confidence`, `set` and `out_of_scope`, as far as the recipe has `evaluate.decide`, `sets` and `out_of_scope`.
+        `truncated` is true if only the start of a text was read.
         Raises as `generate` does.
+
+        Example:
+            run.answer("Where is my parcel?")["prediction"]
+            run.answer({"prompt": "red shoes", "passages": ["Red trainers", "A blue hat"]})
         """
+        check_arguments("run.answer", locals())
+        inputs = self._name_inputs(inputs)
         served = self.load(inputs, base=base, max_new_tokens=max_new_tokens)
         task = served.task
         if task.free_prompt:
@@ -250,7 +267,17 @@ class FinishedRun:
             ids = task.prompt_ids(row, served.processor, served.recipe)
             (output,) = generate_completions(served.model, [ids], served.processor, served.recipe, device=served.device)
             prediction, scores = served.read(output.token_ids), {}
-        return {"text": task.format_answer(prediction, row), "prediction": prediction, **scores}
+        text = task.format_answer(prediction, row)
+        return {"text": text, "prediction": label_scores(prediction, served.recipe), **scores}
+
+    def _name_inputs(self, inputs: str | Mapping[str, Given]) -> Inputs:
+        """Return inputs as `llmtune generate` has them; a text alone is the task's first input."""
+        if isinstance(inputs, str):
+            return {next(iter(self.task.inputs)): inputs}
+        return {
+            name: json.dumps([*value]) if isinstance(value, list | tuple) else None if value is None else str(value)
+            for name, value in inputs.items()
+        }
 
     def stream(self, inputs: Inputs, *, base: bool = False, max_new_tokens: int | None = None) -> Iterator[str]:
         """Yield the text of `answer`, in pieces as they are generated if the task has free prompts.
@@ -309,12 +336,14 @@ class FinishedRun:
 
     @cached_property
     def _opened(self) -> RunContext:
-        return open_finished(self.folder, self.console, self.offline)
+        with as_in_new_process():
+            prepare_environment(network=False)
+            return open_finished(self.folder, self.console, self.offline)
 
     def _load(self, base: bool) -> ServedModel:
         if base not in self._loaded:
             plan, models = self._opened.plan, Models(self._opened)
-            with models.base() if base else models.tuned() as model:
+            with as_in_new_process(), models.base() if base else models.tuned() as model:
                 name = "base" if base else "tuned"
                 served = ServedModel(name, model, plan.processor, plan.recipe, plan.task)
                 record = None if base else run_calibration(self._opened.folder)

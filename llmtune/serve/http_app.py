@@ -68,6 +68,7 @@ def _mount_models(app: FastAPI, engine: Engine) -> None:
             owned_by="llmtune",
             task=served.task.name,
             max_model_len=served.context,
+            release=served.release,
         )
 
     @app.get("/v1/models")
@@ -88,7 +89,8 @@ def _mount_state(app: FastAPI, engine: Engine, metrics: Metrics) -> None:
     @app.get("/health/ready", response_model=Health, responses={503: {"model": Health, "description": "Stopping."}})
     async def ready() -> Response:
         """Whether the server accepts requests."""
-        state = Health(status="ok" if engine.ready else "stopping")
+        release = served_by_name(engine, None).release
+        state = Health(status="ok" if engine.ready else "stopping", release=release)
         return JSONResponse(state.model_dump(), 200 if engine.ready else 503)
 
     @app.get("/metrics", response_class=PlainTextResponse)

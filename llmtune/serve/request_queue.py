@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import ceil
 
@@ -86,6 +86,8 @@ class RequestQueue:
         self.waiting: dict[ServedModel, deque[AnswerJob]] = {served: deque() for served in models.values()}
         self.changed = threading.Condition()
         self.running = 0
+        self.swapped = False
+        """Whether there are replaced models to free once their requests are answered."""
         self.deadline: float | None = None
         """Time of the monotonic clock at which running answers are cut off; None until the server stops."""
         self.answer_seconds = 1.0
@@ -112,15 +114,32 @@ class RequestQueue:
             if len(self) >= self.max_queue:
                 rounds = len(self) / max(1, self.max_batch)
                 raise QueueFull(max(1, min(MAX_RETRY_SECONDS, ceil(rounds * self.answer_seconds))))
+            if job.served not in self.waiting:  # replaced while the request was read
+                self.waiting, self.swapped = {**self.waiting, job.served: deque()}, True
             self.waiting[job.served].append(job)
             self.changed.notify()
+
+    def expect(self, models: Iterable[ServedModel]) -> None:
+        """Accept jobs of further models."""
+        with self.changed:
+            self.waiting = {**{served: deque() for served in models}, **self.waiting}
+            self.swapped = True
+            self.changed.notify()
+
+    def forget(self, replaced: Collection[ServedModel], busy: Collection[ServedModel]) -> None:
+        """Drop replaced models that are not `busy` and have no waiting jobs."""
+        with self.changed:
+            kept = {served for served in replaced if served in busy or self.waiting[served]}
+            dropped = {*replaced} - kept
+            self.waiting = {served: jobs for served, jobs in self.waiting.items() if served not in dropped}
+            self.swapped = bool(kept)
 
     def cancel(self, job: AnswerJob) -> None:
         """Cancel a job: remove it from the queue now, or from its batch at the next step."""
         job.cancelled.set()
         with self.changed:
-            if job in self.waiting[job.served]:
-                self.waiting[job.served].remove(job)
+            if job in (waiting := self.waiting.get(job.served, deque())):
+                waiting.remove(job)
 
     def stop(self, grace_seconds: float) -> None:
         """Refuse new and waiting jobs; running ones have `grace_seconds` to finish."""
@@ -132,7 +151,7 @@ class RequestQueue:
     def wait(self) -> bool:
         """Block until there is work; return False once stopped and drained. A stop fails waiting jobs."""
         with self.changed:
-            self.changed.wait_for(lambda: len(self) or self.running or self.deadline is not None)
+            self.changed.wait_for(lambda: len(self) or self.running or self.swapped or self.deadline is not None)
             if self.deadline is None:
                 return True
             for jobs in self.waiting.values():

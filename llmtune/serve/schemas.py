@@ -177,6 +177,8 @@ class ModelCard(Model):
     """The task it was tuned for."""
     max_model_len: int | None = None
     """Tokens of prompt and answer together; null if the model does not say."""
+    release: str | None = None
+    """The release that it is of, `NAME@HASH`; null for a run or a base."""
 
 
 class ModelList(BaseModel):
@@ -196,6 +198,8 @@ class Health(BaseModel):
     """The state of the server."""
 
     status: Literal["ok", "stopping"]
+    release: str | None = None
+    """The release that answers requests now, `NAME@HASH`; null if no release is served."""
 
 
 class ApiError(Exception):

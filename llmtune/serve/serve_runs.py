@@ -19,14 +19,18 @@ from llmtune.errors import Problem, RecipeError
 from llmtune.evaluate.calibration import run_calibration
 from llmtune.evaluate.decision import run_decision
 from llmtune.model.config import head_is_new
+from llmtune.recipe.section import RELEASE_PREFIX
 from llmtune.recipe.user_files import read_text_file
 from llmtune.records import ModelRef
 from llmtune.serve.engine import Engine
 from llmtune.serve.http_app import build_app
 from llmtune.serve.middleware import LOOPBACK
+from llmtune.serve.release_watcher import ReleaseWatcher
 from llmtune.serve.served_model import ServedModel, activate
 from llmtune.serve.server import bind_socket, run_server
 from llmtune.session import Models, Plan, RunContext, open_finished
+from llmtune.store.release_store import is_stored, release_address
+from llmtune.store.run_listing import match_run
 
 KEY_VARIABLE = "LLMTUNE_API_KEY"
 MIN_KEY_LENGTH = 16
@@ -79,8 +83,11 @@ def serve_runs(
     options: ServeOptions,
     console: Console,
     on_ready: Callable[[dict[str, object]], None] = lambda about: None,
+    watched: str | None = None,
 ) -> None:
     """Serve finished runs until a signal; `on_ready` gets the address and the models once the server listens.
+
+    With `watched`, the only run is the current release of that name, and is reloaded when another one becomes current.
 
     Raises:
         RecipeError: the runs cannot share a base, or other machines could reach the server without a key.
@@ -105,11 +112,32 @@ def serve_runs(
     host, port = bound.getsockname()[:2]
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
-    def announce() -> None:
-        console.print(f"serving {', '.join(models)} at {url} (Ctrl-C stops)", highlight=False)
-        on_ready({"url": url, "models": list(models)})
+    names = [*models]
+    del models  # the engine frees them when a release is replaced
+    watcher = watch_release(watched, opened[0], engine, options, console) if watched else None
 
-    run_server(app, engine, bound, options.grace_seconds, announce)
+    def announce() -> None:
+        console.print(f"serving {', '.join(names)} at {url} (Ctrl-C stops)", highlight=False)
+        on_ready({"url": url, "models": names})
+        if watcher:
+            watcher.start()
+
+    try:
+        run_server(app, engine, bound, options.grace_seconds, announce)
+    finally:
+        if watcher:
+            watcher.stop()
+
+
+def watch_release(
+    name: str, run: ServableRun, engine: Engine, options: ServeOptions, console: Console
+) -> ReleaseWatcher:
+    """Return the thread that reloads a release under the name that its model is served as."""
+
+    def load(folder: Path) -> dict[str, ServedModel]:
+        return load_models(open_servable_runs({run.name: folder}, options, console), options)
+
+    return ReleaseWatcher(name, run.path.name, engine, load, console)
 
 
 def read_key(options: ServeOptions) -> str | None:
@@ -182,7 +210,11 @@ def load_models(opened: Sequence[ServableRun], options: ServeOptions) -> dict[st
     recipe, task = first.plan.recipe, first.plan.task
     processor, adapted = first.plan.processor, Models(first.context).adapted
     known: dict[str, dict[str, Any]] = {
-        run.name: {"calibration": run_calibration(run.context.folder), "decision": run_decision(run.context.folder)}
+        run.name: {
+            "calibration": run_calibration(run.context.folder),
+            "decision": run_decision(run.context.folder),
+            "release": release_address(run.path).removeprefix(RELEASE_PREFIX) if is_stored(run.path) else None,
+        }
         for run in opened
     }
     if options.merged or first.method == "full":
@@ -211,17 +243,23 @@ def public_name(model_ref: ModelRef) -> str:
     return path.name if path.is_absolute() or path.exists() else model_ref.name
 
 
+def name_run(path: Path) -> str:
+    """Return the name that clients use for a run: that of its folder; for a release, that of all its releases."""
+    folder = path.resolve()
+    return folder.parent.name if is_stored(folder) else folder.name
+
+
 def parse_run_names(runs: Sequence[Path], named: Sequence[str]) -> dict[str, Path]:
     """Return runs by name: the one in `NAME=RUN`, else that of the folder.
 
     Raises RecipeError if a name is used twice, or there is no run.
     """
-    pairs, problems = [(path.resolve().name, path) for path in runs], []
+    pairs, problems = [(name_run(path), path) for path in runs], []
     for text in named:
         name, _, path = text.partition("=")
         if not (name and path):
             problems.append(Problem(f"{text!r} is not NAME=RUN", "--adapter", "Example: --adapter polite=runs/polite"))
-        pairs.append((name, Path(path)))
+        pairs.append((name, match_run(path) or Path(path)))
     names = [name for name, _ in pairs]
     problems += [
         Problem(f"two runs are called {name!r}", "--adapter", "Rename one: --adapter NAME=RUN")

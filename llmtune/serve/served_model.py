@@ -85,6 +85,9 @@ class ServedModel:
     decision: Decision | None = None
     """The rules for its answers; None for a base, or without any."""
 
+    release: str | None = None
+    """The release that it is of, `NAME@HASH`; None for a run, or a base."""
+
     def __post_init__(self) -> None:
         inner = unwrap(self.model)
         self.stops = set(answer_ends(self.model, self.processor, self.recipe))
@@ -237,14 +240,6 @@ class ServedModel:
 def activate(model: PeftModel, adapter: str) -> None:
     """Switch a model to an adapter without gradients; PEFT refuses that mode for adaption_prompt."""
     model.set_adapter(adapter, inference_mode=not model.peft_config[adapter].is_adaption_prompt)
-
-
-def label_scores(prediction: object, recipe: Recipe) -> object:
-    """Return a classifier's prediction with its scores by class name; any other prediction unchanged."""
-    labels = recipe.classify.labels if recipe.classify else None
-    if not labels or not isinstance(prediction, dict) or len(prediction.get("scores", ())) != len(labels):
-        return prediction
-    return {**prediction, "scores": dict(zip(labels, prediction["scores"], strict=True))}
 
 
 class _TokenStreamer(BaseStreamer):  # type: ignore[misc]

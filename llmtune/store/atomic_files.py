@@ -11,11 +11,11 @@ import os
 import shlex
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import xxhash
 from safetensors import SafetensorError
@@ -24,11 +24,14 @@ from llmtune.errors import EnvironmentProblem, Problem, system_errno, system_pro
 from llmtune.score_records import Difference
 
 MODEL_ENDINGS = (".json", ".safetensors", ".model", ".txt", ".jinja", ".bin", ".py", ".tiktoken")
+T = TypeVar("T")
 NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
 NO_PLACE = {errno.ENOTDIR, errno.ENOENT, errno.EEXIST}
 NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK, errno.EBADF}
 """Errors of file systems without locks, such as some network file systems."""
+BUSY_FIX = "Wait for it, or choose another folder with --out."
 MAX_JSON_BYTES = 2**30
+BLOCK_BYTES = 2**20
 MAX_JSON_DEPTH = 100
 """Far more than llmtune's own files need, and far below Python's recursion limit."""
 
@@ -137,7 +140,7 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
 
 
 @contextmanager
-def exclusive(path: Path, place: Path) -> Iterator[None]:
+def exclusive(path: Path, place: Path, fix: str = BUSY_FIX) -> Iterator[None]:
     """Lock a file or folder, and with it `place`, against other processes; no-op on file systems without locks.
 
     Raises EnvironmentProblem, naming the process that has the lock.
@@ -151,7 +154,6 @@ def exclusive(path: Path, place: Path) -> Iterator[None]:
                 raise
             if error.errno == errno.EWOULDBLOCK:
                 what = f"another llmtune process is using this folder{_holder(handle)}"
-                fix = "Wait for it, or choose another folder with --out."
                 raise EnvironmentProblem.of(what, str(place), fix) from None
         yield
     finally:
@@ -210,6 +212,34 @@ def hash_file(path: Path) -> str:
 
     with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def hash_lines(path: Path) -> tuple[str, int | None]:
+    """Return the sha256 of a file in hex and its number of lines, which is None for a binary file."""
+    from llmtune.recipe.user_files import open_regular
+
+    digest, lines, last = hashlib.sha256(), 0, b"\n"
+    with open_regular(path) as file:
+        is_binary = b"\0" in file.read(BLOCK_BYTES)
+        file.seek(0)
+        while block := file.read(BLOCK_BYTES):
+            digest.update(block)
+            lines += 0 if is_binary else block.count(b"\n")
+            last = block[-1:]
+    return digest.hexdigest(), None if is_binary else lines + (last != b"\n")
+
+
+def read_once(path: Path, read: Callable[[Path], T]) -> T:
+    """Return `read(path)`; this process reads the file again only after its size or one of its times changed."""
+    status = os.stat(path)
+    times = status.st_mtime_ns, status.st_ctime_ns
+    key = read, os.path.abspath(path), status.st_dev, status.st_ino, status.st_size, *times
+    if key not in _read:
+        _read[key] = read(path)
+    return _read[key]  # type: ignore[no-any-return]
+
+
+_read: dict[tuple[object, ...], Any] = {}
 
 
 def hash_recording(path: Path) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, NotRequired
+from typing import Annotated, Any, Literal, NotRequired
 
 from pydantic import Field, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
@@ -129,6 +129,16 @@ class Checkpointing(TypedDict):
     on: bool
 
 
+class ReleaseOutcome(TypedDict):
+    """What became of `deploy: release`."""
+
+    name: str
+    current: str | None
+    """Hash of the release that serves from then on."""
+    promoted: bool
+    told: str
+
+
 class Findings(TypedDict, total=False):
     """Values that a run stores for its next start."""
 
@@ -136,9 +146,18 @@ class Findings(TypedDict, total=False):
     gradient_checkpointing: Checkpointing
     next_steps: object
     look: str | None
+    released: list[str]
+    """Addresses of the releases that have this run's weights."""
+    release: ReleaseOutcome
+    released_from: str
+    """In a release: the run folder that it was made from."""
     start_from: object
     ranking: dict[str, object]
     class_hints: list[list[str | int]]
+    gates: Literal["passed", "failed", "undecided"] | None
+    """The outcome of all gates on the present weights; None until they are judged."""
+    reproduces: str
+    """The run that this one reproduces."""
 
 
 class CurveLine(TypedDict):

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 LOCAL_TRACKERS = {"tensorboard"}
 OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
+OFFLINE_CONSTANTS = ("huggingface_hub.constants", "datasets.config")
+"""Modules that read the switches at import, into HF_HUB_OFFLINE."""
 KERNEL_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 """oneDNN's cache of compiled matrix products on a CPU, and torch's cache in front of it."""
 KERNELS_KEPT = 128
@@ -43,6 +45,9 @@ def prepare_environment(*, network: bool, threads: int | None = None) -> None:
     if not network:
         for name in OFFLINE:
             os.environ[name] = "1"
+        for name in OFFLINE_CONSTANTS:
+            if name in sys.modules:  # imported by a user's program before
+                vars(sys.modules[name])["HF_HUB_OFFLINE"] = True
     # oneDNN compiles a product for every number of tokens. By default it caches 1,024 of 0.5 MB each. Steps differ in
     # length, so memory would grow by 8 MB per step.
     for name in KERNEL_CACHES:

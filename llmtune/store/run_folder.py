@@ -32,6 +32,7 @@ from llmtune.store.atomic_files import (
 from llmtune.store.json_shapes import STEP_FACTS, CurveLine, Findings, Moment, check_shape, find_misfit, read_record
 from llmtune.store.machine import Meter
 from llmtune.store.processes import rank
+from llmtune.store.release_store import is_stored
 
 MANIFEST, METRICS = "run.json", "metrics.jsonl"
 BUDGET = ".micro_batch_tokens"
@@ -181,6 +182,8 @@ class RunFolder:
         if step.skipped:
             yield step
             return
+        if name in STEPS[:3]:  # they write the rows of the trained model
+            self.refuse_released()
         self.ran.add(name)
         record = StepRecord(state="running", inputs=inputs, started=time.time(), outputs={}, facts=step.facts)
         self.manifest["steps"][name] = record
@@ -240,6 +243,21 @@ class RunFolder:
             fix = "Run the same recipe again to finish it."
             raise RecipeError.of("this run has no trained model yet", str(self.path), fix)
 
+    def refuse_released(self) -> None:
+        """Raise RecipeError if a release was made from this run: nothing is trained in its folder again."""
+        if names := self.findings.get("released"):
+            what = f"this run is released as {', '.join(names)}: nothing is trained over it"
+            raise RecipeError.of(what, str(self.path), "Choose another folder with --out.")
+
+    def begin_training(self) -> None:
+        """Discard what depends on an earlier training; raises as `refuse_released` does."""
+        self.refuse_released()
+        for step in ("evaluate", "deploy"):
+            self.manifest["steps"].pop(step, None)
+        self.manifest.pop("lock", None)
+        self.findings["gates"] = None
+        self.take_budget()
+
     def timings(self) -> list[StepTiming]:
         """Return time and memory of each finished step, in order."""
         records = {name: self.manifest["steps"][name] for name in STEPS if self.is_done(name)}
@@ -247,11 +265,6 @@ class RunFolder:
             StepTiming(name, record.get("seconds", 0.0), record.get("peak_bytes", 0), name not in self.ran)
             for name, record in records.items()
         ]
-
-
-def default_path(name: str, fingerprint: str) -> Path:
-    """Return the default run folder, `runs/<name>-<8 hex>` in the working folder."""
-    return Path("runs") / f"{name}-{fingerprint[:8]}"
 
 
 @contextmanager
@@ -279,6 +292,9 @@ def peek_run(path: Path, fingerprint: str, *, resume: bool = False, fresh: bool 
     """Read a run folder with the checks of `open_run`, without changing anything."""
     if path.exists() and not path.is_dir():
         raise RecipeError.of("the run folder is a file", str(path), "Choose another folder with --out.")
+    if is_stored(path):
+        fix = "Train and evaluate in the run folder, then release it: llmtune release RUN."
+        raise RecipeError.of("this folder is a release, which never changes", str(path), fix)
     manifest = read_manifest(path)
     _refuse_foreign(path, manifest, fingerprint, resume, fresh)
     if fresh or manifest is None or manifest["fingerprint"] != fingerprint:
@@ -336,6 +352,8 @@ def read_curve(run: Path) -> list[dict[str, Any]]:
 
 def _refuse_foreign(path: Path, manifest: Manifest | None, fingerprint: str, resume: bool, fresh: bool) -> None:
     made = manifest is not None and any(step["state"] == "done" for step in manifest["steps"].values())
+    if manifest is not None and (fresh or manifest["fingerprint"] != fingerprint):
+        RunFolder(path, manifest).refuse_released()
     if manifest is not None and manifest["fingerprint"] != fingerprint and made and not fresh:
         hashes = f"{manifest['fingerprint'][:8]}, not {fingerprint[:8]}"
         what = f"this folder has a run of another recipe ({hashes})"

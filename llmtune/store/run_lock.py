@@ -45,6 +45,8 @@ class SourceRecord(TypedDict):
     commit: NotRequired[str]
     etag: NotRequired[str]
     """For a file at a URL: the store's tag and its size."""
+    lines: NotRequired[int]
+    """Lines of a text file."""
 
 
 class LockedModel(TypedDict):

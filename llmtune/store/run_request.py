@@ -18,6 +18,7 @@ class RunRequest:
     """The options of one run."""
 
     out: Path | None = None
+    """The run folder; None for the default one."""
     until: str = "run"
     """The last step to run: prepare, select, adapt, train, evaluate, or `run` for all steps and deployment."""
     resume: bool = False
@@ -34,8 +35,21 @@ class RunRequest:
     """Pinned values of another run, instead of `lock`."""
     findings: Mapping[str, object] = field(default_factory=dict)
     """Findings to reuse from another run of the same recipe, such as its micro-batch budget."""
+    reason: str = ""
+    """Why the default run folder is a new one."""
     base: Path | None = None
     """The evaluation of another run, to reuse its base answers to the same questions."""
+
+    @property
+    def folder(self) -> Path:
+        """The run folder, once `locate_run` or the caller named it."""
+        assert self.out is not None, "a run starts with its folder"
+        return self.out
+
+    @property
+    def place(self) -> str:
+        """The run folder, and why it is a new one."""
+        return f"{self.folder}: {self.reason}" if self.reason else str(self.folder)
 
     def words(self) -> list[str]:
         """Return the options as arguments of `llmtune run`."""

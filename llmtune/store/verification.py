@@ -197,8 +197,9 @@ def _check_data(folder: RunFolder, lock: Lock) -> Iterator[Finding]:
     old_run = lock.get("folder")
     known: dict[str, set[Path]] = {}
     for record in records:
-        if "commit" in record:
-            yield Finding("data", f"{record['source']} at {record['commit']}", "unknown", record["commit"])
+        if record["path"] is None:
+            content = record.get("commit") or record.get("etag") or record["sha256"]
+            yield Finding("data", f"{record['source']} at {content}", "unknown", content)
             continue
         path = _data_file(record, old_run, folder.path)
         known.setdefault(record["source"], set()).add(path)

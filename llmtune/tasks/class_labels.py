@@ -5,16 +5,21 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
-from transformers import PretrainedConfig
-
-from llmtune.data.classify_rows import Label
+from llmtune.data.classify_rows import Label, class_doubts
 from llmtune.errors import DataError, Problem, RecipeError
 from llmtune.evaluate.classification_metrics import CLASS_METRICS
 from llmtune.recipe.evaluate_section import is_own
+from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_facts import CALIBRATION, TASK_FACTS
 from llmtune.recipe.task_sections import ClassifySection
 
+if TYPE_CHECKING:  # `recipes check` imports this module, and no library of models
+    from transformers import PretrainedConfig
+
+FEWEST = 2
+"""Fewest classes."""
 UNKNOWN_LABEL = "label unknown"
 """Prefix of the reason for a row with an unknown label."""
 REGRESSION_METRICS = ("loss", "mse", "mae", "pearson", "spearman")
@@ -22,6 +27,28 @@ MULTI_METRICS = ("loss", "accuracy", "f1_macro", "f1_micro", "auroc")
 AS_NUMBERS = "classify.kind: regression (chosen: labels have a decimal point). Set classify.kind: single for classes."
 NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?")
 WHOLE = re.compile(r"[+-]?\d+")
+
+
+def check_labels(recipe: Recipe, labels: Sequence[Label]) -> str:
+    """Return the kind of all labels of a data set.
+
+    Raises:
+        DataError: labels of several kinds, fewer than two classes, or labels that are probably misread.
+        RecipeError: a metric that this kind of label does not support, or a key that has no effect on it.
+    """
+    section = recipe.classify or ClassifySection()
+    kind = infer_kind(labels) if section.kind == "auto" else section.kind
+    RecipeError.collect(idle_keys(section, kind, recipe.evaluate.decisions))
+    if kind != "regression":
+        if section.labels is None:
+            doubts = class_doubts(labels, section.kind)
+            DataError.collect(Problem(what, "classify.labels", fix) for what, fix in doubts)
+        names = section.labels or sorted({name for label in labels for name in names_of(label)})
+        if len(names) < FEWEST:
+            fix = "Give rows of at least two classes."
+            raise DataError.of(f"all rows have the label {', '.join(names) or '(none)'}", "classify.labels", fix)
+    choose_label_metrics(recipe.evaluate.metrics, kind)
+    return kind
 
 
 def idle_keys(section: ClassifySection, kind: str, decisions: Sequence[str]) -> Iterator[Problem]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -16,7 +15,7 @@ from torch.nn import functional
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from llmtune.data.classify_rows import ClassifyRow, Label, class_doubts, format_label
+from llmtune.data.classify_rows import ClassifyRow, Label, format_label
 from llmtune.data.collators import encoder_batch
 from llmtune.data.example import Example
 from llmtune.data.long_texts import tokenize_columns
@@ -24,7 +23,7 @@ from llmtune.data.overlong import Lost, too_long
 from llmtune.data.row_store import iterate_rows
 from llmtune.data.task_interface import Encoded
 from llmtune.data.tokenization import Segment, decode_shortened
-from llmtune.errors import DataError, Problem, RecipeError
+from llmtune.data.written_numbers import read_number
 from llmtune.evaluate.classification_metrics import (
     CLASS_METRICS,
     class_table,
@@ -46,16 +45,13 @@ from llmtune.records import SPLITS, AdaptedModel, Batch, Loss, Rows
 from llmtune.tasks.base import Endpoint, ReadingTask, loss_of_rows
 from llmtune.tasks.class_labels import (
     UNKNOWN_LABEL,
+    check_labels,
     choose_label_metrics,
-    idle_keys,
-    infer_kind,
     names_of,
     sort_names,
     weigh_classes,
 )
 
-FEWEST = 2
-"""Minimum number of classes."""
 PROBLEM_TYPES = {
     "single": "single_label_classification",
     "multi": "multi_label_classification",
@@ -106,18 +102,11 @@ class Classify(ReadingTask[ClassifyRow, ClassPrediction]):
         section = classify_section(recipe)
         labels = {split: [row["label"] for _, row in iterate_rows(rows, split)] for split in SPLITS}
         every = [label for split in SPLITS for label in labels[split]]
-        kind = infer_kind(every) if section.kind == "auto" else section.kind
-        RecipeError.collect(idle_keys(section, kind, recipe.evaluate.decisions))
+        kind = check_labels(recipe, every)
         update: dict[str, object] = {"kind": kind}
         if kind != "regression":
             counts = Counter(name for label in labels["train"] for name in names_of(label))
-            if section.labels is None:
-                doubts = class_doubts(every, section.kind)
-                DataError.collect(Problem(what, "classify.labels", fix) for what, fix in doubts)
             names = section.labels or sort_names({name for label in every for name in names_of(label)}, config)
-            if len(names) < FEWEST:
-                fix = "Give rows of at least two classes."
-                raise DataError.of(f"all rows have the label {', '.join(names) or '(none)'}", "classify.labels", fix)
             update["labels"] = tuple(names)
             if section.class_weights is not None:
                 update["class_weights"] = weigh_classes(section, names, counts)
@@ -350,11 +339,8 @@ def fitted_texts(
 def class_target(label: Label | None, section: ClassifySection) -> dict[str, Any] | str:
     """Return an example's target columns, or the reason why it has none."""
     if section.kind == "regression":
-        try:
-            value = float(label)  # type: ignore[arg-type]
-        except (TypeError, ValueError):
-            value = math.nan
-        return {"values": [value]} if math.isfinite(value) else f"no number: the label is {label!r}"
+        value = read_number(label)
+        return f"no number: the label is {label!r}" if value is None else {"values": [float(value)]}
     labels = section.labels or ()
     named = names_of(label) if label is not None else []
     wrong = next((name for name in named if name not in labels), None)
@@ -387,8 +373,9 @@ def classify_section(recipe: Recipe) -> ClassifySection:
 def as_target(label: Label, kind: str) -> Label:
     """Return a label in the form of its kind: a number, a list of class names, or one name."""
     if kind == "regression":
-        assert not isinstance(label, list)
-        return float(label)
+        number = read_number(label)
+        assert number is not None, "class_target() refuses rows without a number"
+        return float(number)
     return names_of(label) if kind == "multi" else names_of(label)[0]
 
 

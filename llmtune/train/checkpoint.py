@@ -30,7 +30,9 @@ from typing_extensions import TypedDict
 from llmtune.errors import EnvironmentProblem, system_errno
 from llmtune.model.device import MEMORY_ERRORS, is_out_of_memory
 from llmtune.recipe.user_files import read_text_file
+from llmtune.report.number_format import size
 from llmtune.store.atomic_files import hash_file, hash_value
+from llmtune.store.cleaning import measure_bytes
 from llmtune.train.metrics_log import METRICS
 
 WEIGHTS = "trainable.safetensors"
@@ -276,6 +278,18 @@ def rotate(checkpoints: Path, limit: int, best_step: int | None) -> None:
     for folder in list_checkpoints(checkpoints)[limit:]:
         if folder.name != f"step-{best_step}":
             remove_folder(folder)
+
+
+def remove_put_aside(checkpoints: Path, console: Console) -> None:
+    """Remove checkpoints of other rows or settings, once this training has replaced their weights."""
+    folders = sorted(checkpoints.glob("other-*"))
+    if not folders:
+        return
+    names, total = ", ".join(folder.name for folder in folders), sum(map(measure_bytes, folders))
+    with disk_problems(checkpoints):
+        for folder in folders:
+            remove_folder(folder)
+    console.print(f"Removed {size(total)} of earlier checkpoints, which no training resumes from: {escape(names)}.")
 
 
 def _put_aside(checkpoints: Path, inputs: str, console: Console) -> None:

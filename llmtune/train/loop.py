@@ -27,6 +27,7 @@ from llmtune.train.checkpoint import (
     Damage,
     TrainState,
     read_checkpoint,
+    remove_put_aside,
     rotate,
     write_folder,
 )
@@ -343,6 +344,7 @@ def _finish(run: Run) -> Path:
     whole = whole_state(training.adapted.model, trained_only=not full, dtype=dtype)
     run_on_main(training.accelerator, lambda: write_folder(folder, partial(_save, training, whole=whole)))
     run_on_main(training.accelerator, lambda: save_row_losses(training.row_losses, training.examples, training.folder))
+    run_on_main(training.accelerator, lambda: remove_put_aside(training.checkpoints, run.console))
     return folder
 
 

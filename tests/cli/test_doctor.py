@@ -4,11 +4,13 @@ import os
 import subprocess
 import sys
 from importlib.metadata import requires
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from llmtune.cli.doctor import Check, check_threads, print_checks
+from llmtune.model.builtin_models import PACKAGED
 
 SCRIPT = """
 import json, sys, time
@@ -92,3 +94,53 @@ def test_a_suggested_command_is_not_wrapped_on_a_narrow_terminal() -> None:
     console = Console(file=io.StringIO(), width=60)
     print_checks([Check("builtin:a-model", "note", "not installed; recipes that name it need it", command)], console)
     assert f"-> {command}\n" in console.file.getvalue()
+
+
+def write_hub_model(cache: Path, name: str, files: dict[str, bytes | None]) -> None:
+    """Write a model as the hub's library stores it; None is a file whose download was interrupted."""
+    folder = cache / f"models--{name.replace('/', '--')}"
+    snapshot = folder / "snapshots" / "c0ffee"
+    for part in (snapshot, folder / "blobs", folder / "refs"):
+        part.mkdir(parents=True)
+    (folder / "refs" / "main").write_text("c0ffee")
+    for number, (file, content) in enumerate(files.items()):
+        blob = folder / "blobs" / str(number)
+        (snapshot / file).symlink_to(blob)
+        if content is None:
+            blob.with_suffix(".incomplete").write_bytes(b"part")
+        else:
+            blob.write_bytes(content)
+
+
+def test_cached_models_are_listed_with_size_and_whether_they_are_complete(tmp_path: Path) -> None:
+    hub = tmp_path / "hub"
+    index = json.dumps({"weight_map": {"a": "1-of-2.safetensors", "b": "2-of-2.safetensors"}}).encode()
+    shards = {"1-of-2.safetensors": bytes(2_000_000), "2-of-2.safetensors": None}
+    write_hub_model(hub, "owner/whole", {"config.json": b"{}", "model.safetensors": bytes(3_000_000)})
+    write_hub_model(hub, "owner/torn", {"config.json": b"{}", "model.safetensors.index.json": index, **shards})
+    write_hub_model(hub, "owner/tokenizer-only", {"config.json": b"{}", "tokenizer.json": b"{}"})
+    write_hub_model(hub, "owner/no-model", {"README.md": b"text"})
+    (name, entry), *_ = PACKAGED.items()
+    converted = tmp_path / "cache" / "models" / f"{name}-{entry.sha256[:16]}-{entry.conversion}"
+    converted.mkdir(parents=True)
+    (converted / "model.safetensors").write_bytes(bytes(1_000_000))
+    found, table = examine(HF_HUB_CACHE=str(hub), LLMTUNE_CACHE=str(tmp_path / "cache"))
+    cached = {one["name"]: one for one in found["checks"] if one["name"].startswith("cached")}
+    assert [*cached] == [
+        f"cached builtin:{name}",
+        "cached owner/tokenizer-only",
+        "cached owner/torn",
+        "cached owner/whole",
+    ]
+    assert cached[f"cached builtin:{name}"]["found"] == f"1 MB in {converted}"
+    assert (cached["cached owner/whole"]["state"], cached["cached owner/whole"]["found"][:5]) == ("good", "3 MB ")
+    assert cached["cached owner/torn"]["found"].startswith("incomplete, 2-of-2.safetensors missing; 2 MB")
+    assert cached["cached owner/torn"]["fix"] == "hf download owner/torn"
+    assert cached["cached owner/tokenizer-only"]["found"].startswith("incomplete, weights missing")
+    assert found["ready"]
+    assert "-> hf download owner/torn" in table
+
+
+def test_a_machine_without_models_says_so(tmp_path: Path) -> None:
+    found, _ = examine(HF_HUB_CACHE=str(tmp_path / "none"), LLMTUNE_CACHE=str(tmp_path / "cache"))
+    assert state(found, "cached models") == "good"

@@ -3,6 +3,10 @@
 import codecs
 import csv
 import json
+import os
+import pty
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -284,13 +288,46 @@ def test_a_folder_or_a_glob_is_one_data_set(named: str, here: Path) -> None:
     assert invoke("recipes", "check", "tickets.yaml").exit_code == 0
 
 
-def test_a_recipe_is_not_written_among_the_rows_and_encodings_are_not_mixed(here: Path) -> None:
+def test_a_recipe_is_not_written_among_the_rows(here: Path) -> None:
     (here / "tickets").mkdir()
     write("tickets/a.csv", "question,answer", [("Où ?", "Là.")] * 3, encoding="cp1252")
-    write("tickets/b.csv", "question,answer", [("Où ?", "Là.")] * 3)
     assert "would be among the rows" in init("tickets", "--out", "tickets/mine.yaml").stderr
-    mixed = init("tickets")
-    assert (mixed.exit_code, "a.csv: this file is cp1252, and tickets/b.csv is UTF-8" in mixed.stderr) == (3, True)
+
+
+def test_files_with_different_encodings_are_a_source_each(here: Path) -> None:
+    (here / "tickets").mkdir()
+    encodings = {"a.csv": "cp1252", "b.csv": None, "c.tsv": "utf-16"}
+    for name, encoding in encodings.items():
+        lines = [f"Où est {name} {i} ?\tÀ côté de {i}." for i in range(20)]
+        Path("tickets", name).write_text("question\tanswer\n" + "\n".join(lines), encoding or "utf-8")
+    done = init("tickets")
+    assert done.exit_code == 0, done.stderr
+    sources = load_recipe("tickets.yaml").recipe.data.train
+    assert {Path(one.path).name: one.encoding for one in sources} == encodings
+    rows = prepare_all("tickets.yaml")
+    assert (rows.rows_in, rows.dropped) == (60, {})
+    assert all("Où est" in str(row) for row in rows_of(rows))
+
+
+def test_ascii_files_take_the_encoding_of_the_others_unless_it_is_utf16(here: Path) -> None:
+    (here / "tickets").mkdir()
+    write("tickets/a.csv", "question,answer", [("Who?", "You.")] * 3)
+    for encoding, count in (("cp1252", 1), ("utf-16", 2)):
+        write("tickets/b.csv", "question,answer", [("Où ?", "Là.")] * 3, encoding=encoding)
+        assert init("tickets", "--out", f"{encoding}.yaml").exit_code == 0
+        assert len(load_recipe(f"{encoding}.yaml").recipe.data.train) == count
+
+
+def test_a_file_without_a_readable_row_is_named_and_never_dropped_as_bad_rows(here: Path) -> None:
+    (here / "tickets").mkdir()
+    write("tickets/a.csv", "question,answer", ASKED)
+    write("tickets/b.csv", "question,number", [("Where?", "7")] * 4)
+    done = init("tickets")
+    assert (done.exit_code, "tickets/b.csv: no row can be read as chat" in done.stderr) == (3, True), done.stderr
+    Path("tickets/b.csv").write_text("question,answer\na,b,c\n")
+    done = init("tickets")
+    assert (done.exit_code, "tickets/b.csv:2: no row can be read: wrong number of" in done.stderr) == (3, True)
+    assert not Path("tickets.yaml").exists()
 
 
 def test_a_utf8_bom_before_another_encoding_is_not_part_of_the_first_column() -> None:
@@ -364,3 +401,125 @@ def test_columns_and_roles_of_a_recipe_are_checked() -> None:
         done = invoke("recipes", "check", "mine.yaml")
         assert done.exit_code in (2, 3), stated
         assert words in done.stderr, done.stderr
+
+
+TEAMS = ("Netz", "Konto", "Drucker", "Telefon")
+
+
+def write_tickets(name: str, *columns: str, encoding: str = "utf-8") -> None:
+    """Write an office's export: semicolons, local dates, decimal commas, quoted line breaks."""
+    with open(name, "w", encoding=encoding, newline="") as file:
+        table = csv.DictWriter(file, columns, delimiter=";", extrasaction="ignore")
+        table.writeheader()
+        for i in range(120):
+            table.writerow(
+                {
+                    "Nr": f"T-{i}",
+                    "Datum": f"{i % 28 + 1:02d}.03.2026",
+                    "Betreff": f"Frage {i} zum Gerät" if i % 6 else "",
+                    "Text": f"Seit Tag {i} geht es nicht.\nGrüße aus Büro {i}",
+                    "Team": TEAMS[i % 7 % 4],
+                    "Priorität": "hoch" if i % 5 else "niedrig",
+                    "Stunden": f"{i % 40},5",
+                    "Antwort": f"Wir prüfen Gerät {i}.",
+                }
+            )
+
+
+def test_every_possible_label_is_listed_and_the_recipe_refused_until_one_is_chosen() -> None:
+    write_tickets("desk.csv", "Nr", "Datum", "Betreff", "Text", "Team", "Priorität", "Stunden", encoding="cp1252")
+    done = init("desk.csv")
+    assert done.exit_code == 0, done.stderr
+    assert "Team (4 classes: Netz 35, " in done.stderr
+    assert "Priorität (2 classes: hoch 96, niedrig 24)" in done.stderr
+    assert "choose data.columns.label in desk.yaml" in done.stdout
+    assert 'text: "{Betreff}\\n\\n{Text}"  # joined in this order' in Path("desk.yaml").read_text()
+    for command in (("recipes", "check"), ("run", "--dry-run"), ("run",), ("prepare",)):
+        refused = invoke(*command, "desk.yaml")
+        assert refused.exit_code == 2
+        assert "'data.columns.label' is DECIDE" in refused.stderr
+        assert "one of Team (4 classes: Netz 35, " in refused.stderr
+        assert "Priorität (2 classes" in refused.stderr
+    checked = invoke("recipes", "check", "desk.yaml", "--set", "data.columns.label=Team")
+    assert checked.exit_code == 0, checked.stderr
+    found = json.loads(init("desk.csv", "--json", "--out", "other.yaml").stdout)
+    assert found["undecided"] == ["data.columns.label"]
+    assert [(one["column"], len(one["classes"])) for one in found["candidates"]] == [("Team", 4), ("Priorität", 2)]
+
+
+def test_a_single_possible_label_and_a_column_called_label_need_no_answer() -> None:
+    write_tickets("one.csv", "Nr", "Datum", "Betreff", "Text", "Team", "Stunden")
+    assert init("one.csv").exit_code == 0
+    assert load_recipe("one.yaml").recipe.data.columns["label"] == "Team"
+    write("named.csv", "text,label,source", [(f"text number {i}", "abc"[i % 3], "xy"[i % 2]) for i in range(24)])
+    assert init("named.csv").exit_code == 0
+    assert load_recipe("named.yaml").recipe.data.columns == {}
+    write_tickets("many.csv", "Text", "Team", "Priorität")
+    assert init("many.csv", "--columns", "label=Priorität").exit_code == 0
+    assert load_recipe("many.yaml").recipe.data.columns == {"label": "Priorität"}
+
+
+def test_subject_and_body_are_one_text_and_an_empty_part_leaves_no_gap() -> None:
+    write_tickets("desk.csv", "Betreff", "Text", "Team")
+    write_tickets("replies.csv", "Betreff", "Text", "Antwort")
+    assert init("desk.csv").exit_code == init("replies.csv", "--task", "chat").exit_code == 0
+    texts = {row["text"] for row in rows_of(prepare_all("desk.yaml"))}
+    asked = {row["messages"][0]["content"] for row in rows_of(prepare_all("replies.yaml"))}
+    joined = {f"Frage {i} zum Gerät\n\nSeit Tag {i} geht es nicht.\nGrüße aus Büro {i}" for i in range(120) if i % 6}
+    alone = {f"Seit Tag {i} geht es nicht.\nGrüße aus Büro {i}" for i in range(0, 120, 6)}
+    for found in (texts, asked):
+        assert found <= joined | alone
+        assert found & joined
+        assert found & alone
+
+
+@pytest.mark.parametrize(
+    ("header", "values"),
+    [
+        ("text,day", [f"2026-01-{i % 28 + 1:02d}" for i in range(140)]),
+        ("text,day", [f"{i % 28 + 1:02d}.01.2026" for i in range(140)]),
+        ("text,number", [f"A-{i}" for i in range(140)]),
+        ("text,customer_id", [f"c{i % 9}" for i in range(140)]),
+        ("text,price", [f"{i % 30},50" for i in range(140)]),
+        ("text,always", ["yes"] * 140),
+        ("text,label", [f"x{i}" for i in range(140)]),
+    ],
+)
+def test_dates_identifiers_amounts_and_constants_are_no_labels(header: str, values: list[str]) -> None:
+    write("rows.csv", header, [(f"words about the number {i}", value) for i, value in enumerate(values)])
+    done = init("rows.csv", "--json")
+    assert json.loads(done.stdout)["task"] == "completion", done.stderr
+
+
+@pytest.mark.parametrize("values", [["True", "False"], ["1", "2", "3", "4", "5"], ["ok"] * 49 + ["bad"]])
+def test_booleans_ratings_and_a_rare_class_are_labels(values: list[str]) -> None:
+    rows = [(f"words about the number {i}", values[i % len(values)]) for i in range(150)]
+    write("rows.csv", "comment,outcome", rows)
+    found = json.loads(init("rows.csv", "--json").stdout)
+    assert (found["task"], found["columns"]["label"]) == ("classify", "outcome")
+
+
+def test_in_a_terminal_init_asks_for_the_task_and_the_label() -> None:
+    write_tickets("desk.csv", "Betreff", "Text", "Team", "Priorität")
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "llmtune", "init", "desk.csv"]
+    process = subprocess.Popen(command, stdin=theirs, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    os.write(ours, "\nStunden\nPriorität\n".encode())
+    _, printed = process.communicate(timeout=120)
+    os.close(ours)
+    os.close(theirs)
+    assert process.returncode == 0, printed
+    assert "unknown column 'Stunden'" in printed
+    assert "label is 'Priorität'; not used: Team (4 classes" in printed
+    recipe = load_recipe("desk.yaml").recipe
+    assert recipe.data.columns == {"text": "{Betreff}\n\n{Text}", "label": "Priorität"}
+
+
+def test_folders_with_the_names_of_classes_are_explained(here: Path) -> None:
+    for name in ("news", "sport"):
+        (here / "texts" / name).mkdir(parents=True)
+        for i in range(20):
+            (here / "texts" / name / f"{i}.txt").write_text(f"A text about {name} and the number {i}.")
+    done = init("texts")
+    assert "in 2 folders (news, sport)" in done.stderr
+    assert "text and label" in done.stderr

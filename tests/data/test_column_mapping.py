@@ -121,7 +121,7 @@ def test_the_suggested_encoding_of_a_file_that_is_not_utf_8_reads_it(tmp_path, m
     assert "train: {path: rows.csv, encoding: cp1252}" in refusal(tmp_path, "rows.csv")
     got = rows_of(prepare(tmp_path, {"path": "rows.csv", "encoding": "cp1252"}))
     assert got[0]["messages"][1]["content"] == "Elle est expédiée – déjà, 0."
-    assert "not in the stated encoding" in refusal(tmp_path, {"path": "rows.csv", "encoding": "utf-8"})
+    assert "Set `encoding: cp1252`" in refusal(tmp_path, {"path": "rows.csv", "encoding": "utf-8"})
 
 
 def test_aliases_refer_only_to_existing_columns():

@@ -191,7 +191,7 @@ def test_an_unchanged_recipe_is_compared_with_its_champion_and_again_with_anothe
     assert again.stderr.count("unchanged, skipped") == 6, again.stderr
     (measures,) = (
         path
-        for path in evaluation_files(recipe_with(champion, f"evaluate.champion={best}"))
+        for path in evaluation_files(recipe_with(champion, f"evaluate.champion={best}"), tmp_path / "again")
         if path.name == "measures.npz"
     )
     before = hash_file(measures)

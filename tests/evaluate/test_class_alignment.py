@@ -5,35 +5,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from sklearn.metrics import f1_score, roc_auc_score
+from support.classifying import CLASS_METRICS as METRICS
+from support.classifying import scored
 
 from llmtune.evaluate.class_alignment import align_classes, map_classes, pair_metrics, rename_prediction
-from llmtune.evaluate.classification_metrics import measure_classes
-from llmtune.evaluate.opened_runs import ScoredRun
-from llmtune.evaluate.per_row_scores import PerRowScores
 from llmtune.recipe.schema import Recipe
-from llmtune.score_records import Evaluation
 
-METRICS = ("accuracy", "f1_macro", "f1_weighted", "f1_micro", "matthews", "auroc")
 REFERENCES = ["a", "b", "c", "a", "b", "c", "a", "b"]
-
-
-def scored(labels, predicted, references, name="run", metrics=METRICS, rename=None):
-    """Return a run that answers each row with `predicted`, at a probability of 0.9."""
-    scores_NK = np.full((len(predicted), len(labels)), 0.1 / max(1, len(labels) - 1))
-    for n, label in enumerate(predicted):
-        scores_NK[n, labels.index(label)] = 0.9
-    rows = tuple(range(len(predicted)))
-    tuned = {
-        metric: replace(measure_classes(metric, "single", scores_NK, references, labels), at=rows) for metric in metrics
-    }
-    section = {"labels": list(labels)} | ({"rename": rename} if rename else {})
-    content = {"task": "classify", "model": {"name": "x/y"}, "data": {"train": "x.jsonl"}, "classify": section}
-    details = {"tuned": {"classes": [{"label": label} for label in labels]}}
-    evaluation = Evaluation(
-        {}, {metric: one.value for metric, one in tuned.items()}, {}, (), len(rows), details=details
-    )
-    names = tuple(f"row{n}-1" for n in rows)
-    return ScoredRun(name, Recipe.model_validate(content), evaluation, PerRowScores({}, tuned, names))
 
 
 def test_runs_with_classes_in_another_order_are_compared_column_by_column():

@@ -452,7 +452,9 @@ def test_a_classifier_gives_label_and_scores_and_a_row_has_the_columns_of_slices
     metrics = """
 def right_in_big(row: dict, answer: dict) -> bool:
     assert row["size"] in ("big", "small")
-    return answer["label"] == row["label"] and max(answer["scores"]) > 0 and row["size"] == "big"
+    scores = answer["scores"]
+    assert max(scores, key=scores.get) == answer["label"] and abs(sum(scores.values()) - 1) < 1e-4
+    return answer["label"] == row["label"] and row["size"] == "big"
 """
     (tmp_path / "metrics.py").write_text(metrics)
     rows = [{**row, "size": "big" if i % 2 else "small"} for i, row in enumerate(colour_rows())]

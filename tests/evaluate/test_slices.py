@@ -174,3 +174,16 @@ def test_rows_prepared_without_the_column_say_how_to_add_it(tmp_path, console):
     with pytest.raises(DataError, match="prepared without their column 'size'") as caught:
         read_slices(found, ["topic", "size"], range(5))
     assert "Run the recipe again" in str(caught.value)
+
+
+def test_a_tables_texts_are_numbers_with_a_decimal_point_or_a_decimal_comma() -> None:
+    numbers = [number / 4 for number in range(100)]
+    expected = split_by_value(numbers)
+    assert next(iter(expected)) == "up to 6"
+    points = [f"{number:.2f}" for number in numbers]
+    assert split_by_value(points) == expected
+    assert split_by_value([text.replace(".", ",") for text in points]) == expected
+    assert split_by_value([text.replace(".", "," if i < 50 else ".") for i, text in enumerate(points)]) == expected
+    few = split_by_value(["10,5", "9,25", "", "10.5"])
+    assert few == {"9.25": {1}, "10.5": {0, 3}, MISSING: {2}}
+    assert [*split_by_value([f"0{number}" for number in range(1000, 1020)])][-1] == "(other)"  # postcodes

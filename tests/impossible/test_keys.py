@@ -30,6 +30,7 @@ from support.runs import write_recipe
 from llmtune.adapter.injection import inject
 from llmtune.data.examples import encode_rows
 from llmtune.data.preparation import prepare_rows
+from llmtune.data.run_naming import default_folder
 from llmtune.errors import LlmtuneError
 from llmtune.evaluate.eval_inputs import EvalContext, make_inputs
 from llmtune.evaluate.evaluator import ModelLoaders
@@ -45,7 +46,6 @@ from llmtune.recipe.loader import load_recipe
 from llmtune.recipe.schema import Recipe
 from llmtune.session import Plan, find_variant
 from llmtune.store.atomic_files import hash_path
-from llmtune.store.run_folder import default_path
 from llmtune.train.accumulation import step_gradients, validation_loss
 from llmtune.train.loop import train
 from llmtune.train.optimizer import build_optimizer
@@ -65,8 +65,8 @@ class Resolved:
     """The objects that each step makes from a recipe, made on first access."""
 
     def __init__(self, recipe_file: str, sets: tuple[str, ...], folder: Path) -> None:
-        loaded = load_recipe(recipe_file, sets)
-        self.recipe, self.folder, self.fingerprint = loaded.recipe, folder, loaded.fingerprint
+        self.loaded, self.folder = load_recipe(recipe_file, sets), folder
+        self.recipe = self.loaded.recipe
 
     @cached_property
     def made_rows(self) -> Any:
@@ -101,7 +101,7 @@ class Resolved:
         return set_up(self.adapted, self.made_examples, plan.task, plan.recipe, self.folder, QUIET, "inputs")
 
     def name(self) -> object:
-        return str(default_path(self.recipe.name, self.fingerprint))
+        return str(default_folder(self.loaded))
 
     def rows(self) -> object:
         rows = self.made_rows

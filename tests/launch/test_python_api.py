@@ -34,6 +34,10 @@ def test_a_run_from_python_equals_one_from_the_command_line(recipe: Path, monkey
     done = invoke("generate", "run", "--prompt", question)
     assert again.generate(question) + "\n" == done.stdout
     assert len(again.tokenizer(again.generate(question, max_new_tokens=2))["input_ids"]) <= 4
+    assert again.answer(question)["text"] == again.answer({"prompt": question})["text"] == again.generate(question)
+    for wrong in (5, ["text"], {"prompt": 5}):
+        with pytest.raises(RecipeError, match=r"run.answer\(inputs=...\)"):
+            again.answer(wrong)  # type: ignore[arg-type]
     assert again.model() is again.model()
     assert again.model().peft_config["default"].r == 4
     with pytest.raises(RecipeError, match="does not use it"):

@@ -34,11 +34,10 @@ def test_an_unedited_template_is_refused(here: Path, command: list[str]) -> None
     [
         ({"data": {"train": "tickets.csv"}}, 3, 'columns: {prompt: "{subject}\\n\\n{body}", completion: answer}'),
         ({"data": {"train": "tickets.cvs"}}, 3, "Did you mean 'tickets.csv'?"),
-        ({"train": {"report_to": ["swanlab"]}}, 4, "pip install swanlab"),
         ({"model": {"name": "/no/such/model"}}, 4, "folder /no/such/model not found"),
     ],
 )
-def test_files_columns_models_and_trackers_are_checked(
+def test_files_columns_and_models_are_checked(
     here: Path, command: list[str], sections: dict, code: int, words: str
 ) -> None:
     (here / "tickets.csv").write_text("subject,body,answer\nLate,Where is my parcel?,On its way.\n")
@@ -47,6 +46,23 @@ def test_files_columns_models_and_trackers_are_checked(
     found = invoke(*command, "mine.yaml")
     assert found.exit_code == code
     assert words in found.stderr.replace("\n    ", " ") or words in found.stderr
+
+
+@pytest.mark.parametrize("tracker", ["swanlab", "comet_ml"])
+def test_a_missing_tracker_is_a_note_of_check_and_an_error_before_training(here: Path, tracker: str) -> None:
+    (here / "rows.csv").write_text("question,answer\n" + "".join(f"Where is parcel {i}?,Here {i}.\n" for i in range(9)))
+    write_recipe(here / "mine.yaml", "owner/model", "rows.csv", train={"report_to": [tracker]})
+    what, fix = f"the tracker {tracker} is not installed", f"pip install {tracker.replace('_', '-')}"
+    checked = invoke(*LIGHT, "mine.yaml", "--json")
+    assert checked.exit_code == 0, checked.stderr
+    assert json.loads(checked.stdout)["notes"] == [f"{what}; a run needs it: {fix}"]
+    assert fix in checked.stderr
+    for command in (["run"], ["train"], ["evaluate"], ["run", "--dry-run"]):
+        refused = invoke(*command, "mine.yaml")
+        assert refused.exit_code == 4
+        assert what in refused.stderr
+        assert fix in refused.stderr
+    assert not list(here.glob("runs/*/data"))
 
 
 @COMMANDS

@@ -2,6 +2,7 @@ import contextlib
 import itertools
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -13,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from support.runs import invoke, llmtune, write_recipe
+from support.runs import invoke, llmtune, write_recipe, write_sums
 from support.training import read_metrics
 
 DAEMONS = ("munged", "slurmctld", "slurmd", "sbatch")
@@ -165,6 +166,21 @@ def test_a_dry_run_prints_a_valid_bash_and_slurm_script(here, tiny_llama, chat_r
     assert (given["--processes"], given["--machines"], given["--strategy"]) == ("8", "4", "fsdp")
     assert (given["--rank"], given["--address"]) == ("$SLURM_PROCID", "$HEAD:$PORT")
     assert not list(here.glob("run*"))
+
+
+def test_the_folder_is_decided_when_the_job_is_submitted(here, tiny_llama):
+    write_recipe(here / "tiny.yaml", tiny_llama, write_sums(here / "weekly.jsonl"))
+
+    def folder() -> str:
+        script = invoke("launch", "slurm", "tiny.yaml", "--dry-run").stdout
+        (place,) = set(re.findall(r"--out (\S+)", script))
+        return place
+
+    before = folder()
+    assert re.fullmatch(rf"{re.escape(str(here))}/runs/tiny-[0-9a-f]{{8}}", before)
+    assert folder() == before
+    write_sums(here / "weekly.jsonl", 41)
+    assert folder() != before
 
 
 EVIL = "a'; touch pwned; echo $(touch pwned) `touch pwned` ${HOME} \\"

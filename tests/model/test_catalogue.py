@@ -85,6 +85,14 @@ def test_unknown_values_are_refused_with_the_known_ones(words: tuple[str, ...], 
     assert (done.exit_code, said in done.stderr) == (2, True), done.stderr
 
 
+@pytest.mark.parametrize("task", [*TASK_FACTS])
+def test_the_list_has_a_complete_line_per_model_in_a_pipe(task: str):
+    lines = invoke("models", "list", "--task", task).stdout.splitlines()
+    models = json.loads(invoke("models", "list", "--task", task, "--json").stdout)["models"]
+    assert [line.split()[0] for line in lines[1:]] == [one["name"] for one in models]
+    assert all(line.endswith(" ".join(one["languages"])) for line, one in zip(lines[1:], models, strict=True))
+
+
 def test_fits_are_listed_by_method_with_the_longest_row():
     words = ("--memory", "24GB", "--licence", "llama3.1", "--length", 2048, "--json")
     done = invoke("models", "fits", *words)

@@ -225,3 +225,12 @@ def test_a_key_from_set_replaces_the_key_that_it_excludes(write):
     assert load_recipe("quickstart", ["model.candidates=[a/b, c/d]"]).recipe.model.name is None
     with pytest.raises(RecipeError, match="has no effect with"):
         load_recipe(recipe, ["train.max_steps=5", "train.num_train_epochs=2"])
+
+
+@pytest.mark.parametrize("address", ["tickets", "tickets@1a2b3c4d", "release:tickets", "release:tickets@1a2b3c4d"])
+def test_an_address_of_a_run_or_release_stays_unless_a_folder_has_its_name(write, tmp_path, address):
+    path = write(f"evaluate: {{champion: '{address}'}}\n")
+    assert load_recipe(path).recipe.evaluate.champion == address
+    (tmp_path / address).mkdir()
+    stated = load_recipe(path).recipe.evaluate.champion
+    assert stated == (address if address.startswith("release:") else str(tmp_path / address))

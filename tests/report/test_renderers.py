@@ -29,7 +29,7 @@ from llmtune.report.blocks import (
 from llmtune.report.charts import Curve, draw_curves, draw_meter
 from llmtune.report.render_html import to_html
 from llmtune.report.render_markdown import code, table, to_markdown
-from llmtune.report.render_terminal import print_blocks, print_page, spinner, track_items
+from llmtune.report.render_terminal import print_blocks, print_columns, print_page, spinner, track_items
 from llmtune.score_records import Difference
 
 HOSTILE = (
@@ -158,3 +158,36 @@ def test_an_interval_stays_on_one_line_in_80_columns_and_words_are_not_cut():
     assert max(map(len, lines)) <= 80
     for row in cells:
         assert any(all(cell in line for cell in row) for line in lines), row
+
+
+LISTED = [["owner/a-long-name-of-a-model", "0.13 G", "en de fr"], ["b", "12.00 G", "one other language"]]
+
+
+def print_listed(width: int, *, terminal: bool, wraps: bool = False) -> tuple[list[str], list[str]]:
+    console = Console(file=io.StringIO(), width=width, force_terminal=terminal, color_system=None)
+    omitted = print_columns(("model", "size", "languages"), LISTED, console, numbers=("size",), wraps=wraps)
+    return console.file.getvalue().splitlines(), omitted
+
+
+def test_a_list_in_a_pipe_has_a_line_per_row_and_truncates_nothing() -> None:
+    lines, omitted = print_listed(20, terminal=False)
+    assert lines == [
+        "model                            size  languages",
+        "owner/a-long-name-of-a-model   0.13 G  en de fr",
+        "b                             12.00 G  one other language",
+    ]
+    assert omitted == []
+
+
+def test_a_list_on_a_narrow_terminal_omits_its_last_columns_and_names_them() -> None:
+    lines, omitted = print_listed(40, terminal=True)
+    assert lines[1] == "owner/a-long-name-of-a-model   0.13 G"
+    assert omitted == ["languages"]
+    assert print_listed(200, terminal=True)[1] == []
+
+
+def test_a_list_on_a_narrow_terminal_may_wrap_its_last_column() -> None:
+    lines, omitted = print_listed(48, terminal=True, wraps=True)
+    assert omitted == []
+    assert max(map(len, lines)) <= 52
+    assert lines[-2:] == ["b                             12.00 G  one other", " " * 39 + "language"]

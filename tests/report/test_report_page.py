@@ -57,6 +57,7 @@ def test_the_json_keys_are_stable(report, tmp_path):
             "look",
             "suspects",
             "deploy",
+            "release",
             "explanations",
             "date",
             "verdict",

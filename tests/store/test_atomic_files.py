@@ -3,12 +3,23 @@
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from llmtune.errors import EnvironmentProblem
-from llmtune.store.atomic_files import explained, hash_folder, hash_value, read_json, staged, write_json
+from llmtune.store.atomic_files import (
+    explained,
+    hash_file,
+    hash_folder,
+    hash_lines,
+    hash_value,
+    read_json,
+    read_once,
+    staged,
+    write_json,
+)
 
 
 def test_a_staged_folder_replaces_the_old_one_only_when_it_is_complete(tmp_path: Path) -> None:
@@ -66,3 +77,32 @@ def test_the_order_of_keys_does_not_change_a_hash() -> None:
 def test_a_refused_permission_is_explained(tmp_path: Path) -> None:
     with pytest.raises(EnvironmentProblem, match="--out"), explained(tmp_path):
         raise PermissionError(13, "Permission denied", str(tmp_path / "x"))
+
+
+def test_a_file_is_read_once_until_it_changes(tmp_path: Path) -> None:
+    path, reads = tmp_path / "rows.jsonl", []
+
+    def read(file: Path) -> int:
+        reads.append(file)
+        return file.stat().st_size
+
+    path.write_text("one\n")
+    assert [read_once(path, read), read_once(path, read)] == [4, 4]
+    assert len(reads) == 1
+    path.write_text("longer\n")
+    assert read_once(path, read) == 7
+    status = path.stat()
+    time.sleep(0.02)  # longer than the clock of file times ticks
+    path.write_text("LONGER\n")
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    read_once(path, read)
+    assert len(reads) == 3, "the same size and time of change, but other content"
+
+
+@pytest.mark.parametrize(
+    ("content", "lines"), [(b"", 0), (b"a", 1), (b"a\n", 1), (b"a\nb", 2), (b"a\r\n\nb\n", 3), (b"PAR1\0\n", None)]
+)
+def test_lines_are_counted_in_text_only(tmp_path: Path, content: bytes, lines: int | None) -> None:
+    path = tmp_path / "rows"
+    path.write_bytes(content)
+    assert hash_lines(path) == (hash_file(path), lines)

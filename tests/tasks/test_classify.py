@@ -25,6 +25,7 @@ from llmtune.serve.finished_run import FinishedRun
 from llmtune.session import open_finished
 from llmtune.store.run_request import RunRequest
 from llmtune.tasks import classify
+from llmtune.tasks.class_labels import infer_kind
 
 ONE_STEP = {"max_steps": 1, "num_train_epochs": None}
 
@@ -162,13 +163,13 @@ def test_a_number_is_predicted_and_compared_with_the_mean(models, tmp_path):
     ],
 )
 def test_the_kind_of_labels_is_inferred_from_all_of_them(labels, kind):
-    assert classify.infer_kind(labels) == kind
+    assert infer_kind(labels) == kind
 
 
 @pytest.mark.parametrize("labels", [["a", 2.5], ["a", ["b"]], [2.5, ["b"]], ["1", ["b"]]])
 def test_labels_of_several_kinds_are_reported(labels):
     with pytest.raises(DataError, match="several kinds"):
-        classify.infer_kind(labels)
+        infer_kind(labels)
 
 
 def test_classes_are_in_the_models_order_if_it_has_the_same_else_sorted():

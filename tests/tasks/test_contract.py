@@ -23,12 +23,16 @@ from support.variants import predict
 from llmtune.adapter.merging import merge_adapter
 from llmtune.data.examples import ExampleReader, load_examples
 from llmtune.data.row_store import iterate_rows, load_rows
+from llmtune.deploy.release_folder import promote_run
+from llmtune.deploy.tuned_model import read_rules
+from llmtune.errors import EnvironmentProblem
 from llmtune.evaluate.generation import answer_reader, generate_completions
+from llmtune.evaluate.opened_runs import open_run_scores
 from llmtune.launch.topology import Topology
 from llmtune.model.causal_lm_loss import decoder_inputs, model_inputs, unwrap
 from llmtune.pipeline import run_pipeline
 from llmtune.recipe.loader import load_recipe
-from llmtune.session import Models, open_finished
+from llmtune.session import Models, Plan, open_finished
 from llmtune.store.run_request import RunRequest
 from llmtune.tasks.registry import VARIANTS
 
@@ -115,26 +119,48 @@ def test_a_second_run_is_skipped(name, finished):
 @every_case
 def test_batched_answers_equal_single_ones_and_those_of_the_evaluation(name, finished):
     run, _ = finished(name)
-    context, models, processor, rows = opened(run)
+    context, models, _, rows = opened(run)
     lines = [json.loads(line) for line in (run / "evaluation" / "predictions.jsonl").read_text().splitlines()]
-
-    def answer(asked: list[Any]) -> list[Any]:
-        if context.plan.task.predicts:
-            return predict(context.plan.task, model, asked, processor, context.plan.recipe)
-        prompts = [context.plan.task.prompt_ids(row, processor, context.plan.recipe) for row in asked]
-        outputs = generate_completions(model, prompts, processor, context.plan.recipe, device="cpu")
-        read = answer_reader(processor, context.plan.recipe)
-        return [read(output.token_ids, None).text for output in outputs]
-
     with models.tuned() as model, torch.inference_mode():
         model.eval()
-        together = answer(rows)
-        alone = [answer([row])[0] for row in rows[:4]]
+        together = answer(context.plan, model, rows)
+        alone = [answer(context.plan, model, [row])[0] for row in rows[:4]]
     assert len(together) == len(rows) == len(lines) > 3
     for one, other in zip(alone, together, strict=False):
         compare(one, other)
     texts = [context.plan.task.format_prediction(one) for one in together]
     assert [line.get("tuned", text) for line, text in zip(lines, texts, strict=True)] == texts
+
+
+def answer(plan: Plan, model: torch.nn.Module, rows: list[Any]) -> list[Any]:
+    """The answers of a model to rows."""
+    if plan.task.predicts:
+        return predict(plan.task, model, rows, plan.processor, plan.recipe)
+    prompts = [plan.task.prompt_ids(row, plan.processor, plan.recipe) for row in rows]
+    outputs = generate_completions(model, prompts, plan.processor, plan.recipe, device="cpu")
+    read = answer_reader(plan.processor, plan.recipe)
+    return [read(output.token_ids, None).text for output in outputs]
+
+
+@every_case
+def test_a_release_answers_as_its_run_does_when_the_run_and_its_rows_are_gone(name, finished, tmp_path, monkeypatch):
+    run, report = finished(name)
+    monkeypatch.chdir(tmp_path)
+    copy = Path(shutil.copytree(run, tmp_path / "runs" / "copy"))
+    release = promote_run(copy, quiet(), offline=True).folder
+    shutil.rmtree(copy)
+    context, models, _, rows = opened(run)
+    released = open_finished(release, quiet(), True)
+    with Models(released).tuned() as model, torch.inference_mode():
+        found = answer(released.plan, model.eval(), rows[:4])
+    with models.tuned() as model, torch.inference_mode():
+        expected = answer(context.plan, model.eval(), rows[:4])
+    assert found == expected
+    assert released.plan.recipe.task_section() == context.plan.recipe.task_section()
+    assert read_rules(released) == read_rules(context)
+    assert open_run_scores(release, name).evaluation.tuned == pytest.approx(report["evaluation"]["tuned"], nan_ok=True)
+    with pytest.raises(EnvironmentProblem, match="a release has no rows, and the run that it was made from is gone"):
+        _ = released.rows
 
 
 def compare(one: Any, other: Any) -> None:

@@ -17,6 +17,7 @@ from support.task_cases import CASES, PLACES, place_of
 from tasks.test_contract import opened, outputs
 
 from llmtune.data.examples import ExampleReader, load_examples
+from llmtune.errors import RecipeError
 from llmtune.serve.finished_run import FinishedRun
 
 pytestmark = pytest.mark.slow
@@ -134,8 +135,25 @@ def test_the_server_answers_as_generate_does(place, finished, clips):
             body["audio"] = base64.b64encode(Path(body["audio"]).read_bytes()).decode()
         answer = httpx.post(f"{url}{task.endpoint.path}", json=body, timeout=60).json()
     assert answer["text"] == expected["text"]
+    if isinstance(expected["prediction"], dict) and isinstance(expected["prediction"].get("scores"), dict):
+        expected["prediction"]["scores"] = [*expected["prediction"]["scores"].values()]  # the server names them apart
+        assert answer["labels"] == [*FinishedRun(run).answer(given)["prediction"]["scores"]]
     wanted = json.loads(json.dumps(expected["prediction"]), parse_float=lambda text: round(float(text), 4))
     assert json.loads(json.dumps(answer["prediction"]), parse_float=lambda text: round(float(text), 4)) == wanted
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_text_alone_is_the_first_input_of_answer(place, finished, clips):
+    run, _ = finished(NAMES[place])
+    tuned, speech = FinishedRun(run), CASES[NAMES[place]].task == "speech"
+    given = {"audio": str(clips / "3.wav")} if speech else INPUTS.get(place.split("-")[0], QUESTION)
+    first, *others = (name for name, required in tuned.task.inputs.items() if required or name == "prompt")
+    if others:
+        with pytest.raises(RecipeError, match=f"--{others[0]}: task {tuned.task.name} needs it"):
+            tuned.answer(given[first])
+    else:
+        alone = {first: given[first]}
+        assert json.dumps(tuned.answer(given[first])) == json.dumps(tuned.answer(alone))
 
 
 @pytest.mark.promise("task", "reproduce", by="place", equal="the run: every byte of its weights, every score")

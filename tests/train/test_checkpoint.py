@@ -201,8 +201,12 @@ def test_only_checkpoints_of_the_same_inputs_are_resumed(finished, examples, tmp
     assert (run / "checkpoints" / "other-aaaaaaaa" / "step-16").is_dir()
     assert (run / "checkpoints" / "other-aaaaaaaa" / "metrics.jsonl").read_bytes() == lines
     assert [line["step"] for line in read_metrics(run)] == [1, 2]
-    assert run_training(run, other, examples, inputs="b" * 64).resumed_from == 2
+    assert (
+        run_training(run, other, examples, inputs="b" * 64, console=Console(stderr=True, width=200)).resumed_from == 2
+    )
     assert trained_bytes(run) != old
+    assert "no training resumes from: other-aaaaaaaa" in capsys.readouterr().err
+    assert not [*(run / "checkpoints").glob("*other*")]
 
 
 def test_a_metrics_line_is_not_duplicated_by_a_stop_and_a_kill(finished, examples, tmp_path, tiny_llama):

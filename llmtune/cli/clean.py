@@ -1,0 +1,63 @@
+"""`llmtune clean`: remove what no command needs from run folders, llmtune's cache and the releases."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from llmtune.cli.options import AsJson
+from llmtune.cli.output_streams import handled, print_json, stderr_console
+from llmtune.errors import RecipeError
+
+
+@handled
+def clean_command(
+    run: Annotated[
+        Path | None, typer.Argument(metavar="RUN", help="A run folder, the name of a recipe with a run, or latest.")
+    ] = None,
+    clean_all: Annotated[
+        bool, typer.Option("--all", help="Clean all runs in runs/, and packaged models in the cache that none uses.")
+    ] = False,
+    keep_releases: Annotated[
+        int | None,
+        typer.Option("--keep-releases", min=0, metavar="N", help="With --all: keep the current and N older releases."),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what would be removed, and remove nothing.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Remove old checkpoints, exports of earlier trainings and leftovers; print their sizes. Skips running runs."""
+    from llmtune.report.number_format import size
+    from llmtune.store import cleaning
+
+    if (run is None) != clean_all:
+        raise RecipeError.of("give one run, or --all", "llmtune clean", "Name a run folder, or use --all.")
+    if keep_releases is not None and run is not None:
+        fix = "Use: llmtune clean --all --keep-releases N"
+        raise RecipeError.of("it applies to all runs only", "--keep-releases", fix)
+    if run is None:
+        found = cleaning.clean_all(keep_releases=keep_releases, dry_run=dry_run)
+    else:
+        found = cleaning.clean_run(run, dry_run=dry_run)
+    if as_json:
+        print_json(
+            {
+                "dry_run": dry_run,
+                "bytes": found.bytes,
+                "removed": [vars(one) for one in found.removable],
+                "skipped": [{"path": path, "reason": reason} for path, reason in found.skipped.items()],
+            }
+        )
+        return
+    for one in found.removable:
+        typer.echo(f"{size(one.bytes):>8}  {one.path}  {one.reason}")
+    for path, reason in found.skipped.items():
+        stderr_console().print(f"skipped {path}: {reason}", highlight=False, markup=False, soft_wrap=True)
+    typer.echo(f"{size(found.bytes):>8}  {'would be removed' if dry_run else 'removed'}")
+
+
+COMMANDS: dict[str, Callable[..., None]] = {"clean": clean_command}

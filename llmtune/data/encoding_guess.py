@@ -1,0 +1,72 @@
+"""Guesses the encoding of a text file that is not UTF-8: by its marks, its zero bytes, its letters, or statistics."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import charset_normalizer
+
+from llmtune.data.byte_streams import byte_order, open_bytes, skip_bom, wide_mark
+from llmtune.data.object_store import RemoteFile
+
+GUESSED_BYTES = 2**20
+"""How many bytes of a file are read for a guess."""
+WESTERN_SIGNS = "€‚„…†‡‰‹‘’“”•–—™›\xa0¡¢£§©ª«®°±²³´µ·º»¼½¾¿×÷"
+FOREIGN = re.compile(r"(?<=[^\W\d_])[¡¢£¥ª¯¼½¾¿×](?=[^\W\d_])|(?<=[^\W\d_]{2})[¹³]|Ÿ")
+"""Signs that no Western language writes in a word: letters of another code page, read as cp1252."""
+MOST_RARE, MOST_RUNS, MOST_VALID = 0.1, 0.3, 0.1
+"""Western text has at most these shares of rare signs, of signs three in a row, and of valid UTF-8 among them."""
+OTHERS = (
+    *("cp932", "euc_jp", "gb18030", "big5", "cp949"),
+    *("cp1251", "koi8_r", "cp1250", "cp1253", "cp1255", "cp1256"),
+)
+"""Encodings that statistics tell apart, by Python's names."""
+
+
+def guess_encoding(path: Path | RemoteFile) -> str | None:
+    """Return the encoding of a file by Python's name; None if it is UTF-8, or if the first MiB does not show it.
+
+    Excel writes "Unicode text" as UTF-16 with a mark, and CSV files in the code page of Windows, without one.
+    """
+    with open_bytes(path) as stream:
+        skip_bom(stream)
+        start = stream.read(GUESSED_BYTES)
+        if stream.peek(1):
+            start = start[: start.rfind(b"\n") + 1] or start
+    if marked := wide_mark(start):
+        return marked
+    if b"\0" in start:
+        return byte_order(start, fewest=1)
+    if b"\x1b$" in start and _decodes(start, "iso2022_jp"):
+        return "iso2022_jp"
+    text = start.decode(errors="surrogateescape")
+    broken = sum("\udc80" <= sign <= "\udcff" for sign in text)
+    valid = sum(not sign.isascii() for sign in text) - broken
+    if broken <= valid:  # UTF-8, perhaps with damage
+        return None
+    if _is_western(start) and valid <= MOST_VALID * broken:
+        return "cp1252"
+    words = b"\n".join(word for word in re.split(rb"[\s,;]+", start) if not word.isascii())
+    best = charset_normalizer.from_bytes(words, cp_isolation=[*OTHERS], enable_fallback=False).best()
+    return best.encoding if best else None
+
+
+def _decodes(start: bytes, encoding: str) -> bool:
+    try:
+        start.decode(encoding)
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _is_western(start: bytes) -> bool:
+    """Whether bytes look like cp1252: single accented letters among ASCII, and signs that Western texts use."""
+    if not _decodes(start, "cp1252"):
+        return False
+    text = start.decode("cp1252")
+    signs = [sign for sign in text if not sign.isascii()]
+    rare = sum(not (sign.isalpha() or sign in WESTERN_SIGNS) for sign in signs) + len(FOREIGN.findall(text))
+    letters = sum(sign.isalpha() for sign in signs)
+    runs = sum(len(run) for run in re.findall(r"[^\x00-\x7f\W]{3,}", text))
+    return rare <= MOST_RARE * len(signs) and runs <= MOST_RUNS * letters

@@ -1,0 +1,227 @@
+"""Find what may be removed from run folders, llmtune's cache and the releases, and remove it.
+
+It keeps what later commands need: rows, encoded rows, weights, evaluations, exports of the present weights, and the
+checkpoints that an unfinished training resumes from.
+"""
+
+from __future__ import annotations
+
+import re
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+
+from llmtune.errors import EnvironmentProblem, LlmtuneError, RecipeError
+from llmtune.store.atomic_files import exclusive, explained, find_cache, hash_file, read_json, remove
+from llmtune.store.release_store import RELEASES, changing, is_stored, list_release_names, list_stored, read_history
+from llmtune.store.run_folder import CERTIFICATE, MANIFEST, RunFolder, read_manifest
+from llmtune.store.run_listing import RUNS
+from llmtune.store.run_lock import LOCK
+
+CHECKPOINTS, MODELS = "checkpoints", "models"
+PUT_ASIDE = {"other-*": "checkpoints of other rows or settings", "damaged-*": "damaged checkpoint"}
+"""Checkpoints that no training resumes from, by pattern: what they are."""
+UNFINISHED = (".*.tmp", ".*.new", ".*.old", ".keys-*", ".tmp-*", ".removed-*")
+"""What killed processes leave."""
+_STEP = re.compile(r"step-([1-9][0-9]*)")
+_WRITER = re.compile(r"\.(\d+)\.tmp$")
+_PACKAGED = re.compile(r"builtin:([\w.-]+)")
+
+
+@dataclass(frozen=True)
+class Removable:
+    """A file or folder that no command needs."""
+
+    path: Path
+    bytes: int
+    reason: str
+
+
+@dataclass
+class Cleaning:
+    """What may go, and the folders that were skipped, with the reason."""
+
+    dry_run: bool
+    removable: list[Removable] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def bytes(self) -> int:
+        """Size of all that may go."""
+        return sum(one.bytes for one in self.removable)
+
+    def add(self, path: Path, reason: str) -> None:
+        """Add a file or folder, unless it lies in one that is already listed."""
+        if not any(one.path in (path, *path.parents) for one in self.removable):
+            self.removable.append(Removable(path, measure_bytes(path), reason))
+
+    def remove(self) -> None:
+        """Remove what was added and still exists, unless this is a dry run."""
+        for one in () if self.dry_run else self.removable:
+            if one.path.exists() or one.path.is_symlink():
+                with explained(one.path):
+                    _remove_at_once(one.path)
+
+
+def clean_run(folder: Path, *, dry_run: bool) -> Cleaning:
+    """Clean a run folder with the runs inside it.
+
+    Raises RecipeError for a release, which never changes, and EnvironmentProblem if a file cannot be removed.
+    """
+    if is_stored(folder.absolute()):
+        fix = "Remove releases that are not current with: llmtune clean --all --keep-releases N"
+        raise RecipeError.of("a release never changes, so nothing in it can go", str(folder), fix)
+    return _clean([folder], dry_run=dry_run)
+
+
+def clean_all(*, keep_releases: int | None, dry_run: bool) -> Cleaning:
+    """Clean all runs in `runs/`, and remove packaged models in llmtune's cache that none of them uses.
+
+    `keep_releases` is the number of releases that each name keeps, besides the current one; None keeps all.
+    Raises EnvironmentProblem if a file cannot be removed.
+    """
+    folders = sorted(path for path in RUNS.glob("*") if path.is_dir())
+    return _clean(folders, keep_releases=keep_releases, everything=True, dry_run=dry_run)
+
+
+def measure_bytes(path: Path) -> int:
+    """Return the size of a file or of all files in a folder, in bytes."""
+    files = [path] if path.is_symlink() or path.is_file() else [one for one in path.rglob("*") if not one.is_dir()]
+    return sum(one.lstat().st_size for one in files)
+
+
+def _clean(
+    folders: list[Path], *, keep_releases: int | None = None, everything: bool = False, dry_run: bool
+) -> Cleaning:
+    found = Cleaning(dry_run=dry_run)
+    for folder in folders:
+        _clean_runs_below(folder, found)
+    if everything:
+        _find_unused_models(found)
+        found.remove()
+    for name in list_release_names() if everything else ():
+        try:
+            with changing(name):
+                _find_leftovers(list((RELEASES / name).glob(".*")), found)
+                if keep_releases is not None:
+                    _find_old_releases(name, found, keep_releases)
+                found.remove()
+        except EnvironmentProblem as error:
+            found.skipped[str(RELEASES / name)] = error.problems[0].what
+    return found
+
+
+def _remove_at_once(path: Path) -> None:
+    """Rename a folder before deleting it: no command then sees a part of it, and the next cleaning finds the rest."""
+    if path.is_dir() and not path.is_symlink() and not path.name.startswith("."):
+        path = path.rename(path.with_name(f".{path.name}.old"))
+    remove(path)
+
+
+def _clean_runs_below(folder: Path, found: Cleaning) -> None:
+    """Clean a run folder and the runs inside it (further seeds, methods, trials); skip those in use."""
+    for path in sorted(file.parent for file in folder.rglob(MANIFEST)):
+        if any(str(parent) in found.skipped for parent in path.parents):
+            continue
+        with ExitStack() as stack:
+            try:
+                manifest = read_manifest(path)
+                stack.enter_context(exclusive(path / ".lock", path))
+            except LlmtuneError as error:
+                found.skipped[str(path)] = error.problems[0].what
+                continue
+            if manifest is not None:
+                _find_in_run(RunFolder(path, manifest), found)
+                found.remove()
+
+
+def _find_in_run(run: RunFolder, found: Cleaning) -> None:
+    checkpoints = run.path / CHECKPOINTS
+    for pattern, reason in PUT_ASIDE.items():
+        for path in sorted(checkpoints.glob(pattern)):
+            found.add(path, reason)
+    steps = sorted((int(match[1]), path) for path in checkpoints.glob("*") if (match := _STEP.fullmatch(path.name)))
+    trained = run.is_whole("train")
+    kept = set() if trained else _needed_checkpoints([path for _, path in reversed(steps)])
+    for _, path in steps:
+        if path not in kept:
+            found.add(path, "training is finished" if trained else "there is a newer checkpoint")
+    for file in _search(run.path, CERTIFICATE):
+        certificate = read_json(file)
+        if isinstance(certificate, dict) and not run.certifies(certificate):
+            found.add(file.parent, "export of an earlier training in this folder")
+    _find_leftovers(_search(run.path, ".*"), found)
+
+
+def _search(run: Path, pattern: str) -> list[Path]:
+    """Return the paths in a run folder that match, without those of the runs inside it."""
+    inner = [file.parent for file in run.rglob(MANIFEST) if file.parent != run]
+    return [path for path in sorted(run.rglob(pattern)) if not any(one in (path, *path.parents) for one in inner)]
+
+
+def _needed_checkpoints(newest_first: list[Path]) -> set[Path]:
+    """Return what an unfinished training needs: its newest complete checkpoint, all after it, and the best one."""
+    for at, path in enumerate(newest_first):
+        content = read_json(path / "state.json")
+        files = content.get("files") if isinstance(content, dict) else None
+        if isinstance(files, dict) and all(
+            (path / name).is_file() and hash_file(path / name) == sha256 for name, sha256 in files.items()
+        ):
+            best = path.with_name(f"step-{content['state'].get('best_step')}")
+            return {*newest_first[: at + 1], best}
+    return {*newest_first}
+
+
+def _find_leftovers(hidden: list[Path], found: Cleaning) -> None:
+    for path in hidden:
+        if any(path.match(pattern) for pattern in UNFINISHED) and not _is_being_written(path):
+            found.add(path, "left by a killed process")
+
+
+def _is_being_written(path: Path) -> bool:
+    """Return whether a process still writes to a temporary file or folder."""
+    if (writer := _WRITER.search(path.name)) is not None:
+        return psutil.pid_exists(int(writer[1]))
+    if not path.name.endswith(".new"):
+        return False
+    try:
+        with exclusive(path, path):
+            return False
+    except EnvironmentProblem:
+        return True
+
+
+def _find_unused_models(found: Cleaning) -> None:
+    """Add packaged models in the cache that no run in `runs/` names."""
+    used: set[str] = set()
+    for file in RUNS.rglob(LOCK):
+        lock = read_json(file)
+        models = [lock.get(key) for key in ("model", "miner")] if isinstance(lock, dict) else []
+        used |= {Path(model["folder"]).name for model in models if isinstance(model, dict) and "folder" in model}
+    names = {name for file in RUNS.rglob("recipe.yaml") for name in _PACKAGED.findall(_read(file)) if not _locked(file)}
+    for path in sorted((find_cache() / MODELS).glob("*")):
+        if path.is_dir() and path.name not in used and not any(path.name.startswith(f"{name}-") for name in names):
+            found.add(path, "packaged model that no run in runs/ uses; it can be converted from its package again")
+
+
+def _read(file: Path) -> str:
+    with explained(file):
+        return file.read_text("utf-8", errors="replace")
+
+
+def _locked(recipe: Path) -> bool:
+    return recipe.with_name(LOCK).is_file()
+
+
+def _find_old_releases(name: str, found: Cleaning, keep: int) -> None:
+    """Add releases that are neither current, nor among the last promoted, nor named by a run."""
+    named = "".join(_read(file) for wanted in ("recipe.yaml", LOCK) for file in sorted(RUNS.rglob(wanted)))
+    stored = list_stored(name)
+    current = {one.hash for one in stored if one.current}
+    last = [*dict.fromkeys(line["after"] for line in reversed(read_history(name)) if line["after"] not in current)]
+    for one in stored:
+        uses = f"{name}@{one.hash}" in named or f"{name}/{one.hash}" in named
+        if not one.current and one.hash not in last[:keep] and not uses:
+            found.add(one.folder, f"release {one.address}, not current")

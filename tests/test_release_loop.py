@@ -1,0 +1,175 @@
+"""The weekly loop: a recipe with `champion: release:NAME` and `deploy: [release]`, over weeks that pass and fail."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+from support.runs import invoke, write_recipe, write_sums
+
+from llmtune.store.atomic_files import hash_folder
+from llmtune.store.release_store import list_stored, read_current, read_history, resolve_release
+
+GATES = ["loss <= base + 100", "loss <= champion + 100"]
+FAILS = "evaluate.gates=[loss <= 0.01]"
+
+
+@pytest.fixture
+def recipe(here: Path, tiny_llama: Path) -> Path:
+    write_sums(here / "rows.jsonl", 40)
+    evaluate = {"champion": "release:tiny", "gates": GATES}
+    train = {"num_train_epochs": 1, "save_total_limit": 1}
+    return write_recipe(
+        here / "tiny.yaml", tiny_llama, "rows.jsonl", evaluate=evaluate, train=train, deploy=["release"]
+    )
+
+
+def week(recipe: Path, rows: int, *sets: str) -> tuple[int, str, Path]:
+    """Grow the rows and run the recipe; return the exit code, what it printed, and the run folder."""
+    write_sums(recipe.parent / "rows.jsonl", rows)
+    known = {*Path("runs").glob("*")}
+    done = invoke("run", recipe, "--offline", *(word for one in sets for word in ("--set", one)))
+    (folder,) = ({*Path("runs").glob("*")} - known) or {max(known, key=lambda path: path.stat().st_mtime)}
+    return done.exit_code, done.stderr, folder
+
+
+def answer(address: str) -> str:
+    done = invoke("generate", address, "What comes after 4 and before 6?", "--json", "--offline")
+    assert done.exit_code == 0, done.stderr
+    return re.sub(r'"run": ".*"', "", done.stdout)
+
+
+def test_weeks_that_pass_are_promoted_those_that_fail_are_not_and_a_rollback_lasts(recipe: Path) -> None:
+    code, printed, first_run = week(recipe, 40)
+    assert code == 0, printed
+    assert "not applicable: release:tiny has no release yet" in printed
+    first = read_current("tiny")
+    assert f"release tiny: {first}\n" in printed
+    first_answer = answer("release:tiny")
+    assert first_answer == answer(str(first_run))
+
+    code, printed, second_run = week(recipe, 60)
+    second = read_current("tiny")
+    assert (code, second_run) != (0, first_run), printed
+    assert f"release tiny: {second}, before {first}\n" in printed
+    champion = json.loads((second_run / "report.json").read_text())["evaluation"]["champion"]
+    assert champion["folder"] == f"release:tiny@{first}"
+    assert champion["asked"] > 0, "the first week's model answers rows that it did not learn"
+    assert champion["left_out"] == {}
+    assert json.loads((second_run / "run.json").read_text())["findings"]["released"] == [f"release:tiny@{second}"]
+
+    code, printed, third_run = week(recipe, 80, FAILS)
+    assert code == 6
+    assert f"release tiny: stays at {second}, because of loss <= 0.01" in printed
+    assert read_current("tiny") == second
+    report = json.loads((third_run / "report.json").read_text())
+    assert report["release"] | {"told": ""} == {"name": "tiny", "current": second, "promoted": False, "told": ""}
+    suite = ElementTree.parse(third_run / "junit.xml").getroot()[0]
+    (case,) = suite.findall("testcase[@classname='llmtune.release']")
+    assert case.find("skipped") is not None
+    assert "stays at" in (third_run / "report.md").read_text()
+    assert invoke("release", third_run, "--offline").exit_code == 6
+    assert read_current("tiny") == second
+
+    rolled = invoke("release", "rollback", "tiny")
+    assert rolled.stdout == f"tiny: {second} -> {first}\n"
+    assert answer("release:tiny") == first_answer, "byte for byte"
+
+    code, printed, again = week(recipe, 60)
+    assert (code, again) == (0, second_run), printed
+    assert read_current("tiny") == first, "what a person rolled back, the same command does not promote"
+    code, printed, again = week(recipe, 60, "evaluate.metrics=[loss]")
+    assert (code, again) == (0, second_run), printed
+    assert f"stays at {first}, because {second} was rolled back" in printed
+    promoted = invoke("release", second_run, "--offline")
+    assert f"release:tiny@{second} is current, before {first}" in promoted.stdout
+    listed = invoke("release", "list").stdout.splitlines()
+    assert [line[: len("* release:tiny@12345678")] for line in listed] == [
+        f"  release:tiny@{first}",
+        f"* release:tiny@{second}",
+    ]
+    assert [line["action"] for line in read_history("tiny")] == ["promote", "promote", "rollback", "promote"]
+
+
+def test_a_second_identical_command_compares_with_the_release_before_and_changes_nothing(recipe: Path) -> None:
+    week(recipe, 40)
+    code, printed, run = week(recipe, 60)
+    assert code == 0, printed
+    before = hash_folder(Path("releases")), json.loads((run / "report.json").read_text())["evaluation"]
+    code, printed, again = week(recipe, 60)
+    assert (code, again) == (0, run)
+    assert printed.count("unchanged, skipped") >= 5
+    assert f"release tiny: {read_current('tiny')}" in printed
+    assert (hash_folder(Path("releases")), json.loads((run / "report.json").read_text())["evaluation"]) == before
+    shutil.rmtree(resolve_release("release:tiny"))
+    code, printed, _ = week(recipe, 60)
+    assert code == 2
+    assert "is gone" in printed
+    assert invoke("release", run, "--offline").exit_code == 0
+    assert answer("release:tiny") == answer(str(run))
+    assert len(list_stored("tiny")) == 2
+
+
+def test_the_champion_answers_new_rows_also_when_its_run_is_gone(recipe: Path) -> None:
+    _, _, first_run = week(recipe, 40)
+    with_run = week(recipe, 60)
+    report = json.loads((with_run[2] / "report.json").read_text())
+    shutil.rmtree(first_run)
+    shutil.rmtree(with_run[2])
+    invoke("release", "rollback", "tiny")
+    code, printed, run = week(recipe, 60, "deploy=[]")
+    assert code == 0, printed
+    assert "champion: its run is gone" in printed
+    without = json.loads((run / "report.json").read_text())
+    assert without["evaluation"]["champion"] == report["evaluation"]["champion"]
+
+
+def test_a_run_starts_from_the_release_that_was_current_and_keeps_it(recipe: Path) -> None:
+    week(recipe, 40)
+    first = resolve_release("release:tiny").absolute()
+    start = "adapter.start_from=release:tiny", "adapter.r=null", "adapter.lora_alpha=null"
+    code, printed, run = week(recipe, 60, *start)
+    assert code == 0, printed
+    assert f"start_from: {first}" in (run / "recipe.yaml").read_text()
+    code, printed, again = week(recipe, 60, *start)
+    assert (code, again) == (0, run), printed
+    assert "train unchanged, skipped" in printed
+    assert len(list_stored("tiny")) == 2
+    missing = invoke("run", recipe, "--set", "adapter.start_from=release:other", "--offline")
+    assert missing.exit_code == 2
+    assert "no release named other" in missing.stderr
+
+
+KILLED = """
+import os, signal, sys
+from llmtune.store import release_store
+setattr(release_store, {name!r}, lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
+from llmtune.cli import main
+sys.argv = ["llmtune", "run", "tiny.yaml", "--offline", "--threads", "1"]
+main()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["staged", "sync_folder", "_point", "write_text"])
+def test_a_run_killed_while_it_releases_leaves_the_old_release_and_the_same_command_completes(
+    recipe: Path, name: str
+) -> None:
+    week(recipe, 40)
+    first, said = read_current("tiny"), answer("release:tiny")
+    write_sums(recipe.parent / "rows.jsonl", 60)
+    ended = subprocess.run([sys.executable, "-c", KILLED.format(name=name)], capture_output=True, check=False)
+    assert ended.returncode == -signal.SIGKILL, ended.stderr
+    assert (read_current("tiny"), answer("release:tiny")) == (first, said)
+    code, printed, run = week(recipe, 60)
+    assert code == 0, printed
+    assert "train unchanged, skipped" in printed
+    assert read_current("tiny") != first
+    assert answer("release:tiny") == answer(str(run))
