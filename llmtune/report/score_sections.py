@@ -161,7 +161,8 @@ def champion_section(evaluation: Evaluation, task: str | None) -> Section:
             rows = [compare_metric(name, known) for name in known.difference]
             title = f"On the {count(known.rows)} rows of the champion’s classes"
             blocks.append(difference_table(rows, title=title, base="champion", code=True))
-        blocks += class_blocks(changes, f"{TASK_FACTS[task].section if task in TASK_FACTS else 'classify'}.rename")
+        section = TASK_FACTS[task].section if task in TASK_FACTS else None
+        blocks += class_blocks(changes, f"{section or 'labels'}.rename")
     return Section("Against the champion", blocks, "Champion", "champion")
 
 
