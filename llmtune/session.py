@@ -27,6 +27,7 @@ from llmtune.evaluate.champion import face_champion
 from llmtune.evaluate.eval_inputs import EvalContext, calibration_inputs, make_inputs
 from llmtune.evaluate.evaluator import ModelLoaders
 from llmtune.evaluate.judge_client import host
+from llmtune.evaluate.label_check import check_labels
 from llmtune.evaluate.label_errors import save_suspects
 from llmtune.evaluate.results import TUNED, load_base
 from llmtune.evaluate.scoring import ChampionModel, ask_champion, ask_classes, score_run
@@ -320,6 +321,12 @@ def load_champion(context: RunContext, run: Path) -> ChampionModel:
 def ask_champion_classes(context: RunContext, run: Path, rows: Sequence[Row]) -> list[list[str]]:
     """Return the classes that a champion's model answers, before training."""
     return ask_classes(partial(load_champion, context), context.console, context.plan.recipe.renames, run, rows)
+
+
+def check_new_labels(context: RunContext) -> None:
+    """Compare new labels with the champion's predictions, in all processes (`llmtune.evaluate.label_check`)."""
+    recipe = recipe_of_run(context.folder).recipe
+    check_labels(partial(load_champion, context), recipe, context.folder, context.rows, context.console)
 
 
 def locate_pinned(context: RunContext, model: ModelSection, name: str) -> ModelRef:

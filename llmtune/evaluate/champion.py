@@ -21,18 +21,17 @@ from llmtune.errors import DataError, EnvironmentProblem, LlmtuneError, Problem,
 from llmtune.evaluate.class_alignment import align_classes, find_partial, follow_rows, shared_names
 from llmtune.evaluate.class_changes import check_classes, judge_classes
 from llmtune.evaluate.metric import paired_difference
+from llmtune.evaluate.new_rows import NONE_ASKED, Asked, score_new
 from llmtune.evaluate.opened_runs import (
     ScoredRun,
     find_other_keys,
     find_other_measure,
     keep_asked,
-    locate_champion,
-    open_release,
     open_run_scores,
     pair_measures,
-    read_release,
 )
 from llmtune.evaluate.per_row_scores import PerRowScores, name_test_rows
+from llmtune.evaluate.release_records import locate_champion, open_release, read_release
 from llmtune.recipe.evaluate_section import ERROR
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.user_files import read_text_file
@@ -165,7 +164,6 @@ def count_look(
 KEY = "evaluate.champion"
 NAME, OWN = "the champion", "this run"
 NOTHING = Evaluation({}, {}, {}, (), 0)
-NONE_ASKED = PerRowScores()
 ROWS_FIX = (
     "Keep the test rows in one file for both runs: write it with llmtune prepare RECIPE --write-test FILE, and set "
     "data.test: FILE."
@@ -305,8 +303,10 @@ def note_look(run: RunFolder, console: Console) -> None:
         run.note(look=look)
 
 
-AskChampion = Callable[[Path, Sequence[int]], PerRowScores]
-"""Lets the model of a run folder answer the test rows at these positions, and scores the answers."""
+AskChampion = Callable[[Path, Sequence[int]], Asked]
+"""Lets the model of a run folder answer the test rows at these positions that are not near its training rows."""
+GONE = "the champion's run folder is gone, so the rows that it learned are unknown"
+NONE_NEW = "no test row is new to the champion"
 
 
 JudgeClasses = Callable[..., ClassChanges | None]
@@ -327,6 +327,8 @@ def face_champion(
     places = list_unseen(champion, folder, rows, measures.rows, inherited)
     asked = ask(folder, places) if folder and places else NONE_ASKED
     changes = partial(judge_classes, rows=rows, renames=recipe.renames, hints=run.findings.get("class_hints", ()))
+    if not asked.places:
+        asked = replace(asked, why_none=NONE_NEW if folder else GONE)
     compared = compare_with_champion(champion, recipe, evaluation, measures, asked, inherited, changes)
     return replace(compared, folder=name_champion(locate_champion(recipe, run.path)))
 
@@ -342,23 +344,26 @@ def compare_with_champion(
     recipe: Recipe,
     evaluation: Evaluation,
     measures: PerRowScores,
-    asked: PerRowScores = NONE_ASKED,
+    asked: Asked = NONE_ASKED,
     inherited: frozenset[str] = frozenset(),
     judge: JudgeClasses = lambda champion, own, pairs: None,
 ) -> Champion:
     """Compare the tuned model with the champion on the rows they share.
 
-    `asked` holds the champion's answers to further test rows of this run. Rows with the ids in `inherited` are left
-    out: one of both models learned them in an earlier run. Metrics that the two runs measure differently are omitted.
-    Rows of classes that the champion does not have count: its answers to them are wrong. `judge` compares the classes.
+    `asked` holds the champion's answers to further test rows of this run, and all rows that are new to it. Rows with
+    the ids in `inherited` are left out: one of both models learned them in an earlier run. Metrics that the two runs
+    measure differently are omitted. Rows of classes that the champion does not
+    have count: its answers to them are wrong. `judge` compares the classes.
 
     Raises:
         RecipeError: measurement settings differ.
         DataError: the runs share no row.
     """
+    new_names = {measures.rows[place] for place in asked.places}
     own = ScoredRun(OWN, recipe, evaluation, keep_asked(measures, recipe).without_rows(inherited))
     champion, own, merged = align_classes(champion, alone := own, recipe.renames)
-    champion = replace(champion, measures=champion.measures.with_rows(asked.without_metrics(merged)))
+    answers = asked.answers.without_metrics(merged)
+    champion = replace(champion, measures=champion.measures.with_rows(answers))
     both = {*champion.measures.rows} & {*own.measures.rows}
     if not both:
         raise DataError.of("no test row is also a test row of the champion", KEY, ROWS_FIX)
@@ -382,7 +387,9 @@ def compare_with_champion(
         left_out=left_out | merged,
         tuned={metric: after.value for metric, (_, after) in pairs.items()},
         rows=len(both),
-        asked=len(both & {*asked.rows}),
+        asked=len(both & {*asked.answers.rows}),
         partial=dict(find_partial(champion, own, pairs, len(both))),
         classes=judge(champion, alone, pairs=named),
+        new=score_new(replace(champion, measures=answers), own, new_names, pairs) if new_names else None,
+        why_no_new=asked.why_none,
     )

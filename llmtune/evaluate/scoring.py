@@ -25,6 +25,7 @@ from llmtune.evaluate.evaluation_file import print_scores, save_evaluation
 from llmtune.evaluate.evaluator import PIECES, ModelLoaders, evaluate, predict_baseline
 from llmtune.evaluate.inference import Answers, compute_metrics, inference_on, measure_one, predict, predict_rows
 from llmtune.evaluate.metric import Measure, PairedMeasures
+from llmtune.evaluate.new_rows import NONE_ASKED, Asked
 from llmtune.evaluate.per_row_scores import PerRowScores, name_test_rows, save_measures
 from llmtune.evaluate.results import TUNED, BaseAnswers, save_base, save_predictions
 from llmtune.evaluate.slices import one_line, score_slice
@@ -224,7 +225,7 @@ def origins(rows: Rows, split: str, numbers: set[int]) -> dict[int, str]:
 
 def ask_champion(
     load: LoadChampion, context: EvalContext, rows: Rows, folder: Path, run: Path, places: Sequence[int]
-) -> PerRowScores:
+) -> Asked:
     """Let the model of the run in folder `run` answer test rows, scored as its own evaluation did.
 
     Rows nearly equal to one of its training rows are skipped, as `data.deduplicate: near` would do; so are rows that
@@ -242,27 +243,29 @@ def ask_champion(
             found = find_overlap(replace(picked, files=files, counts=counts), near=True)
             places = [at for place, at in enumerate(places) if place not in {*found.equal, *found.near}]
         if not places:
-            return PerRowScores()
+            return NONE_ASKED
         picked = pick_rows(rows, SPLIT, [numbers[at] for at in places], scratch)
         context.console.print(f"champion: its model answers {len(places)} further test rows", highlight=False)
         try:
             temperature = run_temperature(read_run(run))
             about = known, picked, scratch / "examples", context.console
-            champion = replace_classes(load(run), context.recipe)
+            champion = name_classes(load(run), context.recipe.renames, context.recipe.classes)
             measured, kept = measure_champion(champion, *about, temperature)
         except (DataError, RecipeError) as error:
             context.console.print(f"champion: it could not answer them: {error}", style="yellow", highlight=False)
-            return PerRowScores()
-    return PerRowScores({}, measured, tuple(names[places[number]] for number in kept))
+            return Asked(tuple(places))
+    return Asked(tuple(places), PerRowScores({}, measured, tuple(names[places[number]] for number in kept)))
 
 
-def replace_classes(champion: ChampionModel, recipe: Recipe) -> ChampionModel:
-    """Return a champion that names its classes as the recipe renames them, with the list of the classes of both."""
-    own, other = recipe.classes, champion.recipe.classes
-    if not own or not other:
+def name_classes(champion: ChampionModel, renames: Mapping[str, str], own: Sequence[str] = ()) -> ChampionModel:
+    """Return a champion whose classes have their current names, and with `own` classes the list for both.
+
+    Without that list it cannot be measured on rows of other classes.
+    """
+    if not champion.recipe.classes:
         return champion
-    _, classes = map_classes(own, other, recipe.renames)
-    return replace(champion, recipe=champion.recipe.with_classes(classes.outputs), classes=classes)
+    _, classes = map_classes(own, champion.recipe.classes, renames)
+    return replace(champion, recipe=champion.recipe.with_classes(classes.outputs), classes=classes if own else None)
 
 
 def load_champion_rows(run: Path, console: Console) -> Rows | None:
@@ -293,9 +296,12 @@ def measure_champion(
     asked = EvaluateSection(choices=choices if answers & {*choices} else None, **given)
     data = recipe.data.model_copy(update={"max_dropped": 1.0})
     recipe = recipe.model_copy(update={"evaluate": asked, "data": data})
+    parts = [part for part in split_unknown(picked, recipe.classes) if champion.classes or not part[1]]
+    if not parts:
+        raise DataError.of("all of these rows have classes that it does not have")
     scores, kept = PerRowScores(), list[int]()
     with champion.models.tuned() as model:
-        for numbers, unknown in split_unknown(picked, recipe.classes):
+        for numbers, unknown in parts:
             place = folder.with_name(f"{folder.name}-{len(kept)}")
             place.mkdir()
             part = pick_rows(picked, SPLIT, numbers, place)
