@@ -104,7 +104,7 @@ def fingerprint(recipe: Recipe) -> str:
     if recipe.data.corpus is None or recipe.data.negatives is None:
         del dumped["data"]["corpus"]
     dumped["data"]["split_by"] = recipe.data.split_by or TASK_FACTS[recipe.task].split_by
-    for part, name in (*ADDED, (section, "rename")):
+    for part, name in (*ADDED, (section or "", "rename")):
         values = dumped.get(part) or {}
         if values.get(name, name) in (None, 0, [], {}, "nll"):
             del values[name]
