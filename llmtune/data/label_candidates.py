@@ -19,7 +19,7 @@ from llmtune.data.column_mapping import (
     repeats,
     with_aliases,
 )
-from llmtune.data.rejected_rows import parse_cell
+from llmtune.data.rejected_rows import NO_VALUES, parse_cell
 from llmtune.data.row_hash import DATE, plain_value
 from llmtune.errors import visible
 
@@ -113,7 +113,7 @@ def _class_names(cell: object) -> Iterator[str]:
     """Yield the classes in a cell; several in a list."""
     value = parse_cell(cell)
     for item in value if isinstance(value, list) else [value]:
-        if name := plain_value(item):
+        if (name := plain_value(item)) and name not in NO_VALUES:
             yield name
 
 
