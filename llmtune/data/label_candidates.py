@@ -11,6 +11,7 @@ from statistics import mean
 from llmtune.data.column_mapping import (
     ALIASES,
     ANSWER_NAMES,
+    FIELD,
     MANY_ROWS,
     flatten,
     is_text,
@@ -156,9 +157,9 @@ def _joins(rows: Sequence[Mapping[str, object]], column: str) -> bool:
     """Whether a column is read with other texts: a heading, or several words that differ from row to row."""
     words = name_words(column)
     cells = [str(cell) for row in rows if (cell := row.get(column))]
-    if words & HEADINGS:
+    if words & HEADINGS and not FIELD.search(column):
         return True
-    if words & NO_TEXTS or repeats(rows, column):
+    if words & NO_TEXTS or repeats(rows, column) or FIELD.search(column):
         return False
     unspaced = mean(map(len, cells)) > UNSPACED_CHARACTERS and not "".join(cells).isascii()  # as in Japanese
     return unspaced or mean(len(cell.split()) for cell in cells) >= FEWEST_WORDS
