@@ -56,6 +56,7 @@ from llmtune.report.score_sections import seed_table
 from llmtune.session import (
     Plan,
     RunContext,
+    check_new_labels,
     evaluation_hash,
     find_variant,
     locate_pinned,
@@ -224,6 +225,7 @@ def run_train(context: RunContext, loaded: LoadedRecipe) -> None:
     """Steps 3 and 4 in all processes: adapt and train; resume from the last checkpoint if the inputs are the same."""
     if context.request.until != "train" and not context.folder.is_done("train"):  # before hours of training
         context.once(lambda: _check_evaluation(context, recipe_of_run(context.folder).recipe))
+        check_new_labels(context)
     if context.once(lambda: _begin_training(context)):
         adapt_and_train(context)
     context.once(lambda: lock_trained(context.folder, trained_name(context.plan.recipe)))

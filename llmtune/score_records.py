@@ -17,7 +17,7 @@ class Difference:
     p: float
     n: int
     test: str = ""
-    """The test that p is from, such as `McNemar exact` or `Bayesian bootstrap`; empty without a p."""
+    """The method of interval and p, such as `Bayesian bootstrap`; empty without an interval."""
     groups: int = 0
     """Number of row groups that were resampled and permuted as units; 0 if rows are independent."""
 
@@ -54,6 +54,26 @@ class Slice:
 
 
 @dataclass(frozen=True)
+class NewRows:
+    """All models on the test rows whose input the champion never saw."""
+
+    scores: Slice
+    """Base and tuned model on all of them."""
+    intervals: dict[str, Difference]
+    """The tuned model's scores with their own intervals."""
+    from_old: dict[str, Difference]
+    """The tuned model's score on these rows minus its score on the other test rows; only with an interval."""
+    rows: int
+    """Number of these rows that the champion's model answered; it cannot answer classes that it does not have."""
+    before: dict[str, float]
+    """The champion's scores on the answered rows."""
+    tuned: dict[str, float]
+    """Scores of the tuned model on the answered rows."""
+    difference: dict[str, Difference]
+    """Tuned minus champion on the answered rows; without an interval if they are too few."""
+
+
+@dataclass(frozen=True)
 class GateResult:
     """The result of one gate: expression, wanted and actual value."""
 
@@ -64,6 +84,8 @@ class GateResult:
     """None: inconclusive, with `evaluate.when_unsure: report`."""
     note: str = ""
     """Why it is inconclusive, for any `when_unsure`; or that it passed although the tuned model is worse."""
+    applies: bool = True
+    """False if nothing was there to judge, as `note` says: the gate then counts as passed, and every report says so."""
 
 
 @dataclass(frozen=True)
@@ -156,6 +178,10 @@ class Champion:
     """Number of shared rows that the champion's model answered now, because its own run did not test them."""
     partial: dict[str, str] = field(default_factory=dict)
     """Metrics that are compared without some of the shared rows, each with their number and the reason."""
+    new: NewRows | None = None
+    """None if no test row is new to it, or if that is not known."""
+    why_no_new: str = ""
+    """Why there is no `new`."""
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from llmtune.evaluate.champion import face_champion
 from llmtune.evaluate.eval_inputs import EvalContext, calibration_inputs, make_inputs
 from llmtune.evaluate.evaluator import ModelLoaders
 from llmtune.evaluate.judge_client import host
+from llmtune.evaluate.label_check import check_labels
 from llmtune.evaluate.label_errors import save_suspects
 from llmtune.evaluate.results import TUNED, load_base
 from llmtune.evaluate.scoring import ChampionModel, ask_champion, score_run
@@ -315,6 +316,12 @@ def load_champion(context: RunContext, run: Path) -> ChampionModel:
     champion = open_finished(run, context.console, context.request.offline)
     plan = champion.plan
     return ChampionModel(plan.recipe, plan.task, plan.processor, plan.device, Models(champion).loaders)
+
+
+def check_new_labels(context: RunContext) -> None:
+    """Compare new labels with the champion's predictions, in all processes (`llmtune.evaluate.label_check`)."""
+    recipe = recipe_of_run(context.folder).recipe
+    check_labels(partial(load_champion, context), recipe, context.folder, context.rows, context.console)
 
 
 def locate_pinned(context: RunContext, model: ModelSection, name: str) -> ModelRef:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+from ruamel.yaml import YAML
 from support.runs import invoke, write_recipe, write_sums
 
 from llmtune.store.atomic_files import hash_folder
@@ -173,3 +175,29 @@ def test_a_run_killed_while_it_releases_leaves_the_old_release_and_the_same_comm
     assert "train unchanged, skipped" in printed
     assert read_current("tiny") != first
     assert answer("release:tiny") == answer(str(run))
+
+
+@pytest.mark.slow
+def test_the_guide_every_week_runs(here: Path, tiny_llama: Path) -> None:
+    """Its recipe with gates that a tiny model passes, and its commands, but for the servers."""
+    text = (Path(__file__).parents[1] / "docs" / "every-week.md").read_text(encoding="utf-8")
+    stated, job = (YAML(typ="safe").load(block) for block in re.findall(r"```yaml\n(.*?)```", text, flags=re.DOTALL))
+    assert [step["run"] for step in job["jobs"]["tune"]["steps"] if "run" in step][-1] == "llmtune run tickets.yaml"
+    gates = [gate.replace("0.7", "0").replace("0.03", "1.03") for gate in stated["evaluate"]["gates"]]
+    sections = {**stated, "evaluate": {**stated["evaluate"], "gates": gates}, "name": None}
+    recipe = write_recipe(here / "tickets.yaml", tiny_llama, "rows.jsonl", **sections)
+    recipe.write_text("".join(line for line in recipe.read_text().splitlines(True) if not line.startswith("name:")))
+    lines = [line.partition("#")[0] for line in re.findall(r"^ {4}(llmtune .+)$", text, flags=re.MULTILINE)]
+    assert len(lines) > 8
+    for rows in (40, 60):
+        write_sums(here / "rows.jsonl", rows)
+        done = invoke(*lines[0].split()[1:], "--offline")
+        assert done.exit_code == 0, done.output
+    first, second = (line["after"] for line in read_history("tickets"))
+    for line in lines[1:]:
+        words = [first if word == "3f2a91bc" else word for word in shlex.split(line)[1:]]
+        if "serve" not in words:
+            done = invoke(*words, *(["--offline"] if words[0] == "generate" else []))
+            assert done.exit_code in (0, 2), done.output
+            assert done.exit_code == 0 or "no release was current before" in done.stderr, "a second rollback"
+    assert read_current("tickets") == first != second

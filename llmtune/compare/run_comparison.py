@@ -13,8 +13,10 @@ from llmtune.evaluate.gates import check_gates
 from llmtune.evaluate.opened_runs import OpenedRun, find_differing, pair_metrics
 from llmtune.evaluate.run_report import judge_run
 from llmtune.records import Json
+from llmtune.report.metric_info import list_targets
 from llmtune.report.report_record import Verdict
-from llmtune.report.verdict import INCONCLUSIVE, verdict
+from llmtune.report.significance import INCONCLUSIVE
+from llmtune.report.verdict import verdict
 from llmtune.score_records import Difference, Evaluation, GateResult
 from llmtune.store.run_folder import trained_name
 
@@ -192,19 +194,27 @@ def judge(first: OpenedRun, second: OpenedRun, difference: dict[str, Difference]
     the seed or the row order may still change their scores.
     """
     if first.export or second.export:
-        return verdict(Evaluation({}, {} if difference else second.evaluation.tuned, difference, (), 0))
+        return verdict(judged_pair(first, second, difference))
     alike = base_identity(first) == base_identity(second)
     trained, other = (run.folder.manifest["steps"]["evaluate"]["facts"].get("trained") for run in (first, second))
     if alike and trained and trained == other:
         return Verdict(INCONCLUSIVE, "Both are the same model, byte for byte.")
-    alone = {} if difference else second.evaluation.tuned  # low scores alone say nothing about the pair
-    found = verdict(Evaluation({}, alone, difference, (), 0))
+    found = verdict(judged_pair(first, second, difference))
     alike = alike and all(key.startswith(UNTRAINED) for key in find_differing(first, second))
     if not alike or (rows := learned_rows(first)) is None or rows != learned_rows(second):
         return found
     reason = "These are two trainings of one recipe on the same rows, which differ in seed, row order or machine"
     moved = "" if found.word == INCONCLUSIVE else f" Between these two: {found.reason[0].lower()}{found.reason[1:]}"
     return Verdict(INCONCLUSIVE, f"{reason}: the difference between them is training noise.{moved}")
+
+
+def judged_pair(first: OpenedRun, second: OpenedRun, difference: dict[str, Difference]) -> Evaluation:
+    """Return what the verdict on a pair reads: low scores alone say nothing about it, except those with a target."""
+    decided = second.evaluation.decided
+    names = [] if decided is None else [name for name in list_targets(decided) if name in difference]
+    before, after = ({name: run.measures.tuned[name].value for name in names} for run in (first, second))
+    alone = after if difference else second.evaluation.tuned
+    return Evaluation(before, alone, difference, (), 0, decided=decided)
 
 
 def base_identity(run: OpenedRun) -> tuple[object, ...]:

@@ -45,7 +45,8 @@ from llmtune.report.metric_info import better_side, direction, rank_metrics
 from llmtune.report.render_html import write_page
 from llmtune.report.render_markdown import to_markdown
 from llmtune.report.render_terminal import print_page, spinner
-from llmtune.report.verdict import BETTER, INCONCLUSIVE, WORSE, verdict
+from llmtune.report.significance import INCONCLUSIVE
+from llmtune.report.verdict import BETTER, WORSE, verdict
 from llmtune.score_records import Difference
 from llmtune.store.atomic_files import explained, hash_value, plain, write_json, write_text
 from llmtune.store.process_environment import refuse_network

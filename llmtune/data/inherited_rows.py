@@ -83,8 +83,8 @@ def has_learned(run: Path) -> bool:
     return False
 
 
-def find_learned(rows: Rows, runs: Iterable[Path]) -> frozenset[str]:
-    """Return the ids of test rows whose input is in the training or validation rows of some runs or releases.
+def find_learned(rows: Rows, runs: Iterable[Path], split: str = "test") -> frozenset[str]:
+    """Return the ids of a split's rows whose input is in training or validation rows of some runs or releases.
 
     An input of many different rows is the task itself and does not count, as in `find_shared_inputs`. Raises DataError
     or EnvironmentProblem if rows of a run are damaged.
@@ -92,8 +92,8 @@ def find_learned(rows: Rows, runs: Iterable[Path]) -> frozenset[str]:
     learned = {one for run in runs for one in list_learned(run)}
     if not learned:
         return frozenset()
-    tests = zip(iterate_ids(rows, "test"), iterate_rows(rows, "test"), strict=True)
-    return frozenset(name for name, (_, row) in tests if learned.intersection(_hash_inputs(row)))
+    pairs = zip(iterate_ids(rows, split), iterate_rows(rows, split), strict=True)
+    return frozenset(name for name, (_, row) in pairs if learned.intersection(_hash_inputs(row)))
 
 
 def list_learned(run: Path) -> Collection[bytes]:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -139,11 +139,19 @@ def open_arrow(path: Path) -> Iterator[pa.ipc.RecordBatchFileReader]:
 
 def pick_rows(rows: Rows, split: str, indexes: Sequence[int], folder: Path) -> Rows:
     """Write the rows of a split at `indexes`, in that order, into `folder`; return them as rows of that split."""
-    target = folder / f"{split}.rows.arrow"
-    with pa.memory_map(str(rows.files[split])) as source, pa.OSFile(str(target), "wb") as file:
-        picked = pa.ipc.open_file(source).read_all().take(pa.array(indexes, type=pa.int64()))
-        with pa.ipc.new_file(file, picked.schema) as writer:
-            writer.write_table(picked)
+    return gather_rows(rows, {split: indexes}, folder, split)
+
+
+def gather_rows(rows: Rows, indexes: Mapping[str, Sequence[int]], folder: Path, split: str) -> Rows:
+    """Write rows of several splits, by split and index, into `folder`; return them in that order as one `split`."""
+    target, parts = folder / f"{split}.rows.arrow", []
+    for name, numbers in indexes.items():
+        if len(numbers):
+            with pa.memory_map(str(rows.files[name])) as source:
+                parts.append(pa.ipc.open_file(source).read_all().take(pa.array(numbers, type=pa.int64())))
+    picked = pa.concat_tables(parts)
+    with pa.OSFile(str(target), "wb") as file, pa.ipc.new_file(file, picked.schema) as writer:
+        writer.write_table(picked)
     digest = hashlib.sha256("\n".join(picked.column("row").to_pylist()).encode()).hexdigest()
     return Rows(folder, {split: target}, {split: len(picked)}, len(picked), {}, digest, rows.columns)
 

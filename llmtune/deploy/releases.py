@@ -15,17 +15,9 @@ from llmtune import __version__
 from llmtune.errors import EnvironmentProblem, GateFailed, Problem, RecipeError
 from llmtune.evaluate.champion import hash_weights
 from llmtune.evaluate.gates import require_gates
-from llmtune.evaluate.opened_runs import (
-    RELEASE_VERSION,
-    Release,
-    check_alike,
-    is_release,
-    name_runs,
-    open_release,
-    open_run_scores,
-    pair_metrics,
-)
+from llmtune.evaluate.opened_runs import check_alike, name_runs, open_run_scores, pair_metrics
 from llmtune.evaluate.per_row_scores import pack_measures
+from llmtune.evaluate.release_records import RELEASE_VERSION, Release, is_release, open_release
 from llmtune.recipe.secrets import hide_paths
 from llmtune.recipe.user_files import read_bytes
 from llmtune.records import Json

@@ -18,18 +18,17 @@ from typing_extensions import TypedDict
 from llmtune.data.inherited_rows import find_inheritance, find_learned, has_learned
 from llmtune.errors import DataError, EnvironmentProblem, LlmtuneError, Problem, RecipeError
 from llmtune.evaluate.metric import Measure, paired_difference
+from llmtune.evaluate.new_rows import NONE_ASKED, Asked, score_new
 from llmtune.evaluate.opened_runs import (
     ScoredRun,
     find_other_keys,
     find_other_measure,
     keep_asked,
-    locate_champion,
-    open_release,
     open_run_scores,
     pair_measures,
-    read_release,
 )
 from llmtune.evaluate.per_row_scores import PerRowScores, name_test_rows
+from llmtune.evaluate.release_records import locate_champion, open_release, read_release
 from llmtune.recipe.evaluate_section import ERROR
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.user_files import read_text_file
@@ -161,7 +160,6 @@ def count_look(
 KEY = "evaluate.champion"
 NAME, OWN = "the champion", "this run"
 NOTHING = Evaluation({}, {}, {}, (), 0)
-NONE_ASKED = PerRowScores()
 ROWS_FIX = (
     "Keep the test rows in one file for both runs: write it with llmtune prepare RECIPE --write-test FILE, and set "
     "data.test: FILE."
@@ -291,8 +289,10 @@ def note_look(run: RunFolder, console: Console) -> None:
         run.note(look=look)
 
 
-AskChampion = Callable[[Path, Sequence[int]], PerRowScores]
-"""Lets the model of a run folder answer the test rows at these positions, and scores the answers."""
+AskChampion = Callable[[Path, Sequence[int]], Asked]
+"""Lets the model of a run folder answer the test rows at these positions that are not near its training rows."""
+GONE = "the champion's run folder is gone, so the rows that it learned are unknown"
+NONE_NEW = "no test row is new to the champion"
 
 
 def face_champion(
@@ -307,6 +307,8 @@ def face_champion(
     inherited = find_inherited(recipe, folder, rows)
     places = list_unseen(champion, folder, rows, measures.rows, inherited)
     asked = ask(folder, places) if folder and places else NONE_ASKED
+    if not asked.places:
+        asked = replace(asked, why_none=NONE_NEW if folder else GONE)
     compared = compare_with_champion(champion, recipe, evaluation, measures, asked, inherited)
     return replace(compared, folder=name_champion(locate_champion(recipe, run.path)))
 
@@ -322,19 +324,21 @@ def compare_with_champion(
     recipe: Recipe,
     evaluation: Evaluation,
     measures: PerRowScores,
-    asked: PerRowScores = NONE_ASKED,
+    asked: Asked = NONE_ASKED,
     inherited: frozenset[str] = frozenset(),
 ) -> Champion:
     """Compare the tuned model with the champion on the rows they share.
 
-    `asked` holds the champion's answers to further test rows of this run. Rows with the ids in `inherited` are left
-    out: one of both models learned them in an earlier run. Metrics that the two runs measure differently are omitted.
+    `asked` holds the champion's answers to further test rows of this run, and all rows that are new to it. Rows with
+    the ids in `inherited` are left out: one of both models learned them in an earlier run. Metrics that the two runs
+    measure differently are omitted.
 
     Raises:
         RecipeError: measurement settings differ.
         DataError: the runs share no row.
     """
-    champion = replace(champion, measures=champion.measures.with_rows(asked))
+    new_names = {measures.rows[place] for place in asked.places}
+    champion = replace(champion, measures=champion.measures.with_rows(asked.answers))
     own = ScoredRun(OWN, recipe, evaluation, keep_asked(measures, recipe).without_rows(inherited))
     both = {*champion.measures.rows} & {*own.measures.rows}
     if not both:
@@ -355,8 +359,10 @@ def compare_with_champion(
         left_out=left_out,
         tuned={metric: after.value for metric, (_, after) in pairs.items()},
         rows=len(both),
-        asked=len(both & {*asked.rows}),
+        asked=len(both & {*asked.answers.rows}),
         partial=dict(find_partial(champion, own, pairs)),
+        new=score_new(replace(champion, measures=asked.answers), own, new_names, pairs) if new_names else None,
+        why_no_new=asked.why_none,
     )
 
 

@@ -16,8 +16,8 @@ from llmtune.errors import Problem
 from llmtune.report.metric_info import better_side
 from llmtune.report.render_terminal import print_sections
 from llmtune.report.report_record import Verdict
-from llmtune.report.score_sections import count_gates, score_sections
-from llmtune.report.verdict import INCONCLUSIVE
+from llmtune.report.score_sections import NOT_APPLICABLE, count_gates, score_sections
+from llmtune.report.significance import INCONCLUSIVE
 from llmtune.score_records import Difference, Evaluation, GateResult, Study
 from llmtune.store.atomic_files import explained, read_json, write_json
 from llmtune.store.run_folder import RunFolder
@@ -25,7 +25,7 @@ from llmtune.store.run_folder import RunFolder
 EVALUATION = "evaluation.json"
 WORDS = {True: "[green]passed[/]", False: "[red]failed[/]", None: f"[yellow]{INCONCLUSIVE}[/]"}
 """Printed results of a gate."""
-SCORES = ("base", "intervals", "tuned", "export", "difference", "scores", "before", "after")
+SCORES = ("base", "intervals", "tuned", "export", "difference", "from_old", "scores", "before", "after")
 """Keys of `evaluation.json` below which null means NaN."""
 
 
@@ -91,9 +91,9 @@ def print_scores(evaluation: Evaluation, console: Console) -> None:
 def print_verdict(verdict: Verdict, gates: Sequence[GateResult], console: Console) -> None:
     """Print the gates, then one line with the verdict and how many gates passed."""
     for gate in gates:
-        word = WORDS[gate.passed]
+        word = WORDS[gate.passed] if gate.applies else f"[yellow]{NOT_APPLICABLE}[/]"
         note = f"; {gate.note}" if gate.note else ""
-        told = f"wanted {gate.wanted}, got {gate.got}{note}"
+        told = f"wanted {gate.wanted}, got {gate.got}{note}" if gate.applies else gate.note
         console.print(f"gate {word}  {escape(gate.name)}  [dim]({escape(told)})[/]")
     counted = f" {count_gates(gates)}." if gates else ""
     console.print(f"[bold]{verdict.word}[/]: {escape(verdict.reason)}{counted}", highlight=False)

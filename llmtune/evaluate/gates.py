@@ -20,8 +20,8 @@ from llmtune.recipe.section import RELEASE_PREFIX
 from llmtune.records import Json
 from llmtune.report.render_terminal import print_sections
 from llmtune.report.report_record import Power
-from llmtune.report.score_sections import power_section
-from llmtune.report.verdict import INCONCLUSIVE
+from llmtune.report.score_sections import NOT_APPLICABLE, power_section
+from llmtune.report.significance import INCONCLUSIVE
 from llmtune.score_records import Champion, Difference, Evaluation, GateResult
 from llmtune.store.atomic_files import plain
 from llmtune.store.run_folder import RunFolder
@@ -52,17 +52,16 @@ def check_gates(section: EvaluateSection, evaluation: Evaluation) -> tuple[GateR
 
 
 def check_gate(gate: Gate, evaluation: Evaluation, section: EvaluateSection) -> GateResult:
-    """Check one gate."""
-    address = section.champion or ""
-    if gate.against == "champion" and evaluation.champion is None and address.startswith(RELEASE_PREFIX):
-        note = f"not applicable: {address} has no release yet"
-        return GateResult(gate.text, gate.text, "no release yet", passed=True, note=note)
+    """Check one gate; it does not apply without a release to compare with, or without new rows."""
+    if why := why_idle(gate, evaluation, section):
+        return GateResult(gate.text, gate.text, NOT_APPLICABLE, passed=True, note=why, applies=False)
     tuned, scores, differences = compared_scores(gate, evaluation)
     if gate.metric not in tuned or (gate.against and gate.metric not in scores):
         return GateResult(gate.text, gate.text, why_unmeasured(gate, evaluation), passed=False)
     if gate.part is None:
         actual, limit = tuned[gate.metric], threshold(gate, scores.get(gate.metric, math.nan))
-        wanted = f"{gate.metric} {gate.op} {number(limit)}"
+        name = f"{gate.metric}[{gate.rows}]" if gate.rows else gate.metric
+        wanted = f"{name} {gate.op} {number(limit)}"
         return GateResult(gate.text, wanted, number(actual), is_met(gate.op, actual, limit))
     change, limit = differences.get(gate.metric), margin(gate, scores[gate.metric])
     if change is None:
@@ -76,7 +75,9 @@ def check_gate(gate: Gate, evaluation: Evaluation, section: EvaluateSection) -> 
         note = f"worse, and shown to be within the margin: {number(wide.low)} to {number(wide.high)}"
     origin = " from the champion" if gate.against == "champion" else ""
     level = f", at {100 * (1 - alpha):.5g} %," if section.looks else ""
-    what = f"interval of {gate.metric}" if gate.on_own_interval else f"difference{origin}"
+    name = f"{gate.metric}[{gate.rows}]" if gate.rows else gate.metric
+    what = f"interval of {name}" if gate.on_own_interval else f"difference{origin}"
+    what += f" in {name}" if gate.rows and not gate.on_own_interval else ""
     wanted = f"{gate.part} end of the {what}{level} {gate.op} {number(limit)}"
     return GateResult(gate.text, wanted, number(actual), passed, note)
 
@@ -151,6 +152,8 @@ def compared_scores(
 
     A gate on the tuned model's own interval compares with a model that scores zero.
     """
+    if gate.rows:
+        return scores_on_new(gate, evaluation)
     if gate.on_own_interval:
         scores = evaluation.by_name("tuned")
         return scores, dict.fromkeys(scores, 0.0), evaluation.own_intervals()
@@ -163,10 +166,38 @@ def compared_scores(
     return {**evaluation.by_name("tuned"), **champion.tuned}, champion.scores, champion.difference
 
 
+def scores_on_new(
+    gate: Gate, evaluation: Evaluation
+) -> tuple[Mapping[str, float], Mapping[str, float], Mapping[str, Difference]]:
+    """Return what `compared_scores` does, on the rows that are new to the champion."""
+    new = evaluation.champion.new if evaluation.champion else None
+    if new is None:
+        return {}, {}, {}
+    if gate.on_own_interval:
+        return new.scores.tuned, dict.fromkeys(new.scores.tuned, 0.0), new.intervals
+    if gate.against == "champion":
+        return new.tuned, new.before, new.difference
+    return new.scores.tuned, new.scores.base, new.scores.difference
+
+
+def why_idle(gate: Gate, evaluation: Evaluation, section: EvaluateSection) -> str:
+    """Return why a gate has nothing to judge; empty if it applies."""
+    champion, address = evaluation.champion, section.champion or ""
+    if champion is None and address.startswith(RELEASE_PREFIX) and (gate.rows or gate.against == "champion"):
+        return f"{address} has no release yet"
+    if not gate.rows or (champion and champion.new):
+        return ""
+    if champion is None:
+        return "without a champion, all test rows are new"
+    return champion.why_no_new or "an earlier version of llmtune scored this run"
+
+
 def why_unmeasured(gate: Gate, evaluation: Evaluation) -> str:
     """Return why there is no score to compare with."""
     if gate.on_export:
         return "not measured: `llmtune run` makes and scores the exports"
+    if gate.rows and gate.against == "champion":
+        return "not comparable: the champion's model could not answer the new rows"
     left_out = evaluation.champion.left_out if evaluation.champion and gate.against == "champion" else {}
     return f"not comparable: {left_out[gate.metric]}" if gate.metric in left_out else "not measured"
 

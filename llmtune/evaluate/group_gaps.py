@@ -20,7 +20,7 @@ from llmtune.evaluate.metric import Measure, PairedMeasures
 from llmtune.evaluate.paired_statistics import draw_counts, interval
 from llmtune.evaluate.slices import MISSING, OTHER, Parts
 from llmtune.report.metric_info import rank_metrics
-from llmtune.report.verdict import FEWEST_ROWS
+from llmtune.report.significance import FEWEST_ROWS
 from llmtune.score_records import Difference, Study, StudyTable
 
 RESAMPLES = 2000
@@ -177,7 +177,8 @@ def value_of_rows(measure: Measure, rows_RM: Ints) -> Floats:
 
 def gap_tables(gaps: Sequence[GroupGap]) -> Iterator[StudyTable]:
     """Show the gaps, one row per column and metric, and each group's scores by the most informative metric."""
-    heads = ("column", "metric", "lowest", "highest", "base", "tuned", "change", "95 % interval", "by chance", "p")
+    first_heads = ("column", "metric", "lowest", "highest", "base", "tuned", "change", "95 % interval")
+    heads = (*first_heads, "by chance", "p of the gap")
     if gaps:
         yield StudyTable("Gaps between groups", heads, tuple(map(gap_row, gaps)))
     first = {gap.column: gap for gap in reversed(gaps)}

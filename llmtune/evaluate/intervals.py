@@ -47,11 +47,10 @@ SAME = 1e-9
 
 
 class Interval(NamedTuple):
-    """The ends of a 95 % interval, and twice the smaller error of an end at zero; NaN and 1 if there is none."""
+    """The ends of a 95 % interval; NaN if there is none."""
 
     low: float = math.nan
     high: float = math.nan
-    p: float = 1.0
 
 
 def bound(statistic: Weighted, units: int, ends: int, seed: int, resamples: int = RESAMPLES) -> Interval:
@@ -107,8 +106,7 @@ def learn(
     found = bound(lambda weights_RU: weights_RU @ with_ends / units, units, 1, seed, resamples)
     error = float(parts_U.std(ddof=1)) / math.sqrt(units)
     half = float(scipy.stats.t.ppf(1 - ERROR / 2, units - 1)) * error
-    p = 2 * float(scipy.stats.t.sf(abs(mean) / error, units - 1)) if error else 0.0
-    return Interval(min(found.low, mean - half), max(found.high, mean + half), max(found.p, p))
+    return Interval(min(found.low, mean - half), max(found.high, mean + half))
 
 
 def draw_weights(units: int, total: int, seed: int, resamples: int) -> Iterator[Floats]:
@@ -121,8 +119,8 @@ def draw_weights(units: int, total: int, seed: int, resamples: int) -> Iterator[
 
 
 def cut_tails(sides: list[Floats]) -> Interval:
-    """Return the outer quantiles of the values [R] with either kind of pseudo-row, and the p-value of zero."""
-    lows, highs, below, above = [], [], [], []
+    """Return the outer quantiles of the values [R] with either kind of pseudo-row."""
+    lows, highs = [], []
     for values_R in sides:
         defined = values_R[np.isfinite(values_R)]
         if len(defined) < (1 - UNDEFINED_SHARE) * len(values_R):
@@ -130,9 +128,7 @@ def cut_tails(sides: list[Floats]) -> Interval:
         low, high = np.quantile(defined, [ERROR / 2, 1 - ERROR / 2])
         lows.append(float(low))
         highs.append(float(high))
-        below.append((int(np.sum(defined <= 0)) + 1) / (len(defined) + 1))
-        above.append((int(np.sum(defined >= 0)) + 1) / (len(defined) + 1))
-    return Interval(min(lows), max(highs), min(1.0, 2 * min(max(below), max(above))))
+    return Interval(min(lows), max(highs))
 
 
 def pseudo_values(sums_UK: Floats, formula: Formula) -> Floats:

@@ -12,7 +12,7 @@ import csv
 import io
 import json
 import warnings
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, fields
@@ -28,18 +28,18 @@ from transformers.modeling_outputs import BaseModelOutput
 from llmtune.data.collators import IGNORED
 from llmtune.data.example import Example
 from llmtune.data.examples import ExampleReader
-from llmtune.data.row_store import iterate_groups, iterate_rows
+from llmtune.data.row_store import iterate_groups, iterate_rows, iterate_texts
 from llmtune.errors import EnvironmentProblem, RecipeError, read_origin
 from llmtune.evaluate.eval_inputs import EvalContext, write_prompt
 from llmtune.evaluate.inference import add_bar, inference_on
-from llmtune.evaluate.run_report import SUSPECTS, UNCHECKED
+from llmtune.evaluate.run_report import LABELS_BY_SOURCE, SUSPECTS, UNCHECKED
 from llmtune.evaluate.token_batches import over_processes, run_encoder
 from llmtune.model.causal_lm_loss import unwrap
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_facts import TASK_FACTS
 from llmtune.records import SPLITS, Advance, Examples, Rows
 from llmtune.report.render_terminal import spinner
-from llmtune.report.run_sections import unchecked_sentence
+from llmtune.report.suspect_section import unchecked_sentence
 from llmtune.store.atomic_files import explained, write_json, write_text
 
 KEY = "evaluate.suspects"
@@ -116,6 +116,18 @@ def save_suspects(load: LoadModel, context: EvalContext, rows: Rows, examples: E
         if context.folder is not None:
             write_suspects(suspects, context.folder / SUSPECTS)
             write_json(context.folder / UNCHECKED, unchecked)
+            write_json(context.folder / LABELS_BY_SOURCE, count_labels(rows, examples))
+
+
+def count_labels(rows: Rows, examples: Examples) -> dict[str, int]:
+    """Return the number of labels (of tags: of words) in each source file."""
+    counts = Counter[str]()
+    for split in (split for split in SPLITS if examples.counts.get(split)):
+        files = [read_origin(origin)[0] for origin, _ in iterate_texts(rows, split)]
+        reader = ExampleReader(examples, split)
+        for at, number in enumerate(reader.rows.tolist()):
+            counts[files[number]] += len(targets_of(reader[at]))
+    return dict(counts)
 
 
 def find_suspects(

@@ -38,13 +38,16 @@ Bounds = Callable[[Floats], tuple[Floats, Floats]]
 POWER = 0.8
 """Share of repetitions in which an existing difference is shown."""
 MOST_STEPS = 20
-BOOTSTRAP, MCNEMAR, EXACT = "Bayesian bootstrap", "McNemar exact", "Clopper-Pearson"
+BOOTSTRAP, EXACT, INDEPENDENT = "Bayesian bootstrap", "Clopper-Pearson", "independent rows"
+NARROWEST = 0.25
+"""Least distance from the value to the interval's end at zero, as a share of the interval's width, by which `widen`
+moves that end. The draws of a ratio may lie on one side of its value."""
 METHOD = (
     f"95 %, from {RESAMPLES} draws of weights for the rows (with data.split_by for its groups) and for a pseudo-row at "
     "either end of the metric's range (Gaffke's bound; shares of right rows: Clopper and Pearson's interval); metrics "
     "without a range: pseudo-rows outside of the seen range, at least Student's t, none for a difference below "
-    f"{FEWEST_UNBOUNDED} rows or a score below {FEWEST_UNSEEN}; p from the same draws, of right-or-wrong metrics by "
-    "McNemar's exact test"
+    f"{FEWEST_UNBOUNDED} rows or a score below {FEWEST_UNSEEN}; other levels: ends moved as the quantiles of Student's "
+    "t; p: the level whose interval ends at zero"
 )
 
 
@@ -61,9 +64,9 @@ def difference(
 ) -> Difference:
     """Compare two models on the same rows.
 
-    `base_NK` and `tuned_NK` contain each row's sums. Interval and p-value are from the same draws (`intervals.py`); the
-    p of right-or-wrong metrics (`right_wrong`, sums [right, 1]) is computed. The pseudo-rows of bounded metrics
-    (`bounds`) are rows in which the models differ as much as the metric allows; those of other metrics are learned.
+    `base_NK` and `tuned_NK` contain each row's sums; those of right-or-wrong metrics (`right_wrong`) are [right, 1].
+    The pseudo-rows of bounded metrics (`bounds`) are rows in which the models differ as much as the metric allows;
+    those of other metrics are learned (`intervals.py`). `p_of_interval` has the p-value.
     Rows with equal numbers in `clusters` [N] belong together: they are summed, and these groups get the weights.
     With too few of them the interval is NaN and p is 1.
     """
@@ -71,7 +74,7 @@ def difference(
     groups = 0
     if len(clusters):
         base_NK, tuned_NK = add_up(base_NK, clusters), add_up(tuned_NK, clusters)
-        right_wrong, groups = False, len(base_NK)
+        groups = len(base_NK)
     units, value = len(base_NK), float(formula(tuned_NK.sum(0)) - formula(base_NK.sum(0)))
     if units < 2 or not math.isfinite(value):
         return replace(unknown(value, rows), groups=groups)
@@ -87,10 +90,7 @@ def difference(
             lambda weights_RU: formula(weights_RU @ with_ends[1]) - formula(weights_RU @ with_ends[0]),
             *(units, len(worst), seed, resamples),
         )
-    change = conclude_interval(value, found, rows, groups)
-    if right_wrong and change.test and np.isin(np.stack([base_NK, tuned_NK]), (0, 1)).all():  # no ties of one half
-        return replace(change, p=mcnemar(*discordant(base_NK, tuned_NK)), test=MCNEMAR)
-    return change
+    return conclude_interval(value, found, rows, groups)
 
 
 def difference_weighted(
@@ -120,7 +120,7 @@ def conclude_interval(value: float, found: Interval, rows: int, groups: int) -> 
     low, high = min(found.low, value), max(found.high, value)
     if math.isnan(found.low):
         return replace(unknown(value, rows), groups=groups)
-    return Difference(value, low, high, found.p, rows, BOOTSTRAP, groups)
+    return Difference(value, low, high, p_of_interval(value, low, high, groups or rows), rows, BOOTSTRAP, groups)
 
 
 def add_up(sums_NK: Floats, clusters: Sequence[int]) -> Floats:
@@ -146,18 +146,12 @@ def interval(value: float, values_R: Floats, rows: int) -> Difference:
 
     tail = float(scipy.stats.norm.cdf(np.sqrt(rows / (rows - 1)) * scipy.stats.t.ppf(ERROR / 2, rows - 1)))
     low, high = np.quantile(defined, [tail, 1 - tail])
-    return Difference(value, min(float(low), value), max(float(high), value), two_sided_p(defined), rows, BOOTSTRAP)
+    return conclude_interval(value, Interval(float(low), float(high)), rows, 0)
 
 
 def unknown(value: float, rows: int) -> Difference:
     """Return a difference without an interval."""
     return Difference(value, float("nan"), float("nan"), 1.0, rows)
-
-
-def discordant(base_NK: Floats, tuned_NK: Floats) -> tuple[int, int]:
-    """Count the rows that the base model scored higher on, and those that the tuned one did (right, half, wrong)."""
-    base_N, tuned_N = base_NK[:, 0], tuned_NK[:, 0]
-    return int(np.sum(base_N > tuned_N)), int(np.sum(tuned_N > base_N))
 
 
 def draw_counts(rows: int, seed: int, resamples: int) -> Iterator[Floats]:
@@ -167,13 +161,6 @@ def draw_counts(rows: int, seed: int, resamples: int) -> Iterator[Floats]:
     for start in range(0, resamples, chunk):
         drawn = min(chunk, resamples - start)
         yield generator.multinomial(rows, np.full(rows, 1 / rows), size=drawn).astype(np.float64)
-
-
-def two_sided_p(values_R: Floats) -> float:
-    """Twice the share of resamples on the less likely side of zero; never below 2 / (R + 1)."""
-    below = (int(np.sum(values_R <= 0)) + 1) / (len(values_R) + 1)
-    above = (int(np.sum(values_R >= 0)) + 1) / (len(values_R) + 1)
-    return min(1.0, 2 * min(below, above))
 
 
 def row_deviation(change: Difference) -> float:
@@ -194,18 +181,53 @@ def name_groups(rows: int, change: Difference) -> str:
     return f" in {math.ceil(rows * change.groups / change.n):,} groups" if change.groups else ""
 
 
+def move_ends(low: float, high: float, value: float) -> tuple[float, float]:
+    """Return by how much `widen` moves the low end down and the high end up, per unit of Student's t."""
+    down, up, least = value - low, high - value, NARROWEST * (high - low)
+    return max(down, least) if value > 0 else down, max(up, least) if value < 0 else up
+
+
 def widen(change: Difference, alpha: float) -> Difference:
     """Return a difference whose interval has error `alpha` instead of 5 %.
 
-    Both ends move out as the quantiles of Student's t do: there are too few resamples for such extreme quantiles.
+    Both ends move as the quantiles of Student's t do: there are too few resamples for extreme quantiles. The new
+    interval excludes zero if and only if p is below `alpha`.
     """
     import scipy.stats
 
     if alpha == ERROR or change.units < 2:
         return change
     inner, outer = scipy.stats.t.ppf((1 - ERROR / 2, 1 - alpha / 2), change.units - 1)
-    low, high = (change.value + (end - change.value) * float(outer / inner) for end in (change.low, change.high))
-    return replace(change, low=low, high=high)
+    (down, up), more = move_ends(change.low, change.high, change.value), float(outer / inner) - 1
+    return replace(change, low=change.low - more * down, high=change.high + more * up)
+
+
+def p_of_interval(value: float, low: float, high: float, units: int) -> float:
+    """Return the p-value: the error at which the end of an interval that `widen` moved reaches zero.
+
+    It has no smallest value, as a share of draws would: corrections for many metrics and looks need small ones.
+    """
+    import scipy.stats
+
+    down, up = move_ends(low, high, value)
+    end, move = (low, down) if value > 0 else (-high, up)
+    if value == 0 or move <= 0:
+        return float(value == 0)
+    steps = max(0.0, 1 + end / move) * float(scipy.stats.t.ppf(1 - ERROR / 2, units - 1))
+    return 2 * float(scipy.stats.t.sf(steps, units - 1))
+
+
+def subtract_intervals(first: Difference, second: Difference) -> Difference:
+    """Return the difference of two scores on different rows, with an interval from both of theirs.
+
+    Zou and Donner, "Construction of confidence limits about effect measures: A general approach", 2008.
+    """
+    value, units = first.value - second.value, min(first.units, second.units)
+    low = value - math.hypot(first.value - first.low, second.high - second.value)
+    high = value + math.hypot(first.high - first.value, second.value - second.low)
+    if units < 2 or not math.isfinite(low + high):
+        return unknown(value, first.n)
+    return Difference(value, low, high, p_of_interval(value, low, high, units), first.n, INDEPENDENT)
 
 
 def smallest_difference(deviation: float, rows: int, alpha: float = ERROR) -> float:
@@ -236,14 +258,3 @@ def rows_needed(deviation: float, distance: float, alpha: float = ERROR) -> int 
             break
         rows += 1
     return rows
-
-
-def mcnemar(only_base: int, only_tuned: int) -> float:
-    """Return the p-value of McNemar's exact test on the rows that only one model got right.
-
-    The interval of `bound` excludes zero if and only if it is below 5 %.
-    """
-    import scipy.stats
-
-    discordant = only_base + only_tuned
-    return float(scipy.stats.binomtest(only_base, discordant).pvalue) if discordant else 1.0

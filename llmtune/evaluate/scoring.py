@@ -24,6 +24,7 @@ from llmtune.evaluate.evaluation_file import print_scores, save_evaluation
 from llmtune.evaluate.evaluator import PIECES, ModelLoaders, evaluate, predict_baseline
 from llmtune.evaluate.inference import Answers, compute_metrics, predict
 from llmtune.evaluate.metric import Measure, PairedMeasures
+from llmtune.evaluate.new_rows import NONE_ASKED, Asked
 from llmtune.evaluate.per_row_scores import PerRowScores, name_test_rows, save_measures
 from llmtune.evaluate.results import TUNED, BaseAnswers, save_base, save_predictions
 from llmtune.evaluate.slices import one_line, score_slice
@@ -218,7 +219,7 @@ def origins(rows: Rows, split: str, numbers: set[int]) -> dict[int, str]:
 
 def ask_champion(
     load: LoadChampion, context: EvalContext, rows: Rows, folder: Path, run: Path, places: Sequence[int]
-) -> PerRowScores:
+) -> Asked:
     """Let the model of the run in folder `run` answer test rows, scored as its own evaluation did.
 
     Rows nearly equal to one of its training rows are skipped, as `data.deduplicate: near` would do; so are rows that
@@ -236,7 +237,7 @@ def ask_champion(
             found = find_overlap(replace(picked, files=files, counts=counts), near=True)
             places = [at for place, at in enumerate(places) if place not in {*found.equal, *found.near}]
         if not places:
-            return PerRowScores()
+            return NONE_ASKED
         picked = pick_rows(rows, SPLIT, [numbers[at] for at in places], scratch)
         context.console.print(f"champion: its model answers {len(places)} further test rows", highlight=False)
         try:
@@ -245,8 +246,8 @@ def ask_champion(
             measured, kept = measure_champion(load(run), *about, temperature)
         except (DataError, RecipeError) as error:
             context.console.print(f"champion: it could not answer them: {error}", style="yellow", highlight=False)
-            return PerRowScores()
-    return PerRowScores({}, measured, tuple(names[places[number]] for number in kept))
+            return Asked(tuple(places))
+    return Asked(tuple(places), PerRowScores({}, measured, tuple(names[places[number]] for number in kept)))
 
 
 def load_champion_rows(run: Path, console: Console) -> Rows | None:

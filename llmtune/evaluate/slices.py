@@ -19,7 +19,7 @@ from llmtune.data.written_numbers import read_numbers
 from llmtune.errors import DataError, Problem, nearest
 from llmtune.evaluate.metric import PairedMeasures
 from llmtune.records import Rows
-from llmtune.report.verdict import FEWEST_ROWS
+from llmtune.report.significance import FEWEST_ROWS
 from llmtune.score_records import Slice
 
 MOST_VALUES = 12

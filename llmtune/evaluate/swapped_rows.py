@@ -27,7 +27,7 @@ from llmtune.recipe.eval_suites_section import OWN
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_facts import TASK_FACTS
 from llmtune.records import Row
-from llmtune.report.verdict import FEWEST_ROWS
+from llmtune.report.significance import FEWEST_ROWS
 from llmtune.score_records import StudyTable
 
 FIX = "Write two different words per line: woman,man"

@@ -45,7 +45,7 @@ from llmtune.recipe.task_facts import (
 from llmtune.recipe.task_variant import TaskVariant
 
 NEED_TEST_ROWS = ("metrics", "gates", "champion", "limit", "choices", "samples", "slices", "judge")
-GATE_KEYS = frozenset({"gates", "champion", "when_unsure", "looks"})
+GATE_KEYS = frozenset({"gates", "champion", "when_unsure", "looks", "max_disagreement"})
 """Keys that judge scores and do not change the models' answers."""
 OWN_METRIC_KEYS = ("metric_seconds", "metric_network")
 EXTRA_KEYS = frozenset({*OWN_METRIC_KEYS, "suspects"})
@@ -146,6 +146,11 @@ class EvaluateSection(RecipeSection):
     their 5 % false-positive budget by it. `releases.jsonl` next to the champion's release file keeps count. Default
     none: each run has 5 % of its own."""
 
+    max_disagreement: Share | None = None
+    """Share of a source file's labels that may differ from the champion's predictions, such as 0.6; more is an error
+    before training (exit code 3). Compares at most 200 rows of a file that the champion never saw, of known classes.
+    Default none: a file that differs far more than the champion's own test is named, and trained on."""
+
     paths: ClassVar = {"champion": absolute_or_address, "metrics": absolute_metric}
 
     @property
@@ -199,6 +204,7 @@ class EvaluateSection(RecipeSection):
             diagnostics.no_effect("evaluate.suspects", why, fix, "task")
         self._check_unmeasured(diagnostics, variant)
         self._check_opponents(diagnostics)
+        self._check_disagreement(diagnostics, variant)
         if has_test:
             diagnostics.repeated("evaluate.slices", self.slices, "a column")
             self._check_metrics(diagnostics, variant)
@@ -347,6 +353,14 @@ class EvaluateSection(RecipeSection):
         elif self.champion is None:
             fix = "Set evaluate.champion to release:NAME or a release file: looks are counted next to it."
             diagnostics.no_effect("evaluate.looks", "without a champion", fix, "evaluate.champion")
+
+    def _check_disagreement(self, diagnostics: Diagnostics, variant: TaskVariant) -> None:
+        key = "evaluate.max_disagreement"
+        if variant.facts.answer_kind not in ("labels", "tags"):
+            diagnostics.no_effect(key, f"with task: {variant.task}", "Remove it: it is for classes and tags.", "task")
+        elif self.champion is None:
+            fix = "Set evaluate.champion to the model in production."
+            diagnostics.no_effect(key, "without a champion", fix, "evaluate.champion")
 
     def _parsed_gates(self) -> Iterator[tuple[str, Gate]]:
         for i, text in enumerate(self.gates):

@@ -1,7 +1,8 @@
 """The grammar of a gate: `metric[.low|.high] OP wanted`; wanted is a number, or a model's score and a number.
 
 Examples: `exact_match >= 0.8`, `rougeL > base`, `loss < base - 0.02`, `perplexity <= base * 1.05`,
-`exact_match.low > base`, `exact_match.low > champion - 0.01`, `accuracy.low >= 0.8`. Metrics of a study
+`exact_match.low > base`, `exact_match.low > champion - 0.01`, `accuracy.low >= 0.8`. `accuracy[new] >= 0.6` and
+`accuracy[new].low > champion - 0.05` count the test rows that the champion never saw. Metrics of a study
 are `study.metric`: `forgetting.perplexity <= base * 1.05`, `fairness.gap <= 0.05`, `benchmarks.arc_easy.acc > base`.
 Metrics of an export are `deploy.format.metric`, compared with the tuned model:
 `deploy.gguf.accuracy.low > tuned - 0.01`.
@@ -21,25 +22,31 @@ Opponent = Literal["base", "champion", "tuned"]
 
 JUDGE = "judge."
 """How the scores of `evaluate.judge` begin: its own interval belongs to each."""
+NEW = "new"
+"""Test rows whose input the champion never saw: the only rows that a gate can select."""
 EXPORT = "deploy."
 """How the metrics of exports begin."""
 NUMBER = r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]{1,3})?"
 NAME = r"[A-Za-z][A-Za-z0-9_]*(?:-[A-Za-z0-9_]+)*(?:@[0-9]+)?"
 GATE = re.compile(
-    rf"\s*(?P<metric>{NAME}(?:\.(?!(?:low|high)\b){NAME})*)(?:\.(?P<part>low|high))?"
+    rf"\s*(?P<metric>{NAME}(?:\.(?!(?:low|high)\b){NAME})*)(?:\[(?P<rows>[^]]*)\])?(?:\.(?P<part>low|high))?"
     r"\s*(?P<op>>=|<=|==|>|<)"
     rf"\s*(?:(?P<number>{NUMBER})|(?P<against>base|champion|tuned)(?:\s*(?P<sign>[*+-])\s*(?P<operand>{NUMBER}))?)\s*",
     re.ASCII,
 )
 FORMS = (
     "`exact_match >= 0.8`, `rougeL > base`, `loss < base - 0.02`, `perplexity <= base * 1.05`, "
-    "`exact_match.low > base`, `exact_match.low > champion - 0.01`, `forgetting.perplexity <= base * 1.05`"
+    "`exact_match.low > base`, `exact_match.low > champion - 0.01`, `accuracy[new] >= 0.6`, "
+    "`forgetting.perplexity <= base * 1.05`"
 )
 
 
 @dataclass(frozen=True)
 class Gate:
-    """A condition on one metric: `metric[.part] op number`, or `metric[.part] op against * factor + offset`."""
+    """A condition on one metric, `metric.part op number` or `metric.part op against * factor + offset`.
+
+    `.part` is optional, and so is `[new]` after the metric.
+    """
 
     text: str
     metric: str
@@ -54,6 +61,8 @@ class Gate:
     """The model whose score is wanted: base, champion, or for an export the tuned model."""
     factor: float = 1.0
     offset: float = 0.0
+    rows: str = ""
+    """`new`, or empty for all test rows."""
 
     @property
     def on_own_interval(self) -> bool:
@@ -80,6 +89,12 @@ def parse_gate(text: str) -> Gate:
             None,
             f"Write `{match['metric']}.{part} {match['op']} base`, or omit `.{part}`.",
         )
+    if (rows := match["rows"]) is not None and (rows.strip() != NEW or "." in match["metric"]):
+        what = f"{text!r} has no metric of the test rows"
+        if rows.strip() != NEW:
+            what = f"{text!r} selects rows by {rows!r}, and gates know only `{NEW}`"
+        fix = "Write `METRIC[new]` for the test rows that the champion never saw, with a metric of the test rows."
+        raise RecipeError.of(what, None, fix)
     return Gate(
         text=" ".join(text.split()),
         metric=match["metric"],
@@ -89,4 +104,5 @@ def parse_gate(text: str) -> Gate:
         against=cast("Opponent | None", match["against"]),
         factor=operand if sign == "*" else 1.0,
         offset=-operand if sign == "-" else operand if sign == "+" else 0.0,
+        rows=NEW if rows else "",
     )

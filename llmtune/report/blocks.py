@@ -13,7 +13,7 @@ from markupsafe import Markup
 
 from llmtune.report.charts import draw_interval
 from llmtune.report.number_format import DASH, chance, count, missing, score, signed
-from llmtune.report.verdict import FEWEST_ROWS
+from llmtune.report.significance import FEWEST_ROWS
 from llmtune.score_records import Difference
 
 Tone = Literal["", "better", "worse", "mixed", "unsure"]
@@ -106,6 +106,11 @@ class Compared:
         if change is None:
             return ""
         return TONES[self.better * (1 if change.low > 0 else -1 if change.high < 0 else 0)]
+
+    @property
+    def tone_cell(self) -> Cell:
+        """Return the difference with its interval, in the tone of what it shows."""
+        return Cell(f"{signed(self.difference.value if self.difference else None)} ({self.interval})", self.tone)
 
     @property
     def picture(self) -> Markup | None:

@@ -22,6 +22,7 @@ def to_junit(report: Report) -> str:
     """Return one test suite with a test case per gate; verdict and all scores are its properties."""
     gates = report.gates
     failed, unsure = (sum(gate.passed is outcome for gate in gates) for outcome in (False, None))
+    unsure += sum(not gate.applies for gate in gates)
     seconds = next((step.seconds for step in report.steps if step.name == "evaluate"), 0)
     released = report.release
     counts = {
@@ -36,7 +37,9 @@ def to_junit(report: Report) -> str:
         case = Tree.SubElement(suite, "testcase", classname="llmtune.gates", name=xml_text(gate.name), time="0")
         add_properties(case, {"wanted": gate.wanted, "got": gate.got, **({"note": gate.note} if gate.note else {})})
         message = xml_text("; ".join(part for part in (f"wanted {gate.wanted}, got {gate.got}", gate.note) if part))
-        if gate.passed is None:
+        if not gate.applies:
+            Tree.SubElement(case, "skipped", message=message, type="GateNotApplicable").text = message
+        elif gate.passed is None:
             Tree.SubElement(case, "skipped", message=message, type="GateUnsure").text = message
         elif not gate.passed:
             Tree.SubElement(case, "failure", message=message, type="GateFailed").text = message
@@ -113,6 +116,11 @@ def list_scores(report: Report) -> dict[str, str]:
         named |= {f"champion.{metric}": score(value) for metric, value in champion.scores.items()}
         named |= {f"tuned_against_champion.{metric}": score(value) for metric, value in champion.tuned.items()}
         named |= {f"champion.{metric}.rows": str(change.n) for metric, change in champion.difference.items()}
+    if champion and (new := champion.new):
+        scores = {"base": new.scores.base, "tuned": new.scores.tuned, "champion": new.before}
+        named |= {"new.rows": str(new.scores.rows), "champion.new.rows": str(new.rows)}
+        for model, values in scores.items():
+            named |= {f"{model}.{metric}[new]": score(value) for metric, value in values.items()}
     if overlap := evaluation.contamination:
         named["overlapping_test_rows"] = f"{overlap.overlapping} of {overlap.rows}"
     return named

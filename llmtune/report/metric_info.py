@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 from llmtune.recipe.task_facts import CALIBRATION, COST, NEAREST_TO_ONE, TASK_FACTS, at_ten
-from llmtune.score_records import Difference
+from llmtune.report.number_format import missing
+from llmtune.score_records import Decided, Difference
 
 CHOICE = "choice_accuracy"
 LOWER_IS_BETTER = frozenset(
@@ -62,7 +64,7 @@ METRIC_NOTES = {
     "recall": "share of the true ones that were found",
     "decided": "answers that are decided; the others ask a person",
     "decided_error": "errors among decided answers",
-    "set_coverage": "prediction sets with the right label; of several right labels, the share in the set",
+    "set_coverage": "prediction sets with the right label (of several, their share); beyond the target is no gain",
     "set_size": "labels per prediction set",
     "false_alarms": "rows called out of scope",
     "brier": "squared error of the probabilities",
@@ -98,13 +100,69 @@ def rank_metrics(metrics: Iterable[str]) -> list[str]:
     return sorted(metrics, key=lambda name: ranks.get(name, ranks.get(at_ten(name), -1)))
 
 
-def direction(metric: str, change: Difference) -> int:
-    """Return 1 if the interval is on the better side of zero, -1 if on the worse side, else 0."""
+def direction(metric: str, change: Difference, side: int | None = None) -> int:
+    """Return 1 if the interval is on the better side of zero, -1 if on the worse side, else 0.
+
+    `side` is that of `list_sides`; without it, more than a target counts as better still.
+    """
     sign = 1 if change.low > 0 else -1 if change.high < 0 else 0
-    return sign * better_side(metric)
+    return sign * (better_side(metric) if side is None else side)
 
 
 def better_side(metric: str) -> int:
     """Return 1 if more is better, -1 if less is better, 0 if neither."""
     lower = metric in LOWER_IS_BETTER or metric.endswith(COST)
     return 0 if metric in NEAREST_TO_ONE else -1 if lower else 1
+
+
+# Metrics with a target: a score beyond it is not better, and only a score that misses it is worse.
+
+
+@dataclass(frozen=True)
+class Target:
+    """The score that a metric should reach."""
+
+    value: float
+    side: int
+    """1: at least this score; -1: at most; 0: as near as possible."""
+
+    def better_side(self, before: float, after: float) -> int:
+        """Return 1 if more is better between two scores, -1 if less is, 0 if the difference does not matter."""
+        if self.side > 0:
+            return int(min(before, after) < self.value)
+        if self.side < 0:
+            return -int(max(before, after) > self.value)
+        return 1 if max(before, after) <= self.value else -1 if min(before, after) >= self.value else 0
+
+    def misses(self, score: float) -> bool:
+        """Whether a score is on the wrong side of the target."""
+        return self.side * (score - self.value) < 0
+
+
+PAID_WITH = {"set_size": "set_coverage", "decided": "decided_error"}
+"""Metrics that get better when the promise of another one is broken: they count only while it is kept."""
+
+
+def list_targets(decided: Decided | None) -> dict[str, Target]:
+    """Return the targets of metrics: those of an evaluation's decisions, and 1 for ratios."""
+    targets = {metric: Target(1.0, 0) for metric in NEAREST_TO_ONE}
+    record = decided.record if decided else None
+    if record is not None and record.coverage is not None:
+        targets["set_coverage"] = Target(record.coverage, 1)
+    if record is not None and record.threshold is not None:
+        targets["decided_error"] = Target(record.threshold.risk, -1)
+    if record is not None and record.false_alarms is not None:
+        targets["false_alarms"] = Target(record.false_alarms, -1)
+    return targets
+
+
+def list_sides(
+    before: Mapping[str, float], after: Mapping[str, float], decided: Decided | None = None
+) -> dict[str, int]:
+    """Return the better side of each metric of two models, by their scores for metrics with a target."""
+    targets, sides = list_targets(decided), {metric: better_side(metric) for metric in after}
+    for metric, target in targets.items():
+        if not missing(before.get(metric)) and not missing(after.get(metric)):
+            sides[metric] = target.better_side(before[metric], after[metric])
+    broken = {metric for metric, target in targets.items() if metric in after and target.misses(after[metric])}
+    return {metric: 0 if PAID_WITH.get(metric) in broken else side for metric, side in sides.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TypeGuard
 
 UNITS = ("B", "kB", "MB", "GB", "TB")
@@ -70,8 +71,10 @@ def share(part: object, whole: object, digits: int = 1) -> str:
 
 
 def chance(p: object) -> str:
-    """Format a p-value."""
-    return DASH if not is_number(p) else "< 0.001" if p < 0.001 else f"{p:.3f}"
+    """Format a p-value: three decimals, of smaller ones two significant digits, which `evaluate.looks` needs."""
+    if not is_number(p):
+        return DASH
+    return "< 0.00001" if p < 1e-5 else f"{p:.3f}" if p >= 0.001 else f"{p:.{1 - math.floor(math.log10(p))}f}"
 
 
 def short(value: float) -> str:
@@ -83,3 +86,9 @@ def short(value: float) -> str:
         mantissa, exponent = f"{value:.1e}".split("e")
         return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
     return f"{value / 1000:g}k" if size >= 1e4 else f"{value:g}"
+
+
+def join_names(metrics: Sequence[str]) -> str:
+    """Join metric names with commas and `and`, without underscores."""
+    words = [metric.replace("_", " ") for metric in metrics]
+    return words[0] if len(words) == 1 else ", ".join(words[:-1]) + " and " + words[-1]

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from llmtune.recipe.gate_grammar import Opponent
 from llmtune.recipe.task_facts import TASK_FACTS
 from llmtune.records import Json
 from llmtune.report.blocks import TONES, Compared, Links, Page, Section, Text, Tone, VerdictCard
 from llmtune.report.junit import to_junit
-from llmtune.report.metric_info import rank_metrics
+from llmtune.report.metric_info import better_side, list_sides, rank_metrics
 from llmtune.report.number_format import DASH, count
 from llmtune.report.render_html import render_html_section, to_html
 from llmtune.report.render_markdown import to_markdown
@@ -26,7 +27,6 @@ from llmtune.report.run_sections import (
     model_section,
     recipe_section,
     step_section,
-    suspect_section,
     training_section,
 )
 from llmtune.report.score_sections import (
@@ -37,16 +37,9 @@ from llmtune.report.score_sections import (
     power_section,
     score_sections,
 )
-from llmtune.report.verdict import (
-    BETTER,
-    INCONCLUSIVE,
-    MIXED,
-    WITHIN,
-    WORSE,
-    MetricChanges,
-    find_changes,
-    judged_differences,
-)
+from llmtune.report.significance import CHANCE, INCONCLUSIVE, MetricChanges, find_changes
+from llmtune.report.suspect_section import suspect_section
+from llmtune.report.verdict import BETTER, MIXED, WITHIN, WORSE, judged_differences
 from llmtune.score_records import Evaluation, GateResult
 from llmtune.store.atomic_files import plain, write_json, write_text
 from llmtune.store.run_folder import REPORTS, updating_reports
@@ -138,27 +131,34 @@ def verdict_card(report: Report) -> VerdictCard:
     if evaluation and evaluation.baseline and not evaluation.champion:
         opponent = "the baseline"
     title, tone = TITLES[report.verdict.word]
+    evaluate = report.recipe.get("evaluate")
+    looks = (isinstance(evaluate, dict) and evaluation and evaluation.champion and evaluate.get("looks")) or 1
     return VerdictCard(
         word=report.verdict.word,
         title=title.format(opponent=opponent),
         tone=tone,
         reason=report.verdict.reason,
         gates=count_gates(gates),
-        gates_tone=TONES[-1 if failed else 0 if unsure else 1],
-        headline=headline(evaluation, report.verdict.word, gates) if evaluation else None,
+        gates_tone=TONES[-1 if failed else 0 if unsure or not all(gate.applies for gate in gates) else 1],
+        headline=headline(evaluation, report.verdict.word, gates, CHANCE / looks) if evaluation else None,
         baseline="the champion" if evaluation and evaluation.champion else (evaluation and evaluation.baseline) or "",
     )
 
 
-def headline(evaluation: Evaluation, word: str, gates: Sequence[GateResult] = ()) -> Compared | None:
+def headline(
+    evaluation: Evaluation, word: str, gates: Sequence[GateResult] = (), chance: float = CHANCE
+) -> Compared | None:
     """Return the most informative score, preferably one that the verdict `word` is based on."""
     differences = judged_differences(evaluation)
     ranked = rank_metrics(differences)
-    bearing = list_bearing(find_changes(differences, gates, "champion" if evaluation.champion else "base"), word)
+    shown = against_champion(evaluation)
+    sides = {name: better_side(name) for name in differences} | list_sides(shown.base, shown.tuned, evaluation.decided)
+    opponent: Opponent = "champion" if evaluation.champion else "base"
+    bearing = list_bearing(find_changes(differences, gates, opponent, chance, sides), word)
     metric = next((name for name in ranked if name in bearing), next(iter(ranked), None))
     if metric is None:
         return None
-    return compare_metric(metric, against_champion(evaluation), metric.replace("_", " "))
+    return compare_metric(metric, shown, metric.replace("_", " "))
 
 
 def list_bearing(findings: MetricChanges, word: str) -> Sequence[str]:

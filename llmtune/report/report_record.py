@@ -13,6 +13,7 @@ from typing_extensions import TypedDict
 
 from llmtune.errors import RecipeError
 from llmtune.records import Json, StepTiming
+from llmtune.report.source_labels import SourceLabels
 from llmtune.score_records import Evaluation, GateResult
 from llmtune.store.json_shapes import (
     AdapterShape,
@@ -150,12 +151,14 @@ class SuspectRow(TypedDict):
 
 
 class SuspectFacts(TypedDict):
-    """The labels that are likely wrong: how many by split, and the first of them."""
+    """The labels that are likely wrong: how many by split and by source file, and the first of them."""
 
     found: dict[str, int]
     listed: list[SuspectRow]
     unchecked: dict[str, int]
     """Classes that cannot be checked, with the number of their labels."""
+    sources: list[SourceLabels]
+    """By source file, the file with the largest share of suspects first."""
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ from typing import Any
 
 from markupsafe import Markup, escape
 
-from llmtune.errors import write_origin
 from llmtune.recipe.task_facts import TASK_FACTS, answer_kind
 from llmtune.records import StepTiming
 from llmtune.report.blocks import (
@@ -31,7 +30,7 @@ from llmtune.report.blocks import (
 from llmtune.report.charts import ChartPoint, Curve, draw_curves, draw_histogram, draw_meter, element, heading
 from llmtune.report.metric_info import better_side, rank_metrics
 from llmtune.report.number_format import DASH, count, duration, missing, score, share, size
-from llmtune.report.report_record import AdapterFacts, DataFacts, SuspectFacts, TrainFacts
+from llmtune.report.report_record import AdapterFacts, DataFacts, TrainFacts
 from llmtune.report.score_sections import list_signatures, spell_metrics
 from llmtune.report.search_sections import negatives_blocks
 from llmtune.score_records import Evaluation
@@ -123,35 +122,6 @@ def hardest_rows(rows: Sequence[HardRow]) -> list[Block]:
     text += "hard are often mislabelled: read these first. `row_losses.npz` has all rows."
     shown: list[Block] = [Text(text, "soft"), Table(columns, cells, scroll=True)]
     return [Details(f"The {len(rows)} training rows that were hardest to learn", shown)]
-
-
-def suspect_section(suspects: SuspectFacts | None) -> Section:
-    """Return the labels that are likely wrong: how many, and a table of the first."""
-    title = "Likely label errors"
-    if suspects is None:
-        return Section(title, [])
-    found = ", ".join(f"{count(number)} in {split}" for split, number in suspects["found"].items())
-    text = "A regression on the tuned model’s hidden states, fitted without the row, finds another label more likely "
-    text += (
-        "(confident learning). These are candidates to read, not proven errors. `evaluation/suspects.jsonl` has all."
-    )
-    cells: TableRows = []
-    for row in suspects["listed"]:
-        shown = row["text"] if row["word"] is None else f"{row['word']} (in: {row['text']})"
-        line, number = row["line"], row.get("row")
-        place = row["file"] if line is None and number is None else write_origin(row["file"], line=line, row=number)
-        cells.append([shown, row["given"], row["suggested"], score(row["score"]), Cell(place, note=row["split"])])
-    columns: TableColumns = ["text", "label", "suggested", Column("probability of the label", "number"), "row"]
-    table: list[Block] = [Table(columns, cells, scroll=True)] if cells else []
-    left_out = [Text(unchecked_sentence(suspects["unchecked"]), "note")] if suspects["unchecked"] else []
-    first = Text(f"Labels that are likely wrong: {found or 'none'}.")
-    return Section(title, [first, *left_out, *table, Text(text, "soft")])
-
-
-def unchecked_sentence(unchecked: Mapping[str, int]) -> str:
-    """Return a sentence on classes whose labels cannot be checked."""
-    listed = ", ".join(f"{name} ({count(labels)})" for name, labels in unchecked.items())
-    return f"Not checked, because all labels of the class are in one row or one group of data.split_by: {listed}."
 
 
 def points(curve: Sequence[Mapping[str, object]], key: str) -> list[ChartPoint]:

@@ -27,17 +27,19 @@ from llmtune.report.blocks import (
 from llmtune.report.calibration_section import calibration_section
 from llmtune.report.charts import draw_meter
 from llmtune.report.decision_view import decision_section
-from llmtune.report.metric_info import better_side, metric_note, rank_metrics
+from llmtune.report.metric_info import better_side, list_sides, metric_note, rank_metrics
 from llmtune.report.number_format import count, missing, score, share, signed
 from llmtune.report.overlap_view import overlap_sentence, overlap_table
 from llmtune.report.report_record import Power, Seeds
 from llmtune.report.sample_view import NUMBERS, present_samples
 from llmtune.report.search_sections import length_section
-from llmtune.report.verdict import INCONCLUSIVE
+from llmtune.report.significance import INCONCLUSIVE
 from llmtune.score_records import Evaluation, GateResult, Slice
 
 MOST_CLASSES, MOST_PAIRS = 20, 15
 """Maximum classes of a readable confusion matrix, and maximum listed pairs of classes."""
+NOT_APPLICABLE = "not applicable"
+"""The result of a gate that finds nothing to judge."""
 BETTER_NOTES = {1: "", -1: "lower is better", 0: "neither more nor less is better"}
 
 
@@ -49,6 +51,7 @@ def score_sections(evaluation: Evaluation, task: str | None, seeds: Seeds | None
         sample_section(evaluation, task),
         calibration_section(evaluation),
         champion_section(evaluation, task),
+        new_section(evaluation, task),
         seed_section(seeds, base),
         decision_section(evaluation),
         class_section(evaluation.details, base, entities=answer_kind(task) == "tags"),
@@ -68,7 +71,8 @@ def base_name(evaluation: Evaluation) -> str:
 def compare_metric(metric: str, scored: Evaluation | Slice, name: str = "", note: str = "") -> Compared:
     """Return the row of one metric, optionally under another name."""
     base, tuned, change = scored.base.get(metric), scored.tuned.get(metric), scored.difference.get(metric)
-    return Compared(name or metric, base, tuned, change, better_side(metric), note)
+    sides = list_sides(scored.base, scored.tuned, scored.decided if isinstance(scored, Evaluation) else None)
+    return Compared(name or metric, base, tuned, change, sides.get(metric, better_side(metric)), note)
 
 
 def against_champion(evaluation: Evaluation) -> Evaluation:
@@ -92,11 +96,15 @@ def count_gates(gates: Sequence[GateResult]) -> str:
     for outcome, word in ((False, "failed"), (None, INCONCLUSIVE)):
         if number := sum(gate.passed is outcome for gate in gates):
             return f"{number} of {len(gates)} {noun} {word}"
-    return f"{len(gates)} {noun} passed" if gates else ""
+    idle = sum(not gate.applies for gate in gates)
+    passed = f"{len(gates) - idle} {'gate' if len(gates) - idle == 1 else 'gates'} passed" if len(gates) > idle else ""
+    return ", ".join(part for part in (passed, f"{idle} {NOT_APPLICABLE}" if idle else "") if part)
 
 
 def passed_cell(gate: GateResult) -> Cell:
     """Return the result of a gate as a word, with its note."""
+    if not gate.applies:
+        return Cell(NOT_APPLICABLE, TONES[0], note=gate.note)
     word = {True: "passed", False: "failed", None: INCONCLUSIVE}[gate.passed]
     return Cell(word, TONES[0 if gate.passed is None else 1 if gate.passed else -1], note=gate.note)
 
@@ -125,8 +133,6 @@ def score_section(evaluation: Evaluation, task: str | None) -> Section:
     rows = [compare_metric(name, evaluation, note=full_note(name, task)) for name in shown]
     text = f"{'Baseline and tuned model' if baseline else 'Both models'} answered the same rows. Green and red: the "
     text += "paired interval excludes zero (one in 20 does by chance). The verdict corrects p for many metrics (Holm)."
-    if exact := [name for name, change in changes.items() if change.test.startswith("McNemar")]:
-        text += f" p of {spell_metrics(exact)}: McNemar’s test. p of other metrics: from the draws of the interval."
     if any(change.groups for change in changes.values()):
         text += " Rows with the same value of `data.split_by` form a group; groups, not rows, are resampled."
     if {*shown} - changes.keys():
@@ -155,7 +161,42 @@ def champion_section(evaluation: Evaluation, task: str | None) -> Section:
     blocks += [difference_table(rows, base="champion", code=True)] if rows else []
     blocks += [Text(f"`{metric}` is not compared: {why}.") for metric, why in sorted(champion.left_out.items())]
     blocks += [Text(f"`{metric}`: {why}.") for metric, why in sorted(champion.partial.items())]
+    blocks += [Text(f"New rows are not judged apart: {champion.why_no_new}.")] if champion.why_no_new else []
     return Section("Against the champion", blocks, "Champion", "champion")
+
+
+def new_section(evaluation: Evaluation, task: str | None) -> Section:
+    """Return the scores on test rows that are new to the champion: against it, the base, and the other test rows."""
+    new = evaluation.champion.new if evaluation.champion else None
+    if new is None:
+        return Section("New rows", [])
+    text = f"{count(new.scores.rows)} test rows have an input that the champion never saw. Gates name them "
+    text += "`METRIC[new]`. "
+    if new.rows < new.scores.rows:
+        text += (
+            f"The champion’s model could answer {count(new.rows)} of them; the others have, for example, new labels. "
+        )
+    champion = replace(evaluation, base=new.before, tuned=new.tuned, difference=new.difference)
+    against = [compare_metric(name, champion, note=full_note(name, task)) for name in new.difference]
+    base = [compare_metric(name, new.scores, note=full_note(name, task)) for name in new.scores.difference]
+    old: TableRows = [
+        [
+            Cell(name, code=True),
+            score(new.scores.tuned[name]),
+            score(new.scores.tuned[name] - change.value),
+            row.tone_cell,
+        ]
+        for name, change in new.from_old.items()
+        for row in [Compared(name, None, None, change, better_side(name))]
+    ]
+    columns: TableColumns = ["metric", Column("new rows", "number"), Column("other rows", "number"), "difference"]
+    blocks: list[Block] = [Text(text)]
+    blocks += [difference_table(against, base="champion", code=True)] if against else []
+    blocks += [Table(columns, old, "The tuned model on new rows and on the others")] if old else []
+    blocks += (
+        [Details("Against the base", [difference_table(base, base=base_name(evaluation), code=True)])] if base else []
+    )
+    return Section("Rows that are new to the champion", blocks, "New rows", "new")
 
 
 def full_note(metric: str, task: str | None) -> str:

@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from statistics import fmean
 
-from llmtune.recipe.gate_grammar import Opponent, parse_gate
-from llmtune.report.metric_info import CHOICE, COSTS, better_side, direction
-from llmtune.report.number_format import missing
+from llmtune.recipe.gate_grammar import NEW, parse_gate
+from llmtune.report.metric_info import CHOICE, COSTS, better_side, direction, list_sides, rank_metrics
+from llmtune.report.number_format import join_names, missing, score
 from llmtune.report.report_record import SeedRun, Seeds, Spread, Verdict
-from llmtune.score_records import Champion, Difference, Evaluation, GateResult
+from llmtune.report.significance import (
+    CHANCE,
+    FEWEST_ROWS,
+    INCONCLUSIVE,
+    Differences,
+    MetricChanges,
+    countable,
+    find_changes,
+    speaking,
+)
+from llmtune.score_records import Champion, Difference, Evaluation, GateResult, NewRows
 
 
 def describe_spread(scored: Mapping[int, Evaluation], missing: Sequence[int]) -> Seeds:
@@ -93,23 +101,8 @@ def warn_of_spread(seeds: Seeds | None, metrics: Sequence[str]) -> str:
     )
 
 
-def join_names(metrics: Sequence[str]) -> str:
-    """Join metric names with commas and `and`, without underscores."""
-    words = [metric.replace("_", " ") for metric in metrics]
-    return words[0] if len(words) == 1 else ", ".join(words[:-1]) + " and " + words[-1]
-
-
-SAME_FINDING = (("loss", "bits_per_byte", "perplexity"),)
-"""Metrics that are one number in several units."""
-ALIKE = (*SAME_FINDING, ("wer", "cer"))
-"""Metrics that show the same finding; the verdict names only the first."""
-CHANCE = 0.05
-TWINS = ("accuracy", "f1_micro")
-"""Two names of one number if each row has one label; only then both changes are equal."""
-FEWEST_ROWS = 10
-Differences = Mapping[str, Difference]
-BETTER, WORSE, MIXED, WITHIN, INCONCLUSIVE = "better", "worse", "mixed", "within margin", "inconclusive"
-"""The words of every verdict: on a run, on a pair of runs, on a sweep. Gates use the last one too."""
+BETTER, WORSE, MIXED, WITHIN = "better", "worse", "mixed", "within margin"
+"""The words of every verdict, with `INCONCLUSIVE`: on a run, on a pair of runs, on a sweep."""
 PRICE = "The cost: the tuned model is farther from the base model (kl)."
 
 
@@ -130,21 +123,30 @@ FALLING = {"validation_loss": 0.02, "loss": 0.05}
 """Relative fall that counts as still falling: between the last two validations, or the last two quarters."""
 
 
-@dataclass(frozen=True)
-class MetricChanges:
-    """Metrics, grouped by what their differences show."""
-
-    better: list[str]
-    worse: list[str]
-    within: list[str]
-    """Not better, and within the margin of a passed gate."""
-    tolerated: list[str]
-    """The metrics of `within` that are worse."""
-    failed: list[str]
-    """Worse, with a gate that did not pass."""
-
-
 def verdict(
+    evaluation: Evaluation | None,
+    seeds: Seeds | None = None,
+    curve: Sequence[Mapping[str, object]] = (),
+    gates: Sequence[GateResult] = (),
+    chance: float = CHANCE,
+    doubts: Sequence[str] = (),
+) -> Verdict:
+    """Return the verdict as `judge_scores` does, unless the labels of a source file are in doubt.
+
+    With such `doubts` a model is not `better` or within its margin. It is `worse` if it also is clearly worse on the
+    rows that are new to the champion than on the others, unless it is better than the champion.
+    """
+    found = judge_scores(evaluation, seeds, curve, gates, chance)
+    if not doubts:
+        return found
+    new = evaluation.champion.new if evaluation and evaluation.champion else None
+    word = INCONCLUSIVE if found.word in (BETTER, WITHIN) else found.word
+    word = WORSE if found.word != BETTER and new and worse_on_new(new, chance) else word
+    parts = [found.reason, *doubts] if word == found.word else [*doubts, found.reason]
+    return Verdict(word, " ".join(parts))
+
+
+def judge_scores(
     evaluation: Evaluation | None,
     seeds: Seeds | None = None,
     curve: Sequence[Mapping[str, object]] = (),
@@ -160,7 +162,8 @@ def verdict(
     p-values of differences from the champion have the error `chance`.
     """
     if evaluation is not None and evaluation.champion is not None:
-        return judge_challenger(evaluation.champion, gates, chance)
+        sides = list_sides(evaluation.champion.scores, evaluation.champion.tuned, evaluation.decided)
+        return judge_challenger(evaluation.champion, gates, chance, sides)
     if evaluation is None or not evaluation.difference:
         measured = evaluation is not None and evaluation.tuned
         alone = "Only the tuned model has scores, so nothing can be compared."
@@ -171,7 +174,10 @@ def verdict(
         return Verdict(
             INCONCLUSIVE, f"{rows} held-out row{'s are' if rows != 1 else ' is'} too few; use at least {FEWEST_ROWS}."
         )
-    findings = find_changes(changes, gates, "base")
+    sides = {name: better_side(name) for name in changes} | list_sides(
+        evaluation.base, evaluation.tuned, evaluation.decided
+    )
+    findings = find_changes(changes, gates, "base", sides=sides)
     found = weigh(findings, changes, evaluation.baseline)
     if found.word == BETTER and CHOICE in changes and CHOICE not in (*findings.better, *findings.within):
         reason = f"Better in {join_names(findings.better)}, but choice accuracy shows no clear change: "
@@ -186,15 +192,19 @@ def verdict(
     return Verdict(INCONCLUSIVE if doubts else found.word, " ".join(part for part in parts if part))
 
 
-def judge_challenger(champion: Champion, gates: Sequence[GateResult], chance: float) -> Verdict:
+def judge_challenger(
+    champion: Champion, gates: Sequence[GateResult], chance: float, sides: Mapping[str, int]
+) -> Verdict:
     """Return the verdict on a tuned model against a champion; it never contradicts a gate on the champion.
 
     A worse metric fails its gate or is within its margin. If such a gate failed, the verdict is `worse`, whatever else
-    got better. If another gate on the champion did not pass, the verdict is not `better`.
+    got better. If another gate on the champion did not pass, the verdict is not `better`. `sides` are those of
+    `list_sides`.
     """
     if not champion.difference:
         return Verdict(INCONCLUSIVE, "No metric could be compared with the champion.")
-    findings = find_changes(champion.difference, gates, "champion", chance)
+    sides = {name: better_side(name) for name in champion.difference} | sides
+    findings = find_changes(champion.difference, gates, "champion", chance, sides)
     own = [gate for gate in gates if parse_gate(gate.name).against == "champion"]
     found = weigh(findings, champion.difference, "the champion")
     word, reason = found.word, found.reason
@@ -202,12 +212,47 @@ def judge_challenger(champion: Champion, gates: Sequence[GateResult], chance: fl
         word = WORSE
     elif word in (BETTER, WITHIN) and (left := [gate.name for gate in own if not gate.passed]):
         word, reason = INCONCLUSIVE, f"{reason} But not every gate passed: {', '.join(left)}."
-    return Verdict(word, f"{reason} Compared on {champion.rows} test rows." if champion.rows else reason)
+    found = Verdict(word, f"{reason} Compared on {champion.rows} test rows." if champion.rows else reason)
+    return found if champion.new is None else judge_new(found, champion.new, gates, chance)
 
 
-def is_open(gate: GateResult) -> bool:
-    """Return whether a gate is inconclusive, whatever `evaluate.when_unsure` makes of it."""
-    return gate.passed is None or gate.note.startswith(INCONCLUSIVE)
+def judge_new(found: Verdict, new: NewRows, gates: Sequence[GateResult], chance: float) -> Verdict:
+    """Return the verdict with the rows that are new to the champion: a loss there is never outweighed by old rows.
+
+    `worse` if the tuned model is clearly worse there than the champion, or misses a gate there and is clearly worse
+    than on the other rows; `mixed` if it also is clearly better than the champion. Any other gate on new rows that did
+    not pass prevents a good verdict.
+    """
+    findings = find_changes(new.difference, gates, "champion", chance, list_sides(new.before, new.tuned), NEW)
+    lower = worse_on_new(new, chance)
+    judged = [gate for gate in gates if parse_gate(gate.name).rows]
+    failed = [gate.name for gate in judged if gate.passed is False]
+    left = [gate.name for gate in judged if not gate.passed]
+    word = found.word
+    if findings.failed or (failed and lower) or findings.worse:
+        word = MIXED if word == BETTER and not findings.failed else word if word in (MIXED, WORSE) else WORSE
+    elif left and word in (BETTER, WITHIN):
+        word = INCONCLUSIVE
+    parts = []
+    where = f"On {new.rows} test rows that are new to the champion"
+    for side, names in (("worse", findings.worse), ("better", findings.better)):
+        if names:
+            values = f" ({score(new.tuned[names[0]])}, champion {score(new.before[names[0]])})"
+            parts.append(f"{where}, it is {side} than the champion in {join_names(names)}{values}.")
+    if lower:
+        name, change = lower[0], new.from_old[lower[0]]
+        there = new.scores.tuned[name]
+        values = f"{join_names([name])} {score(there)} against {score(there - change.value)}"
+        parts.append(f"On {new.scores.rows} new test rows it is clearly worse than on the others: {values}.")
+    if left:
+        parts.append(f"Not passed on new rows: {', '.join(left)}.")
+    return Verdict(word, " ".join([found.reason, *parts] if word == found.word else [*parts, found.reason]))
+
+
+def worse_on_new(new: NewRows, chance: float = CHANCE) -> list[str]:
+    """Return the metrics in which the tuned model is clearly worse on new rows than on others, the clearest first."""
+    names = [name for name, sign in speaking(new.from_old, chance).items() if sign < 0]
+    return rank_metrics(names)
 
 
 def judged_differences(evaluation: Evaluation) -> Mapping[str, Difference]:
@@ -273,90 +318,30 @@ def still_falling(curve: Sequence[Mapping[str, object]]) -> bool:
     return fmean(losses[-quarter:]) < fmean(losses[-2 * quarter : -quarter]) * (1 - FALLING["loss"])
 
 
-def countable(differences: Differences) -> dict[str, Difference]:
-    """Return the differences with enough rows."""
-    return {metric: change for metric, change in differences.items() if change.n >= FEWEST_ROWS}
-
-
-def find_changes(
-    differences: Differences, gates: Sequence[GateResult], against: Opponent, chance: float = CHANCE
-) -> MetricChanges:
-    """Group the metrics by the differences from one opponent.
-
-    A metric with a gate on its interval was chosen in advance, so only its interval decides, as in the gate. All other
-    metrics share the error rate (`speaking`).
-    """
-    gated = defaultdict[str, list[GateResult]](list)
-    for result in gates:
-        gate = parse_gate(result.name)
-        if gate.part and gate.against == against and gate.metric in differences:
-            gated[gate.metric].append(result)
-    signs = speaking({metric: change for metric, change in differences.items() if metric not in gated}, chance)
-    signs |= {metric: direction(metric, differences[metric]) for metric in gated}
-    passed = [name for name, results in gated.items() if all(one.passed and not is_open(one) for one in results)]
-    within = [name for name in passed if signs[name] <= 0 and any(bounds_loss(one) for one in gated[name])]
-    better, worse = ([name for name in differences if signs.get(name) == sign] for sign in (1, -1))
-    return MetricChanges(
-        better=distinct(better, differences, ALIKE),
-        worse=distinct([name for name in worse if name not in within], differences, ALIKE),
-        within=within,
-        tolerated=[name for name in within if signs[name] < 0],
-        failed=[name for name in gated if signs[name] < 0 and name not in passed],
-    )
-
-
-def bounds_loss(result: GateResult) -> bool:
-    """Whether a gate is on the interval's worse end: the better end never shows that a model is not worse."""
-    gate = parse_gate(result.name)
-    return gate.part == ("low" if gate.op in (">", ">=") else "high")
-
-
-def speaking(differences: Differences, chance: float = CHANCE) -> dict[str, int]:
-    """Return the metrics with a significant change: 1 for better, -1 for worse.
-
-    The interval must exclude zero, at least ten rows must be measured, and p must be significant after correction for
-    all metrics. At most one in twenty evaluations without any change then reports one, however many metrics. Source:
-    Holm, "A Simple Sequentially Rejective Multiple Test Procedure", 1979. Metrics that are one number in several units
-    count once. Costs (`kl`, `answers_cut`) and metrics without a better direction do not count.
-    """
-    changes = countable(differences)
-    signs = {metric: direction(metric, change) for metric, change in changes.items() if metric not in COSTS}
-    signs = {metric: sign for metric, sign in signs.items() if better_side(metric)}
-    counted = distinct(list(signs), changes)
-    held = holm({metric: 1.0 if missing(p := changes[metric].p) else p for metric in counted}, chance)
-    groups = (*SAME_FINDING, TWINS)
-    held |= {
-        metric for metric in signs.keys() - counted if any(metric in group and held & {*group} for group in groups)
-    }
-    return {metric: sign for metric, sign in signs.items() if sign and metric in held}
-
-
 def weigh(findings: MetricChanges, changes: Differences, opponent: str | None) -> Verdict:
     """Return word and reason; pass `opponent` to name an opponent other than the base model."""
     better, worse, within = findings.better, findings.worse, findings.within
     than = f" than {opponent}" if opponent else ""
-    margin = name_within(findings)
+    margin, bar = name_within(findings), f" {findings.bar}" if findings.bar else ""
     if worse and (better or within):
         gained = f"Better in {join_names(better)}{than}, worse in {join_names(worse)}." if better else ""
         reason = gained or f"Worse in {join_names(worse)}{than}."
         return Verdict(
-            MIXED, " ".join(part for part in (reason, margin, "Read the samples before you decide.") if part)
+            MIXED,
+            " ".join(part for part in (reason, margin, findings.bar, "Read the samples before you decide.") if part),
         )
     if worse:
-        return Verdict(WORSE, f"Worse in {join_names(worse)}{than}; no metric got better.")
+        return Verdict(WORSE, f"Worse in {join_names(worse)}{than}; no metric got better.{bar}")
     if better:
         rest = margin or "No metric got worse."
-        return Verdict(BETTER, f"Better in {join_names(better)}{than}. {rest}")
+        return Verdict(BETTER, f"Better in {join_names(better)}{than}. {rest}{bar}")
     if within:
-        return Verdict(WITHIN, margin)
+        return Verdict(WITHIN, f"{margin}{bar}")
     costs = any(direction(metric, changes[metric]) for metric in changes.keys() & COSTS)
     what = "No metric of quality" if costs else "No metric"
-    moved = f"{what} shows a clear difference{f' from {opponent}' if opponent else ''}"
-    moved_alone = [metric for metric in changes.keys() - COSTS if direction(metric, changes[metric])]
-    if moved_alone:
-        moved += f" (the interval of {join_names(sorted(moved_alone))} excludes zero, but one in twenty intervals does "
-        moved += "so by chance)"
-    return Verdict(INCONCLUSIVE, f"{moved}. Use more held-out rows, or train longer.")
+    moved = f"{what} shows a clear difference{f' from {opponent}' if opponent else ''}."
+    rest = "Use more held-out rows, or train longer."
+    return Verdict(INCONCLUSIVE, " ".join(part for part in (moved, findings.bar, rest) if part))
 
 
 def name_within(findings: MetricChanges) -> str:
@@ -368,23 +353,3 @@ def name_within(findings: MetricChanges) -> str:
         parts.append(f"{join_names(lost)} {'is' if len(lost) == 1 else 'are'} worse, but within the margin of the gate")
     text = "; ".join(parts)
     return f"{text[0].upper()}{text[1:]}." if text else ""
-
-
-def holm(ps: Mapping[str, float], chance: float = CHANCE) -> set[str]:
-    """Return the names with significant p at the family-wise error `chance` (Holm's procedure)."""
-    held = set[str]()
-    for place, (name, p) in enumerate(sorted(ps.items(), key=lambda item: item[1])):
-        if p > chance / (len(ps) - place):
-            break
-        held.add(name)
-    return held
-
-
-def distinct(metrics: list[str], changes: Differences, groups: Sequence[tuple[str, ...]] = SAME_FINDING) -> list[str]:
-    """Keep only the first of the metrics that are the same number in other units or under another name."""
-    left_out = {metric for group in groups for metric in [one for one in group if one in metrics][1:]}
-    if all(metric in metrics for metric in TWINS):
-        first, second = (changes[metric].value for metric in TWINS)
-        if abs(first - second) < 1e-9:  # the same number up to rounding
-            left_out.add(TWINS[1])
-    return [metric for metric in metrics if metric not in left_out]

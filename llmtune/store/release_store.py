@@ -177,7 +177,7 @@ def is_release_of(folder: Path, run: Path) -> bool:
     if not (isinstance(record, dict) and isinstance(lock, dict) and lock.get("trained")):
         return False
     trained = {f"{name}/{file}": sha256 for name, files in lock["trained"].items() for file, sha256 in files.items()}
-    return trained.items() <= record.get("files", {}).items()
+    return bool(trained.items() <= record.get("files", {}).items())
 
 
 def find_source(folder: Path) -> Path:

@@ -105,7 +105,7 @@ def test_learning_shows_as_paired_intervals_over_the_questions(done: Path) -> No
         change = found["difference"][metric]
         assert change["value"] == pytest.approx(found["tuned"][metric] - found["base"][metric])
         assert change["interval"][0] > 0.1
-        assert (change["n"], change["test"]) == (30, "McNemar exact")
+        assert (change["n"], change["test"]) == (30, "Bayesian bootstrap")
     assert found["difference"]["read.bits_per_byte"]["test"] == "Bayesian bootstrap"
     assert found["better"]["choose.acc"] == 1
     assert found["better"]["read.bits_per_byte"] == -1

@@ -19,6 +19,7 @@ from llmtune.evaluate.cache_keys import evaluation_files
 from llmtune.evaluate.champion import compare_with_champion, open_champion
 from llmtune.evaluate.evaluation_file import load_evaluation
 from llmtune.evaluate.metric import measure_right
+from llmtune.evaluate.new_rows import Asked
 from llmtune.evaluate.per_row_scores import PerRowScores, load_measures
 from llmtune.recipe.loader import load_recipe
 from llmtune.score_records import Evaluation
@@ -65,10 +66,12 @@ def test_only_shared_rows_are_compared_and_both_scores_cover_only_them(champion:
     assert (found.rows, found.asked, found.difference["accuracy"].n) == (3, 0, 3)
     assert found.scores == {"accuracy": pytest.approx(1 / 3)}
     assert found.tuned == {"accuracy": pytest.approx(2 / 3)}
-    answered = PerRowScores({}, scored([True], ["new"])[1].tuned, ("new",))
+    answered = Asked((3,), PerRowScores({}, scored([True], ["new"])[1].tuned, ("new",)))
     found = compare_with_champion(first, recipe_with(champion), *own, answered)
     assert (found.rows, found.asked, found.difference["accuracy"].n) == (4, 1, 4)
     assert found.scores == {"accuracy": 0.5}
+    assert found.new is not None
+    assert (found.new.scores.rows, found.new.rows, found.new.before) == (1, 1, {"accuracy": 1.0})
     with pytest.raises(DataError, match="prepare RECIPE --write-test FILE"):
         compare_with_champion(first, recipe_with(champion), *scored([True], ["other"]))
 
@@ -85,7 +88,7 @@ def test_grouped_rows_are_drawn_together_against_a_champion_too(champion: Path) 
 
     evaluation, measures = grouped([True, True, False, False], names[:4])
     first = replace(opened, evaluation=evaluation, measures=measures)
-    answered = PerRowScores({}, scored([False, True], names[4:])[1].tuned, tuple(names[4:]))
+    answered = Asked((4, 5), PerRowScores({}, scored([False, True], names[4:])[1].tuned, tuple(names[4:])))
     own = grouped([False, True, True, True, True, True], names)
     found = compare_with_champion(first, recipe_with(champion), *own, answered)
     difference = found.difference["accuracy"]

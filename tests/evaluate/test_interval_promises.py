@@ -33,6 +33,7 @@ from llmtune.evaluate.gates import check_gates
 from llmtune.evaluate.intervals import exact_interval
 from llmtune.evaluate.metric import Measure, measure_right, measure_shares, paired_difference
 from llmtune.evaluate.own_metrics import OwnMetric, measure_values
+from llmtune.evaluate.paired_statistics import widen
 from llmtune.evaluate.ranking_metrics import RankedQuery, measure_ranking, measure_spread
 from llmtune.evaluate.text_metrics import (
     SQUAD_METRICS,
@@ -201,13 +202,16 @@ def test_an_end_of_a_paired_interval_errs_in_at_most_5_of_100_runs(metric: str) 
 
 @pytest.mark.usefixtures("few_draws")
 @pytest.mark.parametrize("kind", [name for name in KINDS if name != "bleu"])
-def test_p_and_interval_agree_on_whether_two_models_differ(kind: str) -> None:
+def test_p_and_interval_agree_at_every_level_on_whether_two_models_differ(kind: str) -> None:
     generator, agreed = np.random.default_rng(4), set()
-    for scene, rows in product(("rare", "between"), (20, 100, 100)):
+    for scene, rows in product(("rare", "between", "groups"), (20, 100, 100)):
         found = paired_difference(*simulated.draw(KINDS[kind], scene, generator, rows), seed=0)
-        excluded = found.low > 0 or found.high < 0
-        assert excluded == (found.p <= (0.056 if excluded else 0.05)), found  # one of 400 draws is 0.005
-        agreed.add(excluded)
+        assert math.isfinite(found.low) or found.p == 1
+        for alpha in (0.3, 0.05, 0.05 / 6, 0.05 / 52, 0.05 / 52 / 6, found.p * 0.99, min(0.99, found.p * 1.01)):
+            wide = widen(found, alpha)
+            excluded = wide.low > 0 or wide.high < 0
+            assert excluded == (found.p < alpha), (found, alpha)
+            agreed.add(excluded)
     assert agreed
 
 

@@ -327,6 +327,8 @@ ELSEWHERE = {
     "evaluate.sets": f"{SELECTIVE}::test_coverage_and_per_class_change_the_sets",
     "evaluate.out_of_scope": f"{SELECTIVE}::test_the_share_of_false_alarms_changes_what_is_out_of_scope",
     "evaluate.when_unsure": "evaluate/test_gates.py::test_a_gate_on_an_interval_separates_worse_from_too_few_rows",
+    "evaluate.max_disagreement": "evaluate/test_new_rows.py::"
+    "test_too_much_disagreement_ends_the_run_before_training_if_the_recipe_says_so",
     "evaluate.looks": "evaluate/test_looks.py::test_gates_and_plans_use_the_level_of_one_look",
     "train.eval_metrics": "train/test_validation_metrics.py::"
     "test_validation_metrics_match_those_of_evaluate_for_the_same_checkpoint",

@@ -29,6 +29,11 @@ from llmtune.recipe.gate_grammar import Gate, parse_gate
             Gate("deploy.onnx.recall@1>=tuned", "deploy.onnx.recall@1", None, ">=", None, "tuned"),
         ),
         ("chrf == -.5", Gate("chrf == -.5", "chrf", None, "==", -0.5)),
+        ("accuracy[new] >= 0.6", Gate("accuracy[new] >= 0.6", "accuracy", None, ">=", 0.6, rows="new")),
+        (
+            "recall@1[new].low > champion - 0.05",
+            Gate("recall@1[new].low > champion - 0.05", "recall@1", "low", ">", None, "champion", 1.0, -0.05, "new"),
+        ),
     ],
 )
 def test_every_form_of_a_gate_is_parsed(text, gate):
@@ -62,6 +67,15 @@ def test_only_scores_of_test_rows_have_an_interval_to_compare_with_a_number():
     assert not parse_gate("loss.high < base").on_own_interval
     with pytest.raises(RecipeError, match=r"Write `forgetting\.loss\.high < base`"):
         parse_gate("forgetting.loss.high < 0.3")
+
+
+def test_gates_select_only_new_rows_and_only_of_test_metrics():
+    with pytest.raises(RecipeError, match="gates know only `new`"):
+        parse_gate("accuracy[old] > 0.5")
+    with pytest.raises(RecipeError, match="no metric of the test rows"):
+        parse_gate("forgetting.loss[new] < base")
+    with pytest.raises(RecipeError, match="is not a gate"):
+        parse_gate("accuracy.low[new] > base")
 
 
 @given(st.text(alphabet="abse.low<>=*+- 0123456789e_", max_size=30))

@@ -5,10 +5,23 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from llmtune.report.metric_info import list_sides
 from llmtune.report.report_page import headline, verdict_card
 from llmtune.report.report_record import SeedRun, Seeds, Spread, Verdict
+from llmtune.report.score_sections import champion_section
 from llmtune.report.verdict import describe_gain, describe_spread, spread, still_falling, verdict, warn_of_spread
-from llmtune.score_records import Champion, Contamination, Difference, Evaluation, GateResult
+from llmtune.score_records import (
+    Champion,
+    Contamination,
+    Decided,
+    Decision,
+    Difference,
+    Evaluation,
+    GateResult,
+    NewRows,
+    Slice,
+    Threshold,
+)
 
 BETTER, WORSE, OPEN, UNKNOWN = (0.1, 0.3), (-0.3, -0.1), (-0.1, 0.2), (math.nan, math.nan)
 LESS, MORE = (-0.3, -0.1), (0.1, 0.3)
@@ -108,8 +121,8 @@ def test_the_reason_names_the_baseline(intervals, start):
     assert judge(baseline="the most frequent class", **intervals).reason.startswith(start)
 
 
-def test_wrong_words_and_wrong_characters_are_one_finding():
-    assert judge(wer=LESS, cer=LESS).reason.startswith("Better in wer. No")
+def test_every_metric_beyond_the_bar_is_named():
+    assert judge(wer=LESS, cer=LESS).reason.startswith("Better in wer and cer. No")
     assert judge(wer=OPEN, cer=LESS).reason.startswith("Better in cer. No")
 
 
@@ -140,7 +153,8 @@ def test_one_of_many_metrics_that_moves_a_little_is_chance():
     assert looked_at(exact_match=0.03).word == "better"
     found = looked_at(exact_match=0.03, **others)
     assert found.word == "inconclusive"
-    assert "but one in twenty intervals does so by chance" in found.reason
+    bar = "The bar for p is 0.0083 (0.05 / 6 metrics, Holm's correction)."
+    assert f"Below 0.05, but not beyond the bar: exact match (p 0.030). {bar}" in found.reason
     assert looked_at(exact_match=0.004, **others).reason.startswith("Better in exact match. No")
 
 
@@ -168,6 +182,113 @@ def test_without_any_change_eight_metrics_rarely_give_a_verdict():
     false = sum(word(ps) != "inconclusive" for ps in draws.tolist()) / len(draws)
     assert 0.03 < false < 0.07
     assert (draws < 0.05).any(1).mean() > 0.3, "what intervals alone would say"
+
+
+def challenge_often(**ps: float) -> Verdict:
+    """Return the verdict on one of 52 models: worse than the champion in each metric, with these p."""
+    change = {name: Difference(-0.2, -0.3, -0.1, p, 400) for name, p in ps.items()}
+    champion = Champion("releases/best.json", {}, change, {}, rows=400)
+    return verdict(Evaluation({}, {}, {}, (), 400, champion=champion), chance=0.05 / 52)
+
+
+def test_with_many_looks_metrics_beyond_the_bar_are_worse_and_the_bar_is_stated():
+    found = challenge_often(accuracy=2e-5, f1_macro=1e-4, rougeL=0.001)
+    assert found.word == "worse"
+    assert found.reason.startswith("Worse in accuracy and f1 macro than the champion; no metric got better.")
+    assert "chance" not in found.reason
+    near = challenge_often(accuracy=0.0005, f1_macro=0.0009, rougeL=0.02)
+    assert near.word == "inconclusive"
+    bar = "The bar for p is 0.00032 (0.05 / 52 looks / 3 metrics, Holm's correction)."
+    assert f"accuracy (p 0.00050), f1 macro (p 0.00090), rougeL (p 0.020). {bar}" in near.reason
+
+
+RULES = Decision((), False, 100, 1, Threshold(0.05, 0.9, 0.8, 100, 90, 2), (0.1,), 0.9, false_alarms=0.05)
+
+
+@pytest.mark.parametrize(
+    ("metric", "before", "after", "word"),
+    [
+        ("set_coverage", 0.92, 0.98, "inconclusive"),
+        ("set_coverage", 0.98, 0.92, "inconclusive"),
+        ("set_coverage", 0.95, 0.85, "worse"),
+        ("set_coverage", 0.8, 0.95, "better"),
+        ("decided_error", 0.04, 0.01, "inconclusive"),
+        ("decided_error", 0.04, 0.08, "worse"),
+        ("decided_error", 0.08, 0.04, "better"),
+        ("false_alarms", 0.04, 0.01, "inconclusive"),
+        ("false_alarms", 0.01, 0.09, "worse"),
+        ("decided", 0.4, 0.8, "better"),
+        ("set_size", 4.0, 2.0, "better"),
+    ],
+)
+def test_only_a_score_that_misses_its_target_is_worse_and_beyond_the_target_is_not_better(metric, before, after, word):
+    value = after - before
+    change = Difference(value, value - 0.01, value + 0.01, 1e-6, 300)
+    champion = Champion("runs/best", {metric: before}, {metric: change}, {}, {metric: after}, rows=300)
+    evaluation = Evaluation({}, {metric: after}, {}, (), 300, champion=champion, decided=Decided(RULES))
+    assert verdict(evaluation).word == word
+    (row,) = champion_section(evaluation, "classify").blocks[1].rows
+    assert row[3].tone == {"inconclusive": "unsure"}.get(word, word)
+
+
+def test_smaller_sets_that_miss_their_coverage_are_not_better():
+    change = {
+        "set_size": Difference(-2.0, -2.1, -1.9, 1e-6, 300),
+        "set_coverage": Difference(-0.1, -0.2, 0.01, 0.1, 300),
+    }
+    scores = {"set_size": 4.0, "set_coverage": 0.95}, {"set_size": 2.0, "set_coverage": 0.85}
+    champion = Champion("runs/best", scores[0], change, {}, scores[1], rows=300)
+    evaluation = Evaluation({}, scores[1], {}, (), 300, champion=champion, decided=Decided(RULES))
+    assert verdict(evaluation).word == "inconclusive"
+
+
+def test_a_length_ratio_is_better_the_nearer_it_is_to_one():
+    sides = [list_sides({"length_ratio": a}, {"length_ratio": b})["length_ratio"] for a, b in ((0.5, 0.9), (1.5, 1.2))]
+    assert sides == [1, -1]
+    assert list_sides({"length_ratio": 0.8}, {"length_ratio": 1.2})["length_ratio"] == 0
+
+
+def on_new(
+    new: tuple[float, float, float],
+    gates: tuple[GateResult, ...] = (),
+    old: Difference | None = None,
+    overall: tuple[float, float, float] = (0.2, 0.1, 0.3),
+) -> Verdict:
+    """Return the verdict on a model by its difference from the champion on new rows; it is better on all rows."""
+    rows = Slice("new", 60, {"accuracy": 0.2}, {"accuracy": 0.4}, {})
+    apart = {"accuracy": old} if old else {}
+    change = {"accuracy": Difference(*new, 0.5 if new[1] < 0 < new[2] else 1e-4, 60)}
+    judged = NewRows(rows, {}, apart, 60, {"accuracy": 0.4 - new[0]}, {"accuracy": 0.4}, change)
+    moved = {"accuracy": Difference(*overall, 0.5 if overall[1] < 0 < overall[2] else 1e-5, 300)}
+    champion = Champion("runs/best", {"accuracy": 0.5}, moved, {}, {"accuracy": 0.7}, rows=300, new=judged)
+    return verdict(Evaluation({}, {"accuracy": 0.7}, {}, (), 300, champion=champion), gates=gates)
+
+
+LOWER = Difference(-0.4, -0.5, -0.3, 1e-6, 60)
+
+
+def test_a_loss_on_new_rows_is_not_outweighed_by_old_rows():
+    assert on_new((0.0, -0.1, 0.1)).word == "better"
+    found = on_new((-0.2, -0.3, -0.1))
+    assert found.word == "mixed"
+    assert "On 60 test rows that are new to the champion, it is worse than the champion in accuracy" in found.reason
+    gate = GateResult("accuracy[new].low > champion - 0.05", "", "", passed=False)
+    assert on_new((-0.2, -0.3, -0.1), (gate,)).word == "worse"
+
+
+def test_a_model_that_is_clearly_worse_on_new_rows_than_on_others_is_said_so_and_a_failed_gate_there_makes_it_worse():
+    said = on_new((0.0, -0.1, 0.1), old=LOWER)
+    assert said.word == "better"
+    assert "On 60 new test rows it is clearly worse than on the others: accuracy 0.4000 against 0.8000." in said.reason
+    gate = GateResult("accuracy[new] >= 0.6", "", "", passed=False)
+    failed = on_new((0.0, -0.1, 0.1), (gate,), LOWER)
+    assert (failed.word, "Not passed on new rows: accuracy[new] >= 0.6." in failed.reason) == ("mixed", True)
+    equal = on_new((0.0, -0.1, 0.1), (gate,), LOWER, overall=(0.0, -0.1, 0.1))
+    assert equal.word == "worse"
+    assert equal.reason.startswith("On 60 new test rows it is clearly worse than on the others")
+    assert on_new((0.0, -0.1, 0.1), (gate,)).word == "inconclusive"
+    idle = replace(gate, passed=True, applies=False)
+    assert on_new((0.0, -0.1, 0.1), (idle,)).word == "better"
 
 
 GAIN = {"rougeL": Difference(0.1, 0.05, 0.15, 0.001, 100)}
