@@ -201,7 +201,8 @@ class DataSection(RecipeSection):
     columns: dict[str, str] = Field(default={})
     """Column mapping for all sources without their own. The left side is llmtune's name. The right side is the file's
     column, a nested key such as `thread.messages`, or a template such as `"{subject}\\n\\n{body}"`, of which empty
-    parts between blank lines are left out. Files without any of these columns use their own names. Default none: columns are detected from the rows by their usual names."""
+    parts between blank lines are left out. Files without any of these columns use their own names. Default none:
+    columns are detected from the rows by their usual names."""
     roles: dict[MessageRole, Annotated[Many[NonEmpty], BeforeValidator(one_or_more)]] = Field(default={})
     """Role mapping for messages: llmtune's role on the left, its name or names in the rows on the right, such as
     `{user: customer, assistant: [agent, bot]}`. Default none: the usual names are recognised."""
