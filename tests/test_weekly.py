@@ -1,4 +1,4 @@
-"""Weekly retraining on a growing file with a packaged encoder and real rows: better, equal, a lost class, bad labels."""
+"""Weekly retraining with a packaged encoder and real rows: better, equal, a class lost, labels shuffled."""
 
 from __future__ import annotations
 
