@@ -216,6 +216,22 @@ class Champion:
 
 
 @dataclass(frozen=True)
+class SimpleBaseline:
+    """A baseline without a language model on the rows that both it and the tuned model answered."""
+
+    name: str
+    """As gates name it: `tfidf`, `bm25`, `unigram` or `lead3`."""
+    title: str
+    scores: dict[str, float]
+    difference: dict[str, Difference]
+    """Tuned minus baseline."""
+    tuned: dict[str, float]
+    """Scores of the tuned model on the same rows."""
+    note: str
+    """What it was fitted on, and how."""
+
+
+@dataclass(frozen=True)
 class Calibration:
     """The temperature that corrects a tuned model's probabilities; `calibration.json` next to the model."""
 
@@ -347,6 +363,8 @@ class Evaluation:
     """None without test rows."""
     champion: Champion | None = None
     """None without a champion in the recipe."""
+    simple_baseline: SimpleBaseline | None = None
+    """None if the task or these rows have none; `signatures` then has the reason under its name."""
     reliability: Reliability | None = None
     """None if the task does not choose, or without `evaluate.calibrate`."""
     decided: Decided | None = None

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -90,10 +91,10 @@ def test_a_week_that_fails_its_gate_leaves_the_name_with_the_week_before(folder:
     (second,) = folders() - {first}
     assert answer("tiny") == before
     assert answer("latest") == answer(second.replace("tiny-", "tiny@"))
-    failed, passed = invoke("runs").stdout.splitlines()
-    assert failed.startswith(f"runs/{second}  chat  ")
-    assert failed.endswith("  failed  evaluate")
-    assert passed.endswith("  passed  evaluate  = tiny")
+    failed, passed = json.loads(invoke("runs", "--json").stdout)
+    assert (failed["folder"], failed["gates"], failed["names"]) == (f"runs/{second}", "failed", [])
+    assert (passed["folder"], passed["gates"], passed["names"]) == (f"runs/{first}", "passed", ["tiny"])
+    assert re.search(rf"runs/{first} +chat +\S+ +passed +tiny ", invoke("runs").stdout)
     assert invoke("evaluate", second.replace("tiny-", "tiny@"), "--set", "evaluate.gates=[]").exit_code == 0
     assert find_run(Path("tiny")) == Path("runs") / second
 

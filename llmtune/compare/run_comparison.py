@@ -18,7 +18,7 @@ from llmtune.report.metric_info import list_targets
 from llmtune.report.report_record import Verdict
 from llmtune.report.significance import INCONCLUSIVE
 from llmtune.report.verdict import verdict
-from llmtune.score_records import Difference, Evaluation, GateResult
+from llmtune.score_records import Difference, Evaluation, GateResult, SimpleBaseline
 from llmtune.store.run_folder import trained_name
 
 UNTRAINED = (
@@ -62,6 +62,7 @@ class RunSummary:
     rate: str | None = None
     """Origin of its learning rate, if methods are compared."""
     gates: Sequence[GateResult] | None = None
+    simple_baseline: SimpleBaseline | None = None
 
 
 @dataclass(frozen=True)
@@ -154,6 +155,7 @@ def summarize(run: OpenedRun) -> RunSummary:
         tuned=evaluation.tuned,
         difference=evaluation.difference,
         verdict=judge_run(evaluation, check_gates(run.recipe.evaluate, evaluation), run.recipe.evaluate.alpha),
+        simple_baseline=evaluation.simple_baseline,
     )
 
 

@@ -169,7 +169,7 @@ def make_record(run: Path) -> Json:
     """
     opened = open_run_scores(run, run.name)
     report = require_report(run)
-    evaluation, measures = opened.evaluation, replace(opened.measures, base={})
+    evaluation, measures = opened.evaluation, replace(opened.measures, base={}, simple={})
     content = Release(
         release_version=RELEASE_VERSION,
         llmtune=__version__,
@@ -187,6 +187,7 @@ def make_record(run: Path) -> Json:
         gates=report["gates"],
         certificates=opened.folder.certificates(),
         rows=evaluation.rows,
+        simple_baseline=evaluation.simple_baseline,
         measures="",
     )
     packed = base64.b64encode(pack_measures(measures)).decode()  # contains no path or secret
@@ -195,7 +196,9 @@ def make_record(run: Path) -> Json:
 
 def _without_paths(content: Release) -> Json:
     difference = {metric: asdict(change) for metric, change in content["difference"].items()}
-    return {key: hide_paths(value) for key, value in {**content, "difference": difference}.items()}
+    simple = content["simple_baseline"] and asdict(content["simple_baseline"])
+    values = {**content, "difference": difference, "simple_baseline": simple}
+    return {key: hide_paths(value) for key, value in values.items()}
 
 
 def diff_releases(first: Path, second: Path) -> tuple[dict[str, Difference], dict[str, str]]:

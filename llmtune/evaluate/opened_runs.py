@@ -124,7 +124,8 @@ def open_export_scores(path: Path, certificate: Json, name: str) -> OpenedRun:
         {metric: measures.base[metric] for metric in same}, {metric: measures.tuned[metric] for metric in same}
     )
     scores = {metric: one.value for metric, one in measures.tuned.items()}
-    evaluation = replace(run.evaluation, tuned=scores, difference=pairs.differences(run.recipe.seed))
+    difference = pairs.differences(run.recipe.seed)
+    evaluation = replace(run.evaluation, tuned=scores, difference=difference, simple_baseline=None)
     return OpenedRun(name, run.recipe, evaluation, measures, run.folder, certificate)
 
 

@@ -18,6 +18,7 @@ from llmtune.recipe.secrets import environment_secrets, redact_all, redact_yaml,
 from llmtune.recipe.yaml_reader import read_recipe_text
 from llmtune.report.report_page import find_explanations
 from llmtune.report.report_record import Report, Seeds, SuspectFacts, Verdict, collect_facts
+from llmtune.report.simple_baseline_view import weigh_simple_baseline
 from llmtune.report.source_labels import SourceLabels, compare_sources, describe_disagreement, describe_outliers
 from llmtune.report.verdict import describe_spread, verdict
 from llmtune.score_records import Champion, ClassChanges, Evaluation, GateResult
@@ -114,7 +115,7 @@ def judge_run(
         evaluation = replace(
             evaluation, champion=replace(champion, difference=wide, classes=widen_known(champion, alpha))
         )
-    found = verdict(evaluation, seeds, curve, gates, alpha, doubts)
+    found = weigh_simple_baseline(verdict(evaluation, seeds, curve, gates, alpha, doubts), evaluation)
     added = [study.verdict for study in evaluation.studies.values() if study.verdict] if evaluation else []
     return replace(found, reason=" ".join([found.reason, *added]))
 

@@ -19,7 +19,7 @@ from llmtune.errors import DataError, EnvironmentProblem, RecipeError
 from llmtune.evaluate.calibration import run_temperature
 from llmtune.evaluate.class_alignment import ClassMap, map_classes, rename_prediction
 from llmtune.evaluate.decision import save_rules
-from llmtune.evaluate.eval_inputs import SCHEMAS_NOTE, SPLIT, EvalContext, make_inputs, resolve_choices
+from llmtune.evaluate.eval_inputs import SCHEMAS_NOTE, SPLIT, EvalContext, EvalInputs, make_inputs, resolve_choices
 from llmtune.evaluate.evaluated_task import EvaluatedTask, LoadedModel
 from llmtune.evaluate.evaluation_file import print_scores, save_evaluation
 from llmtune.evaluate.evaluator import PIECES, ModelLoaders, evaluate, predict_baseline
@@ -28,6 +28,7 @@ from llmtune.evaluate.metric import Measure, PairedMeasures
 from llmtune.evaluate.new_rows import NONE_ASKED, Asked
 from llmtune.evaluate.per_row_scores import PerRowScores, name_test_rows, save_measures
 from llmtune.evaluate.results import TUNED, BaseAnswers, save_base, save_predictions
+from llmtune.evaluate.simple_baseline import SimpleScores
 from llmtune.evaluate.slices import one_line, score_slice
 from llmtune.evaluate.suite_registry import make_suites
 from llmtune.evaluate.text_metrics import TOKEN_METRICS
@@ -84,6 +85,7 @@ def score_run(
     headless: str = "",
     known: BaseAnswers | None = None,
     known_tuned: BaseAnswers | None = None,
+    simply: Callable[[Mapping[str, Measure]], SimpleScores | None] = lambda measures: None,
     challenge: Challenge = lambda evaluation, scores: None,
     trained: Path | None = None,
 ) -> Evaluation:
@@ -91,9 +93,9 @@ def score_run(
 
     `headless` is the reason if the base model cannot answer: the task's trivial baseline replaces it. With `known`, the
     base model's answers are saved for later evaluations, and reused if already saved; with `known_tuned` the tuned
-    model's, for recipes with metrics of the user's own. If the context has a folder, it gets `predictions.jsonl` (every
-    row's prompt, reference and both answers), `measures.npz` (each row's contribution to each score),
-    `evaluation.json`, and what `save_rules` writes, with the hash of the `trained` folder of the run.
+    model's, for recipes with metrics of the user's own. `simply` scores a simple baseline. The context's folder, if any,
+    gets `predictions.jsonl` (every row's prompt, reference and both answers), `measures.npz` (each row's contribution
+    to each score), `evaluation.json`, and what `save_rules` writes, with the hash of the run's `trained` folder.
 
     Raises DataError if no reference answer is in `evaluate.choices`, or if a column of `evaluate.slices` was not kept;
     EnvironmentProblem if a single row does not fit in memory.
@@ -122,12 +124,11 @@ def score_run(
         names = name_test_rows(rows, inputs.rows)
         per_row = PerRowScores(measures.base, measures.tuned, names, inputs.clusters)
         if folder is not None:
-            save_predictions(folder, inputs, answers["base"], answers["tuned"])
+            if (simple := simply(measures.tuned)) is not None:
+                evaluation, per_row = simple.add_to(evaluation, per_row)
             save_measures(folder, per_row)
-            if known is not None and stand_in is None:
-                save_base(folder, answers["base"], known.inputs)
-            if known_tuned is not None and context.recipe.evaluate.own_metrics:
-                save_base(folder, answers["tuned"], known_tuned.inputs, TUNED)
+            own = context.recipe.evaluate.own_metrics
+            save_answers(folder, inputs, answers, None if stand_in else known, known_tuned if own else None)
         evaluation = replace(evaluation, contamination=find_contamination(rows, context, measures))
         evaluation = replace(evaluation, baseline_reason=headless, champion=challenge(evaluation, per_row))
     if folder is not None:
@@ -136,6 +137,21 @@ def score_run(
     print_scores(evaluation, console)
     print_cautions(evaluation, answers, context.recipe, console)
     return evaluation
+
+
+def save_answers(
+    folder: Path,
+    inputs: EvalInputs,
+    answers: Mapping[str, Answers],
+    base: BaseAnswers | None,
+    tuned: BaseAnswers | None,
+) -> None:
+    """Write `predictions.jsonl`, and the answers that later evaluations with the inputs of `base` or `tuned` reuse."""
+    save_predictions(folder, inputs, answers["base"], answers["tuned"])
+    if base is not None:
+        save_base(folder, answers["base"], base.inputs)
+    if tuned is not None:
+        save_base(folder, answers["tuned"], tuned.inputs, TUNED)
 
 
 def print_cautions(evaluation: Evaluation, answers: Mapping[str, Answers], recipe: Recipe, console: Console) -> None:

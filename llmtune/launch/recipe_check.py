@@ -81,7 +81,7 @@ def try_recipe_rows(loaded: LoadedRecipe, detected: Sequence[Detected], *, split
         alone = recipe.model_copy(update={"data": recipe.data.model_copy(update={"corpus": None})})
         with tempfile.TemporaryDirectory() as folder:
             prepare_rows(alone, Path(folder) / "rows", Console(quiet=True))
-    if recipe.task == "classify":
+    if recipe.variant.facts.answer_kind == "labels":
         _try_labels(recipe, [json.loads(row.row)["label"] for row in tried.good])
 
 

@@ -112,6 +112,8 @@ def list_scores(report: Report) -> dict[str, str]:
     for model in ("base", "tuned"):
         named |= {f"{model}.{metric}": score(value) for metric, value in evaluation.by_name(model).items()}
     named |= {f"tuned.{metric}.rows": str(own.n) for metric, own in evaluation.intervals.items()}
+    if simple := evaluation.simple_baseline:
+        named |= {f"{simple.name}.{metric}": score(value) for metric, value in simple.scores.items()}
     if champion := evaluation.champion:
         named["champion.rows"] = str(champion.rows)
         named |= {f"champion.{metric}": score(value) for metric, value in champion.scores.items()}

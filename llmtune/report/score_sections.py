@@ -35,6 +35,7 @@ from llmtune.report.report_record import Power, Seeds
 from llmtune.report.sample_view import NUMBERS, present_samples
 from llmtune.report.search_sections import length_section
 from llmtune.report.significance import INCONCLUSIVE
+from llmtune.report.simple_baseline_view import simple_baseline_section
 from llmtune.score_records import Evaluation, GateResult, Slice
 
 MOST_CLASSES, MOST_PAIRS = 20, 15
@@ -49,6 +50,7 @@ def score_sections(evaluation: Evaluation, task: str | None, seeds: Seeds | None
     base = base_name(evaluation)
     return [
         score_section(evaluation, task),
+        simple_baseline_section(evaluation, task),
         sample_section(evaluation, task),
         calibration_section(evaluation),
         champion_section(evaluation, task),

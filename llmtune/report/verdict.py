@@ -204,7 +204,7 @@ def judge_challenger(
     """
     if not champion.difference:
         return Verdict(INCONCLUSIVE, "No metric could be compared with the champion.")
-    sides = {name: better_side(name) for name in champion.difference} | sides
+    sides = {name: sides.get(name, better_side(name)) for name in champion.difference}
     findings = find_changes(champion.difference, gates, "champion", chance, sides)
     own = [gate for gate in gates if parse_gate(gate.name).against == "champion"]
     found = weigh(findings, champion.difference, "the champion")

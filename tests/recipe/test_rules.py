@@ -155,6 +155,28 @@ def test_the_same_key_is_accepted_where_it_has_an_effect(write, sets, key):
             "compares a study with a champion",
             "with `base`",
         ),
+        (
+            ["task=rerank", "evaluate.gates=['ndcg@10 > tfidf']"],
+            "uses tfidf, which this recipe does not have",
+            "Compare with `ndcg@10 > bm25`.",
+        ),
+        (
+            ["task=qa", "evaluate.gates=['f1 > tfidf']"],
+            "uses tfidf, which this recipe",
+            "Compare with `base` or a number.",
+        ),
+        (
+            ["task=classify", "evaluate.metrics=[loss, accuracy]", "evaluate.gates=['loss < tfidf']"],
+            "compares loss, which tfidf does not have",
+            "Metrics of tfidf: accuracy.",
+        ),
+        (["evaluate.choices=null", "evaluate.gates=['loss < tfidf']"], "uses tfidf, which this recipe", "`base`"),
+        (
+            ["task=classify", "evaluate.champion=a", "evaluate.gates=['accuracy[new] > tfidf']"],
+            "compares new rows with tfidf",
+            "`base` or `champion`",
+        ),
+        ([*MASKED, "evaluate.gates=['accuracy > tfidf']"], "uses tfidf, which this recipe", "`base`"),
         (["task=qa", "qa.stride=384", "data.max_length=384"], "'qa.stride' is 384, and a window has 384 tokens", ""),
         ([*POINTING, "data.on_overlong=truncate"], "'data.on_overlong' is 'truncate'", ""),
         ([*PREFERENCE, "preference.loss=kto", "evaluate.metrics=[loss]"], "'loss' cannot be measured", "margin, kl."),
