@@ -60,7 +60,7 @@ class ClassMap:
     def widen(self, parts_NK: Floats) -> Floats:
         """Return [N, J]: the highest of the columns that become one, and 0 for classes that the run does not have."""
         parts_NJ = np.zeros((len(parts_NK), len(self.labels)))
-        np.maximum.at(parts_NJ, (slice(None), list(self.columns)), parts_NK)
+        np.maximum.at(parts_NJ.T, np.array(self.columns, dtype=np.intp), parts_NK.T)
         return parts_NJ
 
 

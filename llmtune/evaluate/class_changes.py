@@ -27,7 +27,7 @@ from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_facts import TASK_FACTS
 from llmtune.records import SPLITS, Row, Rows
 from llmtune.report.class_sentences import list_class_changes
-from llmtune.report.verdict import FEWEST_ROWS
+from llmtune.report.significance import FEWEST_ROWS
 from llmtune.score_records import ClassChanges, Difference, Evaluation, NewClass, Slice
 from llmtune.store.release_store import find_source
 from llmtune.store.run_folder import RunFolder

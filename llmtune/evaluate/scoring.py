@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import cast
 
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
@@ -93,9 +94,9 @@ def score_run(
 
     `headless` is the reason if the base model cannot answer: the task's trivial baseline replaces it. With `known`, the
     base model's answers are saved for later evaluations, and reused if already saved; with `known_tuned` the tuned
-    model's, for recipes with metrics of the user's own. `simply` scores a simple baseline. The context's folder, if any,
-    gets `predictions.jsonl` (every row's prompt, reference and both answers), `measures.npz` (each row's contribution
-    to each score), `evaluation.json`, and what `save_rules` writes, with the hash of the run's `trained` folder.
+    model's, for recipes with metrics of the user's own. `simply` scores a simple baseline. The context's folder gets
+    `predictions.jsonl` (every row's prompt, reference and both answers), `measures.npz` (each row's contribution to
+    each score), `evaluation.json`, and what `save_rules` writes, with the hash of the run's `trained` folder.
 
     Raises DataError if no reference answer is in `evaluate.choices`, or if a column of `evaluate.slices` was not kept;
     EnvironmentProblem if a single row does not fit in memory.
@@ -307,9 +308,9 @@ def measure_champion(
     if known is not None:
         references = [task.split_answer(row)[1] for _, row in iterate_rows(known, SPLIT)]
         choices = resolve_choices(known, task, recipe, references, SPLIT)
-    answers = {task.split_answer(row)[1] for _, row in iterate_rows(picked, SPLIT)}
+    expected = {task.split_answer(row)[1] for _, row in iterate_rows(picked, SPLIT)}
     given = {key: getattr(recipe.evaluate, key) for key in ("metrics", *OWN_METRIC_KEYS)}
-    asked = EvaluateSection(choices=choices if answers & {*choices} else None, **given)
+    asked = EvaluateSection(choices=choices if expected & {*choices} else None, **given)
     data = recipe.data.model_copy(update={"max_dropped": 1.0})
     recipe = recipe.model_copy(update={"evaluate": asked, "data": data})
     parts = [part for part in split_unknown(picked, recipe.classes) if champion.classes or not part[1]]
@@ -362,7 +363,8 @@ def measure_in_classes(context: EvalContext, answers: Answers, classes: ClassMap
     renamed = {i: rename_prediction(one, classes) for i, one in answers.predictions.items()}
     others = replace(inputs, metrics=tuple(metric for metric in inputs.metrics if metric not in CALIBRATION))
     joined = replace(context, inputs=others, recipe=context.recipe.with_classes(classes.labels))
-    return calibrated | compute_metrics(joined, *[replace(answers, predictions=renamed)] * 2)
+    named = replace(answers, predictions=renamed)
+    return calibrated | compute_metrics(joined, named, named)
 
 
 def ask_classes(
@@ -378,5 +380,7 @@ def ask_classes(
         answers, *_ = predict_rows(task, prompts, loaded)
     del model
     release_memory()
-    named = ({"tags": one} if isinstance(one, list) else {"label": one["label"]} for one in answers)
+    named: list[Row] = [
+        {"tags": one} if isinstance(one, list) else {"label": cast(Row, one)["label"]} for one in answers
+    ]
     return [names_in(rename_row(row, renames)) for row in named]
