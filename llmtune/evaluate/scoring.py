@@ -93,8 +93,9 @@ def score_run(
 
     `headless` is the reason if the base model cannot answer: the task's trivial baseline replaces it. With `known`, the
     base model's answers are saved for later evaluations, and reused if already saved; with `known_tuned` the tuned
-    model's, for recipes with metrics of the user's own. `simply` scores a simple baseline. The context's folder, if any,
-    gets `predictions.jsonl` (every row's prompt, reference and both answers), `measures.npz` (each row's contribution
+    model's, for recipes with metrics of the user's own. `simply` scores a simple baseline. The context's folder, if
+    any, gets `predictions.jsonl` (every row's prompt, reference and both answers), `measures.npz` (each row's
+    contribution
     to each score), `evaluation.json`, and what `save_rules` writes, with the hash of the run's `trained` folder.
 
     Raises DataError if no reference answer is in `evaluate.choices`, or if a column of `evaluate.slices` was not kept;
