@@ -30,7 +30,7 @@ from llmtune.evaluate.judge_client import host
 from llmtune.evaluate.label_check import check_labels
 from llmtune.evaluate.label_errors import save_suspects
 from llmtune.evaluate.results import SIMPLE, TUNED, load_base
-from llmtune.evaluate.scoring import ChampionModel, ask_champion, score_run
+from llmtune.evaluate.scoring import ChampionModel, ask_champion, ask_classes, score_run
 from llmtune.evaluate.simple_baseline import score_simple_baseline
 from llmtune.evaluate.suite_registry import check_variant
 from llmtune.model.config import find_class, keeps_float32, read_model_config, why_headless
@@ -43,7 +43,7 @@ from llmtune.recipe.adapter_section import DATA_STARTS
 from llmtune.recipe.model_section import ModelSection
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.user_files import read_text_file
-from llmtune.records import ALONE, AdaptedModel, Examples, Layout, ModelRef, Rows, SelectedModel
+from llmtune.records import ALONE, AdaptedModel, Examples, Layout, ModelRef, Row, Rows, SelectedModel
 from llmtune.report.render_terminal import spinner
 from llmtune.store.atomic_files import hash_folder, hash_value
 from llmtune.store.processes import layout, once, world_size
@@ -317,6 +317,11 @@ def load_champion(context: RunContext, run: Path) -> ChampionModel:
     champion = open_finished(run, context.console, context.request.offline)
     plan = champion.plan
     return ChampionModel(plan.recipe, plan.task, plan.processor, plan.device, Models(champion).loaders)
+
+
+def ask_champion_classes(context: RunContext, run: Path, rows: Sequence[Row]) -> list[list[str]]:
+    """Return the classes that a champion's model answers, before training."""
+    return ask_classes(partial(load_champion, context), context.console, context.plan.recipe.renames, run, rows)
 
 
 def check_new_labels(context: RunContext) -> None:

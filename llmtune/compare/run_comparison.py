@@ -9,8 +9,9 @@ from itertools import combinations
 from llmtune import __version__
 from llmtune.data.row_store import iterate_ids, load_rows
 from llmtune.errors import LlmtuneError
+from llmtune.evaluate.class_alignment import pair_metrics
 from llmtune.evaluate.gates import check_gates
-from llmtune.evaluate.opened_runs import OpenedRun, find_differing, pair_metrics
+from llmtune.evaluate.opened_runs import OpenedRun, find_differing
 from llmtune.evaluate.run_report import judge_run
 from llmtune.records import Json
 from llmtune.report.metric_info import list_targets

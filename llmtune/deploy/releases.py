@@ -14,8 +14,9 @@ from pydantic import TypeAdapter
 from llmtune import __version__
 from llmtune.errors import EnvironmentProblem, GateFailed, Problem, RecipeError
 from llmtune.evaluate.champion import hash_weights
+from llmtune.evaluate.class_alignment import classes_of, pair_metrics
 from llmtune.evaluate.gates import require_gates
-from llmtune.evaluate.opened_runs import check_alike, name_runs, open_run_scores, pair_metrics
+from llmtune.evaluate.opened_runs import check_alike, name_runs, open_run_scores
 from llmtune.evaluate.per_row_scores import pack_measures
 from llmtune.evaluate.release_records import RELEASE_VERSION, Release, is_release, open_release
 from llmtune.recipe.secrets import hide_paths
@@ -177,7 +178,7 @@ def make_record(run: Path) -> Json:
         run=run.absolute().name,
         lock=hash_file(run / LOCK),
         trained=hash_weights(run),
-        recipe=opened.recipe.model_dump(mode="json"),
+        recipe=opened.recipe.with_classes(classes_of(opened)).model_dump(mode="json"),
         verdict=report["verdict"],
         base=evaluation.base,
         tuned=evaluation.tuned,

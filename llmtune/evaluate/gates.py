@@ -54,7 +54,26 @@ def check_gates(section: EvaluateSection, evaluation: Evaluation) -> tuple[GateR
 
     Raises RecipeError for a text that is not a gate.
     """
-    return tuple(check_gate(parse_gate(text), evaluation, section) for text in section.gates)
+    return tuple(check_with_classes(parse_gate(text), evaluation, section) for text in section.gates)
+
+
+def check_with_classes(gate: Gate, evaluation: Evaluation, section: EvaluateSection) -> GateResult:
+    """Check a gate on the champion also on the rows of the classes that the champion has; the worse result counts.
+
+    Rows of new classes are wrong for the champion, so a gain there could hide a loss elsewhere.
+    """
+    result, champion = check_gate(gate, evaluation, section), evaluation.champion
+    known = champion.classes.known if champion and champion.classes else None
+    applies = gate.against == "champion" and not gate.rows
+    if champion is None or known is None or not applies or gate.metric not in known.difference:
+        return result
+    part = replace(champion, scores=known.base, tuned=known.tuned, difference=known.difference)
+    other = check_gate(gate, replace(evaluation, champion=part), section)
+    order = (False, None, True)
+    if order.index(other.passed) >= order.index(result.passed):
+        return result
+    where = f"on the {known.rows} rows of the champion's classes; {result.got} on all"
+    return replace(other, note="; ".join(part for part in (other.note, where) if part))
 
 
 def check_gate(gate: Gate, evaluation: Evaluation, section: EvaluateSection) -> GateResult:

@@ -104,6 +104,10 @@ class PerRowScores(PairedMeasures):
                 tuned[metric] = replace(known, sums_NK=sums_NK, at=at, clusters=(), names=names)
         return PerRowScores({}, tuned, (*self.rows, *others.rows))
 
+    def without_metrics(self, metrics: Collection[str]) -> PerRowScores:
+        """Return the scores without some metrics of the tuned model."""
+        return replace(self, tuned={name: one for name, one in self.tuned.items() if name not in metrics})
+
     def without_rows(self, ids: Collection[str]) -> PerRowScores:
         """Return the tuned model's scores without the rows with these ids; metrics without other rows are dropped."""
         if not ids:

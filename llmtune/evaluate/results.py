@@ -18,6 +18,7 @@ from llmtune.data.answer_parser import ParsedAnswer
 from llmtune.evaluate.eval_inputs import EvalInputs
 from llmtune.evaluate.inference import Answers, TokenSums
 from llmtune.evaluate.metric import Measure, PairedMeasures
+from llmtune.evaluate.shared_prefix import find_choice
 from llmtune.evaluate.token_batches import cut_evenly
 from llmtune.score_records import Flips
 from llmtune.store.atomic_files import explained, plain, read_json, write_text
@@ -97,7 +98,7 @@ def prediction_row(i: int, inputs: EvalInputs, models: dict[str, Answers]) -> di
         if i in answers.scores:
             choice = answers.choice(i, inputs.choices)
             line[f"{name}_choice"] = choice
-            line[f"{name}_choice_right"] = choice == reference
+            line[f"{name}_choice_right"] = choice == find_choice(reference, inputs.choices)
     return line
 
 

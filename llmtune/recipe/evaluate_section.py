@@ -11,6 +11,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import BeforeValidator, Field, Tag
 
 from llmtune.errors import RecipeError, nearest
+from llmtune.recipe.class_names import show_name, similar_names, tidy_name
 from llmtune.recipe.decision_section import DecideSection, PredictionSets, Share, check_decisions, key_of_decision
 from llmtune.recipe.eval_suites_section import (
     BenchmarkSection,
@@ -285,7 +286,10 @@ class EvaluateSection(RecipeSection):
             what = f"{needing[0]} needs choices, but evaluate.choices is null"
             diagnostics.add(key, what, "Set evaluate.choices to auto.", "evaluate.choices")
         if isinstance(self.choices, tuple):
-            diagnostics.repeated("evaluate.choices", self.choices, "an answer")
+            diagnostics.repeated("evaluate.choices", [*map(tidy_name, self.choices)], "an answer")
+            for names in similar_names(self.choices):
+                what = f"'evaluate.choices' differ only by case or width: {', '.join(map(show_name, names))}"
+                diagnostics.add("evaluate.choices", what, "Write the answer one way, in the rows too.")
         if self.limit is not None and not (variant.facts.generates and (self.judge or self.predicted & set(metrics))):
             fix = "Add one, such as exact_match, or remove it."
             diagnostics.no_effect("evaluate.limit", "without a metric on generated answers", fix, key)

@@ -394,4 +394,6 @@ _TASKS = (
 TASK_FACTS = {facts.name: facts for facts in _TASKS}
 """Every task by name, in the order of the documentation."""
 DEFAULT_TASK = _TASKS[0].name
+RETRIEVAL_TASKS = tuple(facts.name for facts in _TASKS if facts.mines)
+"""Tasks that learn from queries and passages; `llmtune init` proposes the first for a retrieval set."""
 ROW_FORMATS = tuple(dict.fromkeys(name for facts in _TASKS for name in facts.formats))

@@ -16,7 +16,7 @@ from llmtune.data.example import Example
 from llmtune.data.overlong import too_long
 from llmtune.data.row_store import iterate_rows
 from llmtune.data.task_interface import Encoded
-from llmtune.data.task_rows import OUTSIDE, TokenClassifyRow, find_words
+from llmtune.data.task_rows import TokenClassifyRow, find_words
 from llmtune.data.tokenization import Segment, decode_shortened
 from llmtune.errors import DataError
 from llmtune.evaluate.classification_metrics import ENTITY_METRICS, entities_of, entity_table, measure_entities
@@ -26,6 +26,7 @@ from llmtune.evaluate.token_batches import run_encoder
 from llmtune.model.causal_lm_loss import model_inputs, token_losses, unwrap
 from llmtune.model.config import is_encoder, name_outputs
 from llmtune.model.memory_plan import context_length
+from llmtune.recipe.class_names import OUTSIDE
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_sections import TokenClassifySection
 from llmtune.records import SPLITS, Batch, Loss, Rows

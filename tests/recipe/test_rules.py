@@ -193,6 +193,7 @@ def test_the_same_key_is_accepted_where_it_has_an_effect(write, sets, key):
         (["evaluate.metrics=[loss, loss]"], "names a metric twice", "once"),
         (["evaluate.metrics=[choice_accuracy]", "evaluate.choices=null"], "needs choices", "auto"),
         (["evaluate.choices=[a, a]"], "names an answer twice", "once"),
+        (["evaluate.choices=[Ja, ja]"], "differ only by case or width: 'Ja', 'ja'", "one way"),
         (["evaluate.gates=[loss]"], "'loss' is not a gate", "`rougeL > base`"),
         (["evaluate.gates=['los < 1']"], "uses an unknown metric", "Did you mean 'loss'?"),
         (["evaluate.metrics=[chrf]", "evaluate.gates=['loss < 1']"], "not computed", "Add loss"),
