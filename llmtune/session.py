@@ -383,11 +383,6 @@ def lock_run(context: RunContext) -> None:
     plan, recipe, model_ref = context.plan, context.plan.recipe, context.plan.model_ref
     miner = recipe.data.negatives and recipe.data.negatives.model
     data_hash, files = list_sources(recipe.data, recipe.task)
-    records = [
-        {"source": one.source, "path": one.path and str(one.path), one.kind: one.hash}
-        | ({} if one.lines is None else {"lines": one.lines})
-        for one in files
-    ]
     write_lock(
         context.folder.path,
         Pins(model_ref.name, model_ref.revision, model_ref.content_hash, data_hash),
@@ -396,7 +391,7 @@ def lock_run(context: RunContext) -> None:
         seed=recipe.seed,
         threads=torch.get_num_threads(),
         model=model_ref.path,
-        sources=cast(list[SourceRecord], records),
+        sources=cast(list[SourceRecord], [one.record for one in files]),
         start_from=find_adapter(Path(start)) if (start := recipe.adapter.start_from) else None,
         device=describe_device(plan.device),
         judge={"model": judge.model, "host": host(judge)} if (judge := recipe.evaluate.judge) else None,
