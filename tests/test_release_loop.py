@@ -16,6 +16,8 @@ import pytest
 from ruamel.yaml import YAML
 from support.runs import invoke, write_recipe, write_sums
 
+from llmtune.errors import GateFailed
+from llmtune.session import RunContext
 from llmtune.store.atomic_files import hash_folder
 from llmtune.store.release_store import list_stored, read_current, read_history, resolve_release
 
@@ -51,7 +53,7 @@ def answer(address: str) -> str:
 def test_weeks_that_pass_are_promoted_those_that_fail_are_not_and_a_rollback_lasts(recipe: Path) -> None:
     code, printed, first_run = week(recipe, 40)
     assert code == 0, printed
-    assert "not applicable: release:tiny has no release yet" in printed
+    assert "release:tiny has no release yet" in printed.split("loss <= champion + 100", 1)[1]
     first = read_current("tiny")
     assert f"release tiny: {first}\n" in printed
     first_answer = answer("release:tiny")
@@ -147,6 +149,39 @@ def test_a_run_starts_from_the_release_that_was_current_and_keeps_it(recipe: Pat
     missing = invoke("run", recipe, "--set", "adapter.start_from=release:other", "--offline")
     assert missing.exit_code == 2
     assert "no release named other" in missing.stderr
+
+
+def test_a_failed_export_leaves_the_release_and_the_run_says_so(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    week(recipe, 40)
+    first = read_current("tiny")
+
+    def differ(context: RunContext) -> None:
+        raise GateFailed.of("the export differs", "merged", "See the certificate.")
+
+    monkeypatch.setattr("llmtune.pipeline.make_products", differ)
+    code, printed, run = week(recipe, 60, "deploy=[merged, release]")
+    assert code == 6
+    assert f"release tiny: stays at {first}, because the export differs" in printed
+    assert read_current("tiny") == first
+    findings = json.loads((run / "run.json").read_text())["findings"]
+    assert findings["release"]["promoted"] is False
+    assert "released" not in findings
+
+
+def test_a_run_that_was_compared_with_an_earlier_release_is_not_promoted(recipe: Path) -> None:
+    week(recipe, 40)
+    code, printed, slow = week(recipe, 60, "deploy=[]")
+    assert code == 0, printed
+    assert week(recipe, 80)[0] == 0
+    second = read_current("tiny")
+    refused = invoke("release", slow, "--offline")
+    assert refused.exit_code == 2
+    assert f"tiny is at {second} now, but the gates compared with" in refused.stderr
+    assert read_current("tiny") == second
+    assert "released" not in json.loads((slow / "run.json").read_text())["findings"]
+    code, printed, again = week(recipe, 60)
+    assert (code, again) == (0, slow), printed
+    assert read_current("tiny") != second, "compared with the current one, and promoted"
 
 
 KILLED = """

@@ -1,4 +1,4 @@
-"""Weekly retraining on a growing file with a packaged encoder and real rows: better, equal, one class lost."""
+"""Weekly retraining with a packaged encoder and real rows: better, equal, a class lost, labels shuffled."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ def train(
 ) -> tuple[int, dict[str, Any]]:
     """Return exit code and report of a run; a fifth of its rows is its test."""
     judged = {"champion": f"runs/{champion}", "when_unsure": "report", "gates": [MARGIN]} if champion else {}
+    judged |= settings.pop("evaluate", {})
     recipe = {
         "recipe_version": 1,
         "name": "sections",
@@ -72,3 +73,29 @@ def test_a_week_later_a_better_and_an_equal_model_pass_and_one_that_lost_a_class
     assert (code, lost["verdict"]["word"], lost["error"]["exit_code"]) == (6, "worse", 6)
     (found,) = [one for one in lost["evaluation"]["details"]["tuned"]["classes"] if one["label"] == "fonts"]
     assert found["recall"] < 0.5
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_a_week_with_shuffled_labels_fails_with_the_default_weekly_gates_and_names_its_file(tmp_path: Path) -> None:
+    turns = [json.loads(line)["messages"] for line in ROWS.read_text().splitlines()]
+    rows = [{"text": one[-2]["content"], "label": one[-1]["content"]} for one in turns]
+    rows = [row for row in rows if row["label"] in SECTIONS]
+    random.Random(1).shuffle(rows)
+    before, week = write(tmp_path / "before.jsonl", rows[:300]), [dict(row) for row in rows[300:441]]
+    shuffled = random.Random(2).sample(range(141), 129)
+    labels = [week[at]["label"] for at in shuffled]
+    random.Random(3).shuffle(labels)
+    for at, label in zip(shuffled, labels, strict=True):
+        week[at]["label"] = label
+    code, _ = train(tmp_path, "champion", before)
+    assert code == 0
+    bad = write(tmp_path / "week4.jsonl", week)
+    gates = {"gates": ["accuracy.low > champion - 0.05", "accuracy[new] >= 0.6"], "suspects": True}
+    code, report = train(tmp_path, "bad", [before, bad], "champion", evaluate=gates)
+    verdict, new = report["verdict"], report["evaluation"]["champion"]["new"]
+    assert (code, verdict["word"]) == (6, "worse"), verdict
+    assert "Not passed on new rows: accuracy[new] >= 0.6." in verdict["reason"]
+    assert "suspects are in week4.jsonl" in verdict["reason"]
+    assert "week4.jsonl: " in verdict["reason"]
+    assert new["from_old"]["accuracy"]["interval"][1] < 0

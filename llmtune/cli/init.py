@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 
 SCHEMA = "recipe.schema.json"
 SHOWN_FOLDERS = 5
-SEARCHES = ("embed", "rerank")
-"""Tasks for a folder with queries, passages and judgements; the first is the default."""
 
 
 @handled
@@ -57,7 +55,7 @@ def init(
     """Write a recipe for your rows: task, columns, lengths and a model that fits this machine."""
     from llmtune.cli.proposal import propose_recipe
     from llmtune.data.file_survey import list_readings, survey_files
-    from llmtune.recipe.task_facts import TASK_FACTS
+    from llmtune.recipe.task_facts import RETRIEVAL_TASKS, TASK_FACTS
     from llmtune.recipe.undecided import UNDECIDED
 
     if task is not None and task not in TASK_FACTS:
@@ -68,8 +66,8 @@ def init(
         return
     path, asks = data or data_option or _only_file(), not yes and not as_json and sys.stdin.isatty()
     target, console, mapped = _target(path, out), stderr_console(), _mapped(columns or [])
-    retrieval, splits = _join_files(path, target, console) if task in (None, *SEARCHES) else (None, {})
-    task = SEARCHES[0] if retrieval and task is None else task
+    retrieval, splits = _join_files(path, target, console) if task in (None, *RETRIEVAL_TASKS) else (None, {})
+    task = RETRIEVAL_TASKS[0] if retrieval and task is None else task
     survey = survey_files(str(splits["train"]) if splits else path)
     readings = list_readings(survey, task, mapped)
     if not readings:
@@ -155,9 +153,9 @@ def _mapped(columns: list[str]) -> dict[str, str]:
 
 def _unread(survey: Survey, task: str | None, columns: Mapping[str, str]) -> LlmtuneError:
     from llmtune.data.file_survey import refusals
-    from llmtune.recipe.task_facts import TASK_FACTS
+    from llmtune.recipe.task_facts import RETRIEVAL_TASKS, TASK_FACTS
 
-    if task in SEARCHES and len(survey.columns) == 1 and not columns:
+    if task in RETRIEVAL_TASKS and len(survey.columns) == 1 and not columns:
         what = f"task: {task} needs queries, and these rows have only texts"
         fix = "Give rows with query and passage: what users type, and its answer. These texts may be data.corpus."
         return DataError.of(what, survey.path, fix)
@@ -215,7 +213,7 @@ def _choose_label(survey: Survey, reading: Reading, columns: Mapping[str, str], 
     question = f"Which column is the label? {', '.join(names)} [{names[0]}]: "
     while (answer := console.input(escape(question)).strip() or names[0]) not in names:
         console.print(f"unknown column {answer!r}", markup=False)
-    (chosen,) = list_readings(survey, "classify", {**columns, "label": answer})
+    (chosen,) = list_readings(survey, reading.task, {**columns, "label": answer})
     others = ", ".join(str(one) for one in reading.candidates if one.column != answer)
     console.print(f"  label is {answer!r}; not used: {others}", markup=False, highlight=False)
     return chosen

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -114,6 +114,7 @@ def show_release(release: Stored, signers: Signers = None, as_json: AsJson = Fal
     from llmtune.evaluate.release_records import find_record, read_release
     from llmtune.report.render_terminal import print_sections
     from llmtune.report.score_sections import gate_section, score_section
+    from llmtune.report.simple_baseline_view import simple_baseline_section
     from llmtune.score_records import Evaluation
 
     file = find_record(release)
@@ -126,7 +127,9 @@ def show_release(release: Stored, signers: Signers = None, as_json: AsJson = Fal
         typer.echo(f"{summary['address']}{' (current)' if summary['current'] else ''}, from run {record['run']}")
     scores = record["base"], record["tuned"], record["difference"]
     evaluation = Evaluation(*scores, (), record["rows"], record["signatures"])
-    sections = [score_section(evaluation, record["recipe"]["task"]), gate_section(record["gates"])]
+    evaluation, task = replace(evaluation, simple_baseline=record.get("simple_baseline")), record["recipe"]["task"]
+    sections = [score_section(evaluation, task), simple_baseline_section(evaluation, task)]
+    sections.append(gate_section(record["gates"]))
     print_sections(sections, make_console(stderr=False))
     if signature:
         by = f"signed by {signature.by}" if signature.kind == "ssh" else signature.by

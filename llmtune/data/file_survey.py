@@ -174,7 +174,7 @@ def _with_classes(survey: Survey, readings: list[Reading], columns: Mapping[str,
 
     It replaces a reading by the names of single columns, and precedes readings that leave a label out.
     """
-    mapped, folder = map_classes(survey.rows, columns), survey.row_files[0].parent
+    mapped, folder = map_classes(survey.rows, columns, "classify"), survey.row_files[0].parent
     others = [one.task for one in readings]
     if mapped is None or not reads_rows(survey.first, "classify", mapped[0], folder):
         return readings

@@ -27,7 +27,8 @@ from llmtune.evaluate.eval_inputs import EvalContext, limit_inputs, make_inputs
 from llmtune.evaluate.evaluated_task import LoadedModel
 from llmtune.evaluate.generation import generate_completions
 from llmtune.evaluate.inference import Answers, compute_metrics, inference_on, predict
-from llmtune.evaluate.opened_runs import OpenedRun, ScoredRun, keep_asked, open_run_scores, pair_measures, pair_metrics
+from llmtune.evaluate.metric import paired_difference
+from llmtune.evaluate.opened_runs import OpenedRun, ScoredRun, keep_asked, open_run_scores, pair_measures
 from llmtune.evaluate.per_row_scores import PerRowScores, name_test_rows, save_measures
 from llmtune.evaluate.results import load_base
 from llmtune.model.device import release_memory
@@ -152,7 +153,8 @@ def compare_with_tuned(run: OpenedRun, measures: PerRowScores) -> Json:
     """Return both models' scores on their common rows, and the differences: the export's minus the tuned model's."""
     export = ScoredRun("the export", run.recipe, run.evaluation, keep_asked(measures, run.recipe))
     pairs, left_out = pair_measures(run, export)
-    difference, _ = pair_metrics(run, export)
+    seed = run.recipe.seed
+    difference = {metric: paired_difference(before, after, seed) for metric, (before, after) in pairs.items()}
     return {
         "tuned": {metric: before.value for metric, (before, _) in pairs.items()},
         "export": {metric: after.value for metric, (_, after) in pairs.items()},

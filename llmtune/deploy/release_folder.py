@@ -114,9 +114,13 @@ def promote_run(run: Path, console: Console, *, offline: bool, signing: str | No
     name, digest = scored.recipe.name, hash_served(context)
     before, replaces = read_current(name), find_compared(scored.recipe, run)
     released = {*context.folder.findings.get("released", ()), f"{RELEASE_PREFIX}{name}@{digest}"}
-    context.folder.note(released=sorted(released))
-    write = partial(fill_release, context, signing=signing)
-    folder = promote(name, digest, write, replaces if before != digest else False)
+    folder = promote(
+        name,
+        digest,
+        partial(fill_release, context, signing=signing),
+        replaces if before != digest else False,
+        on_stored=lambda: context.folder.note(released=sorted(released)),
+    )
     return Promoted(folder, before)
 
 

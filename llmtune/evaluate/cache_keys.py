@@ -56,6 +56,13 @@ def base_inputs(
     return hash_value([__version__, package_versions(("torch", "transformers")), contents, settings, drawn])
 
 
+def simple_inputs(recipe: Recipe, rows: Rows, examples: Examples) -> str:
+    """Hash the inputs of a simple baseline's answers: the rows that it learns from, and those that it answers."""
+    asked = [recipe.evaluate.limit, recipe.evaluate.choices, recipe.task_section()]
+    contents = [rows.content_hash, examples.content_hash, recipe.data.max_length]
+    return hash_value([__version__, package_versions(("scikit-learn", "scipy")), contents, asked])
+
+
 def own_metric_files(recipe: Recipe) -> list[str]:
     """Return the files of the user's own metrics."""
     return sorted({stated.rpartition(":")[0] for stated in recipe.evaluate.own_metrics.values()})

@@ -14,14 +14,14 @@ import numpy as np
 
 from llmtune.errors import DataError, EnvironmentProblem, LlmtuneError, Problem, RecipeError
 from llmtune.evaluate.evaluation_file import load_evaluation
-from llmtune.evaluate.metric import Measure, PairedMeasures, paired_difference, ratio
+from llmtune.evaluate.metric import Measure, PairedMeasures, ratio
 from llmtune.evaluate.per_row_scores import PerRowScores, load_measures
 from llmtune.recipe.evaluate_section import GATE_KEYS
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.source_map import walk
 from llmtune.recipe.task_facts import CHOICE_METRICS, CUT_METRIC, DECISIONS, TASK_FACTS
 from llmtune.records import Json
-from llmtune.score_records import Difference, Evaluation
+from llmtune.score_records import Evaluation
 from llmtune.store.atomic_files import read_json
 from llmtune.store.run_folder import CERTIFICATE, MANIFEST, RunFolder, read_run, recipe_of_run
 
@@ -124,7 +124,8 @@ def open_export_scores(path: Path, certificate: Json, name: str) -> OpenedRun:
         {metric: measures.base[metric] for metric in same}, {metric: measures.tuned[metric] for metric in same}
     )
     scores = {metric: one.value for metric, one in measures.tuned.items()}
-    evaluation = replace(run.evaluation, tuned=scores, difference=pairs.differences(run.recipe.seed))
+    difference = pairs.differences(run.recipe.seed)
+    evaluation = replace(run.evaluation, tuned=scores, difference=difference, simple_baseline=None)
     return OpenedRun(name, run.recipe, evaluation, measures, run.folder, certificate)
 
 
@@ -210,8 +211,9 @@ def find_other_keys(first: ScoredRun, second: ScoredRun, metrics: Collection[str
     keys += ["generation."] if first.recipe.evaluate.predicted & set(metrics) and facts.generates else []
     if any(run.recipe.data.on_overlong in ("truncate", "split") for run in (first, second)):
         keys += ["data.max_length", "data.on_overlong"]
+    classes = [f"{facts.section}.{name}" for name in ("labels", "rename")]  # `class_alignment` joins classes
     for key, (one, other) in find_differing(first, second).items():
-        if key.startswith(tuple(keys)):
+        if key.startswith(tuple(keys)) and key not in classes and "auto" not in (one, other):
             yield f"measured with {key}: {other}, but {first.name} with {one}"
 
 
@@ -228,14 +230,6 @@ def find_differing(first: ScoredRun, second: ScoredRun) -> dict[str, tuple[objec
     keys = dict.fromkeys([*first.settings, *second.settings])
     pairs = {key: (first.settings.get(key), second.settings.get(key)) for key in keys}
     return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
-
-
-def pair_metrics(first: ScoredRun, second: ScoredRun) -> tuple[dict[str, Difference], dict[str, str]]:
-    """Return paired differences by metric, second minus first, and the reason for each metric not compared."""
-    pairs, left_out = pair_measures(first, second)
-    return {
-        metric: paired_difference(before, after, first.recipe.seed) for metric, (before, after) in pairs.items()
-    }, left_out
 
 
 def pair_measures(first: ScoredRun, second: ScoredRun) -> tuple[dict[str, tuple[Measure, Measure]], dict[str, str]]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import base64
 import json
 import os
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NotRequired
 
 from pydantic import AfterValidator, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
@@ -19,7 +20,7 @@ from llmtune.evaluate.per_row_scores import unpack_measures
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.section import RELEASE_PREFIX
 from llmtune.records import Json
-from llmtune.score_records import Difference, Evaluation, GateResult
+from llmtune.score_records import Difference, Evaluation, GateResult, SimpleBaseline
 from llmtune.store.atomic_files import explained, read_json
 from llmtune.store.release_store import (
     RECORD_FILE,
@@ -70,6 +71,7 @@ class Release(TypedDict):
     certificates: dict[str, Json]
     """The merged, exported or served model, with the numbers of its parity check."""
     rows: int
+    simple_baseline: NotRequired[SimpleBaseline | None]
     measures: str
     """`measures.npz` of the tuned model, in base64: each row's hash, and its contribution to each score."""
 
@@ -189,4 +191,5 @@ def open_release(path: Path, name: str) -> ScoredRun:
         raise RecipeError.of(f"damaged: {error}", str(path), RELEASE_FIX) from None
     scores = release["base"], release["tuned"], release["difference"]
     evaluation = Evaluation(*scores, (), release["rows"], release["signatures"])
+    evaluation = replace(evaluation, simple_baseline=release.get("simple_baseline"))
     return ScoredRun(name, recipe, evaluation, unpack_measures(packed, path, RELEASE_FIX))

@@ -28,7 +28,7 @@ def suspect_section(suspects: SuspectFacts | None) -> Section:
         cells.append([shown, row["given"], row["suggested"], score(row["score"]), Cell(place, note=row["split"])])
     columns: TableColumns = ["text", "label", "suggested", Column("probability of the label", "number"), "row"]
     table: list[Block] = [Table(columns, cells, scroll=True)] if cells else []
-    left_out = [Text(unchecked_sentence(suspects["unchecked"]), "note")] if suspects["unchecked"] else []
+    left_out: list[Block] = [Text(unchecked_sentence(suspects["unchecked"]), "note")] if suspects["unchecked"] else []
     by_file: TableRows = [
         [
             Cell(one.file, "worse" if one.stands_out else ""),

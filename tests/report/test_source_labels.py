@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from scipy.stats import fisher_exact
+from scipy.stats import fisher_exact  # type: ignore[import-untyped]
 
 from llmtune.report.source_labels import compare_sources, describe_outliers
 from llmtune.report.suspect_section import suspect_section
