@@ -28,7 +28,7 @@ from llmtune.adapter.injection import adapter_settings, describe_adapter
 from llmtune.data.data_report import describe_examples
 from llmtune.data.examples import ExampleReader, encode_rows, examples_inputs, row_lengths
 from llmtune.data.preparation import prepare_rows
-from llmtune.data.row_store import load_rows
+from llmtune.data.row_store import has_rows, load_rows
 from llmtune.deploy.products import check_products, make_products, reporting
 from llmtune.deploy.release_folder import conclude_release, release_kept
 from llmtune.errors import EnvironmentProblem
@@ -124,11 +124,13 @@ def run_prepare(context: RunContext, loaded: LoadedRecipe) -> None:
 
 
 def _prepare_rows(context: RunContext, loaded: LoadedRecipe) -> None:
-    inputs = rows_hash(context, loaded.recipe)
+    inputs, target = rows_hash(context, loaded.recipe), context.folder.path / "data" / "rows"
     with context.step("prepare", inputs, ["data/rows"]) as step:
         if not step.skipped:
-            with staged(context.folder.path / "data" / "rows") as folder:
+            with staged(target) as folder:
                 made = prepare_rows(loaded.recipe, folder, context.console, inputs)
+                if not has_rows(target, made.content_hash):
+                    context.folder.refuse_released()
             step.facts.update(made.as_facts())
 
 

@@ -140,7 +140,7 @@ def show_release(release: Stored, signers: Signers = None, as_json: AsJson = Fal
 @app.command()
 @handled
 def diff(first: Stored, second: Stored, as_json: AsJson = False) -> None:
-    """Compare two releases row by row, second minus first."""
+    """Compare two releases on the test rows that both have, row by row, second minus first."""
     from llmtune.deploy.releases import diff_releases
     from llmtune.evaluate.release_records import find_record
     from llmtune.report.blocks import Compared, Section, difference_table
@@ -148,9 +148,9 @@ def diff(first: Stored, second: Stored, as_json: AsJson = False) -> None:
     from llmtune.report.render_terminal import print_sections
     from llmtune.store.atomic_files import plain
 
-    difference, left_out = diff_releases(find_record(first), find_record(second))
+    difference, left_out, rows = diff_releases(find_record(first), find_record(second))
     if as_json:
-        print_json({"difference": plain(difference), "left_out": left_out})
+        print_json({"difference": plain(difference), "left_out": left_out, "rows": rows})
         return
 
     def compared(metric: str, change: Difference) -> Compared:
@@ -158,6 +158,9 @@ def diff(first: Stored, second: Stored, as_json: AsJson = False) -> None:
 
     table = difference_table([compared(*pair) for pair in difference.items()], base=None)
     print_sections([Section(f"{second} minus {first}", [table])], make_console(stderr=False))
+    if rows["only_first"] or rows["only_second"]:
+        counts = f"{rows['only_first']:,} test rows are only in {first}, {rows['only_second']:,} only in {second}"
+        typer.echo(f"Compared on the {rows['common']:,} test rows of both: {counts}.")
     for metric, why in left_out.items():
         typer.echo(f"{metric} not compared: {why}")
 

@@ -112,6 +112,12 @@ def rows_folder(run: Path) -> Path:
     return mined if (mined / RECORD).exists() else run / "data" / "rows"
 
 
+def has_rows(folder: Path, content_hash: str) -> bool:
+    """Return whether a folder has prepared rows with this content."""
+    record = read_json(folder / RECORD)
+    return isinstance(record, dict) and record.get("content_hash") == content_hash
+
+
 def load_rows(folder: Path) -> Rows:
     """Read the output of `prepare_rows` from `folder`, which may have been moved.
 

@@ -201,20 +201,27 @@ def _without_paths(content: Release) -> Json:
     return {key: hide_paths(value) for key, value in values.items()}
 
 
-def diff_releases(first: Path, second: Path) -> tuple[dict[str, Difference], dict[str, str]]:
-    """Return paired differences by metric (second minus first), and reasons for metrics without one.
+def diff_releases(first: Path, second: Path) -> tuple[dict[str, Difference], dict[str, str], dict[str, int]]:
+    """Return paired differences by metric (second minus first), reasons for metrics without one, and counts of rows.
 
-    Raises DataError or RecipeError if the releases were not measured on the same rows in the same way.
+    If the test rows grew between the releases, those that both have are compared.
+
+    Raises DataError or RecipeError if the releases have no test row in common or were measured in another way.
     """
     names = name_runs([first, second])
     before, after = (open_release(path, name) for path, name in zip((first, second), names, strict=True))
+    one, other = {*before.measures.rows}, {*after.measures.rows}
+    counts = {"common": len(one & other), "only_first": len(one - other), "only_second": len(other - one)}
+    if counts["common"]:
+        left = {name.rpartition("-")[0] for name in one ^ other}
+        before, after = (replace(run, measures=run.measures.without_rows(left)) for run in (before, after))
     check_alike([before, after])
     difference, left_out = pair_metrics(before, after)
     for metric in dict.fromkeys([*before.evaluation.tuned, *after.evaluation.tuned]):
         having = [one.name for one in (before, after) if metric in one.evaluation.tuned]
         why = "has no scores by row" if len(having) == 2 else f"measured only in {having[0]}"
         left_out |= {} if metric in {*difference, *left_out} else {metric: why}
-    return difference, left_out
+    return difference, left_out, counts
 
 
 def summarize_release(path: Path, release: Release) -> Json:

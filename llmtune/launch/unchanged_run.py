@@ -62,7 +62,7 @@ def find_unchanged(loaded: LoadedRecipe, path: Path, until: str) -> Json | None:
     folder = read_run(path)
     if folder.manifest.get("finished") != _hash_command(loaded, folder, until):
         return None
-    if is_gone(report.get("release")):
+    if is_outdated(report.get("release")):
         return None
     findings = verify_run(path, strict=True).findings
     if any(finding.state != "same" for finding in findings if finding.kind not in LOOSE):
@@ -73,11 +73,12 @@ def find_unchanged(loaded: LoadedRecipe, path: Path, until: str) -> Json | None:
     return report | {"steps": steps}
 
 
-def is_gone(outcome: Json | None) -> bool:
-    """Return whether the release that a run made is in the store no more."""
-    if outcome is None or not outcome["promoted"]:
+def is_outdated(outcome: Json | None) -> bool:
+    """Return whether another release is current than a run noted at its end, or its files are gone."""
+    if outcome is None:
         return False
-    return outcome["current"] not in [one.hash for one in list_stored(outcome["name"])]
+    current = next((one.hash for one in list_stored(outcome["name"]) if one.current), None)
+    return bool(outcome["current"] != current)
 
 
 def _hash_command(loaded: LoadedRecipe, folder: RunFolder, until: str) -> str:

@@ -90,8 +90,9 @@ def test_releases_are_listed_and_compared_row_by_row(run: Path, file: Path) -> N
     (file.parent / "package.json").write_text("{}")
     (file.parent / "numbers.json").write_text("[1]")
     assert {path for path, _ in list_releases(file.parent)} == {file, other}
-    difference, left_out = diff_releases(file, other)
+    difference, left_out, rows = diff_releases(file, other)
     assert {change.value for change in difference.values()} == {0}
+    assert rows["common"] and rows["only_first"] == rows["only_second"] == 0
     assert left_out == {"answers_cut": "has no scores by row"}
 
 
@@ -172,7 +173,7 @@ def test_a_metric_missing_on_one_side_or_by_row_is_named(run: Path, file: Path, 
     more = {**content, "tuned": {**content["tuned"], "chrf": 1.0}}
     (tmp_path / "more.json").write_text(json.dumps(more))
     assert "answers_cut" in content["tuned"]
-    _, left_out = diff_releases(file, tmp_path / "more.json")
+    _, left_out, _ = diff_releases(file, tmp_path / "more.json")
     assert left_out == {"answers_cut": "has no scores by row", "chrf": "measured only in more.json"}
 
 
