@@ -90,7 +90,7 @@ def run_pipeline(loaded: LoadedRecipe, request: RunRequest, console: Console) ->
     assert not request.dry_run, "`launch.dry_run` is for those"
     path = request.folder
     loaded = pin_start(loaded, once(lambda: find_start(loaded.recipe, path)))
-    check_first(loaded.recipe, request)
+    check_first(loaded, request)
     request = replace(request, pins=request.pins or (read_pins(request.lock) if request.lock else None))
     with ExitStack() as stack:
         manifest = once(lambda: _begin(stack, path, loaded, request, console))

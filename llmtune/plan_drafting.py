@@ -23,13 +23,16 @@ from llmtune.session import Plan, RunContext, find_variant
 from llmtune.store.atomic_files import hash_value
 from llmtune.store.process_environment import refuse_network
 from llmtune.store.processes import layout
+from llmtune.store.release_store import check_store
 from llmtune.store.run_request import RunRequest
 from llmtune.tasks.class_labels import AS_NUMBERS
 from llmtune.train.setup import train_inputs
 
 
-def check_first(recipe: Recipe, request: RunRequest) -> None:
+def check_first(loaded: LoadedRecipe, request: RunRequest) -> None:
     """Raise the problems of a recipe on this machine that can be found without its rows and without weights."""
+    recipe = loaded.recipe
+    check_store(recipe.evaluate.champion, loaded.file)
     refuse_network(recipe, offline=request.offline)
     check_kernels(recipe, pick_device())
     check_inputs(recipe)

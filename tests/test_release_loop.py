@@ -20,6 +20,7 @@ from llmtune.errors import GateFailed
 from llmtune.session import RunContext
 from llmtune.store.atomic_files import hash_folder
 from llmtune.store.release_store import list_stored, read_current, read_history, resolve_release
+from llmtune.store.run_folder import read_run
 
 GATES = ["loss <= base + 100", "loss <= champion + 100"]
 FAILS = "evaluate.gates=[loss <= 0.01]"
@@ -89,6 +90,13 @@ def test_weeks_that_pass_are_promoted_those_that_fail_are_not_and_a_rollback_las
     code, printed, again = week(recipe, 60)
     assert (code, again) == (0, second_run), printed
     assert read_current("tiny") == first, "what a person rolled back, the same command does not promote"
+    for _ in range(2):
+        assert f"stays at {first}, because {second} was rolled back" in printed
+        assert json.loads((second_run / "report.json").read_text())["release"]["current"] == first
+        suite = ElementTree.parse(second_run / "junit.xml").getroot()[0]
+        assert suite.find("testcase[@classname='llmtune.release']/skipped") is not None
+        code, printed, again = week(recipe, 60)
+        assert (code, again) == (0, second_run), printed
     code, printed, again = week(recipe, 60, "evaluate.metrics=[loss]")
     assert (code, again) == (0, second_run), printed
     assert f"stays at {first}, because {second} was rolled back" in printed
@@ -100,6 +108,8 @@ def test_weeks_that_pass_are_promoted_those_that_fail_are_not_and_a_rollback_las
         f"* release:tiny@{second}",
     ]
     assert [line["action"] for line in read_history("tiny")] == ["promote", "promote", "rollback", "promote"]
+    code, printed, _ = week(recipe, 60)
+    assert (code, f"release tiny: {second}\n" in printed) == (0, True), printed
 
 
 def test_a_second_identical_command_compares_with_the_release_before_and_changes_nothing(recipe: Path) -> None:
@@ -133,6 +143,68 @@ def test_the_champion_answers_new_rows_also_when_its_run_is_gone(recipe: Path) -
     assert "champion: its run is gone" in printed
     without = json.loads((run / "report.json").read_text())
     assert without["evaluation"]["champion"] == report["evaluation"]["champion"]
+
+
+def test_a_project_that_was_moved_goes_on_with_its_releases(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, _, run = week(recipe, 40)
+    current = read_current("tiny")
+    moved = recipe.parent.with_name("moved")
+    recipe.parent.rename(moved)
+    monkeypatch.chdir(moved)
+    rows, released = (moved / run / "data" / "rows"), hash_folder(Path("releases"))
+    before = hash_folder(rows), hash_folder(moved / run / "adapter")
+    code, printed, again = week(moved / recipe.name, 40)
+    assert (code, again) == (0, run), printed
+    assert printed.count("unchanged, skipped") == 5, "all but prepare"
+    assert (hash_folder(rows), hash_folder(moved / run / "adapter")) == before
+    assert (read_current("tiny"), hash_folder(Path("releases"))) == (current, released)
+    code, printed, again = week(moved / recipe.name, 40, "evaluate.slices=[messages]")
+    assert (code, again) == (0, run), printed
+    assert invoke("verify", run).exit_code == 0
+
+
+def test_other_rows_are_never_written_over_those_of_a_released_run(recipe: Path) -> None:
+    _, _, run = week(recipe, 40)
+    rows, prepared = run / "data" / "rows", read_run(run).manifest["steps"]["prepare"]
+    before = hash_folder(rows)
+    write_sums(recipe.parent / "rows.jsonl", 60)
+    done = invoke("run", recipe, "--offline", "--out", run)
+    assert done.exit_code == 2
+    assert "this run is released as" in done.stderr
+    assert (hash_folder(rows), read_run(run).manifest["steps"]["prepare"]) == (before, prepared)
+
+
+@pytest.mark.parametrize("words", [["run"], ["run", "--dry-run"], ["train"]])
+def test_a_recipe_whose_releases_are_in_its_own_folder_is_not_run_elsewhere(
+    recipe: Path, words: list[str], tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = recipe.parent / "releases" / "tiny"
+    (store / "0a1b2c3d").mkdir(parents=True)
+    (store / "0a1b2c3d" / "release.json").write_text("{}")
+    monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
+    done = invoke(*words, recipe, "--offline")
+    assert done.exit_code == 2
+    assert "the working folder has no release of tiny" in done.stderr
+    assert f"cd {recipe.parent}" in done.stderr
+
+
+def test_a_champion_of_another_name_must_exist(recipe: Path) -> None:
+    done = invoke("run", recipe, "--offline", "--set", "evaluate.champion=release:tinny")
+    assert done.exit_code == 2
+    assert "no release named tinny" in done.stderr
+
+
+def test_releases_of_a_growing_test_set_are_compared_on_their_common_rows(recipe: Path) -> None:
+    week(recipe, 40)
+    week(recipe, 120)
+    first, second = (one["after"] for one in read_history("tiny"))
+    done = invoke("release", "diff", f"tiny@{first}", f"release:tiny@{second}", "--json")
+    assert done.exit_code == 0, done.stderr
+    compared = json.loads(done.stdout)
+    assert compared["rows"]["only_second"] > 0
+    assert compared["difference"]["loss"]["n"] == compared["rows"]["common"] > 0
+    shown = invoke("release", "diff", f"tiny@{first}", f"tiny@{second}").stdout
+    assert f"the {compared['rows']['common']} test rows of both" in shown
 
 
 def test_a_run_starts_from_the_release_that_was_current_and_keeps_it(recipe: Path) -> None:

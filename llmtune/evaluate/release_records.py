@@ -29,7 +29,9 @@ from llmtune.store.release_store import (
     is_stored,
     list_release_names,
     list_stored,
+    read_history,
     resolve_release,
+    split_address,
 )
 from llmtune.store.run_folder import MANIFEST
 from llmtune.store.run_listing import find_run
@@ -120,9 +122,18 @@ def list_releases(folder: Path) -> list[tuple[Path, Release]]:
 def list_all_releases(folder: Path) -> list[tuple[Path, Release]]:
     """Return the stored releases by name, the oldest first, if `folder` is the store; then its release files."""
     names = list_release_names() if folder == RELEASES else []
-    records = ([(one.folder / RECORD_FILE) for one in list_stored(name)] for name in names)
-    stored = (sorted(((path, read_release(path)) for path in one), key=lambda pair: pair[1]["date"]) for one in records)
-    return [*chain.from_iterable(stored), *list_releases(folder)]
+    return [*chain.from_iterable(map(_list_by_age, names)), *list_releases(folder)]
+
+
+def _list_by_age(name: str) -> list[tuple[Path, Release]]:
+    promoted = [line["after"] for line in read_history(name)]
+    stored = [(one.folder / RECORD_FILE, read_release(one.folder / RECORD_FILE)) for one in list_stored(name)]
+
+    def age(one: tuple[Path, Release]) -> tuple[str, int]:  # dates are exact to the minute
+        digest = one[0].parent.name
+        return one[1]["date"], promoted.index(digest) if digest in promoted else len(promoted)
+
+    return sorted(stored, key=age)
 
 
 def find_record(stated: str) -> Path:
@@ -156,8 +167,8 @@ def find_release(path: Path, name: str) -> Path:
 def locate_champion(recipe: Recipe, run: Path | None) -> Path | None:
     """Return the run folder or release file that `evaluate.champion` names, for the run in folder `run`.
 
-    None without a champion, or if it is `release:NAME` and that name has no release yet. `NAME` does not mean the run
-    itself.
+    None without a champion, or if it is `release:NAME` with the recipe's own name, which has no release yet. `NAME`
+    does not mean the run itself.
 
     Raises RecipeError as `find_release`, `find_run` and `find_opponent` do.
     """
@@ -169,6 +180,8 @@ def locate_champion(recipe: Recipe, run: Path | None) -> Path | None:
     if not champion.startswith(RELEASE_PREFIX):
         return find_run(Path(champion), other_than=run).absolute()
     folder = find_opponent(champion, run)
+    if folder is None and split_address(champion)[0] != recipe.name:  # no run of this recipe will make that release
+        folder = resolve_release(champion)
     return folder.absolute() / RECORD_FILE if folder else None
 
 

@@ -51,7 +51,7 @@ def dry_run(loaded: LoadedRecipe, request: RunRequest, console: Console) -> Json
     path = request.folder
     loaded = pin_start(loaded, find_start(loaded.recipe, path))
     recipe = loaded.recipe
-    check_first(recipe, request)
+    check_first(loaded, request)
     folder = peek_run(path, loaded.fingerprint, resume=request.resume, fresh=request.fresh)
     context = RunContext(folder, console, replace(request, pins=read_pins(request.lock) if request.lock else None))
     if request.device is not None:

@@ -171,6 +171,17 @@ def find_opponent(address: str, run: Path | None) -> Path | None:
     return folder
 
 
+def check_store(champion: str | None, recipe: Path) -> None:
+    """Refuse a champion without a release in the working folder, if the recipe's folder has releases of its name."""
+    if champion is None or not champion.startswith(RELEASE_PREFIX):
+        return
+    name, folder = split_address(champion)[0], recipe.absolute().parent
+    if list_stored(name) or read_current(name) or not any((folder / RELEASES / name).glob(f"*/{RECORD_FILE}")):
+        return
+    what = f"the working folder has no release of {name}, but the recipe's folder has: {folder / RELEASES / name}"
+    raise RecipeError.of(what, f"evaluate.champion: {champion}", f"Enter the command there: cd {folder}")
+
+
 def is_release_of(folder: Path, run: Path) -> bool:
     """Return whether a release has the weights that a run trained, by their hashes."""
     record, lock = read_json(folder / RECORD_FILE), read_json(run / LOCK)
