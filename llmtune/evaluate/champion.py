@@ -21,7 +21,7 @@ from llmtune.errors import DataError, EnvironmentProblem, LlmtuneError, Problem,
 from llmtune.evaluate.class_alignment import align_classes, find_partial, follow_rows, shared_names
 from llmtune.evaluate.class_changes import check_classes, judge_classes
 from llmtune.evaluate.metric import paired_difference
-from llmtune.evaluate.new_rows import NONE_ASKED, Asked, score_new
+from llmtune.evaluate.new_rows import NONE_ASKED, Asked, score_new, split_answers
 from llmtune.evaluate.opened_runs import (
     ScoredRun,
     find_other_keys,
@@ -31,6 +31,7 @@ from llmtune.evaluate.opened_runs import (
     pair_measures,
 )
 from llmtune.evaluate.per_row_scores import PerRowScores, name_test_rows
+from llmtune.evaluate.ranking_metrics import SEARCHED
 from llmtune.evaluate.release_records import locate_champion, open_release, read_release
 from llmtune.recipe.evaluate_section import ERROR
 from llmtune.recipe.schema import Recipe
@@ -325,12 +326,26 @@ def face_champion(
     folder = find_champion_run(recipe, run.path)
     inherited = find_inherited(recipe, folder, rows)
     places = list_unseen(champion, folder, rows, measures.rows, inherited)
-    asked = ask(folder, places) if folder and places else NONE_ASKED
+    if folder and (metrics := list_searched_elsewhere(champion, measures)):
+        names = {*champion.measures.rows}
+        shared = [place for place, name in enumerate(measures.rows) if name in names]
+        again, asked = split_answers(ask(folder, [*shared, *places]), measures.rows, places)
+        if all(one in again.tuned and again.tuned[one].signature == measures.tuned[one].signature for one in metrics):
+            champion = replace(champion, measures=again)
+    else:
+        asked = ask(folder, places) if folder and places else NONE_ASKED
     changes = partial(judge_classes, rows=rows, renames=recipe.renames, hints=run.findings.get("class_hints", ()))
     if not asked.places:
         asked = replace(asked, why_none=NONE_NEW if folder else GONE)
     compared = compare_with_champion(champion, recipe, evaluation, measures, asked, inherited, changes)
     return replace(compared, folder=name_champion(locate_champion(recipe, run.path)))
+
+
+def list_searched_elsewhere(champion: ScoredRun, measures: PerRowScores) -> list[str]:
+    """Return the metrics for which the champion searched other passages than this run, as when the test rows grew."""
+    pairs = {name: (champion.measures.tuned.get(name, one), one) for name, one in measures.tuned.items()}
+    parts = {name: [one.signature.partition(SEARCHED) for one in pair] for name, pair in pairs.items()}
+    return [name for name, (before, after) in parts.items() if before[:2] == after[:2] and before[2] != after[2]]
 
 
 def name_champion(path: Path | None) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 from llmtune.evaluate.metric import PairedMeasures, own_interval
@@ -29,6 +29,14 @@ class Asked:
 
 
 NONE_ASKED = Asked()
+
+
+def split_answers(asked: Asked, names: Sequence[str], new: Collection[int]) -> tuple[PerRowScores, Asked]:
+    """Split answers to all test rows, named by their position: those that are not new, and those to `new` ones."""
+    ids = {name.rpartition("-")[0] for place, name in enumerate(names) if place in {*new}}
+    others = {name.rpartition("-")[0] for name in asked.answers.rows} - ids
+    answers = asked.answers.without_rows(others)
+    return asked.answers.without_rows(ids), Asked(tuple(place for place in asked.places if place in {*new}), answers)
 
 
 def score_new(champion: ScoredRun, own: ScoredRun, names: Collection[str], metrics: Collection[str]) -> NewRows:

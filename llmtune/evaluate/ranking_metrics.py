@@ -35,6 +35,8 @@ RANKED = 1000
 AT_ONCE = 256
 """Queries compared with all passages at a time."""
 SIGNATURE = "mean over queries with a relevant passage; equal scores count as the mean of their orders"
+SEARCHED = "searched in "
+"""In a signature, before the number and hash of the passages."""
 
 
 @dataclass(frozen=True)
@@ -255,7 +257,7 @@ def unit_rows(vectors: Iterable[Sequence[float] | NDArray[np.float32]], count: i
 def describe_passages(texts: Iterable[str]) -> str:
     """Describe the passages that were searched, with a hash: scores on other passages cannot be compared."""
     different = sorted(set(texts))
-    return f"searched in {len(different):,} passages ({hash_value(different)[:8]})"
+    return f"{SEARCHED}{len(different):,} passages ({hash_value(different)[:8]})"
 
 
 def search(

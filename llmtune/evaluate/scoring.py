@@ -262,7 +262,7 @@ def ask_champion(
         if not places:
             return NONE_ASKED
         picked = pick_rows(rows, SPLIT, [numbers[at] for at in places], scratch)
-        context.console.print(f"champion: its model answers {len(places)} further test rows", highlight=False)
+        context.console.print(f"champion: its model answers {len(places)} test rows", highlight=False)
         try:
             temperature = run_temperature(read_run(run))
             about = known, picked, scratch / "examples", context.console

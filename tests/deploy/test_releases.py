@@ -92,7 +92,8 @@ def test_releases_are_listed_and_compared_row_by_row(run: Path, file: Path) -> N
     assert {path for path, _ in list_releases(file.parent)} == {file, other}
     difference, left_out, rows = diff_releases(file, other)
     assert {change.value for change in difference.values()} == {0}
-    assert rows["common"] and rows["only_first"] == rows["only_second"] == 0
+    assert rows["common"]
+    assert rows["only_first"] == rows["only_second"] == 0
     assert left_out == {"answers_cut": "has no scores by row"}
 
 
