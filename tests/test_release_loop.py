@@ -10,10 +10,12 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import pytest
 from ruamel.yaml import YAML
+from support.families import build_bert
 from support.runs import invoke, write_recipe, write_sums
 
 from llmtune.errors import GateFailed
@@ -205,6 +207,27 @@ def test_releases_of_a_growing_test_set_are_compared_on_their_common_rows(recipe
     assert compared["difference"]["loss"]["n"] == compared["rows"]["common"] > 0
     shown = invoke("release", "diff", f"tiny@{first}", f"tiny@{second}").stdout
     assert f"the {compared['rows']['common']} test rows of both" in shown
+
+
+def test_rankings_are_compared_though_the_passages_grew_with_the_test_rows(here: Path) -> None:
+    evaluate = {"metrics": ["ndcg@10"], "champion": "release:tiny", "gates": ["ndcg@10.low > champion - 1.1"]}
+    sections: dict[str, Any] = {"task": "embed", "generation": None, "evaluate": evaluate}
+    sections |= {"train": {"learning_rate": 1e-12}, "deploy": ["release"]}
+    recipe = write_recipe(here / "tiny.yaml", build_bert(here / "bert"), "pairs.jsonl", **sections)
+    for count in (60, 120):
+        pairs = [{"query": f"number {i}", "passage": f"The thing with the number {i} is here."} for i in range(count)]
+        (here / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
+        done = invoke("run", recipe, "--offline")
+        assert done.exit_code == 0, done.stderr
+    run = max(Path("runs").glob("*"), key=lambda path: path.stat().st_mtime)
+    evaluation = json.loads((run / "report.json").read_text())["evaluation"]
+    champion = evaluation["champion"]
+    assert champion["left_out"] == {}
+    assert champion["difference"]["ndcg@10"]["n"] == champion["rows"] == evaluation["rows"]
+    assert 0 < champion["new"]["rows"] == champion["asked"] < champion["rows"]
+    assert champion["new"]["difference"]["ndcg@10"]["n"] == champion["new"]["rows"]
+    scores = [champion["scores"], champion["tuned"], evaluation["tuned"], evaluation["base"]]
+    assert len({round(one["ndcg@10"], 6) for one in scores}) == 1, "nothing was learned in both weeks"
 
 
 def test_a_run_starts_from_the_release_that_was_current_and_keeps_it(recipe: Path) -> None:
