@@ -296,7 +296,7 @@ def run_evaluate(context: RunContext, loaded: LoadedRecipe) -> None:
     with context.step("evaluate", inputs, ["evaluation"], always=not unchanged) as step:
         if step.skipped:
             if evaluation := load_evaluation(target):
-                print_scores(evaluation, context.console)
+                print_scores(evaluation, context.console, loaded.recipe.task)
             return
         context.once(lambda: context.folder.note(gates=None))
         with staged(target) if rank() == 0 else nullcontext() as folder:

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from llmtune.errors import Problem
+from llmtune.recipe.task_facts import TASK_FACTS
 from llmtune.report.metric_info import better_side
 from llmtune.report.render_terminal import print_sections
 from llmtune.report.report_record import Verdict
@@ -81,11 +82,11 @@ def restore_nan(value: object, numeric: bool = False) -> object:
     return math.nan if value is None and numeric else value
 
 
-def print_scores(evaluation: Evaluation, console: Console) -> None:
+def print_scores(evaluation: Evaluation, console: Console, task: str) -> None:
     """Print base (or the baseline's name), tuned and the difference with its interval."""
     if not evaluation.tuned and not evaluation.studies:
         console.print("evaluate: none of the metrics could be measured")
-    print_sections(score_sections(evaluation, None), console)
+    print_sections(score_sections(evaluation, None, section=TASK_FACTS[task].section), console)
 
 
 def print_verdict(verdict: Verdict, gates: Sequence[GateResult], console: Console) -> None:

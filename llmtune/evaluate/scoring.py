@@ -135,7 +135,7 @@ def score_run(
     if folder is not None:
         save_evaluation(evaluation, folder)
         save_rules(evaluation, folder, hash_folder(trained) if trained else None)
-    print_scores(evaluation, console)
+    print_scores(evaluation, console, context.recipe.task)
     print_cautions(evaluation, answers, context.recipe, console)
     return evaluation
 

@@ -99,7 +99,7 @@ def print_unchanged(report: Json, path: Path, console: Console) -> None:
         console.print(f"[bold cyan]{step['name']}[/] [dim]unchanged, skipped[/]")
     gates = tuple(TypeAdapter(list[GateResult]).validate_python(report["gates"]))
     if evaluation := load_evaluation(path / "evaluation"):
-        print_scores(evaluation, console)
+        print_scores(evaluation, console, report["task"])
     print_verdict(Verdict(**report["verdict"]), gates, console)
     if report.get("release"):
         console.print(report["release"]["told"], highlight=False, markup=False)

@@ -45,15 +45,20 @@ NOT_APPLICABLE = "not applicable"
 BETTER_NOTES = {1: "higher is better", -1: "lower is better", 0: "neither more nor less is better"}
 
 
-def score_sections(evaluation: Evaluation, task: str | None, seeds: Seeds | None = None) -> list[Section]:
-    """Return the sections of an evaluation, the most informative first; sections without blocks are not shown."""
+def score_sections(
+    evaluation: Evaluation, task: str | None, seeds: Seeds | None = None, section: str | None = None
+) -> list[Section]:
+    """Return the sections of an evaluation, the most informative first; sections without blocks are not shown.
+
+    Without `task` metrics have no notes; then `section` is the recipe's section with the classes.
+    """
     base = base_name(evaluation)
     return [
         score_section(evaluation, task),
         simple_baseline_section(evaluation, task),
         sample_section(evaluation, task),
         calibration_section(evaluation),
-        champion_section(evaluation, task),
+        champion_section(evaluation, task, section),
         new_section(evaluation, task),
         seed_section(seeds, base),
         decision_section(evaluation),
@@ -148,7 +153,7 @@ def score_section(evaluation: Evaluation, task: str | None) -> Section:
     return Section("Scores on held-out rows", blocks if rows else [], "Scores", "scores")
 
 
-def champion_section(evaluation: Evaluation, task: str | None) -> Section:
+def champion_section(evaluation: Evaluation, task: str | None, section: str | None = None) -> Section:
     """Return a row per metric against the champion, on the rows of both, and metrics that could not be compared."""
     champion = evaluation.champion
     if champion is None:
@@ -166,8 +171,8 @@ def champion_section(evaluation: Evaluation, task: str | None) -> Section:
     blocks += [Text(f"`{metric}`: {why}.") for metric, why in sorted(champion.partial.items())]
     blocks += [Text(f"New rows are not judged apart: {champion.why_no_new}.")] if champion.why_no_new else []
     if (changes := champion.classes) is not None:
-        section = TASK_FACTS[task].section if task in TASK_FACTS else None
-        blocks += class_blocks(changes, f"{section or 'labels'}.rename")
+        section = TASK_FACTS[task].section if task in TASK_FACTS else section
+        blocks += class_blocks(changes, f"{section}.rename")
     return Section("Against the champion", blocks, "Champion", "champion")
 
 

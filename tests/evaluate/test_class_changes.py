@@ -16,6 +16,7 @@ from support.rows import prepare, write_jsonl
 
 from llmtune.errors import GateFailed, GateUnsure
 from llmtune.evaluate.class_changes import find_changes_of_classes, find_stopped, score_new_classes, suggest_renames
+from llmtune.evaluate.evaluation_file import print_scores
 from llmtune.evaluate.gates import check_gates
 from llmtune.recipe.evaluate_section import EvaluateSection
 from llmtune.report.class_sentences import list_class_changes
@@ -216,3 +217,14 @@ def test_weeks_with_a_new_a_renamed_and_a_lost_class_are_compared_with_the_champ
     assert lost["evaluation"]["champion"]["classes"]["lost"] == ["red"]
     assert "f1_macro" in lost["evaluation"]["champion"]["difference"]
     assert "Classes of the champion without rows now: 'red'." in lost["verdict"]["reason"]
+
+
+@pytest.mark.parametrize(
+    ("task", "key"), [("classify", "classify.rename"), ("token-classify", "token_classify.rename")]
+)
+def test_the_terminal_names_the_key_that_renames_a_class(task: str, key: str) -> None:
+    changes = ClassChanges(hints=(("Setup", "Config", 41, 50),))
+    champion = Champion("release:tiny@0a1b2c3d", {}, {}, {}, rows=50, classes=changes)
+    console = Console(file=io.StringIO(), width=300)
+    print_scores(Evaluation({}, {"accuracy": 0.5}, {}, (), 50, champion=champion), console, task)
+    assert f"If so, set {key}: {{Config: Setup}}." in console.file.getvalue()  # type: ignore[attr-defined]
