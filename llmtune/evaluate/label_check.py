@@ -61,7 +61,8 @@ def check_labels(load: LoadChampion, recipe: Recipe, run: RunFolder, rows: Rows,
         return
     began = time.perf_counter()
     count = sum(map(len, places.values()))
-    console.print(f"champion: its model predicts {count} labels of {len(places)} source files that it never saw")
+    where = f"{len(places)} source file{'s' if len(places) > 1 else ''}"
+    console.print(f"champion: its model predicts {count} labels of {where} that it never saw", highlight=False)
     try:
         sources, unknown = compare_labels(load, folder, champion, rows, places, run.path, console)
     except (DataError, RecipeError) as error:
