@@ -56,6 +56,7 @@ from llmtune.report.score_sections import seed_table
 from llmtune.session import (
     Plan,
     RunContext,
+    ask_champion_classes,
     check_new_labels,
     evaluation_hash,
     find_variant,
@@ -128,7 +129,7 @@ def _prepare_rows(context: RunContext, loaded: LoadedRecipe) -> None:
         if not step.skipped:
             with staged(context.folder.path / "data" / "rows") as folder:
                 made = prepare_rows(loaded.recipe, folder, context.console, inputs)
-            step.facts.update(rows_in=made.rows_in, kept=made.counts, dropped=made.dropped)
+            step.facts.update(made.as_facts())
 
 
 def resolve_run(context: RunContext, loaded: LoadedRecipe, name: str) -> None:
@@ -232,7 +233,8 @@ def run_train(context: RunContext, loaded: LoadedRecipe) -> None:
 
 
 def _check_evaluation(context: RunContext, recipe: Recipe) -> None:
-    check_champion(recipe, context.folder, context.rows, context.examples, context.console)
+    ask = partial(ask_champion_classes, context)
+    check_champion(recipe, context.folder, context.rows, context.examples, context.console, ask)
     load_benchmarks(recipe, context.console)
     try_inputs(context.plan.recipe, context.plan.task, context.rows, context.console)
 

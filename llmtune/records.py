@@ -47,6 +47,13 @@ class Rows:
     """Number of null keys that Arrow added inside columns, and that were dropped (`llmtune.data.arrow_rows`)."""
     corpus_hash: str = ""
     """Hash over the passages of `data.corpus` (`llmtune.data.corpus`); empty without a corpus."""
+    class_changes: tuple[Json, ...] = ()
+    """Class names that were normalised or renamed (`class_spelling.list_changes`)."""
+
+    def as_facts(self) -> Json:
+        """Return the numbers of rows, and the changes of class names, for the manifest."""
+        facts = {"rows_in": self.rows_in, "kept": self.counts, "dropped": self.dropped}
+        return facts | {"class_changes": [*self.class_changes]}
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,9 @@ from llmtune.store.diff_runs import (
     same_but_paths,
 )
 from llmtune.store.processes import rank
+from llmtune.store.release_store import is_stored
 from llmtune.store.run_folder import RunFolder, read_run, recipe_of_run
+from llmtune.store.run_listing import RUNS
 from llmtune.store.run_lock import LOCK, Lock, Pins, hardware, package_versions, read_lock, read_pins
 from llmtune.store.run_origin import list_model_code, name_code
 from llmtune.store.run_request import RunRequest
@@ -68,7 +70,9 @@ def reproduce(
     """
     folder = read_run(run)
     folder.require_trained()
-    target = out or run.absolute().with_name(f"{run.absolute().name}-reproduced")
+    whole = run.absolute()
+    place = RUNS / f"{whole.parent.name}-{whole.name}" if is_stored(whole) else whole
+    target = out or place.with_name(f"{place.name}-reproduced")
     if target.resolve() == run.resolve():
         raise RecipeError.of("this is the folder of the run itself", "--out", "Choose another folder.")
     verification = verify_run(run)

@@ -160,6 +160,35 @@ class Contamination:
 
 
 @dataclass(frozen=True)
+class NewClass:
+    """A class that the champion does not have: the tuned model's scores on it, with their 95 % intervals."""
+
+    label: str
+    rows: int
+    """Test rows with the class; of tags, entities."""
+    verdict: str
+    """`learned` (more than half of its rows are recognised), `not learned`, `inconclusive`, or `too few rows`."""
+    scores: dict[str, Difference] = field(default_factory=dict)
+    """Recall, precision and f1; without test rows empty."""
+
+
+@dataclass(frozen=True)
+class ClassChanges:
+    """How the classes of the rows differ from those of the champion."""
+
+    new: tuple[NewClass, ...] = ()
+    lost: tuple[str, ...] = ()
+    """Classes of the champion without rows now."""
+    renamed: dict[str, str] = field(default_factory=dict)
+    """The champion's classes that have another name now."""
+    hints: tuple[tuple[str, str, int, int], ...] = ()
+    """A class that appeared, a class of the champion that stopped, and for how many of how many of its rows the
+    champion's model answers that class."""
+    known: Slice | None = None
+    """Both models (`base` is the champion) on the rows of the champion's classes; None without other rows."""
+
+
+@dataclass(frozen=True)
 class Champion:
     """The run to compare the tuned model with, on rows that neither was trained on."""
 
@@ -178,10 +207,28 @@ class Champion:
     """Number of shared rows that the champion's model answered now, because its own run did not test them."""
     partial: dict[str, str] = field(default_factory=dict)
     """Metrics that are compared without some of the shared rows, each with their number and the reason."""
+    classes: ClassChanges | None = None
+    """None if the classes are the same, or not known."""
     new: NewRows | None = None
     """None if no test row is new to it, or if that is not known."""
     why_no_new: str = ""
     """Why there is no `new`."""
+
+
+@dataclass(frozen=True)
+class SimpleBaseline:
+    """A baseline without a language model on the rows that both it and the tuned model answered."""
+
+    name: str
+    """As gates name it: `tfidf`, `bm25`, `unigram` or `lead3`."""
+    title: str
+    scores: dict[str, float]
+    difference: dict[str, Difference]
+    """Tuned minus baseline."""
+    tuned: dict[str, float]
+    """Scores of the tuned model on the same rows."""
+    note: str
+    """What it was fitted on, and how."""
 
 
 @dataclass(frozen=True)
@@ -316,6 +363,8 @@ class Evaluation:
     """None without test rows."""
     champion: Champion | None = None
     """None without a champion in the recipe."""
+    simple_baseline: SimpleBaseline | None = None
+    """None if the task or these rows have none; `signatures` then has the reason under its name."""
     reliability: Reliability | None = None
     """None if the task does not choose, or without `evaluate.calibrate`."""
     decided: Decided | None = None

@@ -22,15 +22,16 @@ from llmtune.data.preparation import rows_inputs
 from llmtune.data.row_store import load_rows, rows_folder
 from llmtune.data.sources import hash_sources, list_sources
 from llmtune.errors import EnvironmentProblem
-from llmtune.evaluate.cache_keys import base_inputs
+from llmtune.evaluate.cache_keys import base_inputs, simple_inputs
 from llmtune.evaluate.champion import face_champion
 from llmtune.evaluate.eval_inputs import EvalContext, calibration_inputs, make_inputs
 from llmtune.evaluate.evaluator import ModelLoaders
 from llmtune.evaluate.judge_client import host
 from llmtune.evaluate.label_check import check_labels
 from llmtune.evaluate.label_errors import save_suspects
-from llmtune.evaluate.results import TUNED, load_base
-from llmtune.evaluate.scoring import ChampionModel, ask_champion, score_run
+from llmtune.evaluate.results import SIMPLE, TUNED, load_base
+from llmtune.evaluate.scoring import ChampionModel, ask_champion, ask_classes, score_run
+from llmtune.evaluate.simple_baseline import score_simple_baseline
 from llmtune.evaluate.suite_registry import check_variant
 from llmtune.model.config import find_class, keeps_float32, read_model_config, why_headless
 from llmtune.model.device import describe_device, loading_device, pick_device
@@ -42,7 +43,7 @@ from llmtune.recipe.adapter_section import DATA_STARTS
 from llmtune.recipe.model_section import ModelSection
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.user_files import read_text_file
-from llmtune.records import ALONE, AdaptedModel, Examples, Layout, ModelRef, Rows, SelectedModel
+from llmtune.records import ALONE, AdaptedModel, Examples, Layout, ModelRef, Row, Rows, SelectedModel
 from llmtune.report.render_terminal import spinner
 from llmtune.store.atomic_files import hash_folder, hash_value
 from llmtune.store.processes import layout, once, world_size
@@ -318,6 +319,11 @@ def load_champion(context: RunContext, run: Path) -> ChampionModel:
     return ChampionModel(plan.recipe, plan.task, plan.processor, plan.device, Models(champion).loaders)
 
 
+def ask_champion_classes(context: RunContext, run: Path, rows: Sequence[Row]) -> list[list[str]]:
+    """Return the classes that a champion's model answers, before training."""
+    return ask_classes(partial(load_champion, context), context.console, context.plan.recipe.renames, run, rows)
+
+
 def check_new_labels(context: RunContext) -> None:
     """Compare new labels with the champion's predictions, in all processes (`llmtune.evaluate.label_check`)."""
     recipe = recipe_of_run(context.folder).recipe
@@ -359,6 +365,13 @@ def score_models(context: RunContext, folder: Path | None, base_folder: Path | N
         headless=why_headless(plan.model_ref, recipe, task),
         known=load_base(base_folder, base),
         known_tuned=load_base(base_folder, base + hash_folder(context.trained_folder), TUNED),
+        simply=partial(
+            score_simple_baseline,
+            eval_context,
+            rows,
+            examples,
+            load_base(base_folder, simple_inputs(recipe, rows, examples), SIMPLE),
+        ),
         challenge=partial(face_champion, context.folder, rows, ask),
         trained=context.trained_folder,
     )
@@ -370,11 +383,6 @@ def lock_run(context: RunContext) -> None:
     plan, recipe, model_ref = context.plan, context.plan.recipe, context.plan.model_ref
     miner = recipe.data.negatives and recipe.data.negatives.model
     data_hash, files = list_sources(recipe.data, recipe.task)
-    records = [
-        {"source": one.source, "path": one.path and str(one.path), one.kind: one.hash}
-        | ({} if one.lines is None else {"lines": one.lines})
-        for one in files
-    ]
     write_lock(
         context.folder.path,
         Pins(model_ref.name, model_ref.revision, model_ref.content_hash, data_hash),
@@ -383,7 +391,7 @@ def lock_run(context: RunContext) -> None:
         seed=recipe.seed,
         threads=torch.get_num_threads(),
         model=model_ref.path,
-        sources=cast(list[SourceRecord], records),
+        sources=cast(list[SourceRecord], [one.record for one in files]),
         start_from=find_adapter(Path(start)) if (start := recipe.adapter.start_from) else None,
         device=describe_device(plan.device),
         judge={"model": judge.model, "host": host(judge)} if (judge := recipe.evaluate.judge) else None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -12,8 +13,11 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+from ruamel.yaml import YAML
 from support.runs import invoke, write_recipe, write_sums
 
+from llmtune.errors import GateFailed
+from llmtune.session import RunContext
 from llmtune.store.atomic_files import hash_folder
 from llmtune.store.release_store import list_stored, read_current, read_history, resolve_release
 
@@ -49,7 +53,7 @@ def answer(address: str) -> str:
 def test_weeks_that_pass_are_promoted_those_that_fail_are_not_and_a_rollback_lasts(recipe: Path) -> None:
     code, printed, first_run = week(recipe, 40)
     assert code == 0, printed
-    assert "not applicable: release:tiny has no release yet" in printed
+    assert "release:tiny has no release yet" in printed.split("loss <= champion + 100", 1)[1]
     first = read_current("tiny")
     assert f"release tiny: {first}\n" in printed
     first_answer = answer("release:tiny")
@@ -147,6 +151,39 @@ def test_a_run_starts_from_the_release_that_was_current_and_keeps_it(recipe: Pat
     assert "no release named other" in missing.stderr
 
 
+def test_a_failed_export_leaves_the_release_and_the_run_says_so(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    week(recipe, 40)
+    first = read_current("tiny")
+
+    def differ(context: RunContext) -> None:
+        raise GateFailed.of("the export differs", "merged", "See the certificate.")
+
+    monkeypatch.setattr("llmtune.pipeline.make_products", differ)
+    code, printed, run = week(recipe, 60, "deploy=[merged, release]")
+    assert code == 6
+    assert f"release tiny: stays at {first}, because the export differs" in printed
+    assert read_current("tiny") == first
+    findings = json.loads((run / "run.json").read_text())["findings"]
+    assert findings["release"]["promoted"] is False
+    assert "released" not in findings
+
+
+def test_a_run_that_was_compared_with_an_earlier_release_is_not_promoted(recipe: Path) -> None:
+    week(recipe, 40)
+    code, printed, slow = week(recipe, 60, "deploy=[]")
+    assert code == 0, printed
+    assert week(recipe, 80)[0] == 0
+    second = read_current("tiny")
+    refused = invoke("release", slow, "--offline")
+    assert refused.exit_code == 2
+    assert f"tiny is at {second} now, but the gates compared with" in refused.stderr
+    assert read_current("tiny") == second
+    assert "released" not in json.loads((slow / "run.json").read_text())["findings"]
+    code, printed, again = week(recipe, 60)
+    assert (code, again) == (0, slow), printed
+    assert read_current("tiny") != second, "compared with the current one, and promoted"
+
+
 KILLED = """
 import os, signal, sys
 from llmtune.store import release_store
@@ -173,3 +210,29 @@ def test_a_run_killed_while_it_releases_leaves_the_old_release_and_the_same_comm
     assert "train unchanged, skipped" in printed
     assert read_current("tiny") != first
     assert answer("release:tiny") == answer(str(run))
+
+
+@pytest.mark.slow
+def test_the_guide_every_week_runs(here: Path, tiny_llama: Path) -> None:
+    """Its recipe with gates that a tiny model passes, and its commands, but for the servers."""
+    text = (Path(__file__).parents[1] / "docs" / "every-week.md").read_text(encoding="utf-8")
+    stated, job = (YAML(typ="safe").load(block) for block in re.findall(r"```yaml\n(.*?)```", text, flags=re.DOTALL))
+    assert [step["run"] for step in job["jobs"]["tune"]["steps"] if "run" in step][-1] == "llmtune run tickets.yaml"
+    gates = [gate.replace("0.7", "0").replace("0.03", "1.03") for gate in stated["evaluate"]["gates"]]
+    sections = {**stated, "evaluate": {**stated["evaluate"], "gates": gates}, "name": None}
+    recipe = write_recipe(here / "tickets.yaml", tiny_llama, "rows.jsonl", **sections)
+    recipe.write_text("".join(line for line in recipe.read_text().splitlines(True) if not line.startswith("name:")))
+    lines = [line.partition("#")[0] for line in re.findall(r"^ {4}(llmtune .+)$", text, flags=re.MULTILINE)]
+    assert len(lines) > 8
+    for rows in (40, 60):
+        write_sums(here / "rows.jsonl", rows)
+        done = invoke(*lines[0].split()[1:], "--offline")
+        assert done.exit_code == 0, done.output
+    first, second = (line["after"] for line in read_history("tickets"))
+    for line in lines[1:]:
+        words = [first if word == "3f2a91bc" else word for word in shlex.split(line)[1:]]
+        if "serve" not in words:
+            done = invoke(*words, *(["--offline"] if words[0] == "generate" else []))
+            assert done.exit_code in (0, 2), done.output
+            assert done.exit_code == 0 or "no release was current before" in done.stderr, "a second rollback"
+    assert read_current("tickets") == first != second

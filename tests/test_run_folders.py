@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -90,10 +91,10 @@ def test_a_week_that_fails_its_gate_leaves_the_name_with_the_week_before(folder:
     (second,) = folders() - {first}
     assert answer("tiny") == before
     assert answer("latest") == answer(second.replace("tiny-", "tiny@"))
-    failed, passed = invoke("runs").stdout.splitlines()
-    assert failed.startswith(f"runs/{second}  chat  ")
-    assert failed.endswith("  failed  evaluate")
-    assert passed.endswith("  passed  evaluate  = tiny")
+    failed, passed = json.loads(invoke("runs", "--json").stdout)
+    assert (failed["folder"], failed["gates"], failed["names"]) == (f"runs/{second}", "failed", [])
+    assert (passed["folder"], passed["gates"], passed["names"]) == (f"runs/{first}", "passed", ["tiny"])
+    assert re.search(rf"runs/{first} +chat +\S+ +passed +tiny ", invoke("runs").stdout)
     assert invoke("evaluate", second.replace("tiny-", "tiny@"), "--set", "evaluate.gates=[]").exit_code == 0
     assert find_run(Path("tiny")) == Path("runs") / second
 
@@ -144,8 +145,9 @@ def test_a_released_run_is_not_trained_over(folder: Path) -> None:
 
 def test_a_champion_and_a_start_are_named_like_runs_and_are_never_the_run_itself(folder: Path) -> None:
     (first,) = folders()
-    settings = ("--set", "evaluate.champion=tiny", "--set", f"adapter.start_from={first.replace('tiny-', 'tiny@')}")
-    settings += ("--set", "adapter.r=null", "--set", "adapter.lora_alpha=null")
+    start = f"adapter.start_from={first.replace('tiny-', 'tiny@')}"
+    sets = ("evaluate.champion=tiny", start, "adapter.r=null", "adapter.lora_alpha=null")
+    settings = [word for one in sets for word in ("--set", one)]
     for _ in range(2):
         done = invoke("run", "tiny.yaml", *settings, "--json")
         assert done.exit_code == 0, done.stderr
@@ -153,7 +155,9 @@ def test_a_champion_and_a_start_are_named_like_runs_and_are_never_the_run_itself
         assert find_run(Path("tiny")) == Path("runs") / second
         evaluation = json.loads(Path("runs", second, "report.json").read_text())["evaluation"]
         assert evaluation["champion"]["folder"].endswith(first)
-        assert read_lock(Path("runs", second, "llmtune.lock"))["start_from"]["folder"].endswith(f"{first}/adapter")
+        started = read_lock(Path("runs", second, "llmtune.lock"))["start_from"]
+        assert started is not None
+        assert started["folder"].endswith(f"{first}/adapter")
     assert "skipped" in done.stderr
     for key in ("evaluate.champion", "adapter.start_from"):
         done = invoke("run", "tiny.yaml", *settings, "--set", f"{key}=tiny@00000000")

@@ -24,11 +24,10 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from llmtune.data.file_survey import Reading, Survey
+    from llmtune.data.retrieval_layout import RetrievalSet
 
 SCHEMA = "recipe.schema.json"
 SHOWN_FOLDERS = 5
-SEARCHES = ("embed", "rerank")
-"""Tasks for a folder with queries, passages and judgements; the first is the default."""
 
 
 @handled
@@ -54,13 +53,9 @@ def init(
     as_json: AsJson = False,
 ) -> None:
     """Write a recipe for your rows: task, columns, lengths and a model that fits this machine."""
-    from llmtune.cli.proposal import propose_recipe, write_joined_rows
+    from llmtune.cli.proposal import propose_recipe
     from llmtune.data.file_survey import list_readings, survey_files
-    from llmtune.data.retrieval_layout import find_retrieval_set
-    from llmtune.launch.recipe_check import check_recipe, try_recipe_rows
-    from llmtune.recipe.loader import load_recipe
-    from llmtune.recipe.schema import json_schema
-    from llmtune.recipe.task_facts import TASK_FACTS
+    from llmtune.recipe.task_facts import RETRIEVAL_TASKS, TASK_FACTS
     from llmtune.recipe.undecided import UNDECIDED
 
     if task is not None and task not in TASK_FACTS:
@@ -71,13 +66,8 @@ def init(
         return
     path, asks = data or data_option or _only_file(), not yes and not as_json and sys.stdin.isatty()
     target, console, mapped = _target(path, out), stderr_console(), _mapped(columns or [])
-    retrieval = find_retrieval_set(Path(path)) if task in (None, *SEARCHES) else None
-    splits = write_joined_rows(retrieval, target) if retrieval else {}
-    if retrieval:
-        task = task or SEARCHES[0]
-        console.print(
-            f"{path}: queries joined with their passages: {', '.join(map(str, splits.values()))}", markup=False
-        )
+    retrieval, splits = _join_files(path, target, console) if task in (None, *RETRIEVAL_TASKS) else (None, {})
+    task = RETRIEVAL_TASKS[0] if retrieval and task is None else task
     survey = survey_files(str(splits["train"]) if splits else path)
     readings = list_readings(survey, task, mapped)
     if not readings:
@@ -87,27 +77,48 @@ def init(
     _print_survey(survey, reading, readings, console)
     if asks and len(reading.candidates) > 1:
         reading = _choose_label(survey, reading, mapped, console)
-    open_keys = ["data.columns.label"] if len(reading.candidates) > 1 else []
+    candidates = reading.candidates
+    provisional = {"data.columns.label": candidates[0].column} if len(candidates) > 1 else {}
     corpus = retrieval.corpus if retrieval else None
     text, model = propose_recipe(survey, reading, target, model, splits, corpus)
+    _save(target, text, provisional, console)
+    if as_json:
+        about = {"columns": reading.columns, "roles": reading.roles, "undecided": [*provisional]}
+        counted = [{"column": one.column, "classes": dict(one.counts.most_common())} for one in candidates]
+        print_json({"recipe": str(target), "task": reading.task, "model": model, **about, "candidates": counted})
+        return
+    typer.echo(f"wrote {target} (task {reading.task}, model {model}) and {SCHEMA}")
+    choose = f"choose {', '.join(provisional)} in {target}, marked {UNDECIDED}; then " if provisional else ""
+    typer.echo(f"next: {choose}llmtune run {target}")
+
+
+def _join_files(path: str, target: Path, console: Console) -> tuple[RetrievalSet | None, dict[str, Path]]:
+    """Return the retrieval set in a folder, if it is one, and the files with its joined rows by split."""
+    from llmtune.cli.proposal import write_joined_rows
+    from llmtune.data.retrieval_layout import find_retrieval_set
+
+    retrieval = find_retrieval_set(Path(path))
+    splits = write_joined_rows(retrieval, target) if retrieval else {}
+    if splits:
+        names = ", ".join(map(str, splits.values()))
+        console.print(f"{path}: wrote queries with their passages into {names}", markup=False, highlight=False)
+    return retrieval, splits
+
+
+def _save(target: Path, text: str, provisional: Mapping[str, str], console: Console) -> None:
+    """Write the recipe and its schema, and report what is wrong with its rows; open values count as `provisional`."""
+    from llmtune.launch.recipe_check import check_recipe, try_recipe_rows
+    from llmtune.recipe.loader import load_recipe
+    from llmtune.recipe.schema import json_schema
+
     with explained(target):
         target.write_text(text, encoding="utf-8")
         target.with_name(SCHEMA).write_text(json.dumps(json_schema(), indent=2) + "\n", encoding="utf-8")
-    loaded = load_recipe(target, [f"{key}={json.dumps(reading.candidates[0].column)}" for key in open_keys])
+    loaded = load_recipe(target, [f"{key}={json.dumps(value)}" for key, value in provisional.items()])
     try:
         try_recipe_rows(loaded, check_recipe(loaded))
     except (DataError, RecipeError) as error:
         console.print(f"{target} needs a look before it runs:\n{error}", style="yellow", markup=False, highlight=False)
-    if as_json:
-        about = {"columns": reading.columns, "roles": reading.roles, "undecided": open_keys}
-        candidates = [{"column": one.column, "classes": dict(one.counts.most_common())} for one in reading.candidates]
-        print_json({"recipe": str(target), "task": reading.task, "model": model, **about, "candidates": candidates})
-        return
-    typer.echo(f"wrote {target} (task {reading.task}, model {model}) and {SCHEMA}")
-    if open_keys:
-        typer.echo(f"next: choose {' and '.join(open_keys)} in {target}, marked {UNDECIDED}; then llmtune run {target}")
-        return
-    typer.echo(f"next: llmtune run {target}")
 
 
 def _target(path: str, out: Path | None) -> Path:
@@ -142,9 +153,9 @@ def _mapped(columns: list[str]) -> dict[str, str]:
 
 def _unread(survey: Survey, task: str | None, columns: Mapping[str, str]) -> LlmtuneError:
     from llmtune.data.file_survey import refusals
-    from llmtune.recipe.task_facts import TASK_FACTS
+    from llmtune.recipe.task_facts import RETRIEVAL_TASKS, TASK_FACTS
 
-    if task in SEARCHES and len(survey.columns) == 1 and not columns:
+    if task in RETRIEVAL_TASKS and len(survey.columns) == 1 and not columns:
         what = f"task: {task} needs queries, and these rows have only texts"
         fix = "Give rows with query and passage: what users type, and its answer. These texts may be data.corpus."
         return DataError.of(what, survey.path, fix)
@@ -202,7 +213,7 @@ def _choose_label(survey: Survey, reading: Reading, columns: Mapping[str, str], 
     question = f"Which column is the label? {', '.join(names)} [{names[0]}]: "
     while (answer := console.input(escape(question)).strip() or names[0]) not in names:
         console.print(f"unknown column {answer!r}", markup=False)
-    (chosen,) = list_readings(survey, "classify", {**columns, "label": answer})
+    (chosen,) = list_readings(survey, reading.task, {**columns, "label": answer})
     others = ", ".join(str(one) for one in reading.candidates if one.column != answer)
     console.print(f"  label is {answer!r}; not used: {others}", markup=False, highlight=False)
     return chosen

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -58,7 +58,7 @@ def make(
     write a small file for git, with the scores of every row and without texts, weights and paths.
     """
     from llmtune.deploy.releases import make_release, require_passed, summarize_release
-    from llmtune.evaluate.opened_runs import read_release
+    from llmtune.evaluate.release_records import read_release
 
     if out is not None:
         path = make_release(run, out, sign)
@@ -90,7 +90,7 @@ def list_release_files(
 ) -> None:
     """List releases, the oldest first of each name; `*` marks the current one. Also release files in FOLDER."""
     from llmtune.deploy.releases import summarize_release
-    from llmtune.evaluate.opened_runs import list_all_releases
+    from llmtune.evaluate.release_records import list_all_releases
     from llmtune.report.number_format import score
 
     found = list_all_releases(folder)
@@ -111,9 +111,10 @@ def list_release_files(
 def show_release(release: Stored, signers: Signers = None, as_json: AsJson = False) -> None:
     """Show the scores and gates of a release, and check its signature if it has one."""
     from llmtune.deploy.releases import check_signature, summarize_release
-    from llmtune.evaluate.opened_runs import find_record, read_release
+    from llmtune.evaluate.release_records import find_record, read_release
     from llmtune.report.render_terminal import print_sections
     from llmtune.report.score_sections import gate_section, score_section
+    from llmtune.report.simple_baseline_view import simple_baseline_section
     from llmtune.score_records import Evaluation
 
     file = find_record(release)
@@ -126,7 +127,9 @@ def show_release(release: Stored, signers: Signers = None, as_json: AsJson = Fal
         typer.echo(f"{summary['address']}{' (current)' if summary['current'] else ''}, from run {record['run']}")
     scores = record["base"], record["tuned"], record["difference"]
     evaluation = Evaluation(*scores, (), record["rows"], record["signatures"])
-    sections = [score_section(evaluation, record["recipe"]["task"]), gate_section(record["gates"])]
+    evaluation, task = replace(evaluation, simple_baseline=record.get("simple_baseline")), record["recipe"]["task"]
+    sections = [score_section(evaluation, task), simple_baseline_section(evaluation, task)]
+    sections.append(gate_section(record["gates"]))
     print_sections(sections, make_console(stderr=False))
     if signature:
         by = f"signed by {signature.by}" if signature.kind == "ssh" else signature.by
@@ -139,7 +142,7 @@ def show_release(release: Stored, signers: Signers = None, as_json: AsJson = Fal
 def diff(first: Stored, second: Stored, as_json: AsJson = False) -> None:
     """Compare two releases row by row, second minus first."""
     from llmtune.deploy.releases import diff_releases
-    from llmtune.evaluate.opened_runs import find_record
+    from llmtune.evaluate.release_records import find_record
     from llmtune.report.blocks import Compared, Section, difference_table
     from llmtune.report.metric_info import better_side
     from llmtune.report.render_terminal import print_sections

@@ -86,8 +86,8 @@ def finish(comparison: Comparison, out: Path, console: Console) -> Json:
     comparison = redact_all(replace(comparison, folder=str(out)))
     page = make_comparison_page(comparison)
     content: Json = plain(comparison)
-    for run in content["runs"]:  # runs have rates and gates only if methods are compared
-        for key in [key for key in ("rate", "gates") if run[key] is None]:
+    for run in content["runs"]:  # runs have rates and gates only if methods are compared, and not all have a baseline
+        for key in [key for key in ("rate", "gates", "simple_baseline") if run[key] is None]:
             del run[key]
     print_page(page, console)
     with explained(out):
@@ -152,6 +152,12 @@ def score_table(metric: str, made: Comparison) -> Table:
         Compared(run.name, run.base.get(metric), run.tuned.get(metric), run.difference.get(metric), better_side(metric))
         for run in made.runs
     ]
+    simple = {
+        (one.name, one.scores[metric])
+        for run in made.runs
+        if (one := run.simple_baseline) is not None and metric in one.scores
+    }
+    rows += [Compared(name, None, value, None, better_side(metric)) for name, value in sorted(simple)]
     note = full_note(metric, made.task)
     title = f"{spell_metrics([metric])}: {note}" if note else spell_metrics([metric])
     return difference_table(rows, title=title, heading="run", difference="gain over base")

@@ -9,15 +9,16 @@ from itertools import combinations
 from llmtune import __version__
 from llmtune.data.row_store import iterate_ids, load_rows
 from llmtune.errors import LlmtuneError
+from llmtune.evaluate.class_alignment import pair_metrics
 from llmtune.evaluate.gates import check_gates
-from llmtune.evaluate.opened_runs import OpenedRun, find_differing, pair_metrics
+from llmtune.evaluate.opened_runs import OpenedRun, find_differing
 from llmtune.evaluate.run_report import judge_run
 from llmtune.records import Json
 from llmtune.report.metric_info import list_targets
 from llmtune.report.report_record import Verdict
 from llmtune.report.significance import INCONCLUSIVE
 from llmtune.report.verdict import verdict
-from llmtune.score_records import Difference, Evaluation, GateResult
+from llmtune.score_records import Difference, Evaluation, GateResult, SimpleBaseline
 from llmtune.store.run_folder import trained_name
 
 UNTRAINED = (
@@ -61,6 +62,7 @@ class RunSummary:
     rate: str | None = None
     """Origin of its learning rate, if methods are compared."""
     gates: Sequence[GateResult] | None = None
+    simple_baseline: SimpleBaseline | None = None
 
 
 @dataclass(frozen=True)
@@ -153,6 +155,7 @@ def summarize(run: OpenedRun) -> RunSummary:
         tuned=evaluation.tuned,
         difference=evaluation.difference,
         verdict=judge_run(evaluation, check_gates(run.recipe.evaluate, evaluation), run.recipe.evaluate.alpha),
+        simple_baseline=evaluation.simple_baseline,
     )
 
 

@@ -33,7 +33,8 @@ from llmtune.compare.sweep_trial import (
 )
 from llmtune.data.run_naming import hash_run
 from llmtune.errors import EnvironmentProblem, Problem, RecipeError
-from llmtune.evaluate.opened_runs import check_alike, open_runs, pair_metrics
+from llmtune.evaluate.class_alignment import pair_metrics
+from llmtune.evaluate.opened_runs import check_alike, open_runs
 from llmtune.recipe.builtin import find_recipe
 from llmtune.recipe.layers import INSTEAD
 from llmtune.recipe.loader import LoadedRecipe, load_recipe

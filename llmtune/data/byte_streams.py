@@ -218,6 +218,8 @@ def byte_order(start: bytes, fewest: int = SEVERAL) -> str | None:
     first, second = start[0::2].count(0), start[1::2].count(0)
     if max(fewest, ZERO_SHARE * len(start)) > max(first, second):
         return None
+    if start.isascii() and first + second < len(start) / 4:  # in ASCII, every second byte would be zero
+        return None
     name = "utf-16-le" if second > ZERO_BYTES * first else "utf-16-be" if first > ZERO_BYTES * second else None
     with suppress(UnicodeDecodeError):
         return name if name and codecs.getincrementaldecoder(name)().decode(start) else None

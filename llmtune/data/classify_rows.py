@@ -13,6 +13,7 @@ import numpy as np
 
 from llmtune.data.rejected_rows import RowError, json_kind, nonempty_text, parse_cell, text_of
 from llmtune.data.row_hash import DECIMAL
+from llmtune.recipe.class_names import spelling_key, tidy_name
 
 Label: TypeAlias = str | float | list[str]
 LIST_FIX = 'write the names of the classes that apply as a JSON list: ["sport", "news"]'
@@ -58,10 +59,10 @@ def _label(value: object) -> Label:
         if not math.isfinite(value):
             raise RowError("no number", f"'label' is {value}")
         return value
-    if value is None or not isinstance(value, str) or not value.strip():
+    if value is None or not isinstance(value, str) or not tidy_name(value):
         what = "empty" if isinstance(value, str) else json_kind(value)
         raise RowError("no label", f"'label' is {what}")
-    name = value.strip()
+    name = tidy_name(value)
     if UNREAD_LIST.match(name):
         raise RowError("label list unreadable", f"'label' is {name[:60]!r}; {LIST_FIX}")
     return name.lower() if name.lower() in ("true", "false") else name
@@ -107,7 +108,7 @@ def class_doubts(labels: Iterable[Label], kind: str = "auto") -> Iterator[tuple[
     whole_numbers = {str(int(label)) for label in every if isinstance(label, float) and label.is_integer()}
     for name in {*texts, *listed, *(whole_numbers if kind == "single" else ())}:
         is_decimal = kind == "single" and DECIMAL.fullmatch(name)
-        whole = name.removesuffix(".0") if is_decimal else name.casefold()
+        whole = name.removesuffix(".0") if is_decimal else spelling_key(name)
         spellings[TRUTH.get(name, whole)].add(name)
     for spelled in spellings.values():
         if len(spelled) > 1:

@@ -105,7 +105,7 @@ def read_lazily(
         try:
             yield from _read_text_file(path, name, container, advance, encoding)
         except UnicodeError:  # with a stated encoding; otherwise bad bytes are errors of their rows
-            if encoding is not None and (guess := guess_encoding(path)):
+            if encoding is not None and (guess := guess_encoding(path)) not in (None, encoding):
                 raise OtherEncodingError(guess, encoding) from None
             raise
 

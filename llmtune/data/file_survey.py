@@ -20,7 +20,7 @@ from llmtune.data.encoding_guess import GUESSED_BYTES, guess_encoding
 from llmtune.data.file_readers import data_errors
 from llmtune.data.label_candidates import LabelCandidate, are_identifiers, map_classes
 from llmtune.data.message_fields import CONTENT_KEYS, first_key, is_message, propose_roles, read_turns
-from llmtune.data.rejected_rows import RowError
+from llmtune.data.rejected_rows import NO_VALUES, RowError
 from llmtune.data.row_formats import check_mapped, detect_format, map_columns, parse_row, reads_rows
 from llmtune.data.row_hash import hash_content, iterate_strings, row_json
 from llmtune.data.sources import LOOKED_AT, Input, find_files, local_input
@@ -174,7 +174,7 @@ def _with_classes(survey: Survey, readings: list[Reading], columns: Mapping[str,
 
     It replaces a reading by the names of single columns, and precedes readings that leave a label out.
     """
-    mapped, folder = map_classes(survey.rows, columns), survey.row_files[0].parent
+    mapped, folder = map_classes(survey.rows, columns, "classify"), survey.row_files[0].parent
     others = [one.task for one in readings]
     if mapped is None or not reads_rows(survey.first, "classify", mapped[0], folder):
         return readings
@@ -289,10 +289,6 @@ MOST_QUESTIONS = 100_000
 """How many rows are checked; this bounds the memory for their questions."""
 LEARNED = (*ANSWERS, "label", "tags")
 """Keys of rows that contain supervised content."""
-NO_VALUES = frozenset(
-    ("#N/A", "#REF!", "#VALUE!", "#NAME?", "#DIV/0!", "#NULL!", "#NUM!", "N/A", "n/a", "nan", "NaN", "null", "NULL")
-)
-"""Placeholders that Excel, pandas and databases write for missing values."""
 
 
 def suspicions(rows: Iterable[tuple[str, Mapping[str, Any]]]) -> list[str]:

@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 
 from llmtune.data.arrow_rows import ArrowRow
+from llmtune.data.class_spelling import NameChange, note_tidied, rename_classes
 from llmtune.data.column_mapping import rename
 from llmtune.data.file_readers import MAX_ROW_BYTES, NOT_UTF8, JsonLine, LazyRow
 from llmtune.data.rejected_rows import RowError, parse_cell, too_many_bad
@@ -58,6 +59,8 @@ class IngestState:
     """Good rows by source number."""
     filled: int = 0
     """The number of null keys that Arrow added to good rows, and that were dropped."""
+    changes: Counter[NameChange] = field(default_factory=Counter)
+    """Class names of good rows that were normalised or renamed, with the number of rows."""
     position: tuple[int, int] = (0, 0)
     """The input being read, and how many of its rows were read."""
     hints: list[Problem] = field(default_factory=list)
@@ -73,6 +76,7 @@ class IngestState:
             account.rows_in, account.position = noted["rows_in"], tuple(noted["position"])
             account.filled = noted.get("filled", 0)
             account.bad, account.columns = Counter(noted["bad"]), dict.fromkeys(noted["columns"])
+            account.changes = Counter({(why, old, new): rows for why, old, new, rows in noted.get("changes", ())})
             account.taken = Counter({int(number): count for number, count in noted["taken"].items()})
             account.first = [Problem(**problem) for problem in noted["first"]]
             account.unreadable = [Problem(**problem) for problem in noted["unreadable"]]
@@ -84,7 +88,9 @@ class IngestState:
         os.fsync(self._lines.fileno())
         names = ("rows_in", "filled", "position", "bad", "taken", "first", "unreadable")
         noted = {name: getattr(self, name) for name in names}
-        return {**noted, "columns": [*self.columns], "listed": self.spooled_list.stat().st_size}
+        changes = [[*change, rows] for change, rows in self.changes.items()]
+        listed = self.spooled_list.stat().st_size
+        return {**noted, "columns": [*self.columns], "changes": changes, "listed": listed}
 
     @contextmanager
     def spooled(self) -> Iterator[None]:
@@ -132,6 +138,7 @@ def ingest_rows(
     list_file: Path,
     console: Console,
     columns: Mapping[str, str] | None = None,
+    renames: Mapping[str, str] | None = None,
 ) -> IngestState:
     """Read, check and parse every row into `spool`.
 
@@ -143,6 +150,7 @@ def ingest_rows(
         list_file: The list of all bad rows; removed if there are none.
         console: Shows the progress.
         columns: Columns to keep with each row, each with the recipe key that names it.
+        renames: The new name of each renamed class (`follow_renames`).
 
     Raises:
         DataError: A file cannot be read to its end, the share of bad rows exceeds `max_dropped`, or no possible test
@@ -152,7 +160,8 @@ def ingest_rows(
     if not spool.ended:
         with account.spooled(), progress_bars(console) as progress:
             bar = progress.add_task("read rows", total=sum(one.input.size for one in inputs))
-            parser = _RowParser(tuple(inputs), task, data.split_by, isinstance(data.test, tuple), tuple(columns or ()))
+            own_tests, kept = isinstance(data.test, tuple), tuple(columns or ())
+            parser = _RowParser(tuple(inputs), task, data.split_by, own_tests, kept, dict(renames or {}))
             _read_rows(parser, account, spool, lambda count: progress.advance(bar, count))
             spool.end(account.note)
     account.publish()
@@ -184,7 +193,11 @@ class TriedRows:
 
 
 def try_rows(
-    inputs: Sequence[Detected], data: DataSection, task: str, columns: Mapping[str, str] | None = None
+    inputs: Sequence[Detected],
+    data: DataSection,
+    task: str,
+    columns: Mapping[str, str] | None = None,
+    renames: Mapping[str, str] | None = None,
 ) -> TriedRows:
     """Refuse rows that `ingest_rows` would refuse with the same arguments, judging by the first rows of each input.
 
@@ -193,7 +206,8 @@ def try_rows(
             another encoding; or no possible test row has one of `columns`.
     """
     columns, tried = columns or {}, TriedRows()
-    parser = _RowParser(tuple(inputs), task, data.split_by, isinstance(data.test, tuple), tuple(columns))
+    own_tests = isinstance(data.test, tuple)
+    parser = _RowParser(tuple(inputs), task, data.split_by, own_tests, tuple(columns), renames or {})
     for number, one in enumerate(inputs):
         most = min(one.input.source.limit or TRIED_ROWS, TRIED_ROWS)
         rows = list(islice(one.input.lazy_rows(lambda count: None), most + 1))
@@ -261,6 +275,7 @@ def _read_rows(parser: _RowParser, account: IngestState, spool: Spool, advance: 
             else:
                 account.taken[source] += 1
                 account.filled += row.filled
+                account.changes.update(row.changes)
                 account.columns.update(dict.fromkeys(names))
                 spool.add(row, account.note)
 
@@ -306,6 +321,7 @@ class _RowParser:
     has_tests: bool
     """Whether the test split has its own sources."""
     kept_columns: tuple[str, ...]
+    renames: Mapping[str, str] = field(default_factory=dict)
 
     def __call__(self, batch: _InputBatch) -> tuple[int, list[_Parsed]]:
         """Return the number of the input, and each row or its error."""
@@ -327,24 +343,30 @@ class _RowParser:
             return origin, value, ()
         try:
             raw = rename(value, detected.columns, detected.roles)
-            row = parse_row(raw, detected.row_format, self.task, one.folder)
+            changes = dict[NameChange, None]()
+            written = parse_row(raw, detected.row_format, self.task, one.folder, note_tidied(changes))
+            row = rename_classes(written, self.renames, changes)
             text = row_json(row)
             if len(text) > MAX_ROW_BYTES:
                 raise RowError("too large", f"the row has {len(text) / 2**20:.0f} MiB of text")
             content = hash_content(row)
+            drawn = content if row is written else hash_content(written)  # a renamed row stays in its split
             values = raw if self.split_by in raw else row
-            group = _split_group(values, self.split_by, required=split < 0) or int.from_bytes(content[8:], "big")
+            group = _split_group(values, self.split_by, required=split < 0) or int.from_bytes(drawn[8:], "big")
         except RowError as error:
             return origin, error, ()
         except RecursionError:
             return origin, RowError("nested too deeply", "lists and objects are nested hundreds deep"), ()
         kept = None
         if tested:
-            kept = json.dumps({name: raw[name] for name in self.kept_columns if name in raw}, default=str)
+            labels = {detected.columns.get(name, name): row[name] for name in detected.row_format.labels if name in row}
+            cells = {**raw, **labels}
+            kept = json.dumps({name: cells[name] for name in self.kept_columns if name in raw}, default=str)
         text_hash = xxhash.xxh3_64_intdigest(text.encode())
         names = tuple(raw) if tested else ()
         filled = value.filled if isinstance(value, ArrowRow) else 0
-        return origin, HashedRow(origin, text, kept, content, text_hash, group, one.number, split, filled), names
+        hashed = HashedRow(origin, text, kept, content, text_hash, group, one.number, split, filled, tuple(changes))
+        return origin, hashed, names
 
 
 def _split_group(raw: Mapping[str, object], split_by: str | None, required: bool) -> int | None:

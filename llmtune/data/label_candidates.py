@@ -11,6 +11,7 @@ from statistics import mean
 from llmtune.data.column_mapping import (
     ALIASES,
     ANSWER_NAMES,
+    FIELD,
     MANY_ROWS,
     flatten,
     is_text,
@@ -19,7 +20,7 @@ from llmtune.data.column_mapping import (
     repeats,
     with_aliases,
 )
-from llmtune.data.rejected_rows import parse_cell
+from llmtune.data.rejected_rows import NO_VALUES, parse_cell
 from llmtune.data.row_hash import DATE, plain_value
 from llmtune.errors import visible
 
@@ -65,16 +66,16 @@ class LabelCandidate:
 
 
 def map_classes(
-    rows: Sequence[Mapping[str, object]], columns: Mapping[str, str]
+    rows: Sequence[Mapping[str, object]], columns: Mapping[str, str], task: str
 ) -> tuple[dict[str, str], list[LabelCandidate]] | None:
     """Return the columns of text and label, and the candidates for the label if `columns` and names do not decide.
 
     The user's `columns` win. All texts are joined, unless a second text makes pairs. None without label or text.
     """
     names = dict.fromkeys(name for row in rows for name in flatten(row))
-    usual = {name: name for name in names} | with_aliases(columns, ("text", "pair", "label"), names, "classify")
+    usual = {name: name for name in names} | with_aliases(columns, ("text", "pair", "label"), names, task)
     is_stated = "label" in columns or "label" in names
-    possible = [one for one in list_candidates(rows) if one.column not in columns.values()]
+    possible = [one for one in list_candidates(rows, task) if one.column not in columns.values()]
     candidates = [] if is_stated else possible
     label = candidates[0].column if candidates else usual.get("label")
     if "text" in columns or "pair" in usual:
@@ -90,14 +91,14 @@ def map_classes(
     return {ours: theirs for ours, theirs in mapped.items() if ours != theirs}, candidates
 
 
-def list_candidates(rows: Sequence[Mapping[str, object]]) -> list[LabelCandidate]:
+def list_candidates(rows: Sequence[Mapping[str, object]], task: str) -> list[LabelCandidate]:
     """Return every column whose values may be classes: few and short, neither dates nor identifiers.
 
     Columns with a usual name for labels come first, even if they have numbers on a scale, then the others in the order
     of the file.
     """
     flat = [flatten(row) for row in rows]
-    named = {"label", *ALIASES["classify"]["label"]}
+    named = {"label", *ALIASES[task]["label"]}
     candidates = []
     for column in dict.fromkeys(name for row in flat for name in row):
         if name_words(column) & (NO_CLASSES | HEADINGS):
@@ -113,7 +114,7 @@ def _class_names(cell: object) -> Iterator[str]:
     """Yield the classes in a cell; several in a list."""
     value = parse_cell(cell)
     for item in value if isinstance(value, list) else [value]:
-        if name := plain_value(item):
+        if (name := plain_value(item)) and name not in NO_VALUES:
             yield name
 
 
@@ -156,9 +157,9 @@ def _joins(rows: Sequence[Mapping[str, object]], column: str) -> bool:
     """Whether a column is read with other texts: a heading, or several words that differ from row to row."""
     words = name_words(column)
     cells = [str(cell) for row in rows if (cell := row.get(column))]
-    if words & HEADINGS:
+    if words & HEADINGS and not FIELD.search(column):
         return True
-    if words & NO_TEXTS or repeats(rows, column):
+    if words & NO_TEXTS or repeats(rows, column) or FIELD.search(column):
         return False
     unspaced = mean(map(len, cells)) > UNSPACED_CHARACTERS and not "".join(cells).isascii()  # as in Japanese
     return unspaced or mean(len(cell.split()) for cell in cells) >= FEWEST_WORDS

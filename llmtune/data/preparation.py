@@ -22,6 +22,7 @@ from rich.markup import escape
 
 from llmtune import __version__
 from llmtune.data.audio import AUDIO_COLUMNS, find_recording
+from llmtune.data.class_spelling import list_changes, require_one_spelling, warn_of_idle_renames
 from llmtune.data.corpus import save_corpus
 from llmtune.data.deduplication import KEPT, drop_equal, drop_near, drop_shared_inputs
 from llmtune.data.file_survey import suspicions
@@ -35,6 +36,7 @@ from llmtune.recipe.data_section import ENCODING_KEYS, DataSection, Source
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.yaml_writer import source_line
 from llmtune.records import SPLITS, Rows
+from llmtune.report.class_sentences import name_changes_sentences
 from llmtune.store.atomic_files import explained, hash_value, write_text
 
 TRAIN, VALIDATION, TEST = range(len(SPLITS))
@@ -80,7 +82,8 @@ def prepare_rows(recipe: Recipe, folder: Path, console: Console, inputs: str | N
         try:
             with spool:
                 columns = recipe.evaluate.columns
-                account = ingest_rows(detected, data, task, spool, folder.parent / BAD_ROWS, console, columns)
+                bad = folder.parent / BAD_ROWS
+                account = ingest_rows(detected, data, task, spool, bad, console, columns, recipe.renames)
                 index = spool.index()
                 split_N, reason_N, notes = _decide(index, data, spool, console)
                 copies_N = count_copies(index, split_N, _source_weights(data))
@@ -89,7 +92,13 @@ def prepare_rows(recipe: Recipe, folder: Path, console: Console, inputs: str | N
                 _check_splits(data, split_N, copies_N, reason_N)
                 grouped = data.split_by is not None
                 rows = _write_rows(folder, spool, index, split_N, copies_N, account, reason_N, tuple(columns), grouped)
-                save_rows(rows := replace(rows, corpus_hash=corpus_hash))
+                rows = replace(rows, corpus_hash=corpus_hash, class_changes=tuple(list_changes(account.changes)))
+                read = (pair for split in rows.files for pair in iterate_rows(rows, split))
+                if any(one.row_format.labels for one in detected):
+                    names = require_one_spelling(read, recipe)
+                    if recipe.evaluate.champion is None:  # otherwise its classes may have these names
+                        notes += warn_of_idle_renames(recipe.renames, rows.class_changes, (), names)
+                save_rows(rows)
         except DataError:
             spool.remove()
             raise
@@ -192,6 +201,8 @@ def _print_rows(rows: Rows, account: IngestState, notes: Sequence[str], console:
     console.print(f"{rows.rows_in:,} rows read; {kept}")
     for reason, count in rows.dropped.items():
         console.print(f"  {count:,} left out: {escape(reason)}")
+    for sentence in name_changes_sentences(rows.class_changes):
+        console.print(f"  {escape(sentence)}", style="yellow", highlight=False, soft_wrap=True)
     for problem in account.problems():
         console.print(f"  {escape(str(problem))}", style="yellow", highlight=False, soft_wrap=True)
     for note in notes:
@@ -203,6 +214,8 @@ def rows_inputs(recipe: Recipe) -> str:
     settings = recipe.data.model_dump(mode="json", exclude={"packing", *ENCODING_KEYS})
     if recipe.evaluate.columns:  # kept with the rows
         settings["slices"] = tuple(recipe.evaluate.columns)
+    if recipe.renames:
+        settings["renames"] = recipe.renames
     if recipe.data.split_by is not None:
         settings["groups"] = "kept"  # rows prepared without groups must be prepared again
     return hash_value([__version__, recipe.task, settings, hash_sources(recipe.data, recipe.task)])

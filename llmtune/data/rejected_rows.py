@@ -18,6 +18,10 @@ from llmtune.store.atomic_files import atomic_file
 
 MOST_LITERAL = 2**20
 """Longest text that is parsed as a Python literal: the parser needs a hundred times its size."""
+NO_VALUES = frozenset(
+    ("#N/A", "#REF!", "#VALUE!", "#NAME?", "#DIV/0!", "#NULL!", "#NUM!", "N/A", "n/a", "nan", "NaN", "null", "NULL")
+)
+"""Placeholders that Excel, pandas and databases write for missing values."""
 ANSWER_COLUMNS = ("completion", "output", "target", "summary", "chosen", "rejected")
 
 

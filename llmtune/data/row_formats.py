@@ -16,6 +16,7 @@ from llmtune.data.chat_rows import (
     completion_from_pair,
     completion_from_text,
 )
+from llmtune.data.class_spelling import NoteName, tidy_cell
 from llmtune.data.classify_rows import classified
 from llmtune.data.column_mapping import fields, find, flatten, has_columns, rename, used_columns, with_aliases
 from llmtune.data.rejected_rows import RowError
@@ -75,6 +76,8 @@ class RowFormat:
     """An example for error messages, if one made of the required columns is not enough."""
     files: tuple[str, ...] = ()
     """Columns that name files, relative to the file of the row."""
+    labels: tuple[str, ...] = ()
+    """Columns with names of classes, in any form: a text, a list, spans with a `label`."""
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -120,9 +123,15 @@ _KNOWN = (
     RowFormat("document-summary", ("document", "summary"), (), {"summarize": summary_from_pair}),
     RowFormat("squad", ("question", "context", "answers"), (), {"qa": question_squad}),
     RowFormat("question-answer", ("question", "context", "answer"), (), {"qa": question_answer}),
-    RowFormat("text-label", ("text", "label"), ("pair",), {"classify": classified, "embed": embed_from_label}),
-    RowFormat("tokens-tags", ("tokens", "tags"), (), {"token-classify": tagged_tokens}),
-    RowFormat("text-spans", ("text", "spans"), (), {"token-classify": tagged_spans}),
+    RowFormat(
+        "text-label",
+        ("text", "label"),
+        ("pair",),
+        {"classify": classified, "embed": embed_from_label},
+        labels=("label",),
+    ),
+    RowFormat("tokens-tags", ("tokens", "tags"), (), {"token-classify": tagged_tokens}, labels=("tags",)),
+    RowFormat("text-spans", ("text", "spans"), (), {"token-classify": tagged_spans}, labels=("spans",)),
     RowFormat("audio-text", ("audio", "text"), (), {"speech": speech_from_columns}, files=("audio",)),
     RowFormat(
         "audio-folder",
@@ -318,7 +327,11 @@ def _name_list(names: Sequence[str]) -> str:
 
 
 def parse_row(
-    row: Mapping[str, object], row_format: RowFormat, task: str, folder: Path | None = None
+    row: Mapping[str, object],
+    row_format: RowFormat,
+    task: str,
+    folder: Path | None = None,
+    note: NoteName = lambda written, name: None,
 ) -> Mapping[str, object]:
     """Return the canonical row.
 
@@ -327,6 +340,7 @@ def parse_row(
         row_format: The file's format.
         task: The task whose canonical row is made.
         folder: Base of the file names in the row.
+        note: Called for each class name that changes, with its form in the file and the usual one (`tidy_name`).
 
     Raises:
         RowError: The row cannot be trained on.
@@ -342,6 +356,8 @@ def parse_row(
     if folder is not None:  # make the row's file names absolute
         files = {column: find_recording(row[column]) for column in row_format.files}
         row = {**row, **{column: str((folder / name).absolute()) for column, name in files.items() if name}}
+    if row_format.labels:
+        row = {**row, **{column: tidy_cell(row[column], note) for column in row_format.labels}}
     return parse(row)
 
 

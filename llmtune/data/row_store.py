@@ -29,7 +29,10 @@ AGAIN = "Run the recipe again to recreate missing or damaged files."
 RECORD = "rows.json"
 MINED = "mined"
 """Folder of the rows with mined negatives, next to the prepared rows."""
-RECORDED = ("counts", "rows_in", "dropped", "content_hash", "columns", "columns_hash", "filled", "corpus_hash")
+RECORDED = (
+    *("counts", "rows_in", "dropped", "content_hash", "columns", "columns_hash", "filled", "corpus_hash"),
+    "class_changes",
+)
 SCHEMA = pa.schema({"id": pa.string(), "origin": pa.string(), "row": pa.string(), "columns": pa.string()})
 GROUP = pa.field("group", pa.uint64())
 """Hash of the row's `data.split_by` value; only if the recipe names such a column."""
@@ -46,6 +49,7 @@ class RowsRecord(TypedDict):
     content_hash: str
     columns: NotRequired[list[str]]
     columns_hash: NotRequired[str]
+    class_changes: NotRequired[list[Json]]
 
 
 class RowWriter:
@@ -122,7 +126,8 @@ def load_rows(folder: Path) -> Rows:
         raise DataError.of(what, str(folder), AGAIN)
     files = {split: folder / name for split, name in record["files"].items()}
     recorded = {name: record[name] for name in RECORDED if name in record}
-    return Rows(folder=folder, files=files, **{**recorded, "columns": tuple(record.get("columns", ()))})
+    lists = {name: tuple(recorded.get(name, ())) for name in ("columns", "class_changes")}
+    return Rows(folder=folder, files=files, **{**recorded, **lists})
 
 
 @contextmanager
@@ -262,6 +267,8 @@ class HashedRow(NamedTuple):
     split: int
     filled: int = 0
     """The number of null keys that Arrow added, and that were dropped."""
+    changes: tuple[tuple[str, str, str], ...] = ()
+    """Class names that changed, as `class_spelling.NameChange`."""
 
 
 class Spool(AbstractContextManager["Spool"]):

@@ -11,6 +11,7 @@ from typing import TypedDict
 from llmtune.data.rejected_rows import RowError, json_kind, nonempty_text, parse_cell, text_of
 from llmtune.data.task_rows import THUMBS
 from llmtune.data.written_numbers import read_number
+from llmtune.recipe.class_names import tidy_name
 
 SHOWN_CHARACTERS = 80
 
@@ -76,9 +77,9 @@ def embed_from_pair(row: Mapping[str, object]) -> EmbedRow:
 def embed_from_label(row: Mapping[str, object]) -> EmbedRow:
     """Read `text` and `label`, a class."""
     label = row["label"]
-    if isinstance(label, bool) or not isinstance(label, str | int) or not str(label).strip():
+    if isinstance(label, bool) or not isinstance(label, str | int) or not tidy_name(str(label)):
         raise RowError("no class", f"'label' is {json_kind(label)}; it must be a class name or number")
-    text, label = nonempty_text(row, "text"), str(label).strip()
+    text, label = nonempty_text(row, "text"), tidy_name(str(label))
     return {"query": text, "passages": [], "negatives": [], "score": None, "label": label}
 
 

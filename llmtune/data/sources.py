@@ -321,6 +321,13 @@ class SourceFile:
     lines: int | None = None
     """Lines of a text file on this machine."""
 
+    @property
+    def record(self) -> dict[str, str | int | None]:
+        """Return its record for the lock."""
+        path = None if self.path is None else str(self.path)
+        lines = {} if self.lines is None else {"lines": self.lines}
+        return {"source": self.source, "path": path, self.kind: self.hash, **lines}
+
 
 def hash_sources(data: DataSection, task: str) -> str:
     """Hash everything that `prepare_rows` reads: sha256 over the sources, file names, file bytes, and hub commits.

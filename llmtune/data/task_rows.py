@@ -10,9 +10,9 @@ from typing import NotRequired, TypedDict
 from llmtune.data.chat_rows import answer_as_text, canonical_messages
 from llmtune.data.message_fields import ROLES
 from llmtune.data.rejected_rows import RowError, json_kind, nonempty_text, parse_cell, text_of
+from llmtune.recipe.class_names import OUTSIDE
 from llmtune.records import Row
 
-OUTSIDE = "O"
 TAG = re.compile(r"O|[BI]-\S.*")
 JOINERS = "_\N{ZERO WIDTH JOINER}\N{ZERO WIDTH NON-JOINER}"
 

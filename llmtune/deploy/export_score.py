@@ -22,12 +22,13 @@ from llmtune.deploy.tuned_model import TunedModel, load_tuned
 from llmtune.errors import LlmtuneError
 from llmtune.evaluate.cache_keys import base_inputs
 from llmtune.evaluate.calibration import run_temperature
+from llmtune.evaluate.class_alignment import pair_metrics
 from llmtune.evaluate.decision import copy_rules
 from llmtune.evaluate.eval_inputs import EvalContext, make_inputs
 from llmtune.evaluate.evaluated_task import LoadedModel
 from llmtune.evaluate.generation import generate_completions
 from llmtune.evaluate.inference import Answers, compute_metrics, inference_on, predict
-from llmtune.evaluate.opened_runs import OpenedRun, ScoredRun, keep_asked, open_run_scores, pair_metrics
+from llmtune.evaluate.opened_runs import OpenedRun, ScoredRun, keep_asked, open_run_scores
 from llmtune.evaluate.per_row_scores import PerRowScores, name_test_rows, save_measures
 from llmtune.evaluate.results import load_base
 from llmtune.model.device import release_memory

@@ -25,6 +25,7 @@ from llmtune.evaluate.per_row_scores import MEASURES
 from llmtune.evaluate.run_report import make_report
 from llmtune.recipe.schema import RELEASE, Recipe
 from llmtune.recipe.section import RELEASE_PREFIX
+from llmtune.records import Json
 from llmtune.report.report_page import write_report
 from llmtune.score_records import Evaluation, GateResult
 from llmtune.session import RunContext, open_finished
@@ -51,6 +52,7 @@ from llmtune.store.release_store import (
 )
 from llmtune.store.run_folder import (
     MANIFEST,
+    METRICS,
     REPORTS,
     Manifest,
     RunFolder,
@@ -61,13 +63,14 @@ from llmtune.store.run_folder import (
 )
 from llmtune.store.run_lock import LOCK
 from llmtune.store.run_origin import is_own, mark_own
+from llmtune.store.seed_runs import kept_findings
 
 SERVING_SECTIONS = ("task", "generation")
 SERVING_DATA = ("system_prompt", "max_length", "on_overlong", "train_on")
 SELECTING = ("name", "candidates", "trials", "licences", "scores", "check_memory")
 """Keys of the model section that decide which model it is; its content has a hash."""
 KEPT_STEPS = ("prepare", "encode", "select", "adapt", "train", "evaluate", "deploy")
-SHOWN_TEXTS = {"example": [], "hardest_rows": []}
+SHOWN_TEXTS: Json = {"example": [], "hardest_rows": []}
 """Facts of steps that show rows, with what a release has in their place."""
 CHANGING = (RECORD_FILE, MANIFEST, ".origin", *REPORTS)
 """Files of a release that do not serve; `explain` and `verify` may change some."""
@@ -111,9 +114,13 @@ def promote_run(run: Path, console: Console, *, offline: bool, signing: str | No
     name, digest = scored.recipe.name, hash_served(context)
     before, replaces = read_current(name), find_compared(scored.recipe, run)
     released = {*context.folder.findings.get("released", ()), f"{RELEASE_PREFIX}{name}@{digest}"}
-    context.folder.note(released=sorted(released))
-    write = partial(fill_release, context, signing=signing)
-    folder = promote(name, digest, write, replaces if before != digest else False)
+    folder = promote(
+        name,
+        digest,
+        partial(fill_release, context, signing=signing),
+        replaces if before != digest else False,
+        on_stored=lambda: context.folder.note(released=sorted(released)),
+    )
     return Promoted(folder, before)
 
 
@@ -163,7 +170,7 @@ def fill_release(context: RunContext, folder: Path, signing: str | None = None) 
         outputs = [trained_name(recipe), *(run.manifest["steps"]["deploy"]["outputs"] if recipe.exports else ())]
         for name in outputs:
             shutil.copytree(run.path / name, folder / name)
-        for name in (LOCK, "recipe.yaml"):
+        for name in (LOCK, "recipe.yaml", METRICS):
             shutil.copyfile(run.path / name, folder / name)
         if is_own(run.path):
             mark_own(folder)
@@ -214,7 +221,7 @@ def make_manifest(run: RunFolder, folder: Path, outputs: Sequence[str]) -> Manif
             files = {output: list_folder(folder / output) for output in record["outputs"] if output in outputs}
             hashes = {output: hash_listing(listed) for output, listed in files.items()}
             steps[name] = cast(StepRecord, {**record, "facts": facts, "outputs": hashes, "files": files})
-    findings = {"released_from": str(run.path.absolute()), "look": run.findings.get("look")}
+    findings = kept_findings(run) | {"released_from": str(run.path.absolute()), "look": run.findings.get("look")}
     manifest = Manifest(fingerprint=run.manifest["fingerprint"], steps=steps, findings=findings)
     return manifest | {"lock": hash_file(folder / LOCK), "llmtune": run.manifest.get("llmtune", "")}
 
@@ -231,6 +238,9 @@ def conclude_release(context: RunContext, gates: Sequence[GateResult]) -> None:
         return
     name, run = context.plan.recipe.name, context.folder
     failed = [gate.name for gate in gates if gate.passed is not True]
+    if not gates:
+        text = f"release {name}: the recipe has no gates, so every model is promoted"
+        context.console.print(text, style="yellow", highlight=False, markup=False)
     digest = hash_served(context)
     if failed:
         note_outcome(context, f"because of {', '.join(failed)}")

@@ -14,18 +14,11 @@ from pydantic import TypeAdapter
 from llmtune import __version__
 from llmtune.errors import EnvironmentProblem, GateFailed, Problem, RecipeError
 from llmtune.evaluate.champion import hash_weights
+from llmtune.evaluate.class_alignment import classes_of, pair_metrics
 from llmtune.evaluate.gates import require_gates
-from llmtune.evaluate.opened_runs import (
-    RELEASE_VERSION,
-    Release,
-    check_alike,
-    is_release,
-    name_runs,
-    open_release,
-    open_run_scores,
-    pair_metrics,
-)
+from llmtune.evaluate.opened_runs import check_alike, name_runs, open_run_scores
 from llmtune.evaluate.per_row_scores import pack_measures
+from llmtune.evaluate.release_records import RELEASE_VERSION, Release, is_release, open_release
 from llmtune.recipe.secrets import hide_paths
 from llmtune.recipe.user_files import read_bytes
 from llmtune.records import Json
@@ -176,7 +169,7 @@ def make_record(run: Path) -> Json:
     """
     opened = open_run_scores(run, run.name)
     report = require_report(run)
-    evaluation, measures = opened.evaluation, replace(opened.measures, base={})
+    evaluation, measures = opened.evaluation, replace(opened.measures, base={}, simple={})
     content = Release(
         release_version=RELEASE_VERSION,
         llmtune=__version__,
@@ -185,7 +178,7 @@ def make_record(run: Path) -> Json:
         run=run.absolute().name,
         lock=hash_file(run / LOCK),
         trained=hash_weights(run),
-        recipe=opened.recipe.model_dump(mode="json"),
+        recipe=opened.recipe.with_classes(classes_of(opened)).model_dump(mode="json"),
         verdict=report["verdict"],
         base=evaluation.base,
         tuned=evaluation.tuned,
@@ -194,6 +187,7 @@ def make_record(run: Path) -> Json:
         gates=report["gates"],
         certificates=opened.folder.certificates(),
         rows=evaluation.rows,
+        simple_baseline=evaluation.simple_baseline,
         measures="",
     )
     packed = base64.b64encode(pack_measures(measures)).decode()  # contains no path or secret
@@ -202,7 +196,9 @@ def make_record(run: Path) -> Json:
 
 def _without_paths(content: Release) -> Json:
     difference = {metric: asdict(change) for metric, change in content["difference"].items()}
-    return {key: hide_paths(value) for key, value in {**content, "difference": difference}.items()}
+    simple = content["simple_baseline"] and asdict(content["simple_baseline"])
+    values = {**content, "difference": difference, "simple_baseline": simple}
+    return {key: hide_paths(value) for key, value in values.items()}
 
 
 def diff_releases(first: Path, second: Path) -> tuple[dict[str, Difference], dict[str, str]]:

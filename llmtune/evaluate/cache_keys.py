@@ -9,8 +9,8 @@ from typing import Any
 from llmtune import __version__
 from llmtune.errors import DataError
 from llmtune.evaluate.lm_eval import list_task_files
-from llmtune.evaluate.opened_runs import locate_champion
 from llmtune.evaluate.per_row_scores import MEASURES
+from llmtune.evaluate.release_records import locate_champion
 from llmtune.recipe.eval_suites_section import is_task_file
 from llmtune.recipe.evaluate_section import EXTRA_KEYS, GATE_KEYS
 from llmtune.recipe.schema import Recipe
@@ -54,6 +54,13 @@ def base_inputs(
     contents += [rows.corpus_hash] if rows.corpus_hash else []
     drawn = recipe.seed if recipe.generation.do_sample else None
     return hash_value([__version__, package_versions(("torch", "transformers")), contents, settings, drawn])
+
+
+def simple_inputs(recipe: Recipe, rows: Rows, examples: Examples) -> str:
+    """Hash the inputs of a simple baseline's answers: the rows that it learns from, and those that it answers."""
+    asked = [recipe.evaluate.limit, recipe.evaluate.choices, recipe.task_section()]
+    contents = [rows.content_hash, examples.content_hash, recipe.data.max_length]
+    return hash_value([__version__, package_versions(("scikit-learn", "scipy")), contents, asked])
 
 
 def own_metric_files(recipe: Recipe) -> list[str]:

@@ -6,8 +6,9 @@ import json
 import os
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, NotRequired
 
@@ -17,26 +18,27 @@ from typing_extensions import TypedDict
 
 from llmtune.data.inherited_rows import find_inheritance, find_learned, has_learned
 from llmtune.errors import DataError, EnvironmentProblem, LlmtuneError, Problem, RecipeError
-from llmtune.evaluate.metric import Measure, paired_difference
+from llmtune.evaluate.class_alignment import align_classes, find_partial, follow_rows, shared_names
+from llmtune.evaluate.class_changes import check_classes, judge_classes
+from llmtune.evaluate.metric import paired_difference
 from llmtune.evaluate.new_rows import NONE_ASKED, Asked, score_new
 from llmtune.evaluate.opened_runs import (
     ScoredRun,
     find_other_keys,
     find_other_measure,
     keep_asked,
-    locate_champion,
-    open_release,
     open_run_scores,
     pair_measures,
-    read_release,
 )
 from llmtune.evaluate.per_row_scores import PerRowScores, name_test_rows
+from llmtune.evaluate.release_records import locate_champion, open_release, read_release
 from llmtune.recipe.evaluate_section import ERROR
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.user_files import read_text_file
-from llmtune.records import Examples, Json, Rows
-from llmtune.score_records import Champion, Evaluation
+from llmtune.records import Examples, Json, Row, Rows
+from llmtune.score_records import Champion, ClassChanges, Evaluation
 from llmtune.store.atomic_files import explained, hash_file, hash_value
+from llmtune.store.processes import world_size
 from llmtune.store.release_store import is_stored, release_address
 from llmtune.store.run_folder import MANIFEST, RunFolder, read_run, recipe_of_run
 
@@ -198,10 +200,18 @@ def _about_champion(error: LlmtuneError) -> LlmtuneError:
     return type(error)(*(replace(one, where=f"{KEY}: {one.where}") for one in error.problems))
 
 
-def check_champion(recipe: Recipe, run: RunFolder, rows: Rows, examples: Examples, console: Console) -> None:
+def check_champion(
+    recipe: Recipe,
+    run: RunFolder,
+    rows: Rows,
+    examples: Examples,
+    console: Console,
+    ask: Callable[[Path, Sequence[Row]], Sequence[Sequence[str]]] | None = None,
+) -> None:
     """Refuse a champion with no common test rows or with other measurement settings, as far as known before training.
 
-    Prints how many rows can be compared if not all can. `recipe` is that of `recipe.yaml` in the folder `run`.
+    Prints how many rows can be compared if not all can, and classes that appeared, stopped or may have been renamed;
+    `ask` returns the classes that the model of a folder answers. `recipe` is that of `recipe.yaml` in the folder `run`.
 
     Raises:
         DataError: the champion was trained on every test row of this run.
@@ -216,7 +226,7 @@ def check_champion(recipe: Recipe, run: RunFolder, rows: Rows, examples: Example
             console.print(f"champion: none, {recipe.evaluate.champion} has no release yet", highlight=False)
         return
     numbers = sorted({int(row) for row in ExampleReader(examples, "test").rows})
-    names = name_test_rows(rows, numbers)
+    names, champion = name_test_rows(rows, numbers), follow_rows(champion, rows, recipe.renames)
     folder, total = find_champion_run(recipe, run.path), len(names)
     learned = find_inherited(recipe, folder, rows)
     left = [name for name in names if name.rpartition("-")[0] not in learned]
@@ -238,7 +248,9 @@ def check_champion(recipe: Recipe, run: RunFolder, rows: Rows, examples: Example
     metrics = [metric for metric in champion.measures.tuned if metric in recipe.evaluate.chosen_metrics(recipe.variant)]
     fix = "Use the same value for both, or rescore the champion: llmtune evaluate RUN --set ..."
     RecipeError.collect(Problem(what, KEY, fix) for what in find_other_keys(champion, own, metrics))
+    answer = partial(ask, folder) if ask and folder and world_size() == 1 else None
     check_looks(recipe, champion, run.manifest["fingerprint"], run.path)
+    check_classes(champion, run, folder, rows, recipe, answer, console)
 
 
 def find_champion_run(recipe: Recipe, run: Path) -> Path | None:
@@ -297,6 +309,10 @@ GONE = "the champion's run folder is gone, so the rows that it learned are unkno
 NONE_NEW = "no test row is new to the champion"
 
 
+JudgeClasses = Callable[..., ClassChanges | None]
+"""Compares the classes of champion and own run, given the pairs of their metrics with the names of their rows."""
+
+
 def face_champion(
     run: RunFolder, rows: Rows, ask: AskChampion, evaluation: Evaluation, measures: PerRowScores
 ) -> Champion | None:
@@ -305,13 +321,15 @@ def face_champion(
     champion = open_champion(recipe, run.path)
     if champion is None:
         return None
+    champion = follow_rows(champion, rows, recipe.renames)
     folder = find_champion_run(recipe, run.path)
     inherited = find_inherited(recipe, folder, rows)
     places = list_unseen(champion, folder, rows, measures.rows, inherited)
     asked = ask(folder, places) if folder and places else NONE_ASKED
+    changes = partial(judge_classes, rows=rows, renames=recipe.renames, hints=run.findings.get("class_hints", ()))
     if not asked.places:
         asked = replace(asked, why_none=NONE_NEW if folder else GONE)
-    compared = compare_with_champion(champion, recipe, evaluation, measures, asked, inherited)
+    compared = compare_with_champion(champion, recipe, evaluation, measures, asked, inherited, changes)
     return replace(compared, folder=name_champion(locate_champion(recipe, run.path)))
 
 
@@ -328,20 +346,24 @@ def compare_with_champion(
     measures: PerRowScores,
     asked: Asked = NONE_ASKED,
     inherited: frozenset[str] = frozenset(),
+    judge: JudgeClasses = lambda champion, own, pairs: None,
 ) -> Champion:
     """Compare the tuned model with the champion on the rows they share.
 
     `asked` holds the champion's answers to further test rows of this run, and all rows that are new to it. Rows with
     the ids in `inherited` are left out: one of both models learned them in an earlier run. Metrics that the two runs
-    measure differently are omitted.
+    measure differently are omitted. Rows of classes that the champion does not
+    have count: its answers to them are wrong. `judge` compares the classes.
 
     Raises:
         RecipeError: measurement settings differ.
         DataError: the runs share no row.
     """
     new_names = {measures.rows[place] for place in asked.places}
-    champion = replace(champion, measures=champion.measures.with_rows(asked.answers))
     own = ScoredRun(OWN, recipe, evaluation, keep_asked(measures, recipe).without_rows(inherited))
+    champion, own, merged = align_classes(champion, alone := own, recipe.renames)
+    answers = asked.answers.without_metrics(merged)
+    champion = replace(champion, measures=champion.measures.with_rows(answers))
     both = {*champion.measures.rows} & {*own.measures.rows}
     if not both:
         raise DataError.of("no test row is also a test row of the champion", KEY, ROWS_FIX)
@@ -352,31 +374,22 @@ def compare_with_champion(
         if (other := find_other_measure(champion, own, metric)) is not None:
             left_out[metric] = other[0]
             del pairs[metric]
+    named = {
+        metric: (before, replace(after, names=shared_names(champion, own, metric)))
+        for metric, (before, after) in pairs.items()
+    }
     return Champion(
         folder=recipe.evaluate.champion or "",
         scores={metric: before.value for metric, (before, _) in pairs.items()},
         difference={
             metric: paired_difference(before, after, champion.recipe.seed) for metric, (before, after) in pairs.items()
         },
-        left_out=left_out,
+        left_out=left_out | merged,
         tuned={metric: after.value for metric, (_, after) in pairs.items()},
         rows=len(both),
         asked=len(both & {*asked.answers.rows}),
-        partial=dict(find_partial(champion, own, pairs)),
-        new=score_new(replace(champion, measures=asked.answers), own, new_names, pairs) if new_names else None,
+        partial=dict(find_partial(champion, own, pairs, len(both))),
+        classes=judge(champion, alone, pairs=named),
+        new=score_new(replace(champion, measures=answers), own, new_names, pairs) if new_names else None,
         why_no_new=asked.why_none,
     )
-
-
-def find_partial(
-    champion: ScoredRun, own: ScoredRun, pairs: Mapping[str, tuple[Measure, Measure]]
-) -> Iterator[tuple[str, str]]:
-    """Yield metrics that leave out rows whose candidates or columns differ from the champion's, with their number."""
-    for metric, (_, after) in pairs.items():
-        names = own.row_names(metric)
-        if own.measures.tuned[metric].names and len(after.sums_NK) < len(names):
-            fewer = f"{len(names) - len(after.sums_NK)} of {len(names)}"
-            yield (
-                metric,
-                f"{fewer} rows are left out, because the champion did not have the same {own.name_inputs(metric)}",
-            )

@@ -46,6 +46,8 @@ THRESHOLD = 0.5
 """A multi-label row gets each label above this probability."""
 BINARY = "second label against the first"
 """The signature of an AUROC of two classes."""
+MEAN_AREA = "mean over the labels, each against the rest"
+"""The signature of an AUROC of more."""
 NEARLY_CONSTANT = 1e-12
 """A spread below this fraction of the largest number is rounding."""
 
@@ -202,7 +204,7 @@ def measure_auroc(scores_NK: Floats, true_NK: NDArray[np.bool_], *, binary: bool
 
     Classes with all rows or none have no area and are excluded from the mean; NaN if no class has an area.
     """
-    signature = BINARY if binary else "mean over the labels, each against the rest"
+    signature = BINARY if binary else MEAN_AREA
     seen_NK = np.concatenate([scores_NK, true_NK], axis=1).astype(np.float64)
     ranking = second_area if binary else mean_area
     return Measure("auroc", seen_NK, None, signature=signature, ranking=ranking, bounds=rank_bounds)

@@ -15,11 +15,12 @@ from llmtune.data.row_store import iterate_groups, iterate_rows
 from llmtune.errors import DataError
 from llmtune.evaluate.evaluated_task import EvaluatedTask
 from llmtune.evaluate.own_metrics import read_full_rows
-from llmtune.evaluate.shared_prefix import SIGNATURE, Tree, check_choices, choice_trees, find_choices
+from llmtune.evaluate.shared_prefix import SIGNATURE, Tree, check_choices, choice_trees, find_choice, find_choices
 from llmtune.evaluate.slices import Parts, read_slices
 from llmtune.evaluate.text_metrics import CHOICE_METRIC
 from llmtune.evaluate.token_batches import cut_evenly
 from llmtune.evaluate.tool_metrics import ToolTurn, calls_tool, uncheckable_tools, write_answer
+from llmtune.recipe.class_names import show_name, similar_names
 from llmtune.recipe.evaluate_section import EvaluateSection, metric_name
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_facts import CHOICE_METRICS, TASK_FACTS, TOOL_METRICS
@@ -236,7 +237,9 @@ def describe_choices(
         + f", on {len(trees)} of {len(references)} rows: "
         + ", ".join(map(repr, choices))
     )
-    unknown = sum(references[i] not in choices for i in answerable)
+    for names in similar_names(choices):
+        text += f"; {' and '.join(map(show_name, names))} differ only by case or width"
+    unknown = sum(find_choice(references[i], choices) not in choices for i in answerable)
     return text + (f"; {unknown} references are not among them and count as wrong" if unknown else "")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -62,6 +62,16 @@ class LoadedModel:
     note_logits: Callable[[int, list[list[float]]], None] = lambda row, logits: None
     """Called by tasks with `output_labels`, with the row's position and the logits of each of its choices. They are
     empty for a word that the model cannot see."""
+
+
+class SimplePredictions(NamedTuple):
+    """The predictions of a baseline without a language model."""
+
+    predictions: list[Any]
+    note: str
+    """What was fitted, and on what."""
+    logits: Sequence[list[list[float]]] = ()
+    """As in `LoadedModel.note_logits`, for tasks with `output_labels`."""
 
 
 class EvaluatedTask(TaskInterface):
@@ -140,6 +150,16 @@ class EvaluatedTask(TaskInterface):
 
     def baseline(self, references: Sequence[Any], prompts: Sequence[Any], recipe: Recipe) -> tuple[str, list[Any]]:
         """Return name and predictions of the baseline for a base without a trained head, from training references."""
+        raise NotImplementedError
+
+    def predict_simply(self, train: Sequence[Any], prompts: Sequence[Any], recipe: Recipe) -> SimplePredictions | str:
+        """Predict with the baseline of `TaskFacts.simple_baseline`, from training rows; the reason if it cannot be."""
+        raise NotImplementedError
+
+    def measure_words(
+        self, metric: str, references: Sequence[Any], corpus: Sequence[str], recipe: Recipe
+    ) -> Measure | None:
+        """Return a metric of BM25; for tasks that search passages."""
         raise NotImplementedError
 
     def as_prediction(self, reference: Any, recipe: Recipe) -> Any:

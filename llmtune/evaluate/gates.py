@@ -17,6 +17,7 @@ from llmtune.recipe.evaluate_section import ERROR, EvaluateSection, WhenUnsure
 from llmtune.recipe.gate_grammar import Gate, Operator, parse_gate
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.section import RELEASE_PREFIX
+from llmtune.recipe.task_facts import SIMPLE_BASELINES
 from llmtune.records import Json
 from llmtune.report.render_terminal import print_sections
 from llmtune.report.report_record import Power
@@ -34,6 +35,11 @@ COMPARE: dict[str, Callable[[float, float], bool]] = {
     "==": math.isclose,
 }
 NO_INTERVAL = "{} are too few for an interval, or the metric has no range and nearly all of them have the same value"
+ORIGINS: Mapping[str | None, str] = {
+    "champion": " from the champion",
+    **{name: f" from {name}" for name in SIMPLE_BASELINES},
+}
+"""What a difference is from, by the gate's other model; the base needs no name."""
 COUNTED: dict[WhenUnsure, bool | None] = {"fail": False, "pass": True, "report": None}
 
 
@@ -43,12 +49,31 @@ def check_gates(section: EvaluateSection, evaluation: Evaluation) -> tuple[GateR
     `X > base` compares the scores. `X.low > base` compares the low end of the difference's paired interval (95 %, wider
     with `evaluate.looks`) with zero. `X.high <= 0.05` compares an end of the score's own interval. `champion` is the
     run named by `evaluate.champion`; scores are then compared on the rows that both runs share, and a gate passes if
-    `release:NAME` has no release yet. `decide` has the rule
+    `release:NAME` has no release yet. A simple baseline such as `tfidf` answers the same rows. `decide` has the rule
     for interval ends. `when_unsure` sets how an inconclusive gate counts.
 
     Raises RecipeError for a text that is not a gate.
     """
-    return tuple(check_gate(parse_gate(text), evaluation, section) for text in section.gates)
+    return tuple(check_with_classes(parse_gate(text), evaluation, section) for text in section.gates)
+
+
+def check_with_classes(gate: Gate, evaluation: Evaluation, section: EvaluateSection) -> GateResult:
+    """Check a gate on the champion also on the rows of the classes that the champion has; the worse result counts.
+
+    Rows of new classes are wrong for the champion, so a gain there could hide a loss elsewhere.
+    """
+    result, champion = check_gate(gate, evaluation, section), evaluation.champion
+    known = champion.classes.known if champion and champion.classes else None
+    applies = gate.against == "champion" and not gate.rows
+    if champion is None or known is None or not applies or gate.metric not in known.difference:
+        return result
+    part = replace(champion, scores=known.base, tuned=known.tuned, difference=known.difference)
+    other = check_gate(gate, replace(evaluation, champion=part), section)
+    order = (False, None, True)
+    if order.index(other.passed) >= order.index(result.passed):
+        return result
+    where = f"on the {known.rows} rows of the champion's classes; {result.got} on all"
+    return replace(other, note="; ".join(part for part in (other.note, where) if part))
 
 
 def check_gate(gate: Gate, evaluation: Evaluation, section: EvaluateSection) -> GateResult:
@@ -73,7 +98,7 @@ def check_gate(gate: Gate, evaluation: Evaluation, section: EvaluateSection) -> 
         passed, note = COUNTED[section.when_unsure], f"{INCONCLUSIVE}: {explain_unsure(gate, change, limit, alpha)}"
     elif passed and not gate.on_own_interval and is_worse(gate.op, wide):
         note = f"worse, and shown to be within the margin: {number(wide.low)} to {number(wide.high)}"
-    origin = " from the champion" if gate.against == "champion" else ""
+    origin = ORIGINS.get(gate.against, "")
     level = f", at {100 * (1 - alpha):.5g} %," if section.looks else ""
     name = f"{gate.metric}[{gate.rows}]" if gate.rows else gate.metric
     what = f"interval of {name}" if gate.on_own_interval else f"difference{origin}"
@@ -157,13 +182,13 @@ def compared_scores(
     if gate.on_own_interval:
         scores = evaluation.by_name("tuned")
         return scores, dict.fromkeys(scores, 0.0), evaluation.own_intervals()
-    if gate.against != "champion":
+    if gate.against != "champion" and gate.against not in SIMPLE_BASELINES:
         others = evaluation.of_exports() if gate.on_export else evaluation.by_name("base")
         return evaluation.by_name("tuned"), others, evaluation.differences()
-    champion = evaluation.champion
-    if champion is None:
+    opponent = evaluation.champion if gate.against == "champion" else evaluation.simple_baseline
+    if opponent is None:
         return evaluation.by_name("tuned"), {}, {}
-    return {**evaluation.by_name("tuned"), **champion.tuned}, champion.scores, champion.difference
+    return {**evaluation.by_name("tuned"), **opponent.tuned}, opponent.scores, opponent.difference
 
 
 def scores_on_new(
@@ -196,6 +221,8 @@ def why_unmeasured(gate: Gate, evaluation: Evaluation) -> str:
     """Return why there is no score to compare with."""
     if gate.on_export:
         return "not measured: `llmtune run` makes and scores the exports"
+    if (name := gate.against or "") in SIMPLE_BASELINES:
+        return evaluation.signatures.get(name, "not measured")
     if gate.rows and gate.against == "champion":
         return "not comparable: the champion's model could not answer the new rows"
     left_out = evaluation.champion.left_out if evaluation.champion and gate.against == "champion" else {}

@@ -23,7 +23,7 @@ from llmtune.evaluate.generation import CompletionOutput, answer_reader, generat
 from llmtune.evaluate.intervals import Floats
 from llmtune.evaluate.metric import Measure, measure_right, measure_shares
 from llmtune.evaluate.own_metrics import measure_own
-from llmtune.evaluate.shared_prefix import score_trees
+from llmtune.evaluate.shared_prefix import find_choice, score_trees
 from llmtune.evaluate.text_metrics import CHOICE_METRIC, TEXT_MEASURES, TOKEN_METRICS, measure_tokens
 from llmtune.evaluate.token_batches import TOKEN_BUDGET, budget_for, over_processes, run_in_batches
 from llmtune.evaluate.tool_metrics import TOOL_SCORES, calls_tool, measure_tools, write_answer
@@ -165,7 +165,8 @@ def read_choices(context: EvalContext, answers: Answers) -> Chosen | None:
         many = task.output_kind(recipe) == "yes-no"
         return gather_choices(task.output_labels(recipe), answers.logits, right, many=many)
     scores = {i: [one] for i, one in answers.scores.items()}
-    return gather_choices(inputs.choices, scores, {i: [[inputs.references[i]]] for i in scores}, many=False)
+    right = {i: [[find_choice(inputs.references[i], inputs.choices)]] for i in scores}
+    return gather_choices(inputs.choices, scores, right, many=False)
 
 
 def parse_outputs(
@@ -291,12 +292,13 @@ def measure_sums(metric: str, context: EvalContext, sums: TokenSums | None) -> M
 def measure_answers(metric: str, inputs: EvalInputs, answers: Answers) -> Measure:
     """Return a metric of the most likely choices, or of generated texts."""
     if metric == CHOICE_METRIC:
-        right = [answers.choice(i, inputs.choices) == inputs.references[i] for i in answers.scores]
+        references = {i: find_choice(inputs.references[i], inputs.choices) for i in answers.scores}
+        right = [answers.choice(i, inputs.choices) == reference for i, reference in references.items()]
         measured = measure_right(right, metric, "share of rows whose reference answer is the most likely choice")
         return replace(measured, at=tuple(answers.scores))
     rows = [i for i in answers.texts if not calls_tool(inputs.turns.get(i, ()))]
-    texts, references = [answers.text(i) for i in rows], [inputs.references[i] for i in rows]
-    return replace(TEXT_MEASURES[metric](texts, references), at=tuple(rows))
+    texts, expected = [answers.text(i) for i in rows], [inputs.references[i] for i in rows]
+    return replace(TEXT_MEASURES[metric](texts, expected), at=tuple(rows))
 
 
 def task_signature(metric: str, context: EvalContext) -> str:

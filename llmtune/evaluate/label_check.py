@@ -17,9 +17,10 @@ from llmtune.data.inherited_rows import find_learned
 from llmtune.data.row_store import gather_rows, iterate_ids, iterate_texts
 from llmtune.errors import DataError, Problem, RecipeError, read_origin
 from llmtune.evaluate.champion import find_champion_run, open_champion
+from llmtune.evaluate.class_alignment import follow_rows
 from llmtune.evaluate.opened_runs import ScoredRun
 from llmtune.evaluate.run_report import name_sources
-from llmtune.evaluate.scoring import LoadChampion, measure_champion
+from llmtune.evaluate.scoring import ChampionModel, LoadChampion, measure_champion, name_classes
 from llmtune.evaluate.token_batches import cut_evenly
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_facts import TASK_FACTS
@@ -42,7 +43,8 @@ def check_labels(load: LoadChampion, recipe: Recipe, run: RunFolder, rows: Rows,
     """Compare labels that the champion never saw with its predictions, print which files stand out, and note it.
 
     The champion's own test rows are the reference. Rows that it cannot encode, such as those of new classes, count
-    apart. Does nothing without a champion or without its run folder, or if the rows have no labels.
+    apart; renamed classes have their new names. Does nothing without a champion or without its run folder, or if the
+    rows have no labels.
 
     Raises:
         DataError: in a source file more labels differ than `evaluate.max_disagreement` allows.
@@ -51,6 +53,7 @@ def check_labels(load: LoadChampion, recipe: Recipe, run: RunFolder, rows: Rows,
     champion = open_champion(recipe, run.path) if TASK_FACTS[recipe.task].answer_kind in ("labels", "tags") else None
     if champion is None or METRIC not in champion.measures.tuned:
         return
+    champion = follow_rows(champion, rows, recipe.renames)
     folder = find_champion_run(recipe, run.path)
     if folder is None:
         text = "champion: its run folder is gone, so labels of new rows are not compared with its predictions"
@@ -64,7 +67,9 @@ def check_labels(load: LoadChampion, recipe: Recipe, run: RunFolder, rows: Rows,
     where = f"{len(places)} source file{'s' if len(places) > 1 else ''}"
     console.print(f"champion: its model predicts {count} labels of {where} that it never saw", highlight=False)
     try:
-        sources, unknown = compare_labels(load, folder, champion, rows, places, run.path, console)
+        sources, unknown = compare_labels(
+            lambda run: name_classes(load(run), recipe.renames), folder, champion, rows, places, run.path, console
+        )
     except (DataError, RecipeError) as error:
         console.print(f"champion: it could not predict them: {error}", style="yellow", highlight=False)
         return
@@ -75,6 +80,11 @@ def check_labels(load: LoadChampion, recipe: Recipe, run: RunFolder, rows: Rows,
     )
     run.note(label_check={"sources": [asdict(one) for one in sources], "reference": reference, "unknown": unknown})
     refuse_disagreement(recipe, sources)
+
+
+def load_named(load: LoadChampion, renames: Mapping[str, str], run: Path) -> ChampionModel:
+    """Open a champion whose classes have their current names."""
+    return name_classes(load(run), renames)
 
 
 def refuse_disagreement(recipe: Recipe, sources: list[SourceLabels]) -> None:

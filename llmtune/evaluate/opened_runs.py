@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import json
-import os
 import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
@@ -12,35 +9,21 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from typing import Annotated, Any
 
 import numpy as np
-from pydantic import AfterValidator, TypeAdapter, ValidationError
-from typing_extensions import TypedDict
 
 from llmtune.errors import DataError, EnvironmentProblem, LlmtuneError, Problem, RecipeError
-from llmtune.evaluate.evaluation_file import load_evaluation, restore_nan
-from llmtune.evaluate.metric import Measure, PairedMeasures, paired_difference, ratio
-from llmtune.evaluate.per_row_scores import PerRowScores, load_measures, unpack_measures
+from llmtune.evaluate.evaluation_file import load_evaluation
+from llmtune.evaluate.metric import Measure, PairedMeasures, ratio
+from llmtune.evaluate.per_row_scores import PerRowScores, load_measures
 from llmtune.recipe.evaluate_section import GATE_KEYS
 from llmtune.recipe.schema import Recipe
-from llmtune.recipe.section import RELEASE_PREFIX
 from llmtune.recipe.source_map import walk
 from llmtune.recipe.task_facts import CHOICE_METRICS, CUT_METRIC, DECISIONS, TASK_FACTS
 from llmtune.records import Json
-from llmtune.score_records import Difference, Evaluation, GateResult
-from llmtune.store.atomic_files import explained, read_json
-from llmtune.store.release_store import (
-    RECORD_FILE,
-    RELEASES,
-    find_opponent,
-    is_stored,
-    list_release_names,
-    list_stored,
-    resolve_release,
-)
+from llmtune.score_records import Evaluation
+from llmtune.store.atomic_files import read_json
 from llmtune.store.run_folder import CERTIFICATE, MANIFEST, RunFolder, read_run, recipe_of_run
-from llmtune.store.run_listing import find_run
 
 DECIDES_NOTHING = ("name", "deploy", *(f"evaluate.{key}" for key in GATE_KEYS))
 """Keys that affect neither training nor measurement."""
@@ -141,7 +124,8 @@ def open_export_scores(path: Path, certificate: Json, name: str) -> OpenedRun:
         {metric: measures.base[metric] for metric in same}, {metric: measures.tuned[metric] for metric in same}
     )
     scores = {metric: one.value for metric, one in measures.tuned.items()}
-    evaluation = replace(run.evaluation, tuned=scores, difference=pairs.differences(run.recipe.seed))
+    difference = pairs.differences(run.recipe.seed)
+    evaluation = replace(run.evaluation, tuned=scores, difference=difference, simple_baseline=None)
     return OpenedRun(name, run.recipe, evaluation, measures, run.folder, certificate)
 
 
@@ -227,8 +211,9 @@ def find_other_keys(first: ScoredRun, second: ScoredRun, metrics: Collection[str
     keys += ["generation."] if first.recipe.evaluate.predicted & set(metrics) and facts.generates else []
     if any(run.recipe.data.on_overlong in ("truncate", "split") for run in (first, second)):
         keys += ["data.max_length", "data.on_overlong"]
+    classes = [f"{facts.section}.{name}" for name in ("labels", "rename")]  # `class_alignment` joins classes
     for key, (one, other) in find_differing(first, second).items():
-        if key.startswith(tuple(keys)):
+        if key.startswith(tuple(keys)) and key not in classes and "auto" not in (one, other):
             yield f"measured with {key}: {other}, but {first.name} with {one}"
 
 
@@ -245,14 +230,6 @@ def find_differing(first: ScoredRun, second: ScoredRun) -> dict[str, tuple[objec
     keys = dict.fromkeys([*first.settings, *second.settings])
     pairs = {key: (first.settings.get(key), second.settings.get(key)) for key in keys}
     return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
-
-
-def pair_metrics(first: ScoredRun, second: ScoredRun) -> tuple[dict[str, Difference], dict[str, str]]:
-    """Return paired differences by metric, second minus first, and the reason for each metric not compared."""
-    pairs, left_out = pair_measures(first, second)
-    return {
-        metric: paired_difference(before, after, first.recipe.seed) for metric, (before, after) in pairs.items()
-    }, left_out
 
 
 def pair_measures(first: ScoredRun, second: ScoredRun) -> tuple[dict[str, tuple[Measure, Measure]], dict[str, str]]:
@@ -285,165 +262,3 @@ def join_rows(run: ScoredRun, metric: str, shared: Collection[str]) -> Measure:
     names, measure = run.row_names(metric), run.measures.tuned[metric]
     order = sorted((at for at, name in enumerate(names) if name in shared), key=names.__getitem__)
     return replace(measure.take(order), at=tuple(range(len(order))))
-
-
-# Releases: one run's scores by row in a file small enough for git, without row texts or paths
-
-
-RELEASE_VERSION = 1
-RELEASE_FIX = "Write it again from its run: llmtune release RUN"
-
-
-def _with_text(key: str) -> AfterValidator:
-    def check(value: Json) -> Json:
-        if not isinstance(value.get(key), str):
-            raise ValueError(f"{key} is not text")
-        return value
-
-    return AfterValidator(check)
-
-
-class Release(TypedDict):
-    """Contents of a release file."""
-
-    release_version: int
-    llmtune: str
-    name: str
-    date: str
-    run: str
-    """Name of the run folder."""
-    lock: str
-    """sha256 of llmtune.lock."""
-    trained: str
-    """Hash of the adapter or the weights."""
-    recipe: Annotated[Json, _with_text("task")]
-    """Resolved; paths are reduced to their last part."""
-    verdict: Annotated[Json, _with_text("word")]
-    base: dict[str, float]
-    tuned: dict[str, float]
-    difference: dict[str, Difference]
-    signatures: dict[str, str]
-    gates: list[GateResult]
-    certificates: dict[str, Json]
-    """The merged, exported or served model, with the numbers of its parity check."""
-    rows: int
-    measures: str
-    """`measures.npz` of the tuned model, in base64: each row's hash, and its contribution to each score."""
-
-
-def read_release(path: Path) -> Release:
-    """Read a release file; raises RecipeError if it is not one, or from a later version."""
-    with explained(path):
-        content = read_json(path)
-    if content is None:
-        what = "not a release file" if path.exists() else "file not found"
-        raise RecipeError.of(what, str(path), "Name a file written by 'llmtune release RUN'.")
-    try:
-        release = TypeAdapter(Release).validate_python(restore_nan(content))
-    except ValidationError as error:
-        raise RecipeError.of(f"not a release file ({_first_problem(error)})", str(path), RELEASE_FIX) from None
-    if release["release_version"] > RELEASE_VERSION:
-        what = f"release version {release['release_version']}, but this llmtune reads up to {RELEASE_VERSION}"
-        raise RecipeError.of(what, str(path), "Update llmtune.")
-    return release
-
-
-def is_release(content: object) -> bool:
-    """Whether a JSON file's content is a release, of any version."""
-    return isinstance(content, dict) and "release_version" in content
-
-
-def _first_problem(error: ValidationError) -> str:
-    first: Any = error.errors(include_url=False)[0]
-    return f"{'.'.join(map(str, first['loc'])) or 'the file'}: {first['msg']}"
-
-
-def list_releases(folder: Path) -> list[tuple[Path, Release]]:
-    """Return the releases in a folder, oldest first, skipping other files.
-
-    Raises RecipeError for a damaged one, which may be the newest.
-    """
-    releases = []
-    for path in folder.glob("*.json"):
-        if (content := read_json(path)) is None:
-            raise RecipeError.of("damaged: not JSON", str(path), "Restore it from the repository.")
-        if is_release(content):
-            releases.append((path, read_release(path)))
-    return sorted(releases, key=lambda one: one[1]["date"])
-
-
-def list_all_releases(folder: Path) -> list[tuple[Path, Release]]:
-    """Return the stored releases by name, the oldest first, if `folder` is the store; then its release files."""
-    names = list_release_names() if folder == RELEASES else []
-    records = ([(one.folder / RECORD_FILE) for one in list_stored(name)] for name in names)
-    stored = (sorted(((path, read_release(path)) for path in one), key=lambda pair: pair[1]["date"]) for one in records)
-    return [*chain.from_iterable(stored), *list_releases(folder)]
-
-
-def find_record(stated: str) -> Path:
-    """Return the release file of `release:NAME[@HASH]`, `NAME[@HASH]`, a release's folder, or a file.
-
-    Raises RecipeError as `resolve_release` does.
-    """
-    path, name = Path(stated), stated.partition("@")[0]
-    if stated.startswith(RELEASE_PREFIX):
-        return resolve_release(stated) / RECORD_FILE
-    if not path.exists() and name in list_release_names():
-        return resolve_release(f"{RELEASE_PREFIX}{stated}") / RECORD_FILE
-    return path / RECORD_FILE if is_stored(path) else path
-
-
-def find_release(path: Path, name: str) -> Path:
-    """Return the newest release of the recipe `name` if `path` is a folder of releases, else `path`.
-
-    Raises RecipeError for a folder of releases without that name.
-    """
-    if path.is_file() or (path / MANIFEST).exists() or not path.is_dir():
-        return path
-    matching = [file for file, release in list_releases(path) if release["name"] == name]
-    if not matching:
-        fix = f"Write one from a run without gates on the champion: llmtune release RUN --out {path}/first.json"
-        fix = f"Write evaluate.champion: release:{name}." if name in list_release_names() else fix
-        raise RecipeError.of(f"neither a run nor a folder with a release of '{name}'", str(path), fix)
-    return matching[-1]
-
-
-def locate_champion(recipe: Recipe, run: Path | None) -> Path | None:
-    """Return the run folder or release file that `evaluate.champion` names, for the run in folder `run`.
-
-    None without a champion, or if it is `release:NAME` and that name has no release yet. `NAME` does not mean the run
-    itself.
-
-    Raises RecipeError as `find_release`, `find_run` and `find_opponent` do.
-    """
-    champion = recipe.evaluate.champion
-    if champion is None:
-        return None
-    if os.path.isabs(champion):
-        return find_release(Path(champion), recipe.name)
-    if not champion.startswith(RELEASE_PREFIX):
-        return find_run(Path(champion), other_than=run).absolute()
-    folder = find_opponent(champion, run)
-    return folder.absolute() / RECORD_FILE if folder else None
-
-
-def open_release(path: Path, name: str) -> ScoredRun:
-    """Open a release for comparison under a unique name.
-
-    Raises:
-        RecipeError: not a release file.
-        EnvironmentProblem: its row scores are damaged.
-    """
-    release = read_release(path)
-    try:
-        recipe = Recipe.model_validate_json(json.dumps(release["recipe"]))
-        packed = base64.b64decode(release["measures"], validate=True)
-    except ValidationError as error:
-        raise RecipeError.of(
-            f"its recipe does not fit this llmtune ({_first_problem(error)})", str(path), RELEASE_FIX
-        ) from None
-    except ValueError as error:
-        raise RecipeError.of(f"damaged: {error}", str(path), RELEASE_FIX) from None
-    scores = release["base"], release["tuned"], release["difference"]
-    evaluation = Evaluation(*scores, (), release["rows"], release["signatures"])
-    return ScoredRun(name, recipe, evaluation, unpack_measures(packed, path, RELEASE_FIX))

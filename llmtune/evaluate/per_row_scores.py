@@ -11,7 +11,7 @@ import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
@@ -87,6 +87,8 @@ class PerRowScores(PairedMeasures):
     """[P] names of the test rows: a content hash and a number among equal rows, independent of position."""
     clusters: tuple[int, ...] = ()
     """[P] equal for rows that belong together; empty if no rows do."""
+    simple: Mapping[str, Measure] = field(default_factory=dict)
+    """The measures of a simple baseline."""
 
     def with_rows(self, others: PerRowScores) -> PerRowScores:
         """Return the tuned model's scores on the rows of both; a metric missing from `others` keeps its own rows.
@@ -101,6 +103,10 @@ class PerRowScores(PairedMeasures):
                 sums_NK, names = np.concatenate([known.sums_NK, more.sums_NK]), (*known.names, *more.names)
                 tuned[metric] = replace(known, sums_NK=sums_NK, at=at, clusters=(), names=names)
         return PerRowScores({}, tuned, (*self.rows, *others.rows))
+
+    def without_metrics(self, metrics: Collection[str]) -> PerRowScores:
+        """Return the scores without some metrics of the tuned model."""
+        return replace(self, tuned={name: one for name, one in self.tuned.items() if name not in metrics})
 
     def without_rows(self, ids: Collection[str]) -> PerRowScores:
         """Return the tuned model's scores without the rows with these ids; metrics without other rows are dropped."""
@@ -146,8 +152,9 @@ def pack_measures(scores: PerRowScores) -> bytes:
     arrays: dict[str, NDArray[np.generic]] = {"rows": np.asarray(scores.rows, dtype=np.str_)}
     if scores.clusters:
         arrays["clusters"] = np.asarray(scores.clusters, dtype=np.int64)
-    described: dict[str, dict[str, Description]] = {"base": {}, "tuned": {}}
-    for name, one_model in (("base", scores.base), ("tuned", scores.tuned)):
+    models = {"base": scores.base, "tuned": scores.tuned, **({"simple": scores.simple} if scores.simple else {})}
+    described: dict[str, dict[str, Description]] = {name: {} for name in models}
+    for name, one_model in models.items():
         for metric, measure in one_model.items():
             described[name][metric] = describe_measure(measure)
             arrays[f"{name}/{metric}/sums"] = measure.sums_NK
@@ -191,20 +198,20 @@ def unpack_measures(packed: bytes, path: Path, fix: str) -> PerRowScores:
             if record["version"] != VERSION:
                 raise EnvironmentProblem.of(f"written by another version of llmtune ({record['version']})", str(path))
             clusters = tuple(arrays["clusters"].tolist()) if "clusters" in arrays else ()
-            base, tuned = (
+            base, tuned, simple = (
                 {
                     metric: restore_measure(metric, arrays, name, described).in_clusters(clusters)
-                    for metric, described in record[name].items()
+                    for metric, described in {"simple": {}, **record}[name].items()
                 }
-                for name in ("base", "tuned")
+                for name in ("base", "tuned", "simple")
             )
-            return PerRowScores(base, tuned, tuple(arrays["rows"].tolist()), clusters)
+            return PerRowScores(base, tuned, tuple(arrays["rows"].tolist()), clusters, simple)
     except UNREADABLE as error:
         raise EnvironmentProblem.of(f"damaged: {error}", str(path), fix) from None
 
 
 def restore_measure(metric: str, arrays: Mapping[str, NDArray[Any]], model: str, described: Description) -> Measure:
-    """Rebuild a metric of the model `base` or `tuned` from its sums and the name of its formula."""
+    """Rebuild a metric of `base`, `tuned` or `simple` from its sums and the name of its formula."""
     sums_NK, at = arrays[f"{model}/{metric}/sums"], tuple(arrays[f"{model}/{metric}/at"].tolist())
     names = tuple(arrays[key].tolist()) if (key := f"{model}/{metric}/names") in arrays else ()
     name, right_wrong, signature = described["formula"], described["right_wrong"], described["signature"]

@@ -13,15 +13,14 @@ vector.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from llmtune.data.search_rows import EmbedRow, text_key, write_ranking
-from llmtune.evaluate.evaluated_task import Corpus
 from llmtune.evaluate.intervals import Floats
 from llmtune.evaluate.metric import Measure, columns, measure_means, measure_shares, rows_by_squares
 from llmtune.evaluate.per_row_scores import name_rows
@@ -177,18 +176,32 @@ def measure_spread(metric: str, vectors: Sequence[Vectors]) -> Measure:
     return Measure(metric, columns(np.ones(count), squared_N), rows_by_squares, signature=signature)
 
 
+Prepare: TypeAlias = Callable[[Sequence[Any]], Callable[[Sequence[Any]], Floats]]
+"""Takes all passages, and returns a function that scores them for some queries, [Q, P]."""
+
+
+def prepare_vectors(vectors: Sequence[Sequence[float] | NDArray[np.float32]]) -> Callable[[Sequence[Any]], Floats]:
+    """Return a function that computes the cosines of queries with all passages; takes vectors."""
+    passages_PD = unit_rows(vectors, len(vectors))
+    return lambda queries: np.stack([unit(one) for one in queries]) @ passages_PD.T
+
+
 def rank_passages(
-    rows: Sequence[EmbedRow], vectors: Sequence[Vectors], corpus: Corpus | None = None
+    rows: Sequence[EmbedRow],
+    vectors: Sequence[Mapping[str, Any]],
+    corpus: Iterable[tuple[str, Any]] = (),
+    prepare: Prepare = prepare_vectors,
 ) -> tuple[list[tuple[int, RankedQuery]], str]:
     """Rank all passages of these rows and of the corpus for each different query.
 
+    `vectors` has what `prepare` compares, by the names of each row's texts, and `corpus` each further passage with it.
     A passage that is the query itself is neither ranked nor relevant. Returns the query's first row with its ranking,
     and a description of the passages.
     """
-    known: dict[str, Sequence[float] | NDArray[np.float32]] = {}
+    known: dict[str, Any] = {}
     relevant: defaultdict[str, set[str]] = defaultdict(set)
     first: dict[str, int] = {}
-    for text, vector in zip(corpus.passages, corpus.vectors_PD, strict=True) if corpus is not None else ():
+    for text, vector in corpus:
         known.setdefault(text_key(text), vector)
     for i, (row, own) in enumerate(zip(rows, vectors, strict=True)):
         for text, vector in zip([*row["passages"], *row["negatives"]], [*own.values()][1:], strict=True):
@@ -199,12 +212,14 @@ def rank_passages(
     place = {text: i for i, text in enumerate(known)}
     asked = [(i, {place[text] for text in relevant[query] - {query}}, place.get(query)) for query, i in first.items()]
     queries = [vectors[i]["query"] for i, _, _ in asked]
-    ranked = search(queries, unit_rows(known.values(), len(known)), asked)
+    ranked = search(queries, prepare([*known.values()]), asked)
     named = [name_query(query, ((text, 1.0) for text in relevant[query])) for query in first]
     return name_rankings(ranked, named), describe_passages(known)
 
 
-def rank_labels(rows: Sequence[EmbedRow], vectors: Sequence[Vectors]) -> tuple[list[tuple[int, RankedQuery]], str]:
+def rank_labels(
+    rows: Sequence[EmbedRow], vectors: Sequence[Mapping[str, Any]], prepare: Prepare = prepare_vectors
+) -> tuple[list[tuple[int, RankedQuery]], str]:
     """Rank the other texts for each text; those with the same label are relevant. Returns as `rank_passages` does."""
     members: defaultdict[str | None, set[int]] = defaultdict(set)
     first: dict[tuple[str, str | None], int] = {}
@@ -217,7 +232,7 @@ def rank_labels(rows: Sequence[EmbedRow], vectors: Sequence[Vectors]) -> tuple[l
     queries = [query for query, _ in first]
     classes = {label: hash_value(sorted(queries[i] for i in found)) for label, found in members.items()}
     named = [name_query(query, [(classes[label], 1.0)]) for query, label in first]
-    ranked = search(texts, unit_rows(texts, len(texts)), asked)
+    ranked = search(texts, prepare(texts), asked)
     return name_rankings(ranked, named), describe_passages(text_key(str(row["query"])) for row in rows)
 
 
@@ -244,15 +259,16 @@ def describe_passages(texts: Iterable[str]) -> str:
 
 
 def search(
-    queries: Sequence[Sequence[float]], passages_PD: Floats, asked: Sequence[tuple[int, set[int], int | None]]
+    queries: Sequence[Any], score: Callable[[Sequence[Any]], Floats], asked: Sequence[tuple[int, set[int], int | None]]
 ) -> Iterator[tuple[int, RankedQuery]]:
     """Yield the row of each query with its best passages, leaving out the query itself.
 
-    `asked` has for each query its row, its relevant passages, and the passage that is the query itself, if any.
+    `score` returns the scores [Q, P] of all passages for some queries. `asked` has for each query its row, its relevant
+    passages, and the passage that is the query itself, if any.
     """
     for start in range(0, len(queries), AT_ONCE):
         part = asked[start : start + AT_ONCE]
-        scores_QP = np.stack([unit(one) for one in queries[start : start + AT_ONCE]]) @ passages_PD.T
+        scores_QP = score(queries[start : start + AT_ONCE])
         for scores_P, (row, relevant, itself) in zip(scores_QP, part, strict=True):
             if itself is not None:
                 scores_P[itself] = -np.inf

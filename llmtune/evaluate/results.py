@@ -18,12 +18,13 @@ from llmtune.data.answer_parser import ParsedAnswer
 from llmtune.evaluate.eval_inputs import EvalInputs
 from llmtune.evaluate.inference import Answers, TokenSums
 from llmtune.evaluate.metric import Measure, PairedMeasures
+from llmtune.evaluate.shared_prefix import find_choice
 from llmtune.evaluate.token_batches import cut_evenly
 from llmtune.score_records import Flips
 from llmtune.store.atomic_files import explained, plain, read_json, write_text
 from llmtune.store.json_shapes import find_misfit
 
-PREDICTIONS, BASE, TUNED = "predictions.jsonl", "base.json", "tuned.json"
+PREDICTIONS, BASE, TUNED, SIMPLE = "predictions.jsonl", "base.json", "tuned.json", "simple_baseline.json"
 VECTORS = ".npy"
 BY_ROW = ("texts", "scores", "predictions", "parts", "cut", "logits")
 """Row-wise fields of `Answers`, as named in `base.json`."""
@@ -55,16 +56,19 @@ class SavedAnswers(TypedDict):
     logits: list[tuple[int, list[list[float | None]]]]
     corpus: NotRequired[int]
     """Passages of a corpus, whose vectors are in the file next to it."""
+    note: NotRequired[str]
 
 
 @dataclass(frozen=True)
 class BaseAnswers:
-    """The base model's answers (or the tuned model's), reused by later evaluations with the same inputs."""
+    """Answers of the base (or tuned) model or of a baseline, reused by later evaluations with the same inputs."""
 
     inputs: str
     """Hash of everything that these answers depend on."""
     answers: Answers | None = None
     """None until they are known."""
+    note: str = ""
+    """How a simple baseline was fitted."""
 
 
 def save_predictions(folder: Path, inputs: EvalInputs, base: Answers, tuned: Answers) -> None:
@@ -94,12 +98,12 @@ def prediction_row(i: int, inputs: EvalInputs, models: dict[str, Answers]) -> di
         if i in answers.scores:
             choice = answers.choice(i, inputs.choices)
             line[f"{name}_choice"] = choice
-            line[f"{name}_choice_right"] = choice == reference
+            line[f"{name}_choice_right"] = choice == find_choice(reference, inputs.choices)
     return line
 
 
-def save_base(folder: Path, answers: Answers, inputs: str, name: str = BASE) -> None:
-    """Write the base model's answers to `base.json` (or the file `name`), with the hash of their inputs.
+def save_base(folder: Path, answers: Answers, inputs: str, name: str = BASE, note: str = "") -> None:
+    """Write the base model's answers to `base.json` (or the file `name`), with the hash of their inputs and a note.
 
     Vectors of a corpus are in a file of that name that ends in `.npy`.
     """
@@ -110,7 +114,7 @@ def save_base(folder: Path, answers: Answers, inputs: str, name: str = BASE) -> 
         if answers.corpus is not None:
             np.save((folder / name).with_suffix(VECTORS), answers.corpus)
         searched = 0 if answers.corpus is None else len(answers.corpus)
-        saved = {"inputs": inputs, "sums": sums, **by_row, "corpus": searched}
+        saved = {"inputs": inputs, "sums": sums, **by_row, "corpus": searched, "note": note}
         write_text(folder / name, json.dumps(saved, ensure_ascii=False))
 
 
@@ -130,7 +134,7 @@ def load_base(folder: Path | None, inputs: str, name: str = BASE) -> BaseAnswers
         corpus = np.load(vectors) if vectors.exists() else None
         if corpus is None or len(corpus) != saved["corpus"]:
             return BaseAnswers(inputs)
-    return BaseAnswers(inputs, Answers(sums or None, **by_row, corpus=corpus))
+    return BaseAnswers(inputs, Answers(sums or None, **by_row, corpus=corpus), saved.get("note", ""))
 
 
 SAMPLE = ("origin", "prompt", "reference", "base", "tuned", "base_choice", "tuned_choice")

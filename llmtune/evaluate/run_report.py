@@ -18,9 +18,10 @@ from llmtune.recipe.secrets import environment_secrets, redact_all, redact_yaml,
 from llmtune.recipe.yaml_reader import read_recipe_text
 from llmtune.report.report_page import find_explanations
 from llmtune.report.report_record import Report, Seeds, SuspectFacts, Verdict, collect_facts
+from llmtune.report.simple_baseline_view import weigh_simple_baseline
 from llmtune.report.source_labels import SourceLabels, compare_sources, describe_disagreement, describe_outliers
 from llmtune.report.verdict import describe_spread, verdict
-from llmtune.score_records import Evaluation, GateResult
+from llmtune.score_records import Champion, ClassChanges, Evaluation, GateResult
 from llmtune.store.atomic_files import read_json, read_json_lines
 from llmtune.store.run_folder import RunFolder, read_curve
 from llmtune.store.run_lock import hardware, package_versions
@@ -111,10 +112,21 @@ def judge_run(
     champion = evaluation.champion if evaluation else None
     if evaluation is not None and champion is not None:
         wide = {metric: widen(change, alpha) for metric, change in champion.difference.items()}
-        evaluation = replace(evaluation, champion=replace(champion, difference=wide))
-    found = verdict(evaluation, seeds, curve, gates, alpha, doubts)
+        evaluation = replace(
+            evaluation, champion=replace(champion, difference=wide, classes=widen_known(champion, alpha))
+        )
+    found = weigh_simple_baseline(verdict(evaluation, seeds, curve, gates, alpha, doubts), evaluation)
     added = [study.verdict for study in evaluation.studies.values() if study.verdict] if evaluation else []
     return replace(found, reason=" ".join([found.reason, *added]))
+
+
+def widen_known(champion: Champion, alpha: float) -> ClassChanges | None:
+    """Return the changes of classes with the intervals of the champion's classes at error `alpha`."""
+    changes = champion.classes
+    if changes is None or changes.known is None:
+        return changes
+    wide = {metric: widen(change, alpha) for metric, change in changes.known.difference.items()}
+    return replace(changes, known=replace(changes.known, difference=wide))
 
 
 def collect_seeds(run: RunFolder, recipe: Recipe, own: Evaluation | None) -> Seeds | None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import cast
 
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
@@ -17,23 +18,28 @@ from llmtune.data.row_store import iterate_ids, iterate_rows, iterate_texts, loa
 from llmtune.data.row_text import compared_text
 from llmtune.errors import DataError, EnvironmentProblem, RecipeError
 from llmtune.evaluate.calibration import run_temperature
+from llmtune.evaluate.class_alignment import ClassMap, map_classes, rename_prediction
 from llmtune.evaluate.decision import save_rules
-from llmtune.evaluate.eval_inputs import SCHEMAS_NOTE, SPLIT, EvalContext, make_inputs, resolve_choices
-from llmtune.evaluate.evaluated_task import EvaluatedTask
+from llmtune.evaluate.eval_inputs import SCHEMAS_NOTE, SPLIT, EvalContext, EvalInputs, make_inputs, resolve_choices
+from llmtune.evaluate.evaluated_task import EvaluatedTask, LoadedModel
 from llmtune.evaluate.evaluation_file import print_scores, save_evaluation
 from llmtune.evaluate.evaluator import PIECES, ModelLoaders, evaluate, predict_baseline
-from llmtune.evaluate.inference import Answers, compute_metrics, predict
+from llmtune.evaluate.inference import Answers, compute_metrics, inference_on, measure_one, predict, predict_rows
 from llmtune.evaluate.metric import Measure, PairedMeasures
 from llmtune.evaluate.new_rows import NONE_ASKED, Asked
 from llmtune.evaluate.per_row_scores import PerRowScores, name_test_rows, save_measures
 from llmtune.evaluate.results import TUNED, BaseAnswers, save_base, save_predictions
+from llmtune.evaluate.simple_baseline import SimpleScores
 from llmtune.evaluate.slices import one_line, score_slice
 from llmtune.evaluate.suite_registry import make_suites
+from llmtune.evaluate.text_metrics import TOKEN_METRICS
 from llmtune.model.device import release_memory
+from llmtune.recipe.class_names import names_in, rename_row
 from llmtune.recipe.evaluate_section import OWN_METRIC_KEYS, EvaluateSection
 from llmtune.recipe.schema import Recipe
+from llmtune.recipe.task_facts import CALIBRATION
 from llmtune.recipe.training_rule import compared_checkpoints
-from llmtune.records import Rows
+from llmtune.records import Row, Rows
 from llmtune.report.render_terminal import spinner
 from llmtune.score_records import Champion, Contamination, Evaluation, Slice
 from llmtune.store.atomic_files import hash_folder
@@ -62,6 +68,8 @@ class ChampionModel:
     processor: PreTrainedTokenizerBase
     device: str
     models: ModelLoaders
+    classes: ClassMap | None = None
+    """The places of its classes in a list with those of another run."""
 
 
 LoadChampion = Callable[[Path], ChampionModel]
@@ -78,6 +86,7 @@ def score_run(
     headless: str = "",
     known: BaseAnswers | None = None,
     known_tuned: BaseAnswers | None = None,
+    simply: Callable[[Mapping[str, Measure]], SimpleScores | None] = lambda measures: None,
     challenge: Challenge = lambda evaluation, scores: None,
     trained: Path | None = None,
 ) -> Evaluation:
@@ -85,9 +94,9 @@ def score_run(
 
     `headless` is the reason if the base model cannot answer: the task's trivial baseline replaces it. With `known`, the
     base model's answers are saved for later evaluations, and reused if already saved; with `known_tuned` the tuned
-    model's, for recipes with metrics of the user's own. If the context has a folder, it gets `predictions.jsonl` (every
-    row's prompt, reference and both answers), `measures.npz` (each row's contribution to each score),
-    `evaluation.json`, and what `save_rules` writes, with the hash of the `trained` folder of the run.
+    model's, for recipes with metrics of the user's own. `simply` scores a simple baseline. The context's folder gets
+    `predictions.jsonl` (every row's prompt, reference and both answers), `measures.npz` (each row's contribution to
+    each score), `evaluation.json`, and what `save_rules` writes, with the hash of the run's `trained` folder.
 
     Raises DataError if no reference answer is in `evaluate.choices`, or if a column of `evaluate.slices` was not kept;
     EnvironmentProblem if a single row does not fit in memory.
@@ -116,12 +125,11 @@ def score_run(
         names = name_test_rows(rows, inputs.rows)
         per_row = PerRowScores(measures.base, measures.tuned, names, inputs.clusters)
         if folder is not None:
-            save_predictions(folder, inputs, answers["base"], answers["tuned"])
+            if (simple := simply(measures.tuned)) is not None:
+                evaluation, per_row = simple.add_to(evaluation, per_row)
             save_measures(folder, per_row)
-            if known is not None and stand_in is None:
-                save_base(folder, answers["base"], known.inputs)
-            if known_tuned is not None and context.recipe.evaluate.own_metrics:
-                save_base(folder, answers["tuned"], known_tuned.inputs, TUNED)
+            own = context.recipe.evaluate.own_metrics
+            save_answers(folder, inputs, answers, None if stand_in else known, known_tuned if own else None)
         evaluation = replace(evaluation, contamination=find_contamination(rows, context, measures))
         evaluation = replace(evaluation, baseline_reason=headless, champion=challenge(evaluation, per_row))
     if folder is not None:
@@ -130,6 +138,21 @@ def score_run(
     print_scores(evaluation, console)
     print_cautions(evaluation, answers, context.recipe, console)
     return evaluation
+
+
+def save_answers(
+    folder: Path,
+    inputs: EvalInputs,
+    answers: Mapping[str, Answers],
+    base: BaseAnswers | None,
+    tuned: BaseAnswers | None,
+) -> None:
+    """Write `predictions.jsonl`, and the answers that later evaluations with the inputs of `base` or `tuned` reuse."""
+    save_predictions(folder, inputs, answers["base"], answers["tuned"])
+    if base is not None:
+        save_base(folder, answers["base"], base.inputs)
+    if tuned is not None:
+        save_base(folder, answers["tuned"], tuned.inputs, TUNED)
 
 
 def print_cautions(evaluation: Evaluation, answers: Mapping[str, Answers], recipe: Recipe, console: Console) -> None:
@@ -243,11 +266,23 @@ def ask_champion(
         try:
             temperature = run_temperature(read_run(run))
             about = known, picked, scratch / "examples", context.console
-            measured, kept = measure_champion(load(run), *about, temperature)
+            champion = name_classes(load(run), context.recipe.renames, context.recipe.classes)
+            measured, kept = measure_champion(champion, *about, temperature)
         except (DataError, RecipeError) as error:
             context.console.print(f"champion: it could not answer them: {error}", style="yellow", highlight=False)
             return Asked(tuple(places))
     return Asked(tuple(places), PerRowScores({}, measured, tuple(names[places[number]] for number in kept)))
+
+
+def name_classes(champion: ChampionModel, renames: Mapping[str, str], own: Sequence[str] = ()) -> ChampionModel:
+    """Return a champion whose classes have their current names, and with `own` classes the list for both.
+
+    Without that list it cannot be measured on rows of other classes.
+    """
+    if not champion.recipe.classes:
+        return champion
+    _, classes = map_classes(own, champion.recipe.classes, renames)
+    return replace(champion, recipe=champion.recipe.with_classes(classes.outputs), classes=classes if own else None)
 
 
 def load_champion_rows(run: Path, console: Console) -> Rows | None:
@@ -273,17 +308,79 @@ def measure_champion(
     if known is not None:
         references = [task.split_answer(row)[1] for _, row in iterate_rows(known, SPLIT)]
         choices = resolve_choices(known, task, recipe, references, SPLIT)
-    answers = {task.split_answer(row)[1] for _, row in iterate_rows(picked, SPLIT)}
+    expected = {task.split_answer(row)[1] for _, row in iterate_rows(picked, SPLIT)}
     given = {key: getattr(recipe.evaluate, key) for key in ("metrics", *OWN_METRIC_KEYS)}
-    asked = EvaluateSection(choices=choices if answers & {*choices} else None, **given)
+    asked = EvaluateSection(choices=choices if expected & {*choices} else None, **given)
     data = recipe.data.model_copy(update={"max_dropped": 1.0})
     recipe = recipe.model_copy(update={"evaluate": asked, "data": data})
-    encoded = encode_rows(picked, task, processor, recipe, folder, Console(quiet=True))
-    inputs = make_inputs(picked, encoded, task, processor, recipe)
-    context = EvalContext(recipe, task, processor, inputs, champion.device, console)
+    parts = [part for part in split_unknown(picked, recipe.classes) if champion.classes or not part[1]]
+    if not parts:
+        raise DataError.of("all of these rows have classes that it does not have")
+    scores, kept = PerRowScores(), list[int]()
     with champion.models.tuned() as model:
-        answered = predict(model, "champion", context, champion.models.packs())
+        for numbers, unknown in parts:
+            place = folder.with_name(f"{folder.name}-{len(kept)}")
+            place.mkdir()
+            part = pick_rows(picked, SPLIT, numbers, place)
+            encodable = recipe.with_classes((*recipe.classes, *unknown))  # the head has no outputs for unknown classes
+            encoded = encode_rows(part, task, processor, encodable, place / "examples", Console(quiet=True))
+            inputs = make_inputs(part, encoded, task, processor, recipe)
+            lossless = tuple(name for name in inputs.metrics if name not in TOKEN_METRICS)
+            asked_inputs = replace(inputs, metrics=lossless) if unknown else inputs
+            context = EvalContext(recipe, task, processor, asked_inputs, champion.device, console)
+            answers = replace(predict(model, "champion", context, champion.models.packs()), temperature=temperature)
+            measured = measure_in_classes(replace(context, inputs=inputs), answers, champion.classes)
+            found = PerRowScores({}, measured, tuple(map(str, inputs.rows)))
+            scores = scores.with_rows(found) if kept else found
+            kept += [numbers[row] for row in inputs.rows]
     del model
     release_memory()
-    answered = replace(answered, temperature=temperature)
-    return compute_metrics(context, answered, answered), inputs.rows
+    return dict(scores.tuned), tuple(kept)
+
+
+def split_unknown(picked: Rows, classes: Sequence[str]) -> list[tuple[list[int], tuple[str, ...]]]:
+    """Return the numbers of rows whose classes are all known, and of others with the unknown classes, if any."""
+    parts: dict[bool, list[int]] = {}
+    unknown: dict[str, None] = {}
+    for number, (_, row) in enumerate(iterate_rows(picked, SPLIT)):
+        missing = [name for name in names_in(row) if name not in classes] if classes else []
+        unknown |= dict.fromkeys(missing)
+        parts.setdefault(bool(missing), []).append(number)
+    return [(numbers, tuple(unknown) if is_unknown else ()) for is_unknown, numbers in sorted(parts.items())]
+
+
+def measure_in_classes(context: EvalContext, answers: Answers, classes: ClassMap | None) -> dict[str, Measure]:
+    """Return the metrics of a model's answers in the classes of two runs; calibration in the model's own classes."""
+    inputs = context.inputs
+    assert inputs is not None
+    if classes is None:
+        return compute_metrics(context, answers, answers)
+    calibrated = {
+        metric: measured.in_clusters(inputs.clusters)
+        for metric in inputs.metrics
+        if metric in CALIBRATION and (measured := measure_one(metric, context, inputs, answers, answers)) is not None
+    }
+    renamed = {i: rename_prediction(one, classes) for i, one in answers.predictions.items()}
+    others = replace(inputs, metrics=tuple(metric for metric in inputs.metrics if metric not in CALIBRATION))
+    joined = replace(context, inputs=others, recipe=context.recipe.with_classes(classes.labels))
+    named = replace(answers, predictions=renamed)
+    return calibrated | compute_metrics(joined, named, named)
+
+
+def ask_classes(
+    load: LoadChampion, console: Console, renames: Mapping[str, str], run: Path, rows: Sequence[Row]
+) -> list[list[str]]:
+    """Return the classes that the model of the run in folder `run` answers, in their current names."""
+    champion = load(run)
+    task, device = champion.task, champion.device
+    context = EvalContext(champion.recipe, task, champion.processor, None, device, console)
+    prompts = [task.split_answer(row)[0] for row in rows]
+    with champion.models.tuned() as model, inference_on(model, context):
+        loaded = LoadedModel(model, champion.processor, champion.recipe, device)
+        answers, *_ = predict_rows(task, prompts, loaded)
+    del model
+    release_memory()
+    named: list[Row] = [
+        {"tags": one} if isinstance(one, list) else {"label": cast(Row, one)["label"]} for one in answers
+    ]
+    return [names_in(rename_row(row, renames)) for row in named]

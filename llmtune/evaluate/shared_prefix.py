@@ -6,6 +6,7 @@ Shapes: B trees of a batch, T positions, C branches (continuations) of a tree, S
 from __future__ import annotations
 
 import math
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -19,6 +20,7 @@ from llmtune.evaluate.evaluated_task import EvaluatedTask
 from llmtune.evaluate.token_batches import TOKEN_BUDGET, budget_for, over_processes, run_in_batches
 from llmtune.model.causal_lm_loss import predicted_logits, unwrap
 from llmtune.model.device import SuppressRefusal, computing_dtype
+from llmtune.recipe.class_names import tidy_name
 from llmtune.recipe.schema import Recipe
 from llmtune.records import Batch, Row
 
@@ -205,15 +207,24 @@ SIGNATURE = "the most likely of {count} answers: sum of log-probabilities, end-o
 
 
 def find_choices(answers: Iterable[str]) -> tuple[str, ...]:
-    """Return the distinct answers, sorted, if they are few, short and repeated; else stop reading and return none."""
-    distinct: set[str] = set()
+    """Return the distinct answers, sorted, if they are few, short and repeated; else stop reading and return none.
+
+    Answers that differ only by blanks or Unicode composition are one choice, in its most frequent form.
+    """
+    forms = defaultdict[str, Counter[str]](Counter)
     rows = 0
     for answer in answers:
         rows += 1
-        distinct.add(answer)
-        if len(distinct) > MOST_CHOICES or not answer.strip() or len(answer) > LONGEST_CHOICE:
+        forms[tidy_name(answer)][answer] += 1
+        if len(forms) > MOST_CHOICES or not answer.strip() or len(answer) > LONGEST_CHOICE:
             return ()
+    distinct = [min(counts, key=lambda form: (-counts[form], form)) for counts in forms.values()]
     return tuple(sorted(distinct)) if 2 <= len(distinct) <= rows / ROWS_A_CHOICE else ()
+
+
+def find_choice(answer: str, choices: Sequence[str]) -> str:
+    """Return the choice that an answer is, up to blanks and Unicode composition; the answer itself if it is none."""
+    return next((choice for choice in choices if tidy_name(choice) == tidy_name(answer)), answer)
 
 
 def check_choices(choices: Sequence[str], references: Sequence[str]) -> None:
@@ -221,7 +232,7 @@ def check_choices(choices: Sequence[str], references: Sequence[str]) -> None:
 
     Raises DataError.
     """
-    if references and not set(choices) & set(references):
+    if references and not {*map(tidy_name, choices)} & {*map(tidy_name, references)}:
         raise DataError.of(
             f"no reference answer is one of the choices; the first reference is {references[0]!r}",
             "evaluate.choices",

@@ -63,12 +63,15 @@ def try_recipe_rows(loaded: LoadedRecipe, detected: Sequence[Detected], *, split
     """
     from rich.console import Console
 
+    from llmtune.data.class_spelling import require_one_spelling
     from llmtune.data.corpus import try_corpus
     from llmtune.data.ingest import try_rows  # imports pyarrow, which `--help` does not need
 
     recipe = loaded.recipe
     try_corpus(recipe.data)
-    tried = try_rows(detected, recipe.data, recipe.task, recipe.evaluate.columns)
+    tried = try_rows(detected, recipe.data, recipe.task, recipe.evaluate.columns, recipe.renames)
+    if any(one.row_format.labels for one in detected):
+        require_one_spelling(((row.origin, json.loads(row.row)) for row in tried.good), recipe)
     sources = {id(source) for _, place, source in recipe.data.named_sources() if place != "corpus"}
     if not tried.whole or {id(one.input.source) for one in detected} != sources:
         return
@@ -78,7 +81,7 @@ def try_recipe_rows(loaded: LoadedRecipe, detected: Sequence[Detected], *, split
         alone = recipe.model_copy(update={"data": recipe.data.model_copy(update={"corpus": None})})
         with tempfile.TemporaryDirectory() as folder:
             prepare_rows(alone, Path(folder) / "rows", Console(quiet=True))
-    if recipe.task == "classify":
+    if recipe.variant.facts.answer_kind == "labels":
         _try_labels(recipe, [json.loads(row.row)["label"] for row in tried.good])
 
 

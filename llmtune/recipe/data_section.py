@@ -80,7 +80,8 @@ class Source(RecipeSection):
     """Column mapping. The left side is llmtune's name. The right side is the file's column, a nested key such as
     `thread.messages`, or a template such as `"{subject}\\n\\n{body}"`. Default none: `data.columns`."""
     encoding: NonEmpty | None = None
-    """Encoding of a text file, by Python's name, such as `cp1252` or `utf-16`. Default none: UTF-8."""
+    """Encoding of a text file, by Python's name, such as `cp1252` or `utf-16`. A file that turns out to be in another
+    one is refused. Default none: UTF-8."""
     weight: float = Field(default=1.0, gt=0, le=1000)
     """Weight of these rows relative to other sources. Default 1: each row counts once."""
     limit: Positive | None = None
@@ -199,8 +200,9 @@ class DataSection(RecipeSection):
     rows."""
     columns: dict[str, str] = Field(default={})
     """Column mapping for all sources without their own. The left side is llmtune's name. The right side is the file's
-    column, a nested key such as `thread.messages`, or a template such as `"{subject}\\n\\n{body}"`. Files without any
-    of these columns use their own names. Default none: columns are detected from the rows by their usual names."""
+    column, a nested key such as `thread.messages`, or a template such as `"{subject}\\n\\n{body}"`, of which empty
+    parts between blank lines are left out. Files without any of these columns use their own names. Default none:
+    columns are detected from the rows by their usual names."""
     roles: dict[MessageRole, Annotated[Many[NonEmpty], BeforeValidator(one_or_more)]] = Field(default={})
     """Role mapping for messages: llmtune's role on the left, its name or names in the rows on the right, such as
     `{user: customer, assistant: [agent, bot]}`. Default none: the usual names are recognised."""

@@ -11,6 +11,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import BeforeValidator, Field, Tag
 
 from llmtune.errors import RecipeError, nearest
+from llmtune.recipe.class_names import show_name, similar_names, tidy_name
 from llmtune.recipe.decision_section import DecideSection, PredictionSets, Share, check_decisions, key_of_decision
 from llmtune.recipe.eval_suites_section import (
     BenchmarkSection,
@@ -21,7 +22,7 @@ from llmtune.recipe.eval_suites_section import (
     check_suite_gate,
     fairness_without_effect,
 )
-from llmtune.recipe.gate_grammar import NAME, Gate, parse_gate
+from llmtune.recipe.gate_grammar import NAME, Gate, find_baseline_problem, parse_gate
 from llmtune.recipe.section import (
     Many,
     NonEmpty,
@@ -92,8 +93,9 @@ class EvaluateSection(RecipeSection):
     metric_network: bool = False
     """Let your own metrics use the network. Default false: scores should not depend on a server."""
     gates: Many[str] = ()
-    """Conditions such as `exact_match >= 0.8`, `rougeL > base` or `exact_match.low > base`. A failed gate ends the run
-    with exit code 6. Default none: a gate is your decision."""
+    """Conditions such as `exact_match >= 0.8`, `rougeL > base` or `exact_match.low > base`. A baseline without a
+    language model has a name: `accuracy.low > tfidf`, `ndcg@10.low > bm25`. A failed gate ends the run with exit code
+    6. Default none: a gate is your decision."""
     champion: NonEmpty | None = None
     """The model in production: `release:NAME` (the current release), `release:NAME@HASH`, a run (its folder, `NAME` or
     `NAME@HASH`), a release file, or a folder of release files (uses the newest with the recipe's name). The tuned
@@ -204,6 +206,7 @@ class EvaluateSection(RecipeSection):
             diagnostics.no_effect("evaluate.suspects", why, fix, "task")
         self._check_unmeasured(diagnostics, variant)
         self._check_opponents(diagnostics)
+        self._check_simple_baselines(diagnostics, variant)
         self._check_disagreement(diagnostics, variant)
         if has_test:
             diagnostics.repeated("evaluate.slices", self.slices, "a column")
@@ -283,7 +286,10 @@ class EvaluateSection(RecipeSection):
             what = f"{needing[0]} needs choices, but evaluate.choices is null"
             diagnostics.add(key, what, "Set evaluate.choices to auto.", "evaluate.choices")
         if isinstance(self.choices, tuple):
-            diagnostics.repeated("evaluate.choices", self.choices, "an answer")
+            diagnostics.repeated("evaluate.choices", [*map(tidy_name, self.choices)], "an answer")
+            for names in similar_names(self.choices):
+                what = f"'evaluate.choices' differ only by case or width: {', '.join(map(show_name, names))}"
+                diagnostics.add("evaluate.choices", what, "Write the answer one way, in the rows too.")
         if self.limit is not None and not (variant.facts.generates and (self.judge or self.predicted & set(metrics))):
             fix = "Add one, such as exact_match, or remove it."
             diagnostics.no_effect("evaluate.limit", "without a metric on generated answers", fix, key)
@@ -333,7 +339,7 @@ class EvaluateSection(RecipeSection):
     def _check_opponents(self, diagnostics: Diagnostics) -> None:
         for key, gate in self._parsed_gates():
             if gate.against and (gate.against == "tuned") != gate.on_export:
-                fix = "Compare an export with `tuned`, and the tuned model with `base` or `champion`."
+                fix = "Compare an export with `tuned`, and the tuned model with another model."
                 diagnostics.add(key, f"the gate {gate.text!r} compares with the wrong model", fix)
             elif gate.against == "base" and key_of_decision(gate.metric):
                 fix = f"Compare with a number, such as `{gate.metric} {gate.op} 0.5`, or with `champion`."
@@ -353,6 +359,13 @@ class EvaluateSection(RecipeSection):
         elif self.champion is None:
             fix = "Set evaluate.champion to release:NAME or a release file: looks are counted next to it."
             diagnostics.no_effect("evaluate.looks", "without a champion", fix, "evaluate.champion")
+
+    def _check_simple_baselines(self, diagnostics: Diagnostics, variant: TaskVariant) -> None:
+        without_choices = variant.facts.generates and self.choices is None
+        metrics = [] if without_choices and CHOICE in variant.facts.baseline_metrics else self.chosen_metrics(variant)
+        for key, gate in self._parsed_gates():
+            if problem := find_baseline_problem(gate, variant.facts, metrics):
+                diagnostics.add(key, *problem, "task")
 
     def _check_disagreement(self, diagnostics: Diagnostics, variant: TaskVariant) -> None:
         key = "evaluate.max_disagreement"

@@ -80,11 +80,7 @@ def write_first_recipe(
         metrics = ("loss", "exact_match", "choice_accuracy")
     judged = metrics[-1 if facts.has_turns else 0 if facts.searches else 1]
     gate = f"{judged}.high < base" if judged in ERRORS else f"{judged}.low > base"
-    share = min(MOST_TEST, max(LEAST_TEST, math.ceil(20 * TEST_ROWS / (len(rows) - copies)) / 20))
-    test = [
-        f"test: {share}  # share of rows used only for evaluation; if your data grows, keep these",
-        f"#           rows in a file: llmtune prepare {name}.yaml --write-test FILE, then test: FILE",
-    ]
+    test = [] if has_test else _name_test(name, len(rows) - copies)
     mined = f"negatives: {{mine: {MINED}}}  # for each query, the {MINED} nearest wrong passages: they teach the most"
     negatives = [mined] if mines_negatives(facts, rows) else []
     lines = [
@@ -94,14 +90,9 @@ def write_first_recipe(
         f"name: {scalar(name)}",
         f"task: {task}",
         "data:",
-        *(f"  {line}" for line in (*data, *negatives, *_max_dropped(unread, len(rows) + unread))),
-        *(f"  {line}" for line in ([] if has_test else test)),
-        f"  max_length: {_round_up_tokens(longest, lengths, TEMPLATE_TOKENS)}"
-        "  # tokens: estimate of the longest row; longer rows are errors",
+        *(f"  {line}" for line in (*data, *negatives, *_max_dropped(unread, len(rows) + unread), *test)),
+        *(f"  {line}" for line in _name_length(facts, longest, lengths, is_text)),
     ]
-    if longest / CHARACTERS_A_TOKEN > lengths[1]:
-        long_way = "split" if is_text else "truncate" if "truncate" in facts.overlong else "drop"
-        lines += [f"  on_overlong: {long_way}  # some rows are longer than {lengths[1]:,} tokens"]
     lines += ["model:", f"  name: {model}  # a folder, owner/model on the hub, or builtin:NAME"]
     if facts.first_lines:
         lines += [f"{facts.section}:", *(f"  {line}" for line in facts.first_lines)]
@@ -131,6 +122,24 @@ def _name_batch_size(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     if classes := {row["label"] for row in rows} - {None}:
         size, why = max(size, 2 * len(classes)), "a step learns from classes of which it has several rows"
     return ["train:", f"  batch_size: {size}  # {why}"]
+
+
+def _name_test(name: str, count: int) -> list[str]:
+    """Return the lines that put a share of `count` rows aside for the test."""
+    share = min(MOST_TEST, max(LEAST_TEST, math.ceil(20 * TEST_ROWS / count) / 20))
+    return [
+        f"test: {share}  # share of rows used only for evaluation; if your data grows, keep these",
+        f"#           rows in a file: llmtune prepare {name}.yaml --write-test FILE, then test: FILE",
+    ]
+
+
+def _name_length(facts: TaskFacts, longest: int, bounds: tuple[int, int], is_text: bool) -> list[str]:
+    """Return the lines for the length of rows, of which the `longest` has so many characters."""
+    tokens = _round_up_tokens(longest, bounds, TEMPLATE_TOKENS)
+    if longest / CHARACTERS_A_TOKEN <= bounds[1]:
+        return [f"max_length: {tokens}  # tokens: estimate of the longest row; longer rows are errors"]
+    long_way = "split" if is_text else "truncate" if "truncate" in facts.overlong else "drop"
+    return [f"max_length: {tokens}  # tokens: the most that a row has", f"on_overlong: {long_way}  # longer rows"]
 
 
 def _max_dropped(unread: int, looked_at: int) -> list[str]:

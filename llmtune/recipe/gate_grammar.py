@@ -5,20 +5,23 @@ Examples: `exact_match >= 0.8`, `rougeL > base`, `loss < base - 0.02`, `perplexi
 `accuracy[new].low > champion - 0.05` count the test rows that the champion never saw. Metrics of a study
 are `study.metric`: `forgetting.perplexity <= base * 1.05`, `fairness.gap <= 0.05`, `benchmarks.arc_easy.acc > base`.
 Metrics of an export are `deploy.format.metric`, compared with the tuned model:
-`deploy.gguf.accuracy.low > tuned - 0.01`.
+`deploy.gguf.accuracy.low > tuned - 0.01`. A baseline without a language model has a name: `accuracy.low > tfidf`,
+`ndcg@10.low > bm25`.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, cast
 
 from llmtune.errors import RecipeError
+from llmtune.recipe.task_facts import SIMPLE_BASELINES, TaskFacts, at_ten
 
 Operator = Literal[">=", "<=", ">", "<", "=="]
 IntervalEnd = Literal["low", "high"]
-Opponent = Literal["base", "champion", "tuned"]
+Opponent = Literal["base", "champion", "tuned", "tfidf", "bm25", "unigram", "lead3"]
 
 JUDGE = "judge."
 """How the scores of `evaluate.judge` begin: its own interval belongs to each."""
@@ -28,15 +31,16 @@ EXPORT = "deploy."
 """How the metrics of exports begin."""
 NUMBER = r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]{1,3})?"
 NAME = r"[A-Za-z][A-Za-z0-9_]*(?:-[A-Za-z0-9_]+)*(?:@[0-9]+)?"
+OPPONENT = "|".join(("base", "champion", "tuned", *SIMPLE_BASELINES))
 GATE = re.compile(
     rf"\s*(?P<metric>{NAME}(?:\.(?!(?:low|high)\b){NAME})*)(?:\[(?P<rows>[^]]*)\])?(?:\.(?P<part>low|high))?"
     r"\s*(?P<op>>=|<=|==|>|<)"
-    rf"\s*(?:(?P<number>{NUMBER})|(?P<against>base|champion|tuned)(?:\s*(?P<sign>[*+-])\s*(?P<operand>{NUMBER}))?)\s*",
+    rf"\s*(?:(?P<number>{NUMBER})|(?P<against>{OPPONENT})(?:\s*(?P<sign>[*+-])\s*(?P<operand>{NUMBER}))?)\s*",
     re.ASCII,
 )
 FORMS = (
     "`exact_match >= 0.8`, `rougeL > base`, `loss < base - 0.02`, `perplexity <= base * 1.05`, "
-    "`exact_match.low > base`, `exact_match.low > champion - 0.01`, `accuracy[new] >= 0.6`, "
+    "`exact_match.low > base`, `exact_match.low > champion - 0.01`, `accuracy.low > tfidf`, `accuracy[new] >= 0.6`, "
     "`forgetting.perplexity <= base * 1.05`"
 )
 
@@ -58,7 +62,7 @@ class Gate:
     number: float | None
     """The wanted number, or None if it comes from the score of another model."""
     against: Opponent | None = None
-    """The model whose score is wanted: base, champion, or for an export the tuned model."""
+    """The model whose score is wanted: base, champion, a simple baseline, or for an export the tuned model."""
     factor: float = 1.0
     offset: float = 0.0
     rows: str = ""
@@ -106,3 +110,20 @@ def parse_gate(text: str) -> Gate:
         offset=-operand if sign == "-" else operand if sign == "+" else 0.0,
         rows=NEW if rows else "",
     )
+
+
+def find_baseline_problem(gate: Gate, facts: TaskFacts, measured: Sequence[str]) -> tuple[str, str] | None:
+    """Return what is wrong with a gate on a simple baseline, and a fix; `measured` are the recipe's metrics."""
+    if gate.against not in SIMPLE_BASELINES:
+        return None
+    name, metrics = facts.simple_baseline, [one for one in measured if at_ten(one) in facts.baseline_metrics]
+    if gate.rows:
+        what = f"the gate {gate.text!r} compares {gate.rows} rows with {gate.against}, which is scored on all rows"
+        return what, "Compare them with a number, `base` or `champion`."
+    has = f"`{gate.metric} {gate.op} {name}`" if gate.metric in metrics else f"{name}: {', '.join(metrics)}"
+    if gate.against != name or not metrics:
+        fix = f"Compare with {has}." if metrics else "Compare with `base` or a number."
+        return f"the gate {gate.text!r} uses {gate.against}, which this recipe does not have", fix
+    if gate.metric not in metrics:
+        return f"the gate {gate.text!r} compares {gate.metric}, which {name} does not have", f"Metrics of {has}."
+    return None

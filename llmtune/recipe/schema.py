@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
 from llmtune.errors import Problem
 from llmtune.recipe.adapter_section import AdapterSection
+from llmtune.recipe.class_names import follow_renames
 from llmtune.recipe.data_section import DataSection
 from llmtune.recipe.evaluate_section import EvaluateSection
 from llmtune.recipe.model_section import ModelSection
@@ -154,6 +155,27 @@ class Recipe(RecipeSection):
             loss=own.loss if isinstance(own, PreferenceSection) else None,
             kl_hindrance=hindrance,
         )
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Return the names of classes or entity types that the recipe lists, or that were inferred."""
+        own = self._own_section()
+        return own.labels or () if isinstance(own, ClassifySection | TokenClassifySection) else ()
+
+    def with_classes(self, names: Sequence[str]) -> Recipe:
+        """Return the recipe with these names of classes or entity types; unchanged without any."""
+        own = self._own_section()
+        if not names or not isinstance(own, ClassifySection | TokenClassifySection):
+            return self
+        return self.model_copy(
+            update={str(TASK_FACTS[self.task].section): own.model_copy(update={"labels": tuple(names)})}
+        )
+
+    @property
+    def renames(self) -> dict[str, str]:
+        """Return the last new name of each class that the recipe renames."""
+        own = self._own_section()
+        return follow_renames(own.rename or {}) if isinstance(own, ClassifySection | TokenClassifySection) else {}
 
     def task_section(self) -> dict[str, object] | None:
         """Return the task's own section, including inferred labels once they are known."""

@@ -28,6 +28,13 @@ NEAREST_TO_ONE = frozenset({"length_ratio"})
 """Metrics that are best near 1: neither more nor less is better."""
 COST = "_cost"
 """Ending of a metric's name for which lower is better; so users mark their own metrics."""
+SIMPLE_BASELINES: Mapping[str, str] = {
+    "tfidf": "TF-IDF with logistic regression",
+    "bm25": "BM25",
+    "unigram": "the most frequent tag of each word",
+    "lead3": "the first three sentences",
+}
+"""Baselines without a language model, by the names that gates use."""
 CUT_METRIC = "answers_cut"
 """Share of truncated answers; measured whenever another metric generates answers."""
 PREDICTED = frozenset(
@@ -110,6 +117,10 @@ class TaskFacts:
     """Whether negatives can be mined (`data.negatives`)."""
     after: str | None = None
     """Task that `llmtune init` proposes before this one for a file that both read."""
+    simple_baseline: str = ""
+    """The baseline of `SIMPLE_BASELINES` that is scored on the same test rows; empty without one."""
+    baseline_metrics: tuple[str, ...] = ()
+    """Metrics of that baseline."""
     split_by: str | None = None
     """Column that groups rows if the recipe does not set `data.split_by`; all rows of the task have it once parsed."""
 
@@ -157,6 +168,8 @@ _TASKS = (
         ranks=True,
         overlong=_ANY_LENGTH,
         has_turns=True,
+        simple_baseline="tfidf",
+        baseline_metrics=CHOICE_METRICS,
     ),
     TaskFacts(
         "completion",
@@ -172,6 +185,8 @@ _TASKS = (
         generates=True,
         ranks=True,
         overlong=_ANY_LENGTH,
+        simple_baseline="tfidf",
+        baseline_metrics=CHOICE_METRICS,
     ),
     TaskFacts(
         "translate",
@@ -211,6 +226,8 @@ _TASKS = (
         overlong=("error", "drop", "truncate"),
         prompt_name="document",
         pipeline="summarization",
+        simple_baseline="lead3",
+        baseline_metrics=(*ROUGE, "chrf", "length_ratio"),
     ),
     TaskFacts(
         "qa",
@@ -246,6 +263,11 @@ _TASKS = (
         packs=True,
         overlong=("error", "drop", "truncate"),
         answer_kind="labels",
+        simple_baseline="tfidf",
+        baseline_metrics=(
+            *("accuracy", "f1_macro", "f1_micro", "f1_weighted", "matthews", "auroc"),
+            *(*CALIBRATION, "mse", "mae", "pearson", "spearman"),
+        ),
         prompt_name="text",
         metric_notes={
             "loss": "loss per row, as in training",
@@ -264,6 +286,8 @@ _TASKS = (
         packs=True,
         overlong=("error", "drop"),
         answer_kind="tags",
+        simple_baseline="unigram",
+        baseline_metrics=("f1", "precision", "recall", "accuracy"),
         prompt_name="text",
         metric_notes={
             "loss": "nats per tag",
@@ -325,6 +349,8 @@ _TASKS = (
         unswapped="queries and passages may have to change together",
         searches=True,
         mines=True,
+        simple_baseline="bm25",
+        baseline_metrics=RANKING,
         split_by="query",
         pipeline="sentence-similarity",
         loader="SentenceTransformer",
@@ -358,6 +384,8 @@ _TASKS = (
         after="embed",
         tags=("cross-encoder", "reranker"),
         mines=True,
+        simple_baseline="bm25",
+        baseline_metrics=RANKING,
         split_by="query",
         decodes=False,
         unswapped="other passages may be relevant for a swapped query",
@@ -366,4 +394,6 @@ _TASKS = (
 TASK_FACTS = {facts.name: facts for facts in _TASKS}
 """Every task by name, in the order of the documentation."""
 DEFAULT_TASK = _TASKS[0].name
+RETRIEVAL_TASKS = tuple(facts.name for facts in _TASKS if facts.mines)
+"""Tasks that learn from queries and passages; `llmtune init` proposes the first for a retrieval set."""
 ROW_FORMATS = tuple(dict.fromkeys(name for facts in _TASKS for name in facts.formats))

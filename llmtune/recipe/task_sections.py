@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Literal
 
 from pydantic import Field, Tag
 
+from llmtune.recipe.class_names import ClassName, find_cycle, show_name
 from llmtune.recipe.section import Many, NonEmpty, Positive, RecipeSection, by_type
 from llmtune.recipe.source_map import Diagnostics
 from llmtune.recipe.task_facts import DECISIONS
 
 ClassWeights = Annotated[
-    Annotated[Literal["balanced"], Tag("text")] | Annotated[dict[str, Annotated[float, Field(gt=0)]], Tag("items")],
+    Annotated[Literal["balanced"], Tag("text")]
+    | Annotated[dict[ClassName, Annotated[float, Field(gt=0)]], Tag("items")],
     by_type({str: "text"}, "items"),
 ]
 QA_KEYS = {
@@ -47,6 +50,18 @@ def check_prompt(diagnostics: Diagnostics, key: str, prompt: str | None, fields:
         diagnostics.add(
             key, f"'{key}' does not contain {{{missing[0]}}}", f"Insert {{{missing[0]}}} where the text belongs."
         )
+
+
+def check_rename(diagnostics: Diagnostics, section: str, rename: Mapping[str, str], labels: Sequence[str]) -> None:
+    """Report renames that go in a circle, and names that `labels` or another key still has after their rename."""
+    key = f"{section}.rename"
+    if cycle := find_cycle(rename):
+        what = f"'{key}' goes in a circle: {' -> '.join(map(show_name, [*cycle, cycle[0]]))}"
+        fix = "Give each class one new name. To swap two names, change the rows: a run cannot know which rows are old."
+        diagnostics.add(key, what, fix)
+    for name in (name for name in labels if name in rename):
+        what = f"'{section}.labels' has {show_name(name)}, which '{key}' renames to {show_name(rename[name])}"
+        diagnostics.add(f"{section}.labels", what, f"List {show_name(rename[name])}, or remove the rename.", key)
 
 
 class CompletionSection(TaskSection):
@@ -148,9 +163,12 @@ class ClassifySection(TaskSection):
     kind: Literal["auto", "single", "multi", "regression"] = "auto"
     """One label per row, any number of labels, or a number. Default `auto`: lists of labels are `multi`, numbers with a
     decimal point `regression` (only 0.0 and 1.0 are two classes), everything else `single`."""
-    labels: Many[NonEmpty] | None = Field(default=None, min_length=2)
+    labels: Many[ClassName] | None = Field(default=None, min_length=2)
     """Allowed labels, in the order of the model's outputs; a row with another label is bad. Default none: the labels in
     the rows, sorted."""
+    rename: dict[ClassName, ClassName] | None = Field(default=None, min_length=1)
+    """New names of classes, as `{OLD: NEW}`: in all rows, and in the classes of the champion. A name that is renamed
+    further gets the last one; two classes with one new name become one class. Default none: labels as in the rows."""
     class_weights: ClassWeights | None = None
     """`balanced` weights each class by the inverse of its share of the training rows; or a weight per label. Default
     none: every row counts the same."""
@@ -159,9 +177,11 @@ class ClassifySection(TaskSection):
         """Report repeated labels, and labels or weights that conflict with other settings."""
         labels = self.labels or ()
         diagnostics.repeated("classify.labels", labels, "a label")
+        check_rename(diagnostics, "classify", self.rename or {}, labels)
         if self.kind == "regression":
             why, because = "with classify.kind: regression", "classify.kind"
-            diagnostics.none_has_effect(self, "classify", ("labels", "class_weights"), why, "Remove it.", because)
+            idle = ("labels", "class_weights", "rename")
+            diagnostics.none_has_effect(self, "classify", idle, why, "Remove it.", because)
             for key in ("calibrate", *DECISIONS):
                 diagnostics.no_effect(f"evaluate.{key}", why, "Remove it.", because)
         if isinstance(self.class_weights, dict) and labels:
@@ -173,9 +193,17 @@ class ClassifySection(TaskSection):
 class TokenClassifySection(TaskSection):
     """Settings of the task `token-classify`."""
 
-    labels: Many[NonEmpty] | None = Field(default=None, min_length=1)
+    labels: Many[ClassName] | None = Field(default=None, min_length=1)
     """Entity types, without `B-` and `I-`; a row with another type is bad. Default none: the types in the rows,
     sorted."""
+    rename: dict[ClassName, ClassName] | None = Field(default=None, min_length=1)
+    """New names of entity types, as `{OLD: NEW}` without `B-` and `I-`: in all rows, and in the types of the champion.
+    Works as `classify.rename` does. Default none: types as in the rows."""
+
+    def check(self, diagnostics: Diagnostics, max_length: int) -> None:
+        """Report repeated types, and renames that conflict with them."""
+        diagnostics.repeated("token_classify.labels", self.labels or (), "a type")
+        check_rename(diagnostics, "token_classify", self.rename or {}, self.labels or ())
 
 
 class SpeechSection(TaskSection):

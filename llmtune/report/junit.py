@@ -10,6 +10,7 @@ from xml.etree import ElementTree as Tree  # only writes XML, so parser attacks 
 
 from llmtune.errors import GateFailed, LlmtuneError
 from llmtune.recipe.secrets import redact_all
+from llmtune.report.class_sentences import describe_new_class
 from llmtune.report.number_format import score
 from llmtune.report.report_record import Report
 from llmtune.store.atomic_files import write_text
@@ -111,11 +112,17 @@ def list_scores(report: Report) -> dict[str, str]:
     for model in ("base", "tuned"):
         named |= {f"{model}.{metric}": score(value) for metric, value in evaluation.by_name(model).items()}
     named |= {f"tuned.{metric}.rows": str(own.n) for metric, own in evaluation.intervals.items()}
+    if simple := evaluation.simple_baseline:
+        named |= {f"{simple.name}.{metric}": score(value) for metric, value in simple.scores.items()}
     if champion := evaluation.champion:
         named["champion.rows"] = str(champion.rows)
         named |= {f"champion.{metric}": score(value) for metric, value in champion.scores.items()}
         named |= {f"tuned_against_champion.{metric}": score(value) for metric, value in champion.tuned.items()}
         named |= {f"champion.{metric}.rows": str(change.n) for metric, change in champion.difference.items()}
+    if champion and (changes := champion.classes):
+        named |= {f"champion.new_class.{one.label}": describe_new_class(one) for one in changes.new}
+        named |= {"champion.lost_classes": ", ".join(changes.lost)} if changes.lost else {}
+        named |= {f"champion.renamed.{name}": f"{old}?" for name, old, *_ in changes.hints}
     if champion and (new := champion.new):
         scores = {"base": new.scores.base, "tuned": new.scores.tuned, "champion": new.before}
         named |= {"new.rows": str(new.scores.rows), "champion.new.rows": str(new.rows)}

@@ -245,6 +245,8 @@ def collect_facts(done: Mapping[str, Any], began: float | None, curve: Sequence[
     """
     prepared, encoded, adapted, trained = (done.get(name) for name in ("prepare", "encode", "adapt", "train"))
     data = {key: prepared[key] for key in ("rows_in", "kept", "dropped")} if prepared else None
+    if data and prepared and (changes := prepared.get("class_changes")):
+        data["class_changes"] = changes
     if data and encoded:
         data |= {key: encoded[key] for key in DATA_KEYS}
         data |= {"supervised_tokens": encoded["supervised"], "lengths": encoded["histogram"]}

@@ -28,6 +28,7 @@ from llmtune.report.blocks import (
     difference_table,
 )
 from llmtune.report.charts import ChartPoint, Curve, draw_curves, draw_histogram, draw_meter, element, heading
+from llmtune.report.class_sentences import name_changes_sentences
 from llmtune.report.metric_info import better_side, rank_metrics
 from llmtune.report.number_format import DASH, count, duration, missing, score, share, size
 from llmtune.report.report_record import AdapterFacts, DataFacts, TrainFacts
@@ -150,6 +151,7 @@ def data_section(data: DataFacts | None, task: str | None) -> Section:
     reasons = [[reason, count(number)] for reason, number in sorted(dropped.items(), key=lambda item: -item[1])]
     title = f"{count(data.get('rows_in'))} rows in, {count(sum(dropped.values()))} dropped"
     left.append(Table(["reason", Column("dropped", "number")], reasons, title) if reasons else Text(f"{title}."))
+    left += [Text(text, "note") for text in name_changes_sentences(data.get("class_changes") or ())]
     if filled := data.get("filled"):
         left.append(Text(filled_sentence(filled), "note"))
     if vanishing := data.get("vanishing"):

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from llmtune.recipe.task_facts import DECISIONS, answer_kind
+from llmtune.recipe.task_facts import DECISIONS, TASK_FACTS, answer_kind
 from llmtune.records import Json
 from llmtune.report.blocks import (
     TONES,
@@ -26,6 +26,7 @@ from llmtune.report.blocks import (
 )
 from llmtune.report.calibration_section import calibration_section
 from llmtune.report.charts import draw_meter
+from llmtune.report.class_view import class_blocks
 from llmtune.report.decision_view import decision_section
 from llmtune.report.metric_info import better_side, list_sides, metric_note, rank_metrics
 from llmtune.report.number_format import count, missing, score, share, signed
@@ -34,6 +35,7 @@ from llmtune.report.report_record import Power, Seeds
 from llmtune.report.sample_view import NUMBERS, present_samples
 from llmtune.report.search_sections import length_section
 from llmtune.report.significance import INCONCLUSIVE
+from llmtune.report.simple_baseline_view import simple_baseline_section
 from llmtune.score_records import Evaluation, GateResult, Slice
 
 MOST_CLASSES, MOST_PAIRS = 20, 15
@@ -48,6 +50,7 @@ def score_sections(evaluation: Evaluation, task: str | None, seeds: Seeds | None
     base = base_name(evaluation)
     return [
         score_section(evaluation, task),
+        simple_baseline_section(evaluation, task),
         sample_section(evaluation, task),
         calibration_section(evaluation),
         champion_section(evaluation, task),
@@ -162,6 +165,9 @@ def champion_section(evaluation: Evaluation, task: str | None) -> Section:
     blocks += [Text(f"`{metric}` is not compared: {why}.") for metric, why in sorted(champion.left_out.items())]
     blocks += [Text(f"`{metric}`: {why}.") for metric, why in sorted(champion.partial.items())]
     blocks += [Text(f"New rows are not judged apart: {champion.why_no_new}.")] if champion.why_no_new else []
+    if (changes := champion.classes) is not None:
+        section = TASK_FACTS[task].section if task in TASK_FACTS else None
+        blocks += class_blocks(changes, f"{section or 'labels'}.rename")
     return Section("Against the champion", blocks, "Champion", "champion")
 
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 
 from llmtune.recipe.gate_grammar import NEW, parse_gate
+from llmtune.report.class_sentences import class_reasons
 from llmtune.report.metric_info import CHOICE, COSTS, better_side, direction, list_sides, rank_metrics
 from llmtune.report.number_format import join_names, missing, score
 from llmtune.report.report_record import SeedRun, Seeds, Spread, Verdict
@@ -212,6 +213,14 @@ def judge_challenger(
         word = WORSE
     elif word in (BETTER, WITHIN) and (left := [gate.name for gate in own if not gate.passed]):
         word, reason = INCONCLUSIVE, f"{reason} But not every gate passed: {', '.join(left)}."
+    if (changes := champion.classes) is not None:  # gains on new classes must not hide a loss
+        signs = speaking(changes.known.difference, chance, sides) if changes.known else {}
+        worse = [metric for metric, sign in signs.items() if sign < 0]
+        unlearned = any(one.verdict == "not learned" for one in changes.new)
+        if (worse or unlearned) and word in (BETTER, WITHIN):
+            word = MIXED
+        word = WORSE if worse and word == INCONCLUSIVE else word
+        reason = " ".join([reason, *class_reasons(changes, [name for name in worse if name not in findings.worse])])
     found = Verdict(word, f"{reason} Compared on {champion.rows} test rows." if champion.rows else reason)
     return found if champion.new is None else judge_new(found, champion.new, gates, chance)
 

@@ -241,7 +241,7 @@ class Engine:
             self.batches = kept
             release_memory()
         for served in self.queue.waiting.keys() - self.batches.keys():
-            self.batches[served] = self.made.pop(served, None) or self._make_batch(served)
+            self.batches[served] = self.made.pop(served) if served in self.made else self._make_batch(served)
 
     def _take_turn(self, batch: DecodingBatch) -> None:
         """Take a turn of one model; an error fails its running jobs only, and later jobs are served."""

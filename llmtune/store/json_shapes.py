@@ -23,11 +23,12 @@ Moment = Annotated[float, Field(ge=0, lt=1e11)]
 
 
 class PreparedFacts(TypedDict):
-    """Rows read, rows kept by split, and rows dropped by reason."""
+    """Rows read, rows kept by split, rows dropped by reason, and class names that were normalised or renamed."""
 
     rows_in: Count
     kept: Counts
     dropped: Counts
+    class_changes: NotRequired[list[dict[str, str | Count]]]
 
 
 class Lengths(TypedDict):
@@ -152,6 +153,7 @@ class Findings(TypedDict, total=False):
     """In a release: the run folder that it was made from."""
     start_from: object
     ranking: dict[str, object]
+    class_hints: list[list[str | int]]
     gates: Literal["passed", "failed", "undecided"] | None
     """The outcome of all gates on the present weights; None until they are judged."""
     reproduces: str

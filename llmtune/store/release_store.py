@@ -177,7 +177,7 @@ def is_release_of(folder: Path, run: Path) -> bool:
     if not (isinstance(record, dict) and isinstance(lock, dict) and lock.get("trained")):
         return False
     trained = {f"{name}/{file}": sha256 for name, files in lock["trained"].items() for file, sha256 in files.items()}
-    return trained.items() <= record.get("files", {}).items()
+    return bool(trained.items() <= record.get("files", {}).items())
 
 
 def find_source(folder: Path) -> Path:
@@ -205,7 +205,11 @@ def replaced_by(name: str, digest: str) -> str | None:
 
 
 def promote(
-    name: str, digest: str, write: Callable[[Path], None], replaces: str | Literal[False] | None = False
+    name: str,
+    digest: str,
+    write: Callable[[Path], None],
+    replaces: str | Literal[False] | None = False,
+    on_stored: Callable[[], None] = lambda: None,
 ) -> Path:
     """Store a release, make it the current one, and return its folder.
 
@@ -216,6 +220,7 @@ def promote(
         digest: hash of the files that serve.
         write: fills an empty folder with the release; not called if the release is stored already.
         replaces: hash of the release that must be the current one (None: no release yet); False accepts any.
+        on_stored: called before the release becomes the current one.
 
     Raises:
         RecipeError: another release was promoted in the meantime.
@@ -232,6 +237,7 @@ def promote(
             with staged(folder) as empty:
                 write(empty)
                 sync_folder(empty)
+        on_stored()
         _point(name, "promote", current, digest)
     return folder
 

@@ -53,7 +53,7 @@ def check_labels(recipe: Recipe, labels: Sequence[Label]) -> str:
 
 def idle_keys(section: ClassifySection, kind: str, decisions: Sequence[str]) -> Iterator[Problem]:
     """Yield a problem for each key of the section, or of `decisions`, that has no effect on this kind of label."""
-    idle = {"regression": ("labels", "class_weights"), "multi": ("class_weights",)}.get(kind, ())
+    idle = {"regression": ("labels", "class_weights", "rename"), "multi": ("class_weights",)}.get(kind, ())
     what = f"has no effect: the labels are of the kind '{kind}'"
     for name in idle:
         if getattr(section, name) is not None:

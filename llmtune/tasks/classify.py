@@ -23,7 +23,6 @@ from llmtune.data.overlong import Lost, too_long
 from llmtune.data.row_store import iterate_rows
 from llmtune.data.task_interface import Encoded
 from llmtune.data.tokenization import Segment, decode_shortened
-from llmtune.data.written_numbers import read_number
 from llmtune.evaluate.classification_metrics import (
     CLASS_METRICS,
     class_table,
@@ -32,9 +31,10 @@ from llmtune.evaluate.classification_metrics import (
     measure_classes,
     true_classes,
 )
-from llmtune.evaluate.evaluated_task import EvalPrediction, LoadedModel
+from llmtune.evaluate.evaluated_task import EvalPrediction, LoadedModel, SimplePredictions
 from llmtune.evaluate.intervals import Floats
 from llmtune.evaluate.metric import Measure
+from llmtune.evaluate.tfidf import logits_of
 from llmtune.evaluate.token_batches import run_encoder
 from llmtune.model.causal_lm_loss import model_inputs
 from llmtune.model.config import head_names, in_heads, name_outputs
@@ -44,13 +44,13 @@ from llmtune.recipe.task_sections import ClassifySection
 from llmtune.records import SPLITS, AdaptedModel, Batch, Loss, Rows
 from llmtune.tasks.base import Endpoint, ReadingTask, loss_of_rows
 from llmtune.tasks.class_labels import (
-    UNKNOWN_LABEL,
     check_labels,
     choose_label_metrics,
     names_of,
     sort_names,
     weigh_classes,
 )
+from llmtune.tasks.class_targets import as_target, class_target, fit_labels
 
 PROBLEM_TYPES = {
     "single": "single_label_classification",
@@ -282,6 +282,19 @@ class Classify(ReadingTask[ClassifyRow, ClassPrediction]):
         ]
         return BASELINES[section.kind], predictions
 
+    def predict_simply(
+        self, train: Sequence[ClassifyRow], prompts: Sequence[ClassifyRow], recipe: Recipe
+    ) -> SimplePredictions | str:
+        """Return the predictions of TF-IDF with logistic regression, or with ridge regression for numbers."""
+        section = classify_section(recipe)
+        assert section.kind != "auto"
+        fitted = fit_labels(train, prompts, section, section.kind)
+        if isinstance(fitted, str):
+            return fitted
+        predictions = [{"label": label_of(row, section), "scores": row.tolist()} for row in fitted.scores_AK]
+        logits = [[row.tolist()] for row in logits_of(fitted.scores_AK, many=section.kind == "multi")]
+        return SimplePredictions(predictions, fitted.note, logits if self.output_labels(recipe) else [])
+
     def as_prediction(self, reference: Label, recipe: Recipe) -> ClassPrediction | None:
         """Return the prediction that assigns all probability to the right classes; None for a number."""
         section = classify_section(recipe)
@@ -336,25 +349,6 @@ def fitted_texts(
             yield replace(kept, counted=1, lost=Lost(size - len(kept.input_ids)))
 
 
-def class_target(label: Label | None, section: ClassifySection) -> dict[str, Any] | str:
-    """Return an example's target columns, or the reason why it has none."""
-    if section.kind == "regression":
-        value = read_number(label)
-        return f"no number: the label is {label!r}" if value is None else {"values": [float(value)]}
-    labels = section.labels or ()
-    named = names_of(label) if label is not None else []
-    wrong = next((name for name in named if name not in labels), None)
-    if wrong is not None:
-        return f"{UNKNOWN_LABEL}: {wrong!r} is none of {', '.join(labels[:20])}"
-    if section.kind == "multi":
-        return {"values": [float(name in named) for name in labels]}
-    if len(named) != 1:
-        return f"{len(named)} labels, but classify.kind: single allows one"
-    weights = section.class_weights
-    weight = {"weights": [float(weights.get(named[0], 1.0))]} if isinstance(weights, dict) else {}
-    return {"class_ids": [labels.index(named[0])], **weight}
-
-
 def label_of(scores_K: torch.Tensor | Floats, section: ClassifySection) -> Label:
     """Return the label of scores [K]: the most likely class, all above one half, or the number itself."""
     if section.kind == "regression":
@@ -368,15 +362,6 @@ def label_of(scores_K: torch.Tensor | Floats, section: ClassifySection) -> Label
 def classify_section(recipe: Recipe) -> ClassifySection:
     """Return the recipe's section, or its defaults."""
     return recipe.classify or ClassifySection()
-
-
-def as_target(label: Label, kind: str) -> Label:
-    """Return a label in the form of its kind: a number, a list of class names, or one name."""
-    if kind == "regression":
-        number = read_number(label)
-        assert number is not None, "class_target() refuses rows without a number"
-        return float(number)
-    return names_of(label) if kind == "multi" else names_of(label)[0]
 
 
 def scores_of(predictions: Sequence[ClassPrediction]) -> Floats:

@@ -25,10 +25,12 @@ from llmtune.data.search_rows import EmbedRow, given_passages, named_texts, text
 from llmtune.data.task_interface import Encoded
 from llmtune.data.tokenization import Segment, decode_shortened
 from llmtune.errors import DataError, Problem, RecipeError
+from llmtune.evaluate.bm25 import index_words
 from llmtune.evaluate.classification_metrics import measure_classes
 from llmtune.evaluate.evaluated_task import EvalPrediction, LoadedModel
 from llmtune.evaluate.metric import Measure
 from llmtune.evaluate.ranking_metrics import (
+    Prepare,
     Vectors,
     cosine,
     format_search,
@@ -36,6 +38,7 @@ from llmtune.evaluate.ranking_metrics import (
     measure_ranking,
     measure_spread,
     measure_vectors,
+    prepare_vectors,
     rank_labels,
     rank_passages,
 )
@@ -277,10 +280,17 @@ class Embed(ReadingTask[EmbedRow, Vectors]):
         if metric in CORRELATIONS:
             cosines = [cosine(one["query"], one["passage"]) for one in vectors]
             return measure_classes(metric, "regression", np.array(cosines)[:, None], [row["score"] for row in rows], ())
-        labelled = rows[0]["label"] is not None
-        queries, searched = rank_labels(rows, vectors) if labelled else rank_passages(rows, vectors, found.corpus)
-        measured = measure_ranking(metric, [query for _, query in queries], [row for row, _ in queries])
-        return replace(measured, signature=f"{measured.signature}; {searched}")
+        corpus = found.corpus and zip(found.corpus.passages, found.corpus.vectors_PD, strict=True)
+        return measure_search(metric, rows, vectors, corpus or (), prepare_vectors)
+
+    def measure_words(
+        self, metric: str, references: Sequence[EmbedRow], corpus: Sequence[str], recipe: Recipe
+    ) -> Measure | None:
+        """Measure the order of passages, or of texts with labels, by BM25; None for pairs with scores."""
+        if references[0]["score"] is not None:
+            return None
+        named = [dict(named_texts(row)) for row in references]
+        return measure_search(metric, references, named, zip(corpus, corpus, strict=True), index_words)
 
     def score_untuned(self, rows: Sequence[EmbedRow], *loaded: Any) -> tuple[str, float]:
         """Return nDCG@10 among the passages or texts of the rows, or the correlation with their scores."""
@@ -314,6 +324,22 @@ class Embed(ReadingTask[EmbedRow, Vectors]):
         """Write the files with which sentence-transformers loads the folder and computes the same vectors."""
         limit = min(recipe.data.max_length, context_length(config) or recipe.data.max_length)
         write_settings(folder, config, embed_section(recipe), limit)
+
+
+def measure_search(
+    metric: str,
+    rows: Sequence[EmbedRow],
+    vectors: Sequence[Mapping[str, Any]],
+    corpus: Iterable[tuple[str, Any]],
+    prepare: Prepare,
+) -> Measure:
+    """Measure the order of passages, or of texts with labels; arguments as in `rank_passages`."""
+    labelled = rows[0]["label"] is not None
+    queries, searched = (
+        rank_labels(rows, vectors, prepare) if labelled else rank_passages(rows, vectors, corpus, prepare)
+    )
+    measured = measure_ranking(metric, [query for _, query in queries], [row for row, _ in queries])
+    return replace(measured, signature=f"{measured.signature}; {searched}")
 
 
 # Rows

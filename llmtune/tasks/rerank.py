@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import math
-import re
-import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -27,7 +24,8 @@ from llmtune.data.search_rows import RerankRow, given_passages, text_key, write_
 from llmtune.data.task_interface import Encoded
 from llmtune.data.tokenization import Segment, decode_shortened
 from llmtune.errors import DataError
-from llmtune.evaluate.evaluated_task import EvalPrediction, LoadedModel
+from llmtune.evaluate.bm25 import BM25_NOTE, LENGTH_SHARE, SATURATION, words
+from llmtune.evaluate.evaluated_task import EvalPrediction, LoadedModel, SimplePredictions
 from llmtune.evaluate.metric import Measure
 from llmtune.evaluate.ranking_metrics import RELEVANT, RankedQuery, measure_ranking, name_query
 from llmtune.evaluate.token_batches import run_encoder
@@ -43,13 +41,6 @@ from llmtune.tasks.classify import fitted_texts, tokenize_texts
 
 SIGMOID = "torch.nn.modules.activation.Sigmoid"
 BM25 = "BM25 (words that query and passage share)"
-UNSPACED = re.compile(
-    "([\u0e00-\u0eff\u1000-\u109f\uaa60-\uaa7f\u1780-\u17ff"  # Thai, Lao, Burmese, Khmer
-    "\u3005-\u3007\u3040-\u30ff\u31f0-\u31ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]+)"  # kana, Han
-)
-"""Characters of scripts that are written without spaces."""
-SATURATION, LENGTH_SHARE = 1.2, 0.75
-"""BM25's k1 and b, by Lucene's defaults."""
 
 
 class RerankPrediction(TypedDict):
@@ -227,6 +218,12 @@ class Rerank(ReadingTask[RerankRow, RerankPrediction]):
         """Rank by BM25, which needs no training; word counts are those of the passages to rank."""
         return BM25, [ranked(scores) for scores in bm25(prompts)]
 
+    def predict_simply(
+        self, train: Sequence[RerankRow], prompts: Sequence[RerankRow], recipe: Recipe
+    ) -> SimplePredictions:
+        """Rank by BM25, as `baseline` does."""
+        return SimplePredictions([ranked(scores) for scores in bm25(prompts)], BM25_NOTE)
+
     def output_kind(self, recipe: Recipe) -> str:
         """Return the kind of the head's output."""
         return "number"
@@ -277,23 +274,6 @@ def bm25(rows: Sequence[RerankRow]) -> list[list[float]]:
         return sum(rarity[word] * found[word] * (SATURATION + 1) / (found[word] + norm) for word in query)
 
     return [[score(words(row["query"]), counts[text_key(text)]) for text in row["passages"]] for row in rows]
-
-
-def words(text: str) -> list[str]:
-    """Return the words of a text, without case; in scripts without spaces, each two neighbouring characters."""
-    found: list[str] = []
-    for word in word_pattern().findall(unicodedata.normalize("NFKC", text).casefold()):
-        for run in UNSPACED.split(word):
-            pairs = [run[i : i + 2] for i in range(len(run) - 1)] if UNSPACED.fullmatch(run) else []
-            found += pairs or ([run] if run else [])
-    return found
-
-
-@cache
-def word_pattern() -> re.Pattern[str]:
-    """Return the pattern of a word; `\\w` has no vowel signs, which would split the words of Hindi or Thai."""
-    marks = (chr(code) for code in range(0x300, 0x20000) if unicodedata.category(chr(code)).startswith("M"))
-    return re.compile(rf"[\w{''.join(marks)}]+")
 
 
 VARIANTS = (Rerank(),)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from typing import Any
@@ -16,16 +16,17 @@ from llmtune.data.example import Example
 from llmtune.data.overlong import too_long
 from llmtune.data.row_store import iterate_rows
 from llmtune.data.task_interface import Encoded
-from llmtune.data.task_rows import OUTSIDE, TokenClassifyRow, find_words
+from llmtune.data.task_rows import TokenClassifyRow, find_words
 from llmtune.data.tokenization import Segment, decode_shortened
 from llmtune.errors import DataError
 from llmtune.evaluate.classification_metrics import ENTITY_METRICS, entities_of, entity_table, measure_entities
-from llmtune.evaluate.evaluated_task import EvalPrediction, LoadedModel
+from llmtune.evaluate.evaluated_task import EvalPrediction, LoadedModel, SimplePredictions
 from llmtune.evaluate.metric import Measure
 from llmtune.evaluate.token_batches import run_encoder
 from llmtune.model.causal_lm_loss import model_inputs, token_losses, unwrap
 from llmtune.model.config import is_encoder, name_outputs
 from llmtune.model.memory_plan import context_length
+from llmtune.recipe.class_names import OUTSIDE
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_sections import TokenClassifySection
 from llmtune.records import SPLITS, Batch, Loss, Rows
@@ -196,6 +197,18 @@ class TokenClassify(Task[TokenClassifyRow, list[str]]):
         """Predict the most frequent tag of the training rows for every word."""
         tag = Counter(tag for tags in references for tag in tags).most_common(1)[0][0]
         return f"the most frequent tag ({tag}) on every word", [[tag] * len(row["tokens"]) for row in prompts]
+
+    def predict_simply(
+        self, train: Sequence[TokenClassifyRow], prompts: Sequence[TokenClassifyRow], recipe: Recipe
+    ) -> SimplePredictions:
+        """Predict each word's most frequent tag of the training rows; `O` for other words."""
+        counts: defaultdict[str, Counter[str]] = defaultdict(Counter)
+        for row in train:
+            for word, tag in zip(row["tokens"], row["tags"], strict=True):
+                counts[word][tag] += 1
+        tags = {word: seen.most_common(1)[0][0] for word, seen in counts.items()}
+        note = f"{len(tags):,} words of {len(train):,} training rows; {OUTSIDE} for other words"
+        return SimplePredictions([[tags.get(word, OUTSIDE) for word in row["tokens"]] for row in prompts], note)
 
     def class_table(self, found: EvalPrediction[list[str]], recipe: Recipe) -> dict[str, Any]:
         """Return the table of entity types."""

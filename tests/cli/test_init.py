@@ -17,6 +17,7 @@ from typer.testing import Result
 
 from llmtune.data.preparation import prepare_rows
 from llmtune.data.sources import local_input
+from llmtune.evaluate.slices import read_slices
 from llmtune.recipe.gate_grammar import parse_gate
 from llmtune.recipe.loader import load_recipe
 from llmtune.records import SPLITS, Rows
@@ -523,3 +524,33 @@ def test_folders_with_the_names_of_classes_are_explained(here: Path) -> None:
     done = init("texts")
     assert "in 2 folders (news, sport)" in done.stderr
     assert "text and label" in done.stderr
+
+
+def test_rows_without_a_label_or_with_a_placeholder_are_counted_with_the_candidate() -> None:
+    teams = ["Netz", "Konto", "", "N/A", "NaN"]
+    write("desk.csv", "body,team,state", [(f"words about {i}", teams[i % 5], "ab"[i % 2]) for i in range(100)])
+    assert "team (2 classes: Netz 20, Konto 20, 60 rows without)" in init("desk.csv").stderr
+
+
+def test_texts_that_are_longer_than_the_packaged_encoder_reads_are_truncated() -> None:
+    long = "word " * 900
+    write("long.csv", "text,label", [(f"{i} {long}", "ab"[i % 2]) for i in range(40)])
+    assert init("long.csv", "--model", "builtin:minilm-l6-v2").exit_code == 0
+    data = load_recipe("long.yaml").recipe.data
+    assert (data.max_length, data.on_overlong) == (512, "truncate")
+
+
+def test_a_file_with_another_encoding_and_decimal_commas_gives_the_same_rows_and_slices() -> None:
+    lines = [f"Größe {i};{'AB'[i % 2]};{{}}" for i in range(60)]
+    hours = [i / 4 for i in range(60)]
+    points = "\n".join(["text;label;hours", *(line.format(hour) for line, hour in zip(lines, hours, strict=True))])
+    commas = points.replace(".", ",")
+    found = []
+    for week, (text, encoding) in enumerate(((points, "utf-8"), (commas, "cp1252"), (commas, "utf-16"))):
+        Path(f"week{week}.csv").write_text(text, encoding)
+        assert init(f"week{week}.csv").exit_code == 0
+        sets = ["data.deduplicate=none", "evaluate.slices=[hours]", "data.test=0.5"]
+        rows = prepare_rows(load_recipe(f"week{week}.yaml", sets).recipe, Path(f"rows{week}"), Console(quiet=True))
+        found.append((rows.content_hash, read_slices(rows, ["hours"], range(rows.counts["test"]))))
+    assert found[0] == found[1] == found[2]
+    assert len(found[0][1]["hours"]) == 4

@@ -49,6 +49,7 @@ def test_a_mark_decides(encoding: str, tmp_path: Path) -> None:
 def test_utf8_stays_utf8_with_a_mark_with_damage_and_cut_in_a_character(tmp_path: Path) -> None:
     file, text = tmp_path / "rows.csv", (GERMAN + JAPANESE).encode()
     contents = [text, codecs.BOM_UTF8 + text, text[:-2], text + b"Gr\xfc\xdfe\n", b"plain\n"]
+    contents += [b"hello\0world,a\n" * 40]
     contents += [text * (2**20 // len(text) + 1), GERMAN.encode() + GERMAN.encode("cp1252")]
     for content in contents:
         file.write_bytes(content)
@@ -96,3 +97,11 @@ def test_one_row_in_another_encoding_is_not_dropped_as_a_bad_row(here: Path) -> 
     assert (code, "the file looks like cp1252, not UTF-8" in message) == (3, True)
     refused = invoke("prepare", "mine.yaml", "--out", "out")
     assert (refused.exit_code, "the file looks like cp1252, not UTF-8" in refused.stderr) == (3, True), refused.stderr
+
+
+def test_a_file_that_ends_within_a_character_is_damaged_not_in_another_encoding(here: Path) -> None:
+    code, _ = check("{path: rows.csv, encoding: utf-16}", "utf-16")
+    assert code == 0
+    Path("rows.csv").write_bytes(Path("rows.csv").read_bytes()[:-1])
+    refused = invoke("recipes", "check", "mine.yaml")
+    assert (refused.exit_code, "not in the stated encoding" in refused.stderr) == (3, True), refused.stderr

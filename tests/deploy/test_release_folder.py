@@ -14,7 +14,7 @@ from support.runs import finish_run, invoke
 import llmtune
 from llmtune.deploy.release_folder import promote_run
 from llmtune.errors import RecipeError
-from llmtune.evaluate.opened_runs import read_release
+from llmtune.evaluate.release_records import read_release
 from llmtune.store.atomic_files import hash_folder, list_folder
 from llmtune.store.release_store import RECORD_FILE, resolve_release
 
@@ -51,7 +51,7 @@ def release(project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> P
 def test_a_release_has_what_serves_and_no_text_of_rows(release: Path) -> None:
     names = {path.name for path in release.iterdir()}
     assert names >= {"adapter", "merged", "evaluation", "llmtune.lock", "recipe.yaml", "serving.json", RECORD_FILE}
-    assert not names & {"data", "checkpoints", "metrics.jsonl", "row_losses.npz"}
+    assert not names & {"data", "checkpoints", "row_losses.npz"}
     for path in release.rglob("*"):
         if path.is_file():
             assert b"What comes after" not in path.read_bytes(), path.name
@@ -80,6 +80,7 @@ def test_a_release_has_what_serves_and_no_text_of_rows(release: Path) -> None:
         ("release", "diff", "tiny", "release:tiny"),
         ("release", "list", "--json"),
         ("verify", "release:tiny"),
+        ("reproduce", "release:tiny"),
         ("runs",),
     ],
     ids=" ".join,

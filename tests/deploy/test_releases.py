@@ -15,8 +15,9 @@ from support.runs import finish_run, invoke
 from llmtune.deploy.releases import check_signature, diff_releases, make_release
 from llmtune.errors import EnvironmentProblem, RecipeError
 from llmtune.evaluate.champion import compare_with_champion, open_champion
-from llmtune.evaluate.opened_runs import find_release, list_releases, open_release, open_run_scores
+from llmtune.evaluate.opened_runs import open_run_scores
 from llmtune.evaluate.per_row_scores import load_measures, unpack_measures
+from llmtune.evaluate.release_records import find_release, list_releases, open_release
 from llmtune.recipe.loader import load_recipe
 from llmtune.store.atomic_files import hash_file
 

@@ -6,7 +6,7 @@ import pytest
 from llmtune.errors import GateFailed, GateUnsure, RecipeError
 from llmtune.evaluate.gates import check_gates, require_gates
 from llmtune.recipe.evaluate_section import EvaluateSection
-from llmtune.score_records import Champion, Difference, Evaluation, GateResult
+from llmtune.score_records import Champion, Difference, Evaluation, GateResult, SimpleBaseline
 
 EVALUATION = Evaluation(
     base={"exact_match": 0.5, "loss": 2.0, "chrf": 40.0},
@@ -132,6 +132,36 @@ def test_scores_are_compared_with_the_champion_on_shared_rows():
     champion = Champion("runs/best", {"exact_match": 0.7}, {}, {}, tuned={"exact_match": 0.6}, rows=40)
     (found,) = check(replace(EVALUATION, champion=champion), "exact_match >= champion")
     assert (found.passed, found.got, found.wanted) == (False, "0.6", "exact_match >= 0.7")
+
+
+TFIDF = SimpleBaseline(
+    "tfidf",
+    "TF-IDF with logistic regression",
+    {"exact_match": 0.7},
+    {"exact_match": Difference(0.1, -0.02, 0.2, 0.1, 100)},
+    {"exact_match": 0.8},
+    "",
+)
+
+
+@pytest.mark.parametrize(
+    ("gate", "passed", "wanted"),
+    [
+        ("exact_match > tfidf", True, "exact_match > 0.7"),
+        ("exact_match >= tfidf + 0.2", False, "exact_match >= 0.9"),
+        ("exact_match.low > tfidf", None, "low end of the difference from tfidf > 0"),
+        ("exact_match.low > tfidf - 0.05", True, "low end of the difference from tfidf > -0.05"),
+    ],
+)
+def test_scores_are_compared_with_a_simple_baseline(gate, passed, wanted):
+    (found,) = check(replace(EVALUATION, simple_baseline=TFIDF), gate, when_unsure="report")
+    assert (found.passed, found.wanted) == (passed, wanted)
+
+
+def test_a_gate_on_a_baseline_that_could_not_be_fitted_fails_and_says_why():
+    why = "not measured: all training rows have the same label"
+    (found,) = check(replace(EVALUATION, signatures={"tfidf": why}), "exact_match.low > tfidf")
+    assert (found.passed, found.got) == (False, why)
 
 
 def test_an_inconclusive_gate_names_the_rows_it_needs():

@@ -12,6 +12,7 @@ from llmtune.evaluate import shared_prefix
 from llmtune.evaluate.shared_prefix import (
     check_choices,
     choice_trees,
+    find_choice,
     find_choices,
     make_tree,
     score_as_trees,
@@ -107,6 +108,13 @@ def test_without_trees_there_is_no_work(tiny_llama):
 
 def test_few_short_repeated_answers_are_choices():
     assert find_choices(["yes", "no", "yes", "no", "no"]) == ("no", "yes")
+
+
+def test_answers_that_differ_only_by_blanks_or_composition_are_one_choice_in_its_most_frequent_form():
+    choices = find_choices(["ja ", "ja", "ja ", "nein", "nein", "scho\u0308n", "schön", "schön"])
+    assert choices == ("ja ", "nein", "schön")
+    assert [find_choice(answer, choices) for answer in ("ja", "\u00a0nein", "Ja")] == ["ja ", "nein", "Ja"]
+    check_choices(["ja"], ["ja "])
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,11 @@ from llmtune.recipe.gate_grammar import Gate, parse_gate
             "deploy.onnx.recall@1>=tuned",
             Gate("deploy.onnx.recall@1>=tuned", "deploy.onnx.recall@1", None, ">=", None, "tuned"),
         ),
+        (
+            "accuracy.low > tfidf - 0.01",
+            Gate("accuracy.low > tfidf - 0.01", "accuracy", "low", ">", None, "tfidf", 1, -0.01),
+        ),
+        ("ndcg@10 >= bm25", Gate("ndcg@10 >= bm25", "ndcg@10", None, ">=", None, "bm25")),
         ("chrf == -.5", Gate("chrf == -.5", "chrf", None, "==", -0.5)),
         ("accuracy[new] >= 0.6", Gate("accuracy[new] >= 0.6", "accuracy", None, ">=", 0.6, rows="new")),
         (

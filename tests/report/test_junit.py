@@ -7,7 +7,7 @@ from junitparser import Failure, Skipped
 from junitparser.xunit2 import JUnitXml
 
 from llmtune.report.junit import to_junit
-from llmtune.score_records import Champion, Contamination, Difference, Study
+from llmtune.score_records import Champion, Contamination, Difference, SimpleBaseline, Study
 
 
 def read(report):
@@ -30,6 +30,12 @@ def test_each_gate_is_a_test_case_and_a_failed_gate_names_the_wanted_value(repor
     assert result.type == "GateFailed"
     assert result.message == "wanted exact_match >= 0.9, got 0.8"
     assert named(failed) == {"wanted": "exact_match >= 0.9", "got": "0.8"}
+
+
+def test_the_scores_of_a_simple_baseline_are_properties(report):
+    simple = SimpleBaseline("tfidf", "TF-IDF", {"choice_accuracy": 0.5}, {}, {"choice_accuracy": 0.75}, "")
+    _, suite = read(replace(report, evaluation=replace(report.evaluation, simple_baseline=simple)))
+    assert named(suite)["tfidf.choice_accuracy"] == "0.5000"
 
 
 def test_an_inconclusive_gate_is_skipped_with_a_reason(report):

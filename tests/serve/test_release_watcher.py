@@ -103,7 +103,8 @@ def test_a_release_that_cannot_be_loaded_leaves_the_old_one_serving_and_is_tried
     runs: dict[str, Path], releases: dict[str, str]
 ) -> None:
     served = load_served(tiny=Path("releases/tiny") / releases["plain"])
-    engine, console = Engine(served, max_batch=4, max_queue=8), Console(file=io.StringIO(), width=300)
+    engine, log = Engine(served, max_batch=4, max_queue=8), io.StringIO()
+    console = Console(file=log, width=300)
     engine.start()
     watcher = ReleaseWatcher(
         "tiny", releases["plain"], engine, lambda folder: load_served(tiny=folder), console, retry_seconds=0.5
@@ -114,17 +115,17 @@ def test_a_release_that_cannot_be_loaded_leaves_the_old_one_serving_and_is_tried
     with running(build_app(engine, body_bytes=2**20)) as url:
         watcher.start()
         (Path("releases/tiny") / CURRENT).write_text(releases["other"])  # as a copy between machines would
-        wait_until(lambda: "keeps serving" in console.file.getvalue())
-        assert f"tiny@{releases['other']} could not be loaded: " in console.file.getvalue()
-        assert "missing or changed" in console.file.getvalue()
+        wait_until(lambda: "keeps serving" in log.getvalue())
+        assert f"tiny@{releases['other']} could not be loaded: " in log.getvalue()
+        assert "missing or changed" in log.getvalue()
         assert (state(url), ask(url)) == (f"tiny@{releases['plain']}", alone(releases["plain"]))
         time.sleep(2.5)
-        assert console.file.getvalue().count("keeps serving") == 1, "the same failure is reported once"
+        assert log.getvalue().count("keeps serving") == 1, "the same failure is reported once"
         weights.write_bytes(content)
         wait_until(lambda: state(url) == f"tiny@{releases['other']}")
         assert ask(url) == alone(releases["other"])
         (Path("releases/tiny") / CURRENT).write_text("damaged")
-        wait_until(lambda: "is not the hash of a release" in console.file.getvalue())
+        wait_until(lambda: "is not the hash of a release" in log.getvalue())
         assert ask(url) == alone(releases["other"])
     watcher.stop()
     engine.queue.stop(0)

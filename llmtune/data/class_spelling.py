@@ -1,0 +1,131 @@
+"""Class names in rows: normalised and renamed with a count, and refused if they differ only by case or width."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from llmtune.data.classify_rows import PLAIN_NUMBER
+from llmtune.data.rejected_rows import parse_cell
+from llmtune.errors import DataError, Problem, nearest, read_origin
+from llmtune.recipe.class_names import names_in, rename_row, show_name, similar_names, tidy_name
+from llmtune.recipe.schema import Recipe
+from llmtune.recipe.task_facts import TASK_FACTS
+from llmtune.recipe.yaml_writer import plain_or_quoted
+from llmtune.records import Json
+
+NoteName = Callable[[str, str], object]
+"""Receives a class name as it is in the file, and as it is used."""
+NameChange = tuple[str, str, str]
+"""`NORMALISED` or `RENAMED`, the name before, and after; `JOINED` with a name that another class gets."""
+NORMALISED, RENAMED, JOINED = "normalised", "renamed", "joined"
+NAMED = ("labels", "tags")
+"""Kinds of answers whose recipe section lists and renames classes."""
+SHOWN_FILES = 3
+
+
+def tidy_cell(cell: object, note: NoteName) -> object:
+    """Return a cell with its class names in the usual form; a list may be JSON text, and a span has a `label`."""
+    parsed = parse_cell(cell)
+    if isinstance(parsed, list):
+        return [tidy_cell(item, note) for item in parsed]
+    if isinstance(cell, dict):
+        return {key: tidy_cell(value, note) if key == "label" else value for key, value in cell.items()}
+    if not isinstance(cell, str):
+        return cell
+    if (name := tidy_name(cell)) != cell:
+        note(cell, name)
+    return name
+
+
+def note_tidied(changes: dict[NameChange, None]) -> NoteName:
+    """Return the function that adds normalised names to the changes of a row."""
+    return lambda written, name: changes.setdefault((NORMALISED, written, name))
+
+
+def rename_classes(
+    row: Mapping[str, object], renames: Mapping[str, str], changes: dict[NameChange, None]
+) -> Mapping[str, object]:
+    """Return a canonical row with its classes renamed, and add them to the changes of the row."""
+    names = names_in(row) if renames else []
+    changes |= {(JOINED, name, name): None for name in names if name in renames.values()}
+    changes |= {(RENAMED, name, renames[name]): None for name in names if name in renames}
+    return rename_row(row, renames) if any(name in renames for name in names) else row
+
+
+def list_changes(counts: Mapping[NameChange, int]) -> list[Json]:
+    """Return the changes of class names with their numbers of rows, the most frequent first."""
+    ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    return [{"why": why, "from": old, "to": new, "rows": rows} for (why, old, new), rows in ordered]
+
+
+def warn_of_idle_renames(
+    renames: Mapping[str, str], changes: Iterable[Json], earlier: Iterable[str], current: Iterable[str]
+) -> list[str]:
+    """Return a sentence for each rename of a class that no row has, nor an earlier run with these class names."""
+    used = {*earlier, *(change["from"] for change in changes if change["why"] == RENAMED)}
+    names = [name for name in dict.fromkeys([*used, *current]) if name not in renames]
+    idle = [old for old in renames if old not in used]
+    return [
+        f"rename: no row has the class {show_name(old)}.{nearest(old, names)} Remove it if it is done." for old in idle
+    ]
+
+
+@dataclass
+class Spelling:
+    """The rows with one class name."""
+
+    files: Counter[str] = field(default_factory=Counter)
+    first: dict[str, str] = field(default_factory=dict)
+    """By file, the first row."""
+
+    def describe(self, name: str) -> str:
+        """Return the name with its rows by file, and the first line of each."""
+        places = [
+            f"{Path(file).name} {rows:,}, first in {Path(self.first[file]).name}"
+            for file, rows in self.files.most_common(SHOWN_FILES)
+        ]
+        more = f"; {len(self.files) - SHOWN_FILES} more files" if len(self.files) > SHOWN_FILES else ""
+        rows = self.files.total()
+        return f"{show_name(name)}: {rows:,} row{'s' if rows != 1 else ''} ({'; '.join(places)}{more})"
+
+
+def require_one_spelling(rows: Iterable[tuple[str, Mapping[str, object]]], recipe: Recipe) -> list[str]:
+    """Return the class names in (origin, row); refuse names that differ only by case, width or invisible characters.
+
+    Names that the recipe lists as labels are different classes.
+
+    Raises:
+        DataError: One problem for each group of names, with the rows of each.
+    """
+    found = defaultdict[str, Spelling](Spelling)
+    for origin, row in rows:
+        file = read_origin(origin)[0]
+        for name in names_in(row):
+            found[name].files[file] += 1
+            found[name].first.setdefault(file, origin)
+    facts = TASK_FACTS[recipe.task]
+    key = facts.section if facts.answer_kind in NAMED else None
+    words = [name for name in found if not PLAIN_NUMBER.fullmatch(name)]
+    DataError.collect(_problem(group, found, key) for group in similar_names(words, recipe.classes))
+    return [*found]
+
+
+def _problem(group: list[str], found: Mapping[str, Spelling], key: str | None) -> Problem:
+    """Return the problem of names that are probably one class; the most frequent is proposed."""
+    best, *others = sorted(group, key=lambda name: (-found[name].files.total(), name))
+    listed = "; ".join(found[name].describe(name) for name in (best, *others))
+    fix = "Write it the same way in all rows."
+    if key is not None:
+        pairs = ", ".join(f"{_in_yaml(name)}: {_in_yaml(best)}" for name in others)
+        fix = f"Write it the same way in all rows, or set {key}.rename: {{{pairs}}}. "
+        fix += f"If they are different classes, list both in {key}.labels."
+    return Problem(f"one class in several spellings: {listed}", key and f"{key}.labels", fix)
+
+
+def _in_yaml(name: str) -> str:
+    """Write a name for the recipe; letters that show nothing get the escapes of YAML's double quotes."""
+    shown = show_name(name)[1:-1]
+    return plain_or_quoted(name) if shown == name else f'"{shown}"'

@@ -1,0 +1,53 @@
+"""Classes in the section on the champion: what changed, and the scores of new classes."""
+
+from __future__ import annotations
+
+from llmtune.recipe.class_names import show_name
+from llmtune.report.blocks import (
+    TONES,
+    Block,
+    Cell,
+    Column,
+    Compared,
+    Table,
+    TableColumns,
+    TableRows,
+    Text,
+    difference_table,
+)
+from llmtune.report.class_sentences import list_class_changes, write_interval
+from llmtune.report.metric_info import better_side
+from llmtune.report.number_format import count
+from llmtune.score_records import ClassChanges
+
+
+def class_blocks(changes: ClassChanges, key: str) -> list[Block]:
+    """Return both models on the champion's classes, what changed, and the tuned model's scores on each new class."""
+    blocks: list[Block] = [Text(sentence, "note") for sentence in list_class_changes(changes, key)]
+    if known := changes.known:
+        rows_known = [
+            Compared(name, known.base[name], known.tuned[name], change, better_side(name))
+            for name, change in known.difference.items()
+        ]
+        title = f"On the {count(known.rows)} rows of the champion’s classes"
+        blocks.insert(0, difference_table(rows_known, title=title, base="champion", code=True))
+    if changes.renamed:
+        listed = ", ".join(f"{show_name(old)} is {show_name(new)}" for old, new in changes.renamed.items())
+        blocks.insert(0, Text(f"Renamed classes of the champion: {listed}."))
+    if changes.new:
+        heads = ("test rows", "recall", "precision", "F1")
+        columns: TableColumns = ["new class", *(Column(name, "number") for name in heads), "result"]
+        rows: TableRows = [
+            [
+                Cell(one.label, code=True),
+                count(one.rows),
+                *(write_interval(one.scores.get(metric)) for metric in ("recall", "precision", "f1")),
+                Cell(one.verdict, TONES[{"learned": 1, "not learned": -1}.get(one.verdict, 0)]),
+            ]
+            for one in changes.new
+        ]
+        text = "The champion cannot answer a new class, so its answers to these rows count as wrong above. A new class "
+        text += "is learned if more than half of its test rows get it: the whole interval of its recall decides. Fewer "
+        text += "than ten test rows are not judged."
+        blocks += [Table(columns, rows, "Classes that the champion does not have, tuned model"), Text(text, "soft")]
+    return blocks
