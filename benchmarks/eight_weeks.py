@@ -26,7 +26,7 @@ from weekly_rows import Row, read_packages, share, shuffle_labels, write_week
 
 PURPOSES = ("gameplaying", "converting", "editing", "monitor", "configuring", "viewing")
 LATE, RENAMED = "playing", {"editing": "authoring"}
-SIZES = (500, 200, 141, 141, 141, 141, 141, 141)
+SIZES = (150, 550, 141, 141, 141, 141, 141, 141)
 LATE_SIZES = (0, 0, 0, 0, 40, 30, 20, 17)
 WRONG = 129
 """Shuffled labels in week 4."""
@@ -36,7 +36,7 @@ evaluate:
   metrics: [accuracy, f1_macro]
   champion: release:teams
   gates:
-    - accuracy.low > champion - 0.05
+    - accuracy.low > champion - 0.1
     - accuracy[new] >= 0.6
     - accuracy.low > base
   when_unsure: report
