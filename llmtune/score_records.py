@@ -55,20 +55,17 @@ class Slice:
 
 @dataclass(frozen=True)
 class NewRows:
-    """All models on the test rows whose input the champion never saw."""
+    """All models on the test rows whose input the champion never saw; `scores` has base and tuned model on all."""
 
     scores: Slice
-    """Base and tuned model on all of them."""
     intervals: dict[str, Difference]
     """The tuned model's scores with their own intervals."""
     from_old: dict[str, Difference]
     """The tuned model's score on these rows minus its score on the other test rows; only with an interval."""
     rows: int
-    """Number of these rows that the champion's model answered; it cannot answer classes that it does not have."""
+    """Number of these rows that the champion's model could answer; `before` has its scores on them."""
     before: dict[str, float]
-    """The champion's scores on the answered rows."""
     tuned: dict[str, float]
-    """Scores of the tuned model on the answered rows."""
     difference: dict[str, Difference]
     """Tuned minus champion on the answered rows; without an interval if they are too few."""
 

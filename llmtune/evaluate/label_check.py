@@ -64,7 +64,8 @@ def check_labels(load: LoadChampion, recipe: Recipe, run: RunFolder, rows: Rows,
         return
     began = time.perf_counter()
     count = sum(map(len, places.values()))
-    console.print(f"champion: its model predicts {count} labels of {len(places)} source files that it never saw")
+    where = f"{len(places)} source file{'s' if len(places) > 1 else ''}"
+    console.print(f"champion: its model predicts {count} labels of {where} that it never saw", highlight=False)
     try:
         sources, unknown = compare_labels(
             lambda run: name_classes(load(run), recipe.renames), folder, champion, rows, places, run.path, console

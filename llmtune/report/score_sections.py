@@ -184,21 +184,14 @@ def new_section(evaluation: Evaluation, task: str | None) -> Section:
     text = f"{count(new.scores.rows)} test rows have an input that the champion never saw. Gates name them "
     text += "`METRIC[new]`. "
     if new.rows < new.scores.rows:
-        text += (
-            f"The champion’s model could answer {count(new.rows)} of them; the others have, for example, new labels. "
-        )
+        text += f"The champion’s model could answer {count(new.rows)} of them; the others may have new labels. "
+    tuned, apart = new.scores.tuned, new.from_old
     champion = replace(evaluation, base=new.before, tuned=new.tuned, difference=new.difference)
     against = [compare_metric(name, champion, note=full_note(name, task)) for name in new.difference]
     base = [compare_metric(name, new.scores, note=full_note(name, task)) for name in new.scores.difference]
     old: TableRows = [
-        [
-            Cell(name, code=True),
-            score(new.scores.tuned[name]),
-            score(new.scores.tuned[name] - change.value),
-            row.tone_cell,
-        ]
-        for name, change in new.from_old.items()
-        for row in [Compared(name, None, None, change, better_side(name))]
+        [Cell(row.name, code=True), score(tuned[row.name]), score(tuned[row.name] - change.value), row.tone_cell]
+        for change, row in ((one, Compared(name, None, None, one, better_side(name))) for name, one in apart.items())
     ]
     columns: TableColumns = ["metric", Column("new rows", "number"), Column("other rows", "number"), "difference"]
     blocks: list[Block] = [Text(text)]
