@@ -115,8 +115,10 @@ def _state_defaults(migration: Migration) -> None:
 
 
 def _is_stated(config: ForeignConfig, key: str, rule: Mapping[str, Any]) -> bool:
-    """Return whether a configuration states a key; null counts only if the rule gives it a meaning."""
-    return key in config.values and (config.values[key] is not None or "null" in rule.get("values", {}))
+    """Return whether a configuration states a key by any of its names; null counts if a rule gives it a meaning."""
+    names = (key, *(older for older, newer in config.table.older.items() if newer == key))
+    values = [config.values[name] for name in names if name in config.values]
+    return any(value is not None or "null" in rule.get("values", {}) for value in values)
 
 
 def _count_tokens(migration: Migration) -> None:
