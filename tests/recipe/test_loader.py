@@ -170,6 +170,14 @@ def test_a_stated_default_that_replaces_a_choice_is_another_recipe(write, key: s
     assert len({load_recipe(write()).fingerprint, *stated}) == 3
 
 
+@pytest.mark.parametrize("with_origins", [True, False])
+def test_a_resolved_recipe_leaves_the_same_values_to_choose(write, with_origins: bool):
+    plain = load_recipe(write(), ["train.batch_size=16"])
+    again = load_recipe(write(plain.to_yaml(with_origins), "shown.yaml", whole=True))
+    assert again.recipe.train.model_fields_set.intersection(CHOSEN_KEYS) == {"batch_size"}
+    assert again.recipe.train == plain.recipe.train
+
+
 def test_the_training_rule_chooses_the_chosen_keys(write):
     assert {*choose_training(load_recipe(write()).recipe, 100, 64, new_head=False)} == {*CHOSEN_KEYS}
 
