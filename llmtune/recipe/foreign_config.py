@@ -117,6 +117,8 @@ class ForeignConfig:
     values: dict[str, object]
     facts: RecipeValues
     """Values of llmtune's keys that follow from the command itself, not from its options."""
+    others: int = 0
+    """Commands of a tool after the first, which are not read."""
 
     @classmethod
     def read(cls, file: Path, tool: str | None = None) -> ForeignConfig:
@@ -128,7 +130,9 @@ class ForeignConfig:
         text, name, folder = read_recipe_text(file), file_label(file), file.absolute().parent
         if file.suffix.lower() in (".py", ".ipynb"):
             raise RecipeError.of("Python code is not read: its values may depend on other code", name, _PYTHON)
-        command = None if file.suffix.lower() in (".yaml", ".yml", ".json") else _find_command(text)
+        is_data = file.suffix.lower() in (".yaml", ".yml", ".json")
+        commands = [] if is_data else [*_find_commands(text)]
+        command = commands[0] if commands else None
         nested = {} if command else _read_nested(text, name, file)
         table = known[tool] if tool else command[0] if command else _recognize(nested, name)
         if table.retired:
@@ -137,7 +141,7 @@ class ForeignConfig:
             return cls(name, folder, table, dict(table.flatten(nested)), {})
         _, words, before = command
         values, facts = _read_options(table, words, file)
-        return cls(name, folder, table, values | _read_processes(before), facts)
+        return cls(name, folder, table, values | _read_processes(before), facts, len(commands) - 1)
 
 
 _TOOL = "Use a YAML or JSON file of the tool, or a file with its command line."
@@ -178,8 +182,8 @@ def _recognize(nested: Mapping[str, object], name: str) -> MigrationTable:
     return best
 
 
-def _find_command(text: str) -> tuple[MigrationTable, list[str], list[str]] | None:
-    """Find the first line that runs a tool; return its table, the words after the program and the words before it.
+def _find_commands(text: str) -> Iterator[tuple[MigrationTable, list[str], list[str]]]:
+    """Yield the table of each line that runs a tool, the words after the program and the words before it.
 
     Variables set on earlier lines are replaced by their values.
     """
@@ -195,15 +199,20 @@ def _find_command(text: str) -> tuple[MigrationTable, list[str], list[str]] | No
         if all(name.isidentifier() and equals for name, equals, _ in pairs):
             assigned |= {name: value for name, _, value in pairs}
             continue
-        for position, word in enumerate(words):
-            if words[position + 1 : position + 2] in ([], *([end] for end in ENDS)) or "install" in words:
-                continue  # a folder or package with that name
-            for table in _known_tools().values():
-                if os.path.basename(word) in table.programs:
-                    return table, words[position + 1 :], words[:position]
-                for script in table.scripts:
-                    if f"/{word}".endswith(f"/{script}"):
-                        return table, [table.scripts[script], *words[position + 1 :]], words[:position]
+        if found := _find_program(words):
+            yield found
+
+
+def _find_program(words: list[str]) -> tuple[MigrationTable, list[str], list[str]] | None:
+    for position, word in enumerate(words):
+        if words[position + 1 : position + 2] in ([], *([end] for end in ENDS)) or "install" in words:
+            continue  # a folder or package with that name
+        for table in _known_tools().values():
+            if os.path.basename(word) in table.programs:
+                return table, words[position + 1 :], words[:position]
+            for script in table.scripts:
+                if f"/{word}".endswith(f"/{script}"):
+                    return table, [table.scripts[script], *words[position + 1 :]], words[:position]
     return None
 
 

@@ -60,6 +60,8 @@ def migrate_config(
     _state_defaults(migration)
     _count_tokens(migration)
     loaded = _check(migration, out)
+    if config.others:
+        migration.looks[f"only the first of {config.others + 1} commands is migrated; give each its own file"] = None
     chosen = {ours: one.keys for ours, one in migration.settings.items() if not {*one.keys} & {*config.values}}
     migration.looks |= dict.fromkeys(
         [*table.decide, *(line for ours, line in table.unstated.items() if ours in chosen)]

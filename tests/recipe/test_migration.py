@@ -732,3 +732,16 @@ def test_python_code_is_refused_and_gives_no_recipe_of_defaults(tmp_path: Path, 
     assert name in str(caught.value)
     if name.endswith((".py", ".ipynb")):
         assert "`max_length: 512`" in str(caught.value)
+
+
+def test_further_commands_of_a_script_are_reported(tmp_path: Path):
+    sft, dpo = (
+        "trl sft --model_name_or_path a/b --dataset_name c/d",
+        "trl dpo --model_name_or_path a/b --dataset_name c/e",
+    )
+    config(tmp_path, f"pip install trl\n{sft} \\\n  --lora_r 8\n{dpo}\n{dpo}\n", "all.sh")
+    migration, _ = migrate_config(tmp_path / "all.sh", tmp_path / "out.yaml")
+    assert migration.settings["data.train.0.path"].value == "hub:c/d"
+    assert "# Check: only the first of 3 commands is migrated" in write_migrated(migration)
+    migration, _ = migrate_config(config(tmp_path, sft, "one.sh"), tmp_path / "out.yaml")
+    assert "only the first" not in write_migrated(migration)
