@@ -310,8 +310,8 @@ def run_evaluate(context: RunContext, loaded: LoadedRecipe) -> None:
 def run_deploy(context: RunContext, loaded: LoadedRecipe) -> None:
     """Make the products that the recipe names, each verified against the trained model."""
     if context.plan.recipe.exports:
-        write = partial(_write_report, context, loaded)
-        context.once(lambda: reporting(write, lambda: release_kept(partial(make_products, on_begin=write), context)))
+        begun, stopped = (partial(_write_report, context, loaded, stopped=one) for one in (False, True))
+        context.once(lambda: reporting(stopped, lambda: release_kept(partial(make_products, on_begin=begun), context)))
 
 
 STEPS: dict[str, Callable[[RunContext, LoadedRecipe], None]] = {
@@ -365,9 +365,13 @@ def evaluate_run(loaded: LoadedRecipe, run: Path, console: Console, *, offline: 
         return conclude_run(context, loaded)
 
 
-def _write_report(context: RunContext, loaded: LoadedRecipe) -> Report:
+def _write_report(context: RunContext, loaded: LoadedRecipe, *, stopped: bool = False) -> Report:
     report = make_report(context.folder, (context.resolved or loaded).recipe, context.device)
     context.folder.note_reports(write_report(report, context.folder.path))
+    if stopped:  # products are missing, so gates that passed do not decide
+        print_verdict(report.verdict, report.gates, context.console)
+    if stopped and not all(gate.passed for gate in report.gates):
+        note_gates(context.folder, context.plan.recipe, report.gates)
     return report
 
 

@@ -67,7 +67,7 @@ class JsonLine(NamedTuple):
         except UnicodeDecodeError as error:
             return not_utf8(self.line[error.start], self.offset + error.start)
         except json.JSONDecodeError as error:
-            return RowError("not valid JSON", f"{error.msg} at column {error.colno}")
+            return RowError("not valid JSON", f"{error.msg} at column {error.pos + 1}")  # colno: 1 at the end
         except RecursionError:
             return RowError("not valid JSON", "nested too deeply")
         except ValueError as error:  # integers of more than 4,300 digits

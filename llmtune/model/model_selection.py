@@ -36,9 +36,9 @@ from llmtune.model.memory_plan import (
 )
 from llmtune.model.processor import load_processor
 from llmtune.model.resolve import find_license, resolve_model
+from llmtune.recipe.gate_grammar import LOWER_IS_BETTER
 from llmtune.recipe.schema import Recipe
 from llmtune.records import Json, MemoryPlan, ModelRef, Row, Rows, read_model_ref
-from llmtune.report.metric_info import LOWER_IS_BETTER
 from llmtune.report.number_format import size as format_bytes
 from llmtune.store.process_environment import is_remote_model
 

@@ -22,7 +22,7 @@ from llmtune.recipe.eval_suites_section import (
     check_suite_gate,
     fairness_without_effect,
 )
-from llmtune.recipe.gate_grammar import NAME, Gate, find_baseline_problem, parse_gate
+from llmtune.recipe.gate_grammar import NAME, Gate, find_baseline_problem, find_reversed_problem, parse_gate
 from llmtune.recipe.section import (
     Many,
     NonEmpty,
@@ -366,6 +366,8 @@ class EvaluateSection(RecipeSection):
         for key, gate in self._parsed_gates():
             if problem := find_baseline_problem(gate, variant.facts, metrics):
                 diagnostics.add(key, *problem, "task")
+            if problem := find_reversed_problem(gate, variant.facts):
+                diagnostics.add(key, *problem)
 
     def _check_disagreement(self, diagnostics: Diagnostics, variant: TaskVariant) -> None:
         key = "evaluate.max_disagreement"

@@ -54,6 +54,7 @@ class MigrationTable:
     guesses: Mapping[str, RecipeValues] = field(default_factory=dict)
     decide: tuple[str, ...] = ()
     unstated: Mapping[str, str] = field(default_factory=dict)
+    older: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any], below: MigrationTable | None = None) -> MigrationTable:
@@ -63,6 +64,7 @@ class MigrationTable:
         rules |= {key: {"refuse": why} for why, keys in values.get("refused", {}).items() for key in keys}
         rules |= {key: {"unneeded": why} for why, keys in values.get("unneeded", {}).items() for key in keys}
         rules |= {key: {"to": rule} if isinstance(rule, str) else rule for key, rule in values.get("keys", {}).items()}
+        rules |= {older: rules[newer] for older, newer in values.get("older", {}).items()}
         parts: dict[str, Any] = {name: tuple(part) if isinstance(part, list) else part for name, part in values.items()}
         names = cls.__dataclass_fields__.keys() - {"rules"}
         return cls(rules=rules, **{name: part for name, part in parts.items() if name in names})
@@ -115,6 +117,8 @@ class ForeignConfig:
     values: dict[str, object]
     facts: RecipeValues
     """Values of llmtune's keys that follow from the command itself, not from its options."""
+    others: int = 0
+    """Commands of a tool after the first, which are not read."""
 
     @classmethod
     def read(cls, file: Path, tool: str | None = None) -> ForeignConfig:
@@ -124,7 +128,11 @@ class ForeignConfig:
             fix = f"{nearest(tool, list(tables()))} Tools: {', '.join(tables())}.".strip()
             raise RecipeError.of(f"unknown tool {tool!r}", "--tool", fix)
         text, name, folder = read_recipe_text(file), file_label(file), file.absolute().parent
-        command = None if file.suffix.lower() in (".yaml", ".yml", ".json") else _find_command(text)
+        if file.suffix.lower() in (".py", ".ipynb"):
+            raise RecipeError.of("Python code is not read: its values may depend on other code", name, _PYTHON)
+        is_data = file.suffix.lower() in (".yaml", ".yml", ".json")
+        commands = [] if is_data else [*_find_commands(text)]
+        command = commands[0] if commands else None
         nested = {} if command else _read_nested(text, name, file)
         table = known[tool] if tool else command[0] if command else _recognize(nested, name)
         if table.retired:
@@ -133,10 +141,14 @@ class ForeignConfig:
             return cls(name, folder, table, dict(table.flatten(nested)), {})
         _, words, before = command
         values, facts = _read_options(table, words, file)
-        return cls(name, folder, table, values | _read_processes(before), facts)
+        return cls(name, folder, table, values | _read_processes(before), facts, len(commands) - 1)
 
 
 _TOOL = "Use a YAML or JSON file of the tool, or a file with its command line."
+_PYTHON = (
+    "Write the arguments of the tool's configuration classes to a YAML file, by the names of its command line: "
+    "SFTConfig(max_length=512) is `max_length: 512`, LoraConfig(r=16) is `use_peft: true` and `lora_r: 16`."
+)
 _INSTEAD = (
     "Run `llmtune init ROWS` on your training rows, then copy the values you need into that recipe (docs/retired.md)."
 )
@@ -170,8 +182,8 @@ def _recognize(nested: Mapping[str, object], name: str) -> MigrationTable:
     return best
 
 
-def _find_command(text: str) -> tuple[MigrationTable, list[str], list[str]] | None:
-    """Find the first line that runs a tool; return its table, the words after the program and the words before it.
+def _find_commands(text: str) -> Iterator[tuple[MigrationTable, list[str], list[str]]]:
+    """Yield the table of each line that runs a tool, the words after the program and the words before it.
 
     Variables set on earlier lines are replaced by their values.
     """
@@ -181,19 +193,26 @@ def _find_command(text: str) -> tuple[MigrationTable, list[str], list[str]] | No
             words = [Template(word).safe_substitute(assigned) for word in shlex.split(_without_comment(line))]
         except ValueError:
             continue
+        if words[:1] in (["from"], ["import"]):
+            continue  # Python imports a tool, and runs no command
         pairs = [word.partition("=") for word in words if word != "export"]
         if all(name.isidentifier() and equals for name, equals, _ in pairs):
             assigned |= {name: value for name, _, value in pairs}
             continue
-        for position, word in enumerate(words):
-            if words[position + 1 : position + 2] in ([], *([end] for end in ENDS)) or "install" in words:
-                continue  # a folder or package with that name
-            for table in _known_tools().values():
-                if os.path.basename(word) in table.programs:
-                    return table, words[position + 1 :], words[:position]
-                for script in table.scripts:
-                    if f"/{word}".endswith(f"/{script}"):
-                        return table, [table.scripts[script], *words[position + 1 :]], words[:position]
+        if found := _find_program(words):
+            yield found
+
+
+def _find_program(words: list[str]) -> tuple[MigrationTable, list[str], list[str]] | None:
+    for position, word in enumerate(words):
+        if words[position + 1 : position + 2] in ([], *([end] for end in ENDS)) or "install" in words:
+            continue  # a folder or package with that name
+        for table in _known_tools().values():
+            if os.path.basename(word) in table.programs:
+                return table, words[position + 1 :], words[:position]
+            for script in table.scripts:
+                if f"/{word}".endswith(f"/{script}"):
+                    return table, [table.scripts[script], *words[position + 1 :]], words[:position]
     return None
 
 

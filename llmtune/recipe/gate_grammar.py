@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Literal, cast
 
 from llmtune.errors import RecipeError
-from llmtune.recipe.task_facts import SIMPLE_BASELINES, TaskFacts, at_ten
+from llmtune.recipe.task_facts import CALIBRATION, COST, NEAREST_TO_ONE, SIMPLE_BASELINES, TaskFacts, at_ten
 
 Operator = Literal[">=", "<=", ">", "<", "=="]
 IntervalEnd = Literal["low", "high"]
@@ -32,6 +32,25 @@ EXPORT = "deploy."
 NUMBER = r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]{1,3})?"
 NAME = r"[A-Za-z][A-Za-z0-9_]*(?:-[A-Za-z0-9_]+)*(?:@[0-9]+)?"
 OPPONENT = "|".join(("base", "champion", "tuned", *SIMPLE_BASELINES))
+LOWER_IS_BETTER = frozenset(
+    {
+        "loss",
+        "perplexity",
+        "bits_per_byte",
+        "wer",
+        "cer",
+        "ter",
+        "mse",
+        "mae",
+        "kl",
+        "answers_cut",
+        *CALIBRATION,
+        "decided_error",
+        "set_size",
+        "false_alarms",
+        "random_cosine",
+    },
+)
 GATE = re.compile(
     rf"\s*(?P<metric>{NAME}(?:\.(?!(?:low|high)\b){NAME})*)(?:\[(?P<rows>[^]]*)\])?(?:\.(?P<part>low|high))?"
     r"\s*(?P<op>>=|<=|==|>|<)"
@@ -127,3 +146,25 @@ def find_baseline_problem(gate: Gate, facts: TaskFacts, measured: Sequence[str])
     if gate.metric not in metrics:
         return f"the gate {gate.text!r} compares {gate.metric}, which {name} does not have", f"Metrics of {has}."
     return None
+
+
+def find_reversed_problem(gate: Gate, facts: TaskFacts) -> tuple[str, str] | None:
+    """Return what is wrong with a gate in the wrong direction, and a fix.
+
+    The direction of the user's own metrics is unknown, unless their names end with `_cost`. A margin may be meant.
+    """
+    if gate.against is None or gate.metric in NEAREST_TO_ONE:
+        return None
+    metric = gate.metric.rpartition(".")[2]
+    lower = metric in LOWER_IS_BETTER or metric.endswith(COST)
+    if not lower and at_ten(metric) not in facts.metrics:
+        return None
+    wrong = (">", ">=") if lower else ("<", "<=")
+    has_margin = gate.factor != 1 or (gate.offset < 0 if lower else gate.offset > 0)
+    if gate.op not in wrong or has_margin:
+        return None
+    part = f".{'high' if lower else 'low'}" if gate.part else ""
+    name = f"{gate.metric}{f'[{gate.rows}]' if gate.rows else ''}{part}"
+    what = f"the gate {gate.text!r} passes a worse model, and fails a better one: "
+    what += f"{'lower' if lower else 'higher'} {metric} is better"
+    return what, f"Write `{name} {'<' if lower else '>'} {gate.against}`."

@@ -15,6 +15,7 @@ from llmtune.recipe.schema import Recipe
 from llmtune.recipe.section import AnySection, change_paths
 from llmtune.recipe.source_map import DEFAULT, Diagnostics, SourceMap, list_origins, restore_origins
 from llmtune.recipe.task_facts import TASK_FACTS
+from llmtune.recipe.train_section import CHOSEN_KEYS, TrainSection
 from llmtune.recipe.validation import validate
 from llmtune.recipe.yaml_reader import Node, read_recipe_text
 from llmtune.recipe.yaml_writer import write_yaml
@@ -101,6 +102,9 @@ def fingerprint(recipe: Recipe) -> str:
     parts = {"seed", "task", "data", "model", "adapter", "train", *([section] if section else [])}
     dumped = recipe.model_dump(mode="json", include=parts)
     dumped["train"]["seeds"] = []
+    defaults = [key for key in CHOSEN_KEYS if getattr(recipe.train, key) == TrainSection.model_fields[key].default]
+    if stated := sorted(recipe.train.model_fields_set.intersection(defaults)):
+        dumped["train"]["stated"] = stated  # without the key, another value would be chosen
     if recipe.data.corpus is None or recipe.data.negatives is None:
         del dumped["data"]["corpus"]
     dumped["data"]["split_by"] = recipe.data.split_by or TASK_FACTS[recipe.task].split_by

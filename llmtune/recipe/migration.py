@@ -60,6 +60,8 @@ def migrate_config(
     _state_defaults(migration)
     _count_tokens(migration)
     loaded = _check(migration, out)
+    if config.others:
+        migration.looks[f"only the first of {config.others + 1} commands is migrated; give each its own file"] = None
     chosen = {ours: one.keys for ours, one in migration.settings.items() if not {*one.keys} & {*config.values}}
     migration.looks |= dict.fromkeys(
         [*table.decide, *(line for ours, line in table.unstated.items() if ours in chosen)]
@@ -115,8 +117,10 @@ def _state_defaults(migration: Migration) -> None:
 
 
 def _is_stated(config: ForeignConfig, key: str, rule: Mapping[str, Any]) -> bool:
-    """Return whether a configuration states a key; null counts only if the rule gives it a meaning."""
-    return key in config.values and (config.values[key] is not None or "null" in rule.get("values", {}))
+    """Return whether a configuration states a key by any of its names; null counts if a rule gives it a meaning."""
+    names = (key, *(older for older, newer in config.table.older.items() if newer == key))
+    values = [config.values[name] for name in names if name in config.values]
+    return any(value is not None or "null" in rule.get("values", {}) for value in values)
 
 
 def _count_tokens(migration: Migration) -> None:

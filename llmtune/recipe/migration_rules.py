@@ -152,6 +152,10 @@ def move(migration: Migration, key: str, value: object) -> None:
     if isinstance(first, str) and VARIABLE.match(first):
         migration.settle(key, value, "it is a variable with unknown value: write the value", ok=False)
         return
+    newer = migration.config.table.older.get(key)
+    if newer in migration.config.values:
+        migration.settle(key, value, f"{newer} is the newer name of this key, and is set too", ok=False)
+        return
     if rule is None:
         hint = nearest(key, list(migration.config.table.rules)).strip()
         why = NO_SECRETS if holds_secret(key, value) else f"{UNKNOWN}. {hint}".strip()

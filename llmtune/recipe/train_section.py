@@ -64,6 +64,8 @@ OPTIM_ARGS = {
     "galore": _PROJECTION,
 }
 """Keys of `optim_args` that optimisers read, by name prefix; transformers ignores all others."""
+CHOSEN_KEYS = ("learning_rate", "num_train_epochs", "batch_size")
+"""Keys that `llmtune.recipe.training_rule` chooses by rows and model unless the recipe sets them."""
 
 
 class TrainSection(RecipeSection):

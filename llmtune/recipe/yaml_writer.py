@@ -14,10 +14,12 @@ from llmtune.recipe.schema import Recipe
 from llmtune.recipe.section import REMOTE, RecipeSection
 from llmtune.recipe.source_map import DEFAULT
 from llmtune.recipe.task_facts import TASK_FACTS
+from llmtune.recipe.train_section import CHOSEN_KEYS
 from llmtune.recipe.yaml_reader import resolve_scalar
 
 TASK_SECTIONS = {facts.section for facts in TASK_FACTS.values()}
 PLAIN = re.compile(r"[A-Za-z/][A-Za-z0-9_./+-]*")
+CHOSEN = frozenset(f"train.{key}" for key in CHOSEN_KEYS)
 SWITCHES = ("y", "n", "yes", "no", "on", "off")
 """Strings that YAML 1.1 reads as booleans; quoted, so YAML 1.1 readers see strings too."""
 
@@ -108,6 +110,9 @@ class Writer:
         elif path in self.idle:
             if self.with_notes:
                 yield f"{indent}# {name}: {scalar(value)}  # {DEFAULT}, without effect here"
+        elif path in CHOSEN and self.origins.get(path) == DEFAULT:  # stated, it would replace the run's choice
+            if self.with_notes:
+                yield f"{indent}# {name}: {scalar(value)}  # {DEFAULT}, until the run chooses a value"
         elif isinstance(value, dict) and value:
             yield f"{indent}{name}:"
             for inner, item in value.items():
@@ -117,5 +122,5 @@ class Writer:
 
 
 def write_yaml(recipe: Recipe, origins: dict[str, str], without_effect: frozenset[str], with_notes: bool) -> str:
-    """Return YAML that loads to the same recipe; with notes, defaults without effect become comments."""
+    """Return YAML that loads to the same recipe; with notes, defaults without effect or until a choice are comments."""
     return "\n".join(Writer(origins, without_effect, with_notes).section(recipe, "", "")) + "\n"

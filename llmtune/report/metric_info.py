@@ -5,30 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from llmtune.recipe.task_facts import CALIBRATION, COST, NEAREST_TO_ONE, TASK_FACTS, at_ten
+from llmtune.recipe.gate_grammar import LOWER_IS_BETTER
+from llmtune.recipe.task_facts import COST, NEAREST_TO_ONE, TASK_FACTS, at_ten
 from llmtune.report.number_format import missing
 from llmtune.score_records import Decided, Difference
 
 CHOICE = "choice_accuracy"
-LOWER_IS_BETTER = frozenset(
-    {
-        "loss",
-        "perplexity",
-        "bits_per_byte",
-        "wer",
-        "cer",
-        "ter",
-        "mse",
-        "mae",
-        "kl",
-        "answers_cut",
-        *CALIBRATION,
-        "decided_error",
-        "set_size",
-        "false_alarms",
-        "random_cosine",
-    },
-)
 COSTS = frozenset({"kl", "answers_cut", "ece", "random_cosine", "effective_rank"})
 """Metrics that show the cost or conditions of a gain. A change in only these does not make a model worse."""
 

@@ -312,3 +312,9 @@ def test_origins_of_all_containers_are_read_back(tmp_path, data, container, plac
 def test_any_written_origin_is_read_back(file, line, row):
     if line is not None or row is not None:
         assert read_origin(write_origin(file, line=line, row=row)) == (file, line, None if row == line else row)
+
+
+@pytest.mark.parametrize("end", [b"", b"\n", b"\r\n"])
+def test_an_unclosed_object_is_reported_at_its_end(end: bytes):
+    error = read.JsonLine(b'{"text": "x"' + end, 0).parse()
+    assert str(error) == f"not valid JSON: Expecting ',' delimiter at column {13 + len(end)}"

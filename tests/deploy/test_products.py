@@ -55,6 +55,16 @@ def test_an_export_that_fails_leaves_the_scores_the_gates_and_its_reason_in_ever
     assert all("unfinished" in one and reason in one for one in (page, text))
 
 
+@pytest.mark.parametrize(("gate", "outcome"), [("loss < 0", "failed"), ("loss < 100", None)])
+def test_an_export_that_fails_hides_no_failed_gate(recipe, tmp_path, gate, outcome):
+    run = tmp_path / "run"
+    block(run / "merged")
+    done = invoke("run", recipe, "--out", run, "--set", f"evaluate.gates=['{gate}']")
+    assert done.exit_code == 2
+    assert f"gate {'failed' if outcome else 'passed'}  {gate}" in done.stderr
+    assert read_json(run / "run.json")["findings"]["gates"] == outcome
+
+
 def test_exports_made_before_one_that_fails_keep_their_certificates_and_the_next_run_makes_the_rest(recipe, tmp_path):
     run = tmp_path / "run"
     block(run / "gguf/f16")

@@ -3,7 +3,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmtune.errors import RecipeError
-from llmtune.recipe.gate_grammar import Gate, parse_gate
+from llmtune.recipe.gate_grammar import Gate, find_reversed_problem, parse_gate
+from llmtune.recipe.loader import load_recipe
+from llmtune.recipe.task_facts import TASK_FACTS
 
 
 @pytest.mark.parametrize(
@@ -91,3 +93,45 @@ def test_any_text_is_parsed_or_refused(text):
         return
     assert gate.metric in text
     assert parse_gate(gate.text) == gate
+
+
+@pytest.mark.parametrize(
+    ("gate", "instead"),
+    [
+        ("loss > base", "loss < base"),
+        ("loss.low > base", "loss.high < base"),
+        ("loss >= champion", "loss < champion"),
+        ("loss.high > base + 0.1", "loss.high < base"),
+        ("accuracy < base", "accuracy > base"),
+        ("accuracy.high < champion", "accuracy.low > champion"),
+        ("accuracy[new].high <= champion - 0.1", "accuracy[new].low > champion"),
+        ("accuracy.low < tfidf", "accuracy.low > tfidf"),
+        ("brier > base", "brier < base"),
+        ("speed_cost > base", "speed_cost < base"),
+        ("deploy.onnx.loss.low > tuned", "deploy.onnx.loss.high < tuned"),
+        ("forgetting.perplexity > base", "forgetting.perplexity < base"),
+        ("accuracy.low > base", None),
+        ("accuracy.high >= base", None),
+        ("accuracy <= base + 0.2", None),
+        ("accuracy < base * 1.2", None),
+        ("accuracy < 0.9", None),
+        ("loss.low <= base", None),
+        ("loss > base - 0.5", None),
+        ("mine < base", None),
+        ("mine > base", None),
+    ],
+)
+def test_a_gate_that_a_worse_model_passes_is_refused_with_its_reverse(gate: str, instead: str | None):
+    problem = find_reversed_problem(parse_gate(gate), TASK_FACTS["classify"])
+    assert (problem and problem[1]) == (instead and f"Write `{instead}`.")
+    if instead:
+        assert find_reversed_problem(parse_gate(instead), TASK_FACTS["classify"]) is None
+
+
+@pytest.mark.parametrize(
+    ("task", "gate"), [("chat", "loss.low > base"), ("embed", "ndcg@10.high < base"), ("embed", "ndcg@20 < base")]
+)
+def test_a_recipe_with_a_reversed_gate_is_refused(write, task: str, gate: str):
+    metrics = "[loss]" if task == "chat" else "[ndcg@10, ndcg@20]"
+    with pytest.raises(RecipeError, match="passes a worse model, and fails a better one"):
+        load_recipe(write(), [f"task={task}", f"evaluate.metrics={metrics}", f"evaluate.gates=['{gate}']"])

@@ -5,6 +5,8 @@ import pytest
 from llmtune.errors import RecipeError
 from llmtune.recipe.data_section import Source
 from llmtune.recipe.loader import load_recipe
+from llmtune.recipe.train_section import CHOSEN_KEYS, TrainSection
+from llmtune.recipe.training_rule import choose_training
 
 
 def test_a_minimal_recipe_has_the_documented_defaults(write):
@@ -159,6 +161,25 @@ def test_the_fingerprint_ignores_name_gates_metrics_and_generation_only(write):
     ]
     others = [load_recipe(write(), [text]).fingerprint for text in changed]
     assert len({plain, *others}) == len(others) + 1
+
+
+@pytest.mark.parametrize("key", CHOSEN_KEYS)
+def test_a_stated_default_that_replaces_a_choice_is_another_recipe(write, key: str):
+    default = TrainSection.model_fields[key].default
+    stated = [load_recipe(write(), [f"train.{key}={value}"]).fingerprint for value in (default, 2 * default)]
+    assert len({load_recipe(write()).fingerprint, *stated}) == 3
+
+
+@pytest.mark.parametrize("with_origins", [True, False])
+def test_a_resolved_recipe_leaves_the_same_values_to_choose(write, with_origins: bool):
+    plain = load_recipe(write(), ["train.batch_size=16"])
+    again = load_recipe(write(plain.to_yaml(with_origins), "shown.yaml", whole=True))
+    assert again.recipe.train.model_fields_set.intersection(CHOSEN_KEYS) == {"batch_size"}
+    assert again.recipe.train == plain.recipe.train
+
+
+def test_the_training_rule_chooses_the_chosen_keys(write):
+    assert {*choose_training(load_recipe(write()).recipe, 100, 64, new_head=False)} == {*CHOSEN_KEYS}
 
 
 def test_the_fingerprint_is_the_same_in_another_folder(write):

@@ -686,3 +686,62 @@ def test_a_migrated_recipe_holds_out_the_documented_shares(tmp_path: Path, tool:
     assert "`data.test: 0.1`" in page
     assert "`data.validation: 0.05`" in page
     assert "test: 0.1  # llmtune's own" in write_migrated(migration)
+
+
+@pytest.mark.parametrize(
+    ("older", "newer"),
+    [
+        ("max_seq_length: 512", "max_length: 512"),
+        ("seq_length: 512", "max_length: 512"),
+        (
+            "batch_size: 4\ngradient_accumulation_steps: 2",
+            "per_device_train_batch_size: 4\ngradient_accumulation_steps: 2",
+        ),
+        ("model_name: a/b", "model_name_or_path: a/b"),
+        ("log_with: wandb", "report_to: wandb"),
+        ("peft_lora_r: 64\npeft_lora_alpha: 16", "lora_r: 64\nlora_alpha: 16"),
+        ("target_modules: all-linear", "lora_target_modules: all-linear"),
+    ],
+)
+def test_older_names_of_trl_mean_the_same_as_the_newer_ones(tmp_path: Path, older: str, newer: str):
+    def migrated(stated: str) -> dict[str, object]:
+        stem = "model_name_or_path: x/y\n" if "model_name" not in stated else ""
+        file = config(tmp_path, f"{stem}dataset_name: owner/rows\nuse_peft: true\n{stated}\n", "trl.yaml")
+        migration, _ = migrate_config(file, tmp_path / "out.yaml", task="chat")
+        assert not [one for one in migration.outcomes if one.state == "refused"]
+        return {ours: one.value for ours, one in migration.settings.items()}
+
+    assert migrated(older) == migrated(newer)
+
+
+def test_an_older_name_next_to_the_newer_one_is_refused_and_counts_once(tmp_path: Path):
+    text = "dataset_name: owner/rows\nuse_peft: true\nmax_seq_length: 512\nmax_length: 256\nbatch_size: 4\n"
+    file = config(tmp_path, f"{text}per_device_train_batch_size: 2\n", "trl.yaml")
+    migration, _ = migrate_config(file, tmp_path / "out.yaml")
+    assert migration.settings["data.max_length"].value == 256
+    assert migration.settings["train.batch_size"].value == 2
+    assert {key for key, one in migration.moved.items() if one.state == "refused"} == {"max_seq_length", "batch_size"}
+
+
+@pytest.mark.parametrize("name", ["train.py", "train.ipynb", "train.txt", "train"])
+def test_python_code_is_refused_and_gives_no_recipe_of_defaults(tmp_path: Path, name: str):
+    code = "from trl import SFTConfig, SFTTrainer\nimport axolotl as trainer\nargs = SFTConfig(max_length=512)\n"
+    file = config(tmp_path, json.dumps({"cells": [code]}) if name.endswith(".ipynb") else code, name)
+    with pytest.raises(RecipeError) as caught:
+        migrate_config(file, tmp_path / "out.yaml")
+    assert name in str(caught.value)
+    if name.endswith((".py", ".ipynb")):
+        assert "`max_length: 512`" in str(caught.value)
+
+
+def test_further_commands_of_a_script_are_reported(tmp_path: Path):
+    sft, dpo = (
+        "trl sft --model_name_or_path a/b --dataset_name c/d",
+        "trl dpo --model_name_or_path a/b --dataset_name c/e",
+    )
+    config(tmp_path, f"pip install trl\n{sft} \\\n  --lora_r 8\n{dpo}\n{dpo}\n", "all.sh")
+    migration, _ = migrate_config(tmp_path / "all.sh", tmp_path / "out.yaml")
+    assert migration.settings["data.train.0.path"].value == "hub:c/d"
+    assert "# Check: only the first of 3 commands is migrated" in write_migrated(migration)
+    migration, _ = migrate_config(config(tmp_path, sft, "one.sh"), tmp_path / "out.yaml")
+    assert "only the first" not in write_migrated(migration)

@@ -2,9 +2,9 @@
 
 import pytest
 
+from llmtune.recipe.gate_grammar import LOWER_IS_BETTER
 from llmtune.recipe.task_facts import DECISIONS, TASK_FACTS
 from llmtune.report.metric_info import (
-    LOWER_IS_BETTER,
     METRIC_NOTES,
     NEAREST_TO_ONE,
     better_side,
