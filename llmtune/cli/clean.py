@@ -31,6 +31,7 @@ def clean_command(
     as_json: AsJson = False,
 ) -> None:
     """Remove old checkpoints, exports of earlier trainings and leftovers; print their sizes. Skips running runs."""
+    from llmtune.model.builtin_models import list_unrestorable
     from llmtune.report.number_format import size
     from llmtune.store import cleaning
 
@@ -40,7 +41,7 @@ def clean_command(
         fix = "Use: llmtune clean --all --keep-releases N"
         raise RecipeError.of("it applies to all runs only", "--keep-releases", fix)
     if run is None:
-        found = cleaning.clean_all(keep_releases=keep_releases, dry_run=dry_run)
+        found = cleaning.clean_all(keep_releases=keep_releases, keep_models=list_unrestorable(), dry_run=dry_run)
     else:
         found = cleaning.clean_run(run, dry_run=dry_run)
     if as_json:

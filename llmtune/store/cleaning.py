@@ -7,6 +7,7 @@ checkpoints that an unfinished training resumes from.
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -73,17 +74,25 @@ def clean_run(folder: Path, *, dry_run: bool) -> Cleaning:
     if is_stored(folder.absolute()):
         fix = "Remove releases that are not current with: llmtune clean --all --keep-releases N"
         raise RecipeError.of("a release never changes, so nothing in it can go", str(folder), fix)
-    return _clean([folder], dry_run=dry_run)
+    found = Cleaning(dry_run=dry_run)
+    _clean_runs_below(folder, found)
+    return found
 
 
-def clean_all(*, keep_releases: int | None, dry_run: bool) -> Cleaning:
+def clean_all(*, keep_releases: int | None, keep_models: Collection[str], dry_run: bool) -> Cleaning:
     """Clean all runs in `runs/`, and remove packaged models in llmtune's cache that none of them uses.
 
-    `keep_releases` is the number of releases that each name keeps, besides the current one; None keeps all.
+    `keep_models` names folders of the cache that stay. `keep_releases` is the number of releases that each name keeps, besides the current one; None keeps all.
     Raises EnvironmentProblem if a file cannot be removed.
     """
     folders = sorted(path for path in RUNS.glob("*") if path.is_dir())
-    return _clean(folders, keep_releases=keep_releases, everything=True, dry_run=dry_run)
+    found = Cleaning(dry_run=dry_run)
+    for folder in folders:
+        _clean_runs_below(folder, found)
+    _find_unused_models(found, keep_models)
+    found.remove()
+    _clean_releases(found, keep_releases)
+    return found
 
 
 def measure_bytes(path: Path) -> int:
@@ -92,25 +101,17 @@ def measure_bytes(path: Path) -> int:
     return sum(one.lstat().st_size for one in files)
 
 
-def _clean(
-    folders: list[Path], *, keep_releases: int | None = None, everything: bool = False, dry_run: bool
-) -> Cleaning:
-    found = Cleaning(dry_run=dry_run)
-    for folder in folders:
-        _clean_runs_below(folder, found)
-    if everything:
-        _find_unused_models(found)
-        found.remove()
-    for name in list_release_names() if everything else ():
+def _clean_releases(found: Cleaning, keep: int | None) -> None:
+    """Remove what killed processes left in the releases and, unless `keep` is None, old releases."""
+    for name in list_release_names():
         try:
             with changing(name):
                 _find_leftovers(list((RELEASES / name).glob(".*")), found)
-                if keep_releases is not None:
-                    _find_old_releases(name, found, keep_releases)
+                if keep is not None:
+                    _find_old_releases(name, found, keep)
                 found.remove()
         except EnvironmentProblem as error:
             found.skipped[str(RELEASES / name)] = error.problems[0].what
-    return found
 
 
 def _remove_at_once(path: Path) -> None:
@@ -193,8 +194,8 @@ def _is_being_written(path: Path) -> bool:
         return True
 
 
-def _find_unused_models(found: Cleaning) -> None:
-    """Add packaged models in the cache that no run in `runs/` names."""
+def _find_unused_models(found: Cleaning, kept: Collection[str]) -> None:
+    """Add packaged models in the cache that no run in `runs/` names, without those in `kept`."""
     used: set[str] = set()
     for file in RUNS.rglob(LOCK):
         lock = read_json(file)
@@ -202,7 +203,9 @@ def _find_unused_models(found: Cleaning) -> None:
         used |= {Path(model["folder"]).name for model in models if isinstance(model, dict) and "folder" in model}
     names = {name for file in RUNS.rglob("recipe.yaml") for name in _PACKAGED.findall(_read(file)) if not _locked(file)}
     for path in sorted((find_cache() / MODELS).glob("*")):
-        if path.is_dir() and path.name not in used and not any(path.name.startswith(f"{name}-") for name in names):
+        if not path.is_dir() or path.name in {*used, *kept}:
+            continue
+        if not any(path.name.startswith(f"{name}-") for name in names):
             found.add(path, "packaged model that no run in runs/ uses; it can be converted from its package again")
 
 

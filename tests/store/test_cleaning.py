@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from support.runs import finish_run, invoke
 
+from llmtune.model.builtin_models import PACKAGED, packaged_folder
 from llmtune.store.atomic_files import exclusive, write_json
 from llmtune.store.release_store import RELEASES, promote
 from llmtune.store.run_folder import read_run
@@ -164,6 +165,17 @@ def test_all_removes_packaged_models_that_no_run_uses(run: Path, tmp_path: Path)
     assert removed[str(models / "unused-22-1")] == 5
     assert {path.name for path in models.iterdir()} == {"used-11-1", "planned-33-1"}
     assert (tmp_path / "cache" / "origin.key").is_file()
+
+
+def test_all_keeps_a_packaged_model_that_no_command_converts_again(run: Path, tmp_path: Path) -> None:
+    models, names = tmp_path / "cache" / "models", ("whisper-tiny.en", "smollm2-135m-instruct")
+    for name in names:
+        packaged_folder(name, PACKAGED[name]).mkdir(parents=True)
+    removed = [Path(one["path"]).name for one in clean("--all")["removed"]]
+    script, convertible = (packaged_folder(name, PACKAGED[name]) for name in names)
+    assert (script.is_dir(), convertible.is_dir()) == (True, False)
+    assert convertible.name in removed
+    assert models == script.parent
 
 
 def write_releases(*hashes: str) -> None:
