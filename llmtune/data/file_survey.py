@@ -132,9 +132,7 @@ def survey_files(path: str) -> Survey:
     return Survey(path, files, _name_sources(path, inputs), rows, row_files, reasons, len(looked_at) <= MOST_ROWS)
 
 
-def _check_tables(
-    inputs: Sequence[Input], rows: Sequence[Mapping[str, object]], row_files: Sequence[Path | RemoteFile | None]
-) -> None:
+def _check_tables(inputs: Sequence[Input], rows: Sequence[Mapping[str, object]], row_files: Sequence[object]) -> None:
     """Raise DataError for tables that are read as something else: in a text file, or without a header."""
     problems = []
     for one in inputs:

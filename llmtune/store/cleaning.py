@@ -82,7 +82,8 @@ def clean_run(folder: Path, *, dry_run: bool) -> Cleaning:
 def clean_all(*, keep_releases: int | None, keep_models: Collection[str], dry_run: bool) -> Cleaning:
     """Clean all runs in `runs/`, and remove packaged models in llmtune's cache that none of them uses.
 
-    `keep_models` names folders of the cache that stay. `keep_releases` is the number of releases that each name keeps, besides the current one; None keeps all.
+    `keep_models` names folders of the cache that stay. `keep_releases` is the number of releases that each name keeps,
+    besides the current one; None keeps all.
     Raises EnvironmentProblem if a file cannot be removed.
     """
     folders = sorted(path for path in RUNS.glob("*") if path.is_dir())
