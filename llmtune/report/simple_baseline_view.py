@@ -33,8 +33,8 @@ def is_base(simple: SimpleBaseline, evaluation: Evaluation) -> bool:
 def find_unbeaten(evaluation: Evaluation | None) -> tuple[str, int] | None:
     """Return the metric in which the tuned model is not shown to beat the simple baseline, and its side.
 
-    The side is -1 if the baseline is better, else 0. The most informative metric decides. None if the baseline is beaten, or
-    cannot be compared.
+    The side is -1 if the baseline is better, else 0. The most informative metric decides. None if the baseline is
+    beaten, or cannot be compared.
     """
     simple = evaluation.simple_baseline if evaluation else None
     if evaluation is None or simple is None or is_base(simple, evaluation):
