@@ -10,7 +10,7 @@ import typer
 
 from llmtune.cli.options import AsJson
 from llmtune.cli.output_streams import handled, print_json, stderr_console
-from llmtune.errors import RecipeError
+from llmtune.errors import EnvironmentProblem, RecipeError
 
 
 @handled
@@ -53,12 +53,14 @@ def clean_command(
                 "skipped": [{"path": path, "reason": reason} for path, reason in found.skipped.items()],
             }
         )
-        return
-    for one in found.removable:
-        typer.echo(f"{size(one.bytes):>8}  {one.path}  {one.reason}")
-    for path, reason in found.skipped.items():
-        stderr_console().print(f"skipped {path}: {reason}", highlight=False, markup=False, soft_wrap=True)
-    typer.echo(f"{size(found.bytes):>8}  {'would be removed' if dry_run else 'removed'}")
+    else:
+        for one in found.removable:
+            typer.echo(f"{size(one.bytes):>8}  {one.path}  {one.reason}")
+        for path, reason in found.skipped.items():
+            stderr_console().print(f"skipped {path}: {reason}", highlight=False, markup=False, soft_wrap=True)
+        typer.echo(f"{size(found.bytes):>8}  {'would be removed' if dry_run else 'removed'}")
+    if found.failed:
+        raise typer.Exit(EnvironmentProblem.exit_code)
 
 
 COMMANDS: dict[str, Callable[..., None]] = {"clean": clean_command}

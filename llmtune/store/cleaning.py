@@ -47,6 +47,8 @@ class Cleaning:
     dry_run: bool
     removable: list[Removable] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
+    failed: bool = False
+    """Whether something could not be removed; it is skipped."""
 
     @property
     def bytes(self) -> int:
@@ -59,17 +61,23 @@ class Cleaning:
             self.removable.append(Removable(path, measure_bytes(path), reason))
 
     def remove(self) -> None:
-        """Remove what was added and still exists, unless this is a dry run."""
-        for one in () if self.dry_run else self.removable:
-            if one.path.exists() or one.path.is_symlink():
+        """Remove what was added and still exists, unless this is a dry run. Skip what cannot be removed."""
+        for one in () if self.dry_run else [*self.removable]:
+            if not (one.path.exists() or one.path.is_symlink()):
+                continue
+            try:
                 with explained(one.path):
                     _remove_at_once(one.path)
+            except EnvironmentProblem as error:
+                self.skipped[str(one.path)] = error.problems[0].what
+                self.removable.remove(one)
+                self.failed = True
 
 
 def clean_run(folder: Path, *, dry_run: bool) -> Cleaning:
     """Clean a run folder with the runs inside it.
 
-    Raises RecipeError for a release, which never changes, and EnvironmentProblem if a file cannot be removed.
+    Raises RecipeError for a release, which never changes.
     """
     if is_stored(folder.absolute()):
         fix = "Remove releases that are not current with: llmtune clean --all --keep-releases N"
@@ -84,16 +92,23 @@ def clean_all(*, keep_releases: int | None, keep_models: Collection[str], dry_ru
 
     `keep_models` names folders of the cache that stay. `keep_releases` is the number of releases that each name keeps,
     besides the current one; None keeps all.
-    Raises EnvironmentProblem if a file cannot be removed.
     """
-    folders = sorted(path for path in RUNS.glob("*") if path.is_dir())
     found = Cleaning(dry_run=dry_run)
-    for folder in folders:
+    for folder in _list_folders():
         _clean_runs_below(folder, found)
     _find_unused_models(found, keep_models)
     found.remove()
     _clean_releases(found, keep_releases)
     return found
+
+
+def _list_folders() -> list[Path]:
+    return sorted(path for path in RUNS.glob("*") if path.is_dir())
+
+
+def _find_in_runs(name: str) -> list[Path]:
+    """Return the files of that name in all runs, also in those that are links to another disk."""
+    return [file for folder in _list_folders() for file in sorted(folder.rglob(name))]
 
 
 def measure_bytes(path: Path) -> int:
@@ -198,11 +213,13 @@ def _is_being_written(path: Path) -> bool:
 def _find_unused_models(found: Cleaning, kept: Collection[str]) -> None:
     """Add packaged models in the cache that no run in `runs/` names, without those in `kept`."""
     used: set[str] = set()
-    for file in RUNS.rglob(LOCK):
+    for file in _find_in_runs(LOCK):
         lock = read_json(file)
         models = [lock.get(key) for key in ("model", "miner")] if isinstance(lock, dict) else []
         used |= {Path(model["folder"]).name for model in models if isinstance(model, dict) and "folder" in model}
-    names = {name for file in RUNS.rglob("recipe.yaml") for name in _PACKAGED.findall(_read(file)) if not _locked(file)}
+    names = {
+        name for file in _find_in_runs("recipe.yaml") for name in _PACKAGED.findall(_read(file)) if not _locked(file)
+    }
     for path in sorted((find_cache() / MODELS).glob("*")):
         if not path.is_dir() or path.name in {*used, *kept}:
             continue
@@ -221,7 +238,7 @@ def _locked(recipe: Path) -> bool:
 
 def _find_old_releases(name: str, found: Cleaning, keep: int) -> None:
     """Add releases that are neither current, nor among the last promoted, nor named by a run."""
-    named = "".join(_read(file) for wanted in ("recipe.yaml", LOCK) for file in sorted(RUNS.rglob(wanted)))
+    named = "".join(_read(file) for wanted in ("recipe.yaml", LOCK) for file in _find_in_runs(wanted))
     stored = list_stored(name)
     current = {one.hash for one in stored if one.current}
     last = [*dict.fromkeys(line["after"] for line in reversed(read_history(name)) if line["after"] not in current)]
