@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 from pathlib import Path
 
 import charset_normalizer
@@ -24,6 +25,7 @@ CODE_PAGES = (
 )
 """Code pages of Turkish, Hungarian, and Slavic languages, which decode as cp1252 too: letters that mark the language,
 its other letters, and the least share of the first ones."""
+SIGN_IN_WORD = re.compile(r"(?<=[a-z])[^\w\s\x00-\x7f’](?=[a-z])")
 MOST_OTHERS = 0.05
 """A language has at most this share of letters beyond its own."""
 OLD = ("cp850", "mac_roman")
@@ -61,7 +63,7 @@ def guess_encoding(path: Path | RemoteFile) -> str | None:
     valid = sum(not sign.isascii() for sign in text) - broken
     if broken <= valid:  # UTF-8, perhaps with damage
         return None
-    if valid <= MOST_VALID * broken and (encoding := _old_encoding(start) or _code_page(start)):
+    if valid <= MOST_VALID * broken and (encoding := _code_page(start) or _old_encoding(start)):
         return encoding
     if _is_western(start) and valid <= MOST_VALID * broken:
         return "cp1252"
@@ -81,9 +83,14 @@ def _decodes(start: bytes, encoding: str) -> bool:
 def _code_page(start: bytes) -> str | None:
     """Return the code page in which the letters are those of a language; None if there is none."""
     for encoding, marks, others, least in CODE_PAGES:
-        letters = [sign for sign in start.decode(encoding, "replace") if not sign.isascii() and sign.isalpha()]
+        if not _decodes(start, encoding):
+            continue
+        text = start.decode(encoding)
+        letters = [sign for sign in text if not sign.isascii() and sign.isalpha()]
         own = sum(sign in marks for sign in letters)
         foreign = sum(sign not in marks + others for sign in letters)
+        foreign += sum(one.islower() and sign.isupper() and sign in marks for one, sign in pairwise(text))
+        foreign += len(SIGN_IN_WORD.findall(text))
         if letters and own >= least * len(letters) and foreign <= MOST_OTHERS * len(letters):
             return encoding
     return None
