@@ -63,13 +63,10 @@ def serve(
     as_json: AsJson = False,
 ) -> None:
     """Serve tuned models with OpenAI's endpoints, or a task's own endpoint. Ctrl-C or SIGTERM stops."""
-    ours = {"--max-queue": max_queue != 64, "--max-batch": max_batch, "--max-body": max_body, "--grace": grace != 30.0}
-    _check_engine(engine, [name for name, stated in ours.items() if stated])
+    _check_engine(engine, max_queue=max_queue != 64, max_batch=max_batch, max_body=max_body, grace=grace != 30.0)
     prepare_environment(network=False, threads=threads)
     with gc_paused():
-        from llmtune.recipe.section import RELEASE_PREFIX
-        from llmtune.serve.serve_runs import ServeOptions, parse_run_names
-        from llmtune.store.run_listing import find_run
+        from llmtune.serve.serve_runs import ServeOptions
 
     options = ServeOptions(
         host=host,
@@ -82,15 +79,26 @@ def serve(
         grace_seconds=grace,
         offline=offline,
     )
-    stated = [*([f"{RELEASE_PREFIX}{release}"] if release else []), *map(str, addresses or [])]
-    watched = _find_watched(stated, adapter or [], engine)
-    named = parse_run_names([find_run(Path(one)) for one in stated], adapter or [])
+    named, watched = _find_served(addresses or [], adapter or [], release, engine)
     if engine == "vllm":
         from llmtune.serve.vllm_engine import serve_by_vllm
 
         serve_by_vllm(named, options, stderr_console())
     else:
         _serve_until_stopped(named, options, as_json, watched)
+
+
+def _find_served(
+    addresses: list[Path], adapters: list[str], release: str | None, engine: str
+) -> tuple[dict[str, Path], str | None]:
+    """Return the run folders to serve by name, and the name of the release to watch, if any."""
+    from llmtune.recipe.section import RELEASE_PREFIX  # late: imports pydantic, slow for --help
+    from llmtune.serve.serve_runs import parse_run_names
+    from llmtune.store.run_listing import find_run
+
+    stated = [*([f"{RELEASE_PREFIX}{release}"] if release else []), *map(str, addresses)]
+    watched = _find_watched(stated, adapters, engine)
+    return parse_run_names([find_run(Path(one)) for one in stated], adapters), watched
 
 
 def _find_watched(stated: list[str], adapters: list[str], engine: str) -> str | None:
@@ -123,14 +131,15 @@ def _serve_until_stopped(
         raise typer.Exit(143 if terminated else 130) from None
 
 
-def _check_engine(engine: str, stated: list[str]) -> None:
-    """Raise RecipeError for an unknown engine, or options that it does not support."""
+def _check_engine(engine: str, **stated: object) -> None:
+    """Raise RecipeError for an unknown engine, or stated options that it does not support."""
     if engine not in ENGINES:
         what = f"unknown engine {engine!r}.{nearest(engine, ENGINES)}"
         raise RecipeError.of(what, "--engine", f"Choose one of: {', '.join(ENGINES)}.")
     if engine == "vllm":
         fix = "Omit it: vLLM has its own settings."
-        RecipeError.collect(Problem("has no effect with --engine vllm", name, fix) for name in stated)
+        options = [f"--{name.replace('_', '-')}" for name, value in stated.items() if value]
+        RecipeError.collect(Problem("has no effect with --engine vllm", option, fix) for option in options)
 
 
 @app.command("merge")

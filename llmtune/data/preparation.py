@@ -67,8 +67,7 @@ def prepare_rows(recipe: Recipe, folder: Path, console: Console, inputs: str | N
     used = {data.split_by, *recipe.evaluate.columns}
     if unused := dict.fromkeys(name for one in detected for name in one.unused if name not in used):
         console.print(f"not used: {escape(', '.join(unused))}", style="dim")
-    renamed = {ours: theirs for one in detected for ours, theirs in one.columns.items()}
-    if renamed:
+    if renamed := {ours: theirs for one in detected for ours, theirs in one.columns.items()}:
         listing = ", ".join(f"{ours} is {theirs!r}" for ours, theirs in renamed.items())
         console.print(f"columns: {escape(listing)}", highlight=False)
     with explained(folder):
@@ -93,11 +92,8 @@ def prepare_rows(recipe: Recipe, folder: Path, console: Console, inputs: str | N
                 grouped = data.split_by is not None
                 rows = _write_rows(folder, spool, index, split_N, copies_N, account, reason_N, tuple(columns), grouped)
                 rows = replace(rows, corpus_hash=corpus_hash, class_changes=tuple(list_changes(account.changes)))
-                read = (pair for split in rows.files for pair in iterate_rows(rows, split))
                 if any(one.row_format.labels for one in detected):
-                    names = require_one_spelling(read, recipe)
-                    if recipe.evaluate.champion is None:  # otherwise its classes may have these names
-                        notes += warn_of_idle_renames(recipe.renames, rows.class_changes, (), names)
+                    notes += _check_class_names(rows, recipe)
                 save_rows(rows)
         except DataError:
             spool.remove()
@@ -108,6 +104,14 @@ def prepare_rows(recipe: Recipe, folder: Path, console: Console, inputs: str | N
     for suspicion in suspicions(read) if not console.quiet else ():
         console.print(f"  {escape(suspicion)}", style="yellow", highlight=False, soft_wrap=True)
     return rows
+
+
+def _check_class_names(rows: Rows, recipe: Recipe) -> list[str]:
+    """Refuse classes in several spellings; return notes on renames without effect."""
+    names = require_one_spelling((pair for split in rows.files for pair in iterate_rows(rows, split)), recipe)
+    if recipe.evaluate.champion is not None:  # its classes may have the old names
+        return []
+    return warn_of_idle_renames(recipe.renames, rows.class_changes, (), names)
 
 
 def _decide(
