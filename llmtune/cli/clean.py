@@ -10,7 +10,7 @@ import typer
 
 from llmtune.cli.options import AsJson
 from llmtune.cli.output_streams import handled, print_json, stderr_console
-from llmtune.errors import RecipeError
+from llmtune.errors import EnvironmentProblem, RecipeError
 
 
 @handled
@@ -31,6 +31,7 @@ def clean_command(
     as_json: AsJson = False,
 ) -> None:
     """Remove old checkpoints, exports of earlier trainings and leftovers; print their sizes. Skips running runs."""
+    from llmtune.model.builtin_models import list_unrestorable
     from llmtune.report.number_format import size
     from llmtune.store import cleaning
 
@@ -40,7 +41,7 @@ def clean_command(
         fix = "Use: llmtune clean --all --keep-releases N"
         raise RecipeError.of("it applies to all runs only", "--keep-releases", fix)
     if run is None:
-        found = cleaning.clean_all(keep_releases=keep_releases, dry_run=dry_run)
+        found = cleaning.clean_all(keep_releases=keep_releases, keep_models=list_unrestorable(), dry_run=dry_run)
     else:
         found = cleaning.clean_run(run, dry_run=dry_run)
     if as_json:
@@ -52,12 +53,14 @@ def clean_command(
                 "skipped": [{"path": path, "reason": reason} for path, reason in found.skipped.items()],
             }
         )
-        return
-    for one in found.removable:
-        typer.echo(f"{size(one.bytes):>8}  {one.path}  {one.reason}")
-    for path, reason in found.skipped.items():
-        stderr_console().print(f"skipped {path}: {reason}", highlight=False, markup=False, soft_wrap=True)
-    typer.echo(f"{size(found.bytes):>8}  {'would be removed' if dry_run else 'removed'}")
+    else:
+        for one in found.removable:
+            typer.echo(f"{size(one.bytes):>8}  {one.path}  {one.reason}")
+        for path, reason in found.skipped.items():
+            stderr_console().print(f"skipped {path}: {reason}", highlight=False, markup=False, soft_wrap=True)
+        typer.echo(f"{size(found.bytes):>8}  {'would be removed' if dry_run else 'removed'}")
+    if found.failed:
+        raise typer.Exit(EnvironmentProblem.exit_code)
 
 
 COMMANDS: dict[str, Callable[..., None]] = {"clean": clean_command}

@@ -81,15 +81,16 @@ def init(
     provisional = {"data.columns.label": candidates[0].column} if len(candidates) > 1 else {}
     corpus = retrieval.corpus if retrieval else None
     text, model = propose_recipe(survey, reading, target, model, splits, corpus)
-    _save(target, text, provisional, console)
+    is_ready = _save(target, text, provisional, console)
     if as_json:
-        about = {"columns": reading.columns, "roles": reading.roles, "undecided": [*provisional]}
+        about = {"columns": reading.columns, "roles": reading.roles, "undecided": [*provisional], "ready": is_ready}
         counted = [{"column": one.column, "classes": dict(one.counts.most_common())} for one in candidates]
         print_json({"recipe": str(target), "task": reading.task, "model": model, **about, "candidates": counted})
         return
     typer.echo(f"wrote {target} (task {reading.task}, model {model}) and {SCHEMA}")
+    fix = "" if is_ready else f"fix what is listed above, in the rows or in {target}; then "
     choose = f"choose {', '.join(provisional)} in {target}, marked {UNDECIDED}; then " if provisional else ""
-    typer.echo(f"next: {choose}llmtune run {target}")
+    typer.echo(f"next: {fix}{choose}llmtune run {target}")
 
 
 def _join_files(path: str, target: Path, console: Console) -> tuple[RetrievalSet | None, dict[str, Path]]:
@@ -105,8 +106,11 @@ def _join_files(path: str, target: Path, console: Console) -> tuple[RetrievalSet
     return retrieval, splits
 
 
-def _save(target: Path, text: str, provisional: Mapping[str, str], console: Console) -> None:
-    """Write the recipe and its schema, and report what is wrong with its rows; open values count as `provisional`."""
+def _save(target: Path, text: str, provisional: Mapping[str, str], console: Console) -> bool:
+    """Write the recipe and its schema, and report what is wrong with its rows; open values count as `provisional`.
+
+    Return whether the rows can be prepared.
+    """
     from llmtune.launch.recipe_check import check_recipe, try_recipe_rows
     from llmtune.recipe.loader import load_recipe
     from llmtune.recipe.schema import json_schema
@@ -119,6 +123,8 @@ def _save(target: Path, text: str, provisional: Mapping[str, str], console: Cons
         try_recipe_rows(loaded, check_recipe(loaded))
     except (DataError, RecipeError) as error:
         console.print(f"{target} needs a look before it runs:\n{error}", style="yellow", markup=False, highlight=False)
+        return False
+    return True
 
 
 def _target(path: str, out: Path | None) -> Path:
@@ -152,7 +158,7 @@ def _mapped(columns: list[str]) -> dict[str, str]:
 
 
 def _unread(survey: Survey, task: str | None, columns: Mapping[str, str]) -> LlmtuneError:
-    from llmtune.data.file_survey import refusals
+    from llmtune.data.file_survey import CELLS, HEADER, refusals
     from llmtune.recipe.task_facts import RETRIEVAL_TASKS, TASK_FACTS
 
     if task in RETRIEVAL_TASKS and len(survey.columns) == 1 and not columns:
@@ -160,7 +166,9 @@ def _unread(survey: Survey, task: str | None, columns: Mapping[str, str]) -> Llm
         fix = "Give rows with query and passage: what users type, and its answer. These texts may be data.corpus."
         return DataError.of(what, survey.path, fix)
     known = "\n    ".join(refusals(survey, task, columns))
-    if known:
+    if survey.bad.get(CELLS):
+        fix = HEADER
+    elif known:
         fix = f"The first row is bad:\n    {known}"
     elif task is None:
         fix = f"Name a task with --task ({', '.join(TASK_FACTS)}), or --columns OURS=THEIRS, such as prompt=Question."

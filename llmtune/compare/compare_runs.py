@@ -29,12 +29,12 @@ from llmtune.report.blocks import (
     difference_table,
 )
 from llmtune.report.charts import draw_meter
-from llmtune.report.metric_info import better_side, rank_metrics
+from llmtune.report.metric_info import better_side, full_note, rank_metrics
 from llmtune.report.number_format import count, missing
 from llmtune.report.render_html import write_page
 from llmtune.report.render_markdown import to_markdown
 from llmtune.report.render_terminal import print_page, spinner
-from llmtune.report.score_sections import full_note, passed_cell, spell_metrics
+from llmtune.report.score_sections import passed_cell, spell_metrics
 from llmtune.report.verdict import BETTER, MIXED, WORSE
 from llmtune.store.atomic_files import explained, hash_value, plain, write_json, write_text
 

@@ -52,6 +52,9 @@ NOT_UTF8 = "not UTF-8"
 OTHER_ENCODING = "State its encoding in the source, such as `encoding: cp1252`, or save the file as UTF-8."
 _JSON = json.JSONDecoder()
 _SPACE = re.compile(r"[ \t\r\n]*")
+_SEPARATOR_LINE = re.compile(r'"?sep=([,;\t|])"?\s*', re.IGNORECASE)
+"""Written before the header for Excel."""
+_QUOTED = re.compile(r'"[^"]*"')
 
 
 class JsonLine(NamedTuple):
@@ -243,19 +246,27 @@ def _looks_like_lines(start: bytes) -> bool:
 def _read_csv(stream: ByteStream, name: str) -> Iterator[RawRow]:
     text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
     header_line = text.readline(MAX_ROW_BYTES)
-    delimiter = max(",;\t", key=header_line.count)
+    skipped = 0
+    if stated := _SEPARATOR_LINE.fullmatch(header_line):
+        header_line, skipped = text.readline(MAX_ROW_BYTES), 1
+    delimiter = stated[1] if stated else _find_delimiter(header_line)
     csv.field_size_limit(MAX_ROW_BYTES)
     lines = csv.reader(_short_lines(header_line, text, name), delimiter=delimiter, strict=True)
     try:
         header = _check_header(next(lines, []), name)
-        line = lines.line_num + 1
+        line = lines.line_num + 1 + skipped
         for row, cells in enumerate(lines, 2):  # count as spreadsheets do: the header is row 1
             if cells:
                 yield write_origin(name, line=line, row=row), _name_cells(cells, header)
-            line = lines.line_num + 1
+            line = lines.line_num + 1 + skipped
     except csv.Error as error:
         fix = 'Quote cells that hold the delimiter, a line end or a quote, and double the quotes inside: "say ""hi""".'
-        raise DataError.of(f"not valid CSV: {error}", f"{name}:{lines.line_num}", fix) from error
+        raise DataError.of(f"not valid CSV: {error}", f"{name}:{lines.line_num + skipped}", fix) from error
+
+
+def _find_delimiter(header_line: str) -> str:
+    """Return the most frequent delimiter outside quotes."""
+    return max(",;\t|", key=_QUOTED.sub("", header_line).count)
 
 
 def _short_lines(first: str, rest: io.TextIOWrapper, name: str) -> Iterator[str]:
@@ -281,6 +292,8 @@ def _check_header(header: list[str], name: str) -> list[str]:
 def _name_cells(cells: list[str], header: list[str]) -> dict[str, object] | RowError:
     if len(cells) != len(header):
         return RowError("wrong number of columns", f"{len(cells)} cells, the header has {len(header)}")
+    if cells[-1].strip() == header[-1] and [cell.strip("\ufeff ") for cell in cells] == header:
+        return RowError("repeats the header", "Files were joined with their headers")
     for cell in cells:
         if (bad := _escaped_byte(cell)) is not None:
             return RowError(NOT_UTF8, f"byte 0x{ord(cell[bad]) - 0xDC00:02x} in a cell")

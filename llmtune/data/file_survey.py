@@ -24,6 +24,7 @@ from llmtune.data.rejected_rows import NO_VALUES, RowError
 from llmtune.data.row_formats import check_mapped, detect_format, map_columns, parse_row, reads_rows
 from llmtune.data.row_hash import hash_content, iterate_strings, row_json
 from llmtune.data.sources import LOOKED_AT, Input, find_files, local_input
+from llmtune.data.written_numbers import read_number
 from llmtune.errors import DataError, Problem
 from llmtune.recipe.data_section import Source
 from llmtune.recipe.task_facts import TASK_FACTS
@@ -42,6 +43,10 @@ BY_VALUES = ("speech", "qa", "translate", "classify", "chat")
 LANGUAGES = re.compile("(ar|cs|da|de|el|en|es|fi|fr|he|hi|hu|it|ja|ko|nl|no|pl|pt|ro|ru|sv|th|tr|uk|vi|zh)([-_]?..)?")
 """Language codes that name a column of a translation."""
 MOST_CLASSES = 50
+LEAST_DELIMITERS = 2
+"""A line of a table in a text file has at least so many."""
+CELLS = "wrong number of columns"
+HEADER = "The first line must have the names of the columns. Remove lines above it; write it if it is missing."
 Roles = Mapping[str, Sequence[str]]
 
 
@@ -114,13 +119,50 @@ def survey_files(path: str) -> Survey:
     bad = [(one.path, origin, row) for one, (origin, row) in looked_at[:MOST_ROWS] if isinstance(row, RowError)]
     files = {one.path: one.source.encoding for one in inputs if isinstance(one.path, Path)}
     read = {file for _, file in good}
-    first_bad = {file: Problem(f"no row can be read: {error}", origin) for file, origin, error in reversed(bad)}
+    first_bad = {
+        file: Problem(f"no row can be read: {error}", origin, HEADER if error.reason == CELLS else "")
+        for file, origin, error in reversed(bad)
+    }
     DataError.collect(problem for file, problem in first_bad.items() if file not in read)
     if not good:
         raise DataError.of("no row can be read", path, "The file is empty.")
     rows, row_files = zip(*good, strict=True)
+    _check_tables(inputs, rows, row_files)
     reasons = Counter(error.reason for _, _, error in bad)
     return Survey(path, files, _name_sources(path, inputs), rows, row_files, reasons, len(looked_at) <= MOST_ROWS)
+
+
+def _check_tables(inputs: Sequence[Input], rows: Sequence[Mapping[str, object]], row_files: Sequence[object]) -> None:
+    """Raise DataError for tables that are read as something else: in a text file, or without a header."""
+    problems = []
+    for one in inputs:
+        first = [row for row, file in zip(rows, row_files, strict=True) if file == one.path]
+        if one.container == "text" and first and (cells := _count_cells(str(first[0]["text"]))):
+            what = f"the file looks like a table: its lines have {cells} cells"
+            problems.append(Problem(what, one.name, "End its name with .csv. A .txt file is read as one text."))
+        if one.container == "csv" and first and (value := _headerless(first)):
+            what = f"the first line is a row, not the names of the columns: {value!r} is a value of its column"
+            problems.append(Problem(what, one.name, HEADER))
+    DataError.collect(problems)
+
+
+def _count_cells(text: str) -> int:
+    """Return the number of cells in each line of a table; 0 if the text is none."""
+    lines = [line for line in text.splitlines()[:LOOKED_AT] if line.strip()]
+    for delimiter in "\t;":
+        numbers = Counter(line.count(delimiter) for line in lines)
+        number, lines_of_it = numbers.most_common(1)[0] if numbers else (0, 0)
+        if number >= LEAST_DELIMITERS and len(lines) > 2 and lines_of_it >= 0.9 * len(lines):
+            return number + 1
+    return 0
+
+
+def _headerless(rows: Sequence[Mapping[str, object]]) -> str | None:
+    """Return a column's name that is one of its values, if most names are values or numbers."""
+    names = [*rows[0]]
+    values = [name for name in names if 0 < sum(row.get(name) == name for row in rows) < len(rows)]
+    numbers = [name for name in names if name not in values and read_number(name) is not None]
+    return values[0] if values and len(values) + len(numbers) >= max(2, len(names) / 2) else None
 
 
 def _with_encoding(one: Input) -> Source:

@@ -175,6 +175,13 @@ def ingest_rows(
     return account
 
 
+OTHER_FILE = (
+    " Rows that are not UTF-8 come from a file in another encoding: keep them in a file of their own, and state its"
+    " `encoding`."
+)
+"""The fix for a file in several encodings."""
+
+
 @dataclass
 class TriedRows:
     """The first rows of all inputs, parsed."""
@@ -228,7 +235,8 @@ def try_rows(
         return tried
     looked = f"{len(tried.bad):,} of {tried.rows_in:,} rows" if tried.whole else f"the first {len(tried.bad):,} rows"
     first = [Problem(str(error), origin) for origin, error in tried.bad[:SHOWN]]
-    raise DataError(*(hints or [too_many_bad(looked, share, data.max_dropped)]), *first)
+    more = OTHER_FILE if _lack_utf8(tried.bad) else ""
+    raise DataError(*(hints or [too_many_bad(looked, share, data.max_dropped, more)]), *first)
 
 
 def _lack_utf8(bad: Sequence[tuple[str, RowError]]) -> bool:
@@ -387,5 +395,5 @@ def _check_share(account: IngestState, allowed: float) -> None:
     if account.rows_in and bad / account.rows_in <= allowed and bad < account.rows_in:
         return
     looked, share = f"{bad:,} of {account.rows_in:,} rows", bad / max(account.rows_in, 1)
-    more = f" All of them: {account.list_file}"
+    more = (OTHER_FILE if account.bad[f"bad: {NOT_UTF8}"] else "") + f" All of them: {account.list_file}"
     raise DataError(too_many_bad(looked, share, allowed, more), *account.problems())

@@ -22,6 +22,8 @@ NO_VALUES = frozenset(
     ("#N/A", "#REF!", "#VALUE!", "#NAME?", "#DIV/0!", "#NULL!", "#NUM!", "N/A", "n/a", "nan", "NaN", "null", "NULL")
 )
 """Placeholders that Excel, pandas and databases write for missing values."""
+MOST_DROPPED = 0.25
+"""The largest share of bad rows that a message proposes to accept."""
 ANSWER_COLUMNS = ("completion", "output", "target", "summary", "chosen", "rejected")
 
 
@@ -89,8 +91,11 @@ RawRow = tuple[str, dict[str, object] | RowError]
 
 
 def too_many_bad(looked: str, share: float, allowed: float, more: str = "") -> Problem:
-    """Return the problem for a share of bad rows above `data.max_dropped`; `more` is appended to the fix."""
-    allow = f", or set data.max_dropped: {math.ceil(100 * share) / 100}" if share < 1 else ""
+    """Return the problem for a share of bad rows above `data.max_dropped`; `more` is appended to the fix.
+
+    It proposes no large `max_dropped`: the rows are then read wrongly rather than bad.
+    """
+    allow = f", or set data.max_dropped: {math.ceil(100 * share) / 100}" if share <= MOST_DROPPED else ""
     what = f"{looked} are bad: {share:.1%}, and data.max_dropped allows {allowed:.1%}"
     return Problem(what, fix=f"Fix them{allow}.{more}")
 

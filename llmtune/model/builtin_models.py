@@ -80,6 +80,26 @@ def packaged_folder(name: str, entry: PackagedModel) -> Path:
     return find_cache() / "models" / f"{name}-{entry.sha256[:16]}-{entry.conversion}"
 
 
+def list_unrestorable() -> set[str]:
+    """Return the cache's folders of models that a command does not convert again on first use.
+
+    A script converts them, or their package is not installed.
+    """
+    return {
+        packaged_folder(name, entry).name
+        for name, entry in PACKAGED.items()
+        if entry.convert is None or not _is_installed(entry.distribution)
+    }
+
+
+def _is_installed(distribution: str) -> bool:
+    try:
+        importlib.metadata.distribution(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
 def _find_file(name: str, entry: PackagedModel) -> Path:
     """Return the verified weights file."""
     try:

@@ -68,12 +68,23 @@ METRIC_NOTES = {
     "answers_cut": "answers truncated at max_new_tokens",
 }
 """Meaning of each metric, the most informative metrics first."""
+BETTER_NOTES = {1: "higher is better", -1: "lower is better", 0: "neither more nor less is better"}
 
 
 def metric_note(metric: str, task: str | None) -> str:
     """Return the meaning of a task's metric in a few words; empty if unknown."""
     own = TASK_FACTS[task].metric_notes if task in TASK_FACTS else {}
     return own.get(metric) or METRIC_NOTES.get(metric) or METRIC_NOTES.get(at_ten(metric), "")
+
+
+def full_note(metric: str, task: str | None) -> str:
+    """Return the meaning of a metric, and which side is better."""
+    return "; ".join(part for part in (metric_note(metric, task), side_note(metric)) if part)
+
+
+def side_note(metric: str) -> str:
+    """Return which side is better, if one is."""
+    return BETTER_NOTES[better_side(metric)]
 
 
 def rank_metrics(metrics: Iterable[str]) -> list[str]:

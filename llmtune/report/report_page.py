@@ -38,6 +38,7 @@ from llmtune.report.score_sections import (
     score_sections,
 )
 from llmtune.report.significance import CHANCE, INCONCLUSIVE, MetricChanges, find_changes
+from llmtune.report.simple_baseline_view import simple_title
 from llmtune.report.suspect_section import suspect_section
 from llmtune.report.verdict import BETTER, MIXED, WITHIN, WORSE, judged_differences
 from llmtune.score_records import Evaluation, GateResult
@@ -131,6 +132,8 @@ def verdict_card(report: Report) -> VerdictCard:
     if evaluation and evaluation.baseline and not evaluation.champion:
         opponent = "the baseline"
     title, tone = TITLES[report.verdict.word]
+    if evaluation and (simple := simple_title(report.verdict.word, evaluation)):
+        title, opponent = TITLES[simple[0]][0], simple[1]
     evaluate = report.recipe.get("evaluate")
     looks = (isinstance(evaluate, dict) and evaluation and evaluation.champion and evaluate.get("looks")) or 1
     return VerdictCard(

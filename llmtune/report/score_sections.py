@@ -28,7 +28,7 @@ from llmtune.report.calibration_section import calibration_section
 from llmtune.report.charts import draw_meter
 from llmtune.report.class_view import class_blocks
 from llmtune.report.decision_view import decision_section
-from llmtune.report.metric_info import better_side, list_sides, metric_note, rank_metrics
+from llmtune.report.metric_info import BETTER_NOTES, better_side, full_note, list_sides, rank_metrics, side_note
 from llmtune.report.number_format import count, missing, score, share, signed
 from llmtune.report.overlap_view import overlap_sentence, overlap_table
 from llmtune.report.report_record import Power, Seeds
@@ -42,7 +42,6 @@ MOST_CLASSES, MOST_PAIRS = 20, 15
 """Maximum classes of a readable confusion matrix, and maximum listed pairs of classes."""
 NOT_APPLICABLE = "not applicable"
 """The result of a gate that finds nothing to judge."""
-BETTER_NOTES = {1: "higher is better", -1: "lower is better", 0: "neither more nor less is better"}
 
 
 def score_sections(
@@ -201,16 +200,6 @@ def new_section(evaluation: Evaluation, task: str | None) -> Section:
         [Details("Against the base", [difference_table(base, base=base_name(evaluation), code=True)])] if base else []
     )
     return Section("Rows that are new to the champion", blocks, "New rows", "new")
-
-
-def full_note(metric: str, task: str | None) -> str:
-    """Return the meaning of a metric, and which side is better."""
-    return "; ".join(part for part in (metric_note(metric, task), side_note(metric)) if part)
-
-
-def side_note(metric: str) -> str:
-    """Return which side is better, if one is."""
-    return BETTER_NOTES[better_side(metric)]
 
 
 def spell_metrics(metrics: Iterable[str]) -> str:

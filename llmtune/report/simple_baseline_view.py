@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from llmtune.report.blocks import Block, Compared, Section, Text, difference_table
-from llmtune.report.metric_info import COSTS, better_side, direction, metric_note, rank_metrics
+from llmtune.report.metric_info import COSTS, better_side, direction, full_note, rank_metrics
 from llmtune.report.number_format import missing, score, signed
 from llmtune.report.report_record import Verdict
 from llmtune.report.significance import FEWEST_ROWS, INCONCLUSIVE
-from llmtune.report.verdict import BETTER, MIXED
+from llmtune.report.verdict import BETTER, MIXED, WORSE
 from llmtune.score_records import Evaluation, SimpleBaseline
 
 
@@ -17,7 +17,7 @@ def simple_baseline_section(evaluation: Evaluation, task: str | None) -> Section
     if simple is None or is_base(simple, evaluation):
         return Section("Against a simple baseline", [])
     rows = [
-        Compared(name, simple.scores[name], simple.tuned[name], change, better_side(name), metric_note(name, task))
+        Compared(name, simple.scores[name], simple.tuned[name], change, better_side(name), full_note(name, task))
         for name, change in simple.difference.items()
     ]
     text = f"`{simple.name}` needs no language model and answered the same rows: {simple.note}."
@@ -30,20 +30,43 @@ def is_base(simple: SimpleBaseline, evaluation: Evaluation) -> bool:
     return bool(evaluation.baseline) and all(evaluation.base.get(name) == one for name, one in simple.scores.items())
 
 
-def weigh_simple_baseline(found: Verdict, evaluation: Evaluation | None) -> Verdict:
-    """Add a sentence to the verdict unless the tuned model is shown to be better than the simple baseline.
+def find_unbeaten(evaluation: Evaluation | None) -> tuple[str, int] | None:
+    """Return the metric in which the tuned model is not shown to beat the simple baseline, and its side.
 
-    The most informative metric decides. `better` than a trivial baseline then becomes `mixed` if the tuned model is
-    shown to be worse than the simple one, else `inconclusive`.
+    The side is -1 if the baseline is better, else 0. The most informative metric decides. None if the baseline is
+    beaten, or cannot be compared.
     """
     simple = evaluation.simple_baseline if evaluation else None
     if evaluation is None or simple is None or is_base(simple, evaluation):
-        return found
+        return None
     ranked = (name for name in rank_metrics(simple.difference) if better_side(name) and name not in COSTS)
     metric = next(ranked, None)
     change = simple.difference[metric] if metric else None
     if metric is None or change is None or change.n < FEWEST_ROWS or (side := direction(metric, change)) > 0:
+        return None
+    return metric, side
+
+
+def simple_title(word: str, evaluation: Evaluation) -> tuple[str, str] | None:
+    """Return the word and the opponent for the title of a verdict that `weigh_simple_baseline` changed; else None."""
+    simple, unbeaten = evaluation.simple_baseline, find_unbeaten(evaluation)
+    if simple is None or unbeaten is None or not evaluation.baseline or evaluation.champion is not None:
+        return None
+    shown = {(INCONCLUSIVE, 0): INCONCLUSIVE, (MIXED, -1): WORSE}.get((word, unbeaten[1]))
+    return (shown, simple.title) if shown else None
+
+
+def weigh_simple_baseline(found: Verdict, evaluation: Evaluation | None) -> Verdict:
+    """Add a sentence to the verdict unless the tuned model is shown to be better than the simple baseline.
+
+    `better` than a trivial baseline then becomes `mixed` if the tuned model is shown to be worse than the simple one,
+    else `inconclusive`.
+    """
+    simple, unbeaten = evaluation.simple_baseline if evaluation else None, find_unbeaten(evaluation)
+    if evaluation is None or simple is None or unbeaten is None:
         return found
+    metric, side = unbeaten
+    change = simple.difference[metric]
     ends = "" if missing(change.low) else f" ({signed(change.low)} to {signed(change.high)})"
     how = "Worse" if side else "Not better" if better_side(metric) * change.value <= 0 else "Not clearly better"
     numbers = f"{metric.replace('_', ' ')} {score(simple.tuned[metric])} against {score(simple.scores[metric])}{ends}"

@@ -7,6 +7,7 @@ checkpoints that an unfinished training resumes from.
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,6 +47,8 @@ class Cleaning:
     dry_run: bool
     removable: list[Removable] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
+    failed: bool = False
+    """Whether something could not be removed; it is skipped."""
 
     @property
     def bytes(self) -> int:
@@ -58,32 +61,54 @@ class Cleaning:
             self.removable.append(Removable(path, measure_bytes(path), reason))
 
     def remove(self) -> None:
-        """Remove what was added and still exists, unless this is a dry run."""
-        for one in () if self.dry_run else self.removable:
-            if one.path.exists() or one.path.is_symlink():
+        """Remove what was added and still exists, unless this is a dry run. Skip what cannot be removed."""
+        for one in () if self.dry_run else [*self.removable]:
+            if not (one.path.exists() or one.path.is_symlink()):
+                continue
+            try:
                 with explained(one.path):
                     _remove_at_once(one.path)
+            except EnvironmentProblem as error:
+                self.skipped[str(one.path)] = error.problems[0].what
+                self.removable.remove(one)
+                self.failed = True
 
 
 def clean_run(folder: Path, *, dry_run: bool) -> Cleaning:
     """Clean a run folder with the runs inside it.
 
-    Raises RecipeError for a release, which never changes, and EnvironmentProblem if a file cannot be removed.
+    Raises RecipeError for a release, which never changes.
     """
     if is_stored(folder.absolute()):
         fix = "Remove releases that are not current with: llmtune clean --all --keep-releases N"
         raise RecipeError.of("a release never changes, so nothing in it can go", str(folder), fix)
-    return _clean([folder], dry_run=dry_run)
+    found = Cleaning(dry_run=dry_run)
+    _clean_runs_below(folder, found)
+    return found
 
 
-def clean_all(*, keep_releases: int | None, dry_run: bool) -> Cleaning:
+def clean_all(*, keep_releases: int | None, keep_models: Collection[str], dry_run: bool) -> Cleaning:
     """Clean all runs in `runs/`, and remove packaged models in llmtune's cache that none of them uses.
 
-    `keep_releases` is the number of releases that each name keeps, besides the current one; None keeps all.
-    Raises EnvironmentProblem if a file cannot be removed.
+    `keep_models` names folders of the cache that stay. `keep_releases` is the number of releases that each name keeps,
+    besides the current one; None keeps all.
     """
-    folders = sorted(path for path in RUNS.glob("*") if path.is_dir())
-    return _clean(folders, keep_releases=keep_releases, everything=True, dry_run=dry_run)
+    found = Cleaning(dry_run=dry_run)
+    for folder in _list_folders():
+        _clean_runs_below(folder, found)
+    _find_unused_models(found, keep_models)
+    found.remove()
+    _clean_releases(found, keep_releases)
+    return found
+
+
+def _list_folders() -> list[Path]:
+    return sorted(path for path in RUNS.glob("*") if path.is_dir())
+
+
+def _find_in_runs(name: str) -> list[Path]:
+    """Return the files of that name in all runs, also in those that are links to another disk."""
+    return [file for folder in _list_folders() for file in sorted(folder.rglob(name))]
 
 
 def measure_bytes(path: Path) -> int:
@@ -92,25 +117,17 @@ def measure_bytes(path: Path) -> int:
     return sum(one.lstat().st_size for one in files)
 
 
-def _clean(
-    folders: list[Path], *, keep_releases: int | None = None, everything: bool = False, dry_run: bool
-) -> Cleaning:
-    found = Cleaning(dry_run=dry_run)
-    for folder in folders:
-        _clean_runs_below(folder, found)
-    if everything:
-        _find_unused_models(found)
-        found.remove()
-    for name in list_release_names() if everything else ():
+def _clean_releases(found: Cleaning, keep: int | None) -> None:
+    """Remove what killed processes left in the releases and, unless `keep` is None, old releases."""
+    for name in list_release_names():
         try:
             with changing(name):
                 _find_leftovers(list((RELEASES / name).glob(".*")), found)
-                if keep_releases is not None:
-                    _find_old_releases(name, found, keep_releases)
+                if keep is not None:
+                    _find_old_releases(name, found, keep)
                 found.remove()
         except EnvironmentProblem as error:
             found.skipped[str(RELEASES / name)] = error.problems[0].what
-    return found
 
 
 def _remove_at_once(path: Path) -> None:
@@ -193,16 +210,20 @@ def _is_being_written(path: Path) -> bool:
         return True
 
 
-def _find_unused_models(found: Cleaning) -> None:
-    """Add packaged models in the cache that no run in `runs/` names."""
+def _find_unused_models(found: Cleaning, kept: Collection[str]) -> None:
+    """Add packaged models in the cache that no run in `runs/` names, without those in `kept`."""
     used: set[str] = set()
-    for file in RUNS.rglob(LOCK):
+    for file in _find_in_runs(LOCK):
         lock = read_json(file)
         models = [lock.get(key) for key in ("model", "miner")] if isinstance(lock, dict) else []
         used |= {Path(model["folder"]).name for model in models if isinstance(model, dict) and "folder" in model}
-    names = {name for file in RUNS.rglob("recipe.yaml") for name in _PACKAGED.findall(_read(file)) if not _locked(file)}
+    names = {
+        name for file in _find_in_runs("recipe.yaml") for name in _PACKAGED.findall(_read(file)) if not _locked(file)
+    }
     for path in sorted((find_cache() / MODELS).glob("*")):
-        if path.is_dir() and path.name not in used and not any(path.name.startswith(f"{name}-") for name in names):
+        if not path.is_dir() or path.name in {*used, *kept}:
+            continue
+        if not any(path.name.startswith(f"{name}-") for name in names):
             found.add(path, "packaged model that no run in runs/ uses; it can be converted from its package again")
 
 
@@ -217,7 +238,7 @@ def _locked(recipe: Path) -> bool:
 
 def _find_old_releases(name: str, found: Cleaning, keep: int) -> None:
     """Add releases that are neither current, nor among the last promoted, nor named by a run."""
-    named = "".join(_read(file) for wanted in ("recipe.yaml", LOCK) for file in sorted(RUNS.rglob(wanted)))
+    named = "".join(_read(file) for wanted in ("recipe.yaml", LOCK) for file in _find_in_runs(wanted))
     stored = list_stored(name)
     current = {one.hash for one in stored if one.current}
     last = [*dict.fromkeys(line["after"] for line in reversed(read_history(name)) if line["after"] not in current)]

@@ -554,3 +554,49 @@ def test_a_file_with_another_encoding_and_decimal_commas_gives_the_same_rows_and
         found.append((rows.content_hash, read_slices(rows, ["hours"], range(rows.counts["test"]))))
     assert found[0] == found[1] == found[2]
     assert len(found[0][1]["hours"]) == 4
+
+
+TICKET_LINES = [f"Ticket number {i} about money;{('billing', 'shipping')[i % 2]};{i},50" for i in range(40)]
+
+
+@pytest.mark.parametrize(
+    ("name", "lines", "message"),
+    [
+        ("export.csv", TICKET_LINES, "the first line is a row, not the names of the columns: 'billing'"),
+        ("export.csv", ["Export of 1 December", "by: Anna", "text;team;amount", *TICKET_LINES], "The first line must"),
+        ("export.csv", ["Export, 1 December", "text;team;amount", *TICKET_LINES], "The first line must have the names"),
+        ("export.txt", ["text;team;amount", *TICKET_LINES], "the file looks like a table: its lines have 3 cells"),
+    ],
+)
+def test_a_table_without_its_header_in_the_first_line_is_refused(name: str, lines: list[str], message: str) -> None:
+    Path(name).write_text("\n".join(lines), encoding="utf-8")
+    done = init(name)
+    assert done.exit_code == 3
+    assert message in done.stderr
+    assert not Path("export.yaml").exists()
+
+
+def test_numbers_and_single_values_as_names_of_columns_are_a_header() -> None:
+    write("sales.csv", "question,answer,2024,2025", [(f"Where is {i}?", "answer", str(i), "7") for i in range(20)])
+    assert init("sales.csv").exit_code == 0
+
+
+def test_a_text_with_tabs_is_no_table() -> None:
+    Path("book.txt").write_text("\n".join(f"Chapter {i}\tpage {i}\n\nIt was a {i}. dark night." for i in range(9)))
+    assert "a table" not in init("book.txt").stderr
+
+
+def test_what_has_to_be_fixed_is_the_next_step() -> None:
+    write("tickets.csv", "text,label", [(f"Ticket {i}", ("Team A", "team a", "Other")[i % 3]) for i in range(60)])
+    done = init("tickets.csv")
+    assert "next: fix what is listed above, in the rows or in tickets.yaml; then llmtune run" in done.stdout
+    assert json.loads(init("tickets.csv", "--json", "--out", "other.yaml").stdout)["ready"] is False
+
+
+def test_a_file_in_two_encodings_is_named_and_its_rows_are_not_to_be_dropped() -> None:
+    lines = [f"Anfrage für Größe {i},{('Köln', 'Bonn')[i % 2]}" for i in range(60)]
+    encoded = [line.encode("cp1252" if i > 30 else "utf-8") for i, line in enumerate(lines)]
+    Path("mixed.csv").write_bytes(b"\n".join([b"text,label", *encoded]))
+    done = init("mixed.csv")
+    assert "come from a file in another encoding" in done.stderr
+    assert "set data.max_dropped" not in done.stderr

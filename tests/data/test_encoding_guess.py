@@ -20,10 +20,33 @@ JAPANESE = "件名,本文\n" + "注文が遅れています,荷物はどこに�
 CHINESE = "主题,内容\n" + "订单延迟,我的包裹在哪里？请尽快回复，谢谢。\n" * 9
 KOREAN = "제목,내용\n" + "주문 지연,내 소포는 어디에 있습니까? 빨리 답변 부탁드립니다.\n" * 9
 
+TURKISH = (
+    "konu;metin\n" + "Sipariş gecikti;Paketim nerede? Lütfen çabuk cevap verin, şifremi değiştirdiğim için bakın.\n" * 9
+)
+ENGLISH = "subject;text\n" + "It hasn’t arrived…;Where’s the “Foo™” – I don’t know, it’s late…\n" * 9
+ICELANDIC = (
+    "efni;texti\n" + "Pöntun er sein;Hvar er pakkinn minn? Vinsamlegast svarið fljótt, ég bíð ennþá eftir því.\n" * 9
+)
+DANISH = (
+    "emne;tekst\n" + "Ordren er forsinket;Hvor er min pakke? Svar venligst hurtigt på spørgsmålet, ærgerligt.\n" * 9
+)
+CZECH = "předmět;text\n" + "Objednávka se zpozdila;Kde je můj balíček? Odpovězte co nejrychleji, žádám vás.\n" * 9
+CROATIAN = "predmet;tekst\n" + "Narudžba kasni;Gdje je moja pošiljka? Molim što brži odgovor, čekam šest dana.\n" * 9
+HUNGARIAN = "tárgy;szöveg\n" + "A rendelés késik;Hol van a csomagom? Minél gyorsabb választ, őszintén.\n" * 9
+FINNISH = "aihe;teksti\n" + "Tilaus myöhästyy;Missä pakettini on? Vastatkaa pian, šakki, pyydän.\n" * 9
+ITALIAN = "oggetto;testo\n" + "Il pacco è in ritardo;Perché non c’è più? Può darsi, però così è.\n" * 9
+PORTUGUESE = "assunto;texto\n" + "A encomenda está atrasada;Não sei onde está, são já três dias, opções não há.\n" * 9
+OLD_GERMAN = GERMAN.replace("–", "-")
+OLD_FRENCH = FRENCH.replace("’", "'").replace("– 5 €", "")
+
 
 @pytest.mark.parametrize(
     ("text", "encoding"),
     [
+        *((text, name) for text in (OLD_GERMAN, OLD_FRENCH, DANISH) for name in ("cp850", "mac_roman", "cp1252")),
+        *((text, "cp1250") for text in (CZECH, CROATIAN, HUNGARIAN)),
+        *((text, "cp1252") for text in (FINNISH, ITALIAN, PORTUGUESE)),
+        *((TURKISH, "cp1254"), (ICELANDIC, "cp1252"), (ENGLISH, "cp1252")),
         *((text, "cp1252") for text in (GERMAN, FRENCH, SPANISH)),
         *((RUSSIAN, name) for name in ("koi8_r", "cp1251")),
         *((JAPANESE, name) for name in ("cp932", "euc_jp", "iso2022_jp")),

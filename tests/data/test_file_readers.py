@@ -184,7 +184,7 @@ def test_a_json_document_too_large_for_memory_is_refused(tmp_path, monkeypatch):
         read_bytes(tmp_path, b"[" + b'{"a": 1},' * 200, "json")
 
 
-@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+@pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
 def test_csv_cells_may_contain_line_ends_and_origins_give_the_first_line(tmp_path, delimiter):
     out = io.StringIO(newline="")
     writer = csv.writer(out, delimiter=delimiter)
@@ -205,6 +205,26 @@ def test_csv_rows_that_do_not_fit_the_header_are_bad(tmp_path):
         "not UTF-8",
     ]
     assert found[0][1].detail == "1 cells, the header has 2"
+
+
+@pytest.mark.parametrize("first", [b"sep=;\r\n", b'\xef\xbb\xbf"sep=;"\n', b"SEP=;\n"])
+def test_the_separator_that_excel_is_told_is_no_header(tmp_path, first):
+    found = read_bytes(tmp_path, first + b"a,b;c\n1;2\n", "csv")
+    assert found == [("file:row 2 (line 3)", {"a,b": "1", "c": "2"})]
+
+
+def test_delimiters_in_quoted_names_do_not_count(tmp_path):
+    found = read_bytes(tmp_path, b'"a, b, c";"d"\n1;2\n', "csv")
+    assert found == [("file:2", {"a, b, c": "1", "d": "2"})]
+
+
+def test_a_row_that_repeats_the_header_is_bad(tmp_path):
+    found = read_bytes(tmp_path, b"text,label\na,b\n\xef\xbb\xbftext,label\nlabel,label\n", "csv")
+    assert [v.reason if isinstance(v, RowError) else v for _, v in found] == [
+        {"text": "a", "label": "b"},
+        "repeats the header",
+        {"text": "label", "label": "label"},
+    ]
 
 
 def test_a_header_that_is_not_utf8_ends_the_file(tmp_path):

@@ -12,7 +12,7 @@ from llmtune.report.render_markdown import to_markdown
 from llmtune.report.render_terminal import print_sections
 from llmtune.report.report_record import Verdict
 from llmtune.report.score_sections import score_sections
-from llmtune.report.simple_baseline_view import weigh_simple_baseline
+from llmtune.report.simple_baseline_view import simple_title, weigh_simple_baseline
 from llmtune.score_records import Champion, Difference, Evaluation, SimpleBaseline
 
 TITLE, NOTE = "TF-IDF with logistic regression", "logistic regression on words; 944 training rows, C 10"
@@ -51,6 +51,20 @@ def test_the_verdict_names_a_baseline_that_is_not_beaten(evaluation, word, sente
     assert found.reason.startswith(FOUND.reason)
     assert sentence in found.reason
     assert bool(sentence) == (found.reason != FOUND.reason)
+
+
+@pytest.mark.parametrize(
+    ("evaluation", "title"),
+    [
+        (scored(-0.05, 0.01), ("inconclusive", TITLE)),
+        (scored(-0.05, -0.01), ("worse", TITLE)),
+        (scored(0.01, 0.05, tuned=0.753), None),
+        (scored(-0.05, 0.01, baseline=None), None),
+    ],
+)
+def test_the_title_names_the_baseline_that_decided(evaluation, title):
+    found = weigh_simple_baseline(FOUND, evaluation)
+    assert simple_title(found.word, evaluation) == title
 
 
 def test_a_verdict_on_the_champion_keeps_its_word():

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from support.runs import finish_run, invoke
 
-from llmtune.store.atomic_files import exclusive, write_json
+from llmtune.model.builtin_models import PACKAGED, packaged_folder
+from llmtune.store.atomic_files import exclusive, remove, write_json
 from llmtune.store.release_store import RELEASES, promote
 from llmtune.store.run_folder import read_run
 
@@ -166,6 +167,17 @@ def test_all_removes_packaged_models_that_no_run_uses(run: Path, tmp_path: Path)
     assert (tmp_path / "cache" / "origin.key").is_file()
 
 
+def test_all_keeps_a_packaged_model_that_no_command_converts_again(run: Path, tmp_path: Path) -> None:
+    models, names = tmp_path / "cache" / "models", ("whisper-tiny.en", "smollm2-135m-instruct")
+    for name in names:
+        packaged_folder(name, PACKAGED[name]).mkdir(parents=True)
+    removed = [Path(one["path"]).name for one in clean("--all")["removed"]]
+    script, convertible = (packaged_folder(name, PACKAGED[name]) for name in names)
+    assert (script.is_dir(), convertible.is_dir()) == (True, False)
+    assert convertible.name in removed
+    assert models == script.parent
+
+
 def write_releases(*hashes: str) -> None:
     def write(digest: str) -> Callable[[Path], None]:
         return lambda folder: write_json(folder / "release.json", {"files": {}, "hash": digest})
@@ -209,18 +221,38 @@ def test_wrong_arguments_remove_nothing(run: Path, words: list[str], message: st
     assert every_file() == before
 
 
-def test_a_folder_that_cannot_be_changed_is_an_error_and_the_rest_is_found_again(
-    run: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_cannot_be_removed_is_named_and_the_rest_goes(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(run, "runs/two")
+    (locked,) = run.glob("checkpoints/step-3")
+
     def refuse(path: Path, *_: object) -> None:
-        raise PermissionError(13, "Permission denied", str(path))
+        if run in path.parents:
+            raise PermissionError(13, "Permission denied", "trainable.safetensors")
+        remove(path)
 
     with monkeypatch.context() as patch:
         patch.setattr("llmtune.store.cleaning.remove", refuse)
-        done = invoke("clean", run)
+        done = invoke("clean", "--all", "--json")
+    result = json.loads(done.stdout)
     assert done.exit_code == 4
-    assert "checkpoints" in done.stderr
+    assert {"path": str(locked), "reason": "cannot be read or written: permission denied"} in result["skipped"]
+    assert not any(str(run) in one["path"] for one in result["removed"])
+    assert not [*Path("runs/two").rglob("step-*")]
     assert read_run(run).is_whole("train")
     clean(run)
     assert not [*run.rglob("step-*")]
     assert not [*run.rglob(".step-*")]
+
+
+def test_a_run_that_is_a_link_keeps_the_model_and_the_release_that_it_names(run: Path, tmp_path: Path) -> None:
+    write_releases("11111111", "22222222")
+    model = tmp_path / "cache" / "models" / "used-11-1"
+    model.mkdir(parents=True)
+    lock = json.loads((run / "llmtune.lock").read_text())
+    write_json(run / "llmtune.lock", lock | {"model": lock["model"] | {"folder": str(model)}, "at": "tiny@11111111"})
+    shutil.move(run, tmp_path / "disk")
+    run.symlink_to(tmp_path / "disk", target_is_directory=True)
+    clean("--all", "--keep-releases", "0")
+    assert model.is_dir()
+    assert (RELEASES / "tiny" / "11111111").is_dir()
+    assert not [*(tmp_path / "disk").rglob("step-*")]
