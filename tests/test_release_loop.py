@@ -73,7 +73,7 @@ def test_weeks_that_pass_are_promoted_those_that_fail_are_not_and_a_rollback_las
     assert json.loads((second_run / "run.json").read_text())["findings"]["released"] == [f"release:tiny@{second}"]
 
     code, printed, third_run = week(recipe, 80, FAILS)
-    assert code == 6
+    assert code == 6, printed
     assert f"release tiny: stays at {second}, because of loss <= 0.01" in printed
     assert read_current("tiny") == second
     report = json.loads((third_run / "report.json").read_text())
@@ -250,12 +250,12 @@ def test_a_failed_export_leaves_the_release_and_the_run_says_so(recipe: Path, mo
     week(recipe, 40)
     first = read_current("tiny")
 
-    def differ(context: RunContext) -> None:
+    def differ(context: RunContext, on_begin: object) -> None:
         raise GateFailed.of("the export differs", "merged", "See the certificate.")
 
     monkeypatch.setattr("llmtune.pipeline.make_products", differ)
     code, printed, run = week(recipe, 60, "deploy=[merged, release]")
-    assert code == 6
+    assert code == 6, printed
     assert f"release tiny: stays at {first}, because the export differs" in printed
     assert read_current("tiny") == first
     findings = json.loads((run / "run.json").read_text())["findings"]

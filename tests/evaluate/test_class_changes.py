@@ -227,4 +227,4 @@ def test_the_terminal_names_the_key_that_renames_a_class(task: str, key: str) ->
     champion = Champion("release:tiny@0a1b2c3d", {}, {}, {}, rows=50, classes=changes)
     console = Console(file=io.StringIO(), width=300)
     print_scores(Evaluation({}, {"accuracy": 0.5}, {}, (), 50, champion=champion), console, task)
-    assert f"If so, set {key}: {{Config: Setup}}." in console.file.getvalue()  # type: ignore[attr-defined]
+    assert f"If so, set {key}: {{Config: Setup}}." in console.file.getvalue()
