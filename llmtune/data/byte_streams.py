@@ -202,9 +202,8 @@ def wide_mark(start: bytes) -> str | None:
 
 
 def refuse_wide(stream: ByteStream, name: str) -> None:
-    """Raise DataError for UTF-16 or UTF-32 text without a stated encoding."""
-    start = stream.peek(PEEKED_BYTES)[:PEEKED_BYTES]
-    if encoding := wide_mark(start) or byte_order(start):
+    """Raise DataError for UTF-16 text without a byte order mark or a stated encoding."""
+    if encoding := byte_order(stream.peek(PEEKED_BYTES)[:PEEKED_BYTES]):
         raise DataError.of(
             f"the file is {encoding.upper()[:6]}", name, f"Set `encoding: {encoding}`, or save it as UTF-8."
         )

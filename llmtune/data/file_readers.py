@@ -21,6 +21,7 @@ import pyarrow as pa
 from llmtune.data.arrow_rows import check_column_names, read_parquet
 from llmtune.data.byte_streams import (
     MAX_GROWTH,
+    PEEKED_BYTES,
     ByteStream,
     GrowthError,
     OtherEncodingError,
@@ -28,6 +29,7 @@ from llmtune.data.byte_streams import (
     open_bytes,
     refuse_other_files,
     refuse_wide,
+    wide_mark,
 )
 from llmtune.data.encoding_guess import guess_encoding
 from llmtune.data.message_fields import is_message
@@ -117,6 +119,7 @@ def _read_text_file(
     path: Path | RemoteFile, name: str, container: str, advance: Advance, encoding: str | None
 ) -> Iterator[LazyRow]:
     with open_bytes(path, advance) as stream:
+        encoding = encoding or wide_mark(stream.peek(PEEKED_BYTES))  # the mark states it
         if encoding is not None:
             stream = io.BufferedReader(Transcoded(stream, encoding))
         refuse_other_files(stream, name)

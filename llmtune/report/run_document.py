@@ -1,4 +1,4 @@
-"""The JSON document that `llmtune run --json` prints however it ends, and its JSON Schema. It has no texts of rows."""
+"""The JSON document that `run --json` prints however it ends, and its JSON Schema. It has no texts of rows."""
 
 from __future__ import annotations
 

@@ -76,10 +76,18 @@ def test_a_byte_order_mark_is_not_part_of_the_first_row(tmp_path):
     assert read_bytes(tmp_path, b"\xef\xbb\xbfhello", "text") == [("file:1", {"text": "hello"})]
 
 
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32"])
+def test_a_mark_of_utf16_or_utf32_states_the_encoding(tmp_path, encoding):
+    assert read_bytes(tmp_path, '{"a": "é"}\n'.encode(encoding), "jsonl") == [("file:1", {"a": "é"})]
+    assert read_bytes(tmp_path, "a;b\né;2\n".encode(encoding), "csv") == [("file:2", {"a": "é", "b": "2"})]
+    assert read_bytes(tmp_path, '[{"a": "é"}]'.encode(encoding), "json") == [("file:row 1", {"a": "é"})]
+    assert read_bytes(tmp_path, "é".encode(encoding), "text") == [("file:1", {"text": "é"})]
+
+
 @pytest.mark.parametrize(
     ("data", "container", "message"),
     [
-        ('{"a": 1}'.encode("utf-16"), "jsonl", "UTF-16"),
+        ('{"a": "some text"}'.encode("utf-16-le"), "jsonl", "UTF-16"),
         (b"PAR1....", "jsonl", "Parquet"),
         (b'a,b\n1,"open\n3,4\n', "csv", "not valid CSV"),
         (b"a,a\n1,2\n", "csv", "two columns with the name 'a'"),

@@ -154,4 +154,4 @@ def test_every_file_a_task_file_depends_on_counts(tasks: Path) -> None:
     (tasks / "broken.yaml").write_text("task: [a\n x: {")
     names = {path.name for path in list_task_files(tasks / "group.yaml")}
     assert {"group.yaml", "choose.yaml", "questions.jsonl"} < names
-    assert evaluation_files(recipe_with("hellaswag", tasks / "lost.yaml")) == []
+    assert evaluation_files(recipe_with("hellaswag", tasks / "lost.yaml"), tasks / "run") == []

@@ -14,8 +14,9 @@ from support.runs import finish_run, invoke
 
 from llmtune.deploy.releases import make_release
 from llmtune.errors import EnvironmentProblem, RecipeError
-from llmtune.evaluate.champion import check_looks, count_look, open_champion
+from llmtune.evaluate.champion import open_champion
 from llmtune.evaluate.gates import check_gates, list_power
+from llmtune.evaluate.looks import check_looks, count_look
 from llmtune.evaluate.metric import ratio
 from llmtune.evaluate.opened_runs import ScoredRun
 from llmtune.evaluate.paired_statistics import difference, smallest_difference, widen

@@ -379,13 +379,14 @@ def test_an_own_metric_is_compared_only_on_rows_with_the_same_columns(tmp_path: 
         "def fits(row: dict, answer: str) -> bool:\n    return answer == row['wanted']\n"
     )
     section = EvaluateSection.model_validate({"metrics": [f"{tmp_path}/metrics.py:fits"], "slices": ["wanted"]})
+    measuring = recipe("completion").model_copy(update={"evaluate": section})
 
     def measured(name: str, wanted: Sequence[str]) -> ScoredRun:
         rows = [{"prompt": f"p{i}", "completion": "a", "wanted": one} for i, one in enumerate(wanted)]
         answers = dict.fromkeys(range(len(rows)), "a")
-        own = measure_own(section, rows, [""] * len(rows), answers, {}, Console(file=io.StringIO()))
+        own = measure_own(measuring, rows, [""] * len(rows), answers, {}, Console(file=io.StringIO()))
         run = scored(name, "completion", [f"p{i}" for i in range(len(rows))], **own)
-        return replace(run, recipe=recipe("completion").model_copy(update={"evaluate": section}))
+        return replace(run, recipe=measuring)
 
     first, second = measured("champion", "aaaaaa"), measured("this run", "aaaabb")
     pairs, _ = pair_measures(first, second)

@@ -14,7 +14,7 @@ from support.hostile import attempt
 from support.runs import write_recipe, write_sums
 
 from llmtune.errors import STEERING, EnvironmentProblem, RecipeError
-from llmtune.evaluate.champion import LEDGER
+from llmtune.evaluate.looks import LEDGER
 from llmtune.launch.topology import Topology, is_host
 from llmtune.report.blocks import Page
 from llmtune.report.render_html import embed_json, prose, to_html
@@ -126,16 +126,16 @@ def test_more_processes_than_any_machine_has_are_refused(
 def test_a_ledger_of_looks_that_is_a_pipe_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     from types import SimpleNamespace
 
-    from llmtune.evaluate import champion
+    from llmtune.evaluate import looks
 
     os.mkfifo(LEDGER)
     Path("champion.json").write_text("{}")
-    monkeypatch.setattr(champion, "find_release", lambda folder, name: Path("champion.json"))
+    monkeypatch.setattr(looks, "locate_champion", lambda recipe, run: Path("champion.json"))
     section = SimpleNamespace(looks=5, champion="champion.json")
     recipe: Any = SimpleNamespace(evaluate=section, name="x", data=SimpleNamespace(test=0.1))
     scores: Any = SimpleNamespace(measures=SimpleNamespace(rows=("1", "2")))
     with pytest.raises((OSError, EnvironmentProblem), match="a pipe"):
-        champion.open_ledger(recipe, scores)
+        looks.open_ledger(recipe, scores)
 
 
 def test_control_codes_in_a_report_are_shown_and_not_executed() -> None:
