@@ -27,8 +27,8 @@ from llmtune import __version__
 from llmtune.adapter.injection import adapter_settings, describe_adapter
 from llmtune.data.data_report import describe_examples
 from llmtune.data.examples import ExampleReader, encode_rows, examples_inputs, row_lengths
-from llmtune.data.preparation import prepare_rows
-from llmtune.data.row_store import has_rows, load_rows
+from llmtune.data.preparation import has_rows, prepare_rows
+from llmtune.data.row_store import load_rows
 from llmtune.deploy.products import check_products, make_products, reporting
 from llmtune.deploy.release_folder import conclude_release, release_kept
 from llmtune.errors import EnvironmentProblem
@@ -87,7 +87,6 @@ def run_pipeline(loaded: LoadedRecipe, request: RunRequest, console: Console) ->
 
     Raises a subclass of LlmtuneError for every error a user can fix; `GateFailed` once the report is written.
     """
-    assert not request.dry_run, "`launch.dry_run` is for those"
     path = request.folder
     loaded = pin_start(loaded, once(lambda: find_start(loaded.recipe, path)))
     check_first(loaded, request)
@@ -249,8 +248,7 @@ def _begin_training(context: RunContext) -> bool:
         context.begin("train", skipped=True)
         return False
     folder.begin_training()
-    steps = folder.manifest["steps"]
-    if "train" not in steps or steps["train"]["inputs"] != inputs:
+    if (trained := folder.manifest["steps"].get("train")) is None or trained["inputs"] != inputs:
         tokens = folder.facts("select")["plan"]["tokens"]
         folder.findings["micro_batch_tokens"] = context.request.findings.get("micro_batch_tokens", tokens)
         shutil.rmtree(folder.path / "explain", ignore_errors=True)  # from an earlier training too

@@ -20,8 +20,8 @@ from llmtune.recipe.validation import key_paths
 from llmtune.recipe.yaml_reader import Node, file_label, parse_yaml, read_recipe_text
 from llmtune.recipe.yaml_writer import scalar
 from llmtune.store.atomic_files import explained, write_json
-from llmtune.store.json_shapes import read_record
-from llmtune.store.run_folder import MANIFEST, RunFolder, read_curve, read_manifest
+from llmtune.store.json_shapes import read_curve, read_record
+from llmtune.store.run_folder import MANIFEST, RunFolder, read_manifest
 from llmtune.store.seed_runs import share_rows, without_gates, without_seeds
 
 if TYPE_CHECKING:

@@ -37,11 +37,17 @@ from llmtune.recipe.schema import Recipe
 from llmtune.recipe.yaml_writer import source_line
 from llmtune.records import SPLITS, Rows
 from llmtune.report.class_sentences import name_changes_sentences
-from llmtune.store.atomic_files import explained, hash_value, write_text
+from llmtune.store.atomic_files import explained, hash_value, read_json, write_text
 
 TRAIN, VALIDATION, TEST = range(len(SPLITS))
 BAD_ROWS = "bad_rows.jsonl"
 SPOOL = ".spool"
+
+
+def has_rows(folder: Path, content_hash: str) -> bool:
+    """Return whether a folder has prepared rows with this content."""
+    record = read_json(folder / RECORD)
+    return isinstance(record, dict) and record.get("content_hash") == content_hash
 
 
 def prepare_rows(recipe: Recipe, folder: Path, console: Console, inputs: str | None = None) -> Rows:

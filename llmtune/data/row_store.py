@@ -112,12 +112,6 @@ def rows_folder(run: Path) -> Path:
     return mined if (mined / RECORD).exists() else run / "data" / "rows"
 
 
-def has_rows(folder: Path, content_hash: str) -> bool:
-    """Return whether a folder has prepared rows with this content."""
-    record = read_json(folder / RECORD)
-    return isinstance(record, dict) and record.get("content_hash") == content_hash
-
-
 def load_rows(folder: Path) -> Rows:
     """Read the output of `prepare_rows` from `folder`, which may have been moved.
 
@@ -340,8 +334,7 @@ class Spool(AbstractContextManager["Spool"]):
         return self.folder / f"{shard:06}.{ending}"
 
     def _flush(self) -> None:
-        rows = self._rows
-        if not rows:
+        if not (rows := self._rows):
             return
         if self._writer is None:
             self._file = self._path(len(self._state["shards"]), "arrow").open("wb")

@@ -40,6 +40,7 @@ from llmtune.store.atomic_files import (
     write_json,
     write_text,
 )
+from llmtune.store.json_shapes import METRICS
 from llmtune.store.release_store import (
     RECORD_FILE,
     SERVED_RECIPE,
@@ -52,7 +53,6 @@ from llmtune.store.release_store import (
 )
 from llmtune.store.run_folder import (
     MANIFEST,
-    METRICS,
     REPORTS,
     Manifest,
     RunFolder,

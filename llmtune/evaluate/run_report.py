@@ -23,7 +23,8 @@ from llmtune.report.source_labels import SourceLabels, compare_sources, describe
 from llmtune.report.verdict import describe_spread, verdict
 from llmtune.score_records import Champion, ClassChanges, Evaluation, GateResult
 from llmtune.store.atomic_files import read_json, read_json_lines
-from llmtune.store.run_folder import RunFolder, read_curve
+from llmtune.store.json_shapes import read_curve
+from llmtune.store.run_folder import RunFolder
 from llmtune.store.run_lock import hardware, package_versions
 from llmtune.store.seed_runs import is_scored_alike, seed_folder
 

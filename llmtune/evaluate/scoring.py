@@ -43,8 +43,9 @@ from llmtune.records import Row, Rows
 from llmtune.report.render_terminal import spinner
 from llmtune.score_records import Champion, Contamination, Evaluation, Slice
 from llmtune.store.atomic_files import hash_folder
+from llmtune.store.json_shapes import read_curve
 from llmtune.store.release_store import find_source
-from llmtune.store.run_folder import read_curve, read_run
+from llmtune.store.run_folder import read_run
 
 CLEAN, OVERLAPPING = "clean rows", "overlapping rows"
 KINDS = {

@@ -11,7 +11,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from llmtune.store.atomic_files import list_folder, read_json, read_json_lines
-from llmtune.store.run_folder import read_curve
+from llmtune.store.json_shapes import read_curve
 
 MACHINE_KEYS = {"tokens_per_second", "peak_bytes", "epoch"}
 """Keys of a metrics.jsonl line that depend on the machine, or follow from other keys."""

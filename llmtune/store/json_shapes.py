@@ -11,7 +11,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
 from llmtune.errors import EnvironmentProblem, LlmtuneError
-from llmtune.store.atomic_files import explained, plain, read_json
+from llmtune.store.atomic_files import explained, plain, read_json, read_json_lines
 
 FIX = "Restore the file, or run the recipe again with --fresh."
 Count = Annotated[int, Field(ge=0, lt=2**63)]
@@ -160,6 +160,9 @@ class Findings(TypedDict, total=False):
     """The run that this one reproduces."""
 
 
+METRICS = "metrics.jsonl"
+
+
 class CurveLine(TypedDict):
     """A line of metrics.jsonl."""
 
@@ -188,6 +191,11 @@ STEP_FACTS: dict[str, Any] = {
 @cache
 def _adapter(shape: Any) -> TypeAdapter[Any]:
     return TypeAdapter(shape)
+
+
+def read_curve(run: Path) -> list[dict[str, Any]]:
+    """Return the lines of metrics.jsonl, without damaged or truncated lines."""
+    return [line for line in read_json_lines(run / METRICS) if find_misfit(line, CurveLine) is None]
 
 
 def find_misfit(content: object, shape: Any) -> str | None:

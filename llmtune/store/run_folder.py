@@ -24,17 +24,16 @@ from llmtune.store.atomic_files import (
     hash_path,
     list_folder,
     read_json,
-    read_json_lines,
     remove,
     write_json,
     write_text,
 )
-from llmtune.store.json_shapes import STEP_FACTS, CurveLine, Findings, Moment, check_shape, find_misfit, read_record
+from llmtune.store.json_shapes import STEP_FACTS, Findings, Moment, check_shape, read_record
 from llmtune.store.machine import Meter
 from llmtune.store.processes import rank
 from llmtune.store.release_store import is_stored
 
-MANIFEST, METRICS = "run.json", "metrics.jsonl"
+MANIFEST = "run.json"
 BUDGET = ".micro_batch_tokens"
 """File in which ranks other than 0 leave a reduced budget after running out of memory."""
 OWN_FOLDERS = (
@@ -346,11 +345,6 @@ def updating_reports(path: Path) -> Iterator[None]:
 def trained_name(recipe: Recipe) -> str:
     """Return the name of the run's subfolder with the trained adapter or weights."""
     return "weights" if recipe.adapter.method == "full" else "adapter"
-
-
-def read_curve(run: Path) -> list[dict[str, Any]]:
-    """Return the lines of metrics.jsonl, without damaged or truncated lines."""
-    return [line for line in read_json_lines(run / METRICS) if find_misfit(line, CurveLine) is None]
 
 
 def _refuse_foreign(path: Path, manifest: Manifest | None, fingerprint: str, resume: bool, fresh: bool) -> None:
