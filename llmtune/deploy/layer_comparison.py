@@ -21,6 +21,16 @@ class LayerOutputs:
     base: torch.Tensor | None
 
 
+@dataclass(frozen=True)
+class LayerDifference:
+    """A layer whose outputs differ from those of the tuned model."""
+
+    layer: str
+    """Module name."""
+    text: str
+    """By how much, for a certificate."""
+
+
 RecordedLayers = dict[str, LayerOutputs]
 """By module name, in the order of computation."""
 WRAPPERS = ".modules_to_save.default"
@@ -55,12 +65,14 @@ def record_layers(model: torch.nn.Module, inputs: Mapping[str, Any]) -> Recorded
     return found
 
 
-def find_first_difference(expected: RecordedLayers, actual: Mapping[str, torch.Tensor], least: float) -> str | None:
-    """Describe the layer where the relative difference of outputs grows most; None if none differs by `least`.
+def find_first_difference(
+    expected: RecordedLayers, actual: Mapping[str, torch.Tensor], least: float
+) -> LayerDifference | None:
+    """Return the layer where the relative difference of outputs grows most; None if none differs by `least`.
 
     Up to this layer both models compute nearly the same, so its own weights, or their rounding, are the cause.
     """
-    worst, text, before = 0.0, None, 0.0
+    worst, first, before = 0.0, None, 0.0
     for name, layer in expected.items():
         if name not in actual or actual[name].shape != layer.tuned.shape:
             continue
@@ -72,5 +84,6 @@ def find_first_difference(expected: RecordedLayers, actual: Mapping[str, torch.T
                 share = measure_share([layer.base], [layer.tuned], [actual[name]], "layer")
                 text += "" if share is None else f", and have {share:.0%} of its adapter's effect"
             text += f"; those of earlier layers differ by at most {before:.1%}" if before else ""
+            first = LayerDifference(name, text)
         before = max(before, difference)
-    return text
+    return first

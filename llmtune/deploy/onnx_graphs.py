@@ -15,6 +15,7 @@ import torch
 from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
+from llmtune.deploy.layer_comparison import LayerDifference
 from llmtune.deploy.onnx_model import CROSS, DECODER, ENCODER, MODEL, PRESENT, cache_argument
 from llmtune.deploy.onnx_session import PAST
 from llmtune.deploy.parity_reference import HeadReference, TunedReference
@@ -26,7 +27,11 @@ from llmtune.model.library_logging import silent
 
 LARGEST_FILE = 1.5e9
 """Bytes of weights up to which a graph is one file; protobuf ends at 2 GB."""
+FLOAT32_SHARE = 0.25
+"""Largest share of an encoder's linear layers that an int8 graph may keep in float32."""
 GraphInputs = Mapping[str, torch.Tensor]
+FindDifference = Callable[[Path, Mapping[str, str]], LayerDifference | None]
+"""Finds the layer of an int8 graph that rounding changed too much, given the outputs of layers by module name."""
 
 
 @dataclass(frozen=True)
@@ -197,13 +202,21 @@ def _other_cache(model: PreTrainedModel) -> RecipeError:
 # Files
 
 
-def write_graph(model: PreTrainedModel, graph: Graph, folder: Path, int8: bool) -> dict[str, str]:
-    """Trace one graph and write it; return the names of linear layers' outputs by the modules' names.
+@dataclass(frozen=True)
+class WrittenGraph:
+    """The layers of a graph in its file."""
+
+    layers: dict[str, str]
+    """Names of linear layers' outputs by module name; empty if the weights are in a file of their own."""
+    float32_layers: list[str]
+    """Linear layers of an int8 graph that stay in float32, because rounding changes their outputs too much."""
+
+
+def write_graph(model: PreTrainedModel, graph: Graph, folder: Path, find: FindDifference | None) -> WrittenGraph:
+    """Trace one graph and write it; in int8 with `find`, which finds layers that have to stay in float32.
 
     Raises EnvironmentProblem if torch cannot trace the model.
     """
-    import onnx
-
     traced, values = _Traced(model, graph), tuple(graph.inputs.values())
     shapes = {"values": tuple(graph.sizes(name) for name in graph.inputs)}
     options: Any = {"dynamo": True, "verbose": False, "dynamic_shapes": shapes, "optimize": True}
@@ -229,28 +242,40 @@ def write_graph(model: PreTrainedModel, graph: Graph, folder: Path, int8: bool) 
         node.metadata_props.clear()  # paths of this machine
     weights = sum(part.numel() * part.element_size() for part in model.parameters())
     large = weights > LARGEST_FILE
-    program.save(folder / graph.file, external_data=large)
-    if int8:
-        quantize(folder / graph.file, large, by_block=not is_encoder(model.config))
+    file = folder / graph.file
+    program.save(file, external_data=large)
     if large:
-        return {}  # layers are read from a graph in one piece
-    outputs = {name for node in onnx.load(folder / graph.file).graph.node for name in node.output}
-    return {module: name for module, name in layers.items() if name in outputs}  # constant folding removes some
+        layers = {}  # they are read from a graph in one piece
+    kept = [] if find is None else quantize(file, layers, find, external=large, by_block=not is_encoder(model.config))
+    return WrittenGraph(_in_graph(file, layers), kept)
 
 
-def quantize(file: Path, external: bool, *, by_block: bool) -> None:
+def _in_graph(file: Path, layers: Mapping[str, str]) -> dict[str, str]:
+    """Return the layers whose outputs a graph has: constant folding removes some."""
+    import onnx
+
+    graph = onnx.load(file, load_external_data=False).graph
+    outputs = {name for node in graph.node for name in node.output}
+    return {module: name for module, name in layers.items() if name in outputs}
+
+
+def quantize(
+    file: Path, layers: Mapping[str, str], find: FindDifference, *, external: bool, by_block: bool
+) -> list[str]:
     """Round the weights of a graph's matrix products to int8, in place; also the embeddings, unless `by_block`.
+
+    Return the layers that stay in float32.
 
     With `by_block`, 32 weights, and 32 of the numbers that they are multiplied with, share a scale: single channels of
     decoders are so large that one scale per row hides the others. In SmolLM2 a mean KL of 1.0 became 0.012; with the
     embeddings in int8 it is 0.018, and the first choice agrees at 90 % of positions instead of 95 %.
     """
     import onnx
-    from onnxruntime.quantization import QuantType, quantize_dynamic
     from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     folded, rounded = (file.with_name(f"{step}-{file.name}") for step in ("folded", "rounded"))
+    kept: list[str] = []
     with silent():  # first, to transpose weights that two layers share
         quant_pre_process(file, folded, skip_symbolic_shape=True, save_as_external_data=external)
         if by_block:
@@ -259,15 +284,56 @@ def quantize(file: Path, external: bool, *, by_block: bool) -> None:
             quantizer.process()
             quantizer.model.save_model_to_file(str(rounded), external)
         else:
-            quantize_dynamic(
-                folded,
-                rounded,
-                op_types_to_quantize=["MatMul", "Gather"],
-                per_channel=True,
-                reduce_range=True,  # 7 bits of weights: CPUs without VNNI add pairs of products in 16 bits
-                weight_type=QuantType.QInt8,
-                use_external_data_format=external,
-            )
+            kept = _round_channels(folded, rounded, _in_graph(folded, layers), find, external)
     for part in (*file.parent.glob(f"{file.name}*"), *file.parent.glob(f"{folded.name}*")):
         part.unlink()
     rounded.replace(file)
+    return kept
+
+
+def _round_channels(
+    folded: Path, rounded: Path, layers: Mapping[str, str], find: FindDifference, external: bool
+) -> list[str]:
+    """Round with a scale per output channel, again for each layer that then differs too much: it stays in float32.
+
+    Return these layers. The last graph still differs if they would be more than `FLOAT32_SHARE`.
+    """
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    kept: list[str] = []
+    products = _find_products(folded, layers)
+    while True:
+        quantize_dynamic(
+            folded,
+            rounded,
+            op_types_to_quantize=["MatMul", "Gather"],
+            per_channel=True,
+            reduce_range=True,  # 7 bits of weights: CPUs without VNNI add pairs of products in 16 bits
+            weight_type=QuantType.QInt8,
+            nodes_to_exclude=[products[layer] for layer in kept],
+            use_external_data_format=external,
+        )
+        difference = find(rounded, layers)
+        if (
+            difference is None or difference.layer not in products.keys() - kept
+        ):  # its inputs may differ, not its weights
+            return kept
+        if len(kept) + 1 > FLOAT32_SHARE * len(layers):
+            return kept
+        kept.append(difference.layer)
+
+
+def _find_products(file: Path, layers: Mapping[str, str]) -> dict[str, str]:
+    """Return the name of each layer's matrix product: its output, or the output before the bias is added."""
+    import onnx
+
+    makers = {name: node for node in onnx.load(file, load_external_data=False).graph.node for name in node.output}
+    products = {}
+    for layer, output in layers.items():
+        node = makers[output]
+        if node.op_type == "Add":
+            node = next((makers[name] for name in node.input if name in makers), node)
+        if node.op_type in ("MatMul", "Gemm"):
+            # quantize_dynamic first splits a Gemm
+            products[layer] = node.name if node.op_type == "MatMul" else f"{node.name}_MatMul"
+    return products

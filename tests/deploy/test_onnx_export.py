@@ -17,6 +17,7 @@ from transformers import BertForMaskedLM
 
 import llmtune.deploy.onnx_export as exporting
 from llmtune.adapter.merging import merge_adapter as really_merge
+from llmtune.deploy import onnx_graphs
 from llmtune.deploy.merged_model import save_settings as really_save
 from llmtune.deploy.onnx_export import check_onnx, make_onnx
 from llmtune.deploy.onnx_model import open_onnx_export
@@ -218,6 +219,9 @@ def test_a_planted_fault_fails_with_its_cause(fault, tmp_path, trained, console,
     fails(run, console, said)
 
 
+HIDDEN = "bert.encoder.layer.1.attention.output.dense"
+
+
 def build_wide(folder):
     """Build a BERT with one channel between two layers that hides the others in 8 bits; its outputs are the same."""
     model = BertForMaskedLM.from_pretrained(families.build_bert(folder))
@@ -229,14 +233,42 @@ def build_wide(folder):
     return folder
 
 
+@pytest.fixture(scope="module")
+def outlier_run(tmp_path_factory, tiny_llama):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(families, "build_wide", build_wide, raising=False)
+        narrow = {"adapter": {"target_modules": ["query", "intermediate.dense"]}, **SILENT}
+        tuned = {**narrow, "train": {"num_train_epochs": 3, "learning_rate": 1e-2}}
+        patch.setitem(CASES, "wide", ("wide", "classify", COLOURS, tuned, []))
+        return train(tmp_path_factory.mktemp("wide"), tiny_llama, "wide")
+
+
 @pytest.mark.slow
-def test_int8_of_a_layer_with_outliers_fails(tmp_path, tiny_llama, console, monkeypatch):
-    monkeypatch.setattr(families, "build_wide", build_wide, raising=False)
-    query = {"adapter": {"target_modules": ["query"]}, **SILENT}
-    monkeypatch.setitem(CASES, "wide", ("wide", "classify", COLOURS, query, []))
-    run = train(tmp_path, tiny_llama, "wide")
-    fails(run, console, ["first layer that differs is bert.encoder.layer.1.attention.output.dense"], int8=True)
-    assert make_onnx(open_finished(run, console, offline=True))["passed"]
+def test_int8_leaves_a_layer_with_outliers_in_float32_and_names_it(outlier_run, tmp_path):
+    result = invoke("deploy", "onnx", outlier_run, "--int8", "--out", tmp_path / "int8")
+    assert result.exit_code == 0, result.output
+    assert f"in float32, because int8 changes their outputs too much: {HIDDEN}" in result.output
+    certificate = json.loads((tmp_path / "int8/certificate.json").read_text())
+    assert (certificate["passed"], certificate["float32_layers"]) == (True, [HIDDEN])
+    assert not [file for file in (tmp_path / "int8").iterdir() if file.name.startswith(("folded", "rounded"))]
+    weights = onnx.load(tmp_path / "int8/model.onnx").graph.initializer
+    assert [[*one.dims] for one in weights if one.data_type == onnx.TensorProto.FLOAT and len(one.dims) > 1] == [
+        [64, 64]
+    ]
+    again = invoke("deploy", "certify", tmp_path / "int8", "--run", outlier_run)
+    assert again.exit_code == 0, again.output
+    float32 = make_onnx(open_finished(outlier_run, pairs.quiet(), offline=True), tmp_path / "float32")
+    assert float32["passed"]
+    assert "float32_layers" not in float32
+    assert certificate["weights_bytes"] < float32["weights_bytes"] / 2
+
+
+@pytest.mark.slow
+def test_int8_fails_if_too_many_layers_would_stay_in_float32(outlier_run, tmp_path, console, monkeypatch):
+    monkeypatch.setattr(onnx_graphs, "FLOAT32_SHARE", 0.0)
+    run = shutil.copytree(outlier_run, tmp_path / "run")
+    fails(run, console, [f"first layer that differs is {HIDDEN}", "omit --int8"], int8=True)
+    assert json.loads((tmp_path / "out.failed.json").read_text())["float32_layers"] == []
 
 
 def test_labels_in_another_order_than_the_outputs_fail(tmp_path, trained, console, monkeypatch):

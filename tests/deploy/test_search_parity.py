@@ -80,6 +80,15 @@ def test_an_onnx_export_is_certified_in_cosines_and_scores(kind, int8, trained, 
     assert certificate["measured"]["difference_mean"] < (3e-2 if int8 else 1e-5)
 
 
+def test_layers_are_compared_at_tokens_and_not_at_padding(trained, console):
+    reference = make_reference(load_tuned(open_finished(trained("barely trained vectors"), console, offline=True)))
+    texts, compared = reference.batches[0], exporting.example_inputs(reference)
+    lengths = texts["attention_mask"].sum(1)
+    assert lengths.min() < lengths.max()  # the batch is padded
+    assert compared["attention_mask"].tolist() == [[1] * int(lengths.max())]
+    assert torch.equal(compared["input_ids"][0], texts["input_ids"][lengths.argmax()])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", RUNS)
 @pytest.mark.parametrize("int8", [False, True])
