@@ -313,7 +313,9 @@ def test_the_guide_every_week_runs(here: Path, tiny_llama: Path) -> None:
     text = (Path(__file__).parents[1] / "docs" / "every-week.md").read_text(encoding="utf-8")
     stated, job = (YAML(typ="safe").load(block) for block in re.findall(r"```yaml\n(.*?)```", text, flags=re.DOTALL))
     assert [step["run"] for step in job["jobs"]["tune"]["steps"] if "run" in step][-1] == "llmtune run tickets.yaml"
-    gates = [gate.replace("0.7", "0").replace("0.6", "0").replace("0.03", "1.03") for gate in stated["evaluate"]["gates"]]
+    gates = [
+        gate.replace("0.7", "0").replace("0.6", "0").replace("0.03", "1.03") for gate in stated["evaluate"]["gates"]
+    ]
     sections = {**stated, "evaluate": {**stated["evaluate"], "gates": gates}, "name": None}
     recipe = write_recipe(here / "tickets.yaml", tiny_llama, "rows.jsonl", **sections)
     recipe.write_text("".join(line for line in recipe.read_text().splitlines(True) if not line.startswith("name:")))
