@@ -168,9 +168,11 @@ def ingest_rows(
     account.publish()
     if account.bad[f"bad: {NOT_UTF8}"]:
         account.hints += [problem for one in inputs if (problem := encoding_hint(one.input))]
-    if account.unreadable or account.hints:
+    if account.unreadable:
         raise DataError(*dict.fromkeys(account.unreadable), *account.problems())
     _check_share(account, data.max_dropped)
+    if account.hints:
+        raise DataError(*account.problems())
     check_columns(columns or {}, tuple(account.columns))
     return account
 
@@ -395,5 +397,6 @@ def _check_share(account: IngestState, allowed: float) -> None:
     if account.rows_in and bad / account.rows_in <= allowed and bad < account.rows_in:
         return
     looked, share = f"{bad:,} of {account.rows_in:,} rows", bad / max(account.rows_in, 1)
-    more = (OTHER_FILE if account.bad[f"bad: {NOT_UTF8}"] else "") + f" All of them: {account.list_file}"
+    is_mixed = account.bad[f"bad: {NOT_UTF8}"] and not account.hints
+    more = (OTHER_FILE if is_mixed else "") + f" All of them: {account.list_file}"
     raise DataError(too_many_bad(looked, share, allowed, more), *account.problems())
