@@ -181,7 +181,6 @@ OTHER_FILE = (
     " Rows that are not UTF-8 come from a file in another encoding: keep them in a file of their own, and state its"
     " `encoding`."
 )
-"""The fix for a file in several encodings."""
 
 
 @dataclass
@@ -397,6 +396,6 @@ def _check_share(account: IngestState, allowed: float) -> None:
     if account.rows_in and bad / account.rows_in <= allowed and bad < account.rows_in:
         return
     looked, share = f"{bad:,} of {account.rows_in:,} rows", bad / max(account.rows_in, 1)
-    is_mixed = account.bad[f"bad: {NOT_UTF8}"] and not account.hints
-    more = (OTHER_FILE if is_mixed else "") + f" All of them: {account.list_file}"
+    more = OTHER_FILE if account.bad[f"bad: {NOT_UTF8}"] and not account.hints else ""
+    more += f" All of them: {account.list_file}"
     raise DataError(too_many_bad(looked, share, allowed, more), *account.problems())
