@@ -102,9 +102,8 @@ class IngestState:
     def add_bad(self, origin: str, error: RowError) -> None:
         """Count a bad row and add it to the list."""
         self.bad[f"bad: {error.reason}"] += 1
-        what = f"{error.reason}: {error.detail}" if error.detail else error.reason
         if len(self.first) < SHOWN:
-            self.first.append(Problem(what, origin))
+            self.first.append(Problem(f"{error.reason}: {error.detail}" if error.detail else error.reason, origin))
         line = json.dumps({"origin": origin, "reason": error.reason, "detail": error.detail})
         self._lines.write(line.encode() + b"\n")
 
@@ -235,9 +234,9 @@ def try_rows(
             check_columns(columns, tuple(tried.columns))
         return tried
     looked = f"{len(tried.bad):,} of {tried.rows_in:,} rows" if tried.whole else f"the first {len(tried.bad):,} rows"
-    first = [Problem(str(error), origin) for origin, error in tried.bad[:SHOWN]]
     more = OTHER_FILE if _lack_utf8(tried.bad) else ""
-    raise DataError(*(hints or [too_many_bad(looked, share, data.max_dropped, more)]), *first)
+    problems = hints or [too_many_bad(looked, share, data.max_dropped, more)]
+    raise DataError(*problems, *(Problem(str(error), origin) for origin, error in tried.bad[:SHOWN]))
 
 
 def _lack_utf8(bad: Sequence[tuple[str, RowError]]) -> bool:
@@ -396,6 +395,6 @@ def _check_share(account: IngestState, allowed: float) -> None:
     if account.rows_in and bad / account.rows_in <= allowed and bad < account.rows_in:
         return
     looked, share = f"{bad:,} of {account.rows_in:,} rows", bad / max(account.rows_in, 1)
-    more = OTHER_FILE if account.bad[f"bad: {NOT_UTF8}"] and not account.hints else ""
-    more += f" All of them: {account.list_file}"
+    other = OTHER_FILE if account.bad[f"bad: {NOT_UTF8}"] and not account.hints else ""
+    more = f"{other} All of them: {account.list_file}"
     raise DataError(too_many_bad(looked, share, allowed, more), *account.problems())
