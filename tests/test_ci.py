@@ -260,6 +260,7 @@ def test_every_command_of_a_job_parses(name: str) -> None:
 def test_the_example_judges_the_quickstart_against_a_champion(tmp_path: Path) -> None:
     (tmp_path / "model.yaml").write_text((ROOT / "recipes" / "quickstart.yaml").read_text())
     shutil.copy(CI / "tune.yaml", tmp_path)
+    (tmp_path / "releases").mkdir()
     recipe = load_recipe(str(tmp_path / "tune.yaml")).recipe
     assert (recipe.name, recipe.evaluate.looks) == ("quickstart", 52)
     assert recipe.evaluate.champion == str(tmp_path / "releases")

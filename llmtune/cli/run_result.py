@@ -13,7 +13,6 @@ from llmtune import __version__
 from llmtune.cli.output_streams import end_with, print_json
 from llmtune.errors import Problem, RecipeError
 from llmtune.records import Json
-from llmtune.store.run_folder import REPORTS
 
 if TYPE_CHECKING:
     from llmtune.recipe.loader import LoadedRecipe
@@ -40,6 +39,8 @@ class RunResult:
 
     def begin(self, loaded: LoadedRecipe, folder: Path) -> None:
         """Note the recipe and the run folder, before anything is written there."""
+        from llmtune.store.run_folder import REPORTS  # late: imports the recipe's schema, slow for --help
+
         self.loaded, self.folder = loaded, Path(os.path.abspath(folder))
         self.before = {name: _stamp(self.folder / name) for name in REPORTS}
 
@@ -47,6 +48,7 @@ class RunResult:
         """Return the document, `report.run_document.RunDocument`."""
         from llmtune.report.run_document import SCHEMA_VERSION, describe_report
         from llmtune.store.atomic_files import read_json
+        from llmtune.store.run_folder import REPORTS
 
         folder, recipe = self.folder, self.loaded.recipe if self.loaded else None
         written = [name for name in REPORTS if folder and _stamp(folder / name) not in (None, self.before[name])]

@@ -27,7 +27,7 @@ from llmtune.model.model_selection import (
     show_ranking,
 )
 from llmtune.recipe.loader import LoadedRecipe
-from llmtune.recipe.schema import Recipe
+from llmtune.recipe.schema import DeploySection, Recipe
 from llmtune.recipe.training_rule import with_length
 from llmtune.records import Json, Rows
 from llmtune.store.atomic_files import hash_file, hash_value, plain
@@ -132,7 +132,7 @@ def with_candidate(loaded: LoadedRecipe, candidate: RankedModel, steps: int) -> 
         "model": alone.recipe.model.model_copy(update=model),
         "train": alone.recipe.train.model_copy(update=train),
     }
-    recipe = alone.recipe.model_copy(update={**sections, "deploy": ()})
+    recipe = alone.recipe.model_copy(update={**sections, "deploy": DeploySection()})
     return replace(alone, recipe=recipe, fingerprint=hash_value([loaded.fingerprint, name, steps]))
 
 

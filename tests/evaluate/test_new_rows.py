@@ -40,6 +40,10 @@ def champion(tmp_path_factory: pytest.TempPathFactory, built: Any) -> Path:
     return folder / "champion"
 
 
+def read_report(done: Any) -> Any:
+    return json.loads(Path(json.loads(done.stdout)["reports"]["json"]).read_text())
+
+
 def run_week(champion: Path, out: Path, rows: str, built: Any, against: Path | None = None, **settings: Any) -> Any:
     """Run a week: the champion's rows and a further file."""
     place = champion.parent
@@ -65,7 +69,7 @@ def test_a_week_with_wrong_labels_is_named_before_training_and_fails_on_its_new_
     assert told.index("bad.jsonl: ") < told.index("step 1"), "before training"
     assert "labels that the champion never saw differ from its predictions" in told
     assert "far more than expected" in told
-    report = json.loads(done.stdout)
+    report = read_report(done)
     verdict, new = report["verdict"], report["evaluation"]["champion"]["new"]
     assert verdict["word"] == "worse", verdict
     assert "bad.jsonl" in verdict["reason"]
@@ -88,7 +92,7 @@ def test_a_week_with_right_labels_passes_its_gates_on_new_rows(champion: Path, t
     done = run_week(champion, tmp_path / "good", "good.jsonl", built)
     assert done.exit_code == 0, done.stderr
     assert "far more than expected" not in done.stderr
-    report = json.loads(done.stdout)
+    report = read_report(done)
     assert [gate["passed"] and gate["applies"] for gate in report["gates"]] == [True, True, True]
     assert report["verdict"]["word"] in ("better", "inconclusive", "within margin")
 
@@ -121,7 +125,7 @@ def test_gates_on_new_rows_do_not_apply_without_new_rows_a_champion_or_its_rows(
         words = [word for text in (*sets, "evaluate.gates=['accuracy[new] >= 0.99']") for word in ("--set", text)]
         done = invoke("run", recipe, "--out", out, "--offline", "--json", *words)
         assert done.exit_code == 0, done.stderr
-        (gate,) = json.loads(done.stdout)["gates"]
+        (gate,) = read_report(done)["gates"]
         assert (gate["passed"], gate["applies"], gate["got"]) == (True, False, "not applicable")
         assert why in gate["note"]
         assert why in " ".join(done.stderr.split())
@@ -142,7 +146,7 @@ def test_rows_of_classes_that_the_champion_does_not_have_are_counted_apart(
     told = " ".join(done.stderr.split())
     assert "30 more are of classes that it does not have" in told
     assert "far more than expected" not in told
-    report = json.loads(done.stdout)
+    report = read_report(done)
     new = report["evaluation"]["champion"]["new"]
     assert new["before"]["accuracy"] < 0.9, "it cannot answer violet rows, which count as wrong"
 
@@ -154,7 +158,7 @@ def test_a_column_named_new_is_a_slice_like_any_other(champion: Path, tmp_path: 
     write_jsonl(champion.parent / "champion.rows.jsonl", old)
     done = run_week(champion, tmp_path / "column", "column.jsonl", built, slices=["new"], gates=GATES[:1])
     assert done.exit_code == 0, done.stderr
-    evaluation = json.loads(done.stdout)["evaluation"]
+    evaluation = read_report(done)["evaluation"]
     assert {one["value"] for one in evaluation["slices"]["new"]} == {"yes", "no"}
     by_value = {one["value"]: one["rows"] for one in evaluation["slices"]["new"]}
     assert evaluation["champion"]["new"]["scores"]["rows"] > by_value["yes"]
