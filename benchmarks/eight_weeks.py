@@ -81,7 +81,7 @@ def serving(folder: Path) -> tuple[str, str]:
 
 
 def train(folder: Path, number: str, what: str) -> Week:
-    """Run the week's command and look at what it left."""
+    """Run the week's command; read its results and the release."""
     started = time.monotonic()
     done = llmtune(folder, "run", f"{NAME}.yaml", "--json")
     (folder / f"week{number}.log").write_text(done.stdout + "\n----\n" + done.stderr)

@@ -1,7 +1,7 @@
 """Real rows that grow week by week: Debian packages, and the one purpose (`use::`) that their debtags name.
 
 Reads the package lists of the machine's apt. A row has the package's name, its short description, its size and its
-purpose. Only one package of a source is kept, so that no row is a near copy of another.
+purpose. Only one package of a source is kept: packages of one source are near copies.
 """
 
 from __future__ import annotations

@@ -343,7 +343,7 @@ class Evaluation:
     baseline: str | None = None
     """Name of the baseline that replaces a base model without a trained head; None with a base model."""
     baseline_reason: str = ""
-    """Why the base model cannot answer, so that the baseline replaces it."""
+    """Why the base model cannot answer; the baseline then replaces it."""
     guessable: tuple[str, ...] = ()
     """Metrics in which guessing by class frequency beats the baseline on these rows."""
     details: Json = field(default_factory=dict)

@@ -77,7 +77,7 @@ def test_weeks_that_pass_are_promoted_those_that_fail_are_not_and_a_rollback_las
     assert f"release tiny: stays at {second}, because of loss <= 0.01" in printed
     assert read_current("tiny") == second
     report = json.loads((third_run / "report.json").read_text())
-    assert report["release"] | {"told": ""} == {"name": "tiny", "current": second, "promoted": False, "told": ""}
+    assert report["release"] | {"message": ""} == {"name": "tiny", "current": second, "promoted": False, "message": ""}
     suite = ElementTree.parse(third_run / "junit.xml").getroot()[0]
     (case,) = suite.findall("testcase[@classname='llmtune.release']")
     assert case.find("skipped") is not None

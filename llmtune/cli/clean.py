@@ -41,25 +41,25 @@ def clean_command(
         fix = "Use: llmtune clean --all --keep-releases N"
         raise RecipeError.of("it applies to all runs only", "--keep-releases", fix)
     if run is None:
-        found = cleaning.clean_all(keep_releases=keep_releases, keep_models=list_unrestorable(), dry_run=dry_run)
+        result = cleaning.clean_all(keep_releases=keep_releases, keep_models=list_unrestorable(), dry_run=dry_run)
     else:
-        found = cleaning.clean_run(run, dry_run=dry_run)
+        result = cleaning.clean_run(run, dry_run=dry_run)
     if as_json:
         print_json(
             {
                 "dry_run": dry_run,
-                "bytes": found.bytes,
-                "removed": [vars(one) for one in found.removable],
-                "skipped": [{"path": path, "reason": reason} for path, reason in found.skipped.items()],
+                "bytes": result.bytes,
+                "removed": [vars(one) for one in result.removable],
+                "skipped": [{"path": path, "reason": reason} for path, reason in result.skipped.items()],
             }
         )
     else:
-        for one in found.removable:
+        for one in result.removable:
             typer.echo(f"{size(one.bytes):>8}  {one.path}  {one.reason}")
-        for path, reason in found.skipped.items():
+        for path, reason in result.skipped.items():
             stderr_console().print(f"skipped {path}: {reason}", highlight=False, markup=False, soft_wrap=True)
-        typer.echo(f"{size(found.bytes):>8}  {'would be removed' if dry_run else 'removed'}")
-    if found.failed:
+        typer.echo(f"{size(result.bytes):>8}  {'would be removed' if dry_run else 'removed'}")
+    if result.failed:
         raise typer.Exit(EnvironmentProblem.exit_code)
 
 

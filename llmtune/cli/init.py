@@ -83,12 +83,12 @@ def init(
     text, model = propose_recipe(survey, reading, target, model, splits, corpus)
     is_ready = _save(target, text, provisional, console)
     if as_json:
-        about = {"columns": reading.columns, "roles": reading.roles, "undecided": [*provisional], "ready": is_ready}
+        details = {"columns": reading.columns, "roles": reading.roles, "undecided": [*provisional], "ready": is_ready}
         counted = [{"column": one.column, "classes": dict(one.counts.most_common())} for one in candidates]
-        print_json({"recipe": str(target), "task": reading.task, "model": model, **about, "candidates": counted})
+        print_json({"recipe": str(target), "task": reading.task, "model": model, **details, "candidates": counted})
         return
     typer.echo(f"wrote {target} (task {reading.task}, model {model}) and {SCHEMA}")
-    fix = "" if is_ready else f"fix what is listed above, in the rows or in {target}; then "
+    fix = "" if is_ready else f"fix the problems above, in the rows or in {target}; then "
     choose = f"choose {', '.join(provisional)} in {target}, marked {UNDECIDED}; then " if provisional else ""
     typer.echo(f"next: {fix}{choose}llmtune run {target}")
 
@@ -107,7 +107,7 @@ def _join_files(path: str, target: Path, console: Console) -> tuple[RetrievalSet
 
 
 def _save(target: Path, text: str, provisional: Mapping[str, str], console: Console) -> bool:
-    """Write the recipe and its schema, and report what is wrong with its rows; open values count as `provisional`.
+    """Write the recipe and its schema, and report problems of its rows; open values count as `provisional`.
 
     Return whether the rows can be prepared.
     """
@@ -233,8 +233,8 @@ def _print_survey(survey: Survey, reading: Reading, readings: list[Reading], con
 
     count = f"{len(reading.rows) + sum(reading.bad.values()):,}" + ("" if survey.whole else " and more")
     files = f"{len(survey.files):,} files, " if len(survey.files) > 1 else ""
-    about = f"{files}{count} rows, {survey.encodings}; columns {', '.join(survey.columns)}"
-    console.print(f"{survey.path}: {about}", markup=False)
+    summary = f"{files}{count} rows, {survey.encodings}; columns {', '.join(survey.columns)}"
+    console.print(f"{survey.path}: {summary}", markup=False)
     notes = [(number, f"cannot be read ({reason})") for reason, number in reading.bad.items()]
     for number, what in (*notes, (reading.copies, "are copies of others")):
         if number:

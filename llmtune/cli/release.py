@@ -93,13 +93,13 @@ def list_release_files(
     from llmtune.evaluate.release_records import list_all_releases
     from llmtune.report.number_format import score
 
-    found = list_all_releases(folder)
+    releases = list_all_releases(folder)
     if as_json:
-        print_json([summarize_release(*one) for one in found])
+        print_json([summarize_release(*one) for one in releases])
         return
-    if not found:
+    if not releases:
         stderr_console().print(f"no releases in {folder} yet; make one: llmtune release RUN", markup=False)
-    for path, release in found:
+    for path, release in releases:
         summary = summarize_release(path, release)
         scores = ", ".join(f"{name} {score(value)}" for name, value in release["tuned"].items())
         marked = f"{'*' if summary['current'] else ' '} {summary['address'] or path}"

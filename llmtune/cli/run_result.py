@@ -1,4 +1,4 @@
-"""The document of a command that runs a recipe: collects what is known, and describes it when the command ends."""
+"""Collects the results of a command that runs a recipe, and makes its JSON document when it ends."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def print_usage_error(command: str, message: str) -> None:
 def _stamp(file: Path) -> Stamp | None:
     """Return what changes when a file is replaced; None without the file."""
     try:
-        found = file.stat()
+        status = file.stat()
     except OSError:
         return None
-    return found.st_ino, found.st_mtime_ns
+    return status.st_ino, status.st_mtime_ns

@@ -88,7 +88,7 @@ def skip_bom(stream: ByteStream) -> None:
 
 
 class OtherEncodingError(Exception):
-    """A file is in another encoding than stated, though its bytes can be read in both: what it is, and the fix."""
+    """A file is in another encoding than stated, and its bytes can be read in both."""
 
     def __init__(self, encoding: str, stated: str) -> None:
         self.what = f"the file is {encoding}, and its source states {stated}"

@@ -100,23 +100,23 @@ def require_one_spelling(rows: Iterable[tuple[str, Mapping[str, object]]], recip
     Raises:
         DataError: One problem for each group of names, with the rows of each.
     """
-    found = defaultdict[str, Spelling](Spelling)
+    spellings = defaultdict[str, Spelling](Spelling)
     for origin, row in rows:
         file = read_origin(origin)[0]
         for name in names_in(row):
-            found[name].files[file] += 1
-            found[name].first.setdefault(file, origin)
+            spellings[name].files[file] += 1
+            spellings[name].first.setdefault(file, origin)
     facts = TASK_FACTS[recipe.task]
     key = facts.section if facts.answer_kind in NAMED else None
-    words = [name for name in found if not PLAIN_NUMBER.fullmatch(name)]
-    DataError.collect(_problem(group, found, key) for group in similar_names(words, recipe.classes))
-    return [*found]
+    words = [name for name in spellings if not PLAIN_NUMBER.fullmatch(name)]
+    DataError.collect(_problem(group, spellings, key) for group in similar_names(words, recipe.classes))
+    return [*spellings]
 
 
-def _problem(group: list[str], found: Mapping[str, Spelling], key: str | None) -> Problem:
+def _problem(group: list[str], spellings: Mapping[str, Spelling], key: str | None) -> Problem:
     """Return the problem of names that are probably one class; the most frequent is proposed."""
-    best, *others = sorted(group, key=lambda name: (-found[name].files.total(), name))
-    listed = "; ".join(found[name].describe(name) for name in (best, *others))
+    best, *others = sorted(group, key=lambda name: (-spellings[name].files.total(), name))
+    listed = "; ".join(spellings[name].describe(name) for name in (best, *others))
     fix = "Write it the same way in all rows."
     if key is not None:
         pairs = ", ".join(f"{_in_yaml(name)}: {_in_yaml(best)}" for name in others)

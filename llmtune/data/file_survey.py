@@ -109,7 +109,7 @@ class Reading:
 def survey_files(path: str) -> Survey:
     """Read the first rows of a file, or of the files of a folder or glob.
 
-    Raises DataError if a file cannot be read, or has rows of which none can be read.
+    Raises DataError if a file cannot be read, or if none of its rows can be read.
     """
     inputs = [local_input(file) for file in find_files(Source(path=path), "llmtune init")]
     inputs = [replace(one, source=_with_encoding(one)) for one in inputs]
@@ -231,7 +231,7 @@ def _with_classes(survey: Survey, readings: list[Reading], columns: Mapping[str,
 
 
 def _leaves_label_out(survey: Survey, tasks: Sequence[str], columns: Mapping[str, str]) -> bool:
-    """Whether the rows have no answers to learn, so that tasks of a text alone leave a label out."""
+    """Whether the rows have no answers to learn, for example for tasks of a text alone, which leave a label out."""
     has_answers = any(name_words(name) & {*ANSWER_NAMES} for name in survey.columns)
     return not has_answers and {*tasks} <= {"completion", "chat"} and {*columns} <= {"text", "label", "pair"}
 

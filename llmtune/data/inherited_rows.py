@@ -31,7 +31,7 @@ class Inheritance:
     runs: tuple[Path, ...] = ()
     """Run folders with rows, the nearest first."""
     unknown: tuple[str, ...] = ()
-    """Adapters and trained models of which no run folder with rows exists."""
+    """Adapters and trained models without a run folder that has rows."""
 
 
 def find_inheritance(recipe: Recipe) -> Inheritance:

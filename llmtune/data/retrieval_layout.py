@@ -51,8 +51,8 @@ def find_retrieval_set(folder: Path) -> RetrievalSet | None:
 
 def find_corpus(folder: Path, besides: Collection[Path] = ()) -> Path | None:
     """Return the file with all passages in a folder, by its usual names, `besides` other files; None without one."""
-    found = find_data_file(folder, CORPUS_NAMES)
-    return None if found is None or found.resolve() in {file.resolve() for file in besides} else found
+    corpus = find_data_file(folder, CORPUS_NAMES)
+    return None if corpus is None or corpus.resolve() in {file.resolve() for file in besides} else corpus
 
 
 def find_data_file(folder: Path, stems: Collection[str]) -> Path | None:

@@ -16,7 +16,7 @@ from llmtune.store.run_lock import LOCK, Lock, read_lock
 
 SHOWN_CHANGES = 3
 KINDS = ("sha256", "xxh3_128", "commit", "etag")
-"""Keys of a lock's record of a file, one of which identifies its content."""
+"""Keys of a file's record in a lock; one of them identifies its content."""
 
 
 def hash_run(loaded: LoadedRecipe) -> str:
@@ -66,7 +66,7 @@ def explain_new(loaded: LoadedRecipe) -> str:
 
 @dataclass
 class Content:
-    """A file of the data, or all files of a remote source, and what they contain."""
+    """The content of a data file, or of all files of a remote source."""
 
     hashes: set[str]
     lines: int | None

@@ -18,7 +18,7 @@ Number = int | float
 
 
 def read_number(value: object) -> Number | None:
-    """Return the number that a cell is, by itself; None if it is none, or if a comma may separate thousands."""
+    """Return the number in a cell, without its column; None if there is none, or if a comma may separate thousands."""
     text = _text(value)
     if text is None or ("," in text and THREE_DIGITS.fullmatch(text)):
         return None

@@ -158,7 +158,7 @@ def hash_served(context: RunContext) -> str:
 
 
 def find_template(recipe: Recipe) -> Path | None:
-    """Return the user's own file with the chat template; None for the model's, or one that ships with llmtune."""
+    """Return the user's own file with the chat template; None for the model's or a shipped template."""
     stated = recipe.model.chat_template
     return Path(stated) if stated and not stated.startswith("builtin:") else None
 
@@ -254,9 +254,9 @@ def conclude_release(context: RunContext, gates: Sequence[GateResult]) -> None:
             raise
         run.manifest = read_run(run.path).manifest
         changes = promoted.before not in (None, digest)
-        told = f"release {name}: {digest}" + (f", before {promoted.before}" if changes else "")
-        run.note(release={"name": name, "current": digest, "promoted": True, "told": told})
-        context.console.print(told, highlight=False, markup=False)
+        message = f"release {name}: {digest}" + (f", before {promoted.before}" if changes else "")
+        run.note(release={"name": name, "current": digest, "promoted": True, "message": message})
+        context.console.print(message, highlight=False, markup=False)
 
 
 def release_kept(make: Callable[[RunContext], None], context: RunContext) -> None:
@@ -273,6 +273,6 @@ def note_outcome(context: RunContext, why: str) -> None:
     """Note and print that the current release stays."""
     name = context.plan.recipe.name
     current = read_current(name)
-    told = f"release {name}: stays at {current}, {why}" if current else f"release {name}: none yet, {why}"
-    context.folder.note(release={"name": name, "current": current, "promoted": False, "told": told})
-    context.console.print(told, style="yellow", highlight=False, markup=False)
+    message = f"release {name}: stays at {current}, {why}" if current else f"release {name}: none yet, {why}"
+    context.folder.note(release={"name": name, "current": current, "promoted": False, "message": message})
+    context.console.print(message, style="yellow", highlight=False, markup=False)

@@ -136,7 +136,7 @@ def check_champion(
 
 
 def find_champion_run(recipe: Recipe, run: Path) -> Path | None:
-    """Return the champion's folder, which has its model and knows what it learned; None if it is gone.
+    """Return the champion's folder, which has its model and lists the inputs it learned; None if it is gone.
 
     For a release file this is the folder of that name next to `run`, if it has the released weights.
     """

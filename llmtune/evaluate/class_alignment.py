@@ -1,4 +1,4 @@
-"""Classes of two runs in one list, so that their scores pair up where classes are new, renamed or lost.
+"""Puts the classes of two runs into one list: scores then pair up where classes are new, renamed or lost.
 
 Shapes: N rows, K classes of a run, J classes of both.
 """
@@ -97,7 +97,8 @@ def align_classes(
         why = f"{', '.join(map(show_name, merged))} was {max(merged.values())} classes in {other.name}"
         left_out = {metric: why for metric in OF_PROBABILITIES if metric in other.measures.tuned}
         if not {*CLASS_SUMS} & other.measures.tuned.keys():
-            left_out |= {metric: why for metric in ("accuracy", "f1_micro") if metric in other.measures.tuned}
+            cure = f"{why}, and it has no f1_macro to count them from: run once with f1_macro and without this gate"
+            left_out |= {metric: cure for metric in ("accuracy", "f1_micro") if metric in other.measures.tuned}
     other, own = _widen_run(other, other_map, left_out), _widen_run(own, own_map, left_out)
     areas = [run.measures.tuned.get("auroc") for run in (other, own)]
     if areas[0] and areas[1] and areas[0].sums_NK.shape[1] == areas[1].sums_NK.shape[1]:

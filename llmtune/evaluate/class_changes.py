@@ -228,14 +228,14 @@ def _scores_by_row(label: str, own: ScoredRun) -> dict[str, Difference]:
 def _scores_of_table(label: str, evaluation: Evaluation) -> dict[str, Difference]:
     """Return the scores of a class from the table of classes; recall and precision with exact intervals."""
     rows = evaluation.details.get("tuned", {}).get("classes", ())
-    found = next((row for row in rows if row["label"] == label and row["support"]), None)
-    if found is None:
+    scores = next((row for row in rows if row["label"] == label and row["support"]), None)
+    if scores is None:
         return {}
-    support, hits = found["support"], round(found["recall"] * found["support"])
+    support, hits = scores["support"], round(scores["recall"] * scores["support"])
     low, high = exact_interval(hits, support, ERROR)
-    unknown = Difference(found["precision"], math.nan, math.nan, 1.0, support)
+    unknown = Difference(scores["precision"], math.nan, math.nan, 1.0, support)
     return {
-        "recall": Difference(found["recall"], low, high, 1.0, support),
+        "recall": Difference(scores["recall"], low, high, 1.0, support),
         "precision": unknown,
-        "f1": replace(unknown, value=found["f1"]),
+        "f1": replace(unknown, value=scores["f1"]),
     }

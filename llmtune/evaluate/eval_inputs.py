@@ -153,7 +153,7 @@ def make_inputs(
 
 
 def limit_inputs(inputs: EvalInputs, limit: int | None) -> EvalInputs:
-    """Measure at most `limit` rows, spread evenly; those with answers first, so that all metrics share their rows."""
+    """Measure at most `limit` rows, spread evenly; those with answers first: all metrics then share their rows."""
     rows = inputs.answered or range(len(inputs.rows))
     if limit is None or limit >= len(rows):
         return inputs

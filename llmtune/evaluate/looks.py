@@ -45,7 +45,7 @@ class LedgerLine(TypedDict):
 
 @dataclass(frozen=True)
 class Ledger:
-    """Lines of `releases.jsonl` next to the champion for one set of test rows, or for one that grows with the data."""
+    """Lines of `releases.jsonl` next to the champion for one set of test rows, also if it grows with the data."""
 
     path: Path
     tests: str
@@ -102,8 +102,8 @@ def open_ledger(recipe: Recipe, champion: ScoredRun, run: Path | None = None) ->
         fix = "Restore it from the repository. After a merge, keep the lines of both sides."
         raise EnvironmentProblem.of("damaged: a line was not written by llmtune", str(path), fix) from None
     grows = not isinstance(recipe.data.test, tuple)  # then most of a week's test rows are in the next week's too
-    own = tuple(line for line in lines if line["tests"] == tests or (grows and line.get("name") == recipe.name))
-    return Ledger(path, tests, read_release(release)["trained"], own)
+    counted = tuple(line for line in lines if line["tests"] == tests or (grows and line.get("name") == recipe.name))
+    return Ledger(path, tests, read_release(release)["trained"], counted)
 
 
 def check_looks(recipe: Recipe, champion: ScoredRun, fingerprint: str, run: Path | None = None) -> None:
@@ -125,9 +125,9 @@ def count_look(
     ledger = open_ledger(recipe, champion, run)
     if ledger is None or trained == ledger.champion:
         return None
-    alpha, own = recipe.evaluate.alpha, (trained, ledger.champion)
-    known = [line for line in ledger.lines if (line["trained"], line["champion"]) == own]
-    if max((line["alpha"] for line in known), default=0.0) < alpha:
+    alpha, pair = recipe.evaluate.alpha, (trained, ledger.champion)
+    earlier = [line for line in ledger.lines if (line["trained"], line["champion"]) == pair]
+    if max((line["alpha"] for line in earlier), default=0.0) < alpha:
         ledger.require_left(alpha, trained)
         line: Json = {"date": time.strftime("%Y-%m-%d", time.gmtime()), "name": recipe.name, "run": fingerprint}
         line |= {"tests": ledger.tests, "trained": trained, "champion": ledger.champion, "alpha": alpha}
@@ -135,5 +135,5 @@ def count_look(
             file.seek(max(0, file.tell() - 1))
             begin = "" if file.read() in (b"", b"\n") else "\n"  # an editor may have taken the last line's end
             file.write(f"{begin}{json.dumps(line)}\n".encode())
-    looked = dict.fromkeys([*((line["trained"], line["champion"]) for line in ledger.lines), own])
-    return f"look {[*looked].index(own) + 1} of {recipe.evaluate.looks} on these test rows, counted in {LEDGER}"
+    looked = dict.fromkeys([*((line["trained"], line["champion"]) for line in ledger.lines), pair])
+    return f"look {[*looked].index(pair) + 1} of {recipe.evaluate.looks} on these test rows, counted in {LEDGER}"

@@ -137,7 +137,7 @@ def choose_simply(context: EvalContext, inputs: EvalInputs, train: Sequence[Row]
 
 def lead(document: str) -> str:
     """Return the first three sentences of a text."""
-    sentences = (found.strip() for found in SENTENCE.findall(document))
+    sentences = (sentence.strip() for sentence in SENTENCE.findall(document))
     return " ".join(islice(filter(None, sentences), LEAD))
 
 

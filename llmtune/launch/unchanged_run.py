@@ -102,6 +102,6 @@ def print_unchanged(report: Json, path: Path, console: Console) -> None:
         print_scores(evaluation, console, report["task"])
     print_verdict(Verdict(**report["verdict"]), gates, console)
     if report.get("release"):
-        console.print(report["release"]["told"], highlight=False, markup=False)
+        console.print(report["release"]["message"], highlight=False, markup=False)
     console.print(read_run(path).findings.get("next_steps", ""), highlight=False, markup=False, soft_wrap=True)
     require_gates(gates, report)

@@ -120,7 +120,7 @@ def _name_batch_size(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     size = next(size for least, size in BATCH_SIZES if len(rows) >= least)
     why = "the passages of the other rows are negatives too, so a larger batch is a harder and better task"
     if classes := {row["label"] for row in rows} - {None}:
-        size, why = max(size, 2 * len(classes)), "a step learns from classes of which it has several rows"
+        size, why = max(size, 2 * len(classes)), "a step learns from classes with several rows"
     return ["train:", f"  batch_size: {size}  # {why}"]
 
 
@@ -134,7 +134,7 @@ def _name_test(name: str, count: int) -> list[str]:
 
 
 def _name_length(facts: TaskFacts, longest: int, bounds: tuple[int, int], is_text: bool) -> list[str]:
-    """Return the lines for the length of rows, of which the `longest` has so many characters."""
+    """Return the lines for the length of rows, the `longest` in characters."""
     tokens = _round_up_tokens(longest, bounds, TEMPLATE_TOKENS)
     if longest / CHARACTERS_A_TOKEN <= bounds[1]:
         return [f"max_length: {tokens}  # tokens: estimate of the longest row; longer rows are errors"]

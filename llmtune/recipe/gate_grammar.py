@@ -132,7 +132,7 @@ def parse_gate(text: str) -> Gate:
 
 
 def find_baseline_problem(gate: Gate, facts: TaskFacts, measured: Sequence[str]) -> tuple[str, str] | None:
-    """Return what is wrong with a gate on a simple baseline, and a fix; `measured` are the recipe's metrics."""
+    """Return the problem of a gate on a simple baseline, and a fix; `measured` are the recipe's metrics."""
     if gate.against not in SIMPLE_BASELINES:
         return None
     name, metrics = facts.simple_baseline, [one for one in measured if at_ten(one) in facts.baseline_metrics]
@@ -149,7 +149,7 @@ def find_baseline_problem(gate: Gate, facts: TaskFacts, measured: Sequence[str])
 
 
 def find_reversed_problem(gate: Gate, facts: TaskFacts) -> tuple[str, str] | None:
-    """Return what is wrong with a gate in the wrong direction, and a fix.
+    """Return the problem of a gate in the wrong direction, and a fix.
 
     The direction of the user's own metrics is unknown, unless their names end with `_cost`. A margin may be meant.
     """

@@ -109,7 +109,7 @@ class Compared:
 
     @property
     def tone_cell(self) -> Cell:
-        """Return the difference with its interval, in the tone of what it shows."""
+        """Return the difference with its interval, coloured by its direction."""
         return Cell(f"{signed(self.difference.value if self.difference else None)} ({self.interval})", self.tone)
 
     @property

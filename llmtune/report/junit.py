@@ -50,7 +50,7 @@ def to_junit(report: Report) -> str:
         case = Tree.SubElement(
             suite, "testcase", classname="llmtune.release", name=xml_text(released["name"]), time="0"
         )
-        message = xml_text(released["told"])
+        message = xml_text(released["message"])
         add_properties(case, {"current": released["current"] or ""})
         if not released["promoted"]:
             Tree.SubElement(case, "skipped", message=message, type="NotReleased").text = message

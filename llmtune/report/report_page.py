@@ -93,7 +93,7 @@ def make_report_page(report: Report) -> Page:
     evaluation, task = report.evaluation, report.task
     sections = [
         gate_section(report.gates, report.look),
-        Section("Release", [Text(report.release["told"])] if report.release else []),
+        Section("Release", [Text(report.release["message"])] if report.release else []),
         *(score_sections(evaluation, task, report.seeds) if evaluation else []),
         export_section(evaluation, report.deploy),
         power_section(report.power),

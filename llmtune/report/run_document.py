@@ -26,7 +26,7 @@ CHANGE_KEYS = ("value", "interval", "p", "n")
 
 
 class ProblemPart(TypedDict):
-    """One problem: what is wrong, where, and what to do."""
+    """One problem, its place and its fix."""
 
     what: str
     where: str | None
@@ -120,7 +120,7 @@ class ExportPart(TypedDict):
     """Outcome of its certificate; null without one."""
     folder: str
     certificate: str | None
-    """Path of the certificate, or of the numbers of one that failed."""
+    """Path of the certificate, or of a failed one's numbers."""
     rows: int | None
     """Number of scored test rows; `deploy.limit` may leave some out."""
     test_rows: int | None

@@ -26,7 +26,7 @@ def simple_baseline_section(evaluation: Evaluation, task: str | None) -> Section
 
 
 def is_base(simple: SimpleBaseline, evaluation: Evaluation) -> bool:
-    """Whether the baseline already replaces the base model, so that its scores are shown."""
+    """Whether the baseline replaces the base model: its scores are shown already."""
     return bool(evaluation.baseline) and all(evaluation.base.get(name) == one for name, one in simple.scores.items())
 
 

@@ -33,7 +33,7 @@ class ReleaseWatcher(threading.Thread):
         console: Console,
         retry_seconds: float = RETRY_SECONDS,
     ) -> None:
-        """Watch the releases of `name`, of which `serving` is loaded; `load` loads the models of another one."""
+        """Watch the releases of `name`; `serving` is loaded, and `load` loads the models of another release."""
         super().__init__(name="release", daemon=True)
         self.release_name, self.serving, self.engine, self.load, self.console = name, serving, engine, load, console
         self.retry_seconds = retry_seconds
@@ -55,11 +55,11 @@ class ReleaseWatcher(threading.Thread):
                 self._reload(str(current))
                 failure = ""
             except Exception as error:  # noqa: BLE001 - whatever is wrong with a release, the earlier one serves
-                if (told := f"{current} could not be loaded: {error}") != failure:
-                    self._report(told)
+                if (message := f"{current} could not be loaded: {error}") != failure:
+                    self._report(message)
                     if not isinstance(error, LlmtuneError):
                         traceback.print_exception(error)
-                failure, again = told, time.monotonic() + self.retry_seconds
+                failure, again = message, time.monotonic() + self.retry_seconds
 
     def _reload(self, digest: str) -> None:
         """Load a release and swap the models; requests in progress keep theirs, which are freed afterwards."""

@@ -126,7 +126,7 @@ class ServedModel:
             yield
 
     def check_length(self, row: Row) -> bool:
-        """Return whether only the start of a row's text is read. Raises DataError for one that may not be cut."""
+        """Return whether only the start of a row's text is read. Raises DataError if the row may not be cut."""
         limit = self.recipe.data.max_length
         count = partial(self.task.count_tokens, row, self.processor, self.recipe)
         if count(limit + 1) <= limit:

@@ -23,7 +23,7 @@ from llmtune.store.run_lock import LOCK
 
 CHECKPOINTS, MODELS = "checkpoints", "models"
 PUT_ASIDE = {"other-*": "checkpoints of other rows or settings", "damaged-*": "damaged checkpoint"}
-"""Checkpoints that no training resumes from, by pattern: what they are."""
+"""Descriptions of checkpoints that no training resumes from, by pattern."""
 UNFINISHED = (".*.tmp", ".*.new", ".*.old", ".keys-*", ".tmp-*", ".removed-*")
 """What killed processes leave."""
 _STEP = re.compile(r"step-([1-9][0-9]*)")
@@ -56,7 +56,7 @@ class Cleaning:
         return sum(one.bytes for one in self.removable)
 
     def add(self, path: Path, reason: str) -> None:
-        """Add a file or folder, unless it lies in one that is already listed."""
+        """Add a file or folder, unless its parent is already listed."""
         if not any(one.path in (path, *path.parents) for one in self.removable):
             self.removable.append(Removable(path, measure_bytes(path), reason))
 
@@ -82,9 +82,9 @@ def clean_run(folder: Path, *, dry_run: bool) -> Cleaning:
     if is_stored(folder.absolute()):
         fix = "Remove releases that are not current with: llmtune clean --all --keep-releases N"
         raise RecipeError.of("a release never changes, so nothing in it can go", str(folder), fix)
-    found = Cleaning(dry_run=dry_run)
-    _clean_runs_below(folder, found)
-    return found
+    cleaning = Cleaning(dry_run=dry_run)
+    _clean_runs_below(folder, cleaning)
+    return cleaning
 
 
 def clean_all(*, keep_releases: int | None, keep_models: Collection[str], dry_run: bool) -> Cleaning:
@@ -93,13 +93,13 @@ def clean_all(*, keep_releases: int | None, keep_models: Collection[str], dry_ru
     `keep_models` names folders of the cache that stay. `keep_releases` is the number of releases that each name keeps,
     besides the current one; None keeps all.
     """
-    found = Cleaning(dry_run=dry_run)
+    cleaning = Cleaning(dry_run=dry_run)
     for folder in _list_folders():
-        _clean_runs_below(folder, found)
-    _find_unused_models(found, keep_models)
-    found.remove()
-    _clean_releases(found, keep_releases)
-    return found
+        _clean_runs_below(folder, cleaning)
+    _find_unused_models(cleaning, keep_models)
+    cleaning.remove()
+    _clean_releases(cleaning, keep_releases)
+    return cleaning
 
 
 def _list_folders() -> list[Path]:
@@ -117,17 +117,17 @@ def measure_bytes(path: Path) -> int:
     return sum(one.lstat().st_size for one in files)
 
 
-def _clean_releases(found: Cleaning, keep: int | None) -> None:
+def _clean_releases(cleaning: Cleaning, keep: int | None) -> None:
     """Remove what killed processes left in the releases and, unless `keep` is None, old releases."""
     for name in list_release_names():
         try:
             with changing(name):
-                _find_leftovers(list((RELEASES / name).glob(".*")), found)
+                _find_leftovers(list((RELEASES / name).glob(".*")), cleaning)
                 if keep is not None:
-                    _find_old_releases(name, found, keep)
-                found.remove()
+                    _find_old_releases(name, cleaning, keep)
+                cleaning.remove()
         except EnvironmentProblem as error:
-            found.skipped[str(RELEASES / name)] = error.problems[0].what
+            cleaning.skipped[str(RELEASES / name)] = error.problems[0].what
 
 
 def _remove_at_once(path: Path) -> None:
@@ -137,39 +137,39 @@ def _remove_at_once(path: Path) -> None:
     remove(path)
 
 
-def _clean_runs_below(folder: Path, found: Cleaning) -> None:
+def _clean_runs_below(folder: Path, cleaning: Cleaning) -> None:
     """Clean a run folder and the runs inside it (further seeds, methods, trials); skip those in use."""
     for path in sorted(file.parent for file in folder.rglob(MANIFEST)):
-        if any(str(parent) in found.skipped for parent in path.parents):
+        if any(str(parent) in cleaning.skipped for parent in path.parents):
             continue
         with ExitStack() as stack:
             try:
                 manifest = read_manifest(path)
                 stack.enter_context(exclusive(path / ".lock", path))
             except LlmtuneError as error:
-                found.skipped[str(path)] = error.problems[0].what
+                cleaning.skipped[str(path)] = error.problems[0].what
                 continue
             if manifest is not None:
-                _find_in_run(RunFolder(path, manifest), found)
-                found.remove()
+                _find_in_run(RunFolder(path, manifest), cleaning)
+                cleaning.remove()
 
 
-def _find_in_run(run: RunFolder, found: Cleaning) -> None:
+def _find_in_run(run: RunFolder, cleaning: Cleaning) -> None:
     checkpoints = run.path / CHECKPOINTS
     for pattern, reason in PUT_ASIDE.items():
         for path in sorted(checkpoints.glob(pattern)):
-            found.add(path, reason)
+            cleaning.add(path, reason)
     steps = sorted((int(match[1]), path) for path in checkpoints.glob("*") if (match := _STEP.fullmatch(path.name)))
     trained = run.is_whole("train")
     kept = set() if trained else _needed_checkpoints([path for _, path in reversed(steps)])
     for _, path in steps:
         if path not in kept:
-            found.add(path, "training is finished" if trained else "there is a newer checkpoint")
+            cleaning.add(path, "training is finished" if trained else "there is a newer checkpoint")
     for file in _search(run.path, CERTIFICATE):
         certificate = read_json(file)
         if isinstance(certificate, dict) and not run.certifies(certificate):
-            found.add(file.parent, "export of an earlier training in this folder")
-    _find_leftovers(_search(run.path, ".*"), found)
+            cleaning.add(file.parent, "export of an earlier training in this folder")
+    _find_leftovers(_search(run.path, ".*"), cleaning)
 
 
 def _search(run: Path, pattern: str) -> list[Path]:
@@ -191,10 +191,10 @@ def _needed_checkpoints(newest_first: list[Path]) -> set[Path]:
     return {*newest_first}
 
 
-def _find_leftovers(hidden: list[Path], found: Cleaning) -> None:
+def _find_leftovers(hidden: list[Path], cleaning: Cleaning) -> None:
     for path in hidden:
         if any(path.match(pattern) for pattern in UNFINISHED) and not _is_being_written(path):
-            found.add(path, "left by a killed process")
+            cleaning.add(path, "left by a killed process")
 
 
 def _is_being_written(path: Path) -> bool:
@@ -210,7 +210,7 @@ def _is_being_written(path: Path) -> bool:
         return True
 
 
-def _find_unused_models(found: Cleaning, kept: Collection[str]) -> None:
+def _find_unused_models(cleaning: Cleaning, kept: Collection[str]) -> None:
     """Add packaged models in the cache that no run in `runs/` names, without those in `kept`."""
     used: set[str] = set()
     for file in _find_in_runs(LOCK):
@@ -224,7 +224,7 @@ def _find_unused_models(found: Cleaning, kept: Collection[str]) -> None:
         if not path.is_dir() or path.name in {*used, *kept}:
             continue
         if not any(path.name.startswith(f"{name}-") for name in names):
-            found.add(path, "packaged model that no run in runs/ uses; it can be converted from its package again")
+            cleaning.add(path, "packaged model that no run in runs/ uses; it can be converted from its package again")
 
 
 def _read(file: Path) -> str:
@@ -236,7 +236,7 @@ def _locked(recipe: Path) -> bool:
     return recipe.with_name(LOCK).is_file()
 
 
-def _find_old_releases(name: str, found: Cleaning, keep: int) -> None:
+def _find_old_releases(name: str, cleaning: Cleaning, keep: int) -> None:
     """Add releases that are neither current, nor among the last promoted, nor named by a run."""
     named = "".join(_read(file) for wanted in ("recipe.yaml", LOCK) for file in _find_in_runs(wanted))
     stored = list_stored(name)
@@ -245,4 +245,4 @@ def _find_old_releases(name: str, found: Cleaning, keep: int) -> None:
     for one in stored:
         uses = f"{name}@{one.hash}" in named or f"{name}/{one.hash}" in named
         if not one.current and one.hash not in last[:keep] and not uses:
-            found.add(one.folder, f"release {one.address}, not current")
+            cleaning.add(one.folder, f"release {one.address}, not current")

@@ -136,7 +136,8 @@ class ReleaseOutcome(TypedDict):
     current: str | None
     """Hash of the release that serves from then on."""
     promoted: bool
-    told: str
+    message: str
+    """The line that the run printed about it."""
 
 
 class Findings(TypedDict, total=False):
@@ -161,6 +162,7 @@ class Findings(TypedDict, total=False):
 
 
 METRICS = "metrics.jsonl"
+"""File in the run folder, with a line for each log step."""
 
 
 class CurveLine(TypedDict):

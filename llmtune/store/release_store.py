@@ -1,7 +1,7 @@
-"""Releases by content hash in `releases/NAME/HASH/`, and the pointer to the one that serves.
+"""Releases by content hash in `releases/NAME/HASH/`, and the pointer to the current one.
 
 releases/NAME/HASH/          a release: immutable, and complete for serving
-releases/NAME/current        the HASH that serves; replaced by one rename
+releases/NAME/current        the HASH in production; replaced by one rename
 releases/NAME/history.jsonl  a line per promotion and rollback, written before the pointer
 """
 
@@ -68,7 +68,7 @@ class StoredRelease:
     hash: str
     folder: Path
     current: bool
-    """Whether it is the one that serves."""
+    """Whether it is in production."""
 
     @property
     def address(self) -> str:
@@ -319,7 +319,7 @@ def is_complete(folder: Path) -> bool:
 
 
 def sync_folder(folder: Path) -> None:
-    """Sync the files of a folder to disk, so that a power cut cannot leave a current release without content."""
+    """Sync the files of a folder to disk: a power cut must not leave a current release without content."""
     for path in folder.rglob("*"):
         handle = os.open(path, os.O_RDONLY)
         try:

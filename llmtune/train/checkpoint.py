@@ -33,7 +33,7 @@ from llmtune.recipe.user_files import read_text_file
 from llmtune.report.number_format import size
 from llmtune.store.atomic_files import hash_file, hash_value
 from llmtune.store.cleaning import measure_bytes
-from llmtune.train.metrics_log import METRICS
+from llmtune.store.json_shapes import METRICS
 
 WEIGHTS = "trainable.safetensors"
 OPTIMIZER = "optimizer.pt"

@@ -19,6 +19,7 @@ from llmtune.errors import Problem, Stopped, TrainingError
 from llmtune.model.device import fits_in_memory
 from llmtune.recipe.schema import Recipe
 from llmtune.records import AdaptedModel, Examples
+from llmtune.store.json_shapes import METRICS
 from llmtune.store.machine import seconds_of_process
 from llmtune.train.accumulation import MicroBatchTooLarge, StepLoss, step_gradients, validation_loss
 from llmtune.train.batch_plan import padding_share
@@ -41,7 +42,6 @@ from llmtune.train.divergence import (
     weights_are_numbers,
 )
 from llmtune.train.metrics_log import (
-    METRICS,
     ON_VALIDATION,
     Display,
     MetricsLine,

@@ -24,8 +24,6 @@ from llmtune.store.process_environment import LOCAL_TRACKERS
 
 ON_VALIDATION: ContextVar[Callable[[int, float], None] | None] = ContextVar("on_validation", default=None)
 """Called with the step and the loss of each validation; an exception from it ends the training."""
-METRICS = "metrics.jsonl"
-"""File in the run folder, with a line for each log step."""
 
 
 class MetricsLine(TypedDict):

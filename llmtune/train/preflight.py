@@ -20,6 +20,7 @@ from llmtune.model.chunked_cross_entropy import takes_head_loss
 from llmtune.model.device import device_memory, release_memory
 from llmtune.model.prefix_packing import whole_documents
 from llmtune.report.render_terminal import spinner
+from llmtune.store.json_shapes import METRICS
 from llmtune.train.accumulation import MicroBatchTooLarge, make_whole_batch, seed_micro_batch, try_memory
 from llmtune.train.batch_plan import Indexes, heaviest
 from llmtune.train.checkpoint import (
@@ -36,7 +37,7 @@ from llmtune.train.checkpoint import (
 )
 from llmtune.train.distributed import any_process, run_on_main
 from llmtune.train.divergence import Divergence
-from llmtune.train.metrics_log import METRICS, cut_back
+from llmtune.train.metrics_log import cut_back
 from llmtune.train.setup import TrainContext, peak_bytes
 from llmtune.train.sharded_checkpoint import cut_state, read_shards, write_shards
 from llmtune.train.sharding import load_whole
