@@ -20,7 +20,7 @@ from llmtune.evaluate.champion import find_champion_run, open_champion
 from llmtune.evaluate.class_alignment import follow_rows
 from llmtune.evaluate.opened_runs import ScoredRun
 from llmtune.evaluate.run_report import name_sources
-from llmtune.evaluate.scoring import ChampionModel, LoadChampion, measure_champion, name_classes
+from llmtune.evaluate.scoring import LoadChampion, measure_champion, name_classes
 from llmtune.evaluate.token_batches import cut_evenly
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_facts import TASK_FACTS
@@ -80,11 +80,6 @@ def check_labels(load: LoadChampion, recipe: Recipe, run: RunFolder, rows: Rows,
     )
     run.note(label_check={"sources": [asdict(one) for one in sources], "reference": reference, "unknown": unknown})
     refuse_disagreement(recipe, sources)
-
-
-def load_named(load: LoadChampion, renames: Mapping[str, str], run: Path) -> ChampionModel:
-    """Open a champion whose classes have their current names."""
-    return name_classes(load(run), renames)
 
 
 def refuse_disagreement(recipe: Recipe, sources: list[SourceLabels]) -> None:

@@ -22,6 +22,7 @@ from llmtune.evaluate.tfidf import MOST_TEXTS, fit_tfidf, logits_of
 from llmtune.evaluate.token_batches import cut_evenly
 from llmtune.recipe.task_facts import CUT_METRIC, SIMPLE_BASELINES, TASK_FACTS, at_ten
 from llmtune.records import Examples, Row, Rows
+from llmtune.report.render_terminal import spinner
 from llmtune.score_records import Evaluation, SimpleBaseline
 
 SENTENCE = re.compile(r".+?(?:[.!?…]+[\"'”’)\]]*(?=\s|$)|[。！？]+[”」』）]*|\n|$)", re.DOTALL)
@@ -66,11 +67,13 @@ def score_simple_baseline(
         return None
     began, answers = time.monotonic(), known.answers
     if facts.searches:
-        by_words = {metric: task.measure_words(metric, inputs.targets, inputs.corpus, recipe) for metric in metrics}
+        with spinner(context.console, f"ranking by {SIMPLE_BASELINES[name]}"):
+            by_words = {metric: task.measure_words(metric, inputs.targets, inputs.corpus, recipe) for metric in metrics}
         measures = {metric: one.in_clusters(inputs.clusters) for metric, one in by_words.items() if one is not None}
         note = BM25_NOTE
     else:
-        answered = (answers, known.note) if answers is not None else answer_simply(context, inputs, rows, examples)
+        with spinner(context.console, f"fitting {SIMPLE_BASELINES[name]}"):
+            answered = (answers, known.note) if answers is not None else answer_simply(context, inputs, rows, examples)
         if isinstance(answered, str):
             return SimpleScores(name, None, {}, f"not measured: {answered}")
         answers, note = answered
