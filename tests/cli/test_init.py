@@ -589,7 +589,7 @@ def test_a_text_with_tabs_is_no_table() -> None:
 def test_what_has_to_be_fixed_is_the_next_step() -> None:
     write("tickets.csv", "text,label", [(f"Ticket {i}", ("Team A", "team a", "Other")[i % 3]) for i in range(60)])
     done = init("tickets.csv")
-    assert "next: fix what is listed above, in the rows or in tickets.yaml; then llmtune run" in done.stdout
+    assert "next: fix the problems above, in the rows or in tickets.yaml; then llmtune run" in done.stdout
     assert json.loads(init("tickets.csv", "--json", "--out", "other.yaml").stdout)["ready"] is False
 
 

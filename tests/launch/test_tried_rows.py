@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from support.families import build_bert
 from support.runs import invoke, write_recipe
 
 CLASSES = "text,label,team\n" + "".join(f"words about number {i},{'AB'[i % 2]},{'xy'[i % 2]}\n" for i in range(1200))
@@ -29,7 +30,7 @@ def test_check_refuses_the_rows_that_prepare_refuses(
     (here / "rows.csv").write_text(rows)
     plain: dict = {"task": "classify", "generation": None, "evaluate": {"metrics": None}}
     merged = {**plain, **sections, "evaluate": {"metrics": None} | sections.get("evaluate", {})}
-    write_recipe(here / "mine.yaml", "builtin:minilm-l6-v2", "rows.csv", **merged)
+    write_recipe(here / "mine.yaml", build_bert(here / "bert"), "rows.csv", **merged)
     found = invoke(*command, "mine.yaml")
     assert (found.exit_code, words in found.stderr) == (code, True), found.stderr
 
@@ -48,6 +49,6 @@ def test_check_refuses_the_corpus_that_prepare_refuses(here: Path, command: list
     (here / "pairs.csv").write_text("".join(["query,passage\n", *lines]))
     (here / "corpus.csv").write_text(corpus)
     more: dict = {"task": "embed", "evaluate": None, "generation": None, "data": {"corpus": "corpus.csv"}}
-    write_recipe(here / "mine.yaml", "builtin:minilm-l6-v2", "pairs.csv", **more)
+    write_recipe(here / "mine.yaml", build_bert(here / "bert"), "pairs.csv", **more)
     found = invoke(*command, "mine.yaml")
     assert (found.exit_code, words in found.stderr) == (3, True), found.stderr

