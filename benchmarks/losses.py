@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from llmtune.report.charts import LEFT, TOP, WIDTH, Curve, draw_curves
+from llmtune.display.charts import LEFT, TOP, WIDTH, Curve, draw_curves
 
 COLOURS = ("#0b7285", "#c2410c", "#7c3aed", "#15803d", "#b45309", "#be185d")
 STYLE = """

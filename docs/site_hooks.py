@@ -12,7 +12,7 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parent.parent
-OUTSIDE = ("recipes", "examples", "benchmarks", "llmtune/evaluate/general", "CHANGELOG.md", "CONTRIBUTING.md")
+OUTSIDE = ("recipes", "examples", "benchmarks", "llmtune/evaluate/suites/general", "CHANGELOG.md", "CONTRIBUTING.md")
 SHOWN = {"", ".md", ".yaml", ".yml", ".txt", ".svg", ".png", ".ipynb"}
 
 

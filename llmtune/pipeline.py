@@ -31,6 +31,7 @@ from llmtune.data.preparation import has_rows, prepare_rows
 from llmtune.data.row_store import load_rows
 from llmtune.deploy.products import check_products, make_products, reporting
 from llmtune.deploy.release_folder import conclude_release, release_kept
+from llmtune.display.console import print_blocks
 from llmtune.errors import EnvironmentProblem
 from llmtune.evaluate.cache_keys import evaluation_inputs, lock_trained, note_own_metrics
 from llmtune.evaluate.champion import check_champion, note_look
@@ -38,9 +39,8 @@ from llmtune.evaluate.decision import refresh_rules
 from llmtune.evaluate.eval_inputs import warn_of_cuts
 from llmtune.evaluate.evaluation_file import list_failed, load_evaluation, print_scores, print_verdict
 from llmtune.evaluate.gates import note_gates, require_gates
-from llmtune.evaluate.lm_eval import load_benchmarks
-from llmtune.evaluate.run_report import make_report
-from llmtune.evaluate.suite_registry import try_inputs
+from llmtune.evaluate.suites.lm_eval import load_benchmarks
+from llmtune.evaluate.suites.suite_registry import try_inputs
 from llmtune.model.catalogue import candidate_names
 from llmtune.model.device import release_memory
 from llmtune.model.memory_plan import check_context, check_memory, plan_training
@@ -49,9 +49,8 @@ from llmtune.plan_drafting import check_first, decide_rest, draft_plan, finish_p
 from llmtune.recipe.loader import LoadedRecipe
 from llmtune.recipe.schema import Recipe
 from llmtune.records import Json, read_model_ref
-from llmtune.report.render_terminal import print_blocks
 from llmtune.report.report_page import report_json, write_report
-from llmtune.report.report_record import Report
+from llmtune.report.run_report import make_report
 from llmtune.report.score_sections import seed_table
 from llmtune.session import (
     Plan,
@@ -69,6 +68,7 @@ from llmtune.session import (
 )
 from llmtune.store.atomic_files import hash_folder, hash_value, plain, staged
 from llmtune.store.processes import once, rank, world_size
+from llmtune.store.report_record import Report
 from llmtune.store.run_folder import Manifest, RunFolder, open_run, recipe_of_run, trained_name
 from llmtune.store.run_listing import find_start, pin_start
 from llmtune.store.run_lock import hash_keys, own_pins, read_pins

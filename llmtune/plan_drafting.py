@@ -9,7 +9,7 @@ from llmtune.adapter.injection import adapter_inputs, adapter_settings
 from llmtune.adapter.load import find_adapter
 from llmtune.errors import RecipeError
 from llmtune.evaluate.cache_keys import evaluation_inputs
-from llmtune.evaluate.suite_registry import check_inputs
+from llmtune.evaluate.suites.suite_registry import check_inputs
 from llmtune.model.config import read_model_config
 from llmtune.model.device import pick_device
 from llmtune.model.kernels import check_kernels

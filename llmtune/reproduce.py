@@ -13,7 +13,7 @@ from rich.markup import escape
 
 from llmtune.data.sources import hash_sources
 from llmtune.errors import DataError, EnvironmentProblem, Problem, RecipeError
-from llmtune.evaluate.judge_client import check_evaluation
+from llmtune.evaluate.suites.judge_client import check_evaluation
 from llmtune.model.device import describe_device, pick_device
 from llmtune.pipeline import run_pipeline
 from llmtune.recipe.data_section import Source

@@ -21,18 +21,19 @@ from llmtune.data.examples import load_examples
 from llmtune.data.preparation import rows_inputs
 from llmtune.data.row_store import load_rows, rows_folder
 from llmtune.data.sources import hash_sources, list_sources
+from llmtune.display.console import phase, spinner
 from llmtune.errors import EnvironmentProblem
 from llmtune.evaluate.cache_keys import base_inputs, simple_inputs
 from llmtune.evaluate.champion import face_champion
 from llmtune.evaluate.eval_inputs import EvalContext, calibration_inputs, make_inputs
 from llmtune.evaluate.evaluator import ModelLoaders
-from llmtune.evaluate.judge_client import host
 from llmtune.evaluate.label_check import check_labels
-from llmtune.evaluate.label_errors import save_suspects
 from llmtune.evaluate.results import SIMPLE, TUNED, load_base
 from llmtune.evaluate.scoring import ChampionModel, ask_champion, ask_classes, score_run
 from llmtune.evaluate.simple_baseline import score_simple_baseline
-from llmtune.evaluate.suite_registry import check_variant
+from llmtune.evaluate.suites.judge_client import host
+from llmtune.evaluate.suites.label_errors import save_suspects
+from llmtune.evaluate.suites.suite_registry import check_variant
 from llmtune.model.config import find_class, keeps_float32, read_model_config, why_headless
 from llmtune.model.device import describe_device, loading_device, pick_device
 from llmtune.model.loading import load_model
@@ -44,7 +45,6 @@ from llmtune.recipe.model_section import ModelSection
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.user_files import read_text_file
 from llmtune.records import ALONE, AdaptedModel, Examples, Layout, ModelRef, Row, Rows, SelectedModel
-from llmtune.report.render_terminal import phase, spinner
 from llmtune.store.atomic_files import hash_folder, hash_value
 from llmtune.store.processes import layout, once, world_size
 from llmtune.store.release_store import SERVED_RECIPE, TEMPLATE, find_source, is_stored

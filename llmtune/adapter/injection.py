@@ -27,6 +27,7 @@ from llmtune.adapter.target_modules import (
     group_by_ending,
 )
 from llmtune.adapter.wiring_check import probe_scores, prove_wiring
+from llmtune.display.number_format import size as format_bytes
 from llmtune.errors import Problem, RecipeError, first_line
 from llmtune.model.config import (
     UNREADABLE,
@@ -42,7 +43,6 @@ from llmtune.model.quantized_base import is_quantized, kept_quantization
 from llmtune.recipe.adapter_section import MUTATING, AdapterSection
 from llmtune.recipe.schema import Recipe
 from llmtune.records import AdaptedModel, Examples, ModelRef, SelectedModel
-from llmtune.report.number_format import size as format_bytes
 from llmtune.store.atomic_files import hash_folder, hash_value
 
 _OTHER = "Change the method's options or target_modules, or use another method."

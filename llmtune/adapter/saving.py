@@ -18,13 +18,13 @@ from transformers import PreTrainedModel
 
 from llmtune.adapter.injection import wrap, wrap_full
 from llmtune.adapter.load import WEIGHTS, attach, find_adapter, read_config
+from llmtune.display.number_format import size as format_bytes
 from llmtune.errors import EnvironmentProblem, first_line
 from llmtune.model.config import OTHER_CLASSES, OTHER_ORDER
 from llmtune.model.device import explain_oom, is_out_of_memory
 from llmtune.model.model_files import read_config_file, share_file
 from llmtune.model.processor import save_tokenizer
 from llmtune.records import AdaptedModel, SelectedModel
-from llmtune.report.number_format import size as format_bytes
 
 
 def save_adapter(adapted: AdaptedModel, folder: Path, state: dict[str, torch.Tensor] | None = None) -> None:

@@ -184,8 +184,8 @@ def runs(as_json: AsJson = False) -> None:
     if not listed:
         stderr_console().print("no runs in runs/ yet; start one: llmtune run RECIPE")
         return
+    from llmtune.display.console import print_columns
     from llmtune.launch.python_api import make_console
-    from llmtune.report.render_terminal import print_columns
 
     rows = [
         [

@@ -31,8 +31,8 @@ def clean_command(
     as_json: AsJson = False,
 ) -> None:
     """Remove old checkpoints, exports of earlier trainings and leftovers; print their sizes. Skips running runs."""
+    from llmtune.display.number_format import size
     from llmtune.model.builtin_models import list_unrestorable
-    from llmtune.report.number_format import size
     from llmtune.store import cleaning
 
     if (run is None) != clean_all:

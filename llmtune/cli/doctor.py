@@ -20,11 +20,11 @@ from rich.markup import escape
 
 from llmtune import __version__
 from llmtune.data.worker_pool import usable_cores
+from llmtune.display.number_format import size
 from llmtune.errors import first_line
 from llmtune.model.builtin_models import PACKAGED
 from llmtune.model.cached_models import list_cached_models
 from llmtune.records import Json
-from llmtune.report.number_format import size
 from llmtune.store.atomic_files import find_cache
 from llmtune.store.machine import has_bfloat16, likely_device, list_cards, process_memory_limit, torch_cuda
 from llmtune.store.process_environment import offline_switches

@@ -205,7 +205,7 @@ def _print_explanation(explainer: Explainer, target: Target | None, out: Path | 
     """Write and print the result with its files, and link the pages of a run in its report."""
     from rich.markup import escape
 
-    from llmtune.report.render_terminal import VisibleConsole, print_page
+    from llmtune.display.console import VisibleConsole, print_page
     from llmtune.report.report_page import link_explanations
 
     folder = out or (target.folder if target else Path("explain"))

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from llmtune.compare.model_fits import Fit
-    from llmtune.report.blocks import Cell
+    from llmtune.display.blocks import Cell
 
 app = typer.Typer(help="Models: list, show, fits.", no_args_is_help=True)
 TaskOption = Annotated[str | None, typer.Option("--task", help="Only models for this task.")]
@@ -45,9 +45,9 @@ def list_catalogue(
     as_json: AsJson = False,
 ) -> None:
     """List the models of the catalogue. A recipe may name any other model."""
+    from llmtune.display.console import print_columns
     from llmtune.model.catalogue import ModelQuery, select_models
     from llmtune.recipe.task_facts import DEFAULT_TASK
-    from llmtune.report.render_terminal import print_columns
 
     task = task or DEFAULT_TASK
     found, left_out = select_models(ModelQuery(task, licence or (), language, family or (), max_parameters))
@@ -127,9 +127,9 @@ def fits(
     console = stderr_console()
     console.print(f"Planning {len(found)} models.")
     from llmtune.compare.model_fits import DeviceMemory, list_fits
+    from llmtune.display.console import track_items
+    from llmtune.display.number_format import size as format_bytes
     from llmtune.model.device import DRIVER_BYTES, device_memory
-    from llmtune.report.number_format import size as format_bytes
-    from llmtune.report.render_terminal import track_items
 
     usable = device_memory(device) or 0 if device is not None else (size or 0) - DRIVER_BYTES
     place = DeviceMemory(usable, "cpu" if device == "cpu" else "cuda", device)
@@ -151,8 +151,8 @@ def _fit_recipe(recipe: str, sets: Sequence[str], price: Sequence[str], as_json:
     console = stderr_console()
     console.print(f"Planning {escape(recipe)} on each card.")
     from llmtune.compare.model_fits import METHODS, cheapest, list_recipe_fits
-    from llmtune.report.number_format import size
-    from llmtune.report.render_terminal import spinner
+    from llmtune.display.console import spinner
+    from llmtune.display.number_format import size
 
     prices = _read_prices(price)
     with spinner(console, "planning"):
@@ -161,8 +161,8 @@ def _fit_recipe(recipe: str, sets: Sequence[str], price: Sequence[str], as_json:
     if as_json:
         print_json({**about, "cheapest": best and asdict(best), "fits": [asdict(one) for one in planned]})
         return
-    from llmtune.report.blocks import Column, Table
-    from llmtune.report.render_terminal import print_blocks
+    from llmtune.display.blocks import Column, Table
+    from llmtune.display.console import print_blocks
 
     title = f"{about['model']}, rows of at most {about['length']:,} tokens: memory, time{', cost' if prices else ''}"
     methods = [name for name in METHODS if any(one.method == name for one in planned)]
@@ -184,7 +184,7 @@ def _fit_recipe(recipe: str, sets: Sequence[str], price: Sequence[str], as_json:
 
 
 def _recipe_cell(one: Fit) -> str:
-    from llmtune.report.number_format import duration, size
+    from llmtune.display.number_format import duration, size
 
     if not one.rows:
         return GAP
@@ -212,9 +212,9 @@ def _read_prices(texts: Sequence[str]) -> dict[str, float]:
 def _print_fits(planned: Sequence[Fit], title: str, length: int) -> None:
     """Print one row per model, the largest first: the longest row by method, and the needs of the best method."""
     from llmtune.compare.model_fits import METHODS
-    from llmtune.report.blocks import Column, Table
-    from llmtune.report.number_format import duration, size
-    from llmtune.report.render_terminal import print_blocks
+    from llmtune.display.blocks import Column, Table
+    from llmtune.display.console import print_blocks
+    from llmtune.display.number_format import duration, size
 
     timed = any(one.seconds for one in planned)
     names = ("parameters", *METHODS, "needs at least", *(["a million tokens"] if timed else []))

@@ -69,7 +69,7 @@ def generate_command(
     as_json: AsJson = False,
 ) -> None:
     """Answer with the tuned model of a run. Give the inputs of its task, or a file with many rows."""
-    from llmtune.report.render_terminal import spinner
+    from llmtune.display.console import spinner
     from llmtune.store.run_folder import read_run
 
     read_run(run).require_trained()
@@ -104,7 +104,7 @@ def generate_command(
 
 def _print_pieces(pieces: Iterator[str], console: Console) -> None:
     """Print an answer as it is generated."""
-    from llmtune.report.render_terminal import spinner
+    from llmtune.display.console import spinner
 
     with spinner(console, "loading the model"):
         first = next(pieces, "")
@@ -158,7 +158,7 @@ def chat(
     run: RunArgument, system: System = None, base: Base = False, threads: Threads = None, offline: Offline = False
 ) -> None:
     """Chat with the tuned model of a run. /reset forgets the conversation, /quit ends."""
-    from llmtune.report.render_terminal import spinner
+    from llmtune.display.console import spinner
     from llmtune.store.run_folder import read_run
 
     read_run(run).require_trained()

@@ -77,9 +77,9 @@ app = typer.Typer(help="Recipes: list, show, new, check, schema, migrate.", no_a
 @handled
 def list_shipped(as_json: AsJson = False) -> None:
     """List the shipped recipes."""
+    from llmtune.display.console import print_columns
     from llmtune.launch.python_api import make_console
     from llmtune.recipe.builtin import list_recipes
-    from llmtune.report.render_terminal import print_columns
 
     found = list_recipes()
     if as_json:

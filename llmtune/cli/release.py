@@ -90,8 +90,8 @@ def list_release_files(
 ) -> None:
     """List releases, the oldest first of each name; `*` marks the current one. Also release files in FOLDER."""
     from llmtune.deploy.releases import summarize_release
+    from llmtune.display.number_format import score
     from llmtune.evaluate.release_records import list_all_releases
-    from llmtune.report.number_format import score
 
     releases = list_all_releases(folder)
     if as_json:
@@ -111,8 +111,8 @@ def list_release_files(
 def show_release(release: Stored, signers: Signers = None, as_json: AsJson = False) -> None:
     """Show the scores and gates of a release, and check its signature if it has one."""
     from llmtune.deploy.releases import check_signature, summarize_release
+    from llmtune.display.console import print_sections
     from llmtune.evaluate.release_records import find_record, read_release
-    from llmtune.report.render_terminal import print_sections
     from llmtune.report.score_sections import gate_section, score_section
     from llmtune.report.simple_baseline_view import simple_baseline_section
     from llmtune.score_records import Evaluation
@@ -142,10 +142,10 @@ def show_release(release: Stored, signers: Signers = None, as_json: AsJson = Fal
 def diff(first: Stored, second: Stored, as_json: AsJson = False) -> None:
     """Compare two releases on the test rows that both have, row by row, second minus first."""
     from llmtune.deploy.releases import diff_releases
+    from llmtune.display.blocks import Compared, Section, difference_table
+    from llmtune.display.console import print_sections
+    from llmtune.evaluate.metric_info import better_side
     from llmtune.evaluate.release_records import find_record
-    from llmtune.report.blocks import Compared, Section, difference_table
-    from llmtune.report.metric_info import better_side
-    from llmtune.report.render_terminal import print_sections
     from llmtune.store.atomic_files import plain
 
     difference, left_out, rows = diff_releases(find_record(first), find_record(second))

@@ -36,7 +36,7 @@ def rows_command(
     prepare_environment(network=False, threads=threads)
     with gc_paused():
         from llmtune.evaluate.eval_inputs import EvalContext
-        from llmtune.evaluate.label_errors import find_suspects, require_labels, write_suspects
+        from llmtune.evaluate.suites.label_errors import find_suspects, require_labels, write_suspects
         from llmtune.session import Models, open_finished
 
     context = open_finished(run, stderr_console(), offline)

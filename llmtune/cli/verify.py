@@ -68,7 +68,7 @@ def _print_findings(findings: Sequence[Finding]) -> None:
     from rich.markup import escape
     from rich.table import Column, Table
 
-    from llmtune.report.render_terminal import VisibleConsole
+    from llmtune.display.console import VisibleConsole
 
     table = Table("claim", Column("", overflow="fold"), "state", "was", "is", box=None, pad_edge=False)
     for kind in dict.fromkeys(finding.kind for finding in findings):
@@ -140,7 +140,7 @@ def _print_reproduction(result: Json) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from llmtune.report.render_terminal import VisibleConsole
+    from llmtune.display.console import VisibleConsole
 
     table = Table("", "was", "is", "", box=None, pad_edge=False)
     yes, no = "[green]equal[/]", "[red]differs[/]"

@@ -234,9 +234,9 @@ def compare_trials(loaded: LoadedRecipe, trials: Sequence[Trial], out: Path, con
     """Compare the existing runs; the libraries for this are imported only here."""
     from llmtune.compare.compare_runs import finish
     from llmtune.compare.run_comparison import make_comparison
+    from llmtune.display.console import spinner
     from llmtune.evaluate.opened_runs import check_alike, open_runs
-    from llmtune.report.render_terminal import spinner
-    from llmtune.report.report_record import require_report
+    from llmtune.store.report_record import require_report
 
     folders = [out / trial.method for trial in trials]
     runs = open_runs(folders)

@@ -11,11 +11,7 @@ from rich.markup import escape
 
 from llmtune.compare.comparison_pictures import COSTS, EXPORT_AXES, RATIOS, draw_comparison, draw_pareto, shown_metrics
 from llmtune.compare.run_comparison import Comparison, RunPair, RunSummary, make_comparison
-from llmtune.errors import RecipeError
-from llmtune.evaluate.opened_runs import check_alike, open_runs
-from llmtune.recipe.secrets import redact_all
-from llmtune.records import Json
-from llmtune.report.blocks import (
+from llmtune.display.blocks import (
     Block,
     Bullets,
     Cell,
@@ -28,14 +24,18 @@ from llmtune.report.blocks import (
     Text,
     difference_table,
 )
-from llmtune.report.charts import draw_meter
-from llmtune.report.metric_info import better_side, full_note, rank_metrics
-from llmtune.report.number_format import count, missing
+from llmtune.display.charts import draw_meter
+from llmtune.display.console import print_page, spinner
+from llmtune.display.number_format import count, missing
+from llmtune.errors import RecipeError
+from llmtune.evaluate.metric_info import better_side, full_note, rank_metrics
+from llmtune.evaluate.opened_runs import check_alike, open_runs
+from llmtune.evaluate.verdict import BETTER, MIXED, WORSE
+from llmtune.recipe.secrets import redact_all
+from llmtune.records import Json
 from llmtune.report.render_html import write_page
 from llmtune.report.render_markdown import to_markdown
-from llmtune.report.render_terminal import print_page, spinner
 from llmtune.report.score_sections import passed_cell, spell_metrics
-from llmtune.report.verdict import BETTER, MIXED, WORSE
 from llmtune.store.atomic_files import explained, hash_value, plain, write_json, write_text
 
 WORDS = {

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from llmtune.compare.run_comparison import RunPair, RunSummary
-from llmtune.report.metric_info import better_side, rank_metrics
-from llmtune.report.number_format import DASH, count, duration, missing, score, size
+from llmtune.display.number_format import DASH, count, duration, missing, score, size
+from llmtune.evaluate.metric_info import better_side, rank_metrics
 from llmtune.score_records import Difference
 
 if TYPE_CHECKING:

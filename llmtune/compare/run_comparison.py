@@ -11,14 +11,14 @@ from llmtune.data.row_store import iterate_ids, load_rows
 from llmtune.errors import LlmtuneError
 from llmtune.evaluate.class_alignment import pair_metrics
 from llmtune.evaluate.gates import check_gates
+from llmtune.evaluate.metric_info import list_targets
 from llmtune.evaluate.opened_runs import OpenedRun, find_differing
-from llmtune.evaluate.run_report import judge_run
+from llmtune.evaluate.significance import INCONCLUSIVE
+from llmtune.evaluate.verdict import verdict
 from llmtune.records import Json
-from llmtune.report.metric_info import list_targets
-from llmtune.report.report_record import Verdict
-from llmtune.report.significance import INCONCLUSIVE
-from llmtune.report.verdict import verdict
+from llmtune.report.run_report import judge_run
 from llmtune.score_records import Difference, Evaluation, GateResult, SimpleBaseline
+from llmtune.store.report_record import Verdict
 from llmtune.store.run_folder import trained_name
 
 UNTRAINED = (

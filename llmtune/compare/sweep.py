@@ -32,22 +32,22 @@ from llmtune.compare.sweep_trial import (
     validations,
 )
 from llmtune.data.run_naming import hash_run
+from llmtune.display.blocks import Bullets, Column, Compared, Page, Section, Table, TableRows, Text, difference_table
+from llmtune.display.console import print_page, spinner
 from llmtune.errors import EnvironmentProblem, Problem, RecipeError
 from llmtune.evaluate.class_alignment import pair_metrics
+from llmtune.evaluate.metric_info import better_side, direction, rank_metrics
 from llmtune.evaluate.opened_runs import check_alike, open_runs
+from llmtune.evaluate.significance import INCONCLUSIVE
+from llmtune.evaluate.verdict import BETTER, WORSE, verdict
 from llmtune.recipe.builtin import find_recipe
 from llmtune.recipe.layers import INSTEAD
 from llmtune.recipe.loader import LoadedRecipe, load_recipe
 from llmtune.recipe.task_facts import TASK_FACTS
 from llmtune.recipe.yaml_writer import scalar
 from llmtune.records import Json
-from llmtune.report.blocks import Bullets, Column, Compared, Page, Section, Table, TableRows, Text, difference_table
-from llmtune.report.metric_info import better_side, direction, rank_metrics
 from llmtune.report.render_html import write_page
 from llmtune.report.render_markdown import to_markdown
-from llmtune.report.render_terminal import print_page, spinner
-from llmtune.report.significance import INCONCLUSIVE
-from llmtune.report.verdict import BETTER, WORSE, verdict
 from llmtune.score_records import Difference
 from llmtune.store.atomic_files import explained, hash_value, plain, write_json, write_text
 from llmtune.store.process_environment import refuse_network

@@ -17,13 +17,13 @@ from llmtune.data.examples import ExampleReader
 from llmtune.data.row_store import iterate_texts
 from llmtune.data.task_interface import TaskInterface
 from llmtune.data.tokenization import find_vanishing
+from llmtune.display.blocks import Column, Table
+from llmtune.display.blocks import Text as Note
+from llmtune.display.console import print_blocks
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.secrets import redact_all, secret_values
 from llmtune.recipe.task_facts import TASK_FACTS
 from llmtune.records import Examples, Json, Rows
-from llmtune.report.blocks import Column, Table
-from llmtune.report.blocks import Text as Note
-from llmtune.report.render_terminal import print_blocks
 from llmtune.report.run_sections import filled_sentence, long_answers_sentence, lost_sentence, vanishing_sentence
 
 BINS = 10

@@ -28,10 +28,10 @@ from llmtune.data.row_hash import hash_content, plain_value, row_json
 from llmtune.data.row_store import BATCH_BYTES, BATCH_ROWS, HashedRow, Spool
 from llmtune.data.sources import Detected, encoding_hint
 from llmtune.data.worker_pool import WorkerPool
+from llmtune.display.console import LiveProgress
 from llmtune.errors import DataError, Problem, nearest
 from llmtune.recipe.data_section import DataSection
 from llmtune.records import SPLITS, Advance, Json
-from llmtune.report.render_terminal import LiveProgress
 from llmtune.store.atomic_files import atomic_file
 
 SHOWN = 20

@@ -20,14 +20,14 @@ from llmtune.deploy.export_score import describe_differences, open_to_export, sc
 from llmtune.deploy.parity import Certificate
 from llmtune.deploy.parity_reference import TextReference
 from llmtune.deploy.tuned_model import ANSWER_TOKENS, load_tuned
+from llmtune.display.console import spinner
 from llmtune.errors import GateFailed, Problem, RecipeError
-from llmtune.evaluate.endpoint_client import check_key, connect, explained_errors
 from llmtune.evaluate.eval_inputs import EvalContext
 from llmtune.evaluate.generation import answer_ends, answer_reader, end_output
 from llmtune.evaluate.inference import Answers
+from llmtune.evaluate.suites.endpoint_client import check_key, connect, explained_errors
 from llmtune.recipe.user_files import read_text_file
 from llmtune.records import Row
-from llmtune.report.render_terminal import spinner
 from llmtune.store.atomic_files import explained, write_json
 
 ENDPOINT_CERTIFICATE = "endpoint.certificate.json"

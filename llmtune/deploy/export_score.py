@@ -19,6 +19,7 @@ from llmtune.deploy.exported_model import ExportedModel, ModelSource, weight_byt
 from llmtune.deploy.folder_settings import stated_recipe
 from llmtune.deploy.parity import Certificate
 from llmtune.deploy.tuned_model import TunedModel, load_tuned
+from llmtune.display.number_format import count, score, signed, size
 from llmtune.errors import LlmtuneError
 from llmtune.evaluate.cache_keys import base_inputs
 from llmtune.evaluate.calibration import run_temperature
@@ -28,13 +29,12 @@ from llmtune.evaluate.evaluated_task import LoadedModel
 from llmtune.evaluate.generation import generate_completions
 from llmtune.evaluate.inference import Answers, compute_metrics, inference_on, predict
 from llmtune.evaluate.metric import paired_difference
+from llmtune.evaluate.metric_info import better_side
 from llmtune.evaluate.opened_runs import OpenedRun, ScoredRun, keep_asked, open_run_scores, pair_measures
 from llmtune.evaluate.per_row_scores import PerRowScores, name_test_rows, save_measures
 from llmtune.evaluate.results import load_base
 from llmtune.model.device import release_memory
 from llmtune.records import Json, Row
-from llmtune.report.metric_info import better_side
-from llmtune.report.number_format import count, score, signed, size
 from llmtune.session import Plan, RunContext, open_finished
 from llmtune.store.atomic_files import explained, plain, write_json
 from llmtune.store.run_folder import CERTIFICATE, read_run, recipe_of_run

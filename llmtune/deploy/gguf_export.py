@@ -51,11 +51,11 @@ from llmtune.deploy.parity import (
 from llmtune.deploy.parity_reference import TextReference
 from llmtune.deploy.search_parity import make_reference
 from llmtune.deploy.tuned_model import TunedModel, load_tuned, training_base
+from llmtune.display.console import spinner
 from llmtune.errors import RecipeError, nearest
 from llmtune.evaluate.generation import answer_ends
 from llmtune.model.config import read_model_config
 from llmtune.model.device import explain_oom
-from llmtune.report.render_terminal import spinner
 from llmtune.session import Plan, RunContext
 from llmtune.store.atomic_files import explained, hash_file, staged
 

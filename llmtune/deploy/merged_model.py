@@ -32,11 +32,11 @@ from llmtune.deploy.parity import (
 from llmtune.deploy.parity_reference import TunedReference
 from llmtune.deploy.search_parity import make_reference
 from llmtune.deploy.tuned_model import TunedModel, training_base
+from llmtune.display.console import spinner
 from llmtune.errors import Problem, RecipeError
 from llmtune.model.config import OTHER_CLASSES, OTHER_ORDER
 from llmtune.model.device import explain_oom, is_out_of_memory, release_memory
 from llmtune.model.processor import save_tokenizer
-from llmtune.report.render_terminal import spinner
 from llmtune.session import RunContext
 from llmtune.store.atomic_files import explained, hash_file, staged
 

@@ -15,6 +15,8 @@ from pydantic import TypeAdapter
 from rich.console import Console
 
 from llmtune.deploy.parity import Certificate, describe_parity
+from llmtune.display.number_format import missing
+from llmtune.evaluate.metric_info import metric_note
 from llmtune.model.builtin_models import PACKAGED
 from llmtune.model.model_files import read_json_object
 from llmtune.model.resolve import UNKNOWN, find_license
@@ -22,12 +24,10 @@ from llmtune.recipe.schema import Recipe
 from llmtune.recipe.secrets import hide_paths, is_local_path
 from llmtune.recipe.task_facts import TASK_FACTS
 from llmtune.report.export_section import export_section
-from llmtune.report.metric_info import metric_note
-from llmtune.report.number_format import missing
 from llmtune.report.render_markdown import code, markdown_text, render_section
-from llmtune.report.report_record import Seeds
 from llmtune.report.score_sections import base_name, gate_section, score_section, seed_section, suite_sections
 from llmtune.score_records import Evaluation, GateResult
+from llmtune.store.report_record import Seeds
 
 MODEL_CLASSES = {
     "AutoModelForCausalLM": (r"CAUSAL_LM|ForCausalLM|LMHeadModel$", "text-generation"),

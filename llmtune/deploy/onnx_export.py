@@ -31,12 +31,12 @@ from llmtune.deploy.parity import (
 from llmtune.deploy.parity_reference import HeadReference, TextReference, TunedReference
 from llmtune.deploy.search_parity import make_reference
 from llmtune.deploy.tuned_model import TunedModel, training_base
+from llmtune.display.console import spinner
+from llmtune.display.number_format import size
 from llmtune.errors import EnvironmentProblem, Problem, RecipeError
 from llmtune.model.causal_lm_loss import model_inputs, move_to, unwrap
 from llmtune.model.config import find_class
 from llmtune.model.device import explain_oom
-from llmtune.report.number_format import size
-from llmtune.report.render_terminal import spinner
 from llmtune.session import Plan, RunContext
 from llmtune.store.atomic_files import explained, hash_file, staged
 

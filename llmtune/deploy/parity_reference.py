@@ -31,13 +31,13 @@ from llmtune.deploy.parity import (
     measure_step,
 )
 from llmtune.deploy.tuned_model import ANSWER_TOKENS, TransformersReader, TunedModel, render_prompts
+from llmtune.display.console import track_items
 from llmtune.errors import DataError, LlmtuneError, first_line
 from llmtune.evaluate.evaluated_task import LoadedModel
 from llmtune.evaluate.generation import answer_ends
 from llmtune.model.causal_lm_loss import accepted_arguments, decoder_inputs, model_inputs, move_to, unwrap
 from llmtune.model.device import compute_context
 from llmtune.records import Batch, Row
-from llmtune.report.render_terminal import track_items
 from llmtune.tasks.base import AnyTask
 from llmtune.tasks.speech import heard_at_once
 

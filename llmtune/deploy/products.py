@@ -24,16 +24,16 @@ from llmtune.deploy.onnx_session import OPENVINO_SUFFIX
 from llmtune.deploy.parity import LIMITS, NOT_FINITE, Certificate, describe_parity
 from llmtune.deploy.quantized_model import SCHEMES, check_quantizable, quantize_run
 from llmtune.deploy.search_parity import make_reference
+from llmtune.display.console import spinner
 from llmtune.errors import EnvironmentProblem, GateFailed, LlmtuneError, Problem, RecipeError
 from llmtune.model.causal_lm_loss import unwrap
 from llmtune.model.config import readable
 from llmtune.model.device import explain_oom
 from llmtune.model.library_logging import silent
 from llmtune.recipe.secrets import redact_all
-from llmtune.report.render_terminal import spinner
-from llmtune.report.report_record import ExportFailure
 from llmtune.session import Plan, RunContext
 from llmtune.store.atomic_files import explained, hash_file, hash_folder, hash_value, plain, write_json
+from llmtune.store.report_record import ExportFailure
 from llmtune.store.run_folder import CERTIFICATE, StepFacts
 
 

@@ -32,12 +32,12 @@ from llmtune.deploy.parity import (
 )
 from llmtune.deploy.search_parity import make_reference
 from llmtune.deploy.tuned_model import TunedModel, training_base
+from llmtune.display.console import spinner
+from llmtune.display.number_format import size
 from llmtune.errors import EnvironmentProblem, RecipeError, nearest
 from llmtune.model.config import build_skeleton, expert_parameters, find_class, head_names, in_heads, read_model_config
 from llmtune.model.device import explain_oom
 from llmtune.records import Examples
-from llmtune.report.number_format import size
-from llmtune.report.render_terminal import spinner
 from llmtune.session import Plan, RunContext
 from llmtune.store.atomic_files import explained, staged
 

@@ -22,10 +22,10 @@ from llmtune.evaluate.release_records import RELEASE_VERSION, Release, is_releas
 from llmtune.recipe.secrets import hide_paths
 from llmtune.recipe.user_files import read_bytes
 from llmtune.records import Json
-from llmtune.report.report_record import require_report
 from llmtune.score_records import Difference, GateResult
 from llmtune.store.atomic_files import explained, hash_file, plain, read_json, write_json
 from llmtune.store.release_store import RECORD_FILE, is_stored, read_current, release_address
+from llmtune.store.report_record import require_report
 from llmtune.store.run_lock import LOCK
 
 NAMESPACE = "llmtune-release"

@@ -8,9 +8,9 @@ from typing import Any
 
 from llmtune import __version__
 from llmtune.errors import DataError
-from llmtune.evaluate.lm_eval import list_task_files
 from llmtune.evaluate.per_row_scores import MEASURES
 from llmtune.evaluate.release_records import locate_champion
+from llmtune.evaluate.suites.lm_eval import list_task_files
 from llmtune.recipe.eval_suites_section import is_task_file
 from llmtune.recipe.evaluate_section import EXTRA_KEYS, GATE_KEYS
 from llmtune.recipe.schema import Recipe

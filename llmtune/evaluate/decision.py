@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from llmtune.data.classify_rows import join_labels
+from llmtune.display.number_format import count
 from llmtune.evaluate.calibration import RECORD as CALIBRATION_RECORD
 from llmtune.evaluate.calibration import Chosen, log_probabilities, read_rules, save_calibration
 from llmtune.evaluate.intervals import Floats
@@ -40,7 +41,6 @@ from llmtune.recipe.evaluate_section import EvaluateSection
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.training_rule import count_checkpoints
 from llmtune.records import Json, Rows
-from llmtune.report.number_format import count
 from llmtune.score_records import Decided, Decision, Evaluation
 from llmtune.store.atomic_files import hash_folder, read_json, write_json
 from llmtune.store.run_folder import CERTIFICATE, RunFolder

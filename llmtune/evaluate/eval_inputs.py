@@ -14,9 +14,9 @@ from llmtune.data.examples import ExampleReader
 from llmtune.data.row_store import iterate_groups, iterate_rows
 from llmtune.errors import DataError
 from llmtune.evaluate.evaluated_task import EvaluatedTask
-from llmtune.evaluate.own_metrics import read_full_rows
 from llmtune.evaluate.shared_prefix import SIGNATURE, Tree, check_choices, choice_trees, find_choice, find_choices
 from llmtune.evaluate.slices import Parts, read_slices
+from llmtune.evaluate.suites.own_metrics import read_full_rows
 from llmtune.evaluate.text_metrics import CHOICE_METRIC
 from llmtune.evaluate.token_batches import cut_evenly
 from llmtune.evaluate.tool_metrics import ToolTurn, calls_tool, uncheckable_tools, write_answer

@@ -12,15 +12,15 @@ from pydantic import TypeAdapter, ValidationError
 from rich.console import Console
 from rich.markup import escape
 
+from llmtune.display.console import print_sections
 from llmtune.errors import Problem
+from llmtune.evaluate.metric_info import better_side
+from llmtune.evaluate.significance import INCONCLUSIVE
 from llmtune.recipe.task_facts import TASK_FACTS
-from llmtune.report.metric_info import better_side
-from llmtune.report.render_terminal import print_sections
-from llmtune.report.report_record import Verdict
 from llmtune.report.score_sections import NOT_APPLICABLE, count_gates, score_sections
-from llmtune.report.significance import INCONCLUSIVE
 from llmtune.score_records import Difference, Evaluation, GateResult, Study
 from llmtune.store.atomic_files import explained, read_json, write_json
+from llmtune.store.report_record import Verdict
 from llmtune.store.run_folder import RunFolder
 
 EVALUATION = "evaluation.json"

@@ -19,15 +19,15 @@ from llmtune.evaluate.eval_inputs import EvalContext, EvalInputs
 from llmtune.evaluate.evaluated_task import Corpus, EvalPrediction, EvaluatedTask
 from llmtune.evaluate.inference import Answers, TokenSums, compute_metrics, predict, read_choices
 from llmtune.evaluate.metric import Measure, PairedMeasures, own_interval
+from llmtune.evaluate.metric_info import better_side
 from llmtune.evaluate.paired_statistics import METHOD
 from llmtune.evaluate.results import find_flips, pick_samples
 from llmtune.evaluate.slices import score_slices
-from llmtune.evaluate.suite_registry import Suite, compare_suites
+from llmtune.evaluate.suites.suite_registry import Suite, compare_suites
 from llmtune.model.device import release_memory
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_facts import TASK_FACTS
 from llmtune.records import Row, Rows
-from llmtune.report.metric_info import better_side
 from llmtune.score_records import Decided, Evaluation, Reliability
 
 PIECES = "loss.pieces"

@@ -9,22 +9,22 @@ from dataclasses import replace
 
 from rich.console import Console
 
+from llmtune.display.console import print_sections
 from llmtune.errors import GateFailed, GateUnsure, Problem, RecipeError
 from llmtune.evaluate.champion import open_champion
 from llmtune.evaluate.evaluation_file import list_failed, load_with_exports
 from llmtune.evaluate.paired_statistics import name_groups, row_deviation, rows_needed, smallest_difference, widen
+from llmtune.evaluate.significance import INCONCLUSIVE
 from llmtune.recipe.evaluate_section import ERROR, EvaluateSection, WhenUnsure
 from llmtune.recipe.gate_grammar import Gate, Operator, parse_gate
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.section import RELEASE_PREFIX
 from llmtune.recipe.task_facts import SIMPLE_BASELINES
 from llmtune.records import Json
-from llmtune.report.render_terminal import print_sections
-from llmtune.report.report_record import Power
 from llmtune.report.score_sections import NOT_APPLICABLE, power_section
-from llmtune.report.significance import INCONCLUSIVE
 from llmtune.score_records import Champion, Difference, Evaluation, GateResult
 from llmtune.store.atomic_files import plain
+from llmtune.store.report_record import Power
 from llmtune.store.run_folder import RunFolder
 
 COMPARE: dict[str, Callable[[float, float], bool]] = {

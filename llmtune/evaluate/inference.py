@@ -15,6 +15,7 @@ from rich.progress import Progress
 
 from llmtune.data.answer_parser import ParsedAnswer
 from llmtune.data.example import Collate
+from llmtune.display.console import counting_bars
 from llmtune.errors import Problem
 from llmtune.evaluate.calibration import Chosen, gather_choices, measure_calibration
 from llmtune.evaluate.eval_inputs import EvalContext, EvalInputs
@@ -22,8 +23,8 @@ from llmtune.evaluate.evaluated_task import Corpus, EvalPrediction, EvaluatedTas
 from llmtune.evaluate.generation import CompletionOutput, answer_reader, generate_completions
 from llmtune.evaluate.intervals import Floats
 from llmtune.evaluate.metric import Measure, measure_right, measure_shares
-from llmtune.evaluate.own_metrics import measure_own
 from llmtune.evaluate.shared_prefix import find_choice, score_trees
+from llmtune.evaluate.suites.own_metrics import measure_own
 from llmtune.evaluate.text_metrics import CHOICE_METRIC, TEXT_MEASURES, TOKEN_METRICS, measure_tokens
 from llmtune.evaluate.token_batches import TOKEN_BUDGET, budget_for, over_processes, run_in_batches
 from llmtune.evaluate.tool_metrics import TOOL_SCORES, calls_tool, measure_tools, write_answer
@@ -32,7 +33,6 @@ from llmtune.model.device import compute_context, resolve_dtype
 from llmtune.model.memory_plan import context_length
 from llmtune.recipe.task_facts import CALIBRATION, CUT_METRIC
 from llmtune.records import Advance
-from llmtune.report.render_terminal import counting_bars
 from llmtune.store.processes import world_size
 
 

@@ -16,6 +16,7 @@ from llmtune.data.examples import encode_rows
 from llmtune.data.inherited_rows import find_inheritance, find_learned
 from llmtune.data.row_store import iterate_ids, iterate_rows, iterate_texts, load_rows, pick_rows, read_rows
 from llmtune.data.row_text import compared_text
+from llmtune.display.console import spinner
 from llmtune.errors import DataError, EnvironmentProblem, RecipeError
 from llmtune.evaluate.calibration import run_temperature
 from llmtune.evaluate.class_alignment import ClassMap, map_classes, rename_prediction
@@ -31,7 +32,7 @@ from llmtune.evaluate.per_row_scores import PerRowScores, name_test_rows, save_m
 from llmtune.evaluate.results import TUNED, BaseAnswers, save_base, save_predictions
 from llmtune.evaluate.simple_baseline import SimpleScores
 from llmtune.evaluate.slices import one_line, score_slice
-from llmtune.evaluate.suite_registry import make_suites
+from llmtune.evaluate.suites.suite_registry import make_suites
 from llmtune.evaluate.text_metrics import TOKEN_METRICS
 from llmtune.model.device import release_memory
 from llmtune.recipe.class_names import names_in, rename_row
@@ -40,7 +41,6 @@ from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_facts import CALIBRATION
 from llmtune.recipe.training_rule import compared_checkpoints
 from llmtune.records import Row, Rows
-from llmtune.report.render_terminal import spinner
 from llmtune.score_records import Champion, Contamination, Evaluation, Slice
 from llmtune.store.atomic_files import hash_folder
 from llmtune.store.json_shapes import read_curve

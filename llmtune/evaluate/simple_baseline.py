@@ -12,6 +12,7 @@ import numpy as np
 
 from llmtune.data.examples import ExampleReader
 from llmtune.data.row_store import read_rows
+from llmtune.display.console import spinner
 from llmtune.evaluate.bm25 import BM25_NOTE
 from llmtune.evaluate.eval_inputs import EvalContext, EvalInputs, write_prompt
 from llmtune.evaluate.inference import Answers, compute_metrics
@@ -22,7 +23,6 @@ from llmtune.evaluate.tfidf import MOST_TEXTS, fit_tfidf, logits_of
 from llmtune.evaluate.token_batches import cut_evenly
 from llmtune.recipe.task_facts import CUT_METRIC, SIMPLE_BASELINES, TASK_FACTS, at_ten
 from llmtune.records import Examples, Row, Rows
-from llmtune.report.render_terminal import spinner
 from llmtune.score_records import Evaluation, SimpleBaseline
 
 SENTENCE = re.compile(r".+?(?:[.!?…]+[\"'”’)\]]*(?=\s|$)|[。！？]+[”」』）]*|\n|$)", re.DOTALL)

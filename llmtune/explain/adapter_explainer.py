@@ -12,6 +12,9 @@ import numpy as np
 import torch
 from rich.console import Console
 
+from llmtune.display.blocks import Cell, Column, KeyValues, Section, Table, Text
+from llmtune.display.console import spinner
+from llmtune.display.number_format import count, score
 from llmtune.errors import EnvironmentProblem, RecipeError
 from llmtune.explain.explainer import BASE, TUNED, Explainer, Target, figure_block, in_percent
 from llmtune.explain.figures import Panel, Ticks, Values, draw_heatmaps
@@ -28,9 +31,6 @@ from llmtune.explain.trained_modules import (
 )
 from llmtune.model.config import head_is_new
 from llmtune.records import ModelRef
-from llmtune.report.blocks import Cell, Column, KeyValues, Section, Table, Text
-from llmtune.report.number_format import count, score
-from llmtune.report.render_terminal import spinner
 
 LAYER = re.compile(r"(.*?)\.(\d+)\.(.+)")
 """A module in a list of layers: the list, the layer's number, the module below it."""

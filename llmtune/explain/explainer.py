@@ -16,6 +16,7 @@ from markupsafe import Markup
 from rich.console import Console
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from llmtune.display.blocks import Html, Page, Section
 from llmtune.errors import LlmtuneError
 from llmtune.model.config import is_encoder, read_model_config
 from llmtune.model.device import pick_device
@@ -24,7 +25,6 @@ from llmtune.model.processor import load_processor
 from llmtune.model.resolve import resolve_model
 from llmtune.recipe.model_section import ModelSection
 from llmtune.recipe.schema import Recipe
-from llmtune.report.blocks import Html, Page, Section
 from llmtune.report.render_html import write_page
 from llmtune.session import Models, open_finished
 from llmtune.store.atomic_files import explained

@@ -28,6 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
+from llmtune.display.console import track_items
 from llmtune.errors import first_line
 from llmtune.explain.explainer import Target
 from llmtune.explain.module_tree import Unit, find_units
@@ -36,7 +37,6 @@ from llmtune.model.config import architecture_class, find_class
 from llmtune.model.device import is_out_of_memory, pick_device
 from llmtune.model.processor import count_ids
 from llmtune.records import ModelRef
-from llmtune.report.render_terminal import track_items
 
 UNRUNNABLE = (RuntimeError, ValueError, TypeError, NotImplementedError, IndexError, AttributeError)
 """Errors of models that read values while they run."""

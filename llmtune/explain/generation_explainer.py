@@ -15,6 +15,8 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from llmtune.display.blocks import Block, Cell, Column, Details, Heatmap, Page, Section, Table, Text
+from llmtune.display.charts import draw_meter
 from llmtune.errors import RecipeError
 from llmtune.explain.explainer import BASE, TUNED, Explainer, Target
 from llmtune.explain.generation_trace import (
@@ -30,8 +32,6 @@ from llmtune.explain.inputs import NO_WORDS_FIX, ModelInputs, PromptRequest, rea
 from llmtune.explain.token_text import Token, name_tokens, word_label
 from llmtune.model.causal_lm_loss import unwrap
 from llmtune.model.memory_plan import context_length
-from llmtune.report.blocks import Block, Cell, Column, Details, Heatmap, Page, Section, Table, Text
-from llmtune.report.charts import draw_meter
 
 MOST_TOKENS = 256
 """Maximum tokens of an answer; the page has each layer's prediction at each token."""

@@ -12,6 +12,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from rich.console import Console
 
+from llmtune.display.blocks import Block, Column, KeyValues, Section, Shares, Table, Text
+from llmtune.display.console import spinner
+from llmtune.display.number_format import count
+from llmtune.display.number_format import share as percentage
 from llmtune.errors import EnvironmentProblem, first_line
 from llmtune.explain.architecture import Architecture, Blocks, describe_architecture
 from llmtune.explain.architecture_figure import brief_size, briefly, draw_architecture
@@ -29,10 +33,6 @@ from llmtune.explain.fake_model import (
 from llmtune.explain.figures import BLUE, LINE, MUTED, ORANGE, figure_settings, save_figure
 from llmtune.explain.trained_modules import find_trained, short_module_name
 from llmtune.model.config import UNREADABLE
-from llmtune.report.blocks import Block, Column, KeyValues, Section, Shares, Table, Text
-from llmtune.report.number_format import count
-from llmtune.report.number_format import share as percentage
-from llmtune.report.render_terminal import spinner
 
 KINDS = {"encoder": "an encoder", "decoder": "a decoder", "encoder-decoder": "an encoder with a decoder"}
 COST_NOTE = (

@@ -13,13 +13,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.console import Console
 
+from llmtune.display.blocks import Block, Column, KeyValues, Section, Table, Text
 from llmtune.errors import Problem, RecipeError
 from llmtune.explain.explainer import Explainer, Target, figure_block
 from llmtune.explain.figures import BLUE, LINE, MUTED, Panel, Ticks, draw_heatmap, figure_settings, save_figure
 from llmtune.explain.position_encodings import Scheme, find_schemes, similarity_by_distance, sinusoidal_scheme
 from llmtune.explain.token_text import name_tokens, token_label
 from llmtune.model.memory_plan import context_length
-from llmtune.report.blocks import Block, Column, KeyValues, Section, Table, Text
 
 LONGEST, WIDEST = 4096, 4096
 """Maximum positions and dimensions of an encoding."""

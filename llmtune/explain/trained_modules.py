@@ -22,8 +22,8 @@ from peft.utils.other import ModulesToSaveWrapper, transpose
 from safetensors import safe_open
 
 from llmtune.adapter.load import WEIGHTS, find_adapter
+from llmtune.display.number_format import share
 from llmtune.explain.explainer import Target
-from llmtune.report.number_format import share
 
 TrainingKind = Literal["LoRA", "DoRA", "whole", "tokens", "bias", "weights"]
 """How a module was trained: `whole` next to an adapter, `tokens` for some rows, `weights` in full training."""

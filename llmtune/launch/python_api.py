@@ -151,9 +151,9 @@ def run_recipe(
     RecipeError.collect(why_not(stated_strategy(), loaded.recipe))
     prepare_environment(network=names_remote(loaded.recipe) and not request.offline, threads=request.threads)
     _agree(loaded)
+    from llmtune.display.console import phase, spinner
     from llmtune.launch.unchanged_run import finish_noted
     from llmtune.report.junit import failures_in_junit
-    from llmtune.report.render_terminal import phase, spinner
 
     request = locate_run(loaded, request, console)
     path = request.folder
@@ -277,9 +277,9 @@ def evaluate_folder(
 
     `on_begin` is as in `run_recipe`.
     """
+    from llmtune.display.console import phase, spinner
     from llmtune.evaluate.champion import open_champion
-    from llmtune.evaluate.judge_client import check_evaluation
-    from llmtune.report.render_terminal import phase, spinner
+    from llmtune.evaluate.suites.judge_client import check_evaluation
     from llmtune.store.run_folder import read_run, recipe_of_run
 
     loaded = recipe_of_run(read_run(run), sets)
@@ -298,7 +298,7 @@ def make_console(*, quiet: bool = False, stderr: bool = True) -> Console:
     """Return the console of progress (stderr) or results: with colours and bars in a terminal, else plain lines."""
     import sys
 
-    from llmtune.report.render_terminal import VisibleConsole
+    from llmtune.display.console import VisibleConsole
 
     terminal = (sys.stderr if stderr else sys.stdout).isatty()
     width = None if terminal or os.environ.get("COLUMNS") else FILE_WIDTH

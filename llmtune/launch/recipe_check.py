@@ -43,7 +43,7 @@ def check_recipe(loaded: LoadedRecipe, *, trains: bool = False) -> list[Detected
     """
     from llmtune.data.sources import resolve_inputs  # imports pyarrow, which `--help` does not need
     from llmtune.evaluate.champion import open_champion  # as does this
-    from llmtune.evaluate.own_metrics import list_own_metrics
+    from llmtune.evaluate.suites.own_metrics import list_own_metrics
 
     open_champion(loaded.recipe)
     list_own_metrics(loaded.recipe.evaluate)

@@ -18,11 +18,11 @@ from llmtune.evaluate.evaluation_file import load_evaluation, print_scores, prin
 from llmtune.evaluate.gates import require_gates
 from llmtune.recipe.loader import LoadedRecipe
 from llmtune.records import Json
-from llmtune.report.report_record import Verdict, read_report
 from llmtune.score_records import GateResult
 from llmtune.store.atomic_files import hash_file, hash_listing, hash_value, list_model, write_json
 from llmtune.store.machine import likely_device
 from llmtune.store.release_store import list_stored
+from llmtune.store.report_record import Verdict, read_report
 from llmtune.store.run_folder import MANIFEST, REPORTS, RunFolder, read_run, updating_reports
 from llmtune.store.run_lock import LOCK, package_versions
 from llmtune.store.verification import verify_run

@@ -11,9 +11,9 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
+from llmtune.display.number_format import size as format_bytes
 from llmtune.errors import EnvironmentProblem, RecipeError, nearest
 from llmtune.recipe.schema import Recipe
-from llmtune.report.number_format import size as format_bytes
 from llmtune.store.machine import process_memory_limit
 
 CARDS: Mapping[str, tuple[float, float]] = {

@@ -13,6 +13,7 @@ from rich.table import Table
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from llmtune.data.task_interface import TaskInterface
+from llmtune.display.number_format import size as format_bytes
 from llmtune.errors import DataError, EnvironmentProblem
 from llmtune.model.chunked_cross_entropy import CHUNK_ELEMENTS
 from llmtune.model.config import (
@@ -31,7 +32,6 @@ from llmtune.recipe.adapter_section import MUTATING, AdapterSection
 from llmtune.recipe.peft_options import options_of
 from llmtune.recipe.schema import Recipe
 from llmtune.records import ALONE, Layout, MemoryPlan, ModelRef
-from llmtune.report.number_format import size as format_bytes
 
 _OPTIMIZER_BYTES = {
     "sgd": 0.0,

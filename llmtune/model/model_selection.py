@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from llmtune.data.example import Example
 from llmtune.data.row_store import read_rows
 from llmtune.data.task_interface import TaskInterface
+from llmtune.display.number_format import size as format_bytes
 from llmtune.errors import DataError, EnvironmentProblem, Problem, RecipeError
 from llmtune.model.catalogue import candidate_names, read_catalogue, refuse_licence
 from llmtune.model.causal_lm_loss import move_to
@@ -39,7 +40,6 @@ from llmtune.model.resolve import find_license, resolve_model
 from llmtune.recipe.gate_grammar import LOWER_IS_BETTER
 from llmtune.recipe.schema import Recipe
 from llmtune.records import Json, MemoryPlan, ModelRef, Row, Rows, read_model_ref
-from llmtune.report.number_format import size as format_bytes
 from llmtune.store.process_environment import is_remote_model
 
 ChooseTask = Callable[[ModelRef], TaskInterface]

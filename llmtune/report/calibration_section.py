@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from llmtune.report.blocks import (
+from llmtune.display.blocks import (
     Beside,
     Block,
     Column,
@@ -17,10 +17,10 @@ from llmtune.report.blocks import (
     Text,
     difference_table,
 )
-from llmtune.report.charts import draw_reliability
+from llmtune.display.charts import draw_reliability
+from llmtune.display.number_format import count, score
+from llmtune.evaluate.metric_info import METRIC_NOTES, better_side
 from llmtune.report.decision_view import describe_outside
-from llmtune.report.metric_info import METRIC_NOTES, better_side
-from llmtune.report.number_format import count, score
 from llmtune.score_records import Evaluation
 
 Bins = Sequence[tuple[float, float, float]]

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from llmtune.display.number_format import count, missing, score
 from llmtune.recipe.class_names import show_name
 from llmtune.recipe.yaml_writer import plain_or_quoted
-from llmtune.report.number_format import count, missing, score
 from llmtune.score_records import ClassChanges, Difference, NewClass
 
 SHOWN_NAMES = 8

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from llmtune.recipe.class_names import show_name
-from llmtune.report.blocks import (
+from llmtune.display.blocks import (
     TONES,
     Block,
     Cell,
@@ -15,9 +14,10 @@ from llmtune.report.blocks import (
     Text,
     difference_table,
 )
+from llmtune.display.number_format import count
+from llmtune.evaluate.metric_info import better_side
+from llmtune.recipe.class_names import show_name
 from llmtune.report.class_sentences import list_class_changes, write_interval
-from llmtune.report.metric_info import better_side
-from llmtune.report.number_format import count
 from llmtune.score_records import ClassChanges
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from itertools import chain
 
+from llmtune.display.blocks import Beside, Block, Cell, Column, Html, Section, Table, TableColumns, TableRows, Text
+from llmtune.display.charts import Curve, draw_curves
+from llmtune.display.number_format import DASH, count, missing, score
+from llmtune.evaluate.metric_info import metric_note
 from llmtune.recipe.task_facts import DECISIONS
-from llmtune.report.blocks import Beside, Block, Cell, Column, Html, Section, Table, TableColumns, TableRows, Text
-from llmtune.report.charts import Curve, draw_curves
-from llmtune.report.metric_info import metric_note
-from llmtune.report.number_format import DASH, count, missing, score
 from llmtune.score_records import Calibration, Decision, Evaluation
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from llmtune.report.blocks import (
+from llmtune.display.blocks import (
     Block,
     Cell,
     Column,
@@ -17,11 +17,11 @@ from llmtune.report.blocks import (
     Text,
     difference_table,
 )
-from llmtune.report.metric_info import better_side, rank_metrics
-from llmtune.report.number_format import count, score, size
-from llmtune.report.report_record import list_exports
+from llmtune.display.number_format import count, score, size
+from llmtune.evaluate.metric_info import better_side, rank_metrics
 from llmtune.report.score_sections import spell_metrics
 from llmtune.score_records import Evaluation
+from llmtune.store.report_record import list_exports
 
 
 def export_section(evaluation: Evaluation | None, deploy: Mapping[str, Any] | None) -> Section:

@@ -8,12 +8,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from xml.etree import ElementTree as Tree  # only writes XML, so parser attacks do not apply
 
+from llmtune.display.number_format import score
 from llmtune.errors import GateFailed, LlmtuneError
 from llmtune.recipe.secrets import redact_all
 from llmtune.report.class_sentences import describe_new_class
-from llmtune.report.number_format import score
-from llmtune.report.report_record import UNFINISHED, Report, ReportedExport, list_exports
 from llmtune.store.atomic_files import write_text
+from llmtune.store.report_record import UNFINISHED, Report, ReportedExport, list_exports
 from llmtune.store.run_folder import updating_reports
 
 NOT_XML = re.compile(r"[^\t\n\r -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from llmtune.report.blocks import Column, Table, TableColumns, TableRows
-from llmtune.report.number_format import count, share
+from llmtune.display.blocks import Column, Table, TableColumns, TableRows
+from llmtune.display.number_format import count, share
 from llmtune.score_records import Contamination
 
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import jinja2
 from markupsafe import Markup, escape
 
+from llmtune.display.blocks import Page, Section
+from llmtune.display.number_format import score, signed
 from llmtune.errors import STEERING, visible
-from llmtune.report.blocks import Page, Section
-from llmtune.report.number_format import score, signed
 from llmtune.store.atomic_files import plain, write_text
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from llmtune.report.blocks import Beside, Block, Bullets, Cell, KeyValues, Page, SampleList, Section, Table, Text
+from llmtune.display.blocks import Beside, Block, Bullets, Cell, KeyValues, Page, SampleList, Section, Table, Text
 
 LONGEST_TEXT = 300
 MOST_ROWS, MOST_SAMPLES = 30, 3

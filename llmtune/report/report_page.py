@@ -9,17 +9,18 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from llmtune.display.blocks import TONES, Compared, Links, Page, Section, Text, Tone, VerdictCard
+from llmtune.display.number_format import DASH, count
+from llmtune.evaluate.metric_info import better_side, list_sides, rank_metrics
+from llmtune.evaluate.significance import CHANCE, INCONCLUSIVE, MetricChanges, find_changes
+from llmtune.evaluate.verdict import BETTER, MIXED, WITHIN, WORSE, judged_differences
 from llmtune.recipe.gate_grammar import Opponent
 from llmtune.recipe.task_facts import TASK_FACTS
 from llmtune.records import Json
-from llmtune.report.blocks import TONES, Compared, Links, Page, Section, Text, Tone, VerdictCard
 from llmtune.report.export_section import export_section
 from llmtune.report.junit import to_junit
-from llmtune.report.metric_info import better_side, list_sides, rank_metrics
-from llmtune.report.number_format import DASH, count
 from llmtune.report.render_html import render_html_section, to_html
 from llmtune.report.render_markdown import to_markdown
-from llmtune.report.report_record import Report
 from llmtune.report.run_sections import (
     adapter_section,
     data_section,
@@ -37,12 +38,11 @@ from llmtune.report.score_sections import (
     power_section,
     score_sections,
 )
-from llmtune.report.significance import CHANCE, INCONCLUSIVE, MetricChanges, find_changes
 from llmtune.report.simple_baseline_view import simple_title
 from llmtune.report.suspect_section import suspect_section
-from llmtune.report.verdict import BETTER, MIXED, WITHIN, WORSE, judged_differences
 from llmtune.score_records import Evaluation, GateResult
 from llmtune.store.atomic_files import plain, write_json, write_text
+from llmtune.store.report_record import Report
 from llmtune.store.run_folder import REPORTS, updating_reports
 
 TITLES: dict[str, tuple[str, Tone]] = {

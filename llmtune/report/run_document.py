@@ -9,12 +9,12 @@ from typing import Any, Literal, get_args
 from pydantic import ConfigDict, TypeAdapter
 from typing_extensions import TypedDict
 
+from llmtune.evaluate.metric_info import better_side
 from llmtune.recipe.section import descriptions
 from llmtune.records import Json
-from llmtune.report.metric_info import better_side
-from llmtune.report.report_record import list_exports
 from llmtune.store.atomic_files import read_json
 from llmtune.store.json_shapes import ReleaseOutcome
+from llmtune.store.report_record import list_exports
 from llmtune.store.run_folder import CERTIFICATE
 
 SCHEMA_VERSION = 1

@@ -7,9 +7,7 @@ from typing import Any
 
 from markupsafe import Markup, escape
 
-from llmtune.recipe.task_facts import TASK_FACTS, answer_kind
-from llmtune.records import StepTiming
-from llmtune.report.blocks import (
+from llmtune.display.blocks import (
     Beside,
     Block,
     Bullets,
@@ -25,14 +23,16 @@ from llmtune.report.blocks import (
     TableRows,
     Text,
 )
-from llmtune.report.charts import ChartPoint, Curve, draw_curves, draw_histogram, draw_meter, element, heading
+from llmtune.display.charts import ChartPoint, Curve, draw_curves, draw_histogram, draw_meter, element, heading
+from llmtune.display.number_format import DASH, count, duration, missing, score, share, size
+from llmtune.recipe.task_facts import TASK_FACTS, answer_kind
+from llmtune.records import StepTiming
 from llmtune.report.class_sentences import name_changes_sentences
-from llmtune.report.number_format import DASH, count, duration, missing, score, share, size
-from llmtune.report.report_record import AdapterFacts, DataFacts, TrainFacts
 from llmtune.report.score_sections import list_signatures
 from llmtune.report.search_sections import negatives_blocks
 from llmtune.score_records import Evaluation
 from llmtune.store.json_shapes import HardRow, SelectedFacts
+from llmtune.store.report_record import AdapterFacts, DataFacts, TrainFacts
 
 SPLITS = ("train", "validation", "test")
 PART_NAMES = {"optimizer": "optimizer state"}

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from llmtune.display.blocks import ModelAnswer, Sample
 from llmtune.recipe.task_facts import TASK_FACTS, answer_kind
-from llmtune.report.blocks import ModelAnswer, Sample
 from llmtune.score_records import Evaluation
 
 LONGEST_SHOWN, HEAD, TAIL = 1600, 1000, 400

@@ -6,9 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from llmtune.recipe.task_facts import DECISIONS, TASK_FACTS, answer_kind
-from llmtune.records import Json
-from llmtune.report.blocks import (
+from llmtune.display.blocks import (
     TONES,
     Block,
     Cell,
@@ -24,19 +22,21 @@ from llmtune.report.blocks import (
     Text,
     difference_table,
 )
+from llmtune.display.charts import draw_meter
+from llmtune.display.number_format import count, missing, score, share, signed
+from llmtune.evaluate.metric_info import BETTER_NOTES, better_side, full_note, list_sides, rank_metrics, side_note
+from llmtune.evaluate.significance import INCONCLUSIVE
+from llmtune.recipe.task_facts import DECISIONS, TASK_FACTS, answer_kind
+from llmtune.records import Json
 from llmtune.report.calibration_section import calibration_section
-from llmtune.report.charts import draw_meter
 from llmtune.report.class_view import class_blocks
 from llmtune.report.decision_view import decision_section
-from llmtune.report.metric_info import BETTER_NOTES, better_side, full_note, list_sides, rank_metrics, side_note
-from llmtune.report.number_format import count, missing, score, share, signed
 from llmtune.report.overlap_view import overlap_sentence, overlap_table
-from llmtune.report.report_record import Power, Seeds
 from llmtune.report.sample_view import NUMBERS, present_samples
 from llmtune.report.search_sections import length_section
-from llmtune.report.significance import INCONCLUSIVE
 from llmtune.report.simple_baseline_view import simple_baseline_section
 from llmtune.score_records import Evaluation, GateResult, Slice
+from llmtune.store.report_record import Power, Seeds
 
 MOST_CLASSES, MOST_PAIRS = 20, 15
 """Maximum classes of a readable confusion matrix, and maximum listed pairs of classes."""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from llmtune.display.blocks import Block, Column, Section, Table, TableColumns, TableRows, Text
+from llmtune.display.number_format import count, score, share
 from llmtune.records import Json
-from llmtune.report.blocks import Block, Column, Section, Table, TableColumns, TableRows, Text
-from llmtune.report.number_format import count, score, share
 
 LONGEST = 160
 """Characters of a shown passage."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from llmtune.report.blocks import Block, Compared, Section, Text, difference_table
-from llmtune.report.metric_info import COSTS, better_side, direction, full_note, rank_metrics
-from llmtune.report.number_format import missing, score, signed
-from llmtune.report.report_record import Verdict
-from llmtune.report.significance import FEWEST_ROWS, INCONCLUSIVE
-from llmtune.report.verdict import BETTER, MIXED, WORSE
+from llmtune.display.blocks import Block, Compared, Section, Text, difference_table
+from llmtune.display.number_format import missing, score, signed
+from llmtune.evaluate.metric_info import COSTS, better_side, direction, full_note, rank_metrics
+from llmtune.evaluate.significance import FEWEST_ROWS, INCONCLUSIVE
+from llmtune.evaluate.verdict import BETTER, MIXED, WORSE
 from llmtune.score_records import Evaluation, SimpleBaseline
+from llmtune.store.report_record import Verdict
 
 
 def simple_baseline_section(evaluation: Evaluation, task: str | None) -> Section:

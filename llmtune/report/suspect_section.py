@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from llmtune.display.blocks import Block, Cell, Column, Section, Table, TableColumns, TableRows, Text
+from llmtune.display.number_format import count, score, share
 from llmtune.errors import write_origin
-from llmtune.report.blocks import Block, Cell, Column, Section, Table, TableColumns, TableRows, Text
-from llmtune.report.number_format import count, score, share
-from llmtune.report.report_record import SuspectFacts
+from llmtune.store.report_record import SuspectFacts
 
 
 def suspect_section(suspects: SuspectFacts | None) -> Section:

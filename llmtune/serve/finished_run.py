@@ -20,19 +20,19 @@ from llmtune.evaluate.decision import describe_answer, run_decision
 from llmtune.evaluate.evaluation_file import load_evaluation
 from llmtune.evaluate.gates import check_gates
 from llmtune.evaluate.generation import generate_completions
-from llmtune.evaluate.own_metrics import label_scores
+from llmtune.evaluate.suites.own_metrics import label_scores
 from llmtune.model.config import why_headless
 from llmtune.recipe.arguments import check_arguments
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_facts import TASK_FACTS
 from llmtune.records import Row
-from llmtune.report.report_record import require_report
 from llmtune.score_records import Evaluation, GateResult
 from llmtune.serve.answer_stream import Delta
 from llmtune.serve.served_model import ServedModel
 from llmtune.session import Models, RunContext, open_finished
 from llmtune.store.process_environment import prepare_environment
 from llmtune.store.process_state import as_in_new_process
+from llmtune.store.report_record import require_report
 from llmtune.store.run_folder import read_run, recipe_of_run
 from llmtune.tasks.base import AnyTask, option_of
 

@@ -27,10 +27,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from typing_extensions import TypedDict
 
+from llmtune.display.number_format import size
 from llmtune.errors import EnvironmentProblem, system_errno
 from llmtune.model.device import MEMORY_ERRORS, is_out_of_memory
 from llmtune.recipe.user_files import read_text_file
-from llmtune.report.number_format import size
 from llmtune.store.atomic_files import hash_file, hash_value
 from llmtune.store.cleaning import measure_bytes
 from llmtune.store.json_shapes import METRICS

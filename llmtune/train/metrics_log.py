@@ -16,11 +16,11 @@ from accelerate.utils import ProjectConfiguration
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from llmtune.display.console import LiveProgress
 from llmtune.records import Json
-from llmtune.report.render_terminal import LiveProgress
-from llmtune.report.report_record import Report
 from llmtune.store.atomic_files import explained, plain, read_json, read_json_lines, write_json, write_text
 from llmtune.store.process_environment import LOCAL_TRACKERS
+from llmtune.store.report_record import Report
 
 ON_VALIDATION: ContextVar[Callable[[int, float], None] | None] = ContextVar("on_validation", default=None)
 """Called with the step and the loss of each validation; an exception from it ends the training."""

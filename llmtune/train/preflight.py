@@ -15,11 +15,11 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 
+from llmtune.display.console import spinner
 from llmtune.errors import EnvironmentProblem, LlmtuneError, TrainingError
 from llmtune.model.chunked_cross_entropy import takes_head_loss
 from llmtune.model.device import device_memory, release_memory
 from llmtune.model.prefix_packing import whole_documents
-from llmtune.report.render_terminal import spinner
 from llmtune.store.json_shapes import METRICS
 from llmtune.train.accumulation import MicroBatchTooLarge, make_whole_batch, seed_micro_batch, try_memory
 from llmtune.train.batch_plan import Indexes, heaviest

@@ -12,10 +12,10 @@ from llmtune.errors import DataError
 from llmtune.evaluate.eval_inputs import EvalContext, make_inputs
 from llmtune.evaluate.evaluated_task import EvaluatedTask
 from llmtune.evaluate.inference import Answers, compute_metrics, predict
+from llmtune.evaluate.metric_info import better_side
 from llmtune.recipe.evaluate_section import EvaluateSection
 from llmtune.recipe.task_facts import CHOICE_METRICS, PREDICTED, TOOL_METRICS
 from llmtune.records import Examples
-from llmtune.report.metric_info import better_side
 from llmtune.train.checkpoint import TrainState
 from llmtune.train.setup import TrainContext
 

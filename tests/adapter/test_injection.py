@@ -9,6 +9,7 @@ from support.pairs import gradient, recipe_of, start_training
 from transformers import AutoModelForCausalLM
 
 from llmtune.adapter.injection import describe_adapter, inject, trained_parameters
+from llmtune.display.number_format import size
 from llmtune.errors import RecipeError
 from llmtune.model.causal_lm_loss import causal_loss
 from llmtune.model.device import compute_context
@@ -16,7 +17,6 @@ from llmtune.model.library_logging import hushed
 from llmtune.pipeline import run_pipeline
 from llmtune.recipe.loader import load_recipe
 from llmtune.recipe.schema import Recipe
-from llmtune.report.number_format import size
 from llmtune.store.run_request import RunRequest
 
 QUESTIONS = [

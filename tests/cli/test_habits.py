@@ -12,8 +12,8 @@ from rich.console import Console
 from support.runs import finish_run, invoke
 
 from llmtune.cli.app import EXIT_CODES
-from llmtune.report.blocks import Column, Table
-from llmtune.report.render_terminal import print_blocks
+from llmtune.display.blocks import Column, Table
+from llmtune.display.console import print_blocks
 
 QUESTION = "What comes after 5 and before 7?"
 

@@ -25,8 +25,8 @@ from llmtune.evaluate.evaluation_file import EVALUATION
 from llmtune.evaluate.metric import Measure
 from llmtune.evaluate.opened_runs import name_runs, open_runs
 from llmtune.evaluate.per_row_scores import PerRowScores, load_measures, save_measures
-from llmtune.report.report_record import Verdict
 from llmtune.store.atomic_files import hash_folder, read_json, write_json
+from llmtune.store.report_record import Verdict
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 from llmtune.deploy.endpoint_parity import ask_all, certify_run, find_endpoint_breaches
 from llmtune.deploy.tuned_model import TransformersReader
 from llmtune.errors import EnvironmentProblem, GateFailed, RecipeError
-from llmtune.evaluate.endpoint_client import connect
+from llmtune.evaluate.suites.endpoint_client import connect
 from llmtune.session import Models, open_finished
 
 

@@ -21,11 +21,11 @@ from support.rows import write_jsonl
 from support.runs import llmtune, write_recipe
 
 from llmtune.errors import DataError
-from llmtune.evaluate.benchmarks import measure_group, measure_task
 from llmtune.evaluate.eval_inputs import EvalContext
-from llmtune.evaluate.lm_eval import quietly
-from llmtune.evaluate.lm_eval_model import BatchedLM
 from llmtune.evaluate.metric import paired_difference
+from llmtune.evaluate.suites.benchmarks import measure_group, measure_task
+from llmtune.evaluate.suites.lm_eval import quietly
+from llmtune.evaluate.suites.lm_eval_model import BatchedLM
 from llmtune.pipeline import evaluate_run, run_pipeline
 from llmtune.recipe.loader import load_recipe
 from llmtune.store.run_request import RunRequest

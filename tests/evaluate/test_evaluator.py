@@ -13,6 +13,7 @@ from support.rows import prepare, write_jsonl
 
 from llmtune.data.contamination import find_overlap
 from llmtune.data.row_store import read_rows
+from llmtune.display.console import counting_bars
 from llmtune.evaluate.evaluation_file import load_evaluation, save_evaluation
 from llmtune.evaluate.gates import check_gates
 from llmtune.evaluate.inference import add_bar
@@ -20,7 +21,6 @@ from llmtune.evaluate.scoring import show_examples
 from llmtune.evaluate.text_metrics import METRICS
 from llmtune.recipe.evaluate_section import EvaluateSection
 from llmtune.recipe.task_facts import CUT_METRIC, TASK_FACTS, TOOL_METRICS
-from llmtune.report.render_terminal import counting_bars
 from llmtune.score_records import Difference, Evaluation
 
 

@@ -32,9 +32,10 @@ from llmtune.evaluate.decision import measure_decisions
 from llmtune.evaluate.gates import check_gates
 from llmtune.evaluate.intervals import exact_interval
 from llmtune.evaluate.metric import Measure, measure_right, measure_shares, paired_difference
-from llmtune.evaluate.own_metrics import OwnMetric, measure_values
+from llmtune.evaluate.metric_info import better_side
 from llmtune.evaluate.paired_statistics import widen
 from llmtune.evaluate.ranking_metrics import RankedQuery, measure_ranking, measure_spread
+from llmtune.evaluate.suites.own_metrics import OwnMetric, measure_values
 from llmtune.evaluate.text_metrics import (
     SQUAD_METRICS,
     TEXT_MEASURES,
@@ -48,7 +49,6 @@ from llmtune.evaluate.tool_metrics import ToolTurn, measure_tools
 from llmtune.recipe.evaluate_section import EvaluateSection
 from llmtune.recipe.task_facts import CALIBRATION, DECISIONS, RANKING, TASK_FACTS, TOOL_METRICS
 from llmtune.recipe.task_sections import PreferenceSection
-from llmtune.report.metric_info import better_side
 from llmtune.score_records import Champion, Decision, Difference, Evaluation, Study, Threshold
 from llmtune.tasks.preference_metrics import measure_preferences
 

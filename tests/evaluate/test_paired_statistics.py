@@ -11,7 +11,7 @@ from llmtune.evaluate import intervals
 from llmtune.evaluate.intervals import bound, draw_weights, learn
 from llmtune.evaluate.metric import ratio
 from llmtune.evaluate.paired_statistics import difference, difference_weighted, p_of_interval, share_bounds, widen
-from llmtune.report.verdict import verdict
+from llmtune.evaluate.verdict import verdict
 from llmtune.score_records import Difference, Evaluation
 
 ROWS, TRIALS = 60, 600

@@ -27,8 +27,8 @@ from llmtune.evaluate.decision import measure_decisions, measure_errors
 from llmtune.evaluate.evaluated_task import Corpus, EvalPrediction
 from llmtune.evaluate.metric import Measure, measure_right, own_interval, paired_difference
 from llmtune.evaluate.opened_runs import ScoredRun, check_alike, pair_measures
-from llmtune.evaluate.own_metrics import measure_own
 from llmtune.evaluate.per_row_scores import PerRowScores, name_rows, pack_measures, unpack_measures
+from llmtune.evaluate.suites.own_metrics import measure_own
 from llmtune.recipe.evaluate_section import EvaluateSection
 from llmtune.recipe.schema import Recipe
 from llmtune.score_records import Champion, Decision, Evaluation, Threshold

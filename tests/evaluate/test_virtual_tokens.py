@@ -19,8 +19,8 @@ from llmtune.evaluate import generation
 from llmtune.evaluate.generation import generate, generate_completions, windows_count_padding
 from llmtune.evaluate.greedy_decoding import column_bytes_of, decode_greedily
 from llmtune.evaluate.inference import context_limit
-from llmtune.evaluate.lm_eval_model import BatchedLM
 from llmtune.evaluate.shared_prefix import make_tree, score_trees
+from llmtune.evaluate.suites.lm_eval_model import BatchedLM
 from llmtune.explain.generation_trace import Sampling, trace_answer
 from llmtune.explain.inputs import ModelInputs
 from llmtune.model.causal_lm_loss import causal_loss, virtual_logits

@@ -20,8 +20,8 @@ from llmtune.data.chat_template import ChatTemplate, TemplateRefusal
 from llmtune.data.file_readers import parse_lines, read_lazily
 from llmtune.data.rejected_rows import RowError
 from llmtune.errors import DataError, EnvironmentProblem, RecipeError
-from llmtune.evaluate.endpoint_client import hide_key
-from llmtune.evaluate.own_metrics import Failure, read_values
+from llmtune.evaluate.suites.endpoint_client import hide_key
+from llmtune.evaluate.suites.own_metrics import Failure, read_values
 from llmtune.launch.topology import is_host
 from llmtune.recipe.eval_suites_section import is_endpoint, is_local
 from llmtune.recipe.gate_grammar import parse_gate

@@ -14,8 +14,8 @@ from support.runs import FAST, finish_run, write_recipe, write_sums
 
 from llmtune.errors import EnvironmentProblem, RecipeError
 from llmtune.evaluate import endpoint_client
-from llmtune.evaluate.endpoint_client import check_key, connect, explained_errors
-from llmtune.evaluate.judge_client import Judge, write_question
+from llmtune.evaluate.suites.endpoint_client import check_key, connect, explained_errors
+from llmtune.evaluate.suites.judge_client import Judge, write_question
 from llmtune.recipe.eval_suites_section import JudgeSection, is_endpoint
 
 KEY = "Zm9vYmFy-none-of-your-business-42"

@@ -13,10 +13,10 @@ import pytest
 from support.hostile import attempt
 from support.runs import write_recipe, write_sums
 
+from llmtune.display.blocks import Page
 from llmtune.errors import STEERING, EnvironmentProblem, RecipeError
 from llmtune.evaluate.looks import LEDGER
 from llmtune.launch.topology import Topology, is_host
-from llmtune.report.blocks import Page
 from llmtune.report.render_html import embed_json, prose, to_html
 from llmtune.report.render_markdown import to_markdown
 

@@ -77,7 +77,7 @@ def test_a_token_in_a_row_appears_in_no_report(place, run, without, shows):
     rows = (place / "rows.jsonl").read_text().replace("Which colour has", f"the token is {TOKEN} has")
     (place / "rows.jsonl").write_text(rows)
     with (
-        without("llmtune.evaluate.run_report.redact_all", lambda value, *known: value),
+        without("llmtune.report.run_report.redact_all", lambda value, *known: value),
         without("llmtune.data.data_report.redact_all", lambda value, *known: value),
     ):
         assert TOKEN in run("run")

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 from pydantic import TypeAdapter
 
+from llmtune.evaluate.verdict import verdict
 from llmtune.records import StepTiming
-from llmtune.report.report_record import Report
-from llmtune.report.verdict import verdict
 from llmtune.score_records import Evaluation, GateResult
+from llmtune.store.report_record import Report
 
 HERE = Path(__file__).parent
 

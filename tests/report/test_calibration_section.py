@@ -2,9 +2,9 @@
 
 from dataclasses import replace
 
-from llmtune.report.blocks import Beside, Html, Page, Section, Text
+from llmtune.display.blocks import Beside, Html, Page, Section, Text
+from llmtune.display.charts import BOTTOM, LEFT, RIGHT, TOP, WIDTH
 from llmtune.report.calibration_section import calibration_section
-from llmtune.report.charts import BOTTOM, LEFT, RIGHT, TOP, WIDTH
 from llmtune.report.render_html import render_html_section
 from llmtune.report.render_markdown import to_markdown
 from llmtune.score_records import Calibration, Difference, Evaluation, Reliability

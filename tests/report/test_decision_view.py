@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from llmtune.report.blocks import Beside, Html, Section, Table, Text
+from llmtune.display.blocks import Beside, Html, Section, Table, Text
 from llmtune.report.decision_view import decision_section
 from llmtune.score_records import Decided, Decision, Difference, Evaluation, Threshold
 

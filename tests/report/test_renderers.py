@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 from support.browser import ParsedPage
 
-from llmtune.report.blocks import (
+from llmtune.display.blocks import (
     Beside,
     Bullets,
     Cell,
@@ -26,10 +26,10 @@ from llmtune.report.blocks import (
     Text,
     difference_table,
 )
-from llmtune.report.charts import Curve, draw_curves, draw_meter
+from llmtune.display.charts import Curve, draw_curves, draw_meter
+from llmtune.display.console import print_blocks, print_columns, print_page, spinner, track_items
 from llmtune.report.render_html import to_html
 from llmtune.report.render_markdown import code, table, to_markdown
-from llmtune.report.render_terminal import print_blocks, print_columns, print_page, spinner, track_items
 from llmtune.score_records import Difference
 
 HOSTILE = (

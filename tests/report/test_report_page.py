@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 from support.browser import ParsedPage
 
+from llmtune.evaluate.verdict import verdict
 from llmtune.report.report_page import (
     explain_section,
     explanation_link,
@@ -15,7 +16,6 @@ from llmtune.report.report_page import (
     link_explanations,
     write_report,
 )
-from llmtune.report.verdict import verdict
 from llmtune.score_records import Difference
 
 SECTIONS = ("data", "model", "adapter", "train", "evaluation", "deploy")

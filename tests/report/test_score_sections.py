@@ -6,10 +6,11 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from llmtune.report.blocks import Details, Heatmap, Page, Table
+from llmtune.display.blocks import Details, Heatmap, Page, Table
+from llmtune.display.console import print_sections
+from llmtune.evaluate.verdict import describe_spread
 from llmtune.report.render_html import to_html
 from llmtune.report.render_markdown import to_markdown
-from llmtune.report.render_terminal import print_sections
 from llmtune.report.score_sections import (
     MOST_CLASSES,
     class_section,
@@ -19,7 +20,6 @@ from llmtune.report.score_sections import (
     score_sections,
     seed_table,
 )
-from llmtune.report.verdict import describe_spread
 from llmtune.score_records import Evaluation
 
 

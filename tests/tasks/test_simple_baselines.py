@@ -14,6 +14,7 @@ from support.task_cases import CASES
 from llmtune.compare.compare_runs import compare_runs
 from llmtune.data.row_store import iterate_rows, load_rows
 from llmtune.deploy.releases import make_release
+from llmtune.display.number_format import score
 from llmtune.errors import GateFailed
 from llmtune.evaluate.evaluation_file import load_evaluation
 from llmtune.evaluate.metric import paired_difference
@@ -24,7 +25,6 @@ from llmtune.evaluate.tfidf import fit_tfidf
 from llmtune.pipeline import run_pipeline
 from llmtune.recipe.loader import load_recipe
 from llmtune.recipe.task_facts import SIMPLE_BASELINES, TASK_FACTS, at_ten
-from llmtune.report.number_format import score
 from llmtune.store.run_request import RunRequest
 
 SCORED = {

@@ -1,0 +1,1 @@
+"""Numbers, tables, charts and progress, in the terminal and elsewhere."""

@@ -1,0 +1,96 @@
+"""Labels by source file: which file has far more doubtful labels than the others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from llmtune.display.number_format import count, share
+
+CHANCE = 0.01
+"""Error of the test over all files."""
+FAR_MORE = 2.0
+"""Least ratio of a file's share of doubtful labels to that of the others: large files make small ones significant."""
+FEWEST_LABELS = 10
+
+
+@dataclass(frozen=True)
+class SourceLabels:
+    """The labels of one source file."""
+
+    file: str
+    labels: int
+    doubtful: int
+    stands_out: bool = False
+    """Whether far more of them are doubtful than of the others."""
+
+    @property
+    def rate(self) -> float:
+        """Return the share of doubtful labels."""
+        return self.doubtful / self.labels if self.labels else 0.0
+
+
+def compare_sources(
+    labels: Mapping[str, int], doubtful: Mapping[str, int], reference: tuple[int, int] = (0, 0)
+) -> list[SourceLabels]:
+    """Return each file's labels, the most doubtful first, and whether the file stands out from all others.
+
+    A file stands out if Fisher's exact test, with Bonferroni's correction for the number of files, shows a larger share
+    of doubtful labels than the other files have, and if that share is at least twice theirs. `reference` has further
+    (labels, doubtful ones) to compare with. Fisher, "The Logic of Inductive Inference", 1935.
+    """
+    total, wrong = sum(labels.values()) + reference[0], sum(doubtful.values()) + reference[1]
+    sources = [
+        SourceLabels(
+            file, number, doubtful.get(file, 0), _stands_out(number, doubtful.get(file, 0), total, wrong, len(labels))
+        )
+        for file, number in labels.items()
+    ]
+    return sorted(sources, key=lambda one: -one.rate)
+
+
+def _stands_out(labels: int, doubtful: int, total: int, wrong: int, files: int) -> bool:
+    import scipy.stats  # type: ignore[import-untyped]  # takes a third of a second, and training does not need it
+
+    others = total - labels
+    if labels < FEWEST_LABELS or others < FEWEST_LABELS or doubtful * others < FAR_MORE * (wrong - doubtful) * labels:
+        return False
+    return float(scipy.stats.hypergeom.sf(doubtful - 1, total, wrong, labels)) * files < CHANCE
+
+
+def describe_disagreement(
+    sources: Iterable[SourceLabels], reference: tuple[int, int], unknown: Mapping[str, int], *, every: bool = True
+) -> str:
+    """Say how many labels of each file differ from the champion's predictions; of outliers only unless `every`."""
+    parts = []
+    for one in sources:
+        if every or one.stands_out:
+            text = (
+                f"{one.file}: {count(one.doubtful)} of {count(one.labels)} labels that the champion never saw differ "
+            )
+            text += f"from its predictions ({share(one.doubtful, one.labels, 0)}"
+            text += f"; {share(reference[1], reference[0], 0)} in its own test)"
+            text += (
+                f", and {count(unknown[one.file])} more are of classes that it does not have"
+                if one.file in unknown
+                else ""
+            )
+            text += ": far more than expected. Check them." if one.stands_out else "."
+            parts.append(text)
+    return " ".join(parts)
+
+
+def describe_outliers(sources: Iterable[SourceLabels]) -> str:
+    """Name the files that stand out in a run's suspects, or return an empty string."""
+    sources = list(sources)
+    suspects = sum(one.doubtful for one in sources)
+    parts = []
+    for one in sources:
+        if one.stands_out:
+            rest = sum(other.labels for other in sources) - one.labels
+            elsewhere = share(suspects - one.doubtful, rest, 0)
+            text = f"{count(one.doubtful)} of {count(suspects)} suspects are in {one.file}: "
+            text += f"{share(one.doubtful, one.labels, 0)} of its {count(one.labels)} labels, {elsewhere} elsewhere."
+            text += " Check them."
+            parts.append(text)
+    return " ".join(parts)

@@ -1,0 +1,286 @@
+"""Likely label errors: rows whose label is unlikely by a model that did not see it, by confident learning (cleanlab).
+
+A logistic regression predicts the label of each text, or the tag of each word, from the model's hidden states. It is
+fitted on four fifths of the rows and predicts the others, five times. Northcutt, Jiang and Chuang, "Confident Learning:
+Estimating Uncertainty in Dataset Labels", 2021. Shapes: N labels, Q questions
+to a label (one per class if a row has several), D features.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import warnings
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, fields
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from transformers.modeling_outputs import BaseModelOutput
+
+from llmtune.data.collators import IGNORED
+from llmtune.data.example import Example
+from llmtune.data.examples import ExampleReader
+from llmtune.data.row_store import iterate_groups, iterate_rows, iterate_texts
+from llmtune.display.console import spinner
+from llmtune.errors import EnvironmentProblem, RecipeError, read_origin
+from llmtune.evaluate.eval_inputs import EvalContext, write_prompt
+from llmtune.evaluate.inference import add_bar, inference_on
+from llmtune.evaluate.token_batches import over_processes, run_encoder
+from llmtune.model.causal_lm_loss import unwrap
+from llmtune.recipe.schema import Recipe
+from llmtune.recipe.task_facts import TASK_FACTS
+from llmtune.records import SPLITS, Advance, Examples, Rows
+from llmtune.report.run_report import LABELS_BY_SOURCE, SUSPECTS, UNCHECKED
+from llmtune.report.suspect_section import unchecked_sentence
+from llmtune.store.atomic_files import explained, write_json, write_text
+
+KEY = "evaluate.suspects"
+FOLDS = 5
+FEW_GROUPS = 2 * FOLDS
+"""With as many groups, a class is in two random folds or more but for one case in two million."""
+STRENGTH, MOST_STEPS = 0.01, 1000
+"""`C` and `max_iter` of the logistic regression, on standardised features."""
+Features = npt.NDArray[np.float32]
+ClassNumbers = npt.NDArray[np.int64]
+LoadModel = Callable[[], AbstractContextManager[torch.nn.Module]]
+Error = tuple[int | None, str, str, float]
+"""Position of the word, given label, suggested label, probability of the given label."""
+
+
+@dataclass(frozen=True)
+class Suspect:
+    """A label that is likely wrong."""
+
+    file: str
+    line: int | None
+    """None in formats without lines."""
+    row: int | None
+    """Number of the row, if it is not the line."""
+    split: str
+    given: str
+    suggested: str
+    """The most likely label."""
+    score: float
+    """Probability of the given label by a regression that did not see it: the lower, the more suspicious."""
+    text: str
+    word: str | None
+    """For a tag, its word."""
+    position: int | None
+    """For a tag, the number of its word in the row, from 0."""
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """N labels with the features of their texts or words."""
+
+    features_ND: Features  # noqa: N815
+    targets_NQ: ClassNumbers  # noqa: N815
+    groups_N: ClassNumbers  # noqa: N815
+    """Equal for labels that must be in one fold: the words of a row, and rows of one `data.split_by` value."""
+    places: Sequence[tuple[str, int, int | None]]
+    """[N] split, number of the row, and for a tag the position of its word."""
+
+
+def check_suspects(recipe: Recipe) -> None:
+    """Refuse `evaluate.suspects`, if the recipe has it, as `require_labels` does."""
+    if recipe.evaluate.suspects:
+        require_labels(recipe)
+
+
+def require_labels(recipe: Recipe) -> None:
+    """Raise RecipeError if a recipe has no classes or tags, as far as known, or EnvironmentProblem without cleanlab."""
+    numbers = recipe.classify is not None and recipe.classify.kind == "regression"
+    if numbers or TASK_FACTS[recipe.task].answer_kind not in ("labels", "tags"):
+        what = "the labels are numbers" if numbers else f"the task is {recipe.task}"
+        raise RecipeError.of(f"{what}, and only classes and tags can be checked", KEY, "Remove it.")
+    if find_spec("cleanlab") is None:
+        fix = "pip install 'llmtune-cli[labels]'"
+        raise EnvironmentProblem.of("the package cleanlab is not installed", KEY, fix)
+
+
+def save_suspects(load: LoadModel, context: EvalContext, rows: Rows, examples: Examples) -> None:
+    """Write the labels that are likely wrong to the context's folder, if the recipe asks for them.
+
+    Processes share the rows. Only the first has a folder.
+    """
+    if context.recipe.evaluate.suspects:
+        suspects, unchecked = find_suspects(load, context, rows, examples)
+        if context.folder is not None:
+            write_suspects(suspects, context.folder / SUSPECTS)
+            write_json(context.folder / UNCHECKED, unchecked)
+            write_json(context.folder / LABELS_BY_SOURCE, count_labels(rows, examples))
+
+
+def count_labels(rows: Rows, examples: Examples) -> dict[str, int]:
+    """Return the number of labels (of tags: of words) in each source file."""
+    counts = Counter[str]()
+    for split in (split for split in SPLITS if examples.counts.get(split)):
+        files = [read_origin(origin)[0] for origin, _ in iterate_texts(rows, split)]
+        reader = ExampleReader(examples, split)
+        for at, number in enumerate(reader.rows.tolist()):
+            counts[files[number]] += len(targets_of(reader[at]))
+    return dict(counts)
+
+
+def find_suspects(
+    load: LoadModel, context: EvalContext, rows: Rows, examples: Examples
+) -> tuple[list[Suspect], dict[str, int]]:
+    """Return the labels of all splits that are likely wrong by the features of a model, the most suspicious first.
+
+    Also returns the classes that cannot be checked (`find_errors`), with the number of their labels, and prints them.
+    """
+    with load() as model:
+        names = [name for _, name in sorted(unwrap(model).config.id2label.items())]
+        labelled = read_labels(model, context, rows, examples)
+    multi = labelled.targets_NQ.shape[1] > 1
+    questions = [[f"not {name}", name] for name in names] if multi else [names]
+    found, unchecked = defaultdict[tuple[str, int], list[Error]](list), dict[str, int]()
+    for targets_N, classes in zip(labelled.targets_NQ.T, questions, strict=True):
+        with spinner(context.console, f"suspects: {len(targets_N):,} labels"):
+            errors, alone = find_errors(labelled.features_ND, targets_N, labelled.groups_N, context.recipe.seed)
+        unchecked |= {classes[number]: labels for number, labels in alone.items()}
+        for n, best, share in errors:
+            split, row, position = labelled.places[n]
+            found[split, row].append((position, classes[targets_N[n]], classes[best], share))
+    if unchecked:
+        context.console.print(unchecked_sentence(unchecked), style="yellow", highlight=False, markup=False)
+    return sorted(add_texts(found, rows), key=lambda one: one.score), unchecked
+
+
+def read_labels(model: torch.nn.Module, context: EvalContext, rows: Rows, examples: Examples) -> Labelled:
+    """Return the labels of all splits. Features are last hidden states: of a word's first token, or a text's mean."""
+    features, targets, groups, places = (
+        list[Features](),
+        list[list[int]](),
+        list[int](),
+        list[tuple[str, int, int | None]](),
+    )
+    backbone, pad_id = unwrap(model).base_model, context.processor.pad_token_id
+    for split in (split for split in SPLITS if examples.counts.get(split)):
+        reader, clusters = ExampleReader(examples, split), [*iterate_groups(rows, split)]
+        encoded = [reader[i] for i in range(len(reader))]
+        with inference_on(model, context) as bars:
+            advance = add_bar(bars, f"suspects: {split}", len(encoded))
+            work = partial(encode_states, backbone, pad_id=pad_id, device=context.device, advance=advance)
+            features += over_processes(model, encoded, work)
+        for number, example in zip(reader.rows.tolist(), encoded, strict=True):
+            own = targets_of(example)
+            group = clusters[number] if clusters else len(places)
+            targets += own
+            groups += [group] * len(own)
+            places += [(split, number, word if len(example.tag_ids) else None) for word in range(len(own))]
+    return Labelled(np.concatenate(features), np.array(targets), np.array(groups), places)
+
+
+def encode_states(
+    backbone: torch.nn.Module, examples: Sequence[Example], *, pad_id: int | None, device: str, advance: Advance
+) -> list[Features]:
+    """Return the features of each example."""
+    return run_encoder(backbone, examples, pad_id, device, partial(pool_states, examples), advance)
+
+
+def pool_states(examples: Sequence[Example], at: int, output: BaseModelOutput, row: int) -> Features:
+    """Return the features of an example: [words, D], or [1, D] for a text."""
+    example = examples[at]
+    hidden_TD = output.last_hidden_state[row, : len(example.input_ids)].float()
+    marked = [place for place, tag in enumerate(example.tag_ids) if tag != IGNORED]
+    pooled: Features = (hidden_TD[marked] if marked else hidden_TD.mean(0, keepdim=True)).cpu().numpy()
+    return pooled
+
+
+def targets_of(example: Example) -> list[list[int]]:
+    """Return the classes of an example: of each word [1], of the text [1], or yes and no for each class [Q]."""
+    if len(example.tag_ids):
+        return [[int(tag)] for tag in example.tag_ids if tag != IGNORED]
+    return [[int(value) for value in example.values or example.class_ids]]
+
+
+def find_errors(
+    features_ND: Features, targets_N: ClassNumbers, groups_N: ClassNumbers, seed: int
+) -> tuple[list[tuple[int, int, float]], dict[int, int]]:
+    """Return the likely errors, and the classes that cannot be checked with the number of their labels.
+
+    An error is its number, its most likely class, and the probability of the given class. A class whose labels are all
+    in one fold cannot be checked: a regression without that fold never saw the class, and gives it no probability.
+    """
+    from cleanlab.filter import find_label_issues  # late: an extra
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import cross_val_predict
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    kept_N, folds = divide_rows(targets_N, groups_N, seed)
+    numbers, counts = np.unique(np.delete(targets_N, kept_N), return_counts=True)
+    alone = dict(zip(numbers.tolist(), counts.tolist(), strict=True))
+    if not folds:
+        return [], alone
+    classes_K, labels_N = np.unique(targets_N[kept_N], return_inverse=True)
+    regression = make_pipeline(StandardScaler(), LogisticRegression(C=STRENGTH, max_iter=MOST_STEPS))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # cleanlab's, on classes with few labels
+        shares_NK = cross_val_predict(regression, features_ND[kept_N], labels_N, cv=folds, method="predict_proba")
+        found = find_label_issues(labels_N, shares_NK, return_indices_ranked_by="self_confidence", n_jobs=1)
+    return [
+        (int(kept_N[n]), int(classes_K[shares_NK[n].argmax()]), float(shares_NK[n, labels_N[n]]))
+        for n in found.tolist()
+    ], alone
+
+
+def divide_rows(
+    targets_N: ClassNumbers, groups_N: ClassNumbers, seed: int
+) -> tuple[ClassNumbers, list[tuple[ClassNumbers, ClassNumbers]]]:
+    """Return the labels to check and their folds, as pairs of training and test rows; no folds with nothing to check.
+
+    Each class of the labels is in two folds or more: others are left out. Folds balance the classes if some have few
+    groups, which takes longer.
+    """
+    from sklearn.model_selection import GroupKFold, StratifiedGroupKFold
+
+    kept_N, groups_N = np.arange(len(targets_N)), np.unique(groups_N, return_inverse=True)[1]
+    while True:
+        classes_K, labels_N = np.unique(targets_N[kept_N], return_inverse=True)
+        pairs = np.unique(np.stack([labels_N, groups_N[kept_N]]), axis=1)
+        groups_K = np.bincount(pairs[0], minlength=len(classes_K))
+        size = min(FOLDS, int(groups_K.max(initial=0)), len(np.unique(pairs[1])))
+        if len(classes_K) < 2 or size < 2:
+            return kept_N[:0] if (groups_K < 2).any() and len(classes_K) > 1 else kept_N, []
+        kind = StratifiedGroupKFold if groups_K.min() < FEW_GROUPS else GroupKFold
+        splitter = kind(size, shuffle=True, random_state=seed)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a class has fewer labels than folds
+            folds = [*splitter.split(kept_N, labels_N, groups_N[kept_N])]
+        seen_K = sum(np.bincount(labels_N[test], minlength=len(classes_K)) > 0 for _, test in folds)
+        if (np.asarray(seen_K) > 1).all():
+            return kept_N, folds
+        kept_N = kept_N[np.asarray(seen_K)[labels_N] > 1]
+
+
+def add_texts(found: Mapping[tuple[str, int], Sequence[Error]], rows: Rows) -> Iterator[Suspect]:
+    """Yield the errors, by split and number of their row, with place and text."""
+    for split in SPLITS:
+        for number, (origin, row) in enumerate(iterate_rows(rows, split)):
+            place = read_origin(origin)
+            for position, given, suggested, share in found.get((split, number), ()):
+                word = None if position is None else row["tokens"][position]
+                yield Suspect(*place, split, given, suggested, share, write_prompt(row), word, position)
+
+
+def write_suspects(suspects: Sequence[Suspect], path: Path) -> None:
+    """Write the list as JSON lines, or as CSV if the name ends with .csv."""
+    lines, text = [asdict(one) for one in suspects], io.StringIO()
+    if path.suffix == ".csv":
+        writer = csv.DictWriter(text, [field.name for field in fields(Suspect)])
+        writer.writeheader()
+        writer.writerows(lines)
+    else:
+        text.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    with explained(path):
+        write_text(path, text.getvalue())

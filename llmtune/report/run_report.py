@@ -1,0 +1,143 @@
+"""Assemble the report of a run from its folder."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+from llmtune import __version__
+from llmtune.evaluate.evaluation_file import load_evaluation, load_with_exports
+from llmtune.evaluate.gates import check_gates, list_power
+from llmtune.evaluate.opened_runs import name_runs
+from llmtune.evaluate.paired_statistics import widen
+from llmtune.evaluate.source_labels import SourceLabels, compare_sources, describe_disagreement, describe_outliers
+from llmtune.evaluate.verdict import describe_spread, verdict
+from llmtune.recipe.schema import RELEASE, Recipe
+from llmtune.recipe.secrets import environment_secrets, redact_all, redact_yaml, secret_values
+from llmtune.recipe.yaml_reader import read_recipe_text
+from llmtune.report.report_page import find_explanations
+from llmtune.report.simple_baseline_view import weigh_simple_baseline
+from llmtune.score_records import Champion, ClassChanges, Evaluation, GateResult
+from llmtune.store.atomic_files import read_json, read_json_lines
+from llmtune.store.json_shapes import read_curve
+from llmtune.store.report_record import Report, Seeds, SuspectFacts, Verdict, collect_facts
+from llmtune.store.run_folder import RunFolder
+from llmtune.store.run_lock import hardware, package_versions
+from llmtune.store.seed_runs import is_scored_alike, seed_folder
+
+SUSPECTS, UNCHECKED = "suspects.jsonl", "suspects_unchecked.json"
+"""File of the evaluation with the labels that are likely wrong."""
+LABELS_BY_SOURCE = "labels_by_source.json"
+"""Number of labels in each source file."""
+MOST_LISTED, LONGEST = 10, 400
+
+
+def make_report(folder: RunFolder, recipe: Recipe, device: str) -> Report:
+    """Assemble all findings of a run, without its secrets."""
+    evaluation = load_with_exports(folder)
+    seeds = collect_seeds(folder, recipe, evaluation)
+    settings = recipe.model_dump(mode="json")
+    curve = read_curve(folder.path)
+    began = max((step["started"] for step in folder.manifest["steps"].values()), default=None)
+    gates = check_gates(recipe.evaluate, evaluation) if evaluation else ()
+    suspects = summarize_suspects(folder.path / "evaluation" / SUSPECTS)
+    report = Report(
+        llmtune=__version__,
+        name=recipe.name,
+        task=recipe.task,
+        verdict=judge_run(evaluation, gates, recipe.evaluate.alpha, seeds, curve, list_label_doubts(folder, suspects)),
+        recipe=settings,
+        recipe_yaml=redact_yaml(read_recipe_text(folder.path / "recipe.yaml")),
+        fingerprint=folder.manifest["fingerprint"],
+        hardware={**hardware(), "device": device, "packages": package_versions()},
+        steps=folder.timings(),
+        evaluation=evaluation,
+        seeds=seeds,
+        gates=gates,
+        release=folder.findings.get("release") if RELEASE in recipe.deploy.products else None,
+        look=folder.findings.get("look") if recipe.evaluate.looks else None,
+        power=list_power(recipe.evaluate, evaluation) if evaluation else (),
+        suspects=suspects,
+        explanations=find_explanations(folder.path),
+        **collect_facts(folder.done_facts(), began, curve, folder.facts("deploy")),
+    )
+    return redact_all(report, [*secret_values(settings), *environment_secrets()])
+
+
+def summarize_suspects(path: Path) -> SuspectFacts | None:
+    """Count the labels that are likely wrong, and shorten the first of them; None if the run did not look for any."""
+    if not path.is_file():
+        return None
+    lines: list[Any] = read_json_lines(path)
+    listed = [{**line, "file": Path(line["file"]).name, "text": line["text"][:LONGEST]} for line in lines[:MOST_LISTED]]
+    found, unchecked = dict(Counter(line["split"] for line in lines)), read_json(path.with_name(UNCHECKED)) or {}
+    counts: dict[str, int] = read_json(path.with_name(LABELS_BY_SOURCE)) or {}
+    names = dict(zip(counts, name_sources(counts), strict=True))
+    doubtful = Counter(
+        names.get(file, file)
+        for file, *_ in {(one["file"], one["line"], one.get("row"), one["position"]) for one in lines}
+    )
+    sources = compare_sources({names[file]: number for file, number in counts.items()}, doubtful)
+    return cast(SuspectFacts, {"found": found, "listed": listed, "unchecked": unchecked, "sources": sources})
+
+
+def list_label_doubts(run: RunFolder, suspects: SuspectFacts | None) -> list[str]:
+    """Return sentences on source files whose labels stand out among the suspects, or against the champion."""
+    check, texts = run.findings.get("label_check"), [describe_outliers(suspects["sources"])] if suspects else []
+    if check:
+        sources = [SourceLabels(**one) for one in check["sources"]]
+        texts.append(describe_disagreement(sources, check["reference"], check["unknown"], every=False))
+    return [text for text in texts if text]
+
+
+def name_sources(files: Collection[str]) -> list[str]:
+    """Return the shortest distinct ends of the files' paths."""
+    return name_runs([Path(file) for file in files]) if files else []
+
+
+def judge_run(
+    evaluation: Evaluation | None,
+    gates: Sequence[GateResult],
+    alpha: float,
+    seeds: Seeds | None = None,
+    curve: Sequence[Mapping[str, object]] = (),
+    doubts: Sequence[str] = (),
+) -> Verdict:
+    """Return the verdict on a run; champion differences get the gates' intervals, with error `alpha`.
+
+    `doubts` are those of `list_label_doubts`.
+    """
+    champion = evaluation.champion if evaluation else None
+    if evaluation is not None and champion is not None:
+        wide = {metric: widen(change, alpha) for metric, change in champion.difference.items()}
+        evaluation = replace(
+            evaluation, champion=replace(champion, difference=wide, classes=widen_known(champion, alpha))
+        )
+    found = weigh_simple_baseline(verdict(evaluation, seeds, curve, gates, alpha, doubts), evaluation)
+    added = [study.verdict for study in evaluation.studies.values() if study.verdict] if evaluation else []
+    return replace(found, reason=" ".join([found.reason, *added]))
+
+
+def widen_known(champion: Champion, alpha: float) -> ClassChanges | None:
+    """Return the changes of classes with the intervals of the champion's classes at error `alpha`."""
+    changes = champion.classes
+    if changes is None or changes.known is None:
+        return changes
+    wide = {metric: widen(change, alpha) for metric, change in changes.known.difference.items()}
+    return replace(changes, known=replace(changes.known, difference=wide))
+
+
+def collect_seeds(run: RunFolder, recipe: Recipe, own: Evaluation | None) -> Seeds | None:
+    """Return the combined scores of all seeds; None without further seeds or without the run's own scores."""
+    if not recipe.train.seeds or own is None or not own.tuned:
+        return None
+    scored = {recipe.seed: own}
+    for seed in recipe.train.seeds:
+        folder = seed_folder(run.path, seed)
+        evaluation = load_evaluation(folder / "evaluation") if is_scored_alike(run, folder) else None
+        if evaluation is not None:
+            scored[seed] = evaluation
+    return describe_spread(scored, [seed for seed in recipe.train.seeds if seed not in scored])
