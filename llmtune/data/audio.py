@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, TypedDict
 import numpy as np
 import numpy.typing as npt
 
-from llmtune.data.rejected_rows import RowError, json_kind, nonempty_text
+from llmtune.data.rejected_rows import RowError, find_file, json_kind, nonempty_text
 from llmtune.store.atomic_files import hash_recording
 
 if TYPE_CHECKING:
@@ -36,7 +36,6 @@ MOST_OVERSHOOT = 1.5
 """Largest sample that is scaled to full scale. Lossy formats and mixes overshoot; more is another unit, as 32768."""
 CANCELLED = 0.1
 """Channels cancel out if their mean varies by less than this share of one channel. Independent ones vary by more."""
-AUDIO_COLUMNS = ("audio", "file_name")
 
 
 class SpeechRow(TypedDict):
@@ -59,15 +58,8 @@ def speech_from_folder(row: Mapping[str, object]) -> SpeechRow:
     return _speech(row, "file_name")
 
 
-def find_recording(value: object) -> str | None:
-    """Return the file that a cell names: text, or a mapping with a `path`."""
-    if isinstance(value, Mapping):
-        value = value.get("path")
-    return value if isinstance(value, str) and value else None
-
-
 def _speech(row: Mapping[str, object], column: str) -> SpeechRow:
-    name = find_recording(row[column])
+    name = find_file(row[column])
     if name is None:
         raise RowError("wrong type", f"'{column}' is {json_kind(row[column])}; it must be the name of a file")
     path = Path(name)

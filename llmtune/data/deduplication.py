@@ -41,8 +41,9 @@ from llmtune.data.row_hash import (
     take_minima,
     without_common,
 )
+from llmtune.data.row_kind import near_text, row_input
 from llmtune.data.row_store import Index
-from llmtune.data.row_text import NearText, near_text, row_input, visible_form
+from llmtune.data.row_text import NearText, visible_form
 from llmtune.data.worker_pool import WorkerPool
 from llmtune.records import SPLITS, Row
 from llmtune.store.atomic_files import atomic_file

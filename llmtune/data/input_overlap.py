@@ -23,7 +23,8 @@ import pyarrow as pa
 import xxhash
 
 from llmtune.data.row_hash import I64, U64, mix
-from llmtune.data.row_text import RowInput, plain_words, row_input
+from llmtune.data.row_kind import row_input
+from llmtune.data.row_text import RowInput, plain_words
 from llmtune.data.worker_pool import WorkerPool
 
 JsonRows = Callable[[], Iterator[tuple[int, pa.Array]]]
