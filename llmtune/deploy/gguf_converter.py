@@ -67,7 +67,7 @@ def check_convertible(config: PretrainedConfig, kind: ModelKind = CAUSAL) -> Non
 
     Raises EnvironmentProblem.
     """
-    _find_converter(config, kind)
+    _find_converter(_architecture_of(config, kind))
     problems = _find_misread(config, not kind.decodes)
     EnvironmentProblem.collect(Problem(what, "model.name", MERGE_INSTEAD) for what in problems)
     if kind.decodes:
@@ -75,10 +75,13 @@ def check_convertible(config: PretrainedConfig, kind: ModelKind = CAUSAL) -> Non
             TensorLayout(config).converter.set_gguf_parameters()
 
 
-def _find_converter(config: PretrainedConfig, kind: ModelKind) -> type[Converter]:
-    """Return the converter for the transformers class of a model; raises EnvironmentProblem if it is unknown."""
+def _architecture_of(config: PretrainedConfig, kind: ModelKind) -> str:
     model_class = getattr(transformers, kind.auto_class)._model_mapping.get(type(config), None)
-    architecture = model_class.__name__ if model_class else config.model_type
+    return model_class.__name__ if model_class else str(config.model_type)
+
+
+def _find_converter(architecture: str) -> type[Converter]:
+    """Return the converter for a transformers class; raises EnvironmentProblem if the class is unknown."""
     _check_package()
     from conversion import get_model_class  # imports the converter's module of this model
 
@@ -252,7 +255,7 @@ class TensorLayout:
     """Names and layout of a model's tensors in GGUF files, without its weights."""
 
     def __init__(self, config: PretrainedConfig) -> None:
-        known = _find_converter(config, CAUSAL)
+        known = _find_converter(_architecture_of(config, CAUSAL))
         with TemporaryDirectory() as folder:
             config.save_pretrained(folder)
             self.converter = make_converter(known, Path(folder), Path(folder) / "none.gguf", "f32", "none", {})
