@@ -26,8 +26,8 @@ from llmtune.recipe.task_facts import TASK_FACTS
 from llmtune.report.export_section import export_section
 from llmtune.report.render_markdown import code, markdown_text, render_section
 from llmtune.report.score_sections import base_name, gate_section, score_section, seed_section, suite_sections
-from llmtune.score_records import Evaluation, GateResult
 from llmtune.store.report_record import Seeds
+from llmtune.store.score_records import Evaluation, GateResult
 
 MODEL_CLASSES = {
     "AutoModelForCausalLM": (r"CAUSAL_LM|ForCausalLM|LMHeadModel$", "text-generation"),

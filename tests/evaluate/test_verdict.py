@@ -7,21 +7,21 @@ import pytest
 
 from llmtune.evaluate.metric_info import list_sides
 from llmtune.evaluate.verdict import describe_gain, describe_spread, spread, still_falling, verdict, warn_of_spread
+from llmtune.records import Difference
 from llmtune.report.report_page import headline, verdict_card
 from llmtune.report.score_sections import champion_section
-from llmtune.score_records import (
+from llmtune.store.report_record import SeedRun, Seeds, Spread, Verdict
+from llmtune.store.score_records import (
     Champion,
     Contamination,
     Decided,
     Decision,
-    Difference,
     Evaluation,
     GateResult,
     NewRows,
     Slice,
     Threshold,
 )
-from llmtune.store.report_record import SeedRun, Seeds, Spread, Verdict
 
 BETTER, WORSE, OPEN, UNKNOWN = (0.1, 0.3), (-0.3, -0.1), (-0.1, 0.2), (math.nan, math.nan)
 LESS, MORE = (-0.3, -0.1), (0.1, 0.3)

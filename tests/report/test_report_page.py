@@ -9,6 +9,7 @@ import pytest
 from support.browser import ParsedPage
 
 from llmtune.evaluate.verdict import verdict
+from llmtune.records import Difference
 from llmtune.report.report_page import (
     explain_section,
     explanation_link,
@@ -16,7 +17,6 @@ from llmtune.report.report_page import (
     link_explanations,
     write_report,
 )
-from llmtune.score_records import Difference
 
 SECTIONS = ("data", "model", "adapter", "train", "evaluation", "deploy")
 
