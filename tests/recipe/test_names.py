@@ -142,15 +142,10 @@ SHARED_FILES_THAT_KNOW_A_TASK = {
     "cli/proposal.py": "column, import: the recipe for queries, passages and numbers as labels",
     "data/file_survey.py": "import: which task reads a file that several can read",
     "deploy/endpoint_parity.py": "column: requests of endpoints",
-    "deploy/folder_settings.py": "class, import, literal, section: settings in the form of each model's library",
-    "deploy/gguf_converter.py": "class: classes that GGUF has",
-    "deploy/gguf_export.py": "class, column: classes that GGUF has",
-    "deploy/gguf_readers.py": "class, column: classes that GGUF has",
-    "deploy/model_card.py": "class: the hub's name of a task",
-    "deploy/onnx_scripts.py": "class, import: one script per kind of model",
-    "deploy/onnx_session.py": "class: shapes of outputs",
-    "deploy/parity_reference.py": "column, import: how much of a recording a model hears",
-    "deploy/quantized_model.py": "class: only decoders",
+    "deploy/folder_settings.py": "import, literal, section: settings in the form of each model's library",
+    "deploy/gguf_export.py": "column: classes that GGUF has",
+    "deploy/gguf_readers.py": "column: classes that GGUF has",
+    "deploy/parity_reference.py": "column: how much of a recording a model hears",
     "deploy/search_parity.py": "column, import: rankings and vectors",
     "deploy/tuned_model.py": "column, section: rankings need more rows",
     "evaluate/class_alignment.py": "column: classes of rows",
@@ -161,18 +156,8 @@ SHARED_FILES_THAT_KNOW_A_TASK = {
     "evaluate/suites/judge.py": "column: references",
     "evaluate/suites/label_errors.py": "column, section: labels",
     "evaluate/suites/own_metrics.py": "section: names of classes",
-    "evaluate/suites/suite_registry.py": "class: only decoders",
-    "evaluate/suites/swapped_rows.py": "class, column, section: answers of each kind of rows",
-    "explain/attention_explainer.py": "import: inputs of each kind of model",
-    "explain/explainer.py": "import: inputs of each kind of model",
-    "explain/generation_trace.py": "import: inputs of each kind of model",
-    "explain/inputs.py": "import, literal, section: inputs of each kind of model",
+    "evaluate/suites/swapped_rows.py": "column, section: answers of each kind of rows",
     "launch/recipe_check.py": "import, section: labels that differ from the recipe's",
-    "model/builtin_models.py": "class: packaged decoders in GGUF",
-    "model/config.py": "class: what each class needs",
-    "model/loading.py": "class: heads",
-    "model/memory_plan.py": "class: logits of decoders",
-    "model/packed_attention.py": "class: masks of decoders",
     "pipeline.py": "import: mining of negatives",
     "plan_drafting.py": "import, section: the kind of labels",
     "recipe/first_recipe.py": "column, literal: models and lengths by kind",
@@ -181,14 +166,16 @@ SHARED_FILES_THAT_KNOW_A_TASK = {
     "serve/finished_run.py": "column: prompts",
     "serve/search_endpoints.py": "import, section: requests of endpoints",
     "serve/task_endpoints.py": "column, section: requests of endpoints",
-    "train/setup.py": "class: only decoders",
 }
 """By file, how it knows one task or kind, and why. Shrink the list; instead of a new entry, add a field to a table.
 
 `literal`: the name of a task. `import`: a module of one task, or of one kind of row. `section`: a recipe section of one
 task. `column`: a column that only some kinds of rows have. `class`: a transformers class of one kind of model.
 """
-TABLES = ("recipe/task_facts.py", "recipe/task_sections.py", "recipe/model_kind.py", "data/row_kind.py", "tasks/")
+TABLES = (
+    *("recipe/task_facts.py", "recipe/task_sections.py", "recipe/model_kind.py", "data/row_kind.py", "tasks/"),
+    "model/audio_models.py",
+)
 ONE_KIND = ("audio", "classify_rows", "label_candidates", "search_rows", "task_rows")
 """Modules of `data/` about one kind of rows; only the tables and the tasks import them."""
 CONVERSATIONS = (
