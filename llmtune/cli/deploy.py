@@ -100,29 +100,13 @@ def _find_served(stated: list[str], adapters: list[str], engine: str) -> dict[st
 
     Raises RecipeError if there is none, a name is used twice, or a release is to be reloaded, which vLLM cannot do.
     """
-    from llmtune.serve.server import name_run
-    from llmtune.store.run_listing import find_run, match_run
+    from llmtune.serve.server import parse_run_names
+    from llmtune.store.run_listing import find_run
 
     if engine != "own" and (release := _reloaded_release(stated)):
         fix = f"Serve it alone with --engine own, or name a fixed one: release:{release}@HASH."
         raise RecipeError.of(f"it is reloaded on each promotion, which --engine {engine} cannot do", stated[0], fix)
-    paths = [find_run(Path(one)) for one in stated]
-    pairs, problems = [(name_run(path), path) for path in paths], []
-    for text in adapters:
-        name, _, address = text.partition("=")
-        if not (name and address):
-            problems.append(Problem(f"{text!r} is not NAME=RUN", "--adapter", "Example: --adapter polite=runs/polite"))
-        pairs.append((name, match_run(address) or Path(address)))
-    names = [name for name, _ in pairs]
-    problems += [
-        Problem(f"two runs are called {name!r}", "--adapter", "Rename one: --adapter NAME=RUN")
-        for name in dict.fromkeys(names)
-        if names.count(name) > 1
-    ]
-    if not pairs:
-        problems.append(Problem("nothing to serve", "RUN", "Name a run folder, or --adapter NAME=RUN."))
-    RecipeError.collect(problems)
-    return dict(pairs)
+    return parse_run_names([find_run(Path(one)) for one in stated], adapters)
 
 
 def _reloaded_release(stated: list[str]) -> str | None:

@@ -7,7 +7,7 @@ import logging
 import os
 import resource
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -22,7 +22,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from llmtune.adapter.merging import merge_adapter
 from llmtune.adapter.reference_model import switches_off
-from llmtune.errors import EnvironmentProblem, RecipeError
+from llmtune.errors import EnvironmentProblem, Problem, RecipeError
 from llmtune.evaluate.calibration import run_calibration
 from llmtune.evaluate.decision import run_decision
 from llmtune.model.config import head_is_new
@@ -35,6 +35,7 @@ from llmtune.serve.release_watcher import ReleaseWatcher
 from llmtune.serve.served_model import ServedModel
 from llmtune.session import Models, Plan, RunContext, open_finished
 from llmtune.store.release_store import is_stored, release_address
+from llmtune.store.run_listing import match_run
 
 KEY_VARIABLE = "LLMTUNE_API_KEY"
 MIN_KEY_LENGTH = 16
@@ -109,7 +110,7 @@ def serve_run(
     except BaseException:
         bound.close()
         raise
-    body_bytes = options.max_body or (RECORDING_BYTES if run.plan.task.takes_audio else BODY_BYTES)
+    body_bytes = options.max_body or (RECORDING_BYTES if run.plan.task.model_kind.takes_audio else BODY_BYTES)
     app = build_app(engine, body_bytes=body_bytes, key=key)
     host, port = bound.getsockname()[:2]
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
@@ -200,6 +201,29 @@ def name_run(path: Path) -> str:
     """Return the name that clients use for a run: that of its folder; for a release, that of all its releases."""
     folder = path.resolve()
     return folder.parent.name if is_stored(folder) else folder.name
+
+
+def parse_run_names(runs: Sequence[Path], named: Sequence[str]) -> dict[str, Path]:
+    """Return runs by name: the one in `NAME=RUN`, else that of the folder.
+
+    Raises RecipeError if a name is used twice, or there is no run.
+    """
+    pairs, problems = [(name_run(path), path) for path in runs], []
+    for text in named:
+        name, _, path = text.partition("=")
+        if not (name and path):
+            problems.append(Problem(f"{text!r} is not NAME=RUN", "--adapter", "Example: --adapter polite=runs/polite"))
+        pairs.append((name, match_run(path) or Path(path)))
+    names = [name for name, _ in pairs]
+    problems += [
+        Problem(f"two runs are called {name!r}", "--adapter", "Rename one: --adapter NAME=RUN")
+        for name in dict.fromkeys(names)
+        if names.count(name) > 1
+    ]
+    if not pairs:
+        problems.append(Problem("nothing to serve", "RUN", "Name a run folder, or --adapter NAME=RUN."))
+    RecipeError.collect(problems)
+    return dict(pairs)
 
 
 class TimedProtocol(H11Protocol):

@@ -15,6 +15,7 @@ from rich.console import Console
 from llmtune.adapter.load import find_adapter, read_config
 from llmtune.errors import EnvironmentProblem, RecipeError
 from llmtune.serve.server import KEY_VARIABLE, ServableRun, ServeOptions, open_servable_run, public_name, read_key
+from llmtune.store.atomic_files import hash_value
 from llmtune.store.run_folder import trained_name
 
 VLLM_KEY_VARIABLE = "VLLM_API_KEY"
@@ -98,10 +99,12 @@ def check_shared_base(opened: Sequence[ServableRun], options: ServeOptions) -> N
 
 
 def shared_facts(run: ServableRun) -> dict[str, object]:
-    """Return the facts that must be equal in runs that share a base."""
+    """Return the facts that must be equal in runs that share a base; vLLM uses the first run's chat template for all."""
     plan = run.plan
     facts = {"base": plan.model_ref.name, "base's content": plan.model_ref.content_hash, "method": run.method}
-    return facts | {"task": plan.task.name} | {f"model.{key}": value for key, value in plan.recipe.model}
+    facts |= {"task": plan.task.name, "chat template's hash": hash_value(plan.processor.chat_template)}
+    options = plan.recipe.model.model_dump(exclude={"candidates", "chat_template"})
+    return {**facts, **{f"model.{key}": value for key, value in options.items()}}
 
 
 def vllm_command(opened: Sequence[ServableRun], options: ServeOptions) -> list[str]:
