@@ -99,7 +99,7 @@ def check_shared_base(opened: Sequence[ServableRun], options: ServeOptions) -> N
 
 
 def shared_facts(run: ServableRun) -> dict[str, object]:
-    """Return the facts that must be equal in runs that share a base; vLLM uses the first run's chat template for all."""
+    """Return the facts that must be equal in runs that share a process; vLLM has one chat template for all."""
     plan = run.plan
     facts = {"base": plan.model_ref.name, "base's content": plan.model_ref.content_hash, "method": run.method}
     facts |= {"task": plan.task.name, "chat template's hash": hash_value(plan.processor.chat_template)}
