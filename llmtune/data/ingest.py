@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import xxhash
 from rich.console import Console
@@ -24,8 +24,7 @@ from llmtune.data.column_mapping import rename
 from llmtune.data.file_readers import MAX_ROW_BYTES, NOT_UTF8, JsonLine, LazyRow
 from llmtune.data.rejected_rows import RowError, parse_cell, too_many_bad
 from llmtune.data.row_formats import parse_row
-from llmtune.data.row_hash import hash_content, plain_value, row_json
-from llmtune.data.row_store import BATCH_BYTES, BATCH_ROWS, HashedRow, Spool
+from llmtune.data.row_hash import BATCH_BYTES, BATCH_ROWS, HashedRow, hash_content, plain_value, row_json
 from llmtune.data.sources import Detected, encoding_hint
 from llmtune.data.worker_pool import WorkerPool
 from llmtune.display.console import LiveProgress
@@ -33,6 +32,9 @@ from llmtune.errors import DataError, Problem, nearest
 from llmtune.recipe.data_section import DataSection
 from llmtune.records import SPLITS, Advance, Json
 from llmtune.store.atomic_files import atomic_file
+
+if TYPE_CHECKING:
+    from llmtune.data.row_store import Spool
 
 SHOWN = 20
 TRIED_ROWS = 5000

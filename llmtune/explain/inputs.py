@@ -10,9 +10,10 @@ from pathlib import Path
 
 import torch
 
-from llmtune.data.audio import SpeechRow, Waveform
+from llmtune.data.audio import SpeechRow
 from llmtune.data.chat_template import render_prompt
 from llmtune.data.completion_encoding import prompt_ids
+from llmtune.data.waveforms import Waveform
 from llmtune.errors import DataError, Problem, RecipeError
 from llmtune.explain.explainer import Target
 from llmtune.explain.token_text import TokenLine, time_line

@@ -11,9 +11,10 @@ from typing import Protocol
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from llmtune.data.audio import SpeechRow, Waveform, cut_windows, decode_recording, to_float
+from llmtune.data.audio import SpeechRow
 from llmtune.data.overlong import TOO_LONG
 from llmtune.data.rejected_rows import RowError
+from llmtune.data.waveforms import Waveform, cut_windows, decode_recording, to_float
 from llmtune.errors import DataError, EnvironmentProblem, RecipeError, first_line, nearest
 from llmtune.evaluate.evaluated_task import LoadedModel
 from llmtune.evaluate.token_batches import budget_for, run_in_batches
