@@ -7,14 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from markupsafe import Markup
 
 from llmtune.display.charts import draw_interval
 from llmtune.display.number_format import DASH, chance, count, missing, score, signed
 from llmtune.evaluate.significance import FEWEST_ROWS
-from llmtune.score_records import Difference
+
+if TYPE_CHECKING:
+    from llmtune.score_records import Difference
 
 Tone = Literal["", "better", "worse", "mixed", "unsure"]
 TONES: dict[int, Tone] = {1: "better", -1: "worse", 0: "unsure"}
