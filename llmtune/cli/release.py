@@ -15,7 +15,7 @@ from llmtune.launch.python_api import make_console
 from llmtune.store.process_environment import gc_paused, prepare_environment
 
 if TYPE_CHECKING:
-    from llmtune.score_records import Difference
+    from llmtune.records import Difference
 
 Stored = Annotated[
     str, typer.Argument(metavar="RELEASE", help="release:NAME, release:NAME@HASH, NAME, or a release file.")
@@ -117,7 +117,7 @@ def show_release(release: Stored, signers: Signers = None, as_json: AsJson = Fal
     from llmtune.evaluate.release_records import find_record, read_release
     from llmtune.report.score_sections import gate_section, score_section
     from llmtune.report.simple_baseline_view import simple_baseline_section
-    from llmtune.score_records import Evaluation
+    from llmtune.store.score_records import Evaluation
 
     file = find_record(release)
     record, signature = read_release(file), check_signature(file, signers)

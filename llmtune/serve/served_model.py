@@ -42,8 +42,8 @@ from llmtune.model.layer_requests import own_passes
 from llmtune.model.memory_plan import context_length
 from llmtune.recipe.schema import Recipe
 from llmtune.records import Json, Row
-from llmtune.score_records import Calibration, Decision
 from llmtune.serve.answer_stream import AnswerStream
+from llmtune.store.score_records import Calibration, Decision
 from llmtune.tasks.base import AnyTask
 
 UNLIMITED = 1 << 30
