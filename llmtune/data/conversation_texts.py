@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 
 from llmtune.data.chat_rows import Message, write_answer
-from llmtune.data.row_text import LEARNED, NearText, Question, RowInput, plain_form, tag_words, with_answer
+from llmtune.data.row_text import LEARNED, NearText, QuestionAnswer, RowInput, plain_form, tag_words, with_answer
 from llmtune.records import Row
 
 RATED = ("chosen", "rejected", "answer")
@@ -82,7 +82,7 @@ def _content_text(content: object) -> str:
     return "" if content is None else str(content)
 
 
-def conversation_questions(row: Row) -> list[Question]:
+def conversation_questions(row: Row) -> list[QuestionAnswer]:
     """Return the last message as the answer to those before it."""
     *before, last = row["messages"]
     return [([one["content"] for one in before], {**last, "rest": [row.get(key) for key in LEARNED]})]

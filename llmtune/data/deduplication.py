@@ -28,7 +28,10 @@ import numpy as np
 import numpy.typing as npt
 
 from llmtune.data.input_overlap import MOST_WORDS, JsonRows, find_shared_inputs, select_rows
-from llmtune.data.row_hash import (
+from llmtune.data.row_kind import near_text, row_input
+from llmtune.data.row_store import Index
+from llmtune.data.row_text import NearText, visible_form
+from llmtune.data.word_hash import (
     BANDS,
     I64,
     MINIMA,
@@ -41,9 +44,6 @@ from llmtune.data.row_hash import (
     take_minima,
     without_common,
 )
-from llmtune.data.row_kind import near_text, row_input
-from llmtune.data.row_store import Index
-from llmtune.data.row_text import NearText, visible_form
 from llmtune.data.worker_pool import WorkerPool
 from llmtune.records import SPLITS, Row
 from llmtune.store.atomic_files import atomic_file
@@ -141,9 +141,8 @@ def drop_shared_inputs(
 def input_text(row: Row) -> NearText:
     """Return the text of a row's input; none of a short one, which `find_shared_inputs` compares."""
     found = row_input(row)
-    return (
-        NearText(visible_form(found.query), found.context()) if len(found.query.split()) > MOST_WORDS else NearText("")
-    )
+    long = len(found.query.split()) > MOST_WORDS
+    return NearText(visible_form(found.query), found.context()) if long else NearText("")
 
 
 def _rank(index: Index, split_N: npt.NDArray[np.int8], reason_N: npt.NDArray[np.object_]) -> I64:

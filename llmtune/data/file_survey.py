@@ -21,7 +21,7 @@ from llmtune.data.message_fields import CONTENT_KEYS, first_key, is_message, pro
 from llmtune.data.rejected_rows import NO_VALUES, RowError
 from llmtune.data.row_formats import check_mapped, detect_format, map_columns, parse_row, reads_rows
 from llmtune.data.row_hash import hash_content, iterate_strings, row_json
-from llmtune.data.row_kind import KINDS, LABELLED, MESSAGES, PAIRS, RowKind, hash_row, kind_of, kind_of_task
+from llmtune.data.row_kind import KINDS, LABELLED, MESSAGES, PAIRS, RowKind, hash_row, kind_of_row, kind_of_task
 from llmtune.data.sources import LOOKED_AT, Input, find_files, local_input
 from llmtune.data.written_numbers import read_number
 from llmtune.errors import DataError, Problem
@@ -248,7 +248,7 @@ def _lacks_irrelevant(reading: Reading) -> bool:
     """Whether a reranker could not learn from the rows before `data.negatives` mines irrelevant passages."""
     if TASK_FACTS[reading.task].answer_kind != "relevances":
         return False
-    return len({relevance for row in reading.rows for relevance in kind_of(row).relevances(row)}) == 1
+    return len({relevance for row in reading.rows for relevance in kind_of_row(row).relevances(row)}) == 1
 
 
 def refusals(survey: Survey, task: str | None = None, columns: Mapping[str, str] | None = None) -> list[str]:
@@ -340,9 +340,9 @@ def suspicions(rows: Iterable[tuple[str, Row]]) -> list[str]:
     empty: Counter[str] = Counter()
     labels: list[Any] = []
     kind: RowKind | None = None
-    questions = ((origin, row, question) for origin, row in rows for question in kind_of(row).questions(row))
+    questions = ((origin, row, question) for origin, row in rows for question in kind_of_row(row).questions(row))
     for origin, row, (asked, answer) in islice(questions, MOST_QUESTIONS):
-        kind = kind_of(row)
+        kind = kind_of_row(row)
         labels.append(kind.label(row))
         texts = {text.strip() for text in iterate_strings(asked)}
         empty.update(NO_VALUES & texts.union(text.strip() for text in iterate_strings(answer)))

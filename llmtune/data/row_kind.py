@@ -15,7 +15,7 @@ from llmtune.data.row_hash import hash_content, plain_label
 from llmtune.data.row_text import (
     LEARNED,
     NearText,
-    Question,
+    QuestionAnswer,
     RowInput,
     plain_form,
     tag_words,
@@ -50,7 +50,7 @@ class RowKind:
     """The column of the text that a model generates, if a model does."""
     without_answer: Callable[[Row], Row] = lambda row: {key: "" if key in LEARNED else row[key] for key in row}
     """Returns the row with an empty answer."""
-    questions: Callable[[Row], Iterable[Question]] = lambda row: [_split_columns(row)]
+    questions: Callable[[Row], Iterable[QuestionAnswer]] = lambda row: [_split_columns(row)]
     """Returns questions that have one right answer."""
     repeats_prompts: bool = False
     """Whether several rows usually have the same prompt and different answers."""
@@ -72,7 +72,7 @@ class RowKind:
         return [name for name, facts in TASK_FACTS.items() if facts.rows == self.name]
 
 
-def _split_columns(row: Row) -> Question:
+def _split_columns(row: Row) -> QuestionAnswer:
     return {k: v for k, v in row.items() if k not in LEARNED}, {k: v for k, v in row.items() if k in LEARNED}
 
 
@@ -304,7 +304,7 @@ def kind_of_task(task: str) -> RowKind:
     return _BY_NAME[TASK_FACTS[task].rows]
 
 
-def kind_of(row: Row) -> RowKind:
+def kind_of_row(row: Row) -> RowKind:
     """Return the kind of a canonical row."""
     return next(kind for kind in KINDS if any(column in row for column in kind.columns))
 
@@ -317,7 +317,7 @@ def near_text(row: Row) -> NearText:
     whatever they share. Nor are rows with other labels, or with other answers where these are short: a pair that is
     almost equal and has two labels teaches the most.
     """
-    near = kind_of(row).near_text(row)
+    near = kind_of_row(row).near_text(row)
     return NearText(visible_form(near.text), *near[1:])
 
 
@@ -327,17 +327,17 @@ def compared_text(row: Row) -> str:
     If rows are questions about a text, it is the question and its answers: several rows about one text are usual. So
     are several passages for a query and several hypotheses for a premise: each word then counts with its context.
     """
-    return kind_of(row).compared_text(row)
+    return kind_of_row(row).compared_text(row)
 
 
 def row_input(row: Row) -> RowInput:
     """Return the input of a row; of a text without a prompt, the text itself."""
-    return kind_of(row).row_input(row)
+    return kind_of_row(row).row_input(row)
 
 
 def write_prompt(row: Row) -> str:
     """Return a prompt for display: plain text for a single message, else each message with its role."""
-    return kind_of(row).prompt_text(row)
+    return kind_of_row(row).prompt_text(row)
 
 
 def prompt_row(row: Row) -> Row | None:
@@ -345,7 +345,7 @@ def prompt_row(row: Row) -> Row | None:
 
     Also None if several rows about one input are usual, or if the comparison of words ignores answers anyway.
     """
-    prompt = kind_of(row).without_answer(row)
+    prompt = kind_of_row(row).without_answer(row)
     ignored = compared_text(prompt) == compared_text(row)
     return None if ignored or not near_text(prompt).text.strip() else prompt
 

@@ -51,7 +51,7 @@ class RowInput(NamedTuple):
     """Whether rows with nearly equal queries and other answers teach the difference: their answers are labels."""
 
 
-Question = tuple[object, object]
+QuestionAnswer = tuple[object, object]
 """What a row asks, and its answer."""
 LEARNED = (
     *("completion", "target", "summary", "chosen", "rejected", "answer", "good", "passages", "negatives", "score"),

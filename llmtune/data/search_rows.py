@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TypedDict
 
 from llmtune.data.rejected_rows import RowError, json_kind, nonempty_text, parse_cell, passage_text, text_of
-from llmtune.data.row_text import NearText, Question, RowInput, join_plain, plain_form, text_key
+from llmtune.data.row_text import NearText, QuestionAnswer, RowInput, join_plain, plain_form, text_key
 from llmtune.data.task_rows import THUMBS
 from llmtune.data.written_numbers import read_number
 from llmtune.recipe.class_names import tidy_name
@@ -253,7 +253,7 @@ def near_ranking(row: Row) -> NearText:
     return NearText(" ".join(row["passages"]), plain_form(row["query"]), str(row["relevances"]))
 
 
-def ranking_questions(row: Row) -> Iterator[Question]:
+def ranking_questions(row: Row) -> Iterator[QuestionAnswer]:
     """Yield a question per passage, which belongs to it."""
     for passage, relevance in zip(row["passages"], row["relevances"], strict=True):
         yield {"query": [row["query"], passage]}, {"relevances": [relevance]}

@@ -176,7 +176,7 @@ TABLES = (
     *("recipe/task_facts.py", "recipe/task_sections.py", "recipe/model_kind.py", "data/row_kind.py", "tasks/"),
     "model/audio_models.py",
 )
-ONE_KIND = ("audio", "classify_rows", "label_candidates", "search_rows", "task_rows")
+ONE_KIND = ("audio", "classify_rows", "label_candidates", "search_rows", "task_rows", "waveforms")
 """Modules of `data/` about one kind of rows; only the tables and the tasks import them."""
 CONVERSATIONS = (
     *("chat_encoding", "chat_rows", "chat_template", "completion_encoding", "conversation_texts", "overlong"),
