@@ -177,13 +177,13 @@ async def answer_row(
         metrics.prompt_tokens.labels(served.name).inc(len(job.ids))
         metrics.answer_tokens.labels(served.name).inc(len(ids))
         found = Predicted(served.read(ids), [], {})
-    section = served.recipe.classify
+    labels = [*served.recipe.classes] if TASK_FACTS[task.name].answer_kind == "labels" else []
     answer = TaskAnswer(
         model=served.name,
         task=task.name,
         text=task.format_answer(found.value, row),
         prediction=found.value,
-        labels=list(section.labels or ()) or None if section else None,
+        labels=labels or None,
         words=row.get("tokens"),
         scores=found.probabilities if "tokens" in row else None,
         truncated=truncated,
