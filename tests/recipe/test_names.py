@@ -180,7 +180,7 @@ TABLES = (
     "tasks/",
     "model/audio_models.py",
 )
-ONE_KIND = ("audio", "classify_rows", "label_candidates", "retrieval_layout", "search_rows", "task_rows")
+ONE_KIND = ("audio", "waveforms", "classify_rows", "label_candidates", "retrieval_layout", "search_rows", "task_rows")
 """Modules of `data/` about one kind of rows; only the tables and the tasks import them."""
 CONVERSATIONS = ("chat_encoding", "chat_rows", "chat_template", "completion_encoding", "overlong", "rendering_check")
 """Modules of `data/` about conversations, with which many tasks write prompts."""
