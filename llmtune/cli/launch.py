@@ -87,7 +87,9 @@ def local(
     """Run all steps on this machine or several, with N processes that train and evaluate together."""
     from llmtune.launch.topology import Topology
 
-    request = RunRequest(out, "run", resume, fresh, lock, threads, offline, dry_run)
+    request = RunRequest(
+        out=out, resume=resume, fresh=fresh, lock=lock, threads=threads, offline=offline, dry_run=dry_run
+    )
     ending = result_of("launch local", recipe, out)
     refuse_both(resume, fresh)
     sets, console = with_model(sets, model), stderr_console(quiet=quiet)
@@ -155,7 +157,7 @@ def slurm(
     console = stderr_console(quiet=quiet)
     address = "HOST:1" if machines > 1 else None  # the job sets the real one
     topology = Topology(processes, strategy, machines, 0, address, max_restarts, offload_params)
-    request = RunRequest(out, lock=lock, threads=threads, offline=offline)
+    request = RunRequest(out=out, lock=lock, threads=threads, offline=offline)
     job = cluster.plan_job(recipe, with_model(sets, model), request, topology)
     options = {"partition": partition, "account": account, "qos": qos, "time": time, "gres": gres, "mem": mem}
     options |= {"gpus-per-node": gpus_per_node, "cpus-per-task": cpus_per_task, "constraint": constraint}

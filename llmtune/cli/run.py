@@ -67,7 +67,17 @@ def run_command(
     """Run all five steps: prepare, select, adapt, train, evaluate (and deploy)."""
     if device is not None and not dry_run:
         raise RecipeError.of("--device only plans for another card", fix="Add --dry-run.")
-    request = RunRequest(out, "run", resume, fresh, lock, threads, offline, dry_run, device)
+    request = RunRequest(
+        out=out,
+        until="run",
+        resume=resume,
+        fresh=fresh,
+        lock=lock,
+        threads=threads,
+        offline=offline,
+        dry_run=dry_run,
+        device=device,
+    )
     _run(recipe, with_model(sets, model), request, quiet=quiet, as_json=as_json)
 
 
@@ -97,7 +107,16 @@ def prepare_command(
     as_json: AsJson = False,
 ) -> None:
     """Step 1: read, check, deduplicate and split the rows; encode, mask and pack them."""
-    request = RunRequest(out, "prepare", resume, fresh, lock, threads, offline, dry_run)
+    request = RunRequest(
+        out=out,
+        until="prepare",
+        resume=resume,
+        fresh=fresh,
+        lock=lock,
+        threads=threads,
+        offline=offline,
+        dry_run=dry_run,
+    )
     ending = result_of("prepare", recipe, out)
     refuse_both(request.resume, request.fresh)
     if write_test is not None:
@@ -130,7 +149,17 @@ def select_command(
 ) -> None:
     """Step 2: choose a model, plan its memory."""
     dry_run = dry_run or device is not None
-    request = RunRequest(out, "select", resume, fresh, lock, threads, offline, dry_run, device)
+    request = RunRequest(
+        out=out,
+        until="select",
+        resume=resume,
+        fresh=fresh,
+        lock=lock,
+        threads=threads,
+        offline=offline,
+        dry_run=dry_run,
+        device=device,
+    )
     _run(recipe, with_model(sets, model), request, quiet=quiet, as_json=as_json)
 
 
@@ -150,7 +179,9 @@ def adapt_command(
     as_json: AsJson = False,
 ) -> None:
     """Step 3: insert the adapter and prove that it works."""
-    request = RunRequest(out, "adapt", resume, fresh, lock, threads, offline, dry_run)
+    request = RunRequest(
+        out=out, until="adapt", resume=resume, fresh=fresh, lock=lock, threads=threads, offline=offline, dry_run=dry_run
+    )
     _run(recipe, with_model(sets, model), request, quiet=quiet, as_json=as_json)
 
 
@@ -170,7 +201,9 @@ def train_command(
     as_json: AsJson = False,
 ) -> None:
     """Step 4: train, with checkpoints."""
-    request = RunRequest(out, "train", resume, fresh, lock, threads, offline, dry_run)
+    request = RunRequest(
+        out=out, until="train", resume=resume, fresh=fresh, lock=lock, threads=threads, offline=offline, dry_run=dry_run
+    )
     _run(recipe, with_model(sets, model), request, quiet=quiet, as_json=as_json)
 
 
@@ -190,7 +223,16 @@ def evaluate_command(
     as_json: AsJson = False,
 ) -> None:
     """Step 5: score base and tuned model on the same held-out rows. Also accepts a run: its folder or address."""
-    request = RunRequest(out, "evaluate", resume, fresh, lock, threads, offline, dry_run)
+    request = RunRequest(
+        out=out,
+        until="evaluate",
+        resume=resume,
+        fresh=fresh,
+        lock=lock,
+        threads=threads,
+        offline=offline,
+        dry_run=dry_run,
+    )
     ending = result_of("evaluate", recipe, out)
     folder = find_named(recipe)
     if folder is None:

@@ -22,13 +22,13 @@ from llmtune.evaluate.eval_inputs import resolve_choices
 from llmtune.evaluate.evaluation_file import load_evaluation, save_evaluation
 from llmtune.evaluate.opened_runs import open_run_scores
 from llmtune.evaluate.per_row_scores import MEASURES
+from llmtune.plan import RunContext, open_finished
 from llmtune.recipe.schema import RELEASE, Recipe
 from llmtune.recipe.section import RELEASE_PREFIX
 from llmtune.records import Json
 from llmtune.report.report_page import write_report
 from llmtune.report.run_report import make_report
 from llmtune.score_records import Evaluation, GateResult
-from llmtune.session import RunContext, open_finished
 from llmtune.store.atomic_files import (
     explained,
     hash_file,

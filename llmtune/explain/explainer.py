@@ -23,10 +23,11 @@ from llmtune.model.device import pick_device
 from llmtune.model.loading import load_plain
 from llmtune.model.processor import load_processor
 from llmtune.model.resolve import resolve_model
+from llmtune.plan import open_finished
 from llmtune.recipe.model_section import ModelSection
 from llmtune.recipe.schema import Recipe
 from llmtune.report.render_html import write_page
-from llmtune.session import Models, open_finished
+from llmtune.run_models import Models
 from llmtune.store.atomic_files import explained
 from llmtune.store.run_folder import MANIFEST, read_run, recipe_of_run
 from llmtune.tasks.base import AnyTask

@@ -13,7 +13,11 @@ if TYPE_CHECKING:
     from llmtune.store.run_lock import Pins
 
 
-@dataclass(frozen=True)
+UNTIL = ("prepare", "select", "adapt", "train", "evaluate", "run")
+"""The steps of a run, of which each may be the last one; `run` also makes the products."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunRequest:
     """The options of one run."""
 

@@ -16,7 +16,7 @@ from llmtune.store.run_folder import MANIFEST, RunFolder, read_manifest
 FOLDER = "seeds"
 SHARED = ("prepare", "mine", "encode")
 """Steps whose results do not depend on the seed."""
-UNTIL = {"train": "train", "evaluate": "evaluate", "run": "evaluate"}
+SEEDS_UNTIL = {"train": "train", "evaluate": "evaluate", "run": "evaluate"}
 """Last step of the run -> last step of its additional seeds."""
 
 
