@@ -60,7 +60,7 @@ from llmtune.plan import (
 )
 from llmtune.recipe.loader import LoadedRecipe
 from llmtune.recipe.schema import Recipe
-from llmtune.records import Json, read_model_ref
+from llmtune.records import UNTIL, Json, Until, read_model_ref
 from llmtune.report.report_page import report_json, write_report
 from llmtune.report.run_report import make_report
 from llmtune.report.score_sections import seed_table
@@ -72,7 +72,7 @@ from llmtune.store.run_folder import Manifest, RunFolder, open_run, trained_name
 from llmtune.store.run_listing import find_start, pin_start
 from llmtune.store.run_lock import hash_keys, own_pins, read_pins
 from llmtune.store.run_origin import is_own, save_recipe
-from llmtune.store.run_request import UNTIL, RunRequest
+from llmtune.store.run_request import RunRequest
 from llmtune.store.seed_runs import SEEDS_UNTIL, is_done, kept_findings, seed_folder, share_rows, with_seed
 from llmtune.tasks.base import next_steps
 from llmtune.train.loop import train
@@ -84,7 +84,7 @@ from llmtune.train.row_losses import list_hardest
 class Step:
     """A part of a run, which reads `run.plan`."""
 
-    until: str
+    until: Until
     """The value of `RunRequest.until` that ends the run after the steps that have it."""
     work: Callable[[RunContext], None]
     processes: Literal["rank 0", "all"]
@@ -123,7 +123,7 @@ def _begin(stack: ExitStack, path: Path, loaded: LoadedRecipe, request: RunReque
     return folder.manifest
 
 
-def run_steps(run: RunContext, until: Sequence[str]) -> None:
+def run_steps(run: RunContext, until: Sequence[Until]) -> None:
     """Run the steps of the table that have one of these values of `until`, in all processes."""
     for step in STEPS:
         if step.until in until and step.processes == "rank 0":

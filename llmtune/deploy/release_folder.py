@@ -58,7 +58,6 @@ from llmtune.store.run_folder import (
     RunFolder,
     StepRecord,
     read_run,
-    recipe_of_run,
     trained_name,
 )
 from llmtune.store.run_lock import LOCK
@@ -186,7 +185,7 @@ def fill_release(context: RunContext, folder: Path, signing: str | None = None) 
         copy_rules(run, folder / "evaluation")
         manifest = make_manifest(run, folder, (*outputs, "evaluation"))
         made = RunFolder(folder, manifest)
-        made.note_reports(write_report(make_report(made, recipe_of_run(run).recipe, context.device), folder))
+        made.note_reports(write_report(make_report(made, context.plan.stated, context.device), folder))
         files = {name: sha256 for name, sha256 in list_folder(folder).items() if name not in CHANGING}
         write_json(folder / RECORD_FILE, {**make_record(run.path), "files": files})
         if signing:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from llmtune import __version__
 from llmtune.errors import LlmtuneError, Problem, RecipeError
 from llmtune.launch.topology import Topology, why_not
-from llmtune.records import Json
+from llmtune.records import Json, Until
 from llmtune.store.atomic_files import hash_value
 from llmtune.store.process_environment import (
     LOCAL_TRACKERS,
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from llmtune.data.sources import Detected
-    from llmtune.recipe.arguments import Until
     from llmtune.recipe.loader import LoadedRecipe
     from llmtune.recipe.schema import Recipe
     from llmtune.serve.finished_run import FinishedRun

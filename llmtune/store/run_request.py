@@ -7,14 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llmtune.records import Layout
+from llmtune.records import Layout, Until
 
 if TYPE_CHECKING:
     from llmtune.store.run_lock import Pins
-
-
-UNTIL = ("prepare", "select", "adapt", "train", "evaluate", "run")
-"""The steps of a run, of which each may be the last one; `run` also makes the products."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +19,7 @@ class RunRequest:
 
     out: Path | None = None
     """The run folder; None for the default one."""
-    until: str = "run"
+    until: Until = "run"
     """The last step to run: prepare, select, adapt, train, evaluate, or `run` for all steps and deployment."""
     resume: bool = False
     fresh: bool = False
