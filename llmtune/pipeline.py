@@ -31,13 +31,12 @@ from llmtune.data.preparation import has_rows, prepare_rows
 from llmtune.data.row_store import load_rows
 from llmtune.deploy.products import check_products, make_products, reporting
 from llmtune.deploy.release_folder import conclude_release, release_kept
-from llmtune.display.console import print_blocks
 from llmtune.errors import EnvironmentProblem
 from llmtune.evaluate.cache_keys import evaluation_inputs, lock_trained, note_own_metrics
 from llmtune.evaluate.champion import check_champion, note_look
 from llmtune.evaluate.decision import refresh_rules
 from llmtune.evaluate.eval_inputs import warn_of_cuts
-from llmtune.evaluate.evaluation_file import list_failed, load_evaluation, print_scores, print_verdict
+from llmtune.evaluate.evaluation_file import list_failed, load_evaluation
 from llmtune.evaluate.gates import note_gates, require_gates
 from llmtune.evaluate.suites.lm_eval import load_benchmarks
 from llmtune.evaluate.suites.suite_registry import try_inputs
@@ -63,8 +62,8 @@ from llmtune.recipe.schema import Recipe
 from llmtune.records import UNTIL, Json, Until, read_model_ref
 from llmtune.report.report_page import report_json, write_report
 from llmtune.report.run_report import make_report
-from llmtune.report.score_sections import seed_table
-from llmtune.run_models import ask_champion_classes, check_new_labels, make_adapted, score_models
+from llmtune.report.terminal import print_scored, print_scores, print_seeds, print_verdict
+from llmtune.run_models import ask_champion_classes, check_new_labels, find_suspects, make_adapted, score_models
 from llmtune.store.atomic_files import hash_folder, plain, staged
 from llmtune.store.processes import once, rank, world_size
 from llmtune.store.report_record import Report
@@ -269,7 +268,8 @@ def evaluate_step(run: RunContext) -> None:
                 print_scores(evaluation, run.console, run.plan.recipe.task)
             return
         with staged(target) if rank() == 0 else nullcontext() as folder:
-            score_models(run, folder, run.request.base or earlier)
+            print_scored(score_models(run, folder, run.request.base or earlier), run.plan.recipe, run.console)
+            find_suspects(run, folder)
         judged = hash_keys(run.folder.path / "recipe.yaml", judging=True)
         step.facts.update(trained=run.once(lambda: hash_folder(run.trained_folder)), recipe=judged)
 
@@ -380,9 +380,7 @@ def conclude_run(run: RunContext, recipe: Recipe) -> Json:
 def _conclude(run: RunContext, recipe: Recipe) -> Json:
     path, console, request = run.folder.path, run.console, run.request
     report = _write_report(run, recipe)
-    if report.seeds:
-        print_blocks([seed_table(report.seeds)], console)
-        console.print(report.seeds.told, highlight=False)
+    print_seeds(report.seeds, console)
     if request.until in SEEDS_UNTIL:
         note_gates(run.folder, recipe, report.gates)
     if request.until in {"run", "evaluate"}:

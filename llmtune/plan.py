@@ -236,12 +236,12 @@ def choose_settings(
     console = run.console
     plan = make_plan(loaded.recipe, model_ref, run.device, run.request.layout or layout(), rows)
     recipe, task = plan.recipe, plan.task
-    RecipeError.collect(find_idle_keys(recipe, style=task.style, reads_template=task.reads_template))
+    RecipeError.collect(find_idle_keys(recipe, style=task.style, reads_template=task.model_kind.reads_template))
     stated, inferred = loaded.recipe.classify, recipe.classify
     if inferred is not None and inferred.kind == "regression" and (stated is None or stated.kind == "auto"):
         console.print(AS_NUMBERS, highlight=False)
     text, count = read_model_config(model_ref, recipe.model).get_text_config(), rows.counts.get("train", 0)
-    choices = choose_training(recipe, count, getattr(text, "hidden_size", None), task.trains_head)
+    choices = choose_training(recipe, count, getattr(text, "hidden_size", None), task.model_kind.has_head)
     loaded = with_choices(loaded, choices)
     positions = context_length(text)
     reach = None if positions is None else positions - recipe.adapter.virtual_tokens

@@ -25,6 +25,7 @@ from llmtune.evaluate.generation import only_these_settings
 from llmtune.evaluate.metric import Measure
 from llmtune.evaluate.text_metrics import find_spellings, measure_cer, measure_wer
 from llmtune.model.causal_lm_loss import model_inputs, move_to, unwrap
+from llmtune.recipe.model_kind import CTC, WHISPER
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_sections import SpeechSection
 from llmtune.records import Batch, Loss
@@ -58,7 +59,6 @@ class Speech(Task[SpeechRow, str]):
     name = "speech"
     endpoint = Endpoint("/v1/transcribe", "the transcript")
     required_inputs = ("audio",)
-    takes_audio = True
 
     def make_row(self, given: Mapping[str, str | None]) -> SpeechRow:
         """Return the row of a recording."""
@@ -87,7 +87,7 @@ class Speech(Task[SpeechRow, str]):
 class Whisper(Speech):
     """A model whose decoder begins with language and task tokens."""
 
-    auto_class = "AutoModelForSpeechSeq2Seq"
+    model_kind = WHISPER
 
     def supports(self, config: PretrainedConfig) -> bool:
         """Whether the model is a Whisper."""
@@ -182,10 +182,8 @@ class Whisper(Speech):
 class Ctc(Speech):
     """A model that assigns each frame of a recording a letter or a blank."""
 
-    auto_class = "AutoModelForCTC"
+    model_kind = CTC
     loss_unit = "letters"
-    predicts_tokens = False
-    trains_head = True
 
     def supports(self, config: PretrainedConfig) -> bool:
         """Whether the model makes its frames from samples by convolutions; other models need spectrograms."""

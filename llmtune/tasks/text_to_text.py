@@ -31,6 +31,7 @@ from llmtune.evaluate.text_metrics import TEXT_MEASURES
 from llmtune.evaluate.token_batches import GENERATION_BUDGET, budget_for, run_in_batches
 from llmtune.model.causal_lm_loss import accepted_arguments, decoder_inputs, model_inputs, token_losses, unwrap
 from llmtune.model.memory_plan import context_length
+from llmtune.recipe.model_kind import SEQ2SEQ
 from llmtune.recipe.schema import Recipe
 from llmtune.records import Batch, Loss, Row
 from llmtune.tasks.base import DecoderTask, RowT, Task
@@ -74,9 +75,7 @@ def fill_template(template: str, **fields: str | None) -> str:
 class EncoderDecoder(TextToText[RowT]):
     """The encoder-decoder's version: the encoder reads the source, the decoder writes the target."""
 
-    auto_class = "AutoModelForSeq2SeqLM"
-    reads_template = False
-    peft_task_type = "SEQ_2_SEQ_LM"
+    model_kind = SEQ2SEQ
 
     def supports(self, config: PretrainedConfig) -> bool:
         """Whether the model has both parts: some models of this class are decoder-only."""
