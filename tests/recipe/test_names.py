@@ -165,7 +165,7 @@ SHARED_FILES_THAT_KNOW_A_TASK = {
     "explain/generation_trace.py": "import: inputs of each kind of model",
     "explain/inputs.py": "import, literal, section: inputs of each kind of model",
     "launch/recipe_check.py": "import, section: labels that differ from the recipe's",
-    "mining.py": "column, import, section: queries and passages, of which negatives are mined",
+    "mining.py": "column, import, literal, section: queries and passages, of which negatives are mined",
     "plan.py": "import, section: the kind of labels",
     "recipe/class_names.py": "column: renamed labels",
     "recipe/first_recipe.py": "column, literal: models and lengths by kind",
