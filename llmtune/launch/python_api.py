@@ -92,15 +92,8 @@ def run(
         key: value if isinstance(value, str) else json.dumps(value, default=str) for key, value in (set or {}).items()
     }
     sets = [f"{key}={value}" for key, value in texts.items()]
-    request = RunRequest(
-        out=None if out is None else Path(out),
-        until=until,
-        resume=resume,
-        fresh=fresh,
-        lock=None if lock is None else Path(lock),
-        threads=threads,
-        offline=offline,
-    )
+    out, lock = None if out is None else Path(out), None if lock is None else Path(lock)
+    request = RunRequest(out=out, until=until, resume=resume, fresh=fresh, lock=lock, threads=threads, offline=offline)
     with as_in_new_process():
         console = make_console(quiet=quiet)
         request = locate_run(load_recipe(recipe, sets), request, console)
