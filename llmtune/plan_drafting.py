@@ -7,7 +7,7 @@ from pathlib import Path
 
 from llmtune.adapter.injection import adapter_inputs, adapter_settings
 from llmtune.adapter.load import find_adapter
-from llmtune.errors import RecipeError
+from llmtune.errors import EnvironmentProblem, RecipeError
 from llmtune.evaluate.cache_keys import evaluation_inputs
 from llmtune.evaluate.suites.suite_registry import check_inputs
 from llmtune.model.config import read_model_config
@@ -15,6 +15,7 @@ from llmtune.model.device import pick_device
 from llmtune.model.kernels import check_kernels
 from llmtune.model.memory_plan import context_length, resolve_checkpointing
 from llmtune.model.model_files import check_model_folder
+from llmtune.recipe.extras import find_missing_extras
 from llmtune.recipe.loader import LoadedRecipe
 from llmtune.recipe.schema import Recipe, find_idle_keys
 from llmtune.recipe.training_rule import choose_training, few_steps, with_choices, with_length
@@ -32,6 +33,7 @@ from llmtune.train.setup import train_inputs
 def check_first(loaded: LoadedRecipe, request: RunRequest) -> None:
     """Raise the problems of a recipe on this machine that can be found without its rows and without weights."""
     recipe = loaded.recipe
+    EnvironmentProblem.collect(find_missing_extras(recipe))
     check_store(recipe.evaluate.champion, loaded.file)
     refuse_network(recipe, offline=request.offline)
     check_kernels(recipe, pick_device())

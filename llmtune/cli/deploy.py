@@ -64,6 +64,9 @@ def serve(
 ) -> None:
     """Serve tuned models with OpenAI's endpoints, or a task's own endpoint. Ctrl-C or SIGTERM stops."""
     _check_engine(engine, max_queue=max_queue != 64, max_batch=max_batch, max_body=max_body, grace=grace != 30.0)
+    from llmtune.recipe.extras import require_extra
+
+    require_extra("serve", "llmtune deploy serve")
     prepare_environment(network=False, threads=threads)
     with gc_paused():
         from llmtune.serve.serve_runs import ServeOptions
@@ -337,7 +340,6 @@ def certify(
         raise RecipeError.of("an export and its run are needed", "--run", fix)
     prepare_environment(network=False, threads=threads)
     with gc_paused():
-        from llmtune.deploy.endpoint_parity import certify_run
         from llmtune.deploy.products import certify_export
         from llmtune.store.run_listing import find_run
 
@@ -345,6 +347,11 @@ def certify(
     url = url or (export if "://" in export else None)
     folder = find_run(Path(run or export))
     if url is not None:
+        from llmtune.recipe.extras import require_extra
+
+        require_extra("serve", "--url")
+        from llmtune.deploy.endpoint_parity import certify_run
+
         certificate = certify_run(
             folder, url=url, model=model, key_file=api_key_file, offline=offline, console=console, limit=limit
         )

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from llmtune.data.rejected_rows import RowError, json_kind, nonempty_text
+from llmtune.recipe.extras import require_extra
 from llmtune.store.atomic_files import hash_recording
 
 if TYPE_CHECKING:
@@ -77,6 +78,7 @@ def _speech(row: Mapping[str, object], column: str) -> SpeechRow:
 
 def check_recording(path: Path) -> None:
     """Check a recording's header. Raises RowError if the file is missing, empty or damaged, or its rate impossible."""
+    require_extra("speech", "task")
     import soundfile
 
     if not path.is_file():
@@ -128,10 +130,10 @@ def decode_recording(path: Path, rate: int) -> Waveform:
 
     Raises RowError if the file cannot be decoded.
     """
+    check_recording(path)
     import soundfile
     import soxr
 
-    check_recording(path)
     try:
         with path.open("rb") as stream, soundfile.SoundFile(stream) as file:
             own_rate, announced, kind = file.samplerate, file.frames, file.format

@@ -103,7 +103,7 @@ def warn_of_spread(seeds: Seeds | None, metrics: Sequence[str]) -> str:
 
 
 BETTER, WORSE, MIXED, WITHIN = "better", "worse", "mixed", "within margin"
-"""The words of every verdict, with `INCONCLUSIVE`: on a run, on a pair of runs, on a sweep."""
+"""The words of every verdict, with `INCONCLUSIVE`: on a run, on a pair of runs."""
 PRICE = "The cost: the tuned model is farther from the base model (kl)."
 
 
