@@ -44,7 +44,12 @@ def test_the_notebook_tunes_a_model_and_prints_what_is_saved(tmp_path: Path, mon
 @pytest.mark.slow
 def test_the_sweep_compares_its_winner_with_the_recipe(here: Path, tiny_llama: Path) -> None:
     pytest.importorskip("optuna")
-    write_recipe(here / "tiny.yaml", tiny_llama, write_sums(here / "sums.jsonl"), train={"max_steps": 2, "num_train_epochs": None})
+    write_recipe(
+        here / "tiny.yaml",
+        tiny_llama,
+        write_sums(here / "sums.jsonl"),
+        train={"max_steps": 2, "num_train_epochs": None},
+    )
     words = [sys.executable, NOTEBOOK.parent / "sweep.py", "tiny.yaml", "2"]
     for _ in range(2):  # the second time, the study is complete
         done = subprocess.run(words, capture_output=True, text=True, check=False)

@@ -64,9 +64,6 @@ def serve(
 ) -> None:
     """Serve tuned models with OpenAI's endpoints, or a task's own endpoint. Ctrl-C or SIGTERM stops."""
     _check_engine(engine, max_queue=max_queue != 64, max_batch=max_batch, max_body=max_body, grace=grace != 30.0)
-    from llmtune.recipe.extras import require_extra
-
-    require_extra("serve", "llmtune deploy serve")
     prepare_environment(network=False, threads=threads)
     with gc_paused():
         from llmtune.serve.serve_runs import ServeOptions
@@ -136,6 +133,9 @@ def _serve_until_stopped(
 
 def _check_engine(engine: str, **stated: object) -> None:
     """Raise RecipeError for an unknown engine, or stated options that it does not support."""
+    from llmtune.recipe.extras import require_extra
+
+    require_extra("serve", "llmtune deploy serve")
     if engine not in ENGINES:
         what = f"unknown engine {engine!r}.{nearest(engine, ENGINES)}"
         raise RecipeError.of(what, "--engine", f"Choose one of: {', '.join(ENGINES)}.")

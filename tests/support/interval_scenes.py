@@ -19,7 +19,7 @@ from llmtune.evaluate import text_metrics as texts
 from llmtune.evaluate.intervals import Floats
 from llmtune.evaluate.metric import Measure, own_interval, paired_difference
 from llmtune.evaluate.suites import benchmarks
-from llmtune.score_records import Difference
+from llmtune.records import Difference
 
 Generator = np.random.Generator
 RESAMPLES = 400
