@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 if TYPE_CHECKING:
     import torch
@@ -19,6 +19,9 @@ Json = dict[str, Any]
 """A JSON object as stored in a file."""
 Row = dict[str, Any]
 """A row in canonical form, with the keys of its task's TypedDict (`llmtune.tasks`)."""
+Until = Literal["prepare", "select", "adapt", "train", "evaluate", "run"]
+"""The last step to run; `run` means all steps and deployment."""
+UNTIL: tuple[Until, ...] = get_args(Until)
 
 SPLITS = ("train", "validation", "test")
 
@@ -227,6 +230,12 @@ class Difference:
     def units(self) -> int:
         """Return the number of resampled units: groups, or rows."""
         return self.groups or self.n
+
+    def to_json(self) -> dict[str, object]:
+        """Return the form in report.json: `groups` only if rows are grouped."""
+        groups = {"groups": self.groups} if self.groups else {}
+        interval = {"value": self.value, "interval": [self.low, self.high]}
+        return {**interval, "p": self.p, "n": self.n, **groups, "test": self.test}
 
     @property
     def sign(self) -> int:

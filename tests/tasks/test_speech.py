@@ -18,7 +18,7 @@ from support.runs import write_recipe
 from support.variants import CTC, WHISPER, predict
 from transformers import AutoConfig, AutoFeatureExtractor, AutoModelForSpeechSeq2Seq
 
-from llmtune.data.audio import cut_windows, decode_recording, to_float
+from llmtune.data.waveforms import cut_windows, decode_recording, to_float
 from llmtune.errors import DataError, EnvironmentProblem, RecipeError
 from llmtune.evaluate.evaluated_task import EvalPrediction, LoadedModel
 from llmtune.model.causal_lm_loss import unwrap
@@ -26,9 +26,10 @@ from llmtune.model.loading import load_model
 from llmtune.model.processor import load_processor
 from llmtune.model.resolve import resolve_model
 from llmtune.pipeline import run_pipeline
+from llmtune.plan import open_finished
 from llmtune.recipe.builtin import recipes_folder
 from llmtune.recipe.loader import load_recipe
-from llmtune.session import Models, open_finished
+from llmtune.run_models import Models
 from llmtune.store.run_request import RunRequest
 from llmtune.tasks.registry import choose_variant
 from llmtune.tasks.speech import VARIANTS
