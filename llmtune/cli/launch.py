@@ -49,7 +49,7 @@ def local(
     rank: Annotated[int, typer.Option("--rank", min=0, help="The number of this machine, from 0.")] = 0,
     address: Annotated[
         str | None,
-        typer.Option("--address", help="Meeting point of the machines: HOST:PORT of machine 0.", metavar="HOST:PORT"),
+        typer.Option("--address", help="Rendezvous address: HOST:PORT of machine 0.", metavar="HOST:PORT"),
     ] = None,
     max_restarts: MaxRestarts = 0,
     offload_params: OffloadParams = False,
