@@ -109,7 +109,8 @@ class EvaluateSection(RecipeSection):
     answers), or null to disable. Default `auto`: shows whether a gain is more than a better answer format."""
     calibrate: bool = True
     """Whether to fit a temperature for the probabilities of a task with a fixed set of labels (classify,
-    token-classify; chat and completion with `choices`), on the validation rows alone. Default true: it costs one pass over these rows."""
+    token-classify; chat and completion with `choices`), on the validation rows alone. Default true: it costs one pass
+    over these rows."""
     decide: DecideSection | None = None
     """Abstention with a guarantee, for a task with a fixed set of labels: `{risk: 0.05}` finds the confidence from
     which at most 5 % of the answers are wrong. Default none: the risk is your decision."""
