@@ -28,8 +28,6 @@ from llmtune import __version__
 from llmtune.cli.app import app
 from llmtune.recipe.loader import load_recipe
 
-ROOT = Path(__file__).resolve().parents[2]
-CI = ROOT / "examples" / "ci"
 OWN_MOUNTS = ["unshare", *([] if os.geteuid() == 0 else ["--map-root-user"]), "--mount"]
 """Command prefix that gives a process its own mounts."""
 WRITABLE = ("runs", "releases", ".cache")
