@@ -20,7 +20,8 @@ from llmtune.data.classify_rows import ClassifyRow
 from llmtune.data.collators import encoder_batch
 from llmtune.data.example import Example
 from llmtune.data.row_store import iterate_rows
-from llmtune.data.search_rows import RerankRow, given_passages, text_key, write_ranking
+from llmtune.data.row_text import text_key
+from llmtune.data.search_rows import RerankRow, given_passages, write_ranking
 from llmtune.data.task_interface import Encoded
 from llmtune.data.tokenization import Segment, decode_shortened
 from llmtune.errors import DataError
@@ -32,6 +33,7 @@ from llmtune.evaluate.token_batches import run_encoder
 from llmtune.model.causal_lm_loss import model_inputs
 from llmtune.model.config import name_outputs
 from llmtune.model.device import in_own_dtype
+from llmtune.model.sentence_folder import SIGMOID
 from llmtune.recipe.model_kind import CLASSES
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_facts import RANKING, at_ten
@@ -40,7 +42,6 @@ from llmtune.records import Batch, Loss, Rows
 from llmtune.tasks.base import Endpoint, ReadingTask, loss_of_rows
 from llmtune.tasks.classify import fitted_texts, tokenize_texts
 
-SIGMOID = "torch.nn.modules.activation.Sigmoid"
 BM25 = "BM25 (words that query and passage share)"
 
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console
 
-from llmtune.data.row_hash import hash_content
+from llmtune.data.row_kind import hash_row
 from llmtune.data.row_store import iterate_columns, iterate_rows
 from llmtune.display.console import spinner
 from llmtune.display.number_format import score
@@ -196,7 +196,7 @@ def read_full_rows(rows: Rows, split: str, numbers: Set[int]) -> Iterator[Row]:
 
 def label_scores(prediction: object, recipe: Recipe) -> object:
     """Return a classifier's prediction with its scores by class name; any other prediction unchanged."""
-    labels = recipe.classify.labels if recipe.classify else None
+    labels = recipe.classes if answer_kind(recipe.task) == "labels" else ()
     if not labels or not isinstance(prediction, dict) or len(prediction.get("scores", ())) != len(labels):
         return prediction
     return {**prediction, "scores": dict(zip(labels, prediction["scores"], strict=True))}
@@ -228,7 +228,7 @@ def measure_own(
         if isinstance(found, dict):
             problems[name] = describe_failure(metric, Failure(**found), [origins[i] for i in answers])
             continue
-        names = name_rows([hash_content(row).hex() for row, _ in pairs]) if section.slices else ()
+        names = name_rows([hash_row(row).hex() for row, _ in pairs]) if section.slices else ()
         measured[name] = replace(measure_values(metric, found), at=tuple(answers), names=names)
     return measured
 
