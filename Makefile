@@ -163,7 +163,7 @@ $(SITE): pyproject.toml | $(BIN)/python
 site: $(SITE)  ## Build the documentation site in site/; dead links are errors
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
-# Takes about half an hour per commit on two cores; results are cached in build/same. ONLY: names of cases, or packages.
+# Takes more than ten minutes per commit on two cores; results are cached in build/same. ONLY: names of cases, or packages.
 same: $(READY) $(MODELS)  ## Run recipes at commit BASE and now, and compare bytes and digits
 	$(BIN)/python benchmarks/same.py --base $(BASE) $(if $(ONLY),--only $(ONLY))
 
