@@ -28,7 +28,7 @@ from llmtune.evaluate.generation import generate_batch, only_these_settings
 from llmtune.model.config import keeps_float32, read_model_config
 from llmtune.model.quantized_base import kept_quantization
 from llmtune.recipe.schema import Recipe
-from llmtune.records import AdaptedModel, ModelRef, Row
+from llmtune.records import AdaptedModel, Examples, ModelRef, Row
 from llmtune.session import Models, RunContext
 from llmtune.store.atomic_files import hash_folder, read_json
 from llmtune.tasks.base import AnyTask
@@ -73,6 +73,8 @@ class TunedModel:
     """Hash of the trained files in the run folder; None if they exist only in memory."""
     rules: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
     """The temperature and the decisions of the run's evaluation, by file."""
+    examples: Examples | None = None
+    """The run's encoded rows."""
     console: Console = field(default_factory=lambda: Console(quiet=True))
     """The console for progress."""
 
@@ -135,8 +137,8 @@ class TunedModel:
         }
 
 
-def load_tuned(context: RunContext, splits: Sequence[str] = ("test",)) -> TunedModel:
-    """Load the model of a finished run, and a few rows of the first non-empty split.
+def load_tuned(context: RunContext) -> TunedModel:
+    """Load the model of a finished run, and a few rows: test rows if there are any.
 
     Weights that training kept in float32 are not rounded, so that products are not either.
     """
@@ -145,7 +147,7 @@ def load_tuned(context: RunContext, splits: Sequence[str] = ("test",)) -> TunedM
         model = plan.recipe.model.model_copy(update={"dtype": "float32"})
         recipe = plan.recipe.model_copy(update={"model": model})
         context = replace(context, resolved=replace(plan, recipe=recipe))
-    split = next((name for name in splits if rows.counts[name]), splits[0])
+    split = next((name for name in ("test", "validation", "train") if rows.counts[name]), "test")
     most = RANKED_ROWS if plan.recipe.embed or plan.recipe.rerank else CERTIFIED_ROWS
     return TunedModel(
         Models(context).adapted,
@@ -154,6 +156,7 @@ def load_tuned(context: RunContext, splits: Sequence[str] = ("test",)) -> TunedM
         read_rows(rows, split, range(min(most, rows.counts[split]))),
         hash_folder(context.trained_folder),
         read_rules(context),
+        context.examples,
         context.console,
     )
 

@@ -73,7 +73,7 @@ class Task(EvaluatedTask, Generic[RowT, PredictionT]):
         return {name: known.get(name) for name in self.optional_inputs}
 
     def export_constants(self, recipe: Recipe) -> dict[str, Any]:
-        """Return further constants of the script next to ONNX files."""
+        """Return further settings of the program next to ONNX files."""
         return {}
 
     def encode(self, rows: Sequence[RowT], processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[Encoded]:

@@ -16,7 +16,8 @@ from support import families, pairs
 from support.classifying import colour_rows
 from support.runs import finish_run, invoke
 
-from llmtune.deploy.gguf_export import make_gguf
+from llmtune.deploy.export import export
+from llmtune.deploy.gguf_export import gguf_format
 from llmtune.pipeline import run_pipeline
 from llmtune.recipe.loader import load_recipe
 from llmtune.session import open_finished
@@ -33,7 +34,7 @@ def train(folder, tiny_llama, kind):
     """Return the run folder of a kind, with its merged folder, and a GGUF file of a chat."""
     if kind == "chat":
         run = finish_run(folder, tiny_llama, **SHORT)
-        make_gguf(open_finished(run, pairs.quiet(), offline=True), number_format="f32")
+        export(open_finished(run, pairs.quiet(), offline=True), gguf_format(number_format="f32"))
         return run
     task, rows = {"classes": ("classify", colour_rows(40)), "vectors": ("embed", SEARCHED)}[kind]
     recipe = pairs.recipe_of(folder, families.build_bert(folder / "bert"), rows, task, **SHORT, **SILENT)

@@ -13,7 +13,8 @@ from transformers import AutoProcessor, AutoTokenizer, pipeline
 
 import llmtune.deploy.merged_model as merging
 from llmtune.adapter.merging import merge_adapter as really_merge
-from llmtune.deploy.merged_model import merge_run
+from llmtune.deploy.export import export
+from llmtune.deploy.merged_model import merged_format
 from llmtune.deploy.parity import measure_distance
 from llmtune.errors import GateFailed
 from llmtune.pipeline import run_pipeline
@@ -76,7 +77,7 @@ def trained(tmp_path_factory, tiny_llama):
 
 
 def merge(run, console):
-    return merge_run(open_finished(run, console, offline=True))
+    return export(open_finished(run, console, offline=True), merged_format())
 
 
 @pytest.mark.parametrize(

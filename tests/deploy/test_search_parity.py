@@ -13,8 +13,9 @@ from support.runs import invoke
 import llmtune.deploy.onnx_export as exporting
 import llmtune.deploy.search_parity as search
 from llmtune.adapter.merging import merge_adapter as really_merge
+from llmtune.deploy.export import export
 from llmtune.deploy.exported_model import open_folder
-from llmtune.deploy.onnx_export import make_onnx
+from llmtune.deploy.onnx_export import onnx_format
 from llmtune.deploy.search_parity import SearchReference, make_reference
 from llmtune.deploy.tuned_model import load_tuned
 from llmtune.errors import GateFailed
@@ -73,7 +74,7 @@ def halve(adapted, onto):
 @pytest.mark.parametrize("kind", RUNS)
 @pytest.mark.parametrize("int8", [False, True])
 def test_an_onnx_export_is_certified_in_cosines_and_scores(kind, int8, trained, tmp_path, console):
-    certificate = make_onnx(open_finished(trained(kind), console, offline=True), tmp_path / "out", int8=int8)
+    certificate = export(open_finished(trained(kind), console, offline=True), onnx_format(int8=int8), tmp_path / "out")
     print("INT8" if int8 else "FLOAT", kind, certificate["measured"])
     assert certificate["passed"]
     assert certificate["measured"]["unit"] == ("1 - cosine" if "vectors" in kind else "score")
@@ -97,7 +98,7 @@ def test_an_onnx_export_with_half_of_the_adapter_fails(kind, int8, trained, tmp_
         pytest.skip("rounding to 8 bits hides an adapter that moves weights by less")
     monkeypatch.setattr(exporting, "merge_weights", halve)
     with pytest.raises(GateFailed) as raised:
-        make_onnx(open_finished(trained(kind), console, offline=True), tmp_path / "out", int8=int8)
+        export(open_finished(trained(kind), console, offline=True), onnx_format(int8=int8), tmp_path / "out")
     print("HALVED", kind, int8, str(raised.value)[:500], read_json(tmp_path / "out.failed.json")["measured"])
     assert "of what tuning did" in str(raised.value)
 
@@ -109,7 +110,7 @@ def test_half_of_an_adapter_that_hardly_moves_the_outputs_fails(kind, trained, t
     run = trained(kind)
     monkeypatch.setattr(merging, "merge_weights", halve)
     with pytest.raises(GateFailed, match="its weights moved by 50% of what tuning did"):
-        merging.merge_run(open_finished(run, console, offline=True), tmp_path / "halved")
+        export(open_finished(run, console, offline=True), merging.merged_format(), tmp_path / "halved")
 
 
 def plant(folder, fault):
