@@ -12,7 +12,7 @@ from typer.core import TyperGroup
 from llmtune.cli.options import AsJson, Offline, RunArgument
 from llmtune.cli.output_streams import handled, print_json, stderr_console
 from llmtune.launch.python_api import make_console
-from llmtune.score_records import Difference
+from llmtune.records import Difference
 from llmtune.store.process_environment import gc_paused, prepare_environment
 
 Stored = Annotated[
@@ -115,7 +115,7 @@ def show_release(release: Stored, signers: Signers = None, as_json: AsJson = Fal
     from llmtune.evaluate.release_records import find_record, read_release
     from llmtune.report.score_sections import gate_section, score_section
     from llmtune.report.simple_baseline_view import simple_baseline_section
-    from llmtune.score_records import Evaluation
+    from llmtune.store.score_records import Evaluation
 
     file = find_record(release)
     record, signature = read_release(file), check_signature(file, signers)

@@ -94,8 +94,8 @@ def check_gguf(
     """
     formats = ADAPTER_FORMATS if adapter_only else tuple(FORMATS)
     if number_format not in formats:
-        kind = "an adapter" if adapter_only else "a GGUF file"
-        what = f"{number_format!r} is not a number format of {kind}.{nearest(number_format, formats)}"
+        file = "an adapter" if adapter_only else "a GGUF file"
+        what = f"{number_format!r} is not a number format of {file}.{nearest(number_format, formats)}"
         raise RecipeError.of(what, "--type", f"Choose one of: {', '.join(formats)}.")
     if number_format in K_QUANTS:
         check_quantizer()
@@ -107,18 +107,19 @@ def check_gguf(
         RecipeError.collect(check_onto(onto, True, recipe.adapter.method == "qlora"))
     if not adapter_only:
         check_mergeable(recipe.adapter.method, recipe.adapter.options)
-    encoder = task.auto_class == "AutoModelForSequenceClassification" and task.required_inputs == ("prompt",)
-    if not task.continues_text and not encoder:
+    kind = task.model_kind
+    encoder = not kind.decodes and kind.in_gguf and task.required_inputs == ("prompt",)
+    if not kind.decodes and not encoder:
         what = f"GGUF export supports models that continue or classify a text, not this one of task {task.name}"
         raise RecipeError.of(what, "deploy", "Use the adapter, or the merged model of `llmtune deploy merge`.")
     config = read_model_config(source.model_ref, recipe.model)
-    check_convertible(config, task.auto_class)
+    check_convertible(config, kind)
     check_reader(config.model_type, find_pre_tokenizer(source.processor, encoder))
 
 
 def _prepare_gguf(tuned: TunedModel) -> None:
     """Refuse pairs of texts, and let the model compute in float32: its sums are rounded only to the target format."""
-    if not tuned.task.continues_text and any(row.get("pair") for row in tuned.rows):
+    if not tuned.task.model_kind.decodes and any(row.get("pair") for row in tuned.rows):
         raise RecipeError.of("llama.cpp's classifiers read one text, these rows have pairs", "data.test", MERGE_INSTEAD)
     if not tuned.adapted.selected.quantized:
         tuned.model.float()

@@ -13,7 +13,7 @@ from llmtune.adapter.merging import check_mergeable
 from llmtune.adapter.merging import merge_adapter as merge_weights
 from llmtune.deploy.export import ExportFormat, WrittenExport
 from llmtune.deploy.exported_model import ModelSource, weight_bytes
-from llmtune.deploy.layer_comparison import LayerDifference, find_first_difference, record_layers
+from llmtune.deploy.failure_causes import LayerDifference, find_first_difference, record_layers
 from llmtune.deploy.merged_model import save_settings
 from llmtune.deploy.onnx_graphs import list_graphs, write_graph
 from llmtune.deploy.onnx_model import MODEL, open_onnx_export, read_inner_values

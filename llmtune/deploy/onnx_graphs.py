@@ -15,8 +15,17 @@ import torch
 from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
-from llmtune.deploy.layer_comparison import LayerDifference
-from llmtune.deploy.onnx_model import CROSS, DECODER, ENCODER, MODEL, PRESENT, cache_argument
+from llmtune.deploy.failure_causes import LayerDifference
+from llmtune.deploy.onnx_model import (
+    CROSS,
+    DECODER,
+    ENCODER,
+    MODEL,
+    PRESENT,
+    cache_argument,
+    fill_cache,
+    name_states,
+)
 from llmtune.deploy.onnx_session import PAST
 from llmtune.deploy.parity_reference import HeadReference, TunedReference
 from llmtune.errors import EnvironmentProblem, RecipeError, first_line
@@ -66,7 +75,7 @@ def list_graphs(model: PreTrainedModel, reference: TunedReference) -> list[Graph
     """Return the graphs of a model: one, or those of encoder and decoder."""
     if model.config.is_encoder_decoder:
         return _encoder_decoder_graphs(model)
-    if reference.tuned.task.continues_text:
+    if reference.tuned.task.model_kind.decodes:
         return [_decoder_graph(model)]
     batch = cast(HeadReference, reference).batches[0]
     return [_head_graph(model, [*dict.fromkeys([*model_inputs(model, batch), "attention_mask"])])]
@@ -104,7 +113,7 @@ def _decoder_graph(model: PreTrainedModel) -> Graph:
         example = model(input_ids=_texts(model, 4)["input_ids"], use_cache=True)[cache_name]
     if not isinstance(example, DynamicCache):
         raise _other_cache(model)
-    past = _name_states(PAST, example)
+    past = name_states(PAST, example)
     ids_BT, positions_BT = _texts(model, 3)["input_ids"], torch.arange(4, 7).repeat(2, 1)
     mask_BT = torch.ones(2, 7, dtype=torch.int64)
     mask_BT[1, 0] = 0
@@ -113,10 +122,10 @@ def _decoder_graph(model: PreTrainedModel) -> Graph:
         del inputs["position_ids"]
 
     def run(given: GraphInputs) -> Iterable[torch.Tensor]:
-        cache = _fill_cache([given[name] for name in past])
+        cache = fill_cache({name: given[name] for name in past})
         plain = {name: given[name] for name in inputs}
         output = model(**plain, **{cache_name: cache}, use_cache=True)
-        return output.logits, *_name_states(PRESENT, output[cache_name]).values()
+        return output.logits, *name_states(PRESENT, output[cache_name]).values()
 
     outputs = ["logits", *(name.replace(PAST, PRESENT) for name in past)]
     return Graph(MODEL, {**inputs, **past}, outputs, run)
@@ -145,19 +154,20 @@ def _encoder_decoder_graphs(model: PreTrainedModel) -> list[Graph]:
         hidden_BSD, example = read(inputs)
     if not isinstance(example, EncoderDecoderCache):
         raise _other_cache(model)
-    past, cross = _name_states(PAST, example.self_attention_cache), _name_states(CROSS, example.cross_attention_cache)
+    past, cross = name_states(PAST, example.self_attention_cache), name_states(CROSS, example.cross_attention_cache)
     past = {name: torch.cat([part] * 4, 2) for name, part in past.items()}
     width = hidden_BSD.shape[-1]
 
     def encode(given: GraphInputs) -> Iterable[torch.Tensor]:
         hidden_BSD, cache = read(given)
-        return hidden_BSD, *_name_states(CROSS, cache.cross_attention_cache).values()
+        return hidden_BSD, *name_states(CROSS, cache.cross_attention_cache).values()
 
     def decode(given: GraphInputs) -> Iterable[torch.Tensor]:
-        states = [given[name] for name in cross]
-        cache = EncoderDecoderCache(_fill_cache([given[name] for name in past]), _fill_cache(states))
+        states = {name: given[name] for name in cross}
+        cache = EncoderDecoderCache(fill_cache({name: given[name] for name in past}), fill_cache(states))
         cache.is_updated = dict.fromkeys(range(len(states) // 2), True)
-        unread_BSD = states[0].new_zeros(states[0].shape[0], states[0].shape[2], width)  # only its shape is used
+        first = states[next(iter(cross))]
+        unread_BSD = first.new_zeros(first.shape[0], first.shape[2], width)  # only its shape is used
         masks = {"attention_mask": given["encoder_attention_mask"]} if "encoder_attention_mask" in given else {}
         output = model(
             encoder_outputs=BaseModelOutput(unread_BSD),
@@ -166,7 +176,7 @@ def _encoder_decoder_graphs(model: PreTrainedModel) -> list[Graph]:
             **{cache_name: cache},
             **masks,
         )
-        return output.logits, *_name_states(PRESENT, output[cache_name].self_attention_cache).values()
+        return output.logits, *name_states(PRESENT, output[cache_name].self_attention_cache).values()
 
     given = {"input_ids": _texts(model, 3)["input_ids"]}
     given |= {} if heard else {"encoder_attention_mask": texts["attention_mask"]}
@@ -179,18 +189,6 @@ def _encoder_decoder_graphs(model: PreTrainedModel) -> list[Graph]:
 
 def _spectrogram(model: PreTrainedModel) -> tuple[int, int]:
     return model.config.num_mel_bins, 2 * model.config.max_source_positions
-
-
-def _name_states(prefix: str, cache: DynamicCache) -> dict[str, torch.Tensor]:
-    """Return keys and values of all layers by name."""
-    found: dict[str, torch.Tensor] = {}
-    for i, layer in enumerate(cache.layers):
-        found |= {f"{prefix}.{i}.key": layer.keys, f"{prefix}.{i}.value": layer.values}
-    return found
-
-
-def _fill_cache(states: Sequence[torch.Tensor]) -> DynamicCache:
-    return DynamicCache(zip(states[::2], states[1::2], strict=True))
 
 
 def _other_cache(model: PreTrainedModel) -> RecipeError:

@@ -8,23 +8,18 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from llmtune.data.text_pairs import first_token
 from llmtune.data.tokenization import decode
 from llmtune.deploy.tuned_model import TunedModel
+from llmtune.evaluate.decoder_generation import decoder_settings
 from llmtune.evaluate.generation import answer_ends
 from llmtune.model.memory_plan import context_length
+from llmtune.recipe.model_kind import CTC, MASKED, SPANS, TOKENS, VECTORS
 from llmtune.store.atomic_files import write_json
-from llmtune.tasks.recordings import set_speech
-from llmtune.tasks.text_to_text import TextToText, decoder_settings, first_token
 
 PROGRAM = "run_model.py"
-KINDS = {
-    "AutoModelForTokenClassification": "tags",
-    "AutoModelForQuestionAnswering": "span",
-    "AutoModelForMaskedLM": "masked",
-    "AutoModelForCTC": "letters",
-    "AutoModel": "vector",
-}
-"""By Auto class, the kind of model that the program runs; others follow from the task's kind of output."""
+KINDS = {TOKENS: "tags", SPANS: "span", MASKED: "masked", CTC: "letters", VECTORS: "vector"}
+"""The program's names of kinds of models; of others, the name of the task's kind of output."""
 
 
 def write_program(model: PreTrainedModel, tuned: TunedModel, folder: Path) -> None:
@@ -32,10 +27,10 @@ def write_program(model: PreTrainedModel, tuned: TunedModel, folder: Path) -> No
     task, longest = tuned.task, tuned.recipe.data.max_length
     if model.config.is_encoder_decoder:
         settings = _encoder_decoder_settings(model, tuned)
-    elif task.continues_text:
+    elif task.model_kind.decodes:
         settings = _decoder_settings(model, tuned)
     else:
-        kind = KINDS.get(task.auto_class) or task.output_kind(tuned.recipe)
+        kind = KINDS.get(task.model_kind) or task.output_kind(tuned.recipe)
         limit = min(longest, context_length(model.config) or longest)
         settings = {"kind": kind, "max_length": limit, **task.export_constants(tuned.recipe)}
     needed = settings.get("places") or task.required_inputs or task.optional_inputs[:1]
@@ -70,11 +65,10 @@ def _encoder_decoder_settings(model: PreTrainedModel, tuned: TunedModel) -> dict
     task, processor, recipe = tuned.task, tuned.processor, tuned.recipe
     written: dict[str, Any] = {"kind": "speech"}
     start, first = [], None
-    if task.takes_audio:
-        set_speech(processor, recipe)
+    if task.model_kind.takes_audio:
+        task.prepare_processor(processor, recipe)
         start = list(processor.prefix_tokens)
     else:
-        assert isinstance(task, TextToText)
         places = {name: f"<{name}>" for name in task.required_inputs}
         inputs = task.stated_inputs(tuned.rows[0], recipe) if tuned.rows else {}
         pair = task.pair(task.make_row({**inputs, **places}), recipe)

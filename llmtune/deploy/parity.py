@@ -180,20 +180,14 @@ def _compare_numbers(expected_NK: torch.Tensor, actual_NK: torch.Tensor) -> tupl
     return difference_N.square() / 2, difference_N <= SAME_NUMBER
 
 
-def measure_share(
-    base: Sequence[torch.Tensor], tuned: Sequence[torch.Tensor], product: Sequence[torch.Tensor], kind: str
-) -> float | None:
-    """Return the least-squares share of the step from `base` to `tuned` that `product` took; None without a step."""
-    return measure_step(base, tuned, product, kind)[0]
-
-
 def measure_step(
     base: Sequence[torch.Tensor], tuned: Sequence[torch.Tensor], product: Sequence[torch.Tensor], kind: str
 ) -> tuple[float | None, float]:
-    """Return what `measure_share` does, and how far rounding may move it.
+    """Return the share of the step from `base` to `tuned` that `product` took, and how far rounding may move it.
 
-    The part of the product's step that is not in the tuned model's direction is taken for rounding. It has as many
-    independent numbers as the outputs, and one direction gets its share: three standard deviations.
+    It is the least-squares share; None without a step. The part of the product's step that is not in the tuned
+    model's direction is taken for rounding. It has as many independent numbers as the outputs, and one direction gets
+    its share: three standard deviations.
     """
 
     def step(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:

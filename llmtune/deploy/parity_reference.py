@@ -18,8 +18,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from llmtune.adapter.reference_model import switches_off, without_adapter
 from llmtune.data.chat_template import stop_ids
 from llmtune.data.template_facts import TemplateRefusal
-from llmtune.deploy.adapter_weights import find_lost_steps, record_steps
 from llmtune.deploy.exported_model import ExportedModel
+from llmtune.deploy.failure_causes import find_lost_steps, record_steps
 from llmtune.deploy.folder_settings import expected_settings, find_other_settings
 from llmtune.deploy.parity import (
     Certificate,
@@ -35,11 +35,11 @@ from llmtune.display.console import track_items
 from llmtune.errors import DataError, LlmtuneError, first_line
 from llmtune.evaluate.evaluated_task import LoadedModel
 from llmtune.evaluate.generation import answer_ends
+from llmtune.model.audio_models import heard_at_once
 from llmtune.model.causal_lm_loss import accepted_arguments, decoder_inputs, model_inputs, move_to, unwrap
 from llmtune.model.device import compute_context
 from llmtune.records import Batch, Row
 from llmtune.tasks.base import AnyTask
-from llmtune.tasks.speech import heard_at_once
 
 T = TypeVar("T")
 
@@ -109,7 +109,7 @@ class TunedReference(ABC):
         model = self.tuned.adapted.model
         if not switches_off(model):  # trained biases stay
             return None
-        with without_adapter(cast(PeftModel, model), keeps_head=self.tuned.task.trains_head):
+        with without_adapter(cast(PeftModel, model), keeps_head=self.tuned.task.model_kind.has_head):
             return self.read_logits(cast(PreTrainedModel, model))
 
     def measure_effect(self, base_logits: Sequence[torch.Tensor]) -> float:
@@ -216,9 +216,9 @@ class HeadReference(TunedReference):
         logits = self.read_logits(model)
         given = self._predict(model, exported.processor) if are_finite(logits) else []
         same = [write(actual) == write(expected) for actual, expected in zip(given, self.predictions, strict=False)]
-        labels = unwrap(self.tuned.model).config.id2label if task.trains_head else model.config.id2label
+        labels = unwrap(self.tuned.model).config.id2label if task.model_kind.has_head else model.config.id2label
         compared = self.judge(logits, same, self._same_ids(exported))
-        writes = model.can_generate() and not task.trains_head
+        writes = model.can_generate() and not task.model_kind.has_head
         missing = self.missing_ends(exported, []) if writes else ()
         return replace(compared, same_labels=model.config.id2label == labels, missing_ends=missing)
 
@@ -256,7 +256,7 @@ class HeadReference(TunedReference):
 def fill_answer(task: AnyTask, row: Row, prediction: object) -> Row:
     """Return the row with a model's prediction as its answer, if answers are single texts."""
     question, answer = task.split_answer(row)
-    if not isinstance(prediction, str) or task.trains_head:
+    if not isinstance(prediction, str) or task.model_kind.has_head:
         return row
     if "answers" in row:
         return {**row, "answers": [{"text": prediction, "start": None}] if prediction else []}

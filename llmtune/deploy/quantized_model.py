@@ -89,8 +89,8 @@ def check_quantizable(source: ModelSource, scheme: str) -> int:
         raise EnvironmentProblem.of(what, None, "Run: pip install 'llmtune-cli[quantized]'")
     recipe, name = source.recipe, source.model_ref.name
     check_mergeable(recipe.adapter.method, recipe.adapter.options)
-    if source.task.auto_class != "AutoModelForCausalLM":
-        what = f"vLLM reads this format for models that continue a text, not for {source.task.auto_class}"
+    if not source.task.model_kind.decodes:
+        what = f"vLLM reads this format for models that continue a text, not for {source.task.model_kind.auto_class}"
         raise RecipeError.of(what, "task", MERGE_INSTEAD)
     if getattr(read_model_config(source.model_ref, recipe.model), "quantization_config", None):
         what = f"the weights of {name} are already quantised; rounding them again would lose more"

@@ -158,18 +158,12 @@ def continue_prompt(tokenizer: Any, settings: dict[str, Any], arguments: list[st
     print_answer(tokenizer, settings, open_graph("model.onnx"), ids, {})
 
 
-def translate_text(tokenizer: Any, settings: dict[str, Any], arguments: list[str]) -> None:
-    """Print the answer of an encoder-decoder to a text."""
-    answer_encoded(tokenizer, settings, tokenizer(fill_prompt(settings, arguments), return_tensors="np"))
-
-
-def transcribe(tokenizer: Any, settings: dict[str, Any], arguments: list[str]) -> None:
-    """Print the answer of an encoder-decoder to a recording."""
-    answer_encoded(tokenizer, settings, read_recording(arguments[0]))
-
-
-def answer_encoded(tokenizer: Any, settings: dict[str, Any], given: Any) -> None:
-    """Print the answer of an encoder-decoder to its inputs."""
+def answer_encoded(tokenizer: Any, settings: dict[str, Any], arguments: list[str]) -> None:
+    """Print the answer of an encoder-decoder to a text or a recording."""
+    if settings["kind"] == "speech":
+        given = read_recording(arguments[0])
+    else:
+        given = tokenizer(fill_prompt(settings, arguments), return_tensors="np")
     encoder = open_graph("encoder_model.onnx")
     outputs = encoder.run(None, {one.name: given[one.name] for one in encoder.get_inputs()})
     values = dict(zip([one.name for one in encoder.get_outputs()], outputs, strict=True))
@@ -207,8 +201,8 @@ KINDS = {
     "masked": print_masked,
     "letters": print_letters,
     "decoder": continue_prompt,
-    "text-to-text": translate_text,
-    "speech": transcribe,
+    "text-to-text": answer_encoded,
+    "speech": answer_encoded,
 }
 """By the `kind` of `run_model.json`."""
 

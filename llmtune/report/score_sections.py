@@ -25,7 +25,7 @@ from llmtune.display.blocks import (
 from llmtune.display.charts import draw_meter
 from llmtune.display.number_format import count, missing, score, share, signed
 from llmtune.evaluate.metric_info import BETTER_NOTES, better_side, full_note, list_sides, rank_metrics, side_note
-from llmtune.evaluate.significance import INCONCLUSIVE
+from llmtune.evaluate.significance import INCONCLUSIVE, NOT_APPLICABLE
 from llmtune.recipe.task_facts import DECISIONS, TASK_FACTS, answer_kind
 from llmtune.records import Json
 from llmtune.report.calibration_section import calibration_section
@@ -35,13 +35,11 @@ from llmtune.report.overlap_view import overlap_sentence, overlap_table
 from llmtune.report.sample_view import NUMBERS, present_samples
 from llmtune.report.search_sections import length_section
 from llmtune.report.simple_baseline_view import simple_baseline_section
-from llmtune.score_records import Evaluation, GateResult, Slice
 from llmtune.store.report_record import Power, Seeds
+from llmtune.store.score_records import Evaluation, GateResult, Slice
 
 MOST_CLASSES, MOST_PAIRS = 20, 15
 """Maximum classes of a readable confusion matrix, and maximum listed pairs of classes."""
-NOT_APPLICABLE = "not applicable"
-"""The result of a gate that finds nothing to judge."""
 
 
 def score_sections(
@@ -238,14 +236,14 @@ def class_section(details: Json, base: str, *, entities: bool) -> Section:
     tuned = details.get("tuned", {})
     if not tuned.get("classes"):
         return Section(title, [])
-    base_f1 = {row["label"]: row["f1"] for row in details.get("base", {}).get("classes", [])}
+    base_f1 = {scores["label"]: scores["f1"] for scores in details.get("base", {}).get("classes", [])}
     names = [unit, "precision", "recall", *([f"F1 of {base}"] if base_f1 else []), "F1"]
     rows: TableRows = []
-    for row in sorted(tuned["classes"], key=lambda row: -row["support"]):
-        before = [base_f1.get(row["label"])] if base_f1 else []
-        numbers = map(score, (row["precision"], row["recall"], *before, row["f1"]))
-        meter = Cell(picture=draw_meter(0.0 if missing(row["f1"]) else row["f1"]))
-        rows.append([Cell(str(row["label"]), code=True), count(row["support"]), *numbers, meter])
+    for scores in sorted(tuned["classes"], key=lambda scores: -scores["support"]):
+        before = [base_f1.get(scores["label"])] if base_f1 else []
+        numbers = map(score, (scores["precision"], scores["recall"], *before, scores["f1"]))
+        meter = Cell(picture=draw_meter(0.0 if missing(scores["f1"]) else scores["f1"]))
+        rows.append([Cell(str(scores["label"]), code=True), count(scores["support"]), *numbers, meter])
     columns: TableColumns = [kind, *(Column(name, "number") for name in names), Column("", "picture")]
     table = Table(columns, rows, "By class, the most frequent first", scroll=True)
     confusion = tuned.get("confusion")

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from llmtune.display.blocks import Block, Cell, Column, Section, Table, TableColumns, TableRows, Text
 from llmtune.display.number_format import count, score, share
 from llmtune.errors import write_origin
+from llmtune.evaluate.source_labels import unchecked_sentence
 from llmtune.store.report_record import SuspectFacts
 
 
@@ -21,11 +20,13 @@ def suspect_section(suspects: SuspectFacts | None) -> Section:
         "(confident learning). These are candidates to read, not proven errors. `evaluation/suspects.jsonl` has all."
     )
     cells: TableRows = []
-    for row in suspects["listed"]:
-        shown = row["text"] if row["word"] is None else f"{row['word']} (in: {row['text']})"
-        line, number = row["line"], row.get("row")
-        place = row["file"] if line is None and number is None else write_origin(row["file"], line=line, row=number)
-        cells.append([shown, row["given"], row["suggested"], score(row["score"]), Cell(place, note=row["split"])])
+    for label in suspects["listed"]:
+        shown = label["text"] if label["word"] is None else f"{label['word']} (in: {label['text']})"
+        line, number = label["line"], label.get("row")
+        place = label["file"] if line is None and number is None else write_origin(label["file"], line=line, row=number)
+        cells.append(
+            [shown, label["given"], label["suggested"], score(label["score"]), Cell(place, note=label["split"])]
+        )
     columns: TableColumns = ["text", "label", "suggested", Column("probability of the label", "number"), "row"]
     table: list[Block] = [Table(columns, cells, scroll=True)] if cells else []
     left_out: list[Block] = [Text(unchecked_sentence(suspects["unchecked"]), "note")] if suspects["unchecked"] else []
@@ -42,9 +43,3 @@ def suspect_section(suspects: SuspectFacts | None) -> Section:
     left_out = [*([Table(heads, by_file, "By source file")] if len(by_file) > 1 else []), *left_out]
     first = Text(f"Labels that are likely wrong: {found or 'none'}.")
     return Section(title, [first, *left_out, *table, Text(text, "soft")])
-
-
-def unchecked_sentence(unchecked: Mapping[str, int]) -> str:
-    """Return a sentence on classes whose labels cannot be checked."""
-    listed = ", ".join(f"{name} ({count(labels)})" for name, labels in unchecked.items())
-    return f"Not checked, because all labels of the class are in one row or one group of data.split_by: {listed}."

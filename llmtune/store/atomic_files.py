@@ -21,7 +21,7 @@ import xxhash
 from safetensors import SafetensorError
 
 from llmtune.errors import EnvironmentProblem, Problem, system_errno, system_problem
-from llmtune.score_records import Difference
+from llmtune.records import Difference
 
 MODEL_ENDINGS = (".json", ".safetensors", ".model", ".txt", ".jinja", ".bin", ".py", ".tiktoken")
 T = TypeVar("T")

@@ -36,9 +36,10 @@ from llmtune.store.release_store import is_stored
 MANIFEST = "run.json"
 BUDGET = ".micro_batch_tokens"
 """File in which ranks other than 0 leave a reduced budget after running out of memory."""
+EXPORT_FOLDERS = ("merged", "gguf", "onnx", "quantized")
 OWN_FOLDERS = (
     *("data", "model", "adapter", "weights", "checkpoints", "trackers"),
-    *("evaluation", "merged", "gguf", "onnx", "quantized", "certified", "explain", "seeds"),
+    *("evaluation", *EXPORT_FOLDERS, "certified", "explain", "seeds"),
 )
 REPORTS = ("report.html", "report.md", "report.json", "junit.xml")
 OWN_FILES = (

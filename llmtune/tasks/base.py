@@ -15,9 +15,12 @@ from llmtune.data.collators import causal_collator
 from llmtune.data.example import Collate, Example
 from llmtune.data.row_store import iterate_rows
 from llmtune.data.task_interface import Encoded
+from llmtune.data.text_pairs import TextPair
 from llmtune.evaluate.evaluated_task import EvaluatedTask, PredictionT
+from llmtune.model.audio_models import SoundWindow
 from llmtune.model.causal_lm_loss import causal_loss
 from llmtune.model.config import set_padding
+from llmtune.recipe.model_kind import CAUSAL
 from llmtune.recipe.schema import Recipe
 from llmtune.records import Batch, Loss, Rows
 
@@ -47,9 +50,6 @@ class Task(EvaluatedTask, Generic[RowT, PredictionT]):
     """Whether the user's own words are the prompt, with nothing around them except the chat template."""
     is_conversational: bool = False
     """Whether rows are conversations: lists of messages."""
-    takes_audio: bool = False
-    reads_template: bool = True
-    """Whether a chat template, if the model has one, makes the prompts; only for tasks whose facts say `templated`."""
     style: str | None = None
     """The style of `qa` that this kind of model has."""
     endpoint: Endpoint | None = None
@@ -71,6 +71,24 @@ class Task(EvaluatedTask, Generic[RowT, PredictionT]):
         """Return the optional inputs that a row states, such as its languages."""
         known = cast(Mapping[str, str | None], row)
         return {name: known.get(name) for name in self.optional_inputs}
+
+    def prepare_processor(self, processor: PreTrainedTokenizerBase, recipe: Recipe) -> None:
+        """Set in place what a tokenizer needs to know from the recipe, such as a spoken language."""
+
+    def pair(self, row: RowT, recipe: Recipe) -> TextPair:
+        """Return the source, as this kind of model reads it, and the target; for tasks that write a text for a text."""
+        raise NotImplementedError
+
+    def query_ids(self, text: str, processor: PreTrainedTokenizerBase, recipe: Recipe) -> tuple[list[int], str]:
+        """Return the tokens of a query and the prompt before it; for tasks whose models make vectors."""
+        raise NotImplementedError
+
+    def first_window(self, audio: Path, processor: PreTrainedTokenizerBase, recipe: Recipe) -> SoundWindow:
+        """Return the first window of a recording.
+
+        For tasks with recordings. Raises DataError if it cannot be read, and RecipeError if it contains no sound.
+        """
+        raise NotImplementedError
 
     def export_constants(self, recipe: Recipe) -> dict[str, Any]:
         """Return further settings of the program next to ONNX files."""
@@ -106,11 +124,7 @@ class Task(EvaluatedTask, Generic[RowT, PredictionT]):
 class DecoderTask(Task[RowT, str]):
     """A decoder that continues a prompt."""
 
-    auto_class = "AutoModelForCausalLM"
-    peft_task_type = "CAUSAL_LM"
-    packs = True
-    predicts = False
-    continues_text = True
+    model_kind = CAUSAL
 
     def collator(self, processor: PreTrainedTokenizerBase, recipe: Recipe, packs: bool | None = None) -> Collate:
         """Return a collator that packs rows, or pads them."""
@@ -123,9 +137,6 @@ class DecoderTask(Task[RowT, str]):
 
 class ReadingTask(Task[RowT, PredictionT]):
     """An encoder or decoder that reads complete texts, padded or packed, and predicts no tokens."""
-
-    packs = True
-    predicts_tokens = False
 
     def supports(self, config: PretrainedConfig) -> bool:
         """Whether a model is an encoder or a decoder: an encoder-decoder's head needs an end token in each text."""

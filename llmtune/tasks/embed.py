@@ -43,6 +43,7 @@ from llmtune.evaluate.ranking_metrics import (
     rank_passages,
 )
 from llmtune.model.memory_plan import context_length
+from llmtune.recipe.model_kind import VECTORS
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_facts import RANKING, TASK_FACTS, at_ten
 from llmtune.recipe.task_sections import EmbedSection
@@ -77,11 +78,9 @@ class Embed(ReadingTask[EmbedRow, Vectors]):
     required_inputs = ()
     optional_inputs = ("prompt", "passages")
     endpoint = Endpoint("/v1/embeddings", "the vectors of the texts", "input")
-    auto_class = "AutoModel"
-    peft_task_type = "FEATURE_EXTRACTION"
+    model_kind = VECTORS
     has_step_loss = True
     has_row_loss = False
-    answer_column = "vectors"
 
     def needs_float32(self, recipe: Recipe) -> bool:
         """Return True: cosines rank texts."""
@@ -135,6 +134,10 @@ class Embed(ReadingTask[EmbedRow, Vectors]):
         if query is None and not passages:
             raise RecipeError.of("no text is given", "--prompt", "Give a query, or --passages.")
         return {"query": query, "passages": passages, "negatives": [], "score": None, "label": None}
+
+    def query_ids(self, text: str, processor: PreTrainedTokenizerBase, recipe: Recipe) -> tuple[list[int], str]:
+        """Return the tokens of a query, and the prompt before it."""
+        return tokenize_prompted("query", text, processor, recipe), embed_section(recipe).query_prompt or ""
 
     def split_answer(self, row: EmbedRow) -> tuple[EmbedRow, str]:
         """Return the texts of a row, and their known passage, score or label."""

@@ -22,6 +22,7 @@ from llmtune.data.overlong import too_long
 from llmtune.data.row_store import iterate_rows
 from llmtune.data.task_interface import Encoded
 from llmtune.data.task_rows import QaRow
+from llmtune.data.text_pairs import TextPair
 from llmtune.data.tokenization import Segment, highlight
 from llmtune.evaluate.evaluated_task import EvalPrediction, LoadedModel, PredictionT
 from llmtune.evaluate.metric import Measure
@@ -29,11 +30,12 @@ from llmtune.evaluate.text_metrics import measure_squad
 from llmtune.evaluate.token_batches import run_encoder
 from llmtune.model.causal_lm_loss import model_inputs
 from llmtune.model.config import is_encoder
+from llmtune.recipe.model_kind import SPANS
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_sections import QaSection
 from llmtune.records import Batch, Loss, Rows
 from llmtune.tasks.base import Endpoint, Task, loss_of_rows
-from llmtune.tasks.text_to_text import EncoderDecoder, PromptedDecoder, TextPair, fill_template
+from llmtune.tasks.text_to_text import EncoderDecoder, PromptedDecoder, fill_template
 
 Characters = tuple[int, int]
 """The first character and the one after the last."""
@@ -204,13 +206,9 @@ class Qa(Task[QaRow, PredictionT]):
 class ExtractiveQa(Qa[Span]):
     """An encoder that points at the first and last token of an answer."""
 
-    auto_class = "AutoModelForQuestionAnswering"
+    model_kind = SPANS
     style = "extractive"
-    reads_template = False
-    packs = True
     loss_unit = "windows"
-    predicts_tokens = False
-    trains_head = True
 
     def matches(self, recipe: Recipe) -> bool:
         """Whether the recipe selects extraction."""

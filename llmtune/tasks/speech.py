@@ -20,36 +20,30 @@ from llmtune.data.overlong import too_long
 from llmtune.data.task_interface import Encoded
 from llmtune.data.tokenization import Segment, highlight
 from llmtune.errors import EnvironmentProblem, RecipeError
+from llmtune.evaluate.decoder_generation import decoder_settings, run_generation
 from llmtune.evaluate.evaluated_task import EvalPrediction, LoadedModel
 from llmtune.evaluate.generation import only_these_settings
 from llmtune.evaluate.metric import Measure
 from llmtune.evaluate.text_metrics import find_spellings, measure_cer, measure_wer
-from llmtune.model.causal_lm_loss import model_inputs, move_to, unwrap
+from llmtune.model.audio_models import (
+    SoundWindow,
+    count_frames,
+    extract_features,
+    feature_extractor,
+    heard_at_once,
+    masked_frames,
+    set_speech,
+)
+from llmtune.model.causal_lm_loss import move_to, unwrap
+from llmtune.recipe.model_kind import CTC, WHISPER
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_sections import SpeechSection
 from llmtune.records import Batch, Loss
 from llmtune.tasks.base import Endpoint, Task
-from llmtune.tasks.recordings import (
-    extract_features,
-    feature_extractor,
-    load_samples,
-    read_windows,
-    set_speech,
-    spell,
-    transcribe,
-    window_seconds,
-)
-from llmtune.tasks.text_to_text import (
-    check_decoder_start,
-    decoder_settings,
-    decoder_targets,
-    encoder_decoder_loss,
-    run_generation,
-)
+from llmtune.tasks.recordings import load_samples, read_windows, spell, transcribe, window_seconds
+from llmtune.tasks.text_to_text import check_decoder_start, decoder_targets, encoder_decoder_loss
 
 MEASURES = {"wer": measure_wer, "cer": measure_cer}
-MASKING = ("wav2vec2", "hubert", "wavlm", "unispeech", "unispeech-sat")
-"""Audio models whose output padding does not change, except through a first layer that normalises over time."""
 
 
 class Speech(Task[SpeechRow, str]):
@@ -58,7 +52,6 @@ class Speech(Task[SpeechRow, str]):
     name = "speech"
     endpoint = Endpoint("/v1/transcribe", "the transcript")
     required_inputs = ("audio",)
-    takes_audio = True
 
     def make_row(self, given: Mapping[str, str | None]) -> SpeechRow:
         """Return the row of a recording."""
@@ -67,6 +60,18 @@ class Speech(Task[SpeechRow, str]):
     def split_answer(self, row: SpeechRow) -> tuple[SpeechRow, str]:
         """Return the row without its transcript, and the transcript."""
         return {**row, "text": ""}, row["text"]
+
+    def first_window(self, audio: Path, processor: PreTrainedTokenizerBase, recipe: Recipe) -> SoundWindow:
+        """Return the first window of a recording.
+
+        Raises DataError if it cannot be read, and RecipeError if it contains no sound.
+        """
+        extract = feature_extractor(processor)
+        windows = read_windows([self.make_row({"audio": str(audio)})], extract, recipe)
+        if not windows:
+            raise RecipeError.of("it contains no sound", "--audio", "Give a recording with sound in it.")
+        samples = windows[0][1]
+        return SoundWindow(samples, len(samples) / extract.sampling_rate, len(windows) == 1)
 
     def highlighted_text(self, example: Example, processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[Segment]:
         """Show the length of a recording, and the supervised part of its transcript."""
@@ -87,11 +92,16 @@ class Speech(Task[SpeechRow, str]):
 class Whisper(Speech):
     """A model whose decoder begins with language and task tokens."""
 
-    auto_class = "AutoModelForSpeechSeq2Seq"
+    model_kind = WHISPER
 
     def supports(self, config: PretrainedConfig) -> bool:
         """Whether the model is a Whisper."""
         return bool(config.model_type == "whisper")
+
+    def prepare_processor(self, processor: PreTrainedTokenizerBase, recipe: Recipe) -> None:
+        """Set the recipe's language and task, in place. Raises as `set_speech` does."""
+        section = recipe.speech or SpeechSection()
+        set_speech(processor, section.language, section.task)
 
     def check_model(self, model: PreTrainedModel, processor: PreTrainedTokenizerBase, recipe: Recipe) -> None:
         """Set language and task, which are saved with the tokenizer, and compare the tokens with the model's.
@@ -99,7 +109,7 @@ class Whisper(Speech):
         Raises EnvironmentProblem if model and tokenizer do not match.
         """
         check_decoder_start(model, processor)
-        set_speech(processor, recipe)
+        self.prepare_processor(processor, recipe)
         start = processor.prefix_tokens[0]
         if start != model.config.decoder_start_token_id:
             what = (
@@ -114,7 +124,7 @@ class Whisper(Speech):
         """
         extract = feature_extractor(processor)
         longest = window_seconds(extract, recipe)
-        set_speech(processor, recipe)
+        self.prepare_processor(processor, recipe)
         prefix = list(processor.prefix_tokens)
         frames = extract.n_samples // extract.hop_length // 2
 
@@ -150,7 +160,7 @@ class Whisper(Speech):
         """Return Whisper's transcripts; language and task are given, not guessed."""
         model, processor, recipe = loaded.model, loaded.processor, loaded.recipe
         extract = feature_extractor(processor)
-        set_speech(processor, recipe)
+        self.prepare_processor(processor, recipe)
         windows = read_windows(rows, extract, recipe)
         prefix = list(processor.prefix_tokens)
         cut: dict[int, bool] = {}
@@ -182,10 +192,8 @@ class Whisper(Speech):
 class Ctc(Speech):
     """A model that assigns each frame of a recording a letter or a blank."""
 
-    auto_class = "AutoModelForCTC"
+    model_kind = CTC
     loss_unit = "letters"
-    predicts_tokens = False
-    trains_head = True
 
     def supports(self, config: PretrainedConfig) -> bool:
         """Whether the model makes its frames from samples by convolutions; other models need spectrograms."""
@@ -326,36 +334,6 @@ def spoken_example(
         counted=counted,
         cost=cost,
     )
-
-
-def count_frames(samples: int, config: PretrainedConfig) -> int:
-    """Return how many frames the convolutions of a model make of this many samples."""
-    for kernel, stride in zip(config.conv_kernel, config.conv_stride, strict=True):
-        samples = (samples - kernel) // stride + 1
-    if getattr(config, "add_adapter", False):
-        for _ in range(config.num_adapter_layers):
-            samples = (samples - 1) // config.adapter_stride + 1
-    return max(0, samples)
-
-
-def masked_frames(config: PretrainedConfig) -> int:
-    """Return how many consecutive frames SpecAugment hides in training (0: none); transformers raises with fewer."""
-    on = getattr(config, "apply_spec_augment", False) and getattr(config, "mask_time_prob", 0) > 0
-    return int(config.mask_time_length) if on else 0
-
-
-def heard_at_once(model: torch.nn.Module, batch: Batch) -> list[tuple[dict[str, torch.Tensor], slice]]:
-    """Return the complete batch, or its rows one by one without padding if the model cannot mask it.
-
-    Padding reaches a first layer that normalises over time, and convolutions after the mask (Data2Vec, Conformer).
-    """
-    inputs, config = model_inputs(model, batch), unwrap(model).config
-    masked = config.model_type in MASKING and not getattr(config, "add_adapter", False)
-    if masked and config.feat_extract_norm != "group":
-        return [(inputs, slice(0, batch["n_rows"]))]
-    sizes = batch["samples_R"].tolist()
-    values_BN = inputs["input_values"]
-    return [({"input_values": values_BN[i : i + 1, :size]}, slice(i, i + 1)) for i, size in enumerate(sizes)]
 
 
 def without_marks(text: str, processor: PreTrainedTokenizerBase) -> str:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from support import families, pairs
 from support.classifying import colour_rows
+from support.exports import MANY, NUMBERS, SILENT, spoken, train_family
 from support.runs import invoke
 from transformers import BertForMaskedLM
 
@@ -35,20 +36,12 @@ from llmtune.session import open_finished
 from llmtune.store.run_request import RunRequest
 
 COLOURS = colour_rows(40)
-NUMBERS = [{"text": f"a {t} of size {i}", "label": i / 4} for i in range(12) for t in ("cat", "dog", "fox")]
-MANY = [{**row, "label": [row["label"]] if i % 4 else ["red", "blue"]} for i, row in enumerate(COLOURS)]
 PAIRS = [{**row, "pair": "which colour?"} for row in COLOURS]
-SILENT = {"generation": {"max_new_tokens": None}}
 NAMED = [{**row, "source_language": "English", "target_language": "German"} for row in pairs.PAIRS]
 TALK = [
     {"messages": [{"role": "user", "content": f"What comes after {i}?"}, {"role": "assistant", "content": str(i + 1)}]}
     for i in range(24)
 ]
-
-
-def spoken(folder):
-    words = ("one", "two", "three", "four")
-    return [{**row, "text": f"it is {words[i % 4]}"} for i, row in enumerate(pairs.tones(folder))]
 
 
 CASES = {
@@ -92,11 +85,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 def train(folder, tiny_llama, case, until="train"):
     family, task, rows, sections, _ = CASES[case]
-    model = tiny_llama if family == "llama" else getattr(families, f"build_{family}")(folder / family)
-    rows = rows(folder) if callable(rows) else rows
-    recipe = pairs.recipe_of(folder, model, rows, task, **sections)
-    run_pipeline(load_recipe(str(recipe)), RunRequest(out=folder / "run", until=until), pairs.quiet())
-    return folder / "run"
+    return train_family(folder, tiny_llama, family, task, rows, until, **sections)
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from importlib.util import find_spec
 
 import pytest
 import torch
-from support import families, pairs
+from support.exports import SILENT, judged, searched, train_family
 from support.runs import invoke
 
 import llmtune.deploy.onnx_export as exporting
@@ -19,43 +19,23 @@ from llmtune.deploy.onnx_export import onnx_format
 from llmtune.deploy.search_parity import SearchReference, make_reference
 from llmtune.deploy.tuned_model import load_tuned
 from llmtune.errors import GateFailed
-from llmtune.pipeline import run_pipeline
-from llmtune.recipe.loader import load_recipe
 from llmtune.session import open_finished
 from llmtune.store.atomic_files import read_json
-from llmtune.store.run_request import RunRequest
 
-THINGS = ("cat", "dog", "bird", "fish", "fox", "house", "river", "stone")
-COLOURS = ("red", "green", "blue", "black", "white")
-SEARCHED = [
-    {"query": f"number {i} {THINGS[i % 8]}", "passage": f"The {THINGS[i % 8]} number {i} is {COLOURS[i % 5]}."}
-    for i in range(60)
-]
-JUDGED = [
-    {
-        "query": f"Which colour has {THINGS[i % 8]} number {i}?",
-        "passages": [f"The {THINGS[i % 8]} is {COLOURS[i % 5]}.", f"{COLOURS[i % 5]} is a colour.", "One fox sits."],
-        "relevances": [2, 1, 0],
-    }
-    for i in range(60)
-]
-SILENT = {"generation": {"max_new_tokens": None}}
 PROMPTS = {"embed": {"query_prompt": "query: ", "passage_prompt": "passage: "}}
 BARELY = {"train": {"max_steps": 1, "num_train_epochs": None, "learning_rate": 1e-5}}
 TRAINED = {"train": {"num_train_epochs": 3, "learning_rate": 3e-3}}
 RUNS = {
-    "vectors": ("embed", SEARCHED, {**PROMPTS, **TRAINED}),
-    "pairs": ("rerank", JUDGED, TRAINED),
-    "barely trained vectors": ("embed", SEARCHED, BARELY),
-    "barely trained pairs": ("rerank", JUDGED, BARELY),
+    "vectors": ("embed", searched(60), {**PROMPTS, **TRAINED}),
+    "pairs": ("rerank", judged(60), TRAINED),
+    "barely trained vectors": ("embed", searched(60), BARELY),
+    "barely trained pairs": ("rerank", judged(60), BARELY),
 }
 
 
 def train(folder, kind):
     task, rows, sections = RUNS[kind]
-    recipe = pairs.recipe_of(folder, families.build_bert(folder / "bert"), rows, task, **SILENT, **sections)
-    run_pipeline(load_recipe(str(recipe)), RunRequest(out=folder / "run"), pairs.quiet())
-    return folder / "run"
+    return train_family(folder, folder, "bert", task, rows, "run", **SILENT, **sections)
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,9 @@ from llmtune.adapter.injection import inject, trained_parameters
 from llmtune.adapter.saving import save_adapter
 from llmtune.data.collators import IGNORED
 from llmtune.data.example import Example
+from llmtune.data.text_pairs import source_ids
 from llmtune.errors import LlmtuneError
+from llmtune.evaluate.decoder_generation import decoder_settings
 from llmtune.evaluate.evaluated_task import LoadedModel
 from llmtune.evaluate.generation import end_output, generate_completions, generation_settings
 from llmtune.model.config import read_model_config
@@ -33,7 +35,6 @@ from llmtune.recipe.schema import Recipe
 from llmtune.records import AdaptedModel
 from llmtune.tasks.base import AnyTask
 from llmtune.tasks.registry import choose_variant
-from llmtune.tasks.text_to_text import decoder_settings, source_ids
 from support.adapting import quiet
 from support.architectures import KINDS, build
 
@@ -105,8 +106,8 @@ def _adapt(recipe: Recipe) -> tuple[AdaptedModel, AnyTask]:
 
 
 def _compare(kind: str, adapted: AdaptedModel, task: AnyTask, recipe: Recipe, folder: Path) -> dict[str, str]:
-    if task.auto_class != KINDS[kind].auto_class:
-        return {"padded": f"learns as a decoder ({task.auto_class})"}
+    if task.model_kind.auto_class != KINDS[kind].auto_class:
+        return {"padded": f"learns as a decoder ({task.model_kind.auto_class})"}
     save_adapter(adapted, folder / "adapter")
     auto = getattr(transformers, KINDS[kind].auto_class)
     labels = {"num_labels": adapted.selected.model.config.num_labels} if kind == "encoder" else {}

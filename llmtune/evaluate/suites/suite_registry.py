@@ -25,7 +25,7 @@ from llmtune.evaluate.suites.swapped_rows import SwapSuite
 from llmtune.recipe.eval_suites_section import SUITE_KEYS
 from llmtune.recipe.schema import Recipe
 from llmtune.records import Rows
-from llmtune.score_records import Study
+from llmtune.store.score_records import Study
 
 Suite = EvalSuite[Any]
 SUITES: dict[str, dict[str, type[Suite]]] = {
@@ -35,7 +35,6 @@ SUITES: dict[str, dict[str, type[Suite]]] = {
     "judge": {"": JudgeSuite},
 }
 """By key of `evaluate`, a suite's parts by the section key that requests them; a part without a key always runs."""
-DECODER = "AutoModelForCausalLM"
 
 
 def stated_suites(recipe: Recipe) -> Iterator[tuple[str, type[Suite]]]:
@@ -98,7 +97,7 @@ def check_variant(recipe: Recipe, task: EvaluatedTask, model: str) -> None:
             f"Remove evaluate.{name}, or set model.name to a decoder, such as a Llama or a Qwen.",
         )
         for name, suite in stated_suites(recipe)
-        if suite.decoder_input and task.auto_class != DECODER
+        if suite.decoder_input and not task.model_kind.decodes
     )
 
 

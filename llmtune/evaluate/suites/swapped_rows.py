@@ -20,15 +20,14 @@ from llmtune.evaluate.eval_inputs import EvalContext, EvalInputs, write_prompt
 from llmtune.evaluate.inference import predict
 from llmtune.evaluate.metric import Measure, PairedMeasures, measure_right
 from llmtune.evaluate.shared_prefix import choice_trees
-from llmtune.evaluate.significance import FEWEST_ROWS
 from llmtune.evaluate.slices import write_value
 from llmtune.evaluate.suites.eval_suite import OWN_FILES, EvalSuite, read_sources, read_utf8
 from llmtune.evaluate.token_batches import cut_evenly
 from llmtune.recipe.eval_suites_section import OWN
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_facts import TASK_FACTS
-from llmtune.records import Row
-from llmtune.score_records import StudyTable
+from llmtune.records import FEWEST_ROWS, Row
+from llmtune.store.score_records import StudyTable
 
 FIX = "Write two different words per line: woman,man"
 TEXTS = (
@@ -191,7 +190,7 @@ class SwapSuite(EvalSuite[SwapAnswers]):
         rows: dict[int, Row] = {}
         counts: Counter[str] = Counter()
         for i, question in enumerate(self.inputs.questions):
-            if not is_answerable(question, context):
+            if not (context.task.can_answer(question, context.processor) and write_prompt(question)):
                 continue
             row, words = self.swaps.swap_row(question)
             ambiguous = any(map(self.swaps.is_ambiguous, words))
@@ -328,15 +327,6 @@ class AnswerKind:
 def prefers_chosen(scores: Mapping[str, float]) -> bool:
     """Whether a model rates the chosen answer of a pair higher."""
     return scores["chosen"] > scores["rejected"]
-
-
-def is_answerable(question: Row, context: EvalContext) -> bool:
-    """Whether a row can be answered: it has a prompt, a mask, or two answers to judge."""
-    if context.task.rates_answers:
-        return "chosen" in question
-    if context.task.auto_class == "AutoModelForMaskedLM":
-        return str(context.processor.mask_token) in question["prompt"] + question["completion"]
-    return bool(write_prompt(question))
 
 
 def greedy(recipe: Recipe) -> Recipe:
