@@ -228,6 +228,12 @@ class Difference:
         """Return the number of resampled units: groups, or rows."""
         return self.groups or self.n
 
+    def to_json(self) -> dict[str, object]:
+        """Return the form in report.json: `groups` only if rows are grouped."""
+        groups = {"groups": self.groups} if self.groups else {}
+        interval = {"value": self.value, "interval": [self.low, self.high]}
+        return {**interval, "p": self.p, "n": self.n, **groups, "test": self.test}
+
     @property
     def sign(self) -> int:
         """Return 1 if the interval is above zero, -1 if it is below, 0 if it includes zero or is missing."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperGroup
@@ -12,8 +12,10 @@ from typer.core import TyperGroup
 from llmtune.cli.options import AsJson, Offline, RunArgument
 from llmtune.cli.output_streams import handled, print_json, stderr_console
 from llmtune.launch.python_api import make_console
-from llmtune.records import Difference
 from llmtune.store.process_environment import gc_paused, prepare_environment
+
+if TYPE_CHECKING:
+    from llmtune.records import Difference
 
 Stored = Annotated[
     str, typer.Argument(metavar="RELEASE", help="release:NAME, release:NAME@HASH, NAME, or a release file.")

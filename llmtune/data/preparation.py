@@ -27,11 +27,12 @@ from llmtune.data.corpus import save_corpus
 from llmtune.data.data_notes import name_changes_sentences
 from llmtune.data.deduplication import KEPT, drop_equal, drop_near, drop_shared_inputs
 from llmtune.data.file_survey import suspicions
-from llmtune.data.ingest import IngestState, ingest_rows, progress_bars
+from llmtune.data.ingest import IngestState, ingest_rows
 from llmtune.data.rejected_rows import RowError
-from llmtune.data.row_hash import fraction
 from llmtune.data.row_store import RECORD, Index, RowWriter, Spool, iterate_rows, iterate_texts, save_rows
 from llmtune.data.sources import Detected, hash_sources, resolve_inputs
+from llmtune.data.word_hash import fraction
+from llmtune.display.console import progress_bars
 from llmtune.errors import DataError, Problem
 from llmtune.recipe.data_section import ENCODING_KEYS, DataSection, Source
 from llmtune.recipe.schema import Recipe

@@ -330,3 +330,11 @@ def _as_lines(
         text.append(fill(joined, width, subsequent_indent="  ").replace(NO_BREAK, " ") + "\n", style=style)
     text.rstrip()
     return text
+
+
+@contextmanager
+def progress_bars(console: Console, amount: ProgressColumn | None = None) -> Iterator[Progress]:
+    """Draw progress bars if the output is a terminal, in bytes by default."""
+    columns = (TextColumn("{task.description}"), BarColumn(), amount or DownloadColumn(), TimeRemainingColumn())
+    with LiveProgress(*columns, console=console, transient=True) as progress:
+        yield progress

@@ -10,7 +10,7 @@ from typing import NamedTuple, Protocol
 import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from llmtune.data.audio import Waveform, to_float
+from llmtune.data.waveforms import Waveform, to_float
 from llmtune.errors import EnvironmentProblem, RecipeError, first_line, nearest
 from llmtune.model.causal_lm_loss import model_inputs, unwrap
 from llmtune.records import Batch

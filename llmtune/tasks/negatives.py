@@ -26,10 +26,9 @@ from torch.nn import functional
 from llmtune import __version__
 from llmtune.data.corpus import load_corpus
 from llmtune.data.data_notes import negatives_blocks
-from llmtune.data.ingest import progress_bars
 from llmtune.data.row_store import MINED, iterate_batches, iterate_rows, iterate_texts, load_rows, read_rows, save_rows
 from llmtune.data.search_rows import text_key
-from llmtune.display.console import print_blocks, spinner
+from llmtune.display.console import print_blocks, progress_bars, spinner
 from llmtune.errors import RecipeError
 from llmtune.evaluate.evaluated_task import LoadedModel
 from llmtune.evaluate.ranking_metrics import RELEVANT, measure_vectors

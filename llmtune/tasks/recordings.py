@@ -8,9 +8,10 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from llmtune.data.audio import SpeechRow, Waveform, cut_windows, decode_recording
+from llmtune.data.audio import SpeechRow
 from llmtune.data.overlong import TOO_LONG
 from llmtune.data.rejected_rows import RowError
+from llmtune.data.waveforms import Waveform, cut_windows, decode_recording
 from llmtune.errors import DataError, RecipeError
 from llmtune.evaluate.evaluated_task import LoadedModel
 from llmtune.evaluate.token_batches import budget_for, run_in_batches

@@ -13,12 +13,13 @@ import torch
 from torch.nn import functional
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from llmtune.data.audio import SpeechRow, Waveform
+from llmtune.data.audio import SpeechRow
 from llmtune.data.collators import IGNORED, pad
 from llmtune.data.example import Collate, Example
 from llmtune.data.overlong import too_long
 from llmtune.data.task_interface import Encoded
 from llmtune.data.tokenization import Segment, highlight
+from llmtune.data.waveforms import Waveform
 from llmtune.errors import EnvironmentProblem, RecipeError
 from llmtune.evaluate.decoder_generation import decoder_settings, run_generation
 from llmtune.evaluate.evaluated_task import EvalPrediction, LoadedModel
