@@ -12,21 +12,18 @@ import torch
 from gguf import GGUFReader, GGUFValueType, GGUFWriter
 from onnx import TensorProto, helper, numpy_helper
 from safetensors.torch import load_file, save_file
-from support import families, pairs
+from support import pairs
 from support.classifying import colour_rows
+from support.exports import SILENT, train_family
 from support.runs import finish_run, invoke
 
 from llmtune.deploy.export import export
 from llmtune.deploy.gguf_export import gguf_format
-from llmtune.pipeline import run_pipeline
-from llmtune.recipe.loader import load_recipe
 from llmtune.session import open_finished
 from llmtune.store.atomic_files import read_json
-from llmtune.store.run_request import RunRequest
 
 RED = "\x1b[31mred"
 SHORT = {"train": {"num_train_epochs": 1}, "deploy": ["merged"]}
-SILENT = {"generation": {"max_new_tokens": None}}
 SEARCHED = [{"query": f"number {i} cat", "passage": f"The cat number {i} is red."} for i in range(30)]
 
 
@@ -37,9 +34,7 @@ def train(folder, tiny_llama, kind):
         export(open_finished(run, pairs.quiet(), offline=True), gguf_format(number_format="f32"))
         return run
     task, rows = {"classes": ("classify", colour_rows(40)), "vectors": ("embed", SEARCHED)}[kind]
-    recipe = pairs.recipe_of(folder, families.build_bert(folder / "bert"), rows, task, **SHORT, **SILENT)
-    run_pipeline(load_recipe(str(recipe)), RunRequest(out=folder / "run"), pairs.quiet())
-    return folder / "run"
+    return train_family(folder, tiny_llama, "bert", task, rows, "run", **SHORT, **SILENT)
 
 
 @pytest.fixture(scope="module")
