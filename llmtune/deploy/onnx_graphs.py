@@ -22,13 +22,13 @@ from llmtune.deploy.onnx_model import (
     ENCODER,
     MODEL,
     PRESENT,
-    cache_argument,
     fill_cache,
     name_states,
 )
 from llmtune.deploy.onnx_session import PAST
 from llmtune.deploy.parity_reference import HeadReference, TunedReference
 from llmtune.errors import EnvironmentProblem, RecipeError, first_line
+from llmtune.evaluate.greedy_decoding import cache_argument
 from llmtune.model.causal_lm_loss import accepted_arguments, model_inputs
 from llmtune.model.config import is_encoder
 from llmtune.model.device import is_out_of_memory
@@ -81,7 +81,7 @@ def list_graphs(model: PreTrainedModel, reference: TunedReference) -> list[Graph
     return [_head_graph(model, [*dict.fromkeys([*model_inputs(model, batch), "attention_mask"])])]
 
 
-def _texts(model: PreTrainedModel, length: int) -> dict[str, torch.Tensor]:
+def _example_texts(model: PreTrainedModel, length: int) -> dict[str, torch.Tensor]:
     ids_BT = torch.arange(2 * length).reshape(2, length) % model.config.get_text_config(decoder=True).vocab_size
     mask_BT = torch.ones_like(ids_BT)
     mask_BT[1, length - 2 :] = 0
@@ -90,7 +90,7 @@ def _texts(model: PreTrainedModel, length: int) -> dict[str, torch.Tensor]:
 
 def _head_graph(model: PreTrainedModel, names: Sequence[str]) -> Graph:
     """Return the graph of an encoder, or of a decoder with a head: class, tags, ends of answers, letters."""
-    known = _texts(model, 9)
+    known = _example_texts(model, 9)
     if "input_values" in names:
         known = {"input_values": torch.randn(2, 20_000), "attention_mask": torch.ones(2, 20_000, dtype=torch.int64)}
     accepted = accepted_arguments(type(model))  # type: ignore[arg-type]
@@ -110,11 +110,11 @@ def _decoder_graph(model: PreTrainedModel) -> Graph:
     """Return the graph of a decoder: tokens and the cache of earlier ones -> logits, and the cache of all."""
     cache_name = cache_argument(type(model))
     with torch.no_grad():
-        example = model(input_ids=_texts(model, 4)["input_ids"], use_cache=True)[cache_name]
+        example = model(input_ids=_example_texts(model, 4)["input_ids"], use_cache=True)[cache_name]
     if not isinstance(example, DynamicCache):
         raise _other_cache(model)
     past = name_states(PAST, example)
-    ids_BT, positions_BT = _texts(model, 3)["input_ids"], torch.arange(4, 7).repeat(2, 1)
+    ids_BT, positions_BT = _example_texts(model, 3)["input_ids"], torch.arange(4, 7).repeat(2, 1)
     mask_BT = torch.ones(2, 7, dtype=torch.int64)
     mask_BT[1, 0] = 0
     inputs = {"input_ids": ids_BT, "attention_mask": mask_BT, "position_ids": positions_BT}
@@ -139,7 +139,7 @@ def _encoder_decoder_graphs(model: PreTrainedModel) -> list[Graph]:
     encoder, cache_name = model.get_encoder(), cache_argument(type(model))
     heard = model.main_input_name == "input_features"
     frames = {"input_features": torch.randn(2, *_spectrogram(model))} if heard else {}
-    texts = {name: part for name, part in _texts(model, 9).items() if name != "token_type_ids"}
+    texts = {name: part for name, part in _example_texts(model, 9).items() if name != "token_type_ids"}
     inputs = frames or texts
     start_BT = torch.full((2, 1), int(model.config.decoder_start_token_id or 0))
 
@@ -178,7 +178,7 @@ def _encoder_decoder_graphs(model: PreTrainedModel) -> list[Graph]:
         )
         return output.logits, *name_states(PRESENT, output[cache_name].self_attention_cache).values()
 
-    given = {"input_ids": _texts(model, 3)["input_ids"]}
+    given = {"input_ids": _example_texts(model, 3)["input_ids"]}
     given |= {} if heard else {"encoder_attention_mask": texts["attention_mask"]}
     written = ["logits", *(name.replace(PAST, PRESENT) for name in past)]
     return [

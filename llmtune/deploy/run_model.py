@@ -18,7 +18,7 @@ from transformers import AutoFeatureExtractor, AutoTokenizer
 FOLDER = Path(__file__).parent
 
 
-def main() -> None:
+def answer() -> None:
     """Answer the arguments of the command line."""
     settings = json.loads((FOLDER / "run_model.json").read_text("utf-8"))
     if len(sys.argv) <= settings["needed"]:
@@ -27,7 +27,7 @@ def main() -> None:
     KINDS[settings["kind"]](AutoTokenizer.from_pretrained(FOLDER), settings, sys.argv[1:])
 
 
-def read_texts(tokenizer: Any, settings: dict[str, Any], *texts: Any, truncation: Any = True, **options: Any) -> Any:
+def read_inputs(tokenizer: Any, settings: dict[str, Any], *texts: Any, truncation: Any = True, **options: Any) -> Any:
     """Return the inputs of a text or a pair of texts; a text that is too long is cut."""
     limit = settings["max_length"]
     if (size := len(tokenizer(*texts, **options)["input_ids"])) > limit:
@@ -57,7 +57,7 @@ def compute(given: Any, name: str = "model.onnx") -> list[Any]:
     return outputs
 
 
-def read_labels() -> dict[str, str]:
+def list_labels() -> dict[str, str]:
     """Return the labels by the number of the output."""
     labels: dict[str, str] = json.loads((FOLDER / "config.json").read_text("utf-8"))["id2label"]
     return labels
@@ -78,8 +78,8 @@ def softmax(logits: Any) -> Any:
 
 def print_class(tokenizer: Any, settings: dict[str, Any], arguments: list[str]) -> None:
     """Print the class of a text or a pair, then the probability of each class."""
-    scaled = scale(compute(read_texts(tokenizer, settings, *arguments[:2]))[0][0])
-    labels = read_labels()
+    scaled = scale(compute(read_inputs(tokenizer, settings, *arguments[:2]))[0][0])
+    labels = list_labels()
     print(labels[str(scaled.argmax())])
     for i, share in enumerate(softmax(scaled)):
         print(f"{labels[str(i)]}\t{share:.6f}")
@@ -87,8 +87,8 @@ def print_class(tokenizer: Any, settings: dict[str, Any], arguments: list[str]) 
 
 def print_several(tokenizer: Any, settings: dict[str, Any], arguments: list[str]) -> None:
     """Print the labels that apply to a text, then the probability of each label."""
-    scaled = scale(compute(read_texts(tokenizer, settings, *arguments[:2]))[0][0])
-    labels = read_labels()
+    scaled = scale(compute(read_inputs(tokenizer, settings, *arguments[:2]))[0][0])
+    labels = list_labels()
     names = [labels[str(i)] for i in np.flatnonzero(scaled > 0)]
     listed = json.dumps(names, ensure_ascii=False) if "," in "".join(names) else ", ".join(names)
     print(listed or "(none)")
@@ -98,13 +98,13 @@ def print_several(tokenizer: Any, settings: dict[str, Any], arguments: list[str]
 
 def print_number(tokenizer: Any, settings: dict[str, Any], arguments: list[str]) -> None:
     """Print the number of a text or a pair."""
-    print(compute(read_texts(tokenizer, settings, *arguments[:2]))[0][0, 0])
+    print(compute(read_inputs(tokenizer, settings, *arguments[:2]))[0][0, 0])
 
 
 def print_tags(tokenizer: Any, settings: dict[str, Any], arguments: list[str]) -> None:
     """Print a line per word: the word, its tag, and the tag's probability."""
-    words, labels = arguments[0].split(), read_labels()
-    given = read_texts(tokenizer, settings, words, is_split_into_words=True)
+    words, labels = arguments[0].split(), list_labels()
+    given = read_inputs(tokenizer, settings, words, is_split_into_words=True)
     shares, owners = softmax(scale(compute(given)[0][0])), given.word_ids(0)
     for i, word in enumerate(words):
         if i in owners:
@@ -115,7 +115,7 @@ def print_tags(tokenizer: Any, settings: dict[str, Any], arguments: list[str]) -
 def print_span(tokenizer: Any, settings: dict[str, Any], arguments: list[str]) -> None:
     """Print the part of the second text that answers the first."""
     question, context = arguments[:2]
-    given = read_texts(tokenizer, settings, question, context, truncation="only_second", return_offsets_mapping=True)
+    given = read_inputs(tokenizer, settings, question, context, truncation="only_second", return_offsets_mapping=True)
     inside = np.array([text == 1 for text in given.sequence_ids(0)])
     start, end = (np.where(inside, part[0], -np.inf) for part in compute(given))
     scores = np.where(np.tri(len(start), dtype=bool).T, start[:, None] + end, -np.inf)
@@ -127,14 +127,14 @@ def print_span(tokenizer: Any, settings: dict[str, Any], arguments: list[str]) -
 def print_vector(tokenizer: Any, settings: dict[str, Any], arguments: list[str]) -> None:
     """Print the vector of a query."""
     prompt, pooling = settings["prompt"] or "", settings["pooling"]
-    hidden = compute(read_texts(tokenizer, settings, prompt + arguments[0]))[0][0]
+    hidden = compute(read_inputs(tokenizer, settings, prompt + arguments[0]))[0][0]
     vector = {"cls": hidden[0], "lasttoken": hidden[-1], "max": hidden.max(0), "mean": hidden.mean(0)}[pooling]
     print((vector / np.linalg.norm(vector) if settings["normalize"] else vector).tolist())
 
 
 def print_masked(tokenizer: Any, settings: dict[str, Any], arguments: list[str]) -> None:
     """Print the tokens in the place of masks."""
-    given = read_texts(tokenizer, settings, *arguments[:2])
+    given = read_inputs(tokenizer, settings, *arguments[:2])
     print(tokenizer.decode(compute(given)[0][given["input_ids"] == tokenizer.mask_token_id].argmax(-1)))
 
 
@@ -207,4 +207,4 @@ KINDS = {
 """By the `kind` of `run_model.json`."""
 
 if __name__ == "__main__":
-    main()
+    answer()

@@ -155,13 +155,13 @@ def load_tuned(context: RunContext) -> TunedModel:
         context.plan.task,
         read_rows(rows, split, range(min(most, rows.counts[split]))),
         hash_folder(context.trained_folder),
-        read_rules(context),
+        rules_of_run(context),
         context.examples,
         context.console,
     )
 
 
-def read_rules(context: RunContext) -> dict[str, dict[str, object]]:
+def rules_of_run(context: RunContext) -> dict[str, dict[str, object]]:
     """Return the temperature and the decisions of a run's evaluation, by file."""
     folder = context.folder.path / "evaluation"
     known = {name: read_json(folder / name) for name in RULES} if context.folder.is_done("evaluate") else {}
