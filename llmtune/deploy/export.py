@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
@@ -24,10 +24,10 @@ from llmtune.display.console import spinner
 from llmtune.errors import GateFailed, Problem, RecipeError
 from llmtune.evaluate.decision import copy_rules
 from llmtune.model.device import explain_oom, release_memory
+from llmtune.plan import RunContext, open_finished
 from llmtune.records import Json
-from llmtune.session import RunContext, open_finished
 from llmtune.store.atomic_files import explained, plain, read_json, staged, write_json
-from llmtune.store.run_folder import CERTIFICATE, read_run, recipe_of_run
+from llmtune.store.run_folder import CERTIFICATE
 
 
 @dataclass(frozen=True)
@@ -81,8 +81,12 @@ class CertifiedExport:
 
 def open_to_export(run: Path, console: Console, *, offline: bool, limit: int | None = None) -> RunContext:
     """Open a finished run to export it; `limit` replaces its `deploy.limit`. Raises as `open_finished` does."""
-    recipe = None if limit is None else recipe_of_run(read_run(run), [f"deploy.limit={limit}"]).recipe
-    return open_finished(run, console, offline, recipe)
+    context = open_finished(run, console, offline)
+    if limit is not None:
+        recipe = context.plan.recipe
+        deploy = recipe.deploy.model_copy(update={"limit": limit})
+        context.resolved = replace(context.plan, recipe=recipe.model_copy(update={"deploy": deploy}))
+    return context
 
 
 def export(context: RunContext, form: ExportFormat, out: Path | None = None) -> Certificate:

@@ -28,8 +28,8 @@ from llmtune.evaluate.opened_runs import OpenedRun, ScoredRun, keep_asked, open_
 from llmtune.evaluate.per_row_scores import PerRowScores, name_test_rows, save_measures
 from llmtune.evaluate.results import load_base
 from llmtune.model.device import release_memory
+from llmtune.plan import RunContext
 from llmtune.records import Json, Row
-from llmtune.session import RunContext
 from llmtune.store.atomic_files import plain
 
 

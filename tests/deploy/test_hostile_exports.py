@@ -19,7 +19,7 @@ from support.runs import finish_run, invoke
 
 from llmtune.deploy.export import export
 from llmtune.deploy.gguf_export import gguf_format
-from llmtune.session import open_finished
+from llmtune.plan import open_finished
 from llmtune.store.atomic_files import read_json
 
 RED = "\x1b[31mred"

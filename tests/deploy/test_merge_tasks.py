@@ -15,8 +15,8 @@ from transformers import AutoProcessor, AutoTokenizer, pipeline
 from llmtune.deploy.export import export
 from llmtune.deploy.merged_model import merged_format
 from llmtune.deploy.parity import measure_distance
+from llmtune.plan import open_finished
 from llmtune.serve.finished_run import FinishedRun
-from llmtune.session import open_finished
 
 ROWS = {task: rows for task, (_, rows) in pairs.TASKS.items()} | {"classify": colour_rows(40)}
 TEXTS = [{"text": row["document"]} for row in pairs.DOCUMENTS]

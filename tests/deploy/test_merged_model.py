@@ -22,7 +22,7 @@ from llmtune.deploy.merged_model import merged_format
 from llmtune.deploy.parity import LIMITS, Parity, find_breaches
 from llmtune.deploy.search_parity import make_reference
 from llmtune.errors import EnvironmentProblem, GateFailed, RecipeError
-from llmtune.session import open_finished
+from llmtune.plan import open_finished
 
 TEXT = "Which colour has the cat number 7?"
 

@@ -19,7 +19,7 @@ from llmtune.deploy.onnx_export import onnx_format
 from llmtune.deploy.search_parity import SearchReference, make_reference
 from llmtune.deploy.tuned_model import load_tuned
 from llmtune.errors import GateFailed
-from llmtune.session import open_finished
+from llmtune.plan import open_finished
 from llmtune.store.atomic_files import read_json
 
 PROMPTS = {"embed": {"query_prompt": "query: ", "passage_prompt": "passage: "}}
