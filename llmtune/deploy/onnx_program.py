@@ -63,7 +63,7 @@ def _decoder_settings(model: PreTrainedModel, tuned: TunedModel) -> dict[str, An
 
 def _encoder_decoder_settings(model: PreTrainedModel, tuned: TunedModel) -> dict[str, Any]:
     task, processor, recipe = tuned.task, tuned.processor, tuned.recipe
-    written: dict[str, Any] = {"kind": "speech"}
+    written: dict[str, Any] = {"kind": "recording"}
     start, first = [], None
     if task.model_kind.takes_audio:
         task.prepare_processor(processor, recipe)

@@ -160,7 +160,7 @@ def continue_prompt(tokenizer: Any, settings: dict[str, Any], arguments: list[st
 
 def answer_encoded(tokenizer: Any, settings: dict[str, Any], arguments: list[str]) -> None:
     """Print the answer of an encoder-decoder to a text or a recording."""
-    if settings["kind"] == "speech":
+    if settings["kind"] == "recording":
         given = read_recording(arguments[0])
     else:
         given = tokenizer(fill_prompt(settings, arguments), return_tensors="np")
@@ -202,7 +202,7 @@ KINDS = {
     "letters": print_letters,
     "decoder": continue_prompt,
     "text-to-text": answer_encoded,
-    "speech": answer_encoded,
+    "recording": answer_encoded,
 }
 """By the `kind` of `run_model.json`."""
 
