@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +27,9 @@ from llmtune.deploy.parity_reference import TunedReference
 from llmtune.deploy.tuned_model import TunedModel, training_base
 from llmtune.display.console import spinner
 from llmtune.display.number_format import size
-from llmtune.errors import EnvironmentProblem, RecipeError, nearest
+from llmtune.errors import RecipeError, nearest
 from llmtune.model.config import build_skeleton, expert_parameters, find_class, head_names, in_heads, read_model_config
+from llmtune.recipe.extras import require_extra
 
 DTYPE = torch.bfloat16
 """Of the scales and of the weights that stay: vLLM computes in 16 bits."""
@@ -84,9 +84,7 @@ def check_quantizable(source: ModelSource, scheme: str) -> int:
     if scheme not in SCHEMES:
         what = f"{scheme!r} is not a quantization scheme.{nearest(scheme, [*SCHEMES])}"
         raise RecipeError.of(what, "--scheme", f"Choose one of: {', '.join(SCHEMES)}.")
-    if find_spec("compressed_tensors") is None:
-        what = f"{scheme} needs the package compressed-tensors"
-        raise EnvironmentProblem.of(what, None, "Run: pip install 'llmtune-cli[quantized]'")
+    require_extra("quantized", "--scheme")
     recipe, name = source.recipe, source.model_ref.name
     check_mergeable(recipe.adapter.method, recipe.adapter.options)
     if not source.task.model_kind.decodes:
