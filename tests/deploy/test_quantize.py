@@ -149,7 +149,7 @@ def test_an_unknown_scheme_exits_with_2(run):
 
 
 def test_a_missing_package_exits_with_4(run, console, monkeypatch):
-    monkeypatch.setattr(quantizing, "find_spec", lambda name: None)
+    monkeypatch.setattr("llmtune.recipe.extras.find_spec", lambda name: None)
     with pytest.raises(EnvironmentProblem, match=r"pip install 'llmtune-cli\[quantized\]'") as raised:
         export(open_finished(run, console, offline=True), quantized_format(scheme="w8a8"))
     assert raised.value.exit_code == 4
