@@ -14,8 +14,8 @@ from rich.console import Console
 
 from llmtune.adapter.load import find_adapter, read_config
 from llmtune.errors import EnvironmentProblem, RecipeError
+from llmtune.plan import Plan, RunContext
 from llmtune.serve.server import KEY_VARIABLE, ServeOptions, open_served, public_name, read_key
-from llmtune.session import Plan, RunContext
 from llmtune.store.atomic_files import hash_value
 from llmtune.store.run_folder import trained_name
 
