@@ -37,10 +37,6 @@ class TaskInterface:
     """Whether a head missing from the model is created and fully trained."""
     predicts_in_float32: bool = False
     """Whether an encoder that `needs_float32` also predicts in float32: scores in bfloat16 are often equal."""
-    has_step_statistics: bool = False
-    """Whether the loss of a micro-batch needs sums over the complete step."""
-    has_step_loss: bool = False
-    """Whether the loss compares all examples of a step: it is computed from their `features`."""
 
     def encode(self, rows: Sequence[Any], processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[Encoded]:
         """Return the examples of each row, or the reason why it has none."""
@@ -63,22 +59,6 @@ class TaskInterface:
     def guessing_loss(self, config: PretrainedConfig, examples: Iterable[Example], recipe: Recipe) -> float:
         """Estimate the loss of guessing without looking at the input; training should get below it."""
         return math.log(config.get_text_config().vocab_size) if self.predicts_tokens else 1.0
-
-    def step_statistics(self, model: torch.nn.Module, batch: Batch) -> list[float]:
-        """Return sums over a complete step that the loss of each micro-batch needs."""
-        return []
-
-    def features(self, model: torch.nn.Module, batch: Batch) -> list[torch.Tensor]:
-        """Return a tensor per example, float32, from which `step_loss` computes the loss."""
-        raise NotImplementedError
-
-    def step_loss(self, features: Sequence[torch.Tensor], examples: Sequence[Example], recipe: Recipe) -> Loss:
-        """Return the loss of a complete step; its gradient in the features is passed on to the model."""
-        raise NotImplementedError
-
-    def feature_metrics(self, features: Sequence[torch.Tensor]) -> dict[str, float]:
-        """Return metrics of the features of all validation examples, watched during training."""
-        return {}
 
     def supports(self, config: PretrainedConfig) -> bool:
         """Whether the task can use a model with this configuration, beyond its class."""

@@ -15,11 +15,12 @@ from llmtune.data.collators import causal_collator
 from llmtune.data.example import Collate, Example
 from llmtune.data.row_store import iterate_rows
 from llmtune.data.task_interface import Encoded
-from llmtune.evaluate.evaluated_task import EvaluatedTask, PredictionT
+from llmtune.evaluate.evaluated_task import PredictionT
 from llmtune.model.causal_lm_loss import causal_loss
 from llmtune.model.config import set_padding
 from llmtune.recipe.schema import Recipe
 from llmtune.records import Batch, Loss, Rows
+from llmtune.train.objective import TrainedTask
 
 RowT = TypeVar("RowT")
 """A row of the task: a TypedDict."""
@@ -36,7 +37,7 @@ class Endpoint:
     """The request field for the prompt of `llmtune generate`."""
 
 
-class Task(EvaluatedTask, Generic[RowT, PredictionT]):
+class Task(TrainedTask, Generic[RowT, PredictionT]):
     """A task for one kind of model; by default, a prompt is answered with text."""
 
     required_inputs: tuple[str, ...] = ("prompt",)

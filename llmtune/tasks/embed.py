@@ -6,6 +6,7 @@ import math
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,7 @@ from llmtune.tasks.sentence_vectors import (
     tokenize_prompted,
     write_settings,
 )
+from llmtune.train.objective import CachedFeatures, StepObjective
 
 KINDS = {"passages": ("ranking",), "scores": ("cosent", "cosine"), "labels": ("triplet",)}
 """By kind of rows, the losses that learn from them; the first is the default."""
@@ -79,7 +81,6 @@ class Embed(ReadingTask[EmbedRow, Vectors]):
     endpoint = Endpoint("/v1/embeddings", "the vectors of the texts", "input")
     auto_class = "AutoModel"
     peft_task_type = "FEATURE_EXTRACTION"
-    has_step_loss = True
     has_row_loss = False
     answer_column = "vectors"
 
@@ -222,18 +223,14 @@ class Embed(ReadingTask[EmbedRow, Vectors]):
         vectors = torch.stack([pool(text, section.pooling) for text in texts])[batch["places"]]
         return list(torch.split(vectors, [len(example.spans) // 2 for example in batch["examples"]]))
 
-    def step_loss(self, features: Sequence[torch.Tensor], examples: Sequence[Example], recipe: Recipe) -> Loss:
-        """Return the recipe's loss of a step."""
-        return embedding_loss(features, examples, embed_section(recipe))
-
-    def feature_metrics(self, features: Sequence[torch.Tensor]) -> dict[str, float]:
-        """Return the mean cosine and the effective rank of the vectors of each example's last text."""
-        vectors_ND = functional.normalize(torch.stack([one[-1] for one in features]).double(), dim=-1)
-        return dict(zip(SPREAD, measure_vectors(vectors_ND.cpu().numpy()), strict=True))
+    def objective(self, recipe: Recipe) -> StepObjective:
+        """Return an objective that compares all vectors of a step."""
+        compare = partial(embedding_loss, section=embed_section(recipe))
+        return CachedFeatures(self.loss, self.features, compare, measure_last_texts)
 
     def loss(self, model: torch.nn.Module, batch: Batch, by_row: bool = False) -> Loss:
         """Return the loss of a batch that is a complete step."""
-        return self.step_loss(self.features(model, batch), batch["examples"], batch["recipe"])
+        return embedding_loss(self.features(model, batch), batch["examples"], embed_section(batch["recipe"]))
 
     def guessing_loss(self, config: PretrainedConfig, examples: Iterable[Example], recipe: Recipe) -> float:
         """Return the loss of vectors that are all equal, up to the rounding of small steps."""
@@ -379,6 +376,12 @@ def find_misfit_settings(
         if at_ten(metric) not in known:
             what = f"rows with {kind} do not support {metric}"
             yield Problem(what, "evaluate.metrics", f"Metrics of these rows: {', '.join(known)}.")
+
+
+def measure_last_texts(features: Sequence[torch.Tensor]) -> dict[str, float]:
+    """Return the mean cosine and the effective rank of the vectors of each example's last text."""
+    vectors_ND = functional.normalize(torch.stack([one[-1] for one in features]).double(), dim=-1)
+    return dict(zip(SPREAD, measure_vectors(vectors_ND.cpu().numpy()), strict=True))
 
 
 def hash_text(text: str) -> int:

@@ -45,6 +45,7 @@ from llmtune.tasks.preference_losses import (
     step_statistics,
 )
 from llmtune.tasks.preference_metrics import Ratings, measure_preferences
+from llmtune.train.objective import SharedStatistics, StepObjective, SummedLoss
 
 
 class Preference(Task[Row, Ratings]):
@@ -58,7 +59,6 @@ class Preference(Task[Row, Ratings]):
     peft_task_type = "CAUSAL_LM"
     optional_inputs: tuple[str, ...] = ("system",)
     predicts_tokens = False
-    has_step_statistics = True
     has_row_loss = False
     continues_text = True
     rates_answers = True
@@ -144,6 +144,11 @@ class Preference(Task[Row, Ratings]):
         """Return the summed loss over pairs (KTO: over answers), and their count."""
         return preference_loss(model, batch, batch["settings"], partial(reference_of, model))
 
+    def objective(self, recipe: Recipe) -> StepObjective:
+        """Return an objective that sums losses; those of KTO and ORPO need statistics of the complete step."""
+        shares = preference_section(recipe).loss in ("kto", "orpo")
+        return SharedStatistics(self.loss, self.step_statistics) if shares else SummedLoss(self.loss)
+
     def step_statistics(self, model: torch.nn.Module, batch: Batch) -> list[float]:
         """Return the sums over a complete step that the losses of KTO and ORPO need."""
         return step_statistics(model, batch, batch["settings"], partial(reference_of, model))
@@ -224,7 +229,6 @@ class RewardModel(Preference):
     peft_task_type = "SEQ_CLS"
     required_inputs = ("prompt", "answer")
     optional_inputs = ()
-    has_step_statistics = False
     predicts_in_float32 = True
     trains_head = True
     continues_text = False
