@@ -152,7 +152,7 @@ def resolve_run(context: RunContext, loaded: LoadedRecipe, name: str) -> None:
 
 def _encode_rows(context: RunContext, draft: Plan) -> None:
     rows, processor, recipe, task = context.rows, draft.processor, draft.recipe, draft.task
-    inputs = examples_inputs(recipe, rows, draft.model_ref, processor)
+    inputs = examples_inputs(recipe, rows, draft.model_ref, processor, task.example_type)
     with context.step("encode", inputs, ["data/examples"]) as step:
         if not step.skipped:
             with staged(context.folder.path / "data" / "examples") as folder:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from llmtune.data.example import Collate, Example
+from llmtune.data.example import AnyExample, Collate, Example
 from llmtune.data.tokenization import Segment, highlight
 from llmtune.records import AdaptedModel, Batch, Loss, Rows
 
@@ -29,6 +29,8 @@ class TaskInterface:
     """Name of the transformers class that loads the model."""
     peft_task_type: str | None = None
     """PEFT's name for the task, which selects the plain class that loads the adapter; None: `AutoPeftModel`."""
+    example_type: type[Example] = Example
+    """The columns of its encoded rows."""
     packs: bool = False
     """Whether rows may be packed end to end in one micro-batch, if the model separates them."""
     predicts_tokens: bool = True
@@ -53,10 +55,10 @@ class TaskInterface:
         """Return the summed loss and its count; PEFT or DDP may have wrapped the model."""
         raise NotImplementedError
 
-    def start_head(self, adapted: AdaptedModel, examples: Iterable[Example], recipe: Recipe) -> None:
+    def start_head(self, adapted: AdaptedModel, examples: Iterable[AnyExample], recipe: Recipe) -> None:
         """Initialise a new head in place, from its training examples."""
 
-    def guessing_loss(self, config: PretrainedConfig, examples: Iterable[Example], recipe: Recipe) -> float:
+    def guessing_loss(self, config: PretrainedConfig, examples: Iterable[AnyExample], recipe: Recipe) -> float:
         """Estimate the loss of guessing without looking at the input; training should get below it."""
         return math.log(config.get_text_config().vocab_size) if self.predicts_tokens else 1.0
 
@@ -78,7 +80,9 @@ class TaskInterface:
         """Whether training needs a frozen copy of the original model as reference."""
         return False
 
-    def highlighted_text(self, example: Example, processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[Segment]:
+    def highlighted_text(
+        self, example: AnyExample, processor: PreTrainedTokenizerBase, recipe: Recipe
+    ) -> list[Segment]:
         """Return pieces of text, each with whether it is supervised, for display."""
         return highlight(example.input_ids, example.spans, processor)
 
@@ -100,7 +104,7 @@ class TaskInterface:
         """Return the recipe key that limits the tokens of an answer within a text, and its value; None without one."""
         return None
 
-    def answer_size(self, example: Example) -> int:
+    def answer_size(self, example: AnyExample) -> int:
         """Return the tokens of an example's answer; for tasks with `answer_limit`."""
         raise NotImplementedError
 

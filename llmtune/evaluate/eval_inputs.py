@@ -102,7 +102,7 @@ def make_inputs(
 
     Raises DataError if no reference answer is among the choices, or if a column of slices was not kept.
     """
-    reader = ExampleReader(examples, split)
+    reader = ExampleReader(examples, split, task.example_type)
     numbers = sorted({*reader.rows.tolist()})
     fairness, facts = recipe.evaluate.fairness, TASK_FACTS[recipe.task]
     kept = set(numbers)
@@ -266,11 +266,12 @@ def answer_lengths(
     rows: Rows, examples: Examples, task: EvaluatedTask, processor: PreTrainedTokenizerBase, recipe: Recipe
 ) -> list[int]:
     """Return the tokens of each reference answer of the test rows, including its end token, as training counts them."""
-    reader = ExampleReader(examples, SPLIT)
+    reader = ExampleReader(examples, SPLIT, task.example_type)
     lengths: dict[int, list[int]] = {}
     for number, example in zip(reader.rows.tolist(), reader, strict=True):
-        spans = example.target_spans or example.spans
-        lengths.setdefault(number, []).extend(end - start for start, end in zip(spans[::2], spans[1::2], strict=True))
+        for _, spans in example.sequences:
+            sizes = (end - start for start, end in zip(spans[::2], spans[1::2], strict=True))
+            lengths.setdefault(number, []).extend(sizes)
     last_alone = recipe.model_copy(update={"data": recipe.data.model_copy(update={"train_on": "last"})})
     found = []
     for number, (_, row) in enumerate(iterate_rows(rows, SPLIT)):

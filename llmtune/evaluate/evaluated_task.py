@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from llmtune.data.example import AnyExample
 from llmtune.data.task_interface import TaskInterface
 from llmtune.evaluate.metric import Measure
 from llmtune.evaluate.tool_metrics import ToolTurn
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 PredictionT = TypeVar("PredictionT")
 """A task's prediction for a row: a JSON value."""
+LearnedClasses: TypeAlias = list[tuple[int | None, list[int]]]
+"""For each token with a class, its position; or None for a text. Then the class, or 0 or 1 for each class."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +109,10 @@ class EvaluatedTask(TaskInterface):
 
     def right_labels(self, reference: Any) -> list[list[str]]:
         """Return the right labels of each choice in a row; for tasks with `output_labels`."""
+        raise NotImplementedError
+
+    def learned_classes(self, example: AnyExample) -> LearnedClasses:
+        """Return the classes of an example by their numbers; for tasks with `output_labels`."""
         raise NotImplementedError
 
     def output_kind(self, recipe: Recipe) -> str:

@@ -12,7 +12,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from llmtune.data.collators import causal_collator
-from llmtune.data.example import Collate, Example
+from llmtune.data.example import AnyExample, Collate
 from llmtune.data.row_store import iterate_rows
 from llmtune.data.task_interface import Encoded
 from llmtune.evaluate.evaluated_task import PredictionT
@@ -88,13 +88,13 @@ class Task(TrainedTask, Generic[RowT, PredictionT]):
     def collator(self, processor: PreTrainedTokenizerBase, recipe: Recipe, packs: bool | None = None) -> Collate:
         """Return the function that makes micro-batches."""
 
-        def collate(examples: Sequence[Example], draw: int = 0) -> Batch:
+        def collate(examples: Sequence[AnyExample], draw: int = 0) -> Batch:
             return self.collate(examples, processor, recipe, bool(packs), draw)
 
         return collate
 
     def collate(
-        self, examples: Sequence[Example], processor: PreTrainedTokenizerBase, recipe: Recipe, packs: bool, draw: int
+        self, examples: Sequence[AnyExample], processor: PreTrainedTokenizerBase, recipe: Recipe, packs: bool, draw: int
     ) -> Batch:
         """Make one micro-batch; `draw` seeds random parts such as masks; evaluation passes 0."""
         raise NotImplementedError

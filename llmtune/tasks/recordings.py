@@ -217,3 +217,14 @@ def spell(text: str, processor: PreTrainedTokenizerBase) -> list[int] | str:
 def is_heard(character: str) -> bool:
     """Whether a character is pronounced: it is neither white space nor punctuation."""
     return character in SPOKEN or unicodedata.category(character)[0] not in "PZC"
+
+
+def without_marks(text: str, processor: PreTrainedTokenizerBase) -> str:
+    """Remove special tokens such as `</s>` from a text that was decoded with them.
+
+    The tokenizer would remove them before it merges repeats, and lose the blanks between two equal letters.
+    """
+    for mark in processor.all_special_tokens:
+        if mark != getattr(processor, "word_delimiter_token", None):
+            text = text.replace(mark, "")
+    return text

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 from accelerate import Accelerator
 
-from llmtune.data.example import Example
+from llmtune.data.example import AnyExample
 from llmtune.data.examples import ExampleReader
 from llmtune.errors import TrainingError
 from llmtune.evaluate.evaluated_task import EvaluatedTask
@@ -144,7 +144,7 @@ class CachedFeatures(StepObjective):
         self,
         compute: ComputeLoss,
         read: Callable[[torch.nn.Module, Batch], list[torch.Tensor]],
-        compare: Callable[[Sequence[torch.Tensor], Sequence[Example]], Loss],
+        compare: Callable[[Sequence[torch.Tensor], Sequence[AnyExample]], Loss],
         describe: Callable[[Sequence[torch.Tensor]], dict[str, float]],
     ) -> None:
         super().__init__(compute)

@@ -153,8 +153,9 @@ def set_up(
 
     Raises RecipeError or EnvironmentProblem for an invalid optimiser, schedule, tracker or `batch_tokens`.
     """
-    train, reader = recipe.train, ExampleReader(examples, "train")
-    held_out = ExampleReader(examples, "validation") if examples.counts.get("validation") else None
+    train, reader = recipe.train, ExampleReader(examples, "train", task.example_type)
+    validates = examples.counts.get("validation")
+    held_out = ExampleReader(examples, "validation", task.example_type) if validates else None
     plan = StepPlan(
         reader.lengths, recipe.seed, train.batch_size, train.batch_tokens, train.num_train_epochs, train.max_steps
     )

@@ -191,7 +191,7 @@ def outputs(model: torch.nn.Module, batch: dict[str, Any]) -> tuple[dict[str, An
 def test_disabling_the_adapter_gives_the_base_and_merging_keeps_it(name, finished):
     run, _ = finished(name)
     context, models, processor, _ = opened(run)
-    reader = ExampleReader(load_examples(run / "data" / "examples"), "test")
+    reader = ExampleReader(load_examples(run / "data" / "examples"), "test", context.plan.task.example_type)
     batch = context.plan.task.collator(processor, context.plan.recipe, False)([reader[0], reader[1]], 0)
     with models.base() as model:
         _, base = outputs(model, batch)
@@ -362,7 +362,7 @@ def read_in_plain_classes(names: list[str], finished: Callable[[str], Any], plac
     for name in names:
         run, _ = finished(name)
         context, models, processor, _ = opened(run)
-        reader = ExampleReader(load_examples(run / "data" / "examples"), "test")
+        reader = ExampleReader(load_examples(run / "data" / "examples"), "test", context.plan.task.example_type)
         batch = context.plan.task.collator(processor, context.plan.recipe, False)([reader[0], reader[1]], 0)
         with models.tuned() as model:
             inputs, output = outputs(model, batch)
