@@ -28,7 +28,7 @@ from llmtune.evaluate.generation import generate_batch, only_these_settings
 from llmtune.model.config import keeps_float32, read_model_config
 from llmtune.model.quantized_base import kept_quantization
 from llmtune.recipe.schema import Recipe
-from llmtune.records import AdaptedModel, ModelRef, Row
+from llmtune.records import AdaptedModel, ModelRef, Prompt, Row
 from llmtune.session import Models, RunContext
 from llmtune.store.atomic_files import hash_folder, read_json
 from llmtune.tasks.base import AnyTask
@@ -192,7 +192,7 @@ class TransformersReader:
             max_new_tokens=tokens, do_sample=False, eos_token_id=list(stops) or None, pad_token_id=[*stops, 0][0]
         )
         with only_these_settings(self.model):
-            return generate_batch(self.model, [prompt], settings, str(self.model.device))[0]
+            return generate_batch(self.model, [Prompt(prompt)], settings, str(self.model.device))[0]
 
 
 def render_prompts(tuned: TunedModel, processor: PreTrainedTokenizerBase) -> list[list[int]]:

@@ -24,7 +24,7 @@ from llmtune.recipe.class_names import show_name, similar_names
 from llmtune.recipe.evaluate_section import EvaluateSection, metric_name
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_facts import CHOICE_METRICS, TASK_FACTS, TOOL_METRICS
-from llmtune.records import Examples, Row, Rows
+from llmtune.records import Examples, Prompt, Row, Rows
 
 SPLIT = "test"
 SCHEMAS_NOTE = "tool_call_valid.schemas"
@@ -47,7 +47,7 @@ class EvalInputs:
     """[N] references that predictions are compared with, in the task's own form."""
     answered: tuple[int, ...]
     """Indexes into the rows above: the rows that get a predicted answer."""
-    prompt_ids: dict[int, list[list[int]]]
+    generation_prompts: dict[int, list[Prompt]]
     """Index into the rows above -> prompts to generate from; the row's own answer comes last, after other `turns`."""
     turns: dict[int, list[ToolTurn]]
     """Index into the rows above -> all answers of a row with tools, its own last."""
@@ -138,7 +138,7 @@ def make_inputs(
         questions=tuple(questions),
         targets=tuple(task.reference(row) for _, row in held_out),
         answered=tuple(answered),
-        prompt_ids={i: [task.prompt_ids(row, processor, recipe) for row in before] for i, before in asked.items()},
+        generation_prompts={i: [task.prompt(row, processor, recipe) for row in before] for i, before in asked.items()},
         turns={i: turns[i] for i in asked if turns[i]},
         choices=choices,
         trees=trees,
@@ -163,7 +163,7 @@ def limit_inputs(inputs: EvalInputs, limit: int | None) -> EvalInputs:
         inputs,
         measured=measured,
         answered=tuple(i for i in inputs.answered if i in kept),
-        prompt_ids={i: prompts for i, prompts in inputs.prompt_ids.items() if i in kept},
+        generation_prompts={i: prompts for i, prompts in inputs.generation_prompts.items() if i in kept},
         turns={i: turns for i, turns in inputs.turns.items() if i in kept},
         trees={i: tree for i, tree in inputs.trees.items() if i in kept},
     )

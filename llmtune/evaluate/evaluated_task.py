@@ -13,7 +13,7 @@ from llmtune.data.example import AnyExample
 from llmtune.data.task_interface import TaskInterface
 from llmtune.evaluate.metric import Measure
 from llmtune.evaluate.tool_metrics import ToolTurn
-from llmtune.records import Advance
+from llmtune.records import Advance, Prompt
 
 if TYPE_CHECKING:
     import torch
@@ -138,6 +138,10 @@ class EvaluatedTask(TaskInterface):
     def tool_turns(self, row: Any, recipe: Recipe) -> list[ToolTurn]:
         """Return all answers of a row with tools, its own last; each is generated and scored by its calls."""
         return []
+
+    def prompt(self, row: Any, processor: PreTrainedTokenizerBase, recipe: Recipe) -> Prompt:
+        """Return what to generate from: by default text alone."""
+        return Prompt(self.prompt_ids(row, processor, recipe))
 
     def prompt_ids(self, row: Any, processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[int]:
         """Return the token ids to generate from; the same in training, evaluation and chat."""

@@ -31,7 +31,7 @@ from llmtune.model.loading import load_model
 from llmtune.model.processor import load_processor
 from llmtune.model.resolve import resolve_model
 from llmtune.recipe.schema import Recipe
-from llmtune.records import AdaptedModel
+from llmtune.records import AdaptedModel, Prompt
 from llmtune.tasks.base import AnyTask
 from llmtune.tasks.registry import choose_variant
 from llmtune.tasks.text_to_text import TargetExample, decoder_settings, source_ids
@@ -199,7 +199,7 @@ def _answers(kind: str, adapted: AdaptedModel, plain: PeftModel, task: AnyTask, 
         if failed:
             return _tell(failed[0]).replace("traceback", "plain transformers fails")
         if kind == "causal":
-            written = generate_completions(model, prompts, processor, recipe, device="cpu")
+            written = generate_completions(model, [*map(Prompt, prompts)], processor, recipe, device="cpu")
             ours = [processor.decode(output.token_ids, skip_special_tokens=True) for output in written]
         else:
             predicted = task.predict(rows, LoadedModel(model, processor, recipe, "cpu"))

@@ -136,7 +136,7 @@ def answer(plan: Plan, model: torch.nn.Module, rows: list[Any]) -> list[Any]:
     """The answers of a model to rows."""
     if plan.task.predicts:
         return predict(plan.task, model, rows, plan.processor, plan.recipe)
-    prompts = [plan.task.prompt_ids(row, plan.processor, plan.recipe) for row in rows]
+    prompts = [plan.task.prompt(row, plan.processor, plan.recipe) for row in rows]
     outputs = generate_completions(model, prompts, plan.processor, plan.recipe, device="cpu")
     read = answer_reader(plan.processor, plan.recipe)
     return [read(output.token_ids, None).text for output in outputs]
