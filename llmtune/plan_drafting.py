@@ -61,12 +61,12 @@ def draft_plan(context: RunContext, loaded: LoadedRecipe, model_ref: ModelRef, r
     console, task = context.console, find_variant(loaded.recipe, model_ref)
     config = read_model_config(model_ref, loaded.recipe.model)
     recipe = task.infer_labels(loaded.recipe, rows, config)
-    RecipeError.collect(find_idle_keys(recipe, style=task.style, reads_template=task.reads_template))
+    RecipeError.collect(find_idle_keys(recipe, style=task.style, reads_template=task.model_kind.reads_template))
     stated, found = loaded.recipe.classify, recipe.classify
     if found is not None and found.kind == "regression" and (stated is None or stated.kind == "auto"):
         console.print(AS_NUMBERS, highlight=False)
     text, count = config.get_text_config(), rows.counts.get("train", 0)
-    choices = choose_training(recipe, count, getattr(text, "hidden_size", None), task.trains_head)
+    choices = choose_training(recipe, count, getattr(text, "hidden_size", None), task.model_kind.has_head)
     loaded = with_choices(loaded, choices)
     positions = context_length(text)
     reach = None if positions is None else positions - recipe.adapter.virtual_tokens

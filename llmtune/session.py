@@ -179,7 +179,7 @@ def _make(context: RunContext, make: Callable[[Recipe, str], Made], *, training:
     # Import remote code before receiving a model that uses it.
     _, config = find_class(plan.model_ref, plan.recipe, plan.task)
     device, recipe = loading_device(plan.recipe, plan.device)
-    exact = keeps_float32(plan.recipe, plan.task, config) and (training or plan.task.predicts_in_float32)
+    exact = keeps_float32(plan.recipe, plan.task, config) and (training or plan.task.model_kind.predicts_in_float32)
     return share_model(partial(make, plan.recipe if exact else recipe, device))
 
 

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from llmtune.data.example import AnyExample, Collate, Example
 from llmtune.data.tokenization import Segment, highlight
+from llmtune.recipe.model_kind import ModelKind
+from llmtune.recipe.task_facts import TASK_FACTS
 from llmtune.records import AdaptedModel, Batch, Loss, Rows
 
 if TYPE_CHECKING:
@@ -25,20 +27,22 @@ class TaskInterface:
     """Defines how rows become examples, batches and a loss, and how the model is loaded."""
 
     name: str
-    auto_class: str
-    """Name of the transformers class that loads the model."""
-    peft_task_type: str | None = None
-    """PEFT's name for the task, which selects the plain class that loads the adapter; None: `AutoPeftModel`."""
+    model_kind: ModelKind
+    """The kind of model that the task trains."""
     example_type: type[Example] = Example
     """The columns of its encoded rows."""
-    packs: bool = False
-    """Whether rows may be packed end to end in one micro-batch, if the model separates them."""
-    predicts_tokens: bool = True
-    """Whether the loss is token prediction over the vocabulary."""
-    trains_head: bool = False
-    """Whether a head missing from the model is created and fully trained."""
-    predicts_in_float32: bool = False
-    """Whether an encoder that `needs_float32` also predicts in float32: scores in bfloat16 are often equal."""
+    rates_answers: bool = False
+    """Whether rows come with answers that a prediction rates."""
+
+    @property
+    def packs(self) -> bool:
+        """Return whether rows may be packed end to end in one micro-batch, if the model separates them."""
+        return self.model_kind.packs and TASK_FACTS[self.name].packs
+
+    @property
+    def predicts_tokens(self) -> bool:
+        """Return whether the loss is token prediction over the vocabulary."""
+        return self.model_kind.predicts_tokens and not self.rates_answers
 
     def encode(self, rows: Sequence[Any], processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[Encoded]:
         """Return the examples of each row, or the reason why it has none."""

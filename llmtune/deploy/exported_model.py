@@ -92,7 +92,7 @@ def borrow_class(
 def open_folder(folder: Path, source: ModelSource, name: str = "folder") -> ExportedModel:
     """Load a plain model folder with transformers alone, as its users do."""
     processor = saved_processor(folder, source.model_ref, source.recipe.model)  # also refuses a damaged configuration
-    auto_class = getattr(transformers, source.task.auto_class)
+    auto_class = getattr(transformers, source.task.model_kind.auto_class)
     options = {"local_files_only": True, "trust_remote_code": source.recipe.model.trust_remote_code}
 
     def load() -> Any:

@@ -52,12 +52,12 @@ def expected_settings(tuned: TunedModel) -> Settings:
     """Return the settings of the run; call it before the model is merged."""
     model, task = cast(PreTrainedModel, unwrap(tuned.model)), tuned.task
     settings: Settings = {TOKENIZER: _read_tokenizer(tuned.processor), **tuned.rules}
-    if model.can_generate() and not task.trains_head:
+    if model.can_generate() and not task.model_kind.has_head:
         settings[GENERATION] = _read_generation(expected_generation(model, tuned))
     settings[CONFIG] = _read_network(model.config)
-    if task.trains_head:
+    if task.model_kind.has_head:
         settings[CONFIG] = {**settings[CONFIG], **_read_head(model.config.to_dict(), tuned, model)}
-    if task.takes_audio:
+    if task.model_kind.takes_audio:
         settings[PREPROCESSOR] = _read_features(tuned.processor)
     if isinstance(task, Embed):
         section = embed_section(tuned.recipe)
@@ -177,7 +177,7 @@ def _read_network(config: PretrainedConfig) -> dict[str, object]:
 def _read_config(stated: Mapping[str, Any], tuned: TunedModel, exported: ExportedModel) -> dict[str, object]:
     """Return the settings of a product's network and head. The network of an ONNX graph is that of the graph."""
     network = _read_network(exported.model.config)
-    return {**network, **_read_head(stated, tuned, exported.model)} if tuned.task.trains_head else network
+    return {**network, **_read_head(stated, tuned, exported.model)} if tuned.task.model_kind.has_head else network
 
 
 def _read_head(stated: Mapping[str, Any], tuned: TunedModel, model: PreTrainedModel) -> dict[str, object]:
@@ -187,7 +187,7 @@ def _read_head(stated: Mapping[str, Any], tuned: TunedModel, model: PreTrainedMo
         nested = stated.get("sentence_transformers")
         legacy = stated.get("sbert_ce_default_activation_function")
         found["activation_fn"] = (nested.get("activation_fn") if isinstance(nested, dict) else legacy) or SIGMOID
-    elif tuned.task.auto_class == "AutoModelForSequenceClassification":
+    elif tuned.task.model_kind.reads_class_at_token:
         several = "single_label_classification" if model.config.num_labels > 1 else "multi_label_classification"
         found["problem_type"] = stated.get("problem_type") or several
     if not is_encoder(model.config):  # the head reads the last token that is no padding

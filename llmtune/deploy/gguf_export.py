@@ -111,13 +111,13 @@ def check_gguf(plan: Plan) -> None:
         RecipeError: the model neither continues a text nor classifies it.
         EnvironmentProblem: GGUF files cannot store the model or its tokenizer.
     """
-    task = plan.task
-    encoder = task.auto_class == "AutoModelForSequenceClassification" and task.required_inputs == ("prompt",)
-    if not task.continues_text and not encoder:
+    task, kind = plan.task, plan.task.model_kind
+    encoder = not kind.decodes and kind.in_gguf and task.required_inputs == ("prompt",)
+    if not kind.decodes and not encoder:
         what = f"GGUF export supports models that continue or classify a text, not this one of task {task.name}"
         raise RecipeError.of(what, "deploy", "Use the adapter, or the merged model of `llmtune deploy merge`.")
     config = read_model_config(plan.model_ref, plan.recipe.model)
-    check_convertible(config, task.auto_class)
+    check_convertible(config, kind)
     check_reader(config.model_type, find_pre_tokenizer(plan.processor, encoder))
 
 
@@ -140,7 +140,7 @@ def export_gguf(
         EnvironmentProblem: the model cannot be written or read back, or disk or memory is full.
     """
     RecipeError.collect(check_output(out))
-    if not tuned.task.continues_text and any(row.get("pair") for row in tuned.rows):
+    if not tuned.task.model_kind.decodes and any(row.get("pair") for row in tuned.rows):
         raise RecipeError.of("llama.cpp's classifiers read one text, these rows have pairs", "data.test", MERGE_INSTEAD)
     selected = tuned.adapted.selected
     if adapter_only:

@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 import transformers
 from gguf import GGUFReader
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast, SequenceClassifierOutput
 
 from llmtune.deploy.exported_model import TRANSFORMERS, ExportedModel, ModelSource, borrow_class
@@ -32,6 +32,7 @@ from llmtune.deploy.parity import Limits, load_product
 from llmtune.deploy.tuned_model import TransformersReader, TunedModel, render_chats, render_prompts
 from llmtune.errors import EnvironmentProblem
 from llmtune.model.config import find_class
+from llmtune.recipe.model_kind import CAUSAL
 from llmtune.session import RunContext
 
 NOT_READ = (
@@ -140,7 +141,7 @@ class TransformersGgufReader(TransformersReader):
                 if hasattr(known, name):
                     setattr(config, name, getattr(known, name))
             options = {**files, "config": config, "dtype": torch.float32, "output_loading_info": True}
-            return AutoModelForCausalLM.from_pretrained(str(file.parent), **options)
+            return getattr(transformers, CAUSAL.auto_class).from_pretrained(str(file.parent), **options)
 
         super().__init__(load_product(load, "the GGUF file"))
         self.tokenizer = build_tokenizer(facts)
@@ -200,7 +201,7 @@ def open_gguf_export(path: Path, source: ModelSource, length: int, adapter: Path
         served = partial(served_by_file, facts=facts, reader=ours)
         ends = [facts[key] for key in END_IDS if key in facts]
         return ExportedModel("gguf", TRANSFORMERS, ours.model, processor, file, limits, served, ends)
-    if not source.task.continues_text:
+    if not source.task.model_kind.decodes:
         classifier = LlamaClassifier(file, length, config.num_labels)
         model = borrow_class(kind, config, _classify_texts(classifier))
         served, encode = partial(render_prompts, processor=processor), classifier.encode

@@ -20,6 +20,7 @@ from llmtune.evaluate.metric_info import metric_note
 from llmtune.model.builtin_models import PACKAGED
 from llmtune.model.model_files import read_json_object
 from llmtune.model.resolve import UNKNOWN, find_license
+from llmtune.recipe.model_kind import MODEL_KINDS, ModelKind
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.secrets import hide_paths, is_local_path
 from llmtune.recipe.task_facts import TASK_FACTS
@@ -29,17 +30,6 @@ from llmtune.report.score_sections import base_name, gate_section, score_section
 from llmtune.score_records import Evaluation, GateResult
 from llmtune.store.report_record import Seeds
 
-MODEL_CLASSES = {
-    "AutoModelForCausalLM": (r"CAUSAL_LM|ForCausalLM|LMHeadModel$", "text-generation"),
-    "AutoModelForSequenceClassification": (r"SEQ_CLS|ForSequenceClassification", "text-classification"),
-    "AutoModelForTokenClassification": (r"TOKEN_CLS|ForTokenClassification", "token-classification"),
-    "AutoModelForQuestionAnswering": (r"QUESTION_ANS|ForQuestionAnswering", "question-answering"),
-    "AutoModelForMaskedLM": (r"ForMaskedLM", "fill-mask"),
-    "AutoModelForCTC": (r"ForCTC", "automatic-speech-recognition"),
-    "AutoModelForSpeechSeq2Seq": (r"^Whisper", "automatic-speech-recognition"),
-    "AutoModelForSeq2SeqLM": (r"SEQ_2_SEQ_LM|ForConditionalGeneration$|MTModel$", "text-generation"),
-}
-"""By Auto class: a pattern of PEFT's task name or of a model's class, and the hub's name of the task."""
 HUB_METRICS = {r"f1.*": "f1", r"rouge.*": "rouge", r"matthews": "matthews_correlation", r"auroc": "roc_auc"}
 """The hub's metric names by a pattern of ours, if they differ."""
 
@@ -121,8 +111,8 @@ def write_card(published: Publication, console: Console) -> ModelCard:
     name = (options.repo or recipe.name).rpartition("/")[2]
     report = cast(Document, hide_paths({**published.report, "recipe": recipe.model_dump(mode="json")}))
     scores = TypeAdapter(Evaluation).validate_python(hide_paths(asdict(published.evaluation)))
-    auto_class = find_auto_class(published.config)
-    metadata = _metadata(published, scores, _source_names(report), auto_class)
+    model_kind = find_model_kind(published.config)
+    metadata = _metadata(published, scores, _source_names(report), model_kind)
     card: ModelCard = ModelCard.from_template(
         ModelCardData(base_model=base, license=license_name, model_name=name, **metadata),
         template_str=files("llmtune.deploy").joinpath("model_card.md.jinja").read_text("utf-8"),
@@ -134,7 +124,7 @@ def write_card(published: Publication, console: Console) -> ModelCard:
         options=options,
         recipe=recipe,
         facts=TASK_FACTS[recipe.task],
-        auto_class=auto_class,
+        model_kind=model_kind,
         base=base,
         base_name=base_name,
         license=license_name,
@@ -172,19 +162,19 @@ def _print_unknown(published: Publication, license_name: str, console: Console) 
         console.print("The licence of the data is unknown, and the card says so. State it with --data-license.")
 
 
-def find_auto_class(config: Document) -> str:
-    """Return the Auto class of an adapter_config.json, or of a model's config.json."""
+def find_model_kind(config: Document) -> ModelKind:
+    """Return the kind of model of an adapter_config.json, or of a model's config.json."""
     mapping, architectures = config.get("auto_mapping"), config.get("architectures")
     base_class = mapping.get("base_model_class") if isinstance(mapping, dict) else None
     named = architectures if isinstance(architectures, list) else []
     name = next((str(one) for one in (config.get("task_type"), base_class, *named) if one), "")
-    return next((known for known, (pattern, _) in MODEL_CLASSES.items() if re.search(pattern, name)), "AutoModel")
+    return next(kind for kind in MODEL_KINDS if re.search(kind.card_pattern, name))
 
 
-def _metadata(published: Publication, scores: Evaluation, sources: list[str], auto_class: str) -> dict[str, Any]:
+def _metadata(published: Publication, scores: Evaluation, sources: list[str], kind: ModelKind) -> dict[str, Any]:
     """Return the metadata by the hub's names."""
     task, options, method = published.recipe.task, published.options, published.report["adapter"]["method"]
-    pipeline = TASK_FACTS[task].pipeline or MODEL_CLASSES.get(auto_class, ("", None))[1]
+    pipeline = TASK_FACTS[task].pipeline or kind.hub_task
     hub_data = [source.removeprefix("hub:") for source in sources if source.startswith("hub:")]
     relation = {"base_model_relation": "adapter" if published.kind == "adapter" else "finetune"}
     return {

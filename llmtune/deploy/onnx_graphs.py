@@ -66,7 +66,7 @@ def list_graphs(model: PreTrainedModel, reference: TunedReference) -> list[Graph
     """Return the graphs of a model: one, or those of encoder and decoder."""
     if model.config.is_encoder_decoder:
         return _encoder_decoder_graphs(model)
-    if reference.tuned.task.continues_text:
+    if reference.tuned.task.model_kind.decodes:
         return [_decoder_graph(model)]
     batch = cast(HeadReference, reference).batches[0]
     return [_head_graph(model, [*dict.fromkeys([*model_inputs(model, batch), "attention_mask"])])]

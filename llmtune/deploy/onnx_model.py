@@ -43,7 +43,7 @@ def open_onnx_export(path: Path, source: ModelSource) -> ExportedModel:
     folder = path if path.is_dir() else path.parent
     kind, config = find_class(source.model_ref, source.recipe, source.task)
     stated = read_json(folder / "config.json") or {}
-    columns = order_labels(config, stated) if source.task.trains_head else None
+    columns = order_labels(config, stated) if source.task.model_kind.has_head else None
     files = _find_graphs(path)
     sessions = [open_session(file) for file in files]
     if len(sessions) == 2:
@@ -53,7 +53,7 @@ def open_onnx_export(path: Path, source: ModelSource) -> ExportedModel:
     else:
         text = config.get_text_config()
         widths = (config.num_labels, text.vocab_size, text.hidden_size)
-        sessions[0].check_head(widths, source.task.auto_class)
+        sessions[0].check_head(widths, source.task.model_kind)
         model = borrow_class(kind, config, _read_heads(sessions[0], columns))
     settings = next((one for one in (folder, source.model_ref.path) if (one / GENERATION_CONFIG_NAME).is_file()), None)
     if settings is not None:

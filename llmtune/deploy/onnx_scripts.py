@@ -11,6 +11,7 @@ from llmtune.data.tokenization import decode
 from llmtune.deploy.tuned_model import TunedModel
 from llmtune.evaluate.generation import answer_ends
 from llmtune.model.memory_plan import context_length
+from llmtune.recipe.model_kind import CTC, MASKED, SPANS, TOKENS, VECTORS
 from llmtune.store.atomic_files import write_text
 from llmtune.tasks.recordings import set_speech
 from llmtune.tasks.text_to_text import TextToText, decoder_settings, first_token
@@ -150,7 +151,7 @@ def write_script(model: PreTrainedModel, tuned: TunedModel, folder: Path) -> Non
     constants: dict[str, Any] = {"MAX_LENGTH": min(longest, context or longest)}
     if model.config.is_encoder_decoder:
         body, constants = _encoder_decoder_script(model, tuned)
-    elif tuned.task.continues_text:
+    elif tuned.task.model_kind.decodes:
         body, constants = DECODER + WRITE, _decoder_constants(model, tuned)
     else:
         body = _head_script(model, tuned)
@@ -164,14 +165,8 @@ def write_script(model: PreTrainedModel, tuned: TunedModel, folder: Path) -> Non
 
 def _head_script(model: PreTrainedModel, tuned: TunedModel) -> str:
     kinds = {"choice": CHOICE, "yes-no": YES_NO, "number": NUMBER}
-    by_class = {
-        "AutoModelForTokenClassification": TAGS,
-        "AutoModelForQuestionAnswering": SPAN,
-        "AutoModelForMaskedLM": MASK,
-        "AutoModelForCTC": LETTERS,
-        "AutoModel": VECTOR,
-    }
-    return by_class.get(tuned.task.auto_class) or kinds[tuned.task.output_kind(tuned.recipe)]
+    by_kind = {TOKENS: TAGS, SPANS: SPAN, MASKED: MASK, CTC: LETTERS, VECTORS: VECTOR}
+    return by_kind.get(tuned.task.model_kind) or kinds[tuned.task.output_kind(tuned.recipe)]
 
 
 def _decoder_constants(model: PreTrainedModel, tuned: TunedModel) -> dict[str, Any]:
@@ -200,7 +195,7 @@ def _encoder_decoder_script(model: PreTrainedModel, tuned: TunedModel) -> tuple[
     task, processor, recipe = tuned.task, tuned.processor, tuned.recipe
     places = {name: f"<{name}>" for name in task.required_inputs}
     constants: dict[str, Any] = {}
-    if task.takes_audio:
+    if task.model_kind.takes_audio:
         set_speech(processor, recipe)
         start, first, body = list(processor.prefix_tokens), None, SOUND
     else:

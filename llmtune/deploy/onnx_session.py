@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from llmtune.deploy.parity import LIMITS, Limits
 from llmtune.errors import EnvironmentProblem, first_line
+from llmtune.recipe.model_kind import ModelKind
 
 PAST = "past_key_values"
 """First part of the names of the inputs with the keys and values of earlier tokens."""
@@ -27,12 +28,6 @@ ONNX_TYPES = {
     "tensor(float16)": "float16",
     "tensor(bool)": "bool",
 }
-OUTPUT_AXES = {
-    "AutoModelForSequenceClassification": 2,
-    "AutoModelForTokenClassification": 3,
-    "AutoModelForQuestionAnswering": 2,
-}
-"""Axes of the first output of a head."""
 FATAL = 4
 """onnxruntime's level for fatal errors only."""
 Tensors = Mapping[str, torch.Tensor | None]
@@ -114,15 +109,14 @@ class OnnxSession:
             reason = f"{self.package} cannot {what} the file: {first_line(error)}"
             raise EnvironmentProblem.of(reason, str(self.file)) from error
 
-    def check_head(self, known: Sequence[int], auto_class: str) -> None:
-        """Raise EnvironmentProblem if the outputs are not those of a head of `auto_class`.
+    def check_head(self, known: Sequence[int], kind: ModelKind) -> None:
+        """Raise EnvironmentProblem if the outputs are not those of a head of this kind.
 
         If the first output has a fixed width, it must be one of `known`.
         """
-        axes = OUTPUT_AXES.get(auto_class, len(self.shape))
+        axes = kind.output_axes or len(self.shape)
         width = self.shape[-1] if len(self.outputs) == 1 else None
-        spans = auto_class == "AutoModelForQuestionAnswering"
-        other_head = len(self.outputs) == 1 if spans else "start_logits" in self.outputs
+        other_head = len(self.outputs) == 1 if kind.points_at_span else "start_logits" in self.outputs
         if other_head or len(self.shape) != axes or (isinstance(width, int) and width not in known):
             what = f"the file returns {', '.join(self.outputs)} of shape {self.shape}: it lacks the run's head"
             raise EnvironmentProblem.of(what, str(self.file), "Export the model with its head.")

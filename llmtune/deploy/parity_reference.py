@@ -109,7 +109,7 @@ class TunedReference(ABC):
         model = self.tuned.adapted.model
         if not switches_off(model):  # trained biases stay
             return None
-        with without_adapter(cast(PeftModel, model), keeps_head=self.tuned.task.trains_head):
+        with without_adapter(cast(PeftModel, model), keeps_head=self.tuned.task.model_kind.has_head):
             return self.read_logits(cast(PreTrainedModel, model))
 
     def measure_effect(self, base_logits: Sequence[torch.Tensor]) -> float:
@@ -216,9 +216,9 @@ class HeadReference(TunedReference):
         logits = self.read_logits(model)
         given = self._predict(model, exported.processor) if are_finite(logits) else []
         same = [write(actual) == write(expected) for actual, expected in zip(given, self.predictions, strict=False)]
-        labels = unwrap(self.tuned.model).config.id2label if task.trains_head else model.config.id2label
+        labels = unwrap(self.tuned.model).config.id2label if task.model_kind.has_head else model.config.id2label
         compared = self.judge(logits, same, self._same_ids(exported))
-        writes = model.can_generate() and not task.trains_head
+        writes = model.can_generate() and not task.model_kind.has_head
         missing = self.missing_ends(exported, []) if writes else ()
         return replace(compared, same_labels=model.config.id2label == labels, missing_ends=missing)
 
@@ -256,7 +256,7 @@ class HeadReference(TunedReference):
 def fill_answer(task: AnyTask, row: Row, prediction: object) -> Row:
     """Return the row with a model's prediction as its answer, if answers are single texts."""
     question, answer = task.split_answer(row)
-    if not isinstance(prediction, str) or task.trains_head:
+    if not isinstance(prediction, str) or task.model_kind.has_head:
         return row
     if "answers" in row:
         return {**row, "answers": [{"text": prediction, "start": None}] if prediction else []}

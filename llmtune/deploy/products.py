@@ -166,7 +166,7 @@ def certify_export(run: Path, path: Path, *, offline: bool, console: Console, li
     with spinner(console, "asking the export"), foreign(path, tuned.device):
         exported = open_export(path, context)
         ours, theirs = unwrap(tuned.model).config.num_labels, exported.model.config.num_labels
-        if tuned.task.trains_head and ours != theirs:
+        if tuned.task.model_kind.has_head and ours != theirs:
             what = f"the export has {theirs} labels, the tuned model {ours}"
             raise GateFailed.of(what, str(path), "Give an export of this run.")
         rounded = tuned.model.dtype != torch.float32  # so are its outputs, and merges that others convert

@@ -103,8 +103,8 @@ def check_quantizable(plan: Plan, scheme: str) -> int:
     if reason := recipe.adapter.unmergeable:
         what = f"an adapter of {recipe.adapter.method} cannot be merged: {reason}"
         raise RecipeError.of(what, "adapter.method", "Use it with its base.")
-    if plan.task.auto_class != "AutoModelForCausalLM":
-        what = f"vLLM reads this format for models that continue a text, not for {plan.task.auto_class}"
+    if not plan.task.model_kind.decodes:
+        what = f"vLLM reads this format for models that continue a text, not for {plan.task.model_kind.auto_class}"
         raise RecipeError.of(what, "task", MERGE_INSTEAD)
     if getattr(read_model_config(plan.model_ref, recipe.model), "quantization_config", None):
         what = f"the weights of {name} are already quantised; rounding them again would lose more"

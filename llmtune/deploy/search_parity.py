@@ -91,7 +91,7 @@ class SearchReference(HeadReference):
     @property
     def is_vectors(self) -> bool:
         """Whether the task makes vectors."""
-        return self.tuned.task.answer_column == "vectors"
+        return self.tuned.task.model_kind.answer_column == "vectors"
 
     def read_logits(self, model: PreTrainedModel) -> Tensors:
         """Return the outputs of `model` for each row, as the run computes them."""
@@ -251,4 +251,4 @@ def make_reference(tuned: TunedModel) -> TunedReference:
     """Ask the tuned model the fixed prompts and its rows; only the rows if it does not continue a text."""
     if isinstance(tuned.task, Embed | Rerank):
         return SearchReference(tuned)
-    return TextReference(tuned) if tuned.task.continues_text else HeadReference(tuned)
+    return TextReference(tuned) if tuned.task.model_kind.decodes else HeadReference(tuned)

@@ -13,7 +13,7 @@ from llmtune.data.example import AnyExample
 from llmtune.data.task_interface import TaskInterface
 from llmtune.evaluate.metric import Measure
 from llmtune.evaluate.tool_metrics import ToolTurn
-from llmtune.records import Advance, Prompt
+from llmtune.records import Advance, Prompt, Row
 
 if TYPE_CHECKING:
     import torch
@@ -84,16 +84,13 @@ class EvaluatedTask(TaskInterface):
     """Unit that the loss is a mean over."""
     has_row_loss: bool = True
     """Whether the loss of a single row can be computed."""
-    continues_text: bool = False
-    """Whether answers are generated token by token from `prompt_ids`."""
-    predicts: bool = True
-    """Whether `predict` returns what is evaluated; otherwise it is generated from `prompt_ids`."""
-    answer_column: str = "answer"
-    """Column of predictions in files: `answer` has them as text, `vectors` as they are."""
     answer_keys: tuple[str, ...] = ()
     """Keys of a prediction that are written next to it."""
-    rates_answers: bool = False
-    """Whether rows come with answers that a prediction rates."""
+
+    @property
+    def predicts(self) -> bool:
+        """Return whether `predict` returns what is evaluated; otherwise it is generated from `prompt_ids`."""
+        return self.rates_answers or not self.model_kind.decodes
 
     def split_answer(self, row: Any) -> tuple[Any, str]:
         """Return the row without its answer, and the answer as text."""
@@ -134,6 +131,10 @@ class EvaluatedTask(TaskInterface):
     def row_notes(self, rows: Rows, split: str, recipe: Recipe) -> dict[str, str]:
         """Return notes on the evaluated rows of a split for the report, by subject."""
         return {}
+
+    def can_answer(self, row: Row, processor: PreTrainedTokenizerBase) -> bool:
+        """Return whether a row has what its answer needs besides a prompt, such as a mask."""
+        return True
 
     def tool_turns(self, row: Any, recipe: Recipe) -> list[ToolTurn]:
         """Return all answers of a row with tools, its own last; each is generated and scored by its calls."""

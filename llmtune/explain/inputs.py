@@ -313,7 +313,7 @@ def read_prompt(target: Target, request: PromptRequest) -> ModelInputs:
         return replace(_whisper_inputs(target, samples, recipe), note=note)
     if target.family == "encoder":
         inputs = _read_masked(str(request.prompt), target, recipe)
-    elif task is not None and task.continues_text:
+    elif task is not None and task.model_kind.decodes:
         inputs = ModelInputs(task.prompt_ids(task.make_row(request.named()), processor, recipe), recipe)
     elif task is not None or target.family == "encoder-decoder":
         pair = make_pair(target, request.named())
@@ -339,7 +339,7 @@ def check_prompt_options(target: Target, request: PromptRequest) -> None:
         writes = whisper or target.family != "encoder" or any(name.endswith(MASKED_HEADS) for name in named)
         what = f"this model predicts no words: it is a {named[0] if named else target.config.model_type}"
     else:
-        writes = whisper or task.continues_text or isinstance(task, EncoderDecoder | MaskedCompletion)
+        writes = whisper or task.model_kind.decodes or isinstance(task, EncoderDecoder | MaskedCompletion)
         what = f"the model of this run predicts no words (task {task.name})"
     if not writes:
         raise RecipeError.of(what, target.name, NO_WORDS_FIX)

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from llmtune.errors import EnvironmentProblem, RecipeError, nearest
 from llmtune.recipe.builtin import recipes_folder
+from llmtune.recipe.model_kind import CAUSAL
 from llmtune.store.atomic_files import find_cache, hash_file, staged
 
 Convert = Callable[[Path, Path], None]
@@ -148,13 +149,13 @@ def convert_gguf(file: Path, folder: Path) -> None:
     import torch  # imported here and below: looking up installed packages must not need them
     import transformers
     from tokenizers import pre_tokenizers
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers import AutoTokenizer, GgufConfig
 
     from llmtune.model.model_files import share_file
     from llmtune.model.processor import save_tokenizer
 
     transformers.utils.logging.disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(
+    model = getattr(transformers, CAUSAL.auto_class).from_pretrained(
         str(file.parent),
         gguf_file=file.name,
         quantization_config=GgufConfig(dequantize=True),

@@ -22,6 +22,7 @@ from llmtune.data.task_interface import TaskInterface
 from llmtune.errors import EnvironmentProblem, Problem, RecipeError, first_line, system_errno
 from llmtune.model.device import is_out_of_memory
 from llmtune.model.quantized_base import check_training, is_quantized, kept_quantization, prepare_reading
+from llmtune.recipe.model_kind import MASKED, VECTORS
 from llmtune.recipe.model_section import ModelSection
 from llmtune.recipe.schema import Recipe
 from llmtune.records import ModelRef
@@ -58,37 +59,21 @@ def find_class(
     encoder for chat.
     """
     config = read_model_config(model_ref, recipe.model)
-    auto_class = getattr(transformers, task.auto_class)
-    own_code = recipe.model.trust_remote_code and task.auto_class in (getattr(config, "auto_map", None) or {})
+    kind, auto_class = task.model_kind, getattr(transformers, task.model_kind.auto_class)
+    own_code = recipe.model.trust_remote_code and kind.auto_class in (getattr(config, "auto_map", None) or {})
     if not own_code and not supports_task(config, task):
         raise RecipeError.of(
             f"{model_ref.name} is a {describe_config(config)}: it cannot be used for the task {task.name}, which needs "
-            f"{task.auto_class}",
+            f"{kind.auto_class}",
             "model.name",
-            NEEDS[task.auto_class],
+            kind.fix,
         )
-    if recipe.adapter.is_prompt and task.auto_class != "AutoModelForCausalLM":
+    if recipe.adapter.is_prompt and not kind.decodes:
         what = f"{recipe.adapter.method} puts its vectors before a decoder's prompt"
         raise RecipeError.of(f"{what}, but {model_ref.name} is not a decoder", "adapter.method", "Use lora.")
-    check_training(config, recipe.adapter, task.trains_head, model_ref.name)
+    check_training(config, recipe.adapter, kind.has_head, model_ref.name)
     task.configure_head(config, recipe)
     return auto_class if own_code else auto_class._model_mapping[type(config)], config
-
-
-NEEDS = {
-    "AutoModel": "Name an encoder, such as BERT or ModernBERT, or a decoder.",
-    "AutoModelForCausalLM": "Name a decoder model (its config.json names a class that ends in ForCausalLM or "
-    "LMHeadModel).",
-    "AutoModelForMaskedLM": "Name an encoder with its masked-token head (its config.json names a class that ends in "
-    "ForMaskedLM).",
-    "AutoModelForSeq2SeqLM": "Name an encoder-decoder model, such as T5, BART, Marian or NLLB.",
-    "AutoModelForQuestionAnswering": "Name an encoder, such as BERT or RoBERTa.",
-    "AutoModelForSequenceClassification": "Name an encoder, such as BERT or ModernBERT, or a decoder.",
-    "AutoModelForTokenClassification": "Name a model with a transformers class for token classification, such as BERT.",
-    "AutoModelForSpeechSeq2Seq": "Name a Whisper model.",
-    "AutoModelForCTC": "Name a wav2vec2 model or one of its relatives.",
-}
-"""By Auto class, the fix for a model of the wrong kind."""
 
 
 def describe_config(config: PreTrainedConfig) -> str:
@@ -106,11 +91,11 @@ def supports_task(config: PreTrainedConfig, task: TaskInterface) -> bool:
 
     If the task adds its own head, any model of a kind that takes one does; otherwise the model must have the head.
     """
-    model_class = getattr(transformers, task.auto_class)._model_mapping.get(type(config), None)
+    model_class = getattr(transformers, task.model_kind.auto_class)._model_mapping.get(type(config), None)
     if model_class is None or not task.supports(config):
         return False
     named = _architectures(config)
-    if task.trains_head or task.auto_class == "AutoModel":
+    if task.model_kind.may_miss_weights:
         return True
     return not named or model_class.__name__ in named or _is_relative(named, model_class.__name__)
 
@@ -121,7 +106,7 @@ def is_encoder(config: PreTrainedConfig) -> bool:
         return False
     if any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in _architectures(config)):
         return False
-    return type(config) in transformers.AutoModelForMaskedLM._model_mapping
+    return type(config) in getattr(transformers, MASKED.auto_class)._model_mapping
 
 
 def trains_in_float32(recipe: Recipe, task: TaskInterface, config: PreTrainedConfig) -> bool:
@@ -131,7 +116,7 @@ def trains_in_float32(recipe: Recipe, task: TaskInterface, config: PreTrainedCon
 
 def predicts_in_float32(recipe: Recipe, task: TaskInterface, config: PreTrainedConfig) -> bool:
     """Whether weights are float32 outside training, whatever the device multiplies fast."""
-    return task.predicts_in_float32 and keeps_float32(recipe, task, config)
+    return task.model_kind.predicts_in_float32 and keeps_float32(recipe, task, config)
 
 
 def keeps_float32(recipe: Recipe, task: TaskInterface, config: PreTrainedConfig) -> bool:
@@ -153,10 +138,11 @@ def _is_relative(named: list[str], class_name: str) -> bool:
 
 def architecture_class(config: PreTrainedConfig, trust_remote_code: bool) -> type[PreTrainedModel]:
     """Return the class named in a configuration: one of transformers', or the Auto class for the model's own code."""
-    auto_classes = sorted(getattr(config, "auto_map", None) or (), key=lambda name: name == "AutoModel")  # heads first
-    names = [name for name in auto_classes if trust_remote_code and name.startswith("AutoModel")]
+    bare = VECTORS.auto_class
+    auto_classes = sorted(getattr(config, "auto_map", None) or (), key=lambda name: name == bare)  # heads first
+    names = [name for name in auto_classes if trust_remote_code and name.startswith(bare)]
     known = [name for name in (*names, *_architectures(config)) if hasattr(transformers, name)]
-    return cast(type[PreTrainedModel], getattr(transformers, known[0] if known else "AutoModel"))
+    return cast(type[PreTrainedModel], getattr(transformers, known[0] if known else bare))
 
 
 def read_model_config(model_ref: ModelRef, model: ModelSection) -> PreTrainedConfig:
@@ -320,7 +306,7 @@ def head_is_new(model_ref: ModelRef, recipe: Recipe, task: TaskInterface) -> boo
 
     Pickled weights cannot be inspected without loading them: for those the configuration decides.
     """
-    if not task.trains_head:
+    if not task.model_kind.has_head:
         return False
     model_class, config = find_class(model_ref, recipe, task)
     if getattr(config, OTHER_CLASSES, False):

@@ -49,7 +49,6 @@ from llmtune.records import MemoryPlan, ModelRef, SelectedModel
 
 NOT_LOADED = "the weights cannot be loaded"
 AGAIN = "Download the model again; `llmtune doctor` shows this machine's packages and hardware."
-CAUSAL, CLASSES = "AutoModelForCausalLM", "AutoModelForSequenceClassification"
 
 
 def load_model(
@@ -77,11 +76,11 @@ def load_model(
     with explain_oom(f"loading {model_ref.name}", device):
         model_class, config = find_class(model_ref, recipe, task)
         attention, reason = choose_attention(model_class, config, recipe, task)
-        if reason and task.auto_class == CAUSAL:
+        if reason and task.model_kind.decodes:
             console.print(f"Attention: {attention or 'own'}, with a mask over packed rows, because {reason}.")
         exact = trains_in_float32(recipe, task, config) if training else predicts_in_float32(recipe, task, config)
         if training and recipe.adapter.method == "full":
-            exact = exact and (masters or task.trains_head or bool(recipe.model.add_tokens))
+            exact = exact and (masters or task.model_kind.has_head or bool(recipe.model.add_tokens))
         model, new = _load_weights(model_ref, recipe, task, model_class, config, attention, exact, device)
         _install_kernels(model, recipe, task, attention, device)
         _grow_embedding(model, processor, recipe)
@@ -106,8 +105,8 @@ def load_model(
         plan,
         quantized=recipe.adapter.method == "qlora" or kept is not None,
         base_quantization=kept.method if kept else None,
-        trains_head=task.trains_head,
-        peft_task_type=task.peft_task_type,
+        trains_head=task.model_kind.has_head,
+        peft_task_type=task.model_kind.peft_task_type,
         needs_reference_model=task.needs_reference_model(recipe),
         new_weights=new,
         packs=packs,
@@ -121,7 +120,7 @@ def _install_kernels(
         apply_liger(model)
     if attention == PACKED:
         install_packed(model)
-        if task.auto_class == CLASSES:
+        if task.model_kind.reads_class_at_token:
             pool_documents(model)
 
 
@@ -130,7 +129,7 @@ def _check_readable(
 ) -> None:
     """Raise RecipeError for a model that cannot read text, sees padding, or sees the tokens it should predict."""
     dtype = resolve_dtype(recipe.model.dtype, model.device.type)
-    writes = task.auto_class == CAUSAL or model.config.is_encoder_decoder
+    writes = task.model_kind.decodes or model.config.is_encoder_decoder
     reason = explain_unreadable(model, dtype, processor.pad_token_id or 0, writes)
     if reason is not None:
         what = f"{model_ref.name} is a {type(model).__name__}, which {reason}"
@@ -164,7 +163,7 @@ def _check_packing(
     Raises RecipeError for a decoder that fails: a recurrent state or its own mask carries one row into the next.
     """
     dtype = resolve_dtype(recipe.model.dtype, model.device.type)
-    packs, decodes = task.packs and recipe.data.packing, task.auto_class == CAUSAL
+    packs, decodes = task.packs and recipe.data.packing, task.model_kind.decodes
     if packs and (apart := recipe.needs_rows_apart):
         packs, reason = False, apart
     if decodes and recipe.adapter.is_prompt:  # the loss at the head does not count virtual tokens
@@ -255,7 +254,7 @@ def _load_weights(
             use_safetensors=recipe.model.use_safetensors,
             local_files_only=True,
             output_loading_info=True,
-            ignore_mismatched_sizes=task.trains_head,  # a head for other classes
+            ignore_mismatched_sizes=task.model_kind.has_head,  # a head for other classes
             **options,
         )
     keep_quantized_format(model)
@@ -297,7 +296,11 @@ def _quantization(
     skeleton = build_skeleton(model_class, config, recipe)
     heads = head_names(skeleton)
     names = [name for name, _ in skeleton.named_modules()]
-    new = [name for name in names if starts_new(task) and is_new_part(name, heads) and not in_heads(name, heads)]
+    new = [
+        name
+        for name in names
+        if task.model_kind.may_miss_weights and is_new_part(name, heads) and not in_heads(name, heads)
+    ]
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=recipe.adapter.bnb_4bit_quant_type,
@@ -317,7 +320,7 @@ def _initialize_head(
     """
     heads = head_names(model)
     in_head = {name: p for name, p in model.named_parameters() if in_heads(name, heads)}
-    new = {name for name in absent if starts_new(task) and is_new_part(name, heads)}
+    new = {name for name in absent if task.model_kind.may_miss_weights and is_new_part(name, heads)}
     with torch.no_grad():
         if getattr(config, OTHER_CLASSES, False) and not new & in_head.keys():
             spread = float(getattr(config.get_text_config(), "initializer_range", 0.02))
@@ -330,11 +333,6 @@ def _initialize_head(
     if order := getattr(config, OTHER_ORDER, None):
         put_in_order(model, heads, order)
     return new
-
-
-def starts_new(task: TaskInterface) -> bool:
-    """Whether parts may be missing in the files: a head that is trained, or a pooling layer that is not used."""
-    return task.trains_head or task.auto_class == "AutoModel"
 
 
 def is_new_part(name: str, heads: Sequence[str]) -> bool:

@@ -78,11 +78,12 @@ def plan_skeleton(
     weight_bytes = torch.finfo(resolve_dtype(recipe.model.dtype, device)).bits // 8
     inner, trained = _trained_sizes(skeleton, recipe, task)
     trained_total = sum(trained)
-    causal, text = task.auto_class == "AutoModelForCausalLM", config.get_text_config()
-    # Preferences compare likelihoods; a classifier's few logits are negligible.
-    vocabulary = int(getattr(text, "vocab_size", 0)) if causal or task.predicts_tokens else 0
-    # A decoder's loss keeps the logits of one chunk in memory.
-    logits_at_once = min(tokens, max(1, CHUNK_ELEMENTS // vocabulary)) if causal and vocabulary else tokens
+    text = config.get_text_config()
+    # A classifier's few logits are negligible.
+    vocabulary = int(getattr(text, "vocab_size", 0)) if task.model_kind.predicts_tokens else 0
+    logits_at_once = tokens
+    if task.model_kind.decodes and vocabulary:  # a decoder's loss keeps the logits of one chunk in memory
+        logits_at_once = min(tokens, max(1, CHUNK_ELEMENTS // vocabulary))
     logit_bytes = 3 * vocabulary * weight_bytes  # the logits, the gradient kept for them and the one passed on
     full, kept = recipe.adapter.method == "full", kept_quantization(config)
     small = 0 if full else sum(size for size in trained if size < _SMALL)
@@ -186,7 +187,7 @@ def _trained_sizes(
         return inner, [parameter.numel() for parameter in skeleton.parameters()]
     adapter = _adapter_sizes(inner, recipe.adapter)
     head = [parameter.numel() for name, parameter in skeleton.named_parameters() if in_heads(name, heads)]
-    return inner, [*adapter, *(head if task.trains_head else [])]
+    return inner, [*adapter, *(head if task.model_kind.has_head else [])]
 
 
 def optimizer_bytes(optim: str, small: bool = False) -> float:

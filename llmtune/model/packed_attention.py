@@ -272,7 +272,7 @@ def choose_attention(
     that support flash attention through it do. For other decoders rows are packed with a mask, for other
     models they are padded.
     """
-    decodes = task.auto_class == "AutoModelForCausalLM"
+    decodes = task.model_kind.decodes
     packs = task.packs and (decodes or recipe.data.packing) and not recipe.needs_rows_apart
     attention, reason = None, None
     if recipe.model.attn_implementation != "auto":

@@ -112,9 +112,15 @@ def hardest_rows(rows: Sequence[HardRow]) -> list[Block]:
     if not rows:
         return []
     cells: TableRows = []
-    for row in rows:
-        numbers = score(row["loss"]), score(row["excess"])
-        cells.append([f"{row['prompt']} → {row['reference']}", *numbers, Cell(row["origin"], note=row["id"][:12])])
+    for example in rows:
+        numbers = score(example["loss"]), score(example["excess"])
+        cells.append(
+            [
+                f"{example['prompt']} → {example['reference']}",
+                *numbers,
+                Cell(example["origin"], note=example["id"][:12]),
+            ]
+        )
     columns: TableColumns = ["prompt → reference", Column("loss", "number"), Column("above its steps", "number"), "row"]
     text = "Mean loss of each row during training, and how far it was above the mean of its steps. Rows that stay "
     text += "hard are often mislabelled: read these first. `row_losses.npz` has all rows."

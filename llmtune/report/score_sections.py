@@ -238,14 +238,14 @@ def class_section(details: Json, base: str, *, entities: bool) -> Section:
     tuned = details.get("tuned", {})
     if not tuned.get("classes"):
         return Section(title, [])
-    base_f1 = {row["label"]: row["f1"] for row in details.get("base", {}).get("classes", [])}
+    base_f1 = {scores["label"]: scores["f1"] for scores in details.get("base", {}).get("classes", [])}
     names = [unit, "precision", "recall", *([f"F1 of {base}"] if base_f1 else []), "F1"]
     rows: TableRows = []
-    for row in sorted(tuned["classes"], key=lambda row: -row["support"]):
-        before = [base_f1.get(row["label"])] if base_f1 else []
-        numbers = map(score, (row["precision"], row["recall"], *before, row["f1"]))
-        meter = Cell(picture=draw_meter(0.0 if missing(row["f1"]) else row["f1"]))
-        rows.append([Cell(str(row["label"]), code=True), count(row["support"]), *numbers, meter])
+    for scores in sorted(tuned["classes"], key=lambda scores: -scores["support"]):
+        before = [base_f1.get(scores["label"])] if base_f1 else []
+        numbers = map(score, (scores["precision"], scores["recall"], *before, scores["f1"]))
+        meter = Cell(picture=draw_meter(0.0 if missing(scores["f1"]) else scores["f1"]))
+        rows.append([Cell(str(scores["label"]), code=True), count(scores["support"]), *numbers, meter])
     columns: TableColumns = [kind, *(Column(name, "number") for name in names), Column("", "picture")]
     table = Table(columns, rows, "By class, the most frequent first", scroll=True)
     confusion = tuned.get("confusion")

@@ -21,11 +21,13 @@ def suspect_section(suspects: SuspectFacts | None) -> Section:
         "(confident learning). These are candidates to read, not proven errors. `evaluation/suspects.jsonl` has all."
     )
     cells: TableRows = []
-    for row in suspects["listed"]:
-        shown = row["text"] if row["word"] is None else f"{row['word']} (in: {row['text']})"
-        line, number = row["line"], row.get("row")
-        place = row["file"] if line is None and number is None else write_origin(row["file"], line=line, row=number)
-        cells.append([shown, row["given"], row["suggested"], score(row["score"]), Cell(place, note=row["split"])])
+    for label in suspects["listed"]:
+        shown = label["text"] if label["word"] is None else f"{label['word']} (in: {label['text']})"
+        line, number = label["line"], label.get("row")
+        place = label["file"] if line is None and number is None else write_origin(label["file"], line=line, row=number)
+        cells.append(
+            [shown, label["given"], label["suggested"], score(label["score"]), Cell(place, note=label["split"])]
+        )
     columns: TableColumns = ["text", "label", "suggested", Column("probability of the label", "number"), "row"]
     table: list[Block] = [Table(columns, cells, scroll=True)] if cells else []
     left_out: list[Block] = [Text(unchecked_sentence(suspects["unchecked"]), "note")] if suspects["unchecked"] else []

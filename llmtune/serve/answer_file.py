@@ -68,7 +68,7 @@ def answer_file(
     asked = _columns_of(run.task.inputs, [*columns, *header], str(rows))
     served = run.load(dict.fromkeys(asked, "text"), base=base, max_new_tokens=max_new_tokens)
     vectors: list[list[float] | None] | None = [] if output is not None and output.suffix == ".npy" else None
-    if vectors is not None and run.task.answer_column != "vectors":
+    if vectors is not None and run.task.model_kind.answer_column != "vectors":
         raise RecipeError.of(f"task {run.task.name} makes no vectors", str(output), "Write to a file in .jsonl.")
     answered = 0
     with ExitStack() as stack:
@@ -106,7 +106,7 @@ def _save_vectors(output: Path, vectors: Sequence[list[float] | None]) -> None:
 
 def _read_raw_rows(rows: Path, run: FinishedRun) -> list[RawRow]:
     source = local_input(rows)
-    if source.container == "text" and run.task.answer_column == "vectors":
+    if source.container == "text" and run.task.model_kind.answer_column == "vectors":
         fix = "Give JSON lines or CSV with a column query or passage."
         raise RecipeError.of("a text file does not say whether its texts are queries or passages", str(rows), fix)
     return list(source.raw_rows())
@@ -165,10 +165,10 @@ def _answer_rows(
             predicted = next(predictions)
             value = predicted.value
             of_classes = {"scores": one} if (one := next(iter(predicted.probabilities), None)) else {}
-            shown = value if task.answer_column == "vectors" else task.format_prediction(value)
+            shown = value if task.model_kind.answer_column == "vectors" else task.format_prediction(value)
             own = {key: cast(Json, value)[key] for key in task.answer_keys}
             truncated = {"truncated": True} if cut else {}
-            yield {task.answer_column: shown, **own, **of_classes, **predicted.scores, **truncated}
+            yield {task.model_kind.answer_column: shown, **own, **of_classes, **predicted.scores, **truncated}
         return
     prompts = [task.prompt(row, served.processor, recipe) for row in rows]
     read = answer_reader(served.processor, recipe)

@@ -107,7 +107,7 @@ def serve_runs(
         bound.close()
         raise
     task = opened[0].plan.task
-    body_bytes = options.max_body or (RECORDING_BYTES if task.takes_audio else BODY_BYTES)
+    body_bytes = options.max_body or (RECORDING_BYTES if task.model_kind.takes_audio else BODY_BYTES)
     app = build_app(engine, body_bytes=body_bytes, key=key)
     host, port = bound.getsockname()[:2]
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
@@ -200,7 +200,7 @@ def _differences(first: ServableRun, other: ServableRun) -> list[Problem]:
 def _shared_facts(run: ServableRun) -> dict[str, object]:
     """Return the facts that must be equal in runs that share a base."""
     recipe, task = run.plan.recipe, run.plan.task
-    facts = {"task": task.name, "kind of model": task.auto_class, "method": run.method}
+    facts = {"task": task.name, "kind of model": task.model_kind.auto_class, "method": run.method}
     return facts | {f"model.{key}": value for key, value in recipe.model if key not in MAY_DIFFER}
 
 

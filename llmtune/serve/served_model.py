@@ -97,7 +97,7 @@ class ServedModel:
         self.context = context - virtual if context is not None else None
         """Maximum tokens of prompt and answer together; None if the model's configuration does not say."""
         data = self.recipe.data
-        if self.context is not None and not (self.generates or self.task.takes_audio):
+        if self.context is not None and not (self.generates or self.task.model_kind.takes_audio):
             data = data.model_copy(update={"max_length": min(data.max_length, self.context)})
         self.recipe = self.recipe.model_copy(update={"data": data})
         self.vocabulary = int(inner.get_input_embeddings().weight.shape[0]) if self.generates else 0
@@ -110,7 +110,7 @@ class ServedModel:
     @property
     def generates(self) -> bool:
         """Whether answers are generated token by token; otherwise `task.predict` makes them."""
-        return self.task.continues_text
+        return self.task.model_kind.decodes
 
     @contextmanager
     def activated(self) -> Iterator[None]:

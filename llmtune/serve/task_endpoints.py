@@ -67,11 +67,11 @@ def mount_task(app: FastAPI, task: AnyTask, engine: Engine, metrics: Metrics) ->
     schema = request_schema(task, names)
 
     async def answer(request: Request) -> Response:
-        if task.takes_audio and content_type(request) == "multipart/form-data":
+        if task.model_kind.takes_audio and content_type(request) == "multipart/form-data":
             recording, fields = await read_form(request)
         else:
             fields = await read_fields(request, schema)
-            recording = decode_base64(fields.pop("audio")) if task.takes_audio else b""
+            recording = decode_base64(fields.pop("audio")) if task.model_kind.takes_audio else b""
         model = fields.pop("model", None)
         inputs: dict[str, str | None] = {names[field]: value for field, value in fields.items()}
         with tempfile.TemporaryDirectory(prefix="llmtune-") as folder:
@@ -86,7 +86,7 @@ def mount_task(app: FastAPI, task: AnyTask, engine: Engine, metrics: Metrics) ->
                 raise
 
     content: dict[str, object] = {"application/json": {"schema": schema.model_json_schema()}}
-    if task.takes_audio:
+    if task.model_kind.takes_audio:
         form_fields = {"file": {"type": "string", "format": "binary"}, "model": {"type": "string"}}
         form = {"type": "object", "properties": form_fields, "required": ["file"]}
         content["multipart/form-data"] = {"schema": form}

@@ -18,6 +18,7 @@ from llmtune.data.task_interface import Encoded
 from llmtune.evaluate.evaluated_task import PredictionT
 from llmtune.model.causal_lm_loss import causal_loss
 from llmtune.model.config import set_padding
+from llmtune.recipe.model_kind import CAUSAL
 from llmtune.recipe.schema import Recipe
 from llmtune.records import Batch, Loss, Rows
 from llmtune.train.objective import TrainedTask
@@ -48,9 +49,6 @@ class Task(TrainedTask, Generic[RowT, PredictionT]):
     """Whether the user's own words are the prompt, with nothing around them except the chat template."""
     is_conversational: bool = False
     """Whether rows are conversations: lists of messages."""
-    takes_audio: bool = False
-    reads_template: bool = True
-    """Whether a chat template, if the model has one, makes the prompts; only for tasks whose facts say `templated`."""
     style: str | None = None
     """The style of `qa` that this kind of model has."""
     endpoint: Endpoint | None = None
@@ -107,11 +105,7 @@ class Task(TrainedTask, Generic[RowT, PredictionT]):
 class DecoderTask(Task[RowT, str]):
     """A decoder that continues a prompt."""
 
-    auto_class = "AutoModelForCausalLM"
-    peft_task_type = "CAUSAL_LM"
-    packs = True
-    predicts = False
-    continues_text = True
+    model_kind = CAUSAL
 
     def collator(self, processor: PreTrainedTokenizerBase, recipe: Recipe, packs: bool | None = None) -> Collate:
         """Return a collator that packs rows, or pads them."""
@@ -124,9 +118,6 @@ class DecoderTask(Task[RowT, str]):
 
 class ReadingTask(Task[RowT, PredictionT]):
     """An encoder or decoder that reads complete texts, padded or packed, and predicts no tokens."""
-
-    packs = True
-    predicts_tokens = False
 
     def supports(self, config: PretrainedConfig) -> bool:
         """Whether a model is an encoder or a decoder: an encoder-decoder's head needs an end token in each text."""

@@ -39,6 +39,7 @@ from llmtune.evaluate.token_batches import run_encoder
 from llmtune.model.causal_lm_loss import model_inputs
 from llmtune.model.config import head_names, in_heads, name_outputs
 from llmtune.model.device import in_own_dtype
+from llmtune.recipe.model_kind import CLASSES
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_sections import ClassifySection
 from llmtune.records import SPLITS, AdaptedModel, Batch, Loss, Rows
@@ -93,12 +94,9 @@ class Classify(ReadingTask[ClassifyRow, ClassPrediction]):
         "/v1/classify",
         "`label` (a name, a list of names or a number) and `scores`: a probability per class, in the order of `labels`",
     )
-    auto_class = "AutoModelForSequenceClassification"
+    model_kind = CLASSES
     example_type = ClassExample
-    peft_task_type = "SEQ_CLS"
     optional_inputs = ("pair",)
-    predicts_in_float32 = True
-    trains_head = True
 
     def needs_float32(self, recipe: Recipe) -> bool:
         """Whether labels are numbers."""

@@ -24,9 +24,10 @@ from llmtune.errors import EnvironmentProblem
 from llmtune.evaluate.evaluated_task import LoadedModel
 from llmtune.evaluate.token_batches import run_encoder
 from llmtune.model.causal_lm_loss import causal_loss
+from llmtune.recipe.model_kind import MASKED
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_sections import CompletionSection
-from llmtune.records import Batch, Loss
+from llmtune.records import Batch, Loss, Row
 from llmtune.tasks.base import DecoderTask, Endpoint, Task
 
 IdArray: TypeAlias = npt.NDArray[np.int64]
@@ -66,8 +67,7 @@ class MaskedCompletion(Task[CompletionRow, str]):
 
     name = "completion"
     endpoint = Endpoint("/v1/fill", "the text with its masks filled in")
-    auto_class = "AutoModelForMaskedLM"
-    packs = True
+    model_kind = MASKED
 
     def matches(self, recipe: Recipe) -> bool:
         """Whether the objective is predicting masked tokens."""
@@ -80,6 +80,10 @@ class MaskedCompletion(Task[CompletionRow, str]):
     def split_answer(self, row: CompletionRow) -> tuple[CompletionRow, str]:
         """Return the row itself: a plain text has no separate answer."""
         return row, ""
+
+    def can_answer(self, row: Row, processor: PreTrainedTokenizerBase) -> bool:
+        """Return whether a row has a mask to fill in."""
+        return str(processor.mask_token) in row["prompt"] + row["completion"]
 
     def encode_row(self, row: CompletionRow, processor: PreTrainedTokenizerBase, recipe: Recipe) -> Encoded:
         """Return examples of plain text; a share of the tokens is masked when a batch is made.

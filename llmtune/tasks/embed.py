@@ -41,6 +41,7 @@ from llmtune.evaluate.ranking_metrics import (
     rank_passages,
 )
 from llmtune.model.memory_plan import context_length
+from llmtune.recipe.model_kind import VECTORS
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_facts import RANKING, TASK_FACTS, at_ten
 from llmtune.recipe.task_sections import EmbedSection
@@ -79,11 +80,9 @@ class Embed(ReadingTask[EmbedRow, Vectors]):
     required_inputs = ()
     optional_inputs = ("prompt", "passages")
     endpoint = Endpoint("/v1/embeddings", "the vectors of the texts", "input")
-    auto_class = "AutoModel"
+    model_kind = VECTORS
     example_type = VectorExample
-    peft_task_type = "FEATURE_EXTRACTION"
     has_row_loss = False
-    answer_column = "vectors"
 
     def needs_float32(self, recipe: Recipe) -> bool:
         """Return True: cosines rank texts."""

@@ -29,6 +29,7 @@ from llmtune.evaluate.token_batches import TOKEN_BUDGET, budget_for, run_in_batc
 from llmtune.model.causal_lm_loss import move_to, unwrap
 from llmtune.model.config import name_outputs, set_padding
 from llmtune.model.device import in_own_dtype
+from llmtune.recipe.model_kind import CAUSAL, CLASSES
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_sections import PreferenceSection
 from llmtune.records import Batch, Loss, Row, Rows
@@ -75,13 +76,10 @@ class Preference(Task[Row, Ratings]):
     endpoint = Endpoint(
         "/v1/score", "the score: of two answers to one question, the higher is the better", prompt_field="prompt"
     )
-    auto_class = "AutoModelForCausalLM"
+    model_kind = CAUSAL
     example_type = PreferenceExample
-    peft_task_type = "CAUSAL_LM"
     optional_inputs: tuple[str, ...] = ("system",)
-    predicts_tokens = False
     has_row_loss = False
-    continues_text = True
     rates_answers = True
     free_prompt = True
     is_conversational = True
@@ -118,6 +116,10 @@ class Preference(Task[Row, Ratings]):
     def split_answer(self, row: Row) -> tuple[Row, str]:
         """Return the row itself, because its answers are rated, not generated, and the better answer."""
         return row, row.get("chosen") or row.get("answer") or ""
+
+    def can_answer(self, row: Row, processor: PreTrainedTokenizerBase) -> bool:
+        """Return whether a row has two answers to judge."""
+        return "chosen" in row
 
     def reference(self, row: Row) -> bool:
         """Return the thumb; for pairs True, because the first answer is the better one."""
@@ -251,13 +253,9 @@ class Preference(Task[Row, Ratings]):
 class RewardModel(Preference):
     """A reward model: one output that scores an answer."""
 
-    auto_class = "AutoModelForSequenceClassification"
-    peft_task_type = "SEQ_CLS"
+    model_kind = CLASSES
     required_inputs = ("prompt", "answer")
     optional_inputs = ()
-    predicts_in_float32 = True
-    trains_head = True
-    continues_text = False
     free_prompt = False
 
     def matches(self, recipe: Recipe) -> bool:

@@ -29,6 +29,7 @@ from llmtune.evaluate.text_metrics import measure_squad
 from llmtune.evaluate.token_batches import run_encoder
 from llmtune.model.causal_lm_loss import model_inputs
 from llmtune.model.config import is_encoder
+from llmtune.recipe.model_kind import SPANS
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_sections import QaSection
 from llmtune.records import Batch, Loss, Rows
@@ -205,14 +206,10 @@ class QaExample(Example):
 class ExtractiveQa(Qa[Span]):
     """An encoder that points at the first and last token of an answer."""
 
-    auto_class = "AutoModelForQuestionAnswering"
+    model_kind = SPANS
     example_type = QaExample
     style = "extractive"
-    reads_template = False
-    packs = True
     loss_unit = "windows"
-    predicts_tokens = False
-    trains_head = True
 
     def matches(self, recipe: Recipe) -> bool:
         """Whether the recipe selects extraction."""

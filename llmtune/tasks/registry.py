@@ -5,7 +5,7 @@ from __future__ import annotations
 from transformers import PretrainedConfig
 
 from llmtune.errors import RecipeError
-from llmtune.model.config import NEEDS, describe_config, supports_task
+from llmtune.model.config import describe_config, supports_task
 from llmtune.recipe.schema import Recipe
 from llmtune.tasks import (
     chat,
@@ -41,11 +41,11 @@ def choose_variant(recipe: Recipe, config: PretrainedConfig, model: str) -> AnyT
     variants = [variant for variant in VARIANTS[recipe.task] if variant.matches(recipe)]
     own = getattr(config, "auto_map", None) or {}
     for variant in variants:
-        if supports_task(config, variant) or (recipe.model.trust_remote_code and variant.auto_class in own):
+        if supports_task(config, variant) or (recipe.model.trust_remote_code and variant.model_kind.auto_class in own):
             return variant
-    needed = " or ".join(dict.fromkeys(variant.auto_class for variant in variants))
+    needed = " or ".join(dict.fromkeys(variant.model_kind.auto_class for variant in variants))
     raise RecipeError.of(
         f"{model} is a {describe_config(config)}: it cannot be used for the task {recipe.task}, which needs {needed}",
         "model.name",
-        " Or: ".join(dict.fromkeys(NEEDS[variant.auto_class] for variant in variants)),
+        " Or: ".join(dict.fromkeys(variant.model_kind.fix for variant in variants)),
     )

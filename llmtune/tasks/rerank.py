@@ -32,6 +32,7 @@ from llmtune.evaluate.token_batches import run_encoder
 from llmtune.model.causal_lm_loss import model_inputs
 from llmtune.model.config import name_outputs
 from llmtune.model.device import in_own_dtype
+from llmtune.recipe.model_kind import CLASSES
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_facts import RANKING, at_ten
 from llmtune.recipe.task_sections import RerankSection
@@ -66,11 +67,8 @@ class Rerank(ReadingTask[RerankRow, RerankPrediction]):
     name = "rerank"
     required_inputs = ("prompt", "passages")
     endpoint = Endpoint("/v1/rerank", "the scores of the documents, best first", "query")
-    auto_class = "AutoModelForSequenceClassification"
+    model_kind = CLASSES
     example_type = RelevanceExample
-    peft_task_type = "SEQ_CLS"
-    predicts_in_float32 = True
-    trains_head = True
     loss_unit = "passages"
     answer_keys = ("scores", "ranking")
 

@@ -27,6 +27,7 @@ from llmtune.evaluate.generation import only_these_settings
 from llmtune.evaluate.metric import Measure
 from llmtune.evaluate.text_metrics import find_spellings, measure_cer, measure_wer
 from llmtune.model.causal_lm_loss import model_inputs, move_to, unwrap
+from llmtune.recipe.model_kind import CTC, WHISPER
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_sections import SpeechSection
 from llmtune.records import Batch, Loss
@@ -62,7 +63,6 @@ class Speech(Task[SpeechRow, str]):
     name = "speech"
     endpoint = Endpoint("/v1/transcribe", "the transcript")
     required_inputs = ("audio",)
-    takes_audio = True
 
     def make_row(self, given: Mapping[str, str | None]) -> SpeechRow:
         """Return the row of a recording."""
@@ -92,7 +92,7 @@ class WhisperExample(TargetExample):
 class Whisper(Speech):
     """A model whose decoder begins with language and task tokens."""
 
-    auto_class = "AutoModelForSpeechSeq2Seq"
+    model_kind = WHISPER
     example_type = WhisperExample
 
     def supports(self, config: PretrainedConfig) -> bool:
@@ -217,11 +217,9 @@ class LettersExample(Example):
 class Ctc(Speech):
     """A model that assigns each frame of a recording a letter or a blank."""
 
-    auto_class = "AutoModelForCTC"
+    model_kind = CTC
     example_type = LettersExample
     loss_unit = "letters"
-    predicts_tokens = False
-    trains_head = True
 
     def supports(self, config: PretrainedConfig) -> bool:
         """Whether the model makes its frames from samples by convolutions; other models need spectrograms."""

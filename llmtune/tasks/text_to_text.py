@@ -31,6 +31,7 @@ from llmtune.evaluate.text_metrics import TEXT_MEASURES
 from llmtune.evaluate.token_batches import GENERATION_BUDGET, budget_for, run_in_batches
 from llmtune.model.causal_lm_loss import accepted_arguments, decoder_inputs, model_inputs, token_losses, unwrap
 from llmtune.model.memory_plan import context_length
+from llmtune.recipe.model_kind import SEQ2SEQ
 from llmtune.recipe.schema import Recipe
 from llmtune.records import Batch, Loss, Row
 from llmtune.tasks.base import DecoderTask, RowT, Task
@@ -89,10 +90,8 @@ class TargetExample(Example):
 class EncoderDecoder(TextToText[RowT]):
     """The encoder-decoder's version: the encoder reads the source, the decoder writes the target."""
 
-    auto_class = "AutoModelForSeq2SeqLM"
+    model_kind = SEQ2SEQ
     example_type = TargetExample
-    reads_template = False
-    peft_task_type = "SEQ_2_SEQ_LM"
 
     def supports(self, config: PretrainedConfig) -> bool:
         """Whether the model has both parts: some models of this class are decoder-only."""

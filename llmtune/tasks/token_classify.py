@@ -28,6 +28,7 @@ from llmtune.model.causal_lm_loss import model_inputs, token_losses, unwrap
 from llmtune.model.config import is_encoder, name_outputs
 from llmtune.model.memory_plan import context_length
 from llmtune.recipe.class_names import OUTSIDE
+from llmtune.recipe.model_kind import TOKENS
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_sections import TokenClassifySection
 from llmtune.records import SPLITS, Batch, Loss, Rows
@@ -51,13 +52,9 @@ class TokenClassify(Task[TokenClassifyRow, list[str]]):
         "/v1/token-classify",
         "a tag for each of `words`, in IOB2: `B-` begins an entity, `I-` continues it, `O` is outside",
     )
-    auto_class = "AutoModelForTokenClassification"
+    model_kind = TOKENS
     example_type = TagExample
-    peft_task_type = "TOKEN_CLS"
-    packs = True
     loss_unit = "words"
-    predicts_tokens = False
-    trains_head = True
 
     def supports(self, config: PretrainedConfig) -> bool:
         """Whether the model is an encoder."""

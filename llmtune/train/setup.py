@@ -209,7 +209,7 @@ def _mark_loss(adapted: AdaptedModel, task: TrainedTask, recipe: Recipe) -> None
     """
     model = adapted.selected.model
     if recipe.train.loss_type == "dft":
-        if task.auto_class != "AutoModelForCausalLM":
+        if not task.model_kind.decodes:
             what = f"the loss dft is for decoders, but {adapted.selected.model_ref.name} has an encoder"
             raise RecipeError.of(what, "train.loss_type", "Remove it.")
         setattr(model, DFT, True)

@@ -21,6 +21,7 @@ from llmtune.deploy.gguf_tokenizer import (
     read_tokenizer,
 )
 from llmtune.errors import EnvironmentProblem
+from llmtune.recipe.model_kind import CLASSES
 
 PROMPT = [1, 100, 101]
 READABLE = [name for name, (config, _, _) in FAMILIES.items() if config.model_type in READ_BY_TRANSFORMERS]
@@ -201,5 +202,5 @@ def test_phi_3_is_detected_by_model_not_by_run_name():
 
 def test_distilberts_head_is_refused():
     with pytest.raises(EnvironmentProblem, match="DistilBERT has a ReLU"):
-        check_convertible(DistilBertConfig(), "AutoModelForSequenceClassification")
-    check_convertible(BertConfig(), "AutoModelForSequenceClassification")
+        check_convertible(DistilBertConfig(), CLASSES)
+    check_convertible(BertConfig(), CLASSES)

@@ -1,6 +1,7 @@
 """New and trained heads: named, distinguished, seeded, never in 4 bits, never given a LoRA."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from llmtune.model.config import (
     why_headless,
 )
 from llmtune.model.resolve import resolve_model
+from llmtune.recipe.model_kind import CLASSES
 from llmtune.recipe.schema import Recipe
 from llmtune.records import AdaptedModel
 from llmtune.tasks.registry import choose_variant, get_task
@@ -271,5 +273,6 @@ def test_a_missing_weight_of_the_body_is_not_a_new_head(built, tmp_path):
 
 
 def test_a_task_without_its_own_head_has_no_new_head(built):
+    headless = with_methods(CLASSIFY, model_kind=replace(CLASSES, has_head=False))
     place = resolve_model(str(built("llama")), recipe_of(built("llama")).model, quiet())
-    assert not head_is_new(place, recipe_of(built("llama")), with_methods(CLASSIFY, trains_head=False))
+    assert not head_is_new(place, recipe_of(built("llama")), headless)

@@ -107,8 +107,8 @@ def _adapt(recipe: Recipe) -> tuple[AdaptedModel, AnyTask]:
 
 
 def _compare(kind: str, adapted: AdaptedModel, task: AnyTask, recipe: Recipe, folder: Path) -> dict[str, str]:
-    if task.auto_class != KINDS[kind].auto_class:
-        return {"padded": f"learns as a decoder ({task.auto_class})"}
+    if task.model_kind.auto_class != KINDS[kind].auto_class:
+        return {"padded": f"learns as a decoder ({task.model_kind.auto_class})"}
     save_adapter(adapted, folder / "adapter")
     auto = getattr(transformers, KINDS[kind].auto_class)
     labels = {"num_labels": adapted.selected.model.config.num_labels} if kind == "encoder" else {}

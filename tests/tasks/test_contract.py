@@ -372,7 +372,7 @@ def read_in_plain_classes(names: list[str], finished: Callable[[str], Any], plac
         folder = run / ("weights" if CELLS[name].method == "full" else "adapter")
         files = [str(place / f"{name}.{part}") for part in ("inputs", "plain")]
         skipped = quantized and quantized.llm_int8_skip_modules
-        asked.append([str(folder), context.plan.task.auto_class, CELLS[name].method, skipped, *files])
+        asked.append([str(folder), context.plan.task.model_kind.auto_class, CELLS[name].method, skipped, *files])
     (place / "asked.json").write_text(json.dumps(asked))
     command = [sys.executable, "-c", RELOAD, str(place / "asked.json")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)

@@ -58,7 +58,7 @@ def texts(name: str) -> list[Example]:
 
 def open_model(name: str, folder: Path, **config: Any) -> torch.nn.Module:
     torch.manual_seed(0)
-    auto = getattr(transformers, VARIANT.get(name, CLASSIFY).auto_class)
+    auto = getattr(transformers, VARIANT.get(name, CLASSIFY).model_kind.auto_class)
     return auto.from_pretrained(folder, **{**OPTIONS.get(name, {"num_labels": 3}), **config}).eval()
 
 

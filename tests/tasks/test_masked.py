@@ -120,7 +120,7 @@ def test_a_decoder_and_an_encoder_without_its_head_are_refused(built, tiny_llama
     assert "is a BertModel: it cannot be used for the task completion" in refusal(bare)
     recipe = {"task": "completion", "data": {"train": "rows.jsonl"}, "model": {"name": "tiny"}}
     causal = choose_variant(Recipe.model_validate(recipe), AutoConfig.from_pretrained(tiny_llama), "")
-    assert causal.auto_class == "AutoModelForCausalLM"
+    assert causal.model_kind.auto_class == "AutoModelForCausalLM"
 
 
 def test_a_head_whose_weights_are_missing_does_not_start_at_random(built, tmp_path):

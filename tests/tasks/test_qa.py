@@ -188,7 +188,8 @@ def test_the_words_for_no_answer_count_as_none_whatever_their_case(built):
 
 def test_the_variant_follows_the_model_and_an_unsupported_style_is_refused(built, tiny_llama):
     def form(folder, **section):
-        return choose_variant(generative(**section), AutoConfig.from_pretrained(folder), "this model").auto_class
+        variant = choose_variant(generative(**section), AutoConfig.from_pretrained(folder), "this model")
+        return variant.model_kind.auto_class
 
     assert form(built("bert")) == form(built("modernbert"), style="extractive") == "AutoModelForQuestionAnswering"
     assert form(built("t5")) == "AutoModelForSeq2SeqLM"

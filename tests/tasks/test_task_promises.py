@@ -76,7 +76,7 @@ def test_the_merged_folder_opens_in_transformers_with_the_outputs_of_the_tuned_m
     with models.tuned() as model:
         inputs, tuned = outputs(model, batch)
     plain = (
-        getattr(transformers, context.plan.task.auto_class)
+        getattr(transformers, context.plan.task.model_kind.auto_class)
         .from_pretrained(tmp_path / "merged", dtype=torch.float32)
         .eval()
     )

@@ -35,7 +35,6 @@ SUITES: dict[str, dict[str, type[Suite]]] = {
     "judge": {"": JudgeSuite},
 }
 """By key of `evaluate`, a suite's parts by the section key that requests them; a part without a key always runs."""
-DECODER = "AutoModelForCausalLM"
 
 
 def stated_suites(recipe: Recipe) -> Iterator[tuple[str, type[Suite]]]:
@@ -98,7 +97,7 @@ def check_variant(recipe: Recipe, task: EvaluatedTask, model: str) -> None:
             f"Remove evaluate.{name}, or set model.name to a decoder, such as a Llama or a Qwen.",
         )
         for name, suite in stated_suites(recipe)
-        if suite.decoder_input and task.auto_class != DECODER
+        if suite.decoder_input and not task.model_kind.decodes
     )
 
 

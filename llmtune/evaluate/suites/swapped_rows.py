@@ -191,7 +191,7 @@ class SwapSuite(EvalSuite[SwapAnswers]):
         rows: dict[int, Row] = {}
         counts: Counter[str] = Counter()
         for i, question in enumerate(self.inputs.questions):
-            if not is_answerable(question, context):
+            if not (context.task.can_answer(question, context.processor) and write_prompt(question)):
                 continue
             row, words = self.swaps.swap_row(question)
             ambiguous = any(map(self.swaps.is_ambiguous, words))
@@ -328,15 +328,6 @@ class AnswerKind:
 def prefers_chosen(scores: Mapping[str, float]) -> bool:
     """Whether a model rates the chosen answer of a pair higher."""
     return scores["chosen"] > scores["rejected"]
-
-
-def is_answerable(question: Row, context: EvalContext) -> bool:
-    """Whether a row can be answered: it has a prompt, a mask, or two answers to judge."""
-    if context.task.rates_answers:
-        return "chosen" in question
-    if context.task.auto_class == "AutoModelForMaskedLM":
-        return str(context.processor.mask_token) in question["prompt"] + question["completion"]
-    return bool(write_prompt(question))
 
 
 def greedy(recipe: Recipe) -> Recipe:

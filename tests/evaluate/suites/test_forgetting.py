@@ -133,7 +133,7 @@ def test_a_model_that_is_not_a_decoder_is_refused_before_inputs_are_read(tmp_pat
             start(load_recipe(str(recipe)), RunRequest(tmp_path / "out"), console)
         assert "evaluate.forgetting" in str(found.value)
     assert "encode" not in console.file.getvalue()
-    forms = {form.auto_class: form for form in VARIANTS["summarize"]}
+    forms = {form.model_kind.auto_class: form for form in VARIANTS["summarize"]}
     check_variant(load_recipe(str(recipe)).recipe, forms["AutoModelForCausalLM"], "llama")
 
 
