@@ -129,7 +129,6 @@ def test_micro_batches_of_4_16_and_64_rows_give_the_same_gradient(packing, tmp_p
 
 def test_both_passes_over_a_step_draw_the_same_dropout(tmp_path, monkeypatch):
     path = recipe_of(tmp_path, build_bert(tmp_path / "model"), PAIRS, "embed", adapter={"lora_dropout": 0.3}, **NO_TEXT)
-    training = start_training(path, tmp_path / "run")
     seen: list[list[torch.Tensor]] = []
     features = Embed.features
 
@@ -139,6 +138,7 @@ def test_both_passes_over_a_step_draw_the_same_dropout(tmp_path, monkeypatch):
         return found
 
     monkeypatch.setattr(Embed, "features", watch)
+    training = start_training(path, tmp_path / "run")
     for step in (1, 2):
         step_gradients(training, step, int(training.examples.lengths.max()), 1.0)
     half = len(seen) // 4
