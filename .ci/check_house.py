@@ -1,7 +1,8 @@
-"""Check llmtune/ against budget.toml: lines of code by package, files and their sizes, functions, names, cycles.
+"""Check llmtune/ against budget.toml: lines of code by layer, files and their sizes, functions, names, cycles.
 
 A line of code is not blank, not a docstring, not an import, and not only a comment. Files and functions count all
-their lines.
+their lines. The layers are those of the import contract in pyproject.toml; a layer may grow by `SLACK` before the check
+fails.
 
 python .ci/check_house.py            exit 1 if something is above its limit
 python .ci/check_house.py --lower    write smaller numbers into budget.toml where the code has shrunk; never larger ones
@@ -15,15 +16,18 @@ import re
 import sys
 import tokenize
 import tomllib
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
 import grimp
 import networkx as nx
 
+SLACK = 0.02
+"""Share by which a layer may exceed its number; the number goes down in the nightly job."""
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "llmtune"
+BENCHMARKS = sorted((ROOT / "benchmarks").rglob("*.py"))
 BUDGET = ROOT / "budget.toml"
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 NO_NAMES = {"__all__", "app"}
@@ -37,11 +41,12 @@ def main() -> int:
     texts = {name: path.read_text(encoding="utf-8") for name, path in files.items()}
     code = {name: count_code(text) for name, text in texts.items()}
     lines = {name: len(text.splitlines()) for name, text in texts.items()}
+    layers = layer_lines(code) | {"benchmarks": sum(count_code(path.read_text("utf-8")) for path in BENCHMARKS)}
     if "--lower" in sys.argv[1:]:
-        lower({**package_lines(code), "max_files": len(files), "max_duplicates": len(shared_names(files))})
+        lower({**layers, "max_files": len(files), "max_duplicates": len(shared_names(files))})
         return 0
     problems = [
-        *check_packages(package_lines(code), budget["packages"]),
+        *check_layers(layers, budget["layers"]),
         *check_files(lines, budget["files"]),
         *check_functions(files, budget["functions"]),
         *check_basenames(lines, budget["basenames"]),
@@ -70,24 +75,30 @@ def count_code(text: str) -> int:
     return len(used - skipped)
 
 
-def package_lines(lines: dict[str, int]) -> dict[str, int]:
-    """Sum lines by package; `root` holds the modules beside the packages."""
-    packages: Counter[str] = Counter()
+def layer_lines(lines: dict[str, int]) -> dict[str, int]:
+    """Sum lines by layer of the import contract, under names such as `display | store`.
+
+    Modules in no layer, such as `__main__.py`, count with the top layer.
+    """
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    contract = project["tool"]["importlinter"]["contracts"][0]
+    layers = {layer.replace("llmtune.", ""): 0 for layer in contract["layers"]}
+    of_module = {module: layer for layer in layers for module in layer.split(" | ")}
     for name, count in lines.items():
-        packages[name.split("/")[0] if "/" in name else "root"] += count
-    return dict(packages)
+        layers[of_module.get(name.split("/")[0].removesuffix(".py"), next(iter(layers)))] += count
+    return layers
 
 
-def check_packages(packages: dict[str, int], limits: dict[str, int]) -> Iterator[str]:
-    """Yield packages above their limit, without one, or gone."""
-    for name in sorted(packages.keys() | limits.keys()):
+def check_layers(layers: dict[str, int], limits: dict[str, int]) -> Iterator[str]:
+    """Yield layers above their limit, without one, or gone."""
+    for name in [*layers, *(limits.keys() - layers.keys())]:
         if name not in limits:
-            yield f"llmtune/{name} has no limit: add one to [packages] in budget.toml"
-        elif name not in packages:
-            yield f"llmtune/{name} is gone: remove its limit from [packages] in budget.toml"
-        elif packages[name] > limits[name]:
-            excess = packages[name] - limits[name]
-            yield f"llmtune/{name} has {packages[name]:,} lines of code, {excess:,} above its limit"
+            yield f"layer {name!r} has no limit: add one to [layers] in budget.toml"
+        elif name not in layers:
+            yield f"layer {name!r} is gone: remove its limit from [layers] in budget.toml"
+        elif layers[name] > (1 + SLACK) * limits[name]:
+            excess = 100 * layers[name] / limits[name] - 100
+            yield f"layer {name!r} has {layers[name]:,} lines of code, {excess:.1f} % above {limits[name]:,}"
 
 
 def check_files(lines: dict[str, int], rules: dict) -> Iterator[str]:
@@ -172,8 +183,8 @@ def lower(counts: dict[str, int]) -> None:
     text = BUDGET.read_text(encoding="utf-8")
     for name, count in counts.items():
         text = re.sub(
-            rf"^{name} = (\d+)",
-            lambda found, n=name, c=count: f"{n} = {min(int(found[1]), c)}",
+            rf'^("?{re.escape(name)}"?) = (\d+)',
+            lambda found, c=count: f"{found[1]} = {min(int(found[2]), c)}",
             text,
             flags=re.MULTILINE,
         )

@@ -31,13 +31,12 @@ from llmtune.data.preparation import has_rows, prepare_rows
 from llmtune.data.row_store import load_rows
 from llmtune.deploy.products import check_products, make_products, reporting
 from llmtune.deploy.release_folder import conclude_release, release_kept
-from llmtune.display.console import print_blocks
 from llmtune.errors import EnvironmentProblem
 from llmtune.evaluate.cache_keys import evaluation_inputs, lock_trained, note_own_metrics
 from llmtune.evaluate.champion import check_champion, note_look
 from llmtune.evaluate.decision import refresh_rules
 from llmtune.evaluate.eval_inputs import warn_of_cuts
-from llmtune.evaluate.evaluation_file import list_failed, load_evaluation, print_scores, print_verdict
+from llmtune.evaluate.evaluation_file import list_failed, load_evaluation
 from llmtune.evaluate.gates import note_gates, require_gates
 from llmtune.evaluate.suites.lm_eval import load_benchmarks
 from llmtune.evaluate.suites.suite_registry import try_inputs
@@ -51,13 +50,14 @@ from llmtune.recipe.schema import Recipe
 from llmtune.records import Json, read_model_ref
 from llmtune.report.report_page import report_json, write_report
 from llmtune.report.run_report import make_report
-from llmtune.report.score_sections import seed_table
+from llmtune.report.terminal import print_scored, print_scores, print_seeds, print_verdict
 from llmtune.session import (
     Plan,
     RunContext,
     ask_champion_classes,
     check_new_labels,
     evaluation_hash,
+    find_suspects,
     find_variant,
     locate_pinned,
     lock_run,
@@ -298,7 +298,9 @@ def run_evaluate(context: RunContext, loaded: LoadedRecipe) -> None:
             return
         context.once(lambda: context.folder.note(gates=None))
         with staged(target) if rank() == 0 else nullcontext() as folder:
-            score_models(context, folder, context.request.base or known)
+            scored = score_models(context, folder, context.request.base or known)
+            print_scored(scored, context.plan.recipe, context.console)
+            find_suspects(context, folder)
         judged = hash_keys(context.folder.path / "recipe.yaml", judging=True)
         step.facts.update(trained=context.once(lambda: hash_folder(context.trained_folder)), recipe=judged)
     context.once(lambda: note_own_metrics(context.folder, context.plan.recipe))
@@ -383,9 +385,7 @@ def conclude_run(context: RunContext, loaded: LoadedRecipe) -> Json:
 def _conclude(context: RunContext, loaded: LoadedRecipe) -> Json:
     path, console, request = context.folder.path, context.console, context.request
     report = _write_report(context, loaded)
-    if report.seeds:
-        print_blocks([seed_table(report.seeds)], console)
-        console.print(report.seeds.told, highlight=False)
+    print_seeds(report.seeds, console)
     if request.until in UNTIL:
         note_gates(context.folder, context.plan.recipe, report.gates)
     if request.until in {"run", "evaluate"}:

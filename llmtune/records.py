@@ -220,6 +220,41 @@ Batch = dict[str, Any]
 Advance = Callable[[int], None]
 
 
+FEWEST_ROWS = 10
+"""Rows from which a difference of scores is judged."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Tuned minus base on the same rows: value, 95 % interval, two-sided p, number of rows."""
+
+    value: float
+    low: float
+    high: float
+    p: float
+    n: int
+    test: str = ""
+    """The method of interval and p, such as `Bayesian bootstrap`; empty without an interval."""
+    groups: int = 0
+    """Number of row groups that were resampled and permuted as units; 0 if rows are independent."""
+
+    @property
+    def units(self) -> int:
+        """Return the number of resampled units: groups, or rows."""
+        return self.groups or self.n
+
+    def to_json(self) -> dict[str, object]:
+        """Return the form in report.json: `groups` only if rows are grouped."""
+        groups = {"groups": self.groups} if self.groups else {}
+        interval = {"value": self.value, "interval": [self.low, self.high]}
+        return {**interval, "p": self.p, "n": self.n, **groups, "test": self.test}
+
+    @property
+    def sign(self) -> int:
+        """Return 1 if the interval is above zero, -1 if it is below, 0 if it includes zero or is missing."""
+        return 1 if self.low > 0 else -1 if self.high < 0 else 0
+
+
 @dataclass(frozen=True)
 class StepTiming:
     """Seconds and peak bytes of a step, and whether it was skipped as unchanged."""

@@ -26,7 +26,7 @@ from llmtune.errors import EnvironmentProblem
 from llmtune.evaluate.cache_keys import base_inputs, simple_inputs
 from llmtune.evaluate.champion import face_champion
 from llmtune.evaluate.eval_inputs import EvalContext, calibration_inputs, make_inputs
-from llmtune.evaluate.evaluator import ModelLoaders
+from llmtune.evaluate.evaluator import ModelLoaders, Scored
 from llmtune.evaluate.label_check import check_labels
 from llmtune.evaluate.results import SIMPLE, TUNED, load_base
 from llmtune.evaluate.scoring import ChampionModel, ask_champion, ask_classes, score_run
@@ -348,7 +348,7 @@ def locate_pinned(context: RunContext, model: ModelSection, name: str) -> ModelR
     return model_ref
 
 
-def score_models(context: RunContext, folder: Path | None, base_folder: Path | None) -> None:
+def score_models(context: RunContext, folder: Path | None, base_folder: Path | None) -> Scored:
     """Evaluate both models in all processes; rank 0 writes to `folder`. `base_folder` may have earlier base answers."""
     plan, rows, examples = context.plan, context.rows, context.examples
     recipe, task, processor = plan.recipe, plan.task, plan.processor
@@ -357,25 +357,26 @@ def score_models(context: RunContext, folder: Path | None, base_folder: Path | N
     validation = calibration_inputs(rows, examples, task, processor, recipe, inputs)
     eval_context = EvalContext(recipe, task, processor, inputs, plan.device, context.console, folder, validation)
     base = base_inputs(recipe, adapter_settings(recipe), plan.model_ref, rows, examples, plan.device)
+    simple = load_base(base_folder, simple_inputs(recipe, rows, examples), SIMPLE)
     ask = partial(ask_champion, partial(load_champion, context), eval_context, rows, context.folder.path)
-    score_run(
+    return score_run(
         Models(context).loaders,
         eval_context,
         rows,
         headless=why_headless(plan.model_ref, recipe, task),
         known=load_base(base_folder, base),
         known_tuned=load_base(base_folder, base + hash_folder(context.trained_folder), TUNED),
-        simply=partial(
-            score_simple_baseline,
-            eval_context,
-            rows,
-            examples,
-            load_base(base_folder, simple_inputs(recipe, rows, examples), SIMPLE),
-        ),
+        simply=partial(score_simple_baseline, eval_context, rows, examples, simple),
         challenge=partial(face_champion, context.folder, rows, ask),
         trained=context.trained_folder,
     )
-    save_suspects(Models(context).tuned, eval_context, rows, examples)
+
+
+def find_suspects(context: RunContext, folder: Path | None) -> None:
+    """Look for labels that are likely wrong, if the recipe asks for them, in all processes; rank 0 has a folder."""
+    plan, console = context.plan, context.console
+    eval_context = EvalContext(plan.recipe, plan.task, plan.processor, None, plan.device, console, folder)
+    save_suspects(Models(context).tuned, eval_context, context.rows, context.examples)
 
 
 def lock_run(context: RunContext) -> None:

@@ -20,10 +20,10 @@ from llmtune.errors import GateFailed, RecipeError
 from llmtune.evaluate.calibration import read_rules
 from llmtune.evaluate.evaluation_file import load_evaluation
 from llmtune.recipe.loader import load_recipe
-from llmtune.score_records import Decision, Evaluation
 from llmtune.serve.answer_file import answer_file
 from llmtune.serve.finished_run import FinishedRun
 from llmtune.store.atomic_files import hash_folder
+from llmtune.store.score_records import Decision, Evaluation
 
 COLOURS = [
     {"text": f"{row['text']} and {i % 7}", "label": "green" if i % 9 == 0 else row["label"]}

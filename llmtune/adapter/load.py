@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import cast
 
@@ -115,46 +115,26 @@ def attach(selected: SelectedModel, config: PeftConfig, source: Path, *, trainab
     name = selected.model_ref.name
     config.task_type = selected.peft_task_type  # PEFT's class for extractive qa keeps token_type_ids from the model
     check_patterns(config, [module for module, _ in selected.model.named_modules()], source)
-    return _fill_adapter(lambda: put_adapter(selected.model, config, trainable=trainable), source, "default", name)
-
-
-def add_adapter(model: PeftModel, name: str, source: Path) -> None:
-    """Add the adapter in `source` to those of a model, in place; raises EnvironmentProblem as `attach` does."""
-    config = read_config(source)
-    config.inference_mode = True
-    _set_transposed(config, model.get_base_model())
-    check_patterns(config, [module for module, _ in model.get_base_model().named_modules()], source)
-
-    def add() -> PeftModel:
-        with hushed():
-            model.add_adapter(name, config)
-        return model
-
-    _fill_adapter(add, source, name, model.peft_config["default"].base_model_name_or_path)
-    model.eval()
-
-
-def _fill_adapter(build: Callable[[], PeftModel], source: Path, name: str, base_name: str | None) -> PeftModel:
     try:
-        model = build()
+        model = put_adapter(selected.model, config, trainable=trainable)
         weights = load_peft_weights(str(source), device="cpu")
-        whole = () if isinstance(model.peft_config[name], LoraConfig) else (torch.int32, torch.int64)
+        whole = () if isinstance(model.peft_config["default"], LoraConfig) else (torch.int32, torch.int64)
         _refuse_no_numbers({key: weight for key, weight in weights.items() if weight.dtype not in whole}, source)
-        result = set_peft_model_state_dict(model, weights, adapter_name=name)
+        result = set_peft_model_state_dict(model, weights)
     except UNREADABLE as error:
         if is_out_of_memory(error):
             raise
         first = (str(error).strip().splitlines() or [""])[-1].strip()
         raise EnvironmentProblem.of(
-            f"the adapter cannot be loaded onto {base_name}: {first}",
+            f"the adapter cannot be loaded onto {name}: {first}",
             str(source),
             "The adapter is damaged, or was made for another model.",
         ) from error
-    present = {key for key, _ in model.named_parameters() if f".{name}" in key and any(part in key for part in SAVED)}
+    present = {key for key, _ in model.named_parameters() if ".default" in key and any(part in key for part in SAVED)}
     missing = [key for key in result.missing_keys if key in present]  # excludes the second name of a tied weight
     left = list(result.unexpected_keys)
-    if not isinstance(model.peft_config[name], LoraConfig):
-        expected = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    if not isinstance(model.peft_config["default"], LoraConfig):
+        expected = get_peft_model_state_dict(model, save_embedding_layers=False)
         missing, left = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
     wrong = missing or left
     if wrong:

@@ -1,5 +1,8 @@
 """Thin Typer layer: parse, call one function, print."""
 
-from llmtune.cli.app import main
+from llmtune.store.process_environment import gc_paused
+
+with gc_paused():
+    from llmtune.cli.app import main
 
 __all__ = ["main"]

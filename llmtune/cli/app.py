@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import copy
 from pathlib import Path
 from types import TracebackType
 from typing import Annotated, Any
@@ -254,13 +255,26 @@ for _name, _hidden in {
     app.command(_name, hidden=True, context_settings=ANYTHING)(_hidden)
 
 
+def command_tree(words: list[str]) -> typer.Typer:
+    """Return the command or group that `words` begin with: Typer reads the annotations of each, which takes a while.
+
+    An unknown word, an option and `help` need all of them.
+    """
+    tree = copy(app)
+    tree.registered_commands = [
+        one for one in app.registered_commands if [one.name] == words[:1] and one.callback is not show_help
+    ]
+    tree.registered_groups = [one for one in app.registered_groups if [one.name] == words[:1]]
+    return tree if tree.registered_commands or tree.registered_groups else app
+
+
 def main() -> None:
     """Entry point of the `llmtune` command."""
     start()
     sys.excepthook = _report_bug
     code: Any = 1
     try:
-        app()
+        command_tree(sys.argv[1:])()
     except SystemExit as end:
         code = end.code
         raise

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,7 +13,7 @@ from llmtune.errors import Problem, RecipeError, nearest
 from llmtune.store.process_environment import gc_paused, prepare_environment
 
 if TYPE_CHECKING:
-    from llmtune.serve.serve_runs import ServeOptions
+    from llmtune.serve.server import ServeOptions
 
 ENGINES = ("own", "vllm")
 Limit = Annotated[
@@ -29,7 +28,7 @@ app = typer.Typer(help="Merge, export, serve, certify or publish a run.", no_arg
 def serve(
     addresses: Annotated[
         list[Path] | None,
-        typer.Argument(metavar="RUN...", help="Runs with the same base, each under its own name; or release:NAME."),
+        typer.Argument(metavar="RUN", help="A run, or release:NAME. With --engine vllm, several with the same base."),
     ] = None,
     release: Annotated[
         str | None, typer.Option("--release", metavar="NAME", help="Serve the current release, and each later one.")
@@ -49,9 +48,7 @@ def serve(
     max_queue: Annotated[
         int, typer.Option("--max-queue", min=1, help="Maximum waiting requests; more get status 429.")
     ] = 64,
-    max_batch: Annotated[
-        int | None, typer.Option("--max-batch", min=1, help="Answers generated at once (default: 16; 64 on a GPU).")
-    ] = None,
+    max_batch: Annotated[int | None, typer.Option("--max-batch", hidden=True)] = None,
     max_body: Annotated[
         int | None, typer.Option("--max-body", min=1024, help="Maximum bytes (default: 2 MiB; recordings 32 MiB).")
     ] = None,
@@ -62,11 +59,13 @@ def serve(
     offline: Offline = False,
     as_json: AsJson = False,
 ) -> None:
-    """Serve tuned models with OpenAI's endpoints, or a task's own endpoint. Ctrl-C or SIGTERM stops."""
-    _check_engine(engine, max_queue=max_queue != 64, max_batch=max_batch, max_body=max_body, grace=grace != 30.0)
+    """Serve a tuned model with OpenAI's endpoints, or its task's own endpoint. Ctrl-C or SIGTERM stops."""
+    stated = [*([f"release:{release}"] if release else []), *map(str, addresses or [])]
+    _check_engine(engine, max_queue=max_queue != 64, max_body=max_body, grace=grace != 30.0)
+    _refuse_retired(max_batch, several=engine == "own" and len(stated) + len(adapter or []) > 1)
     prepare_environment(network=False, threads=threads)
     with gc_paused():
-        from llmtune.serve.serve_runs import ServeOptions
+        from llmtune.serve.server import ServeOptions
 
     options = ServeOptions(
         host=host,
@@ -74,57 +73,57 @@ def serve(
         key_file=api_key_file,
         merged=merged,
         max_queue=max_queue,
-        max_batch=max_batch,
         max_body=max_body,
         grace_seconds=grace,
         offline=offline,
     )
-    named, watched = _find_served(addresses or [], adapter or [], release, engine)
     if engine == "vllm":
         from llmtune.serve.vllm_engine import serve_by_vllm
 
-        serve_by_vllm(named, options, stderr_console())
+        serve_by_vllm(_find_served(stated, adapter or [], engine), options, stderr_console())
     else:
-        _serve_until_stopped(named, options, as_json, watched)
+        ((name, run),) = _find_served(stated, adapter or [], engine).items()
+        _serve_until_stopped(name, run, options, as_json, _reloaded_release(stated))
 
 
-def _find_served(
-    addresses: list[Path], adapters: list[str], release: str | None, engine: str
-) -> tuple[dict[str, Path], str | None]:
-    """Return the run folders to serve by name, and the name of the release to watch, if any."""
-    from llmtune.recipe.section import RELEASE_PREFIX  # late: imports pydantic, slow for --help
-    from llmtune.serve.serve_runs import parse_run_names
+def _refuse_retired(max_batch: int | None, *, several: bool) -> None:
+    from llmtune.recipe.retired import refuse_retired  # not for --help
+
+    if max_batch is not None:
+        raise refuse_retired("deploy serve --max-batch")
+    if several:
+        raise refuse_retired("deploy serve RUN RUN")
+
+
+def _find_served(stated: list[str], adapters: list[str], engine: str) -> dict[str, Path]:
+    """Return the run folders to serve by name.
+
+    Raises RecipeError if there is none, a name is used twice, or a release is to be reloaded, which vLLM cannot do.
+    """
+    from llmtune.serve.server import parse_run_names
     from llmtune.store.run_listing import find_run
 
-    stated = [*([f"{RELEASE_PREFIX}{release}"] if release else []), *map(str, addresses)]
-    watched = _find_watched(stated, adapters, engine)
-    return parse_run_names([find_run(Path(one)) for one in stated], adapters), watched
+    if engine != "own" and (release := _reloaded_release(stated)):
+        fix = f"Serve it alone with --engine own, or name a fixed one: release:{release}@HASH."
+        raise RecipeError.of(f"it is reloaded on each promotion, which --engine {engine} cannot do", stated[0], fix)
+    return parse_run_names([find_run(Path(one)) for one in stated], adapters)
 
 
-def _find_watched(stated: list[str], adapters: list[str], engine: str) -> str | None:
-    """Return the name of the release that is reloaded when another one becomes current; None if all runs are fixed.
-
-    Raises RecipeError if there are other runs, or if the engine cannot reload.
-    """
-    from llmtune.recipe.section import RELEASE_PREFIX  # late: imports pydantic, slow for --help
-
-    current = [one for one in stated if one.startswith(RELEASE_PREFIX) and "@" not in one]
-    fix = f"Serve it alone with --engine own, or name a fixed one: {current[0]}@HASH." if current else ""
-    if current and (len(stated) + len(adapters) > 1 or engine != "own"):
-        why = f"--engine {engine} cannot do" if engine != "own" else "needs a server of its own"
-        raise RecipeError.of(f"it is reloaded on each promotion, which {why}", current[0], fix)
-    return current[0].removeprefix(RELEASE_PREFIX) if current else None
+def _reloaded_release(stated: list[str]) -> str | None:
+    """Return the name of the release that is reloaded when another one becomes current; None for fixed runs."""
+    current = [one for one in stated if one.startswith("release:") and "@" not in one]
+    return current[0].removeprefix("release:") if current else None
 
 
 def _serve_until_stopped(
-    runs: Mapping[str, Path], options: ServeOptions, as_json: bool, watched: str | None = None
+    name: str, run: Path, options: ServeOptions, as_json: bool, release: str | None = None
 ) -> None:
     """Serve until Ctrl-C or SIGTERM, then exit with its code."""
-    from llmtune.serve.serve_runs import serve_runs
+    from llmtune.serve.server import serve_run
 
     console = stderr_console()
     try:
-        serve_runs(runs, options, console, print_json if as_json else lambda about: None, watched)
+        serve_run(name, run, options, console, print_json if as_json else lambda ready: None, release)
     except KeyboardInterrupt as stop:
         terminated = isinstance(stop, Terminated)
         console.print("terminated: accepting no more requests" if terminated else "stopped")

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.markup import escape
 
 from llmtune.cli.options import AsJson
 from llmtune.cli.output_streams import handled, print_json, stderr_console
@@ -219,6 +218,8 @@ def _choose_label(survey: Survey, reading: Reading, columns: Mapping[str, str], 
 
     names = [one.column for one in reading.candidates]
     question = f"Which column is the label? {', '.join(names)} [{names[0]}]: "
+    from rich.markup import escape
+
     while (answer := console.input(escape(question)).strip() or names[0]) not in names:
         console.print(f"unknown column {answer!r}", markup=False)
     (chosen,) = list_readings(survey, reading.task, {**columns, "label": answer})

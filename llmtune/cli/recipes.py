@@ -13,6 +13,7 @@ from llmtune.cli.options import AsJson, RecipeArgument, Sets
 from llmtune.cli.output_streams import handled, print_json, print_text, stderr_console
 from llmtune.errors import RecipeError
 from llmtune.store.atomic_files import explained
+from llmtune.store.process_environment import gc_paused
 
 
 def migrate_file(
@@ -138,8 +139,9 @@ def new(
 @handled
 def check(recipe: RecipeArgument, sets: Sets = None, as_json: AsJson = False) -> None:
     """Check a recipe, its files and columns; report every problem at once, with file and line. Trackers are a note."""
-    from llmtune.launch.recipe_check import check_recipe, marks_left, missing_trackers, try_recipe_rows
-    from llmtune.recipe.loader import load_recipe
+    with gc_paused():
+        from llmtune.launch.recipe_check import check_recipe, marks_left, missing_trackers, try_recipe_rows
+        from llmtune.recipe.loader import load_recipe
 
     loaded = load_recipe(recipe, sets or [])
     marks = marks_left(loaded)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperGroup
@@ -12,8 +12,10 @@ from typer.core import TyperGroup
 from llmtune.cli.options import AsJson, Offline, RunArgument
 from llmtune.cli.output_streams import handled, print_json, stderr_console
 from llmtune.launch.python_api import make_console
-from llmtune.score_records import Difference
 from llmtune.store.process_environment import gc_paused, prepare_environment
+
+if TYPE_CHECKING:
+    from llmtune.records import Difference
 
 Stored = Annotated[
     str, typer.Argument(metavar="RELEASE", help="release:NAME, release:NAME@HASH, NAME, or a release file.")
@@ -115,7 +117,7 @@ def show_release(release: Stored, signers: Signers = None, as_json: AsJson = Fal
     from llmtune.evaluate.release_records import find_record, read_release
     from llmtune.report.score_sections import gate_section, score_section
     from llmtune.report.simple_baseline_view import simple_baseline_section
-    from llmtune.score_records import Evaluation
+    from llmtune.store.score_records import Evaluation
 
     file = find_record(release)
     record, signature = read_release(file), check_signature(file, signers)

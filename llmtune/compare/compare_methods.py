@@ -43,11 +43,11 @@ from llmtune.recipe.loader import LoadedRecipe, load_recipe
 from llmtune.recipe.peft_options import REFUSED_METHODS, options_of, peft_methods, rate_factor
 from llmtune.recipe.source_map import SET
 from llmtune.records import Json
-from llmtune.score_records import GateResult
 from llmtune.store.atomic_files import explained, hash_value
 from llmtune.store.process_environment import refuse_network
 from llmtune.store.run_folder import MANIFEST
 from llmtune.store.run_listing import RUNS
+from llmtune.store.score_records import GateResult
 
 METHODS = ("full", "lora", "qlora", *(name for name in peft_methods() if name not in (*REFUSED_METHODS, "lora")))
 TENTH = 10

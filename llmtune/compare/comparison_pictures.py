@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 from llmtune.compare.run_comparison import RunPair, RunSummary
 from llmtune.display.number_format import DASH, count, duration, missing, score, size
 from llmtune.evaluate.metric_info import better_side, rank_metrics
-from llmtune.score_records import Difference
+from llmtune.records import Difference
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

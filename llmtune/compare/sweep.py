@@ -45,10 +45,9 @@ from llmtune.recipe.layers import INSTEAD
 from llmtune.recipe.loader import LoadedRecipe, load_recipe
 from llmtune.recipe.task_facts import TASK_FACTS
 from llmtune.recipe.yaml_writer import scalar
-from llmtune.records import Json
+from llmtune.records import Difference, Json
 from llmtune.report.render_html import write_page
 from llmtune.report.render_markdown import to_markdown
-from llmtune.score_records import Difference
 from llmtune.store.atomic_files import explained, hash_value, plain, write_json, write_text
 from llmtune.store.process_environment import refuse_network
 from llmtune.store.run_listing import RUNS

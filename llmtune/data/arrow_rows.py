@@ -11,10 +11,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-import pyarrow as pa
-import pyarrow.parquet as pq
+from typing import TYPE_CHECKING, Any
 
 from llmtune.data.byte_streams import GROWN_BYTES, MAX_GROWTH, GrowthError
 from llmtune.data.object_store import RemoteFile
@@ -23,11 +20,14 @@ from llmtune.errors import DataError, first_line, write_origin
 from llmtune.recipe.user_files import check_regular
 from llmtune.records import Advance
 
+if TYPE_CHECKING:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
 MAX_COLUMNS = 2000
 PARQUET_ROWS = 512
 PARQUET_BYTES = 2**27
 """A longer batch is converted row by row."""
-UNREADABLE_VALUES = (ValueError, OverflowError, LookupError, ImportError, pa.ArrowException)
 
 
 class ArrowRow(dict[str, object]):
@@ -63,7 +63,23 @@ def _drop(value: object, feature: Any) -> tuple[object, int]:
 
 
 def read_parquet(path: Path | RemoteFile, name: str, advance: Advance) -> Iterator[RawRow]:
-    """Yield the rows of a Parquet file with their origins. Raises GrowthError for a decompression bomb."""
+    """Yield the rows of a Parquet file with their origins.
+
+    Raises DataError if it cannot be read, GrowthError for a decompression bomb.
+    """
+    import pyarrow as pa  # late: most files are no Parquet files
+
+    try:
+        yield from _iterate_parquet(path, name, advance)
+    except pa.ArrowException as error:
+        if isinstance(error, MemoryError):
+            raise
+        raise DataError.of(f"not a readable Parquet file: {first_line(error)}", name) from error
+
+
+def _iterate_parquet(path: Path | RemoteFile, name: str, advance: Advance) -> Iterator[RawRow]:
+    import pyarrow.parquet as pq
+
     size = path.size if isinstance(path, RemoteFile) else check_regular(path).st_size
     with pq.ParquetFile(path.open() if isinstance(path, RemoteFile) else path) as file:
         check_column_names(file.schema_arrow.names, name)
@@ -115,9 +131,11 @@ def _batch_rows(metadata: pq.FileMetaData) -> int:
 
 def _values(batch: pa.RecordBatch) -> list[dict[str, object]] | RowError:
     """Convert a batch to Python rows, or return the error: times out of range, unknown zones, text not in UTF-8."""
+    import pyarrow as pa
+
     try:
         rows: list[dict[str, object]] = batch.to_pylist()
-    except UNREADABLE_VALUES as error:
+    except (ValueError, OverflowError, LookupError, ImportError, pa.ArrowException) as error:
         if batch.num_columns > 1:
             each = (_values(batch.select([name])) for name in batch.schema.names)
             return next(one for one in each if isinstance(one, RowError))

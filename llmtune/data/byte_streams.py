@@ -9,7 +9,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeAlias, cast
 
-import pyarrow as pa
 from typing_extensions import Buffer
 
 from llmtune.data.object_store import RemoteFile
@@ -151,6 +150,8 @@ class _Unpacked(io.RawIOBase):
     """A decompressed stream, up to a size limit."""
 
     def __init__(self, raw: ByteStream, kind: str, packed: _CountedFile) -> None:
+        import pyarrow as pa
+
         self._stream = pa.CompressedInputStream(pa.PythonFile(raw, mode="r"), kind)
         self._packed = packed
         self._count = 0

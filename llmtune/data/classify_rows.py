@@ -9,8 +9,6 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TypeAlias, TypedDict
 
-import numpy as np
-
 from llmtune.data.rejected_rows import RowError, json_kind, nonempty_text, parse_cell, text_of
 from llmtune.data.row_hash import DECIMAL
 from llmtune.recipe.class_names import spelling_key, tidy_name
@@ -149,6 +147,8 @@ def format_label(label: Label | None) -> str:
         return join_labels(label) or "(none)"
     if not isinstance(label, float):
         return str(label)
+    import numpy as np
+
     single = np.float32(label)
     return str(single if float(single) == label else label).removesuffix(".0")
 

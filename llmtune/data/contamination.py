@@ -23,9 +23,9 @@ import pyarrow as pa
 
 from llmtune.data.deduplication import match_near
 from llmtune.data.input_overlap import COMMON_ROWS, JsonRows, find_shared_inputs
-from llmtune.data.row_hash import I64, U64, hash_words
 from llmtune.data.row_store import iterate_batches, iterate_ids, iterate_texts
 from llmtune.data.row_text import compared_text, near_text, visible_form
+from llmtune.data.word_hash import I64, U64, hash_words
 from llmtune.records import Row, Rows
 
 WORDS = 13

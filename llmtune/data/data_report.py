@@ -13,6 +13,7 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from llmtune.data.chat_template import read_template
+from llmtune.data.data_notes import filled_sentence, long_answers_sentence, lost_sentence, vanishing_sentence
 from llmtune.data.examples import ExampleReader
 from llmtune.data.row_store import iterate_texts
 from llmtune.data.task_interface import TaskInterface
@@ -24,7 +25,6 @@ from llmtune.recipe.schema import Recipe
 from llmtune.recipe.secrets import redact_all, secret_values
 from llmtune.recipe.task_facts import TASK_FACTS
 from llmtune.records import Examples, Json, Rows
-from llmtune.report.run_sections import filled_sentence, long_answers_sentence, lost_sentence, vanishing_sentence
 
 BINS = 10
 SHOWN = 30

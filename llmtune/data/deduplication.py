@@ -28,7 +28,9 @@ import numpy as np
 import numpy.typing as npt
 
 from llmtune.data.input_overlap import MOST_WORDS, JsonRows, find_shared_inputs, select_rows
-from llmtune.data.row_hash import (
+from llmtune.data.row_store import Index
+from llmtune.data.row_text import NearText, near_text, row_input, visible_form
+from llmtune.data.word_hash import (
     BANDS,
     I64,
     MINIMA,
@@ -41,8 +43,6 @@ from llmtune.data.row_hash import (
     take_minima,
     without_common,
 )
-from llmtune.data.row_store import Index
-from llmtune.data.row_text import NearText, near_text, row_input, visible_form
 from llmtune.data.worker_pool import WorkerPool
 from llmtune.records import SPLITS, Row
 from llmtune.store.atomic_files import atomic_file

@@ -6,8 +6,6 @@ import re
 from itertools import pairwise
 from pathlib import Path
 
-import charset_normalizer
-
 from llmtune.data.byte_streams import byte_order, open_bytes, skip_bom, wide_mark
 from llmtune.data.object_store import RemoteFile
 
@@ -68,6 +66,8 @@ def guess_encoding(path: Path | RemoteFile) -> str | None:
     if _is_western(start) and valid <= MOST_VALID * broken:
         return "cp1252"
     words = b"\n".join(word for word in re.split(rb"[\s,;]+", start) if not word.isascii())
+    import charset_normalizer  # late: few files need it
+
     best = charset_normalizer.from_bytes(words, cp_isolation=[*OTHERS], enable_fallback=False).best()
     return best.encoding if best else None
 

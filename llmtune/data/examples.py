@@ -22,7 +22,6 @@ from typing_extensions import TypedDict
 
 from llmtune import __version__
 from llmtune.data.example import Example, list_columns
-from llmtune.data.ingest import progress_bars
 from llmtune.data.overlong import TOO_LONG, Lost
 from llmtune.data.rejected_rows import listed, too_many_bad
 from llmtune.data.rendering_check import check_tools
@@ -30,6 +29,7 @@ from llmtune.data.row_store import AGAIN, iterate_texts, open_arrow
 from llmtune.data.task_interface import TaskInterface
 from llmtune.data.tokenization import UNKNOWN, find_unknown, refused_token
 from llmtune.data.worker_pool import WorkerPool
+from llmtune.display.console import progress_bars
 from llmtune.errors import DataError, EnvironmentProblem, Problem
 from llmtune.recipe.data_section import ENCODING_KEYS
 from llmtune.recipe.schema import Recipe

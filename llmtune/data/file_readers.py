@@ -16,8 +16,6 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import pyarrow as pa
-
 from llmtune.data.arrow_rows import check_column_names, read_parquet
 from llmtune.data.byte_streams import (
     MAX_GROWTH,
@@ -35,7 +33,7 @@ from llmtune.data.encoding_guess import guess_encoding
 from llmtune.data.message_fields import is_message
 from llmtune.data.object_store import RemoteFile, is_damage, reached
 from llmtune.data.rejected_rows import RawRow, RowError, json_kind
-from llmtune.errors import DataError, first_line, write_origin
+from llmtune.errors import DataError, write_origin
 from llmtune.records import Advance
 
 MAX_ROW_BYTES = 8 * 2**20
@@ -142,8 +140,6 @@ def data_errors(name: str) -> Iterator[None]:
     except GrowthError as error:
         what = f"it unpacks to more than {MAX_GROWTH} times its size"
         raise DataError.of(what, name, "Unpack it by hand, if that is intended.") from error
-    except pa.ArrowException as error:
-        raise DataError.of(f"not a readable Parquet file: {first_line(error)}", name) from error
     except OtherEncodingError as error:
         raise DataError.of(error.what, name, error.fix) from error
     except UnicodeError as error:

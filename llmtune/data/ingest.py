@@ -12,11 +12,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import xxhash
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 
 from llmtune.data.arrow_rows import ArrowRow
 from llmtune.data.class_spelling import NameChange, note_tidied, rename_classes
@@ -24,15 +22,18 @@ from llmtune.data.column_mapping import rename
 from llmtune.data.file_readers import MAX_ROW_BYTES, NOT_UTF8, JsonLine, LazyRow
 from llmtune.data.rejected_rows import RowError, parse_cell, too_many_bad
 from llmtune.data.row_formats import parse_row
-from llmtune.data.row_hash import hash_content, plain_value, row_json
-from llmtune.data.row_store import BATCH_BYTES, BATCH_ROWS, HashedRow, Spool
+from llmtune.data.row_hash import BATCH_BYTES, BATCH_ROWS, HashedRow, hash_content, plain_value, row_json
 from llmtune.data.sources import Detected, encoding_hint
 from llmtune.data.worker_pool import WorkerPool
-from llmtune.display.console import LiveProgress
 from llmtune.errors import DataError, Problem, nearest
 from llmtune.recipe.data_section import DataSection
 from llmtune.records import SPLITS, Advance, Json
 from llmtune.store.atomic_files import atomic_file
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from llmtune.data.row_store import Spool
 
 SHOWN = 20
 TRIED_ROWS = 5000
@@ -122,14 +123,6 @@ class IngestState:
         return [*self.hints, *self.first, *tail]
 
 
-@contextmanager
-def progress_bars(console: Console, amount: ProgressColumn | None = None) -> Iterator[Progress]:
-    """Draw progress bars if the output is a terminal, in bytes by default."""
-    columns = (TextColumn("{task.description}"), BarColumn(), amount or DownloadColumn(), TimeRemainingColumn())
-    with LiveProgress(*columns, console=console, transient=True) as progress:
-        yield progress
-
-
 def ingest_rows(
     inputs: Sequence[Detected],
     data: DataSection,
@@ -156,6 +149,8 @@ def ingest_rows(
         DataError: A file cannot be read to its end, the share of bad rows exceeds `max_dropped`, or no possible test
             row has one of `columns`.
     """
+    from llmtune.display.console import progress_bars  # late: a check draws none
+
     account = IngestState.restore(list_file, spool)
     if not spool.ended:
         with account.spooled(), progress_bars(console) as progress:

@@ -22,8 +22,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import xxhash
 
-from llmtune.data.row_hash import I64, U64, mix
 from llmtune.data.row_text import RowInput, plain_words, row_input
+from llmtune.data.word_hash import I64, U64, mix
 from llmtune.data.worker_pool import WorkerPool
 
 JsonRows = Callable[[], Iterator[tuple[int, pa.Array]]]

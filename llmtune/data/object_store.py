@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import ssl
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -132,6 +131,8 @@ def reached(url: str, *more: type[Exception]) -> Iterator[None]:
 
 def _insecure(error: BaseException | None, variable: str) -> tuple[str, str] | None:
     """Return the problem with a certificate and its fix, if one caused the error."""
+    import ssl  # late: local files do not need it
+
     fault = None
     while error is not None:
         fault = error if isinstance(error, ssl.SSLError | FileNotFoundError) else fault  # innermost

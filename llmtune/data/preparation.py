@@ -24,19 +24,20 @@ from llmtune import __version__
 from llmtune.data.audio import AUDIO_COLUMNS, find_recording
 from llmtune.data.class_spelling import list_changes, require_one_spelling, warn_of_idle_renames
 from llmtune.data.corpus import save_corpus
+from llmtune.data.data_notes import name_changes_sentences
 from llmtune.data.deduplication import KEPT, drop_equal, drop_near, drop_shared_inputs
 from llmtune.data.file_survey import suspicions
-from llmtune.data.ingest import IngestState, ingest_rows, progress_bars
+from llmtune.data.ingest import IngestState, ingest_rows
 from llmtune.data.rejected_rows import RowError
-from llmtune.data.row_hash import fraction
 from llmtune.data.row_store import RECORD, Index, RowWriter, Spool, iterate_rows, iterate_texts, save_rows
 from llmtune.data.sources import Detected, hash_sources, resolve_inputs
+from llmtune.data.word_hash import fraction
+from llmtune.display.console import progress_bars
 from llmtune.errors import DataError, Problem
 from llmtune.recipe.data_section import ENCODING_KEYS, DataSection, Source
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.yaml_writer import source_line
 from llmtune.records import SPLITS, Rows
-from llmtune.report.class_sentences import name_changes_sentences
 from llmtune.store.atomic_files import explained, hash_value, read_json, write_text
 
 TRAIN, VALIDATION, TEST = range(len(SPLITS))

@@ -10,21 +10,19 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, NotRequired
+from typing import NotRequired
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 from typing_extensions import TypedDict
 
+from llmtune.data.row_hash import BATCH_BYTES, BATCH_ROWS, HashedRow
 from llmtune.errors import DataError, EnvironmentProblem, first_line, system_problem
 from llmtune.records import Json, Row, Rows
 from llmtune.store.atomic_files import read_json, write_json
 from llmtune.store.json_shapes import Count, Counts, read_record
 
-BATCH_ROWS = 1024
-BATCH_BYTES = 2**22
-"""A batch ends at whichever limit comes first: rows can be long."""
 AGAIN = "Run the recipe again to recreate missing or damaged files."
 RECORD = "rows.json"
 MINED = "mined"
@@ -252,23 +250,6 @@ class Index:
 
     def __len__(self) -> int:
         return len(self.source)
-
-
-class HashedRow(NamedTuple):
-    """A good row after reading; see `Index` for the numbers and `Rows` for the texts."""
-
-    origin: str
-    row: str
-    columns: str | None
-    content: bytes
-    text: int
-    group: int
-    source: int
-    split: int
-    filled: int = 0
-    """The number of null keys that Arrow added, and that were dropped."""
-    changes: tuple[tuple[str, str, str], ...] = ()
-    """Class names that changed, as `class_spelling.NameChange`."""
 
 
 class Spool(AbstractContextManager["Spool"]):

@@ -16,17 +16,17 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, Pr
 from llmtune.deploy.exported_model import ExportedModel
 from llmtune.deploy.tuned_model import RULES, TunedModel
 from llmtune.errors import EnvironmentProblem, RecipeError, first_line
+from llmtune.evaluate.decoder_generation import decoder_settings
 from llmtune.evaluate.generation import generation_settings
+from llmtune.model.audio_models import feature_extractor
 from llmtune.model.causal_lm_loss import unwrap
 from llmtune.model.config import is_encoder
 from llmtune.model.processor import PREPROCESSOR
 from llmtune.recipe.schema import Recipe
 from llmtune.store.atomic_files import plain, read_json
 from llmtune.tasks.embed import Embed
-from llmtune.tasks.recordings import feature_extractor
 from llmtune.tasks.rerank import SIGMOID, Rerank
 from llmtune.tasks.sentence_vectors import LENGTH, MODULES, embed_section, read_settings
-from llmtune.tasks.text_to_text import decoder_settings
 
 GENERATION, TOKENIZER, CONFIG = "generation_config.json", "tokenizer_config.json", "config.json"
 Settings = dict[str, Mapping[str, object]]

@@ -27,8 +27,8 @@ from llmtune.recipe.task_facts import TASK_FACTS
 from llmtune.report.export_section import export_section
 from llmtune.report.render_markdown import code, markdown_text, render_section
 from llmtune.report.score_sections import base_name, gate_section, score_section, seed_section, suite_sections
-from llmtune.score_records import Evaluation, GateResult
 from llmtune.store.report_record import Seeds
+from llmtune.store.score_records import Evaluation, GateResult
 
 HUB_METRICS = {r"f1.*": "f1", r"rouge.*": "rouge", r"matthews": "matthews_correlation", r"auroc": "roc_auc"}
 """The hub's metric names by a pattern of ours, if they differ."""

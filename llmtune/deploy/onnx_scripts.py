@@ -7,14 +7,14 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from llmtune.data.text_pairs import first_token
 from llmtune.data.tokenization import decode
 from llmtune.deploy.tuned_model import TunedModel
+from llmtune.evaluate.decoder_generation import decoder_settings
 from llmtune.evaluate.generation import answer_ends
 from llmtune.model.memory_plan import context_length
 from llmtune.recipe.model_kind import CTC, MASKED, SPANS, TOKENS, VECTORS
 from llmtune.store.atomic_files import write_text
-from llmtune.tasks.recordings import set_speech
-from llmtune.tasks.text_to_text import TextToText, decoder_settings, first_token
 
 SCRIPT = "run_model.py"
 TOP = '''"""Run this model: python run_model.py {arguments}
@@ -196,10 +196,9 @@ def _encoder_decoder_script(model: PreTrainedModel, tuned: TunedModel) -> tuple[
     places = {name: f"<{name}>" for name in task.required_inputs}
     constants: dict[str, Any] = {}
     if task.model_kind.takes_audio:
-        set_speech(processor, recipe)
+        task.prepare_processor(processor, recipe)
         start, first, body = list(processor.prefix_tokens), None, SOUND
     else:
-        assert isinstance(task, TextToText)
         own = task.stated_inputs(tuned.rows[0], recipe) if tuned.rows else {}
         pair = task.pair(task.make_row({**own, **places}), recipe)
         first, body = first_token(pair, processor), PROMPT + 'given = tokenizer(text, return_tensors="np")\n'

@@ -35,11 +35,11 @@ from llmtune.display.console import track_items
 from llmtune.errors import DataError, LlmtuneError, first_line
 from llmtune.evaluate.evaluated_task import LoadedModel
 from llmtune.evaluate.generation import answer_ends
+from llmtune.model.audio_models import heard_at_once
 from llmtune.model.causal_lm_loss import accepted_arguments, decoder_inputs, model_inputs, move_to, unwrap
 from llmtune.model.device import compute_context
 from llmtune.records import Batch, Row
 from llmtune.tasks.base import AnyTask
-from llmtune.tasks.speech import heard_at_once
 
 T = TypeVar("T")
 

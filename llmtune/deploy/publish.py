@@ -23,12 +23,12 @@ from llmtune.evaluate.decision import copy_rules
 from llmtune.evaluate.evaluation_file import load_with_exports
 from llmtune.model.resolve import LICENSES, NO_ANSWER
 from llmtune.recipe.secrets import hide_paths, is_local_path, recipe_to_share, redact, refuse_paths
-from llmtune.score_records import Evaluation
 from llmtune.store.atomic_files import explained, hash_folder, hash_path, staged, write_json, write_text
 from llmtune.store.process_environment import offline_switches
 from llmtune.store.report_record import read_report
 from llmtune.store.run_folder import CERTIFICATE, RunFolder, read_run, recipe_of_run
 from llmtune.store.run_lock import LOCK, read_lock, read_resolved
+from llmtune.store.score_records import Evaluation
 
 
 def check_upload(offline: bool) -> None:

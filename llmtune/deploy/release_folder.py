@@ -27,7 +27,6 @@ from llmtune.recipe.section import RELEASE_PREFIX
 from llmtune.records import Json
 from llmtune.report.report_page import write_report
 from llmtune.report.run_report import make_report
-from llmtune.score_records import Evaluation, GateResult
 from llmtune.session import RunContext, open_finished
 from llmtune.store.atomic_files import (
     explained,
@@ -63,6 +62,7 @@ from llmtune.store.run_folder import (
 )
 from llmtune.store.run_lock import LOCK
 from llmtune.store.run_origin import is_own, mark_own
+from llmtune.store.score_records import Evaluation, GateResult
 from llmtune.store.seed_runs import kept_findings
 
 SERVING_SECTIONS = ("task", "generation")

@@ -21,12 +21,12 @@ from llmtune.evaluate.per_row_scores import pack_measures
 from llmtune.evaluate.release_records import RELEASE_VERSION, Release, is_release, open_release
 from llmtune.recipe.secrets import hide_paths
 from llmtune.recipe.user_files import read_bytes
-from llmtune.records import Json
-from llmtune.score_records import Difference, GateResult
+from llmtune.records import Difference, Json
 from llmtune.store.atomic_files import explained, hash_file, plain, read_json, write_json
 from llmtune.store.release_store import RECORD_FILE, is_stored, read_current, release_address
 from llmtune.store.report_record import require_report
 from llmtune.store.run_lock import LOCK
+from llmtune.store.score_records import GateResult
 
 NAMESPACE = "llmtune-release"
 SIGSTORE = "sigstore"

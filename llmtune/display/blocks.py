@@ -13,8 +13,7 @@ from markupsafe import Markup
 
 from llmtune.display.charts import draw_interval
 from llmtune.display.number_format import DASH, chance, count, missing, score, signed
-from llmtune.evaluate.significance import FEWEST_ROWS
-from llmtune.score_records import Difference
+from llmtune.records import FEWEST_ROWS, Difference
 
 Tone = Literal["", "better", "worse", "mixed", "unsure"]
 TONES: dict[int, Tone] = {1: "better", -1: "worse", 0: "unsure"}
@@ -105,7 +104,7 @@ class Compared:
         change = self.difference
         if change is None:
             return ""
-        return TONES[self.better * (1 if change.low > 0 else -1 if change.high < 0 else 0)]
+        return TONES[self.better * change.sign]
 
     @property
     def tone_cell(self) -> Cell:

@@ -37,7 +37,6 @@ from rich.text import Text as RichText
 from llmtune.display.blocks import Beside, Block, Bullets, Column, KeyValues, Page, Section, Table, Text
 from llmtune.display.number_format import duration
 from llmtune.errors import visible
-from llmtune.store.processes import rank
 
 LEAST_TEXT = 12
 """Minimum width of text columns."""
@@ -55,8 +54,10 @@ T = TypeVar("T")
 class VisibleConsole(Console):
     """A console that shows escape codes as text, so data cannot control the terminal."""
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, *, beats: bool = True, **options: Any) -> None:
         super().__init__(**options)
+        self.beats = beats
+        """Whether this process prints a heartbeat: only rank 0 does."""
         self.heartbeat = Heartbeat(self)
 
     def print(self, *objects: Any, **options: Any) -> None:
@@ -106,7 +107,7 @@ class Heartbeat:
 @contextmanager
 def heartbeat(console: Console, describe: Callable[[], str]) -> Iterator[None]:
     """Let a log without a terminal speak at least once a minute during the block; see `Heartbeat`."""
-    if not isinstance(console, VisibleConsole) or console.is_terminal or console.quiet or rank():
+    if not isinstance(console, VisibleConsole) or console.is_terminal or console.quiet or not console.beats:
         yield
         return
     with console.heartbeat.during(describe):
@@ -329,3 +330,11 @@ def _as_lines(
         text.append(fill(joined, width, subsequent_indent="  ").replace(NO_BREAK, " ") + "\n", style=style)
     text.rstrip()
     return text
+
+
+@contextmanager
+def progress_bars(console: Console, amount: ProgressColumn | None = None) -> Iterator[Progress]:
+    """Draw progress bars if the output is a terminal, in bytes by default."""
+    columns = (TextColumn("{task.description}"), BarColumn(), amount or DownloadColumn(), TimeRemainingColumn())
+    with LiveProgress(*columns, console=console, transient=True) as progress:
+        yield progress

@@ -19,9 +19,9 @@ from llmtune.evaluate.intervals import Floats, Formula
 from llmtune.evaluate.metric import Measure, PairedMeasures, brier_bounds, columns, quotient, ratio, reliability_bounds
 from llmtune.evaluate.paired_statistics import Bounds, share_bounds
 from llmtune.recipe.task_facts import CALIBRATION
-from llmtune.score_records import Calibration, Reliability
 from llmtune.store.atomic_files import read_json, write_json
 from llmtune.store.run_folder import RunFolder
+from llmtune.store.score_records import Calibration, Reliability
 
 RulesT = TypeVar("RulesT")
 RECORD = "calibration.json"

@@ -30,11 +30,11 @@ from llmtune.evaluate.ranking_metrics import SEARCHED
 from llmtune.evaluate.release_records import locate_champion, open_release, read_release
 from llmtune.recipe.schema import Recipe
 from llmtune.records import Examples, Row, Rows
-from llmtune.score_records import Champion, ClassChanges, Evaluation
 from llmtune.store.atomic_files import hash_file, hash_value
 from llmtune.store.processes import world_size
 from llmtune.store.release_store import is_stored, release_address
 from llmtune.store.run_folder import MANIFEST, RunFolder, read_run, recipe_of_run
+from llmtune.store.score_records import Champion, ClassChanges, Evaluation
 
 
 def hash_weights(run: Path) -> str:

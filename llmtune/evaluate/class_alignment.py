@@ -18,8 +18,7 @@ from llmtune.evaluate.metric import Measure, columns, measure_right, paired_diff
 from llmtune.evaluate.opened_runs import OpenedRun, ScoredRun, pair_measures
 from llmtune.recipe.class_names import earlier_forms, rename_row, show_name, tidy_name
 from llmtune.recipe.task_facts import CALIBRATION, TASK_FACTS
-from llmtune.records import Rows
-from llmtune.score_records import Difference
+from llmtune.records import Difference, Rows
 
 CLASS_SUMS = ("f1_macro", "f1_weighted", "matthews")
 """Metrics with hits, predictions and right rows of each class, [N, 3K]."""

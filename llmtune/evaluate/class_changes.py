@@ -17,20 +17,19 @@ from llmtune.data.class_spelling import warn_of_idle_renames
 from llmtune.data.row_store import iterate_ids, iterate_rows, load_rows
 from llmtune.errors import LlmtuneError
 from llmtune.evaluate.class_alignment import CLASS_SUMS, classes_of
+from llmtune.evaluate.class_sentences import list_class_changes
 from llmtune.evaluate.classification_metrics import f1_macro_formula, split_sums
 from llmtune.evaluate.intervals import exact_interval
 from llmtune.evaluate.metric import Measure, columns, hit_bounds, measure_right, own_interval, paired_difference
 from llmtune.evaluate.opened_runs import ScoredRun
-from llmtune.evaluate.significance import FEWEST_ROWS
 from llmtune.recipe.class_names import names_in, tidy_name
 from llmtune.recipe.evaluate_section import ERROR
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_facts import TASK_FACTS
-from llmtune.records import SPLITS, Row, Rows
-from llmtune.report.class_sentences import list_class_changes
-from llmtune.score_records import ClassChanges, Difference, Evaluation, NewClass, Slice
+from llmtune.records import FEWEST_ROWS, SPLITS, Difference, Row, Rows
 from llmtune.store.release_store import find_source
 from llmtune.store.run_folder import RunFolder
+from llmtune.store.score_records import ClassChanges, Evaluation, NewClass, Slice
 
 RECOGNISED = 0.5
 """Share of a class's rows from which it counts as learned: most of them get their own class."""

@@ -41,9 +41,9 @@ from llmtune.recipe.evaluate_section import EvaluateSection
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.training_rule import count_checkpoints
 from llmtune.records import Json, Rows
-from llmtune.score_records import Decided, Decision, Evaluation
 from llmtune.store.atomic_files import hash_folder, read_json, write_json
 from llmtune.store.run_folder import CERTIFICATE, RunFolder
+from llmtune.store.score_records import Decided, Decision, Evaluation
 
 RECORD = "decision.json"
 EXPORTS = ("merged", "gguf", "onnx", "quantized")

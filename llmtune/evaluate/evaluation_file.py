@@ -1,31 +1,24 @@
-"""Save, load and print an evaluation: `evaluation.json` and the scores on the terminal. Does not import torch."""
+"""Save and load an evaluation: `evaluation.json`. Does not import torch."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
-from rich.console import Console
-from rich.markup import escape
 
-from llmtune.display.console import print_sections
 from llmtune.errors import Problem
 from llmtune.evaluate.metric_info import better_side
-from llmtune.evaluate.significance import INCONCLUSIVE
-from llmtune.recipe.task_facts import TASK_FACTS
-from llmtune.report.score_sections import NOT_APPLICABLE, count_gates, score_sections
-from llmtune.score_records import Difference, Evaluation, GateResult, Study
+from llmtune.records import Difference
 from llmtune.store.atomic_files import explained, read_json, write_json
-from llmtune.store.report_record import Verdict
 from llmtune.store.run_folder import RunFolder
+from llmtune.store.score_records import Evaluation, Study
 
 EVALUATION = "evaluation.json"
-WORDS = {True: "[green]passed[/]", False: "[red]failed[/]", None: f"[yellow]{INCONCLUSIVE}[/]"}
-"""Printed results of a gate."""
+PIECES = "loss.pieces"
+"""Name of the note on the base model's loss per piece of a text."""
 SCORES = ("base", "intervals", "tuned", "export", "difference", "from_old", "scores", "before", "after")
 """Keys of `evaluation.json` below which null means NaN."""
 
@@ -80,21 +73,3 @@ def restore_nan(value: object, numeric: bool = False) -> object:
     if isinstance(value, list):
         return [restore_nan(part, numeric) for part in value]
     return math.nan if value is None and numeric else value
-
-
-def print_scores(evaluation: Evaluation, console: Console, task: str) -> None:
-    """Print base (or the baseline's name), tuned and the difference with its interval."""
-    if not evaluation.tuned and not evaluation.studies:
-        console.print("evaluate: none of the metrics could be measured")
-    print_sections(score_sections(evaluation, None, section=TASK_FACTS[task].section), console)
-
-
-def print_verdict(verdict: Verdict, gates: Sequence[GateResult], console: Console) -> None:
-    """Print the gates, then one line with the verdict and how many gates passed."""
-    for gate in gates:
-        word = WORDS[gate.passed] if gate.applies else f"[yellow]{NOT_APPLICABLE}[/]"
-        note = f"; {gate.note}" if gate.note else ""
-        told = f"wanted {gate.wanted}, got {gate.got}{note}" if gate.applies else gate.note
-        console.print(f"gate {word}  {escape(gate.name)}  [dim]({escape(told)})[/]")
-    counted = f" {count_gates(gates)}." if gates else ""
-    console.print(f"[bold]{verdict.word}[/]: {escape(verdict.reason)}{counted}", highlight=False)

@@ -17,6 +17,7 @@ from llmtune.evaluate.calibration import Chosen, calibrate, describe_reliability
 from llmtune.evaluate.decision import conclude, fit_decision, measure_decisions
 from llmtune.evaluate.eval_inputs import EvalContext, EvalInputs
 from llmtune.evaluate.evaluated_task import Corpus, EvalPrediction, EvaluatedTask
+from llmtune.evaluate.evaluation_file import PIECES
 from llmtune.evaluate.inference import Answers, TokenSums, compute_metrics, predict, read_choices
 from llmtune.evaluate.metric import Measure, PairedMeasures, own_interval
 from llmtune.evaluate.metric_info import better_side
@@ -28,10 +29,8 @@ from llmtune.model.device import release_memory
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_facts import TASK_FACTS
 from llmtune.records import Row, Rows
-from llmtune.score_records import Decided, Evaluation, Reliability
+from llmtune.store.score_records import Decided, Evaluation, Reliability
 
-PIECES = "loss.pieces"
-"""Name of the note on the base model's loss per piece of a text."""
 PIECES_APART = 0.5
 """Nats per token by which later pieces may be worse."""
 GUESSED_ROWS = 400_000

@@ -7,25 +7,20 @@ import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
-from rich.console import Console
-
-from llmtune.display.console import print_sections
 from llmtune.errors import GateFailed, GateUnsure, Problem, RecipeError
 from llmtune.evaluate.champion import open_champion
 from llmtune.evaluate.evaluation_file import list_failed, load_with_exports
 from llmtune.evaluate.paired_statistics import name_groups, row_deviation, rows_needed, smallest_difference, widen
-from llmtune.evaluate.significance import INCONCLUSIVE
+from llmtune.evaluate.significance import INCONCLUSIVE, NOT_APPLICABLE
 from llmtune.recipe.evaluate_section import ERROR, EvaluateSection, WhenUnsure
 from llmtune.recipe.gate_grammar import Gate, Operator, parse_gate
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.section import RELEASE_PREFIX
 from llmtune.recipe.task_facts import SIMPLE_BASELINES
-from llmtune.records import Json
-from llmtune.report.score_sections import NOT_APPLICABLE, power_section
-from llmtune.score_records import Champion, Difference, Evaluation, GateResult
-from llmtune.store.atomic_files import plain
+from llmtune.records import Difference, Json
 from llmtune.store.report_record import Power
 from llmtune.store.run_folder import RunFolder
+from llmtune.store.score_records import Champion, Evaluation, GateResult
 
 COMPARE: dict[str, Callable[[float, float], bool]] = {
     ">=": operator.ge,
@@ -275,7 +270,6 @@ def number(value: float) -> str:
 
 OF_RUN = "the tuned model and the base differed row by row in this run's last evaluation"
 OF_CHAMPION = "the champion and its own base differ row by row"
-UNKNOWN = "The power of the test rows is not known yet: no evaluated run and no champion found."
 
 
 def list_power(section: EvaluateSection, evaluation: Evaluation, rows: int | None = None) -> list[Power]:
@@ -314,8 +308,8 @@ def measure_power(
     return Power(metric, against, rows, smallest_difference(row_deviation(change), rows, alpha))
 
 
-def print_plan(recipe: Recipe, run: RunFolder, console: Console, *, prepared: bool) -> Json:
-    """Print what the test rows will be able to show, based on an existing evaluation, and return it.
+def plan_power(recipe: Recipe, run: RunFolder, *, prepared: bool) -> tuple[list[Power], str]:
+    """Return what the test rows will be able to show, based on an existing evaluation, and where that is from.
 
     Uses the run's own evaluation, else the champion's: the champion's difference from its base then replaces the
     tuned model's differences from base and champion. The number of test rows is the run's if they are `prepared`.
@@ -328,9 +322,4 @@ def print_plan(recipe: Recipe, run: RunFolder, console: Console, *, prepared: bo
         like = champion.evaluation
         seen = replace(seen, champion=Champion(recipe.evaluate.champion or "", like.tuned, like.difference, {}))
     power = list_power(recipe.evaluate, seen, rows) if seen else []
-    if power:
-        print_sections([replace(power_section(power), brief=True)], console)
-        console.print(f"Planned by how far {source}.", highlight=False)
-    elif any(parse_gate(text).part for text in recipe.evaluate.gates):
-        console.print(UNKNOWN, highlight=False)
-    return {"source": source if power else None, "rows": [plain(one) for one in power]}
+    return power, source

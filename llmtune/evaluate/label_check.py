@@ -19,14 +19,14 @@ from llmtune.display.number_format import duration
 from llmtune.errors import DataError, Problem, RecipeError, read_origin
 from llmtune.evaluate.champion import find_champion_run, open_champion
 from llmtune.evaluate.class_alignment import follow_rows
-from llmtune.evaluate.opened_runs import ScoredRun
+from llmtune.evaluate.opened_runs import ScoredRun, name_sources
 from llmtune.evaluate.scoring import LoadChampion, measure_champion, name_classes
-from llmtune.evaluate.source_labels import FEWEST_LABELS, SourceLabels, compare_sources, describe_disagreement
+from llmtune.evaluate.source_labels import FEWEST_LABELS, compare_sources, describe_disagreement
 from llmtune.evaluate.token_batches import cut_evenly
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_facts import TASK_FACTS
 from llmtune.records import SPLITS, Rows
-from llmtune.report.run_report import name_sources
+from llmtune.store.report_record import SourceLabels
 from llmtune.store.run_folder import RunFolder
 
 KEY = "evaluate.max_disagreement"

@@ -26,7 +26,7 @@ from llmtune.evaluate.paired_statistics import (
     unknown,
 )
 from llmtune.recipe.evaluate_section import ERROR
-from llmtune.score_records import Difference
+from llmtune.records import Difference
 
 
 @dataclass(frozen=True)

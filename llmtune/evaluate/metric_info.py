@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from llmtune.display.number_format import missing
 from llmtune.recipe.gate_grammar import LOWER_IS_BETTER
 from llmtune.recipe.task_facts import COST, NEAREST_TO_ONE, TASK_FACTS, at_ten
-from llmtune.score_records import Decided, Difference
+from llmtune.records import Difference
+from llmtune.store.score_records import Decided
 
 CHOICE = "choice_accuracy"
 COSTS = frozenset({"kl", "answers_cut", "ece", "random_cosine", "effective_rank"})
@@ -98,8 +99,7 @@ def direction(metric: str, change: Difference, side: int | None = None) -> int:
 
     `side` is that of `list_sides`; without it, more than a target counts as better still.
     """
-    sign = 1 if change.low > 0 else -1 if change.high < 0 else 0
-    return sign * (better_side(metric) if side is None else side)
+    return change.sign * (better_side(metric) if side is None else side)
 
 
 def better_side(metric: str) -> int:

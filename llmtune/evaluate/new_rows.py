@@ -10,10 +10,10 @@ from llmtune.evaluate.metric import PairedMeasures, own_interval
 from llmtune.evaluate.opened_runs import ScoredRun, pair_measures
 from llmtune.evaluate.paired_statistics import subtract_intervals
 from llmtune.evaluate.per_row_scores import PerRowScores
-from llmtune.evaluate.significance import FEWEST_ROWS
 from llmtune.evaluate.slices import score_slice
 from llmtune.recipe.gate_grammar import NEW
-from llmtune.score_records import NewRows
+from llmtune.records import FEWEST_ROWS
+from llmtune.store.score_records import NewRows
 
 
 @dataclass(frozen=True)

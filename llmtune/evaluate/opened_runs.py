@@ -21,9 +21,9 @@ from llmtune.recipe.schema import Recipe
 from llmtune.recipe.source_map import walk
 from llmtune.recipe.task_facts import CHOICE_METRICS, CUT_METRIC, DECISIONS, TASK_FACTS
 from llmtune.records import Json
-from llmtune.score_records import Evaluation
 from llmtune.store.atomic_files import read_json
 from llmtune.store.run_folder import CERTIFICATE, MANIFEST, RunFolder, read_run, recipe_of_run
+from llmtune.store.score_records import Evaluation
 
 DECIDES_NOTHING = ("name", "deploy", *(f"evaluate.{key}" for key in GATE_KEYS))
 """Keys that affect neither training nor measurement."""
@@ -262,3 +262,8 @@ def join_rows(run: ScoredRun, metric: str, shared: Collection[str]) -> Measure:
     names, measure = run.row_names(metric), run.measures.tuned[metric]
     order = sorted((at for at, name in enumerate(names) if name in shared), key=names.__getitem__)
     return replace(measure.take(order), at=tuple(range(len(order))))
+
+
+def name_sources(files: Collection[str]) -> list[str]:
+    """Return the shortest distinct ends of the files' paths."""
+    return name_runs([Path(file) for file in files]) if files else []

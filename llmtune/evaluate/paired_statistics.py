@@ -28,7 +28,7 @@ from llmtune.evaluate.intervals import (
     pseudo_values,
 )
 from llmtune.recipe.evaluate_section import ERROR
-from llmtune.score_records import Difference
+from llmtune.records import Difference
 
 RankStatistic = Callable[[Floats], Weighted]
 """Builds a weighted statistic from the numbers of each row [N, K], for metrics without sums."""

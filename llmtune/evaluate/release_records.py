@@ -19,8 +19,7 @@ from llmtune.evaluate.opened_runs import ScoredRun
 from llmtune.evaluate.per_row_scores import unpack_measures
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.section import RELEASE_PREFIX
-from llmtune.records import Json
-from llmtune.score_records import Difference, Evaluation, GateResult, SimpleBaseline
+from llmtune.records import Difference, Json
 from llmtune.store.atomic_files import explained, read_json
 from llmtune.store.release_store import (
     RECORD_FILE,
@@ -35,6 +34,7 @@ from llmtune.store.release_store import (
 )
 from llmtune.store.run_folder import MANIFEST
 from llmtune.store.run_listing import find_run
+from llmtune.store.score_records import Evaluation, GateResult, SimpleBaseline
 
 RELEASE_VERSION = 1
 RELEASE_FIX = "Write it again from its run: llmtune release RUN"

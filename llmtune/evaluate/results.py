@@ -20,9 +20,9 @@ from llmtune.evaluate.inference import Answers, TokenSums
 from llmtune.evaluate.metric import Measure, PairedMeasures
 from llmtune.evaluate.shared_prefix import find_choice
 from llmtune.evaluate.token_batches import cut_evenly
-from llmtune.score_records import Flips
 from llmtune.store.atomic_files import explained, plain, read_json, write_text
 from llmtune.store.json_shapes import find_misfit
+from llmtune.store.score_records import Flips
 
 PREDICTIONS, BASE, TUNED, SIMPLE = "predictions.jsonl", "base.json", "tuned.json", "simple_baseline.json"
 VECTORS = ".npy"

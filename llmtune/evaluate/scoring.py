@@ -23,8 +23,8 @@ from llmtune.evaluate.class_alignment import ClassMap, map_classes, rename_predi
 from llmtune.evaluate.decision import save_rules
 from llmtune.evaluate.eval_inputs import SCHEMAS_NOTE, SPLIT, EvalContext, EvalInputs, make_inputs, resolve_choices
 from llmtune.evaluate.evaluated_task import EvaluatedTask, LoadedModel
-from llmtune.evaluate.evaluation_file import print_scores, save_evaluation
-from llmtune.evaluate.evaluator import PIECES, ModelLoaders, evaluate, predict_baseline
+from llmtune.evaluate.evaluation_file import save_evaluation
+from llmtune.evaluate.evaluator import ModelLoaders, Scored, evaluate, predict_baseline
 from llmtune.evaluate.inference import Answers, compute_metrics, inference_on, measure_one, predict, predict_rows
 from llmtune.evaluate.metric import Measure, PairedMeasures
 from llmtune.evaluate.new_rows import NONE_ASKED, Asked
@@ -41,11 +41,11 @@ from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_facts import CALIBRATION
 from llmtune.recipe.training_rule import compared_checkpoints
 from llmtune.records import Row, Rows
-from llmtune.score_records import Champion, Contamination, Evaluation, Slice
 from llmtune.store.atomic_files import hash_folder
 from llmtune.store.json_shapes import read_curve
 from llmtune.store.release_store import find_source
 from llmtune.store.run_folder import read_run
+from llmtune.store.score_records import Champion, Contamination, Evaluation, Slice
 
 CLEAN, OVERLAPPING = "clean rows", "overlapping rows"
 KINDS = {
@@ -90,7 +90,7 @@ def score_run(
     simply: Callable[[Mapping[str, Measure]], SimpleScores | None] = lambda measures: None,
     challenge: Challenge = lambda evaluation, scores: None,
     trained: Path | None = None,
-) -> Evaluation:
+) -> Scored:
     """Evaluate a run: measure both models, compare test with training rows and the model with the champion.
 
     `headless` is the reason if the base model cannot answer: the task's trivial baseline replaces it. With `known`, the
@@ -136,9 +136,7 @@ def score_run(
     if folder is not None:
         save_evaluation(evaluation, folder)
         save_rules(evaluation, folder, hash_folder(trained) if trained else None)
-    print_scores(evaluation, console, context.recipe.task)
-    print_cautions(evaluation, answers, context.recipe, console)
-    return evaluation
+    return Scored(evaluation, answers, measures)
 
 
 def save_answers(
@@ -154,17 +152,6 @@ def save_answers(
         save_base(folder, answers["base"], base.inputs)
     if tuned is not None:
         save_base(folder, answers["tuned"], tuned.inputs, TUNED)
-
-
-def print_cautions(evaluation: Evaluation, answers: Mapping[str, Answers], recipe: Recipe, console: Console) -> None:
-    """Print how many answers `generation.max_new_tokens` truncated, and the warning of `compare_pieces`, if any."""
-    if PIECES in evaluation.signatures:
-        console.print(f"[yellow]{evaluation.signatures[PIECES]}[/]", highlight=False)
-    counts = {name: sum(share > 0 for share in one.cut.values()) for name, one in answers.items()}
-    shown = [f"{name} {count} of {len(answers[name].cut)}" for name, count in counts.items() if count]
-    if shown:
-        new = recipe.generation.max_new_tokens
-        console.print(f"answers truncated at generation.max_new_tokens ({new}): {', '.join(shown)}", highlight=False)
 
 
 def find_contamination(rows: Rows, context: EvalContext, measures: PairedMeasures) -> Contamination:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from llmtune.evaluate.intervals import Floats
 from llmtune.evaluate.paired_statistics import POWER
-from llmtune.score_records import Threshold
+from llmtune.store.score_records import Threshold
 
 FIRST_SHARE = 10
 """The first threshold keeps a tenth of the rows: fewer would stop at the first chance error, more would give up on

@@ -10,16 +10,18 @@ from llmtune.display.number_format import chance as chance_text
 from llmtune.display.number_format import missing
 from llmtune.evaluate.metric_info import COSTS, better_side, direction
 from llmtune.recipe.gate_grammar import Opponent, parse_gate
-from llmtune.score_records import Difference, GateResult
+from llmtune.records import FEWEST_ROWS, Difference
+from llmtune.store.score_records import GateResult
 
 SAME_FINDING = (("loss", "bits_per_byte", "perplexity"),)
 """Metrics that are one number in several units."""
 CHANCE = 0.05
 TWINS = ("accuracy", "f1_micro")
 """Two names of one number if each row has one label; only then both changes are equal."""
-FEWEST_ROWS = 10
 INCONCLUSIVE = "inconclusive"
 """A word of every verdict, and of gates."""
+NOT_APPLICABLE = "not applicable"
+"""The result of a gate that finds nothing to judge."""
 Differences = Mapping[str, Difference]
 
 

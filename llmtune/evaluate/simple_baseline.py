@@ -23,7 +23,7 @@ from llmtune.evaluate.tfidf import MOST_TEXTS, fit_tfidf, logits_of
 from llmtune.evaluate.token_batches import cut_evenly
 from llmtune.recipe.task_facts import CUT_METRIC, SIMPLE_BASELINES, TASK_FACTS, at_ten
 from llmtune.records import Examples, Row, Rows
-from llmtune.score_records import Evaluation, SimpleBaseline
+from llmtune.store.score_records import Evaluation, SimpleBaseline
 
 SENTENCE = re.compile(r".+?(?:[.!?…]+[\"'”’)\]]*(?=\s|$)|[。！？]+[”」』）]*|\n|$)", re.DOTALL)
 LEAD = 3

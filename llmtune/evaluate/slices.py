@@ -18,9 +18,8 @@ from llmtune.data.row_store import iterate_columns
 from llmtune.data.written_numbers import read_numbers
 from llmtune.errors import DataError, Problem, nearest
 from llmtune.evaluate.metric import PairedMeasures
-from llmtune.evaluate.significance import FEWEST_ROWS
-from llmtune.records import Rows
-from llmtune.score_records import Slice
+from llmtune.records import FEWEST_ROWS, Rows
+from llmtune.store.score_records import Slice
 
 MOST_VALUES = 12
 LONGEST_VALUE = 80

@@ -3,31 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 
 from llmtune.display.number_format import count, share
+from llmtune.store.report_record import SourceLabels
 
 CHANCE = 0.01
 """Error of the test over all files."""
 FAR_MORE = 2.0
 """Least ratio of a file's share of doubtful labels to that of the others: large files make small ones significant."""
 FEWEST_LABELS = 10
-
-
-@dataclass(frozen=True)
-class SourceLabels:
-    """The labels of one source file."""
-
-    file: str
-    labels: int
-    doubtful: int
-    stands_out: bool = False
-    """Whether far more of them are doubtful than of the others."""
-
-    @property
-    def rate(self) -> float:
-        """Return the share of doubtful labels."""
-        return self.doubtful / self.labels if self.labels else 0.0
 
 
 def compare_sources(
@@ -94,3 +78,9 @@ def describe_outliers(sources: Iterable[SourceLabels]) -> str:
             text += " Check them."
             parts.append(text)
     return " ".join(parts)
+
+
+def unchecked_sentence(unchecked: Mapping[str, int]) -> str:
+    """Return a sentence on classes whose labels cannot be checked."""
+    listed = ", ".join(f"{name} ({count(labels)})" for name, labels in unchecked.items())
+    return f"Not checked, because all labels of the class are in one row or one group of data.split_by: {listed}."

@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 
 from llmtune.display.number_format import join_names, missing, score
+from llmtune.evaluate.class_sentences import class_reasons
 from llmtune.evaluate.metric_info import CHOICE, COSTS, better_side, direction, list_sides, rank_metrics
 from llmtune.evaluate.significance import (
     CHANCE,
-    FEWEST_ROWS,
     INCONCLUSIVE,
     Differences,
     MetricChanges,
@@ -20,9 +20,9 @@ from llmtune.evaluate.significance import (
     speaking,
 )
 from llmtune.recipe.gate_grammar import NEW, parse_gate
-from llmtune.report.class_sentences import class_reasons
-from llmtune.score_records import Champion, Difference, Evaluation, GateResult, NewRows
+from llmtune.records import FEWEST_ROWS, Difference
 from llmtune.store.report_record import SeedRun, Seeds, Spread, Verdict
+from llmtune.store.score_records import Champion, Evaluation, GateResult, NewRows
 
 
 def describe_spread(scored: Mapping[int, Evaluation], missing: Sequence[int]) -> Seeds:

@@ -20,6 +20,7 @@ from markupsafe import Markup
 from rich.console import Console
 from transformers import PreTrainedModel
 
+from llmtune.data.text_pairs import target_ids
 from llmtune.display.blocks import Block, Bullets, Column, Html, Page, Section, Table, Text
 from llmtune.display.console import spinner, track_items
 from llmtune.explain.attention_figures import AXES, STEM, draw_attention
@@ -45,7 +46,6 @@ from llmtune.explain.inputs import AttentionRequest, ModelInputs, fit_tokens, re
 from llmtune.explain.token_text import TokenLine, name_tokens, token_label
 from llmtune.model.causal_lm_loss import decoder_inputs
 from llmtune.model.memory_plan import context_length
-from llmtune.tasks.text_to_text import target_ids
 
 LONGEST_ANSWER = 64
 """Tokens that an encoder-decoder generates without --target."""

@@ -18,6 +18,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from llmtune.display.blocks import Html, Page, Section
 from llmtune.errors import LlmtuneError
+from llmtune.model.audio_models import SoundWindow
 from llmtune.model.config import is_encoder, read_model_config
 from llmtune.model.device import pick_device
 from llmtune.model.loading import load_plain
@@ -25,15 +26,13 @@ from llmtune.model.processor import load_processor
 from llmtune.model.resolve import resolve_model
 from llmtune.recipe.model_section import ModelSection
 from llmtune.recipe.schema import Recipe
+from llmtune.recipe.task_facts import DEFAULT_TASK, TASK_FACTS
 from llmtune.report.render_html import write_page
 from llmtune.session import Models, open_finished
 from llmtune.store.atomic_files import explained
 from llmtune.store.run_folder import MANIFEST, read_run, recipe_of_run
 from llmtune.tasks.base import AnyTask
-from llmtune.tasks.chat import Chat
-from llmtune.tasks.completion import Completion
-from llmtune.tasks.speech import Speech
-from llmtune.tasks.summarize import Summarize
+from llmtune.tasks.registry import get_task
 
 Family = Literal["encoder", "decoder", "encoder-decoder"]
 MODEL, BASE, TUNED = "model", "base", "tuned"
@@ -78,13 +77,19 @@ class Target:
 
     def default_recipe(self, *, chat: bool = True) -> Recipe:
         """Return a default recipe for a plain model, with the task that encodes its input."""
-        task = Speech.name if self.takes_audio else Completion.name
-        if self.family == "encoder-decoder" and not self.takes_audio:
-            task = Summarize.name
+        task = "completion"
+        if self.takes_audio:
+            task = next(name for name, facts in TASK_FACTS.items() if facts.takes_audio)
+        elif self.family == "encoder-decoder":
+            task = next(name for name, facts in TASK_FACTS.items() if self.family in facts.models)
         elif self.family == "decoder" and self.processor.chat_template and chat:
-            task = Chat.name
+            task = DEFAULT_TASK
         stated = {"recipe_version": 1, "name": "model", "task": task, "data": {"train": "none"}}
         return Recipe.model_validate({**stated, "model": {"name": self.name}})
+
+    def first_window(self, audio: Path | None, recipe: Recipe) -> SoundWindow:
+        """Return the first window of a recording, as `Task.first_window` does."""
+        return get_task(recipe.task).first_window(Path(str(audio)), self.processor, recipe)
 
 
 def open_target(name: str, console: Console, *, offline: bool = False, trust_remote_code: bool = False) -> Target:

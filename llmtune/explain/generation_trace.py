@@ -24,13 +24,13 @@ from transformers.generation.logits_process import (
 )
 from transformers.generation.utils import GenerationMixin
 
+from llmtune.evaluate.decoder_generation import decoder_settings
 from llmtune.evaluate.generation import generate, generation_settings, only_these_settings
 from llmtune.explain.inputs import ModelInputs
 from llmtune.explain.logit_lens import ForwardPass, read_lens, run_forward
 from llmtune.explain.token_text import Token, token_namer
 from llmtune.model.causal_lm_loss import accepted_arguments, unwrap
 from llmtune.recipe.schema import Recipe
-from llmtune.tasks.text_to_text import decoder_settings
 
 LISTED = 40
 """Tokens listed per step, the likeliest first."""

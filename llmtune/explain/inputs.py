@@ -10,23 +10,24 @@ from pathlib import Path
 
 import torch
 
-from llmtune.data.audio import SpeechRow, Waveform
 from llmtune.data.chat_template import render_prompt
 from llmtune.data.completion_encoding import prompt_ids
+from llmtune.data.language_codes import has_languages
+from llmtune.data.text_pairs import TextPair, first_token, source_ids, target_ids
 from llmtune.errors import DataError, Problem, RecipeError
 from llmtune.explain.explainer import Target
 from llmtune.explain.token_text import TokenLine, time_line
+from llmtune.model.audio_models import (
+    SoundWindow,
+    count_frames,
+    extract_features,
+    feature_extractor,
+    is_multilingual,
+    set_speech,
+)
 from llmtune.model.memory_plan import context_length
 from llmtune.recipe.schema import Recipe
-from llmtune.recipe.task_sections import SpeechSection
-from llmtune.tasks.chat import Chat
-from llmtune.tasks.completion import MaskedCompletion
-from llmtune.tasks.embed import Embed
-from llmtune.tasks.language_codes import has_languages
-from llmtune.tasks.recordings import extract_features, feature_extractor, is_multilingual, read_windows, set_speech
-from llmtune.tasks.sentence_vectors import embed_section, tokenize_prompted
-from llmtune.tasks.speech import count_frames
-from llmtune.tasks.text_to_text import EncoderDecoder, TextPair, first_token, source_ids, target_ids
+from llmtune.recipe.task_facts import DEFAULT_TASK
 
 LONGEST_PROMPT = 4096  # tokens: the full attention of a longer one exceeds common memory
 LARGEST_FIGURE = 2048  # tokens that --max-tokens allows
@@ -131,8 +132,7 @@ def make_pair(
 ) -> TextPair:
     """Return source and target of an encoder-decoder; for a run, with its task's prefix and languages."""
     task, recipe, processor = target.task, target.recipe, target.processor
-    worded = isinstance(task, EncoderDecoder) and ("context" not in task.inputs or given.get("context") is not None)
-    if isinstance(task, EncoderDecoder) and recipe is not None and worded:
+    if task is not None and recipe is not None and ("context" not in task.inputs or given.get("context") is not None):
         return replace(task.pair(task.make_row(given), recipe), target=written)
     languages = [getattr(processor, name, None) for name in ("src_lang", "tgt_lang")]
     if language:
@@ -140,24 +140,16 @@ def make_pair(
     return TextPair(str(given["prompt"]), written, languages[0], languages[-1])
 
 
-def read_first_window(target: Target, audio: Path | None, recipe: Recipe) -> tuple[Waveform, float, bool]:
-    """Return the first window of a recording, its length in seconds, and whether it is the complete recording.
+def _whisper_inputs(target: Target, window: SoundWindow, recipe: Recipe, language: str | None = None) -> ModelInputs:
+    """Return Whisper's inputs, and the language and task tokens at the start of its answer.
 
-    Raises DataError if it cannot be read, and RecipeError if it contains no sound.
+    `language` is that of a plain model; a run's recipe has its own.
     """
-    row: SpeechRow = {"audio": str(Path(str(audio)).absolute()), "content": "", "text": ""}
-    extract = feature_extractor(target.processor)
-    windows = read_windows([row], extract, recipe)
-    if not windows:
-        raise RecipeError.of("it contains no sound", "--audio", "Give a recording with sound in it.")
-    samples = windows[0][1]
-    return samples, len(samples) / extract.sampling_rate, len(windows) == 1
-
-
-def _whisper_inputs(target: Target, samples: Waveform, recipe: Recipe) -> ModelInputs:
-    """Return Whisper's inputs, and the language and task tokens at the start of its answer."""
-    set_speech(target.processor, recipe)
-    features = extract_features(feature_extractor(target.processor), [samples])["input_features"]
+    if target.task is not None:
+        target.task.prepare_processor(target.processor, recipe)
+    else:
+        set_speech(target.processor, language, "transcribe")
+    features = extract_features(feature_extractor(target.processor), [window.samples])["input_features"]
     all_1T = torch.ones((1, features.shape[-1]), dtype=torch.int64)  # the silence after a sound counts
     tensors = {"input_features": features, "attention_mask": all_1T}
     return ModelInputs([], recipe, tensors, decoder_ids=list(target.processor.prefix_tokens))
@@ -189,9 +181,8 @@ def read_attention_text(target: Target, request: AttentionRequest) -> ModelInput
             fit_tokens(target_ids(pair, processor)[0], "--target", target, request)
     elif request.chat:
         ids = render_prompt([{"role": "user", "content": text}], processor, recipe)
-    elif isinstance(target.task, Embed):
-        ids = tokenize_prompted("query", text, processor, recipe)
-        prompt = embed_section(recipe).query_prompt
+    elif target.task is not None and target.task.model_kind.is_bare:
+        ids, prompt = target.task.query_ids(text, processor, recipe)
         note = f"the text is a query, after the prompt {prompt!r}" if prompt else ""
     else:
         encoded = processor(text, request.pair, verbose=False)
@@ -208,7 +199,8 @@ def check_text_options(target: Target, request: AttentionRequest) -> None:
     """Raise RecipeError or DataError for options that are missing, empty or inapplicable."""
     writes = target.family == "encoder-decoder"
     named = target.is_whisper or (writes and has_languages(target.processor))
-    paired = target.family == "encoder" and not isinstance(target.task, Embed)
+    makes_vectors = target.task is not None and target.task.model_kind.is_bare
+    paired = target.family == "encoder" and not makes_vectors
     options = {"target": writes, "pair": paired, "language": named and target.recipe is None}
     useful = {
         "audio" if target.takes_audio else "text": True,
@@ -216,8 +208,8 @@ def check_text_options(target: Target, request: AttentionRequest) -> None:
     }
     given = {name: getattr(request, name) for name in ("text", "audio", "target", "pair", "language")}
     problems = check_options(given, useful)
-    if request.chat and isinstance(target.task, Embed):
-        problems.append(Problem("a run of task embed reads plain texts", "--chat", "Omit it."))
+    if request.chat and target.task is not None and makes_vectors:
+        problems.append(Problem(f"a run of task {target.task.name} reads plain texts", "--chat", "Omit it."))
     elif request.chat and not (target.family == "decoder" and target.processor.chat_template):
         problems.append(Problem("the model has no chat template", "--chat", "Omit it."))
     RecipeError.collect(problems)
@@ -261,22 +253,20 @@ def fit_tokens(ids: Sequence[int], where: str, target: Target, request: Attentio
 
 def _read_recording(target: Target, request: AttentionRequest, recipe: Recipe) -> ModelInputs:
     extract = feature_extractor(target.processor)
-    samples, seconds, is_whole = read_first_window(target, request.audio, recipe)
-    if not (is_whole or request.cut):
+    window = target.first_window(request.audio, recipe)
+    seconds = window.seconds
+    if not (window.is_complete or request.cut):
         what = f"it is longer than the {seconds:.1f} s that the model reads at once"
         raise DataError.of(what, "--audio", f"Shorten it, or add --cut to use only its first {seconds:.1f} s.")
     if not target.is_whisper:
-        frames = count_frames(len(samples), target.config)
+        frames = count_frames(len(window.samples), target.config)
         if not frames:
             raise DataError.of("it is too short for a single frame", "--audio", "Give a longer recording.")
-        values = extract_features(extract, [samples])["input_values"]
+        values = extract_features(extract, [window.samples])["input_values"]
         return ModelInputs([], recipe, {"input_values": values}, frames=time_line(seconds, frames, frames))
-    section = recipe.speech or SpeechSection()
-    language = request.language or section.language
-    guessed = language is None and is_multilingual(target.processor)
-    section = section.model_copy(update={"language": "en" if guessed else language})
+    guessed = target.task is None and request.language is None and is_multilingual(target.processor)
     with _language_errors(target):
-        inputs = _whisper_inputs(target, samples, recipe.model_copy(update={"speech": section}))
+        inputs = _whisper_inputs(target, window, recipe, "en" if guessed else request.language)
     pair = TextPair("", (request.target or "").strip())
     if pair.target:
         fit_tokens(transcript_ids(pair, target), "--target", target, request)
@@ -308,9 +298,9 @@ def read_prompt(target: Target, request: PromptRequest) -> ModelInputs:
     recipe = target.recipe or target.default_recipe(chat=not request.plain)
     task, processor = target.task, target.processor
     if target.is_whisper:
-        samples, seconds, is_whole = read_first_window(target, request.audio, recipe)
-        note = "" if is_whole else f"Only the first {seconds:.0f} s of the recording are used."
-        return replace(_whisper_inputs(target, samples, recipe), note=note)
+        window = target.first_window(request.audio, recipe)
+        note = "" if window.is_complete else f"Only the first {window.seconds:.0f} s of the recording are used."
+        return replace(_whisper_inputs(target, window, recipe), note=note)
     if target.family == "encoder":
         inputs = _read_masked(str(request.prompt), target, recipe)
     elif task is not None and task.model_kind.decodes:
@@ -318,7 +308,7 @@ def read_prompt(target: Target, request: PromptRequest) -> ModelInputs:
     elif task is not None or target.family == "encoder-decoder":
         pair = make_pair(target, request.named())
         inputs = ModelInputs(source_ids(pair, processor, recipe), recipe, first=first_token(pair, processor))
-    elif recipe.task == Chat.name:
+    elif recipe.task == DEFAULT_TASK:
         turns = (("system", request.system), ("user", request.prompt))
         messages = [{"role": role, "content": content} for role, content in turns if content]
         inputs = ModelInputs(render_prompt(messages, processor, recipe), recipe)
@@ -339,7 +329,7 @@ def check_prompt_options(target: Target, request: PromptRequest) -> None:
         writes = whisper or target.family != "encoder" or any(name.endswith(MASKED_HEADS) for name in named)
         what = f"this model predicts no words: it is a {named[0] if named else target.config.model_type}"
     else:
-        writes = whisper or task.model_kind.decodes or isinstance(task, EncoderDecoder | MaskedCompletion)
+        writes = whisper or task.model_kind.predicts_tokens
         what = f"the model of this run predicts no words (task {task.name})"
     if not writes:
         raise RecipeError.of(what, target.name, NO_WORDS_FIX)

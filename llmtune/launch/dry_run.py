@@ -19,7 +19,6 @@ from llmtune.errors import EnvironmentProblem, LlmtuneError
 from llmtune.evaluate.champion import check_champion
 from llmtune.evaluate.decision import print_need
 from llmtune.evaluate.eval_inputs import warn_of_cuts
-from llmtune.evaluate.gates import print_plan
 from llmtune.model.device import check_card
 from llmtune.model.memory_plan import check_memory, plan_training
 from llmtune.model.model_selection import peek_model, plan_candidates
@@ -27,6 +26,7 @@ from llmtune.plan_drafting import check_first, decide_checkpointing, decide_rest
 from llmtune.recipe.loader import LoadedRecipe
 from llmtune.recipe.schema import Recipe
 from llmtune.records import Examples, Json, MemoryPlan, ModelRef, Rows
+from llmtune.report.terminal import print_power
 from llmtune.session import (
     Plan,
     RunContext,
@@ -66,7 +66,7 @@ def dry_run(loaded: LoadedRecipe, request: RunRequest, console: Console) -> Json
         plans = plan_candidates(recipe, choose, longest, context.device, console, request.offline)
     for seed in recipe.train.seeds:
         console.print(f"seed {seed} would follow in {seed_folder(path, seed)}", markup=False)
-    power = print_plan(recipe, folder, console, prepared=valid["prepare"])
+    power = print_power(recipe, folder, console, prepared=valid["prepare"])
     would_run = [step for step in ("prepare", "encode", "train", "evaluate") if not valid.get(step)]
     totals = {name: {**asdict(memory), "total": memory.total} for name, memory in plans.items()}
     return {"folder": str(path), "would_run": would_run, "plans": totals, "power": power}

@@ -302,7 +302,8 @@ def make_console(*, quiet: bool = False, stderr: bool = True) -> Console:
 
     terminal = (sys.stderr if stderr else sys.stdout).isatty()
     width = None if terminal or os.environ.get("COLUMNS") else FILE_WIDTH
-    return VisibleConsole(stderr=stderr, soft_wrap=not terminal, highlight=False, quiet=quiet, width=width)
+    options = {"stderr": stderr, "soft_wrap": not terminal, "highlight": False, "quiet": quiet, "width": width}
+    return VisibleConsole(beats=rank() == 0, **options)
 
 
 def names_remote(recipe: Recipe) -> bool:

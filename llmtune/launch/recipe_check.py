@@ -41,12 +41,16 @@ def check_recipe(loaded: LoadedRecipe, *, trains: bool = False) -> list[Detected
         EnvironmentProblem: a tracker is not installed, or a model's folder is missing.
         DataError: a file is missing, empty or in a format that the task does not know.
     """
-    from llmtune.data.sources import resolve_inputs  # imports pyarrow, which `--help` does not need
-    from llmtune.evaluate.champion import open_champion  # as does this
-    from llmtune.evaluate.suites.own_metrics import list_own_metrics
+    from llmtune.data.sources import resolve_inputs  # late: `--help` does not need it
 
-    open_champion(loaded.recipe)
-    list_own_metrics(loaded.recipe.evaluate)
+    if loaded.recipe.evaluate.champion:
+        from llmtune.evaluate.champion import open_champion  # late: imports numpy and pyarrow
+
+        open_champion(loaded.recipe)
+    if loaded.recipe.evaluate.own_metrics:
+        from llmtune.evaluate.suites.own_metrics import list_own_metrics
+
+        list_own_metrics(loaded.recipe.evaluate)
     EnvironmentProblem.collect([*(missing_trackers(loaded.recipe) if trains else ()), *_missing(loaded)])
     return resolve_inputs(loaded.recipe.data, loaded.recipe.task, local_only=True)
 
@@ -65,7 +69,7 @@ def try_recipe_rows(loaded: LoadedRecipe, detected: Sequence[Detected], *, split
 
     from llmtune.data.class_spelling import require_one_spelling
     from llmtune.data.corpus import try_corpus
-    from llmtune.data.ingest import try_rows  # imports pyarrow, which `--help` does not need
+    from llmtune.data.ingest import try_rows
 
     recipe = loaded.recipe
     try_corpus(recipe.data)

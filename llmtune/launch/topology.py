@@ -9,10 +9,10 @@ from ipaddress import IPv6Address
 from typing import TYPE_CHECKING
 
 from llmtune.errors import Problem, RecipeError, nearest
-from llmtune.records import Layout
 
 if TYPE_CHECKING:
     from llmtune.recipe.schema import Recipe
+    from llmtune.records import Layout
 
 MOST_PROCESSES, MOST_MACHINES = 1024, 65_536
 """Far more than any machine or cluster has; starting them would only use up this machine's memory."""
@@ -73,6 +73,8 @@ class Topology:
         """The facts that the memory plan needs."""
         total = self.processes * self.machines
         sharded = self.strategy == "fsdp" and total > 1
+        from llmtune.records import Layout  # late: `--help` does not need it
+
         return Layout(total, self.machines, sharded, sharded and self.offload_params)
 
     @property

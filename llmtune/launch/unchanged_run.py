@@ -14,17 +14,18 @@ from llmtune import __version__
 from llmtune.data.example import Example
 from llmtune.errors import GateFailed
 from llmtune.evaluate.cache_keys import evaluation_files
-from llmtune.evaluate.evaluation_file import load_evaluation, print_scores, print_verdict
+from llmtune.evaluate.evaluation_file import load_evaluation
 from llmtune.evaluate.gates import require_gates
 from llmtune.recipe.loader import LoadedRecipe
 from llmtune.records import Json
-from llmtune.score_records import GateResult
+from llmtune.report.terminal import print_scores, print_verdict
 from llmtune.store.atomic_files import hash_file, hash_listing, hash_value, list_model, write_json
 from llmtune.store.machine import likely_device
 from llmtune.store.release_store import list_stored
 from llmtune.store.report_record import Verdict, read_report
 from llmtune.store.run_folder import MANIFEST, REPORTS, RunFolder, read_run, updating_reports
 from llmtune.store.run_lock import LOCK, package_versions
+from llmtune.store.score_records import GateResult
 from llmtune.store.verification import verify_run
 
 CONCLUDING = ("evaluate", "run")

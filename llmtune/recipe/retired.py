@@ -15,6 +15,9 @@ RETIRED = {
     "launch kubernetes": "Run `kubectl create -f` with examples/launch/trainjob.yaml, which starts torchrun.",
     "doctor FOLDER": "Read trainer_state.json in the Trainer's folder. To continue training its adapter, set "
     "adapter.start_from to the folder.",
+    "deploy serve --max-batch": "Omit it: requests are answered one at a time. For many clients, add --engine vllm.",
+    "deploy serve RUN RUN": "Serve each run on its own --port, or add --engine vllm, which serves several adapters.",
+    "GET /metrics": "Add --engine vllm: its server has /metrics in Prometheus' format.",
     "evaluate.fairness.pairs": PAIRS,
     **dict.fromkeys((f"fairness.{name}" for name in ("stereotype", "stereotype_distance", "lm_score", "icat")), PAIRS),
 }

@@ -21,7 +21,7 @@ from llmtune.display.charts import draw_reliability
 from llmtune.display.number_format import count, score
 from llmtune.evaluate.metric_info import METRIC_NOTES, better_side
 from llmtune.report.decision_view import describe_outside
-from llmtune.score_records import Evaluation
+from llmtune.store.score_records import Evaluation
 
 Bins = Sequence[tuple[float, float, float]]
 EXPLANATION = (

@@ -14,11 +14,12 @@ from llmtune.display.blocks import (
     Text,
     difference_table,
 )
-from llmtune.display.number_format import count
+from llmtune.display.number_format import count, missing, score
+from llmtune.evaluate.class_sentences import list_class_changes
 from llmtune.evaluate.metric_info import better_side
 from llmtune.recipe.class_names import show_name
-from llmtune.report.class_sentences import list_class_changes, write_interval
-from llmtune.score_records import ClassChanges
+from llmtune.records import Difference
+from llmtune.store.score_records import ClassChanges, NewClass
 
 
 def class_blocks(changes: ClassChanges, key: str) -> list[Block]:
@@ -51,3 +52,17 @@ def class_blocks(changes: ClassChanges, key: str) -> list[Block]:
         text += "than ten test rows are not judged."
         blocks += [Table(columns, rows, "Classes that the champion does not have, tuned model"), Text(text, "soft")]
     return blocks
+
+
+def write_interval(own: Difference | None) -> str:
+    """Return a score with its own 95 % interval."""
+    if own is None:
+        return score(None)
+    ends = "" if missing(own.low) else f" ({score(own.low)} to {score(own.high)})"
+    return f"{score(own.value)}{ends}"
+
+
+def describe_new_class(one: NewClass) -> str:
+    """Return test rows, recall and result of a new class on one line."""
+    recall = f", recall {write_interval(one.scores['recall'])}" if "recall" in one.scores else ""
+    return f"{one.verdict}: {count(one.rows)} test rows{recall}"

@@ -9,7 +9,7 @@ from llmtune.display.charts import Curve, draw_curves
 from llmtune.display.number_format import DASH, count, missing, score
 from llmtune.evaluate.metric_info import metric_note
 from llmtune.recipe.task_facts import DECISIONS
-from llmtune.score_records import Calibration, Decision, Evaluation
+from llmtune.store.score_records import Calibration, Decision, Evaluation
 
 
 def decision_section(evaluation: Evaluation) -> Section:

@@ -20,8 +20,8 @@ from llmtune.display.blocks import (
 from llmtune.display.number_format import count, score, size
 from llmtune.evaluate.metric_info import better_side, rank_metrics
 from llmtune.report.score_sections import spell_metrics
-from llmtune.score_records import Evaluation
 from llmtune.store.report_record import list_exports
+from llmtune.store.score_records import Evaluation
 
 
 def export_section(evaluation: Evaluation | None, deploy: Mapping[str, Any] | None) -> Section:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from llmtune.display.blocks import Column, Table, TableColumns, TableRows
 from llmtune.display.number_format import count, share
-from llmtune.score_records import Contamination
+from llmtune.store.score_records import Contamination
 
 
 def overlap_kinds(overlap: Contamination) -> list[tuple[str, str, int, int]]:

@@ -40,10 +40,10 @@ from llmtune.report.score_sections import (
 )
 from llmtune.report.simple_baseline_view import simple_title
 from llmtune.report.suspect_section import suspect_section
-from llmtune.score_records import Evaluation, GateResult
 from llmtune.store.atomic_files import plain, write_json, write_text
 from llmtune.store.report_record import Report
 from llmtune.store.run_folder import REPORTS, updating_reports
+from llmtune.store.score_records import Evaluation, GateResult
 
 TITLES: dict[str, tuple[str, Tone]] = {
     BETTER: ("Better than {opponent}", "better"),

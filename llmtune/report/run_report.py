@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -11,27 +11,33 @@ from typing import Any, cast
 from llmtune import __version__
 from llmtune.evaluate.evaluation_file import load_evaluation, load_with_exports
 from llmtune.evaluate.gates import check_gates, list_power
-from llmtune.evaluate.opened_runs import name_runs
+from llmtune.evaluate.opened_runs import name_sources
 from llmtune.evaluate.paired_statistics import widen
-from llmtune.evaluate.source_labels import SourceLabels, compare_sources, describe_disagreement, describe_outliers
+from llmtune.evaluate.source_labels import compare_sources, describe_disagreement, describe_outliers
 from llmtune.evaluate.verdict import describe_spread, verdict
 from llmtune.recipe.schema import RELEASE, Recipe
 from llmtune.recipe.secrets import environment_secrets, redact_all, redact_yaml, secret_values
 from llmtune.recipe.yaml_reader import read_recipe_text
 from llmtune.report.report_page import find_explanations
 from llmtune.report.simple_baseline_view import weigh_simple_baseline
-from llmtune.score_records import Champion, ClassChanges, Evaluation, GateResult
 from llmtune.store.atomic_files import read_json, read_json_lines
 from llmtune.store.json_shapes import read_curve
-from llmtune.store.report_record import Report, Seeds, SuspectFacts, Verdict, collect_facts
+from llmtune.store.report_record import (
+    LABELS_BY_SOURCE,
+    SUSPECTS,
+    UNCHECKED,
+    Report,
+    Seeds,
+    SourceLabels,
+    SuspectFacts,
+    Verdict,
+    collect_facts,
+)
 from llmtune.store.run_folder import RunFolder
 from llmtune.store.run_lock import hardware, package_versions
+from llmtune.store.score_records import Champion, ClassChanges, Evaluation, GateResult
 from llmtune.store.seed_runs import is_scored_alike, seed_folder
 
-SUSPECTS, UNCHECKED = "suspects.jsonl", "suspects_unchecked.json"
-"""File of the evaluation with the labels that are likely wrong."""
-LABELS_BY_SOURCE = "labels_by_source.json"
-"""Number of labels in each source file."""
 MOST_LISTED, LONGEST = 10, 400
 
 
@@ -91,11 +97,6 @@ def list_label_doubts(run: RunFolder, suspects: SuspectFacts | None) -> list[str
         sources = [SourceLabels(**one) for one in check["sources"]]
         texts.append(describe_disagreement(sources, check["reference"], check["unknown"], every=False))
     return [text for text in texts if text]
-
-
-def name_sources(files: Collection[str]) -> list[str]:
-    """Return the shortest distinct ends of the files' paths."""
-    return name_runs([Path(file) for file in files]) if files else []
 
 
 def judge_run(

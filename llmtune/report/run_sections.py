@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from markupsafe import Markup, escape
 
+from llmtune.data.data_notes import (
+    filled_sentence,
+    long_answers_sentence,
+    lost_sentence,
+    name_changes_sentences,
+    negatives_blocks,
+    vanishing_sentence,
+)
 from llmtune.display.blocks import (
     Beside,
     Block,
@@ -27,12 +34,10 @@ from llmtune.display.charts import ChartPoint, Curve, draw_curves, draw_histogra
 from llmtune.display.number_format import DASH, count, duration, missing, score, share, size
 from llmtune.recipe.task_facts import TASK_FACTS, answer_kind
 from llmtune.records import StepTiming
-from llmtune.report.class_sentences import name_changes_sentences
 from llmtune.report.score_sections import list_signatures
-from llmtune.report.search_sections import negatives_blocks
-from llmtune.score_records import Evaluation
 from llmtune.store.json_shapes import HardRow, SelectedFacts
 from llmtune.store.report_record import AdapterFacts, DataFacts, TrainFacts
+from llmtune.store.score_records import Evaluation
 
 SPLITS = ("train", "validation", "test")
 PART_NAMES = {"optimizer": "optimizer state"}
@@ -41,7 +46,6 @@ FEWEST_POINTS = 10
 WORDED = frozenset({"exact_match", "f1", "rouge1", "rouge2", "rougeL", "rougeLsum", "chrf", "bleu", "ter"})
 """Metrics that reward wording."""
 WRITING_TASKS = frozenset(name for name, facts in TASK_FACTS.items() if facts.generates and not facts.takes_audio)
-SHOWN_LETTERS = 8
 
 
 def known(pairs: Sequence[tuple[str, str | None]]) -> list[tuple[str, str]]:
@@ -177,37 +181,6 @@ def data_section(data: DataFacts | None, task: str | None) -> Section:
         pieces = [element("mark", piece) if marked else escape(piece) for piece, marked in example]
         blocks.append(Html(heading(text) + element("pre", Markup("").join(pieces), class_="example")))
     return Section("Data", blocks)
-
-
-def filled_sentence(filled: int) -> str:
-    """Return a sentence on null keys dropped from Parquet or hub rows (`llmtune.data.arrow_rows`)."""
-    return f"{count(filled)} empty keys dropped: Arrow adds them to rows if other rows have a value."
-
-
-def vanishing_sentence(vanishing: Mapping[str, int]) -> str:
-    """Return a sentence on the characters that the tokenizer drops, the most frequent first."""
-    most_first = sorted(vanishing, key=lambda letter: -vanishing[letter])
-    listed = ", ".join(
-        f"U+{ord(letter):04X} ({count(vanishing[letter])} rows)" for letter in most_first[:SHOWN_LETTERS]
-    )
-    more = f" and {len(vanishing) - SHOWN_LETTERS} more" if len(vanishing) > SHOWN_LETTERS else ""
-    return f"The tokenizer drops these characters, so the model never sees them: {listed}{more}."
-
-
-def long_answers_sentence(found: Mapping[str, Any]) -> str:
-    """Return a sentence on answers that the model learns and can never give (`count_long_answers`)."""
-    rows = ", ".join(f"{count(number)} {split}" for split, number in found["rows"].items() if number)
-    text = f"{count(sum(found['rows'].values()))} answers have more than {found['limit']} tokens ({rows}), "
-    return f"{text}so the model can never give them. Set `{found['key']}: {found['longest']}`."
-
-
-def lost_sentence(lost: Mapping[str, int], supervised: int) -> str:
-    """Return a sentence on truncated rows; `supervised` is the number of tokens left to learn."""
-    text = f"{count(lost['rows'])} examples were truncated to data.max_length and lost {count(lost['tokens'])} tokens"
-    if lost["answers"]:
-        part = share(lost["supervised"], supervised + lost["supervised"])
-        text += f", including {count(lost['answers'])} answers: {part} of all tokens to learn"
-    return f"{text}."
 
 
 def class_counts(classes: Mapping[str, Mapping[str, int]], unit: str) -> Table:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from llmtune.display.blocks import ModelAnswer, Sample
 from llmtune.recipe.task_facts import TASK_FACTS, answer_kind
-from llmtune.score_records import Evaluation
+from llmtune.store.score_records import Evaluation
 
 LONGEST_SHOWN, HEAD, TAIL = 1600, 1000, 400
 """Maximum characters of a text shown in full, and the characters shown of the start and end of a longer text."""

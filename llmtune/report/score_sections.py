@@ -25,7 +25,7 @@ from llmtune.display.blocks import (
 from llmtune.display.charts import draw_meter
 from llmtune.display.number_format import count, missing, score, share, signed
 from llmtune.evaluate.metric_info import BETTER_NOTES, better_side, full_note, list_sides, rank_metrics, side_note
-from llmtune.evaluate.significance import INCONCLUSIVE
+from llmtune.evaluate.significance import INCONCLUSIVE, NOT_APPLICABLE
 from llmtune.recipe.task_facts import DECISIONS, TASK_FACTS, answer_kind
 from llmtune.records import Json
 from llmtune.report.calibration_section import calibration_section
@@ -35,13 +35,11 @@ from llmtune.report.overlap_view import overlap_sentence, overlap_table
 from llmtune.report.sample_view import NUMBERS, present_samples
 from llmtune.report.search_sections import length_section
 from llmtune.report.simple_baseline_view import simple_baseline_section
-from llmtune.score_records import Evaluation, GateResult, Slice
 from llmtune.store.report_record import Power, Seeds
+from llmtune.store.score_records import Evaluation, GateResult, Slice
 
 MOST_CLASSES, MOST_PAIRS = 20, 15
 """Maximum classes of a readable confusion matrix, and maximum listed pairs of classes."""
-NOT_APPLICABLE = "not applicable"
-"""The result of a gate that finds nothing to judge."""
 
 
 def score_sections(

@@ -5,10 +5,11 @@ from __future__ import annotations
 from llmtune.display.blocks import Block, Compared, Section, Text, difference_table
 from llmtune.display.number_format import missing, score, signed
 from llmtune.evaluate.metric_info import COSTS, better_side, direction, full_note, rank_metrics
-from llmtune.evaluate.significance import FEWEST_ROWS, INCONCLUSIVE
+from llmtune.evaluate.significance import INCONCLUSIVE
 from llmtune.evaluate.verdict import BETTER, MIXED, WORSE
-from llmtune.score_records import Evaluation, SimpleBaseline
+from llmtune.records import FEWEST_ROWS
 from llmtune.store.report_record import Verdict
+from llmtune.store.score_records import Evaluation, SimpleBaseline
 
 
 def simple_baseline_section(evaluation: Evaluation, task: str | None) -> Section:

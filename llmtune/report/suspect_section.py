@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from llmtune.display.blocks import Block, Cell, Column, Section, Table, TableColumns, TableRows, Text
 from llmtune.display.number_format import count, score, share
 from llmtune.errors import write_origin
+from llmtune.evaluate.source_labels import unchecked_sentence
 from llmtune.store.report_record import SuspectFacts
 
 
@@ -44,9 +43,3 @@ def suspect_section(suspects: SuspectFacts | None) -> Section:
     left_out = [*([Table(heads, by_file, "By source file")] if len(by_file) > 1 else []), *left_out]
     first = Text(f"Labels that are likely wrong: {found or 'none'}.")
     return Section(title, [first, *left_out, *table, Text(text, "soft")])
-
-
-def unchecked_sentence(unchecked: Mapping[str, int]) -> str:
-    """Return a sentence on classes whose labels cannot be checked."""
-    listed = ", ".join(f"{name} ({count(labels)})" for name, labels in unchecked.items())
-    return f"Not checked, because all labels of the class are in one row or one group of data.split_by: {listed}."

@@ -1,1 +1,1 @@
-"""A server for finished runs: requests batched on one model thread, with OpenAI's endpoints and one per other task."""
+"""A server for a finished run: one request at a time, with OpenAI's endpoints and one per other task."""

@@ -15,10 +15,10 @@ import numpy as np
 from rich.progress import MofNCompleteColumn
 
 from llmtune.data.column_mapping import rename, used_columns, with_aliases
-from llmtune.data.ingest import progress_bars
 from llmtune.data.rejected_rows import RawRow, RowError
 from llmtune.data.row_formats import COLUMNS
 from llmtune.data.sources import local_input
+from llmtune.display.console import progress_bars
 from llmtune.errors import DataError, RecipeError
 from llmtune.evaluate.generation import answer_reader, generate_completions
 from llmtune.model.device import pick_device

@@ -26,7 +26,6 @@ from llmtune.recipe.arguments import check_arguments
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_facts import TASK_FACTS
 from llmtune.records import Row
-from llmtune.score_records import Evaluation, GateResult
 from llmtune.serve.answer_stream import Delta
 from llmtune.serve.served_model import ServedModel
 from llmtune.session import Models, RunContext, open_finished
@@ -34,6 +33,7 @@ from llmtune.store.process_environment import prepare_environment
 from llmtune.store.process_state import as_in_new_process
 from llmtune.store.report_record import require_report
 from llmtune.store.run_folder import read_run, recipe_of_run
+from llmtune.store.score_records import Evaluation, GateResult
 from llmtune.tasks.base import AnyTask, option_of
 
 TRUNCATED = "The text is longer than the model reads. Only its first {:,} tokens were used."

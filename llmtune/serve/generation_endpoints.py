@@ -1,4 +1,4 @@
-"""OpenAI's endpoints: turn requests into jobs and tokens into answers, in one piece or as server-sent events."""
+"""OpenAI's endpoints: turn requests into prompts and tokens into answers, in one piece or as server-sent events."""
 
 from __future__ import annotations
 
@@ -23,9 +23,7 @@ from llmtune.data.completion_encoding import prompt_ids
 from llmtune.errors import nearest
 from llmtune.serve.answer_stream import Delta
 from llmtune.serve.chat_prompt import ServedPrompt, chat_prompt, require_room
-from llmtune.serve.engine import Engine
-from llmtune.serve.middleware import Metrics
-from llmtune.serve.request_queue import AnswerJob, End, Event
+from llmtune.serve.engine import Engine, generate_ids
 from llmtune.serve.schemas import ApiError, ChatRequest, CompletionRequest, GenerationRequest
 from llmtune.serve.served_model import DRAWS, ServedModel
 
@@ -41,7 +39,7 @@ RESPONSES: dict[int | str, dict[str, object]] = {
 Body = dict[str, object]
 
 
-def mount_generation(app: FastAPI, engine: Engine, metrics: Metrics, *, chat: bool) -> None:
+def mount_generation(app: FastAPI, engine: Engine, *, chat: bool) -> None:
     """Put OpenAI's endpoints into `app`."""
     if chat:
 
@@ -50,16 +48,16 @@ def mount_generation(app: FastAPI, engine: Engine, metrics: Metrics, *, chat: bo
             """Token ids are made by the same function as in training."""
             served = served_by_name(engine, body.model)
             prompt = await in_text_thread(chat_prompt, body, served)
-            job = make_job(served, prompt, body, body.max_completion_tokens or body.max_tokens)
-            return await send_answer(GeneratedAnswer(engine, job, prompt, body, metrics, chat=True), request)
+            ids = answer_ids(engine, served, prompt, body, body.max_completion_tokens or body.max_tokens)
+            return await send_answer(GeneratedAnswer(ids, served, prompt, body, chat=True), request)
 
     @app.post("/v1/completions", response_model=Completion, responses=RESPONSES)
     async def continue_a_text(body: CompletionRequest, request: Request) -> Response:
         """No chat template is used. The tokenizer's start token is prepended, unless the text begins with it."""
         served = served_by_name(engine, body.model)
         prompt = ServedPrompt(await in_text_thread(completion_ids, body, served))
-        job = make_job(served, prompt, body, body.max_tokens)
-        return await send_answer(GeneratedAnswer(engine, job, prompt, body, metrics, chat=False), request)
+        ids = answer_ids(engine, served, prompt, body, body.max_tokens)
+        return await send_answer(GeneratedAnswer(ids, served, prompt, body, chat=False), request)
 
 
 def served_by_name(engine: Engine, name: str | None) -> ServedModel:
@@ -95,50 +93,16 @@ def completion_ids(request: CompletionRequest, served: ServedModel) -> list[int]
     return ids
 
 
-def make_job(
-    served: ServedModel, prompt: ServedPrompt, request: GenerationRequest, max_tokens: int | None
-) -> AnswerJob:
-    """Return the job of a prompt; raises ApiError if prompt and answer do not fit the model's context."""
+def answer_ids(
+    engine: Engine, served: ServedModel, prompt: ServedPrompt, request: GenerationRequest, max_tokens: int | None
+) -> AsyncGenerator[list[int]]:
+    """Generate the answer to a prompt; raises ApiError if prompt and answer do not fit the model's context."""
     ids = [*prompt.ids, *prompt.begun]
     room = require_room(served, len(ids), max_tokens)
     stated = request.model_dump(include={*DRAWS, "repetition_penalty"}, exclude_none=True)
     settings = served.request_settings(stated, max_tokens or min(room, served.recipe.generation.max_new_tokens))
     seed = served.recipe.seed + prompt.turn if request.seed is None else request.seed
-    return AnswerJob(served, ids=ids, settings=settings, seed=seed)
-
-
-async def run_job(engine: Engine, job: AnswerJob) -> AsyncGenerator[list[int] | End]:
-    """Queue a job; yield all ready token ids at a time, then the end. Closing the iterator cancels the job.
-
-    Raises ApiError if the queue is full, the server is stopping, or the job fails.
-    """
-    events: asyncio.Queue[Event] = asyncio.Queue()
-    loop = asyncio.get_running_loop()
-
-    def deliver(event: Event) -> None:
-        if not loop.is_closed():
-            loop.call_soon_threadsafe(events.put_nowait, event)
-
-    job.deliver = deliver
-    engine.submit(job)
-    try:
-        while True:
-            ids: list[int] = []
-            event = await events.get()
-            while isinstance(event, list):
-                ids += event
-                if events.empty():
-                    break
-                event = events.get_nowait()
-            if ids:
-                yield ids
-            if isinstance(event, BaseException):
-                raise ApiError.of(event) from event
-            if isinstance(event, End):
-                yield event
-                return
-    finally:
-        engine.queue.cancel(job)
+    return generate_ids(engine, served, ids, settings, seed)
 
 
 class GeneratedAnswer:
@@ -146,23 +110,20 @@ class GeneratedAnswer:
 
     def __init__(
         self,
-        engine: Engine,
-        job: AnswerJob,
+        generated: AsyncGenerator[list[int]],
+        served: ServedModel,
         prompt: ServedPrompt,
         request: GenerationRequest,
-        metrics: Metrics,
         *,
         chat: bool,
     ) -> None:
-        self.engine, self.job, self.prompt, self.request = engine, job, prompt, request
-        self.metrics, self.chat, self.served = metrics, chat, job.served
+        self.generated, self.served, self.prompt, self.request, self.chat = generated, served, prompt, request, chat
         stops = [request.stop] if isinstance(request.stop, str) else request.stop or []
-        self.stream = self.served.stream(prompt.ids, chat=chat, tools=prompt.tools, stops=stops)
-        self.started = time.monotonic()
+        self.stream = served.stream(prompt.ids, chat=chat, tools=prompt.tools, stops=stops)
         self.envelope: Body = {
             "id": f"{'chatcmpl' if chat else 'cmpl'}-{secrets.token_hex(12)}",
             "created": int(time.time()),
-            "model": self.served.name,
+            "model": served.name,
         }
         self.finish_reason = "stop"
         self.calls = 0
@@ -174,32 +135,25 @@ class GeneratedAnswer:
         """The ids so far."""
         return self.stream.detokenizer.ids
 
-    async def pieces(self) -> AsyncIterator[tuple[Delta, list[int]]]:
+    async def pieces(self) -> AsyncGenerator[tuple[Delta, list[int]]]:
         """Yield each addition to the answer with its ids; afterwards `finish_reason` and `usage` are final.
 
         Raises ApiError if generation fails.
         """
         sent, stream = 0, self.stream
-        self.metrics.prompt_tokens.labels(self.served.name).inc(len(self.prompt.ids))
-        try:
-            async with aclosing(run_job(self.engine, self.job)) as events:
-                async for event in events:
-                    if isinstance(event, End):
-                        self.finish_reason = event.reason
-                        break
-                    if not sent:
-                        self.metrics.first_token.observe(time.monotonic() - self.started)
-                    delta = stream.add([*(() if sent else self.prompt.begun), *event])
-                    yield delta, self.ids[sent:]
-                    sent = len(self.ids)
-                    if stream.detokenizer.stopped:
-                        break
-            if rest := stream.close():
-                yield rest, []
-            if stream.tool_calls and self.finish_reason == "stop":
-                self.finish_reason = "tool_calls"
-        finally:
-            self.metrics.answer_tokens.labels(self.served.name).inc(len(self.ids))
+        async with aclosing(self.generated) as generated:
+            async for ids in generated:
+                delta = stream.add([*(() if sent else self.prompt.begun), *ids])
+                yield delta, self.ids[sent:]
+                sent = len(self.ids)
+                if stream.detokenizer.stopped:
+                    break
+            else:
+                self.finish_reason = "stop" if self.ids[-1] in self.served.stops else "length"
+        if rest := stream.close():
+            yield rest, []
+        if stream.tool_calls and self.finish_reason == "stop":
+            self.finish_reason = "tool_calls"
 
     @property
     def usage(self) -> dict[str, int]:
@@ -282,25 +236,19 @@ async def send_answer(answer: GeneratedAnswer, request: Request) -> Response:
 
 
 async def stream_events(
-    answer: GeneratedAnswer, first: tuple[Delta, list[int]], rest: AsyncIterator[tuple[Delta, list[int]]]
+    answer: GeneratedAnswer, first: tuple[Delta, list[int]], rest: AsyncGenerator[tuple[Delta, list[int]]]
 ) -> AsyncIterator[str]:
     """Yield the events of an answer whose first piece is ready."""
-    complete = False
-    try:
-        yield answer.chunk(*first, first=True)
-        async for delta, ids in rest:
-            if delta or (ids and answer.request.return_token_ids):
-                yield answer.chunk(delta, ids)
-        yield answer.chunk(Delta(), [], finish=answer.finish_reason)
-        yield answer.last_chunk()
-        complete = True
-    except ApiError as error:
-        complete = True
-        yield server_sent_event(error.content())
-    finally:
-        if not complete:
-            answer.engine.queue.cancel(answer.job)
-            answer.metrics.disconnects.inc()
+    async with aclosing(rest):
+        try:
+            yield answer.chunk(*first, first=True)
+            async for delta, ids in rest:
+                if delta or (ids and answer.request.return_token_ids):
+                    yield answer.chunk(delta, ids)
+            yield answer.chunk(Delta(), [], finish=answer.finish_reason)
+            yield answer.last_chunk()
+        except ApiError as error:
+            yield server_sent_event(error.content())
 
 
 class ClientDisconnected(Exception):

@@ -1,38 +1,49 @@
-"""The HTTP application: endpoints, their documentation, errors in OpenAI's format, and the web page."""
+"""The HTTP application: checks of each request, endpoints and their documentation, errors in OpenAI's format, pages."""
 
 from __future__ import annotations
 
+import asyncio
 import base64
-import hashlib
+import hmac
 import re
 from collections.abc import Iterable, Mapping
+from hashlib import sha256
 from importlib.resources import files
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
-from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, RedirectResponse, Response
-from starlette.types import ASGIApp
+from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import llmtune
 from llmtune.errors import nearest
+from llmtune.recipe.retired import RETIRED
 from llmtune.serve.engine import Engine
 from llmtune.serve.generation_endpoints import ClientDisconnected, mount_generation, served_by_name
-from llmtune.serve.middleware import CONTENT_TYPE, Gateway, Metrics, error_response
 from llmtune.serve.schemas import ERROR_RESPONSES, NEUTRAL, ApiError, Health, ModelCard, ModelList
 from llmtune.serve.search_endpoints import OWN_ENDPOINTS
 from llmtune.serve.task_endpoints import mount_task
 
+LOOPBACK = ("localhost", "127.0.0.1", "::1", "[::1]")
+PUBLIC_PATHS = ("/", "/docs", "/openapi.json", "/health/live", "/health/ready")
+"""Paths that need no key: they return nothing secret."""
+HOST = re.compile(r"(?:[\w.-]*|\[[0-9A-Fa-f:.]+\])(?::\d{1,5})?", re.ASCII)
+BODY_SECONDS = 30
+"""How long a body may take to arrive."""
+DRAIN_FACTOR = 8
+"""A refused body is read and discarded up to this many times the limit, as many clients send all before they read."""
 ABOUT = """Models tuned with llmtune. `/v1/models` lists them; `model` in a request chooses one.
 
 Undocumented parameters are refused by name, never ignored. If the server was started with an API key, every path
-under `/v1` and `/metrics` needs it: `Authorization: Bearer KEY`."""
+under `/v1` needs it: `Authorization: Bearer KEY`."""
 
 
 def build_app(engine: Engine, *, body_bytes: int, key: str | None = None) -> ASGIApp:
     """Build the application: the gateway, and the endpoints for the task of the models."""
-    metrics, task = Metrics(engine), served_by_name(engine, None).task
+    task = served_by_name(engine, None).task
     app = FastAPI(
         title="llmtune",
         version=llmtune.__version__,
@@ -45,17 +56,16 @@ def build_app(engine: Engine, *, body_bytes: int, key: str | None = None) -> ASG
     page_kind = None
     if task.free_prompt:
         page_kind = "chat" if task.is_conversational else "completion"
-        mount_generation(app, engine, metrics, chat=task.is_conversational)
+        mount_generation(app, engine, chat=task.is_conversational)
     elif task.endpoint is not None and task.endpoint.path in OWN_ENDPOINTS:
         OWN_ENDPOINTS[task.endpoint.path](app, engine)
     else:
-        mount_task(app, task, engine, metrics)
+        mount_task(app, task, engine)
     _mount_models(app, engine)
-    _mount_state(app, engine, metrics)
+    _mount_state(app, engine)
     _mount_pages(app, page_kind, needs_key=key is not None)
-    _mount_error_handlers(app, metrics)
-    paths = {*app.openapi()["paths"], "/", "/docs"}
-    return Gateway(app, body_bytes=body_bytes, key=key, metrics=metrics, paths=paths)
+    _mount_error_handlers(app)
+    return Gateway(app, body_bytes=body_bytes, key=key)
 
 
 def _mount_models(app: FastAPI, engine: Engine) -> None:
@@ -80,7 +90,7 @@ def _mount_models(app: FastAPI, engine: Engine) -> None:
         return card(model)
 
 
-def _mount_state(app: FastAPI, engine: Engine, metrics: Metrics) -> None:
+def _mount_state(app: FastAPI, engine: Engine) -> None:
     @app.get("/health/live")
     async def live() -> Health:
         """Whether the process responds."""
@@ -92,11 +102,6 @@ def _mount_state(app: FastAPI, engine: Engine, metrics: Metrics) -> None:
         release = served_by_name(engine, None).release
         state = Health(status="ok" if engine.ready else "stopping", release=release)
         return JSONResponse(state.model_dump(), 200 if engine.ready else 503)
-
-    @app.get("/metrics", response_class=PlainTextResponse)
-    async def show_metrics() -> Response:
-        """Counts and times in Prometheus' text format."""
-        return Response(metrics.text(), headers={"Content-Type": CONTENT_TYPE})
 
 
 def _mount_pages(app: FastAPI, kind: str | None, *, needs_key: bool) -> None:
@@ -122,7 +127,7 @@ def page_response(text: str) -> Response:
     policy |= {"frame-ancestors": "'none'", "img-src": "data:"}
     for tag in ("script", "style"):
         parts = re.findall(f"<{tag}>(.*?)</{tag}>", text, flags=re.DOTALL)
-        hashes = [base64.b64encode(hashlib.sha256(part.encode()).digest()).decode() for part in parts]
+        hashes = [base64.b64encode(sha256(part.encode()).digest()).decode() for part in parts]
         policy[f"{tag}-src"] = " ".join(f"'sha256-{one}'" for one in hashes) or "'none'"
     headers = {
         "Content-Security-Policy": "; ".join(f"{name} {value}" for name, value in policy.items()),
@@ -132,12 +137,11 @@ def page_response(text: str) -> Response:
     return HTMLResponse(text, headers=headers)
 
 
-def _mount_error_handlers(app: FastAPI, metrics: Metrics) -> None:
+def _mount_error_handlers(app: FastAPI) -> None:
     """Return every error in OpenAI's format."""
 
     @app.exception_handler(ClientDisconnected)
     async def disconnected(request: Request, error: ClientDisconnected) -> Response:
-        metrics.disconnects.inc()
         return Response(status_code=499)  # never sent: the client disconnected
 
     @app.exception_handler(RequestValidationError)
@@ -152,9 +156,10 @@ def _mount_error_handlers(app: FastAPI, metrics: Metrics) -> None:
     async def http_error(request: Request, error: HTTPException) -> Response:
         message = str(error.detail)
         if error.status_code == 404:
-            known = [path for path in app.openapi()["paths"] if path.startswith("/v1")]
-            message = f"{request.url.path!r} not found.{nearest(request.url.path, known)} Known paths: "
-            message += f"{', '.join(known)}."
+            paths = [path for path in app.openapi()["paths"] if path.startswith("/v1")]
+            message = f"{request.url.path!r} not found.{nearest(request.url.path, paths)} Known paths: "
+            message += f"{', '.join(paths)}."
+            message = RETIRED.get(f"{request.method} {request.url.path}", message)
         return error_response(ApiError(error.status_code, message, headers=dict(error.headers or {})))
 
     @app.exception_handler(ApiError)
@@ -188,3 +193,90 @@ def describe_errors(errors: Iterable[Mapping[str, object]]) -> ApiError:
 def _is_key(part: object) -> bool:
     """Whether a part of a location is a key or an index, not pydantic's name for a member of a union."""
     return isinstance(part, int) or not re.search(r"[\[\(]|^(str|list|int|float|bool|constrained.*)$", str(part))
+
+
+class Gateway:
+    """ASGI middleware that checks host, origin, API key and body size of every request.
+
+    Without a key it only answers to loopback host names. This prevents DNS rebinding: a web page could point its own
+    host name at this machine, and would then have the same origin.
+    """
+
+    def __init__(self, app: ASGIApp, *, body_bytes: int, key: str | None) -> None:
+        self.app, self.body_bytes = app, body_bytes
+        self.key_hash = sha256(key.encode()).digest() if key else None
+        """Keys are compared by their hashes, which all have the same length."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request, or refuse it."""
+        if scope["type"] != "http":
+            return
+
+        async def unsniffed(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message.get("headers", ()), (b"x-content-type-options", b"nosniff")]
+            await send(message)
+
+        try:
+            self._check(scope)
+            body = await self._read(receive)
+            if body is not None:
+                await self.app(scope, _replay(body, receive), unsniffed)
+        except ApiError as error:
+            await error_response(error)(scope, receive, unsniffed)
+
+    def _check(self, scope: Scope) -> None:
+        headers = Headers(scope=scope)
+        host, origin = headers.get("host", ""), headers.get("origin")
+        if not HOST.fullmatch(host):
+            raise ApiError(400, "The Host header is invalid.", code="invalid_host")
+        name = host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() else host
+        if self.key_hash is None and name.lower() not in LOOPBACK:
+            raise ApiError(403, f"This server does not answer to the name {host!r}.", code="foreign_host")
+        if origin is not None and origin.partition("://")[2] != host:
+            raise ApiError(403, "Pages of other origins may not use this server.", code="foreign_origin")
+        if self.key_hash is None or scope["path"] in PUBLIC_PATHS:
+            return
+        scheme, _, key = headers.get("authorization", "").partition(" ")
+        given = sha256(key.strip().encode()).digest() if scheme.lower() == "bearer" else b""
+        if not hmac.compare_digest(given, self.key_hash):
+            message = "The API key is wrong." if given else "API key missing. Send Authorization: Bearer KEY."
+            raise ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+
+    async def _read(self, receive: Receive) -> bytes | None:
+        """Read the body; above the limit, discard it but keep reading for a while.
+
+        Returns None if the client disconnected before its request was complete.
+        """
+        limit, parts, size = self.body_bytes, [], 0
+        try:
+            async with asyncio.timeout(BODY_SECONDS):
+                while True:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        return None
+                    size += len(message.get("body", b""))
+                    if size <= limit:
+                        parts.append(message.get("body", b""))
+                    if not message.get("more_body", False) or size > DRAIN_FACTOR * limit:
+                        break
+        except TimeoutError:
+            raise ApiError(408, f"The body did not arrive within {BODY_SECONDS} s.", code="timeout") from None
+        if size > limit:
+            raise ApiError(413, f"The body is larger than {limit:,} bytes.", code="request_too_large")
+        return b"".join(parts)
+
+
+def error_response(error: ApiError) -> JSONResponse:
+    """Return an error in OpenAI's format."""
+    return JSONResponse(error.content(), error.status, headers=error.headers)
+
+
+def _replay(body: bytes, receive: Receive) -> Receive:
+    """Return a `receive` that replays the body, then passes further messages on."""
+    messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def replay() -> Message:
+        return messages.pop() if messages else await receive()
+
+    return replay

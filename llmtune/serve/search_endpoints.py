@@ -23,9 +23,8 @@ from llmtune.evaluate.ranking_metrics import unit
 from llmtune.evaluate.token_batches import TOKEN_BUDGET, batch_size, budget_for
 from llmtune.recipe.task_sections import EmbedSection
 from llmtune.records import Row
-from llmtune.serve.engine import Engine
-from llmtune.serve.generation_endpoints import in_text_thread, run_job, served_by_name, unless_disconnected
-from llmtune.serve.request_queue import AnswerJob, End
+from llmtune.serve.engine import Engine, predict_parts
+from llmtune.serve.generation_endpoints import in_text_thread, served_by_name, unless_disconnected
 from llmtune.serve.schemas import ApiError, FilledText, PositiveInt, RequestModel
 from llmtune.serve.served_model import ServedModel
 from llmtune.tasks.rerank import ranked
@@ -276,16 +275,14 @@ def count_pairs(served: ServedModel, query: str, texts: Sequence[str]) -> list[i
 async def predict_rows(
     engine: Engine, served: ServedModel, rows: Sequence[Row], lengths: Sequence[int]
 ) -> list[dict[str, list[float]]]:
-    """Return the model's prediction for each row, as one job whose parts have rows of similar length."""
+    """Return the model's prediction for each row, made in parts that have rows of similar length."""
     order, parts = sorted(range(len(rows)), key=lambda i: -lengths[i]), list[list[Row]]()
     limit, budget = served.recipe.data.max_length, budget_for(served.device, TOKEN_BUDGET)
     while (first := sum(map(len, parts))) < len(rows):
         size = batch_size(min(limit, lengths[order[first]]), budget)
         parts.append([rows[i] for i in order[first : first + size]])
-    job = AnswerJob(served, parts=parts)
-    async for event in run_job(engine, job):
-        assert isinstance(event, End), "these models generate no tokens"
-    values = dict(zip(order, (cast(dict[str, list[float]], one.value) for one in job.predicted), strict=True))
+    predicted = await predict_parts(engine, served, parts)
+    values = dict(zip(order, (cast(dict[str, list[float]], one.value) for one in predicted), strict=True))
     return [values[i] for i in range(len(rows))]
 
 

@@ -1,11 +1,11 @@
-"""A model under the name that clients use, with one of its adapters active."""
+"""A model under the name that clients use, with or without its adapter."""
 
 from __future__ import annotations
 
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import NamedTuple, cast
@@ -42,8 +42,8 @@ from llmtune.model.layer_requests import own_passes
 from llmtune.model.memory_plan import context_length
 from llmtune.recipe.schema import Recipe
 from llmtune.records import Json, Row
-from llmtune.score_records import Calibration, Decision
 from llmtune.serve.answer_stream import AnswerStream
+from llmtune.store.score_records import Calibration, Decision
 from llmtune.tasks.base import AnyTask
 
 UNLIMITED = 1 << 30
@@ -69,15 +69,15 @@ class Predicted(NamedTuple):
 
 @dataclass(eq=False)
 class ServedModel:
-    """A model with a name; served models that share `model` differ in their adapter."""
+    """A model with a name; a tuned model and its base may share `model`."""
 
     name: str
     model: PreTrainedModel | PeftModel
     processor: PreTrainedTokenizerBase
     recipe: Recipe
     task: AnyTask
-    adapter: str | None = None
-    """The adapter's name in the PEFT model; None for the base (all adapters off) or a model without adapters."""
+    is_base: bool = False
+    """Whether the adapter of `model`, if it has one, is off."""
     created: int = field(default_factory=lambda: int(time.time()))
     """Unix time."""
     calibration: Calibration | None = None
@@ -92,7 +92,7 @@ class ServedModel:
         inner = unwrap(self.model)
         self.stops = set(answer_ends(self.model, self.processor, self.recipe))
         self.template = answer_template(self.processor, self.recipe) if self.task.free_prompt else None
-        with self.activated():
+        with self._without_adapter():
             virtual, context = virtual_tokens(self.model), context_length(inner.config)
         self.context = context - virtual if context is not None else None
         """Maximum tokens of prompt and answer together; None if the model's configuration does not say."""
@@ -111,19 +111,6 @@ class ServedModel:
     def generates(self) -> bool:
         """Whether answers are generated token by token; otherwise `task.predict` makes them."""
         return self.task.model_kind.decodes
-
-    @contextmanager
-    def activated(self) -> Iterator[None]:
-        """Switch the model to this adapter within the block."""
-        if not isinstance(self.model, PeftModel):
-            yield
-        elif self.adapter is None:
-            with self.model.disable_adapter():
-                yield
-        else:
-            if self.model.active_adapter != self.adapter:
-                activate(self.model, self.adapter)
-            yield
 
     def check_length(self, row: Row) -> bool:
         """Return whether only the start of a row's text is read. Raises DataError if the row may not be cut."""
@@ -178,8 +165,13 @@ class ServedModel:
     @contextmanager
     def _computing(self) -> Iterator[None]:
         dtype = resolve_dtype(self.recipe.model.dtype, self.model.device.type)
-        with torch.inference_mode(), compute_context(dtype, self.device):
+        with torch.inference_mode(), compute_context(dtype, self.device), self._without_adapter():
             yield
+
+    def _without_adapter(self) -> AbstractContextManager[None]:
+        """Return a context in which the adapter is off, if this is the base."""
+        off = self.is_base and isinstance(self.model, PeftModel)
+        return cast(PeftModel, self.model).disable_adapter() if off else nullcontext()
 
     def read(self, ids: Sequence[int]) -> str:
         """Turn the ids of an answer into its text."""
@@ -218,7 +210,7 @@ class ServedModel:
         """
         beams = settings.num_beams > 1
         ids_BT = torch.tensor([list(prompt)], device=self.model.device)
-        with torch.random.fork_rng(), only_these_settings(self.model):
+        with torch.random.fork_rng(), only_these_settings(self.model), self._without_adapter():
             torch.manual_seed(seed)
             out_BT = generate(
                 self.model,
@@ -235,11 +227,6 @@ class ServedModel:
             ids = ids[: end + 1]  # the rest is padding
             deliver(ids)
         return ids
-
-
-def activate(model: PeftModel, adapter: str) -> None:
-    """Switch a model to an adapter without gradients; PEFT refuses that mode for adaption_prompt."""
-    model.set_adapter(adapter, inference_mode=not model.peft_config[adapter].is_adaption_prompt)
 
 
 class _TokenStreamer(BaseStreamer):  # type: ignore[misc]

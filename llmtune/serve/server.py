@@ -1,29 +1,229 @@
-"""The server process: a socket bound early, uvicorn around the application, and a graceful stop."""
+"""The server process: a run's models on their thread, a socket bound early, uvicorn, and a graceful stop."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import resource
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 from typing import cast
 
 import h11
 import uvicorn
+from rich.console import Console
 from starlette.types import ASGIApp
+from transformers import PreTrainedModel
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from llmtune.errors import EnvironmentProblem, RecipeError
+from llmtune.adapter.merging import merge_adapter
+from llmtune.adapter.reference_model import switches_off
+from llmtune.errors import EnvironmentProblem, Problem, RecipeError
+from llmtune.evaluate.calibration import run_calibration
+from llmtune.evaluate.decision import run_decision
+from llmtune.model.config import head_is_new
+from llmtune.recipe.section import RELEASE_PREFIX
+from llmtune.recipe.user_files import read_text_file
+from llmtune.records import ModelRef
 from llmtune.serve.engine import Engine
+from llmtune.serve.http_app import LOOPBACK, build_app
+from llmtune.serve.release_watcher import ReleaseWatcher
+from llmtune.serve.served_model import ServedModel
+from llmtune.session import Models, Plan, RunContext, open_finished
+from llmtune.store.release_store import is_stored, release_address
+from llmtune.store.run_listing import match_run
 
+KEY_VARIABLE = "LLMTUNE_API_KEY"
+MIN_KEY_LENGTH = 16
+MAX_KEY_BYTES = 2**16
+BODY_BYTES = 2 * 2**20
+RECORDING_BYTES = 32 * 2**20
 MAX_CONNECTIONS = 1000
 HEAD_SECONDS = 15
 """How long a connection may take to send the complete head of a request."""
 OPEN_FILES = 4096
 OTHER_FILES = 128
 """Open files other than connections."""
+
+
+@dataclass(frozen=True)
+class ServeOptions:
+    """Options of the server, apart from the run."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    key_file: Path | None = None
+    merged: bool = False
+    max_queue: int = 64
+    max_body: int | None = None
+    """Maximum bytes of a request; None for the task's default."""
+    grace_seconds: float = 30.0
+    offline: bool = False
+
+
+@dataclass(frozen=True)
+class ServableRun:
+    """An opened run; its weights are not loaded yet."""
+
+    name: str
+    path: Path
+    context: RunContext
+
+    @property
+    def plan(self) -> Plan:
+        """The recipe, the task and the model of the run."""
+        return self.context.plan
+
+    @property
+    def method(self) -> str:
+        """The training method: lora, qlora or full."""
+        return self.plan.recipe.adapter.method
+
+
+def serve_run(
+    name: str,
+    path: Path,
+    options: ServeOptions,
+    console: Console,
+    on_ready: Callable[[dict[str, object]], None] = lambda ready: None,
+    release: str | None = None,
+) -> None:
+    """Serve a finished run and its base until a signal; `on_ready` gets the address and the models' names.
+
+    With `release`, the run is the current release of that name, and is reloaded when another one becomes current.
+
+    Raises:
+        RecipeError: other machines could reach the server without a key.
+        EnvironmentProblem: the port is taken, or the model cannot be loaded.
+    """
+    key = read_key(options)
+    bound = bind_socket(options.host, options.port)
+    try:
+        run = open_servable_run(name, path, options, console)
+        with console.status("loading the model"):
+            engine = Engine(load_models(run, options), max_queue=options.max_queue)
+            engine.start()
+    except BaseException:
+        bound.close()
+        raise
+    body_bytes = options.max_body or (RECORDING_BYTES if run.plan.task.model_kind.takes_audio else BODY_BYTES)
+    app = build_app(engine, body_bytes=body_bytes, key=key)
+    host, port = bound.getsockname()[:2]
+    url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    names = [*engine.models]
+
+    def load(folder: Path) -> dict[str, ServedModel]:
+        return load_models(open_servable_run(name, folder, options, console), options)
+
+    watcher = ReleaseWatcher(release, path.name, engine, load, console) if release else None
+
+    def announce() -> None:
+        console.print(f"serving {', '.join(names)} at {url} (Ctrl-C stops)", highlight=False)
+        on_ready({"url": url, "models": names})
+        if watcher:
+            watcher.start()
+
+    try:
+        run_server(app, engine, bound, options.grace_seconds, announce)
+    finally:
+        if watcher:
+            watcher.stop()
+
+
+def read_key(options: ServeOptions) -> str | None:
+    """Return the API key, from a file or the environment.
+
+    Raises RecipeError if it is too short, or missing although other machines could reach the server.
+    """
+    key, source = os.environ.get(KEY_VARIABLE), KEY_VARIABLE
+    if options.key_file is not None:
+        source = str(options.key_file)
+        try:
+            key = read_text_file(options.key_file, MAX_KEY_BYTES)
+        except (OSError, UnicodeDecodeError) as error:
+            raise RecipeError.of(f"the API key cannot be read: {error}", "--api-key-file") from error
+    key = key.strip() if key is not None else None
+    if key is not None and (len(key) < MIN_KEY_LENGTH or not key.isascii() or not key.isprintable() or " " in key):
+        what = f"an API key needs at least {MIN_KEY_LENGTH} printable ASCII characters, without spaces"
+        fix = 'Make one: python -c "import secrets; print(secrets.token_urlsafe(32))"'
+        raise RecipeError.of(what, source, fix)
+    if key is None and options.host not in LOOPBACK:
+        what = f"other machines could reach {options.host} without an API key"
+        fix = f"Set a key with --api-key-file FILE or the variable {KEY_VARIABLE}, or omit --host."
+        raise RecipeError.of(what, "--host", fix)
+    return key
+
+
+def open_servable_run(name: str, path: Path, options: ServeOptions, console: Console) -> ServableRun:
+    """Open a run; no weights are loaded. Raises RecipeError if it has no adapter to merge."""
+    run = ServableRun(name, path, open_finished(path, console, options.offline))
+    if options.merged and run.method == "full":
+        raise RecipeError.of("this run trained all weights and has no adapter", "--merged", "Omit it.")
+    return run
+
+
+def load_models(run: ServableRun, options: ServeOptions) -> dict[str, ServedModel]:
+    """Load the tuned model, and return it by its name; then its base, if that shares its weights."""
+    plan, folder = run.plan, run.context.folder
+    adapted = Models(run.context).adapted
+    model = cast(PreTrainedModel, adapted.model)
+    if options.merged:
+        merged = merge_adapter(adapted, "dequantized" if adapted.selected.quantized else "original")
+        model = cast(PreTrainedModel, merged)
+    tuned = ServedModel(
+        run.name,
+        model.eval(),
+        plan.processor,
+        plan.recipe,
+        plan.task,
+        calibration=run_calibration(folder),
+        decision=run_decision(folder),
+        release=release_address(run.path).removeprefix(RELEASE_PREFIX) if is_stored(run.path) else None,
+    )
+    served, base = {run.name: tuned}, public_name(plan.model_ref)
+    shared = not options.merged and run.method != "full" and switches_off(model)
+    if shared and base != run.name and not head_is_new(plan.model_ref, plan.recipe, plan.task):
+        served[base] = ServedModel(base, model, plan.processor, plan.recipe, plan.task, is_base=True)
+    return served
+
+
+def public_name(model_ref: ModelRef) -> str:
+    """Return the base's name; for a local folder only its last part, so that clients see no local paths."""
+    path = Path(model_ref.name)
+    return path.name if path.is_absolute() or path.exists() else model_ref.name
+
+
+def name_run(path: Path) -> str:
+    """Return the name that clients use for a run: that of its folder; for a release, that of all its releases."""
+    folder = path.resolve()
+    return folder.parent.name if is_stored(folder) else folder.name
+
+
+def parse_run_names(runs: Sequence[Path], named: Sequence[str]) -> dict[str, Path]:
+    """Return runs by name: the one in `NAME=RUN`, else that of the folder.
+
+    Raises RecipeError if a name is used twice, or there is no run.
+    """
+    pairs, problems = [(name_run(path), path) for path in runs], []
+    for text in named:
+        name, _, path = text.partition("=")
+        if not (name and path):
+            problems.append(Problem(f"{text!r} is not NAME=RUN", "--adapter", "Example: --adapter polite=runs/polite"))
+        pairs.append((name, match_run(path) or Path(path)))
+    names = [name for name, _ in pairs]
+    problems += [
+        Problem(f"two runs are called {name!r}", "--adapter", "Rename one: --adapter NAME=RUN")
+        for name in dict.fromkeys(names)
+        if names.count(name) > 1
+    ]
+    if not pairs:
+        problems.append(Problem("nothing to serve", "RUN", "Name a run folder, or --adapter NAME=RUN."))
+    RecipeError.collect(problems)
+    return dict(pairs)
 
 
 class TimedProtocol(H11Protocol):
@@ -159,10 +359,9 @@ def run_server(
         ws="none",
     )
     logging.getLogger("uvicorn.error").addFilter(_is_no_cancellation)
-    server = _Server(config, lambda: engine.queue.stop(grace_seconds), on_ready)
+    server = _Server(config, lambda: engine.stop(grace_seconds), on_ready)
     try:
         server.run(sockets=[bound])
     finally:
-        engine.queue.stop(0)
-        engine.thread.join(SPARE_SECONDS)
+        engine.close(SPARE_SECONDS)
         bound.close()

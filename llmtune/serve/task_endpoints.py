@@ -18,10 +18,8 @@ from starlette.responses import JSONResponse, Response
 from llmtune.errors import DataError, LlmtuneError
 from llmtune.recipe.task_facts import TASK_FACTS
 from llmtune.serve.chat_prompt import ServedPrompt
-from llmtune.serve.engine import Engine
-from llmtune.serve.generation_endpoints import in_text_thread, make_job, run_job, served_by_name, unless_disconnected
-from llmtune.serve.middleware import Metrics
-from llmtune.serve.request_queue import AnswerJob, End
+from llmtune.serve.engine import Engine, predict_parts
+from llmtune.serve.generation_endpoints import answer_ids, in_text_thread, served_by_name, unless_disconnected
 from llmtune.serve.schemas import ApiError, GenerationRequest, RequestModel
 from llmtune.serve.served_model import Predicted
 from llmtune.tasks.base import AnyTask
@@ -59,7 +57,7 @@ class TaskAnswer(BaseModel):
     out_of_scope: bool | None = Field(default=None, description="Whether the input is unlike the validation rows.")
 
 
-def mount_task(app: FastAPI, task: AnyTask, engine: Engine, metrics: Metrics) -> None:
+def mount_task(app: FastAPI, task: AnyTask, engine: Engine) -> None:
     """Add the endpoint of a task to `app`."""
     endpoint = task.endpoint
     assert endpoint is not None, "a task without OpenAI's endpoints has its own"
@@ -80,7 +78,7 @@ def mount_task(app: FastAPI, task: AnyTask, engine: Engine, metrics: Metrics) ->
                 path.write_bytes(recording)
                 inputs["audio"] = str(path)
             try:
-                return await unless_disconnected(request, answer_row(engine, metrics, model, inputs))
+                return await unless_disconnected(request, answer_row(engine, model, inputs))
             except ApiError as error:
                 error.message = error.message.replace(f"{folder}/", "")  # hide local paths
                 raise
@@ -145,9 +143,7 @@ async def read_form(request: Request) -> tuple[bytes, dict[str, str]]:
         return await file.read(), {"model": model} if isinstance(model, str) else {}
 
 
-async def answer_row(
-    engine: Engine, metrics: Metrics, model: str | None, inputs: Mapping[str, str | None]
-) -> JSONResponse:
+async def answer_row(engine: Engine, model: str | None, inputs: Mapping[str, str | None]) -> JSONResponse:
     """Predict from a task's inputs, or generate an answer to the prompt made of them."""
     served = served_by_name(engine, model)
     task, row = served.task, served.task.make_row(inputs)
@@ -161,32 +157,24 @@ async def answer_row(
             raise ApiError(400, message, param=field, code="context_length_exceeded") from error
         except LlmtuneError as error:
             raise ApiError.of(error) from error
-        job = AnswerJob(served, parts=[[row]])
+        (predicted,) = await predict_parts(engine, served, [[row]])
     else:
         try:
             prompt = await in_text_thread(task.prompt_ids, row, served.processor, served.recipe)
         except LlmtuneError as error:
             raise ApiError.of(error) from error
-        job = make_job(served, ServedPrompt(prompt), GenerationRequest(), None)
-    ids: list[int] = []
-    async for event in run_job(engine, job):
-        ids += [] if isinstance(event, End) else event
-    if task.predicts:
-        (found,) = job.predicted
-    else:
-        metrics.prompt_tokens.labels(served.name).inc(len(job.ids))
-        metrics.answer_tokens.labels(served.name).inc(len(ids))
-        found = Predicted(served.read(ids), [], {})
+        generated = answer_ids(engine, served, ServedPrompt(prompt), GenerationRequest(), None)
+        predicted = Predicted(served.read([token async for ids in generated for token in ids]), [], {})
     section = served.recipe.classify
     answer = TaskAnswer(
         model=served.name,
         task=task.name,
-        text=task.format_answer(found.value, row),
-        prediction=found.value,
+        text=task.format_answer(predicted.value, row),
+        prediction=predicted.value,
         labels=list(section.labels or ()) or None if section else None,
         words=row.get("tokens"),
-        scores=found.probabilities if "tokens" in row else None,
+        scores=predicted.probabilities if "tokens" in row else None,
         truncated=truncated,
-        **found.decision,
+        **predicted.decision,
     )
     return JSONResponse(answer.model_dump(exclude_none=True))

@@ -14,7 +14,8 @@ from rich.console import Console
 
 from llmtune.adapter.load import find_adapter, read_config
 from llmtune.errors import EnvironmentProblem, RecipeError
-from llmtune.serve.serve_runs import KEY_VARIABLE, ServableRun, ServeOptions, open_servable_runs, public_name, read_key
+from llmtune.serve.server import KEY_VARIABLE, ServableRun, ServeOptions, open_servable_run, public_name, read_key
+from llmtune.store.atomic_files import hash_value
 from llmtune.store.run_folder import trained_name
 
 VLLM_KEY_VARIABLE = "VLLM_API_KEY"
@@ -71,7 +72,8 @@ def serve_by_vllm(runs: Mapping[str, Path], options: ServeOptions, console: Cons
         fix = "Install it (pip install vllm; it needs a GPU), or omit --engine: llmtune's own server needs none."
         raise EnvironmentProblem.of("vLLM is not installed: command vllm not found", "--engine", fix)
     key = read_key(options)
-    opened = open_servable_runs(runs, options, console)
+    opened = [open_servable_run(name, path, options, console) for name, path in runs.items()]
+    check_shared_base(opened, options)
     task = opened[0].plan.task
     if not task.free_prompt:
         fix = "Omit --engine: llmtune's own server has an endpoint for it."
@@ -81,6 +83,28 @@ def serve_by_vllm(runs: Mapping[str, Path], options: ServeOptions, console: Cons
     kept = {name: value for name, value in os.environ.items() if name not in {KEY_VARIABLE, VLLM_KEY_VARIABLE}}
     environment = {**kept, **({VLLM_KEY_VARIABLE: key} if key else {})}
     os.execve(program, command, environment)  # noqa: S606 - no shell is wanted
+
+
+def check_shared_base(opened: Sequence[ServableRun], options: ServeOptions) -> None:
+    """Raise RecipeError for runs that one process cannot serve together."""
+    first, *others = opened
+    if others and (options.merged or "full" in [run.method for run in opened]):
+        raise RecipeError.of("complete weights are served alone", str(others[0].path), "Serve one run.")
+    facts = shared_facts(first)
+    for other in others:
+        for name, value in shared_facts(other).items():
+            if value != facts[name]:
+                what = f"its {name} is {value}, but that of {first.name} is {facts[name]}"
+                raise RecipeError.of(what, str(other.path), "Serve it on another port.")
+
+
+def shared_facts(run: ServableRun) -> dict[str, object]:
+    """Return the facts that must be equal in runs that share a process; vLLM has one chat template for all."""
+    plan = run.plan
+    facts = {"base": plan.model_ref.name, "base's content": plan.model_ref.content_hash, "method": run.method}
+    facts |= {"task": plan.task.name, "chat template's hash": hash_value(plan.processor.chat_template)}
+    options = plan.recipe.model.model_dump(exclude={"candidates", "chat_template"})
+    return {**facts, **{f"model.{key}": value for key, value in options.items()}}
 
 
 def vllm_command(opened: Sequence[ServableRun], options: ServeOptions) -> list[str]:

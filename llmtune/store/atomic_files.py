@@ -21,7 +21,6 @@ import xxhash
 from safetensors import SafetensorError
 
 from llmtune.errors import EnvironmentProblem, Problem, system_errno, system_problem
-from llmtune.score_records import Difference
 
 MODEL_ENDINGS = (".json", ".safetensors", ".model", ".txt", ".jinja", ".bin", ".py", ".tiktoken")
 T = TypeVar("T")
@@ -74,14 +73,12 @@ def write_json(path: Path, value: object) -> None:
 def plain(value: object) -> Any:
     """Convert a nested value to JSON types: records by their fields, NaN and infinities to None, paths to strings.
 
-    A difference becomes `{value, interval: [low, high], p, n, test}`, with `groups` if rows are grouped.
+    Records with a method `to_json` are written by it.
     """
     if isinstance(value, float) and not math.isfinite(value):
         return None
-    if isinstance(value, Difference):
-        middle, low, high, p = map(plain, (value.value, value.low, value.high, value.p))
-        groups = {"groups": value.groups} if value.groups else {}
-        return {"value": middle, "interval": [low, high], "p": p, "n": value.n, **groups, "test": value.test}
+    if is_dataclass(value) and hasattr(value, "to_json"):
+        return plain(value.to_json())
     if is_dataclass(value):
         return {field.name: plain(getattr(value, field.name)) for field in fields(value)}
     if isinstance(value, Mapping):

@@ -12,9 +12,7 @@ from typing import Any, Literal, NotRequired, Required
 from typing_extensions import TypedDict
 
 from llmtune.errors import RecipeError
-from llmtune.evaluate.source_labels import SourceLabels
 from llmtune.records import Json, StepTiming
-from llmtune.score_records import Evaluation, GateResult
 from llmtune.store.json_shapes import (
     AdapterShape,
     Counts,
@@ -26,8 +24,13 @@ from llmtune.store.json_shapes import (
     TrainedFacts,
     read_record,
 )
+from llmtune.store.score_records import Evaluation, GateResult
 
 REPORT = "report.json"
+SUSPECTS, UNCHECKED = "suspects.jsonl", "suspects_unchecked.json"
+"""Files of the evaluation with the labels that are likely wrong, and with the classes that cannot be checked."""
+LABELS_BY_SOURCE = "labels_by_source.json"
+"""Number of labels in each source file."""
 DATA_KEYS = ("dropped", "examples", "tokens", "supervised_share", "longest", "example")
 """Keys of the facts of `encode`; its `dropped` includes the rows dropped by `prepare`."""
 RENAMED = {"total": "all", "adapter_bytes": "bytes"}
@@ -148,6 +151,22 @@ class SuspectRow(TypedDict):
     text: str
     word: str | None
     position: int | None
+
+
+@dataclass(frozen=True)
+class SourceLabels:
+    """The labels of one source file."""
+
+    file: str
+    labels: int
+    doubtful: int
+    stands_out: bool = False
+    """Whether far more of them are doubtful than of the others."""
+
+    @property
+    def rate(self) -> float:
+        """Return the share of doubtful labels."""
+        return self.doubtful / self.labels if self.labels else 0.0
 
 
 class SuspectFacts(TypedDict):

@@ -15,7 +15,9 @@ from llmtune.data.collators import causal_collator
 from llmtune.data.example import AnyExample, Collate
 from llmtune.data.row_store import iterate_rows
 from llmtune.data.task_interface import Encoded
+from llmtune.data.text_pairs import TextPair
 from llmtune.evaluate.evaluated_task import PredictionT
+from llmtune.model.audio_models import SoundWindow
 from llmtune.model.causal_lm_loss import causal_loss
 from llmtune.model.config import set_padding
 from llmtune.recipe.model_kind import CAUSAL
@@ -70,6 +72,24 @@ class Task(TrainedTask, Generic[RowT, PredictionT]):
         """Return the optional inputs that a row states, such as its languages."""
         known = cast(Mapping[str, str | None], row)
         return {name: known.get(name) for name in self.optional_inputs}
+
+    def prepare_processor(self, processor: PreTrainedTokenizerBase, recipe: Recipe) -> None:
+        """Set in place what a tokenizer needs to know from the recipe, such as a spoken language."""
+
+    def pair(self, row: RowT, recipe: Recipe) -> TextPair:
+        """Return the source, as this kind of model reads it, and the target; for tasks that write a text for a text."""
+        raise NotImplementedError
+
+    def query_ids(self, text: str, processor: PreTrainedTokenizerBase, recipe: Recipe) -> tuple[list[int], str]:
+        """Return the tokens of a query and the prompt before it; for tasks whose models make vectors."""
+        raise NotImplementedError
+
+    def first_window(self, audio: Path, processor: PreTrainedTokenizerBase, recipe: Recipe) -> SoundWindow:
+        """Return the first window of a recording.
+
+        For tasks with recordings. Raises DataError if it cannot be read, and RecipeError if it contains no sound.
+        """
+        raise NotImplementedError
 
     def export_constants(self, recipe: Recipe) -> dict[str, Any]:
         """Return further constants of the script next to ONNX files."""

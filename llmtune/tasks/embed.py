@@ -137,6 +137,10 @@ class Embed(ReadingTask[EmbedRow, Vectors]):
             raise RecipeError.of("no text is given", "--prompt", "Give a query, or --passages.")
         return {"query": query, "passages": passages, "negatives": [], "score": None, "label": None}
 
+    def query_ids(self, text: str, processor: PreTrainedTokenizerBase, recipe: Recipe) -> tuple[list[int], str]:
+        """Return the tokens of a query, and the prompt before it."""
+        return tokenize_prompted("query", text, processor, recipe), embed_section(recipe).query_prompt or ""
+
     def split_answer(self, row: EmbedRow) -> tuple[EmbedRow, str]:
         """Return the texts of a row, and their known passage, score or label."""
         known = row["label"] if row["score"] is None else f"{row['score']:g}"

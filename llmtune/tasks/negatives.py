@@ -25,10 +25,10 @@ from torch.nn import functional
 
 from llmtune import __version__
 from llmtune.data.corpus import load_corpus
-from llmtune.data.ingest import progress_bars
+from llmtune.data.data_notes import negatives_blocks
 from llmtune.data.row_store import MINED, iterate_batches, iterate_rows, iterate_texts, load_rows, read_rows, save_rows
 from llmtune.data.search_rows import text_key
-from llmtune.display.console import print_blocks, spinner
+from llmtune.display.console import print_blocks, progress_bars, spinner
 from llmtune.errors import RecipeError
 from llmtune.evaluate.evaluated_task import LoadedModel
 from llmtune.evaluate.ranking_metrics import RELEVANT, measure_vectors
@@ -44,7 +44,6 @@ from llmtune.recipe.data_section import NegativesSection
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_sections import EmbedSection
 from llmtune.records import Advance, Json, ModelRef, Row, Rows
-from llmtune.report.search_sections import negatives_blocks
 from llmtune.store.atomic_files import hash_value, staged
 from llmtune.store.run_folder import StepRun
 from llmtune.store.run_lock import package_versions

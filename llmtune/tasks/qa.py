@@ -22,6 +22,7 @@ from llmtune.data.overlong import too_long
 from llmtune.data.row_store import iterate_rows
 from llmtune.data.task_interface import Encoded
 from llmtune.data.task_rows import QaRow
+from llmtune.data.text_pairs import TextPair
 from llmtune.data.tokenization import Segment, highlight
 from llmtune.evaluate.evaluated_task import EvalPrediction, LoadedModel, PredictionT
 from llmtune.evaluate.metric import Measure
@@ -34,7 +35,7 @@ from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_sections import QaSection
 from llmtune.records import Batch, Loss, Rows
 from llmtune.tasks.base import Endpoint, Task, loss_of_rows
-from llmtune.tasks.text_to_text import EncoderDecoder, PromptedDecoder, TextPair, fill_template
+from llmtune.tasks.text_to_text import EncoderDecoder, PromptedDecoder, fill_template
 
 Characters = tuple[int, int]
 """The first character and the one after the last."""

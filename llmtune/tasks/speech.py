@@ -15,46 +15,38 @@ import torch
 from torch.nn import functional
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from llmtune.data.audio import SpeechRow, Waveform
+from llmtune.data.audio import SpeechRow
 from llmtune.data.collators import IGNORED, pad
 from llmtune.data.example import Collate, Example, Samples
 from llmtune.data.overlong import too_long
 from llmtune.data.task_interface import Encoded
 from llmtune.data.tokenization import Segment, highlight
+from llmtune.data.waveforms import Waveform
 from llmtune.errors import EnvironmentProblem, RecipeError
+from llmtune.evaluate.decoder_generation import decoder_settings, run_generation
 from llmtune.evaluate.evaluated_task import EvalPrediction, LoadedModel
 from llmtune.evaluate.generation import only_these_settings
 from llmtune.evaluate.metric import Measure
 from llmtune.evaluate.text_metrics import find_spellings, measure_cer, measure_wer
-from llmtune.model.causal_lm_loss import model_inputs, move_to, unwrap
+from llmtune.model.audio_models import (
+    SoundWindow,
+    count_frames,
+    extract_features,
+    feature_extractor,
+    heard_at_once,
+    masked_frames,
+    set_speech,
+)
+from llmtune.model.causal_lm_loss import move_to, unwrap
 from llmtune.recipe.model_kind import CTC, WHISPER
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_sections import SpeechSection
 from llmtune.records import Batch, Loss
 from llmtune.tasks.base import Endpoint, Task
-from llmtune.tasks.recordings import (
-    extract_features,
-    feature_extractor,
-    load_samples,
-    read_windows,
-    set_speech,
-    spell,
-    transcribe,
-    window_seconds,
-    without_marks,
-)
-from llmtune.tasks.text_to_text import (
-    TargetExample,
-    check_decoder_start,
-    decoder_settings,
-    decoder_targets,
-    encoder_decoder_loss,
-    run_generation,
-)
+from llmtune.tasks.recordings import load_samples, read_windows, spell, transcribe, window_seconds
+from llmtune.tasks.text_to_text import TargetExample, check_decoder_start, decoder_targets, encoder_decoder_loss
 
 MEASURES = {"wer": measure_wer, "cer": measure_cer}
-MASKING = ("wav2vec2", "hubert", "wavlm", "unispeech", "unispeech-sat")
-"""Audio models whose output padding does not change, except through a first layer that normalises over time."""
 
 
 class Speech(Task[SpeechRow, str]):
@@ -71,6 +63,18 @@ class Speech(Task[SpeechRow, str]):
     def split_answer(self, row: SpeechRow) -> tuple[SpeechRow, str]:
         """Return the row without its transcript, and the transcript."""
         return {**row, "text": ""}, row["text"]
+
+    def first_window(self, audio: Path, processor: PreTrainedTokenizerBase, recipe: Recipe) -> SoundWindow:
+        """Return the first window of a recording.
+
+        Raises DataError if it cannot be read, and RecipeError if it contains no sound.
+        """
+        extract = feature_extractor(processor)
+        windows = read_windows([self.make_row({"audio": str(audio)})], extract, recipe)
+        if not windows:
+            raise RecipeError.of("it contains no sound", "--audio", "Give a recording with sound in it.")
+        samples = windows[0][1]
+        return SoundWindow(samples, len(samples) / extract.sampling_rate, len(windows) == 1)
 
     def compute_metric(self, metric: str, found: EvalPrediction[str], recipe: Recipe) -> Measure | None:
         """Measure transcripts after the recipe's normaliser."""
@@ -99,13 +103,18 @@ class Whisper(Speech):
         """Whether the model is a Whisper."""
         return bool(config.model_type == "whisper")
 
+    def prepare_processor(self, processor: PreTrainedTokenizerBase, recipe: Recipe) -> None:
+        """Set the recipe's language and task, in place. Raises as `set_speech` does."""
+        section = recipe.speech or SpeechSection()
+        set_speech(processor, section.language, section.task)
+
     def check_model(self, model: PreTrainedModel, processor: PreTrainedTokenizerBase, recipe: Recipe) -> None:
         """Set language and task, which are saved with the tokenizer, and compare the tokens with the model's.
 
         Raises EnvironmentProblem if model and tokenizer do not match.
         """
         check_decoder_start(model, processor)
-        set_speech(processor, recipe)
+        self.prepare_processor(processor, recipe)
         start = processor.prefix_tokens[0]
         if start != model.config.decoder_start_token_id:
             what = (
@@ -120,7 +129,7 @@ class Whisper(Speech):
         """
         extract = feature_extractor(processor)
         longest = window_seconds(extract, recipe)
-        set_speech(processor, recipe)
+        self.prepare_processor(processor, recipe)
         prefix = list(processor.prefix_tokens)
         frames = extract.n_samples // extract.hop_length // 2
 
@@ -172,7 +181,7 @@ class Whisper(Speech):
         """Return Whisper's transcripts; language and task are given, not guessed."""
         model, processor, recipe = loaded.model, loaded.processor, loaded.recipe
         extract = feature_extractor(processor)
-        set_speech(processor, recipe)
+        self.prepare_processor(processor, recipe)
         windows = read_windows(rows, extract, recipe)
         prefix = list(processor.prefix_tokens)
         cut: dict[int, bool] = {}
@@ -363,34 +372,15 @@ def heard(audio: Samples) -> Segment:
     return Segment(f"[{len(audio):,} samples]\n", False)
 
 
-def count_frames(samples: int, config: PretrainedConfig) -> int:
-    """Return how many frames the convolutions of a model make of this many samples."""
-    for kernel, stride in zip(config.conv_kernel, config.conv_stride, strict=True):
-        samples = (samples - kernel) // stride + 1
-    if getattr(config, "add_adapter", False):
-        for _ in range(config.num_adapter_layers):
-            samples = (samples - 1) // config.adapter_stride + 1
-    return max(0, samples)
+def without_marks(text: str, processor: PreTrainedTokenizerBase) -> str:
+    """Remove special tokens such as `</s>` from a text that was decoded with them.
 
-
-def masked_frames(config: PretrainedConfig) -> int:
-    """Return how many consecutive frames SpecAugment hides in training (0: none); transformers raises with fewer."""
-    on = getattr(config, "apply_spec_augment", False) and getattr(config, "mask_time_prob", 0) > 0
-    return int(config.mask_time_length) if on else 0
-
-
-def heard_at_once(model: torch.nn.Module, batch: Batch) -> list[tuple[dict[str, torch.Tensor], slice]]:
-    """Return the complete batch, or its rows one by one without padding if the model cannot mask it.
-
-    Padding reaches a first layer that normalises over time, and convolutions after the mask (Data2Vec, Conformer).
+    The tokenizer would remove them before it merges repeats, and lose the blanks between two equal letters.
     """
-    inputs, config = model_inputs(model, batch), unwrap(model).config
-    masked = config.model_type in MASKING and not getattr(config, "add_adapter", False)
-    if masked and config.feat_extract_norm != "group":
-        return [(inputs, slice(0, batch["n_rows"]))]
-    sizes = batch["samples_R"].tolist()
-    values_BN = inputs["input_values"]
-    return [({"input_values": values_BN[i : i + 1, :size]}, slice(i, i + 1)) for i, size in enumerate(sizes)]
+    for mark in processor.all_special_tokens:
+        if mark != getattr(processor, "word_delimiter_token", None):
+            text = text.replace(mark, "")
+    return text
 
 
 VARIANTS = (Whisper(), Ctc())

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from llmtune.data.task_rows import SummarizeRow
+from llmtune.data.text_pairs import TextPair
 from llmtune.recipe.schema import Recipe
 from llmtune.tasks.base import Endpoint
-from llmtune.tasks.text_to_text import EncoderDecoder, PromptedDecoder, TextPair, TextToText, fill_template
+from llmtune.tasks.text_to_text import EncoderDecoder, PromptedDecoder, TextToText, fill_template
 
 PROMPT = "{document}\n\nSummarize the text above."
 """The text comes first: truncation to `data.max_length` removes its start and keeps the instruction."""

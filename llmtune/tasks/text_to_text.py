@@ -8,24 +8,26 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.generation.utils import GenerationMixin
 
 from llmtune.data.chat_encoding import encode_chat
 from llmtune.data.chat_template import render_prompt
 from llmtune.data.collators import IGNORED, pad, pad_texts
 from llmtune.data.completion_encoding import encode_completion, prompt_ids
 from llmtune.data.example import Example
-from llmtune.data.long_texts import count_tokens, tokenize
+from llmtune.data.language_codes import starts_with_language
+from llmtune.data.long_texts import count_tokens
 from llmtune.data.overlong import Lost, too_long
 from llmtune.data.task_interface import Encoded
+from llmtune.data.text_pairs import TextPair, first_token, source_ids, target_ids
 from llmtune.data.tokenization import Segment, cut_start, decode_shortened, highlight
 from llmtune.errors import EnvironmentProblem, Problem
+from llmtune.evaluate.decoder_generation import decoder_settings, run_generation
 from llmtune.evaluate.evaluated_task import EvalPrediction, LoadedModel
-from llmtune.evaluate.generation import generation_settings, only_these_settings
+from llmtune.evaluate.generation import only_these_settings
 from llmtune.evaluate.metric import Measure
 from llmtune.evaluate.text_metrics import TEXT_MEASURES
 from llmtune.evaluate.token_batches import GENERATION_BUDGET, budget_for, run_in_batches
@@ -35,28 +37,13 @@ from llmtune.recipe.model_kind import SEQ2SEQ
 from llmtune.recipe.schema import Recipe
 from llmtune.records import Batch, Loss, Row
 from llmtune.tasks.base import DecoderTask, RowT, Task
-from llmtune.tasks.language_codes import has_languages, language_tokens, set_languages, starts_with_language
 
 PROMPT_CUTS = 6
 """How often a prompt is cut: a cut text may take one token more than counted."""
 
 
-@dataclass(frozen=True)
-class TextPair:
-    """Source and target, with their languages if the tokenizer needs them."""
-
-    source: str
-    target: str
-    source_language: str | None = None
-    target_language: str | None = None
-
-
 class TextToText(Task[RowT, str]):
     """A task that answers a text with a text."""
-
-    def pair(self, row: RowT, recipe: Recipe) -> TextPair:
-        """Return the source, as this kind of model reads it, and the target."""
-        raise NotImplementedError
 
     def compute_metric(self, metric: str, found: EvalPrediction[str], recipe: Recipe) -> Measure | None:
         """Measure generated texts; token metrics are computed elsewhere."""
@@ -201,35 +188,6 @@ def _cut_end(ids: list[int], limit: int | None) -> list[int]:
     return ids if limit is None or len(ids) <= limit else [*ids[: limit - 1], ids[-1]]
 
 
-def source_ids(pair: TextPair, processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[int]:
-    """Return the encoder's input, in training and at inference; its end is cut if `data.on_overlong` says so."""
-    set_languages(pair.source_language, pair.target_language, processor)
-    cut = recipe.data.on_overlong == "truncate"
-    options = {"truncation": True, "max_length": recipe.data.max_length} if cut else {}
-    return list(tokenize(processor, pair.source, **options)["input_ids"])
-
-
-def target_ids(pair: TextPair, processor: PreTrainedTokenizerBase) -> tuple[list[int], int, int]:
-    """Return the decoder's output, and the supervised range in it.
-
-    A language code at its start is given at generation, so it is not supervised. Tokens after the end are not text.
-    """
-    set_languages(pair.source_language, pair.target_language, processor)
-    ids = list(processor(text_target=pair.target, verbose=False)["input_ids"])
-    end = processor.eos_token_id
-    if end not in ids:
-        ids.append(end)
-    start = int(has_languages(processor) and ids[0] == first_token(pair, processor))
-    return ids, start, len(ids) - ids[::-1].index(end)
-
-
-def first_token(pair: TextPair, processor: PreTrainedTokenizerBase) -> int | None:
-    """Return the token that an answer in the target language must begin with; None if the model has none."""
-    if not has_languages(processor):
-        return None
-    return language_tokens(processor).get(str(pair.target_language))
-
-
 def decoder_targets(examples: Sequence[TargetExample]) -> Batch:
     """Return `labels` [B, T], and predict_S, targets_S and rows_S of the supervised tokens.
 
@@ -280,41 +238,6 @@ def check_decoder_start(model: PreTrainedModel, processor: PreTrainedTokenizerBa
         elif not 0 <= int(token) < size:
             problems.append(Problem(f"{name} is {token}, but the decoder has only {size:,} tokens", "config.json"))
     EnvironmentProblem.collect(problems)
-
-
-def decoder_settings(
-    own: GenerationConfig | None,
-    model: torch.nn.Module,
-    processor: PreTrainedTokenizerBase,
-    recipe: Recipe,
-    first: int | None = None,
-) -> GenerationConfig:
-    """Return the recipe's generation settings with the model's required ones, such as the decoder's start token.
-
-    `own` are the model's settings. Its start token, forced first token and suppressed tokens are kept. `first` is the
-    language that an answer begins with.
-    """
-    config = unwrap(model).config
-    settings = generation_settings(model, processor, recipe)
-    never = ("suppress_tokens", "begin_suppress_tokens", "bad_words_ids")  # Marian must not write its own start
-    for name in ("decoder_start_token_id", "forced_bos_token_id", *never):
-        value = getattr(own, name, None)
-        setattr(settings, name, value if value is not None else getattr(config, name, None))
-    if first is not None and starts_with_language(processor):
-        settings.decoder_start_token_id, settings.forced_bos_token_id = first, None
-    elif first is not None:
-        settings.forced_bos_token_id = first
-    ends = getattr(own, "eos_token_id", None) or config.eos_token_id
-    named = ends if isinstance(ends, list) else [ends]
-    settings.eos_token_id = sorted({int(i) for i in (*named, processor.eos_token_id) if i is not None})
-    return settings
-
-
-def run_generation(model: torch.nn.Module, inputs: dict[str, torch.Tensor], settings: GenerationConfig) -> torch.Tensor:
-    """Generate with transformers' own loop, also for Whisper, whose class would override the settings."""
-    inner = unwrap(model)
-    floating = {key: part.to(inner.dtype) if part.is_floating_point() else part for key, part in inputs.items()}
-    return cast(torch.Tensor, GenerationMixin.generate(inner, **floating, generation_config=settings))
 
 
 # Prompted decoders

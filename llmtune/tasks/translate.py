@@ -6,13 +6,14 @@ from collections.abc import Mapping
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from llmtune.data.language_codes import has_languages
 from llmtune.data.task_rows import TranslateRow
+from llmtune.data.text_pairs import TextPair
 from llmtune.errors import Problem, RecipeError
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_sections import TranslateSection
 from llmtune.tasks.base import Endpoint, option_of
-from llmtune.tasks.language_codes import has_languages
-from llmtune.tasks.text_to_text import EncoderDecoder, PromptedDecoder, TextPair, TextToText, fill_template
+from llmtune.tasks.text_to_text import EncoderDecoder, PromptedDecoder, TextToText, fill_template
 
 PROMPT = "Translate from {source_language} into {target_language}.\n\n{source}"
 

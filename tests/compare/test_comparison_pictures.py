@@ -8,7 +8,7 @@ import pytest
 
 from llmtune.compare.comparison_pictures import draw_pareto, find_front, find_intervals
 from llmtune.compare.run_comparison import RunPair, RunSummary
-from llmtune.score_records import Difference
+from llmtune.records import Difference
 from llmtune.store.report_record import Verdict
 
 COLOURED = ("lora", "full", "ia3", "miss")

@@ -8,9 +8,10 @@ import soundfile
 from support.audio import FORMATS, make_tone, write_cut, write_empty, write_no_audio, write_no_samples, write_tone
 from support.rows import make_recipe, prepare, rows_of, write_jsonl
 
-from llmtune.data.audio import check_recording, cut_windows, decode_recording, to_float
+from llmtune.data.audio import check_recording
 from llmtune.data.rejected_rows import RowError
 from llmtune.data.sources import hash_sources
+from llmtune.data.waveforms import cut_windows, decode_recording, to_float
 from llmtune.errors import DataError
 
 RATE = 16_000

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from support.rows import chat, prepare, questions, write_jsonl
 
 from llmtune.data.deduplication import NEAR, find_near, match_near
-from llmtune.data.row_hash import MINIMA, hash_triples, take_minima
+from llmtune.data.word_hash import MINIMA, hash_triples, take_minima
 
 WORDS = [
     a + b + c for a in ("ka", "lo", "mi", "tu", "ser") for b in ("ra", "to", "ne", "bi") for c in ("", "s", "n", "ly")

@@ -19,8 +19,9 @@ from llmtune.evaluate.gates import check_gates
 from llmtune.evaluate.opened_runs import open_run_scores
 from llmtune.recipe.evaluate_section import EvaluateSection
 from llmtune.recipe.loader import load_recipe
-from llmtune.score_records import Difference, Evaluation, Study
+from llmtune.records import Difference
 from llmtune.store.atomic_files import read_json
+from llmtune.store.score_records import Evaluation, Study
 
 NEAR = "deploy.merged.accuracy.low > tuned - 0.5"
 SAME = "deploy.merged.accuracy >= tuned"

@@ -27,6 +27,7 @@ from llmtune.model.processor import load_processor
 from llmtune.model.resolve import resolve_model
 from llmtune.recipe.loader import load_recipe
 from llmtune.recipe.schema import Recipe
+from llmtune.report.terminal import print_scored
 from llmtune.tasks.registry import get_task
 
 RECIPE = """
@@ -91,7 +92,9 @@ class Bench:
         has_rows = self.examples.counts.get("test")
         inputs = make_inputs(self.rows, self.examples, self.task, self.processor, recipe) if has_rows else None
         context = EvalContext(recipe, self.task, self.processor, inputs, "cpu", self.console, folder)
-        return score_run(ModelLoaders(self.model("base"), self.model("tuned")), context, self.rows)
+        scored = score_run(ModelLoaders(self.model("base"), self.model("tuned")), context, self.rows)
+        print_scored(scored, recipe, self.console)
+        return scored.evaluation
 
 
 def build_bench(folder: Path, rows: Path, model: Path, text: str = RECIPE, **data) -> Bench:

@@ -26,7 +26,7 @@ from llmtune.evaluate.calibration import (
     save_calibration,
 )
 from llmtune.recipe.task_facts import CALIBRATION
-from llmtune.score_records import Calibration
+from llmtune.store.score_records import Calibration
 
 LABELS = ("red", "green", "blue")
 

@@ -22,8 +22,8 @@ from llmtune.evaluate.metric import measure_right
 from llmtune.evaluate.new_rows import Asked
 from llmtune.evaluate.per_row_scores import PerRowScores, load_measures
 from llmtune.recipe.loader import load_recipe
-from llmtune.score_records import Evaluation
 from llmtune.store.atomic_files import hash_file
+from llmtune.store.score_records import Evaluation
 
 GATE = "evaluate.gates=['accuracy.low > champion - 0.5']"
 

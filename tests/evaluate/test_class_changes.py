@@ -16,12 +16,13 @@ from support.rows import prepare, write_jsonl
 
 from llmtune.errors import GateFailed, GateUnsure
 from llmtune.evaluate.class_changes import find_changes_of_classes, find_stopped, score_new_classes, suggest_renames
-from llmtune.evaluate.evaluation_file import print_scores
+from llmtune.evaluate.class_sentences import list_class_changes
 from llmtune.evaluate.gates import check_gates
 from llmtune.evaluate.verdict import judge_challenger
 from llmtune.recipe.evaluate_section import EvaluateSection
-from llmtune.report.class_sentences import list_class_changes
-from llmtune.score_records import Champion, ClassChanges, Difference, Evaluation, NewClass, Slice
+from llmtune.records import Difference
+from llmtune.report.terminal import print_scores
+from llmtune.store.score_records import Champion, ClassChanges, Evaluation, NewClass, Slice
 
 THINGS = ("cat", "dog", "bird", "fish", "fox")
 CHAMPION = scored(["blue", "green", "red"], ["red"], ["red"], "the champion")

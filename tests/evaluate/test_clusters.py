@@ -14,7 +14,7 @@ from llmtune.evaluate.paired_statistics import difference, difference_weighted, 
 from llmtune.evaluate.per_row_scores import load_measures
 from llmtune.recipe.evaluate_section import EvaluateSection
 from llmtune.report.score_sections import score_section
-from llmtune.score_records import Evaluation
+from llmtune.store.score_records import Evaluation
 
 SIZES = [(12, 5), (20, 10), (100, 4)]
 

@@ -27,7 +27,7 @@ from llmtune.evaluate.eval_inputs import EvalContext
 from llmtune.evaluate.inference import Answers, read_choices
 from llmtune.evaluate.metric import own_interval
 from llmtune.recipe.evaluate_section import EvaluateSection
-from llmtune.score_records import Decision
+from llmtune.store.score_records import Decision
 
 LABELS = ("red", "green", "blue")
 

@@ -21,7 +21,8 @@ from llmtune.evaluate.scoring import show_examples
 from llmtune.evaluate.text_metrics import METRICS
 from llmtune.recipe.evaluate_section import EvaluateSection
 from llmtune.recipe.task_facts import CUT_METRIC, TASK_FACTS, TOOL_METRICS
-from llmtune.score_records import Difference, Evaluation
+from llmtune.records import Difference
+from llmtune.store.score_records import Evaluation
 
 
 def losses_by_hand(bench):

@@ -6,7 +6,8 @@ import pytest
 from llmtune.errors import GateFailed, GateUnsure, RecipeError
 from llmtune.evaluate.gates import check_gates, require_gates
 from llmtune.recipe.evaluate_section import EvaluateSection
-from llmtune.score_records import Champion, Difference, Evaluation, GateResult, SimpleBaseline
+from llmtune.records import Difference
+from llmtune.store.score_records import Champion, Evaluation, GateResult, SimpleBaseline
 
 EVALUATION = Evaluation(
     base={"exact_match": 0.5, "loss": 2.0, "chrf": 40.0},

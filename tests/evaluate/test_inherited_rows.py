@@ -21,8 +21,8 @@ from llmtune.pipeline import run_pipeline
 from llmtune.recipe.loader import load_recipe
 from llmtune.recipe.schema import Recipe
 from llmtune.report.overlap_view import inherited_sentences
-from llmtune.score_records import Contamination
 from llmtune.store.run_request import RunRequest
+from llmtune.store.score_records import Contamination
 
 Rows = Sequence[dict[str, Any]]
 CONTINUED = {"r": None, "lora_alpha": None}

@@ -49,7 +49,8 @@ from llmtune.evaluate.tool_metrics import ToolTurn, measure_tools
 from llmtune.recipe.evaluate_section import EvaluateSection
 from llmtune.recipe.task_facts import CALIBRATION, DECISIONS, RANKING, TASK_FACTS, TOOL_METRICS
 from llmtune.recipe.task_sections import PreferenceSection
-from llmtune.score_records import Champion, Decision, Difference, Evaluation, Study, Threshold
+from llmtune.records import Difference
+from llmtune.store.score_records import Champion, Decision, Evaluation, Study, Threshold
 from llmtune.tasks.preference_metrics import measure_preferences
 
 BAR = 0.05

@@ -23,7 +23,8 @@ from llmtune.evaluate.paired_statistics import difference, smallest_difference, 
 from llmtune.recipe.evaluate_section import EvaluateSection
 from llmtune.recipe.loader import load_recipe
 from llmtune.recipe.schema import Recipe
-from llmtune.score_records import Champion, Difference, Evaluation
+from llmtune.records import Difference
+from llmtune.store.score_records import Champion, Evaluation
 
 GATE = "accuracy.low > champion - 0.9"
 KINDS = [pytest.param(kind, marks=() if kind == "right or wrong" else pytest.mark.slow) for kind in simulated.KINDS]

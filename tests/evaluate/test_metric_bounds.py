@@ -18,7 +18,7 @@ from llmtune.evaluate.text_metrics import (
     measure_wer,
 )
 from llmtune.recipe.evaluate_section import EvaluateSection
-from llmtune.score_records import Evaluation
+from llmtune.store.score_records import Evaluation
 
 TEXTS = ["the cat sat on the mat today", "a dog ran over the old bridge"]
 LABELS = ("red", "green", "blue")

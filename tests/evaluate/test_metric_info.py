@@ -11,7 +11,7 @@ from llmtune.evaluate.metric_info import (
 )
 from llmtune.recipe.gate_grammar import LOWER_IS_BETTER
 from llmtune.recipe.task_facts import DECISIONS, TASK_FACTS
-from llmtune.score_records import Difference
+from llmtune.records import Difference
 
 EVERY = [(task, metric) for task, facts in TASK_FACTS.items() for metric in facts.metrics]
 HIGHER = {

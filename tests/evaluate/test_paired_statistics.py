@@ -12,7 +12,8 @@ from llmtune.evaluate.intervals import bound, draw_weights, learn
 from llmtune.evaluate.metric import ratio
 from llmtune.evaluate.paired_statistics import difference, difference_weighted, p_of_interval, share_bounds, widen
 from llmtune.evaluate.verdict import verdict
-from llmtune.score_records import Difference, Evaluation
+from llmtune.records import Difference
+from llmtune.store.score_records import Evaluation
 
 ROWS, TRIALS = 60, 600
 

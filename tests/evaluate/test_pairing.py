@@ -31,7 +31,7 @@ from llmtune.evaluate.per_row_scores import PerRowScores, name_rows, pack_measur
 from llmtune.evaluate.suites.own_metrics import measure_own
 from llmtune.recipe.evaluate_section import EvaluateSection
 from llmtune.recipe.schema import Recipe
-from llmtune.score_records import Champion, Decision, Evaluation, Threshold
+from llmtune.store.score_records import Champion, Decision, Evaluation, Threshold
 from llmtune.tasks.embed import Embed
 from llmtune.tasks.rerank import Rerank
 

@@ -20,7 +20,8 @@ from llmtune.evaluate.paired_statistics import (
 )
 from llmtune.recipe.evaluate_section import EvaluateSection
 from llmtune.recipe.gate_grammar import parse_gate
-from llmtune.score_records import Champion, Difference, Evaluation
+from llmtune.records import Difference
+from llmtune.store.score_records import Champion, Evaluation
 
 GATE = parse_gate("accuracy.low > base")
 

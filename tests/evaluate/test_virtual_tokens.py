@@ -26,7 +26,6 @@ from llmtune.explain.inputs import ModelInputs
 from llmtune.model.causal_lm_loss import causal_loss, virtual_logits
 from llmtune.model.memory_plan import check_context
 from llmtune.records import Prompt
-from llmtune.serve.engine import LiveRows
 from llmtune.tasks.registry import get_task
 
 pytestmark = pytest.mark.filterwarnings(
@@ -131,31 +130,6 @@ def test_padding_after_virtual_tokens_keeps_windows_from_batches():
     assert not windows_count_padding(model, 1)
     assert not windows_count_padding(plain, 50)
     assert not windows_count_padding(build("llama", "prompt_tuning"), 10**6)
-
-
-@pytest.mark.parametrize("method", CONFIGS)
-def test_a_served_batch_gives_the_answers_of_the_forward_pass(method):
-    """Rows join and leave at different steps."""
-    model, prompts = build("llama", method), prompts_of(LENGTHS)
-    live, order, answers = LiveRows(model, "cpu"), [], {i: [] for i in range(len(prompts))}
-    with torch.inference_mode():
-        for start in range(0, len(prompts), 4):
-            joined = [*range(start, min(start + 4, len(prompts)))]
-            if order:
-                logits_BV = live.step(torch.tensor([answers[i][-1] for i in order]))
-                note(answers, order, logits_BV)
-            note(answers, joined, live.join([prompts[i] for i in joined]))
-            order = [[*order, *joined][slot] for slot in live.leave([1])]
-            logits_BV = live.step(torch.tensor([answers[i][-1] for i in order]))
-            note(answers, order, logits_BV)
-    assert len({len(answer) for answer in answers.values()}) > 2
-    for i, answer in answers.items():
-        assert answer == first_choices(model, prompts[i], answer)
-
-
-def note(answers, rows, logits_BV):
-    for i, token in zip(rows, logits_BV.argmax(-1).tolist(), strict=True):
-        answers[i].append(token)
 
 
 def adapt(folder, **adapter):

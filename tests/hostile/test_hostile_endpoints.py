@@ -16,7 +16,7 @@ import torch
 
 from llmtune.deploy.endpoint_parity import _parts_at_tie, ask_all, choose_served_model
 from llmtune.errors import EnvironmentProblem, LlmtuneError
-from llmtune.evaluate import endpoint_client
+from llmtune.evaluate.suites import endpoint_client
 from llmtune.evaluate.suites.endpoint_client import connect
 
 Send = Callable[[bytes], None]

@@ -151,8 +151,7 @@ def ask():
     connection.recv(1)
 
 bound = bind_socket("127.0.0.1", 0)
-engine = SimpleNamespace(queue=SimpleNamespace(stop=lambda grace: None), thread=threading.Thread())
-engine.thread.start()
+engine = SimpleNamespace(stop=lambda grace: None, close=lambda seconds: None)
 try:
     run_server(app, engine, bound, 30, threading.Thread(target=ask, daemon=True).start)
 except KeyboardInterrupt:

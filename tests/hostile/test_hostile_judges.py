@@ -13,7 +13,7 @@ from support.judging import ScriptedJudge, draw_answers, write_labelled
 from support.runs import FAST, finish_run, write_recipe, write_sums
 
 from llmtune.errors import EnvironmentProblem, RecipeError
-from llmtune.evaluate import endpoint_client
+from llmtune.evaluate.suites import endpoint_client
 from llmtune.evaluate.suites.endpoint_client import check_key, connect, explained_errors
 from llmtune.evaluate.suites.judge_client import Judge, write_question
 from llmtune.recipe.eval_suites_section import JudgeSection, is_endpoint

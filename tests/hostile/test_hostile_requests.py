@@ -20,23 +20,6 @@ from llmtune.serve.http_app import Gateway
 from llmtune.serve.server import TimedProtocol
 
 
-class Metrics:
-    """A stub of the gateway's metrics, which counts nothing."""
-
-    @property
-    def requests(self) -> Metrics:
-        return self
-
-    latency = requests
-
-    def labels(self, *names: str) -> Metrics:
-        return self
-
-    def inc(self) -> None: ...
-
-    def observe(self, seconds: float) -> None: ...
-
-
 async def answer(scope: Scope, receive: Receive, send: Send) -> None:
     request = Request(scope, receive)
     if request.url.path == "/slow":
@@ -48,7 +31,7 @@ async def answer(scope: Scope, receive: Receive, send: Send) -> None:
 def port(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
     monkeypatch.setattr(TimedProtocol, "limit", 20)
     monkeypatch.setattr("llmtune.serve.server.HEAD_SECONDS", 1.0)
-    app = Gateway(answer, body_bytes=1000, key=None, metrics=Metrics(), paths=())  # type: ignore[arg-type]
+    app = Gateway(answer, body_bytes=1000, key=None)
     bound = socket.create_server(("127.0.0.1", 0))
     server = uvicorn.Server(uvicorn.Config(app, http=TimedProtocol, lifespan="off", log_level="warning", ws="none"))
     thread = threading.Thread(target=lambda: asyncio.run(server.serve([bound])))

@@ -162,7 +162,7 @@ class Resolved:
         plan, load = self.plan, partial(nullcontext, self.selected.model.eval())
         inputs = make_inputs(self.made_rows, self.made_examples, plan.task, self.selected.processor, plan.recipe)
         context = EvalContext(plan.recipe, plan.task, self.selected.processor, inputs, "cpu", QUIET)
-        found = score_run(ModelLoaders(load, load), context, self.made_rows)
+        found = score_run(ModelLoaders(load, load), context, self.made_rows).evaluation
         return {**asdict(found), "gates": [*map(asdict, check_gates(plan.recipe.evaluate, found))]}
 
 

@@ -17,12 +17,14 @@ COMMANDS = {
     "launch sky": ["launch", "sky", "tiny.yaml", "--gpus", "H100:8", "--use-spot", "--dry-run"],
     "launch kubernetes": ["launch", "kubernetes", "tiny.yaml", "--image", "llmtune:1"],
     "doctor FOLDER": ["doctor", "."],
+    "deploy serve --max-batch": ["deploy", "serve", "runs/tiny", "--max-batch", 4],
+    "deploy serve RUN RUN": ["deploy", "serve", "--adapter", "one=runs/one", "--adapter", "two=runs/two"],
     "evaluate.fairness.pairs": [*CHECK, "evaluate.fairness.pairs=[own]"],
     **{name: [*CHECK, f"evaluate.gates=['{name} > base']"] for name in RETIRED if name.startswith("fairness.")},
 }
 
 
-@pytest.mark.parametrize("name", RETIRED)
+@pytest.mark.parametrize("name", COMMANDS)
 def test_retired_names_are_refused_with_their_replacement(name, here):
     (here / "rows.csv").write_text("question,answer\nWhere is my parcel?,On its way.\n")
     write_recipe(here / "tiny.yaml", "owner/model", "rows.csv")
@@ -36,3 +38,7 @@ def test_retired_names_are_refused_with_their_replacement(name, here):
 def test_the_docs_page_has_each_replacement():
     page = PAGE.read_text().replace("`", "")
     assert not [name for name, instead in RETIRED.items() if instead.replace("`", "") not in page]
+
+
+def test_each_retired_name_is_tested():
+    assert RETIRED.keys() - COMMANDS == {"GET /metrics"}, "tests/serve/test_api.py has this one"

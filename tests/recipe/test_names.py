@@ -146,8 +146,7 @@ SHARED_FILES_THAT_KNOW_A_TASK = {
     "deploy/folder_settings.py": "import, literal, section: settings in the form of each model's library",
     "deploy/gguf_export.py": "column: classes that GGUF has",
     "deploy/gguf_readers.py": "column: classes that GGUF has",
-    "deploy/onnx_scripts.py": "import: one script per kind of model",
-    "deploy/parity_reference.py": "column, import: how much of a recording a model hears",
+    "deploy/parity_reference.py": "column: how much of a recording a model hears",
     "deploy/search_parity.py": "column, import: rankings and vectors",
     "deploy/tuned_model.py": "column, section: rankings need more rows",
     "evaluate/class_alignment.py": "column: classes of rows",
@@ -160,10 +159,6 @@ SHARED_FILES_THAT_KNOW_A_TASK = {
     "evaluate/suites/label_errors.py": "column, section: labels",
     "evaluate/suites/own_metrics.py": "section: names of classes",
     "evaluate/suites/swapped_rows.py": "column, section: answers of each kind of rows",
-    "explain/attention_explainer.py": "import: inputs of each kind of model",
-    "explain/explainer.py": "import: inputs of each kind of model",
-    "explain/generation_trace.py": "import: inputs of each kind of model",
-    "explain/inputs.py": "import, literal, section: inputs of each kind of model",
     "launch/recipe_check.py": "import, section: labels that differ from the recipe's",
     "pipeline.py": "import: mining of negatives",
     "plan_drafting.py": "import, section: the kind of labels",
@@ -180,7 +175,14 @@ SHARED_FILES_THAT_KNOW_A_TASK = {
 `literal`: the name of a task. `import`: a module of one task, or of one kind of row. `section`: a recipe section of one
 task. `column`: a column that only some kinds of rows have. `class`: a transformers class of one kind of model.
 """
-TABLES = ("recipe/task_facts.py", "recipe/task_sections.py", "recipe/model_kind.py", "data/row_kind.py", "tasks/")
+TABLES = (
+    "recipe/task_facts.py",
+    "recipe/task_sections.py",
+    "recipe/model_kind.py",
+    "data/row_kind.py",
+    "tasks/",
+    "model/audio_models.py",
+)
 ONE_KIND = ("audio", "classify_rows", "label_candidates", "retrieval_layout", "search_rows", "task_rows")
 """Modules of `data/` about one kind of rows; only the tables and the tasks import them."""
 CONVERSATIONS = ("chat_encoding", "chat_rows", "chat_template", "completion_encoding", "overlong", "rendering_check")

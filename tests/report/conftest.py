@@ -9,8 +9,8 @@ from pydantic import TypeAdapter
 
 from llmtune.evaluate.verdict import verdict
 from llmtune.records import StepTiming
-from llmtune.score_records import Evaluation, GateResult
 from llmtune.store.report_record import Report
+from llmtune.store.score_records import Evaluation, GateResult
 
 HERE = Path(__file__).parent
 

@@ -4,10 +4,11 @@ from dataclasses import replace
 
 from llmtune.display.blocks import Beside, Html, Page, Section, Text
 from llmtune.display.charts import BOTTOM, LEFT, RIGHT, TOP, WIDTH
+from llmtune.records import Difference
 from llmtune.report.calibration_section import calibration_section
 from llmtune.report.render_html import render_html_section
 from llmtune.report.render_markdown import to_markdown
-from llmtune.score_records import Calibration, Difference, Evaluation, Reliability
+from llmtune.store.score_records import Calibration, Evaluation, Reliability
 
 BINS = ((0.5, 0.25, 4.0), (1.0, 1.0, 16.0))
 SCORES = {"ece": 0.1, "brier": 0.2, "nll": 0.3}

@@ -7,8 +7,9 @@ from dataclasses import replace
 import pytest
 
 from llmtune.display.blocks import Beside, Html, Section, Table, Text
+from llmtune.records import Difference
 from llmtune.report.decision_view import decision_section
-from llmtune.score_records import Decided, Decision, Difference, Evaluation, Threshold
+from llmtune.store.score_records import Decided, Decision, Evaluation, Threshold
 
 THRESHOLD = Threshold(0.05, 0.95, 0.9, 400, 300, 8)
 RULES = Decision(("red", "green"), False, 400, 1, THRESHOLD, (0.2, 0.2), 0.9, False, (), -1.0, 0.05)

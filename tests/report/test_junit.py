@@ -6,8 +6,9 @@ import pytest
 from junitparser import Failure, Skipped
 from junitparser.xunit2 import JUnitXml
 
+from llmtune.records import Difference
 from llmtune.report.junit import to_junit
-from llmtune.score_records import Champion, Contamination, Difference, SimpleBaseline, Study
+from llmtune.store.score_records import Champion, Contamination, SimpleBaseline, Study
 
 
 def read(report):

@@ -28,9 +28,9 @@ from llmtune.display.blocks import (
 )
 from llmtune.display.charts import Curve, draw_curves, draw_meter
 from llmtune.display.console import print_blocks, print_columns, print_page, spinner, track_items
+from llmtune.records import Difference
 from llmtune.report.render_html import to_html
 from llmtune.report.render_markdown import code, table, to_markdown
-from llmtune.score_records import Difference
 
 HOSTILE = (
     "<script>alert(1)</script> \"'><img src=x onerror=alert(1)> | `a``b` | </pre></style> {{ 7*7 }} {% raw %} "

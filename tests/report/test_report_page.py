@@ -9,14 +9,17 @@ import pytest
 from support.browser import ParsedPage
 
 from llmtune.evaluate.verdict import verdict
+from llmtune.records import Difference
 from llmtune.report.report_page import (
     explain_section,
     explanation_link,
     find_explanations,
     link_explanations,
+    verdict_card,
     write_report,
 )
-from llmtune.score_records import Difference
+from llmtune.store.report_record import Verdict
+from llmtune.store.score_records import Evaluation
 
 SECTIONS = ("data", "model", "adapter", "train", "evaluation", "deploy")
 
@@ -203,3 +206,10 @@ def test_without_a_readable_report_nothing_is_written(tmp_path, content):
 def test_the_name_of_a_page_cannot_lead_elsewhere():
     assert explanation_link('x" onclick="alert(1)')[0] == "explain/x%22%20onclick%3D%22alert%281%29.html"
     assert explanation_link("javascript:alert(1)")[0] == "explain/javascript%3Aalert%281%29.html"
+
+
+def test_the_title_of_a_gain_that_may_be_memory_does_not_call_it_too_small(report):
+    gain = {"rougeL": Difference(0.1, 0.05, 0.15, 0.001, 100)}
+    scores = Evaluation({"rougeL": 0.12}, {"rougeL": 0.99}, gain, (), 100)
+    doubted = replace(report, evaluation=scores, verdict=Verdict("inconclusive", "But 77% of the test rows overlap."))
+    assert verdict_card(doubted).title == "No clear difference from the base model"

@@ -1,7 +1,7 @@
 import pytest
 
 from llmtune.report.sample_view import LONGEST_SHOWN, cut, present_samples, read_tags
-from llmtune.score_records import Evaluation
+from llmtune.store.score_records import Evaluation
 
 
 def shown(task, baseline=None, **sample):

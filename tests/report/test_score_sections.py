@@ -20,7 +20,7 @@ from llmtune.report.score_sections import (
     score_sections,
     seed_table,
 )
-from llmtune.score_records import Evaluation
+from llmtune.store.score_records import Evaluation
 
 
 def shown(evaluation: Evaluation, task: str = "chat") -> tuple[str, str, str]:

@@ -1,5 +1,7 @@
 import json
+import socket
 import threading
+import time
 
 import httpx
 import openai
@@ -8,10 +10,11 @@ from rich.console import Console
 from support.adapting import tuner
 from support.learning import WEATHER
 from support.runs import write_colours
-from support.serving import served_of, serving, wait_until
+from support.serving import served_of, serving, serving_engine, wait_until
 from tokenizers.processors import TemplateProcessing
 
 from llmtune.evaluate.generation import generate_completions
+from llmtune.recipe.retired import RETIRED
 from llmtune.records import Prompt
 from llmtune.serve.finished_run import ChatSession
 
@@ -218,6 +221,7 @@ def test_bodies_that_are_invalid_json_too_large_or_of_another_type_are_refused(t
     missing = httpx.get(f"{url}/v1/nothing")
     assert (missing.status_code, "/v1/models" in missing.json()["error"]["message"]) == (404, True)
     assert httpx.get(address).status_code == 405
+    assert RETIRED["GET /metrics"] in httpx.get(f"{url}/metrics").json()["error"]["message"]
 
 
 def test_other_origins_and_host_names_are_refused(served):
@@ -238,12 +242,12 @@ def test_a_configured_key_is_required(served):
             {"Authorization": KEY},
             {"Authorization": f"Basic {KEY}"},
         ):
-            for path in ("/v1/models", "/metrics", "/v1/nothing"):
+            for path in ("/v1/models", "/v1/nothing"):
                 answer = httpx.get(url + path, headers=headers)
                 assert answer.status_code == 401
                 assert answer.json()["error"]["code"] == "invalid_api_key"
                 assert answer.headers["www-authenticate"] == "Bearer"
-        assert httpx.get(f"{url}/metrics", headers={"Authorization": f"Bearer {KEY}"}).status_code == 200
+        assert httpx.get(f"{url}/v1/models", headers={"Authorization": f"Bearer {KEY}"}).status_code == 200
         assert httpx.get(f"{url}/health/ready").status_code == 200
         with openai.OpenAI(base_url=f"{url}/v1", api_key="wrong") as client, pytest.raises(openai.AuthenticationError):
             client.models.list()
@@ -251,36 +255,35 @@ def test_a_configured_key_is_required(served):
             assert client.chat.completions.create(model="tiny", messages=QUESTION).choices
 
 
-def test_metrics_count_what_was_answered(served):
-    with serving(served) as url:
-        asked = {"messages": QUESTION, "max_tokens": 7}
-        httpx.post(f"{url}/v1/chat/completions", json=asked)
-        httpx.post(f"{url}/v1/chat/completions", json={"nothing": 1})
-        httpx.get(f"{url}/v1/unknown/path")
-        answer = httpx.get(f"{url}/metrics")
-    assert answer.headers["content-type"].startswith("text/plain; version=0.0.4")
-    lines = dict(line.rsplit(" ", 1) for line in answer.text.splitlines() if not line.startswith("#"))
-    assert lines['llmtune_requests_total{endpoint="/v1/chat/completions",status="200"}'] == "1.0"
-    assert lines['llmtune_requests_total{endpoint="/v1/chat/completions",status="400"}'] == "1.0"
-    assert lines['llmtune_requests_total{endpoint="other",status="404"}'] == "1.0"
-    assert lines['llmtune_generated_tokens_total{model="tiny"}'] == "7.0"
-    assert lines['llmtune_request_seconds_count{endpoint="/v1/chat/completions"}'] == "2.0"
-    assert lines["llmtune_queue_length"] == lines["llmtune_running"] == "0.0"
-
-
 def test_a_full_queue_returns_429_and_when_to_retry(served):
     endless = {"messages": QUESTION, "max_tokens": 1900, "stream": True}
-    with serving(served, max_batch=1, max_queue=1) as url, httpx.Client() as client:
+    with serving_engine(served, max_queue=1) as (url, engine), httpx.Client() as client:
         address = f"{url}/v1/chat/completions"
         with client.stream("POST", address, json=endless) as first:
             lines = first.iter_lines()  # keep a reference, or the connection is closed
             next(lines)
             second = threading.Thread(target=lambda: httpx.post(address, json={"messages": QUESTION}, timeout=60))
             second.start()
-            wait_until(lambda: "llmtune_queue_length 1.0" in client.get(f"{url}/metrics").text)
+            wait_until(lambda: engine.requests == 2)
             full = httpx.post(address, json={"messages": QUESTION})
             assert full.status_code == 429
             assert 1 <= int(full.headers["retry-after"]) <= 60
             assert full.json()["error"]["type"] == "rate_limit_error"
         second.join(30)
-        assert not second.is_alive(), "the row of who hung up did not leave"
+        assert not second.is_alive(), "the answer of a client that left goes on"
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_an_answer_ends_when_its_client_leaves(served, stream):
+    body = json.dumps({"messages": QUESTION, "max_tokens": 1900, "stream": stream})
+    head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    with serving_engine(served) as (url, engine):
+        with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2]))) as connection:
+            connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode())
+            if stream:
+                assert b"200 OK" in connection.recv(200)
+            wait_until(lambda: engine.requests == 1)
+        wait_until(lambda: engine.requests == 0, seconds=2)
+        began = time.monotonic()
+        assert httpx.post(f"{url}/v1/chat/completions", json={"messages": QUESTION}).status_code == 200
+        assert time.monotonic() - began < 2, "the model answers on"

@@ -9,21 +9,19 @@ import time
 import weakref
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
 from rich.console import Console
 from support.adapting import Tune, quiet
 from support.runs import invoke
-from support.serving import Process, load_served, running, served_of, wait_until
+from support.serving import Process, load_served, running, served_of, serving_engine, wait_until
 
 from llmtune.deploy.release_folder import promote_run
 from llmtune.serve.engine import Engine
 from llmtune.serve.finished_run import FinishedRun
 from llmtune.serve.http_app import build_app
 from llmtune.serve.release_watcher import ReleaseWatcher
-from llmtune.serve.request_queue import AnswerJob, End
 from llmtune.store.release_store import CURRENT, rollback
 
 QUESTION = "What comes after 3 and before 5?"
@@ -103,7 +101,7 @@ def test_a_release_that_cannot_be_loaded_leaves_the_old_one_serving_and_is_tried
     runs: dict[str, Path], releases: dict[str, str]
 ) -> None:
     served = load_served(tiny=Path("releases/tiny") / releases["plain"])
-    engine, log = Engine(served, max_batch=4, max_queue=8), io.StringIO()
+    engine, log = Engine(served, max_queue=8), io.StringIO()
     console = Console(file=log, width=300)
     engine.start()
     watcher = ReleaseWatcher(
@@ -128,16 +126,14 @@ def test_a_release_that_cannot_be_loaded_leaves_the_old_one_serving_and_is_tried
         wait_until(lambda: "is not the hash of a release" in log.getvalue())
         assert ask(url) == alone(releases["other"])
     watcher.stop()
-    engine.queue.stop(0)
+    engine.close(10)
 
 
 def test_a_replaced_model_answers_its_requests_and_is_then_freed(tune: Tune) -> None:
     old, new = served_of(tune()), served_of(tune(seed=3))
-    engine = Engine({"tiny": old}, max_batch=4, max_queue=64)
-    engine.start()
     gone = weakref.ref(old.model)
     asked = {**ASKED, "max_tokens": 60}
-    with running(build_app(engine, body_bytes=2**20)) as url:
+    with serving_engine(old) as (url, engine):
         answers: list[int] = []
 
         def work() -> None:
@@ -146,39 +142,18 @@ def test_a_replaced_model_answers_its_requests_and_is_then_freed(tune: Tune) -> 
         threads = [threading.Thread(target=work) for _ in range(8)]
         for thread in threads:
             thread.start()
-        wait_until(lambda: engine.queue.running > 0)
+        wait_until(lambda: engine.requests > 1)
         engine.replace({"tiny": new})
-        assert engine.queue.running > 0, "the swap waits for no answer"
+        assert engine.requests > 0, "the swap waits for no answer"
         del old
         for thread in threads:
             thread.join()
         assert answers == [200] * 8
-        wait_until(lambda: len(engine.batches) == 1)
         wait_until(lambda: gc.collect() >= 0 and gone() is None)
         assert httpx.post(f"{url}/v1/chat/completions", json=ASKED, timeout=60).status_code == 200
-    engine.queue.stop(0)
-    engine.thread.join(10)
 
 
-def test_a_request_that_chose_a_model_before_the_swap_is_answered_by_it(tune: Tune) -> None:
-    old, new = served_of(tune()), served_of(tune(seed=3))
-    engine = Engine({"tiny": old}, max_batch=4, max_queue=64)
-    engine.start()
-    engine.replace({"tiny": new})
-    wait_until(lambda: [*engine.batches] == [new])
-    events: list[Any] = []
-    settings = old.request_settings({}, 4)
-    engine.submit(AnswerJob(old, ids=[1, 2, 3], settings=settings, deliver=events.append))
-    wait_until(lambda: events and isinstance(events[-1], End))
-    wait_until(lambda: [*engine.batches] == [new])
-    engine.queue.stop(0)
-    engine.thread.join(10)
-
-
-def test_a_release_that_reloads_is_served_alone_and_a_fixed_one_is_not_watched(releases: dict[str, str]) -> None:
-    refused = invoke("deploy", "serve", "release:tiny", f"release:tiny@{releases['other']}")
-    assert refused.exit_code == 2
-    assert "needs a server of its own" in refused.stderr
+def test_vllm_cannot_reload_a_release_and_a_fixed_one_is_not_watched(releases: dict[str, str]) -> None:
     refused = invoke("deploy", "serve", "--release", "tiny", "--engine", "vllm")
     assert refused.exit_code == 2
     assert "--engine vllm cannot do" in refused.stderr

@@ -13,7 +13,7 @@ from openai import BadRequestError, OpenAI
 from support.families import build_bert
 from support.pairs import run_recipe
 from support.runs import invoke
-from support.serving import load_served, serving, wait_until
+from support.serving import load_served, serving, serving_engine, wait_until
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -193,10 +193,10 @@ def test_a_request_ends_when_its_client_leaves(path: str, reranker: Path, embedd
 
     object.__setattr__(served.task, "predict", counted)
     try:
-        with serving(served) as url:
+        with serving_engine(served) as (url, engine):
             with pytest.raises(httpx.ReadTimeout):
                 httpx.post(f"{url}{path}", json=body, timeout=0.5)
-            wait_until(lambda: "llmtune_running 0.0" in httpx.get(f"{url}/metrics").text)
+            wait_until(lambda: engine.requests == 0)
             assert httpx.post(f"{url}{path}", json=body | {"model": "mine"}, timeout=60).status_code == 200
     finally:
         object.__delattr__(served.task, "predict")

@@ -9,14 +9,18 @@ from typing import Any
 
 import httpx
 import pytest
+from support.adapting import quiet
 from support.models import build_llama
 from support.runs import finish_run
 from support.serving import load_served, serving
 from typer.testing import CliRunner, Result
 
 from llmtune.cli.app import app
+from llmtune.errors import RecipeError
 from llmtune.serve.finished_run import FinishedRun
-from llmtune.serve.serve_runs import ServeOptions, read_key
+from llmtune.serve.server import ServableRun, ServeOptions, open_servable_run, read_key
+from llmtune.serve.vllm_engine import check_shared_base
+from llmtune.session import open_finished
 
 KEY = "correct-horse-battery"
 BRIEF = {"num_train_epochs": None, "max_steps": 1}
@@ -25,6 +29,22 @@ BRIEF = {"num_train_epochs": None, "max_steps": 1}
 def serve(*arguments: object, **environment: str) -> Result:
     env = {"COLUMNS": "200", "LLMTUNE_API_KEY": None, **environment}
     return CliRunner().invoke(app, ["deploy", "serve", *map(str, arguments)], env=env)
+
+
+def test_a_run_and_its_base_are_served_by_name_and_answer_like_generate(runs: dict[str, Path]) -> None:
+    models = load_served(plain=runs["plain"])
+    assert list(models) == ["plain", "tiny-llama"]
+    question = "What comes after 3 and before 5?"
+    answers = {}
+    with serving(*models.values()) as url:
+        for name in models:
+            body = {"model": name, "messages": [{"role": "user", "content": question}], "max_tokens": 8}
+            answer = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=30).json()
+            answers[name] = answer["choices"][0]["message"]["content"]
+    run = FinishedRun(runs["plain"])
+    for name, base in (("plain", False), ("tiny-llama", True)):
+        assert run.answer({"prompt": question}, base=base, max_new_tokens=8)["text"] == answers[name]
+    assert answers["plain"] != answers["tiny-llama"]
 
 
 def test_merged_weights_answer_like_the_adapter(runs: dict[str, Path]) -> None:
@@ -38,31 +58,25 @@ def test_merged_weights_answer_like_the_adapter(runs: dict[str, Path]) -> None:
     assert answer["choices"][0]["message"]["content"] == wanted
 
 
-def test_a_fully_trained_run_is_served_alone(tmp_path: Path, tiny_llama: Path, runs: dict[str, Path]) -> None:
+def test_a_fully_trained_run_is_served_without_its_base(tmp_path: Path, tiny_llama: Path) -> None:
     full = finish_run(tmp_path, tiny_llama, adapter={"method": "full", "r": None, "lora_alpha": None}, train=BRIEF)
     assert list(load_served(full=full)) == ["full"]
     refused = serve(full, "--merged", "--port", 0)
     assert (refused.exit_code, "has no adapter" in refused.output) == (2, True)
-    refused = serve("--adapter", f"a={runs['plain']}", "--adapter", f"b={full}", "--port", 0)
-    assert (refused.exit_code, "cannot share a base" in refused.output) == (2, True)
 
 
-def test_a_run_of_another_method_is_served_with_its_base_but_not_with_lora_runs(
+def test_runs_that_cannot_share_a_base_are_refused_by_name(
     tmp_path: Path, tiny_llama: Path, runs: dict[str, Path]
 ) -> None:
-    other = finish_run(tmp_path, tiny_llama, adapter={"method": "ia3", "r": None, "lora_alpha": None}, train=BRIEF)
-    assert list(load_served(other=other)) == ["other", tiny_llama.name]
-    refused = serve("--adapter", f"a={runs['plain']}", "--adapter", f"b={other}", "--port", 0)
-    assert (refused.exit_code, "its method is ia3, but that of a is lora" in refused.output) == (2, True)
-
-
-def test_runs_without_a_common_base_are_refused_by_name(tmp_path: Path, runs: dict[str, Path]) -> None:
-    model = build_llama(tmp_path / "another", seed=4)
-    other = finish_run(tmp_path / "runs", model, train=BRIEF)
-    done = serve("--adapter", f"a={runs['plain']}", "--adapter", f"b={other}", "--port", 0)
-    assert done.exit_code == 2
-    assert "its base is" in done.output
-    assert "another" in done.output
+    ia3 = finish_run(tmp_path, tiny_llama, adapter={"method": "ia3", "r": None, "lora_alpha": None}, train=BRIEF)
+    another = finish_run(tmp_path / "runs", build_llama(tmp_path / "another", seed=4), train=BRIEF)
+    assert list(load_served(ia3=ia3)) == ["ia3", tiny_llama.name]
+    plain, options = ServableRun("plain", runs["plain"], open_finished(runs["plain"], quiet(), True)), ServeOptions()
+    for path, words in ((ia3, "its method is ia3, but that of plain is lora"), (another, "its base is .*another")):
+        with pytest.raises(RecipeError, match=words):
+            check_shared_base([plain, open_servable_run("other", path, options, quiet())], options)
+    with pytest.raises(RecipeError, match="served alone"):
+        check_shared_base([plain, plain], ServeOptions(merged=True))
 
 
 @pytest.mark.parametrize(
@@ -70,11 +84,10 @@ def test_runs_without_a_common_base_are_refused_by_name(tmp_path: Path, runs: di
     [
         ([], "nothing to serve"),
         (["--adapter", "RUN"], "is not NAME=RUN"),
-        (["RUN", "RUN"], "two runs are called"),
+        (["--engine", "vllm", "RUN", "RUN"], "two runs are called"),
         (["--engine", "vlm", "RUN"], "Did you mean 'vllm'"),
         (["--engine", "vllm", "--max-queue", "3", "RUN"], "--max-queue: has no effect"),
         *[(["--host", host, "RUN"], "without an API key") for host in ("0.0.0.0", "::", "no such host")],
-        (["--merged", "--adapter", "a=RUN", "--adapter", "b=RUN"], "a merged model has only one adapter"),
         (["RUN/adapter"], "run"),
     ],
 )

@@ -1,6 +1,5 @@
 """One endpoint for each task without conversations: it gives the same answers as `generate`."""
 
-import asyncio
 import base64
 import functools
 import json
@@ -11,7 +10,6 @@ from typing import Any
 import httpx
 import pytest
 from support.audio import write_tone
-from support.classifying import COLOURS
 from support.families import build_bert
 from support.pairs import finish, finish_with
 from support.rows import write_jsonl
@@ -99,32 +97,6 @@ def test_a_longer_text_is_refused(case: str, finished: Callable[[str], Path], tm
     with serving(*load_served(mine=run).values()) as url:
         response = httpx.post(f"{url}{path}", json={names[key]: value for key, value in longer.items()})
     assert (response.status_code, response.json()["error"]["code"]) == (400, "context_length_exceeded")
-
-
-def test_concurrent_rows_are_predicted_together_without_mixing(
-    finished: Callable[[str], Path], monkeypatch: Any
-) -> None:
-    (served, *_) = load_served(mine=finished("classify")).values()
-    predict, sizes = served.task.predict, []
-
-    def counted(rows: Any, loaded: Any) -> Any:
-        sizes.append(len(rows))
-        return predict(rows, loaded)
-
-    monkeypatch.setattr(served.task, "predict", counted)
-
-    async def ask_all(url: str, texts: list[str]) -> list[Any]:
-        async with httpx.AsyncClient(timeout=30) as client:
-            answers = [client.post(f"{url}/v1/classify", json={"text": text}) for text in texts]
-            return [answer.json()["prediction"]["scores"] for answer in await asyncio.gather(*answers)]
-
-    texts = [f"{COLOURS[i % 3]} cat {'x' * i}" for i in range(12)]
-    with serving(served, max_batch=8) as url:
-        together = asyncio.run(ask_all(url, texts))
-        alone = [asyncio.run(ask_all(url, [text]))[0] for text in texts]
-    assert max(sizes) > 1
-    for one, other in zip(together, alone, strict=True):
-        assert one == pytest.approx(other, abs=1e-5)
 
 
 def test_a_recording_is_transcribed_as_base64_or_as_a_file(tmp_path: Path) -> None:

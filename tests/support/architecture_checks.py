@@ -22,7 +22,9 @@ from llmtune.adapter.injection import inject, trained_parameters
 from llmtune.adapter.saving import save_adapter
 from llmtune.data.collators import IGNORED
 from llmtune.data.example import Example
+from llmtune.data.text_pairs import source_ids
 from llmtune.errors import LlmtuneError
+from llmtune.evaluate.decoder_generation import decoder_settings
 from llmtune.evaluate.evaluated_task import LoadedModel
 from llmtune.evaluate.generation import end_output, generate_completions, generation_settings
 from llmtune.model.config import read_model_config
@@ -34,7 +36,7 @@ from llmtune.recipe.schema import Recipe
 from llmtune.records import AdaptedModel, Prompt
 from llmtune.tasks.base import AnyTask
 from llmtune.tasks.registry import choose_variant
-from llmtune.tasks.text_to_text import TargetExample, decoder_settings, source_ids
+from llmtune.tasks.text_to_text import TargetExample
 from llmtune.tasks.token_classify import TagExample
 from support.adapting import quiet
 from support.architectures import KINDS, build

@@ -20,8 +20,8 @@ from llmtune.pipeline import run_pipeline
 from llmtune.recipe.loader import load_recipe
 from llmtune.recipe.schema import Recipe
 from llmtune.records import Examples
-from llmtune.score_records import Evaluation
 from llmtune.store.run_request import RunRequest
+from llmtune.store.score_records import Evaluation
 from llmtune.tasks import classify
 from support import families
 from support.models import build_gpt2, build_llama

@@ -12,13 +12,14 @@ from functools import cache
 
 import numpy as np
 
-from llmtune.evaluate import benchmarks, calibration
+from llmtune.evaluate import calibration
 from llmtune.evaluate import classification_metrics as classes
 from llmtune.evaluate import metric as metrics
 from llmtune.evaluate import text_metrics as texts
 from llmtune.evaluate.intervals import Floats
 from llmtune.evaluate.metric import Measure, own_interval, paired_difference
-from llmtune.score_records import Difference
+from llmtune.evaluate.suites import benchmarks
+from llmtune.records import Difference
 
 Generator = np.random.Generator
 RESAMPLES = 400

@@ -86,9 +86,9 @@ def llmtune(
     )
 
 
-HEAVY = ("torch", "transformers", "peft", "datasets", "accelerate", "numpy", "bitsandbytes")
-ROWS = ("numpy",)
-"""Libraries needed to read the first rows of a file."""
+HEAVY = ("torch", "transformers", "peft", "datasets", "accelerate", "numpy", "pyarrow", "bitsandbytes")
+ROWS = ("numpy", "pyarrow")
+"""Libraries needed to deduplicate and split rows."""
 
 
 def heavy_imports(*commands: Sequence[str]) -> dict[str, list[str]]:

@@ -17,8 +17,8 @@ import uvicorn
 
 from llmtune.serve.engine import Engine
 from llmtune.serve.http_app import build_app
-from llmtune.serve.serve_runs import ServeOptions, load_models, open_servable_runs
 from llmtune.serve.served_model import ServedModel
+from llmtune.serve.server import ServeOptions, load_models, open_servable_run
 from llmtune.tasks.registry import get_task
 from support.adapting import quiet
 
@@ -65,14 +65,21 @@ class Process:
 
 
 @contextlib.contextmanager
-def serving(*models: ServedModel, max_batch: int = 8, max_queue: int = 64, key: str | None = None) -> Iterator[str]:
+def serving(*models: ServedModel, max_queue: int = 64, key: str | None = None) -> Iterator[str]:
     """Serve in this process; yield the address."""
-    engine = Engine({served.name: served for served in models}, max_batch=max_batch, max_queue=max_queue)
+    with serving_engine(*models, max_queue=max_queue, key=key) as (url, _):
+        yield url
+
+
+@contextlib.contextmanager
+def serving_engine(*models: ServedModel, max_queue: int = 64, key: str | None = None) -> Iterator[tuple[str, Engine]]:
+    """Serve in this process; yield the address and the engine."""
+    engine = Engine({served.name: served for served in models}, max_queue=max_queue)
+    del models  # the engine may free them
     engine.start()
     with running(build_app(engine, body_bytes=2**20, key=key)) as url:
-        yield url
-    engine.queue.stop(0)
-    engine.thread.join(10)
+        yield url, engine
+    engine.close(10)
     assert not engine.thread.is_alive()
 
 
@@ -95,16 +102,17 @@ def running(app: Any) -> Iterator[str]:
 
 
 def load_served(options: ServeOptions | None = None, **runs: Path) -> dict[str, ServedModel]:
-    """Load finished runs as `llmtune deploy serve` does."""
+    """Load a finished run as `llmtune deploy serve` does, under the name of its keyword."""
     options = options or ServeOptions()
-    return load_models(open_servable_runs(runs, options, quiet()), options)
+    ((name, path),) = runs.items()
+    return load_models(open_servable_run(name, path, options, quiet()), options)
 
 
-def served_of(tuned: Any, name: str = "tiny", **changes: Any) -> ServedModel:
+def served_of(tuned: Any, name: str = "tiny", *, is_base: bool = False) -> ServedModel:
     """Return the served model of an adapted model and its recipe."""
     adapted, recipe = tuned
-    about = {"adapter": "default", **changes}
-    return ServedModel(name, adapted.model.eval(), adapted.selected.processor, recipe, get_task(recipe.task), **about)
+    processor, task = adapted.selected.processor, get_task(recipe.task)
+    return ServedModel(name, adapted.model.eval(), processor, recipe, task, is_base=is_base)
 
 
 def wait_until(holds: Any, seconds: float = 10) -> None:

@@ -13,9 +13,9 @@ from support.variants import CTC, WHISPER
 from transformers import AutoConfig, AutoTokenizer, Wav2Vec2CTCTokenizer, Wav2Vec2ForCTC
 
 from llmtune.errors import DataError, EnvironmentProblem, RecipeError
+from llmtune.model.audio_models import count_frames, feature_extractor
 from llmtune.recipe.schema import Recipe
-from llmtune.tasks.recordings import feature_extractor, read_windows, set_speech, spell
-from llmtune.tasks.speech import count_frames
+from llmtune.tasks.recordings import read_windows, spell
 
 TEXT = "The sky is blue."
 
@@ -86,7 +86,7 @@ def test_the_collator_gives_targets_and_transformers_features(whisper, tmp_path)
 @pytest.mark.parametrize("named", ["fr", "FR", "french", "French"])
 def test_a_language_may_be_named_by_code_or_name(named, whisper):
     processor = AutoTokenizer.from_pretrained(whisper)
-    set_speech(processor, recipe_for({"language": named}))
+    WHISPER.prepare_processor(processor, recipe_for({"language": named}))
     assert words(processor, processor.prefix_tokens)[1:] == ["<|fr|>", "<|transcribe|>", "<|notimestamps|>"]
 
 
@@ -94,13 +94,13 @@ def test_a_language_may_be_named_by_code_or_name(named, whisper):
 def test_an_unknown_language_is_refused_with_the_nearest(named, nearest, whisper):
     processor = AutoTokenizer.from_pretrained(whisper)
     with pytest.raises(RecipeError, match=f"Did you mean '{nearest}") as error:
-        set_speech(processor, recipe_for({"language": named}))
+        WHISPER.prepare_processor(processor, recipe_for({"language": named}))
     assert error.value.problems[0].where == "speech.language"
 
 
 def test_a_multilingual_model_requires_a_language(whisper):
     with pytest.raises(RecipeError, match="the recipe names none"):
-        set_speech(AutoTokenizer.from_pretrained(whisper), recipe_for())
+        WHISPER.prepare_processor(AutoTokenizer.from_pretrained(whisper), recipe_for())
 
 
 def test_a_language_that_this_vocabulary_lacks_is_refused(whisper, tmp_path):
@@ -114,23 +114,23 @@ def test_a_language_that_this_vocabulary_lacks_is_refused(whisper, tmp_path):
     (tmp_path / "tokenizer_config.json").write_text(written, "utf-8")
     older = AutoTokenizer.from_pretrained(tmp_path)
     with pytest.raises(RecipeError, match="no token for 'cantonese'"):
-        set_speech(older, recipe_for({"language": "cantonese"}))
+        WHISPER.prepare_processor(older, recipe_for({"language": "cantonese"}))
 
 
 def test_an_english_only_model_starts_without_a_language_and_refuses_others(english):
     processor = AutoTokenizer.from_pretrained(english)
     for speech in (None, {"language": "en"}, {"language": "English"}):
-        set_speech(processor, recipe_for(speech))
+        WHISPER.prepare_processor(processor, recipe_for(speech))
         assert words(processor, processor.prefix_tokens) == ["<|startoftranscript|>", "<|notimestamps|>"]
     for speech in ({"language": "fr"}, {"language": "en", "task": "translate"}):
         with pytest.raises(RecipeError, match="only transcribes English"):
-            set_speech(processor, recipe_for(speech))
+            WHISPER.prepare_processor(processor, recipe_for(speech))
 
 
 def test_the_language_in_the_tokenizers_files_is_ignored(english, whisper):
     for folder, wanted in ((english, []), (whisper, ["<|de|>", "<|transcribe|>"])):
         processor = AutoTokenizer.from_pretrained(folder, language="french", task="translate")
-        set_speech(processor, recipe_for({"language": "en" if folder == english else "de"}))
+        WHISPER.prepare_processor(processor, recipe_for({"language": "en" if folder == english else "de"}))
         expected = ["<|startoftranscript|>", *wanted, "<|notimestamps|>"]
         assert words(processor, processor.prefix_tokens) == expected
 

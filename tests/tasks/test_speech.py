@@ -18,7 +18,7 @@ from support.runs import write_recipe
 from support.variants import CTC, WHISPER, predict
 from transformers import AutoConfig, AutoFeatureExtractor, AutoModelForSpeechSeq2Seq
 
-from llmtune.data.audio import cut_windows, decode_recording, to_float
+from llmtune.data.waveforms import cut_windows, decode_recording, to_float
 from llmtune.errors import DataError, EnvironmentProblem, RecipeError
 from llmtune.evaluate.evaluated_task import EvalPrediction, LoadedModel
 from llmtune.model.causal_lm_loss import unwrap

@@ -5,11 +5,11 @@ from support import families
 from support.templates import CHATML, tokenizer_with
 from transformers import AutoTokenizer, MBartTokenizer
 
+from llmtune.data.language_codes import set_languages, starts_with_language
+from llmtune.data.text_pairs import first_token, target_ids
 from llmtune.errors import RecipeError
 from llmtune.recipe.schema import Recipe
 from llmtune.tasks import summarize, translate
-from llmtune.tasks.language_codes import set_languages, starts_with_language
-from llmtune.tasks.text_to_text import first_token, target_ids
 
 ROW = {"source": "The sky is blue.", "target": "Le ciel est bleu.", "source_language": None, "target_language": None}
 DOCUMENT = {"document": " ".join(["The quick brown fox jumps over the lazy dog."] * 8), "summary": "A fox jumps."}

@@ -25,14 +25,16 @@ from transformers import (
 
 from llmtune import load_run
 from llmtune.data.chat_template import stop_ids
+from llmtune.data.text_pairs import first_token
 from llmtune.errors import EnvironmentProblem
+from llmtune.evaluate.decoder_generation import decoder_settings, run_generation
 from llmtune.evaluate.generation import answer_ends, only_these_settings
 from llmtune.model.causal_lm_loss import decoder_inputs
 from llmtune.recipe.loader import load_recipe
 from llmtune.recipe.schema import Recipe
 from llmtune.session import Models, open_finished
 from llmtune.tasks import translate
-from llmtune.tasks.text_to_text import check_decoder_start, decoder_settings, first_token, run_generation
+from llmtune.tasks.text_to_text import check_decoder_start
 
 FAMILIES = ("t5", "mt5", "bart", "mbart", "nllb", "marian")
 STILL = {"t5": {"dropout_rate": 0.0}, "mt5": {"dropout_rate": 0.0}}

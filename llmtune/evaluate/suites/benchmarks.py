@@ -35,8 +35,8 @@ from llmtune.evaluate.token_batches import of_first_process
 from llmtune.recipe.eval_suites_section import plain_name
 from llmtune.recipe.schema import Recipe
 from llmtune.records import Advance
-from llmtune.score_records import Study
 from llmtune.store.atomic_files import write_text
+from llmtune.store.score_records import Study
 
 if TYPE_CHECKING:
     from lm_eval.api.group import Group

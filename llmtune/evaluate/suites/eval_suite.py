@@ -17,8 +17,8 @@ from llmtune.evaluate.eval_inputs import EvalContext
 from llmtune.evaluate.inference import Answers, add_bar, context_limit, inference_on
 from llmtune.evaluate.metric import Measure, PairedMeasures
 from llmtune.recipe.schema import Recipe
-from llmtune.records import Advance
-from llmtune.score_records import Difference, Study, StudyTable
+from llmtune.records import Advance, Difference
+from llmtune.store.score_records import Study, StudyTable
 
 OWN_FILES = resources.files("llmtune.evaluate.suites")
 """Inputs that ship with llmtune: `general` and `groups`."""

@@ -37,7 +37,7 @@ from llmtune.model.causal_lm_loss import causal_loss, move_to
 from llmtune.recipe.eval_suites_section import OWN
 from llmtune.recipe.schema import Recipe
 from llmtune.records import Advance
-from llmtune.score_records import StudyTable
+from llmtune.store.score_records import StudyTable
 
 PROMPT = "Question: {question}\nAnswer:"
 """The format of lm-eval's ARC tasks; a space and the answer follow."""

@@ -18,10 +18,10 @@ from llmtune.evaluate.intervals import CHUNK_CELLS, Floats
 from llmtune.evaluate.metric import Measure, PairedMeasures
 from llmtune.evaluate.metric_info import rank_metrics
 from llmtune.evaluate.paired_statistics import draw_counts, interval
-from llmtune.evaluate.significance import FEWEST_ROWS
 from llmtune.evaluate.slices import MISSING, OTHER, Parts
 from llmtune.evaluate.suites.eval_suite import EvalSuite
-from llmtune.score_records import Difference, Study, StudyTable
+from llmtune.records import FEWEST_ROWS, Difference
+from llmtune.store.score_records import Study, StudyTable
 
 RESAMPLES = 2000
 PERMUTATIONS = 2000

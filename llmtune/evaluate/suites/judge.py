@@ -32,9 +32,10 @@ from llmtune.evaluate.suites.judge_client import (
 from llmtune.evaluate.suites.judge_statistics import JudgedPairs, fit_correction, measure_judge, win_rate
 from llmtune.recipe.data_section import DATA_ENDINGS, data_ending
 from llmtune.recipe.schema import Recipe
-from llmtune.score_records import Difference, Study, StudyTable
+from llmtune.records import Difference
 from llmtune.store.atomic_files import explained, write_text
 from llmtune.store.processes import once
+from llmtune.store.score_records import Study, StudyTable
 
 JOURNAL = "judge.jsonl"
 """In the run folder every reply as it came, in `evaluation` the questions of the last evaluation."""

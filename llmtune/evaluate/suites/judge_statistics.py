@@ -22,7 +22,7 @@ from llmtune.evaluate.intervals import Floats, Formula, bound
 from llmtune.evaluate.metric import ratio
 from llmtune.evaluate.paired_statistics import Bounds, add_up, conclude_interval, share_bounds, unknown
 from llmtune.recipe.evaluate_section import ERROR
-from llmtune.score_records import Difference
+from llmtune.records import Difference
 
 LABELS = (1.0, 0.0, -1.0)
 

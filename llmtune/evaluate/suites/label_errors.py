@@ -33,14 +33,14 @@ from llmtune.errors import EnvironmentProblem, RecipeError, read_origin
 from llmtune.evaluate.eval_inputs import EvalContext, write_prompt
 from llmtune.evaluate.evaluated_task import EvaluatedTask, LearnedClasses
 from llmtune.evaluate.inference import add_bar, inference_on
+from llmtune.evaluate.source_labels import unchecked_sentence
 from llmtune.evaluate.token_batches import over_processes, run_encoder
 from llmtune.model.causal_lm_loss import unwrap
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_facts import TASK_FACTS
 from llmtune.records import SPLITS, Advance, Examples, Rows
-from llmtune.report.run_report import LABELS_BY_SOURCE, SUSPECTS, UNCHECKED
-from llmtune.report.suspect_section import unchecked_sentence
 from llmtune.store.atomic_files import explained, write_json, write_text
+from llmtune.store.report_record import LABELS_BY_SOURCE, SUSPECTS, UNCHECKED
 
 KEY = "evaluate.suspects"
 FOLDS = 5

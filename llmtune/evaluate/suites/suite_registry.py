@@ -25,7 +25,7 @@ from llmtune.evaluate.suites.swapped_rows import SwapSuite
 from llmtune.recipe.eval_suites_section import SUITE_KEYS
 from llmtune.recipe.schema import Recipe
 from llmtune.records import Rows
-from llmtune.score_records import Study
+from llmtune.store.score_records import Study
 
 Suite = EvalSuite[Any]
 SUITES: dict[str, dict[str, type[Suite]]] = {

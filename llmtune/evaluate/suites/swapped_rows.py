@@ -20,15 +20,14 @@ from llmtune.evaluate.eval_inputs import EvalContext, EvalInputs, write_prompt
 from llmtune.evaluate.inference import predict
 from llmtune.evaluate.metric import Measure, PairedMeasures, measure_right
 from llmtune.evaluate.shared_prefix import choice_trees
-from llmtune.evaluate.significance import FEWEST_ROWS
 from llmtune.evaluate.slices import write_value
 from llmtune.evaluate.suites.eval_suite import OWN_FILES, EvalSuite, read_sources, read_utf8
 from llmtune.evaluate.token_batches import cut_evenly
 from llmtune.recipe.eval_suites_section import OWN
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_facts import TASK_FACTS
-from llmtune.records import Row
-from llmtune.score_records import StudyTable
+from llmtune.records import FEWEST_ROWS, Row
+from llmtune.store.score_records import StudyTable
 
 FIX = "Write two different words per line: woman,man"
 TEXTS = (

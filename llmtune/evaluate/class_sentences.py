@@ -2,36 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-from llmtune.display.number_format import count, missing, score
+from llmtune.display.number_format import count
 from llmtune.recipe.class_names import show_name
 from llmtune.recipe.yaml_writer import plain_or_quoted
-from llmtune.score_records import ClassChanges, Difference, NewClass
+from llmtune.store.score_records import ClassChanges
 
 SHOWN_NAMES = 8
 """How many changed names a sentence lists."""
-
-
-def name_changes_sentences(changes: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return a sentence on the class names of rows that were normalised, and one on those that were renamed."""
-    joined = {change["to"]: change["rows"] for change in changes if change["why"] == "joined"}
-    sentences = []
-    for why in ("normalised", "renamed"):
-        some = [change for change in changes if change["why"] == why]
-        if not some:
-            continue
-        listed = [
-            f"{show_name(one['from'])} -> {show_name(one['to'])} ({count(one['rows'])})" for one in some[:SHOWN_NAMES]
-        ]
-        more = f" and {count(len(some) - SHOWN_NAMES)} more" if len(some) > SHOWN_NAMES else ""
-        total = count(sum(one["rows"] for one in some))
-        sentences.append(f"{total} class names were {why}: {', '.join(listed)}{more}.")
-    new = {change["to"] for change in changes if change["why"] == "renamed"}
-    for name in sorted(new & joined.keys()):
-        sentences.append(f"{count(joined[name])} other rows have the class {show_name(name)}: they are one class now.")
-    return sentences
 
 
 def list_class_changes(changes: ClassChanges, key: str) -> list[str]:
@@ -54,20 +33,6 @@ def list_class_changes(changes: ClassChanges, key: str) -> list[str]:
 def _list_names(names: Sequence[str]) -> str:
     more = f" and {len(names) - SHOWN_NAMES} more" if len(names) > SHOWN_NAMES else ""
     return ", ".join(map(show_name, names[:SHOWN_NAMES])) + more
-
-
-def write_interval(own: Difference | None) -> str:
-    """Return a score with its own 95 % interval."""
-    if own is None:
-        return score(None)
-    ends = "" if missing(own.low) else f" ({score(own.low)} to {score(own.high)})"
-    return f"{score(own.value)}{ends}"
-
-
-def describe_new_class(one: NewClass) -> str:
-    """Return test rows, recall and result of a new class on one line."""
-    recall = f", recall {write_interval(one.scores['recall'])}" if "recall" in one.scores else ""
-    return f"{one.verdict}: {count(one.rows)} test rows{recall}"
 
 
 def class_reasons(changes: ClassChanges, worse: Sequence[str]) -> list[str]:

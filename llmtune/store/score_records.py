@@ -1,30 +1,10 @@
-"""Frozen, typed records of scores: differences, slices, gates, studies, decisions, and an evaluation of them all."""
+"""Frozen, typed records of scores: slices, gates, studies, decisions, and an evaluation of them all."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from llmtune.records import Json
-
-
-@dataclass(frozen=True)
-class Difference:
-    """Tuned minus base on the same rows: value, 95 % interval, two-sided p, number of rows."""
-
-    value: float
-    low: float
-    high: float
-    p: float
-    n: int
-    test: str = ""
-    """The method of interval and p, such as `Bayesian bootstrap`; empty without an interval."""
-    groups: int = 0
-    """Number of row groups that were resampled and permuted as units; 0 if rows are independent."""
-
-    @property
-    def units(self) -> int:
-        """Return the number of resampled units: groups, or rows."""
-        return self.groups or self.n
+from llmtune.records import Difference, Json
 
 
 @dataclass(frozen=True)

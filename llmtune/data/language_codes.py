@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from transformers import PreTrainedTokenizerBase
 
 from llmtune.errors import Problem, RecipeError, nearest
-from llmtune.tasks.base import option_of
 
 LANGUAGE_CODE = re.compile(r"[a-z]{2,3}_[A-Z][A-Za-z]{1,3}")
 """The language codes of mBART (`en_XX`) and NLLB (`eng_Latn`)."""
@@ -54,7 +53,7 @@ def set_languages(source: str | None, target: str | None, processor: PreTrainedT
         if code is None:
             what = "this model needs the language, and neither recipe nor row states it"
             fix = "Set it to the model's own code, such as eng_Latn; or add a column of that name to the rows. "
-            fix += f"`llmtune generate` takes {option_of(key.partition('.')[2])}."
+            fix += f"`llmtune generate` takes --{key.partition('.')[2].replace('_', '-')}."
             problems.append(Problem(what, key, fix))
         elif code not in codes:
             fix = f"Use the model's own code, such as {next(iter(codes), 'eng_Latn')}.{nearest_code(code, list(codes))}"
