@@ -115,8 +115,8 @@ def show_release(release: Stored, signers: Signers = None, as_json: AsJson = Fal
     from llmtune.deploy.releases import check_signature, summarize_release
     from llmtune.display.console import print_sections
     from llmtune.evaluate.release_records import find_record, read_release
-    from llmtune.report.score_sections import gate_section, score_section
-    from llmtune.report.simple_baseline_view import simple_baseline_section
+    from llmtune.report.evaluation_sections import gate_section
+    from llmtune.report.score_sections import score_section, simple_baseline_section
     from llmtune.store.score_records import Evaluation
 
     file = find_record(release)

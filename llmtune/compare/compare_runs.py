@@ -33,9 +33,10 @@ from llmtune.evaluate.opened_runs import check_alike, open_runs
 from llmtune.evaluate.verdict import BETTER, MIXED, WORSE
 from llmtune.recipe.secrets import redact_all
 from llmtune.records import Json
+from llmtune.report.evaluation_sections import passed_cell
 from llmtune.report.render_html import write_page
 from llmtune.report.render_markdown import to_markdown
-from llmtune.report.score_sections import passed_cell, spell_metrics
+from llmtune.report.score_sections import spell_metrics
 from llmtune.store.atomic_files import explained, hash_value, plain, write_json, write_text
 
 WORDS = {

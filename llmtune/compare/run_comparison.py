@@ -14,9 +14,8 @@ from llmtune.evaluate.gates import check_gates
 from llmtune.evaluate.metric_info import list_targets
 from llmtune.evaluate.opened_runs import OpenedRun, find_differing
 from llmtune.evaluate.significance import INCONCLUSIVE
-from llmtune.evaluate.verdict import verdict
+from llmtune.evaluate.verdict import judge_run, verdict
 from llmtune.records import Difference, Json
-from llmtune.report.run_report import judge_run
 from llmtune.store.report_record import Verdict
 from llmtune.store.run_folder import trained_name
 from llmtune.store.score_records import Evaluation, GateResult, SimpleBaseline

@@ -24,9 +24,10 @@ from llmtune.recipe.model_kind import MODEL_KINDS, ModelKind
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.secrets import hide_paths, is_local_path
 from llmtune.recipe.task_facts import TASK_FACTS
-from llmtune.report.export_section import export_section
+from llmtune.report.evaluation_sections import gate_section
 from llmtune.report.render_markdown import code, markdown_text, render_section
-from llmtune.report.score_sections import base_name, gate_section, score_section, seed_section, suite_sections
+from llmtune.report.run_sections import export_section
+from llmtune.report.score_sections import base_name, score_section, seed_section, suite_sections
 from llmtune.store.report_record import Seeds
 from llmtune.store.score_records import Evaluation, GateResult
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
-import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from statistics import fmean
 
-from llmtune.display.number_format import join_names, missing, score
+from llmtune.display.number_format import join_names, missing, score, signed
 from llmtune.evaluate.class_sentences import class_reasons
 from llmtune.evaluate.metric_info import CHOICE, COSTS, better_side, direction, list_sides, rank_metrics
+from llmtune.evaluate.seed_spread import warn_of_spread
 from llmtune.evaluate.significance import (
     CHANCE,
     INCONCLUSIVE,
@@ -21,86 +21,11 @@ from llmtune.evaluate.significance import (
 )
 from llmtune.recipe.gate_grammar import NEW, parse_gate
 from llmtune.records import FEWEST_ROWS, Difference
-from llmtune.store.report_record import SeedRun, Seeds, Spread, Verdict
-from llmtune.store.score_records import Champion, Evaluation, GateResult, NewRows
-
-
-def describe_spread(scored: Mapping[int, Evaluation], missing: Sequence[int]) -> Seeds:
-    """Return each seed's scores and their spread; `scored` has the run's own seed first."""
-    first = next(iter(scored.values()))
-    shared = [metric for metric in first.tuned if all(metric in one.tuned for one in scored.values())]
-    metrics = {
-        metric: spread(metric, [one.tuned[metric] for one in scored.values()], first.base.get(metric))
-        for metric in shared
-    }
-    runs = []
-    for seed, one in scored.items():
-        ends = {name: (change.low, change.high) for name, change in one.difference.items() if name in shared}
-        tuned = {name: one.tuned[name] for name in shared}
-        runs.append(SeedRun(seed, tuned, {name: ends[name] for name in shared if name in ends}))
-    return Seeds(runs, missing, metrics, describe_gain(metrics, len(scored), missing))
-
-
-def spread(metric: str, scores: Sequence[float], base: float | None) -> Spread:
-    """Return mean, deviation and range of the scores, and whether the gain over the base exceeds their range.
-
-    Numbers are None for a single seed, without a base, or if a score is not finite.
-    """
-    if len(scores) < 2 or not all(map(math.isfinite, scores)):
-        return Spread(list(scores), base)
-    mean, between, better = statistics.fmean(scores), max(scores) - min(scores), better_side(metric)
-    gain = mean - base if base is not None and math.isfinite(base) else None
-    return Spread(
-        scores=list(scores),
-        base=base,
-        mean=mean,
-        deviation=statistics.stdev(scores),
-        lowest=min(scores),
-        highest=max(scores),
-        spread=between,
-        gain=gain,
-        larger=abs(gain) > between if gain is not None and better else None,
-        better=None if gain is None else better * gain > 0,
-    )
-
-
-def describe_gain(metrics: Mapping[str, Spread], count: int, missing: Sequence[int]) -> str:
-    """Return a sentence on whether the gain over the base exceeds the spread between seeds; costs do not count.
-
-    A second sentence names seeds without scores.
-    """
-    judged = {name: one for name, one in metrics.items() if one.larger is not None and name not in COSTS}
-    larger = [name for name, one in judged.items() if one.larger and one.better]
-    within = [name for name, one in judged.items() if not one.larger]
-    worse = [name for name, one in judged.items() if one.larger and not one.better]
-    left = f" No scores yet: seed {', '.join(map(str, missing))}." if missing else ""
-    if not judged:
-        return f"The spread is unknown, so the gain over the base cannot be compared with it.{left}"
-    between = f"the spread between {count} seeds"
-    parts = []
-    if larger:
-        parts.append(f"the gain over the base is larger than {between} in {join_names(larger)}")
-    if within:
-        what = "it is not" if larger else f"the gain over the base is not larger than {between}"
-        parts.append(f"{what} in {join_names(within)}")
-    if worse:
-        by = "that spread" if parts else between
-        parts.append(f"the tuned model is worse than the base by more than {by} in {join_names(worse)}")
-    sentence = "; ".join(parts)
-    return f"{sentence[0].upper()}{sentence[1:]}.{left}"
-
-
-def warn_of_spread(seeds: Seeds | None, metrics: Sequence[str]) -> str:
-    """Return a sentence for the verdict if a gain in one of `metrics` is within the spread, else an empty string."""
-    known = seeds.metrics if seeds else {}
-    within = [metric for metric in metrics if metric in known and known[metric].larger is False]
-    if not seeds or not within:
-        return ""
-    return (
-        f"The gain may disappear with another seed: in {join_names(within)} the spread of {len(seeds.runs)} seeds is "
-        "at least as large as the gain."
-    )
-
+from llmtune.store.report_record import (
+    Seeds,
+    Verdict,
+)
+from llmtune.store.score_records import Champion, Evaluation, GateResult, NewRows, SimpleBaseline
 
 BETTER, WORSE, MIXED, WITHIN = "better", "worse", "mixed", "within margin"
 """The words of every verdict, with `INCONCLUSIVE`: on a run, on a pair of runs, on a sweep."""
@@ -362,3 +287,87 @@ def name_within(findings: MetricChanges) -> str:
         parts.append(f"{join_names(lost)} {'is' if len(lost) == 1 else 'are'} worse, but within the margin of the gate")
     text = "; ".join(parts)
     return f"{text[0].upper()}{text[1:]}." if text else ""
+
+
+def is_base(simple: SimpleBaseline, evaluation: Evaluation) -> bool:
+    """Whether the baseline replaces the base model: its scores are shown already."""
+    return bool(evaluation.baseline) and all(evaluation.base.get(name) == one for name, one in simple.scores.items())
+
+
+def find_unbeaten(evaluation: Evaluation | None) -> tuple[str, int] | None:
+    """Return the metric in which the tuned model is not shown to beat the simple baseline, and its side.
+
+    The side is -1 if the baseline is better, else 0. The most informative metric decides. None if the baseline is
+    beaten, or cannot be compared.
+    """
+    simple = evaluation.simple_baseline if evaluation else None
+    if evaluation is None or simple is None or is_base(simple, evaluation):
+        return None
+    ranked = (name for name in rank_metrics(simple.difference) if better_side(name) and name not in COSTS)
+    metric = next(ranked, None)
+    change = simple.difference[metric] if metric else None
+    if metric is None or change is None or change.n < FEWEST_ROWS or (side := direction(metric, change)) > 0:
+        return None
+    return metric, side
+
+
+def simple_title(word: str, evaluation: Evaluation) -> tuple[str, str] | None:
+    """Return the word and the opponent for the title of a verdict that `weigh_simple_baseline` changed; else None."""
+    simple, unbeaten = evaluation.simple_baseline, find_unbeaten(evaluation)
+    if simple is None or unbeaten is None or not evaluation.baseline or evaluation.champion is not None:
+        return None
+    shown = {(INCONCLUSIVE, 0): INCONCLUSIVE, (MIXED, -1): WORSE}.get((word, unbeaten[1]))
+    return (shown, simple.title) if shown else None
+
+
+def weigh_simple_baseline(found: Verdict, evaluation: Evaluation | None) -> Verdict:
+    """Add a sentence to the verdict unless the tuned model is shown to be better than the simple baseline.
+
+    `better` than a trivial baseline then becomes `mixed` if the tuned model is shown to be worse than the simple one,
+    else `inconclusive`.
+    """
+    simple, unbeaten = evaluation.simple_baseline if evaluation else None, find_unbeaten(evaluation)
+    if evaluation is None or simple is None or unbeaten is None:
+        return found
+    metric, side = unbeaten
+    change = simple.difference[metric]
+    ends = "" if missing(change.low) else f" ({signed(change.low)} to {signed(change.high)})"
+    how = "Worse" if side else "Not better" if better_side(metric) * change.value <= 0 else "Not clearly better"
+    numbers = f"{metric.replace('_', ' ')} {score(simple.tuned[metric])} against {score(simple.scores[metric])}{ends}"
+    reason = f"{found.reason} {how} than {simple.title}: {numbers}."
+    word = found.word
+    if word == BETTER and evaluation.baseline and evaluation.champion is None:
+        word = MIXED if side else INCONCLUSIVE
+    return Verdict(word, reason)
+
+
+def judge_run(
+    evaluation: Evaluation | None,
+    gates: Sequence[GateResult],
+    alpha: float,
+    seeds: Seeds | None = None,
+    curve: Sequence[Mapping[str, object]] = (),
+    doubts: Sequence[str] = (),
+) -> Verdict:
+    """Return the verdict on a run; champion differences get the gates' intervals, with error `alpha`.
+
+    `doubts` are those of `list_label_doubts`.
+    """
+    champion = evaluation.champion if evaluation else None
+    if evaluation is not None and champion is not None:
+        changes = champion.classes
+        if changes is not None and changes.known is not None:
+            known = replace(changes.known, difference=widen_all(changes.known.difference, alpha))
+            changes = replace(changes, known=known)
+        widened = replace(champion, difference=widen_all(champion.difference, alpha), classes=changes)
+        evaluation = replace(evaluation, champion=widened)
+    found = weigh_simple_baseline(verdict(evaluation, seeds, curve, gates, alpha, doubts), evaluation)
+    added = [study.verdict for study in evaluation.studies.values() if study.verdict] if evaluation else []
+    return replace(found, reason=" ".join([found.reason, *added]))
+
+
+def widen_all(differences: Differences, alpha: float) -> dict[str, Difference]:
+    """Return the differences with intervals at error `alpha`."""
+    from llmtune.evaluate.paired_statistics import widen  # late: pages of reports need no numpy
+
+    return {metric: widen(change, alpha) for metric, change in differences.items()}

@@ -11,7 +11,7 @@ from xml.etree import ElementTree as Tree  # only writes XML, so parser attacks 
 from llmtune.display.number_format import score
 from llmtune.errors import GateFailed, LlmtuneError
 from llmtune.recipe.secrets import redact_all
-from llmtune.report.class_view import describe_new_class
+from llmtune.report.score_sections import describe_new_class
 from llmtune.store.atomic_files import write_text
 from llmtune.store.report_record import UNFINISHED, Report, ReportedExport, list_exports
 from llmtune.store.run_folder import updating_reports

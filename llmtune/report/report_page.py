@@ -13,33 +13,26 @@ from llmtune.display.blocks import TONES, Compared, Links, Page, Section, Text, 
 from llmtune.display.number_format import DASH, count
 from llmtune.evaluate.metric_info import better_side, list_sides, rank_metrics
 from llmtune.evaluate.significance import CHANCE, INCONCLUSIVE, MetricChanges, find_changes
-from llmtune.evaluate.verdict import BETTER, MIXED, WITHIN, WORSE, judged_differences
+from llmtune.evaluate.verdict import BETTER, MIXED, WITHIN, WORSE, judged_differences, simple_title
 from llmtune.recipe.gate_grammar import Opponent
 from llmtune.recipe.task_facts import TASK_FACTS
 from llmtune.records import Json
-from llmtune.report.export_section import export_section
+from llmtune.report.evaluation_sections import count_gates, gate_section, power_section, score_sections
 from llmtune.report.junit import to_junit
 from llmtune.report.render_html import render_html_section, to_html
 from llmtune.report.render_markdown import to_markdown
+from llmtune.report.row_sections import suspect_section
 from llmtune.report.run_sections import (
     adapter_section,
     data_section,
+    export_section,
     method_section,
     model_section,
     recipe_section,
     step_section,
     training_section,
 )
-from llmtune.report.score_sections import (
-    against_champion,
-    compare_metric,
-    count_gates,
-    gate_section,
-    power_section,
-    score_sections,
-)
-from llmtune.report.simple_baseline_view import simple_title
-from llmtune.report.suspect_section import suspect_section
+from llmtune.report.score_sections import against_champion, compare_metric
 from llmtune.store.atomic_files import plain, write_json, write_text
 from llmtune.store.report_record import Report
 from llmtune.store.run_folder import REPORTS, updating_reports

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,14 +10,13 @@ from llmtune import __version__
 from llmtune.evaluate.evaluation_file import load_evaluation, load_with_exports
 from llmtune.evaluate.gates import check_gates, list_power
 from llmtune.evaluate.opened_runs import name_sources
-from llmtune.evaluate.paired_statistics import widen
+from llmtune.evaluate.seed_spread import describe_spread
 from llmtune.evaluate.source_labels import compare_sources, describe_disagreement, describe_outliers
-from llmtune.evaluate.verdict import describe_spread, verdict
+from llmtune.evaluate.verdict import judge_run
 from llmtune.recipe.schema import RELEASE, Recipe
 from llmtune.recipe.secrets import environment_secrets, redact_all, redact_yaml, secret_values
 from llmtune.recipe.yaml_reader import read_recipe_text
 from llmtune.report.report_page import find_explanations
-from llmtune.report.simple_baseline_view import weigh_simple_baseline
 from llmtune.store.atomic_files import read_json, read_json_lines
 from llmtune.store.json_shapes import read_curve
 from llmtune.store.report_record import (
@@ -30,12 +27,11 @@ from llmtune.store.report_record import (
     Seeds,
     SourceLabels,
     SuspectFacts,
-    Verdict,
     collect_facts,
 )
 from llmtune.store.run_folder import RunFolder
 from llmtune.store.run_lock import hardware, package_versions
-from llmtune.store.score_records import Champion, ClassChanges, Evaluation, GateResult
+from llmtune.store.score_records import Evaluation
 from llmtune.store.seed_runs import is_scored_alike, seed_folder
 
 MOST_LISTED, LONGEST = 10, 400
@@ -97,38 +93,6 @@ def list_label_doubts(run: RunFolder, suspects: SuspectFacts | None) -> list[str
         sources = [SourceLabels(**one) for one in check["sources"]]
         texts.append(describe_disagreement(sources, check["reference"], check["unknown"], every=False))
     return [text for text in texts if text]
-
-
-def judge_run(
-    evaluation: Evaluation | None,
-    gates: Sequence[GateResult],
-    alpha: float,
-    seeds: Seeds | None = None,
-    curve: Sequence[Mapping[str, object]] = (),
-    doubts: Sequence[str] = (),
-) -> Verdict:
-    """Return the verdict on a run; champion differences get the gates' intervals, with error `alpha`.
-
-    `doubts` are those of `list_label_doubts`.
-    """
-    champion = evaluation.champion if evaluation else None
-    if evaluation is not None and champion is not None:
-        wide = {metric: widen(change, alpha) for metric, change in champion.difference.items()}
-        evaluation = replace(
-            evaluation, champion=replace(champion, difference=wide, classes=widen_known(champion, alpha))
-        )
-    found = weigh_simple_baseline(verdict(evaluation, seeds, curve, gates, alpha, doubts), evaluation)
-    added = [study.verdict for study in evaluation.studies.values() if study.verdict] if evaluation else []
-    return replace(found, reason=" ".join([found.reason, *added]))
-
-
-def widen_known(champion: Champion, alpha: float) -> ClassChanges | None:
-    """Return the changes of classes with the intervals of the champion's classes at error `alpha`."""
-    changes = champion.classes
-    if changes is None or changes.known is None:
-        return changes
-    wide = {metric: widen(change, alpha) for metric, change in changes.known.difference.items()}
-    return replace(changes, known=replace(changes.known, difference=wide))
 
 
 def collect_seeds(run: RunFolder, recipe: Recipe, own: Evaluation | None) -> Seeds | None:

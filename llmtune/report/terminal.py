@@ -17,7 +17,8 @@ from llmtune.recipe.gate_grammar import parse_gate
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_facts import TASK_FACTS
 from llmtune.records import Json
-from llmtune.report.score_sections import count_gates, power_section, score_sections, seed_table
+from llmtune.report.evaluation_sections import count_gates, power_section, score_sections
+from llmtune.report.score_sections import seed_table
 from llmtune.store.atomic_files import plain
 from llmtune.store.report_record import Seeds, Verdict
 from llmtune.store.run_folder import RunFolder

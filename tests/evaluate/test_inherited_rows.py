@@ -20,7 +20,7 @@ from llmtune.errors import DataError
 from llmtune.pipeline import run_pipeline
 from llmtune.recipe.loader import load_recipe
 from llmtune.recipe.schema import Recipe
-from llmtune.report.overlap_view import inherited_sentences
+from llmtune.report.row_sections import inherited_sentences
 from llmtune.store.run_request import RunRequest
 from llmtune.store.score_records import Contamination
 

@@ -9,7 +9,7 @@ from scipy.stats import fisher_exact  # type: ignore[import-untyped]
 from llmtune.evaluate.source_labels import compare_sources, describe_outliers
 from llmtune.evaluate.verdict import verdict
 from llmtune.records import Difference
-from llmtune.report.suspect_section import suspect_section
+from llmtune.report.row_sections import suspect_section
 from llmtune.store.score_records import Evaluation
 
 LABELS = {"week1.csv": 1000, "week2.csv": 200, "week3.csv": 141}

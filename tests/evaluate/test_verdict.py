@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from llmtune.evaluate.metric_info import list_sides
-from llmtune.evaluate.verdict import describe_gain, describe_spread, spread, still_falling, verdict, warn_of_spread
+from llmtune.evaluate.seed_spread import describe_gain, describe_spread, spread, warn_of_spread
+from llmtune.evaluate.verdict import still_falling, verdict
 from llmtune.records import Difference
 from llmtune.report.report_page import headline
 from llmtune.report.score_sections import champion_section

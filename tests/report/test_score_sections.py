@@ -8,16 +8,15 @@ from rich.console import Console
 
 from llmtune.display.blocks import Details, Heatmap, Page, Table
 from llmtune.display.console import print_sections
-from llmtune.evaluate.verdict import describe_spread
+from llmtune.evaluate.seed_spread import describe_spread
+from llmtune.report.evaluation_sections import score_sections
 from llmtune.report.render_html import to_html
 from llmtune.report.render_markdown import to_markdown
+from llmtune.report.row_sections import overlap_sentence, overlap_table
 from llmtune.report.score_sections import (
     MOST_CLASSES,
     class_section,
     confusion_blocks,
-    overlap_sentence,
-    overlap_table,
-    score_sections,
     seed_table,
 )
 from llmtune.store.score_records import Evaluation

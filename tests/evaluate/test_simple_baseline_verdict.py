@@ -8,11 +8,11 @@ from rich.console import Console
 
 from llmtune.display.blocks import Page
 from llmtune.display.console import print_sections
+from llmtune.evaluate.verdict import simple_title, weigh_simple_baseline
 from llmtune.records import Difference
+from llmtune.report.evaluation_sections import score_sections
 from llmtune.report.render_html import to_html
 from llmtune.report.render_markdown import to_markdown
-from llmtune.report.score_sections import score_sections
-from llmtune.report.simple_baseline_view import simple_title, weigh_simple_baseline
 from llmtune.store.report_record import Verdict
 from llmtune.store.score_records import Champion, Evaluation, SimpleBaseline
 

@@ -1,6 +1,6 @@
 import pytest
 
-from llmtune.report.sample_view import LONGEST_SHOWN, cut, present_samples, read_tags
+from llmtune.report.row_sections import LONGEST_SHOWN, cut, present_samples, read_tags
 from llmtune.store.score_records import Evaluation
 
 
