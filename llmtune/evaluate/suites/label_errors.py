@@ -97,7 +97,7 @@ def check_suspects(recipe: Recipe) -> None:
 
 def require_labels(recipe: Recipe) -> None:
     """Raise RecipeError if a recipe has no classes or tags, as far as known, or EnvironmentProblem without cleanlab."""
-    numbers = recipe.classify is not None and recipe.classify.kind == "regression"
+    numbers = (recipe.task_section() or {}).get("kind") == "regression"
     if numbers or TASK_FACTS[recipe.task].answer_kind not in ("labels", "tags"):
         what = "the labels are numbers" if numbers else f"the task is {recipe.task}"
         raise RecipeError.of(f"{what}, and only classes and tags can be checked", KEY, "Remove it.")
