@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from llmtune.data.corpus import load_corpus
 from llmtune.data.examples import ExampleReader
+from llmtune.data.row_kind import write_prompt
 from llmtune.data.row_store import iterate_groups, iterate_rows
 from llmtune.errors import DataError
 from llmtune.evaluate.evaluated_task import EvaluatedTask
@@ -19,7 +20,7 @@ from llmtune.evaluate.slices import Parts, read_slices
 from llmtune.evaluate.suites.own_metrics import read_full_rows
 from llmtune.evaluate.text_metrics import CHOICE_METRIC
 from llmtune.evaluate.token_batches import cut_evenly
-from llmtune.evaluate.tool_metrics import ToolTurn, calls_tool, uncheckable_tools, write_answer
+from llmtune.evaluate.tool_metrics import ToolTurn, calls_tool, uncheckable_tools
 from llmtune.recipe.class_names import show_name, similar_names
 from llmtune.recipe.evaluate_section import EvaluateSection, metric_name
 from llmtune.recipe.schema import Recipe
@@ -302,32 +303,3 @@ def warn_of_cuts(
         fix = f"generation.max_new_tokens: {max(lengths)} fits all"
         text = f"{what}, so answers this long will be truncated and counted in answers_cut: {fix}"
         console.print(f"[yellow]{text}[/]", highlight=False)
-
-
-def write_prompt(row: Row) -> str:
-    """Return a prompt for display: plain text for a single message, else each message with its role."""
-    if "context" in row:
-        return f"{row['question']}\n{row['context']}"
-    if "audio" in row:
-        return str(row["audio"]).rsplit("/", 1)[-1]
-    if "tokens" in row:
-        return " ".join(row["tokens"])
-    if "relevances" in row:
-        return "\n".join([row["query"], *row["passages"]])
-    if "messages" not in row:
-        named = [row.get(name) for name in ("query", "prompt", "source", "document", "text", "pair")]
-        return "\n".join(str(part) for part in named if part)
-    turns = [
-        (str(message["role"]), write_answer(plain_text(message.get("content")), message.get("tool_calls") or ()))
-        for message in row["messages"]
-    ]
-    if len(turns) == 1:
-        return turns[0][1]
-    return "\n".join(f"{role}: {text}" for role, text in turns)
-
-
-def plain_text(content: object) -> str:
-    """Return the text of a message, whose content may be a list of parts."""
-    if isinstance(content, list):
-        return "".join(str(part.get("text", "")) for part in content if isinstance(part, dict))
-    return "" if content is None else str(content)

@@ -17,6 +17,7 @@ from rich.progress import MofNCompleteColumn
 from llmtune.data.column_mapping import rename, used_columns, with_aliases
 from llmtune.data.rejected_rows import RawRow, RowError
 from llmtune.data.row_formats import COLUMNS
+from llmtune.data.row_kind import kind_of_task
 from llmtune.data.sources import local_input
 from llmtune.display.console import progress_bars
 from llmtune.errors import DataError, RecipeError
@@ -64,7 +65,7 @@ def answer_file(
         raise DataError.of("no row can be read", str(rows))
     stated = run.recipe.data.train[0].columns or run.recipe.data.columns
     known = {ours: theirs for ours, theirs in stated.items() if used_columns({ours: theirs}, header) <= set(header)}
-    columns = with_aliases(known, COLUMNS, header, run.recipe.task)
+    columns = with_aliases(known, COLUMNS, header, kind_of_task(run.recipe.task).aliases)
     asked = _columns_of(run.task.inputs, [*columns, *header], str(rows))
     served = run.load(dict.fromkeys(asked, "text"), base=base, max_new_tokens=max_new_tokens)
     vectors: list[list[float] | None] | None = [] if output is not None and output.suffix == ".npy" else None

@@ -20,7 +20,8 @@ from llmtune.data.corpus import load_corpus
 from llmtune.data.example import Example
 from llmtune.data.overlong import Lost, too_long
 from llmtune.data.row_store import iterate_rows
-from llmtune.data.search_rows import EmbedRow, given_passages, named_texts, text_key
+from llmtune.data.row_text import text_key
+from llmtune.data.search_rows import EmbedRow, given_passages, named_texts
 from llmtune.data.task_interface import Encoded
 from llmtune.data.tokenization import Segment, decode_shortened
 from llmtune.errors import DataError, Problem, RecipeError

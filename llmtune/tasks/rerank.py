@@ -20,7 +20,8 @@ from llmtune.data.classify_rows import ClassifyRow
 from llmtune.data.collators import encoder_batch
 from llmtune.data.example import Example
 from llmtune.data.row_store import iterate_rows
-from llmtune.data.search_rows import RerankRow, given_passages, text_key, write_ranking
+from llmtune.data.row_text import text_key
+from llmtune.data.search_rows import RerankRow, given_passages, write_ranking
 from llmtune.data.task_interface import Encoded
 from llmtune.data.tokenization import Segment, decode_shortened
 from llmtune.errors import DataError

@@ -17,7 +17,8 @@ from transformers import AutoTokenizer
 
 from llmtune.data.corpus import load_corpus, save_corpus
 from llmtune.data.rejected_rows import RowError
-from llmtune.data.search_rows import embed_from_pair, ranked_list, text_key
+from llmtune.data.row_text import text_key
+from llmtune.data.search_rows import embed_from_pair, ranked_list
 from llmtune.evaluate.evaluated_task import Corpus, EvalPrediction
 from llmtune.mining import add_negatives, collect_pairs
 from llmtune.recipe.data_section import DataSection

@@ -26,10 +26,11 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from llmtune.data.example import Example
 from llmtune.data.examples import ExampleReader
+from llmtune.data.row_kind import write_prompt
 from llmtune.data.row_store import iterate_groups, iterate_rows, iterate_texts
 from llmtune.display.console import spinner
 from llmtune.errors import RecipeError, read_origin
-from llmtune.evaluate.eval_inputs import EvalContext, write_prompt
+from llmtune.evaluate.eval_inputs import EvalContext
 from llmtune.evaluate.evaluated_task import EvaluatedTask, LearnedClasses
 from llmtune.evaluate.inference import add_bar, inference_on
 from llmtune.evaluate.source_labels import unchecked_sentence

@@ -15,8 +15,9 @@ from typing import ClassVar
 
 import torch
 
+from llmtune.data.row_kind import write_prompt
 from llmtune.errors import DataError, Problem
-from llmtune.evaluate.eval_inputs import EvalContext, EvalInputs, write_prompt
+from llmtune.evaluate.eval_inputs import EvalContext, EvalInputs
 from llmtune.evaluate.inference import predict
 from llmtune.evaluate.metric import Measure, PairedMeasures, measure_right
 from llmtune.evaluate.shared_prefix import choice_trees
