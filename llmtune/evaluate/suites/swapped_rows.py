@@ -226,7 +226,7 @@ class SwapSuite(EvalSuite[SwapAnswers]):
             inputs,
             questions=tuple(questions),
             answered=tuple(range(len(questions))),
-            prompt_ids={i: [task.prompt_ids(question, processor, recipe)] for i, question in enumerate(written)},
+            generation_prompts={i: [task.prompt(question, processor, recipe)] for i, question in enumerate(written)},
             turns={},
             trees=dict(enumerate(trees)),
             metrics=(),
