@@ -18,9 +18,9 @@ from llmtune.data.row_store import gather_rows, iterate_ids, iterate_texts
 from llmtune.display.number_format import duration
 from llmtune.errors import DataError, Problem, RecipeError, read_origin
 from llmtune.evaluate.champion import find_champion_run, open_champion
+from llmtune.evaluate.champion_answers import LoadChampion, measure_champion, name_classes
 from llmtune.evaluate.class_alignment import follow_rows
 from llmtune.evaluate.opened_runs import ScoredRun, name_sources
-from llmtune.evaluate.scoring import LoadChampion, measure_champion, name_classes
 from llmtune.evaluate.source_labels import FEWEST_LABELS, compare_sources, describe_disagreement
 from llmtune.evaluate.token_batches import cut_evenly
 from llmtune.recipe.schema import Recipe

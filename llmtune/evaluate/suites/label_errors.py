@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
+from rich.console import Console
 from transformers.modeling_outputs import BaseModelOutput
 
 from llmtune.data.collators import IGNORED
@@ -32,8 +33,10 @@ from llmtune.data.row_store import iterate_groups, iterate_rows, iterate_texts
 from llmtune.display.console import spinner
 from llmtune.errors import EnvironmentProblem, RecipeError, read_origin
 from llmtune.evaluate.eval_inputs import EvalContext, write_prompt
+from llmtune.evaluate.evaluated_task import EvaluatedTask
 from llmtune.evaluate.inference import add_bar, inference_on
 from llmtune.evaluate.source_labels import unchecked_sentence
+from llmtune.evaluate.suites import Suite
 from llmtune.evaluate.token_batches import over_processes, run_encoder
 from llmtune.model.causal_lm_loss import unwrap
 from llmtune.recipe.schema import Recipe
@@ -89,9 +92,19 @@ class Labelled:
     """[N] split, number of the row, and for a tag the position of its word."""
 
 
-def check_suspects(recipe: Recipe) -> None:
-    """Refuse `evaluate.suspects`, if the recipe has it, as `require_labels` does."""
-    if recipe.evaluate.suspects:
+class LabelErrorSuite(Suite):
+    """Labels that are likely wrong; `save_suspects` looks for them."""
+
+    key = "suspects"
+
+    @classmethod
+    def read(cls, recipe: Recipe) -> None:
+        """Refuse recipes without labels. Raises as `require_labels` does."""
+        require_labels(recipe)
+
+    @classmethod
+    def try_out(cls, recipe: Recipe, task: EvaluatedTask, rows: Rows, console: Console) -> None:
+        """Refuse recipes whose labels turned out to be numbers."""
         require_labels(recipe)
 
 
