@@ -37,8 +37,9 @@ from watch import describe_training, watch
 from llmtune import pipeline
 from llmtune.data.example import Example
 from llmtune.data.examples import ExampleReader
+from llmtune.plan import RunContext
 from llmtune.recipe.loader import load_recipe
-from llmtune.session import RunContext, make_adapted
+from llmtune.run_models import make_adapted
 from llmtune.store.run_request import RunRequest
 from llmtune.train.batch_plan import StepPlan
 from llmtune.train.loop import train

@@ -56,7 +56,7 @@ def main() -> int:
     (asked.out / "recipe.yaml").write_text(RECIPE, encoding="utf-8")
     recipe = load_recipe(asked.out / "recipe.yaml")
     run = asked.out / "run"
-    run_pipeline(recipe, RunRequest(run, "run", offline=True), Console(stderr=True))
+    run_pipeline(recipe, RunRequest(out=run, offline=True), Console(stderr=True))
     for seed, folder in {1: run, **{seed: seed_folder(run, seed) for seed in recipe.recipe.train.seeds}}.items():
         evaluation = load_evaluation(folder / "evaluation")
         assert evaluation is not None, "the run has scored its test rows"

@@ -17,9 +17,10 @@ from clock import Asked, Clock, answer, read_asked
 from rich.console import Console
 
 from llmtune import pipeline
+from llmtune.plan import RunContext
 from llmtune.recipe.loader import load_recipe
 from llmtune.records import Loss
-from llmtune.session import RunContext, make_adapted
+from llmtune.run_models import make_adapted
 from llmtune.store.run_request import RunRequest
 from llmtune.train.loop import train
 

@@ -116,7 +116,8 @@ def describe_training(clock: Clock) -> Row:
 def train_llmtune(loaded: LoadedRecipe, clock: Clock) -> None:
     """Train with llmtune's own pipeline, from its own preparation; the clock starts after the rehearsal."""
     from llmtune import pipeline
-    from llmtune.session import RunContext, make_adapted
+    from llmtune.plan import RunContext
+    from llmtune.run_models import make_adapted
     from llmtune.store.run_request import RunRequest
     from llmtune.train.loop import train
 

@@ -6,27 +6,27 @@
     train      train the adapter, with checkpoints
     evaluate   score base and tuned model on the same held-out rows
 
-Then come the products that the recipe names, further seeds, and the report. A step is skipped if neither its inputs nor
-its outputs changed. Its results are stored as facts in run.json, and the report is written from the run folder.
-`resolve_run` makes the plan, which is immutable. All processes run this file; only rank 0 does the work in `once`.
+`plan_run` prepares the rows, chooses the model and makes the plan, which never changes. The table `STEPS` is the rest:
+a step reads `run.plan`, and is skipped if neither its inputs nor its outputs changed. It stores facts in run.json, and
+the report is written from the run folder. All processes run this file; the table names the steps of rank 0.
 """
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import asdict, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 from rich.console import Console
 from rich.markup import escape
 
 from llmtune import __version__
-from llmtune.adapter.injection import adapter_settings, describe_adapter
+from llmtune.adapter.injection import describe_adapter
 from llmtune.data.data_report import describe_examples
-from llmtune.data.examples import ExampleReader, encode_rows, examples_inputs, row_lengths
+from llmtune.data.examples import ExampleReader, encode_rows, examples_inputs
 from llmtune.data.preparation import has_rows, prepare_rows
 from llmtune.data.row_store import load_rows
 from llmtune.deploy.products import check_products, make_products, reporting
@@ -38,52 +38,59 @@ from llmtune.evaluate.decision import refresh_rules
 from llmtune.evaluate.eval_inputs import warn_of_cuts
 from llmtune.evaluate.evaluation_file import list_failed, load_evaluation
 from llmtune.evaluate.gates import note_gates, require_gates
-from llmtune.evaluate.suites.lm_eval import load_benchmarks
 from llmtune.evaluate.suites.suite_registry import try_inputs
+from llmtune.mining import mine_step, survey_step
 from llmtune.model.catalogue import candidate_names
 from llmtune.model.device import release_memory
-from llmtune.model.memory_plan import check_context, check_memory, plan_training
 from llmtune.model.model_trials import choose_candidate, known_or_ranked
-from llmtune.plan_drafting import check_first, decide_rest, draft_plan, finish_plan
+from llmtune.plan import (
+    Plan,
+    RunContext,
+    begin_training,
+    check_first,
+    evaluation_hash,
+    find_variant,
+    locate_pinned,
+    open_finished,
+    resolve,
+    rows_hash,
+    select_step,
+)
 from llmtune.recipe.loader import LoadedRecipe
 from llmtune.recipe.schema import Recipe
-from llmtune.records import Json, read_model_ref
+from llmtune.records import UNTIL, Json, Until, read_model_ref
 from llmtune.report.report_page import report_json, write_report
 from llmtune.report.run_report import make_report
 from llmtune.report.terminal import print_scored, print_scores, print_seeds, print_verdict
-from llmtune.session import (
-    Plan,
-    RunContext,
-    ask_champion_classes,
-    check_new_labels,
-    evaluation_hash,
-    find_suspects,
-    find_variant,
-    locate_pinned,
-    lock_run,
-    make_adapted,
-    open_finished,
-    rows_hash,
-    score_models,
-)
-from llmtune.store.atomic_files import hash_folder, hash_value, plain, staged
+from llmtune.run_models import ask_champion_classes, check_new_labels, make_adapted, save_label_errors, score_models
+from llmtune.store.atomic_files import hash_folder, plain, staged
 from llmtune.store.processes import once, rank, world_size
 from llmtune.store.report_record import Report
-from llmtune.store.run_folder import Manifest, RunFolder, open_run, recipe_of_run, trained_name
+from llmtune.store.run_folder import Manifest, RunFolder, open_run, trained_name
 from llmtune.store.run_listing import find_start, pin_start
 from llmtune.store.run_lock import hash_keys, own_pins, read_pins
 from llmtune.store.run_origin import is_own, save_recipe
 from llmtune.store.run_request import RunRequest
-from llmtune.store.seed_runs import UNTIL, is_done, kept_findings, seed_folder, share_rows, with_seed
+from llmtune.store.seed_runs import SEEDS_UNTIL, is_done, kept_findings, seed_folder, share_rows, with_seed
 from llmtune.tasks.base import next_steps
-from llmtune.tasks.negatives import mine_step, survey_step
 from llmtune.train.loop import train
 from llmtune.train.metrics_log import log_results
 from llmtune.train.row_losses import list_hardest
 
 
+@dataclass(frozen=True)
+class Step:
+    """A part of a run, which reads `run.plan`."""
+
+    until: Until
+    """The value of `RunRequest.until` that ends the run after the steps that have it."""
+    work: Callable[[RunContext], None]
+    processes: Literal["rank 0", "all"]
+    """Who runs it; the others wait for rank 0."""
+
+
 def run_pipeline(loaded: LoadedRecipe, request: RunRequest, console: Console) -> Json:
-    """Run the steps of a recipe up to `request.until`; return the content of report.json in rank 0.
+    """Run a recipe as far as `request.until`; return the content of report.json in rank 0.
 
     Raises a subclass of LlmtuneError for every error a user can fix; `GateFailed` once the report is written.
     """
@@ -96,15 +103,14 @@ def run_pipeline(loaded: LoadedRecipe, request: RunRequest, console: Console) ->
         if not path.is_dir():
             fix = "Give --out a folder on a disk that all machines share, at the same path."
             raise EnvironmentProblem.of("run folder not found on this machine", str(path), fix)
-        context = RunContext(RunFolder(path, manifest), console, request)
-        for name, step in STEPS.items():
-            step(context, loaded)
-            if name == request.until:
-                break
-        if loaded.recipe.train.seeds and request.until in UNTIL:
-            context.once(lambda: _write_report(context, loaded))  # in case a further seed is stopped
-            run_seeds(context, loaded)
-        return conclude_run(context, loaded)
+        run = RunContext(RunFolder(path, manifest), console, request)
+        run.resolved = plan_run(run, loaded)
+        run_steps(run, UNTIL[: UNTIL.index(request.until) + 1])
+        recipe = run.resolved.recipe if run.resolved else loaded.recipe
+        if loaded.recipe.train.seeds and request.until in SEEDS_UNTIL:
+            run.once(lambda: _write_report(run, recipe))  # in case a further seed is stopped
+            run_seeds(run, loaded)
+        return conclude_run(run, recipe)
 
 
 def _begin(stack: ExitStack, path: Path, loaded: LoadedRecipe, request: RunRequest, console: Console) -> Manifest:
@@ -115,286 +121,273 @@ def _begin(stack: ExitStack, path: Path, loaded: LoadedRecipe, request: RunReque
     return folder.manifest
 
 
-def run_prepare(context: RunContext, loaded: LoadedRecipe) -> None:
-    """Step 1: read, check, deduplicate and split the rows; encode them if the recipe names the model."""
-    context.once(lambda: _prepare_rows(context, loaded))
-    if loaded.recipe.model.name:
-        resolve_run(context, loaded, loaded.recipe.model.name)
+def run_steps(run: RunContext, until: Sequence[Until]) -> None:
+    """Run the steps of the table that have one of these values of `until`, in all processes."""
+    for step in STEPS:
+        if step.until in until and step.processes == "rank 0":
+            run.once(partial(step.work, run))
+        elif step.until in until:
+            step.work(run)
 
 
-def _prepare_rows(context: RunContext, loaded: LoadedRecipe) -> None:
-    inputs, target = rows_hash(context, loaded.recipe), context.folder.path / "data" / "rows"
-    with context.step("prepare", inputs, ["data/rows"]) as step:
+# The plan: rows, then the model, then everything that the recipe left open
+
+
+def plan_run(run: RunContext, loaded: LoadedRecipe) -> Plan | None:
+    """Prepare the rows, choose the model, mine negatives, and resolve the recipe; in all processes.
+
+    Returns None if the run ends with the rows, and no model is chosen for them yet.
+    """
+    run.once(lambda: prepare_step(run, loaded.recipe))
+    if loaded.recipe.model.name is None and run.request.until == "prepare":
+        return None
+    name = loaded.recipe.model.name or best_candidate(run, loaded)
+    model_ref = read_model_ref(run.once(lambda: plain(locate_pinned(run, loaded.recipe.model, name))))
+    run.once(lambda: mine_step(run, loaded.recipe, model_ref))
+    return resolve(loaded, run, model_ref, partial(encode_step, run))
+
+
+def prepare_step(run: RunContext, recipe: Recipe) -> None:
+    """Read, check, deduplicate and split the rows, in rank 0."""
+    inputs, target = rows_hash(run, recipe), run.folder.path / "data" / "rows"
+    with run.step("prepare", inputs, ["data/rows"]) as step:
         if not step.skipped:
             with staged(target) as folder:
-                made = prepare_rows(loaded.recipe, folder, context.console, inputs)
+                made = prepare_rows(recipe, folder, run.console, inputs)
                 if not has_rows(target, made.content_hash):
-                    context.folder.refuse_released()
+                    run.folder.refuse_released()
             step.facts.update(made.as_facts())
 
 
-def resolve_run(context: RunContext, loaded: LoadedRecipe, name: str) -> None:
-    """Find the model, resolve the recipe's open settings, encode the rows, and set `context.resolved`."""
-    model_ref = read_model_ref(context.once(lambda: plain(locate_pinned(context, loaded.recipe.model, name))))
-    about = loaded.recipe, model_ref, context.device, context.console, context.request.offline
-    context.once(lambda: mine_step(context.step, context.folder.path / "data", *about))
-    rows = context.rows
-    draft, stated = draft_plan(context, loaded, model_ref, rows)
-    context.once(lambda: save_recipe(context.folder.path, stated.to_yaml()))
-    if context.request.until == "run":
-        check_products(draft)  # before training, not after it
-    context.once(lambda: _encode_rows(context, draft))
-    context.resolved = draft
-    if context.request.until != "prepare":  # otherwise no later step needs the rest
-        decided = context.once(lambda: decide_rest(context, draft, rows, context.examples))
-        context.resolved = finish_plan(draft, decided)
-
-
-def _encode_rows(context: RunContext, draft: Plan) -> None:
-    rows, processor, recipe, task = context.rows, draft.processor, draft.recipe, draft.task
-    inputs = examples_inputs(recipe, rows, draft.model_ref, processor)
-    with context.step("encode", inputs, ["data/examples"]) as step:
-        if not step.skipped:
-            with staged(context.folder.path / "data" / "examples") as folder:
-                made = encode_rows(rows, task, processor, recipe, folder, context.console)
-                described = describe_examples(rows, made, processor, context.console, task, recipe)
-            step.facts.update(described)
-    warn_of_cuts(rows, context.examples, task, processor, recipe, context.console)
-
-
-def run_select(context: RunContext, loaded: LoadedRecipe) -> None:
-    """Step 2: choose the model if the recipe names none; check its context length and the device's memory.
-
-    Raises:
-        DataError: a row is longer than the model's context.
-        EnvironmentProblem: the model cannot be trained in this memory.
-    """
-    if context.resolved is None:
-        resolve_run(context, loaded, best_candidate(context, loaded))
-    context.once(lambda: _plan_memory(context))
-    plan, found = context.plan, (context.rows, context.folder.facts("mine"))
-    context.once(lambda: survey_step(context.step, *found, plan.recipe, plan.model_ref, plan.device, context.console))
-
-
-def _plan_memory(context: RunContext) -> None:
-    plan, examples = context.plan, context.examples
-    recipe, model_ref, longest = plan.recipe, plan.model_ref, max(examples.longest.values())
-    check_context(model_ref, recipe, plan.task, max(examples.reach.values()))
-    memory = plan_training(model_ref, recipe, plan.task, longest, plan.device, row_lengths(examples), plan.layout)
-    settings = [recipe.model.model_dump(mode="json"), adapter_settings(recipe), recipe.train.optim, asdict(memory)]
-    with context.step("select", hash_value([__version__, model_ref.content_hash, settings])) as step:
-        if not step.skipped:
-            check_memory(memory, recipe, context.console)
-            step.facts.update(
-                name=model_ref.name,
-                revision=model_ref.revision,
-                sha256=model_ref.content_hash,
-                ranking=context.folder.findings.get("ranking", {}).get("ranking"),
-                plan={**asdict(memory), "total": memory.total},
-                gradient_checkpointing=recipe.train.gradient_checkpointing,
-            )
-
-
-def best_candidate(context: RunContext, loaded: LoadedRecipe) -> str:
+def best_candidate(run: RunContext, loaded: LoadedRecipe) -> str:
     """Return the name of the best candidate, from the lock or an earlier ranking, else by ranking and trials."""
-    recipe, request, console = loaded.recipe, context.request, context.console
+    recipe, request, console = loaded.recipe, run.request, run.console
     if request.pins is not None and request.pins.model in candidate_names(recipe):
         return request.pins.model
 
     def run_trial(trial: LoadedRecipe, out: Path) -> None:
-        context.once(lambda: share_rows(context.folder, out, trial.fingerprint))
-        run_pipeline(trial, RunRequest(out, "train", offline=request.offline), console)
+        run.once(lambda: share_rows(run.folder, out, trial.fingerprint))
+        run_pipeline(trial, RunRequest(out=out, until="train", offline=request.offline), console)
 
-    prepared = load_rows(context.folder.path / "data" / "rows")
-    about = recipe, partial(find_variant, recipe), prepared, console, context.folder, context.device
-    known = context.once(lambda: known_or_ranked(*about, request.offline))
-    return known["chosen"] or choose_candidate(loaded, known, context.folder, console, run_trial, context.once)
-
-
-def run_adapt(context: RunContext, loaded: LoadedRecipe) -> None:
-    """Step 3 alone, for `llmtune adapt`. A longer run adapts in `run_train`, from the same seed."""
-
-    def adapt_alone() -> None:
-        with context.step("adapt", context.plan.inputs["adapt"]) as step:
-            if not step.skipped:
-                step.facts.update(describe_adapter(make_adapted(context)))
-
-    if context.request.until == "adapt":
-        context.once(adapt_alone)
+    rows, choose = load_rows(run.folder.path / "data" / "rows"), partial(find_variant, recipe)
+    ranked = run.once(lambda: known_or_ranked(recipe, choose, rows, console, run.folder, run.device, request.offline))
+    return ranked["chosen"] or choose_candidate(loaded, ranked, run.folder, console, run_trial, run.once)
 
 
-def run_train(context: RunContext, loaded: LoadedRecipe) -> None:
-    """Steps 3 and 4 in all processes: adapt and train; resume from the last checkpoint if the inputs are the same."""
-    if context.request.until != "train" and not context.folder.is_done("train"):  # before hours of training
-        context.once(lambda: _check_evaluation(context, recipe_of_run(context.folder).recipe))
-        check_new_labels(context)
-    if context.once(lambda: _begin_training(context)):
-        adapt_and_train(context)
-    context.once(lambda: lock_trained(context.folder, trained_name(context.plan.recipe)))
+def encode_step(run: RunContext, plan: Plan) -> None:
+    """Encode, mask and pack the rows for the model, in rank 0."""
+    if run.request.until == "run":
+        check_products(plan)  # before training, not after it
+    run.once(lambda: _encode_rows(run, plan))
 
 
-def _check_evaluation(context: RunContext, recipe: Recipe) -> None:
-    ask = partial(ask_champion_classes, context)
-    check_champion(recipe, context.folder, context.rows, context.examples, context.console, ask)
-    load_benchmarks(recipe, context.console)
-    try_inputs(context.plan.recipe, context.plan.task, context.rows, context.console)
+def _encode_rows(run: RunContext, plan: Plan) -> None:
+    rows, processor, recipe, task = run.rows, plan.processor, plan.recipe, plan.task
+    inputs = examples_inputs(recipe, rows, plan.model_ref, processor)
+    with run.step("encode", inputs, ["data/examples"]) as step:
+        if not step.skipped:
+            with staged(run.folder.path / "data" / "examples") as folder:
+                made = encode_rows(rows, task, processor, recipe, folder, run.console)
+                described = describe_examples(rows, made, processor, run.console, task, recipe)
+            step.facts.update(described)
+    warn_of_cuts(rows, run.examples, task, processor, recipe, run.console)
 
 
-def _begin_training(context: RunContext) -> bool:
-    """Discard the results of an earlier training and write the lock; return False if this training is already done."""
-    folder, inputs = context.folder, context.plan.inputs["train"]
-    if folder.is_valid("train", inputs):
-        context.begin("adapt", skipped=True)
-        context.begin("train", skipped=True)
-        return False
-    folder.begin_training()
-    if (trained := folder.manifest["steps"].get("train")) is None or trained["inputs"] != inputs:
-        tokens = folder.facts("select")["plan"]["tokens"]
-        folder.findings["micro_batch_tokens"] = context.request.findings.get("micro_batch_tokens", tokens)
-        shutil.rmtree(folder.path / "explain", ignore_errors=True)  # from an earlier training too
-    folder.findings["start_from"] = adapter_settings(context.plan.recipe)[-1]
-    folder.write()
-    lock_run(context)
-    return True
+# The steps of the table
 
 
-def adapt_and_train(context: RunContext) -> None:
+def adapt_step(run: RunContext) -> None:
+    """Add the adapter, for `llmtune adapt`. A longer run adapts in `train_step`, from the same seed."""
+    if run.request.until != "adapt":
+        return
+    with run.step("adapt", run.plan.inputs["adapt"]) as step:
+        if not step.skipped:
+            step.facts.update(describe_adapter(make_adapted(run)))
+
+
+def check_step(run: RunContext) -> None:
+    """Check before hours of training that the run can be evaluated, and its new labels against the champion's."""
+    if run.request.until != "train" and not run.folder.is_done("train"):
+        run.once(lambda: _check_evaluation(run))
+        check_new_labels(run)
+
+
+def _check_evaluation(run: RunContext) -> None:
+    ask = partial(ask_champion_classes, run)
+    check_champion(run.plan.stated, run.folder, run.rows, run.examples, run.console, ask)
+    try_inputs(run.plan.recipe, run.plan.task, run.rows, run.console)
+
+
+def train_step(run: RunContext) -> None:
+    """Adapt and train; resume from the last checkpoint if the inputs are the same."""
+    if run.once(lambda: begin_training(run)):
+        adapt_and_train(run)
+
+
+def adapt_and_train(run: RunContext) -> None:
     """Add the adapter and train it, as two steps, in all processes."""
-    plan, folder = context.plan, context.folder
-    with context.step("adapt", plan.inputs["adapt"], always=True) as step:
-        adapted = make_adapted(context)
+    plan, folder = run.plan, run.folder
+    with run.step("adapt", plan.inputs["adapt"], always=True) as step:
+        adapted = make_adapted(run)
         step.facts.update(describe_adapter(adapted))
-    with context.step("train", plan.inputs["train"], [trained_name(plan.recipe)], always=True) as step:
+    with run.step("train", plan.inputs["train"], [trained_name(plan.recipe)], always=True) as step:
         trained = train(
             adapted,
-            context.examples,
+            run.examples,
             plan.task,
             plan.recipe,
             folder.path,
-            context.console,
+            run.console,
             budget=folder.findings["micro_batch_tokens"],
-            on_budget=folder.note_budget if rank() == 0 or context.shards else lambda tokens: None,
+            on_budget=folder.note_budget if rank() == 0 or run.shards else lambda tokens: None,
             inputs=plan.inputs["train"],
-            sharded=context.shards,
+            sharded=run.shards,
         )
-        hardest = context.once(lambda: list_hardest(folder.path, context.rows, context.examples, plan.task))
+        hardest = run.once(lambda: list_hardest(folder.path, run.rows, run.examples, plan.task))
         step.facts.update(trained.as_facts(), hardest_rows=hardest)
-        step.facts.update(processes=world_size(), strategy="fsdp" if context.shards else "ddp")
+        step.facts.update(processes=world_size(), strategy="fsdp" if run.shards else "ddp")
     del adapted
     release_memory()  # evaluation loads its own model
 
 
-def run_evaluate(context: RunContext, loaded: LoadedRecipe) -> None:
-    """Step 5 in all processes: score base and tuned model on the same held-out rows."""
-    target = context.folder.path / "evaluation"
-    inputs = context.once(lambda: evaluation_hash(context))
-    context.once(lambda: note_look(context.folder, context.console))
-    known = target if context.folder.is_whole("evaluate") else None  # earlier answers of the base
-    unchanged = context.once(lambda: context.folder.is_valid("evaluate", inputs) and not list_failed(target))
-    with context.step("evaluate", inputs, ["evaluation"], always=not unchanged) as step:
+def lock_step(run: RunContext) -> None:
+    """Write the hashes of the trained files to the lock."""
+    lock_trained(run.folder, trained_name(run.plan.recipe))
+
+
+def evaluate_step(run: RunContext) -> None:
+    """Score base and tuned model on the same held-out rows."""
+    target = run.folder.path / "evaluation"
+    earlier = target if run.folder.is_whole("evaluate") else None  # with answers of the base
+    begun = run.once(lambda: _begin_evaluation(run))
+    with run.step("evaluate", begun["inputs"], ["evaluation"], always=not begun["unchanged"]) as step:
         if step.skipped:
             if evaluation := load_evaluation(target):
-                print_scores(evaluation, context.console, loaded.recipe.task)
+                print_scores(evaluation, run.console, run.plan.recipe.task)
             return
-        context.once(lambda: context.folder.note(gates=None))
         with staged(target) if rank() == 0 else nullcontext() as folder:
-            scored = score_models(context, folder, context.request.base or known)
-            print_scored(scored, context.plan.recipe, context.console)
-            find_suspects(context, folder)
-        judged = hash_keys(context.folder.path / "recipe.yaml", judging=True)
-        step.facts.update(trained=context.once(lambda: hash_folder(context.trained_folder)), recipe=judged)
-    context.once(lambda: note_own_metrics(context.folder, context.plan.recipe))
-    context.once(lambda: refresh_rules(context.folder, context.trained_folder, context.console))
+            print_scored(score_models(run, folder, run.request.base or earlier), run.plan.recipe, run.console)
+            save_label_errors(run, folder)
+        judged = hash_keys(run.folder.path / "recipe.yaml", judging=True)
+        step.facts.update(trained=run.once(lambda: hash_folder(run.trained_folder)), recipe=judged)
 
 
-def run_deploy(context: RunContext, loaded: LoadedRecipe) -> None:
+def _begin_evaluation(run: RunContext) -> Json:
+    """Count the look at the scores; return the hash of their inputs, and whether scores of these inputs are there."""
+    inputs = evaluation_hash(run)
+    note_look(run.plan.stated, run.folder, run.console)
+    unchanged = run.folder.is_valid("evaluate", inputs) and not list_failed(run.folder.path / "evaluation")
+    if not unchanged:
+        run.folder.note(gates=None)
+    return {"inputs": inputs, "unchanged": unchanged}
+
+
+def rules_step(run: RunContext) -> None:
+    """Note what new scores depend on, and copy the rules of decision that they gave to the model."""
+    if "evaluate" in run.folder.ran:
+        note_own_metrics(run.folder, run.plan.recipe)
+        refresh_rules(run.folder, run.trained_folder, run.console)
+
+
+def deploy_step(run: RunContext) -> None:
     """Make the products that the recipe names, each verified against the trained model."""
-    if context.plan.recipe.exports:
-        begun, stopped = (partial(_write_report, context, loaded, stopped=one) for one in (False, True))
-        context.once(lambda: reporting(stopped, lambda: release_kept(partial(make_products, on_begin=begun), context)))
+    if run.plan.recipe.exports:
+        begun, stopped = (partial(_write_report, run, run.plan.recipe, stopped=one) for one in (False, True))
+        reporting(stopped, lambda: release_kept(partial(make_products, on_begin=begun), run))
 
 
-STEPS: dict[str, Callable[[RunContext, LoadedRecipe], None]] = {
-    "prepare": run_prepare,
-    "select": run_select,
-    "adapt": run_adapt,
-    "train": run_train,
-    "evaluate": run_evaluate,
-    "run": run_deploy,
-}
-"""The steps of a run, by the value of `until` that ends the run after the step."""
+STEPS = (
+    Step("select", select_step, "rank 0"),
+    Step("select", survey_step, "rank 0"),
+    Step("adapt", adapt_step, "rank 0"),
+    Step("train", check_step, "all"),
+    Step("train", train_step, "all"),
+    Step("train", lock_step, "rank 0"),
+    Step("evaluate", evaluate_step, "all"),
+    Step("evaluate", rules_step, "rank 0"),
+    Step("run", deploy_step, "rank 0"),
+)
+"""The steps of a run once its plan is made."""
 
 
-def run_seeds(context: RunContext, loaded: LoadedRecipe) -> None:
+# Further seeds, and a finished run
+
+
+def run_seeds(run: RunContext, loaded: LoadedRecipe) -> None:
     """Run the recipe once for each further seed: as far as the run, but without gates and products.
 
     A valid seed run is skipped, and an interrupted one resumes. Rows, model and micro-batches are those of the run.
     """
-    path, until, offline = context.folder.path, UNTIL[context.request.until], context.request.offline
-    same = RunRequest(None, until, offline=offline, pins=own_pins(path), findings=kept_findings(context.folder))
+    path, until, offline = run.folder.path, SEEDS_UNTIL[run.request.until], run.request.offline
+    same = RunRequest(until=until, offline=offline, pins=own_pins(path), findings=kept_findings(run.folder))
     for seed in loaded.recipe.train.seeds:
         further, out = with_seed(loaded, seed), seed_folder(path, seed)
-        context.console.rule(f"seed {seed}", align="left")
-        context.once(partial(share_rows, context.folder, out, further.fingerprint))
-        run_pipeline(further, replace(same, out=out, base=path / "evaluation"), context.console)
+        run.console.rule(f"seed {seed}", align="left")
+        run.once(partial(share_rows, run.folder, out, further.fingerprint))
+        run_pipeline(further, replace(same, out=out, base=path / "evaluation"), run.console)
 
 
-def evaluate_run(loaded: LoadedRecipe, run: Path, console: Console, *, offline: bool, base: Path | None = None) -> Json:
+def evaluate_run(
+    loaded: LoadedRecipe, path: Path, console: Console, *, offline: bool, base: Path | None = None
+) -> Json:
     """Score a finished run again, with the settings of `loaded`; nothing is read, encoded or trained again.
 
     `base` is as in `RunRequest`. Trained runs of further seeds are scored again too.
     """
     with ExitStack() as stack:
-        folder = RunFolder(run, once(lambda: stack.enter_context(open_run(run, loaded.fingerprint)).manifest))
-        request = RunRequest(run, "evaluate", offline=offline, base=base)
-        context = replace(open_finished(run, console, offline, loaded.recipe), folder=folder, request=request)
-        plan, rows, examples = context.plan, context.rows, context.examples
+        folder = RunFolder(path, once(lambda: stack.enter_context(open_run(path, loaded.fingerprint)).manifest))
+        request = RunRequest(out=path, until="evaluate", offline=offline, base=base)
+        run = replace(open_finished(path, console, offline, loaded.recipe), folder=folder, request=request)
+        plan, rows, examples = run.plan, run.rows, run.examples
         if examples.counts.get("test"):
             ExampleReader(examples, "test")  # raises before the folder changes
-        context.once(lambda: _check_evaluation(context, loaded.recipe))
-        context.once(lambda: save_recipe(run, loaded.to_yaml(), own=is_own(run)))
-        console.print(f"Saved these settings with the run: {escape(str(run / 'recipe.yaml'))}")
+        run.once(lambda: _check_evaluation(run))
+        run.once(lambda: save_recipe(path, loaded.to_yaml(), own=is_own(path)))
+        console.print(f"Saved these settings with the run: {escape(str(path / 'recipe.yaml'))}")
         for step in ("prepare", "encode", "select", "adapt", "train"):
-            context.begin(step, skipped=True)
-        inputs = {"evaluate": evaluation_inputs(plan.recipe, plan.model_ref, rows, examples, run)}
-        context.resolved = replace(plan, inputs=inputs)
-        run_evaluate(context, loaded)
+            run.begin(step, skipped=True)
+        inputs = {"evaluate": evaluation_inputs(plan.recipe, plan.model_ref, rows, examples, path)}
+        run.resolved = replace(plan, inputs=inputs)
+        run_steps(run, ["evaluate"])
         for seed in loaded.recipe.train.seeds:
-            if is_done(further := seed_folder(run, seed), "train"):
-                evaluate_run(with_seed(loaded, seed), further, console, offline=offline, base=run / "evaluation")
-        return conclude_run(context, loaded)
+            if is_done(further := seed_folder(path, seed), "train"):
+                evaluate_run(with_seed(loaded, seed), further, console, offline=offline, base=path / "evaluation")
+        return conclude_run(run, plan.recipe)
 
 
-def _write_report(context: RunContext, loaded: LoadedRecipe, *, stopped: bool = False) -> Report:
-    report = make_report(context.folder, (context.resolved or loaded).recipe, context.device)
-    context.folder.note_reports(write_report(report, context.folder.path))
+# The report
+
+
+def _write_report(run: RunContext, recipe: Recipe, *, stopped: bool = False) -> Report:
+    report = make_report(run.folder, recipe, run.device)
+    run.folder.note_reports(write_report(report, run.folder.path))
     if stopped:  # products are missing, so gates that passed do not decide
-        print_verdict(report.verdict, report.gates, context.console)
+        print_verdict(report.verdict, report.gates, run.console)
     if stopped and not all(gate.passed for gate in report.gates):
-        note_gates(context.folder, context.plan.recipe, report.gates)
+        note_gates(run.folder, recipe, report.gates)
     return report
 
 
-def conclude_run(context: RunContext, loaded: LoadedRecipe) -> Json:
+def conclude_run(run: RunContext, recipe: Recipe) -> Json:
     """Write the report, print the verdict, log it to trackers; raise GateFailed or return the report, in rank 0."""
     report: Json = {}
-    context.once(lambda: report.update(_conclude(context, loaded)))
+    run.once(lambda: report.update(_conclude(run, recipe)))
     return report
 
 
-def _conclude(context: RunContext, loaded: LoadedRecipe) -> Json:
-    path, console, request = context.folder.path, context.console, context.request
-    report = _write_report(context, loaded)
+def _conclude(run: RunContext, recipe: Recipe) -> Json:
+    path, console, request = run.folder.path, run.console, run.request
+    report = _write_report(run, recipe)
     print_seeds(report.seeds, console)
-    if request.until in UNTIL:
-        note_gates(context.folder, context.plan.recipe, report.gates)
+    if request.until in SEEDS_UNTIL:
+        note_gates(run.folder, recipe, report.gates)
     if request.until in {"run", "evaluate"}:
-        if "evaluate" in context.folder.ran:
-            log_results(report, context.plan.recipe.train.report_to, path, context.device, offline=request.offline)
+        if "evaluate" in run.folder.ran:
+            log_results(report, recipe.train.report_to, path, run.device, offline=request.offline)
         print_verdict(report.verdict, report.gates, console)
-        context.folder.note(next_steps=next_steps(path, context.plan.task, context.rows))
-        console.print(context.folder.findings["next_steps"], highlight=False, markup=False, soft_wrap=True)
-        conclude_release(context, report.gates)
-        report = _write_report(context, loaded) if report.release != context.folder.findings.get("release") else report
+        run.folder.note(next_steps=next_steps(path, run.plan.task, run.rows))
+        console.print(run.folder.findings["next_steps"], highlight=False, markup=False, soft_wrap=True)
+        conclude_release(run, report.gates)
+        report = _write_report(run, recipe) if report.release != run.folder.findings.get("release") else report
         require_gates(report.gates, report_json(report), list_failed(path / "evaluation"))
     return report_json(report)

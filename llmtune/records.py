@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 if TYPE_CHECKING:
     import torch
@@ -19,6 +19,9 @@ Json = dict[str, Any]
 """A JSON object as stored in a file."""
 Row = dict[str, Any]
 """A row in canonical form, with the keys of its task's TypedDict (`llmtune.tasks`)."""
+Until = Literal["prepare", "select", "adapt", "train", "evaluate", "run"]
+"""The last step to run; `run` means all steps and deployment."""
+UNTIL: tuple[Until, ...] = get_args(Until)
 
 SPLITS = ("train", "validation", "test")
 

@@ -19,7 +19,7 @@ from support.families import build_bert
 from support.runs import invoke, write_recipe, write_sums
 
 from llmtune.errors import GateFailed
-from llmtune.session import RunContext
+from llmtune.plan import RunContext
 from llmtune.store.atomic_files import hash_folder
 from llmtune.store.release_store import list_stored, read_current, read_history, resolve_release
 from llmtune.store.run_folder import read_run

@@ -14,8 +14,8 @@ from support.runs import llmtune, write_recipe, write_sums
 from llmtune.errors import GateFailed, Problem, Stopped
 from llmtune.launch.dry_run import dry_run
 from llmtune.pipeline import adapt_and_train, evaluate_run, run_pipeline
+from llmtune.plan import RunContext
 from llmtune.recipe.loader import load_recipe
-from llmtune.session import RunContext
 from llmtune.store.run_folder import read_run, recipe_of_run
 from llmtune.store.run_request import RunRequest
 from llmtune.store.verification import verify_run
@@ -149,7 +149,7 @@ def test_gates_are_judged_once_after_all_seeds(place: Path, finished: tuple[Path
 def test_steps_before_training_have_no_seeds_and_fresh_restarts_all_seeds(place: Path) -> None:
     brief = "train.max_steps=1"
     console = Console(file=io.StringIO(), width=200)
-    dry_run(load_recipe(place / "tiny.yaml", [SEEDS, brief]), RunRequest(place / "steps"), console)
+    dry_run(load_recipe(place / "tiny.yaml", [SEEDS, brief]), RunRequest(out=place / "steps"), console)
     assert f"seed 9 would follow in {place / 'steps/seeds/9'}" in console.file.getvalue()
     run(place, "steps", SEEDS, brief, until="select")
     assert not (place / "steps" / "seeds").exists()

@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from llmtune.cli.options import AsJson, Fresh, Offline, RecipeArgument, Resume, Sets, Threads
+from llmtune.cli.options import AsJson, Fresh, Offline, RecipeArgument, Resume, Sets, Threads, refuse_both
 from llmtune.cli.output_streams import handled, print_json, stderr_console
-from llmtune.cli.run import refuse_both
 from llmtune.errors import Problem, RecipeError
 from llmtune.launch.python_api import make_console, names_remote
 from llmtune.records import Json

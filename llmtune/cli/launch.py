@@ -9,26 +9,12 @@ from typing import Annotated
 
 import typer
 
-from llmtune.cli.options import (
-    AsJson,
-    DryRun,
-    Fresh,
-    LockFile,
-    ModelName,
-    Offline,
-    Quiet,
-    RecipeArgument,
-    Resume,
-    RunFolderOption,
-    Sets,
-    Threads,
-)
+from llmtune.cli.options import RecipeArgument, RunOptions, takes_options
 from llmtune.cli.output_streams import handled, print_json, print_text, stderr_console
-from llmtune.cli.run import refuse_both, show_plan, with_model
+from llmtune.cli.run import show_plan
 from llmtune.cli.run_result import result_of
 from llmtune.errors import Problem, Stopped
 from llmtune.launch.python_api import locate_run, run_recipe
-from llmtune.store.run_request import RunRequest
 
 app = typer.Typer(help="Run a recipe on several processes.", no_args_is_help=True)
 Processes = Annotated[
@@ -55,8 +41,10 @@ TimeLimit = Annotated[
 
 @app.command()
 @handled
+@takes_options("device")
 def local(
     recipe: RecipeArgument,
+    *,
     processes: Processes = 1,
     strategy: Strategy = "ddp",
     machines: Annotated[
@@ -72,63 +60,46 @@ def local(
     ] = None,
     max_restarts: MaxRestarts = 0,
     offload_params: OffloadParams = False,
-    out: RunFolderOption = None,
-    sets: Sets = None,
-    model: ModelName = None,
-    resume: Resume = False,
-    fresh: Fresh = False,
-    lock: LockFile = None,
-    threads: Threads = None,
-    dry_run: DryRun = False,
-    offline: Offline = False,
-    quiet: Quiet = False,
-    as_json: AsJson = False,
+    options: RunOptions,
 ) -> None:
     """Run all steps on this machine or several, with N processes that train and evaluate together."""
     from llmtune.launch.topology import Topology
 
-    request = RunRequest(out, "run", resume, fresh, lock, threads, offline, dry_run)
-    ending = result_of("launch local", recipe, out)
-    refuse_both(resume, fresh)
-    sets, console = with_model(sets, model), stderr_console(quiet=quiet)
+    ending = result_of("launch local", recipe, options.out)
+    request, console = options.request("run"), stderr_console(quiet=options.quiet)
     topology = Topology(processes, strategy, machines, rank, address, max_restarts, offload_params)
-    if dry_run:
-        result = run_recipe(recipe, sets, replace(request, layout=topology.layout), console, ending.begin)
-        show_plan(result, ending, as_json=as_json, dry_run=True)
+    if options.dry_run:
+        result = run_recipe(recipe, options.values, replace(request, layout=topology.layout), console, ending.begin)
+        show_plan(result, ending, as_json=options.as_json, dry_run=True)
         return
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # before importing torch, whose sockets warn of each attempt
     from llmtune.launch.local_processes import launch_run
     from llmtune.recipe.loader import load_recipe
 
-    if as_json:
-        loaded = load_recipe(recipe, sets)
+    if options.as_json:
+        loaded = load_recipe(recipe, options.values)
         request = locate_run(loaded, request, console)
         ending.begin(loaded, request.folder)
-    words = [word for word, given in (("--quiet", quiet), ("--json", as_json)) if given]
-    launch_run(recipe, sets, request, topology, console, words)
+    words = [word for word, given in (("--quiet", options.quiet), ("--json", options.as_json)) if given]
+    launch_run(recipe, options.values, request, topology, console, words)
 
 
 @app.command()
 @handled
+@takes_options("resume", "fresh", "dry_run", "device")
 def slurm(
     recipe: RecipeArgument,
+    *,
     processes: Processes = 1,
     strategy: Strategy = "ddp",
     machines: Annotated[int, typer.Option("--machines", min=1, help="Machines, with --processes on each.")] = 1,
     max_restarts: MaxRestarts = 0,
     offload_params: OffloadParams = False,
-    out: RunFolderOption = None,
-    sets: Sets = None,
-    model: ModelName = None,
-    lock: LockFile = None,
-    threads: Threads = None,
-    offline: Offline = False,
+    options: RunOptions,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the job script, and stop.")] = False,
     follow: Annotated[
         bool, typer.Option("--follow", help="Show the log until the job ends, and exit with its code.")
     ] = False,
-    quiet: Quiet = False,
-    as_json: AsJson = False,
     partition: Annotated[str | None, typer.Option("--partition", help="Partition.")] = None,
     account: Annotated[str | None, typer.Option("--account", help="Account that pays.")] = None,
     qos: Annotated[str | None, typer.Option("--qos", help="Quality of service.")] = None,
@@ -152,22 +123,21 @@ def slurm(
     from llmtune.launch import slurm as cluster
     from llmtune.launch.topology import Topology
 
-    console = stderr_console(quiet=quiet)
+    console = stderr_console(quiet=options.quiet)
     address = "HOST:1" if machines > 1 else None  # the job sets the real one
     topology = Topology(processes, strategy, machines, 0, address, max_restarts, offload_params)
-    request = RunRequest(out, lock=lock, threads=threads, offline=offline)
-    job = cluster.plan_job(recipe, with_model(sets, model), request, topology)
-    options = {"partition": partition, "account": account, "qos": qos, "time": time, "gres": gres, "mem": mem}
-    options |= {"gpus-per-node": gpus_per_node, "cpus-per-task": cpus_per_task, "constraint": constraint}
-    stated = {name: value for name, value in options.items() if value}
+    job = cluster.plan_job(recipe, options.values, options.request("run"), topology)
+    settings = {"partition": partition, "account": account, "qos": qos, "time": time, "gres": gres, "mem": mem}
+    settings |= {"gpus-per-node": gpus_per_node, "cpus-per-task": cpus_per_task, "constraint": constraint}
+    stated = {name: value for name, value in settings.items() if value}
     script = cluster.slurm_script(job, stated, sbatch or [], requeue=requeue)
     if dry_run:
-        print_json({"sent": script, "folder": str(job.folder)}) if as_json else print_text(script)
+        print_json({"sent": script, "folder": str(job.folder)}) if options.as_json else print_text(script)
         return
     sent = cluster.submit(job, script, console)
     if follow:
         _follow(sent["job"], lambda: cluster.follow_job(job, sent, console))
-    if as_json:
+    if options.as_json:
         print_json(sent)
 
 

@@ -37,7 +37,8 @@ def rows_command(
     with gc_paused():
         from llmtune.evaluate.eval_inputs import EvalContext
         from llmtune.evaluate.suites.label_errors import find_suspects, require_labels, write_suspects
-        from llmtune.session import Models, open_finished
+        from llmtune.plan import open_finished
+        from llmtune.run_models import Models
 
     context = open_finished(run, stderr_console(), offline)
     plan = context.plan

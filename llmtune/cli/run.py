@@ -2,34 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from llmtune.cli.options import (
-    AsJson,
-    Device,
-    DryRun,
-    Fresh,
-    LockFile,
-    ModelName,
-    Offline,
-    Quiet,
-    RecipeArgument,
-    Resume,
-    RunFolderOption,
-    Sets,
-    Threads,
-)
+from llmtune.cli.options import RecipeArgument, RunOptions, takes_options
 from llmtune.cli.output_streams import handled_by_all, print_json, stderr_console
 from llmtune.cli.run_result import RunResult, result_of
 from llmtune.errors import RecipeError
 from llmtune.launch.python_api import evaluate_folder, run_recipe, write_test_file
-from llmtune.records import Json
+from llmtune.records import Json, Until
 from llmtune.store.processes import once
 from llmtune.store.run_request import RunRequest
 
@@ -43,20 +29,14 @@ def _print_schema(wanted: bool) -> None:
 
 
 @handled_by_all
+@takes_options()
 def run_command(
     recipe: RecipeArgument,
-    out: RunFolderOption = None,
-    sets: Sets = None,
-    model: ModelName = None,
-    resume: Resume = False,
-    fresh: Fresh = False,
-    lock: LockFile = None,
-    threads: Threads = None,
-    dry_run: DryRun = False,
-    device: Device = None,
-    offline: Offline = False,
-    quiet: Quiet = False,
-    as_json: AsJson = False,
+    *,
+    until: Annotated[
+        Until, typer.Option("--until", metavar="STEP", help="Stop after prepare, select, adapt, train or evaluate.")
+    ] = "run",
+    options: RunOptions,
     schema: Annotated[
         bool,
         typer.Option(
@@ -65,15 +45,41 @@ def run_command(
     ] = False,
 ) -> None:
     """Run all five steps: prepare, select, adapt, train, evaluate (and deploy)."""
-    if device is not None and not dry_run:
+    if options.device is not None and not options.dry_run and until != "select":
         raise RecipeError.of("--device only plans for another card", fix="Add --dry-run.")
-    request = RunRequest(out, "run", resume, fresh, lock, threads, offline, dry_run, device)
-    _run(recipe, with_model(sets, model), request, quiet=quiet, as_json=as_json)
+    run_until(until, recipe, options, result_of("run", recipe, options.out))
+
+
+def run_until(until: Until, recipe: str, options: RunOptions, ending: RunResult) -> None:
+    """Run a recipe up to a step. `evaluate` also accepts a finished run, and `select` plans for another card."""
+    if until == "evaluate" and (folder := find_named(recipe)) is not None:
+        request = options.request(until)
+        if request != RunRequest(until=until, threads=options.threads, offline=options.offline):
+            raise RecipeError.of("a run folder accepts only --set, --threads, --offline and --json")
+        evaluate_folder(folder, options.values, request, stderr_console(quiet=options.quiet), ending.begin)
+        return
+    options = replace(options, dry_run=options.dry_run or options.device is not None)
+    request = options.request(until)
+    result = run_recipe(recipe, options.values, request, stderr_console(quiet=options.quiet), ending.begin)
+    show_plan(result, ending, as_json=options.as_json, dry_run=options.dry_run)
+
+
+def step_command(until: Until, text: str) -> Callable[..., None]:
+    """Return the command of one step, which does the same as `run --until`; `text` is its help."""
+
+    @takes_options(*(() if until == "select" else ("device",)))
+    def command(recipe: RecipeArgument, options: RunOptions) -> None:
+        run_until(until, recipe, options, result_of(until, recipe, options.out))
+
+    command.__doc__ = text
+    return handled_by_all(command)
 
 
 @handled_by_all
+@takes_options("device")
 def prepare_command(
     recipe: RecipeArgument,
+    *,
     ray: Annotated[
         str | None,
         typer.Option(
@@ -84,122 +90,19 @@ def prepare_command(
         Path | None,
         typer.Option("--write-test", metavar="FILE", help="Also write the test rows to FILE, for data.test: FILE."),
     ] = None,
-    out: RunFolderOption = None,
-    sets: Sets = None,
-    model: ModelName = None,
-    resume: Resume = False,
-    fresh: Fresh = False,
-    lock: LockFile = None,
-    threads: Threads = None,
-    dry_run: DryRun = False,
-    offline: Offline = False,
-    quiet: Quiet = False,
-    as_json: AsJson = False,
+    options: RunOptions,
 ) -> None:
     """Step 1: read, check, deduplicate and split the rows; encode, mask and pack them."""
-    request = RunRequest(out, "prepare", resume, fresh, lock, threads, offline, dry_run)
-    ending = result_of("prepare", recipe, out)
-    refuse_both(request.resume, request.fresh)
+    ending = result_of("prepare", recipe, options.out)
     if write_test is not None:
-        _check_test_file(write_test, dry_run)
-    stated = with_model(sets, model)
+        _check_test_file(write_test, options.dry_run)
     if ray:
         from llmtune.data.worker_pool import spread_on_ray  # not for --help
-    with spread_on_ray(ray, offline=offline) if ray else nullcontext():
-        result = run_recipe(recipe, stated, request, stderr_console(quiet=quiet), ending.begin)
+    with spread_on_ray(ray, offline=options.offline) if ray else nullcontext():
+        run_until("prepare", recipe, options, ending)
     if (file := write_test) is not None:
-        once(lambda: write_test_file(recipe, stated, out, file, stderr_console(quiet=quiet)))
-    show_plan(result, ending, as_json=as_json, dry_run=dry_run)
-
-
-@handled_by_all
-def select_command(
-    recipe: RecipeArgument,
-    out: RunFolderOption = None,
-    sets: Sets = None,
-    model: ModelName = None,
-    resume: Resume = False,
-    fresh: Fresh = False,
-    lock: LockFile = None,
-    threads: Threads = None,
-    dry_run: DryRun = False,
-    device: Device = None,
-    offline: Offline = False,
-    quiet: Quiet = False,
-    as_json: AsJson = False,
-) -> None:
-    """Step 2: choose a model, plan its memory."""
-    dry_run = dry_run or device is not None
-    request = RunRequest(out, "select", resume, fresh, lock, threads, offline, dry_run, device)
-    _run(recipe, with_model(sets, model), request, quiet=quiet, as_json=as_json)
-
-
-@handled_by_all
-def adapt_command(
-    recipe: RecipeArgument,
-    out: RunFolderOption = None,
-    sets: Sets = None,
-    model: ModelName = None,
-    resume: Resume = False,
-    fresh: Fresh = False,
-    lock: LockFile = None,
-    threads: Threads = None,
-    dry_run: DryRun = False,
-    offline: Offline = False,
-    quiet: Quiet = False,
-    as_json: AsJson = False,
-) -> None:
-    """Step 3: insert the adapter and prove that it works."""
-    request = RunRequest(out, "adapt", resume, fresh, lock, threads, offline, dry_run)
-    _run(recipe, with_model(sets, model), request, quiet=quiet, as_json=as_json)
-
-
-@handled_by_all
-def train_command(
-    recipe: RecipeArgument,
-    out: RunFolderOption = None,
-    sets: Sets = None,
-    model: ModelName = None,
-    resume: Resume = False,
-    fresh: Fresh = False,
-    lock: LockFile = None,
-    threads: Threads = None,
-    dry_run: DryRun = False,
-    offline: Offline = False,
-    quiet: Quiet = False,
-    as_json: AsJson = False,
-) -> None:
-    """Step 4: train, with checkpoints."""
-    request = RunRequest(out, "train", resume, fresh, lock, threads, offline, dry_run)
-    _run(recipe, with_model(sets, model), request, quiet=quiet, as_json=as_json)
-
-
-@handled_by_all
-def evaluate_command(
-    recipe: RecipeArgument,
-    out: RunFolderOption = None,
-    sets: Sets = None,
-    model: ModelName = None,
-    resume: Resume = False,
-    fresh: Fresh = False,
-    lock: LockFile = None,
-    threads: Threads = None,
-    dry_run: DryRun = False,
-    offline: Offline = False,
-    quiet: Quiet = False,
-    as_json: AsJson = False,
-) -> None:
-    """Step 5: score base and tuned model on the same held-out rows. Also accepts a run: its folder or address."""
-    request = RunRequest(out, "evaluate", resume, fresh, lock, threads, offline, dry_run)
-    ending = result_of("evaluate", recipe, out)
-    folder = find_named(recipe)
-    if folder is None:
-        _run(recipe, with_model(sets, model), request, quiet=quiet, as_json=as_json)
-        return
-    refuse_both(request.resume, request.fresh)
-    if request != RunRequest(until="evaluate", threads=threads, offline=offline):
-        raise RecipeError.of("a run folder accepts only --set, --threads, --offline and --json")
-    evaluate_folder(folder, with_model(sets, model), request, stderr_console(quiet=quiet), ending.begin)
+        console = stderr_console(quiet=options.quiet)
+        once(lambda: write_test_file(recipe, options.values, options.out, file, console))
 
 
 def find_named(text: str) -> Path | None:
@@ -210,13 +113,6 @@ def find_named(text: str) -> Path | None:
     if "@" in text or text == LATEST or text.startswith(RELEASE_PREFIX):
         return None if Path(text).is_file() else find_run(Path(text))
     return Path(text) if Path(text).is_dir() else None
-
-
-def _run(recipe: str, sets: list[str], request: RunRequest, *, quiet: bool, as_json: bool) -> None:
-    ending = result_of(request.until, recipe, request.out)
-    refuse_both(request.resume, request.fresh)
-    result = run_recipe(recipe, sets, request, stderr_console(quiet=quiet), ending.begin)
-    show_plan(result, ending, as_json=as_json, dry_run=request.dry_run)
 
 
 def show_plan(result: Json, ending: RunResult, *, as_json: bool, dry_run: bool) -> None:
@@ -230,17 +126,6 @@ def show_plan(result: Json, ending: RunResult, *, as_json: bool, dry_run: bool) 
             typer.echo(f"{step}: {'would run' if step in result['would_run'] else 'unchanged, would be skipped'}")
         folder = Path(result["folder"])
         typer.echo(f"valid; the run folder {'is' if folder.exists() else 'will be'} {folder}")
-
-
-def with_model(sets: list[str] | None, model: str | None) -> list[str]:
-    """Return the values to set, including --model."""
-    return [*(sets or []), *([f"model.name={json.dumps(model)}"] if model else [])]
-
-
-def refuse_both(resume: bool, fresh: bool) -> None:
-    """Raise RecipeError if both options are set: they exclude each other."""
-    if resume and fresh:
-        raise RecipeError.of("--resume and --fresh exclude each other", fix="Omit one of them.")
 
 
 def _check_test_file(file: Path, dry_run: bool) -> None:
@@ -257,8 +142,11 @@ def _check_test_file(file: Path, dry_run: bool) -> None:
 COMMANDS: dict[str, Callable[..., None]] = {
     "run": run_command,
     "prepare": prepare_command,
-    "select": select_command,
-    "adapt": adapt_command,
-    "train": train_command,
-    "evaluate": evaluate_command,
+    "select": step_command("select", "Step 2: choose a model, plan its memory."),
+    "adapt": step_command("adapt", "Step 3: insert the adapter and prove that it works."),
+    "train": step_command("train", "Step 4: train, with checkpoints."),
+    "evaluate": step_command(
+        "evaluate",
+        "Step 5: score base and tuned model on the same held-out rows. Also accepts a run: its folder or address.",
+    ),
 }

@@ -34,10 +34,10 @@ from llmtune.evaluate.opened_runs import OpenedRun, ScoredRun, keep_asked, open_
 from llmtune.evaluate.per_row_scores import PerRowScores, name_test_rows, save_measures
 from llmtune.evaluate.results import load_base
 from llmtune.model.device import release_memory
+from llmtune.plan import Plan, RunContext, open_finished
 from llmtune.records import Json, Row
-from llmtune.session import Plan, RunContext, open_finished
 from llmtune.store.atomic_files import explained, plain, write_json
-from llmtune.store.run_folder import CERTIFICATE, read_run, recipe_of_run
+from llmtune.store.run_folder import CERTIFICATE
 
 MakeExport = Callable[[TunedModel, Path], Certificate]
 """Makes an export of the tuned model in a folder, certifies it, and returns its certificate."""
@@ -57,8 +57,12 @@ class Usage:
 
 def open_to_export(run: Path, console: Console, *, offline: bool, limit: int | None = None) -> RunContext:
     """Open a finished run to export it; `limit` replaces its `deploy.limit`. Raises as `open_finished` does."""
-    recipe = None if limit is None else recipe_of_run(read_run(run), [f"deploy.limit={limit}"]).recipe
-    return open_finished(run, console, offline, recipe)
+    context = open_finished(run, console, offline)
+    if limit is not None:
+        recipe = context.plan.recipe
+        deploy = recipe.deploy.model_copy(update={"limit": limit})
+        context.resolved = replace(context.plan, recipe=recipe.model_copy(update={"deploy": deploy}))
+    return context
 
 
 def export_run(

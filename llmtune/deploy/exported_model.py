@@ -15,9 +15,9 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from llmtune.deploy.parity import LIMITS, Limits, load_product
 from llmtune.deploy.tuned_model import TunedModel, served_by_folder
 from llmtune.model.processor import load_processor
+from llmtune.plan import Plan
 from llmtune.recipe.model_section import ModelSection
 from llmtune.records import ModelRef
-from llmtune.session import Plan
 
 ModelSource = Plan | TunedModel
 """What an export was made from: the plan of a run, or its tuned model."""

@@ -56,7 +56,7 @@ from llmtune.errors import RecipeError, nearest
 from llmtune.evaluate.generation import answer_ends
 from llmtune.model.config import read_model_config
 from llmtune.model.device import explain_oom
-from llmtune.session import Plan, RunContext
+from llmtune.plan import Plan, RunContext
 from llmtune.store.atomic_files import explained, hash_file, staged
 
 DEFAULT_FORMAT = "f16"

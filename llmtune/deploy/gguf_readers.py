@@ -32,8 +32,8 @@ from llmtune.deploy.parity import Limits, load_product
 from llmtune.deploy.tuned_model import TransformersReader, TunedModel, render_chats, render_prompts
 from llmtune.errors import EnvironmentProblem
 from llmtune.model.config import find_class
+from llmtune.plan import RunContext
 from llmtune.recipe.model_kind import CAUSAL
-from llmtune.session import RunContext
 
 NOT_READ = (
     "head_dim",

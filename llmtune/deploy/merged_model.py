@@ -37,7 +37,7 @@ from llmtune.errors import Problem, RecipeError
 from llmtune.model.config import OTHER_CLASSES, OTHER_ORDER
 from llmtune.model.device import explain_oom, is_out_of_memory, release_memory
 from llmtune.model.processor import save_tokenizer
-from llmtune.session import RunContext
+from llmtune.plan import RunContext
 from llmtune.store.atomic_files import explained, hash_file, staged
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -37,7 +37,7 @@ from llmtune.errors import EnvironmentProblem, Problem, RecipeError
 from llmtune.model.causal_lm_loss import model_inputs, move_to, unwrap
 from llmtune.model.config import find_class
 from llmtune.model.device import explain_oom
-from llmtune.session import Plan, RunContext
+from llmtune.plan import Plan, RunContext
 from llmtune.store.atomic_files import explained, hash_file, staged
 
 SLIGHT, LARGEST_ROUNDING = 0.01, 0.5

@@ -30,8 +30,8 @@ from llmtune.model.causal_lm_loss import unwrap
 from llmtune.model.config import readable
 from llmtune.model.device import explain_oom
 from llmtune.model.library_logging import silent
+from llmtune.plan import Plan, RunContext
 from llmtune.recipe.secrets import redact_all
-from llmtune.session import Plan, RunContext
 from llmtune.store.atomic_files import explained, hash_file, hash_folder, hash_value, plain, write_json
 from llmtune.store.report_record import ExportFailure
 from llmtune.store.run_folder import CERTIFICATE, StepFacts

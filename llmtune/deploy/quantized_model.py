@@ -37,8 +37,8 @@ from llmtune.display.number_format import size
 from llmtune.errors import EnvironmentProblem, RecipeError, nearest
 from llmtune.model.config import build_skeleton, expert_parameters, find_class, head_names, in_heads, read_model_config
 from llmtune.model.device import explain_oom
+from llmtune.plan import Plan, RunContext
 from llmtune.records import Examples
-from llmtune.session import Plan, RunContext
 from llmtune.store.atomic_files import explained, staged
 
 DTYPE = torch.bfloat16

@@ -22,12 +22,12 @@ from llmtune.evaluate.eval_inputs import resolve_choices
 from llmtune.evaluate.evaluation_file import load_evaluation, save_evaluation
 from llmtune.evaluate.opened_runs import open_run_scores
 from llmtune.evaluate.per_row_scores import MEASURES
+from llmtune.plan import RunContext, open_finished
 from llmtune.recipe.schema import RELEASE, Recipe
 from llmtune.recipe.section import RELEASE_PREFIX
 from llmtune.records import Json
 from llmtune.report.report_page import write_report
 from llmtune.report.run_report import make_report
-from llmtune.session import RunContext, open_finished
 from llmtune.store.atomic_files import (
     explained,
     hash_file,
@@ -57,7 +57,6 @@ from llmtune.store.run_folder import (
     RunFolder,
     StepRecord,
     read_run,
-    recipe_of_run,
     trained_name,
 )
 from llmtune.store.run_lock import LOCK
@@ -186,7 +185,7 @@ def fill_release(context: RunContext, folder: Path, signing: str | None = None) 
         copy_rules(run, folder / "evaluation")
         manifest = make_manifest(run, folder, (*outputs, "evaluation"))
         made = RunFolder(folder, manifest)
-        made.note_reports(write_report(make_report(made, recipe_of_run(run).recipe, context.device), folder))
+        made.note_reports(write_report(make_report(made, context.plan.stated, context.device), folder))
         files = {name: sha256 for name, sha256 in list_folder(folder).items() if name not in CHANGING}
         write_json(folder / RECORD_FILE, {**make_record(run.path), "files": files})
         if signing:

@@ -27,9 +27,10 @@ from llmtune.evaluate.decision import RECORD as DECISION
 from llmtune.evaluate.generation import generate_batch, only_these_settings
 from llmtune.model.config import keeps_float32, read_model_config
 from llmtune.model.quantized_base import kept_quantization
+from llmtune.plan import RunContext
 from llmtune.recipe.schema import Recipe
 from llmtune.records import AdaptedModel, ModelRef, Row
-from llmtune.session import Models, RunContext
+from llmtune.run_models import Models
 from llmtune.store.atomic_files import hash_folder, read_json
 from llmtune.tasks.base import AnyTask
 

@@ -191,9 +191,8 @@ def list_unseen(
     return [place for place in new if names[place].rpartition("-")[0] not in seen]
 
 
-def note_look(run: RunFolder, console: Console) -> None:
+def note_look(recipe: Recipe, run: RunFolder, console: Console) -> None:
     """Count the look at a trained run's scores before they are seen, and record it in the run."""
-    recipe = recipe_of_run(run).recipe
     champion = open_champion(recipe, run.path)
     trained = hash_weights(run.path)
     look = count_look(recipe, champion, run.manifest["fingerprint"], trained, run.path) if champion else None
@@ -214,10 +213,9 @@ JudgeClasses = Callable[..., ClassChanges | None]
 
 
 def face_champion(
-    run: RunFolder, rows: Rows, ask: AskChampion, evaluation: Evaluation, measures: PerRowScores
+    recipe: Recipe, run: RunFolder, rows: Rows, ask: AskChampion, evaluation: Evaluation, measures: PerRowScores
 ) -> Champion | None:
     """Compare the scores of a run with these rows with those of its recipe's champion; None if it names none."""
-    recipe = recipe_of_run(run).recipe
     champion = open_champion(recipe, run.path)
     if champion is None:
         return None

@@ -24,13 +24,14 @@ from llmtune.model.device import pick_device
 from llmtune.model.loading import load_plain
 from llmtune.model.processor import load_processor
 from llmtune.model.resolve import resolve_model
+from llmtune.plan import open_finished
 from llmtune.recipe.model_section import ModelSection
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_facts import DEFAULT_TASK, TASK_FACTS
 from llmtune.report.render_html import write_page
-from llmtune.session import Models, open_finished
+from llmtune.run_models import Models
 from llmtune.store.atomic_files import explained
-from llmtune.store.run_folder import MANIFEST, read_run, recipe_of_run
+from llmtune.store.run_folder import MANIFEST
 from llmtune.tasks.base import AnyTask
 from llmtune.tasks.registry import get_task
 
@@ -142,11 +143,11 @@ def _without_recipe(name: str) -> Iterator[None]:
 
 
 def _open_run(path: Path, console: Console, offline: bool) -> Target:
-    stated = recipe_of_run(read_run(path)).recipe
-    model = stated.model.model_copy(update={"attn_implementation": "eager", "dtype": "float32"})
-    data = stated.data.model_copy(update={"packing": False})
-    recipe = stated.model_copy(update={"model": model, "data": data})
-    context = open_finished(path, console, offline, recipe=recipe)
+    context = open_finished(path, console, offline)
+    recipe = context.plan.recipe
+    model = recipe.model.model_copy(update={"attn_implementation": "eager", "dtype": "float32"})
+    data = recipe.data.model_copy(update={"packing": False})
+    context.resolved = replace(context.plan, recipe=recipe.model_copy(update={"model": model, "data": data}))
     plan, models = context.plan, Models(context)
 
     @contextmanager

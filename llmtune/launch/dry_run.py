@@ -22,19 +22,24 @@ from llmtune.evaluate.eval_inputs import warn_of_cuts
 from llmtune.model.device import check_card
 from llmtune.model.memory_plan import check_memory, plan_training
 from llmtune.model.model_selection import peek_model, plan_candidates
-from llmtune.plan_drafting import check_first, decide_checkpointing, decide_rest, draft_plan, finish_plan
+from llmtune.plan import (
+    Plan,
+    RunContext,
+    check_first,
+    choose_settings,
+    decide_checkpointing,
+    decide_rest,
+    evaluation_hash,
+    find_variant,
+    finish_plan,
+    locate_pinned,
+    make_plan,
+    rows_hash,
+)
 from llmtune.recipe.loader import LoadedRecipe
 from llmtune.recipe.schema import Recipe
 from llmtune.records import Examples, Json, MemoryPlan, ModelRef, Rows
 from llmtune.report.terminal import print_power
-from llmtune.session import (
-    Plan,
-    RunContext,
-    evaluation_hash,
-    find_variant,
-    locate_pinned,
-    rows_hash,
-)
 from llmtune.store.processes import layout
 from llmtune.store.run_folder import peek_run
 from llmtune.store.run_listing import find_start, pin_start
@@ -87,11 +92,10 @@ def _plan_named(context: RunContext, loaded: LoadedRecipe, name: str, valid: dic
             model_ref = described
         rows = _find_rows(context, recipe, model_ref, valid, Path(scratch))
         if rows is None:
-            task, processes = find_variant(recipe, model_ref), request.layout or layout()
-            draft, examples = Plan(recipe, task, model_ref, context.device, processes), None
+            draft, examples = make_plan(recipe, model_ref, context.device, request.layout or layout()), None
         else:
             shown = context if valid["prepare"] else replace(context, console=Console(quiet=True))
-            draft, _ = draft_plan(shown, loaded, model_ref, rows)
+            draft, _ = choose_settings(loaded, shown, model_ref, rows)
             examples = _find_examples(context, draft, rows, valid, Path(scratch))
         if rows is None or examples is None:
             longest, lengths = _longest_row(context, recipe), None

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from llmtune import __version__
 from llmtune.errors import LlmtuneError, Problem, RecipeError
 from llmtune.launch.topology import Topology, why_not
-from llmtune.records import Json
+from llmtune.records import Json, Until
 from llmtune.store.atomic_files import hash_value
 from llmtune.store.process_environment import (
     LOCAL_TRACKERS,
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from llmtune.data.sources import Detected
-    from llmtune.recipe.arguments import Until
     from llmtune.recipe.loader import LoadedRecipe
     from llmtune.recipe.schema import Recipe
     from llmtune.serve.finished_run import FinishedRun
@@ -93,8 +92,8 @@ def run(
         key: value if isinstance(value, str) else json.dumps(value, default=str) for key, value in (set or {}).items()
     }
     sets = [f"{key}={value}" for key, value in texts.items()]
-    lock = None if lock is None else Path(lock)
-    request = RunRequest(out if out is None else Path(out), until, resume, fresh, lock, threads, offline)
+    out, lock = None if out is None else Path(out), None if lock is None else Path(lock)
+    request = RunRequest(out=out, until=until, resume=resume, fresh=fresh, lock=lock, threads=threads, offline=offline)
     with as_in_new_process():
         console = make_console(quiet=quiet)
         request = locate_run(load_recipe(recipe, sets), request, console)

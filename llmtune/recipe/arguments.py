@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from pydantic import TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
 from llmtune.errors import Problem, RecipeError, nearest, visible
 from llmtune.recipe.section import Positive
+from llmtune.records import Until
 
-Until = Literal["prepare", "select", "adapt", "train", "evaluate", "run"]
-"""The last step to run; `run` means all steps and deployment."""
 SHOWN = 60
 """Maximum characters of a wrong value in a message."""
 

@@ -22,13 +22,14 @@ from llmtune.evaluate.gates import check_gates
 from llmtune.evaluate.generation import generate_completions
 from llmtune.evaluate.suites.own_metrics import label_scores
 from llmtune.model.config import why_headless
+from llmtune.plan import RunContext, open_finished
 from llmtune.recipe.arguments import check_arguments
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_facts import TASK_FACTS
 from llmtune.records import Row
+from llmtune.run_models import Models
 from llmtune.serve.answer_stream import Delta
 from llmtune.serve.served_model import ServedModel
-from llmtune.session import Models, RunContext, open_finished
 from llmtune.store.process_environment import prepare_environment
 from llmtune.store.process_state import as_in_new_process
 from llmtune.store.report_record import require_report

@@ -26,14 +26,15 @@ from llmtune.errors import EnvironmentProblem, Problem, RecipeError
 from llmtune.evaluate.calibration import run_calibration
 from llmtune.evaluate.decision import run_decision
 from llmtune.model.config import head_is_new
+from llmtune.plan import Plan, RunContext, open_finished
 from llmtune.recipe.section import RELEASE_PREFIX
 from llmtune.recipe.user_files import read_text_file
 from llmtune.records import ModelRef
+from llmtune.run_models import Models
 from llmtune.serve.engine import Engine
 from llmtune.serve.http_app import LOOPBACK, build_app
 from llmtune.serve.release_watcher import ReleaseWatcher
 from llmtune.serve.served_model import ServedModel
-from llmtune.session import Models, Plan, RunContext, open_finished
 from llmtune.store.release_store import is_stored, release_address
 from llmtune.store.run_listing import match_run
 

@@ -118,7 +118,7 @@ class DataFacts(PreparedFacts, total=False):
     example: list[tuple[str, bool]]
     classes: dict[str, Counts]
     mined: Json | None
-    """Facts of the step `mine`, and of the step `survey` (`llmtune.tasks.negatives`)."""
+    """Facts of the step `mine`, and of the step `survey` (`llmtune.mining`)."""
     surveyed: Json | None
 
 

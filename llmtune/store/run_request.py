@@ -7,19 +7,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llmtune.records import Layout
+from llmtune.records import Layout, Until
 
 if TYPE_CHECKING:
     from llmtune.store.run_lock import Pins
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RunRequest:
     """The options of one run."""
 
     out: Path | None = None
     """The run folder; None for the default one."""
-    until: str = "run"
+    until: Until = "run"
     """The last step to run: prepare, select, adapt, train, evaluate, or `run` for all steps and deployment."""
     resume: bool = False
     fresh: bool = False

@@ -10,13 +10,14 @@ from pathlib import Path
 from llmtune.recipe.evaluate_section import GATE_KEYS
 from llmtune.recipe.loader import LoadedRecipe
 from llmtune.recipe.schema import DeploySection
+from llmtune.records import Until
 from llmtune.store.atomic_files import explained, hash_value, staged, write_json
 from llmtune.store.run_folder import MANIFEST, RunFolder, read_manifest
 
 FOLDER = "seeds"
 SHARED = ("prepare", "mine", "encode")
 """Steps whose results do not depend on the seed."""
-UNTIL = {"train": "train", "evaluate": "evaluate", "run": "evaluate"}
+SEEDS_UNTIL: dict[Until, Until] = {"train": "train", "evaluate": "evaluate", "run": "evaluate"}
 """Last step of the run -> last step of its additional seeds."""
 
 

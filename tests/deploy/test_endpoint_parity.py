@@ -15,7 +15,8 @@ from llmtune.deploy.endpoint_parity import ask_all, certify_run, find_endpoint_b
 from llmtune.deploy.tuned_model import TransformersReader
 from llmtune.errors import EnvironmentProblem, GateFailed, RecipeError
 from llmtune.evaluate.suites.endpoint_client import connect
-from llmtune.session import Models, open_finished
+from llmtune.plan import open_finished
+from llmtune.run_models import Models
 
 
 @pytest.fixture(scope="module")

@@ -18,8 +18,8 @@ from support.runs import finish_run, invoke
 
 from llmtune.deploy.gguf_export import make_gguf
 from llmtune.pipeline import run_pipeline
+from llmtune.plan import open_finished
 from llmtune.recipe.loader import load_recipe
-from llmtune.session import open_finished
 from llmtune.store.atomic_files import read_json
 from llmtune.store.run_request import RunRequest
 

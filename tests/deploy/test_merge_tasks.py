@@ -17,9 +17,9 @@ from llmtune.deploy.merged_model import merge_run
 from llmtune.deploy.parity import measure_distance
 from llmtune.errors import GateFailed
 from llmtune.pipeline import run_pipeline
+from llmtune.plan import open_finished
 from llmtune.recipe.loader import load_recipe
 from llmtune.serve.finished_run import FinishedRun
-from llmtune.session import open_finished
 from llmtune.store.run_request import RunRequest
 
 ROWS = {task: rows for task, (_, rows) in pairs.TASKS.items()} | {"classify": colour_rows(40)}

@@ -20,7 +20,7 @@ from llmtune.deploy.merged_model import merge_model, merge_run
 from llmtune.deploy.parity import LIMITS, Parity, find_breaches
 from llmtune.deploy.search_parity import make_reference
 from llmtune.errors import EnvironmentProblem, GateFailed, RecipeError
-from llmtune.session import open_finished
+from llmtune.plan import open_finished
 
 TEXT = "Which colour has the cat number 7?"
 

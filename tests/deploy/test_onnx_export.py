@@ -28,9 +28,9 @@ from llmtune.deploy.tuned_model import load_tuned
 from llmtune.errors import EnvironmentProblem, GateFailed, RecipeError
 from llmtune.model import device
 from llmtune.pipeline import run_pipeline
+from llmtune.plan import open_finished
 from llmtune.recipe.loader import load_recipe
 from llmtune.serve.finished_run import FinishedRun
-from llmtune.session import open_finished
 from llmtune.store.run_request import RunRequest
 
 COLOURS = colour_rows(40)

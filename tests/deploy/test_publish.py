@@ -20,7 +20,7 @@ from llmtune.deploy.model_card import PublishOptions
 from llmtune.deploy.publish import publish_run
 from llmtune.errors import EnvironmentProblem, GateFailed, RecipeError
 from llmtune.model.library_logging import hushed
-from llmtune.session import open_finished
+from llmtune.plan import open_finished
 from llmtune.store.atomic_files import hash_file, hash_folder
 
 SWITCHES = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")

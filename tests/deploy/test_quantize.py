@@ -19,7 +19,7 @@ from llmtune.deploy.merged_model import merge_to as really_merge
 from llmtune.deploy.parity import Limits
 from llmtune.deploy.quantized_model import SCHEMES, check_quantizable, quantize_model, quantize_run
 from llmtune.errors import EnvironmentProblem, GateFailed, RecipeError
-from llmtune.session import open_finished
+from llmtune.plan import open_finished
 from llmtune.store.atomic_files import read_json, write_json
 from llmtune.tasks.registry import get_task
 

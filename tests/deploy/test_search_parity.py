@@ -19,8 +19,8 @@ from llmtune.deploy.search_parity import SearchReference, make_reference
 from llmtune.deploy.tuned_model import load_tuned
 from llmtune.errors import GateFailed
 from llmtune.pipeline import run_pipeline
+from llmtune.plan import open_finished
 from llmtune.recipe.loader import load_recipe
-from llmtune.session import open_finished
 from llmtune.store.atomic_files import read_json
 from llmtune.store.run_request import RunRequest
 

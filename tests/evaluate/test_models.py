@@ -11,7 +11,8 @@ from llmtune.evaluate.eval_inputs import EvalContext, make_inputs
 from llmtune.evaluate.inference import predict
 from llmtune.model.causal_lm_loss import unwrap
 from llmtune.model.loading import load_model
-from llmtune.session import Models, open_finished
+from llmtune.plan import open_finished
+from llmtune.run_models import Models
 
 
 def opened(folder, console):

@@ -36,15 +36,14 @@ from llmtune.evaluate.eval_inputs import EvalContext, make_inputs
 from llmtune.evaluate.evaluator import ModelLoaders
 from llmtune.evaluate.gates import check_gates
 from llmtune.evaluate.scoring import ScoreRequest, score_run
-from llmtune.model.config import read_model_config
 from llmtune.model.kernels import check_kernels
 from llmtune.model.loading import load_model
 from llmtune.model.memory_plan import check_memory
 from llmtune.model.resolve import resolve_model
+from llmtune.plan import Plan, make_plan
 from llmtune.recipe.data_section import Source
 from llmtune.recipe.loader import load_recipe
 from llmtune.recipe.schema import Recipe
-from llmtune.session import Plan, find_variant
 from llmtune.store.atomic_files import hash_path
 from llmtune.train.accumulation import step_gradients, validation_loss
 from llmtune.train.loop import train
@@ -74,8 +73,7 @@ class Resolved:
 
     @cached_property
     def plan(self) -> Plan:
-        task, config = find_variant(self.recipe, self.model_ref), read_model_config(self.model_ref, self.recipe.model)
-        return Plan(task.infer_labels(self.recipe, self.made_rows, config), task, self.model_ref, "cpu")
+        return make_plan(self.recipe, self.model_ref, "cpu", rows=self.made_rows)
 
     @cached_property
     def model_ref(self) -> Any:
@@ -295,7 +293,7 @@ FLIPS = {
 }
 HUB = "data/test_hub_datasets.py"
 JUDGE = "evaluate/test_judge.py"
-MINING = "tasks/test_negatives.py"
+MINING = "test_mining.py"
 SELECTIVE = "evaluate/test_decision.py"
 ELSEWHERE = {
     "extends": "recipe/test_loader.py::test_nearer_files_override_values_and_mappings_are_merged",

@@ -17,10 +17,10 @@ from typer.testing import CliRunner, Result
 
 from llmtune.cli.app import app
 from llmtune.errors import RecipeError
+from llmtune.plan import open_finished
 from llmtune.serve.finished_run import FinishedRun
 from llmtune.serve.server import ServableRun, ServeOptions, open_servable_run, read_key
 from llmtune.serve.vllm_engine import check_shared_base
-from llmtune.session import open_finished
 
 KEY = "correct-horse-battery"
 BRIEF = {"num_train_epochs": None, "max_steps": 1}

@@ -413,7 +413,7 @@ def agree_on_a_recipe(recipe: str) -> None:
     from llmtune.store.run_request import RunRequest
 
     sets = ["train.max_steps=3"] if rank() else []
-    run_recipe(recipe, sets, RunRequest(Path(recipe).with_name("run"), "train"), make_console())
+    run_recipe(recipe, sets, RunRequest(out=Path(recipe).with_name("run"), until="train"), make_console())
 
 
 def end_rank_one(how: str) -> None:

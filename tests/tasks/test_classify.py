@@ -20,9 +20,9 @@ from llmtune.data.examples import ExampleReader
 from llmtune.deploy.merged_model import merge_run
 from llmtune.errors import DataError, RecipeError
 from llmtune.pipeline import run_pipeline
+from llmtune.plan import open_finished
 from llmtune.recipe.loader import load_recipe
 from llmtune.serve.finished_run import FinishedRun
-from llmtune.session import open_finished
 from llmtune.store.run_request import RunRequest
 from llmtune.tasks import classify
 from llmtune.tasks.class_labels import infer_kind

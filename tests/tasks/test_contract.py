@@ -31,8 +31,9 @@ from llmtune.evaluate.opened_runs import open_run_scores
 from llmtune.launch.topology import Topology
 from llmtune.model.causal_lm_loss import decoder_inputs, model_inputs, unwrap
 from llmtune.pipeline import run_pipeline
+from llmtune.plan import Plan, open_finished
 from llmtune.recipe.loader import load_recipe
-from llmtune.session import Models, Plan, open_finished
+from llmtune.run_models import Models
 from llmtune.store.run_request import RunRequest
 from llmtune.tasks.registry import VARIANTS
 

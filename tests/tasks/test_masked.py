@@ -11,8 +11,9 @@ from support.variants import MASKED, predict
 from transformers import AutoConfig, AutoTokenizer, BertForMaskedLM, BertModel
 
 from llmtune.errors import EnvironmentProblem, RecipeError
+from llmtune.plan import open_finished
 from llmtune.recipe.schema import Recipe
-from llmtune.session import Models, open_finished
+from llmtune.run_models import Models
 from llmtune.tasks.registry import choose_variant
 
 THINGS = ("cat", "dog", "bird", "fish", "fox", "house", "river", "stone")

@@ -18,10 +18,11 @@ from llmtune.data.examples import load_examples
 from llmtune.data.row_store import iterate_rows, load_rows
 from llmtune.errors import DataError
 from llmtune.pipeline import run_pipeline
+from llmtune.plan import open_finished
 from llmtune.recipe.loader import load_recipe
 from llmtune.recipe.task_variant import LOSS_METRICS
+from llmtune.run_models import Models
 from llmtune.serve.finished_run import FinishedRun
-from llmtune.session import Models, open_finished
 from llmtune.store.run_request import RunRequest
 
 LOSSES = tuple(LOSS_METRICS)

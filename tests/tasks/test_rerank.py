@@ -30,9 +30,9 @@ from llmtune.errors import DataError, RecipeError
 from llmtune.evaluate.bm25 import words
 from llmtune.evaluate.per_row_scores import load_measures
 from llmtune.pipeline import run_pipeline
+from llmtune.plan import open_finished
 from llmtune.recipe.loader import load_recipe
 from llmtune.serve.finished_run import FinishedRun
-from llmtune.session import open_finished
 from llmtune.store.run_request import RunRequest
 from llmtune.tasks.rerank import Rerank, bm25
 from llmtune.train.metrics_log import tracker_names

@@ -19,10 +19,10 @@ from llmtune.data.corpus import load_corpus, save_corpus
 from llmtune.data.rejected_rows import RowError
 from llmtune.data.search_rows import embed_from_pair, ranked_list, text_key
 from llmtune.evaluate.evaluated_task import Corpus, EvalPrediction
+from llmtune.mining import add_negatives, collect_pairs
 from llmtune.recipe.data_section import DataSection
 from llmtune.recipe.loader import load_recipe
 from llmtune.tasks.embed import Embed
-from llmtune.tasks.negatives import add_negatives, collect_pairs
 from llmtune.tasks.rerank import Rerank, bm25
 
 VARIANTS = (
@@ -149,7 +149,7 @@ def test_a_text_of_a_step_is_no_negative_of_its_copy(recipe: Any, tmp_path: Path
 
 def test_mining_knows_a_right_passage_in_any_look(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [embed_row("query", VARIANTS[0]), embed_row("query ", "second", negatives=("third",))]
-    monkeypatch.setattr("llmtune.tasks.negatives.iterate_rows", lambda rows, split: enumerate(rows))
+    monkeypatch.setattr("llmtune.mining.iterate_rows", lambda rows, split: enumerate(rows))
     pairs = collect_pairs(rows, "train", [*VARIANTS, "second\n", "third ", OTHER])
     assert pairs.passages == [VARIANTS[0], "second", "third", OTHER]
     assert (pairs.queries, pairs.own, pairs.wrong) == (["query"], [[0, 1]], [[2]])

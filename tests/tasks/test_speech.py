@@ -26,9 +26,10 @@ from llmtune.model.loading import load_model
 from llmtune.model.processor import load_processor
 from llmtune.model.resolve import resolve_model
 from llmtune.pipeline import run_pipeline
+from llmtune.plan import open_finished
 from llmtune.recipe.builtin import recipes_folder
 from llmtune.recipe.loader import load_recipe
-from llmtune.session import Models, open_finished
+from llmtune.run_models import Models
 from llmtune.store.run_request import RunRequest
 from llmtune.tasks.registry import choose_variant
 from llmtune.tasks.speech import VARIANTS

@@ -10,9 +10,10 @@ from transformers import AutoConfig
 from llmtune.data.row_store import load_rows
 from llmtune.errors import DataError
 from llmtune.pipeline import run_pipeline
+from llmtune.plan import open_finished
 from llmtune.recipe.loader import load_recipe
 from llmtune.recipe.schema import Recipe
-from llmtune.session import Models, open_finished
+from llmtune.run_models import Models
 from llmtune.store.run_request import RunRequest
 from llmtune.tasks import token_classify
 from llmtune.tasks.registry import get_task

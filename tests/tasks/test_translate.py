@@ -30,9 +30,10 @@ from llmtune.errors import EnvironmentProblem
 from llmtune.evaluate.decoder_generation import decoder_settings, run_generation
 from llmtune.evaluate.generation import answer_ends, only_these_settings
 from llmtune.model.causal_lm_loss import decoder_inputs
+from llmtune.plan import open_finished
 from llmtune.recipe.loader import load_recipe
 from llmtune.recipe.schema import Recipe
-from llmtune.session import Models, open_finished
+from llmtune.run_models import Models
 from llmtune.tasks import translate
 from llmtune.tasks.text_to_text import check_decoder_start
 

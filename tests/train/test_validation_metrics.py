@@ -18,8 +18,9 @@ from llmtune.data.examples import load_examples
 from llmtune.data.row_store import load_rows
 from llmtune.evaluate.eval_inputs import EvalContext, make_inputs
 from llmtune.evaluate.inference import compute_metrics, predict
+from llmtune.plan import open_finished
 from llmtune.recipe.evaluate_section import EvaluateSection
-from llmtune.session import Models, open_finished
+from llmtune.run_models import Models
 from llmtune.train import loop
 
 METRICS = ["exact_match", "accuracy", "chrf", "answers_cut"]

@@ -130,7 +130,7 @@ def test_a_model_that_is_not_a_decoder_is_refused_before_inputs_are_read(tmp_pat
     recipe = write_recipe(tmp_path / "recipe.yaml", "./t5", "rows.jsonl", **settings)
     for start in (dry_run, run_pipeline):
         with pytest.raises(RecipeError, match="is not a decoder language model") as found:
-            start(load_recipe(str(recipe)), RunRequest(tmp_path / "out"), console)
+            start(load_recipe(str(recipe)), RunRequest(out=tmp_path / "out"), console)
         assert "evaluate.forgetting" in str(found.value)
     assert "encode" not in console.file.getvalue()
     forms = {form.model_kind.auto_class: form for form in VARIANTS["summarize"]}

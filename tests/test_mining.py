@@ -17,10 +17,10 @@ from support.rows import write_jsonl
 from support.runs import invoke
 
 from llmtune.data.row_store import iterate_rows, load_rows
+from llmtune.mining import Pairs, embedder, mine, mining_inputs
 from llmtune.recipe.data_section import NegativesSection
 from llmtune.recipe.loader import load_recipe
 from llmtune.records import ModelRef
-from llmtune.tasks.negatives import Pairs, embedder, mine, mining_inputs
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -278,7 +278,7 @@ def test_any_number_of_scores_at_a_time_gives_the_same_negatives(monkeypatch: py
     pairs = Pairs([*"abcdef"], [*"abcdef"], [*map(str, range(40))], [[i] for i in range(6)], [[]] * 6, [None] * 6)
     section = NegativesSection(mine=3, below=0.9)
     at_once = mine(vectors[:6], vectors, pairs, section)
-    monkeypatch.setattr("llmtune.tasks.negatives.SCORES", 100)
+    monkeypatch.setattr("llmtune.mining.SCORES", 100)
     assert mine(vectors[:6], vectors, pairs, section) == at_once
 
 

@@ -12,8 +12,8 @@ import hashlib
 import json
 import shutil
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -39,21 +39,19 @@ from llmtune.model.loading import load_model
 from llmtune.model.memory_plan import context_length
 from llmtune.model.processor import load_processor
 from llmtune.model.resolve import resolve_model
+from llmtune.plan import RunContext
 from llmtune.recipe.adapter_section import AdapterSection
 from llmtune.recipe.data_section import NegativesSection
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_sections import EmbedSection
 from llmtune.records import Advance, Json, ModelRef, Row, Rows
 from llmtune.store.atomic_files import hash_value, staged
-from llmtune.store.run_folder import StepRun
 from llmtune.store.run_lock import package_versions
 from llmtune.store.seed_runs import hard_link
 from llmtune.tasks.embed import infer_rows
 from llmtune.tasks.registry import get_task
 from llmtune.tasks.sentence_vectors import embed_texts, resolve_settings
 
-OpenStep = Callable[[str, str, Sequence[str]], AbstractContextManager[StepRun]]
-"""Opens a step of a run by name, hash of its inputs, and outputs; see `RunFolder.step`."""
 WIDER = 10
 """Candidates per mined negative, as in sentence-transformers: some are too near."""
 SCORES = 1 << 26
@@ -91,31 +89,29 @@ class Mined:
     """The query with the nearest skipped passage, that passage, its own passage, and the scores of both."""
 
 
-def mine_step(
-    step: OpenStep, data: Path, recipe: Recipe, base: ModelRef, device: str, console: Console, offline: bool
-) -> None:
-    """Mine negatives for the rows in the folder `data` of a run; remove those that its recipe no longer mines."""
+def mine_step(run: RunContext, recipe: Recipe, base: ModelRef) -> None:
+    """Mine negatives for the rows of a run whose model is `base`; remove those that its recipe no longer mines."""
+    data = run.folder.path / "data"
     if recipe.data.negatives is None:
         shutil.rmtree(data / MINED, ignore_errors=True)
         return
-    rows, (recipe, miner) = load_rows(data / "rows"), embedder(recipe, base, console, offline)
-    with step("mine", mining_inputs(rows, recipe, miner), [f"data/{MINED}"]) as opened:
-        if not opened.skipped:
+    rows, (recipe, miner) = load_rows(data / "rows"), embedder(recipe, base, run.console, run.request.offline)
+    with run.step("mine", mining_inputs(rows, recipe, miner), [f"data/{MINED}"]) as step:
+        if not step.skipped:
             with staged(data / MINED) as folder:
-                opened.facts.update(mine_rows(rows, recipe, miner, device, folder, console))
+                step.facts.update(mine_rows(rows, recipe, miner, run.device, folder, run.console))
 
 
-def survey_step(
-    step: OpenStep, rows: Rows, mined: Json, recipe: Recipe, base: ModelRef, device: str, console: Console
-) -> None:
+def survey_step(run: RunContext) -> None:
     """Estimate how many negatives are false, and print it with what was mined; for rows with passages only."""
-    if recipe.embed is None or recipe.embed.loss != "ranking":
+    plan, rows = run.plan, run.rows
+    if plan.recipe.embed is None or plan.recipe.embed.loss != "ranking":
         return
-    inputs = hash_value([mining_inputs(rows, recipe, base), recipe.train.batch_size])
-    with step("survey", inputs, []) as opened:
-        if not opened.skipped:
-            opened.facts.update(survey_negatives(rows, recipe, base, device, console))
-            print_blocks(negatives_blocks(mined, opened.facts), console)
+    inputs = hash_value([mining_inputs(rows, plan.recipe, plan.model_ref), plan.recipe.train.batch_size])
+    with run.step("survey", inputs) as step:
+        if not step.skipped:
+            step.facts.update(survey_negatives(rows, plan.recipe, plan.model_ref, plan.device, run.console))
+            print_blocks(negatives_blocks(run.folder.facts("mine"), step.facts), run.console)
 
 
 def mine_rows(rows: Rows, recipe: Recipe, model_ref: ModelRef, device: str, folder: Path, console: Console) -> Json:
