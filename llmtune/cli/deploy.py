@@ -132,6 +132,9 @@ def _serve_until_stopped(
 
 def _check_engine(engine: str, **stated: object) -> None:
     """Raise RecipeError for an unknown engine, or stated options that it does not support."""
+    from llmtune.recipe.extras import require_extra
+
+    require_extra("serve", "llmtune deploy serve")
     if engine not in ENGINES:
         what = f"unknown engine {engine!r}.{nearest(engine, ENGINES)}"
         raise RecipeError.of(what, "--engine", f"Choose one of: {', '.join(ENGINES)}.")
@@ -336,7 +339,6 @@ def certify(
         raise RecipeError.of("an export and its run are needed", "--run", fix)
     prepare_environment(network=False, threads=threads)
     with gc_paused():
-        from llmtune.deploy.endpoint_parity import certify_run
         from llmtune.deploy.products import certify_export
         from llmtune.store.run_listing import find_run
 
@@ -344,6 +346,11 @@ def certify(
     url = url or (export if "://" in export else None)
     folder = find_run(Path(run or export))
     if url is not None:
+        from llmtune.recipe.extras import require_extra
+
+        require_extra("serve", "--url")
+        from llmtune.deploy.endpoint_parity import certify_run
+
         certificate = certify_run(
             folder, url=url, model=model, key_file=api_key_file, offline=offline, console=console, limit=limit
         )

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
 from llmtune.data.rejected_rows import RowError, json_kind, nonempty_text
+from llmtune.recipe.extras import require_extra
 from llmtune.store.atomic_files import hash_recording
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ def _speech(row: Mapping[str, object], column: str) -> SpeechRow:
 
 def check_recording(path: Path) -> None:
     """Check a recording's header. Raises RowError if the file is missing, empty or damaged, or its rate impossible."""
+    require_extra("speech", "task")
     import soundfile
 
     if not path.is_file():

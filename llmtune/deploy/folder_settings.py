@@ -22,11 +22,10 @@ from llmtune.model.audio_models import feature_extractor
 from llmtune.model.causal_lm_loss import unwrap
 from llmtune.model.config import is_encoder
 from llmtune.model.processor import PREPROCESSOR
+from llmtune.model.sentence_folder import LENGTH, MODULES, SIGMOID, SentenceSettings, read_settings
 from llmtune.recipe.schema import Recipe
+from llmtune.recipe.task_facts import TASK_FACTS
 from llmtune.store.atomic_files import plain, read_json
-from llmtune.tasks.embed import Embed
-from llmtune.tasks.rerank import SIGMOID, Rerank
-from llmtune.tasks.sentence_vectors import LENGTH, MODULES, embed_section, read_settings
 
 GENERATION, TOKENIZER, CONFIG = "generation_config.json", "tokenizer_config.json", "config.json"
 Settings = dict[str, Mapping[str, object]]
@@ -59,14 +58,8 @@ def expected_settings(tuned: TunedModel) -> Settings:
         settings[CONFIG] = {**settings[CONFIG], **_read_head(model.config.to_dict(), tuned, model)}
     if task.model_kind.takes_audio:
         settings[PREPROCESSOR] = _read_features(tuned.processor)
-    if isinstance(task, Embed):
-        section = embed_section(tuned.recipe)
-        settings[MODULES] = {
-            "pooling": section.pooling,
-            "normalize": bool(section.normalize),
-            QUERIES: section.query_prompt or "",
-            PASSAGES: section.passage_prompt or "",
-        }
+    if (vectors := task.sentence_settings(tuned.recipe)) is not None:
+        settings[MODULES] = _name_settings(vectors)
         settings[LENGTH] = {"max_seq_length": tuned.recipe.data.max_length, "do_lower_case": False}
     return settings
 
@@ -77,9 +70,8 @@ def expected_generation(model: PreTrainedModel, tuned: TunedModel) -> Generation
     Whisper's class looks up languages and tasks in its own settings. They stay, with the recipe's language and task.
     """
     recipe, stated = tuned.recipe, copy.deepcopy(model.generation_config)
-    if recipe.speech is not None or model.config.model_type == "whisper":
-        if recipe.speech is not None and getattr(stated, "is_multilingual", False):
-            stated.language, stated.task = recipe.speech.language, recipe.speech.task
+    if tuned.task.model_kind.takes_audio:
+        tuned.task.set_generation(stated, recipe)
         return stated
     if model.config.is_encoder_decoder:
         settings = decoder_settings(stated, model, tuned.processor, recipe)
@@ -183,7 +175,7 @@ def _read_config(stated: Mapping[str, Any], tuned: TunedModel, exported: Exporte
 def _read_head(stated: Mapping[str, Any], tuned: TunedModel, model: PreTrainedModel) -> dict[str, object]:
     """Return what turns a head's outputs into scores, as transformers' pipelines and CrossEncoder read it."""
     found: dict[str, object] = {}
-    if isinstance(tuned.task, Rerank):
+    if TASK_FACTS[tuned.task.name].loader == "CrossEncoder":
         nested = stated.get("sentence_transformers")
         legacy = stated.get("sbert_ce_default_activation_function")
         found["activation_fn"] = (nested.get("activation_fn") if isinstance(nested, dict) else legacy) or SIGMOID
@@ -209,11 +201,15 @@ def _read_vectors(folder: Path) -> dict[str, object]:
     except (TypeError, KeyError, AttributeError, ValueError) as error:
         what = f"not as sentence-transformers writes it ({first_line(error)})"
         raise EnvironmentProblem.of(what, str(folder / MODULES)) from error
+    return _name_settings(stated)
+
+
+def _name_settings(settings: SentenceSettings) -> dict[str, object]:
     return {
-        "pooling": stated.pooling or "mean",
-        "normalize": bool(stated.normalize),
-        QUERIES: stated.query_prompt or "",
-        PASSAGES: stated.passage_prompt or "",
+        "pooling": settings.pooling or "mean",
+        "normalize": bool(settings.normalize),
+        QUERIES: settings.query_prompt or "",
+        PASSAGES: settings.passage_prompt or "",
     }
 
 
@@ -229,16 +225,15 @@ def stated_recipe(recipe: Recipe, exported: ExportedModel) -> Recipe:
     """
     folder = exported.path if exported.path.is_dir() else exported.path.parent
     length = min(recipe.data.max_length, exported.processor.model_max_length)
-    section = recipe.embed
-    if section is not None and ((folder / MODULES).is_file() or exported.is_folder):
+    if TASK_FACTS[recipe.task].loader == "SentenceTransformer" and ((folder / MODULES).is_file() or exported.is_folder):
         try:
             stated = _read_vectors(folder)
             length = {**_default_length(exported), **_read_object(folder / LENGTH)}["max_seq_length"]
         except (RecipeError, EnvironmentProblem):
             return recipe
         prompts = {"query_prompt": stated[QUERIES], "passage_prompt": stated[PASSAGES]}
-        section = section.model_copy(update={"pooling": stated["pooling"], "normalize": stated["normalize"], **prompts})
+        recipe = recipe.with_section(pooling=stated["pooling"], normalize=stated["normalize"], **prompts)
     if not isinstance(length, int) or length < 1:
         return recipe
     data = recipe.data.model_copy(update={"max_length": length})
-    return recipe.model_copy(update={"embed": section, "data": data})
+    return recipe.model_copy(update={"data": data})

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +33,11 @@ from llmtune.deploy.search_parity import make_reference
 from llmtune.deploy.tuned_model import TunedModel, training_base
 from llmtune.display.console import spinner
 from llmtune.display.number_format import size
-from llmtune.errors import EnvironmentProblem, RecipeError, nearest
+from llmtune.errors import RecipeError, nearest
 from llmtune.model.config import build_skeleton, expert_parameters, find_class, head_names, in_heads, read_model_config
 from llmtune.model.device import explain_oom
 from llmtune.plan import Plan, RunContext
+from llmtune.recipe.extras import require_extra
 from llmtune.records import Examples
 from llmtune.store.atomic_files import explained, staged
 
@@ -96,9 +96,7 @@ def check_quantizable(plan: Plan, scheme: str) -> int:
     if scheme not in SCHEMES:
         what = f"{scheme!r} is not a quantization scheme.{nearest(scheme, [*SCHEMES])}"
         raise RecipeError.of(what, "--scheme", f"Choose one of: {', '.join(SCHEMES)}.")
-    if find_spec("compressed_tensors") is None:
-        what = f"{scheme} needs the package compressed-tensors"
-        raise EnvironmentProblem.of(what, None, "Run: pip install 'llmtune-cli[quantized]'")
+    require_extra("quantized", "--scheme")
     recipe, name = plan.recipe, plan.model_ref.name
     if reason := recipe.adapter.unmergeable:
         what = f"an adapter of {recipe.adapter.method} cannot be merged: {reason}"

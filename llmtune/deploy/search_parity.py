@@ -35,10 +35,9 @@ from llmtune.deploy.tuned_model import TunedModel
 from llmtune.evaluate.evaluated_task import EvalPrediction, LoadedModel
 from llmtune.model.config import readable
 from llmtune.model.library_logging import silent
+from llmtune.model.sentence_folder import LENGTH, MODULES
 from llmtune.recipe.schema import Recipe
-from llmtune.tasks.embed import Embed
-from llmtune.tasks.rerank import Rerank
-from llmtune.tasks.sentence_vectors import LENGTH, MODULES
+from llmtune.recipe.task_facts import TASK_FACTS
 
 NDCG = "ndcg@10"
 NDCG_LOSS = 0.02
@@ -249,6 +248,6 @@ def find_search_breaches(parity: SearchParity, highest: float) -> list[str]:
 
 def make_reference(tuned: TunedModel) -> TunedReference:
     """Ask the tuned model the fixed prompts and its rows; only the rows if it does not continue a text."""
-    if isinstance(tuned.task, Embed | Rerank):
+    if TASK_FACTS[tuned.task.name].loader is not None:
         return SearchReference(tuned)
     return TextReference(tuned) if tuned.task.model_kind.decodes else HeadReference(tuned)

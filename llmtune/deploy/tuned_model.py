@@ -29,6 +29,7 @@ from llmtune.model.config import keeps_float32, read_model_config
 from llmtune.model.quantized_base import kept_quantization
 from llmtune.plan import RunContext
 from llmtune.recipe.schema import Recipe
+from llmtune.recipe.task_facts import TASK_FACTS
 from llmtune.records import AdaptedModel, ModelRef, Row
 from llmtune.run_models import Models
 from llmtune.store.atomic_files import hash_folder, read_json
@@ -147,7 +148,7 @@ def load_tuned(context: RunContext, splits: Sequence[str] = ("test",)) -> TunedM
         recipe = plan.recipe.model_copy(update={"model": model})
         context = replace(context, resolved=replace(plan, recipe=recipe))
     split = next((name for name in splits if rows.counts[name]), splits[0])
-    most = RANKED_ROWS if plan.recipe.embed or plan.recipe.rerank else CERTIFIED_ROWS
+    most = RANKED_ROWS if TASK_FACTS[plan.task.name].loader else CERTIFIED_ROWS
     return TunedModel(
         Models(context).adapted,
         context.plan.recipe,

@@ -316,8 +316,8 @@ def task_signature(metric: str, context: EvalContext) -> str:
     """Describe what the loss is a mean over, for a task that does not predict tokens."""
     if metric != "loss":
         return f"{metric} of the predictions"
-    classify = context.recipe.classify
-    weighted = ", weighted by class_weights" if classify is not None and classify.class_weights is not None else ""
+    weights = (context.recipe.task_section() or {}).get("class_weights")
+    weighted = ", weighted by class_weights" if weights is not None else ""
     return f"mean of the {context.task.name} loss over {context.task.loss_unit}{weighted}"
 
 

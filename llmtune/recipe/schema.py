@@ -182,14 +182,18 @@ class Recipe(RecipeSection):
         own = self._own_section()
         return own.labels or () if isinstance(own, ClassifySection | TokenClassifySection) else ()
 
+    def with_section(self, **update: object) -> Recipe:
+        """Return the recipe with these values in the section of its task."""
+        own = self._own_section()
+        assert own is not None
+        return self.model_copy(update={str(TASK_FACTS[self.task].section): own.model_copy(update=update)})
+
     def with_classes(self, names: Sequence[str]) -> Recipe:
         """Return the recipe with these names of classes or entity types; unchanged without any."""
         own = self._own_section()
         if not names or not isinstance(own, ClassifySection | TokenClassifySection):
             return self
-        return self.model_copy(
-            update={str(TASK_FACTS[self.task].section): own.model_copy(update={"labels": tuple(names)})}
-        )
+        return self.with_section(labels=tuple(names))
 
     @property
     def renames(self) -> dict[str, str]:

@@ -13,7 +13,7 @@ GENERATED = ("exact_match", *ROUGE, "chrf")
 MACHINE_TRANSLATION = ("bleu", "chrf", "ter", "exact_match")
 TOOL_METRICS = ("tool_call_valid", "tool_name", "tool_arguments", "tool_arguments_f1", "no_call")
 CALIBRATION = ("ece", "brier", "nll")
-"""Metrics of the probabilities of a task that chooses."""
+"""Metrics of the probabilities of a task with a fixed set of labels."""
 CHOICE_METRICS = ("choice_accuracy", *CALIBRATION)
 """Metrics of chat and completion that need choices."""
 DECISIONS: Mapping[str, tuple[str, ...]] = {

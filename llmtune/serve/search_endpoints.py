@@ -21,14 +21,12 @@ from llmtune.data.long_texts import count_tokens
 from llmtune.data.search_rows import passage_text
 from llmtune.evaluate.ranking_metrics import unit
 from llmtune.evaluate.token_batches import TOKEN_BUDGET, batch_size, budget_for
-from llmtune.recipe.task_sections import EmbedSection
+from llmtune.model.sentence_folder import SentenceSettings
 from llmtune.records import Row
 from llmtune.serve.engine import Engine, predict_parts
 from llmtune.serve.generation_endpoints import in_text_thread, served_by_name, unless_disconnected
 from llmtune.serve.schemas import ApiError, FilledText, PositiveInt, RequestModel
 from llmtune.serve.served_model import ServedModel
-from llmtune.tasks.rerank import ranked
-from llmtune.tasks.sentence_vectors import embed_section, prompt_of
 
 MOST_TEXTS = 2048
 """Texts per request, as in OpenAI's API."""
@@ -153,12 +151,12 @@ def mount_embeddings(app: FastAPI, engine: Engine) -> None:
 
 async def embed(engine: Engine, served: ServedModel, body: EmbeddingsRequest) -> EmbeddingsResponse:
     """Return the vectors of a request."""
-    section, limit = embed_section(served.recipe), served.recipe.data.max_length
-    sizes = section.dimensions or ()
+    settings, limit = settings_of(served), served.recipe.data.max_length
+    sizes = settings.dimensions
     if body.dimensions is not None and body.dimensions not in sizes:
         fix = f"Use one of {', '.join(map(str, sizes))}." if sizes else "Omit it."
         raise ApiError(400, f"The model was not trained for {body.dimensions} dimensions. {fix}", param="dimensions")
-    prompt = prompt_of(choose_type(body, section), section)
+    prompt = settings.prompt_of(choose_type(body, settings))
     texts = [body.input] if isinstance(body.input, str) else body.input
     lengths = await in_text_thread(lambda: [count_tokens(prompt + text, served.processor, limit) for text in texts])
     truncated = find_truncated(lengths, served, body.truncate, "input")
@@ -170,12 +168,19 @@ async def embed(engine: Engine, served: ServedModel, body: EmbeddingsRequest) ->
     return EmbeddingsResponse(data=data, model=served.name, usage=usage, truncated=truncated or None)
 
 
-def choose_type(body: EmbeddingsRequest, section: EmbedSection) -> str:
+def settings_of(served: ServedModel) -> SentenceSettings:
+    """Return how a model that makes vectors makes them."""
+    settings = served.task.sentence_settings(served.recipe)
+    assert settings is not None
+    return settings
+
+
+def choose_type(body: EmbeddingsRequest, settings: SentenceSettings) -> str:
     """Return whether the texts are queries or documents.
 
     Raises ApiError if the request does not say so, and the model has a prompt for each.
     """
-    query, document = (prompt_of(name, section) for name in ("query", "document"))
+    query, document = (settings.prompt_of(name) for name in ("query", "document"))
     if body.input_type is None and query != document:
         message = (
             f"The model reads {query!r} before queries and {document!r} before documents. Send input_type: query or "
@@ -211,7 +216,7 @@ def write_vector(vector: list[float], served: ServedModel, body: EmbeddingsReque
     """Return a vector in the requested length and encoding; a shortened one is normalised again if the model's are."""
     if body.dimensions is not None:
         vector = vector[: body.dimensions]
-        vector = unit(vector).tolist() if embed_section(served.recipe).normalize else vector
+        vector = unit(vector).tolist() if settings_of(served).normalize else vector
     if body.encoding_format == "base64":
         return base64.b64encode(np.asarray(vector, dtype="<f4").tobytes()).decode()
     return vector
@@ -258,7 +263,7 @@ async def rank_request(engine: Engine, served: ServedModel, body: RerankRequest)
             relevance_score=scores[i],
             document=DocumentObject(text=texts[i]) if shown else None,
         )
-        for i in ranked(scores)["ranking"][: body.top_n]
+        for i in sorted(range(len(scores)), key=lambda i: -scores[i])[: body.top_n]
     ]
     name = f"rerank-{secrets.token_hex(12)}"
     return RerankResponse(id=name, model=served.name, results=results, usage=usage, truncated=truncated or None)

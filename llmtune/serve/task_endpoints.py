@@ -165,13 +165,13 @@ async def answer_row(engine: Engine, model: str | None, inputs: Mapping[str, str
             raise ApiError.of(error) from error
         generated = answer_ids(engine, served, ServedPrompt(prompt), GenerationRequest(), None)
         predicted = Predicted(served.read([token async for ids in generated for token in ids]), [], {})
-    section = served.recipe.classify
+    labels = [*served.recipe.classes] if TASK_FACTS[task.name].answer_kind == "labels" else []
     answer = TaskAnswer(
         model=served.name,
         task=task.name,
         text=task.format_answer(predicted.value, row),
         prediction=predicted.value,
-        labels=list(section.labels or ()) or None if section else None,
+        labels=labels or None,
         words=row.get("tokens"),
         scores=predicted.probabilities if "tokens" in row else None,
         truncated=truncated,

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeAlias, TypeVar, cast
 
 import torch
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from llmtune.data.collators import causal_collator
 from llmtune.data.example import Collate, Example
@@ -20,6 +20,7 @@ from llmtune.evaluate.evaluated_task import EvaluatedTask, PredictionT
 from llmtune.model.audio_models import SoundWindow
 from llmtune.model.causal_lm_loss import causal_loss
 from llmtune.model.config import set_padding
+from llmtune.model.sentence_folder import SentenceSettings
 from llmtune.recipe.model_kind import CAUSAL
 from llmtune.recipe.schema import Recipe
 from llmtune.records import Batch, Loss, Rows
@@ -89,6 +90,13 @@ class Task(EvaluatedTask, Generic[RowT, PredictionT]):
         For tasks with recordings. Raises DataError if it cannot be read, and RecipeError if it contains no sound.
         """
         raise NotImplementedError
+
+    def sentence_settings(self, recipe: Recipe) -> SentenceSettings | None:
+        """Return how vectors are made; None for tasks without vectors."""
+        return None
+
+    def set_generation(self, settings: GenerationConfig, recipe: Recipe) -> None:
+        """Set in place what saved generation settings state of the recipe; for models that keep their own settings."""
 
     def export_constants(self, recipe: Recipe) -> dict[str, Any]:
         """Return further constants of the script next to ONNX files."""

@@ -43,6 +43,7 @@ from llmtune.evaluate.ranking_metrics import (
     rank_passages,
 )
 from llmtune.model.memory_plan import context_length
+from llmtune.model.sentence_folder import SentenceSettings, read_settings, write_settings
 from llmtune.recipe.model_kind import VECTORS
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_facts import RANKING, TASK_FACTS, at_ten
@@ -57,11 +58,9 @@ from llmtune.tasks.sentence_vectors import (
     embedding_loss,
     hidden_states,
     pool,
-    read_settings,
     require_triplets,
     resolve_settings,
     tokenize_prompted,
-    write_settings,
 )
 
 KINDS = {"passages": ("ranking",), "scores": ("cosent", "cosine"), "labels": ("triplet",)}
@@ -323,10 +322,21 @@ class Embed(ReadingTask[EmbedRow, Vectors]):
         section = embed_section(recipe)
         return {"PROMPT": section.query_prompt, "POOLING": section.pooling, "NORMALIZE": section.normalize}
 
+    def sentence_settings(self, recipe: Recipe) -> SentenceSettings:
+        """Return how vectors are made; the section has been resolved."""
+        section = embed_section(recipe)
+        return SentenceSettings(
+            section.pooling,
+            bool(section.normalize),
+            section.query_prompt or "",
+            section.passage_prompt or "",
+            section.dimensions or (),
+        )
+
     def save_files(self, folder: Path, config: PretrainedConfig, recipe: Recipe) -> None:
         """Write the files with which sentence-transformers loads the folder and computes the same vectors."""
         limit = min(recipe.data.max_length, context_length(config) or recipe.data.max_length)
-        write_settings(folder, config, embed_section(recipe), limit)
+        write_settings(folder, config, self.sentence_settings(recipe), limit)
 
 
 def measure_search(

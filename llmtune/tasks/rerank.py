@@ -32,6 +32,7 @@ from llmtune.evaluate.token_batches import run_encoder
 from llmtune.model.causal_lm_loss import model_inputs
 from llmtune.model.config import name_outputs
 from llmtune.model.device import in_own_dtype
+from llmtune.model.sentence_folder import SIGMOID
 from llmtune.recipe.model_kind import CLASSES
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_facts import RANKING, at_ten
@@ -40,7 +41,6 @@ from llmtune.records import Batch, Loss, Rows
 from llmtune.tasks.base import Endpoint, ReadingTask, loss_of_rows
 from llmtune.tasks.classify import fitted_texts, tokenize_texts
 
-SIGMOID = "torch.nn.modules.activation.Sigmoid"
 BM25 = "BM25 (words that query and passage share)"
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from torch.nn import functional
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from llmtune.data.audio import SpeechRow
 from llmtune.data.collators import IGNORED, pad
@@ -103,6 +103,11 @@ class Whisper(Speech):
         """Set the recipe's language and task, in place. Raises as `set_speech` does."""
         section = recipe.speech or SpeechSection()
         set_speech(processor, section.language, section.task)
+
+    def set_generation(self, settings: GenerationConfig, recipe: Recipe) -> None:
+        """Set the recipe's language and task, which Whisper's class looks up in its own settings."""
+        if recipe.speech is not None and getattr(settings, "is_multilingual", False):
+            settings.language, settings.task = recipe.speech.language, recipe.speech.task
 
     def check_model(self, model: PreTrainedModel, processor: PreTrainedTokenizerBase, recipe: Recipe) -> None:
         """Set language and task, which are saved with the tokenizer, and compare the tokens with the model's.

@@ -42,7 +42,6 @@ from llmtune.train.divergence import (
     weights_are_numbers,
 )
 from llmtune.train.metrics_log import (
-    ON_VALIDATION,
     Display,
     MetricsLine,
     TrainedRun,
@@ -233,8 +232,6 @@ def _close_step(run: Run) -> None:
         improved = record_validation(training, state, loss, scores, run.console)
     if step == 1 or last or validates or state.stopped_early or step % train.logging_steps == 0:
         _log(run, validates)
-    if loss is not None and (watch := ON_VALIDATION.get()) is not None:
-        watch(step, loss)
     state.closed = step
     due = (validates or epoch_end) if train.save_steps is None else step % train.save_steps == 0
     if due or last or state.stopped_early or (improved and train.load_best_model_at_end):

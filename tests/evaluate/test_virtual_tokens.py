@@ -4,7 +4,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from lm_eval.api.instance import Instance
 from peft import AutoPeftModelForCausalLM, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
 from support.adapting import nudge, open_model, padded, quiet, recipe_with
 from support.decoders import BEGINNING, make_decoder, prompts_of
@@ -20,7 +19,6 @@ from llmtune.evaluate.generation import generate, generate_completions, windows_
 from llmtune.evaluate.greedy_decoding import column_bytes_of, decode_greedily
 from llmtune.evaluate.inference import context_limit
 from llmtune.evaluate.shared_prefix import make_tree, score_trees
-from llmtune.evaluate.suites.lm_eval_model import BatchedLM
 from llmtune.explain.generation_trace import Sampling, trace_answer
 from llmtune.explain.inputs import ModelInputs
 from llmtune.model.causal_lm_loss import causal_loss, virtual_logits
@@ -168,14 +166,17 @@ def test_choices_and_benchmarks_are_scored_by_the_forward_pass(tiny_llama, adapt
     expected = [float(log_probability(model, prompt, answer)) for answer in answers]
     with torch.inference_mode():
         assert score_trees(model, [tree], device="cpu")[0] == pytest.approx(expected, rel=1e-4)
+    api = pytest.importorskip("lm_eval.api.instance", reason="needs llmtune-cli[benchmarks]")
+    from llmtune.evaluate.suites.lm_eval_model import BatchedLM
+
     context = SimpleNamespace(processor=processor, recipe=recipe, device="cpu")
     judge = BatchedLM(model, context, lambda rows: None)
     text, word = "Where is the red box", " now"
-    ask = Instance("loglikelihood", {}, (text, word), 0, ("task", 0, 1))
+    ask = api.Instance("loglikelihood", {}, (text, word), 0, ("task", 0, 1))
     ids, both = judge.tok_encode(text), judge.tok_encode(text + word)
     ((nats, _),) = judge.loglikelihood([ask])
     assert nats == pytest.approx(float(log_probability(model, ids, both[len(ids) :])), rel=1e-4)
-    ask = Instance("generate_until", {}, (text, {"until": ["nothing"], "max_gen_toks": 6}), 0, ("task", 0, 1))
+    ask = api.Instance("generate_until", {}, (text, {"until": ["nothing"], "max_gen_toks": 6}), 0, ("task", 0, 1))
     (answer,) = judge.generate_until([ask])
     assert answer == processor.decode(likeliest(model, ids, 6), skip_special_tokens=True)
 

@@ -143,32 +143,28 @@ SHARED_FILES_THAT_KNOW_A_TASK = {
     "data/row_text.py": "column, import: texts by columns",
     "data/sources.py": "import: recordings are files",
     "deploy/endpoint_parity.py": "column: requests of endpoints",
-    "deploy/folder_settings.py": "import, literal, section: settings in the form of each model's library",
     "deploy/gguf_export.py": "column: classes that GGUF has",
     "deploy/gguf_readers.py": "column: classes that GGUF has",
     "deploy/parity_reference.py": "column: how much of a recording a model hears",
     "deploy/search_parity.py": "column, import: rankings and vectors",
-    "deploy/tuned_model.py": "column, section: rankings need more rows",
+    "deploy/tuned_model.py": "column: rankings need more rows",
     "evaluate/class_alignment.py": "column: classes of rows",
     "evaluate/class_changes.py": "column: classes of rows",
     "evaluate/decision.py": "import: lists of labels",
     "evaluate/eval_inputs.py": "column: prompts for display",
-    "evaluate/inference.py": "section: regression has no probabilities",
     "evaluate/ranking_metrics.py": "column, import: rankings",
     "evaluate/suites/judge.py": "column: references",
-    "evaluate/suites/label_errors.py": "column, section: labels",
-    "evaluate/suites/own_metrics.py": "section: names of classes",
-    "evaluate/suites/swapped_rows.py": "column, section: answers of each kind of rows",
+    "evaluate/suites/label_errors.py": "column: labels",
+    "evaluate/suites/swapped_rows.py": "column: answers of each kind of rows",
     "launch/recipe_check.py": "import, section: labels that differ from the recipe's",
     "mining.py": "column, import, literal, section: queries and passages, of which negatives are mined",
-    "plan.py": "import, section: the kind of labels",
     "recipe/class_names.py": "column: renamed labels",
     "recipe/first_recipe.py": "column, literal: models and lengths by kind",
     "recipe/schema.py": "literal, section: keys of a section without effect on a kind of model or of rows",
     "serve/chat_prompt.py": "column: conversations",
     "serve/finished_run.py": "column: prompts",
-    "serve/search_endpoints.py": "import, section: requests of endpoints",
-    "serve/task_endpoints.py": "column, section: requests of endpoints",
+    "serve/search_endpoints.py": "import: requests of endpoints",
+    "serve/task_endpoints.py": "column: requests of endpoints",
 }
 """By file, how it knows one task or kind, and why. Shrink the list; instead of a new entry, add a field to a table.
 
@@ -183,7 +179,7 @@ TABLES = (
     "tasks/",
     "model/audio_models.py",
 )
-ONE_KIND = ("audio", "classify_rows", "label_candidates", "retrieval_layout", "search_rows", "task_rows")
+ONE_KIND = ("audio", "waveforms", "classify_rows", "label_candidates", "retrieval_layout", "search_rows", "task_rows")
 """Modules of `data/` about one kind of rows; only the tables and the tasks import them."""
 CONVERSATIONS = ("chat_encoding", "chat_rows", "chat_template", "completion_encoding", "overlong", "rendering_check")
 """Modules of `data/` about conversations, with which many tasks write prompts."""

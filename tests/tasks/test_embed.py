@@ -25,17 +25,12 @@ from llmtune.data.rejected_rows import RowError
 from llmtune.data.row_formats import FORMATS, parse_row, reads_rows
 from llmtune.errors import LlmtuneError
 from llmtune.evaluate.evaluated_task import EvalPrediction
+from llmtune.model.sentence_folder import read_settings, write_settings
 from llmtune.recipe.loader import load_recipe
 from llmtune.recipe.task_sections import EmbedSection
 from llmtune.serve.finished_run import FinishedRun
 from llmtune.tasks.embed import Embed
-from llmtune.tasks.sentence_vectors import (
-    embed_section,
-    embedding_loss,
-    read_settings,
-    resolve_settings,
-    write_settings,
-)
+from llmtune.tasks.sentence_vectors import embed_section, embedding_loss, resolve_settings
 from llmtune.train.accumulation import step_gradients
 
 with warnings.catch_warnings():

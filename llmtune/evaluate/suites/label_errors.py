@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, fields
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +30,7 @@ from llmtune.data.example import Example
 from llmtune.data.examples import ExampleReader
 from llmtune.data.row_store import iterate_groups, iterate_rows, iterate_texts
 from llmtune.display.console import spinner
-from llmtune.errors import EnvironmentProblem, RecipeError, read_origin
+from llmtune.errors import RecipeError, read_origin
 from llmtune.evaluate.eval_inputs import EvalContext, write_prompt
 from llmtune.evaluate.evaluated_task import EvaluatedTask
 from llmtune.evaluate.inference import add_bar, inference_on
@@ -39,6 +38,7 @@ from llmtune.evaluate.source_labels import unchecked_sentence
 from llmtune.evaluate.suites import Suite
 from llmtune.evaluate.token_batches import over_processes, run_encoder
 from llmtune.model.causal_lm_loss import unwrap
+from llmtune.recipe.extras import require_extra
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_facts import TASK_FACTS
 from llmtune.records import SPLITS, Advance, Examples, Rows
@@ -110,13 +110,11 @@ class LabelErrorSuite(Suite):
 
 def require_labels(recipe: Recipe) -> None:
     """Raise RecipeError if a recipe has no classes or tags, as far as known, or EnvironmentProblem without cleanlab."""
-    numbers = recipe.classify is not None and recipe.classify.kind == "regression"
+    numbers = (recipe.task_section() or {}).get("kind") == "regression"
     if numbers or TASK_FACTS[recipe.task].answer_kind not in ("labels", "tags"):
         what = "the labels are numbers" if numbers else f"the task is {recipe.task}"
         raise RecipeError.of(f"{what}, and only classes and tags can be checked", KEY, "Remove it.")
-    if find_spec("cleanlab") is None:
-        fix = "pip install 'llmtune-cli[labels]'"
-        raise EnvironmentProblem.of("the package cleanlab is not installed", KEY, fix)
+    require_extra("labels", KEY)
 
 
 def save_suspects(load: LoadModel, context: EvalContext, rows: Rows, examples: Examples) -> None:

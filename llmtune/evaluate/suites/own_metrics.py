@@ -197,7 +197,7 @@ def read_full_rows(rows: Rows, split: str, numbers: Set[int]) -> Iterator[Row]:
 
 def label_scores(prediction: object, recipe: Recipe) -> object:
     """Return a classifier's prediction with its scores by class name; any other prediction unchanged."""
-    labels = recipe.classify.labels if recipe.classify else None
+    labels = recipe.classes if answer_kind(recipe.task) == "labels" else ()
     if not labels or not isinstance(prediction, dict) or len(prediction.get("scores", ())) != len(labels):
         return prediction
     return {**prediction, "scores": dict(zip(labels, prediction["scores"], strict=True))}

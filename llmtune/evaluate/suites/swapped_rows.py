@@ -235,7 +235,7 @@ class SwapSuite(EvalSuite[SwapAnswers]):
 
     def find_kind(self) -> tuple[AnswerKind, str]:
         """Return the kind of answers, which defines when two of them differ, and a description of the comparison."""
-        inputs, classify = self.inputs, self.context.recipe.classify
+        inputs, recipe = self.inputs, self.context.recipe
         if inputs.trees:
             compared = f"the most likely of {len(inputs.choices)} answers compared"
             return AnswerKind(self.swaps, labels=inputs.choices), compared
@@ -243,7 +243,7 @@ class SwapSuite(EvalSuite[SwapAnswers]):
             return AnswerKind(self.swaps), "answers compared, generated greedily"
         numbers = [value for value in inputs.targets if isinstance(value, float)]
         tolerance = MOVED * statistics.pstdev(numbers) if len(numbers) == len(inputs.targets) and numbers else 0.0
-        labels = tuple(classify.labels or ()) if classify else ()
+        labels = recipe.classes if TASK_FACTS[recipe.task].answer_kind == "labels" else ()
         compared = f"predictions compared, numbers by {tolerance:.3g}" if tolerance else "predictions compared"
         return AnswerKind(self.swaps, tolerance, labels), compared
 
