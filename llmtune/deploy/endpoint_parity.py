@@ -117,7 +117,7 @@ def _ask_test_rows(client: openai.OpenAI, model: str, chat: bool, evaluated: Eva
     inputs, tokens = evaluated.inputs, evaluated.recipe.generation.max_new_tokens
     assert inputs is not None
     asked = (
-        [i for i in inputs.prompt_ids if _is_plain_text(inputs.questions[i])]
+        [i for i in inputs.generation_prompts if _is_plain_text(inputs.questions[i])]
         if evaluated.recipe.evaluate.predicted & {*inputs.metrics}
         else []
     )

@@ -190,7 +190,7 @@ def time_rows(
         if task.predicts:
             task.predict([row], LoadedModel(model, processor, recipe, device))
         else:
-            generate_completions(model, [task.prompt_ids(row, processor, recipe)], processor, recipe, device=device)
+            generate_completions(model, [task.prompt(row, processor, recipe)], processor, recipe, device=device)
 
     with inference_on(model, EvalContext(recipe, task, processor, None, device, Console(quiet=True))):
         answer(questions[0])

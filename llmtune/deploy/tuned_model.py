@@ -30,7 +30,7 @@ from llmtune.model.quantized_base import kept_quantization
 from llmtune.plan import RunContext
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_facts import TASK_FACTS
-from llmtune.records import AdaptedModel, ModelRef, Row
+from llmtune.records import AdaptedModel, ModelRef, Prompt, Row
 from llmtune.run_models import Models
 from llmtune.store.atomic_files import hash_folder, read_json
 from llmtune.tasks.base import AnyTask
@@ -194,7 +194,7 @@ class TransformersReader:
             max_new_tokens=tokens, do_sample=False, eos_token_id=list(stops) or None, pad_token_id=[*stops, 0][0]
         )
         with only_these_settings(self.model):
-            return generate_batch(self.model, [prompt], settings, str(self.model.device))[0]
+            return generate_batch(self.model, [Prompt(prompt)], settings, str(self.model.device))[0]
 
 
 def render_prompts(tuned: TunedModel, processor: PreTrainedTokenizerBase) -> list[list[int]]:

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from llmtune.data.contamination import find_overlap
 from llmtune.data.examples import encode_rows
+from llmtune.data.row_kind import names_in, rename_row
 from llmtune.data.row_store import iterate_rows, load_rows, pick_rows
 from llmtune.errors import DataError, EnvironmentProblem, RecipeError
 from llmtune.evaluate.calibration import run_temperature
@@ -26,7 +27,6 @@ from llmtune.evaluate.metric import Measure
 from llmtune.evaluate.per_row_scores import PerRowScores, name_test_rows
 from llmtune.evaluate.text_metrics import TOKEN_METRICS
 from llmtune.model.device import release_memory
-from llmtune.recipe.class_names import names_in, rename_row
 from llmtune.recipe.evaluate_section import OWN_METRIC_KEYS, EvaluateSection
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_facts import CALIBRATION

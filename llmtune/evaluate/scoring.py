@@ -6,10 +6,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from llmtune.data.contamination import Overlap, find_overlap, prompt_row
+from llmtune.data.contamination import Overlap, find_overlap
 from llmtune.data.inherited_rows import find_inheritance, find_learned
+from llmtune.data.row_kind import compared_text, prompt_row
 from llmtune.data.row_store import iterate_ids, iterate_texts, read_rows
-from llmtune.data.row_text import compared_text
 from llmtune.display.console import spinner
 from llmtune.evaluate.decision import save_rules
 from llmtune.evaluate.eval_inputs import SCHEMAS_NOTE, SPLIT, EvalContext

@@ -14,7 +14,6 @@ import torch
 from rich.console import Console
 
 from llmtune.adapter.saving import save_adapter, stored_dtype
-from llmtune.data.task_interface import TaskInterface
 from llmtune.errors import Problem, Stopped, TrainingError
 from llmtune.model.device import fits_in_memory
 from llmtune.recipe.schema import Recipe
@@ -50,6 +49,7 @@ from llmtune.train.metrics_log import (
     show_training,
     tracker_names,
 )
+from llmtune.train.objective import TrainedTask
 from llmtune.train.optimizer import averaged_weights, set_mode
 from llmtune.train.preflight import restore_checkpoint, restore_weights, resume, run_preflight, save, shrink_budget
 from llmtune.train.row_losses import add_step, save_row_losses
@@ -85,7 +85,7 @@ class Run:
 def train(
     adapted: AdaptedModel,
     examples: Examples,
-    task: TaskInterface,
+    task: TrainedTask,
     recipe: Recipe,
     folder: Path,
     console: Console,
@@ -138,10 +138,10 @@ def train(
 
 
 def _run_steps(run: Run) -> None:
-    state, total = run.state, run.training.plan.total_steps
-    if state.step == 0 and run.training.task.has_step_loss and run.training.validation is not None:
+    state, total, objective = run.state, run.training.plan.total_steps, run.training.objective
+    if state.step == 0 and objective.measures_start and run.training.validation is not None:
         _validate(run)  # how far apart vectors are before training
-        state.first_spread = {**run.training.spread}
+        state.first_spread = {**objective.metrics}
     run.training.model.train()
     _stop_if_asked(run)
     while True:

@@ -22,6 +22,7 @@ from llmtune.deploy.tuned_model import TransformersReader
 from llmtune.errors import GateFailed, RecipeError
 from llmtune.evaluate.generation import answer_ends, generate_batch
 from llmtune.model.builtin_models import PACKAGED
+from llmtune.records import Prompt
 
 llama_cpp = pytest.importorskip("llama_cpp", reason="needs llama-cpp-python")
 pytestmark = pytest.mark.slow
@@ -71,7 +72,7 @@ def test_first_32_tokens_of_smollm2_in_f16_are_those_of_the_merged_model_in_floa
     )
     wanted = []
     for at in range(0, len(prompts), 25):
-        wanted += generate_batch(model, prompts[at : at + 25], settings, "cpu")
+        wanted += generate_batch(model, [*map(Prompt, prompts[at : at + 25])], settings, "cpu")
     exported = open_gguf_export(tmp_path / "gguf" / certificate["file"], tuned, max(map(len, prompts)) + TOKENS)
     reader = TransformersReader(exported.model)
     got = [reader.answer(prompt, stops, TOKENS) for prompt in prompts]

@@ -248,7 +248,7 @@ def test_balanced_weights_match_scikit_learn(models, tmp_path):
     rows = [row for i, row in enumerate(colour_rows(90)) if row["label"] != "blue" or i % 4 == 0]
     path = recipe_for(tmp_path / "r.yaml", models("bert"), rows, classify={"class_weights": "balanced"})
     recipe, examples = prepared(path)
-    reader = ExampleReader(examples, "train")
+    reader = ExampleReader(examples, "train", classify.ClassExample)
     labels = [recipe.classify.labels[reader[i].class_ids[0]] for i in range(len(reader))]
     wanted = compute_class_weight("balanced", classes=np.array(recipe.classify.labels), y=labels)
     assert recipe.classify.class_weights == pytest.approx(dict(zip(recipe.classify.labels, wanted, strict=True)))

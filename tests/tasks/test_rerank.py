@@ -140,7 +140,7 @@ def test_the_loss_equals_that_of_sentence_transformers_on_the_same_batch(bert: P
 
     training = start_training(recipe_of(tmp_path, bert, ROWS, "rerank", **SILENT), tmp_path / "run")
     examples = [training.examples[i] for i in range(12)]
-    assert sorted({example.values[0] for example in examples}) == [0.0, 0.5, 1.0]  # of relevances 0 to 2
+    assert sorted({example.relevance[0] for example in examples}) == [0.0, 0.5, 1.0]  # of relevances 0 to 2
     processor, model = training.adapted.selected.processor, training.model.eval()
     batch = training.task.collator(processor, training.recipe, False)(examples, 0)
     ours = training.task.loss(model, batch)
@@ -367,7 +367,7 @@ def test_words_keep_vowel_signs_and_the_letters_of_other_scripts() -> None:
 def test_the_highest_relevance_of_the_recipe_overrides_that_of_the_rows(bert: Path, tmp_path: Path) -> None:
     recipe = recipe_of(tmp_path, bert, ROWS, "rerank", rerank={"max_relevance": 1.0}, **SILENT)
     training = start_training(recipe, tmp_path / "run")
-    assert {training.examples[i].values[0] for i in range(len(training.examples))} == {0.0, 1.0}
+    assert {training.examples[i].relevance[0] for i in range(len(training.examples))} == {0.0, 1.0}
 
 
 def test_a_long_passage_is_cut_as_cross_encoder_cuts_it(bert: Path) -> None:
