@@ -12,11 +12,11 @@ import torch
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from llmtune.data.collators import causal_collator
-from llmtune.data.example import Collate, Example
+from llmtune.data.example import AnyExample, Collate
 from llmtune.data.row_store import iterate_rows
 from llmtune.data.task_interface import Encoded
 from llmtune.data.text_pairs import TextPair
-from llmtune.evaluate.evaluated_task import EvaluatedTask, PredictionT
+from llmtune.evaluate.evaluated_task import PredictionT
 from llmtune.model.audio_models import SoundWindow
 from llmtune.model.causal_lm_loss import causal_loss
 from llmtune.model.config import set_padding
@@ -24,6 +24,7 @@ from llmtune.model.sentence_folder import SentenceSettings
 from llmtune.recipe.model_kind import CAUSAL
 from llmtune.recipe.schema import Recipe
 from llmtune.records import Batch, Loss, Rows
+from llmtune.train.objective import TrainedTask
 
 RowT = TypeVar("RowT")
 """A row of the task: a TypedDict."""
@@ -40,7 +41,7 @@ class Endpoint:
     """The request field for the prompt of `llmtune generate`."""
 
 
-class Task(EvaluatedTask, Generic[RowT, PredictionT]):
+class Task(TrainedTask, Generic[RowT, PredictionT]):
     """A task for one kind of model; by default, a prompt is answered with text."""
 
     required_inputs: tuple[str, ...] = ("prompt",)
@@ -99,7 +100,7 @@ class Task(EvaluatedTask, Generic[RowT, PredictionT]):
         """Set in place what saved generation settings state of the recipe; for models that keep their own settings."""
 
     def export_constants(self, recipe: Recipe) -> dict[str, Any]:
-        """Return further constants of the script next to ONNX files."""
+        """Return further settings of the program next to ONNX files."""
         return {}
 
     def encode(self, rows: Sequence[RowT], processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[Encoded]:
@@ -113,13 +114,13 @@ class Task(EvaluatedTask, Generic[RowT, PredictionT]):
     def collator(self, processor: PreTrainedTokenizerBase, recipe: Recipe, packs: bool | None = None) -> Collate:
         """Return the function that makes micro-batches."""
 
-        def collate(examples: Sequence[Example], draw: int = 0) -> Batch:
+        def collate(examples: Sequence[AnyExample], draw: int = 0) -> Batch:
             return self.collate(examples, processor, recipe, bool(packs), draw)
 
         return collate
 
     def collate(
-        self, examples: Sequence[Example], processor: PreTrainedTokenizerBase, recipe: Recipe, packs: bool, draw: int
+        self, examples: Sequence[AnyExample], processor: PreTrainedTokenizerBase, recipe: Recipe, packs: bool, draw: int
     ) -> Batch:
         """Make one micro-batch; `draw` seeds random parts such as masks; evaluation passes 0."""
         raise NotImplementedError
