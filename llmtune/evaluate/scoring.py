@@ -122,7 +122,7 @@ def add_simple_baseline(request: ScoreRequest, scored: Scored) -> Scored:
     return replace(scored, evaluation=evaluation, per_row=per_row)
 
 
-def save_rows(request: ScoreRequest, scored: Scored) -> Scored:
+def save_row_files(request: ScoreRequest, scored: Scored) -> Scored:
     """Save answers and measures of each row, and the answers that later evaluations reuse."""
     context, answers = request.context, scored.answers
     if context.folder is not None and context.inputs is not None:
@@ -149,7 +149,7 @@ def add_champion(request: ScoreRequest, scored: Scored) -> Scored:
 
 ROW_SCORES: tuple[Callable[[ScoreRequest, Scored], Scored], ...] = (
     add_simple_baseline,
-    save_rows,
+    save_row_files,
     add_contamination,
     add_champion,
 )

@@ -20,6 +20,7 @@ from llmtune.errors import EnvironmentProblem, LlmtuneError, TrainingError
 from llmtune.model.chunked_cross_entropy import takes_head_loss
 from llmtune.model.device import device_memory, release_memory
 from llmtune.model.prefix_packing import whole_documents
+from llmtune.store.atomic_files import remove_unfinished
 from llmtune.store.json_shapes import METRICS
 from llmtune.train.accumulation import MicroBatchTooLarge, make_batch, seed_micro_batch, try_memory
 from llmtune.train.batch_plan import Indexes, heaviest
@@ -31,7 +32,6 @@ from llmtune.train.checkpoint import (
     named_trainable,
     newest_checkpoint,
     read_checkpoint,
-    remove_unfinished,
     trainable_weights,
     write_checkpoint,
 )
@@ -78,7 +78,7 @@ def _try_heaviest_work(
 ) -> float:
     """Return the seconds per token."""
     before, after = training.checkpoints / ".tmp-before", training.checkpoints / ".tmp-after"
-    with _random_states():
+    with _preflight_states():
         save(training, state, before)
         try:
             while (pace := _rehearse(training, state, before, after)) is None:
@@ -288,7 +288,7 @@ def _discard(*folders: Path) -> None:
 
 
 @contextmanager
-def _random_states() -> Iterator[None]:
+def _preflight_states() -> Iterator[None]:
     """Restore all random number generators after the block."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []

@@ -170,7 +170,7 @@ def read_scores(benchmark: Benchmark, results: EvalResults, truncated: int) -> d
     scores: dict[str, BenchmarkScore] = {}
     measures: dict[tuple[str, str, str], Measure | None] = {}
     for name in (*benchmark.tasks, *benchmark.groups):
-        for metric, filter_name, value in read_numbers(results["results"].get(name, {})):
+        for metric, filter_name, value in list_numbers(results["results"].get(name, {})):
             if name in benchmark.tasks:
                 samples = [one for one in results["samples"][name] if one["filter"] == filter_name and metric in one]
                 measure = measure_task(metric, value, samples)
@@ -188,7 +188,7 @@ def read_scores(benchmark: Benchmark, results: EvalResults, truncated: int) -> d
     return scores
 
 
-def read_numbers(result: Mapping[str, object]) -> list[tuple[str, str, float]]:
+def list_numbers(result: Mapping[str, object]) -> list[tuple[str, str, float]]:
     """Return (metric, filter, score) of lm-eval's `metric,filter: score`."""
     named = {key.rpartition(",")[::2]: value for key, value in result.items() if "," in key}
     return [(*name, float(value)) for name, value in named.items() if is_numeric(value)]
