@@ -140,7 +140,8 @@ def export_gguf(
         EnvironmentProblem: the model cannot be written or read back, or disk or memory is full.
     """
     RecipeError.collect(check_output(out))
-    if not tuned.task.model_kind.decodes and any(row.get("pair") for row in tuned.rows):
+    second_texts = (tuned.task.stated_inputs(row, tuned.recipe).get("pair") for row in tuned.rows)
+    if not tuned.task.model_kind.decodes and any(second_texts):
         raise RecipeError.of("llama.cpp's classifiers read one text, these rows have pairs", "data.test", MERGE_INSTEAD)
     selected = tuned.adapted.selected
     if adapter_only:
