@@ -59,7 +59,7 @@ from llmtune.plan import (
 )
 from llmtune.recipe.loader import LoadedRecipe
 from llmtune.recipe.schema import Recipe
-from llmtune.records import UNTIL, Json, Until, read_model_ref
+from llmtune.records import UNTIL, Json, ModelRef, Until, read_model_ref
 from llmtune.report.report_page import report_json, write_report
 from llmtune.report.run_report import make_report
 from llmtune.report.terminal import print_scored, print_scores, print_seeds, print_verdict
@@ -143,9 +143,15 @@ def plan_run(run: RunContext, loaded: LoadedRecipe) -> Plan | None:
     if loaded.recipe.model.name is None and run.request.until == "prepare":
         return None
     name = loaded.recipe.model.name or best_candidate(run, loaded)
-    model_ref = read_model_ref(run.once(lambda: plain(locate_pinned(run, loaded.recipe.model, name))))
-    run.once(lambda: mine_step(run, loaded.recipe, model_ref))
-    return resolve(loaded, run, model_ref, partial(encode_step, run))
+    model_ref = read_model_ref(run.once(lambda: plain(_find_model(run, loaded.recipe, name))))
+    return resolve(loaded, run, model_ref, encode_step)
+
+
+def _find_model(run: RunContext, recipe: Recipe, name: str) -> ModelRef:
+    """Find the files of the chosen model, and mine negatives with it, after which the rows are complete."""
+    model_ref = locate_pinned(run, recipe.model, name)
+    mine_step(run, recipe, model_ref)
+    return model_ref
 
 
 def prepare_step(run: RunContext, recipe: Recipe) -> None:
@@ -179,10 +185,6 @@ def encode_step(run: RunContext, plan: Plan) -> None:
     """Encode, mask and pack the rows for the model, in rank 0."""
     if run.request.until == "run":
         check_products(plan)  # before training, not after it
-    run.once(lambda: _encode_rows(run, plan))
-
-
-def _encode_rows(run: RunContext, plan: Plan) -> None:
     rows, processor, recipe, task = run.rows, plan.processor, plan.recipe, plan.task
     inputs = examples_inputs(recipe, rows, plan.model_ref, processor)
     with run.step("encode", inputs, ["data/examples"]) as step:

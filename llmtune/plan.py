@@ -1,7 +1,4 @@
-"""The plan of a run, made by `resolve` once rows and model are known; `open_finished` opens a finished run.
-
-`RunContext` is a run in progress, which every step gets.
-"""
+"""The plan of a run, made by `resolve` once rows and model are known; `open_finished` opens a finished run."""
 
 from __future__ import annotations
 
@@ -52,7 +49,6 @@ from llmtune.store.run_lock import LOCK, Pins, SourceRecord, check_pin, own_pins
 from llmtune.store.run_origin import list_model_code, name_code, save_recipe
 from llmtune.store.run_request import RunRequest
 from llmtune.tasks.base import AnyTask
-from llmtune.tasks.class_labels import AS_NUMBERS
 from llmtune.tasks.registry import choose_variant
 from llmtune.train.setup import train_inputs
 
@@ -146,10 +142,7 @@ class RunContext:
 
 
 def check_first(loaded: LoadedRecipe, request: RunRequest) -> None:
-    """Raise the problems of a recipe on this machine that can be found without its rows and without weights.
-
-    A model in a local folder is among them, if the task does not support it.
-    """
+    """Raise the problems of a recipe on this machine that can be found without its rows and without weights."""
     recipe = loaded.recipe
     check_store(recipe.evaluate.champion, loaded.file)
     refuse_network(recipe, offline=request.offline)
@@ -211,19 +204,24 @@ def make_plan(
     return Plan(recipe, stated, task, model_ref, device, layout, processor)
 
 
-def resolve(loaded: LoadedRecipe, run: RunContext, model_ref: ModelRef, encode: Callable[[Plan], None]) -> Plan:
+def resolve(
+    loaded: LoadedRecipe, run: RunContext, model_ref: ModelRef, encode: Callable[[RunContext, Plan], None]
+) -> Plan:
     """Resolve everything that a recipe leaves open, now that rows and model are known; in all processes.
 
-    Prints the choices and saves the recipe with them. `encode` encodes the rows by the plan so far.
+    Prints the choices and saves the recipe with them. `encode` encodes the rows by the plan so far, in rank 0.
 
     Raises RecipeError or DataError if model, rows and recipe do not fit together.
     """
     draft, settled = choose_settings(loaded, run, model_ref, run.rows)
-    run.once(lambda: save_recipe(run.folder.path, settled.to_yaml()))
-    encode(draft)
-    if run.request.until == "prepare":  # no later step needs the rest
-        return draft
-    return finish_plan(draft, run.once(lambda: decide_rest(run, draft, run.rows, run.examples)))
+
+    def save_and_encode() -> Json | None:
+        save_recipe(run.folder.path, settled.to_yaml())
+        encode(run, draft)  # no step after `prepare` needs the rest
+        return None if run.request.until == "prepare" else decide_rest(run, draft, run.rows, run.examples)
+
+    decided = run.once(save_and_encode)
+    return finish_plan(draft, decided) if decided else draft
 
 
 def choose_settings(
@@ -237,9 +235,8 @@ def choose_settings(
     plan = make_plan(loaded.recipe, model_ref, run.device, run.request.layout or layout(), rows)
     recipe, task = plan.recipe, plan.task
     RecipeError.collect(find_idle_keys(recipe, style=task.style, reads_template=task.model_kind.reads_template))
-    stated, inferred = loaded.recipe.classify, recipe.classify
-    if inferred is not None and inferred.kind == "regression" and (stated is None or stated.kind == "auto"):
-        console.print(AS_NUMBERS, highlight=False)
+    if note := task.note_labels(loaded.recipe, recipe):
+        console.print(note, highlight=False)
     text, count = read_model_config(model_ref, recipe.model).get_text_config(), rows.counts.get("train", 0)
     choices = choose_training(recipe, count, getattr(text, "hidden_size", None), task.model_kind.has_head)
     loaded = with_choices(loaded, choices)

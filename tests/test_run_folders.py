@@ -188,3 +188,15 @@ def run_and_die(folder: str, moment: str) -> None:
     os.chdir(folder)
     sys.addaudithook(kill)
     app(["run", "tiny.yaml"])
+
+
+def test_run_until_a_step_does_what_the_command_of_the_step_does(folder: Path) -> None:
+    commands = {"aliased": ("adapt", "tiny.yaml"), "until": ("run", "tiny.yaml", "--until", "adapt")}
+    inputs = {}
+    for out, words in commands.items():
+        done = invoke(*words, "--out", out)
+        assert done.exit_code == 0, done.stderr
+        inputs[out] = {name: step["inputs"] for name, step in read_run(Path(out)).manifest["steps"].items()}
+    assert inputs["aliased"] == inputs["until"]
+    assert {*inputs["until"]} == {"prepare", "encode", "select", "adapt"}
+    assert "Invalid value for '--until'" in invoke("run", "tiny.yaml", "--until", "never").stderr

@@ -113,6 +113,10 @@ class TaskInterface:
         """Return the recipe completed with values inferred from the rows, such as class names."""
         return recipe
 
+    def note_labels(self, stated: Recipe, inferred: Recipe) -> str | None:
+        """Return what to tell the user about a choice of `infer_labels`, if anything."""
+        return None
+
     def score_untuned(self, rows: Sequence[Any], *loaded: Any) -> tuple[str, float] | None:
         """Return the metric that ranks untuned models on rows, and its value; None: bits per byte ranks them.
 

@@ -45,6 +45,7 @@ from llmtune.recipe.task_sections import ClassifySection
 from llmtune.records import SPLITS, AdaptedModel, Batch, Loss, Rows
 from llmtune.tasks.base import Endpoint, ReadingTask, loss_of_rows
 from llmtune.tasks.class_labels import (
+    AS_NUMBERS,
     check_labels,
     choose_label_metrics,
     names_of,
@@ -110,6 +111,11 @@ class Classify(ReadingTask[ClassifyRow, ClassPrediction]):
                 update["class_weights"] = weigh_classes(section, names, counts)
         evaluate = recipe.evaluate.model_copy(update={"metrics": choose_label_metrics(recipe.evaluate.metrics, kind)})
         return recipe.model_copy(update={"classify": section.model_copy(update=update), "evaluate": evaluate})
+
+    def note_labels(self, stated: Recipe, inferred: Recipe) -> str | None:
+        """Say that labels are numbers, unless the recipe does."""
+        is_chosen = stated.classify is None or stated.classify.kind == "auto"
+        return AS_NUMBERS if is_chosen and classify_section(inferred).kind == "regression" else None
 
     def configure_head(self, config: PretrainedConfig, recipe: Recipe) -> None:
         """Give the model the number and names of classes."""

@@ -158,7 +158,6 @@ SHARED_FILES_THAT_KNOW_A_TASK = {
     "evaluate/suites/swapped_rows.py": "column: answers of each kind of rows",
     "launch/recipe_check.py": "import, section: labels that differ from the recipe's",
     "mining.py": "column, import, literal, section: queries and passages, of which negatives are mined",
-    "plan.py": "import, section: the kind of labels",
     "recipe/class_names.py": "column: renamed labels",
     "recipe/first_recipe.py": "column, literal: models and lengths by kind",
     "recipe/schema.py": "literal, section: keys of a section without effect on a kind of model or of rows",
