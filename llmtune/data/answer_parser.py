@@ -1,7 +1,8 @@
-"""Parses generated text into thoughts, tool calls and text."""
+"""Parses generated text into thoughts, tool calls and text, and writes answers with calls as text."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
@@ -10,10 +11,10 @@ from typing import cast
 from transformers.utils.chat_parsing import ResponseParser
 
 from llmtune.data.answer_format import NO_CALLS, make_response_template
-from llmtune.data.chat_rows import ToolCall
+from llmtune.data.chat_rows import Tool, ToolCall
 from llmtune.data.chat_template import ChatTemplate, Tools
 from llmtune.data.tokenization import decode
-from llmtune.records import Json
+from llmtune.records import Json, Row
 
 
 @dataclass(frozen=True)
@@ -103,3 +104,29 @@ def canonical_call(call: Mapping[str, object]) -> ToolCall:
     if not isinstance(arguments, dict):
         raise ValueError(f"the arguments of {function['name']!r} are not an object: {arguments!r}")
     return cast(ToolCall, {"type": "function", "function": {"name": function["name"], "arguments": arguments}})
+
+
+@dataclass(frozen=True)
+class ToolTurn:
+    """One answer of a row with tools: the turns before it, and the calls of the reference."""
+
+    question: Row
+    """The row before it, with its tools."""
+    calls: Sequence[ToolCall]
+
+    @property
+    def tools(self) -> Sequence[Tool]:
+        """Tools that may be called."""
+        tools: Sequence[Tool] = self.question["tools"]
+        return tools
+
+
+def read_call(call: ToolCall) -> tuple[str, dict[str, object]]:
+    """Return name and arguments of a call."""
+    return call["function"]["name"], call["function"]["arguments"]
+
+
+def write_answer(text: str, calls: Sequence[ToolCall]) -> str:
+    """Format an answer for display: its text, then a line for each call."""
+    lines = [f"{name}({json.dumps(arguments, ensure_ascii=False)})" for name, arguments in map(read_call, calls)]
+    return "\n".join([*([text] if text else []), *lines])

@@ -10,14 +10,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmtune.data.task_interface import TaskInterface
-from llmtune.evaluate.metric import Measure
-from llmtune.evaluate.tool_metrics import ToolTurn
 from llmtune.records import Advance, Row
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
+    from llmtune.data.answer_parser import ToolTurn
+    from llmtune.evaluate.metric import Measure
     from llmtune.recipe.schema import Recipe
     from llmtune.records import Rows
 

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from rich.progress import Progress
 
-from llmtune.data.answer_parser import ParsedAnswer
+from llmtune.data.answer_parser import ParsedAnswer, write_answer
 from llmtune.data.example import Collate
 from llmtune.display.console import counting_bars
 from llmtune.errors import Problem
@@ -27,7 +27,7 @@ from llmtune.evaluate.shared_prefix import find_choice, score_trees
 from llmtune.evaluate.suites.own_metrics import measure_own
 from llmtune.evaluate.text_metrics import CHOICE_METRIC, TEXT_MEASURES, TOKEN_METRICS, measure_tokens
 from llmtune.evaluate.token_batches import TOKEN_BUDGET, budget_for, over_processes, run_in_batches
-from llmtune.evaluate.tool_metrics import TOOL_SCORES, calls_tool, measure_tools, write_answer
+from llmtune.evaluate.tool_metrics import TOOL_SCORES, calls_tool, measure_tools
 from llmtune.model.causal_lm_loss import move_to, unwrap, virtual_tokens
 from llmtune.model.device import compute_context, resolve_dtype
 from llmtune.model.memory_plan import context_length

@@ -9,7 +9,6 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
 
@@ -19,42 +18,15 @@ from referencing import Registry
 from referencing.exceptions import Unresolvable
 from referencing.jsonschema import DRAFT202012
 
-from llmtune.data.answer_parser import ParsedAnswer
+from llmtune.data.answer_parser import ParsedAnswer, ToolTurn, read_call
 from llmtune.data.chat_rows import Tool, ToolCall
 from llmtune.evaluate.metric import Measure, columns, ratio
 from llmtune.evaluate.paired_statistics import share_bounds
-from llmtune.records import Row
-
-
-@dataclass(frozen=True)
-class ToolTurn:
-    """One answer of a row with tools: the turns before it, and the calls of the reference."""
-
-    question: Row
-    """The row before it, with its tools."""
-    calls: Sequence[ToolCall]
-
-    @property
-    def tools(self) -> Sequence[Tool]:
-        """Tools that may be called."""
-        tools: Sequence[Tool] = self.question["tools"]
-        return tools
 
 
 def calls_tool(turns: Sequence[ToolTurn]) -> bool:
     """Whether the last answer, the row's own, calls a tool: then text metrics do not apply."""
     return bool(turns) and bool(turns[-1].calls)
-
-
-def write_answer(text: str, calls: Sequence[ToolCall]) -> str:
-    """Format an answer for display: its text, then a line for each call."""
-    lines = [f"{name}({json.dumps(arguments, ensure_ascii=False)})" for name, arguments in map(read_call, calls)]
-    return "\n".join([*([text] if text else []), *lines])
-
-
-def read_call(call: ToolCall) -> tuple[str, dict[str, object]]:
-    """Return name and arguments of a call."""
-    return call["function"]["name"], call["function"]["arguments"]
 
 
 def is_valid_call(call: ToolCall, tools: Sequence[Tool]) -> bool:

@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeAlias, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar, cast
 
 import torch
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -15,14 +15,16 @@ from llmtune.data.collators import causal_collator
 from llmtune.data.example import Collate, Example
 from llmtune.data.row_store import iterate_rows
 from llmtune.data.task_interface import Encoded
-from llmtune.data.text_pairs import TextPair
 from llmtune.evaluate.evaluated_task import EvaluatedTask, PredictionT
-from llmtune.model.audio_models import SoundWindow
 from llmtune.model.causal_lm_loss import causal_loss
 from llmtune.model.config import set_padding
-from llmtune.model.sentence_folder import SentenceSettings
 from llmtune.recipe.schema import Recipe
 from llmtune.records import Batch, Loss, Rows
+
+if TYPE_CHECKING:
+    from llmtune.data.text_pairs import TextPair
+    from llmtune.model.audio_models import SoundWindow
+    from llmtune.model.sentence_folder import SentenceSettings
 
 RowT = TypeVar("RowT")
 """A row of the task: a TypedDict."""

@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 
 from transformers import PreTrainedTokenizerBase
 
+from llmtune.data.answer_parser import ToolTurn, write_answer
 from llmtune.data.chat_encoding import encode_chat
 from llmtune.data.chat_rows import ChatRow, Message
 from llmtune.data.chat_template import render_prompt
 from llmtune.data.task_interface import Encoded
-from llmtune.evaluate.tool_metrics import ToolTurn, write_answer
 from llmtune.recipe.model_kind import CAUSAL
 from llmtune.recipe.schema import Recipe
 from llmtune.tasks.base import Task
