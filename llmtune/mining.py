@@ -27,7 +27,7 @@ from llmtune import __version__
 from llmtune.data.corpus import load_corpus
 from llmtune.data.data_notes import negatives_blocks
 from llmtune.data.row_store import MINED, iterate_batches, iterate_rows, iterate_texts, load_rows, read_rows, save_rows
-from llmtune.data.search_rows import text_key
+from llmtune.data.row_text import text_key
 from llmtune.display.console import print_blocks, progress_bars, spinner
 from llmtune.errors import RecipeError
 from llmtune.evaluate.evaluated_task import LoadedModel

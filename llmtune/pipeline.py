@@ -186,7 +186,7 @@ def encode_step(run: RunContext, plan: Plan) -> None:
     if run.request.until == "run":
         check_products(plan)  # before training, not after it
     rows, processor, recipe, task = run.rows, plan.processor, plan.recipe, plan.task
-    inputs = examples_inputs(recipe, rows, plan.model_ref, processor)
+    inputs = examples_inputs(recipe, rows, plan.model_ref, processor, task.example_type)
     with run.step("encode", inputs, ["data/examples"]) as step:
         if not step.skipped:
             with staged(run.folder.path / "data" / "examples") as folder:

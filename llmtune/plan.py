@@ -34,6 +34,7 @@ from llmtune.model.model_files import check_model_folder
 from llmtune.model.processor import load_processor
 from llmtune.model.quantized_base import kept_quantization
 from llmtune.model.resolve import resolve_model
+from llmtune.recipe.extras import find_missing_extras
 from llmtune.recipe.loader import LoadedRecipe
 from llmtune.recipe.model_section import ModelSection
 from llmtune.recipe.schema import Recipe, find_idle_keys
@@ -144,6 +145,7 @@ class RunContext:
 def check_first(loaded: LoadedRecipe, request: RunRequest) -> None:
     """Raise the problems of a recipe on this machine that can be found without its rows and without weights."""
     recipe = loaded.recipe
+    EnvironmentProblem.collect(find_missing_extras(recipe))
     check_store(recipe.evaluate.champion, loaded.file)
     refuse_network(recipe, offline=request.offline)
     check_kernels(recipe, pick_device())

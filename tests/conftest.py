@@ -7,6 +7,7 @@ import json
 import os
 import signal
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE", "HF_HUB_DISABLE_TELEMETRY"):
@@ -19,6 +20,19 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # set for background jobs
 import pytest
 from rich.console import Console
 from typer.main import get_command
+
+NEEDS = {
+    "lm_eval": ("evaluate/test_benchmark_suite.py", "evaluate/suites/test_lm_eval.py"),
+    "cleanlab": ("evaluate/suites/test_label_errors.py",),
+}
+"""Packages of the extra `test-all` and the modules that test nothing without them."""
+SKIPPED = {name: files for name, files in NEEDS.items() if find_spec(name) is None}
+collect_ignore = [file for files in SKIPPED.values() for file in files]
+
+
+def pytest_report_header() -> list[str]:
+    """Name what is skipped because the extra `test-all` is not installed."""
+    return [f"skipped, as {name} is not installed: {', '.join(files)}" for name, files in SKIPPED.items()]
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -62,14 +62,19 @@ class CommandGroup(TyperGroup):
             yield
         except UsageError as error:
             option, context = getattr(error, "option_name", None), getattr(error, "ctx", None)
-            hint = self._hint(option, context.command) if option and context else None
+            hint = self._hint(option, context) if option and context else None
             if hint:
                 vars(error).update(message=f"No such option: {option}. {hint}", possibilities=None)
             if "--json" in self.words:
                 print_usage_error(_name_command(context), error.format_message())  # type: ignore[attr-defined]
             raise
 
-    def _hint(self, option: str, command: Any) -> str | None:
+    def _hint(self, option: str, context: Any) -> str | None:
+        command = context.command
+        from llmtune.recipe.retired import RETIRED
+
+        if instead := RETIRED.get(f"{_name_command(context)} {option}"):
+            return f"It was removed. {instead}"
         if command is self:
             named = {name: other for name, other in self.commands.items() if not other.hidden}
             having = [name for name, other in named.items() if any(option in one.opts for one in other.params)]
@@ -208,6 +213,13 @@ def _pointer(name: str) -> Callable[..., None]:
     return point
 
 
+def sweep(words: Words = None) -> None:
+    """Refuse the retired command."""
+    from llmtune.recipe.retired import refuse_retired
+
+    raise refuse_retired("sweep")
+
+
 def show_help(words: Words = None) -> None:
     """Print the help of a command."""
     app([*(words or []), "--help"], prog_name="llmtune")
@@ -233,7 +245,6 @@ EXAMPLES = {
     "generate": 'llmtune generate latest "TEXT", or llmtune generate latest --input rows.csv --output answers.jsonl',
     "chat": "llmtune chat latest",
     "compare": "llmtune compare RUN RUN, or llmtune compare tickets.yaml --methods full,lora,qlora",
-    "sweep": "llmtune sweep tickets.yaml --space space.yaml --trials 20",
     "verify": "llmtune verify latest",
     "clean": "llmtune clean latest --dry-run, or llmtune clean --all",
     "rows": "llmtune rows latest --suspects suspects.csv",
@@ -250,6 +261,7 @@ for _panel, _commands in PANELS.items():
 for _name, _hidden in {
     "help": show_help,
     "version": show_version,
+    "sweep": handled(sweep),
     **{name: _pointer(name) for name in POINTERS},
 }.items():
     app.command(_name, hidden=True, context_settings=ANYTHING)(_hidden)

@@ -1,4 +1,4 @@
-"""`llmtune compare`: several runs, or one recipe by several methods. `llmtune sweep`: search values of recipe keys."""
+"""`llmtune compare`: several runs, or one recipe by several methods."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from llmtune.cli.options import AsJson, Fresh, Offline, RecipeArgument, Resume, Sets, Threads, refuse_both
+from llmtune.cli.options import AsJson, Fresh, Offline, Resume, Sets, Threads, refuse_both
 from llmtune.cli.output_streams import handled, print_json, stderr_console
 from llmtune.errors import Problem, RecipeError
-from llmtune.launch.python_api import make_console, names_remote
+from llmtune.launch.python_api import make_console
 from llmtune.records import Json
 from llmtune.store.process_environment import gc_paused, prepare_environment
 
@@ -81,37 +81,4 @@ def _compare_runs(what: Sequence[str], out: Path | None, stated: Sequence[str], 
     return compare_runs([Path(one) for one in what], out, shown)
 
 
-@handled
-def sweep_command(
-    recipe: RecipeArgument,
-    space: Annotated[
-        Path, typer.Option("--space", metavar="FILE", help="File with the keys to search and their values.")
-    ],
-    trials: Annotated[
-        int, typer.Option("--trials", min=2, help="Number of trials, including the recipe as it is.")
-    ] = 20,
-    processes: Annotated[int, typer.Option("--processes", min=1, help="Trials to run in parallel.")] = 1,
-    out: Annotated[
-        Path | None, typer.Option("--out", help="Folder of the sweep (default: one in runs/, named by hash).")
-    ] = None,
-    sets: Sets = None,
-    threads: Threads = None,
-    offline: Offline = False,
-    as_json: AsJson = False,
-) -> None:
-    """Search for better values by validation loss. The same command resumes a stopped sweep."""
-    from llmtune.recipe.loader import load_recipe
-
-    remote = names_remote(load_recipe(recipe, sets or ()).recipe)
-    prepare_environment(network=remote and not offline, threads=threads)
-    with gc_paused():
-        from llmtune.compare.sweep import run_sweep
-        from llmtune.compare.sweep_trial import SweepOptions
-
-    options = SweepOptions(space, trials, processes, tuple(sets or ()), out, threads, offline)
-    result = run_sweep(recipe, options, stderr_console(), make_console(stderr=False, quiet=as_json))
-    if as_json:
-        print_json(result)
-
-
-COMMANDS: dict[str, Callable[..., None]] = {"compare": compare_command, "sweep": sweep_command}
+COMMANDS: dict[str, Callable[..., None]] = {"compare": compare_command}

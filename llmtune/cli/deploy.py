@@ -132,6 +132,9 @@ def _serve_until_stopped(
 
 def _check_engine(engine: str, **stated: object) -> None:
     """Raise RecipeError for an unknown engine, or stated options that it does not support."""
+    from llmtune.recipe.extras import require_extra
+
+    require_extra("serve", "llmtune deploy serve")
     if engine not in ENGINES:
         what = f"unknown engine {engine!r}.{nearest(engine, ENGINES)}"
         raise RecipeError.of(what, "--engine", f"Choose one of: {', '.join(ENGINES)}.")
@@ -159,12 +162,11 @@ def merge_command(
     """Merge the adapter into the base weights, and certify the result against the adapter; exit 6 if they differ."""
     prepare_environment(network=False, threads=threads)
     with gc_paused():
-        from llmtune.deploy.export_score import open_to_export
-        from llmtune.deploy.merged_model import merge_run
+        from llmtune.deploy.export import export, open_to_export
+        from llmtune.deploy.merged_model import merged_format
 
-    certificate = merge_run(
-        open_to_export(run, stderr_console(), offline=offline, limit=limit), out, onto=onto, dtype=dtype
-    )
+    context = open_to_export(run, stderr_console(), offline=offline, limit=limit)
+    certificate = export(context, merged_format(onto, dtype), out)
     if as_json:
         print_json(certificate)
 
@@ -193,11 +195,11 @@ def gguf(
         raise RecipeError.of("an adapter without its base is not scored", "--limit", "Omit --limit.")
     prepare_environment(network=False, threads=threads)
     with gc_paused():
-        from llmtune.deploy.export_score import open_to_export
-        from llmtune.deploy.gguf_export import make_gguf
+        from llmtune.deploy.export import export, open_to_export
+        from llmtune.deploy.gguf_export import gguf_format
 
     context = open_to_export(run, stderr_console(), offline=offline, limit=limit)
-    certificate = make_gguf(context, out, number_format=number_format.lower(), adapter_only=adapter_only, onto=onto)
+    certificate = export(context, gguf_format(number_format.lower(), onto=onto, adapter_only=adapter_only), out)
     if as_json:
         print_json(certificate)
 
@@ -218,10 +220,11 @@ def onnx_command(
     """Write ONNX files for onnxruntime with a script that runs them, and certify them; exit 6 if they differ."""
     prepare_environment(network=False, threads=threads)
     with gc_paused():
-        from llmtune.deploy.export_score import open_to_export
-        from llmtune.deploy.onnx_export import make_onnx
+        from llmtune.deploy.export import export, open_to_export
+        from llmtune.deploy.onnx_export import onnx_format
 
-    certificate = make_onnx(open_to_export(run, stderr_console(), offline=offline, limit=limit), out, int8=int8)
+    context = open_to_export(run, stderr_console(), offline=offline, limit=limit)
+    certificate = export(context, onnx_format(int8=int8), out)
     if as_json:
         print_json(certificate)
 
@@ -243,12 +246,11 @@ def quantize_command(
     """Merge and quantise a model for vLLM (compressed-tensors), certify and score it; exit 6 if it differs."""
     prepare_environment(network=False, threads=threads)
     with gc_paused():
-        from llmtune.deploy.export_score import open_to_export
-        from llmtune.deploy.quantized_model import quantize_run
+        from llmtune.deploy.export import export, open_to_export
+        from llmtune.deploy.quantized_model import quantized_format
 
-    certificate = quantize_run(
-        open_to_export(run, stderr_console(), offline=offline, limit=limit), out, scheme=scheme.lower()
-    )
+    context = open_to_export(run, stderr_console(), offline=offline, limit=limit)
+    certificate = export(context, quantized_format(scheme.lower()), out)
     if as_json:
         print_json(certificate)
 
@@ -336,7 +338,6 @@ def certify(
         raise RecipeError.of("an export and its run are needed", "--run", fix)
     prepare_environment(network=False, threads=threads)
     with gc_paused():
-        from llmtune.deploy.endpoint_parity import certify_run
         from llmtune.deploy.products import certify_export
         from llmtune.store.run_listing import find_run
 
@@ -344,6 +345,11 @@ def certify(
     url = url or (export if "://" in export else None)
     folder = find_run(Path(run or export))
     if url is not None:
+        from llmtune.recipe.extras import require_extra
+
+        require_extra("serve", "--url")
+        from llmtune.deploy.endpoint_parity import certify_run
+
         certificate = certify_run(
             folder, url=url, model=model, key_file=api_key_file, offline=offline, console=console, limit=limit
         )

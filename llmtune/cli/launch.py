@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Annotated
 
@@ -13,7 +12,6 @@ from llmtune.cli.options import RecipeArgument, RunOptions, takes_options
 from llmtune.cli.output_streams import handled, print_json, print_text, stderr_console
 from llmtune.cli.run import show_plan
 from llmtune.cli.run_result import result_of
-from llmtune.errors import Problem, Stopped
 from llmtune.launch.python_api import locate_run, run_recipe
 
 app = typer.Typer(help="Run a recipe on several processes.", no_args_is_help=True)
@@ -31,11 +29,6 @@ OffloadParams = Annotated[
 MaxRestarts = Annotated[
     int,
     typer.Option("--max-restarts", min=0, help="How often all processes restart from a checkpoint after one died."),
-]
-
-TimeLimit = Annotated[
-    str | None,
-    typer.Option("--time", help="Time limit, such as 2:00:00. Two minutes before, the job saves and is requeued."),
 ]
 
 
@@ -56,7 +49,7 @@ def local(
     rank: Annotated[int, typer.Option("--rank", min=0, help="The number of this machine, from 0.")] = 0,
     address: Annotated[
         str | None,
-        typer.Option("--address", help="Meeting point of the machines: HOST:PORT of machine 0.", metavar="HOST:PORT"),
+        typer.Option("--address", help="Rendezvous address: HOST:PORT of machine 0.", metavar="HOST:PORT"),
     ] = None,
     max_restarts: MaxRestarts = 0,
     offload_params: OffloadParams = False,
@@ -97,23 +90,9 @@ def slurm(
     offload_params: OffloadParams = False,
     options: RunOptions,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the job script, and stop.")] = False,
-    follow: Annotated[
-        bool, typer.Option("--follow", help="Show the log until the job ends, and exit with its code.")
-    ] = False,
-    partition: Annotated[str | None, typer.Option("--partition", help="Partition.")] = None,
-    account: Annotated[str | None, typer.Option("--account", help="Account that pays.")] = None,
-    qos: Annotated[str | None, typer.Option("--qos", help="Quality of service.")] = None,
-    time: TimeLimit = None,
-    gres: Annotated[str | None, typer.Option("--gres", help="Generic resources, such as gpu:8.")] = None,
-    gpus_per_node: Annotated[str | None, typer.Option("--gpus-per-node", help="GPUs of each machine.")] = None,
-    cpus_per_task: Annotated[
-        str | None, typer.Option("--cpus-per-task", help="CPUs of each machine (default: one for each process).")
-    ] = None,
-    mem: Annotated[str | None, typer.Option("--mem", help="Memory of each machine, such as 64G.")] = None,
-    constraint: Annotated[str | None, typer.Option("--constraint", help="Features that machines must have.")] = None,
     sbatch: Annotated[
         list[str] | None,
-        typer.Option("--sbatch", metavar="OPTION", help="Any other option of sbatch: --sbatch=--exclude=n3."),
+        typer.Option("--sbatch", metavar="OPTION", help="An option of sbatch: --sbatch=--partition=gpu."),
     ] = None,
     requeue: Annotated[
         bool, typer.Option("--requeue/--no-requeue", help="Requeue a job that was preempted or ran out of time.")
@@ -127,27 +106,13 @@ def slurm(
     address = "HOST:1" if machines > 1 else None  # the job sets the real one
     topology = Topology(processes, strategy, machines, 0, address, max_restarts, offload_params)
     job = cluster.plan_job(recipe, options.values, options.request("run"), topology)
-    settings = {"partition": partition, "account": account, "qos": qos, "time": time, "gres": gres, "mem": mem}
-    settings |= {"gpus-per-node": gpus_per_node, "cpus-per-task": cpus_per_task, "constraint": constraint}
-    stated = {name: value for name, value in settings.items() if value}
-    script = cluster.slurm_script(job, stated, sbatch or [], requeue=requeue)
+    script = cluster.slurm_script(job, sbatch or [], requeue=requeue)
     if dry_run:
         print_json({"sent": script, "folder": str(job.folder)}) if options.as_json else print_text(script)
         return
     sent = cluster.submit(job, script, console)
-    if follow:
-        _follow(sent["job"], lambda: cluster.follow_job(job, sent, console))
     if options.as_json:
         print_json(sent)
-
-
-def _follow(job: str, follow: Callable[[], None]) -> None:
-    try:
-        follow()
-    except KeyboardInterrupt as stop:
-        number = 15 if type(stop) is not KeyboardInterrupt else 2
-        problem = Problem(f"stopped following; job {job} continues", fix=f"To cancel it: scancel {job}")
-        raise Stopped(problem, signal_number=number) from None
 
 
 def _retired(name: str) -> None:

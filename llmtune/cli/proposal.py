@@ -14,6 +14,7 @@ from llmtune.data.column_mapping import FIELD, JOINT, find, name_words, with_ali
 from llmtune.data.file_survey import Reading, Survey
 from llmtune.data.label_candidates import HEADINGS
 from llmtune.data.retrieval_layout import RetrievalSet, find_corpus, join_rows
+from llmtune.data.row_kind import kind_of_task
 from llmtune.errors import DataError, RecipeError
 from llmtune.recipe.first_recipe import mines_negatives, propose_model, write_first_recipe
 from llmtune.recipe.task_facts import TASK_FACTS
@@ -125,7 +126,7 @@ def _name_columns(survey: Survey, reading: Reading) -> list[str]:
 
 def _usual_columns(survey: Survey, reading: Reading) -> dict[str, str]:
     """Return the columns of query and passage, including those that are read by their usual names."""
-    usual = with_aliases(reading.columns, ("query", "passage"), survey.columns, reading.task)
+    usual = with_aliases(reading.columns, ("query", "passage"), survey.columns, kind_of_task(reading.task).aliases)
     return {ours: theirs for ours, theirs in usual.items() if ours != theirs}
 
 

@@ -1,8 +1,7 @@
-"""Parses generated text into thoughts, tool calls and text, and writes answers with calls as text."""
+"""Parses generated text into thoughts, tool calls and text; the turns of a row with tools."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
@@ -119,14 +118,3 @@ class ToolTurn:
         """Tools that may be called."""
         tools: Sequence[Tool] = self.question["tools"]
         return tools
-
-
-def read_call(call: ToolCall) -> tuple[str, dict[str, object]]:
-    """Return name and arguments of a call."""
-    return call["function"]["name"], call["function"]["arguments"]
-
-
-def write_answer(text: str, calls: Sequence[ToolCall]) -> str:
-    """Format an answer for display: its text, then a line for each call."""
-    lines = [f"{name}({json.dumps(arguments, ensure_ascii=False)})" for name, arguments in map(read_call, calls)]
-    return "\n".join([*([text] if text else []), *lines])

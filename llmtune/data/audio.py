@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
-from llmtune.data.rejected_rows import RowError, json_kind, nonempty_text
+from llmtune.data.rejected_rows import RowError, find_file, json_kind, nonempty_text
+from llmtune.recipe.extras import require_extra
 from llmtune.store.atomic_files import hash_recording
 
 if TYPE_CHECKING:
@@ -18,7 +19,6 @@ RATES = (1_000, 768_000)
 CUT = re.compile(r"^data : (?!0xFFFFFFFF|4294967295|2147483647)\S+ \(should be", re.MULTILINE)
 """libsndfile's note on a wav file that is shorter than its header states, except for unfinished headers."""
 OGG_PAGE_BYTES = 27 + 255 + 255 * 255
-AUDIO_COLUMNS = ("audio", "file_name")
 
 
 class SpeechRow(TypedDict):
@@ -41,15 +41,8 @@ def speech_from_folder(row: Mapping[str, object]) -> SpeechRow:
     return _speech(row, "file_name")
 
 
-def find_recording(value: object) -> str | None:
-    """Return the file that a cell names: text, or a mapping with a `path`."""
-    if isinstance(value, Mapping):
-        value = value.get("path")
-    return value if isinstance(value, str) and value else None
-
-
 def _speech(row: Mapping[str, object], column: str) -> SpeechRow:
-    name = find_recording(row[column])
+    name = find_file(row[column])
     if name is None:
         raise RowError("wrong type", f"'{column}' is {json_kind(row[column])}; it must be the name of a file")
     path = Path(name)
@@ -59,6 +52,7 @@ def _speech(row: Mapping[str, object], column: str) -> SpeechRow:
 
 def check_recording(path: Path) -> None:
     """Check a recording's header. Raises RowError if the file is missing, empty or damaged, or its rate impossible."""
+    require_extra("speech", "task")
     import soundfile
 
     if not path.is_file():

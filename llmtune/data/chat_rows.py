@@ -17,7 +17,9 @@ from llmtune.data.message_fields import (
     split_reasoning,
 )
 from llmtune.data.rejected_rows import RowError, json_kind, nonempty_text, text_of
+from llmtune.data.row_text import RowInput, plain_form
 from llmtune.errors import nearest
+from llmtune.records import Row
 
 MAX_MESSAGES = 1000
 MAX_PREFIXES = 2**29
@@ -253,6 +255,17 @@ def answer_message(text: str) -> Message:
     return message if reasoning is None else {**message, "reasoning": reasoning}
 
 
+def write_answer(text: str, calls: Sequence[ToolCall]) -> str:
+    """Format an answer for display: its text, then a line for each call."""
+    lines = [f"{name}({json.dumps(arguments, ensure_ascii=False)})" for name, arguments in map(read_call, calls)]
+    return "\n".join([*([text] if text else []), *lines])
+
+
+def read_call(call: ToolCall) -> tuple[str, dict[str, object]]:
+    """Return name and arguments of a call."""
+    return call["function"]["name"], call["function"]["arguments"]
+
+
 def _is_thought(part: object) -> bool:
     return isinstance(part, dict) and part.get("type") in ("thinking", "reasoning")
 
@@ -353,3 +366,10 @@ def _json_cell(value: object, what: str) -> object:
     except (ValueError, RecursionError):
         raise RowError("wrong type", f"{what} is text, but not JSON") from None
     return parsed
+
+
+def text_input(row: Row) -> RowInput:
+    """Return the prompt; of a text without a prompt, the text itself."""
+    if row["prompt"].strip():
+        return RowInput(row["prompt"], str, lambda: plain_form(row["completion"]))
+    return RowInput(row["completion"], str, str)

@@ -7,14 +7,15 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from llmtune.data.classify_rows import PLAIN_NUMBER
 from llmtune.data.rejected_rows import parse_cell
+from llmtune.data.row_kind import names_in, rename_row
+from llmtune.data.written_numbers import PLAIN
 from llmtune.errors import DataError, Problem, nearest, read_origin
-from llmtune.recipe.class_names import names_in, rename_row, show_name, similar_names, tidy_name
+from llmtune.recipe.class_names import show_name, similar_names, tidy_name
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_facts import TASK_FACTS
 from llmtune.recipe.yaml_writer import plain_or_quoted
-from llmtune.records import Json
+from llmtune.records import Json, Row
 
 NoteName = Callable[[str, str], object]
 """Receives a class name as it is in the file, and as it is used."""
@@ -45,9 +46,7 @@ def note_tidied(changes: dict[NameChange, None]) -> NoteName:
     return lambda written, name: changes.setdefault((NORMALISED, written, name))
 
 
-def rename_classes(
-    row: Mapping[str, object], renames: Mapping[str, str], changes: dict[NameChange, None]
-) -> Mapping[str, object]:
+def rename_classes(row: Row, renames: Mapping[str, str], changes: dict[NameChange, None]) -> Row:
     """Return a canonical row with its classes renamed, and add them to the changes of the row."""
     names = names_in(row) if renames else []
     changes |= {(JOINED, name, name): None for name in names if name in renames.values()}
@@ -92,7 +91,7 @@ class Spelling:
         return f"{show_name(name)}: {rows:,} row{'s' if rows != 1 else ''} ({'; '.join(places)}{more})"
 
 
-def require_one_spelling(rows: Iterable[tuple[str, Mapping[str, object]]], recipe: Recipe) -> list[str]:
+def require_one_spelling(rows: Iterable[tuple[str, Row]], recipe: Recipe) -> list[str]:
     """Return the class names in (origin, row); refuse names that differ only by case, width or invisible characters.
 
     Names that the recipe lists as labels are different classes.
@@ -108,7 +107,7 @@ def require_one_spelling(rows: Iterable[tuple[str, Mapping[str, object]]], recip
             spellings[name].first.setdefault(file, origin)
     facts = TASK_FACTS[recipe.task]
     key = facts.section if facts.answer_kind in NAMED else None
-    words = [name for name in spellings if not PLAIN_NUMBER.fullmatch(name)]
+    words = [name for name in spellings if not PLAIN.fullmatch(name)]
     DataError.collect(_problem(group, spellings, key) for group in similar_names(words, recipe.classes))
     return [*spellings]
 

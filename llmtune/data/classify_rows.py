@@ -11,7 +11,9 @@ from typing import TypeAlias, TypedDict
 
 from llmtune.data.rejected_rows import RowError, json_kind, nonempty_text, parse_cell, text_of
 from llmtune.data.row_hash import DECIMAL
+from llmtune.data.row_text import NearText, pair_text
 from llmtune.recipe.class_names import spelling_key, tidy_name
+from llmtune.records import Row
 
 Label: TypeAlias = str | float | list[str]
 LIST_FIX = 'write the names of the classes that apply as a JSON list: ["sport", "news"]'
@@ -156,3 +158,8 @@ def format_label(label: Label | None) -> str:
 def join_labels(labels: Sequence[str]) -> str:
     """Write labels with commas between them; as a JSON list if one has a comma."""
     return json.dumps([*labels], ensure_ascii=False) if "," in "".join(labels) else ", ".join(labels)
+
+
+def near_labelled(row: Row) -> NearText:
+    """Return both texts; the label must be equal."""
+    return pair_text(row["text"], row["pair"] or "")._replace(answer=str(row["label"]))

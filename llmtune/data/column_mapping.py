@@ -8,7 +8,6 @@ from statistics import mean
 
 from llmtune.data.message_fields import with_roles
 from llmtune.data.rejected_rows import RowError, json_kind
-from llmtune.recipe.task_facts import TASK_FACTS
 
 FIELD = re.compile(r"\{([^{}]+)\}")
 """A column name in a template."""
@@ -18,75 +17,14 @@ LIST = "[{"
 """Beginning of a mapping to several columns, which makes a list: `[{negative_1}, {negative_2}]`."""
 NUMBERED = ("negatives",)
 """Columns that a file may spread over numbered ones, as sentence-transformers does: `negative_1`, `negative_2`."""
-_PROMPTS = ("question", "query", "input", "inputs", "user", "human", "request", "problem")
 ANSWER_NAMES = ("response", "answer", "output", "outputs", "target", "targets", "assistant", "reply", "bot", "solution")
 PASSAGE_NAMES = ("document", "doc", "text", "paragraph", "context", "content")
-_CONVERSATION = {
-    "prompt": _PROMPTS,
-    "completion": ANSWER_NAMES,
-    "output": ("response", "answer", "completion"),
-    "input": ("context",),
-    "system": ("system_prompt", "system_message"),
-}
-ALIASES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
-    "chat": _CONVERSATION,
-    "completion": {**_CONVERSATION, "text": ("content",)},
-    "translate": {
-        "source": ("src", "source_text", "source_sentence"),
-        "target": ("tgt", "target_text", "target_sentence"),
-        "source_language": ("source_lang", "src_lang"),
-        "target_language": ("target_lang", "tgt_lang"),
-    },
-    "summarize": {
-        "document": ("text", "article", "dialogue", "content", "body", "report", "description"),
-        "summary": ("highlights", "abstract", "headline", "tldr"),
-    },
-    "qa": {
-        "question": ("query",),
-        "context": ("passage", "paragraph", "document", "article", "text"),
-        "answer": ("response", "answer_text"),
-    },
-    "classify": {
-        "text": (
-            *("sentence", "content", "review", "body", "message", "comment", "tweet", "description", "question"),
-            *("premise", "sentence1", "text1", "input", "prompt"),
-        ),
-        "pair": ("hypothesis", "sentence2", "text2", "text_pair"),
-        "label": ("category", "class", "labels", "target", "sentiment", "intent", "topic", "score", "rating", "stars"),
-    },
-    "token-classify": {"tokens": ("words",), "tags": ("ner_tags", "labels"), "spans": ("entities",)},
-    "speech": {
-        "audio": ("path", "file", "wav", "recording", "audio_path", "audio_file", "audio_filepath"),
-        "file_name": ("filename",),
-        "text": ("transcription", "transcript", "sentence", "normalized_text"),
-    },
-    "preference": {
-        "prompt": ("question", "instruction", "query", "input"),
-        "completion": ANSWER_NAMES,
-        "chosen": ("chosen_response", "chosen_messages", "preferred"),
-        "rejected": ("rejected_response", "rejected_messages", "dispreferred"),
-    },
-    "embed": {
-        "query": ("anchor", "question", "sentence1", "text1"),
-        "passage": ("positive", "pos", "positives", "passages", "document", "answer", "sentence2", "text2"),
-        "negatives": ("negative", "neg", "hard_negatives", "hard_negative"),
-        "score": ("similarity", "similarity_score", "relatedness_score"),
-        "text": ("sentence", "content"),
-        "label": ("category", "class", "labels"),
-    },
-    "rerank": {
-        "query": ("question", "anchor", "search_query"),
-        "passage": (*PASSAGE_NAMES, "positive", "positives", "pos", "positive_passages"),
-        "relevance": ("label", "score", "relevant", "is_relevant", "rating", "grade"),
-        "passages": ("documents", "docs", "texts", "candidates", "answers", "answer"),
-        "relevances": ("labels", "scores", "is_selected"),
-        "judged_passages": ("passages",),
-        "negatives": ("negative", "neg", "hard_negatives", "negative_passages"),
-    },
-}
-"""By task, our column names and their aliases."""
-COMPARED = ("chosen", "rejected", *ALIASES["preference"]["chosen"], *ALIASES["preference"]["rejected"])
+CHOSEN_NAMES = ("chosen_response", "chosen_messages", "preferred")
+REJECTED_NAMES = ("rejected_response", "rejected_messages", "dispreferred")
+COMPARED = ("chosen", "rejected", *CHOSEN_NAMES, *REJECTED_NAMES)
 """Answer columns that include a worse answer: only preference tasks may learn from them."""
+Aliases = Mapping[str, tuple[str, ...]]
+"""Our column names, each with its usual other names in files."""
 
 NAMES_AT_ONCE = 200
 """How many columns and nested keys of a row are searched."""
@@ -178,7 +116,7 @@ def used_columns(columns: Mapping[str, str], names: Collection[str]) -> set[str]
 
 
 def with_aliases(
-    columns: Mapping[str, str], wanted: Collection[str], names: Collection[str], task: str
+    columns: Mapping[str, str], wanted: Collection[str], names: Collection[str], aliases: Aliases
 ) -> dict[str, str]:
     """Return `columns` plus each `wanted` column that the file has under exactly one other usual name."""
     taken = used_columns(columns, names)
@@ -187,7 +125,7 @@ def with_aliases(
     for ours in wanted:
         if ours in mapped or ours in names:
             continue
-        known = (ours, *ALIASES.get(task, {}).get(ours, ()))
+        known = (ours, *aliases.get(ours, ()))
         found = [name for name, spelled in plain.items() if spelled in known]
         if len(found) == 1:
             mapped[ours] = found[0]
@@ -213,33 +151,32 @@ MANY_ROWS = 8
 RECORDING = re.compile(r"\.(wav|flac|mp3|ogg|opus)$", re.IGNORECASE)
 
 
-def infer_columns(rows: RawRows, task: str) -> dict[str, str] | None:
-    """Guess a mapping of columns by which `task` could read these rows; None if no column fits."""
-    wanted = TASK_FACTS[task].columns
+def infer_columns(rows: RawRows, wanted: Sequence[str], aliases: Aliases) -> dict[str, str] | None:
+    """Guess the columns for our `wanted` ones; None if some have no column that fits."""
     if not wanted:
         return None
     rows = [flatten(row) for row in rows]
-    known = {name for ours in wanted for name in (ours, *ALIASES.get(task, {}).get(ours, ()))}
+    known = {name for ours in wanted for name in (ours, *aliases.get(ours, ()))}
     refused = () if wanted[-1] in COMPARED else COMPARED
     names = dict.fromkeys(name for row in rows for name in row if name.lower() not in refused)
     texts = [name for name in names if name.lower() in known or is_text(rows, name)]
     if len(texts) < len(wanted):
         return None
-    return _assign(rows, task, wanted, texts)
+    return _assign(rows, wanted, texts, aliases)
 
 
-def _assign(rows: RawRows, task: str, wanted: Sequence[str], texts: Sequence[str]) -> dict[str, str] | None:
+def _assign(rows: RawRows, wanted: Sequence[str], texts: Sequence[str], aliases: Aliases) -> dict[str, str] | None:
     """Assign a column to each wanted name, by name or values; columns left over are added to the first."""
     left, columns = list(texts), dict[str, str]()
     for ours in reversed(wanted[1:]):
-        named = _columns_called(task, ours, left)
+        named = _columns_called(ours, left, aliases)
         if ours in COMPARED and not named:
             return None  # values do not show which of two answers is better
         columns[ours] = named[0] if named else _by_values(rows, ours, left)
         left.remove(columns[ours])
     if wanted[0] == "audio":
         left = [name for name in left if all(RECORDING.search(str(row.get(name))) for row in rows)]
-    left = _columns_called(task, wanted[0], left) or [name for name in left if not repeats(rows, name)] or left
+    left = _columns_called(wanted[0], left, aliases) or [name for name in left if not repeats(rows, name)] or left
     if not left:
         return None
     joined = left if wanted[0] in ("prompt", "text", "document") else left[:1]
@@ -255,9 +192,9 @@ def _by_values(rows: RawRows, ours: str, names: Sequence[str]) -> str:
     return next((name for name in reversed(names) if not repeats(rows, name)), names[-1])
 
 
-def _columns_called(task: str, ours: str, names: Sequence[str]) -> list[str]:
+def _columns_called(ours: str, names: Sequence[str], aliases: Aliases) -> list[str]:
     """Return the columns with this name or a usual alias; else those whose names contain such a word."""
-    known = {ours, *ALIASES.get(task, {}).get(ours, ())}
+    known = {ours, *aliases.get(ours, ())}
     return [name for name in names if name.lower() in known] or [name for name in names if name_words(name) & known]
 
 

@@ -23,17 +23,13 @@ import pyarrow as pa
 
 from llmtune.data.deduplication import match_near
 from llmtune.data.input_overlap import COMMON_ROWS, JsonRows, find_shared_inputs
+from llmtune.data.row_kind import compared_text
 from llmtune.data.row_store import iterate_batches, iterate_ids, iterate_texts
-from llmtune.data.row_text import compared_text, near_text, visible_form
+from llmtune.data.row_text import visible_form
 from llmtune.data.word_hash import I64, U64, hash_words
-from llmtune.records import Row, Rows
+from llmtune.records import Rows
 
 WORDS = 13
-ANSWERS = (
-    *("completion", "target", "summary", "chosen", "rejected", "answer", "good", "passages", "negatives", "score"),
-    "relevances",
-)
-"""Keys of rows that do not belong to the prompt."""
 FACTOR = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -141,18 +137,6 @@ def _first_copies(rows: Rows) -> npt.NDArray[np.bool_]:
 def same_form(text: str) -> str:
     """Return a text normalised for comparison: case, width, the kind and number of spaces, no invisible characters."""
     return " ".join(visible_form(text).casefold().split())
-
-
-def prompt_row(row: Row) -> Row | None:
-    """Return a row with an empty answer; None if it has no prompt.
-
-    Also None if several rows about one input are usual, or if the comparison of words ignores answers anyway.
-    """
-    prompt = {key: "" if key in ANSWERS else value for key, value in row.items()}
-    if "messages" in row and prompt == row:
-        answers = [i for i, message in enumerate(row["messages"]) if message["role"] == "assistant"]
-        prompt["messages"] = row["messages"][: answers[-1]] if answers else []
-    return prompt if prompt != row and near_text(prompt).text.strip() else None
 
 
 def find_runs(texts: Sequence[str]) -> _Runs:

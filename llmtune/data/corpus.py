@@ -15,9 +15,9 @@ from rich.markup import escape
 from llmtune.data.column_mapping import PASSAGE_NAMES, has_columns, rename
 from llmtune.data.hub_datasets import dataset_name
 from llmtune.data.object_store import is_remote
-from llmtune.data.rejected_rows import RowError, too_many_bad
+from llmtune.data.rejected_rows import RowError, passage_text, too_many_bad
 from llmtune.data.row_hash import row_json
-from llmtune.data.search_rows import passage_text, text_key
+from llmtune.data.row_text import text_key
 from llmtune.data.sources import Input, local_input, open_sources
 from llmtune.errors import DataError, LlmtuneError, Problem
 from llmtune.recipe.data_section import DataSection

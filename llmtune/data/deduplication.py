@@ -28,8 +28,9 @@ import numpy as np
 import numpy.typing as npt
 
 from llmtune.data.input_overlap import MOST_WORDS, JsonRows, find_shared_inputs, select_rows
+from llmtune.data.row_kind import near_text, row_input
 from llmtune.data.row_store import Index
-from llmtune.data.row_text import NearText, near_text, row_input, visible_form
+from llmtune.data.row_text import NearText, visible_form
 from llmtune.data.word_hash import (
     BANDS,
     I64,
@@ -140,9 +141,8 @@ def drop_shared_inputs(
 def input_text(row: Row) -> NearText:
     """Return the text of a row's input; none of a short one, which `find_shared_inputs` compares."""
     found = row_input(row)
-    return (
-        NearText(visible_form(found.query), found.context()) if len(found.query.split()) > MOST_WORDS else NearText("")
-    )
+    long = len(found.query.split()) > MOST_WORDS
+    return NearText(visible_form(found.query), found.context()) if long else NearText("")
 
 
 def _rank(index: Index, split_N: npt.NDArray[np.int8], reason_N: npt.NDArray[np.object_]) -> I64:

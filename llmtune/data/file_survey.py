@@ -13,9 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from llmtune.data.byte_streams import WIDE, open_bytes
-from llmtune.data.classify_rows import class_doubts
 from llmtune.data.column_mapping import ANSWER_NAMES, find, flatten, infer_columns, name_words, rename
-from llmtune.data.contamination import ANSWERS
 from llmtune.data.encoding_guess import GUESSED_BYTES, guess_encoding
 from llmtune.data.file_readers import data_errors
 from llmtune.data.label_candidates import LabelCandidate, are_identifiers, map_classes
@@ -23,23 +21,16 @@ from llmtune.data.message_fields import CONTENT_KEYS, first_key, is_message, pro
 from llmtune.data.rejected_rows import NO_VALUES, RowError
 from llmtune.data.row_formats import check_mapped, detect_format, map_columns, parse_row, reads_rows
 from llmtune.data.row_hash import hash_content, iterate_strings, row_json
+from llmtune.data.row_kind import KINDS, LABELLED, MESSAGES, PAIRS, RowKind, hash_row, kind_of_row, kind_of_task
 from llmtune.data.sources import LOOKED_AT, Input, find_files, local_input
 from llmtune.data.written_numbers import read_number
 from llmtune.errors import DataError, Problem
 from llmtune.recipe.data_section import Source
 from llmtune.recipe.task_facts import TASK_FACTS
+from llmtune.records import Row
 
 MOST_ROWS = 5000
 """How many rows are read."""
-BY_NAME = dict.fromkeys(
-    (
-        *("preference", "rerank", "token-classify", "speech", "qa", "translate", "summarize"),
-        *("chat", "classify", "completion"),
-        *TASK_FACTS,
-    )
-)
-"""Tasks in order of preference for a file that fits several."""
-BY_VALUES = ("speech", "qa", "translate", "classify", "chat")
 LANGUAGES = re.compile("(ar|cs|da|de|el|en|es|fi|fr|he|hi|hu|it|ja|ko|nl|no|pl|pt|ro|ru|sv|th|tr|uk|vi|zh)([-_]?..)?")
 """Language codes that name a column of a translation."""
 MOST_CLASSES = 50
@@ -92,7 +83,7 @@ class Reading:
     columns: Mapping[str, str]
     """Empty if the file's own names are known."""
     roles: Roles
-    rows: Sequence[Mapping[str, object]]
+    rows: Sequence[Row]
     bad: Mapping[str, int]
     """The number of unreadable rows by reason, the most frequent first."""
     lost: Mapping[Path, str]
@@ -103,7 +94,7 @@ class Reading:
     @property
     def copies(self) -> int:
         """The number of rows that repeat another row's content."""
-        return len(self.rows) - len({hash_content(row) for row in self.rows})
+        return len(self.rows) - len({hash_row(row) for row in self.rows})
 
 
 def survey_files(path: str) -> Survey:
@@ -198,34 +189,36 @@ def list_readings(survey: Survey, task: str | None = None, columns: Mapping[str,
     """
     columns = columns or {}
     check_mapped(columns, survey.first, survey.path)
-    named = [one for one in BY_NAME if task in (None, one)]
+    named = [kind.tasks[0] for kind in KINDS] if task is None else [task]
     folder = survey.row_files[0].parent
     readings = [_reading(survey, one, columns) for one in named if reads_rows(survey.first, one, columns, folder)]
-    if not readings and task in (None, "chat"):
-        readings = list(_conversations(survey, columns))
+    if not readings and (task is None or kind_of_task(task) is MESSAGES):
+        readings = list(_conversations(survey, columns, task or MESSAGES.tasks[0]))
     if not readings and not columns and not refusals(survey, task):  # known names count, even if values are bad
         readings = [_reading(survey, one, columns) for one, columns in _inferred(survey, task)]
-    if task in (None, "classify"):
-        readings = _with_classes(survey, readings, columns, is_named=task is not None)
+    if task is None or kind_of_task(task) is LABELLED:
+        readings = _with_classes(survey, readings, columns, task)
     readings = [reading for reading in readings if reading.rows]
     return readings if task is not None else sorted_for_search(readings)
 
 
-def _with_classes(survey: Survey, readings: list[Reading], columns: Mapping[str, str], is_named: bool) -> list[Reading]:
-    """Read all texts and find all candidates for the label in the reading of classify, if the rows have any.
+def _with_classes(
+    survey: Survey, readings: list[Reading], columns: Mapping[str, str], stated: str | None
+) -> list[Reading]:
+    """Read all texts and find all candidates for the label in the reading of labelled rows, if the rows have any.
 
     It replaces a reading by the names of single columns, and precedes readings that leave a label out.
     """
-    mapped, folder = map_classes(survey.rows, columns, "classify"), survey.row_files[0].parent
-    others = [one.task for one in readings]
-    if mapped is None or not reads_rows(survey.first, "classify", mapped[0], folder):
+    mapped, folder = map_classes(survey.rows, columns, LABELLED.aliases), survey.row_files[0].parent
+    task, others = stated or LABELLED.tasks[0], [one.task for one in readings]
+    if mapped is None or not reads_rows(survey.first, task, mapped[0], folder):
         return readings
-    if "classify" not in others and not (is_named or _leaves_label_out(survey, others, columns)):
+    if task not in others and not (stated or _leaves_label_out(survey, others, columns)):
         return readings
-    reading = replace(_reading(survey, "classify", mapped[0]), candidates=mapped[1])
-    place = others.index("classify") if "classify" in others else 0
-    rest = [one for one in readings if one.task != "classify"]
-    if not mapped[1] and are_identifiers([row["label"] for row in reading.rows]):
+    reading = replace(_reading(survey, task, mapped[0]), candidates=mapped[1])
+    place = others.index(task) if task in others else 0
+    rest = [one for one in readings if one.task != task]
+    if not mapped[1] and are_identifiers([LABELLED.label(row) for row in reading.rows]):
         place = len(rest)
     return [*rest[:place], reading, *rest[place:]] if reading.rows else rest
 
@@ -233,7 +226,9 @@ def _with_classes(survey: Survey, readings: list[Reading], columns: Mapping[str,
 def _leaves_label_out(survey: Survey, tasks: Sequence[str], columns: Mapping[str, str]) -> bool:
     """Whether the rows have no answers to learn, for example for tasks of a text alone, which leave a label out."""
     has_answers = any(name_words(name) & {*ANSWER_NAMES} for name in survey.columns)
-    return not has_answers and {*tasks} <= {"completion", "chat"} and {*columns} <= {"text", "label", "pair"}
+    return (
+        not has_answers and {*map(kind_of_task, tasks)} <= {PAIRS, MESSAGES} and {*columns} <= {"text", "label", "pair"}
+    )
 
 
 def sorted_for_search(readings: list[Reading]) -> list[Reading]:
@@ -251,15 +246,16 @@ def sorted_for_search(readings: list[Reading]) -> list[Reading]:
 
 def _lacks_irrelevant(reading: Reading) -> bool:
     """Whether a reranker could not learn from the rows before `data.negatives` mines irrelevant passages."""
-    rows: Sequence[Mapping[str, Any]] = reading.rows
-    return len({relevance for row in rows for relevance in row.get("relevances", ())}) == 1
+    if TASK_FACTS[reading.task].answer_kind != "relevances":
+        return False
+    return len({relevance for row in reading.rows for relevance in kind_of_row(row).relevances(row)}) == 1
 
 
 def refusals(survey: Survey, task: str | None = None, columns: Mapping[str, str] | None = None) -> list[str]:
     """Return the problem with the first row for each task (or the given one) that knows its columns."""
     found = []
     first, columns = survey.first, columns or {}
-    for one in [one for one in BY_NAME if task in (None, one)]:
+    for one in [kind.tasks[0] for kind in KINDS] if task is None else [task]:
         with suppress(DataError):
             row_format = detect_format(first, one, columns, None, survey.path)
             named = rename(first[0], map_columns(row_format, first, one, columns))
@@ -270,7 +266,7 @@ def refusals(survey: Survey, task: str | None = None, columns: Mapping[str, str]
     return found
 
 
-def _conversations(survey: Survey, columns: Mapping[str, str]) -> Iterator[Reading]:
+def _conversations(survey: Survey, columns: Mapping[str, str], task: str) -> Iterator[Reading]:
     """Read messages nested in another column, or with unknown role names."""
     paths = [columns["messages"]] if "messages" in columns else [] if columns else survey.columns
     for path in paths:
@@ -279,7 +275,7 @@ def _conversations(survey: Survey, columns: Mapping[str, str]) -> Iterator[Readi
         if not turns or not all(is_message(one) and _has_content(one) for one in turns):
             continue
         known = path in ("messages", "conversations")
-        reading = _reading(survey, "chat", {} if known else {"messages": path}, propose_roles(conversations))
+        reading = _reading(survey, task, {} if known else {"messages": path}, propose_roles(conversations))
         if len(reading.rows) >= sum(map(bool, conversations)) / 2:
             yield reading
 
@@ -289,8 +285,9 @@ def _has_content(turn: object) -> bool:
 
 
 def _inferred(survey: Survey, task: str | None) -> Iterator[tuple[str, dict[str, str]]]:
-    for one in BY_VALUES if task is None else (task,):
-        columns = infer_columns(survey.first, one)
+    guessed = sorted((kind for kind in KINDS if kind.guessed), key=lambda kind: kind.guessed)
+    for one in [kind.tasks[0] for kind in guessed] if task is None else [task]:
+        columns = infer_columns(survey.first, TASK_FACTS[one].columns, kind_of_task(one).aliases)
         reads = columns and reads_rows(survey.first, one, columns, survey.row_files[0].parent)
         if columns and reads and (task is not None or _likely(columns, survey)):
             yield one, columns
@@ -329,11 +326,9 @@ def _reading(survey: Survey, task: str, columns: Mapping[str, str], roles: Roles
 
 MOST_QUESTIONS = 100_000
 """How many rows are checked; this bounds the memory for their questions."""
-LEARNED = (*ANSWERS, "label", "tags")
-"""Keys of rows that contain supervised content."""
 
 
-def suspicions(rows: Iterable[tuple[str, Mapping[str, Any]]]) -> list[str]:
+def suspicions(rows: Iterable[tuple[str, Row]]) -> list[str]:
     """Return a sentence for each kind of suspicious row; `rows` are canonical, each with its origin or an empty string.
 
     Checks the first MOST_QUESTIONS rows. Preferences and recordings repeat their prompts, so only empty values count
@@ -342,16 +337,16 @@ def suspicions(rows: Iterable[tuple[str, Mapping[str, Any]]]) -> list[str]:
     answered: dict[bytes, tuple[bytes, str]] = {}
     several: set[bytes] = set()
     pair = ("", "")
-    labels = []
     empty: Counter[str] = Counter()
-    ranks = False
-    for origin, row in islice(one_passage_each(rows), MOST_QUESTIONS):
-        asked, answer = _split_answer(row)
-        ranks = "relevances" in row
-        labels += [row["label"]] if "pair" in row else []
+    labels: list[Any] = []
+    kind: RowKind | None = None
+    questions = ((origin, row, question) for origin, row in rows for question in kind_of_row(row).questions(row))
+    for origin, row, (asked, answer) in islice(questions, MOST_QUESTIONS):
+        kind = kind_of_row(row)
+        labels.append(kind.label(row))
         texts = {text.strip() for text in iterate_strings(asked)}
         empty.update(NO_VALUES & texts.union(text.strip() for text in iterate_strings(answer)))
-        if "rejected" in row or "audio" in row or not any(texts):
+        if kind.repeats_prompts or not any(texts):
             continue
         key, said = hash_content({"asked": asked}), hash_content({"answer": answer})
         first, where = answered.setdefault(key, (said, origin))
@@ -359,27 +354,8 @@ def suspicions(rows: Iterable[tuple[str, Mapping[str, Any]]]) -> list[str]:
             pair = pair if several else (where, origin)
             several.add(key)
     found = [f"rows with {text!r}, a placeholder for a missing value: {count:,}" for text, count in empty.most_common()]
-    found += [f"{what}. {fix}" for what, fix in class_doubts(labels)]
-    if several:
+    found += [f"{what}. {fix}" for what, fix in kind.doubts(labels)] if kind else []
+    if kind and several:
         where = f", first in {pair[0]} and {pair[1]}" if all(pair) else ""
-        what = "passages with different relevances for the same query" if ranks else "questions with different answers"
-        found.append(f"{what} in different rows: {len(several):,}{where}")
+        found.append(f"{kind.conflict} in different rows: {len(several):,}{where}")
     return found
-
-
-def one_passage_each(rows: Iterable[tuple[str, Mapping[str, Any]]]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Yield the rows; a query with several ranked passages as a row per passage, which belongs to the question."""
-    for origin, row in rows:
-        if "relevances" not in row:
-            yield origin, row
-            continue
-        for passage, relevance in zip(row["passages"], row["relevances"], strict=True):
-            yield origin, {"query": [row["query"], passage], "relevances": [relevance]}
-
-
-def _split_answer(row: Mapping[str, Any]) -> tuple[object, object]:
-    """Return the prompt of a row and its supervised content."""
-    if "messages" in row:
-        *before, last = row["messages"]
-        return [one["content"] for one in before], {**last, "rest": [row.get(key) for key in LEARNED]}
-    return {k: v for k, v in row.items() if k not in LEARNED}, {k: v for k, v in row.items() if k in LEARNED}

@@ -22,7 +22,8 @@ from llmtune.data.column_mapping import rename
 from llmtune.data.file_readers import MAX_ROW_BYTES, NOT_UTF8, JsonLine, LazyRow
 from llmtune.data.rejected_rows import RowError, parse_cell, too_many_bad
 from llmtune.data.row_formats import parse_row
-from llmtune.data.row_hash import BATCH_BYTES, BATCH_ROWS, HashedRow, hash_content, plain_value, row_json
+from llmtune.data.row_hash import BATCH_BYTES, BATCH_ROWS, HashedRow, plain_value, row_json
+from llmtune.data.row_kind import hash_row
 from llmtune.data.sources import Detected, encoding_hint
 from llmtune.data.worker_pool import WorkerPool
 from llmtune.errors import DataError, Problem, nearest
@@ -353,8 +354,8 @@ class _RowParser:
             text = row_json(row)
             if len(text) > MAX_ROW_BYTES:
                 raise RowError("too large", f"the row has {len(text) / 2**20:.0f} MiB of text")
-            content = hash_content(row)
-            drawn = content if row is written else hash_content(written)  # a renamed row stays in its split
+            content = hash_row(row)
+            drawn = content if row is written else hash_row(written)  # a renamed row stays in its split
             values = raw if self.split_by in raw else row
             group = _split_group(values, self.split_by, required=split < 0) or int.from_bytes(drawn[8:], "big")
         except RowError as error:

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from llmtune.data.input_overlap import COMMON_ROWS, COMMON_SHARE
-from llmtune.data.row_hash import hash_content
+from llmtune.data.row_kind import hash_inputs
 from llmtune.data.row_store import iterate_ids, iterate_rows, load_rows
-from llmtune.data.row_text import hash_input, plain_form, row_input
 from llmtune.errors import EnvironmentProblem, LlmtuneError
 from llmtune.recipe.schema import Recipe
-from llmtune.records import Row, Rows
+from llmtune.records import Rows
 from llmtune.store.atomic_files import explained
 from llmtune.store.run_folder import CERTIFICATE, MANIFEST, OWN_FOLDERS
 from llmtune.store.run_lock import LOCK, read_lock
@@ -93,7 +92,7 @@ def find_learned(rows: Rows, runs: Iterable[Path], split: str = "test") -> froze
     if not learned:
         return frozenset()
     pairs = zip(iterate_ids(rows, split), iterate_rows(rows, split), strict=True)
-    return frozenset(name for name, (_, row) in pairs if learned.intersection(_hash_inputs(row)))
+    return frozenset(name for name, (_, row) in pairs if learned.intersection(hash_inputs(row)))
 
 
 def list_learned(run: Path) -> Collection[bytes]:
@@ -115,21 +114,10 @@ def save_learned(run: Path, recipe: Recipe, folder: Path) -> None:
 
 def _list_inputs(rows: Rows) -> Collection[bytes]:
     input_of_row = {
-        name: _hash_inputs(row)
+        name: hash_inputs(row)
         for split in ("train", "validation")
         for name, (_, row) in zip(iterate_ids(rows, split), iterate_rows(rows, split), strict=True)
     }
     counts = Counter(one for inputs in input_of_row.values() for one in inputs)
     most = max(COMMON_ROWS, COMMON_SHARE * len(input_of_row))
     return [one for one, number in counts.items() if number <= most]
-
-
-def _hash_inputs(row: Row) -> frozenset[bytes]:
-    """Hash a row's input; a single question without system message also as the plain prompt of another task."""
-    return frozenset((hash_input(row), *_hash_plain(row)))
-
-
-def _hash_plain(row: Row) -> Iterator[bytes]:
-    roles = [message["role"] for message in row.get("messages") or () if message["role"] != "assistant"]
-    if roles == ["user"] and not row.get("tools"):
-        yield hash_content({"context": "", "query": plain_form(row_input(row).query)})

@@ -22,7 +22,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import xxhash
 
-from llmtune.data.row_text import RowInput, plain_words, row_input
+from llmtune.data.row_kind import row_input
+from llmtune.data.row_text import RowInput, plain_words
 from llmtune.data.word_hash import I64, U64, mix
 from llmtune.data.worker_pool import WorkerPool
 

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from statistics import mean
 
 from llmtune.data.column_mapping import (
-    ALIASES,
     ANSWER_NAMES,
     FIELD,
     MANY_ROWS,
+    Aliases,
     flatten,
     is_text,
     join_columns,
@@ -66,16 +66,16 @@ class LabelCandidate:
 
 
 def map_classes(
-    rows: Sequence[Mapping[str, object]], columns: Mapping[str, str], task: str
+    rows: Sequence[Mapping[str, object]], columns: Mapping[str, str], aliases: Aliases
 ) -> tuple[dict[str, str], list[LabelCandidate]] | None:
     """Return the columns of text and label, and the candidates for the label if `columns` and names do not decide.
 
     The user's `columns` win. All texts are joined, unless a second text makes pairs. None without label or text.
     """
     names = dict.fromkeys(name for row in rows for name in flatten(row))
-    usual = {name: name for name in names} | with_aliases(columns, ("text", "pair", "label"), names, task)
+    usual = {name: name for name in names} | with_aliases(columns, ("text", "pair", "label"), names, aliases)
     is_stated = "label" in columns or "label" in names
-    possible = [one for one in list_candidates(rows, task) if one.column not in columns.values()]
+    possible = [one for one in list_candidates(rows, aliases["label"]) if one.column not in columns.values()]
     candidates = [] if is_stated else possible
     label = candidates[0].column if candidates else usual.get("label")
     if "text" in columns or "pair" in usual:
@@ -91,14 +91,14 @@ def map_classes(
     return {ours: theirs for ours, theirs in mapped.items() if ours != theirs}, candidates
 
 
-def list_candidates(rows: Sequence[Mapping[str, object]], task: str) -> list[LabelCandidate]:
+def list_candidates(rows: Sequence[Mapping[str, object]], usual: Sequence[str]) -> list[LabelCandidate]:
     """Return every column whose values may be classes: few and short, neither dates nor identifiers.
 
-    Columns with a usual name for labels come first, even if they have numbers on a scale, then the others in the order
-    of the file.
+    Columns with a `usual` name for labels come first, even if they have numbers on a scale, then the others in the
+    order of the file.
     """
     flat = [flatten(row) for row in rows]
-    named = {"label", *ALIASES[task]["label"]}
+    named = {"label", *usual}
     candidates = []
     for column in dict.fromkeys(name for row in flat for name in row):
         if name_words(column) & (NO_CLASSES | HEADINGS):

@@ -21,14 +21,13 @@ from rich.console import Console
 from rich.markup import escape
 
 from llmtune import __version__
-from llmtune.data.audio import AUDIO_COLUMNS, find_recording
 from llmtune.data.class_spelling import list_changes, require_one_spelling, warn_of_idle_renames
 from llmtune.data.corpus import save_corpus
 from llmtune.data.data_notes import name_changes_sentences
 from llmtune.data.deduplication import KEPT, drop_equal, drop_near, drop_shared_inputs
 from llmtune.data.file_survey import suspicions
 from llmtune.data.ingest import IngestState, ingest_rows
-from llmtune.data.rejected_rows import RowError
+from llmtune.data.rejected_rows import RowError, find_file
 from llmtune.data.row_store import RECORD, Index, RowWriter, Spool, iterate_rows, iterate_texts, save_rows
 from llmtune.data.sources import Detected, hash_sources, resolve_inputs
 from llmtune.data.word_hash import fraction
@@ -358,9 +357,9 @@ def write_test_rows(recipe: Recipe, rows: Rows, file: Path, beside: Path) -> str
 def locate_recording(value: Mapping[str, object], detected: Detected, file: Path) -> Mapping[str, object]:
     """Return a row whose recording, if it names one, has a path relative to the folder of `file`."""
     folder = detected.input.folder
-    for column in AUDIO_COLUMNS:
+    for column in detected.row_format.files:
         ours = detected.columns.get(column, column)
-        name = find_recording(value.get(ours))
+        name = find_file(value.get(ours))
         if folder is not None and name is not None and (folder / name).is_file():
             return {**value, ours: os.path.relpath(folder / name, file.absolute().parent)}
     return value

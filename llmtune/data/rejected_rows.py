@@ -86,6 +86,24 @@ def nonempty_text(row: Mapping[str, object], column: str) -> str:
     return text
 
 
+def passage_text(value: object, column: str = "passage") -> str:
+    """Return a passage: a text, or an object with `text` and an optional `title`, as in BEIR and Tevatron.
+
+    Raises RowError, which names `column`, if it is neither.
+    """
+    if isinstance(value, Mapping) and "text" in value:
+        title = str(value.get("title") or "").strip()
+        return f"{title}\n{nonempty_text(value, 'text')}" if title else nonempty_text(value, "text")
+    return nonempty_text({column: value}, column)
+
+
+def find_file(value: object) -> str | None:
+    """Return the file that a cell names: text, or a mapping with a `path`."""
+    if isinstance(value, Mapping):
+        value = value.get("path")
+    return value if isinstance(value, str) and value else None
+
+
 RawRow = tuple[str, dict[str, object] | RowError]
 """A row's origin, and its columns or the reason why they cannot be read."""
 

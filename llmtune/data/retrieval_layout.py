@@ -7,8 +7,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from llmtune.data.rejected_rows import RowError
-from llmtune.data.search_rows import passage_text
+from llmtune.data.rejected_rows import RowError, passage_text
 from llmtune.data.sources import local_input
 from llmtune.errors import DataError, nearest
 from llmtune.recipe.data_section import DATA_ENDINGS, data_ending

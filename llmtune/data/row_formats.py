@@ -6,43 +6,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from llmtune.data.audio import find_recording, speech_from_columns, speech_from_folder
-from llmtune.data.chat_rows import (
-    MESSAGE_KEYS,
-    chat_from_alpaca,
-    chat_from_messages,
-    chat_from_pair,
-    completion_from_alpaca,
-    completion_from_pair,
-    completion_from_text,
-)
+from llmtune.data.chat_rows import MESSAGE_KEYS
 from llmtune.data.class_spelling import NoteName, tidy_cell
-from llmtune.data.classify_rows import classified
 from llmtune.data.column_mapping import fields, find, flatten, has_columns, rename, used_columns, with_aliases
-from llmtune.data.rejected_rows import RowError
-from llmtune.data.search_rows import (
-    embed_from_label,
-    embed_from_pair,
-    ranked_list,
-    ranked_negatives,
-    ranked_objects,
-    ranked_pair,
-    ranked_positive,
-)
-from llmtune.data.task_rows import (
-    preference_from_conversation,
-    preference_from_pair,
-    question_answer,
-    question_squad,
-    summary_from_pair,
-    tagged_spans,
-    tagged_tokens,
-    thumb_from_conversation,
-    thumb_from_pair,
-    translation_from_map,
-    translation_from_pair,
-)
+from llmtune.data.rejected_rows import RowError, find_file
+from llmtune.data.row_kind import RowParser, kind_of_task
 from llmtune.errors import DataError, LlmtuneError, nearest
+from llmtune.recipe.task_facts import TASK_FACTS
+from llmtune.records import Row
 
 TEXT_EXAMPLE = '"..."'
 EXAMPLES = {
@@ -60,18 +31,15 @@ EXAMPLES = {
     "negatives": '["...", "..."]',
 }
 """Example cells by column for error messages; other columns contain text."""
-RowParser = Callable[[Mapping[str, object]], Mapping[str, object]]
 
 
 @dataclass(frozen=True)
 class RowFormat:
-    """A row format: required columns, optional ones, and a parser per task."""
+    """A row format: required columns, and optional ones. A kind of rows has a parser for it."""
 
     name: str
     required: tuple[str, ...]
     optional: tuple[str, ...]
-    parsers: Mapping[str, RowParser]
-    """By task, the parser that makes a canonical row."""
     stated: str = ""
     """An example for error messages, if one made of the required columns is not enough."""
     files: tuple[str, ...] = ()
@@ -92,52 +60,34 @@ class RowFormat:
 
     def parser(self, task: str) -> RowParser | None:
         """Return the parser for `task`, or None."""
-        return self.parsers.get(task)
+        return kind_of_task(task).parsers.get(self.name)
 
 
 _STATED = ("system", "tools", "functions", "train_reasoning")
 _KNOWN = (
-    RowFormat("messages", ("messages",), _STATED, {"chat": chat_from_messages}),
-    RowFormat("sharegpt", ("conversations",), _STATED, {"chat": chat_from_messages}),
+    RowFormat("messages", ("messages",), _STATED),
+    RowFormat("sharegpt", ("conversations",), _STATED),
     RowFormat(
         "alpaca",
         ("instruction", "output"),
         ("input", "history", *_STATED),
-        {"chat": chat_from_alpaca, "completion": completion_from_alpaca},
         '{"instruction": "...", "input": "...", "output": "..."}',
     ),
-    RowFormat(
-        "prompt-completion",
-        ("prompt", "completion"),
-        _STATED,
-        {"chat": chat_from_pair, "completion": completion_from_pair},
-    ),
-    RowFormat("text", ("text",), (), {"completion": completion_from_text}, '{"text": "..."}, or a text file'),
-    RowFormat(
-        "source-target",
-        ("source", "target"),
-        ("source_language", "target_language"),
-        {"translate": translation_from_pair},
-    ),
-    RowFormat("translation", ("translation",), (), {"translate": translation_from_map}),
-    RowFormat("document-summary", ("document", "summary"), (), {"summarize": summary_from_pair}),
-    RowFormat("squad", ("question", "context", "answers"), (), {"qa": question_squad}),
-    RowFormat("question-answer", ("question", "context", "answer"), (), {"qa": question_answer}),
-    RowFormat(
-        "text-label",
-        ("text", "label"),
-        ("pair",),
-        {"classify": classified, "embed": embed_from_label},
-        labels=("label",),
-    ),
-    RowFormat("tokens-tags", ("tokens", "tags"), (), {"token-classify": tagged_tokens}, labels=("tags",)),
-    RowFormat("text-spans", ("text", "spans"), (), {"token-classify": tagged_spans}, labels=("spans",)),
-    RowFormat("audio-text", ("audio", "text"), (), {"speech": speech_from_columns}, files=("audio",)),
+    RowFormat("prompt-completion", ("prompt", "completion"), _STATED),
+    RowFormat("text", ("text",), (), '{"text": "..."}, or a text file'),
+    RowFormat("source-target", ("source", "target"), ("source_language", "target_language")),
+    RowFormat("translation", ("translation",), ()),
+    RowFormat("document-summary", ("document", "summary"), ()),
+    RowFormat("squad", ("question", "context", "answers"), ()),
+    RowFormat("question-answer", ("question", "context", "answer"), ()),
+    RowFormat("text-label", ("text", "label"), ("pair",), labels=("label",)),
+    RowFormat("tokens-tags", ("tokens", "tags"), (), labels=("tags",)),
+    RowFormat("text-spans", ("text", "spans"), (), labels=("spans",)),
+    RowFormat("audio-text", ("audio", "text"), (), files=("audio",)),
     RowFormat(
         "audio-folder",
         ("file_name", "text"),
         (),
-        {"speech": speech_from_folder},
         "file_name,text in a metadata.csv next to the recordings",
         files=("file_name",),
     ),
@@ -145,46 +95,36 @@ _KNOWN = (
         "conversation-pair",
         ("conversations", "chosen", "rejected"),
         ("tools", "system"),
-        {"preference": preference_from_conversation},
         '{"conversations": [...], "chosen": {"from": "gpt", "value": "..."}, "rejected": {...}}',
     ),
     RowFormat(
         "chosen-rejected",
         ("chosen", "rejected"),
         ("prompt", "tools", "system"),
-        {"preference": preference_from_pair},
         '{"prompt": "...", "chosen": "...", "rejected": "..."}',
     ),
     RowFormat(
         "answer-thumb",
         ("prompt", "completion", "label"),
         ("tools", "system"),
-        {"preference": thumb_from_pair},
         '{"prompt": "...", "completion": "...", "label": true}',
     ),
     RowFormat(
         "conversation-thumb",
         ("messages", "label"),
         ("tools", "system"),
-        {"preference": thumb_from_conversation},
         '{"messages": [{"role": "user", ...}, {"role": "assistant", ...}], "label": true}',
     ),
-    RowFormat(
-        "query-passage",
-        ("query", "passage"),
-        ("negatives", "score"),
-        {"embed": embed_from_pair, "rerank": ranked_positive},
-    ),
-    RowFormat("query-passage-relevance", ("query", "passage", "relevance"), (), {"rerank": ranked_pair}),
-    RowFormat("query-passages", ("query", "passages", "relevances"), (), {"rerank": ranked_list}),
+    RowFormat("query-passage", ("query", "passage"), ("negatives", "score")),
+    RowFormat("query-passage-relevance", ("query", "passage", "relevance"), ()),
+    RowFormat("query-passages", ("query", "passages", "relevances"), ()),
     RowFormat(
         "query-judged-passages",
         ("query", "judged_passages"),
         (),
-        {"rerank": ranked_objects},
         '{"query": "...", "judged_passages": [{"text": "...", "relevance": 1}, {"text": "...", "relevance": 0}]}',
     ),
-    RowFormat("query-passage-negatives", ("query", "passage", "negatives"), (), {"rerank": ranked_negatives}),
+    RowFormat("query-passage-negatives", ("query", "passage", "negatives"), ()),
 )
 FORMATS = {one.name: one for one in _KNOWN}
 CONVERSATIONS = ("messages", "conversations")
@@ -240,7 +180,7 @@ def detect_format(
         raise DataError.of(f"the columns {_name_list(present)} fit {names}", where, fix)
     suggestion = suggest()
     if matching:
-        others = " or ".join(f"`task: {name}`" for name in matching[0].parsers)
+        others = " or ".join(f"`task: {name}`" for name in TASK_FACTS if matching[0].parser(name))
         what = f"{matching[0].name} rows, which task: {task} cannot use"
         instead = f"map the columns:\n    {suggestion}" if suggestion else "give other rows."
         raise DataError.of(what, where, f"Set {others}, or {instead}")
@@ -252,7 +192,7 @@ def map_columns(
 ) -> dict[str, str]:
     """Return the file's column names for a format: by the recipe's mapping, then by usual aliases."""
     names = list(dict.fromkeys(name for row in rows for name in row))
-    return with_aliases(columns, row_format.columns, names, task)
+    return with_aliases(columns, row_format.columns, names, kind_of_task(task).aliases)
 
 
 def check_mapped(columns: Mapping[str, str], rows: Sequence[Mapping[str, object]], where: str) -> None:
@@ -332,7 +272,7 @@ def parse_row(
     task: str,
     folder: Path | None = None,
     note: NoteName = lambda written, name: None,
-) -> Mapping[str, object]:
+) -> Row:
     """Return the canonical row.
 
     Args:
@@ -354,11 +294,12 @@ def parse_row(
     parse = row_format.parser(task)
     assert parse is not None, "detect_format() returns formats that the task can parse"
     if folder is not None:  # make the row's file names absolute
-        files = {column: find_recording(row[column]) for column in row_format.files}
+        files = {column: find_file(row[column]) for column in row_format.files}
         row = {**row, **{column: str((folder / name).absolute()) for column, name in files.items() if name}}
     if row_format.labels:
         row = {**row, **{column: tidy_cell(row[column], note) for column in row_format.labels}}
-    return parse(row)
+    parsed: Row = parse(row)
+    return parsed
 
 
 def _refuse_media(row: Mapping[str, object], row_format: RowFormat) -> None:

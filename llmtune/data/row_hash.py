@@ -14,7 +14,7 @@ from typing import NamedTuple
 import xxhash
 
 from llmtune.data.rejected_rows import RowError
-from llmtune.data.search_rows import text_key
+from llmtune.data.row_text import text_key
 from llmtune.data.written_numbers import read_number
 
 BATCH_ROWS = 1024
@@ -62,18 +62,14 @@ def row_json(row: Mapping[str, object]) -> str:
 
 
 def hash_content(row: Mapping[str, object]) -> bytes:
-    """Hash a row's content to 16 bytes; Unicode composition and outer white space make no difference.
-
-    Neither does the type of a label: CSV files have texts where JSON and Parquet have numbers or true and false.
-    """
-    label = {"label": _plain_label(row["label"])} if "label" in row else {}
-    text = _write_sorted(_stripped({**row, **label}))
+    """Hash a row's content to 16 bytes; Unicode composition and outer white space make no difference."""
+    text = _write_sorted(_stripped(row))
     if not text.isascii():
         text = unicodedata.normalize("NFC", text)
     return xxhash.xxh3_128_digest(text.encode())
 
 
-def _plain_label(label: object) -> object:
+def plain_label(label: object) -> object:
     """Return a label as JSON has it: 0.5 for `0.50` and `0,5`, 3 as a class for `3.0`, and true for `True`."""
     if isinstance(label, str) and DECIMAL.fullmatch(label):
         label = float(label)

@@ -4,25 +4,17 @@ from __future__ import annotations
 
 import json
 import math
-import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TypedDict
 
-from llmtune.data.rejected_rows import RowError, json_kind, nonempty_text, parse_cell, text_of
+from llmtune.data.rejected_rows import RowError, json_kind, nonempty_text, parse_cell, passage_text, text_of
+from llmtune.data.row_text import NearText, QuestionAnswer, RowInput, join_plain, plain_form, text_key
 from llmtune.data.task_rows import THUMBS
 from llmtune.data.written_numbers import read_number
 from llmtune.recipe.class_names import tidy_name
+from llmtune.records import Row
 
 SHOWN_CHARACTERS = 80
-
-
-def text_key(text: str) -> str:
-    """Return the form in which queries and passages are compared: Unicode composed, white space as single spaces.
-
-    Texts with the same form are one text: in rows, corpus and metrics, as negatives, and within a step. The model reads
-    a text as it is in the file.
-    """
-    return " ".join(unicodedata.normalize("NFC", text).split())
 
 
 def different_texts(texts: Iterable[str]) -> list[str]:
@@ -216,17 +208,6 @@ def _ranked(row: Mapping[str, object], passages: Sequence[str], relevances: Sequ
     return {"query": nonempty_text(row, "query"), "passages": [*texts], "relevances": [*numbers]}
 
 
-def passage_text(value: object, column: str = "passage") -> str:
-    """Return a passage: a text, or an object with `text` and an optional `title`, as in BEIR and Tevatron.
-
-    Raises RowError, which names `column`, if it is neither.
-    """
-    if isinstance(value, Mapping) and "text" in value:
-        title = str(value.get("title") or "").strip()
-        return f"{title}\n{nonempty_text(value, 'text')}" if title else nonempty_text(value, "text")
-    return nonempty_text({column: value}, column)
-
-
 def _relevance(value: object) -> float:
     thumb = THUMBS.get(value.strip().lower()) if isinstance(value, str) else None
     try:
@@ -265,3 +246,35 @@ def _given_passage(value: object) -> str:
     if text is not None:
         return passage_text({**found, "text": text})
     return value if isinstance(value, str) else json.dumps(value)
+
+
+def near_ranking(row: Row) -> NearText:
+    """Return the passages; query and relevances must be equal."""
+    return NearText(" ".join(row["passages"]), plain_form(row["query"]), str(row["relevances"]))
+
+
+def ranking_questions(row: Row) -> Iterator[QuestionAnswer]:
+    """Yield a question per passage, which belongs to it."""
+    for passage, relevance in zip(row["passages"], row["relevances"], strict=True):
+        yield {"query": [row["query"], passage]}, {"relevances": [relevance]}
+
+
+def near_retrieval(row: Row) -> NearText:
+    """Return the passages for an equal query, two texts with an equal score, or a text of an equal class."""
+    if row["score"] is not None:
+        return NearText(" ".join([row["query"], *row["passages"]]), "", str(row["score"]))
+    if row["passages"]:
+        return NearText(" ".join(row["passages"]), plain_form(row["query"]))
+    return NearText(row["query"], "", str(row["label"]))
+
+
+def query_input(row: Row) -> RowInput:
+    """Return the query, which the passages answer."""
+    return RowInput(row["query"], str, lambda: join_plain(row["passages"]))
+
+
+def retrieval_input(row: Row) -> RowInput:
+    """Return the query, or texts with a score or class."""
+    if row["passages"] and row["score"] is None:
+        return query_input(row)
+    return RowInput(near_retrieval(row).text, str, lambda: near_retrieval(row).answer, True)

@@ -14,13 +14,13 @@ from pathlib import Path, PurePath, PurePosixPath
 from typing import Literal, TypeVar
 
 from llmtune.data import hub_datasets as hub
-from llmtune.data.audio import AUDIO_COLUMNS, find_recording
 from llmtune.data.column_mapping import has_columns, infer_columns, rename
 from llmtune.data.encoding_guess import guess_encoding
 from llmtune.data.file_readers import NOT_UTF8, LazyRow, parse_lines, read_lazily
 from llmtune.data.object_store import RemoteFile, find_objects, is_remote
-from llmtune.data.rejected_rows import RawRow, RowError
+from llmtune.data.rejected_rows import RawRow, RowError, find_file
 from llmtune.data.row_formats import FORMATS, RowFormat, detect_format, map_columns, reads_rows, unused_keys
+from llmtune.data.row_kind import kind_of_task
 from llmtune.errors import STEERING, DataError, Problem, nearest, visible
 from llmtune.recipe.builtin import recipes_folder
 from llmtune.recipe.data_section import DATA_ENDINGS, DataSection, Source, data_ending
@@ -188,7 +188,7 @@ def shared_columns(data: DataSection, rows: Sequence[Mapping[str, object]]) -> M
 
 def _suggest(one: Input, rows: Sequence[Mapping[str, object]], task: str) -> str | None:
     """Return a line of the recipe that reads the file, tested on its first rows; None if none is found."""
-    columns = infer_columns(rows, task)
+    columns = infer_columns(rows, TASK_FACTS[task].columns, kind_of_task(task).aliases)
     reads = columns and reads_rows(rows, task, columns, one.folder)
     return source_line(one.split or "train", one.source, columns=columns) if reads else None
 
@@ -384,6 +384,6 @@ def _hash_recordings(detected: Detected, path: Path) -> Iterator[SourceFile]:
     source = detected.input.source
     for _, value in detected.input.raw_rows():
         row = {} if isinstance(value, RowError) else rename(value, detected.columns)
-        name = next((file for column in AUDIO_COLUMNS if (file := find_recording(row.get(column)))), None)
+        name = next((file for column in detected.row_format.files if (file := find_file(row.get(column)))), None)
         if name is not None and (recording := path.parent / name).is_file():
             yield SourceFile(source.path, name, recording, "xxh3_128", read_once(recording, hash_recording))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
@@ -10,6 +11,7 @@ from typing import NotRequired, TypedDict
 from llmtune.data.chat_rows import answer_as_text, canonical_messages
 from llmtune.data.message_fields import ROLES
 from llmtune.data.rejected_rows import RowError, json_kind, nonempty_text, parse_cell, text_of
+from llmtune.data.row_text import NearText, RowInput, join_plain, plain_form
 from llmtune.recipe.class_names import OUTSIDE
 from llmtune.records import Row
 
@@ -354,3 +356,20 @@ def _thumb(value: object) -> bool:
     if thumb is None:
         raise RowError("no thumb", f"'label' is {value!r}; it must be true or false, 1 or 0, up or down, good or bad")
     return thumb
+
+
+def near_tags(row: Row) -> NearText:
+    """Return the words; the tags of entities must be equal."""
+    return NearText(" ".join(row["tokens"]), "", join_plain(tag for tag in row.get("tags") or () if tag != OUTSIDE))
+
+
+def near_question(row: Row) -> NearText:
+    """Return the question; context and answers must be equal."""
+    return NearText(row["question"], row["context"], join_plain(answer["text"] for answer in row["answers"]))
+
+
+def translation_input(row: Row) -> RowInput:
+    """Return the source; the languages must be equal."""
+    names = [row.get(f"{side}_language") for side in ("source", "target")]
+    context = json.dumps([names, row.get("languages")])
+    return RowInput(row["source"], lambda: context, lambda: plain_form(row["target"]))

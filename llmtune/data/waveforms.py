@@ -40,10 +40,10 @@ def decode_recording(path: Path, rate: int) -> Waveform:
 
     Raises RowError if the file cannot be decoded.
     """
+    check_recording(path)
     import soundfile
     import soxr
 
-    check_recording(path)
     try:
         with path.open("rb") as stream, soundfile.SoundFile(stream) as file:
             own_rate, announced, kind = file.samplerate, file.frames, file.format

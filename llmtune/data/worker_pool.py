@@ -17,12 +17,12 @@ from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from functools import partial
-from importlib.util import find_spec
 from itertools import chain
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from llmtune import __version__
 from llmtune.errors import EnvironmentProblem
+from llmtune.recipe.extras import require_extra
 
 BatchT = TypeVar("BatchT")
 ResultT = TypeVar("ResultT")
@@ -165,8 +165,7 @@ def spread_on_ray(address: str, *, offline: bool) -> Iterator[None]:
         EnvironmentProblem: Ray is not installed, or `offline` forbids the address; in the block: the cluster is
             unreachable, has another llmtune version, or lost a batch.
     """
-    if find_spec("ray") is None:
-        raise EnvironmentProblem.of("Ray is not installed", "--ray", "pip install 'llmtune-cli[ray]'")
+    require_extra("ray", "--ray")
     if offline and address != LOCAL:
         what = f"a cluster at {address!r} is reached over the network, which --offline forbids"
         raise EnvironmentProblem.of(what, "--ray", "Omit it, or give --ray local.")

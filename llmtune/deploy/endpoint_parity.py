@@ -16,7 +16,8 @@ from pydantic.dataclasses import dataclass
 from rich.console import Console
 
 from llmtune.data.chat_messages import clean_messages
-from llmtune.deploy.export_score import describe_differences, open_to_export, score_answers
+from llmtune.deploy.export import open_to_export
+from llmtune.deploy.export_score import describe_differences, score_answers
 from llmtune.deploy.parity import Certificate
 from llmtune.deploy.parity_reference import TextReference
 from llmtune.deploy.tuned_model import ANSWER_TOKENS, load_tuned
@@ -117,7 +118,7 @@ def _ask_test_rows(client: openai.OpenAI, model: str, chat: bool, evaluated: Eva
     inputs, tokens = evaluated.inputs, evaluated.recipe.generation.max_new_tokens
     assert inputs is not None
     asked = (
-        [i for i in inputs.prompt_ids if _is_plain_text(inputs.questions[i])]
+        [i for i in inputs.generation_prompts if _is_plain_text(inputs.questions[i])]
         if evaluated.recipe.evaluate.predicted & {*inputs.metrics}
         else []
     )

@@ -10,13 +10,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from llmtune.data.row_hash import hash_content
+from llmtune.data.row_kind import earlier_forms, hash_row, rename_row
 from llmtune.data.row_store import iterate_ids, iterate_rows
 from llmtune.evaluate.classification_metrics import BINARY, MEAN_AREA, class_sums, mean_area, split_sums
 from llmtune.evaluate.intervals import Floats
 from llmtune.evaluate.metric import Measure, columns, measure_right, paired_difference
 from llmtune.evaluate.opened_runs import OpenedRun, ScoredRun, pair_measures
-from llmtune.recipe.class_names import earlier_forms, rename_row, show_name, tidy_name
+from llmtune.recipe.class_names import show_name, tidy_name
 from llmtune.recipe.task_facts import CALIBRATION, TASK_FACTS
 from llmtune.records import Difference, Rows
 
@@ -162,7 +162,7 @@ def follow_rows(run: ScoredRun, rows: Rows, renames: Mapping[str, str]) -> Score
     ids = {name.rpartition("-")[0] for name in run.measures.rows}
     now: dict[str, str] = {}
     for name, (_, row) in zip(iterate_ids(rows, "test"), iterate_rows(rows, "test"), strict=True):
-        now |= {old: name for form in earlier_forms(row, renames) if (old := hash_content(form).hex()) in ids}
+        now |= {old: name for form in earlier_forms(row, renames) if (old := hash_row(form).hex()) in ids}
     parts = (name.rpartition("-") for name in run.measures.rows)
     names = tuple(f"{old if now.get(old, old) in ids else now.get(old, old)}-{number}" for old, _, number in parts)
     return replace(run, measures=replace(run.measures, rows=names))

@@ -14,6 +14,7 @@ import numpy as np
 from rich.console import Console
 
 from llmtune.data.class_spelling import warn_of_idle_renames
+from llmtune.data.row_kind import names_in
 from llmtune.data.row_store import iterate_ids, iterate_rows, load_rows
 from llmtune.errors import LlmtuneError
 from llmtune.evaluate.class_alignment import CLASS_SUMS, classes_of
@@ -22,7 +23,7 @@ from llmtune.evaluate.classification_metrics import f1_macro_formula, split_sums
 from llmtune.evaluate.intervals import exact_interval
 from llmtune.evaluate.metric import Measure, columns, hit_bounds, measure_right, own_interval, paired_difference
 from llmtune.evaluate.opened_runs import ScoredRun
-from llmtune.recipe.class_names import names_in, tidy_name
+from llmtune.recipe.class_names import tidy_name
 from llmtune.recipe.evaluate_section import ERROR
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_facts import TASK_FACTS

@@ -9,9 +9,10 @@ from pathlib import Path
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
-from llmtune.data.answer_parser import ToolTurn, write_answer
+from llmtune.data.answer_parser import ToolTurn
 from llmtune.data.corpus import load_corpus
 from llmtune.data.examples import ExampleReader
+from llmtune.data.row_kind import write_prompt
 from llmtune.data.row_store import iterate_groups, iterate_rows
 from llmtune.errors import DataError
 from llmtune.evaluate.evaluated_task import EvaluatedTask
@@ -25,7 +26,7 @@ from llmtune.recipe.class_names import show_name, similar_names
 from llmtune.recipe.evaluate_section import EvaluateSection, metric_name
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_facts import CHOICE_METRICS, TASK_FACTS, TOOL_METRICS
-from llmtune.records import Examples, Row, Rows
+from llmtune.records import Examples, Prompt, Row, Rows
 
 SPLIT = "test"
 SCHEMAS_NOTE = "tool_call_valid.schemas"
@@ -48,7 +49,7 @@ class EvalInputs:
     """[N] references that predictions are compared with, in the task's own form."""
     answered: tuple[int, ...]
     """Indexes into the rows above: the rows that get a predicted answer."""
-    prompt_ids: dict[int, list[list[int]]]
+    generation_prompts: dict[int, list[Prompt]]
     """Index into the rows above -> prompts to generate from; the row's own answer comes last, after other `turns`."""
     turns: dict[int, list[ToolTurn]]
     """Index into the rows above -> all answers of a row with tools, its own last."""
@@ -103,7 +104,7 @@ def make_inputs(
 
     Raises DataError if no reference answer is among the choices, or if a column of slices was not kept.
     """
-    reader = ExampleReader(examples, split)
+    reader = ExampleReader(examples, split, task.example_type)
     numbers = sorted({*reader.rows.tolist()})
     fairness, facts = recipe.evaluate.fairness, TASK_FACTS[recipe.task]
     kept = set(numbers)
@@ -139,7 +140,7 @@ def make_inputs(
         questions=tuple(questions),
         targets=tuple(task.reference(row) for _, row in held_out),
         answered=tuple(answered),
-        prompt_ids={i: [task.prompt_ids(row, processor, recipe) for row in before] for i, before in asked.items()},
+        generation_prompts={i: [task.prompt(row, processor, recipe) for row in before] for i, before in asked.items()},
         turns={i: turns[i] for i in asked if turns[i]},
         choices=choices,
         trees=trees,
@@ -164,7 +165,7 @@ def limit_inputs(inputs: EvalInputs, limit: int | None) -> EvalInputs:
         inputs,
         measured=measured,
         answered=tuple(i for i in inputs.answered if i in kept),
-        prompt_ids={i: prompts for i, prompts in inputs.prompt_ids.items() if i in kept},
+        generation_prompts={i: prompts for i, prompts in inputs.generation_prompts.items() if i in kept},
         turns={i: turns for i, turns in inputs.turns.items() if i in kept},
         trees={i: tree for i, tree in inputs.trees.items() if i in kept},
     )
@@ -267,11 +268,12 @@ def answer_lengths(
     rows: Rows, examples: Examples, task: EvaluatedTask, processor: PreTrainedTokenizerBase, recipe: Recipe
 ) -> list[int]:
     """Return the tokens of each reference answer of the test rows, including its end token, as training counts them."""
-    reader = ExampleReader(examples, SPLIT)
+    reader = ExampleReader(examples, SPLIT, task.example_type)
     lengths: dict[int, list[int]] = {}
     for number, example in zip(reader.rows.tolist(), reader, strict=True):
-        spans = example.target_spans or example.spans
-        lengths.setdefault(number, []).extend(end - start for start, end in zip(spans[::2], spans[1::2], strict=True))
+        for _, spans in example.sequences:
+            sizes = (end - start for start, end in zip(spans[::2], spans[1::2], strict=True))
+            lengths.setdefault(number, []).extend(sizes)
     last_alone = recipe.model_copy(update={"data": recipe.data.model_copy(update={"train_on": "last"})})
     found = []
     for number, (_, row) in enumerate(iterate_rows(rows, SPLIT)):
@@ -302,32 +304,3 @@ def warn_of_cuts(
         fix = f"generation.max_new_tokens: {max(lengths)} fits all"
         text = f"{what}, so answers this long will be truncated and counted in answers_cut: {fix}"
         console.print(f"[yellow]{text}[/]", highlight=False)
-
-
-def write_prompt(row: Row) -> str:
-    """Return a prompt for display: plain text for a single message, else each message with its role."""
-    if "context" in row:
-        return f"{row['question']}\n{row['context']}"
-    if "audio" in row:
-        return str(row["audio"]).rsplit("/", 1)[-1]
-    if "tokens" in row:
-        return " ".join(row["tokens"])
-    if "relevances" in row:
-        return "\n".join([row["query"], *row["passages"]])
-    if "messages" not in row:
-        named = [row.get(name) for name in ("query", "prompt", "source", "document", "text", "pair")]
-        return "\n".join(str(part) for part in named if part)
-    turns = [
-        (str(message["role"]), write_answer(plain_text(message.get("content")), message.get("tool_calls") or ()))
-        for message in row["messages"]
-    ]
-    if len(turns) == 1:
-        return turns[0][1]
-    return "\n".join(f"{role}: {text}" for role, text in turns)
-
-
-def plain_text(content: object) -> str:
-    """Return the text of a message, whose content may be a list of parts."""
-    if isinstance(content, list):
-        return "".join(str(part.get("text", "")) for part in content if isinstance(part, dict))
-    return "" if content is None else str(content)

@@ -273,6 +273,6 @@ def describe_metrics(
     if inputs.turns:
         answered = sum(map(len, inputs.turns.values()))
         by_metric["generated.turns"] = f"{answered} answers to {len(inputs.turns)} rows with tools, one per turn"
-    if outside := max(0, len(inputs.prompt_ids) - len(answers.texts)):
+    if outside := max(0, len(inputs.generation_prompts) - len(answers.texts)):
         by_metric["generated.outside"] = f"{outside} prompts skipped: they exceed the context with their answers"
     return by_metric

@@ -20,7 +20,8 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from llmtune.data.search_rows import EmbedRow, text_key, write_ranking
+from llmtune.data.row_text import text_key
+from llmtune.data.search_rows import EmbedRow, write_ranking
 from llmtune.evaluate.intervals import Floats
 from llmtune.evaluate.metric import Measure, columns, measure_means, measure_shares, rows_by_squares
 from llmtune.evaluate.per_row_scores import name_rows

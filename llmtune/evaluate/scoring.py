@@ -11,11 +11,11 @@ from typing import cast
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
-from llmtune.data.contamination import Overlap, find_overlap, prompt_row
+from llmtune.data.contamination import Overlap, find_overlap
 from llmtune.data.examples import encode_rows
 from llmtune.data.inherited_rows import find_inheritance, find_learned
+from llmtune.data.row_kind import compared_text, names_in, prompt_row, rename_row
 from llmtune.data.row_store import iterate_ids, iterate_rows, iterate_texts, load_rows, pick_rows, read_rows
-from llmtune.data.row_text import compared_text
 from llmtune.display.console import spinner
 from llmtune.errors import DataError, EnvironmentProblem, RecipeError
 from llmtune.evaluate.calibration import run_temperature
@@ -35,7 +35,6 @@ from llmtune.evaluate.slices import one_line, score_slice
 from llmtune.evaluate.suites.suite_registry import make_suites
 from llmtune.evaluate.text_metrics import TOKEN_METRICS
 from llmtune.model.device import release_memory
-from llmtune.recipe.class_names import names_in, rename_row
 from llmtune.recipe.evaluate_section import OWN_METRIC_KEYS, EvaluateSection
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_facts import CALIBRATION

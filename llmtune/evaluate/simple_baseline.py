@@ -11,10 +11,11 @@ from itertools import islice
 import numpy as np
 
 from llmtune.data.examples import ExampleReader
+from llmtune.data.row_kind import write_prompt
 from llmtune.data.row_store import read_rows
 from llmtune.display.console import spinner
 from llmtune.evaluate.bm25 import BM25_NOTE
-from llmtune.evaluate.eval_inputs import EvalContext, EvalInputs, write_prompt
+from llmtune.evaluate.eval_inputs import EvalContext, EvalInputs
 from llmtune.evaluate.inference import Answers, compute_metrics
 from llmtune.evaluate.metric import Measure, paired_difference
 from llmtune.evaluate.per_row_scores import PerRowScores

@@ -18,8 +18,8 @@ from referencing import Registry
 from referencing.exceptions import Unresolvable
 from referencing.jsonschema import DRAFT202012
 
-from llmtune.data.answer_parser import ParsedAnswer, ToolTurn, read_call
-from llmtune.data.chat_rows import Tool, ToolCall
+from llmtune.data.answer_parser import ParsedAnswer, ToolTurn
+from llmtune.data.chat_rows import Tool, ToolCall, read_call
 from llmtune.evaluate.metric import Measure, columns, ratio
 from llmtune.evaluate.paired_statistics import share_bounds
 

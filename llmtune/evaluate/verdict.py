@@ -28,7 +28,7 @@ from llmtune.store.report_record import (
 from llmtune.store.score_records import Champion, Evaluation, GateResult, NewRows, SimpleBaseline
 
 BETTER, WORSE, MIXED, WITHIN = "better", "worse", "mixed", "within margin"
-"""The words of every verdict, with `INCONCLUSIVE`: on a run, on a pair of runs, on a sweep."""
+"""The words of every verdict, with `INCONCLUSIVE`: on a run, on a pair of runs."""
 PRICE = "The cost: the tuned model is farther from the base model (kl)."
 
 

@@ -276,7 +276,7 @@ def _first_error(
         return rebuild_error(value)
     if trouble is not None:
         fix = "Run the same command on each machine, each with its own --rank."
-        return EnvironmentProblem.of(f"the machines did not come together: {trouble}", "--address", fix)
+        return EnvironmentProblem.of(f"Rendezvous failed: {trouble}", "--address", fix)
     codes = {number: death.code for number, death in deaths.items()}
     ends = {-code if code < 0 else code - 128 for code in codes.values()}
     ended = stopped_by or next((one for one in (signal.SIGTERM, signal.SIGINT) if one in ends), None)

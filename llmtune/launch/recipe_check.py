@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from llmtune.errors import DataError, EnvironmentProblem, Problem, nearest
 from llmtune.model.catalogue import candidate_names
 from llmtune.recipe.builtin import new_recipe
+from llmtune.recipe.extras import find_missing_extras
 from llmtune.recipe.loader import LoadedRecipe
 
 if TYPE_CHECKING:
@@ -33,7 +34,8 @@ MARK = re.compile(r"#\s*SET:")
 def check_recipe(loaded: LoadedRecipe, *, trains: bool = False) -> list[Detected]:
     """Check that everything the recipe names exists on this machine; return how its local files are read.
 
-    With `trains` its trackers must be installed too. Elsewhere they are a note: the machine that trains has them.
+    With `trains` its trackers and extras must be installed too. Elsewhere they are a note: the machine that trains has
+    them.
 
     Raises:
         RecipeError: `evaluate.champion` is not a run of this task with scores, or a file of `evaluate.metrics` has no
@@ -51,7 +53,8 @@ def check_recipe(loaded: LoadedRecipe, *, trains: bool = False) -> list[Detected
         from llmtune.evaluate.suites.own_metrics import list_own_metrics
 
         list_own_metrics(loaded.recipe.evaluate)
-    EnvironmentProblem.collect([*(missing_trackers(loaded.recipe) if trains else ()), *_missing(loaded)])
+    packages = [*missing_trackers(loaded.recipe), *find_missing_extras(loaded.recipe)] if trains else []
+    EnvironmentProblem.collect([*packages, *_missing(loaded)])
     return resolve_inputs(loaded.recipe.data, loaded.recipe.task, local_only=True)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from functools import lru_cache
 from typing import Annotated
 
@@ -89,28 +89,3 @@ def find_cycle(rename: Mapping[str, str]) -> list[str]:
 def rename_tag(tag: str, renames: Mapping[str, str]) -> str:
     """Return a tag in IOB2 with its entity type renamed."""
     return tag if tag == OUTSIDE else f"{tag[:2]}{renames.get(tag[2:], tag[2:])}"
-
-
-def rename_row(row: Mapping[str, object], renames: Mapping[str, str]) -> Mapping[str, object]:
-    """Return a canonical row with its label, labels or tags renamed; other rows as they are."""
-    if isinstance(tags := row.get("tags"), list):
-        return {**row, "tags": [rename_tag(tag, renames) for tag in tags]}
-    label = row.get("label")
-    if isinstance(label, list):
-        return {**row, "label": sorted({renames.get(name, name) for name in label})}
-    return {**row, "label": renames.get(label, label)} if isinstance(label, str) else row
-
-
-def names_in(row: Mapping[str, object]) -> list[str]:
-    """Return the different class names in a canonical row: its label or labels, or its entity types."""
-    if isinstance(tags := row.get("tags"), list):
-        return list(dict.fromkeys(tag[2:] for tag in tags if tag != OUTSIDE))
-    label = row.get("label")
-    return [*label] if isinstance(label, list) else [label] if isinstance(label, str) else []
-
-
-def earlier_forms(row: Mapping[str, object], renames: Mapping[str, str]) -> Iterator[Mapping[str, object]]:
-    """Yield the row under each earlier name of its classes, one class at a time."""
-    for name in names_in(row):
-        for old in (old for old, new in renames.items() if new == name):
-            yield rename_row(row, {name: old})

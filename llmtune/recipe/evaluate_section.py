@@ -108,11 +108,12 @@ class EvaluateSection(RecipeSection):
     """Possible answers, scored by likelihood as `choice_accuracy`: a list, `auto` (if the rows have few different
     answers), or null to disable. Default `auto`: shows whether a gain is more than a better answer format."""
     calibrate: bool = True
-    """Whether to fit a temperature for the probabilities of a task that chooses (classify, token-classify; chat and
-    completion with `choices`), on the validation rows alone. Default true: it costs one pass over these rows."""
+    """Whether to fit a temperature for the probabilities of a task with a fixed set of labels (classify,
+    token-classify; chat and completion with `choices`), on the validation rows alone. Default true: it costs one pass
+    over these rows."""
     decide: DecideSection | None = None
-    """Abstention with a guarantee, for a task that chooses: `{risk: 0.05}` finds the confidence from which at most 5 %
-    of the answers are wrong. Default none: the risk is your decision."""
+    """Abstention with a guarantee, for a task with a fixed set of labels: `{risk: 0.05}` finds the confidence from
+    which at most 5 % of the answers are wrong. Default none: the risk is your decision."""
     sets: PredictionSets | None = None
     """Prediction sets with a guarantee: `0.9` is the coverage. Default none: a single answer is easier to use."""
     out_of_scope: Share | None = None

@@ -6,6 +6,7 @@ from llmtune.errors import Problem, RecipeError
 
 FSDP = "Use --strategy fsdp: FSDP2 shards what ZeRO-3 shards."
 PAIRS = "Use lm-eval's task: `evaluate.benchmarks: [crows_pairs_english]`."
+SBATCH = ("partition", "account", "qos", "time", "gres", "gpus-per-node", "cpus-per-task", "mem", "constraint")
 RETIRED = {
     "--strategy zero2": FSDP,
     "--strategy zero3": FSDP,
@@ -13,6 +14,9 @@ RETIRED = {
     "--strategy tp": "Use --strategy fsdp, which shards every model over any number of processes.",
     "launch sky": "Run `sky jobs launch` with examples/launch/skypilot.yaml, which starts torchrun.",
     "launch kubernetes": "Run `kubectl create -f` with examples/launch/trainjob.yaml, which starts torchrun.",
+    "sweep": "Run Optuna around `llmtune.run`, as examples/sweep.py does.",
+    "launch slurm --follow": "Pipe the script of --dry-run into `sbatch --wait`; show the log with `tail -f`.",
+    **{f"launch slurm --{name}": f"Use --sbatch=--{name}=VALUE." for name in SBATCH},
     "doctor FOLDER": "Read trainer_state.json in the Trainer's folder. To continue training its adapter, set "
     "adapter.start_from to the folder.",
     "deploy serve --max-batch": "Omit it: requests are answered one at a time. For many clients, add --engine vllm.",

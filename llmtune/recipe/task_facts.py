@@ -13,7 +13,11 @@ GENERATED = ("exact_match", *ROUGE, "chrf")
 MACHINE_TRANSLATION = ("bleu", "chrf", "ter", "exact_match")
 TOOL_METRICS = ("tool_call_valid", "tool_name", "tool_arguments", "tool_arguments_f1", "no_call")
 CALIBRATION = ("ece", "brier", "nll")
-"""Metrics of the probabilities of a task that chooses."""
+"""Metrics of the probabilities of a task with a fixed set of labels."""
+CLASSIFICATION = (
+    *("accuracy", "f1_macro", "f1_micro", "f1_weighted", "matthews", "auroc", *CALIBRATION),
+    *("mse", "mae", "pearson", "spearman"),
+)
 CHOICE_METRICS = ("choice_accuracy", *CALIBRATION)
 """Metrics of chat and completion that need choices."""
 DECISIONS: Mapping[str, tuple[str, ...]] = {
@@ -37,9 +41,7 @@ SIMPLE_BASELINES: Mapping[str, str] = {
 """Baselines without a language model, by the names that gates use."""
 CUT_METRIC = "answers_cut"
 """Share of truncated answers; measured whenever another metric generates answers."""
-PREDICTED = frozenset(
-    {*GENERATED, *MACHINE_TRANSLATION, *TOOL_METRICS, CUT_METRIC, "length_ratio", "f1", "wer", "cer"},
-)
+PREDICTED = frozenset({*GENERATED, *MACHINE_TRANSLATION, *TOOL_METRICS, CUT_METRIC, "length_ratio", "f1", "wer", "cer"})
 """Metrics of generated answers, whose number `evaluate.limit` limits."""
 
 TEMPLATE_KEYS = {
@@ -49,6 +51,23 @@ TEMPLATE_KEYS = {
 """Keys that only models with a chat template read, by section."""
 WITH_ROLES = ("messages", "sharegpt", "prompt-completion", "conversation-pair", "conversation-thumb", "chosen-rejected")
 """Formats whose rows may contain messages."""
+ROW_KINDS: Mapping[str, tuple[str, ...]] = {
+    "messages": ("messages", "sharegpt", "alpaca", "prompt-completion"),
+    "pairs": ("prompt-completion", "alpaca", "text"),
+    "translation": ("source-target", "translation"),
+    "summary": ("document-summary",),
+    "question": ("squad", "question-answer"),
+    "labelled": ("text-label",),
+    "tags": ("tokens-tags", "text-spans"),
+    "audio": ("audio-text", "audio-folder"),
+    "preference": ("chosen-rejected", "conversation-pair", "answer-thumb", "conversation-thumb"),
+    "retrieval": ("query-passage", "text-label"),
+    "ranking": (
+        *("query-passage-relevance", "query-passages", "query-passage-negatives", "query-passage"),
+        "query-judged-passages",
+    ),
+}
+"""Kinds of rows (`llmtune.data.row_kind`), each with its row formats: values of a source's `format`."""
 COLUMNS = (
     *("answer", "answers", "audio", "chosen", "completion", "context", "conversations", "document", "file_name"),
     *("functions", "history", "input", "instruction", "judged_passages", "label", "messages", "negatives", "output"),
@@ -67,8 +86,8 @@ class TaskFacts:
     summary: str
     metrics: tuple[str, ...]
     default_metrics: tuple[str, ...]
-    formats: tuple[str, ...]
-    """Row formats by name, as in a source's `format`."""
+    rows: str
+    """The kind of the task's rows: a key of `ROW_KINDS`."""
     models: tuple[str, ...]
     """Supported kinds of models: decoder, encoder, encoder-decoder, speech; `llmtune init` proposes the first."""
     columns: tuple[str, ...] = ()
@@ -125,6 +144,11 @@ class TaskFacts:
     """Column that groups rows if the recipe does not set `data.split_by`; all rows of the task have it once parsed."""
 
     @property
+    def formats(self) -> tuple[str, ...]:
+        """Return the row formats of the task by name."""
+        return ROW_KINDS[self.rows]
+
+    @property
     def library(self) -> str:
         """Return the hub's name of the library that loads complete models of the task."""
         return "sentence-transformers" if self.loader else "transformers"
@@ -158,7 +182,7 @@ _TASKS = (
         "answer in a conversation",
         (*LANGUAGE, *GENERATED, *CHOICE_METRICS, *TOOL_METRICS, CUT_METRIC),
         (*LANGUAGE, "exact_match", "rougeL", "chrf", "choice_accuracy", *TOOL_METRICS),
-        formats=("messages", "sharegpt", "alpaca", "prompt-completion"),
+        rows="messages",
         models=("decoder",),
         columns=("prompt", "completion"),
         first_metrics=("loss", "rougeL", "chrf"),
@@ -176,7 +200,7 @@ _TASKS = (
         "continue a text, or fill in masked tokens",
         (*LANGUAGE, *GENERATED, *CHOICE_METRICS, CUT_METRIC),
         LANGUAGE,
-        formats=("prompt-completion", "alpaca", "text"),
+        rows="pairs",
         models=("decoder",),
         columns=("prompt", "completion"),
         first_metrics=("loss", "bits_per_byte"),
@@ -193,7 +217,7 @@ _TASKS = (
         "translate a text into another language",
         ("loss", "perplexity", "accuracy", *MACHINE_TRANSLATION, CUT_METRIC),
         ("loss", "bleu", "chrf"),
-        formats=("source-target", "translation"),
+        rows="translation",
         models=("decoder", "encoder-decoder"),
         columns=("source", "target"),
         first_lines=(
@@ -214,7 +238,7 @@ _TASKS = (
         "summarize a text",
         ("loss", "perplexity", "accuracy", *ROUGE, "chrf", "length_ratio", CUT_METRIC),
         ("loss", *ROUGE, "length_ratio"),
-        formats=("document-summary",),
+        rows="summary",
         models=("decoder", "encoder-decoder"),
         columns=("document", "summary"),
         first_metrics=("loss", "rougeL", "length_ratio"),
@@ -234,7 +258,7 @@ _TASKS = (
         "find the answer in a text",
         ("loss", "exact_match", "f1", CUT_METRIC),
         ("exact_match", "f1"),
-        formats=("squad", "question-answer"),
+        rows="question",
         models=("encoder", "decoder", "encoder-decoder"),
         columns=("question", "context", "answer"),
         section="qa",
@@ -243,19 +267,14 @@ _TASKS = (
         templated=True,
         generates=True,
         prompt_name="question and context",
-        metric_notes={
-            "loss": "nats of the right answer, by its start and end or per token",
-        },
+        metric_notes={"loss": "nats of the right answer, by its start and end or per token"},
     ),
     TaskFacts(
         "classify",
         "assign one class, several classes or a number to a text",
-        (
-            *("loss", "accuracy", "f1_macro", "f1_micro", "f1_weighted", "matthews", "auroc"),
-            *(*CALIBRATION, "mse", "mae", "pearson", "spearman"),
-        ),
+        ("loss", *CLASSIFICATION),
         ("loss", "accuracy", "f1_macro", "f1_micro", "matthews", "auroc"),
-        formats=("text-label",),
+        rows="labelled",
         models=("encoder", "decoder"),
         columns=("text", "label"),
         first_metrics=("loss", "accuracy", "f1_macro"),
@@ -264,15 +283,9 @@ _TASKS = (
         overlong=("error", "drop", "truncate"),
         answer_kind="labels",
         simple_baseline="tfidf",
-        baseline_metrics=(
-            *("accuracy", "f1_macro", "f1_micro", "f1_weighted", "matthews", "auroc"),
-            *(*CALIBRATION, "mse", "mae", "pearson", "spearman"),
-        ),
+        baseline_metrics=CLASSIFICATION,
         prompt_name="text",
-        metric_notes={
-            "loss": "loss per row, as in training",
-            "accuracy": "label is right; with several, all of them",
-        },
+        metric_notes={"loss": "loss per row, as in training", "accuracy": "label is right; with several, all of them"},
         decodes=False,
     ),
     TaskFacts(
@@ -280,7 +293,7 @@ _TASKS = (
         "mark words in a text",
         ("loss", "f1", "precision", "recall", "accuracy", *CALIBRATION),
         ("loss", "f1", "precision", "recall"),
-        formats=("tokens-tags", "text-spans"),
+        rows="tags",
         models=("encoder",),
         section="token_classify",
         packs=True,
@@ -303,16 +316,14 @@ _TASKS = (
         "transcribe a recording",
         ("loss", "wer", "cer", CUT_METRIC),
         ("loss", "wer", "cer"),
-        formats=("audio-text", "audio-folder"),
+        rows="audio",
         models=("speech",),
         columns=("audio", "text"),
         section="speech",
         generates=True,
         takes_audio=True,
         prompt_name="recording",
-        metric_notes={
-            "loss": "nats per token of the right transcript",
-        },
+        metric_notes={"loss": "nats per token of the right transcript"},
         decodes=False,
         unswapped="a recording has no words to swap",
     ),
@@ -321,23 +332,20 @@ _TASKS = (
         "prefer one answer to another",
         ("loss", "accuracy", "margin", "likelihood_accuracy", "kl"),
         ("loss", "accuracy", "margin", "kl"),
-        formats=("chosen-rejected", "conversation-pair", "answer-thumb", "conversation-thumb"),
+        rows="preference",
         models=("decoder",),
         columns=("prompt", "chosen", "rejected"),
         section="preference",
         templated=True,
         answer_kind="rating",
-        metric_notes={
-            "loss": "loss per pair, as in training",
-            "accuracy": "better answer has the higher reward",
-        },
+        metric_notes={"loss": "loss per pair, as in training", "accuracy": "better answer has the higher reward"},
     ),
     TaskFacts(
         "embed",
         "turn texts into vectors that are close if the texts belong together",
         (*RANKING, "spearman", "pearson", "random_cosine", "effective_rank"),
         ("ndcg@10", "recall@1", "mrr@10", "map", "random_cosine", "effective_rank"),
-        formats=("query-passage", "text-label"),
+        rows="retrieval",
         models=("encoder", "decoder"),
         columns=("query", "passage"),
         section="embed",
@@ -361,13 +369,7 @@ _TASKS = (
         "rank passages for a query",
         ("loss", *RANKING),
         ("loss", *RANKING),
-        formats=(
-            "query-passage-relevance",
-            "query-passages",
-            "query-passage-negatives",
-            "query-passage",
-            "query-judged-passages",
-        ),
+        rows="ranking",
         models=("encoder", "decoder"),
         columns=("query", "passage", "relevance"),
         first_metrics=("loss", "ndcg@10", "mrr@10"),
@@ -376,9 +378,7 @@ _TASKS = (
         overlong=("error", "drop", "truncate"),
         answer_kind="relevances",
         prompt_name="query with passages",
-        metric_notes={
-            "loss": "binary cross-entropy per passage",
-        },
+        metric_notes={"loss": "binary cross-entropy per passage"},
         pipeline="text-ranking",
         loader="CrossEncoder",
         after="embed",
@@ -396,4 +396,4 @@ TASK_FACTS = {facts.name: facts for facts in _TASKS}
 DEFAULT_TASK = _TASKS[0].name
 RETRIEVAL_TASKS = tuple(facts.name for facts in _TASKS if facts.mines)
 """Tasks that learn from queries and passages; `llmtune init` proposes the first for a retrieval set."""
-ROW_FORMATS = tuple(dict.fromkeys(name for facts in _TASKS for name in facts.formats))
+ROW_FORMATS = tuple(dict.fromkeys(name for formats in ROW_KINDS.values() for name in formats))

@@ -120,13 +120,13 @@ def hardest_rows(rows: Sequence[HardRow]) -> list[Block]:
     if not rows:
         return []
     cells: TableRows = []
-    for example in rows:
-        numbers = score(example["loss"]), score(example["excess"])
+    for one in rows:
+        numbers = score(one["loss"]), score(one["excess"])
         cells.append(
             [
-                f"{example['prompt']} → {example['reference']}",
+                f"{one['prompt']} → {one['reference']}",
                 *numbers,
-                Cell(example["origin"], note=example["id"][:12]),
+                Cell(one["origin"], note=one["id"][:12]),
             ]
         )
     columns: TableColumns = ["prompt → reference", Column("loss", "number"), Column("above its steps", "number"), "row"]

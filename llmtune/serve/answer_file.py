@@ -17,6 +17,7 @@ from rich.progress import MofNCompleteColumn
 from llmtune.data.column_mapping import rename, used_columns, with_aliases
 from llmtune.data.rejected_rows import RawRow, RowError
 from llmtune.data.row_formats import COLUMNS
+from llmtune.data.row_kind import kind_of_task
 from llmtune.data.sources import local_input
 from llmtune.display.console import progress_bars
 from llmtune.errors import DataError, RecipeError
@@ -64,7 +65,7 @@ def answer_file(
         raise DataError.of("no row can be read", str(rows))
     stated = run.recipe.data.train[0].columns or run.recipe.data.columns
     known = {ours: theirs for ours, theirs in stated.items() if used_columns({ours: theirs}, header) <= set(header)}
-    columns = with_aliases(known, COLUMNS, header, run.recipe.task)
+    columns = with_aliases(known, COLUMNS, header, kind_of_task(run.recipe.task).aliases)
     asked = _columns_of(run.task.inputs, [*columns, *header], str(rows))
     served = run.load(dict.fromkeys(asked, "text"), base=base, max_new_tokens=max_new_tokens)
     vectors: list[list[float] | None] | None = [] if output is not None and output.suffix == ".npy" else None
@@ -170,16 +171,16 @@ def _answer_rows(
             truncated = {"truncated": True} if cut else {}
             yield {task.model_kind.answer_column: shown, **own, **of_classes, **predicted.scores, **truncated}
         return
-    prompts = [task.prompt_ids(row, served.processor, recipe) for row in rows]
+    prompts = [task.prompt(row, served.processor, recipe) for row in rows]
     read = answer_reader(served.processor, recipe)
     room = (served.context or 1 << 60) - (recipe.generation.max_new_tokens if task.free_prompt else 0)
-    fitting = [ids for ids in prompts if len(ids) <= room]
+    fitting = [prompt for prompt in prompts if len(prompt) <= room]
     outputs = iter(
         generate_completions(served.model, fitting, served.processor, recipe, device=served.device, advance=advance)
     )
-    for ids, chosen in zip(prompts, served.choose(rows), strict=True):
-        if len(ids) > room:
-            yield {"error": f"the prompt has {len(ids)} tokens, but the model's context has room for {room}"}
+    for prompt, chosen in zip(prompts, served.choose(rows), strict=True):
+        if len(prompt) > room:
+            yield {"error": f"the prompt has {len(prompt)} tokens, but the model's context has room for {room}"}
             continue
         parsed = read(next(outputs).token_ids, None)
         thoughts = {"reasoning": parsed.reasoning} if parsed.reasoning else {}

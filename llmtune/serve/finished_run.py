@@ -265,8 +265,9 @@ class FinishedRun:
             if cut:
                 self.console.print(TRUNCATED.format(served.recipe.data.max_length))
         else:
-            ids = task.prompt_ids(row, served.processor, served.recipe)
-            (output,) = generate_completions(served.model, [ids], served.processor, served.recipe, device=served.device)
+            recipe, processor = served.recipe, served.processor
+            prompt = task.prompt(row, processor, recipe)
+            (output,) = generate_completions(served.model, [prompt], processor, recipe, device=served.device)
             prediction, scores = served.read(output.token_ids), {}
         text = task.format_answer(prediction, row)
         return {"text": text, "prediction": label_scores(prediction, served.recipe), **scores}

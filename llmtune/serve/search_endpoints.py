@@ -18,7 +18,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from llmtune.data.long_texts import count_tokens
-from llmtune.data.search_rows import passage_text
+from llmtune.data.rejected_rows import passage_text
 from llmtune.evaluate.ranking_metrics import unit
 from llmtune.evaluate.token_batches import TOKEN_BUDGET, batch_size, budget_for
 from llmtune.model.sentence_folder import SentenceSettings

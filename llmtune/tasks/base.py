@@ -12,14 +12,15 @@ import torch
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from llmtune.data.collators import causal_collator
-from llmtune.data.example import Collate, Example
+from llmtune.data.example import AnyExample, Collate
 from llmtune.data.row_store import iterate_rows
 from llmtune.data.task_interface import Encoded
-from llmtune.evaluate.evaluated_task import EvaluatedTask, PredictionT
+from llmtune.evaluate.evaluated_task import PredictionT
 from llmtune.model.causal_lm_loss import causal_loss
 from llmtune.model.config import set_padding
 from llmtune.recipe.schema import Recipe
 from llmtune.records import Batch, Loss, Rows
+from llmtune.train.objective import TrainedTask
 
 if TYPE_CHECKING:
     from llmtune.data.text_pairs import TextPair
@@ -41,7 +42,7 @@ class Endpoint:
     """The request field for the prompt of `llmtune generate`."""
 
 
-class Task(EvaluatedTask, Generic[RowT, PredictionT]):
+class Task(TrainedTask, Generic[RowT, PredictionT]):
     """A task for one kind of model; by default, a decoder answers a prompt with text."""
 
     required_inputs: tuple[str, ...] = ("prompt",)
@@ -100,7 +101,7 @@ class Task(EvaluatedTask, Generic[RowT, PredictionT]):
         """Set in place what saved generation settings state of the recipe; for models that keep their own settings."""
 
     def export_constants(self, recipe: Recipe) -> dict[str, Any]:
-        """Return further constants of the script next to ONNX files."""
+        """Return further settings of the program next to ONNX files."""
         return {}
 
     def encode(self, rows: Sequence[RowT], processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[Encoded]:
@@ -116,13 +117,13 @@ class Task(EvaluatedTask, Generic[RowT, PredictionT]):
         if self.model_kind.decodes and self.predicts_tokens:
             return causal_collator(processor, recipe, packs)
 
-        def collate(examples: Sequence[Example], draw: int = 0) -> Batch:
+        def collate(examples: Sequence[AnyExample], draw: int = 0) -> Batch:
             return self.collate(examples, processor, recipe, bool(packs), draw)
 
         return collate
 
     def collate(
-        self, examples: Sequence[Example], processor: PreTrainedTokenizerBase, recipe: Recipe, packs: bool, draw: int
+        self, examples: Sequence[AnyExample], processor: PreTrainedTokenizerBase, recipe: Recipe, packs: bool, draw: int
     ) -> Batch:
         """Make one micro-batch; `draw` seeds random parts such as masks; evaluation passes 0."""
         raise NotImplementedError

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-from llmtune.data.answer_parser import ToolTurn, write_answer
+from llmtune.data.answer_parser import ToolTurn
 from llmtune.data.chat_encoding import encode_chat
-from llmtune.data.chat_rows import ChatRow, Message
+from llmtune.data.chat_rows import ChatRow, Message, write_answer
 from llmtune.data.chat_template import render_prompt
 from llmtune.data.task_interface import Encoded
 from llmtune.recipe.model_kind import CAUSAL

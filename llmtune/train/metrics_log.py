@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NotRequired, TypedDict
@@ -21,9 +20,6 @@ from llmtune.records import Json
 from llmtune.store.atomic_files import explained, plain, read_json, read_json_lines, write_json, write_text
 from llmtune.store.process_environment import LOCAL_TRACKERS
 from llmtune.store.report_record import Report
-
-ON_VALIDATION: ContextVar[Callable[[int, float], None] | None] = ContextVar("on_validation", default=None)
-"""Called with the step and the loss of each validation; an exception from it ends the training."""
 
 
 class MetricsLine(TypedDict):

@@ -12,8 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from llmtune.data.examples import ExampleReader
+from llmtune.data.row_kind import write_prompt
 from llmtune.data.row_store import iterate_ids, iterate_texts
-from llmtune.evaluate.eval_inputs import write_prompt
 from llmtune.evaluate.evaluated_task import EvaluatedTask
 from llmtune.recipe.secrets import redact
 from llmtune.records import Examples, Json, Rows

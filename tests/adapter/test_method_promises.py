@@ -20,6 +20,7 @@ from llmtune.model.causal_lm_loss import causal_loss
 from llmtune.pipeline import run_pipeline
 from llmtune.recipe.loader import load_recipe
 from llmtune.recipe.peft_options import REFUSED_METHODS, peft_methods
+from llmtune.records import Prompt
 from llmtune.serve.finished_run import FinishedRun
 from llmtune.store.run_request import RunRequest
 
@@ -96,8 +97,10 @@ def test_answers_are_the_first_choices_of_the_loss(method, adapted):
     model, processor = tuned.model.eval(), tuned.selected.processor
     learned = 0
     with torch.inference_mode():
-        together = generate_completions(model, PROMPTS, processor, recipe, device="cpu")
-        alone = [generate_completions(model, [prompt], processor, recipe, device="cpu")[0] for prompt in PROMPTS]
+        together = generate_completions(model, [*map(Prompt, PROMPTS)], processor, recipe, device="cpu")
+        alone = [
+            generate_completions(model, [Prompt(prompt)], processor, recipe, device="cpu")[0] for prompt in PROMPTS
+        ]
         for prompt, output in zip(PROMPTS * 2, [*together, *alone], strict=True):
             end = len(prompt) + len(output.token_ids)
             example = Example([*prompt, *output.token_ids], [len(prompt), end], 1)

@@ -3,7 +3,6 @@
 import csv
 import json
 import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -78,16 +77,6 @@ def test_a_class_without_training_rows_is_on_the_terminal(tiny_llama: Path) -> N
     done = invoke("prepare", "mine.yaml", *(part for one in sets for part in ("--set", one)), "--out", "run")
     assert done.exit_code == 0, done.stderr
     assert "1 of 3 classes have no training rows and cannot be learned: c" in done.stderr
-
-
-def test_a_sweep_without_optuna_names_the_package_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    write_rows("rows.csv", "question,answer", [(f"Where is {i}?", f"In {i}.") for i in range(30)])
-    Path("space.yaml").write_text("train.learning_rate: [1.0e-4, 1.0e-3]\n")
-    for name in [name for name in sys.modules if name.partition(".")[0] == "optuna"]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, "optuna", None)  # as the import system has it: not there
-    done = invoke("sweep", "mine.yaml", "--space", "space.yaml")
-    assert (done.exit_code, "pip install 'llmtune-cli[sweep]'" in done.stderr) == (4, True), done.stderr
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,8 @@ import pytest
 from support.audio import write_tone
 from support.rows import prepare, rows_of
 
-from llmtune.data.column_mapping import ALIASES
 from llmtune.data.row_formats import COLUMNS
+from llmtune.data.row_kind import KINDS
 from llmtune.errors import DataError
 
 ANSWERS = ("answer", "response", "output", "assistant", "reply", "targets", "solution")
@@ -125,4 +125,4 @@ def test_the_suggested_encoding_of_a_file_that_is_not_utf_8_reads_it(tmp_path, m
 
 
 def test_aliases_refer_only_to_existing_columns():
-    assert {ours for aliases in ALIASES.values() for ours in aliases} <= set(COLUMNS)
+    assert {ours for kind in KINDS for ours in kind.aliases} <= set(COLUMNS)

@@ -6,8 +6,9 @@ import pytest
 from support.rows import prepare as prepare_split
 from support.rows import write_jsonl
 
-from llmtune.data.contamination import COMMON_ROWS, WORDS, compared_text, find_overlap, prompt_row
+from llmtune.data.contamination import COMMON_ROWS, WORDS, find_overlap
 from llmtune.data.preparation import prepare_rows
+from llmtune.data.row_kind import compared_text, prompt_row
 from llmtune.data.row_store import iterate_texts
 from llmtune.recipe.loader import load_recipe
 

@@ -4,7 +4,7 @@ import pytest
 
 from llmtune.data.chat_rows import canonical_messages, chat_from_messages
 from llmtune.data.rejected_rows import RowError
-from llmtune.data.row_text import near_text
+from llmtune.data.row_kind import near_text
 from llmtune.data.task_rows import preference_from_pair
 
 QUESTION = {"role": "user", "content": "two and two?"}

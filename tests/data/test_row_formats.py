@@ -10,7 +10,7 @@ from llmtune.data.column_mapping import rename
 from llmtune.data.rejected_rows import RowError
 from llmtune.data.row_formats import FORMATS, detect_format, parse_row, unused_keys
 from llmtune.data.row_hash import hash_content, row_json
-from llmtune.data.row_text import near_text
+from llmtune.data.row_kind import near_text
 from llmtune.errors import DataError
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)

@@ -7,7 +7,7 @@ import pytest
 from support.runs import invoke
 
 from llmtune.data.rejected_rows import RowError
-from llmtune.data.row_hash import hash_content
+from llmtune.data.row_kind import hash_row
 from llmtune.data.search_rows import embed_from_pair, ranked_pair
 from llmtune.data.written_numbers import read_number, read_numbers
 
@@ -68,7 +68,7 @@ def test_scores_and_relevances_may_have_a_decimal_comma() -> None:
 
 def test_a_label_with_a_decimal_comma_is_the_same_content() -> None:
     rows = [{"text": "a", "pair": None, "label": label} for label in ("3.5", "3,5", 3.5, "3,6")]
-    first, comma, number, other = map(hash_content, rows)
+    first, comma, number, other = map(hash_row, rows)
     assert first == comma == number != other
 
 

@@ -19,7 +19,7 @@ from support.rows import write_jsonl
 from support.runs import invoke
 
 from llmtune.data.row_hash import hash_content
-from llmtune.data.row_text import hash_input
+from llmtune.data.row_kind import hash_input
 from llmtune.errors import RecipeError
 from llmtune.evaluate.calibration import Chosen, measure_calibration
 from llmtune.evaluate.champion import compare_with_champion

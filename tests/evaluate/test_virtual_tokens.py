@@ -4,7 +4,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from lm_eval.api.instance import Instance
 from peft import AutoPeftModelForCausalLM, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
 from support.adapting import nudge, open_model, padded, quiet, recipe_with
 from support.decoders import BEGINNING, make_decoder, prompts_of
@@ -20,11 +19,11 @@ from llmtune.evaluate.generation import generate, generate_completions, windows_
 from llmtune.evaluate.greedy_decoding import column_bytes_of, decode_greedily
 from llmtune.evaluate.inference import context_limit
 from llmtune.evaluate.shared_prefix import make_tree, score_trees
-from llmtune.evaluate.suites.lm_eval_model import BatchedLM
 from llmtune.explain.generation_trace import Sampling, trace_answer
 from llmtune.explain.inputs import ModelInputs
 from llmtune.model.causal_lm_loss import causal_loss, virtual_logits
 from llmtune.model.memory_plan import check_context
+from llmtune.records import Prompt
 from llmtune.tasks.registry import get_task
 
 pytestmark = pytest.mark.filterwarnings(
@@ -168,14 +167,17 @@ def test_choices_and_benchmarks_are_scored_by_the_forward_pass(tiny_llama, adapt
     expected = [float(log_probability(model, prompt, answer)) for answer in answers]
     with torch.inference_mode():
         assert score_trees(model, [tree], device="cpu")[0] == pytest.approx(expected, rel=1e-4)
+    api = pytest.importorskip("lm_eval.api.instance", reason="needs llmtune-cli[benchmarks]")
+    from llmtune.evaluate.suites.lm_eval_model import BatchedLM
+
     context = SimpleNamespace(processor=processor, recipe=recipe, device="cpu")
     judge = BatchedLM(model, context, lambda rows: None)
     text, word = "Where is the red box", " now"
-    ask = Instance("loglikelihood", {}, (text, word), 0, ("task", 0, 1))
+    ask = api.Instance("loglikelihood", {}, (text, word), 0, ("task", 0, 1))
     ids, both = judge.tok_encode(text), judge.tok_encode(text + word)
     ((nats, _),) = judge.loglikelihood([ask])
     assert nats == pytest.approx(float(log_probability(model, ids, both[len(ids) :])), rel=1e-4)
-    ask = Instance("generate_until", {}, (text, {"until": ["nothing"], "max_gen_toks": 6}), 0, ("task", 0, 1))
+    ask = api.Instance("generate_until", {}, (text, {"until": ["nothing"], "max_gen_toks": 6}), 0, ("task", 0, 1))
     (answer,) = judge.generate_until([ask])
     assert answer == processor.decode(likeliest(model, ids, 6), skip_special_tokens=True)
 
@@ -194,7 +196,9 @@ def test_plain_peft_gives_the_same_answers_as_the_guide_says(tiny_llama, method,
             out_1T = inner.generate(prompt_1T, attention_mask=mask_1T, cache=prefix, **options)
     else:
         out_1T = model.generate(input_ids=prompt_1T, use_cache=False, **options)
-    (output,) = generate_completions(adapted.model, [PROMPTS[0]], adapted.selected.processor, recipe, device="cpu")
+    (output,) = generate_completions(
+        adapted.model, [Prompt(PROMPTS[0])], adapted.selected.processor, recipe, device="cpu"
+    )
     assert out_1T[0, len(PROMPTS[0]) :].tolist()[: len(output.token_ids)] == output.token_ids
 
 
@@ -211,7 +215,9 @@ def test_virtual_tokens_take_positions_of_the_context(tiny_llama):
 def test_every_token_of_an_answer_is_the_first_choice_of_the_loss(tiny_llama, adapter):
     adapted, recipe = adapt(tiny_llama, **adapter)
     with torch.inference_mode():
-        outputs = generate_completions(adapted.model, PROMPTS, adapted.selected.processor, recipe, device="cpu")
+        outputs = generate_completions(
+            adapted.model, [*map(Prompt, PROMPTS)], adapted.selected.processor, recipe, device="cpu"
+        )
         for prompt, output in zip(PROMPTS, outputs, strict=True):
             end = len(prompt) + len(output.token_ids)
             example = Example([*prompt, *output.token_ids], [len(prompt), end], 1)

@@ -19,8 +19,7 @@ from support.hostile import attempt
 from support.runs import finish_run, invoke
 
 from llmtune.cli.app import app
-from llmtune.compare.sweep_trial import validations
-from llmtune.errors import EnvironmentProblem, RecipeError
+from llmtune.store.json_shapes import read_curve
 
 COMMAND = typer.main.get_command(app)
 RUN = Path("runs/victim")
@@ -223,32 +222,8 @@ def test_hostile_yaml_in_the_recipe_of_a_run_is_refused_in_time(command: str, ki
     attempt(*words, code=code, seconds=60 if command == "train again" else 5)
 
 
-JOURNAL = "journal.log"
-HARMLESS = ("missing", "empty", "cut")
-"""Optuna skips a truncated last line: trials may be lost, and run again."""
-
-
-@pytest.mark.usefixtures("here")
-@pytest.mark.parametrize("name", ["space.json", JOURNAL])
-@pytest.mark.parametrize("how", [*CONTENTS, "cut", "folder", "pipe"])
-def test_a_damaged_file_of_a_sweep_is_named_or_rewritten(name: str, how: str) -> None:
-    pytest.importorskip("optuna")
-    from llmtune.compare.sweep_trial import open_study
-
-    out = Path("sweep")
-    study = open_study(out, "searched")
-    study.tell(study.ask(), 1.0)
-    damage(out / name, how)
-    if name == JOURNAL and how in HARMLESS:
-        open_study(out, "searched")
-        return
-    with pytest.raises((EnvironmentProblem, RecipeError), match=str(out)) as refused:
-        open_study(out, "searched")
-    assert name in str(refused.value) or how == "missing"
-
-
 @pytest.mark.usefixtures("here")
 @pytest.mark.parametrize("line", ["[]", "{", '{"step": "x"}', '{"validation_loss": 1}', '{"step": 2, "loss": "x"}'])
 def test_damaged_lines_of_a_curve_are_skipped(line: str) -> None:
     Path("metrics.jsonl").write_text('{"step": 1, "validation_loss": 2.5}\n' + line + "\n")
-    assert validations(Path()) == {1: 2.5}
+    assert [line["validation_loss"] for line in read_curve(Path())] == [2.5]

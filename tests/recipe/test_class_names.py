@@ -4,16 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmtune.recipe.class_names import (
-    earlier_forms,
-    find_cycle,
-    follow_renames,
-    names_in,
-    rename_row,
-    show_name,
-    similar_names,
-    tidy_name,
-)
+from llmtune.data.row_kind import earlier_forms, names_in, rename_row
+from llmtune.recipe.class_names import find_cycle, follow_renames, show_name, similar_names, tidy_name
 
 
 @pytest.mark.parametrize(

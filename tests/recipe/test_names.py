@@ -11,7 +11,16 @@ import pytest
 from llmtune.recipe.adapter_section import LORA_KEYS, QUANTIZATION_KEYS, AdapterSection
 from llmtune.recipe.model_section import ModelSection
 from llmtune.recipe.schema import GenerationSection
-from llmtune.recipe.task_facts import COLUMNS, CUT_METRIC, GENERATED, LANGUAGE, ROW_FORMATS, TASK_FACTS, TOOL_METRICS
+from llmtune.recipe.task_facts import (
+    COLUMNS,
+    CUT_METRIC,
+    GENERATED,
+    LANGUAGE,
+    ROW_FORMATS,
+    ROW_KINDS,
+    TASK_FACTS,
+    TOOL_METRICS,
+)
 from llmtune.recipe.train_section import BETAS, EPSILON, SCHEDULE_OPTIONS, Optimizer, Schedule, Tracker, TrainSection
 
 OWN_TRAIN_KEYS = {
@@ -122,40 +131,28 @@ def test_optimisers_read_exactly_the_adam_settings_in_the_rules(optim):
 def test_row_formats_and_columns_match_the_reader():
     from llmtune.data.row_formats import COLUMNS as READ
     from llmtune.data.row_formats import FORMATS
+    from llmtune.data.row_kind import KINDS
 
     assert set(COLUMNS) == set(READ)
     assert set(ROW_FORMATS) == set(FORMATS)
-    for task in ("chat", "completion"):
-        assert set(TASK_FACTS[task].formats) == {name for name, form in FORMATS.items() if form.parser(task)}
+    assert {name: {*formats} for name, formats in ROW_KINDS.items()} == {kind.name: {*kind.parsers} for kind in KINDS}
 
 
 SHARED_FILES_THAT_KNOW_A_TASK = {
-    "cli/init.py": "import: a retrieval set is a folder, not a row",
     "cli/proposal.py": "column, import: the recipe for queries, passages and numbers as labels",
-    "data/class_spelling.py": "import: a number is no spelling",
-    "data/column_mapping.py": "literal: aliases by task",
-    "data/contamination.py": "column: prompts of conversations",
-    "data/corpus.py": "import: passages",
-    "data/file_survey.py": "column, import, literal: which task reads a file that several can read",
-    "data/inherited_rows.py": "column: prompts of conversations",
-    "data/preparation.py": "import: recordings are files",
-    "data/row_hash.py": "column, import: labels of any type",
-    "data/row_text.py": "column, import: texts by columns",
-    "data/sources.py": "import: recordings are files",
+    "data/file_survey.py": "import: which task reads a file that several can read",
     "deploy/gguf_readers.py": "column: classes that GGUF has",
     "deploy/parity_reference.py": "column: how much of a recording a model hears",
     "deploy/search_parity.py": "column, import: rankings and vectors",
     "evaluate/decision.py": "import: lists of labels",
-    "evaluate/eval_inputs.py": "column: prompts for display",
     "evaluate/ranking_metrics.py": "column, import: rankings",
     "evaluate/suites/label_errors.py": "column: labels",
     "evaluate/suites/swapped_rows.py": "column: answers of each kind of rows",
     "launch/recipe_check.py": "import, section: labels that differ from the recipe's",
     "mining.py": "column, import, literal, section: queries and passages, of which negatives are mined",
-    "recipe/class_names.py": "column: renamed labels",
+    "recipe/extras.py": "literal: an extra is called `speech`",
     "recipe/first_recipe.py": "column, literal: models and lengths by kind",
     "recipe/schema.py": "literal, section: keys of a section without effect on a kind of model or of rows",
-    "serve/search_endpoints.py": "import: requests of endpoints",
     "serve/task_endpoints.py": "column: requests of endpoints",
 }
 """By file, how it knows one task or kind, and why. Shrink the list; instead of a new entry, add a field to a table.
@@ -164,16 +161,15 @@ SHARED_FILES_THAT_KNOW_A_TASK = {
 task. `column`: a column that only some kinds of rows have. `class`: a transformers class of one kind of model.
 """
 TABLES = (
-    "recipe/task_facts.py",
-    "recipe/task_sections.py",
-    "recipe/model_kind.py",
-    "data/row_kind.py",
-    "tasks/",
+    *("recipe/task_facts.py", "recipe/task_sections.py", "recipe/model_kind.py", "data/row_kind.py", "tasks/"),
     "model/audio_models.py",
 )
-ONE_KIND = ("audio", "waveforms", "classify_rows", "label_candidates", "retrieval_layout", "search_rows", "task_rows")
+ONE_KIND = ("audio", "classify_rows", "label_candidates", "search_rows", "task_rows", "waveforms")
 """Modules of `data/` about one kind of rows; only the tables and the tasks import them."""
-CONVERSATIONS = ("chat_encoding", "chat_rows", "chat_template", "completion_encoding", "overlong", "rendering_check")
+CONVERSATIONS = (
+    *("chat_encoding", "chat_rows", "chat_template", "completion_encoding", "conversation_texts", "overlong"),
+    "rendering_check",
+)
 """Modules of `data/` about conversations, with which many tasks write prompts."""
 FOR_ALL_TASKS = {"base", "registry"}
 KIND_COLUMNS = {

@@ -15,6 +15,7 @@ from tokenizers.processors import TemplateProcessing
 
 from llmtune.evaluate.generation import generate_completions
 from llmtune.recipe.retired import RETIRED
+from llmtune.records import Prompt
 from llmtune.serve.finished_run import ChatSession
 
 QUESTION = [{"role": "user", "content": "Which colour has the cat?"}]
@@ -63,7 +64,7 @@ def test_the_openai_client_gets_the_answer_of_generate_at_once_and_in_pieces(tal
 def test_the_openai_client_continues_a_text(talk):
     client, _, served = talk
     ids = served.processor("The quick").input_ids
-    [output] = generate_completions(served.model, [ids], served.processor, served.recipe, device="cpu")
+    [output] = generate_completions(served.model, [Prompt(ids)], served.processor, served.recipe, device="cpu")
     wanted = served.processor.decode(output.token_ids, skip_special_tokens=True)
     for prompt in ("The quick", ["The quick"], served.processor("The quick").input_ids):
         assert client.completions.create(model="tiny", prompt=prompt).choices[0].text == wanted

@@ -142,12 +142,12 @@ def test_a_running_run_is_skipped_with_all_inside_it(run: Path) -> None:
     assert names(clean("--all"))
 
 
-def test_all_includes_runs_of_comparisons_and_trials_and_names_a_damaged_one(run: Path) -> None:
-    shutil.copytree(run, "runs/tiny-sweep-1/trials/000")
+def test_all_includes_runs_of_comparisons_and_names_a_damaged_one(run: Path) -> None:
+    shutil.copytree(run, "runs/tiny-compared-1/lora")
     Path("runs/broken").mkdir()
     Path("runs/broken/run.json").write_text('{"steps": 3}')
     result = clean("--all")
-    assert "runs/tiny-sweep-1/trials/000/checkpoints/step-3" in {one["path"] for one in result["removed"]}
+    assert "runs/tiny-compared-1/lora/checkpoints/step-3" in {one["path"] for one in result["removed"]}
     assert [one["path"] for one in result["skipped"]] == ["runs/broken"]
 
 

@@ -24,7 +24,7 @@ from llmtune.adapter.merging import merge_adapter
 from llmtune.data.examples import ExampleReader, load_examples
 from llmtune.data.row_store import iterate_rows, load_rows
 from llmtune.deploy.release_folder import promote_run
-from llmtune.deploy.tuned_model import read_rules
+from llmtune.deploy.tuned_model import rules_of_run
 from llmtune.errors import EnvironmentProblem
 from llmtune.evaluate.generation import answer_reader, generate_completions
 from llmtune.evaluate.opened_runs import open_run_scores
@@ -150,7 +150,7 @@ def answer(plan: Plan, model: torch.nn.Module, rows: list[Any]) -> list[Any]:
     """The answers of a model to rows."""
     if plan.task.predicts:
         return predict(plan.task, model, rows, plan.processor, plan.recipe)
-    prompts = [plan.task.prompt_ids(row, plan.processor, plan.recipe) for row in rows]
+    prompts = [plan.task.prompt(row, plan.processor, plan.recipe) for row in rows]
     outputs = generate_completions(model, prompts, plan.processor, plan.recipe, device="cpu")
     read = answer_reader(plan.processor, plan.recipe)
     return [read(output.token_ids, None).text for output in outputs]
@@ -171,7 +171,7 @@ def test_a_release_answers_as_its_run_does_when_the_run_and_its_rows_are_gone(na
         expected = answer(context.plan, model.eval(), rows[:4])
     assert found == expected
     assert released.plan.recipe.task_section() == context.plan.recipe.task_section()
-    assert read_rules(released) == read_rules(context)
+    assert rules_of_run(released) == rules_of_run(context)
     assert open_run_scores(release, name).evaluation.tuned == pytest.approx(report["evaluation"]["tuned"], nan_ok=True)
     with pytest.raises(EnvironmentProblem, match="a release has no rows, and the run that it was made from is gone"):
         _ = released.rows
@@ -205,7 +205,7 @@ def outputs(model: torch.nn.Module, batch: dict[str, Any]) -> tuple[dict[str, An
 def test_disabling_the_adapter_gives_the_base_and_merging_keeps_it(name, finished):
     run, _ = finished(name)
     context, models, processor, _ = opened(run)
-    reader = ExampleReader(load_examples(run / "data" / "examples"), "test")
+    reader = ExampleReader(load_examples(run / "data" / "examples"), "test", context.plan.task.example_type)
     batch = context.plan.task.collator(processor, context.plan.recipe, False)([reader[0], reader[1]], 0)
     with models.base() as model:
         _, base = outputs(model, batch)
@@ -376,7 +376,7 @@ def read_in_plain_classes(names: list[str], finished: Callable[[str], Any], plac
     for name in names:
         run, _ = finished(name)
         context, models, processor, _ = opened(run)
-        reader = ExampleReader(load_examples(run / "data" / "examples"), "test")
+        reader = ExampleReader(load_examples(run / "data" / "examples"), "test", context.plan.task.example_type)
         batch = context.plan.task.collator(processor, context.plan.recipe, False)([reader[0], reader[1]], 0)
         with models.tuned() as model:
             inputs, output = outputs(model, batch)

@@ -17,7 +17,8 @@ from transformers import AutoTokenizer
 
 from llmtune.data.corpus import load_corpus, save_corpus
 from llmtune.data.rejected_rows import RowError
-from llmtune.data.search_rows import embed_from_pair, ranked_list, text_key
+from llmtune.data.row_text import text_key
+from llmtune.data.search_rows import embed_from_pair, ranked_list
 from llmtune.evaluate.evaluated_task import Corpus, EvalPrediction
 from llmtune.mining import add_negatives, collect_pairs
 from llmtune.recipe.data_section import DataSection
@@ -142,7 +143,7 @@ def test_a_corpus_has_a_text_once(tmp_path: Path) -> None:
 
 def test_a_text_of_a_step_is_no_negative_of_its_copy(recipe: Any, tmp_path: Path) -> None:
     processor = AutoTokenizer.from_pretrained(build_bert(tmp_path / "bert"))
-    names = [Embed().encode_row(embed_row(f"Why? {text}", text), processor, recipe)[0].class_ids for text in VARIANTS]
+    names = [Embed().encode_row(embed_row(f"Why? {text}", text), processor, recipe)[0].text_hashes for text in VARIANTS]
     assert len({*map(tuple, names)}) == 1
     assert len({*names[0]}) == 2
 

@@ -71,7 +71,7 @@ def test_the_merged_folder_opens_in_transformers_with_the_outputs_of_the_tuned_m
     done = invoke("deploy", "merge", run, "--out", tmp_path / "merged")
     assert done.exit_code == 0, done.stderr
     context, models, processor, _ = opened(run)
-    reader = ExampleReader(load_examples(run / "data" / "examples"), "test")
+    reader = ExampleReader(load_examples(run / "data" / "examples"), "test", context.plan.task.example_type)
     batch = context.plan.task.collator(processor, context.plan.recipe, False)([reader[0], reader[1]], 0)
     with models.tuned() as model:
         inputs, tuned = outputs(model, batch)

@@ -62,7 +62,7 @@ LIMITS = (
     "A judge's errors are corrected as far as labelled pairs show them: pairs of the same kind of prompts and answers, "
     "and a bias for length. Other biases, such as for answers in its own style, remain."
 )
-UNJUDGED = "Nobody has judged the judge: set evaluate.judge.labelled to measure and correct its errors."
+UNJUDGED = "The judge's accuracy is unknown: set evaluate.judge.labelled to measure and correct its errors."
 
 
 @dataclass(frozen=True)

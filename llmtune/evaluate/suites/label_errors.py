@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, fields
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -25,17 +24,19 @@ import numpy.typing as npt
 import torch
 from transformers.modeling_outputs import BaseModelOutput
 
-from llmtune.data.collators import IGNORED
 from llmtune.data.example import Example
 from llmtune.data.examples import ExampleReader
+from llmtune.data.row_kind import write_prompt
 from llmtune.data.row_store import iterate_groups, iterate_rows, iterate_texts
 from llmtune.display.console import spinner
-from llmtune.errors import EnvironmentProblem, RecipeError, read_origin
-from llmtune.evaluate.eval_inputs import EvalContext, write_prompt
+from llmtune.errors import RecipeError, read_origin
+from llmtune.evaluate.eval_inputs import EvalContext
+from llmtune.evaluate.evaluated_task import EvaluatedTask, LearnedClasses
 from llmtune.evaluate.inference import add_bar, inference_on
 from llmtune.evaluate.source_labels import unchecked_sentence
 from llmtune.evaluate.token_batches import over_processes, run_encoder
 from llmtune.model.causal_lm_loss import unwrap
+from llmtune.recipe.extras import require_extra
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_facts import TASK_FACTS
 from llmtune.records import SPLITS, Advance, Examples, Rows
@@ -101,9 +102,7 @@ def require_labels(recipe: Recipe) -> None:
     if numbers or TASK_FACTS[recipe.task].answer_kind not in ("labels", "tags"):
         what = "the labels are numbers" if numbers else f"the task is {recipe.task}"
         raise RecipeError.of(f"{what}, and only classes and tags can be checked", KEY, "Remove it.")
-    if find_spec("cleanlab") is None:
-        fix = "pip install 'llmtune-cli[labels]'"
-        raise EnvironmentProblem.of("the package cleanlab is not installed", KEY, fix)
+    require_extra("labels", KEY)
 
 
 def save_suspects(load: LoadModel, context: EvalContext, rows: Rows, examples: Examples) -> None:
@@ -116,17 +115,17 @@ def save_suspects(load: LoadModel, context: EvalContext, rows: Rows, examples: E
         if context.folder is not None:
             write_suspects(suspects, context.folder / SUSPECTS)
             write_json(context.folder / UNCHECKED, unchecked)
-            write_json(context.folder / LABELS_BY_SOURCE, count_labels(rows, examples))
+            write_json(context.folder / LABELS_BY_SOURCE, count_labels(rows, examples, context.task))
 
 
-def count_labels(rows: Rows, examples: Examples) -> dict[str, int]:
+def count_labels(rows: Rows, examples: Examples, task: EvaluatedTask) -> dict[str, int]:
     """Return the number of labels (of tags: of words) in each source file."""
     counts = Counter[str]()
     for split in (split for split in SPLITS if examples.counts.get(split)):
         files = [read_origin(origin)[0] for origin, _ in iterate_texts(rows, split)]
-        reader = ExampleReader(examples, split)
-        for at, number in enumerate(reader.rows.tolist()):
-            counts[files[number]] += len(targets_of(reader[at]))
+        reader = ExampleReader(examples, split, task.example_type)
+        for number, example in zip(reader.rows.tolist(), reader, strict=True):
+            counts[files[number]] += len(task.learned_classes(example))
     return dict(counts)
 
 
@@ -163,44 +162,41 @@ def read_labels(model: torch.nn.Module, context: EvalContext, rows: Rows, exampl
         list[int](),
         list[tuple[str, int, int | None]](),
     )
-    backbone, pad_id = unwrap(model).base_model, context.processor.pad_token_id
+    backbone, pad_id, task = unwrap(model).base_model, context.processor.pad_token_id, context.task
     for split in (split for split in SPLITS if examples.counts.get(split)):
-        reader, clusters = ExampleReader(examples, split), [*iterate_groups(rows, split)]
-        encoded = [reader[i] for i in range(len(reader))]
+        reader, clusters = ExampleReader(examples, split, task.example_type), [*iterate_groups(rows, split)]
+        encoded = [(example, task.learned_classes(example)) for example in reader]
         with inference_on(model, context) as bars:
             advance = add_bar(bars, f"suspects: {split}", len(encoded))
             work = partial(encode_states, backbone, pad_id=pad_id, device=context.device, advance=advance)
             features += over_processes(model, encoded, work)
-        for number, example in zip(reader.rows.tolist(), encoded, strict=True):
-            own = targets_of(example)
+        for number, (_, classes) in zip(reader.rows.tolist(), encoded, strict=True):
             group = clusters[number] if clusters else len(places)
-            targets += own
-            groups += [group] * len(own)
-            places += [(split, number, word if len(example.tag_ids) else None) for word in range(len(own))]
+            groups += [group] * len(classes)
+            for word, (token, numbers) in enumerate(classes):
+                targets.append(numbers)
+                places.append((split, number, None if token is None else word))
     return Labelled(np.concatenate(features), np.array(targets), np.array(groups), places)
 
 
 def encode_states(
-    backbone: torch.nn.Module, examples: Sequence[Example], *, pad_id: int | None, device: str, advance: Advance
+    backbone: torch.nn.Module,
+    encoded: Sequence[tuple[Example, LearnedClasses]],
+    *,
+    pad_id: int | None,
+    device: str,
+    advance: Advance,
 ) -> list[Features]:
-    """Return the features of each example."""
-    return run_encoder(backbone, examples, pad_id, device, partial(pool_states, examples), advance)
+    """Return the features of each example: [words, D], or [1, D] for a text."""
 
+    def pool(at: int, output: BaseModelOutput, row: int) -> Features:
+        example, classes = encoded[at]
+        hidden_TD = output.last_hidden_state[row, : len(example.input_ids)].float()
+        marked = [token for token, _ in classes if token is not None]
+        pooled: Features = (hidden_TD[marked] if marked else hidden_TD.mean(0, keepdim=True)).cpu().numpy()
+        return pooled
 
-def pool_states(examples: Sequence[Example], at: int, output: BaseModelOutput, row: int) -> Features:
-    """Return the features of an example: [words, D], or [1, D] for a text."""
-    example = examples[at]
-    hidden_TD = output.last_hidden_state[row, : len(example.input_ids)].float()
-    marked = [place for place, tag in enumerate(example.tag_ids) if tag != IGNORED]
-    pooled: Features = (hidden_TD[marked] if marked else hidden_TD.mean(0, keepdim=True)).cpu().numpy()
-    return pooled
-
-
-def targets_of(example: Example) -> list[list[int]]:
-    """Return the classes of an example: of each word [1], of the text [1], or yes and no for each class [Q]."""
-    if len(example.tag_ids):
-        return [[int(tag)] for tag in example.tag_ids if tag != IGNORED]
-    return [[int(value) for value in example.values or example.class_ids]]
+    return run_encoder(backbone, [example for example, _ in encoded], pad_id, device, pool, advance)
 
 
 def find_errors(

@@ -22,6 +22,7 @@ from ruamel.yaml.error import YAMLError
 
 from llmtune.errors import DataError, EnvironmentProblem, Problem, RecipeError, nearest
 from llmtune.recipe.eval_suites_section import BenchmarkSection, is_task_file, plain_name, suite_name
+from llmtune.recipe.extras import require_extra
 from llmtune.recipe.gate_grammar import parse_gate
 from llmtune.recipe.user_files import read_text_file
 from llmtune.store.process_environment import offline_switches
@@ -72,9 +73,8 @@ def check_task_names(recipe: Recipe) -> None:
         RecipeError: lm-eval does not know a task.
     """
     names = [one.task for one in recipe.evaluate.benchmarks]
-    if names and find_spec(PACKAGE) is None:
-        fix = "pip install 'llmtune-cli[benchmarks]', or remove the key."
-        raise EnvironmentProblem.of("benchmarks need lm-eval, which is not installed", KEY, fix)
+    if names:
+        require_extra("benchmarks", KEY)
     for name in filter(is_task_file, names):
         list_task_files(Path(name))
     if {name for name in names if not is_task_file(name)} - shipped_names():  # the index decides

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console
 
-from llmtune.data.row_hash import hash_content
+from llmtune.data.row_kind import hash_row
 from llmtune.data.row_store import iterate_columns, iterate_rows
 from llmtune.display.console import spinner
 from llmtune.display.number_format import score
@@ -228,7 +228,7 @@ def measure_own(
         if isinstance(found, dict):
             problems[name] = describe_failure(metric, Failure(**found), [origins[i] for i in answers])
             continue
-        names = name_rows([hash_content(row).hex() for row, _ in pairs]) if section.slices else ()
+        names = name_rows([hash_row(row).hex() for row, _ in pairs]) if section.slices else ()
         measured[name] = replace(measure_values(metric, found), at=tuple(answers), names=names)
     return measured
 

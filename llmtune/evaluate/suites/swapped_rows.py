@@ -15,8 +15,9 @@ from typing import ClassVar
 
 import torch
 
+from llmtune.data.row_kind import write_prompt
 from llmtune.errors import DataError, Problem
-from llmtune.evaluate.eval_inputs import EvalContext, EvalInputs, write_prompt
+from llmtune.evaluate.eval_inputs import EvalContext, EvalInputs
 from llmtune.evaluate.inference import predict
 from llmtune.evaluate.metric import Measure, PairedMeasures, measure_right
 from llmtune.evaluate.shared_prefix import choice_trees
@@ -225,7 +226,7 @@ class SwapSuite(EvalSuite[SwapAnswers]):
             inputs,
             questions=tuple(questions),
             answered=tuple(range(len(questions))),
-            prompt_ids={i: [task.prompt_ids(question, processor, recipe)] for i, question in enumerate(written)},
+            generation_prompts={i: [task.prompt(question, processor, recipe)] for i, question in enumerate(written)},
             turns={},
             trees=dict(enumerate(trees)),
             metrics=(),

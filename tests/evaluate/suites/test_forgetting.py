@@ -7,8 +7,6 @@ from itertools import accumulate
 
 import pytest
 import torch
-from lm_eval import simple_evaluate
-from lm_eval.tasks import TaskManager
 from support import families
 from support.benchmark_tasks import CHOOSE
 from support.models import train_tokenizer
@@ -77,13 +75,16 @@ def test_perplexity_equals_that_of_a_plain_loop_over_windows(bench, tmp_path):
 
 
 def test_accuracy_equals_that_of_lm_eval(bench, tmp_path, tiny_llama):
+    lm_eval = pytest.importorskip("lm_eval", reason="needs llmtune-cli[benchmarks]")
+    from lm_eval.tasks import TaskManager
+
     rows = (resources.files("llmtune.evaluate.suites") / "general" / "questions.jsonl").read_text()
     (tmp_path / "questions.jsonl").write_text(rows)
     (tmp_path / "choose.yaml").write_text(CHOOSE)
     manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
     settings = {"pretrained": str(tiny_llama), "dtype": "float32"}
     with contextlib.chdir(tmp_path), quietly():
-        results = simple_evaluate("hf", settings, tasks=["chosen_colours"], task_manager=manager, device="cpu")
+        results = lm_eval.simple_evaluate("hf", settings, tasks=["chosen_colours"], task_manager=manager, device="cpu")
     expected = results["results"]["chosen_colours"]
     found = ask(bench, texts=(), questions=("own",))
     assert found.tuned == {"accuracy": expected["acc,none"], "accuracy_norm": expected["acc_norm,none"]}

@@ -92,7 +92,7 @@ def test_without_labelled_pairs_the_verdict_says_that_nobody_judged_the_judge(tm
         study = suite_for(tmp_path, url, draw_answers(20, 1, win=1.0)).compare(PairedMeasures())
     assert study.tuned["win_rate"] == 1
     assert "prefers the tuned model" in study.verdict
-    assert "Nobody has judged the judge: set evaluate.judge.labelled" in study.verdict
+    assert "The judge's accuracy is unknown: set evaluate.judge.labelled" in study.verdict
     assert "not corrected" in study.signatures["win_rate"]
     assert set(study.base) == {"win_rate"}
     assert "agreement" not in own_table(study)

@@ -1,0 +1,94 @@
+"""The texts of a conversation: for the searches for duplicates, and for display."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+from llmtune.data.chat_rows import Message, write_answer
+from llmtune.data.row_text import LEARNED, NearText, QuestionAnswer, RowInput, plain_form, tag_words, with_answer
+from llmtune.records import Row
+
+RATED = ("chosen", "rejected", "answer")
+
+
+def _message_texts(messages: Sequence[Message]) -> list[str]:
+    parts = []
+    for message in messages:
+        if message["role"] != "system":
+            parts += [message["reasoning"]] if "reasoning" in message else []
+            parts.append(message["content"])
+            if "tool_calls" in message:
+                parts.append(json.dumps(message["tool_calls"], ensure_ascii=False))
+    return parts
+
+
+def near_conversation(row: Row) -> NearText:
+    """Return all messages; a short last answer must be equal."""
+    *before, last = row["messages"] or [{"role": "user", "content": ""}]
+    if last["role"] != "assistant" or "tool_calls" in last:
+        return NearText(" ".join(_message_texts(row["messages"])))
+    return with_answer(" ".join(_message_texts(before)), " ".join(_message_texts([last])))
+
+
+def near_preference(row: Row) -> NearText:
+    """Return the text of a rated answer; the better of two answers must be the same one, and so must a thumb."""
+    conversation = " ".join(_message_texts(row["messages"]))
+    if "chosen" in row:
+        near = with_answer(conversation, row["chosen"])
+        return near._replace(text=f"{near.text} {tag_words(row['rejected'], 'rejected')}")
+    near = with_answer(conversation, row["answer"])
+    return near._replace(answer=f"{near.answer} {row['good']}")
+
+
+def compared_conversation(row: Row) -> str:
+    """Return all messages except those of the system, and the rated answers."""
+    return " ".join([*_message_texts(row["messages"]), *(row[key] for key in RATED if key in row)])
+
+
+def conversation_input(row: Row) -> RowInput:
+    """Return the last question of a conversation, with everything before it as context."""
+    messages = before = row["messages"]
+    rated = next((row[key] for key in RATED if key in row), None)
+    if rated is None:
+        places = range(len(messages) - 1, -1, -1)
+        before = messages[: next((i for i in places if messages[i]["role"] == "assistant"), len(messages))]
+    *earlier, last = before or [{"role": "user", "content": ""}]
+
+    def context() -> str:
+        parts = [[one["role"], *map(plain_form, [one["content"], *_message_texts([one])])] for one in earlier]
+        return json.dumps([*parts, [last["role"], json.dumps(row.get("tools"), sort_keys=True)]])
+
+    def answer() -> str:
+        text = rated if rated is not None else " ".join(_message_texts(messages[len(before) :][:1]))
+        return f"{plain_form(text)} {row['good']}" if "good" in row else plain_form(text)
+
+    return RowInput(last["content"] or "", context, answer)
+
+
+def conversation_prompt(row: Row) -> str:
+    """Return plain text for a single message, else each message with its role."""
+    turns = [
+        (str(message["role"]), write_answer(_content_text(message.get("content")), message.get("tool_calls") or ()))
+        for message in row["messages"]
+    ]
+    return turns[0][1] if len(turns) == 1 else "\n".join(f"{role}: {text}" for role, text in turns)
+
+
+def _content_text(content: object) -> str:
+    """Return the text of a message, whose content may be a list of parts."""
+    if isinstance(content, list):
+        return "".join(str(part.get("text", "")) for part in content if isinstance(part, dict))
+    return "" if content is None else str(content)
+
+
+def conversation_questions(row: Row) -> list[QuestionAnswer]:
+    """Return the last message as the answer to those before it."""
+    *before, last = row["messages"]
+    return [([one["content"] for one in before], {**last, "rest": [row.get(key) for key in LEARNED]})]
+
+
+def without_last_answer(row: Row) -> Row:
+    """Return the conversation up to its last answer."""
+    answers = [i for i, message in enumerate(row["messages"]) if message["role"] == "assistant"]
+    return {**row, "messages": row["messages"][: answers[-1]] if answers else []}
