@@ -297,14 +297,14 @@ def read_pairs(file: str) -> list[AnswerPair | Problem]:
         raise DataError.of(
             f"the ending {path.suffix!r} is not that of a table", file, "Use JSON Lines, CSV or Parquet."
         )
-    return [read_pair(origin, row) for origin, row in parse_lines(read_lazily(path, path.name, container))]
+    return [read_pair(origin, line) for origin, line in parse_lines(read_lazily(path, path.name, container))]
 
 
-def read_pair(origin: str, row: Mapping[str, object] | RowError) -> AnswerPair | Problem:
+def read_pair(origin: str, line: Mapping[str, object] | RowError) -> AnswerPair | Problem:
     """Read one labelled pair."""
-    if isinstance(row, RowError):
-        return Problem(str(row), origin, FIX)
-    cells = {"prompt": row.get("prompt", row.get("question"))} | {name: row.get(name) for name in COLUMNS}
+    if isinstance(line, RowError):
+        return Problem(str(line), origin, FIX)
+    cells = {"prompt": line.get("prompt", line.get("question"))} | {name: line.get(name) for name in COLUMNS}
     if missing := [name for name, cell in cells.items() if not isinstance(cell, str) or not cell.strip()]:
         return Problem(f"no text in {', '.join(missing)}", origin, FIX)
     prompt, first, second, label = map(str, cells.values())
