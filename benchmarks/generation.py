@@ -41,6 +41,7 @@ from llmtune.model.processor import load_processor
 from llmtune.model.resolve import resolve_model
 from llmtune.recipe.loader import load_recipe
 from llmtune.recipe.schema import Recipe
+from llmtune.records import Prompt
 from llmtune.tasks.registry import get_task
 
 Prompts = list[list[int]]
@@ -123,14 +124,15 @@ def build_tools(
             return decode_greedily(model, prompts, new, stops, device)
 
     def by_row(prompts: Prompts) -> Answers:
-        return [generate_batch(model, [prompt], settings, device)[0] for prompt in prompts]
+        return [generate_batch(model, [Prompt(prompt)], settings, device)[0] for prompt in prompts]
 
     def padded(prompts: Prompts) -> Answers:
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
         found: dict[int, list[int]] = {}
         for start in range(0, len(order), asked.batch_rows):
             part = order[start : start + asked.batch_rows]
-            found |= dict(zip(part, generate_batch(model, [prompts[i] for i in part], settings, device), strict=True))
+            answers = generate_batch(model, [Prompt(prompts[i]) for i in part], settings, device)
+            found |= dict(zip(part, answers, strict=True))
         return [found[i] for i in range(len(prompts))]
 
     return {"llmtune": ours, "generate, a row at a time": by_row, "generate, padded batches": padded}

@@ -6,7 +6,7 @@ This module does not import torch or transformers. Records that outlive a proces
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -201,6 +201,21 @@ class Loss:
     """[rows] sum per row, without gradient unless requested; None if the loss is not a sum over rows."""
     row_correct: torch.Tensor | None = None
     """[rows] right first choices per row, only if requested."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What a model continues or answers."""
+
+    ids: Sequence[int]
+    """Its tokens, with the places of pictures and sound."""
+    media: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    """Further inputs of the model by name, such as `pixel_values` or `input_features`. Those of several prompts are
+    joined along their first dimension."""
+
+    def __len__(self) -> int:
+        """Return the number of tokens."""
+        return len(self.ids)
 
 
 Batch = dict[str, Any]

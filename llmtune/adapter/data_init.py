@@ -45,7 +45,8 @@ class RowSample:
 
 def sample_rows(examples: Examples, task: TaskInterface, selected: SelectedModel, recipe: Recipe) -> RowSample:
     """Return SAMPLED training rows, spread over all, in the task's micro-batches."""
-    reader, collate = ExampleReader(examples, "train"), task.collator(selected.processor, recipe, selected.packs)
+    reader = ExampleReader(examples, "train", task.example_type)
+    collate = task.collator(selected.processor, recipe, selected.packs)
     rows = [len(reader) * i // SAMPLED for i in range(SAMPLED)] if len(reader) > SAMPLED else [*range(len(reader))]
     dtype, device = resolve_dtype(recipe.model.dtype, selected.model.device.type), selected.model.device
     at_once = 1 if recipe.adapter.init_lora_weights == "corda" else AT_ONCE  # PEFT's CorDA processes one row at a time

@@ -47,7 +47,7 @@ def describe_examples(
     that Arrow added); `vanishing` (rows by character that the tokenizer drops); `histogram` (training examples: `edges`
     in tokens, `counts`); `example`, the first training example as pieces `[text, learned]`.
     """
-    train = ExampleReader(examples, "train")
+    train = ExampleReader(examples, "train", task.example_type)
     edges, counts = _histogram(train.lengths)
     dropped = dict(rows.dropped)
     for reason, count in examples.dropped.items():
@@ -101,7 +101,7 @@ def count_long_answers(task: TaskInterface, examples: Examples, recipe: Recipe) 
     if limit is None:
         return {}
     for split in examples.counts:
-        reader = ExampleReader(examples, split)
+        reader = ExampleReader(examples, split, task.example_type)
         sizes[split] = {}
         for row, example in zip(reader.rows.tolist(), reader, strict=True):
             sizes[split][row] = max(sizes[split].get(row, 0), task.answer_size(example))

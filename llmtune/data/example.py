@@ -1,48 +1,37 @@
-"""One encoded row: the model's input and its targets. Each task fills the columns that it needs."""
+"""One encoded row: the model's input and its targets. A task with further columns has its own type of example."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any, TypeAlias
+
+import numpy as np
 
 from llmtune.records import Batch
+
+Samples: TypeAlias = Sequence[int]
+"""Sound at the model's rate, 16 bits."""
+AnyExample: TypeAlias = Any
+"""An example of the task's own type."""
 
 
 @dataclass(frozen=True)
 class Example:
-    """One encoded row. Columns that a task does not need are empty."""
+    """One encoded row, with the columns of every task. Those that a task does not need are empty.
+
+    A subclass adds columns of type `Sequence[int]`, `Sequence[float]` or `Samples`, which are stored on disk.
+    """
 
     input_ids: Sequence[int]
     """Input tokens of the model, or of its encoder if it has one; empty for speech."""
     spans: Sequence[int]
-    """Supervised half-open ranges, flat: start, end, start, end. Token `start` is predicted from `start - 1`. For
-    vectors, the range of each text in `input_ids`."""
+    """Supervised half-open ranges of `input_ids`, flat: start, end, start, end. Token `start` is predicted from
+    `start - 1`."""
     target_bytes: int
     """UTF-8 bytes of the supervised text without end markers: the denominator of bits per byte."""
-    target_ids: Sequence[int] = ()
-    """Target tokens outside `input_ids`: a decoder's output, or the letters of a recording."""
-    target_spans: Sequence[int] = ()
-    """Supervised ranges of `target_ids`, as in `spans`."""
-    other_ids: Sequence[int] = ()
-    """The prompt with the other answer: the rejected answer, or (KTO) the answer to another prompt."""
-    other_spans: Sequence[int] = ()
-    """The answer in `other_ids`, as in `spans`."""
     token_type_ids: Sequence[int] = ()
     """Which of two texts each token belongs to; empty if there is one text."""
-    class_ids: Sequence[int] = ()
-    """The class of the text, as a one-element list; for vectors, a hash of each text."""
-    tag_ids: Sequence[int] = ()
-    """The tag of each token; `IGNORED` if not predicted. For vectors, a hash of the row's label."""
-    answer: Sequence[int] = ()
-    """First and last token of the answer span."""
-    values: Sequence[float] = ()
-    """Numeric targets: one per class, or a single number."""
-    weights: Sequence[float] = ()
-    """The example's weight in the loss, as a one-element list."""
-    desirable: Sequence[int] = ()
-    """1 for a liked answer, 0 for a disliked one (KTO)."""
-    audio: Sequence[int] = ()
-    """Samples at the model's rate, 16 bits."""
     counted: int | None = None
     """The number of predictions, if it differs from the number of tokens in `spans`."""
     cost: int | None = None
@@ -51,6 +40,11 @@ class Example:
     """The longest text in tokens, if `input_ids` joins several; used during encoding, not stored."""
     lost: tuple[int, int, int] | None = None
     """What truncation removed from the row (`llmtune.data.overlong.Lost`); counted during encoding, not stored."""
+
+    @property
+    def sequences(self) -> list[tuple[Sequence[int], Sequence[int]]]:
+        """Everything that the model reads or writes, each with its supervised ranges."""
+        return [(self.input_ids, self.spans)]
 
     @property
     def supervised(self) -> int:
@@ -65,13 +59,22 @@ class Example:
     @property
     def reach(self) -> int:
         """Its longest sequence in tokens, which the model's context must fit."""
-        if self.longest is not None:
-            return self.longest
-        return max(len(self.input_ids), len(self.target_ids), len(self.other_ids))
+        return max(len(ids) for ids, _ in self.sequences) if self.longest is None else self.longest
 
 
-Collate = Callable[[Sequence[Example], int], Batch]
+Collate = Callable[[Sequence[AnyExample], int], Batch]
 """Makes a batch of examples. The number seeds random parts such as masks; evaluation passes 0."""
+NUMBER_FORMATS: dict[str, type[np.generic]] = {
+    "Sequence[int]": np.int32,
+    "Sequence[float]": np.float32,
+    "Samples": np.int16,
+}
+"""By the annotation of a column, the format of its numbers on disk."""
+
+
+def list_columns(kind: type[Example]) -> dict[str, type[np.generic]]:
+    """Return the columns of an example type that are lists, with their number formats."""
+    return {one.name: NUMBER_FORMATS[str(one.type)] for one in fields(kind) if str(one.type) in NUMBER_FORMATS}
 
 
 def span_sizes(spans: Sequence[int]) -> int:

@@ -21,12 +21,12 @@ from transformers import PreTrainedTokenizerBase
 from typing_extensions import TypedDict
 
 from llmtune import __version__
-from llmtune.data.example import Example
+from llmtune.data.example import Example, list_columns
 from llmtune.data.overlong import TOO_LONG, Lost
 from llmtune.data.rejected_rows import listed, too_many_bad
 from llmtune.data.rendering_check import check_tools
 from llmtune.data.row_store import AGAIN, iterate_texts, open_arrow
-from llmtune.data.task_interface import Encoded, TaskInterface
+from llmtune.data.task_interface import TaskInterface
 from llmtune.data.tokenization import UNKNOWN, find_unknown, refused_token
 from llmtune.data.worker_pool import WorkerPool
 from llmtune.display.console import progress_bars
@@ -49,22 +49,14 @@ SHOWN = 20
 RECORD = "examples.json"
 COUNTED = ("counts", "tokens", "supervised", "longest", "reach")
 LEFT_OUT = "left_out.jsonl"
-LISTS: dict[str, type[np.generic]] = {
-    **dict.fromkeys(("input_ids", "spans", "target_ids", "target_spans", "other_ids", "other_spans"), np.int32),
-    **dict.fromkeys(("token_type_ids", "class_ids", "tag_ids", "answer"), np.int32),
-    **dict.fromkeys(("values", "weights"), np.float32),
-    "desirable": np.int32,
-    "audio": np.int16,
-}
-"""List columns, named as in `Example`."""
 Numbers = npt.NDArray[np.int32 | np.float32 | np.int16]
 NUMBERS = ("target_bytes", "supervised", "tokens", "reach")
-SCHEMA = pa.schema(
-    {
-        **{name: pa.list_(pa.from_numpy_dtype(kind)) for name, kind in LISTS.items()},
-        **{name: pa.int32() for name in (*NUMBERS, "row")},
-    }
-)
+
+
+def example_schema(kind: type[Example]) -> pa.Schema:
+    """Return the columns of the files with examples of this type."""
+    lists = {name: pa.list_(pa.from_numpy_dtype(number)) for name, number in list_columns(kind).items()}
+    return pa.schema(lists | {name: pa.int32() for name in (*NUMBERS, "row")})
 
 
 @dataclass(frozen=True)
@@ -94,12 +86,12 @@ class _EncodedBatch:
 class _BatchEncoder:
     """Encodes a batch; pickled for the workers."""
 
-    encode: Callable[..., list[Encoded]]
+    task: TaskInterface
     processor: PreTrainedTokenizerBase
     recipe: Recipe
 
     def __call__(self, batch: _RowBatch) -> _EncodedBatch:
-        results = self.encode([json.loads(text) for _, text in batch.rows], self.processor, self.recipe)
+        results = self.task.encode([json.loads(text) for _, text in batch.rows], self.processor, self.recipe)
         unknown = refused_token(self.processor, self.recipe)
         kept: list[tuple[int, Example]] = []
         refused: list[tuple[str, str]] = []
@@ -115,7 +107,8 @@ class _BatchEncoder:
                 kept.append((number, example))
                 if example.lost is not None:
                     lost.update({"rows": 1, **Lost(*example.lost)._asdict()})
-        return _EncodedBatch(batch.split, len(batch.rows), record_batch(kept) if kept else None, refused, lost)
+        examples = record_batch(kept, self.task.example_type) if kept else None
+        return _EncodedBatch(batch.split, len(batch.rows), examples, refused, lost)
 
 
 @dataclass
@@ -188,10 +181,10 @@ def encode_rows(
         with progress_bars(console, MofNCompleteColumn()) as progress, listed(folder.parent / LEFT_OUT) as left_out:
             bar = progress.add_task("encode", total=total)
             batches = (batch for split in rows.files for batch in _batches(split, iterate_texts(rows, split)))
-            encoded = pool(_BatchEncoder(task.encode, processor, recipe)).map(batches, lambda b: len(b.rows), total)
+            encoded = pool(_BatchEncoder(task, processor, recipe)).map(batches, lambda b: len(b.rows), total)
             for split, results in groupby(encoded, key=lambda result: result.split):
                 sink = pa.OSFile(str(folder / f"{split}.arrow"), "wb")
-                with sink, pa.ipc.new_file(sink, SCHEMA) as file:
+                with sink, pa.ipc.new_file(sink, example_schema(task.example_type)) as file:
                     for result in results:
                         for origin, reason in result.refused:
                             left_out({"where": origin, "reason": reason})
@@ -253,12 +246,14 @@ def row_lengths(examples: Examples) -> npt.NDArray[np.int32]:
 class ExampleReader:
     """Random access to the examples of one split; reads only the requested tokens into memory."""
 
-    def __init__(self, examples: Examples, split: str) -> None:
+    def __init__(self, examples: Examples, split: str, kind: type[Example] = Example) -> None:
+        """Read them as `kind`, the task's `example_type`; by default without the task's own columns."""
+        self._kind, columns = kind, list_columns(kind)
         with open_arrow(examples.files[split]) as reader:
             self._batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
-            if reader.schema.names != SCHEMA.names:
+            if not {*example_schema(kind).names} <= {*reader.schema.names}:
                 raise EnvironmentProblem.of("written by another version of llmtune", str(examples.files[split]), AGAIN)
-        parts = [(name, batch.column(name)) for batch in self._batches for name in LISTS]
+        parts = [(name, batch.column(name)) for batch in self._batches for name in columns]
         self._filled = dict.fromkeys(name for name, column in parts if len(column.flatten()))
         """List columns that at least one example fills."""
         self._starts = [0, *accumulate(batch.num_rows for batch in self._batches)]
@@ -279,11 +274,10 @@ class ExampleReader:
         number = bisect_right(self._starts, index) - 1
         batch, offset = self._batches[number], index - self._starts[number]
         lists = {name: np.from_dlpack(batch.column(name)[offset].values) for name in self._filled}
-        numbers = {name: batch.column(name)[offset].as_py() for name in NUMBERS}
+        target_bytes, counted, cost = (batch.column(name)[offset].as_py() for name in NUMBERS[:3])
         columns: dict[str, Any] = {"input_ids": [], "spans": []}
         columns |= {name: part if name == "audio" else part.tolist() for name, part in lists.items() if len(part)}
-        about = {"target_bytes": numbers["target_bytes"], "counted": numbers["supervised"], "cost": numbers["tokens"]}
-        return Example(**columns, **about)
+        return self._kind(**columns, target_bytes=target_bytes, counted=counted, cost=cost)
 
     def __iter__(self) -> Iterator[Example]:
         return (self[index] for index in range(len(self)))
@@ -317,13 +311,14 @@ def _batches(split: str, texts: Iterator[tuple[str, str]]) -> Iterator[_RowBatch
         yield _RowBatch(split, first, batch)
 
 
-def record_batch(examples: Sequence[tuple[int, Example]]) -> pa.RecordBatch:
-    """Return examples, each with the number of its row, in the file's form."""
-    lists = [_lists([getattr(example, name) for _, example in examples], kind) for name, kind in LISTS.items()]
+def record_batch(examples: Sequence[tuple[int, Example]], kind: type[Example] = Example) -> pa.RecordBatch:
+    """Return examples of a type, each with the number of its row, in the file's form."""
+    formats = list_columns(kind).items()
+    lists = [_lists([getattr(example, name) for _, example in examples], number) for name, number in formats]
     numbers = [[getattr(example, name) for _, example in examples] for name in NUMBERS]
     numbers.append([row for row, _ in examples])
     columns = [*lists, *(pa.array(np.asarray(column, dtype=np.int32)) for column in numbers)]
-    return pa.record_batch(columns, schema=SCHEMA)
+    return pa.record_batch(columns, schema=example_schema(kind))
 
 
 def _lists(parts: Sequence[Sequence[float] | Numbers], kind: type[np.generic]) -> pa.ListArray:
@@ -369,11 +364,13 @@ def _refuse_bad(tally: _Tally, too_long: int, rows: Rows, recipe: Recipe, list_f
         raise DataError(problem, *shown[:SHOWN])
 
 
-def examples_inputs(recipe: Recipe, rows: Rows, model: ModelRef, processor: PreTrainedTokenizerBase) -> str:
-    """Hash the inputs of examples: the rows, the tokenizer, the template and the task's own section."""
+def examples_inputs(
+    recipe: Recipe, rows: Rows, model: ModelRef, processor: PreTrainedTokenizerBase, kind: type[Example]
+) -> str:
+    """Hash the inputs of examples: the rows, the tokenizer, the template, the task's section, and the columns."""
     about = recipe.model.model_dump(mode="json", include={"chat_template_kwargs", "add_tokens"})
     settings = recipe.data.model_dump(mode="json", include={"max_dropped", *ENCODING_KEYS})
     settings |= {"section": recipe.task_section()}
     versions = package_versions(("transformers", "tokenizers"))
     contents = [rows.content_hash, model.content_hash, hash_value(processor.chat_template)]
-    return hash_value([__version__, SCHEMA.names, versions, contents, about, settings, recipe.task])
+    return hash_value([__version__, example_schema(kind).names, versions, contents, about, settings, recipe.task])

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from llmtune.data.example import Collate, Example
+from llmtune.data.example import AnyExample, Collate, Example
 from llmtune.data.tokenization import Segment, highlight
 from llmtune.recipe.model_kind import ModelKind
 from llmtune.recipe.task_facts import TASK_FACTS
@@ -29,12 +29,10 @@ class TaskInterface:
     name: str
     model_kind: ModelKind
     """The kind of model that the task trains."""
+    example_type: type[Example] = Example
+    """The columns of its encoded rows."""
     rates_answers: bool = False
     """Whether rows come with answers that a prediction rates."""
-    has_step_statistics: bool = False
-    """Whether the loss of a micro-batch needs sums over the complete step."""
-    has_step_loss: bool = False
-    """Whether the loss compares all examples of a step: it is computed from their `features`."""
 
     @property
     def packs(self) -> bool:
@@ -61,28 +59,12 @@ class TaskInterface:
         """Return the summed loss and its count; PEFT or DDP may have wrapped the model."""
         raise NotImplementedError
 
-    def start_head(self, adapted: AdaptedModel, examples: Iterable[Example], recipe: Recipe) -> None:
+    def start_head(self, adapted: AdaptedModel, examples: Iterable[AnyExample], recipe: Recipe) -> None:
         """Initialise a new head in place, from its training examples."""
 
-    def guessing_loss(self, config: PretrainedConfig, examples: Iterable[Example], recipe: Recipe) -> float:
+    def guessing_loss(self, config: PretrainedConfig, examples: Iterable[AnyExample], recipe: Recipe) -> float:
         """Estimate the loss of guessing without looking at the input; training should get below it."""
         return math.log(config.get_text_config().vocab_size) if self.predicts_tokens else 1.0
-
-    def step_statistics(self, model: torch.nn.Module, batch: Batch) -> list[float]:
-        """Return sums over a complete step that the loss of each micro-batch needs."""
-        return []
-
-    def features(self, model: torch.nn.Module, batch: Batch) -> list[torch.Tensor]:
-        """Return a tensor per example, float32, from which `step_loss` computes the loss."""
-        raise NotImplementedError
-
-    def step_loss(self, features: Sequence[torch.Tensor], examples: Sequence[Example], recipe: Recipe) -> Loss:
-        """Return the loss of a complete step; its gradient in the features is passed on to the model."""
-        raise NotImplementedError
-
-    def feature_metrics(self, features: Sequence[torch.Tensor]) -> dict[str, float]:
-        """Return metrics of the features of all validation examples, watched during training."""
-        return {}
 
     def supports(self, config: PretrainedConfig) -> bool:
         """Whether the task can use a model with this configuration, beyond its class."""
@@ -102,7 +84,9 @@ class TaskInterface:
         """Whether training needs a frozen copy of the original model as reference."""
         return False
 
-    def highlighted_text(self, example: Example, processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[Segment]:
+    def highlighted_text(
+        self, example: AnyExample, processor: PreTrainedTokenizerBase, recipe: Recipe
+    ) -> list[Segment]:
         """Return pieces of text, each with whether it is supervised, for display."""
         return highlight(example.input_ids, example.spans, processor)
 
@@ -128,7 +112,7 @@ class TaskInterface:
         """Return the recipe key that limits the tokens of an answer within a text, and its value; None without one."""
         return None
 
-    def answer_size(self, example: Example) -> int:
+    def answer_size(self, example: AnyExample) -> int:
         """Return the tokens of an example's answer; for tasks with `answer_limit`."""
         raise NotImplementedError
 

@@ -390,8 +390,7 @@ def find_vanishing(texts: Iterable[str], processor: PreTrainedTokenizerBase) -> 
 
 
 def _learns(example: Example, token: int) -> bool:
-    written = (example.target_ids, example.target_spans), (example.other_ids, example.other_spans)
-    for ids, spans in ((example.input_ids, example.spans), *written):
+    for ids, spans in example.sequences:
         if token in ids and any(token in ids[a:b] for a, b in zip(spans[::2], spans[1::2], strict=True)):
             return True
     return False

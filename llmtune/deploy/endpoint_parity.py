@@ -16,7 +16,8 @@ from pydantic.dataclasses import dataclass
 from rich.console import Console
 
 from llmtune.data.chat_messages import clean_messages
-from llmtune.deploy.export_score import describe_differences, open_to_export, score_answers
+from llmtune.deploy.export import open_to_export
+from llmtune.deploy.export_score import describe_differences, score_answers
 from llmtune.deploy.parity import Certificate
 from llmtune.deploy.parity_reference import TextReference
 from llmtune.deploy.tuned_model import ANSWER_TOKENS, load_tuned
@@ -117,7 +118,7 @@ def _ask_test_rows(client: openai.OpenAI, model: str, chat: bool, evaluated: Eva
     inputs, tokens = evaluated.inputs, evaluated.recipe.generation.max_new_tokens
     assert inputs is not None
     asked = (
-        [i for i in inputs.prompt_ids if _is_plain_text(inputs.questions[i])]
+        [i for i in inputs.generation_prompts if _is_plain_text(inputs.questions[i])]
         if evaluated.recipe.evaluate.predicted & {*inputs.metrics}
         else []
     )
@@ -125,10 +126,10 @@ def _ask_test_rows(client: openai.OpenAI, model: str, chat: bool, evaluated: Eva
     return Answers(None, {i: reply.text.strip() for i, reply in zip(asked, replies, strict=True)}, {})
 
 
-def _is_plain_text(row: Row) -> bool:
-    """Whether a row's messages contain only text."""
-    messages: Sequence[Mapping[str, object]] = row.get("messages", ())
-    return not row.get("tools") and all(
+def _is_plain_text(conversation: Row) -> bool:
+    """Whether the messages contain only text."""
+    messages: Sequence[Mapping[str, object]] = conversation.get("messages", ())
+    return not conversation.get("tools") and all(
         set(message) <= {"role", "content", "train"} and isinstance(message.get("content"), str) for message in messages
     )
 

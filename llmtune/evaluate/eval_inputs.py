@@ -9,6 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
+from llmtune.data.answer_parser import ToolTurn
 from llmtune.data.corpus import load_corpus
 from llmtune.data.examples import ExampleReader
 from llmtune.data.row_kind import write_prompt
@@ -20,12 +21,12 @@ from llmtune.evaluate.slices import Parts, read_slices
 from llmtune.evaluate.suites.own_metrics import read_full_rows
 from llmtune.evaluate.text_metrics import CHOICE_METRIC
 from llmtune.evaluate.token_batches import cut_evenly
-from llmtune.evaluate.tool_metrics import ToolTurn, calls_tool, uncheckable_tools
+from llmtune.evaluate.tool_metrics import calls_tool, uncheckable_tools
 from llmtune.recipe.class_names import show_name, similar_names
 from llmtune.recipe.evaluate_section import EvaluateSection, metric_name
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_facts import CHOICE_METRICS, TASK_FACTS, TOOL_METRICS
-from llmtune.records import Examples, Row, Rows
+from llmtune.records import Examples, Prompt, Row, Rows
 
 SPLIT = "test"
 SCHEMAS_NOTE = "tool_call_valid.schemas"
@@ -48,7 +49,7 @@ class EvalInputs:
     """[N] references that predictions are compared with, in the task's own form."""
     answered: tuple[int, ...]
     """Indexes into the rows above: the rows that get a predicted answer."""
-    prompt_ids: dict[int, list[list[int]]]
+    generation_prompts: dict[int, list[Prompt]]
     """Index into the rows above -> prompts to generate from; the row's own answer comes last, after other `turns`."""
     turns: dict[int, list[ToolTurn]]
     """Index into the rows above -> all answers of a row with tools, its own last."""
@@ -103,7 +104,7 @@ def make_inputs(
 
     Raises DataError if no reference answer is among the choices, or if a column of slices was not kept.
     """
-    reader = ExampleReader(examples, split)
+    reader = ExampleReader(examples, split, task.example_type)
     numbers = sorted({*reader.rows.tolist()})
     fairness, facts = recipe.evaluate.fairness, TASK_FACTS[recipe.task]
     kept = set(numbers)
@@ -139,7 +140,7 @@ def make_inputs(
         questions=tuple(questions),
         targets=tuple(task.reference(row) for _, row in held_out),
         answered=tuple(answered),
-        prompt_ids={i: [task.prompt_ids(row, processor, recipe) for row in before] for i, before in asked.items()},
+        generation_prompts={i: [task.prompt(row, processor, recipe) for row in before] for i, before in asked.items()},
         turns={i: turns[i] for i in asked if turns[i]},
         choices=choices,
         trees=trees,
@@ -164,7 +165,7 @@ def limit_inputs(inputs: EvalInputs, limit: int | None) -> EvalInputs:
         inputs,
         measured=measured,
         answered=tuple(i for i in inputs.answered if i in kept),
-        prompt_ids={i: prompts for i, prompts in inputs.prompt_ids.items() if i in kept},
+        generation_prompts={i: prompts for i, prompts in inputs.generation_prompts.items() if i in kept},
         turns={i: turns for i, turns in inputs.turns.items() if i in kept},
         trees={i: tree for i, tree in inputs.trees.items() if i in kept},
     )
@@ -267,11 +268,12 @@ def answer_lengths(
     rows: Rows, examples: Examples, task: EvaluatedTask, processor: PreTrainedTokenizerBase, recipe: Recipe
 ) -> list[int]:
     """Return the tokens of each reference answer of the test rows, including its end token, as training counts them."""
-    reader = ExampleReader(examples, SPLIT)
+    reader = ExampleReader(examples, SPLIT, task.example_type)
     lengths: dict[int, list[int]] = {}
     for number, example in zip(reader.rows.tolist(), reader, strict=True):
-        spans = example.target_spans or example.spans
-        lengths.setdefault(number, []).extend(end - start for start, end in zip(spans[::2], spans[1::2], strict=True))
+        for _, spans in example.sequences:
+            sizes = (end - start for start, end in zip(spans[::2], spans[1::2], strict=True))
+            lengths.setdefault(number, []).extend(sizes)
     last_alone = recipe.model_copy(update={"data": recipe.data.model_copy(update={"train_on": "last"})})
     found = []
     for number, (_, row) in enumerate(iterate_rows(rows, SPLIT)):

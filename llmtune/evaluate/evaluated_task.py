@@ -4,25 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from llmtune.data.example import AnyExample
 from llmtune.data.task_interface import TaskInterface
-from llmtune.evaluate.metric import Measure
-from llmtune.evaluate.tool_metrics import ToolTurn
-from llmtune.records import Advance, Row
+from llmtune.records import Advance, Prompt, Row
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
+    from llmtune.data.answer_parser import ToolTurn
+    from llmtune.evaluate.metric import Measure
     from llmtune.recipe.schema import Recipe
     from llmtune.records import Rows
 
 PredictionT = TypeVar("PredictionT")
 """A task's prediction for a row: a JSON value."""
+LearnedClasses: TypeAlias = list[tuple[int | None, list[int]]]
+"""For each token with a class, its position; or None for a text. Then the class, or 0 or 1 for each class."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +108,10 @@ class EvaluatedTask(TaskInterface):
         """Return the right labels of each choice in a row; for tasks with `output_labels`."""
         raise NotImplementedError
 
+    def learned_classes(self, example: AnyExample) -> LearnedClasses:
+        """Return the classes of an example by their numbers; for tasks with `output_labels`."""
+        raise NotImplementedError
+
     def output_kind(self, recipe: Recipe) -> str:
         """Return the kind of a head's outputs: `choice` (one of K), `yes-no` (K questions) or `number`."""
         return "choice"
@@ -132,6 +139,10 @@ class EvaluatedTask(TaskInterface):
     def tool_turns(self, row: Any, recipe: Recipe) -> list[ToolTurn]:
         """Return all answers of a row with tools, its own last; each is generated and scored by its calls."""
         return []
+
+    def prompt(self, row: Any, processor: PreTrainedTokenizerBase, recipe: Recipe) -> Prompt:
+        """Return what to generate from: by default text alone."""
+        return Prompt(self.prompt_ids(row, processor, recipe))
 
     def prompt_ids(self, row: Any, processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[int]:
         """Return the token ids to generate from; the same in training, evaluation and chat."""

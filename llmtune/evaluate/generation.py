@@ -23,6 +23,7 @@ from llmtune.model.device import SuppressRefusal, computing_dtype, device_memory
 from llmtune.model.self_checks import logits_agree, positions_depend_on_neighbours
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_facts import TASK_FACTS
+from llmtune.records import Prompt
 
 CACHE_SHARE = 1 / 8
 """Share of the device's memory for the keys and values of one batch."""
@@ -101,14 +102,14 @@ class CompletionOutput:
 
 def generate_completions(
     model: torch.nn.Module,
-    prompts: Sequence[Sequence[int]],
+    prompts: Sequence[Prompt],
     processor: PreTrainedTokenizerBase,
     recipe: Recipe,
     *,
     device: str,
     advance: Callable[[int], None] = lambda rows: None,
 ) -> list[CompletionOutput]:
-    """Generate an answer to each prompt (token ids), in batches of similar length padded on the left.
+    """Generate an answer to each prompt, in batches of similar length padded on the left.
 
     Sampling uses the recipe's seed and restores torch's random state. Processes share the prompts unless answers
     are sampled: a sample depends on the other prompts of its batch.
@@ -119,7 +120,7 @@ def generate_completions(
 
 def _generate_here(
     model: torch.nn.Module,
-    prompts: Sequence[Sequence[int]],
+    prompts: Sequence[Prompt],
     *,
     processor: PreTrainedTokenizerBase,
     recipe: Recipe,
@@ -132,7 +133,8 @@ def _generate_here(
     lengths = [len(prompt) + new for prompt in prompts]
     longest = max(lengths, default=0)
     alone = positions_depend_on_neighbours(model, longest)
-    ours = is_greedy(recipe) and len(prompts) > FEW_PROMPTS and not alone
+    plain = not any(prompt.media for prompt in prompts)
+    ours = is_greedy(recipe) and len(prompts) > FEW_PROMPTS and plain and not alone
     column_bytes = column_bytes_of(model, device) if ours else None
 
     def work(batch: list[int]) -> list[CompletionOutput]:
@@ -140,7 +142,7 @@ def _generate_here(
         if column_bytes is None:
             answers = generate_batch(model, batch_prompts, settings, device)
         else:
-            answers = decode_greedily(model, batch_prompts, new, stops, device)
+            answers = decode_greedily(model, [prompt.ids for prompt in batch_prompts], new, stops, device)
         return [end_output(ids, stops) for ids in answers]
 
     if column_bytes is not None:
@@ -174,21 +176,29 @@ def cache_budget(device: str, column_bytes: int) -> int:
 
 
 def generate_batch(
-    model: torch.nn.Module, prompts: Sequence[Sequence[int]], settings: GenerationConfig, device: str
+    model: torch.nn.Module, prompts: Sequence[Prompt], settings: GenerationConfig, device: str
 ) -> list[list[int]]:
     """Generate from prompts in one batch; return the new ids of each, padding included."""
     out_BT = _generate(model, prompts, settings, device)
     return cast(list[list[int]], out_BT[:, max(map(len, prompts)) :].tolist())
 
 
-def _generate(model: torch.nn.Module, prompts: Sequence[Sequence[int]], settings: GenerationConfig, device: str) -> Any:
+def _generate(model: torch.nn.Module, prompts: Sequence[Prompt], settings: GenerationConfig, device: str) -> Any:
     width = max(map(len, prompts))
     ids_BT = torch.full((len(prompts), width), int(settings.pad_token_id), dtype=torch.int64)
     mask_BT = torch.zeros((len(prompts), width), dtype=torch.int64)
     for row, prompt in enumerate(prompts):
-        ids_BT[row, width - len(prompt) :] = torch.tensor(prompt)
+        ids_BT[row, width - len(prompt) :] = torch.tensor(prompt.ids)
         mask_BT[row, width - len(prompt) :] = 1
-    return generate(model, ids_BT.to(device), mask_BT.to(device), generation_config=settings)
+    media = join_media(prompts, unwrap(model).dtype, device)
+    return generate(model, ids_BT.to(device), mask_BT.to(device), generation_config=settings, **media)
+
+
+def join_media(prompts: Sequence[Prompt], dtype: torch.dtype, device: str) -> dict[str, torch.Tensor]:
+    """Return the media of prompts by name, joined along their first dimension; numbers in the dtype of the model."""
+    names = dict.fromkeys(name for prompt in prompts for name in prompt.media)
+    joined = {name: torch.cat([one.media[name] for one in prompts if name in one.media]) for name in names}
+    return {name: part.to(device, dtype if part.is_floating_point() else None) for name, part in joined.items()}
 
 
 def generate(model: torch.nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor, **options: Any) -> Any:
@@ -210,7 +220,9 @@ def generate(model: torch.nn.Module, input_ids: torch.Tensor, attention_mask: to
         cache = DynamicCache(config=inner.config.get_text_config())
         cache = read_virtual_tokens(model, cache, len(input_ids) * (settings.num_beams or 1))
     options["attention_mask"] = torch.nn.functional.pad(attention_mask, (count, 0), value=1)
-    return GenerationMixin.generate(inner, **options, **{cache_argument(inner): cache}, generation_config=settings)
+    return GenerationMixin.generate(
+        inner, **options, **{cache_argument(type(inner)): cache}, generation_config=settings
+    )
 
 
 def ignores_padding(model: torch.nn.Module, settings: GenerationConfig, device: str) -> bool:
@@ -219,7 +231,8 @@ def ignores_padding(model: torch.nn.Module, settings: GenerationConfig, device: 
     It does not if a recurrent state runs over the padding.
     """
     size = unwrap(model).get_input_embeddings().weight.shape[0]
-    prompts = [[size * (7 * (i % 6) + 3 * length % 5 + 1) // 50 for i in range(length)] for length in (9, 4)]
+    ids = [[size * (7 * (i % 6) + 3 * length % 5 + 1) // 50 for i in range(length)] for length in (9, 4)]
+    prompts = [*map(Prompt, ids)]
     options = {"max_new_tokens": 2, "min_new_tokens": 2, "output_logits": True, "return_dict_in_generate": True}
     greedy = GenerationConfig(**options, pad_token_id=settings.pad_token_id, use_cache=True)
     batches = [prompts, *([prompt] for prompt in prompts)]

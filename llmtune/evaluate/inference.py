@@ -33,7 +33,7 @@ from llmtune.model.causal_lm_loss import move_to, unwrap, virtual_tokens
 from llmtune.model.device import compute_context, resolve_dtype
 from llmtune.model.memory_plan import context_length
 from llmtune.recipe.task_facts import CALIBRATION, CUT_METRIC
-from llmtune.records import Advance
+from llmtune.records import Advance, Prompt
 from llmtune.store.processes import world_size
 
 
@@ -90,7 +90,8 @@ def predict(model: torch.nn.Module, name: str, context: EvalContext, packs: bool
     assert inputs is not None
     limit = context_limit(model)
     new_tokens = recipe.generation.max_new_tokens
-    prompts = {i: asked for i, asked in inputs.prompt_ids.items() if max(map(len, asked)) + new_tokens <= limit}
+    answerable = inputs.generation_prompts.items()
+    prompts = {i: turns for i, turns in answerable if max(map(len, turns)) + new_tokens <= limit}
     trees = {i: tree for i, tree in inputs.trees.items() if tree.longest <= limit}
     with inference_on(model, context) as bars:
         sums = None
@@ -115,7 +116,7 @@ def predict(model: torch.nn.Module, name: str, context: EvalContext, packs: bool
             return Answers(sums, texts, {}, predictions, cut=cut, logits=logits, corpus=corpus)
         outputs: list[CompletionOutput] = []
         if prompts:
-            flat = [ids for asked in prompts.values() for ids in asked]
+            flat = [prompt for turns in prompts.values() for prompt in turns]
             advance = add_bar(bars, f"{name}: answers", len(flat))
             outputs = generate_completions(model, flat, context.processor, recipe, device=device, advance=advance)
     known = dict(zip(trees, scores, strict=True))
@@ -172,7 +173,7 @@ def read_choices(context: EvalContext, answers: Answers) -> Chosen | None:
 
 def parse_outputs(
     answers: Answers,
-    prompts: Mapping[int, Sequence[Sequence[int]]],
+    prompts: Mapping[int, Sequence[Prompt]],
     outputs: Sequence[CompletionOutput],
     context: EvalContext,
 ) -> Answers:
@@ -181,10 +182,10 @@ def parse_outputs(
     assert inputs is not None
     read = answer_reader(context.processor, context.recipe) if outputs else None
     left = iter(outputs)
-    for row, asked in prompts.items():
+    for row, turns in prompts.items():
         assert read is not None
-        answered, tools = [*islice(left, len(asked))], inputs.questions[row].get("tools")
-        parsed = [read(output.token_ids, tools, ids) for output, ids in zip(answered, asked, strict=True)]
+        answered, tools = [*islice(left, len(turns))], inputs.questions[row].get("tools")
+        parsed = [read(output.token_ids, tools, prompt.ids) for output, prompt in zip(answered, turns, strict=True)]
         answers.texts[row] = write_answer(parsed[-1].text, parsed[-1].tool_calls)
         answers.cut[row] = sum(output.finish_reason == "length" for output in answered) / len(answered)
         if row in inputs.turns or parsed[-1].reasoning or parsed[-1].tool_calls:

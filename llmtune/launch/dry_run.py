@@ -157,7 +157,8 @@ def _find_examples(
     context: RunContext, draft: Plan, rows: Rows, valid: dict[str, bool], scratch: Path
 ) -> Examples | None:
     """Return the run's encoded rows, or encode small files as the run would; None for large files."""
-    inputs = examples_inputs(draft.recipe, rows, draft.model_ref, draft.processor)
+    kind = draft.task.example_type
+    inputs = examples_inputs(draft.recipe, rows, draft.model_ref, draft.processor, kind)
     if valid["prepare"]:
         valid["encode"] = context.folder.is_valid("encode", inputs)
     if valid.get("encode"):

@@ -171,16 +171,16 @@ def _answer_rows(
             truncated = {"truncated": True} if cut else {}
             yield {task.model_kind.answer_column: shown, **own, **of_classes, **predicted.scores, **truncated}
         return
-    prompts = [task.prompt_ids(row, served.processor, recipe) for row in rows]
+    prompts = [task.prompt(row, served.processor, recipe) for row in rows]
     read = answer_reader(served.processor, recipe)
     room = (served.context or 1 << 60) - (recipe.generation.max_new_tokens if task.free_prompt else 0)
-    fitting = [ids for ids in prompts if len(ids) <= room]
+    fitting = [prompt for prompt in prompts if len(prompt) <= room]
     outputs = iter(
         generate_completions(served.model, fitting, served.processor, recipe, device=served.device, advance=advance)
     )
-    for ids, chosen in zip(prompts, served.choose(rows), strict=True):
-        if len(ids) > room:
-            yield {"error": f"the prompt has {len(ids)} tokens, but the model's context has room for {room}"}
+    for prompt, chosen in zip(prompts, served.choose(rows), strict=True):
+        if len(prompt) > room:
+            yield {"error": f"the prompt has {len(prompt)} tokens, but the model's context has room for {room}"}
             continue
         parsed = read(next(outputs).token_ids, None)
         thoughts = {"reasoning": parsed.reasoning} if parsed.reasoning else {}

@@ -6,24 +6,26 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeAlias, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar, cast
 
 import torch
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from llmtune.data.collators import causal_collator
-from llmtune.data.example import Collate, Example
+from llmtune.data.example import AnyExample, Collate
 from llmtune.data.row_store import iterate_rows
 from llmtune.data.task_interface import Encoded
-from llmtune.data.text_pairs import TextPair
-from llmtune.evaluate.evaluated_task import EvaluatedTask, PredictionT
-from llmtune.model.audio_models import SoundWindow
+from llmtune.evaluate.evaluated_task import PredictionT
 from llmtune.model.causal_lm_loss import causal_loss
 from llmtune.model.config import set_padding
-from llmtune.model.sentence_folder import SentenceSettings
-from llmtune.recipe.model_kind import CAUSAL
 from llmtune.recipe.schema import Recipe
 from llmtune.records import Batch, Loss, Rows
+from llmtune.train.objective import TrainedTask
+
+if TYPE_CHECKING:
+    from llmtune.data.text_pairs import TextPair
+    from llmtune.model.audio_models import SoundWindow
+    from llmtune.model.sentence_folder import SentenceSettings
 
 RowT = TypeVar("RowT")
 """A row of the task: a TypedDict."""
@@ -40,8 +42,8 @@ class Endpoint:
     """The request field for the prompt of `llmtune generate`."""
 
 
-class Task(EvaluatedTask, Generic[RowT, PredictionT]):
-    """A task for one kind of model; by default, a prompt is answered with text."""
+class Task(TrainedTask, Generic[RowT, PredictionT]):
+    """A task for one kind of model; by default, a decoder answers a prompt with text."""
 
     required_inputs: tuple[str, ...] = ("prompt",)
     """Inputs that `llmtune generate` requires: prompt, context, audio, answer."""
@@ -99,7 +101,7 @@ class Task(EvaluatedTask, Generic[RowT, PredictionT]):
         """Set in place what saved generation settings state of the recipe; for models that keep their own settings."""
 
     def export_constants(self, recipe: Recipe) -> dict[str, Any]:
-        """Return further constants of the script next to ONNX files."""
+        """Return further settings of the program next to ONNX files."""
         return {}
 
     def encode(self, rows: Sequence[RowT], processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[Encoded]:
@@ -111,36 +113,28 @@ class Task(EvaluatedTask, Generic[RowT, PredictionT]):
         raise NotImplementedError
 
     def collator(self, processor: PreTrainedTokenizerBase, recipe: Recipe, packs: bool | None = None) -> Collate:
-        """Return the function that makes micro-batches."""
+        """Return the function that makes micro-batches; a decoder's tokens are packed, or padded."""
+        if self.model_kind.decodes and self.predicts_tokens:
+            return causal_collator(processor, recipe, packs)
 
-        def collate(examples: Sequence[Example], draw: int = 0) -> Batch:
+        def collate(examples: Sequence[AnyExample], draw: int = 0) -> Batch:
             return self.collate(examples, processor, recipe, bool(packs), draw)
 
         return collate
 
     def collate(
-        self, examples: Sequence[Example], processor: PreTrainedTokenizerBase, recipe: Recipe, packs: bool, draw: int
+        self, examples: Sequence[AnyExample], processor: PreTrainedTokenizerBase, recipe: Recipe, packs: bool, draw: int
     ) -> Batch:
         """Make one micro-batch; `draw` seeds random parts such as masks; evaluation passes 0."""
         raise NotImplementedError
 
-    def format_answer(self, prediction: PredictionT, row: RowT) -> str:
-        """Write the prediction of one prompt row for the terminal, with details if available."""
-        return self.format_prediction(prediction)
-
-
-class DecoderTask(Task[RowT, str]):
-    """A decoder that continues a prompt."""
-
-    model_kind = CAUSAL
-
-    def collator(self, processor: PreTrainedTokenizerBase, recipe: Recipe, packs: bool | None = None) -> Collate:
-        """Return a collator that packs rows, or pads them."""
-        return causal_collator(processor, recipe, packs)
-
     def loss(self, model: torch.nn.Module, batch: Batch, by_row: bool = False) -> Loss:
         """Sum the cross entropy of the supervised tokens."""
         return causal_loss(model, batch, by_row)
+
+    def format_answer(self, prediction: PredictionT, row: RowT) -> str:
+        """Write the prediction of one prompt row for the terminal, with details if available."""
+        return self.format_prediction(prediction)
 
 
 class ReadingTask(Task[RowT, PredictionT]):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypedDict
 
@@ -31,7 +31,7 @@ from llmtune.evaluate.classification_metrics import (
     measure_classes,
     true_classes,
 )
-from llmtune.evaluate.evaluated_task import EvalPrediction, LoadedModel, SimplePredictions
+from llmtune.evaluate.evaluated_task import EvalPrediction, LearnedClasses, LoadedModel, SimplePredictions
 from llmtune.evaluate.intervals import Floats
 from llmtune.evaluate.metric import Measure
 from llmtune.evaluate.tfidf import logits_of
@@ -75,6 +75,18 @@ class ClassPrediction(TypedDict):
     scores: list[float]
 
 
+@dataclass(frozen=True)
+class ClassExample(Example):
+    """A text with its classes, or its number."""
+
+    class_ids: Sequence[int] = ()
+    """The class of the text, as a one-element list."""
+    values: Sequence[float] = ()
+    """1 or 0 for each class, if a text may have several; or a single number."""
+    weights: Sequence[float] = ()
+    """The example's weight in the loss, as a one-element list."""
+
+
 class Classify(ReadingTask[ClassifyRow, ClassPrediction]):
     """An encoder or decoder with a head on the complete text."""
 
@@ -84,6 +96,7 @@ class Classify(ReadingTask[ClassifyRow, ClassPrediction]):
         "`label` (a name, a list of names or a number) and `scores`: a probability per class, in the order of `labels`",
     )
     model_kind = CLASSES
+    example_type = ClassExample
     optional_inputs = ("pair",)
 
     def needs_float32(self, recipe: Recipe) -> bool:
@@ -168,11 +181,20 @@ class Classify(ReadingTask[ClassifyRow, ClassPrediction]):
             elif not text.input_ids:
                 encoded.append("the text has no tokens")
             else:
-                encoded.append([replace(text, **target)])
+                encoded.append([ClassExample(**vars(text), **target)])
         return encoded
 
+    def learned_classes(self, example: ClassExample) -> LearnedClasses:
+        """Return the class of a text, or 0 or 1 for each class."""
+        return [(None, [int(value) for value in example.values or example.class_ids])]
+
     def collate(
-        self, examples: Sequence[Example], processor: PreTrainedTokenizerBase, recipe: Recipe, packs: bool, draw: int
+        self,
+        examples: Sequence[ClassExample],
+        processor: PreTrainedTokenizerBase,
+        recipe: Recipe,
+        packs: bool,
+        draw: int,
     ) -> Batch:
         """Add `classes_R` [R] and optional `weights_R` [R]; or `values_RK` [R, K] for `many` classes or a number."""
         batch, _ = encoder_batch(examples, processor.pad_token_id, packs)
@@ -207,7 +229,7 @@ class Classify(ReadingTask[ClassifyRow, ClassPrediction]):
             losses_R = losses_R * batch["weights_R"]
         return loss_of_rows(losses_R, correct_R, by_row)
 
-    def start_head(self, adapted: AdaptedModel, examples: Iterable[Example], recipe: Recipe) -> None:
+    def start_head(self, adapted: AdaptedModel, examples: Iterable[ClassExample], recipe: Recipe) -> None:
         """Initialise the bias of a new regression head to the mean label: far from it, training only moves the bias."""
         if classify_section(recipe).kind != "regression":
             return
@@ -218,13 +240,15 @@ class Classify(ReadingTask[ClassifyRow, ClassPrediction]):
             if in_heads(plain, heads) and plain in adapted.selected.new_weights and parameter.shape == (1,):
                 torch.nn.init.constant_(parameter, mean)
 
-    def guessing_loss(self, config: PretrainedConfig, examples: Iterable[Example], recipe: Recipe) -> float:
+    def guessing_loss(self, config: PretrainedConfig, examples: Iterable[ClassExample], recipe: Recipe) -> float:
         """Return the variance of numeric labels."""
         if classify_section(recipe).kind != "regression":
             return super().guessing_loss(config, examples, recipe)
         return float(np.var([example.values[0] for example in examples]))
 
-    def highlighted_text(self, example: Example, processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[Segment]:
+    def highlighted_text(
+        self, example: ClassExample, processor: PreTrainedTokenizerBase, recipe: Recipe
+    ) -> list[Segment]:
         """Show a text with its class, classes or number."""
         section = classify_section(recipe)
         labels = section.labels or ()

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.nn import functional
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from llmtune.data.collators import encoder_batch
@@ -38,7 +37,6 @@ from llmtune.evaluate.ranking_metrics import (
     format_vectors,
     measure_ranking,
     measure_spread,
-    measure_vectors,
     prepare_vectors,
     rank_labels,
     rank_passages,
@@ -53,22 +51,26 @@ from llmtune.records import SPLITS, Batch, Loss, Rows
 from llmtune.store.atomic_files import hash_value
 from llmtune.tasks.base import Endpoint, ReadingTask
 from llmtune.tasks.sentence_vectors import (
+    SPREAD,
+    VectorExample,
     describe_settings,
     embed_section,
     embed_texts,
     embedding_loss,
+    hash_text,
     hidden_states,
+    measure_last_texts,
     pool,
     require_triplets,
     resolve_settings,
+    split_texts,
     tokenize_prompted,
 )
+from llmtune.train.objective import CachedFeatures, StepObjective
 
 KINDS = {"passages": ("ranking",), "scores": ("cosent", "cosine"), "labels": ("triplet",)}
 """By kind of rows, the losses that learn from them; the first is the default."""
 CORRELATIONS = ("spearman", "pearson")
-SPREAD = ("random_cosine", "effective_rank")
-"""Metrics of how the vectors are spread; collapsed vectors are nearly equal."""
 
 
 class Embed(ReadingTask[EmbedRow, Vectors]):
@@ -79,7 +81,7 @@ class Embed(ReadingTask[EmbedRow, Vectors]):
     optional_inputs = ("prompt", "passages")
     endpoint = Endpoint("/v1/embeddings", "the vectors of the texts", "input")
     model_kind = VECTORS
-    has_step_loss = True
+    example_type = VectorExample
     has_row_loss = False
 
     def needs_float32(self, recipe: Recipe) -> bool:
@@ -187,20 +189,34 @@ class Embed(ReadingTask[EmbedRow, Vectors]):
         hashes = [hash_text(text_key(text)) for _, text in named]
         negatives = range(1 + len(row["passages"]), len(kept))
         chosen = [[0, 1 + i, *negatives] for i in range(len(row["passages"]))] or [[0]]
-        about: dict[str, Any] = {} if row["score"] is None else {"values": [row["score"]]}
-        about |= {} if row["label"] is None else {"tag_ids": [hash_text(row["label"])]}
-        examples = []
+        score = [] if row["score"] is None else [row["score"]]
+        label = [] if row["label"] is None else [hash_text(row["label"])]
+        examples: list[Example] = []
         for places in chosen:
             ids = [token for place in places for token in kept[place]]
             borders = np.cumsum([0, *(len(kept[place]) for place in places)]).tolist()
-            spans = [border for pair in pairwise(borders) for border in pair]
-            own = [hashes[place] for place in places]
-            longest = max(len(kept[place]) for place in places)
-            examples.append(Example(ids, spans, 0, class_ids=own, counted=1, longest=longest, lost=lost, **about))
+            example = VectorExample(
+                ids,
+                [],
+                0,
+                counted=1,
+                longest=max(len(kept[place]) for place in places),
+                lost=lost,
+                texts=[border for pair in pairwise(borders) for border in pair],
+                text_hashes=[hashes[place] for place in places],
+                label_hash=label,
+                score=score,
+            )
+            examples.append(example)
         return examples
 
     def collate(
-        self, examples: Sequence[Example], processor: PreTrainedTokenizerBase, recipe: Recipe, packs: bool, draw: int
+        self,
+        examples: Sequence[VectorExample],
+        processor: PreTrainedTokenizerBase,
+        recipe: Recipe,
+        packs: bool,
+        draw: int,
     ) -> Batch:
         """Put all texts into one batch, longest first, with their `lengths`, and the `examples` that they are from.
 
@@ -223,29 +239,27 @@ class Embed(ReadingTask[EmbedRow, Vectors]):
         else:
             texts = tuple(row[:length] for row, length in zip(hidden_BTD, lengths, strict=True))
         vectors = torch.stack([pool(text, section.pooling) for text in texts])[batch["places"]]
-        return list(torch.split(vectors, [len(example.spans) // 2 for example in batch["examples"]]))
+        return list(torch.split(vectors, [len(example.texts) // 2 for example in batch["examples"]]))
 
-    def step_loss(self, features: Sequence[torch.Tensor], examples: Sequence[Example], recipe: Recipe) -> Loss:
-        """Return the recipe's loss of a step."""
-        return embedding_loss(features, examples, embed_section(recipe))
-
-    def feature_metrics(self, features: Sequence[torch.Tensor]) -> dict[str, float]:
-        """Return the mean cosine and the effective rank of the vectors of each example's last text."""
-        vectors_ND = functional.normalize(torch.stack([one[-1] for one in features]).double(), dim=-1)
-        return dict(zip(SPREAD, measure_vectors(vectors_ND.cpu().numpy()), strict=True))
+    def objective(self, recipe: Recipe) -> StepObjective:
+        """Return an objective that compares all vectors of a step."""
+        compare = partial(embedding_loss, section=embed_section(recipe))
+        return CachedFeatures(self.loss, self.features, compare, measure_last_texts)
 
     def loss(self, model: torch.nn.Module, batch: Batch, by_row: bool = False) -> Loss:
         """Return the loss of a batch that is a complete step."""
-        return self.step_loss(self.features(model, batch), batch["examples"], batch["recipe"])
+        return embedding_loss(self.features(model, batch), batch["examples"], embed_section(batch["recipe"]))
 
-    def guessing_loss(self, config: PretrainedConfig, examples: Iterable[Example], recipe: Recipe) -> float:
+    def guessing_loss(self, config: PretrainedConfig, examples: Iterable[VectorExample], recipe: Recipe) -> float:
         """Return the loss of vectors that are all equal, up to the rounding of small steps."""
         section, rows = embed_section(recipe), recipe.train.batch_size
-        texts = max(len(example.spans) // 2 for example in examples)
+        texts = max(len(example.texts) // 2 for example in examples)
         equal = {"ranking": math.log(rows * max(1, texts - 1)), "cosent": math.log(1 + rows * rows / 2)}
         return equal.get(section.loss, 1.0) * len(section.dimensions or (1,))
 
-    def highlighted_text(self, example: Example, processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[Segment]:
+    def highlighted_text(
+        self, example: VectorExample, processor: PreTrainedTokenizerBase, recipe: Recipe
+    ) -> list[Segment]:
         """Show the query, with the passage marked."""
         texts = [decode_shortened(text.input_ids, processor) for text in split_texts(example)]
         return [Segment(f"{text}\n", place == 1) for place, text in enumerate(texts)]
@@ -319,9 +333,9 @@ class Embed(ReadingTask[EmbedRow, Vectors]):
         return {"lengths": lengths}
 
     def export_constants(self, recipe: Recipe) -> dict[str, Any]:
-        """Return what the script next to ONNX files needs to make the vectors of queries."""
+        """Return what the program next to ONNX files needs to make the vectors of queries."""
         section = embed_section(recipe)
-        return {"PROMPT": section.query_prompt, "POOLING": section.pooling, "NORMALIZE": section.normalize}
+        return {"prompt": section.query_prompt, "pooling": section.pooling, "normalize": section.normalize}
 
     def sentence_settings(self, recipe: Recipe) -> SentenceSettings:
         """Return how vectors are made; the section has been resolved."""
@@ -393,17 +407,6 @@ def find_misfit_settings(
         if at_ten(metric) not in known:
             what = f"rows with {kind} do not support {metric}"
             yield Problem(what, "evaluate.metrics", f"Metrics of these rows: {', '.join(known)}.")
-
-
-def hash_text(text: str) -> int:
-    """Return a hash of a text as a signed 32-bit number."""
-    return zlib.crc32(text.encode()) - 2**31
-
-
-def split_texts(example: Example) -> list[Example]:
-    """Return each text of an example as an example of its own."""
-    ranges = zip(example.spans[::2], example.spans[1::2], strict=True)
-    return [replace(example, input_ids=example.input_ids[start:end], spans=()) for start, end in ranges]
 
 
 VARIANTS = (Embed(),)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
-from peft import PeftModel
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from llmtune.adapter.reference_model import reference_of
@@ -37,8 +36,7 @@ from llmtune.records import Batch, Loss, Row, Rows
 from llmtune.tasks.base import Endpoint, Task
 from llmtune.tasks.chat import question_messages
 from llmtune.tasks.preference_losses import (
-    count_tokens,
-    kl_to_reference,
+    kl_per_token,
     preference_loss,
     prompt_positions,
     row_scores,
@@ -46,6 +44,29 @@ from llmtune.tasks.preference_losses import (
     step_statistics,
 )
 from llmtune.tasks.preference_metrics import Ratings, measure_preferences
+from llmtune.train.objective import SharedStatistics, StepObjective, SummedLoss
+
+
+@dataclass(frozen=True)
+class PreferenceExample(Example):
+    """A prompt with an answer, and with a second one."""
+
+    rejected_ids: Sequence[int] = ()
+    """The prompt with the rejected answer; `input_ids` has the chosen one."""
+    rejected_spans: Sequence[int] = ()
+    """The answer in `rejected_ids`, as in `spans`."""
+    mismatched_ids: Sequence[int] = ()
+    """KTO: the prompt with the answer to another prompt."""
+    mismatched_spans: Sequence[int] = ()
+    """KTO: the answer in `mismatched_ids`, as in `spans`."""
+    desirable: Sequence[int] = ()
+    """KTO: 1 for a liked answer, 0 for a disliked one."""
+
+    @property
+    def sequences(self) -> list[tuple[Sequence[int], Sequence[int]]]:
+        """The prompt with each answer."""
+        seconds = (self.rejected_ids, self.rejected_spans), (self.mismatched_ids, self.mismatched_spans)
+        return [*super().sequences, *seconds]
 
 
 class Preference(Task[Row, Ratings]):
@@ -56,8 +77,8 @@ class Preference(Task[Row, Ratings]):
         "/v1/score", "the score: of two answers to one question, the higher is the better", prompt_field="prompt"
     )
     model_kind = CAUSAL
+    example_type = PreferenceExample
     optional_inputs: tuple[str, ...] = ("system",)
-    has_step_statistics = True
     has_row_loss = False
     rates_answers = True
     free_prompt = True
@@ -124,20 +145,26 @@ class Preference(Task[Row, Ratings]):
         return [next(joined) if all(name in row for name in columns) else wrong for row in rows]
 
     def collate(
-        self, examples: Sequence[Example], processor: PreTrainedTokenizerBase, recipe: Recipe, packs: bool, draw: int
+        self,
+        examples: Sequence[PreferenceExample],
+        processor: PreTrainedTokenizerBase,
+        recipe: Recipe,
+        packs: bool,
+        draw: int,
     ) -> Batch:
         """Pad answers: first the chosen, then the rejected; or (KTO) single answers, and other rows' answers as `kl_*`.
 
         The thumbs are `desirable_R` bool [R]; `settings` configures the loss.
         """
         section, pad_id = preference_section(recipe), processor.pad_token_id
-        seconds = [Example(example.other_ids, example.other_spans, 0) for example in examples]
         if section.loss == "kto":
             batch = collate_padded(examples, pad_id)
-            batch |= {f"kl_{name}": part for name, part in collate_padded(seconds, pad_id).items()}
+            mismatched = [Example(example.mismatched_ids, example.mismatched_spans, 0) for example in examples]
+            batch |= {f"kl_{name}": part for name, part in collate_padded(mismatched, pad_id).items()}
             batch["desirable_R"] = torch.tensor([example.desirable[0] > 0 for example in examples])
         else:
-            batch = collate_padded([*examples, *seconds], pad_id)
+            rejected = [Example(example.rejected_ids, example.rejected_spans, 0) for example in examples]
+            batch = collate_padded([*examples, *rejected], pad_id)
         if section.loss == "orpo":
             batch["prompts_S"] = prompt_positions(batch)
         return batch | {"settings": section, "pairs": len(examples)}
@@ -146,17 +173,21 @@ class Preference(Task[Row, Ratings]):
         """Return the summed loss over pairs (KTO: over answers), and their count."""
         return preference_loss(model, batch, batch["settings"], partial(reference_of, model))
 
+    def objective(self, recipe: Recipe) -> StepObjective:
+        """Return an objective that sums losses; those of KTO and ORPO need statistics of the complete step."""
+        shares = preference_section(recipe).loss in ("kto", "orpo")
+        return SharedStatistics(self.loss, self.step_statistics) if shares else SummedLoss(self.loss)
+
     def step_statistics(self, model: torch.nn.Module, batch: Batch) -> list[float]:
         """Return the sums over a complete step that the losses of KTO and ORPO need."""
         return step_statistics(model, batch, batch["settings"], partial(reference_of, model))
 
-    def highlighted_text(self, example: Example, processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[Segment]:
+    def highlighted_text(
+        self, example: PreferenceExample, processor: PreTrainedTokenizerBase, recipe: Recipe
+    ) -> list[Segment]:
         """Show a prompt with both answers."""
-        return [
-            *highlight(example.input_ids, example.spans, processor),
-            Segment("\n--- versus ---\n", False),
-            *highlight(example.other_ids, example.other_spans, processor),
-        ]
+        one, other = (highlight(ids, spans, processor) for ids, spans in example.sequences if len(ids))
+        return [*one, Segment("\n--- versus ---\n", False), *other]
 
     def prompt_ids(self, row: Row, processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[int]:
         """Return the token ids of the prompt for an answer."""
@@ -225,7 +256,6 @@ class RewardModel(Preference):
     model_kind = CLASSES
     required_inputs = ("prompt", "answer")
     optional_inputs = ()
-    has_step_statistics = False
     free_prompt = False
 
     def matches(self, recipe: Recipe) -> bool:
@@ -350,24 +380,11 @@ def join_answers(row: Row, left: Encoded, right: Encoded) -> Encoded:
     (one,), (other,) = left, right
     if "chosen" in row and list(one.input_ids) == list(other.input_ids):
         return "chosen equals rejected: both answers have the same tokens"
-    example = replace(
-        one,
-        other_ids=other.input_ids,
-        other_spans=other.spans,
-        desirable=[int(row["good"])] if "good" in row else [],
-        counted=1,
-        cost=len(one.input_ids) + len(other.input_ids),
-    )
-    return [example]
-
-
-def kl_per_token(model: torch.nn.Module, batch: Batch) -> list[float]:
-    """Return the divergence [R] from the model without its adapter, in nats per token; 0 without an adapter."""
-    if not isinstance(model, PeftModel):
-        return [0.0] * int(batch["n_rows"])
-    counts_R = count_tokens(batch).clamp(min=1)
-    kl_R: list[float] = (kl_to_reference(model, batch, model.disable_adapter) / counts_R).tolist()
-    return kl_R
+    one = replace(one, counted=1, cost=len(one.input_ids) + len(other.input_ids))
+    if "good" not in row:
+        return [PreferenceExample(**vars(one), rejected_ids=other.input_ids, rejected_spans=other.spans)]
+    ids, spans, desirable = other.input_ids, other.spans, [int(row["good"])]
+    return [PreferenceExample(**vars(one), mismatched_ids=ids, mismatched_spans=spans, desirable=desirable)]
 
 
 VARIANTS = (Preference(), RewardModel())

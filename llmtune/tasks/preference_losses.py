@@ -36,6 +36,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 
 import torch
+from peft import PeftModel
 from torch.nn.functional import log_softmax, logsigmoid
 
 from llmtune.model.causal_lm_loss import causal_loss, predicted_logits, unwrap
@@ -119,6 +120,15 @@ def kl_to_reference(model: torch.nn.Module, batch: Batch, reference: ReferenceMo
         chunks = [slice(start, start + step) for start in range(0, max(1, len(policy_SV)), step)]
         kl_S = torch.cat([_divergence(policy_SV[chunk], reference_SV[chunk]) for chunk in chunks])
         return kl_S.new_zeros(batch["n_rows"]).index_add(0, batch["rows_S"], kl_S)
+
+
+def kl_per_token(model: torch.nn.Module, batch: Batch) -> list[float]:
+    """Return the divergence [R] from the model without its adapter, in nats per token; 0 without an adapter."""
+    if not isinstance(model, PeftModel):
+        return [0.0] * int(batch["n_rows"])
+    counts_R = count_tokens(batch).clamp(min=1)
+    kl_R: list[float] = (kl_to_reference(model, batch, model.disable_adapter) / counts_R).tolist()
+    return kl_R
 
 
 def _dpo_or_ipo(

@@ -112,13 +112,6 @@ def answer_tokens(window: Window, start: int, end: int) -> tuple[int, int] | Non
     return (inside[0], inside[-1]) if begins and ends else None
 
 
-def explain_missing(windows: Sequence[Window], start: int, end: int) -> str:
-    """Return why no window contains the complete answer, given by its characters."""
-    if any(left < end and right > start for window in windows for _, (left, right) in _context_tokens(window)):
-        return "no window contains the complete answer: raise qa.stride or data.max_length"
-    return "the tokenizer makes no token of the answer"
-
-
 def _context_tokens(window: Window) -> list[tuple[int, Characters]]:
     """Return the tokens of the context that have characters, with these characters."""
     return [(token, at) for token, at in enumerate(window.characters) if at is not None and at[1] > at[0]]
@@ -170,7 +163,7 @@ NO_SPAN: Span = {"text": "", "start": None, "end": None, "score": None, "null_sc
 
 
 class Qa(Task[QaRow, PredictionT]):
-    """The rows of qa."""
+    """The rows of qa, and the text that a model reads to write its answers."""
 
     name = "qa"
     endpoint = Endpoint(
@@ -180,6 +173,8 @@ class Qa(Task[QaRow, PredictionT]):
         prompt_field="question",
     )
     required_inputs = ("prompt", "context")
+    style = "generative"
+    default_prompt = SOURCE
 
     def make_row(self, given: Mapping[str, str | None]) -> QaRow:
         """Return the row of a question about a context."""
@@ -202,11 +197,33 @@ class Qa(Task[QaRow, PredictionT]):
         texts = ["" if text.strip().lower().rstrip(".") == empty else text for text in texts]
         return measure_squad(metric, texts, found.references)
 
+    def matches(self, recipe: Recipe) -> bool:
+        """Whether the recipe selects generation."""
+        return qa_section(recipe).style in ("auto", "generative")
+
+    def pair(self, row: QaRow, recipe: Recipe) -> TextPair:
+        """Return question and context as one text, and the first answer; an empty one if the answers were removed."""
+        section = qa_section(recipe)
+        template = section.prompt or self.default_prompt
+        text = fill_template(template, question=row["question"], no_answer=section.no_answer, context=row["context"])
+        answers = row["answers"]
+        first = answers[0]["text"] if answers else section.no_answer
+        return TextPair(text, "" if answers is None else first)
+
+
+@dataclass(frozen=True)
+class QaExample(Example):
+    """A window of a context."""
+
+    answer: Sequence[int] = ()
+    """First and last token of the answer."""
+
 
 class ExtractiveQa(Qa[Span]):
     """An encoder that points at the first and last token of an answer."""
 
     model_kind = SPANS
+    example_type = QaExample
     style = "extractive"
     loss_unit = "windows"
 
@@ -246,19 +263,25 @@ class ExtractiveQa(Qa[Span]):
         characters = trim(row["context"], answer["start"], answer["start"] + len(answer["text"]))
         ends = [answer_tokens(window, *characters) for window in windows]
         if not any(ends):
-            return explain_missing(windows, *characters)
+            start, end = characters
+            inside = (
+                left < end and right > start for window in windows for _, (left, right) in _context_tokens(window)
+            )
+            if any(inside):
+                return "no window contains the complete answer: raise qa.stride or data.max_length"
+            return "the tokenizer makes no token of the answer"
         return [window_example(window, tokens) for window, tokens in zip(windows, ends, strict=True)]
 
     def answer_limit(self, recipe: Recipe) -> tuple[str, int]:
         """Return `qa.max_answer_length`: `predict` gives no longer answer."""
         return "qa.max_answer_length", qa_section(recipe).max_answer_length
 
-    def answer_size(self, example: Example) -> int:
+    def answer_size(self, example: QaExample) -> int:
         """Return the tokens of the answer in a window; `no answer` is one."""
         return example.answer[1] - example.answer[0] + 1
 
     def collate(
-        self, examples: Sequence[Example], processor: PreTrainedTokenizerBase, recipe: Recipe, packs: bool, draw: int
+        self, examples: Sequence[QaExample], processor: PreTrainedTokenizerBase, recipe: Recipe, packs: bool, draw: int
     ) -> Batch:
         """Add the first and last token of the answers, `first_R` and `last_R` [R], counted within the window."""
         first_R, last_R = torch.tensor([list(example.answer) for example in examples], dtype=torch.int64).T
@@ -276,7 +299,7 @@ class ExtractiveQa(Qa[Span]):
         correct_R = (starts_RT.argmax(-1) == first_R) & (ends_RT.argmax(-1) == last_R)
         return loss_of_rows(losses_R, correct_R, by_row)
 
-    def highlighted_text(self, example: Example, processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[Segment]:
+    def highlighted_text(self, example: QaExample, processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[Segment]:
         """Show a window with its answer; without an answer, show the token for `no answer`."""
         first, last = example.answer
         return highlight(example.input_ids, [first, last + 1], processor)
@@ -337,10 +360,10 @@ def windows_of(row: QaRow, processor: PreTrainedTokenizerBase, recipe: Recipe) -
     return cut_context(row["question"], row["context"], processor, qa_section(recipe).stride, recipe.data.max_length)
 
 
-def window_example(window: Window, ends: tuple[int, int] | None) -> Example:
+def window_example(window: Window, ends: tuple[int, int] | None) -> QaExample:
     """Return the example of a window with the first and last token of its answer, or of `no answer`."""
-    types = window.kinds if any(window.kinds) else []
-    return Example(window.ids, [], 0, answer=list(ends or (window.null, window.null)), token_type_ids=types, counted=1)
+    types, answer = window.kinds if any(window.kinds) else [], list(ends or (window.null, window.null))
+    return QaExample(window.ids, [], 0, token_type_ids=types, counted=1, answer=answer)
 
 
 def by_window(logits_BT: torch.Tensor, batch: Batch) -> torch.Tensor:
@@ -351,29 +374,11 @@ def by_window(logits_BT: torch.Tensor, batch: Batch) -> torch.Tensor:
     return pad_sequence([*torch.split(logits_BT[0], batch["document_lengths"])], batch_first=True, padding_value=lowest)
 
 
-class GenerativeQa(Qa[str]):
-    """Qa with a model that writes its answers."""
-
-    style = "generative"
-    default_prompt = SOURCE
-
-    def matches(self, recipe: Recipe) -> bool:
-        """Whether the recipe selects generation."""
-        return qa_section(recipe).style in ("auto", "generative")
-
-    def pair(self, row: QaRow, recipe: Recipe) -> TextPair:
-        """Return question and context as one text, and the first answer."""
-        section = qa_section(recipe)
-        template = section.prompt or self.default_prompt
-        text = fill_template(template, question=row["question"], no_answer=section.no_answer, context=row["context"])
-        return TextPair(text, written_answer(row, section.no_answer))
-
-
-class QaEncoderDecoder(GenerativeQa, EncoderDecoder[QaRow]):
+class QaEncoderDecoder(Qa[str], EncoderDecoder[QaRow]):
     """An encoder-decoder that writes its answers."""
 
 
-class QaDecoder(GenerativeQa, PromptedDecoder[QaRow]):
+class QaDecoder(Qa[str], PromptedDecoder[QaRow]):
     """A decoder that answers a prompt."""
 
     default_prompt = PROMPT
@@ -382,13 +387,6 @@ class QaDecoder(GenerativeQa, PromptedDecoder[QaRow]):
 def qa_section(recipe: Recipe) -> QaSection:
     """Return the recipe's section, or its defaults."""
     return recipe.qa or QaSection()
-
-
-def written_answer(row: QaRow, no_answer: str) -> str:
-    """Return the first answer; `no_answer` if the context has none; an empty text if the answers were removed."""
-    if row["answers"] is None:
-        return ""
-    return row["answers"][0]["text"] if row["answers"] else no_answer
 
 
 VARIANTS = (ExtractiveQa(), QaEncoderDecoder(), QaDecoder())

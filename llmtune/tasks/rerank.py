@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -54,6 +54,14 @@ class RerankPrediction(TypedDict):
     """Indexes of the passages, best first."""
 
 
+@dataclass(frozen=True)
+class RelevanceExample(Example):
+    """A query with a passage."""
+
+    relevance: Sequence[float] = ()
+    """How relevant the passage is, from 0 to 1, as a one-element list."""
+
+
 class Rerank(ReadingTask[RerankRow, RerankPrediction]):
     """An encoder or decoder with one output on query and passage together."""
 
@@ -61,6 +69,7 @@ class Rerank(ReadingTask[RerankRow, RerankPrediction]):
     required_inputs = ("prompt", "passages")
     endpoint = Endpoint("/v1/rerank", "the scores of the documents, best first", "query")
     model_kind = CLASSES
+    example_type = RelevanceExample
     loss_unit = "passages"
     answer_keys = ("scores", "ranking")
 
@@ -133,7 +142,7 @@ class Rerank(ReadingTask[RerankRow, RerankPrediction]):
             encoded.append(
                 reason
                 or [
-                    replace(one, values=[min(1.0, relevance / highest)])
+                    RelevanceExample(**vars(one), relevance=[min(1.0, relevance / highest)])
                     for one, relevance in zip(pairs, row["relevances"], strict=True)
                     if not isinstance(one, str)
                 ]
@@ -141,11 +150,16 @@ class Rerank(ReadingTask[RerankRow, RerankPrediction]):
         return encoded
 
     def collate(
-        self, examples: Sequence[Example], processor: PreTrainedTokenizerBase, recipe: Recipe, packs: bool, draw: int
+        self,
+        examples: Sequence[RelevanceExample],
+        processor: PreTrainedTokenizerBase,
+        recipe: Recipe,
+        packs: bool,
+        draw: int,
     ) -> Batch:
         """Add the relevances `values_R` [R]."""
         batch, _ = encoder_batch(examples, processor.pad_token_id, packs)
-        return batch | {"values_R": torch.tensor([example.values[0] for example in examples], dtype=torch.float32)}
+        return batch | {"values_R": torch.tensor([example.relevance[0] for example in examples], dtype=torch.float32)}
 
     def loss(self, model: torch.nn.Module, batch: Batch, by_row: bool = False) -> Loss:
         """Sum the binary cross-entropy of the passages; outside training, of the logits that `predict` has."""
@@ -155,15 +169,17 @@ class Rerank(ReadingTask[RerankRow, RerankPrediction]):
         losses_R = functional.binary_cross_entropy_with_logits(logits_R, values_R, reduction="none")
         return loss_of_rows(losses_R, (logits_R > 0) == (values_R > RELEVANT), by_row)
 
-    def guessing_loss(self, config: PretrainedConfig, examples: Iterable[Example], recipe: Recipe) -> float:
+    def guessing_loss(self, config: PretrainedConfig, examples: Iterable[RelevanceExample], recipe: Recipe) -> float:
         """Return the loss of scoring every passage with the mean relevance."""
-        mean = float(np.mean([example.values[0] for example in examples]))
+        mean = float(np.mean([example.relevance[0] for example in examples]))
         return -sum(share * math.log(share) for share in (mean, 1 - mean) if share > 0)
 
-    def highlighted_text(self, example: Example, processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[Segment]:
+    def highlighted_text(
+        self, example: RelevanceExample, processor: PreTrainedTokenizerBase, recipe: Recipe
+    ) -> list[Segment]:
         """Show query and passage with the relevance."""
         text = decode_shortened(example.input_ids, processor)
-        return [Segment(f"{text}\n", False), Segment(f"{example.values[0]:g}", True)]
+        return [Segment(f"{text}\n", False), Segment(f"{example.relevance[0]:g}", True)]
 
     def count_tokens(self, row: RerankRow, processor: PreTrainedTokenizerBase, recipe: Recipe, limit: int) -> int:
         """Return the tokens of the longest passage with the query, up to `limit`."""

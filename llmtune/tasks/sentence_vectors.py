@@ -7,8 +7,10 @@ its class, D numbers of a vector.
 from __future__ import annotations
 
 import json
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +24,7 @@ from llmtune.data.example import Example
 from llmtune.data.long_texts import start_of, tokenize
 from llmtune.errors import DataError
 from llmtune.evaluate.evaluated_task import LoadedModel
+from llmtune.evaluate.ranking_metrics import measure_vectors
 from llmtune.evaluate.token_batches import run_encoder
 from llmtune.model.causal_lm_loss import accepted_arguments, model_inputs, unwrap
 from llmtune.model.config import is_encoder
@@ -30,6 +33,8 @@ from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_sections import EmbedSection
 from llmtune.records import Advance, Batch, Loss
 
+SPREAD = ("random_cosine", "effective_rank")
+"""Metrics of how the vectors are spread; collapsed vectors are nearly equal."""
 STEP_LOSSES = ("cosent", "triplet")
 """Losses of a step that are no sums over its rows."""
 
@@ -120,6 +125,42 @@ def pool(hidden_TD: torch.Tensor, mode: str) -> torch.Tensor:
     return hidden_TD.amax(0) if mode == "max" else hidden_TD.mean(0)
 
 
+@dataclass(frozen=True)
+class VectorExample(Example):
+    """Texts that become vectors: a query, a passage, and negatives."""
+
+    texts: Sequence[int] = ()
+    """The range of each text in `input_ids`, flat: start, end, start, end."""
+    text_hashes: Sequence[int] = ()
+    """A hash of each text: equal texts are no negatives of one another."""
+    label_hash: Sequence[int] = ()
+    """A hash of the row's label, as a one-element list."""
+    score: Sequence[float] = ()
+    """How similar two texts are, as a one-element list."""
+
+    @property
+    def sequences(self) -> list[tuple[Sequence[int], Sequence[int]]]:
+        """The texts, which are learned completely."""
+        return [(self.input_ids, self.texts)]
+
+
+def split_texts(example: VectorExample) -> list[Example]:
+    """Return each text of an example as an example of its own."""
+    ranges = zip(example.texts[::2], example.texts[1::2], strict=True)
+    return [Example(example.input_ids[start:end], (), 0) for start, end in ranges]
+
+
+def hash_text(text: str) -> int:
+    """Return a hash of a text as a signed 32-bit number."""
+    return zlib.crc32(text.encode()) - 2**31
+
+
+def measure_last_texts(features: Sequence[torch.Tensor]) -> dict[str, float]:
+    """Return the mean cosine and the effective rank of the vectors of each example's last text."""
+    vectors_ND = functional.normalize(torch.stack([one[-1] for one in features]).double(), dim=-1)
+    return dict(zip(SPREAD, measure_vectors(vectors_ND.cpu().numpy()), strict=True))
+
+
 # Losses over the vectors of a complete step; each is that of the same name in sentence-transformers
 
 
@@ -132,7 +173,7 @@ def require_triplets(labels: Iterable[str]) -> None:
         raise DataError.of(f"{what}, so there are no triplets to learn from", "data.train", "Check the column label.")
 
 
-def embedding_loss(vectors: Sequence[torch.Tensor], examples: Sequence[Example], section: EmbedSection) -> Loss:
+def embedding_loss(vectors: Sequence[torch.Tensor], examples: Sequence[VectorExample], section: EmbedSection) -> Loss:
     """Return the loss of a step from the vectors [texts, D] of each example, before normalisation.
 
     With `dimensions` the losses of all lengths are added, as in Kusupati et al., "Matryoshka Representation Learning",
@@ -147,12 +188,14 @@ def embedding_loss(vectors: Sequence[torch.Tensor], examples: Sequence[Example],
     return Loss(losses.sum(), len(examples), row_sums=losses)
 
 
-def ranking_loss(vectors: Sequence[torch.Tensor], examples: Sequence[Example], section: EmbedSection) -> torch.Tensor:
+def ranking_loss(
+    vectors: Sequence[torch.Tensor], examples: Sequence[VectorExample], section: EmbedSection
+) -> torch.Tensor:
     """Return the cross entropy [R] of each query's passage among the passages and negatives of all rows.
 
     Other passages of the same query, and texts equal to the query or to one of its passages, are no negatives.
     """
-    texts = [list(example.class_ids) for example in examples]
+    texts = [list(example.text_hashes) for example in examples]
     queries_RD = functional.normalize(torch.stack([one[0] for one in vectors]), dim=-1)
     passages = [*(one[1] for one in vectors), *(part for one in vectors for part in one[2:])]
     passages_CD = functional.normalize(torch.stack(passages), dim=-1)
@@ -167,20 +210,24 @@ def ranking_loss(vectors: Sequence[torch.Tensor], examples: Sequence[Example], s
     return functional.cross_entropy(scores_RC, own_R, reduction="none")
 
 
-def cosines(vectors: Sequence[torch.Tensor], examples: Sequence[Example]) -> tuple[torch.Tensor, torch.Tensor]:
+def cosines(vectors: Sequence[torch.Tensor], examples: Sequence[VectorExample]) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the cosine [R] of each row's two texts, and its score [R]."""
     first_RD, second_RD = (torch.stack([one[place] for one in vectors]) for place in (0, 1))
     cosine_R = functional.cosine_similarity(first_RD, second_RD)
-    return cosine_R, torch.tensor([example.values[0] for example in examples], device=cosine_R.device)
+    return cosine_R, torch.tensor([example.score[0] for example in examples], device=cosine_R.device)
 
 
-def cosine_loss(vectors: Sequence[torch.Tensor], examples: Sequence[Example], section: EmbedSection) -> torch.Tensor:
+def cosine_loss(
+    vectors: Sequence[torch.Tensor], examples: Sequence[VectorExample], section: EmbedSection
+) -> torch.Tensor:
     """Return the squared difference [R] of cosine and score."""
     cosine_R, score_R = cosines(vectors, examples)
     return (cosine_R - score_R).square()
 
 
-def cosent_loss(vectors: Sequence[torch.Tensor], examples: Sequence[Example], section: EmbedSection) -> torch.Tensor:
+def cosent_loss(
+    vectors: Sequence[torch.Tensor], examples: Sequence[VectorExample], section: EmbedSection
+) -> torch.Tensor:
     """Return the loss of all pairs of rows whose cosines are in another order than their scores (CoSENT)."""
     cosine_R, score_R = cosines(vectors, examples)
     scaled_R = section.scale * cosine_R
@@ -188,14 +235,16 @@ def cosent_loss(vectors: Sequence[torch.Tensor], examples: Sequence[Example], se
     return torch.cat([wrong_RR.new_zeros(1), wrong_RR]).logsumexp(0)
 
 
-def triplet_loss(vectors: Sequence[torch.Tensor], examples: Sequence[Example], section: EmbedSection) -> torch.Tensor:
+def triplet_loss(
+    vectors: Sequence[torch.Tensor], examples: Sequence[VectorExample], section: EmbedSection
+) -> torch.Tensor:
     """Return the mean loss of all triplets with a loss: the batch-all loss of Hermans et al., 2017.
 
     The distance is 1 - cosine.
     """
     vectors_RD = functional.normalize(torch.cat(list(vectors)), dim=-1)
     distance_RR = 1 - vectors_RD @ vectors_RD.T
-    label_R = torch.tensor([example.tag_ids[0] for example in examples], device=distance_RR.device)
+    label_R = torch.tensor([example.label_hash[0] for example in examples], device=distance_RR.device)
     same_RR = label_R[:, None] == label_R
     anchor_P, near_P = (same_RR & ~torch.eye(len(examples), dtype=torch.bool, device=label_R.device)).nonzero().T
     losses_PR = distance_RR[anchor_P, near_P][:, None] - distance_RR[anchor_P] + section.margin
@@ -203,7 +252,7 @@ def triplet_loss(vectors: Sequence[torch.Tensor], examples: Sequence[Example], s
     return losses_PR.sum() / (losses_PR.detach() > 1e-16).sum().clamp_min(1)
 
 
-LOSSES: dict[str, Callable[[Sequence[torch.Tensor], Sequence[Example], EmbedSection], torch.Tensor]] = {
+LOSSES: dict[str, Callable[[Sequence[torch.Tensor], Sequence[VectorExample], EmbedSection], torch.Tensor]] = {
     "ranking": ranking_loss,
     "cosent": cosent_loss,
     "cosine": cosine_loss,

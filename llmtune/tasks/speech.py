@@ -6,8 +6,10 @@ Shapes: B rows of a batch, T positions or frames, V letters, R rows.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.nn import functional
@@ -15,7 +17,7 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, Pr
 
 from llmtune.data.audio import SpeechRow
 from llmtune.data.collators import IGNORED, pad
-from llmtune.data.example import Collate, Example
+from llmtune.data.example import Collate, Example, Samples
 from llmtune.data.overlong import too_long
 from llmtune.data.task_interface import Encoded
 from llmtune.data.tokenization import Segment, highlight
@@ -42,7 +44,7 @@ from llmtune.recipe.task_sections import SpeechSection
 from llmtune.records import Batch, Loss
 from llmtune.tasks.base import Endpoint, Task
 from llmtune.tasks.recordings import load_samples, read_windows, spell, transcribe, window_seconds
-from llmtune.tasks.text_to_text import check_decoder_start, decoder_targets, encoder_decoder_loss
+from llmtune.tasks.text_to_text import TargetExample, check_decoder_start, decoder_targets, encoder_decoder_loss
 
 MEASURES = {"wer": measure_wer, "cer": measure_cer}
 
@@ -74,12 +76,6 @@ class Speech(Task[SpeechRow, str]):
         samples = windows[0][1]
         return SoundWindow(samples, len(samples) / extract.sampling_rate, len(windows) == 1)
 
-    def highlighted_text(self, example: Example, processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[Segment]:
-        """Show the length of a recording, and the supervised part of its transcript."""
-        spans = example.target_spans or [0, len(example.target_ids)]
-        heard = Segment(f"[{len(example.audio):,} samples]\n", False)
-        return [heard, *highlight(example.target_ids, spans, processor)]
-
     def compute_metric(self, metric: str, found: EvalPrediction[str], recipe: Recipe) -> Measure | None:
         """Measure transcripts after the recipe's normaliser."""
         if metric not in MEASURES:
@@ -90,10 +86,18 @@ class Speech(Task[SpeechRow, str]):
         return MEASURES[metric](found.predictions, found.references, section.normalizer, language, spellings)
 
 
+@dataclass(frozen=True)
+class WhisperExample(TargetExample):
+    """A recording with the decoder's transcript."""
+
+    audio: Samples = ()
+
+
 class Whisper(Speech):
     """A model whose decoder begins with language and task tokens."""
 
     model_kind = WHISPER
+    example_type = WhisperExample
 
     def supports(self, config: PretrainedConfig) -> bool:
         """Whether the model is a Whisper."""
@@ -144,7 +148,17 @@ class Whisper(Speech):
             if len(target) > recipe.data.max_length:
                 return too_long(len(target), recipe.data.max_length)
             learned = [len(prefix) - 1, len(target)]
-            return [spoken_example(samples, text, target, learned, learned[1] - learned[0], frames + len(target))]
+            example = WhisperExample(
+                [],
+                [],
+                len(text.encode()),
+                counted=learned[1] - learned[0],
+                cost=frames + len(target),
+                target_ids=target,
+                target_spans=learned,
+                audio=samples,  # type: ignore[arg-type]  # an array works like a list
+            )
+            return [example]
 
         return [encode_one(row) for row in rows]
 
@@ -152,7 +166,7 @@ class Whisper(Speech):
         """Return the function that makes log-mel spectrograms of samples."""
         extract = feature_extractor(processor)
 
-        def collate(examples: Sequence[Example], draw: int = 0) -> Batch:
+        def collate(examples: Sequence[WhisperExample], draw: int = 0) -> Batch:
             features = extract_features(extract, [example.audio for example in examples])["input_features"]
             return {"input_features": features, "n_rows": len(examples), **decoder_targets(examples)}
 
@@ -161,6 +175,12 @@ class Whisper(Speech):
     def loss(self, model: torch.nn.Module, batch: Batch, by_row: bool = False) -> Loss:
         """Sum the cross entropy of the transcripts' tokens."""
         return encoder_decoder_loss(model, batch, by_row)
+
+    def highlighted_text(
+        self, example: WhisperExample, processor: PreTrainedTokenizerBase, recipe: Recipe
+    ) -> list[Segment]:
+        """Show the length of a recording, and the supervised part of its transcript."""
+        return [heard(example.audio), *highlight(example.target_ids, example.target_spans, processor)]
 
     def predict(self, rows: Sequence[SpeechRow], loaded: LoadedModel) -> list[str]:
         """Return Whisper's transcripts; language and task are given, not guessed."""
@@ -195,10 +215,24 @@ class Whisper(Speech):
         return texts
 
 
+@dataclass(frozen=True)
+class LettersExample(Example):
+    """A recording with the letters of its transcript."""
+
+    letters: Sequence[int] = ()
+    audio: Samples = ()
+
+    @property
+    def sequences(self) -> list[tuple[Sequence[int], Sequence[int]]]:
+        """The letters, which are learned by frame and not by position."""
+        return [(self.letters, ())]
+
+
 class Ctc(Speech):
     """A model that assigns each frame of a recording a letter or a blank."""
 
     model_kind = CTC
+    example_type = LettersExample
     loss_unit = "letters"
 
     def supports(self, config: PretrainedConfig) -> bool:
@@ -246,7 +280,7 @@ class Ctc(Speech):
                 return f"its text needs {needed} frames, but the recording has {frames}"
             if frames < (hidden := masked_frames(config)):
                 return f"the recording has {frames} frames, but config.json masks {hidden} at once (mask_time_length)"
-            return [spoken_example(samples, row["text"], letters, [], len(letters), frames)]
+            return [letters_example(samples, row["text"], letters, frames)]
 
         return [encode_one(row) for row in rows]
 
@@ -257,14 +291,14 @@ class Ctc(Speech):
         """
         extract = feature_extractor(processor)
 
-        def collate(examples: Sequence[Example], draw: int = 0) -> Batch:
+        def collate(examples: Sequence[LettersExample], draw: int = 0) -> Batch:
             sounds = [example.audio for example in examples]
             waves = extract_features(extract, sounds, padding=True, return_attention_mask=True)
             return {
                 "input_values": waves["input_values"],
                 "attention_mask": waves["attention_mask"],
                 "samples_R": torch.tensor([len(sound) for sound in sounds]),
-                "labels": pad([example.target_ids for example in examples], IGNORED),
+                "labels": pad([example.letters for example in examples], IGNORED),
                 "n_rows": len(examples),
             }
 
@@ -297,6 +331,12 @@ class Ctc(Speech):
             return Loss(losses_R.sum(), count, zero, losses_R.detach())
         return Loss(losses_R.sum(), count, zero, losses_R, torch.zeros_like(losses_R))
 
+    def highlighted_text(
+        self, example: LettersExample, processor: PreTrainedTokenizerBase, recipe: Recipe
+    ) -> list[Segment]:
+        """Show the length of a recording, and its transcript."""
+        return [heard(example.audio), *highlight(example.letters, [0, len(example.letters)], processor)]
+
     def predict(self, rows: Sequence[SpeechRow], loaded: LoadedModel) -> list[str]:
         """Return the most likely letter of each frame, without repeats and blanks."""
         processor = loaded.processor
@@ -307,7 +347,7 @@ class Ctc(Speech):
 
         def write(at_once: list[int]) -> list[str]:
             sounds = [windows[at][1] for at in at_once]
-            batch = collate([spoken_example(sound, "", [], [], 0, 0) for sound in sounds], 0)
+            batch = collate([letters_example(sound, "", [], 0) for sound in sounds], 0)
             moved = move_to(loaded.device, batch)
             texts = []
             for inputs, at in heard_at_once(loaded.model, moved):
@@ -326,20 +366,15 @@ class Ctc(Speech):
         return "an empty transcript", [""] * len(prompts)
 
 
-def spoken_example(
-    samples: Waveform, text: str, target: list[int], learned: list[int], counted: int, cost: int
-) -> Example:
-    """Return the example of a recording with its transcript."""
-    return Example(
-        [],
-        [],
-        len(text.encode()),
-        target_ids=target,
-        target_spans=learned,
-        audio=samples,  # type: ignore[arg-type]  # an array works like a list
-        counted=counted,
-        cost=cost,
-    )
+def letters_example(samples: Waveform, text: str, letters: list[int], frames: int) -> LettersExample:
+    """Return the example of a recording with the letters of its transcript."""
+    sound: Any = samples  # an array works like a list
+    return LettersExample([], [], len(text.encode()), counted=len(letters), cost=frames, letters=letters, audio=sound)
+
+
+def heard(audio: Samples) -> Segment:
+    """Return the length of a recording, for display."""
+    return Segment(f"[{len(audio):,} samples]\n", False)
 
 
 def without_marks(text: str, processor: PreTrainedTokenizerBase) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -32,21 +33,18 @@ from llmtune.evaluate.text_metrics import TEXT_MEASURES
 from llmtune.evaluate.token_batches import GENERATION_BUDGET, budget_for, run_in_batches
 from llmtune.model.causal_lm_loss import accepted_arguments, decoder_inputs, model_inputs, token_losses, unwrap
 from llmtune.model.memory_plan import context_length
-from llmtune.recipe.model_kind import SEQ2SEQ
+from llmtune.recipe.model_kind import CAUSAL, SEQ2SEQ
 from llmtune.recipe.schema import Recipe
 from llmtune.records import Batch, Loss, Row
-from llmtune.tasks.base import DecoderTask, RowT, Task
+from llmtune.tasks.base import RowT, Task
 
 PROMPT_CUTS = 6
 """How often a prompt is cut: a cut text may take one token more than counted."""
 
 
-class TextToText(Task[RowT, str]):
-    """A task that answers a text with a text."""
-
-    def compute_metric(self, metric: str, found: EvalPrediction[str], recipe: Recipe) -> Measure | None:
-        """Measure generated texts; token metrics are computed elsewhere."""
-        return TEXT_MEASURES[metric](found.predictions, found.references) if metric in TEXT_MEASURES else None
+def measure_texts(metric: str, found: EvalPrediction[str]) -> Measure | None:
+    """Measure generated texts; token metrics are computed elsewhere."""
+    return TEXT_MEASURES[metric](found.predictions, found.references) if metric in TEXT_MEASURES else None
 
 
 def fill_template(template: str, **fields: str | None) -> str:
@@ -58,10 +56,26 @@ def fill_template(template: str, **fields: str | None) -> str:
 # Encoder-decoders
 
 
-class EncoderDecoder(TextToText[RowT]):
+@dataclass(frozen=True)
+class TargetExample(Example):
+    """The input of an encoder, and what its decoder writes."""
+
+    target_ids: Sequence[int] = ()
+    """The decoder's output."""
+    target_spans: Sequence[int] = ()
+    """Supervised ranges of `target_ids`, as in `spans`."""
+
+    @property
+    def sequences(self) -> list[tuple[Sequence[int], Sequence[int]]]:
+        """Input and output."""
+        return [*super().sequences, (self.target_ids, self.target_spans)]
+
+
+class EncoderDecoder(Task[RowT, str]):
     """The encoder-decoder's version: the encoder reads the source, the decoder writes the target."""
 
     model_kind = SEQ2SEQ
+    example_type = TargetExample
 
     def supports(self, config: PretrainedConfig) -> bool:
         """Whether the model has both parts: some models of this class are decoder-only."""
@@ -81,7 +95,7 @@ class EncoderDecoder(TextToText[RowT]):
         longest = max(len(source), len(target))
         if longest > recipe.data.max_length:
             return too_long(longest, recipe.data.max_length)
-        example = Example(
+        example = TargetExample(
             source,
             [],
             len(pair.target.encode()),
@@ -94,7 +108,12 @@ class EncoderDecoder(TextToText[RowT]):
         return [example]
 
     def collate(
-        self, examples: Sequence[Example], processor: PreTrainedTokenizerBase, recipe: Recipe, packs: bool, draw: int
+        self,
+        examples: Sequence[TargetExample],
+        processor: PreTrainedTokenizerBase,
+        recipe: Recipe,
+        packs: bool,
+        draw: int,
     ) -> Batch:
         """Pad sources and targets."""
         return pad_texts(examples, processor.pad_token_id) | decoder_targets(examples)
@@ -103,7 +122,9 @@ class EncoderDecoder(TextToText[RowT]):
         """Sum the cross entropy of the supervised target tokens."""
         return encoder_decoder_loss(model, batch, by_row)
 
-    def highlighted_text(self, example: Example, processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[Segment]:
+    def highlighted_text(
+        self, example: TargetExample, processor: PreTrainedTokenizerBase, recipe: Recipe
+    ) -> list[Segment]:
         """Show the source, and the supervised part of the target."""
         read = decode_shortened(example.input_ids, processor)
         return [Segment(f"{read}\n", False), *highlight(example.target_ids, example.target_spans, processor)]
@@ -164,7 +185,7 @@ def _cut_end(ids: list[int], limit: int | None) -> list[int]:
     return ids if limit is None or len(ids) <= limit else [*ids[: limit - 1], ids[-1]]
 
 
-def decoder_targets(examples: Sequence[Example]) -> Batch:
+def decoder_targets(examples: Sequence[TargetExample]) -> Batch:
     """Return `labels` [B, T], and predict_S, targets_S and rows_S of the supervised tokens.
 
     The target at a position is predicted from the same position: the decoder's input is shifted right.
@@ -219,8 +240,10 @@ def check_decoder_start(model: PreTrainedModel, processor: PreTrainedTokenizerBa
 # Prompted decoders
 
 
-class PromptedDecoder(TextToText[RowT], DecoderTask[RowT]):
+class PromptedDecoder(Task[RowT, str]):
     """The decoder's version: it answers a prompt, in its chat template if it has one."""
+
+    model_kind = CAUSAL
 
     def encode(self, rows: Sequence[RowT], processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[Encoded]:
         """Return one example per row: the prompt, and the target as the model's answer."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
@@ -20,7 +21,7 @@ from llmtune.data.task_rows import TokenClassifyRow, find_words
 from llmtune.data.tokenization import Segment, decode_shortened
 from llmtune.errors import DataError
 from llmtune.evaluate.classification_metrics import ENTITY_METRICS, entities_of, entity_table, measure_entities
-from llmtune.evaluate.evaluated_task import EvalPrediction, LoadedModel, SimplePredictions
+from llmtune.evaluate.evaluated_task import EvalPrediction, LearnedClasses, LoadedModel, SimplePredictions
 from llmtune.evaluate.metric import Measure
 from llmtune.evaluate.token_batches import run_encoder
 from llmtune.model.causal_lm_loss import model_inputs, token_losses, unwrap
@@ -35,6 +36,14 @@ from llmtune.tasks.base import Endpoint, Task
 from llmtune.tasks.class_labels import UNKNOWN_LABEL
 
 
+@dataclass(frozen=True)
+class TagExample(Example):
+    """A text with its tags."""
+
+    tag_ids: Sequence[int] = ()
+    """The tag of each token; `IGNORED` if not predicted."""
+
+
 class TokenClassify(Task[TokenClassifyRow, list[str]]):
     """An encoder that tags each word."""
 
@@ -44,6 +53,7 @@ class TokenClassify(Task[TokenClassifyRow, list[str]]):
         "a tag for each of `words`, in IOB2: `B-` begins an entity, `I-` continues it, `O` is outside",
     )
     model_kind = TOKENS
+    example_type = TagExample
     loss_unit = "words"
 
     def supports(self, config: PretrainedConfig) -> bool:
@@ -119,11 +129,15 @@ class TokenClassify(Task[TokenClassifyRow, list[str]]):
                 targets = [IGNORED] * len(ids)
                 for first, tag in zip(firsts, row["tags"], strict=True):
                     targets[first or 0] = numbers[tag]
-                encoded.append([Example(ids, [], 0, tag_ids=targets, counted=len(firsts))])
+                encoded.append([TagExample(ids, [], 0, tag_ids=targets, counted=len(firsts))])
         return encoded
 
+    def learned_classes(self, example: TagExample) -> LearnedClasses:
+        """Return the tag of each word's first token."""
+        return [(place, [int(tag)]) for place, tag in enumerate(example.tag_ids) if tag != IGNORED]
+
     def collate(
-        self, examples: Sequence[Example], processor: PreTrainedTokenizerBase, recipe: Recipe, packs: bool, draw: int
+        self, examples: Sequence[TagExample], processor: PreTrainedTokenizerBase, recipe: Recipe, packs: bool, draw: int
     ) -> Batch:
         """Add the positions of predicted tags; a word's other tokens are ignored."""
         batch, starts = encoder_batch(examples, processor.pad_token_id, packs)
@@ -141,7 +155,9 @@ class TokenClassify(Task[TokenClassifyRow, list[str]]):
         logits_BTK = model(**model_inputs(model, batch)).logits
         return token_losses(logits_BTK.flatten(0, 1)[batch["predict_S"]], batch, by_row)
 
-    def highlighted_text(self, example: Example, processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[Segment]:
+    def highlighted_text(
+        self, example: TagExample, processor: PreTrainedTokenizerBase, recipe: Recipe
+    ) -> list[Segment]:
         """Show a text with its entity tags; tags outside entities are supervised too, but not shown."""
         names = tag_names(labels_of(recipe))
         pieces: list[Segment] = []

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -19,8 +20,11 @@ from llmtune.model.causal_lm_loss import move_to
 from llmtune.model.device import fits_in_memory, release_memory
 from llmtune.records import Batch, Loss
 from llmtune.train.batch_plan import Indexes, divide, micro_batches
-from llmtune.train.distributed import any_process, gather_lists, sum_over_processes
+from llmtune.train.distributed import any_process, sum_over_processes
+from llmtune.train.objective import StepRows
 from llmtune.train.setup import TrainContext
+
+T = TypeVar("T")
 
 
 class MicroBatchTooLarge(Exception):
@@ -56,21 +60,52 @@ class StepLoss:
         return math.isfinite(self.mean) and math.isfinite(self.grad_norm)
 
 
+class ValidationStopped(Exception):
+    """A validation ended because training stops; all processes raise this together."""
+
+
 @dataclass(frozen=True)
-class StepFeatures:
-    """The loss of a step, and its gradient in the features of each row."""
+class MicroBatches(StepRows):
+    """The rows of a step, or all validation rows, with this process's micro-batches."""
 
-    loss: Loss
-    gradients: dict[int, torch.Tensor]
-    """By training example."""
+    training: TrainContext
+    groups: list[Indexes]
+    """Rows of each micro-batch of this process."""
+    real: int
+    """How many of the groups count. Others have weight zero: every process needs one, and under sharding all run the
+    same number."""
+    most: int
+    """The largest number of groups of a process."""
+    stop: Callable[[], bool] | None = None
+    """Asked after each micro-batch whether to raise ValidationStopped, in all processes together."""
 
-    def loss_of(self, rows: Indexes) -> Loss:
-        """Return the share of some rows in the loss."""
-        places = {row: at for at, row in enumerate(self.gradients)}
-        own = [places[int(row)] for row in rows]
-        if self.loss.row_sums is None:
-            return Loss(self.loss.sum * len(own) / len(places), len(own))
-        return Loss(self.loss.row_sums[own].sum(), len(own), row_sums=self.loss.row_sums[own])
+    @property
+    def divided(self) -> bool:
+        """Whether the rows are in several micro-batches or processes."""
+        return len(self.groups) > 1 or self.accelerator.num_processes > 1
+
+    def run(self, work: Callable[[torch.nn.Module, Batch, Indexes], T]) -> list[T]:
+        """Do `work` on each micro-batch, without gradients; return the results that count."""
+        training, results, fits = self.training, list[T](), True
+
+        def attempt(rows: Indexes) -> None:
+            batch = make_batch(training, self.reader, rows, self.number)
+            with torch.no_grad(), training.compute():
+                results.append(work(training.adapted.model, batch, rows))
+
+        for index in range(self.most):
+            if self.number:
+                seed_micro_batch(training, self.number, index)
+            if index < len(self.groups):
+                fits = fits and try_memory(training, partial(attempt, self.groups[index]))
+            if self.stop is not None or index == self.most - 1:
+                stops = self.stop is not None and self.stop()
+                stopped, failed = sum_over_processes(self.accelerator, [float(stops), float(not fits)])
+                if failed:
+                    raise MicroBatchTooLarge
+                if stopped:
+                    raise ValidationStopped
+        return results[: self.real]
 
 
 def step_gradients(training: TrainContext, step: int, budget: int, loss_scale: float) -> StepLoss:
@@ -87,18 +122,15 @@ def step_gradients(training: TrainContext, step: int, budget: int, loss_scale: f
     rows = training.plan.rows(step)
     expected = max(1, int(training.examples.supervised[rows].sum()))
     scale = loss_scale * accelerator.num_processes / expected
-    groups, real = _own_groups(training, rows, budget)
+    batches = cut_rows(training, training.examples, rows, budget, step)
+    groups, real = batches.groups, batches.real
     losses: list[Loss] = []
-    totals = _sum_step_statistics(training, training.examples, groups, real, step)
-    divided = len(groups) > 1 or accelerator.num_processes > 1
-    caches = training.task.has_step_loss and divided
-    cached = _cache_gradients(training, rows, groups, real, step) if caches else None
+    training.objective.prepare(batches)
 
     def attempt(index: int) -> bool:
         seed_micro_batch(training, step, index)
         weight = scale if index < real else 0.0
-        work = partial(_backward_pass, training, groups[index], weight, step, totals, cached)
-        return try_memory(training, lambda: losses.append(work()))
+        return try_memory(training, lambda: losses.append(_backward_pass(training, groups[index], weight, step)))
 
     fits = True
     with accelerator.no_sync(training.model):
@@ -151,35 +183,16 @@ def validation_loss(training: TrainContext, budget: int, stop: Callable[[], bool
     Raises:
         MicroBatchTooLarge: memory ran out.
     """
-    accelerator, reader = training.accelerator, training.validation
+    reader = training.validation
     assert reader is not None, "there are validation examples"
-    shares = divide(np.arange(len(reader)), reader.lengths, accelerator.num_processes)
-    cut = [micro_batches(share, reader.lengths, budget, training.packed, training.pass_tokens) for share in shares]
-    own, turns = cut[accelerator.process_index], max(len(groups) for groups in cut)
-    sums: list[tuple[float, int]] = []
-    features: dict[int, torch.Tensor] = {}
-    groups = _with_idle(training, own, turns, np.asarray([int(reader.lengths.argmin())]))
-    totals = _sum_step_statistics(training, reader, groups, len(own), 0)
     training.model.eval()
     try:
-        for turn in range(turns):
-            fits = True
-            if turn < len(groups):
-                work = partial(_validate_batch, training, groups[turn], turn < len(own), sums, totals)
-                if training.task.has_step_loss:
-                    work = partial(_add_features, training, reader, groups[turn], features, 0)
-                fits = try_memory(training, work)
-            stopped, failed = sum_over_processes(accelerator, [float(stop()), float(not fits)])
-            if failed:
-                raise MicroBatchTooLarge
-            if stopped:
-                return None
+        blocks = cut_rows(training, reader, np.arange(len(reader)), budget, 0)
+        return training.objective.validate(replace(blocks, stop=stop))
+    except ValidationStopped:
+        return None
     finally:
         training.model.train()
-    if training.task.has_step_loss:
-        return _loss_of_blocks(training, reader, features)
-    total, count = sum_over_processes(accelerator, [sum(value for value, _ in sums), sum(count for _, count in sums)])
-    return total / max(1, count)
 
 
 def try_memory(training: TrainContext, work: Callable[[], object]) -> bool:
@@ -209,15 +222,6 @@ def make_batch(training: TrainContext, reader: ExampleReader, rows: Indexes, dra
     return move_to(training.device, training.collate([reader[int(row)] for row in rows], draw))
 
 
-def make_whole_batch(training: TrainContext, reader: ExampleReader, rows: Indexes) -> Batch:
-    """Make a batch that counts as a complete step, without the other processes."""
-    batch = make_batch(training, reader, rows)
-    if training.task.has_step_statistics:
-        with torch.no_grad(), training.compute():
-            batch["totals"] = training.task.step_statistics(training.adapted.model, batch)
-    return batch
-
-
 def find_guilty_rows(training: TrainContext, suspects: Sequence[int]) -> list[int]:
     """Return the `suspects` whose own loss, in evaluation mode, is not finite; all of them if none is found.
 
@@ -227,164 +231,31 @@ def find_guilty_rows(training: TrainContext, suspects: Sequence[int]) -> list[in
     training.model.eval()
     with torch.no_grad(), training.compute():
         for row in suspects:
-            batch = make_whole_batch(training, training.examples, np.asarray([row]))
-            if not math.isfinite(float(training.task.loss(training.adapted.model, batch, False).sum)):
+            batch = make_batch(training, training.examples, np.asarray([row]))
+            if not math.isfinite(float(training.objective.complete_loss(training.adapted.model, batch).sum)):
                 guilty.append(row)
     training.model.train()
     return guilty or [*suspects]
 
 
-def _own_groups(training: TrainContext, rows: Indexes, budget: int) -> tuple[list[Indexes], int]:
-    """Return this process's micro-batches of a step, and how many of them count.
-
-    The rest have weight zero: every process synchronises once, and under sharding all run the same number.
-    """
-    lengths = training.examples.lengths
-    shares = divide(rows, lengths, training.accelerator.num_processes)
+def cut_rows(training: TrainContext, reader: ExampleReader, rows: Indexes, budget: int, number: int) -> MicroBatches:
+    """Divide rows over the processes, and cut this one's share into micro-batches within the token budget."""
+    accelerator, lengths = training.accelerator, reader.lengths
+    shares = divide(rows, lengths, accelerator.num_processes)
     cut = [micro_batches(share, lengths, budget, training.packed, training.pass_tokens) for share in shares]
-    own = cut[training.accelerator.process_index]
-    idle = rows[[int(lengths[rows].argmin())]]
-    return _with_idle(training, own or [idle], max(len(groups) for groups in cut), idle), len(own)
+    groups, most = cut[accelerator.process_index], max(map(len, cut))
+    idle = [rows[[int(lengths[rows].argmin())]]]
+    padded = groups + idle * ((most if training.sharded else 1) - len(groups))
+    size = training.recipe.train.batch_size
+    return MicroBatches(number, rows, reader, accelerator, size, training, padded, len(groups), most)
 
 
-def _with_idle(training: TrainContext, own: list[Indexes], count: int, idle: Indexes) -> list[Indexes]:
-    """Pad this process's micro-batches to `count` if the model is sharded: each pass needs all processes."""
-    return own + [idle] * (count - len(own)) if training.sharded else own
-
-
-def _sum_step_statistics(
-    training: TrainContext, reader: ExampleReader, groups: Sequence[Indexes], real: int, draw: int
-) -> list[float] | None:
-    """Sum the step statistics that the loss needs over the micro-batches of all processes; None if it needs none.
-
-    All groups run, as a sharded model needs, but only the first `real` count. Raises MicroBatchTooLarge if memory ran
-    out.
-    """
-    if not training.task.has_step_statistics:
-        return None
-    found: list[list[float]] = []
-
-    def look(group: Indexes) -> None:
-        batch = make_batch(training, reader, group, draw)
-        with torch.no_grad(), training.compute():
-            found.append(training.task.step_statistics(training.adapted.model, batch))
-
-    mode = training.model.training
-    training.model.eval()
-    try:
-        fits = all(try_memory(training, partial(look, group)) for group in groups)
-    finally:
-        training.model.train(mode)
-    if any_process(training.accelerator, not fits):
-        raise MicroBatchTooLarge
-    del found[real:]
-    width, having = sum_over_processes(training.accelerator, [float(len(found[0])), 1.0] if found else [0.0, 0.0])
-    nothing = [0.0] * round(width / max(1.0, having))  # of a process without micro-batches
-    sums = [sum(values) for values in zip(*found, strict=True)] if found else nothing
-    return sum_over_processes(training.accelerator, sums)
-
-
-def _cache_gradients(
-    training: TrainContext, rows: Indexes, groups: Sequence[Indexes], real: int, step: int
-) -> StepFeatures:
-    """Compute the features of all rows of a step without a graph, and the gradient of the loss in them.
-
-    The backward passes then send it into the model, one micro-batch at a time, so the loss compares all rows of a step
-    in the memory of one micro-batch: Gao et al., "Scaling Deep Contrastive Learning Batch Size under Memory Limited
-    Setup", 2021. Seeds are those of the backward passes, for the same dropout.
-
-    Raises:
-        MicroBatchTooLarge: memory ran out in a pass, in all processes together. With a sharded model only one process
-            raises, in the middle of a layer; it then ends, and with it the launch.
-        TrainingError: memory ran out in the loss.
-    """
-    found: dict[int, torch.Tensor] = {}
-    fits = True
-    for index, group in enumerate(groups):
-        seed_micro_batch(training, step, index)
-        kept = found if index < real else {}
-        fits = fits and try_memory(training, partial(_add_features, training, training.examples, group, kept, step))
-    if any_process(training.accelerator, not fits):
-        raise MicroBatchTooLarge
-    found = _gather_features(training, found)
-    leaves = [found[int(row)].requires_grad_() for row in rows]
-    compared: list[tuple[Loss, tuple[torch.Tensor, ...]]] = []
-
-    def compare() -> None:
-        loss = training.task.step_loss(leaves, [training.examples[int(row)] for row in rows], training.recipe)
-        compared.append((loss, torch.autograd.grad(loss.sum, leaves)))
-
-    if not fits_in_memory(compare):  # smaller micro-batches would not help
-        what = f"out of memory in the loss of step {step}, which compares all of its {len(rows):,} rows"
-        raise TrainingError.of(what, "train.batch_size", "Lower it, or give rows fewer negatives.")
-    ((loss, gradients),) = compared
-    sums = None if loss.row_sums is None else loss.row_sums.detach()
-    return StepFeatures(
-        Loss(loss.sum.detach(), loss.count, row_sums=sums), dict(zip(rows.tolist(), gradients, strict=True))
-    )
-
-
-@torch.no_grad()
-def _add_features(
-    training: TrainContext, reader: ExampleReader, rows: Indexes, found: dict[int, torch.Tensor], draw: int
-) -> None:
-    batch = make_batch(training, reader, rows, draw)
+def _backward_pass(training: TrainContext, rows: Indexes, weight: float, step: int) -> Loss:
+    batch = make_batch(training, training.examples, rows, step)
     with training.compute():
-        found.update(zip(rows.tolist(), training.task.features(training.adapted.model, batch), strict=True))
-
-
-def _gather_features(training: TrainContext, own: dict[int, torch.Tensor]) -> dict[int, torch.Tensor]:
-    """Return the features of all processes."""
-    if training.accelerator.num_processes == 1:
-        return own
-    pairs = gather_lists(training.accelerator, [(row, one.cpu()) for row, one in own.items()])
-    return {row: one.to(training.device) for row, one in pairs}
-
-
-def _loss_of_blocks(training: TrainContext, reader: ExampleReader, own: dict[int, torch.Tensor]) -> float:
-    """Return the mean loss over blocks of `train.batch_size` examples in order, as if each were a step."""
-    found, size = _gather_features(training, own), training.recipe.train.batch_size
-    training.spread.update(training.task.feature_metrics([found[row] for row in range(len(reader))]))
-    blocks = [range(start, min(start + size, len(reader))) for start in range(0, len(reader), size)]
-    losses = [
-        training.task.step_loss([found[row] for row in block], [reader[row] for row in block], training.recipe)
-        for block in blocks
-    ]
-    return sum(float(loss.sum) for loss in losses) / sum(loss.count for loss in losses)
-
-
-def _backward_pass(
-    training: TrainContext,
-    rows: Indexes,
-    weight: float,
-    step: int,
-    totals: list[float] | None,
-    cached: StepFeatures | None,
-) -> Loss:
-    batch = make_batch(training, training.examples, rows, step) | ({} if totals is None else {"totals": totals})
-    if cached is not None:
-        with training.compute():
-            features = training.task.features(training.model, batch)
-        pairs = zip(rows.tolist(), features, strict=True)
-        products = [(one * cached.gradients[row]).sum() for row, one in pairs]
-        training.accelerator.backward(torch.stack(products).sum() * weight)
-        return cached.loss_of(rows)
-    with training.compute():
-        loss = training.task.loss(training.model, batch, False)
+        loss = training.objective.loss(training.model, batch, rows)
     training.accelerator.backward(loss.sum * weight)
     return Loss(loss.sum.detach(), loss.count, row_sums=loss.row_sums)
-
-
-def _validate_batch(
-    training: TrainContext, rows: Indexes, real: bool, sums: list[tuple[float, int]], totals: list[float] | None
-) -> None:
-    """Add the loss's sum and count to `sums` if `real`."""
-    assert training.validation is not None
-    batch = make_batch(training, training.validation, rows) | ({} if totals is None else {"totals": totals})
-    with torch.no_grad(), training.compute():
-        loss = training.task.loss(training.model, batch, False)
-    if real:
-        sums.append((float(loss.sum), loss.count))
 
 
 def _finish_gradients(training: TrainContext, factor: float) -> float:

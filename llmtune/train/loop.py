@@ -6,7 +6,6 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from statistics import fmean
 
@@ -14,7 +13,6 @@ import torch
 from rich.console import Console
 
 from llmtune.adapter.saving import save_adapter, stored_dtype
-from llmtune.data.task_interface import TaskInterface
 from llmtune.errors import Problem, Stopped, TrainingError
 from llmtune.model.device import fits_in_memory
 from llmtune.recipe.schema import Recipe
@@ -30,7 +28,7 @@ from llmtune.train.checkpoint import (
     read_checkpoint,
     remove_put_aside,
     rotate,
-    write_folder,
+    staged_on_disk,
 )
 from llmtune.train.distributed import run_on_main, sum_over_processes
 from llmtune.train.divergence import (
@@ -50,6 +48,7 @@ from llmtune.train.metrics_log import (
     show_training,
     tracker_names,
 )
+from llmtune.train.objective import TrainedTask
 from llmtune.train.optimizer import averaged_weights, set_mode
 from llmtune.train.preflight import restore_checkpoint, restore_weights, resume, run_preflight, save, shrink_budget
 from llmtune.train.row_losses import add_step, save_row_losses
@@ -85,7 +84,7 @@ class Run:
 def train(
     adapted: AdaptedModel,
     examples: Examples,
-    task: TaskInterface,
+    task: TrainedTask,
     recipe: Recipe,
     folder: Path,
     console: Console,
@@ -138,10 +137,10 @@ def train(
 
 
 def _run_steps(run: Run) -> None:
-    state, total = run.state, run.training.plan.total_steps
-    if state.step == 0 and run.training.task.has_step_loss and run.training.validation is not None:
+    state, total, objective = run.state, run.training.plan.total_steps, run.training.objective
+    if state.step == 0 and objective.measures_start and run.training.validation is not None:
         _validate(run)  # how far apart vectors are before training
-        state.first_spread = {**run.training.spread}
+        state.first_spread = {**objective.metrics}
     run.training.model.train()
     _stop_if_asked(run)
     while True:
@@ -339,15 +338,16 @@ def _finish(run: Run) -> Path:
     folder = training.folder / ("weights" if full else "adapter")
     dtype = stored_dtype(training.adapted.selected) if full else None
     whole = whole_state(training.adapted.model, trained_only=not full, dtype=dtype)
-    run_on_main(training.accelerator, lambda: write_folder(folder, partial(_save, training, whole=whole)))
+    run_on_main(training.accelerator, lambda: _save(training, folder, whole))
     run_on_main(training.accelerator, lambda: save_row_losses(training.row_losses, training.examples, training.folder))
     run_on_main(training.accelerator, lambda: remove_put_aside(training.checkpoints, run.console))
     return folder
 
 
 def _save(training: TrainContext, folder: Path, whole: dict[str, torch.Tensor] | None) -> None:
-    save_adapter(training.adapted, folder, whole)
-    training.task.save_files(folder, training.adapted.selected.model.config, training.recipe)
+    with staged_on_disk(folder) as target:
+        save_adapter(training.adapted, target, whole)
+        training.task.save_files(target, training.adapted.selected.model.config, training.recipe)
 
 
 def _summary(run: Run, adapter: Path, resumed: int | None) -> TrainedRun:

@@ -20,8 +20,9 @@ from llmtune.errors import EnvironmentProblem, LlmtuneError, TrainingError
 from llmtune.model.chunked_cross_entropy import takes_head_loss
 from llmtune.model.device import device_memory, release_memory
 from llmtune.model.prefix_packing import whole_documents
+from llmtune.store.atomic_files import remove_unfinished
 from llmtune.store.json_shapes import METRICS
-from llmtune.train.accumulation import MicroBatchTooLarge, make_whole_batch, seed_micro_batch, try_memory
+from llmtune.train.accumulation import MicroBatchTooLarge, make_batch, seed_micro_batch, try_memory
 from llmtune.train.batch_plan import Indexes, heaviest
 from llmtune.train.checkpoint import (
     SHARDS,
@@ -31,7 +32,6 @@ from llmtune.train.checkpoint import (
     named_trainable,
     newest_checkpoint,
     read_checkpoint,
-    remove_unfinished,
     trainable_weights,
     write_checkpoint,
 )
@@ -78,7 +78,7 @@ def _try_heaviest_work(
 ) -> float:
     """Return the seconds per token."""
     before, after = training.checkpoints / ".tmp-before", training.checkpoints / ".tmp-after"
-    with _random_states():
+    with _preflight_states():
         save(training, state, before)
         try:
             while (pace := _rehearse(training, state, before, after)) is None:
@@ -150,9 +150,9 @@ def _fits(training: TrainContext, budget: int) -> float | None:
         assert held_out is not None
         supervised = held_out.lengths if chunked else held_out.supervised
         for rows in heaviest(held_out.lengths, supervised, budget, training.packed, len(held_out)):
-            batch = make_whole_batch(training, held_out, rows)
+            batch = make_batch(training, held_out, rows)
             with torch.no_grad(), training.compute():
-                training.task.loss(training.model, batch, False)
+                training.objective.complete_loss(training.model, batch)
 
     supervised = reader.lengths if chunked else reader.supervised
     batches = list(heaviest(reader.lengths, supervised, budget, training.packed, most))
@@ -169,9 +169,9 @@ def _fits(training: TrainContext, budget: int) -> float | None:
 
 
 def _train_on(training: TrainContext, rows: Indexes) -> None:
-    batch = make_whole_batch(training, training.examples, rows)
+    batch = make_batch(training, training.examples, rows)
     with training.compute():
-        loss = training.task.loss(training.model, batch, False)
+        loss = training.objective.complete_loss(training.model, batch)
     training.accelerator.backward(loss.sum / max(1, loss.count))
 
 
@@ -288,7 +288,7 @@ def _discard(*folders: Path) -> None:
 
 
 @contextmanager
-def _random_states() -> Iterator[None]:
+def _preflight_states() -> Iterator[None]:
     """Restore all random number generators after the block."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +24,6 @@ from transformers.integrations.neftune import activate_neftune
 from llmtune import __version__
 from llmtune.data.example import Collate
 from llmtune.data.examples import ExampleReader
-from llmtune.data.task_interface import TaskInterface
 from llmtune.errors import EnvironmentProblem, Problem, RecipeError
 from llmtune.model.causal_lm_loss import DFT
 from llmtune.model.device import compute_context, pick_device, resolve_dtype
@@ -34,6 +33,7 @@ from llmtune.store.machine import resident_peak_bytes
 from llmtune.train.batch_plan import PASS_TOKENS, StepPlan
 from llmtune.train.distributed import SILENCE_SECONDS
 from llmtune.train.metrics_log import start_trackers, tracker_folder
+from llmtune.train.objective import StepObjective, TrainedTask
 from llmtune.train.optimizer import build_optimizer, build_schedule, updates_elementwise
 from llmtune.train.sharding import shard_model
 from llmtune.train.whole_updates import WholeUpdates
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrainContext:
-    """The parts of one training. Only the model, `row_losses` and `spread` change, in place."""
+    """The parts of one training. Only the model, `row_losses` and the objective's state change, in place."""
 
     adapted: AdaptedModel
     accelerator: Accelerator
@@ -54,7 +54,8 @@ class TrainContext:
     """The trainable ones."""
     optimizer: AcceleratedOptimizer
     schedule: LRScheduler
-    task: TaskInterface
+    task: TrainedTask
+    objective: StepObjective
     recipe: Recipe
     plan: StepPlan
     examples: ExampleReader
@@ -68,8 +69,6 @@ class TrainContext:
     """Loss of each training example so far (`llmtune.train.row_losses.LossTable`)."""
     sharded: bool
     """Whether the model is sharded over the processes (FSDP2): each pass then needs all of them."""
-    spread: dict[str, float] = field(default_factory=dict)
-    """The task's metrics of the features in the last validation."""
 
     @property
     def checkpoints(self) -> Path:
@@ -143,7 +142,7 @@ def _settings(recipe: Recipe) -> dict[str, str | int | float | bool]:
 def set_up(
     adapted: AdaptedModel,
     examples: Examples,
-    task: TaskInterface,
+    task: TrainedTask,
     recipe: Recipe,
     folder: Path,
     console: Console,
@@ -154,8 +153,9 @@ def set_up(
 
     Raises RecipeError or EnvironmentProblem for an invalid optimiser, schedule, tracker or `batch_tokens`.
     """
-    train, reader = recipe.train, ExampleReader(examples, "train")
-    held_out = ExampleReader(examples, "validation") if examples.counts.get("validation") else None
+    train, reader = recipe.train, ExampleReader(examples, "train", task.example_type)
+    validates = examples.counts.get("validation")
+    held_out = ExampleReader(examples, "validation", task.example_type) if validates else None
     plan = StepPlan(
         reader.lengths, recipe.seed, train.batch_size, train.batch_tokens, train.num_train_epochs, train.max_steps
     )
@@ -188,6 +188,7 @@ def set_up(
         optimizer=optimizer,
         schedule=build_schedule(optimizer.optimizer, recipe, plan.total_steps),
         task=task,
+        objective=task.objective(recipe),
         recipe=recipe,
         plan=plan,
         examples=reader,
@@ -201,7 +202,7 @@ def set_up(
     )
 
 
-def _mark_loss(adapted: AdaptedModel, task: TaskInterface, recipe: Recipe) -> None:
+def _mark_loss(adapted: AdaptedModel, task: TrainedTask, recipe: Recipe) -> None:
     """Set up the model, in place, for the loss and the embedding noise that the recipe asks for.
 
     Raises RecipeError if this kind of model does not support the loss.

@@ -10,7 +10,6 @@ from rich.console import Console
 from llmtune.data.row_store import load_rows, rows_folder
 from llmtune.errors import DataError
 from llmtune.evaluate.eval_inputs import EvalContext, make_inputs
-from llmtune.evaluate.evaluated_task import EvaluatedTask
 from llmtune.evaluate.inference import Answers, compute_metrics, predict
 from llmtune.evaluate.metric_info import better_side
 from llmtune.recipe.evaluate_section import EvaluateSection
@@ -36,8 +35,7 @@ def metrics_of_validation(training: TrainContext, examples: Examples) -> Callabl
     recipe, task = training.recipe, training.task
     metrics = recipe.train.eval_metrics
     if not metrics or training.validation is None:
-        return lambda: {**training.spread}
-    assert isinstance(task, EvaluatedTask), "every task that a recipe names is evaluated"
+        return lambda: {**training.objective.metrics}
     asked = EvaluateSection(metrics=metrics, choices=recipe.evaluate.choices, samples=0)
     recipe = recipe.model_copy(update={"evaluate": asked})
     processor, rows = training.adapted.selected.processor, load_rows(rows_folder(training.folder))
@@ -56,7 +54,7 @@ def metrics_of_validation(training: TrainContext, examples: Examples) -> Callabl
         finally:
             training.model.train()
         measured = compute_metrics(context, answers, Answers(None, {}, {}))  # no comparison with a base
-        return training.spread | {name: one.value for name, one in measured.items() if name in metrics}
+        return training.objective.metrics | {name: one.value for name, one in measured.items() if name in metrics}
 
     return score
 
@@ -76,7 +74,7 @@ def record_validation(training: TrainContext, state: TrainState, loss: float, sc
     if patience is not None and state.stale_validations >= patience and more:
         best = "none" if state.best_metric is None else f"{state.best_metric:.4f} (step {state.best_step})"
         state.stopped_early = f"{name} did not improve in {patience} validations; best {best}"
-    collapse, stops = find_collapse(state.first_spread, training.spread)
+    collapse, stops = find_collapse(state.first_spread, training.objective.metrics)
     if collapse:
         state.collapse = f"After step {state.step}, {collapse}"
         console.print(f"{state.collapse} Lower train.learning_rate.", style="yellow", highlight=False)

@@ -49,7 +49,7 @@ def test_examples_of_another_version_are_refused_and_recreated(chat_rows, tmp_pa
     _, examples = encode_file(chat_rows, tmp_path, console)
     with pa.OSFile(str(examples.files["train"]), "rb") as source:
         table = pa.ipc.open_file(source).read_all()
-    names = ["third_ids" if name == "other_ids" else name for name in table.column_names]
+    names = ["other_ids" if name == "token_type_ids" else name for name in table.column_names]
     with pa.OSFile(str(examples.files["train"]), "wb") as sink:
         renamed = table.rename_columns(names)
         with pa.ipc.new_file(sink, renamed.schema) as file:

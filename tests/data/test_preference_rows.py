@@ -179,14 +179,14 @@ def test_both_answers_follow_the_generation_prompt(template, tmp_path):
     ((example,),) = PREFERENCE.encode([PAIR], tokenizer, recipe)
     prompt = PREFERENCE.prompt_ids(PAIR, tokenizer, recipe)
     start = len(prompt)
-    assert example.input_ids[:start] == example.other_ids[:start] == prompt
-    assert (example.spans[0], example.other_spans[0]) == (start, start)
+    assert example.input_ids[:start] == example.rejected_ids[:start] == prompt
+    assert (example.spans[0], example.rejected_spans[0]) == (start, start)
     end = tokenizer.eos_token
     assert learned(example.input_ids, example.spans, tokenizer) == [f"Red.{end}"]
-    assert learned(example.other_ids, example.other_spans, tokenizer) == [f"Blue.{end}"]
+    assert learned(example.rejected_ids, example.rejected_spans, tokenizer) == [f"Blue.{end}"]
     assert example.supervised == 1
-    assert example.tokens == len(example.input_ids) + len(example.other_ids)
-    assert example.reach == max(len(example.input_ids), len(example.other_ids))
+    assert example.tokens == len(example.input_ids) + len(example.rejected_ids)
+    assert example.reach == max(len(example.input_ids), len(example.rejected_ids))
 
 
 def test_a_conversation_without_a_template_is_plain_text(tmp_path):
@@ -222,13 +222,13 @@ def test_kto_pairs_each_prompt_with_the_next_differing_answer(tmp_path):
     tokenizer, recipe = train_tokenizer(), recipe_of(tmp_path, "kto")
     examples = [example for (example,) in PREFERENCE.encode(THUMBS, tokenizer, recipe)]
     own = [learned(example.input_ids, example.spans, tokenizer) for example in examples]
-    others = [learned(example.other_ids, example.other_spans, tokenizer) for example in examples]
+    others = [learned(example.mismatched_ids, example.mismatched_spans, tokenizer) for example in examples]
     assert own == [["red<|im_end|>"], ["red<|im_end|>"], ["green<|im_end|>"]]
     assert others == [["green<|im_end|>"], ["green<|im_end|>"], ["red<|im_end|>"]]
     assert [list(example.desirable) for example in examples] == [[1], [0], [1]]
     for example in examples:
         start = example.spans[0]
-        assert example.input_ids[:start] == example.other_ids[:start]
+        assert example.input_ids[:start] == example.mismatched_ids[:start]
 
 
 def test_kto_loses_no_row_because_of_another_rows_long_answer(tmp_path):
@@ -237,8 +237,8 @@ def test_kto_loses_no_row_because_of_another_rows_long_answer(tmp_path):
     alone = encode_answers(rows, [row["answer"] for row in rows], tokenizer, recipe)
     (first,), (_,) = PREFERENCE.encode(rows, tokenizer, recipe)
     assert [len(found) for found in alone] == [1, 1]
-    assert len(first.input_ids) < len(first.other_ids) == 45
-    (text,) = learned(first.other_ids, first.other_spans, tokenizer)
+    assert len(first.input_ids) < len(first.mismatched_ids) == 45
+    (text,) = learned(first.mismatched_ids, first.mismatched_spans, tokenizer)
     assert text.startswith("fox fox")
     assert not text.endswith("<|im_end|>")
 

@@ -184,10 +184,10 @@ def test_a_model_that_learned_its_rows_answers_all_of_them_correctly(family):
     model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), tie_word_embeddings=True, **shape))
     examples = [example for encoded in task.encode(LEARNED, tokenizer, recipe) for example in encoded]
     learn_by_heart(model, examples, task, tokenizer.pad_token_id, steps=300)
-    prompts = [task.prompt_ids(task.split_answer(row)[0], tokenizer, recipe) for row in LEARNED]
+    prompts = [task.prompt(task.split_answer(row)[0], tokenizer, recipe) for row in LEARNED]
     outputs = generate_completions(model.eval(), prompts, tokenizer, recipe, device="cpu")
     read = answer_reader(tokenizer, recipe)
-    parsed = [read(output.token_ids, None, prompt) for output, prompt in zip(outputs, prompts, strict=True)]
+    parsed = [read(output.token_ids, None, prompt.ids) for output, prompt in zip(outputs, prompts, strict=True)]
     references = [task.split_answer(row)[1] for row in LEARNED]
     score = TEXT_MEASURES["exact_match"]([answer.text for answer in parsed], references).value
     assert score == 1.0, [tokenizer.decode(output.token_ids) for output in outputs]

@@ -12,6 +12,7 @@ from llmtune.evaluate.generation import (
     generate_completions,
     is_greedy,
 )
+from llmtune.records import Prompt
 
 LONGROPE = {
     "original_max_position_embeddings": 12,
@@ -38,7 +39,7 @@ def settings(bench, **changes):
 
 def test_answers_keep_the_order_of_the_prompts_for_any_batches(tiny_llama, bench, monkeypatch):
     model, tokenizer = load(tiny_llama)
-    prompts = [tokenizer(text).input_ids for text in PROMPTS]
+    prompts = [Prompt(tokenizer(text).input_ids) for text in PROMPTS]
     recipe, advanced = settings(bench, max_new_tokens=5), []
     together = generate_completions(model, prompts, tokenizer, recipe, device="cpu")
     monkeypatch.setattr(generation, "MOST_ROWS", {"cpu": 2})
@@ -60,7 +61,7 @@ def test_generation_stops_at_the_end_tokens_of_tokenizer_and_model(tiny_llama):
 
 def test_generation_settings_of_the_model_repository_are_ignored(tiny_llama, bench):
     model, tokenizer = load(tiny_llama)
-    prompts = [tokenizer(text).input_ids for text in PROMPTS]
+    prompts = [Prompt(tokenizer(text).input_ids) for text in PROMPTS]
     recipe = settings(bench, max_new_tokens=12)
     plain = generate_completions(model, prompts, tokenizer, recipe, device="cpu")
     model.generation_config.repetition_penalty = 5.0
@@ -71,7 +72,7 @@ def test_generation_settings_of_the_model_repository_are_ignored(tiny_llama, ben
 
 def test_sampling_follows_the_recipes_seed_and_restores_torchs_random_state(tiny_llama, bench):
     model, tokenizer = load(tiny_llama)
-    prompts = [tokenizer(text).input_ids for text in PROMPTS]
+    prompts = [Prompt(tokenizer(text).input_ids) for text in PROMPTS]
     recipe = settings(bench, max_new_tokens=12, do_sample=True, temperature=1.5)
     torch.manual_seed(3)
     before = torch.get_rng_state()
@@ -96,11 +97,11 @@ def test_beams_and_penalties_use_transformers_and_plain_greedy_gives_the_same(ti
     model, tokenizer = load(tiny_llama)
     recipe = settings(bench, max_new_tokens=10, **changes)
     assert is_greedy(recipe) is (changes == {})
-    prompts = [tokenizer(text).input_ids for text in PROMPTS]
+    prompts = [Prompt(tokenizer(text).input_ids) for text in PROMPTS]
     options = {"max_new_tokens": 10, "do_sample": False, "pad_token_id": tokenizer.pad_token_id, **changes}
     wanted = []
     for prompt in prompts:
-        ids = torch.tensor([prompt])
+        ids = torch.tensor([prompt.ids])
         options["attention_mask"] = torch.ones_like(ids)
         options["eos_token_id"] = answer_ends(model, tokenizer, recipe)
         ids = model.generate(ids, **options)[0, len(prompt) :].tolist()
@@ -120,7 +121,7 @@ def test_answers_match_those_to_single_prompts_in_models_sensitive_to_padding_or
     family, config, batched, bench, tmp_path, monkeypatch
 ):
     model, tokenizer = load(build_family(tmp_path, family, **config))
-    prompts = [tokenizer(text).input_ids for text in (*PROMPTS, "dog", "The sky is blue red green", "cat bird")]
+    prompts = [Prompt(tokenizer(text).input_ids) for text in (*PROMPTS, "dog", "The sky is blue red green", "cat bird")]
     asked = settings(bench, max_new_tokens=8)
     batches = []
     plain = generation.generate_batch

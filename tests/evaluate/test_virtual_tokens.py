@@ -23,6 +23,7 @@ from llmtune.explain.generation_trace import Sampling, trace_answer
 from llmtune.explain.inputs import ModelInputs
 from llmtune.model.causal_lm_loss import causal_loss, virtual_logits
 from llmtune.model.memory_plan import check_context
+from llmtune.records import Prompt
 from llmtune.tasks.registry import get_task
 
 pytestmark = pytest.mark.filterwarnings(
@@ -195,7 +196,9 @@ def test_plain_peft_gives_the_same_answers_as_the_guide_says(tiny_llama, method,
             out_1T = inner.generate(prompt_1T, attention_mask=mask_1T, cache=prefix, **options)
     else:
         out_1T = model.generate(input_ids=prompt_1T, use_cache=False, **options)
-    (output,) = generate_completions(adapted.model, [PROMPTS[0]], adapted.selected.processor, recipe, device="cpu")
+    (output,) = generate_completions(
+        adapted.model, [Prompt(PROMPTS[0])], adapted.selected.processor, recipe, device="cpu"
+    )
     assert out_1T[0, len(PROMPTS[0]) :].tolist()[: len(output.token_ids)] == output.token_ids
 
 
@@ -212,7 +215,9 @@ def test_virtual_tokens_take_positions_of_the_context(tiny_llama):
 def test_every_token_of_an_answer_is_the_first_choice_of_the_loss(tiny_llama, adapter):
     adapted, recipe = adapt(tiny_llama, **adapter)
     with torch.inference_mode():
-        outputs = generate_completions(adapted.model, PROMPTS, adapted.selected.processor, recipe, device="cpu")
+        outputs = generate_completions(
+            adapted.model, [*map(Prompt, PROMPTS)], adapted.selected.processor, recipe, device="cpu"
+        )
         for prompt, output in zip(PROMPTS, outputs, strict=True):
             end = len(prompt) + len(output.token_ids)
             example = Example([*prompt, *output.token_ids], [len(prompt), end], 1)

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from llmtune.evaluate.generation import FEW_PROMPTS, generate_completions
 from llmtune.model.packed_attention import _agrees_with_sdpa
-from llmtune.records import Loss
+from llmtune.records import Loss, Prompt
 from llmtune.tasks.registry import VARIANTS
 from llmtune.train.accumulation import step_gradients, validation_loss
 
@@ -83,7 +83,9 @@ def test_prompts_are_answered_on_the_device(prompts, tmp_path, clips):
     with fake_cuda(VERDICT | reads) as mode, torch.no_grad():
         adapted.model.eval()
         move(adapted.model, mode)
-        outputs = generate_completions(adapted.model, prompts, adapted.selected.processor, recipe, device="cuda")
+        outputs = generate_completions(
+            adapted.model, [*map(Prompt, prompts)], adapted.selected.processor, recipe, device="cuda"
+        )
     assert [set(output.token_ids) for output in outputs] == [{7}] * len(prompts)
     assert ("write_greedily" in mode.reads) == (len(prompts) > FEW_PROMPTS)
 

@@ -12,10 +12,10 @@ from support.models import build_llama
 from transformers import AutoModelForSequenceClassification
 
 from llmtune.adapter.injection import enable_checkpointing, inject
-from llmtune.data.example import Example
 from llmtune.model.packed_attention import LENGTHS, PACKED, first_tokens, install_packed, means, pool_documents
 from llmtune.model.self_checks import isolates_documents
 from llmtune.recipe.schema import Recipe
+from llmtune.tasks.classify import ClassExample
 
 SECTIONS: dict[str, dict[str, Any]] = {
     "classify": {"classify": {"kind": "single", "labels": ["a", "b", "c"]}},
@@ -151,7 +151,7 @@ def test_recomputed_layers_keep_documents_separate_in_the_backward_pass(tmp_path
     selected = open_model(recipe)
     model = selected.model.train()
     model.requires_grad_(True)
-    examples = [Example(list(range(5, 5 + size)), [], 0, class_ids=[size % 3]) for size in (4, 20, 7)]
+    examples = [ClassExample(list(range(5, 5 + size)), [], 0, class_ids=[size % 3]) for size in (4, 20, 7)]
     batch = task_for(recipe).collator(selected.processor, recipe, True)(examples, 0)
     gradients = []
     for checkpointing in (False, True):

@@ -4,6 +4,7 @@ import pytest
 
 from llmtune.errors import DataError, RecipeError
 from llmtune.evaluate.generation import answer_reader, generate_completions
+from llmtune.records import Prompt
 from llmtune.serve.finished_run import ChatSession
 from llmtune.serve.served_model import ServedModel
 from llmtune.tasks.registry import get_task
@@ -24,7 +25,9 @@ def test_pieces_join_to_the_answer_of_evaluation(tune, generation):
     session = session_of(tune(generation=generation))
     row = {"messages": [{"role": "user", "content": "Which colour has the cat?"}]}
     ids = session.task.prompt_ids(row, session.served.processor, session.recipe)
-    [output] = generate_completions(session.served.model, [ids], session.served.processor, session.recipe, device="cpu")
+    [output] = generate_completions(
+        session.served.model, [Prompt(ids)], session.served.processor, session.recipe, device="cpu"
+    )
     wanted = answer_reader(session.served.processor, session.recipe)(output.token_ids, None).text
     pieces = [piece.content for piece in session.answer("Which colour has the cat?")]
     assert "".join(pieces) == wanted != ""

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -32,9 +33,11 @@ from llmtune.model.loading import load_model
 from llmtune.model.processor import load_processor
 from llmtune.model.resolve import resolve_model
 from llmtune.recipe.schema import Recipe
-from llmtune.records import AdaptedModel
+from llmtune.records import AdaptedModel, Prompt
 from llmtune.tasks.base import AnyTask
 from llmtune.tasks.registry import choose_variant
+from llmtune.tasks.text_to_text import TargetExample
+from llmtune.tasks.token_classify import TagExample
 from support.adapting import quiet
 from support.architectures import KINDS, build
 
@@ -143,18 +146,20 @@ def _example(kind: str, length: int) -> Example:
         return Example(ids[0], [length // 3 + 1, length], length)
     if kind == "encoder":
         tags = [token % 3 if i % 2 else IGNORED for i, token in enumerate(ids[0])]
-        return Example(ids[0], [], 0, tag_ids=tags, counted=length // 2)
-    return Example(ids[0], [], 0, target_ids=ids[1][: length // 2], target_spans=[0, length // 2], counted=length // 2)
+        return TagExample(ids[0], [], 0, tag_ids=tags, counted=length // 2)
+    target, spans = ids[1][: length // 2], [0, length // 2]
+    return TargetExample(ids[0], [], 0, target_ids=target, target_spans=spans, counted=length // 2)
 
 
-def _plain_loss(kind: str, plain: torch.nn.Module, example: Example) -> torch.Tensor:
-    ids, target = torch.tensor([example.input_ids]), torch.tensor([example.target_ids], dtype=torch.int64)
+def _plain_loss(kind: str, plain: torch.nn.Module, example: Any) -> torch.Tensor:
+    ids = torch.tensor([example.input_ids])
     if kind == "causal":
         start = example.spans[0]
         return cross_entropy(plain(input_ids=ids).logits[0, start - 1 : -1], ids[0, start:], reduction="sum")
     if kind == "encoder":
         logits = plain(input_ids=ids).logits[0]
-        return cross_entropy(logits, target[0], ignore_index=IGNORED, reduction="sum")
+        return cross_entropy(logits, torch.tensor(example.tag_ids), ignore_index=IGNORED, reduction="sum")
+    target = torch.tensor([example.target_ids], dtype=torch.int64)
     shift = getattr(plain.get_base_model(), "prepare_decoder_input_ids_from_labels", None)
     start = torch.tensor([[plain.config.decoder_start_token_id]])
     written = torch.cat([start, target[:, :-1]], 1) if shift is None else shift(labels=target)
@@ -196,7 +201,7 @@ def _answers(kind: str, adapted: AdaptedModel, plain: PeftModel, task: AnyTask, 
         if failed:
             return _tell(failed[0]).replace("traceback", "plain transformers fails")
         if kind == "causal":
-            written = generate_completions(model, prompts, processor, recipe, device="cpu")
+            written = generate_completions(model, [*map(Prompt, prompts)], processor, recipe, device="cpu")
             ours = [processor.decode(output.token_ids, skip_special_tokens=True) for output in written]
         else:
             predicted = task.predict(rows, LoadedModel(model, processor, recipe, "cpu"))

@@ -176,7 +176,7 @@ class Bench:
         from llmtune.data.examples import ExampleReader
 
         collate = self.task.collator(self.selected.processor, self.recipe, False)
-        batch = collate([ExampleReader(self.examples, "train")[0]], 0)
+        batch = collate([ExampleReader(self.examples, "train", self.task.example_type)[0]], 0)
         inputs = model_inputs(model, batch)
         if self.selected.model.config.is_encoder_decoder:
             inputs["decoder_input_ids"] = decoder_inputs(model, batch["labels"])

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from llmtune.adapter.injection import inject
 from llmtune.data.example import Example
-from llmtune.data.examples import SCHEMA, record_batch
+from llmtune.data.examples import example_schema, record_batch
 from llmtune.launch.local_processes import launch
 from llmtune.launch.topology import Topology
 from llmtune.recipe.loader import load_recipe
@@ -43,7 +43,10 @@ def write_examples(folder: Path, seed: int = 0, longest: int = 40, **counts: int
         lengths = generator.integers(8, longest + 1, count).tolist()
         rows = [(i, Example(generator.integers(4, 60, n).tolist(), [n // 2, n], n)) for i, n in enumerate(lengths)]
         table = pa.Table.from_batches([record_batch(rows)])
-        with pa.OSFile(str(folder / f"{side}.arrow"), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
+        with (
+            pa.OSFile(str(folder / f"{side}.arrow"), "wb") as sink,
+            pa.ipc.new_file(sink, example_schema(Example)) as writer,
+        ):
             writer.write_table(table)
         tokens[side], supervised[side] = sum(lengths), sum(n - n // 2 for n in lengths)
     record = {"counts": counts, "tokens": tokens, "supervised": supervised, "longest": dict.fromkeys(counts, longest)}

@@ -17,7 +17,8 @@ from support.rows import write_jsonl
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from llmtune.data.examples import ExampleReader
-from llmtune.deploy.merged_model import merge_run
+from llmtune.deploy.export import export
+from llmtune.deploy.merged_model import merged_format
 from llmtune.errors import DataError, RecipeError
 from llmtune.pipeline import run_pipeline
 from llmtune.plan import open_finished
@@ -248,7 +249,7 @@ def test_balanced_weights_match_scikit_learn(models, tmp_path):
     rows = [row for i, row in enumerate(colour_rows(90)) if row["label"] != "blue" or i % 4 == 0]
     path = recipe_for(tmp_path / "r.yaml", models("bert"), rows, classify={"class_weights": "balanced"})
     recipe, examples = prepared(path)
-    reader = ExampleReader(examples, "train")
+    reader = ExampleReader(examples, "train", classify.ClassExample)
     labels = [recipe.classify.labels[reader[i].class_ids[0]] for i in range(len(reader))]
     wanted = compute_class_weight("balanced", classes=np.array(recipe.classify.labels), y=labels)
     assert recipe.classify.class_weights == pytest.approx(dict(zip(recipe.classify.labels, wanted, strict=True)))
@@ -280,7 +281,7 @@ def test_large_numbers_are_not_rounded_to_bfloat16(models, family, dtype, tmp_pa
     assert np.float32(answer["prediction"]["label"]).view(np.int32) & 0xFFFF
     assert np.float32(answer["text"]) == np.float32(answer["prediction"]["label"])
     if (family, dtype) == ("bert", "auto"):
-        merge_run(open_finished(tmp_path / "run", Console(quiet=True), True), None)
+        export(open_finished(tmp_path / "run", Console(quiet=True), True), merged_format())
         folder = tmp_path / "run" / "merged"
         merged = AutoModelForSequenceClassification.from_pretrained(folder)
         assert merged.dtype == torch.float32

@@ -24,7 +24,7 @@ from llmtune.adapter.merging import merge_adapter
 from llmtune.data.examples import ExampleReader, load_examples
 from llmtune.data.row_store import iterate_rows, load_rows
 from llmtune.deploy.release_folder import promote_run
-from llmtune.deploy.tuned_model import read_rules
+from llmtune.deploy.tuned_model import rules_of_run
 from llmtune.errors import EnvironmentProblem
 from llmtune.evaluate.generation import answer_reader, generate_completions
 from llmtune.evaluate.opened_runs import open_run_scores
@@ -35,6 +35,7 @@ from llmtune.plan import Plan, open_finished
 from llmtune.recipe.loader import load_recipe
 from llmtune.run_models import Models
 from llmtune.store.run_request import RunRequest
+from llmtune.tasks.base import Task
 from llmtune.tasks.registry import VARIANTS
 
 LOGITS = ("logits", "last_hidden_state", "start_logits", "end_logits")
@@ -61,6 +62,18 @@ def opened(run: Path) -> Any:
     processor = context.plan.processor
     rows = [context.plan.task.split_answer(row)[0] for _, row in iterate_rows(load_rows(run / "data" / "rows"), "test")]
     return context, Models(context), processor, rows
+
+
+def test_every_variant_has_a_case():
+    covered = {(case.task, case.variant) for case in CASES.values()}
+    assert covered == {(name, place) for name, variants in VARIANTS.items() for place in range(len(variants))}
+
+
+def test_a_variant_is_at_most_two_classes_below_the_base_of_tasks():
+    for variants in VARIANTS.values():
+        for variant in variants:
+            parents = {base for base in type(variant).__bases__ if base is not Task}
+            assert all(Task in parent.__bases__ for parent in parents), type(variant)
 
 
 @pytest.mark.promise(
@@ -137,7 +150,7 @@ def answer(plan: Plan, model: torch.nn.Module, rows: list[Any]) -> list[Any]:
     """The answers of a model to rows."""
     if plan.task.predicts:
         return predict(plan.task, model, rows, plan.processor, plan.recipe)
-    prompts = [plan.task.prompt_ids(row, plan.processor, plan.recipe) for row in rows]
+    prompts = [plan.task.prompt(row, plan.processor, plan.recipe) for row in rows]
     outputs = generate_completions(model, prompts, plan.processor, plan.recipe, device="cpu")
     read = answer_reader(plan.processor, plan.recipe)
     return [read(output.token_ids, None).text for output in outputs]
@@ -158,7 +171,7 @@ def test_a_release_answers_as_its_run_does_when_the_run_and_its_rows_are_gone(na
         expected = answer(context.plan, model.eval(), rows[:4])
     assert found == expected
     assert released.plan.recipe.task_section() == context.plan.recipe.task_section()
-    assert read_rules(released) == read_rules(context)
+    assert rules_of_run(released) == rules_of_run(context)
     assert open_run_scores(release, name).evaluation.tuned == pytest.approx(report["evaluation"]["tuned"], nan_ok=True)
     with pytest.raises(EnvironmentProblem, match="a release has no rows, and the run that it was made from is gone"):
         _ = released.rows
@@ -192,7 +205,7 @@ def outputs(model: torch.nn.Module, batch: dict[str, Any]) -> tuple[dict[str, An
 def test_disabling_the_adapter_gives_the_base_and_merging_keeps_it(name, finished):
     run, _ = finished(name)
     context, models, processor, _ = opened(run)
-    reader = ExampleReader(load_examples(run / "data" / "examples"), "test")
+    reader = ExampleReader(load_examples(run / "data" / "examples"), "test", context.plan.task.example_type)
     batch = context.plan.task.collator(processor, context.plan.recipe, False)([reader[0], reader[1]], 0)
     with models.base() as model:
         _, base = outputs(model, batch)
@@ -363,7 +376,7 @@ def read_in_plain_classes(names: list[str], finished: Callable[[str], Any], plac
     for name in names:
         run, _ = finished(name)
         context, models, processor, _ = opened(run)
-        reader = ExampleReader(load_examples(run / "data" / "examples"), "test")
+        reader = ExampleReader(load_examples(run / "data" / "examples"), "test", context.plan.task.example_type)
         batch = context.plan.task.collator(processor, context.plan.recipe, False)([reader[0], reader[1]], 0)
         with models.tuned() as model:
             inputs, output = outputs(model, batch)

@@ -20,7 +20,6 @@ from support.runs import invoke
 from support.serving import load_served, serving
 from transformers import AutoConfig
 
-from llmtune.data.example import Example
 from llmtune.data.rejected_rows import RowError
 from llmtune.data.row_formats import FORMATS, parse_row, reads_rows
 from llmtune.errors import LlmtuneError
@@ -30,7 +29,7 @@ from llmtune.recipe.loader import load_recipe
 from llmtune.recipe.task_sections import EmbedSection
 from llmtune.serve.finished_run import FinishedRun
 from llmtune.tasks.embed import Embed
-from llmtune.tasks.sentence_vectors import embed_section, embedding_loss, resolve_settings
+from llmtune.tasks.sentence_vectors import VectorExample, embed_section, embedding_loss, resolve_settings
 from llmtune.train.accumulation import step_gradients
 
 with warnings.catch_warnings():
@@ -53,8 +52,8 @@ def vectors(rows: int, texts: int, size: int = 12) -> list[torch.Tensor]:
     return [torch.randn((texts, size), generator=generator).requires_grad_() for _ in range(rows)]
 
 
-def example(i: int, texts: int, **columns: Any) -> Example:
-    return Example([], [0, 1] * texts, 0, class_ids=[10 * i + place for place in range(texts)], **columns)
+def example(i: int, texts: int, **columns: Any) -> VectorExample:
+    return VectorExample([], [], 0, text_hashes=[10 * i + place for place in range(texts)], **columns)
 
 
 def referee(kind: str, columns: list[torch.Tensor], targets: torch.Tensor) -> torch.Tensor:
@@ -76,7 +75,7 @@ def test_losses_and_gradients_equal_those_of_sentence_transformers(kind, texts, 
     section = EmbedSection(loss=kind, scale=15.0, margin=0.3, dimensions=dimensions)
     given, targets = vectors(9, texts), torch.tensor([0.1, 0.5, 0.2, 0.9, 0.9, 0.4, 0.0, 1.0, 0.2])
     targets = torch.arange(9) % 3 if kind == "triplet" else targets
-    examples = [example(i, texts, values=[float(one)], tag_ids=[int(one)]) for i, one in enumerate(targets)]
+    examples = [example(i, texts, score=[float(one)], label_hash=[int(one)]) for i, one in enumerate(targets)]
     found = embedding_loss(given, examples, section)
     columns = [torch.stack([row[place] for row in given]) for place in range(texts)]
     expected = sum(referee(kind, [one[:, :size] for one in columns], targets) for size in dimensions or (12,))
@@ -89,7 +88,7 @@ def test_losses_and_gradients_equal_those_of_sentence_transformers(kind, texts, 
 def test_the_same_passage_is_no_negative_of_another_query():
     given, section = vectors(4, 2), EmbedSection(loss="ranking")
     apart = [example(i, 2) for i in range(4)]
-    shared = [Example([], [0, 1] * 2, 0, class_ids=[10 * i, 1 if i == 3 else 10 * i + 1]) for i in range(4)]
+    shared = [VectorExample([], [], 0, text_hashes=[10 * i, 1 if i == 3 else 10 * i + 1]) for i in range(4)]
     with torch.no_grad():
         given[3][1] = given[0][1]
     known, free = (embedding_loss(given, rows, section).row_sums.detach() for rows in (shared, apart))
@@ -101,7 +100,7 @@ def test_the_same_passage_is_no_negative_of_another_query():
 
 def test_other_passages_of_the_same_query_are_no_negatives():
     given, section = vectors(3, 2), EmbedSection(loss="ranking")
-    twice = [Example([], [0, 1] * 2, 0, class_ids=[0 if i < 2 else 5, 20 + i]) for i in range(3)]
+    twice = [VectorExample([], [], 0, text_hashes=[0 if i < 2 else 5, 20 + i]) for i in range(3)]
     expected = embedding_loss([given[0], given[2]], [twice[0], twice[2]], section).row_sums[0].detach()
     assert embedding_loss(given, twice, section).row_sums[0].detach() == pytest.approx(float(expected), rel=1e-5)
 
@@ -124,7 +123,6 @@ def test_micro_batches_of_4_16_and_64_rows_give_the_same_gradient(packing, tmp_p
 
 def test_both_passes_over_a_step_draw_the_same_dropout(tmp_path, monkeypatch):
     path = recipe_of(tmp_path, build_bert(tmp_path / "model"), PAIRS, "embed", adapter={"lora_dropout": 0.3}, **NO_TEXT)
-    training = start_training(path, tmp_path / "run")
     seen: list[list[torch.Tensor]] = []
     features = Embed.features
 
@@ -134,6 +132,7 @@ def test_both_passes_over_a_step_draw_the_same_dropout(tmp_path, monkeypatch):
         return found
 
     monkeypatch.setattr(Embed, "features", watch)
+    training = start_training(path, tmp_path / "run")
     for step in (1, 2):
         step_gradients(training, step, int(training.examples.lengths.max()), 1.0)
     half = len(seen) // 4
@@ -549,7 +548,7 @@ def test_a_passage_of_two_queries_is_pushed_away_by_sentence_transformers_and_no
     given = [torch.stack([row, row]).requires_grad_() for row in directions]  # every query is at its passage
     columns = [torch.stack([row[place] for row in given]) for place in range(2)]
     theirs = losses.MultipleNegativesRankingLoss(None).compute_loss_from_embeddings(columns, torch.zeros(3))
-    examples = [Example([], [0, 1] * 2, 0, class_ids=[10 * i, 100 if i < 2 else 200]) for i in range(3)]
+    examples = [VectorExample([], [], 0, text_hashes=[10 * i, 100 if i < 2 else 200]) for i in range(3)]
     ours = embedding_loss(given, examples, EmbedSection(loss="ranking"))
     assert float(theirs.detach()) > 0.4, "the right passage counts as wrong for the other query"
     assert float(ours.sum.detach()) < 1e-6

@@ -51,7 +51,8 @@ def texts(name: str) -> list[Example]:
     for i, size in enumerate(LENGTHS):
         ids = torch.randint(5, 200, (size,), generator=generator).tolist()
         targets = {field: values[i] for field, values in TARGETS[name].items()}
-        examples.append(Example(ids, targets.pop("spans", []), 0, **targets))
+        kind = VARIANT.get(name, CLASSIFY).example_type
+        examples.append(kind(ids, targets.pop("spans", []), 0, **targets))
     return examples
 
 

@@ -143,7 +143,7 @@ def test_a_corpus_has_a_text_once(tmp_path: Path) -> None:
 
 def test_a_text_of_a_step_is_no_negative_of_its_copy(recipe: Any, tmp_path: Path) -> None:
     processor = AutoTokenizer.from_pretrained(build_bert(tmp_path / "bert"))
-    names = [Embed().encode_row(embed_row(f"Why? {text}", text), processor, recipe)[0].class_ids for text in VARIANTS]
+    names = [Embed().encode_row(embed_row(f"Why? {text}", text), processor, recipe)[0].text_hashes for text in VARIANTS]
     assert len({*map(tuple, names)}) == 1
     assert len({*names[0]}) == 2
 

@@ -22,9 +22,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
+from rich.console import Console
 from transformers.modeling_outputs import BaseModelOutput
 
-from llmtune.data.collators import IGNORED
 from llmtune.data.example import Example
 from llmtune.data.examples import ExampleReader
 from llmtune.data.row_kind import write_prompt
@@ -32,8 +32,10 @@ from llmtune.data.row_store import iterate_groups, iterate_rows, iterate_texts
 from llmtune.display.console import spinner
 from llmtune.errors import RecipeError, read_origin
 from llmtune.evaluate.eval_inputs import EvalContext
+from llmtune.evaluate.evaluated_task import EvaluatedTask, LearnedClasses
 from llmtune.evaluate.inference import add_bar, inference_on
 from llmtune.evaluate.source_labels import unchecked_sentence
+from llmtune.evaluate.suites import Suite
 from llmtune.evaluate.token_batches import over_processes, run_encoder
 from llmtune.model.causal_lm_loss import unwrap
 from llmtune.recipe.extras import require_extra
@@ -90,9 +92,19 @@ class Labelled:
     """[N] split, number of the row, and for a tag the position of its word."""
 
 
-def check_suspects(recipe: Recipe) -> None:
-    """Refuse `evaluate.suspects`, if the recipe has it, as `require_labels` does."""
-    if recipe.evaluate.suspects:
+class LabelErrorSuite(Suite):
+    """Labels that are likely wrong; `save_suspects` looks for them."""
+
+    key = "suspects"
+
+    @classmethod
+    def read(cls, recipe: Recipe) -> None:
+        """Refuse recipes without labels. Raises as `require_labels` does."""
+        require_labels(recipe)
+
+    @classmethod
+    def try_out(cls, recipe: Recipe, task: EvaluatedTask, rows: Rows, console: Console) -> None:
+        """Refuse recipes whose labels turned out to be numbers."""
         require_labels(recipe)
 
 
@@ -115,17 +127,17 @@ def save_suspects(load: LoadModel, context: EvalContext, rows: Rows, examples: E
         if context.folder is not None:
             write_suspects(suspects, context.folder / SUSPECTS)
             write_json(context.folder / UNCHECKED, unchecked)
-            write_json(context.folder / LABELS_BY_SOURCE, count_labels(rows, examples))
+            write_json(context.folder / LABELS_BY_SOURCE, count_labels(rows, examples, context.task))
 
 
-def count_labels(rows: Rows, examples: Examples) -> dict[str, int]:
+def count_labels(rows: Rows, examples: Examples, task: EvaluatedTask) -> dict[str, int]:
     """Return the number of labels (of tags: of words) in each source file."""
     counts = Counter[str]()
     for split in (split for split in SPLITS if examples.counts.get(split)):
         files = [read_origin(origin)[0] for origin, _ in iterate_texts(rows, split)]
-        reader = ExampleReader(examples, split)
-        for at, number in enumerate(reader.rows.tolist()):
-            counts[files[number]] += len(targets_of(reader[at]))
+        reader = ExampleReader(examples, split, task.example_type)
+        for number, example in zip(reader.rows.tolist(), reader, strict=True):
+            counts[files[number]] += len(task.learned_classes(example))
     return dict(counts)
 
 
@@ -162,44 +174,41 @@ def read_labels(model: torch.nn.Module, context: EvalContext, rows: Rows, exampl
         list[int](),
         list[tuple[str, int, int | None]](),
     )
-    backbone, pad_id = unwrap(model).base_model, context.processor.pad_token_id
+    backbone, pad_id, task = unwrap(model).base_model, context.processor.pad_token_id, context.task
     for split in (split for split in SPLITS if examples.counts.get(split)):
-        reader, clusters = ExampleReader(examples, split), [*iterate_groups(rows, split)]
-        encoded = [reader[i] for i in range(len(reader))]
+        reader, clusters = ExampleReader(examples, split, task.example_type), [*iterate_groups(rows, split)]
+        encoded = [(example, task.learned_classes(example)) for example in reader]
         with inference_on(model, context) as bars:
             advance = add_bar(bars, f"suspects: {split}", len(encoded))
             work = partial(encode_states, backbone, pad_id=pad_id, device=context.device, advance=advance)
             features += over_processes(model, encoded, work)
-        for number, example in zip(reader.rows.tolist(), encoded, strict=True):
-            own = targets_of(example)
+        for number, (_, classes) in zip(reader.rows.tolist(), encoded, strict=True):
             group = clusters[number] if clusters else len(places)
-            targets += own
-            groups += [group] * len(own)
-            places += [(split, number, word if len(example.tag_ids) else None) for word in range(len(own))]
+            groups += [group] * len(classes)
+            for word, (token, numbers) in enumerate(classes):
+                targets.append(numbers)
+                places.append((split, number, None if token is None else word))
     return Labelled(np.concatenate(features), np.array(targets), np.array(groups), places)
 
 
 def encode_states(
-    backbone: torch.nn.Module, examples: Sequence[Example], *, pad_id: int | None, device: str, advance: Advance
+    backbone: torch.nn.Module,
+    encoded: Sequence[tuple[Example, LearnedClasses]],
+    *,
+    pad_id: int | None,
+    device: str,
+    advance: Advance,
 ) -> list[Features]:
-    """Return the features of each example."""
-    return run_encoder(backbone, examples, pad_id, device, partial(pool_states, examples), advance)
+    """Return the features of each example: [words, D], or [1, D] for a text."""
 
+    def pool(at: int, output: BaseModelOutput, row: int) -> Features:
+        example, classes = encoded[at]
+        hidden_TD = output.last_hidden_state[row, : len(example.input_ids)].float()
+        marked = [token for token, _ in classes if token is not None]
+        pooled: Features = (hidden_TD[marked] if marked else hidden_TD.mean(0, keepdim=True)).cpu().numpy()
+        return pooled
 
-def pool_states(examples: Sequence[Example], at: int, output: BaseModelOutput, row: int) -> Features:
-    """Return the features of an example: [words, D], or [1, D] for a text."""
-    example = examples[at]
-    hidden_TD = output.last_hidden_state[row, : len(example.input_ids)].float()
-    marked = [place for place, tag in enumerate(example.tag_ids) if tag != IGNORED]
-    pooled: Features = (hidden_TD[marked] if marked else hidden_TD.mean(0, keepdim=True)).cpu().numpy()
-    return pooled
-
-
-def targets_of(example: Example) -> list[list[int]]:
-    """Return the classes of an example: of each word [1], of the text [1], or yes and no for each class [Q]."""
-    if len(example.tag_ids):
-        return [[int(tag)] for tag in example.tag_ids if tag != IGNORED]
-    return [[int(value) for value in example.values or example.class_ids]]
+    return run_encoder(backbone, [example for example, _ in encoded], pad_id, device, pool, advance)
 
 
 def find_errors(
