@@ -24,7 +24,7 @@ OTHER = $(if $(filter-out bfloat16,$(DTYPE)),-$(DTYPE))
 PEERS = $(if $(LLAMAFACTORY),--llamafactory $(LLAMAFACTORY))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup models demo test test-slow test-gpu test-fake-cuda test-oldest test-newest test-extras check format docs architectures promises torture hostile site same build bench conformance clean
+.PHONY: help setup models demo test test-quick test-random test-slow test-gpu test-fake-cuda test-oldest test-newest test-extras check format docs architectures promises torture hostile site same build bench conformance clean
 
 help:  ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -66,8 +66,23 @@ demo: $(MODEL)  ## Fine-tune a packaged 135M model on real rows, and show what i
 	@echo "The report: $(abspath $(QUICKSTART))/report.html"
 	@echo "Talk to it: $(BIN)/llmtune generate $(QUICKSTART) --system 'Name the Debian section of the package.' --prompt 'Puzzle game with penguins.'"
 
-test: $(READY)  ## Run the default test suite: offline, on the CPU
+test: $(READY)  ## Run the default test suite, offline and on the CPU: about 14 minutes on two cores
+	@echo 'This takes about 14 minutes on two cores; pytest prints the time at the end. `make test-quick` is shorter.'
 	$(BIN)/pytest -m 'not slow and not gpu' -n $(JOBS) --dist loadfile
+
+# The claims that break first, of every package.
+QUICK = test_pipeline.py adapter/test_target_modules.py cli/test_output_streams.py compare/test_comparison_pictures.py \
+	data/test_row_formats.py data/test_chat_encoding.py data/test_splits.py deploy/test_ollama_modelfile.py display \
+	evaluate/test_gates.py evaluate/test_metric.py evaluate/test_verdict.py explain/test_token_text.py \
+	launch/test_machines.py model/test_memory_plan.py model/test_packed_attention.py recipe/test_loader.py \
+	recipe/test_validation.py report/test_renderers.py serve/test_answer_stream.py store/test_run_folder.py \
+	tasks/test_preference_losses.py train/test_batch_plan.py train/test_loop.py
+
+test-quick: $(READY)  ## Run a few tests of every package: about a minute on two cores
+	$(BIN)/pytest -m 'not slow and not gpu' -n $(JOBS) --dist loadfile $(addprefix tests/,$(QUICK))
+
+test-random: $(READY)  ## Run the tests that draw examples with new ones; `make test` always draws the same
+	$(BIN)/pytest -m 'not gpu' --hypothesis-profile default $$(grep -rl '^from hypothesis' tests --include='test_*.py')
 
 test-slow: $(READY) models $(LLAMA)  ## Run the slow tests, including those of the packaged models
 	$(BIN)/pytest -m 'slow and not gpu'
@@ -148,9 +163,9 @@ $(SITE): pyproject.toml | $(BIN)/python
 site: $(SITE)  ## Build the documentation site in site/; dead links are errors
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
-# Takes about ten minutes per commit on two cores; results are cached in build/same.
+# Takes more than ten minutes per commit on two cores; results are cached in build/same. ONLY: names of cases, or packages.
 same: $(READY) $(MODELS)  ## Run recipes at commit BASE and now, and compare bytes and digits
-	$(BIN)/python benchmarks/same.py --base $(BASE)
+	$(BIN)/python benchmarks/same.py --base $(BASE) $(if $(ONLY),--only $(ONLY))
 
 # Takes hours. LLAMAFACTORY is the python of a separate environment with LLaMA-Factory, which needs other versions. To simulate
 # processors without AVX-512: DTYPE=float32 ATEN_CPU_CAPABILITY=avx2 DNNL_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2.

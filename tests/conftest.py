@@ -18,8 +18,12 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # set for background jobs
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest
+from hypothesis import settings
 from rich.console import Console
 from typer.main import get_command
+
+settings.register_profile("same-examples", derandomize=True)
+settings.load_profile("same-examples")  # `make test-random` draws new ones
 
 NEEDS = {
     "lm_eval": ("evaluate/test_benchmark_suite.py", "evaluate/suites/test_lm_eval.py"),

@@ -28,8 +28,6 @@ from llmtune import __version__
 from llmtune.cli.app import app
 from llmtune.recipe.loader import load_recipe
 
-ROOT = Path(__file__).resolve().parents[2]
-CI = ROOT / "examples" / "ci"
 OWN_MOUNTS = ["unshare", *([] if os.geteuid() == 0 else ["--map-root-user"]), "--mount"]
 """Command prefix that gives a process its own mounts."""
 WRITABLE = ("runs", "releases", ".cache")
@@ -367,3 +365,13 @@ def test_the_jobs_run_step_by_step_in_a_clean_environment(tmp_path: Path, tiny_l
         assert "Traceback" not in job.stderr
     finally:
         remove(place)
+
+
+def test_the_quick_tests_have_a_file_of_every_package() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    quick = re.search(r"^QUICK = ((?:.*\\\n)*.*)", makefile, re.MULTILINE)
+    assert quick
+    names = quick[1].replace("\\", "").split()
+    assert all((ROOT / "tests" / name).exists() for name in names)
+    packages = {path.parent.name for path in (ROOT / "llmtune").glob("*/__init__.py")}
+    assert {name.partition("/")[0] for name in names} >= packages

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Literal, cast
 
@@ -37,8 +38,9 @@ def merge_adapter(adapted: AdaptedModel, onto: Literal["original", "dequantized"
     """
     if adapted.method == "full":
         return cast(PreTrainedModel, adapted.model)
-    check_mergeable(adapted)
     model = cast(PeftModel, adapted.model)
+    activated = getattr(model.peft_config["default"], "alora_invocation_tokens", None)
+    check_mergeable(adapted.method, ["alora_invocation_tokens"] if activated else [])
     if adapted.selected.base_quantization:
         model = _unpacked(model)
     elif adapted.selected.quantized:
@@ -61,12 +63,10 @@ def merge_adapter(adapted: AdaptedModel, onto: Literal["original", "dequantized"
     return cast(PreTrainedModel, merged)
 
 
-def check_mergeable(adapted: AdaptedModel) -> None:
-    """Raise RecipeError for a method whose adapters do not change the base's weights."""
-    config = getattr(adapted.model, "peft_config", {}).get("default")
-    activated = getattr(config, "alora_invocation_tokens", None)
-    if reason := UNMERGEABLE.get("alora_invocation_tokens" if activated else adapted.method):
-        raise RecipeError.of(f"an adapter of {adapted.method} cannot be merged: {reason}", "adapter.method", _SERVE)
+def check_mergeable(method: str, options: Iterable[str] = ()) -> None:
+    """Raise RecipeError for a method, or an option of LoRA, whose adapters do not change the base's weights."""
+    if reason := next((UNMERGEABLE[name] for name in (method, *options) if name in UNMERGEABLE), None):
+        raise RecipeError.of(f"an adapter of {method} cannot be merged: {reason}", "adapter.method", _SERVE)
 
 
 def _untie_adapted_embedding(model: PeftModel) -> None:

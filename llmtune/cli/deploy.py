@@ -162,12 +162,11 @@ def merge_command(
     """Merge the adapter into the base weights, and certify the result against the adapter; exit 6 if they differ."""
     prepare_environment(network=False, threads=threads)
     with gc_paused():
-        from llmtune.deploy.export_score import open_to_export
-        from llmtune.deploy.merged_model import merge_run
+        from llmtune.deploy.export import export, open_to_export
+        from llmtune.deploy.merged_model import merged_format
 
-    certificate = merge_run(
-        open_to_export(run, stderr_console(), offline=offline, limit=limit), out, onto=onto, dtype=dtype
-    )
+    context = open_to_export(run, stderr_console(), offline=offline, limit=limit)
+    certificate = export(context, merged_format(onto, dtype), out)
     if as_json:
         print_json(certificate)
 
@@ -196,11 +195,11 @@ def gguf(
         raise RecipeError.of("an adapter without its base is not scored", "--limit", "Omit --limit.")
     prepare_environment(network=False, threads=threads)
     with gc_paused():
-        from llmtune.deploy.export_score import open_to_export
-        from llmtune.deploy.gguf_export import make_gguf
+        from llmtune.deploy.export import export, open_to_export
+        from llmtune.deploy.gguf_export import gguf_format
 
     context = open_to_export(run, stderr_console(), offline=offline, limit=limit)
-    certificate = make_gguf(context, out, number_format=number_format.lower(), adapter_only=adapter_only, onto=onto)
+    certificate = export(context, gguf_format(number_format.lower(), onto=onto, adapter_only=adapter_only), out)
     if as_json:
         print_json(certificate)
 
@@ -221,10 +220,11 @@ def onnx_command(
     """Write ONNX files for onnxruntime with a script that runs them, and certify them; exit 6 if they differ."""
     prepare_environment(network=False, threads=threads)
     with gc_paused():
-        from llmtune.deploy.export_score import open_to_export
-        from llmtune.deploy.onnx_export import make_onnx
+        from llmtune.deploy.export import export, open_to_export
+        from llmtune.deploy.onnx_export import onnx_format
 
-    certificate = make_onnx(open_to_export(run, stderr_console(), offline=offline, limit=limit), out, int8=int8)
+    context = open_to_export(run, stderr_console(), offline=offline, limit=limit)
+    certificate = export(context, onnx_format(int8=int8), out)
     if as_json:
         print_json(certificate)
 
@@ -246,12 +246,11 @@ def quantize_command(
     """Merge and quantise a model for vLLM (compressed-tensors), certify and score it; exit 6 if it differs."""
     prepare_environment(network=False, threads=threads)
     with gc_paused():
-        from llmtune.deploy.export_score import open_to_export
-        from llmtune.deploy.quantized_model import quantize_run
+        from llmtune.deploy.export import export, open_to_export
+        from llmtune.deploy.quantized_model import quantized_format
 
-    certificate = quantize_run(
-        open_to_export(run, stderr_console(), offline=offline, limit=limit), out, scheme=scheme.lower()
-    )
+    context = open_to_export(run, stderr_console(), offline=offline, limit=limit)
+    certificate = export(context, quantized_format(scheme.lower()), out)
     if as_json:
         print_json(certificate)
 

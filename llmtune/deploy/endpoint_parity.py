@@ -16,7 +16,8 @@ from pydantic.dataclasses import dataclass
 from rich.console import Console
 
 from llmtune.data.chat_messages import clean_messages
-from llmtune.deploy.export_score import describe_differences, open_to_export, score_answers
+from llmtune.deploy.export import open_to_export
+from llmtune.deploy.export_score import describe_differences, score_answers
 from llmtune.deploy.parity import Certificate
 from llmtune.deploy.parity_reference import TextReference
 from llmtune.deploy.tuned_model import ANSWER_TOKENS, load_tuned

@@ -1,13 +1,9 @@
-"""The score of an export: its own runtime answers the run's test rows, each paired with the tuned model's answer.
-
-An export is made from a finished run in four steps: time the tuned model, make the files and certify them, load them by
-their own runtime, and score that.
-"""
+"""The score of an export: its own runtime answers the run's test rows, each paired with the tuned model's answer."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -15,15 +11,13 @@ from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llmtune.adapter.injection import adapter_settings
-from llmtune.deploy.exported_model import ExportedModel, ModelSource, weight_bytes
+from llmtune.deploy.exported_model import ExportedModel, weight_bytes
 from llmtune.deploy.folder_settings import stated_recipe
-from llmtune.deploy.parity import Certificate
 from llmtune.deploy.tuned_model import TunedModel, load_tuned
 from llmtune.display.number_format import count, score, signed, size
 from llmtune.errors import LlmtuneError
 from llmtune.evaluate.cache_keys import base_inputs
 from llmtune.evaluate.calibration import run_temperature
-from llmtune.evaluate.decision import copy_rules
 from llmtune.evaluate.eval_inputs import EvalContext, limit_inputs, make_inputs
 from llmtune.evaluate.evaluated_task import LoadedModel
 from llmtune.evaluate.generation import generate_completions
@@ -34,15 +28,9 @@ from llmtune.evaluate.opened_runs import OpenedRun, ScoredRun, keep_asked, open_
 from llmtune.evaluate.per_row_scores import PerRowScores, name_test_rows, save_measures
 from llmtune.evaluate.results import load_base
 from llmtune.model.device import release_memory
-from llmtune.plan import Plan, RunContext, open_finished
+from llmtune.plan import RunContext
 from llmtune.records import Json, Row
-from llmtune.store.atomic_files import explained, plain, write_json
-from llmtune.store.run_folder import CERTIFICATE
-
-MakeExport = Callable[[TunedModel, Path], Certificate]
-"""Makes an export of the tuned model in a folder, certifies it, and returns its certificate."""
-OpenExport = Callable[[Path, ModelSource], ExportedModel]
-"""Opens an export of a model by its own runtime."""
+from llmtune.store.atomic_files import plain
 
 
 @dataclass(frozen=True)
@@ -55,76 +43,39 @@ class Usage:
     device: str
 
 
-def open_to_export(run: Path, console: Console, *, offline: bool, limit: int | None = None) -> RunContext:
-    """Open a finished run to export it; `limit` replaces its `deploy.limit`. Raises as `open_finished` does."""
-    context = open_finished(run, console, offline)
-    if limit is not None:
-        recipe = context.plan.recipe
-        deploy = recipe.deploy.model_copy(update={"limit": limit})
-        context.resolved = replace(context.plan, recipe=recipe.model_copy(update={"deploy": deploy}))
-    return context
+def time_tuned(context: RunContext) -> tuple[TunedModel, Json]:
+    """Load the tuned model; return it, and its speed, memory and size for a score."""
+    resting = reset_peak()
+    tuned, plan = load_tuned(context), context.plan
+    usage = time_rows(tuned.model, tuned.processor, tuned, resting)
+    full = plan.recipe.adapter.method == "full"  # the weights of its base count unless they were tuned
+    total = weight_bytes(context.trained_folder) + (0 if full else weight_bytes(plan.model_ref.path))
+    return tuned, {"tuned_usage": plain(usage), "tuned_bytes": total}
 
 
-def export_run(
-    context: RunContext,
-    out: Path,
-    make: MakeExport,
-    open_export: OpenExport,
-    splits: Sequence[str] = ("test",),
-) -> Certificate:
-    """Make and certify an export, then load it by its own runtime, score it on the test rows, and save all in `out`.
-
-    Raises the errors of `make` and `open_export`.
-    """
-    tuned, usage, asked = time_tuned(context, splits)
-    certificate = make(tuned, out)
-    del tuned
-    release_memory()
-    scored = score_export(context, out, open_export, asked) | usage
-    certificate = dict(plain({**certificate, "score": scored}))
-    with explained(out):
-        write_json(out / CERTIFICATE, certificate)
-        copy_rules(context.folder, out)
-    for line in describe_export(scored):
-        context.console.print(line, highlight=False)
-    return certificate
-
-
-def time_tuned(context: RunContext, splits: Sequence[str]) -> tuple[TunedModel, Json, list[Row]]:
-    """Load the tuned model; return it, its speed, memory and size for a score, and the questions it was timed on."""
-    rested = reset_peak()
-    tuned = load_tuned(context, splits)
-    asked = [tuned.task.split_answer(row)[0] for row in tuned.rows]
-    usage = time_rows(tuned.model, tuned.processor, context.plan, asked, rested)
-    return tuned, {"tuned_usage": plain(usage), "tuned_bytes": tuned_bytes(context)}, asked
-
-
-def tuned_bytes(context: RunContext) -> int:
-    """Return the bytes of all weights of the tuned model: those of its base count unless they were tuned."""
-    full = context.plan.recipe.adapter.method == "full"
-    return weight_bytes(context.trained_folder) + (0 if full else weight_bytes(context.plan.model_ref.path))
-
-
-def score_export(context: RunContext, out: Path, open_export: OpenExport, asked: Sequence[Row]) -> Json:
-    """Load an export by its own runtime, and score it on the run's test rows, each paired with the tuned model's.
-
-    `asked` are questions to time. Saves `measures.npz` in the folder `out`. Without test rows or scores of the tuned
-    model there are no scores, and `unmeasured` has the reason.
-    """
-    rested, plan = reset_peak(), context.plan
-    exported = open_export(out, plan)
-    found = {"runtime": exported.runtime, "bytes": exported.size, "usage": None}
+def time_export(exported: ExportedModel, tuned: TunedModel, resting: int | None) -> Json:
+    """Return an export's runtime, size, speed and memory; `unmeasured` has the reason if it cannot answer."""
+    timed: Json = {"runtime": exported.runtime, "bytes": exported.size, "usage": None}
     try:
-        found["usage"] = plain(time_rows(exported.model, exported.processor, plan, asked, rested))
+        timed["usage"] = plain(time_rows(exported.model, exported.processor, tuned, resting))
     except LlmtuneError as error:  # such as a template that cannot render a prompt
-        return {**found, "unmeasured": error.problems[0].what}
+        timed["unmeasured"] = error.problems[0].what
+    return timed
+
+
+def score_export(context: RunContext, exported: ExportedModel, timed: Json, out: Path) -> Json:
+    """Return the scores of an export on the run's test rows, each paired with the tuned model's.
+
+    They follow `timed`, the result of `time_export`; an export that cannot answer has no scores. Saves `measures.npz`
+    in the folder `out`.
+    """
     device = str(exported.model.device)
 
     def answer(evaluated: EvalContext) -> Answers:
         recipe = stated_recipe(evaluated.recipe, exported)
         return predict(exported.model, exported.format, replace(evaluated, device=device, recipe=recipe), packs=False)
 
-    return {**found, **score_answers(context, exported.processor, answer, out)}
+    return timed if "unmeasured" in timed else {**timed, **score_answers(context, exported.processor, answer, out)}
 
 
 def score_answers(
@@ -171,18 +122,15 @@ def compare_with_tuned(run: OpenedRun, measures: PerRowScores) -> Json:
 
 
 def time_rows(
-    model: PreTrainedModel,
-    processor: PreTrainedTokenizerBase,
-    plan: Plan,
-    questions: Sequence[Row],
-    rested: int | None,
+    model: PreTrainedModel, processor: PreTrainedTokenizerBase, tuned: TunedModel, resting: int | None
 ) -> Usage | None:
-    """Answer rows one by one, as a client would ask them, after a first one that is not timed.
+    """Answer the tuned model's rows one by one, as a client would ask them, after a first one that is not timed.
 
-    `rested` is the return value of `reset_peak` before the model was loaded. None without rows, or if the task's models
-    answer nothing.
+    `resting` is the return value of `reset_peak` before the model was loaded. None without rows, or if the task's
+    models answer nothing.
     """
-    task, recipe, device = plan.task, plan.recipe, str(model.device)
+    task, recipe, device = tuned.task, tuned.recipe, str(model.device)
+    questions = [task.split_answer(row)[0] for row in tuned.rows]
     if not questions or not (task.predicts or recipe.variant.generates):
         return None
 
@@ -199,7 +147,7 @@ def time_rows(
             answer(row)
         seconds = time.perf_counter() - started
     peak = highest_memory() if device == "cpu" else None
-    added = peak - rested if peak is not None and rested is not None else None
+    added = peak - resting if peak is not None and resting is not None else None
     return Usage(len(questions) / seconds, added, device)
 
 

@@ -81,7 +81,7 @@ def expected_generation(model: PreTrainedModel, tuned: TunedModel) -> Generation
     return settings
 
 
-def find_other_settings(expected: Settings, exported: ExportedModel, tuned: TunedModel) -> list[str]:
+def find_changed_settings(expected: Settings, exported: ExportedModel, tuned: TunedModel) -> list[str]:
     """Describe the settings in a product's files that differ from the run's. Missing files are no difference.
 
     A folder without the files of sentence-transformers has the settings that sentence-transformers then chooses.
@@ -221,7 +221,7 @@ def _default_length(exported: ExportedModel) -> dict[str, object]:
 def stated_recipe(recipe: Recipe, exported: ExportedModel) -> Recipe:
     """Return the run's recipe with the settings of a product that decide its vectors, and how long its texts are.
 
-    Settings that cannot be read stay those of the run; `find_other_settings` reports them.
+    Settings that cannot be read stay those of the run; `find_changed_settings` reports them.
     """
     folder = exported.path if exported.path.is_dir() else exported.path.parent
     length = min(recipe.data.max_length, exported.processor.model_max_length)

@@ -1,35 +1,35 @@
-"""A tuned model or its adapter as a GGUF file with an Ollama Modelfile, certified against the tuned model."""
+"""A tuned model or its LoRA adapter as a GGUF file with an Ollama Modelfile, certified against the tuned model."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import cast
 
-from peft import PeftModel
-from rich.console import Console
+import torch
+from gguf import GGMLQuantizationType, GGUFReader, GGUFType, GGUFWriter, Keys
+from gguf.quants import dequantize, quantize
+from peft import LoraConfig, PeftModel, PeftType
+from peft.tuners.lora import LoraLayer
 from transformers import PreTrainedModel
 
 from llmtune.adapter.merging import check_mergeable
 from llmtune.adapter.merging import merge_adapter as merge_weights
-from llmtune.deploy.export_score import export_run
-from llmtune.deploy.gguf_adapter import ADAPTER_FORMATS, check_lora_only, compare_adapter, write_adapter
+from llmtune.deploy.export import ExportFormat, WrittenExport
+from llmtune.deploy.exported_model import ExportedModel, ModelSource
 from llmtune.deploy.gguf_converter import (
     FORMATS,
     K_QUANTS,
+    TensorLayout,
     check_convertible,
     check_quantizer,
     find_ignored_window,
     has_llama,
     write_model,
 )
-from llmtune.deploy.gguf_readers import (
-    FORMAT_LIMITS,
-    check_reader,
-    longest_text,
-    open_gguf_export,
-)
+from llmtune.deploy.gguf_readers import FORMAT_LIMITS, check_reader, longest_text, open_gguf_export
 from llmtune.deploy.gguf_tokenizer import (
     MERGE_INSTEAD,
     NAMES,
@@ -38,203 +38,168 @@ from llmtune.deploy.gguf_tokenizer import (
     find_pre_tokenizer,
 )
 from llmtune.deploy.ollama_modelfile import MODELFILE, write_modelfile
-from llmtune.deploy.parity import (
-    LIMITS,
-    Certificate,
-    Limits,
-    Onto,
-    check_onto,
-    check_output,
-    describe_parity,
-    write_certificate,
-)
-from llmtune.deploy.parity_reference import TextReference
-from llmtune.deploy.search_parity import make_reference
-from llmtune.deploy.tuned_model import TunedModel, load_tuned, training_base
+from llmtune.deploy.parity import LIMITS, Certificate, Onto, check_onto, describe_parity
+from llmtune.deploy.parity_reference import TextReference, TunedReference
+from llmtune.deploy.tuned_model import TunedModel, training_base
 from llmtune.display.console import spinner
-from llmtune.errors import RecipeError, nearest
+from llmtune.errors import EnvironmentProblem, GateFailed, Problem, RecipeError, nearest
 from llmtune.evaluate.generation import answer_ends
+from llmtune.model.causal_lm_loss import unwrap
 from llmtune.model.config import read_model_config
-from llmtune.model.device import explain_oom
-from llmtune.plan import Plan, RunContext
-from llmtune.store.atomic_files import explained, hash_file, staged
+from llmtune.store.atomic_files import hash_file
 
 DEFAULT_FORMAT = "f16"
+BASE_FILE = "base.gguf"
+ADAPTER_FORMATS = ("f32", "f16")
+ROUNDING = {"f32": 1e-5, "f16": 2e-3}
+"""Maximum relative error of a product in the file: two roundings of 2^-11 in F16."""
+_FIX = "Omit --adapter-only to write the complete model."
 
 
-def make_gguf(
-    context: RunContext,
-    out: Path | None = None,
-    *,
-    number_format: str = DEFAULT_FORMAT,
-    adapter_only: bool = False,
-    onto: str | None = None,
-) -> Certificate:
-    """Write a run's model, or only its adapter, as a GGUF file, by default into `gguf/FORMAT` of the run.
-
-    Raises:
-        RecipeError: an invalid option, or a task whose models cannot be GGUF files.
-        EnvironmentProblem: a model or tokenizer that GGUF files cannot store.
-        GateFailed: the file differs from the tuned model by more than the limits.
-    """
-    known = ADAPTER_FORMATS if adapter_only else tuple(FORMATS)
-    if number_format not in known:
-        kind = "an adapter" if adapter_only else "a GGUF file"
-        what = f"{number_format!r} is not a number format of {kind}.{nearest(number_format, known)}"
-        raise RecipeError.of(what, "--type", f"Choose one of: {', '.join(known)}.")
-    if number_format in K_QUANTS:
-        check_quantizer()  # before loading anything
-    plan = context.plan
-    trained_on = training_base(plan.recipe, plan.model_ref)
-    if onto is not None and (adapter_only or trained_on == "original"):
-        what = "an adapter without its base ignores it" if adapter_only else "the base was not quantised in training"
-        raise RecipeError.of(what, "--onto", "Omit --onto.")
-    onto = onto or trained_on
-    RecipeError.collect(check_onto(onto, True, trained_on == "original" or plan.recipe.adapter.method == "qlora"))
-    check_gguf(plan)
-    folder = out or context.folder.path / "gguf" / (f"adapter-{number_format}" if adapter_only else number_format)
-
-    def make(tuned: TunedModel, out: Path) -> Certificate:
-        return export_gguf(
-            tuned, out, context.console, number_format=number_format, onto=onto, adapter_only=adapter_only
-        )
-
+def gguf_format(
+    number_format: str = DEFAULT_FORMAT, *, onto: str | None = None, adapter_only: bool = False
+) -> ExportFormat:
+    """Return the format of GGUF files in a number format: of complete models, or of LoRA adapters."""
+    check = partial(check_gguf, number_format=number_format, onto=onto, adapter_only=adapter_only)
     if adapter_only:
-        return make(load_tuned(context), folder)
-    return export_run(context, folder, make, partial(open_gguf_export, length=longest_text(context)))
+        return ExportFormat(
+            f"gguf/adapter-{number_format}",
+            "the GGUF file",
+            check=check,
+            prepare=lambda tuned: check_lora_only(tuned.model),
+            write=partial(write_gguf_adapter, number_format=number_format),
+            open=_open_on_base,
+            describe=_describe_gguf,
+            scored=False,
+        )
+    return ExportFormat(
+        f"gguf/{number_format}",
+        "the GGUF file",
+        check=check,
+        prepare=_prepare_gguf,
+        write=partial(write_gguf, number_format=number_format, onto=onto),
+        open=_open_gguf,
+        describe=_describe_gguf,
+    )
 
 
-def check_gguf(plan: Plan) -> None:
+def check_gguf(
+    source: ModelSource, number_format: str = DEFAULT_FORMAT, onto: str | None = None, adapter_only: bool = False
+) -> None:
     """Check without loading weights that a model can be written.
 
     Raises:
-        RecipeError: the model neither continues a text nor classifies it.
-        EnvironmentProblem: GGUF files cannot store the model or its tokenizer.
+        RecipeError: an invalid option, or the model neither continues a text nor classifies it.
+        EnvironmentProblem: GGUF files cannot store the model or its tokenizer, or the quantiser is not installed.
     """
-    task, kind = plan.task, plan.task.model_kind
+    formats = ADAPTER_FORMATS if adapter_only else tuple(FORMATS)
+    if number_format not in formats:
+        file = "an adapter" if adapter_only else "a GGUF file"
+        what = f"{number_format!r} is not a number format of {file}.{nearest(number_format, formats)}"
+        raise RecipeError.of(what, "--type", f"Choose one of: {', '.join(formats)}.")
+    if number_format in K_QUANTS:
+        check_quantizer()
+    task, recipe = source.task, source.recipe
+    if onto is not None and (adapter_only or training_base(recipe, source.model_ref) == "original"):
+        what = "an adapter without its base ignores it" if adapter_only else "the base was not quantised in training"
+        raise RecipeError.of(what, "--onto", "Omit --onto.")
+    if onto is not None:
+        RecipeError.collect(check_onto(onto, True, recipe.adapter.method == "qlora"))
+    if not adapter_only:
+        check_mergeable(recipe.adapter.method, recipe.adapter.options)
+    kind = task.model_kind
     encoder = not kind.decodes and kind.in_gguf and task.required_inputs == ("prompt",)
     if not kind.decodes and not encoder:
         what = f"GGUF export supports models that continue or classify a text, not this one of task {task.name}"
         raise RecipeError.of(what, "deploy", "Use the adapter, or the merged model of `llmtune deploy merge`.")
-    config = read_model_config(plan.model_ref, plan.recipe.model)
+    config = read_model_config(source.model_ref, recipe.model)
     check_convertible(config, kind)
-    check_reader(config.model_type, find_pre_tokenizer(plan.processor, encoder))
+    check_reader(config.model_type, find_pre_tokenizer(source.processor, encoder))
 
 
-def export_gguf(
-    tuned: TunedModel,
-    out: Path,
-    console: Console,
-    *,
-    number_format: str = DEFAULT_FORMAT,
-    onto: str = "original",
-    adapter_only: bool = False,
-) -> Certificate:
-    """Write `<name>-<FORMAT>.gguf`, a Modelfile and a certificate into the folder `out`.
-
-    This consumes `tuned`. Return the certificate; on failure `out` stays empty.
-
-    Raises:
-        RecipeError: `out` contains something else, or llama.cpp cannot store the adapter.
-        GateFailed: the file, read back, differs from the tuned model by more than the limits.
-        EnvironmentProblem: the model cannot be written or read back, or disk or memory is full.
-    """
-    RecipeError.collect(check_output(out))
+def _prepare_gguf(tuned: TunedModel) -> None:
+    """Refuse pairs of texts, and let the model compute in float32: its sums are rounded only to the target format."""
     if not tuned.task.model_kind.decodes and any(row.get("pair") for row in tuned.rows):
         raise RecipeError.of("llama.cpp's classifiers read one text, these rows have pairs", "data.test", MERGE_INSTEAD)
-    selected = tuned.adapted.selected
-    if adapter_only:
-        check_lora_only(tuned.model)
-    else:
-        check_mergeable(tuned.adapted)
-    if not selected.quantized:
-        tuned.model.float()  # to round sums only once, to the target format
-    with spinner(console, "asking the tuned model"):
-        export = _Export(tuned, console, number_format)
-    memory = explain_oom(f"exporting {selected.model_ref.name}", str(tuned.model.device))
-    with explained(out), memory, staged(out) as folder:
-        certificate = export.write_adapter(folder) if adapter_only else export.write_model(folder, cast(Onto, onto))
-        fix = "" if number_format in ADAPTER_FORMATS else "Round less: --type f16. "
-        write_certificate(certificate, folder, out, "the GGUF file", fix)
-    _print_export(certificate, out, console)
-    return certificate
+    if not tuned.adapted.selected.quantized:
+        tuned.model.float()
 
 
-class _Export:
-    """One export: the tuned model's answers, recorded before it is merged, and the files made from it."""
-
-    def __init__(self, tuned: TunedModel, console: Console, number_format: str) -> None:
-        self.tuned, self.console, self.number_format = tuned, console, number_format
-        self.name = re.sub(r"[^A-Za-z0-9._-]", "-", tuned.recipe.name)
-        self.reference = make_reference(tuned)
-        self.tokenizer: TokenizerFacts | None = None
-        if isinstance(self.reference, TextReference):
-            self.stops = answer_ends(tuned.model, tuned.processor, tuned.recipe)
-            self.tokenizer = describe_tokenizer(tuned.processor, self.reference.prompts, self.stops)
-
-    def write_model(self, folder: Path, onto: Onto) -> Certificate:
-        """Merge, write the complete model, and read it back."""
-        file = folder / f"{self.name}-{self.number_format.upper()}.gguf"
-        with spinner(self.console, "merging"):
-            merged = merge_weights(self.tuned.adapted, onto)
-            config = merged.config
-        shown = self.console.is_terminal and not self.console.quiet
-        write_model(merged, self.tuned.processor, self.tokenizer, file, self.number_format, self.name, progress=shown)
-        del merged
-        limits = FORMAT_LIMITS[self.number_format]
-        if self.tuned.adapted.selected.quantized:
-            limits = limits.wider(LIMITS["rounded" if onto == "dequantized" else "other base"])
-        facts = {**self._file_facts(file, onto), "ignored_window": find_ignored_window(config.to_dict())}
-        return {**facts, **self._certify(file, limits)}
-
-    def write_adapter(self, folder: Path) -> Certificate:
-        """Write the adapter and read it back; with llama.cpp also on the base, unless that is in 4 bits."""
-        file = folder / f"{self.name}-lora-{self.number_format.upper()}.gguf"
-        model, selected = cast(PeftModel, self.tuned.model), self.tuned.adapted.selected
-        with spinner(self.console, "writing the adapter"):
-            write_adapter(model, file, self.number_format, self.name)
-            compared = compare_adapter(model, file, self.number_format)
-        note = f"An adapter. Put its base next to it as base.gguf: {selected.model_ref.name}"
-        facts = {**self._file_facts(file, "none", note), "adapter": compared}
-        if not has_llama() or selected.quantized:
-            return facts
-        whole, base = folder / "base.gguf", cast(PreTrainedModel, model.unload())
-        write_model(base, self.tuned.processor, self.tokenizer, whole, "f32", self.name)
-        try:
-            return {**facts, **self._certify(whole, FORMAT_LIMITS[self.number_format], adapter=file)}
-        finally:
-            whole.unlink()
-
-    def _file_facts(self, file: Path, onto: str, *notes: str) -> Certificate:
-        """Write the Modelfile, and return the certificate before any program reads the file."""
-        tuned = self.tuned
-        written = None
-        if self.tokenizer is not None:
-            adds_bos = self.tokenizer[NAMES.ADD_BOS]
-            written = write_modelfile(file, tuned, self.stops, notes, adds_bos=adds_bos, adapter=onto == "none")
-        return {
-            **tuned.certificate([]),
-            "method": tuned.adapted.method,
-            "onto": onto,
-            "file": file.name,
-            "file_bytes": file.stat().st_size,
-            "file_sha256": hash_file(file),
-            "number_format": self.number_format,
-            "reader": "its own arithmetic",
-            "limits": {},
-            "measured": None,
-            "adapter": None,
-            "modelfile": written,
-        }
-
-    def _certify(self, file: Path, limits: Limits, adapter: Path | None = None) -> Certificate:
-        """Read `file` back, with `adapter` on it, and return its comparison with the tuned model."""
-        with spinner(self.console, "asking the GGUF file"):
-            opened = open_gguf_export(file, self.tuned, self.reference.longest, adapter)
-            return self.reference.certify(opened, limits)
+def _describe_tokens(reference: TunedReference) -> tuple[TokenizerFacts | None, list[int]]:
+    """Return the tokenizer's fields and the ids that end an answer; None and none of a classifier."""
+    tuned = reference.tuned
+    if not isinstance(reference, TextReference):
+        return None, []
+    stops = answer_ends(tuned.model, tuned.processor, tuned.recipe)
+    return describe_tokenizer(tuned.processor, reference.prompts, stops), stops
 
 
-def _print_export(certificate: Certificate, out: Path, console: Console) -> None:
+def write_gguf(reference: TunedReference, folder: Path, number_format: str, onto: str | None) -> WrittenExport:
+    """Merge, and write `<name>-<FORMAT>.gguf` with a Modelfile."""
+    tuned, name = reference.tuned, _file_name(reference.tuned)
+    tokenizer, stops = _describe_tokens(reference)
+    base = cast(Onto, onto or training_base(tuned.recipe, tuned.model_ref))
+    file = folder / f"{name}-{number_format.upper()}.gguf"
+    with spinner(tuned.console, "merging"):
+        merged = merge_weights(tuned.adapted, base)
+    window = find_ignored_window(merged.config.to_dict())
+    shown = tuned.console.is_terminal and not tuned.console.quiet
+    write_model(merged, tuned.processor, tokenizer, file, number_format, name, progress=shown)
+    limits = FORMAT_LIMITS[number_format]
+    if tuned.adapted.selected.quantized:
+        limits = limits.wider(LIMITS["rounded" if base == "dequantized" else "other base"])
+    written = tokenizer and write_modelfile(file, tuned, stops, (), adds_bos=tokenizer[NAMES.ADD_BOS], adapter=False)
+    facts = {**_file_facts(tuned, file, number_format), "onto": base, "modelfile": written, "ignored_window": window}
+    return WrittenExport(facts, limits, "" if number_format in ADAPTER_FORMATS else "Round less: --type f16. ")
+
+
+def write_gguf_adapter(reference: TunedReference, folder: Path, number_format: str) -> WrittenExport:
+    """Write the adapter, and its base in float32 if llama.cpp can read both back, which it cannot in 4 bits."""
+    tuned, name = reference.tuned, _file_name(reference.tuned)
+    tokenizer, stops = _describe_tokens(reference)
+    assert tokenizer is not None, "classifiers have no file of an adapter alone"
+    model, selected = cast(PeftModel, tuned.model), tuned.adapted.selected
+    file = folder / f"{name}-lora-{number_format.upper()}.gguf"
+    with spinner(tuned.console, "writing the adapter"):
+        write_adapter(model, file, number_format, name)
+        compared = compare_adapter(model, file, number_format)
+    notes = [f"An adapter. Put its base next to it as {BASE_FILE}: {selected.model_ref.name}"]
+    written = write_modelfile(file, tuned, stops, notes, adds_bos=tokenizer[NAMES.ADD_BOS], adapter=True)
+    facts = {**_file_facts(tuned, file, number_format), "onto": "none", "adapter": compared, "modelfile": written}
+    if not has_llama() or selected.quantized:
+        return WrittenExport(facts)
+    base = folder / BASE_FILE
+    write_model(cast(PreTrainedModel, model.unload()), tuned.processor, tokenizer, base, "f32", name)
+    return WrittenExport(facts, temporary=base)
+
+
+def _file_name(tuned: TunedModel) -> str:
+    return re.sub(r"[^A-Za-z0-9._-]", "-", tuned.recipe.name)
+
+
+def _file_facts(tuned: TunedModel, file: Path, number_format: str) -> Certificate:
+    return {
+        "method": tuned.adapted.method,
+        "file": file.name,
+        "file_bytes": file.stat().st_size,
+        "file_sha256": hash_file(file),
+        "number_format": number_format,
+        "adapter": None,
+    }
+
+
+def _open_gguf(folder: Path, reference: TunedReference) -> ExportedModel:
+    return open_gguf_export(folder, reference.tuned, max(reference.longest, longest_text(reference.tuned)))
+
+
+def _open_on_base(folder: Path, reference: TunedReference) -> ExportedModel | None:
+    """Open the adapter's file on that of its base; None without one."""
+    base = folder / BASE_FILE
+    adapter = next(folder.glob("*-lora-*.gguf"))
+    return open_gguf_export(base, reference.tuned, reference.longest, adapter) if base.is_file() else None
+
+
+def _describe_gguf(certificate: Certificate, out: Path) -> list[str]:
     size = f"{certificate['file_bytes'] / 1e6:,.1f} MB, {certificate['number_format'].upper()}"
     lines = [f"GGUF: {out / certificate['file']} ({size})"]
     if compared := certificate["adapter"]:
@@ -249,5 +214,110 @@ def _print_export(certificate: Certificate, out: Path, console: Console) -> None
         lines.append("No Modelfile: Ollama's templates cannot express this chat template. Use llama-server.")
     elif certificate["modelfile"]:
         lines.append(f"Ollama: ollama create NAME -f {out / MODELFILE}")
-    for line in lines:
-        console.print(line, highlight=False, soft_wrap=True)
+    return lines
+
+
+# The adapter
+
+
+def check_lora_only(model: PreTrainedModel | PeftModel) -> None:
+    """Raise RecipeError listing all parts of an adapter that the GGUF adapter would lack."""
+    if not isinstance(model, PeftModel):
+        raise RecipeError.of("this run trained all weights and has no adapter", "--adapter-only", _FIX)
+    kind = model.peft_config["default"].peft_type
+    if kind != PeftType.LORA:
+        raise RecipeError.of(
+            f"llama.cpp supports only LoRA adapters, and this one is {kind.lower()}", "--adapter-only", _FIX
+        )
+    config, inner = _lora_config(model), unwrap(model)
+    embeddings = [inner.get_input_embeddings()]
+    if inner.config.tie_word_embeddings:
+        embeddings.append(inner.get_output_embeddings())
+    unsupported = {
+        "DoRA (use_dora)": config.use_dora,
+        "trained biases (bias)": config.bias != "none" or config.lora_bias,
+        "fully trained modules (modules_to_save)": bool(config.modules_to_save),
+        "trained tokens (trainable_token_indices)": bool(config.trainable_token_indices),
+        "an adapter on fused experts (target_parameters)": bool(config.target_parameters),
+        "activated LoRA (alora_invocation_tokens)": bool(config.alora_invocation_tokens),
+        "an adapter on the embedding": any(isinstance(layer, LoraLayer) for layer in embeddings),
+    }
+    problems = [what for what, present in unsupported.items() if present]
+    RecipeError.collect(
+        Problem(f"llmtune does not write {what} into a GGUF adapter", "--adapter-only", _FIX) for what in problems
+    )
+
+
+def _lora_config(model: PeftModel) -> LoraConfig:
+    config = model.peft_config["default"]
+    assert isinstance(config, LoraConfig), "llmtune trains LoRA adapters only"
+    return config
+
+
+def lora_layers(model: PeftModel) -> Iterator[tuple[str, LoraLayer]]:
+    """Yield the modules with an adapter, by the names of their weights."""
+    for module, layer in unwrap(model).named_modules():
+        if isinstance(layer, LoraLayer) and "default" in layer.lora_A:
+            yield f"{module}.weight", layer
+
+
+def lora_tensors(model: PeftModel, layout: TensorLayout) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the matrices A [rank, in] and B [out, rank] of each module by llama.cpp's names, in float32 on the CPU.
+
+    llama.cpp scales each product by alpha / rank with one alpha for all. If a module has another scaling (rsLoRA,
+    alpha_pattern), B absorbs the difference.
+    """
+    alpha = float(_lora_config(model).lora_alpha)
+    for weight, layer in lora_layers(model):
+        a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        rest = layer.scaling["default"] * a.shape[0] / alpha
+        name, converted = layout.convert(b, weight)
+        yield f"{name}.lora_a", a.detach().float().cpu()
+        yield f"{name}.lora_b", converted * rest
+
+
+def write_adapter(model: PeftModel, file: Path, number_format: str, name: str) -> None:
+    """Write the adapter; raises EnvironmentProblem if llama.cpp has no name for a module."""
+    layout = TensorLayout(unwrap(model).config)
+    writer = GGUFWriter(file, layout.architecture)
+    writer.add_type(GGUFType.ADAPTER)
+    writer.add_name(name)
+    writer.add_string(Keys.Adapter.TYPE, "lora")
+    writer.add_float32(Keys.Adapter.LORA_ALPHA, float(_lora_config(model).lora_alpha))
+    writer.add_file_type(FORMATS[number_format])
+    kind = GGMLQuantizationType[number_format.upper()]
+    for tensor_name, tensor in lora_tensors(model, layout):
+        writer.add_tensor(tensor_name, quantize(tensor.contiguous().numpy(), kind), raw_dtype=kind)
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+    finally:
+        writer.close()
+
+
+def compare_adapter(model: PeftModel, file: Path, number_format: str) -> dict[str, float]:
+    """Read the file back and compare each module's product with what PEFT adds to its weight.
+
+    Returns:
+        `modules`, and `largest_difference` relative to the product's norm.
+
+    Raises:
+        GateFailed: a module is missing, or its product differs by more than the rounding of the format.
+    """
+    layout, reader = TensorLayout(unwrap(model).config), GGUFReader(file)
+    alpha = reader.fields[Keys.Adapter.LORA_ALPHA].contents()
+    tensors = {tensor.name: dequantize(tensor.data, tensor.tensor_type) for tensor in reader.tensors}
+    differences = {}
+    for weight, layer in lora_layers(model):
+        name, expected = layout.convert(layer.get_delta_weight("default"), weight)
+        a, b = (torch.from_numpy(tensors[f"{name}.lora_{half}"].copy()) for half in "ab")
+        actual = alpha / a.shape[0] * (b @ a)
+        differences[name] = float((actual - expected).norm() / expected.norm().clamp_min(1e-30))
+    worst = max(differences, key=lambda name: differences[name])
+    if not differences[worst] <= ROUNDING[number_format]:
+        what = f"the file's change of {worst} differs from the trained one by {differences[worst]:.2g} of its size"
+        raise GateFailed.of(f"{what}; the limit is {ROUNDING[number_format]:.2g}")
+    if len(tensors) != 2 * len(differences):
+        raise EnvironmentProblem.of("the file contains other modules than were trained", str(file))
+    return {"modules": len(differences), "largest_difference": differences[worst]}

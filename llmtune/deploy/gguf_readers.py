@@ -32,7 +32,6 @@ from llmtune.deploy.parity import Limits, load_product
 from llmtune.deploy.tuned_model import TransformersReader, TunedModel, render_chats, render_prompts
 from llmtune.errors import EnvironmentProblem
 from llmtune.model.config import find_class
-from llmtune.plan import RunContext
 from llmtune.recipe.model_kind import CAUSAL
 
 NOT_READ = (
@@ -174,9 +173,9 @@ def served_by_file(tuned: TunedModel, facts: TokenizerFacts, reader: GgufReader)
 # A GGUF file as a transformers model
 
 
-def longest_text(context: RunContext) -> int:
-    """Return the tokens of the longest row of a run, with an answer."""
-    return max(context.examples.longest.values()) + context.plan.recipe.generation.max_new_tokens
+def longest_text(tuned: TunedModel) -> int:
+    """Return the tokens of the longest row of a run, with an answer; 0 without encoded rows."""
+    return max(tuned.examples.longest.values()) + tuned.recipe.generation.max_new_tokens if tuned.examples else 0
 
 
 def open_gguf_export(path: Path, source: ModelSource, length: int, adapter: Path | None = None) -> ExportedModel:

@@ -3,42 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from rich.console import Console
 
 from llmtune.adapter.merging import check_mergeable
 from llmtune.adapter.merging import merge_adapter as merge_weights
-from llmtune.deploy.export_score import export_run
-from llmtune.deploy.exported_model import weight_bytes
-from llmtune.deploy.layer_comparison import LayerDifference, find_first_difference, record_layers
+from llmtune.deploy.export import ExportFormat, WrittenExport
+from llmtune.deploy.exported_model import ModelSource, weight_bytes
+from llmtune.deploy.failure_causes import LayerDifference, find_first_difference, record_layers
 from llmtune.deploy.merged_model import save_settings
 from llmtune.deploy.onnx_graphs import list_graphs, write_graph
-from llmtune.deploy.onnx_model import (
-    MODEL,
-    open_onnx_export,
-    read_inner_values,
-)
-from llmtune.deploy.onnx_scripts import SCRIPT, write_script
-from llmtune.deploy.parity import (
-    Certificate,
-    check_output,
-    describe_parity,
-    write_certificate,
-)
+from llmtune.deploy.onnx_model import MODEL, open_onnx_export, read_inner_values
+from llmtune.deploy.onnx_program import PROGRAM, write_program
+from llmtune.deploy.parity import Certificate, describe_parity
 from llmtune.deploy.parity_reference import HeadReference, TextReference, TunedReference
-from llmtune.deploy.search_parity import make_reference
 from llmtune.deploy.tuned_model import TunedModel, training_base
 from llmtune.display.console import spinner
 from llmtune.display.number_format import size
 from llmtune.errors import EnvironmentProblem, Problem, RecipeError
 from llmtune.model.causal_lm_loss import model_inputs, move_to, unwrap
 from llmtune.model.config import find_class
-from llmtune.model.device import explain_oom
-from llmtune.plan import Plan, RunContext
-from llmtune.store.atomic_files import explained, hash_file, staged
+from llmtune.store.atomic_files import hash_file
 
 SLIGHT, LARGEST_ROUNDING = 0.01, 0.5
 """Relative difference of a layer's outputs that fails a certificate: in float32, and in int8. The largest in MiniLM
@@ -46,27 +34,27 @@ are 1e-6 and 0.24; a layer with outliers in int8 differs by 1."""
 KEY_VALUE_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 
 
-def make_onnx(context: RunContext, out: Path | None = None, *, int8: bool = False) -> Certificate:
-    """Write a run's model as ONNX files, by default into `onnx/float32` or `onnx/int8` of the run.
+def onnx_format(*, int8: bool = False) -> ExportFormat:
+    """Return the format of ONNX files with a program that runs them, in float32 or with weights in 8 bits."""
+    return ExportFormat(
+        "onnx/int8" if int8 else "onnx/float32",
+        "the ONNX model",
+        check=check_onnx,
+        prepare=_compute_in_float32,
+        write=partial(write_onnx, int8=int8),
+        open=lambda folder, reference: open_onnx_export(folder, reference.tuned),
+        describe=_describe_onnx,
+    )
 
-    Raises:
-        RecipeError: an adapter or model that cannot be exported, or `out` contains something else.
-        EnvironmentProblem: a missing package, or torch cannot export the model.
-        GateFailed: the files differ from the tuned model by more than the limits.
+
+def check_onnx(source: ModelSource) -> None:
+    """Check packages and the model's architecture without loading weights.
+
+    Raises EnvironmentProblem for a missing package, RecipeError for an adapter or a model that cannot be exported.
     """
-    check_onnx(context.plan)
-    folder = out or context.folder.path / "onnx" / ("int8" if int8 else "float32")
-
-    def make(tuned: TunedModel, out: Path) -> Certificate:
-        return export_onnx(tuned, out, context.console, int8=int8)
-
-    return export_run(context, folder, make, open_onnx_export, splits=("test", "validation", "train"))
-
-
-def check_onnx(plan: Plan) -> None:
-    """Check packages and the model's architecture without loading weights."""
     EnvironmentProblem.collect(missing_packages())
-    kind, config = find_class(plan.model_ref, plan.recipe, plan.task)
+    check_mergeable(source.recipe.adapter.method, source.recipe.adapter.options)
+    kind, config = find_class(source.model_ref, source.recipe, source.task)
     text = config.get_text_config(decoder=True)
     others = {*(getattr(text, "layer_types", None) or ())} - KEY_VALUE_LAYERS
     if getattr(kind, "_is_stateful", False) or others:
@@ -85,63 +73,57 @@ def missing_packages() -> Iterable[Problem]:
         yield Problem(f"ONNX export needs {error.name}", None, "Run: pip install 'llmtune-cli[onnx]'")
 
 
-def export_onnx(tuned: TunedModel, out: Path, console: Console, *, int8: bool = False) -> Certificate:
-    """Write the graphs with everything that runs them into the folder `out`, and certify them.
-
-    This consumes `tuned`. Return the certificate; on failure `out` stays empty.
-    """
-    RecipeError.collect(check_output(out))
-    check_mergeable(tuned.adapted)
+def _compute_in_float32(tuned: TunedModel) -> None:
     if not tuned.adapted.selected.quantized:
         tuned.model.float()
-    with spinner(console, "asking the tuned model"):
-        reference = make_reference(tuned)
-        example = example_inputs(reference)
-        expected = record_layers(tuned.model, example) if example else {}
+
+
+def write_onnx(reference: TunedReference, folder: Path, int8: bool) -> WrittenExport:
+    """Merge, trace, and write the graphs with everything that runs them.
+
+    Raises EnvironmentProblem if torch cannot trace the model.
+    """
+    tuned, onto = reference.tuned, training_base(reference.tuned.recipe, reference.tuned.model_ref)
+    example = example_inputs(reference)
+    expected = record_layers(tuned.model, example) if example else {}
 
     def find(file: Path, layers: Mapping[str, str], least: float = LARGEST_ROUNDING) -> LayerDifference | None:
         if not (example and layers):
             return None
         return find_first_difference(expected, read_inner_values(file, layers, example), least)
 
-    memory = explain_oom(f"exporting {tuned.model_ref.name}", tuned.device)
-    with explained(out), memory, staged(out) as folder:
-        with spinner(console, "merging and tracing"):
-            onto = training_base(tuned.recipe, tuned.model_ref)
-            merged = merge_weights(tuned.adapted, onto).float().cpu().eval()
-            save_settings(merged, tuned, folder, torch.float32)
-            graphs = [
-                write_graph(merged, graph, folder, find if int8 else None) for graph in list_graphs(merged, reference)
-            ]
-            kept = [layer for graph in graphs for layer in graph.float32_layers]
-            write_script(merged, tuned, folder)
-        del merged
-        with spinner(console, "asking onnxruntime"):
-            certified = reference.certify(open_onnx_export(folder, tuned))
-            least = LARGEST_ROUNDING if int8 and certified["passed"] else SLIGHT
-            if difference := find(folder / MODEL, graphs[0].layers, least):
-                certified |= {"passed": False, "breaches": [*certified["breaches"], difference.text]}
-        files = sorted(path for path in folder.iterdir() if path.suffix in (".onnx", ".data"))
-        certificate = {
-            **certified,
-            "format": "onnx-int8" if int8 else "onnx",
-            "onto": onto,
-            **({"float32_layers": kept} if int8 else {}),
-            "weights_bytes": weight_bytes(folder),
-            "files_sha256": {path.name: hash_file(path) for path in files},
-        }
-        fix = "Round less: omit --int8. " if int8 else ""
-        write_certificate(certificate, folder, out, "the ONNX model", fix)
-    console.print(f"ONNX model: {out} ({size(certificate['weights_bytes'])})", highlight=False, soft_wrap=True)
-    if kept:
-        console.print(
-            f"in float32, because int8 changes their outputs too much: {', '.join(kept)}",
-            highlight=False,
-            soft_wrap=True,
-        )
-    console.print(f"parity with the tuned model, {describe_parity(certificate['measured'])}", highlight=False)
-    console.print(f"run it without llmtune: python {out / SCRIPT} ...", highlight=False, soft_wrap=True)
-    return certificate
+    with spinner(tuned.console, "merging and tracing"):
+        merged = merge_weights(tuned.adapted, onto).float().cpu().eval()
+        save_settings(merged, tuned, folder, torch.float32)
+        graphs = [
+            write_graph(merged, graph, folder, find if int8 else None) for graph in list_graphs(merged, reference)
+        ]
+        write_program(merged, tuned, folder)
+    kept = [layer for graph in graphs for layer in graph.float32_layers]
+    files = sorted(path for path in folder.iterdir() if path.suffix in (".onnx", ".data"))
+    facts = {
+        "format": "onnx-int8" if int8 else "onnx",
+        "onto": onto,
+        **({"float32_layers": kept} if int8 else {}),
+        "weights_bytes": weight_bytes(folder),
+        "files_sha256": {path.name: hash_file(path) for path in files},
+    }
+
+    def find_cause(passed: bool) -> str | None:
+        difference = find(folder / MODEL, graphs[0].layers, LARGEST_ROUNDING if int8 and passed else SLIGHT)
+        return None if difference is None else difference.text
+
+    return WrittenExport(facts, advice="Round less: omit --int8. " if int8 else "", find_cause=find_cause)
+
+
+def _describe_onnx(certificate: Certificate, out: Path) -> list[str]:
+    kept = certificate.get("float32_layers")
+    return [
+        f"ONNX model: {out} ({size(certificate['weights_bytes'])})",
+        *([f"in float32, because int8 changes their outputs too much: {', '.join(kept)}"] if kept else []),
+        f"parity with the tuned model, {describe_parity(certificate['measured'])}",
+        f"run it without llmtune: python {out / PROGRAM} ...",
+    ]
 
 
 def example_inputs(reference: TunedReference) -> dict[str, Any] | None:

@@ -15,11 +15,20 @@ import torch
 from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
-from llmtune.deploy.layer_comparison import LayerDifference
-from llmtune.deploy.onnx_model import CROSS, DECODER, ENCODER, MODEL, PRESENT, cache_argument
+from llmtune.deploy.failure_causes import LayerDifference
+from llmtune.deploy.onnx_model import (
+    CROSS,
+    DECODER,
+    ENCODER,
+    MODEL,
+    PRESENT,
+    fill_cache,
+    name_states,
+)
 from llmtune.deploy.onnx_session import PAST
 from llmtune.deploy.parity_reference import HeadReference, TunedReference
 from llmtune.errors import EnvironmentProblem, RecipeError, first_line
+from llmtune.evaluate.greedy_decoding import cache_argument
 from llmtune.model.causal_lm_loss import accepted_arguments, model_inputs
 from llmtune.model.config import is_encoder
 from llmtune.model.device import is_out_of_memory
@@ -72,7 +81,7 @@ def list_graphs(model: PreTrainedModel, reference: TunedReference) -> list[Graph
     return [_head_graph(model, [*dict.fromkeys([*model_inputs(model, batch), "attention_mask"])])]
 
 
-def _texts(model: PreTrainedModel, length: int) -> dict[str, torch.Tensor]:
+def _example_texts(model: PreTrainedModel, length: int) -> dict[str, torch.Tensor]:
     ids_BT = torch.arange(2 * length).reshape(2, length) % model.config.get_text_config(decoder=True).vocab_size
     mask_BT = torch.ones_like(ids_BT)
     mask_BT[1, length - 2 :] = 0
@@ -81,7 +90,7 @@ def _texts(model: PreTrainedModel, length: int) -> dict[str, torch.Tensor]:
 
 def _head_graph(model: PreTrainedModel, names: Sequence[str]) -> Graph:
     """Return the graph of an encoder, or of a decoder with a head: class, tags, ends of answers, letters."""
-    known = _texts(model, 9)
+    known = _example_texts(model, 9)
     if "input_values" in names:
         known = {"input_values": torch.randn(2, 20_000), "attention_mask": torch.ones(2, 20_000, dtype=torch.int64)}
     accepted = accepted_arguments(type(model))  # type: ignore[arg-type]
@@ -101,11 +110,11 @@ def _decoder_graph(model: PreTrainedModel) -> Graph:
     """Return the graph of a decoder: tokens and the cache of earlier ones -> logits, and the cache of all."""
     cache_name = cache_argument(type(model))
     with torch.no_grad():
-        example = model(input_ids=_texts(model, 4)["input_ids"], use_cache=True)[cache_name]
+        example = model(input_ids=_example_texts(model, 4)["input_ids"], use_cache=True)[cache_name]
     if not isinstance(example, DynamicCache):
         raise _other_cache(model)
-    past = _name_states(PAST, example)
-    ids_BT, positions_BT = _texts(model, 3)["input_ids"], torch.arange(4, 7).repeat(2, 1)
+    past = name_states(PAST, example)
+    ids_BT, positions_BT = _example_texts(model, 3)["input_ids"], torch.arange(4, 7).repeat(2, 1)
     mask_BT = torch.ones(2, 7, dtype=torch.int64)
     mask_BT[1, 0] = 0
     inputs = {"input_ids": ids_BT, "attention_mask": mask_BT, "position_ids": positions_BT}
@@ -113,10 +122,10 @@ def _decoder_graph(model: PreTrainedModel) -> Graph:
         del inputs["position_ids"]
 
     def run(given: GraphInputs) -> Iterable[torch.Tensor]:
-        cache = _fill_cache([given[name] for name in past])
+        cache = fill_cache({name: given[name] for name in past})
         plain = {name: given[name] for name in inputs}
         output = model(**plain, **{cache_name: cache}, use_cache=True)
-        return output.logits, *_name_states(PRESENT, output[cache_name]).values()
+        return output.logits, *name_states(PRESENT, output[cache_name]).values()
 
     outputs = ["logits", *(name.replace(PAST, PRESENT) for name in past)]
     return Graph(MODEL, {**inputs, **past}, outputs, run)
@@ -130,7 +139,7 @@ def _encoder_decoder_graphs(model: PreTrainedModel) -> list[Graph]:
     encoder, cache_name = model.get_encoder(), cache_argument(type(model))
     heard = model.main_input_name == "input_features"
     frames = {"input_features": torch.randn(2, *_spectrogram(model))} if heard else {}
-    texts = {name: part for name, part in _texts(model, 9).items() if name != "token_type_ids"}
+    texts = {name: part for name, part in _example_texts(model, 9).items() if name != "token_type_ids"}
     inputs = frames or texts
     start_BT = torch.full((2, 1), int(model.config.decoder_start_token_id or 0))
 
@@ -145,19 +154,20 @@ def _encoder_decoder_graphs(model: PreTrainedModel) -> list[Graph]:
         hidden_BSD, example = read(inputs)
     if not isinstance(example, EncoderDecoderCache):
         raise _other_cache(model)
-    past, cross = _name_states(PAST, example.self_attention_cache), _name_states(CROSS, example.cross_attention_cache)
+    past, cross = name_states(PAST, example.self_attention_cache), name_states(CROSS, example.cross_attention_cache)
     past = {name: torch.cat([part] * 4, 2) for name, part in past.items()}
     width = hidden_BSD.shape[-1]
 
     def encode(given: GraphInputs) -> Iterable[torch.Tensor]:
         hidden_BSD, cache = read(given)
-        return hidden_BSD, *_name_states(CROSS, cache.cross_attention_cache).values()
+        return hidden_BSD, *name_states(CROSS, cache.cross_attention_cache).values()
 
     def decode(given: GraphInputs) -> Iterable[torch.Tensor]:
-        states = [given[name] for name in cross]
-        cache = EncoderDecoderCache(_fill_cache([given[name] for name in past]), _fill_cache(states))
+        states = {name: given[name] for name in cross}
+        cache = EncoderDecoderCache(fill_cache({name: given[name] for name in past}), fill_cache(states))
         cache.is_updated = dict.fromkeys(range(len(states) // 2), True)
-        unread_BSD = states[0].new_zeros(states[0].shape[0], states[0].shape[2], width)  # only its shape is used
+        first = states[next(iter(cross))]
+        unread_BSD = first.new_zeros(first.shape[0], first.shape[2], width)  # only its shape is used
         masks = {"attention_mask": given["encoder_attention_mask"]} if "encoder_attention_mask" in given else {}
         output = model(
             encoder_outputs=BaseModelOutput(unread_BSD),
@@ -166,9 +176,9 @@ def _encoder_decoder_graphs(model: PreTrainedModel) -> list[Graph]:
             **{cache_name: cache},
             **masks,
         )
-        return output.logits, *_name_states(PRESENT, output[cache_name].self_attention_cache).values()
+        return output.logits, *name_states(PRESENT, output[cache_name].self_attention_cache).values()
 
-    given = {"input_ids": _texts(model, 3)["input_ids"]}
+    given = {"input_ids": _example_texts(model, 3)["input_ids"]}
     given |= {} if heard else {"encoder_attention_mask": texts["attention_mask"]}
     written = ["logits", *(name.replace(PAST, PRESENT) for name in past)]
     return [
@@ -179,18 +189,6 @@ def _encoder_decoder_graphs(model: PreTrainedModel) -> list[Graph]:
 
 def _spectrogram(model: PreTrainedModel) -> tuple[int, int]:
     return model.config.num_mel_bins, 2 * model.config.max_source_positions
-
-
-def _name_states(prefix: str, cache: DynamicCache) -> dict[str, torch.Tensor]:
-    """Return keys and values of all layers by name."""
-    found: dict[str, torch.Tensor] = {}
-    for i, layer in enumerate(cache.layers):
-        found |= {f"{prefix}.{i}.key": layer.keys, f"{prefix}.{i}.value": layer.values}
-    return found
-
-
-def _fill_cache(states: Sequence[torch.Tensor]) -> DynamicCache:
-    return DynamicCache(zip(states[::2], states[1::2], strict=True))
 
 
 def _other_cache(model: PreTrainedModel) -> RecipeError:

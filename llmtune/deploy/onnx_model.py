@@ -19,7 +19,8 @@ from llmtune.deploy.exported_model import ExportedModel, ModelSource, borrow_cla
 from llmtune.deploy.onnx_session import OPENVINO_SUFFIX, PAST, OnnxSession, Tensors, open_session
 from llmtune.deploy.tuned_model import render_prompts, served_by_folder
 from llmtune.errors import EnvironmentProblem
-from llmtune.model.causal_lm_loss import READ, accepted_arguments
+from llmtune.evaluate.greedy_decoding import cache_argument
+from llmtune.model.causal_lm_loss import READ
 from llmtune.model.config import find_class
 from llmtune.store.atomic_files import read_json
 
@@ -101,11 +102,6 @@ def order_labels(config: PretrainedConfig, stated: Mapping[str, Any]) -> list[in
     config.id2label = theirs
     columns = {name: number for number, name in theirs.items()}
     return [columns.get(name, i) for i, name in enumerate(ours.values())] if len(theirs) == len(ours) else None
-
-
-def cache_argument(kind: type[torch.nn.Module]) -> str:
-    """Return what this version of transformers calls the cache."""
-    return "cache" if "cache" in accepted_arguments(kind) else "past_key_values"  # type: ignore[arg-type]
 
 
 def _read_heads(session: OnnxSession, columns: Sequence[int] | None) -> Callable[..., ModelOutput]:
@@ -216,10 +212,15 @@ def read_cache(cache: Any) -> dict[str, torch.Tensor]:
         return {}
     if not isinstance(cache, DynamicCache):
         raise ValueError(f"onnxruntime does not write to a {type(cache).__name__}")
-    found: dict[str, torch.Tensor] = {}
-    for i, layer in enumerate(cache.layers if cache.get_seq_length() else ()):
-        found |= {f"{PAST}.{i}.key": layer.keys, f"{PAST}.{i}.value": layer.values}
-    return found
+    return name_states(PAST, cache) if cache.get_seq_length() else {}
+
+
+def name_states(prefix: str, cache: DynamicCache) -> dict[str, torch.Tensor]:
+    """Return keys and values of all layers by the names of a graph's inputs and outputs."""
+    states: dict[str, torch.Tensor] = {}
+    for i, layer in enumerate(cache.layers):
+        states |= {f"{prefix}.{i}.key": layer.keys, f"{prefix}.{i}.value": layer.values}
+    return states
 
 
 def fill_cache(present: Mapping[str, torch.Tensor]) -> DynamicCache:

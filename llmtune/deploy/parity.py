@@ -19,7 +19,6 @@ from typing_extensions import TypedDict
 from llmtune.errors import EnvironmentProblem, GateFailed, Problem, first_line, system_errno
 from llmtune.model.config import UNREADABLE
 from llmtune.model.device import is_out_of_memory
-from llmtune.store.atomic_files import read_json, write_json
 from llmtune.store.json_shapes import read_record
 from llmtune.store.run_folder import CERTIFICATE
 
@@ -181,20 +180,14 @@ def _compare_numbers(expected_NK: torch.Tensor, actual_NK: torch.Tensor) -> tupl
     return difference_N.square() / 2, difference_N <= SAME_NUMBER
 
 
-def measure_share(
-    base: Sequence[torch.Tensor], tuned: Sequence[torch.Tensor], product: Sequence[torch.Tensor], kind: str
-) -> float | None:
-    """Return the least-squares share of the step from `base` to `tuned` that `product` took; None without a step."""
-    return measure_step(base, tuned, product, kind)[0]
-
-
 def measure_step(
     base: Sequence[torch.Tensor], tuned: Sequence[torch.Tensor], product: Sequence[torch.Tensor], kind: str
 ) -> tuple[float | None, float]:
-    """Return what `measure_share` does, and how far rounding may move it.
+    """Return the share of the step from `base` to `tuned` that `product` took, and how far rounding may move it.
 
-    The part of the product's step that is not in the tuned model's direction is taken for rounding. It has as many
-    independent numbers as the outputs, and one direction gets its share: three standard deviations.
+    It is the least-squares share; None without a step. The part of the product's step that is not in the tuned
+    model's direction is taken for rounding. It has as many independent numbers as the outputs, and one direction gets
+    its share: three standard deviations.
     """
 
     def step(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
@@ -339,15 +332,6 @@ def _write(value: float | None) -> str:
     return "not a number" if value is None else f"{value:.2g}"
 
 
-def check_output(out: Path) -> Iterator[Problem]:
-    """Yield problems with writing a product to the folder `out`."""
-    if out.is_dir() and any(out.iterdir()) and read_json(out / CERTIFICATE) is None:
-        yield Problem("the folder contains something else", str(out), "Choose another folder with --out.")
-    existing = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
-    if not existing.is_dir():
-        yield Problem("expected a folder, found a file", str(existing), "Choose another --out.")
-
-
 def check_onto(onto: str, quantized: bool, original: bool = True) -> Iterator[Problem]:
     """Yield problems with the weights to merge onto; some models have no `original` ones."""
     if onto not in ("original", "dequantized"):
@@ -374,17 +358,3 @@ def load_product(load: Callable[[], tuple[PreTrainedModel, dict[str, set[str]]]]
     if lost := sorted({*info["missing_keys"], *info["unexpected_keys"]}):
         raise GateFailed.of(f"{len(lost)} weights of {product} are missing or unexpected, such as {lost[0]}")
     return model.eval()
-
-
-def write_certificate(certificate: Certificate, folder: Path, out: Path, product: str, fix: str = "") -> None:
-    """Write the certificate into `folder`, which will become `out`.
-
-    Raises GateFailed if it did not pass, after writing its numbers to `<out>.failed.json`.
-    """
-    failed = out.with_name(f"{out.name}.failed.json")
-    if not certificate["passed"]:
-        write_json(failed, certificate)
-        fix = f"{fix}The product was deleted; the numbers are in {failed}."
-        raise GateFailed(*(Problem(f"{product} differs: {breach}", None, fix) for breach in certificate["breaches"]))
-    write_json(folder / CERTIFICATE, certificate)
-    failed.unlink(missing_ok=True)

@@ -18,9 +18,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from llmtune.adapter.reference_model import switches_off, without_adapter
 from llmtune.data.chat_template import stop_ids
 from llmtune.data.template_facts import TemplateRefusal
-from llmtune.deploy.adapter_weights import find_lost_steps, record_steps
 from llmtune.deploy.exported_model import ExportedModel
-from llmtune.deploy.folder_settings import expected_settings, find_other_settings
+from llmtune.deploy.failure_causes import find_lost_steps, record_steps
+from llmtune.deploy.folder_settings import expected_settings, find_changed_settings
 from llmtune.deploy.parity import (
     Certificate,
     Distance,
@@ -90,7 +90,7 @@ class TunedReference(ABC):
     def find_causes(self, exported: ExportedModel) -> list[str]:
         """Describe weights without a part of the adapter, and settings of the files that differ from the run's."""
         lost = find_lost_steps(self.steps, exported.model.state_dict()) if exported.is_folder else []
-        return [*lost, *find_other_settings(self.settings, exported, self.tuned)]
+        return [*lost, *find_changed_settings(self.settings, exported, self.tuned)]
 
     def missing_ends(self, exported: ExportedModel, turns: Sequence[int]) -> tuple[str, ...]:
         """Return tokens that end the tuned model's turns, or texts without turns, and do not end the product's.

@@ -5,25 +5,25 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
 from rich.console import Console
 
 from llmtune import __version__
-from llmtune.deploy.export_score import describe_export, open_to_export, score_export, time_tuned
+from llmtune.deploy.export import export, open_to_export
+from llmtune.deploy.export_score import describe_export, reset_peak, score_export, time_export, time_tuned
 from llmtune.deploy.exported_model import WEIGHT_FILES, ExportedModel, open_folder
-from llmtune.deploy.gguf_export import check_gguf, make_gguf
+from llmtune.deploy.gguf_export import gguf_format
 from llmtune.deploy.gguf_readers import longest_text, open_gguf_export
-from llmtune.deploy.merged_model import merge_run
-from llmtune.deploy.onnx_export import check_onnx, make_onnx, missing_packages
+from llmtune.deploy.merged_model import merged_format
+from llmtune.deploy.onnx_export import missing_packages, onnx_format
 from llmtune.deploy.onnx_model import list_graph_files, open_onnx_export
 from llmtune.deploy.onnx_session import OPENVINO_SUFFIX
 from llmtune.deploy.parity import LIMITS, NOT_FINITE, Certificate, describe_parity
-from llmtune.deploy.quantized_model import SCHEMES, check_quantizable, quantize_run
+from llmtune.deploy.quantized_model import SCHEMES, quantized_format
 from llmtune.deploy.search_parity import make_reference
+from llmtune.deploy.tuned_model import TunedModel
 from llmtune.display.console import spinner
 from llmtune.errors import EnvironmentProblem, GateFailed, LlmtuneError, Problem, RecipeError
 from llmtune.model.causal_lm_loss import unwrap
@@ -36,32 +36,14 @@ from llmtune.store.atomic_files import explained, hash_file, hash_folder, hash_v
 from llmtune.store.report_record import ExportFailure
 from llmtune.store.run_folder import CERTIFICATE, StepFacts
 
-
-@dataclass(frozen=True)
-class ExportFormat:
-    """One format of `deploy`."""
-
-    folder: str
-    """Its place in the run folder."""
-    make: Callable[[RunContext], Certificate]
-    """Makes it, certifies it and scores it."""
-    check: Callable[[Plan], object] = lambda plan: None
-    """Raises before training if it cannot be made of the model."""
-
-
 EXPORT_FORMATS = {
-    "merged": ExportFormat("merged", merge_run),
-    "gguf": ExportFormat("gguf/f16", make_gguf, check_gguf),
-    "gguf-q8_0": ExportFormat("gguf/q8_0", partial(make_gguf, number_format="q8_0"), check_gguf),
-    "gguf-q4_k_m": ExportFormat("gguf/q4_k_m", partial(make_gguf, number_format="q4_k_m"), check_gguf),
-    "onnx": ExportFormat("onnx/float32", make_onnx, check_onnx),
-    "onnx-int8": ExportFormat("onnx/int8", partial(make_onnx, int8=True), check_onnx),
-    **{
-        name: ExportFormat(
-            f"quantized/{name}", partial(quantize_run, scheme=name), partial(check_quantizable, scheme=name)
-        )
-        for name in SCHEMES
-    },
+    "merged": merged_format(),
+    "gguf": gguf_format("f16"),
+    "gguf-q8_0": gguf_format("q8_0"),
+    "gguf-q4_k_m": gguf_format("q4_k_m"),
+    "onnx": onnx_format(),
+    "onnx-int8": onnx_format(int8=True),
+    **{scheme: quantized_format(scheme) for scheme in SCHEMES},
 }
 """By name in the recipe's `deploy`."""
 
@@ -106,7 +88,7 @@ def make_products(context: RunContext, on_begin: Callable[[], object]) -> None:
 def _make_one(context: RunContext, name: str, facts: StepFacts) -> None:
     """Make one export, and add its certificate to the facts of the step, or its error."""
     try:
-        facts["exports"][name] = EXPORT_FORMATS[name].make(context)
+        facts["exports"][name] = export(context, EXPORT_FORMATS[name])
     except LlmtuneError as error:
         message = redact_all(str(error))
         facts["failed"][name] = ExportFailure(kind=type(error).__name__, exit_code=error.exit_code, message=message)
@@ -117,19 +99,19 @@ def _make_one(context: RunContext, name: str, facts: StepFacts) -> None:
 # Somebody else's export of a run
 
 
-def open_export(path: Path, context: RunContext) -> ExportedModel:
+def open_export(path: Path, tuned: TunedModel) -> ExportedModel:
     """Open a file or a folder by the runtime that its kind belongs to; raises RecipeError for an unknown kind."""
     if not path.exists():
         raise RecipeError.of("not found", str(path), "Name a GGUF, ONNX or OpenVINO file, a model folder, or a URL.")
     if path.suffix == ".gguf" or (path.is_dir() and any(path.glob("*.gguf"))):
-        return open_gguf_export(path, context.plan, longest_text(context))
+        return open_gguf_export(path, tuned, longest_text(tuned))
     graphs = list_graph_files(path) if path.is_dir() else [path]
     if any(one.suffix in (".onnx", OPENVINO_SUFFIX) for one in graphs):
         if all(one.suffix == ".onnx" for one in graphs):
             EnvironmentProblem.collect(missing_packages())
-        return open_onnx_export(path, context.plan)
+        return open_onnx_export(path, tuned)
     if (path / "config.json").is_file() and any(file.suffix in WEIGHT_FILES for file in path.iterdir()):
-        return open_folder(path, context.plan)
+        return open_folder(path, tuned)
     fix = "Name a GGUF, ONNX or OpenVINO file, a model folder with config.json and weights, or the URL of an endpoint."
     raise RecipeError.of("not an export that llmtune can open", str(path), fix)
 
@@ -160,11 +142,11 @@ def certify_export(run: Path, path: Path, *, offline: bool, console: Console, li
         GateFailed: the export differs from the tuned model by more than the limits.
     """
     context = open_to_export(run, console, offline=offline, limit=limit)
-    tuned, usage, asked = time_tuned(context, ("test", "validation", "train"))
+    tuned, usage = time_tuned(context)
     with spinner(console, "asking the tuned model"):
         reference = make_reference(tuned)
     with spinner(console, "asking the export"), foreign(path, tuned.device):
-        exported = open_export(path, context)
+        exported = open_export(path, tuned)
         ours, theirs = unwrap(tuned.model).config.num_labels, exported.model.config.num_labels
         if tuned.task.model_kind.has_head and ours != theirs:
             what = f"the export has {theirs} labels, the tuned model {ours}"
@@ -176,10 +158,10 @@ def certify_export(run: Path, path: Path, *, offline: bool, console: Console, li
     with explained(out):
         out.mkdir(parents=True, exist_ok=True)
         with foreign(path, tuned.device):
-            if NOT_FINITE in certified["breaches"]:
-                scored = {"runtime": exported.runtime, "bytes": exported.size, "usage": None, "unmeasured": NOT_FINITE}
-            else:
-                scored = score_export(context, out, lambda *_: exported, asked)
+            timed = {"runtime": exported.runtime, "bytes": exported.size, "usage": None, "unmeasured": NOT_FINITE}
+            if NOT_FINITE not in certified["breaches"]:
+                timed = time_export(exported, tuned, reset_peak())
+            scored = score_export(context, exported, timed, out)
         scored |= usage
         content = hash_file(path) if path.is_file() else hash_folder(path)
         certificate: Certificate = plain({**certified, "export": path.name, "sha256": content, "score": scored})

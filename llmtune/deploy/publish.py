@@ -18,6 +18,7 @@ from rich.markup import escape
 from llmtune.deploy.model_card import Document, Publication, PublishOptions, write_card
 from llmtune.deploy.ollama_modelfile import MODELFILE
 from llmtune.deploy.parity import Certificate, read_certificate
+from llmtune.deploy.products import EXPORT_FORMATS
 from llmtune.errors import EnvironmentProblem, GateFailed, LlmtuneError, Problem, RecipeError
 from llmtune.evaluate.decision import copy_rules
 from llmtune.evaluate.evaluation_file import load_with_exports
@@ -191,7 +192,7 @@ def find_published_model(
     merged = _read_merged(folder.path, trained, required=options.merged)
     if options.merged:
         assert merged is not None, "a missing one is refused"
-        return "merged", folder.path / "merged", merged, gguf
+        return "merged", folder.path / EXPORT_FORMATS["merged"].folder, merged, gguf
     weights = sorted((folder.path / kind).glob("*.safetensors"))
     certificate = {"passed": True, "product": kind, "evaluated_sha256": evaluated, "merged": merged}
     certificate["files_sha256"] = {file.name: hash_path(file) for file in weights}
@@ -200,8 +201,8 @@ def find_published_model(
 
 def _read_merged(run: Path, trained: str, required: bool) -> Certificate | None:
     """Return the merged model's certificate if it is of these weights."""
-    folder, again = str(run / "merged"), f"Merge again: llmtune deploy merge {run}"
-    certificate = read_certificate(run / "merged")
+    merged, again = run / EXPORT_FORMATS["merged"].folder, f"Merge again: llmtune deploy merge {run}"
+    folder, certificate = str(merged), read_certificate(merged)
     if certificate is None and required:
         breaches = (read_certificate(run, "merged.failed.json") or {}).get("breaches", ())
         GateFailed.collect(Problem(f"the merge failed: {breach}", "merged", again) for breach in breaches)
@@ -214,7 +215,7 @@ def _read_merged(run: Path, trained: str, required: bool) -> Certificate | None:
     }
     if required:
         for name, expected in (certificate.get("files_sha256") or {}).items():
-            checks[f"{name} changed since it was certified"] = hash_path(run / "merged" / name) == expected
+            checks[f"{name} changed since it was certified"] = hash_path(merged / name) == expected
     problems = [Problem(what, folder, again) for what, holds in checks.items() if not holds]
     if required:
         GateFailed.collect(problems)

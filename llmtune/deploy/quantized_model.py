@@ -14,32 +14,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from transformers import PreTrainedModel
 
+from llmtune.adapter.merging import check_mergeable
 from llmtune.data.examples import ExampleReader
-from llmtune.deploy.export_score import export_run
-from llmtune.deploy.exported_model import open_folder
+from llmtune.deploy.export import ExportFormat, WrittenExport
+from llmtune.deploy.exported_model import ModelSource, open_folder
 from llmtune.deploy.gptq import find_scales, round_layers
 from llmtune.deploy.merged_model import merge_to, save_merged, weight_facts
-from llmtune.deploy.parity import (
-    Certificate,
-    Limits,
-    check_output,
-    describe_parity,
-    write_certificate,
-)
-from llmtune.deploy.search_parity import make_reference
+from llmtune.deploy.parity import Limits, describe_parity
+from llmtune.deploy.parity_reference import TunedReference
 from llmtune.deploy.tuned_model import TunedModel, training_base
 from llmtune.display.console import spinner
 from llmtune.display.number_format import size
 from llmtune.errors import RecipeError, nearest
 from llmtune.model.config import build_skeleton, expert_parameters, find_class, head_names, in_heads, read_model_config
-from llmtune.model.device import explain_oom
-from llmtune.plan import Plan, RunContext
 from llmtune.recipe.extras import require_extra
-from llmtune.records import Examples
-from llmtune.store.atomic_files import explained, staged
 
 DTYPE = torch.bfloat16
 """Of the scales and of the weights that stay: vLLM computes in 16 bits."""
@@ -74,40 +64,36 @@ which are rounded while computing. The limits are at least twice the rounding's 
 missing adapter."""
 
 
-def quantize_run(context: RunContext, out: Path | None = None, *, scheme: str) -> Certificate:
-    """Merge and quantise the model of a finished run, by default into the run's `quantized/SCHEME`.
-
-    Raises:
-        RecipeError: an unknown scheme, or a model that it does not apply to.
-        EnvironmentProblem: compressed-tensors is not installed.
-        GateFailed: the quantised model differs from the tuned model by more than the limits.
-    """
-    group_size = check_quantizable(context.plan, scheme)
-
-    def make(tuned: TunedModel, out: Path) -> Certificate:
-        return quantize_model(tuned, out, context.console, scheme, group_size, sample_texts(context.examples))
-
-    folder = out or context.folder.path / "quantized" / scheme
-    return export_run(context, folder, make, partial(open_folder, name=scheme))
+def quantized_format(scheme: str) -> ExportFormat:
+    """Return the format of model folders in a scheme of compressed-tensors."""
+    return ExportFormat(
+        f"quantized/{scheme}",
+        "the quantised model",
+        check=partial(check_quantizable, scheme=scheme),
+        write=partial(write_quantized, scheme=scheme),
+        open=lambda folder, reference: open_folder(folder, reference.tuned, scheme),
+        describe=lambda certificate, out: [
+            f"{scheme} model: {out} ({size(certificate['weights_bytes'])})",
+            f"  {describe_parity(certificate['measured'])}",
+        ],
+    )
 
 
-def check_quantizable(plan: Plan, scheme: str) -> int:
+def check_quantizable(source: ModelSource, scheme: str) -> int:
     """Check without loading weights that a model can be quantised; return the group size of its 4-bit weights."""
     if scheme not in SCHEMES:
         what = f"{scheme!r} is not a quantization scheme.{nearest(scheme, [*SCHEMES])}"
         raise RecipeError.of(what, "--scheme", f"Choose one of: {', '.join(SCHEMES)}.")
     require_extra("quantized", "--scheme")
-    recipe, name = plan.recipe, plan.model_ref.name
-    if reason := recipe.adapter.unmergeable:
-        what = f"an adapter of {recipe.adapter.method} cannot be merged: {reason}"
-        raise RecipeError.of(what, "adapter.method", "Use it with its base.")
-    if not plan.task.model_kind.decodes:
-        what = f"vLLM reads this format for models that continue a text, not for {plan.task.model_kind.auto_class}"
+    recipe, name = source.recipe, source.model_ref.name
+    check_mergeable(recipe.adapter.method, recipe.adapter.options)
+    if not source.task.model_kind.decodes:
+        what = f"vLLM reads this format for models that continue a text, not for {source.task.model_kind.auto_class}"
         raise RecipeError.of(what, "task", MERGE_INSTEAD)
-    if getattr(read_model_config(plan.model_ref, recipe.model), "quantization_config", None):
+    if getattr(read_model_config(source.model_ref, recipe.model), "quantization_config", None):
         what = f"the weights of {name} are already quantised; rounding them again would lose more"
         raise RecipeError.of(what, "model.name", f"Train on the original model. {MERGE_INSTEAD}")
-    skeleton = build_skeleton(*find_class(plan.model_ref, recipe, plan.task), recipe)
+    skeleton = build_skeleton(*find_class(source.model_ref, recipe, source.task), recipe)
     layers = linear_layers(skeleton)
     if expert_parameters(skeleton) or not layers:
         kind = "fused experts" if layers else "no linear layers"
@@ -129,49 +115,34 @@ def linear_layers(model: PreTrainedModel) -> dict[str, torch.nn.Linear]:
     return {name: module for name, module in found.items() if not in_heads(name, heads)}
 
 
-def sample_texts(examples: Examples) -> list[Sequence[int]]:
+def sample_texts(tuned: TunedModel) -> list[Sequence[int]]:
     """Return the ids of up to CALIBRATION_ROWS training rows, spread over all."""
-    reader = ExampleReader(examples, "train")
+    assert tuned.examples is not None, "a run has encoded rows"
+    reader = ExampleReader(tuned.examples, "train")
     total = min(len(reader), CALIBRATION_ROWS)
     return [reader[len(reader) * at // total].input_ids for at in range(total)]
 
 
-def quantize_model(
-    tuned: TunedModel, out: Path, console: Console, scheme: str, group_size: int, texts: Sequence[Sequence[int]]
-) -> Certificate:
-    """Merge, quantise on `texts`, save to `out`, reload, and compare with the tuned model.
-
-    This consumes `tuned`. Return the certificate; on failure `out` stays empty.
-    """
-    RecipeError.collect(check_output(out))
-    onto = training_base(tuned.recipe, tuned.model_ref)
-    with spinner(console, "asking the tuned model"):
-        reference = make_reference(tuned)
-    memory = explain_oom(f"quantising {tuned.model_ref.name}", tuned.device)
-    with explained(out), memory, staged(out) as folder:
-        with spinner(console, f"merging and quantising to {scheme}"):
-            merged = merge_to(tuned, onto, torch.float32).eval()
-            compressor = compress(merged, SCHEMES[scheme], group_size, texts)
-            save_merged(merged, tuned, folder, DTYPE)
-            compressor.update_config(folder)
-            del merged
-        with spinner(console, "asking the quantised model, read back from disk"):
-            certified = reference.certify(open_folder(folder, tuned), SCHEMES[scheme].limits)
-        certificate = {
-            **certified,
-            "method": tuned.adapted.method,
-            "onto": onto,
-            "scheme": scheme,
-            "group_size": group_size if scheme == "w4a16" else None,
-            "calibration_rows": len(texts) if SCHEMES[scheme].calibrated else 0,
-            "compressed_tensors": version("compressed-tensors"),
-            **weight_facts(folder),
-        }
-        fix = "" if scheme == "w8a8" else "Round less: --scheme w8a8. "
-        write_certificate(certificate, folder, out, "the quantised model", fix)
-    console.print(f"{scheme} model: {out} ({size(certificate['weights_bytes'])})", highlight=False)
-    console.print(f"  {describe_parity(certificate['measured'])}", highlight=False)
-    return certificate
+def write_quantized(reference: TunedReference, folder: Path, scheme: str) -> WrittenExport:
+    """Merge, quantise on training rows, and save."""
+    tuned, settings = reference.tuned, SCHEMES[scheme]
+    onto, group_size = training_base(tuned.recipe, tuned.model_ref), check_quantizable(tuned, scheme)
+    texts = sample_texts(tuned) if settings.calibrated else []
+    with spinner(tuned.console, f"merging and quantising to {scheme}"):
+        merged = merge_to(tuned, onto, torch.float32).eval()
+        compressor = compress(merged, settings, group_size, texts)
+        save_merged(merged, tuned, folder, DTYPE)
+        compressor.update_config(folder)
+    facts = {
+        "method": tuned.adapted.method,
+        "onto": onto,
+        "scheme": scheme,
+        "group_size": group_size if scheme == "w4a16" else None,
+        "calibration_rows": len(texts),
+        "compressed_tensors": version("compressed-tensors"),
+        **weight_facts(folder),
+    }
+    return WrittenExport(facts, settings.limits, "" if scheme == "w8a8" else "Round less: --scheme w8a8. ")
 
 
 @torch.no_grad()
@@ -185,12 +156,12 @@ def compress(
     for name in WITH_BARS:
         vars(import_module(f"compressed_tensors.{name}"))["tqdm"] = lambda items, **options: items
     layers = linear_layers(model)
-    about = preset_name_to_scheme(scheme.preset, ["Linear"])
-    if about.weights.group_size:
-        about.weights.group_size = group_size
+    preset = preset_name_to_scheme(scheme.preset, ["Linear"])
+    if preset.weights.group_size:
+        preset.weights.group_size = group_size
     scales = {
         name: (
-            find_scales(layer.weight, about.weights.group_size or layer.in_features, scheme.bits)
+            find_scales(layer.weight, preset.weights.group_size or layer.in_features, scheme.bits)
             if scheme.calibrated
             else layer.weight.abs().amax(1, keepdim=True) / torch.finfo(torch.float8_e4m3fn).max
         )
@@ -208,7 +179,7 @@ def compress(
     others = [
         name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and name not in layers
     ]
-    config = QuantizationConfig(config_groups={"group_0": about}, ignore=others, quantization_status="compressed")
+    config = QuantizationConfig(config_groups={"group_0": preset}, ignore=others, quantization_status="compressed")
     apply_quantization_config(model, config)
     for name, layer in layers.items():
         layer.get_parameter("weight_scale").copy_(scales[name])

@@ -45,7 +45,6 @@ NDCG_LOSS = 0.02
 HIDES = 2
 """A product that differs from the tuned model by more than this times tuning's effect did not just lose the adapter."""
 SCORE, COSINE = "score", "1 - cosine"
-Tensors = list[torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -92,11 +91,11 @@ class SearchReference(HeadReference):
         """Whether the task makes vectors."""
         return self.tuned.task.model_kind.answer_column == "vectors"
 
-    def read_logits(self, model: PreTrainedModel) -> Tensors:
+    def read_logits(self, model: PreTrainedModel) -> list[torch.Tensor]:
         """Return the outputs of `model` for each row, as the run computes them."""
         return self._read(model, self.tuned.processor, self.tuned.recipe)
 
-    def _read(self, model: PreTrainedModel, processor: PreTrainedTokenizerBase, recipe: Recipe) -> Tensors:
+    def _read(self, model: PreTrainedModel, processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[torch.Tensor]:
         """Return vectors [texts, D] or scores [P] of each row."""
         questions = [self.tuned.task.split_answer(row)[0] for row in self.tuned.rows]
         with torch.inference_mode():
@@ -106,7 +105,7 @@ class SearchReference(HeadReference):
     def _as_tensor(self, prediction: Any) -> torch.Tensor:
         return torch.tensor([*prediction.values()] if self.is_vectors else prediction["scores"])
 
-    def read_product(self, exported: ExportedModel) -> tuple[Tensors, str]:
+    def read_product(self, exported: ExportedModel) -> tuple[list[torch.Tensor], str]:
         """Return a product's outputs, and the program that made them: sentence-transformers, if it is installed."""
         recipe = stated_recipe(self.tuned.recipe, exported)
         broken = any(one.startswith((f"{MODULES}: not", f"{LENGTH}: ")) for one in self.find_causes(exported))
@@ -120,7 +119,7 @@ class SearchReference(HeadReference):
         trust = self.tuned.recipe.model.trust_remote_code
         return {"device": self.tuned.device, "local_files_only": True, "trust_remote_code": trust}
 
-    def _embed(self, folder: Path) -> Tensors:
+    def _embed(self, folder: Path) -> list[torch.Tensor]:
         from sentence_transformers import SentenceTransformer
 
         model: Any = SentenceTransformer(str(folder), **self._options())
@@ -134,7 +133,7 @@ class SearchReference(HeadReference):
             vectors.append(torch.stack([torch.as_tensor(part).float().cpu() for part in parts]))
         return vectors
 
-    def _score(self, folder: Path) -> Tensors:
+    def _score(self, folder: Path) -> list[torch.Tensor]:
         from sentence_transformers import CrossEncoder
 
         model = CrossEncoder(str(folder), **self._options())
@@ -180,7 +179,7 @@ class SearchReference(HeadReference):
             "measured": asdict(measured),
         }
 
-    def _judge_search(self, outputs: Tensors, same_ids: bool) -> SearchParity:
+    def _judge_search(self, outputs: list[torch.Tensor], same_ids: bool) -> SearchParity:
         base = self.base_logits
         share, noise = (None, 0.0) if base is None else measure_step(base, self.logits, outputs, "number")
         return SearchParity(
@@ -196,7 +195,7 @@ class SearchReference(HeadReference):
             ndcg=self._ndcg(outputs),
         )
 
-    def _ndcg(self, outputs: Tensors) -> float | None:
+    def _ndcg(self, outputs: list[torch.Tensor]) -> float | None:
         """Return nDCG@10 among the passages of the rows; None of rows with scores."""
         rows, task = [*self.tuned.rows], self.tuned.task
         if self.is_vectors and rows[0]["score"] is not None:

@@ -30,7 +30,7 @@ from llmtune.model.quantized_base import kept_quantization
 from llmtune.plan import RunContext
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_facts import TASK_FACTS
-from llmtune.records import AdaptedModel, ModelRef, Prompt, Row
+from llmtune.records import AdaptedModel, Examples, ModelRef, Prompt, Row
 from llmtune.run_models import Models
 from llmtune.store.atomic_files import hash_folder, read_json
 from llmtune.tasks.base import AnyTask
@@ -75,6 +75,8 @@ class TunedModel:
     """Hash of the trained files in the run folder; None if they exist only in memory."""
     rules: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
     """The temperature and the decisions of the run's evaluation, by file."""
+    examples: Examples | None = None
+    """The run's encoded rows."""
     console: Console = field(default_factory=lambda: Console(quiet=True))
     """The console for progress."""
 
@@ -137,8 +139,8 @@ class TunedModel:
         }
 
 
-def load_tuned(context: RunContext, splits: Sequence[str] = ("test",)) -> TunedModel:
-    """Load the model of a finished run, and a few rows of the first non-empty split.
+def load_tuned(context: RunContext) -> TunedModel:
+    """Load the model of a finished run, and a few rows: test rows if there are any.
 
     Weights that training kept in float32 are not rounded, so that products are not either.
     """
@@ -147,7 +149,7 @@ def load_tuned(context: RunContext, splits: Sequence[str] = ("test",)) -> TunedM
         model = plan.recipe.model.model_copy(update={"dtype": "float32"})
         recipe = plan.recipe.model_copy(update={"model": model})
         context = replace(context, resolved=replace(plan, recipe=recipe))
-    split = next((name for name in splits if rows.counts[name]), splits[0])
+    split = next((name for name in ("test", "validation", "train") if rows.counts[name]), "test")
     most = RANKED_ROWS if TASK_FACTS[plan.task.name].loader else CERTIFIED_ROWS
     return TunedModel(
         Models(context).adapted,
@@ -155,12 +157,13 @@ def load_tuned(context: RunContext, splits: Sequence[str] = ("test",)) -> TunedM
         context.plan.task,
         read_rows(rows, split, range(min(most, rows.counts[split]))),
         hash_folder(context.trained_folder),
-        read_rules(context),
+        rules_of_run(context),
+        context.examples,
         context.console,
     )
 
 
-def read_rules(context: RunContext) -> dict[str, dict[str, object]]:
+def rules_of_run(context: RunContext) -> dict[str, dict[str, object]]:
     """Return the temperature and the decisions of a run's evaluation, by file."""
     folder = context.folder.path / "evaluation"
     known = {name: read_json(folder / name) for name in RULES} if context.folder.is_done("evaluate") else {}

@@ -42,11 +42,10 @@ from llmtune.recipe.schema import Recipe
 from llmtune.recipe.training_rule import count_checkpoints
 from llmtune.records import Json, Rows
 from llmtune.store.atomic_files import hash_folder, read_json, write_json
-from llmtune.store.run_folder import CERTIFICATE, RunFolder
+from llmtune.store.run_folder import CERTIFICATE, EXPORT_FOLDERS, RunFolder
 from llmtune.store.score_records import Decided, Decision, Evaluation
 
 RECORD = "decision.json"
-EXPORTS = ("merged", "gguf", "onnx", "quantized")
 DECIDE, ASK = "decide", "ask"
 
 
@@ -228,7 +227,7 @@ def copy_rules(run: RunFolder, target: Path) -> None:
 def refresh_rules(run: RunFolder, trained: Path, console: Console) -> None:
     """Copy the rules of a new evaluation into exports of the same weights; they would keep the old ones."""
     weights = hash_folder(trained)
-    for file in sorted(found for name in EXPORTS for found in (run.path / name).rglob(CERTIFICATE)):
+    for file in sorted(found for name in EXPORT_FOLDERS for found in (run.path / name).rglob(CERTIFICATE)):
         out, before = file.parent, _read_rules(file.parent)
         if (read_json(file) or {}).get("trained_sha256") == weights:
             copy_rules(run, out)

@@ -220,7 +220,9 @@ def generate(model: torch.nn.Module, input_ids: torch.Tensor, attention_mask: to
         cache = DynamicCache(config=inner.config.get_text_config())
         cache = read_virtual_tokens(model, cache, len(input_ids) * (settings.num_beams or 1))
     options["attention_mask"] = torch.nn.functional.pad(attention_mask, (count, 0), value=1)
-    return GenerationMixin.generate(inner, **options, **{cache_argument(inner): cache}, generation_config=settings)
+    return GenerationMixin.generate(
+        inner, **options, **{cache_argument(type(inner)): cache}, generation_config=settings
+    )
 
 
 def ignores_padding(model: torch.nn.Module, settings: GenerationConfig, device: str) -> bool:

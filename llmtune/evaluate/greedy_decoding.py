@@ -11,7 +11,7 @@ from itertools import chain, groupby
 from typing import Any, cast
 
 import torch
-from transformers import Cache, PreTrainedModel
+from transformers import Cache
 
 from llmtune.evaluate.token_batches import TOKEN_BUDGET, batch_size, budget_for
 from llmtune.model.causal_lm_loss import accepted_arguments, unwrap, virtual_tokens
@@ -210,7 +210,7 @@ def next_logits(
     """
     inner = unwrap(model)
     accepted = accepted_arguments(type(inner))  # type: ignore[arg-type]
-    inputs: dict[str, Any] = {"input_ids": ids_BT, "use_cache": True, cache_argument(inner): cache}
+    inputs: dict[str, Any] = {"input_ids": ids_BT, "use_cache": True, cache_argument(type(inner)): cache}
     if mask_BT is not None:
         inputs["attention_mask"] = mask_BT
     if "position_ids" in accepted:
@@ -220,9 +220,9 @@ def next_logits(
     return cast(torch.Tensor, (inner if virtual_tokens(model) else model)(**inputs).logits[:, -1])
 
 
-def cache_argument(inner: PreTrainedModel) -> str:
+def cache_argument(kind: type[torch.nn.Module]) -> str:
     """Return the name of the KV cache among the arguments of a model's forward; transformers 5.2x renamed it."""
-    return "cache" if "cache" in accepted_arguments(type(inner)) else "past_key_values"  # type: ignore[arg-type]
+    return "cache" if "cache" in accepted_arguments(kind) else "past_key_values"  # type: ignore[arg-type]
 
 
 def read_virtual_tokens(model: torch.nn.Module, cache: Cache, rows: int = 1) -> Cache:
@@ -235,7 +235,7 @@ def read_virtual_tokens(model: torch.nn.Module, cache: Cache, rows: int = 1) -> 
     if isinstance(vectors, Cache):
         return vectors
     vectors_BTD = vectors.to(peft_model.word_embeddings.weight.dtype)
-    inner(inputs_embeds=vectors_BTD, use_cache=True, **{cache_argument(inner): cache})
+    inner(inputs_embeds=vectors_BTD, use_cache=True, **{cache_argument(type(inner)): cache})
     return cache
 
 

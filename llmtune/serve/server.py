@@ -26,7 +26,7 @@ from llmtune.errors import EnvironmentProblem, Problem, RecipeError
 from llmtune.evaluate.calibration import run_calibration
 from llmtune.evaluate.decision import run_decision
 from llmtune.model.config import head_is_new
-from llmtune.plan import Plan, RunContext, open_finished
+from llmtune.plan import RunContext, open_finished
 from llmtune.recipe.section import RELEASE_PREFIX
 from llmtune.recipe.user_files import read_text_file
 from llmtune.records import ModelRef
@@ -66,25 +66,6 @@ class ServeOptions:
     offline: bool = False
 
 
-@dataclass(frozen=True)
-class ServableRun:
-    """An opened run; its weights are not loaded yet."""
-
-    name: str
-    path: Path
-    context: RunContext
-
-    @property
-    def plan(self) -> Plan:
-        """The recipe, the task and the model of the run."""
-        return self.context.plan
-
-    @property
-    def method(self) -> str:
-        """The training method: lora, qlora or full."""
-        return self.plan.recipe.adapter.method
-
-
 def serve_run(
     name: str,
     path: Path,
@@ -104,21 +85,21 @@ def serve_run(
     key = read_key(options)
     bound = bind_socket(options.host, options.port)
     try:
-        run = open_servable_run(name, path, options, console)
+        context = open_served(path, options, console)
         with console.status("loading the model"):
-            engine = Engine(load_models(run, options), max_queue=options.max_queue)
+            engine = Engine(load_models(name, context, options), max_queue=options.max_queue)
             engine.start()
     except BaseException:
         bound.close()
         raise
-    body_bytes = options.max_body or (RECORDING_BYTES if run.plan.task.model_kind.takes_audio else BODY_BYTES)
+    body_bytes = options.max_body or (RECORDING_BYTES if context.plan.task.model_kind.takes_audio else BODY_BYTES)
     app = build_app(engine, body_bytes=body_bytes, key=key)
     host, port = bound.getsockname()[:2]
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     names = [*engine.models]
 
     def load(folder: Path) -> dict[str, ServedModel]:
-        return load_models(open_servable_run(name, folder, options, console), options)
+        return load_models(name, open_served(folder, options, console), options)
 
     watcher = ReleaseWatcher(release, path.name, engine, load, console) if release else None
 
@@ -159,35 +140,35 @@ def read_key(options: ServeOptions) -> str | None:
     return key
 
 
-def open_servable_run(name: str, path: Path, options: ServeOptions, console: Console) -> ServableRun:
+def open_served(path: Path, options: ServeOptions, console: Console) -> RunContext:
     """Open a run; no weights are loaded. Raises RecipeError if it has no adapter to merge."""
-    run = ServableRun(name, path, open_finished(path, console, options.offline))
-    if options.merged and run.method == "full":
+    context = open_finished(path, console, options.offline)
+    if options.merged and context.plan.recipe.adapter.method == "full":
         raise RecipeError.of("this run trained all weights and has no adapter", "--merged", "Omit it.")
-    return run
+    return context
 
 
-def load_models(run: ServableRun, options: ServeOptions) -> dict[str, ServedModel]:
+def load_models(name: str, context: RunContext, options: ServeOptions) -> dict[str, ServedModel]:
     """Load the tuned model, and return it by its name; then its base, if that shares its weights."""
-    plan, folder = run.plan, run.context.folder
-    adapted = Models(run.context).adapted
+    plan, path = context.plan, context.folder.path
+    adapted = Models(context).adapted
     model = cast(PreTrainedModel, adapted.model)
     if options.merged:
         merged = merge_adapter(adapted, "dequantized" if adapted.selected.quantized else "original")
         model = cast(PreTrainedModel, merged)
     tuned = ServedModel(
-        run.name,
+        name,
         model.eval(),
         plan.processor,
         plan.recipe,
         plan.task,
-        calibration=run_calibration(folder),
-        decision=run_decision(folder),
-        release=release_address(run.path).removeprefix(RELEASE_PREFIX) if is_stored(run.path) else None,
+        calibration=run_calibration(context.folder),
+        decision=run_decision(context.folder),
+        release=release_address(path).removeprefix(RELEASE_PREFIX) if is_stored(path) else None,
     )
-    served, base = {run.name: tuned}, public_name(plan.model_ref)
-    shared = not options.merged and run.method != "full" and switches_off(model)
-    if shared and base != run.name and not head_is_new(plan.model_ref, plan.recipe, plan.task):
+    served, base = {name: tuned}, public_name(plan.model_ref)
+    shared = not options.merged and plan.recipe.adapter.method != "full" and switches_off(model)
+    if shared and base != name and not head_is_new(plan.model_ref, plan.recipe, plan.task):
         served[base] = ServedModel(base, model, plan.processor, plan.recipe, plan.task, is_base=True)
     return served
 

@@ -14,7 +14,8 @@ from rich.console import Console
 
 from llmtune.adapter.load import find_adapter, read_config
 from llmtune.errors import EnvironmentProblem, RecipeError
-from llmtune.serve.server import KEY_VARIABLE, ServableRun, ServeOptions, open_servable_run, public_name, read_key
+from llmtune.plan import Plan, RunContext
+from llmtune.serve.server import KEY_VARIABLE, ServeOptions, open_served, public_name, read_key
 from llmtune.store.atomic_files import hash_value
 from llmtune.store.run_folder import trained_name
 
@@ -72,9 +73,9 @@ def serve_by_vllm(runs: Mapping[str, Path], options: ServeOptions, console: Cons
         fix = "Install it (pip install vllm; it needs a GPU), or omit --engine: llmtune's own server needs none."
         raise EnvironmentProblem.of("vLLM is not installed: command vllm not found", "--engine", fix)
     key = read_key(options)
-    opened = [open_servable_run(name, path, options, console) for name, path in runs.items()]
+    opened = {name: open_served(path, options, console) for name, path in runs.items()}
     check_shared_base(opened, options)
-    task = opened[0].plan.task
+    task = next(iter(opened.values())).plan.task
     if not task.free_prompt:
         fix = "Omit --engine: llmtune's own server has an endpoint for it."
         raise RecipeError.of(f"vLLM does not serve llmtune's models of task {task.name}", "--engine", fix)
@@ -85,49 +86,48 @@ def serve_by_vllm(runs: Mapping[str, Path], options: ServeOptions, console: Cons
     os.execve(program, command, environment)  # noqa: S606 - no shell is wanted
 
 
-def check_shared_base(opened: Sequence[ServableRun], options: ServeOptions) -> None:
+def check_shared_base(opened: Mapping[str, RunContext], options: ServeOptions) -> None:
     """Raise RecipeError for runs that one process cannot serve together."""
-    first, *others = opened
-    if others and (options.merged or "full" in [run.method for run in opened]):
-        raise RecipeError.of("complete weights are served alone", str(others[0].path), "Serve one run.")
-    facts = shared_facts(first)
-    for other in others:
-        for name, value in shared_facts(other).items():
+    (first, context), *others = opened.items()
+    facts = shared_facts(context.plan)
+    for _, other in others:
+        where = str(other.folder.path)
+        if options.merged or "full" in (facts["method"], other.plan.recipe.adapter.method):
+            raise RecipeError.of("complete weights are served alone", where, "Serve one run.")
+        for name, value in shared_facts(other.plan).items():
             if value != facts[name]:
-                what = f"its {name} is {value}, but that of {first.name} is {facts[name]}"
-                raise RecipeError.of(what, str(other.path), "Serve it on another port.")
+                what = f"its {name} is {value}, but that of {first} is {facts[name]}"
+                raise RecipeError.of(what, where, "Serve it on another port.")
 
 
-def shared_facts(run: ServableRun) -> dict[str, object]:
+def shared_facts(plan: Plan) -> dict[str, object]:
     """Return the facts that must be equal in runs that share a process; vLLM has one chat template for all."""
-    plan = run.plan
-    facts = {"base": plan.model_ref.name, "base's content": plan.model_ref.content_hash, "method": run.method}
-    facts |= {"task": plan.task.name, "chat template's hash": hash_value(plan.processor.chat_template)}
+    facts = {"base": plan.model_ref.name, "base's content": plan.model_ref.content_hash, "task": plan.task.name}
+    facts |= {"method": plan.recipe.adapter.method, "template's hash": hash_value(plan.processor.chat_template)}
     options = plan.recipe.model.model_dump(exclude={"candidates", "chat_template"})
     return {**facts, **{f"model.{key}": value for key, value in options.items()}}
 
 
-def vllm_command(opened: Sequence[ServableRun], options: ServeOptions) -> list[str]:
+def vllm_command(opened: Mapping[str, RunContext], options: ServeOptions) -> list[str]:
     """Return the command that serves the runs; tokenizer and chat template come from the first run's folder."""
-    first = opened[0]
-    recipe = first.plan.recipe
-    whole = first.path / ("merged" if options.merged else trained_name(recipe))
+    name, context = next(iter(opened.items()))
+    recipe, model_ref, path = context.plan.recipe, context.plan.model_ref, context.folder.path
+    whole = path / ("merged" if options.merged else trained_name(recipe))
     if options.merged and not (whole / "config.json").is_file():
-        raise RecipeError.of("no merged model found", str(whole), f"Make it: llmtune deploy merge {first.path}")
-    served = [str(whole), "--tokenizer", str(whole), "--served-model-name", first.name]
+        raise RecipeError.of("no merged model found", str(whole), f"Make it: llmtune deploy merge {path}")
+    served = [str(whole), "--tokenizer", str(whole), "--served-model-name", name]
     adapters: list[str] = []
-    if not options.merged and first.method != "full":
-        folders = {run.name: find_adapter(run.path) for run in opened}
-        whole = folders[first.name]
-        base = [str(first.plan.model_ref.path), "--tokenizer", str(whole)]
-        served = [*base, "--served-model-name", public_name(first.plan.model_ref)]
+    if not options.merged and recipe.adapter.method != "full":
+        folders = {run: find_adapter(one.folder.path) for run, one in opened.items()}
+        whole = folders[name]
+        served = [str(model_ref.path), "--tokenizer", str(whole), "--served-model-name", public_name(model_ref)]
         configs = [read_config(folder) for folder in folders.values()]
         for folder, config in zip(folders.values(), configs, strict=True):
             check_vllm_adapter(config, str(folder))
         rank = max(max(config.r, *(config.rank_pattern or {}).values(), 1) for config in configs)
-        adapters = ["--enable-lora", "--max-lora-rank", str(next(known for known in RANKS if known >= rank))]
+        adapters = ["--enable-lora", "--max-lora-rank", str(next(limit for limit in RANKS if limit >= rank))]
         adapters += ["--max-loras", str(len(folders)), "--lora-modules"]
-        adapters += [f"{name}={folder}" for name, folder in folders.items()]
+        adapters += [f"{run}={folder}" for run, folder in folders.items()]
     generation = recipe.generation.model_dump(exclude_none=True, exclude={"do_sample", "num_beams"})
     if not recipe.generation.do_sample:
         generation["temperature"] = 0.0
@@ -136,7 +136,7 @@ def vllm_command(opened: Sequence[ServableRun], options: ServeOptions) -> list[s
     command += ["--override-generation-config", json.dumps(generation)]
     if (template := whole / "chat_template.jinja").is_file():
         command += ["--chat-template", str(template), *parser_options(template.read_text("utf-8"))]
-    if first.method == "qlora" and not options.merged:
+    if recipe.adapter.method == "qlora" and not options.merged:
         command += ["--quantization", "bitsandbytes"]
     if recipe.model.trust_remote_code:
         command.append("--trust-remote-code")

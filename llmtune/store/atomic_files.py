@@ -29,6 +29,8 @@ NO_PLACE = {errno.ENOTDIR, errno.ENOENT, errno.EEXIST}
 NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK, errno.EBADF}
 """Errors of file systems without locks, such as some network file systems."""
 BUSY_FIX = "Wait for it, or choose another folder with --out."
+UNFINISHED = (".*.tmp", ".*.new", ".*.old", ".keys-*", ".tmp-*", ".removed-*")
+"""What killed processes leave; the last two are from earlier versions."""
 MAX_JSON_BYTES = 2**30
 BLOCK_BYTES = 2**20
 MAX_JSON_DEPTH = 100
@@ -172,10 +174,11 @@ def _holder(handle: int) -> str:
 
 
 @contextmanager
-def staged(folder: Path) -> Iterator[Path]:
+def staged(folder: Path, *, durable: bool = False) -> Iterator[Path]:
     """Yield an empty folder to write to; it replaces `folder` at the end, or is removed on an error.
 
-    Raises EnvironmentProblem if another process is staging the same folder.
+    With `durable`, all files are on the disk before that. Raises EnvironmentProblem if another process is staging the
+    same folder.
     """
     temporary = folder.with_name(f".{folder.name}.new")
     old = folder.with_name(f".{folder.name}.old")
@@ -185,6 +188,8 @@ def staged(folder: Path) -> Iterator[Path]:
             for leftover in temporary.iterdir():
                 remove(leftover)
             yield temporary
+            for path in (*sorted(temporary.rglob("*")), temporary) if durable else ():
+                _flush(path)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
@@ -193,6 +198,24 @@ def staged(folder: Path) -> Iterator[Path]:
             folder.rename(old)
         temporary.rename(folder)
         shutil.rmtree(old, ignore_errors=True)
+        if durable:
+            _flush(folder.parent)
+
+
+def _flush(path: Path) -> None:
+    """Force a file or a folder's entries onto the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what killed processes left in `folder`."""
+    for leftover in [path for pattern in UNFINISHED for path in folder.glob(pattern)]:
+        with suppress(OSError):
+            remove(leftover)
 
 
 def remove(path: Path) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 
 from llmtune.errors import EnvironmentProblem, LlmtuneError, RecipeError
-from llmtune.store.atomic_files import exclusive, explained, find_cache, hash_file, read_json, remove
+from llmtune.store.atomic_files import UNFINISHED, exclusive, explained, find_cache, hash_file, read_json, remove
 from llmtune.store.release_store import RELEASES, changing, is_stored, list_release_names, list_stored, read_history
 from llmtune.store.run_folder import CERTIFICATE, MANIFEST, RunFolder, read_manifest
 from llmtune.store.run_listing import RUNS
@@ -24,8 +24,6 @@ from llmtune.store.run_lock import LOCK
 CHECKPOINTS, MODELS = "checkpoints", "models"
 PUT_ASIDE = {"other-*": "checkpoints of other rows or settings", "damaged-*": "damaged checkpoint"}
 """Descriptions of checkpoints that no training resumes from, by pattern."""
-UNFINISHED = (".*.tmp", ".*.new", ".*.old", ".keys-*", ".tmp-*", ".removed-*")
-"""What killed processes leave."""
 _STEP = re.compile(r"step-([1-9][0-9]*)")
 _WRITER = re.compile(r"\.(\d+)\.tmp$")
 _PACKAGED = re.compile(r"builtin:([\w.-]+)")

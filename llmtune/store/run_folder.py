@@ -24,7 +24,7 @@ from llmtune.store.atomic_files import (
     hash_path,
     list_folder,
     read_json,
-    remove,
+    remove_unfinished,
     write_json,
     write_text,
 )
@@ -36,9 +36,10 @@ from llmtune.store.release_store import is_stored
 MANIFEST = "run.json"
 BUDGET = ".micro_batch_tokens"
 """File in which ranks other than 0 leave a reduced budget after running out of memory."""
+EXPORT_FOLDERS = ("merged", "gguf", "onnx", "quantized")
 OWN_FOLDERS = (
     *("data", "model", "adapter", "weights", "checkpoints", "trackers"),
-    *("evaluation", "merged", "gguf", "onnx", "quantized", "certified", "explain", "seeds"),
+    *("evaluation", *EXPORT_FOLDERS, "certified", "explain", "seeds"),
 )
 REPORTS = ("report.html", "report.md", "report.json", "junit.xml")
 OWN_FILES = (
@@ -282,7 +283,8 @@ def open_run(path: Path, fingerprint: str, *, resume: bool = False, fresh: bool 
         path.mkdir(parents=True, exist_ok=True)
         with exclusive(path / ".lock", path):
             folder = peek_run(path, fingerprint, resume=resume, fresh=fresh)
-            _sweep(path)
+            remove_unfinished(path)
+            remove_unfinished(path / "data")
             if fresh:
                 _remove_run(path)
             folder.manifest["llmtune"] = __version__
@@ -364,14 +366,6 @@ def _refuse_foreign(path: Path, manifest: Manifest | None, fingerprint: str, res
             raise RecipeError.of(what, str(path), "Choose an empty or new folder with --out.")
     if resume and not (manifest and manifest["steps"]):
         raise RecipeError.of("nothing to resume", str(path), "Omit --resume to start.")
-
-
-def _sweep(path: Path) -> None:
-    """Remove incomplete files of killed processes."""
-    for folder in (path, path / "data"):
-        for pattern in (".*.tmp", ".*.new", ".*.old", ".keys-*"):
-            for leftover in folder.glob(pattern):
-                remove(leftover)
 
 
 def _remove_run(path: Path) -> None:

@@ -100,7 +100,7 @@ class Task(TrainedTask, Generic[RowT, PredictionT]):
         """Set in place what saved generation settings state of the recipe; for models that keep their own settings."""
 
     def export_constants(self, recipe: Recipe) -> dict[str, Any]:
-        """Return further constants of the script next to ONNX files."""
+        """Return further settings of the program next to ONNX files."""
         return {}
 
     def encode(self, rows: Sequence[RowT], processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[Encoded]:

@@ -333,9 +333,9 @@ class Embed(ReadingTask[EmbedRow, Vectors]):
         return {"lengths": lengths}
 
     def export_constants(self, recipe: Recipe) -> dict[str, Any]:
-        """Return what the script next to ONNX files needs to make the vectors of queries."""
+        """Return what the program next to ONNX files needs to make the vectors of queries."""
         section = embed_section(recipe)
-        return {"PROMPT": section.query_prompt, "POOLING": section.pooling, "NORMALIZE": section.normalize}
+        return {"prompt": section.query_prompt, "pooling": section.pooling, "normalize": section.normalize}
 
     def sentence_settings(self, recipe: Recipe) -> SentenceSettings:
         """Return how vectors are made; the section has been resolved."""

@@ -13,7 +13,7 @@ import os
 import pickle
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -31,7 +31,7 @@ from llmtune.display.number_format import size
 from llmtune.errors import EnvironmentProblem, system_errno
 from llmtune.model.device import MEMORY_ERRORS, is_out_of_memory
 from llmtune.recipe.user_files import read_text_file
-from llmtune.store.atomic_files import hash_file, hash_value
+from llmtune.store.atomic_files import hash_file, hash_value, staged
 from llmtune.store.cleaning import measure_bytes
 from llmtune.store.json_shapes import METRICS
 
@@ -40,7 +40,6 @@ OPTIMIZER = "optimizer.pt"
 SHARDS = "shards"
 STATE = "state.json"
 _NAME = re.compile(r"step-([1-9][0-9]*)")
-_UNFINISHED = (".tmp-", ".removed-")
 
 
 class LossHistory(TypedDict, total=False):
@@ -153,8 +152,7 @@ def write_checkpoint(
 
     Raises EnvironmentProblem if the disk is full or not writable; an earlier checkpoint is then untouched.
     """
-
-    def fill(target: Path) -> None:
+    with staged_on_disk(folder) as target:
         if isinstance(weights, Path):
             weights.rename(target / SHARDS)
         else:
@@ -166,46 +164,25 @@ def write_checkpoint(
         content = {"format": 1, "fingerprint": inputs, "files": hashes, "state": asdict(state)}
         content["sha256"] = hash_value(content)
         (target / STATE).write_text(json.dumps(content, indent=1))
-
-    write_folder(folder, fill)
     return folder
 
 
-def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
-    """Let `fill` write into a temporary folder, flush it to disk, and rename it to `folder`.
+@contextmanager
+def staged_on_disk(folder: Path) -> Iterator[Path]:
+    """Yield an empty folder, which replaces `folder` once its files are on the disk.
 
     Raises EnvironmentProblem as `write_checkpoint` does.
     """
-    target = folder.with_name(f".tmp-{folder.name}")
-    with disk_problems(folder):
-        shutil.rmtree(target, ignore_errors=True)
-        target.mkdir(parents=True)
-        try:
-            fill(target)
-            for file in sorted(target.rglob("*")):
-                _flush(file)
-            _flush(target)
-            if folder.exists():
-                remove_folder(folder)
-            target.rename(folder)
-        finally:
-            shutil.rmtree(target, ignore_errors=True)
-        _flush(folder.parent)
+    with disk_problems(folder), staged(folder, durable=True) as target:
+        yield target
 
 
 def remove_folder(folder: Path) -> None:
     """Remove `folder` atomically: rename it first, then delete it."""
-    doomed = folder.with_name(f".removed-{folder.name}")
+    doomed = folder.with_name(f".{folder.name}.old")
     shutil.rmtree(doomed, ignore_errors=True)
     folder.rename(doomed)
     shutil.rmtree(doomed, ignore_errors=True)
-
-
-def remove_unfinished(folder: Path) -> None:
-    """Remove the leftovers of interrupted writes and removals in `folder`."""
-    for left in folder.glob(".*"):
-        if left.name.startswith(_UNFINISHED):
-            shutil.rmtree(left, ignore_errors=True)
 
 
 def read_checkpoint(folder: Path) -> Checkpoint | Damage:
@@ -310,15 +287,6 @@ def _move(path: Path, target: Path) -> Path:
     with disk_problems(path):
         shutil.rmtree(target, ignore_errors=True)
         return path.rename(target)
-
-
-def _flush(path: Path) -> None:
-    """Force a file or a folder's entries onto the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 @contextmanager

@@ -6,7 +6,6 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from statistics import fmean
 
@@ -29,7 +28,7 @@ from llmtune.train.checkpoint import (
     read_checkpoint,
     remove_put_aside,
     rotate,
-    write_folder,
+    staged_on_disk,
 )
 from llmtune.train.distributed import run_on_main, sum_over_processes
 from llmtune.train.divergence import (
@@ -339,15 +338,16 @@ def _finish(run: Run) -> Path:
     folder = training.folder / ("weights" if full else "adapter")
     dtype = stored_dtype(training.adapted.selected) if full else None
     whole = whole_state(training.adapted.model, trained_only=not full, dtype=dtype)
-    run_on_main(training.accelerator, lambda: write_folder(folder, partial(_save, training, whole=whole)))
+    run_on_main(training.accelerator, lambda: _save(training, folder, whole))
     run_on_main(training.accelerator, lambda: save_row_losses(training.row_losses, training.examples, training.folder))
     run_on_main(training.accelerator, lambda: remove_put_aside(training.checkpoints, run.console))
     return folder
 
 
 def _save(training: TrainContext, folder: Path, whole: dict[str, torch.Tensor] | None) -> None:
-    save_adapter(training.adapted, folder, whole)
-    training.task.save_files(folder, training.adapted.selected.model.config, training.recipe)
+    with staged_on_disk(folder) as target:
+        save_adapter(training.adapted, target, whole)
+        training.task.save_files(target, training.adapted.selected.model.config, training.recipe)
 
 
 def _summary(run: Run, adapter: Path, resumed: int | None) -> TrainedRun:

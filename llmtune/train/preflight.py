@@ -20,6 +20,7 @@ from llmtune.errors import EnvironmentProblem, LlmtuneError, TrainingError
 from llmtune.model.chunked_cross_entropy import takes_head_loss
 from llmtune.model.device import device_memory, release_memory
 from llmtune.model.prefix_packing import whole_documents
+from llmtune.store.atomic_files import remove_unfinished
 from llmtune.store.json_shapes import METRICS
 from llmtune.train.accumulation import MicroBatchTooLarge, make_batch, seed_micro_batch, try_memory
 from llmtune.train.batch_plan import Indexes, heaviest
@@ -31,7 +32,6 @@ from llmtune.train.checkpoint import (
     named_trainable,
     newest_checkpoint,
     read_checkpoint,
-    remove_unfinished,
     trainable_weights,
     write_checkpoint,
 )

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 from llmtune.adapter.injection import describe_adapter, inject
 from llmtune.adapter.merging import merge_adapter
 from llmtune.adapter.saving import save_adapter
-from llmtune.deploy.gguf_adapter import check_lora_only
+from llmtune.deploy.gguf_export import check_lora_only
 from llmtune.errors import RecipeError
 from llmtune.model.config import expert_parameters
 from llmtune.model.experts import count_quantized, unpacked_experts

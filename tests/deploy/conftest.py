@@ -17,6 +17,6 @@ def tune(tiny_llama: Path, chat_rows: Path, tmp_path: Path, console: Console) ->
 
     def make(*model: object, **sections: object) -> TunedModel:
         adapted, recipe = build(*model, **sections)
-        return TunedModel(adapted, recipe, get_task(recipe.task))
+        return TunedModel(adapted, recipe, get_task(recipe.task), console=console)
 
     return make

@@ -2,16 +2,16 @@ import json
 
 import pytest
 from conversion.llama import LlamaModel
+from support.exports import export_tuned
 from support.ggufs import build_family
 from support.models import CHATML
 from support.runs import write_recipe
 from support.templates import EMPTY_THOUGHTS
 
-import llmtune.deploy.gguf_adapter as gguf_adapter
 import llmtune.deploy.gguf_export as exporting
 import llmtune.deploy.gguf_readers as gguf_reading
 from llmtune.adapter.injection import inject
-from llmtune.deploy.gguf_export import export_gguf
+from llmtune.deploy.gguf_export import gguf_format
 from llmtune.deploy.gguf_readers import check_reader
 from llmtune.deploy.gguf_tokenizer import NAMES
 from llmtune.deploy.tuned_model import TunedModel
@@ -34,7 +34,7 @@ def read_by_transformers(monkeypatch):
 @pytest.mark.parametrize("number_format", ["f16", "q8_0"])
 def test_a_certified_file_answers_like_the_tuned_model(tune, tmp_path, console, number_format):
     out = tmp_path / "gguf"
-    certificate = export_gguf(tune(), out, console, number_format=number_format)
+    certificate = export_tuned(tune(), gguf_format(number_format=number_format), out)
     assert {file.name for file in out.iterdir()} == {certificate["file"], "Modelfile", "certificate.json"}
     assert certificate["file"] == f"tiny-{number_format.upper()}.gguf"
     assert certificate["reader"].startswith("transformers")
@@ -55,7 +55,7 @@ def test_a_model_that_needs_llama_cpp_is_refused_early_without_it(monkeypatch):
 
 
 def test_the_modelfile_has_file_template_stops_and_sampling(tune, tmp_path, console):
-    export_gguf(tune(), tmp_path / "gguf", console)
+    export_tuned(tune(), gguf_format(), tmp_path / "gguf")
     lines = (tmp_path / "gguf/Modelfile").read_text().splitlines()
     assert lines[0] == "FROM ./tiny-F16.gguf"
     assert lines[1].startswith('TEMPLATE """{{ range $i, $_ := .Messages }}')
@@ -65,7 +65,7 @@ def test_the_modelfile_has_file_template_stops_and_sampling(tune, tmp_path, cons
 def test_template_values_go_into_the_file_and_the_modelfile(tune, tmp_path, console):
     (tmp_path / "mine.jinja").write_text(EMPTY_THOUGHTS)
     model = {"chat_template": str(tmp_path / "mine.jinja"), "chat_template_kwargs": {"enable_thinking": False}}
-    certificate = export_gguf(tune(model=model), tmp_path / "gguf", console)
+    certificate = export_tuned(tune(model=model), gguf_format(), tmp_path / "gguf")
     assert certificate["measured"]["same_ids"]
     assert b"enable_thinking is not defined" in (tmp_path / "gguf" / certificate["file"]).read_bytes()
     assert "<think>\\n\\n</think>" in (tmp_path / "gguf/Modelfile").read_text()
@@ -74,7 +74,7 @@ def test_template_values_go_into_the_file_and_the_modelfile(tune, tmp_path, cons
 def test_a_template_without_a_go_equivalent_gets_no_modelfile(tune, tmp_path, console):
     template = tmp_path / "mine.jinja"
     template.write_text("{{ messages[0]['content'] }}" + CHATML)
-    certificate = export_gguf(tune(model={"chat_template": str(template)}), tmp_path / "gguf", console)
+    certificate = export_tuned(tune(model={"chat_template": str(template)}), gguf_format(), tmp_path / "gguf")
     assert certificate["modelfile"] is False
     assert not (tmp_path / "gguf/Modelfile").exists()
     assert "No Modelfile: Ollama's templates cannot express" in console.file.getvalue()
@@ -85,8 +85,8 @@ def test_completion_of_another_family_is_certified_with_a_plain_modelfile(tune, 
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"text": "The quick brown fox."}\n')
     model = build_family("gemma3", tmp_path / "model")
-    certificate = export_gguf(
-        tune(model, 0.02, task="completion", data={"train": str(rows)}), tmp_path / "gguf", console
+    certificate = export_tuned(
+        tune(model, 0.02, task="completion", data={"train": str(rows)}), gguf_format(), tmp_path / "gguf"
     )
     assert certificate["measured"]["kl_mean"] < 1e-4
     assert certificate["measured"]["effect_kl"] > 1e-3
@@ -94,7 +94,7 @@ def test_completion_of_another_family_is_certified_with_a_plain_modelfile(tune, 
 
 
 def test_an_adapter_without_effect_does_not_count_as_lost(tune, tmp_path, console):
-    certificate = export_gguf(tune(strength=0.0), tmp_path / "gguf", console, number_format="q8_0")
+    certificate = export_tuned(tune(strength=0.0), gguf_format(number_format="q8_0"), tmp_path / "gguf")
     assert certificate["measured"]["effect_kl"] == 0
 
 
@@ -111,20 +111,20 @@ def test_a_translating_decoder_is_certified_with_its_own_prompt(chat_rows, tmp_p
     form = choose_variant(recipe, read_model_config(place, recipe.model), "tiny")
     selected = load_model(place, recipe, form, processor, device="cpu", training=False)
     adapted = inject(selected, recipe, console)
-    certificate = export_gguf(TunedModel(adapted, recipe, form, [pair]), tmp_path / "gguf", console)
+    certificate = export_tuned(TunedModel(adapted, recipe, form, [pair]), gguf_format(), tmp_path / "gguf")
     assert certificate["measured"]["same_ids"]
     assert certificate["measured"]["prompts"] == 9
 
 
 def test_qlora_merges_onto_its_training_weights_by_default(tune, tmp_path, console):
-    certificate = export_gguf(tune(adapter={"method": "qlora"}), tmp_path / "gguf", console, onto="dequantized")
+    certificate = export_tuned(tune(adapter={"method": "qlora"}), gguf_format(onto="dequantized"), tmp_path / "gguf")
     assert certificate["onto"] == "dequantized"
     assert certificate["measured"]["kl_mean"] < 1e-5
 
 
-def fails(tuned, out, console, said, **options):
+def fails(tuned, out, said, **options):
     with pytest.raises(GateFailed, match=said) as raised:
-        export_gguf(tuned, out, console, **options)
+        export_tuned(tuned, gguf_format(**options), out)
     assert raised.value.exit_code == 6
     assert not out.exists()
     return out.with_name(f"{out.name}.failed.json")
@@ -134,7 +134,7 @@ def fails(tuned, out, console, said, **options):
 def test_a_file_with_another_template_or_start_token_fails_and_is_deleted(tune, tmp_path, console, monkeypatch, wrong):
     describe = exporting.describe_tokenizer
     monkeypatch.setattr(exporting, "describe_tokenizer", lambda *given: describe(*given) | wrong)
-    certificate = json.loads(fails(tune(), tmp_path / "gguf", console, "other token ids").read_text())
+    certificate = json.loads(fails(tune(), tmp_path / "gguf", "other token ids").read_text())
     assert not certificate["passed"]
     assert not certificate["measured"]["same_ids"]
 
@@ -143,23 +143,25 @@ def test_a_file_without_the_adapter_fails_in_any_format(tune, tmp_path, console,
     number_format = "q8_0"
     with monkeypatch.context() as patch:
         patch.setattr(exporting, "merge_weights", lambda adapted, onto: adapted.model.unload())
-        failed = fails(tune(), tmp_path / "gguf", console, "the adapter is lost", number_format=number_format)
+        failed = fails(tune(), tmp_path / "gguf", "the adapter is lost", number_format=number_format)
     assert json.loads(failed.read_text())["measured"]["kl_from_base"] < 1e-4
-    assert export_gguf(tune(), tmp_path / "gguf", console, number_format=number_format)["passed"]
+    assert export_tuned(tune(), gguf_format(number_format=number_format), tmp_path / "gguf")["passed"]
     assert not failed.exists()
 
 
-def test_a_file_with_rows_in_transformers_order_fails(tune, tmp_path, console, monkeypatch):
+def test_a_file_with_rows_in_transformers_order_fails(tune, tmp_path, monkeypatch):
     monkeypatch.setattr(LlamaModel, "permute", staticmethod(lambda weight, *heads: weight))
     model = build_family("llama", tmp_path / "model")
-    fails(tune(model, 0.02), tmp_path / "gguf", console, "first choice agrees")
+    fails(tune(model, 0.02), tmp_path / "gguf", "first choice agrees")
 
 
 @pytest.mark.parametrize(
     "adapter", [{}, {"use_rslora": True}, {"alpha_pattern": {"q_proj": 3}, "rank_pattern": {"v_proj": 2}}]
 )
 def test_an_adapter_alone_adds_what_peft_adds(tune, tmp_path, console, adapter):
-    certificate = export_gguf(tune(adapter=adapter), tmp_path / "lora", console, adapter_only=True, number_format="f32")
+    certificate = export_tuned(
+        tune(adapter=adapter), gguf_format(adapter_only=True, number_format="f32"), tmp_path / "lora"
+    )
     assert certificate["adapter"]["modules"] == 14
     assert certificate["adapter"]["largest_difference"] < 1e-6
     assert certificate["reader"] == "its own arithmetic"
@@ -167,16 +169,16 @@ def test_an_adapter_alone_adds_what_peft_adds(tune, tmp_path, console, adapter):
     assert "FROM ./base.gguf\nADAPTER ./tiny-lora-F32.gguf\n" in text
 
 
-def test_an_adapter_file_with_wrong_products_fails(tune, tmp_path, console, monkeypatch):
-    lora_tensors = gguf_adapter.lora_tensors
+def test_an_adapter_file_with_wrong_products_fails(tune, tmp_path, monkeypatch):
+    lora_tensors = exporting.lora_tensors
 
     def halved(model, layout):
         for name, weight in lora_tensors(model, layout):
             yield name, weight / 2 if name == "blk.1.attn_q.weight.lora_b" else weight
 
-    monkeypatch.setattr(gguf_adapter, "lora_tensors", halved)
+    monkeypatch.setattr(exporting, "lora_tensors", halved)
     with pytest.raises(GateFailed, match=r"blk\.1\.attn_q\.weight differs from the trained one by 0\.5"):
-        export_gguf(tune(), tmp_path / "lora", console, adapter_only=True)
+        export_tuned(tune(), gguf_format(adapter_only=True), tmp_path / "lora")
     assert not (tmp_path / "lora").exists()
 
 
@@ -192,4 +194,4 @@ def test_an_adapter_file_with_wrong_products_fails(tune, tmp_path, console, monk
 def test_an_adapter_that_llama_cpp_cannot_store_is_refused_with_the_reason(tune, tmp_path, console, adapter, said):
     model = build_family("qwen2", tmp_path / "model")
     with pytest.raises(RecipeError, match=said):
-        export_gguf(tune(model, adapter=adapter), tmp_path / "lora", console, adapter_only=True)
+        export_tuned(tune(model, adapter=adapter), gguf_format(adapter_only=True), tmp_path / "lora")

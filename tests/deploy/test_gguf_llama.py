@@ -9,13 +9,14 @@ import torch
 from support import families
 from support.classifying import colour_rows, recipe_for
 from support.classifying import run as run_classifier
+from support.exports import export_tuned
 from support.ggufs import CUTS, FAMILIES, TRICKY, make_family, train_cut, train_phi3, train_pieces
 from transformers import GenerationConfig
 
 import llmtune.deploy.gguf_converter as gguf_converter
 from llmtune.adapter.merging import merge_adapter
 from llmtune.deploy.gguf_converter import write_model
-from llmtune.deploy.gguf_export import export_gguf
+from llmtune.deploy.gguf_export import gguf_format
 from llmtune.deploy.gguf_readers import LlamaReader, open_gguf_export
 from llmtune.deploy.gguf_tokenizer import NAMES, describe_tokenizer, read_tokenizer
 from llmtune.deploy.tuned_model import TransformersReader
@@ -55,7 +56,7 @@ def installed() -> bool:
 
 
 def test_first_32_tokens_of_smollm2_in_f16_are_those_of_the_merged_model_in_float32(smollm2, tmp_path, console):
-    certificate = export_gguf(smollm2(), tmp_path / "gguf", console)
+    certificate = export_tuned(smollm2(), gguf_format(), tmp_path / "gguf")
     assert certificate["reader"].startswith("llama.cpp")
     assert certificate["measured"]["effect_kl"] > 1e-3
     assert certificate["measured"]["kl_mean"] < 1e-4
@@ -84,7 +85,7 @@ def test_first_32_tokens_of_smollm2_in_f16_are_those_of_the_merged_model_in_floa
 
 @pytest.mark.parametrize(("number_format", "kl"), [("q8_0", 0.015), ("q4_k_m", 0.15)])
 def test_smollm2_in_fewer_bits_is_certified_by_wider_limits(smollm2, tmp_path, console, number_format, kl):
-    certificate = export_gguf(smollm2(), tmp_path / "gguf", console, number_format=number_format)
+    certificate = export_tuned(smollm2(), gguf_format(number_format=number_format), tmp_path / "gguf")
     print(certificate["measured"])
     assert 1e-5 < certificate["measured"]["kl_mean"] < kl
 
@@ -92,7 +93,7 @@ def test_smollm2_in_fewer_bits_is_certified_by_wider_limits(smollm2, tmp_path, c
 def test_the_tokenizer_of_smollm2_is_described_as_in_the_official_file(smollm2, tmp_path, console):
     package = importlib.metadata.distribution(PACKAGED[SMOLLM2].distribution)
     theirs = read_tokenizer(Path(str(package.locate_file(PACKAGED[SMOLLM2].file))))
-    certificate = export_gguf(smollm2(), tmp_path / "gguf", console)
+    certificate = export_tuned(smollm2(), gguf_format(), tmp_path / "gguf")
     ours = read_tokenizer(tmp_path / "gguf" / certificate["file"])
     for key in (NAMES.MODEL, NAMES.PRE, NAMES.ADD_BOS, NAMES.LIST, NAMES.TOKEN_TYPE, NAMES.MERGES, NAMES.EOS_ID):
         assert ours[key] == theirs[key], key
@@ -133,7 +134,7 @@ def test_llama_cpp_splits_text_into_the_same_tokens(name, tmp_path):
 
 
 def test_an_adapter_on_its_base_answers_like_the_tuned_model(tune, tmp_path, console):
-    certificate = export_gguf(tune(adapter={"use_rslora": True}), tmp_path / "lora", console, adapter_only=True)
+    certificate = export_tuned(tune(adapter={"use_rslora": True}), gguf_format(adapter_only=True), tmp_path / "lora")
     measured = certificate["measured"]
     assert certificate["reader"].startswith("llama.cpp")
     assert measured["effect_kl"] > 0.01

@@ -12,20 +12,18 @@ import torch
 from gguf import GGUFReader, GGUFValueType, GGUFWriter
 from onnx import TensorProto, helper, numpy_helper
 from safetensors.torch import load_file, save_file
-from support import families, pairs
+from support import pairs
 from support.classifying import colour_rows
+from support.exports import SILENT, train_family
 from support.runs import finish_run, invoke
 
-from llmtune.deploy.gguf_export import make_gguf
-from llmtune.pipeline import run_pipeline
+from llmtune.deploy.export import export
+from llmtune.deploy.gguf_export import gguf_format
 from llmtune.plan import open_finished
-from llmtune.recipe.loader import load_recipe
 from llmtune.store.atomic_files import read_json
-from llmtune.store.run_request import RunRequest
 
 RED = "\x1b[31mred"
 SHORT = {"train": {"num_train_epochs": 1}, "deploy": ["merged"]}
-SILENT = {"generation": {"max_new_tokens": None}}
 SEARCHED = [{"query": f"number {i} cat", "passage": f"The cat number {i} is red."} for i in range(30)]
 
 
@@ -33,12 +31,10 @@ def train(folder, tiny_llama, kind):
     """Return the run folder of a kind, with its merged folder, and a GGUF file of a chat."""
     if kind == "chat":
         run = finish_run(folder, tiny_llama, **SHORT)
-        make_gguf(open_finished(run, pairs.quiet(), offline=True), number_format="f32")
+        export(open_finished(run, pairs.quiet(), offline=True), gguf_format(number_format="f32"))
         return run
     task, rows = {"classes": ("classify", colour_rows(40)), "vectors": ("embed", SEARCHED)}[kind]
-    recipe = pairs.recipe_of(folder, families.build_bert(folder / "bert"), rows, task, **SHORT, **SILENT)
-    run_pipeline(load_recipe(str(recipe)), RunRequest(out=folder / "run"), pairs.quiet())
-    return folder / "run"
+    return train_family(folder, tiny_llama, "bert", task, rows, "run", **SHORT, **SILENT)
 
 
 @pytest.fixture(scope="module")

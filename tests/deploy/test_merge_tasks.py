@@ -7,24 +7,18 @@ import shutil
 import pytest
 import torch
 import transformers
-from support import families, pairs
+from support import pairs
 from support.classifying import colour_rows
+from support.exports import MANY, NUMBERS, SILENT, spoken, train_family
 from transformers import AutoProcessor, AutoTokenizer, pipeline
 
-import llmtune.deploy.merged_model as merging
-from llmtune.adapter.merging import merge_adapter as really_merge
-from llmtune.deploy.merged_model import merge_run
+from llmtune.deploy.export import export
+from llmtune.deploy.merged_model import merged_format
 from llmtune.deploy.parity import measure_distance
-from llmtune.errors import GateFailed
-from llmtune.pipeline import run_pipeline
 from llmtune.plan import open_finished
-from llmtune.recipe.loader import load_recipe
 from llmtune.serve.finished_run import FinishedRun
-from llmtune.store.run_request import RunRequest
 
 ROWS = {task: rows for task, (_, rows) in pairs.TASKS.items()} | {"classify": colour_rows(40)}
-NUMBERS = [{"text": f"a {t} of size {i}", "label": i / 4} for i in range(12) for t in ("cat", "dog", "fox")]
-MANY = [{**row, "label": [row["label"]] if i % 4 else ["red", "blue"]} for i, row in enumerate(ROWS["classify"])]
 TEXTS = [{"text": row["document"]} for row in pairs.DOCUMENTS]
 JUDGED = [
     {"prompt": f"{i}. Which colour?", "chosen": f"The fox is {c}.", "rejected": f"one two {c}"}
@@ -32,12 +26,6 @@ JUDGED = [
 ]
 
 
-def spoken(folder):
-    words = ("one", "two", "three", "four")
-    return [{**row, "text": f"it is {words[i % 4]}"} for i, row in enumerate(pairs.tones(folder))]
-
-
-SILENT = {"generation": {"max_new_tokens": None}}
 QLORA = {"adapter": {"method": "qlora"}}
 HEARD = {"window_seconds": 2}
 CASES = {
@@ -62,11 +50,7 @@ QUICK = ("classify", "classify-qlora", "qa", "translate", "whisper", "letters")
 def train(folder, tiny_llama, case):
     """Train one of CASES without evaluation."""
     family, task, rows, sections = CASES[case]
-    model = tiny_llama if family == "llama" else getattr(families, f"build_{family}")(folder / family)
-    rows = rows(folder) if callable(rows) else rows
-    recipe = pairs.recipe_of(folder, model, rows, task, **sections)
-    run_pipeline(load_recipe(str(recipe)), RunRequest(out=folder / "run", until="train"), pairs.quiet())
-    return folder / "run"
+    return train_family(folder, tiny_llama, family, task, rows, **sections)
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +60,7 @@ def trained(tmp_path_factory, tiny_llama):
 
 
 def merge(run, console):
-    return merge_run(open_finished(run, console, offline=True))
+    return export(open_finished(run, console, offline=True), merged_format())
 
 
 @pytest.mark.parametrize(
@@ -113,33 +97,6 @@ def test_every_task_merges_into_a_plain_model_folder(case, tmp_path, trained, co
         assert processor.batch_decode(model.generate(heard["input_features"], max_new_tokens=4))
     if case == "letters":
         assert type(AutoProcessor.from_pretrained(run / "merged")).__name__ == "Wav2Vec2Processor"
-
-
-def forget(adapted, onto):
-    for name, parameter in adapted.model.named_parameters():
-        if "lora_B" in name:
-            parameter.data.zero_()
-    return really_merge(adapted, onto)
-
-
-def disturb(adapted, onto):
-    merged = really_merge(adapted, onto)
-    matrix = max((p for p in merged.parameters() if p.dim() == 2), key=lambda p: p.numel())
-    matrix.data += matrix.std() * torch.randn(matrix.shape, generator=torch.Generator().manual_seed(1))
-    return merged
-
-
-@pytest.mark.parametrize("wrong", [forget, disturb])
-@pytest.mark.parametrize("case", ["classify", "translate", "letters"])
-def test_a_merge_without_the_adapter_or_with_noise_fails_in_every_task(
-    case, tmp_path, trained, console, monkeypatch, wrong
-):
-    run = shutil.copytree(trained(case), tmp_path / "run")
-    monkeypatch.setattr(merging, "merge_weights", wrong)
-    with pytest.raises(GateFailed, match="the merged model differs"):
-        merge(run, console)
-    assert not (run / "merged").exists()
-    assert not json.loads((run / "merged.failed.json").read_text())["passed"]
 
 
 def test_regression_and_multi_label_outputs_have_their_own_distance():

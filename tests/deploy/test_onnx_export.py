@@ -12,14 +12,16 @@ import pytest
 import torch
 from support import families, pairs
 from support.classifying import colour_rows
+from support.exports import MANY, NUMBERS, SILENT, spoken, train_family
 from support.runs import invoke
 from transformers import BertForMaskedLM
 
 import llmtune.deploy.onnx_export as exporting
 from llmtune.adapter.merging import merge_adapter as really_merge
 from llmtune.deploy import onnx_graphs
+from llmtune.deploy.export import export
 from llmtune.deploy.merged_model import save_settings as really_save
-from llmtune.deploy.onnx_export import check_onnx, make_onnx
+from llmtune.deploy.onnx_export import check_onnx, onnx_format
 from llmtune.deploy.onnx_model import open_onnx_export
 from llmtune.deploy.parity import LIMITS
 from llmtune.deploy.products import open_export
@@ -34,20 +36,12 @@ from llmtune.serve.finished_run import FinishedRun
 from llmtune.store.run_request import RunRequest
 
 COLOURS = colour_rows(40)
-NUMBERS = [{"text": f"a {t} of size {i}", "label": i / 4} for i in range(12) for t in ("cat", "dog", "fox")]
-MANY = [{**row, "label": [row["label"]] if i % 4 else ["red", "blue"]} for i, row in enumerate(COLOURS)]
 PAIRS = [{**row, "pair": "which colour?"} for row in COLOURS]
-SILENT = {"generation": {"max_new_tokens": None}}
 NAMED = [{**row, "source_language": "English", "target_language": "German"} for row in pairs.PAIRS]
 TALK = [
     {"messages": [{"role": "user", "content": f"What comes after {i}?"}, {"role": "assistant", "content": str(i + 1)}]}
     for i in range(24)
 ]
-
-
-def spoken(folder):
-    words = ("one", "two", "three", "four")
-    return [{**row, "text": f"it is {words[i % 4]}"} for i, row in enumerate(pairs.tones(folder))]
 
 
 CASES = {
@@ -91,11 +85,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 def train(folder, tiny_llama, case, until="train"):
     family, task, rows, sections, _ = CASES[case]
-    model = tiny_llama if family == "llama" else getattr(families, f"build_{family}")(folder / family)
-    rows = rows(folder) if callable(rows) else rows
-    recipe = pairs.recipe_of(folder, model, rows, task, **sections)
-    run_pipeline(load_recipe(str(recipe)), RunRequest(out=folder / "run", until=until), pairs.quiet())
-    return folder / "run"
+    return train_family(folder, tiny_llama, family, task, rows, until, **sections)
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +111,7 @@ def run_script(folder, *arguments):
 )
 def test_every_kind_of_model_runs_in_onnxruntime_and_by_its_script(case, tmp_path, trained, console):
     run = shutil.copytree(trained(case), tmp_path / "run")
-    certificate = make_onnx(open_finished(run, console, offline=True))
+    certificate = export(open_finished(run, console, offline=True), onnx_format())
     measured = certificate["measured"]
     assert certificate["passed"]
     assert measured["effect_kl"] > 10 * measured["kl_mean"]
@@ -149,7 +139,7 @@ def test_the_script_cuts_a_text_at_the_positions_of_the_model_and_says_so(kind, 
     model = families.build_bert(tmp_path / "bert", max_position_embeddings=40)
     recipe = pairs.recipe_of(tmp_path, model, rows, task, **sections)
     run_pipeline(load_recipe(str(recipe)), RunRequest(out=tmp_path / "run", until="train"), pairs.quiet())
-    make_onnx(open_finished(tmp_path / "run", pairs.quiet(), offline=True))
+    export(open_finished(tmp_path / "run", pairs.quiet(), offline=True), onnx_format())
     longer = [*arguments[:-1], arguments[-1] + " the red cat" * 100]
     command = [sys.executable, tmp_path / "run/onnx/float32/run_model.py", *longer]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -169,7 +159,7 @@ def test_a_float32_reference_stays_in_float32_where_auto_is_bfloat16(trained, co
 @pytest.mark.parametrize("case", ["chat", "translate"])
 def test_models_that_write_are_rounded_in_blocks(case, tmp_path, trained, console):
     run = shutil.copytree(trained(case), tmp_path / "run")
-    certificate = make_onnx(open_finished(run, console, offline=True), int8=True)
+    certificate = export(open_finished(run, console, offline=True), onnx_format(int8=True))
     assert certificate["passed"]
     assert certificate["format"] == "onnx-int8"
     assert b"MatMulNBits" in next((run / "onnx/int8").glob("*.onnx")).read_bytes()
@@ -205,7 +195,7 @@ FAULTS = {
 
 def fails(run, console, said, **options):
     with pytest.raises(GateFailed, match="the ONNX model differs") as raised:
-        make_onnx(open_finished(run, console, offline=True), run.parent / "out", **options)
+        export(open_finished(run, console, offline=True), onnx_format(**options), run.parent / "out")
     assert not (run.parent / "out").exists()
     text = str(raised.value)
     assert all(words in text for words in said), text
@@ -257,7 +247,7 @@ def test_int8_leaves_a_layer_with_outliers_in_float32_and_names_it(outlier_run, 
     ]
     again = invoke("deploy", "certify", tmp_path / "int8", "--run", outlier_run)
     assert again.exit_code == 0, again.output
-    float32 = make_onnx(open_finished(outlier_run, pairs.quiet(), offline=True), tmp_path / "float32")
+    float32 = export(open_finished(outlier_run, pairs.quiet(), offline=True), onnx_format(), tmp_path / "float32")
     assert float32["passed"]
     assert "float32_layers" not in float32
     assert certificate["weights_bytes"] < float32["weights_bytes"] / 2
@@ -302,11 +292,11 @@ def test_a_foreign_file_may_be_in_float16_next_to_other_xml_files(tmp_path, trai
 
     run = shutil.copytree(trained("classify"), tmp_path / "run")
     context = open_finished(run, console, offline=True)
-    make_onnx(context)
+    export(context, onnx_format())
     file = run / "onnx/float32/model.onnx"
     onnx.save(convert_float_to_float16(onnx.load(file), keep_io_types=True), file)
     file.with_name("junit.xml").write_text("<testsuite/>")
-    exported = open_export(file.parent, context)
+    exported = open_export(file.parent, load_tuned(context))
     assert (exported.format, exported.limits) == ("onnx", LIMITS["rounded"])
 
 
@@ -323,7 +313,7 @@ def test_labels_without_numbers_are_refused(labels, tmp_path, trained, console):
 def test_openvino_files_are_certified_by_openvino(case, tmp_path, trained, console):
     openvino = pytest.importorskip("openvino")
     run = shutil.copytree(trained(case), tmp_path / "run")
-    make_onnx(open_finished(run, console, offline=True))
+    export(open_finished(run, console, offline=True), onnx_format())
     out = shutil.copytree(run / "onnx/float32", tmp_path / "openvino")
     for file in out.glob("*.onnx"):
         openvino.save_model(openvino.convert_model(file), file.with_suffix(".xml"))

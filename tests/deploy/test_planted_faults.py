@@ -6,33 +6,15 @@ import shutil
 
 import pytest
 from safetensors.torch import load_file, save_file
-from support import families, pairs
+from support import pairs
 from support.classifying import colour_rows
-from support.pairs import recipe_of
+from support.exports import SILENT, judged, searched, spoken, train_family
 from support.runs import invoke, write_sums
 
-from llmtune.pipeline import run_pipeline
-from llmtune.recipe.loader import load_recipe
 from llmtune.store.atomic_files import read_json
-from llmtune.store.run_request import RunRequest
 
-SILENT = {"generation": {"max_new_tokens": None}}
 DECIDING = {"evaluate": {"metrics": None, "calibrate": True, "decide": {"risk": 0.5}}, "data": {"validation": 0.3}}
 QUICK = {"train": {"num_train_epochs": 4, "learning_rate": 1e-2}}
-THINGS = ("cat", "dog", "bird", "fish", "fox", "house", "river", "stone")
-COLOURS = ("red", "green", "blue", "black", "white")
-SEARCHED = [
-    {"query": f"number {i} {THINGS[i % 8]}", "passage": f"The {THINGS[i % 8]} number {i} is {COLOURS[i % 5]}."}
-    for i in range(40)
-]
-JUDGED = [
-    {
-        "query": f"Which colour has {THINGS[i % 8]} number {i}?",
-        "passages": [f"The {THINGS[i % 8]} is {COLOURS[i % 5]}.", f"{COLOURS[i % 5]} is a colour.", "One fox sits."],
-        "relevances": [2, 1, 0],
-    }
-    for i in range(40)
-]
 PROMPTS = {"embed": {"query_prompt": "query: ", "passage_prompt": "passage: "}}
 HEARD = {"speech": {"language": "fr", "window_seconds": 2}}
 
@@ -46,11 +28,6 @@ def texts(folder):
     return [{"text": row["document"]} for row in pairs.DOCUMENTS]
 
 
-def spoken(folder):
-    words = ("one", "two", "three", "four")
-    return [{**row, "text": f"it is {words[i % 4]}"} for i, row in enumerate(pairs.tones(folder))]
-
-
 FOLDERS = {
     "chat": ("llama", "chat", talk, {}),
     "completion": ("llama", "completion", texts, {}),
@@ -60,8 +37,8 @@ FOLDERS = {
     "spans": ("bert", "qa", pairs.TASKS["qa"][1], {"qa": {"stride": 16}, **SILENT}),
     "whisper": ("whisper", "speech", spoken, HEARD),
     "ctc": ("wav2vec2", "speech", spoken, {"speech": {"window_seconds": 2}}),
-    "vectors": ("bert", "embed", SEARCHED, {**SILENT, **PROMPTS}),
-    "pairs": ("bert", "rerank", JUDGED, SILENT),
+    "vectors": ("bert", "embed", searched(40), {**SILENT, **PROMPTS}),
+    "pairs": ("bert", "rerank", judged(40), SILENT),
 }
 """By kind: the base's family, the task, rows, and sections of the recipe."""
 
@@ -69,11 +46,8 @@ FOLDERS = {
 def train(folder, tiny_llama, kind):
     """Train a run of the kind, and merge it; return the folders of the run and of its base."""
     family, task, rows, sections = FOLDERS[kind]
-    base = tiny_llama if family == "llama" else getattr(families, f"build_{family}")(folder / family)
-    rows = rows(folder) if callable(rows) else rows
-    recipe = recipe_of(folder, base, rows, task, deploy=["merged"], **QUICK, **sections)
-    run_pipeline(load_recipe(str(recipe)), RunRequest(out=folder / "run"), pairs.quiet())
-    return folder / "run", base
+    run = train_family(folder, tiny_llama, family, task, rows, "run", deploy=["merged"], **QUICK, **sections)
+    return run, tiny_llama if family == "llama" else folder / family
 
 
 @pytest.fixture(scope="module")
@@ -225,6 +199,7 @@ FAULTS = {
 """By promise: the kinds of folder that make it, the fault, and what the message says."""
 CHOSEN = {("chat", "sampling settings"), ("vectors", "pooling"), ("pairs", "activation"), ("classes", "temperature")}
 CHOSEN |= {("chat", "template of later turns"), ("chat", "positions"), ("classes", "network")}
+CHOSEN |= {("chat", "adapter dropped"), ("chat", "end token"), ("chat", "tokenizer"), ("classes", "labels swapped")}
 """The cells of the default suite."""
 
 

@@ -11,7 +11,9 @@ from xml.etree import ElementTree
 import pytest
 from support.runs import invoke, write_colours, write_recipe
 
+from llmtune.deploy.products import EXPORT_FORMATS
 from llmtune.store.atomic_files import read_json
+from llmtune.store.run_folder import EXPORT_FOLDERS
 
 FOREIGN = "notes.txt"
 
@@ -98,3 +100,7 @@ def test_a_run_stopped_while_it_exports_has_its_report_with_the_exports_unfinish
     assert report["deploy"]["exports"] == {}
     _, outcomes = cases(run)
     assert (outcomes["merged"], outcomes["gguf"]) == (["skipped"], ["skipped"])
+
+
+def test_each_export_goes_into_a_folder_that_belongs_to_a_run():
+    assert {form.folder.partition("/")[0] for form in EXPORT_FORMATS.values()} == {*EXPORT_FOLDERS}

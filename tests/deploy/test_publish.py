@@ -15,7 +15,8 @@ from support.http_server import hub_at_work
 from support.models import CHATML, build_llama
 from support.runs import finish_run, llmtune
 
-from llmtune.deploy.merged_model import merge_run
+from llmtune.deploy.export import export
+from llmtune.deploy.merged_model import merged_format
 from llmtune.deploy.model_card import PublishOptions
 from llmtune.deploy.publish import publish_run
 from llmtune.errors import EnvironmentProblem, GateFailed, RecipeError
@@ -128,7 +129,7 @@ def test_a_published_merge_loads_without_its_base_and_shows_its_parity(run, tmp_
 def test_published_files_contain_no_path_person_or_secret(tmp_path, base, console):
     secret = "hf_" + "a1B2" * 8
     run = finish_run(tmp_path / "home" / "ann", base, name=f"tuned-{secret}", train={**BRIEF, "report_to": []})
-    merge_run(open_finished(run, console, offline=True))
+    export(open_finished(run, console, offline=True), merged_format())
     for merged in (False, True):
         publish(run, tmp_path / "hub", console, merged=merged)
         for path in (tmp_path / "hub").iterdir():

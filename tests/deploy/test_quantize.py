@@ -9,15 +9,17 @@ import torch
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from support.adapting import build_family
+from support.exports import export_tuned
 from support.models import CORPUS, build_gpt2, build_llama
 from support.runs import finish_run, invoke
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import llmtune.deploy.quantized_model as quantizing
+from llmtune.deploy.export import export
 from llmtune.deploy.gptq import find_scales, round_weights
 from llmtune.deploy.merged_model import merge_to as really_merge
 from llmtune.deploy.parity import Limits
-from llmtune.deploy.quantized_model import SCHEMES, check_quantizable, quantize_model, quantize_run
+from llmtune.deploy.quantized_model import SCHEMES, check_quantizable, quantized_format
 from llmtune.errors import EnvironmentProblem, GateFailed, RecipeError
 from llmtune.plan import open_finished
 from llmtune.store.atomic_files import read_json, write_json
@@ -37,13 +39,14 @@ def base(tmp_path_factory):
 
 
 @pytest.fixture
-def quantize(tune, base, tmp_path, console):
+def quantize(tune, base, tmp_path, monkeypatch):
     pytest.importorskip("compressed_tensors")
 
     def make(scheme):
         tuned = tune(base)
         texts = [tuned.processor(text)["input_ids"] for text in CORPUS]
-        return quantize_model(tuned, tmp_path / scheme, console, scheme, 64, texts)
+        monkeypatch.setattr(quantizing, "sample_texts", lambda tuned: texts)
+        return export_tuned(tuned, quantized_format(scheme), tmp_path / scheme)
 
     return make
 
@@ -146,9 +149,9 @@ def test_an_unknown_scheme_exits_with_2(run):
 
 
 def test_a_missing_package_exits_with_4(run, console, monkeypatch):
-    monkeypatch.setattr(quantizing, "find_spec", lambda name: None)
+    monkeypatch.setattr("llmtune.recipe.extras.find_spec", lambda name: None)
     with pytest.raises(EnvironmentProblem, match=r"pip install 'llmtune-cli\[quantized\]'") as raised:
-        quantize_run(open_finished(run, console, offline=True), scheme="w8a8")
+        export(open_finished(run, console, offline=True), quantized_format(scheme="w8a8"))
     assert raised.value.exit_code == 4
 
 

@@ -7,54 +7,35 @@ from importlib.util import find_spec
 
 import pytest
 import torch
-from support import families, pairs
+from support.exports import SILENT, judged, searched, train_family
 from support.runs import invoke
 
 import llmtune.deploy.onnx_export as exporting
 import llmtune.deploy.search_parity as search
 from llmtune.adapter.merging import merge_adapter as really_merge
+from llmtune.deploy.export import export
 from llmtune.deploy.exported_model import open_folder
-from llmtune.deploy.onnx_export import make_onnx
+from llmtune.deploy.onnx_export import onnx_format
 from llmtune.deploy.search_parity import SearchReference, make_reference
 from llmtune.deploy.tuned_model import load_tuned
 from llmtune.errors import GateFailed
-from llmtune.pipeline import run_pipeline
 from llmtune.plan import open_finished
-from llmtune.recipe.loader import load_recipe
 from llmtune.store.atomic_files import read_json
-from llmtune.store.run_request import RunRequest
 
-THINGS = ("cat", "dog", "bird", "fish", "fox", "house", "river", "stone")
-COLOURS = ("red", "green", "blue", "black", "white")
-SEARCHED = [
-    {"query": f"number {i} {THINGS[i % 8]}", "passage": f"The {THINGS[i % 8]} number {i} is {COLOURS[i % 5]}."}
-    for i in range(60)
-]
-JUDGED = [
-    {
-        "query": f"Which colour has {THINGS[i % 8]} number {i}?",
-        "passages": [f"The {THINGS[i % 8]} is {COLOURS[i % 5]}.", f"{COLOURS[i % 5]} is a colour.", "One fox sits."],
-        "relevances": [2, 1, 0],
-    }
-    for i in range(60)
-]
-SILENT = {"generation": {"max_new_tokens": None}}
 PROMPTS = {"embed": {"query_prompt": "query: ", "passage_prompt": "passage: "}}
 BARELY = {"train": {"max_steps": 1, "num_train_epochs": None, "learning_rate": 1e-5}}
 TRAINED = {"train": {"num_train_epochs": 3, "learning_rate": 3e-3}}
 RUNS = {
-    "vectors": ("embed", SEARCHED, {**PROMPTS, **TRAINED}),
-    "pairs": ("rerank", JUDGED, TRAINED),
-    "barely trained vectors": ("embed", SEARCHED, BARELY),
-    "barely trained pairs": ("rerank", JUDGED, BARELY),
+    "vectors": ("embed", searched(60), {**PROMPTS, **TRAINED}),
+    "pairs": ("rerank", judged(60), TRAINED),
+    "barely trained vectors": ("embed", searched(60), BARELY),
+    "barely trained pairs": ("rerank", judged(60), BARELY),
 }
 
 
 def train(folder, kind):
     task, rows, sections = RUNS[kind]
-    recipe = pairs.recipe_of(folder, families.build_bert(folder / "bert"), rows, task, **SILENT, **sections)
-    run_pipeline(load_recipe(str(recipe)), RunRequest(out=folder / "run"), pairs.quiet())
-    return folder / "run"
+    return train_family(folder, folder, "bert", task, rows, "run", **SILENT, **sections)
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +54,7 @@ def halve(adapted, onto):
 @pytest.mark.parametrize("kind", RUNS)
 @pytest.mark.parametrize("int8", [False, True])
 def test_an_onnx_export_is_certified_in_cosines_and_scores(kind, int8, trained, tmp_path, console):
-    certificate = make_onnx(open_finished(trained(kind), console, offline=True), tmp_path / "out", int8=int8)
+    certificate = export(open_finished(trained(kind), console, offline=True), onnx_format(int8=int8), tmp_path / "out")
     print("INT8" if int8 else "FLOAT", kind, certificate["measured"])
     assert certificate["passed"]
     assert certificate["measured"]["unit"] == ("1 - cosine" if "vectors" in kind else "score")
@@ -97,7 +78,7 @@ def test_an_onnx_export_with_half_of_the_adapter_fails(kind, int8, trained, tmp_
         pytest.skip("rounding to 8 bits hides an adapter that moves weights by less")
     monkeypatch.setattr(exporting, "merge_weights", halve)
     with pytest.raises(GateFailed) as raised:
-        make_onnx(open_finished(trained(kind), console, offline=True), tmp_path / "out", int8=int8)
+        export(open_finished(trained(kind), console, offline=True), onnx_format(int8=int8), tmp_path / "out")
     print("HALVED", kind, int8, str(raised.value)[:500], read_json(tmp_path / "out.failed.json")["measured"])
     assert "of what tuning did" in str(raised.value)
 
@@ -109,7 +90,7 @@ def test_half_of_an_adapter_that_hardly_moves_the_outputs_fails(kind, trained, t
     run = trained(kind)
     monkeypatch.setattr(merging, "merge_weights", halve)
     with pytest.raises(GateFailed, match="its weights moved by 50% of what tuning did"):
-        merging.merge_run(open_finished(run, console, offline=True), tmp_path / "halved")
+        export(open_finished(run, console, offline=True), merging.merged_format(), tmp_path / "halved")
 
 
 def plant(folder, fault):

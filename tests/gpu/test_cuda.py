@@ -1,7 +1,6 @@
 """bf16 LoRA, QLoRA, recovery from lack of memory, and the shipped recipes, on a CUDA device."""
 
 import gc
-import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,14 +9,14 @@ from typing import Any
 import bitsandbytes
 import pytest
 import torch
-from rich.console import Console
 from support.adapting import open_model
+from support.exports import export_tuned
 from support.models import build_llama
 from support.runs import llmtune, write_recipe
 from support.training import adapt, make_recipe, run_training, write_examples
 
 from llmtune.adapter.saving import load_adapter, save_adapter
-from llmtune.deploy.merged_model import merge_model
+from llmtune.deploy.merged_model import merged_format
 from llmtune.deploy.tuned_model import TunedModel
 from llmtune.records import AdaptedModel
 from llmtune.tasks.registry import get_task
@@ -91,7 +90,7 @@ def test_a_quantised_base_is_in_4_bits_and_its_adapter_reloads_on_it(tiny_llama:
     again = load_adapter(open_model(recipe, training=False, device="cuda"), tmp_path / "saved")
     torch.testing.assert_close(logits_of(again), wanted, atol=1e-2, rtol=1e-2)
     tuned = TunedModel(again, recipe, get_task("chat"))
-    certificate = merge_model(tuned, tmp_path / "merged", Console(file=io.StringIO()), onto="dequantized")
+    certificate = export_tuned(tuned, merged_format(onto="dequantized"), tmp_path / "merged")
     assert certificate["passed"]
 
 

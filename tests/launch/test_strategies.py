@@ -198,7 +198,7 @@ def test_a_process_killed_while_it_evaluates_or_saves_leaves_the_same_bytes(meth
             (1, "line", "tuned: loss"),
             (0, "line", "tuned: answers"),
             (1, "open", "step-4/shard-00002-model-00001-of-00001.safetensors"),
-            (0, "os.rename", f".tmp-{result}"),
+            (0, "os.rename", f".{result}.new"),
         ]
     ):
         words = [recipe, tmp_path / f"run-{number}", rank, *(moment or ("line", "never"))]

@@ -1,5 +1,4 @@
 import asyncio
-import contextlib
 import time
 
 import pytest
@@ -17,8 +16,8 @@ QUESTIONS = [f"Which colour has the {thing} number {n}?" for n, thing in enumera
 def start():
     engines = []
 
-    def build(*models, max_queue=64):
-        engine = Engine({served.name: served for served in models}, max_queue=max_queue)
+    def build(*models):
+        engine = Engine({served.name: served for served in models}, max_queue=64)
         engine.start()
         engines.append(engine)
         return engine
@@ -147,25 +146,6 @@ def test_a_running_answer_is_completed_within_the_grace_period(tune, start):
         return served.read([*first, *[token async for more in ids for token in more]])
 
     assert asyncio.run(stop()) == as_generate(tuned, QUESTIONS[0])
-
-
-def test_requests_beyond_the_queue_are_refused_with_the_seconds_to_wait(tune, start):
-    served = served_of(tune())
-    engine = start(served, max_queue=1)
-
-    async def overload():
-        async with contextlib.aclosing(stream(engine, served, "one", 1900)) as running:
-            await anext(running)
-            waiting = asyncio.create_task(ask(engine, served, "two", 4))
-            await asyncio.sleep(0)
-            with pytest.raises(ApiError, match="The queue is full") as refused:
-                await ask(engine, served, "three")
-        await waiting
-        return refused.value
-
-    refused = asyncio.run(overload())
-    assert refused.status == 429
-    assert 1 <= int(refused.headers["Retry-After"]) <= 60
 
 
 class Broken(torch.nn.Module):

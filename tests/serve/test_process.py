@@ -100,24 +100,23 @@ class Load:
             await asyncio.gather(*asking)
 
 
-@pytest.mark.parametrize("seconds", [4, pytest.param(30, marks=pytest.mark.slow)])
-def test_sixty_four_clients_at_once_get_answers_or_429_and_no_stream_is_lost(server: Process, seconds: int) -> None:
-    asyncio.run(Load(server).run(seconds / 3))
+def test_sixty_four_clients_at_once_get_answers_or_429_and_no_stream_is_lost(server: Process) -> None:
+    asyncio.run(Load(server).run(1.5))
     before, load = server.memory_bytes, Load(server)
-    asyncio.run(load.run(seconds))
+    asyncio.run(load.run(4))
     grown = server.memory_bytes - before
     assert set(load.statuses) <= {200, 429}, load.statuses
-    assert load.statuses[200] > seconds
+    assert load.statuses[200] > 4
     assert load.lost == 0
     assert grown < 30e6, f"memory grew by {grown / 1e6:.0f} MB"
 
 
 def test_a_stop_under_load_ends_running_answers_and_exits_143_without_a_traceback(runs: dict[str, Path]) -> None:
     with Process("--adapter", f"plain={runs['plain']}", "--grace", 20, LLMTUNE_API_KEY=KEY) as server:
-        load = Load(server, tokens=60)
+        load = Load(server, tokens=20)
         thread = threading.Thread(target=lambda: asyncio.run(load.run(20)))
         thread.start()
-        wait_until(lambda: load.statuses[200] > 5)
+        wait_until(lambda: load.statuses[200] > 2)
         began = time.monotonic()
         server.terminate()
         code, errors = server.end()

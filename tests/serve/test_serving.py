@@ -19,7 +19,7 @@ from llmtune.cli.app import app
 from llmtune.errors import RecipeError
 from llmtune.plan import open_finished
 from llmtune.serve.finished_run import FinishedRun
-from llmtune.serve.server import ServableRun, ServeOptions, open_servable_run, read_key
+from llmtune.serve.server import ServeOptions, read_key
 from llmtune.serve.vllm_engine import check_shared_base
 
 KEY = "correct-horse-battery"
@@ -71,12 +71,12 @@ def test_runs_that_cannot_share_a_base_are_refused_by_name(
     ia3 = finish_run(tmp_path, tiny_llama, adapter={"method": "ia3", "r": None, "lora_alpha": None}, train=BRIEF)
     another = finish_run(tmp_path / "runs", build_llama(tmp_path / "another", seed=4), train=BRIEF)
     assert list(load_served(ia3=ia3)) == ["ia3", tiny_llama.name]
-    plain, options = ServableRun("plain", runs["plain"], open_finished(runs["plain"], quiet(), True)), ServeOptions()
-    for path, words in ((ia3, "its method is ia3, but that of plain is lora"), (another, "its base is .*another")):
+    plain, *others = (open_finished(path, quiet(), offline=True) for path in (runs["plain"], ia3, another))
+    for other, words in zip(others, ("its method is ia3, but that of a is lora", "its base is .*another"), strict=True):
         with pytest.raises(RecipeError, match=words):
-            check_shared_base([plain, open_servable_run("other", path, options, quiet())], options)
+            check_shared_base({"a": plain, "b": other}, ServeOptions())
     with pytest.raises(RecipeError, match="served alone"):
-        check_shared_base([plain, plain], ServeOptions(merged=True))
+        check_shared_base({"a": plain, "b": plain}, ServeOptions(merged=True))
 
 
 @pytest.mark.parametrize(

@@ -84,7 +84,7 @@ def test_an_endpoint_answers_like_generate(case: str, finished: Callable[[str], 
         assert httpx.get(url, follow_redirects=True).url.path == "/docs"
 
 
-@pytest.mark.parametrize("case", ["classify", "masked", "reward"])
+@pytest.mark.parametrize("case", ["masked", "reward"])
 def test_a_longer_text_is_refused(case: str, finished: Callable[[str], Path], tmp_path: Path) -> None:
     run, (path, ((given, *_))) = finished(case), CASES[case]
     longer = {**given, "answer" if case == "reward" else "prompt": "red cat [MASK] " * 500}

@@ -139,3 +139,34 @@ def load_script(name: str) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def list_weights(run: Path) -> list[Path]:
+    """List the weight files of a run, relative to its folder; raises if it has none."""
+    files = [path.relative_to(run) for part in ("adapter", "weights") for path in (run / part).glob("*.safetensors")]
+    assert files
+    return files
+
+
+def expect_equal_run(again: Path, run: Path) -> None:
+    """Check that two runs have the same bytes in their weights, and the same scores."""
+    for path in list_weights(run):
+        assert (again / path).read_bytes() == (run / path).read_bytes()
+    first, second = (json.loads((folder / "report.json").read_text()) for folder in (again, run))
+    assert first["evaluation"]["tuned"] == second["evaluation"]["tuned"]
+
+
+def expect_every_change_named(run: Path, files: Sequence[Path]) -> None:
+    """Change a byte of each file in turn, and check that `verify` names the file."""
+    assert invoke("verify", run).exit_code == 0
+    unnoticed = []
+    for file in files:
+        if content := file.read_bytes():
+            changed = bytearray(content)
+            changed[len(changed) // 2] ^= 1
+            file.write_bytes(changed)
+            done = invoke("verify", run)
+            if done.exit_code != 6 or file.name not in done.stderr.replace("\n", ""):
+                unnoticed.append((file.relative_to(run).as_posix(), done.exit_code))
+            file.write_bytes(content)
+    assert unnoticed == []

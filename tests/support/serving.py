@@ -18,7 +18,7 @@ import uvicorn
 from llmtune.serve.engine import Engine
 from llmtune.serve.http_app import build_app
 from llmtune.serve.served_model import ServedModel
-from llmtune.serve.server import ServeOptions, load_models, open_servable_run
+from llmtune.serve.server import ServeOptions, load_models, open_served
 from llmtune.tasks.registry import get_task
 from support.adapting import quiet
 
@@ -105,7 +105,7 @@ def load_served(options: ServeOptions | None = None, **runs: Path) -> dict[str, 
     """Load a finished run as `llmtune deploy serve` does, under the name of its keyword."""
     options = options or ServeOptions()
     ((name, path),) = runs.items()
-    return load_models(open_servable_run(name, path, options, quiet()), options)
+    return load_models(name, open_served(path, options, quiet()), options)
 
 
 def served_of(tuned: Any, name: str = "tiny", *, is_base: bool = False) -> ServedModel:

@@ -17,7 +17,8 @@ from support.rows import write_jsonl
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from llmtune.data.examples import ExampleReader
-from llmtune.deploy.merged_model import merge_run
+from llmtune.deploy.export import export
+from llmtune.deploy.merged_model import merged_format
 from llmtune.errors import DataError, RecipeError
 from llmtune.pipeline import run_pipeline
 from llmtune.plan import open_finished
@@ -280,7 +281,7 @@ def test_large_numbers_are_not_rounded_to_bfloat16(models, family, dtype, tmp_pa
     assert np.float32(answer["prediction"]["label"]).view(np.int32) & 0xFFFF
     assert np.float32(answer["text"]) == np.float32(answer["prediction"]["label"])
     if (family, dtype) == ("bert", "auto"):
-        merge_run(open_finished(tmp_path / "run", Console(quiet=True), True), None)
+        export(open_finished(tmp_path / "run", Console(quiet=True), True), merged_format())
         folder = tmp_path / "run" / "merged"
         merged = AutoModelForSequenceClassification.from_pretrained(folder)
         assert merged.dtype == torch.float32

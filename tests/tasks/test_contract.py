@@ -24,7 +24,7 @@ from llmtune.adapter.merging import merge_adapter
 from llmtune.data.examples import ExampleReader, load_examples
 from llmtune.data.row_store import iterate_rows, load_rows
 from llmtune.deploy.release_folder import promote_run
-from llmtune.deploy.tuned_model import read_rules
+from llmtune.deploy.tuned_model import rules_of_run
 from llmtune.errors import EnvironmentProblem
 from llmtune.evaluate.generation import answer_reader, generate_completions
 from llmtune.evaluate.opened_runs import open_run_scores
@@ -158,7 +158,7 @@ def test_a_release_answers_as_its_run_does_when_the_run_and_its_rows_are_gone(na
         expected = answer(context.plan, model.eval(), rows[:4])
     assert found == expected
     assert released.plan.recipe.task_section() == context.plan.recipe.task_section()
-    assert read_rules(released) == read_rules(context)
+    assert rules_of_run(released) == rules_of_run(context)
     assert open_run_scores(release, name).evaluation.tuned == pytest.approx(report["evaluation"]["tuned"], nan_ok=True)
     with pytest.raises(EnvironmentProblem, match="a release has no rows, and the run that it was made from is gone"):
         _ = released.rows

@@ -24,8 +24,9 @@ from support.serving import load_served, serving
 from support.variants import predict
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
-from llmtune.deploy.merged_model import merge_run
-from llmtune.deploy.onnx_export import make_onnx
+from llmtune.deploy.export import export
+from llmtune.deploy.merged_model import merged_format
+from llmtune.deploy.onnx_export import onnx_format
 from llmtune.errors import DataError, RecipeError
 from llmtune.evaluate.bm25 import words
 from llmtune.evaluate.per_row_scores import load_measures
@@ -101,7 +102,7 @@ def test_cross_encoder_gives_the_same_scores_from_the_saved_folder(
         )
         folder = run / "weights"
     else:
-        merge_run(open_finished(run, quiet(), True), None)
+        export(open_finished(run, quiet(), True), merged_format())
         folder = run / "merged"
     encoder = CrossEncoder(str(folder), device="cpu")
     ours = scores_of(run)
@@ -131,7 +132,7 @@ def test_a_moved_and_merged_run_keeps_its_trained_head(run: Path, tmp_path: Path
     first = scores_of(run)
     moved = Path(shutil.copytree(run, tmp_path / "run"))
     assert scores_of(moved) == pytest.approx(first, abs=1e-6)
-    merge_run(open_finished(moved, quiet(), True), tmp_path / "merged")
+    export(open_finished(moved, quiet(), True), merged_format(), tmp_path / "merged")
     assert CrossEncoder(str(tmp_path / "merged"), device="cpu").predict(PAIRS) == pytest.approx(first, abs=1e-5)
 
 
@@ -183,7 +184,7 @@ def test_a_decoder_with_a_chat_template_scores_as_in_cross_encoder(tmp_path: Pat
     base = build_llama(tmp_path / "llama")
     assert (base / "chat_template.jinja").is_file()
     run = finish(tmp_path, base, ROWS, train={"max_steps": 2, "num_train_epochs": None})
-    merge_run(open_finished(run, quiet(), True), None)
+    export(open_finished(run, quiet(), True), merged_format())
     encoder = CrossEncoder(str(run / "merged"), device="cpu")
     assert scores_of(run) == pytest.approx(encoder.predict(PAIRS), abs=1e-5)
 
@@ -192,7 +193,7 @@ def test_scores_are_not_rounded_to_bfloat16(bert: Path, tmp_path: Path, monkeypa
     """Logits in bfloat16 have 8 bits: passages that are about equally relevant would tie."""
     monkeypatch.setattr("llmtune.model.device.has_fast_bfloat16", lambda device: True)
     run = finish(tmp_path, bert, ROWS, model={"dtype": "auto"}, train={"max_steps": 1, "num_train_epochs": None})
-    merge_run(open_finished(run, quiet(), True), None)
+    export(open_finished(run, quiet(), True), merged_format())
     encoder = CrossEncoder(str(run / "merged"), device="cpu")
     assert encoder.model.dtype == torch.float32
     assert scores_of(run) == pytest.approx(encoder.predict(PAIRS), abs=1e-6)
@@ -201,7 +202,7 @@ def test_scores_are_not_rounded_to_bfloat16(bert: Path, tmp_path: Path, monkeypa
 @pytest.mark.parametrize("label", ["LABEL_0", "score"])
 def test_a_trained_reranker_is_its_own_base(label: str, run: Path, tmp_path: Path) -> None:
     """Whatever it calls its output."""
-    merge_run(open_finished(run, quiet(), True), tmp_path / "base")
+    export(open_finished(run, quiet(), True), merged_format(), tmp_path / "base")
     config = tmp_path / "base" / "config.json"
     names = {"id2label": {"0": label}, "label2id": {label: 0}}
     config.write_text(json.dumps({**json.loads(config.read_text("utf-8")), **names}), "utf-8")
@@ -225,7 +226,7 @@ def test_passages_that_training_rows_share_are_counted(bert: Path, tmp_path: Pat
 
 
 def test_the_onnx_model_gives_the_logits_of_the_same_scores(run: Path, tmp_path: Path) -> None:
-    make_onnx(open_finished(run, quiet(), True), tmp_path / "onnx")
+    export(open_finished(run, quiet(), True), onnx_format(), tmp_path / "onnx")
     command = [sys.executable, str(tmp_path / "onnx" / "run_model.py"), *PAIRS[0]]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert 1 / (1 + math.exp(-float(done.stdout))) == pytest.approx(scores_of(run)[0], abs=1e-4)

@@ -21,16 +21,16 @@ from llmtune.train.checkpoint import (
     TrainState,
     list_checkpoints,
     read_checkpoint,
+    staged_on_disk,
     write_checkpoint,
-    write_folder,
 )
 
 KILLS = [
     "line:Rehearsed",
     "line:step 5/",
-    "os.rename:.tmp-step-8",
-    "shutil.rmtree:.removed-step-8",
-    "os.rename:.tmp-adapter",
+    "os.rename:.step-8.new",
+    "shutil.rmtree:.step-8.old",
+    "os.rename:.adapter.new",
 ]
 
 
@@ -251,12 +251,13 @@ def test_a_failed_write_leaves_the_earlier_checkpoint(tmp_path):
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "old").touch()
 
-    def fill(place: Path) -> None:
-        (place / "new").touch()
-        raise OSError(28, "No space left on device")
+    def fill() -> None:
+        with staged_on_disk(tmp_path / "adapter") as place:
+            (place / "new").touch()
+            raise OSError(28, "No space left on device")
 
     with pytest.raises(EnvironmentProblem, match="adapter could not be written: No space left on device"):
-        write_folder(tmp_path / "adapter", fill)
+        fill()
     assert [path.name for path in tmp_path.rglob("*")] == ["adapter", "old"]
 
 
