@@ -38,7 +38,6 @@ from llmtune.evaluate.decision import refresh_rules
 from llmtune.evaluate.eval_inputs import warn_of_cuts
 from llmtune.evaluate.evaluation_file import list_failed, load_evaluation
 from llmtune.evaluate.gates import note_gates, require_gates
-from llmtune.evaluate.suites.lm_eval import load_benchmarks
 from llmtune.evaluate.suites.suite_registry import try_inputs
 from llmtune.mining import mine_step, survey_step
 from llmtune.model.catalogue import candidate_names
@@ -63,7 +62,7 @@ from llmtune.records import UNTIL, Json, ModelRef, Until, read_model_ref
 from llmtune.report.report_page import report_json, write_report
 from llmtune.report.run_report import make_report
 from llmtune.report.terminal import print_scored, print_scores, print_seeds, print_verdict
-from llmtune.run_models import ask_champion_classes, check_new_labels, find_suspects, make_adapted, score_models
+from llmtune.run_models import ask_champion_classes, check_new_labels, make_adapted, save_label_errors, score_models
 from llmtune.store.atomic_files import hash_folder, plain, staged
 from llmtune.store.processes import once, rank, world_size
 from llmtune.store.report_record import Report
@@ -218,7 +217,6 @@ def check_step(run: RunContext) -> None:
 def _check_evaluation(run: RunContext) -> None:
     ask = partial(ask_champion_classes, run)
     check_champion(run.plan.stated, run.folder, run.rows, run.examples, run.console, ask)
-    load_benchmarks(run.plan.stated, run.console)
     try_inputs(run.plan.recipe, run.plan.task, run.rows, run.console)
 
 
@@ -271,7 +269,7 @@ def evaluate_step(run: RunContext) -> None:
             return
         with staged(target) if rank() == 0 else nullcontext() as folder:
             print_scored(score_models(run, folder, run.request.base or earlier), run.plan.recipe, run.console)
-            find_suspects(run, folder)
+            save_label_errors(run, folder)
         judged = hash_keys(run.folder.path / "recipe.yaml", judging=True)
         step.facts.update(trained=run.once(lambda: hash_folder(run.trained_folder)), recipe=judged)
 

@@ -19,11 +19,12 @@ from llmtune.display.console import spinner
 from llmtune.errors import EnvironmentProblem
 from llmtune.evaluate.cache_keys import base_inputs, simple_inputs
 from llmtune.evaluate.champion import face_champion
+from llmtune.evaluate.champion_answers import ChampionModel, ask_champion, ask_classes
 from llmtune.evaluate.eval_inputs import EvalContext, calibration_inputs, make_inputs
 from llmtune.evaluate.evaluator import ModelLoaders, Scored
 from llmtune.evaluate.label_check import check_labels
 from llmtune.evaluate.results import SIMPLE, TUNED, load_base
-from llmtune.evaluate.scoring import ChampionModel, ask_champion, ask_classes, score_run
+from llmtune.evaluate.scoring import ScoreRequest, score_run
 from llmtune.evaluate.simple_baseline import score_simple_baseline
 from llmtune.evaluate.suites.label_errors import save_suspects
 from llmtune.model.config import find_class, keeps_float32, why_headless
@@ -184,20 +185,21 @@ def score_models(context: RunContext, folder: Path | None, base_folder: Path | N
     base = base_inputs(recipe, adapter_settings(recipe), plan.model_ref, rows, examples, plan.device)
     simple = load_base(base_folder, simple_inputs(recipe, rows, examples), SIMPLE)
     ask = partial(ask_champion, partial(load_champion, context), eval_context, rows, context.folder.path)
-    return score_run(
+    request = ScoreRequest(
         Models(context).loaders,
         eval_context,
         rows,
         headless=why_headless(plan.model_ref, recipe, task),
-        known=load_base(base_folder, base),
-        known_tuned=load_base(base_folder, base + hash_folder(context.trained_folder), TUNED),
-        simply=partial(score_simple_baseline, eval_context, rows, examples, simple),
+        base=load_base(base_folder, base),
+        tuned=load_base(base_folder, base + hash_folder(context.trained_folder), TUNED),
+        score_simply=partial(score_simple_baseline, eval_context, rows, examples, simple),
         challenge=partial(face_champion, plan.stated, context.folder, rows, ask),
         trained=context.trained_folder,
     )
+    return score_run(request)
 
 
-def find_suspects(context: RunContext, folder: Path | None) -> None:
+def save_label_errors(context: RunContext, folder: Path | None) -> None:
     """Look for labels that are likely wrong, if the recipe asks for them, in all processes; rank 0 has a folder."""
     plan, console = context.plan, context.console
     eval_context = EvalContext(plan.recipe, plan.task, plan.processor, None, plan.device, console, folder)

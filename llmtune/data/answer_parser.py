@@ -1,4 +1,4 @@
-"""Parses generated text into thoughts, tool calls and text."""
+"""Parses generated text into thoughts, tool calls and text; the turns of a row with tools."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import cast
 from transformers.utils.chat_parsing import ResponseParser
 
 from llmtune.data.answer_format import NO_CALLS, make_response_template
-from llmtune.data.chat_rows import ToolCall
+from llmtune.data.chat_rows import Tool, ToolCall
 from llmtune.data.chat_template import ChatTemplate, Tools
 from llmtune.data.tokenization import decode
-from llmtune.records import Json
+from llmtune.records import Json, Row
 
 
 @dataclass(frozen=True)
@@ -103,3 +103,18 @@ def canonical_call(call: Mapping[str, object]) -> ToolCall:
     if not isinstance(arguments, dict):
         raise ValueError(f"the arguments of {function['name']!r} are not an object: {arguments!r}")
     return cast(ToolCall, {"type": "function", "function": {"name": function["name"], "arguments": arguments}})
+
+
+@dataclass(frozen=True)
+class ToolTurn:
+    """One answer of a row with tools: the turns before it, and the calls of the reference."""
+
+    question: Row
+    """The row before it, with its tools."""
+    calls: Sequence[ToolCall]
+
+    @property
+    def tools(self) -> Sequence[Tool]:
+        """Tools that may be called."""
+        tools: Sequence[Tool] = self.question["tools"]
+        return tools

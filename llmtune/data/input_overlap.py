@@ -79,7 +79,7 @@ def find_shared_inputs(held: I64, others: I64, rows: JsonRows) -> InputOverlap:
     rank_N[held] = np.arange(len(held))
     parts: list[tuple[U64, npt.NDArray[np.int32], U64]] = []
     halves: set[int] = set()
-    for keys, batch_halves in _map_keys(_Signer(), held, rows):
+    for keys, batch_halves in _map_keys(_InputSigner(), held, rows):
         parts.append((keys.key, rank_N[keys.row], keys.input))
         halves |= batch_halves
     if not len(others) or not any(len(key) for key, _, _ in parts):
@@ -92,7 +92,7 @@ def find_shared_inputs(held: I64, others: I64, rows: JsonRows) -> InputOverlap:
     del parts
     inputs = np.unique(input_N)
     hits: list[InputKeys] = []
-    for keys, _ in _map_keys(_Signer(frozenset(halves)), others, rows):
+    for keys, _ in _map_keys(_InputSigner(frozenset(halves)), others, rows):
         hit_K = is_in(key_G, keys.key) & ((keys.key == keys.input) | ~is_in(inputs, keys.input))
         hits.append(InputKeys(*(column[hit_K] for column in keys)))
     hit = _join(hits)
@@ -100,7 +100,7 @@ def find_shared_inputs(held: I64, others: I64, rows: JsonRows) -> InputOverlap:
     was_hit_G = np.zeros(len(key_G), dtype=bool)
     was_hit_G[slot_H] = True
     rank_K, slot_K = rank_K[was_hit_G[slot_K]], slot_K[was_hit_G[slot_K]]
-    taken_H = _take(hit, key_G, slot_H, slot_K, input_N[rank_K], len(others))
+    taken_H = _take_inputs(hit, key_G, slot_H, slot_K, input_N[rank_K], len(others))
     best_G = np.full(len(key_G), len(held), dtype=np.int64)
     np.minimum.at(best_G, slot_K, rank_K)
     first_G = np.full(len(key_G), NONE, dtype=np.int64)
@@ -114,7 +114,9 @@ def find_shared_inputs(held: I64, others: I64, rows: JsonRows) -> InputOverlap:
     )
 
 
-def _take(hit: InputKeys, key_G: U64, slot_H: I64, slot_K: I64, input_K: U64, others: int) -> npt.NDArray[np.bool_]:
+def _take_inputs(
+    hit: InputKeys, key_G: U64, slot_H: I64, slot_K: I64, input_K: U64, others: int
+) -> npt.NDArray[np.bool_]:
     """Return [H] which hits count: those whose input is not the task itself, or whose query is not a template."""
     rows_G = np.bincount(slot_H, minlength=len(key_G))
     inputs_G = _count_distinct(np.append(slot_H, slot_K), np.append(hit.input, input_K), len(key_G))
@@ -150,7 +152,7 @@ def _count_distinct(slots: I64, values: U64, count: int) -> I64:
     return counts
 
 
-def _map_keys(signer: _Signer, numbers: I64, rows: JsonRows) -> Iterator[tuple[InputKeys, set[int]]]:
+def _map_keys(signer: _InputSigner, numbers: I64, rows: JsonRows) -> Iterator[tuple[InputKeys, set[int]]]:
     return WorkerPool(signer).map(select_rows(numbers, rows), lambda batch: len(batch[1]), len(numbers))
 
 
@@ -167,7 +169,7 @@ def select_rows(numbers: I64, rows: JsonRows) -> Iterator[tuple[I64, list[str]]]
 
 
 @dataclass(frozen=True)
-class _Signer:
+class _InputSigner:
     """Computes the keys of a batch; runs in every process.
 
     A word more, or another word, leaves the words before it and after it, and one of these is half of the query. Only

@@ -59,7 +59,7 @@ class LabelCandidate:
         """Describe it with its most frequent classes."""
         if len(self.counts) > MOST_NUMBERS and _are_numbers(self.counts):
             return f"{visible(self.column)} (numbers, such as {min(self.counts)})"
-        shown = [f"{_shorten(name)} {count:,}" for name, count in self.counts.most_common(SHOWN_CLASSES)]
+        shown = [f"{_shorten_cell(name)} {count:,}" for name, count in self.counts.most_common(SHOWN_CLASSES)]
         more = [f"{len(self.counts) - len(shown):,} more"] if len(self.counts) > len(shown) else []
         empty = [f"{self.unlabelled:,} rows without"] if self.unlabelled else []
         return f"{visible(self.column)} ({len(self.counts):,} classes: {', '.join([*shown, *more, *empty])})"
@@ -103,14 +103,14 @@ def list_candidates(rows: Sequence[Mapping[str, object]], usual: Sequence[str]) 
     for column in dict.fromkeys(name for row in flat for name in row):
         if name_words(column) & (NO_CLASSES | HEADINGS):
             continue
-        cells = [list(_class_names(row.get(column))) for row in flat]
+        cells = [list(_candidate_names(row.get(column))) for row in flat]
         counts = Counter(name for names in cells for name in names)
         if _are_classes(counts) or (name_words(column) & named and _are_numbers(counts)):
             candidates.append(LabelCandidate(column, counts, cells.count([])))
     return sorted(candidates, key=lambda one: not name_words(one.column) & named)
 
 
-def _class_names(cell: object) -> Iterator[str]:
+def _candidate_names(cell: object) -> Iterator[str]:
     """Yield the classes in a cell; several in a list."""
     value = parse_cell(cell)
     for item in value if isinstance(value, list) else [value]:
@@ -165,6 +165,6 @@ def _joins(rows: Sequence[Mapping[str, object]], column: str) -> bool:
     return unspaced or mean(len(cell.split()) for cell in cells) >= FEWEST_WORDS
 
 
-def _shorten(name: str) -> str:
+def _shorten_cell(name: str) -> str:
     line = visible(" ".join(name.split()))
     return line if len(line) <= SHOWN_CHARACTERS else f"{line[: SHOWN_CHARACTERS - 1]}…"

@@ -126,10 +126,10 @@ def _ask_test_rows(client: openai.OpenAI, model: str, chat: bool, evaluated: Eva
     return Answers(None, {i: reply.text.strip() for i, reply in zip(asked, replies, strict=True)}, {})
 
 
-def _is_plain_text(row: Row) -> bool:
-    """Whether a row's messages contain only text."""
-    messages: Sequence[Mapping[str, object]] = row.get("messages", ())
-    return not row.get("tools") and all(
+def _is_plain_text(conversation: Row) -> bool:
+    """Whether the messages contain only text."""
+    messages: Sequence[Mapping[str, object]] = conversation.get("messages", ())
+    return not conversation.get("tools") and all(
         set(message) <= {"role", "content", "train"} and isinstance(message.get("content"), str) for message in messages
     )
 

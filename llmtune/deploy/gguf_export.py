@@ -119,7 +119,8 @@ def check_gguf(
 
 def _prepare_gguf(tuned: TunedModel) -> None:
     """Refuse pairs of texts, and let the model compute in float32: its sums are rounded only to the target format."""
-    if not tuned.task.model_kind.decodes and any(row.get("pair") for row in tuned.rows):
+    second_texts = (tuned.task.stated_inputs(row, tuned.recipe).get("pair") for row in tuned.rows)
+    if not tuned.task.model_kind.decodes and any(second_texts):
         raise RecipeError.of("llama.cpp's classifiers read one text, these rows have pairs", "data.test", MERGE_INSTEAD)
     if not tuned.adapted.selected.quantized:
         tuned.model.float()

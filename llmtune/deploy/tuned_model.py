@@ -216,7 +216,8 @@ def render_chats(tuned: TunedModel, tokenizer: PreTrainedTokenizerBase) -> list[
     check_length(template, tokenizer.name_or_path)
     chats = ChatTemplate(tokenizer, {}, tokenizer.name_or_path)
     return [
-        chats.render(clean_messages(row["messages"]), row.get("tools"), answer_next=True) for row in tuned.questions
+        chats.render(clean_messages(conversation["messages"]), conversation.get("tools"), answer_next=True)
+        for conversation in tuned.questions
     ]
 
 

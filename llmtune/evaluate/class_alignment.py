@@ -73,7 +73,7 @@ def map_classes(own: Sequence[str], other: Sequence[str], renames: Mapping[str, 
 
 def classes_of(run: ScoredRun) -> tuple[str, ...]:
     """Return the classes of a run in the order of its model's outputs; of tags the entity types; empty if unknown."""
-    listed = tuple(row["label"] for row in run.evaluation.details.get("tuned", {}).get("classes", ()))
+    listed = tuple(line["label"] for line in run.evaluation.details.get("tuned", {}).get("classes", ()))
     if TASK_FACTS[run.recipe.task].answer_kind == "labels" and listed:
         return listed
     counted = run.folder.facts("encode").get("classes") if isinstance(run, OpenedRun) else None

@@ -227,8 +227,8 @@ def _scores_by_row(label: str, own: ScoredRun) -> dict[str, Difference]:
 
 def _scores_of_table(label: str, evaluation: Evaluation) -> dict[str, Difference]:
     """Return the scores of a class from the table of classes; recall and precision with exact intervals."""
-    rows = evaluation.details.get("tuned", {}).get("classes", ())
-    scores = next((row for row in rows if row["label"] == label and row["support"]), None)
+    lines = evaluation.details.get("tuned", {}).get("classes", ())
+    scores = next((line for line in lines if line["label"] == label and line["support"]), None)
     if scores is None:
         return {}
     support, hits = scores["support"], round(scores["recall"] * scores["support"])

@@ -9,6 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
+from llmtune.data.answer_parser import ToolTurn
 from llmtune.data.corpus import load_corpus
 from llmtune.data.examples import ExampleReader
 from llmtune.data.row_kind import write_prompt
@@ -20,7 +21,7 @@ from llmtune.evaluate.slices import Parts, read_slices
 from llmtune.evaluate.suites.own_metrics import read_full_rows
 from llmtune.evaluate.text_metrics import CHOICE_METRIC
 from llmtune.evaluate.token_batches import cut_evenly
-from llmtune.evaluate.tool_metrics import ToolTurn, calls_tool, uncheckable_tools
+from llmtune.evaluate.tool_metrics import calls_tool, uncheckable_tools
 from llmtune.recipe.class_names import show_name, similar_names
 from llmtune.recipe.evaluate_section import EvaluateSection, metric_name
 from llmtune.recipe.schema import Recipe

@@ -11,14 +11,14 @@ from numpy.typing import NDArray
 
 from llmtune.data.example import AnyExample
 from llmtune.data.task_interface import TaskInterface
-from llmtune.evaluate.metric import Measure
-from llmtune.evaluate.tool_metrics import ToolTurn
 from llmtune.records import Advance, Prompt, Row
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
+    from llmtune.data.answer_parser import ToolTurn
+    from llmtune.evaluate.metric import Measure
     from llmtune.recipe.schema import Recipe
     from llmtune.records import Rows
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -22,9 +22,11 @@ from llmtune.evaluate.inference import Answers, TokenSums, compute_metrics, pred
 from llmtune.evaluate.metric import Measure, PairedMeasures, own_interval
 from llmtune.evaluate.metric_info import better_side
 from llmtune.evaluate.paired_statistics import METHOD
+from llmtune.evaluate.per_row_scores import PerRowScores
 from llmtune.evaluate.results import find_flips, pick_samples
 from llmtune.evaluate.slices import score_slices
-from llmtune.evaluate.suites.suite_registry import Suite, compare_suites
+from llmtune.evaluate.suites.eval_suite import EvalSuite
+from llmtune.evaluate.suites.suite_registry import compare_suites
 from llmtune.model.device import release_memory
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_facts import TASK_FACTS
@@ -56,12 +58,14 @@ class Scored:
     """By "base" and "tuned", and "validation": the tuned model's choices on the rows to calibrate on."""
     measures: PairedMeasures
     """Contribution of each test row to each score."""
+    per_row: PerRowScores = field(default_factory=PerRowScores)
+    """The same with the names of the rows, and with a simple baseline's."""
 
 
 def evaluate(
     models: ModelLoaders,
     context: EvalContext,
-    suites: Sequence[tuple[str, Suite]] = (),
+    suites: Sequence[EvalSuite[Any]] = (),
     base: Answers | None = None,
     tuned: Answers | None = None,
     *,
@@ -77,7 +81,7 @@ def evaluate(
     Raises EnvironmentProblem if a single row does not fit in memory.
     """
     answers = {name: one for name, one in (("base", base), ("tuned", tuned)) if one is not None}
-    run_models(models, context, [suite for _, suite in suites], answers, headless=headless)
+    run_models(models, context, suites, answers, headless=headless)
     evaluation, measures, reliability = Evaluation({}, {}, {}, (), 0), PairedMeasures(), None
     decided: Decided | None = None
     if context.recipe.evaluate.calibrate:
@@ -165,7 +169,12 @@ def compare_pieces(base: TokenSums | None, recipe: Recipe) -> dict[str, str]:
 
 
 def run_models(
-    models: ModelLoaders, context: EvalContext, suites: Sequence[Suite], answers: dict[str, Answers], *, headless: bool
+    models: ModelLoaders,
+    context: EvalContext,
+    suites: Sequence[EvalSuite[Any]],
+    answers: dict[str, Answers],
+    *,
+    headless: bool,
 ) -> None:
     """Run the rows and suites on base and tuned model; add answers that are missing from `answers`."""
     for name, load in (("base", models.base), ("tuned", models.tuned)):

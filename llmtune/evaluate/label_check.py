@@ -18,9 +18,9 @@ from llmtune.data.row_store import gather_rows, iterate_ids, iterate_texts
 from llmtune.display.number_format import duration
 from llmtune.errors import DataError, Problem, RecipeError, read_origin
 from llmtune.evaluate.champion import find_champion_run, open_champion
+from llmtune.evaluate.champion_answers import LoadChampion, measure_champion, name_classes
 from llmtune.evaluate.class_alignment import follow_rows
 from llmtune.evaluate.opened_runs import ScoredRun, name_sources
-from llmtune.evaluate.scoring import LoadChampion, measure_champion, name_classes
 from llmtune.evaluate.source_labels import FEWEST_LABELS, compare_sources, describe_disagreement
 from llmtune.evaluate.token_batches import cut_evenly
 from llmtune.recipe.schema import Recipe
@@ -73,7 +73,7 @@ def check_labels(load: LoadChampion, recipe: Recipe, run: RunFolder, rows: Rows,
     except (DataError, RecipeError) as error:
         console.print(f"champion: it could not predict them: {error}", style="yellow", highlight=False)
         return
-    text = describe_disagreement(sources, reference := reference_of(champion), unknown)
+    text = describe_disagreement(sources, reference := count_reference(champion), unknown)
     style = "yellow" if any(one.stands_out for one in sources) else ""
     console.print(
         f"labels: {text} ({duration(time.perf_counter() - began)})", style=style, highlight=False, markup=False
@@ -97,7 +97,7 @@ def refuse_disagreement(recipe: Recipe, sources: list[SourceLabels]) -> None:
     )
 
 
-def reference_of(champion: ScoredRun) -> tuple[int, int]:
+def count_reference(champion: ScoredRun) -> tuple[int, int]:
     """Return the number of rows in the champion's own test, and of those with a wrong label."""
     sums_NK = champion.measures.tuned[METRIC].sums_NK
     return len(sums_NK), int((sums_NK[:, 0] < sums_NK[:, 1]).sum())
@@ -149,7 +149,7 @@ def compare_labels(
     labels, doubtful = Counter(files[at] for at in measure.at), Counter(files[at] for at in wrong.tolist())
     unknown = Counter(file for *_, file in order)
     unknown.subtract(files)
-    return compare_sources(labels, doubtful, reference_of(champion)), count_rest(unknown)
+    return compare_sources(labels, doubtful, count_reference(champion)), count_rest(unknown)
 
 
 def count_rest(counts: Mapping[str, int]) -> dict[str, int]:

@@ -9,7 +9,6 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
 
@@ -19,26 +18,10 @@ from referencing import Registry
 from referencing.exceptions import Unresolvable
 from referencing.jsonschema import DRAFT202012
 
-from llmtune.data.answer_parser import ParsedAnswer
+from llmtune.data.answer_parser import ParsedAnswer, ToolTurn
 from llmtune.data.chat_rows import Tool, ToolCall, read_call
 from llmtune.evaluate.metric import Measure, columns, ratio
 from llmtune.evaluate.paired_statistics import share_bounds
-from llmtune.records import Row
-
-
-@dataclass(frozen=True)
-class ToolTurn:
-    """One answer of a row with tools: the turns before it, and the calls of the reference."""
-
-    question: Row
-    """The row before it, with its tools."""
-    calls: Sequence[ToolCall]
-
-    @property
-    def tools(self) -> Sequence[Tool]:
-        """Tools that may be called."""
-        tools: Sequence[Tool] = self.question["tools"]
-        return tools
 
 
 def calls_tool(turns: Sequence[ToolTurn]) -> bool:

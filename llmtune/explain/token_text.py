@@ -149,7 +149,7 @@ def token_label(token: Token, longest: int = LONGEST) -> str:
     text = token.text
     if text.strip(" ") and not token.special:
         text = text.removeprefix(" ")
-    shown = "".join(_show_letter(character) for character in text)
+    shown = "".join(_show_character(character) for character in text)
     if shown and unicodedata.category(shown[0])[0] == "M":
         shown = f"◌{shown}"
     return ("·" if token.continues else "") + _cut_label(shown, longest)
@@ -163,7 +163,7 @@ def word_label(token: Token, longest: int = 14) -> str:
     return token_label(Token(token.id, text, token.special, continues=False), longest) or "∅"
 
 
-def _show_letter(character: str) -> str:
+def _show_character(character: str) -> str:
     if character in SIGNS:
         return SIGNS[character]
     hidden = unicodedata.category(character)[0] in "CZ" and character not in JOINERS

@@ -195,7 +195,7 @@ def _name_folder(loaded: LoadedRecipe, request: RunRequest, console: Console) ->
         path = default_folder(loaded)
     except LlmtuneError:
         with nullcontext() if request.dry_run else failures_in_junit(rowless_folder(loaded), loaded.recipe.name):
-            _check(loaded, request, console)  # names all problems, not only those of the data's content
+            _check_request(loaded, request, console)  # names all problems, not only those of the data's content
             raise
     reason = "" if (path / MANIFEST).exists() else explain_new(loaded)
     if request.resume and reason:
@@ -234,7 +234,7 @@ def _look_first(loaded: LoadedRecipe, path: Path, request: RunRequest, console: 
 
     if again := int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
         console.print(f"[yellow]Restarting all processes ({again} times so far).[/]")
-    detected = _check(loaded, request, console)
+    detected = _check_request(loaded, request, console)
     if request.dry_run:
         from llmtune.data.ingest import TRIED_ROWS
 
@@ -247,7 +247,7 @@ def _look_first(loaded: LoadedRecipe, path: Path, request: RunRequest, console: 
     return report or {}
 
 
-def _check(loaded: LoadedRecipe, request: RunRequest, console: Console) -> list[Detected]:
+def _check_request(loaded: LoadedRecipe, request: RunRequest, console: Console) -> list[Detected]:
     from llmtune.launch.recipe_check import check_recipe, marks_left
 
     for line in marks_left(loaded):

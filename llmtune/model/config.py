@@ -330,10 +330,10 @@ def why_headless(model_ref: ModelRef, recipe: Recipe, task: TaskInterface) -> st
     model_class, config = find_class(model_ref, recipe, task)
     if model_class.__name__ not in _architectures(config):
         return "the base model has no trained head for this task"
-    before, after = (_some(output_names(one)) for one in (read_model_config(model_ref, recipe.model), config))
+    before, after = (_some_of(output_names(one)) for one in (read_model_config(model_ref, recipe.model), config))
     return f"the base model's head for {before} is replaced by a new one for {after}"
 
 
-def _some(names: Sequence[str]) -> str:
+def _some_of(names: Sequence[str]) -> str:
     more = f" and {len(names) - SHOWN_NAMES:,} more" if len(names) > SHOWN_NAMES else ""
     return f"{{{', '.join(names[:SHOWN_NAMES])}{more}}}"

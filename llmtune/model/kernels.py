@@ -28,10 +28,10 @@ _OWN_LOSSES = ("cross_entropy", "fused_linear_cross_entropy")
 
 def check_kernels(recipe: Recipe, device: str) -> None:
     """Raise one EnvironmentProblem for all requested kernels that are unavailable on `device`."""
-    EnvironmentProblem.collect(_find_missing(recipe, device))
+    EnvironmentProblem.collect(_find_missing_kernels(recipe, device))
 
 
-def _find_missing(recipe: Recipe, device: str) -> Iterator[Problem]:
+def _find_missing_kernels(recipe: Recipe, device: str) -> Iterator[Problem]:
     attention, on_gpu = recipe.model.attn_implementation, device.startswith("cuda")
     if recipe.train.torch_compile:
         where, compilers = "train.torch_compile", [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++"]

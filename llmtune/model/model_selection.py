@@ -190,16 +190,16 @@ def _draw_ranking(ranking: ModelRanking) -> Table:
         table.add_row(
             "→" if candidate.name == ranking.chosen.name else "",
             candidate.name,
-            _number(candidate.score, ".4f"),
-            *([_number(candidate.tuned, ".4f"), _number(candidate.steps, ",")] if tried else []),
+            _rank_number(candidate.score, ".4f"),
+            *([_rank_number(candidate.tuned, ".4f"), _rank_number(candidate.steps, ",")] if tried else []),
             "" if candidate.lower_bound is None else format_bytes(candidate.lower_bound),
-            _number(candidate.context, ","),
+            _rank_number(candidate.context, ","),
             candidate.reason or "",
         )
     return table
 
 
-def _number(value: float | None, form: str) -> str:
+def _rank_number(value: float | None, form: str) -> str:
     return "" if value is None else format(value, form)
 
 

@@ -171,18 +171,18 @@ def nested(settings: Mapping[str, Setting]) -> dict[str, Any]:
 def _node(value: Any, key: str, folder: Path) -> Node:
     """Return a node whose origin is its key; problems then name the key."""
     if isinstance(value, Setting):
-        return _plain(value.value, key, folder)
+        return _plain_value(value.value, key, folder)
     items = {name: _node(inner, f"{key}.{name}".lstrip("."), folder) for name, inner in value.items()}
     if items and all(name.isdigit() for name in items):
         return Node([items[name] for name in sorted(items, key=int)], key, folder)
     return Node(items, key, folder)
 
 
-def _plain(value: Any, key: str, folder: Path) -> Node:
+def _plain_value(value: Any, key: str, folder: Path) -> Node:
     if isinstance(value, list):
-        return Node([_plain(item, key, folder) for item in value], key, folder)
+        return Node([_plain_value(item, key, folder) for item in value], key, folder)
     if isinstance(value, dict):
-        return Node({str(name): _plain(item, key, folder) for name, item in value.items()}, key, folder)
+        return Node({str(name): _plain_value(item, key, folder) for name, item in value.items()}, key, folder)
     return Node(value, key, folder)
 
 

@@ -76,10 +76,9 @@ def power_section(power: Sequence[Power]) -> Section:
     numbers = ("test rows", "smallest difference", "planned with", "rows needed")
     columns: TableColumns = ["gate or metric", "against", *(Column(name, "number") for name in numbers)]
     text = "At 80 % power, four of five such evaluations detect a true difference of that size, or decide the gate "
-    text += "with that many rows. A gate with a margin is planned with a difference of zero, any other with the "
-    text += (
-        "observed one, which is optimistic. A dash: the difference is at the gate's limit: no number of rows is enough."
-    )
+    text += "with that many rows. A gate with a margin is planned with a difference of zero, any other with "
+    text += "the observed one, which is optimistic. A dash: the difference is at the gate's limit: no number of rows "
+    text += "is enough."
     blocks: list[Block] = [Table(columns, rows), Text(text, "soft")] if rows else []
     return Section("Power of the test rows", blocks, "Power", "power", brief=any(one.gate for one in power))
 

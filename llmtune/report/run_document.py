@@ -238,12 +238,12 @@ def _list_scores(evaluation: Mapping[str, Any]) -> dict[str, Json]:
                 "better": BETTER.get(side),
                 "base": one["base"].get(metric),
                 "tuned": one["tuned"].get(metric),
-                "difference": _describe_change(one["difference"].get(metric)),
+                "difference": _list_change(one["difference"].get(metric)),
             }
     return scores
 
 
-def _describe_change(change: Json | None) -> Json | None:
+def _list_change(change: Json | None) -> Json | None:
     return change and pick(change, CHANGE_KEYS)
 
 
@@ -255,7 +255,7 @@ def _describe_champion(champion: Json | None) -> Json | None:
             "better": BETTER.get(better_side(metric)),
             "champion": value,
             "tuned": champion["tuned"].get(metric),
-            "difference": _describe_change(champion["difference"].get(metric)),
+            "difference": _list_change(champion["difference"].get(metric)),
         }
         for metric, value in champion["scores"].items()
     }

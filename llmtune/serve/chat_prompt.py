@@ -40,19 +40,19 @@ def chat_prompt(request: ChatRequest, served: ServedModel) -> ServedPrompt:
 
     Raises ApiError that names the invalid parameter.
     """
-    row, recipe = read_messages(request), override_template_values(request, served)
+    conversation, recipe = read_messages(request), override_template_values(request, served)
     task, processor = served.task, served.processor
     try:
-        ids = task.prompt_ids(row, processor, recipe)
+        ids = task.prompt_ids(conversation, processor, recipe)
         require_room(served, len(ids), None)  # a forced call costs as many readings of the prompt as there are tools
-        without = {key: value for key, value in row.items() if key != "tools"}
-        if row.get("tools") and task.prompt_ids(without, processor, recipe) == ids:
+        without = {key: value for key, value in conversation.items() if key != "tools"}
+        if conversation.get("tools") and task.prompt_ids(without, processor, recipe) == ids:
             raise ApiError(400, "The chat template of this model does not support tools.", param="tools")
-        begun = begin_call(row, request, served, recipe)
+        begun = begin_call(conversation, request, served, recipe)
     except LlmtuneError as error:
         raise ApiError.of(error, param="messages") from error
-    turn = sum(message["role"] != "system" for message in row["messages"])
-    return ServedPrompt(ids, begun, row.get("tools"), turn)
+    turn = sum(message["role"] != "system" for message in conversation["messages"])
+    return ServedPrompt(ids, begun, conversation.get("tools"), turn)
 
 
 def require_room(served: ServedModel, tokens: int, max_tokens: int | None) -> int:
@@ -80,13 +80,13 @@ def read_messages(request: ChatRequest) -> Row:
         raise ApiError(400, "The last message is the assistant's. Add a user message.", param="messages")
     tools = shown_tools(request)
     try:
-        row = canonical_messages([*request.messages, {"role": "assistant", "content": "-"}], tools)
+        conversation = canonical_messages([*request.messages, {"role": "assistant", "content": "-"}], tools)
     except RowError as error:
         raise ApiError(400, f"messages: {error}", param="messages") from error
-    messages = row["messages"] = row["messages"][:-1]
+    messages = conversation["messages"] = conversation["messages"][:-1]
     if messages[-1]["role"] == "system":
         raise ApiError(400, "messages: only a system message. Add a user message.", param="messages")
-    return dict(row)
+    return dict(conversation)
 
 
 def override_template_values(request: ChatRequest, served: ServedModel) -> Recipe:
@@ -114,7 +114,7 @@ def shown_tools(request: ChatRequest) -> list[dict[str, object]]:
     return [] if choice == "none" else [tool.model_dump(exclude_none=True) for tool in tools]
 
 
-def begin_call(row: Row, request: ChatRequest, served: ServedModel, recipe: Recipe) -> list[int]:
+def begin_call(conversation: Row, request: ChatRequest, served: ServedModel, recipe: Recipe) -> list[int]:
     """Return the ids that begin the answer with a call; none if the model may choose.
 
     They are the common prefix of all allowed calls: up to the arguments if one tool is named, else up to the tool's
@@ -128,7 +128,7 @@ def begin_call(row: Row, request: ChatRequest, served: ServedModel, recipe: Reci
     answers = [
         {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": call}]} for call in calls
     ]
-    rows = [{**row, "messages": [*row["messages"], answer]} for answer in answers]
+    rows = [{**conversation, "messages": [*conversation["messages"], answer]} for answer in answers]
     data = recipe.data.model_copy(update={"train_on": "last", "max_length": ANY_LENGTH})
     encoded = served.task.encode(rows, served.processor, recipe.model_copy(update={"data": data}))
     refused = [examples for examples in encoded if isinstance(examples, str)]

@@ -88,14 +88,14 @@ class ChatSession:
             thoughts = {"reasoning": answer.reasoning} if answer.reasoning else {}
             self.history = [*messages, {"role": "assistant", "content": answer.content, **thoughts}]
 
-    def _fit(self, rows: list[Row]) -> list[int]:
-        """Return the ids of the first row that leaves room for an answer; each further row drops one more question."""
+    def _fit(self, prompts: list[Row]) -> list[int]:
+        """Return the ids of the first prompt that leaves room for an answer; each further one drops a question."""
         room, new = self.served.context, self.recipe.generation.max_new_tokens
         ids: list[int] = []
-        for row in rows:
-            ids = self.task.prompt_ids(row, self.served.processor, self.recipe)
+        for prompt in prompts:
+            ids = self.task.prompt_ids(prompt, self.served.processor, self.recipe)
             if room is None or len(ids) + new <= room:
-                forgotten = len(rows[0].get("messages", ())) - len(row.get("messages", ()))
+                forgotten = len(prompts[0].get("messages", ())) - len(prompt.get("messages", ()))
                 if forgotten > self.forgotten and self.console is not None:
                     text = f"[dim]The model's context is full. Dropped the first {forgotten} messages.[/]"
                     self.console.print(text)

@@ -75,7 +75,7 @@ def run_bounded(
         )
         assert process.stdout is not None
         try:
-            output, in_time = _read(process.stdout.fileno(), process.pid, time.monotonic() + seconds, most_bytes)
+            output, in_time = _read_pipe(process.stdout.fileno(), process.pid, time.monotonic() + seconds, most_bytes)
         finally:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
@@ -85,7 +85,7 @@ def run_bounded(
     return EndedProgram(output, status if within else None, in_time)
 
 
-def _read(pipe: int, pid: int, end: float, most_bytes: int) -> tuple[bytes, bool]:
+def _read_pipe(pipe: int, pid: int, end: float, most_bytes: int) -> tuple[bytes, bool]:
     """Return what a program wrote until it ended or exceeded a limit, and whether it kept to its time."""
     output, is_open = bytearray(), True
     while len(output) <= most_bytes:

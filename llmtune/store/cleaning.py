@@ -216,7 +216,10 @@ def _find_unused_models(cleaning: Cleaning, kept: Collection[str]) -> None:
         models = [lock.get(key) for key in ("model", "miner")] if isinstance(lock, dict) else []
         used |= {Path(model["folder"]).name for model in models if isinstance(model, dict) and "folder" in model}
     names = {
-        name for file in _find_in_runs("recipe.yaml") for name in _PACKAGED.findall(_read(file)) if not _locked(file)
+        name
+        for file in _find_in_runs("recipe.yaml")
+        for name in _PACKAGED.findall(_read_folder(file))
+        if not _locked(file)
     }
     for path in sorted((find_cache() / MODELS).glob("*")):
         if not path.is_dir() or path.name in {*used, *kept}:
@@ -225,7 +228,7 @@ def _find_unused_models(cleaning: Cleaning, kept: Collection[str]) -> None:
             cleaning.add(path, "packaged model that no run in runs/ uses; it can be converted from its package again")
 
 
-def _read(file: Path) -> str:
+def _read_folder(file: Path) -> str:
     with explained(file):
         return file.read_text("utf-8", errors="replace")
 
@@ -236,7 +239,7 @@ def _locked(recipe: Path) -> bool:
 
 def _find_old_releases(name: str, cleaning: Cleaning, keep: int) -> None:
     """Add releases that are neither current, nor among the last promoted, nor named by a run."""
-    named = "".join(_read(file) for wanted in ("recipe.yaml", LOCK) for file in _find_in_runs(wanted))
+    named = "".join(_read_folder(file) for wanted in ("recipe.yaml", LOCK) for file in _find_in_runs(wanted))
     stored = list_stored(name)
     current = {one.hash for one in stored if one.current}
     last = [*dict.fromkeys(line["after"] for line in reversed(read_history(name)) if line["after"] not in current)]

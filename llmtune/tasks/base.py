@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeAlias, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar, cast
 
 import torch
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -15,16 +15,17 @@ from llmtune.data.collators import causal_collator
 from llmtune.data.example import AnyExample, Collate
 from llmtune.data.row_store import iterate_rows
 from llmtune.data.task_interface import Encoded
-from llmtune.data.text_pairs import TextPair
 from llmtune.evaluate.evaluated_task import PredictionT
-from llmtune.model.audio_models import SoundWindow
 from llmtune.model.causal_lm_loss import causal_loss
 from llmtune.model.config import set_padding
-from llmtune.model.sentence_folder import SentenceSettings
-from llmtune.recipe.model_kind import CAUSAL
 from llmtune.recipe.schema import Recipe
 from llmtune.records import Batch, Loss, Rows
 from llmtune.train.objective import TrainedTask
+
+if TYPE_CHECKING:
+    from llmtune.data.text_pairs import TextPair
+    from llmtune.model.audio_models import SoundWindow
+    from llmtune.model.sentence_folder import SentenceSettings
 
 RowT = TypeVar("RowT")
 """A row of the task: a TypedDict."""
@@ -42,7 +43,7 @@ class Endpoint:
 
 
 class Task(TrainedTask, Generic[RowT, PredictionT]):
-    """A task for one kind of model; by default, a prompt is answered with text."""
+    """A task for one kind of model; by default, a decoder answers a prompt with text."""
 
     required_inputs: tuple[str, ...] = ("prompt",)
     """Inputs that `llmtune generate` requires: prompt, context, audio, answer."""
@@ -112,7 +113,9 @@ class Task(TrainedTask, Generic[RowT, PredictionT]):
         raise NotImplementedError
 
     def collator(self, processor: PreTrainedTokenizerBase, recipe: Recipe, packs: bool | None = None) -> Collate:
-        """Return the function that makes micro-batches."""
+        """Return the function that makes micro-batches; a decoder's tokens are packed, or padded."""
+        if self.model_kind.decodes and self.predicts_tokens:
+            return causal_collator(processor, recipe, packs)
 
         def collate(examples: Sequence[AnyExample], draw: int = 0) -> Batch:
             return self.collate(examples, processor, recipe, bool(packs), draw)
@@ -125,23 +128,13 @@ class Task(TrainedTask, Generic[RowT, PredictionT]):
         """Make one micro-batch; `draw` seeds random parts such as masks; evaluation passes 0."""
         raise NotImplementedError
 
-    def format_answer(self, prediction: PredictionT, row: RowT) -> str:
-        """Write the prediction of one prompt row for the terminal, with details if available."""
-        return self.format_prediction(prediction)
-
-
-class DecoderTask(Task[RowT, str]):
-    """A decoder that continues a prompt."""
-
-    model_kind = CAUSAL
-
-    def collator(self, processor: PreTrainedTokenizerBase, recipe: Recipe, packs: bool | None = None) -> Collate:
-        """Return a collator that packs rows, or pads them."""
-        return causal_collator(processor, recipe, packs)
-
     def loss(self, model: torch.nn.Module, batch: Batch, by_row: bool = False) -> Loss:
         """Sum the cross entropy of the supervised tokens."""
         return causal_loss(model, batch, by_row)
+
+    def format_answer(self, prediction: PredictionT, row: RowT) -> str:
+        """Write the prediction of one prompt row for the terminal, with details if available."""
+        return self.format_prediction(prediction)
 
 
 class ReadingTask(Task[RowT, PredictionT]):

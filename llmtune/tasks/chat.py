@@ -6,19 +6,21 @@ from collections.abc import Mapping, Sequence
 
 from transformers import PreTrainedTokenizerBase
 
+from llmtune.data.answer_parser import ToolTurn
 from llmtune.data.chat_encoding import encode_chat
 from llmtune.data.chat_rows import ChatRow, Message, write_answer
 from llmtune.data.chat_template import render_prompt
 from llmtune.data.task_interface import Encoded
-from llmtune.evaluate.tool_metrics import ToolTurn
+from llmtune.recipe.model_kind import CAUSAL
 from llmtune.recipe.schema import Recipe
-from llmtune.tasks.base import DecoderTask
+from llmtune.tasks.base import Task
 
 
-class Chat(DecoderTask[ChatRow]):
+class Chat(Task[ChatRow, str]):
     """A decoder that answers conversations."""
 
     name = "chat"
+    model_kind = CAUSAL
     optional_inputs = ("system",)
     free_prompt = True
     is_conversational = True

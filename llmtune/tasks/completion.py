@@ -24,19 +24,20 @@ from llmtune.errors import EnvironmentProblem
 from llmtune.evaluate.evaluated_task import LoadedModel
 from llmtune.evaluate.token_batches import run_encoder
 from llmtune.model.causal_lm_loss import causal_loss
-from llmtune.recipe.model_kind import MASKED
+from llmtune.recipe.model_kind import CAUSAL, MASKED
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_sections import CompletionSection
 from llmtune.records import Batch, Loss, Row
-from llmtune.tasks.base import DecoderTask, Endpoint, Task
+from llmtune.tasks.base import Endpoint, Task
 
 IdArray: TypeAlias = npt.NDArray[np.int64]
 
 
-class Completion(DecoderTask[CompletionRow]):
+class Completion(Task[CompletionRow, str]):
     """A decoder that continues a text."""
 
     name = "completion"
+    model_kind = CAUSAL
     free_prompt = True
 
     def matches(self, recipe: Recipe) -> bool:

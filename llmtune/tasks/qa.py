@@ -163,7 +163,7 @@ NO_SPAN: Span = {"text": "", "start": None, "end": None, "score": None, "null_sc
 
 
 class Qa(Task[QaRow, PredictionT]):
-    """The rows of qa."""
+    """The rows of qa, and the text that a model reads to write its answers."""
 
     name = "qa"
     endpoint = Endpoint(
@@ -173,6 +173,8 @@ class Qa(Task[QaRow, PredictionT]):
         prompt_field="question",
     )
     required_inputs = ("prompt", "context")
+    style = "generative"
+    default_prompt = SOURCE
 
     def make_row(self, given: Mapping[str, str | None]) -> QaRow:
         """Return the row of a question about a context."""
@@ -194,6 +196,19 @@ class Qa(Task[QaRow, PredictionT]):
         texts = [str(answer["text"] if isinstance(answer, dict) else answer) for answer in found.predictions]
         texts = ["" if text.strip().lower().rstrip(".") == empty else text for text in texts]
         return measure_squad(metric, texts, found.references)
+
+    def matches(self, recipe: Recipe) -> bool:
+        """Whether the recipe selects generation."""
+        return qa_section(recipe).style in ("auto", "generative")
+
+    def pair(self, row: QaRow, recipe: Recipe) -> TextPair:
+        """Return question and context as one text, and the first answer; an empty one if the answers were removed."""
+        section = qa_section(recipe)
+        template = section.prompt or self.default_prompt
+        text = fill_template(template, question=row["question"], no_answer=section.no_answer, context=row["context"])
+        answers = row["answers"]
+        first = answers[0]["text"] if answers else section.no_answer
+        return TextPair(text, "" if answers is None else first)
 
 
 @dataclass(frozen=True)
@@ -359,31 +374,11 @@ def by_window(logits_BT: torch.Tensor, batch: Batch) -> torch.Tensor:
     return pad_sequence([*torch.split(logits_BT[0], batch["document_lengths"])], batch_first=True, padding_value=lowest)
 
 
-class GenerativeQa(Qa[str]):
-    """Qa with a model that writes its answers."""
-
-    style = "generative"
-    default_prompt = SOURCE
-
-    def matches(self, recipe: Recipe) -> bool:
-        """Whether the recipe selects generation."""
-        return qa_section(recipe).style in ("auto", "generative")
-
-    def pair(self, row: QaRow, recipe: Recipe) -> TextPair:
-        """Return question and context as one text, and the first answer; an empty one if the answers were removed."""
-        section = qa_section(recipe)
-        template = section.prompt or self.default_prompt
-        text = fill_template(template, question=row["question"], no_answer=section.no_answer, context=row["context"])
-        answers = row["answers"]
-        first = answers[0]["text"] if answers else section.no_answer
-        return TextPair(text, "" if answers is None else first)
-
-
-class QaEncoderDecoder(GenerativeQa, EncoderDecoder[QaRow]):
+class QaEncoderDecoder(Qa[str], EncoderDecoder[QaRow]):
     """An encoder-decoder that writes its answers."""
 
 
-class QaDecoder(GenerativeQa, PromptedDecoder[QaRow]):
+class QaDecoder(Qa[str], PromptedDecoder[QaRow]):
     """A decoder that answers a prompt."""
 
     default_prompt = PROMPT

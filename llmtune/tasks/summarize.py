@@ -6,15 +6,17 @@ from collections.abc import Mapping
 
 from llmtune.data.task_rows import SummarizeRow
 from llmtune.data.text_pairs import TextPair
+from llmtune.evaluate.evaluated_task import EvalPrediction
+from llmtune.evaluate.metric import Measure
 from llmtune.recipe.schema import Recipe
-from llmtune.tasks.base import Endpoint
-from llmtune.tasks.text_to_text import EncoderDecoder, PromptedDecoder, TextToText, fill_template
+from llmtune.tasks.base import Endpoint, Task
+from llmtune.tasks.text_to_text import EncoderDecoder, PromptedDecoder, fill_template, measure_texts
 
 PROMPT = "{document}\n\nSummarize the text above."
 """The text comes first: truncation to `data.max_length` removes its start and keeps the instruction."""
 
 
-class Summarize(TextToText[SummarizeRow]):
+class Summarize(Task[SummarizeRow, str]):
     """The rows of summarize."""
 
     name = "summarize"
@@ -33,6 +35,10 @@ class Summarize(TextToText[SummarizeRow]):
         """Return the document, in its prompt, and the summary."""
         template = recipe.summarize.prompt if recipe.summarize and recipe.summarize.prompt else self.default_prompt
         return TextPair(fill_template(template, document=row["document"]), row["summary"])
+
+    def compute_metric(self, metric: str, found: EvalPrediction[str], recipe: Recipe) -> Measure | None:
+        """Measure generated texts."""
+        return measure_texts(metric, found)
 
 
 class SummarizeEncoderDecoder(Summarize, EncoderDecoder[SummarizeRow]):

@@ -33,21 +33,18 @@ from llmtune.evaluate.text_metrics import TEXT_MEASURES
 from llmtune.evaluate.token_batches import GENERATION_BUDGET, budget_for, run_in_batches
 from llmtune.model.causal_lm_loss import accepted_arguments, decoder_inputs, model_inputs, token_losses, unwrap
 from llmtune.model.memory_plan import context_length
-from llmtune.recipe.model_kind import SEQ2SEQ
+from llmtune.recipe.model_kind import CAUSAL, SEQ2SEQ
 from llmtune.recipe.schema import Recipe
 from llmtune.records import Batch, Loss, Row
-from llmtune.tasks.base import DecoderTask, RowT, Task
+from llmtune.tasks.base import RowT, Task
 
 PROMPT_CUTS = 6
 """How often a prompt is cut: a cut text may take one token more than counted."""
 
 
-class TextToText(Task[RowT, str]):
-    """A task that answers a text with a text."""
-
-    def compute_metric(self, metric: str, found: EvalPrediction[str], recipe: Recipe) -> Measure | None:
-        """Measure generated texts; token metrics are computed elsewhere."""
-        return TEXT_MEASURES[metric](found.predictions, found.references) if metric in TEXT_MEASURES else None
+def measure_texts(metric: str, found: EvalPrediction[str]) -> Measure | None:
+    """Measure generated texts; token metrics are computed elsewhere."""
+    return TEXT_MEASURES[metric](found.predictions, found.references) if metric in TEXT_MEASURES else None
 
 
 def fill_template(template: str, **fields: str | None) -> str:
@@ -74,7 +71,7 @@ class TargetExample(Example):
         return [*super().sequences, (self.target_ids, self.target_spans)]
 
 
-class EncoderDecoder(TextToText[RowT]):
+class EncoderDecoder(Task[RowT, str]):
     """The encoder-decoder's version: the encoder reads the source, the decoder writes the target."""
 
     model_kind = SEQ2SEQ
@@ -243,8 +240,10 @@ def check_decoder_start(model: PreTrainedModel, processor: PreTrainedTokenizerBa
 # Prompted decoders
 
 
-class PromptedDecoder(TextToText[RowT], DecoderTask[RowT]):
+class PromptedDecoder(Task[RowT, str]):
     """The decoder's version: it answers a prompt, in its chat template if it has one."""
+
+    model_kind = CAUSAL
 
     def encode(self, rows: Sequence[RowT], processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[Encoded]:
         """Return one example per row: the prompt, and the target as the model's answer."""

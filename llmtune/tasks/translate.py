@@ -10,15 +10,17 @@ from llmtune.data.language_codes import has_languages
 from llmtune.data.task_rows import TranslateRow
 from llmtune.data.text_pairs import TextPair
 from llmtune.errors import Problem, RecipeError
+from llmtune.evaluate.evaluated_task import EvalPrediction
+from llmtune.evaluate.metric import Measure
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_sections import TranslateSection
-from llmtune.tasks.base import Endpoint, option_of
-from llmtune.tasks.text_to_text import EncoderDecoder, PromptedDecoder, TextToText, fill_template
+from llmtune.tasks.base import Endpoint, Task, option_of
+from llmtune.tasks.text_to_text import EncoderDecoder, PromptedDecoder, fill_template, measure_texts
 
 PROMPT = "Translate from {source_language} into {target_language}.\n\n{source}"
 
 
-class Translate(TextToText[TranslateRow]):
+class Translate(Task[TranslateRow, str]):
     """The rows of translate."""
 
     name = "translate"
@@ -53,6 +55,10 @@ class Translate(TextToText[TranslateRow]):
 
     def check_languages(self, languages: Mapping[str, str | None], recipe: Recipe) -> None:
         """Refuse a row that lacks required languages."""
+
+    def compute_metric(self, metric: str, found: EvalPrediction[str], recipe: Recipe) -> Measure | None:
+        """Measure generated texts."""
+        return measure_texts(metric, found)
 
 
 class TranslateEncoderDecoder(Translate, EncoderDecoder[TranslateRow]):

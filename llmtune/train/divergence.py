@@ -86,12 +86,12 @@ def non_finite_error(training: TrainContext, step: int, loss: StepLoss, learning
     figures = _figures(loss.mean, loss.grad_norm, learning_rate)
     if not weights_are_numbers(training):
         what = f"the trained weights are not finite in step {step}: the previous update was too large"
-        return _describe_failure(training, step, figures, what, [])
+        return _describe_divergence(training, step, figures, what, [])
     if math.isfinite(loss.mean):
         what = f"the gradient is {loss.grad_norm} in step {step}, though the loss is {loss.mean:.4f}"
-        return _describe_failure(training, step, figures, what, training.plan.rows(step).tolist())
+        return _describe_divergence(training, step, figures, what, training.plan.rows(step).tolist())
     guilty = find_guilty_rows(training, gather_lists(training.accelerator, loss.suspects.tolist()))
-    return _describe_failure(training, step, figures, f"the loss is {loss.mean} in step {step}", guilty)
+    return _describe_divergence(training, step, figures, f"the loss is {loss.mean} in step {step}", guilty)
 
 
 def weights_are_numbers(training: TrainContext) -> bool:
@@ -107,7 +107,7 @@ def ruined_weights_error(
 ) -> TrainingError:
     """Explain weights that the update of `step` made non-finite; `loss` and `grad_norm` are from before the update."""
     what = f"the trained weights are not finite after the update of step {step}: it was too large"
-    return _describe_failure(training, step, _figures(loss, grad_norm, learning_rate), what, [])
+    return _describe_divergence(training, step, _figures(loss, grad_norm, learning_rate), what, [])
 
 
 def divergence_error(
@@ -115,7 +115,7 @@ def divergence_error(
 ) -> TrainingError:
     """Explain a diverged loss."""
     figures = _figures(loss.mean, loss.grad_norm, learning_rate)
-    return _describe_failure(training, step, figures, f"{what}, in step {step}", [])
+    return _describe_divergence(training, step, figures, f"{what}, in step {step}", [])
 
 
 def name_last_checkpoint(folder: Path) -> str:
@@ -128,7 +128,9 @@ def _figures(loss: float, grad_norm: float, learning_rate: float) -> str:
     return f"loss {loss:.4f}, learning rate {learning_rate:.2e}, gradient norm {grad_norm:.3g}"
 
 
-def _describe_failure(training: TrainContext, step: int, figures: str, what: str, guilty: list[int]) -> TrainingError:
+def _describe_divergence(
+    training: TrainContext, step: int, figures: str, what: str, guilty: list[int]
+) -> TrainingError:
     train = training.recipe.train
     ways = [f"lower train.learning_rate (now {train.learning_rate:g})"]
     if not 0 < train.max_grad_norm <= 1:

@@ -78,7 +78,7 @@ def _try_heaviest_work(
 ) -> float:
     """Return the seconds per token."""
     before, after = training.checkpoints / ".tmp-before", training.checkpoints / ".tmp-after"
-    with _random_states():
+    with _preflight_states():
         save(training, state, before)
         try:
             while (pace := _rehearse(training, state, before, after)) is None:
@@ -288,7 +288,7 @@ def _discard(*folders: Path) -> None:
 
 
 @contextmanager
-def _random_states() -> Iterator[None]:
+def _preflight_states() -> Iterator[None]:
     """Restore all random number generators after the block."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []

@@ -76,7 +76,7 @@ def read_shards(training: TrainContext, folder: Path) -> dict[int, dict[str, Any
     names = {id(parameter): name for name, parameter in parameters.items()}
     keys = {key.removeprefix(OPTIMIZER).split(".", 1)[0] for key in tensors if key.startswith(OPTIMIZER)}
     state = {}
-    for index, parameter in enumerate(_numbered(training)):
+    for index, parameter in enumerate(_number_parts(training)):
         own = {key: tensors.get(f"{OPTIMIZER}{key}.{names[id(parameter)]}") for key in sorted(keys)}
         if found := {key: _as_number(value) for key, value in own.items() if value is not None}:
             state[index] = found
@@ -94,7 +94,7 @@ def _as_number(value: torch.Tensor) -> torch.Tensor | float:
 
 def cut_state(training: TrainContext, state: Mapping[int, Mapping[str, Any]]) -> dict[int, dict[str, Any]]:
     """Return this process's shard of an unsharded optimiser state."""
-    parameters = _numbered(training)
+    parameters = _number_parts(training)
     return {
         index: {
             key: cut_like(value, parameters[index]) if torch.is_tensor(value) else value for key, value in own.items()
@@ -103,6 +103,6 @@ def cut_state(training: TrainContext, state: Mapping[int, Mapping[str, Any]]) ->
     }
 
 
-def _numbered(training: TrainContext) -> list[torch.Tensor]:
+def _number_parts(training: TrainContext) -> list[torch.Tensor]:
     """Return the parameters in the order in which the optimiser numbers them."""
     return [parameter for group in training.optimizer.param_groups for parameter in group["params"]]

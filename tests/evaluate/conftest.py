@@ -20,7 +20,7 @@ from llmtune.data.preparation import prepare_rows
 from llmtune.evaluate import intervals
 from llmtune.evaluate.eval_inputs import EvalContext, make_inputs
 from llmtune.evaluate.evaluator import ModelLoaders
-from llmtune.evaluate.scoring import score_run
+from llmtune.evaluate.scoring import ScoreRequest, score_run
 from llmtune.evaluate.text_metrics import METRICS
 from llmtune.model.loading import load_model
 from llmtune.model.processor import load_processor
@@ -92,7 +92,7 @@ class Bench:
         has_rows = self.examples.counts.get("test")
         inputs = make_inputs(self.rows, self.examples, self.task, self.processor, recipe) if has_rows else None
         context = EvalContext(recipe, self.task, self.processor, inputs, "cpu", self.console, folder)
-        scored = score_run(ModelLoaders(self.model("base"), self.model("tuned")), context, self.rows)
+        scored = score_run(ScoreRequest(ModelLoaders(self.model("base"), self.model("tuned")), context, self.rows))
         print_scored(scored, recipe, self.console)
         return scored.evaluation
 

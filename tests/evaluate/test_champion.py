@@ -16,10 +16,9 @@ from llmtune.data.row_store import iterate_rows, load_rows
 from llmtune.deploy.releases import make_release
 from llmtune.errors import DataError, RecipeError
 from llmtune.evaluate.cache_keys import evaluation_files
-from llmtune.evaluate.champion import compare_with_champion, open_champion
+from llmtune.evaluate.champion import Asked, compare_with_champion, open_champion
 from llmtune.evaluate.evaluation_file import load_evaluation
 from llmtune.evaluate.metric import measure_right
-from llmtune.evaluate.new_rows import Asked
 from llmtune.evaluate.per_row_scores import PerRowScores, load_measures
 from llmtune.recipe.loader import load_recipe
 from llmtune.store.atomic_files import hash_file

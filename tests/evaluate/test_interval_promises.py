@@ -18,7 +18,7 @@ import pytest
 from support import interval_scenes as simulated
 from support.interval_scenes import KINDS, SCENES, SIZES
 
-from llmtune.data.answer_parser import ParsedAnswer
+from llmtune.data.answer_parser import ParsedAnswer, ToolTurn
 from llmtune.evaluate import intervals
 from llmtune.evaluate.calibration import Chosen, measure_calibration
 from llmtune.evaluate.classification_metrics import (
@@ -45,7 +45,7 @@ from llmtune.evaluate.text_metrics import (
     measure_tokens,
     measure_wer,
 )
-from llmtune.evaluate.tool_metrics import ToolTurn, measure_tools
+from llmtune.evaluate.tool_metrics import measure_tools
 from llmtune.recipe.evaluate_section import EvaluateSection
 from llmtune.recipe.task_facts import CALIBRATION, DECISIONS, RANKING, TASK_FACTS, TOOL_METRICS
 from llmtune.recipe.task_sections import PreferenceSection

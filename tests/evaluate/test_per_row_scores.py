@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from llmtune.data.answer_parser import ParsedAnswer
+from llmtune.data.answer_parser import ParsedAnswer, ToolTurn
 from llmtune.data.chat_rows import ToolCall
 from llmtune.errors import EnvironmentProblem
 from llmtune.evaluate.calibration import Chosen, measure_calibration
@@ -25,7 +25,7 @@ from llmtune.evaluate.metric import Measure, paired_difference
 from llmtune.evaluate.per_row_scores import MEASURES, PerRowScores, load_measures, name_rows, save_measures
 from llmtune.evaluate.ranking_metrics import RankedQuery, measure_ranking, measure_spread
 from llmtune.evaluate.text_metrics import TEXT_MEASURES, TOKEN_METRICS, measure_cer, measure_tokens, measure_wer
-from llmtune.evaluate.tool_metrics import ToolTurn, measure_tools
+from llmtune.evaluate.tool_metrics import measure_tools
 from llmtune.recipe.task_facts import CALIBRATION, RANKING, TASK_FACTS, TOOL_METRICS
 from llmtune.recipe.task_sections import PreferenceSection
 from llmtune.tasks.preference_metrics import measure_preferences

@@ -2,8 +2,8 @@
 
 import pytest
 
-from llmtune.data.answer_parser import ParsedAnswer
-from llmtune.evaluate.tool_metrics import ToolTurn, is_same_value, is_valid_call, measure_tools, uncheckable_tools
+from llmtune.data.answer_parser import ParsedAnswer, ToolTurn
+from llmtune.evaluate.tool_metrics import is_same_value, is_valid_call, measure_tools, uncheckable_tools
 from llmtune.recipe.task_facts import TOOL_METRICS
 
 CITY = {"type": "object", "properties": {"city": {"type": "string"}, "days": {"type": "integer"}}, "required": ["city"]}

@@ -35,7 +35,7 @@ from llmtune.errors import LlmtuneError
 from llmtune.evaluate.eval_inputs import EvalContext, make_inputs
 from llmtune.evaluate.evaluator import ModelLoaders
 from llmtune.evaluate.gates import check_gates
-from llmtune.evaluate.scoring import score_run
+from llmtune.evaluate.scoring import ScoreRequest, score_run
 from llmtune.model.kernels import check_kernels
 from llmtune.model.loading import load_model
 from llmtune.model.memory_plan import check_memory
@@ -160,7 +160,7 @@ class Resolved:
         plan, load = self.plan, partial(nullcontext, self.selected.model.eval())
         inputs = make_inputs(self.made_rows, self.made_examples, plan.task, self.selected.processor, plan.recipe)
         context = EvalContext(plan.recipe, plan.task, self.selected.processor, inputs, "cpu", QUIET)
-        found = score_run(ModelLoaders(load, load), context, self.made_rows).evaluation
+        found = score_run(ScoreRequest(ModelLoaders(load, load), context, self.made_rows)).evaluation
         return {**asdict(found), "gates": [*map(asdict, check_gates(plan.recipe.evaluate, found))]}
 
 

@@ -17,10 +17,10 @@ from support.runs import invoke
 from support.training import read_metrics, trained_bytes
 from transformers import AutoModelForCausalLM
 
-from llmtune.tasks.base import DecoderTask
+from llmtune.tasks.base import Task
 from llmtune.train import loop, preflight
 
-really_lose, really_update = DecoderTask.loss, loop._update
+really_lose, really_update = Task.loss, loop._update
 
 
 def lose_on_a_device_for(tokens: int, validating: bool = False):
@@ -47,12 +47,12 @@ def lose_on_a_device_for(tokens: int, validating: bool = False):
     ],
 )
 def test_an_oversized_validation_batch_is_found_before_step_1(run, without, shows):
-    with without("llmtune.tasks.base.DecoderTask.loss", lose_on_a_device_for(60, validating=True)):
+    with without("llmtune.tasks.base.Task.loss", lose_on_a_device_for(60, validating=True)):
         with without("llmtune.train.loop.run_preflight", lambda training, state, console, on_budget: None):
             said = run("train", data={"validation": 0.2})
         assert said.index("step 1/") < said.index("Out of memory in validation")
         shows(run("train", "--fresh", data={"validation": 0.2}))
-    with without("llmtune.tasks.base.DecoderTask.loss", lose_on_a_device_for(5)):
+    with without("llmtune.tasks.base.Task.loss", lose_on_a_device_for(5)):
         assert "does not fit alone" in run("train", "--fresh", code=5)
 
 
@@ -76,7 +76,7 @@ def test_micro_batches_of_one_row_give_the_gradients_of_one_large_batch(place, r
     (place / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     run("train", out="calm")
     training = start_training(place / "tiny.yaml", place / "alone")
-    with without("llmtune.tasks.base.DecoderTask.loss", mean_loss):
+    with without("llmtune.tasks.base.Task.loss", mean_loss):
         (of_means, one), (_, large) = (gradient(training, budget) for budget in (1, 100_000))
     assert float((one - large).norm() / large.norm()) > 0.05, "a mean of means"
     (loss, one), (_, large) = (gradient(training, budget) for budget in (1, 100_000))
@@ -84,7 +84,7 @@ def test_micro_batches_of_one_row_give_the_gradients_of_one_large_batch(place, r
     assert abs(of_means - loss) > 0.01
     with (
         without("llmtune.train.loop.run_preflight", lambda training, state, console, on_budget: None),
-        without("llmtune.tasks.base.DecoderTask.loss", lose_on_a_device_for(60)),
+        without("llmtune.tasks.base.Task.loss", lose_on_a_device_for(60)),
     ):
         shows(run("train"))
     calm, pressed = (

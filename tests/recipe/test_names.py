@@ -141,17 +141,11 @@ def test_row_formats_and_columns_match_the_reader():
 SHARED_FILES_THAT_KNOW_A_TASK = {
     "cli/proposal.py": "column, import: the recipe for queries, passages and numbers as labels",
     "data/file_survey.py": "import: which task reads a file that several can read",
-    "deploy/endpoint_parity.py": "column: requests of endpoints",
-    "deploy/gguf_export.py": "column: classes that GGUF has",
     "deploy/gguf_readers.py": "column: classes that GGUF has",
     "deploy/parity_reference.py": "column: how much of a recording a model hears",
     "deploy/search_parity.py": "column, import: rankings and vectors",
-    "deploy/tuned_model.py": "column: rankings need more rows",
-    "evaluate/class_alignment.py": "column: classes of rows",
-    "evaluate/class_changes.py": "column: classes of rows",
     "evaluate/decision.py": "import: lists of labels",
     "evaluate/ranking_metrics.py": "column, import: rankings",
-    "evaluate/suites/judge.py": "column: references",
     "evaluate/suites/label_errors.py": "column: labels",
     "evaluate/suites/swapped_rows.py": "column: answers of each kind of rows",
     "launch/recipe_check.py": "import, section: labels that differ from the recipe's",
@@ -159,8 +153,6 @@ SHARED_FILES_THAT_KNOW_A_TASK = {
     "recipe/extras.py": "literal: an extra is called `speech`",
     "recipe/first_recipe.py": "column, literal: models and lengths by kind",
     "recipe/schema.py": "literal, section: keys of a section without effect on a kind of model or of rows",
-    "serve/chat_prompt.py": "column: conversations",
-    "serve/finished_run.py": "column: prompts",
     "serve/task_endpoints.py": "column: requests of endpoints",
 }
 """By file, how it knows one task or kind, and why. Shrink the list; instead of a new entry, add a field to a table.

@@ -35,6 +35,7 @@ from llmtune.plan import Plan, open_finished
 from llmtune.recipe.loader import load_recipe
 from llmtune.run_models import Models
 from llmtune.store.run_request import RunRequest
+from llmtune.tasks.base import Task
 from llmtune.tasks.registry import VARIANTS
 
 LOGITS = ("logits", "last_hidden_state", "start_logits", "end_logits")
@@ -61,6 +62,18 @@ def opened(run: Path) -> Any:
     processor = context.plan.processor
     rows = [context.plan.task.split_answer(row)[0] for _, row in iterate_rows(load_rows(run / "data" / "rows"), "test")]
     return context, Models(context), processor, rows
+
+
+def test_every_variant_has_a_case():
+    covered = {(case.task, case.variant) for case in CASES.values()}
+    assert covered == {(name, place) for name, variants in VARIANTS.items() for place in range(len(variants))}
+
+
+def test_a_variant_is_at_most_two_classes_below_the_base_of_tasks():
+    for variants in VARIANTS.values():
+        for variant in variants:
+            parents = {base for base in type(variant).__bases__ if base is not Task}
+            assert all(Task in parent.__bases__ for parent in parents), type(variant)
 
 
 @pytest.mark.promise(

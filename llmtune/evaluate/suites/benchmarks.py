@@ -16,9 +16,11 @@ from typing import TYPE_CHECKING, TypeGuard
 
 import numpy as np
 import torch
+from rich.console import Console
 
 from llmtune.display.console import counting_bars
 from llmtune.evaluate.eval_inputs import EvalContext
+from llmtune.evaluate.evaluated_task import EvaluatedTask
 from llmtune.evaluate.intervals import Floats
 from llmtune.evaluate.metric import Measure, PairedMeasures, columns, mean_share_bounds, ratio
 from llmtune.evaluate.paired_statistics import share_bounds
@@ -34,7 +36,7 @@ from llmtune.evaluate.suites.lm_eval import (
 from llmtune.evaluate.token_batches import of_first_process
 from llmtune.recipe.eval_suites_section import plain_name
 from llmtune.recipe.schema import Recipe
-from llmtune.records import Advance
+from llmtune.records import Advance, Rows
 from llmtune.store.atomic_files import write_text
 from llmtune.store.score_records import Study
 
@@ -84,6 +86,7 @@ class BenchmarkScore:
 class BenchmarkSuite(EvalSuite[dict[str, BenchmarkScore]]):
     """Scores by the name that gates use for them."""
 
+    key = "benchmarks"
     decoder_input = "the likelihood of answers, or answers generated from a prompt"
 
     def __init__(self, context: EvalContext) -> None:
@@ -94,6 +97,11 @@ class BenchmarkSuite(EvalSuite[dict[str, BenchmarkScore]]):
     def read(cls, recipe: Recipe) -> None:
         """Check task files and the names of tasks. Raises as `check_task_names` does."""
         check_task_names(recipe)
+
+    @classmethod
+    def try_out(cls, recipe: Recipe, task: EvaluatedTask, rows: Rows, console: Console) -> None:
+        """Read the tasks with their rows, which may download them. Raises as `load_benchmarks` does."""
+        load_benchmarks(recipe, console)
 
     def run(self, name: str, model: torch.nn.Module) -> None:
         """Run all benchmarks on one model and save lm-eval's own results."""
@@ -162,7 +170,7 @@ def read_scores(benchmark: Benchmark, results: EvalResults, truncated: int) -> d
     scores: dict[str, BenchmarkScore] = {}
     measures: dict[tuple[str, str, str], Measure | None] = {}
     for name in (*benchmark.tasks, *benchmark.groups):
-        for metric, filter_name, value in read_numbers(results["results"].get(name, {})):
+        for metric, filter_name, value in list_numbers(results["results"].get(name, {})):
             if name in benchmark.tasks:
                 samples = [one for one in results["samples"][name] if one["filter"] == filter_name and metric in one]
                 measure = measure_task(metric, value, samples)
@@ -180,7 +188,7 @@ def read_scores(benchmark: Benchmark, results: EvalResults, truncated: int) -> d
     return scores
 
 
-def read_numbers(result: Mapping[str, object]) -> list[tuple[str, str, float]]:
+def list_numbers(result: Mapping[str, object]) -> list[tuple[str, str, float]]:
     """Return (metric, filter, score) of lm-eval's `metric,filter: score`."""
     named = {key.rpartition(",")[::2]: value for key, value in result.items() if "," in key}
     return [(*name, float(value)) for name, value in named.items() if is_numeric(value)]

@@ -16,7 +16,7 @@ from llmtune.errors import DataError, Problem
 from llmtune.evaluate.eval_inputs import EvalContext
 from llmtune.evaluate.inference import Answers, add_bar, context_limit, inference_on
 from llmtune.evaluate.metric import Measure, PairedMeasures
-from llmtune.recipe.schema import Recipe
+from llmtune.evaluate.suites import Suite
 from llmtune.records import Advance, Difference
 from llmtune.store.score_records import Study, StudyTable
 
@@ -30,7 +30,7 @@ Bar = Callable[[str, int], Advance]
 """Adds a progress bar with a label and a total; returns the function that advances it."""
 
 
-class EvalSuite(Generic[SuiteOutput]):
+class EvalSuite(Suite, Generic[SuiteOutput]):
     """A suite, or one part of it: runs on one model after the other, then compares their outputs.
 
     The constructor reads its inputs, before a model is loaded. A base model without a trained head is
@@ -52,13 +52,6 @@ class EvalSuite(Generic[SuiteOutput]):
         """Both models' answers to the test rows; known once both have run."""
         self.unmeasured = ""
         """Why its first metric cannot be measured, for the report."""
-
-    @classmethod
-    def read(cls, recipe: Recipe) -> object:
-        """Read and check the inputs; also called when a run starts, to report missing files before training.
-
-        Raises DataError.
-        """
 
     def run(self, name: str, model: torch.nn.Module) -> None:
         """Run on the "base" or "tuned" model, already loaded on its device, and keep the output."""

@@ -66,6 +66,7 @@ class Likelihoods:
 class ForgettingSuite(EvalSuite[Likelihoods]):
     """General texts and questions; the context of the first model sets the window size."""
 
+    key = "forgetting"
     metrics: ClassVar = {
         "perplexity": ("of general text", -1),
         "bits_per_byte": ("of general text", -1),

@@ -11,6 +11,7 @@ from typing import ClassVar
 
 import numpy as np
 import torch
+from rich.console import Console
 
 from llmtune.data.file_readers import parse_lines, read_lazily
 from llmtune.data.rejected_rows import RowError
@@ -18,6 +19,7 @@ from llmtune.display.console import counting_bars
 from llmtune.display.number_format import DASH
 from llmtune.errors import DataError, Problem
 from llmtune.evaluate.eval_inputs import EvalContext
+from llmtune.evaluate.evaluated_task import EvaluatedTask
 from llmtune.evaluate.metric import PairedMeasures
 from llmtune.evaluate.suites.eval_suite import EvalSuite, read_sources
 from llmtune.evaluate.suites.judge_client import (
@@ -32,7 +34,7 @@ from llmtune.evaluate.suites.judge_client import (
 from llmtune.evaluate.suites.judge_statistics import JudgedPairs, fit_correction, measure_judge, win_rate
 from llmtune.recipe.data_section import DATA_ENDINGS, data_ending
 from llmtune.recipe.schema import Recipe
-from llmtune.records import Difference
+from llmtune.records import Difference, Rows
 from llmtune.store.atomic_files import explained, write_text
 from llmtune.store.processes import once
 from llmtune.store.score_records import Study, StudyTable
@@ -92,6 +94,7 @@ class AnswerPair:
 class JudgeSuite(EvalSuite[None]):
     """Ask the judge about the answers to the test rows, and about labelled pairs."""
 
+    key = "judge"
     metrics: ClassVar = {
         "win_rate": ("the judge prefers its answer; with labelled pairs corrected for the judge's errors", 1),
         "win_rate_uncorrected": ("as the judge says", 1),
@@ -117,6 +120,12 @@ class JudgeSuite(EvalSuite[None]):
         """Read the labelled pairs. Raises DataError."""
         section = recipe.evaluate.judge
         return read_labelled(section.labelled) if section and section.labelled else []
+
+    @classmethod
+    def try_out(cls, recipe: Recipe, task: EvaluatedTask, rows: Rows, console: Console) -> None:
+        """Ask the judge a question. Raises EnvironmentProblem if it does not answer."""
+        assert recipe.evaluate.judge is not None
+        Judge(recipe.evaluate.judge, recipe.seed).check()
 
     def known(self) -> dict[str, JudgeReply]:
         """Return the replies to earlier questions."""
@@ -288,14 +297,14 @@ def read_pairs(file: str) -> list[AnswerPair | Problem]:
         raise DataError.of(
             f"the ending {path.suffix!r} is not that of a table", file, "Use JSON Lines, CSV or Parquet."
         )
-    return [read_pair(origin, row) for origin, row in parse_lines(read_lazily(path, path.name, container))]
+    return [read_pair(origin, line) for origin, line in parse_lines(read_lazily(path, path.name, container))]
 
 
-def read_pair(origin: str, row: Mapping[str, object] | RowError) -> AnswerPair | Problem:
+def read_pair(origin: str, line: Mapping[str, object] | RowError) -> AnswerPair | Problem:
     """Read one labelled pair."""
-    if isinstance(row, RowError):
-        return Problem(str(row), origin, FIX)
-    cells = {"prompt": row.get("prompt", row.get("question"))} | {name: row.get(name) for name in COLUMNS}
+    if isinstance(line, RowError):
+        return Problem(str(line), origin, FIX)
+    cells = {"prompt": line.get("prompt", line.get("question"))} | {name: line.get(name) for name in COLUMNS}
     if missing := [name for name, cell in cells.items() if not isinstance(cell, str) or not cell.strip()]:
         return Problem(f"no text in {', '.join(missing)}", origin, FIX)
     prompt, first, second, label = map(str, cells.values())

@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
+from rich.console import Console
 from transformers.modeling_outputs import BaseModelOutput
 
 from llmtune.data.example import Example
@@ -34,6 +35,7 @@ from llmtune.evaluate.eval_inputs import EvalContext
 from llmtune.evaluate.evaluated_task import EvaluatedTask, LearnedClasses
 from llmtune.evaluate.inference import add_bar, inference_on
 from llmtune.evaluate.source_labels import unchecked_sentence
+from llmtune.evaluate.suites import Suite
 from llmtune.evaluate.token_batches import over_processes, run_encoder
 from llmtune.model.causal_lm_loss import unwrap
 from llmtune.recipe.extras import require_extra
@@ -90,9 +92,19 @@ class Labelled:
     """[N] split, number of the row, and for a tag the position of its word."""
 
 
-def check_suspects(recipe: Recipe) -> None:
-    """Refuse `evaluate.suspects`, if the recipe has it, as `require_labels` does."""
-    if recipe.evaluate.suspects:
+class LabelErrorSuite(Suite):
+    """Labels that are likely wrong; `save_suspects` looks for them."""
+
+    key = "suspects"
+
+    @classmethod
+    def read(cls, recipe: Recipe) -> None:
+        """Refuse recipes without labels. Raises as `require_labels` does."""
+        require_labels(recipe)
+
+    @classmethod
+    def try_out(cls, recipe: Recipe, task: EvaluatedTask, rows: Rows, console: Console) -> None:
+        """Refuse recipes whose labels turned out to be numbers."""
         require_labels(recipe)
 
 

@@ -27,6 +27,7 @@ from llmtune.errors import Problem, RecipeError, nearest
 from llmtune.evaluate.metric import Measure, measure_means, measure_shares
 from llmtune.evaluate.metric_info import better_side
 from llmtune.evaluate.per_row_scores import name_rows
+from llmtune.evaluate.suites import Suite
 from llmtune.evaluate.suites.own_metric_process import BLOCKED
 from llmtune.recipe.evaluate_section import EvaluateSection
 from llmtune.recipe.schema import Recipe
@@ -244,29 +245,33 @@ def _run_plain(metric: OwnMetric, pairs: Sequence[Pair], section: EvaluateSectio
     return plain(run_metric(metric, pairs, section))
 
 
-def check_own_metrics(recipe: Recipe) -> None:
-    """Import the files of the user's own metrics, each in a process of its own; raises RecipeError for bad ones."""
-    found = ((metric, run_metric(metric, [], recipe.evaluate)) for metric in list_own_metrics(recipe.evaluate))
-    failed = [(metric, failure) for metric, failure in found if isinstance(failure, Failure)]
-    RecipeError.collect(describe_failure(metric, failure, ()) for metric, failure in failed)
+class OwnMetricSuite(Suite):
+    """The user's own metrics, which `inference.compute_metrics` measures with those of the task."""
 
+    key = "own_metrics"
 
-def try_own_metrics(recipe: Recipe, task: EvaluatedTask, rows: Rows, console: Console) -> None:
-    """Compute the user's own metrics on reference answers of the test rows, and print them: no model is needed.
+    @classmethod
+    def read(cls, recipe: Recipe) -> None:
+        """Import their files, each in a process of its own; raises RecipeError for bad ones."""
+        results = ((metric, run_metric(metric, [], recipe.evaluate)) for metric in list_own_metrics(recipe.evaluate))
+        failed = [(metric, result) for metric, result in results if isinstance(result, Failure)]
+        RecipeError.collect(describe_failure(metric, failure, ()) for metric, failure in failed)
 
-    Raises RecipeError for metrics that fail.
-    """
-    if not recipe.evaluate.own_metrics:
-        return
-    problems, first = dict[str, Problem](), [*islice(iterate_rows(rows, "test"), MOST_TRIED)]
-    known = {i: reference_answer(task, row, recipe) for i, (_, row) in enumerate(first)}
-    known = {i: answer for i, answer in known.items() if answer}
-    origins, full = [origin for origin, _ in first], [*read_full_rows(rows, "test", {*range(len(first))})]
-    for name, one in measure_own(recipe, full, origins, known, problems, console).items():
-        what = f"{name} is {score(one.value)} on the reference answers of {len(known)} test rows"
-        lower = " (lower is better)" if better_side(name) < 0 else ""
-        console.print(f"{KEY}: {what}{lower}", highlight=False, markup=False)
-    RecipeError.collect(problems.values())
+    @classmethod
+    def try_out(cls, recipe: Recipe, task: EvaluatedTask, rows: Rows, console: Console) -> None:
+        """Compute them on reference answers of the test rows, and print them: no model is needed.
+
+        Raises RecipeError for metrics that fail.
+        """
+        problems, first = dict[str, Problem](), [*islice(iterate_rows(rows, "test"), MOST_TRIED)]
+        answers = {i: reference_answer(task, row, recipe) for i, (_, row) in enumerate(first)}
+        answers = {i: answer for i, answer in answers.items() if answer}
+        origins, full = [origin for origin, _ in first], [*read_full_rows(rows, "test", {*range(len(first))})]
+        for name, one in measure_own(recipe, full, origins, answers, problems, console).items():
+            what = f"{name} is {score(one.value)} on the reference answers of {len(answers)} test rows"
+            lower = " (lower is better)" if better_side(name) < 0 else ""
+            console.print(f"{KEY}: {what}{lower}", highlight=False, markup=False)
+        RecipeError.collect(problems.values())
 
 
 def reference_answer(task: EvaluatedTask, row: Row, recipe: Recipe) -> object | None:

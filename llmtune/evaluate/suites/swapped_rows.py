@@ -147,6 +147,7 @@ def read_pairs_of_words(source: str) -> list[tuple[str, str] | Problem]:
 class SwapSuite(EvalSuite[SwapAnswers]):
     """Answer test rows as they are and with words swapped, in one batched run to minimize rounding differences."""
 
+    key, part = "fairness", "swaps"
     metrics: ClassVar = {METRIC: ("rows whose answer changes when only the group is swapped", -1)}
     fewest_rows = FEWEST_ROWS
     inputs: EvalInputs

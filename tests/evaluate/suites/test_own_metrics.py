@@ -21,7 +21,7 @@ from llmtune.evaluate.opened_runs import open_run_scores, pair_measures
 from llmtune.evaluate.per_row_scores import load_measures
 from llmtune.evaluate.suites.own_metrics import (
     Failure,
-    check_own_metrics,
+    OwnMetricSuite,
     describe_failure,
     list_own_metrics,
     read_metric,
@@ -302,7 +302,7 @@ def test_a_file_that_cannot_be_imported_ends_the_run_before_it_begins(tmp_path: 
     write_sums(tmp_path / "rows.jsonl")
     recipe = write_recipe(tmp_path / "tiny.yaml", tiny_llama, "rows.jsonl", evaluate={"metrics": ["metrics.py:mine"]})
     with pytest.raises(RecipeError, match="no such thing") as error:
-        check_own_metrics(load_recipe(recipe).recipe)
+        OwnMetricSuite.read(load_recipe(recipe).recipe)
     assert error.value.problems[0].where == f"{path}:1"
     result = invoke("run", recipe, "--out", tmp_path / "run")
     assert result.exit_code == 2
