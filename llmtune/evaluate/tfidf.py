@@ -1,10 +1,10 @@
-"""TF-IDF with logistic regression: how well words and letters alone classify texts, or predict a number.
+"""TF-IDF with logistic regression: how well words and letters alone classify texts, or predict_values a number.
 
 Features are words, pairs of words, and 2 to 5 letters in a row within words, each weighted by TF-IDF. A regression with
 an L2 penalty depends on the training texts only through their inner products. For few texts it is therefore fitted
 exactly on their coordinates in the space that the texts span, which is much smaller than the space of features.
 
-Shapes: N training texts, A texts to predict, K classes, F features, R directions (at most N).
+Shapes: N training texts, A texts to predict_values, K classes, F features, R directions (at most N).
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Fitted(NamedTuple):
 def fit_tfidf(
     kind: TargetKind, texts: Sequence[str], targets: Targets, classes: int, asked: Sequence[str]
 ) -> Fitted | str:
-    """Fit on `texts`, and predict `asked`; return the reason instead if nothing can be fitted.
+    """Fit on `texts`, and predict_values `asked`; return the reason instead if nothing can be fitted.
 
     The strength of the penalty is chosen by cross-validation on the training texts alone. More texts than the limits
     allow are thinned out evenly. The result is the same each time.
@@ -69,9 +69,9 @@ def fit_tfidf(
         few_NR, asked_AR = span(known_NF[few], asked_AF)
         strength = choose_strength(kind, few_NR, targets[few])
         if len(few) == len(kept):
-            scores_AK = predict(kind, fit(kind, strength, few_NR, targets), asked_AR, classes)
+            scores_AK = predict_values(kind, fit(kind, strength, few_NR, targets), asked_AR, classes)
         else:
-            scores_AK = predict(kind, fit(kind, strength, known_NF, targets), asked_AF, classes)
+            scores_AK = predict_values(kind, fit(kind, strength, known_NF, targets), asked_AF, classes)
     rows = f"{len(kept):,} training rows" if len(kept) == len(texts) else f"{len(kept):,} of {len(texts):,} rows"
     name = "ridge regression" if kind == "regression" else "logistic regression"
     return Fitted(scores_AK, f"{name} on words, pairs of words and 2 to 5 letters; {rows}, C {strength:g}")
@@ -122,7 +122,7 @@ def fit(kind: TargetKind, strength: float, features: Any, targets: Targets) -> A
     return (OneVsRestClassifier(logistic) if kind == "multi" else logistic).fit(features, targets)
 
 
-def predict(kind: TargetKind, model: Any, features: Any, classes: int) -> Floats:
+def predict_values(kind: TargetKind, model: Any, features: Any, classes: int) -> Floats:
     """Return probabilities [A, K], zero for classes without a training row, or numbers [A, 1]."""
     if kind == "regression":
         return np.asarray(model.predict(features), dtype=np.float64)[:, None]
