@@ -113,7 +113,7 @@ TIMED = (
     "runpy.run_module('llmtune', run_name='__main__', alter_sys=True)"
 )
 """`python -m llmtune` that writes the CPU seconds of it and its children last."""
-GROUPS = ("recipes", "deploy", "explain", "launch", "compare", "models")
+GROUPS = tuple((name,) for name in ("recipes", "deploy", "explain", "launch", "models", "release"))
 
 
 def main() -> int:
@@ -326,10 +326,8 @@ def help_texts(tree: Path) -> dict[str, str]:
         command = waiting.pop()
         text = llmtune(tree, *command, "--help").stdout
         texts[" ".join(("llmtune", *command))] = text
-        section = text.partition("Commands")[2]
-        if len(command) < 2 and section:
-            inner = re.findall(r"^\W*([a-z][a-z-]+) {2,}", section, re.MULTILINE)
-            waiting += [(*command, name) for name in inner if not command or command[0] in GROUPS]
+        if command in ((), *GROUPS):
+            waiting += [(*command, name) for name in re.findall(r"^│ ([a-z][a-z-]+) {2,}", text, re.MULTILINE)]
     return texts
 
 

@@ -167,8 +167,9 @@ def set_up(
     if recipe.adapter.start_from is None:
         task.start_head(adapted, reader, recipe)
     _mark_loss(adapted, task, recipe)
-    device = torch.device(pick_device()) if sharded else next(adapted.model.parameters()).device
+    device = next(adapted.model.parameters()).device
     if sharded:
+        device = torch.device(pick_device())
         param_dtype = resolve_dtype(recipe.model.dtype, device.type) if adapted.method == "full" else None
         # not by Accelerate, which shards on GPUs only
         shard_model(adapted.model, device, training=True, param_dtype=param_dtype)
