@@ -26,6 +26,9 @@ COMPARED = ("chosen", "rejected", *CHOSEN_NAMES, *REJECTED_NAMES)
 Aliases = Mapping[str, tuple[str, ...]]
 """Our column names, each with its usual other names in files."""
 
+HEADINGS = frozenset(("subject", "title", "headline", "heading", "betreff", "titel", "asunto", "objet", "sujet"))
+"""Words in the names of columns that head a text, and belong to it even if they repeat."""
+
 NAMES_AT_ONCE = 200
 """How many columns and nested keys of a row are searched."""
 MISSING = object()

@@ -11,6 +11,7 @@ from statistics import mean
 from llmtune.data.column_mapping import (
     ANSWER_NAMES,
     FIELD,
+    HEADINGS,
     MANY_ROWS,
     Aliases,
     flatten,
@@ -35,8 +36,6 @@ NUMBER = re.compile(r"[+-]?[\d.,]+", re.ASCII)
 LOCAL_DATE = re.compile(r"\d{1,4}[./-]\d{1,2}[./-]\d{1,4}([ T]\d\d?:\d\d.*)?", re.ASCII)
 NO_CLASSES = frozenset(("id", "uuid", "guid", "nr", "date", "datum", "time", "timestamp", "created", "updated"))
 """Words in the names of columns that count or date rows."""
-HEADINGS = frozenset(("subject", "title", "headline", "heading", "betreff", "titel", "asunto", "objet", "sujet"))
-"""Words in the names of columns that head a text, and belong to it even if they repeat."""
 NO_TEXTS = frozenset(
     ("name", "author", "agent", "user", "customer", "email", "phone", "address", "url", "link", "file")
 )

@@ -46,8 +46,8 @@ class RowKind:
     row_input: Callable[[Row], RowInput]
     prompt_text: Callable[[Row], str]
     """Returns the prompt for display."""
-    answer: str | None = None
-    """The column of the text that a model generates, if a model does."""
+    answer: Callable[[Row], str] = lambda row: ""
+    """Returns the text that a model generates."""
     without_answer: Callable[[Row], Row] = lambda row: {key: "" if key in LEARNED else row[key] for key in row}
     """Returns the row with an empty answer."""
     questions: Callable[[Row], Iterable[QuestionAnswer]] = lambda row: [_split_columns(row)]
@@ -203,7 +203,7 @@ TRANSLATION = RowKind(
     compared_text=lambda row: f"{row['source']} {row['target']}",
     row_input=task_rows.translation_input,
     prompt_text=lambda row: str(row["source"]),
-    answer="target",
+    answer=lambda row: str(row["target"]),
     guessed=3,
 )
 SUMMARY = RowKind(
@@ -218,7 +218,7 @@ SUMMARY = RowKind(
     compared_text=lambda row: f"{row['document']} {row['summary']}",
     row_input=lambda row: RowInput(row["document"], str, lambda: plain_form(row["summary"])),
     prompt_text=lambda row: str(row["document"]),
-    answer="summary",
+    answer=lambda row: str(row["summary"]),
 )
 MESSAGES = RowKind(
     name="messages",
@@ -234,6 +234,7 @@ MESSAGES = RowKind(
     compared_text=conversation_texts.compared_conversation,
     row_input=conversation_texts.conversation_input,
     prompt_text=conversation_texts.conversation_prompt,
+    answer=lambda row: str(row["messages"][-1]["content"]),
     without_answer=conversation_texts.without_last_answer,
     questions=conversation_texts.conversation_questions,
     guessed=5,
@@ -273,7 +274,7 @@ PAIRS = RowKind(
     compared_text=lambda row: f"{row['prompt']} {row['completion']}",
     row_input=chat_rows.text_input,
     prompt_text=lambda row: str(row["prompt"]),
-    answer="completion",
+    answer=lambda row: str(row["completion"]),
 )
 RETRIEVAL = RowKind(
     name="retrieval",

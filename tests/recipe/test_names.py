@@ -139,7 +139,7 @@ def test_row_formats_and_columns_match_the_reader():
 
 
 SHARED_FILES_THAT_KNOW_A_TASK = {
-    "cli/proposal.py": "column, import: the recipe for queries, passages and numbers as labels",
+    "cli/proposal.py": "import, literal: the recipe for queries, passages and numbers as labels",
     "data/file_survey.py": "import: which task reads a file that several can read",
     "deploy/gguf_readers.py": "column: classes that GGUF has",
     "deploy/parity_reference.py": "column: how much of a recording a model hears",
@@ -151,7 +151,6 @@ SHARED_FILES_THAT_KNOW_A_TASK = {
     "launch/recipe_check.py": "import, section: labels that differ from the recipe's",
     "mining.py": "column, import, literal, section: queries and passages, of which negatives are mined",
     "recipe/extras.py": "literal: an extra is called `speech`",
-    "recipe/first_recipe.py": "column, literal: models and lengths by kind",
     "recipe/schema.py": "literal, section: keys of a section without effect on a kind of model or of rows",
     "serve/task_endpoints.py": "column: requests of endpoints",
 }
