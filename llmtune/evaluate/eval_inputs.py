@@ -130,7 +130,7 @@ def make_inputs(
             grown = choice_trees([questions[i] for i in saying], choices, task, processor, recipe)
             trees = {i: tree for i, tree in zip(saying, grown, strict=True) if tree is not None}
         notes[CHOICE_METRIC + ".choices"] = describe_choices(choices, references, saying, trees)
-    turn_questions = {i: [turn.question for turn in turns[i]] or [questions[i]] for i in answered} if generates else {}
+    inputs = {i: [turn.question for turn in turns[i]] or [questions[i]] for i in answered} if generates else {}
     return EvalInputs(
         reader=reader,
         rows=tuple(numbers),
@@ -140,10 +140,8 @@ def make_inputs(
         questions=tuple(questions),
         targets=tuple(task.reference(row) for _, row in held_out),
         answered=tuple(answered),
-        generation_prompts={
-            i: [task.prompt(row, processor, recipe) for row in before] for i, before in turn_questions.items()
-        },
-        turns={i: turns[i] for i in turn_questions if turns[i]},
+        generation_prompts={i: [task.prompt(row, processor, recipe) for row in before] for i, before in inputs.items()},
+        turns={i: turns[i] for i in inputs if turns[i]},
         choices=choices,
         trees=trees,
         metrics=metrics,

@@ -281,8 +281,8 @@ def measure_one(
     if values:
         before = [others[i] for i in values] if values.keys() <= others.keys() else None
         corpus = Corpus(inputs.corpus, answers.corpus) if answers.corpus is not None else None
-        prediction = EvalPrediction([*values.values()], [inputs.targets[i] for i in values], before, corpus)
-        measured = context.task.compute_metric(metric, prediction, context.recipe)
+        output = EvalPrediction([*values.values()], [inputs.targets[i] for i in values], before, corpus)
+        measured = context.task.compute_metric(metric, output, context.recipe)
         if measured is not None:
             rows = tuple(values)
             return replace(measured, at=tuple(rows[i] for i in measured.at) if measured.at else rows)

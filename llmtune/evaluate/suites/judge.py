@@ -160,9 +160,7 @@ class JudgeSuite(EvalSuite[None]):
         )
         scores |= {name: halve(one) for name, one in changes.items()}
         return replace(
-            study,
-            verdict=describe_win_rate(scores["win_rate"], labelled, scores["inconsistent"]),
-            intervals=scores,
+            study, verdict=describe_win_rate(scores["win_rate"], labelled, scores["inconsistent"]), intervals=scores
         )
 
     def test_pairs(self) -> list[AnswerPair]:
