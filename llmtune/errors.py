@@ -110,9 +110,9 @@ class LlmtuneError(Exception):
     @classmethod
     def collect(cls, problems: Iterable[Problem]) -> None:
         """Raise one error with all `problems`; do nothing without problems."""
-        found = tuple(problems)
-        if found:
-            raise cls(*found)
+        problems = tuple(problems)
+        if problems:
+            raise cls(*problems)
 
 
 class RecipeError(LlmtuneError):
@@ -171,9 +171,9 @@ class Stopped(LlmtuneError):
         self.exit_code = 128 + signal_number  # shell convention
 
 
-def nearest(word: str, known: Sequence[str]) -> str:
-    """Return ` Did you mean 'x'?` for the known word closest to `word`, or an empty string."""
-    spelled = {name.casefold(): name for name in reversed(known)}
+def nearest(word: str, names: Sequence[str]) -> str:
+    """Return ` Did you mean 'x'?` for the name closest to `word`, or an empty string."""
+    spelled = {name.casefold(): name for name in reversed(names)}
     close = get_close_matches(word.casefold(), spelled, n=1, cutoff=0.6)
     return f" Did you mean '{spelled[close[0]]}'?" if close else ""
 
@@ -185,7 +185,7 @@ def first_line(error: BaseException) -> str:
 
 def visible(text: str) -> str:
     """Escape terminal control characters in a text, such as escape codes."""
-    return STEERING.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+    return STEERING.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 def system_errno(error: BaseException) -> int | None:

@@ -70,7 +70,7 @@ class Pairs:
     origins: list[str]
     """[Q] where each query's first row is from."""
     passages: list[str]
-    own: list[list[int]]
+    right: list[list[int]]
     """[Q] right passages."""
     wrong: list[list[int]]
     """[Q] passages that the rows name as irrelevant."""
@@ -139,12 +139,12 @@ def mine_rows(rows: Rows, recipe: Recipe, model_ref: ModelRef, device: str, fold
             bar = progress.add_task("mine: read the passages", total=len(texts))
             vectors_PD = embed_unit([(False, text) for text in texts], loaded, lambda done: progress.advance(bar, done))
         for split, pairs in searched.items():
-            about = f"mine: {len(pairs.queries):,} queries, {len(pairs.passages):,} passages ({split})"
-            console.print(about, highlight=False)
+            message = f"mine: {len(pairs.queries):,} queries, {len(pairs.passages):,} passages ({split})"
+            console.print(message, highlight=False)
             queries_QD = embed_unit([(True, query) for query in pairs.queries], loaded)
-            found = mine(queries_QD, vectors_PD[[place[text] for text in pairs.passages]], pairs, section)
-            mined[split] = pairs, found
-            negatives = [[pairs.passages[i] for i in nearest] for nearest in found.negatives]
+            result = mine(queries_QD, vectors_PD[[place[text] for text in pairs.passages]], pairs, section)
+            mined[split] = pairs, result
+            negatives = [[pairs.passages[i] for i in nearest] for nearest in result.negatives]
             by_query = dict(zip(map(text_key, pairs.queries), negatives, strict=True))
             write_split(rows, split, folder, by_query, digest)
     files = {split: folder / path.name for split, path in rows.files.items()}
@@ -156,25 +156,25 @@ def mine_rows(rows: Rows, recipe: Recipe, model_ref: ModelRef, device: str, fold
 
 def mining_facts(mined: Mapping[str, tuple[Pairs, Mined]], section: NegativesSection) -> Json:
     """Return how much was searched and found over all splits, and the nearest skipped passage of a training query."""
-    counts = [len(nearest) for _, found in mined.values() for nearest in found.negatives]
-    pairs, found = mined["train"]
+    counts = [len(nearest) for _, result in mined.values() for nearest in result.negatives]
+    pairs, result = mined["train"]
     facts: Json = {
         "searched": {split: len(pairs.passages) for split, (pairs, _) in mined.items()},
         "queries": len(counts),
         "negatives": sum(counts),
-        "skipped": sum(found.skipped for _, found in mined.values()),
+        "skipped": sum(result.skipped for _, result in mined.values()),
         "short": sum(one < section.mine for one in counts),
         "without": counts.count(0),
         "example": None,
     }
-    if found.nearest is not None:
-        query, passage, own, score, own_score = found.nearest
+    if result.nearest is not None:
+        query, passage, right, score, right_score = result.nearest
         facts["example"] = {
             "query": pairs.queries[query],
-            "passage": pairs.passages[own],
+            "passage": pairs.passages[right],
             "negative": pairs.passages[passage],
             "origin": pairs.origins[query],
-            "passage_score": own_score,
+            "passage_score": right_score,
             "negative_score": score,
         }
     return facts
@@ -220,9 +220,9 @@ def embedder(recipe: Recipe, base: ModelRef, console: Console, offline: bool) ->
 def mining_inputs(rows: Rows, recipe: Recipe, model_ref: ModelRef) -> str:
     """Hash everything that mined negatives depend on; `recipe` and `model_ref` are those of `embedder`."""
     sections = (recipe.data.negatives, recipe.embed, recipe.model, recipe.adapter)
-    about = [recipe.data.max_length, *(one and one.model_dump(mode="json") for one in sections)]
+    settings = [recipe.data.max_length, *(one and one.model_dump(mode="json") for one in sections)]
     versions = package_versions(("torch", "transformers"))
-    return hash_value([__version__, versions, rows.content_hash, rows.corpus_hash, model_ref.content_hash, about])
+    return hash_value([__version__, versions, rows.content_hash, rows.corpus_hash, model_ref.content_hash, settings])
 
 
 @contextmanager
@@ -263,16 +263,16 @@ def collect_pairs(rows: Rows, split: str, corpus: Sequence[str]) -> Pairs:
             passages.setdefault(key, text)
     place = {key: i for i, key in enumerate(passages)}
     queries = [query for query in firsts if right[query] and (split == "train" or not wrong[query])]
-    own, others = ([[place[key] for key in kind[query]] for query in queries] for kind in (right, wrong))
+    right_places, wrong_places = ([[place[key] for key in kind[query]] for query in queries] for kind in (right, wrong))
     itself = [place.get(query) for query in queries]
     first = [firsts[query] for query in queries]
     origins = [origin for _, origin in first]
-    return Pairs([text for text, _ in first], origins, [*passages.values()], own, others, itself)
+    return Pairs([text for text, _ in first], origins, [*passages.values()], right_places, wrong_places, itself)
 
 
 def mine(queries_QD: torch.Tensor, passages_PD: torch.Tensor, pairs: Pairs, section: NegativesSection) -> Mined:
     """Return each query's nearest passages that score at most `below` x the lowest of its right passages."""
-    most = max(map(len, pairs.own), default=0)
+    most = max(map(len, pairs.right), default=0)
     limit = min(section.mine * WIDER + 2 * most, len(passages_PD))
     negatives, skipped, nearest = list[list[int]](), 0, None
     step = max(1, SCORES // max(1, len(passages_PD)))
@@ -281,16 +281,18 @@ def mine(queries_QD: torch.Tensor, passages_PD: torch.Tensor, pairs: Pairs, sect
         best_QK, place_QK = scores_QP.topk(limit, dim=1)
         for scores_P, best_K, place_K in zip(scores_QP, best_QK, place_QK, strict=True):
             at = len(negatives)
-            own = pairs.own[at]
-            lowest = min((float(scores_P[place]), place) for place in own)
+            right_places = pairs.right[at]
+            lowest = min((float(scores_P[place]), place) for place in right_places)
             highest = float(lower(torch.tensor(lowest[0]), section.below))
-            known = {*own, *pairs.wrong[at], pairs.itself[at]}
-            found = [pair for pair in zip(best_K.tolist(), place_K.tolist(), strict=True) if pair[1] not in known]
-            near = [pair for pair in found if pair[0] > highest]
+            judged_places = {*right_places, *pairs.wrong[at], pairs.itself[at]}
+            candidates = [
+                pair for pair in zip(best_K.tolist(), place_K.tolist(), strict=True) if pair[1] not in judged_places
+            ]
+            near = [pair for pair in candidates if pair[0] > highest]
             skipped += len(near)
             if near and (nearest is None or near[0][0] - lowest[0] > nearest[3] - nearest[4]):
                 nearest = (at, near[0][1], lowest[1], near[0][0], lowest[0])
-            negatives.append([place for _, place in found[len(near) :][: section.mine]])
+            negatives.append([place for _, place in candidates[len(near) :][: section.mine]])
     return Mined(negatives, skipped, nearest)
 
 
@@ -330,15 +332,15 @@ def survey_negatives(rows: Rows, recipe: Recipe, model_ref: ModelRef, device: st
     Also measures how the vectors of passages are spread. `recipe` is that of `embedder`.
     """
     picked = [*cut_evenly(rows.counts["train"], SURVEYED)]
-    found = read_rows(rows, "train", picked)
-    firsts = [row["passages"][0] for row in found]
-    given = [(i, text) for i, row in enumerate(found) for text in row["negatives"]]
+    sample = read_rows(rows, "train", picked)
+    firsts = [row["passages"][0] for row in sample]
+    given = [(i, text) for i, row in enumerate(sample) for text in row["negatives"]]
     right: defaultdict[str, set[str]] = defaultdict(set)
-    keys, passages = ([text_key(text) for text in texts] for texts in ([row["query"] for row in found], firsts))
-    for key, row in zip(keys, found, strict=True):
+    keys, passages = ([text_key(text) for text in texts] for texts in ([row["query"] for row in sample], firsts))
+    for key, row in zip(keys, sample, strict=True):
         right[key] |= {key, *map(text_key, row["passages"])}
     with open_embedder(recipe, model_ref, device, console) as loaded:
-        queries_RD = embed_unit([(True, row["query"]) for row in found], loaded)
+        queries_RD = embed_unit([(True, row["query"]) for row in sample], loaded)
         passages_RD = embed_unit([(False, text) for text in firsts], loaded)
         given_GD = embed_unit([(False, text) for _, text in given], loaded) if given else None
     scores_RR = queries_RD @ passages_RD.T
@@ -346,7 +348,7 @@ def survey_negatives(rows: Rows, recipe: Recipe, model_ref: ModelRef, device: st
     other_RR = torch.tensor([[passage not in right[key] for passage in passages] for key in keys])
     kinds = {"other rows’ passages": count_near(scores_RR, own_R[:, None], other_RR)}
     gaps_RR = (scores_RR - own_R[:, None]).masked_fill(~other_RR, -torch.inf)
-    query, place = divmod(int(gaps_RR.argmax()), len(found))
+    query, place = divmod(int(gaps_RR.argmax()), len(sample))
     nearest, negative = float(gaps_RR[query, place]), firsts[place]
     if given_GD is not None:
         row_G = torch.tensor([i for i, _ in given])
@@ -358,10 +360,10 @@ def survey_negatives(rows: Rows, recipe: Recipe, model_ref: ModelRef, device: st
             query, negative, nearest = *given[best], float(scores_G[best] - own_G[best])
     near_RR = other_RR & (scores_RR >= lower(own_R)[:, None])
     share_R = near_RR.sum(1) / other_RR.sum(1).clamp_min(1)
-    own = float(own_R[query])
+    right_score = float(own_R[query])
     cosine, rank = measure_vectors(passages_RD.double().numpy())
     return {
-        "rows": len(found),
+        "rows": len(sample),
         "below": NEAR,
         "kinds": kinds,
         "queries": float((1 - (1 - share_R.double()) ** (recipe.train.batch_size - 1)).sum()),
@@ -369,14 +371,14 @@ def survey_negatives(rows: Rows, recipe: Recipe, model_ref: ModelRef, device: st
         "random_cosine": cosine,
         "effective_rank": rank,
         "example": {
-            "query": found[query]["query"],
+            "query": sample[query]["query"],
             "passage": firsts[query],
             "negative": negative,
-            "passage_score": own,
-            "negative_score": own + nearest,
+            "passage_score": right_score,
+            "negative_score": right_score + nearest,
             "origin": next(islice(iterate_texts(rows, "train"), picked[query], None))[0],
         }
-        if nearest >= float(lower(own_R[query])) - own
+        if nearest >= float(lower(own_R[query])) - right_score
         else None,
     }
 
@@ -386,7 +388,7 @@ def lower(scores: torch.Tensor, below: float = NEAR) -> torch.Tensor:
     return scores - scores.abs() * (1 - below)
 
 
-def count_near(scores: torch.Tensor, own: torch.Tensor, counted: torch.Tensor) -> dict[str, int]:
+def count_near(scores: torch.Tensor, right_scores: torch.Tensor, counted: torch.Tensor) -> dict[str, int]:
     """Count the pairs that score like the query's own passage or higher."""
-    near, nearer = counted & (scores >= lower(own)), counted & (scores > own)
+    near, nearer = counted & (scores >= lower(right_scores)), counted & (scores > right_scores)
     return {"pairs": int(counted.sum()), "near": int(near.sum()), "nearer": int(nearer.sum())}

@@ -152,8 +152,8 @@ def compare_with_original(
     trained = next(name for name in ("adapter", "weights") if name in folder.manifest["steps"]["train"]["outputs"])
     settings = differing_settings(folder, lock, now)
     files = list(compare_trained(folder, now, lock, trained))
-    losses = [judge_numbers(found, tolerances.loss) for found in compare_losses(was, now)]
-    scores = [judge_numbers(found, tolerances.score) for found in compare_scores(was, now)]
+    losses = [judge_numbers(*numbers, tolerances.loss) for numbers in compare_losses(was, now)]
+    scores = [judge_numbers(*numbers, tolerances.score) for numbers in compare_scores(was, now)]
     if folder.is_done("evaluate") and not scores:
         scores = [{"name": "evaluation", "was": None, "now": None, "equal": False, "within": False}]
     by_bytes = not settings and device_of(folder, lock) == "cpu"
@@ -173,29 +173,30 @@ def compare_with_original(
         "losses": losses,
         "scores": scores,
         "first_difference": vars(differences[0]) | {"told": str(differences[0])} if differences else None,
-        "differences": [vars(found) for found in differences],
+        "differences": [vars(difference) for difference in differences],
         "altered_since": altered,
     }
 
 
-def judge_numbers(found: tuple[str, Any, Any], tolerance: float) -> Json:
+def judge_numbers(name: str, was: Any, now: Any, tolerance: float) -> Json:
     """Return whether two numbers are equal, and whether they are within the tolerance."""
-    name, was, now = found
     return {"name": name, "was": was, "now": now, "equal": was == now, "within": not far_apart(was, now, tolerance)}
 
 
 def compare_trained(folder: RunFolder, now: Path, lock: Lock, trained: str) -> list[Json]:
     """Compare each trained file with its original hash; the path of the base model does not count."""
-    known = lock.get("trained", {}).get(trained) or list_folder(folder.path / trained)
-    found = list_folder(now / trained)
+    original_hashes = lock.get("trained", {}).get(trained) or list_folder(folder.path / trained)
+    new_hashes = list_folder(now / trained)
     files = []
-    for name in sorted(known.keys() | found.keys()):
+    for name in sorted(original_hashes.keys() | new_hashes.keys()):
         before, after = folder.path / trained / name, now / trained / name
-        equal = known.get(name) == found.get(name)
-        intact = before.is_file() and hash_file(before) == known.get(name)
+        equal = original_hashes.get(name) == new_hashes.get(name)
+        intact = before.is_file() and hash_file(before) == original_hashes.get(name)
         if not equal and intact and after.is_file():
             equal = name.endswith(".json") and same_but_paths(before, after)
-        files.append({"name": f"{trained}/{name}", "was": known.get(name), "now": found.get(name), "equal": equal})
+        files.append(
+            {"name": f"{trained}/{name}", "was": original_hashes.get(name), "now": new_hashes.get(name), "equal": equal}
+        )
     return files
 
 
@@ -226,9 +227,9 @@ def explain_difference(result: Json) -> Problem:
     """Describe the first difference and its likely cause."""
     settings = [f"{setting['name']} was {setting['was']}, is {setting['now']}" for setting in result["settings"]]
     first = result["first_difference"]
-    told = first["told"] if first else "the hashes of the trained files: the run's own files were changed since"
+    place = first["told"] if first else "the hashes of the trained files: the run's own files were changed since"
     if result["judged_by"] == "bytes":
         why = "Versions, processor and threads match the lock, so something outside the lock differs."
     else:
         why = f"Differs from the lock: {'; '.join(settings)}." if settings else "A GPU does not sum in a fixed order."
-    return Problem(f"not the same; the first difference is in {told}", result["reproduction"], why)
+    return Problem(f"not the same; the first difference is in {place}", result["reproduction"], why)

@@ -172,9 +172,9 @@ def doctor(
 
     from llmtune.cli.doctor import examine
 
-    found = examine(Console(quiet=as_json), switched_off, imports=imports)
+    report = examine(Console(quiet=as_json), switched_off, imports=imports)
     if as_json:
-        print_json(found)
+        print_json(report)
 
 
 @handled

@@ -101,8 +101,8 @@ def _check_library(name: str, imports: bool) -> Check:
         culprit = getattr(error, "name", None)
         if culprit in PACKAGES and culprit != name:
             return Check(name, "note", f"{version}, waits for {culprit}")
-        found = f"{version}, but it cannot be imported: {first_line(error)}"
-        return Check(name, "missing", found, f"pip install --force-reinstall {name}")
+        finding = f"{version}, but it cannot be imported: {first_line(error)}"
+        return Check(name, "missing", finding, f"pip install --force-reinstall {name}")
     return Check(name, "good", version)
 
 
@@ -126,9 +126,9 @@ def _check_device() -> Check:
     if cards and torch_cuda():
         return Check("device", "good", "; ".join(f"{card.name}, {_size(card.memory_bytes)}" for card in cards))
     if cards:
-        found = f"CPU; there is {cards[0].name}, but torch is built without CUDA"
+        finding = f"CPU; there is {cards[0].name}, but torch is built without CUDA"
         fix = "pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/cu128"
-        return Check("device", "note", found, fix)
+        return Check("device", "note", finding, fix)
     if shutil.which("nvidia-smi"):
         return Check("device", "note", "CPU; an NVIDIA driver is installed but lists no card", "nvidia-smi")
     if likely_device() == "mps":
@@ -144,29 +144,29 @@ def _check_number_formats() -> Check:
 
 def check_threads(threads: int, cores: int) -> Check:
     """Compare torch's threads with the cores that this process may use."""
-    found = f"{threads} threads on {cores} cores"
+    finding = f"{threads} threads on {cores} cores"
     if threads > cores:
         fix = f"llmtune run RECIPE --threads {cores}"
-        return Check("threads", "note", f"{found}: they would wait for each other", fix)
-    return Check("threads", "good", found)
+        return Check("threads", "note", f"{finding}: they would wait for each other", fix)
+    return Check("threads", "good", finding)
 
 
 def _check_memory() -> Check:
     memory, limit = psutil.virtual_memory(), process_memory_limit()
-    found = f"{_size(memory.available)} free of {_size(memory.total)}"
+    finding = f"{_size(memory.available)} free of {_size(memory.total)}"
     if limit < memory.total:
-        found += f"; this process may use {_size(limit)}"
+        finding += f"; this process may use {_size(limit)}"
     if min(limit, memory.available) < SCARCE_MEMORY_BYTES:
-        return Check("memory", "note", found, "llmtune run RECIPE --dry-run   (prints the recipe's memory plan)")
-    return Check("memory", "good", found)
+        return Check("memory", "note", finding, "llmtune run RECIPE --dry-run   (prints the recipe's memory plan)")
+    return Check("memory", "good", finding)
 
 
 def _check_disk() -> Check:
     free = shutil.disk_usage(Path.cwd()).free
-    found = f"{_size(free)} free in {Path.cwd()}"
+    finding = f"{_size(free)} free in {Path.cwd()}"
     if free < SCARCE_DISK_BYTES:
-        return Check("disk", "note", found, "llmtune run RECIPE --out FOLDER   (on a larger disk)")
-    return Check("disk", "good", found)
+        return Check("disk", "note", finding, "llmtune run RECIPE --out FOLDER   (on a larger disk)")
+    return Check("disk", "good", finding)
 
 
 def _check_cache() -> list[Check]:
@@ -178,9 +178,9 @@ def _check_cache() -> list[Check]:
         checks = [Check("cache", "missing", f"{folder} cannot be written", "export LLMTUNE_CACHE=FOLDER")]
     for name, entry in PACKAGED.items():
         version = package_versions([entry.distribution])[entry.distribution]
-        found = f"{entry.distribution} {version}" if version else "not installed; recipes that name it need it"
+        finding = f"{entry.distribution} {version}" if version else "not installed; recipes that name it need it"
         checks.append(
-            Check(f"builtin:{name}", "good" if version else "note", found, None if version else entry.install)
+            Check(f"builtin:{name}", "good" if version else "note", finding, None if version else entry.install)
         )
     return checks
 
@@ -189,12 +189,12 @@ def _check_models() -> list[Check]:
     """List the models that need no download, and those whose download was interrupted."""
     checks = []
     for one in list_cached_models():
-        found = f"{size(one.bytes)} in {one.folder}"
+        finding = f"{size(one.bytes)} in {one.folder}"
         if one.missing is None:
-            checks.append(Check(f"cached {one.name}", "good", found))
+            checks.append(Check(f"cached {one.name}", "good", finding))
         else:
             fix = f"hf download {one.name}"
-            checks.append(Check(f"cached {one.name}", "note", f"incomplete, {one.missing} missing; {found}", fix))
+            checks.append(Check(f"cached {one.name}", "note", f"incomplete, {one.missing} missing; {finding}", fix))
     return checks or [Check("cached models", "good", "none; a model of the hub is downloaded at its first use")]
 
 
@@ -205,8 +205,8 @@ def _check_network(offline: Sequence[str]) -> Check:
             "network", "good", f"disabled by {offline[0]}; otherwise only for files that a recipe names on a hub"
         )
     proxy = next((name for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY") if os.environ.get(name)), None)
-    found = "used only for files that a recipe names on a hub; --offline forbids it"
-    return Check("network", "good", f"{found}; proxy from {proxy}" if proxy else found)
+    finding = "used only for files that a recipe names on a hub; --offline forbids it"
+    return Check("network", "good", f"{finding}; proxy from {proxy}" if proxy else finding)
 
 
 def _machine_numbers() -> Json:

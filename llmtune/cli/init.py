@@ -132,8 +132,8 @@ def _target(path: str, out: Path | None) -> Path:
     if rows.exists() and not (rows.is_file() or rows.is_dir()):
         raise RecipeError.of("not a regular file", path, "Copy its rows into a file, and name that file.")
     if not (rows.exists() or glob.has_magic(path)):
-        known = [entry.name for entry in rows.parent.iterdir()] if rows.parent.is_dir() else []
-        raise RecipeError.of("file not found", path, f"Name a file with rows.{nearest(rows.name, known)}")
+        siblings = [entry.name for entry in rows.parent.iterdir()] if rows.parent.is_dir() else []
+        raise RecipeError.of("file not found", path, f"Name a file with rows.{nearest(rows.name, siblings)}")
     named = rows if rows.exists() else Path(os.path.dirname(re.split(r"[*?[]", path)[0]))  # for a glob, its folder
     stem = re.sub(r"[^A-Za-z0-9._-]+", "-", (named.name or named.resolve().name).split(".")[0]).strip(".-_")
     target = out or Path(f"{stem or 'recipe'}.yaml")
@@ -164,11 +164,11 @@ def _unread(survey: Survey, task: str | None, columns: Mapping[str, str]) -> Llm
         what = f"task: {task} needs queries, and these rows have only texts"
         fix = "Give rows with query and passage: what users type, and its answer. These texts may be data.corpus."
         return DataError.of(what, survey.path, fix)
-    known = "\n    ".join(refusals(survey, task, columns))
+    reasons = "\n    ".join(refusals(survey, task, columns))
     if survey.bad.get(CELLS):
         fix = HEADER
-    elif known:
-        fix = f"The first row is bad:\n    {known}"
+    elif reasons:
+        fix = f"The first row is bad:\n    {reasons}"
     elif task is None:
         fix = f"Name a task with --task ({', '.join(TASK_FACTS)}), or --columns OURS=THEIRS, such as prompt=Question."
     else:
@@ -195,11 +195,11 @@ def _only_file() -> str:
     from llmtune.recipe.data_section import DATA_ENDINGS, data_ending
 
     names = sorted(entry.name for entry in Path.cwd().iterdir() if data_ending(entry) in {*DATA_ENDINGS} - {".md"})
-    found = [name for name in names if name != SCHEMA]
-    if len(found) != 1:
-        listing = f"; here are {', '.join(found)}" if found else ""
+    files = [name for name in names if name != SCHEMA]
+    if len(files) != 1:
+        listing = f"; here are {', '.join(files)}" if files else ""
         raise RecipeError.of(f"no file given{listing}", "llmtune init", "Write: llmtune init FILE")
-    return found[0]
+    return files[0]
 
 
 def _choose(readings: list[Reading], asks: bool, console: Console) -> Reading:

@@ -50,19 +50,19 @@ def list_catalogue(
     from llmtune.recipe.task_facts import DEFAULT_TASK
 
     task = task or DEFAULT_TASK
-    found, left_out = select_models(ModelQuery(task, licence or (), language, family or (), max_parameters))
+    models, left_out = select_models(ModelQuery(task, licence or (), language, family or (), max_parameters))
     if as_json:
-        print_json({"models": [asdict(one) for one in found], "left_out": left_out})
+        print_json({"models": [asdict(one) for one in models], "left_out": left_out})
         return
     rows = [
         [one.name, f"{one.parameters / 1e9:.2f} G", f"{one.context:,}", one.licence, one.kind, " ".join(one.languages)]
-        for one in found
+        for one in models
     ]
     columns = ("model", "size", "context", "licence", "kind", "languages")
     omitted = print_columns(columns, rows, _out(), numbers=("size", "context"))
     also = f"; a wider terminal also shows {' and '.join(omitted)}" if omitted else ""
     stderr_console().print(
-        f"{len(found)} models, {len(left_out)} filtered out; --json has the reasons{also}", highlight=False
+        f"{len(models)} models, {len(left_out)} filtered out; --json has the reasons{also}", highlight=False
     )
 
 
@@ -74,11 +74,11 @@ def show_model(
     """Show the catalogue's entry for one model."""
     from llmtune.model.catalogue import find_catalogue_model
 
-    found = find_catalogue_model(model)
+    entry = find_catalogue_model(model)
     if as_json:
-        print_json({**asdict(found), "tasks": found.tasks})
+        print_json({**asdict(entry), "tasks": entry.tasks})
         return
-    for name, value in {**asdict(found), "tasks": found.tasks}.items():
+    for name, value in {**asdict(entry), "tasks": entry.tasks}.items():
         words = ", ".join(map(str, value)) if isinstance(value, tuple) else value
         typer.echo(f"{name}: {words}")
 
@@ -111,7 +111,7 @@ def fits(
     from llmtune.recipe.task_facts import DEFAULT_TASK
 
     task = task or DEFAULT_TASK
-    found, left_out = select_models(ModelQuery(task, licence or (), language, family or (), max_parameters))
+    models, left_out = select_models(ModelQuery(task, licence or (), language, family or (), max_parameters))
     if sum(one is not None for one in (memory, device, devices, recipe)) != 1:
         fix = "Write: --memory 24GB"
         raise RecipeError.of("one of --memory, --device, --devices and --recipe is needed", "llmtune models fits", fix)
@@ -125,7 +125,7 @@ def fits(
         _fit_recipe(recipe, sets or (), price or (), as_json)
         return
     console = stderr_console()
-    console.print(f"Planning {len(found)} models.")
+    console.print(f"Planning {len(models)} models.")
     from llmtune.compare.model_fits import DeviceMemory, list_fits
     from llmtune.display.console import track_items
     from llmtune.display.number_format import size as format_bytes
@@ -133,10 +133,10 @@ def fits(
 
     usable = device_memory(device) or 0 if device is not None else (size or 0) - DRIVER_BYTES
     place = DeviceMemory(usable, "cpu" if device == "cpu" else "cuda", device)
-    planned = list(list_fits(track_items(console, found, "planning"), task, place, length, count))
+    planned = list(list_fits(track_items(console, models, "planning"), task, place, length, count))
     if as_json:
-        about = {"memory_bytes": usable, "devices": count, "length": length, "left_out": left_out}
-        print_json(about | {"fits": [asdict(one) for one in planned]})
+        conditions = {"memory_bytes": usable, "devices": count, "length": length, "left_out": left_out}
+        print_json(conditions | {"fits": [asdict(one) for one in planned]})
         return
     where = f"on {device}" if device else f"in {format_bytes(size)}"
     where = f"on each of {count} cards ({device or format_bytes(size)}, fsdp)" if count > 1 else where
@@ -156,24 +156,25 @@ def _fit_recipe(recipe: str, sets: Sequence[str], price: Sequence[str], as_json:
 
     prices = _read_prices(price)
     with spinner(console, "planning"):
-        planned, about = list_recipe_fits(recipe, sets, prices, console)
+        planned, assumptions = list_recipe_fits(recipe, sets, prices, console)
     best = cheapest(planned)
     if as_json:
-        print_json({**about, "cheapest": best and asdict(best), "fits": [asdict(one) for one in planned]})
+        print_json({**assumptions, "cheapest": best and asdict(best), "fits": [asdict(one) for one in planned]})
         return
     from llmtune.display.blocks import Column, Table
     from llmtune.display.console import print_blocks
 
-    title = f"{about['model']}, rows of at most {about['length']:,} tokens: memory, time{', cost' if prices else ''}"
+    model, length = assumptions["model"], assumptions["length"]
+    title = f"{model}, rows of at most {length:,} tokens: memory, time{', cost' if prices else ''}"
     methods = [name for name in METHODS if any(one.method == name for one in planned)]
     cards = dict.fromkeys(one.card for one in planned)
     rows = [[card or "", *(_recipe_cell(one) for one in planned if one.card == card)] for card in cards]
     print_blocks([Table([Column("card"), *(Column(name, "number") for name in methods)], rows, title)], _out())
-    unit = "the training" if about["trained_tokens"] else "a million tokens (rows are not prepared yet)"
+    unit = "the training" if assumptions["trained_tokens"] else "a million tokens (rows are not prepared yet)"
     notes = [
         f"* with train.gradient_checkpointing. Memory is for one row at a time. "
         f"Time{' and cost are' if prices else ' is'} of {unit}, an estimate: "
-        f"the maker's 16-bit operations at {about['efficiency']:.0%}, without loading and evaluation.",
+        f"the maker's 16-bit operations at {assumptions['efficiency']:.0%}, without loading and evaluation.",
         f"Cheapest by {'memory' if best.cost is None else 'these prices'}: {best.card} with {best.method}, "
         f"{size(best.needed)}."
         if best
@@ -252,11 +253,11 @@ def _read_devices(memory: str | None, device: str | None, devices: str | None) -
         check_card(device)
     if devices is None:
         return 1, device, None if memory is None else _read_size(memory, "--memory")
-    found = re.fullmatch(r"(?:([0-9]{1,5})\s*[x×]\s*)?(.+)", devices.strip().lower())
-    if not found or not int(found[1] or 1) or found[2] == "cpu":
+    match = re.fullmatch(r"(?:([0-9]{1,5})\s*[x×]\s*)?(.+)", devices.strip().lower())
+    if not match or not int(match[1] or 1) or match[2] == "cpu":
         fix = "Write a number of cards and the memory or name of each: --devices 2x24GB, 8xh100."
         raise RecipeError.of(f"{devices!r} names no cards", "--devices", fix)
-    count, each = int(found[1] or 1), found[2]
+    count, each = int(match[1] or 1), match[2]
     if each in CARDS or not each[0].isdecimal():
         check_card(each, "--devices", [*CARDS])
         return count, each, None
@@ -265,8 +266,8 @@ def _read_devices(memory: str | None, device: str | None, devices: str | None) -
 
 def _read_size(text: str, option: str) -> float:
     """Read bytes such as 24GB or 80GiB. Raises RecipeError."""
-    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([kmgt]?i?)b?", text.strip().lower())
-    if not found or found[2] not in UNITS or not 1e8 <= float(found[1]) * UNITS[found[2]] <= 1e18:
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([kmgt]?i?)b?", text.strip().lower())
+    if not match or match[2] not in UNITS or not 1e8 <= float(match[1]) * UNITS[match[2]] <= 1e18:
         example = "24GB" if option == "--memory" else "2x24GB"
         raise RecipeError.of(f"{text!r} is not an amount of memory", option, f"Write e.g. {option} {example}.")
-    return float(found[1]) * UNITS[found[2]]
+    return float(match[1]) * UNITS[match[2]]

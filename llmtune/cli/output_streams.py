@@ -99,9 +99,9 @@ def _print_end(exit_code: int, kind: str = "", problems: Sequence[Problem] = ())
         print_json(_endings[-1](exit_code, error))
 
 
-def _json_escape(found: re.Match[str]) -> str:
+def _json_escape(match: re.Match[str]) -> str:
     """Escape C1 controls, direction marks and surrogates; JSON already escapes the lower control characters."""
-    return f"\\u{ord(found[0]):04x}"
+    return f"\\u{ord(match[0]):04x}"
 
 
 def print_text(text: str) -> None:

@@ -95,9 +95,9 @@ def generate_command(
         _answer_file(finished, rows, output, base=base, max_new_tokens=max_new_tokens)
     elif as_json:
         with spinner(console, "answering"):
-            said = finished.answer(given, base=base, max_new_tokens=max_new_tokens)
+            result = finished.answer(given, base=base, max_new_tokens=max_new_tokens)
         stated = {name: value for name, value in given.items() if value is not None and name != "passages"}
-        print_json({**stated, **said, "model": "base" if base else "tuned", "run": str(run)})
+        print_json({**stated, **result, "model": "base" if base else "tuned", "run": str(run)})
     else:
         _print_pieces(finished.stream(given, base=base, max_new_tokens=max_new_tokens), console)
 

@@ -32,8 +32,8 @@ def migrate_file(
     counts = Counter(one.state for one in migration.outcomes)
     if as_json:
         keys = [{"key": one.key, "state": one.state, "to": one.to, "why": one.why} for one in migration.outcomes]
-        about = {"recipe": str(target), "tool": migration.config.table.tool, "task": loaded.recipe.task}
-        print_json(redact_all(about | {"counts": dict(counts), "keys": keys}))
+        summary = {"recipe": str(target), "tool": migration.config.table.tool, "task": loaded.recipe.task}
+        print_json(redact_all(summary | {"counts": dict(counts), "keys": keys}))
         return
     console = stderr_console()
     unneeded = [redact(one.key) for one in migration.outcomes if one.state == "not needed"]
@@ -82,11 +82,11 @@ def list_shipped(as_json: AsJson = False) -> None:
     from llmtune.launch.python_api import make_console
     from llmtune.recipe.builtin import list_recipes
 
-    found = list_recipes()
+    recipes = list_recipes()
     if as_json:
-        print_json([{"name": recipe.name, "task": recipe.task, "about": recipe.about} for recipe in found])
+        print_json([{"name": recipe.name, "task": recipe.task, "about": recipe.about} for recipe in recipes])
         return
-    rows = [[recipe.name, recipe.task, recipe.about] for recipe in found]
+    rows = [[recipe.name, recipe.task, recipe.about] for recipe in recipes]
     print_columns(("recipe", "task", "about"), rows, make_console(stderr=False), wraps=True)
 
 
@@ -154,8 +154,8 @@ def check(recipe: RecipeArgument, sets: Sets = None, as_json: AsJson = False) ->
         stderr_console().print(f"note: {note}", style="yellow", markup=False)
     if as_json:
         read = [{"file": one.input.name, "format": one.row_format.name, "columns": one.columns} for one in detected]
-        about = {"file": str(loaded.file), "fingerprint": loaded.fingerprint, "problems": []}
-        print_json(about | {"data": read, "not_set": marks, "notes": notes})
+        summary = {"file": str(loaded.file), "fingerprint": loaded.fingerprint, "problems": []}
+        print_json(summary | {"data": read, "not_set": marks, "notes": notes})
         return
     for one in detected:
         columns = ", ".join(f"{ours} is {theirs!r}" for ours, theirs in one.columns.items())

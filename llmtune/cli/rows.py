@@ -44,12 +44,12 @@ def rows_command(
     plan = context.plan
     require_labels(plan.recipe)
     evaluated = EvalContext(plan.recipe, plan.task, plan.processor, None, plan.device, context.console)
-    found, unchecked = find_suspects(Models(context).tuned, evaluated, context.rows, context.examples)
-    write_suspects(found, suspects)
+    wrong_labels, unchecked = find_suspects(Models(context).tuned, evaluated, context.rows, context.examples)
+    write_suspects(wrong_labels, suspects)
     if as_json:
-        print_json({"file": str(suspects), "found": len(found), "unchecked": unchecked})
+        print_json({"file": str(suspects), "found": len(wrong_labels), "unchecked": unchecked})
     else:
-        typer.echo(f"{len(found)} labels are likely wrong; written to {suspects}")
+        typer.echo(f"{len(wrong_labels)} labels are likely wrong; written to {suspects}")
 
 
 COMMANDS: dict[str, Callable[..., None]] = {"rows": rows_command}

@@ -48,17 +48,17 @@ def verify_command(
     from llmtune.store.run_origin import mark_own
     from llmtune.store.verification import verify_run
 
-    found = verify_run(run, strict=strict)
-    if trust and not found.failed:
+    verification = verify_run(run, strict=strict)
+    if trust and not verification.failed:
         mark_own(run)
     if as_json:
-        print_json(found.to_dict() | {"problems": [vars(problem) for problem in found.problems()]})
-        if found.failed:
+        print_json(verification.to_dict() | {"problems": [vars(problem) for problem in verification.problems()]})
+        if verification.failed:
             raise typer.Exit(GateFailed.exit_code)
     else:
-        _print_findings(found.findings)
-        GateFailed.collect(found.problems())
-        unknown = sorted({finding.kind for finding in found.findings if finding.state == "unknown"})
+        _print_findings(verification.findings)
+        GateFailed.collect(verification.problems())
+        unknown = sorted({finding.kind for finding in verification.findings if finding.state == "unknown"})
         rest = f"; not found here, so not checked: {', '.join(unknown)}" if unknown else ""
         typer.echo(f"verified: nothing has changed since the run{rest}")
 

@@ -136,16 +136,17 @@ def plan_trials(recipe: str, options: MethodOptions) -> tuple[LoadedRecipe, list
 
 def choose_rate(loaded: LoadedRecipe, method: str, rates: Mapping[str, float]) -> tuple[float, str]:
     """Return a method's learning rate and its origin; the recipe's rate is meant for its own method."""
-    own, stated = loaded.recipe.adapter.method, loaded.recipe.train.learning_rate
+    recipe_method, stated = loaded.recipe.adapter.method, loaded.recipe.train.learning_rate
     if method in rates:
         return rates[method], "--learning-rate"
     if "learning_rate" not in loaded.recipe.train.model_fields_set:
         return stated, "chosen for the method"
-    factor = rate_factor(method) / rate_factor(own)
+    factor = rate_factor(method) / rate_factor(recipe_method)
     if factor == 1:
         return stated, "the recipe's"
     text = "a tenth of" if factor == 1 / TENTH else "ten times" if factor == TENTH else f"{factor:g} times"
-    return float(f"{stated * factor:.6g}"), f"{text} the recipe's" + (", which is for full" if own == "full" else "")
+    note = ", which is for full" if recipe_method == "full" else ""
+    return float(f"{stated * factor:.6g}"), f"{text} the recipe's{note}"
 
 
 def change(loaded: LoadedRecipe, method: str) -> list[str]:
@@ -153,13 +154,13 @@ def change(loaded: LoadedRecipe, method: str) -> list[str]:
 
     PEFT methods use PEFT's own defaults: of the keys shared with LoRA they take only those set by `--set`.
     """
-    known, origins = options_of(method), loaded.origins
+    option_names, origins = options_of(method), loaded.origins
     given = [*LORA_KEYS, *loaded.recipe.adapter.options]
     lora = method in ("lora", "qlora")
     idle = [
         f"adapter.{name}"
         for name in given
-        if name not in known or not (lora or name in RESOLVED_KEYS or origins.get(f"adapter.{name}") == SET)
+        if name not in option_names or not (lora or name in RESOLVED_KEYS or origins.get(f"adapter.{name}") == SET)
     ]
     idle += [f"adapter.{name}" for name in (QUANTIZATION_KEYS if method != "qlora" else ())]
     idle += [] if lora else ["train.loraplus_lr_ratio"]

@@ -132,19 +132,23 @@ def _draw_cost(
     from matplotlib.ticker import EngFormatter
 
     key, (title, unit) = cost
-    known = [run for run in runs if getattr(run, key)]
-    costs = [getattr(run, key) for run in known]
+    measured_runs = [run for run in runs if getattr(run, key)]
+    costs = [getattr(run, key) for run in measured_runs]
     level = best.tuned[metric]
     axes.axhline(level, color=ALIKE, linewidth=0.8, linestyle="--", alpha=0.5)
-    for run, x in zip(known, costs, strict=True):
+    for run, x in zip(measured_runs, costs, strict=True):
         low, high = intervals.get(run.name, (0.0, 0.0))
         colour = ALIKE if low <= 0 <= high else BEHIND
         axes.plot([x, x], [level + low, level + high], color=colour, alpha=0.35)
         axes.plot([x], [run.tuned[metric]], marker="o", markersize=5, color=colour)
         where = (x, run.tuned[metric])
         yield axes.annotate(run.name, where, (0, 0), textcoords="offset points", fontsize=7, color=colour)
-    front = find_front([(x, better_side(metric) * run.tuned[metric]) for run, x in zip(known, costs, strict=True)])
-    axes.step([costs[i] for i in front], [known[i].tuned[metric] for i in front], where="post", color=FRONT, alpha=0.6)
+    front = find_front(
+        [(x, better_side(metric) * run.tuned[metric]) for run, x in zip(measured_runs, costs, strict=True)]
+    )
+    axes.step(
+        [costs[i] for i in front], [measured_runs[i].tuned[metric] for i in front], where="post", color=FRONT, alpha=0.6
+    )
     if max(costs) > 20 * min(costs):
         axes.set_xscale("log")
         axes.xaxis.set_minor_formatter("")
@@ -160,7 +164,7 @@ def _place_names(figure: Figure, names: Sequence[Annotation]) -> None:
 
     figure.draw_without_rendering()
     axes = [cast("Axes", name.axes) for name in names]
-    points = [own.transData.transform(name.xy) for own, name in zip(axes, names, strict=True)]
+    points = [picture.transData.transform(name.xy) for picture, name in zip(axes, names, strict=True)]
     dots = [Bbox([point - 3, point + 3]) for point in points]
     taken: list[Bbox] = []
     for index, name in enumerate(names):
@@ -204,10 +208,10 @@ def shown_metrics(runs: Sequence[RunSummary]) -> list[str]:
 def draw_bars(axes: Axes, runs: Sequence[RunSummary], name: str) -> None:
     """Draw one cost as a bar per run, with its number after it."""
     title, written = COSTS[name]
-    known = [getattr(run, name) for run in runs]
-    bars = axes.barh(range(len(runs)), [value or 0 for value in known], height=0.56, color=COLOURS)
-    axes.bar_label(bars, [written(value) for value in known], padding=3, fontsize=7.5)
-    axes.set(title=title.capitalize(), xticks=[], xlim=(0, ROOM * (max(value or 0 for value in known) or 1)))
+    values = [getattr(run, name) for run in runs]
+    bars = axes.barh(range(len(runs)), [value or 0 for value in values], height=0.56, color=COLOURS)
+    axes.bar_label(bars, [written(value) for value in values], padding=3, fontsize=7.5)
+    axes.set(title=title.capitalize(), xticks=[], xlim=(0, ROOM * (max(value or 0 for value in values) or 1)))
 
 
 def draw_gains(axes: Axes, runs: Sequence[RunSummary], metric: str) -> None:

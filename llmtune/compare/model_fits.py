@@ -134,8 +134,13 @@ def list_recipe_fits(
                 cost = timed * prices[card] if timed is not None and card in prices else None
                 hours = timed if tokens else None
                 fits.append(replace(fit, model=name, card=card, hours=hours, cost=cost))
-    about = {"model": name, "length": length, "trained_tokens": tokens, "efficiency": EFFICIENCY, "prices": prices}
-    return fits, about
+    return fits, {
+        "model": name,
+        "length": length,
+        "trained_tokens": tokens,
+        "efficiency": EFFICIENCY,
+        "prices": prices,
+    }
 
 
 def _trained_tokens(loaded: LoadedRecipe) -> tuple[int | None, int]:

@@ -161,8 +161,8 @@ def summarize(run: OpenedRun) -> RunSummary:
 def find_usage(run: OpenedRun) -> tuple[int | None, float | None]:
     """Return the size and the seconds per answer of an export, or of a run by the certificate of one of its exports."""
     kind = "" if run.export else "tuned_"
-    known = [run.export] if run.export else [*run.folder.certificates().values()]
-    scored: Json = next((one["score"] for one in known if "bytes" in one.get("score", {})), {})
+    certificates = [run.export] if run.export else [*run.folder.certificates().values()]
+    scored: Json = next((one["score"] for one in certificates if "bytes" in one.get("score", {})), {})
     usage = scored.get(f"{kind}usage")
     return scored.get(f"{kind}bytes"), 1 / usage["rows_per_second"] if usage else None
 
@@ -201,12 +201,12 @@ def judge(first: OpenedRun, second: OpenedRun, difference: dict[str, Difference]
     trained, other = (run.folder.manifest["steps"]["evaluate"]["facts"].get("trained") for run in (first, second))
     if alike and trained and trained == other:
         return Verdict(INCONCLUSIVE, "Both are the same model, byte for byte.")
-    found = verdict(judged_pair(first, second, difference))
+    result = verdict(judged_pair(first, second, difference))
     alike = alike and all(key.startswith(UNTRAINED) for key in find_differing(first, second))
     if not alike or (rows := learned_rows(first)) is None or rows != learned_rows(second):
-        return found
+        return result
     reason = "These are two trainings of one recipe on the same rows, which differ in seed, row order or machine"
-    moved = "" if found.word == INCONCLUSIVE else f" Between these two: {found.reason[0].lower()}{found.reason[1:]}"
+    moved = "" if result.word == INCONCLUSIVE else f" Between these two: {result.reason[0].lower()}{result.reason[1:]}"
     return Verdict(INCONCLUSIVE, f"{reason}: the difference between them is training noise.{moved}")
 
 

@@ -100,8 +100,14 @@ def certify_run(
             scored = score_answers(context, tuned.processor, partial(_ask_test_rows, client, name, chat), folder)
     breaches = find_endpoint_breaches(measured)
     limits = {"answer_agreement": MIN_AGREEMENT, "logprob_mean_difference": MAX_LOGPROB_DIFFERENCE, "same_ids": 1.0}
-    about = {"url": url, "model": name, "limits": limits, "measured": measured, "score": scored}
-    certificate = {**tuned.certificate(breaches), **about}
+    certificate = {
+        **tuned.certificate(breaches),
+        "url": url,
+        "model": name,
+        "limits": limits,
+        "measured": measured,
+        "score": scored,
+    }
     with explained(out := run / ENDPOINT_CERTIFICATE):
         write_json(out, certificate)
     fix = f"The numbers are in {out}. Serve the run itself, its merged folder, or its template as it was saved."
@@ -117,13 +123,13 @@ def _ask_test_rows(client: openai.OpenAI, model: str, chat: bool, evaluated: Eva
     """Let an endpoint answer the test rows; losses and choices stay unknown."""
     inputs, tokens = evaluated.inputs, evaluated.recipe.generation.max_new_tokens
     assert inputs is not None
-    asked = (
+    indices = (
         [i for i in inputs.generation_prompts if _is_plain_text(inputs.questions[i])]
         if evaluated.recipe.evaluate.predicted & {*inputs.metrics}
         else []
     )
-    replies = ask_all(client, model, [inputs.questions[i] for i in asked], chat, [{}], tokens)
-    return Answers(None, {i: reply.text.strip() for i, reply in zip(asked, replies, strict=True)}, {})
+    replies = ask_all(client, model, [inputs.questions[i] for i in indices], chat, [{}], tokens)
+    return Answers(None, {i: reply.text.strip() for i, reply in zip(indices, replies, strict=True)}, {})
 
 
 def _is_plain_text(conversation: Row) -> bool:
@@ -142,21 +148,21 @@ def choose_served_model(client: openai.OpenAI, requested: str | None, run_name: 
 
     Raises RecipeError if no model or several models match.
     """
-    known: list[str] = []
+    names: list[str] = []
     with explained_errors(client):
         try:
-            known = [str(model.id) for model in client.with_options(max_retries=0).models.list().data or ()]
+            names = [str(model.id) for model in client.with_options(max_retries=0).models.list().data or ()]
         except (openai.APIStatusError, AttributeError) as error:  # some endpoints do not list their models
             if requested is None and isinstance(error, openai.AuthenticationError | openai.PermissionDeniedError):
                 raise
-    if requested is not None and known and requested not in known:
-        raise RecipeError.of(f"the endpoint has no model {requested!r}", "--model", f"It has: {', '.join(known)}.")
-    if requested is not None or run_name in known:
+    if requested is not None and names and requested not in names:
+        raise RecipeError.of(f"the endpoint has no model {requested!r}", "--model", f"It has: {', '.join(names)}.")
+    if requested is not None or run_name in names:
         return requested or run_name
-    if len(known) == 1:
-        return known[0]
-    several = f"the endpoint has several models: {', '.join(known)}"
-    what = several if known else "the endpoint lists no models"
+    if len(names) == 1:
+        return names[0]
+    several = f"the endpoint has several models: {', '.join(names)}"
+    what = several if names else "the endpoint lists no models"
     raise RecipeError.of(what, "--model", "Name the one to certify with --model.")
 
 
@@ -197,8 +203,8 @@ def _complete(client: openai.OpenAI, model: str, prompt: Row, chat: bool, extra:
             max_tokens=tokens,
             extra_body=extra,
         )
-        text, found = completion.choices[0].message.content or "", completion.choices[0].logprobs
-        logprobs = [(one.token, one.logprob) for one in (found and found.content) or ()]
+        text, choice_logprobs = completion.choices[0].message.content or "", completion.choices[0].logprobs
+        logprobs = [(one.token, one.logprob) for one in (choice_logprobs and choice_logprobs.content) or ()]
     else:
         completion = client.completions.create(
             model=model, prompt=prompt["prompt"], temperature=0, max_tokens=tokens, extra_body=extra
@@ -206,12 +212,12 @@ def _complete(client: openai.OpenAI, model: str, prompt: Row, chat: bool, extra:
         text, listed = completion.choices[0].text, completion.choices[0].logprobs
         pairs = zip(listed.tokens or (), listed.token_logprobs or (), strict=True) if listed else ()
         logprobs = [(token, value) for token, value in pairs if value is not None]
-    own, of_choice = completion.model_extra or {}, completion.choices[0].model_extra or {}
+    completion_fields, choice_fields = completion.model_extra or {}, completion.choices[0].model_extra or {}
     return Reply(  # checks types, unlike the client
         text=text,
-        prompt_ids=own.get("prompt_token_ids") or of_choice.get("prompt_token_ids"),
+        prompt_ids=completion_fields.get("prompt_token_ids") or choice_fields.get("prompt_token_ids"),
         prompt_tokens=completion.usage.prompt_tokens if completion.usage else None,
-        answer_ids=of_choice.get("token_ids") or [],
+        answer_ids=choice_fields.get("token_ids") or [],
         logprobs=list(logprobs),
     )
 

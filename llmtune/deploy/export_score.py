@@ -94,9 +94,9 @@ def score_answers(
         return {"unmeasured": error.problems[0].what}
     inputs = limit_inputs(whole, plan.recipe.deploy.limit)
     evaluated = EvalContext(plan.recipe, plan.task, processor, inputs, plan.device, context.console)
-    known = base_inputs(plan.recipe, adapter_settings(plan.recipe), plan.model_ref, rows, examples, plan.device)
+    base_hash = base_inputs(plan.recipe, adapter_settings(plan.recipe), plan.model_ref, rows, examples, plan.device)
     answers = replace(answer(evaluated), temperature=run_temperature(context.folder))
-    base = load_base(context.folder.path / "evaluation", known).answers or answers
+    base = load_base(context.folder.path / "evaluation", base_hash).answers or answers
     measured, names = compute_metrics(evaluated, answers, base), name_test_rows(rows, inputs.rows)
     measures = PerRowScores({}, measured, names, inputs.clusters)
     save_measures(out, measures)
@@ -166,8 +166,8 @@ def reset_peak() -> int | None:
 
 def highest_memory() -> int | None:
     """Return the highest resident memory of this process since `reset_peak`."""
-    found = [line for line in STATUS.read_text().splitlines() if line.startswith("VmHWM")] if STATUS.exists() else []
-    return int(found[0].split()[1]) * 1024 if found else None
+    lines = [line for line in STATUS.read_text().splitlines() if line.startswith("VmHWM")] if STATUS.exists() else []
+    return int(lines[0].split()[1]) * 1024 if lines else None
 
 
 def describe_export(scored: Json) -> list[str]:

@@ -82,10 +82,10 @@ def borrow_class(
     """
     with torch.device("meta"):
         model = kind(config) if hasattr(kind, "forward") else kind.from_config(config, trust_remote_code=True)
-    known = type(model)
-    shown = wraps(known.forward)(network)  # with the arguments of the class
+    model_class = type(model)
+    shown = wraps(model_class.forward)(network)  # with the arguments of the class
     on_cpu = property(lambda self: torch.device("cpu"))
-    model.__class__ = type(known.__name__, (known,), {"device": on_cpu, "forward": shown, **members})
+    model.__class__ = type(model_class.__name__, (model_class,), {"device": on_cpu, "forward": shown, **members})
     return model.eval()
 
 

@@ -174,17 +174,17 @@ def _read_config(stated: Mapping[str, Any], tuned: TunedModel, exported: Exporte
 
 def _read_head(stated: Mapping[str, Any], tuned: TunedModel, model: PreTrainedModel) -> dict[str, object]:
     """Return what turns a head's outputs into scores, as transformers' pipelines and CrossEncoder read it."""
-    found: dict[str, object] = {}
+    settings: dict[str, object] = {}
     if TASK_FACTS[tuned.task.name].loader == "CrossEncoder":
         nested = stated.get("sentence_transformers")
         legacy = stated.get("sbert_ce_default_activation_function")
-        found["activation_fn"] = (nested.get("activation_fn") if isinstance(nested, dict) else legacy) or SIGMOID
+        settings["activation_fn"] = (nested.get("activation_fn") if isinstance(nested, dict) else legacy) or SIGMOID
     elif tuned.task.model_kind.reads_class_at_token:
         several = "single_label_classification" if model.config.num_labels > 1 else "multi_label_classification"
-        found["problem_type"] = stated.get("problem_type") or several
+        settings["problem_type"] = stated.get("problem_type") or several
     if not is_encoder(model.config):  # the head reads the last token that is no padding
-        found["pad_token_id"] = stated.get("pad_token_id")
-    return found
+        settings["pad_token_id"] = stated.get("pad_token_id")
+    return settings
 
 
 def _read_features(processor: PreTrainedTokenizerBase) -> dict[str, object]:

@@ -101,10 +101,10 @@ def _check_package() -> None:
         raise EnvironmentProblem.of(f"the package {PACKAGE} is not installed", None, fix)
     for file in importlib.metadata.distribution(PACKAGE).files or ():
         if str(file) == "gguf/constants.py" and file.hash is not None:
-            found = Path(str(file.locate()))
-            if urlsafe_b64encode(sha256(found.read_bytes()).digest()).decode().rstrip("=") != file.hash.value:
+            path = Path(str(file.locate()))
+            if urlsafe_b64encode(sha256(path.read_bytes()).digest()).decode().rstrip("=") != file.hash.value:
                 what = f"another version of the package gguf replaced the version of {PACKAGE}"
-                raise EnvironmentProblem.of(what, str(found), fix)
+                raise EnvironmentProblem.of(what, str(path), fix)
 
 
 def _find_misread(config: PretrainedConfig, classifies: bool) -> Iterator[str]:
@@ -129,15 +129,15 @@ def find_ignored_window(config: Mapping[str, Any]) -> int | None:
 
 
 def make_converter(
-    known: type[Converter], folder: Path, file: Path, number_format: str, name: str, tokenizer: TokenizerFacts
+    base_class: type[Converter], folder: Path, file: Path, number_format: str, name: str, tokenizer: TokenizerFacts
 ) -> Converter:
-    """Return a converter of the class `known` for a decoder saved in `folder`.
+    """Return a converter based on `base_class` for a decoder saved in `folder`.
 
     `tokenizer` overrides its tokenizer fields.
     """
 
-    class DecoderConverter(known):  # type: ignore[misc]
-        model_arch = known.model_arch
+    class DecoderConverter(base_class):  # type: ignore[misc]
+        model_arch = base_class.model_arch
 
         def set_gguf_parameters(self) -> None:
             super().set_gguf_parameters()
@@ -162,12 +162,12 @@ def make_converter(
 
 
 def make_classifier_converter(
-    known: type[Converter], folder: Path, file: Path, number_format: str, name: str
+    base_class: type[Converter], folder: Path, file: Path, number_format: str, name: str
 ) -> Converter:
-    """Return a converter of the class `known` for an encoder with a classification head, saved in `folder`."""
+    """Return a converter based on `base_class` for an encoder with a classification head, saved in `folder`."""
 
-    class ClassifierConverter(known):  # type: ignore[misc]
-        model_arch = known.model_arch
+    class ClassifierConverter(base_class):  # type: ignore[misc]
+        model_arch = base_class.model_arch
 
         def __init__(self, *options: Any, **further: Any) -> None:
             super().__init__(*options, **further)
@@ -218,7 +218,7 @@ def write_model(
         return
     if number_format == "f16":
         _check_range(model)
-    known = _find_converter(type(model).__name__)
+    converter_class = _find_converter(type(model).__name__)
     rows = model.get_input_embeddings().weight.shape[0]
     if max(processor.get_vocab().values()) >= rows:
         what = f"the tokenizer has {len(processor)} tokens, but the model only {rows}"
@@ -229,9 +229,9 @@ def write_model(
             model.save_pretrained(folder)
             processor.save_pretrained(folder)
         if tokenizer is None:
-            converter = make_classifier_converter(known, Path(folder), file, number_format, name)
+            converter = make_classifier_converter(converter_class, Path(folder), file, number_format, name)
         else:
-            converter = make_converter(known, Path(folder), file, number_format, name, tokenizer)
+            converter = make_converter(converter_class, Path(folder), file, number_format, name, tokenizer)
         converter.prepare_tensors()
         converter.prepare_metadata(vocab_only=False)
         writer = converter.gguf_writer
@@ -255,10 +255,12 @@ class TensorLayout:
     """Names and layout of a model's tensors in GGUF files, without its weights."""
 
     def __init__(self, config: PretrainedConfig) -> None:
-        known = _find_converter(_architecture_of(config, CAUSAL))
+        converter_class = _find_converter(_architecture_of(config, CAUSAL))
         with TemporaryDirectory() as folder:
             config.save_pretrained(folder)
-            self.converter = make_converter(known, Path(folder), Path(folder) / "none.gguf", "f32", "none", {})
+            self.converter = make_converter(
+                converter_class, Path(folder), Path(folder) / "none.gguf", "f32", "none", {}
+            )
 
     @property
     def architecture(self) -> str:

@@ -65,8 +65,8 @@ COARSEST = "q4_k_m"
 
 def check_reader(model_type: str, pre_tokenizer: str) -> None:
     """Raise EnvironmentProblem if no installed program can read, and so certify, a file of this type."""
-    known = model_type in READ_BY_TRANSFORMERS and pre_tokenizer in (*PRE_TOKENIZERS, SENTENCEPIECE)
-    if not has_llama() and not known:
+    transformers_reads = model_type in READ_BY_TRANSFORMERS and pre_tokenizer in (*PRE_TOKENIZERS, SENTENCEPIECE)
+    if not has_llama() and not transformers_reads:
         what = f"only llama.cpp reads GGUF files of type {model_type!r} with pre-tokenizer {pre_tokenizer!r}"
         raise EnvironmentProblem.of(what, None, "Run: pip install llama-cpp-python")
 
@@ -101,9 +101,9 @@ class LlamaReader:
 
     def logits(self, ids: Sequence[int]) -> torch.Tensor:
         """Return the logits [T, V] of every position, in float32; the start that the last text shares is cached."""
-        known = self.llm.input_ids[: self.llm.n_tokens].tolist()
-        pairs = enumerate(zip(known, ids[:-1], strict=False))
-        shared = next((at for at, (one, other) in pairs if one != other), min(len(known), len(ids) - 1))
+        cached_ids = self.llm.input_ids[: self.llm.n_tokens].tolist()
+        pairs = enumerate(zip(cached_ids, ids[:-1], strict=False))
+        shared = next((at for at, (one, other) in pairs if one != other), min(len(cached_ids), len(ids) - 1))
         self.llm.n_tokens = shared
         self.llm.eval(list(ids[shared:]))
         return torch.from_numpy(self.llm.scores[: len(ids)].copy()).float()
@@ -130,15 +130,15 @@ class LlamaClassifier(LlamaReader):
 class TransformersGgufReader(TransformersReader):
     """transformers in float32, with the tokenizer described by the file."""
 
-    def __init__(self, file: Path, facts: TokenizerFacts, known: PretrainedConfig) -> None:
+    def __init__(self, file: Path, facts: TokenizerFacts, model_config: PretrainedConfig) -> None:
         transformers.utils.logging.disable_progress_bar()
         files: dict[str, Any] = {"gguf_file": file.name, "local_files_only": True}
 
         def load() -> Any:
             config = AutoConfig.from_pretrained(str(file.parent), **files)
             for name in NOT_READ:
-                if hasattr(known, name):
-                    setattr(config, name, getattr(known, name))
+                if hasattr(model_config, name):
+                    setattr(config, name, getattr(model_config, name))
             options = {**files, "config": config, "dtype": torch.float32, "output_loading_info": True}
             return getattr(transformers, CAUSAL.auto_class).from_pretrained(str(file.parent), **options)
 

@@ -79,7 +79,11 @@ def find_pre_tokenizer(processor: PreTrainedTokenizerBase, encoder: bool = False
     if content["model"].get("byte_fallback"):
         return SENTENCEPIECE
     steps = _list_steps(content.get("pre_tokenizer"))
-    names = [name for name, known in PRE_TOKENIZERS.items() if _list_steps(json.loads(known.__getstate__())) == steps]
+    names = [
+        name
+        for name, pre_tokenizer in PRE_TOKENIZERS.items()
+        if _list_steps(json.loads(pre_tokenizer.__getstate__())) == steps
+    ]
     if names:
         return names[0 if content["model"].get("ignore_merges") else -1]
     from conversion.base import TextModel

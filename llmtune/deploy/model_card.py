@@ -238,8 +238,11 @@ def _measured(report: Document, scores: Evaluation) -> str:
         *suite_sections(scores),
         export_section(scores, report.get("deploy")),
     )
-    known = {name: metric_note(name, report["task"]) for name in _known_scores(scores)}
-    notes = [f"- {code(name)}: {markdown_text(note)}" for name, note in known.items() if note]
+    notes = [
+        f"- {code(name)}: {markdown_text(note)}"
+        for name in _known_scores(scores)
+        if (note := metric_note(name, report["task"]))
+    ]
     first = render_section(score_section(scores, report["task"]), level=3)
     rest = [render_section(section, level=3) for section in sections]
     return "\n\n".join(part for part in (first, "\n".join(notes), *rest) if part)

@@ -90,9 +90,9 @@ def _example_texts(model: PreTrainedModel, length: int) -> dict[str, torch.Tenso
 
 def _head_graph(model: PreTrainedModel, names: Sequence[str]) -> Graph:
     """Return the graph of an encoder, or of a decoder with a head: class, tags, ends of answers, letters."""
-    known = _example_texts(model, 9)
+    examples = _example_texts(model, 9)
     if "input_values" in names:
-        known = {"input_values": torch.randn(2, 20_000), "attention_mask": torch.ones(2, 20_000, dtype=torch.int64)}
+        examples = {"input_values": torch.randn(2, 20_000), "attention_mask": torch.ones(2, 20_000, dtype=torch.int64)}
     accepted = accepted_arguments(type(model))  # type: ignore[arg-type]
     options = {"use_cache": False} if "use_cache" in accepted else {}
 
@@ -103,7 +103,7 @@ def _head_graph(model: PreTrainedModel, names: Sequence[str]) -> Graph:
     outputs = ["start_logits", "end_logits"] if hasattr(model, "qa_outputs") else ["logits"]
     if model.base_model is model:
         outputs = ["last_hidden_state"]
-    return Graph(MODEL, {name: known[name] for name in names if name in accepted}, outputs, run)
+    return Graph(MODEL, {name: examples[name] for name in names if name in accepted}, outputs, run)
 
 
 def _decoder_graph(model: PreTrainedModel) -> Graph:

@@ -31,8 +31,8 @@ PRESENT, CROSS = "present", "cross"
 
 def read_inner_values(file: Path, layers: Mapping[str, str], given: Tensors) -> dict[str, torch.Tensor]:
     """Return the values of a graph by the names that `layers` maps to them, for a batch without padding."""
-    found = OnnxSession(file, list(layers.values())).run(complete_texts(given))
-    return {module: found[name] for module, name in layers.items()}
+    outputs = OnnxSession(file, list(layers.values())).run(complete_texts(given))
+    return {module: outputs[name] for module, name in layers.items()}
 
 
 def open_onnx_export(path: Path, source: ModelSource) -> ExportedModel:
@@ -59,9 +59,9 @@ def open_onnx_export(path: Path, source: ModelSource) -> ExportedModel:
     settings = next((one for one in (folder, source.model_ref.path) if (one / GENERATION_CONFIG_NAME).is_file()), None)
     if settings is not None:
         model.generation_config = GenerationConfig.from_pretrained(settings)
-    known = (folder / "tokenizer_config.json").is_file()
-    processor = saved_processor(folder, source.model_ref, source.recipe.model) if known else source.processor
-    served = partial(served_by_folder, folder) if known else partial(render_prompts, processor=processor)
+    has_tokenizer = (folder / "tokenizer_config.json").is_file()
+    processor = saved_processor(folder, source.model_ref, source.recipe.model) if has_tokenizer else source.processor
+    served = partial(served_by_folder, folder) if has_tokenizer else partial(render_prompts, processor=processor)
     coarsest = next((one for one in sessions if one.is_rounded()), sessions[0])
     return ExportedModel(coarsest.format, coarsest.runtime, model, processor, path, coarsest.limits(), served)
 
@@ -74,13 +74,13 @@ def list_graph_files(folder: Path) -> list[Path]:
 
 def _find_graphs(path: Path) -> list[Path]:
     """Return the file of a model, or the files of its encoder and its decoder."""
-    found = [path] if path.is_file() else list_graph_files(path)
-    if [file.stem for file in found] == [Path(DECODER).stem, Path(ENCODER).stem]:
-        return found[::-1]
-    if len(found) != 1:
-        what = f"expected one ONNX file, found {len(found)}"
+    files = [path] if path.is_file() else list_graph_files(path)
+    if [file.stem for file in files] == [Path(DECODER).stem, Path(ENCODER).stem]:
+        return files[::-1]
+    if len(files) != 1:
+        what = f"expected one ONNX file, found {len(files)}"
         raise EnvironmentProblem.of(what, str(path), "Give the path of the file.")
-    return found
+    return files
 
 
 def order_labels(config: PretrainedConfig, stated: Mapping[str, Any]) -> list[int] | None:
@@ -109,13 +109,13 @@ def _read_heads(session: OnnxSession, columns: Sequence[int] | None) -> Callable
 
     def forward(self: PreTrainedModel, *first: torch.Tensor, **given: Any) -> ModelOutput:
         named = {**dict(zip(READ, first, strict=False)), **{name: given.get(name) for name in READ if name in given}}
-        found = session.run(complete_texts(named))
-        if len(found) > 1 and hasattr(self, "qa_outputs"):
-            start, end = list(found.values())[:2]
+        outputs = session.run(complete_texts(named))
+        if len(outputs) > 1 and hasattr(self, "qa_outputs"):
+            start, end = list(outputs.values())[:2]
             return ModelOutput(start_logits=start, end_logits=end)
-        if "last_hidden_state" in found:
-            return ModelOutput(last_hidden_state=found["last_hidden_state"])
-        logits = next(iter(found.values()))
+        if "last_hidden_state" in outputs:
+            return ModelOutput(last_hidden_state=outputs["last_hidden_state"])
+        logits = next(iter(outputs.values()))
         return ModelOutput(logits=logits if columns is None else logits[..., list(columns)])
 
     return forward
@@ -128,8 +128,8 @@ def complete_texts(given: Tensors, length: int = 0) -> dict[str, torch.Tensor | 
         return dict(given)
     rows, width = ids_BT.shape
     mask = ids_BT.new_ones(rows, length + width)
-    known = {"attention_mask": mask, "position_ids": torch.arange(length, length + width).expand(rows, width)}
-    return {**known, **{name: part.cpu() for name, part in given.items() if part is not None}}
+    defaults = {"attention_mask": mask, "position_ids": torch.arange(length, length + width).expand(rows, width)}
+    return {**defaults, **{name: part.cpu() for name, part in given.items() if part is not None}}
 
 
 def _continue_texts(session: OnnxSession, kind: type[PreTrainedModel]) -> Callable[..., CausalLMOutputWithPast]:
@@ -149,10 +149,10 @@ def _continue_texts(session: OnnxSession, kind: type[PreTrainedModel]) -> Callab
         past = read_cache(rest.get(name))
         length = next(iter(past.values())).shape[2] if past else 0
         given = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
-        found = session.run({**complete_texts(given, length), **past})
+        outputs = session.run({**complete_texts(given, length), **past})
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits_BTV = found.pop("logits")[:, kept]
-        return CausalLMOutputWithPast(logits=logits_BTV, **{name: fill_cache(found)})
+        logits_BTV = outputs.pop("logits")[:, kept]
+        return CausalLMOutputWithPast(logits=logits_BTV, **{name: fill_cache(outputs)})
 
     return forward
 
@@ -174,9 +174,9 @@ def _borrow_encoder_decoder(
             **rest: Any,
         ) -> BaseModelOutput:
             named = {"input_ids": input_ids, "attention_mask": attention_mask, "input_features": input_features}
-            found = reader.run(named)
-            output = BaseModelOutput(found.pop("last_hidden_state"))
-            for key, part in found.items():  # entries of the output, so that beams repeat them
+            outputs = reader.run(named)
+            output = BaseModelOutput(outputs.pop("last_hidden_state"))
+            for key, part in outputs.items():  # entries of the output, so that beams repeat them
                 output[key] = part
             return output
 
@@ -196,9 +196,9 @@ def _borrow_encoder_decoder(
         if attention_mask is None and input_ids is not None:
             given["encoder_attention_mask"] = torch.ones_like(input_ids)
         cache = rest.get(name)
-        found = writer.run({**given, **read_cache(cache and cache.self_attention_cache)})
-        logits_BTV = found.pop("logits")
-        return Seq2SeqLMOutput(logits=logits_BTV, **{name: EncoderDecoderCache(fill_cache(found), DynamicCache())})
+        outputs = writer.run({**given, **read_cache(cache and cache.self_attention_cache)})
+        logits_BTV = outputs.pop("logits")
+        return Seq2SeqLMOutput(logits=logits_BTV, **{name: EncoderDecoderCache(fill_cache(outputs), DynamicCache())})
 
     return borrow_class(kind, config, forward, get_encoder=lambda self, *args, **options: encoder)
 

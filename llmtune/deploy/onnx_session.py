@@ -109,15 +109,15 @@ class OnnxSession:
             reason = f"{self.package} cannot {what} the file: {first_line(error)}"
             raise EnvironmentProblem.of(reason, str(self.file)) from error
 
-    def check_head(self, known: Sequence[int], kind: ModelKind) -> None:
+    def check_head(self, widths: Sequence[int], kind: ModelKind) -> None:
         """Raise EnvironmentProblem if the outputs are not those of a head of this kind.
 
-        If the first output has a fixed width, it must be one of `known`.
+        If the first output has a fixed width, it must be one of `widths`.
         """
         axes = kind.output_axes or len(self.shape)
         width = self.shape[-1] if len(self.outputs) == 1 else None
         other_head = len(self.outputs) == 1 if kind.points_at_span else "start_logits" in self.outputs
-        if other_head or len(self.shape) != axes or (isinstance(width, int) and width not in known):
+        if other_head or len(self.shape) != axes or (isinstance(width, int) and width not in widths):
             what = f"the file returns {', '.join(self.outputs)} of shape {self.shape}: it lacks the run's head"
             raise EnvironmentProblem.of(what, str(self.file), "Export the model with its head.")
 
@@ -137,8 +137,8 @@ class OnnxSession:
             else:
                 raise EnvironmentProblem.of(f"the file needs the unknown input {name!r}", str(self.file))
         with self.explained("run"):
-            found = self.compute(feed)
-        return {name: torch.from_numpy(part) for name, part in zip(self.outputs, found, strict=True)}
+            arrays = self.compute(feed)
+        return {name: torch.from_numpy(part) for name, part in zip(self.outputs, arrays, strict=True)}
 
     def compute(self, feed: dict[str, NDArray[Any]]) -> Sequence[NDArray[Any]]:
         """Return the outputs in order."""

@@ -295,8 +295,8 @@ class CertificateDocument(TypedDict, total=False):
 
 def read_certificate(folder: Path, name: str = CERTIFICATE) -> Certificate | None:
     """Read the certificate of a product; None if there is none. Raises EnvironmentProblem for a damaged one."""
-    found: Certificate | None = read_record(folder / name, CertificateDocument, fix="Make the product again.")
-    return found
+    certificate: Certificate | None = read_record(folder / name, CertificateDocument, fix="Make the product again.")
+    return certificate
 
 
 def describe_parity(measured: Certificate) -> str:

@@ -100,9 +100,9 @@ class TunedReference(ABC):
         processor = self.tuned.processor
         stated = getattr(exported.model.generation_config, "eos_token_id", None) if exported.is_folder else None
         ends = stated if isinstance(stated, list) else None if stated is None else [stated]
-        known = exported.ends or ends or answer_ends(exported.model, exported.processor)
+        product_ends = exported.ends or ends or answer_ends(exported.model, exported.processor)
         required = turns or [token for token in (processor.eos_token_id,) if token is not None]
-        return tuple(processor.convert_ids_to_tokens([token for token in required if token not in known]))
+        return tuple(processor.convert_ids_to_tokens([token for token in required if token not in product_ends]))
 
     def read_base_logits(self) -> list[torch.Tensor] | None:
         """Return the base model's logits, with the trained head; None if no adapter can be disabled."""
@@ -228,9 +228,9 @@ class HeadReference(TunedReference):
             return False
         if exported.encode is None:
             return True
-        asked = [cast(torch.Tensor, batch["input_ids"])[0].tolist() for batch in self.batches]
+        batch_ids = [cast(torch.Tensor, batch["input_ids"])[0].tolist() for batch in self.batches]
         texts = [exported.encode(row["text"]) for row in self.tuned.rows]
-        return all(ids in texts for ids in asked if len(ids) < self.tuned.recipe.data.max_length)  # not truncated
+        return all(ids in texts for ids in batch_ids if len(ids) < self.tuned.recipe.data.max_length)  # not truncated
 
     def _predict(self, model: PreTrainedModel, processor: PreTrainedTokenizerBase) -> Sequence[object]:
         task = self.tuned.task

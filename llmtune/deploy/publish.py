@@ -92,8 +92,9 @@ def publish_run(run: Path, options: PublishOptions, console: Console) -> dict[st
     report, evaluation = _read_scores(folder)
     if not options.despite_gates:
         _check_gates(report)
-    known = (report, evaluation, read_lock(folder.path / LOCK), recipe_of_run(folder).recipe)
-    published = Publication(*find_published_model(folder, report, options), *known, options)
+    lock, recipe = read_lock(folder.path / LOCK), recipe_of_run(folder).recipe
+    model = find_published_model(folder, report, options)
+    published = Publication(*model, report, evaluation, lock, recipe, options)
     written = write_card(published, console)
     with _target_folder(options) as target:
         _fill_folder(target, folder.path, published)

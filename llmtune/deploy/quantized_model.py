@@ -111,8 +111,11 @@ def check_quantizable(source: ModelSource, scheme: str) -> int:
 def linear_layers(model: PreTrainedModel) -> dict[str, torch.nn.Linear]:
     """Return the linear layers to quantise, by name: all except the head."""
     heads = head_names(model)
-    found = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
-    return {name: module for name, module in found.items() if not in_heads(name, heads)}
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and not in_heads(name, heads)
+    }
 
 
 def sample_texts(tuned: TunedModel) -> list[Sequence[int]]:

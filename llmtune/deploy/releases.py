@@ -71,29 +71,30 @@ def check_signature(path: Path, signers: Path | None) -> Signature | None:
         GateFailed: the file differs from the signed one, or with `signers`, none of them signed it.
         EnvironmentProblem: ssh-keygen is not installed.
     """
-    found = {kind: file for kind in ENDINGS if (file := signature_file(path, kind)).exists()}
-    asked = [file for file in (signers, found.get("ssh")) if file is not None]
-    RecipeError.collect(problem for file in asked if (problem := _unreadable(file)))
-    if signers is not None and "ssh" not in found:
+    signatures = {kind: file for kind in ENDINGS if (file := signature_file(path, kind)).exists()}
+    files = [file for file in (signers, signatures.get("ssh")) if file is not None]
+    RecipeError.collect(problem for file in files if (problem := _unreadable(file)))
+    if signers is not None and "ssh" not in signatures:
         raise GateFailed.of("this file has no SSH signature", str(path), "Sign it: llmtune release RUN --sign KEY")
-    if "ssh" in found:
-        words, content = ["-n", NAMESPACE, "-s", str(found["ssh"])], path.read_bytes()
+    if "ssh" in signatures:
+        words, content = ["-n", NAMESPACE, "-s", str(signatures["ssh"])], path.read_bytes()
         valid = _run_program(["ssh-keygen", "-Y", "check-novalidate", *words], content)
         if valid.returncode:
             fix = "Restore the file and its signature as they were released."
             raise GateFailed.of("the file changed since it was signed", str(path), fix)
         if signers is None:
-            return Signature("ssh", found["ssh"].name, valid.stdout.decode().strip().rpartition(" ")[2], checked=False)
-        names = _run_program(["ssh-keygen", "-Y", "find-principals", "-f", str(signers), "-s", str(found["ssh"])])
+            key = valid.stdout.decode().strip().rpartition(" ")[2]
+            return Signature("ssh", signatures["ssh"].name, key, checked=False)
+        names = _run_program(["ssh-keygen", "-Y", "find-principals", "-f", str(signers), "-s", str(signatures["ssh"])])
         for name in names.stdout.decode().split():
             if not _run_program(
                 ["ssh-keygen", "-Y", "verify", "-f", str(signers), "-I", name, *words], content
             ).returncode:
-                return Signature("ssh", found["ssh"].name, name, checked=True)
+                return Signature("ssh", signatures["ssh"].name, name, checked=True)
         raise GateFailed.of(f"signed by a key that is not in {signers}", str(path), "Add the key, or do not trust it.")
-    if SIGSTORE in found:
-        how = f"check with: sigstore verify identity --bundle {found[SIGSTORE]} --cert-identity WHO ... {path}"
-        return Signature(SIGSTORE, found[SIGSTORE].name, how, checked=False)
+    if SIGSTORE in signatures:
+        how = f"check with: sigstore verify identity --bundle {signatures[SIGSTORE]} --cert-identity WHO ... {path}"
+        return Signature(SIGSTORE, signatures[SIGSTORE].name, how, checked=False)
     return None
 
 
@@ -128,8 +129,9 @@ def _call_program(words: list[str]) -> None:
     """Run a program that may ask the user for input; raises EnvironmentProblem with its last line."""
     done = _run_program(words)
     if done.returncode:
-        said = re.sub(r"\s+", " ", done.stderr.decode(errors="replace")).strip()[-300:]
-        raise EnvironmentProblem.of(f"{words[0]} did not sign: {said}", "--sign", "Try it by hand: " + " ".join(words))
+        reason = re.sub(r"\s+", " ", done.stderr.decode(errors="replace")).strip()[-300:]
+        fix = f"Try it by hand: {' '.join(words)}"
+        raise EnvironmentProblem.of(f"{words[0]} did not sign: {reason}", "--sign", fix)
 
 
 def require_passed(run: Path) -> None:

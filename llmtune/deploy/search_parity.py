@@ -138,8 +138,8 @@ class SearchReference(HeadReference):
 
         model = CrossEncoder(str(folder), **self._options())
         model.max_length = min(model.max_length, self.tuned.recipe.data.max_length)  # as docs/rerank.md shows
-        asked = [[(row["query"], passage) for passage in row["passages"]] for row in self.tuned.rows]
-        return [torch.as_tensor(model.predict(pairs, show_progress_bar=False)).float().cpu() for pairs in asked]
+        pairs_by_row = [[(row["query"], passage) for passage in row["passages"]] for row in self.tuned.rows]
+        return [torch.as_tensor(model.predict(pairs, show_progress_bar=False)).float().cpu() for pairs in pairs_by_row]
 
     def measure_effect(self, base_logits: Sequence[torch.Tensor]) -> float:
         """Return the mean difference between the tuned model and its base."""

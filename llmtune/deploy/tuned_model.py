@@ -106,9 +106,10 @@ class TunedModel:
 
         Prompts have the first row's languages or pair.
         """
-        own = self.task.stated_inputs(self.rows[0], self.recipe) if self.rows else {}
+        row_inputs = self.task.stated_inputs(self.rows[0], self.recipe) if self.rows else {}
         fixed = [
-            self.task.make_row({**own, "prompt": text, "context": CONTEXT, "passages": CONTEXT}) for text in PROMPTS
+            self.task.make_row({**row_inputs, "prompt": text, "context": CONTEXT, "passages": CONTEXT})
+            for text in PROMPTS
         ]
         return [*fixed, *self._conversation(), *(self.task.split_answer(row)[0] for row in self.rows)]
 
@@ -166,8 +167,8 @@ def load_tuned(context: RunContext) -> TunedModel:
 def rules_of_run(context: RunContext) -> dict[str, dict[str, object]]:
     """Return the temperature and the decisions of a run's evaluation, by file."""
     folder = context.folder.path / "evaluation"
-    known = {name: read_json(folder / name) for name in RULES} if context.folder.is_done("evaluate") else {}
-    return {name: {key: rules.get(key) for key in RULES[name]} for name, rules in known.items() if rules}
+    rules_by_file = {name: read_json(folder / name) for name in RULES} if context.folder.is_done("evaluate") else {}
+    return {name: {key: rules.get(key) for key in RULES[name]} for name, rules in rules_by_file.items() if rules}
 
 
 def training_base(recipe: Recipe, model_ref: ModelRef) -> Onto:

@@ -106,8 +106,8 @@ class AdapterExplainer(Explainer):
 
     def values(self, measure: Callable[[Move], float | None]) -> Values:
         """Return a measure by layer and kind of module, [rows, columns]; NaN if missing."""
-        found = {(move.layer, move.column): measure(move) for move in self.in_layers}
-        rows = [[found.get((layer, column)) for column in self.by("column")] for layer in self.by("layer")]
+        cells = {(move.layer, move.column): measure(move) for move in self.in_layers}
+        rows = [[cells.get((layer, column)) for column in self.by("column")] for layer in self.by("layer")]
         return np.array(rows, dtype=np.float64)
 
     def to_json(self) -> dict[str, object]:

@@ -183,23 +183,23 @@ class _Reader:
             if isinstance(part, nn.ModuleList)
             and any("attention" in type(module).__name__.lower() for module in part.modules())
         }
-        found: list[str] = []
+        names: list[str] = []
         for unit in self.units:
             parents = [unit.name[: match.start()] for match in re.finditer(r"\.\d+\.", unit.name)]
-            found += [name for name in parents if name in attends][:1]
-        return list(dict.fromkeys(found))
+            names += [name for name in parents if name in attends][:1]
+        return list(dict.fromkeys(names))
 
     def describe_stack(self, name: str) -> Stack:
         """Describe the stack with the block list `name`."""
         owner = name.rpartition(".")[0]
         role = next((half for half in ("encoder", "decoder") if half in owner.split(".")), None)
         word = role if self.family == "encoder-decoder" and role else self.family if len(self.lists) == 1 else owner
-        own = [unit for unit in self.units if self._stack_of(unit.name) == name]
-        start = next(at for at, unit in enumerate(own) if unit.name.startswith(f"{name}."))
-        outside = [unit for unit in own[start:] if not unit.name.startswith(f"{name}.")]
+        stack_units = [unit for unit in self.units if self._stack_of(unit.name) == name]
+        start = next(at for at, unit in enumerate(stack_units) if unit.name.startswith(f"{name}."))
+        outside = [unit for unit in stack_units[start:] if not unit.name.startswith(f"{name}.")]
         config = getattr(self.model.get_submodule(owner), "config", None) or self.config
-        orders = tuple(dict.fromkeys(find_orders(config, self.model.get_submodule(owner), own[:start])))
-        before, blocks = self._describe_pieces(own[:start]), tuple(self._group_blocks(name, word, orders))
+        orders = tuple(dict.fromkeys(find_orders(config, self.model.get_submodule(owner), stack_units[:start])))
+        before, blocks = self._describe_pieces(stack_units[:start]), tuple(self._group_blocks(name, word, orders))
         behind = self._describe_pieces(outside, len(before))
         final = name == self.lists[-1]
         if final and behind and behind[-1].title == "Linear":
@@ -228,7 +228,7 @@ class _Reader:
 
     def _group_blocks(self, name: str, stack: str, orders: Sequence[str]) -> list[Blocks]:
         """Group consecutive blocks with the same structure."""
-        found: list[Blocks] = []
+        blocks: list[Blocks] = []
         inside = [unit for unit in self.units if unit.name.startswith(f"{name}.")]
         for number in sorted({int(unit.name[len(name) + 1 :].split(".")[0]) for unit in inside}):
             block = f"{name}.{number}"
@@ -238,39 +238,41 @@ class _Reader:
             parts = tuple(self._describe_part(block, group, stack, orders) for group in groups)
             bias = sum(weights.parameters for unit in tables for weights in self._read_weights(unit, block))
             runs = min(self.runs[unit.name] for unit in units)
-            before = found[-1] if found else None
+            before = blocks[-1] if blocks else None
             if before and (before.parts, before.runs) == (parts, runs):
-                found[-1] = replace(before, numbers=(*before.numbers, number), bias_table=before.bias_table + bias)
+                blocks[-1] = replace(before, numbers=(*before.numbers, number), bias_table=before.bias_table + bias)
             else:
-                found.append(Blocks(name, (number,), runs, parts, bias))
-        return found
+                blocks.append(Blocks(name, (number,), runs, parts, bias))
+        return blocks
 
     def _describe_part(self, block: str, group: Group, stack: str, orders: Sequence[str]) -> ModelPart:
         """Describe a part of a block."""
-        weights = tuple(found for unit in (*group.units, *group.inner) for found in self._read_weights(unit, block))
-        kind, about = group.role, [""]
+        weights = tuple(
+            unit_weights for unit in (*group.units, *group.inner) for unit_weights in self._read_weights(unit, block)
+        )
+        kind, details = group.role, [""]
         title = norm_kind(group.units[0].module) if kind == "norm" else PART_TITLES[kind]
         if "attention" in kind:
-            about = [describe_heads(self.config, stack)]
+            details = [describe_heads(self.config, stack)]
             if group.inner:
-                about.append(f"{norm_kind(group.inner[0].module)} on queries and keys")
+                details.append(f"{norm_kind(group.inner[0].module)} on queries and keys")
             if kind == "cross-attention":
-                about.append("keys and values: encoder")
+                details.append("keys and values: encoder")
             else:
                 title = f"Masked {title.lower()}" if stack == "decoder" else title
-                about += [order for order in orders if order.startswith(("rotary", "relative", "linear"))]
-                about.append(describe_window(self.config, causal=stack == "decoder"))
+                details += [order for order in orders if order.startswith(("rotary", "relative", "linear"))]
+                details.append(describe_window(self.config, causal=stack == "decoder"))
         elif kind != "norm":
-            about = [describe_feed_forward(self.config, group.units)]
-        return ModelPart(kind, title, "; ".join(filter(None, about)), weights, group.place, group.added)
+            details = [describe_feed_forward(self.config, group.units)]
+        return ModelPart(kind, title, "; ".join(filter(None, details)), weights, group.place, group.added)
 
     def _read_weights(self, unit: Unit, block: str = "") -> Iterator[Weights]:
         """Yield the weights of a module; shared parameters count for their first user."""
         module = unit.module
         groups = {unit.name: list(module.parameters())}
         if not isinstance(module, PLAIN) and not unit.is_norm:
-            own = module.named_parameters(recurse=False)
-            groups = {f"{unit.name}.{key}".removesuffix(".weight"): [value] for key, value in own}
+            parts = module.named_parameters(recurse=False)
+            groups = {f"{unit.name}.{key}".removesuffix(".weight"): [value] for key, value in parts}
         for name, parameters in groups.items():
             size = sum(value.numel() for value in parameters if id(value) not in self.counted)
             self.counted |= {id(value) for value in parameters}
@@ -296,27 +298,27 @@ class _Reader:
     def _describe_piece(self, unit: Unit, *, first: bool) -> ModelPart:
         """Describe a part outside the blocks; positions and token types are added to the previous part."""
         module, last = unit.module, unit.name.rpartition(".")[2]
-        known = any(id(value) in self.counted for value in module.parameters())
+        shared = any(id(value) in self.counted for value in module.parameters())
         weights = tuple(self._read_weights(unit))
         if unit.is_norm:
             return ModelPart("norm", norm_kind(module), "", weights)
         if isinstance(module, _ConvNd) and not is_positions(unit):
-            about = f"over {module.kernel_size[0]}, every {module.stride[0]}"
-            return ModelPart("convolutions", "Convolution", about, weights)
-        tied = known and not isinstance(module, _ConvNd)
-        about = weights[0].shape if weights else "computed"
-        about += (", the embedding’s weights" if linear_shape(module) else ", same weights") if tied else ""
+            description = f"over {module.kernel_size[0]}, every {module.stride[0]}"
+            return ModelPart("convolutions", "Convolution", description, weights)
+        tied = shared and not isinstance(module, _ConvNd)
+        description = weights[0].shape if weights else "computed"
+        description += (", the embedding’s weights" if linear_shape(module) else ", same weights") if tied else ""
         if is_positions(unit):
-            return ModelPart("positions", "Positions", about, weights, added=not first, tied=tied)
+            return ModelPart("positions", "Positions", description, weights, added=not first, tied=tied)
         if isinstance(module, nn.Embedding):
             title = "Token types" if "type" in last else "Embedding"
-            return ModelPart("embedding", title, about, weights, added="type" in last, tied=tied)
+            return ModelPart("embedding", title, description, weights, added="type" in last, tied=tied)
         if not linear_shape(module):
-            return ModelPart("other", type(module).__name__, about, weights, tied=tied)
+            return ModelPart("other", type(module).__name__, description, weights, tied=tied)
         pooler = "pooler" in unit.name
         once = pooler or ("classifier" in unit.name and len(self.logits_shape) == 2)
         return ModelPart(
-            "linear", "Pooler" if pooler else "Linear", about + ", once for the text" * once, weights, tied=tied
+            "linear", "Pooler" if pooler else "Linear", description + ", once for the text" * once, weights, tied=tied
         )
 
 

@@ -118,17 +118,17 @@ class _Column:
 
     def box(self, part: ModelPart, names: Callable[[str], Sequence[str]]) -> None:
         """Draw a part: title, description, and its modules with the trained ones marked."""
-        about = [line for words in part.about.split("; ") for line in textwrap.wrap(words, LETTERS)]
+        lines = [line for words in part.about.split("; ") for line in textwrap.wrap(words, LETTERS)]
         inside = part.names
         marks = [self.trained.mark(names(name)) if self.trained else "" for name in inside]
         rows = list(zip(part.weights, marks, strict=True)) if part.kind in PART_TITLES or any(marks) else []
-        tall = HEAD + LINE * (len(about) + len(rows)) + (6 if about or rows else 0)
+        tall = HEAD + LINE * (len(lines) + len(rows)) + (6 if lines or rows else 0)
         self.frame(self.left, BOX, tall, COLOURS.get(part.kind, PLAIN))
         y, right = self.y + tall - HEAD / 2, self.left + BOX - 11
         self.text(self.left + 11, y, part.title, weight="bold", color=INK)
         self.text(right, y, brief_size(part.parameters), anchor="right", color=MUTED)
         y -= 3
-        for line in about:
+        for line in lines:
             y -= LINE
             self.text(self.left + 11, y, line, size=8.5, color=MUTED)
         for weights, mark in rows:

@@ -85,8 +85,9 @@ def attend(
         if weights is not None:
             kind = SELF if module in encoder else MASKED if is_causal(module, weights) else CROSS if encoder else SELF
             before = layers.setdefault(kind, [])
-            own = getattr(module, "layer_idx", None)
-            before.append(own if isinstance(own, int) and own not in before else len(before))  # ALBERT shares one layer
+            index = getattr(module, "layer_idx", None)
+            shared = index in before  # as in ALBERT, whose positions share one layer
+            before.append(index if isinstance(index, int) and not shared else len(before))
             look(Attended(kind, before[-1], weights[0].float()))
         return output, weights
 
@@ -125,8 +126,12 @@ def _read_outputs(
     """Read the attention that the model returns as outputs."""
     returns = "output_attentions" in accepted_arguments(body.__class__)
     outputs = body(**options, output_attentions=True) if returns else None
-    own: AttentionKind = MASKED if family == "decoder" else SELF
-    names: dict[str, AttentionKind] = {"attentions": own, "encoder_attentions": SELF, "decoder_attentions": MASKED}
+    self_attention: AttentionKind = MASKED if family == "decoder" else SELF
+    names: dict[str, AttentionKind] = {
+        "attentions": self_attention,
+        "encoder_attentions": SELF,
+        "decoder_attentions": MASKED,
+    }
     seen = [
         Attended(kind, layer, weights[0].float())
         for name, kind in {**names, "cross_attentions": CROSS}.items()
@@ -280,11 +285,11 @@ class AttentionMaps:
         """The drawn layer of each kind; raises RecipeError if that layer does not have this attention."""
         chosen: dict[AttentionKind, int] = {}
         for kind in self.kinds:
-            known, layer = self.layers(kind), self.request.layer
-            if layer is not None and layer not in known:
-                fix = f"Layers that have it: {', '.join(map(str, known))}."
+            layers, layer = self.layers(kind), self.request.layer
+            if layer is not None and layer not in layers:
+                fix = f"Layers that have it: {', '.join(map(str, layers))}."
                 raise RecipeError.of(f"layer {layer} has no {kind} attention", "--layer", fix)
-            means = [{at: self.weights(model, kind, at, MEAN) for at in known} for model in self.models]
+            means = [{at: self.weights(model, kind, at, MEAN) for at in layers} for model in self.models]
             base, words_QT = means[0] if len(means) > 1 else None, self.lines.among_words(kind)
             chosen[kind] = most_telling_layer(means[-1], base, words_QT) if layer is None else layer
         return chosen

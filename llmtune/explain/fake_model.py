@@ -209,9 +209,9 @@ def count_cost(fake: FakeModel, context: int | None) -> Cost:
     lengths = COUNTED if longest > max(COUNTED) else (1, 2, 3)
     counts = [count_flops(fake, tokens) for tokens in (*lengths, longest)]
     polynomials = []
-    for name, found in zip(("a text", "attention"), zip(*counts, strict=True), strict=True):
-        polynomials.append(np.rint(np.linalg.solve(np.vander(lengths, 3, True), found[:3])).astype(np.int64))
-        if evaluate_cost(polynomials[-1], longest) != found[3]:
+    for name, totals in zip(("a text", "attention"), zip(*counts, strict=True), strict=True):
+        polynomials.append(np.rint(np.linalg.solve(np.vander(lengths, 3, True), totals[:3])).astype(np.int64))
+        if evaluate_cost(polynomials[-1], longest) != totals[3]:
             raise UntraceableError(f"the cost of {name} is no polynomial of the length")
     return Cost(*polynomials)
 
@@ -224,8 +224,10 @@ def count_flops(fake: FakeModel, tokens: int) -> tuple[int, int]:
     outer = [name for name in attends if not any(name.startswith(f"{other}.") for other in attends)]
     counts, whole = counter.get_flop_counts(), type(fake.model).__name__
     products = (counts.get(f"{whole}.{name}", {}).items() for name in outer)
-    own = sum(flops for found in products for operation, flops in found if str(operation) in BATCHED)
-    return counter.get_total_flops(), own
+    attention_flops = sum(
+        flops for layer_counts in products for operation, flops in layer_counts if str(operation) in BATCHED
+    )
+    return counter.get_total_flops(), attention_flops
 
 
 def choose_lengths(context: int | None) -> list[int]:
@@ -292,16 +294,16 @@ def measure_block(
 
 def capture_arguments(fake: FakeModel, modules: Sequence[torch.nn.Module], tokens: int) -> list[Arguments]:
     """Return the arguments of calls to `modules`, as fake tensors."""
-    found: dict[torch.nn.Module, Arguments] = {}
+    arguments: dict[torch.nn.Module, Arguments] = {}
 
     def keep(module: torch.nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
-        found[module] = (args, kwargs)
+        arguments[module] = (args, kwargs)
 
     with ExitStack() as hooks:
         for module in modules:
             hooks.callback(module.register_forward_pre_hook(keep, with_kwargs=True).remove)
         fake.run(tokens)
-    return [found[module] for module in modules]
+    return [arguments[module] for module in modules]
 
 
 def time_module(module: torch.nn.Module, arguments: Arguments, device: str, least_seconds: float) -> float:

@@ -163,24 +163,26 @@ class GenerationExplainer(Explainer):
 
     def _lens_blocks(self, at: int) -> Iterator[Block]:
         """Yield each layer's predictions: at one step with the models side by side, and at all steps."""
-        known = {name: [step.layers for step in trace.steps if step.layers] for name, trace in self.traces.items()}
-        if any(not layers for layers in known.values()):
+        layers_by_model = {
+            name: [step.layers for step in trace.steps if step.layers] for name, trace in self.traces.items()
+        }
+        if any(not layers for layers in layers_by_model.values()):
             yield Text("The lens cannot read the layers of this model.", "note")
             return
         columns = [Column("layer", "number")]
-        for name in known:
-            says = "predicts" if len(known) == 1 else f"{name} predicts"
+        for name in layers_by_model:
+            says = "predicts" if len(layers_by_model) == 1 else f"{name} predicts"
             columns += [Column(says), Column("p", "number"), Column("p(chosen)", "number")]
-        count = len(next(iter(known.values()))[0])
+        count = len(next(iter(layers_by_model.values()))[0])
         rows = []
         for layer in range(count):
-            cells = [layers[at][layer] for layers in known.values()]
+            cells = [layers[at][layer] for layers in layers_by_model.values()]
             row = [[*_word_and_probability(cell.likeliest[0]), write_probability(cell.chosen)] for cell in cells]
             rows.append(["0: input" if layer == 0 else str(layer), *chain(*row)])
         every = -(-count // MOST_LAYERS)
         yield Table(columns, [row for i, row in enumerate(rows) if i % every == 0 or i == count - 1], scroll=True)
         yield Text(LENS, "soft")
-        for name, layers in known.items():
+        for name, layers in layers_by_model.items():
             trace = self.traces[name]
             grid = [[step[layer] for step in layers] for layer in reversed(range(count))]
             yield Heatmap(
@@ -188,7 +190,7 @@ class GenerationExplainer(Explainer):
                 columns=[word_label(step.token) for step in trace.steps],
                 values=[[cell.likeliest[0].probability for cell in row] for row in grid],
                 label="What each layer would predict at each step",
-                title=name if len(known) > 1 else "",
+                title=name if len(layers_by_model) > 1 else "",
                 down="layer",
                 across="the answer",
                 texts=[[word_label(cell.likeliest[0].token) for cell in row] for row in grid],
@@ -278,9 +280,9 @@ def find_parting(base: Sequence[int], tuned: Sequence[int]) -> int | None:
 
 def resolve_sampling(request: PromptRequest, prompt: ModelInputs, target: Target) -> Sampling:
     """Fill unset options from the run's recipe or defaults; raises RecipeError if the answer would be too long."""
-    own = target.recipe.generation if target.recipe else None
-    sampled = own if own is not None and own.do_sample else None
-    longest = request.max_new_tokens or min(own.max_new_tokens if own else FEW_TOKENS, MOST_TOKENS)
+    section = target.recipe.generation if target.recipe else None
+    sampled = section if section is not None and section.do_sample else None
+    longest = request.max_new_tokens or min(section.max_new_tokens if section else FEW_TOKENS, MOST_TOKENS)
     room = context_length(target.config)
     if room is not None and target.recipe is not None:
         room -= target.recipe.adapter.virtual_tokens

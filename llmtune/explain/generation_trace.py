@@ -138,10 +138,10 @@ def trace_answer(
 ) -> Trace:
     """Let the model answer; record each step and each layer's prediction."""
     inner, recipe, recorder = unwrap(model), sampling.recipe(prompt.recipe), Recorder()
-    with torch.random.fork_rng(), only_these_settings(model) as own:
+    with torch.random.fork_rng(), only_these_settings(model) as model_settings:
         torch.manual_seed(sampling.seed)
         if inner.config.is_encoder_decoder:
-            settings = decoder_settings(own, model, processor, recipe, prompt.first)
+            settings = decoder_settings(model_settings, model, processor, recipe, prompt.first)
         else:
             settings = generation_settings(model, processor, recipe)
         settings.max_new_tokens = sampling.max_new_tokens
@@ -260,4 +260,4 @@ def score_answer(
     best = logs_AV.max(-1)
     columns = (own_A1[:, 0].exp(), (logs_AV > own_A1).sum(-1) + 1, best.indices, best.values.exp())
     name, rows = token_namer(processor), zip(*(column.tolist() for column in columns), strict=True)
-    return [TokenScore(own, rank, LikelyToken(name(first), share)) for own, rank, first, share in rows]
+    return [TokenScore(probability, rank, LikelyToken(name(first), share)) for probability, rank, first, share in rows]

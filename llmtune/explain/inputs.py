@@ -316,8 +316,8 @@ def read_prompt(target: Target, request: PromptRequest) -> ModelInputs:
         inputs = ModelInputs(prompt_ids(str(request.prompt), processor), recipe)
     limit = min(context_length(target.config) or LONGEST_PROMPT, LONGEST_PROMPT)
     if len(inputs.ids) > limit:
-        known = f"the most is {limit:,}" if limit == LONGEST_PROMPT else f"the model has {limit:,} positions"
-        raise RecipeError.of(f"it has {len(inputs.ids):,} tokens, and {known}", "--prompt", "Shorten it.")
+        limit_phrase = f"the most is {limit:,}" if limit == LONGEST_PROMPT else f"the model has {limit:,} positions"
+        raise RecipeError.of(f"it has {len(inputs.ids):,} tokens, and {limit_phrase}", "--prompt", "Shorten it.")
     return inputs
 
 
@@ -334,8 +334,8 @@ def check_prompt_options(target: Target, request: PromptRequest) -> None:
     if not writes:
         raise RecipeError.of(what, target.name, NO_WORDS_FIX)
     templated = has_template and target.family == "decoder" and not request.plain
-    own = {"audio": True} if whisper else {"prompt": True, **({"system": False} if templated else {})}
-    options, given = dict(task.inputs) if task else own, request.named()
+    model_inputs = {"audio": True} if whisper else {"prompt": True, **({"system": False} if templated else {})}
+    options, given = dict(task.inputs) if task else model_inputs, request.named()
     problems = check_options(given, options)
     for name in (name for name, needed in options.items() if needed and given.get(name) is not None):
         if not str(given[name]).strip():

@@ -134,13 +134,13 @@ def replaced_layers(output_sizes: Mapping[torch.nn.Module, int], hidden: torch.T
 
     Other items of the tuple (T5's biases) become None, because only layers read them.
     """
-    own = {layer: layer.__dict__.get("forward") for layer in output_sizes}
+    original_forwards = {layer: layer.__dict__.get("forward") for layer in output_sizes}
     try:
         for layer, size in output_sizes.items():
             layer.forward = _constant(hidden, size)
         yield
     finally:
-        for layer, forward in own.items():
+        for layer, forward in original_forwards.items():
             if forward is None:
                 del layer.forward
             else:

@@ -163,8 +163,8 @@ class ModelExplainer(Explainer):
             rows += [self._row(part.title, part.about, part.parameters, part.names) for part in stack.behind]
             yield Table(columns, rows, stack.name, scroll=True)
 
-    def _row(self, title: str, about: str, size: int, names: Sequence[str]) -> list[str]:
-        return [title, about, brief_size(size), *([self.trained.mark(names)] if self.trained else [])]
+    def _row(self, title: str, description: str, size: int, names: Sequence[str]) -> list[str]:
+        return [title, description, brief_size(size), *([self.trained.mark(names)] if self.trained else [])]
 
     def _block_rows(self, blocks: Blocks) -> Iterator[list[str]]:
         again = ", the same weights each time" if blocks.runs > 1 else ""
@@ -172,8 +172,8 @@ class ModelExplainer(Explainer):
         yield self._row(times, blocks.title, blocks.typical, [])
         for part in blocks.parts:
             if part.kind == "norm":
-                about = "on the residual path" if part.place == "path" else ""
-                yield self._row(f"{STEP}{part.title}", about, part.parameters, [])
+                description = "on the residual path" if part.place == "path" else ""
+                yield self._row(f"{STEP}{part.title}", description, part.parameters, [])
                 continue
             joined = "in parallel " if part.place == "beside" else "+ "
             yield self._row(f"{STEP}{joined}{part.title}", part.about, 0, [])

@@ -107,12 +107,12 @@ def similarity_by_distance(scheme: Scheme, length: int) -> Array:
 def find_schemes(model: nn.Module) -> list[Scheme]:
     """Return every position encoding of `model`; one shared by several layers appears once."""
     inner = unwrap(model)
-    found: list[Scheme] = []
+    schemes: list[Scheme] = []
     for name, module in inner.named_modules():
         for scheme in (*_tables(name, module), *_rotations(name, module, inner.config), *_biases(name, module)):
-            if not any(old.kind == scheme.kind and np.array_equal(old.values, scheme.values) for old in found):
-                found.append(scheme)
-    return [*found, *_slopes(inner.config)]
+            if not any(old.kind == scheme.kind and np.array_equal(old.values, scheme.values) for old in schemes):
+                schemes.append(scheme)
+    return [*schemes, *_slopes(inner.config)]
 
 
 def _tables(name: str, module: nn.Module) -> Iterator[Scheme]:

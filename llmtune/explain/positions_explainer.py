@@ -117,8 +117,8 @@ class PositionsExplainer(Explainer):
         limit = context_length(target.config)
         self.most, self.shown = min(limit or LONGEST, LONGEST), len(ids) or self.length or 0
         if self.shown > self.most:
-            known = "the model has" if limit == self.most else "the maximum shown is"
-            what = f"{self.shown:,} positions, and {known} {self.most:,}"
+            limit_phrase = "the model has" if limit == self.most else "the maximum shown is"
+            what = f"{self.shown:,} positions, and {limit_phrase} {self.most:,}"
             problems.append(Problem(what, "--text" if ids else "--length", "Give a shorter one."))
         RecipeError.collect(problems)
         self.words = [token_label(token) for token in name_tokens(target.processor, ids)]

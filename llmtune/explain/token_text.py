@@ -120,8 +120,8 @@ def _reader(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], _Piece]:
 
 
 def _read_byte_level(piece: str) -> _Piece:
-    known = all(letter in BYTE_OF_LETTER for letter in piece)
-    return _Piece(bytes(BYTE_OF_LETTER[letter] for letter in piece) if known else piece.encode())
+    in_alphabet = all(letter in BYTE_OF_LETTER for letter in piece)
+    return _Piece(bytes(BYTE_OF_LETTER[letter] for letter in piece) if in_alphabet else piece.encode())
 
 
 def _read_word_piece(piece: str) -> _Piece:

@@ -75,12 +75,12 @@ class TrainedModules:
 
     def mark(self, names: Sequence[str]) -> str:
         """Return a label for one trained module across equal blocks; empty if none was trained."""
-        found = [self.modules[name] for name in names if name in self.modules]
-        if not found:
+        modules = [self.modules[name] for name in names if name in self.modules]
+        if not modules:
             return ""
-        kinds = {WORDS.get(module.kind) or f"{module.kind} r {module.rank}" for module in found}
-        word = kinds.pop() if len(kinds) == 1 else found[0].kind
-        return word if len(found) == len(names) else f"{word} in {len(found)} of {len(names)}"
+        kinds = {WORDS.get(module.kind) or f"{module.kind} r {module.rank}" for module in modules}
+        word = kinds.pop() if len(kinds) == 1 else modules[0].kind
+        return word if len(modules) == len(names) else f"{word} in {len(modules)} of {len(names)}"
 
 
 def find_trained(target: Target) -> TrainedModules | None:
@@ -96,16 +96,16 @@ def find_trained(target: Target) -> TrainedModules | None:
 
 def read_adapter(folder: Path) -> dict[str, TrainedModule]:
     """Return the trained modules of a PEFT folder, without reading weights."""
-    found: dict[str, TrainedModule] = {}
+    modules: dict[str, TrainedModule] = {}
     with safe_open(str(folder / WEIGHTS), "pt") as file:
         shapes = {name.removeprefix(PREFIX): file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
     for name, shape in shapes.items():
         module, kind = _module_of(name)
-        before = found.get(module, TrainedModule(kind, 0))
+        before = modules.get(module, TrainedModule(kind, 0))
         rank = shape[0] if any(part in name for part in LOW) else before.rank
         stronger = before.kind if before.kind in ("LoRA", "DoRA", "whole") and kind in ("LoRA", "bias") else kind
-        found[module] = TrainedModule(stronger, before.parameters + math.prod(shape), rank)
-    return found
+        modules[module] = TrainedModule(stronger, before.parameters + math.prod(shape), rank)
+    return modules
 
 
 def _module_of(name: str) -> tuple[str, TrainingKind]:
@@ -184,14 +184,14 @@ def adapter_moves(model: torch.nn.Module) -> Iterator[Move]:
     for name, module in model.named_modules():
         if taken and name.startswith(taken):
             continue
-        plain, own = name.removeprefix(PREFIX), cast(Any, module)
+        plain, layer = name.removeprefix(PREFIX), cast(Any, module)
         if isinstance(module, LoraLayer):
             yield lora_move(plain, module)
         elif isinstance(module, ModulesToSaveWrapper):
-            before, after = own.original_module, own.modules_to_save[ADAPTER]
+            before, after = layer.original_module, layer.modules_to_save[ADAPTER]
             yield compare_weights(plain, "whole", dict(before.named_parameters()), dict(after.named_parameters()))
         elif isinstance(module, TrainableTokensLayer) and module.tied_adapter is None:
-            rows, changed = own.trainable_tokens_original[ADAPTER], own.trainable_tokens_delta[ADAPTER]
+            rows, changed = layer.trainable_tokens_original[ADAPTER], layer.trainable_tokens_delta[ADAPTER]
             yield compare_weights(plain.removesuffix(".token_adapter"), "tokens", {"rows": rows}, {"rows": changed})
         else:
             continue

@@ -138,8 +138,8 @@ def _scratch_folder() -> Iterator[str]:
 
 def _longest_row(context: RunContext, recipe: Recipe) -> int:
     """Return the tokens of the longest example that the run has encoded, or `data.max_length` if there is none."""
-    known = context.folder.facts("encode").get("longest")
-    return max(known.values()) if known else recipe.data.max_length
+    lengths = context.folder.facts("encode").get("longest")
+    return max(lengths.values()) if lengths else recipe.data.max_length
 
 
 def _find_rows(

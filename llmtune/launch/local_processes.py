@@ -171,7 +171,7 @@ def _check_devices(topology: Topology) -> None:
 
 def _configure(topology: Topology, place: str, address: str) -> LaunchConfig:
     late: dict[str, Any] = {"shutdown_timeout": SAVE_SECONDS}  # not in every torch that is supported
-    known = {field.name for field in fields(LaunchConfig)}
+    names = {field.name for field in fields(LaunchConfig)}
     # torch unpickles data from the rendezvous. On one machine that is a file which no other user can write.
     alone = topology.machines == 1
     meeting: dict[str, Any] = {"timeout": JOIN_SECONDS, "join_timeout": JOIN_SECONDS}
@@ -187,7 +187,7 @@ def _configure(topology: Topology, place: str, address: str) -> LaunchConfig:
         local_addr=address,
         max_restarts=topology.max_restarts,
         logs_specs=DefaultLogsSpecs(log_dir=place),
-        **{name: value for name, value in late.items() if name in known},
+        **{name: value for name, value in late.items() if name in names},
     )
 
 
@@ -248,8 +248,8 @@ def _deaths_shown(console: Console, topology: Topology) -> Iterator[None]:
 def _describe_death(place: Path, number: int, failure: ProcessFailure) -> Death:
     """Return how a process ended, with its last output."""
     log = place / WORDS.format(number)
-    said, fatal, dump = (log.read_text(errors="replace") if log.exists() else "").partition("Fatal Python error")
-    words = said.splitlines()[-SHOWN_LINES:] + (fatal + dump).splitlines()[:SHOWN_LINES]
+    output, fatal, dump = (log.read_text(errors="replace") if log.exists() else "").partition("Fatal Python error")
+    words = output.splitlines()[-SHOWN_LINES:] + (fatal + dump).splitlines()[:SHOWN_LINES]
     return Death(failure.exitcode, float(failure.timestamp), words)
 
 
@@ -283,8 +283,8 @@ def _first_error(
     if ended is not None:
         what = f"stopped by {ended.name}; finished steps and checkpoints are kept"
         return Stopped(Problem(what, fix="Run the same command again to resume."), signal_number=int(ended))
-    if said := [code for code in codes.values() if code in BY_EXIT_CODE]:
-        return SystemExit(said[0])  # with --json the process has printed the reason
+    if exit_codes := [code for code in codes.values() if code in BY_EXIT_CODE]:
+        return SystemExit(exit_codes[0])  # with --json the process has printed the reason
     return WorkerBug(f"processes ended with the exit codes {codes} and printed no error")
 
 

@@ -160,9 +160,9 @@ def run_recipe(
     once(lambda: _peek(loaded, path, request))  # before anything is written there
     notes = rank() == 0 and not request.dry_run
     with phase(console, request.until), failures_in_junit(path, loaded.recipe.name) if notes else nullcontext():
-        known: Json = {}
-        if once(lambda: bool(known.update(_look_first(loaded, path, request, console)) or known)):
-            return known
+        result: Json = {}
+        if once(lambda: bool(result.update(_look_first(loaded, path, request, console)) or result)):
+            return result
         with spinner(console, "loading the libraries"), gc_paused():
             from llmtune.launch.dry_run import dry_run
             from llmtune.pipeline import run_pipeline
@@ -205,15 +205,15 @@ def _name_folder(loaded: LoadedRecipe, request: RunRequest, console: Console) ->
 
 def _agree(loaded: LoadedRecipe) -> None:
     """Raise RecipeError in a process whose version, recipe or strategy differs from that of rank 0."""
-    own = {
+    ours = {
         "version of llmtune": __version__,
         "recipe with its --set": hash_value(loaded.recipe.model_dump(mode="json"))[:8],
         "strategy": stated_strategy(),
     }
-    theirs = once(lambda: own)
+    theirs = once(lambda: ours)
     RecipeError.collect(
         Problem(f"{value} here, {theirs[name]} in process 0", name, "Run the same command on each machine.")
-        for name, value in own.items()
+        for name, value in ours.items()
         if value != theirs[name]
     )
 

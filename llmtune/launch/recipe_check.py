@@ -130,8 +130,8 @@ def _missing(loaded: LoadedRecipe) -> Iterator[Problem]:
         missing.append(("data.negatives.model", miner))
     for key, name in missing:
         parent = Path(name).parent
-        known = [entry.name for entry in parent.iterdir()] if parent.is_dir() else []
-        yield Problem(f"folder {name} not found", key, f"Check the path.{nearest(Path(name).name, known)}")
+        siblings = [entry.name for entry in parent.iterdir()] if parent.is_dir() else []
+        yield Problem(f"folder {name} not found", key, f"Check the path.{nearest(Path(name).name, siblings)}")
 
 
 def marks_left(loaded: LoadedRecipe) -> list[str]:

@@ -147,6 +147,6 @@ def call_scheduler(words: Sequence[str], stdin: str | None = None) -> str:
         raise EnvironmentProblem.of(f"command {words[0]} not found", words[0], INSTALL)
     done = subprocess.run(words, input=stdin, capture_output=True, text=True, check=False)  # noqa: S603
     if done.returncode:
-        said = (done.stderr or done.stdout).strip() or f"exit code {done.returncode}"
-        raise EnvironmentProblem.of(said, words[0], "Fix what Slurm refused; --dry-run prints the job script.")
+        message = (done.stderr or done.stdout).strip() or f"exit code {done.returncode}"
+        raise EnvironmentProblem.of(message, words[0], "Fix what Slurm refused; --dry-run prints the job script.")
     return done.stdout.strip()

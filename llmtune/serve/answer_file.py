@@ -64,10 +64,10 @@ def answer_file(
     if not header:
         raise DataError.of("no row can be read", str(rows))
     stated = run.recipe.data.train[0].columns or run.recipe.data.columns
-    known = {ours: theirs for ours, theirs in stated.items() if used_columns({ours: theirs}, header) <= set(header)}
-    columns = with_aliases(known, COLUMNS, header, kind_of_task(run.recipe.task).aliases)
-    asked = _columns_of(run.task.inputs, [*columns, *header], str(rows))
-    served = run.load(dict.fromkeys(asked, "text"), base=base, max_new_tokens=max_new_tokens)
+    mapping = {ours: theirs for ours, theirs in stated.items() if used_columns({ours: theirs}, header) <= set(header)}
+    columns = with_aliases(mapping, COLUMNS, header, kind_of_task(run.recipe.task).aliases)
+    input_columns = _columns_of(run.task.inputs, [*columns, *header], str(rows))
+    served = run.load(dict.fromkeys(input_columns, "text"), base=base, max_new_tokens=max_new_tokens)
     vectors: list[list[float] | None] | None = [] if output is not None and output.suffix == ".npy" else None
     if vectors is not None and run.task.model_kind.answer_column != "vectors":
         raise RecipeError.of(f"task {run.task.name} makes no vectors", str(output), "Write to a file in .jsonl.")
@@ -81,7 +81,8 @@ def answer_file(
         for first in range(0, len(raw), AT_ONCE):
             batch = raw[first : first + AT_ONCE]
             given = [
-                row if isinstance(row, RowError) else _read_inputs(row, columns, asked, rows.parent) for _, row in batch
+                row if isinstance(row, RowError) else _read_inputs(row, columns, input_columns, rows.parent)
+                for _, row in batch
             ]
             usable = [one for one in given if not isinstance(one, RowError)]
             answers = _answer_rows(served, usable, partial(progress.advance, bar))
@@ -89,8 +90,8 @@ def answer_file(
                 answer = {"error": f"{origin}: {one}"} if isinstance(one, RowError) else next(answers)
                 answered += "error" not in answer
                 if vectors is not None:
-                    found = answer.get("vectors")
-                    vectors.append(next(iter(found.values())) if isinstance(found, dict) else None)
+                    answer_vectors = answer.get("vectors")
+                    vectors.append(next(iter(answer_vectors.values())) if isinstance(answer_vectors, dict) else None)
                     continue
                 line = answer if isinstance(row, RowError) else _own_columns(row) | answer
                 file.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
@@ -121,27 +122,29 @@ def _own_columns(row: Mapping[str, object]) -> dict[str, object]:
 def _columns_of(inputs: Mapping[str, bool], names: Sequence[str], where: str) -> dict[str, str]:
     """Return the column of each input in the file; raises RecipeError if a required one is missing."""
     usual = {name: INPUT_COLUMNS.get(name, (name,)) for name in inputs}
-    found = {name: next((one for one in usual[name] if one in names), None) for name in inputs}
+    columns = {name: next((one for one in usual[name] if one in names), None) for name in inputs}
     for name, required in inputs.items():
-        if required and found[name] is None:
+        if required and columns[name] is None:
             what = f"no column for the {name}; found {', '.join(names)}"
             raise RecipeError.of(what, where, f"Name the column one of: {', '.join(usual[name])}.")
-    return {name: column for name, column in found.items() if column is not None}
+    return {name: column for name, column in columns.items() if column is not None}
 
 
 def _read_inputs(
-    row: Mapping[str, object], columns: Mapping[str, str], asked: Mapping[str, str], folder: Path
+    row: Mapping[str, object], columns: Mapping[str, str], input_columns: Mapping[str, str], folder: Path
 ) -> Inputs | RowError:
     try:
         named = rename(row, columns)
-        given = {name: value for name, column in asked.items() if (value := named.get(column)) is not None}
-        if asked.get("passages") == "passage" and isinstance(given.get("passages"), str):
+        given = {name: value for name, column in input_columns.items() if (value := named.get(column)) is not None}
+        if input_columns.get("passages") == "passage" and isinstance(given.get("passages"), str):
             given["passages"] = [given["passages"]]  # a passage may have several lines
         inputs = {name: json.dumps(value) if isinstance(value, list) else str(value) for name, value in given.items()}
         if "audio" in inputs:
             inputs["audio"] = str(folder / str(inputs["audio"]))
         empty = [
-            name for name in ("prompt", "context", "audio") if name in asked and not (inputs.get(name) or "").strip()
+            name
+            for name in ("prompt", "context", "audio")
+            if name in input_columns and not (inputs.get(name) or "").strip()
         ]
     except RowError as error:
         return error
@@ -167,9 +170,9 @@ def _answer_rows(
             value = predicted.value
             of_classes = {"scores": one} if (one := next(iter(predicted.probabilities), None)) else {}
             shown = value if task.model_kind.answer_column == "vectors" else task.format_prediction(value)
-            own = {key: cast(Json, value)[key] for key in task.answer_keys}
+            answer_fields = {key: cast(Json, value)[key] for key in task.answer_keys}
             truncated = {"truncated": True} if cut else {}
-            yield {task.model_kind.answer_column: shown, **own, **of_classes, **predicted.scores, **truncated}
+            yield {task.model_kind.answer_column: shown, **answer_fields, **of_classes, **predicted.scores, **truncated}
         return
     prompts = [task.prompt(row, served.processor, recipe) for row in rows]
     read = answer_reader(served.processor, recipe)

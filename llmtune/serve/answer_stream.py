@@ -121,7 +121,7 @@ class AnswerStream:
         """The text of an incomplete call."""
         self.tool_calls: list[ToolCall] = []
         special = processor.added_tokens_decoder.items() if template else ()
-        self._special = {token: about.content for token, about in special if about.special}
+        self._special = {number: token.content for number, token in special if token.special}
         self._stray: set[str] = set()
         """Generated special tokens that do not mark a part of an answer."""
 

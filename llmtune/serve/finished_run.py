@@ -176,8 +176,8 @@ class FinishedRun:
     @property
     def scores(self) -> dict[str, dict[str, float]]:
         """The scores of `base` and `tuned` model by the names that gates use; empty without an evaluation."""
-        found = self.evaluation
-        return {model: found.by_name(model) if found else {} for model in ("base", "tuned")}
+        evaluation = self.evaluation
+        return {model: evaluation.by_name(model) if evaluation else {} for model in ("base", "tuned")}
 
     @property
     def gates(self) -> tuple[GateResult, ...]:
@@ -287,8 +287,8 @@ class FinishedRun:
         The last line has the decision, if there is one.
         """
         if not self.task.free_prompt:
-            said = self.answer(inputs, base=base, max_new_tokens=max_new_tokens)
-            yield f"{said['text']}{describe_answer(said)}"
+            answer = self.answer(inputs, base=base, max_new_tokens=max_new_tokens)
+            yield f"{answer['text']}{describe_answer(answer)}"
             return
         served = self.load(inputs, base=base, max_new_tokens=max_new_tokens)
         yield from (piece.content for piece in _ask(served, inputs) if piece.content)

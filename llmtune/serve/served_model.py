@@ -141,18 +141,18 @@ class ServedModel:
         A decision is about the likeliest `choice`. Rows have no answer. Empty for a row that is too long, and without
         calibrated or decided choices.
         """
-        known = self.calibration or self.decision
-        if known is None or self.task.predicts:
+        choices = self.calibration or self.decision
+        if choices is None or self.task.predicts:
             return [{} for _ in rows]
-        trees = choice_trees(rows, known.labels, self.task, self.processor, self.recipe)
+        trees = choice_trees(rows, choices.labels, self.task, self.processor, self.recipe)
         limit = self.context or sys.maxsize
         fitting = {i: tree for i, tree in enumerate(trees) if tree is not None and tree.longest <= limit}
         with self._computing():
             scores = score_trees(self.model, list(fitting.values()), device=self.device)
-        found = dict(zip(fitting, scores, strict=True))
-        logits = [found.get(i, []) for i in range(len(rows))]
+        scores_by_row = dict(zip(fitting, scores, strict=True))
+        logits = [scores_by_row.get(i, []) for i in range(len(rows))]
         temperature = self.calibration.temperature if self.calibration else 1.0
-        named = name_probabilities(known.labels, logits, many=False, temperature=temperature)
+        named = name_probabilities(choices.labels, logits, many=False, temperature=temperature)
         lines: list[Json] = [{"scores": one} if one else {} for one in named]
         if self.decision is not None:
             for line, of in zip(lines, logits, strict=True):
@@ -190,8 +190,8 @@ class ServedModel:
         """
         section = self.recipe.generation
         settings = {name: getattr(section, name) for name in DRAWS} | dict(stated)
-        asked = section.do_sample or any(stated.get(name, off) != off for name, off in DRAWS.items())
-        do_sample = asked and settings["temperature"] != 0
+        sampling = section.do_sample or any(stated.get(name, off) != off for name, off in DRAWS.items())
+        do_sample = sampling and settings["temperature"] != 0
         changes = settings if do_sample else settings | dict.fromkeys(DRAWS)
         section = section.model_copy(update={**changes, "do_sample": do_sample, "max_new_tokens": new_tokens})
         return generation_settings(self.model, self.processor, self.recipe.model_copy(update={"generation": section}))

@@ -162,7 +162,7 @@ def check_vllm_adapter(config: PeftConfig, where: str) -> None:
         "modules have different scales (rank_pattern, alpha_pattern)": config.peft_type == "LORA"
         and len(_scales(options)) > 1,
     }
-    if kind := next((kind for kind, found in kinds.items() if found), None):
+    if kind := next((kind for kind, applies in kinds.items() if applies), None):
         merge = "" if "activated" in kind else " Or merge it and serve it with --merged."
         what = f"vLLM would not apply this adapter as trained: {kind}"
         raise RecipeError.of(what, where, f"Serve it without --engine vllm.{merge}")

@@ -153,7 +153,7 @@ def test_mining_knows_a_right_passage_in_any_look(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("llmtune.mining.iterate_rows", lambda rows, split: enumerate(rows))
     pairs = collect_pairs(rows, "train", [*VARIANTS, "second\n", "third ", OTHER])
     assert pairs.passages == [VARIANTS[0], "second", "third", OTHER]
-    assert (pairs.queries, pairs.own, pairs.wrong) == (["query"], [[0, 1]], [[2]])
+    assert (pairs.queries, pairs.right, pairs.wrong) == (["query"], [[0, 1]], [[2]])
     for row in rows:
         assert json.loads(add_negatives(row, {"query": ["mined"]}))["negatives"][-1] == "mined"
     ranked = {"query": "query\n", "passages": ["a"], "relevances": [1.0]}
