@@ -1,10 +1,10 @@
-"""TF-IDF with logistic regression: how well words and letters alone classify texts, or predict_values a number.
+"""TF-IDF with logistic regression: how well words and letters alone classify texts, or predict a number.
 
 Features are words, pairs of words, and 2 to 5 letters in a row within words, each weighted by TF-IDF. A regression with
 an L2 penalty depends on the training texts only through their inner products. For few texts it is therefore fitted
 exactly on their coordinates in the space that the texts span, which is much smaller than the space of features.
 
-Shapes: N training texts, A texts to predict_values, K classes, F features, R directions (at most N).
+Shapes: N training texts, A texts to predict, K classes, F features, R directions (at most N).
 """
 
 from __future__ import annotations
