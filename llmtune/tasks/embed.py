@@ -143,8 +143,8 @@ class Embed(ReadingTask[EmbedRow, Vectors]):
 
     def split_answer(self, row: EmbedRow) -> tuple[EmbedRow, str]:
         """Return the texts of a row, and their known passage, score or label."""
-        known = row["label"] if row["score"] is None else f"{row['score']:g}"
-        return {**row, "score": None, "label": None}, known or "\n".join(row["passages"])
+        answer = row["label"] if row["score"] is None else f"{row['score']:g}"
+        return {**row, "score": None, "label": None}, answer or "\n".join(row["passages"])
 
     def reference(self, row: EmbedRow) -> EmbedRow:
         """Return the row."""
@@ -159,17 +159,17 @@ class Embed(ReadingTask[EmbedRow, Vectors]):
                 queries.add(text_key(row["query"]))
                 passages.update(map(text_key, row["passages"]))
         shared = [len(new & old) for new, old in zip(held_out, trained, strict=True)]
-        found, searched = map(len, held_out)
+        query_count, passage_count = map(len, held_out)
         notes = {
             "vectors": describe_settings(embed_section(recipe)),
-            "queries": f"{found:,}; {shared[0]:,} also occur in training rows",
+            "queries": f"{query_count:,}; {shared[0]:,} also occur in training rows",
         }
-        if searched:
+        if passage_count:
             corpus = f"the passages and negatives of the {split} rows"
             if recipe.data.corpus and split == "test":
                 further = {*map(text_key, load_corpus(rows.folder))} - held_out[1]
                 corpus = f"data.corpus ({len(further):,} further passages), and {corpus}"
-            notes["passages"] = f"{corpus}; {shared[1]:,} of {searched:,} passages also occur in training rows"
+            notes["passages"] = f"{corpus}; {shared[1]:,} of {passage_count:,} passages also occur in training rows"
         return notes
 
     def encode_row(self, row: EmbedRow, processor: PreTrainedTokenizerBase, recipe: Recipe) -> Encoded:
@@ -271,10 +271,10 @@ class Embed(ReadingTask[EmbedRow, Vectors]):
     def predict(self, rows: Sequence[EmbedRow], loaded: LoadedModel) -> list[Vectors]:
         """Return the vectors of each row's texts."""
         named = [named_texts(row) for row in rows]
-        asked = dict.fromkeys((name == "query", text) for row in named for name, text in row)
-        found = dict(zip(asked, embed_texts([*asked], loaded), strict=True))
+        unique_texts = dict.fromkeys((name == "query", text) for row in named for name, text in row)
+        vectors = dict(zip(unique_texts, embed_texts([*unique_texts], loaded), strict=True))
         loaded.advance(len(rows))
-        return [{name: found[name == "query", text].tolist() for name, text in row} for row in named]
+        return [{name: vectors[name == "query", text].tolist() for name, text in row} for row in named]
 
     def embed_passages(self, passages: Sequence[str], loaded: LoadedModel) -> NDArray[np.float32]:
         """Return the vectors of passages."""
@@ -288,16 +288,16 @@ class Embed(ReadingTask[EmbedRow, Vectors]):
         """Write the passages by their cosine with the query, best first; without a query or passages, the vectors."""
         return format_search(row["passages"], prediction)
 
-    def compute_metric(self, metric: str, found: EvalPrediction[Vectors], recipe: Recipe) -> Measure | None:
+    def compute_metric(self, metric: str, prediction: EvalPrediction[Vectors], recipe: Recipe) -> Measure | None:
         """Measure the order of passages, the scores of pairs, or the spread of vectors."""
-        rows, vectors = list(found.references), list(found.predictions)
+        rows, vectors = list(prediction.references), list(prediction.predictions)
         if metric in SPREAD:
             measured, texts = measure_spread(metric, vectors), [named_texts(row)[-1][1] for row in rows]
             return replace(measured, signature=f"{measured.signature}; texts {hash_value(sorted(texts))[:8]}")
         if metric in CORRELATIONS:
             cosines = [cosine(one["query"], one["passage"]) for one in vectors]
             return measure_classes(metric, "regression", np.array(cosines)[:, None], [row["score"] for row in rows], ())
-        corpus = found.corpus and zip(found.corpus.passages, found.corpus.vectors_PD, strict=True)
+        corpus = prediction.corpus and zip(prediction.corpus.passages, prediction.corpus.vectors_PD, strict=True)
         return measure_search(metric, rows, vectors, corpus or (), prepare_vectors)
 
     def measure_words(
@@ -318,16 +318,16 @@ class Embed(ReadingTask[EmbedRow, Vectors]):
         assert measured is not None, "both are metrics of the task"
         return metric, measured.value if all(np.isfinite([*one.values()]).all() for one in vectors) else math.nan
 
-    def class_table(self, found: EvalPrediction[Vectors], recipe: Recipe) -> dict[str, Any] | None:
+    def class_table(self, prediction: EvalPrediction[Vectors], recipe: Recipe) -> dict[str, Any] | None:
         """Return the scores of vectors cut to each of `embed.dimensions`, the longest first; None without such."""
         sizes, metrics = embed_section(recipe).dimensions or (), recipe.evaluate.chosen_metrics(recipe.variant)
         if len(sizes) < 2:
             return None
         lengths = []
         for size in sorted(sizes, reverse=True):
-            cut = [{name: vector[:size] for name, vector in one.items()} for one in found.predictions]
-            corpus = found.corpus and replace(found.corpus, vectors_PD=found.corpus.vectors_PD[:, :size])
-            shorter = replace(found, predictions=cut, corpus=corpus)
+            cut = [{name: vector[:size] for name, vector in one.items()} for one in prediction.predictions]
+            corpus = prediction.corpus and replace(prediction.corpus, vectors_PD=prediction.corpus.vectors_PD[:, :size])
+            shorter = replace(prediction, predictions=cut, corpus=corpus)
             measured = {name: self.compute_metric(name, shorter, recipe) for name in metrics}
             lengths.append({"length": size, **{name: one.value for name, one in measured.items() if one is not None}})
         return {"lengths": lengths}

@@ -245,9 +245,11 @@ class Preference(Task[Row, Ratings]):
         names = ("chosen", "rejected", "answer")
         return ", ".join(f"{name} {format_label(prediction[name])}" for name in names if name in prediction)
 
-    def compute_metric(self, metric: str, found: EvalPrediction[Ratings], recipe: Recipe) -> Measure | None:
+    def compute_metric(self, metric: str, prediction: EvalPrediction[Ratings], recipe: Recipe) -> Measure | None:
         """Measure the ratings of answers, relative to the untuned model if the loss is."""
-        return measure_preferences(metric, found.predictions, found.references, preference_section(recipe), found.base)
+        return measure_preferences(
+            metric, prediction.predictions, prediction.references, preference_section(recipe), prediction.base
+        )
 
 
 class RewardModel(Preference):
@@ -352,7 +354,9 @@ def encode_mismatched(
     Longer examples are cut to `data.max_length`.
     """
     limit = recipe.data.max_length
-    others = [next((a for a in (*answers[i + 1 :], *answers) if a != own), own) for i, own in enumerate(answers)]
+    others = [
+        next((a for a in (*answers[i + 1 :], *answers) if a != answer), answer) for i, answer in enumerate(answers)
+    ]
     whole = recipe.model_copy(update={"data": recipe.data.model_copy(update={"max_length": 1 << 30})})
     encoded = encode_answers(rows, others, processor, whole)
     return [parts if isinstance(parts, str) else [cut_example(part, limit) for part in parts] for parts in encoded]
