@@ -344,7 +344,7 @@ def evaluate_run(
         if examples.counts.get("test"):
             ExampleReader(examples, "test")  # raises before the folder changes
         run.once(lambda: _check_evaluation(run))
-        run.once(lambda: save_recipe(path, loaded.to_yaml(), own=is_own(path)))
+        run.once(lambda: save_recipe(path, loaded.to_yaml(), mark=is_own(path)))
         console.print(f"Saved these settings with the run: {escape(str(path / 'recipe.yaml'))}")
         for step in ("prepare", "encode", "select", "adapt", "train"):
             run.begin(step, skipped=True)

@@ -37,8 +37,8 @@ def _has_own_targets(selected: SelectedModel, adapter: AdapterSection) -> bool:
         return False
     if adapter.method == "adaption_prompt":
         return True
-    known = TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING
-    return adapter.method == "ia3" and selected.model.config.model_type in known
+    model_types = TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING
+    return adapter.method == "ia3" and selected.model.config.model_type in model_types
 
 
 def _find_embedding(model: PreTrainedModel) -> list[str]:

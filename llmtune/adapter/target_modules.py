@@ -37,8 +37,8 @@ def resolve_targets(model: torch.nn.Module, adapter: AdapterSection) -> list[str
     """
     heads = set(head_names(model))
     linears = list(linear_shapes(model))
-    known = set(linears)
-    names = [name for name, module in model.named_modules() if isinstance(module, _ADAPTABLE) or name in known]
+    linear_names = set(linears)
+    names = [name for name, module in model.named_modules() if isinstance(module, _ADAPTABLE) or name in linear_names]
     if adapter.method == "ln_tuning":
         norms = [(name, one) for name, one in model.named_modules() if "norm" in type(one).__name__.lower()]
         names = linears = [name for name, one in norms if [*one.parameters()]]
@@ -140,7 +140,7 @@ def _is_adaptable(model: torch.nn.Module, name: str) -> bool:
 
 
 def _match(
-    key: str, patterns: str | Sequence[str], names: Sequence[str], known: Sequence[str]
+    key: str, patterns: str | Sequence[str], names: Sequence[str], suggestions: Sequence[str]
 ) -> tuple[list[str], list[Problem]]:
     """Return the names that `patterns` match, and a problem for each pattern without a match."""
     if isinstance(patterns, str):
@@ -150,19 +150,19 @@ def _match(
         except (re.error, LimitExceeded) as error:
             return [], [Problem(f"{patterns!r} cannot be matched as a regular expression: {error}", key)]
         what = f"{patterns!r} matches no complete module name"
-        fix = f"For name endings, write a list: [{patterns}]. {_list_linears(known)}"
+        fix = f"For name endings, write a list: [{patterns}]. {_list_linears(suggestions)}"
         return matches, [] if matches else [Problem(what, key, fix)]
     matched = {entry: ends_with(names, entry) for entry in patterns}
     hits = {name for matches in matched.values() for name in matches}
     return [name for name in names if name in hits], [
-        _unmatched(e, key, known) for e, matches in matched.items() if not matches
+        _unmatched(e, key, suggestions) for e, matches in matched.items() if not matches
     ]
 
 
-def _unmatched(entry: str, key: str, known: Sequence[str]) -> Problem:
-    endings = list(group_by_ending(known))
-    what = f"{entry!r} matches no module of this model.{nearest(entry, endings) or nearest(entry, known)}"
-    return Problem(what, key, _list_linears(known))
+def _unmatched(entry: str, key: str, suggestions: Sequence[str]) -> Problem:
+    endings = list(group_by_ending(suggestions))
+    what = f"{entry!r} matches no module of this model.{nearest(entry, endings) or nearest(entry, suggestions)}"
+    return Problem(what, key, _list_linears(suggestions))
 
 
 def _list_linears(linears: Sequence[str]) -> str:

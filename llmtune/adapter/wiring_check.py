@@ -209,8 +209,8 @@ def _probe_ids(selected: SelectedModel, recipe: Recipe) -> torch.Tensor:
     """Return token ids spread over the vocabulary, and those that the recipe adds: [1, T]."""
     size = min(len(selected.processor), selected.model.config.get_text_config().vocab_size)
     ids = [size * (i + 1) // (_PROBE_TOKENS + 1) for i in range(_PROBE_TOKENS)]
-    own = recipe.adapter.options  # activated LoRA acts after its tokens, others at theirs
-    ids = [*own.get("alora_invocation_tokens", ()), *own.get("token_indices", ())[:8], *ids]
+    adapter_options = recipe.adapter.options  # activated LoRA acts after its tokens, others at theirs
+    ids = [*adapter_options.get("alora_invocation_tokens", ()), *adapter_options.get("token_indices", ())[:8], *ids]
     ids += selected.processor.convert_tokens_to_ids(list(recipe.model.add_tokens))
     return torch.tensor([ids])
 

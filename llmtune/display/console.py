@@ -271,11 +271,14 @@ def make_table(block: Table, width: int) -> RenderableType:
     gap, widths = fitting
     title, padding = escape(block.title) or None, (0, max(gap - 2, 0), 0, min(gap - 1, 1))
     table = RichTable(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=padding)
-    for column, own in zip(heads, widths, strict=True):
+    for column, column_width in zip(heads, widths, strict=True):
         justify: Literal["left", "right"] = "right" if column.kind == "number" else "left"
-        table.add_column(escape(column.heading), justify=justify, width=own, overflow="fold")
+        table.add_column(escape(column.heading), justify=justify, width=column_width, overflow="fold")
     for texts, style in zip(cells, styles, strict=True):
-        table.add_row(*(escape(_folded(text, own)) for text, own in zip(texts, widths, strict=True)), style=style)
+        table.add_row(
+            *(escape(_folded(text, column_width)) for text, column_width in zip(texts, widths, strict=True)),
+            style=style,
+        )
     return table
 
 
@@ -299,11 +302,11 @@ def _column_widths(heads: Sequence[Column], cells: Sequence[Sequence[str]], widt
         max(cell_len(text) for text in (*_unbroken(heading), *texts)) for heading, *texts in columns
     ]  # only the heading wraps
     folded = [min(LEAST_TEXT, size) for size in whole]
-    for gap, own, least in (
+    for gap, sizes, least in (
         *((3, whole, words), (2, whole, words), (1, whole, words), (1, uncut, words), (2, uncut, folded)),
         *((2, words, words), (2, words, folded)),
     ):
-        fixed = [size if number else low for size, number, low in zip(own, numbers, least, strict=True)]
+        fixed = [size if number else low for size, number, low in zip(sizes, numbers, least, strict=True)]
         spare = width - gap * (len(heads) - 1) - 2 - sum(fixed)  # the rest is padding
         if spare >= 0:
             break

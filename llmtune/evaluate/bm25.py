@@ -29,12 +29,12 @@ BM25_NOTE = f"shared words, k1 {SATURATION}, b {LENGTH_SHARE}; nothing is fitted
 
 def words(text: str) -> list[str]:
     """Return the words of a text, without case; in scripts without spaces, each two neighbouring characters."""
-    found: list[str] = []
+    terms: list[str] = []
     for word in word_pattern().findall(unicodedata.normalize("NFKC", text).casefold()):
         for run in UNSPACED.split(word):
             pairs = [run[i : i + 2] for i in range(len(run) - 1)] if UNSPACED.fullmatch(run) else []
-            found += pairs or ([run] if run else [])
-    return found
+            terms += pairs or ([run] if run else [])
+    return terms
 
 
 @cache
@@ -63,9 +63,9 @@ def index_words(passages: Sequence[str]) -> Callable[[Sequence[str]], Floats]:
     weights_WP = csr_matrix((weights, (at_W, at_P)), shape=(len(numbers), len(passages)))
 
     def score(queries: Sequence[str]) -> Floats:
-        found = [(q, numbers[word]) for q, query in enumerate(queries) for word in words(query) if word in numbers]
-        rows, columns = zip(*found, strict=True) if found else ((), ())
-        queries_QW = csr_matrix((np.ones(len(found)), (rows, columns)), shape=(len(queries), len(numbers)))
+        hits = [(q, numbers[word]) for q, query in enumerate(queries) for word in words(query) if word in numbers]
+        rows, columns = zip(*hits, strict=True) if hits else ((), ())
+        queries_QW = csr_matrix((np.ones(len(hits)), (rows, columns)), shape=(len(queries), len(numbers)))
         return np.asarray((queries_QW @ weights_WP).toarray(), dtype=np.float64)
 
     return score

@@ -58,9 +58,9 @@ def base_inputs(
 
 def simple_inputs(recipe: Recipe, rows: Rows, examples: Examples) -> str:
     """Hash the inputs of a simple baseline's answers: the rows that it learns from, and those that it answers."""
-    asked = [recipe.evaluate.limit, recipe.evaluate.choices, recipe.task_section()]
+    settings = [recipe.evaluate.limit, recipe.evaluate.choices, recipe.task_section()]
     contents = [rows.content_hash, examples.content_hash, recipe.data.max_length]
-    return hash_value([__version__, package_versions(("scikit-learn", "scipy")), contents, asked])
+    return hash_value([__version__, package_versions(("scikit-learn", "scipy")), contents, settings])
 
 
 def own_metric_files(recipe: Recipe) -> list[str]:

@@ -97,15 +97,15 @@ def gather_choices(
     many: bool,
 ) -> Chosen | None:
     """Join each row's choices with their right labels; None without any. A choice without logits is skipped."""
-    found = [
+    choices = [
         (row, scores, names)
         for row in sorted(logits)
         for scores, names in zip(logits[row], right[row], strict=True)
         if len(scores)
     ]
-    if not found:
+    if not choices:
         return None
-    rows, scores, names = zip(*found, strict=True)
+    rows, scores, names = zip(*choices, strict=True)
     right_UK = np.array([[label in one for label in labels] for one in names])
     return Chosen(tuple(labels), np.array(scores, dtype=np.float64), right_UK, rows, many)
 
@@ -194,8 +194,8 @@ def fit_temperature(chosen: Chosen) -> float:
         likelihood = measure_calibration("nll", chosen, float(np.exp(log_temperature))).sums_NK[:, 0].sum()
         return float(likelihood) + (log_temperature / SPREAD) ** 2 / 2
 
-    found = minimize_scalar(nats, bounds=tuple(np.log([COLDEST, HOTTEST])), method="bounded", options={"xatol": 1e-6})
-    return float(np.exp(found.x))
+    optimum = minimize_scalar(nats, bounds=tuple(np.log([COLDEST, HOTTEST])), method="bounded", options={"xatol": 1e-6})
+    return float(np.exp(optimum.x))
 
 
 def calibrate(validation: Chosen | None) -> Calibration | str:

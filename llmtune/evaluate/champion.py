@@ -141,13 +141,13 @@ def check_champion(
         )
         console.print(f"{text}starts from, and are left out", style="yellow", highlight=False, markup=False)
     if shared < total:
-        asked = f"; its model answers {further} more rows that it was not trained on" if further else ""
-        text = f"champion: {shared} of {total} test rows are test rows of the champion too{asked}"
+        unseen_note = f"; its model answers {further} more rows that it was not trained on" if further else ""
+        text = f"champion: {shared} of {total} test rows are test rows of the champion too{unseen_note}"
         console.print(text, highlight=False, markup=False)
-    own = ScoredRun(OWN, recipe, NOTHING, PerRowScores(rows=names))
+    this_run = ScoredRun(OWN, recipe, NOTHING, PerRowScores(rows=names))
     metrics = [metric for metric in champion.measures.tuned if metric in recipe.evaluate.chosen_metrics(recipe.variant)]
     fix = "Use the same value for both, or rescore the champion: llmtune evaluate RUN --set ..."
-    RecipeError.collect(Problem(what, KEY, fix) for what in find_other_keys(champion, own, metrics))
+    RecipeError.collect(Problem(what, KEY, fix) for what in find_other_keys(champion, this_run, metrics))
     answer = partial(ask, folder) if ask and folder and world_size() == 1 else None
     check_looks(recipe, champion, run.manifest["fingerprint"], run.path)
     check_classes(champion, run, folder, rows, recipe, answer, console)
@@ -226,15 +226,15 @@ def face_champion(
     if folder and (metrics := list_searched_elsewhere(champion, measures)):
         names = {*champion.measures.rows}
         shared = [place for place, name in enumerate(measures.rows) if name in names]
-        again, asked = split_answers(ask(folder, [*shared, *places]), measures.rows, places)
+        again, new_answers = split_answers(ask(folder, [*shared, *places]), measures.rows, places)
         if all(one in again.tuned and again.tuned[one].signature == measures.tuned[one].signature for one in metrics):
             champion = replace(champion, measures=again)
     else:
-        asked = ask(folder, places) if folder and places else NONE_ASKED
+        new_answers = ask(folder, places) if folder and places else NONE_ASKED
     changes = partial(judge_classes, rows=rows, renames=recipe.renames, hints=run.findings.get("class_hints", ()))
-    if not asked.places:
-        asked = replace(asked, why_none=NONE_NEW if folder else GONE)
-    compared = compare_with_champion(champion, recipe, evaluation, measures, asked, inherited, changes)
+    if not new_answers.places:
+        new_answers = replace(new_answers, why_none=NONE_NEW if folder else GONE)
+    compared = compare_with_champion(champion, recipe, evaluation, measures, new_answers, inherited, changes)
     return replace(compared, folder=name_champion(locate_champion(recipe, run.path)))
 
 
@@ -256,38 +256,38 @@ def compare_with_champion(
     recipe: Recipe,
     evaluation: Evaluation,
     measures: PerRowScores,
-    asked: Asked = NONE_ASKED,
+    new_answers: Asked = NONE_ASKED,
     inherited: frozenset[str] = frozenset(),
-    judge: JudgeClasses = lambda champion, own, pairs: None,
+    judge: JudgeClasses = lambda champion, this_run, pairs: None,
 ) -> Champion:
     """Compare the tuned model with the champion on the rows they share.
 
-    `asked` holds the champion's answers to further test rows of this run, and all rows that are new to it. Rows with
-    the ids in `inherited` are left out: one of both models learned them in an earlier run. Metrics that the two runs
-    measure differently are omitted. Rows of classes that the champion does not
-    have count: its answers to them are wrong. `judge` compares the classes.
+    `new_answers` holds the champion's answers to further test rows of this run, and all rows that are new to it. Rows
+    with the ids in `inherited` are left out: one of both models learned them in an earlier run. Metrics that the two
+    runs measure differently are omitted. Rows of classes that the champion does not have count: its answers to them
+    are wrong. `judge` compares the classes.
 
     Raises:
         RecipeError: measurement settings differ.
         DataError: the runs share no row.
     """
-    new_names = {measures.rows[place] for place in asked.places}
-    own = ScoredRun(OWN, recipe, evaluation, keep_asked(measures, recipe).without_rows(inherited))
-    champion, own, merged = align_classes(champion, alone := own, recipe.renames)
-    answers = asked.answers.without_metrics(merged)
+    new_names = {measures.rows[place] for place in new_answers.places}
+    this_run = ScoredRun(OWN, recipe, evaluation, keep_asked(measures, recipe).without_rows(inherited))
+    champion, this_run, merged = align_classes(champion, alone := this_run, recipe.renames)
+    answers = new_answers.answers.without_metrics(merged)
     champion = replace(champion, measures=champion.measures.with_rows(answers))
-    both = {*champion.measures.rows} & {*own.measures.rows}
+    both = {*champion.measures.rows} & {*this_run.measures.rows}
     if not both:
         raise DataError.of("no test row is also a test row of the champion", KEY, ROWS_FIX)
-    pairs, left_out = pair_measures(champion, own)
+    pairs, left_out = pair_measures(champion, this_run)
     fix = "Rescore one of them with the other's settings: llmtune evaluate RUN --set KEY=VALUE"
-    RecipeError.collect(Problem(what, KEY, fix) for what in find_other_keys(champion, own, pairs))
+    RecipeError.collect(Problem(what, KEY, fix) for what in find_other_keys(champion, this_run, pairs))
     for metric in [*pairs]:
-        if (other := find_other_measure(champion, own, metric)) is not None:
+        if (other := find_other_measure(champion, this_run, metric)) is not None:
             left_out[metric] = other[0]
             del pairs[metric]
     named = {
-        metric: (before, replace(after, names=shared_names(champion, own, metric)))
+        metric: (before, replace(after, names=shared_names(champion, this_run, metric)))
         for metric, (before, after) in pairs.items()
     }
     return Champion(
@@ -299,33 +299,35 @@ def compare_with_champion(
         left_out=left_out | merged,
         tuned={metric: after.value for metric, (_, after) in pairs.items()},
         rows=len(both),
-        asked=len(both & {*asked.answers.rows}),
-        partial=dict(find_partial(champion, own, pairs, len(both))),
+        asked=len(both & {*new_answers.answers.rows}),
+        partial=dict(find_partial(champion, this_run, pairs, len(both))),
         classes=judge(champion, alone, pairs=named),
-        new=score_new(replace(champion, measures=answers), own, new_names, pairs) if new_names else None,
-        why_no_new=asked.why_none,
+        new=score_new(replace(champion, measures=answers), this_run, new_names, pairs) if new_names else None,
+        why_no_new=new_answers.why_none,
     )
 
 
-def split_answers(asked: Asked, names: Sequence[str], new: Collection[int]) -> tuple[PerRowScores, Asked]:
+def split_answers(all_answers: Asked, names: Sequence[str], new: Collection[int]) -> tuple[PerRowScores, Asked]:
     """Split answers to all test rows, named by their position: those that are not new, and those to `new` ones."""
     ids = {name.rpartition("-")[0] for place, name in enumerate(names) if place in {*new}}
-    others = {name.rpartition("-")[0] for name in asked.answers.rows} - ids
-    answers = asked.answers.without_rows(others)
-    return asked.answers.without_rows(ids), Asked(tuple(place for place in asked.places if place in {*new}), answers)
+    others = {name.rpartition("-")[0] for name in all_answers.answers.rows} - ids
+    answers = all_answers.answers.without_rows(others)
+    return all_answers.answers.without_rows(ids), Asked(
+        tuple(place for place in all_answers.places if place in {*new}), answers
+    )
 
 
-def score_new(champion: ScoredRun, own: ScoredRun, names: Collection[str], metrics: Collection[str]) -> NewRows:
+def score_new(champion: ScoredRun, this_run: ScoredRun, names: Collection[str], metrics: Collection[str]) -> NewRows:
     """Score all models on the test rows with these names; `champion` has its answers to them.
 
     Only `metrics` are compared with the champion.
     """
-    measures, seed = own.measures, own.recipe.seed
+    measures, seed = this_run.measures, this_run.recipe.seed
     new = {place for place, name in enumerate(measures.rows) if name in names}
     apart = measures.subset(new), measures.subset({*range(len(measures.rows))} - new)
     intervals, old = ({metric: own_interval(one, seed) for metric, one in part.tuned.items()} for part in apart)
     from_old = {name: subtract_intervals(one, old[name]) for name, one in intervals.items() if name in old}
-    pairs = {name: pair for name, pair in pair_measures(champion, own)[0].items() if name in metrics}
+    pairs = {name: pair for name, pair in pair_measures(champion, this_run)[0].items() if name in metrics}
     answered = PairedMeasures(*({name: pair[at] for name, pair in pairs.items()} for at in (0, 1)))
     champion_scores, tuned_scores = answered.scores()
     return NewRows(

@@ -65,36 +65,38 @@ def ask_champion(
     numbers = context.inputs.rows
     names = name_test_rows(rows, numbers)
     with TemporaryDirectory(dir=folder, prefix=".champion-") as name:
-        scratch, known = Path(name), load_champion_rows(run, context.console)
+        scratch, champion_rows = Path(name), load_champion_rows(run, context.console)
         picked = pick_rows(rows, SPLIT, [numbers[at] for at in places], scratch)
-        if known is not None:
-            files, counts = known.files | picked.files, known.counts | picked.counts
-            found = find_overlap(replace(picked, files=files, counts=counts), near=True)
-            places = [at for place, at in enumerate(places) if place not in {*found.equal, *found.near}]
+        if champion_rows is not None:
+            files, counts = champion_rows.files | picked.files, champion_rows.counts | picked.counts
+            overlap = find_overlap(replace(picked, files=files, counts=counts), near=True)
+            places = [at for place, at in enumerate(places) if place not in {*overlap.equal, *overlap.near}]
         if not places:
             return NONE_ASKED
         picked = pick_rows(rows, SPLIT, [numbers[at] for at in places], scratch)
         context.console.print(f"champion: its model answers {len(places)} test rows", highlight=False)
         try:
             temperature = run_temperature(read_run(run))
-            about = known, picked, scratch / "examples", context.console
             champion = name_classes(load(run), context.recipe.renames, context.recipe.classes)
-            measured, kept = measure_champion(champion, *about, temperature)
+            examples = scratch / "examples"
+            measured, kept = measure_champion(champion, champion_rows, picked, examples, context.console, temperature)
         except (DataError, RecipeError) as error:
             context.console.print(f"champion: it could not answer them: {error}", style="yellow", highlight=False)
             return Asked(tuple(places))
     return Asked(tuple(places), PerRowScores({}, measured, tuple(names[places[number]] for number in kept)))
 
 
-def name_classes(champion: ChampionModel, renames: Mapping[str, str], own: Sequence[str] = ()) -> ChampionModel:
-    """Return a champion whose classes have their current names, and with `own` classes the list for both.
+def name_classes(champion: ChampionModel, renames: Mapping[str, str], run_classes: Sequence[str] = ()) -> ChampionModel:
+    """Return a champion whose classes have their current names, and with `run_classes` the list for both.
 
     Without that list it cannot be measured on rows of other classes.
     """
     if not champion.recipe.classes:
         return champion
-    _, classes = map_classes(own, champion.recipe.classes, renames)
-    return replace(champion, recipe=champion.recipe.with_classes(classes.outputs), classes=classes if own else None)
+    _, classes = map_classes(run_classes, champion.recipe.classes, renames)
+    return replace(
+        champion, recipe=champion.recipe.with_classes(classes.outputs), classes=classes if run_classes else None
+    )
 
 
 def load_champion_rows(run: Path, console: Console) -> Rows | None:
@@ -108,23 +110,28 @@ def load_champion_rows(run: Path, console: Console) -> Rows | None:
 
 
 def measure_champion(
-    champion: ChampionModel, known: Rows | None, picked: Rows, folder: Path, console: Console, temperature: float = 1.0
+    champion: ChampionModel,
+    champion_rows: Rows | None,
+    picked: Rows,
+    folder: Path,
+    console: Console,
+    temperature: float = 1.0,
 ) -> tuple[dict[str, Measure], tuple[int, ...]]:
     """Return the champion's metrics on `picked` rows, and the numbers of those that could be encoded.
 
-    `known` are its own rows, unless its recipe states the choices; `temperature` is that of its probabilities.
+    `champion_rows` are its own rows, unless its recipe states the choices; `temperature` is that of its probabilities.
     Raises DataError if none can be encoded.
     """
     recipe, task, processor = champion.recipe, champion.task, champion.processor
     choices: tuple[str, ...] = recipe.evaluate.choices if isinstance(recipe.evaluate.choices, tuple) else ()
-    if known is not None:
-        references = [task.split_answer(row)[1] for _, row in iterate_rows(known, SPLIT)]
-        choices = resolve_choices(known, task, recipe, references, SPLIT)
+    if champion_rows is not None:
+        references = [task.split_answer(row)[1] for _, row in iterate_rows(champion_rows, SPLIT)]
+        choices = resolve_choices(champion_rows, task, recipe, references, SPLIT)
     expected = {task.split_answer(row)[1] for _, row in iterate_rows(picked, SPLIT)}
     given = {key: getattr(recipe.evaluate, key) for key in ("metrics", *OWN_METRIC_KEYS)}
-    asked = EvaluateSection(choices=choices if expected & {*choices} else None, **given)
+    evaluate_section = EvaluateSection(choices=choices if expected & {*choices} else None, **given)
     data = recipe.data.model_copy(update={"max_dropped": 1.0})
-    recipe = recipe.model_copy(update={"evaluate": asked, "data": data})
+    recipe = recipe.model_copy(update={"evaluate": evaluate_section, "data": data})
     parts = [part for part in split_unknown(picked, recipe.classes) if champion.classes or not part[1]]
     if not parts:
         raise DataError.of("all of these rows have classes that it does not have")
@@ -142,8 +149,8 @@ def measure_champion(
             context = EvalContext(recipe, task, processor, asked_inputs, champion.device, console)
             answers = replace(predict(model, "champion", context, champion.models.packs()), temperature=temperature)
             measured = measure_in_classes(replace(context, inputs=inputs), answers, champion.classes)
-            found = PerRowScores({}, measured, tuple(map(str, inputs.rows)))
-            scores = scores.with_rows(found) if kept else found
+            part_scores = PerRowScores({}, measured, tuple(map(str, inputs.rows)))
+            scores = scores.with_rows(part_scores) if kept else part_scores
             kept += [numbers[row] for row in inputs.rows]
     del model
     release_memory()

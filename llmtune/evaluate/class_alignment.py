@@ -63,12 +63,14 @@ class ClassMap:
         return parts_NJ
 
 
-def map_classes(own: Sequence[str], other: Sequence[str], renames: Mapping[str, str]) -> tuple[ClassMap, ClassMap]:
+def map_classes(
+    run_classes: Sequence[str], other: Sequence[str], renames: Mapping[str, str]
+) -> tuple[ClassMap, ClassMap]:
     """Return the classes of two runs in one list: those of the first run, then those that only the other has."""
     renamed = [renames.get(name, name) for name in map(tidy_name, other)]
-    labels = tuple(dict.fromkeys([*own, *renamed]))
+    labels = tuple(dict.fromkeys([*run_classes, *renamed]))
     places = {name: at for at, name in enumerate(labels)}
-    return tuple(ClassMap(labels, tuple(places[name] for name in names), renames) for names in (own, renamed))  # type: ignore[return-value]
+    return tuple(ClassMap(labels, tuple(places[name] for name in names), renames) for names in (run_classes, renamed))  # type: ignore[return-value]
 
 
 def classes_of(run: ScoredRun) -> tuple[str, ...]:
@@ -81,15 +83,15 @@ def classes_of(run: ScoredRun) -> tuple[str, ...]:
 
 
 def align_classes(
-    other: ScoredRun, own: ScoredRun, renames: Mapping[str, str]
+    other: ScoredRun, this_run: ScoredRun, renames: Mapping[str, str]
 ) -> tuple[ScoredRun, ScoredRun, dict[str, str]]:
     """Return both runs with scores over the classes of both, and a reason for each metric that cannot be compared.
 
     Runs whose classes are unknown or the same are returned as they are.
     """
-    classes = classes_of(own), classes_of(other)
+    classes = classes_of(this_run), classes_of(other)
     if not all(classes):
-        return other, own, {}
+        return other, this_run, {}
     own_map, other_map = map_classes(*classes, renames)
     left_out = {}
     if merged := other_map.merged:
@@ -98,12 +100,12 @@ def align_classes(
         if not {*CLASS_SUMS} & other.measures.tuned.keys():
             cure = f"{why}, and it has no f1_macro to count them from: run once with f1_macro and without this gate"
             left_out |= {metric: cure for metric in ("accuracy", "f1_micro") if metric in other.measures.tuned}
-    other, own = _widen_run(other, other_map, left_out), _widen_run(own, own_map, left_out)
-    areas = [run.measures.tuned.get("auroc") for run in (other, own)]
+    other, this_run = _widen_run(other, other_map, left_out), _widen_run(this_run, own_map, left_out)
+    areas = [run.measures.tuned.get("auroc") for run in (other, this_run)]
     if areas[0] and areas[1] and areas[0].sums_NK.shape[1] == areas[1].sums_NK.shape[1]:
         same = replace(areas[0], ranking=areas[1].ranking, signature=areas[1].signature)
         other = replace(other, measures=replace(other.measures, tuned={**other.measures.tuned, "auroc": same}))
-    return other, own, left_out
+    return other, this_run, left_out
 
 
 def pair_metrics(first: ScoredRun, second: ScoredRun) -> tuple[dict[str, Difference], dict[str, str]]:
@@ -139,19 +141,19 @@ def widen_measure(measure: Measure, classes: ClassMap) -> Measure:
 
 def _count_merged(tuned: Mapping[str, Measure]) -> dict[str, Measure]:
     """Return accuracy and micro F1 of merged classes, from the sums by class: confusing the two is no error now."""
-    known = next((tuned[metric] for metric in CLASS_SUMS if metric in tuned), None)
-    if known is None:
+    measure = next((tuned[metric] for metric in CLASS_SUMS if metric in tuned), None)
+    if measure is None:
         return {}
-    hits_NJ, predicted_NJ, true_NJ = split_sums(known.sums_NK)
+    hits_NJ, predicted_NJ, true_NJ = split_sums(measure.sums_NK)
     counted = {}
     if one := tuned.get("accuracy"):
         right = (predicted_NJ == true_NJ).all(1).tolist()
         counted["accuracy"] = replace(
-            measure_right(right, "accuracy", one.signature), at=known.at, clusters=known.clusters
+            measure_right(right, "accuracy", one.signature), at=measure.at, clusters=measure.clusters
         )
     if one := tuned.get("f1_micro"):
         sums = columns(*(part.sum(1) for part in (hits_NJ, predicted_NJ, true_NJ)))
-        counted["f1_micro"] = replace(one, sums_NK=sums, at=known.at, clusters=known.clusters)
+        counted["f1_micro"] = replace(one, sums_NK=sums, at=measure.at, clusters=measure.clusters)
     return counted
 
 
@@ -178,30 +180,32 @@ def rename_prediction(prediction: object, classes: ClassMap) -> object:
     return {**prediction, **rename_row({"label": prediction["label"]}, classes.renames), "scores": scores_J}
 
 
-def knows_all(other: ScoredRun, own: ScoredRun) -> bool:
+def knows_all(other: ScoredRun, this_run: ScoredRun) -> bool:
     """Whether another run has every class of this one; a missing one is new or has another name."""
-    return {*classes_of(own)} <= {own.recipe.renames.get(name, name) for name in map(tidy_name, classes_of(other))}
+    return {*classes_of(this_run)} <= {
+        this_run.recipe.renames.get(name, name) for name in map(tidy_name, classes_of(other))
+    }
 
 
-def shared_names(champion: ScoredRun, own: ScoredRun, metric: str) -> tuple[str, ...]:
+def shared_names(champion: ScoredRun, this_run: ScoredRun, metric: str) -> tuple[str, ...]:
     """Return the names of the rows of both runs in the order of `pair_measures`."""
-    return tuple(sorted({*champion.row_names(metric)} & {*own.row_names(metric)}))
+    return tuple(sorted({*champion.row_names(metric)} & {*this_run.row_names(metric)}))
 
 
 def find_partial(
-    champion: ScoredRun, own: ScoredRun, pairs: Mapping[str, tuple[Measure, Measure]], rows: int
+    champion: ScoredRun, this_run: ScoredRun, pairs: Mapping[str, tuple[Measure, Measure]], rows: int
 ) -> Iterator[tuple[str, str]]:
     """Yield metrics that leave out some of the shared rows, with their number and the reason.
 
     The champion did not have their candidates or columns; or it has no probability of their class.
     """
     for metric, (_, after) in pairs.items():
-        names = own.row_names(metric)
-        if own.measures.tuned[metric].names and len(after.sums_NK) < len(names):
+        names = this_run.row_names(metric)
+        if this_run.measures.tuned[metric].names and len(after.sums_NK) < len(names):
             fewer = f"{len(names) - len(after.sums_NK)} of {len(names)}"
             yield (
                 metric,
-                f"{fewer} rows are left out, because the champion did not have the same {own.name_inputs(metric)}",
+                f"{fewer} rows are left out, because the champion did not have the same {this_run.name_inputs(metric)}",
             )
-        elif metric in OF_PROBABILITIES and not knows_all(champion, own) and (left := rows - len(after.sums_NK)):
+        elif metric in OF_PROBABILITIES and not knows_all(champion, this_run) and (left := rows - len(after.sums_NK)):
             yield metric, f"{left} of {rows} rows are left out, because the champion has no probability of their class"

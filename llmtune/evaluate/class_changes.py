@@ -143,7 +143,7 @@ def check_classes(
 
 def judge_classes(
     champion: ScoredRun,
-    own: ScoredRun,
+    this_run: ScoredRun,
     rows: Rows,
     renames: Mapping[str, str],
     hints: Sequence[Sequence[Any]],
@@ -156,7 +156,7 @@ def judge_classes(
     changes = find_changes_of_classes(champion, rows, renames)
     if changes is None or not (changes.new or changes.lost or changes.renamed):
         return None
-    changes = score_new_classes(replace(changes, hints=tuple((str(n), str(o), c, t) for n, o, c, t in hints)), own)
+    changes = score_new_classes(replace(changes, hints=tuple((str(n), str(o), c, t) for n, o, c, t in hints)), this_run)
     new = {one.label for one in changes.new}
     if not new:
         return changes
@@ -185,13 +185,13 @@ def _compare_known(pairs: Mapping[str, tuple[Measure, Measure]], added: Collecti
     return Slice("classes of the champion", max(map(len, kept.values())), base, tuned, difference)
 
 
-def score_new_classes(changes: ClassChanges, own: ScoredRun) -> ClassChanges:
+def score_new_classes(changes: ClassChanges, this_run: ScoredRun) -> ClassChanges:
     """Return the changes with the tuned model's scores on each new class, and whether it learned the class."""
-    return replace(changes, new=tuple(_score_class(one, own) for one in changes.new))
+    return replace(changes, new=tuple(_score_class(one, this_run) for one in changes.new))
 
 
-def _score_class(one: NewClass, own: ScoredRun) -> NewClass:
-    scores = _scores_by_row(one.label, own) or _scores_of_table(one.label, own.evaluation)
+def _score_class(one: NewClass, this_run: ScoredRun) -> NewClass:
+    scores = _scores_by_row(one.label, this_run) or _scores_of_table(one.label, this_run.evaluation)
     rows = scores["recall"].n if "recall" in scores else one.rows
     return NewClass(one.label, rows, _judge(scores.get("recall"), rows), scores)
 
@@ -204,10 +204,12 @@ def _judge(recall: Difference | None, rows: int) -> str:
     return "not learned" if recall.high < RECOGNISED else "inconclusive"
 
 
-def _scores_by_row(label: str, own: ScoredRun) -> dict[str, Difference]:
+def _scores_by_row(label: str, this_run: ScoredRun) -> dict[str, Difference]:
     """Return recall, precision and F1 of a class from the sums of each row; empty if no metric has them."""
-    measure = next((own.measures.tuned[metric] for metric in CLASS_SUMS if metric in own.measures.tuned), None)
-    labels = classes_of(own)
+    measure = next(
+        (this_run.measures.tuned[metric] for metric in CLASS_SUMS if metric in this_run.measures.tuned), None
+    )
+    labels = classes_of(this_run)
     if measure is None or label not in labels or measure.sums_NK.shape[1] != 3 * len(labels):
         return {}
     hits_N, predicted_N, true_N = (part[:, labels.index(label)] for part in split_sums(measure.sums_NK))
@@ -217,11 +219,11 @@ def _scores_by_row(label: str, own: ScoredRun) -> dict[str, Difference]:
         clusters = tuple(measure.clusters[n] for n in some) if measure.clusters else ()
         right = replace(measure_right((hits_N[some] > 0).tolist(), name), clusters=clusters)
         if len(some):
-            scores[name] = own_interval(right, own.recipe.seed)
+            scores[name] = own_interval(right, this_run.recipe.seed)
     if true_N.any():
         sums = columns(hits_N, predicted_N, true_N)
         one = Measure("f1", sums, f1_macro_formula, bounds=hit_bounds, clusters=measure.clusters)
-        scores["f1"] = own_interval(one, own.recipe.seed)
+        scores["f1"] = own_interval(one, this_run.recipe.seed)
     return scores if "recall" in scores else {}
 
 

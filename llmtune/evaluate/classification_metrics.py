@@ -341,7 +341,7 @@ def measure_entities(metric: str, predicted_tags: Tags, reference_tags: Tags) ->
         sums_N2 = columns(np.array(right), np.array([len(reference) for _, reference in rows]))
         return Measure(metric, sums_N2, ratio, signature="share of tokens with the right tag", bounds=share_bounds)
     entities = [(set(entities_of(predicted)), set(entities_of(reference))) for predicted, reference in rows]
-    counts = [(len(found & expected), len(found), len(expected)) for found, expected in entities]
+    counts = [(len(predicted & expected), len(predicted), len(expected)) for predicted, expected in entities]
     sums_N3 = np.array(counts, dtype=np.float64).reshape(-1, 3)
     signature = "entities of all types together, right if type, first and last token match; 0 without entities"
     return Measure(metric, sums_N3, ENTITY_FORMULAS[metric], signature=signature, bounds=hit_bounds)
@@ -368,15 +368,15 @@ ENTITY_METRICS = (*ENTITY_FORMULAS, "accuracy")
 
 def entity_table(predicted_tags: Tags, reference_tags: Tags) -> list[dict[str, Any]]:
     """Return `label`, `precision`, `recall`, `f1` and `support` (entities) of each type that occurs, by name."""
-    hits, found, expected = Counter[str](), Counter[str](), Counter[str]()
+    hits, predictions, expected = Counter[str](), Counter[str](), Counter[str]()
     for predicted, reference in zip(predicted_tags, reference_tags, strict=True):
         predicted_set, reference_set = set(entities_of(predicted)), set(entities_of(reference))
         hits.update(kind for kind, _, _ in predicted_set & reference_set)
-        found.update(kind for kind, _, _ in predicted_set)
+        predictions.update(kind for kind, _, _ in predicted_set)
         expected.update(kind for kind, _, _ in reference_set)
     table = []
-    for kind in sorted(found | expected):
-        sums = np.array([hits[kind], found[kind], expected[kind]], dtype=np.float64)
+    for kind in sorted(predictions | expected):
+        sums = np.array([hits[kind], predictions[kind], expected[kind]], dtype=np.float64)
         scores = {metric: float(formula(sums)) for metric, formula in ENTITY_FORMULAS.items()}
         table.append({"label": kind, **scores, "support": expected[kind]})
     return table

@@ -113,23 +113,25 @@ def divide_error(confidence: float, checkpoints: int) -> float:
 def measure_decisions(record: Decision, test: Chosen) -> tuple[dict[str, Measure], tuple[tuple[float, float], ...]]:
     """Return the metrics of decisions on test rows, and their risk-coverage curve."""
     at = tuple(dict.fromkeys(test.rows))
-    found: dict[str, Measure] = {}
+    measures: dict[str, Measure] = {}
     confidence_N, wrong_N = rate_rows(test)
     if record.threshold is not None:
         decided_N = is_decided(record, confidence_N)
-        found["decided"] = measure_shares("decided", decided_N.tolist(), "share of rows with a decided answer")
-        found["decided_error"] = measure_errors(decided_N, wrong_N)
+        measures["decided"] = measure_shares("decided", decided_N.tolist(), "share of rows with a decided answer")
+        measures["decided_error"] = measure_errors(decided_N, wrong_N)
     if record.set_bounds:
         chosen_NK = read_sets(test.probabilities(), record.set_bounds, many=test.many)
         right_N, hits_N = test.right_UK.sum(1), (chosen_NK & test.right_UK).sum(1)
         covered_N = np.where(right_N > 0, hits_N / np.maximum(right_N, 1), float(test.many))
-        found["set_coverage"] = measure_shares("set_coverage", covered_N.tolist(), "share of right labels in the set")
-        found["set_size"] = measure_means("set_size", chosen_NK.sum(1).tolist(), "labels in the prediction set")
+        measures["set_coverage"] = measure_shares(
+            "set_coverage", covered_N.tolist(), "share of right labels in the set"
+        )
+        measures["set_size"] = measure_means("set_size", chosen_NK.sum(1).tolist(), "labels in the prediction set")
     if record.false_alarms is not None:
         alarms = is_unusual(record, test).tolist()
-        found["false_alarms"] = measure_shares("false_alarms", alarms, "share of test rows called out of scope")
+        measures["false_alarms"] = measure_shares("false_alarms", alarms, "share of test rows called out of scope")
     curve = risk_curve(confidence_N, wrong_N) if record.threshold is not None else ()
-    return {name: replace(one, at=at) for name, one in found.items()}, curve
+    return {name: replace(one, at=at) for name, one in measures.items()}, curve
 
 
 def measure_errors(decided_N: NDArray[np.bool_], wrong_N: NDArray[np.bool_]) -> Measure:
@@ -158,17 +160,17 @@ def decide_answer(record: Decision, logits: Sequence[Sequence[float]]) -> Json:
     logits_UK = np.array([choice for choice in logits if len(choice)], dtype=np.float64).reshape(-1, len(record.labels))
     nothing_UK = np.zeros(logits_UK.shape, dtype=bool)
     chosen = Chosen(record.labels, logits_UK, nothing_UK, (0,) * len(logits_UK), record.many)
-    found: Json = {}
+    decisions: Json = {}
     if record.threshold is not None:
         confidence_N, _ = rate_rows(chosen)
-        found["decision"] = DECIDE if is_decided(record, confidence_N).any() else ASK
-        found["confidence"] = float(confidence_N[0]) if len(confidence_N) else 0.0
+        decisions["decision"] = DECIDE if is_decided(record, confidence_N).any() else ASK
+        decisions["confidence"] = float(confidence_N[0]) if len(confidence_N) else 0.0
     if record.set_bounds:
         (labels_K,) = read_sets(chosen.probabilities(), record.set_bounds, many=record.many)
-        found["set"] = [label for label, chosen_too in zip(record.labels, labels_K, strict=True) if chosen_too]
+        decisions["set"] = [label for label, chosen_too in zip(record.labels, labels_K, strict=True) if chosen_too]
     if record.false_alarms is not None:
-        found["out_of_scope"] = bool(is_unusual(record, chosen)[0])
-    return found
+        decisions["out_of_scope"] = bool(is_unusual(record, chosen)[0])
+    return decisions
 
 
 def print_need(recipe: Recipe, rows: Rows, console: Console) -> None:
@@ -178,13 +180,13 @@ def print_need(recipe: Recipe, rows: Rows, console: Console) -> None:
         console.print(text, style="yellow" if ASK in text else "", highlight=False, markup=False)
 
 
-def describe_answer(found: Mapping[str, Any]) -> str:
+def describe_answer(answer: Mapping[str, Any]) -> str:
     """Return a line about the decision in `decide_answer`, for people; empty without one."""
-    parts = [f"decision: {found['decision']}"] if "decision" in found else []
-    parts += [f"likeliest choice: {found['choice']}"] if "choice" in found else []
-    parts += [f"confidence: {found['confidence']:.4f}"] if "confidence" in found else []
-    parts += [f"set: {join_labels(found['set']) or '(empty)'}"] if "set" in found else []
-    parts += ["out of scope"] if found.get("out_of_scope") else []
+    parts = [f"decision: {answer['decision']}"] if "decision" in answer else []
+    parts += [f"likeliest choice: {answer['choice']}"] if "choice" in answer else []
+    parts += [f"confidence: {answer['confidence']:.4f}"] if "confidence" in answer else []
+    parts += [f"set: {join_labels(answer['set']) or '(empty)'}"] if "set" in answer else []
+    parts += ["out of scope"] if answer.get("out_of_scope") else []
     return "\n" + "; ".join(parts) if parts else ""
 
 
@@ -227,7 +229,7 @@ def copy_rules(run: RunFolder, target: Path) -> None:
 def refresh_rules(run: RunFolder, trained: Path, console: Console) -> None:
     """Copy the rules of a new evaluation into exports of the same weights; they would keep the old ones."""
     weights = hash_folder(trained)
-    for file in sorted(found for name in EXPORT_FOLDERS for found in (run.path / name).rglob(CERTIFICATE)):
+    for file in sorted(certificate for name in EXPORT_FOLDERS for certificate in (run.path / name).rglob(CERTIFICATE)):
         out, before = file.parent, _read_rules(file.parent)
         if (read_json(file) or {}).get("trained_sha256") == weights:
             copy_rules(run, out)

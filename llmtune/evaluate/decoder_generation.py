@@ -15,7 +15,7 @@ from llmtune.recipe.schema import Recipe
 
 
 def decoder_settings(
-    own: GenerationConfig | None,
+    model_settings: GenerationConfig | None,
     model: torch.nn.Module,
     processor: PreTrainedTokenizerBase,
     recipe: Recipe,
@@ -23,20 +23,20 @@ def decoder_settings(
 ) -> GenerationConfig:
     """Return the recipe's generation settings with the model's required ones, such as the decoder's start token.
 
-    `own` are the model's settings. Its start token, forced first token and suppressed tokens are kept. `first` is the
+    Of `model_settings`, the start token, forced first token and suppressed tokens are kept. `first` is the
     language that an answer begins with.
     """
     config = unwrap(model).config
     settings = generation_settings(model, processor, recipe)
     never = ("suppress_tokens", "begin_suppress_tokens", "bad_words_ids")  # Marian must not write its own start
     for name in ("decoder_start_token_id", "forced_bos_token_id", *never):
-        value = getattr(own, name, None)
+        value = getattr(model_settings, name, None)
         setattr(settings, name, value if value is not None else getattr(config, name, None))
     if first is not None and starts_with_language(processor):
         settings.decoder_start_token_id, settings.forced_bos_token_id = first, None
     elif first is not None:
         settings.forced_bos_token_id = first
-    ends = getattr(own, "eos_token_id", None) or config.eos_token_id
+    ends = getattr(model_settings, "eos_token_id", None) or config.eos_token_id
     named = ends if isinstance(ends, list) else [ends]
     settings.eos_token_id = sorted({int(i) for i in (*named, processor.eos_token_id) if i is not None})
     return settings

@@ -130,7 +130,7 @@ def make_inputs(
             grown = choice_trees([questions[i] for i in saying], choices, task, processor, recipe)
             trees = {i: tree for i, tree in zip(saying, grown, strict=True) if tree is not None}
         notes[CHOICE_METRIC + ".choices"] = describe_choices(choices, references, saying, trees)
-    asked = {i: [turn.question for turn in turns[i]] or [questions[i]] for i in answered} if generates else {}
+    inputs = {i: [turn.question for turn in turns[i]] or [questions[i]] for i in answered} if generates else {}
     return EvalInputs(
         reader=reader,
         rows=tuple(numbers),
@@ -140,8 +140,8 @@ def make_inputs(
         questions=tuple(questions),
         targets=tuple(task.reference(row) for _, row in held_out),
         answered=tuple(answered),
-        generation_prompts={i: [task.prompt(row, processor, recipe) for row in before] for i, before in asked.items()},
-        turns={i: turns[i] for i in asked if turns[i]},
+        generation_prompts={i: [task.prompt(row, processor, recipe) for row in before] for i, before in inputs.items()},
+        turns={i: turns[i] for i in inputs if turns[i]},
         choices=choices,
         trees=trees,
         metrics=metrics,
@@ -194,8 +194,8 @@ def calibration_inputs(
         chooses, choices = bool(test.trees), test.choices
     if not (chooses and (section.calibrate or section.decisions) and examples.counts.get("validation")):
         return None
-    asked = EvaluateSection(metrics=("nll",), choices=choices, samples=0)
-    recipe = recipe.model_copy(update={"evaluate": asked})
+    evaluate_section = EvaluateSection(metrics=("nll",), choices=choices, samples=0)
+    recipe = recipe.model_copy(update={"evaluate": evaluate_section})
     try:
         return make_inputs(rows, examples, task, processor, recipe, "validation")
     except DataError:  # no validation row has one of the choices
@@ -211,8 +211,8 @@ def read_clusters(rows: Rows, split: str, kept: Set[int]) -> tuple[int, ...]:
 
 def start_notes(task: EvaluatedTask, recipe: Recipe) -> dict[str, str]:
     """Return the notes that follow from the recipe alone: unmeasured metrics with reasons, and the base used."""
-    known = TASK_FACTS[recipe.task].default_metrics
-    notes = {name: f"not measured: {why}" for name, why in recipe.variant.unmeasured.items() if name in known}
+    metrics = TASK_FACTS[recipe.task].default_metrics
+    notes = {name: f"not measured: {why}" for name, why in recipe.variant.unmeasured.items() if name in metrics}
     if task.needs_reference_model(recipe) and recipe.adapter.start_from is not None:
         notes["base"] = "the base model with the adapter of adapter.start_from: what training started from"
     return notes
@@ -275,14 +275,14 @@ def answer_lengths(
             sizes = (end - start for start, end in zip(spans[::2], spans[1::2], strict=True))
             lengths.setdefault(number, []).extend(sizes)
     last_alone = recipe.model_copy(update={"data": recipe.data.model_copy(update={"train_on": "last"})})
-    found = []
+    token_counts = []
     for number, (_, row) in enumerate(iterate_rows(rows, SPLIT)):
-        own = lengths.get(number, [])
-        if own and recipe.data.train_on == "all" and TASK_FACTS[recipe.task].has_turns:
+        row_lengths = lengths.get(number, [])
+        if row_lengths and recipe.data.train_on == "all" and TASK_FACTS[recipe.task].has_turns:
             encoded = task.encode([row], processor, last_alone)[0]
-            own = [] if isinstance(encoded, str) else [encoded[-1].spans[-1] - encoded[-1].spans[-2]]
-        found += own if task.tool_turns(row, recipe) else own[-1:]
-    return found
+            row_lengths = [] if isinstance(encoded, str) else [encoded[-1].spans[-1] - encoded[-1].spans[-2]]
+        token_counts += row_lengths if task.tool_turns(row, recipe) else row_lengths[-1:]
+    return token_counts
 
 
 def warn_of_cuts(

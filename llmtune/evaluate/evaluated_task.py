@@ -156,7 +156,7 @@ class EvaluatedTask(TaskInterface):
         """Return a prediction as text for display."""
         return str(prediction)
 
-    def compute_metric(self, metric: str, found: EvalPrediction[Any], recipe: Recipe) -> Measure | None:
+    def compute_metric(self, metric: str, output: EvalPrediction[Any], recipe: Recipe) -> Measure | None:
         """Return a metric of the task's own; None for an unknown one."""
         return None
 
@@ -178,6 +178,6 @@ class EvaluatedTask(TaskInterface):
         """Return the prediction that equals a reference; None for tasks without classes."""
         return None
 
-    def class_table(self, found: EvalPrediction[Any], recipe: Recipe) -> dict[str, Any] | None:
+    def class_table(self, output: EvalPrediction[Any], recipe: Recipe) -> dict[str, Any] | None:
         """Return tables for the report: of classes with their confusions, of vector lengths; None without such."""
         return None

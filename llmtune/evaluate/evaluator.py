@@ -249,8 +249,8 @@ def compare_answers(
     for name, answers in (("base", base), ("tuned", tuned)):
         corpus = Corpus(inputs.corpus, answers.corpus) if answers.corpus is not None else None
         targets = [inputs.targets[i] for i in answers.predictions]
-        found = EvalPrediction([*answers.predictions.values()], targets, corpus=corpus)
-        table = task.class_table(found, recipe) if answers.predictions else None
+        output = EvalPrediction([*answers.predictions.values()], targets, corpus=corpus)
+        table = task.class_table(output, recipe) if answers.predictions else None
         if table is not None:
             details[name] = table
     return Evaluation(

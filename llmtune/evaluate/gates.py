@@ -58,16 +58,16 @@ def check_with_classes(gate: Gate, evaluation: Evaluation, section: EvaluateSect
     Rows of new classes are wrong for the champion, so a gain there could hide a loss elsewhere.
     """
     result, champion = check_gate(gate, evaluation, section), evaluation.champion
-    known = champion.classes.known if champion and champion.classes else None
+    class_slice = champion.classes.known if champion and champion.classes else None
     applies = gate.against == "champion" and not gate.rows
-    if champion is None or known is None or not applies or gate.metric not in known.difference:
+    if champion is None or class_slice is None or not applies or gate.metric not in class_slice.difference:
         return result
-    part = replace(champion, scores=known.base, tuned=known.tuned, difference=known.difference)
+    part = replace(champion, scores=class_slice.base, tuned=class_slice.tuned, difference=class_slice.difference)
     other = check_gate(gate, replace(evaluation, champion=part), section)
     order = (False, None, True)
     if order.index(other.passed) >= order.index(result.passed):
         return result
-    where = f"on the {known.rows} rows of the champion's classes; {result.got} on all"
+    where = f"on the {class_slice.rows} rows of the champion's classes; {result.got} on all"
     return replace(other, note="; ".join(part for part in (other.note, where) if part))
 
 
@@ -278,21 +278,21 @@ def list_power(section: EvaluateSection, evaluation: Evaluation, rows: int | Non
     `rows` is the current number of test rows, if it differs from the evaluation's. Metrics without any row
     differences are skipped.
     """
-    found = []
+    powers = []
     for gate in map(parse_gate, section.gates):
         _, scores, differences = compared_scores(gate, evaluation)
         change = differences.get(gate.metric)
         if gate.part and change and gate.metric in scores and has_spread(change):
             assumed, needed = plan_rows(gate, change, margin(gate, scores[gate.metric]), section.alpha)
             one = measure_power(gate.metric, gate.against or "", change, evaluation, rows, section.alpha)
-            found.append(replace(one, gate=gate.text, assumed=assumed, rows_needed=needed))
-    gated = {(one.metric, one.against) for one in found}
+            powers.append(replace(one, gate=gate.text, assumed=assumed, rows_needed=needed))
+    gated = {(one.metric, one.against) for one in powers}
     champion = evaluation.champion.difference if evaluation.champion else {}
     for against, differences in (("base", evaluation.difference), ("champion", champion)):
         for metric, change in differences.items():
             if (metric, against) not in gated and has_spread(change):
-                found.append(measure_power(metric, against, change, evaluation, rows))
-    return found
+                powers.append(measure_power(metric, against, change, evaluation, rows))
+    return powers
 
 
 def has_spread(change: Difference) -> bool:
@@ -315,10 +315,12 @@ def plan_power(recipe: Recipe, run: RunFolder, *, prepared: bool) -> tuple[list[
     tuned model's differences from base and champion. The number of test rows is the run's if they are `prepared`.
     """
     rows = run.facts("prepare")["kept"].get("test") if prepared else None
-    own = load_with_exports(run)
+    run_evaluation = load_with_exports(run)
     champion = open_champion(recipe, run.path)
-    seen, source = (own, OF_RUN) if own else (champion.evaluation if champion else None, OF_CHAMPION)
-    if seen is not None and champion is not None and (own is None or own.champion is None):
+    seen, source = (
+        (run_evaluation, OF_RUN) if run_evaluation else (champion.evaluation if champion else None, OF_CHAMPION)
+    )
+    if seen is not None and champion is not None and (run_evaluation is None or run_evaluation.champion is None):
         like = champion.evaluation
         seen = replace(seen, champion=Champion(recipe.evaluate.champion or "", like.tuned, like.difference, {}))
     power = list_power(recipe.evaluate, seen, rows) if seen else []

@@ -290,6 +290,6 @@ def column_bytes_of(model: torch.nn.Module, device: str) -> int | None:
         rows = [torch.tensor([[*prompts[i], added[i]]], device=device) for i in range(3)]
         alone = [model(input_ids=row, use_cache=False).logits[0, -2:].float() for row in rows]
         expected = torch.stack([*(alone[i][0] for i in order), *(alone[i][1] for i in batch.order)])
-        found = torch.cat([first_BV, second_BV]).float()
-        return batch.cache.column_bytes if logits_agree(found, expected, computing_dtype(model, device)) else None
+        logits = torch.cat([first_BV, second_BV]).float()
+        return batch.cache.column_bytes if logits_agree(logits, expected, computing_dtype(model, device)) else None
     return None

@@ -119,8 +119,8 @@ def predict(model: torch.nn.Module, name: str, context: EvalContext, packs: bool
             flat = [prompt for turns in prompts.values() for prompt in turns]
             advance = add_bar(bars, f"{name}: answers", len(flat))
             outputs = generate_completions(model, flat, context.processor, recipe, device=device, advance=advance)
-    known = dict(zip(trees, scores, strict=True))
-    return parse_outputs(Answers(sums, {}, known), prompts, outputs, context)
+    choice_scores = dict(zip(trees, scores, strict=True))
+    return parse_outputs(Answers(sums, {}, choice_scores), prompts, outputs, context)
 
 
 def predict_rows(
@@ -255,9 +255,9 @@ def compute_metrics(
     assert inputs is not None
     given = answers.predictions or answers.texts
     failed: dict[str, Problem] = {} if problems is None else problems
-    own = measure_own(context.recipe, inputs.full_rows, inputs.origins, given, failed, context.console)
+    user_measures = measure_own(context.recipe, inputs.full_rows, inputs.origins, given, failed, context.console)
     metrics = [name for name in dict.fromkeys((*inputs.metrics, CUT_METRIC)) if name not in section.own_metrics]
-    measures = own | {metric: measure_one(metric, context, inputs, answers, base) for metric in metrics}
+    measures = user_measures | {metric: measure_one(metric, context, inputs, answers, base) for metric in metrics}
     return {
         metric: one.in_clusters(inputs.clusters)
         for metric, one in measures.items()
@@ -281,8 +281,8 @@ def measure_one(
     if values:
         before = [others[i] for i in values] if values.keys() <= others.keys() else None
         corpus = Corpus(inputs.corpus, answers.corpus) if answers.corpus is not None else None
-        found = EvalPrediction([*values.values()], [inputs.targets[i] for i in values], before, corpus)
-        measured = context.task.compute_metric(metric, found, context.recipe)
+        output = EvalPrediction([*values.values()], [inputs.targets[i] for i in values], before, corpus)
+        measured = context.task.compute_metric(metric, output, context.recipe)
         if measured is not None:
             rows = tuple(values)
             return replace(measured, at=tuple(rows[i] for i in measured.at) if measured.at else rows)

@@ -103,10 +103,10 @@ def learn(
     else:
         return Interval()
     with_ends = np.append(parts_U, [low, high])
-    found = bound(lambda weights_RU: weights_RU @ with_ends / units, units, 1, seed, resamples)
+    interval = bound(lambda weights_RU: weights_RU @ with_ends / units, units, 1, seed, resamples)
     error = float(parts_U.std(ddof=1)) / math.sqrt(units)
     half = float(scipy.stats.t.ppf(1 - ERROR / 2, units - 1)) * error
-    return Interval(min(found.low, mean - half), max(found.high, mean + half))
+    return Interval(min(interval.low, mean - half), max(interval.high, mean + half))
 
 
 def draw_weights(units: int, total: int, seed: int, resamples: int) -> Iterator[Floats]:

@@ -134,7 +134,11 @@ def compare_labels(
 ) -> tuple[list[SourceLabels], dict[str, int]]:
     """Return each file's labels that differ from the champion's predictions, and its rows that it cannot encode."""
     names = dict(zip(places, name_sources(places), strict=True))
-    order = sorted((SPLITS.index(split), number, names[file]) for file, own in places.items() for split, number in own)
+    order = sorted(
+        (SPLITS.index(split), number, names[file])
+        for file, file_places in places.items()
+        for split, number in file_places
+    )
     numbers = {split: [number for at, number, _ in order if SPLITS[at] == split] for split in SPLITS}
     model = load(folder)
     evaluate = model.recipe.evaluate.model_copy(update={"metrics": (METRIC,)})

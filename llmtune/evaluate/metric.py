@@ -159,8 +159,8 @@ def own_interval(measure: Measure, seed: int) -> Difference:
         )
     assert measure.formula is not None, "rankings have bounds"
     sums_UK = add_up(sums_NK, clusters) if clusters else sums_NK
-    found = learn(pseudo_values(sums_UK, measure.formula), seed, fewest=FEWEST_UNSEEN)
-    return conclude_interval(measure.value, found, rows, len(sums_UK) if clusters else 0)
+    interval = learn(pseudo_values(sums_UK, measure.formula), seed, fewest=FEWEST_UNSEEN)
+    return conclude_interval(measure.value, interval, rows, len(sums_UK) if clusters else 0)
 
 
 def is_line(bounds: Bounds | None, clusters: Sequence[int], rows: int) -> bool:

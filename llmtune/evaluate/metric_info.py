@@ -74,8 +74,8 @@ BETTER_NOTES = {1: "higher is better", -1: "lower is better", 0: "neither more n
 
 def metric_note(metric: str, task: str | None) -> str:
     """Return the meaning of a task's metric in a few words; empty if unknown."""
-    own = TASK_FACTS[task].metric_notes if task in TASK_FACTS else {}
-    return own.get(metric) or METRIC_NOTES.get(metric) or METRIC_NOTES.get(at_ten(metric), "")
+    notes = TASK_FACTS[task].metric_notes if task in TASK_FACTS else {}
+    return notes.get(metric) or METRIC_NOTES.get(metric) or METRIC_NOTES.get(at_ten(metric), "")
 
 
 def full_note(metric: str, task: str | None) -> str:

@@ -82,15 +82,15 @@ def difference(
         base_U, tuned_U = pseudo_values(base_NK, formula), pseudo_values(tuned_NK, formula)
         reach = float(np.ptp(np.concatenate([base_U, tuned_U])))
         unchanged = int((base_NK == tuned_NK).all(1).sum())
-        found = learn(tuned_U - base_U, seed, reach=reach, unchanged=unchanged, resamples=resamples)
+        interval = learn(tuned_U - base_U, seed, reach=reach, unchanged=unchanged, resamples=resamples)
     else:
         worst, best = bounds(np.concatenate([base_NK, tuned_NK]))
         with_ends = [np.concatenate([base_NK, best, worst]), np.concatenate([tuned_NK, worst, best])]
-        found = bound(
+        interval = bound(
             lambda weights_RU: formula(weights_RU @ with_ends[1]) - formula(weights_RU @ with_ends[0]),
             *(units, len(worst), seed, resamples),
         )
-    return conclude_interval(value, found, rows, groups)
+    return conclude_interval(value, interval, rows, groups)
 
 
 def difference_weighted(
@@ -115,10 +115,10 @@ def difference_weighted(
     return conclude_interval(value, bound(values, units, ends, seed), rows, groups)
 
 
-def conclude_interval(value: float, found: Interval, rows: int, groups: int) -> Difference:
+def conclude_interval(value: float, interval: Interval, rows: int, groups: int) -> Difference:
     """Return a difference, or a score, with its interval; without a test if it has none."""
-    low, high = min(found.low, value), max(found.high, value)
-    if math.isnan(found.low):
+    low, high = min(interval.low, value), max(interval.high, value)
+    if math.isnan(interval.low):
         return replace(unknown(value, rows), groups=groups)
     return Difference(value, low, high, p_of_interval(value, low, high, groups or rows), rows, BOOTSTRAP, groups)
 

@@ -97,11 +97,11 @@ class PerRowScores(PairedMeasures):
         """
         tuned = dict(self.tuned)
         for metric, more in others.tuned.items():
-            known = tuned.get(metric)
-            if known is not None and _kind_of(known) == _kind_of(more):
-                at = (*known.at, *(len(self.rows) + row for row in more.at))
-                sums_NK, names = np.concatenate([known.sums_NK, more.sums_NK]), (*known.names, *more.names)
-                tuned[metric] = replace(known, sums_NK=sums_NK, at=at, clusters=(), names=names)
+            measure = tuned.get(metric)
+            if measure is not None and _kind_of(measure) == _kind_of(more):
+                at = (*measure.at, *(len(self.rows) + row for row in more.at))
+                sums_NK, names = np.concatenate([measure.sums_NK, more.sums_NK]), (*measure.names, *more.names)
+                tuned[metric] = replace(measure, sums_NK=sums_NK, at=at, clusters=(), names=names)
         return PerRowScores({}, tuned, (*self.rows, *others.rows))
 
     def without_metrics(self, metrics: Collection[str]) -> PerRowScores:
@@ -169,8 +169,8 @@ def pack_measures(scores: PerRowScores) -> bytes:
 
 def describe_measure(measure: Measure) -> Description:
     """Describe how to compute a metric from its sums: by formula name, or by ranking name for rank metrics."""
-    formula = next((name for name, known in FORMULAS.items() if known is measure.formula), measure.metric)
-    bounds = next((name for name, known in BOUNDS.items() if known is measure.bounds), None)
+    formula = next((name for name, candidate in FORMULAS.items() if candidate is measure.formula), measure.metric)
+    bounds = next((name for name, candidate in BOUNDS.items() if candidate is measure.bounds), None)
     return {"formula": formula, "right_wrong": measure.right_wrong, "signature": measure.signature, "ends": bounds}
 
 

@@ -201,23 +201,25 @@ def rank_passages(
     A passage that is the query itself is neither ranked nor relevant. Returns the query's first row with its ranking,
     and a description of the passages.
     """
-    known: dict[str, Any] = {}
+    passages: dict[str, Any] = {}
     relevant: defaultdict[str, set[str]] = defaultdict(set)
     first: dict[str, int] = {}
     for text, vector in corpus:
-        known.setdefault(text_key(text), vector)
-    for i, (row, own) in enumerate(zip(rows, vectors, strict=True)):
-        for text, vector in zip([*row["passages"], *row["negatives"]], [*own.values()][1:], strict=True):
-            known.setdefault(text_key(text), vector)
+        passages.setdefault(text_key(text), vector)
+    for i, (row, row_vectors) in enumerate(zip(rows, vectors, strict=True)):
+        for text, vector in zip([*row["passages"], *row["negatives"]], [*row_vectors.values()][1:], strict=True):
+            passages.setdefault(text_key(text), vector)
         query = text_key(str(row["query"]))
         relevant[query] |= {*map(text_key, row["passages"])}
         first.setdefault(query, i)
-    place = {text: i for i, text in enumerate(known)}
-    asked = [(i, {place[text] for text in relevant[query] - {query}}, place.get(query)) for query, i in first.items()]
-    queries = [vectors[i]["query"] for i, _, _ in asked]
-    ranked = search(queries, prepare([*known.values()]), asked)
+    place = {text: i for i, text in enumerate(passages)}
+    judgments = [
+        (i, {place[text] for text in relevant[query] - {query}}, place.get(query)) for query, i in first.items()
+    ]
+    queries = [vectors[i]["query"] for i, _, _ in judgments]
+    ranked = search(queries, prepare([*passages.values()]), judgments)
     named = [name_query(query, ((text, 1.0) for text in relevant[query])) for query in first]
-    return name_rankings(ranked, named), describe_passages(known)
+    return name_rankings(ranked, named), describe_passages(passages)
 
 
 def rank_labels(
@@ -230,12 +232,12 @@ def rank_labels(
         first.setdefault((text_key(str(row["query"])), row["label"]), i)
     for place, (_, label) in enumerate(first):
         members[label].add(place)
-    asked = [(i, members[label] - {place}, place) for place, ((_, label), i) in enumerate(first.items())]
+    judgments = [(i, members[label] - {place}, place) for place, ((_, label), i) in enumerate(first.items())]
     texts = [vectors[i]["query"] for i in first.values()]
     queries = [query for query, _ in first]
-    classes = {label: hash_value(sorted(queries[i] for i in found)) for label, found in members.items()}
+    classes = {label: hash_value(sorted(queries[i] for i in places)) for label, places in members.items()}
     named = [name_query(query, [(classes[label], 1.0)]) for query, label in first]
-    ranked = search(texts, prepare(texts), asked)
+    ranked = search(texts, prepare(texts), judgments)
     return name_rankings(ranked, named), describe_passages(text_key(str(row["query"])) for row in rows)
 
 
@@ -262,15 +264,17 @@ def describe_passages(texts: Iterable[str]) -> str:
 
 
 def search(
-    queries: Sequence[Any], score: Callable[[Sequence[Any]], Floats], asked: Sequence[tuple[int, set[int], int | None]]
+    queries: Sequence[Any],
+    score: Callable[[Sequence[Any]], Floats],
+    judgments: Sequence[tuple[int, set[int], int | None]],
 ) -> Iterator[tuple[int, RankedQuery]]:
     """Yield the row of each query with its best passages, leaving out the query itself.
 
-    `score` returns the scores [Q, P] of all passages for some queries. `asked` has for each query its row, its relevant
-    passages, and the passage that is the query itself, if any.
+    `score` returns the scores [Q, P] of all passages for some queries. `judgments` has for each query its row, its
+    relevant passages, and the passage that is the query itself, if any.
     """
     for start in range(0, len(queries), AT_ONCE):
-        part = asked[start : start + AT_ONCE]
+        part = judgments[start : start + AT_ONCE]
         scores_QP = score(queries[start : start + AT_ONCE])
         for scores_P, (row, relevant, itself) in zip(scores_QP, part, strict=True):
             if itself is not None:
@@ -278,6 +282,6 @@ def search(
             count = min(RANKED, len(scores_P) - (itself is not None))
             near = np.argpartition(-scores_P, count - 1)[:count] if 0 < count < len(scores_P) else np.arange(count)
             best = near[np.argsort(-scores_P[near], kind="stable")]
-            found = set(best.tolist())
+            ranked = set(best.tolist())
             relevances = [float(place in relevant) for place in best.tolist()]
-            yield row, RankedQuery(scores_P[best], relevances, [1.0 for place in relevant if place not in found])
+            yield row, RankedQuery(scores_P[best], relevances, [1.0 for place in relevant if place not in ranked])

@@ -79,8 +79,8 @@ def describe_gain(metrics: Mapping[str, Spread], count: int, missing: Sequence[i
 
 def warn_of_spread(seeds: Seeds | None, metrics: Sequence[str]) -> str:
     """Return a sentence for the verdict if a gain in one of `metrics` is within the spread, else an empty string."""
-    known = seeds.metrics if seeds else {}
-    within = [metric for metric in metrics if metric in known and known[metric].larger is False]
+    spreads = seeds.metrics if seeds else {}
+    within = [metric for metric in metrics if metric in spreads and spreads[metric].larger is False]
     if not seeds or not within:
         return ""
     return (

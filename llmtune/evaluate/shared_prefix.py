@@ -81,7 +81,7 @@ def score_trees(
     (recurrent layers, a sliding window, ALiBi) or the model refuses the mask, every branch is scored as its own row.
     Processes share the trees.
     """
-    return over_processes(model, trees, lambda own: _score_here(model, own, device, advance, budget))
+    return over_processes(model, trees, lambda share: _score_here(model, share, device, advance, budget))
 
 
 def _score_here(

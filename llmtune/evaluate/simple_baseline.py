@@ -50,11 +50,11 @@ class SimpleScores:
 
 
 def score_simple_baseline(
-    context: EvalContext, rows: Rows, examples: Examples, known: BaseAnswers, tuned: Mapping[str, Measure]
+    context: EvalContext, rows: Rows, examples: Examples, cache: BaseAnswers, tuned: Mapping[str, Measure]
 ) -> SimpleScores | None:
     """Score the task's simple baseline on the rows of `context`, and compare it with the tuned model's measures.
 
-    It learns from the training rows that the model was trained on, and from nothing else. `known` has the answers of an
+    It learns from the training rows that the model was trained on, and from nothing else. `cache` has the answers of an
     earlier evaluation, if any; new ones are saved in the context's folder. None if the task, or the recipe's metrics,
     have no such baseline.
     """
@@ -66,7 +66,7 @@ def score_simple_baseline(
     metrics = tuple(metric for metric in inputs.metrics if at_ten(metric) in facts.baseline_metrics)
     if not metrics or (name == "tfidf" and not task.predicts and not inputs.trees):
         return None
-    began, answers = time.monotonic(), known.answers
+    began, answers = time.monotonic(), cache.answers
     if facts.searches:
         with spinner(context.console, f"ranking by {SIMPLE_BASELINES[name]}"):
             by_words = {metric: task.measure_words(metric, inputs.targets, inputs.corpus, recipe) for metric in metrics}
@@ -74,12 +74,12 @@ def score_simple_baseline(
         note = BM25_NOTE
     else:
         with spinner(context.console, f"fitting {SIMPLE_BASELINES[name]}"):
-            answered = (answers, known.note) if answers is not None else answer_simply(context, inputs, rows, examples)
+            answered = (answers, cache.note) if answers is not None else answer_simply(context, inputs, rows, examples)
         if isinstance(answered, str):
             return SimpleScores(name, None, {}, f"not measured: {answered}")
         answers, note = answered
         if context.folder is not None:
-            save_base(context.folder, answers, known.inputs, SIMPLE, note)
+            save_base(context.folder, answers, cache.inputs, SIMPLE, note)
         section = recipe.evaluate.model_copy(update={"metrics": metrics})  # without metrics of the user's own
         reduced = recipe.model_copy(update={"evaluate": section})
         scored = replace(context, inputs=replace(inputs, metrics=metrics), recipe=reduced)
@@ -87,7 +87,7 @@ def score_simple_baseline(
         measures.pop(CUT_METRIC, None)
     if not measures:
         return None
-    source = "reusing its answers from an earlier evaluation" if known.answers else f"{time.monotonic() - began:.1f} s"
+    source = "reusing its answers from an earlier evaluation" if cache.answers else f"{time.monotonic() - began:.1f} s"
     context.console.print(f"{name}: {note} ({source})", highlight=False, markup=False)
     title = RIDGE if name == "tfidf" and task.output_kind(recipe) == "number" else SIMPLE_BASELINES[name]
     pairs = {metric: on_shared_rows(one, tuned[metric]) for metric, one in measures.items() if metric in tuned}
@@ -131,8 +131,8 @@ def choose_simply(context: EvalContext, inputs: EvalInputs, train: Sequence[Row]
     if not usable:
         return "no training row is answered with one of evaluate.choices"
     texts, targets = zip(*usable, strict=True)
-    asked = [inputs.prompts[i] for i in inputs.trees]
-    fitted = fit_tfidf("single", texts, np.array(targets), len(inputs.choices), asked)
+    queries = [inputs.prompts[i] for i in inputs.trees]
+    fitted = fit_tfidf("single", texts, np.array(targets), len(inputs.choices), queries)
     if isinstance(fitted, str):
         return fitted
     scores = logits_of(fitted.scores_AK, many=False).tolist()

@@ -201,8 +201,8 @@ def measure_squad(metric: str, texts: Sequence[str], answers: Sequence[Sequence[
     No right answer means that the question is unanswerable; an empty text is then right. Values are the script's / 100.
     Rajpurkar et al., "Know What You Don't Know: Unanswerable Questions for SQuAD", 2018, official evaluation script.
     """
-    known = ([answer for answer in right if bare(answer)] or [""] for right in answers)
-    rows = zip(texts, known, strict=True)
+    right_answers = ([answer for answer in right if bare(answer)] or [""] for right in answers)
+    rows = zip(texts, right_answers, strict=True)
     signature = (
         "SQuAD 2.0, share of 1: lower case, without punctuation and articles; the best of several answers; "
         "an empty text is right if the question has no answer"

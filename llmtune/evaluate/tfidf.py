@@ -48,9 +48,9 @@ class Fitted(NamedTuple):
 
 
 def fit_tfidf(
-    kind: TargetKind, texts: Sequence[str], targets: Targets, classes: int, asked: Sequence[str]
+    kind: TargetKind, texts: Sequence[str], targets: Targets, classes: int, new_texts: Sequence[str]
 ) -> Fitted | str:
-    """Fit on `texts`, and predict `asked`; return the reason instead if nothing can be fitted.
+    """Fit on `texts`, and predict `new_texts`; return the reason instead if nothing can be fitted.
 
     The strength of the penalty is chosen by cross-validation on the training texts alone. More texts than the limits
     allow are thinned out evenly. The result is the same each time.
@@ -60,18 +60,18 @@ def fit_tfidf(
     if len(np.unique(targets, axis=0)) < 2:
         return "all training rows have the same label"
     try:
-        known_NF, asked_AF = vectorize([texts[n][:LONGEST] for n in kept], [text[:LONGEST] for text in asked])
+        train_NF, new_AF = vectorize([texts[n][:LONGEST] for n in kept], [text[:LONGEST] for text in new_texts])
     except ValueError:  # scikit-learn's "empty vocabulary"
         return "the training rows have no words"
     few = np.arange(len(kept)) if len(kept) <= EXACT else np.arange(EXACT) * len(kept) // EXACT
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # few rows of a class, classes that all rows have, a fit cut short
-        few_NR, asked_AR = span(known_NF[few], asked_AF)
+        few_NR, new_AR = span(train_NF[few], new_AF)
         strength = choose_strength(kind, few_NR, targets[few])
         if len(few) == len(kept):
-            scores_AK = predict(kind, fit(kind, strength, few_NR, targets), asked_AR, classes)
+            scores_AK = predict(kind, fit(kind, strength, few_NR, targets), new_AR, classes)
         else:
-            scores_AK = predict(kind, fit(kind, strength, known_NF, targets), asked_AF, classes)
+            scores_AK = predict(kind, fit(kind, strength, train_NF, targets), new_AF, classes)
     rows = f"{len(kept):,} training rows" if len(kept) == len(texts) else f"{len(kept):,} of {len(texts):,} rows"
     name = "ridge regression" if kind == "regression" else "logistic regression"
     return Fitted(scores_AK, f"{name} on words, pairs of words and 2 to 5 letters; {rows}, C {strength:g}")
@@ -91,7 +91,7 @@ def thin_out(texts: Sequence[str]) -> NDArray[np.int64]:
     return np.arange(count) * len(texts) // count
 
 
-def vectorize(texts: Sequence[str], asked: Sequence[str]) -> tuple[csr_matrix, csr_matrix]:
+def vectorize(texts: Sequence[str], new_texts: Sequence[str]) -> tuple[csr_matrix, csr_matrix]:
     """Return features [N, F] and [A, F]; the vocabulary and its weights come from `texts`."""
     from sklearn.feature_extraction.text import TfidfVectorizer  # late: takes a second
     from sklearn.pipeline import make_union
@@ -100,15 +100,15 @@ def vectorize(texts: Sequence[str], asked: Sequence[str]) -> tuple[csr_matrix, c
     words = TfidfVectorizer(ngram_range=(1, 2), token_pattern=WORD, **options)
     letters = TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 5), **options)
     union = make_union(words, letters)
-    return union.fit_transform(texts).tocsr(), union.transform(asked).tocsr()
+    return union.fit_transform(texts).tocsr(), union.transform(new_texts).tocsr()
 
 
-def span(known_NF: csr_matrix, asked_AF: csr_matrix) -> tuple[Floats, Floats]:
+def span(train_NF: csr_matrix, new_AF: csr_matrix) -> tuple[Floats, Floats]:
     """Return coordinates [N, R] and [A, R] with the same inner products, in the space that the training texts span."""
-    values_R, vectors_NR = np.linalg.eigh((known_NF @ known_NF.T).toarray())
+    values_R, vectors_NR = np.linalg.eigh((train_NF @ train_NF.T).toarray())
     kept_R = values_R > ROUNDING * values_R[-1]
     roots_R, vectors_NR = np.sqrt(values_R[kept_R]), vectors_NR[:, kept_R]
-    return vectors_NR * roots_R, (asked_AF @ known_NF.T).toarray() @ (vectors_NR / roots_R)
+    return vectors_NR * roots_R, (new_AF @ train_NF.T).toarray() @ (vectors_NR / roots_R)
 
 
 def fit(kind: TargetKind, strength: float, features: Any, targets: Targets) -> Any:
@@ -143,11 +143,11 @@ def choose_strength(kind: TargetKind, features_NR: Floats, targets: Targets) -> 
         return STRENGTHS[1]
     folds = (StratifiedKFold if single else KFold)(FOLDS, shuffle=True, random_state=0)
     gains = dict.fromkeys(STRENGTHS, 0.0)
-    for known, held_out in folds.split(features_NR, targets if single else None):
-        if len(np.unique(targets[known], axis=0)) < 2:
+    for train, held_out in folds.split(features_NR, targets if single else None):
+        if len(np.unique(targets[train], axis=0)) < 2:
             continue
         for strength in STRENGTHS:
-            model = fit(kind, strength, features_NR[known], targets[known])
+            model = fit(kind, strength, features_NR[train], targets[train])
             predicted = np.asarray(model.predict(features_NR[held_out]))
             errors = (predicted - targets[held_out]) ** 2 if kind == "regression" else predicted != targets[held_out]
             gains[strength] -= float(errors.sum())

@@ -123,11 +123,11 @@ def over_processes(
         return list(work(items))
     share = items[distributed.get_rank() :: count] if divide else items
     with own_passes(model):
-        own = list(work(share)) if share else []
+        results = list(work(share)) if share else []
     if not divide:
-        return own
+        return results
     parts: list[list[T]] = [[] for _ in range(count)]
-    distributed.all_gather_object(parts, own)
+    distributed.all_gather_object(parts, results)
     return [parts[i % count][i // count] for i in range(len(items))]
 
 

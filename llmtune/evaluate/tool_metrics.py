@@ -175,8 +175,8 @@ def measure_tools(
     """Build a metric of `TOOL_SCORES` from all answers of each row, both given by row index."""
     score, calling, signature = TOOL_SCORES[metric]
     sums: dict[int, tuple[float, int]] = {}
-    for row, asked in turns.items():
-        pairs = zip(answers.get(row, ()), asked, strict=row in answers)
+    for row, row_turns in turns.items():
+        pairs = zip(answers.get(row, ()), row_turns, strict=row in answers)
         asked_for = [score(answer, turn) for answer, turn in pairs if bool(turn.calls) == calling]
         scores = [value for value in asked_for if value is not None]
         if scores:

@@ -62,13 +62,13 @@ def verdict(
     With such `doubts` a model is not `better` or within its margin. It is `worse` if it also is clearly worse on the
     rows that are new to the champion than on the others, unless it is better than the champion.
     """
-    found = judge_scores(evaluation, seeds, curve, gates, chance)
+    result = judge_scores(evaluation, seeds, curve, gates, chance)
     if not doubts:
-        return found
+        return result
     new = evaluation.champion.new if evaluation and evaluation.champion else None
-    word = INCONCLUSIVE if found.word in (BETTER, WITHIN) else found.word
-    word = WORSE if found.word != BETTER and new and worse_on_new(new, chance) else word
-    parts = [found.reason, *doubts] if word == found.word else [*doubts, found.reason]
+    word = INCONCLUSIVE if result.word in (BETTER, WITHIN) else result.word
+    word = WORSE if result.word != BETTER and new and worse_on_new(new, chance) else word
+    parts = [result.reason, *doubts] if word == result.word else [*doubts, result.reason]
     return Verdict(word, " ".join(parts))
 
 
@@ -104,18 +104,18 @@ def judge_scores(
         evaluation.base, evaluation.tuned, evaluation.decided
     )
     findings = find_changes(changes, gates, "base", sides=sides)
-    found = weigh(findings, changes, evaluation.baseline)
-    if found.word == BETTER and CHOICE in changes and CHOICE not in (*findings.better, *findings.within):
+    result = weigh(findings, changes, evaluation.baseline)
+    if result.word == BETTER and CHOICE in changes and CHOICE not in (*findings.better, *findings.within):
         reason = f"Better in {join_names(findings.better)}, but choice accuracy shows no clear change: "
         reason += "the model may have learned only the format of answers."
-        found = Verdict(INCONCLUSIVE, reason)
+        result = Verdict(INCONCLUSIVE, reason)
     paid = "kl" in changes and direction("kl", changes["kl"]) < 0
-    doubts = list_doubts(evaluation) if found.word == BETTER else []
-    small = small_gain(evaluation, findings.better) if found.word == BETTER else ""
+    doubts = list_doubts(evaluation) if result.word == BETTER else []
+    small = small_gain(evaluation, findings.better) if result.word == BETTER else ""
     falling = "The loss was still falling when training ended: more epochs may help." if still_falling(curve) else ""
     spread = warn_of_spread(seeds, findings.better)
-    parts = [found.reason, *doubts, small, spread, PRICE if paid else "", falling, name_guessable(evaluation)]
-    return Verdict(INCONCLUSIVE if doubts else found.word, " ".join(part for part in parts if part))
+    parts = [result.reason, *doubts, small, spread, PRICE if paid else "", falling, name_guessable(evaluation)]
+    return Verdict(INCONCLUSIVE if doubts else result.word, " ".join(part for part in parts if part))
 
 
 def judge_challenger(
@@ -131,12 +131,12 @@ def judge_challenger(
         return Verdict(INCONCLUSIVE, "No metric could be compared with the champion.")
     sides = {name: sides.get(name, better_side(name)) for name in champion.difference}
     findings = find_changes(champion.difference, gates, "champion", chance, sides)
-    own = [gate for gate in gates if parse_gate(gate.name).against == "champion"]
-    found = weigh(findings, champion.difference, "the champion")
-    word, reason = found.word, found.reason
+    champion_gates = [gate for gate in gates if parse_gate(gate.name).against == "champion"]
+    result = weigh(findings, champion.difference, "the champion")
+    word, reason = result.word, result.reason
     if findings.failed:
         word = WORSE
-    elif word in (BETTER, WITHIN) and (left := [gate.name for gate in own if not gate.passed]):
+    elif word in (BETTER, WITHIN) and (left := [gate.name for gate in champion_gates if not gate.passed]):
         word, reason = INCONCLUSIVE, f"{reason} But not every gate passed: {', '.join(left)}."
     if (changes := champion.classes) is not None:  # gains on new classes must not hide a loss
         signs = speaking(changes.known.difference, chance, sides) if changes.known else {}
@@ -146,11 +146,11 @@ def judge_challenger(
             word = MIXED
         word = WORSE if worse and word == INCONCLUSIVE else word
         reason = " ".join([reason, *class_reasons(changes, [name for name in worse if name not in findings.worse])])
-    found = Verdict(word, f"{reason} Compared on {champion.rows} test rows." if champion.rows else reason)
-    return found if champion.new is None else judge_new(found, champion.new, gates, chance)
+    result = Verdict(word, f"{reason} Compared on {champion.rows} test rows." if champion.rows else reason)
+    return result if champion.new is None else judge_new(result, champion.new, gates, chance)
 
 
-def judge_new(found: Verdict, new: NewRows, gates: Sequence[GateResult], chance: float) -> Verdict:
+def judge_new(result: Verdict, new: NewRows, gates: Sequence[GateResult], chance: float) -> Verdict:
     """Return the verdict with the rows that are new to the champion: a loss there is never outweighed by old rows.
 
     `worse` if the tuned model is clearly worse there than the champion, or misses a gate there and is clearly worse
@@ -162,7 +162,7 @@ def judge_new(found: Verdict, new: NewRows, gates: Sequence[GateResult], chance:
     judged = [gate for gate in gates if parse_gate(gate.name).rows]
     failed = [gate.name for gate in judged if gate.passed is False]
     left = [gate.name for gate in judged if not gate.passed]
-    word = found.word
+    word = result.word
     if findings.failed or (failed and lower) or findings.worse:
         word = MIXED if word == BETTER and not findings.failed else word if word in (MIXED, WORSE) else WORSE
     elif left and word in (BETTER, WITHIN):
@@ -180,7 +180,7 @@ def judge_new(found: Verdict, new: NewRows, gates: Sequence[GateResult], chance:
         parts.append(f"On {new.scores.rows} new test rows it is clearly worse than on the others: {values}.")
     if left:
         parts.append(f"Not passed on new rows: {', '.join(left)}.")
-    return Verdict(word, " ".join([found.reason, *parts] if word == found.word else [*parts, found.reason]))
+    return Verdict(word, " ".join([result.reason, *parts] if word == result.word else [*parts, result.reason]))
 
 
 def worse_on_new(new: NewRows, chance: float = CHANCE) -> list[str]:
@@ -214,9 +214,9 @@ def list_doubts(evaluation: Evaluation) -> list[str]:
             f"But answers still have little in common with their references ({listing}): read the samples, and train "
             "for longer or on more rows before you use it."
         )
-    found = evaluation.contamination
-    if found is not None and found.rows and found.overlapping >= MUCH_OVERLAP * found.rows:
-        share = found.overlapping / found.rows
+    overlap = evaluation.contamination
+    if overlap is not None and overlap.rows and overlap.overlapping >= MUCH_OVERLAP * overlap.rows:
+        share = overlap.overlapping / overlap.rows
         doubts.append(f"But {share:.0%} of the test rows overlap with training rows: the gain may be memorisation.")
     return doubts
 
@@ -320,7 +320,7 @@ def simple_title(word: str, evaluation: Evaluation) -> tuple[str, str] | None:
     return (shown, simple.title) if shown else None
 
 
-def weigh_simple_baseline(found: Verdict, evaluation: Evaluation | None) -> Verdict:
+def weigh_simple_baseline(result: Verdict, evaluation: Evaluation | None) -> Verdict:
     """Add a sentence to the verdict unless the tuned model is shown to be better than the simple baseline.
 
     `better` than a trivial baseline then becomes `mixed` if the tuned model is shown to be worse than the simple one,
@@ -328,14 +328,14 @@ def weigh_simple_baseline(found: Verdict, evaluation: Evaluation | None) -> Verd
     """
     simple, unbeaten = evaluation.simple_baseline if evaluation else None, find_unbeaten(evaluation)
     if evaluation is None or simple is None or unbeaten is None:
-        return found
+        return result
     metric, side = unbeaten
     change = simple.difference[metric]
     ends = "" if missing(change.low) else f" ({signed(change.low)} to {signed(change.high)})"
     how = "Worse" if side else "Not better" if better_side(metric) * change.value <= 0 else "Not clearly better"
     numbers = f"{metric.replace('_', ' ')} {score(simple.tuned[metric])} against {score(simple.scores[metric])}{ends}"
-    reason = f"{found.reason} {how} than {simple.title}: {numbers}."
-    word = found.word
+    reason = f"{result.reason} {how} than {simple.title}: {numbers}."
+    word = result.word
     if word == BETTER and evaluation.baseline and evaluation.champion is None:
         word = MIXED if side else INCONCLUSIVE
     return Verdict(word, reason)
@@ -357,13 +357,13 @@ def judge_run(
     if evaluation is not None and champion is not None:
         changes = champion.classes
         if changes is not None and changes.known is not None:
-            known = replace(changes.known, difference=widen_all(changes.known.difference, alpha))
-            changes = replace(changes, known=known)
+            class_slice = replace(changes.known, difference=widen_all(changes.known.difference, alpha))
+            changes = replace(changes, known=class_slice)
         widened = replace(champion, difference=widen_all(champion.difference, alpha), classes=changes)
         evaluation = replace(evaluation, champion=widened)
-    found = weigh_simple_baseline(verdict(evaluation, seeds, curve, gates, alpha, doubts), evaluation)
+    result = weigh_simple_baseline(verdict(evaluation, seeds, curve, gates, alpha, doubts), evaluation)
     added = [study.verdict for study in evaluation.studies.values() if study.verdict] if evaluation else []
-    return replace(found, reason=" ".join([found.reason, *added]))
+    return replace(result, reason=" ".join([result.reason, *added]))
 
 
 def widen_all(differences: Differences, alpha: float) -> dict[str, Difference]:

@@ -42,10 +42,10 @@ def decision_section(evaluation: Evaluation) -> Section:
         return Section("Decisions", [Text(f"No decisions: {decided.why}.", "note")])
     record, rows = decided.record, TableRows()
     for metric in chain.from_iterable(DECISIONS.values()):
-        if own := evaluation.intervals.get(metric):
-            ends = DASH if missing(own.low) else f"{score(own.low)} to {score(own.high)}"
+        if interval := evaluation.intervals.get(metric):
+            ends = DASH if missing(interval.low) else f"{score(interval.low)} to {score(interval.high)}"
             name = Cell(metric, note=metric_note(metric, None), code=True)
-            rows.append([name, score(own.value), ends, count(own.n)])
+            rows.append([name, score(interval.value), ends, count(interval.n)])
     columns: TableColumns = ["metric", *(Column(name, "number") for name in ("test rows", "95 % interval", "rows"))]
     blocks: list[Block] = [Text(text) for text in describe_rules(record)]
     table, chart = [Table(columns, rows)] if rows else [], draw_risk(evaluation, record)
@@ -131,11 +131,11 @@ def draw_risk(evaluation: Evaluation, record: Decision) -> list[Block]:
 
 def calibration_section(evaluation: Evaluation) -> Section:
     """Return the metrics and reliability plots of the probabilities before and after the temperature."""
-    found = evaluation.reliability
-    if found is None:
+    calibration = evaluation.reliability
+    if calibration is None:
         return Section("Calibration", [])
-    record = found.record
-    blocks: list[Block] = [Text(f"Not calibrated: {found.why}.", "note")]
+    record = calibration.record
+    blocks: list[Block] = [Text(f"Not calibrated: {calibration.why}.", "note")]
     if record is not None:
         text = f"The temperature is {score(record.temperature)}, fitted on {count(record.rows)} validation rows. "
         text += "`generate`, `serve` and exports divide the model's outputs by it before they compute probabilities. "
@@ -143,12 +143,14 @@ def calibration_section(evaluation: Evaluation) -> Section:
         text += f" {describe_outside(record)}. No choice is right for them." if record.outside else ""
         blocks = [Text(text)]
     rows = [
-        Compared(metric, before, found.after.get(metric), found.difference.get(metric), better_side(metric), note)
-        for metric, before in found.before.items()
+        Compared(
+            metric, before, calibration.after.get(metric), calibration.difference.get(metric), better_side(metric), note
+        )
+        for metric, before in calibration.before.items()
         for note in [f"{METRIC_NOTES[metric]}; lower is better"]
     ]
     blocks += [difference_table(rows, base="before", tuned="after", code=True)] if rows else []
-    parts = [("Before: temperature 1", found.bins_before, "other"), ("After", found.bins_after, "train")]
+    parts = [("Before: temperature 1", calibration.bins_before, "other"), ("After", calibration.bins_after, "train")]
     shown = [(name, bins, style) for name, bins, style in parts if bins]
     pictures = [
         Html(draw_reliability(bins, title=name, label=describe_bins(name, bins), style=style))

@@ -94,8 +94,8 @@ def error_to_junit(name: str, error: LlmtuneError) -> str:
 def begin_suite(name: str, counts: Mapping[str, str], skipped: int = 0) -> tuple[Tree.Element, Tree.Element]:
     """Return the root of a file with one test suite, and the suite."""
     root = Tree.Element("testsuites", {"name": "llmtune", **counts})
-    about = {"name": f"llmtune.{xml_text(name)}", "skipped": str(skipped), **counts}
-    return root, Tree.SubElement(root, "testsuite", about)
+    attributes = {"name": f"llmtune.{xml_text(name)}", "skipped": str(skipped), **counts}
+    return root, Tree.SubElement(root, "testsuite", attributes)
 
 
 def write_xml(root: Tree.Element) -> str:
@@ -124,7 +124,7 @@ def list_scores(report: Report) -> dict[str, str]:
         named["baseline"] = evaluation.baseline
     for model in ("base", "tuned"):
         named |= {f"{model}.{metric}": score(value) for metric, value in evaluation.by_name(model).items()}
-    named |= {f"tuned.{metric}.rows": str(own.n) for metric, own in evaluation.intervals.items()}
+    named |= {f"tuned.{metric}.rows": str(interval.n) for metric, interval in evaluation.intervals.items()}
     if simple := evaluation.simple_baseline:
         named |= {f"{simple.name}.{metric}": score(value) for metric, value in simple.scores.items()}
     if champion := evaluation.champion:

@@ -61,5 +61,5 @@ def embed_json(data: object) -> Markup:
     """Return JSON that is safe in a script element: it cannot start an end tag or comment."""
     text = json.dumps(plain(data), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     safe = text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
-    safe = STEERING.sub(lambda found: f"\\u{ord(found[0]):04x}", safe)
+    safe = STEERING.sub(lambda match: f"\\u{ord(match[0]):04x}", safe)
     return Markup(safe)  # noqa: S704 - nothing in it can end the element

@@ -216,6 +216,6 @@ def link_explanations(run: Path) -> bool:
     trained = report["task"] if report.get("train") else None
     section = render_html_section(explain_section(report["explanations"], trained))
     with updating_reports(run):
-        write_text(run / "report.html", INSIDE.sub(lambda found: section, page, count=1))
+        write_text(run / "report.html", INSIDE.sub(lambda match: section, page, count=1))
         write_json(run / "report.json", report)
     return True

@@ -158,7 +158,7 @@ def suspect_section(suspects: SuspectFacts | None) -> Section:
     title = "Likely label errors"
     if suspects is None:
         return Section(title, [])
-    found = ", ".join(f"{count(number)} in {split}" for split, number in suspects["found"].items())
+    counts = ", ".join(f"{count(number)} in {split}" for split, number in suspects["found"].items())
     text = "A regression on the tuned model’s hidden states, fitted without the row, finds another label more likely "
     text += (
         "(confident learning). These are candidates to read, not proven errors. `evaluation/suspects.jsonl` has all."
@@ -185,7 +185,7 @@ def suspect_section(suspects: SuspectFacts | None) -> Section:
     ]
     heads: TableColumns = ["source file", *(Column(name, "number") for name in ("labels", "suspects", "share"))]
     left_out = [*([Table(heads, by_file, "By source file")] if len(by_file) > 1 else []), *left_out]
-    first = Text(f"Labels that are likely wrong: {found or 'none'}.")
+    first = Text(f"Labels that are likely wrong: {counts or 'none'}.")
     return Section(title, [first, *left_out, *table, Text(text, "soft")])
 
 

@@ -75,7 +75,7 @@ def summarize_suspects(path: Path) -> SuspectFacts | None:
         return None
     lines: list[Any] = read_json_lines(path)
     listed = [{**line, "file": Path(line["file"]).name, "text": line["text"][:LONGEST]} for line in lines[:MOST_LISTED]]
-    found, unchecked = dict(Counter(line["split"] for line in lines)), read_json(path.with_name(UNCHECKED)) or {}
+    split_counts, unchecked = dict(Counter(line["split"] for line in lines)), read_json(path.with_name(UNCHECKED)) or {}
     counts: dict[str, int] = read_json(path.with_name(LABELS_BY_SOURCE)) or {}
     names = dict(zip(counts, name_sources(counts), strict=True))
     doubtful = Counter(
@@ -83,7 +83,7 @@ def summarize_suspects(path: Path) -> SuspectFacts | None:
         for file, *_ in {(one["file"], one["line"], one.get("row"), one["position"]) for one in lines}
     )
     sources = compare_sources({names[file]: number for file, number in counts.items()}, doubtful)
-    return cast(SuspectFacts, {"found": found, "listed": listed, "unchecked": unchecked, "sources": sources})
+    return cast(SuspectFacts, {"found": split_counts, "listed": listed, "unchecked": unchecked, "sources": sources})
 
 
 def list_label_doubts(run: RunFolder, suspects: SuspectFacts | None) -> list[str]:
@@ -95,11 +95,11 @@ def list_label_doubts(run: RunFolder, suspects: SuspectFacts | None) -> list[str
     return [text for text in texts if text]
 
 
-def collect_seeds(run: RunFolder, recipe: Recipe, own: Evaluation | None) -> Seeds | None:
+def collect_seeds(run: RunFolder, recipe: Recipe, run_evaluation: Evaluation | None) -> Seeds | None:
     """Return the combined scores of all seeds; None without further seeds or without the run's own scores."""
-    if not recipe.train.seeds or own is None or not own.tuned:
+    if not recipe.train.seeds or run_evaluation is None or not run_evaluation.tuned:
         return None
-    scored = {recipe.seed: own}
+    scored = {recipe.seed: run_evaluation}
     for seed in recipe.train.seeds:
         folder = seed_folder(run.path, seed)
         evaluation = load_evaluation(folder / "evaluation") if is_scored_alike(run, folder) else None

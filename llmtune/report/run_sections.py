@@ -101,7 +101,9 @@ def training_section(train: TrainFacts | None) -> Section:
 def validation_curves(curve: Sequence[Mapping[str, object]]) -> list[Block]:
     """Return a chart of each metric measured on validation rows during training."""
     lines = [
-        {"step": line["step"], **found} for line in curve if isinstance(found := line.get("validation_metrics"), dict)
+        {"step": line["step"], **metrics}
+        for line in curve
+        if isinstance(metrics := line.get("validation_metrics"), dict)
     ]
     drawn = [
         Html(
@@ -327,8 +329,8 @@ def export_section(evaluation: Evaluation | None, deploy: Mapping[str, Any] | No
     for export in exports:
         if export.state == "done":
             scored = export.certificate["score"]
-            about = [scored["runtime"], write_scored(scored), *write_usage(scored["bytes"], scored["usage"])]
-            rows.append([Cell(export.name, code=True), *about, Cell("passed", "better")])
+            cells = [scored["runtime"], write_scored(scored), *write_usage(scored["bytes"], scored["usage"])]
+            rows.append([Cell(export.name, code=True), *cells, Cell("passed", "better")])
         else:
             state = Cell(export.state, "worse" if export.state == "failed" else "unsure")
             rows.append([Cell(export.name, code=True), "", "", "", "", "", state])
@@ -361,5 +363,5 @@ def write_scored(scored: Mapping[str, Any]) -> str:
 
 def write_usage(weights: int, usage: Mapping[str, Any] | None) -> list[str]:
     """Return size on disk, rows per second and added memory as text."""
-    known = usage or {}
-    return [size(weights), score(known.get("rows_per_second")), size(known.get("peak_bytes"))]
+    usage = usage or {}
+    return [size(weights), score(usage.get("rows_per_second")), size(usage.get("peak_bytes"))]

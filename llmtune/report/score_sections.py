@@ -65,8 +65,8 @@ def against_champion(evaluation: Evaluation) -> Evaluation:
 def score_section(evaluation: Evaluation, task: str | None) -> Section:
     """Return a row per metric; metrics that only the tuned model has show no difference."""
     changes, baseline = evaluation.difference, evaluation.baseline
-    own = {metric for metrics in DECISIONS.values() for metric in metrics}  # in the section on decisions
-    shown = [name for name in evaluation.tuned if name not in own]
+    decision_metrics = {metric for metrics in DECISIONS.values() for metric in metrics}  # in the section on decisions
+    shown = [name for name in evaluation.tuned if name not in decision_metrics]
     rows = [compare_metric(name, evaluation, note=full_note(name, task)) for name in shown]
     text = f"{'Baseline and tuned model' if baseline else 'Both models'} answered the same rows. Green and red: the "
     text += "paired interval excludes zero (one in 20 does by chance). The verdict corrects p for many metrics (Holm)."
@@ -176,7 +176,7 @@ def length_section(details: Json, base: str) -> Section:
     """Return the scores of vectors cut to each length of `embed.dimensions`, base and tuned."""
     title = "Scores by vector length"
     models = {name: details.get(key, {}).get("lengths") for name, key in ((base, "base"), ("tuned", "tuned"))}
-    models = {name: found for name, found in models.items() if found}
+    models = {name: lengths for name, lengths in models.items() if lengths}
     if "tuned" not in models:
         return Section(title, [])
     metrics = [name for name in models["tuned"][0] if name != "length"]
@@ -207,12 +207,12 @@ def simple_baseline_section(evaluation: Evaluation, task: str | None) -> Section
 def class_blocks(changes: ClassChanges, key: str) -> list[Block]:
     """Return both models on the champion's classes, what changed, and the tuned model's scores on each new class."""
     blocks: list[Block] = [Text(sentence, "note") for sentence in list_class_changes(changes, key)]
-    if known := changes.known:
+    if class_slice := changes.known:
         rows_known = [
-            Compared(name, known.base[name], known.tuned[name], change, better_side(name))
-            for name, change in known.difference.items()
+            Compared(name, class_slice.base[name], class_slice.tuned[name], change, better_side(name))
+            for name, change in class_slice.difference.items()
         ]
-        title = f"On the {count(known.rows)} rows of the champion’s classes"
+        title = f"On the {count(class_slice.rows)} rows of the champion’s classes"
         blocks.insert(0, difference_table(rows_known, title=title, base="champion", code=True))
     if changes.renamed:
         listed = ", ".join(f"{show_name(old)} is {show_name(new)}" for old, new in changes.renamed.items())
@@ -236,12 +236,12 @@ def class_blocks(changes: ClassChanges, key: str) -> list[Block]:
     return blocks
 
 
-def write_interval(own: Difference | None) -> str:
+def write_interval(interval: Difference | None) -> str:
     """Return a score with its own 95 % interval."""
-    if own is None:
+    if interval is None:
         return score(None)
-    ends = "" if missing(own.low) else f" ({score(own.low)} to {score(own.high)})"
-    return f"{score(own.value)}{ends}"
+    ends = "" if missing(interval.low) else f" ({score(interval.low)} to {score(interval.high)})"
+    return f"{score(interval.value)}{ends}"
 
 
 def describe_new_class(one: NewClass) -> str:

@@ -44,8 +44,8 @@ def print_verdict(verdict: Verdict, gates: Sequence[GateResult], console: Consol
     for gate in gates:
         word = WORDS[gate.passed] if gate.applies else f"[yellow]{NOT_APPLICABLE}[/]"
         note = f"; {gate.note}" if gate.note else ""
-        told = f"wanted {gate.wanted}, got {gate.got}{note}" if gate.applies else gate.note
-        console.print(f"gate {word}  {escape(gate.name)}  [dim]({escape(told)})[/]")
+        detail = f"wanted {gate.wanted}, got {gate.got}{note}" if gate.applies else gate.note
+        console.print(f"gate {word}  {escape(gate.name)}  [dim]({escape(detail)})[/]")
     counted = f" {count_gates(gates)}." if gates else ""
     console.print(f"[bold]{verdict.word}[/]: {escape(verdict.reason)}{counted}", highlight=False)
 

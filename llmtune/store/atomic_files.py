@@ -39,8 +39,8 @@ MAX_JSON_DEPTH = 100
 
 def find_cache() -> Path:
     """Return `$LLMTUNE_CACHE`, or `llmtune` in `$XDG_CACHE_HOME`, or `~/.cache/llmtune`."""
-    if own := os.environ.get("LLMTUNE_CACHE"):
-        return Path(own).expanduser()
+    if folder := os.environ.get("LLMTUNE_CACHE"):
+        return Path(folder).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llmtune"
 
 
@@ -163,11 +163,11 @@ def _holder(handle: int) -> str:
     """Return the name of the process that has the same file open; empty if the system does not show it."""
     import psutil  # late: slow for --help
 
-    own = os.fstat(handle)
+    file_status = os.fstat(handle)
     for process in psutil.process_iter():
         with suppress(OSError, psutil.Error):
             for link in Path(f"/proc/{process.pid}/fd").iterdir():
-                if process.pid != os.getpid() and os.path.samestat(link.stat(), own):
+                if process.pid != os.getpid() and os.path.samestat(link.stat(), file_status):
                     started = time.strftime("%H:%M:%S", time.localtime(process.create_time()))
                     return f": process {process.pid}, started at {started} ({shlex.join(process.cmdline())})"
     return ""

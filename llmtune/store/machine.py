@@ -52,8 +52,8 @@ def torch_cuda() -> str | None:
     """Return the CUDA version of the installed torch; None for a CPU build, or without torch."""
     spec = find_spec("torch")
     file = Path(spec.origin).with_name("version.py") if spec and spec.origin else None
-    found = re.search(r"^cuda[^=]*= '([\d.]+)'", file.read_text(), re.MULTILINE) if file and file.is_file() else None
-    return found[1] if found else None
+    match = re.search(r"^cuda[^=]*= '([\d.]+)'", file.read_text(), re.MULTILINE) if file and file.is_file() else None
+    return match[1] if match else None
 
 
 def likely_device() -> str:

@@ -75,8 +75,8 @@ def world_size() -> int:
 
 
 def _started() -> int:
-    known = all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
-    return int(os.environ["WORLD_SIZE"]) if known else 1
+    is_distributed = all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
+    return int(os.environ["WORLD_SIZE"]) if is_distributed else 1
 
 
 def strategy() -> str:
@@ -126,9 +126,9 @@ def start() -> None:
 
 def _stop_if_tried(file: Path) -> None:
     """Exit if this process was restarted after an error that would recur, i.e. any but a lost connection."""
-    known = read_json(file)
-    if known and known.get("kind", LostProcess.__name__) != LostProcess.__name__:
-        sys.exit(known["exit"])
+    error = read_json(file)
+    if error and error.get("kind", LostProcess.__name__) != LostProcess.__name__:
+        sys.exit(error["exit"])
     file.unlink(missing_ok=True)
 
 
@@ -151,13 +151,13 @@ def join() -> None:
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     _here.hosted = None if rank() else _host_workers_store()
-    store, own, count = next(rendezvous("env://"))
-    if own:
+    store, process_rank, count = next(rendezvous("env://"))
+    if process_rank:
         me = uuid.uuid4().hex
-        store.set(f"llmtune/hello/{own}", me)
-        _wait_until(lambda: _get(store, f"llmtune/welcome/{own}").startswith(me))
-        _here.name = _get(store, f"llmtune/welcome/{own}").removeprefix(me)
-        store.set(f"{_here.name}/met/{own}", "")
+        store.set(f"llmtune/hello/{process_rank}", me)
+        _wait_until(lambda: _get(store, f"llmtune/welcome/{process_rank}").startswith(me))
+        _here.name = _get(store, f"llmtune/welcome/{process_rank}").removeprefix(me)
+        store.set(f"{_here.name}/met/{process_rank}", "")
     else:
         _here.name = f"/llmtune/{uuid.uuid4().hex}"
         left = set(range(1, count))
@@ -221,13 +221,13 @@ def once(work: Callable[[], T]) -> T:
     key = f"{_here.name}/once/{_here.count}"
     if rank():
         _wait_until(lambda: bool(_here.store.check([key])))
-        found = json.loads(_here.store.get(key))
+        message = json.loads(_here.store.get(key))
         _here.store.set(f"{_here.name}/read/{rank()}/{_here.count}", "")
-        if "kind" in found:
-            raise rebuild_error(found)
-        if "value" not in found:
+        if "kind" in message:
+            raise rebuild_error(message)
+        if "value" not in message:
             sys.exit(1)  # rank 0 reports the bug
-        return cast(T, found["value"])
+        return cast(T, message["value"])
     _here.alone, outcome = True, {}
     try:
         result = work()

@@ -57,5 +57,5 @@ def limited(seconds: float, extra_bytes: int | None = None) -> Iterator[None]:
 def _limit_memory(extra_bytes: int, limits: tuple[int, int]) -> None:
     with suppress(OSError, ValueError):
         used = int(MEMORY.read_text().split()[0]) * resource.getpagesize()
-        known = [limit for limit in limits if limit != resource.RLIM_INFINITY]
-        resource.setrlimit(resource.RLIMIT_AS, (min([used + extra_bytes, *known]), limits[1]))
+        finite_limits = [limit for limit in limits if limit != resource.RLIM_INFINITY]
+        resource.setrlimit(resource.RLIMIT_AS, (min([used + extra_bytes, *finite_limits]), limits[1]))

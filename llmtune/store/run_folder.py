@@ -150,7 +150,7 @@ class RunFolder:
         if not self.is_done(step) or self.manifest["steps"][step]["inputs"] != inputs:
             return False
         outputs = self.manifest["steps"][step]["outputs"]
-        return all(hash_path(self.path / name) == known for name, known in outputs.items())
+        return all(hash_path(self.path / name) == output_hash for name, output_hash in outputs.items())
 
     def is_whole(self, step: str) -> bool:
         """Return whether `step` is done, with any inputs, and its outputs are unchanged."""
@@ -224,17 +224,19 @@ class RunFolder:
 
     def certifies(self, certificate: Mapping[str, Any]) -> bool:
         """Return whether a certificate is of the trained weights, not of an earlier training in this folder."""
-        known = certificate.get("trained_sha256")  # missing in other programs' and in older certificates
+        trained_hash = certificate.get("trained_sha256")  # missing in other programs' and in older certificates
         return (
-            known is None or not self.is_done("train") or known in self.manifest["steps"]["train"]["outputs"].values()
+            trained_hash is None
+            or not self.is_done("train")
+            or trained_hash in self.manifest["steps"]["train"]["outputs"].values()
         )
 
     def certificates(self) -> dict[str, dict[str, Any]]:
         """Return the certificates of the exports in the folder that are of its trained weights, by relative path."""
         patterns = (f"*/{CERTIFICATE}", f"*/*/{CERTIFICATE}", f"*.{CERTIFICATE}")  # the last one is of an endpoint
         files = [file for pattern in patterns for file in sorted(self.path.glob(pattern))]
-        found = {str(file.relative_to(self.path)): read_json(file) for file in files}
-        return {name: one for name, one in found.items() if isinstance(one, dict) and self.certifies(one)}
+        contents = {str(file.relative_to(self.path)): read_json(file) for file in files}
+        return {name: one for name, one in contents.items() if isinstance(one, dict) and self.certifies(one)}
 
     def done_facts(self) -> dict[str, StepFacts]:
         """Return the facts of each finished step; raises as `facts` does."""
@@ -337,8 +339,8 @@ def read_manifest(path: Path) -> Manifest | None:
 def updating_reports(path: Path) -> Iterator[None]:
     """Store the new hashes of a run's report files that the block rewrites; files edited before keep the old hash."""
     manifest = read_manifest(path)
-    known = manifest.get("reports", {}) if manifest else {}
-    same = [name for name, sha256 in known.items() if hash_path(path / name) == sha256]
+    hashes = manifest.get("reports", {}) if manifest else {}
+    same = [name for name, sha256 in hashes.items() if hash_path(path / name) == sha256]
     yield
     if same:
         read_run(path).note_reports(same)

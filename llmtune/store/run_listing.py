@@ -84,8 +84,8 @@ class HasGates(TypedDict):
 
 def list_runs() -> list[ListedRun]:
     """List the runs in `runs/`, the latest first."""
-    found = [_look(path.parent) for path in RUNS.glob(f"*/{MANIFEST}")]
-    return sorted((run for run in found if run), key=lambda run: run.started, reverse=True)
+    runs = [_look(path.parent) for path in RUNS.glob(f"*/{MANIFEST}")]
+    return sorted((run for run in runs if run), key=lambda run: run.started, reverse=True)
 
 
 def _look(path: Path) -> ListedRun | None:
@@ -206,15 +206,15 @@ def find_run(name: Path, other_than: Path | None = None) -> Path:
     Raises:
         RecipeError: it was not found, or is not a run.
     """
-    found = match_run(str(name), other_than)
-    if found is None:
+    run_path = match_run(str(name), other_than)
+    if run_path is None:
         if not name.exists():
             runs = [word for run in list_runs() for word in (run.name, str(run.folder), run.address)]
             fix = "Name a run folder, a recipe with a run here, NAME@HASH, or `latest`; `llmtune runs` lists the runs."
             fix += nearest(str(name), runs)
             raise RecipeError.of("run folder not found", str(name), fix)
-        found = name
-    return read_run(found).path
+        run_path = name
+    return read_run(run_path).path
 
 
 def list_names(runs: Sequence[ListedRun]) -> dict[Path, list[str]]:

@@ -154,8 +154,8 @@ def write_lock(
 
 
 def _lock_model(one: ModelRef) -> LockedModel:
-    about = LockedModel(name=one.name, revision=one.revision, sha256=one.content_hash)
-    return about | {"folder": str(one.path), "files": list_model(one.path)}
+    model = LockedModel(name=one.name, revision=one.revision, sha256=one.content_hash)
+    return model | {"folder": str(one.path), "files": list_model(one.path)}
 
 
 def note_trained(folder: Path, name: str) -> str:

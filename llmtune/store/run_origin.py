@@ -24,10 +24,10 @@ SECRET, ORIGIN = "origin.key", ".origin"
 """A file of the cache, and one of each run folder."""
 
 
-def save_recipe(run: Path, text: str, *, own: bool = True) -> None:
-    """Write recipe.yaml to a run folder; with `own` mark the folder as this user's."""
+def save_recipe(run: Path, text: str, *, mark: bool = True) -> None:
+    """Write recipe.yaml to a run folder; with `mark` mark the folder as this user's."""
     write_text(run / "recipe.yaml", text)
-    if own:
+    if mark:
         mark_own(run)
 
 
@@ -40,10 +40,10 @@ def mark_own(run: Path) -> None:
 def is_own(run: Path) -> bool:
     """Return whether this user's llmtune wrote the recipe.yaml of a run folder, or `verify --trust` marked it."""
     try:
-        code, found = _code(run), read_bytes(run / ORIGIN, 1024)
+        code, stored_code = _code(run), read_bytes(run / ORIGIN, 1024)
     except OSError:
         return False
-    return code is not None and hmac.compare_digest(code.encode(), found)
+    return code is not None and hmac.compare_digest(code.encode(), stored_code)
 
 
 def _code(run: Path) -> str | None:

@@ -373,8 +373,8 @@ class Evaluation:
 
     def differences(self) -> dict[str, Difference]:
         """Return the differences, including studies, by the names that gates use."""
-        found = dict(self.difference)
+        changes = dict(self.difference)
         exports = {f"deploy.{name}": study for name, study in self.exports.items()}
         for name, study in (self.studies | exports).items():
-            found |= {f"{name}.{metric}": value for metric, value in study.difference.items()}
-        return found
+            changes |= {f"{name}.{metric}": value for metric, value in study.difference.items()}
+        return changes

@@ -195,18 +195,18 @@ def _check_data(folder: RunFolder, lock: Lock) -> Iterator[Finding]:
         yield Finding("data", "the files", "unknown", lock["data"]["sha256"])
         return
     old_run = lock.get("folder")
-    known: dict[str, set[Path]] = {}
+    source_paths: dict[str, set[Path]] = {}
     for record in records:
         if record["path"] is None:
             content = record.get("commit") or record.get("etag") or record["sha256"]
             yield Finding("data", f"{record['source']} at {content}", "unknown", content)
             continue
         path = _data_file(record, old_run, folder.path)
-        known.setdefault(record["source"], set()).add(path)
+        source_paths.setdefault(record["source"], set()).add(path)
         is_recording = "xxh3_128" in record
         now = (hash_recording if is_recording else hash_file)(path) if path.is_file() else None
         yield compare_hashes("data", str(path), record["xxh3_128"] if is_recording else record["sha256"], now)
-    for source, paths in known.items():
+    for source, paths in source_paths.items():
         for path in _added_files(source, paths, old_run, folder.path):
             yield Finding("data", str(path), "added")
 
@@ -221,16 +221,16 @@ def _data_file(record: SourceRecord, old_run: str | None, run: Path) -> Path:
     return relocated(record["path"], old_run, run)
 
 
-def _added_files(source: str, known: set[Path], old_run: str | None, run: Path) -> Iterator[Path]:
+def _added_files(source: str, recorded_paths: set[Path], old_run: str | None, run: Path) -> Iterator[Path]:
     """Yield files added to a folder or pattern since the run, with the extensions that were read."""
-    if source.startswith(BUILTIN) or any(path.name.startswith("metadata.") for path in known):
+    if source.startswith(BUILTIN) or any(path.name.startswith("metadata.") for path in recorded_paths):
         return  # a metadata file lists all files of its folder
     start, pattern = split_pattern(source)
     folder = relocated(str(start), old_run, run)
-    endings = {path.suffix for path in known}
+    endings = {path.suffix for path in recorded_paths}
     for path in sorted(folder.glob(pattern) if pattern else folder.rglob("*") if folder.is_dir() else ()):
         hidden = any(part.startswith((".", "_")) for part in path.relative_to(folder).parts)
-        if path.suffix in endings and not hidden and path not in known and path.is_file():
+        if path.suffix in endings and not hidden and path not in recorded_paths and path.is_file():
             yield path
 
 
@@ -270,30 +270,32 @@ def _model_folder(model: LockedModel, old_run: str | None, run: Path) -> Path:
 
 def _check_template(folder: RunFolder, lock: Lock) -> Iterator[Finding]:
     """Compare the template saved with the weights with the one used in training."""
-    known = lock["template"]["sha256"]
-    for name in TRAINED if known != hash_value(None) else ():
+    recorded_hash = lock["template"]["sha256"]
+    for name in TRAINED if recorded_hash != hash_value(None) else ():
         path = folder.path / name / "chat_template.jinja"
         if path.is_file():
-            yield compare_hashes("template", str(path), known, hash_value(path.read_text("utf-8", errors="replace")))
+            yield compare_hashes(
+                "template", str(path), recorded_hash, hash_value(path.read_text("utf-8", errors="replace"))
+            )
 
 
 def _check_metrics(lock: Lock, run: Path) -> Iterator[Finding]:
     """Check the files of the user's own metrics."""
-    for file, known in lock.get("metrics", {}).items():
+    for file, recorded_hash in lock.get("metrics", {}).items():
         path = relocated(file, lock.get("folder"), run)
-        yield compare_hashes("metrics", str(path), known, hash_file(path) if path.is_file() else None)
+        yield compare_hashes("metrics", str(path), recorded_hash, hash_file(path) if path.is_file() else None)
 
 
 def _check_outputs(folder: RunFolder, lock: Lock) -> Iterator[Finding]:
     for step, record in folder.manifest["steps"].items():
-        for name, known in record["outputs"].items():
+        for name, recorded_hash in record["outputs"].items():
             path = folder.path / name
             files = lock.get("trained", {}).get(name) or record.get("files", {}).get(name)
             kind = Path(name).name if step != "evaluate" else "evaluation"
             if files:
                 yield from _compare_all(kind, f"{path}{os.sep}", files, list_folder(path))
             else:
-                yield compare_hashes(kind, str(path), known, hash_path(path) or None)
+                yield compare_hashes(kind, str(path), recorded_hash, hash_path(path) or None)
     evaluated = folder.facts("evaluate").get("trained")
     for path in [folder.path / name for name in TRAINED if evaluated and (folder.path / name).is_dir()]:
         yield compare_hashes(
@@ -302,6 +304,6 @@ def _check_outputs(folder: RunFolder, lock: Lock) -> Iterator[Finding]:
 
 
 def _check_reports(folder: RunFolder) -> Iterator[Finding]:
-    for name, known in folder.manifest.get("reports", {}).items():
+    for name, recorded_hash in folder.manifest.get("reports", {}).items():
         path = folder.path / name
-        yield compare_hashes("report", str(path), known, hash_path(path) or None)
+        yield compare_hashes("report", str(path), recorded_hash, hash_path(path) or None)

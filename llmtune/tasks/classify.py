@@ -287,15 +287,13 @@ class Classify(ReadingTask[ClassifyRow, ClassPrediction]):
         """Write the label."""
         return format_label(prediction["label"])
 
-    def compute_metric(
-        self, metric: str, prediction: EvalPrediction[ClassPrediction], recipe: Recipe
-    ) -> Measure | None:
+    def compute_metric(self, metric: str, output: EvalPrediction[ClassPrediction], recipe: Recipe) -> Measure | None:
         """Measure predicted classes or numbers."""
         section = classify_section(recipe)
         if section.kind == "auto" or metric not in CLASS_METRICS[section.kind]:
             return None
-        targets = [as_target(label, section.kind) for label in prediction.references]
-        return measure_classes(metric, section.kind, scores_of(prediction.predictions), targets, section.labels or ())
+        targets = [as_target(label, section.kind) for label in output.references]
+        return measure_classes(metric, section.kind, scores_of(output.predictions), targets, section.labels or ())
 
     def baseline(
         self, references: Sequence[Label], prompts: Sequence[ClassifyRow], recipe: Recipe
@@ -333,13 +331,13 @@ class Classify(ReadingTask[ClassifyRow, ClassPrediction]):
         scores_1K = true_classes(section.kind, [as_target(reference, section.kind)], section.labels or ())
         return {"label": reference, "scores": scores_1K[0].astype(float).tolist()}
 
-    def class_table(self, prediction: EvalPrediction[ClassPrediction], recipe: Recipe) -> dict[str, Any]:
+    def class_table(self, output: EvalPrediction[ClassPrediction], recipe: Recipe) -> dict[str, Any]:
         """Return the table of classes; with single labels, also the confusion matrix."""
         section = classify_section(recipe)
         if section.kind == "regression" or section.kind == "auto":
             return {}
-        labels, scores = section.labels or (), scores_of(prediction.predictions)
-        targets = [as_target(label, section.kind) for label in prediction.references]
+        labels, scores = section.labels or (), scores_of(output.predictions)
+        targets = [as_target(label, section.kind) for label in output.references]
         tables: dict[str, Any] = {"classes": class_table(section.kind, scores, targets, labels)}
         if section.kind == "single":
             tables["confusion"] = {"labels": list(labels), "counts": confusion(scores, targets, labels)}

@@ -288,16 +288,16 @@ class Embed(ReadingTask[EmbedRow, Vectors]):
         """Write the passages by their cosine with the query, best first; without a query or passages, the vectors."""
         return format_search(row["passages"], prediction)
 
-    def compute_metric(self, metric: str, prediction: EvalPrediction[Vectors], recipe: Recipe) -> Measure | None:
+    def compute_metric(self, metric: str, output: EvalPrediction[Vectors], recipe: Recipe) -> Measure | None:
         """Measure the order of passages, the scores of pairs, or the spread of vectors."""
-        rows, vectors = list(prediction.references), list(prediction.predictions)
+        rows, vectors = list(output.references), list(output.predictions)
         if metric in SPREAD:
             measured, texts = measure_spread(metric, vectors), [named_texts(row)[-1][1] for row in rows]
             return replace(measured, signature=f"{measured.signature}; texts {hash_value(sorted(texts))[:8]}")
         if metric in CORRELATIONS:
             cosines = [cosine(one["query"], one["passage"]) for one in vectors]
             return measure_classes(metric, "regression", np.array(cosines)[:, None], [row["score"] for row in rows], ())
-        corpus = prediction.corpus and zip(prediction.corpus.passages, prediction.corpus.vectors_PD, strict=True)
+        corpus = output.corpus and zip(output.corpus.passages, output.corpus.vectors_PD, strict=True)
         return measure_search(metric, rows, vectors, corpus or (), prepare_vectors)
 
     def measure_words(
@@ -318,16 +318,16 @@ class Embed(ReadingTask[EmbedRow, Vectors]):
         assert measured is not None, "both are metrics of the task"
         return metric, measured.value if all(np.isfinite([*one.values()]).all() for one in vectors) else math.nan
 
-    def class_table(self, prediction: EvalPrediction[Vectors], recipe: Recipe) -> dict[str, Any] | None:
+    def class_table(self, output: EvalPrediction[Vectors], recipe: Recipe) -> dict[str, Any] | None:
         """Return the scores of vectors cut to each of `embed.dimensions`, the longest first; None without such."""
         sizes, metrics = embed_section(recipe).dimensions or (), recipe.evaluate.chosen_metrics(recipe.variant)
         if len(sizes) < 2:
             return None
         lengths = []
         for size in sorted(sizes, reverse=True):
-            cut = [{name: vector[:size] for name, vector in one.items()} for one in prediction.predictions]
-            corpus = prediction.corpus and replace(prediction.corpus, vectors_PD=prediction.corpus.vectors_PD[:, :size])
-            shorter = replace(prediction, predictions=cut, corpus=corpus)
+            cut = [{name: vector[:size] for name, vector in one.items()} for one in output.predictions]
+            corpus = output.corpus and replace(output.corpus, vectors_PD=output.corpus.vectors_PD[:, :size])
+            shorter = replace(output, predictions=cut, corpus=corpus)
             measured = {name: self.compute_metric(name, shorter, recipe) for name in metrics}
             lengths.append({"length": size, **{name: one.value for name, one in measured.items() if one is not None}})
         return {"lengths": lengths}

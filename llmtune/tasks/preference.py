@@ -245,10 +245,10 @@ class Preference(Task[Row, Ratings]):
         names = ("chosen", "rejected", "answer")
         return ", ".join(f"{name} {format_label(prediction[name])}" for name in names if name in prediction)
 
-    def compute_metric(self, metric: str, prediction: EvalPrediction[Ratings], recipe: Recipe) -> Measure | None:
+    def compute_metric(self, metric: str, output: EvalPrediction[Ratings], recipe: Recipe) -> Measure | None:
         """Measure the ratings of answers, relative to the untuned model if the loss is."""
         return measure_preferences(
-            metric, prediction.predictions, prediction.references, preference_section(recipe), prediction.base
+            metric, output.predictions, output.references, preference_section(recipe), output.base
         )
 
 

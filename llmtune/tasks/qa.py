@@ -188,14 +188,14 @@ class Qa(Task[QaRow, PredictionT]):
         """Return all answers; an empty list if the context has none."""
         return [answer["text"] for answer in row["answers"] or ()]
 
-    def compute_metric(self, metric: str, prediction: EvalPrediction[PredictionT], recipe: Recipe) -> Measure | None:
+    def compute_metric(self, metric: str, output: EvalPrediction[PredictionT], recipe: Recipe) -> Measure | None:
         """Measure answers as the SQuAD 2 script does; the words for `no answer` are the empty answer."""
         if metric not in METRICS:
             return None
         empty = qa_section(recipe).no_answer.strip().lower().rstrip(".")
-        texts = [str(answer["text"] if isinstance(answer, dict) else answer) for answer in prediction.predictions]
+        texts = [str(answer["text"] if isinstance(answer, dict) else answer) for answer in output.predictions]
         texts = ["" if text.strip().lower().rstrip(".") == empty else text for text in texts]
-        return measure_squad(metric, texts, prediction.references)
+        return measure_squad(metric, texts, output.references)
 
     def matches(self, recipe: Recipe) -> bool:
         """Whether the recipe selects generation."""

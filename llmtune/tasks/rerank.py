@@ -205,23 +205,19 @@ class Rerank(ReadingTask[RerankRow, RerankPrediction]):
         """Write a line per passage, best first."""
         return write_ranking(row["passages"], prediction["scores"])
 
-    def compute_metric(
-        self, metric: str, prediction: EvalPrediction[RerankPrediction], recipe: Recipe
-    ) -> Measure | None:
+    def compute_metric(self, metric: str, output: EvalPrediction[RerankPrediction], recipe: Recipe) -> Measure | None:
         """Measure the ranking of each query's passages, from all of its rows; a passage of several rows counts once."""
         if at_ten(metric) not in RANKING:
             return None
-        rows, queries = rows_by_query(prediction.references), []
+        rows, queries = rows_by_query(output.references), []
         for numbers in rows:
-            relevances = highest_relevances([prediction.references[i] for i in numbers])
+            relevances = highest_relevances([output.references[i] for i in numbers])
             scores = dict.fromkeys(relevances, 0.0)
             for i in reversed(numbers):
                 scores |= zip(
-                    map(text_key, prediction.references[i]["passages"]),
-                    prediction.predictions[i]["scores"],
-                    strict=True,
+                    map(text_key, output.references[i]["passages"]), output.predictions[i]["scores"], strict=True
                 )
-            name = name_query(text_key(prediction.references[numbers[0]]["query"]), relevances.items())
+            name = name_query(text_key(output.references[numbers[0]]["query"]), relevances.items())
             queries.append(RankedQuery([*scores.values()], [*relevances.values()], name=name))
         measured = measure_ranking(metric, queries, [numbers[0] for numbers in rows])
         if (mined := recipe.data.negatives) is None:

@@ -76,14 +76,14 @@ class Speech(Task[SpeechRow, str]):
         samples = windows[0][1]
         return SoundWindow(samples, len(samples) / extract.sampling_rate, len(windows) == 1)
 
-    def compute_metric(self, metric: str, prediction: EvalPrediction[str], recipe: Recipe) -> Measure | None:
+    def compute_metric(self, metric: str, output: EvalPrediction[str], recipe: Recipe) -> Measure | None:
         """Measure transcripts after the recipe's normaliser."""
         if metric not in MEASURES:
             return None
         section = recipe.speech or SpeechSection()
         language = section.language if section.task == "transcribe" and section.language else "en"
         spellings = find_spellings(recipe.model) if section.normalizer == "whisper" else None
-        return MEASURES[metric](prediction.predictions, prediction.references, section.normalizer, language, spellings)
+        return MEASURES[metric](output.predictions, output.references, section.normalizer, language, spellings)
 
 
 @dataclass(frozen=True)

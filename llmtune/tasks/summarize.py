@@ -36,9 +36,9 @@ class Summarize(Task[SummarizeRow, str]):
         template = recipe.summarize.prompt if recipe.summarize and recipe.summarize.prompt else self.default_prompt
         return TextPair(fill_template(template, document=row["document"]), row["summary"])
 
-    def compute_metric(self, metric: str, prediction: EvalPrediction[str], recipe: Recipe) -> Measure | None:
+    def compute_metric(self, metric: str, output: EvalPrediction[str], recipe: Recipe) -> Measure | None:
         """Measure generated texts."""
-        return measure_texts(metric, prediction)
+        return measure_texts(metric, output)
 
 
 class SummarizeEncoderDecoder(Summarize, EncoderDecoder[SummarizeRow]):

@@ -42,9 +42,9 @@ PROMPT_CUTS = 6
 """How often a prompt is cut: a cut text may take one token more than counted."""
 
 
-def measure_texts(metric: str, prediction: EvalPrediction[str]) -> Measure | None:
+def measure_texts(metric: str, output: EvalPrediction[str]) -> Measure | None:
     """Measure generated texts; token metrics are computed elsewhere."""
-    return TEXT_MEASURES[metric](prediction.predictions, prediction.references) if metric in TEXT_MEASURES else None
+    return TEXT_MEASURES[metric](output.predictions, output.references) if metric in TEXT_MEASURES else None
 
 
 def fill_template(template: str, **fields: str | None) -> str:

@@ -200,13 +200,9 @@ class TokenClassify(Task[TokenClassifyRow, list[str]]):
         """List the entities of a text."""
         return list_entities(row["tokens"], prediction)
 
-    def compute_metric(self, metric: str, prediction: EvalPrediction[list[str]], recipe: Recipe) -> Measure | None:
+    def compute_metric(self, metric: str, output: EvalPrediction[list[str]], recipe: Recipe) -> Measure | None:
         """Measure entities, or tags for `accuracy`."""
-        return (
-            measure_entities(metric, prediction.predictions, prediction.references)
-            if metric in ENTITY_METRICS
-            else None
-        )
+        return measure_entities(metric, output.predictions, output.references) if metric in ENTITY_METRICS else None
 
     def baseline(
         self, references: Sequence[list[str]], prompts: Sequence[TokenClassifyRow], recipe: Recipe
@@ -227,9 +223,9 @@ class TokenClassify(Task[TokenClassifyRow, list[str]]):
         note = f"{len(tags):,} words of {len(train):,} training rows; {OUTSIDE} for other words"
         return SimplePredictions([[tags.get(word, OUTSIDE) for word in row["tokens"]] for row in prompts], note)
 
-    def class_table(self, prediction: EvalPrediction[list[str]], recipe: Recipe) -> dict[str, Any]:
+    def class_table(self, output: EvalPrediction[list[str]], recipe: Recipe) -> dict[str, Any]:
         """Return the table of entity types."""
-        return {"classes": entity_table(prediction.predictions, prediction.references)}
+        return {"classes": entity_table(output.predictions, output.references)}
 
 
 def labels_of(recipe: Recipe) -> tuple[str, ...]:

@@ -56,9 +56,9 @@ class Translate(Task[TranslateRow, str]):
     def check_languages(self, languages: Mapping[str, str | None], recipe: Recipe) -> None:
         """Refuse a row that lacks required languages."""
 
-    def compute_metric(self, metric: str, prediction: EvalPrediction[str], recipe: Recipe) -> Measure | None:
+    def compute_metric(self, metric: str, output: EvalPrediction[str], recipe: Recipe) -> Measure | None:
         """Measure generated texts."""
-        return measure_texts(metric, prediction)
+        return measure_texts(metric, output)
 
 
 class TranslateEncoderDecoder(Translate, EncoderDecoder[TranslateRow]):

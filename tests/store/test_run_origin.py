@@ -33,7 +33,7 @@ def test_a_folder_is_this_users_until_its_recipe_changes(cache: Path, tmp_path: 
     assert not is_own(tmp_path)
     mark_own(tmp_path)
     assert is_own(tmp_path)
-    save_recipe(tmp_path, "task: qa\n", own=False)
+    save_recipe(tmp_path, "task: qa\n", mark=False)
     assert not is_own(tmp_path)
 
 

@@ -79,9 +79,9 @@ def bound_answer(key: str | None, response: Any) -> None:
     stream, kind = response.stream, type(response.stream)
     # The client bundles its own httpx, which reads only its own kind of stream.
     methods = {
-        "__init__": lambda own: None,
-        "__iter__": lambda own: iter([hide_key(key, b"".join(_limit_bytes(stream)))]),
-        "close": lambda own: stream.close(),
+        "__init__": lambda self: None,
+        "__iter__": lambda self: iter([hide_key(key, b"".join(_limit_bytes(stream)))]),
+        "close": lambda self: stream.close(),
     }
     response.stream = type(kind.__name__, (kind,), methods)()
 
@@ -131,8 +131,8 @@ def _explain_status(error: openai.OpenAIError, url: str, key: str) -> LlmtuneErr
         return EnvironmentProblem.of(
             f"the endpoint does not answer: {redact(str(error.__cause__ or error), secrets)}", url, fix
         )
-    said = redact(error.message, secrets)[:300]
+    detail = redact(error.message, secrets)[:300]
     if error.status_code in (401, 403):
-        what = f"the endpoint rejects the API key: {said}"
+        what = f"the endpoint rejects the API key: {detail}"
         return EnvironmentProblem.of(what, url, "Use --api-key-file.")
-    return EnvironmentProblem.of(f"the endpoint answered with status {error.status_code}: {said}", url)
+    return EnvironmentProblem.of(f"the endpoint answered with status {error.status_code}: {detail}", url)

@@ -122,8 +122,8 @@ class ForgettingSuite(EvalSuite[Likelihoods]):
                 ("accuracy", False, f"the choice with the highest log-likelihood, as lm-eval's acc; {how}"),
                 ("accuracy_norm", True, f"log-likelihoods divided by characters, as lm-eval's acc_norm; {how}"),
             ):
-                asked = zip(self.questions, output.choices, strict=True)
-                right = [one.pick(values, by_length=by_length) == one.right for one, values in asked]
+                pairs = zip(self.questions, output.choices, strict=True)
+                right = [one.pick(values, by_length=by_length) == one.right for one, values in pairs]
                 yield measure_right(right, metric, signature)
 
     def limits(self) -> str:
@@ -146,8 +146,8 @@ class ForgettingSuite(EvalSuite[Likelihoods]):
             return
         _, lost = flipped_rows(measured.base["accuracy"], measured.tuned["accuracy"])
         shown = f", {SHOWN_QUESTIONS} of {len(lost)}" if len(lost) > SHOWN_QUESTIONS else ""
-        asked = [(self.questions[number], self.outputs["tuned"].choices[number]) for number in lost[:SHOWN_QUESTIONS]]
-        rows = tuple((one.question, one.choices[one.right], one.choices[one.pick(values)]) for one, values in asked)
+        pairs = [(self.questions[number], self.outputs["tuned"].choices[number]) for number in lost[:SHOWN_QUESTIONS]]
+        rows = tuple((one.question, one.choices[one.right], one.choices[one.pick(values)]) for one, values in pairs)
         if lost:
             heads = ("question", "right answer", "tuned model's answer")
             yield StudyTable(f"Right before, wrong now{shown}", heads, rows)
@@ -190,8 +190,10 @@ class Question(BaseModel):
         """Refuse equal choices, and an answer that is not one of them."""
         if len(set(self.choices)) < len(self.choices):
             raise ValueError("two choices are equal")
-        known = self.answer in self.choices if isinstance(self.answer, str) else 0 <= self.answer < len(self.choices)
-        if not known:
+        is_choice = (
+            self.answer in self.choices if isinstance(self.answer, str) else 0 <= self.answer < len(self.choices)
+        )
+        if not is_choice:
             raise ValueError(f"'answer' is {self.answer!r}; use a choice, or its number counted from 0")
         return self
 

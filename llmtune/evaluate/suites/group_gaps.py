@@ -137,9 +137,9 @@ def score_gap(gaps: Sequence[GroupGap]) -> GapScore:
     tuned_R = np.max([gap.tuned_R for gap in gaps], axis=0)
     chance_R = np.max([gap.chance_R for gap in gaps], axis=0)
     rows = max(sum(map(len, gap.groups.values())) for gap in gaps)
-    known = chance_R[np.isfinite(chance_R)]
-    p = (int((known >= tuned - 1e-12).sum()) + 1) / (len(known) + 1) if np.isfinite(tuned) else 1.0
-    mean = float(known.mean()) if len(known) else float("nan")
+    finite_R = chance_R[np.isfinite(chance_R)]
+    p = (int((finite_R >= tuned - 1e-12).sum()) + 1) / (len(finite_R) + 1) if np.isfinite(tuned) else 1.0
+    mean = float(finite_R.mean()) if len(finite_R) else float("nan")
     return GapScore(base, tuned, interval(tuned - base, tuned_R - base_R, rows), mean, p)
 
 

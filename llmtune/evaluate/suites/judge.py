@@ -151,13 +151,17 @@ class JudgeSuite(EvalSuite[None]):
         changes |= {"win_rate_uncorrected": win_rate(judged)} if labelled else {}
         measures = measure_judge(judged, seed)
         of_people = measure_judge(people, seed) if labelled else {}
-        own = of_people | measures
+        scores = of_people | measures
         base, tuned = ({name: (1 + sign * one.value) / 2 for name, one in changes.items()} for sign in (-1, 1))
         texts = self.signatures(judged, labelled, len(test))
         tables = [judge_table(measures, of_people), self.costs(replies)]
-        study = self.study(base, tuned | {name: one.value for name, one in own.items()}, changes, texts, LIMITS, tables)
-        own |= {name: halve(one) for name, one in changes.items()}
-        return replace(study, verdict=describe_win_rate(own["win_rate"], labelled, own["inconsistent"]), intervals=own)
+        study = self.study(
+            base, tuned | {name: one.value for name, one in scores.items()}, changes, texts, LIMITS, tables
+        )
+        scores |= {name: halve(one) for name, one in changes.items()}
+        return replace(
+            study, verdict=describe_win_rate(scores["win_rate"], labelled, scores["inconsistent"]), intervals=scores
+        )
 
     def test_pairs(self) -> list[AnswerPair]:
         """Return the answers of both models to the test rows."""
@@ -180,14 +184,16 @@ class JudgeSuite(EvalSuite[None]):
     def ask_pairs(self, pairs: Sequence[AnswerPair]) -> dict[str, JudgeReply]:
         """Ask about all pairs, in both orders, and save the questions of this evaluation."""
         questions = [one for pair in pairs if not pair.is_equal for one in pair.questions(self.section.question)]
-        known, console = self.known(), self.context.console
+        known_replies, console = self.known(), self.context.console
         keys = {self.judge.hash_question(one): one for one in questions}
-        known = {key: reply for key, reply in known.items() if key in keys}
-        what = f"judge: {len(keys) - len(known):,} questions to {self.section.model} at {host(self.section)}"
-        console.print(f"{what}{f', {len(known):,} are answered' if known else ''}", highlight=False, markup=False)
+        known_replies = {key: reply for key, reply in known_replies.items() if key in keys}
+        what = f"judge: {len(keys) - len(known_replies):,} questions to {self.section.model} at {host(self.section)}"
+        console.print(
+            f"{what}{f', {len(known_replies):,} are answered' if known_replies else ''}", highlight=False, markup=False
+        )
         with counting_bars(console) as bars:
-            bar = bars.add_task("judge", total=len(keys) - len(known))
-            replies = self.judge.ask_all(list(keys.values()), known, self.journal, partial(bars.advance, bar))
+            bar = bars.add_task("judge", total=len(keys) - len(known_replies))
+            replies = self.judge.ask_all(list(keys.values()), known_replies, self.journal, partial(bars.advance, bar))
         if self.context.folder is not None:
             lines = [json.dumps(replies[key], ensure_ascii=False) for key in keys]
             with explained(self.context.folder):
@@ -196,7 +202,7 @@ class JudgeSuite(EvalSuite[None]):
 
     def judged(self, pairs: Sequence[AnswerPair], replies: Mapping[str, JudgeReply]) -> JudgedPairs:
         """Return the verdicts on the pairs that have two."""
-        found = []
+        rated_pairs = []
         for pair in pairs:
             one, other = (
                 replies.get(self.judge.hash_question(question)) for question in pair.questions(self.section.question)
@@ -204,11 +210,11 @@ class JudgeSuite(EvalSuite[None]):
             verdicts = [SIDES[reply["verdict"]] for reply in (one, other) if reply and reply["verdict"]]
             if pair.is_equal or len(verdicts) == 2:
                 first, second = (0.0, 0.0) if pair.is_equal else verdicts
-                found.append((pair, first, -second))
-        kept = [pair for pair, _, _ in found]
+                rated_pairs.append((pair, first, -second))
+        kept = [pair for pair, _, _ in rated_pairs]
         return JudgedPairs(
-            np.array([first for _, first, _ in found]),
-            np.array([second for _, _, second in found]),
+            np.array([first for _, first, _ in rated_pairs]),
+            np.array([second for _, _, second in rated_pairs]),
             np.sign([float(len(pair.first) - len(pair.second)) for pair in kept]),
             np.array([pair.people for pair in kept if pair.people is not None]),
             [pair.cluster for pair in kept if pair.cluster is not None],
@@ -216,14 +222,14 @@ class JudgeSuite(EvalSuite[None]):
 
     def signatures(self, judged: JudgedPairs, labelled: JudgedPairs | None, rows: int) -> dict[str, str]:
         """Return how the win rate was computed."""
-        about = f"{len(judged.longer_N)} of {rows} rows, {self.section.model} at {host(self.section)}, {ASKED}"
+        source = f"{len(judged.longer_N)} of {rows} rows, {self.section.model} at {host(self.section)}, {ASKED}"
         if labelled is None:
-            return {"win_rate": f"{about}; {OPEN}; not corrected: {UNJUDGED}"}
+            return {"win_rate": f"{source}; {OPEN}; not corrected: {UNJUDGED}"}
         fit, pairs = fit_correction(labelled, pseudo=False), len(labelled.longer_N)
         how = f"slope {fit.slope:.3g} and length {fit.length:.3g} from {pairs} of {len(self.labelled)} labelled pairs"
         return {
-            "win_rate": f"{about}; corrected with {how}; Fieller interval",
-            "win_rate_uncorrected": f"{about}; {OPEN}",
+            "win_rate": f"{source}; corrected with {how}; Fieller interval",
+            "win_rate_uncorrected": f"{source}; {OPEN}",
         }
 
     def costs(self, replies: Mapping[str, JudgeReply]) -> StudyTable:

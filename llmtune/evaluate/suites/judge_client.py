@@ -121,8 +121,8 @@ def parse_verdict(text: str) -> JudgeVerdict | None:
         with suppress(ValueError, RecursionError):
             read = json.loads(candidate)
             last = str(read.get("verdict")) if isinstance(read, dict) else last
-    found = VERDICT.fullmatch(MARKS.sub("", last).strip())
-    return CHOICES[found[1].lower()] if found else None
+    match = VERDICT.fullmatch(MARKS.sub("", last).strip())
+    return CHOICES[match[1].lower()] if match else None
 
 
 def host(section: JudgeSection) -> str:
@@ -220,16 +220,16 @@ class Judge:
         with self.explained(), explained_errors(client):
             for parameters in self.parameters:
                 try:
-                    found = client.chat.completions.create(
+                    completion = client.chat.completions.create(
                         model=self.section.model, messages=cast(Any, messages), **parameters
                     )
                 except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
                     refused = error.message
                     continue
                 self.parameters = [parameters]
-                message, usage = found.choices[0].message, found.usage
+                message, usage = completion.choices[0].message, completion.usage
                 tokens = (usage.prompt_tokens, usage.completion_tokens) if usage else None
-                return JudgeCompletion(message.content or "", found.model or self.section.model, tokens)
+                return JudgeCompletion(message.content or "", completion.model or self.section.model, tokens)
         raise RefusedError(redact(refused)[:300])
 
     def ask(self, client: openai.OpenAI, messages: JudgeQuestion) -> JudgeReply:
@@ -245,22 +245,26 @@ class Judge:
             uncounted=0,
             refused="",
         )
-        asked = messages
+        conversation = messages
         for _ in range(2):
             try:
-                found = self.complete(client, asked)
+                completion = self.complete(client, conversation)
             except RefusedError as error:
                 reply["refused"] = "" if reply["texts"] else str(error)
                 break
-            reply["texts"].append(found.text)
-            reply["model"] = found.model
-            reply["prompt_tokens"] += found.tokens[0] if found.tokens else 0
-            reply["completion_tokens"] += found.tokens[1] if found.tokens else 0
-            reply["uncounted"] += found.tokens is None
-            reply["verdict"] = parse_verdict(found.text)
+            reply["texts"].append(completion.text)
+            reply["model"] = completion.model
+            reply["prompt_tokens"] += completion.tokens[0] if completion.tokens else 0
+            reply["completion_tokens"] += completion.tokens[1] if completion.tokens else 0
+            reply["uncounted"] += completion.tokens is None
+            reply["verdict"] = parse_verdict(completion.text)
             if reply["verdict"]:
                 break
-            asked = [*messages, {"role": "assistant", "content": found.text}, {"role": "user", "content": REMINDER}]
+            conversation = [
+                *messages,
+                {"role": "assistant", "content": completion.text},
+                {"role": "user", "content": REMINDER},
+            ]
         return reply
 
     def check(self) -> None:
@@ -274,16 +278,16 @@ class Judge:
     def ask_all(
         self,
         questions: Sequence[JudgeQuestion],
-        known: Mapping[str, JudgeReply],
+        known_replies: Mapping[str, JudgeReply],
         journal: Path | None,
         advance: Advance,
     ) -> dict[str, JudgeReply]:
-        """Ask the questions that are not `known`, several at a time; append each reply to the journal as it comes.
+        """Ask the questions without a reply in `known_replies`, several at a time; append each new one to the journal.
 
         Raises EnvironmentProblem if the endpoint fails; the replies so far are in the journal.
         """
-        replies = dict(known)
-        waiting = {key: one for one in questions if (key := self.hash_question(one)) not in known}
+        replies = dict(known_replies)
+        waiting = {key: one for one in questions if (key := self.hash_question(one)) not in known_replies}
         lock = threading.Lock()
 
         def work(client: openai.OpenAI, key: str, messages: JudgeQuestion) -> None:

@@ -194,8 +194,8 @@ def measure_judge(pairs: JudgedPairs, seed: int) -> dict[str, Difference]:
         judge_N3, people_N3 = (np.stack([side == one for one in LABELS], 1) for side in (pairs.verdict_N, people_N))
         table_N33 = (judge_N3[:, :, None] & people_N3[:, None]).astype(np.float64)
         parts["kappa"] = Part(table_N33.reshape(-1, 9), kappa, kappa_bounds)
-    found = score_intervals(parts, pairs, seed)
-    return found | ({"length_bias": length_bias(pairs)} if len(people_N) else {})
+    intervals = score_intervals(parts, pairs, seed)
+    return intervals | ({"length_bias": length_bias(pairs)} if len(people_N) else {})
 
 
 class Part(NamedTuple):
@@ -208,14 +208,14 @@ class Part(NamedTuple):
 
 def score_intervals(parts: Mapping[str, Part], pairs: JudgedPairs, seed: int) -> dict[str, Difference]:
     """Return scores with intervals, with a pseudo-pair at either end of their range."""
-    rows, groups, found = len(pairs.longer_N), pairs.units if len(pairs.clusters) else 0, {}
+    rows, groups, intervals = len(pairs.longer_N), pairs.units if len(pairs.clusters) else 0, {}
     for name, part in parts.items():
         value, sums_UK = float(part.formula(part.sums_NK.sum(0))), add_up(part.sums_NK, group_numbers(pairs))
         with_ends = np.concatenate([sums_UK, *part.bounds(sums_UK)])
         ends = (len(with_ends) - pairs.units) // 2
         weighted = partial(weigh_sums, part.formula, with_ends)
-        found[name] = conclude_interval(value, bound(weighted, pairs.units, ends, seed), rows, groups)
-    return found
+        intervals[name] = conclude_interval(value, bound(weighted, pairs.units, ends, seed), rows, groups)
+    return intervals
 
 
 def weigh_sums(formula: Formula, sums_NK: Floats, weights_RN: Floats) -> Floats:

@@ -153,17 +153,17 @@ def find_suspects(
         labelled = read_labels(model, context, rows, examples)
     multi = labelled.targets_NQ.shape[1] > 1
     questions = [[f"not {name}", name] for name in names] if multi else [names]
-    found, unchecked = defaultdict[tuple[str, int], list[Error]](list), dict[str, int]()
+    errors_by_row, unchecked = defaultdict[tuple[str, int], list[Error]](list), dict[str, int]()
     for targets_N, classes in zip(labelled.targets_NQ.T, questions, strict=True):
         with spinner(context.console, f"suspects: {len(targets_N):,} labels"):
             errors, alone = find_errors(labelled.features_ND, targets_N, labelled.groups_N, context.recipe.seed)
         unchecked |= {classes[number]: labels for number, labels in alone.items()}
         for n, best, share in errors:
             split, row, position = labelled.places[n]
-            found[split, row].append((position, classes[targets_N[n]], classes[best], share))
+            errors_by_row[split, row].append((position, classes[targets_N[n]], classes[best], share))
     if unchecked:
         context.console.print(unchecked_sentence(unchecked), style="yellow", highlight=False, markup=False)
-    return sorted(add_texts(found, rows), key=lambda one: one.score), unchecked
+    return sorted(add_texts(errors_by_row, rows), key=lambda one: one.score), unchecked
 
 
 def read_labels(model: torch.nn.Module, context: EvalContext, rows: Rows, examples: Examples) -> Labelled:
@@ -235,10 +235,10 @@ def find_errors(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # cleanlab's, on classes with few labels
         shares_NK = cross_val_predict(regression, features_ND[kept_N], labels_N, cv=folds, method="predict_proba")
-        found = find_label_issues(labels_N, shares_NK, return_indices_ranked_by="self_confidence", n_jobs=1)
+        issues = find_label_issues(labels_N, shares_NK, return_indices_ranked_by="self_confidence", n_jobs=1)
     return [
         (int(kept_N[n]), int(classes_K[shares_NK[n].argmax()]), float(shares_NK[n, labels_N[n]]))
-        for n in found.tolist()
+        for n in issues.tolist()
     ], alone
 
 
@@ -271,12 +271,12 @@ def divide_rows(
         kept_N = kept_N[np.asarray(seen_K)[labels_N] > 1]
 
 
-def add_texts(found: Mapping[tuple[str, int], Sequence[Error]], rows: Rows) -> Iterator[Suspect]:
+def add_texts(errors_by_row: Mapping[tuple[str, int], Sequence[Error]], rows: Rows) -> Iterator[Suspect]:
     """Yield the errors, by split and number of their row, with place and text."""
     for split in SPLITS:
         for number, (origin, row) in enumerate(iterate_rows(rows, split)):
             place = read_origin(origin)
-            for position, given, suggested, share in found.get((split, number), ()):
+            for position, given, suggested, share in errors_by_row.get((split, number), ()):
                 word = None if position is None else row["tokens"][position]
                 yield Suspect(*place, split, given, suggested, share, write_prompt(row), word, position)
 

@@ -79,11 +79,11 @@ def check_task_names(recipe: Recipe) -> None:
         list_task_files(Path(name))
     if {name for name in names if not is_task_file(name)} - shipped_names():  # the index decides
         with quietly():
-            known = index_shipped().all_tasks
+            tasks = index_shipped().all_tasks
         problems = []
         for i, name in enumerate(names):
-            if not is_task_file(name) and name not in known:
-                fix = f"{nearest(name, known)} `lm_eval ls tasks` lists all of them.".strip()
+            if not is_task_file(name) and name not in tasks:
+                fix = f"{nearest(name, tasks)} `lm_eval ls tasks` lists all of them.".strip()
                 problems.append(Problem(f"lm-eval has no task '{name}'", f"{KEY}.{i}", fix))
         RecipeError.collect(problems)
 
@@ -185,9 +185,9 @@ def find_lost_gates(recipe: Recipe, benchmarks: Sequence[Benchmark]) -> Iterator
             continue
         where = f"evaluate.gates.{i}"
         if task not in metrics:
-            known = sorted({*metrics, *groups})
-            listed = ", ".join(known[:MOST_NAMED]) + ("" if len(known) <= MOST_NAMED else ", ...")
-            fix = f"{nearest(task, known)} Tasks: {listed}.".strip()
+            task_names = sorted({*metrics, *groups})
+            listed = ", ".join(task_names[:MOST_NAMED]) + ("" if len(task_names) <= MOST_NAMED else ", ...")
+            fix = f"{nearest(task, task_names)} Tasks: {listed}.".strip()
             yield Problem(f"the gate {text!r} names no task of {KEY}", where, fix)
         elif metric.partition(".")[0] not in metrics[task]:
             fix = f"Metrics of {task}: {', '.join(metrics[task])}."

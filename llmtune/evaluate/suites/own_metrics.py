@@ -131,14 +131,14 @@ def count_parameters(given: ast.arguments) -> tuple[int, int]:
 
 def list_own_metrics(section: EvaluateSection) -> list[OwnMetric]:
     """Read all metrics of the user's own; raises one RecipeError with all their problems."""
-    found, problems = [], list[Problem]()
+    metrics, problems = [], list[Problem]()
     for stated in section.own_metrics.values():
         try:
-            found.append(read_metric(stated))
+            metrics.append(read_metric(stated))
         except RecipeError as error:
             problems += error.problems
     RecipeError.collect(problems)
-    return found
+    return metrics
 
 
 def run_metric(metric: OwnMetric, pairs: Sequence[Pair], section: EvaluateSection) -> list[float] | Failure:
@@ -225,12 +225,12 @@ def measure_own(
             problems[name] = error.problems[0]
             continue
         with spinner(console, f"{name}: {len(pairs):,} answers"):
-            found = once(partial(_run_plain, metric, pairs, section))
-        if isinstance(found, dict):
-            problems[name] = describe_failure(metric, Failure(**found), [origins[i] for i in answers])
+            values = once(partial(_run_plain, metric, pairs, section))
+        if isinstance(values, dict):
+            problems[name] = describe_failure(metric, Failure(**values), [origins[i] for i in answers])
             continue
         names = name_rows([hash_row(row).hex() for row, _ in pairs]) if section.slices else ()
-        measured[name] = replace(measure_values(metric, found), at=tuple(answers), names=names)
+        measured[name] = replace(measure_values(metric, values), at=tuple(answers), names=names)
     return measured
 
 

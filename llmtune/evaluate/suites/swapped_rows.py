@@ -118,9 +118,9 @@ def read_swaps(sources: Sequence[str]) -> Swaps:
     partners: dict[str, list[str]] = {}
     for pair in read_sources(sources, read_pairs_of_words, "pair of words", FIX):
         for word, partner in (pair, pair[::-1]):
-            known = partners.setdefault(word.lower(), [])
-            if partner.lower() not in map(str.lower, known):
-                known.append(partner)
+            word_partners = partners.setdefault(word.lower(), [])
+            if partner.lower() not in map(str.lower, word_partners):
+                word_partners.append(partner)
     return Swaps(partners)
 
 
@@ -154,7 +154,7 @@ class SwapSuite(EvalSuite[SwapAnswers]):
     """The test rows."""
     rows: dict[int, Row]
     """By index among them, the swapped versions of the rows to answer."""
-    asked: EvalContext
+    swap_context: EvalContext
     """Its rows are the original ones, then the same rows swapped."""
     how: str
     """How many rows are answered, why others are not, and how answers are compared."""
@@ -174,7 +174,7 @@ class SwapSuite(EvalSuite[SwapAnswers]):
         self.rows, counts = self.swap_rows()
         if not counts:
             return f"not measured: {NO_ANSWERS}"
-        self.asked = self.make_inputs()
+        self.swap_context = self.make_inputs()
         self.answers, compared = self.find_kind()
         ambiguous = f", {counts['ambiguous']} with an ambiguous one" if counts["ambiguous"] else ""
         self.how = f"{len(self.rows)} test rows ({counts['without']} without any of the words{ambiguous}): {compared}"
@@ -252,7 +252,7 @@ class SwapSuite(EvalSuite[SwapAnswers]):
         """Answer the rows with one model; skip those that exceed its context in either version."""
         if self.unmeasured:
             return
-        predicted = predict(model, f"{name}: fairness, swaps", self.asked)
+        predicted = predict(model, f"{name}: fairness, swaps", self.swap_context)
         choices = {i: predicted.choice(i, self.inputs.choices) for i in predicted.scores}
         answers: Mapping[int, object] = predicted.predictions or choices or predicted.texts
         pairs = ((row, at, at + len(self.rows)) for at, row in enumerate(self.rows))
