@@ -17,7 +17,7 @@ from llmtune.evaluate.suites.judge_client import check_evaluation
 from llmtune.model.device import describe_device, pick_device
 from llmtune.pipeline import run_pipeline
 from llmtune.recipe.data_section import Source
-from llmtune.recipe.evaluate_section import is_own
+from llmtune.recipe.evaluate_section import is_own_metric
 from llmtune.recipe.loader import LoadedRecipe
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.section import change_paths
@@ -113,7 +113,7 @@ def move_recipe(loaded: LoadedRecipe, lock: Lock, run: Path) -> LoadedRecipe:
     def find(path: str) -> str:
         if not os.path.isabs(path):
             return path
-        if is_own(path):
+        if is_own_metric(path):
             file, _, function = path.rpartition(":")
             return f"{find(file)}:{function}"
         below, pattern = split_pattern(path)

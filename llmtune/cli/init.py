@@ -80,7 +80,7 @@ def init(
     provisional = {"data.columns.label": candidates[0].column} if len(candidates) > 1 else {}
     corpus = retrieval.corpus if retrieval else None
     text, model = propose_recipe(survey, reading, target, model, splits, corpus)
-    is_ready = _save(target, text, provisional, console)
+    is_ready = _write_recipe(target, text, provisional, console)
     if as_json:
         details = {"columns": reading.columns, "roles": reading.roles, "undecided": [*provisional], "ready": is_ready}
         counted = [{"column": one.column, "classes": dict(one.counts.most_common())} for one in candidates]
@@ -105,7 +105,7 @@ def _join_files(path: str, target: Path, console: Console) -> tuple[RetrievalSet
     return retrieval, splits
 
 
-def _save(target: Path, text: str, provisional: Mapping[str, str], console: Console) -> bool:
+def _write_recipe(target: Path, text: str, provisional: Mapping[str, str], console: Console) -> bool:
     """Write the recipe and its schema, and report problems of its rows; open values count as `provisional`.
 
     Return whether the rows can be prepared.

@@ -95,7 +95,7 @@ def propose_recipe(
     model = model or propose_model(reading.task, memory)
     sources = _write_sources(survey, target)
     note = "the encodings differ, so each file is a source; add a line for a new file" if len(sources) > 1 else ""
-    data = _name_sources("train", sources, note)
+    data = _list_source_lines("train", sources, note)
     data += [f"{split}: {flow(_relative(file, target))}" for split, file in splits.items() if split != "train"]
     data += [*_name_columns(survey, reading), *_name_corpus(survey, reading, sources, target, corpus)]
     if reading.roles:
@@ -129,7 +129,7 @@ def _write_sources(survey: Survey, target: Path) -> list[str]:
     ]
 
 
-def _name_sources(key: str, sources: Sequence[str], note: str) -> list[str]:
+def _list_source_lines(key: str, sources: Sequence[str], note: str) -> list[str]:
     comment = f"  # {note}" if note else ""
     if len(sources) == 1:
         return [f"{key}: {sources[0]}{comment}"]
@@ -178,12 +178,14 @@ def _name_corpus(
     if not searches and not mines_negatives(facts, reading.rows):
         return []
     if corpus := corpus or find_corpus(next(iter(survey.files)).parent, besides=survey.files):
-        return _name_sources("corpus", [flow(_relative(corpus, target))], "all passages, as users will search them")
+        return _list_source_lines(
+            "corpus", [flow(_relative(corpus, target))], "all passages, as users will search them"
+        )
     column = _usual_columns(survey, reading).get("passage", "passage")
     if not searches or any(isinstance(find(row, column), list | dict) for row in survey.rows):
         return []
     note = "test queries search the passages of all rows, not only of the test rows; a file with more is harder"
-    return _name_sources("corpus", sources, note)
+    return _list_source_lines("corpus", sources, note)
 
 
 def _number_metrics(reading: Reading) -> tuple[str, ...] | None:

@@ -97,7 +97,7 @@ def _iterate_parquet(path: Path | RemoteFile, name: str, advance: Advance) -> It
                 value = value[0] if isinstance(value, list) else value
                 if isinstance(value, dict):
                     value |= {
-                        name: name_classes(names, value[name]) for name, names in classes.items() if name in value
+                        name: decode_class_ids(names, value[name]) for name, names in classes.items() if name in value
                     }
                     value = drop_filled(value)
                 yield write_origin(name, row=number), value
@@ -115,10 +115,10 @@ def _class_names(metadata: Mapping[bytes, bytes]) -> dict[str, list[str]]:
         return {}
 
 
-def name_classes(names: Sequence[str], value: object) -> object:
+def decode_class_ids(names: Sequence[str], value: object) -> object:
     """Return the name of a class, or of each class in a list. Numbers outside the classes, such as -1, give None."""
     if isinstance(value, list):
-        return [name_classes(names, one) for one in value]
+        return [decode_class_ids(names, one) for one in value]
     return names[value] if isinstance(value, int) and 0 <= value < len(names) else None
 
 

@@ -34,7 +34,7 @@ from llmtune.data.tokenization import (
     Segment,
     continue_ids,
     count_shared,
-    tokenize,
+    tokenize_each,
     tokenize_with_borders,
 )
 from llmtune.recipe.schema import Recipe
@@ -306,7 +306,7 @@ def _assemble_turns(draft: Draft, template: ChatTemplate, bordered: Bordered) ->
         if start is not None:
             return "the tokenizer joins the end of an answer and the text after it in one token"
         prompt = draft.text[:at]
-        before = [] if draft.chat.marked else tokenize(processor, [prompt])[0]
+        before = [] if draft.chat.marked else tokenize_each(processor, [prompt])[0]
         target = None if draft.chat.marked else continue_ids(processor, before, prompt, segment.text)
         if target is None:
             return "the tokenizer joins the end of the prompt and the start of the answer in one token"

@@ -5,7 +5,7 @@ it with `add_generation_prompt`; the model gets the same prompt when it answers.
 one more message adds, up to and including the end-of-turn token. So the model is trained on the prompts that it will
 see, even if the template rewrites earlier turns. A template that does not fit this scheme is refused.
 
-Ids equal those of `apply_chat_template(tokenize=True)`: the tokenizer adds no special tokens to the rendering.
+Ids equal those of `apply_chat_template(tokenize_each=True)`: the tokenizer adds no special tokens to the rendering.
 A template is untrusted code: its time, memory and output are limited.
 """
 
@@ -38,7 +38,7 @@ from llmtune.data.chat_messages import (
 from llmtune.data.chat_rows import ChatRow, Message, Tool
 from llmtune.data.template_facts import FIX, NO_FACTS, TemplateFacts, TemplateRefusal, read_facts
 from llmtune.data.template_text import ENDLESS, reads_date, refuse_unread
-from llmtune.data.tokenization import tokenize
+from llmtune.data.tokenization import tokenize_each
 from llmtune.errors import DataError, EnvironmentProblem, RecipeError
 from llmtune.recipe.schema import Recipe
 from llmtune.store.resource_limits import LimitExceeded, limited
@@ -279,7 +279,7 @@ def render_prompt(
         raise DataError.of(chat.removesuffix(f". {SPELL_OUT}"), template.name, SPELL_OUT)
     try:
         text = template.render(chat.messages, chat.tools, answer_next=True)
-        return encode_marked(processor, text) if chat.marked else tokenize(processor, [text])[0]
+        return encode_marked(processor, text) if chat.marked else tokenize_each(processor, [text])[0]
     except UnwritableTextError as error:
         raise DataError.of(str(error), template.name, "Remove it from the conversation.") from error
     except TemplateRefusal as refusal:

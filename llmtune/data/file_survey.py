@@ -16,7 +16,7 @@ from llmtune.data.byte_streams import WIDE, open_bytes
 from llmtune.data.column_mapping import ANSWER_NAMES, find, flatten, infer_columns, name_words, rename
 from llmtune.data.encoding_guess import GUESSED_BYTES, guess_encoding
 from llmtune.data.file_readers import data_errors
-from llmtune.data.label_candidates import LabelCandidate, are_identifiers, map_classes
+from llmtune.data.label_candidates import LabelCandidate, are_identifiers, find_class_columns
 from llmtune.data.message_fields import CONTENT_KEYS, first_key, is_message, propose_roles, read_turns
 from llmtune.data.rejected_rows import NO_VALUES, RowError
 from llmtune.data.row_formats import check_mapped, detect_format, map_columns, parse_row, reads_rows
@@ -209,7 +209,7 @@ def _with_classes(
 
     It replaces a reading by the names of single columns, and precedes readings that leave a label out.
     """
-    mapped, folder = map_classes(survey.rows, columns, LABELLED.aliases), survey.row_files[0].parent
+    mapped, folder = find_class_columns(survey.rows, columns, LABELLED.aliases), survey.row_files[0].parent
     task, others = stated or LABELLED.tasks[0], [one.task for one in readings]
     if mapped is None or not reads_rows(survey.first, task, mapped[0], folder):
         return readings

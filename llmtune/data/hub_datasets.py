@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TypedDict
 
 import xxhash
 
-from llmtune.data.arrow_rows import drop_filled, name_classes
+from llmtune.data.arrow_rows import decode_class_ids, drop_filled
 from llmtune.data.rejected_rows import RawRow
 from llmtune.errors import DataError, EnvironmentProblem, write_origin
 from llmtune.recipe.data_section import Source
@@ -119,7 +119,7 @@ def as_files_hold_it(
     for column, feature in features.items():
         inner = getattr(feature, "feature", feature)  # of a list
         if isinstance(inner, ClassLabel):
-            makers[column] = partial(name_classes, inner.names)
+            makers[column] = partial(decode_class_ids, inner.names)
         if getattr(feature, "decode", False):  # audio, image or video
             rows = rows.cast_column(column, replace(feature, decode=False))
         if isinstance(feature, Audio):

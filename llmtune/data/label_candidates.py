@@ -64,7 +64,7 @@ class LabelCandidate:
         return f"{visible(self.column)} ({len(self.counts):,} classes: {', '.join([*shown, *more, *empty])})"
 
 
-def map_classes(
+def find_class_columns(
     rows: Sequence[Mapping[str, object]], columns: Mapping[str, str], aliases: Aliases
 ) -> tuple[dict[str, str], list[LabelCandidate]] | None:
     """Return the columns of text and label, and the candidates for the label if `columns` and names do not decide.

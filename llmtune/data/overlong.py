@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from llmtune.data.chat_rows import ChatRow, Message
 from llmtune.data.example import Example, span_sizes
 from llmtune.data.task_interface import Encoded
-from llmtune.data.tokenization import cut_start, tokenize
+from llmtune.data.tokenization import cut_start, tokenize_each
 
 TOO_LONG = "too long"
 """Prefix of the reason for a row that is left out because of its length."""
@@ -109,7 +109,7 @@ class _Conversation:
         self.row, self.examples, self.tokens = row, examples, longest(examples)
         self.system, self.exchanges = _exchanges(row["messages"])
         parts = [self.system, *self.exchanges]
-        counts = list(map(len, tokenize(fit.processor, ["\n".join(map(_spoken, part)) for part in parts])))
+        counts = list(map(len, tokenize_each(fit.processor, ["\n".join(map(_spoken, part)) for part in parts])))
         around = (self.tokens - sum(counts)) / len(row["messages"])
         sizes = [count + around * len(part) for count, part in zip(counts, parts, strict=True)]
         self.base, self.sizes = sizes[0], sizes[1:]

@@ -39,7 +39,7 @@ from llmtune.data.answer_format import (
 )
 from llmtune.data.message_fields import THINK_CLOSE, THINK_OPEN
 from llmtune.data.template_text import ENDLESS
-from llmtune.data.tokenization import tokenize
+from llmtune.data.tokenization import tokenize_each
 from llmtune.errors import EnvironmentProblem
 from llmtune.records import Json
 from llmtune.store.atomic_files import hash_value
@@ -214,7 +214,7 @@ def _infer_facts(
         raise EnvironmentProblem.of(what, name, f"{FIX} ends with that if add_generation_prompt is set.")
     end, ends_with_next = _turn_end(tail, special, processor.eos_token, texts["next"] or "", name)
     start = processor.bos_token_id
-    if start is not None and tokenize(processor, [whole])[0][:2] == [start, start]:
+    if start is not None and tokenize_each(processor, [whole])[0][:2] == [start, start]:
         what = f"the template writes {processor.bos_token!r} twice at the start"
         raise EnvironmentProblem.of(what, name, f"{FIX} writes it once.")
     return TemplateFacts(

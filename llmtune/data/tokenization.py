@@ -72,7 +72,7 @@ def encode_texts(processor: PreTrainedTokenizerBase, texts: Sequence[str], speci
     )
 
 
-def tokenize(processor: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+def tokenize_each(processor: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
     """Return the ids of each text without adding special tokens."""
     return cast(list[list[int]], encode_texts(processor, texts)["input_ids"])
 
@@ -103,7 +103,7 @@ def tokenize_with_borders(
         return by_pieces
     heads = (text[:border] for text, places in zip(texts, borders, strict=True) for border in places)
     distinct = list(dict.fromkeys([*texts, *heads]))
-    ids = dict(zip(distinct, tokenize(processor, distinct), strict=True)) if distinct else {}
+    ids = dict(zip(distinct, tokenize_each(processor, distinct), strict=True)) if distinct else {}
     return [
         (ids[text], [count_shared(ids[text], ids[text[:border]]) for border in places])
         for text, places in zip(texts, borders, strict=True)
@@ -130,7 +130,7 @@ def tokenize_by_pieces(
         "" if middle is None else text[: places[middle]]
         for text, places, middle in zip(texts[::step], borders[::step], middles, strict=True)
     ]
-    expected = tokenize(processor, [*texts[::step], *heads])  # also resets truncation and padding of other callers
+    expected = tokenize_each(processor, [*texts[::step], *heads])  # also resets truncation and padding of other callers
     pieces = _pieces_of(processor)
     if not pieces.usable:
         return None
@@ -320,7 +320,7 @@ def continue_ids(processor: PreTrainedTokenizerBase, prompt_ids: list[int], prom
 
     Some tokenizers put a space before every text, but not after a line break.
     """
-    line, alone, after_line, before, both = tokenize(processor, ["\n", text, f"\n{text}", prompt, prompt + text])
+    line, alone, after_line, before, both = tokenize_each(processor, ["\n", text, f"\n{text}", prompt, prompt + text])
     expected = _added_text(processor, before, both)
     if expected is None:
         return None

@@ -14,10 +14,10 @@ THOUSANDS = re.compile(r"(?<=\d)['’ \u00a0\u202f](?=\d{3}(?!\d))")
 """Separators of thousands that are never a decimal sign."""
 THREE_DIGITS = re.compile(r"[+-]?[1-9]\d{0,2}[.,]\d{3}", re.ASCII)
 """One number with a decimal sign, another with a separator of thousands."""
-Number = int | float
+PlainNumber = int | float
 
 
-def read_number(value: object) -> Number | None:
+def read_number(value: object) -> PlainNumber | None:
     """Return the number in a cell, without its column; None if there is none, or if a comma may separate thousands."""
     text = _text(value)
     if text is None or ("," in text and THREE_DIGITS.fullmatch(text)):
@@ -25,7 +25,7 @@ def read_number(value: object) -> Number | None:
     return _point(text) if _point(text) is not None else _comma(text)
 
 
-def read_numbers(values: Sequence[object]) -> list[Number | None] | None:
+def read_numbers(values: Sequence[object]) -> list[PlainNumber | None] | None:
     """Return the number of each cell of a column, None for empty ones; None if some cell is no number.
 
     A column has one decimal sign if it can. Where each comma is followed by three digits, commas separate thousands,
@@ -58,16 +58,16 @@ def _text(value: object) -> str | None:
     return THOUSANDS.sub("", str(value).strip().replace("\u2212", "-"))
 
 
-def _plain(text: str) -> Number | None:
+def _plain(text: str) -> PlainNumber | None:
     if not PLAIN.fullmatch(text):
         return None
     return int(text) if text.lstrip("+-").isdecimal() else float(text)
 
 
-def _point(text: str) -> Number | None:
+def _point(text: str) -> PlainNumber | None:
     return _plain(text.replace(",", "")) if POINT.fullmatch(text) else _plain(text)
 
 
-def _comma(text: str) -> Number | None:
+def _comma(text: str) -> PlainNumber | None:
     whole = text.lstrip("+-").isdecimal()
     return _plain(text.replace(".", "").replace(",", ".")) if whole or COMMA.fullmatch(text) else None

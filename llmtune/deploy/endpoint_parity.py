@@ -73,11 +73,7 @@ def certify_run(
         GateFailed: the endpoint differs from the tuned model by more than the limits.
         EnvironmentProblem: the endpoint does not answer.
     """
-    try:
-        key = check_key(read_text_file(key_file), "--api-key-file") if key_file else None
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError.of(f"the API key cannot be read: {error}", "--api-key-file") from error
-    client = connect(url, key, offline)
+    client = connect(url, _read_key(key_file) if key_file else None, offline)
     url = str(client.base_url).rstrip("/")
     context = open_to_export(run, console, offline=offline, limit=limit)
     if not context.plan.task.free_prompt:
@@ -117,6 +113,13 @@ def certify_run(
     for line in describe_differences(scored, "the endpoint"):
         console.print(line, highlight=False)
     return certificate
+
+
+def _read_key(file: Path) -> str:
+    try:
+        return check_key(read_text_file(file), "--api-key-file")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError.of(f"the API key cannot be read: {error}", "--api-key-file") from error
 
 
 def _ask_test_rows(client: openai.OpenAI, model: str, chat: bool, evaluated: EvalContext) -> Answers:

@@ -112,7 +112,7 @@ def better_side(metric: str) -> int:
 
 
 @dataclass(frozen=True)
-class Target:
+class MetricTarget:
     """The score that a metric should reach."""
 
     value: float
@@ -136,16 +136,16 @@ PAID_WITH = {"set_size": "set_coverage", "decided": "decided_error"}
 """Metrics that get better when the promise of another one is broken: they count only while it is kept."""
 
 
-def list_targets(decided: Decided | None) -> dict[str, Target]:
+def list_targets(decided: Decided | None) -> dict[str, MetricTarget]:
     """Return the targets of metrics: those of an evaluation's decisions, and 1 for ratios."""
-    targets = {metric: Target(1.0, 0) for metric in NEAREST_TO_ONE}
+    targets = {metric: MetricTarget(1.0, 0) for metric in NEAREST_TO_ONE}
     record = decided.record if decided else None
     if record is not None and record.coverage is not None:
-        targets["set_coverage"] = Target(record.coverage, 1)
+        targets["set_coverage"] = MetricTarget(record.coverage, 1)
     if record is not None and record.threshold is not None:
-        targets["decided_error"] = Target(record.threshold.risk, -1)
+        targets["decided_error"] = MetricTarget(record.threshold.risk, -1)
     if record is not None and record.false_alarms is not None:
-        targets["false_alarms"] = Target(record.false_alarms, -1)
+        targets["false_alarms"] = MetricTarget(record.false_alarms, -1)
     return targets
 
 

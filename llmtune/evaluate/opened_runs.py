@@ -242,7 +242,7 @@ def pair_measures(first: ScoredRun, second: ScoredRun) -> tuple[dict[str, tuple[
             left_out[metric] = f"measured only in {having[0].name}"
             continue
         shared = set(first.row_names(metric)) & set(second.row_names(metric))
-        before, after = (join_rows(run, metric, shared) for run in having)
+        before, after = (select_common(run, metric, shared) for run in having)
         if not shared:
             names = second.name_inputs(metric)
             left_out[metric] = "no row in common" + (f" with the same {names}" if names != "rows" else "")
@@ -257,7 +257,7 @@ def pair_measures(first: ScoredRun, second: ScoredRun) -> tuple[dict[str, tuple[
     return pairs, left_out
 
 
-def join_rows(run: ScoredRun, metric: str, shared: Collection[str]) -> Measure:
+def select_common(run: ScoredRun, metric: str, shared: Collection[str]) -> Measure:
     """Return a metric on the rows with these names, in the order of the names, which is the same for every run."""
     names, measure = run.row_names(metric), run.measures.tuned[metric]
     order = sorted((at for at, name in enumerate(names) if name in shared), key=names.__getitem__)

@@ -69,9 +69,9 @@ def fit_tfidf(
         few_NR, new_AR = span(train_NF[few], new_AF)
         strength = choose_strength(kind, few_NR, targets[few])
         if len(few) == len(kept):
-            scores_AK = predict(kind, fit(kind, strength, few_NR, targets), new_AR, classes)
+            scores_AK = predict_values(kind, fit(kind, strength, few_NR, targets), new_AR, classes)
         else:
-            scores_AK = predict(kind, fit(kind, strength, train_NF, targets), new_AF, classes)
+            scores_AK = predict_values(kind, fit(kind, strength, train_NF, targets), new_AF, classes)
     rows = f"{len(kept):,} training rows" if len(kept) == len(texts) else f"{len(kept):,} of {len(texts):,} rows"
     name = "ridge regression" if kind == "regression" else "logistic regression"
     return Fitted(scores_AK, f"{name} on words, pairs of words and 2 to 5 letters; {rows}, C {strength:g}")
@@ -122,7 +122,7 @@ def fit(kind: TargetKind, strength: float, features: Any, targets: Targets) -> A
     return (OneVsRestClassifier(logistic) if kind == "multi" else logistic).fit(features, targets)
 
 
-def predict(kind: TargetKind, model: Any, features: Any, classes: int) -> Floats:
+def predict_values(kind: TargetKind, model: Any, features: Any, classes: int) -> Floats:
     """Return probabilities [A, K], zero for classes without a training row, or numbers [A, 1]."""
     if kind == "regression":
         return np.asarray(model.predict(features), dtype=np.float64)[:, None]

@@ -95,9 +95,9 @@ def try_recipe_rows(loaded: LoadedRecipe, detected: Sequence[Detected], *, split
 def _try_labels(recipe: Recipe, labels: Sequence[Label]) -> None:
     """Refuse labels that training would refuse, and rows whose labels are unknown."""
     from llmtune.data.rejected_rows import too_many_bad
-    from llmtune.tasks.class_labels import check_labels, names_of
+    from llmtune.tasks.class_labels import check_label_kinds, names_of
 
-    kind = check_labels(recipe, labels)
+    kind = check_label_kinds(recipe, labels)
     stated = recipe.classify.labels if recipe.classify else None
     if kind == "regression" or not stated:
         return

@@ -45,8 +45,8 @@ LowRank = Literal["hira", "loha", "lokr", "delora", "gralora", "randlora", "vera
 Shared = Literal["unilora", "vblora", "lily", "glora", "miss", "peanut", "deft", "adamss", "supertuning", "shira"]
 Spectral = Literal["fourierft", "waveft", "c3a", "frod", "osf", "psoft", "oft", "boft", "hra", "road"]
 Few = Literal["ia3", "ln_tuning", "beft", "trainable_tokens", "adaption_prompt", "shadow"]
-Prompt = Literal["prompt_tuning", "p_tuning", "prefix_tuning", "cartridge", "cpt", "multitask_prompt_tuning"]
-Method = Literal["lora", "qlora", "full", LowRank, Shared, Spectral, Few, Prompt, "adalora", "poly", "xlora"]
+PromptMethod = Literal["prompt_tuning", "p_tuning", "prefix_tuning", "cartridge", "cpt", "multitask_prompt_tuning"]
+Method = Literal["lora", "qlora", "full", LowRank, Shared, Spectral, Few, PromptMethod, "adalora", "poly", "xlora"]
 DATA_STARTS = ("eva", "corda", "lora_ga")
 MUTATING = ("pissa", "olora", "corda", "lora_ga")
 """Initialisations that move a part of the base weights into the adapter."""

@@ -65,20 +65,20 @@ Benchmarks = Annotated[
 ]
 
 
-def is_own(metric: str) -> bool:
+def is_own_metric(metric: str) -> bool:
     """Return whether an item of `evaluate.metrics` is the user's own, `FILE.py:FUNCTION`."""
     return metric.rpartition(":")[0].endswith(".py")
 
 
 def metric_name(metric: str) -> str:
     """Return the name that gates and reports use: the function's name for a metric of the user's own."""
-    return metric.rpartition(":")[2] if is_own(metric) else metric
+    return metric.rpartition(":")[2] if is_own_metric(metric) else metric
 
 
 def absolute_metric(metric: str, folder: Path) -> str:
     """Make the file of a user's own metric absolute; return other metrics unchanged."""
     file, _, function = metric.rpartition(":")
-    return f"{absolute(file, folder)}:{function}" if is_own(metric) else metric
+    return f"{absolute(file, folder)}:{function}" if is_own_metric(metric) else metric
 
 
 class EvaluateSection(RecipeSection):
@@ -164,7 +164,7 @@ class EvaluateSection(RecipeSection):
     @property
     def own_metrics(self) -> dict[str, str]:
         """Return the user's own metrics: `FILE.py:FUNCTION` by name."""
-        return {metric_name(metric): metric for metric in self.metrics if is_own(metric)}
+        return {metric_name(metric): metric for metric in self.metrics if is_own_metric(metric)}
 
     @property
     def predicted(self) -> frozenset[str]:
@@ -255,7 +255,7 @@ class EvaluateSection(RecipeSection):
         if not self.metrics and diagnostics.stated(key):
             diagnostics.add(key, f"'{key}' is empty", "Name a metric, or remove the key to use the task's metrics.")
         for i, metric in enumerate(self.metrics):
-            if is_own(metric):
+            if is_own_metric(metric):
                 self._check_own_metric(diagnostics, f"{key}.{i}", metric, variant)
             elif at_ten(metric) not in allowed:
                 fix = f"{nearest(metric, allowed)} Metrics of task: {variant.task}: {', '.join(allowed)}."

@@ -136,7 +136,7 @@ class StepPart(TypedDict):
     """Whether it was skipped as unchanged."""
 
 
-class ModelPart(TypedDict):
+class BaseModelFacts(TypedDict):
     """The base model."""
 
     name: str
@@ -183,7 +183,7 @@ class RunDocument(TypedDict):
     exports: list[ExportPart]
     release: ReleaseOutcome | None
     """What became of `release` in the recipe's `deploy`."""
-    model: ModelPart | None
+    model: BaseModelFacts | None
     rows: dict[str, int]
     """Rows kept, by split."""
     steps: list[StepPart]

@@ -161,7 +161,7 @@ async def embed(engine: Engine, served: ServedModel, body: EmbeddingsRequest) ->
     lengths = await in_text_thread(lambda: [count_tokens(prompt + text, served.processor, limit) for text in texts])
     truncated = find_truncated(lengths, served, body.truncate, "input")
     inputs = [{"passages": json.dumps([text])} if body.input_type == "document" else {"prompt": text} for text in texts]
-    predicted = await predict_rows(engine, served, [served.task.make_row(given) for given in inputs], lengths)
+    predicted = await predict_request(engine, served, [served.task.make_row(given) for given in inputs], lengths)
     vectors = [vector for one in predicted for vector in one.values()]
     data = [Embedding(index=i, embedding=write_vector(vector, served, body)) for i, vector in enumerate(vectors)]
     usage = count_usage(lengths, limit)
@@ -255,7 +255,7 @@ async def rank_request(engine: Engine, served: ServedModel, body: RerankRequest)
         raise ApiError(400, message, param="documents", code="request_too_large")
     truncated = find_truncated(lengths, served, body.truncate, "documents", " with the query")
     rows: list[Row] = [{"query": body.query, "passages": [text], "relevances": []} for text in texts]
-    scores = [one["scores"][0] for one in await predict_rows(engine, served, rows, lengths)]
+    scores = [one["scores"][0] for one in await predict_request(engine, served, rows, lengths)]
     shown = body.return_documents is not False
     results = [
         RankedDocument(
@@ -277,7 +277,7 @@ def count_pairs(served: ServedModel, query: str, texts: Sequence[str]) -> list[i
     return [first + other + special for other in others]
 
 
-async def predict_rows(
+async def predict_request(
     engine: Engine, served: ServedModel, rows: Sequence[Row], lengths: Sequence[int]
 ) -> list[dict[str, list[float]]]:
     """Return the model's prediction for each row, made in parts that have rows of similar length."""

@@ -249,7 +249,7 @@ def promote(
                 write(empty)
                 sync_folder(empty)
         on_stored()
-        _point(name, "promote", current, digest)
+        _move_pointer(name, "promote", current, digest)
     return folder
 
 
@@ -278,7 +278,7 @@ def rollback(name: str, to: str | None = None) -> tuple[str, str]:
         raise EnvironmentProblem.of("files of this release are missing or changed", str(folder), fix)
     with changing(name):
         current = read_current(name)
-        _point(name, "rollback", current, target)
+        _move_pointer(name, "rollback", current, target)
     return current or "", target
 
 
@@ -294,7 +294,7 @@ def changing(name: str) -> Iterator[None]:
             yield
 
 
-def _point(name: str, action: Literal["promote", "rollback"], before: str | None, after: str) -> None:
+def _move_pointer(name: str, action: Literal["promote", "rollback"], before: str | None, after: str) -> None:
     """Add a line to the history, then replace the pointer: the moment at which the release serves."""
     if before == after:
         return

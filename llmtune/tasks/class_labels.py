@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from llmtune.data.classify_rows import Label, class_doubts
 from llmtune.errors import DataError, Problem, RecipeError
 from llmtune.evaluate.classification_metrics import CLASS_METRICS
-from llmtune.recipe.evaluate_section import is_own
+from llmtune.recipe.evaluate_section import is_own_metric
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_facts import CALIBRATION, TASK_FACTS
 from llmtune.recipe.task_sections import ClassifySection
@@ -29,7 +29,7 @@ NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?")
 WHOLE = re.compile(r"[+-]?\d+")
 
 
-def check_labels(recipe: Recipe, labels: Sequence[Label]) -> str:
+def check_label_kinds(recipe: Recipe, labels: Sequence[Label]) -> str:
     """Return the kind of all labels of a data set.
 
     Raises:
@@ -129,6 +129,6 @@ def choose_label_metrics(stated: Sequence[str], kind: str) -> tuple[str, ...]:
     RecipeError.collect(
         Problem(what.format(name), "evaluate.metrics", fix)
         for name in stated
-        if name not in allowed and not is_own(name)
+        if name not in allowed and not is_own_metric(name)
     )
     return tuple(stated)

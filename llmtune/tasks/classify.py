@@ -46,7 +46,7 @@ from llmtune.records import SPLITS, AdaptedModel, Batch, Loss, Rows
 from llmtune.tasks.base import Endpoint, ReadingTask, loss_of_rows
 from llmtune.tasks.class_labels import (
     AS_NUMBERS,
-    check_labels,
+    check_label_kinds,
     choose_label_metrics,
     names_of,
     sort_names,
@@ -114,7 +114,7 @@ class Classify(ReadingTask[ClassifyRow, ClassPrediction]):
         section = classify_section(recipe)
         labels = {split: [row["label"] for _, row in iterate_rows(rows, split)] for split in SPLITS}
         every = [label for split in SPLITS for label in labels[split]]
-        kind = check_labels(recipe, every)
+        kind = check_label_kinds(recipe, every)
         update: dict[str, object] = {"kind": kind}
         if kind != "regression":
             counts = Counter(name for label in labels["train"] for name in names_of(label))

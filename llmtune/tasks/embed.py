@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
@@ -24,7 +24,7 @@ from llmtune.data.row_text import text_key
 from llmtune.data.search_rows import EmbedRow, given_passages, named_texts
 from llmtune.data.task_interface import Encoded
 from llmtune.data.tokenization import Segment, decode_shortened
-from llmtune.errors import DataError, Problem, RecipeError
+from llmtune.errors import DataError, RecipeError
 from llmtune.evaluate.bm25 import index_words
 from llmtune.evaluate.classification_metrics import measure_classes
 from llmtune.evaluate.evaluated_task import EvalPrediction, LoadedModel
@@ -45,11 +45,11 @@ from llmtune.model.memory_plan import context_length
 from llmtune.model.sentence_folder import SentenceSettings, read_settings, write_settings
 from llmtune.recipe.model_kind import VECTORS
 from llmtune.recipe.schema import Recipe
-from llmtune.recipe.task_facts import RANKING, TASK_FACTS, at_ten
-from llmtune.recipe.task_sections import EmbedSection
-from llmtune.records import SPLITS, Batch, Loss, Rows
+from llmtune.recipe.task_facts import TASK_FACTS
+from llmtune.records import Batch, Loss, Rows
 from llmtune.store.atomic_files import hash_value
 from llmtune.tasks.base import Endpoint, ReadingTask
+from llmtune.tasks.embed_settings import CORRELATIONS, KINDS, find_misfit_settings, infer_rows
 from llmtune.tasks.sentence_vectors import (
     SPREAD,
     VectorExample,
@@ -67,10 +67,6 @@ from llmtune.tasks.sentence_vectors import (
     tokenize_prompted,
 )
 from llmtune.train.objective import CachedFeatures, StepObjective
-
-KINDS = {"passages": ("ranking",), "scores": ("cosent", "cosine"), "labels": ("triplet",)}
-"""By kind of rows, the losses that learn from them; the first is the default."""
-CORRELATIONS = ("spearman", "pearson")
 
 
 class Embed(ReadingTask[EmbedRow, Vectors]):
@@ -368,45 +364,6 @@ def measure_search(
     )
     measured = measure_ranking(metric, [query for _, query in queries], [row for row, _ in queries])
     return replace(measured, signature=f"{measured.signature}; {searched}")
-
-
-# Rows
-
-
-def infer_rows(rows: Rows) -> str:
-    """Return the kind of rows: passages, scores or labels. Raises DataError if there are several."""
-    kinds = {
-        "labels" if row["label"] is not None else "passages" if row["score"] is None else "scores"
-        for split in SPLITS
-        for _, row in iterate_rows(rows, split)
-    }
-    if len(kinds) > 1:
-        what = f"the rows have {' and '.join(sorted(kinds))}"
-        raise DataError.of(what, "data.train", "Give rows of one kind: passages, scores, or labels.")
-    return kinds.pop() if kinds else "passages"
-
-
-def find_misfit_settings(
-    recipe: Recipe, section: EmbedSection, loss: str, kind: str, config: PretrainedConfig
-) -> Iterator[Problem]:
-    """Yield settings that do not fit the rows or the model."""
-    if loss not in KINDS[kind]:
-        what = f"embed.loss: {loss} cannot learn from rows with {kind}"
-        yield Problem(what, "embed.loss", f"Use {' or '.join(KINDS[kind])}.")
-    size = config.get_text_config().hidden_size
-    if section.dimensions and max(section.dimensions) != size:
-        what = f"the longest of embed.dimensions is {max(section.dimensions)}, but the model's vectors have {size}"
-        yield Problem(f"{what} numbers", "embed.dimensions", f"Add {size}, and remove longer ones.")
-    if kind != "passages" and recipe.data.corpus:
-        yield Problem(f"rows with {kind} are not searched for", "data.corpus", "Remove it.")
-    if kind != "scores" and recipe.train.batch_size < 2 and recipe.train.batch_tokens is None:
-        yield Problem("a step of one row has no other passages", "train.batch_size", "Set it to 16 or more.")
-    known = {"scores": (*CORRELATIONS, *SPREAD)}.get(kind, (*RANKING, *SPREAD))
-    defaults = TASK_FACTS["embed"].default_metrics
-    for metric in () if recipe.evaluate.metrics == defaults else recipe.evaluate.metrics:
-        if at_ten(metric) not in known:
-            what = f"rows with {kind} do not support {metric}"
-            yield Problem(what, "evaluate.metrics", f"Metrics of these rows: {', '.join(known)}.")
 
 
 VARIANTS = (Embed(),)

@@ -85,7 +85,7 @@ def sequence_logps(model: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, 
     """Return the summed log-probability [R] of each row's supervised tokens, with gradient, and their number [R]."""
     row_sums = causal_loss(model, batch, by_row=True).row_sums
     assert row_sums is not None
-    return -row_sums, count_tokens(batch)
+    return -row_sums, count_supervised(batch)
 
 
 def row_scores(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
@@ -126,7 +126,7 @@ def kl_per_token(model: torch.nn.Module, batch: Batch) -> list[float]:
     """Return the divergence [R] from the model without its adapter, in nats per token; 0 without an adapter."""
     if not isinstance(model, PeftModel):
         return [0.0] * int(batch["n_rows"])
-    counts_R = count_tokens(batch).clamp(min=1)
+    counts_R = count_supervised(batch).clamp(min=1)
     kl_R: list[float] = (kl_to_reference(model, batch, model.disable_adapter) / counts_R).tolist()
     return kl_R
 
@@ -137,7 +137,7 @@ def _dpo_or_ipo(
     """Return the DPO or IPO loss of P pairs, from the log ratios of both answers to the reference."""
     chosen_P, rejected_P = _log_ratios(model, batch, reference).chunk(2)
     if settings.loss == "ipo":
-        chosen_counts_P, rejected_counts_P = count_tokens(batch).clamp(min=1).chunk(2)
+        chosen_counts_P, rejected_counts_P = count_supervised(batch).clamp(min=1).chunk(2)
         margins_P = chosen_P / chosen_counts_P - rejected_P / rejected_counts_P
         losses_P = (margins_P - 1 / (2 * settings.beta)) ** 2
     else:
@@ -161,7 +161,7 @@ def _orpo(model: torch.nn.Module, batch: Batch, settings: PreferenceSection, ref
     tokens, pairs = (float(total) for total in batch["totals"])
     logps_R, _ = sequence_logps(model, _with_prompts(batch))
     chosen_P, rejected_P, prompts_P = logps_R.chunk(3)
-    chosen_counts_P, rejected_counts_P = count_tokens(batch).clamp(min=1).chunk(2)
+    chosen_counts_P, rejected_counts_P = count_supervised(batch).clamp(min=1).chunk(2)
     chosen_mean_P, rejected_mean_P = chosen_P / chosen_counts_P, rejected_P / rejected_counts_P
     ratios_P = logsigmoid(_log_odds(chosen_mean_P) - _log_odds(rejected_mean_P))
     likelihood = (chosen_P + prompts_P).sum()
@@ -244,7 +244,7 @@ def _count_pairs(batch: Batch) -> int:
     return rows // 2
 
 
-def count_tokens(batch: Batch) -> torch.Tensor:
+def count_supervised(batch: Batch) -> torch.Tensor:
     """Count each row's supervised tokens: [R]. `bincount` would synchronise a GPU."""
     rows_S: torch.Tensor = batch["rows_S"]
     return rows_S.new_zeros(batch["n_rows"]).index_add(0, rows_S, torch.ones_like(rows_S))

@@ -92,7 +92,7 @@ class TrainState:
     divergence: LossHistory = field(default_factory=LossHistory)
 
 
-class Content(TypedDict):
+class CheckpointState(TypedDict):
     """The content of state.json."""
 
     fingerprint: str
@@ -191,7 +191,7 @@ def read_checkpoint(folder: Path) -> Checkpoint | Damage:
     Raises MemoryError if memory runs out, and OSError if no file can be opened: neither means damage.
     """
     try:
-        return _read(folder)
+        return _read_checkpoint(folder)
     except FileNotFoundError as error:
         return Damage(folder, f"{Path(error.filename).name} is missing")
     except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
@@ -206,7 +206,7 @@ def read_checkpoint(folder: Path) -> Checkpoint | Damage:
         return Damage(folder, f"it cannot be read: {error.strerror}")
 
 
-def _read(folder: Path) -> Checkpoint | Damage:
+def _read_checkpoint(folder: Path) -> Checkpoint | Damage:
     content = json.loads(read_text_file(folder / STATE))
     digest = content.pop("sha256", None)  # missing in earlier versions
     if digest is not None and digest != hash_value(content):
@@ -214,7 +214,7 @@ def _read(folder: Path) -> Checkpoint | Damage:
     for name, expected in content["files"].items():
         if hash_file(folder / name) != expected:
             return Damage(folder, f"{name} was changed")
-    state = TypeAdapter(Content).validate_json(json.dumps(content), strict=True)["state"]
+    state = TypeAdapter(CheckpointState).validate_json(json.dumps(content), strict=True)["state"]
     if (named := _NAME.fullmatch(folder.name)) and int(named[1]) != state.step:
         return Damage(folder, f"{STATE} is of step {state.step}")
     optimizer = torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True)

@@ -160,10 +160,7 @@ def set_up(
         reader.lengths, recipe.seed, train.batch_size, train.batch_tokens, train.num_train_epochs, train.max_steps
     )
     if train.torch_compile:
-        from llmtune.train.torch_compile import compile_parts  # imports the compiler, which takes a second
-
-        parts = compile_parts(adapted.model, adapted.selected.model)
-        console.print(f"{parts} parts of the model's layers will be compiled at their first use, which takes a while.")
+        _compile(adapted, console)
     if recipe.adapter.start_from is None:
         task.start_head(adapted, reader, recipe)
     _mark_loss(adapted, task, recipe)
@@ -201,6 +198,13 @@ def set_up(
         row_losses=np.zeros((len(reader), 3), dtype=np.float32),
         sharded=sharded,
     )
+
+
+def _compile(adapted: AdaptedModel, console: Console) -> None:
+    from llmtune.train.torch_compile import compile_parts  # imports the compiler, which takes a second
+
+    parts = compile_parts(adapted.model, adapted.selected.model)
+    console.print(f"{parts} parts of the model's layers will be compiled at their first use, which takes a while.")
 
 
 def _mark_loss(adapted: AdaptedModel, task: TrainedTask, recipe: Recipe) -> None:

@@ -8,7 +8,7 @@ from support.templates import OWN_TOKENS, tokenizer_with
 from tokenizers import AddedToken, Regex, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from llmtune.data.tokenization import tokenize, tokenize_by_pieces, tokenize_with_borders
+from llmtune.data.tokenization import tokenize_by_pieces, tokenize_each, tokenize_with_borders
 
 TOKENS = ["<|im_start|>", "<|im_end|>", "<|endoftext|>", *OWN_TOKENS]
 PARTS = st.one_of(
@@ -46,7 +46,7 @@ def ids_by_pieces(tokenizer, texts):
 @given(texts=BATCH)
 def test_joined_pieces_have_the_ids_of_the_text(kind, texts):
     tokenizer = tokenizer_of(kind)
-    assert ids_by_pieces(tokenizer, texts) == tokenize(tokenizer, texts)
+    assert ids_by_pieces(tokenizer, texts) == tokenize_each(tokenizer, texts)
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "complete texts"])
@@ -60,8 +60,8 @@ def test_ids_before_a_border_match_the_text_before_it(kind, texts, data):
     for text, places, (ids, counts) in zip(
         texts, borders, tokenize_with_borders(tokenizer, texts, borders), strict=True
     ):
-        assert ids == tokenize(tokenizer, [text])[0]
-        heads = tokenize(tokenizer, [text[:place] for place in places]) if places else []
+        assert ids == tokenize_each(tokenizer, [text])[0]
+        heads = tokenize_each(tokenizer, [text[:place] for place in places]) if places else []
         assert counts == [len(head) if ids[: len(head)] == head else None for head in heads]
 
 
@@ -70,7 +70,7 @@ def test_a_normalised_text_has_the_same_ids(normalizer):
     tokenizer = tokenizer_with(CHATML)
     tokenizer.backend_tokenizer.normalizer = normalizer
     texts = [f"{text} e\u0301 É" for text in ASSORTED]
-    assert ids_by_pieces(tokenizer, texts) == tokenize(tokenizer, texts)
+    assert ids_by_pieces(tokenizer, texts) == tokenize_each(tokenizer, texts)
 
 
 def test_tokens_added_later_are_used():
@@ -78,7 +78,7 @@ def test_tokens_added_later_are_used():
     before = ids_by_pieces(tokenizer, ASSORTED)
     tokenizer.add_tokens(["<|new|>"], special_tokens=True)
     texts = [text.replace("question", "<|new|>") for text in ASSORTED]
-    assert ids_by_pieces(tokenizer, texts) == tokenize(tokenizer, texts)
+    assert ids_by_pieces(tokenizer, texts) == tokenize_each(tokenizer, texts)
     assert ids_by_pieces(tokenizer, ASSORTED) == before
     assert any(tokenizer.convert_tokens_to_ids("<|new|>") in ids for ids in ids_by_pieces(tokenizer, texts))
 
@@ -106,7 +106,7 @@ def test_a_tokenizer_that_marks_the_first_word_gets_complete_texts():
 
 def test_settings_of_another_caller_have_no_effect():
     tokenizer = tokenizer_with(CHATML)
-    wanted = tokenize(tokenizer, ASSORTED)
+    wanted = tokenize_each(tokenizer, ASSORTED)
     tokenizer(ASSORTED, padding=True, truncation=True, max_length=4)
     assert ids_by_pieces(tokenizer, ASSORTED) == wanted
 
