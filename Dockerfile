@@ -13,7 +13,7 @@ ARG TORCH=cpu
 RUN python3 -m venv /opt/llmtune \
     && pip install torch --index-url https://download.pytorch.org/whl/$TORCH
 COPY . /src
-RUN pip install /src
+RUN pip install "/src[judge,serve,speech]"
 
 FROM python
 COPY --from=build /opt/llmtune /opt/llmtune

@@ -48,7 +48,7 @@ from llmtune.records import Advance, Json, ModelRef, Row, Rows
 from llmtune.store.atomic_files import hash_value, staged
 from llmtune.store.run_lock import package_versions
 from llmtune.store.seed_runs import hard_link
-from llmtune.tasks.embed import infer_rows
+from llmtune.tasks.embed_settings import infer_rows
 from llmtune.tasks.registry import get_task
 from llmtune.tasks.sentence_vectors import embed_texts, resolve_settings
 

@@ -84,9 +84,9 @@ def list_shipped(as_json: AsJson = False) -> None:
 
     recipes = list_recipes()
     if as_json:
-        print_json([{"name": recipe.name, "task": recipe.task, "about": recipe.about} for recipe in recipes])
+        print_json([{"name": recipe.name, "task": recipe.task, "about": recipe.description} for recipe in recipes])
         return
-    rows = [[recipe.name, recipe.task, recipe.about] for recipe in recipes]
+    rows = [[recipe.name, recipe.task, recipe.description] for recipe in recipes]
     print_columns(("recipe", "task", "about"), rows, make_console(stderr=False), wraps=True)
 
 

@@ -157,11 +157,11 @@ def read_calls(one: str, two: str | None) -> tuple[Json | None, tuple[str, ...]]
     Known families are tried first; other formats are inferred. `one` is an answer with one call. `two` has two calls,
     if the template writes such answers.
     """
-    for known in KNOWN_CALLS:
-        opened = re.search(known["open_pattern"], one)
-        if opened and (known["content"] != "json" or re.match(r'\s*\{.*"arguments"', one[opened.end() :])):
-            around = one[: opened.start()].strip(), one.partition(known["close"])[2].strip()
-            return known, tuple(filter(None, around))
+    for family in KNOWN_CALLS:
+        opened = re.search(family["open_pattern"], one)
+        if opened and (family["content"] != "json" or re.match(r'\s*\{.*"arguments"', one[opened.end() :])):
+            around = one[: opened.start()].strip(), one.partition(family["close"])[2].strip()
+            return family, tuple(filter(None, around))
     call = _find_call(one, 0)
     if call is None:
         return None, ()
@@ -200,16 +200,16 @@ def _find_call(text: str, start: int) -> _Call | None:
 
 def _as_object(text: str, name: int) -> _Call | None:
     """Read a call that is a JSON object, or a list of such objects: `{"name": ..., "arguments": ...}`."""
-    for found in re.finditer(r"(\[\s*)?(?=\{)", text[:name]):
-        value, end = _decoded(text, found.end())
+    for opening in re.finditer(r"(\[\s*)?(?=\{)", text[:name]):
+        value, end = _decoded(text, opening.end())
         if not isinstance(value, dict) or end <= name:
             continue
         called = _path(value, lambda part: part == NAME)
         arguments = _path(value, lambda part: isinstance(part, dict | str) and all(key in part for key in KEYS))
         if called is None or arguments is None:
             continue
-        listed = found[1] is not None and isinstance(_decoded(text, found.start())[0], list)
-        start, end = (found.start(), _decoded(text, found.start())[1]) if listed else (found.end(), end)
+        listed = opening[1] is not None and isinstance(_decoded(text, opening.start())[0], list)
+        start, end = (opening.start(), _decoded(text, opening.start())[1]) if listed else (opening.end(), end)
         prefix = "" if listed else "content."
         function = {"name": f"{{{prefix}{called}}}", "arguments": f"{{{prefix}{arguments}}}"}
         field: Json = {"content": "json", "transform": {"type": "function", "function": function}}
@@ -221,8 +221,8 @@ def _as_object(text: str, name: int) -> _Call | None:
 
 def _with_object(text: str, name: int) -> _Call | None:
     """Read a call whose name precedes its arguments, which are a JSON object."""
-    for found in re.finditer(r"\{", text[name:]):
-        start = name + found.start()
+    for brace in re.finditer(r"\{", text[name:]):
+        start = name + brace.start()
         value, end = _decoded(text, start)
         if isinstance(value, dict) and all(key in value for key in KEYS):
             between = re.escape(text[name + len(NAME) : start].rstrip())
@@ -247,13 +247,13 @@ def _adjacent_objects(one: str) -> Json | None:
 
 def _as_python(text: str) -> _Call | None:
     """Read calls that are a Python list: `[name(key="value")]`."""
-    found = re.search(rf"\[\s*{NAME}\({KEYS[0]}\s*=", text)
-    if found is None or "]" not in text:
+    match = re.search(rf"\[\s*{NAME}\({KEYS[0]}\s*=", text)
+    if match is None or "]" not in text:
         return None
     function = {"name": "{name}", "arguments": "{arguments}"}
     field: Json = {"content": "python-call-list", "transform_each": True}
     field["transform"] = {"type": "function", "function": function}
-    return _Call(found.start(), text.rindex("]") + 1, {**field, "head": "", "first": rf"(?=\[{A_NAME}\()"})
+    return _Call(match.start(), text.rindex("]") + 1, {**field, "head": "", "first": rf"(?=\[{A_NAME}\()"})
 
 
 def _with_tags(text: str, name: int) -> _Call | None:
@@ -284,12 +284,12 @@ def _decoded(text: str, start: int) -> tuple[object, int]:
         return None, start
 
 
-def _path(value: object, found: Callable[[object], bool]) -> str | None:
-    """Return the key path, joined by dots, of the first part of an object for which `found` is true."""
+def _path(value: object, predicate: Callable[[object], bool]) -> str | None:
+    """Return the key path, joined by dots, of the first part of an object for which `predicate` is true."""
     for key, part in value.items() if isinstance(value, dict) else ():
-        if found(part):
+        if predicate(part):
             return str(key)
-        inner = _path(part, found)
+        inner = _path(part, predicate)
         if inner is not None:
             return f"{key}.{inner}"
     return None

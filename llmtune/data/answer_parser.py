@@ -81,17 +81,17 @@ def response_parser(template: ChatTemplate, tools: Tools = None, prompt: str | N
 
 
 def response_template(template: ChatTemplate, calls: bool) -> Json:
-    """Return the response template for `ResponseParser`: the tokenizer's own, or one made from the facts.
+    """Return the response template for `ResponseParser`: the tokenizer's, or one made from the facts.
 
     Without `calls`, a tool call is parsed as text.
     """
-    own: Json | None = getattr(template.processor, "response_template", None)
-    if own is None:
+    tokenizer_template: Json | None = getattr(template.processor, "response_template", None)
+    if tokenizer_template is None:
         facts = template.facts
         ending = facts.tail.partition(facts.end)[0]
         return make_response_template(facts.thoughts, facts.calls if calls else NO_CALLS, facts.heading, ending)
-    fields = own["fields"].items()
-    return {**own, "fields": {name: field for name, field in fields if calls or name != "tool_calls"}}
+    fields = tokenizer_template["fields"].items()
+    return {**tokenizer_template, "fields": {name: field for name, field in fields if calls or name != "tool_calls"}}
 
 
 def canonical_call(call: Mapping[str, object]) -> ToolCall:

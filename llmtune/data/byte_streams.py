@@ -229,7 +229,7 @@ def byte_order(start: bytes, fewest: int = SEVERAL) -> str | None:
 def refuse_other_files(stream: ByteStream, name: str) -> None:
     """Raise DataError for an archive or a database, whatever the file's name suggests."""
     start = stream.peek(TAR.stop)
-    kind, fix = next((about for magic, about in OTHER_FILES.items() if start.startswith(magic)), (None, None))
+    kind, fix = next((entry for magic, entry in OTHER_FILES.items() if start.startswith(magic)), (None, None))
     if start[TAR] == b"ustar":
         kind, fix = "a tar archive", "Unpack it."
     if kind is not None:

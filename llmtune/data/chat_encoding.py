@@ -131,8 +131,8 @@ def _encode_drafts(rows: Sequence[Drafts], template: ChatTemplate, assemble: Ass
     """Assemble the examples of each row from its tokenized texts, or return the reason why it has none."""
     plain = [draft for row in rows if not isinstance(row, str) for draft in row if not is_marked(draft.text)]
     borders = [draft.borders for draft in plain]
-    found = tokenize_with_borders(template.processor, [draft.text for draft in plain], borders)
-    bordered = {id(draft): ids for draft, ids in zip(plain, found, strict=True)}
+    ids_and_counts = tokenize_with_borders(template.processor, [draft.text for draft in plain], borders)
+    bordered = {id(draft): ids for draft, ids in zip(plain, ids_and_counts, strict=True)}
     encoded: list[Encoded] = []
     for row in rows:
         result: Encoded = row if isinstance(row, str) else []
@@ -163,12 +163,12 @@ def _draft_turns(
     rows: Sequence[ChatRow], chats: Sequence[PreparedChat | str], template: ChatTemplate, train_on: str
 ) -> list[Drafts]:
     """Draft texts whose supervised segments are the trained answers."""
-    asked: list[tuple[PreparedChat, list[int]] | str] = []
+    targets: list[tuple[PreparedChat, list[int]] | str] = []
     for row, chat in zip(rows, chats, strict=True):
         answers = _trained_answers(row, train_on)
-        asked.append(answers if isinstance(answers, str) else chat if isinstance(chat, str) else (chat, answers))
-    cut = iter(cut_turns(template, [one for one in asked if not isinstance(one, str)]))
-    return [one if isinstance(one, str) else _join_turns(one[0], next(cut), template) for one in asked]
+        targets.append(answers if isinstance(answers, str) else chat if isinstance(chat, str) else (chat, answers))
+    cut = iter(cut_turns(template, [one for one in targets if not isinstance(one, str)]))
+    return [one if isinstance(one, str) else _join_turns(one[0], next(cut), template) for one in targets]
 
 
 def _trained_answers(row: ChatRow, train_on: str) -> list[int] | str:
@@ -190,12 +190,12 @@ def cut_turns(template: ChatTemplate, chats: Sequence[tuple[PreparedChat, Sequen
     windows = [len(answers) > FEW_ANSWERS and _cut_windows(template, chat, answers) for chat, answers in chats]
     rest = [one for one, turns in zip(chats, windows, strict=True) if not turns]
     cut = _cut_last(template, [(chat, chat.messages[: i + 1], i) for chat, answers in rest for i in answers])
-    found: list[list[Turn] | str] = []
+    chat_turns: list[list[Turn] | str] = []
     for (_, answers), turns in zip(chats, windows, strict=True):
         parts: Sequence[Turn | TemplateRefusal] = turns or [next(cut) for _ in answers]
         refusal = next((str(part) for part in parts if isinstance(part, TemplateRefusal)), None)
-        found.append([part for part in parts if isinstance(part, Turn)] if refusal is None else refusal)
-    return found
+        chat_turns.append([part for part in parts if isinstance(part, Turn)] if refusal is None else refusal)
+    return chat_turns
 
 
 def _cut_windows(template: ChatTemplate, chat: PreparedChat, answers: Sequence[int]) -> list[Turn] | None:
@@ -241,12 +241,12 @@ def _checked(turns: Sequence[Turn]) -> Iterator[Turn]:
 
 
 def _cut_last(
-    template: ChatTemplate, asked: Sequence[tuple[PreparedChat, Sequence[Message], int]]
+    template: ChatTemplate, cuts: Sequence[tuple[PreparedChat, Sequence[Message], int]]
 ) -> Iterator[Turn | TemplateRefusal]:
     """Yield the final answer of each list of messages with its index, or the reason why it has none."""
-    prompts = template.render_batch([(messages[:-1], chat.tools) for chat, messages, _ in asked], answer_next=True)
-    answered = template.render_batch([(inline_thoughts(template, messages), chat.tools) for chat, messages, _ in asked])
-    for (chat, messages, index), prompt, whole in zip(asked, prompts, answered, strict=True):
+    prompts = template.render_batch([(messages[:-1], chat.tools) for chat, messages, _ in cuts], answer_next=True)
+    answered = template.render_batch([(inline_thoughts(template, messages), chat.tools) for chat, messages, _ in cuts])
+    for (chat, messages, index), prompt, whole in zip(cuts, prompts, answered, strict=True):
         if isinstance(prompt, TemplateRefusal) or isinstance(whole, TemplateRefusal):
             yield prompt if isinstance(prompt, TemplateRefusal) else cast(TemplateRefusal, whole)
             continue
@@ -292,11 +292,11 @@ def _assemble_turns(draft: Draft, template: ChatTemplate, bordered: Bordered) ->
     examples: list[Example] = []
     spans: list[int] = []
     target_bytes = 0
-    said = iter(draft.answer_bytes)
+    byte_counts = iter(draft.answer_bytes)
     for segment, (start, end), at in zip(draft.segments, pairwise(counts), draft.borders, strict=False):
         if not segment.learned:
             continue
-        answer_bytes = next(said)
+        answer_bytes = next(byte_counts)
         if start is not None and end is not None:
             if answer_bytes and (reason := find_dropped(template, ids[start:end], segment.text)):
                 return reason
@@ -324,8 +324,8 @@ def _assemble_turns(draft: Draft, template: ChatTemplate, bordered: Bordered) ->
 
 def _draft_whole(rows: Sequence[ChatRow], chats: Sequence[PreparedChat | str], template: ChatTemplate) -> list[Drafts]:
     """Supervise every message except those with `train: false`."""
-    asked = [(inline_thoughts(template, chat.messages), chat.tools) for chat in chats if isinstance(chat, PreparedChat)]
-    rendered = iter(template.render_batch(asked))
+    batch = [(inline_thoughts(template, chat.messages), chat.tools) for chat in chats if isinstance(chat, PreparedChat)]
+    rendered = iter(template.render_batch(batch))
     return [
         chat if isinstance(chat, str) else _draft_messages(row, chat, template, next(rendered))
         for row, chat in zip(rows, chats, strict=True)
@@ -361,9 +361,9 @@ def _draft_messages(row: ChatRow, chat: PreparedChat, template: ChatTemplate, re
         if reasoning and start >= 0:
             at = start + len(reasoning)
             ranges.append((start, at))
-    said = [message["content"].strip() for message in learned]
-    said += [message.get("reasoning_content", "") for message in learned if not chat.keeps_reasoning]
-    return [Draft(chat, len(messages), _without(text, ranges), [sum(len(unmark(part).encode()) for part in said)])]
+    texts = [message["content"].strip() for message in learned]
+    texts += [message.get("reasoning_content", "") for message in learned if not chat.keeps_reasoning]
+    return [Draft(chat, len(messages), _without(text, ranges), [sum(len(unmark(part).encode()) for part in texts)])]
 
 
 def _without(text: str, ranges: Sequence[tuple[int, int]]) -> list[Segment]:

@@ -108,8 +108,8 @@ def find_control_token(
     pattern: re.Pattern[str], messages: Sequence[Mapping[str, object]], tools: object = None
 ) -> str | None:
     """Return the first special token in the texts of a conversation."""
-    found = pattern.search(joined_text(messages, tools))
-    return found[0] if found else None
+    match = pattern.search(joined_text(messages, tools))
+    return match[0] if match else None
 
 
 def joined_text(messages: Sequence[Mapping[str, object]], tools: object = None) -> str:

@@ -212,9 +212,9 @@ def _role_error(stated: object, where: str) -> RowError:
         return RowError("unknown role", f"{where} has no 'role'")
     if not isinstance(stated, str):
         return RowError("wrong type", f"{where}: 'role' is {json_kind(stated)}; it must be text")
-    known = ("system", "developer", "user", "assistant", "tool")
-    hint = nearest(stated, known) or f" Map it in the section `data`, such as `roles: {{user: {stated}}}`."
-    return RowError("unknown role", f"{where}: {stated!r} is none of {', '.join(known)}.{hint}")
+    roles = ("system", "developer", "user", "assistant", "tool")
+    hint = nearest(stated, roles) or f" Map it in the section `data`, such as `roles: {{user: {stated}}}`."
+    return RowError("unknown role", f"{where}: {stated!r} is none of {', '.join(roles)}.{hint}")
 
 
 def _said(turn: Mapping[str, object], content: object, where: str, role: str, calls: bool) -> Message:

@@ -323,12 +323,12 @@ def split_answer(
         raise TemplateRefusal(f"an answer contains the end-of-turn token {facts.end}")
     if reasoning and reasoning not in body:
         raise TemplateRefusal("the chat template leaves out the thoughts of this answer")
-    read, said = "", content if content and content in body and not reasoning else body.strip()
+    read, answer = "", content if content and content in body and not reasoning else body.strip()
     if reasoning and keep_reasoning:
         thought_end = body.index(reasoning) + len(reasoning)
         read = body[:thought_end] + shared_start(body[thought_end:], facts.thoughts.after)
-        said = body[len(read) :].strip()
-    return read, body[len(read) :] + end, len(unmark(said).encode())
+        answer = body[len(read) :].strip()
+    return read, body[len(read) :] + end, len(unmark(answer).encode())
 
 
 def _written_after(facts: TemplateFacts, reasoning: str | None, prompt: str, whole: str) -> str:
@@ -344,9 +344,9 @@ def _written_after(facts: TemplateFacts, reasoning: str | None, prompt: str, who
     if whole.startswith(prompt):
         rest = whole[len(prompt) :]
         return rest if inserted is None else form.inline(inserted, rest)
-    asked = prompt.removesuffix(form.opener)
-    if form.opener and asked != prompt and whole.startswith(asked):
-        rest = whole[len(asked) :]
+    bare_prompt = prompt.removesuffix(form.opener)
+    if form.opener and bare_prompt != prompt and whole.startswith(bare_prompt):
+        rest = whole[len(bare_prompt) :]
         if facts.closes_thoughts:
             return rest
         closed = rest.lstrip().startswith(form.after.strip())

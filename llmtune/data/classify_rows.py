@@ -126,8 +126,8 @@ def _joined(texts: Mapping[str, int]) -> tuple[str, list[str]] | None:
     """Return a separator and the classes that it joins, if most of them share a part with another class."""
     for separator in SEPARATORS:
         parts = {name: {part.strip() for part in name.split(separator)} - {""} for name in texts}
-        uses = Counter(part for found in parts.values() for part in found)
-        joined = sorted(name for name, found in parts.items() if len(found) > 1)
+        uses = Counter(part for name_parts in parts.values() for part in name_parts)
+        joined = sorted(name for name, name_parts in parts.items() if len(name_parts) > 1)
         shared = [name for name in joined if any(uses[part] > 1 for part in parts[name])]
         if joined and 2 * len(shared) > len(joined):
             return separator, joined

@@ -114,8 +114,8 @@ def fields(theirs: str, names: Collection[str]) -> set[str]:
 
 def used_columns(columns: Mapping[str, str], names: Collection[str]) -> set[str]:
     """Return the file's columns that a mapping reads; `names` are all its columns."""
-    found = {field for theirs in columns.values() for field in fields(theirs, names)}
-    return {field if field in names or (top := field.split(".")[0]) not in names else top for field in found}
+    paths = {field for theirs in columns.values() for field in fields(theirs, names)}
+    return {field if field in names or (top := field.split(".")[0]) not in names else top for field in paths}
 
 
 def with_aliases(
@@ -128,20 +128,20 @@ def with_aliases(
     for ours in wanted:
         if ours in mapped or ours in names:
             continue
-        known = (ours, *aliases.get(ours, ()))
-        found = [name for name, spelled in plain.items() if spelled in known]
-        if len(found) == 1:
-            mapped[ours] = found[0]
-        elif not found and ours in NUMBERED and (numbered := _numbered_columns(plain, known)):
+        spellings = (ours, *aliases.get(ours, ()))
+        matches = [name for name, spelled in plain.items() if spelled in spellings]
+        if len(matches) == 1:
+            mapped[ours] = matches[0]
+        elif not matches and ours in NUMBERED and (numbered := _numbered_columns(plain, spellings)):
             mapped[ours] = "[" + ", ".join(f"{{{name}}}" for name in numbered) + "]"
     return mapped
 
 
-def _numbered_columns(plain: Mapping[str, str], known: Collection[str]) -> list[str]:
-    """Return the columns that are a known name with a number, in the order of the numbers."""
+def _numbered_columns(plain: Mapping[str, str], stems: Collection[str]) -> list[str]:
+    """Return the columns whose names are one of the stems with a number, in the order of the numbers."""
     parts = {name: spelled.rpartition("_") for name, spelled in plain.items()}
-    found = [(int(number), name) for name, (stem, _, number) in parts.items() if stem in known and number.isdecimal()]
-    return [name for _, name in sorted(found)]
+    matches = [(int(number), name) for name, (stem, _, number) in parts.items() if stem in stems and number.isdecimal()]
+    return [name for _, name in sorted(matches)]
 
 
 # Guesses: which task could read a file with unknown column names?
@@ -159,10 +159,10 @@ def infer_columns(rows: RawRows, wanted: Sequence[str], aliases: Aliases) -> dic
     if not wanted:
         return None
     rows = [flatten(row) for row in rows]
-    known = {name for ours in wanted for name in (ours, *aliases.get(ours, ()))}
+    usual_names = {name for ours in wanted for name in (ours, *aliases.get(ours, ()))}
     refused = () if wanted[-1] in COMPARED else COMPARED
     names = dict.fromkeys(name for row in rows for name in row if name.lower() not in refused)
-    texts = [name for name in names if name.lower() in known or is_text(rows, name)]
+    texts = [name for name in names if name.lower() in usual_names or is_text(rows, name)]
     if len(texts) < len(wanted):
         return None
     return _assign(rows, wanted, texts, aliases)
@@ -197,8 +197,10 @@ def _by_values(rows: RawRows, ours: str, names: Sequence[str]) -> str:
 
 def _columns_called(ours: str, names: Sequence[str], aliases: Aliases) -> list[str]:
     """Return the columns with this name or a usual alias; else those whose names contain such a word."""
-    known = {ours, *aliases.get(ours, ())}
-    return [name for name in names if name.lower() in known] or [name for name in names if name_words(name) & known]
+    usual_names = {ours, *aliases.get(ours, ())}
+    return [name for name in names if name.lower() in usual_names] or [
+        name for name in names if name_words(name) & usual_names
+    ]
 
 
 def name_words(name: str) -> set[str]:

@@ -107,13 +107,13 @@ def find_overlap(rows: Rows, *, near: bool) -> Overlap:
             for test in short_tests.get(words, ()) if words else ():
                 worded.setdefault(test, int(number_R[short]))
     shared, runs = _first_shared(tests, search, texts)
-    known, first_test = np.flatnonzero(first_N), len(first_N)
+    train_numbers, first_test = np.flatnonzero(first_N), len(first_N)
     tests_N = first_test + np.arange(len(texts))
-    near_tests = _find_near(rows, known, tests_N) if near else {}
-    inputs = find_shared_inputs(tests_N, known, _numbered(rows))
+    near_tests = _find_near(rows, train_numbers, tests_N) if near else {}
+    inputs = find_shared_inputs(tests_N, train_numbers, _numbered(rows))
     return Overlap(
         test_rows=len(texts),
-        train_rows=len(known),
+        train_rows=len(train_numbers),
         short=frozenset(tests.short),
         equal=equal,
         near={test - first_test: train for test, train in near_tests.items()},

@@ -138,8 +138,8 @@ def iterate_passages(one: Input, columns: Mapping[str, str]) -> Iterator[tuple[s
 
 def find_column(header: Sequence[str], name: str) -> str:
     """Return the column with the passages, by its usual names. Raises DataError if there is none, or several."""
-    found = [column for column in header if column.strip().casefold() in PASSAGE_NAMES]
-    if "passage" not in header and len(found) != 1:
+    columns = [column for column in header if column.strip().casefold() in PASSAGE_NAMES]
+    if "passage" not in header and len(columns) != 1:
         fix = "Name the column passage, or give a text file with a passage per line."
         raise DataError.of(f"no column for the passages; found {', '.join(header) or 'none'}", name, fix)
-    return "passage" if "passage" in header else found[0]
+    return "passage" if "passage" in header else columns[0]

@@ -52,11 +52,12 @@ def vanishing_sentence(vanishing: Mapping[str, int]) -> str:
     return f"The tokenizer drops these characters, so the model never sees them: {listed}{more}."
 
 
-def long_answers_sentence(found: Mapping[str, Any]) -> str:
+def long_answers_sentence(long_answers: Mapping[str, Any]) -> str:
     """Return a sentence on answers that the model learns and can never give (`count_long_answers`)."""
-    rows = ", ".join(f"{count(number)} {split}" for split, number in found["rows"].items() if number)
-    text = f"{count(sum(found['rows'].values()))} answers have more than {found['limit']} tokens ({rows}), "
-    return f"{text}so the model can never give them. Set `{found['key']}: {found['longest']}`."
+    rows = ", ".join(f"{count(number)} {split}" for split, number in long_answers["rows"].items() if number)
+    total = count(sum(long_answers["rows"].values()))
+    text = f"{total} answers have more than {long_answers['limit']} tokens ({rows}), "
+    return f"{text}so the model can never give them. Set `{long_answers['key']}: {long_answers['longest']}`."
 
 
 def lost_sentence(lost: Mapping[str, int], supervised: int) -> str:
@@ -73,19 +74,19 @@ def negatives_blocks(mined: Json | None, surveyed: Json | None) -> list[Block]:
     blocks: list[Block] = []
     if mined:
         blocks.append(Text(describe_mining(mined)))
-        if found := mined.get("test_passages"):
-            blocks.append(Text(describe_test_passages(**found)))
+        if test_passages := mined.get("test_passages"):
+            blocks.append(Text(describe_test_passages(**test_passages)))
         blocks += example_blocks("A skipped passage", mined.get("example"))
     if not surveyed:
         return blocks
     rows: TableRows = [
         [
             kind,
-            count(found["pairs"]),
-            share(found["near"], found["pairs"], 2),
-            share(found["nearer"], found["pairs"], 2),
+            count(counts["pairs"]),
+            share(counts["near"], counts["pairs"], 2),
+            share(counts["nearer"], counts["pairs"], 2),
         ]
-        for kind, found in surveyed["kinds"].items()
+        for kind, counts in surveyed["kinds"].items()
     ]
     heads = ("pairs", f"at {surveyed['below']:g} × its score or more", "nearer than the passage")
     columns: TableColumns = ["negatives", *(Column(name, "number") for name in heads)]

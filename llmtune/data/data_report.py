@@ -105,8 +105,8 @@ def count_long_answers(task: TaskInterface, examples: Examples, recipe: Recipe) 
         sizes[split] = {}
         for row, example in zip(reader.rows.tolist(), reader, strict=True):
             sizes[split][row] = max(sizes[split].get(row, 0), task.answer_size(example))
-    counts = {split: sum(size > limit[1] for size in found.values()) for split, found in sizes.items()}
-    longest = max((size for found in sizes.values() for size in found.values()), default=0)
+    counts = {split: sum(size > limit[1] for size in row_sizes.values()) for split, row_sizes in sizes.items()}
+    longest = max((size for row_sizes in sizes.values() for size in row_sizes.values()), default=0)
     return {"key": limit[0], "limit": limit[1], "longest": longest, "rows": counts} if longest > limit[1] else {}
 
 

@@ -129,20 +129,20 @@ def drop_shared_inputs(
         others = np.flatnonzero(kept_N & (split_N == below))
         if not len(tests) or not len(others):
             continue
-        found = find_shared_inputs(tests, others, rows).others
+        matches = find_shared_inputs(tests, others, rows).others
         if not row_input(json.loads(next(rows())[1][0].as_py())).labelled:  # else the near search compares these texts
             (keys := folder / SPLITS[below]).mkdir(exist_ok=True)
-            left = np.setdiff1d(others, np.array([*found], dtype=np.int64))
-            found |= {row: int(near[0]) for row, near in match_near(tests, left, rows, keys, input_text)}
-        for row, near in found.items():
+            left = np.setdiff1d(others, np.array([*matches], dtype=np.int64))
+            matches |= {row: int(near[0]) for row, near in match_near(tests, left, rows, keys, input_text)}
+        for row, near in matches.items():
             reason_N[row] = f"near a {SPLITS[split_N[near]]} row"
 
 
 def input_text(row: Row) -> NearText:
     """Return the text of a row's input; none of a short one, which `find_shared_inputs` compares."""
-    found = row_input(row)
-    long = len(found.query.split()) > MOST_WORDS
-    return NearText(visible_form(found.query), found.context()) if long else NearText("")
+    input_parts = row_input(row)
+    long = len(input_parts.query.split()) > MOST_WORDS
+    return NearText(visible_form(input_parts.query), input_parts.context()) if long else NearText("")
 
 
 def _rank(index: Index, split_N: npt.NDArray[np.int8], reason_N: npt.NDArray[np.object_]) -> I64:
@@ -172,18 +172,18 @@ def find_near(order: I64, rows: JsonRows, folder: Path) -> Iterator[tuple[int, I
 
 
 def match_near(
-    known: I64, queries: I64, rows: JsonRows, folder: Path, text: TextOf = near_text
+    references: I64, queries: I64, rows: JsonRows, folder: Path, text: TextOf = near_text
 ) -> Iterator[tuple[int, I64]]:
-    """Yield each row of `queries` that is near rows of `known`, with those rows; other pairs are not compared.
+    """Yield each row of `queries` that is near rows of `references`, with those rows; other pairs are not compared.
 
     Args:
-        known: Numbers of rows; each band uses the first 256.
+        references: Numbers of rows; each band uses the first 256.
         queries: Numbers of other rows.
         rows: Yields all rows.
         folder: Stores the files of `find_near`; empty, or from the same rows.
         text: Returns the compared text of a row.
     """
-    kept = _KeptRows(np.concatenate([known, queries]), rows, folder, queries, text)
+    kept = _KeptRows(np.concatenate([references, queries]), rows, folder, queries, text)
     is_query_C = np.isin(kept.order, queries)
     for rank in np.flatnonzero(~is_query_C).tolist():
         kept.add(rank)

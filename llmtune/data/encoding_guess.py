@@ -87,11 +87,11 @@ def _code_page(start: bytes) -> str | None:
             continue
         text = start.decode(encoding)
         letters = [sign for sign in text if not sign.isascii() and sign.isalpha()]
-        own = sum(sign in marks for sign in letters)
+        mark_count = sum(sign in marks for sign in letters)
         foreign = sum(sign not in marks + others for sign in letters)
         foreign += sum(one.islower() and sign.isupper() and sign in marks for one, sign in pairwise(text))
         foreign += len(SIGN_IN_WORD.findall(text))
-        if letters and own >= least * len(letters) and foreign <= MOST_OTHERS * len(letters):
+        if letters and mark_count >= least * len(letters) and foreign <= MOST_OTHERS * len(letters):
             return encoding
     return None
 

@@ -368,9 +368,11 @@ def examples_inputs(
     recipe: Recipe, rows: Rows, model: ModelRef, processor: PreTrainedTokenizerBase, kind: type[Example]
 ) -> str:
     """Hash the inputs of examples: the rows, the tokenizer, the template, the task's section, and the columns."""
-    about = recipe.model.model_dump(mode="json", include={"chat_template_kwargs", "add_tokens"})
+    model_settings = recipe.model.model_dump(mode="json", include={"chat_template_kwargs", "add_tokens"})
     settings = recipe.data.model_dump(mode="json", include={"max_dropped", *ENCODING_KEYS})
     settings |= {"section": recipe.task_section()}
     versions = package_versions(("transformers", "tokenizers"))
     contents = [rows.content_hash, model.content_hash, hash_value(processor.chat_template)]
-    return hash_value([__version__, example_schema(kind).names, versions, contents, about, settings, recipe.task])
+    return hash_value(
+        [__version__, example_schema(kind).names, versions, contents, model_settings, settings, recipe.task]
+    )

@@ -253,7 +253,7 @@ def _lacks_irrelevant(reading: Reading) -> bool:
 
 def refusals(survey: Survey, task: str | None = None, columns: Mapping[str, str] | None = None) -> list[str]:
     """Return the problem with the first row for each task (or the given one) that knows its columns."""
-    found = []
+    problems = []
     first, columns = survey.first, columns or {}
     for one in [kind.tasks[0] for kind in KINDS] if task is None else [task]:
         with suppress(DataError):
@@ -262,8 +262,8 @@ def refusals(survey: Survey, task: str | None = None, columns: Mapping[str, str]
             try:
                 parse_row(named, row_format, one, survey.row_files[0].parent)
             except RowError as error:
-                found.append(f"as {one}: {error}")
-    return found
+                problems.append(f"as {one}: {error}")
+    return problems
 
 
 def _conversations(survey: Survey, columns: Mapping[str, str], task: str) -> Iterator[Reading]:
@@ -274,8 +274,8 @@ def _conversations(survey: Survey, columns: Mapping[str, str], task: str) -> Ite
         turns = [turn for turns in conversations[:LOOKED_AT] for turn in turns]
         if not turns or not all(is_message(one) and _has_content(one) for one in turns):
             continue
-        known = path in ("messages", "conversations")
-        reading = _reading(survey, task, {} if known else {"messages": path}, propose_roles(conversations))
+        is_standard = path in ("messages", "conversations")
+        reading = _reading(survey, task, {} if is_standard else {"messages": path}, propose_roles(conversations))
         if len(reading.rows) >= sum(map(bool, conversations)) / 2:
             yield reading
 
@@ -341,21 +341,23 @@ def suspicions(rows: Iterable[tuple[str, Row]]) -> list[str]:
     labels: list[Any] = []
     kind: RowKind | None = None
     questions = ((origin, row, question) for origin, row in rows for question in kind_of_row(row).questions(row))
-    for origin, row, (asked, answer) in islice(questions, MOST_QUESTIONS):
+    for origin, row, (prompt, answer) in islice(questions, MOST_QUESTIONS):
         kind = kind_of_row(row)
         labels.append(kind.label(row))
-        texts = {text.strip() for text in iterate_strings(asked)}
+        texts = {text.strip() for text in iterate_strings(prompt)}
         empty.update(NO_VALUES & texts.union(text.strip() for text in iterate_strings(answer)))
         if kind.repeats_prompts or not any(texts):
             continue
-        key, said = hash_content({"asked": asked}), hash_content({"answer": answer})
-        first, where = answered.setdefault(key, (said, origin))
-        if first != said:
+        key, answer_hash = hash_content({"prompt": prompt}), hash_content({"answer": answer})
+        first, where = answered.setdefault(key, (answer_hash, origin))
+        if first != answer_hash:
             pair = pair if several else (where, origin)
             several.add(key)
-    found = [f"rows with {text!r}, a placeholder for a missing value: {count:,}" for text, count in empty.most_common()]
-    found += [f"{what}. {fix}" for what, fix in kind.doubts(labels)] if kind else []
+    sentences = [
+        f"rows with {text!r}, a placeholder for a missing value: {count:,}" for text, count in empty.most_common()
+    ]
+    sentences += [f"{what}. {fix}" for what, fix in kind.doubts(labels)] if kind else []
     if kind and several:
         where = f", first in {pair[0]} and {pair[1]}" if all(pair) else ""
-        found.append(f"{kind.conflict} in different rows: {len(several):,}{where}")
-    return found
+        sentences.append(f"{kind.conflict} in different rows: {len(several):,}{where}")
+    return sentences

@@ -107,9 +107,9 @@ def find_shared_inputs(held: I64, others: I64, rows: JsonRows) -> InputOverlap:
     np.minimum.at(first_G, slot_H[taken_H], hit.row[taken_H])
     first_K = first_G[slot_K]
     matched = first_K < NONE
-    found = _smallest(hit.row[taken_H], best_G[slot_H[taken_H]])
+    best_ranks = _smallest(hit.row[taken_H], best_G[slot_H[taken_H]])
     return InputOverlap(
-        {row: int(held[rank]) for row, rank in sorted(found.items())},
+        {row: int(held[rank]) for row, rank in sorted(best_ranks.items())},
         _smallest(held[rank_K[matched]], first_K[matched]),
     )
 
@@ -129,16 +129,17 @@ def _take_inputs(
 
 def is_in(values_G: U64, values: U64) -> npt.NDArray[np.bool_]:
     """Return which values are in a sorted array that is not empty; `np.isin` would sort both at every call."""
-    found: npt.NDArray[np.bool_] = values_G[np.minimum(np.searchsorted(values_G, values), len(values_G) - 1)] == values
-    return found
+    slots = np.minimum(np.searchsorted(values_G, values), len(values_G) - 1)
+    matches: npt.NDArray[np.bool_] = values_G[slots] == values
+    return matches
 
 
 def _smallest(rows: I64, values: I64) -> dict[int, int]:
     """Return the smallest of the values of each row."""
-    found: dict[int, int] = {}
+    smallest: dict[int, int] = {}
     for row, value in zip(rows.tolist(), values.tolist(), strict=True):
-        found[row] = min(value, found.get(row, value))
-    return found
+        smallest[row] = min(value, smallest.get(row, value))
+    return smallest
 
 
 def _join(parts: Sequence[InputKeys]) -> InputKeys:
@@ -185,8 +186,8 @@ class _InputSigner:
         columns: list[tuple[int, int, int, int]] = []
         halves: set[int] = set()
         for number, row in zip(batch[0].tolist(), batch[1], strict=True):
-            found = row_input(json.loads(row))
-            words = plain_words(found.query)
+            input_parts = row_input(json.loads(row))
+            words = plain_words(input_parts.query)
             text = " ".join(words).casefold()
             plain = text.split()
             count, places = len(plain), range(len(plain))
@@ -197,23 +198,23 @@ class _InputSigner:
                 if not (first or last):
                     continue
                 places = places[0 if last else count // 2 : count if first else count // 2]
-            context, text = found.context(), text or found.query.strip()
+            context, text = input_parts.context(), text or input_parts.query.strip()
             if not (text or context):
                 continue
             same = hash((SAME, _hash(context), _hash(text)))
             columns.append((same, number, same, same))
             if FEWEST_WORDS <= count <= MOST_WORDS:
-                changed = self._changed_keys(found, context, words, plain, places)
+                changed = self._changed_keys(input_parts, context, words, plain, places)
                 columns += [(key, number, same, frame) for key, frame in changed]
         key, numbers, same_input, frame = np.array(columns, np.int64).reshape(-1, 4).T
         return InputKeys(key.view(np.uint64), numbers, same_input.view(np.uint64), frame.view(np.uint64)), halves
 
     def _changed_keys(
-        self, found: RowInput, before: str, words: list[str], plain: list[str], places: range
+        self, input_parts: RowInput, before: str, words: list[str], plain: list[str], places: range
     ) -> Iterator[tuple[int, int]]:
         """Yield the keys of a query without the word at each of the places, each with its frame."""
-        answer = _hash(found.answer())
-        context = hash((_hash(before), answer if found.labelled else 0))
+        answer = _hash(input_parts.answer())
+        context = hash((_hash(before), answer if input_parts.labelled else 0))
         answered = hash((context, answer))
         whole, shorter = (WHOLE, SHORTER) if self.halves is None else (SHORTER, WHOLE)
         hashes = tuple(map(_hash, plain))

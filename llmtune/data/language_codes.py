@@ -31,10 +31,10 @@ def language_tokens(processor: PreTrainedTokenizerBase) -> dict[str, int]:
     if hasattr(processor, "lang_code_to_token"):  # M2M100 writes `fr` as `__fr__`
         return {code: int(processor.get_lang_id(code)) for code in processor.lang_code_to_token}
     if hasattr(processor, "lang_code_to_id"):  # mBART
-        known = {code: int(token) for code, token in processor.lang_code_to_id.items()}
+        tokens = {code: int(token) for code, token in processor.lang_code_to_id.items()}
     else:
-        known = {str(token): i for i, token in processor.added_tokens_decoder.items() if token.special}
-    return {code: i for code, i in known.items() if LANGUAGE_CODE.fullmatch(code) and i != processor.unk_token_id}
+        tokens = {str(token): i for i, token in processor.added_tokens_decoder.items() if token.special}
+    return {code: i for code, i in tokens.items() if LANGUAGE_CODE.fullmatch(code) and i != processor.unk_token_id}
 
 
 def set_languages(source: str | None, target: str | None, processor: PreTrainedTokenizerBase) -> None:
@@ -65,6 +65,8 @@ def set_languages(source: str | None, target: str | None, processor: PreTrainedT
 def nearest_code(code: str, codes: Sequence[str]) -> str:
     """Return ` Did you mean 'x'?` with the model's code for `en` or `English`, such as `eng_Latn` or `en_XX`."""
     stem = re.split("[-_]", code.lower())[0]
-    names = {known: known.partition("_")[0] for known in codes}
-    alike = [known for known, name in names.items() if stem and (stem.startswith(name) or name.startswith(stem))]
+    names = {candidate: candidate.partition("_")[0] for candidate in codes}
+    alike = [
+        candidate for candidate, name in names.items() if stem and (stem.startswith(name) or name.startswith(stem))
+    ]
     return f" Did you mean '{alike[0]}'?" if alike else nearest(code, codes)

@@ -44,8 +44,11 @@ def first_key(turn: Mapping[str, object], keys: Sequence[str]) -> str | None:
 def with_roles(row: Mapping[str, object], roles: Mapping[str, Sequence[str]]) -> Mapping[str, object]:
     """Return a row with our role names in its messages; `roles` maps each of ours to the names in the rows."""
     ours = {name.strip().lower(): role for role, names in roles.items() for name in names}
-    turns = {name: read_turns(row[name]) for name in CONVERSATIONS if ours and name in row}
-    return {**row, **{name: [_with_role(turn, ours) for turn in found] for name, found in turns.items() if found}}
+    conversations = {name: read_turns(row[name]) for name in CONVERSATIONS if ours and name in row}
+    return {
+        **row,
+        **{name: [_with_role(turn, ours) for turn in turns] for name, turns in conversations.items() if turns},
+    }
 
 
 def _with_role(turn: object, ours: Mapping[str, str]) -> object:
@@ -70,21 +73,21 @@ def propose_roles(conversations: Sequence[Sequence[object]]) -> dict[str, list[s
     """Return a mapping for unknown roles, guessed from their names; otherwise the first speaker is the user."""
     speakers = [list(_speakers(turns)) for turns in conversations]
     unknown = list(dict.fromkeys(name for names in speakers for name in names if name.strip().lower() not in ROLES))
-    found: dict[str, list[str]] = {}
+    proposal: dict[str, list[str]] = {}
     left = []
     for name in unknown:
         role = "user" if name.lower() in USERS else "assistant" if name.lower() in ASSISTANTS else None
         if role is None:
             left.append(name)
         else:
-            found.setdefault(role, []).append(name)
-    if left and len(left) + len(found) == 2:
+            proposal.setdefault(role, []).append(name)
+    if left and len(left) + len(proposal) == 2:
         first = Counter(names[0] for names in speakers if names).most_common(1)[0][0]
         for name in left:
-            free = [role for role in ("user", "assistant") if role not in found]
+            free = [role for role in ("user", "assistant") if role not in proposal]
             role = free[0] if len(free) == 1 else "user" if name == first else "assistant"
-            found[role] = [name]
-    return {role: found[role] for role in ("user", "assistant") if role in found}
+            proposal[role] = [name]
+    return {role: proposal[role] for role in ("user", "assistant") if role in proposal}
 
 
 def _speakers(turns: Sequence[object]) -> Iterator[str]:
@@ -125,10 +128,10 @@ def split_reasoning(turn: Mapping[str, object], content: str, parts: str, where:
     stated = [text.strip() for key in REASONING_KEYS if (text := _thought_text(turn.get(key), f"{where}: {key!r}"))]
     stated += [parts.strip()] if parts.strip() else []
     inline, rest = _split_content(content)
-    found = list(dict.fromkeys([*stated, *([inline] if inline else [])]))
-    if len(found) > 1:
-        raise RowError("thoughts twice", f"{where} has two that differ: {found[0][:40]!r} and {found[1][:40]!r}")
-    return (found[0] if found else inline), rest
+    thoughts = list(dict.fromkeys([*stated, *([inline] if inline else [])]))
+    if len(thoughts) > 1:
+        raise RowError("thoughts twice", f"{where} has two that differ: {thoughts[0][:40]!r} and {thoughts[1][:40]!r}")
+    return (thoughts[0] if thoughts else inline), rest
 
 
 def _thought_text(value: object, what: str) -> str:
@@ -152,5 +155,5 @@ def _split_content(content: str) -> tuple[str | None, str]:
         at = channel.end()
     if not at or content[at:].strip():
         return None, content
-    said = "\n\n".join([*texts["commentary"], *texts["final"]])
-    return "\n\n".join(texts["analysis"]) or None, said
+    answer = "\n\n".join([*texts["commentary"], *texts["final"]])
+    return "\n\n".join(texts["analysis"]) or None, answer

@@ -68,12 +68,12 @@ def find_objects(url: str) -> list[RemoteFile]:
     with reached(url, ValueError):  # from botocore, for an endpoint that is no URL
         store = _filesystem(url)
         if protocol.startswith("http"):
-            found = {url: store.info(url)}
+            info_by_name = {url: store.info(url)}
         else:
-            found = store.glob(url, detail=True) if "*" in url or "?" in url else store.find(url, detail=True)
+            info_by_name = store.glob(url, detail=True) if "*" in url or "?" in url else store.find(url, detail=True)
     files = [
         RemoteFile(url if protocol.startswith("http") else f"{protocol}://{name}", info.get("size") or 0, _etag(info))
-        for name, info in sorted(found.items())
+        for name, info in sorted(info_by_name.items())
         if info["type"] == "file"
     ]
     if not files:
@@ -153,10 +153,10 @@ def _insecure(error: BaseException | None, variable: str) -> tuple[str, str] | N
 
 def _errors() -> tuple[type[Exception], ...]:
     """Return the exception types of the libraries that are loaded."""
-    known = (
+    error_types = (
         ("aiohttp", "ClientError"),
         ("botocore.exceptions", "BotoCoreError"),
         ("gcsfs.retry", "HttpError"),
         ("google.auth.exceptions", "GoogleAuthError"),
     )
-    return (OSError, *(getattr(sys.modules[module], name) for module, name in known if module in sys.modules))
+    return (OSError, *(getattr(sys.modules[module], name) for module, name in error_types if module in sys.modules))

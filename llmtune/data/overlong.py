@@ -92,13 +92,13 @@ class ChatFit:
                 results[k] = too_long(longest(examples), self.max_length)
         replies: dict[int, Any] = dict.fromkeys(cuts)  # None starts a generator
         while replies:
-            asked: dict[int, ChatRow] = {}
+            batch: dict[int, ChatRow] = {}
             for k, reply in replies.items():
                 try:
-                    asked[k] = cuts[k].send(reply)
+                    batch[k] = cuts[k].send(reply)
                 except StopIteration as end:
                     results[k] = end.value
-            replies = dict(zip(asked, self.encode(list(asked.values())) if asked else [], strict=True))
+            replies = dict(zip(batch, self.encode(list(batch.values())) if batch else [], strict=True))
         return results
 
 

@@ -328,18 +328,18 @@ def write_test_rows(recipe: Recipe, rows: Rows, file: Path, beside: Path) -> str
     lines: list[str] = []
     settings: dict[str, Source] = {}
     for detected in resolve_inputs(recipe.data, recipe.task):
-        found = [
+        row_lines = [
             json.dumps(locate_recording(value, detected, file), ensure_ascii=False, default=str)
             for origin, value in detected.input.raw_rows()
             if origin in origins and not isinstance(value, RowError)
         ]
-        if found:
+        if row_lines:
             source = Source(
                 path=str(file), **detected.input.source.model_dump(exclude=KEPT_KEYS, exclude_defaults=True)
             )
             source = source if source.format == detected.row_format.name else source.model_copy(update={"format": None})
             settings.setdefault(source_line("test", source), source)
-            lines += found
+            lines += row_lines
     if not lines:
         raise DataError.of("no test rows to write", "data.test", "Set a share, such as data.test: 0.2.")
     if len(settings) > 1:

@@ -69,15 +69,16 @@ def find_missing(
     at = 0
     for part, name, _ in parts:
         part = unmark(part)
-        found = text.find(part, at)  # most follow the previous one
-        if found >= 0:
-            at = found + len(part)
+        start = text.find(part, at)  # most follow the previous one
+        if start >= 0:
+            at = start + len(part)
         elif not (part in text or all(any(form in text for form in _forms(line)) for line in part.splitlines())):
             return f"the chat template leaves out or changes {name}"
     texts = [unmark(message["content"].strip()) for message in messages]
     for part in dict.fromkeys(filter(None, texts)):
-        wanted, found = sum(one.count(part) for one in texts), sum(text.count(form) for form in {*_forms(part)})
-        if 0 < found < wanted:  # the match may be another message, or a part of one
+        wanted = sum(one.count(part) for one in texts)
+        written = sum(text.count(form) for form in {*_forms(part)})
+        if 0 < written < wanted:  # the match may be another message, or a part of one
             return f"the chat template leaves out one of {wanted} messages that say {part[:SHOWN]!r}"
     return None
 

@@ -165,7 +165,7 @@ def detect_format(
     if forced:
         return _check_forced(FORMATS[forced], [*matching, *aliased], usable, task, present, where)
     fitting = [one for one in matching if one in usable]
-    larger = (one for one in aliased if any(set(found.required) < set(one.required) for found in fitting))
+    larger = (one for one in aliased if any(set(smaller.required) < set(one.required) for smaller in fitting))
     fitting += [one for one in larger if one not in fitting]
     if not fitting and aliased:  # prefer the reading that leaves the fewest columns unused
         read = [len(used_columns(map_columns(one, rows, task, columns), present)) for one in aliased]
@@ -199,14 +199,14 @@ def check_mapped(columns: Mapping[str, str], rows: Sequence[Mapping[str, object]
     """Refuse a mapping of an unknown canonical column, or of a column that no row has. Raises DataError."""
     for ours, theirs in columns.items():
         if ours not in COLUMNS:
-            known = f"({', '.join(COLUMNS)}).{nearest(ours, COLUMNS)}"
-            raise DataError.of(f"columns: {ours!r} is not a column that llmtune knows {known}", where)
+            choices = f"({', '.join(COLUMNS)}).{nearest(ours, COLUMNS)}"
+            raise DataError.of(f"columns: {ours!r} is not a column that llmtune knows {choices}", where)
         names = fields(theirs, {name for row in rows for name in row})
         missing = [name for name in names if not any(has_columns(row, name) for row in rows)]
         if missing:
             present = list(dict.fromkeys(name for row in rows for name in flatten(row)))
-            known = f"found {_name_list(present)}.{nearest(missing[0], present)}"
-            raise DataError.of(f"columns: column {missing[0]!r} not found; {known}", where)
+            choices = f"found {_name_list(present)}.{nearest(missing[0], present)}"
+            raise DataError.of(f"columns: column {missing[0]!r} not found; {choices}", where)
 
 
 def _has_required(row_format: RowFormat, rows: Sequence[Mapping[str, object]], columns: Mapping[str, str]) -> bool:
@@ -251,14 +251,14 @@ def _unknown_format(
         other = next(number for number, kind in enumerate(kinds) if kind != kinds[0])
         names = f"row 1 is {kinds[0] or 'of no known format'}, row {other + 1} {kinds[other] or 'of no known format'}"
         return DataError.of(f"mixed formats: {names}", where, "Put each format into its own file and source.")
-    known = "\n    ".join(f"{one.name}: {one.example}" for one in usable)
+    formats = "\n    ".join(f"{one.name}: {one.example}" for one in usable)
     what = f"unknown row format: the columns are {_name_list(present)}"
     if suggestion:
         return DataError.of(what, where, f"Map them; this line of the section `data` reads the file:\n    {suggestion}")
     texts = max(reversed(usable), key=lambda one: min(len(one.required), len(present)))  # no messages for two texts
     mapped = ", ".join(f"{name}: YOUR_COLUMN" for name in texts.required)
     source = f"`train: {{path: {where}, columns: {{{mapped}}}}}`"
-    return DataError.of(what, where, f"Formats:\n    {known}\n    or map columns in the section `data`: {source}.")
+    return DataError.of(what, where, f"Formats:\n    {formats}\n    or map columns in the section `data`: {source}.")
 
 
 def _name_list(names: Sequence[str]) -> str:
@@ -333,8 +333,8 @@ def unused_keys(row: Mapping[str, object], row_format: RowFormat, columns: Mappi
     """Return the columns and message keys that are not part of the canonical row."""
     used = used_columns({name: columns.get(name, name) for name in row_format.columns}, row)
     unused = [name for name in row if name not in used]
-    found = (find(row, columns.get(name, name)) for name in CONVERSATIONS)
-    for turn in next((turns for turns in found if isinstance(turns, list)), []):
+    cells = (find(row, columns.get(name, name)) for name in CONVERSATIONS)
+    for turn in next((turns for turns in cells if isinstance(turns, list)), []):
         if isinstance(turn, dict):
             unused += [f"{key} (in a message)" for key in turn if key not in MESSAGE_KEYS and turn[key] is not None]
     return unused

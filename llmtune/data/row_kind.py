@@ -370,8 +370,8 @@ def hash_inputs(row: Row) -> frozenset[bytes]:
 
 def hash_input(row: Row) -> bytes:
     """Hash the input of a row, for comparison between runs; case, punctuation and white space make no difference."""
-    found = row_input(row)
-    return hash_content({"context": found.context(), "query": plain_form(found.query)})
+    input_parts = row_input(row)
+    return hash_content({"context": input_parts.context(), "query": plain_form(input_parts.query)})
 
 
 def rename_row(row: Row, renames: Mapping[str, str]) -> Row:

@@ -147,8 +147,8 @@ def ranked_objects(row: Mapping[str, object]) -> RerankRow:
     column = "judged_passages"
     value = parse_cell(row[column])
     if isinstance(value, Mapping):
-        known = ("title", *TEXT_KEYS, *RELEVANCE_KEYS)
-        lists = {name: part for name in known if isinstance(part := value.get(name), list)}
+        keys = ("title", *TEXT_KEYS, *RELEVANCE_KEYS)
+        lists = {name: part for name in keys if isinstance(part := value.get(name), list)}
         if len(counts := {len(part) for part in lists.values()}) > 1:
             raise RowError(
                 "relevances do not fit", f"the lists of the passages have {min(counts)} to {max(counts)} values"
@@ -156,16 +156,16 @@ def ranked_objects(row: Mapping[str, object]) -> RerankRow:
         value = [dict(zip(lists, parts, strict=True)) for parts in zip(*lists.values(), strict=True)]
     passages, relevances = [], []
     for one in value if isinstance(value, list) else []:
-        found = one if isinstance(one, Mapping) else {}
-        text = next((name for name in TEXT_KEYS if name in found), None)
-        relevance = next((name for name in RELEVANCE_KEYS if name in found), None)
+        passage = one if isinstance(one, Mapping) else {}
+        text = next((name for name in TEXT_KEYS if name in passage), None)
+        relevance = next((name for name in RELEVANCE_KEYS if name in passage), None)
         if text is None or relevance is None:
             fix = (
                 f"a passage must be an object with one of {', '.join(TEXT_KEYS)} and one of {', '.join(RELEVANCE_KEYS)}"
             )
             raise RowError("no relevance", f"{fix}; or give the relevances in a column")
-        passages.append(passage_text({**found, "text": found[text]}))
-        relevances.append(found[relevance])
+        passages.append(passage_text({**passage, "text": passage[text]}))
+        relevances.append(passage[relevance])
     return _ranked(row, passages, relevances)
 
 
@@ -199,12 +199,12 @@ def _passages_of(row: Mapping[str, object], column: str) -> list[str]:
 def _ranked(row: Mapping[str, object], passages: Sequence[str], relevances: Sequence[object]) -> RerankRow:
     if not passages:
         raise RowError("empty content", "no passages")
-    found: dict[str, tuple[str, float]] = {}
+    passages_by_text: dict[str, tuple[str, float]] = {}
     for passage, relevance in zip(passages, map(_relevance, relevances), strict=True):
-        if (first := found.setdefault(text_key(passage), (passage, relevance))[1]) != relevance:
+        if (first := passages_by_text.setdefault(text_key(passage), (passage, relevance))[1]) != relevance:
             what = f"{passage[:60]!r} has the relevances {first:g} and {relevance:g}"
             raise RowError("a passage with two relevances", what)
-    texts, numbers = zip(*found.values(), strict=True)
+    texts, numbers = zip(*passages_by_text.values(), strict=True)
     return {"query": nonempty_text(row, "query"), "passages": [*texts], "relevances": [*numbers]}
 
 
@@ -241,10 +241,10 @@ def given_passages(text: str | None) -> list[str]:
 
 def _given_passage(value: object) -> str:
     """Return a passage as `passage_text` does; other values are written as JSON."""
-    found = value if isinstance(value, Mapping) else {}
-    text = next((text for name in TEXT_KEYS if isinstance(text := found.get(name), str) and text.strip()), None)
+    passage = value if isinstance(value, Mapping) else {}
+    text = next((text for name in TEXT_KEYS if isinstance(text := passage.get(name), str) and text.strip()), None)
     if text is not None:
-        return passage_text({**found, "text": text})
+        return passage_text({**passage, "text": text})
     return value if isinstance(value, str) else json.dumps(value)
 
 

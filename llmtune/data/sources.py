@@ -205,8 +205,8 @@ def encoding_hint(one: Input) -> Problem | None:
 def _find_remote(source: Source, key: str) -> list[RemoteFile]:
     """Return the files that a URL names; for a folder, only its data files."""
     files = find_objects(source.path)
-    known = [file for file in files if data_ending(PurePosixPath(file.url)) in IN_FOLDERS]
-    return _check_count(files if len(files) == 1 else known or files, key, source.path)
+    data_files = [file for file in files if data_ending(PurePosixPath(file.url)) in IN_FOLDERS]
+    return _check_count(files if len(files) == 1 else data_files or files, key, source.path)
 
 
 def find_files(source: Source, key: str) -> list[Path]:
@@ -235,11 +235,11 @@ def find_files(source: Source, key: str) -> list[Path]:
 def _builtin_path(name: str, key: str) -> Path:
     folder = recipes_folder() / "data"
     files = [*folder.glob("*.jsonl*"), *(path.parent for path in folder.glob("*/metadata.csv"))]
-    known = {path.name.split(".")[0]: path for path in sorted(files)}
-    if name not in known:
-        fix = f"llmtune comes with: {', '.join(known) or 'none'}.{nearest(name, list(known))}"
+    files_by_name = {path.name.split(".")[0]: path for path in sorted(files)}
+    if name not in files_by_name:
+        fix = f"llmtune comes with: {', '.join(files_by_name) or 'none'}.{nearest(name, list(files_by_name))}"
         raise DataError.of(f"builtin:{name} not found", key, fix)
-    return known[name]
+    return files_by_name[name]
 
 
 def _files_in(folder: Path, key: str) -> list[Path]:
@@ -250,12 +250,12 @@ def _files_in(folder: Path, key: str) -> list[Path]:
     if (folder / "dataset_info.json").is_file() or (folder / "dataset_dict.json").is_file():
         fix = "Write it as Parquet (`dataset.to_parquet(...)`) and give that file."
         raise DataError.of("a data set written by save_to_disk, which cannot be read", f"{key}: {folder}", fix)
-    known = [path for path in names if data_ending(path) in IN_FOLDERS]
-    known = [path for path in known if path.name.split(".")[0] == METADATA] or known
-    if not known:
+    data_files = [path for path in names if data_ending(path) in IN_FOLDERS]
+    data_files = [path for path in data_files if path.name.split(".")[0] == METADATA] or data_files
+    if not data_files:
         what = f"the folder contains no data file ({len(names)} others)" if names else "the folder is empty"
         raise DataError.of(what, f"{key}: {folder}", f"Data files end in {', '.join(IN_FOLDERS)}, compressed or not.")
-    return _check_count(known, key, str(folder))
+    return _check_count(data_files, key, str(folder))
 
 
 @contextmanager

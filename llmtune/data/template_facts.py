@@ -153,7 +153,7 @@ class TemplateFacts:
 
 NO_FACTS = TemplateFacts()
 """The facts of a template that was not probed."""
-_known: WeakKeyDictionary[PreTrainedTokenizerBase, dict[str, TemplateFacts]] = WeakKeyDictionary()
+_facts_cache: WeakKeyDictionary[PreTrainedTokenizerBase, dict[str, TemplateFacts]] = WeakKeyDictionary()
 
 
 def read_facts(
@@ -171,17 +171,17 @@ def read_facts(
         EnvironmentProblem: the template cannot be split into turns.
     """
     special = special_tokens(processor)
-    known = _known.setdefault(processor, {})
+    cache = _facts_cache.setdefault(processor, {})
     key = hash_value([processor.chat_template, kwargs, processor.special_tokens_map, special])
-    if key not in known:
-        known[key] = _infer_facts(_write_probes(render, name), special, processor, name)
-    return known[key]
+    if key not in cache:
+        cache[key] = _infer_facts(_write_probes(render, name), special, processor, name)
+    return cache[key]
 
 
 def special_tokens(processor: PreTrainedTokenizerBase) -> tuple[str, ...]:
     """Return the tokens that are not ordinary text, longest first."""
-    known = {*processor.all_special_tokens, *processor.get_added_vocab()}
-    return tuple(sorted((token for token in known if token.strip()), key=lambda token: (-len(token), token)))
+    tokens = {*processor.all_special_tokens, *processor.get_added_vocab()}
+    return tuple(sorted((token for token in tokens if token.strip()), key=lambda token: (-len(token), token)))
 
 
 def _write_probes(render: Render, name: str) -> Written:
@@ -297,8 +297,8 @@ def _between_roles(texts: Written) -> Mapping[tuple[str, str], str] | None:
             continue
         rest = text or ""
         for step, mark in zip(pairwise(["", *ROLES[first:]]), _MARKS[first:], strict=True):
-            parts[step], found, rest = rest.partition(mark)
-            if not found or mark in rest:
+            parts[step], separator, rest = rest.partition(mark)
+            if not separator or mark in rest:
                 return None
         parts[ROLES[-1], ""] = rest
     return parts
@@ -338,30 +338,30 @@ def _find_opener(prompt: str, whole: str) -> str:
 def _counterpart(text: str, closing: bool) -> str | None:
     """Return the opening mark for a closing mark in a text, or the closing mark for an opening one."""
     for pair in MARK_PAIRS:
-        known, other = pair[::-1] if closing else pair
-        if found := re.search(re.escape(known).replace("NAME", r"(\w+)"), text):
-            return other.replace("NAME", found[1])
+        mark, counterpart = pair[::-1] if closing else pair
+        if match := re.search(re.escape(mark).replace("NAME", r"(\w+)"), text):
+            return counterpart.replace("NAME", match[1])
     return None
 
 
 def _infer_calls(texts: Written, special: Sequence[str], thoughts: ThoughtFormat, ends_with_next: bool) -> CallFormat:
     """Infer how tools, tool calls and results are written."""
-    asked = texts["tools"] or ""
-    found = {TOOLS} if all(text in asked for text in (NAME, *KEYS)) else set()
+    tool_prompt = texts["tools"] or ""
+    features = {TOOLS} if all(text in tool_prompt for text in (NAME, *KEYS)) else set()
 
     def calls_of(probe: str) -> str | None:
         """Return the text of an answer with calls, after its prompt."""
         whole = texts[probe]
-        prompts = (asked, asked.removesuffix(thoughts.opener))
-        starts = (prompt for prompt in prompts if asked and whole is not None and whole.startswith(prompt))
+        prompts = (tool_prompt, tool_prompt.removesuffix(thoughts.opener))
+        starts = (prompt for prompt in prompts if tool_prompt and whole is not None and whole.startswith(prompt))
         return next((str(whole)[len(prompt) :] for prompt in starts), None)
 
     as_text = _prefers_texts(calls_of("call False"), calls_of("call True"))
     answered = texts[f"result {as_text}"] or ""
-    found |= {RESULTS} if RESULT in answered else set()
+    features |= {RESULTS} if RESULT in answered else set()
     body = calls_of(f"call {as_text}")
     if body is None or not all(text in body for text in (NAME, *KEYS, *VALUES)):
-        return CallFormat(frozenset(found))
+        return CallFormat(frozenset(features))
     written = body.rstrip()
     if ends_with_next:
         written = answered[answered.index(body) + len(body) :].lstrip() if body in answered else ""
@@ -370,7 +370,7 @@ def _infer_calls(texts: Written, special: Sequence[str], thoughts: ThoughtFormat
     one, two = (_between(text, thoughts.after.strip(), end) for text in (body, calls_of(f"two calls {as_text}") or ""))
     field, marks = read_calls(one, two if two.count(NAME) == 2 else None)
     refused = texts[f"long id {as_text}"] is None
-    return CallFormat(frozenset({*found, CALLS}), as_text, end, field, marks, refused)
+    return CallFormat(frozenset({*features, CALLS}), as_text, end, field, marks, refused)
 
 
 def _prefers_texts(objects: str | None, texts: str | None) -> bool:

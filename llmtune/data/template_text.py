@@ -45,8 +45,10 @@ def template_variables(template: str) -> set[str]:
 def reads_date(template: str) -> bool:
     """Whether a template uses today's date, under its own name or another; it may ask whether there is one."""
     parsed = _parse(template)
-    asked = {id(test.node) for test in parsed.find_all(nodes.Test) if test.name == "defined"}
-    names = (name for name in parsed.find_all(nodes.Name) if name.name == "strftime_now" and id(name) not in asked)
+    tested_nodes = {id(test.node) for test in parsed.find_all(nodes.Test) if test.name == "defined"}
+    names = (
+        name for name in parsed.find_all(nodes.Name) if name.name == "strftime_now" and id(name) not in tested_nodes
+    )
     return any(names)
 
 

@@ -171,7 +171,7 @@ class _Pieces:
         self._learn(list(pieces.values()))
         first, word = self._first, self._word.__getitem__
         ids = {piece: first[words[0]] + b"".join(map(word, words[1:])) for piece, words in pieces.items()} | self._added
-        found = []
+        ids_and_counts = []
         for parts, places in zip(cut, placed, strict=True):
             part_ids = [ids[part] for part in parts]
             before = list(accumulate(map(len, part_ids), initial=0))
@@ -179,8 +179,8 @@ class _Pieces:
                 (before[k] + len(ids[head])) // ID_BYTES if not head or part_ids[k].startswith(ids[head]) else None
                 for k, head in places
             ]
-            found.append((memoryview(b"".join(part_ids)).cast("i").tolist(), counts))
-        return found
+            ids_and_counts.append((memoryview(b"".join(part_ids)).cast("i").tolist(), counts))
+        return ids_and_counts
 
     def _learn(self, pieces: list[list[str]]) -> None:
         """Tokenize new words."""
@@ -232,10 +232,10 @@ def _pieces_of(processor: PreTrainedTokenizerBase) -> _Pieces:
     backend = processor.backend_tokenizer
     parts = (backend.normalizer, backend.pre_tokenizer)
     state = (id(backend), backend.get_vocab_size(), len(backend.get_added_tokens_decoder()), *map(_state_of, parts))
-    known = _pieces.get(processor)
-    if known is None or known.state != state:
-        known = _pieces[processor] = _Pieces(backend, state)
-    return known
+    pieces = _pieces.get(processor)
+    if pieces is None or pieces.state != state:
+        pieces = _pieces[processor] = _Pieces(backend, state)
+    return pieces
 
 
 def _state_of(part: object) -> str | None:

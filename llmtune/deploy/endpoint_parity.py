@@ -115,7 +115,7 @@ def certify_run(
     return certificate
 
 
-def _read_key(file: Path) -> str:
+def _read_key(file: Path) -> str | None:
     try:
         return check_key(read_text_file(file), "--api-key-file")
     except (OSError, UnicodeDecodeError) as error:

@@ -96,8 +96,8 @@ def language_code(language: str) -> str:
     named = language.lower()
     code = named if named in LANGUAGES else TO_LANGUAGE_CODE.get(named)
     if code is None:
-        known = sorted(LANGUAGES if len(language) <= 3 else TO_LANGUAGE_CODE)
-        fix = f"Use a code such as en, de, fr, or a name such as french.{nearest(named, known)}"
+        languages = sorted(LANGUAGES if len(language) <= 3 else TO_LANGUAGE_CODE)
+        fix = f"Use a code such as en, de, fr, or a name such as french.{nearest(named, languages)}"
         raise RecipeError.of(f"the model does not know the language {language!r}", "speech.language", fix)
     return str(code)
 

@@ -58,11 +58,11 @@ def resolve_builtin(name: str, console: Console, convert: Convert | None = None)
     """
     entry = PACKAGED.get(name)
     if entry is None:
-        known = ", ".join(f"builtin:{known}" for known in PACKAGED)
+        names = ", ".join(f"builtin:{key}" for key in PACKAGED)
         raise RecipeError.of(
             f"packaged model 'builtin:{name}' not found.{nearest(name, list(PACKAGED))}",
             "model.name",
-            f"Packaged models: {known}.",
+            f"Packaged models: {names}.",
         )
     folder = packaged_folder(name, entry)
     if folder.is_dir():

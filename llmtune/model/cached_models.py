@@ -29,12 +29,12 @@ class CachedModel:
 def list_cached_models() -> list[CachedModel]:
     """Return the packaged models that are converted, then the models of the hub's cache, by name."""
     packaged = {f"builtin:{name}": packaged_folder(name, entry) for name, entry in PACKAGED.items()}
-    found = [(name, folder, folder) for name, folder in packaged.items() if folder.is_dir()]
+    folders = [(name, folder, folder) for name, folder in packaged.items() if folder.is_dir()]
     for folder in sorted(Path(constants.HF_HUB_CACHE).glob("models--*")):
         snapshot = _newest_snapshot(folder)
         if snapshot is not None and (snapshot / "config.json").exists():
-            found.append((folder.name.removeprefix("models--").replace("--", "/"), folder, snapshot))
-    return [CachedModel(name, folder, measure_bytes(folder), _find_missing(model)) for name, folder, model in found]
+            folders.append((folder.name.removeprefix("models--").replace("--", "/"), folder, snapshot))
+    return [CachedModel(name, folder, measure_bytes(folder), _find_missing(model)) for name, folder, model in folders]
 
 
 def _newest_snapshot(folder: Path) -> Path | None:

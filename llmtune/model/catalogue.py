@@ -94,34 +94,35 @@ def read_catalogue() -> dict[str, CatalogueModel]:
 
 def find_catalogue_model(name: str) -> CatalogueModel:
     """Return a model by its name or the end of it. Raises RecipeError if none or several match."""
-    known = read_catalogue()
-    matches = [one for one in known if one.lower() == name.lower()] or [
-        one for one in known if one.lower().rpartition("/")[2] == name.lower()
+    catalogue = read_catalogue()
+    matches = [one for one in catalogue if one.lower() == name.lower()] or [
+        one for one in catalogue if one.lower().rpartition("/")[2] == name.lower()
     ]
     if len(matches) != 1:
-        fix = f"{nearest(name, list(known))} `llmtune models list` shows all; any other model can be named in a recipe."
+        hint = nearest(name, list(catalogue))
+        fix = f"{hint} `llmtune models list` shows all; any other model can be named in a recipe."
         raise RecipeError.of(f"the catalogue has no model {name!r}", "llmtune models", fix.strip())
-    return known[matches[0]]
+    return catalogue[matches[0]]
 
 
 def select_models(query: ModelQuery) -> tuple[list[CatalogueModel], dict[str, str]]:
     """Return the matching models, and the reasons against the others by name. Raises RecipeError for unknown values."""
-    known = read_catalogue().values()
+    catalogue = read_catalogue().values()
     if query.task is not None and query.task not in TASK_FACTS:
         fix = f"{nearest(query.task, list(TASK_FACTS))} Tasks: {', '.join(TASK_FACTS)}.".strip()
         raise RecipeError.of(f"unknown task '{query.task}'", "--task", fix)
     languages = () if query.language is None else (query.language,)
     for noun, wanted, there in (
-        ("language", languages, {one for model in known for one in model.languages}),
-        ("licence", query.licences, {model.licence for model in known}),
-        ("family", query.families, {model.family for model in known}),
+        ("language", languages, {one for model in catalogue for one in model.languages}),
+        ("licence", query.licences, {model.licence for model in catalogue}),
+        ("family", query.families, {model.family for model in catalogue}),
     ):
         for one in wanted:
             if one.lower() not in {name.lower() for name in there}:
                 fix = f"{nearest(one, sorted(there))} The catalogue has: {', '.join(sorted(there))}.".strip()
                 raise RecipeError.of(f"no model in the catalogue has the {noun} '{one}'", f"--{noun}", fix)
-    reasons = {model.name: model.hindrance(query) for model in known}
-    return [model for model in known if reasons[model.name] is None], {
+    reasons = {model.name: model.hindrance(query) for model in catalogue}
+    return [model for model in catalogue if reasons[model.name] is None], {
         name: why for name, why in reasons.items() if why
     }
 

@@ -100,8 +100,8 @@ def head_loss(
     kind = hidden_SD.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else head.weight.dtype
     bias = None if head.bias is None else head.bias.to(dtype)
-    found = _HeadLoss.apply(hidden_SD.to(dtype), head.weight.to(dtype), bias, targets_S, shape, choices)  # type: ignore[no-untyped-call]
-    losses_S, correct_S = cast(tuple[torch.Tensor, torch.Tensor], found)
+    outputs = _HeadLoss.apply(hidden_SD.to(dtype), head.weight.to(dtype), bias, targets_S, shape, choices)  # type: ignore[no-untyped-call]
+    losses_S, correct_S = cast(tuple[torch.Tensor, torch.Tensor], outputs)
     return {"losses_S": losses_S, "correct_S": correct_S}
 
 

@@ -141,8 +141,8 @@ def architecture_class(config: PreTrainedConfig, trust_remote_code: bool) -> typ
     bare = VECTORS.auto_class
     auto_classes = sorted(getattr(config, "auto_map", None) or (), key=lambda name: name == bare)  # heads first
     names = [name for name in auto_classes if trust_remote_code and name.startswith(bare)]
-    known = [name for name in (*names, *_architectures(config)) if hasattr(transformers, name)]
-    return cast(type[PreTrainedModel], getattr(transformers, known[0] if known else bare))
+    class_names = [name for name in (*names, *_architectures(config)) if hasattr(transformers, name)]
+    return cast(type[PreTrainedModel], getattr(transformers, class_names[0] if class_names else bare))
 
 
 def read_model_config(model_ref: ModelRef, model: ModelSection) -> PreTrainedConfig:
@@ -177,8 +177,8 @@ def readable(what: str, where: str, fix: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        known = isinstance(error, UNREADABLE) or type(error) is Exception  # the tokenizers library raises the latter
-        if not known or system_errno(error) is not None or is_out_of_memory(error):
+        is_unreadable = isinstance(error, UNREADABLE) or type(error) is Exception  # the tokenizers library's type
+        if not is_unreadable or system_errno(error) is not None or is_out_of_memory(error):
             raise
         raise EnvironmentProblem.of(f"{what}: {first_line(error)}", where, fix) from error
 

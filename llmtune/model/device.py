@@ -118,10 +118,10 @@ def device_memory(device: str) -> int | None:
     return process_memory_limit()
 
 
-def check_card(name: str, option: str = "--device", known: Sequence[str] = (*CARDS, "cpu")) -> None:
-    """Raise RecipeError unless `name` is one of the known devices."""
-    if name not in known:
-        fix = f"{nearest(name, known)} Use one of {', '.join(known)}.".strip()
+def check_card(name: str, option: str = "--device", devices: Sequence[str] = (*CARDS, "cpu")) -> None:
+    """Raise RecipeError unless `name` is one of `devices`."""
+    if name not in devices:
+        fix = f"{nearest(name, devices)} Use one of {', '.join(devices)}.".strip()
         raise RecipeError.of(f"unknown card {name!r}", option, fix)
 
 

@@ -66,11 +66,11 @@ def apply_liger(model: PreTrainedModel) -> None:
 
     kind = model.config.model_type
     if kind not in MODEL_TYPE_TO_APPLY_LIGER_FN:
-        known = ", ".join(sorted(MODEL_TYPE_TO_APPLY_LIGER_FN))
+        model_types = ", ".join(sorted(MODEL_TYPE_TO_APPLY_LIGER_FN))
         raise RecipeError.of(
             f"Liger has no kernels for models of type {kind}",
             "train.use_liger_kernel",
-            f"Remove the key. Liger supports: {known}.",
+            f"Remove the key. Liger supports: {model_types}.",
         )
     _apply_liger_kernel_to_instance(model, **dict.fromkeys(_OWN_LOSSES, False))
 

@@ -233,17 +233,17 @@ def resolve_candidates(
 
 def _reason_against(name: str, recipe: Recipe, choose: ChooseTask, device: str, offline: bool) -> str | None:
     """Return why a candidate is skipped before its download: its licence, or a fact in the catalogue."""
-    known, allowed = read_catalogue().get(name), recipe.model.licences
+    entry, allowed = read_catalogue().get(name), recipe.model.licences
     if allowed:
         base = name if is_remote_model(name) else None
         network = not offline and not is_offline_mode()
-        licence = known.licence if known else find_license(name, Path(name), base, network=network)
+        licence = entry.licence if entry else find_license(name, Path(name), base, network=network)
         if (reason := refuse_licence(licence, allowed)) is not None:
             return reason
-    if known is None:
+    if entry is None:
         return None
     with tempfile.TemporaryDirectory() as folder:
-        model_ref = known.write_config(Path(folder))
+        model_ref = entry.write_config(Path(folder))
         try:
             return _too_large(plan_memory(model_ref, recipe, choose(model_ref), 1, device), recipe)
         except (RecipeError, EnvironmentProblem) as error:
@@ -298,8 +298,8 @@ def peek_model(name: str, recipe: Recipe, console: Console, folder: Path, offlin
     except EnvironmentProblem:
         if offline or not is_remote_model(name):
             raise
-        known = read_catalogue().get(name)
-        return known.write_config(folder) if known else None
+        entry = read_catalogue().get(name)
+        return entry.write_config(folder) if entry else None
 
 
 def plan_candidate(model_ref: ModelRef, recipe: Recipe, task: TaskInterface, longest: int, device: str) -> MemoryPlan:
@@ -363,17 +363,17 @@ def _too_short(context: int, lengths: Sequence[int], recipe: Recipe) -> str | No
 
 def _score_entrant(entrant: _Entrant, sample: Mapping[int, Row], device: str, console: Console) -> tuple[str, float]:
     """Return the metric that compares models of the task, and its value on the sample."""
-    recipe, task, processor, plan = entrant.recipe, entrant.task, entrant.processor, entrant.plan
-    about = entrant.model_ref, recipe, task, processor
-    model = load_model(*about, device=device, training=False, plan=plan, console=console).model
+    ref, recipe, task, processor = entrant.model_ref, entrant.recipe, entrant.task, entrant.processor
+    plan = entrant.plan
+    model = load_model(ref, recipe, task, processor, device=device, training=False, plan=plan, console=console).model
     with torch.inference_mode(), compute_context(resolve_dtype(recipe.model.dtype, device), device):
-        found = task.score_untuned([*sample.values()], model, processor, recipe, device)
-        if found is None:
+        metric_value = task.score_untuned([*sample.values()], model, processor, recipe, device)
+        if metric_value is None:
             examples = [example for index in sample for example in entrant.examples[index]]
-            found = "bits_per_byte", _bits_per_byte(model, entrant, examples, device)
+            metric_value = "bits_per_byte", _bits_per_byte(model, entrant, examples, device)
     del model
     release_memory()
-    return found
+    return metric_value
 
 
 def _bits_per_byte(model: torch.nn.Module, entrant: _Entrant, examples: Sequence[Example], device: str) -> float:

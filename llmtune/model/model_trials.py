@@ -76,16 +76,16 @@ def known_or_ranked(
     settings = [model.model_dump(mode="json"), [one.content_hash for one in there], template]
     section = recipe.task_section() or {}
     inputs = hash_value([rows.content_hash, [*settings, recipe.data.max_length, device, section]])
-    known = run.findings.get("ranking")
-    if known is not None and known["inputs"] == inputs:
-        return {"inputs": inputs, "chosen": known["chosen"]}
+    record = run.findings.get("ranking")
+    if record is not None and record["inputs"] == inputs:
+        return {"inputs": inputs, "chosen": record["chosen"]}
     ranking = rank_candidates(recipe, choose, rows, console, run.path / "model", device, offline)
     return {"inputs": inputs, "chosen": None, "ranking": plain(ranking)}
 
 
 def choose_candidate(
     loaded: LoadedRecipe,
-    known: Json,
+    record: Json,
     run: RunFolder,
     console: Console,
     run_trial: Callable[[LoadedRecipe, Path], None],
@@ -93,9 +93,10 @@ def choose_candidate(
 ) -> str:
     """Return the best candidate of a ranking by name, after trials if the recipe asks for them.
 
-    `known` comes from `known_or_ranked`; `run_trial` trains a recipe in a folder; `once` runs something on rank 0 only.
+    `record` comes from `known_or_ranked`. `run_trial` trains a recipe in a folder. `once` runs its argument on rank 0
+    only.
     """
-    ranking, steps = read_ranking(known["ranking"]), loaded.recipe.model.trials
+    ranking, steps = read_ranking(record["ranking"]), loaded.recipe.model.trials
 
     def tune(candidate: RankedModel, steps: int) -> float:
         out = candidate_folder(run.path, candidate.name, steps)
@@ -104,7 +105,7 @@ def choose_candidate(
 
     if steps:
         ranking = successive_halving(ranking, steps, tune, console)
-    once(lambda: note_ranking(ranking, known["inputs"], run, console))
+    once(lambda: note_ranking(ranking, record["inputs"], run, console))
     return ranking.chosen.name
 
 

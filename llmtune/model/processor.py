@@ -70,11 +70,11 @@ def load_processor(
     elif template is not None:
         tokenizer.chat_template = _fix_template(template, model, system_prompt)
     if model.add_tokens:
-        known = tokenizer.get_vocab()
+        vocab = tokenizer.get_vocab()
         RecipeError.collect(
             Problem(f"the tokenizer already has the token {token!r}", "model.add_tokens", "Omit it.")
             for token in model.add_tokens
-            if token in known
+            if token in vocab
         )
         tokenizer.add_tokens(list(model.add_tokens))
     return cast(PreTrainedTokenizerBase, tokenizer)

@@ -151,9 +151,9 @@ def _explain_no_download(error: Exception, name: str, revision: str, offline: bo
 
 def find_license(name: str, folder: Path, base: str | None, *, network: bool) -> str | None:
     """Find the licence of model `name`: from the packaged models, or from its card in `folder` or on the hub."""
-    known = PACKAGED.get(name.removeprefix("builtin:"))
-    if known is not None:
-        return known.license
+    entry = PACKAGED.get(name.removeprefix("builtin:"))
+    if entry is not None:
+        return entry.license
     license_name: object = None
     if (folder / "README.md").is_file():
         with suppress(ValueError, TypeError, KeyError):

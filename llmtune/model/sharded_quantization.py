@@ -25,8 +25,8 @@ class ShardableLinear4bit(Linear4bit):  # type: ignore[misc]
         self.quant_state.absmax = self.absmax
         # FSDP puts the shard back after the forward pass; until then PEFT's DoRA unpacks the weight too.
         self.weight = Params4bit(self.weight, quant_state=self.quant_state, bnb_quantized=True)
-        found: torch.Tensor = super().forward(x)
-        return found
+        output: torch.Tensor = super().forward(x)
+        return output
 
 
 @torch.no_grad()
@@ -64,9 +64,9 @@ def move_states(model: torch.nn.Module, device: torch.device) -> set[torch.nn.Pa
             _move_state(module.quant_state, device)
         for leaf, state in vars(module).get(PACKED_EXPERTS, {}).items():
             _move_state(state, device)
-            own = module.get_parameter(leaf)
-            number = torch.zeros((), dtype=own.dtype, device=device)
-            placeholder = _frozen(number.expand(own.shape))
+            parameter = module.get_parameter(leaf)
+            number = torch.zeros((), dtype=parameter.dtype, device=device)
+            placeholder = _frozen(number.expand(parameter.shape))
             module.register_parameter(leaf, placeholder)
             placeholders.add(placeholder)
     return placeholders

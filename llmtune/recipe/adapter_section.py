@@ -179,14 +179,14 @@ class AdapterSection(RecipeSection):
         )
 
     def _check_options(self, diagnostics: Diagnostics) -> None:
-        known = options_of(self.method)
+        allowed = options_of(self.method)
         for name, value in self.options.items():
             key = f"adapter.{name}"
-            if name in known:
-                for what, fix in find_misfits(name, value, known[name]):
+            if name in allowed:
+                for what, fix in find_misfits(name, value, allowed[name]):
                     diagnostics.add(key, f"adapter.method: {self.method}: {what}", fix, "adapter.method")
                 needed, wanted = NEEDED.get(name, ("", None))
-                if needed in known and (now := getattr(self, needed, known[needed]["default"])) != wanted:
+                if needed in allowed and (now := getattr(self, needed, allowed[needed]["default"])) != wanted:
                     why, fix = (
                         f"with adapter.{needed}: {_option_text(now)}",
                         f"Set that to {_option_text(wanted)}, or remove this.",
@@ -194,12 +194,14 @@ class AdapterSection(RecipeSection):
                     diagnostics.no_effect(key, why, fix, f"adapter.{needed}")
             elif others := readers_of(name):
                 what = f"'{key}' has no effect with adapter.method: {self.method}: it is an option of"
-                fix = f"{nearest(name, list(known))} Options of {self.method}: {', '.join(known) or 'none'}.".strip()
+                fix = (
+                    f"{nearest(name, list(allowed))} Options of {self.method}: {', '.join(allowed) or 'none'}.".strip()
+                )
                 diagnostics.add(key, f"{what} {', '.join(others)}", fix, "adapter.method")
 
     def _check_method(self, diagnostics: Diagnostics, variant: TaskVariant, add_tokens: bool) -> None:
         """Report methods that llmtune cannot train, and LoRA keys that the method does not have."""
-        key, known = "adapter.method", options_of(self.method)
+        key, allowed = "adapter.method", options_of(self.method)
         if reason := REFUSED_METHODS.get(self.method):
             what = f"'{key}' is {self.method}, which llmtune cannot train: {reason}"
             diagnostics.add(key, what, "Use another method, e.g. lora.")
@@ -223,13 +225,13 @@ class AdapterSection(RecipeSection):
             what = f"'adapter.start_from' does not work with {key}: {self.method}: it continues LoRA adapters only"
             diagnostics.add("adapter.start_from", what, "Use lora or qlora, or remove it.", key)
         for name in LORA_KEYS:
-            idle = name not in known and not (name in RESOLVED_KEYS and "target_modules" in known)
+            idle = name not in allowed and not (name in RESOLVED_KEYS and "target_modules" in allowed)
             default = diagnostics.assume_stated and name not in self.model_fields_set and name not in RESOLVED_KEYS
-            stated = name in known and name in self.model_fields_set and getattr(self, name) is not None
-            for what, fix in find_misfits(name, getattr(self, name), known[name]) if stated else ():
+            stated = name in allowed and name in self.model_fields_set and getattr(self, name) is not None
+            for what, fix in find_misfits(name, getattr(self, name), allowed[name]) if stated else ():
                 diagnostics.add(f"adapter.{name}", f"{key}: {self.method}: {what}", fix, key)
             if idle or default:
-                fix = f"{nearest(name, list(known))} Options of {self.method}: {', '.join(known)}.".strip()
+                fix = f"{nearest(name, list(allowed))} Options of {self.method}: {', '.join(allowed)}.".strip()
                 diagnostics.none_has_effect(self, "adapter", (name,), f"with {key}: {self.method}", fix, key)
 
     def _check_lora(self, diagnostics: Diagnostics) -> None:

@@ -21,7 +21,7 @@ class Shipped:
 
     name: str
     task: str
-    about: str
+    description: str
     """The first comment line of the file."""
     file: Path
 
@@ -77,12 +77,12 @@ def find_recipe(name_or_path: str | os.PathLike[str]) -> Path:
     bare = name.removesuffix(".yaml")
     if bare in shipped:
         return shipped[bare]
-    known = ", ".join(shipped) or "none"
+    names = ", ".join(shipped) or "none"
     if os.sep in name or name.endswith((".yaml", ".yml")):
         siblings = [file.name for file in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
         hint = nearest(path.name, siblings) or nearest(bare, list(shipped))
-        raise RecipeError.of(f"no such recipe file: {name}", None, f"Check the path.{hint} Shipped recipes: {known}.")
-    fix = f"{nearest(name, list(shipped))} Shipped: {known}.".strip()
+        raise RecipeError.of(f"no such recipe file: {name}", None, f"Check the path.{hint} Shipped recipes: {names}.")
+    fix = f"{nearest(name, list(shipped))} Shipped: {names}.".strip()
     raise RecipeError.of(f"recipe {name!r} not found: neither a file nor a shipped recipe", None, fix)
 
 

@@ -217,7 +217,7 @@ def describe_key_variable(name: str, endpoint: str) -> tuple[str, str] | None:
         return f"{name} does not end in _KEY or _TOKEN", fix
     host = endpoint_host(endpoint)
     service = next((word for word in SERVICE_HOSTS if name.startswith(f"{word}_")), None)
-    if service is None or any(f".{host}".endswith(f".{known}") for known in SERVICE_HOSTS[service]):
+    if service is None or any(f".{host}".endswith(f".{domain}") for domain in SERVICE_HOSTS[service]):
         return None
     return f"{name} is the key of another service, and would be sent to {host}", fix
 
@@ -291,32 +291,32 @@ def check_suite_gate(
     `suites` has every suite by name, `unused` the keys of `fairness` without effect.
     """
     name, _, metric = gate.metric.partition(".")
-    about = f"the gate {gate.text!r} uses"
-    suite, known = suites.get(name), SUITE_KEYS.get(name, {})
+    prefix = f"the gate {gate.text!r} uses"
+    suite, metric_keys = suites.get(name), SUITE_KEYS.get(name, {})
     if gate.metric in RETIRED:
         problem = retired_problem(gate.metric, None)
         diagnostics.add(key, problem.what, problem.fix or "")
     elif name not in suites:
         fix = f"{nearest(name, [*suites])} Studies: {', '.join(suites)}.".strip()
-        diagnostics.add(key, f"{about} an unknown study", fix)
+        diagnostics.add(key, f"{prefix} an unknown study", fix)
     elif not suite:
         fix = f"Set evaluate.{name}, or remove the gate."
-        diagnostics.add(key, f"{about} a study that is not run", fix, f"evaluate.{name}")
+        diagnostics.add(key, f"{prefix} a study that is not run", fix, f"evaluate.{name}")
     elif name == "benchmarks":
         if "." not in metric:  # lm-eval knows the tasks and metrics only after it has read the task files
             fix = "Write benchmarks.TASK.METRIC, such as benchmarks.arc_easy.acc."
             diagnostics.add(key, f"the gate {gate.text!r} names a task without a metric", fix)
-    elif metric not in known:
-        fix = f"{nearest(metric, [*known])} Metrics of evaluate.{name}: {', '.join(known)}.".strip()
-        diagnostics.add(key, f"{about} an unknown metric", fix)
+    elif metric not in metric_keys:
+        fix = f"{nearest(metric, [*metric_keys])} Metrics of evaluate.{name}: {', '.join(metric_keys)}.".strip()
+        diagnostics.add(key, f"{prefix} an unknown metric", fix)
     else:
-        source = f"evaluate.{name}.{known[metric]}"
-        files = getattr(suite, known[metric])
-        if name == "fairness" and known[metric] in unused:
-            diagnostics.add(key, f"{about} a metric that is not measured here", "Remove it.", source)
+        source = f"evaluate.{name}.{metric_keys[metric]}"
+        files = getattr(suite, metric_keys[metric])
+        if name == "fairness" and metric_keys[metric] in unused:
+            diagnostics.add(key, f"{prefix} a metric that is not measured here", "Remove it.", source)
         elif not files:
             fix = f"Give {source} something to measure, or remove the gate."
-            diagnostics.add(key, f"{about} a metric that is not measured", fix, source)
+            diagnostics.add(key, f"{prefix} a metric that is not measured", fix, source)
 
 
 def suite_name(task: str) -> str:

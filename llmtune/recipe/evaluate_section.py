@@ -251,14 +251,14 @@ class EvaluateSection(RecipeSection):
                 diagnostics.add(f"evaluate.metrics.{i}", f"'{metric}' cannot be measured{why}", fix, key)
 
     def _check_metrics(self, diagnostics: Diagnostics, variant: TaskVariant) -> None:
-        key, known = "evaluate.metrics", variant.facts.metrics
+        key, allowed = "evaluate.metrics", variant.facts.metrics
         if not self.metrics and diagnostics.stated(key):
             diagnostics.add(key, f"'{key}' is empty", "Name a metric, or remove the key to use the task's metrics.")
         for i, metric in enumerate(self.metrics):
             if is_own_metric(metric):
                 self._check_own_metric(diagnostics, f"{key}.{i}", metric, variant)
-            elif at_ten(metric) not in known:
-                fix = f"{nearest(metric, known)} Metrics of task: {variant.task}: {', '.join(known)}."
+            elif at_ten(metric) not in allowed:
+                fix = f"{nearest(metric, allowed)} Metrics of task: {variant.task}: {', '.join(allowed)}."
                 fix = "Name a function in it: FILE.py:FUNCTION." if metric.endswith(".py") else fix.strip()
                 diagnostics.add(f"{key}.{i}", f"unknown metric '{metric}'", fix, "task")
         diagnostics.repeated(key, tuple(map(metric_name, self.metrics)), "a metric")
@@ -296,8 +296,8 @@ class EvaluateSection(RecipeSection):
             diagnostics.no_effect("evaluate.limit", "without a metric on generated answers", fix, key)
 
     def _check_gates(self, diagnostics: Diagnostics, variant: TaskVariant, exports: Sequence[str]) -> None:
-        metrics, known = self.chosen_metrics(variant), variant.facts.metrics
-        if CUT_METRIC in known and variant.generates and self.predicted & set(metrics):
+        metrics, allowed = self.chosen_metrics(variant), variant.facts.metrics
+        if CUT_METRIC in allowed and variant.generates and self.predicted & set(metrics):
             metrics = tuple(dict.fromkeys((*metrics, CUT_METRIC)))
         decided = [metric for key in self.decisions for metric in DECISIONS[key]]
         for i, text in enumerate(self.gates):
@@ -317,13 +317,13 @@ class EvaluateSection(RecipeSection):
             elif adding := key_of_decision(gate.metric):
                 what = f"the gate {text!r} uses a metric that is not computed"
                 diagnostics.add(key, what, f"Set evaluate.{adding}.", f"evaluate.{adding}")
-            elif at_ten(gate.metric) in known:
+            elif at_ten(gate.metric) in allowed:
                 lacking = variant.unmeasured.get(gate.metric)
                 fix = f"Remove it: {lacking}." if lacking else f"Add {gate.metric} to evaluate.metrics."
                 what = f"the gate {text!r} uses a metric that is not computed"
                 diagnostics.add(key, what, fix, "evaluate.metrics")
             else:
-                fix = f"{nearest(gate.metric, known)} Computed metrics: {', '.join(metrics)}.".strip()
+                fix = f"{nearest(gate.metric, allowed)} Computed metrics: {', '.join(metrics)}.".strip()
                 diagnostics.add(key, f"the gate {text!r} uses an unknown metric", fix, "evaluate.metrics", "task")
 
     def _check_export_gate(

@@ -87,10 +87,12 @@ class MigrationTable:
 @cache
 def tables() -> dict[str, MigrationTable]:
     """Return the table of each supported tool, by file name."""
-    found = _read_tables()
-    trainer = MigrationTable.from_mapping(found["trainer"])
+    raw_tables = _read_tables()
+    trainer = MigrationTable.from_mapping(raw_tables["trainer"])
     return {
-        name: MigrationTable.from_mapping(found[name], trainer) for name in sorted(found) if "extends" in found[name]
+        name: MigrationTable.from_mapping(raw_tables[name], trainer)
+        for name in sorted(raw_tables)
+        if "extends" in raw_tables[name]
     }
 
 
@@ -123,8 +125,8 @@ class ForeignConfig:
     @classmethod
     def read(cls, file: Path, tool: str | None = None) -> ForeignConfig:
         """Read a file. Raises RecipeError if the file is from an unknown tool, or `tool` is unknown."""
-        known = _known_tools()
-        if tool is not None and tool not in known:
+        tools = _known_tools()
+        if tool is not None and tool not in tools:
             fix = f"{nearest(tool, list(tables()))} Tools: {', '.join(tables())}.".strip()
             raise RecipeError.of(f"unknown tool {tool!r}", "--tool", fix)
         text, name, folder = read_recipe_text(file), file_label(file), file.absolute().parent
@@ -134,7 +136,7 @@ class ForeignConfig:
         commands = [] if is_data else [*_find_commands(text)]
         command = commands[0] if commands else None
         nested = {} if command else _read_nested(text, name, file)
-        table = known[tool] if tool else command[0] if command else _recognize(nested, name)
+        table = tools[tool] if tool else command[0] if command else _recognize(nested, name)
         if table.retired:
             raise RecipeError.of(f"llmtune no longer migrates configurations of {table.tool}", name, _INSTEAD)
         if command is None:
@@ -199,8 +201,8 @@ def _find_commands(text: str) -> Iterator[tuple[MigrationTable, list[str], list[
         if all(name.isidentifier() and equals for name, equals, _ in pairs):
             assigned |= {name: value for name, _, value in pairs}
             continue
-        if found := _find_program(words):
-            yield found
+        if command := _find_program(words):
+            yield command
 
 
 def _find_program(words: list[str]) -> tuple[MigrationTable, list[str], list[str]] | None:
@@ -218,7 +220,7 @@ def _find_program(words: list[str]) -> tuple[MigrationTable, list[str], list[str
 
 def _without_comment(line: str) -> str:
     """Return a script line without its comment; unlike in shlex, a `#` within a word does not start a comment."""
-    return re.sub(r"""('[^']*'|"(?:\\.|[^"\\])*"|\\.)|(?<!\S)#.*""", lambda found: found[1] or "", line)
+    return re.sub(r"""('[^']*'|"(?:\\.|[^"\\])*"|\\.)|(?<!\S)#.*""", lambda match: match[1] or "", line)
 
 
 def _read_options(table: MigrationTable, words: list[str], file: Path) -> tuple[dict[str, object], RecipeValues]:
@@ -261,13 +263,13 @@ def _read_options(table: MigrationTable, words: list[str], file: Path) -> tuple[
 
 def _read_processes(words: list[str]) -> dict[str, object]:
     """Return the process counts in a launcher's options, or in variables such as `NPROC_PER_NODE=4`."""
-    found: dict[str, object] = {}
+    counts: dict[str, object] = {}
     for word, after in pairwise([*words, ""]):
         option, equals, value = word.partition("=")
         name = option.removeprefix("--").replace("-", "_").lower()
         if name in LAUNCHED and (equals or option.startswith("--")):
-            found[name] = _value(value if equals else after)
-    return found
+            counts[name] = _value(value if equals else after)
+    return counts
 
 
 def _value(word: str) -> object:

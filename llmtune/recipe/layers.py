@@ -26,12 +26,12 @@ LISTS = {("deploy",): "products"}
 
 
 def read_layers(
-    path: Path, known: Collection[str] = (), chain: tuple[Path, ...] = (), stated_at: str | None = None
+    path: Path, recipe_keys: Collection[str] = (), chain: tuple[Path, ...] = (), stated_at: str | None = None
 ) -> Node:
     """Read a recipe file and all files it extends; `stated_at` is the place of the `extends` that names it.
 
-    With `known`, the keys of a recipe, each extended file must have at least one of them. Otherwise a foreign recipe
-    could extend a file with secrets, and error messages would show its keys. Raises RecipeError.
+    With `recipe_keys`, each extended file must have at least one of them. Otherwise a foreign recipe could extend a
+    file with secrets, and error messages would show its keys. Raises RecipeError.
     """
     real = Path(os.path.realpath(path))
     if real in chain:
@@ -50,18 +50,18 @@ def read_layers(
         fix = "Write `key: value` lines, e.g. `task: chat`."
         raise RecipeError.of("the recipe is not a mapping of keys", root.origin, fix)
     keys = dict(root.value)
-    if stated_at is not None and known and keys and not keys.keys() & {"extends", *known}:
+    if stated_at is not None and recipe_keys and keys and not keys.keys() & {"extends", *recipe_keys}:
         fix = "Extend a recipe. Messages do not show the text of other files."
         raise RecipeError.of(f"{file_label(path)} is not a recipe: it has no recipe key", stated_at, fix)
     extends = keys.pop("extends", None)
-    own = Node(keys, root.origin, folder)
+    layer = Node(keys, root.origin, folder)
     if extends is None or extends.value is None:
-        return own
+        return layer
     if not isinstance(extends.value, str) or not extends.value:
         what = "'extends' must be the path of one recipe file"
         raise RecipeError.of(what, extends.origin, "Write `extends: base.yaml`.")
     below = Path(os.path.join(folder, os.path.expanduser(extends.value)))
-    return overlay(read_layers(below, known, (*chain, real), extends.origin), own)
+    return overlay(read_layers(below, recipe_keys, (*chain, real), extends.origin), layer)
 
 
 def overlay(below: Node, above: Node, key: tuple[str, ...] = ()) -> Node:

@@ -129,8 +129,8 @@ class Migration:
 
         Their original keys become refused, or not needed if they have no effect.
         """
-        found = [ours for ours in self.settings if ours == where or ours.startswith(f"{where}.")]
-        for ours in found:
+        matches = [ours for ours in self.settings if ours == where or ours.startswith(f"{where}.")]
+        for ours in matches:
             setting = self.settings.pop(ours)
             for key in setting.keys:
                 if key in self.moved:
@@ -142,7 +142,7 @@ class Migration:
                         self.moved[part] = Moved(part, setting.value, state, (), why)
                     else:
                         self.moved[key] = replace(self.moved[key], state=state, to=(), why=why)
-        return bool(found)
+        return bool(matches)
 
 
 def move(migration: Migration, key: str, value: object) -> None:
@@ -198,11 +198,11 @@ def apply_rule(migration: Migration, key: str, value: object, rule: Mapping[str,
     if "positive" in rule and isinstance(value, int | float) and value <= 0:
         migration.settle(key, value, rule["positive"])
         return
-    found = _targets(migration, key, value, rule, source)
-    if isinstance(found, str):
-        migration.settle(key, value_there, found, ok=False)
+    targets = _targets(migration, key, value, rule, source)
+    if isinstance(targets, str):
+        migration.settle(key, value_there, targets, ok=False)
     else:
-        _put_all(migration, key, value_there, {**found, **rule.get("then", {})}, rule, source)
+        _put_all(migration, key, value_there, {**targets, **rule.get("then", {})}, rule, source)
 
 
 def _targets(
@@ -295,11 +295,11 @@ def _move_sources(migration: Migration, parent: str, value: Any, rule: Mapping[s
             number += 1
             for key, item in (keys | ({files: file} if files else {})).items():
                 for name, one in inner.flatten({key: item}):
-                    known = inner.find(name)
-                    if known is None and one is not None:
+                    key_rule = inner.find(name)
+                    if key_rule is None and one is not None:
                         migration.settle(f"{parent}[{index}].{name}", one, UNKNOWN, ok=False)
-                    elif known is not None:
-                        apply_rule(migration, f"{parent}[{index}].{name}", one, known, f"{rule['sources']}.{number}")
+                    elif key_rule is not None:
+                        apply_rule(migration, f"{parent}[{index}].{name}", one, key_rule, f"{rule['sources']}.{number}")
     return {} if number >= 0 else "it names no known rows"
 
 

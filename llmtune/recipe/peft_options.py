@@ -133,13 +133,13 @@ def find_misfits(name: str, value: object, option: Option) -> Iterator[tuple[str
     elif allowed == ["int"] and cast(int, value) < 1 and "seed" not in name and option["default"] not in (0, -1):
         yield f"'{name}' is {value}", "It must be at least 1."
     elif isinstance(value, dict) and "options" in option:
-        known = option["options"]
+        inner_options = option["options"]
         for key, inner in value.items():
-            if key not in known:
-                fix = f"{nearest(key, list(known))} Allowed: {', '.join(known)}.".strip()
+            if key not in inner_options:
+                fix = f"{nearest(key, list(inner_options))} Allowed: {', '.join(inner_options)}.".strip()
                 yield f"'{name}.{key}' is unknown", fix
             else:
-                yield from find_misfits(f"{name}.{key}", inner, known[key])
+                yield from find_misfits(f"{name}.{key}", inner, inner_options[key])
 
 
 def _is_kind(value: object, kind: str) -> bool:

@@ -167,39 +167,41 @@ class Recipe(RecipeSection):
             hindrance = "with adapter.method: full no adapter can be switched off"
         elif adapter.bias != "none":
             hindrance = f"with adapter.bias: {adapter.bias} a model differs from its base even with its adapter off"
-        own = self._own_section()
+        section = self._own_section()
         return TaskVariant(
             self.task,
-            objective=own.objective if isinstance(own, CompletionSection) else None,
-            style=own.style if isinstance(own, QaSection) else None,
-            loss=own.loss if isinstance(own, PreferenceSection) else None,
+            objective=section.objective if isinstance(section, CompletionSection) else None,
+            style=section.style if isinstance(section, QaSection) else None,
+            loss=section.loss if isinstance(section, PreferenceSection) else None,
             kl_hindrance=hindrance,
         )
 
     @property
     def classes(self) -> tuple[str, ...]:
         """Return the names of classes or entity types that the recipe lists, or that were inferred."""
-        own = self._own_section()
-        return own.labels or () if isinstance(own, ClassifySection | TokenClassifySection) else ()
+        section = self._own_section()
+        return section.labels or () if isinstance(section, ClassifySection | TokenClassifySection) else ()
 
     def with_section(self, **update: object) -> Recipe:
         """Return the recipe with these values in the section of its task."""
-        own = self._own_section()
-        assert own is not None
-        return self.model_copy(update={str(TASK_FACTS[self.task].section): own.model_copy(update=update)})
+        section = self._own_section()
+        assert section is not None
+        return self.model_copy(update={str(TASK_FACTS[self.task].section): section.model_copy(update=update)})
 
     def with_classes(self, names: Sequence[str]) -> Recipe:
         """Return the recipe with these names of classes or entity types; unchanged without any."""
-        own = self._own_section()
-        if not names or not isinstance(own, ClassifySection | TokenClassifySection):
+        section = self._own_section()
+        if not names or not isinstance(section, ClassifySection | TokenClassifySection):
             return self
         return self.with_section(labels=tuple(names))
 
     @property
     def renames(self) -> dict[str, str]:
         """Return the last new name of each class that the recipe renames."""
-        own = self._own_section()
-        return follow_renames(own.rename or {}) if isinstance(own, ClassifySection | TokenClassifySection) else {}
+        section = self._own_section()
+        return (
+            follow_renames(section.rename or {}) if isinstance(section, ClassifySection | TokenClassifySection) else {}
+        )
 
     def task_section(self) -> dict[str, object] | None:
         """Return the task's own section, including inferred labels once they are known."""

@@ -64,39 +64,39 @@ SHORTEST_KEY, SHORTEST_WORD = 8, 20
 """Minimum length of keys to remove: local servers take EMPTY, and production is the value of some APP_KEY."""
 
 
-def redact(text: str, known: Collection[str] = ()) -> str:
-    """Replace tokens, keys, passwords in URLs, authorization headers and `known` secrets by `[removed]`."""
-    for secret in known:
+def redact(text: str, secrets: Collection[str] = ()) -> str:
+    """Replace tokens, keys, passwords in URLs, authorization headers and `secrets` by `[removed]`."""
+    for secret in secrets:
         text = text.replace(secret, REMOVED)
     text = PRIVATE_KEY.sub(REMOVED, text)
-    text = IN_URL.sub(lambda found: found["head"] + REMOVED + "@", text)
-    text = IN_QUERY.sub(lambda found: found["head"] + REMOVED, text)
-    text = HEADER.sub(lambda found: found["head"] + REMOVED, text)
-    text = BEARER.sub(lambda found: found["head"] + REMOVED, text)
+    text = IN_URL.sub(lambda match: match["head"] + REMOVED + "@", text)
+    text = IN_QUERY.sub(lambda match: match["head"] + REMOVED, text)
+    text = HEADER.sub(lambda match: match["head"] + REMOVED, text)
+    text = BEARER.sub(lambda match: match["head"] + REMOVED, text)
     text = TOKEN.sub(REMOVED, text)
-    return ASSIGNED.sub(lambda found: (found["head"] or found["head2"]) + REMOVED, text)
+    return ASSIGNED.sub(lambda match: (match["head"] or match["head2"]) + REMOVED, text)
 
 
-def redact_all(value: T, known: Collection[str] = ()) -> T:
+def redact_all(value: T, secrets: Collection[str] = ()) -> T:
     """Redact every string in a nested value, and replace the values of secret keys."""
     redacted: Any = value
     if isinstance(value, str):
-        redacted = redact(value, known)
+        redacted = redact(value, secrets)
     elif isinstance(value, Mapping):
-        redacted = {redact(str(key), known): hide(str(key), item, known) for key, item in value.items()}
+        redacted = {redact(str(key), secrets): hide(str(key), item, secrets) for key, item in value.items()}
     elif isinstance(value, list | tuple):
-        redacted = [redact_all(item, known) for item in value]
+        redacted = [redact_all(item, secrets) for item in value]
     elif is_dataclass(value) and not isinstance(value, type):
         redacted = replace(
-            value, **{field.name: hide(field.name, getattr(value, field.name), known) for field in fields(value)}
+            value, **{field.name: hide(field.name, getattr(value, field.name), secrets) for field in fields(value)}
         )
     return cast(T, redacted)
 
 
-def hide(key: str, value: object, known: Collection[str] = ()) -> object:
+def hide(key: str, value: object, secrets: Collection[str] = ()) -> object:
     """Redact the value of one key; replace the value of a secret key completely, whatever its type."""
     is_secret = bool(SECRET_KEY.fullmatch(key)) and not isinstance(value, bool) and value not in (None, "")
-    return REMOVED if is_secret else redact_all(value, known)
+    return REMOVED if is_secret else redact_all(value, secrets)
 
 
 def secret_values(value: object, secret: bool = False) -> Iterator[str]:
@@ -137,13 +137,13 @@ def redact_yaml(text: str) -> str:
 
 def _hide_within(node: object) -> bool:
     """Replace the values of secret keys in place; return whether any existed."""
-    found = False
+    any_hidden = False
     for key, item in node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ():
         if isinstance(key, str) and hide(key, item) == REMOVED:
-            cast(dict[str, object], node)[key], found = REMOVED, True
+            cast(dict[str, object], node)[key], any_hidden = REMOVED, True
         else:
-            found |= _hide_within(item)
-    return found
+            any_hidden |= _hide_within(item)
+    return any_hidden
 
 
 def holds_secret(name: str, value: object) -> bool:

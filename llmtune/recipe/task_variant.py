@@ -69,9 +69,9 @@ class TaskVariant:
         """Return the preference metrics that the loss or the adapter does not have, each with the reason."""
         if self.loss is None:
             return {}
-        known = LOSS_METRICS[self.loss]
+        loss_metrics = LOSS_METRICS[self.loss]
         reason = f"preference.loss: {self.loss} does not have it"
-        missing = {name: reason for name in self.facts.metrics if name not in known}
+        missing = {name: reason for name in self.facts.metrics if name not in loss_metrics}
         if self.kl_hindrance:
             missing.setdefault("kl", self.kl_hindrance)
         return missing

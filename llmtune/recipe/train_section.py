@@ -204,12 +204,12 @@ class TrainSection(RecipeSection):
             diagnostics.no_effect(key, "if nothing uses the best checkpoint", fix, "train.load_best_model_at_end")
 
     def _check_metrics(self, diagnostics: Diagnostics, variant: TaskVariant) -> None:
-        key, known = "train.eval_metrics", variant.eval_metrics
+        key, allowed = "train.eval_metrics", variant.eval_metrics
         diagnostics.repeated(key, self.eval_metrics, "a metric")
         for i, metric in enumerate(self.eval_metrics):
-            if at_ten(metric) not in known:
+            if at_ten(metric) not in allowed:
                 lacking = "is measured anyway" if metric == "loss" else "cannot be measured while training"
-                fix = f"{nearest(metric, known)} Allowed: {', '.join(known)}.".strip()
+                fix = f"{nearest(metric, allowed)} Allowed: {', '.join(allowed)}.".strip()
                 diagnostics.add(f"{key}.{i}", f"'{metric}' {lacking}", fix, "task")
         chosen = self.metric_for_best_model
         if chosen in NEAREST_TO_ONE:
@@ -218,8 +218,8 @@ class TrainSection(RecipeSection):
         elif chosen not in ("loss", *self.eval_metrics):
             fix = (
                 f"Add {chosen} to {key}."
-                if at_ten(chosen) in known
-                else f"{nearest(chosen, known)} Or use loss.".strip()
+                if at_ten(chosen) in allowed
+                else f"{nearest(chosen, allowed)} Or use loss.".strip()
             )
             what = f"'train.metric_for_best_model' is {chosen!r}, which is not measured while training"
             diagnostics.add("train.metric_for_best_model", what, fix, key)
@@ -235,13 +235,13 @@ class TrainSection(RecipeSection):
             what = f"'train.optim' is {self.optim}, which allows no learning rate schedule except a warm-up"
             fix = "Set train.lr_scheduler_type: constant_with_warmup."
             diagnostics.add("train.lr_scheduler_type", what, fix, "train.optim")
-        known = next((names for name, names in OPTIM_ARGS.items() if self.optim.startswith(name)), ())
-        for name in [name for name in self.optim_args if known and name not in known]:
+        allowed = next((names for name, names in OPTIM_ARGS.items() if self.optim.startswith(name)), ())
+        for name in [name for name in self.optim_args if allowed and name not in allowed]:
             what = f"'train.optim_args.{name}' has no effect with train.optim: {self.optim}"
-            fix = f"{nearest(name, known)} Allowed: {', '.join(known)}.".strip()
+            fix = f"{nearest(name, allowed)} Allowed: {', '.join(allowed)}.".strip()
             diagnostics.add(f"train.optim_args.{name}", what, fix, "train.optim")
         readers = {"adam_beta1": BETAS, "adam_beta2": BETAS, "adam_epsilon": EPSILON}
-        readers["optim_args"] = (self.optim,) if known else ()
+        readers["optim_args"] = (self.optim,) if allowed else ()
         for name, beginnings in readers.items():
             if not self.optim.startswith(beginnings):
                 why, fix = f"with train.optim: {self.optim}", "Remove it, or use another optimiser."
@@ -249,11 +249,11 @@ class TrainSection(RecipeSection):
 
     def _check_schedule(self, diagnostics: Diagnostics) -> None:
         schedule, options = self.lr_scheduler_type, self.lr_scheduler_kwargs
-        known = SCHEDULE_OPTIONS[schedule]
+        allowed = SCHEDULE_OPTIONS[schedule]
         key, because = "train.lr_scheduler_kwargs", "train.lr_scheduler_type"
         for name in options:
-            if name not in known:
-                fix = f"{nearest(name, known)} Options of {schedule}: {', '.join(known) or 'none'}.".strip()
+            if name not in allowed:
+                fix = f"{nearest(name, allowed)} Options of {schedule}: {', '.join(allowed) or 'none'}.".strip()
                 what = f"'{key}.{name}' has no effect with {because}: {schedule}"
                 diagnostics.add(f"{key}.{name}", what, fix, because)
         if schedule == "cosine_with_min_lr" and len({"min_lr", "min_lr_rate"} & set(options)) != 1:

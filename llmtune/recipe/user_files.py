@@ -32,11 +32,11 @@ class NotAFileError(OSError):
 
 def check_regular(path: Path) -> os.stat_result:
     """Return the `stat` of a regular file; raises OSError (NotAFileError) for everything else."""
-    found = os.stat(path)
+    status = os.stat(path)
     for is_kind, name in _KINDS:
-        if is_kind(found.st_mode):
+        if is_kind(status.st_mode):
             raise NotAFileError(errno.EINVAL, f"it is {name}, not a regular file", str(path))
-    return found
+    return status
 
 
 class RegularFile(io.FileIO):
@@ -85,10 +85,10 @@ def walk_files(folder: Path, *, hidden: bool = False, follow: bool = False) -> I
     below = [str(folder)]
     while below:
         name = below.pop()
-        about = os.stat(name)
-        if (about.st_dev, about.st_ino) in seen:
+        status = os.stat(name)
+        if (status.st_dev, status.st_ino) in seen:
             continue
-        seen.add((about.st_dev, about.st_ino))
+        seen.add((status.st_dev, status.st_ino))
         if len(seen) > MAX_FOLDERS:
             raise OSError(errno.E2BIG, f"it contains more than {MAX_FOLDERS:,} folders", str(folder))
         with os.scandir(name) as entries:

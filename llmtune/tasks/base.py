@@ -72,8 +72,8 @@ class Task(TrainedTask, Generic[RowT, PredictionT]):
 
     def stated_inputs(self, row: RowT, recipe: Recipe) -> dict[str, str | None]:
         """Return the optional inputs that a row states, such as its languages."""
-        known = cast(Mapping[str, str | None], row)
-        return {name: known.get(name) for name in self.optional_inputs}
+        fields = cast(Mapping[str, str | None], row)
+        return {name: fields.get(name) for name in self.optional_inputs}
 
     def prepare_processor(self, processor: PreTrainedTokenizerBase, recipe: Recipe) -> None:
         """Set in place what a tokenizer needs to know from the recipe, such as a spoken language."""

@@ -124,9 +124,9 @@ def names_of(label: Label) -> list[str]:
 
 def sort_names(names: set[str], config: PretrainedConfig) -> list[str]:
     """Return class names in the model's order, if it has these names; else sorted, integers by size."""
-    own = [str(name) for _, name in sorted((getattr(config, "id2label", None) or {}).items())]
-    if len(own) == len(names) and set(own) == names:
-        return own
+    model_names = [str(name) for _, name in sorted((getattr(config, "id2label", None) or {}).items())]
+    if len(model_names) == len(names) and set(model_names) == names:
+        return model_names
     return sorted(names, key=lambda name: (int(name), name)) if all(map(WHOLE.fullmatch, names)) else sorted(names)
 
 
@@ -149,16 +149,16 @@ def choose_label_metrics(stated: Sequence[str], kind: str) -> tuple[str, ...]:
     """
     from llmtune.evaluate.classification_metrics import CLASS_METRICS  # late: imports numpy
 
-    own = TASK_FACTS["classify"].default_metrics
-    if tuple(stated) in ((), own):
-        return {"regression": REGRESSION_METRICS, "multi": MULTI_METRICS}.get(kind, own)
+    defaults = TASK_FACTS["classify"].default_metrics
+    if tuple(stated) in ((), defaults):
+        return {"regression": REGRESSION_METRICS, "multi": MULTI_METRICS}.get(kind, defaults)
     of_choices = () if kind == "regression" else CALIBRATION
-    known = ("loss", *CLASS_METRICS[kind], *of_choices)  # type: ignore[index]
-    fix = f"Metrics of these labels: {', '.join(known)}."
+    allowed = ("loss", *CLASS_METRICS[kind], *of_choices)  # type: ignore[index]
+    fix = f"Metrics of these labels: {', '.join(allowed)}."
     what = f"the labels are of the kind '{kind}', which does not support {{}}"
     RecipeError.collect(
         Problem(what.format(name), "evaluate.metrics", fix)
         for name in stated
-        if name not in known and not is_own_metric(name)
+        if name not in allowed and not is_own_metric(name)
     )
     return tuple(stated)

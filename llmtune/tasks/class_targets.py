@@ -59,5 +59,7 @@ def fit_labels(
     else:
         true_NK = true_classes(kind, targets, section.labels or ())
         wanted = true_NK.argmax(1) if kind == "single" else true_NK
-    texts, asked = (["\n".join([row["text"], row.get("pair") or ""]) for row in rows] for rows in (usable, prompts))
-    return fit_tfidf(kind, texts, wanted, len(section.labels or ()), asked)
+    texts, prompt_texts = (
+        ["\n".join([row["text"], row.get("pair") or ""]) for row in rows] for rows in (usable, prompts)
+    )
+    return fit_tfidf(kind, texts, wanted, len(section.labels or ()), prompt_texts)

@@ -139,8 +139,8 @@ class Embed(ReadingTask[EmbedRow, Vectors]):
 
     def split_answer(self, row: EmbedRow) -> tuple[EmbedRow, str]:
         """Return the texts of a row, and their known passage, score or label."""
-        known = row["label"] if row["score"] is None else f"{row['score']:g}"
-        return {**row, "score": None, "label": None}, known or "\n".join(row["passages"])
+        answer = row["label"] if row["score"] is None else f"{row['score']:g}"
+        return {**row, "score": None, "label": None}, answer or "\n".join(row["passages"])
 
     def reference(self, row: EmbedRow) -> EmbedRow:
         """Return the row."""
@@ -155,17 +155,17 @@ class Embed(ReadingTask[EmbedRow, Vectors]):
                 queries.add(text_key(row["query"]))
                 passages.update(map(text_key, row["passages"]))
         shared = [len(new & old) for new, old in zip(held_out, trained, strict=True)]
-        found, searched = map(len, held_out)
+        query_count, passage_count = map(len, held_out)
         notes = {
             "vectors": describe_settings(embed_section(recipe)),
-            "queries": f"{found:,}; {shared[0]:,} also occur in training rows",
+            "queries": f"{query_count:,}; {shared[0]:,} also occur in training rows",
         }
-        if searched:
+        if passage_count:
             corpus = f"the passages and negatives of the {split} rows"
             if recipe.data.corpus and split == "test":
                 further = {*map(text_key, load_corpus(rows.folder))} - held_out[1]
                 corpus = f"data.corpus ({len(further):,} further passages), and {corpus}"
-            notes["passages"] = f"{corpus}; {shared[1]:,} of {searched:,} passages also occur in training rows"
+            notes["passages"] = f"{corpus}; {shared[1]:,} of {passage_count:,} passages also occur in training rows"
         return notes
 
     def encode_row(self, row: EmbedRow, processor: PreTrainedTokenizerBase, recipe: Recipe) -> Encoded:
@@ -267,10 +267,10 @@ class Embed(ReadingTask[EmbedRow, Vectors]):
     def predict(self, rows: Sequence[EmbedRow], loaded: LoadedModel) -> list[Vectors]:
         """Return the vectors of each row's texts."""
         named = [named_texts(row) for row in rows]
-        asked = dict.fromkeys((name == "query", text) for row in named for name, text in row)
-        found = dict(zip(asked, embed_texts([*asked], loaded), strict=True))
+        unique_texts = dict.fromkeys((name == "query", text) for row in named for name, text in row)
+        vectors = dict(zip(unique_texts, embed_texts([*unique_texts], loaded), strict=True))
         loaded.advance(len(rows))
-        return [{name: found[name == "query", text].tolist() for name, text in row} for row in named]
+        return [{name: vectors[name == "query", text].tolist() for name, text in row} for row in named]
 
     def embed_passages(self, passages: Sequence[str], loaded: LoadedModel) -> NDArray[np.float32]:
         """Return the vectors of passages."""

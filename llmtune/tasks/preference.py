@@ -354,7 +354,9 @@ def encode_mismatched(
     Longer examples are cut to `data.max_length`.
     """
     limit = recipe.data.max_length
-    others = [next((a for a in (*answers[i + 1 :], *answers) if a != own), own) for i, own in enumerate(answers)]
+    others = [
+        next((a for a in (*answers[i + 1 :], *answers) if a != answer), answer) for i, answer in enumerate(answers)
+    ]
     whole = recipe.model_copy(update={"data": recipe.data.model_copy(update={"max_length": 1 << 30})})
     encoded = encode_answers(rows, others, processor, whole)
     return [parts if isinstance(parts, str) else [cut_example(part, limit) for part in parts] for parts in encoded]

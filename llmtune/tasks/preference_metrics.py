@@ -56,12 +56,16 @@ def measure_preferences(
     count half.
     """
     if metric == "kl":
-        known = all("kl" in one for one in ratings)
-        return measure_means("kl", [one["kl"] for one in ratings], KL_SIGNATURE) if known else None
+        has_kl = all("kl" in one for one in ratings)
+        return measure_means("kl", [one["kl"] for one in ratings], KL_SIGNATURE) if has_kl else None
     reward = REWARDS.get(settings.loss, AGAINST)
     if settings.loss == "kto":
-        found = rewards(ratings, "answer", settings, base)
-        return None if found is None else _measure_thumbs(metric, found, np.array(thumbs, dtype=bool), reward)
+        answer_rewards = rewards(ratings, "answer", settings, base)
+        return (
+            None
+            if answer_rewards is None
+            else _measure_thumbs(metric, answer_rewards, np.array(thumbs, dtype=bool), reward)
+        )
     better, worse = (rewards(ratings, name, settings, base) for name in ("chosen", "rejected"))
     if better is None or worse is None:
         return None

@@ -44,11 +44,13 @@ def window_seconds(extract: FeatureExtractor, recipe: Recipe) -> float:
     """
     default = SpeechSection().window_seconds
     stated = recipe.speech.window_seconds if recipe.speech else default
-    own = float(getattr(extract, "chunk_length", None) or stated)
-    if stated > max(own, default):
-        fix = f"Set it to {own:g} or less."
-        raise RecipeError.of(f"it is {stated:g}, but the model takes {own:g} s at once", "speech.window_seconds", fix)
-    return min(stated, own)
+    model_seconds = float(getattr(extract, "chunk_length", None) or stated)
+    if stated > max(model_seconds, default):
+        fix = f"Set it to {model_seconds:g} or less."
+        raise RecipeError.of(
+            f"it is {stated:g}, but the model takes {model_seconds:g} s at once", "speech.window_seconds", fix
+        )
+    return min(stated, model_seconds)
 
 
 def read_windows(rows: Sequence[SpeechRow], extract: FeatureExtractor, recipe: Recipe) -> list[tuple[int, Waveform]]:
@@ -111,8 +113,8 @@ def spell(text: str, processor: PreTrainedTokenizerBase) -> list[int] | str:
     composed = unicodedata.normalize("NFC", text)
     for cased in (composed, composed.upper(), composed.lower()):
         kept = [c for c in cased if c in vocabulary or c.isspace() or is_heard(c)]
-        known = all(c in vocabulary or c.isspace() for c in kept)
-        ids = processor("".join(kept).strip(), add_special_tokens=False)["input_ids"] if known else []
+        fits_vocabulary = all(c in vocabulary or c.isspace() for c in kept)
+        ids = processor("".join(kept).strip(), add_special_tokens=False)["input_ids"] if fits_vocabulary else []
         if any(processor.convert_ids_to_tokens(i) in kept for i in ids):  # contains more than spaces
             return list(ids)
     unknown = [c for c in composed if is_heard(c) and not {c, c.upper(), c.lower()} & vocabulary.keys()]

@@ -39,9 +39,11 @@ def choose_variant(recipe: Recipe, config: PretrainedConfig, model: str) -> AnyT
         RecipeError: no variant supports the model. The error lists the required kinds of models.
     """
     variants = [variant for variant in VARIANTS[recipe.task] if variant.matches(recipe)]
-    own = getattr(config, "auto_map", None) or {}
+    auto_map = getattr(config, "auto_map", None) or {}
     for variant in variants:
-        if supports_task(config, variant) or (recipe.model.trust_remote_code and variant.model_kind.auto_class in own):
+        if supports_task(config, variant) or (
+            recipe.model.trust_remote_code and variant.model_kind.auto_class in auto_map
+        ):
             return variant
     needed = " or ".join(dict.fromkeys(variant.model_kind.auto_class for variant in variants))
     raise RecipeError.of(

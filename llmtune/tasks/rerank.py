@@ -80,12 +80,12 @@ class Rerank(ReadingTask[RerankRow, RerankPrediction]):
     def infer_labels(self, recipe: Recipe, rows: Rows, config: PretrainedConfig) -> Recipe:
         """Infer the highest relevance. Raises DataError if no passage is relevant, or all are equally."""
         section = rerank_section(recipe)
-        known = {value for _, row in iterate_rows(rows, "train") for value in row["relevances"]}
-        if len(known) == 1 or max(known) == 0:
+        relevances = {value for _, row in iterate_rows(rows, "train") for value in row["relevances"]}
+        if len(relevances) == 1 or max(relevances) == 0:
             fix = "Give each query relevant passages, and irrelevant ones with relevance 0."
-            fix += " Or mine irrelevant ones: data.negatives: {mine: 4}." if max(known) > 0 else ""
-            raise DataError.of(f"all passages have the relevance {max(known):g}", "data.train", fix)
-        highest = section.max_relevance or max(1.0, *known)
+            fix += " Or mine irrelevant ones: data.negatives: {mine: 4}." if max(relevances) > 0 else ""
+            raise DataError.of(f"all passages have the relevance {max(relevances):g}", "data.train", fix)
+        highest = section.max_relevance or max(1.0, *relevances)
         return recipe.model_copy(update={"rerank": section.model_copy(update={"max_relevance": highest})})
 
     def configure_head(self, config: PretrainedConfig, recipe: Recipe) -> None:
@@ -118,8 +118,8 @@ class Rerank(ReadingTask[RerankRow, RerankPrediction]):
     def row_notes(self, rows: Rows, split: str, recipe: Recipe) -> dict[str, str]:
         """Return the number of queries and passages, and of passages that training rows have too."""
         trained = {text_key(passage) for _, row in iterate_rows(rows, "train") for passage in row["passages"]}
-        found: list[Any] = [row for _, row in iterate_rows(rows, split)]
-        queries = [highest_relevances([found[i] for i in numbers]) for numbers in rows_by_query(found)]
+        split_rows: list[Any] = [row for _, row in iterate_rows(rows, split)]
+        queries = [highest_relevances([split_rows[i] for i in numbers]) for numbers in rows_by_query(split_rows)]
         passages = {passage for relevances in queries for passage in relevances}
         missing = sum(max(relevances.values()) <= RELEVANT for relevances in queries)
         tied = sum(min(relevances.values()) == max(relevances.values()) > RELEVANT for relevances in queries)
@@ -280,13 +280,13 @@ def ranked(scores: list[float]) -> RerankPrediction:
 def bm25(rows: Sequence[RerankRow]) -> list[list[float]]:
     """Score passages by Robertson and Zaragoza, "The Probabilistic Relevance Framework: BM25 and Beyond", 2009."""
     counts = {text_key(passage): Counter(words(passage)) for row in rows for passage in row["passages"]}
-    holders = Counter(word for found in counts.values() for word in found)
-    mean = sum(found.total() for found in counts.values()) / max(len(counts), 1) or 1.0
+    holders = Counter(word for word_counts in counts.values() for word in word_counts)
+    mean = sum(word_counts.total() for word_counts in counts.values()) / max(len(counts), 1) or 1.0
 
-    def score(query: list[str], found: Counter[str]) -> float:
-        norm = SATURATION * (1 - LENGTH_SHARE + LENGTH_SHARE * found.total() / mean)
+    def score(query: list[str], word_counts: Counter[str]) -> float:
+        norm = SATURATION * (1 - LENGTH_SHARE + LENGTH_SHARE * word_counts.total() / mean)
         rarity = {word: math.log1p((len(counts) - holders[word] + 0.5) / (holders[word] + 0.5)) for word in query}
-        return sum(rarity[word] * found[word] * (SATURATION + 1) / (found[word] + norm) for word in query)
+        return sum(rarity[word] * word_counts[word] * (SATURATION + 1) / (word_counts[word] + norm) for word in query)
 
     return [[score(words(row["query"]), counts[text_key(text)]) for text in row["passages"]] for row in rows]
 

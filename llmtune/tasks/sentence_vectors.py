@@ -49,17 +49,19 @@ def resolve_settings(section: EmbedSection, config: PretrainedConfig) -> EmbedSe
 
     Raises as `read_settings` does.
     """
-    own = read_settings(Path(config.name_or_path))
+    base_settings = read_settings(Path(config.name_or_path))
     return section.model_copy(
         update={
             "pooling": section.pooling
             if section.pooling != "auto"
-            else own.pooling or ("mean" if is_encoder(config) else "lasttoken"),
-            "normalize": section.normalize if section.normalize is not None else own.normalize is not False,
-            "query_prompt": section.query_prompt if section.query_prompt is not None else own.query_prompt or "",
+            else base_settings.pooling or ("mean" if is_encoder(config) else "lasttoken"),
+            "normalize": section.normalize if section.normalize is not None else base_settings.normalize is not False,
+            "query_prompt": section.query_prompt
+            if section.query_prompt is not None
+            else base_settings.query_prompt or "",
             "passage_prompt": section.passage_prompt
             if section.passage_prompt is not None
-            else own.passage_prompt or "",
+            else base_settings.passage_prompt or "",
         }
     )
 
@@ -111,8 +113,8 @@ def embed_texts(
         return np.asarray(kept_D.cpu().numpy())
 
     examples = [Example(text, [], 0) for text in ids]
-    found = run_encoder(loaded.model, examples, loaded.processor.pad_token_id, loaded.device, read, advance)
-    return np.stack(found) if found else np.zeros((0, 0), dtype=np.float32)
+    vectors = run_encoder(loaded.model, examples, loaded.processor.pad_token_id, loaded.device, read, advance)
+    return np.stack(vectors) if vectors else np.zeros((0, 0), dtype=np.float32)
 
 
 def pool(hidden_TD: torch.Tensor, mode: str) -> torch.Tensor:
@@ -200,14 +202,16 @@ def ranking_loss(
     passages = [*(one[1] for one in vectors), *(part for one in vectors for part in one[2:])]
     passages_CD = functional.normalize(torch.stack(passages), dim=-1)
     device = queries_RD.device
-    names_C = torch.tensor([*(own[1] for own in texts), *(name for own in texts for name in own[2:])], device=device)
-    query_R, passage_R = (torch.tensor([own[place] for own in texts], device=device) for place in (0, 1))
+    names_C = torch.tensor(
+        [*(hashes[1] for hashes in texts), *(name for hashes in texts for name in hashes[2:])], device=device
+    )
+    query_R, passage_R = (torch.tensor([hashes[place] for hashes in texts], device=device) for place in (0, 1))
     same_query_RR = query_R[:, None] == query_R
-    known_RC = (same_query_RR[:, :, None] & (passage_R[:, None] == names_C)).any(1) | (query_R[:, None] == names_C)
-    own_R = torch.arange(len(examples), device=device)
-    known_RC[own_R, own_R] = False  # the row's own passage comes first
-    scores_RC = (section.scale * queries_RD @ passages_CD.T).masked_fill(known_RC, -torch.inf)
-    return functional.cross_entropy(scores_RC, own_R, reduction="none")
+    masked_RC = (same_query_RR[:, :, None] & (passage_R[:, None] == names_C)).any(1) | (query_R[:, None] == names_C)
+    row_R = torch.arange(len(examples), device=device)
+    masked_RC[row_R, row_R] = False  # the row's own passage comes first
+    scores_RC = (section.scale * queries_RD @ passages_CD.T).masked_fill(masked_RC, -torch.inf)
+    return functional.cross_entropy(scores_RC, row_R, reduction="none")
 
 
 def cosines(vectors: Sequence[torch.Tensor], examples: Sequence[VectorExample]) -> tuple[torch.Tensor, torch.Tensor]:

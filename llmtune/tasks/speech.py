@@ -190,9 +190,9 @@ class Whisper(Speech):
         windows = read_windows(rows, extract, recipe)
         prefix = list(processor.prefix_tokens)
         cut: dict[int, bool] = {}
-        with torch.random.fork_rng(), only_these_settings(model) as own:
+        with torch.random.fork_rng(), only_these_settings(model) as model_settings:
             torch.manual_seed(recipe.seed)
-            settings = decoder_settings(own, model, processor, recipe)
+            settings = decoder_settings(model_settings, model, processor, recipe)
             room = unwrap(model).config.max_target_positions - len(prefix)
             settings.max_new_tokens = min(recipe.generation.max_new_tokens, room)
 
@@ -254,8 +254,8 @@ class Ctc(Speech):
             fix = "Set vocab_size in config.json to the tokenizer's, for a new head."
             raise EnvironmentProblem.of(what, where, fix)
         if config.pad_token_id != processor.pad_token_id:
-            ours, own = processor.pad_token_id, config.pad_token_id
-            what = f"the blank is token {own} in config.json, but {ours} in the tokenizer"
+            tokenizer_blank, model_blank = processor.pad_token_id, config.pad_token_id
+            what = f"the blank is token {model_blank} in config.json, but {tokenizer_blank} in the tokenizer"
             fix = "Set pad_token_id in config.json to the value that the model was trained with."
             raise EnvironmentProblem.of(what, where, fix)
 

@@ -148,11 +148,11 @@ def write_targets(pairs: Sequence[TextPair], loaded: LoadedModel) -> list[str]:
     sources = [_cut_end(source_ids(pair, processor, recipe), limit) for pair in pairs]
     firsts = [first_token(pair, processor) for pair in pairs]
     texts = [""] * len(pairs)
-    with torch.random.fork_rng(), only_these_settings(model) as own:
+    with torch.random.fork_rng(), only_these_settings(model) as model_settings:
         torch.manual_seed(recipe.seed)
         for first in sorted(set(firsts), key=str):
             group = [i for i, token in enumerate(firsts) if token == first]
-            settings = decoder_settings(own, model, processor, recipe, first)
+            settings = decoder_settings(model_settings, model, processor, recipe, first)
 
             def work(batch: list[int], group: list[int] = group, settings: GenerationConfig = settings) -> list[str]:
                 ids = [sources[group[i]] for i in batch]

@@ -68,8 +68,8 @@ class TokenClassify(Task[TokenClassifyRow, list[str]]):
         section = recipe.token_classify or TokenClassifySection()
         tags = (tag for split in SPLITS for _, row in iterate_rows(rows, split) for tag in row["tags"])
         kinds = {tag[2:] for tag in tags if tag != OUTSIDE}
-        own = kinds_of(config)
-        labels = section.labels or (own if own and set(own) == kinds else tuple(sorted(kinds)))
+        model_kinds = kinds_of(config)
+        labels = section.labels or (model_kinds if model_kinds and set(model_kinds) == kinds else tuple(sorted(kinds)))
         if not labels:
             raise DataError.of("no row has an entity", "token_classify.labels", "Tags are B-NAME and I-NAME.")
         return recipe.model_copy(update={"token_classify": section.model_copy(update={"labels": tuple(labels)})})
@@ -187,9 +187,9 @@ class TokenClassify(Task[TokenClassifyRow, list[str]]):
             return [[] if first is None else logits_TK[first] for first in seen]
 
         examples = [Example(ids[:limit], [], 0) for ids, _ in tokenized]
-        found = run_encoder(loaded.model, examples, processor.pad_token_id, loaded.device, read)
+        part_logits = run_encoder(loaded.model, examples, processor.pad_token_id, loaded.device, read)
         logits: list[list[list[float]]] = [[] for _ in rows]
-        for (i, _), part in zip(parts, found, strict=True):
+        for (i, _), part in zip(parts, part_logits, strict=True):
             logits[i] += part
         for i, of_words in enumerate(logits):
             loaded.note_logits(i, of_words)
@@ -252,7 +252,7 @@ def tokenize_words(
     require_offsets(processor)
     joined = [" ".join(words) for words in texts]
     tokenized = processor(joined, return_offsets_mapping=True, return_special_tokens_mask=True)
-    found = []
+    encodings = []
     for i, words in enumerate(texts):
         ends = list(accumulate(len(word) + 1 for word in words))
         starts = [(end - len(word) - 1, end - 1) for word, end in zip(words, ends, strict=True)]
@@ -265,8 +265,8 @@ def tokenize_words(
                 if left < starts[word][1]:
                     firsts[word] = token
                 word += 1
-        found.append((tokenized["input_ids"][i], firsts))
-    return found
+        encodings.append((tokenized["input_ids"][i], firsts))
+    return encodings
 
 
 def cut_words(words: list[str], processor: PreTrainedTokenizerBase, limit: int | None) -> list[list[str]]:
@@ -285,9 +285,9 @@ def list_entities(words: Sequence[str], tags: Sequence[str]) -> str:
 
 def kinds_of(config: PretrainedConfig) -> tuple[str, ...] | None:
     """Return the entity types of a model, if its outputs are in our order."""
-    own = [str(name) for _, name in sorted((getattr(config, "id2label", None) or {}).items())]
-    kinds = tuple(dict.fromkeys(name[2:] for name in own if name[:2] in ("B-", "I-")))
-    return kinds if kinds and own == tag_names(kinds) else None
+    names = [str(name) for _, name in sorted((getattr(config, "id2label", None) or {}).items())]
+    kinds = tuple(dict.fromkeys(name[2:] for name in names if name[:2] in ("B-", "I-")))
+    return kinds if kinds and names == tag_names(kinds) else None
 
 
 VARIANTS = (TokenClassify(),)

@@ -148,9 +148,9 @@ def step_gradients(training: TrainContext, step: int, budget: int, loss_scale: f
     if not fits:
         raise MicroBatchTooLarge
     sums = [float(loss.sum) for loss in losses[:real]]
-    own = _own_row_sums(rows, groups[:real], losses[:real])
+    local_sums = _own_row_sums(rows, groups[:real], losses[:real])
     counted = float(sum(loss.count for loss in losses[:real]))
-    total, count, *row_sums = sum_over_processes(accelerator, [sum(sums), counted, *own])
+    total, count, *row_sums = sum_over_processes(accelerator, [sum(sums), counted, *local_sums])
     count = max(1, int(count))
     norm = _finish_gradients(training, expected / (count * loss_scale))
     bad = [group for group, value in zip(groups, sums, strict=False) if not math.isfinite(value)]
@@ -169,12 +169,12 @@ def step_gradients(training: TrainContext, step: int, budget: int, loss_scale: f
 def _own_row_sums(rows: Indexes, groups: Sequence[Indexes], losses: Sequence[Loss]) -> list[float]:
     """Return this process's share of each row's loss in a step; NaN if rows have no loss of their own."""
     place = {int(row): at for at, row in enumerate(rows)}
-    own = [0.0] * len(rows)
+    sums = [0.0] * len(rows)
     for group, loss in zip(groups, losses, strict=True):
         values = [math.nan] * len(group) if loss.row_sums is None else loss.row_sums.tolist()
         for row, value in zip(group.tolist(), values, strict=True):
-            own[place[row]] += value
-    return own
+            sums[place[row]] += value
+    return sums
 
 
 def validation_loss(training: TrainContext, budget: int, stop: Callable[[], bool] = lambda: False) -> float | None:

@@ -173,7 +173,7 @@ def heaviest(
 
     The first needs the most attention and activations, the second the most logits. Neither has more than `most_rows`.
     """
-    found = []
+    batches = []
     for weight in (lengths, supervised):
         taken: list[int] = []
         widest = total = 0
@@ -185,8 +185,8 @@ def heaviest(
                 widest, total = max(widest, size), total + size
             if len(taken) == most_rows or total >= budget:
                 break
-        found.append(np.asarray(taken, dtype=np.int64))
-    return found[:1] if set(found[0].tolist()) == set(found[1].tolist()) else found
+        batches.append(np.asarray(taken, dtype=np.int64))
+    return batches[:1] if set(batches[0].tolist()) == set(batches[1].tolist()) else batches
 
 
 def padding_share(

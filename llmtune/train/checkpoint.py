@@ -208,8 +208,8 @@ def read_checkpoint(folder: Path) -> Checkpoint | Damage:
 
 def _read_checkpoint(folder: Path) -> Checkpoint | Damage:
     content = json.loads(read_text_file(folder / STATE))
-    known = content.pop("sha256", None)  # missing in earlier versions
-    if known is not None and known != hash_value(content):
+    digest = content.pop("sha256", None)  # missing in earlier versions
+    if digest is not None and digest != hash_value(content):
         return Damage(folder, f"{STATE} was changed")
     for name, expected in content["files"].items():
         if hash_file(folder / name) != expected:
@@ -224,8 +224,10 @@ def _read_checkpoint(folder: Path) -> Checkpoint | Damage:
 
 def list_checkpoints(checkpoints: Path) -> list[Path]:
     """Return the checkpoint folders, newest first."""
-    found = [(int(match[1]), path) for path in checkpoints.glob("step-*") if (match := _NAME.fullmatch(path.name))]
-    return [path for _, path in sorted(found, reverse=True)]
+    numbered_folders = [
+        (int(match[1]), path) for path in checkpoints.glob("step-*") if (match := _NAME.fullmatch(path.name))
+    ]
+    return [path for _, path in sorted(numbered_folders, reverse=True)]
 
 
 def newest_checkpoint(checkpoints: Path, inputs: str, console: Console) -> Checkpoint | None:
@@ -235,18 +237,18 @@ def newest_checkpoint(checkpoints: Path, inputs: str, console: Console) -> Check
     printed. Afterwards no `step-N` is newer than the checkpoint that training resumes from.
     """
     for folder in list_checkpoints(checkpoints):
-        found = read_checkpoint(folder)
-        if isinstance(found, Damage):
+        checkpoint = read_checkpoint(folder)
+        if isinstance(checkpoint, Damage):
             aside = _move(folder, checkpoints / f"damaged-{folder.name}")
             console.print(
-                f"[yellow]Checkpoint {escape(str(folder))} is damaged ({found.reason}). Moved it to {aside.name}; "
+                f"[yellow]Checkpoint {escape(str(folder))} is damaged ({checkpoint.reason}). Moved it to {aside.name}; "
                 "using the one before it.[/]"
             )
             continue
-        if found.inputs != inputs:
-            _put_aside(checkpoints, found.inputs, console)
+        if checkpoint.inputs != inputs:
+            _put_aside(checkpoints, checkpoint.inputs, console)
             return None
-        return found
+        return checkpoint
     return None
 
 

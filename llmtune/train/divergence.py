@@ -120,8 +120,8 @@ def divergence_error(
 
 def name_last_checkpoint(folder: Path) -> str:
     """Name the newest checkpoint of a run."""
-    found = list_checkpoints(folder / "checkpoints")
-    return f"The last good checkpoint is {found[0]}." if found else "No checkpoint was saved yet."
+    checkpoints = list_checkpoints(folder / "checkpoints")
+    return f"The last good checkpoint is {checkpoints[0]}." if checkpoints else "No checkpoint was saved yet."
 
 
 def _figures(loss: float, grad_norm: float, learning_rate: float) -> str:

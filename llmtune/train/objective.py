@@ -211,10 +211,10 @@ class CachedFeatures(StepObjective):
     def _read_all(self, step: StepRows) -> dict[int, torch.Tensor]:
         """Return the features of the rows of all processes."""
         pairs = step.run(lambda model, batch, rows: [*zip(rows.tolist(), self.read(model, batch), strict=True)])
-        own, accelerator = [pair for part in pairs for pair in part], step.accelerator
+        local_pairs, accelerator = [pair for part in pairs for pair in part], step.accelerator
         if accelerator.num_processes == 1:
-            return dict(own)
-        gathered = gather_lists(accelerator, [(row, features.cpu()) for row, features in own])
+            return dict(local_pairs)
+        gathered = gather_lists(accelerator, [(row, features.cpu()) for row, features in local_pairs])
         return {row: features.to(accelerator.device) for row, features in gathered}
 
 

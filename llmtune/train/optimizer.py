@@ -158,14 +158,16 @@ def _optimizer_class(model: torch.nn.Module, recipe: Recipe) -> tuple[MakeOptimi
         adam_epsilon=train.adam_epsilon,
     )
     try:
-        found: tuple[MakeOptimizer, dict[str, object]] = Trainer.get_optimizer_cls_and_kwargs(arguments, model)
+        class_and_options: tuple[MakeOptimizer, dict[str, object]] = Trainer.get_optimizer_cls_and_kwargs(
+            arguments, model
+        )
     except ImportError as error:
         fix = "pip install bitsandbytes 'llmtune-cli[optimizers]', or set train.optim to adamw_torch."
         raise EnvironmentProblem.of(f"{train.optim} is not available here: {error}", "train.optim", fix) from error
     except (KeyError, ValueError) as error:
         what = f"cannot build {train.optim} with {', '.join(train.optim_args) or 'no arguments'}: {error}"
         raise RecipeError.of(what, "train.optim_args", "Use the names of transformers' `optim_args`.") from error
-    return found
+    return class_and_options
 
 
 def build_schedule(optimizer: torch.optim.Optimizer, recipe: Recipe, total_steps: int) -> LambdaLR:

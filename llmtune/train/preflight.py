@@ -205,34 +205,34 @@ def _read_back(training: TrainContext, folder: Path) -> bool:
     def work() -> None:
         training.optimizer.optimizer.state.clear()  # free it before reading: it can be twice as large as the model
         release_memory()
-        found = read_checkpoint(folder)
-        if isinstance(found, Damage):
+        checkpoint = read_checkpoint(folder)
+        if isinstance(checkpoint, Damage):
             raise EnvironmentProblem.of(
-                f"a checkpoint did not read back as it was written: {found.reason}",
+                f"a checkpoint did not read back as it was written: {checkpoint.reason}",
                 str(folder.parent),
                 "The disk or its driver loses data. Choose a folder on another disk with --out.",
             )
-        restore_checkpoint(training, found)
+        restore_checkpoint(training, checkpoint)
 
     return not any_process(training.accelerator, not try_memory(training, work))
 
 
-def restore_checkpoint(training: TrainContext, found: Checkpoint) -> None:
+def restore_checkpoint(training: TrainContext, checkpoint: Checkpoint) -> None:
     """Restore weights, optimiser and schedule from `found`, in place."""
     training.optimizer.optimizer.state.clear()
-    state = restore_weights(training, found)
-    training.optimizer.load_state_dict({**found.optimizer["optimizer"], "state": state})
-    training.schedule.load_state_dict(found.optimizer["schedule"])
-    training.row_losses[:] = found.optimizer["row_losses"].numpy() if "row_losses" in found.optimizer else 0
+    state = restore_weights(training, checkpoint)
+    training.optimizer.load_state_dict({**checkpoint.optimizer["optimizer"], "state": state})
+    training.schedule.load_state_dict(checkpoint.optimizer["schedule"])
+    training.row_losses[:] = checkpoint.optimizer["row_losses"].numpy() if "row_losses" in checkpoint.optimizer else 0
     training.optimizer.zero_grad(set_to_none=True)
 
 
-def restore_weights(training: TrainContext, found: Checkpoint) -> dict[int, dict[str, Any]]:
+def restore_weights(training: TrainContext, checkpoint: Checkpoint) -> dict[int, dict[str, Any]]:
     """Restore the weights from `found`, in place; return its optimiser state."""
-    if not found.weights:  # of a sharded model
-        return read_shards(training, found.folder / SHARDS)
-    load_whole(named_trainable(training.adapted.model), found.weights)
-    return cut_state(training, cast(Any, found.optimizer["optimizer"]["state"]))
+    if not checkpoint.weights:  # of a sharded model
+        return read_shards(training, checkpoint.folder / SHARDS)
+    load_whole(named_trainable(training.adapted.model), checkpoint.weights)
+    return cut_state(training, cast(Any, checkpoint.optimizer["optimizer"]["state"]))
 
 
 def resume(training: TrainContext, state: TrainState, divergence: Divergence, console: Console) -> int | None:
@@ -240,13 +240,13 @@ def resume(training: TrainContext, state: TrainState, divergence: Divergence, co
 
     Returns the step of the checkpoint; None without one.
     """
-    found: Checkpoint | Damage | None = None
+    checkpoint: Checkpoint | Damage | None = None
 
     def prepare() -> str | None:
-        nonlocal found
+        nonlocal checkpoint
         remove_unfinished(training.checkpoints)
         remove_unfinished(training.folder)
-        found = newest = newest_checkpoint(training.checkpoints, training.inputs, console)
+        checkpoint = newest = newest_checkpoint(training.checkpoints, training.inputs, console)
         # A stop saves a step before its line is written, so the resumed run writes it. After a kill the line may exist.
         cut_back(training.folder / METRICS, newest.state.closed if newest else 0)
         return newest.folder.name if newest else None
@@ -254,15 +254,15 @@ def resume(training: TrainContext, state: TrainState, divergence: Divergence, co
     name = run_on_main(training.accelerator, prepare)
     if name is None:
         return None
-    found = found or read_checkpoint(training.checkpoints / name)  # the other processes read it too
-    assert isinstance(found, Checkpoint), "rank 0 just read it"
-    restore_checkpoint(training, found)
-    budget = min(state.budget, found.state.budget)
-    vars(state).update(vars(found.state))
+    checkpoint = checkpoint or read_checkpoint(training.checkpoints / name)  # the other processes read it too
+    assert isinstance(checkpoint, Checkpoint), "rank 0 just read it"
+    restore_checkpoint(training, checkpoint)
+    budget = min(state.budget, checkpoint.state.budget)
+    vars(state).update(vars(checkpoint.state))
     state.budget = max(budget, training.longest)
-    divergence.restore(found.state.divergence)
+    divergence.restore(checkpoint.state.divergence)
     total = training.plan.total_steps
-    console.print(f"Resuming from step {state.step} of {total} ({escape(str(found.folder))}).")
+    console.print(f"Resuming from step {state.step} of {total} ({escape(str(checkpoint.folder))}).")
     return state.step
 
 

@@ -62,13 +62,13 @@ def list_hardest(folder: Path, rows: Rows, examples: Examples, task: EvaluatedTa
     for at in np.argsort(-excess_N, kind="stable").tolist():
         if excess_N[at] > 0 and len(worst) < MOST_LISTED:
             worst.setdefault(int(row_N[at]), at)
-    found = {}
+    records = {}
     named = zip(iterate_texts(rows, "train"), iterate_ids(rows, "train"), strict=True)
     for number, ((origin, text), name) in enumerate(named):
         if number in worst:
             question, answer = task.split_answer(json.loads(text))
             at = worst[number]
-            found[number] = Json(
+            records[number] = Json(
                 origin=Path(origin).name,
                 id=name,
                 loss=float(loss_N[at]),
@@ -77,4 +77,4 @@ def list_hardest(folder: Path, rows: Rows, examples: Examples, task: EvaluatedTa
                 prompt=redact(write_prompt(question))[:LONGEST],
                 reference=redact(answer)[:LONGEST],
             )
-    return [found[number] for number in worst]
+    return [records[number] for number in worst]

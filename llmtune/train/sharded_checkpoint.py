@@ -64,22 +64,22 @@ def read_shards(training: TrainContext, folder: Path) -> dict[int, dict[str, Any
     parameters = named_trainable(training.adapted.model)
     reader = HuggingFaceStorageReader(str(folder))
     tensors: dict[str, torch.Tensor] = {WEIGHTS + name: parameter for name, parameter in parameters.items()}
-    for stored, known in reader.read_metadata().state_dict_metadata.items():
-        if stored.startswith(OPTIMIZER) and isinstance(known, TensorStorageMetadata):
+    for stored, metadata in reader.read_metadata().state_dict_metadata.items():
+        if stored.startswith(OPTIMIZER) and isinstance(metadata, TensorStorageMetadata):
             like = parameters[stored.removeprefix(OPTIMIZER).split(".", 1)[1]]
             tensors[stored] = (
-                torch.zeros_like(like, dtype=known.properties.dtype)
-                if known.size == like.shape
-                else torch.zeros(known.size, dtype=known.properties.dtype)
+                torch.zeros_like(like, dtype=metadata.properties.dtype)
+                if metadata.size == like.shape
+                else torch.zeros(metadata.size, dtype=metadata.properties.dtype)
             )
     load(tensors, storage_reader=reader, no_dist=not torch.distributed.is_initialized())
     names = {id(parameter): name for name, parameter in parameters.items()}
     keys = {key.removeprefix(OPTIMIZER).split(".", 1)[0] for key in tensors if key.startswith(OPTIMIZER)}
     state = {}
     for index, parameter in enumerate(_number_parts(training)):
-        own = {key: tensors.get(f"{OPTIMIZER}{key}.{names[id(parameter)]}") for key in sorted(keys)}
-        if found := {key: _as_number(value) for key, value in own.items() if value is not None}:
-            state[index] = found
+        tensor_of_key = {key: tensors.get(f"{OPTIMIZER}{key}.{names[id(parameter)]}") for key in sorted(keys)}
+        if parameter_state := {key: _as_number(value) for key, value in tensor_of_key.items() if value is not None}:
+            state[index] = parameter_state
     return state
 
 
@@ -97,9 +97,10 @@ def cut_state(training: TrainContext, state: Mapping[int, Mapping[str, Any]]) ->
     parameters = _number_parts(training)
     return {
         index: {
-            key: cut_like(value, parameters[index]) if torch.is_tensor(value) else value for key, value in own.items()
+            key: cut_like(value, parameters[index]) if torch.is_tensor(value) else value
+            for key, value in parameter_state.items()
         }
-        for index, own in state.items()
+        for index, parameter_state in state.items()
     }
 
 

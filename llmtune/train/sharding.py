@@ -109,15 +109,15 @@ def shard_model(
     layers = MixedPrecisionPolicy(param_dtype, torch.float32 if param_dtype else None, cast_forward_inputs=False)
     for piece in [*kept_together(model), model]:
         options["mp_policy"] = MixedPrecisionPolicy() if piece is model else layers
-        own = {name: one for name, one in piece.named_parameters() if not isinstance(one, DTensor)}
-        for one in own.values():
+        parameters = {name: one for name, one in piece.named_parameters() if not isinstance(one, DTensor)}
+        for one in parameters.values():
             if training and one.requires_grad:
                 one.data = one.data.float()
-        whole = {name: one.detach() for name, one in own.items() if one not in ignored}
-        del own
+        whole = {name: one.detach() for name, one in parameters.items() if one not in ignored}
+        del parameters
         fully_shard(piece, mesh=mesh, reshard_after_forward=True, ignored_params=ignored, **options)
         fill_meta: Any = piece._apply  # `to_empty` would empty buffers too
-        fill_meta(lambda own: torch.empty_like(own, device=place) if own.is_meta else own)
+        fill_meta(lambda tensor: torch.empty_like(tensor, device=place) if tensor.is_meta else tensor)
         _fill_parts(piece, whole, mesh)
     switch = getattr(model, "set_reduce_scatter_unused_params", None)  # of newer torch
     if switch is not None:  # some weights, such as an expert's, get gradients in some processes only
@@ -132,8 +132,8 @@ def _fill_parts(piece: torch.nn.Module, whole: dict[str, torch.Tensor], mesh: De
     for name in list(whole):
         parameter, here = piece.get_parameter(name), whole.pop(name)
         sent = torch.empty_like(here, device=mesh.device_type) if here.is_meta else here.to(mesh.device_type)
-        own = distribute_tensor(sent, mesh, parameter.placements if isinstance(parameter, DTensor) else [Replicate()])
-        own_part(parameter).copy_(own_part(own))
+        shard = distribute_tensor(sent, mesh, parameter.placements if isinstance(parameter, DTensor) else [Replicate()])
+        own_part(parameter).copy_(own_part(shard))
         if here.device.type == "cpu":
             _page_out(here)
 
@@ -152,9 +152,9 @@ def cut_like(value: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
     if not isinstance(parameter, DTensor) or value.shape != parameter.shape:
         return value
     cut = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
-    found = torch.empty_like(parameter, dtype=value.dtype, requires_grad=False)  # it may be in main memory
-    own_part(found).copy_(own_part(cut))
-    return found
+    shard = torch.empty_like(parameter, dtype=value.dtype, requires_grad=False)  # it may be in main memory
+    own_part(shard).copy_(own_part(cut))
+    return shard
 
 
 def whole_state(
@@ -167,15 +167,15 @@ def whole_state(
     if not any(isinstance(parameter, DTensor) for parameter in model.parameters()):
         return None
     state: dict[str, torch.Tensor] = {}
-    known: dict[int, torch.Tensor] = {}
+    cpu_tensors: dict[int, torch.Tensor] = {}
     first = torch.distributed.get_rank() == 0
     for name, tensor in model.state_dict(keep_vars=True).items():
         if isinstance(tensor, torch.nn.Parameter) and trained_only and not tensor.requires_grad:
             continue
-        if id(tensor) not in known:
+        if id(tensor) not in cpu_tensors:
             whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-            known[id(tensor)] = whole.detach().to("cpu", dtype) if first else torch.empty(0)
-        state[name] = known[id(tensor)]
+            cpu_tensors[id(tensor)] = whole.detach().to("cpu", dtype) if first else torch.empty(0)
+        state[name] = cpu_tensors[id(tensor)]
     return state
 
 

@@ -36,13 +36,15 @@ def metrics_of_validation(training: TrainContext, examples: Examples) -> Callabl
     metrics = recipe.train.eval_metrics
     if not metrics or training.validation is None:
         return lambda: {**training.objective.metrics}
-    asked = EvaluateSection(metrics=metrics, choices=recipe.evaluate.choices, samples=0)
-    recipe = recipe.model_copy(update={"evaluate": asked})
+    section = EvaluateSection(metrics=metrics, choices=recipe.evaluate.choices, samples=0)
+    recipe = recipe.model_copy(update={"evaluate": section})
     processor, rows = training.adapted.selected.processor, load_rows(rows_folder(training.folder))
     inputs = make_inputs(rows, examples, task, processor, recipe, "validation")
-    asked_of: dict[str, Sized] = dict.fromkeys(PREDICTED, inputs.answered) | dict.fromkeys(TOOL_METRICS, inputs.turns)
-    asked_of |= {} if task.predicts else dict.fromkeys(CHOICE_METRICS, inputs.trees)
-    if lacking := [name for name in metrics if not asked_of.get(name, inputs.rows)]:
+    rows_of_metric: dict[str, Sized] = dict.fromkeys(PREDICTED, inputs.answered) | dict.fromkeys(
+        TOOL_METRICS, inputs.turns
+    )
+    rows_of_metric |= {} if task.predicts else dict.fromkeys(CHOICE_METRICS, inputs.trees)
+    if lacking := [name for name in metrics if not rows_of_metric.get(name, inputs.rows)]:
         what = f"the validation rows lack what {', '.join(lacking)} needs"
         raise DataError.of(what, KEY, "Remove it, or use other rows in data.validation.")
     context = EvalContext(recipe, task, processor, inputs, str(training.device), Console(quiet=True))

@@ -41,8 +41,8 @@ class WholeUpdates(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """Update all parameters that have a gradient."""
-        for own, group in zip(self.inner.param_groups, self.param_groups, strict=True):
-            own.update({name: value for name, value in group.items() if name != "params"})
+        for inner_group, group in zip(self.inner.param_groups, self.param_groups, strict=True):
+            inner_group.update({name: value for name, value in group.items() if name != "params"})
         size, rank = distributed.get_world_size(), distributed.get_rank()
         for start in range(0, len(self.owned), size):
             turn = self.owned[start : start + size]
@@ -84,22 +84,22 @@ class WholeUpdates(torch.optim.Optimizer):
     def spread_state(self) -> Iterator[tuple[DTensor, State]]:
         """Yield each parameter with its state, cut like the parameter if shapes agree; all processes must call it."""
         size, rank = distributed.get_world_size(), distributed.get_rank()
-        own = {
+        local_descriptions = {
             index: {key: _describe(value) for key, value in self.state[whole].items()}
             for index, (_, whole) in enumerate(self.owned)
             if index % size == rank and whole in self.state
         }
-        known: dict[int, dict[str, Any]] = {}
-        for one in gather_object([own]):
-            known |= one
+        descriptions: dict[int, dict[str, Any]] = {}
+        for one in gather_object([local_descriptions]):
+            descriptions |= one
         for index, (parameter, whole) in enumerate(self.owned):
-            found = {}
-            for key, described in known.get(index, {}).items():
+            parameter_state = {}
+            for key, described in descriptions.get(index, {}).items():
                 value = self.state[whole][key] if index % size == rank else None
-                found[key] = (
+                parameter_state[key] = (
                     described if not isinstance(described, tuple) else _send(value, parameter, described, index)
                 )
-            yield parameter, found
+            yield parameter, parameter_state
 
 
 def _full(tensor: torch.Tensor) -> torch.Tensor:
@@ -128,6 +128,6 @@ def _cut(value: torch.Tensor | None, parameter: DTensor, dtype: torch.dtype, own
     device = parameter.device_mesh.device_type
     sent = torch.empty(parameter.shape, dtype=dtype, device=device) if value is None else value.to(device)
     cut = distribute_tensor(sent.contiguous(), parameter.device_mesh, parameter.placements, src_data_rank=owner)
-    found = cast(DTensor, torch.empty_like(parameter, dtype=dtype, requires_grad=False))
-    found.to_local().copy_(cut.to_local())
-    return found
+    shard = cast(DTensor, torch.empty_like(parameter, dtype=dtype, requires_grad=False))
+    shard.to_local().copy_(cut.to_local())
+    return shard

@@ -15,7 +15,7 @@ def test_shipped_recipes_are_listed_and_pass_the_check():
     for name, recipe in shipped.items():
         loaded = load_recipe(name)
         assert loaded.recipe.task == recipe.task
-        assert len(recipe.about) > 10
+        assert len(recipe.description) > 10
 
 
 def test_a_file_takes_precedence_over_a_shipped_recipe(write):

@@ -1,4 +1,4 @@
-"""A judge that is judged: it compares base and tuned answers in both orders, and labelled pairs measure its errors."""
+"""Compares base and tuned answers in both orders, and labelled pairs measure its errors."""
 
 from __future__ import annotations
 
