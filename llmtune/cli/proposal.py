@@ -21,7 +21,7 @@ from llmtune.recipe.yaml_writer import flow, scalar
 from llmtune.records import Row
 from llmtune.store.atomic_files import atomic_file, explained
 from llmtune.store.machine import likely_device, list_cards, process_memory_limit
-from llmtune.tasks.label_rules import LABEL_RULES
+from llmtune.tasks.label_rules import LABEL_METRICS
 
 SHOWN_CANDIDATES = 8
 CHARACTERS_A_TOKEN = 3
@@ -85,14 +85,14 @@ def propose_recipe(
     if reading.roles:
         names = {role: names[0] if len(names) == 1 else list(names) for role, names in reading.roles.items()}
         data.append(f"roles: {flow(names)}  # DECIDE: who is who; the model learns what the assistant says")
-    rules = LABEL_RULES.get(reading.task)
+    choose_metrics = LABEL_METRICS.get(reading.task)
     text = write_first_recipe(
         target.stem,
         reading.task,
         data,
         reading.rows,
         model=model,
-        metrics=rules.metrics([*map(kind_of_task(reading.task).label, reading.rows)]) if rules else None,
+        metrics=choose_metrics([*map(kind_of_task(reading.task).label, reading.rows)]) if choose_metrics else None,
         unread=sum(reading.bad.values()),
         copies=reading.copies,
         has_test="test" in splits,

@@ -71,7 +71,7 @@ def try_recipe_rows(loaded: LoadedRecipe, detected: Sequence[Detected], *, split
     from llmtune.data.corpus import try_corpus
     from llmtune.data.ingest import try_rows
     from llmtune.data.row_kind import kind_of_task
-    from llmtune.tasks.label_rules import LABEL_RULES
+    from llmtune.tasks.label_rules import LABEL_CHECKS
 
     recipe = loaded.recipe
     try_corpus(recipe.data)
@@ -87,8 +87,8 @@ def try_recipe_rows(loaded: LoadedRecipe, detected: Sequence[Detected], *, split
         alone = recipe.model_copy(update={"data": recipe.data.model_copy(update={"corpus": None})})
         with tempfile.TemporaryDirectory() as folder:
             prepare_rows(alone, Path(folder) / "rows", Console(quiet=True))
-    if rules := LABEL_RULES.get(recipe.task):
-        rules.check(recipe, [kind_of_task(recipe.task).label(json.loads(row.row)) for row in tried.good])
+    if check := LABEL_CHECKS.get(recipe.task):
+        check(recipe, [kind_of_task(recipe.task).label(json.loads(row.row)) for row in tried.good])
 
 
 def missing_trackers(recipe: Recipe) -> Iterator[Problem]:

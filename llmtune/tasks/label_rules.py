@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from llmtune.recipe.schema import Recipe
 from llmtune.tasks import class_labels
 
-
-@dataclass(frozen=True)
-class LabelRules:
-    """What a task knows about all labels of a data set, without a model."""
-
-    check: Callable[[Recipe, Sequence[Any]], None]
-    """Raises DataError or RecipeError for labels that training would refuse."""
-    metrics: Callable[[Sequence[Any]], tuple[str, ...] | None]
-    """Returns the metrics that the labels need instead of the task's; None without such."""
-
-
-LABEL_RULES = {"classify": LabelRules(class_labels.check_stated_labels, class_labels.number_metrics)}
-"""By task."""
+LABEL_CHECKS: Mapping[str, Callable[[Recipe, Sequence[Any]], None]] = {"classify": class_labels.check_stated_labels}
+"""By task, the function that raises DataError or RecipeError for labels of all rows that training would refuse."""
+LABEL_METRICS: Mapping[str, Callable[[Sequence[Any]], tuple[str, ...] | None]] = {
+    "classify": class_labels.number_metrics
+}
+"""By task, the function that returns the metrics that the labels need instead of the task's; None without such."""
