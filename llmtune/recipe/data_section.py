@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 from pydantic import BeforeValidator, Field, Tag
 
 from llmtune.errors import nearest
+from llmtune.recipe.row_names import COLUMNS, ROW_FORMATS, WITH_ROLES
 from llmtune.recipe.section import (
     REMOTE,
     STORES,
@@ -25,7 +26,7 @@ from llmtune.recipe.section import (
     sections_by,
 )
 from llmtune.recipe.source_map import Diagnostics
-from llmtune.recipe.task_facts import COLUMNS, ROW_FORMATS, TEMPLATE_KEYS, WITH_ROLES
+from llmtune.recipe.task_facts import TEMPLATE_KEYS
 from llmtune.recipe.task_variant import TaskVariant
 
 SPLITS = ("train", "validation", "test")

@@ -16,7 +16,7 @@ EXTRAS = {
     "quantized": ("compressed_tensors",),
     "ray": ("ray",),
     "serve": ("fastapi", "openai", "python_multipart", "uvicorn"),
-    "speech": ("jiwer", "soundfile", "soxr"),
+    **{name: facts.packages for name, facts in TASK_FACTS.items() if facts.packages},
 }
 """The packages of each extra, by their import names."""
 
@@ -35,7 +35,7 @@ def require_extra(extra: str, where: str) -> None:
 
 def find_missing_extras(recipe: Recipe) -> Iterator[Problem]:
     """Yield a problem for each extra that a recipe's task and keys need before training."""
-    if TASK_FACTS[recipe.task].takes_audio:
-        yield from find_missing_extra("speech", "task")
+    if TASK_FACTS[recipe.task].packages:
+        yield from find_missing_extra(recipe.task, "task")
     if recipe.evaluate.judge:
         yield from find_missing_extra("judge", "evaluate.judge")

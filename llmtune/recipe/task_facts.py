@@ -6,6 +6,8 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from llmtune.recipe.row_names import ROW_KINDS, WITH_ROLES
+
 LANGUAGE = ("loss", "perplexity", "bits_per_byte", "accuracy")
 ROUGE = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 GENERATED = ("exact_match", *ROUGE, "chrf")
@@ -49,33 +51,6 @@ TEMPLATE_KEYS = {
     "model": ("chat_template", "chat_template_kwargs"),
 }
 """Keys that only models with a chat template read, by section."""
-WITH_ROLES = ("messages", "sharegpt", "prompt-completion", "conversation-pair", "conversation-thumb", "chosen-rejected")
-"""Formats whose rows may contain messages."""
-ROW_KINDS: Mapping[str, tuple[str, ...]] = {
-    "messages": ("messages", "sharegpt", "alpaca", "prompt-completion"),
-    "pairs": ("prompt-completion", "alpaca", "text"),
-    "translation": ("source-target", "translation"),
-    "summary": ("document-summary",),
-    "question": ("squad", "question-answer"),
-    "labelled": ("text-label",),
-    "tags": ("tokens-tags", "text-spans"),
-    "audio": ("audio-text", "audio-folder"),
-    "preference": ("chosen-rejected", "conversation-pair", "answer-thumb", "conversation-thumb"),
-    "retrieval": ("query-passage", "text-label"),
-    "ranking": (
-        *("query-passage-relevance", "query-passages", "query-passage-negatives", "query-passage"),
-        "query-judged-passages",
-    ),
-}
-"""Kinds of rows (`llmtune.data.row_kind`), each with its row formats: values of a source's `format`."""
-COLUMNS = (
-    *("answer", "answers", "audio", "chosen", "completion", "context", "conversations", "document", "file_name"),
-    *("functions", "history", "input", "instruction", "judged_passages", "label", "messages", "negatives", "output"),
-    *("pair", "passage", "passages", "prompt", "query", "question", "rejected", "relevance", "relevances", "score"),
-    *("source", "source_language", "spans", "summary", "system", "tags", "target", "target_language"),
-    *("text", "tokens", "tools", "train_reasoning", "translation"),
-)
-"""Names of row columns: the allowed keys of a source's `columns`."""
 
 
 @dataclass(frozen=True)
@@ -118,6 +93,8 @@ class TaskFacts:
     """Why fairness does not swap group words in rows of the task; None if it does."""
     takes_audio: bool = False
     """Whether rows are recordings."""
+    packages: tuple[str, ...] = ()
+    """Import names of optional packages that rows of the task need, installed by an extra with the task's name."""
     answer_kind: str = "text"
     """Type of an answer: `text`, `labels` (in any order), `tags` of words, a `rating`, or `relevances` of passages."""
     prompt_name: str = "prompt"
@@ -322,6 +299,7 @@ _TASKS = (
         section="speech",
         generates=True,
         takes_audio=True,
+        packages=("jiwer", "soundfile", "soxr"),
         prompt_name="recording",
         metric_notes={"loss": "nats per token of the right transcript"},
         decodes=False,
@@ -396,4 +374,3 @@ TASK_FACTS = {facts.name: facts for facts in _TASKS}
 DEFAULT_TASK = _TASKS[0].name
 RETRIEVAL_TASKS = tuple(facts.name for facts in _TASKS if facts.mines)
 """Tasks that learn from queries and passages; `llmtune init` proposes the first for a retrieval set."""
-ROW_FORMATS = tuple(dict.fromkeys(name for formats in ROW_KINDS.values() for name in formats))

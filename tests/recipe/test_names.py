@@ -10,14 +10,12 @@ import pytest
 
 from llmtune.recipe.adapter_section import LORA_KEYS, QUANTIZATION_KEYS, AdapterSection
 from llmtune.recipe.model_section import ModelSection
+from llmtune.recipe.row_names import COLUMNS, ROW_FORMATS, ROW_KINDS
 from llmtune.recipe.schema import GenerationSection
 from llmtune.recipe.task_facts import (
-    COLUMNS,
     CUT_METRIC,
     GENERATED,
     LANGUAGE,
-    ROW_FORMATS,
-    ROW_KINDS,
     TASK_FACTS,
     TOOL_METRICS,
 )
@@ -142,7 +140,6 @@ SHARED_FILES_THAT_KNOW_A_TASK = {
     "data/file_survey.py": "import: which task reads a file that several can read",
     "deploy/search_parity.py": "column, import: rankings and vectors",
     "mining.py": "column, import, literal, section: queries and passages, of which negatives are mined",
-    "recipe/extras.py": "literal: an extra is called `speech`",
     "recipe/schema.py": "literal, section: keys of a section without effect on a kind of model or of rows",
 }
 """By file, how it knows one task or kind, and why. Shrink the list; instead of a new entry, add a field to a table.
@@ -151,7 +148,8 @@ SHARED_FILES_THAT_KNOW_A_TASK = {
 task. `column`: a column that only some kinds of rows have. `class`: a transformers class of one kind of model.
 """
 TABLES = (
-    *("recipe/task_facts.py", "recipe/task_sections.py", "recipe/model_kind.py", "data/row_kind.py", "tasks/"),
+    *("recipe/task_facts.py", "recipe/task_sections.py", "recipe/row_names.py", "recipe/model_kind.py"),
+    *("data/row_kind.py", "tasks/"),
     "model/audio_models.py",
 )
 ONE_KIND = ("audio", "classify_rows", "label_candidates", "search_rows", "task_rows", "waveforms")
