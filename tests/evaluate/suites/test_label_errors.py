@@ -199,7 +199,7 @@ def test_without_cleanlab_the_run_ends_at_once_with_the_command(
     tmp_path: Path, built: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = recipe_for(tmp_path / "r.yaml", built("bert"), colour_rows(), **SETS)
-    monkeypatch.setattr("llmtune.evaluate.suites.label_errors.find_spec", lambda name: None)
+    monkeypatch.setattr("llmtune.recipe.extras.find_spec", lambda name: None)
     with pytest.raises(EnvironmentProblem, match=r"pip install 'llmtune-cli\[labels\]'"):
         require_labels(load_recipe(recipe).recipe)
     done = invoke("run", recipe, "--out", tmp_path / "run")
