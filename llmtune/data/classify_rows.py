@@ -6,13 +6,13 @@ import json
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TypeAlias, TypedDict
 
 from llmtune.data.rejected_rows import RowError, json_kind, nonempty_text, parse_cell, text_of
 from llmtune.data.row_hash import DECIMAL
 from llmtune.data.row_text import NearText, pair_text
-from llmtune.recipe.class_names import spelling_key, tidy_name
+from llmtune.recipe.class_names import join_labels, spelling_key, tidy_name
 from llmtune.records import Row
 
 Label: TypeAlias = str | float | list[str]
@@ -153,11 +153,6 @@ def format_label(label: Label | None) -> str:
 
     single = np.float32(label)
     return str(single if float(single) == label else label).removesuffix(".0")
-
-
-def join_labels(labels: Sequence[str]) -> str:
-    """Write labels with commas between them; as a JSON list if one has a comma."""
-    return json.dumps([*labels], ensure_ascii=False) if "," in "".join(labels) else ", ".join(labels)
 
 
 def near_labelled(row: Row) -> NearText:

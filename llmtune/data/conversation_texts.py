@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from llmtune.data.chat_rows import Message, write_answer
-from llmtune.data.row_text import LEARNED, NearText, QuestionAnswer, RowInput, plain_form, tag_words, with_answer
+from llmtune.data.row_text import (
+    LEARNED,
+    NearText,
+    QuestionAnswer,
+    RowInput,
+    map_texts,
+    plain_form,
+    tag_words,
+    with_answer,
+)
 from llmtune.records import Row
 
 RATED = ("chosen", "rejected", "answer")
@@ -73,6 +83,12 @@ def conversation_prompt(row: Row) -> str:
         for message in row["messages"]
     ]
     return turns[0][1] if len(turns) == 1 else "\n".join(f"{role}: {text}" for role, text in turns)
+
+
+def map_conversation(row: Row, change: Callable[[Any], Any]) -> Row:
+    """Return a row with `change` applied to its columns with text, then to the content of each message."""
+    changed = map_texts(row, change)
+    return {**changed, "messages": [{**one, "content": change(one.get("content"))} for one in row["messages"]]}
 
 
 def _content_text(content: object) -> str:

@@ -17,6 +17,7 @@ from llmtune.data.row_text import (
     NearText,
     QuestionAnswer,
     RowInput,
+    map_texts,
     plain_form,
     tag_words,
     visible_form,
@@ -63,6 +64,8 @@ class RowKind:
     """Returns the passages for the row's query."""
     relevances: Callable[[Row], Sequence[float]] = lambda row: ()
     """Returns what the row says about passages: 0 is irrelevant."""
+    map_texts: Callable[[Row, Callable[[Any], Any]], Row] = map_texts
+    """Returns the row with a function applied to the texts of its input."""
     guessed: int = 0
     """Place among the kinds that values suggest where columns have unknown names; 0 if they never do."""
 
@@ -116,6 +119,7 @@ PREFERENCE = RowKind(
     row_input=conversation_texts.conversation_input,
     prompt_text=conversation_texts.conversation_prompt,
     questions=conversation_texts.conversation_questions,
+    map_texts=conversation_texts.map_conversation,
     repeats_prompts=True,
 )
 RANKING = RowKind(
@@ -237,6 +241,7 @@ MESSAGES = RowKind(
     answer=lambda row: str(row["messages"][-1]["content"]),
     without_answer=conversation_texts.without_last_answer,
     questions=conversation_texts.conversation_questions,
+    map_texts=conversation_texts.map_conversation,
     guessed=5,
 )
 LABELLED = RowKind(

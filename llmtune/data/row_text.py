@@ -6,9 +6,11 @@ import re
 import unicodedata
 from collections.abc import Callable, Iterable
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import xxhash
+
+from llmtune.records import Row
 
 HIDES = 4
 """From this factor on, the longer text of a pair hides the shorter one. Pairs that share a text 8 times as long as the
@@ -58,6 +60,16 @@ LEARNED = (
     *("relevances", "label", "tags"),
 )
 """Columns that do not belong to the prompt."""
+TEXTS = (
+    *("prompt", "completion", "source", "document", "question", "context"),
+    *("text", "pair", "tokens", "chosen", "rejected"),
+)
+"""Columns of an unanswered row that contain text."""
+
+
+def map_texts(row: Row, change: Callable[[Any], Any]) -> Row:
+    """Return a row with `change` applied to its columns with text."""
+    return {**row, **{key: change(row[key]) for key in TEXTS if key in row}}
 
 
 @cache

@@ -18,6 +18,7 @@ from gguf import GGUFReader
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast, SequenceClassifierOutput
 
+from llmtune.data.row_kind import write_prompt
 from llmtune.deploy.exported_model import TRANSFORMERS, ExportedModel, ModelSource, borrow_class
 from llmtune.deploy.gguf_converter import has_llama
 from llmtune.deploy.gguf_tokenizer import (
@@ -162,7 +163,7 @@ def served_by_file(tuned: TunedModel, facts: TokenizerFacts, reader: GgufReader)
     tokenizer = build_tokenizer(facts)
     texts = render_chats(tuned, tokenizer)
     if texts is None and tuned.task.free_prompt and not tuned.task.is_conversational:
-        texts = [str(row["prompt"]) for row in tuned.questions]
+        texts = [*map(write_prompt, tuned.questions)]
     elif texts is None:  # the client of such a model writes the prompt
         texts = [tokenizer.decode(ids) for ids in render_prompts(tuned, tokenizer)]
         texts = [text.removeprefix(" ") for text in texts] if facts.get(NAMES.ADD_PREFIX) else texts

@@ -38,8 +38,7 @@ from llmtune.evaluate.generation import answer_ends
 from llmtune.model.audio_models import heard_at_once
 from llmtune.model.causal_lm_loss import accepted_arguments, decoder_inputs, model_inputs, move_to, unwrap
 from llmtune.model.device import compute_context
-from llmtune.records import Batch, Row
-from llmtune.tasks.base import AnyTask
+from llmtune.records import Batch
 
 T = TypeVar("T")
 
@@ -244,24 +243,14 @@ class HeadReference(TunedReference):
         An encoder-decoder is compared at each token of its prediction.
         """
         task, recipe = self.tuned.task, self.tuned.recipe
-        collate = task.collator(processor, recipe, False)
+        collate, writes = task.collator(processor, recipe, False), not task.model_kind.has_head
         for row, prediction in zip(self.tuned.rows, self.predictions, strict=True):
-            for candidate in (fill_answer(task, row, prediction), row):
+            filled = [task.fill_answer(row, prediction)] if writes and isinstance(prediction, str) else []
+            for candidate in (*filled, row):
                 (examples,) = task.encode([candidate], processor, recipe)
                 if not isinstance(examples, str):  # a string is the reason why the row has none
                     yield from (collate([example], 0) for example in examples)
                     break
-
-
-def fill_answer(task: AnyTask, row: Row, prediction: object) -> Row:
-    """Return the row with a model's prediction as its answer, if answers are single texts."""
-    question, answer = task.split_answer(row)
-    if not isinstance(prediction, str) or task.model_kind.has_head:
-        return row
-    if "answers" in row:
-        return {**row, "answers": [{"text": prediction, "start": None}] if prediction else []}
-    changed = [key for key, value in row.items() if value == answer and question.get(key) != value]
-    return {**row, **dict.fromkeys(changed, prediction)}
 
 
 @torch.inference_mode()

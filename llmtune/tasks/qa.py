@@ -184,6 +184,10 @@ class Qa(Task[QaRow, PredictionT]):
         """Return the row without its answers, and the first answer as text."""
         return {**row, "answers": None}, row["answers"][0]["text"] if row["answers"] else "(no answer)"
 
+    def fill_answer(self, row: QaRow, answer: str) -> QaRow:
+        """Return the row with one answer, or with none if it is empty."""
+        return {**row, "answers": [{"text": answer, "start": None}] if answer else []}
+
     def reference(self, row: QaRow) -> list[str]:
         """Return all answers; an empty list if the context has none."""
         return [answer["text"] for answer in row["answers"] or ()]

@@ -83,6 +83,10 @@ class TokenClassify(Task[TokenClassifyRow, list[str]]):
         text = given["prompt"] or ""
         return {"tokens": [text[start:end] for start, end in find_words(text)], "tags": []}
 
+    def words(self, row: TokenClassifyRow) -> list[str]:
+        """Return the words of a row."""
+        return row["tokens"]
+
     def split_answer(self, row: TokenClassifyRow) -> tuple[TokenClassifyRow, str]:
         """Return the row without its tags, and the tagged words as text."""
         return {**row, "tags": []}, list_entities(row["tokens"], row["tags"])

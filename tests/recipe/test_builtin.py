@@ -1,6 +1,7 @@
 import pytest
 
 from llmtune.errors import RecipeError
+from llmtune.launch.recipe_check import marks_left
 from llmtune.recipe.builtin import find_recipe, list_recipes, new_recipe
 from llmtune.recipe.loader import load_recipe
 from llmtune.recipe.schema import Recipe, json_schema
@@ -51,6 +52,13 @@ def test_a_starter_recipe_passes_the_check_with_its_proposed_gates_and_marks_req
 def test_a_starter_recipe_for_an_unknown_task_is_refused():
     with pytest.raises(RecipeError, match="Did you mean 'chat'"):
         new_recipe("chatt")
+
+
+def test_a_recipe_of_a_task_without_starter_runs_and_new_says_what_to_do(write, tmp_path, monkeypatch):
+    monkeypatch.setattr("llmtune.recipe.builtin.recipes_folder", lambda: tmp_path)
+    assert marks_left(load_recipe(write())) == []
+    with pytest.raises(RecipeError, match="task chat has no starter recipe"):
+        new_recipe("chat")
 
 
 def sections(section: type[RecipeSection] = Recipe) -> list[type[RecipeSection]]:

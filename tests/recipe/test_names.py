@@ -139,20 +139,11 @@ def test_row_formats_and_columns_match_the_reader():
 
 
 SHARED_FILES_THAT_KNOW_A_TASK = {
-    "cli/proposal.py": "import, literal: the recipe for queries, passages and numbers as labels",
     "data/file_survey.py": "import: which task reads a file that several can read",
-    "deploy/gguf_readers.py": "column: classes that GGUF has",
-    "deploy/parity_reference.py": "column: how much of a recording a model hears",
     "deploy/search_parity.py": "column, import: rankings and vectors",
-    "evaluate/decision.py": "import: lists of labels",
-    "evaluate/ranking_metrics.py": "column, import: rankings",
-    "evaluate/suites/label_errors.py": "column: labels",
-    "evaluate/suites/swapped_rows.py": "column: answers of each kind of rows",
-    "launch/recipe_check.py": "import, section: labels that differ from the recipe's",
     "mining.py": "column, import, literal, section: queries and passages, of which negatives are mined",
     "recipe/extras.py": "literal: an extra is called `speech`",
     "recipe/schema.py": "literal, section: keys of a section without effect on a kind of model or of rows",
-    "serve/task_endpoints.py": "column: requests of endpoints",
 }
 """By file, how it knows one task or kind, and why. Shrink the list; instead of a new entry, add a field to a table.
 
@@ -170,7 +161,7 @@ CONVERSATIONS = (
     "rendering_check",
 )
 """Modules of `data/` about conversations, with which many tasks write prompts."""
-FOR_ALL_TASKS = {"base", "registry"}
+FOR_ALL_TASKS = {"base", "label_rules", "registry"}
 KIND_COLUMNS = {
     *("messages", "prompt", "completion", "source", "target", "document", "summary", "question", "context", "answers"),
     *("label", "pair", "tokens", "tags", "audio", "chosen", "rejected", "answer", "good"),

@@ -163,7 +163,7 @@ def find_suspects(
             errors_by_row[split, row].append((position, classes[targets_N[n]], classes[best], share))
     if unchecked:
         context.console.print(unchecked_sentence(unchecked), style="yellow", highlight=False, markup=False)
-    return sorted(add_texts(errors_by_row, rows), key=lambda one: one.score), unchecked
+    return sorted(add_texts(errors_by_row, rows, context.task), key=lambda one: one.score), unchecked
 
 
 def read_labels(model: torch.nn.Module, context: EvalContext, rows: Rows, examples: Examples) -> Labelled:
@@ -271,13 +271,15 @@ def divide_rows(
         kept_N = kept_N[np.asarray(seen_K)[labels_N] > 1]
 
 
-def add_texts(errors_by_row: Mapping[tuple[str, int], Sequence[Error]], rows: Rows) -> Iterator[Suspect]:
+def add_texts(
+    errors_by_row: Mapping[tuple[str, int], Sequence[Error]], rows: Rows, task: EvaluatedTask
+) -> Iterator[Suspect]:
     """Yield the errors, by split and number of their row, with place and text."""
     for split in SPLITS:
         for number, (origin, row) in enumerate(iterate_rows(rows, split)):
-            place = read_origin(origin)
+            place, words = read_origin(origin), task.words(row)
             for position, given, suggested, share in errors_by_row.get((split, number), ()):
-                word = None if position is None else row["tokens"][position]
+                word = None if words is None or position is None else words[position]
                 yield Suspect(*place, split, given, suggested, share, write_prompt(row), word, position)
 
 

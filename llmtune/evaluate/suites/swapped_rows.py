@@ -15,7 +15,7 @@ from typing import ClassVar
 
 import torch
 
-from llmtune.data.row_kind import write_prompt
+from llmtune.data.row_kind import kind_of_row, write_prompt
 from llmtune.errors import DataError, Problem
 from llmtune.evaluate.eval_inputs import EvalContext, EvalInputs
 from llmtune.evaluate.inference import predict
@@ -31,11 +31,6 @@ from llmtune.records import FEWEST_ROWS, Row
 from llmtune.store.score_records import StudyTable
 
 FIX = "Write two different words per line: woman,man"
-TEXTS = (
-    *("prompt", "completion", "source", "document", "question", "context"),
-    *("text", "pair", "tokens", "chosen", "rejected"),
-)
-"""Keys of an unanswered row that contain text; in a conversation, each message does."""
 MOVED = 0.1
 """In standard deviations of the reference numbers: a prediction that moves by more has changed."""
 METRIC = "swap_changes"
@@ -97,10 +92,7 @@ class Swaps:
                 return {**value, "text": swap(value["text"])}
             return value
 
-        changed: Row = {key: swap(row[key]) for key in TEXTS if key in row}
-        if "messages" in row:
-            changed["messages"] = [{**one, "content": swap(one.get("content"))} for one in row["messages"]]
-        return {**row, **changed}, words
+        return kind_of_row(row).map_texts(row, swap), words
 
 
 def in_case_of(model: str, word: str) -> str:

@@ -20,6 +20,7 @@ from llmtune.errors import EnvironmentProblem, RecipeError
 from llmtune.evaluate.suites.label_errors import add_texts, find_errors, require_labels
 from llmtune.recipe.loader import load_recipe
 from llmtune.records import SPLITS
+from llmtune.tasks.registry import get_task
 
 BRIEF = {"num_train_epochs": None, "max_steps": 6}
 SETS = {"evaluate": {"suspects": True, "metrics": ["loss"]}, "data": {"deduplicate": "none"}, "train": BRIEF}
@@ -229,7 +230,7 @@ def test_suspects_name_file_line_and_row_in_every_format(tmp_path: Path) -> None
     recipe = recipe_for(tmp_path / "r.yaml", tmp_path, tmp_path / "a.csv", data={"train": files, **held})
     found = prepare_rows(load_recipe(str(recipe)).recipe, tmp_path / "out", Console(quiet=True))
     errors = {(split, number): [(None, "red", "blue", 0.1)] for split in SPLITS for number in range(12)}
-    suspects = {(Path(one.file).name, one.line, one.row) for one in add_texts(errors, found)}
+    suspects = {(Path(one.file).name, one.line, one.row) for one in add_texts(errors, found, get_task("classify"))}
     lines = [("a.csv", 2 + 2 * i, None if i == 0 else 2 + i) for i in range(6)]
     assert suspects <= {*lines, *(("b.parquet", None, 1 + i) for i in range(6))}
     assert len(suspects) >= 8  # rows of test may be dropped from train
