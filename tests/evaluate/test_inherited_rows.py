@@ -20,6 +20,7 @@ from llmtune.errors import DataError
 from llmtune.pipeline import run_pipeline
 from llmtune.recipe.loader import load_recipe
 from llmtune.recipe.schema import Recipe
+from llmtune.records import Until
 from llmtune.report.row_sections import inherited_sentences
 from llmtune.store.run_request import RunRequest
 from llmtune.store.score_records import Contamination
@@ -43,7 +44,7 @@ X, Y, Z = questions(100), questions(300), questions(500)
 
 
 def run(
-    folder: Path, model: Path, train: Rows, test: Rows | None, until: str | None = None, **sections: Any
+    folder: Path, model: Path, train: Rows, test: Rows | None, until: Until = "run", **sections: Any
 ) -> tuple[Path, dict[str, Any], str]:
     """Train on some rows for a step, test on others; return the run folder, the report, and the console's text."""
     folder.mkdir()

@@ -4,7 +4,7 @@ import pytest
 from support.classifying import run
 from support.runs import write_recipe
 
-from llmtune import session
+from llmtune import run_models
 from llmtune.data.examples import load_examples
 from llmtune.data.row_store import load_rows
 from llmtune.evaluate.eval_inputs import EvalContext, make_inputs
@@ -38,7 +38,7 @@ def loads(monkeypatch):
         loaded.append(selected.model)
         return selected
 
-    monkeypatch.setattr(session, "load_model", load)
+    monkeypatch.setattr(run_models, "load_model", load)
     return loaded
 
 

@@ -292,7 +292,7 @@ FLIPS = {
     **flips("preference", "loss", "preference.loss=reward", recipe="preference.yaml", center_rewards_coefficient="0.5"),
 }
 HUB = "data/test_hub_datasets.py"
-JUDGE = "evaluate/test_judge.py"
+JUDGE = "evaluate/suites/test_judge.py"
 MINING = "test_mining.py"
 SELECTIVE = "evaluate/test_decision.py"
 ELSEWHERE = {
@@ -311,12 +311,13 @@ ELSEWHERE = {
     "data.negatives.model": f"{MINING}::test_a_reranker_learns_from_pairs_with_mined_negatives",
     "evaluate.champion": "evaluate/test_champion.py::"
     "test_an_unchanged_recipe_is_compared_with_its_champion_and_again_with_another_one",
-    "evaluate.benchmarks.network": "evaluate/test_lm_eval.py::"
+    "evaluate.benchmarks.network": "evaluate/suites/test_lm_eval.py::"
     "test_named_tasks_need_the_network_and_files_do_not_unless_the_recipe_says_so",
-    "evaluate.suspects": "evaluate/test_label_errors.py::test_planted_label_errors_are_listed_with_line_and_suggestion",
-    "evaluate.metric_seconds": "evaluate/test_own_metrics.py::"
+    "evaluate.suspects": "evaluate/suites/test_label_errors.py::"
+    "test_planted_label_errors_are_listed_with_line_and_suggestion",
+    "evaluate.metric_seconds": "evaluate/suites/test_own_metrics.py::"
     "test_a_metric_that_sleeps_ends_at_its_limit_with_row_and_line",
-    "evaluate.metric_network": "evaluate/test_own_metrics.py::test_the_recipe_may_allow_the_network",
+    "evaluate.metric_network": "evaluate/suites/test_own_metrics.py::test_the_recipe_may_allow_the_network",
     "evaluate.judge.endpoint": f"{JUDGE}::test_the_key_is_sent_and_written_nowhere",
     "evaluate.judge.model": f"{JUDGE}::test_another_question_or_model_asks_anew",
     "evaluate.judge.question": f"{JUDGE}::test_another_question_or_model_asks_anew",

@@ -1,5 +1,4 @@
 import json
-import time
 from pathlib import Path
 
 from support.browser import browser, open_browser
@@ -106,9 +105,9 @@ def test_stop_ends_the_answer_and_frees_its_row(tune, tmp_path):
         page.click("#stop")
         page.wait(DONE)
         length = page.run(f"{SAID}[0].length")
-        end = time.monotonic() + 10
-        while "llmtune_running 0.0" not in page.run("fetch('metrics').then(answer => answer.text())"):
-            assert time.monotonic() < end
+        page.type("#prompt", "And now?")  # answered at once, as nothing runs any more
+        page.press_enter()
+        page.wait(f"({SAID}[1] || '').length > 0")
         assert page.run(f"{SAID}[0].length") == length
         page.click("#forget")
         assert page.run(f"{SAID}.length") == 0
@@ -132,9 +131,9 @@ def test_the_page_has_a_key_field_if_a_key_is_required(tune, tmp_path):
 def test_the_documentation_is_self_contained(tune, tmp_path: Path):
     with serving(served_of(tune())) as url, open_browser(tmp_path / "profile") as page:
         page.open(f"{url}/docs")
-        page.wait("document.querySelectorAll('h2').length > 6")
+        page.wait("document.querySelectorAll('h2').length > 5")
         text = page.run("document.body.textContent")
-        for path in ("/v1/chat/completions", "/v1/completions", "/v1/models", "/metrics", "/health/ready"):
+        for path in ("/v1/chat/completions", "/v1/completions", "/v1/models", "/health/ready"):
             assert path in text
         page.resize(360, 700)
         page.take_picture(tmp_path / "docs.png")

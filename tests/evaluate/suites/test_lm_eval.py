@@ -124,7 +124,7 @@ def test_a_bad_task_file_is_reported_at_once_by_name(tasks: Path, text: str | No
 
 
 def test_a_missing_lm_eval_is_reported_with_the_extra_to_install(tasks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llmtune.evaluate.suites.lm_eval.PACKAGE", "lm_eval_that_is_not_there")
+    monkeypatch.setattr("llmtune.recipe.extras.find_spec", lambda name: None)
     with pytest.raises(EnvironmentProblem, match=r"pip install 'llmtune-cli\[benchmarks\]'"):
         check_task_names(recipe_with(tasks / "choose.yaml"))
     check_task_names(recipe_with())
