@@ -1,1 +1,1 @@
-"""Step 5, first half: measure the effect of tuning on rows that training never saw."""
+"""Step 5: measure the effect of tuning on rows that training never saw."""
