@@ -11,13 +11,13 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from llmtune.data.search_rows import EmbedRow, named_texts
+from llmtune.data.row_kind import kind_of_row
 from llmtune.deploy.exported_model import ExportedModel
 from llmtune.deploy.folder_settings import stated_recipe
 from llmtune.deploy.parity import (
@@ -125,7 +125,7 @@ class SearchReference(HeadReference):
         model: Any = SentenceTransformer(str(folder), **self._options())
         vectors = []
         for row in self.tuned.rows:
-            texts = named_texts(cast(EmbedRow, row))
+            texts = self.tuned.task.named_texts(row)
             parts = [
                 (model.encode_query if name == "query" else model.encode_document)(text, show_progress_bar=False)
                 for name, text in texts
@@ -138,7 +138,11 @@ class SearchReference(HeadReference):
 
         model = CrossEncoder(str(folder), **self._options())
         model.max_length = min(model.max_length, self.tuned.recipe.data.max_length)  # as docs/rerank.md shows
-        pairs_by_row = [[(row["query"], passage) for passage in row["passages"]] for row in self.tuned.rows]
+        pairs_by_row = []
+        for row in self.tuned.rows:
+            kind = kind_of_row(row)
+            query = kind.row_input(row).query
+            pairs_by_row.append([(query, passage) for passage in kind.passages(row)])
         return [torch.as_tensor(model.predict(pairs, show_progress_bar=False)).float().cpu() for pairs in pairs_by_row]
 
     def measure_effect(self, base_logits: Sequence[torch.Tensor]) -> float:
@@ -198,13 +202,11 @@ class SearchReference(HeadReference):
     def _ndcg(self, outputs: list[torch.Tensor]) -> float | None:
         """Return nDCG@10 among the passages of the rows; None of rows with scores."""
         rows, task = [*self.tuned.rows], self.tuned.task
-        if self.is_vectors and rows[0]["score"] is not None:
-            return None
         if not are_finite(outputs):
             return None
         values = (part.tolist() for part in outputs)
         predictions: list[Any] = [
-            dict(zip([name for name, _ in named_texts(cast(EmbedRow, row))], value, strict=True))
+            dict(zip([name for name, _ in task.named_texts(row)], value, strict=True))
             if self.is_vectors
             else {"scores": value, "ranking": []}
             for row, value in zip(rows, values, strict=True)

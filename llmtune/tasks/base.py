@@ -86,6 +86,10 @@ class Task(TrainedTask, Generic[RowT, PredictionT]):
         """Return the tokens of a query and the prompt before it; for tasks whose models make vectors."""
         raise NotImplementedError
 
+    def named_texts(self, row: RowT) -> list[tuple[str, str]]:
+        """Return all texts of a row, each with its name; for tasks whose models make vectors."""
+        raise NotImplementedError
+
     def first_window(self, audio: Path, processor: PreTrainedTokenizerBase, recipe: Recipe) -> SoundWindow:
         """Return the first window of a recording.
 

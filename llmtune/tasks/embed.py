@@ -138,6 +138,10 @@ class Embed(ReadingTask[EmbedRow, Vectors]):
         answer = row["label"] if row["score"] is None else f"{row['score']:g}"
         return {**row, "score": None, "label": None}, answer or "\n".join(row["passages"])
 
+    def named_texts(self, row: EmbedRow) -> list[tuple[str, str]]:
+        """Return all texts of a row, each with its name."""
+        return named_texts(row)
+
     def reference(self, row: EmbedRow) -> EmbedRow:
         """Return the row."""
         return row
@@ -284,7 +288,7 @@ class Embed(ReadingTask[EmbedRow, Vectors]):
         return write_ranking(row["passages"], [cosine(query, other) for other in others])
 
     def compute_metric(self, metric: str, output: EvalPrediction[Vectors], recipe: Recipe) -> Measure | None:
-        """Measure the order of passages, the scores of pairs, or the spread of vectors."""
+        """Measure the order of passages (None for pairs with scores), the scores of pairs, or the spread of vectors."""
         rows, vectors = list(output.references), list(output.predictions)
         if metric in SPREAD:
             measured, texts = measure_spread(metric, vectors), [named_texts(row)[-1][1] for row in rows]
@@ -292,6 +296,8 @@ class Embed(ReadingTask[EmbedRow, Vectors]):
         if metric in CORRELATIONS:
             cosines = [cosine(one["query"], one["passage"]) for one in vectors]
             return measure_classes(metric, "regression", np.array(cosines)[:, None], [row["score"] for row in rows], ())
+        if rows[0]["score"] is not None:
+            return None
         corpus = output.corpus and zip(output.corpus.passages, output.corpus.vectors_PD, strict=True)
         return measure_search(metric, rows, vectors, corpus or (), prepare_vectors)
 

@@ -138,7 +138,6 @@ def test_row_formats_and_columns_match_the_reader():
 
 SHARED_FILES_THAT_KNOW_A_TASK = {
     "data/file_survey.py": "import: which task reads a file that several can read",
-    "deploy/search_parity.py": "column, import: rankings and vectors",
     "mining.py": "column, import, literal, section: queries and passages, of which negatives are mined",
     "recipe/schema.py": "literal, section: keys of a section without effect on a kind of model or of rows",
 }
