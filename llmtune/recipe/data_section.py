@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 from pydantic import BeforeValidator, Field, Tag
 
 from llmtune.errors import nearest
-from llmtune.recipe.row_names import COLUMNS, ROW_FORMATS, WITH_ROLES
+from llmtune.recipe.format_names import COLUMNS, ROW_FORMATS, WITH_ROLES
 from llmtune.recipe.section import (
     REMOTE,
     STORES,

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from llmtune.recipe.row_names import ROW_KINDS, WITH_ROLES
+from llmtune.recipe.format_names import ROW_KINDS, WITH_ROLES
 
 LANGUAGE = ("loss", "perplexity", "bits_per_byte", "accuracy")
 ROUGE = ("rouge1", "rouge2", "rougeL", "rougeLsum")

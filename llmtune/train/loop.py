@@ -50,7 +50,8 @@ from llmtune.train.metrics_log import (
 )
 from llmtune.train.objective import TrainedTask
 from llmtune.train.optimizer import averaged_weights, set_mode
-from llmtune.train.preflight import restore_checkpoint, restore_weights, resume, run_preflight, save, shrink_budget
+from llmtune.train.preflight import run_preflight, shrink_budget
+from llmtune.train.resume import restore_checkpoint, restore_weights, resume, save
 from llmtune.train.row_losses import add_step, save_row_losses
 from llmtune.train.setup import TrainContext, deterministic, peak_bytes, set_up
 from llmtune.train.sharding import whole_state

@@ -18,7 +18,7 @@ from support.training import read_metrics, trained_bytes
 from transformers import AutoModelForCausalLM
 
 from llmtune.tasks.base import Task
-from llmtune.train import loop, preflight
+from llmtune.train import loop, resume
 
 really_lose, really_update = Task.loss, loop._update
 
@@ -182,7 +182,7 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(place, run, without, shows
     run("train", train=train)
     (place / "run").rename(place / "whole")
     (place / "run").mkdir()
-    with without("llmtune.train.preflight.restore_checkpoint", preflight.restore_weights):
+    with without("llmtune.train.resume.restore_checkpoint", resume.restore_weights):
         go_on()
     assert trained_bytes(place / "run") != trained_bytes(place / "whole"), "an optimiser without its state"
     shows(go_on())

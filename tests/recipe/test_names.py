@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from llmtune.recipe.adapter_section import LORA_KEYS, QUANTIZATION_KEYS, AdapterSection
+from llmtune.recipe.format_names import COLUMNS, ROW_FORMATS, ROW_KINDS
 from llmtune.recipe.model_section import ModelSection
-from llmtune.recipe.row_names import COLUMNS, ROW_FORMATS, ROW_KINDS
 from llmtune.recipe.schema import GenerationSection
 from llmtune.recipe.task_facts import (
     CUT_METRIC,
@@ -147,7 +147,7 @@ SHARED_FILES_THAT_KNOW_A_TASK = {
 task. `column`: a column that only some kinds of rows have. `class`: a transformers class of one kind of model.
 """
 TABLES = (
-    *("recipe/task_facts.py", "recipe/task_sections.py", "recipe/row_names.py", "recipe/model_kind.py"),
+    *("recipe/task_facts.py", "recipe/task_sections.py", "recipe/format_names.py", "recipe/model_kind.py"),
     *("data/row_kind.py", "tasks/"),
     "model/audio_models.py",
 )

@@ -31,7 +31,7 @@ from llmtune.store.run_request import RunRequest
 from llmtune.tasks.registry import choose_variant
 from llmtune.train.accumulation import step_gradients
 from llmtune.train.checkpoint import Checkpoint, TrainState, read_checkpoint, trainable_weights
-from llmtune.train.preflight import restore_checkpoint, save
+from llmtune.train.resume import restore_checkpoint, save
 from llmtune.train.setup import TrainContext, set_up
 from support import families, models
 from support.adapting import quiet
