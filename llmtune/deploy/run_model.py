@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 from transformers import AutoFeatureExtractor, AutoTokenizer
 
 FOLDER = Path(__file__).parent
@@ -47,6 +46,8 @@ def read_recording(path: str) -> Any:
 
 def open_graph(name: str) -> Any:
     """Open an ONNX file of the folder."""
+    import onnxruntime  # late: it starts threads, and other modules of llmtune need none of it
+
     return onnxruntime.InferenceSession(FOLDER / name)
 
 
