@@ -56,6 +56,7 @@ from llmtune.plan import (
     rows_hash,
     select_step,
 )
+from llmtune.recipe.extras import find_missing_extras
 from llmtune.recipe.loader import LoadedRecipe
 from llmtune.recipe.schema import Recipe
 from llmtune.records import UNTIL, Json, ModelRef, Until, read_model_ref
@@ -336,6 +337,7 @@ def evaluate_run(
 
     `base` is as in `RunRequest`. Trained runs of further seeds are scored again too.
     """
+    EnvironmentProblem.collect(find_missing_extras(loaded.recipe))
     with ExitStack() as stack:
         folder = RunFolder(path, once(lambda: stack.enter_context(open_run(path, loaded.fingerprint)).manifest))
         request = RunRequest(out=path, until="evaluate", offline=offline, base=base)

@@ -24,6 +24,7 @@ from llmtune.display.number_format import size
 from llmtune.errors import first_line
 from llmtune.model.builtin_models import PACKAGED
 from llmtune.model.cached_models import list_cached_models
+from llmtune.recipe.extras import find_missing_extra
 from llmtune.records import Json
 from llmtune.store.atomic_files import find_cache
 from llmtune.store.machine import has_bfloat16, likely_device, list_cards, process_memory_limit, torch_cuda
@@ -33,6 +34,8 @@ from llmtune.store.run_lock import hardware, package_versions
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "bitsandbytes", "tokenizers", "safetensors")
 SCARCE_DISK_BYTES = 5_000_000_000
 SCARCE_MEMORY_BYTES = 4_000_000_000
+FEATURES = ("serve", "speech", "judge")
+"""Extras of whole features."""
 BROKEN = (ImportError, OSError, RuntimeError, AttributeError)
 """Errors of an import if a library is absent, lacks a shared library, or conflicts with another one."""
 CheckState = Literal["good", "note", "missing"]
@@ -64,6 +67,7 @@ def examine(console: Console, switched_off: Sequence[str] | None = None, *, impo
             Check("python", "good", python),
             *(_check_library(name, imports) for name in PACKAGES),
             *_check_bounds(),
+            *_check_extras(),
         ]
     checks += [_check_device()]
     threads = int(os.environ.get("OMP_NUM_THREADS") or 0) or psutil.cpu_count(logical=False) or 1
@@ -182,6 +186,18 @@ def _check_cache() -> list[Check]:
         checks.append(
             Check(f"builtin:{name}", "good" if version else "note", finding, None if version else entry.install)
         )
+    return checks
+
+
+def _check_extras() -> list[Check]:
+    """Name the packages of optional features that are not installed."""
+    checks = []
+    for name in FEATURES:
+        missing = next(find_missing_extra(name, name), None)
+        if missing is None:
+            checks.append(Check(f"extra {name}", "good", "installed"))
+        else:
+            checks.append(Check(f"extra {name}", "note", missing.what, missing.fix))
     return checks
 
 
