@@ -100,15 +100,17 @@ def export(context: RunContext, form: ExportFormat, out: Path | None = None) -> 
     out = out or context.folder.path / form.folder
     check_export(form, context.plan, out)
     tuned, tuned_usage = time_tuned(context)
-    with certified_export(tuned, form, out) as made:
+    with certified_export(tuned, form, out) as certified:
         del tuned  # the score needs its memory
         release_memory()
-        if form.scored and made.exported is not None:
-            made.certificate["score"] = score_export(context, made.exported, made.usage, made.folder) | tuned_usage
-            copy_rules(context.folder, made.folder)
-    for line in describe_export(made.certificate["score"]) if form.scored else ():
+        if form.scored and certified.exported is not None:
+            certified.certificate["score"] = (
+                score_export(context, certified.exported, certified.usage, certified.folder) | tuned_usage
+            )
+            copy_rules(context.folder, certified.folder)
+    for line in describe_export(certified.certificate["score"]) if form.scored else ():
         context.console.print(line, highlight=False)
-    return dict(plain(made.certificate))
+    return dict(plain(certified.certificate))
 
 
 def check_export(form: ExportFormat, source: ModelSource, out: Path) -> None:
@@ -145,17 +147,17 @@ def certified_export(tuned: TunedModel, form: ExportFormat, out: Path) -> Iterat
     with explained(out), memory, staged(out) as folder:
         written = form.write(reference, folder)
         with spinner(console, f"asking {form.product}, read back from disk"):
-            made = _certify(form, reference, written, folder)
-        if not made.certificate["passed"]:
-            write_json(failed, made.certificate)
+            certified = _certify(form, reference, written, folder)
+        if not certified.certificate["passed"]:
+            write_json(failed, certified.certificate)
             fix = f"{written.advice}The product was deleted; the numbers are in {failed}."
-            breaches = made.certificate["breaches"]
+            breaches = certified.certificate["breaches"]
             GateFailed.collect(Problem(f"{form.product} differs: {breach}", None, fix) for breach in breaches)
         del tuned, reference, written
-        yield made
-        write_json(folder / CERTIFICATE, made.certificate)
+        yield certified
+        write_json(folder / CERTIFICATE, certified.certificate)
         failed.unlink(missing_ok=True)
-    for line in form.describe(made.certificate, out):
+    for line in form.describe(certified.certificate, out):
         console.print(line, highlight=False, soft_wrap=True)
 
 

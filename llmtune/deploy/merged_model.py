@@ -51,9 +51,9 @@ def merged_format(onto: str | None = None, dtype: str = "auto") -> ExportFormat:
 def check_merge(source: ModelSource, onto: str | None = None, dtype: str = "auto") -> None:
     """Raise RecipeError for an adapter that cannot be merged, and for an unknown `onto` or `dtype`."""
     check_mergeable(source.recipe.adapter.method, source.recipe.adapter.options)
-    kept = kept_quantization(read_model_config(source.model_ref, source.recipe.model)) is not None
-    quantized = kept or source.recipe.adapter.method == "qlora"
-    problems = [*check_onto(onto, quantized, not kept)] if onto is not None else []
+    stays_quantized = kept_quantization(read_model_config(source.model_ref, source.recipe.model)) is not None
+    quantized = stays_quantized or source.recipe.adapter.method == "qlora"
+    problems = [*check_onto(onto, quantized, not stays_quantized)] if onto is not None else []
     if dtype != "auto" and dtype not in DTYPES:
         problems.append(Problem(f"{dtype!r} is not a number format", "--dtype", f"Choose auto, {', '.join(DTYPES)}."))
     RecipeError.collect(problems)

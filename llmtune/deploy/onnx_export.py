@@ -99,12 +99,12 @@ def write_onnx(reference: TunedReference, folder: Path, int8: bool) -> WrittenEx
             write_graph(merged, graph, folder, find if int8 else None) for graph in list_graphs(merged, reference)
         ]
         write_program(merged, tuned, folder)
-    kept = [layer for graph in graphs for layer in graph.float32_layers]
+    float32_names = [layer for graph in graphs for layer in graph.float32_layers]
     files = sorted(path for path in folder.iterdir() if path.suffix in (".onnx", ".data"))
     facts = {
         "format": "onnx-int8" if int8 else "onnx",
         "onto": onto,
-        **({"float32_layers": kept} if int8 else {}),
+        **({"float32_layers": float32_names} if int8 else {}),
         "weights_bytes": weight_bytes(folder),
         "files_sha256": {path.name: hash_file(path) for path in files},
     }
@@ -117,10 +117,14 @@ def write_onnx(reference: TunedReference, folder: Path, int8: bool) -> WrittenEx
 
 
 def _describe_onnx(certificate: Certificate, out: Path) -> list[str]:
-    kept = certificate.get("float32_layers")
+    float32_names = certificate.get("float32_layers")
     return [
         f"ONNX model: {out} ({size(certificate['weights_bytes'])})",
-        *([f"in float32, because int8 changes their outputs too much: {', '.join(kept)}"] if kept else []),
+        *(
+            [f"in float32, because int8 changes their outputs too much: {', '.join(float32_names)}"]
+            if float32_names
+            else []
+        ),
         f"parity with the tuned model, {describe_parity(certificate['measured'])}",
         f"run it without llmtune: python {out / PROGRAM} ...",
     ]

@@ -244,8 +244,10 @@ def write_graph(model: PreTrainedModel, graph: Graph, folder: Path, find: FindDi
     program.save(file, external_data=large)
     if large:
         layers = {}  # they are read from a graph in one piece
-    kept = [] if find is None else quantize(file, layers, find, external=large, by_block=not is_encoder(model.config))
-    return WrittenGraph(_in_graph(file, layers), kept)
+    float32_names = (
+        [] if find is None else quantize(file, layers, find, external=large, by_block=not is_encoder(model.config))
+    )
+    return WrittenGraph(_in_graph(file, layers), float32_names)
 
 
 def _in_graph(file: Path, layers: Mapping[str, str]) -> dict[str, str]:
@@ -273,7 +275,7 @@ def quantize(
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     folded, rounded = (file.with_name(f"{step}-{file.name}") for step in ("folded", "rounded"))
-    kept: list[str] = []
+    float32_names: list[str] = []
     with silent():  # first, to transpose weights that two layers share
         quant_pre_process(file, folded, skip_symbolic_shape=True, save_as_external_data=external)
         if by_block:
@@ -282,11 +284,11 @@ def quantize(
             quantizer.process()
             quantizer.model.save_model_to_file(str(rounded), external)
         else:
-            kept = _round_channels(folded, rounded, _in_graph(folded, layers), find, external)
+            float32_names = _round_channels(folded, rounded, _in_graph(folded, layers), find, external)
     for part in (*file.parent.glob(f"{file.name}*"), *file.parent.glob(f"{folded.name}*")):
         part.unlink()
     rounded.replace(file)
-    return kept
+    return float32_names
 
 
 def _round_channels(
@@ -298,7 +300,7 @@ def _round_channels(
     """
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    kept: list[str] = []
+    float32_names: list[str] = []
     products = _find_products(folded, layers)
     while True:
         quantize_dynamic(
@@ -308,17 +310,17 @@ def _round_channels(
             per_channel=True,
             reduce_range=True,  # 7 bits of weights: CPUs without VNNI add pairs of products in 16 bits
             weight_type=QuantType.QInt8,
-            nodes_to_exclude=[products[layer] for layer in kept],
+            nodes_to_exclude=[products[layer] for layer in float32_names],
             use_external_data_format=external,
         )
         difference = find(rounded, layers)
         if (
-            difference is None or difference.layer not in products.keys() - kept
+            difference is None or difference.layer not in products.keys() - float32_names
         ):  # its inputs may differ, not its weights
-            return kept
-        if len(kept) + 1 > FLOAT32_SHARE * len(layers):
-            return kept
-        kept.append(difference.layer)
+            return float32_names
+        if len(float32_names) + 1 > FLOAT32_SHARE * len(layers):
+            return float32_names
+        float32_names.append(difference.layer)
 
 
 def _find_products(file: Path, layers: Mapping[str, str]) -> dict[str, str]:

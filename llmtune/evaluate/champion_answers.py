@@ -79,11 +79,13 @@ def ask_champion(
             temperature = run_temperature(read_run(run))
             champion = name_classes(load(run), context.recipe.renames, context.recipe.classes)
             examples = scratch / "examples"
-            measured, kept = measure_champion(champion, champion_rows, picked, examples, context.console, temperature)
+            measured, row_numbers = measure_champion(
+                champion, champion_rows, picked, examples, context.console, temperature
+            )
         except (DataError, RecipeError) as error:
             context.console.print(f"champion: it could not answer them: {error}", style="yellow", highlight=False)
             return Asked(tuple(places))
-    return Asked(tuple(places), PerRowScores({}, measured, tuple(names[places[number]] for number in kept)))
+    return Asked(tuple(places), PerRowScores({}, measured, tuple(names[places[number]] for number in row_numbers)))
 
 
 def name_classes(champion: ChampionModel, renames: Mapping[str, str], run_classes: Sequence[str] = ()) -> ChampionModel:
@@ -135,10 +137,10 @@ def measure_champion(
     parts = [part for part in split_unknown(picked, recipe.classes) if champion.classes or not part[1]]
     if not parts:
         raise DataError.of("all of these rows have classes that it does not have")
-    scores, kept = PerRowScores(), list[int]()
+    scores, row_numbers = PerRowScores(), list[int]()
     with champion.models.tuned() as model:
         for numbers, unknown in parts:
-            place = folder.with_name(f"{folder.name}-{len(kept)}")
+            place = folder.with_name(f"{folder.name}-{len(row_numbers)}")
             place.mkdir()
             part = pick_rows(picked, SPLIT, numbers, place)
             encodable = recipe.with_classes((*recipe.classes, *unknown))  # the head has no outputs for unknown classes
@@ -150,11 +152,11 @@ def measure_champion(
             answers = replace(predict(model, "champion", context, champion.models.packs()), temperature=temperature)
             measured = measure_in_classes(replace(context, inputs=inputs), answers, champion.classes)
             part_scores = PerRowScores({}, measured, tuple(map(str, inputs.rows)))
-            scores = scores.with_rows(part_scores) if kept else part_scores
-            kept += [numbers[row] for row in inputs.rows]
+            scores = scores.with_rows(part_scores) if row_numbers else part_scores
+            row_numbers += [numbers[row] for row in inputs.rows]
     del model
     release_memory()
-    return dict(scores.tuned), tuple(kept)
+    return dict(scores.tuned), tuple(row_numbers)
 
 
 def split_unknown(picked: Rows, classes: Sequence[str]) -> list[tuple[list[int], tuple[str, ...]]]:

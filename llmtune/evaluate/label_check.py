@@ -146,10 +146,10 @@ def compare_labels(
     with TemporaryDirectory(dir=scratch, prefix=".labels-") as name:
         gathered = gather_rows(rows, numbers, Path(name), "test")
         examples = Path(name) / "examples"
-        measured, kept = measure_champion(model, None, gathered, examples, console)
+        measured, row_numbers = measure_champion(model, None, gathered, examples, console)
     measure = measured[METRIC]
     wrong = np.asarray(measure.at)[measure.sums_NK[:, 0] < measure.sums_NK[:, 1]]
-    files = [order[number][2] for number in kept]
+    files = [order[number][2] for number in row_numbers]
     labels, doubtful = Counter(files[at] for at in measure.at), Counter(files[at] for at in wrong.tolist())
     unknown = Counter(file for *_, file in order)
     unknown.subtract(files)

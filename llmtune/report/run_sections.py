@@ -323,9 +323,9 @@ def export_section(evaluation: Evaluation | None, deploy: Mapping[str, Any] | No
     """Return size, speed, certificate and scores of each export, next to those of the tuned model."""
     exports = list_exports(deploy)
     rows: TableRows = []
-    made = [one.certificate["score"] for one in exports if one.state == "done"]
-    if made:
-        rows.append(["tuned model", "", "", *write_usage(made[0]["tuned_bytes"], made[0]["tuned_usage"]), ""])
+    scores = [one.certificate["score"] for one in exports if one.state == "done"]
+    if scores:
+        rows.append(["tuned model", "", "", *write_usage(scores[0]["tuned_bytes"], scores[0]["tuned_usage"]), ""])
     for export in exports:
         if export.state == "done":
             scored = export.certificate["score"]
@@ -349,7 +349,7 @@ def export_section(evaluation: Evaluation | None, deploy: Mapping[str, Any] | No
         ]
         heads = {"heading": "export", "base": "tuned", "tuned": "export"}
         blocks.append(difference_table(compared, title=spell_metrics([metric]), code=True, **heads))
-    if made:
+    if scores:
         note = "Each export was loaded by its own runtime, and answered the test rows. Differences are paired with the "
         blocks.append(Text(note + "tuned model's answers. Rows per second: one row at a time.", "soft"))
     return Section("Exports", blocks, anchor="exports")
