@@ -207,13 +207,13 @@ def runs(as_json: AsJson = False) -> None:
 
 def _pointer(name: str) -> Callable[..., None]:
     @handled
-    def point(words: Words = None) -> None:
+    def point(words: Words = None, as_json: AsJson = False) -> None:
         raise RecipeError.of(f"unknown command {name!r}", "llmtune", f"Use: {POINTERS[name]}")
 
     return point
 
 
-def sweep(words: Words = None) -> None:
+def sweep(words: Words = None, as_json: AsJson = False) -> None:
     """Refuse the retired command."""
     from llmtune.recipe.retired import refuse_retired
 
@@ -264,7 +264,7 @@ for _name, _hidden in {
     "sweep": handled(sweep),
     **{name: _pointer(name) for name in POINTERS},
 }.items():
-    app.command(_name, hidden=True, context_settings=ANYTHING)(_hidden)
+    app.command(_name, hidden=True, add_help_option=False, context_settings=ANYTHING)(_hidden)
 
 
 def command_tree(words: list[str]) -> typer.Typer:

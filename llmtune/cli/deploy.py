@@ -62,7 +62,7 @@ def serve(
     """Serve a tuned model with OpenAI's endpoints, or its task's own endpoint. Ctrl-C or SIGTERM stops."""
     stated = [*([f"release:{release}"] if release else []), *map(str, addresses or [])]
     _check_engine(engine, max_queue=max_queue != 64, max_body=max_body, grace=grace != 30.0)
-    _refuse_retired(max_batch, several=engine == "own" and len(stated) + len(adapter or []) > 1)
+    _refuse_retired(max_batch, several=engine == "own" and len(stated) + sum("=" in one for one in adapter or []) > 1)
     prepare_environment(network=False, threads=threads)
     with gc_paused():
         from llmtune.serve.server import ServeOptions

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from llmtune.cli.options import RecipeArgument, RunOptions, takes_options
+from llmtune.cli.options import AsJson, RecipeArgument, RunOptions, takes_options
 from llmtune.cli.output_streams import handled, print_json, print_text, stderr_console
 from llmtune.cli.run import show_plan
 from llmtune.cli.run_result import result_of
@@ -116,9 +116,9 @@ def slurm(
 
 
 def _retired(name: str) -> None:
-    @app.command(name, hidden=True, context_settings={"ignore_unknown_options": True})
+    @app.command(name, hidden=True, add_help_option=False, context_settings={"ignore_unknown_options": True})
     @handled
-    def refuse(words: Annotated[list[str] | None, typer.Argument()] = None) -> None:
+    def refuse(words: Annotated[list[str] | None, typer.Argument()] = None, as_json: AsJson = False) -> None:
         from llmtune.recipe.retired import refuse_retired
 
         raise refuse_retired(f"launch {name}")

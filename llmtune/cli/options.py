@@ -38,7 +38,8 @@ Threads = Annotated[
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Run all cheap checks, print what would run, and stop.")]
 Device = Annotated[
-    str | None, typer.Option("--device", help="Plan for this card (h100, a100-40, 4090 ...) or cpu, and stop.")
+    str | None,
+    typer.Option("--device", help="With select or --dry-run: plan for this card (h100, a100-40, 4090 ...) or cpu."),
 ]
 Offline = Annotated[bool, typer.Option("--offline", help="Forbid any network access.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]

@@ -150,7 +150,9 @@ def _answer_file(run: FinishedRun, rows: Path, output: Path | None, *, base: boo
 
     answered, bad = answer_file(run, rows, output, base=base, max_new_tokens=max_new_tokens)
     where = f" to {output}" if output else ""
-    run.console.print(f"{answered:,} rows answered{where}" + (f"; {bad:,} could not be read" if bad else ""))
+    run.console.print(
+        f"{answered:,} row{'s' * (answered != 1)} answered{where}" + (f"; {bad:,} could not be read" if bad else "")
+    )
 
 
 @handled

@@ -122,7 +122,7 @@ def show_plan(result: Json, ending: RunResult, *, as_json: bool, dry_run: bool) 
     if as_json:
         ending.plan = {key: result[key] for key in ("would_run", "plans", "power")}
     else:
-        for step in ("prepare", "encode", "train", "evaluate"):
+        for step in result["steps"]:
             typer.echo(f"{step}: {'would run' if step in result['would_run'] else 'unchanged, would be skipped'}")
         folder = Path(result["folder"])
         typer.echo(f"valid; the run folder {'is' if folder.exists() else 'will be'} {folder}")

@@ -84,7 +84,7 @@ def read_release(path: Path) -> Release:
         content = read_json(path)
     if content is None:
         what = "not a release file" if path.exists() else "file not found"
-        raise RecipeError.of(what, str(path), "Name a file written by 'llmtune release RUN'.")
+        raise RecipeError.of(what, str(path), "Name a release (llmtune release list) or the file of one.")
     try:
         release = TypeAdapter(Release).validate_python(restore_nan(content))
     except ValidationError as error:

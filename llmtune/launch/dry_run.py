@@ -47,6 +47,8 @@ from llmtune.store.run_lock import read_pins
 from llmtune.store.run_request import RunRequest
 from llmtune.store.seed_runs import seed_folder
 
+STEPS = ("prepare", "encode", "train", "evaluate")
+"""The steps that a dry run names; the others take seconds."""
 TRIED_BYTES = 2**22
 """A dry run prepares and encodes files up to this size, which takes seconds."""
 
@@ -72,9 +74,10 @@ def dry_run(loaded: LoadedRecipe, request: RunRequest, console: Console) -> Json
     for seed in recipe.train.seeds:
         console.print(f"seed {seed} would follow in {seed_folder(path, seed)}", markup=False)
     power = print_power(recipe, folder, console, prepared=valid["prepare"])
-    would_run = [step for step in ("prepare", "encode", "train", "evaluate") if not valid.get(step)]
+    steps = STEPS[: {"train": 3, "evaluate": 4, "run": 4}.get(request.until, 2)]
+    would_run = [step for step in steps if not valid.get(step)]
     totals = {name: {**asdict(memory), "total": memory.total} for name, memory in plans.items()}
-    return {"folder": str(path), "would_run": would_run, "plans": totals, "power": power}
+    return {"folder": str(path), "steps": steps, "would_run": would_run, "plans": totals, "power": power}
 
 
 def _plan_named(context: RunContext, loaded: LoadedRecipe, name: str, valid: dict[str, bool]) -> MemoryPlan | None:

@@ -98,6 +98,8 @@ def answer_file(
             progress.update(bar, completed=first + len(batch))
     if vectors is not None and output is not None and rank() == 0:
         _save_vectors(output, vectors)
+    if not answered:
+        raise DataError.of("no row could be answered: the output has the reason for each", str(rows))
     return answered, len(raw) - answered
 
 

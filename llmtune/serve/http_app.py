@@ -171,14 +171,14 @@ def _mount_error_handlers(app: FastAPI) -> None:
 def describe_errors(errors: Iterable[Mapping[str, object]]) -> ApiError:
     """Return the error of an invalid body: each parameter by name, with its allowed values."""
     messages: dict[str, str] = {}
-    code = None
+    code, culprit = None, None
     for error in errors:
         location = error["loc"] if isinstance(error["loc"], tuple) else ()
         keys = [str(part) for part in location if part != "body" and _is_key(part)]
         name, message, kind = ".".join(keys), str(error["msg"]).removeprefix("Value error, "), str(error["type"])
         if kind == "extra_forbidden":
             message = "is not supported" if keys[-1] in NEUTRAL else "unknown parameter"
-            code = "unsupported_parameter" if keys[-1] in NEUTRAL else "unknown_parameter"
+            code, culprit = "unsupported_parameter" if keys[-1] in NEUTRAL else "unknown_parameter", name
         elif kind.startswith("json"):
             context = error.get("ctx")
             reason = context.get("error", message) if isinstance(context, Mapping) else message
@@ -187,7 +187,7 @@ def describe_errors(errors: Iterable[Mapping[str, object]]) -> ApiError:
             messages[name] += f"; or: {message}"
     text = "; ".join(f"{name}: {message}" if name else message for name, message in messages.items())
     text = text.encode("utf-8", "replace").decode()  # JSON allows lone surrogates, UTF-8 does not
-    return ApiError(400, text, param=next(iter(messages), None) or None, code=code)
+    return ApiError(400, text, param=culprit or next(iter(messages), None) or None, code=code)
 
 
 def _is_key(part: object) -> bool:

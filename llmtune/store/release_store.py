@@ -260,13 +260,16 @@ def is_withdrawn(name: str, digest: str) -> bool:
 
 
 def rollback(name: str, to: str | None = None) -> tuple[str, str]:
-    """Make the release before the current one (or the release `to`) current; return the hashes before and after.
+    """Make the release before the current one current, or the release `to`; return the hashes before and after.
+
+    `to` is a hash or an address.
 
     Raises:
         RecipeError: no such release, or no release before the current one.
         EnvironmentProblem: its files are gone or changed, or the pointer cannot be written.
     """
     current = resolve_release(RELEASE_PREFIX + name).name if to is None else read_current(name)
+    to = to and to.removeprefix(RELEASE_PREFIX).removeprefix(f"{name}@")
     target = to or replaced_by(name, current or "")
     others = [one.address for one in list_stored(name) if one.hash != current]
     if target is None:

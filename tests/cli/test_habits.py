@@ -63,12 +63,14 @@ def test_a_file_of_rows_is_answered_row_by_row(folder: Path) -> None:
 def test_a_row_that_exceeds_the_models_context_gets_an_error_and_the_others_an_answer(folder: Path) -> None:
     (folder / "long.csv").write_text(f"question\n{'x ' * 10_000}\n{QUESTION}\n")
     done = invoke("generate", "latest", "--input", "long.csv", "--output", "long.jsonl")
-    assert "1 rows answered to long.jsonl; 1 could not be read" in done.stderr
+    assert "1 row answered to long.jsonl; 1 could not be read" in done.stderr
     first, second = map(json.loads, (folder / "long.jsonl").read_text().splitlines())
     assert "tokens, but the model's context has room for" in first["error"]
     assert second["answer"] == invoke("generate", "latest", QUESTION).stdout.strip("\n")
     (folder / "only.csv").write_text(f"question\n{'x ' * 10_000}\n")
-    assert "0 rows answered; 1 could" in invoke("generate", "latest", "--input", "only.csv").stderr
+    done = invoke("generate", "latest", "--input", "only.csv")
+    assert (done.exit_code, "no row could be answered" in done.stderr) == (3, True)
+    assert "tokens, but the model's context has room for" in json.loads(done.stdout)["error"]
 
 
 @pytest.mark.parametrize("output", ["asked_again.csv", "runs", "missing/answers.jsonl"])
@@ -82,7 +84,7 @@ def test_answers_are_not_written_over_the_input(folder: Path, output: str) -> No
 def test_a_rows_own_answer_is_kept_next_to_the_models(folder: Path) -> None:
     (folder / "known.csv").write_text(f"question,answer\n{QUESTION},seven\n,eight\n")
     done = invoke("generate", "latest", "--input", "known.csv", "--output", "known.jsonl")
-    assert "1 rows answered to known.jsonl; 1 could not be read" in done.stderr
+    assert "1 row answered to known.jsonl; 1 could not be read" in done.stderr
     first, second = map(json.loads, (folder / "known.jsonl").read_text().splitlines())
     assert (first["reference"], second["reference"]) == ("seven", "eight")
     assert first["answer"] == invoke("generate", "latest", QUESTION).stdout.strip("\n")

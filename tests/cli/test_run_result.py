@@ -107,6 +107,8 @@ def test_a_dry_run_has_its_plan_and_no_results(finished):
     document = check(done.stdout, 0)
     assert document["plan"]["would_run"] == []
     assert (document["gates"], document["verdict"], document["scores"]) == ([], None, {})
+    done = invoke("run", here / "r.yaml", "--out", here / "new", "--until", "adapt", "--dry-run", "--json")
+    assert check(done.stdout, 0)["plan"]["would_run"] == ["prepare", "encode"]
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Each retired command, option, key and metric is refused with its replacement."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,12 @@ def test_retired_names_are_refused_with_their_replacement(name, here):
     assert "was removed" in said
     assert name.split()[-1] in said
     assert RETIRED[name] in said
+
+
+@pytest.mark.parametrize("words", [["sweep"], ["launch", "sky"], ["serve", "run"]])
+def test_a_retired_command_prints_one_document_with_json_and_has_no_help(words: list[str]) -> None:
+    assert json.loads(invoke(*words, "--json").stdout)["error"]["exit_code"] == 2
+    assert invoke(*words, "--help").exit_code == 2
 
 
 def test_the_docs_page_has_each_replacement():

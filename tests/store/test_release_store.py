@@ -83,8 +83,9 @@ def test_rollbacks_go_back_promotion_by_promotion_and_never_to_a_withdrawn_relea
     with pytest.raises(RecipeError, match="no release was current before 11111111") as refused:
         rollback("tickets")
     assert f"release:tickets@{THIRD}" in str(refused.value)
-    assert rollback("tickets", THIRD) == (FIRST, THIRD)
+    assert rollback("tickets", f"release:tickets@{THIRD}") == (FIRST, THIRD)
     assert serving() == THIRD
+    assert rollback("tickets", FIRST) == (THIRD, FIRST)
 
 
 def test_a_release_promoted_again_is_not_copied_again(here: Path) -> None:
