@@ -24,7 +24,7 @@ from llmtune.display.number_format import size
 from llmtune.errors import first_line
 from llmtune.model.builtin_models import PACKAGED
 from llmtune.model.cached_models import list_cached_models
-from llmtune.recipe.extras import find_missing_extra
+from llmtune.recipe.extras import EXTRAS, find_missing_extra
 from llmtune.records import Json
 from llmtune.store.atomic_files import find_cache
 from llmtune.store.machine import has_bfloat16, likely_device, list_cards, process_memory_limit, torch_cuda
@@ -34,8 +34,6 @@ from llmtune.store.run_lock import hardware, package_versions
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "bitsandbytes", "tokenizers", "safetensors")
 SCARCE_DISK_BYTES = 5_000_000_000
 SCARCE_MEMORY_BYTES = 4_000_000_000
-FEATURES = ("serve", "speech", "judge")
-"""Extras of whole features."""
 BROKEN = (ImportError, OSError, RuntimeError, AttributeError)
 """Errors of an import if a library is absent, lacks a shared library, or conflicts with another one."""
 CheckState = Literal["good", "note", "missing"]
@@ -192,7 +190,7 @@ def _check_cache() -> list[Check]:
 def _check_extras() -> list[Check]:
     """Name the packages of optional features that are not installed."""
     checks = []
-    for name in FEATURES:
+    for name in EXTRAS:
         missing = next(find_missing_extra(name, name), None)
         if missing is None:
             checks.append(Check(f"extra {name}", "good", "installed"))

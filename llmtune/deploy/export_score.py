@@ -98,6 +98,7 @@ def score_answers(
     answers = replace(answer(evaluated), temperature=run_temperature(context.folder))
     base = load_base(context.folder.path / "evaluation", base_hash).answers or answers
     measured, names = compute_metrics(evaluated, answers, base), name_test_rows(rows, inputs.rows)
+    measured = {metric: one for metric, one in measured.items() if metric not in plan.task.adapter_metrics}
     measures = PerRowScores({}, measured, names, inputs.clusters)
     save_measures(out, measures)
     scored = len(inputs.measured or inputs.rows)
@@ -130,7 +131,8 @@ def time_rows(
     models answer nothing.
     """
     task, recipe, device = tuned.task, tuned.recipe, str(model.device)
-    questions = [task.split_answer(row)[0] for row in tuned.rows]
+    answerable = [row for row in tuned.rows if task.rates_answers or task.can_answer(row, processor)]
+    questions = [task.split_answer(row)[0] for row in answerable]
     if not questions or not (task.predicts or recipe.variant.generates):
         return None
 

@@ -117,12 +117,18 @@ def print_span(tokenizer: Any, settings: dict[str, Any], arguments: list[str]) -
     """Print the part of the second text that answers the first."""
     question, context = arguments[:2]
     given = read_inputs(tokenizer, settings, question, context, truncation="only_second", return_offsets_mapping=True)
-    inside = np.array([text == 1 for text in given.sequence_ids(0)])
-    start, end = (np.where(inside, part[0], -np.inf) for part in compute(given))
-    scores = np.where(np.tri(len(start), dtype=bool).T, start[:, None] + end, -np.inf)
+    offsets, logits = given["offset_mapping"][0], [part[0] for part in compute(given)]
+    inside = np.array([text == 1 for text in given.sequence_ids(0)]) & (offsets[:, 1] > offsets[:, 0])
+    start, end = (np.where(inside, part, -np.inf) for part in logits)
+    size, longest = len(start), settings["longest_answer"]
+    ordered = np.tri(size, dtype=bool).T & np.tri(size, size, longest - 1, dtype=bool)
+    scores = np.where(ordered, start[:, None] + end, -np.inf)
     first, last = np.unravel_index(scores.argmax(), scores.shape)
-    offsets = given["offset_mapping"][0]
-    print(context[offsets[first][0] : offsets[last][1]].strip())
+    null = int((given["input_ids"][0] == tokenizer.cls_token_id).argmax())
+    none = (
+        settings["threshold"] is not None and sum(part[null] for part in logits) - scores.max() > settings["threshold"]
+    )
+    print("(no answer)" if none else context[offsets[first][0] : offsets[last][1]])
 
 
 def print_vector(tokenizer: Any, settings: dict[str, Any], arguments: list[str]) -> None:

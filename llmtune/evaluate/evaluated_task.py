@@ -86,6 +86,8 @@ class EvaluatedTask(TaskInterface):
     """Whether the loss of a single row can be computed."""
     answer_keys: tuple[str, ...] = ()
     """Keys of a prediction that are written next to it."""
+    adapter_metrics: tuple[str, ...] = ()
+    """Metrics that compare a model with itself without its adapter; exports, which have none, lack them."""
 
     @property
     def predicts(self) -> bool:

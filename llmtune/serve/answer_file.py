@@ -73,8 +73,7 @@ def answer_file(
         raise RecipeError.of(f"task {run.task.name} makes no vectors", str(output), "Write to a file in .jsonl.")
     answered = 0
     with ExitStack() as stack:
-        lines = None if vectors is not None else output
-        lines = Path(os.devnull) if rank() else lines
+        lines = Path(os.devnull) if rank() else None if vectors is not None else output
         file = stack.enter_context(lines.open("w", encoding="utf-8")) if lines else sys.stdout
         progress = stack.enter_context(progress_bars(run.console, MofNCompleteColumn()))
         bar = progress.add_task("rows", total=len(raw))

@@ -83,6 +83,7 @@ class Preference(Task[Row, Ratings]):
     rates_answers = True
     free_prompt = True
     is_conversational = True
+    adapter_metrics = ("kl",)
 
     def matches(self, recipe: Recipe) -> bool:
         """Whether the recipe trains a model that writes answers."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import torch
 from torch.nn import functional
@@ -268,10 +268,8 @@ class ExtractiveQa(Qa[Span]):
         ends = [answer_tokens(window, *characters) for window in windows]
         if not any(ends):
             start, end = characters
-            inside = (
-                left < end and right > start for window in windows for _, (left, right) in _context_tokens(window)
-            )
-            if any(inside):
+            offsets = [pair for window in windows for _, pair in _context_tokens(window)]
+            if any(left < end and right > start for left, right in offsets):
                 return "no window contains the complete answer: raise qa.stride or data.max_length"
             return "the tokenizer makes no token of the answer"
         return [window_example(window, tokens) for window, tokens in zip(windows, ends, strict=True)]
@@ -307,6 +305,13 @@ class ExtractiveQa(Qa[Span]):
         """Show a window with its answer; without an answer, show the token for `no answer`."""
         first, last = example.answer
         return highlight(example.input_ids, [first, last + 1], processor)
+
+    def export_constants(self, recipe: Recipe) -> dict[str, Any]:
+        """Return the longest answer in tokens and the threshold of `no answer`, None for never."""
+        section = qa_section(recipe)
+        threshold = section.null_score_diff_threshold or 0.0
+        limit = threshold if math.isfinite(threshold) else None
+        return {"longest_answer": section.max_answer_length, "threshold": limit}
 
     def predict(self, rows: Sequence[QaRow], loaded: LoadedModel) -> list[Span]:
         """Return the best span of each context over all windows; scores are sums of two logits.
@@ -347,10 +352,8 @@ class ExtractiveQa(Qa[Span]):
 
     def format_answer(self, prediction: Span, row: QaRow) -> str:
         """Write an answer with its position in the context."""
-        text = self.format_prediction(prediction)
-        if not prediction["text"]:
-            return text
-        return f"{text}\n(characters {prediction['start']} to {prediction['end']} of the context)"
+        place = f"\n(characters {prediction['start']} to {prediction['end']} of the context)"
+        return self.format_prediction(prediction) + (place if prediction["text"] else "")
 
     def baseline(
         self, references: Sequence[list[str]], prompts: Sequence[QaRow], recipe: Recipe

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from support import families
 from support.classifying import colour_rows, recipe_for
 from support.classifying import run as run_classifier
+from support.rows import write_jsonl
 from support.runs import finish_run, invoke, write_recipe
 from transformers import AutoModelForCausalLM
 
@@ -60,6 +61,17 @@ def test_an_export_is_scored_on_the_test_rows_and_gated(classifier):
     assert {gate["name"]: gate["passed"] for gate in report["gates"]} == {NEAR: True, SAME: True}
     assert "merged" in (run / "report.md").read_text()
     assert "tuned.deploy.merged.accuracy" in (run / "junit.xml").read_text()
+
+
+def test_an_export_has_no_divergence_from_a_base_that_it_does_not_contain(tmp_path, tiny_llama):
+    rows = [{"prompt": f"Colour {i}?", "chosen": "red", "rejected": "blue"} for i in range(30)]
+    sections = {"preference": {"loss": "orpo"}, "evaluate": {"metrics": ["accuracy", "kl"]}, "deploy": ["merged"]}
+    rows = write_jsonl(tmp_path / "rows.jsonl", rows)
+    recipe = write_recipe(tmp_path / "r.yaml", tiny_llama, rows, task="preference", generation=None, **sections)
+    _, run = run_classifier(recipe)
+    scored = read_json(run / "merged/certificate.json")["score"]
+    assert set(scored["export"]) == {"accuracy"}
+    assert scored["left_out"] == {"kl": "measured only in tuned"}
 
 
 def test_a_release_has_the_scores_of_exports(classifier, tmp_path):

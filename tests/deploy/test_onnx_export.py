@@ -58,6 +58,13 @@ CASES = {
         {"qa": {"stride": 16}, **SILENT},
         ["Which colour has cat 3?", "The cat number 3 is red."],
     ),
+    "qa-unanswerable": (
+        "bert",
+        "qa",
+        [{**row, "answers": []} for row in pairs.TASKS["qa"][1]],
+        {"qa": {"stride": 16}, **SILENT},
+        ["Which colour has cat 3?", "The cat number 3 is red."],
+    ),
     "chat": ("llama", "chat", TALK, {}, ["What comes after 7?"]),
     "summarize-decoder": ("llama", "summarize", pairs.DOCUMENTS, {}, ["The sky is blue. Nobody else is here."]),
     "translate-decoder": ("llama", "translate", NAMED, {}, ["The sky is blue.", "English", "German"]),
