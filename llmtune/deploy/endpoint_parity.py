@@ -173,7 +173,7 @@ def choose_served_model(client: openai.OpenAI, requested: str | None, run_name: 
 
 
 def find_ignored_adapter(client: openai.OpenAI, model: str, base: Path) -> list[str]:
-    """Describe the adapter that a vLLM server lists as `model`, if vLLM reads none on the model in the folder `base`."""
+    """Describe the adapter that a vLLM server lists as `model`, if vLLM reads none on the model in `base`."""
     obstacle = find_vllm_obstacle(base)
     if obstacle is None:
         return []
