@@ -1,8 +1,8 @@
 """Make llmtune/model/catalogue.yaml anew from the hub: `python docs/catalogue.py [NAME...]`. It needs the network.
 
 Names are those of the catalogue and those that are given. Sizes, context, licence and languages are taken from the hub;
-family and kind stay, or are guessed for a new one. A model that cannot be read keeps its entry, and its name is printed.
-An entry with a `source` was written from that document; reading the model from the hub removes the `source`.
+family and kind stay, or are guessed for a new one. A model that cannot be read keeps its entry; its name is printed.
+The shape of an entry with a `source` is from that document; once it is read from the hub, the `source` goes.
 """
 
 from __future__ import annotations
@@ -16,16 +16,10 @@ from typing import Any
 import torch
 from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    AutoModelForSeq2SeqLM,
-    AutoModelForSpeechSeq2Seq,
-)
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSpeechSeq2Seq
 
 from llmtune.model.catalogue import CatalogueModel, read_catalogue
+from llmtune.model.towers import image_text_class
 
 FILE = Path(__file__).parent.parent / "llmtune" / "model" / "catalogue.yaml"
 HEAD = """\
@@ -109,10 +103,10 @@ def describe_shape(kind: str, config: dict[str, Any]) -> dict[str, Any]:
     if text.get("layer_types") != getattr(loaded.get_text_config(), "layer_types", None) and "layer_types" in text:
         sizes.get("text_config", sizes)["layer_types"] = text["layer_types"]  # not those that the class derives
         loaded = AutoConfig.for_model(config["model_type"], **sizes)
-    sees = kind == "decoder" and type(loaded) in AutoModelForImageTextToText._model_mapping
+    image_text = image_text_class(loaded) if kind == "decoder" else None
     with torch.device("meta"):
-        built = (AutoModelForImageTextToText if sees else CLASSES[kind]).from_config(loaded)
-    named = {"architectures": [type(built).__name__]} if sees else {}
+        built = image_text._from_config(loaded) if image_text else CLASSES[kind].from_config(loaded)
+    named = {"architectures": [image_text.__name__]} if image_text else {}
     return {
         "parameters": sum(parameter.numel() for parameter in built.parameters()),
         "model_type": config["model_type"],
@@ -127,9 +121,7 @@ def pick_sizes(config: dict[str, Any]) -> dict[str, Any]:
         if key in TOWERS and isinstance(value, dict):
             named = {"model_type": value["model_type"]} if "model_type" in value else {}
             sizes[key] = {**named, **pick_sizes(value)}
-        elif key in SHAPES or (key in COUNTED and value is not None):
-            sizes[key] = value
-        elif type(value) is int and not LEFT_OUT.search(key):
+        elif value is not None and (key in (*SHAPES, *COUNTED) or (type(value) is int and not LEFT_OUT.search(key))):
             sizes[key] = value
     return sizes
 
