@@ -75,6 +75,8 @@ SIZES: tuple[tuple[str, float], ...] = (
 )
 """Pattern of a field's name -> its largest value."""
 LAYER_KINDS = {"layer_types", "mlp_layer_types", "layers_block_type"}
+
+
 def _three_positions(*section: int, **others: Any) -> dict[str, Any]:
     """Rotary positions for time, height and width; the section's sum is half of what is rotated of a head."""
     return {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [*section], **others}}
