@@ -91,6 +91,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
         ),
         _three_positions(2, 3, 3),
     ),
+    **dict.fromkeys(("gemma4_text", "gemma4_unified_text"), {"global_head_dim": 32}),
     "glm4v_moe_text": _three_positions(1, 1, 2, partial_rotary_factor=0.5),
     "ernie4_5_vl_moe_text": _three_positions(3, 3, 2),
     "hunyuan_vl_text": {"head_dim": 16, **_three_positions(2, 3, 3)},
