@@ -91,7 +91,6 @@ SPECIAL: dict[str, dict[str, Any]] = {
         ),
         _three_positions(2, 3, 3),
     ),
-    **dict.fromkeys(("gemma4_text", "gemma4_unified_text"), {"global_head_dim": 32}),
     "glm4v_moe_text": _three_positions(1, 1, 2, partial_rotary_factor=0.5),
     "ernie4_5_vl_moe_text": _three_positions(3, 3, 2),
     "hunyuan_vl_text": {"head_dim": 16, **_three_positions(2, 3, 3)},
@@ -114,6 +113,8 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "emu3": {"vocabulary_map": {"<image>": 424, "<|extra_200|>": 399, "<|visual token 000000|>": 400}},
     "esm": {"vocab_size": VOCABULARY, "mask_token_id": 4},
     "gemma3n_text": {"num_kv_shared_layers": 0},
+    "gemma4_text": {"global_head_dim": 32},
+    "gemma4_unified_text": {"global_head_dim": 32},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
     "granite4_vision": {
