@@ -19,11 +19,11 @@ from rich.console import Console
 from rich.markup import escape
 
 from llmtune import __version__
-from llmtune.cli.cached_models import list_cached_models
 from llmtune.data.worker_pool import usable_cores
 from llmtune.display.number_format import size
 from llmtune.errors import first_line
 from llmtune.model.builtin_models import PACKAGED
+from llmtune.model.cached_models import list_cached_models
 from llmtune.recipe.extras import EXTRAS, find_missing_extra
 from llmtune.records import Json
 from llmtune.store.atomic_files import find_cache
