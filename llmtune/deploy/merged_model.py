@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from llmtune.adapter.merging import check_mergeable
 from llmtune.adapter.merging import merge_adapter as merge_weights
 from llmtune.adapter.saving import writing_weights
+from llmtune.deploy.base_tensors import copy_other_tensors
 from llmtune.deploy.export import ExportFormat, WrittenExport
 from llmtune.deploy.exported_model import ModelSource, open_folder
 from llmtune.deploy.folder_settings import expected_generation
@@ -27,6 +28,7 @@ from llmtune.model.config import OTHER_CLASSES, OTHER_ORDER, read_model_config
 from llmtune.model.device import is_out_of_memory, release_memory
 from llmtune.model.processor import save_tokenizer
 from llmtune.model.quantized_base import kept_quantization
+from llmtune.model.towers import find_towers, remove_modules
 from llmtune.store.atomic_files import hash_file
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -75,8 +77,10 @@ def write_merged(reference: TunedReference, folder: Path, onto: str | None, dtyp
     if quantized and base == "original":
         advice = "Merge onto the training weights: --onto dequantized. "
     other = _compare_other_base(reference, base) if quantized and original else None
+    if reference.checkpoint is not None:
+        reference.checkpoint.ask_picture()
     with spinner(tuned.console, "merging and saving"):
-        save_merged(merge_to(tuned, base, target_dtype), tuned, folder, target_dtype)
+        save_merged(merge_to(tuned, base, target_dtype), reference, folder, target_dtype)
     facts = {
         "method": tuned.adapted.method,
         "onto": base,
@@ -122,11 +126,14 @@ def _compare_other_base(reference: TunedReference, onto: Onto) -> Certificate:
     return {"onto": other, **numbers, "seconds": time.perf_counter() - started}
 
 
-def save_merged(merged: PreTrainedModel, tuned: TunedModel, folder: Path, dtype: torch.dtype) -> None:
-    """Save a model with tokenizer, chat template and the recipe's generation settings."""
-    save_settings(merged, tuned, folder, dtype)
+def save_merged(merged: PreTrainedModel, reference: TunedReference, folder: Path, dtype: torch.dtype) -> None:
+    """Save a model with tokenizer, chat template and the recipe's generation settings, and the base's towers."""
+    save_settings(merged, reference.tuned, folder, dtype)
+    remove_modules(merged, find_towers(merged))  # those that a text needs are still in memory, in another format
     with writing_weights(folder):
         merged.save_pretrained(folder, max_shard_size=SHARD_SIZE)
+        if reference.checkpoint is not None:
+            copy_other_tensors(reference.checkpoint.folder, reference.checkpoint.skeleton, folder)
 
 
 def save_settings(merged: PreTrainedModel, tuned: TunedModel, folder: Path, dtype: torch.dtype) -> None:

@@ -118,6 +118,11 @@ def linear_layers(model: PreTrainedModel) -> dict[str, torch.nn.Linear]:
     }
 
 
+def linear_names(model: PreTrainedModel) -> list[str]:
+    """Return the names of all linear layers."""
+    return [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+
+
 def sample_texts(tuned: TunedModel) -> list[Sequence[int]]:
     """Return the ids of up to CALIBRATION_ROWS training rows, spread over all."""
     assert tuned.examples is not None, "a run has encoded rows"
@@ -131,10 +136,13 @@ def write_quantized(reference: TunedReference, folder: Path, scheme: str) -> Wri
     tuned, settings = reference.tuned, SCHEMES[scheme]
     onto, group_size = training_base(tuned.recipe, tuned.model_ref), check_quantizable(tuned, scheme)
     texts = sample_texts(tuned) if settings.calibrated else []
+    if reference.checkpoint is not None:
+        reference.checkpoint.ask_picture()
     with spinner(tuned.console, f"merging and quantising to {scheme}"):
         merged = merge_to(tuned, onto, torch.float32).eval()
-        compressor = compress(merged, settings, group_size, texts)
-        save_merged(merged, tuned, folder, DTYPE)
+        towers = linear_names(reference.checkpoint.skeleton) if reference.checkpoint is not None else []
+        compressor = compress(merged, settings, group_size, texts, towers)
+        save_merged(merged, reference, folder, DTYPE)
         compressor.update_config(folder)
     facts = {
         "method": tuned.adapted.method,
@@ -150,9 +158,16 @@ def write_quantized(reference: TunedReference, folder: Path, scheme: str) -> Wri
 
 @torch.no_grad()
 def compress(
-    model: PreTrainedModel, scheme: QuantizationScheme, group_size: int, texts: Sequence[Sequence[int]]
+    model: PreTrainedModel,
+    scheme: QuantizationScheme,
+    group_size: int,
+    texts: Sequence[Sequence[int]],
+    towers: Sequence[str] = (),
 ) -> Any:
-    """Quantise a model's linear layers in place; return what adds them to a saved configuration."""
+    """Quantise a model's linear layers in place; return what adds them to a saved configuration.
+
+    `towers` are linear layers that the files have and the model lacks.
+    """
     from compressed_tensors.compressors import ModelCompressor
     from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config, preset_name_to_scheme
 
@@ -179,10 +194,9 @@ def compress(
 
     if scheme.calibrated:
         round_layers(layers, scales, scheme.bits, read)
-    others = [
-        name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and name not in layers
-    ]
-    config = QuantizationConfig(config_groups={"group_0": preset}, ignore=others, quantization_status="compressed")
+    others = [name for name in linear_names(model) if name not in layers]
+    ignore = [*others, *(name for name in towers if name not in layers and name not in others)]
+    config = QuantizationConfig(config_groups={"group_0": preset}, ignore=ignore, quantization_status="compressed")
     apply_quantization_config(model, config)
     for name, layer in layers.items():
         layer.get_parameter("weight_scale").copy_(scales[name])

@@ -16,6 +16,15 @@ from llmtune.recipe.user_files import read_text_file
 from llmtune.records import ModelRef
 
 PREPROCESSOR = "preprocessor_config.json"
+PROCESSOR_FILES = (
+    "processor_config.json",
+    PREPROCESSOR,
+    "video_preprocessor_config.json",
+    "audio_tokenizer_config.json",
+)
+"""Files from which `AutoProcessor` makes the inputs of images, video and sound."""
+LEGACY_TEMPLATE = "chat_template.json"
+"""File of a processor's chat template. It would override the tokenizer's."""
 _FAST = "PreTrainedTokenizerFast"
 _WRITTEN_BY_5_ALONE = ("TokenizersBackend", "PythonBackend", "SentencePieceBackend")
 
@@ -115,6 +124,8 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     for key in ("is_local", "local_files_only"):  # local loading options
         config.pop(key, None)
     path.write_text(json.dumps(config, indent=2, ensure_ascii=False, sort_keys=True) + "\n", "utf-8")
-    source = Path(str(tokenizer.name_or_path)) / PREPROCESSOR
-    if source.is_file() and source.parent.resolve() != folder.resolve():  # the audio feature extractor
-        (folder / PREPROCESSOR).write_bytes(source.read_bytes())
+    source = Path(str(tokenizer.name_or_path))
+    names = PROCESSOR_FILES if tokenizer.chat_template else (*PROCESSOR_FILES, LEGACY_TEMPLATE)
+    for name in names if source.resolve() != folder.resolve() else ():
+        if (source / name).is_file():
+            (folder / name).write_bytes((source / name).read_bytes())

@@ -1,0 +1,204 @@
+"""A checkpoint that also reads images, tuned on text: the rest of it and its processor must stay those of the base."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from PIL import Image
+from transformers import AutoProcessor, PreTrainedModel, ProcessorMixin
+
+from llmtune.adapter.load import put_adapter
+from llmtune.adapter.reference_model import switches_off, without_adapter
+from llmtune.deploy.base_tensors import compare_other_tensors
+from llmtune.deploy.exported_model import ExportedModel
+from llmtune.deploy.parity import Certificate, Limits, measure_distance
+from llmtune.deploy.tuned_model import TunedModel
+from llmtune.errors import first_line
+from llmtune.model.causal_lm_loss import unwrap
+from llmtune.model.config import UNREADABLE, build_skeleton
+from llmtune.model.library_logging import unreported
+from llmtune.model.processor import PROCESSOR_FILES
+from llmtune.model.towers import find_towers, image_text_class
+
+QUESTION = "What does the picture show?"
+PIXELS = 224
+
+
+@dataclass(frozen=True)
+class AskedPicture:
+    """A picture with a question, as the base's processor encodes them, and the logits [T, V] of the complete model."""
+
+    prompt: str
+    inputs: Mapping[str, torch.Tensor]
+    tuned: torch.Tensor
+    base: torch.Tensor | None
+    """None if the adapter cannot be disabled."""
+    other: torch.Tensor
+    """The tuned model's logits for another picture."""
+
+
+class BaseCheckpoint:
+    """The base of a tuned model, complete with its towers."""
+
+    def __init__(self, tuned: TunedModel) -> None:
+        inner = cast(PreTrainedModel, unwrap(tuned.model))
+        self.tuned, self.folder, self.model_class = tuned, tuned.model_ref.path, type(inner)
+        self.skeleton = build_skeleton(type(inner), copy.deepcopy(inner.config), tuned.recipe, towers=True)
+        """The complete model without memory."""
+        self.picture: AskedPicture | str | None = None
+        """The picture after `ask_picture`, or why it could not be asked."""
+
+    @classmethod
+    def find(cls, tuned: TunedModel) -> BaseCheckpoint | None:
+        """Return the base of a model with towers; None for a model of text alone."""
+        if image_text_class(cast(PreTrainedModel, unwrap(tuned.model)).config) is None:
+            return None
+        base = cls(tuned)
+        return base if find_towers(base.skeleton) else None
+
+    def ask_picture(self) -> None:
+        """Ask the adapter on the complete base about a picture, before it is merged."""
+        if self.picture is not None or not self.tuned.task.model_kind.decodes:
+            return
+        try:
+            processor = self._open_processor(self.folder)
+            prompt = _write_prompt(processor)
+            inputs = _encode(processor, prompt, _draw())
+            other = _encode(processor, prompt, _draw().rotate(90))
+        except (*UNREADABLE, NameError) as error:
+            self.picture = f"the base's processor cannot encode a picture: {first_line(error)}"
+            return
+        with unreported():
+            model = self._load_complete()
+        base = None
+        if isinstance(model, PeftModel) and switches_off(model):
+            with without_adapter(model, keeps_head=False):
+                base = _read_logits(model, inputs)
+        self.picture = AskedPicture(prompt, inputs, _read_logits(model, inputs), base, _read_logits(model, other))
+
+    def _open_processor(self, folder: Path) -> ProcessorMixin:
+        trust = self.tuned.recipe.model.trust_remote_code
+        processor = AutoProcessor.from_pretrained(str(folder), local_files_only=True, trust_remote_code=trust)
+        if not isinstance(processor, ProcessorMixin):
+            raise ValueError(f"AutoProcessor opens a {type(processor).__name__} alone")
+        return processor
+
+    def _load_complete(self) -> PreTrainedModel:
+        """Load the base with its towers as plain transformers and PEFT do, with the trained weights."""
+        selected, inner = self.tuned.adapted.selected, cast(PreTrainedModel, unwrap(self.tuned.model))
+        stated = getattr(inner.config, "quantization_config", None)
+        in_four_bits = selected.quantized and not selected.base_quantization
+        dtype = stated.bnb_4bit_compute_dtype if in_four_bits else inner.dtype
+        options: dict[str, Any] = {"quantization_config": stated} if in_four_bits else {}
+        if selected.quantized:
+            options["device_map"] = {"": inner.device}
+        model = self.model_class.from_pretrained(str(self.folder), dtype=dtype, local_files_only=True, **options)
+        model = model if selected.quantized else model.to(inner.device)
+        rows = inner.get_input_embeddings().weight.shape[0]
+        if model.get_input_embeddings().weight.shape[0] < rows:  # the recipe added tokens
+            model.resize_token_embeddings(rows, mean_resizing=False)
+        if not isinstance(self.tuned.model, PeftModel):
+            model.load_state_dict(inner.state_dict(), strict=False)
+            return cast(PreTrainedModel, model.eval())
+        config = replace(self.tuned.model.peft_config["default"])
+        state = get_peft_model_state_dict(self.tuned.model, save_embedding_layers=False)
+        adapted = put_adapter(model, config, trainable=False)
+        set_peft_model_state_dict(adapted, state)
+        return cast(PreTrainedModel, adapted.eval())
+
+    def certify(self, exported: ExportedModel, certified: Certificate, limits: Limits) -> Certificate:
+        """Add to a folder's certificate how its towers and its processor compare with the base's, and what differs."""
+        if not exported.is_folder or image_text_class(exported.model.config) is None:
+            return certified
+        tensors, breaches = compare_other_tensors(self.folder, exported.path, self.skeleton)
+        self.ask_picture()
+        files, lost = self._compare_processors(exported.path)
+        checked: Certificate = {"towers": tensors, "processor": files}
+        breaches += lost
+        if isinstance(self.picture, str):
+            checked["picture"] = {"not_measured": self.picture}
+        elif self.picture is not None:
+            logits = _read_logits(exported.model, self.picture.inputs)
+            distance, limit = measure_distance([self.picture.tuned], [logits]), limits.kl(self._effect())
+            seen = measure_distance([self.picture.tuned], [self.picture.other]).kl_mean
+            checked["picture"] = {**asdict(distance), "limit": limit, "effect_kl": self._effect(), "other_kl": seen}
+            if not distance.kl_mean <= limit:
+                numbers = f"mean KL is {distance.kl_mean:.2g} nats per position; the limit is {limit:.2g}"
+                breaches.append(f"asked about a picture, its {numbers}")
+        passed = certified["passed"] and not breaches
+        return {**certified, "passed": passed, "breaches": [*certified["breaches"], *breaches], "checkpoint": checked}
+
+    def _effect(self) -> float | None:
+        asked = self.picture
+        if not isinstance(asked, AskedPicture) or asked.base is None:
+            return None
+        return measure_distance([asked.tuned], [asked.base]).kl_mean
+
+    def _compare_processors(self, folder: Path) -> tuple[Certificate, list[str]]:
+        """Return the base's processor files that a folder has too, and how its processor differs."""
+        names = [name for name in PROCESSOR_FILES if (self.folder / name).is_file()]
+        equal = [name for name in names if _same_file(self.folder / name, folder / name)]
+        fields: Certificate = {"files": names, "equal_files": equal}
+        breaches = []
+        try:
+            processor = self._open_processor(folder)
+            expected = self._open_processor(self.folder)
+            fields["class"] = type(processor).__name__
+            if type(processor) is not type(expected):
+                breaches.append(f"its processor is a {type(processor).__name__}; the base's is a {type(expected).__name__}")
+            elif isinstance(self.picture, AskedPicture):
+                inputs = _encode(processor, self.picture.prompt, _draw())
+                different = [name for name, part in self.picture.inputs.items() if not _same(inputs.get(name), part)]
+                breaches += [f"its processor makes other {name} of a picture" for name in different]
+        except (*UNREADABLE, NameError) as error:
+            breaches.append(f"its processor cannot be opened as the base's: {first_line(error)}")
+        complete = not breaches and (folder / PROCESSOR_FILES[0]).is_file()  # newer ones contain the others
+        missing = [name for name in names if not (folder / name).is_file() and not complete]
+        return fields, [*(f"{name} of the base is missing" for name in missing), *breaches]
+
+
+def _same_file(one: Path, other: Path) -> bool:
+    return other.is_file() and one.read_bytes() == other.read_bytes()
+
+
+def _same(one: object, other: torch.Tensor) -> bool:
+    return isinstance(one, torch.Tensor) and torch.equal(one, other)
+
+
+def _draw() -> Image.Image:
+    """Return a picture of two gradients."""
+    rows = Image.linear_gradient("L").resize((PIXELS, PIXELS))
+    return Image.merge("RGB", [rows, rows.rotate(90), rows.rotate(180)])
+
+
+def _write_prompt(processor: Any) -> str:
+    """Return a question about a picture: by the processor's chat template, if that writes the picture's token."""
+    token = str(getattr(processor, "boi_token", None) or processor.image_token)
+    if processor.chat_template:
+        content = [{"type": "image"}, {"type": "text", "text": QUESTION}]
+        chat = [{"role": "user", "content": content}]
+        text = str(processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False))
+        if token in text or processor.image_token in text:
+            return text
+    return f"{token}{QUESTION}"
+
+
+def _encode(processor: Callable[..., Any], prompt: str, picture: Image.Image) -> dict[str, torch.Tensor]:
+    inputs = processor(text=[prompt], images=[picture], return_tensors="pt")
+    return {name: part for name, part in inputs.items() if isinstance(part, torch.Tensor)}
+
+
+@torch.inference_mode()
+def _read_logits(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Return the logits [T, V] for a picture and its question, on the CPU in float32."""
+    moved = {
+        name: part.to(model.device, model.dtype if part.is_floating_point() else None) for name, part in inputs.items()
+    }
+    logits_BTV: torch.Tensor = model(**moved, use_cache=False).logits
+    return logits_BTV[0].float().cpu()
