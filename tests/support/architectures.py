@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -50,6 +50,7 @@ SIZES: tuple[tuple[str, float], ...] = (
     (r".*(dropout|drop|jitter).*|.*pdrop", 0.0),
     (r".*(period|interval|layer_step|every_n_layers|_pattern|layers_per_group|layer_group_size)", 2),
     (r".*layer_offset", 1),
+    (r"depth", 2),
     (r"(.*_)?(num|n)?_?(hidden_|encoder_|decoder_|input_|output_)?layers?", 2),
     (r".*(mamba|ssm).*heads", 8),
     (r".*(key_value|kv|key)_heads", 2),
@@ -70,7 +71,12 @@ SIZES: tuple[tuple[str, float], ...] = (
 )
 """Pattern of a field's name -> its largest value."""
 LAYER_KINDS = {"layer_types", "mlp_layer_types", "layers_block_type"}
+THREE_POSITIONS = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}}
 SPECIAL: dict[str, dict[str, Any]] = {
+    "glm4v_text": THREE_POSITIONS,
+    "qwen2_5_vl_text": THREE_POSITIONS,
+    "qwen2_vl_text": THREE_POSITIONS,
+    "qwen3_vl_text": THREE_POSITIONS,
     "cohere_compass_text": {
         "layer_types": ["sliding_attention", "full_attention"],
         "rope_parameters": {
@@ -143,11 +149,11 @@ def _parts(config_class: type[PreTrainedConfig]) -> dict[str, PreTrainedConfig]:
     return {name: part for name, part in found.items() if isinstance(part, PreTrainedConfig)}
 
 
-def _silence(config: PreTrainedConfig) -> None:
+def silence(config: PreTrainedConfig) -> None:
     """Switch off dropout in place, also in nested configurations."""
     for name, value in list(vars(config).items()):
         if isinstance(value, PreTrainedConfig):
-            _silence(value)
+            silence(value)
         elif "drop" in name and isinstance(value, float):
             setattr(config, name, 0.0)
 
@@ -161,13 +167,17 @@ def build(kind: str, model_type: str, folder: Path) -> None:
         config.decoder_start_token_id, config.pad_token_id, config.eos_token_id = 3, 3, 2
     if isinstance(decoder := getattr(config, "decoder", None), PreTrainedConfig) and hasattr(decoder, "is_decoder"):
         decoder.is_decoder = decoder.add_cross_attention = True
-    _silence(config)
+    silence(config)
     torch.manual_seed(0)
     auto = transformers.AutoModelForMaskedLM if kind == "encoder" else getattr(transformers, KINDS[kind].auto_class)
-    model = auto.from_config(config, dtype=torch.float32)
+    save_weights(auto.from_config(config, dtype=torch.float32), folder)
+    train_tokenizer().save_pretrained(folder)
+
+
+def save_weights(model: PreTrainedModel, folder: Path) -> None:
+    """Save a random model after making its weights large enough for attention to matter."""
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1 and parameter.requires_grad and parameter.std() < 0.1:
                 parameter.mul_(4)
     model.save_pretrained(folder)
-    train_tokenizer().save_pretrained(folder)
