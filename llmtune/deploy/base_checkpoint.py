@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -15,16 +14,17 @@ from transformers import AutoProcessor, PreTrainedModel, ProcessorMixin
 
 from llmtune.adapter.load import put_adapter
 from llmtune.adapter.reference_model import switches_off, without_adapter
-from llmtune.deploy.base_tensors import compare_other_tensors
-from llmtune.deploy.exported_model import ExportedModel
+from llmtune.deploy.exported_model import ExportedModel, ModelSource
 from llmtune.deploy.parity import Certificate, Limits, measure_distance
 from llmtune.deploy.tuned_model import TunedModel
-from llmtune.errors import first_line
+from llmtune.errors import EnvironmentProblem, first_line
+from llmtune.model.base_tensors import build_complete, compare_other_tensors
 from llmtune.model.causal_lm_loss import unwrap
-from llmtune.model.config import UNREADABLE, build_skeleton
+from llmtune.model.config import UNREADABLE, read_model_config
 from llmtune.model.library_logging import unreported
 from llmtune.model.processor import PROCESSOR_FILES
-from llmtune.model.towers import find_towers, image_text_class
+from llmtune.model.quantized_base import keep_quantized_format
+from llmtune.model.towers import complete_outputs, find_towers, image_text_class
 
 QUESTION = "What does the picture show?"
 PIXELS = 224
@@ -49,7 +49,7 @@ class BaseCheckpoint:
     def __init__(self, tuned: TunedModel) -> None:
         inner = cast(PreTrainedModel, unwrap(tuned.model))
         self.tuned, self.folder, self.model_class = tuned, tuned.model_ref.path, type(inner)
-        self.skeleton = build_skeleton(type(inner), copy.deepcopy(inner.config), tuned.recipe, towers=True)
+        self.skeleton = build_complete(inner)
         """The complete model without memory."""
         self.picture: AskedPicture | str | None = None
         """The picture after `ask_picture`, or why it could not be asked."""
@@ -100,6 +100,8 @@ class BaseCheckpoint:
             options["device_map"] = {"": inner.device}
         model = self.model_class.from_pretrained(str(self.folder), dtype=dtype, local_files_only=True, **options)
         model = model if selected.quantized else model.to(inner.device)
+        complete_outputs(model)
+        keep_quantized_format(model)
         rows = inner.get_input_embeddings().weight.shape[0]
         if model.get_input_embeddings().weight.shape[0] < rows:  # the recipe added tokens
             model.resize_token_embeddings(rows, mean_resizing=False)
@@ -161,6 +163,18 @@ class BaseCheckpoint:
         complete = not breaches and (folder / PROCESSOR_FILES[0]).is_file()  # newer ones contain the others
         missing = [name for name in names if not (folder / name).is_file() and not complete]
         return fields, [*(f"{name} of the base is missing" for name in missing), *breaches]
+
+
+def check_processor(source: ModelSource) -> None:
+    """Raise EnvironmentProblem for a base that reads images and has no file of a processor."""
+    config = read_model_config(source.model_ref, source.recipe.model)
+    complete, folder = image_text_class(config), source.model_ref.path
+    if complete is None or complete.__name__ not in (config.architectures or ()):
+        return
+    if not any((folder / name).is_file() for name in PROCESSOR_FILES):
+        what = f"{source.model_ref.name} also reads images, but has none of its processor's files: "
+        fix = "Download the model again with all files, or merge its text alone: llmtune deploy merge RUN --text-only"
+        raise EnvironmentProblem.of(what + ", ".join(PROCESSOR_FILES[:2]), str(folder), fix)
 
 
 def _same_file(one: Path, other: Path) -> bool:

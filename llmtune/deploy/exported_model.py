@@ -14,9 +14,8 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from llmtune.deploy.parity import LIMITS, Limits, load_product
 from llmtune.deploy.tuned_model import TunedModel, served_by_folder
-from llmtune.model.config import mapped_class
 from llmtune.model.processor import load_processor
-from llmtune.model.towers import image_text_class
+from llmtune.model.towers import complete_outputs, image_text_class
 from llmtune.plan import Plan
 from llmtune.recipe.model_section import ModelSection
 from llmtune.records import ModelRef
@@ -102,9 +101,11 @@ def open_folder(folder: Path, source: ModelSource, name: str = "folder") -> Expo
         on_cpu_half = source.device == "cpu" and config.dtype == torch.float16  # loaded in 16 bits, computed in 32
         dtype = torch.float32 if on_cpu_half else "auto"
         complete = image_text_class(config)
-        sees = kind.image_text_class and complete is not None and mapped_class(config, kind) is complete
+        sees = kind.image_text_class and complete and complete.__name__ in (config.architectures or ())
         auto_class = getattr(transformers, str(kind.image_text_class if sees else kind.auto_class))
-        return auto_class.from_pretrained(folder, dtype=dtype, output_loading_info=True, **options)
+        model, info = auto_class.from_pretrained(folder, dtype=dtype, output_loading_info=True, **options)
+        complete_outputs(model)
+        return model, info
 
     model = cast(PreTrainedModel, load_product(load, str(folder)).to(source.device))
     limits = LIMITS["exact" if model.dtype == torch.float32 else "rounded"]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from itertools import accumulate, groupby
 from pathlib import Path
+from typing import cast
 
 import torch
 from safetensors import safe_open
@@ -16,9 +18,9 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-from llmtune.deploy.parity import Certificate
 from llmtune.errors import EnvironmentProblem
-from llmtune.model.towers import find_towers, in_towers
+from llmtune.model.config import in_heads
+from llmtune.model.towers import find_towers
 from llmtune.store.atomic_files import write_json
 
 INDEX = "model.safetensors.index.json"
@@ -44,6 +46,12 @@ class StoredTensor:
         return sha256(f"{tensor.dtype} {[*tensor.shape]} {sha256(content.data).hexdigest()}".encode()).hexdigest()
 
 
+def build_complete(model: PreTrainedModel) -> PreTrainedModel:
+    """Return the model of this class and configuration with its towers, on the meta device."""
+    with torch.device("meta"):
+        return cast(PreTrainedModel, type(model)._from_config(copy.deepcopy(model.config)))
+
+
 def list_other_tensors(folder: Path, complete: PreTrainedModel) -> dict[str, StoredTensor]:
     """Return the tensors in a folder's safetensors that are outside the language model, by their names in the model.
 
@@ -64,7 +72,7 @@ def list_other_tensors(folder: Path, complete: PreTrainedModel) -> dict[str, Sto
             prefix = complete.base_model_prefix
             target, converted = rename_source_key(name, renamings, converters, prefix, parameters)
             unread = target not in parameters and leaves.isdisjoint(accumulate(target.split("."), "{}.{}".format))
-            if in_towers(target, towers) or (keeps_unread and unread):
+            if in_heads(target, towers) or (keeps_unread and unread):
                 others[target if converted is None else name] = StoredTensor(file, name)
     return others
 
@@ -98,12 +106,12 @@ def copy_other_tensors(base: Path, complete: PreTrainedModel, folder: Path) -> N
 
 def compare_other_tensors(
     base: Path, folder: Path, complete: PreTrainedModel
-) -> tuple[Certificate, list[str]]:
+) -> tuple[dict[str, object], list[str]]:
     """Return the certificate's fields on the tensors outside the language model, and what differs from the base's."""
     expected, actual = list_other_tensors(base, complete), list_other_tensors(folder, complete)
     digests = {name: one.digest() for name, one in sorted(expected.items())}
     different = [name for name, digest in digests.items() if name not in actual or actual[name].digest() != digest]
-    fields = {
+    fields: dict[str, object] = {
         "tensors": len(digests),
         "equal": len(digests) - len(different),
         "sha256": sha256(json.dumps(digests).encode()).hexdigest(),
@@ -115,7 +123,7 @@ def compare_other_tensors(
 
 def _describe_differences(digests: Mapping[str, str], different: list[str], towers: list[str]) -> Iterator[str]:
     def tower_of(name: str) -> str:
-        return next((tower for tower in towers if in_towers(name, [tower])), "other parts")
+        return next((tower for tower in towers if in_heads(name, [tower])), "other parts")
 
     for tower, group in groupby(sorted(different, key=tower_of), key=tower_of):
         names = [*group]
