@@ -172,8 +172,7 @@ def read_model_config(model_ref: ModelRef, model: ModelSection) -> PreTrainedCon
             str(model_ref.path), trust_remote_code=model.trust_remote_code, local_files_only=True
         )
     prepare_reading(config)
-    text = config.get_text_config()
-    layers = list(text.per_layer_config) if getattr(text, "is_heterogeneous", False) else [text]
+    layers = layer_configs(config.get_text_config())
     wrong = (
         Problem(f"{name} is {value!r}, but must be a number from 1 to {most:,}", path, NEWER)
         for name, most in MOST.items()
@@ -183,6 +182,11 @@ def read_model_config(model_ref: ModelRef, model: ModelSection) -> PreTrainedCon
     )
     EnvironmentProblem.collect(dict.fromkeys(wrong))
     return config
+
+
+def layer_configs(text: PreTrainedConfig) -> list[PreTrainedConfig]:
+    """Return the configuration of each layer of a language model if they differ, else the one for all layers."""
+    return list(text.per_layer_config) if getattr(text, "is_heterogeneous", False) else [text]
 
 
 def as_list(value: object) -> list[object]:

@@ -279,8 +279,7 @@ def _load_weights(
 def _check_finite(model: PreTrainedModel, model_ref: ModelRef) -> None:
     """Raise EnvironmentProblem if weights are NaN or infinite, which spoils every result."""
     packed = tuple(f"{name}." for name, module in model.named_modules() if is_quantized(module))
-    whole = ((name, weight) for name, weight in model.named_parameters() if not name.startswith(packed))
-    floats = [(name, weight) for name, weight in whole if weight.is_floating_point()]
+    floats = [one for one in model.named_parameters() if one[1].is_floating_point() and not one[0].startswith(packed)]
     wrong = [name for name, weight in floats if not weight.sum(dtype=torch.float32).isfinite()]
     wrong = [name for name, weight in floats if name in wrong and not weight.isfinite().all()]  # a sum may overflow
     if wrong:

@@ -110,5 +110,4 @@ def _text_scores(model: PreTrainedModel) -> torch.Tensor:
     """Return the model's first output for a few tokens."""
     size = int(model.get_input_embeddings().weight.shape[0])
     ids_1T = torch.arange(1, _PROBE_TOKENS + 1, device=model.device)[None] * size // (_PROBE_TOKENS + 2)
-    scores: torch.Tensor = model(input_ids=ids_1T, attention_mask=torch.ones_like(ids_1T))[0]
-    return scores
+    return cast(torch.Tensor, model(input_ids=ids_1T, attention_mask=torch.ones_like(ids_1T))[0])

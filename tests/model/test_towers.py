@@ -7,10 +7,8 @@ import torch
 from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig, PeftModel, get_peft_model
 from support.adapting import open_model, quiet, recipe_with, task_for
-from support.architectures import shrink
-from support.models import train_tokenizer
+from support.image_text import FAMILIES, build_image_text
 from transformers import AutoModelForImageTextToText
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from llmtune.adapter.injection import inject
 from llmtune.adapter.saving import load_adapter, save_adapter
@@ -19,23 +17,19 @@ from llmtune.model.memory_plan import plan_memory
 from llmtune.model.resolve import resolve_model
 from llmtune.model.towers import drop_towers, dropped_modules, find_towers
 
-TOWERS = {
-    "gemma3": ["model.vision_tower", "model.multi_modal_projector"],
-    "llava": ["model.vision_tower", "model.multi_modal_projector"],
+VISION = ["model.vision_tower", "model.multi_modal_projector"]
+TOWERS = dict.fromkeys(FAMILIES, VISION) | {
+    "gemma4": ["model.vision_tower", "model.embed_vision"],
     "qwen3_5": ["model.visual"],
-    "smolvlm": ["model.vision_model", "model.connector"],
+    "qwen3_5_moe": ["model.visual"],
+    "qwen2_5_vl": ["model.visual"],
+    "qwen3_vl": ["model.visual"],
+    "glm46v": ["model.visual"],
     "llama4": ["vision_model", "multi_modal_projector"],
-    "mllama": ["model.vision_model", "model.multi_modal_projector"],
+    "smolvlm": ["model.vision_model", "model.connector"],
+    "idefics3": ["model.vision_model", "model.connector"],
+    "granite4_vision": ["model.vision_tower", "model.layerwise_projectors", "model.spatial_projectors"],
 }
-
-
-def build(folder: Path, family: str) -> Path:
-    """Save a tiny random checkpoint that reads text and images."""
-    torch.manual_seed(0)
-    model = AutoModelForImageTextToText.from_config(shrink(CONFIG_MAPPING[family]), dtype=torch.float32)
-    model.save_pretrained(folder)
-    train_tokenizer().save_pretrained(folder)
-    return folder
 
 
 def plain(folder: Path) -> torch.nn.Module:
@@ -44,7 +38,7 @@ def plain(folder: Path) -> torch.nn.Module:
 
 @pytest.mark.parametrize("family", TOWERS)
 def test_a_text_tune_loads_the_class_of_the_checkpoint_without_its_towers(tmp_path, family):
-    complete = plain(build(tmp_path, family))
+    complete = plain(build_image_text(tmp_path, family))
     assert find_towers(complete) == TOWERS[family]
     model = open_model(recipe_with(tmp_path, data={"packing": False})).model
     assert type(model) is type(complete)
@@ -53,9 +47,9 @@ def test_a_text_tune_loads_the_class_of_the_checkpoint_without_its_towers(tmp_pa
     assert find_towers(model) == []
 
 
-@pytest.mark.parametrize("family", ["gemma3", "llava", "qwen3_5"])
+@pytest.mark.parametrize("family", ["gemma4", "llava", "qwen3_5"])
 def test_scores_without_towers_are_equal_to_the_bit(tmp_path, family):
-    complete, ids = plain(build(tmp_path, family)), torch.arange(20)[None] * 7
+    complete, ids = plain(build_image_text(tmp_path, family)), torch.arange(20)[None] * 7
     with torch.inference_mode():
         before = complete(input_ids=ids).logits
         drop_towers(complete)
@@ -64,7 +58,7 @@ def test_scores_without_towers_are_equal_to_the_bit(tmp_path, family):
 
 
 def test_towers_that_text_uses_stay_frozen(tmp_path):
-    model = plain(build(tmp_path, "llava"))
+    model = plain(build_image_text(tmp_path, "llava"))
     tower = model.model.vision_tower
 
     def read_tower(*_: object) -> None:
@@ -85,7 +79,7 @@ def test_a_model_of_text_alone_keeps_every_module(tiny_llama):
 
 @pytest.mark.parametrize("family", ["llava", "smolvlm", "llama4"])
 def test_plain_peft_puts_the_adapter_on_the_language_model_of_the_complete_class(tmp_path, family):
-    recipe = recipe_with(build(tmp_path, family), data={"packing": False})
+    recipe = recipe_with(build_image_text(tmp_path, family), data={"packing": False})
     adapted = inject(open_model(recipe), recipe, quiet())
     save_adapter(adapted, tmp_path / "adapter")
     other = PeftModel.from_pretrained(plain(tmp_path), tmp_path / "adapter")
@@ -106,7 +100,7 @@ def test_plain_peft_puts_the_adapter_on_the_language_model_of_the_complete_class
     ],
 )
 def test_any_choice_of_modules_selects_the_same_ones_on_the_complete_class(tmp_path, section):
-    recipe = recipe_with(build(tmp_path, "llava"), adapter=section)
+    recipe = recipe_with(build_image_text(tmp_path, "llava"), adapter=section)
     adapted = inject(open_model(recipe), recipe, quiet())
     save_adapter(adapted, tmp_path / "adapter")
     other = PeftModel.from_pretrained(plain(tmp_path), tmp_path / "adapter")
@@ -124,7 +118,7 @@ def test_any_choice_of_modules_selects_the_same_ones_on_the_complete_class(tmp_p
     ],
 )
 def test_a_recipe_that_names_modules_of_a_tower_is_refused(tmp_path, key, entry):
-    recipe = recipe_with(build(tmp_path, "llava"), adapter={key: entry})
+    recipe = recipe_with(build_image_text(tmp_path, "llava"), adapter={key: entry})
     with pytest.raises(
         RecipeError, match=r"only modules that read images or sound, such as model\.vision_tower"
     ) as error:
@@ -133,7 +127,7 @@ def test_a_recipe_that_names_modules_of_a_tower_is_refused(tmp_path, key, entry)
 
 
 def test_an_adapter_on_a_tower_is_refused_by_name(tmp_path):
-    recipe = recipe_with(build(tmp_path, "llava"))
+    recipe = recipe_with(build_image_text(tmp_path, "llava"))
     config = LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")
     get_peft_model(plain(tmp_path), config).save_pretrained(tmp_path / "adapter")
     with pytest.raises(EnvironmentProblem, match="modules that read images"):
@@ -141,14 +135,34 @@ def test_an_adapter_on_a_tower_is_refused_by_name(tmp_path):
 
 
 def test_the_memory_plan_counts_the_language_model_alone(tmp_path):
-    recipe = recipe_with(build(tmp_path, "llava"))
+    recipe = recipe_with(build_image_text(tmp_path, "llava"))
     plan = plan_memory(resolve_model(str(tmp_path), recipe.model, quiet()), recipe, task_for(recipe), 64, "cpu")
     assert plan.parts["weights"] == 4 * sum(parameter.numel() for parameter in open_model(recipe).model.parameters())
 
 
+def test_the_memory_plan_counts_the_keys_of_each_layer_by_its_own_size(tmp_path):
+    recipe = recipe_with(build_image_text(tmp_path, "gemma4"))
+    selected = open_model(recipe, training=False)
+    caches = [selected.model(input_ids=torch.arange(4, 4 + n)[None], use_cache=True).cache.layers for n in (5, 6)]
+    sizes = [sum(layer.keys.nbytes + layer.values.nbytes for layer in layers) for layers in caches]
+    plans = [plan_memory(selected.model_ref, recipe, task_for(recipe), tokens, "cpu") for tokens in (5, 6)]
+    assert plans[1].evaluated - plans[0].evaluated == sizes[1] - sizes[0]
+
+
 def test_qlora_quantises_the_language_model_alone(tmp_path, monkeypatch):
     monkeypatch.setattr("llmtune.model.loading.drop_towers", lambda model: None)
-    model = open_model(recipe_with(build(tmp_path, "llava"), adapter={"method": "qlora"})).model
+    model = open_model(recipe_with(build_image_text(tmp_path, "llava"), adapter={"method": "qlora"})).model
     quantized = [name for name, module in model.named_modules() if isinstance(module, Linear4bit)]
     assert len(quantized) == 14
     assert all(name.startswith("model.language_model.") for name in quantized)
+
+
+def test_llama_4_scores_as_its_language_model_alone(tmp_path):
+    """transformers 5.24 cannot run the checkpoint's class: it reads an output that its language model does not have."""
+    complete = plain(build_image_text(tmp_path, "llama4"))
+    ids = torch.arange(4, 24)[None]
+    with pytest.raises(AttributeError, match="image_outputs"):
+        complete(input_ids=ids)
+    with torch.no_grad():
+        scores = open_model(recipe_with(tmp_path), training=False).model(input_ids=ids).logits
+        assert torch.allclose(scores, complete.language_model(input_ids=ids).logits, rtol=1e-5, atol=1e-5)
