@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -48,7 +49,7 @@ class BaseCheckpoint:
 
     def __init__(self, tuned: TunedModel) -> None:
         inner = cast(PreTrainedModel, unwrap(tuned.model))
-        self.tuned, self.folder, self.model_class = tuned, tuned.model_ref.path, type(inner)
+        self.tuned, self.folder = tuned, tuned.model_ref.path
         self.skeleton = build_complete(inner)
         """The complete model without memory."""
         self.picture: AskedPicture | str | None = None
@@ -92,14 +93,11 @@ class BaseCheckpoint:
     def _load_complete(self) -> PreTrainedModel:
         """Load the base with its towers as plain transformers and PEFT do, with the trained weights."""
         selected, inner = self.tuned.adapted.selected, cast(PreTrainedModel, unwrap(self.tuned.model))
-        stated = getattr(inner.config, "quantization_config", None)
-        in_four_bits = selected.quantized and not selected.base_quantization
-        dtype = stated.bnb_4bit_compute_dtype if in_four_bits else inner.dtype
-        options: dict[str, Any] = {"quantization_config": stated} if in_four_bits else {}
-        if selected.quantized:
-            options["device_map"] = {"": inner.device}
-        model = self.model_class.from_pretrained(str(self.folder), dtype=dtype, local_files_only=True, **options)
-        model = model if selected.quantized else model.to(inner.device)
+        options: dict[str, Any] = {"device_map": {"": inner.device}, "dtype": inner.dtype}
+        if selected.quantized and not selected.base_quantization:
+            options["quantization_config"] = stated = cast(Any, inner.config.quantization_config)
+            options["dtype"] = stated.bnb_4bit_compute_dtype
+        model = type(inner).from_pretrained(str(self.folder), local_files_only=True, **options)
         complete_outputs(model)
         keep_quantized_format(model)
         rows = inner.get_input_embeddings().weight.shape[0]
@@ -108,61 +106,49 @@ class BaseCheckpoint:
         if not isinstance(self.tuned.model, PeftModel):
             model.load_state_dict(inner.state_dict(), strict=False)
             return cast(PreTrainedModel, model.eval())
-        config = replace(self.tuned.model.peft_config["default"])
-        state = get_peft_model_state_dict(self.tuned.model, save_embedding_layers=False)
-        adapted = put_adapter(model, config, trainable=False)
-        set_peft_model_state_dict(adapted, state)
+        adapted = put_adapter(model, replace(self.tuned.model.peft_config["default"]), trainable=False)
+        set_peft_model_state_dict(adapted, get_peft_model_state_dict(self.tuned.model, save_embedding_layers=False))
         return cast(PreTrainedModel, adapted.eval())
 
     def certify(self, exported: ExportedModel, certified: Certificate, limits: Limits) -> Certificate:
         """Add to a folder's certificate how its towers and its processor compare with the base's, and what differs."""
         if not exported.is_folder or image_text_class(exported.model.config) is None:
             return certified
-        tensors, breaches = compare_other_tensors(self.folder, exported.path, self.skeleton)
         self.ask_picture()
-        files, lost = self._compare_processors(exported.path)
-        checked: Certificate = {"towers": tensors, "processor": files}
-        breaches += lost
-        if isinstance(self.picture, str):
-            checked["picture"] = {"not_measured": self.picture}
-        elif self.picture is not None:
-            logits = _read_logits(exported.model, self.picture.inputs)
-            distance, limit = measure_distance([self.picture.tuned], [logits]), limits.kl(self._effect())
-            seen = measure_distance([self.picture.tuned], [self.picture.other]).kl_mean
-            checked["picture"] = {**asdict(distance), "limit": limit, "effect_kl": self._effect(), "other_kl": seen}
+        tensors, breaches = compare_other_tensors(self.folder, exported.path, self.skeleton)
+        breaches += self._compare_processors(exported.path)
+        files = [name for name in PROCESSOR_FILES if (self.folder / name).is_file()]
+        checked: Certificate = {"towers": tensors, "processor_files": files, "picture": None}
+        if isinstance(asked := self.picture, str):
+            checked["picture"] = {"not_measured": asked}
+        elif asked is not None:
+            compare = partial(measure_distance, [asked.tuned])
+            effect, other = (None if one is None else compare([one]).kl_mean for one in (asked.base, asked.other))
+            distance, limit = compare([_read_logits(exported.model, asked.inputs)]), limits.kl(effect)
+            checked["picture"] = {**asdict(distance), "limit": limit, "effect_kl": effect, "other_kl": other}
             if not distance.kl_mean <= limit:
                 numbers = f"mean KL is {distance.kl_mean:.2g} nats per position; the limit is {limit:.2g}"
                 breaches.append(f"asked about a picture, its {numbers}")
         passed = certified["passed"] and not breaches
         return {**certified, "passed": passed, "breaches": [*certified["breaches"], *breaches], "checkpoint": checked}
 
-    def _effect(self) -> float | None:
-        asked = self.picture
-        if not isinstance(asked, AskedPicture) or asked.base is None:
-            return None
-        return measure_distance([asked.tuned], [asked.base]).kl_mean
-
-    def _compare_processors(self, folder: Path) -> tuple[Certificate, list[str]]:
-        """Return the base's processor files that a folder has too, and how its processor differs."""
-        names = [name for name in PROCESSOR_FILES if (self.folder / name).is_file()]
-        equal = [name for name in names if _same_file(self.folder / name, folder / name)]
-        fields: Certificate = {"files": names, "equal_files": equal}
+    def _compare_processors(self, folder: Path) -> list[str]:
+        """Describe how the processor of a folder differs from the base's; newer folders need only its first file."""
         breaches = []
         try:
-            processor = self._open_processor(folder)
-            expected = self._open_processor(self.folder)
-            fields["class"] = type(processor).__name__
+            processor, expected = self._open_processor(folder), self._open_processor(self.folder)
             if type(processor) is not type(expected):
-                breaches.append(f"its processor is a {type(processor).__name__}; the base's is a {type(expected).__name__}")
+                kinds = type(processor).__name__, type(expected).__name__
+                breaches.append(f"its processor is a {kinds[0]}; the base's is a {kinds[1]}")
             elif isinstance(self.picture, AskedPicture):
-                inputs = _encode(processor, self.picture.prompt, _draw())
-                different = [name for name, part in self.picture.inputs.items() if not _same(inputs.get(name), part)]
+                made = _encode(processor, self.picture.prompt, _draw())
+                different = [name for name, part in self.picture.inputs.items() if not torch.equal(made[name], part)]
                 breaches += [f"its processor makes other {name} of a picture" for name in different]
         except (*UNREADABLE, NameError) as error:
-            breaches.append(f"its processor cannot be opened as the base's: {first_line(error)}")
-        complete = not breaches and (folder / PROCESSOR_FILES[0]).is_file()  # newer ones contain the others
-        missing = [name for name in names if not (folder / name).is_file() and not complete]
-        return fields, [*(f"{name} of the base is missing" for name in missing), *breaches]
+            breaches.append(f"its processor cannot be used as the base's: {first_line(error)}")
+        optional = () if breaches or not (folder / PROCESSOR_FILES[0]).is_file() else PROCESSOR_FILES
+        stated = [name for name in PROCESSOR_FILES if (self.folder / name).is_file() and name not in optional]
+        return [*(f"{name} of the base is missing" for name in stated if not (folder / name).is_file()), *breaches]
 
 
 def check_processor(source: ModelSource) -> None:
@@ -175,14 +161,6 @@ def check_processor(source: ModelSource) -> None:
         what = f"{source.model_ref.name} also reads images, but has none of its processor's files: "
         fix = "Download the model again with all files, or merge its text alone: llmtune deploy merge RUN --text-only"
         raise EnvironmentProblem.of(what + ", ".join(PROCESSOR_FILES[:2]), str(folder), fix)
-
-
-def _same_file(one: Path, other: Path) -> bool:
-    return other.is_file() and one.read_bytes() == other.read_bytes()
-
-
-def _same(one: object, other: torch.Tensor) -> bool:
-    return isinstance(one, torch.Tensor) and torch.equal(one, other)
 
 
 def _draw() -> Image.Image:

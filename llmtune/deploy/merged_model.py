@@ -52,9 +52,7 @@ def merged_format(onto: str | None = None, dtype: str = "auto", text_only: bool 
     )
 
 
-def check_merge(
-    source: ModelSource, onto: str | None = None, dtype: str = "auto", text_only: bool = False
-) -> None:
+def check_merge(source: ModelSource, onto: str | None = None, dtype: str = "auto", text_only: bool = False) -> None:
     """Raise RecipeError for an adapter that cannot be merged, and for an invalid option.
 
     Raises EnvironmentProblem for a base that reads images and has no processor, unless only its text is merged.

@@ -1,4 +1,4 @@
-"""The tensors of a checkpoint outside its language model, such as a vision tower: copied from the base, and compared."""
+"""The tensors of a checkpoint outside its language model, such as a vision tower: copied and compared."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def copy_other_tensors(base: Path, complete: PreTrainedModel, folder: Path) -> N
         old.rename(new)
     for part, new in zip(parts, files[len(saved) :], strict=True):
         save_file({one.name: one.read() for one in part}, new, metadata={"format": "pt"})
-    weight_map, size = {}, 0
+    weight_map, size = dict[str, str](), 0
     for file in files:
         with safe_open(str(file), "pt") as opened:
             weight_map |= dict.fromkeys(opened.keys(), file.name)
@@ -104,9 +104,7 @@ def copy_other_tensors(base: Path, complete: PreTrainedModel, folder: Path) -> N
     write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))})
 
 
-def compare_other_tensors(
-    base: Path, folder: Path, complete: PreTrainedModel
-) -> tuple[dict[str, object], list[str]]:
+def compare_other_tensors(base: Path, folder: Path, complete: PreTrainedModel) -> tuple[dict[str, object], list[str]]:
     """Return the certificate's fields on the tensors outside the language model, and what differs from the base's."""
     expected, actual = list_other_tensors(base, complete), list_other_tensors(folder, complete)
     digests = {name: one.digest() for name, one in sorted(expected.items())}

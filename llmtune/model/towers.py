@@ -31,7 +31,7 @@ def text_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
 
 
 def take_text(model: PreTrainedModel) -> PreTrainedModel:
-    """Return the language model of a complete model, with its head, as a model of the `text_class`; they share weights."""
+    """Return the language model of a complete model, with its head: the `text_class` with the same weights."""
     model_class, decoder, head = text_class(model.config), model.get_decoder(), model.get_output_embeddings()
     if model_class is None or isinstance(decoder, model_class):
         return cast(PreTrainedModel, decoder)

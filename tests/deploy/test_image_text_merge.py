@@ -145,7 +145,7 @@ def test_a_base_without_its_processor_is_named_and_merged_as_text_alone_only_on_
     base = build_image_text(tmp_path / "base", "llava")
     for file in ("processor_config.json", "preprocessor_config.json"):
         (base / file).unlink()
-    with pytest.raises(EnvironmentProblem, match="none of its processor's files: processor_config.json") as raised:
+    with pytest.raises(EnvironmentProblem, match=r"none of its processor's files: processor_config\.json") as raised:
         export_tuned(tune(base), merged_format(), tmp_path / "merged")
     assert "--text-only" in str(raised.value)
     assert export_tuned(tune(base), merged_format(text_only=True), tmp_path / "text")["passed"]
@@ -206,7 +206,10 @@ def test_a_projector_of_another_model_fails_the_certificate(run, tmp_path):
     folder = copy_merged(run, tmp_path)
     change(folder, "multi_modal_projector.mm_input_projection_weight", -1.0)
     assert_named(
-        run, folder, "tensors of model.multi_modal_projector are not the base's bytes", "asked about a picture, its mean KL"
+        run,
+        folder,
+        "tensors of model.multi_modal_projector are not the base's bytes",
+        "asked about a picture, its mean KL",
     )
 
 
