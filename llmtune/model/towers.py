@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
@@ -23,6 +24,27 @@ def image_text_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
         return None
     model_class = getattr(transformers, str(CAUSAL.image_text_class))._model_mapping.get(type(config), None)
     return model_class if isinstance(model_class, type) else None
+
+
+def text_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
+    """Return transformers' class for the text of a model that also reads images; None if it has none."""
+    model_class = getattr(transformers, CAUSAL.auto_class)._model_mapping.get(type(config.get_text_config()), None)
+    return model_class if image_text_class(config) is not None else None
+
+
+def take_text(model: PreTrainedModel) -> PreTrainedModel:
+    """Return the language model of a complete model, with its head: the `text_class` with the same weights."""
+    model_class, decoder, head = text_class(model.config), model.get_decoder(), model.get_output_embeddings()
+    if model_class is None or isinstance(decoder, model_class):
+        return cast(PreTrainedModel, decoder)
+    config = copy.deepcopy(model.config.get_text_config())
+    config.tie_word_embeddings = head.weight is model.get_input_embeddings().weight
+    with torch.device("meta"):
+        text = cast(PreTrainedModel, model_class._from_config(config))
+    setattr(text, text.base_model_prefix, decoder)
+    text.set_output_embeddings(head)
+    text.generation_config = model.generation_config
+    return text
 
 
 def find_towers(model: PreTrainedModel) -> list[str]:
