@@ -48,8 +48,7 @@ class CatalogueModel:
         folder.mkdir(parents=True, exist_ok=True)
         context, text = {"max_position_embeddings": self.context}, self.config.get("text_config")
         sizes = {**context, **self.config} if text is None else {**self.config, "text_config": {**context, **text}}
-        values = {"model_type": self.model_type, **sizes}
-        (folder / "config.json").write_text(json.dumps(values), "utf-8")
+        (folder / "config.json").write_text(json.dumps({"model_type": self.model_type, **sizes}), "utf-8")
         return ModelRef(self.name, folder, None, "")
 
     def hindrance(self, query: ModelQuery) -> str | None:
