@@ -10,13 +10,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-from conformance.adapter import Configuration, Job, NotOffered, serve
+from conformance.adapter import Configuration, Job, NotOffered, rewrite, serve
+from conformance.formats import as_parts
 
 import llmtune
 from llmtune.errors import LlmtuneError
 from llmtune.model import memory_plan
 
-CHAT = {"messages": "chat", "prompt_completion": "chat"}
+CHAT = dict.fromkeys(("messages", "prompt_completion", "pictures"), "chat")
 TASKS = CHAT | {"text": "completion", "seq2seq": "translate"}
 TASKS |= {"preference": "preference", "classify": "classify", "rerank": "rerank"}
 
@@ -52,6 +53,8 @@ def configure(job: Job) -> Configuration:
 
 def train(job: Job, recipe: Configuration) -> dict[str, Any]:
     folder, run = Path(job["out"]), Path(job["out"]) / "run"
+    if job["kind"] == "pictures":
+        rewrite(job, as_parts)
     [memory_plan._CPU_TOKENS] = recipe["patched"].values()
     recipe = {name: value for name, value in recipe.items() if name != "patched"}
     (folder / "recipe.yaml").write_text(json.dumps(recipe))  # JSON is YAML
