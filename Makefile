@@ -142,8 +142,8 @@ docs: $(READY) models  ## Regenerate the generated pages and the pictures of doc
 	$(BIN)/python docs/generate.py
 	$(BIN)/python docs/pictures.py
 
-architectures: $(READY)  ## Train a small model of every transformers architecture, and write docs/architectures.md
-	PYTHONPATH=tests $(BIN)/python -m support.architecture_checks
+architectures: $(READY)  ## Train a small model of every transformers architecture, and write docs/architectures.md (KIND=image-text for one kind)
+	PYTHONPATH=tests $(BIN)/python -m support.architecture_checks $(KIND)
 
 promises: $(READY) models $(LLAMA)  ## Run the test of every cell of docs/promises.md, and record the results (SELECT: pytest's options)
 	PYTHONPATH=tests $(BIN)/python -m support.promises run $(SELECT)

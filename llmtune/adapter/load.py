@@ -27,10 +27,11 @@ from llmtune.adapter.peft_config import find_targets
 from llmtune.adapter.target_modules import PATTERN_SECONDS, are_transposed, ends_with
 from llmtune.errors import EnvironmentProblem, Problem, RecipeError
 from llmtune.model.chunked_cross_entropy import remove_head_loss
-from llmtune.model.config import UNREADABLE, readable
+from llmtune.model.config import UNREADABLE, in_heads, readable
 from llmtune.model.device import is_out_of_memory
 from llmtune.model.library_logging import hushed
 from llmtune.model.model_files import check_safetensors, read_json_object
+from llmtune.model.towers import dropped_modules
 from llmtune.recipe.adapter_section import AdapterSection
 from llmtune.recipe.schema import Recipe
 from llmtune.records import SelectedModel
@@ -136,13 +137,14 @@ def attach(selected: SelectedModel, config: PeftConfig, source: Path, *, trainab
     if not isinstance(model.peft_config["default"], LoraConfig):
         expected = get_peft_model_state_dict(model, save_embedding_layers=False)
         missing, left = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
-    wrong = missing or left
+    wrong, fix = missing or left, "The adapter is damaged, or was made for another model."
+    towers = dropped_modules(selected.model)  # torch ignores weights of a module that is None
+    if inside := [key for key in weights if in_heads(key.removeprefix("base_model.model."), towers)]:
+        wrong = inside
+        fix = "It adapts modules that read images or sound, which are not loaded for text: train it without them."
     if wrong:
-        raise EnvironmentProblem.of(
-            f"{len(wrong)} weights of the adapter have no counterpart, such as {wrong[0]}",
-            str(source),
-            "The adapter is damaged, or was made for another model.",
-        )
+        what = f"{len(wrong)} weights of the adapter have no counterpart, such as {wrong[0]}"
+        raise EnvironmentProblem.of(what, str(source), fix)
     fuse_products(model)
     return model
 

@@ -21,6 +21,7 @@ from llmtune.model.device import is_out_of_memory
 from llmtune.model.experts import unpacked_experts
 from llmtune.model.library_logging import unreported
 from llmtune.model.quantized_base import unpack
+from llmtune.model.towers import dropped_modules, remove_towers
 from llmtune.recipe.peft_options import UNMERGEABLE
 from llmtune.records import AdaptedModel, SelectedModel
 
@@ -106,6 +107,8 @@ def _without_quantization(quantized: PeftModel, selected: SelectedModel, onto: s
             local_files_only=True,
             ignore_mismatched_sizes=selected.trains_head,  # the trained head replaces a head for other classes
         )
+    if dropped_modules(inner):
+        remove_towers(base)
     base.to(inner.device)
     if inner.main_input_name != "input_values":  # audio models have no token embedding
         rows = inner.get_input_embeddings().weight.shape[0]

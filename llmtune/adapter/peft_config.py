@@ -12,9 +12,10 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING, PeftType
 from transformers import PreTrainedModel
 
-from llmtune.adapter.target_modules import are_transposed, shorten_targets
+from llmtune.adapter.target_modules import are_transposed, ends_with, shorten_targets
 from llmtune.adapter.wiring_check import find_reached_targets
 from llmtune.errors import RecipeError
+from llmtune.model.towers import dropped_modules
 from llmtune.recipe.adapter_section import DATA_STARTS, AdapterSection
 from llmtune.recipe.peft_options import options_of
 from llmtune.recipe.schema import Recipe
@@ -78,9 +79,19 @@ def make_config(
     if adapter.is_prompt:
         given["num_virtual_tokens"] = adapter.virtual_tokens
         given["tokenizer_name_or_path"] = str(selected.model_ref.path)  # for prompt_tuning_init_text
-    given |= {"modules_to_save": list(whole) or None, "fan_in_fan_out": are_transposed(selected.model)}
+    given |= {
+        "modules_to_save": _name_whole(whole, selected.model) or None,
+        "fan_in_fan_out": are_transposed(selected.model),
+    }
     options = {name: _as_peft(value, hints[name]) for name, value in given.items() if name in hints}
     return kind(task_type=selected.peft_task_type, **options)
+
+
+def _name_whole(entries: Sequence[str], model: PreTrainedModel) -> list[str]:
+    """Return name endings that PEFT matches; full names instead of an ending that also matches in a dropped tower."""
+    names, towers = [name for name, _ in model.named_modules()], dropped_modules(model)
+    full = ((ends_with(names, entry) if ends_with(towers, entry) else [entry]) for entry in entries)
+    return [name for some in full for name in some]
 
 
 def _as_peft(value: Any, hint: object) -> Any:

@@ -150,7 +150,8 @@ def _save_model(adapted: AdaptedModel, folder: Path, whole: dict[str, torch.Tens
     dtype = stored_dtype(adapted.selected)
     whole = model.state_dict() if whole is None else whole
     tied = model.all_tied_weights_keys or {}  # one of each pair is written; converted copies would be two
-    twice = {name for name, source in tied.items() if whole[name].data_ptr() == whole[source].data_ptr()}
+    pairs = [(name, source) for name, source in tied.items() if name in whole]  # those of towers are dropped
+    twice = {name for name, source in pairs if whole[name].data_ptr() == whole[source].data_ptr()}
     state = {name: tensor.detach().to("cpu", dtype) for name, tensor in whole.items() if name not in twice}
     with writing_weights(folder):
         model.save_pretrained(folder, state_dict=state)

@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from llmtune.errors import Problem, RecipeError, nearest
 from llmtune.model.config import expert_parameters, head_names, in_heads, linear_shape, linear_shapes
+from llmtune.model.towers import dropped_modules
 from llmtune.recipe.adapter_section import AdapterSection
 from llmtune.store.resource_limits import LimitExceeded, limited
 
@@ -42,19 +43,19 @@ def resolve_targets(model: torch.nn.Module, adapter: AdapterSection) -> list[str
     if adapter.method == "ln_tuning":
         norms = [(name, one) for name, one in model.named_modules() if "norm" in type(one).__name__.lower()]
         names = linears = [name for name, one in norms if [*one.parameters()]]
-    patterns = adapter.target_modules
+    patterns, towers = adapter.target_modules, dropped_modules(model)
     problems: list[Problem] = []
     if patterns == "all-linear":
         targets = [name for name in linears if not in_heads(name, heads) and _is_adaptable(model, name)]
     else:
-        targets, problems = _match("adapter.target_modules", patterns, names, linears)
+        targets, problems = _match("adapter.target_modules", patterns, names, linears, towers)
     excluded: list[str] = []
     if adapter.exclude_modules:
-        excluded, more = _match("adapter.exclude_modules", adapter.exclude_modules, names, linears)
+        excluded, more = _match("adapter.exclude_modules", adapter.exclude_modules, [*names, *towers], linears)
         problems += more
     every = [name for name, _ in model.named_modules() if name]
     if adapter.modules_to_save:
-        whole, more = _match("adapter.modules_to_save", adapter.modules_to_save, every, every)
+        whole, more = _match("adapter.modules_to_save", adapter.modules_to_save, every, every, towers)
         excluded += [name for name in names if in_heads(name, whole)]
         problems += more
     if adapter.layers_to_transform is not None:
@@ -108,11 +109,27 @@ def count_adapted(model: torch.nn.Module) -> int:
     return total
 
 
-def shorten_targets(targets: Sequence[str], model: torch.nn.Module) -> list[str]:
-    """Return name endings that match exactly `targets` in `model`, if any, else the full names; sorted."""
+def shorten_targets(targets: Sequence[str], model: torch.nn.Module) -> list[str] | str:
+    """Return name endings that match exactly `targets` in `model` and its towers, if any, else the full names; sorted.
+
+    If towers were dropped, an expression takes the place of full names: PEFT would shorten those to endings, which
+    also match in the towers.
+    """
     endings = sorted({name.rpartition(".")[2] for name in targets})
-    matched = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in endings}
-    return endings if matched == set(targets) else sorted(targets)
+    towers = dropped_modules(model)
+    every = [*(name for name, _ in model.named_modules()), *towers]
+    if {name for name in every if name.rpartition(".")[2] in endings} == set(targets):
+        return endings
+    if not towers:
+        return sorted(targets)
+    parts = [name.split(".") for name in targets]
+    shared = [names[0] for names in zip(*parts, strict=False) if len(set(names)) == 1]
+    short = rf"{re.escape('.'.join(shared))}\.(?:.*\.)?(?:{'|'.join(map(re.escape, endings))})"
+    return short if _selects(short, every, targets) else "|".join(map(re.escape, sorted(targets)))
+
+
+def _selects(pattern: str, names: Iterable[str], targets: Sequence[str]) -> bool:
+    return {name for name in names if re.fullmatch(pattern, name)} == set(targets)
 
 
 def group_by_ending(names: Iterable[str]) -> dict[str, int]:
@@ -140,23 +157,39 @@ def _is_adaptable(model: torch.nn.Module, name: str) -> bool:
 
 
 def _match(
-    key: str, patterns: str | Sequence[str], names: Sequence[str], suggestions: Sequence[str]
+    key: str,
+    patterns: str | Sequence[str],
+    names: Sequence[str],
+    suggestions: Sequence[str],
+    towers: Sequence[str] = (),
 ) -> tuple[list[str], list[Problem]]:
-    """Return the names that `patterns` match, and a problem for each pattern without a match."""
+    """Return the names that `patterns` match, and a problem for each pattern without a match.
+
+    `towers` are the modules of towers that were dropped.
+    """
     if isinstance(patterns, str):
         try:
             with limited(PATTERN_SECONDS):
-                matches = [name for name in names if re.fullmatch(patterns, name)]
+                matches, inside = ([name for name in some if re.fullmatch(patterns, name)] for some in (names, towers))
         except (re.error, LimitExceeded) as error:
             return [], [Problem(f"{patterns!r} cannot be matched as a regular expression: {error}", key)]
+        if inside and not matches:
+            return [], [_in_tower(patterns, key, inside[0])]
         what = f"{patterns!r} matches no complete module name"
         fix = f"For name endings, write a list: [{patterns}]. {_list_linears(suggestions)}"
         return matches, [] if matches else [Problem(what, key, fix)]
     matched = {entry: ends_with(names, entry) for entry in patterns}
     hits = {name for matches in matched.values() for name in matches}
     return [name for name in names if name in hits], [
-        _unmatched(e, key, suggestions) for e, matches in matched.items() if not matches
+        _in_tower(e, key, inside[0]) if (inside := ends_with(towers, e)) else _unmatched(e, key, suggestions)
+        for e, matches in matched.items()
+        if not matches
     ]
+
+
+def _in_tower(entry: str, key: str, name: str) -> Problem:
+    what = f"{entry!r} matches only modules that read images or sound, such as {name}, which text does not train"
+    return Problem(what, key, "Name modules of the language model, or use all-linear.")
 
 
 def _unmatched(entry: str, key: str, suggestions: Sequence[str]) -> Problem:

@@ -60,7 +60,7 @@ def prove_wiring(
     Raises:
         NotWiredError: moving the adapter's weights does not change the output, or the adapter cannot be switched off.
         EnvironmentProblem: the model's outputs are constant or not finite.
-        RecipeError: some adapters get no gradient, such as those in the image tower of a model that reads text.
+        RecipeError: some adapters get no gradient, such as those in a module that text does not reach.
     """
     device = selected.model.device
     inputs = _probe_inputs(selected, recipe)
@@ -121,8 +121,8 @@ def find_reached_targets(selected: SelectedModel, recipe: Recipe) -> tuple[list[
 def _find_reached(selected: SelectedModel, recipe: Recipe, names: Sequence[str]) -> set[str]:
     """Return the modules among `names` that contribute to an answer to a text: their outputs get a gradient.
 
-    The image tower of a model that also reads images does not. Neither does a pooling layer that the head skips, or a
-    module whose weights another layer reads directly. Experts count as reached: not all of them get a token.
+    A pooling layer that the head skips does not, nor a layer that attends to images, nor a module whose weights another
+    layer reads directly. Experts count as reached: not all of them get a token.
     """
     given: dict[str, list[torch.Tensor]] = {name: [] for name in names}
 

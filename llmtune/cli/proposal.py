@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -14,12 +15,13 @@ from llmtune.data.file_survey import Reading, Survey
 from llmtune.data.retrieval_layout import RetrievalSet, find_corpus, join_rows
 from llmtune.data.row_kind import kind_of_row, kind_of_task, write_prompt
 from llmtune.errors import RecipeError
+from llmtune.recipe.first_settings import FIRST_SETTINGS, FirstSettings
 from llmtune.recipe.model_kind import PROPOSED_MODELS
 from llmtune.recipe.task_facts import TASK_FACTS, TaskFacts
 from llmtune.recipe.undecided import UNDECIDED
 from llmtune.recipe.yaml_writer import flow, scalar
 from llmtune.records import Row
-from llmtune.store.atomic_files import atomic_file, explained
+from llmtune.store.atomic_files import atomic_file, explained, read_json
 from llmtune.store.machine import likely_device, list_cards, process_memory_limit
 from llmtune.tasks.label_rules import LABEL_METRICS
 
@@ -85,7 +87,7 @@ def propose_recipe(
     if reading.roles:
         names = {role: names[0] if len(names) == 1 else list(names) for role, names in reading.roles.items()}
         data.append(f"roles: {flow(names)}  # DECIDE: who is who; the model learns what the assistant says")
-    choose_metrics = LABEL_METRICS.get(reading.task)
+    choose_metrics, choose_settings = LABEL_METRICS.get(reading.task), FIRST_SETTINGS.get(reading.task)
     text = write_first_recipe(
         target.stem,
         reading.task,
@@ -93,11 +95,24 @@ def propose_recipe(
         reading.rows,
         model=model,
         metrics=choose_metrics([*map(kind_of_task(reading.task).label, reading.rows)]) if choose_metrics else None,
+        settings=choose_settings(reading.rows, read_model_class(model)) if choose_settings else FirstSettings(),
         unread=sum(reading.bad.values()),
         copies=reading.copies,
         has_test="test" in splits,
     )
     return text, model
+
+
+def read_model_class(model: str) -> str:
+    """Return the class in the configuration of a model in a folder or the hub's cache; empty if unknown."""
+    from huggingface_hub import try_to_load_from_cache
+
+    file: object = Path(model) / "config.json"
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", model) and not Path(model).is_dir():
+        file = try_to_load_from_cache(model, "config.json")
+    config = read_json(Path(file)) if isinstance(file, str | Path) else None
+    classes = config.get("architectures") if isinstance(config, dict) else None
+    return str(classes[0]) if isinstance(classes, list) and classes else ""
 
 
 def _relative(path: Path | str, target: Path) -> str:
@@ -184,6 +199,7 @@ def write_first_recipe(
     *,
     model: str,
     metrics: Sequence[str] | None = None,
+    settings: FirstSettings | None = None,
     unread: int = 0,
     copies: int = 0,
     has_test: bool = False,
@@ -191,16 +207,20 @@ def write_first_recipe(
     """Return the first recipe for canonical rows, with comments.
 
     `data` has the lines of the section `data` that name and map the rows. `metrics` override the task's metrics if
-    they depend on the labels. `unread` counts unreadable rows, `copies` counts duplicates that will be dropped.
-    `has_test` says that `data` names the test rows too.
+    they depend on the labels, `settings` what depends on rows or model. `unread` counts unreadable rows, `copies`
+    counts duplicates that will be dropped. `has_test` says that `data` names the test rows too.
     """
-    facts = TASK_FACTS[task]
+    facts, settings = TASK_FACTS[task], settings or FirstSettings()
     longest = max(_count_characters(row, apart=facts.searches) for row in rows)
     is_text = facts.splits_text and not any(map(write_prompt, rows))
     most = TEXT_LENGTH if is_text else PACKAGED_LENGTH if model == PROPOSED_MODELS["encoder"].packaged else LENGTHS[1]
     lengths = (LENGTHS[0], most)
-    answers = [] if is_text or not facts.ranks else [str(kind_of_row(row).answer(row)) for row in rows]
-    metrics = metrics or facts.first_metrics or facts.default_metrics
+    answers = (
+        []
+        if is_text or not facts.ranks or not settings.generates
+        else [str(kind_of_row(row).answer(row)) for row in rows]
+    )
+    metrics = metrics or settings.metrics or facts.first_metrics or facts.default_metrics
     if facts.has_turns and len(set(answers)) <= min(FEW_ANSWERS, len(answers) // 4):
         metrics = ("loss", "exact_match", "choice_accuracy")
     judged = metrics[-1 if facts.has_turns else 0 if facts.searches else 1]
@@ -219,8 +239,8 @@ def write_first_recipe(
         *(f"  {line}" for line in _name_length(facts, longest, lengths, is_text)),
     ]
     lines += ["model:", f"  name: {model}  # a folder, owner/model on the hub, or builtin:NAME"]
-    if facts.first_lines:
-        lines += [f"{facts.section}:", *(f"  {line}" for line in facts.first_lines)]
+    if section := facts.first_lines if settings.lines is None else settings.lines:
+        lines += [f"{facts.section}:", *(f"  {line}" for line in section)]
     usual = "# train: epochs, learning rate and batch size depend on rows and model; set them to override"
     lines += _name_batch_size(rows) if facts.searches else [usual]
     if answers:

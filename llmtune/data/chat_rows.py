@@ -180,6 +180,25 @@ def canonical_messages(value: object, tools: object = None, system: object = Non
     return row
 
 
+def open_conversation(value: object, tools: object = None, system: object = None) -> ChatRow:
+    """Check a conversation that awaits an answer, and return it as a row; an answer at its end is left out.
+
+    Messages and their order are checked as in training: a placeholder answer is appended for the check.
+    """
+    turns = _json_cell(value, "messages")
+    if isinstance(turns, list):
+        last = turns[-1] if turns else None
+        role = last.get(first_key(last, ROLE_KEYS)) if isinstance(last, dict) else None
+        if isinstance(role, str) and ROLES.get(role.strip().lower()) == "assistant":
+            turns = turns[:-1]
+        turns = [*turns, {"role": "assistant", "content": "-"}]
+    row = canonical_messages(turns, tools, system)
+    row["messages"].pop()
+    if not row["messages"] or row["messages"][-1]["role"] == "system":
+        raise RowError("no question", "no message or only a system message; add a user message")
+    return row
+
+
 def _message(turn: object, number: int) -> Message:
     where = f"message {number}"
     if not isinstance(turn, dict):

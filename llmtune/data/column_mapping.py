@@ -52,6 +52,15 @@ def rename(
     return with_roles(row, roles) if roles else row
 
 
+def name_columns(error: RowError, columns: Mapping[str, str]) -> RowError:
+    """Return the error of a renamed row with the file's column names in place of ours."""
+
+    def file_name(match: re.Match[str]) -> str:
+        return f"'{' '.join(columns[match[1]].split())}'" if match[1] in columns else match[0]
+
+    return RowError(error.reason, re.sub(r"'(\w+)'", file_name, error.detail))
+
+
 def find(row: Mapping[str, object], name: str) -> object:
     """Return the value of a column or nested key, such as `thread.messages`; MISSING if not found."""
     if name in row:

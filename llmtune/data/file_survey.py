@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from llmtune.data.byte_streams import WIDE, open_bytes
-from llmtune.data.column_mapping import ANSWER_NAMES, find, flatten, infer_columns, name_words, rename
+from llmtune.data.column_mapping import ANSWER_NAMES, find, flatten, infer_columns, name_columns, name_words, rename
 from llmtune.data.encoding_guess import GUESSED_BYTES, guess_encoding
 from llmtune.data.file_readers import data_errors
 from llmtune.data.label_candidates import LabelCandidate, are_identifiers, find_class_columns
@@ -258,11 +258,11 @@ def refusals(survey: Survey, task: str | None = None, columns: Mapping[str, str]
     for one in [kind.tasks[0] for kind in KINDS] if task is None else [task]:
         with suppress(DataError):
             row_format = detect_format(first, one, columns, None, survey.path)
-            named = rename(first[0], map_columns(row_format, first, one, columns))
+            mapping = map_columns(row_format, first, one, columns)
             try:
-                parse_row(named, row_format, one, survey.row_files[0].parent)
+                parse_row(rename(first[0], mapping), row_format, one, survey.row_files[0].parent)
             except RowError as error:
-                problems.append(f"as {one}: {error}")
+                problems.append(f"as {one}: {name_columns(error, mapping)}")
     return problems
 
 
@@ -316,7 +316,7 @@ def _reading(survey: Survey, task: str, columns: Mapping[str, str], roles: Roles
             read.add(file)
         except RowError as error:
             bad[error.reason] += 1
-            lost.setdefault(file, str(error))
+            lost.setdefault(file, str(name_columns(error, mapping)))
     lost = {file: why for file, why in lost.items() if file not in read}
     return Reading(task, columns, roles or {}, rows, dict(bad.most_common()), lost)
 

@@ -18,7 +18,7 @@ import xxhash
 
 from llmtune.data.arrow_rows import ArrowRow
 from llmtune.data.class_spelling import NameChange, note_tidied, rename_classes
-from llmtune.data.column_mapping import rename
+from llmtune.data.column_mapping import name_columns, rename
 from llmtune.data.file_readers import MAX_ROW_BYTES, NOT_UTF8, JsonLine, LazyRow
 from llmtune.data.rejected_rows import RowError, parse_cell, too_many_bad
 from llmtune.data.row_formats import parse_row
@@ -359,7 +359,7 @@ class _RowParser:
             values = raw if self.split_by in raw else row
             group = _split_group(values, self.split_by, required=split < 0) or int.from_bytes(drawn[8:], "big")
         except RowError as error:
-            return origin, error, ()
+            return origin, name_columns(error, detected.columns), ()
         except RecursionError:
             return origin, RowError("nested too deeply", "lists and objects are nested hundreds deep"), ()
         kept = None

@@ -84,6 +84,17 @@ def with_system_prompt(template: str, prompt: str) -> str:
     return f"{condition}{{%- set messages = {message} + messages -%}}{{%- endif -%}}{template}"
 
 
+def with_parts(template: str) -> str:
+    """Return a chat template that also takes texts as contents, for one that takes only lists of parts."""
+    message = "{'role': message['role'], 'content': [{'type': 'text', 'text': message['content']}]}"
+    return (
+        "{%- set ns = namespace(messages=[]) -%}{%- for message in messages -%}{%- if message['content'] is string -%}"
+        f"{{%- set ns.messages = ns.messages + [{message}] -%}}"
+        "{%- else -%}{%- set ns.messages = ns.messages + [message] -%}{%- endif -%}{%- endfor -%}"
+        f"{{%- set messages = ns.messages -%}}{template}"
+    )
+
+
 def without_secrets(kwargs: Mapping[str, object]) -> dict[str, object]:
     """Return the values that may be stored in a template, which others can read once it is published."""
     return {name: value for name, value in kwargs.items() if REMOVED not in str(hide(name, value))}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,7 @@ from openai.types.chat import ChatCompletion, ChatCompletionMessageParam
 from pydantic.dataclasses import dataclass
 from rich.console import Console
 
+from llmtune.adapter.vllm_names import find_vllm_obstacle
 from llmtune.data.chat_messages import clean_messages
 from llmtune.deploy.export import open_to_export
 from llmtune.deploy.export_score import describe_differences, score_answers
@@ -91,10 +93,11 @@ def certify_run(
             logprobs: Parameters = {"logprobs": True, "top_logprobs": 1} if chat else {"logprobs": 1}
             replies = ask_all(client, name, tuned.questions, chat, [ids | logprobs, ids, logprobs, {}])
         measured = _compare_replies(reference, replies)
+        obstacles = find_ignored_adapter(client, name, context.plan.model_ref.path)
         with explained(folder := run / "certified" / "endpoint"):
             folder.mkdir(parents=True, exist_ok=True)
             scored = score_answers(context, tuned.processor, partial(_ask_test_rows, client, name, chat), folder)
-    breaches = find_endpoint_breaches(measured)
+    breaches = [*obstacles, *find_endpoint_breaches(measured)]
     limits = {"answer_agreement": MIN_AGREEMENT, "logprob_mean_difference": MAX_LOGPROB_DIFFERENCE, "same_ids": 1.0}
     certificate = {
         **tuned.certificate(breaches),
@@ -167,6 +170,18 @@ def choose_served_model(client: openai.OpenAI, requested: str | None, run_name: 
     several = f"the endpoint has several models: {', '.join(names)}"
     what = several if names else "the endpoint lists no models"
     raise RecipeError.of(what, "--model", "Name the one to certify with --model.")
+
+
+def find_ignored_adapter(client: openai.OpenAI, model: str, base: Path) -> list[str]:
+    """Describe the adapter that a vLLM server lists as `model`, if vLLM reads none on the model in `base`."""
+    obstacle = find_vllm_obstacle(base)
+    if obstacle is None:
+        return []
+    with explained_errors(client), suppress(openai.APIStatusError, AttributeError):
+        for listed in client.models.list().data or ():
+            if listed.id == model and listed.owned_by == "vllm" and (listed.model_extra or {}).get("parent"):
+                return [f"{obstacle}. Serve the merged folder"]
+    return []
 
 
 def ask_all(

@@ -22,7 +22,8 @@ from llmtune.data.task_interface import TaskInterface
 from llmtune.errors import EnvironmentProblem, Problem, RecipeError, first_line, system_errno
 from llmtune.model.device import is_out_of_memory
 from llmtune.model.quantized_base import check_training, is_quantized, kept_quantization, prepare_reading
-from llmtune.recipe.model_kind import MASKED, VECTORS
+from llmtune.model.towers import image_text_class, remove_towers
+from llmtune.recipe.model_kind import MASKED, VECTORS, ModelKind
 from llmtune.recipe.model_section import ModelSection
 from llmtune.recipe.schema import Recipe
 from llmtune.records import ModelRef
@@ -72,8 +73,27 @@ def find_class(
         what = f"{recipe.adapter.method} puts its vectors before a decoder's prompt"
         raise RecipeError.of(f"{what}, but {model_ref.name} is not a decoder", "adapter.method", "Use lora.")
     check_training(config, recipe.adapter, kind.has_head, model_ref.name)
+    model_class = auto_class if own_code else _mapped_class(config, kind)
+    if getattr(model_class, "config_class", "") == config.sub_configs.get("text_config"):  # as Auto classes do
+        text = config.get_text_config()
+        for name in {"_name_or_path", "architectures", "quantization_config"} & vars(config).keys():
+            setattr(text, name, getattr(config, name))
+        config = text
     task.configure_head(config, recipe)
-    return auto_class if own_code else auto_class._model_mapping[type(config)], config
+    return cast(type[PreTrainedModel], model_class), config
+
+
+def _mapped_class(config: PreTrainedConfig, kind: ModelKind) -> type[PreTrainedModel] | None:
+    """Return transformers' class of this kind for a model; None if it has none.
+
+    A checkpoint for text and images is loaded by the class for both, unless it names the class for text.
+    """
+    model_class = getattr(transformers, kind.auto_class)._model_mapping.get(type(config), None)
+    complete = image_text_class(config)
+    if kind.is_bare:
+        return None if model_class is complete is not None else model_class  # it has scores, not vectors
+    is_named = getattr(model_class, "__name__", None) in _architectures(config)
+    return model_class if is_named or complete is None or kind.image_text_class is None else complete
 
 
 def describe_config(config: PreTrainedConfig) -> str:
@@ -91,13 +111,12 @@ def supports_task(config: PreTrainedConfig, task: TaskInterface) -> bool:
 
     If the task adds its own head, any model of a kind that takes one does; otherwise the model must have the head.
     """
-    model_class = getattr(transformers, task.model_kind.auto_class)._model_mapping.get(type(config), None)
+    model_class = _mapped_class(config, task.model_kind)
     if model_class is None or not task.supports(config):
         return False
-    named = _architectures(config)
-    if task.model_kind.may_miss_weights:
+    if task.model_kind.may_miss_weights or not (named := _architectures(config)):
         return True
-    return not named or model_class.__name__ in named or _is_relative(named, model_class.__name__)
+    return model_class.__name__ in named or _is_relative(named, model_class.__name__)
 
 
 def is_encoder(config: PreTrainedConfig) -> bool:
@@ -153,8 +172,7 @@ def read_model_config(model_ref: ModelRef, model: ModelSection) -> PreTrainedCon
             str(model_ref.path), trust_remote_code=model.trust_remote_code, local_files_only=True
         )
     prepare_reading(config)
-    text = config.get_text_config()
-    layers = list(text.per_layer_config) if getattr(text, "is_heterogeneous", False) else [text]
+    layers = layer_configs(config.get_text_config())
     wrong = (
         Problem(f"{name} is {value!r}, but must be a number from 1 to {most:,}", path, NEWER)
         for name, most in MOST.items()
@@ -164,6 +182,11 @@ def read_model_config(model_ref: ModelRef, model: ModelSection) -> PreTrainedCon
     )
     EnvironmentProblem.collect(dict.fromkeys(wrong))
     return config
+
+
+def layer_configs(text: PreTrainedConfig) -> list[PreTrainedConfig]:
+    """Return the configuration of each layer of a language model if they differ, else the one for all layers."""
+    return list(text.per_layer_config) if getattr(text, "is_heterogeneous", False) else [text]
 
 
 def as_list(value: object) -> list[object]:
@@ -213,8 +236,10 @@ def put_in_order(model: PreTrainedModel, heads: Sequence[str], order: Sequence[i
     setattr(model.config, OTHER_ORDER, None)
 
 
-def build_skeleton(model_class: type[PreTrainedModel], config: PreTrainedConfig, recipe: Recipe) -> PreTrainedModel:
-    """Build the model on the meta device: names and shapes, no memory.
+def build_skeleton(
+    model_class: type[PreTrainedModel], config: PreTrainedConfig, recipe: Recipe, *, towers: bool = False
+) -> PreTrainedModel:
+    """Build the model on the meta device: names and shapes, no memory; its towers only if requested.
 
     Raises EnvironmentProblem if this configuration does not give a model.
     """
@@ -223,7 +248,10 @@ def build_skeleton(model_class: type[PreTrainedModel], config: PreTrainedConfig,
         if hasattr(model_class, "from_config"):  # an Auto class, for a model with its own code
             trust = recipe.model.trust_remote_code
             return cast(PreTrainedModel, model_class.from_config(config, trust_remote_code=trust))
-        return cast(PreTrainedModel, model_class._from_config(config))
+        skeleton = cast(PreTrainedModel, model_class._from_config(config))
+    if not towers:
+        remove_towers(skeleton)
+    return skeleton
 
 
 def linear_shapes(model: torch.nn.Module) -> dict[str, tuple[int, int]]:

@@ -43,6 +43,7 @@ from llmtune.model.self_checks import (
     take_loss_at_head,
     try_shared_prefixes,
 )
+from llmtune.model.towers import complete_outputs, drop_towers, find_towers
 from llmtune.recipe.model_section import ModelSection
 from llmtune.recipe.schema import Recipe
 from llmtune.records import MemoryPlan, ModelRef, SelectedModel
@@ -258,6 +259,7 @@ def _load_weights(
             **options,
         )
     keep_quantized_format(model)
+    complete_outputs(model)
     absent = {*info["missing_keys"], *(str(entry[0]) for entry in info.get("mismatched_keys", ()))}
     new = _initialize_head(model, absent, config, task)
     if missing := sorted(absent - new):
@@ -267,6 +269,7 @@ def _load_weights(
             "The folder is incomplete, or contains another kind of model than config.json says.",
         )
     _check_finite(model, model_ref)
+    drop_towers(model.eval())
     if recipe.adapter.method == "qlora":
         quantize_experts(model, recipe.adapter)
     return model if "device_map" in options else model.to(device), tuple(sorted(new))
@@ -276,8 +279,7 @@ def _load_weights(
 def _check_finite(model: PreTrainedModel, model_ref: ModelRef) -> None:
     """Raise EnvironmentProblem if weights are NaN or infinite, which spoils every result."""
     packed = tuple(f"{name}." for name, module in model.named_modules() if is_quantized(module))
-    whole = [(name, weight) for name, weight in model.named_parameters() if not name.startswith(packed)]
-    floats = [(name, weight) for name, weight in whole if weight.is_floating_point()]
+    floats = [one for one in model.named_parameters() if one[1].is_floating_point() and not one[0].startswith(packed)]
     wrong = [name for name, weight in floats if not weight.sum(dtype=torch.float32).isfinite()]
     wrong = [name for name, weight in floats if name in wrong and not weight.isfinite().all()]  # a sum may overflow
     if wrong:
@@ -293,20 +295,16 @@ def _quantization(
     dtype: torch.dtype,
 ) -> BitsAndBytesConfig:
     """Return settings that do not quantise heads, nor a pooling layer that is new if the files have none."""
-    skeleton = build_skeleton(model_class, config, recipe)
+    skeleton = build_skeleton(model_class, config, recipe, towers=True)
     heads = head_names(skeleton)
-    names = [name for name, _ in skeleton.named_modules()]
-    new = [
-        name
-        for name in names
-        if task.model_kind.may_miss_weights and is_new_part(name, heads) and not in_heads(name, heads)
-    ]
+    inner = [name for name, _ in skeleton.named_modules() if not in_heads(name, heads)]
+    new = [name for name in inner if task.model_kind.may_miss_weights and is_new_part(name, heads)]
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=recipe.adapter.bnb_4bit_quant_type,
         bnb_4bit_use_double_quant=recipe.adapter.bnb_4bit_use_double_quant,
         bnb_4bit_compute_dtype=dtype,
-        llm_int8_skip_modules=[*heads, *new],
+        llm_int8_skip_modules=[*heads, *new, *find_towers(skeleton)],
     )
 
 

@@ -3,19 +3,34 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import cast
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from llmtune.data.template_text import check_length, fix_date, refuse_unread, with_defaults, with_system_prompt
+from llmtune.data.chat_template import ChatTemplate
+from llmtune.data.template_facts import TemplateRefusal
+from llmtune.data.template_text import (
+    check_length,
+    fix_date,
+    refuse_unread,
+    with_defaults,
+    with_parts,
+    with_system_prompt,
+)
 from llmtune.errors import EnvironmentProblem, Problem, RecipeError
 from llmtune.model.config import read_model_config, readable
+from llmtune.model.model_files import read_json_object
 from llmtune.recipe.model_section import ModelSection
 from llmtune.recipe.user_files import read_text_file
 from llmtune.records import ModelRef
 
 PREPROCESSOR = "preprocessor_config.json"
+PROCESSOR_FILES = ("processor_config.json", PREPROCESSOR)
+TEMPLATE_FILES = ("processor_config.json", "chat_template.json")
+"""Files with the template of a processor of pictures; `AutoProcessor` reads them in this order, `.jinja` last."""
+_PARTS = re.compile(r"['\".](type|text)\b")
 _FAST = "PreTrainedTokenizerFast"
 _WRITTEN_BY_5_ALONE = ("TokenizersBackend", "PythonBackend", "SentencePieceBackend")
 
@@ -53,22 +68,7 @@ def load_processor(
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.sep_token
-    if model.chat_template is not None:
-        try:
-            tokenizer.chat_template = read_text_file(Path(model.chat_template))
-        except (OSError, UnicodeDecodeError) as error:
-            what = f"the chat template {model.chat_template} cannot be read: {error}"
-            raise RecipeError.of(what, "model.chat_template", "Use a Jinja file in UTF-8.") from None
-    template = tokenizer.chat_template
-    _check_texts(template, model_ref.path)
-    for text in template.values() if isinstance(template, dict) else [template or ""]:
-        check_length(str(text), str(model.chat_template or model_ref.path))
-    if template:
-        refuse_unread(model.chat_template_kwargs, template, tokenizer.special_tokens_map)
-    if isinstance(template, dict):  # several named templates
-        tokenizer.chat_template = {name: _fix_template(text, model, system_prompt) for name, text in template.items()}
-    elif template is not None:
-        tokenizer.chat_template = _fix_template(template, model, system_prompt)
+    _set_template(tokenizer, model_ref.path, model, system_prompt)
     if model.add_tokens:
         vocab = tokenizer.get_vocab()
         RecipeError.collect(
@@ -78,6 +78,57 @@ def load_processor(
         )
         tokenizer.add_tokens(list(model.add_tokens))
     return cast(PreTrainedTokenizerBase, tokenizer)
+
+
+def _set_template(
+    tokenizer: PreTrainedTokenizerBase, folder: Path, model: ModelSection, system_prompt: str | None
+) -> None:
+    if model.chat_template is not None:
+        try:
+            tokenizer.chat_template = read_text_file(Path(model.chat_template))
+        except (OSError, UnicodeDecodeError) as error:
+            what = f"the chat template {model.chat_template} cannot be read: {error}"
+            raise RecipeError.of(what, "model.chat_template", "Use a Jinja file in UTF-8.") from None
+    elif tokenizer.chat_template is None or any((folder / name).is_file() for name in PROCESSOR_FILES):
+        tokenizer.chat_template = _read_processor_template(folder) or tokenizer.chat_template
+    template = tokenizer.chat_template
+    _check_texts(template, folder)
+    for text in template.values() if isinstance(template, dict) else [template or ""]:
+        check_length(str(text), str(model.chat_template or folder))
+    if template:
+        refuse_unread(model.chat_template_kwargs, template, tokenizer.special_tokens_map)
+    if isinstance(template, dict):  # several named templates
+        tokenizer.chat_template = {name: _fix_template(text, model, system_prompt) for name, text in template.items()}
+    elif template is not None:
+        text = with_parts(template) if _takes_only_parts(tokenizer) else template
+        tokenizer.chat_template = _fix_template(text, model, system_prompt)
+
+
+def _read_processor_template(folder: Path) -> object:
+    """Return the chat template in the files of a processor of pictures; None if it has that of the tokenizer."""
+    files = [path for name in TEMPLATE_FILES if (path := folder / name).is_file()]
+    return next((text for path in files if (text := read_json_object(path).get("chat_template")) is not None), None)
+
+
+def _takes_only_parts(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the chat template leaves out contents that are texts, and writes those that are lists of parts."""
+    if not _PARTS.search(cast(str, tokenizer.chat_template)):
+        return False
+    chats = ChatTemplate(tokenizer, {}, str(tokenizer.name_or_path))
+    question, answer = "Is the probe read?", "It is read."
+
+    def is_written(*contents: object) -> bool:
+        messages = [
+            {"role": role, "content": content} for role, content in zip(("user", "assistant"), contents, strict=True)
+        ]
+        try:
+            text = chats.render(messages)
+        except (TemplateRefusal, EnvironmentProblem):  # reported with its first conversation
+            return False
+        return question in text and answer in text
+
+    parts = [[{"type": "text", "text": text}] for text in (question, answer)]
+    return not is_written(question, answer) and is_written(*parts)
 
 
 def _check_texts(template: object, folder: Path) -> None:

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from llmtune.errors import RecipeError
 from llmtune.model.causal_lm_loss import unwrap
-from llmtune.model.config import head_names, in_heads, linear_shapes
+from llmtune.model.config import head_names, in_heads, layer_configs, linear_shapes
 from llmtune.model.device import resolve_dtype
 from llmtune.model.quantized_base import kept_quantization
 from llmtune.recipe.schema import Recipe
@@ -97,10 +97,16 @@ class _Units:
 def _cache_bytes(skeleton: PreTrainedModel, compute_bytes: int) -> int:
     """Return the bytes of keys and values that a token leaves in all layers while answers are generated."""
     text = skeleton.config.get_text_config(decoder=True)
-    heads = int(getattr(text, "num_attention_heads", 0) or 0)
-    keys = int(getattr(text, "num_key_value_heads", None) or heads)
-    width = int(getattr(text, "head_dim", None) or int(getattr(text, "hidden_size", 0)) // max(1, heads))
-    return 2 * int(getattr(text, "num_hidden_layers", 0)) * keys * width * compute_bytes
+    layers = layer_configs(text)
+    width = sum(map(_cached_numbers, layers)) * int(getattr(text, "num_hidden_layers", 0)) // len(layers)
+    return 2 * width * compute_bytes
+
+
+def _cached_numbers(layer: PreTrainedConfig) -> int:
+    """Return the numbers in the keys of a token in one layer."""
+    heads = int(getattr(layer, "num_attention_heads", 0) or 0)
+    keys = int(getattr(layer, "num_key_value_heads", None) or heads)
+    return keys * int(getattr(layer, "head_dim", None) or int(getattr(layer, "hidden_size", 0)) // max(1, heads))
 
 
 def fixed_bytes(parts: Mapping[str, int]) -> int:

@@ -19,6 +19,8 @@ class ModelKind:
     """The hub's name of the task that such a model does."""
     peft_task_type: str | None = None
     """PEFT's name for the task, which selects the plain class that loads the adapter; None: `AutoPeftModel`."""
+    image_text_class: str | None = None
+    """Name of the transformers class that loads a checkpoint for text and images; its text can be tuned."""
     decodes: bool = False
     """Whether the model continues a text, token by token."""
     predicts_tokens: bool = True
@@ -57,6 +59,7 @@ CAUSAL = ModelKind(
     r"CAUSAL_LM|ForCausalLM|LMHeadModel$",
     "text-generation",
     "CAUSAL_LM",
+    image_text_class="AutoModelForImageTextToText",
     decodes=True,
     packs=True,
     in_gguf=True,

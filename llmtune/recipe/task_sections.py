@@ -119,7 +119,7 @@ class QaSection(TaskSection):
     encoder, `generative` for a decoder or an encoder-decoder."""
     stride: int = Field(default=128, ge=0)
     """Extractive: context tokens shared by two neighbouring windows of a long row. Default 128, as in the SQuAD
-    scripts: longer than the longest answers."""
+    scripts: longer than the longest answers; less than half of `data.max_length` if that is shorter."""
     max_answer_length: Positive = 30
     """Extractive: longest answer in tokens. Default 30, as in the SQuAD scripts."""
     null_score_diff_threshold: float | None = None

@@ -14,9 +14,10 @@ from typing import cast
 import numpy as np
 from rich.progress import MofNCompleteColumn
 
-from llmtune.data.column_mapping import rename, used_columns, with_aliases
+from llmtune.data.chat_rows import open_conversation
+from llmtune.data.column_mapping import name_columns, rename, used_columns, with_aliases
 from llmtune.data.rejected_rows import RawRow, RowError
-from llmtune.data.row_formats import COLUMNS
+from llmtune.data.row_formats import COLUMNS, CONVERSATIONS, FORMATS
 from llmtune.data.row_kind import kind_of_task
 from llmtune.data.sources import local_input
 from llmtune.display.console import progress_bars
@@ -24,9 +25,10 @@ from llmtune.errors import DataError, RecipeError
 from llmtune.evaluate.generation import answer_reader, generate_completions
 from llmtune.model.device import pick_device
 from llmtune.records import Json, Row
-from llmtune.serve.finished_run import FinishedRun, Inputs
+from llmtune.serve.finished_run import FinishedRun
 from llmtune.serve.served_model import ServedModel
 from llmtune.store.processes import rank
+from llmtune.tasks.base import AnyTask
 from llmtune.train.distributed import join_processes
 
 INPUT_COLUMNS: Mapping[str, tuple[str, ...]] = {
@@ -66,7 +68,8 @@ def answer_file(
     stated = run.recipe.data.train[0].columns or run.recipe.data.columns
     mapping = {ours: theirs for ours, theirs in stated.items() if used_columns({ours: theirs}, header) <= set(header)}
     columns = with_aliases(mapping, COLUMNS, header, kind_of_task(run.recipe.task).aliases)
-    input_columns = _columns_of(run.task.inputs, [*columns, *header], str(rows))
+    input_columns = _columns_of(run.task, [*columns, *header], str(rows))
+    read = partial(_read_prompt, run, columns, input_columns, rows.parent)
     served = run.load(dict.fromkeys(input_columns, "text"), base=base, max_new_tokens=max_new_tokens)
     vectors: list[list[float] | None] | None = [] if output is not None and output.suffix == ".npy" else None
     if vectors is not None and run.task.model_kind.answer_column != "vectors":
@@ -79,10 +82,7 @@ def answer_file(
         bar = progress.add_task("rows", total=len(raw))
         for first in range(0, len(raw), AT_ONCE):
             batch = raw[first : first + AT_ONCE]
-            given = [
-                row if isinstance(row, RowError) else _read_inputs(row, columns, input_columns, rows.parent)
-                for _, row in batch
-            ]
+            given = [row if isinstance(row, RowError) else read(row) for _, row in batch]
             usable = [one for one in given if not isinstance(one, RowError)]
             answers = _answer_rows(served, usable, partial(progress.advance, bar))
             for (origin, row), one in zip(batch, given, strict=True):
@@ -120,44 +120,65 @@ def _own_columns(row: Mapping[str, object]) -> dict[str, object]:
     return {"reference" if name == "answer" and "reference" not in row else name: value for name, value in row.items()}
 
 
-def _columns_of(inputs: Mapping[str, bool], names: Sequence[str], where: str) -> dict[str, str]:
+def _columns_of(task: AnyTask, names: Sequence[str], where: str) -> dict[str, str]:
     """Return the column of each input in the file; raises RecipeError if a required one is missing."""
-    usual = {name: INPUT_COLUMNS.get(name, (name,)) for name in inputs}
-    columns = {name: next((one for one in usual[name] if one in names), None) for name in inputs}
-    for name, required in inputs.items():
+    usual = {name: INPUT_COLUMNS.get(name, (name,)) for name in task.inputs}
+    if task.is_conversational and task.free_prompt:
+        usual["prompt"] = (*CONVERSATIONS, *usual["prompt"])
+    columns = {name: next((one for one in usual[name] if one in names), None) for name in task.inputs}
+    for name, required in task.inputs.items():
         if required and columns[name] is None:
             what = f"no column for the {name}; found {', '.join(names)}"
             raise RecipeError.of(what, where, f"Name the column one of: {', '.join(usual[name])}.")
     return {name: column for name, column in columns.items() if column is not None}
 
 
-def _read_inputs(
-    row: Mapping[str, object], columns: Mapping[str, str], input_columns: Mapping[str, str], folder: Path
-) -> Inputs | RowError:
+def _read_prompt(
+    run: FinishedRun,
+    columns: Mapping[str, str],
+    input_columns: Mapping[str, str],
+    folder: Path,
+    row: Mapping[str, object],
+) -> Row | RowError:
+    """Return the prompt of a row, or the reason why it has none."""
     try:
-        named = rename(row, columns)
-        given = {name: value for name, column in input_columns.items() if (value := named.get(column)) is not None}
-        if input_columns.get("passages") == "passage" and isinstance(given.get("passages"), str):
-            given["passages"] = [given["passages"]]  # a passage may have several lines
-        inputs = {name: json.dumps(value) if isinstance(value, list) else str(value) for name, value in given.items()}
-        if "audio" in inputs:
-            inputs["audio"] = str(folder / str(inputs["audio"]))
-        empty = [
-            name
-            for name in ("prompt", "context", "audio")
-            if name in input_columns and not (inputs.get(name) or "").strip()
-        ]
+        named = rename(row, columns, dict[str, Sequence[str]](run.recipe.data.roles.items()))
+        prompt = _read_training_row(named, input_columns, run.task)
+        return _read_inputs(named, input_columns, folder, run.task) if prompt is None else prompt
     except RowError as error:
-        return error
-    return RowError("empty content", f"{empty[0]!r} is empty") if empty else inputs
+        return name_columns(error, columns)
+
+
+def _read_training_row(named: Mapping[str, object], input_columns: Mapping[str, str], task: AnyTask) -> Row | None:
+    """Return the prompt of a conversation or an instruction with its input; None for rows of other forms."""
+    column, alpaca = input_columns.get("prompt", ""), FORMATS["alpaca"].parser(task.name)
+    value = named.get(column)
+    if task.is_conversational and task.free_prompt and (column in CONVERSATIONS or isinstance(value, list)):
+        tools = named.get("tools", named.get("functions"))
+        return dict(open_conversation(value, tools, named.get("system")))
+    if column == "instruction" and alpaca:
+        return cast(Row, task.split_answer(alpaca({**named, "output": "-"}))[0])
+    return None
+
+
+def _read_inputs(named: Mapping[str, object], input_columns: Mapping[str, str], folder: Path, task: AnyTask) -> Row:
+    given = {name: value for name, column in input_columns.items() if (value := named.get(column)) is not None}
+    if input_columns.get("passages") == "passage" and isinstance(given.get("passages"), str):
+        given["passages"] = [given["passages"]]  # a passage may have several lines
+    inputs = {name: json.dumps(value) if isinstance(value, list) else str(value) for name, value in given.items()}
+    if "audio" in inputs:
+        inputs["audio"] = str(folder / str(inputs["audio"]))
+    for name in ("prompt", "context", "audio"):
+        if name in input_columns and not (inputs.get(name) or "").strip():
+            raise RowError("empty content", f"{input_columns[name]!r} is empty")
+    return cast(Row, task.make_row(inputs))
 
 
 def _answer_rows(
-    served: ServedModel, given: Sequence[Inputs], advance: Callable[[int], None]
+    served: ServedModel, rows: Sequence[Row], advance: Callable[[int], None]
 ) -> Iterator[dict[str, object]]:
-    """Yield the answer to each, computed in batches; `advance` gets the number of finished rows."""
+    """Yield the answer to each prompt, computed in batches; `advance` gets the number of finished rows."""
     task, recipe = served.task, served.recipe
-    rows = [task.make_row(inputs) for inputs in given]
     if task.predicts:
         cuts = [_check_length(served, row) for row in rows]
         predictions = iter(

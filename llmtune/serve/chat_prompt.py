@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 
-from llmtune.data.chat_rows import MESSAGE_KEYS, canonical_messages
+from llmtune.data.chat_rows import MESSAGE_KEYS, open_conversation
 from llmtune.data.chat_template import Tools
 from llmtune.data.rejected_rows import RowError
 from llmtune.errors import LlmtuneError, nearest
@@ -69,7 +69,7 @@ def require_room(served: ServedModel, tokens: int, max_tokens: int | None) -> in
 def read_messages(request: ChatRequest) -> Row:
     """Return the row of a conversation that awaits an answer.
 
-    Messages are checked as rows are, and so is their order: a placeholder answer is appended for the check.
+    Messages are checked as rows are, and so is their order.
     """
     for number, message in enumerate(request.messages, 1):
         for key, value in message.items():
@@ -80,13 +80,9 @@ def read_messages(request: ChatRequest) -> Row:
         raise ApiError(400, "The last message is the assistant's. Add a user message.", param="messages")
     tools = shown_tools(request)
     try:
-        conversation = canonical_messages([*request.messages, {"role": "assistant", "content": "-"}], tools)
+        return dict(open_conversation(request.messages, tools))
     except RowError as error:
         raise ApiError(400, f"messages: {error}", param="messages") from error
-    messages = conversation["messages"] = conversation["messages"][:-1]
-    if messages[-1]["role"] == "system":
-        raise ApiError(400, "messages: only a system message. Add a user message.", param="messages")
-    return dict(conversation)
 
 
 def override_template_values(request: ChatRequest, served: ServedModel) -> Recipe:

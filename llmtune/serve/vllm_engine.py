@@ -13,6 +13,7 @@ from peft import PeftConfig
 from rich.console import Console
 
 from llmtune.adapter.load import find_adapter, read_config
+from llmtune.adapter.vllm_names import find_vllm_obstacle
 from llmtune.errors import EnvironmentProblem, RecipeError
 from llmtune.plan import Plan, RunContext
 from llmtune.serve.server import KEY_VARIABLE, ServeOptions, open_served, public_name, read_key
@@ -122,6 +123,9 @@ def vllm_command(opened: Mapping[str, RunContext], options: ServeOptions) -> lis
         whole = folders[name]
         served = [str(model_ref.path), "--tokenizer", str(whole), "--served-model-name", public_name(model_ref)]
         configs = [read_config(folder) for folder in folders.values()]
+        if obstacle := find_vllm_obstacle(model_ref.path):
+            fix = f"Merge it and serve it with --merged: llmtune deploy merge {path}"
+            raise RecipeError.of(obstacle, str(whole), fix)
         for folder, config in zip(folders.values(), configs, strict=True):
             check_vllm_adapter(config, str(folder))
         rank = max(max(config.r, *(config.rank_pattern or {}).values(), 1) for config in configs)

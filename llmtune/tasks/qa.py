@@ -364,7 +364,8 @@ class ExtractiveQa(Qa[Span]):
 
 def windows_of(row: QaRow, processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[Window] | str:
     """Return the windows of a row, or why there are none."""
-    return cut_context(row["question"], row["context"], processor, qa_section(recipe).stride, recipe.data.max_length)
+    stride = min(qa_section(recipe).stride, recipe.data.max_length // 2 - 1)  # the default may be longer
+    return cut_context(row["question"], row["context"], processor, stride, recipe.data.max_length)
 
 
 def window_example(window: Window, ends: tuple[int, int] | None) -> QaExample:

@@ -12,8 +12,11 @@ from rich.console import Console
 from support.runs import finish_run, invoke
 
 from llmtune.cli.app import EXIT_CODES
+from llmtune.data.message_fields import ROLES
 from llmtune.display.blocks import Column, Table
 from llmtune.display.console import print_blocks
+from llmtune.evaluate.generation import generate_completions
+from llmtune.serve.finished_run import FinishedRun
 
 QUESTION = "What comes after 5 and before 7?"
 
@@ -58,6 +61,41 @@ def test_a_file_of_rows_is_answered_row_by_row(folder: Path) -> None:
     done = invoke("generate", "latest", "--input", "odd.csv")
     assert done.exit_code == 2
     assert "no column for the prompt; found id, remark" in done.stderr
+
+
+def test_conversations_and_instructions_are_answered_as_they_are_trained_on(folder: Path) -> None:
+    head = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": QUESTION}]
+    earlier = [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": "Yes?"}, {"from": "human", "value": "5?"}]
+    rows: list[dict[str, object]] = [
+        {"messages": [*head, {"role": "assistant", "content": "6"}]},  # the answer is the reference
+        {"messages": head},
+        {"prompt": QUESTION, "messages": head},
+        {"conversations": earlier},
+        {"prompt": head},
+        {"instruction": "What comes after", "input": "5?"},
+        {"messages": head[:1]},
+    ]
+    lines = []
+    for row in rows:
+        (folder / "conversation.jsonl").write_text(json.dumps(row) + "\n")
+        lines.append(json.loads(invoke("generate", "latest", "--input", "conversation.jsonl").stdout))
+    expected = invoke("generate", "latest", QUESTION, "--system", "Be brief.").stdout.strip("\n")
+    assert [line.get("answer") for line in lines[:3]] == [expected] * 3
+    assert lines[4]["answer"] == expected
+    run = FinishedRun(Path("runs/tiny"))
+    with_history = {"messages": [{"role": ROLES[turn["from"]], "content": turn["value"]} for turn in earlier]}
+    joined = {"messages": [{"role": "user", "content": "What comes after\n\n5?"}]}
+    served = run.load({"prompt": QUESTION}, base=False, max_new_tokens=None)
+    prompts = [run.task.prompt(row, served.processor, served.recipe) for row in (with_history, joined)]
+    outputs = generate_completions(served.model, prompts, served.processor, served.recipe, device=served.device)
+    assert [lines[at]["answer"] for at in (3, 5)] == [served.read(output.token_ids) for output in outputs]
+    assert "only a system message" in lines[6]["error"]
+
+
+def test_an_error_of_a_row_names_the_column_of_the_file(folder: Path) -> None:
+    (folder / "asked.csv").write_text(f"Instruction,id\n{QUESTION},1\n,2\n")
+    done = invoke("generate", "latest", "--input", "asked.csv")
+    assert "'Instruction' is empty" in json.loads(done.stdout.splitlines()[1])["error"], done.stdout
 
 
 def test_a_row_that_exceeds_the_models_context_gets_an_error_and_the_others_an_answer(folder: Path) -> None:

@@ -7,6 +7,7 @@ import os
 import pty
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -600,3 +601,54 @@ def test_a_file_in_two_encodings_is_named_and_its_rows_are_not_to_be_dropped() -
     done = init("mixed.csv")
     assert "come from a file in another encoding" in done.stderr
     assert "set data.max_dropped" not in done.stderr
+
+
+TEXTS = [f"The quick {animal} number {i} is {('red', 'blue')[i % 2]}." for i, animal in enumerate(["cat", "dog"] * 15)]
+PROPOSED = {
+    "thumbs": (
+        "llama",
+        [{"prompt": f"{text} Is it?", "completion": "It is.", "label": i % 3 != 0} for i, text in enumerate(TEXTS)],
+        {"task": "preference", "preference.loss": "kto", "evaluate.metrics": ["accuracy", "margin", "kl"]},
+    ),
+    "encoder": (
+        "bert",
+        [{"text": text} for text in TEXTS],
+        {"task": "completion", "completion.objective": "masked", "evaluate.metrics": ["loss", "accuracy"]},
+    ),
+    "pairs for an encoder": (
+        "bert",
+        [{"prompt": text, "completion": "It is."} for text in TEXTS],
+        {"task": "completion", "completion.objective": "masked"},
+    ),
+    "T5": (
+        "t5",
+        [{"en": text, "de": text} for text in TEXTS],
+        {"translate.source_language": None, "translate.target_language": None},
+    ),
+    "Marian": ("marian", [{"en": text, "de": text} for text in TEXTS], {"translate": None}),
+    "scores": (
+        "bert",
+        [{"query": text, "passage": TEXTS[0], "score": i / 30} for i, text in enumerate(TEXTS)],
+        {"task": "embed", "evaluate.metrics": ["spearman", "pearson", "random_cosine", "effective_rank"]},
+    ),
+    "questions": ("bert", [{"question": "Who?", "context": text, "answer": "quick"} for text in TEXTS], {"task": "qa"}),
+}
+"""Model, rows, and values that the proposed recipe must have."""
+
+
+@pytest.mark.parametrize("kind", PROPOSED)
+def test_a_proposed_recipe_fits_the_rows_and_the_model_and_runs(kind: str, built: Callable[..., Path]) -> None:
+    family, rows, expected = PROPOSED[kind]
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = ["--task", expected.get("task", "translate")]
+    done = init("rows.jsonl", "--model", str(built(family)), *task)
+    assert (done.exit_code, "next: llmtune run rows.yaml" in done.stdout) == (0, True), done.output
+    recipe = load_recipe("rows.yaml").recipe.model_dump(mode="json")
+    for key, value in expected.items():
+        section, _, name = key.rpartition(".")
+        assert (recipe[section] if section else recipe)[name] == value, key
+    assert invoke("recipes", "check", "rows.yaml").exit_code == 0
+    ran = invoke("run", "rows.yaml", "--out", "run", "--set", "train.max_steps=1", "--set", "data.deduplicate=exact")
+    assert ran.exit_code == 0, ran.stderr
+    scores = json.loads(Path("run/report.json").read_text())["evaluation"]["tuned"]
+    assert set(recipe["evaluate"]["metrics"]) <= {*scores}

@@ -88,6 +88,21 @@ def test_several_columns_are_joined_by_a_template(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("task", "header", "row", "columns", "named"),
+    [
+        ("chat", "Frage,Antwort", ("", "Ja."), {"prompt": "Frage", "completion": "Antwort"}, "'Frage' is empty"),
+        ("chat", "Question,answer", ("Why?", ""), {}, "'answer' is empty"),
+        ("classify", "premise,category", ("Good.", ""), {"text": "premise"}, "'category' is"),
+        ("qa", "q,passage,a", ("", "Ada.", "Ada"), {"question": "q", "answer": "a"}, "'q' is empty"),
+        ("chat", "a,b,c", ("", "", "So."), {"prompt": "{a}\n\n{b}", "completion": "c"}, "'{a} {b}' is empty"),
+    ],
+)
+def test_an_error_of_a_row_names_the_column_of_the_file(tmp_path, task, header, row, columns, named):
+    path = write_csv(tmp_path / "rows.csv", header, row)
+    assert named in refusal(tmp_path, {"path": str(path), "columns": columns}, task)
+
+
+@pytest.mark.parametrize(
     ("task", "header", "rows", "columns"),
     [
         ("chat", "subject,body,answer", TICKETS, '{prompt: "{subject}\\n\\n{body}", completion: answer}'),

@@ -11,7 +11,7 @@ from support.serving import load_served, serving
 from support.templates import EMPTY_THOUGHTS
 from transformers import AutoTokenizer
 
-from llmtune.deploy.endpoint_parity import ask_all, certify_run, find_endpoint_breaches
+from llmtune.deploy.endpoint_parity import ask_all, certify_run, find_endpoint_breaches, find_ignored_adapter
 from llmtune.deploy.tuned_model import TransformersReader
 from llmtune.errors import EnvironmentProblem, GateFailed, RecipeError
 from llmtune.evaluate.suites.endpoint_client import connect
@@ -175,3 +175,21 @@ def test_redirects_are_not_followed():
         client = connect(url, "key", offline=True)
         with client, pytest.raises(EnvironmentProblem, match="status 307"):
             ask_all(client, "tiny", [{"prompt": "Once"}], False, [{}])
+
+
+@pytest.mark.parametrize(
+    ("listed", "says"),
+    [
+        ({"owned_by": "vllm", "parent": "base"}, ["does not map the names of an adapter on Molmo2"]),
+        ({"owned_by": "vllm", "parent": None}, []),  # the merged model
+        ({"owned_by": "llmtune"}, []),
+    ],
+)
+def test_an_adapter_that_vllm_lists_but_does_not_read_is_a_breach(tmp_path, listed, says):
+    (tmp_path / "config.json").write_text(
+        '{"model_type": "molmo2", "architectures": ["Molmo2ForConditionalGeneration"]}'
+    )
+    models = {"data": [{"id": "base", "owned_by": "vllm"}, {"id": "tiny", **listed}]}
+    with answering(lambda *_: (200, models, {})) as url, connect(url, None, True) as client:
+        breaches = find_ignored_adapter(client, "tiny", tmp_path)
+    assert [said in breach for said, breach in zip(says, breaches, strict=True)] == [True] * len(says)

@@ -16,4 +16,4 @@ def test_the_page_lists_the_outcome_of_every_type(kind, tmp_path_factory):
     for model_type in KINDS[kind].types:
         found = check(kind, model_type, tmp_path_factory.mktemp(model_type))
         assert not any(what.startswith(("traceback", "differs")) for what in found.values()), (model_type, found)
-        assert f"\n{write_row(model_type, found)}\n" in table, (model_type, found)
+        assert f"\n{write_row(kind, model_type, found)}\n" in table, (model_type, found)

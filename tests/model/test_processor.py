@@ -5,9 +5,10 @@ import shutil
 
 import pytest
 from support.adapting import quiet, recipe_with
-from support.models import build_llama
+from support.models import CHATML, build_llama
 from support.templates import EMPTY_THOUGHTS, LLAMA3, OWN_TOKENS, conversation
 from transformers import AutoTokenizer
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from llmtune.data.chat_encoding import encode_chat
 from llmtune.data.chat_template import render_prompt
@@ -138,3 +139,45 @@ def test_the_saved_template_gives_the_ids_of_training_on_any_day(tmp_path, named
     assert saved.apply_chat_template(row["messages"])["input_ids"] == example.input_ids
     asked = saved.apply_chat_template(row["messages"][:1], add_generation_prompt=True)["input_ids"]
     assert asked == render_prompt(row["messages"][:1], tokenizer, recipe)
+
+
+PARTS = CHATML.replace(
+    "message['content']",
+    "(message['content'] | selectattr('type', 'equalto', 'text') | map(attribute='text') | join)",
+)
+CHAT = [("system", "Be kind."), ("user", "two?"), ("assistant", "Two."), ("user", "three?")]
+
+
+@pytest.mark.parametrize("template", [CHATML, PARTS])
+@pytest.mark.parametrize("file", ["processor_config.json", "chat_template.json"])
+def test_the_template_of_a_processor_of_pictures_makes_the_prompts_of_text_rows(tmp_path, file, template):
+    folder = build_llama(tmp_path / "m", LLAMA3 if file == "processor_config.json" else None)
+    (folder / "preprocessor_config.json").write_text("{}")
+    (folder / file).write_text(json.dumps({"chat_template": template}))
+    expected = render_jinja_template(
+        [[{"role": role, "content": [{"type": "text", "text": text}]} for role, text in CHAT]],
+        chat_template=PARTS,
+        add_generation_prompt=True,
+    )[0][0]
+    tokenizer, recipe = load(folder), recipe_with(folder)
+    rows = [{"role": role, "content": text} for role, text in CHAT]
+    assert tokenizer.decode(render_prompt(rows, tokenizer, recipe)) == expected
+    (encoded,) = encode_chat([{"messages": rows[:3]}], tokenizer, recipe)
+    assert "Two.<|im_end|>" in tokenizer.decode(encoded[0].input_ids)
+    save_tokenizer(tokenizer, tmp_path / "saved")
+    saved = AutoTokenizer.from_pretrained(tmp_path / "saved")
+    assert saved.apply_chat_template(rows, add_generation_prompt=True, tokenize=False) == expected
+
+
+def test_a_system_prompt_reaches_a_template_that_takes_only_parts(tmp_path):
+    folder = build_llama(tmp_path / "m", PARTS)
+    recipe = recipe_with(folder)
+    tokenizer = load_processor(resolve_model(str(folder), recipe.model, quiet()), recipe.model, "Be kind.")
+    assert "Be kind." in tokenizer.decode(render_prompt([{"role": "user", "content": "two?"}], tokenizer, recipe))
+
+
+def test_a_template_that_takes_texts_stays_as_it_is(tmp_path):
+    either = CHATML.replace(
+        "message['content'] +", "(message.content if message.content is string else message.content[0].text) +"
+    )
+    assert load(build_llama(tmp_path / "m", either)).chat_template == either

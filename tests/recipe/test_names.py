@@ -148,7 +148,7 @@ task. `column`: a column that only some kinds of rows have. `class`: a transform
 """
 TABLES = (
     *("recipe/task_facts.py", "recipe/task_sections.py", "recipe/format_names.py", "recipe/model_kind.py"),
-    *("data/row_kind.py", "tasks/"),
+    *("recipe/first_settings.py", "data/row_kind.py", "tasks/"),
     "model/audio_models.py",
 )
 ONE_KIND = ("audio", "classify_rows", "label_candidates", "search_rows", "task_rows", "waveforms")

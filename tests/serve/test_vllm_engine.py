@@ -1,8 +1,12 @@
+import json
+
 import pytest
 from peft import LoraConfig, MissConfig
 from support.models import CHATML
 from support.templates import ALWAYS_THINKS, HERMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
+from llmtune.adapter.vllm_names import UNMAPPED, WITHOUT_LORA, find_vllm_obstacle
 from llmtune.errors import RecipeError
 from llmtune.serve.vllm_engine import check_vllm_adapter, parser_options
 
@@ -51,3 +55,24 @@ def test_adapters_that_vllm_would_not_apply_as_trained_are_refused(config, words
     check_vllm_adapter(LoraConfig(target_modules=["q_proj"]), "adapter")
     scaled = {"rank_pattern": {"q_proj": 4}, "alpha_pattern": {"q_proj": 16}}
     check_vllm_adapter(LoraConfig(r=8, lora_alpha=32, target_modules=["q_proj", "k_proj"], **scaled), "adapter")
+
+
+def test_the_classes_without_adapters_in_vllm_are_classes_of_transformers():
+    older_name = "Ernie4_5_VL_MoeForConditionalGeneration"
+    assert {older_name} == {*WITHOUT_LORA, *UNMAPPED} - {*MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values()}
+    assert not WITHOUT_LORA & UNMAPPED
+
+
+@pytest.mark.parametrize(
+    ("architectures", "says"),
+    [
+        (["Gemma3nForConditionalGeneration"], "has no LoRA for Gemma3n"),
+        (["Molmo2ForConditionalGeneration"], "does not map the names"),
+        (["Gemma3ForConditionalGeneration"], None),
+        (None, None),
+    ],
+)
+def test_the_class_that_a_checkpoint_names_decides_whether_vllm_applies_an_adapter(tmp_path, architectures, says):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "any", "architectures": architectures}))
+    obstacle = find_vllm_obstacle(tmp_path)
+    assert obstacle is None if says is None else says in obstacle

@@ -3,11 +3,12 @@
 `make architectures` writes the results to docs/architectures.md.
 """
 
+import re
 import sys
 import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from llmtune.model.library_logging import hushed
 from llmtune.model.loading import load_model
 from llmtune.model.processor import load_processor
 from llmtune.model.resolve import resolve_model
+from llmtune.model.towers import complete_outputs
 from llmtune.recipe.schema import Recipe
 from llmtune.records import AdaptedModel, Prompt
 from llmtune.tasks.base import AnyTask
@@ -44,6 +46,7 @@ from support.architectures import KINDS, build
 LENGTHS = [5, 17, 9, 9, 30]
 PROMPTS = ["The quick brown fox", "Which colour", "one two three four five six seven", "a"]
 TOLERANCE = 1e-5
+DECODERS = ("causal", "image-text")
 PAGE = Path(__file__).parents[2] / "docs" / "architectures.md"
 
 
@@ -60,8 +63,8 @@ def check(kind: str, model_type: str, folder: Path) -> dict[str, str]:
     found = {"built": "yes"}
     for packing in (True, False):
         with suppress_all() as failed, hushed():
-            recipe = _recipe(kind, folder, packing)
-            adapted, task = _adapt(recipe)
+            recipe = recipe_for(kind, folder, packing)
+            adapted, task = adapt(recipe)
             return found | _compare(kind, adapted, task, recipe, folder)
         found["packed" if packing else "padded"] = (
             _tell(failed[0]).replace(f"in {folder} ", "").replace(f"{folder} is", "it is")
@@ -79,7 +82,7 @@ def suppress_all() -> Iterator[list[Exception]]:
         failed.append(error)
 
 
-def _recipe(kind: str, folder: Path, packing: bool) -> Recipe:
+def recipe_for(kind: str, folder: Path, packing: bool) -> Recipe:
     own = KINDS[kind]
     packs = {} if kind == "encoder-decoder" else {"packing": packing}
     sections = {"generation": {"max_new_tokens": 6}} if kind != "encoder" else {}
@@ -95,7 +98,7 @@ def _recipe(kind: str, folder: Path, packing: bool) -> Recipe:
     )
 
 
-def _adapt(recipe: Recipe) -> tuple[AdaptedModel, AnyTask]:
+def adapt(recipe: Recipe) -> tuple[AdaptedModel, AnyTask]:
     place = resolve_model(str(recipe.model.name), recipe.model, quiet())
     task = choose_variant(recipe, read_model_config(place, recipe.model), place.name)
     processor = load_processor(place, recipe.model)
@@ -109,28 +112,17 @@ def _adapt(recipe: Recipe) -> tuple[AdaptedModel, AnyTask]:
 
 
 def _compare(kind: str, adapted: AdaptedModel, task: AnyTask, recipe: Recipe, folder: Path) -> dict[str, str]:
-    if task.model_kind.auto_class != KINDS[kind].auto_class:
+    if KINDS[kind].auto_class not in (task.model_kind.auto_class, task.model_kind.image_text_class):
         return {"padded": f"learns as a decoder ({task.model_kind.auto_class})"}
-    save_adapter(adapted, folder / "adapter")
-    auto = getattr(transformers, KINDS[kind].auto_class)
-    labels = {"num_labels": adapted.selected.model.config.num_labels} if kind == "encoder" else {}
-    plain = auto.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32, **labels)
-    plain.config.use_cache = False  # with a cache some decoders skip the causal mask
-    plain = PeftModel.from_pretrained(plain, folder / "adapter", is_trainable=True)
-    examples = [_example(kind, length) for length in LENGTHS]
-    for model in (plain, adapted.model):
-        model.train()
+    plain = load_plain(kind, adapted, folder)
+    examples = [example_for(kind, length) for length in LENGTHS]
     with suppress_all() as failed:
-        wanted = torch.stack([_plain_loss(kind, plain, example) for example in examples]).sum()
-        wanted.backward()
+        wanted = plain_step(kind, plain, examples)
     if failed:
         return {"padded": _tell(failed[0]).replace("traceback", "plain transformers fails")}
     found = {}
     for packs in (True, False) if adapted.selected.packs else (False,):
-        adapted.model.zero_grad()
-        collate = task.collator(adapted.selected.processor, recipe, packs)
-        loss = task.loss(adapted.model, collate(examples, 0), False).sum
-        loss.backward()
+        loss = take_step(adapted, task, recipe, examples, packs)
         found["packed" if packs else "padded"] = _judge(loss, wanted, adapted.model, plain)
     if kind != "encoder":
         with suppress_all() as failed:
@@ -140,9 +132,39 @@ def _compare(kind: str, adapted: AdaptedModel, task: AnyTask, recipe: Recipe, fo
     return found
 
 
-def _example(kind: str, length: int) -> Example:
+def load_plain(kind: str, adapted: AdaptedModel, folder: Path) -> PeftModel:
+    """Save the adapter, and let plain PEFT put it on the model that transformers opens, with its towers."""
+    save_adapter(adapted, folder / "adapter")
+    auto = getattr(transformers, KINDS[kind].auto_class)
+    labels = {"num_labels": adapted.selected.model.config.num_labels} if kind == "encoder" else {}
+    plain = auto.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32, **labels)
+    complete_outputs(plain)
+    plain.config.use_cache = False  # with a cache some decoders skip the causal mask
+    return PeftModel.from_pretrained(plain, folder / "adapter", is_trainable=True)
+
+
+def plain_step(kind: str, plain: PeftModel, examples: Sequence[Example]) -> torch.Tensor:
+    """Return the loss of the examples, read one at a time; their gradients are left in the model."""
+    plain.train()
+    loss = torch.stack([_plain_loss(kind, plain, example) for example in examples]).sum()
+    loss.backward()
+    return loss.detach()
+
+
+def take_step(
+    adapted: AdaptedModel, task: AnyTask, recipe: Recipe, examples: Sequence[Example], packs: bool
+) -> torch.Tensor:
+    """Return llmtune's loss of the examples, in one batch; their gradients are left in the model."""
+    adapted.model.train().zero_grad()
+    collate = task.collator(adapted.selected.processor, recipe, packs)
+    loss = task.loss(adapted.model, collate(examples, 0), False).sum
+    loss.backward()
+    return loss.detach()
+
+
+def example_for(kind: str, length: int) -> Example:
     ids = torch.randint(4, 400, (2, length), generator=torch.Generator().manual_seed(length)).tolist()
-    if kind == "causal":
+    if kind in DECODERS:
         return Example(ids[0], [length // 3 + 1, length], length)
     if kind == "encoder":
         tags = [token % 3 if i % 2 else IGNORED for i, token in enumerate(ids[0])]
@@ -153,7 +175,7 @@ def _example(kind: str, length: int) -> Example:
 
 def _plain_loss(kind: str, plain: torch.nn.Module, example: Any) -> torch.Tensor:
     ids = torch.tensor([example.input_ids])
-    if kind == "causal":
+    if kind in DECODERS:
         start = example.spans[0]
         return cross_entropy(plain(input_ids=ids).logits[0, start - 1 : -1], ids[0, start:], reduction="sum")
     if kind == "encoder":
@@ -169,13 +191,10 @@ def _plain_loss(kind: str, plain: torch.nn.Module, example: Any) -> torch.Tensor
 
 def _judge(loss: torch.Tensor, wanted: torch.Tensor, model: torch.nn.Module, plain: torch.nn.Module) -> str:
     """Compare loss and gradient; the gradient by its norm over all weights."""
-    theirs = {name: p.grad for name, p in plain.named_parameters() if p.grad is not None}
-    ours = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    ours, theirs = gradients(model), gradients(plain)
     if ours.keys() != theirs.keys():
         return f"differs: gradients at {len(ours)} and {len(theirs)} weights"
-    apart = sum(float((ours[name] - theirs[name]).square().sum()) for name in ours) ** 0.5
-    length = sum(float(part.square().sum()) for part in theirs.values()) ** 0.5
-    off = abs(float(loss - wanted) / float(wanted)), apart / length
+    off = abs(float(loss - wanted) / float(wanted)), relative_distance(ours, theirs)
     return (
         "equal"
         if off[0] <= TOLERANCE and off[1] <= 10 * TOLERANCE
@@ -183,12 +202,23 @@ def _judge(loss: torch.Tensor, wanted: torch.Tensor, model: torch.nn.Module, pla
     )
 
 
+def relative_distance(ours: Mapping[str, torch.Tensor], theirs: Mapping[str, torch.Tensor]) -> float:
+    """Return the norm of the difference over all weights, divided by the norm."""
+    apart = sum(float((ours[name] - theirs[name]).square().sum()) for name in theirs) ** 0.5
+    return apart / sum(float(part.square().sum()) for part in theirs.values()) ** 0.5
+
+
+def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Return the gradients in a model by the name of their weight."""
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
 def _answers(kind: str, adapted: AdaptedModel, plain: PeftModel, task: AnyTask, recipe: Recipe) -> str:
     """Compare answers to many prompts with those of transformers' `generate` to each prompt alone."""
     processor, model = adapted.selected.processor, adapted.model.eval()
     plain.eval()
     with torch.inference_mode():
-        if kind == "causal":
+        if kind in DECODERS:
             prompts = [processor(text).input_ids for text in PROMPTS]
             settings = generation_settings(model, processor, recipe)
         else:
@@ -200,7 +230,7 @@ def _answers(kind: str, adapted: AdaptedModel, plain: PeftModel, task: AnyTask, 
             theirs = [_plain_answer(kind, plain, prompt, settings, processor) for prompt in prompts]
         if failed:
             return _tell(failed[0]).replace("traceback", "plain transformers fails")
-        if kind == "causal":
+        if kind in DECODERS:
             written = generate_completions(model, [*map(Prompt, prompts)], processor, recipe, device="cpu")
             ours = [processor.decode(output.token_ids, skip_special_tokens=True) for output in written]
         else:
@@ -215,7 +245,7 @@ def _plain_answer(
 ) -> str:
     read = torch.tensor([prompt])
     out = plain.generate(input_ids=read, attention_mask=torch.ones_like(read), generation_config=settings)[0]
-    ids = end_output(out[len(prompt) :].tolist(), {processor.eos_token_id}).token_ids if kind == "causal" else out
+    ids = end_output(out[len(prompt) :].tolist(), {processor.eos_token_id}).token_ids if kind in DECODERS else out
     return str(processor.decode(ids, skip_special_tokens=True))
 
 
@@ -227,58 +257,74 @@ def _tell(error: Exception) -> str:
 
 HEADER = """# Architectures
 
-Every type of model that transformers {version} has for causal, encoder and encoder-decoder models, built small from
-its configuration and trained one step, with a LoRA adapter, in float32. *Equal*: loss and gradient are those of plain,
-eager transformers with PEFT, which reads the saved adapter and one row at a time (the loss to {tolerance:g} of its
-size, the gradient to ten times that); and answers in batches are, to the letter, those of `generate` to each prompt
-alone. Causal models learn `chat`, encoders `token-classify`, encoder-decoders `summarize`. What cannot be done is
-refused by name before training.
+Every type of model that transformers {version} has for causal, encoder, encoder-decoder and image-text models, built
+small from its configuration and trained one step, with a LoRA adapter, in float32. *Equal*: loss and gradient are those
+of plain, eager transformers with PEFT, which reads the saved adapter and one row at a time (the loss to {tolerance:g}
+of its size, the gradient to ten times that); and answers in batches are, to the letter, those of `generate` to each
+prompt alone. Causal and image-text models learn `chat`, encoders `token-classify`, encoder-decoders `summarize`. What
+cannot be done is refused by name before training.
 
-Made by `make architectures`; do not edit.
+Image-text models read rows of text here. The plain one is complete, with the towers that read images. *Merged*: the
+adapter is merged, saved with the base's towers, and opened again by the class for text and images. No weight is missing
+or unknown, the towers are the base's to the bit, and the scores of a text are those of the adapter.
+
+Made by `make architectures`, of one kind by `make architectures KIND=image-text`; do not edit.
 """
-COLUMNS = ("packed", "padded", "answers")
+COLUMNS = {"packed": "packed rows", "padded": "padded rows", "answers": "answers"}
+SUMMARY = "| kind | types | built | trained | packed | answers equal | refused |\n|---|---:|---:|---:|---:|---:|---:|\n"
 
 
-def write_row(model_type: str, found: dict[str, str]) -> str:
+def columns_of(kind: str) -> dict[str, str]:
+    """Return the columns of the table of a kind, with their titles."""
+    return COLUMNS | ({"merged": "merged"} if kind == "image-text" else {})
+
+
+def write_row(kind: str, model_type: str, found: dict[str, str]) -> str:
     """Return the line of the table for one model type."""
+    columns = columns_of(kind)
     if found["built"] != "yes":
-        return f"| `{model_type}` | not built: {found['built']} | | |"
-    return f"| `{model_type}` | {' | '.join(found.get(column, '') for column in COLUMNS)} |"
+        return f"| `{model_type}` | not built: {found['built']} |{' |' * (len(columns) - 1)}"
+    return f"| `{model_type}` | {' | '.join(found.get(column, '') for column in columns)} |"
 
 
-def write_page(results: dict[str, dict[str, dict[str, str]]]) -> str:
-    """Return the page: counts by kind, then a table for each kind."""
-    lines = [HEADER.format(version=transformers.__version__, tolerance=TOLERANCE)]
-    lines += [
-        "| kind | types | built | trained | packed | answers equal | refused |",
-        "|---|---:|---:|---:|---:|---:|---:|",
-    ]
-    for kind, types in results.items():
-        found = [*types.values()]
-        built = [one for one in found if one["built"] == "yes"]
-        trained = [one for one in built if one.get("padded") == "equal"]
-        equal = Counter(column for one in trained for column in COLUMNS if one.get(column) == "equal")
-        refused = sum(one.get("padded", "").startswith("refused") for one in built)
-        numbers = (len(found), len(built), len(trained), equal["packed"], equal["answers"], refused)
-        lines.append(f"| {kind} | {' | '.join(map(str, numbers))} |")
-    for kind, types in results.items():
-        lines += ["", f"## {kind}", "", "| type | packed rows | padded rows | answers |", "|---|---|---|---|"]
-        lines += [write_row(model_type, found) for model_type, found in types.items()]
-    return "\n".join(lines) + "\n"
+def write_section(kind: str, types: dict[str, dict[str, str]]) -> tuple[str, str]:
+    """Return a kind's line of the summary, and its section."""
+    found = [*types.values()]
+    built = [one for one in found if one["built"] == "yes"]
+    trained = [one for one in built if one.get("padded") == "equal"]
+    equal = Counter(column for one in trained for column in COLUMNS if one.get(column) == "equal")
+    refused = sum(one.get("padded", "").startswith("refused") for one in built)
+    numbers = (len(found), len(built), len(trained), equal["packed"], equal["answers"], refused)
+    titles = columns_of(kind).values()
+    lines = [f"| type | {' | '.join(titles)} |", f"|---|{'---|' * len(titles)}"]
+    lines += [write_row(kind, model_type, one) for model_type, one in types.items()]
+    return f"| {kind} | {' | '.join(map(str, numbers))} |\n", f"\n## {kind}\n\n" + "\n".join(lines) + "\n"
+
+
+def write_page(sections: dict[str, tuple[str, str]], written: str) -> str:
+    """Return the page; kinds that were not checked keep what is written."""
+    for kind in KINDS.keys() - sections.keys():
+        line = re.search(rf"^\| {kind} \|.*\n", written, re.MULTILINE)
+        section = re.search(rf"\n## {kind}\n(?:(?!\n## ).)*", written, re.DOTALL)
+        sections[kind] = line[0] if line else "", section[0] if section else ""
+    header = HEADER.format(version=transformers.__version__, tolerance=TOLERANCE)
+    lines, tables = zip(*(sections[kind] for kind in KINDS), strict=True)
+    return f"{header}\n{SUMMARY}{''.join(lines)}{''.join(tables)}"
 
 
 def main() -> None:
-    """Check every type and write the page."""
+    """Check every type of the kinds that are named, or of all, and write the page."""
     transformers.utils.logging.set_verbosity_error()
     warnings.simplefilter("ignore")
-    results: dict[str, dict[str, dict[str, str]]] = {}
-    for kind, (_, _, types, _) in KINDS.items():
-        for model_type in types:
+    sections = {}
+    for kind in sys.argv[1:] or KINDS:
+        results = {}
+        for model_type in KINDS[kind].types:
             with tempfile.TemporaryDirectory() as folder:
-                found = check(kind, model_type, Path(folder))
-            results.setdefault(kind, {})[model_type] = found
-            print(kind, write_row(model_type, found), file=sys.stderr)
-    PAGE.write_text(write_page(results), "utf-8")
+                results[model_type] = check(kind, model_type, Path(folder))
+            print(kind, write_row(kind, model_type, results[model_type]), file=sys.stderr)
+        sections[kind] = write_section(kind, results)
+    PAGE.write_text(write_page(sections, PAGE.read_text("utf-8")), "utf-8")
 
 
 if __name__ == "__main__":

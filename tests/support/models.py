@@ -1,5 +1,6 @@
 """Tiny random models with a tokenizer trained on the spot; real classes, no mocks."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -21,8 +22,10 @@ CORPUS = [
 ]
 
 
-def train_tokenizer(chat_template: str | None = CHATML, vocab_size: int = 512) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE on CORPUS; it can encode any text."""
+def train_tokenizer(
+    chat_template: str | None = CHATML, vocab_size: int = 512, named_tokens: Mapping[str, str] | None = None
+) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE on CORPUS; it can encode any text. `named_tokens` become attributes: image_token, ..."""
     tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<pad>"]
     fast = PreTrainedTokenizerFast(
         tokenizer_object=byte_level_tokenizer(tokens, vocab_size),
@@ -30,6 +33,7 @@ def train_tokenizer(chat_template: str | None = CHATML, vocab_size: int = 512) -
         eos_token="<|im_end|>" if chat_template else "<|endoftext|>",
         pad_token="<pad>",
         model_max_length=2048,
+        extra_special_tokens=dict(named_tokens or {}),
     )
     fast.chat_template = chat_template
     return fast

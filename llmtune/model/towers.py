@@ -1,0 +1,91 @@
+"""The towers of a checkpoint, which read images, video or sound: found, proved unused by text, and dropped."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import cast
+
+import torch
+import transformers
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from llmtune.model.device import SuppressRefusal
+from llmtune.recipe.model_kind import CAUSAL
+
+_DROPPED = "llmtune_dropped_modules"
+"""Attribute of a model without its towers: the names of all their modules."""
+_PROBE_TOKENS = 8
+
+
+def image_text_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
+    """Return transformers' class for text and images of a model; None for a model of text alone."""
+    model_class = getattr(transformers, str(CAUSAL.image_text_class))._model_mapping.get(type(config), None)
+    return model_class if isinstance(model_class, type) else None
+
+
+def find_towers(model: PreTrainedModel) -> list[str]:
+    """Return the outermost modules outside the language model and the heads; none if the model reads only text."""
+    if image_text_class(model.config) is None or not hasattr(model, "get_decoder"):
+        return []
+    output = model.get_output_embeddings()
+    heads = [child for child in model.children() if child is not model.base_model] if output is None else [output]
+    return list(_outside(model, {model.get_decoder(), model.get_input_embeddings(), *heads}, ""))
+
+
+def _outside(module: torch.nn.Module, text: set[torch.nn.Module], prefix: str) -> Iterator[str]:
+    """Yield the names of modules with weights that contain none of `text`."""
+    for name, child in module.named_children():
+        if module in text or child in text:
+            continue
+        if text & {*child.modules()}:
+            yield from _outside(child, text, f"{prefix}{name}.")
+        elif any(True for _ in child.parameters()):
+            yield f"{prefix}{name}"
+
+
+def drop_towers(model: PreTrainedModel) -> None:
+    """Remove the towers of a loaded model in eval mode, in place, if it scores a text the same, to the bit, without.
+
+    Otherwise they stay, frozen.
+    """
+    towers = {name: model.get_submodule(name) for name in find_towers(model)}
+    with SuppressRefusal(), torch.inference_mode():
+        before = _text_scores(model) if towers else None
+        remove_towers(model)
+        if before is None or torch.equal(_text_scores(model), before):
+            return
+    for name, tower in towers.items():
+        _put(model, name, tower.requires_grad_(False))
+    setattr(model, _DROPPED, ())
+
+
+def remove_towers(model: PreTrainedModel) -> None:
+    """Set the towers of a model to None, in place, and note the names of all their modules."""
+    names = find_towers(model)
+    inside = tuple(f"{name}." for name in names)
+    setattr(model, _DROPPED, [name for name, _ in model.named_modules() if f"{name}.".startswith(inside)])
+    for name in names:
+        _put(model, name, None)
+
+
+def _put(model: PreTrainedModel, name: str, module: torch.nn.Module | None) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)
+
+
+def dropped_modules(model: torch.nn.Module) -> Sequence[str]:
+    """Return the names of all modules in the towers that a model lost; none for a complete model."""
+    return cast(Sequence[str], getattr(model, _DROPPED, ()))
+
+
+def complete_outputs(model: PreTrainedModel) -> None:
+    """Give Llama 4's language model the output `image_outputs`, in place: its wrapper in transformers 5.24 reads it."""
+    if type(model).__name__ == "Llama4ForConditionalGeneration":
+        model.language_model.register_forward_hook(lambda *inputs: setattr(inputs[-1], "image_outputs", None))
+
+
+def _text_scores(model: PreTrainedModel) -> torch.Tensor:
+    """Return the model's first output for a few tokens."""
+    size = int(model.get_input_embeddings().weight.shape[0])
+    ids_1T = torch.arange(1, _PROBE_TOKENS + 1, device=model.device)[None] * size // (_PROBE_TOKENS + 2)
+    return cast(torch.Tensor, model(input_ids=ids_1T, attention_mask=torch.ones_like(ids_1T))[0])

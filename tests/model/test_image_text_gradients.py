@@ -1,0 +1,45 @@
+"""A text tune of a checkpoint that sees learns what plain transformers and PEFT learn on the complete checkpoint."""
+
+from pathlib import Path
+
+import pytest
+from support.architecture_checks import (
+    LENGTHS,
+    adapt,
+    example_for,
+    gradients,
+    load_plain,
+    plain_step,
+    recipe_for,
+    relative_distance,
+    take_step,
+)
+from support.image_text import FAMILIES, build_image_text
+
+from llmtune.errors import RecipeError
+
+KIND, TOLERANCE = "image-text", 1e-5
+FAST = ("gemma3", "qwen3_5", "qwen2_5_vl", "llava", "smolvlm")
+ROWS_APART = ("qwen3_5", "qwen3_5_moe")
+"""Their linear attention reads the row before, so packing is refused."""
+
+
+@pytest.mark.parametrize("packing", [True, False], ids=["packed", "padded"])
+@pytest.mark.parametrize(
+    "family", [pytest.param(name, marks=[] if name in FAST else pytest.mark.slow) for name in FAMILIES]
+)
+def test_loss_and_gradients_are_those_of_the_complete_checkpoint(family: str, packing: bool, tmp_path: Path) -> None:
+    """Plain transformers reads one row at a time, with the towers loaded."""
+    recipe = recipe_for(KIND, build_image_text(tmp_path, family), packing)
+    if packing and family in ROWS_APART:
+        with pytest.raises(RecipeError, match="packed rows see one another"):
+            adapt(recipe)
+        return
+    adapted, task = adapt(recipe)
+    plain = load_plain(KIND, adapted, tmp_path)
+    examples = [example_for(KIND, length) for length in LENGTHS]
+    expected = plain_step(KIND, plain, examples)
+    loss = take_step(adapted, task, recipe, examples, packing)
+    assert abs(float(loss - expected)) <= TOLERANCE * float(expected)
+    assert gradients(adapted.model).keys() == gradients(plain).keys()
+    assert relative_distance(gradients(adapted.model), gradients(plain)) <= TOLERANCE

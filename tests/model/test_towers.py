@@ -1,0 +1,168 @@
+"""Text tunes of checkpoints that also read images: their own class, without its towers."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from bitsandbytes.nn import Linear4bit
+from peft import LoraConfig, PeftModel, get_peft_model
+from support.adapting import open_model, quiet, recipe_with, task_for
+from support.image_text import FAMILIES, build_image_text
+from transformers import AutoModelForImageTextToText
+
+from llmtune.adapter.injection import inject
+from llmtune.adapter.saving import load_adapter, save_adapter
+from llmtune.errors import EnvironmentProblem, RecipeError
+from llmtune.model.memory_plan import plan_memory
+from llmtune.model.resolve import resolve_model
+from llmtune.model.towers import drop_towers, dropped_modules, find_towers
+
+VISION = ["model.vision_tower", "model.multi_modal_projector"]
+TOWERS = dict.fromkeys(FAMILIES, VISION) | {
+    "gemma4": ["model.vision_tower", "model.embed_vision"],
+    "qwen3_5": ["model.visual"],
+    "qwen3_5_moe": ["model.visual"],
+    "qwen2_5_vl": ["model.visual"],
+    "qwen3_vl": ["model.visual"],
+    "glm46v": ["model.visual"],
+    "llama4": ["vision_model", "multi_modal_projector"],
+    "smolvlm": ["model.vision_model", "model.connector"],
+    "idefics3": ["model.vision_model", "model.connector"],
+    "granite4_vision": ["model.vision_tower", "model.layerwise_projectors", "model.spatial_projectors"],
+}
+
+
+def plain(folder: Path) -> torch.nn.Module:
+    return AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+@pytest.mark.parametrize("family", TOWERS)
+def test_a_text_tune_loads_the_class_of_the_checkpoint_without_its_towers(tmp_path, family):
+    complete = plain(build_image_text(tmp_path, family))
+    assert find_towers(complete) == TOWERS[family]
+    model = open_model(recipe_with(tmp_path, data={"packing": False})).model
+    assert type(model) is type(complete)
+    names = [name for name, _ in complete.named_parameters() if not name.startswith(tuple(TOWERS[family]))]
+    assert [name for name, _ in model.named_parameters()] == names
+    assert find_towers(model) == []
+
+
+@pytest.mark.parametrize("family", ["gemma4", "llava", "qwen3_5"])
+def test_scores_without_towers_are_equal_to_the_bit(tmp_path, family):
+    complete, ids = plain(build_image_text(tmp_path, family)), torch.arange(20)[None] * 7
+    with torch.inference_mode():
+        before = complete(input_ids=ids).logits
+        drop_towers(complete)
+        assert torch.equal(complete(input_ids=ids).logits, before)
+    assert dropped_modules(complete)
+
+
+def test_towers_that_text_uses_stay_frozen(tmp_path):
+    model = plain(build_image_text(tmp_path, "llava"))
+    tower = model.model.vision_tower
+
+    def read_tower(*_: object) -> None:
+        assert model.model.vision_tower is not None
+
+    model.model.language_model.register_forward_hook(read_tower)
+    drop_towers(model)
+    assert model.model.vision_tower is tower
+    assert not any(parameter.requires_grad for parameter in tower.parameters())
+    assert all(parameter.requires_grad for parameter in model.model.language_model.parameters())
+    assert not dropped_modules(model)
+
+
+def test_a_model_of_text_alone_keeps_every_module(tiny_llama):
+    model = open_model(recipe_with(tiny_llama)).model
+    assert not dropped_modules(model)
+
+
+@pytest.mark.parametrize("family", ["llava", "smolvlm", "llama4"])
+def test_plain_peft_puts_the_adapter_on_the_language_model_of_the_complete_class(tmp_path, family):
+    recipe = recipe_with(build_image_text(tmp_path, family), data={"packing": False})
+    adapted = inject(open_model(recipe), recipe, quiet())
+    save_adapter(adapted, tmp_path / "adapter")
+    other = PeftModel.from_pretrained(plain(tmp_path), tmp_path / "adapter")
+    assert sorted(other.targeted_module_names) == sorted(adapted.matched_modules)
+    assert not any(tower in name for name in adapted.matched_modules for tower in TOWERS[family])
+    ours = {name for name, _ in adapted.model.named_parameters() if "lora" in name}
+    assert {name for name, _ in other.named_parameters() if "lora" in name} == ours
+
+
+@pytest.mark.parametrize(
+    "section",
+    [
+        {"target_modules": ["q_proj"], "layers_to_transform": [1]},
+        {"target_modules": ["model.language_model.layers.0.self_attn.q_proj", "up_proj"]},
+        {"target_modules": r".*\.layers\.0\..*_proj"},
+        {"target_modules": ["q_proj"], "modules_to_save": ["layers.0.mlp"]},
+        {"target_modules": ["q_proj"], "exclude_modules": ["vision_tower.encoder.layers.0.self_attn.q_proj"]},
+    ],
+)
+def test_any_choice_of_modules_selects_the_same_ones_on_the_complete_class(tmp_path, section):
+    recipe = recipe_with(build_image_text(tmp_path, "llava"), adapter=section)
+    adapted = inject(open_model(recipe), recipe, quiet())
+    save_adapter(adapted, tmp_path / "adapter")
+    other = PeftModel.from_pretrained(plain(tmp_path), tmp_path / "adapter")
+    ours = {name for name, _ in adapted.model.named_parameters() if ".default" in name}
+    assert ours
+    assert {name for name, _ in other.named_parameters() if ".default" in name} == ours
+
+
+@pytest.mark.parametrize(
+    ("key", "entry"),
+    [
+        ("target_modules", ["q_proj", "fc1"]),
+        ("target_modules", r".*vision_tower.*_proj"),
+        ("modules_to_save", ["vision_tower.encoder.layers.0.self_attn.q_proj"]),
+    ],
+)
+def test_a_recipe_that_names_modules_of_a_tower_is_refused(tmp_path, key, entry):
+    recipe = recipe_with(build_image_text(tmp_path, "llava"), adapter={key: entry})
+    with pytest.raises(
+        RecipeError, match=r"only modules that read images or sound, such as model\.vision_tower"
+    ) as error:
+        inject(open_model(recipe), recipe, quiet())
+    assert error.value.problems[0].where == f"adapter.{key}"
+
+
+def test_an_adapter_on_a_tower_is_refused_by_name(tmp_path):
+    recipe = recipe_with(build_image_text(tmp_path, "llava"))
+    config = LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")
+    get_peft_model(plain(tmp_path), config).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(EnvironmentProblem, match="modules that read images"):
+        load_adapter(open_model(recipe), tmp_path / "adapter")
+
+
+def test_the_memory_plan_counts_the_language_model_alone(tmp_path):
+    recipe = recipe_with(build_image_text(tmp_path, "llava"))
+    plan = plan_memory(resolve_model(str(tmp_path), recipe.model, quiet()), recipe, task_for(recipe), 64, "cpu")
+    assert plan.parts["weights"] == 4 * sum(parameter.numel() for parameter in open_model(recipe).model.parameters())
+
+
+def test_the_memory_plan_counts_the_keys_of_each_layer_by_its_own_size(tmp_path):
+    recipe = recipe_with(build_image_text(tmp_path, "gemma4"))
+    selected = open_model(recipe, training=False)
+    caches = [selected.model(input_ids=torch.arange(4, 4 + n)[None], use_cache=True).cache.layers for n in (5, 6)]
+    sizes = [sum(layer.keys.nbytes + layer.values.nbytes for layer in layers) for layers in caches]
+    plans = [plan_memory(selected.model_ref, recipe, task_for(recipe), tokens, "cpu") for tokens in (5, 6)]
+    assert plans[1].evaluated - plans[0].evaluated == sizes[1] - sizes[0]
+
+
+def test_qlora_quantises_the_language_model_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr("llmtune.model.loading.drop_towers", lambda model: None)
+    model = open_model(recipe_with(build_image_text(tmp_path, "llava"), adapter={"method": "qlora"})).model
+    quantized = [name for name, module in model.named_modules() if isinstance(module, Linear4bit)]
+    assert len(quantized) == 14
+    assert all(name.startswith("model.language_model.") for name in quantized)
+
+
+def test_llama_4_scores_as_its_language_model_alone(tmp_path):
+    """transformers 5.24 cannot run the checkpoint's class: it reads an output that its language model does not have."""
+    complete = plain(build_image_text(tmp_path, "llama4"))
+    ids = torch.arange(4, 24)[None]
+    with pytest.raises(AttributeError, match="image_outputs"):
+        complete(input_ids=ids)
+    with torch.no_grad():
+        scores = open_model(recipe_with(tmp_path), training=False).model(input_ids=ids).logits
+        assert torch.allclose(scores, complete.language_model(input_ids=ids).logits, rtol=1e-5, atol=1e-5)
