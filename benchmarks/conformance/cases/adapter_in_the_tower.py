@@ -12,6 +12,6 @@ CASE = Case(
     threads=["https://github.com/haotian-liu/LLaVA/issues/1647", "https://github.com/huggingface/peft/issues/2250"],
     rows=[row(("user", "Which colour is the sky?"), ("assistant", "Blue."))],
     settings={"model": "gemma3", "method": "lora", "extra": {"lora": {"target_modules": ["q_proj", "v_proj"]}}},
-    reason=r"\b(vision|tower)\b.{0,60}\b(adapter|lora|target|tuned)|\b(adapter|lora|target)\w*\b.{0,60}\b(vision|tower)\b",
+    reason=r"adapter\b.{0,80}\bvision_?tower|vision_?tower\b.{0,80}\b(exclude|not tuned)",
     judge=judge_tower_of_adapter,
 )

@@ -13,6 +13,8 @@ CASE = Case(
         "https://github.com/unslothai/unsloth/issues/4671",
         "https://github.com/NVIDIA-NeMo/Automodel/issues/3256",
     ],
+    added="2026-12-01",
+    failed="the folder had no processor_config.json: a picture became 256 tokens instead of 16",
     rows=[row(("user", "Which colour is the sky?"), ("assistant", "Blue."))],
     settings={"model": "gemma3", "method": "lora", "ask": {"merged": True, "processor": True}},
     reason=r"processor.{0,60}\b(not|no|missing|without)\b",
