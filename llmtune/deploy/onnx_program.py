@@ -15,6 +15,7 @@ from llmtune.evaluate.decoder_generation import decoder_settings
 from llmtune.evaluate.generation import answer_ends
 from llmtune.model.memory_plan import context_length
 from llmtune.recipe.model_kind import CTC, MASKED, SPANS, TOKENS, VECTORS
+from llmtune.recipe.task_facts import TASK_FACTS
 from llmtune.store.atomic_files import write_json
 
 PROGRAM = "run_model.py"
@@ -30,9 +31,10 @@ def write_program(model: PreTrainedModel, tuned: TunedModel, folder: Path) -> No
     elif task.model_kind.decodes:
         settings = _decoder_settings(model, tuned)
     else:
-        kind = KINDS.get(task.model_kind) or task.output_kind(tuned.recipe)
+        ranks = TASK_FACTS[task.name].answer_kind == "relevances"
+        kind = KINDS.get(task.model_kind) or ("ranking" if ranks else task.output_kind(tuned.recipe))
         limit = min(longest, context_length(model.config) or longest)
-        settings = {"kind": kind, "max_length": limit, **task.export_constants(tuned.recipe)}
+        settings = {"kind": kind, "max_length": limit, **task.export_constants(tuned.recipe, tuned.processor)}
     needed = settings.get("places") or task.required_inputs or task.optional_inputs[:1]
     optional = ["[pair]"] if "pair" in task.optional_inputs else []
     arguments = " ".join([*needed, *optional]).upper().replace("<", "").replace(">", "")

@@ -51,9 +51,9 @@ def open_graph(name: str) -> Any:
     return onnxruntime.InferenceSession(FOLDER / name)
 
 
-def compute(given: Any, name: str = "model.onnx") -> list[Any]:
-    """Return the outputs of a graph."""
-    session = open_graph(name)
+def compute(given: Any, session: Any = None) -> list[Any]:
+    """Return the outputs of the model, which is opened unless it is given."""
+    session = session or open_graph("model.onnx")
     outputs: list[Any] = session.run(None, {one.name: given[one.name] for one in session.get_inputs()})
     return outputs
 
@@ -99,7 +99,19 @@ def print_several(tokenizer: Any, settings: dict[str, Any], arguments: list[str]
 
 def print_number(tokenizer: Any, settings: dict[str, Any], arguments: list[str]) -> None:
     """Print the number of a text or a pair."""
-    print(compute(read_inputs(tokenizer, settings, *arguments[:2]))[0][0, 0])
+    if "places" in settings:  # a reward model reads a conversation
+        given = read_inputs(tokenizer, settings, fill_prompt(settings, arguments), add_special_tokens=False)
+    else:
+        given = read_inputs(tokenizer, settings, *arguments[:2])
+    print(compute(given)[0][0, 0])
+
+
+def print_ranking(tokenizer: Any, settings: dict[str, Any], arguments: list[str]) -> None:
+    """Print a line per passage, best first: its score for the query, which is the first argument, and the passage."""
+    session, (query, *passages) = open_graph("model.onnx"), arguments
+    logits = [float(compute(read_inputs(tokenizer, settings, query, one), session)[0][0, 0]) for one in passages]
+    for logit, passage in sorted(zip(logits, passages, strict=True), key=lambda pair: -pair[0]):
+        print(f"{np.exp(-np.logaddexp(0, -logit)):.6f}\t{passage}")
 
 
 def print_tags(tokenizer: Any, settings: dict[str, Any], arguments: list[str]) -> None:
@@ -202,6 +214,7 @@ KINDS = {
     "choice": print_class,
     "yes-no": print_several,
     "number": print_number,
+    "ranking": print_ranking,
     "tags": print_tags,
     "span": print_span,
     "vector": print_vector,

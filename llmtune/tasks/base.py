@@ -104,7 +104,7 @@ class Task(TrainedTask, Generic[RowT, PredictionT]):
     def set_generation(self, settings: GenerationConfig, recipe: Recipe) -> None:
         """Set in place what saved generation settings state of the recipe; for models that keep their own settings."""
 
-    def export_constants(self, recipe: Recipe) -> dict[str, Any]:
+    def export_constants(self, recipe: Recipe, processor: PreTrainedTokenizerBase) -> dict[str, Any]:
         """Return further settings of the program next to ONNX files."""
         return {}
 

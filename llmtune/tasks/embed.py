@@ -333,7 +333,7 @@ class Embed(ReadingTask[EmbedRow, Vectors]):
             lengths.append({"length": size, **{name: one.value for name, one in measured.items() if one is not None}})
         return {"lengths": lengths}
 
-    def export_constants(self, recipe: Recipe) -> dict[str, Any]:
+    def export_constants(self, recipe: Recipe, processor: PreTrainedTokenizerBase) -> dict[str, Any]:
         """Return what the program next to ONNX files needs to make the vectors of queries."""
         section = embed_section(recipe)
         return {"prompt": section.query_prompt, "pooling": section.pooling, "normalize": section.normalize}

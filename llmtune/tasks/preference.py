@@ -12,16 +12,14 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from llmtune.adapter.reference_model import reference_of
-from llmtune.data.chat_encoding import encode_chat
-from llmtune.data.chat_rows import answer_message
 from llmtune.data.chat_template import render_prompt
 from llmtune.data.classify_rows import format_label
 from llmtune.data.collators import collate_padded
-from llmtune.data.completion_encoding import encode_completion, prompt_ids
+from llmtune.data.completion_encoding import prompt_ids
 from llmtune.data.example import Example
 from llmtune.data.row_store import iterate_rows
 from llmtune.data.task_interface import Encoded
-from llmtune.data.tokenization import Segment, highlight
+from llmtune.data.tokenization import Segment, decode, highlight
 from llmtune.errors import DataError, LlmtuneError, Problem
 from llmtune.evaluate.evaluated_task import EvalPrediction, LoadedModel
 from llmtune.evaluate.metric import Measure
@@ -35,6 +33,7 @@ from llmtune.recipe.task_sections import PreferenceSection
 from llmtune.records import Batch, Loss, Row, Rows
 from llmtune.tasks.base import Endpoint, Task
 from llmtune.tasks.chat import question_messages
+from llmtune.tasks.preference_encoding import encode_answers, encode_mismatched, encode_whole, training_row
 from llmtune.tasks.preference_losses import (
     kl_per_token,
     preference_loss,
@@ -293,8 +292,7 @@ class RewardModel(Preference):
 
     def count_tokens(self, row: Row, processor: PreTrainedTokenizerBase, recipe: Recipe, limit: int) -> int:
         """Return the tokens of prompt and answer; 0 for a row that cannot be encoded, which `predict` refuses."""
-        whole = recipe.model_copy(update={"data": recipe.data.model_copy(update={"max_length": 1 << 30})})
-        (encoded,) = encode_answers([row], [row["answer"]], processor, whole)
+        (encoded,) = encode_whole([row], [row["answer"]], processor, recipe)
         return 0 if isinstance(encoded, str) else len(encoded[0].input_ids)
 
     def cuts_texts(self, recipe: Recipe) -> bool:
@@ -304,6 +302,13 @@ class RewardModel(Preference):
     def make_row(self, given: Mapping[str, str | None]) -> Row:
         """Return the row of a prompt with the answer to score."""
         return {**super().make_row(given), "answer": given.get("answer") or ""}
+
+    def export_constants(self, recipe: Recipe, processor: PreTrainedTokenizerBase) -> dict[str, Any]:
+        """Return the conversation that the model reads, with places for the prompt and the answer."""
+        places = {name: f"<{name}>" for name in self.required_inputs}
+        (encoded,) = encode_whole([self.make_row(places)], [places["answer"]], processor, recipe)
+        assert not isinstance(encoded, str), "a row of any length"
+        return {"prompt": decode(processor, encoded[0].input_ids), "places": [*places.values()]}
 
     def baseline(self, references: Sequence[bool], prompts: Sequence[Row], recipe: Recipe) -> tuple[str, list[Ratings]]:
         """Score every answer the same."""
@@ -335,47 +340,6 @@ def other_rows(loss: str, origin: str) -> LlmtuneError:
     there, others = ("dpo", "dpo, ipo, orpo or reward") if loss == "kto" else ("kto", "kto")
     what = f"preference.loss: {loss} learns from {describe_rows(loss)}, and the rows are {describe_rows(there)}"
     return DataError.of(what, origin, f"Set preference.loss to {others}, or give other rows.")
-
-
-def encode_answers(
-    rows: Sequence[Row], answers: Sequence[str], processor: PreTrainedTokenizerBase, recipe: Recipe
-) -> list[Encoded]:
-    """Return one example per row: its prompt with one answer, supervised on the answer; or the reason why not."""
-    data = recipe.data.model_copy(update={"train_on": "last", "on_overlong": "drop"})
-    alone = recipe.model_copy(update={"data": data})
-    written: list[Any] = [training_row(row, answer, processor) for row, answer in zip(rows, answers, strict=True)]
-    return (encode_chat if processor.chat_template else encode_completion)(written, processor, alone)
-
-
-def encode_mismatched(
-    rows: Sequence[Row], answers: Sequence[str], processor: PreTrainedTokenizerBase, recipe: Recipe
-) -> list[Encoded]:
-    """Encode each prompt with the next differing answer, cyclically; with its own if all are equal.
-
-    Longer examples are cut to `data.max_length`.
-    """
-    limit = recipe.data.max_length
-    others = [
-        next((a for a in (*answers[i + 1 :], *answers) if a != answer), answer) for i, answer in enumerate(answers)
-    ]
-    whole = recipe.model_copy(update={"data": recipe.data.model_copy(update={"max_length": 1 << 30})})
-    encoded = encode_answers(rows, others, processor, whole)
-    return [parts if isinstance(parts, str) else [cut_example(part, limit) for part in parts] for parts in encoded]
-
-
-def cut_example(example: Example, limit: int) -> Example:
-    """Return the first `limit` tokens of an example."""
-    spans = [min(border, limit) for border in example.spans]
-    return Example(example.input_ids[:limit], spans, example.target_bytes)
-
-
-def training_row(row: Row, answer: str, processor: PreTrainedTokenizerBase) -> Row:
-    """Return a chat row made of a prompt and an answer (a completion row for a model without a template)."""
-    if processor.chat_template:
-        tools = {"tools": row["tools"]} if row.get("tools") else {}
-        return {"messages": [*row["messages"], answer_message(answer)], **tools}
-    text = "\n\n".join(str(message["content"]) for message in row["messages"])
-    return {"prompt": f"{text}\n", "completion": answer}
 
 
 def join_answers(row: Row, left: Encoded, right: Encoded) -> Encoded:

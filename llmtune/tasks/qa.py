@@ -306,7 +306,7 @@ class ExtractiveQa(Qa[Span]):
         first, last = example.answer
         return highlight(example.input_ids, [first, last + 1], processor)
 
-    def export_constants(self, recipe: Recipe) -> dict[str, Any]:
+    def export_constants(self, recipe: Recipe, processor: PreTrainedTokenizerBase) -> dict[str, Any]:
         """Return the longest answer in tokens and the threshold of `no answer`, None for never."""
         section = qa_section(recipe)
         threshold = section.null_score_diff_threshold or 0.0

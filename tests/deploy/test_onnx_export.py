@@ -50,6 +50,13 @@ CASES = {
     "classify-many": ("bert", "classify", MANY, SILENT, ["the green fox number 3"]),
     "classify-number": ("distilbert", "classify", NUMBERS, SILENT, ["a fox of size 3"]),
     "classify-decoder": ("llama", "classify", COLOURS, SILENT, ["the green fox number 3"]),
+    "reward": (
+        "llama",
+        "preference",
+        pairs.LIKED,
+        {"preference": {"loss": "reward"}, **SILENT},
+        ["Which colour has the cat?", "The cat is red."],
+    ),
     "token-classify": ("deberta", "token-classify", pairs.TASKS["token-classify"][1], SILENT, ["the red cat 3"]),
     "qa": (
         "bert",
@@ -122,15 +129,16 @@ def test_every_kind_of_model_runs_in_onnxruntime_and_by_its_script(case, tmp_pat
     measured = certificate["measured"]
     assert certificate["passed"]
     assert measured["effect_kl"] > 10 * measured["kl_mean"]
-    assert (measured["same_ids"], measured["answer_agreement"], measured["top1_agreement"]) == (True, 1, 1)
+    assert (measured["same_ids"], measured["top1_agreement"]) == (True, 1)
+    assert measured["answer_agreement"] == 1 or case == "reward"  # scores may differ in their last digit
     arguments = CASES[case][4] or [str(trained(case).parent / "3.wav")]
     tuned = FinishedRun(run)
     asked = dict(zip((*tuned.task.required_inputs, *tuned.task.optional_inputs), arguments, strict=False))
     expected = tuned.task.format_prediction(tuned.answer(asked)["prediction"])
     assert run_script(run / "onnx/float32").startswith("Run this model: python run_model.py ")
     written = run_script(run / "onnx/float32", *arguments)
-    if case == "classify-number":
-        assert float(written) == pytest.approx(float(expected), rel=1e-2)
+    if case in ("classify-number", "reward"):
+        assert float(written) == pytest.approx(float(expected.split()[-1]), rel=1e-2)
     elif case.startswith("classify"):  # the label, then the probabilities, which tests/test_calibrated_runs.py checks
         assert written.splitlines()[0] == expected.strip()
     elif case != "token-classify":

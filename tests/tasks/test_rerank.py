@@ -225,11 +225,15 @@ def test_passages_that_training_rows_share_are_counted(bert: Path, tmp_path: Pat
     assert "of 24 passages" not in notes["passages"]
 
 
-def test_the_onnx_model_gives_the_logits_of_the_same_scores(run: Path, tmp_path: Path) -> None:
+def test_the_program_next_to_the_onnx_model_ranks_all_passages_as_generate_does(run: Path, tmp_path: Path) -> None:
     export(open_finished(run, quiet(), True), onnx_format(), tmp_path / "onnx")
-    command = [sys.executable, str(tmp_path / "onnx" / "run_model.py"), *PAIRS[0]]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert 1 / (1 + math.exp(-float(done.stdout))) == pytest.approx(scores_of(run)[0], abs=1e-4)
+    query, passages = PAIRS[0][0], ["A river.", PAIRS[0][1], "One fox sits."]
+    command = [sys.executable, str(tmp_path / "onnx" / "run_model.py"), query, *passages]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    expected = FinishedRun(run).answer({"prompt": query, "passages": passages})["prediction"]
+    assert [line.partition("\t")[2] for line in lines] == [passages[i] for i in expected["ranking"]]
+    given = [float(line.partition("\t")[0]) for line in lines]
+    assert given == pytest.approx([expected["scores"][i] for i in expected["ranking"]], abs=1e-4)
 
 
 def test_any_cutoff_is_a_metric_except_zero() -> None:
