@@ -40,6 +40,8 @@ class Reference:
         """A token that a tool learns after each text, which has a case of its own."""
         self.frozen: tuple[str, ...] = ()
         """Beginnings of the names of weights that a tool does not train, which has a case of its own."""
+        self.both_ways = True
+        """Whether tokens of a picture see each other both ways; a tool that ignores it has a case for it."""
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         kind = KINDS.get(folder.name.partition("-")[0], AutoModelForCausalLM)
         self.model: Any = kind.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
@@ -47,20 +49,21 @@ class Reference:
         self.parameters = {name: weight for name, weight in named.items() if not name.startswith(TOWER)}
         """The weights of the language model: tools may freeze a tower."""
         self.start = {name: weight.detach().clone() for name, weight in self.parameters.items()}
-        self._known: dict[tuple[Gradient, int | None, tuple[str, ...]], Weights] = {}
+        self._known: dict[tuple[Gradient, int | None, tuple[str, ...], bool], Weights] = {}
 
     @contextmanager
     def allowing(self, result: Mapping[str, Any]) -> Iterator[None]:
         """Compute with the habits of a tool that have cases of their own, as its adapter names them."""
         self.after, self.frozen = result.get("after"), tuple(result.get("frozen", ()))
+        self.both_ways = not result.get("one_way")
         try:
             yield
         finally:
-            self.after, self.frozen = None, ()
+            self.after, self.frozen, self.both_ways = None, (), True
 
     def of(self, gradient: Gradient) -> Weights:
         """Return a case's gradient, computed once for all tools."""
-        key = gradient, self.after, self.frozen
+        key = gradient, self.after, self.frozen, self.both_ways
         if key not in self._known:
             self._known[key] = gradient(self)
         return self._known[key]
@@ -89,6 +92,8 @@ class Reference:
         ones = torch.ones(1, len(ids), dtype=torch.long)
         places = None if positions is None else torch.tensor([positions])
         inputs |= {"input_ids": torch.tensor([ids]), "attention_mask": ones, "position_ids": places}
+        if "token_type_ids" in inputs and not self.both_ways:
+            inputs["token_type_ids"] = torch.zeros_like(inputs["token_type_ids"])
         logits = self.model(**inputs).logits[0, :-1]
         return sum_losses(logits, torch.tensor(labels[1:]))
 

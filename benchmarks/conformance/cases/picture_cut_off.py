@@ -20,7 +20,7 @@ CASE = Case(
     rows=[row(*turns, images=images) for turns, images in (GOOD, LONG)],
     settings={"model": "gemma3", "kind": "pictures", "batch_size": 2, "max_length": 96},
     reason=LONGER + REFUSED,
-    left_out=sees([GOOD], EVERY, "the other row only: {}"),
+    left_out=sees([GOOD], EVERY, "the long row left out: {}"),
     right=sees([GOOD, LONG], EVERY, "nothing is cut off: {}"),
     wrong=sees([GOOD, BARE], EVERY, "the picture dropped: {}"),
 )

@@ -1,6 +1,6 @@
 """A picture reaches the model, and is the row's own."""
 
-from conformance.case import Case
+from conformance.case import Case, compare_gradient
 from conformance.pictures import EVERY, REFUSED, row, sees
 
 ROWS = [
@@ -19,6 +19,7 @@ CASE = Case(
     rows=[row(*turns, images=images) for turns, images in ROWS],
     settings={"model": "gemma3", "kind": "pictures", "batch_size": 2},
     reason=REFUSED,
+    judge=lambda case, reference, results: compare_gradient(case, reference, results["run"]),
     right=sees(ROWS, EVERY),
     wrong={
         **sees(ROWS, EVERY, "placeholders without a picture: {}", look=None),

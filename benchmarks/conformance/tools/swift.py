@@ -59,7 +59,7 @@ def train(job: Job, settings: Configuration) -> dict[str, Any]:
         Gemma3VisionTemplate.boi_token_id = AutoTokenizer.from_pretrained(job["model"]).boi_token_id
     adapter.isolated(lambda: command(as_arguments(settings | places)))
     last = max((out / "model").glob("checkpoint-*"), key=lambda folder: int(folder.name.rpartition("-")[2]))
-    found = {"model": last, "merged": out / "merged", "numbered": True, **adapter.read_losses(out)}
+    found = {"model": last, "merged": out / "merged", "numbered": True, "one_way": True, **adapter.read_losses(out)}
     if "merged" in job["ask"]:
         merge = {"adapters": last, "merge_lora": True, "output_dir": out / "merged"}
         adapter.isolated(lambda: export_main(as_arguments(merge)))
