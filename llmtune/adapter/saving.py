@@ -20,10 +20,12 @@ from llmtune.adapter.injection import wrap, wrap_full
 from llmtune.adapter.load import WEIGHTS, attach, find_adapter, read_config
 from llmtune.display.number_format import size as format_bytes
 from llmtune.errors import EnvironmentProblem, first_line
+from llmtune.model.base_tensors import build_complete, copy_other_tensors
 from llmtune.model.config import OTHER_CLASSES, OTHER_ORDER
 from llmtune.model.device import explain_oom, is_out_of_memory
 from llmtune.model.model_files import read_config_file, share_file
 from llmtune.model.processor import save_tokenizer
+from llmtune.model.towers import dropped_modules
 from llmtune.records import AdaptedModel, SelectedModel
 
 
@@ -155,6 +157,8 @@ def _save_model(adapted: AdaptedModel, folder: Path, whole: dict[str, torch.Tens
     state = {name: tensor.detach().to("cpu", dtype) for name, tensor in whole.items() if name not in twice}
     with writing_weights(folder):
         model.save_pretrained(folder, state_dict=state)
+        if dropped_modules(model):
+            copy_other_tensors(adapted.selected.model_ref.path, build_complete(model), folder)
     path = folder / "config.json"
     config = json.loads(path.read_text("utf-8"))
     config |= {"dtype": str(dtype).removeprefix("torch."), "use_cache": True}  # training uses other values

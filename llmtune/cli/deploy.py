@@ -154,6 +154,9 @@ def merge_command(
         typer.Option("--onto", help="original or dequantized weights (default: those used in training)."),
     ] = None,
     dtype: Annotated[str, typer.Option("--dtype", help="float32, bfloat16 or float16 (auto: as trained).")] = "auto",
+    text_only: Annotated[
+        bool, typer.Option("--text-only", help="Of a model that also reads images, only the language model.")
+    ] = False,
     limit: Limit = None,
     threads: Threads = None,
     offline: Offline = False,
@@ -166,7 +169,7 @@ def merge_command(
         from llmtune.deploy.merged_model import merged_format
 
     context = open_to_export(run, stderr_console(), offline=offline, limit=limit)
-    certificate = export(context, merged_format(onto, dtype), out)
+    certificate = export(context, merged_format(onto, dtype, text_only), out)
     if as_json:
         print_json(certificate)
 

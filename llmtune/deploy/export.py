@@ -170,6 +170,8 @@ def _certify(form: ExportFormat, reference: TunedReference, written: WrittenExpo
     else:
         usage = time_export(exported, reference.tuned, resting) if form.scored else usage
         certified = reference.certify(exported, written.limits)
+        if reference.checkpoint is not None:
+            certified = reference.checkpoint.certify(exported, certified, written.limits or exported.limits)
     if cause := written.find_cause(certified["passed"]):
         certified |= {"passed": False, "breaches": [*certified["breaches"], cause]}
     if written.temporary is not None:

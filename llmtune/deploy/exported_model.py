@@ -15,6 +15,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from llmtune.deploy.parity import LIMITS, Limits, load_product
 from llmtune.deploy.tuned_model import TunedModel, served_by_folder
 from llmtune.model.processor import load_processor
+from llmtune.model.towers import complete_outputs, image_text_class
 from llmtune.plan import Plan
 from llmtune.recipe.model_section import ModelSection
 from llmtune.records import ModelRef
@@ -92,14 +93,19 @@ def borrow_class(
 def open_folder(folder: Path, source: ModelSource, name: str = "folder") -> ExportedModel:
     """Load a plain model folder with transformers alone, as its users do."""
     processor = saved_processor(folder, source.model_ref, source.recipe.model)  # also refuses a damaged configuration
-    auto_class = getattr(transformers, source.task.model_kind.auto_class)
+    kind = source.task.model_kind
     options = {"local_files_only": True, "trust_remote_code": source.recipe.model.trust_remote_code}
 
     def load() -> Any:
         config = transformers.AutoConfig.from_pretrained(folder, **options)
         on_cpu_half = source.device == "cpu" and config.dtype == torch.float16  # loaded in 16 bits, computed in 32
         dtype = torch.float32 if on_cpu_half else "auto"
-        return auto_class.from_pretrained(folder, dtype=dtype, output_loading_info=True, **options)
+        complete = image_text_class(config)
+        sees = kind.image_text_class and complete and complete.__name__ in (config.architectures or ())
+        auto_class = getattr(transformers, str(kind.image_text_class if sees else kind.auto_class))
+        model, info = auto_class.from_pretrained(folder, dtype=dtype, output_loading_info=True, **options)
+        complete_outputs(model)
+        return model, info
 
     model = cast(PreTrainedModel, load_product(load, str(folder)).to(source.device))
     limits = LIMITS["exact" if model.dtype == torch.float32 else "rounded"]

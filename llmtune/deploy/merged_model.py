@@ -10,11 +10,12 @@ from typing import cast
 
 import psutil
 import torch
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from llmtune.adapter.merging import check_mergeable
 from llmtune.adapter.merging import merge_adapter as merge_weights
 from llmtune.adapter.saving import writing_weights
+from llmtune.deploy.base_checkpoint import check_processor
 from llmtune.deploy.export import ExportFormat, WrittenExport
 from llmtune.deploy.exported_model import ModelSource, open_folder
 from llmtune.deploy.folder_settings import expected_generation
@@ -23,35 +24,46 @@ from llmtune.deploy.parity_reference import TunedReference
 from llmtune.deploy.tuned_model import TunedModel, training_base
 from llmtune.display.console import spinner
 from llmtune.errors import Problem, RecipeError
+from llmtune.model.base_tensors import copy_other_tensors
 from llmtune.model.config import OTHER_CLASSES, OTHER_ORDER, read_model_config
 from llmtune.model.device import is_out_of_memory, release_memory
-from llmtune.model.processor import save_tokenizer
+from llmtune.model.processor import PROCESSOR_FILES, save_tokenizer
 from llmtune.model.quantized_base import kept_quantization
+from llmtune.model.towers import image_text_class, remove_towers, take_text, text_class
 from llmtune.store.atomic_files import hash_file
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SHARD_SIZE = "5GB"
 
 
-def merged_format(onto: str | None = None, dtype: str = "auto") -> ExportFormat:
+def merged_format(onto: str | None = None, dtype: str = "auto", text_only: bool = False) -> ExportFormat:
     """Return the format of plain model folders, merged onto the `original` or `dequantized` weights of the base.
 
-    By default these are the weights used in training, and the number format is that of training.
+    By default these are the weights used in training, and the number format is that of training. With `text_only`, the
+    language model of a checkpoint that also reads images is a folder of its own.
     """
     return ExportFormat(
         "merged",
         "the merged model",
-        check=partial(check_merge, onto=onto, dtype=dtype),
-        write=partial(write_merged, onto=onto, dtype=dtype),
+        check=partial(check_merge, onto=onto, dtype=dtype, text_only=text_only),
+        write=partial(write_merged, onto=onto, dtype=dtype, text_only=text_only),
         open=lambda folder, reference: open_folder(folder, reference.tuned, "merged"),
         describe=_describe_merged,
     )
 
 
-def check_merge(source: ModelSource, onto: str | None = None, dtype: str = "auto") -> None:
-    """Raise RecipeError for an adapter that cannot be merged, and for an unknown `onto` or `dtype`."""
+def check_merge(source: ModelSource, onto: str | None = None, dtype: str = "auto", text_only: bool = False) -> None:
+    """Raise RecipeError for an adapter that cannot be merged, and for an invalid option.
+
+    Raises EnvironmentProblem for a base that reads images and has no processor, unless only its text is merged.
+    """
     check_mergeable(source.recipe.adapter.method, source.recipe.adapter.options)
-    stays_quantized = kept_quantization(read_model_config(source.model_ref, source.recipe.model)) is not None
+    config = read_model_config(source.model_ref, source.recipe.model)
+    if text_only:
+        _check_text(source, config)
+    else:
+        check_processor(source)
+    stays_quantized = kept_quantization(config) is not None
     quantized = stays_quantized or source.recipe.adapter.method == "qlora"
     problems = [*check_onto(onto, quantized, not stays_quantized)] if onto is not None else []
     if dtype != "auto" and dtype not in DTYPES:
@@ -59,7 +71,18 @@ def check_merge(source: ModelSource, onto: str | None = None, dtype: str = "auto
     RecipeError.collect(problems)
 
 
-def write_merged(reference: TunedReference, folder: Path, onto: str | None, dtype: str) -> WrittenExport:
+def _check_text(source: ModelSource, config: PretrainedConfig) -> None:
+    name = source.model_ref.name
+    if image_text_class(config) is None:
+        raise RecipeError.of(f"{name} reads text alone", "--text-only", "Omit it.")
+    if not source.task.model_kind.decodes or text_class(config) is None:
+        what = f"transformers has no class for the text of {name} ({config.get_text_config().model_type}) alone"
+        raise RecipeError.of(what, "--text-only", "Merge the complete model: omit --text-only.")
+
+
+def write_merged(
+    reference: TunedReference, folder: Path, onto: str | None, dtype: str, text_only: bool = False
+) -> WrittenExport:
     """Merge the adapter, and save the model with tokenizer and template.
 
     A 4-bit adapter is also merged onto the other weights in memory, to measure how far that model would be.
@@ -75,14 +98,22 @@ def write_merged(reference: TunedReference, folder: Path, onto: str | None, dtyp
     if quantized and base == "original":
         advice = "Merge onto the training weights: --onto dequantized. "
     other = _compare_other_base(reference, base) if quantized and original else None
+    if text_only:
+        reference.checkpoint = None
+    if reference.checkpoint is not None:
+        reference.checkpoint.ask_picture()
     with spinner(tuned.console, "merging and saving"):
-        save_merged(merge_to(tuned, base, target_dtype), tuned, folder, target_dtype)
+        merged = merge_to(tuned, base, target_dtype)
+        save_merged(take_text(merged) if text_only else merged, reference, folder, target_dtype)
+    for name in PROCESSOR_FILES if text_only else ():
+        (folder / name).unlink(missing_ok=True)
     facts = {
         "method": tuned.adapted.method,
         "onto": base,
         "dtype": str(target_dtype).removeprefix("torch."),
         **weight_facts(folder),
         "other": other,
+        **({"text_only": True} if text_only else {}),
     }
     return WrittenExport(facts, limits, advice)
 
@@ -122,11 +153,14 @@ def _compare_other_base(reference: TunedReference, onto: Onto) -> Certificate:
     return {"onto": other, **numbers, "seconds": time.perf_counter() - started}
 
 
-def save_merged(merged: PreTrainedModel, tuned: TunedModel, folder: Path, dtype: torch.dtype) -> None:
-    """Save a model with tokenizer, chat template and the recipe's generation settings."""
-    save_settings(merged, tuned, folder, dtype)
+def save_merged(merged: PreTrainedModel, reference: TunedReference, folder: Path, dtype: torch.dtype) -> None:
+    """Save a model with tokenizer, chat template and the recipe's generation settings, and the base's towers."""
+    save_settings(merged, reference.tuned, folder, dtype)
+    remove_towers(merged)  # those that a text needs are still in memory, in another format
     with writing_weights(folder):
         merged.save_pretrained(folder, max_shard_size=SHARD_SIZE)
+        if reference.checkpoint is not None:
+            copy_other_tensors(reference.checkpoint.folder, reference.checkpoint.skeleton, folder)
 
 
 def save_settings(merged: PreTrainedModel, tuned: TunedModel, folder: Path, dtype: torch.dtype) -> None:

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from llmtune.adapter.reference_model import switches_off, without_adapter
 from llmtune.data.chat_template import stop_ids
 from llmtune.data.template_facts import TemplateRefusal
+from llmtune.deploy.base_checkpoint import BaseCheckpoint
 from llmtune.deploy.exported_model import ExportedModel
 from llmtune.deploy.failure_causes import find_lost_steps, record_steps
 from llmtune.deploy.folder_settings import expected_settings, find_changed_settings
@@ -51,6 +52,8 @@ class TunedReference(ABC):
 
     def __init__(self, tuned: TunedModel) -> None:
         self.tuned = tuned
+        self.checkpoint = BaseCheckpoint.find(tuned)
+        """The base with its towers; None for a model of text alone."""
         self.settings, self.steps = expected_settings(tuned), record_steps(tuned.model)
         self.logits = self.read_logits(tuned.model)
         self.base_logits = self.read_base_logits()

@@ -152,7 +152,10 @@ def certify_export(run: Path, path: Path, *, offline: bool, console: Console, li
             what = f"the export has {theirs} labels, the tuned model {ours}"
             raise GateFailed.of(what, str(path), "Give an export of this run.")
         rounded = tuned.model.dtype != torch.float32  # so are its outputs, and merges that others convert
-        certified = reference.certify(exported, exported.limits.wider(LIMITS["rounded"]) if rounded else None)
+        limits = exported.limits.wider(LIMITS["rounded"]) if rounded else exported.limits
+        certified = reference.certify(exported, limits)
+        if reference.checkpoint is not None:
+            certified = reference.checkpoint.certify(exported, certified, limits)
     named = path.resolve()
     out = run / "certified" / (f"{named.parent.name}-{named.name}" if named.is_file() else named.name)
     with explained(out):

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from llmtune.adapter.merging import check_mergeable
 from llmtune.data.examples import ExampleReader
+from llmtune.deploy.base_checkpoint import check_processor
 from llmtune.deploy.export import ExportFormat, WrittenExport
 from llmtune.deploy.exported_model import ModelSource, open_folder
 from llmtune.deploy.gptq import find_scales, round_layers
@@ -29,7 +30,9 @@ from llmtune.display.console import spinner
 from llmtune.display.number_format import size
 from llmtune.errors import RecipeError, nearest
 from llmtune.model.config import build_skeleton, expert_parameters, find_class, head_names, in_heads, read_model_config
+from llmtune.model.towers import find_towers
 from llmtune.recipe.extras import require_extra
+from llmtune.store.atomic_files import read_json, write_json
 
 DTYPE = torch.bfloat16
 """Of the scales and of the weights that stay: vLLM computes in 16 bits."""
@@ -87,6 +90,7 @@ def check_quantizable(source: ModelSource, scheme: str) -> int:
     require_extra("quantized", "--scheme")
     recipe, name = source.recipe, source.model_ref.name
     check_mergeable(recipe.adapter.method, recipe.adapter.options)
+    check_processor(source)
     if not source.task.model_kind.decodes:
         what = f"vLLM reads this format for models that continue a text, not for {source.task.model_kind.auto_class}"
         raise RecipeError.of(what, "task", MERGE_INSTEAD)
@@ -118,6 +122,14 @@ def linear_layers(model: PreTrainedModel) -> dict[str, torch.nn.Linear]:
     }
 
 
+def _ignore_towers(folder: Path, complete: PreTrainedModel) -> None:
+    """Name the linear layers of the towers, which are not quantised, in a saved configuration."""
+    config, towers = read_json(folder / "config.json"), find_towers(complete)
+    names = [name for name, module in complete.named_modules() if isinstance(module, torch.nn.Linear)]
+    config["quantization_config"]["ignore"] += [name for name in names if in_heads(name, towers)]
+    write_json(folder / "config.json", config)
+
+
 def sample_texts(tuned: TunedModel) -> list[Sequence[int]]:
     """Return the ids of up to CALIBRATION_ROWS training rows, spread over all."""
     assert tuned.examples is not None, "a run has encoded rows"
@@ -131,11 +143,15 @@ def write_quantized(reference: TunedReference, folder: Path, scheme: str) -> Wri
     tuned, settings = reference.tuned, SCHEMES[scheme]
     onto, group_size = training_base(tuned.recipe, tuned.model_ref), check_quantizable(tuned, scheme)
     texts = sample_texts(tuned) if settings.calibrated else []
+    if reference.checkpoint is not None:
+        reference.checkpoint.ask_picture()
     with spinner(tuned.console, f"merging and quantising to {scheme}"):
         merged = merge_to(tuned, onto, torch.float32).eval()
         compressor = compress(merged, settings, group_size, texts)
-        save_merged(merged, tuned, folder, DTYPE)
+        save_merged(merged, reference, folder, DTYPE)
         compressor.update_config(folder)
+        if reference.checkpoint is not None:
+            _ignore_towers(folder, reference.checkpoint.skeleton)
     facts = {
         "method": tuned.adapted.method,
         "onto": onto,

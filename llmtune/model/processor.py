@@ -27,7 +27,13 @@ from llmtune.recipe.user_files import read_text_file
 from llmtune.records import ModelRef
 
 PREPROCESSOR = "preprocessor_config.json"
-PROCESSOR_FILES = ("processor_config.json", PREPROCESSOR)
+PROCESSOR_FILES = (
+    "processor_config.json",
+    PREPROCESSOR,
+    "video_preprocessor_config.json",
+    "audio_tokenizer_config.json",
+)
+"""Files from which `AutoProcessor` makes the inputs of pictures, video and sound."""
 TEMPLATE_FILES = ("processor_config.json", "chat_template.json")
 """Files with the template of a processor of pictures; `AutoProcessor` reads them in this order, `.jinja` last."""
 _PARTS = re.compile(r"['\".](type|text)\b")
@@ -166,6 +172,7 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     for key in ("is_local", "local_files_only"):  # local loading options
         config.pop(key, None)
     path.write_text(json.dumps(config, indent=2, ensure_ascii=False, sort_keys=True) + "\n", "utf-8")
-    source = Path(str(tokenizer.name_or_path)) / PREPROCESSOR
-    if source.is_file() and source.parent.resolve() != folder.resolve():  # the audio feature extractor
-        (folder / PREPROCESSOR).write_bytes(source.read_bytes())
+    source = Path(str(tokenizer.name_or_path))
+    for name in PROCESSOR_FILES if source.resolve() != folder.resolve() else ():
+        if (source / name).is_file():
+            (folder / name).write_bytes((source / name).read_bytes())

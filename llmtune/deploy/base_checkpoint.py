@@ -1,0 +1,196 @@
+"""A checkpoint that also reads images, tuned on text: the rest of it and its processor must stay those of the base."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from PIL import Image
+from transformers import AutoProcessor, PreTrainedModel, ProcessorMixin
+
+from llmtune.adapter.load import put_adapter
+from llmtune.adapter.reference_model import switches_off, without_adapter
+from llmtune.deploy.exported_model import ExportedModel, ModelSource
+from llmtune.deploy.parity import Certificate, Limits, measure_distance
+from llmtune.deploy.tuned_model import TunedModel
+from llmtune.errors import EnvironmentProblem, first_line
+from llmtune.model.base_tensors import build_complete, compare_other_tensors
+from llmtune.model.causal_lm_loss import unwrap
+from llmtune.model.config import UNREADABLE, read_model_config
+from llmtune.model.library_logging import unreported
+from llmtune.model.processor import PROCESSOR_FILES
+from llmtune.model.quantized_base import keep_quantized_format
+from llmtune.model.towers import complete_outputs, find_towers, image_text_class
+
+QUESTION = "What does the picture show?"
+PIXELS = 224
+
+
+@dataclass(frozen=True)
+class AskedPicture:
+    """A picture with a question, as the base's processor encodes them, and the logits [T, V] of the complete model."""
+
+    prompt: str
+    inputs: Mapping[str, torch.Tensor]
+    tuned: torch.Tensor
+    base: torch.Tensor | None
+    """None if the adapter cannot be disabled."""
+    other: torch.Tensor
+    """The tuned model's logits for another picture."""
+
+
+class BaseCheckpoint:
+    """The base of a tuned model, complete with its towers."""
+
+    def __init__(self, tuned: TunedModel) -> None:
+        inner = cast(PreTrainedModel, unwrap(tuned.model))
+        self.tuned, self.folder = tuned, tuned.model_ref.path
+        self.skeleton = build_complete(inner)
+        """The complete model without memory."""
+        self.picture: AskedPicture | str | None = None
+        """The picture after `ask_picture`, or why it could not be asked."""
+
+    @classmethod
+    def find(cls, tuned: TunedModel) -> BaseCheckpoint | None:
+        """Return the base of a model with towers; None for a model of text alone."""
+        if image_text_class(cast(PreTrainedModel, unwrap(tuned.model)).config) is None:
+            return None
+        base = cls(tuned)
+        return base if find_towers(base.skeleton) else None
+
+    def ask_picture(self) -> None:
+        """Ask the adapter on the complete base about a picture, before it is merged."""
+        if self.picture is not None or not self.tuned.task.model_kind.decodes:
+            return
+        try:
+            processor = self._open_processor(self.folder)
+            prompt = _write_prompt(processor)
+            inputs = _encode(processor, prompt, _draw())
+            other = _encode(processor, prompt, _draw().rotate(90))
+        except (*UNREADABLE, NameError) as error:
+            self.picture = f"the base's processor cannot encode a picture: {first_line(error)}"
+            return
+        with unreported():
+            model = self._load_complete()
+        base = None
+        if isinstance(model, PeftModel) and switches_off(model):
+            with without_adapter(model, keeps_head=False):
+                base = _read_logits(model, inputs)
+        self.picture = AskedPicture(prompt, inputs, _read_logits(model, inputs), base, _read_logits(model, other))
+
+    def _open_processor(self, folder: Path) -> ProcessorMixin:
+        trust = self.tuned.recipe.model.trust_remote_code
+        processor = AutoProcessor.from_pretrained(str(folder), local_files_only=True, trust_remote_code=trust)
+        if not isinstance(processor, ProcessorMixin):
+            raise ValueError(f"AutoProcessor opens a {type(processor).__name__} alone")
+        return processor
+
+    def _load_complete(self) -> PreTrainedModel:
+        """Load the base with its towers as plain transformers and PEFT do, with the trained weights."""
+        selected, inner = self.tuned.adapted.selected, cast(PreTrainedModel, unwrap(self.tuned.model))
+        options: dict[str, Any] = {"device_map": {"": inner.device}, "dtype": inner.dtype}
+        if selected.quantized and not selected.base_quantization:
+            options["quantization_config"] = stated = cast(Any, inner.config.quantization_config)
+            options["dtype"] = stated.bnb_4bit_compute_dtype
+        model = type(inner).from_pretrained(str(self.folder), local_files_only=True, **options)
+        complete_outputs(model)
+        keep_quantized_format(model)
+        rows = inner.get_input_embeddings().weight.shape[0]
+        if model.get_input_embeddings().weight.shape[0] < rows:  # the recipe added tokens
+            model.resize_token_embeddings(rows, mean_resizing=False)
+        if not isinstance(self.tuned.model, PeftModel):
+            model.load_state_dict(inner.state_dict(), strict=False)
+            return cast(PreTrainedModel, model.eval())
+        adapted = put_adapter(model, replace(self.tuned.model.peft_config["default"]), trainable=False)
+        set_peft_model_state_dict(adapted, get_peft_model_state_dict(self.tuned.model, save_embedding_layers=False))
+        return cast(PreTrainedModel, adapted.eval())
+
+    def certify(self, exported: ExportedModel, certified: Certificate, limits: Limits) -> Certificate:
+        """Add to a folder's certificate how its towers and its processor compare with the base's, and what differs."""
+        if not exported.is_folder or image_text_class(exported.model.config) is None:
+            return certified
+        self.ask_picture()
+        tensors, breaches = compare_other_tensors(self.folder, exported.path, self.skeleton)
+        breaches += self._compare_processors(exported.path)
+        files = [name for name in PROCESSOR_FILES if (self.folder / name).is_file()]
+        checked: Certificate = {"towers": tensors, "processor_files": files, "picture": None}
+        if isinstance(asked := self.picture, str):
+            checked["picture"] = {"not_measured": asked}
+        elif asked is not None:
+            compare = partial(measure_distance, [asked.tuned])
+            effect, other = (None if one is None else compare([one]).kl_mean for one in (asked.base, asked.other))
+            distance, limit = compare([_read_logits(exported.model, asked.inputs)]), limits.kl(effect)
+            checked["picture"] = {**asdict(distance), "limit": limit, "effect_kl": effect, "other_kl": other}
+            if not distance.kl_mean <= limit:
+                numbers = f"mean KL is {distance.kl_mean:.2g} nats per position; the limit is {limit:.2g}"
+                breaches.append(f"asked about a picture, its {numbers}")
+        passed = certified["passed"] and not breaches
+        return {**certified, "passed": passed, "breaches": [*certified["breaches"], *breaches], "checkpoint": checked}
+
+    def _compare_processors(self, folder: Path) -> list[str]:
+        """Describe how the processor of a folder differs from the base's; newer folders need only its first file."""
+        breaches = []
+        try:
+            processor, expected = self._open_processor(folder), self._open_processor(self.folder)
+            if type(processor) is not type(expected):
+                kinds = type(processor).__name__, type(expected).__name__
+                breaches.append(f"its processor is a {kinds[0]}; the base's is a {kinds[1]}")
+            elif isinstance(self.picture, AskedPicture):
+                made = _encode(processor, self.picture.prompt, _draw())
+                different = [name for name, part in self.picture.inputs.items() if not torch.equal(made[name], part)]
+                breaches += [f"its processor makes other {name} of a picture" for name in different]
+        except (*UNREADABLE, NameError) as error:
+            breaches.append(f"its processor cannot be used as the base's: {first_line(error)}")
+        optional = () if breaches or not (folder / PROCESSOR_FILES[0]).is_file() else PROCESSOR_FILES
+        stated = [name for name in PROCESSOR_FILES if (self.folder / name).is_file() and name not in optional]
+        return [*(f"{name} of the base is missing" for name in stated if not (folder / name).is_file()), *breaches]
+
+
+def check_processor(source: ModelSource) -> None:
+    """Raise EnvironmentProblem for a base that reads images and has no file of a processor."""
+    config = read_model_config(source.model_ref, source.recipe.model)
+    complete, folder = image_text_class(config), source.model_ref.path
+    if complete is None or complete.__name__ not in (config.architectures or ()):
+        return
+    if not any((folder / name).is_file() for name in PROCESSOR_FILES):
+        what = f"{source.model_ref.name} also reads images, but has none of its processor's files: "
+        fix = "Download the model again with all files, or merge its text alone: llmtune deploy merge RUN --text-only"
+        raise EnvironmentProblem.of(what + ", ".join(PROCESSOR_FILES[:2]), str(folder), fix)
+
+
+def _draw() -> Image.Image:
+    """Return a picture of two gradients."""
+    rows = Image.linear_gradient("L").resize((PIXELS, PIXELS))
+    return Image.merge("RGB", [rows, rows.rotate(90), rows.rotate(180)])
+
+
+def _write_prompt(processor: Any) -> str:
+    """Return a question about a picture: by the processor's chat template, if that writes the picture's token."""
+    token = str(getattr(processor, "boi_token", None) or processor.image_token)
+    if processor.chat_template:
+        content = [{"type": "image"}, {"type": "text", "text": QUESTION}]
+        chat = [{"role": "user", "content": content}]
+        text = str(processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False))
+        if token in text or processor.image_token in text:
+            return text
+    return f"{token}{QUESTION}"
+
+
+def _encode(processor: Callable[..., Any], prompt: str, picture: Image.Image) -> dict[str, torch.Tensor]:
+    inputs = processor(text=[prompt], images=[picture], return_tensors="pt")
+    return {name: part for name, part in inputs.items() if isinstance(part, torch.Tensor)}
+
+
+@torch.inference_mode()
+def _read_logits(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Return the logits [T, V] for a picture and its question, on the CPU in float32."""
+    moved = {
+        name: part.to(model.device, model.dtype if part.is_floating_point() else None) for name, part in inputs.items()
+    }
+    logits_BTV: torch.Tensor = model(**moved, use_cache=False).logits
+    return logits_BTV[0].float().cpu()
