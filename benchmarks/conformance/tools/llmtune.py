@@ -53,13 +53,17 @@ def configure(job: Job) -> Configuration:
 
 def train(job: Job, recipe: Configuration) -> dict[str, Any]:
     folder, run = Path(job["out"]), Path(job["out"]) / "run"
-    if job["kind"] == "pictures":
-        rewrite(job, as_parts)
     [memory_plan._CPU_TOKENS] = recipe["patched"].values()
     recipe = {name: value for name, value in recipe.items() if name != "patched"}
     (folder / "recipe.yaml").write_text(json.dumps(recipe))  # JSON is YAML
     until: Any = "run" if "deploy" in recipe else "evaluate" if job["ask"] else "train"
     options: dict[str, Any] = {"out": run, "until": until, "threads": 1, "offline": True}
+    if job["kind"] == "pictures":
+        rewrite(job, as_parts)
+        try:
+            llmtune.run(folder / "recipe.yaml", **options)
+        except LlmtuneError as refusal:
+            raise NotOffered(f"rows with pictures are refused: {refusal}") from refusal
     if job["resume_from"]:
         threading.Thread(target=stop_after, args=(run / "checkpoints", job["save_steps"]), daemon=True).start()
         try:
