@@ -15,6 +15,7 @@ CASE = Case(
     ],
     added="2026-12-01",
     failed="the folder had no processor_config.json: a picture became 256 tokens instead of 16",
+    passed="2026-12-01, commit baf6398ecc8f",
     rows=[row(("user", "Which colour is the sky?"), ("assistant", "Blue."))],
     settings={"model": "gemma3", "method": "lora", "ask": {"merged": True, "processor": True}},
     reason=r"processor.{0,60}\b(not|no|missing|without)\b",
