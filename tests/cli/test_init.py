@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from support.audio import write_tone
 from support.rows import rows_of
 from support.runs import invoke
 from typer.testing import Result
@@ -76,6 +77,7 @@ def test_a_ticket_file_gives_a_valid_recipe_and_the_next_command() -> None:
         ("kind,body,answer", [("ticket", f"where is {i}?", "abc"[i % 3]) for i in range(24)], "chat"),
         ("subject,body,answer", [("Order", f"where is {i}?", f"It is at {i}.") for i in range(24)], "chat"),
         ("en,de", [("The dog", "Der Hund"), ("A cat", "Eine Katze")], "translate"),
+        ("Deutsch,Englisch", [("Der Hund", "The dog"), ("Eine Katze", "A cat")], "translate"),
         ("question,passage,answer", [("Who wrote?", "Ada wrote.", "Ada")], "qa"),
         ("query,passage", [("Who wrote?", "Ada wrote.")], "embed"),
         ("query,passage,negative", [("Who wrote?", "Ada wrote.", "Ada read.")], "embed"),
@@ -209,6 +211,16 @@ def test_missing_recordings_are_named_and_never_become_another_task() -> None:
     assert done.exit_code == 3
     assert "as speech: audio missing: file not found:" in done.stderr
     assert not Path("metadata.yaml").exists()
+
+
+def test_a_column_of_recordings_is_never_a_text_to_learn(here: Path) -> None:
+    for i in range(24):
+        write_tone(here / f"recordings/tone {i}.wav", 0.2)
+    write("recordings/metadata.csv", "Datei,Text", [(f"tone {i}.wav", "abcd"[i % 4] * 3) for i in range(24)])
+    assert "task: speech" in init("recordings", "--out", "mine.yaml").stderr
+    assert load_recipe("mine.yaml").recipe.data.columns == {"audio": "Datei", "text": "Text"}
+    write("recordings/metadata.csv", "Datei,Text", [(f"missing {i}.wav", "abcd"[i % 4] * 3) for i in range(24)])
+    assert init("recordings", "--out", "other.yaml").exit_code == 3
 
 
 def test_another_tools_configuration_becomes_the_same_recipe_by_init_and_by_migrate() -> None:
