@@ -9,12 +9,14 @@ import re
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 from llmtune.data.column_mapping import FIELD, HEADINGS, JOINT, find, name_words, with_aliases
 from llmtune.data.file_survey import Reading, Survey
 from llmtune.data.retrieval_layout import RetrievalSet, find_corpus, join_rows
 from llmtune.data.row_kind import kind_of_row, kind_of_task, write_prompt
 from llmtune.errors import RecipeError
+from llmtune.model.catalogue import read_catalogue
 from llmtune.recipe.first_settings import FIRST_SETTINGS, FirstSettings
 from llmtune.recipe.model_kind import PROPOSED_MODELS
 from llmtune.recipe.task_facts import TASK_FACTS, TaskFacts
@@ -87,6 +89,9 @@ def propose_recipe(
     if reading.roles:
         names = {role: names[0] if len(names) == 1 else list(names) for role, names in reading.roles.items()}
         data.append(f"roles: {flow(names)}  # DECIDE: who is who; the model learns what the assistant says")
+    config = read_model_config(model)
+    if TASK_FACTS[reading.task].packs and _has_linear_attention(config):
+        data.append("packing: false  # the model's linear attention carries one packed row into the next")
     choose_metrics, choose_settings = LABEL_METRICS.get(reading.task), FIRST_SETTINGS.get(reading.task)
     text = write_first_recipe(
         target.stem,
@@ -95,7 +100,7 @@ def propose_recipe(
         reading.rows,
         model=model,
         metrics=choose_metrics([*map(kind_of_task(reading.task).label, reading.rows)]) if choose_metrics else None,
-        settings=choose_settings(reading.rows, read_model_class(model)) if choose_settings else FirstSettings(),
+        settings=choose_settings(reading.rows, _name_class(config)) if choose_settings else FirstSettings(),
         unread=sum(reading.bad.values()),
         copies=reading.copies,
         has_test="test" in splits,
@@ -103,16 +108,27 @@ def propose_recipe(
     return text, model
 
 
-def read_model_class(model: str) -> str:
-    """Return the class in the configuration of a model in a folder or the hub's cache; empty if unknown."""
+def read_model_config(model: str) -> Mapping[str, Any]:
+    """Return the configuration of a model in a folder, the hub's cache or the catalogue; empty if unknown."""
     from huggingface_hub import try_to_load_from_cache
 
     file: object = Path(model) / "config.json"
     if re.fullmatch(r"[\w.-]+/[\w.-]+", model) and not Path(model).is_dir():
         file = try_to_load_from_cache(model, "config.json")
     config = read_json(Path(file)) if isinstance(file, str | Path) else None
-    classes = config.get("architectures") if isinstance(config, dict) else None
+    listed = read_catalogue().get(model) if config is None else None
+    return config if isinstance(config, dict) else listed.config if listed else {}
+
+
+def _name_class(config: Mapping[str, Any]) -> str:
+    classes = config.get("architectures")
     return str(classes[0]) if isinstance(classes, list) and classes else ""
+
+
+def _has_linear_attention(config: Mapping[str, Any]) -> bool:
+    text = config.get("text_config")
+    sizes = text if isinstance(text, dict) else config
+    return "linear_num_value_heads" in sizes or "linear_attention" in (sizes.get("layer_types") or ())
 
 
 def _relative(path: Path | str, target: Path) -> str:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -570,7 +571,25 @@ def test_a_gpu_gets_a_model_by_its_memory(mebibytes: int, proposed: str, monkeyp
     monkeypatch.setattr(machine, "torch_cuda", lambda: "13.0")  # as in a build of torch for CUDA
     write("tickets.csv", "id,subject,body,answer", TICKETS)
     assert init().exit_code == 0
-    assert load_recipe("tickets.yaml").recipe.model.name == proposed
+    recipe = load_recipe("tickets.yaml").recipe
+    assert recipe.model.name == proposed
+    assert recipe.data.packing == ("Qwen3.5" not in proposed)  # packed rows of its linear attention see one another
+
+
+@pytest.mark.parametrize(
+    ("config", "packs"),
+    [
+        ({"text_config": {"layer_types": ["linear_attention", "full_attention"]}}, False),
+        ({"linear_num_value_heads": 32}, False),
+        ({"layer_types": ["full_attention"]}, True),
+    ],
+)
+def test_a_model_with_linear_attention_in_a_folder_gets_padded_rows(config: dict[str, Any], packs: bool) -> None:
+    Path("base").mkdir()
+    Path("base/config.json").write_text(json.dumps({"model_type": "any", **config}))
+    write("tickets.csv", "id,subject,body,answer", TICKETS)
+    assert init("tickets.csv", "--model", "base").exit_code == 0
+    assert load_recipe("tickets.yaml").recipe.data.packing == packs
 
 
 @pytest.mark.parametrize(("least", "name"), PROPOSED_MODELS["decoder"].hub[1:])
