@@ -52,7 +52,9 @@ def find_towers(model: PreTrainedModel) -> list[str]:
     if image_text_class(model.config) is None or not hasattr(model, "get_decoder"):
         return []
     output = model.get_output_embeddings()
-    heads = [child for child in model.children() if child is not model.base_model] if output is None else [output]
+    heads = (
+        [output] if output is not None else [one for one in model.children() if model.base_model not in (model, one)]
+    )
     return list(_outside(model, {model.get_decoder(), model.get_input_embeddings(), *heads}, ""))
 
 
