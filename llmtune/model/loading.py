@@ -195,7 +195,7 @@ def _check_packing(
 def load_plain(
     model_ref: ModelRef, config: PreTrainedConfig, section: ModelSection, *, dtype: torch.dtype, device: str
 ) -> PreTrainedModel:
-    """Load a model as stored, without a recipe, for inspection: with eager attention, in eval mode.
+    """Load a model as stored, without a recipe, for inspection of texts: with eager attention, in eval mode.
 
     Raises:
         EnvironmentProblem: the weights cannot be loaded, or memory runs out.
@@ -214,7 +214,10 @@ def load_plain(
             **({"trust_remote_code": True} if section.trust_remote_code else {}),
             **({"device_map": {"": device}} if kept else {}),
         )
-    return cast(PreTrainedModel, (model if kept else model.to(device)).eval())
+    model = cast(PreTrainedModel, (model if kept else model.to(device)).eval())
+    complete_outputs(model)
+    drop_towers(model)
+    return model
 
 
 def _load_weights(

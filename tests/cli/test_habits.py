@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 from support.runs import finish_run, invoke
+from support.templates import NO_SYSTEM
 
 from llmtune.cli.app import EXIT_CODES
 from llmtune.data.message_fields import ROLES
@@ -98,6 +99,29 @@ def test_an_error_of_a_row_names_the_column_of_the_file(folder: Path) -> None:
     assert "'Instruction' is empty" in json.loads(done.stdout.splitlines()[1])["error"], done.stdout
 
 
+def test_a_file_of_rows_is_read_in_its_encoding(folder: Path) -> None:
+    text = f"Größe,question\nüber,{QUESTION}\nweiß,Wie groß, wie schön?\n".replace("groß, wie", "groß; wie")
+    (folder / "utf8.csv").write_text(text, encoding="utf-8")
+    (folder / "windows.csv").write_text(text, encoding="cp1252")
+    first, second = (invoke("generate", "latest", "--input", name) for name in ("utf8.csv", "windows.csv"))
+    assert (second.stdout, "windows.csv is read as cp1252" in second.stderr) == (first.stdout, True), second.output
+    assert "error" not in first.stdout
+
+
+def test_a_row_that_the_template_refuses_gets_an_error_and_the_others_an_answer(
+    tmp_path: Path, tiny_llama: Path
+) -> None:
+    (tmp_path / "no_system.jinja").write_text(NO_SYSTEM)
+    model = {"chat_template": str(tmp_path / "no_system.jinja")}
+    run = finish_run(tmp_path / "strict", tiny_llama, model=model, train={"max_steps": 1, "num_train_epochs": None})
+    turn, system = {"role": "user", "content": QUESTION}, {"role": "system", "content": "Be brief."}
+    rows = "".join(json.dumps({"messages": turns}) + "\n" for turns in ([system, turn], [turn]))
+    (tmp_path / "odd.jsonl").write_text(rows)
+    done = invoke("generate", run, "--input", tmp_path / "odd.jsonl")
+    first, second = map(json.loads, done.stdout.splitlines())
+    assert ("System role not supported" in first["error"], "answer" in second) == (True, True), done.output
+
+
 def test_a_row_that_exceeds_the_models_context_gets_an_error_and_the_others_an_answer(folder: Path) -> None:
     (folder / "long.csv").write_text(f"question\n{'x ' * 10_000}\n{QUESTION}\n")
     done = invoke("generate", "latest", "--input", "long.csv", "--output", "long.jsonl")
@@ -144,6 +168,20 @@ def test_command_names_of_other_tools_point_to_ours(command: str, instead: str) 
     done = invoke(command, "runs/tiny", "--port", "8000")
     assert done.exit_code == 2
     assert f"Use: {instead}" in done.stderr
+
+
+def test_messages_name_what_is_required_and_no_library() -> None:
+    done = invoke("run", "tiny.yaml", "--until", "foo")
+    assert (done.exit_code, "'--until': 'foo' is not one of" in done.stderr) == (2, True), done.stderr
+    done = invoke("generate", "latest", "--pair", "x", stdin="")
+    assert "Give --prompt, and optionally --system." in done.stderr
+
+
+def test_settings_of_an_evaluation_are_saved_only_if_they_changed() -> None:
+    saved = "Saved these settings with the run"
+    assert saved not in invoke("evaluate", "runs/tiny").stderr
+    assert saved in invoke("evaluate", "runs/tiny", "--set", "evaluate.metrics=[loss]").stderr
+    assert saved in invoke("evaluate", "runs/tiny", "--set", "evaluate.metrics=[loss,accuracy,exact_match]").stderr
 
 
 def test_help_and_version_also_work_as_commands() -> None:
