@@ -89,7 +89,7 @@ def propose_recipe(
     if reading.roles:
         names = {role: names[0] if len(names) == 1 else list(names) for role, names in reading.roles.items()}
         data.append(f"roles: {flow(names)}  # DECIDE: who is who; the model learns what the assistant says")
-    config = read_model_config(model)
+    config = look_up_config(model)
     if TASK_FACTS[reading.task].packs and _has_linear_attention(config):
         data.append("packing: false  # the model's linear attention carries one packed row into the next")
     choose_metrics, choose_settings = LABEL_METRICS.get(reading.task), FIRST_SETTINGS.get(reading.task)
@@ -108,7 +108,7 @@ def propose_recipe(
     return text, model
 
 
-def read_model_config(model: str) -> Mapping[str, Any]:
+def look_up_config(model: str) -> Mapping[str, Any]:
     """Return the configuration of a model in a folder, the hub's cache or the catalogue; empty if unknown."""
     from huggingface_hub import try_to_load_from_cache
 
