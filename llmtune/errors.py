@@ -179,8 +179,9 @@ def nearest(word: str, names: Sequence[str]) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of a library's error, or its type if it has no text."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    """Return the first line of a library's error, with the next one after a colon, or its type if it has no text."""
+    lines = [*map(str.strip, str(error).strip().splitlines())] or [type(error).__name__]
+    return " ".join(lines[: 1 + lines[0].endswith(":")])
 
 
 def visible(text: str) -> str:

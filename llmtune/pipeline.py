@@ -346,8 +346,10 @@ def evaluate_run(
         if examples.counts.get("test"):
             ExampleReader(examples, "test")  # raises before the folder changes
         run.once(lambda: _check_evaluation(run))
+        is_same = path.joinpath("recipe.yaml").read_text(encoding="utf-8") == loaded.to_yaml()
         run.once(lambda: save_recipe(path, loaded.to_yaml(), mark=is_own(path)))
-        console.print(f"Saved these settings with the run: {escape(str(path / 'recipe.yaml'))}")
+        if not is_same:
+            console.print(f"Saved these settings with the run: {escape(str(path / 'recipe.yaml'))}")
         for step in ("prepare", "encode", "select", "adapt", "train"):
             run.begin(step, skipped=True)
         inputs = {"evaluate": evaluation_inputs(plan.recipe, plan.model_ref, rows, examples, path)}

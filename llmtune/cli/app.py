@@ -65,6 +65,8 @@ class CommandGroup(TyperGroup):
             hint = self._hint(option, context) if option and context else None
             if hint:
                 vars(error).update(message=f"No such option: {option}. {hint}", possibilities=None)
+            if message := getattr(error, "message", None):
+                vars(error).update(message=message.removeprefix("Value error, "))  # pydantic's
             if "--json" in self.words:
                 print_usage_error(_name_command(context), error.format_message())  # type: ignore[attr-defined]
             raise
@@ -74,7 +76,10 @@ class CommandGroup(TyperGroup):
         from llmtune.recipe.retired import RETIRED
 
         if instead := RETIRED.get(f"{_name_command(context)} {option}"):
-            return f"It was removed. {instead}"
+            given = dict.fromkeys(word.partition("=")[0] for word in self.words if word.startswith("--"))
+            names = {word: f"{_name_command(context)} {word}" for word in given if word != option}
+            others = [f"{word} was removed, too. {RETIRED[name]}" for word, name in names.items() if name in RETIRED]
+            return " ".join([f"It was removed. {instead}", *others])
         if command is self:
             named = {name: other for name, other in self.commands.items() if not other.hidden}
             having = [name for name, other in named.items() if any(option in one.opts for one in other.params)]

@@ -23,6 +23,7 @@ from llmtune.deploy.parity import LIMITS, Certificate, Onto, check_onto, describ
 from llmtune.deploy.parity_reference import TunedReference
 from llmtune.deploy.tuned_model import TunedModel, training_base
 from llmtune.display.console import spinner
+from llmtune.display.number_format import size
 from llmtune.errors import Problem, RecipeError
 from llmtune.model.base_tensors import copy_other_tensors
 from llmtune.model.config import OTHER_CLASSES, OTHER_ORDER, read_model_config
@@ -189,7 +190,7 @@ def weight_facts(folder: Path) -> Certificate:
 
 def _describe_merged(certificate: Certificate, out: Path) -> list[str]:
     lines = [
-        f"merged model: {out} ({certificate['weights_bytes'] / 1e6:,.0f} MB, {certificate['dtype']})",
+        f"merged model: {out} ({size(certificate['weights_bytes'])}, {certificate['dtype']})",
         "parity with the adapter is within all limits of its certificate",
         f"  {describe_parity(certificate['measured'])}",
     ]

@@ -105,7 +105,8 @@ def judge_scores(
     )
     findings = find_changes(changes, gates, "base", sides=sides)
     result = weigh(findings, changes, evaluation.baseline)
-    if result.word == BETTER and CHOICE in changes and CHOICE not in (*findings.better, *findings.within):
+    unchosen = CHOICE in changes and CHOICE not in (*findings.better, *findings.within)
+    if result.word == BETTER and unchosen and evaluation.tuned.get(CHOICE, 0.0) < 1:  # at 1 no answer is left to learn
         reason = f"Better in {join_names(findings.better)}, but choice accuracy shows no clear change: "
         reason += "the model may have learned only the format of answers."
         result = Verdict(INCONCLUSIVE, reason)

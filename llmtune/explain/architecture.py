@@ -15,8 +15,9 @@ from llmtune.explain.explainer import Target
 from llmtune.explain.fake_model import FakeModel, UntraceableError
 from llmtune.explain.module_tree import PLAIN, Group, Place, Unit, find_units, group_units, norm_kind, write_shape
 from llmtune.explain.position_encodings import SLOPED
-from llmtune.model.config import linear_shape
+from llmtune.model.config import layer_configs, linear_shape
 from llmtune.model.memory_plan import context_length
+from llmtune.model.towers import dropped_modules
 
 PART_TITLES = {
     "attention": "Self-attention",
@@ -131,6 +132,8 @@ class Architecture:
     stacks: tuple[Stack, ...]
     other: int
     """Parameters outside every stack, or not used for a text."""
+    towers: tuple[str, ...]
+    """Modules that read images, video or sound, and are left out."""
     untraced: str | None
     """Why the model could not run on shapes. Its parts are then in declared order, and no path is drawn."""
 
@@ -141,6 +144,7 @@ def describe_architecture(target: Target, fake: FakeModel) -> Architecture:
     config, context = model.config.get_text_config(), context_length(model.config)
     reader = _Reader(fake, target.family)
     stacks = tuple(reader.describe_stack(name) for name in reader.lists)
+    dropped = dropped_modules(model)
     used = {value for unit in reader.units for value in unit.module.parameters()} if stacks else set()
     return Architecture(
         name=target.name,
@@ -153,6 +157,7 @@ def describe_architecture(target: Target, fake: FakeModel) -> Architecture:
         context=context if context and context > 0 else None,
         stacks=stacks,
         other=model.num_parameters() - sum(value.numel() for value in used),
+        towers=tuple(name for name in dropped if name.rpartition(".")[0] not in dropped),
         untraced=reader.untraced,
     )
 
@@ -253,7 +258,8 @@ class _Reader:
         kind, details = group.role, [""]
         title = norm_kind(group.units[0].module) if kind == "norm" else PART_TITLES[kind]
         if "attention" in kind:
-            details = [describe_heads(self.config, stack)]
+            layers = layer_configs(self.config)
+            details = [describe_heads(layers[min(int(block.rpartition(".")[2]), len(layers) - 1)], stack)]
             if group.inner:
                 details.append(f"{norm_kind(group.inner[0].module)} on queries and keys")
             if kind == "cross-attention":

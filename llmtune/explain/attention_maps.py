@@ -25,6 +25,7 @@ from llmtune.explain.explainer import BASE, TUNED, Family
 from llmtune.explain.inputs import AttentionRequest
 from llmtune.explain.token_text import TokenLine
 from llmtune.model.causal_lm_loss import accepted_arguments, unwrap
+from llmtune.model.config import layer_configs
 
 AttentionKind = Literal["self", "masked-self", "cross"]
 SELF: AttentionKind = "self"
@@ -151,7 +152,7 @@ def shape_of(config: PretrainedConfig, family: Family) -> dict[AttentionKind, tu
     if family != "encoder-decoder":
         text = config.get_text_config()
         kind = MASKED if family == "decoder" else SELF
-        return {kind: (int(text.num_hidden_layers), int(text.num_attention_heads))}
+        return {kind: (int(text.num_hidden_layers), min(int(one.num_attention_heads) for one in layer_configs(text)))}
 
     def first(half: PretrainedConfig, *names: str) -> int:
         return next(int(value) for name in names if (value := getattr(half, name, None)) is not None)

@@ -36,6 +36,7 @@ from llmtune.explain.trained_modules import read_tensor, tensor_files
 from llmtune.model.config import architecture_class, find_class
 from llmtune.model.device import is_out_of_memory, pick_device
 from llmtune.model.processor import count_ids
+from llmtune.model.towers import remove_towers
 from llmtune.records import ModelRef
 
 UNRUNNABLE = (RuntimeError, ValueError, TypeError, NotImplementedError, IndexError, AttributeError)
@@ -123,10 +124,11 @@ def build_fake_model(target: Target) -> FakeModel:
 
 
 def fake_model(build: Callable[[], PreTrainedModel]) -> FakeModel:
-    """Build a model in fake tensors."""
+    """Build a model in fake tensors, without the towers that text does not use."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with mode, no_init_weights():
         model = build().eval()
+        remove_towers(model)
     with mode:
         model.tie_weights()
     if getattr(model.config, "_experts_implementation", None) is not None:

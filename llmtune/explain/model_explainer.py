@@ -137,6 +137,8 @@ class ModelExplainer(Explainer):
         yield "kind", KINDS[model.family]
         yield "class", model.model_class
         yield "parameters", count(model.parameters)
+        if model.towers:
+            yield "left out", f"{', '.join(model.towers)}: text does not use them"
         if model.width:
             yield "width", count(model.width)
         if model.vocabulary:

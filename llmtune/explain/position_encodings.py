@@ -16,6 +16,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from llmtune.model.causal_lm_loss import unwrap
+from llmtune.model.config import layer_configs
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -156,6 +157,7 @@ def first_position_row(module: nn.Module) -> int:
 def _rotations(name: str, module: nn.Module, config: PretrainedConfig) -> Iterator[Scheme]:
     """Find rotation angles in the modules that compute them, per kind of layer if they differ."""
     text = config.get_text_config()
+    kinds = list(getattr(text, "layer_types", None) or ())
     for key, buffer in module.named_buffers(recurse=False):
         if not key.endswith("inv_freq") or key.endswith("original_inv_freq"):
             continue
@@ -164,7 +166,9 @@ def _rotations(name: str, module: nn.Module, config: PretrainedConfig) -> Iterat
         kind = kind.get(layers, "default") if isinstance(kind, dict) else kind
         scaling = getattr(module, f"{layers}_attention_scaling" if layers else "attention_scaling", 1.0)
         angles = buffer.detach().float().cpu().numpy().astype(np.float64)
-        head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        configs = layer_configs(text)
+        one = configs[kinds.index(layers) if layers in kinds and len(configs) > 1 else 0]
+        head = getattr(one, "head_dim", None) or one.hidden_size // one.num_attention_heads
         facts = {"type": str(kind), "rotated": f"{2 * len(angles)} of {head} dimensions a head"}
         stated = getattr(text, "rope_parameters", None) or {}
         stated = stated.get(layers, stated) if isinstance(stated, dict) else {}

@@ -7,11 +7,12 @@ import os
 import re
 import tempfile
 from collections.abc import Iterator, Sequence
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llmtune.errors import EnvironmentProblem, Problem, nearest
+from llmtune.errors import EnvironmentProblem, LlmtuneError, Problem, nearest
 from llmtune.model.catalogue import candidate_names
 from llmtune.recipe.builtin import read_starter
 from llmtune.recipe.extras import find_missing_extras
@@ -31,6 +32,8 @@ MARK = re.compile(r"#\s*SET:")
 def check_recipe(loaded: LoadedRecipe, *, trains: bool = False) -> list[Detected]:
     """Check that everything the recipe names exists on this machine; return how its local files are read.
 
+    All problems are in one error, whose kind is that of the first.
+
     With `trains` its trackers and extras must be installed too. Elsewhere they are a note: the machine that trains has
     them.
 
@@ -40,19 +43,43 @@ def check_recipe(loaded: LoadedRecipe, *, trains: bool = False) -> list[Detected
         EnvironmentProblem: a tracker is not installed, or a model's folder is missing.
         DataError: a file is missing, empty or in a format that the task does not know.
     """
-    from llmtune.data.sources import resolve_inputs  # late: `--help` does not need it
+    errors: list[LlmtuneError] = []
+    for stage in (_try_champion, _try_metrics, partial(_try_machine, trains=trains)):
+        try:
+            stage(loaded)
+        except LlmtuneError as error:
+            errors.append(error)
+    detected: list[Detected] = []
+    try:
+        from llmtune.data.sources import resolve_inputs  # late: `--help` does not need it
 
+        detected = resolve_inputs(loaded.recipe.data, loaded.recipe.task, local_only=True)
+        if errors and not trains:  # `recipes check` reports the rows, too
+            try_recipe_rows(loaded, detected)
+    except LlmtuneError as error:
+        errors.append(error)
+    if errors:
+        raise type(errors[0])(*(problem for error in errors for problem in error.problems))
+    return detected
+
+
+def _try_champion(loaded: LoadedRecipe) -> None:
     if loaded.recipe.evaluate.champion:
         from llmtune.evaluate.champion import open_champion  # late: imports numpy and pyarrow
 
         open_champion(loaded.recipe)
+
+
+def _try_metrics(loaded: LoadedRecipe) -> None:
     if loaded.recipe.evaluate.own_metrics:
         from llmtune.evaluate.suites.own_metrics import list_own_metrics
 
         list_own_metrics(loaded.recipe.evaluate)
+
+
+def _try_machine(loaded: LoadedRecipe, trains: bool) -> None:
     packages = [*missing_trackers(loaded.recipe), *find_missing_extras(loaded.recipe)] if trains else []
     EnvironmentProblem.collect([*packages, *_missing(loaded)])
-    return resolve_inputs(loaded.recipe.data, loaded.recipe.task, local_only=True)
 
 
 def try_recipe_rows(loaded: LoadedRecipe, detected: Sequence[Detected], *, split_up_to: int = FEW_ROWS) -> None:

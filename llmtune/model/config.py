@@ -30,6 +30,7 @@ from llmtune.records import ModelRef
 from llmtune.store.resource_limits import LimitExceeded
 
 NEWER = "The file is damaged, or the model is newer than the installed transformers: pip install -U transformers."
+_NOT_BUILT = "Install what it names, download the file again if it was changed, or use another model."
 OTHER_CLASSES = "llmtune_other_classes"
 """Set on a configuration whose trained head has other classes than the recipe."""
 OTHER_ORDER = "llmtune_other_order"
@@ -191,7 +192,7 @@ def layer_configs(text: PreTrainedConfig) -> list[PreTrainedConfig]:
 
 def as_list(value: object) -> list[object]:
     """Return the values of a setting that is per model or per layer; none if it is not set."""
-    return [] if value is None else value if isinstance(value, list) else [value]
+    return [] if value is None else [*value] if isinstance(value, list | tuple) else [value]
 
 
 @contextmanager
@@ -244,7 +245,7 @@ def build_skeleton(
     Raises EnvironmentProblem if this configuration does not give a model.
     """
     where = os.path.join(str(config.name_or_path), "config.json")
-    with readable("cannot build a model from this configuration", where, NEWER), torch.device("meta"):
+    with readable("transformers cannot build a model from this configuration", where, _NOT_BUILT), torch.device("meta"):
         if hasattr(model_class, "from_config"):  # an Auto class, for a model with its own code
             trust = recipe.model.trust_remote_code
             return cast(PreTrainedModel, model_class.from_config(config, trust_remote_code=trust))

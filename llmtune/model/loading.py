@@ -93,7 +93,7 @@ def load_model(
         if training:
             fuse_norms(model)
         task.check_model(model.eval(), processor, recipe)
-        if training and model.main_input_name == "input_ids":
+        if training and not task.model_kind.takes_audio:
             _check_readable(model, model_ref, recipe, task, processor)
         _check_positions(model, model_ref, recipe)
         packs = _check_packing(model, model_ref, recipe, task, attention, reason, console)
@@ -195,7 +195,7 @@ def _check_packing(
 def load_plain(
     model_ref: ModelRef, config: PreTrainedConfig, section: ModelSection, *, dtype: torch.dtype, device: str
 ) -> PreTrainedModel:
-    """Load a model as stored, without a recipe, for inspection: with eager attention, in eval mode.
+    """Load a model as stored, without a recipe, for inspection of texts: with eager attention, in eval mode.
 
     Raises:
         EnvironmentProblem: the weights cannot be loaded, or memory runs out.
@@ -214,7 +214,10 @@ def load_plain(
             **({"trust_remote_code": True} if section.trust_remote_code else {}),
             **({"device_map": {"": device}} if kept else {}),
         )
-    return cast(PreTrainedModel, (model if kept else model.to(device)).eval())
+    model = cast(PreTrainedModel, (model if kept else model.to(device)).eval())
+    complete_outputs(model)
+    drop_towers(model)
+    return model
 
 
 def _load_weights(
@@ -391,5 +394,5 @@ def _align_generation_config(model: PreTrainedModel, processor: PreTrainedTokeni
         raise EnvironmentProblem.of(f"eos_token_id is {settings.eos_token_id!r}, but must be numbers", where, AGAIN)
     settings.pad_token_id = processor.pad_token_id
     settings.eos_token_id = sorted({*stated, *as_list(processor.eos_token_id)})
-    if not settings.do_sample:
+    if not getattr(settings, "do_sample", True):  # a diffusion model's settings have none
         settings.temperature = settings.top_p = settings.top_k = settings.min_p = settings.typical_p = None

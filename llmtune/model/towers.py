@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 import transformers
@@ -19,7 +19,9 @@ _PROBE_TOKENS = 8
 
 
 def image_text_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
-    """Return transformers' class for text and images of a model; None for a model of text alone."""
+    """Return transformers' class for text and images of a decoder; None for a model of text alone."""
+    if config.is_encoder_decoder:
+        return None
     model_class = getattr(transformers, str(CAUSAL.image_text_class))._model_mapping.get(type(config), None)
     return model_class if isinstance(model_class, type) else None
 
@@ -64,7 +66,9 @@ def find_towers(model: PreTrainedModel) -> list[str]:
     if image_text_class(model.config) is None or not hasattr(model, "get_decoder"):
         return []
     output = model.get_output_embeddings()
-    heads = [child for child in model.children() if child is not model.base_model] if output is None else [output]
+    heads = (
+        [output] if output is not None else [one for one in model.children() if model.base_model not in (model, one)]
+    )
     return list(_outside(model, {model.get_decoder(), model.get_input_embeddings(), *heads}, ""))
 
 
@@ -115,9 +119,21 @@ def dropped_modules(model: torch.nn.Module) -> Sequence[str]:
 
 
 def complete_outputs(model: PreTrainedModel) -> None:
-    """Give Llama 4's language model the output `image_outputs`, in place: its wrapper in transformers 5.24 reads it."""
+    """Let two classes of transformers 5.24 read text alone, in place.
+
+    Llama 4's wrapper reads an output `image_outputs` that its language model does not return. Molmo 2 requires the
+    kinds of its tokens in training.
+    """
     if type(model).__name__ == "Llama4ForConditionalGeneration":
         model.language_model.register_forward_hook(lambda *inputs: setattr(inputs[-1], "image_outputs", None))
+    if type(model).__name__ == "Molmo2ForConditionalGeneration":
+        model.model.register_forward_pre_hook(_mark_text, with_kwargs=True)
+
+
+def _mark_text(model: torch.nn.Module, args: tuple[object, ...], inputs: dict[str, Any]) -> tuple[Any, Any]:
+    if not model.training or inputs.get("mm_token_type_ids") is not None:
+        return args, inputs
+    return args, {**inputs, "mm_token_type_ids": torch.zeros_like(inputs["input_ids"])}
 
 
 def _text_scores(model: PreTrainedModel) -> torch.Tensor:

@@ -360,7 +360,9 @@ def _ask(served: ServedModel, inputs: Inputs) -> Iterator[Delta]:
 
 def _check_inputs(task: AnyTask, inputs: Inputs) -> None:
     """Raise RecipeError if the task misses inputs, or does not use some."""
-    accepted = ", ".join(map(option_of, task.inputs))
+    accepted = " and ".join(option_of(name) for name, required in task.inputs.items() if required)
+    optional = ", ".join(option_of(name) for name, required in task.inputs.items() if not required)
+    accepted = f"{accepted}, and optionally {optional}" if accepted and optional else accepted or optional
     problems = [
         Problem(f"task {task.name} needs it", option_of(name), f"Give {accepted}.")
         for name, required in task.inputs.items()

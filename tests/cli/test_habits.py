@@ -146,6 +146,20 @@ def test_command_names_of_other_tools_point_to_ours(command: str, instead: str) 
     assert f"Use: {instead}" in done.stderr
 
 
+def test_messages_name_what_is_required_and_no_library() -> None:
+    done = invoke("run", "tiny.yaml", "--until", "foo")
+    assert (done.exit_code, "'--until': 'foo' is not one of" in done.stderr) == (2, True), done.stderr
+    done = invoke("generate", "latest", "--pair", "x", stdin="")
+    assert "Give --prompt, and optionally --system." in done.stderr
+
+
+def test_settings_of_an_evaluation_are_saved_only_if_they_changed() -> None:
+    saved = "Saved these settings with the run"
+    assert saved not in invoke("evaluate", "runs/tiny").stderr
+    assert saved in invoke("evaluate", "runs/tiny", "--set", "evaluate.metrics=[loss]").stderr
+    assert saved in invoke("evaluate", "runs/tiny", "--set", "evaluate.metrics=[loss,accuracy,exact_match]").stderr
+
+
 def test_help_and_version_also_work_as_commands() -> None:
     assert invoke("version").stdout == invoke("-V").stdout == invoke("--version").stdout
     assert "--dry-run" in invoke("help", "run").stdout

@@ -48,6 +48,16 @@ def test_files_columns_and_models_are_checked(
     assert words in found.stderr.replace("\n    ", " ") or words in found.stderr
 
 
+def test_problems_of_all_stages_are_reported_at_once(here: Path) -> None:
+    (here / "rows.csv").write_text("question,answer\n,Here.\nWhere?,There.\n")
+    evaluate = {"champion": "runs/none", "metrics": ["loss", "own.py:f"]}
+    write_recipe(here / "mine.yaml", "/no/such/model", "rows.csv", evaluate=evaluate)
+    found = invoke(*LIGHT, "mine.yaml")
+    assert found.exit_code == 2
+    for words in ("runs/none: run folder not found", "own.py: cannot be read", "/no/such/model", "'question' is empty"):
+        assert words in found.stderr
+
+
 @pytest.mark.parametrize("tracker", ["swanlab", "comet_ml"])
 def test_a_missing_tracker_is_a_note_of_check_and_an_error_before_training(here: Path, tracker: str) -> None:
     (here / "rows.csv").write_text("question,answer\n" + "".join(f"Where is parcel {i}?,Here {i}.\n" for i in range(9)))

@@ -28,6 +28,12 @@ COMMANDS = {
 }
 
 
+def test_all_retired_options_of_a_command_are_named_at_once():
+    said = " ".join(invoke("launch", "slurm", "x.yaml", "--follow", "--time=3", "--mem", "4").stderr.split())
+    said = said.replace("│ │ ", "")
+    assert all(RETIRED[f"launch slurm --{name}"] in said for name in ("follow", "time", "mem")), said
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_retired_names_are_refused_with_their_replacement(name, here):
     (here / "rows.csv").write_text("question,answer\nWhere is my parcel?,On its way.\n")

@@ -14,6 +14,7 @@ from support.architecture_checks import (
     relative_distance,
     take_step,
 )
+from support.architectures import build
 from support.image_text import FAMILIES, build_image_text
 
 from llmtune.errors import RecipeError
@@ -43,3 +44,29 @@ def test_loss_and_gradients_are_those_of_the_complete_checkpoint(family: str, pa
     assert abs(float(loss - expected)) <= TOLERANCE * float(expected)
     assert gradients(adapted.model).keys() == gradients(plain).keys()
     assert relative_distance(gradients(adapted.model), gradients(plain)) <= TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("model_type", "reason"),
+    [
+        ("blip", "cannot read text alone"),
+        ("pi0", "cannot read text alone"),
+        ("pix2struct", "cannot be used for the task chat"),
+        ("diffusion_gemma", "does not ignore padding"),
+    ],
+)
+def test_a_class_that_cannot_learn_from_text_alone_is_refused_by_name(
+    model_type: str, reason: str, tmp_path: Path
+) -> None:
+    build(KIND, model_type, tmp_path)
+    with pytest.raises(RecipeError, match=reason) as error:
+        adapt(recipe_for(KIND, tmp_path, packing=False))
+    assert error.value.problems[0].where == "model.name"
+
+
+def test_molmo2_which_asks_for_the_kinds_of_tokens_in_training_learns_from_text(tmp_path: Path) -> None:
+    build(KIND, "molmo2", tmp_path)
+    recipe = recipe_for(KIND, tmp_path, packing=True)
+    adapted, task = adapt(recipe)
+    assert float(take_step(adapted, task, recipe, [example_for(KIND, 9)], packs=True)) > 0
+    assert gradients(adapted.model)

@@ -1,5 +1,6 @@
 """Text tunes of checkpoints that also read images: their own class, without its towers."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -166,3 +167,64 @@ def test_llama_4_scores_as_its_language_model_alone(tmp_path):
     with torch.no_grad():
         scores = open_model(recipe_with(tmp_path), training=False).model(input_ids=ids).logits
         assert torch.allclose(scores, complete.language_model(input_ids=ids).logits, rtol=1e-5, atol=1e-5)
+
+
+def change_config(folder: Path, section: str | None = None, **keys: object) -> Path:
+    path = folder / "config.json"
+    config = json.loads(path.read_text("utf-8"))
+    (config[section] if section else config).update(keys)
+    path.write_text(json.dumps(config), "utf-8")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("family", "architectures", "wanted"),
+    [
+        ("qwen3_5", ["Qwen3_5ForCausalLM"], "Qwen3_5ForCausalLM"),
+        ("qwen3_5", [], "Qwen3_5ForConditionalGeneration"),
+        ("llama4", ["Llama4ForCausalLM"], "Llama4ForCausalLM"),
+    ],
+)
+def test_a_checkpoint_may_name_the_class_for_text_alone(tmp_path, family, architectures, wanted):
+    change_config(build_image_text(tmp_path, family), architectures=architectures)
+    assert type(open_model(recipe_with(tmp_path, data={"packing": False})).model).__name__ == wanted
+
+
+@pytest.mark.parametrize(
+    ("family", "task", "wanted"),
+    [
+        ("gemma3", "classify", "Gemma3ForSequenceClassification"),
+        ("qwen3_5", "rerank", "Qwen3_5ForSequenceClassification"),
+        ("llava", "embed", "LlavaModel"),
+        ("qwen2_5_vl", "embed", "Qwen2_5_VLModel"),
+    ],
+)
+def test_heads_and_pooling_are_put_on_the_language_model(tmp_path, family, task, wanted):
+    recipe = recipe_with(build_image_text(tmp_path, family)).model_copy(update={"task": task})
+    model = open_model(recipe).model
+    assert type(model).__name__ == wanted
+    assert find_towers(model) == []
+    assert dropped_modules(model)
+
+
+@pytest.mark.parametrize(
+    ("family", "task"),
+    [("llava", "classify"), ("llava", "rerank"), ("llama4", "embed"), ("qwen3_vl", "token-classify")],
+)
+def test_a_task_without_a_class_of_transformers_is_refused_by_name(tmp_path, family, task):
+    recipe = recipe_with(build_image_text(tmp_path, family)).model_copy(update={"task": task})
+    with pytest.raises(RecipeError, match=f"ForConditionalGeneration: it cannot be used for the task {task}"):
+        task_for(recipe)
+
+
+def test_a_configuration_that_transformers_reads_is_not_called_damaged(tmp_path):
+    change_config(build_image_text(tmp_path, "llava"), "text_config", pad_token_id=99_999)
+    with pytest.raises(EnvironmentProblem, match="Padding_idx must be within num_embeddings") as error:
+        open_model(recipe_with(tmp_path, adapter={"method": "qlora"}))
+    assert "damaged" not in error.value.problems[0].fix
+
+
+def test_a_configuration_that_transformers_refuses_is_explained(tmp_path):
+    change_config(build_image_text(tmp_path, "llava"), "text_config", hidden_size=63)
+    with pytest.raises(EnvironmentProblem, match=r"hidden size .63. is not a multiple"):
+        open_model(recipe_with(tmp_path))
