@@ -11,8 +11,10 @@ from huggingface_hub import ModelCard
 from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from support.exports import export_tuned
+from support.classifying import colour_rows
+from support.exports import SILENT, export_tuned, judged, searched
 from support.image_text import build_image_text, picture
+from support.pairs import run_recipe
 from support.runs import invoke, write_colours, write_recipe
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -159,7 +161,10 @@ def test_a_gguf_file_of_the_language_model_has_one_with_the_towers_next_to_it(tu
     stem = next(one for one in reader.tensors if one.name == "v.patch_embd.weight")
     weight = stored(base)["vision_tower.vision_model.embeddings.patch_embedding.weight"]
     torch.testing.assert_close(torch.tensor(stem.data).float(), weight, atol=1e-3, rtol=1e-3)
-    assert export_tuned(tune(base), gguf_format("f32", adapter_only=True), tmp_path / "adapter")["adapter"]["modules"] == 14
+    assert (
+        export_tuned(tune(base), gguf_format("f32", adapter_only=True), tmp_path / "adapter")["adapter"]["modules"]
+        == 14
+    )
 
 
 def test_towers_that_llama_cpp_does_not_know_are_named_next_to_the_language_model(tune, tmp_path, console):
@@ -205,6 +210,18 @@ def test_text_alone_is_refused_where_it_means_nothing(tune, tiny_llama, tmp_path
     base = build_image_text(tmp_path / "base", "qwen2_5_vl")
     with pytest.raises(RecipeError, match=r"no class for the text of .* \(qwen2_5_vl_text\) alone"):
         export_tuned(tune(base), merged_format(text_only=True), tmp_path / "merged")
+
+
+def test_a_head_and_vectors_are_merged_into_a_complete_checkpoint_and_pairs_are_refused(tmp_path):
+    base = build_image_text(tmp_path / "base", "gemma3")
+    brief = {"train": {"max_steps": 1, "num_train_epochs": None}, "deploy": ["merged"], **SILENT}
+    for task, rows in (("classify", colour_rows(40)), ("embed", searched(24))):
+        run_recipe(tmp_path / task, base, rows, task, **brief)
+        merged = stored(tmp_path / task / "run/merged")
+        others = outside_text(stored(base))
+        assert sum(any(torch.equal(one, other) for other in merged.values()) for one in others.values()) == len(others)
+    with pytest.raises(RecipeError, match="pairs of texts to the processor"):
+        run_recipe(tmp_path / "rerank", base, judged(24), "rerank", **brief)
 
 
 # Complete runs
