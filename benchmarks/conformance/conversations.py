@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 from conformance.reference import Gradient, Piece, Reference, Text
 
-Part = Literal["prompt", "header", "answer", "end", "after"]
-"""`header` is the line break before an answer, `after` the one after its end."""
+Part = Literal["prompt", "header", "answer", "end", "after", "border", "picture"]
+"""`header` is the line break before an answer, `after` the one after its end; `border` is around a picture."""
 Turn = tuple[str, str]
 """A role and a text."""
 Ways = Mapping[str, frozenset[Part]]

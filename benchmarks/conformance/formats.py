@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 TAGS = {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"}
@@ -10,6 +11,11 @@ TAGS |= {"observation_tag": "tool", "function_tag": "function_call", "system_tag
 SHAREGPT: dict[str, dict[str, Any]] = {
     "messages": {"formatting": "sharegpt", "tags": TAGS, "columns": {"messages": "messages", "tools": "tools"}},
     "text": {"columns": {"prompt": "text"}},
+    "pictures": {
+        "formatting": "sharegpt",
+        "tags": TAGS,
+        "columns": {"messages": "messages", "images": "images"},
+    },
     "preference": {
         "formatting": "sharegpt",
         "tags": TAGS,
@@ -54,6 +60,15 @@ def as_sharegpt(row: dict[str, Any]) -> dict[str, Any]:
     if "messages" in row:
         row["tools"] = json.dumps(row["tools"]) if row.get("tools") else ""
     return one_answer(row)
+
+
+def as_parts(row: dict[str, Any]) -> dict[str, Any]:
+    """Write each content as parts, with a part for each `<image>`."""
+    for turn in row["messages"]:
+        pieces = re.split("(<image>)", turn["content"])
+        parts = ({"type": "image"} if piece == "<image>" else {"type": "text", "text": piece} for piece in pieces)
+        turn["content"] = [part for part in parts if part.get("text") != ""]
+    return row
 
 
 def one_answer(row: dict[str, Any]) -> dict[str, Any]:

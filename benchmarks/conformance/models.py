@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     AutoModelForCausalLM,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
     LlamaConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
@@ -26,6 +29,15 @@ CORPUS = [
 ]
 CHATML = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 LLAMA = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+GEMMA = ["<pad>", "<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>"]
+IMAGE = {"boi_token": "<start_of_image>", "image_token": "<image_soft_token>", "eoi_token": "<end_of_image>"}
+SIDE, IMAGE_TOKENS = 56, 16
+"""The side of a picture in pixels, and the tokens that it takes."""
+TOWER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+TOWER |= {"image_size": SIDE, "patch_size": 14, "vision_use_head": False}
+PREPROCESSOR = {"do_normalize": True, "do_rescale": True, "do_resize": True, "image_mean": [0.5] * 3}
+PREPROCESSOR |= {"image_std": [0.5] * 3, "resample": 2, "rescale_factor": 1 / 255}
+PREPROCESSOR |= {"image_processor_type": "Gemma3ImageProcessor", "size": {"height": SIDE, "width": SIDE}}
 CALLS = ["<tool_call>", "</tool_call>"]
 THOUGHTS = [*CALLS, "<tool_response>", "</tool_response>", "<think>", "</think>"]
 SHAPE: dict[str, Any] = {
@@ -50,7 +62,7 @@ SCALED: dict[str, Any] = {
 
 
 def build_model(family: str, folder: Path, seed: int = 0) -> Path:
-    """Save a model and its tokenizer in `folder`: qwen2.5, qwen3, llama3 or t5.
+    """Save a model and its tokenizer in `folder`: qwen2.5, qwen3, llama3, t5 or gemma3, which also reads pictures.
 
     `llama3-unpadded` has no pad token, as the real one; `llama3-scaled` scales rotations as Llama 3.1 does;
     `qwen2.5-overflowing` has a norm that overflows float32; `qwen2.5-plain` has no chat template.
@@ -69,6 +81,14 @@ def build_model(family: str, folder: Path, seed: int = 0) -> Path:
         tokenizer.chat_template = read_template("llama3")
         rope = {"rope_parameters": SCALED} if family.endswith("-scaled") else {}
         model = AutoModelForCausalLM.from_config(LlamaConfig(**SHAPE, **ids_of(tokenizer), **rope))
+    elif family == "gemma3":
+        tokenizer = train_tokenizer([*GEMMA, *IMAGE.values()], [], bos="<bos>", eos="<eos>", pad="<pad>")
+        tokenizer.chat_template = read_template("gemma3")
+        ids = {f"{name}_index": tokenizer.convert_tokens_to_ids(token) for name, token in IMAGE.items()}
+        text = {**SHAPE, **ids_of(tokenizer), "num_hidden_layers": 6, "query_pre_attn_scalar": 16}
+        shape = {"text_config": text, "vision_config": TOWER, "mm_tokens_per_image": IMAGE_TOKENS}
+        model = Gemma3ForConditionalGeneration(Gemma3Config(**shape, **ids, initializer_range=0.1))
+        torch.nn.init.normal_(model.model.multi_modal_projector.mm_input_projection_weight, std=0.2)  # else zeros
     else:
         config, added = (Qwen3Config, THOUGHTS) if family == "qwen3" else (Qwen2Config, CALLS)
         tokenizer = train_tokenizer(CHATML, added, eos="<|im_end|>", pad="<|endoftext|>")
@@ -82,13 +102,26 @@ def build_model(family: str, folder: Path, seed: int = 0) -> Path:
     tokenizer.save_pretrained(folder)
     # The form that every tool reads, not only those with the newest transformers.
     add_settings(folder / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
-    if family != "t5" and not family.endswith("-scaled"):
+    if family == "gemma3":
+        finish_gemma(folder)
+    elif family != "t5" and not family.endswith("-scaled"):
         add_settings(folder / "config.json", rope_theta=10000.0)
     return folder
 
 
+def finish_gemma(folder: Path) -> None:
+    """Add the processor's files, and name the tower's weights, as the released checkpoints have them."""
+    add_settings(folder / "tokenizer_config.json", **IMAGE, extra_special_tokens=IMAGE)
+    add_settings(folder / "preprocessor_config.json", **PREPROCESSOR, processor_class="Gemma3Processor")
+    add_settings(folder / "processor_config.json", image_seq_length=IMAGE_TOKENS, processor_class="Gemma3Processor")
+    weights = load_file(folder / "model.safetensors")
+    named = {name.replace("vision_tower.", "vision_tower.vision_model."): weight for name, weight in weights.items()}
+    save_file(named, folder / "model.safetensors", {"format": "pt"})
+
+
 def add_settings(file: Path, **settings: Any) -> None:
-    file.write_text(json.dumps({**json.loads(file.read_text()), **settings}, indent=2))
+    before = json.loads(file.read_text()) if file.exists() else {}
+    file.write_text(json.dumps({**before, **settings}, indent=2))
 
 
 def train_tokenizer(special: list[str], added: list[str], eos: str, pad: str | None, bos: str | None = None) -> Any:

@@ -7,6 +7,7 @@ see by hand, as pieces: `[("<|im_start|>assistant\n", False), ("Blue.<|im_end|>"
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSeq2SeqLM, AutoTokenizer
 
 Piece = tuple[str, bool]
 Text = Sequence[Piece]
@@ -24,6 +25,9 @@ Project = Callable[[Weights], Weights]
 TOLERANCE = 1e-3
 """Largest relative distance of two gradients that count as the same; float32 needs about 1e-5."""
 IGNORED = -100
+TOWER = "vision_tower.", "multi_modal_projector."
+"""Beginnings of the names of weights that see."""
+KINDS = {"t5": AutoModelForSeq2SeqLM, "gemma3": AutoModelForImageTextToText}
 
 
 class Reference:
@@ -36,24 +40,30 @@ class Reference:
         """A token that a tool learns after each text, which has a case of its own."""
         self.frozen: tuple[str, ...] = ()
         """Beginnings of the names of weights that a tool does not train, which has a case of its own."""
+        self.both_ways = True
+        """Whether tokens of a picture see each other both ways; a tool that ignores it has a case for it."""
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
-        kind = AutoModelForSeq2SeqLM if "t5" in folder.name else AutoModelForCausalLM
+        kind = KINDS.get(folder.name.partition("-")[0], AutoModelForCausalLM)
         self.model: Any = kind.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
-        self.start = {name: weight.detach().clone() for name, weight in self.model.named_parameters()}
-        self._known: dict[tuple[Gradient, int | None, tuple[str, ...]], Weights] = {}
+        named = {plain_name(name): weight for name, weight in self.model.named_parameters()}
+        self.parameters = {name: weight for name, weight in named.items() if not name.startswith(TOWER)}
+        """The weights of the language model: tools may freeze a tower."""
+        self.start = {name: weight.detach().clone() for name, weight in self.parameters.items()}
+        self._known: dict[tuple[Gradient, int | None, tuple[str, ...], bool], Weights] = {}
 
     @contextmanager
     def allowing(self, result: Mapping[str, Any]) -> Iterator[None]:
         """Compute with the habits of a tool that have cases of their own, as its adapter names them."""
         self.after, self.frozen = result.get("after"), tuple(result.get("frozen", ()))
+        self.both_ways = not result.get("one_way")
         try:
             yield
         finally:
-            self.after, self.frozen = None, ()
+            self.after, self.frozen, self.both_ways = None, (), True
 
     def of(self, gradient: Gradient) -> Weights:
         """Return a case's gradient, computed once for all tools."""
-        key = gradient, self.after, self.frozen
+        key = gradient, self.after, self.frozen, self.both_ways
         if key not in self._known:
             self._known[key] = gradient(self)
         return self._known[key]
@@ -73,15 +83,18 @@ class Reference:
         return ids + after, [token if learned[begin] else IGNORED for token, (begin, _) in pairs] + after
 
     def loss(
-        self, ids: Sequence[int], labels: Sequence[int], positions: Sequence[int] | None = None
+        self, ids: Sequence[int], labels: Sequence[int], positions: Sequence[int] | None = None, **inputs: Any
     ) -> tuple[torch.Tensor, int]:
         """Return the sum of the token losses of one text, alone in its batch, and their number.
 
-        Every token sees all tokens before it; `positions` replaces their numbers only.
+        Every token sees all tokens before it; `positions` replaces their numbers only. `inputs` are a picture's.
         """
         ones = torch.ones(1, len(ids), dtype=torch.long)
         places = None if positions is None else torch.tensor([positions])
-        logits = self.model(input_ids=torch.tensor([ids]), attention_mask=ones, position_ids=places).logits[0, :-1]
+        inputs |= {"input_ids": torch.tensor([ids]), "attention_mask": ones, "position_ids": places}
+        if "token_type_ids" in inputs and not self.both_ways:
+            inputs["token_type_ids"] = torch.zeros_like(inputs["token_type_ids"])
+        logits = self.model(**inputs).logits[0, :-1]
         return sum_losses(logits, torch.tensor(labels[1:]))
 
     def translate(self, source: str, target: str) -> tuple[torch.Tensor, int]:
@@ -107,14 +120,14 @@ class Reference:
         return self.differentiate(sum(means) / len(means))
 
     def differentiate(self, loss: Any) -> Weights:
-        names, weights = zip(*self.model.named_parameters(), strict=True)
+        names, weights = zip(*self.parameters.items(), strict=True)
         found = torch.autograd.grad(loss, weights, allow_unused=True)
         return {n: torch.zeros_like(w) if g is None else g for n, w, g in zip(names, weights, found, strict=True)}
 
     def after_steps(self, steps: Sequence[Sequence[Text]], rates: Sequence[float]) -> Weights:
         """Take several steps of plain SGD; return the change of all weights over the first rate, negated."""
         encoded = [[self.encode(text) for text in texts] for texts in steps]
-        weights = dict(self.model.named_parameters())
+        weights = self.parameters
         for texts, rate in zip(encoded, rates, strict=True):
             gradient = self.gradient_of([self.loss(*pair) for pair in texts])
             with torch.no_grad():
@@ -150,20 +163,29 @@ def sum_losses(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tenso
 def adapter_step(saved: Weights, config: Mapping[str, Any], learning_rate: float) -> tuple[Weights, Project]:
     """Return the gradients of all matrices B of a LoRA: scale x gradient of the full weight x A transposed."""
     scale = config["lora_alpha"] / (config["r"] ** 0.5 if config.get("use_rslora") else config["r"])
-    prefix, suffix = "base_model.model.", ".lora_B.weight"
-    modules = [name.removeprefix(prefix).removesuffix(suffix) for name in saved if name.endswith(suffix)]
-    step = {module: -saved[f"{prefix}{module}{suffix}"].float() / learning_rate for module in modules}
+    saved = {name.removeprefix("base_model.model."): weight.float() for name, weight in saved.items()}
+    suffix = ".lora_B.weight"
+    modules = [name.removesuffix(suffix) for name in saved if name.endswith(suffix)]
+    step = {module: -saved[f"{module}{suffix}"] / learning_rate for module in modules}
 
     def project(gradient: Weights) -> Weights:
-        downs = {module: saved[f"{prefix}{module}.lora_A.weight"].float() for module in modules}
-        return {module: scale * gradient[f"{module}.weight"] @ downs[module].T for module in modules}
+        return {module: scale * gradient[f"{module}.weight"] @ saved[f"{module}.lora_A.weight"].T for module in modules}
 
     return step, project
 
 
 def read_weights(folder: Path) -> dict[str, torch.Tensor]:
     """Return the weights of all safetensors files of a folder."""
-    return {name: weight for file in sorted(folder.glob("*.safetensors")) for name, weight in load_file(file).items()}
+    files = sorted(folder.glob("*.safetensors"))
+    return {plain_name(name): weight for file in files for name, weight in load_file(file).items()}
+
+
+def plain_name(name: str) -> str:
+    """Return the name of a weight of Gemma 3 as its newest class has it; released files have older names."""
+    name = re.sub(r"^(.*\.)?(language_model|vision_tower|multi_modal_projector)\.", r"\2.", name)
+    return name.replace("language_model.model.", "language_model.").replace(
+        "vision_tower.vision_model.", "vision_tower."
+    )
 
 
 def distance(found: Weights, expected: Weights) -> float:

@@ -33,6 +33,7 @@ from conformance.case import Case, Finding, Job, Result  # noqa: E402
 from conformance.environments import VARIABLES, Tool, list_tools  # noqa: E402
 from conformance.models import build_model  # noqa: E402
 from conformance.page import PAGE, TABLE, collect, render  # noqa: E402
+from conformance.pictures import draw  # noqa: E402
 from conformance.reference import Reference  # noqa: E402
 from conformance.statements import Statements, read_statements  # noqa: E402
 
@@ -142,6 +143,8 @@ def place_jobs(case: Case, key: str, folder: Path, cache: Path, fresh: bool) -> 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> str | None:
     if not rows:
         return None
+    for row in rows:
+        row |= {"images": [draw(name, path.parent) for name in row["images"]]} if "images" in row else {}
     if path.suffix == ".parquet":
         import pyarrow
         import pyarrow.parquet
@@ -229,7 +232,7 @@ def hide_folders(text: str) -> str:
 
 def make_key(tool: Tool, case: Case, versions: Mapping[str, str]) -> str:
     """Hash everything that a run depends on."""
-    files = [tool.adapter, *(HERE / f"{name}.py" for name in ("adapter", "formats", "models"))]
+    files = [tool.adapter, *(HERE / f"{name}.py" for name in ("adapter", "formats", "models", "pictures"))]
     source = [hash_source(HERE.parents[1] / tool.source)] if tool.source else []
     stated = json.dumps([versions, case.hash_jobs(), [read_code(file) for file in files], *source])
     return hashlib.sha256(stated.encode()).hexdigest()[:16]
@@ -282,7 +285,7 @@ def read_commit() -> str:
     def git(*arguments: str) -> str:
         return subprocess.run(["git", *arguments], cwd=HERE, capture_output=True, text=True).stdout.strip()
 
-    files = "cases", "tools/*.py", "adapter.py", "formats.py", "models.py"
+    files = "cases", "tools/*.py", "adapter.py", "formats.py", "models.py", "pictures.py"
     commit = git("rev-parse", "--short=12", "HEAD") or "unknown"
     return f"{commit}-dirty" if git("status", "--porcelain", "--", *files) else commit
 

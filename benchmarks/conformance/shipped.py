@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from conformance.reference import Reference, Text, Weights, distance, read_weights
+from conformance.case import Case, Finding, Result
+from conformance.models import IMAGE
+from conformance.pictures import open_picture
+from conformance.reference import TOWER, Reference, Text, Weights, distance, read_weights
+from transformers import AutoProcessor
 
 PREFIX = "base_model.model."
 SAME_LOSS = 1e-4
@@ -38,13 +43,13 @@ def tuned_weights(reference: Reference, folder: Path) -> dict[str, torch.Tensor]
 def loaded(reference: Reference, weights: Weights) -> Iterator[None]:
     """Give the reference model other weights for a while."""
     with torch.no_grad():
-        for name, weight in reference.model.named_parameters():
+        for name, weight in reference.parameters.items():
             weight.copy_(weights[name])
     try:
         yield
     finally:
         with torch.no_grad():
-            for name, weight in reference.model.named_parameters():
+            for name, weight in reference.parameters.items():
                 weight.copy_(reference.start[name])
 
 
@@ -66,7 +71,7 @@ def closest_piece(reference: Reference, whole: str, step: Any) -> float:
     ids = reference.tokenizer(whole, add_special_tokens=False)["input_ids"]
     logits = reference.model(input_ids=torch.tensor([ids])).logits[0, :-1]
     losses = torch.nn.functional.cross_entropy(logits, torch.tensor(ids[1:]), reduction="none")
-    names, weights = zip(*reference.model.named_parameters(), strict=True)
+    names, weights = zip(*reference.parameters.items(), strict=True)
     ends = [len(losses) - cut for cut in range(3)]
     best = float("inf")
     for begin in range(len(losses)):
@@ -74,3 +79,42 @@ def closest_piece(reference: Reference, whole: str, step: Any) -> float:
             found = torch.autograd.grad(losses[begin:end].mean(), weights, retain_graph=True)
             best = min(best, distance(moved, project(dict(zip(names, found, strict=True)))))
     return best
+
+
+def judge_tower_of_adapter(case: Case, reference: Reference, results: Mapping[str, Result]) -> Finding:
+    """Require that an adapter has matrices in the language model only."""
+    [result] = results.values()
+    assert result.model is not None, "a job that is done has a model"
+    names = [name.removeprefix(PREFIX) for name in read_weights(result.model) if ".lora_" in name]
+    seeing = [name for name in names if name.startswith(TOWER)]
+    if names and not seeing:
+        return Finding("right", "")
+    return Finding("silently wrong", f"an adapter in the tower: {len(seeing)} of {len(names)} matrices")
+
+
+def judge_processor(case: Case, reference: Reference, results: Mapping[str, Result]) -> Finding:
+    """Require that a merged folder opens with AutoProcessor, and reads a text and a picture as the base does."""
+    [result] = results.values()
+    merged = Path(result.found["merged"])
+    lost = [file for file in ("preprocessor_config.json", "processor_config.json") if not (merged / file).exists()]
+    try:
+        base, after = (AutoProcessor.from_pretrained(folder) for folder in (reference.folder, merged))
+        inputs = [one(text=f"{IMAGE['boi_token']}Which?", images=open_picture("a.png")) for one in (base, after)]
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        return Finding("silently wrong", f"no processor: {type(error).__name__}, without {', '.join(lost)}")
+    if base.chat_template != after.chat_template:
+        return Finding("silently wrong", "another chat template")
+    same = all(np.array_equal(inputs[0][key], inputs[1][key]) for key in ("input_ids", "pixel_values"))
+    return Finding("right" if same else "silently wrong", "" if same else "another reading of a picture")
+
+
+def judge_tower_of_merged(case: Case, reference: Reference, results: Mapping[str, Result]) -> Finding:
+    """Require that every tensor outside the language model is equal to the base's."""
+    [result] = results.values()
+    base, merged = read_weights(reference.folder), read_weights(Path(result.found["merged"]))
+    tower = {name: weight for name, weight in base.items() if name.startswith(TOWER)}
+    lost = [name for name in tower if name not in merged]
+    other = [name for name in tower if name in merged and not torch.equal(tower[name], merged[name])]
+    if not lost and not other:
+        return Finding("right", f"{len(tower)} tensors of the tower equal the base's")
+    return Finding("silently wrong", f"the tower of {len(tower)} tensors: {len(lost)} lost, {len(other)} changed")

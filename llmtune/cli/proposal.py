@@ -78,7 +78,7 @@ def propose_recipe(
     """Return the recipe's text and its model; `splits` and `corpus` are files of a retrieval set."""
     cuda = likely_device() == "cuda"
     memory = max(card.memory_bytes for card in list_cards()) if cuda else process_memory_limit() / 2
-    model = model or propose_model(reading.task, memory)
+    model = model or propose_model(reading.task, memory, on_gpu=cuda)
     sources = _write_sources(survey, target)
     note = "the encodings differ, so each file is a source; add a line for a new file" if len(sources) > 1 else ""
     data = _list_source_lines("train", sources, note)
@@ -298,14 +298,16 @@ def _max_dropped(unread: int, looked_at: int) -> list[str]:
     return [f"max_dropped: {math.ceil(100 * share + 1) / 100}  # {why}"]
 
 
-def propose_model(task: str, memory_bytes: float) -> str:
-    """Return the packaged model if it is installed, else a hub model that can train in `memory_bytes`."""
+def propose_model(task: str, memory_bytes: float, *, on_gpu: bool) -> str:
+    """Return a hub model that can train in `memory_bytes`; without a GPU the packaged one, if it is installed."""
     proposed = PROPOSED_MODELS[TASK_FACTS[task].models[0]]
     try:
-        version(proposed.distribution)
+        if not on_gpu:
+            version(proposed.distribution)
+            return proposed.packaged
     except PackageNotFoundError:
-        return [model for least, model in proposed.hub if memory_bytes >= least][-1]
-    return proposed.packaged
+        pass
+    return [model for least, model in proposed.hub if memory_bytes >= least][-1]
 
 
 def _round_up_tokens(characters: int, bounds: tuple[int, int], more: int = 0) -> int:

@@ -140,6 +140,14 @@ KNOWN_CALLS: Sequence[Json] = (
         "</tool_call>",
         r"<arg_key>(?P<key>.+?)</arg_key>\s*<arg_value>(?P<value>.*?)</arg_value>",
     ),
+    {  # Gemma 4
+        "open_pattern": rf"<\|tool_call>call:(?P<name>{A_NAME})(?=\{{)",
+        "close": "<tool_call|>",
+        "repeats": True,
+        "content": "json",
+        "content_args": {"string_delims": [['<|"|>', '<|"|>']], "unquoted_keys": True},
+        "transform": _NAMED,
+    },
     {  # Hermes, Qwen 2.5 and 3, SmolLM 3
         "open_pattern": "<tool_call>",
         "close": "</tool_call>",
@@ -159,7 +167,7 @@ def read_calls(one: str, two: str | None) -> tuple[Json | None, tuple[str, ...]]
     """
     for family in KNOWN_CALLS:
         opened = re.search(family["open_pattern"], one)
-        if opened and (family["content"] != "json" or re.match(r'\s*\{.*"arguments"', one[opened.end() :])):
+        if opened and (family["transform"] is _NAMED or re.match(r'\s*\{.*"arguments"', one[opened.end() :])):
             around = one[: opened.start()].strip(), one.partition(family["close"])[2].strip()
             return family, tuple(filter(None, around))
     call = _find_call(one, 0)

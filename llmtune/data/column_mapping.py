@@ -171,7 +171,8 @@ def infer_columns(rows: RawRows, wanted: Sequence[str], aliases: Aliases) -> dic
     usual_names = {name for ours in wanted for name in (ours, *aliases.get(ours, ()))}
     refused = () if wanted[-1] in COMPARED else COMPARED
     names = dict.fromkeys(name for row in rows for name in row if name.lower() not in refused)
-    texts = [name for name in names if name.lower() in usual_names or is_text(rows, name)]
+    heard = [name for name in names if wanted[0] == "audio" and names_recordings(rows, name)]
+    texts = [name for name in names if name.lower() in usual_names or is_text(rows, name) or name in heard]
     if len(texts) < len(wanted):
         return None
     return _assign(rows, wanted, texts, aliases)
@@ -187,7 +188,7 @@ def _assign(rows: RawRows, wanted: Sequence[str], texts: Sequence[str], aliases:
         columns[ours] = named[0] if named else _by_values(rows, ours, left)
         left.remove(columns[ours])
     if wanted[0] == "audio":
-        left = [name for name in left if all(RECORDING.search(str(row.get(name))) for row in rows)]
+        left = [name for name in left if names_recordings(rows, name)]
     left = _columns_called(wanted[0], left, aliases) or [name for name in left if not repeats(rows, name)] or left
     if not left:
         return None
@@ -222,10 +223,15 @@ def repeats(rows: RawRows, name: str) -> bool:
     return len(rows) >= MANY_ROWS and len({str(row.get(name)) for row in rows}) <= len(rows) / 4
 
 
+def names_recordings(rows: RawRows, name: str) -> bool:
+    """Whether all cells of a column end as recordings do."""
+    return all(RECORDING.search(str(row.get(name))) for row in rows)
+
+
 def is_text(rows: RawRows, name: str) -> bool:
-    """Whether a column has text that differs from row to row; numbers, dates and identifiers do not count."""
+    """Whether a column has text that differs from row to row; numbers, dates, identifiers and files do not count."""
     values = [value for row in rows if isinstance(value := row.get(name), str) and value.strip()]
-    if len(values) > 2 and len(set(values)) == 1:
+    if (len(values) > 2 and len(set(values)) == 1) or names_recordings(rows, name):
         return False
     letters = [sum(sign.isalpha() or sign.isspace() for sign in value) / len(value) for value in values]
     return len(values) >= TEXT_SHARE * len(rows) and mean(letters) > TEXT_SHARE

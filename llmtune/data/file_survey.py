@@ -13,7 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from llmtune.data.byte_streams import WIDE, open_bytes
-from llmtune.data.column_mapping import ANSWER_NAMES, find, flatten, infer_columns, name_columns, name_words, rename
+from llmtune.data.column_mapping import (
+    ANSWER_NAMES,
+    find,
+    flatten,
+    infer_columns,
+    name_columns,
+    name_words,
+    names_recordings,
+    rename,
+)
 from llmtune.data.encoding_guess import GUESSED_BYTES, guess_encoding
 from llmtune.data.file_readers import data_errors
 from llmtune.data.label_candidates import LabelCandidate, are_identifiers, find_class_columns
@@ -21,7 +30,7 @@ from llmtune.data.message_fields import CONTENT_KEYS, first_key, is_message, pro
 from llmtune.data.rejected_rows import NO_VALUES, RowError
 from llmtune.data.row_formats import check_mapped, detect_format, map_columns, parse_row, reads_rows
 from llmtune.data.row_hash import hash_content, iterate_strings, row_json
-from llmtune.data.row_kind import KINDS, LABELLED, MESSAGES, PAIRS, RowKind, hash_row, kind_of_row, kind_of_task
+from llmtune.data.row_kind import AUDIO, KINDS, LABELLED, MESSAGES, PAIRS, RowKind, hash_row, kind_of_row, kind_of_task
 from llmtune.data.sources import LOOKED_AT, Input, find_files, local_input
 from llmtune.data.written_numbers import read_number
 from llmtune.errors import DataError, Problem
@@ -31,8 +40,12 @@ from llmtune.records import Row
 
 MOST_ROWS = 5000
 """How many rows are read."""
-LANGUAGES = re.compile("(ar|cs|da|de|el|en|es|fi|fr|he|hi|hu|it|ja|ko|nl|no|pl|pt|ro|ru|sv|th|tr|uk|vi|zh)([-_]?..)?")
-"""Language codes that name a column of a translation."""
+LANGUAGES = re.compile(
+    "(ar|cs|da|de|el|en|es|fi|fr|he|hi|hu|it|ja|ko|nl|no|pl|pt|ro|ru|sv|th|tr|uk|vi|zh)([-_]?..)?"
+    "|arabic|chinese|czech|dutch|english|french|german|italian|japanese|korean|polish|portuguese|russian|spanish|turkish"
+    "|deutsch|englisch|französisch|italienisch|spanisch|español|inglés|français|anglais|allemand|italiano|inglese"
+)
+"""Codes and names of languages that name a column of a translation."""
 MOST_CLASSES = 50
 LEAST_DELIMITERS = 2
 """A line of a table in a text file has at least so many."""
@@ -192,6 +205,9 @@ def list_readings(survey: Survey, task: str | None = None, columns: Mapping[str,
     named = [kind.tasks[0] for kind in KINDS] if task is None else [task]
     folder = survey.row_files[0].parent
     readings = [_reading(survey, one, columns) for one in named if reads_rows(survey.first, one, columns, folder)]
+    if task is None and not columns and any(names_recordings(survey.rows, name) for name in survey.columns):
+        kept = [one for one in readings if kind_of_task(one.task) is AUDIO]  # names of files are no texts to learn
+        return kept or [_reading(survey, one, columns) for one, columns in _inferred(survey, AUDIO.tasks[0])]
     if not readings and (task is None or kind_of_task(task) is MESSAGES):
         readings = list(_conversations(survey, columns, task or MESSAGES.tasks[0]))
     if not readings and not columns and not refusals(survey, task):  # known names count, even if values are bad

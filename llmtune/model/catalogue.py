@@ -34,7 +34,9 @@ class CatalogueModel:
     parameters: int
     model_type: str
     config: Mapping[str, Any]
-    """Sizes, named as in the model's own configuration."""
+    """Sizes, named as in the model's own configuration; one section per part of a model that also sees."""
+    source: str | None = None
+    """Address of the document with the sizes; None: the model's config.json on the hub."""
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -44,8 +46,9 @@ class CatalogueModel:
     def write_config(self, folder: Path) -> ModelRef:
         """Write its configuration for transformers; return a reference without weights."""
         folder.mkdir(parents=True, exist_ok=True)
-        values = {"model_type": self.model_type, "max_position_embeddings": self.context, **self.config}
-        (folder / "config.json").write_text(json.dumps(values), "utf-8")
+        context, text = {"max_position_embeddings": self.context}, self.config.get("text_config")
+        sizes = {**context, **self.config} if text is None else {**self.config, "text_config": {**context, **text}}
+        (folder / "config.json").write_text(json.dumps({"model_type": self.model_type, **sizes}), "utf-8")
         return ModelRef(self.name, folder, None, "")
 
     def hindrance(self, query: ModelQuery) -> str | None:

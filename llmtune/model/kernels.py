@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from llmtune.data.task_interface import TaskInterface
 from llmtune.errors import EnvironmentProblem, Problem, RecipeError
 from llmtune.model.config import head_names, in_heads
+from llmtune.model.towers import dropped_modules
 from llmtune.recipe.schema import Recipe
 
 _OWN_LOSSES = ("cross_entropy", "fused_linear_cross_entropy")
@@ -64,7 +65,8 @@ def apply_liger(model: PreTrainedModel) -> None:
     from liger_kernel.transformers import _apply_liger_kernel_to_instance  # as transformers does it
     from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
 
-    kind = model.config.model_type
+    decoder = model.get_decoder() if dropped_modules(model) else model  # Liger's own way looks for the towers
+    kind = decoder.config.model_type
     if kind not in MODEL_TYPE_TO_APPLY_LIGER_FN:
         model_types = ", ".join(sorted(MODEL_TYPE_TO_APPLY_LIGER_FN))
         raise RecipeError.of(
@@ -72,7 +74,7 @@ def apply_liger(model: PreTrainedModel) -> None:
             "train.use_liger_kernel",
             f"Remove the key. Liger supports: {model_types}.",
         )
-    _apply_liger_kernel_to_instance(model, **dict.fromkeys(_OWN_LOSSES, False))
+    _apply_liger_kernel_to_instance(decoder, **dict.fromkeys(_OWN_LOSSES, False))
 
 
 # Root-mean-square norms with frozen weights, in one autograd function that keeps only its input for the backward pass.

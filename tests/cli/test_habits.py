@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 from support.runs import finish_run, invoke
+from support.templates import NO_SYSTEM
 
 from llmtune.cli.app import EXIT_CODES
 from llmtune.data.message_fields import ROLES
@@ -96,6 +97,29 @@ def test_an_error_of_a_row_names_the_column_of_the_file(folder: Path) -> None:
     (folder / "asked.csv").write_text(f"Instruction,id\n{QUESTION},1\n,2\n")
     done = invoke("generate", "latest", "--input", "asked.csv")
     assert "'Instruction' is empty" in json.loads(done.stdout.splitlines()[1])["error"], done.stdout
+
+
+def test_a_file_of_rows_is_read_in_its_encoding(folder: Path) -> None:
+    text = f"Größe,question\nüber,{QUESTION}\nweiß,Wie groß, wie schön?\n".replace("groß, wie", "groß; wie")
+    (folder / "utf8.csv").write_text(text, encoding="utf-8")
+    (folder / "windows.csv").write_text(text, encoding="cp1252")
+    first, second = (invoke("generate", "latest", "--input", name) for name in ("utf8.csv", "windows.csv"))
+    assert (second.stdout, "windows.csv is read as cp1252" in second.stderr) == (first.stdout, True), second.output
+    assert "error" not in first.stdout
+
+
+def test_a_row_that_the_template_refuses_gets_an_error_and_the_others_an_answer(
+    tmp_path: Path, tiny_llama: Path
+) -> None:
+    (tmp_path / "no_system.jinja").write_text(NO_SYSTEM)
+    model = {"chat_template": str(tmp_path / "no_system.jinja")}
+    run = finish_run(tmp_path / "strict", tiny_llama, model=model, train={"max_steps": 1, "num_train_epochs": None})
+    turn, system = {"role": "user", "content": QUESTION}, {"role": "system", "content": "Be brief."}
+    rows = "".join(json.dumps({"messages": turns}) + "\n" for turns in ([system, turn], [turn]))
+    (tmp_path / "odd.jsonl").write_text(rows)
+    done = invoke("generate", run, "--input", tmp_path / "odd.jsonl")
+    first, second = map(json.loads, done.stdout.splitlines())
+    assert ("System role not supported" in first["error"], "answer" in second) == (True, True), done.output
 
 
 def test_a_row_that_exceeds_the_models_context_gets_an_error_and_the_others_an_answer(folder: Path) -> None:

@@ -12,16 +12,21 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from support.audio import write_tone
 from support.rows import rows_of
 from support.runs import invoke
 from typer.testing import Result
 
+from llmtune.compare.model_fits import DeviceMemory, list_fits
 from llmtune.data.preparation import prepare_rows
 from llmtune.data.sources import local_input
 from llmtune.evaluate.slices import read_slices
+from llmtune.model.catalogue import find_catalogue_model
 from llmtune.recipe.gate_grammar import parse_gate
 from llmtune.recipe.loader import load_recipe
+from llmtune.recipe.model_kind import PROPOSED_MODELS
 from llmtune.records import SPLITS, Rows
+from llmtune.store import machine
 from llmtune.tasks.class_labels import REGRESSION_METRICS, choose_label_metrics
 
 TICKETS = [(str(i), f"Order {i} late", f"Where is parcel number {i}?", f"It comes in {i} days.") for i in range(40)]
@@ -72,6 +77,7 @@ def test_a_ticket_file_gives_a_valid_recipe_and_the_next_command() -> None:
         ("kind,body,answer", [("ticket", f"where is {i}?", "abc"[i % 3]) for i in range(24)], "chat"),
         ("subject,body,answer", [("Order", f"where is {i}?", f"It is at {i}.") for i in range(24)], "chat"),
         ("en,de", [("The dog", "Der Hund"), ("A cat", "Eine Katze")], "translate"),
+        ("Deutsch,Englisch", [("Der Hund", "The dog"), ("Eine Katze", "A cat")], "translate"),
         ("question,passage,answer", [("Who wrote?", "Ada wrote.", "Ada")], "qa"),
         ("query,passage", [("Who wrote?", "Ada wrote.")], "embed"),
         ("query,passage,negative", [("Who wrote?", "Ada wrote.", "Ada read.")], "embed"),
@@ -205,6 +211,16 @@ def test_missing_recordings_are_named_and_never_become_another_task() -> None:
     assert done.exit_code == 3
     assert "as speech: audio missing: file not found:" in done.stderr
     assert not Path("metadata.yaml").exists()
+
+
+def test_a_column_of_recordings_is_never_a_text_to_learn(here: Path) -> None:
+    for i in range(24):
+        write_tone(here / f"recordings/tone {i}.wav", 0.2)
+    write("recordings/metadata.csv", "Datei,Text", [(f"tone {i}.wav", "abcd"[i % 4] * 3) for i in range(24)])
+    assert "task: speech" in init("recordings", "--out", "mine.yaml").stderr
+    assert load_recipe("mine.yaml").recipe.data.columns == {"audio": "Datei", "text": "Text"}
+    write("recordings/metadata.csv", "Datei,Text", [(f"missing {i}.wav", "abcd"[i % 4] * 3) for i in range(24)])
+    assert init("recordings", "--out", "other.yaml").exit_code == 3
 
 
 def test_another_tools_configuration_becomes_the_same_recipe_by_init_and_by_migrate() -> None:
@@ -531,6 +547,38 @@ def test_rows_without_a_label_or_with_a_placeholder_are_counted_with_the_candida
     teams = ["Netz", "Konto", "", "N/A", "NaN"]
     write("desk.csv", "body,team,state", [(f"words about {i}", teams[i % 5], "ab"[i % 2]) for i in range(100)])
     assert "team (2 classes: Netz 20, Konto 20, 60 rows without)" in init("desk.csv").stderr
+
+
+@pytest.mark.parametrize(
+    ("mebibytes", "proposed"),
+    [
+        (6144, "HuggingFaceTB/SmolLM2-135M-Instruct"),
+        (8188, "Qwen/Qwen3.5-0.8B"),
+        (15360, "Qwen/Qwen3.5-2B"),
+        (23034, "Qwen/Qwen3.5-4B"),
+        (24564, "Qwen/Qwen3.5-4B"),
+        (40960, "Qwen/Qwen3.5-9B"),
+    ],
+)
+def test_a_gpu_gets_a_model_by_its_memory(mebibytes: int, proposed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = Path("bin/nvidia-smi")
+    program.parent.mkdir()
+    program.write_text(f"#!/bin/sh\necho 'Some card, {mebibytes}, 8.9'\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent.resolve()}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(machine, "torch_cuda", lambda: "13.0")  # as in a build of torch for CUDA
+    write("tickets.csv", "id,subject,body,answer", TICKETS)
+    assert init().exit_code == 0
+    assert load_recipe("tickets.yaml").recipe.model.name == proposed
+
+
+@pytest.mark.parametrize(("least", "name"), PROPOSED_MODELS["decoder"].hub[1:])
+def test_a_proposed_model_may_be_used_freely_and_can_be_tuned_in_its_memory(least: float, name: str) -> None:
+    model = find_catalogue_model(name)
+    assert model.licence in ("apache-2.0", "mit")
+    fits = list_fits([model], "chat", DeviceMemory(least, "cuda"), 1024)
+    assert [one.rows >= 1 for one in fits if one.method == "lora"] == [True]
 
 
 def test_texts_that_are_longer_than_the_packaged_encoder_reads_are_truncated() -> None:

@@ -1,12 +1,20 @@
 """The catalogue: correct facts about its models, and queries in a recipe's own words."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 from support.runs import invoke, write_colours, write_recipe
 
-from llmtune.model.catalogue import ModelQuery, find_catalogue_model, read_catalogue, select_models
+from llmtune.model.catalogue import (
+    CatalogueModel,
+    ModelQuery,
+    find_catalogue_model,
+    read_catalogue,
+    select_models,
+)
+from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_facts import TASK_FACTS
 
 PARAMETERS = {
@@ -32,7 +40,7 @@ PARAMETERS = {
 
 def test_the_catalogue_describes_models_for_every_task():
     known = read_catalogue()
-    assert len(known) >= 60
+    assert len(known) >= 150
     for task in TASK_FACTS:
         found, left_out = select_models(ModelQuery(task))
         assert found
@@ -48,6 +56,44 @@ def test_shapes_give_the_parameter_counts_of_the_weights():
         with torch.device("meta"):
             built = AutoModelForCausalLM.from_config(AutoConfig.for_model(model.model_type, **model.config))
         assert sum(one.numel() for one in built.parameters()) == count == model.parameters, name
+
+
+DOCUMENTED = {name: model for name, model in read_catalogue().items() if model.source}
+ONE_A_TYPE = {model.model_type: name for name, model in DOCUMENTED.items()}.values()
+
+
+def _count(model: CatalogueModel, folder: Path, *, towers: bool) -> int:
+    """Return the parameters of the class that a chat recipe loads."""
+    from llmtune.model.config import build_skeleton, find_class
+    from llmtune.tasks.registry import get_task
+
+    recipe = Recipe.model_validate(
+        {"recipe_version": 1, "name": "x", "task": "chat", "data": {"train": "x"}, "model": {"name": model.name}}
+    )
+    skeleton = build_skeleton(*find_class(model.write_config(folder), recipe, get_task("chat")), recipe, towers=towers)
+    return sum(one.numel() for one in skeleton.parameters())
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in ONE_A_TYPE else pytest.param(name, marks=pytest.mark.slow) for name in DOCUMENTED]
+)
+def test_a_documented_shape_gives_the_class_of_the_checkpoint_and_its_parameter_count(name: str, tmp_path: Path):
+    model = DOCUMENTED[name]
+    assert _count(model, tmp_path, towers=True) == model.parameters
+
+
+def test_the_towers_of_a_model_that_also_sees_are_not_planned_for_text(tmp_path: Path):
+    model = DOCUMENTED["Qwen/Qwen3.5-4B"]
+    assert model.parameters - _count(model, tmp_path, towers=False) == 333_514_240
+
+
+def test_models_of_2025_and_2026_are_documented_with_the_size_in_their_name():
+    assert len(DOCUMENTED) >= 40
+    for name, model in DOCUMENTED.items():
+        assert str(model.source).startswith("https://")
+        size = re.search(r"-(\d+(?:\.\d+)?)b(?!\w)", name.lower())  # not E2B: effective ones
+        if size and "llama-4" not in name.lower():  # 17B are those in use
+            assert model.parameters == pytest.approx(float(size[1]) * 1e9, rel=0.3), name
 
 
 def test_models_are_chosen_by_task_licence_and_language_with_a_reason_against_each_other_one():

@@ -103,6 +103,9 @@ def test_a_recording_is_transcribed_as_base64_or_as_a_file(tmp_path: Path) -> No
     run = finish("speech", tmp_path)
     recording = write_tone(tmp_path / "heard.wav", 0.7)
     expected = FinishedRun(run).answer({"audio": str(recording)})["text"]
+    rows = write_jsonl(tmp_path / "rows.jsonl", [{"audio": name} for name in ("missing.wav", "heard.wav")])
+    lines = [json.loads(line) for line in invoke("generate", run, "--input", rows).stdout.splitlines()]
+    assert ("file not found" in lines[0]["error"], lines[1]["answer"]) == (True, expected)
     with serving(*load_served(mine=run).values()) as url:
         address = f"{url}/v1/transcribe"
         encoded = base64.b64encode(recording.read_bytes()).decode()

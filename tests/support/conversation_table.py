@@ -5,7 +5,7 @@
 
 import re
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +135,56 @@ ACTION, MORE_ACTION = (
     for number, part in enumerate((ARGUMENTS, MORE))
 )
 NO_THOUGHTS = "<think>\n\n</think>\n\n"
+GPT_OSS = Writes(
+    "<|channel|>final<|message|>{text}<|return|>",
+    thoughts="<|channel|>analysis<|message|>{thoughts}<|end|><|start|>assistant"
+    "<|channel|>final<|message|>{text}<|return|>",
+    empty="<|channel|>final<|message|>{text}<|return|>",
+    call=f" to=functions.get_weather<|channel|>commentary json<|message|>{ARGUMENTS}<|call|>",
+    refuses={"parallel calls": "One call at a time"},
+)
+GEMMA_CALL, MORE_GEMMA = (
+    f'<|tool_call>call:get_weather{{city:<|"|>{city}<|"|>,days:{days}}}<tool_call|>'
+    for city, days in (("Oslo", 3), ("Rome", 2))
+)
+GEMMA_4 = Writes(
+    "{text}<turn|>",
+    thoughts="<|channel>thought\n{thoughts}\n<channel|>{text}<turn|>",
+    empty="{text}<turn|>",
+    call=f"{GEMMA_CALL}<|tool_response>",
+    two_calls=f"{GEMMA_CALL}{MORE_GEMMA}<|tool_response>",
+    trims=True,
+)
+SEED, MORE_SEED = (
+    f"<seed:tool_call>\n<function=get_weather>\n<parameter=city>{city}</parameter>\n"
+    f"<parameter=days>{days}</parameter>\n</function>\n</seed:tool_call>"
+    for city, days in (("Oslo", 3), ("Rome", 2))
+)
+SEED_OSS = Writes(
+    "{text}<seed:eos>",
+    thoughts="<seed:think>{thoughts}</seed:think>\n{text}<seed:eos>",
+    empty="{text}<seed:eos>",
+    call=f"{SEED}<seed:eos>",
+    two_calls=f"{SEED}\n{MORE_SEED}<seed:eos>",
+    trims=True,
+)
+QWEN_THINKING = Writes(
+    "\n</think>\n\n{text}<|im_end|>",
+    thoughts="{thoughts}\n</think>\n\n{text}<|im_end|>",
+    empty="\n</think>\n\n{text}<|im_end|>",
+    call=f"\n</think>\n\n{CODER}<|im_end|>",
+    two_calls=f"\n</think>\n\n{CODER}\n{MORE_CODER}<|im_end|>",
+    trims=True,
+)
+QWEN_AT_ONCE = Writes(
+    "{text}<|im_end|>",
+    empty="{text}<|im_end|>",
+    call=f"{CODER}<|im_end|>",
+    two_calls=f"{CODER}\n{MORE_CODER}<|im_end|>",
+    refuses=CLOSED,
+    trims=True,
+    kwargs={"enable_thinking": False},
+)
 FAMILIES: dict[str, Writes] = {
     "chatml": Writes("{text}<|im_end|>", refuses=NO_TOOLS),
     "command-a": Writes(
@@ -174,6 +224,8 @@ FAMILIES: dict[str, Writes] = {
         "{text}<end_of_turn>", refuses={**NO_TOOL_ROLE, "system": "System role not supported"}, trims=True
     ),
     "gemma-3": Writes("{text}<end_of_turn>", refuses=NO_TOOL_ROLE, trims=True),
+    "gemma-4": GEMMA_4,
+    "gemma-4, thinking": replace(GEMMA_4, file="gemma-4", kwargs={"enable_thinking": True}),
     "glm-4": Writes(
         "\n{text}<|user|>",
         call=f"get_weather\n{ARGUMENTS}<|observation|>",
@@ -187,18 +239,25 @@ FAMILIES: dict[str, Writes] = {
         two_calls=f"\n<think></think>\n{GLM}\n{MORE_GLM}<|observation|>",
         trims=True,
     ),
-    "gpt-oss": Writes(
-        "<|channel|>final<|message|>{text}<|return|>",
-        thoughts="<|channel|>analysis<|message|>{thoughts}<|end|><|start|>assistant"
-        "<|channel|>final<|message|>{text}<|return|>",
-        empty="<|channel|>final<|message|>{text}<|return|>",
-        call=f" to=functions.get_weather<|channel|>commentary json<|message|>{ARGUMENTS}<|call|>",
-        refuses={"parallel calls": "One call at a time"},
+    "glm-4.5, not thinking": Writes(
+        "\n{text}<|user|>",
+        empty="\n{text}<|user|>",
+        call=f"\n{GLM}<|observation|>",
+        two_calls=f"\n{GLM}\n{MORE_GLM}<|observation|>",
+        refuses=CLOSED,
+        trims=True,
+        file="glm-4.5",
+        kwargs={"enable_thinking": False},
     ),
+    "gpt-oss": GPT_OSS,
+    "gpt-oss, high effort": replace(GPT_OSS, file="gpt-oss", kwargs={"reasoning_effort": "high"}),
     "granite-3": Writes(
         "{text}<|end_of_text|>",
         call=f"<|tool_call|>[{NAMED}]<|end_of_text|>",
         two_calls=f"<|tool_call|>[{NAMED}, {MORE_NAMED}]<|end_of_text|>",
+    ),
+    "granite-4": Writes(
+        "{text}<|end_of_text|>", call=f"{HERMES}<|end_of_text|>", two_calls=f"{HERMES}\n{MORE_HERMES}<|end_of_text|>"
     ),
     "hunyuan": Writes("{text}<｜hy_place▁holder▁no▁2｜>", refuses=NO_TOOLS),
     "hunyuan, not thinking": Writes(
@@ -208,10 +267,25 @@ FAMILIES: dict[str, Writes] = {
         file="hunyuan",
         kwargs={"enable_thinking": False},
     ),
+    "kimi-k2, not thinking": Writes(
+        "{text}<|im_end|>",
+        empty="{text}<|im_end|>",
+        refuses={**dict.fromkeys(("call", "parallel calls", "results"), "leaves out the tool call"), **CLOSED},
+        file="kimi-k2",
+        kwargs={"thinking": False},
+    ),
     "lfm-2": Writes(
         "{text}<|im_end|>",
         call='<|tool_call_start|>[get_weather(city="Oslo", days=3)]<|tool_call_end|><|im_end|>',
         two_calls='<|tool_call_start|>[get_weather(city="Oslo", days=3), get_weather(city="Rome", days=2)]'
+        "<|tool_call_end|><|im_end|>",
+    ),
+    "lfm-2.5": Writes(
+        "{text}<|im_end|>",
+        thoughts="<think>{thoughts}</think>{text}<|im_end|>",
+        empty="{text}<|im_end|>",
+        call="<|tool_call_start|>[get_weather(city='Oslo', days=3)]<|tool_call_end|><|im_end|>",
+        two_calls="<|tool_call_start|>[get_weather(city='Oslo', days=3), get_weather(city='Rome', days=2)]"
         "<|tool_call_end|><|im_end|>",
     ),
     "llama-2": Writes(" {text} </s>", refuses=NO_TOOL_ROLE, trims=True),
@@ -278,14 +352,13 @@ FAMILIES: dict[str, Writes] = {
     "qwen-3-instruct": Writes(
         "{text}<|im_end|>", call=f"{HERMES}<|im_end|>", two_calls=f"{HERMES}\n{MORE_HERMES}<|im_end|>"
     ),
-    "qwen-3.5": Writes(
-        "\n</think>\n\n{text}<|im_end|>",
-        thoughts="{thoughts}\n</think>\n\n{text}<|im_end|>",
-        empty="\n</think>\n\n{text}<|im_end|>",
-        call=f"\n</think>\n\n{CODER}<|im_end|>",
-        two_calls=f"\n</think>\n\n{CODER}\n{MORE_CODER}<|im_end|>",
-        trims=True,
-    ),
+    "qwen-3.5": QWEN_THINKING,
+    "qwen-3.5, not thinking": replace(QWEN_AT_ONCE, file="qwen-3.5"),
+    "qwen-3.8": QWEN_THINKING,
+    "qwen-3.8, low effort": replace(QWEN_THINKING, file="qwen-3.8", kwargs={"reasoning_effort": "low"}),
+    "qwen-3.8, not thinking": replace(QWEN_AT_ONCE, file="qwen-3.8"),
+    "seed-oss": SEED_OSS,
+    "seed-oss, budget of 512": replace(SEED_OSS, file="seed-oss", kwargs={"thinking_budget": 512}),
     "smollm-2": Writes("{text}<|im_end|>", refuses=NO_TOOLS),
     "smollm-3": Writes(
         "{text}<|im_end|>",

@@ -3,12 +3,14 @@
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoModelForCTC
 
 from support import families
+from support.image_text import build_image_text
 from support.models import build_gpt2, build_llama
 from support.pairs import DOCUMENTS, LIKED, PAIRS, THUMBS
 
@@ -137,12 +139,17 @@ VARIED = {
 }
 """Methods that the default suite does not train for a variant."""
 RELATED = {f"chat-{name}": replace(CASES["chat"], adapter=adapter) for name, adapter in RELATIVES.items()}
+RELATED |= {
+    f"{name}-images": replace(CASES[name], build=partial(build_image_text, family="gemma3"))
+    for name in ("chat", "qa-decoder", "classify-number", "preference", "embed-labels", "reward")
+}
+"""A text tune of a checkpoint that also reads images."""
 SECOND = ("completion", "masked-full", "translate-full", "qa-extractive-full", "classify-qlora", "token-classify-full")
 SECOND += ("embed-labels", "whisper-full", "ctc-headless", "preference-orpo", "rerank-decoder")
 """Cases of a variant that the default suite covers with another method, model or loss."""
 SLOW = {*VARIED, *RELATED, *SECOND}
 CELLS = CASES | VARIED | RELATED
-"""All variants of tasks with LoRA, QLoRA and full tuning, and a decoder with LoRA's relatives."""
+"""All variants of tasks with LoRA, QLoRA and full tuning, a decoder with LoRA's relatives, and one that sees."""
 
 EVALUATED = {
     "chat-beams": replace(CASES["chat"], sections={"generation": {"num_beams": 2}}),
@@ -159,7 +166,7 @@ EVALUATED = {
 
 def place_of(name: str) -> str:
     """A case without its method: its row in the matrix of promises."""
-    return re.sub(f"-({'|'.join([*RATES, *RELATIVES])})$", "", name)
+    return re.sub(f"-({'|'.join([*RATES, *RELATIVES, 'images'])})$", "", name)
 
 
 PLACES = [*dict.fromkeys(map(place_of, CASES))]

@@ -112,7 +112,7 @@ def test_a_run_learns_and_measures_base_and_tuned_model_by_the_same_metrics(name
     assert report["train"]["train_loss"] < report["train"]["first_loss"]
     scores, variant = report["evaluation"], VARIANTS[CELLS[name].task][CELLS[name].variant]
     assert scores["difference"].keys() == scores["base"].keys() & scores["tuned"].keys()
-    baseline = BASELINES.get(re.sub(f"-({'|'.join(RATES)})$", "", name))
+    baseline = BASELINES.get(re.sub(f"-({'|'.join([*RATES, 'images'])})$", "", name))
     assert scores["baseline"] == baseline
     row_loss = {"loss"} & scores["tuned"].keys() if baseline and variant.has_row_loss else set()
     assert scores["tuned"].keys() - scores["base"].keys() == row_loss

@@ -1,5 +1,6 @@
 """Preference learning with every loss: complete runs, metrics recomputed with plain classes, and refused settings."""
 
+import json
 import math
 import shutil
 
@@ -9,7 +10,7 @@ import torch
 from peft import AutoPeftModelForCausalLM, PeftModel
 from support.pairs import LIKED, THUMBS, quiet, recipe_of, run_recipe
 from support.rows import chat, write_jsonl
-from support.runs import llmtune
+from support.runs import invoke, llmtune
 from support.training import read_metrics, run_training, trained_bytes
 from support.variants import predict
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -171,6 +172,14 @@ def test_a_single_answer_is_scored_from_the_ids_of_training(runs):
 
 
 # Runs that start from another run
+
+
+def test_a_file_of_prompts_is_answered_by_the_tuned_model(runs, tmp_path):
+    run, _ = runs("dpo")
+    prompt = LIKED[0]["prompt"]
+    rows = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": prompt}])
+    done = invoke("generate", run, "--input", rows)
+    assert json.loads(done.stdout)["answer"] == FinishedRun(run).generate(prompt)
 
 
 @pytest.fixture(scope="module")

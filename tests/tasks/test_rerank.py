@@ -273,6 +273,9 @@ def test_generate_ranks_the_passages_of_a_file(run: Path, tmp_path: Path) -> Non
     assert answers[0]["text"].splitlines()[0] == f"{ordered[0]:.3f}  {texts[first['ranking'][0]]}"
     write_jsonl(tmp_path / "many.jsonl", [{"query": query, "passages": texts}])
     line = json.loads(invoke("generate", run, "--input", tmp_path / "many.jsonl").stdout)
+    empty = write_jsonl(tmp_path / "empty.jsonl", [{"query": query, "passages": []}, {"query": query}])
+    done = invoke("generate", run, "--input", empty)
+    assert (done.exit_code, done.stdout.count("'passages' is empty")) == (3, 2), done.output
     assert line["answer"] == ", ".join(f"{score:.3f}" for score in first["scores"])
     assert (line["scores"], line["ranking"]) == (pytest.approx(first["scores"], abs=1e-6), first["ranking"])
 

@@ -14,8 +14,8 @@ adapter.do_without("torchaudio")  # used for recordings only
 import llamafactory.train.tuner  # noqa: E402, F401  # imported once, before the processes of the jobs
 from llamafactory.cli import main  # noqa: E402
 
-STAGES = {"messages": "sft", "text": "pt", "preference": "dpo"}
-TEMPLATES = {"qwen2.5": "qwen", "qwen3": "qwen3", "llama3": "llama3"}
+STAGES = {"messages": "sft", "text": "pt", "preference": "dpo", "pictures": "sft"}
+TEMPLATES = {"qwen2.5": "qwen", "qwen3": "qwen3", "llama3": "llama3", "gemma3": "gemma3"}
 LORA = {"r": "lora_rank", "target_modules": "lora_target", "modules_to_save": "additional_target"}
 EXTRA = {"validation": "val_size", "thinking": "enable_thinking", "add_tokens": "add_tokens"}
 
@@ -29,7 +29,10 @@ def configure(job: Job) -> Configuration:
         raise NotOffered("its rows have calls and tools as JSON text, which a table does not fill with nulls")
     if job["method"] == "prompt_tuning":
         raise NotOffered("no prompt tuning")
-    documented, whole = job["column"] == "documented", job["train_on"] == "all" and job["kind"] == "messages"
+    documented, whole = (
+        job["column"] == "documented",
+        job["train_on"] == "all" and job["kind"] in ("messages", "pictures"),
+    )
     family = next((name for name in TEMPLATES if Path(job["model"]).name.startswith(name)), "")
     settings = adapter.trainer_arguments(job) | {
         "stage": STAGES[job["kind"]],

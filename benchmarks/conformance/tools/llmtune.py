@@ -10,13 +10,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-from conformance.adapter import Configuration, Job, NotOffered, serve
+from conformance.adapter import Configuration, Job, NotOffered, rewrite, serve
+from conformance.formats import as_parts
 
 import llmtune
 from llmtune.errors import LlmtuneError
 from llmtune.model import memory_plan
 
-CHAT = {"messages": "chat", "prompt_completion": "chat"}
+CHAT = dict.fromkeys(("messages", "prompt_completion", "pictures"), "chat")
 TASKS = CHAT | {"text": "completion", "seq2seq": "translate"}
 TASKS |= {"preference": "preference", "classify": "classify", "rerank": "rerank"}
 
@@ -57,6 +58,12 @@ def train(job: Job, recipe: Configuration) -> dict[str, Any]:
     (folder / "recipe.yaml").write_text(json.dumps(recipe))  # JSON is YAML
     until: Any = "run" if "deploy" in recipe else "evaluate" if job["ask"] else "train"
     options: dict[str, Any] = {"out": run, "until": until, "threads": 1, "offline": True}
+    if job["kind"] == "pictures":
+        rewrite(job, as_parts)
+        try:
+            llmtune.run(folder / "recipe.yaml", **options)
+        except LlmtuneError as refusal:
+            raise NotOffered(f"rows with pictures are refused: {refusal}") from refusal
     if job["resume_from"]:
         threading.Thread(target=stop_after, args=(run / "checkpoints", job["save_steps"]), daemon=True).start()
         try:

@@ -24,7 +24,11 @@ FROZEN = ["model.embed_tokens", "model.norm", "lm_head"]
 def configure(job: Job) -> Configuration:
     """Return the configuration file."""
     job, extra, micro = as_conversation(job), job["extra"], job["micro_batch_size"]
-    if job["kind"] not in ("messages", "text") or job["file"] != "jsonl" or job["ask"].keys() - {"gguf", "losses"}:
+    if (
+        job["kind"] not in ("messages", "text")
+        or job["file"] != "jsonl"
+        or job["ask"].keys() - {"gguf", "losses", "merged", "processor"}
+    ):
         raise NotOffered(f"no format for {job['kind']} in {job['file']}, or no such export")
     if job["packing"] or job["processes"] > 1 or job["resume_from"] or job["method"] == "qlora":
         raise NotOffered(
@@ -62,15 +66,29 @@ def train(job: Job, settings: Configuration) -> dict[str, Any]:
     shutil.copy(job["rows"], data / "train.jsonl")
     for name in ("valid", "test"):
         shutil.copy(job["test_rows"] or job["rows"], data / f"{name}.jsonl")
+    if Path(job["model"]).name.startswith("gemma3"):  # it takes the released model's size of vocabulary
+        model = shutil.copytree(job["model"], out / "base")
+        config = json.loads((model / "config.json").read_text())
+        (model / "config.json").write_text(json.dumps({"vocab_size": config["text_config"]["vocab_size"]} | config))
+        job["model"] = str(model)
     places = {"model": job["model"], "train": True, "data": str(data), "adapter_path": f"{out}/adapter"}
     (out / "config.yaml").write_text(json.dumps(settings | places | {"test": "losses" in job["ask"]}))  # JSON is YAML
     adapter.call(lora.main, "mlx_lm.lora", "--config", f"{out}/config.yaml")
+    merge = ["--model", job["model"], "--adapter-path", f"{out}/adapter"]
     if job["method"] == "lora" and "gguf" not in job["ask"]:
+        if "merged" in job["ask"]:
+            adapter.call(fuse.main, "mlx_lm.fuse", *merge, "--save-path", f"{out}/merged")
         # In a process of its own, as MLX's threads do not survive the next fork.
         adapter.isolated(lambda: as_peft(out / "adapter", settings["lora_parameters"]))
-        return {"model": out / "peft", "after": 0}
-    merge = ["--model", job["model"], "--adapter-path", f"{out}/adapter", "--save-path", f"{out}/model"]
-    adapter.call(fuse.main, "mlx_lm.fuse", *merge, *(["--export-gguf"] if "gguf" in job["ask"] else []))
+        return {"model": out / "peft", "merged": out / "merged", "after": 0}
+    adapter.call(
+        fuse.main,
+        "mlx_lm.fuse",
+        *merge,
+        "--save-path",
+        f"{out}/model",
+        *(["--export-gguf"] if "gguf" in job["ask"] else []),
+    )
     found = {"model": out / "model", "gguf": out / "model" / "ggml-model-f16.gguf"}
     losses = re.findall(r"Test loss ([0-9.]+[0-9])", (out / "log.txt").read_text(errors="replace"))
     found |= {"losses": [float(loss) for loss in losses], "after": 0}

@@ -9,9 +9,13 @@ from conformance import adapter
 from conformance.adapter import Configuration, Job, NotOffered
 from conformance.formats import as_conversation, as_numbered, as_two_conversations
 from swift.pipelines import export_main, infer_main, pretrain_main, rlhf_main, sft_main
+from swift.template.templates.gemma import Gemma3VisionTemplate
+from transformers import AutoTokenizer
 
 COMMANDS = {"messages": sft_main, "text": pretrain_main, "preference": rlhf_main, "classify": sft_main}
+COMMANDS["pictures"] = sft_main
 TYPES = {"qwen2.5": ("qwen2", "qwen2_5"), "qwen3": ("qwen3", "qwen3"), "llama3": ("llama", "llama3")}
+TYPES |= {"gemma3": ("gemma3_vision", "gemma3_vision")}
 """`model_type` and `template`, which the tool asks for where the name of the folder does not tell them."""
 LORA = {"r": "lora_rank"}
 EXTRA = {"validation": "split_dataset_ratio", "thinking": "enable_thinking", "add_tokens": "new_special_tokens"}
@@ -34,7 +38,7 @@ def configure(job: Job) -> Configuration:
     settings |= dict(zip(("model_type", "template"), TYPES.get(family, ()), strict=False))
     settings |= {"torch_dtype": "float32", "warmup_ratio": 0.0}
     settings |= {"packing": job["packing"] or None, "rlhf_type": "dpo" if job["kind"] == "preference" else None}
-    if job["kind"] == "messages":
+    if job["kind"] in ("messages", "pictures"):
         settings |= {"loss_scale": {"last": "last_round", "all": "all"}.get(job["train_on"])}
     if job["kind"] == "classify":
         settings |= {"task_type": "seq_cls", "num_labels": 2}
@@ -51,9 +55,11 @@ def train(job: Job, settings: Configuration) -> dict[str, Any]:
     places = {"model": job["model"], "dataset": job["rows"], "output_dir": out / "model", "add_version": False}
     tested = job["test_rows"] if "split_dataset_ratio" not in settings else None
     places |= adapter.given({"val_dataset": tested, "resume_from_checkpoint": adapter.checkpoint(job)})
+    if job["kind"] == "pictures":  # the released model's id is written into its template
+        Gemma3VisionTemplate.boi_token_id = AutoTokenizer.from_pretrained(job["model"]).boi_token_id
     adapter.isolated(lambda: command(as_arguments(settings | places)))
     last = max((out / "model").glob("checkpoint-*"), key=lambda folder: int(folder.name.rpartition("-")[2]))
-    found = {"model": last, "merged": out / "merged", "numbered": True, **adapter.read_losses(out)}
+    found = {"model": last, "merged": out / "merged", "numbered": True, "one_way": True, **adapter.read_losses(out)}
     if "merged" in job["ask"]:
         merge = {"adapters": last, "merge_lora": True, "output_dir": out / "merged"}
         adapter.isolated(lambda: export_main(as_arguments(merge)))

@@ -8,29 +8,37 @@ from typing import Any
 import torch
 from conformance import adapter
 from conformance.adapter import Configuration, Job, NotOffered
-from datasets import Dataset, load_dataset
+from conformance.formats import as_parts
+from datasets import Dataset, Image, load_dataset
 from peft import AutoPeftModelForCausalLM, LoraConfig
 from transformers import BitsAndBytesConfig
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from trl.trainer.utils import remove_none_values
 
 SAME = {"bf16": False, "save_only_model": False}
+MODULES = {"gemma3": {"target_modules": "all-linear"}}
+"""PEFT chooses no modules for it: https://huggingface.co/docs/trl/lora_without_regret"""
 
 
 def configure(job: Job) -> Configuration:
     """Return the arguments of the trainer's configuration."""
-    if job["kind"] not in ("messages", "prompt_completion", "text", "preference"):
+    if job["kind"] not in ("messages", "prompt_completion", "text", "preference", "pictures"):
         raise NotOffered(f"no trainer for {job['kind']}")
+    if "processor" in job["ask"]:
+        raise NotOffered("no command that merges: a script saves the processor")
     if missing := {"validation", "add_tokens", "thinking", "gguf", "answers"} & {*job["extra"], *job["ask"]}:
         raise NotOffered(f"no setting of the trainer for {', '.join(missing)}")
     settings = adapter.trainer_arguments(job) | SAME | {"max_length": job["max_length"]}
     settings |= {"packing": True} if job["packing"] else {}
-    if job["column"] == "documented" and job["file"] == "parquet":
+    documented, family = job["column"] == "documented", Path(job["model"]).name.partition("-")[0]
+    if documented and job["kind"] == "pictures":
+        settings["max_length"] = None  # https://huggingface.co/docs/trl/sft_trainer#training-vision-language-models
+    if documented and job["file"] == "parquet":
         settings["remove_none_values"] = True
-    if job["column"] == "documented" and job["kind"] == "messages" and job["train_on"] == "assistant":
+    if documented and job["kind"] in ("messages", "pictures") and job["train_on"] == "assistant":
         settings["assistant_only_loss"] = True
     if job["method"] != "full":
-        settings["peft_config"] = {"r": 4, "lora_alpha": 8, **job["extra"].get("lora", {})}
+        settings["peft_config"] = {"r": 4, "lora_alpha": 8, **MODULES.get(family, {}), **job["extra"].get("lora", {})}
     if job["method"] == "qlora":
         settings["quantization_config"] = {"load_in_4bit": True}
     return settings | ({"gradient_checkpointing": True} if job["extra"].get("gradient_checkpointing") else {})
@@ -43,6 +51,8 @@ def train(job: Job, settings: Configuration) -> dict[str, Any]:
     if settings.pop("remove_none_values", False):
         # https://github.com/huggingface/trl/blob/main/MIGRATION.md, https://huggingface.co/docs/trl/dataset_formats
         rows = Dataset.from_list([remove_none_values(row) for row in rows], on_mixed_types="use_json")
+    if job["kind"] == "pictures":  # https://huggingface.co/docs/trl/dataset_formats#vision-datasets
+        rows = Dataset.from_list([as_parts(row) for row in rows]).cast_column("images", [Image()])
     lora, quantized = settings.pop("peft_config", None), settings.pop("quantization_config", None)
     tested = load_dataset("json", data_files=job["test_rows"], split="train") if "losses" in job["ask"] else None
     loading: dict[str, Any] = {"dtype": torch.float32}
