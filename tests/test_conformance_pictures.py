@@ -129,3 +129,25 @@ def test_a_folder_that_lost_a_file_of_the_processor_reads_no_picture_as_the_base
         for case in ("processor_after_merge", "processor_after_merge_of_pictures"):
             findings[case, lost] = judge(load, reference, case, found={"merged": folder}).verdict
     assert {lost for (_, lost), verdict in findings.items() if verdict == "right"} == {"generation_config.json"}
+
+
+def test_a_tool_that_reads_pictures_in_one_direction_has_one_case_for_it(
+    load: Any, reference: Any, tmp_path: Path
+) -> None:
+    case = importlib.import_module("conformance.cases.picture_reaches_the_model").CASE
+    other = importlib.import_module("conformance.cases.turned_picture").CASE
+    way = next(iter(case.right))
+    with reference.allowing({"one_way": True}):
+        habit = reference.of(case.right[way])
+        turned = reference.of(other.right[way])
+    mistake = f"the picture read in one direction: {way}"
+    assert load("reference").distance(habit, reference.of(case.wrong[mistake])) < 1e-6
+    verdicts = {}
+    for name, (judged, gradient) in {"own": (case, habit), "other": (other, turned)}.items():
+        (folder := tmp_path / name).mkdir()
+        step = {key: (weight - gradient[key]).contiguous() for key, weight in reference.start.items()}
+        save_file(step, folder / "model.safetensors")
+        trained = result(load, model=folder, found={"one_way": True})
+        verdicts[name] = judged.decide(reference, {"run": trained}, load("statements").Statements())
+    assert (verdicts["own"].verdict, verdicts["own"].learned.partition(";")[0]) == ("unexplained", mistake)
+    assert verdicts["other"].verdict == "right"

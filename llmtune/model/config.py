@@ -204,6 +204,7 @@ def readable(what: str, where: str, fix: str) -> Iterator[None]:
         is_unreadable = isinstance(error, UNREADABLE) or type(error) is Exception  # the tokenizers library's type
         if not is_unreadable or system_errno(error) is not None or is_out_of_memory(error):
             raise
+        fix = "Install the package that it names." if isinstance(error, ImportError) else fix
         raise EnvironmentProblem.of(f"{what}: {first_line(error)}", where, fix) from error
 
 

@@ -198,14 +198,14 @@ def _check_data(folder: RunFolder, lock: Lock) -> Iterator[Finding]:
     source_paths: dict[str, set[Path]] = {}
     for record in records:
         if record["path"] is None:
-            content = record.get("commit") or record.get("etag") or record["sha256"]
+            content = record.get("commit") or record.get("etag") or record.get("sha256")
             yield Finding("data", f"{record['source']} at {content}", "unknown", content)
             continue
         path = _data_file(record, old_run, folder.path)
         source_paths.setdefault(record["source"], set()).add(path)
         is_recording = "xxh3_128" in record
         now = (hash_recording if is_recording else hash_file)(path) if path.is_file() else None
-        yield compare_hashes("data", str(path), record["xxh3_128"] if is_recording else record["sha256"], now)
+        yield compare_hashes("data", str(path), record.get("xxh3_128") or record.get("sha256"), now)
     for source, paths in source_paths.items():
         for path in _added_files(source, paths, old_run, folder.path):
             yield Finding("data", str(path), "added")
@@ -258,19 +258,19 @@ def _check_model_files(model: LockedModel, old_run: str | None, run: Path) -> It
 
 def _model_folder(model: LockedModel, old_run: str | None, run: Path) -> Path:
     """Return the model's location: llmtune's cache if it is packaged, the hub's cache, or its own folder."""
-    folder = Path(model["folder"])
+    folder = Path(model.get("folder", model["name"]))
     if model["name"].startswith(BUILTIN):
         return find_cache() / "models" / folder.name
     if model["revision"] and not folder.is_dir():
         from huggingface_hub import constants
 
         return Path(constants.HF_HUB_CACHE).joinpath(*folder.parts[-3:])
-    return relocated(model["folder"], old_run, run)
+    return relocated(str(folder), old_run, run)
 
 
 def _check_template(folder: RunFolder, lock: Lock) -> Iterator[Finding]:
     """Compare the template saved with the weights with the one used in training."""
-    recorded_hash = lock["template"]["sha256"]
+    recorded_hash = lock["template"].get("sha256")
     for name in TRAINED if recorded_hash != hash_value(None) else ():
         path = folder.path / name / "chat_template.jinja"
         if path.is_file():

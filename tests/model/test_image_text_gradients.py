@@ -1,8 +1,11 @@
 """A text tune of a checkpoint that sees learns what plain transformers and PEFT learn on the complete checkpoint."""
 
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 from support.architecture_checks import (
     LENGTHS,
     adapt,
@@ -14,10 +17,12 @@ from support.architecture_checks import (
     relative_distance,
     take_step,
 )
-from support.architectures import build
+from support.architectures import build, shrink
 from support.image_text import FAMILIES, build_image_text
+from support.models import train_tokenizer
+from transformers import Gemma3nConfig
 
-from llmtune.errors import RecipeError
+from llmtune.errors import EnvironmentProblem, RecipeError
 
 KIND, TOLERANCE = "image-text", 1e-5
 FAST = ("gemma3", "qwen3_5", "qwen2_5_vl", "llava", "smolvlm")
@@ -70,3 +75,15 @@ def test_molmo2_which_asks_for_the_kinds_of_tokens_in_training_learns_from_text(
     adapted, task = adapt(recipe)
     assert float(take_step(adapted, task, recipe, [example_for(KIND, 9)], packs=True)) > 0
     assert gradients(adapted.model)
+
+
+@pytest.mark.skipif(find_spec("timm") is not None, reason="timm is installed")
+def test_a_tower_that_needs_a_missing_package_is_refused_with_its_name(tmp_path: Path) -> None:
+    config = shrink(Gemma3nConfig)
+    config.architectures = ["Gemma3nForConditionalGeneration"]
+    config.save_pretrained(tmp_path)
+    train_tokenizer().save_pretrained(tmp_path)
+    save_file({"lm_head.weight": torch.zeros(2, 2)}, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(EnvironmentProblem, match="requires the timm library") as error:
+        adapt(recipe_for(KIND, tmp_path, packing=False))
+    assert error.value.problems[0].fix == "Install the package that it names."

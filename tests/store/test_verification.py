@@ -1,9 +1,11 @@
 """`verify`: every claim of a run against what is there now, each change named by its file."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -83,6 +85,18 @@ def test_one_changed_byte_of_any_other_file_is_named_with_its_file(project: Path
     for file, _ in changes:
         flip_byte(file)
     assert failed(verify_run(run)) == [(kind, file.name, "changed") for file, kind in changes]
+
+
+def test_one_changed_byte_of_any_key_of_the_lock_is_named_or_makes_it_unreadable(project: Path) -> None:
+    path = project / "runs/tiny" / LOCK
+    content = path.read_bytes()
+    places = {match[1]: match.start(1) for match in re.finditer(rb'"(\w+)":', content)}
+    assert len(places) > 30
+    for place in places.values():
+        flip_byte(path, place)
+        with suppress(RecipeError):  # it names the lock
+            assert ("lock", LOCK, "changed") in failed(verify_run(project / "runs/tiny")), content[place : place + 20]
+        path.write_bytes(content)
 
 
 @pytest.mark.parametrize("name", REPORTS)

@@ -20,20 +20,25 @@ from torch.nn.functional import cross_entropy
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from llmtune.adapter.injection import inject, trained_parameters
+from llmtune.adapter.merging import merge_adapter
 from llmtune.adapter.saving import save_adapter
 from llmtune.data.collators import IGNORED
 from llmtune.data.example import Example
 from llmtune.data.text_pairs import source_ids
+from llmtune.deploy.base_checkpoint import BaseCheckpoint
+from llmtune.deploy.merged_model import save_settings
+from llmtune.deploy.tuned_model import TunedModel
 from llmtune.errors import LlmtuneError
 from llmtune.evaluate.decoder_generation import decoder_settings
 from llmtune.evaluate.evaluated_task import LoadedModel
 from llmtune.evaluate.generation import end_output, generate_completions, generation_settings
+from llmtune.model.base_tensors import copy_other_tensors
 from llmtune.model.config import read_model_config
 from llmtune.model.library_logging import hushed
 from llmtune.model.loading import load_model
 from llmtune.model.processor import load_processor
 from llmtune.model.resolve import resolve_model
-from llmtune.model.towers import complete_outputs
+from llmtune.model.towers import complete_outputs, find_towers, remove_towers
 from llmtune.recipe.schema import Recipe
 from llmtune.records import AdaptedModel, Prompt
 from llmtune.tasks.base import AnyTask
@@ -129,6 +134,11 @@ def _compare(kind: str, adapted: AdaptedModel, task: AnyTask, recipe: Recipe, fo
             found["answers"] = _answers(kind, adapted, plain, task, recipe)
         if failed:
             found["answers"] = _tell(failed[0])
+    if kind == "image-text":
+        with suppress_all() as failed:
+            found["merged"] = _merge(adapted, plain, task, recipe, folder)
+        if failed:
+            found["merged"] = _tell(failed[0])
     return found
 
 
@@ -253,6 +263,33 @@ def _tell(error: Exception) -> str:
     if isinstance(error, LlmtuneError):
         return f"refused: {error.problems[0].what}"
     return f"traceback: {type(error).__name__}: {' '.join(str(error).split())[:160]}"
+
+
+def _merge(adapted: AdaptedModel, plain: PeftModel, task: AnyTask, recipe: Recipe, folder: Path) -> str:
+    """Merge and save with the base's towers, and compare what transformers opens with the adapter on the base."""
+    ids = torch.tensor([example_for("image-text", max(LENGTHS)).input_ids])
+    tuned = TunedModel(adapted, recipe, task)
+    checkpoint = BaseCheckpoint.find(tuned)
+    with torch.inference_mode():
+        wanted = plain.eval()(input_ids=ids).logits
+    merged, out = merge_adapter(adapted).eval(), folder / "merged"
+    save_settings(merged, tuned, out, torch.float32)
+    remove_towers(merged)
+    merged.save_pretrained(out)
+    if checkpoint is not None:
+        copy_other_tensors(folder, checkpoint.skeleton, out)
+    opened, notes = transformers.AutoModelForImageTextToText.from_pretrained(out, output_loading_info=True)
+    if wrong := [name for names in notes.values() for name in names]:
+        return f"differs: {len(wrong)} weights are missing or unknown, such as {wrong[0]}"
+    complete_outputs(opened.eval())
+    base = plain.unload().state_dict()
+    towers = tuple(f"{name}." for name in find_towers(opened))
+    changed = [n for n, part in opened.state_dict().items() if n.startswith(towers) and not torch.equal(part, base[n])]
+    if changed:
+        return f"differs: {len(changed)} weights of towers, such as {changed[0]}"
+    with torch.inference_mode():
+        off = float((opened(input_ids=ids).logits - wanted).abs().max() / wanted.std())
+    return "equal" if off <= 10 * TOLERANCE else f"differs: scores by {off:.1e}"
 
 
 HEADER = """# Architectures
