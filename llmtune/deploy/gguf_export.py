@@ -13,7 +13,7 @@ from gguf import GGMLQuantizationType, GGUFReader, GGUFType, GGUFWriter, Keys
 from gguf.quants import dequantize, quantize
 from peft import LoraConfig, PeftModel, PeftType
 from peft.tuners.lora import LoraLayer
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from llmtune.adapter.merging import check_mergeable
 from llmtune.adapter.merging import merge_adapter as merge_weights
@@ -28,8 +28,9 @@ from llmtune.deploy.gguf_converter import (
     find_ignored_window,
     has_llama,
     write_model,
+    write_projector,
 )
-from llmtune.deploy.gguf_readers import FORMAT_LIMITS, check_reader, longest_text, open_gguf_export
+from llmtune.deploy.gguf_readers import FORMAT_LIMITS, PROJECTOR, check_reader, longest_text, open_gguf_export
 from llmtune.deploy.gguf_tokenizer import (
     MERGE_INSTEAD,
     NAMES,
@@ -46,6 +47,7 @@ from llmtune.errors import EnvironmentProblem, GateFailed, Problem, RecipeError,
 from llmtune.evaluate.generation import answer_ends
 from llmtune.model.causal_lm_loss import unwrap
 from llmtune.model.config import read_model_config
+from llmtune.model.towers import take_text
 from llmtune.store.atomic_files import hash_file
 
 DEFAULT_FORMAT = "f16"
@@ -114,7 +116,7 @@ def check_gguf(
         raise RecipeError.of(what, "deploy", "Use the adapter, or the merged model of `llmtune deploy merge`.")
     config = read_model_config(source.model_ref, recipe.model)
     check_convertible(config, kind)
-    check_reader(config.model_type, find_pre_tokenizer(source.processor, encoder))
+    check_reader(config.get_text_config().model_type, find_pre_tokenizer(source.processor, encoder))
 
 
 def _prepare_gguf(tuned: TunedModel) -> None:
@@ -143,15 +145,27 @@ def write_gguf(reference: TunedReference, folder: Path, number_format: str, onto
     file = folder / f"{name}-{number_format.upper()}.gguf"
     with spinner(tuned.console, "merging"):
         merged = merge_weights(tuned.adapted, base)
-    window = find_ignored_window(merged.config.to_dict())
+    window = find_ignored_window(merged.config.get_text_config().to_dict())
     shown = tuned.console.is_terminal and not tuned.console.quiet
-    write_model(merged, tuned.processor, tokenizer, file, number_format, name, progress=shown)
+    write_model(take_text(merged), tuned.processor, tokenizer, file, number_format, name, progress=shown)
     limits = FORMAT_LIMITS[number_format]
     if tuned.adapted.selected.quantized:
         limits = limits.wider(LIMITS["rounded" if base == "dequantized" else "other base"])
     written = tokenizer and write_modelfile(file, tuned, stops, (), adds_bos=tokenizer[NAMES.ADD_BOS], adapter=False)
     facts = {**_file_facts(tuned, file, number_format), "onto": base, "modelfile": written, "ignored_window": window}
+    if (checkpoint := reference.checkpoint) is not None:
+        facts["projector"] = _write_towers(checkpoint.folder, merged.config, folder / f"{PROJECTOR}{name}-F16.gguf")
     return WrittenExport(facts, limits, "" if number_format in ADAPTER_FORMATS else "Round less: --type f16. ")
+
+
+def _write_towers(base: Path, config: PretrainedConfig, file: Path) -> Certificate:
+    """Write the base's towers, and return the file's name and hash, or why the converter cannot write them."""
+    try:
+        write_projector(base, config, file, file.stem)
+    except EnvironmentProblem as error:
+        file.unlink(missing_ok=True)
+        return {"not_written": error.problems[0].what}
+    return {"file": file.name, "tensors": len(GGUFReader(file).tensors), "file_sha256": hash_file(file)}
 
 
 def write_gguf_adapter(reference: TunedReference, folder: Path, number_format: str) -> WrittenExport:
@@ -170,7 +184,7 @@ def write_gguf_adapter(reference: TunedReference, folder: Path, number_format: s
     if not has_llama() or selected.quantized:
         return WrittenExport(facts)
     base = folder / BASE_FILE
-    write_model(cast(PreTrainedModel, model.unload()), tuned.processor, tokenizer, base, "f32", name)
+    write_model(take_text(cast(PreTrainedModel, model.unload())), tuned.processor, tokenizer, base, "f32", name)
     return WrittenExport(facts, temporary=base)
 
 
@@ -211,6 +225,9 @@ def _describe_gguf(certificate: Certificate, out: Path) -> list[str]:
         lines.append(f"parity with the tuned model, read by {certificate['reader']}, {parity}")
     if window := certificate.get("ignored_window"):
         lines.append(f"context: {window:,} tokens, the model's sliding window, which llama.cpp ignores")
+    if projector := certificate.get("projector"):
+        written = f"{out / projector['file']} (the base's)" if "file" in projector else projector["not_written"]
+        lines.append(f"towers: {written}")
     if certificate["modelfile"] is False:
         lines.append("No Modelfile: Ollama's templates cannot express this chat template. Use llama-server.")
     elif certificate["modelfile"]:
@@ -257,7 +274,7 @@ def _lora_config(model: PeftModel) -> LoraConfig:
 
 def lora_layers(model: PeftModel) -> Iterator[tuple[str, LoraLayer]]:
     """Yield the modules with an adapter, by the names of their weights."""
-    for module, layer in unwrap(model).named_modules():
+    for module, layer in take_text(cast(PreTrainedModel, unwrap(model))).named_modules():
         if isinstance(layer, LoraLayer) and "default" in layer.lora_A:
             yield f"{module}.weight", layer
 

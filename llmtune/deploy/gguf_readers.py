@@ -44,6 +44,8 @@ NOT_READ = (
     "layer_types",
 )
 """Settings that transformers 5 does not read from GGUF files of some model types; taken from the model instead."""
+PROJECTOR = "mmproj-"
+"""Start of the name of a file with towers."""
 READ_BY_TRANSFORMERS = ("llama", "qwen2", "qwen3", "gemma2", "gemma3_text")
 
 FORMAT_LIMITS = {
@@ -188,7 +190,8 @@ def open_gguf_export(path: Path, source: ModelSource, length: int, adapter: Path
         EnvironmentProblem: the file cannot be read.
         GateFailed: weights are missing in the file.
     """
-    file = path if path.is_file() else next(path.glob("*.gguf"))
+    files = [path] if path.is_file() else sorted(path.glob("*.gguf"))
+    file = next(one for one in files if not one.name.startswith(PROJECTOR) or one == path)
     kind, config = find_class(source.model_ref, source.recipe, source.task)
     try:
         facts, stated = read_tokenizer(file), GGUFReader(file).get_field("general.file_type")
@@ -197,7 +200,7 @@ def open_gguf_export(path: Path, source: ModelSource, length: int, adapter: Path
     limits = FORMAT_LIMITS[FILE_TYPES.get(int(stated.contents()), COARSEST) if stated else COARSEST]
     processor = source.processor
     if not has_llama():
-        ours = TransformersGgufReader(file, facts, config)
+        ours = TransformersGgufReader(file, facts, config.get_text_config())
         served = partial(served_by_file, facts=facts, reader=ours)
         ends = [facts[key] for key in END_IDS if key in facts]
         return ExportedModel("gguf", TRANSFORMERS, ours.model, processor, file, limits, served, ends)

@@ -13,14 +13,16 @@ from typing import Any, cast
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from pydantic import TypeAdapter
 from rich.console import Console
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from llmtune.deploy.parity import Certificate, describe_parity
 from llmtune.display.number_format import missing
 from llmtune.evaluate.metric_info import metric_note
 from llmtune.model.builtin_models import PACKAGED
 from llmtune.model.model_files import read_json_object
+from llmtune.model.processor import PROCESSOR_FILES
 from llmtune.model.resolve import UNKNOWN, find_license
-from llmtune.recipe.model_kind import MODEL_KINDS, ModelKind
+from llmtune.recipe.model_kind import CAUSAL, MODEL_KINDS, ModelKind
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.secrets import hide_paths, is_local_path
 from llmtune.recipe.task_facts import TASK_FACTS
@@ -35,6 +37,7 @@ HUB_METRICS = {r"f1.*": "f1", r"rouge.*": "rouge", r"matthews": "matthews_correl
 """The hub's metric names by a pattern of ours, if they differ."""
 
 
+TUNED_ON_TEXT = "It was tuned on text. The parts that read images are those of the base, and were not measured."
 Document = Mapping[str, Any]
 """A JSON document of a run or of a model: report.json, llmtune.lock, adapter_config.json."""
 
@@ -83,6 +86,13 @@ class Publication:
         return self.kind == "adapter" and not (self.folder / "modules.json").is_file()
 
     @property
+    def reads_images(self) -> bool:
+        """Whether it is a text tune of a checkpoint that also reads images."""
+        names = {*MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values()} & {*(self.config.get("architectures") or ())}
+        processor = any((self.folder / name).is_file() for name in PROCESSOR_FILES)
+        return bool(names) or (processor and self.config.get("task_type") == CAUSAL.peft_task_type)
+
+    @property
     def base(self) -> tuple[str | None, str, list[str]]:
         """The base's name on the hub (if any), its public name, and notes on it."""
         name = str(self.lock["model"]["name"])
@@ -112,7 +122,8 @@ def write_card(published: Publication, console: Console) -> ModelCard:
     name = (options.repo or recipe.name).rpartition("/")[2]
     report = cast(Document, hide_paths({**published.report, "recipe": recipe.model_dump(mode="json")}))
     scores = TypeAdapter(Evaluation).validate_python(hide_paths(asdict(published.evaluation)))
-    model_kind = find_model_kind(published.config)
+    model_kind = CAUSAL if published.reads_images else find_model_kind(published.config)
+    notes = [*notes, *([TUNED_ON_TEXT] if published.reads_images else [])]
     metadata = _metadata(published, scores, _source_names(report), model_kind)
     card: ModelCard = ModelCard.from_template(
         ModelCardData(base_model=base, license=license_name, model_name=name, **metadata),
@@ -176,6 +187,8 @@ def _metadata(published: Publication, scores: Evaluation, sources: list[str], ki
     """Return the metadata by the hub's names."""
     task, options, method = published.recipe.task, published.options, published.report["adapter"]["method"]
     pipeline = TASK_FACTS[task].pipeline or kind.hub_task
+    if published.reads_images and pipeline == CAUSAL.hub_task:
+        pipeline = "image-text-to-text"
     hub_data = [source.removeprefix("hub:") for source in sources if source.startswith("hub:")]
     relation = {"base_model_relation": "adapter" if published.kind == "adapter" else "finetune"}
     return {

@@ -56,6 +56,9 @@ def check_onnx(source: ModelSource) -> None:
     check_mergeable(source.recipe.adapter.method, source.recipe.adapter.options)
     kind, config = find_class(source.model_ref, source.recipe, source.task)
     text = config.get_text_config(decoder=True)
+    if "mrope_section" in (getattr(text, "rope_parameters", None) or {}):
+        what = f"ONNX graphs have one position for each token, and {config.model_type} has three"
+        raise RecipeError.of(what, "deploy", "Use the merged model of `llmtune deploy merge`.")
     others = {*(getattr(text, "layer_types", None) or ())} - KEY_VALUE_LAYERS
     if getattr(kind, "_is_stateful", False) or others:
         state = f" ({', '.join(sorted(others))})" if others else ""

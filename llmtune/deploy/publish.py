@@ -275,7 +275,9 @@ def _fill_folder(target: Path, run: Path, published: Publication) -> None:
         config = {**published.config, "base_model_name_or_path": base or base_name, "revision": revision}
         write_text(target / "adapter_config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
     if (gguf := published.options.gguf) is not None:
-        shutil.copyfile(gguf, target / gguf.name)
+        towers = ((published.gguf or {}).get("projector") or {}).get("file")
+        for name in (gguf.name, *([towers] if towers else [])):
+            shutil.copyfile(gguf.with_name(name), target / name)
         if (gguf.parent / MODELFILE).is_file():
             shutil.copyfile(gguf.parent / MODELFILE, target / MODELFILE)
         write_json(target / GGUF_CERTIFICATE, hide_paths(published.gguf))

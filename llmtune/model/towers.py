@@ -32,12 +32,26 @@ def text_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
     return model_class if image_text_class(config) is not None else None
 
 
+def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """Return the configuration of a model's text, if transformers has a class for it alone; else all of it."""
+    if (model_class := text_class(config)) is None:
+        return config
+    text = copy.deepcopy(config.get_text_config())
+    text.architectures = [model_class.__name__]
+    return text
+
+
 def take_text(model: PreTrainedModel) -> PreTrainedModel:
-    """Return the language model of a complete model, with its head: the `text_class` with the same weights."""
+    """Return the language model of a complete model, with its head: the `text_class` with the same weights.
+
+    A model of text alone, or of a text without a class, is returned as it is.
+    """
     model_class, decoder, head = text_class(model.config), model.get_decoder(), model.get_output_embeddings()
-    if model_class is None or isinstance(decoder, model_class):
+    if model_class is None:
+        return model
+    if isinstance(decoder, model_class):
         return cast(PreTrainedModel, decoder)
-    config = copy.deepcopy(model.config.get_text_config())
+    config = text_config(model.config)
     config.tie_word_embeddings = head.weight is model.get_input_embeddings().weight
     with torch.device("meta"):
         text = cast(PreTrainedModel, model_class._from_config(config))

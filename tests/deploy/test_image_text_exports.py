@@ -1,20 +1,27 @@
-"""Merged models of checkpoints that also read images: the rest of the checkpoint and its processor are the base's."""
+"""Exports of checkpoints that also read images: the rest of the checkpoint and its processor are the base's."""
 
 import json
+import re
 import shutil
 
 import pytest
 import torch
+from gguf import GGUFReader
+from huggingface_hub import ModelCard
 from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from support.exports import export_tuned
+from support.classifying import colour_rows
+from support.exports import SILENT, export_tuned, judged, searched
 from support.image_text import build_image_text, picture
+from support.pairs import run_recipe
 from support.runs import invoke, write_colours, write_recipe
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from llmtune.adapter.saving import save_adapter
+from llmtune.deploy.gguf_export import gguf_format
 from llmtune.deploy.merged_model import merged_format
+from llmtune.deploy.onnx_export import onnx_format
 from llmtune.deploy.quantized_model import quantized_format
 from llmtune.errors import EnvironmentProblem, RecipeError
 
@@ -108,6 +115,22 @@ def test_towers_keep_their_bytes_in_a_merge_to_another_number_format_from_a_shar
     assert open_complete(out).dtype == torch.float32
 
 
+def rename_as_on_the_hub(base):
+    """Rename the tower's tensors as in checkpoints of older versions of transformers."""
+    tensors = load_file(base / "model.safetensors")
+    tensors = {re.sub("^vision_tower.", "vision_tower.vision_model.", name): one for name, one in tensors.items()}
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_tensors_keep_older_names_of_a_base(tune, tmp_path):
+    base, out = build_image_text(tmp_path / "base", "gemma3"), tmp_path / "merged"
+    rename_as_on_the_hub(base)
+    certificate = export_tuned(tune(base), merged_format(), out)
+    assert stored(out).keys() == stored(base).keys()
+    assert certificate["checkpoint"]["towers"]["equal"] == len(outside_text(stored(base)))
+    open_complete(out)
+
+
 @pytest.mark.parametrize("onto", ["original", "dequantized"])
 def test_a_4_bit_adapter_is_merged_into_a_complete_checkpoint(tune, tmp_path, onto):
     base = build_image_text(tmp_path / "base", "gemma3", intermediate_size=128)
@@ -126,6 +149,36 @@ def test_a_quantised_checkpoint_keeps_its_towers_as_they_are(tune, tmp_path):
     assert certificate["checkpoint"]["picture"]["kl_mean"] < certificate["checkpoint"]["picture"]["limit"]
     ignored = json.loads((out / "config.json").read_text())["quantization_config"]["ignore"]
     assert any(name.startswith("model.visual.") for name in ignored)
+
+
+def test_a_gguf_file_of_the_language_model_has_one_with_the_towers_next_to_it(tune, tmp_path):
+    base = build_image_text(tmp_path / "base", "gemma3", layer_types=["sliding_attention"] * 2)
+    rename_as_on_the_hub(base)
+    certificate = export_tuned(tune(base), gguf_format("f32"), tmp_path / "gguf")
+    reader = GGUFReader(tmp_path / "gguf" / certificate["projector"]["file"])
+    assert reader.get_field("general.type").contents() == "mmproj"
+    assert certificate["projector"]["tensors"] == len(reader.tensors) > 30
+    stem = next(one for one in reader.tensors if one.name == "v.patch_embd.weight")
+    weight = stored(base)["vision_tower.vision_model.embeddings.patch_embedding.weight"]
+    torch.testing.assert_close(torch.tensor(stem.data).float(), weight, atol=1e-3, rtol=1e-3)
+    assert (
+        export_tuned(tune(base), gguf_format("f32", adapter_only=True), tmp_path / "adapter")["adapter"]["modules"]
+        == 14
+    )
+
+
+def test_towers_that_llama_cpp_does_not_know_are_named_next_to_the_language_model(tune, tmp_path, console):
+    base = build_image_text(tmp_path / "base", "internvl")
+    certificate = export_tuned(tune(base), gguf_format("f32"), tmp_path / "gguf")
+    reason = "llama.cpp's converter does not know the towers of InternVLForConditionalGeneration"
+    assert certificate["projector"] == {"not_written": reason}
+    assert f"towers: {reason}" in console.file.getvalue()
+
+
+def test_onnx_refuses_a_model_with_three_positions_for_a_token(tune, tmp_path):
+    base = build_image_text(tmp_path / "base", "qwen2_5_vl")
+    with pytest.raises(RecipeError, match="one position for each token, and qwen2_5_vl has three"):
+        export_tuned(tune(base), onnx_format(), tmp_path / "onnx")
 
 
 # Text alone
@@ -157,6 +210,18 @@ def test_text_alone_is_refused_where_it_means_nothing(tune, tiny_llama, tmp_path
     base = build_image_text(tmp_path / "base", "qwen2_5_vl")
     with pytest.raises(RecipeError, match=r"no class for the text of .* \(qwen2_5_vl_text\) alone"):
         export_tuned(tune(base), merged_format(text_only=True), tmp_path / "merged")
+
+
+def test_a_head_and_vectors_are_merged_into_a_complete_checkpoint_and_pairs_are_refused(tmp_path):
+    base = build_image_text(tmp_path / "base", "gemma3")
+    brief = {"train": {"max_steps": 1, "num_train_epochs": None}, "deploy": ["merged"], **SILENT}
+    for task, rows in (("classify", colour_rows(40)), ("embed", searched(24))):
+        run_recipe(tmp_path / task, base, rows, task, **brief)
+        merged = stored(tmp_path / task / "run/merged")
+        others = outside_text(stored(base))
+        assert sum(any(torch.equal(one, other) for other in merged.values()) for one in others.values()) == len(others)
+    with pytest.raises(RecipeError, match="pairs of texts to the processor"):
+        run_recipe(tmp_path / "rerank", base, judged(24), "rerank", **brief)
 
 
 # Complete runs
@@ -225,3 +290,16 @@ def test_a_missing_processor_file_fails_the_certificate(run, tmp_path, name):
     folder = copy_merged(run, tmp_path)
     (folder / name).unlink()
     assert_named(run, folder, name)
+
+
+@pytest.mark.parametrize("option", ["--merged", "--despite-gates"])
+def test_a_card_says_that_the_model_was_tuned_on_text_and_its_code_loads_the_complete_model(run, tmp_path, option):
+    result = invoke("deploy", "publish", run / "run", "--to", tmp_path / "hub", option)
+    assert result.exit_code == 0, result.output
+    card = ModelCard.load(tmp_path / "hub/README.md")
+    assert card.data.pipeline_tag == "image-text-to-text"
+    assert "It was tuned on text." in card.text
+    assert (tmp_path / "hub/processor_config.json").is_file()
+    (code,) = re.findall(r"```python\n(.*?)```", card.text, re.DOTALL)
+    assert "AutoModelForImageTextToText.from_pretrained(" in code
+    exec(code.replace('"base"', repr(str(run / "base"))).replace('"tiny"', repr(str(tmp_path / "hub"))), {})
