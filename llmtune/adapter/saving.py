@@ -96,8 +96,9 @@ def _save_lora(adapted: AdaptedModel, folder: Path, whole: dict[str, torch.Tenso
     name = str(base.path) if base.revision is None else base.name
     described |= {"inference_mode": True, "base_model_name_or_path": name, "revision": base.revision}
     kind, complete = type(adapted.selected.model), image_text_class(adapted.selected.model.config)
-    is_complete = complete is not None and issubclass(kind, complete)
-    if config.task_type is None or is_complete:  # without a task `AutoPeftModel` needs it, else users and the card
+    if complete is not None and issubclass(kind, complete):  # for users and the card: another class may open the base
+        described["auto_mapping"] = {"base_model_class": complete.__name__, "parent_library": complete.__module__}
+    elif config.task_type is None:  # `AutoPeftModel` then needs the class
         described["auto_mapping"] = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
     with writing_weights(folder):
         save_file(dict(sorted(tensors.items())), str(folder / WEIGHTS), metadata={"format": "pt"})
