@@ -25,7 +25,7 @@ from llmtune.model.config import UNREADABLE, read_model_config
 from llmtune.model.library_logging import unreported
 from llmtune.model.processor import PROCESSOR_FILES
 from llmtune.model.quantized_base import keep_quantized_format
-from llmtune.model.towers import complete_outputs, find_towers, image_text_class
+from llmtune.model.towers import complete_outputs, find_towers, image_text_class, text_class
 from llmtune.recipe.task_facts import TASK_FACTS
 
 QUESTION = "What does the picture show?"
@@ -85,11 +85,7 @@ class BaseCheckpoint:
         self.picture = AskedPicture(prompt, inputs, _read_logits(model, inputs), base, _read_logits(model, other))
 
     def _open_processor(self, folder: Path) -> ProcessorMixin:
-        trust = self.tuned.recipe.model.trust_remote_code
-        processor = AutoProcessor.from_pretrained(str(folder), local_files_only=True, trust_remote_code=trust)
-        if not isinstance(processor, ProcessorMixin):
-            raise ValueError(f"AutoProcessor opens a {type(processor).__name__} alone")
-        return processor
+        return open_processor(folder, self.tuned.recipe.model.trust_remote_code)
 
     def _load_complete(self) -> PreTrainedModel:
         """Load the base with its towers as plain transformers and PEFT do, with the trained weights."""
@@ -154,10 +150,31 @@ class BaseCheckpoint:
         return [*(f"{name} of the base is missing" for name in stated if not (folder / name).is_file()), *breaches]
 
 
-def check_processor(source: ModelSource) -> None:
-    """Check that a complete checkpoint that reads images can be written.
+def describe_checkpoint(certificate: Certificate) -> list[str]:
+    """Return the line to print about the rest of a certified checkpoint; none for a model of text alone."""
+    if (checked := certificate.get("checkpoint")) is None:
+        return []
+    parts = [f"towers: {checked['towers']['equal']:,} tensors equal to the base"]
+    if files := checked["processor_files"]:
+        parts.append(f"processor files: {len(files)}")
+    if asked := checked["picture"]:
+        reason = asked.get("not_measured")
+        parts.append("one picture: within its limit" if reason is None else f"no picture, because {reason}")
+    return [f"  {'; '.join(parts)}"]
 
-    Raises EnvironmentProblem if the base has no file of a processor, RecipeError for pairs of texts.
+
+def open_processor(folder: Path, trust_remote_code: bool) -> ProcessorMixin:
+    """Open the processor of pictures in a folder; raises ValueError for a tokenizer alone, or a library's error."""
+    processor = AutoProcessor.from_pretrained(str(folder), local_files_only=True, trust_remote_code=trust_remote_code)
+    if not isinstance(processor, ProcessorMixin):
+        raise ValueError(f"AutoProcessor opens a {type(processor).__name__} alone")
+    return processor
+
+
+def check_processor(source: ModelSource, export: str) -> None:
+    """Check that a complete checkpoint that reads images can be written; `export` is its name in `deploy`.
+
+    Raises EnvironmentProblem if the base has no processor that opens, RecipeError for pairs of texts.
     """
     config = read_model_config(source.model_ref, source.recipe.model)
     complete, folder = image_text_class(config), source.model_ref.path
@@ -166,13 +183,27 @@ def check_processor(source: ModelSource) -> None:
         what = (
             f"sentence-transformers gives pairs of texts to the processor of {source.model_ref.name}, which takes none"
         )
-        raise RecipeError.of(what, "deploy", "Use the adapter, in PEFT or with `llmtune deploy serve`.")
+        fix = f"Use the adapter, in PEFT or with `llmtune deploy serve`, without {export!r} in `deploy`."
+        raise RecipeError.of(what, "deploy", fix)
     if headed or complete is None or complete.__name__ not in (config.architectures or ()):
         return
+    fix, alone = "Download the model again with all files.", ""
+    if source.task.model_kind.decodes and text_class(config) is not None:
+        planned = export in source.recipe.exports
+        first = f"remove {export!r} from `deploy`, run the recipe, and then: " if planned else ""
+        alone = f" Or merge its text alone: {first}llmtune deploy merge RUN --text-only"
     if not any((folder / name).is_file() for name in PROCESSOR_FILES):
-        what = f"{source.model_ref.name} also reads images, but has none of its processor's files: "
-        fix = "Download the model again with all files, or merge its text alone: llmtune deploy merge RUN --text-only"
-        raise EnvironmentProblem.of(what + ", ".join(PROCESSOR_FILES[:2]), str(folder), fix)
+        what = f"the model also reads images, but has none of its processor's files: {', '.join(PROCESSOR_FILES[:2])}"
+        raise EnvironmentProblem.of(what, str(folder), fix + alone)
+    try:
+        open_processor(folder, source.recipe.model.trust_remote_code)
+    except (*UNREADABLE, NameError) as error:
+        missing = [name for name in PROCESSOR_FILES if name in str(error) and not (folder / name).is_file()]
+        reason = f"it has no {' or '.join(missing)}" if missing else first_line(error)
+        what = f"the model also reads images, but its processor cannot be opened: {reason}"
+        if isinstance(error, ImportError) or "Missing optional dependencies" in str(error):
+            fix = "Install the package that it names."
+        raise EnvironmentProblem.of(what, str(folder), fix + alone) from error
 
 
 def _draw() -> Image.Image:
