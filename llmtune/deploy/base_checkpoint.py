@@ -11,19 +11,19 @@ from typing import Any, cast
 import torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from PIL import Image
-from transformers import AutoProcessor, PreTrainedModel, ProcessorMixin
+from transformers import PreTrainedModel, ProcessorMixin
 
 from llmtune.adapter.load import put_adapter
 from llmtune.adapter.reference_model import switches_off, without_adapter
 from llmtune.deploy.exported_model import ExportedModel, ModelSource
 from llmtune.deploy.parity import Certificate, Limits, measure_distance
 from llmtune.deploy.tuned_model import TunedModel
-from llmtune.errors import EnvironmentProblem, RecipeError, first_line
+from llmtune.errors import RecipeError, first_line
 from llmtune.model.base_tensors import build_complete, compare_other_tensors
 from llmtune.model.causal_lm_loss import unwrap
 from llmtune.model.config import UNREADABLE, read_model_config
 from llmtune.model.library_logging import unreported
-from llmtune.model.processor import PROCESSOR_FILES
+from llmtune.model.processor import PROCESSOR_FILES, check_image_processor, open_processor
 from llmtune.model.quantized_base import keep_quantized_format
 from llmtune.model.towers import complete_outputs, find_towers, image_text_class, text_class
 from llmtune.recipe.task_facts import TASK_FACTS
@@ -163,47 +163,26 @@ def describe_checkpoint(certificate: Certificate) -> list[str]:
     return [f"  {'; '.join(parts)}"]
 
 
-def open_processor(folder: Path, trust_remote_code: bool) -> ProcessorMixin:
-    """Open the processor of pictures in a folder; raises ValueError for a tokenizer alone, or a library's error."""
-    processor = AutoProcessor.from_pretrained(str(folder), local_files_only=True, trust_remote_code=trust_remote_code)
-    if not isinstance(processor, ProcessorMixin):
-        raise ValueError(f"AutoProcessor opens a {type(processor).__name__} alone")
-    return processor
-
-
 def check_processor(source: ModelSource, export: str) -> None:
     """Check that a complete checkpoint that reads images can be written; `export` is its name in `deploy`.
 
     Raises EnvironmentProblem if the base has no processor that opens, RecipeError for pairs of texts.
     """
     config = read_model_config(source.model_ref, source.recipe.model)
-    complete, folder = image_text_class(config), source.model_ref.path
+    complete = image_text_class(config)
     headed = source.task.model_kind.has_head
     if complete is not None and TASK_FACTS[source.task.name].loader == "CrossEncoder":
-        what = (
-            f"sentence-transformers gives pairs of texts to the processor of {source.model_ref.name}, which takes none"
-        )
+        what = "sentence-transformers gives pairs of texts to the model's processor, which takes none"
         fix = f"Use the adapter, in PEFT or with `llmtune deploy serve`, without {export!r} in `deploy`."
         raise RecipeError.of(what, "deploy", fix)
     if headed or complete is None or complete.__name__ not in (config.architectures or ()):
         return
-    fix, alone = "Download the model again with all files.", ""
+    alternative = ""
     if source.task.model_kind.decodes and text_class(config) is not None:
         planned = export in source.recipe.exports
         first = f"remove {export!r} from `deploy`, run the recipe, and then: " if planned else ""
-        alone = f" Or merge its text alone: {first}llmtune deploy merge RUN --text-only"
-    if not any((folder / name).is_file() for name in PROCESSOR_FILES):
-        what = f"the model also reads images, but has none of its processor's files: {', '.join(PROCESSOR_FILES[:2])}"
-        raise EnvironmentProblem.of(what, str(folder), fix + alone)
-    try:
-        open_processor(folder, source.recipe.model.trust_remote_code)
-    except (*UNREADABLE, NameError) as error:
-        missing = [name for name in PROCESSOR_FILES if name in str(error) and not (folder / name).is_file()]
-        reason = f"it has no {' or '.join(missing)}" if missing else first_line(error)
-        what = f"the model also reads images, but its processor cannot be opened: {reason}"
-        if isinstance(error, ImportError) or "Missing optional dependencies" in str(error):
-            fix = "Install the package that it names."
-        raise EnvironmentProblem.of(what, str(folder), fix + alone) from error
+        alternative = f" Or merge its text alone: {first}llmtune deploy merge RUN --text-only"
+    check_image_processor(source.model_ref.path, source.recipe.model.trust_remote_code, alternative)
 
 
 def _draw() -> Image.Image:

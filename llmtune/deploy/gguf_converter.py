@@ -306,8 +306,7 @@ def converter_errors(architecture: str) -> Iterator[None]:
     try:
         yield
     except (ValueError, NotImplementedError, KeyError, AssertionError, TypeError) as error:
-        reason = f"{type(error).__name__}: {error}" if str(error) else f"it raises {type(error).__name__}"
-        reason = f"it does not find {error}" if isinstance(error, KeyError) else reason
+        reason = f"{type(error).__name__}: {error}".removesuffix(": ").replace("KeyError:", "it does not find")
         what = f"llama.cpp's converter cannot write this model, a {architecture}: {reason}"
         raise EnvironmentProblem.of(what, "deploy", MERGE_INSTEAD) from error
 

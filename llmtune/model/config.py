@@ -26,6 +26,7 @@ from llmtune.model.towers import image_text_class, remove_towers
 from llmtune.recipe.model_kind import CAUSAL, CLASSES, MASKED, VECTORS, ModelKind
 from llmtune.recipe.model_section import ModelSection
 from llmtune.recipe.schema import Recipe
+from llmtune.recipe.task_facts import TASK_FACTS
 from llmtune.records import ModelRef
 from llmtune.store.resource_limits import LimitExceeded
 
@@ -122,7 +123,11 @@ def explain_unsupported(model: str, config: PreTrainedConfig, task: str, kinds: 
     fix = " Or: ".join(dict.fromkeys(kind.fix for kind in kinds))
     if CLASSES in kinds and _mapped_class(config, CAUSAL) and not _mapped_class(config, CLASSES):
         what += f"; transformers has no class for sequence classification of the type {config.model_type}"
-        chat = ", or set `task: chat` with the classes in evaluate.choices" if task == "classify" else ""
+        chat = (
+            ", or set `task: chat` with the classes in evaluate.choices"
+            if TASK_FACTS[task].loader != "CrossEncoder"
+            else ""
+        )
         fix = f"Name a model of text alone{chat}."
     return cast(RecipeError, RecipeError.of(what, "model.name", fix))
 
