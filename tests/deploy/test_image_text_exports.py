@@ -263,7 +263,9 @@ def test_a_head_and_vectors_are_merged_into_a_complete_checkpoint_and_pairs_are_
         merged = stored(tmp_path / task / "run/merged")
         others = outside_text(stored(base))
         assert sum(any(torch.equal(one, other) for other in merged.values()) for one in others.values()) == len(others)
-    with pytest.raises(RecipeError, match=r"pairs of texts to the processor(.|\n)*without 'merged' in `deploy`"):
+    with pytest.raises(
+        RecipeError, match=r"pairs of texts to the model.s processor(.|\n)*without 'merged' in `deploy`"
+    ):
         run_recipe(tmp_path / "rerank", base, judged(24), "rerank", **brief)
 
 
