@@ -25,12 +25,12 @@ from llmtune.model.config import OTHER_CLASSES, OTHER_ORDER
 from llmtune.model.device import explain_oom, is_out_of_memory
 from llmtune.model.model_files import read_config_file, share_file
 from llmtune.model.processor import save_tokenizer
-from llmtune.model.towers import dropped_modules
+from llmtune.model.towers import dropped_modules, image_text_class
 from llmtune.records import AdaptedModel, SelectedModel
 
 
 def save_adapter(adapted: AdaptedModel, folder: Path, state: dict[str, torch.Tensor] | None = None) -> None:
-    """Write the adapter into `folder` (made if absent), in a form that `AutoPeftModelForCausalLM` loads.
+    """Write the adapter into `folder` (made if absent), in a form that PEFT loads.
 
     PiSSA and OLoRA become plain LoRA on the untouched base: `W_res + s B A = W + s [B, B0] [A; -A0]`, which doubles
     their rank. With `method: full` the model itself is written, in its original dtype. `state` has the model's weights
@@ -95,8 +95,10 @@ def _save_lora(adapted: AdaptedModel, folder: Path, whole: dict[str, torch.Tenso
     base = adapted.selected.model_ref  # as PEFT looks it up: the hub's name and commit, or the folder
     name = str(base.path) if base.revision is None else base.name
     described |= {"inference_mode": True, "base_model_name_or_path": name, "revision": base.revision}
-    if config.task_type is None:  # `AutoPeftModel` then needs the class
-        kind = type(adapted.selected.model)
+    kind, complete = type(adapted.selected.model), image_text_class(adapted.selected.model.config)
+    if complete is not None and issubclass(kind, complete):  # for users and the card: another class may open the base
+        described["auto_mapping"] = {"base_model_class": complete.__name__, "parent_library": complete.__module__}
+    elif config.task_type is None:  # `AutoPeftModel` then needs the class
         described["auto_mapping"] = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
     with writing_weights(folder):
         save_file(dict(sorted(tensors.items())), str(folder / WEIGHTS), metadata={"format": "pt"})

@@ -20,7 +20,6 @@ from llmtune.display.number_format import missing
 from llmtune.evaluate.metric_info import metric_note
 from llmtune.model.builtin_models import PACKAGED
 from llmtune.model.model_files import read_json_object
-from llmtune.model.processor import PROCESSOR_FILES
 from llmtune.model.resolve import UNKNOWN, find_license
 from llmtune.recipe.model_kind import CAUSAL, MODEL_KINDS, ModelKind
 from llmtune.recipe.schema import Recipe
@@ -88,9 +87,8 @@ class Publication:
     @property
     def reads_images(self) -> bool:
         """Whether it is a text tune of a checkpoint that also reads images."""
-        names = {*MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values()} & {*(self.config.get("architectures") or ())}
-        processor = any((self.folder / name).is_file() for name in PROCESSOR_FILES)
-        return bool(names) or (processor and self.config.get("task_type") == CAUSAL.peft_task_type)
+        config, complete = self.config, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values()
+        return not config.get("is_encoder_decoder") and any(name in complete for name in _stated_classes(config))
 
     @property
     def base(self) -> tuple[str | None, str, list[str]]:
@@ -176,11 +174,15 @@ def _print_unknown(published: Publication, license_name: str, console: Console) 
 
 def find_model_kind(config: Document) -> ModelKind:
     """Return the kind of model of an adapter_config.json, or of a model's config.json."""
-    mapping, architectures = config.get("auto_mapping"), config.get("architectures")
-    base_class = mapping.get("base_model_class") if isinstance(mapping, dict) else None
-    named = architectures if isinstance(architectures, list) else []
-    name = next((str(one) for one in (config.get("task_type"), base_class, *named) if one), "")
+    name = next((str(one) for one in (config.get("task_type"), *_stated_classes(config)) if one), "")
     return next(kind for kind in MODEL_KINDS if re.search(kind.card_pattern, name))
+
+
+def _stated_classes(config: Document) -> list[Any]:
+    """Return the model classes that an adapter_config.json or a config.json names."""
+    mapping, architectures = config.get("auto_mapping"), config.get("architectures")
+    base_class = [mapping.get("base_model_class")] if isinstance(mapping, dict) else []
+    return base_class + (architectures if isinstance(architectures, list) else [])
 
 
 def _metadata(published: Publication, scores: Evaluation, sources: list[str], kind: ModelKind) -> dict[str, Any]:
