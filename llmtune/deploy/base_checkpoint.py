@@ -11,21 +11,21 @@ from typing import Any, cast
 import torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from PIL import Image
-from transformers import AutoProcessor, PreTrainedModel, ProcessorMixin
+from transformers import PreTrainedModel, ProcessorMixin
 
 from llmtune.adapter.load import put_adapter
 from llmtune.adapter.reference_model import switches_off, without_adapter
 from llmtune.deploy.exported_model import ExportedModel, ModelSource
 from llmtune.deploy.parity import Certificate, Limits, measure_distance
 from llmtune.deploy.tuned_model import TunedModel
-from llmtune.errors import EnvironmentProblem, RecipeError, first_line
+from llmtune.errors import RecipeError, first_line
 from llmtune.model.base_tensors import build_complete, compare_other_tensors
 from llmtune.model.causal_lm_loss import unwrap
 from llmtune.model.config import UNREADABLE, read_model_config
 from llmtune.model.library_logging import unreported
-from llmtune.model.processor import PROCESSOR_FILES
+from llmtune.model.processor import PROCESSOR_FILES, check_image_processor, open_processor
 from llmtune.model.quantized_base import keep_quantized_format
-from llmtune.model.towers import complete_outputs, find_towers, image_text_class
+from llmtune.model.towers import complete_outputs, find_towers, image_text_class, text_class
 from llmtune.recipe.task_facts import TASK_FACTS
 
 QUESTION = "What does the picture show?"
@@ -85,11 +85,7 @@ class BaseCheckpoint:
         self.picture = AskedPicture(prompt, inputs, _read_logits(model, inputs), base, _read_logits(model, other))
 
     def _open_processor(self, folder: Path) -> ProcessorMixin:
-        trust = self.tuned.recipe.model.trust_remote_code
-        processor = AutoProcessor.from_pretrained(str(folder), local_files_only=True, trust_remote_code=trust)
-        if not isinstance(processor, ProcessorMixin):
-            raise ValueError(f"AutoProcessor opens a {type(processor).__name__} alone")
-        return processor
+        return open_processor(folder, self.tuned.recipe.model.trust_remote_code)
 
     def _load_complete(self) -> PreTrainedModel:
         """Load the base with its towers as plain transformers and PEFT do, with the trained weights."""
@@ -154,25 +150,39 @@ class BaseCheckpoint:
         return [*(f"{name} of the base is missing" for name in stated if not (folder / name).is_file()), *breaches]
 
 
-def check_processor(source: ModelSource) -> None:
-    """Check that a complete checkpoint that reads images can be written.
+def describe_checkpoint(certificate: Certificate) -> list[str]:
+    """Return the line to print about the rest of a certified checkpoint; none for a model of text alone."""
+    if (checked := certificate.get("checkpoint")) is None:
+        return []
+    parts = [f"towers: {checked['towers']['equal']:,} tensors equal to the base"]
+    if files := checked["processor_files"]:
+        parts.append(f"processor files: {len(files)}")
+    if asked := checked["picture"]:
+        reason = asked.get("not_measured")
+        parts.append("one picture: within its limit" if reason is None else f"no picture, because {reason}")
+    return [f"  {'; '.join(parts)}"]
 
-    Raises EnvironmentProblem if the base has no file of a processor, RecipeError for pairs of texts.
+
+def check_processor(source: ModelSource, export: str) -> None:
+    """Check that a complete checkpoint that reads images can be written; `export` is its name in `deploy`.
+
+    Raises EnvironmentProblem if the base has no processor that opens, RecipeError for pairs of texts.
     """
     config = read_model_config(source.model_ref, source.recipe.model)
-    complete, folder = image_text_class(config), source.model_ref.path
+    complete = image_text_class(config)
     headed = source.task.model_kind.has_head
     if complete is not None and TASK_FACTS[source.task.name].loader == "CrossEncoder":
-        what = (
-            f"sentence-transformers gives pairs of texts to the processor of {source.model_ref.name}, which takes none"
-        )
-        raise RecipeError.of(what, "deploy", "Use the adapter, in PEFT or with `llmtune deploy serve`.")
+        what = "sentence-transformers gives pairs of texts to the model's processor, which takes none"
+        fix = f"Use the adapter, in PEFT or with `llmtune deploy serve`, without {export!r} in `deploy`."
+        raise RecipeError.of(what, "deploy", fix)
     if headed or complete is None or complete.__name__ not in (config.architectures or ()):
         return
-    if not any((folder / name).is_file() for name in PROCESSOR_FILES):
-        what = f"{source.model_ref.name} also reads images, but has none of its processor's files: "
-        fix = "Download the model again with all files, or merge its text alone: llmtune deploy merge RUN --text-only"
-        raise EnvironmentProblem.of(what + ", ".join(PROCESSOR_FILES[:2]), str(folder), fix)
+    alternative = ""
+    if source.task.model_kind.decodes and text_class(config) is not None:
+        planned = export in source.recipe.exports
+        first = f"remove {export!r} from `deploy`, run the recipe, and then: " if planned else ""
+        alternative = f" Or merge its text alone: {first}llmtune deploy merge RUN --text-only"
+    check_image_processor(source.model_ref.path, source.recipe.model.trust_remote_code, alternative)
 
 
 def _draw() -> Image.Image:

@@ -72,7 +72,7 @@ def check_convertible(config: PretrainedConfig, kind: ModelKind = CAUSAL) -> Non
     problems = _find_misread(config.get_text_config(), not kind.decodes)
     EnvironmentProblem.collect(Problem(what, "model.name", MERGE_INSTEAD) for what in problems)
     if kind.decodes:
-        with converter_errors():
+        with converter_errors(_architecture_of(text_config(config), kind)):
             TensorLayout(config).converter.set_gguf_parameters()
 
 
@@ -228,7 +228,7 @@ def write_model(
         what = f"the tokenizer has {len(processor)} tokens, but the model only {rows}"
         raise EnvironmentProblem.of(what, None, "Their folder is damaged.")
     name = model_name(name, processor)
-    with TemporaryDirectory(dir=file.parent) as folder, converter_errors():
+    with TemporaryDirectory(dir=file.parent) as folder, converter_errors(type(model).__name__):
         with writing_weights(file.parent):
             model.save_pretrained(folder)
             processor.save_pretrained(folder)
@@ -256,8 +256,9 @@ def write_projector(base: Path, config: PretrainedConfig, file: Path, name: str)
 
     Raises EnvironmentProblem if the converter cannot write them.
     """
-    converter_class = _find_converter(_architecture_of(config, CAUSAL), towers=True)
-    with converter_errors():
+    architecture = _architecture_of(config, CAUSAL)
+    converter_class = _find_converter(architecture, towers=True)
+    with converter_errors(architecture):
         _write_file(converter_class(base, FORMATS["f16"], file, model_name=name), file)
 
 
@@ -291,7 +292,7 @@ class TensorLayout:
         Raises EnvironmentProblem if the weight does not become a separate tensor.
         """
         layer = next((int(part) for part in name.split(".") if part.isdecimal()), None)
-        with converter_errors():
+        with converter_errors(self.architecture):
             made = list(self.converter.modify_tensors(weight.detach().float().cpu(), name, layer))
         if len(made) != 1:
             what = f"{name} is not a separate tensor in GGUF files"
@@ -300,13 +301,14 @@ class TensorLayout:
 
 
 @contextmanager
-def converter_errors() -> Iterator[None]:
-    """Turn the converter's exceptions into an EnvironmentProblem."""
+def converter_errors(architecture: str) -> Iterator[None]:
+    """Turn the converter's exceptions on a model of this class into an EnvironmentProblem."""
     try:
         yield
     except (ValueError, NotImplementedError, KeyError, AssertionError, TypeError) as error:
-        what = f"llama.cpp's converter cannot write this model: {type(error).__name__}: {error}"
-        raise EnvironmentProblem.of(what, "model.name", MERGE_INSTEAD) from error
+        reason = f"{type(error).__name__}: {error}".removesuffix(": ").replace("KeyError:", "it does not find")
+        what = f"llama.cpp's converter cannot write this model, a {architecture}: {reason}"
+        raise EnvironmentProblem.of(what, "deploy", MERGE_INSTEAD) from error
 
 
 # llama.cpp

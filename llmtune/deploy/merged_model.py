@@ -15,7 +15,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from llmtune.adapter.merging import check_mergeable
 from llmtune.adapter.merging import merge_adapter as merge_weights
 from llmtune.adapter.saving import writing_weights
-from llmtune.deploy.base_checkpoint import check_processor
+from llmtune.deploy.base_checkpoint import check_processor, describe_checkpoint
 from llmtune.deploy.export import ExportFormat, WrittenExport
 from llmtune.deploy.exported_model import ModelSource, open_folder
 from llmtune.deploy.folder_settings import expected_generation
@@ -56,14 +56,14 @@ def merged_format(onto: str | None = None, dtype: str = "auto", text_only: bool 
 def check_merge(source: ModelSource, onto: str | None = None, dtype: str = "auto", text_only: bool = False) -> None:
     """Raise RecipeError for an adapter that cannot be merged, and for an invalid option.
 
-    Raises EnvironmentProblem for a base that reads images and has no processor, unless only its text is merged.
+    Raises EnvironmentProblem for a base that reads images and has no working processor, unless only its text is merged.
     """
     check_mergeable(source.recipe.adapter.method, source.recipe.adapter.options)
     config = read_model_config(source.model_ref, source.recipe.model)
     if text_only:
         _check_text(source, config)
     else:
-        check_processor(source)
+        check_processor(source, "merged")
     stays_quantized = kept_quantization(config) is not None
     quantized = stays_quantized or source.recipe.adapter.method == "qlora"
     problems = [*check_onto(onto, quantized, not stays_quantized)] if onto is not None else []
@@ -193,6 +193,7 @@ def _describe_merged(certificate: Certificate, out: Path) -> list[str]:
         f"merged model: {out} ({size(certificate['weights_bytes'])}, {certificate['dtype']})",
         "parity with the adapter is within all limits of its certificate",
         f"  {describe_parity(certificate['measured'])}",
+        *describe_checkpoint(certificate),
     ]
     if other := certificate["other"]:
         numbers = f": not measured, because {other.get('not_measured')}"

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from llmtune.adapter.merging import check_mergeable
 from llmtune.data.examples import ExampleReader
-from llmtune.deploy.base_checkpoint import check_processor
+from llmtune.deploy.base_checkpoint import check_processor, describe_checkpoint
 from llmtune.deploy.export import ExportFormat, WrittenExport
 from llmtune.deploy.exported_model import ModelSource, open_folder
 from llmtune.deploy.gptq import find_scales, round_layers
@@ -78,6 +78,7 @@ def quantized_format(scheme: str) -> ExportFormat:
         describe=lambda certificate, out: [
             f"{scheme} model: {out} ({size(certificate['weights_bytes'])})",
             f"  {describe_parity(certificate['measured'])}",
+            *describe_checkpoint(certificate),
         ],
     )
 
@@ -90,7 +91,7 @@ def check_quantizable(source: ModelSource, scheme: str) -> int:
     require_extra("quantized", "--scheme")
     recipe, name = source.recipe, source.model_ref.name
     check_mergeable(recipe.adapter.method, recipe.adapter.options)
-    check_processor(source)
+    check_processor(source, scheme)
     if not source.task.model_kind.decodes:
         what = f"vLLM reads this format for models that continue a text, not for {source.task.model_kind.auto_class}"
         raise RecipeError.of(what, "task", MERGE_INSTEAD)

@@ -23,9 +23,10 @@ from llmtune.errors import EnvironmentProblem, Problem, RecipeError, first_line,
 from llmtune.model.device import is_out_of_memory
 from llmtune.model.quantized_base import check_training, is_quantized, kept_quantization, prepare_reading
 from llmtune.model.towers import image_text_class, remove_towers
-from llmtune.recipe.model_kind import MASKED, VECTORS, ModelKind
+from llmtune.recipe.model_kind import CAUSAL, CLASSES, MASKED, VECTORS, ModelKind
 from llmtune.recipe.model_section import ModelSection
 from llmtune.recipe.schema import Recipe
+from llmtune.recipe.task_facts import TASK_FACTS
 from llmtune.records import ModelRef
 from llmtune.store.resource_limits import LimitExceeded
 
@@ -64,12 +65,7 @@ def find_class(
     kind, auto_class = task.model_kind, getattr(transformers, task.model_kind.auto_class)
     own_code = recipe.model.trust_remote_code and kind.auto_class in (getattr(config, "auto_map", None) or {})
     if not own_code and not supports_task(config, task):
-        raise RecipeError.of(
-            f"{model_ref.name} is a {describe_config(config)}: it cannot be used for the task {task.name}, which needs "
-            f"{kind.auto_class}",
-            "model.name",
-            kind.fix,
-        )
+        raise explain_unsupported(model_ref.name, config, task.name, [kind])
     if recipe.adapter.is_prompt and not kind.decodes:
         what = f"{recipe.adapter.method} puts its vectors before a decoder's prompt"
         raise RecipeError.of(f"{what}, but {model_ref.name} is not a decoder", "adapter.method", "Use lora.")
@@ -118,6 +114,22 @@ def supports_task(config: PreTrainedConfig, task: TaskInterface) -> bool:
     if task.model_kind.may_miss_weights or not (named := _architectures(config)):
         return True
     return model_class.__name__ in named or _is_relative(named, model_class.__name__)
+
+
+def explain_unsupported(model: str, config: PreTrainedConfig, task: str, kinds: Sequence[ModelKind]) -> RecipeError:
+    """Return the error for a model that none of a task's kinds supports."""
+    needed = " or ".join(dict.fromkeys(kind.auto_class for kind in kinds))
+    what = f"{model} is a {describe_config(config)}: it cannot be used for the task {task}, which needs {needed}"
+    fix = " Or: ".join(dict.fromkeys(kind.fix for kind in kinds))
+    if CLASSES in kinds and _mapped_class(config, CAUSAL) and not _mapped_class(config, CLASSES):
+        what += f"; transformers has no class for sequence classification of the type {config.model_type}"
+        chat = (
+            ", or set `task: chat` with the classes in evaluate.choices"
+            if TASK_FACTS[task].loader != "CrossEncoder"
+            else ""
+        )
+        fix = f"Name a model of text alone{chat}."
+    return cast(RecipeError, RecipeError.of(what, "model.name", fix))
 
 
 def is_encoder(config: PreTrainedConfig) -> bool:

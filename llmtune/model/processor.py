@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import cast
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoProcessor, AutoTokenizer, PreTrainedTokenizerBase, ProcessorMixin
 
 from llmtune.data.chat_template import ChatTemplate
 from llmtune.data.template_facts import TemplateRefusal
@@ -19,8 +19,8 @@ from llmtune.data.template_text import (
     with_parts,
     with_system_prompt,
 )
-from llmtune.errors import EnvironmentProblem, Problem, RecipeError
-from llmtune.model.config import read_model_config, readable
+from llmtune.errors import EnvironmentProblem, Problem, RecipeError, first_line
+from llmtune.model.config import UNREADABLE, read_model_config, readable
 from llmtune.model.model_files import read_json_object
 from llmtune.recipe.model_section import ModelSection
 from llmtune.recipe.user_files import read_text_file
@@ -84,6 +84,31 @@ def load_processor(
         )
         tokenizer.add_tokens(list(model.add_tokens))
     return cast(PreTrainedTokenizerBase, tokenizer)
+
+
+def open_processor(folder: Path, trust_remote_code: bool) -> ProcessorMixin:
+    """Open the processor of pictures in a folder; raises ValueError for a tokenizer alone, or a library's error."""
+    processor = AutoProcessor.from_pretrained(str(folder), local_files_only=True, trust_remote_code=trust_remote_code)
+    if not isinstance(processor, ProcessorMixin):
+        raise ValueError(f"AutoProcessor opens a {type(processor).__name__} alone")
+    return processor
+
+
+def check_image_processor(folder: Path, trust_remote_code: bool, alternative: str) -> None:
+    """Raise EnvironmentProblem, with a cure or the `alternative`, if a folder has no processor that opens."""
+    fix = "Download the model again with all files."
+    if not any((folder / name).is_file() for name in PROCESSOR_FILES):
+        what = f"the model also reads images, but has none of its processor's files: {', '.join(PROCESSOR_FILES[:2])}"
+        raise EnvironmentProblem.of(what, str(folder), fix + alternative)
+    try:
+        open_processor(folder, trust_remote_code)
+    except (*UNREADABLE, NameError) as error:
+        missing = [name for name in PROCESSOR_FILES if name in str(error) and not (folder / name).is_file()]
+        reason = f"it has no {' or '.join(missing)}" if missing else first_line(error)
+        what = f"the model also reads images, but its processor cannot be opened: {reason}"
+        if isinstance(error, ImportError) or "Missing optional dependencies" in str(error):
+            fix = "Install the package that it names."
+        raise EnvironmentProblem.of(what, str(folder), fix + alternative) from error
 
 
 def _set_template(

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from transformers import PretrainedConfig
 
-from llmtune.errors import RecipeError
-from llmtune.model.config import describe_config, supports_task
+from llmtune.model.config import explain_unsupported, supports_task
 from llmtune.recipe.schema import Recipe
 from llmtune.tasks import (
     chat,
@@ -45,9 +44,4 @@ def choose_variant(recipe: Recipe, config: PretrainedConfig, model: str) -> AnyT
             recipe.model.trust_remote_code and variant.model_kind.auto_class in auto_map
         ):
             return variant
-    needed = " or ".join(dict.fromkeys(variant.model_kind.auto_class for variant in variants))
-    raise RecipeError.of(
-        f"{model} is a {describe_config(config)}: it cannot be used for the task {recipe.task}, which needs {needed}",
-        "model.name",
-        " Or: ".join(dict.fromkeys(variant.model_kind.fix for variant in variants)),
-    )
+    raise explain_unsupported(model, config, recipe.task, [variant.model_kind for variant in variants])

@@ -16,9 +16,10 @@ from support.exports import SILENT, export_tuned, judged, searched
 from support.image_text import build_image_text, picture
 from support.pairs import run_recipe
 from support.runs import invoke, write_colours, write_recipe
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from llmtune.adapter.saving import save_adapter
+from llmtune.deploy.gguf_converter import check_convertible
 from llmtune.deploy.gguf_export import gguf_format
 from llmtune.deploy.merged_model import merged_format
 from llmtune.deploy.onnx_export import onnx_format
@@ -88,9 +89,12 @@ def test_a_merged_checkpoint_answers_a_picture_as_plain_peft_does_on_the_complet
     assert asked["kl_mean"] < 1e-6 < 1e-3 < min(asked["effect_kl"], asked["other_kl"])
 
 
-def test_a_merge_of_an_adapter_that_does_nothing_is_the_base(tune, tmp_path):
+def test_a_merge_of_an_adapter_that_does_nothing_is_the_base(tune, tmp_path, console):
     base, out = build_image_text(tmp_path / "base", "gemma3"), tmp_path / "merged"
-    export_tuned(tune(base, 0.0), merged_format(), out)
+    certificate = export_tuned(tune(base, 0.0), merged_format(), out)
+    equal = certificate["checkpoint"]["towers"]["equal"]
+    line = f"towers: {equal} tensors equal to the base; processor files: 2; one picture: within its limit"
+    assert line in " ".join(console.file.getvalue().split())
     before, after = stored(base), stored(out)
     assert before.keys() == after.keys()
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
@@ -175,6 +179,15 @@ def test_towers_that_llama_cpp_does_not_know_are_named_next_to_the_language_mode
     assert f"towers: {reason}" in console.file.getvalue()
 
 
+def test_a_configuration_without_a_field_that_llama_cpp_reads_is_named_with_its_class(tmp_path):
+    config = AutoConfig.from_pretrained(build_image_text(tmp_path, "gemma4"))
+    for rope in config.text_config.rope_parameters.values():
+        rope["rope_type"] = "default"
+    with pytest.raises(EnvironmentProblem, match=r"a Gemma4\w+: it does not find 'global_head_dim'") as raised:
+        check_convertible(config)
+    assert raised.value.problems[0].where == "deploy"
+
+
 def test_onnx_refuses_a_model_with_three_positions_for_a_token(tune, tmp_path):
     base = build_image_text(tmp_path / "base", "qwen2_5_vl")
     with pytest.raises(RecipeError, match="one position for each token, and qwen2_5_vl has three"):
@@ -200,8 +213,38 @@ def test_a_base_without_its_processor_is_named_and_merged_as_text_alone_only_on_
         (base / file).unlink()
     with pytest.raises(EnvironmentProblem, match=r"none of its processor's files: processor_config\.json") as raised:
         export_tuned(tune(base), merged_format(), tmp_path / "merged")
-    assert "--text-only" in str(raised.value)
+    assert "Or merge its text alone: llmtune deploy merge RUN --text-only" in str(raised.value)
+    assert str(raised.value).count(str(base)) == 1
     assert export_tuned(tune(base), merged_format(text_only=True), tmp_path / "text")["passed"]
+
+
+@pytest.mark.parametrize("product", ["merged", "fp8"])
+@pytest.mark.parametrize(
+    ("family", "files", "names"),
+    [
+        ("gemma3", ["preprocessor_config.json"], "cannot be opened: it has no preprocessor_config.json"),
+        ("llava", ["preprocessor_config.json", "processor_config.json"], "none of its processor's files"),
+    ],
+)
+def test_a_base_whose_processor_cannot_be_opened_is_named_before_training(tmp_path, product, family, files, names):
+    base = build_image_text(tmp_path / "base", family)
+    for file in files:
+        (base / file).unlink()
+    recipe = write_recipe(tmp_path / "recipe.yaml", base, write_colours(tmp_path / "rows.jsonl"), deploy=[product])
+    result = invoke("run", recipe, "--out", tmp_path / "run")
+    said = " ".join(result.output.split())
+    assert result.exit_code == 4, said
+    assert names in said
+    assert f"remove '{product}' from `deploy`, run the recipe, and then: llmtune deploy merge RUN --text-only" in said
+    assert not (tmp_path / "run/adapter").exists()
+
+
+def test_text_alone_is_not_advised_where_transformers_has_no_class_for_it(tune, tmp_path):
+    base = build_image_text(tmp_path / "base", "qwen2_5_vl")
+    (base / "preprocessor_config.json").unlink()
+    with pytest.raises(EnvironmentProblem, match="its processor cannot be opened") as raised:
+        export_tuned(tune(base), merged_format(), tmp_path / "merged")
+    assert raised.value.problems[0].fix == "Download the model again with all files."
 
 
 def test_text_alone_is_refused_where_it_means_nothing(tune, tiny_llama, tmp_path):
@@ -220,7 +263,9 @@ def test_a_head_and_vectors_are_merged_into_a_complete_checkpoint_and_pairs_are_
         merged = stored(tmp_path / task / "run/merged")
         others = outside_text(stored(base))
         assert sum(any(torch.equal(one, other) for other in merged.values()) for one in others.values()) == len(others)
-    with pytest.raises(RecipeError, match="pairs of texts to the processor"):
+    with pytest.raises(
+        RecipeError, match=r"pairs of texts to the model.s processor(.|\n)*without 'merged' in `deploy`"
+    ):
         run_recipe(tmp_path / "rerank", base, judged(24), "rerank", **brief)
 
 

@@ -217,6 +217,20 @@ def test_a_task_without_a_class_of_transformers_is_refused_by_name(tmp_path, fam
         task_for(recipe)
 
 
+@pytest.mark.parametrize(
+    ("task", "fix"),
+    [
+        ("classify", "Name a model of text alone, or set `task: chat` with the classes in evaluate.choices."),
+        ("rerank", "Name a model of text alone."),
+    ],
+)
+def test_a_decoder_without_a_class_for_a_head_is_not_told_to_be_a_decoder(tmp_path, task, fix):
+    recipe = recipe_with(build_image_text(tmp_path, "qwen2_5_vl")).model_copy(update={"task": task})
+    with pytest.raises(RecipeError, match="no class for sequence classification of the type qwen2_5_vl") as error:
+        task_for(recipe)
+    assert error.value.problems[0].fix == fix
+
+
 def test_a_configuration_that_transformers_reads_is_not_called_damaged(tmp_path):
     change_config(build_image_text(tmp_path, "llava"), "text_config", pad_token_id=99_999)
     with pytest.raises(EnvironmentProblem, match="Padding_idx must be within num_embeddings") as error:
