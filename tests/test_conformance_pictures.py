@@ -1,4 +1,4 @@
-"""The conformance suite's cases on models that read pictures: their reference, and what they call a mistake."""
+"""The conformance suite's cases on models that read pictures: their reference, and the mistakes that they name."""
 
 import importlib
 import shutil

@@ -206,8 +206,8 @@ def list_readings(survey: Survey, task: str | None = None, columns: Mapping[str,
     folder = survey.row_files[0].parent
     readings = [_reading(survey, one, columns) for one in named if reads_rows(survey.first, one, columns, folder)]
     if task is None and not columns and any(names_recordings(survey.rows, name) for name in survey.columns):
-        kept = [one for one in readings if kind_of_task(one.task) is AUDIO]  # names of files are no texts to learn
-        return kept or [_reading(survey, one, columns) for one, columns in _inferred(survey, AUDIO.tasks[0])]
+        recordings = [one for one in readings if kind_of_task(one.task) is AUDIO]  # file names are no texts to learn
+        return recordings or [_reading(survey, one, columns) for one, columns in _inferred(survey, AUDIO.tasks[0])]
     if not readings and (task is None or kind_of_task(task) is MESSAGES):
         readings = list(_conversations(survey, columns, task or MESSAGES.tasks[0]))
     if not readings and not columns and not refusals(survey, task):  # known names count, even if values are bad

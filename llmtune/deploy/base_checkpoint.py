@@ -25,7 +25,7 @@ from llmtune.model.config import UNREADABLE, read_model_config
 from llmtune.model.library_logging import unreported
 from llmtune.model.processor import PROCESSOR_FILES, check_image_processor, open_processor
 from llmtune.model.quantized_base import keep_quantized_format
-from llmtune.model.towers import complete_outputs, find_towers, image_text_class, text_class
+from llmtune.model.towers import find_towers, image_text_class, patch_text_forward, text_class
 from llmtune.recipe.task_facts import TASK_FACTS
 
 QUESTION = "What does the picture show?"
@@ -95,7 +95,7 @@ class BaseCheckpoint:
             options["quantization_config"] = stated = cast(Any, inner.config.quantization_config)
             options["dtype"] = stated.bnb_4bit_compute_dtype
         model = type(inner).from_pretrained(str(self.folder), local_files_only=True, **options)
-        complete_outputs(model)
+        patch_text_forward(model)
         keep_quantized_format(model)
         rows = inner.get_input_embeddings().weight.shape[0]
         if model.get_input_embeddings().weight.shape[0] < rows:  # the recipe added tokens
@@ -118,12 +118,12 @@ class BaseCheckpoint:
             breaches += self._compare_processors(exported.path)
             files = [name for name in PROCESSOR_FILES if (self.folder / name).is_file()]
         checked: Certificate = {"towers": tensors, "processor_files": files, "picture": None}
-        if isinstance(asked := self.picture, str):
-            checked["picture"] = {"not_measured": asked}
-        elif asked is not None:
-            compare = partial(measure_distance, [asked.tuned])
-            effect, other = (None if one is None else compare([one]).kl_mean for one in (asked.base, asked.other))
-            distance, limit = compare([_read_logits(exported.model, asked.inputs)]), limits.kl(effect)
+        if isinstance(picture := self.picture, str):
+            checked["picture"] = {"not_measured": picture}
+        elif picture is not None:
+            compare = partial(measure_distance, [picture.tuned])
+            effect, other = (None if one is None else compare([one]).kl_mean for one in (picture.base, picture.other))
+            distance, limit = compare([_read_logits(exported.model, picture.inputs)]), limits.kl(effect)
             checked["picture"] = {**asdict(distance), "limit": limit, "effect_kl": effect, "other_kl": other}
             if not distance.kl_mean <= limit:
                 numbers = f"mean KL is {distance.kl_mean:.2g} nats per position; the limit is {limit:.2g}"
@@ -140,8 +140,8 @@ class BaseCheckpoint:
                 kinds = type(processor).__name__, type(expected).__name__
                 breaches.append(f"its processor is a {kinds[0]}; the base's is a {kinds[1]}")
             elif isinstance(self.picture, AskedPicture):
-                made = _encode(processor, self.picture.prompt, _draw())
-                different = [name for name, part in self.picture.inputs.items() if not torch.equal(made[name], part)]
+                inputs = _encode(processor, self.picture.prompt, _draw())
+                different = [name for name, part in self.picture.inputs.items() if not torch.equal(inputs[name], part)]
                 breaches += [f"its processor makes other {name} of a picture" for name in different]
         except (*UNREADABLE, NameError) as error:
             breaches.append(f"its processor cannot be used as the base's: {first_line(error)}")
@@ -157,8 +157,8 @@ def describe_checkpoint(certificate: Certificate) -> list[str]:
     parts = [f"towers: {checked['towers']['equal']:,} tensors equal to the base"]
     if files := checked["processor_files"]:
         parts.append(f"processor files: {len(files)}")
-    if asked := checked["picture"]:
-        reason = asked.get("not_measured")
+    if picture := checked["picture"]:
+        reason = picture.get("not_measured")
         parts.append("one picture: within its limit" if reason is None else f"no picture, because {reason}")
     return [f"  {'; '.join(parts)}"]
 
@@ -169,7 +169,7 @@ def check_processor(source: ModelSource, export: str) -> None:
     Raises EnvironmentProblem if the base has no processor that opens, RecipeError for pairs of texts.
     """
     config = read_model_config(source.model_ref, source.recipe.model)
-    complete = image_text_class(config)
+    complete = image_text_class(config) if config.sub_configs else None  # Mistral 4 alone has no part for images
     headed = source.task.model_kind.has_head
     if complete is not None and TASK_FACTS[source.task.name].loader == "CrossEncoder":
         what = "sentence-transformers gives pairs of texts to the model's processor, which takes none"

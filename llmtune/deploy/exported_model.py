@@ -15,7 +15,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from llmtune.deploy.parity import LIMITS, Limits, load_product
 from llmtune.deploy.tuned_model import TunedModel, served_by_folder
 from llmtune.model.processor import load_processor
-from llmtune.model.towers import complete_outputs, image_text_class
+from llmtune.model.towers import image_text_class, patch_text_forward
 from llmtune.plan import Plan
 from llmtune.recipe.model_section import ModelSection
 from llmtune.records import ModelRef
@@ -104,7 +104,7 @@ def open_folder(folder: Path, source: ModelSource, name: str = "folder") -> Expo
         sees = kind.image_text_class and complete and complete.__name__ in (config.architectures or ())
         auto_class = getattr(transformers, str(kind.image_text_class if sees else kind.auto_class))
         model, info = auto_class.from_pretrained(folder, dtype=dtype, output_loading_info=True, **options)
-        complete_outputs(model)
+        patch_text_forward(model)
         return model, info
 
     model = cast(PreTrainedModel, load_product(load, str(folder)).to(source.device))

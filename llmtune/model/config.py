@@ -31,7 +31,7 @@ from llmtune.records import ModelRef
 from llmtune.store.resource_limits import LimitExceeded
 
 NEWER = "The file is damaged, or the model is newer than the installed transformers: pip install -U transformers."
-_NOT_BUILT = "Install what it names, download the file again if it was changed, or use another model."
+_NOT_BUILT = "Install the package that it names, download the file again, or use another model."
 OTHER_CLASSES = "llmtune_other_classes"
 """Set on a configuration whose trained head has other classes than the recipe."""
 OTHER_ORDER = "llmtune_other_order"

@@ -43,7 +43,7 @@ from llmtune.model.self_checks import (
     take_loss_at_head,
     try_shared_prefixes,
 )
-from llmtune.model.towers import complete_outputs, drop_towers, find_towers
+from llmtune.model.towers import drop_towers, find_towers, patch_text_forward
 from llmtune.recipe.model_section import ModelSection
 from llmtune.recipe.schema import Recipe
 from llmtune.records import MemoryPlan, ModelRef, SelectedModel
@@ -215,7 +215,7 @@ def load_plain(
             **({"device_map": {"": device}} if kept else {}),
         )
     model = cast(PreTrainedModel, (model if kept else model.to(device)).eval())
-    complete_outputs(model)
+    patch_text_forward(model)
     drop_towers(model)
     return model
 
@@ -262,7 +262,7 @@ def _load_weights(
             **options,
         )
     keep_quantized_format(model)
-    complete_outputs(model)
+    patch_text_forward(model)
     absent = {*info["missing_keys"], *(str(entry[0]) for entry in info.get("mismatched_keys", ()))}
     new = _initialize_head(model, absent, config, task)
     if missing := sorted(absent - new):

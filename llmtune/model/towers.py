@@ -118,7 +118,7 @@ def dropped_modules(model: torch.nn.Module) -> Sequence[str]:
     return cast(Sequence[str], getattr(model, _DROPPED, ()))
 
 
-def complete_outputs(model: PreTrainedModel) -> None:
+def patch_text_forward(model: PreTrainedModel) -> None:
     """Let two classes of transformers 5.24 read text alone, in place.
 
     Llama 4's wrapper reads an output `image_outputs` that its language model does not return. Molmo 2 requires the

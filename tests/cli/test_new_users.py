@@ -105,7 +105,7 @@ def test_models_that_fit_are_shown_in_80_columns(monkeypatch: pytest.MonkeyPatch
     done = invoke("models", "fits", "--memory", "24GB")
     assert done.exit_code == 0
     assert max(map(len, done.stdout.splitlines())) <= 80
-    assert re.search(r"^ \S+[/-] ", done.stdout, re.MULTILINE), "names break behind slashes and hyphens"
+    assert re.search(r"^ \S+[/-] ", done.stdout, re.MULTILINE), "names break after slashes and hyphens"
 
 
 def test_streamed_text_wraps_between_words() -> None:

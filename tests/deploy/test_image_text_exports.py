@@ -11,6 +11,7 @@ from huggingface_hub import ModelCard
 from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from support.architectures import build
 from support.classifying import colour_rows
 from support.exports import SILENT, export_tuned, judged, searched
 from support.image_text import build_image_text, picture
@@ -85,8 +86,8 @@ def test_a_merged_checkpoint_answers_a_picture_as_plain_peft_does_on_the_complet
     answered = see(open_complete(out), out)
     torch.testing.assert_close(answered, expected, atol=1e-4, rtol=1e-4)
     assert (answered - see(open_complete(base), base)).abs().max() > 0.1
-    asked = certificate["checkpoint"]["picture"]
-    assert asked["kl_mean"] < 1e-6 < 1e-3 < min(asked["effect_kl"], asked["other_kl"])
+    numbers = certificate["checkpoint"]["picture"]
+    assert numbers["kl_mean"] < 1e-6 < 1e-3 < min(numbers["effect_kl"], numbers["other_kl"])
 
 
 def test_a_merge_of_an_adapter_that_does_nothing_is_the_base(tune, tmp_path, console):
@@ -232,11 +233,18 @@ def test_a_base_whose_processor_cannot_be_opened_is_named_before_training(tmp_pa
         (base / file).unlink()
     recipe = write_recipe(tmp_path / "recipe.yaml", base, write_colours(tmp_path / "rows.jsonl"), deploy=[product])
     result = invoke("run", recipe, "--out", tmp_path / "run")
-    said = " ".join(result.output.split())
-    assert result.exit_code == 4, said
-    assert names in said
-    assert f"remove '{product}' from `deploy`, run the recipe, and then: llmtune deploy merge RUN --text-only" in said
+    output = " ".join(result.output.split())
+    assert result.exit_code == 4, output
+    assert names in output
+    assert f"remove '{product}' from `deploy`, run the recipe, and then: llmtune deploy merge RUN --text-only" in output
     assert not (tmp_path / "run/adapter").exists()
+
+
+def test_a_base_without_a_part_for_images_needs_no_processor(tune, tmp_path):
+    build("image-text", "mistral4", tmp_path / "base")  # transformers lists the class for images alone
+    certificate = export_tuned(tune(tmp_path / "base"), merged_format(), tmp_path / "merged")
+    assert certificate["passed"]
+    assert "checkpoint" not in certificate
 
 
 def test_text_alone_is_not_advised_where_transformers_has_no_class_for_it(tune, tmp_path):

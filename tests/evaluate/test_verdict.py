@@ -91,8 +91,8 @@ def test_a_gain_without_choice_accuracy_may_be_format_only():
 
 def test_a_model_that_chooses_all_answers_rightly_has_learned_more_than_the_format():
     changes = differences(exact_match=BETTER, choice_accuracy=OPEN)
-    found = verdict(Evaluation({"choice_accuracy": 0.9}, {"choice_accuracy": 1.0}, changes, (), 100))
-    assert (found.word, "format" in found.reason) == ("better", False)
+    result = verdict(Evaluation({"choice_accuracy": 0.9}, {"choice_accuracy": 1.0}, changes, (), 100))
+    assert (result.word, "format" in result.reason) == ("better", False)
 
 
 def test_too_few_rows_are_inconclusive():

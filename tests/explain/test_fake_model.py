@@ -96,10 +96,10 @@ def test_a_block_and_its_attention_are_timed_by_length(tiny_gpt2: Path):
 
 @pytest.mark.slow  # seconds on the clock, which other load changes
 def test_attention_takes_less_time_than_its_block_and_a_long_text_more_than_a_short_one(tiny_gpt2: Path):
-    found = measure(tiny_gpt2, 60.0)
-    assert isinstance(found, MeasuredBlock), found
-    assert found.points[-1].attention_seconds < found.points[-1].block_seconds
-    assert found.points[-1].block_seconds > 2 * found.points[0].block_seconds
+    block = measure(tiny_gpt2, 60.0)
+    assert isinstance(block, MeasuredBlock), block
+    assert block.points[-1].attention_seconds < block.points[-1].block_seconds
+    assert block.points[-1].block_seconds > 2 * block.points[0].block_seconds
 
 
 @pytest.mark.parametrize("family", ["bert", "modernbert", "t5", "whisper", "wav2vec2"])

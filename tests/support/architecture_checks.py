@@ -38,7 +38,7 @@ from llmtune.model.library_logging import hushed
 from llmtune.model.loading import load_model
 from llmtune.model.processor import load_processor
 from llmtune.model.resolve import resolve_model
-from llmtune.model.towers import complete_outputs, find_towers, remove_towers
+from llmtune.model.towers import find_towers, patch_text_forward, remove_towers
 from llmtune.recipe.schema import Recipe
 from llmtune.records import AdaptedModel, Prompt
 from llmtune.tasks.base import AnyTask
@@ -148,7 +148,7 @@ def load_plain(kind: str, adapted: AdaptedModel, folder: Path) -> PeftModel:
     auto = getattr(transformers, KINDS[kind].auto_class)
     labels = {"num_labels": adapted.selected.model.config.num_labels} if kind == "encoder" else {}
     plain = auto.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32, **labels)
-    complete_outputs(plain)
+    patch_text_forward(plain)
     plain.config.use_cache = False  # with a cache some decoders skip the causal mask
     return PeftModel.from_pretrained(plain, folder / "adapter", is_trainable=True)
 
@@ -281,7 +281,7 @@ def _merge(adapted: AdaptedModel, plain: PeftModel, task: AnyTask, recipe: Recip
     opened, notes = transformers.AutoModelForImageTextToText.from_pretrained(out, output_loading_info=True)
     if wrong := [name for names in notes.values() for name in names]:
         return f"differs: {len(wrong)} weights are missing or unknown, such as {wrong[0]}"
-    complete_outputs(opened.eval())
+    patch_text_forward(opened.eval())
     base = plain.unload().state_dict()
     towers = tuple(f"{name}." for name in find_towers(opened))
     changed = [n for n, part in opened.state_dict().items() if n.startswith(towers) and not torch.equal(part, base[n])]
@@ -339,7 +339,7 @@ def write_section(kind: str, types: dict[str, dict[str, str]]) -> tuple[str, str
 
 
 def write_page(sections: dict[str, tuple[str, str]], written: str) -> str:
-    """Return the page; kinds that were not checked keep what is written."""
+    """Return the page; kinds that were not checked keep their section."""
     for kind in KINDS.keys() - sections.keys():
         line = re.search(rf"^\| {kind} \|.*\n", written, re.MULTILINE)
         section = re.search(rf"\n## {kind}\n(?:(?!\n## ).)*", written, re.DOTALL)

@@ -78,7 +78,7 @@ LAYER_KINDS = {"layer_types", "mlp_layer_types", "layers_block_type"}
 
 
 def _three_positions(*section: int, **others: Any) -> dict[str, Any]:
-    """Rotary positions for time, height and width; the section's sum is half of what is rotated of a head."""
+    """Return rotary positions for time, height and width; the sections sum to half a head's rotated dimensions."""
     return {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [*section], **others}}
 
 
