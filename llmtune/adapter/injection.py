@@ -40,6 +40,7 @@ from llmtune.model.config import (
 from llmtune.model.device import explain_oom, is_out_of_memory
 from llmtune.model.experts import count_quantized
 from llmtune.model.quantized_base import is_quantized, kept_quantization
+from llmtune.model.towers import describe_towers
 from llmtune.recipe.adapter_section import MUTATING, AdapterSection
 from llmtune.recipe.schema import Recipe
 from llmtune.records import AdaptedModel, Examples, ModelRef, SelectedModel
@@ -109,6 +110,8 @@ def describe_adapter(adapted: AdaptedModel) -> dict[str, object]:
 def show_adapter(adapted: AdaptedModel, console: Console) -> None:
     """Print matched modules by their ending, the trainable share and the adapter's size."""
     share = 100 * adapted.trainable / adapted.total
+    if towers := describe_towers(adapted.selected.model):
+        console.print(towers, highlight=False)
     if adapted.matched_modules:
         groups = ", ".join(f"{ending} × {count}" for ending, count in group_by_ending(adapted.matched_modules).items())
         console.print(f"Adapter on {len(adapted.matched_modules)} modules: {groups}", highlight=False)

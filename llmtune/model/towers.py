@@ -118,6 +118,15 @@ def dropped_modules(model: torch.nn.Module) -> Sequence[str]:
     return cast(Sequence[str], getattr(model, _DROPPED, ()))
 
 
+def describe_towers(model: PreTrainedModel) -> str | None:
+    """Return the sentence to print about a model's towers; None for a model of text alone."""
+    dropped = dropped_modules(model)
+    if names := [name for name in dropped if name.rpartition(".")[0] not in dropped]:
+        return f"Towers left out: {', '.join(names)}. Without them a text has the same scores, to the bit."
+    names = find_towers(model)
+    return f"Towers frozen: {', '.join(names)}. A text does not have the same scores without them." if names else None
+
+
 def patch_text_forward(model: PreTrainedModel) -> None:
     """Let two classes of transformers 5.24 read text alone, in place.
 

@@ -16,7 +16,7 @@ from llmtune.adapter.saving import load_adapter, save_adapter
 from llmtune.errors import EnvironmentProblem, RecipeError
 from llmtune.model.memory_plan import plan_memory
 from llmtune.model.resolve import resolve_model
-from llmtune.model.towers import drop_towers, dropped_modules, find_towers
+from llmtune.model.towers import describe_towers, drop_towers, dropped_modules, find_towers
 
 VISION = ["model.vision_tower", "model.multi_modal_projector"]
 TOWERS = dict.fromkeys(FAMILIES, VISION) | {
@@ -46,6 +46,7 @@ def test_a_text_tune_loads_the_class_of_the_checkpoint_without_its_towers(tmp_pa
     names = [name for name, _ in complete.named_parameters() if not name.startswith(tuple(TOWERS[family]))]
     assert [name for name, _ in model.named_parameters()] == names
     assert find_towers(model) == []
+    assert describe_towers(model).startswith(f"Towers left out: {', '.join(TOWERS[family])}. ")
 
 
 @pytest.mark.parametrize("family", ["gemma4", "llava", "qwen3_5"])
@@ -71,11 +72,13 @@ def test_towers_that_text_uses_stay_frozen(tmp_path):
     assert not any(parameter.requires_grad for parameter in tower.parameters())
     assert all(parameter.requires_grad for parameter in model.model.language_model.parameters())
     assert not dropped_modules(model)
+    assert describe_towers(model).startswith("Towers frozen: model.vision_tower, model.multi_modal_projector. ")
 
 
 def test_a_model_of_text_alone_keeps_every_module(tiny_llama):
     model = open_model(recipe_with(tiny_llama)).model
     assert not dropped_modules(model)
+    assert describe_towers(model) is None
 
 
 @pytest.mark.parametrize("family", ["llava", "smolvlm", "llama4"])
