@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Set
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from llmtune.data.answer_parser import ToolTurn
 from llmtune.data.corpus import load_corpus
+from llmtune.data.example import AnyExample
 from llmtune.data.examples import ExampleReader
 from llmtune.data.row_kind import write_prompt
 from llmtune.data.row_store import iterate_groups, iterate_rows
@@ -32,11 +34,28 @@ SPLIT = "test"
 SCHEMAS_NOTE = "tool_call_valid.schemas"
 
 
+class EncodedRows:
+    """Examples in memory, with the interface of `ExampleReader`."""
+
+    def __init__(self, encoded: Mapping[int, Sequence[AnyExample]]) -> None:
+        """Take the examples of rows, by their numbers in ascending order."""
+        self._examples = [example for examples in encoded.values() for example in examples]
+        self.rows = np.array([row for row, examples in encoded.items() for _ in examples], dtype=np.int32)
+        self.lengths = np.array([example.tokens for example in self._examples], dtype=np.int32)
+        self.supervised = np.array([example.supervised for example in self._examples], dtype=np.int32)
+
+    def __len__(self) -> int:
+        return len(self._examples)
+
+    def __getitem__(self, index: int) -> AnyExample:
+        return self._examples[index]
+
+
 @dataclass(frozen=True)
 class EvalInputs:
     """N rows of the test split (during training, of the validation split), in the order of `Rows`."""
 
-    reader: ExampleReader
+    reader: ExampleReader | EncodedRows
     rows: tuple[int, ...]
     """[N] numbers of the rows that have at least one example."""
     origins: tuple[str, ...]
@@ -88,6 +107,8 @@ class EvalContext:
     """Where files of the evaluation go; None to keep nothing."""
     validation: EvalInputs | None = None
     """The validation rows to calibrate on, if the task chooses; they get no generated answers."""
+    controls: Mapping[str, EvalInputs] = field(default_factory=dict)
+    """By name, the test rows with other pictures (`llmtune.evaluate.controls`)."""
     checkpoints: int = 1
     """Number of checkpoints that training chose from by their scores on validation rows."""
 

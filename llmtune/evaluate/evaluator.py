@@ -14,6 +14,7 @@ import torch
 from llmtune.data.row_store import iterate_rows
 from llmtune.errors import Problem
 from llmtune.evaluate.calibration import Chosen, calibrate, describe_reliability
+from llmtune.evaluate.controls import compare_controls, count_pictured, name_answers
 from llmtune.evaluate.decision import conclude, fit_decision, measure_decisions
 from llmtune.evaluate.eval_inputs import EvalContext, EvalInputs
 from llmtune.evaluate.evaluated_task import Corpus, EvalPrediction, EvaluatedTask
@@ -92,10 +93,12 @@ def evaluate(
         measures = PairedMeasures(*({name: one[name] for name in one if name not in problems} for one in both))
         decided, added = decide_answers(context, answers)
         measures = replace(measures, tuned={**measures.tuned, **added})
+        controls = compare_controls(context, answers, measures)
         evaluation = compare_answers(context, context.inputs, base, tuned, measures, headless=stand_in is not None)
         notes = {name: f"not measured: {problem.what}" for name, problem in problems.items()}
         failed = {name: (one.what, one.where or "", one.fix or "") for name, one in problems.items()}
         evaluation = replace(evaluation, signatures=evaluation.signatures | notes, failed=failed)
+        evaluation = replace(evaluation, controls=controls, pictured=count_pictured(context))
     elif context.recipe.evaluate.decisions:
         decided, _ = decide_answers(context, answers)
     studies = compare_suites(suites, measures, answers)
@@ -177,18 +180,22 @@ def run_models(
     headless: bool,
 ) -> None:
     """Run the rows and suites on base and tuned model; add answers that are missing from `answers`."""
+    controls = {control: replace(context, inputs=inputs) for control, inputs in context.controls.items()}
     for name, load in (("base", models.base), ("tuned", models.tuned)):
         predicts = context.inputs is not None and name not in answers
         running = () if name == "base" and headless else suites
         validation = replace(context, inputs=context.validation) if name == "tuned" else context
         calibrates = name == "tuned" and context.validation is not None
-        if not predicts and not running and not calibrates:
+        if not predicts and not running and not calibrates and not controls:
             continue
         with load() as model:
             if predicts:
                 answers[name] = predict(model, name, context, models.packs())
             if calibrates:
                 answers["validation"] = predict(model, "validation", validation, models.packs())
+            for control, other in controls.items():
+                key = name_answers(name, control)
+                answers[key] = predict(model, key, other, models.packs())
             for suite in running:
                 suite.run(name, model)
         del model  # frees the base's weights before the tuned ones are loaded

@@ -175,6 +175,7 @@ class Recipe(RecipeSection):
             objective=section.objective if isinstance(section, CompletionSection) else None,
             style=section.style if isinstance(section, QaSection) else None,
             loss=section.loss if isinstance(section, PreferenceSection) else None,
+            images=section.images if isinstance(section, ChatSection) else None,
             kl_hindrance=hindrance,
         )
 
