@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 
@@ -56,12 +56,13 @@ def control_inputs(
     console: Console,
 ) -> dict[str, EvalInputs]:
     """Return the test rows with pictures for each of `evaluate.controls`, with other pictures; empty without any."""
-    if inputs is None or not recipe.evaluate.controls or not task.model_kind.takes_images:
+    if inputs is None or not inputs.pictured or not recipe.evaluate.controls:
         return {}
-    full = dict(enumerate(read_rows(rows, SPLIT, inputs.rows)))
-    pictures = {i: found for i, row in full.items() if (found := task.list_pictures(row))}
+    indexes = sorted(inputs.pictured)
+    full = dict(zip(indexes, read_rows(rows, SPLIT, [inputs.rows[i] for i in indexes]), strict=True))
+    pictures = {i: task.list_pictures(row) for i, row in full.items()}
     controls: dict[str, EvalInputs] = {}
-    for name in recipe.evaluate.controls if pictures else ():
+    for name in recipe.evaluate.controls:
         others = swap_pictures(pictures, inputs.references) if name == "swapped" else blind_pictures(pictures)
         replaced = {i: task.with_pictures(full[i], other) for i, other in others.items()}
         made = replace_rows(inputs, replaced, task, processor, recipe)
@@ -147,12 +148,6 @@ def replace_rows(
     )
 
 
-def count_pictured(context: EvalContext) -> int:
-    """Return the number of test rows with pictures."""
-    questions = context.inputs.questions if context.inputs is not None else ()
-    return sum(bool(context.task.list_pictures(question)) for question in questions)
-
-
 def compare_controls(
     context: EvalContext, answers: Mapping[str, Answers], measures: PairedMeasures
 ) -> dict[str, Control]:
@@ -164,7 +159,7 @@ def compare_controls(
         base = answers[name_answers("base", name)]
         tuned = replace(answers[name_answers("tuned", name)], temperature=answers["tuned"].temperature)
         other = PairedMeasures(*(compute_metrics(scored, one, base, ignored) for one in (base, tuned)))
-        left = count_pictured(context) - len(inputs.measured)
+        left = len(inputs.pictured) - len(inputs.measured)
         note = f"{left} rows with pictures are left out: no other row has as many other pictures, or they do not fit"
         control = compare_control(name, other, measures, context.recipe.seed)
         controls[name] = replace(control, rows=len(inputs.measured), note=note if left else "")
@@ -174,6 +169,12 @@ def compare_controls(
 def name_answers(model: str, control: str) -> str:
     """Return the key of a model's answers under a control in `Scored.answers`."""
     return f"{model}, {control}"
+
+
+def shown_answers(answers: Mapping[str, Answers], controls: Iterable[str]) -> dict[str, Answers]:
+    """Return the answers of base and tuned model, and those of the tuned model under each control, by its name."""
+    others = {control: replace(answers[name_answers("tuned", control)], sums=None) for control in controls}
+    return {"base": answers["base"], "tuned": answers["tuned"]} | others
 
 
 def compare_control(name: str, other: PairedMeasures, own: PairedMeasures, seed: int) -> Control:

@@ -88,6 +88,8 @@ class EvalInputs:
     """[N] the rows with their answers and kept columns, for the user's own metrics; empty without any."""
     corpus: tuple[str, ...] = ()
     """The passages of `data.corpus`."""
+    pictured: frozenset[int] = frozenset()
+    """Indexes into the rows above: the rows with pictures."""
     measured: tuple[int, ...] = ()
     """Indexes into the rows above: the only rows that are measured; empty for all."""
 
@@ -172,6 +174,7 @@ def make_inputs(
         clusters=read_clusters(rows, split, kept),
         full_rows=tuple(read_full_rows(rows, split, kept)) if recipe.evaluate.own_metrics else (),
         corpus=read_corpus(rows, split) if facts.searches else (),
+        pictured=frozenset(i for i, question in enumerate(questions) if task.list_pictures(question)),
     )
 
 

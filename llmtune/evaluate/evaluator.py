@@ -14,7 +14,7 @@ import torch
 from llmtune.data.row_store import iterate_rows
 from llmtune.errors import Problem
 from llmtune.evaluate.calibration import Chosen, calibrate, describe_reliability
-from llmtune.evaluate.controls import compare_controls, count_pictured, name_answers
+from llmtune.evaluate.controls import compare_controls, name_answers, shown_answers
 from llmtune.evaluate.decision import conclude, fit_decision, measure_decisions
 from llmtune.evaluate.eval_inputs import EvalContext, EvalInputs
 from llmtune.evaluate.evaluated_task import Corpus, EvalPrediction, EvaluatedTask
@@ -94,11 +94,11 @@ def evaluate(
         decided, added = decide_answers(context, answers)
         measures = replace(measures, tuned={**measures.tuned, **added})
         controls = compare_controls(context, answers, measures)
-        evaluation = compare_answers(context, context.inputs, base, tuned, measures, headless=stand_in is not None)
+        evaluation = compare_answers(context, context.inputs, answers, measures, headless=stand_in is not None)
         notes = {name: f"not measured: {problem.what}" for name, problem in problems.items()}
         failed = {name: (one.what, one.where or "", one.fix or "") for name, one in problems.items()}
         evaluation = replace(evaluation, signatures=evaluation.signatures | notes, failed=failed)
-        evaluation = replace(evaluation, controls=controls, pictured=count_pictured(context))
+        evaluation = replace(evaluation, controls=controls, pictured=len(context.inputs.pictured))
     elif context.recipe.evaluate.decisions:
         decided, _ = decide_answers(context, answers)
     studies = compare_suites(suites, measures, answers)
@@ -241,8 +241,7 @@ def find_guessable(
 def compare_answers(
     context: EvalContext,
     inputs: EvalInputs,
-    base: Answers,
-    tuned: Answers,
+    models: Mapping[str, Answers],
     measures: PairedMeasures,
     *,
     headless: bool,
@@ -250,6 +249,7 @@ def compare_answers(
     """Turn the answers of both models into scores, differences, samples, flips and slices."""
     task, recipe = context.task, context.recipe
     samples, seed = recipe.evaluate.samples, recipe.seed
+    base, tuned, shown = models["base"], models["tuned"], shown_answers(models, context.controls)
     base_scores, tuned_scores = measures.scores()
     references, prompts = [inputs.targets[i] for i in inputs.answered], [inputs.questions[i] for i in inputs.answered]
     details = {}
@@ -265,12 +265,12 @@ def compare_answers(
         tuned=tuned_scores,
         difference=measures.differences(seed),
         intervals={metric: own_interval(one, seed) for metric, one in measures.tuned.items()},
-        samples=pick_samples(inputs, base, tuned, samples),
+        samples=pick_samples(inputs, shown, samples),
         rows=len(inputs.rows),
         signatures=describe_metrics(measures.tuned, inputs, tuned, recipe) | compare_pieces(base.sums, recipe),
         details=details,
         guessable=find_guessable(task, recipe, references, prompts, measures.tuned) if headless else (),
-        flips=find_flips(measures, inputs, base, tuned, samples),
+        flips=find_flips(measures, inputs, shown, samples),
         slices=score_slices(inputs.slices, measures, seed),
     )
 

@@ -179,7 +179,7 @@ def compared_scores(
     if gate.on_own_interval:
         scores = evaluation.by_name("tuned")
         return scores, dict.fromkeys(scores, 0.0), evaluation.own_intervals()
-    if gate.against in CONTROLS:
+    if gate.against is not None and gate.against in CONTROLS:
         control = evaluation.controls.get(gate.against)
         return (control.scores.tuned, control.tuned, control.difference) if control else ({}, {}, {})
     if gate.against != "champion" and gate.against not in SIMPLE_BASELINES:

@@ -6,6 +6,7 @@ Shapes: N rows.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NotRequired
@@ -71,16 +72,15 @@ class BaseAnswers:
     """How a simple baseline was fitted."""
 
 
-def save_predictions(folder: Path, inputs: EvalInputs, base: Answers, tuned: Answers) -> None:
-    """Write a line for each test row: origin, prompt, reference, and both models' answers."""
+def save_predictions(folder: Path, inputs: EvalInputs, models: Mapping[str, Answers]) -> None:
+    """Write a line for each test row: origin, prompt, reference, and the answers of the models by name."""
     # Nothing is redacted: these are the user's own rows, next to the copy in `data/`. Only shared reports are redacted.
-    answers = {"base": base, "tuned": tuned}
-    lines = [json.dumps(plain(prediction_row(i, inputs, answers)), ensure_ascii=False) for i in range(len(inputs.rows))]
+    lines = [json.dumps(plain(prediction_row(i, inputs, models)), ensure_ascii=False) for i in range(len(inputs.rows))]
     with explained(folder):
         write_text(folder / PREDICTIONS, "".join(line + "\n" for line in lines))
 
 
-def prediction_row(i: int, inputs: EvalInputs, models: dict[str, Answers]) -> dict[str, object]:
+def prediction_row(i: int, inputs: EvalInputs, models: Mapping[str, Answers]) -> dict[str, object]:
     """Return one row's line, without keys for what was not evaluated."""
     reference = inputs.references[i]
     line: dict[str, object] = {"origin": inputs.origins[i], "prompt": inputs.prompts[i], "reference": reference}
@@ -137,29 +137,32 @@ def load_base(folder: Path | None, inputs: str, name: str = BASE) -> BaseAnswers
     return BaseAnswers(inputs, Answers(sums or None, **by_row, corpus=corpus), saved.get("note", ""))
 
 
-SAMPLE = ("origin", "prompt", "reference", "base", "tuned", "base_choice", "tuned_choice")
+SAMPLE = (
+    *("origin", "prompt", "reference", "row"),
+    *(f"{model}{part}" for part in ("", "_choice") for model in ("base", "tuned", "blind")),
+)
 """Keys of a sample row."""
 MOST_SHOWN = 5
 HALF = 0.5
 """Value of a tie."""
 
 
-def pick_samples(inputs: EvalInputs, base: Answers, tuned: Answers, count: int) -> tuple[dict[str, str], ...]:
+def pick_samples(inputs: EvalInputs, models: Mapping[str, Answers], count: int) -> tuple[dict[str, str], ...]:
     """Return sample rows, spread evenly over the answered ones; never chosen by how the answers look."""
-    shown = list(base.texts or base.scores)
-    return tuple(sample_row(shown[at], inputs, base, tuned) for at in cut_evenly(len(shown), count))
+    shown = list(models["base"].texts or models["base"].scores)
+    return tuple(sample_row(shown[at], inputs, models) for at in cut_evenly(len(shown), count))
 
 
-def sample_row(i: int, inputs: EvalInputs, base: Answers, tuned: Answers) -> dict[str, str]:
-    """Return row `i` with the answers of both models; missing answers are absent."""
-    line = prediction_row(i, inputs, {"base": base, "tuned": tuned})
+def sample_row(i: int, inputs: EvalInputs, models: Mapping[str, Answers]) -> dict[str, str]:
+    """Return row `i` with the answers of the models; missing answers are absent. With pictures it has its number."""
+    line = prediction_row(i, inputs, models) | ({"row": inputs.rows[i]} if i in inputs.pictured else {})
     return {key: str(line[key]) for key in SAMPLE if key in line}
 
 
 def find_flips(
-    measures: PairedMeasures, inputs: EvalInputs, base: Answers, tuned: Answers, count: int
+    measures: PairedMeasures, inputs: EvalInputs, models: Mapping[str, Answers], count: int
 ) -> dict[str, Flips]:
-    """Return the rows that only one of the models got right, by right-or-wrong metric.
+    """Return the rows that only one of base and tuned model got right, by right-or-wrong metric.
 
     A tie, half right, is no flip. Metrics whose base is all ties (rewards against the base itself) are skipped. At
     most `count` rows per direction, and never more than five, are shown, spread evenly over all flips.
@@ -171,7 +174,7 @@ def find_flips(
             continue
         gained, lost = flipped_rows(before, after)
         gained_rows, lost_rows = (
-            tuple(sample_row(way[at], inputs, base, tuned) for at in cut_evenly(len(way), min(count, MOST_SHOWN)))
+            tuple(sample_row(way[at], inputs, models) for at in cut_evenly(len(way), min(count, MOST_SHOWN)))
             for way in (gained, lost)
         )
         flips[metric] = Flips(len(gained), len(lost), len(after.at), gained_rows, lost_rows)

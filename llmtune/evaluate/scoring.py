@@ -11,6 +11,7 @@ from llmtune.data.inherited_rows import find_inheritance, find_learned
 from llmtune.data.row_kind import compared_text, prompt_row
 from llmtune.data.row_store import iterate_ids, iterate_texts, read_rows
 from llmtune.display.console import spinner
+from llmtune.evaluate.controls import shown_answers
 from llmtune.evaluate.decision import save_rules
 from llmtune.evaluate.eval_inputs import SCHEMAS_NOTE, SPLIT, EvalContext
 from llmtune.evaluate.evaluation_file import save_evaluation
@@ -127,7 +128,7 @@ def save_row_files(request: ScoreRequest, scored: Scored) -> Scored:
     context, answers = request.context, scored.answers
     if context.folder is not None and context.inputs is not None:
         save_measures(context.folder, scored.per_row)
-        save_predictions(context.folder, context.inputs, answers["base"], answers["tuned"])
+        save_predictions(context.folder, context.inputs, shown_answers(answers, context.controls))
         if request.base is not None and not request.headless:
             save_base(context.folder, answers["base"], request.base.inputs)
         if request.tuned is not None and context.recipe.evaluate.own_metrics:
