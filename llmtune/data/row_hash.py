@@ -113,6 +113,8 @@ def _stripped(value: object) -> object:
     if isinstance(value, list):
         return [_stripped(item) for item in value]
     if isinstance(value, dict):
+        if "picture" in value and "content" in value:
+            return value["content"]
         named = "audio" in value and "content" in value
         return {key: _stripped(item) for key, item in value.items() if not (named and key == "audio")}
     return value
