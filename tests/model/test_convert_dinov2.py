@@ -1,5 +1,6 @@
 """A tower that an ONNX graph holds under other names, and a text model, become a model that reads pictures."""
 
+import importlib.metadata
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,9 @@ from safetensors.torch import load_file
 from support.models import build_llama
 from support.runs import load_script
 from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer, Dinov2Config, Dinov2Model
+
+from llmtune.model.builtin_models import PACKAGED
+from llmtune.store.atomic_files import hash_file
 
 onnx = pytest.importorskip("onnx")
 SCRIPT = load_script("models/convert_dinov2.py")
@@ -116,3 +120,16 @@ def test_the_same_parts_become_the_same_bytes(tower, joined, tmp_path):
     SCRIPT.write_model(tower, joined[0], tmp_path)
     for name in ("model.safetensors", "config.json", "processor_config.json"):
         assert (tmp_path / name).read_bytes() == (joined[1] / name).read_bytes()
+
+
+@pytest.mark.slow
+def test_the_packaged_tower_computes_the_same_as_its_graph():
+    entry = PACKAGED[SCRIPT.NAME]
+    try:
+        file = Path(str(importlib.metadata.distribution(entry.distribution).locate_file(entry.file)))
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip(f"the package {entry.distribution} is not installed")
+    assert hash_file(file) == entry.sha256
+    difference, largest = SCRIPT.compare_with_graph(file, SCRIPT.read_tower(file))
+    assert largest > 5
+    assert difference < 1e-4
