@@ -361,9 +361,7 @@ def locate_media(value: Mapping[str, object], detected: Detected, file: Path) ->
     """Return a row whose recording has a path relative to the folder of `file`, and whose pictures an absolute one."""
     folder = detected.input.folder
     if folder is not None and detected.row_format.name in ROW_KINDS["messages"]:
-        images, turns = ([detected.columns.get(name, name) for name in names] for names in (IMAGES, CONVERSATIONS))
-            [detected.columns.get(column, column) for column in names] for names in (IMAGES, CONVERSATIONS)
-        )
+        images, turns = ([detected.columns.get(one, one) for one in names] for names in (IMAGES, CONVERSATIONS))
         parsed = {key: parse_cell(cell) if key in turns else cell for key, cell in value.items()}
         return dict(absolute_pictures(parsed, folder, images))
     for column in detected.row_format.files:
