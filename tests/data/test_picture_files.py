@@ -1,5 +1,7 @@
 """Files of rows with pictures: bad rows by line, splits by picture, the lock, and texts that are not slower."""
 
+import json
+
 import pytest
 from datasets import Dataset, Features, Value
 from datasets import Image as ImageFeature
@@ -7,11 +9,16 @@ from PIL import Image
 from support.pictures import draw, picture_bytes, save, write_bomb, write_cut
 from support.rows import make_recipe, prepare, rows_of, write_jsonl
 
+from llmtune.data.data_notes import picture_blocks
+from llmtune.data.data_report import describe_pictures
 from llmtune.data.pictures import PLACE, row_pictures
 from llmtune.data.preparation import write_test_rows
 from llmtune.data.row_kind import near_text, row_input
 from llmtune.data.sources import list_sources
+from llmtune.display.blocks import Page, Section
 from llmtune.errors import DataError
+from llmtune.report.render_html import to_html
+from llmtune.report.render_markdown import to_markdown
 
 
 def chat(path, question="What is it?", answer="A dot."):
@@ -151,3 +158,44 @@ def test_written_test_rows_name_their_pictures(tmp_path):
     write_test_rows(recipe, rows, tmp_path / "kept" / "test.jsonl", tmp_path)
     again = prepare(tmp_path, str(tmp_path / "kept" / "test.jsonl"), out="again")
     assert shown(again)["train"] == shown(rows)["test"]
+
+
+def test_the_data_report_counts_pictures_and_shows_twelve_with_their_rows(tmp_path):
+    rows = []
+    for number in range(1, 21):
+        save(tmp_path / f"{number}.png", number, (40 + number, 40), "RGBA" if number < 4 else "RGB")
+        rows.append(chat(f"{number}.png", f"What is thing {number}? " + "Say it well. " * 30, f"thing {number}"))
+    half = draw(1).convert("RGBA")
+    half.putalpha(128)
+    half.save(tmp_path / "21.png")
+    rows += [chat("21.png", "And this one?", "glass"), {"prompt": "no picture", "completion": "none"}][:1]
+    result = prepare(tmp_path, str(write_jsonl(tmp_path / "rows.jsonl", rows)))
+    facts, thumbnails = describe_pictures(result)
+    assert {key: facts[key] for key in facts if key != "shown"} == {
+        "rows": 21,
+        "pictures": 21,
+        "different": 21,
+        "smallest": [41, 40],
+        "largest": [60, 40],
+        "converted": {"transparent parts on white": 1},
+    }
+    assert len(facts["shown"]) == len(thumbnails) == 12
+    assert json.loads(json.dumps(facts)) == facts
+    assert "base64" not in json.dumps(facts)
+    sections = [Section("Data", picture_blocks(facts, thumbnails))]
+    page = to_html(Page("pictures", sections))
+    markdown = to_markdown(Page("pictures", sections))
+    assert page.count('src="data:image/jpeg;base64,') == 12
+    assert "base64" not in markdown
+    assert "21 pictures (21 different) in 21 rows, from 41 x 40 to 60 x 40 pixels." in markdown
+    assert "Converted: 1 transparent parts on white." in markdown
+    for row in facts["shown"]:
+        assert f"[image: {row['name']}]" in row["prompt"]
+        assert len(row["prompt"]) <= 160
+        assert row["name"] in markdown
+
+
+def test_rows_without_pictures_have_no_part_in_the_data_report(tmp_path):
+    rows = prepare(tmp_path, str(write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "q", "completion": "a"}])))
+    assert describe_pictures(rows) == ({}, [])
+    assert picture_blocks({}) == []
