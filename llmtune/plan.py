@@ -50,7 +50,7 @@ from llmtune.store.run_lock import LOCK, Pins, SourceRecord, check_pin, own_pins
 from llmtune.store.run_origin import list_model_code, name_code, save_recipe
 from llmtune.store.run_request import RunRequest
 from llmtune.tasks.base import AnyTask
-from llmtune.tasks.registry import choose_variant
+from llmtune.tasks.registry import choose_variant, get_task
 from llmtune.train.setup import train_inputs
 
 T = TypeVar("T")
@@ -199,7 +199,8 @@ def make_plan(
 
     Raises RecipeError or DataError if model, rows and recipe do not fit together.
     """
-    task, stated = find_variant(recipe, model_ref), recipe
+    stated, recipe = recipe, get_task(recipe.task).infer_section(recipe, rows)
+    task = find_variant(recipe, model_ref)
     if rows is not None:
         recipe = task.infer_labels(recipe, rows, read_model_config(model_ref, recipe.model))
     processor = cache(partial(load_processor, model_ref, recipe.model, recipe.data.system_prompt))

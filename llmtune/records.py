@@ -208,10 +208,9 @@ class Prompt:
     """What a model continues or answers."""
 
     ids: Sequence[int]
-    """Its tokens, with the places of pictures and sound."""
-    media: Mapping[str, torch.Tensor] = field(default_factory=dict)
-    """Further inputs of the model by name, such as `pixel_values` or `input_features`. Those of several prompts are
-    joined along their first dimension."""
+    """Its tokens, with those of pictures and sound."""
+    media: Callable[[], Mapping[str, torch.Tensor]] | None = None
+    """Makes further inputs of the model by name, such as `pixel_values`, when they are needed: they are large."""
 
     def __len__(self) -> int:
         """Return the number of tokens."""

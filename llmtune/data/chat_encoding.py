@@ -6,25 +6,27 @@ A training text is a list of segments, each supervised or not. Its ids are count
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import replace
 from itertools import accumulate, pairwise
 from typing import cast
 
 from transformers import PreTrainedTokenizerBase
 
+from llmtune.data.chat_drafts import Draft, Drafts, Turn, expand_each
 from llmtune.data.chat_messages import UnwritableTextError, encode_marked, is_marked, unmark
 from llmtune.data.chat_rows import ChatRow, Message
 from llmtune.data.chat_template import (
     ChatTemplate,
+    Expand,
     PreparedChat,
     Rendered,
     inline_thoughts,
     prepare_chats,
     read_template,
+    refuse_pictures,
     split_answer,
 )
-from llmtune.data.example import Example
+from llmtune.data.example import Example, ImageExample
 from llmtune.data.overlong import NOTHING, ChatFit, only_last
 from llmtune.data.rendering_check import check_marks, find_dropped, find_missing
 from llmtune.data.task_interface import Encoded
@@ -45,67 +47,16 @@ FIRST_TURNS = 4
 """How many turns from windows are compared with the complete rendering, in addition to sampled later ones."""
 
 
-@dataclass(frozen=True)
-class Turn:
-    """An answer and its position in the rendered conversation."""
-
-    index: int
-    answer: str
-    """The answer's text; it ends with an end-of-turn token."""
-    answer_bytes: int
-    """Bytes of the message in `answer`, without the text that the template adds around it."""
-    history: str
-    """A text that starts with the answer's prompt; the turns of a long conversation share it."""
-    upto: int
-    """How many characters of `history` come before the answer."""
-    lead: str
-    """The prompt's text after them: `<think>`, or thoughts that are not supervised."""
-
-    @property
-    def prompt(self) -> str:
-        """Everything before the answer."""
-        return self.history[: self.upto] + self.lead
-
-    @property
-    def start(self) -> int:
-        """The number of characters before the answer."""
-        return self.upto + len(self.lead)
-
-    def is_in(self, text: str, last: Turn) -> bool:
-        """Whether the text of the turn `last` begins with this turn's."""
-        same = text.startswith(self.lead + self.answer, self.upto)
-        return same and (self.history is last.history or text.startswith(self.history[: self.upto]))
-
-
-@dataclass(frozen=True)
-class Draft:
-    """A training text before tokenization."""
-
-    chat: PreparedChat
-    messages: int
-    """How many messages of the conversation it contains."""
-    segments: Sequence[Segment]
-    answer_bytes: Sequence[int]
-    """Bytes of messages in each supervised segment; a single number if everything is supervised."""
-
-    @cached_property
-    def text(self) -> str:
-        """All segments, joined."""
-        return "".join(segment.text for segment in self.segments)
-
-    @property
-    def borders(self) -> list[int]:
-        """Return the positions of the borders between segments, including both ends."""
-        return list(accumulate((len(segment.text) for segment in self.segments), initial=0))
-
-
-Drafts = list[Draft] | str
-"""The training texts of a conversation, or the reason why it has none."""
 Assemble = Callable[[Draft, ChatTemplate, Bordered], Encoded]
 
 
-def encode_chat(rows: Sequence[ChatRow], processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[Encoded]:
-    """Return the examples of each conversation, or the reason why it has none.
+def encode_chat(
+    rows: Sequence[ChatRow],
+    processor: PreTrainedTokenizerBase,
+    recipe: Recipe,
+    expand: Expand = refuse_pictures,
+) -> list[Encoded]:
+    """Return the examples of each conversation, or the reason why it has none; `expand` writes tokens of pictures.
 
     A conversation usually makes one example. A template may write an earlier answer differently than after its own
     prompt, for example without its thoughts. Then each answer gets its own example, after its own prompt. With
@@ -119,16 +70,17 @@ def encode_chat(rows: Sequence[ChatRow], processor: PreTrainedTokenizerBase, rec
     def encode(rows: Sequence[ChatRow]) -> list[Encoded]:
         chats = prepare_chats(rows, template, recipe)
         if data.train_on == "all":
-            return _encode_drafts(_draft_whole(rows, chats, template), template, _assemble_whole)
-        return _encode_drafts(_draft_turns(rows, chats, template, data.train_on), template, _assemble_turns)
+            return _encode_drafts(_draft_whole(rows, chats, template), template, _assemble_whole, expand)
+        return _encode_drafts(_draft_turns(rows, chats, template, data.train_on), template, _assemble_turns, expand)
 
     fit = ChatFit(encode, processor, data.on_overlong, data.max_length)
     encoded = encode(rows)
     return fit.fit([only_last(row) for row in rows] if data.train_on == "last" else rows, encoded)
 
 
-def _encode_drafts(rows: Sequence[Drafts], template: ChatTemplate, assemble: Assemble) -> list[Encoded]:
+def _encode_drafts(rows: Sequence[Drafts], template: ChatTemplate, assemble: Assemble, expand: Expand) -> list[Encoded]:
     """Assemble the examples of each row from its tokenized texts, or return the reason why it has none."""
+    rows = [expand_each(row, expand) for row in rows]
     plain = [draft for row in rows if not isinstance(row, str) for draft in row if not is_marked(draft.text)]
     borders = [draft.borders for draft in plain]
     ids_and_counts = tokenize_with_borders(template.processor, [draft.text for draft in plain], borders)
@@ -144,6 +96,8 @@ def _encode_drafts(rows: Sequence[Drafts], template: ChatTemplate, assemble: Ass
             if isinstance(parts, str):
                 result = parts
                 break
+            if pictures := draft.pictures:
+                parts = [ImageExample.of(part, pictures) for part in parts]
             result = [*result, *parts]
         encoded.append(result)
     return encoded
@@ -305,9 +259,9 @@ def _assemble_turns(draft: Draft, template: ChatTemplate, bordered: Bordered) ->
             continue
         if start is not None:
             return "the tokenizer joins the end of an answer and the text after it in one token"
-        prompt = draft.text[:at]
-        before = [] if draft.chat.marked else tokenize_each(processor, [prompt])[0]
-        target = None if draft.chat.marked else continue_ids(processor, before, prompt, segment.text)
+        prompt, joins = draft.text[:at], draft.chat.marked or bool(draft.pictures)
+        before = [] if joins else tokenize_each(processor, [prompt])[0]
+        target = None if joins else continue_ids(processor, before, prompt, segment.text)
         if target is None:
             return "the tokenizer joins the end of the prompt and the start of the answer in one token"
         examples.append(Example([*before, *target], [len(before), len(before) + len(target)], answer_bytes))

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import encode_marked_chat, mark_control_tokens
 
 from llmtune.data.chat_rows import Message, ToolCall
+from llmtune.data.pictures import PLACE, Picture
 
 OURS = ("train", "reasoning")
 """Keys of a row's message that templates do not know."""
@@ -50,6 +51,22 @@ def with_argument_texts(message: Message) -> Message:
         arguments = json.dumps(call["function"]["arguments"], ensure_ascii=False)
         calls.append({**call, "function": {**call["function"], "arguments": arguments}})
     return cast(Message, {**message, "tool_calls": calls})
+
+
+def list_pictures(messages: Sequence[Mapping[str, object]]) -> list[Picture]:
+    """Return the pictures of a conversation, in the order of their places."""
+    return [picture for message in messages for picture in cast(list[Picture], message.get("images", ()))]
+
+
+def with_image_parts(message: Mapping[str, object]) -> Mapping[str, object]:
+    """Return a message with pictures in the templates' form: its content as a list of texts and places of pictures."""
+    if "images" not in message:
+        return message
+    first, *others = cast(str, message["content"]).split(PLACE)
+    parts: list[object] = [{"type": "text", "text": first}] if first else []
+    for text in others:
+        parts += [{"type": "image"}, *([{"type": "text", "text": text}] if text else [])]
+    return {**{key: value for key, value in message.items() if key != "images"}, "content": parts}
 
 
 def with_short_ids(message: Message) -> Message:

@@ -12,7 +12,7 @@ A template is untrusted code: its time, memory and output are limited.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import cast
@@ -30,12 +30,15 @@ from llmtune.data.chat_messages import (
     find_control_token,
     is_marked,
     joined_text,
+    list_pictures,
     mark,
     unmark,
     with_argument_texts,
+    with_image_parts,
     with_short_ids,
 )
 from llmtune.data.chat_rows import ChatRow, Message, Tool
+from llmtune.data.pictures import Picture
 from llmtune.data.template_facts import FIX, NO_FACTS, TemplateFacts, TemplateRefusal, read_facts
 from llmtune.data.template_text import ENDLESS, reads_date, refuse_unread
 from llmtune.data.tokenization import tokenize_each
@@ -46,6 +49,8 @@ from llmtune.store.resource_limits import LimitExceeded, limited
 Conversation = Sequence[Mapping[str, object]]
 """Messages from any source; `clean_messages` converts them to the templates' form."""
 Tools = Sequence[Tool] | None
+Expand = Callable[[Sequence[str], Sequence[Picture]], list[str] | str]
+"""Writes the tokens of pictures in place of their placeholders in consecutive texts, or returns why it cannot."""
 Rendered = str | TemplateRefusal
 """A rendered conversation, or the error that prevented it."""
 
@@ -106,7 +111,7 @@ class ChatTemplate:
         try:
             with limited(SECONDS + SECONDS_MORE * (len(conversations) - 1), EXTRA_BYTES):
                 texts, _ = render_jinja_template(  # `apply_chat_template` calls it after copying all messages
-                    conversations=[list(messages) for messages in conversations],
+                    conversations=[[with_image_parts(message) for message in messages] for messages in conversations],
                     tools=tools,
                     chat_template=self.text(tools),
                     add_generation_prompt=answer_next,
@@ -218,6 +223,11 @@ def stop_ids(processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[int]:
     return read_template(processor, recipe).end_ids
 
 
+def refuse_pictures(texts: Sequence[str], pictures: Sequence[Picture]) -> list[str] | str:
+    """Return the texts, or why they cannot be read if there are pictures."""
+    return "it has pictures, but chat.images is false" if pictures else [*texts]
+
+
 # Conversations in the template's form
 
 
@@ -262,10 +272,12 @@ def render_prompt(
     recipe: Recipe,
     tools: Tools = None,
     reasoning: str | None = None,
+    expand: Expand = refuse_pictures,
 ) -> list[int]:
     """Return the token ids of the prompt for an answer to `messages`. Every prompt is made here.
 
-    `reasoning` is the row's own setting for its thoughts; it overrides `data.reasoning`.
+    `reasoning` is the row's own setting for its thoughts; it overrides `data.reasoning`. `expand` writes the tokens of
+    pictures.
 
     Raises:
         DataError: the template rejects these messages, or they contain special tokens that cannot be text.
@@ -278,7 +290,10 @@ def render_prompt(
     if isinstance(chat, str):
         raise DataError.of(chat.removesuffix(f". {SPELL_OUT}"), template.name, SPELL_OUT)
     try:
-        text = template.render(chat.messages, chat.tools, answer_next=True)
+        expanded = expand([template.render(chat.messages, chat.tools, answer_next=True)], list_pictures(chat.messages))
+        if isinstance(expanded, str):
+            raise TemplateRefusal(expanded)
+        (text,) = expanded
         return encode_marked(processor, text) if chat.marked else tokenize_each(processor, [text])[0]
     except UnwritableTextError as error:
         raise DataError.of(str(error), template.name, "Remove it from the conversation.") from error

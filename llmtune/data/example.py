@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
 from llmtune.records import Batch
 
+if TYPE_CHECKING:
+    from llmtune.data.pictures import Picture
+
 Samples: TypeAlias = Sequence[int]
 """Sound at the model's rate, 16 bits."""
+Bytes: TypeAlias = Sequence[int]
+"""UTF-8."""
 AnyExample: TypeAlias = Any
 """An example of the task's own type."""
 
@@ -20,7 +26,7 @@ AnyExample: TypeAlias = Any
 class Example:
     """One encoded row, with the columns of every task. Those that a task does not need are empty.
 
-    A subclass adds columns of type `Sequence[int]`, `Sequence[float]` or `Samples`, which are stored on disk.
+    A subclass adds columns of type `Sequence[int]`, `Sequence[float]`, `Samples` or `Bytes`, which are stored on disk.
     """
 
     input_ids: Sequence[int]
@@ -62,12 +68,33 @@ class Example:
         return max(len(ids) for ids, _ in self.sequences) if self.longest is None else self.longest
 
 
+@dataclass(frozen=True)
+class ImageExample(Example):
+    """A text with pictures. Their tensors are made from the files when a batch needs them."""
+
+    pictures: Bytes = ()
+    """The pictures as JSON, in the order of their places."""
+
+    @classmethod
+    def of(cls, example: Example, pictures: Sequence[Picture] = ()) -> ImageExample:
+        """Return an example with its pictures; one that has some keeps them."""
+        if isinstance(example, ImageExample):
+            return example
+        return cls(**vars(example), pictures=json.dumps(pictures).encode())
+
+    def list_pictures(self) -> list[Picture]:
+        """Return the pictures."""
+        pictures: list[Picture] = json.loads(bytes(self.pictures))
+        return pictures
+
+
 Collate = Callable[[Sequence[AnyExample], int], Batch]
 """Makes a batch of examples. The number seeds random parts such as masks; evaluation passes 0."""
 NUMBER_FORMATS: dict[str, type[np.generic]] = {
     "Sequence[int]": np.int32,
     "Sequence[float]": np.float32,
     "Samples": np.int16,
+    "Bytes": np.uint8,
 }
 """By the annotation of a column, the format of its numbers on disk."""
 

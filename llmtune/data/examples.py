@@ -276,7 +276,7 @@ class ExampleReader:
         lists = {name: np.from_dlpack(batch.column(name)[offset].values) for name in self._filled}
         target_bytes, counted, cost = (batch.column(name)[offset].as_py() for name in NUMBERS[:3])
         columns: dict[str, Any] = {"input_ids": [], "spans": []}
-        columns |= {name: part if name == "audio" else part.tolist() for name, part in lists.items() if len(part)}
+        columns |= {name: part if part.itemsize < 4 else part.tolist() for name, part in lists.items() if len(part)}
         return self._kind(**columns, target_bytes=target_bytes, counted=counted, cost=cost)
 
     def __iter__(self) -> Iterator[Example]:

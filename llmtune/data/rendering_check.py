@@ -16,7 +16,7 @@ from typing import cast
 from transformers import PreTrainedTokenizerBase
 
 from llmtune.data.answer_format import CALLS, RESULTS, TOOL, TOOL_PARTS, TOOLS
-from llmtune.data.chat_messages import unmark
+from llmtune.data.chat_messages import list_pictures, unmark
 from llmtune.data.chat_rows import Message, Tool
 from llmtune.data.chat_template import (
     ChatTemplate,
@@ -27,6 +27,7 @@ from llmtune.data.chat_template import (
     with_kwargs,
 )
 from llmtune.data.example import Example
+from llmtune.data.pictures import PLACE
 from llmtune.data.row_store import iterate_texts
 from llmtune.data.template_facts import TemplateFacts
 from llmtune.data.template_text import template_variables
@@ -74,7 +75,7 @@ def find_missing(
             at = start + len(part)
         elif not (part in text or all(any(form in text for form in _forms(line)) for line in part.splitlines())):
             return f"the chat template leaves out or changes {name}"
-    texts = [unmark(message["content"].strip()) for message in messages]
+    texts = [unmark(text) for message in messages for text in _texts_of(message)]
     for part in dict.fromkeys(filter(None, texts)):
         wanted = sum(one.count(part) for one in texts)
         written = sum(text.count(form) for form in {*_forms(part)})
@@ -94,7 +95,7 @@ def _message_parts(facts: TemplateFacts, messages: Sequence[Message], thoughts: 
     writes = facts.calls.writes
     for i, message in enumerate(messages):
         where = f"message {i + 1} ({message['role']})"
-        if text := message["content"].strip():
+        for text in filter(None, _texts_of(message)):
             is_system = message["role"] == "system"
             written = facts.writes_system if is_system else message["role"] != "tool" or RESULTS in writes
             yield text, "the system message" if is_system else f"the text of {where}", written
@@ -107,6 +108,12 @@ def _message_parts(facts: TemplateFacts, messages: Sequence[Message], thoughts: 
             arguments: object = function["arguments"]  # some templates get JSON text
             for text in _leaves(json.loads(arguments) if isinstance(arguments, str) else arguments):
                 yield text, f"the arguments of {what} in {where}", True
+
+
+def _texts_of(message: Message) -> list[str]:
+    """Return the texts of a message, which pictures separate."""
+    content = message["content"]
+    return [text.strip() for text in (content.split(PLACE) if "images" in message else [content])]
 
 
 def _leaves(value: object) -> Iterator[str]:
@@ -143,7 +150,8 @@ def check_marks(example: Example, chat: PreparedChat, messages: int, template: C
     Marks may omit whatever is not the answer's text: a header, line breaks, the end-of-turn token.
     """
     processor = template.processor
-    if not processor.is_fast or not _GENERATION.search(template.text(chat.tools)) or chat.marked:
+    plain = processor.is_fast and not chat.marked and not list_pictures(chat.messages[:messages])
+    if not plain or not _GENERATION.search(template.text(chat.tools)):
         return None
     rendered = processor.apply_chat_template(
         list(inline_thoughts(template, chat.messages[:messages])),

@@ -15,6 +15,7 @@ from typing import NotRequired
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 from typing_extensions import TypedDict
 
 from llmtune.data.row_hash import BATCH_BYTES, BATCH_ROWS, HashedRow
@@ -26,6 +27,8 @@ from llmtune.store.json_shapes import Count, Counts, read_record
 AGAIN = "Run the recipe again to recreate missing or damaged files."
 RECORD = "rows.json"
 MINED = "mined"
+PICTURES = '"images":[{'
+"""Part of each row with pictures. Inside a text, quotes are escaped with backslashes."""
 """Folder of the rows with mined negatives, next to the prepared rows."""
 RECORDED = (
     *("counts", "rows_in", "dropped", "content_hash", "columns", "columns_hash", "filled", "corpus_hash"),
@@ -194,6 +197,12 @@ def iterate_texts(rows: Rows, split: str) -> Iterator[tuple[str, str]]:
     """Yield (origin, row as JSON) of a split in order; nothing for an empty split."""
     for _, batch in iterate_batches(rows, split):
         yield from zip(batch.column("origin").to_pylist(), batch.column("row").to_pylist(), strict=True)
+
+
+def has_pictures(rows: Rows) -> bool:
+    """Whether a row has a picture."""
+    batches = (batch for split in rows.files for _, batch in iterate_batches(rows, split))
+    return any(pc.any(pc.match_substring(batch.column("row"), PICTURES)).as_py() for batch in batches)
 
 
 def iterate_columns(rows: Rows, split: str) -> Iterator[dict[str, object]]:

@@ -93,6 +93,10 @@ class TaskInterface:
     def save_files(self, folder: Path, config: PretrainedConfig, recipe: Recipe) -> None:
         """Write the task's own files next to a saved model or adapter, whose configuration is `config`."""
 
+    def infer_section(self, recipe: Recipe, rows: Rows | None) -> Recipe:
+        """Return the recipe with settings that the rows decide, and that decide the variant; None: no rows yet."""
+        return recipe
+
     def infer_labels(self, recipe: Recipe, rows: Rows, config: PretrainedConfig) -> Recipe:
         """Return the recipe completed with values inferred from the rows, such as class names."""
         return recipe

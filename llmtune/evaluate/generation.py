@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any, Literal, Protocol, cast
 
 import torch
+from torch.nn import functional
 from transformers import DynamicCache, GenerationConfig, PreTrainedTokenizerBase
 from transformers.generation.utils import GenerationMixin
 
@@ -20,6 +21,7 @@ from llmtune.evaluate.greedy_decoding import cache_argument, column_bytes_of, de
 from llmtune.evaluate.token_batches import GENERATION_BUDGET, budget_for, over_processes, run_in_batches
 from llmtune.model.causal_lm_loss import unwrap, virtual_logits, virtual_tokens
 from llmtune.model.device import SuppressRefusal, computing_dtype, device_memory
+from llmtune.model.image_models import TOKEN_TYPES, join_media
 from llmtune.model.self_checks import logits_agree, positions_depend_on_neighbours
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_facts import TASK_FACTS
@@ -133,7 +135,7 @@ def _generate_here(
     lengths = [len(prompt) + new for prompt in prompts]
     longest = max(lengths, default=0)
     alone = positions_depend_on_neighbours(model, longest)
-    plain = not any(prompt.media for prompt in prompts)
+    plain = all(prompt.media is None for prompt in prompts)
     ours = is_greedy(recipe) and len(prompts) > FEW_PROMPTS and plain and not alone
     column_bytes = column_bytes_of(model, device) if ours else None
 
@@ -190,14 +192,16 @@ def _generate(model: torch.nn.Module, prompts: Sequence[Prompt], settings: Gener
     for row, prompt in enumerate(prompts):
         ids_BT[row, width - len(prompt) :] = torch.tensor(prompt.ids)
         mask_BT[row, width - len(prompt) :] = 1
-    media = join_media(prompts, unwrap(model).dtype, device)
+    media = _read_media(prompts, width, unwrap(model).dtype, device)
     return generate(model, ids_BT.to(device), mask_BT.to(device), generation_config=settings, **media)
 
 
-def join_media(prompts: Sequence[Prompt], dtype: torch.dtype, device: str) -> dict[str, torch.Tensor]:
-    """Return the media of prompts by name, joined along their first dimension; numbers in the dtype of the model."""
-    names = dict.fromkeys(name for prompt in prompts for name in prompt.media)
-    joined = {name: torch.cat([one.media[name] for one in prompts if name in one.media]) for name in names}
+def _read_media(prompts: Sequence[Prompt], width: int, dtype: torch.dtype, device: str) -> dict[str, torch.Tensor]:
+    """Return the media of prompts, joined; numbers in the dtype of the model, kinds of tokens padded on the left."""
+    media = [dict(prompt.media()) for prompt in prompts if prompt.media is not None]
+    for one in media:
+        one |= {name: functional.pad(one[name], (width - one[name].shape[1], 0)) for name in TOKEN_TYPES if name in one}
+    joined = join_media(media)
     return {name: part.to(device, dtype if part.is_floating_point() else None) for name, part in joined.items()}
 
 

@@ -82,9 +82,15 @@ def _decoder_arguments(model: torch.nn.Module, batch: Batch) -> dict[str, object
     inputs = {"input_ids": batch["input_ids"], "use_cache": False}
     keys = ("attention_mask", "position_ids") if _prompt_config(model) is None else ("attention_mask",)
     inputs |= {key: batch[key] for key in keys if key in batch and key in accepted}
+    inputs |= {key: _as_read(batch[key], inner) for key in batch.get("media", ())}
     if inner.config._attn_implementation == PACKED:
         inputs |= {key: batch[key] for key in _PACKING_KEYS if key in batch}
     return inputs
+
+
+def _as_read(part: torch.Tensor, model: PreTrainedModel) -> torch.Tensor:
+    """Return an input in the dtype of the model's weights, if it is not of whole numbers."""
+    return part.to(model.dtype) if part.is_floating_point() else part
 
 
 def virtual_tokens(model: torch.nn.Module) -> int:
@@ -138,8 +144,8 @@ def model_inputs(model: torch.nn.Module, batch: Batch) -> dict[str, Any]:
     """Return the parts of a batch that this model reads; audio features in the dtype of its weights."""
     inner = unwrap(model)
     accepted = accepted_arguments(type(inner))  # type: ignore[arg-type]
-    parts = {key: batch[key] for key in READ if key in batch and key in accepted}
-    inputs = {key: part.to(inner.dtype) if part.is_floating_point() else part for key, part in parts.items()}
+    parts = {key: batch[key] for key in (*READ, *batch.get("media", ())) if key in batch and key in accepted}
+    inputs = {key: _as_read(part, inner) for key, part in parts.items()}
     if "cu_seq_lens_q" in batch:
         assert inner.config._attn_implementation == PACKED, "packed rows need a model that isolates them"
         inputs |= {key: batch[key] for key in DOCUMENTS}

@@ -43,7 +43,7 @@ from llmtune.model.self_checks import (
     take_loss_at_head,
     try_shared_prefixes,
 )
-from llmtune.model.towers import drop_towers, find_towers, patch_text_forward
+from llmtune.model.towers import drop_towers, find_towers, freeze_towers, patch_text_forward
 from llmtune.recipe.model_section import ModelSection
 from llmtune.recipe.schema import Recipe
 from llmtune.records import MemoryPlan, ModelRef, SelectedModel
@@ -272,7 +272,7 @@ def _load_weights(
             "The folder is incomplete, or contains another kind of model than config.json says.",
         )
     _check_finite(model, model_ref)
-    drop_towers(model.eval())
+    (freeze_towers if task.model_kind.takes_images else drop_towers)(model.eval())
     if recipe.adapter.method == "qlora":
         quantize_experts(model, recipe.adapter)
     return model if "device_map" in options else model.to(device), tuple(sorted(new))

@@ -95,8 +95,15 @@ def drop_towers(model: PreTrainedModel) -> None:
         if before is None or torch.equal(_text_scores(model), before):
             return
     for name, tower in towers.items():
-        _put(model, name, tower.requires_grad_(False))
+        _put(model, name, tower)
     setattr(model, _DROPPED, ())
+    freeze_towers(model)
+
+
+def freeze_towers(model: PreTrainedModel) -> None:
+    """Exclude the towers of a model from training, in place."""
+    for name in find_towers(model):
+        model.get_submodule(name).requires_grad_(False)
 
 
 def remove_towers(model: PreTrainedModel) -> None:

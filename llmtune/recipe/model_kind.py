@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,8 @@ class ModelKind:
     predicts_in_float32: bool = False
     """Whether an encoder that `needs_float32` also predicts in float32: scores in bfloat16 are often equal."""
     takes_audio: bool = False
+    takes_images: bool = False
+    """Whether prompts may have pictures, so the parts that read them stay in the model."""
     reads_template: bool = True
     """Whether a chat template, if the model has one, makes the prompts; only for tasks whose facts say `templated`."""
     answer_column: str = "answer"
@@ -63,6 +65,15 @@ CAUSAL = ModelKind(
     decodes=True,
     packs=True,
     in_gguf=True,
+)
+IMAGE_TEXT = replace(
+    CAUSAL,
+    auto_class="AutoModelForImageTextToText",
+    fix="Name a model that reads pictures, such as Qwen3-VL, Gemma 3 or SmolVLM.",
+    hub_task="image-text-to-text",
+    takes_images=True,
+    packs=False,
+    in_gguf=False,
 )
 CLASSES = ModelKind(
     "AutoModelForSequenceClassification",
@@ -142,7 +153,7 @@ VECTORS = ModelKind(
     packs=True,
     answer_column="vectors",
 )
-MODEL_KINDS = (CAUSAL, CLASSES, TOKENS, SPANS, MASKED, CTC, WHISPER, SEQ2SEQ, VECTORS)
+MODEL_KINDS = (CAUSAL, IMAGE_TEXT, CLASSES, TOKENS, SPANS, MASKED, CTC, WHISPER, SEQ2SEQ, VECTORS)
 """In the order in which their patterns are matched; the last matches every model."""
 
 

@@ -19,6 +19,7 @@ from llmtune.recipe.task_facts import TASK_FACTS, TEMPLATE_KEYS
 from llmtune.recipe.task_sections import (
     EMBED_KEYS,
     QA_KEYS,
+    ChatSection,
     ClassifySection,
     CompletionSection,
     EmbedSection,
@@ -141,6 +142,7 @@ class Recipe(RecipeSection):
     """Settings of `task: classify`. Default none: the defaults of its keys."""
     token_classify: TokenClassifySection | None = None
     """Settings of `task: token-classify`. Default none: the defaults of its keys."""
+    chat: ChatSection | None = None
     speech: SpeechSection | None = None
     """Settings of `task: speech`. Default none: the defaults of its keys."""
     embed: EmbedSection | None = None

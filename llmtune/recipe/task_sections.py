@@ -64,6 +64,14 @@ def check_rename(diagnostics: Diagnostics, section: str, rename: Mapping[str, st
         diagnostics.add(f"{section}.labels", what, f"List {show_name(rename[name])}, or remove the rename.", key)
 
 
+class ChatSection(TaskSection):
+    """Settings of the task `chat`."""
+
+    images: bool | None = None
+    """Whether questions may have pictures: the model then keeps its parts that read them. Default none: true if the
+    rows have pictures."""
+
+
 class CompletionSection(TaskSection):
     """Settings of the task `completion`."""
 

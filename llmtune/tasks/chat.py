@@ -9,10 +9,12 @@ from transformers import PreTrainedTokenizerBase
 from llmtune.data.answer_parser import ToolTurn
 from llmtune.data.chat_encoding import encode_chat
 from llmtune.data.chat_rows import ChatRow, Message, write_answer
-from llmtune.data.chat_template import render_prompt
+from llmtune.data.chat_template import Expand, refuse_pictures, render_prompt
+from llmtune.data.row_store import has_pictures
 from llmtune.data.task_interface import Encoded
 from llmtune.recipe.model_kind import CAUSAL
 from llmtune.recipe.schema import Recipe
+from llmtune.records import Rows
 from llmtune.tasks.base import Task
 
 
@@ -24,6 +26,10 @@ class Chat(Task[ChatRow, str]):
     optional_inputs = ("system",)
     free_prompt = True
     is_conversational = True
+
+    def matches(self, recipe: Recipe) -> bool:
+        """Whether questions have no pictures."""
+        return not (recipe.chat and recipe.chat.images)
 
     def make_row(self, given: Mapping[str, str | None]) -> ChatRow:
         """Return a conversation of one question, after the system message if given."""
@@ -40,6 +46,12 @@ class Chat(Task[ChatRow, str]):
         last = messages[answers[-1]]
         text = write_answer(last.get("content") or "", last.get("tool_calls", ()))
         return {**row, "messages": messages[: answers[-1]]}, text
+
+    def infer_section(self, recipe: Recipe, rows: Rows | None) -> Recipe:
+        """Set `chat.images` if the recipe does not: whether the rows have pictures."""
+        if rows is None or (recipe.chat and recipe.chat.images is not None):
+            return recipe
+        return recipe.with_section(images=has_pictures(rows))
 
     def tool_turns(self, row: ChatRow, recipe: Recipe) -> list[ToolTurn]:
         """Return all trained answers (with `train_on: last`, the last one), each with the recorded history."""
@@ -58,8 +70,17 @@ class Chat(Task[ChatRow, str]):
 
     def prompt_ids(self, row: ChatRow, processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[int]:
         """Return the token ids of the rendered conversation, ready for the next answer."""
+        return self._render(row, processor, recipe)
+
+    def _render(
+        self,
+        row: ChatRow,
+        processor: PreTrainedTokenizerBase,
+        recipe: Recipe,
+        expand: Expand = refuse_pictures,
+    ) -> list[int]:
         reasoning = row.get("train_reasoning")
-        return render_prompt(row["messages"], processor, recipe, tools=row.get("tools"), reasoning=reasoning)
+        return render_prompt(row["messages"], processor, recipe, row.get("tools"), reasoning, expand)
 
 
 def answers_of(row: ChatRow) -> list[int]:

@@ -11,6 +11,7 @@ from llmtune.tasks import (
     classify,
     completion,
     embed,
+    image_chat,
     preference,
     qa,
     rerank,
@@ -21,8 +22,14 @@ from llmtune.tasks import (
 )
 from llmtune.tasks.base import AnyTask
 
-_FILES = (chat, completion, translate, summarize, qa, classify, token_classify, speech, preference, embed, rerank)
-VARIANTS: dict[str, tuple[AnyTask, ...]] = {file.VARIANTS[0].name: file.VARIANTS for file in _FILES}
+_FILES = (
+    *(chat, image_chat, completion, translate, summarize, qa, classify, token_classify, speech, preference, embed),
+    rerank,
+)
+_ALL = [variant for file in _FILES for variant in file.VARIANTS]
+VARIANTS: dict[str, tuple[AnyTask, ...]] = {
+    name: tuple(variant for variant in _ALL if variant.name == name) for name in dict.fromkeys(one.name for one in _ALL)
+}
 """By task, its variants in order: the first that matches the recipe and supports the model is chosen."""
 
 

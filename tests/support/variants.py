@@ -10,7 +10,7 @@ from llmtune.recipe.schema import Recipe
 from llmtune.tasks.base import AnyTask
 from llmtune.tasks.registry import VARIANTS
 
-(CHAT,) = VARIANTS["chat"]
+CHAT, IMAGE_CHAT = VARIANTS["chat"]
 COMPLETION, MASKED = VARIANTS["completion"]
 TRANSLATE, TRANSLATE_DECODER = VARIANTS["translate"]
 SUMMARIZE, SUMMARIZE_DECODER = VARIANTS["summarize"]

@@ -1,0 +1,130 @@
+"""Models that read pictures: the checkpoint's own processor, a picture's text and tensors, and batches of them.
+
+Shapes: B rows of a batch, T positions.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
+
+from llmtune.data.pictures import Picture, open_picture
+from llmtune.model.processor import check_image_processor, open_processor
+
+CACHE_BYTES = 2**28
+"""Memory for the tensors of pictures that were read last."""
+TOKEN_TYPES = ("mm_token_type_ids", "token_type_ids")
+"""Names under which models take the kind of each token: 1 in a picture, 0 in text."""
+
+
+class PictureInputs(NamedTuple):
+    """One picture as its model reads it."""
+
+    text: str
+    """What the processor writes in place of the picture's placeholder."""
+    media: Mapping[str, torch.Tensor]
+    """Inputs of the model's forward by name, such as `pixel_values`."""
+
+
+class ImageProcessor:
+    """The processor of a checkpoint that reads pictures, with the tokenizer of a run."""
+
+    def __init__(self, processor: ProcessorMixin) -> None:
+        self.processor = processor
+        self.token_types = ""
+        """Name of the model's input for the kinds of tokens; empty until a picture shows it, or without one."""
+        self._read: OrderedDict[str, PictureInputs] = OrderedDict()
+        self._bytes = 0
+
+    @property
+    def placeholder(self) -> str:
+        """The text that the chat template writes for a picture."""
+        return str(self.processor.image_token)
+
+    def read(self, picture: Picture) -> PictureInputs:
+        """Return the inputs of one picture; the latest are kept in memory by the hash of their content."""
+        key = picture["content"]
+        if key in self._read:
+            self._read.move_to_end(key)
+            return self._read[key]
+        inputs = self._process(picture)
+        self._read[key] = inputs
+        self._bytes += _count_bytes(inputs)
+        while self._bytes > CACHE_BYTES and len(self._read) > 1:
+            self._bytes -= _count_bytes(self._read.popitem(last=False)[1])
+        return inputs
+
+    def _process(self, picture: Picture) -> PictureInputs:
+        call = {"text": [self.placeholder], "images": [[open_picture(picture)]], "add_special_tokens": False}
+        output = self.processor(**call, images_kwargs={"return_tensors": "pt"}, return_text_replacement_offsets=True)
+        ((offsets,),) = output.pop("text_replacement_offsets")
+        self.token_types = next((name for name in TOKEN_TYPES if name in output), "")
+        of_text = ("input_ids", "attention_mask", self.token_types)
+        return PictureInputs(
+            offsets["replacement"], {name: part for name, part in output.items() if name not in of_text}
+        )
+
+    def expand(self, texts: Sequence[str], pictures: Sequence[Picture]) -> list[str] | str:
+        """Write the tokens of each picture in place of its placeholder in consecutive texts, as the processor does.
+
+        Returns the reason if the placeholders are not as many as the pictures.
+        """
+        if not pictures:
+            return [*texts]
+        replacements = [self.read(picture).text for picture in pictures]
+        marks = [*replacements, *[self.placeholder] * sum(text.count(self.placeholder) for text in texts)]
+        expanded, offsets = self.processor.get_text_with_replacements([*texts], images_replacements=marks)
+        if (places := sum(map(len, offsets))) != len(pictures):
+            return f"the chat template has {places} places for {len(pictures)} pictures"
+        return list(expanded)
+
+    def media(self, pictures: Sequence[Picture], ids: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:
+        """Return the model's inputs for the pictures of some texts, in order, and the kinds of their tokens [B, T].
+
+        Texts are padded on the right.
+        """
+        joined = join_media([self.read(picture).media for picture in pictures])
+        if self.token_types:
+            width = max(map(len, ids))
+            types = self.processor.create_mm_token_type_ids([list(row) for row in ids])
+            joined[self.token_types] = torch.tensor([[*row, *[0] * (width - len(row))] for row in types])
+        return joined
+
+
+def join_media(media: Iterable[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Join the inputs of several pictures along their first dimension; others are padded with zeros."""
+    parts = [*media]
+    names = dict.fromkeys(name for part in parts for name in part)
+    return {name: _concatenate_padded([part[name] for part in parts if name in part]) for name in names}
+
+
+def _concatenate_padded(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    shape = [max(sizes) for sizes in zip(*(part.shape[1:] for part in parts), strict=True)]
+    padded = []
+    for part in parts:
+        room = [pad for size, most in zip(part.shape[:0:-1], shape[::-1], strict=True) for pad in (0, most - size)]
+        padded.append(torch.nn.functional.pad(part, room) if any(room) else part)
+    return torch.cat(padded)
+
+
+def _count_bytes(inputs: PictureInputs) -> int:
+    return sum(part.nbytes for part in inputs.media.values())
+
+
+@lru_cache(maxsize=2)
+def image_processor(tokenizer: PreTrainedTokenizerBase, trust_remote_code: bool = False) -> ImageProcessor:
+    """Return the processor in the folder of a tokenizer, with that tokenizer in it.
+
+    Raises EnvironmentProblem if the folder has none that opens.
+    """
+    folder = Path(str(tokenizer.name_or_path))
+    check_image_processor(folder, trust_remote_code, "")
+    processor = open_processor(folder, trust_remote_code)
+    processor.tokenizer = tokenizer
+    return ImageProcessor(processor)
