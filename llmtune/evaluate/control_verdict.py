@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -43,6 +43,12 @@ def find_reliance(
         return None
     lacking = tuple(name for name, one in controls.items() if not list_drops(name, one, gates, chance))
     return Reliance(lacking, describe_reliance(controls, lacking))
+
+
+def list_reliances(evaluations: Mapping[str, Evaluation]) -> list[str]:
+    """Return a sentence for each run, by name, whose answers do not depend on the pictures."""
+    found = {name: find_reliance(evaluation) for name, evaluation in evaluations.items()}
+    return [f"{name}: {one.sentence}" for name, one in found.items() if one and one.sentence]
 
 
 def is_judged(control: Control) -> bool:

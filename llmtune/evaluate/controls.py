@@ -34,7 +34,7 @@ SWAP_SEED = 0
 """Fixed, so that runs with other seeds answer the same swapped rows."""
 
 
-def check_controls(recipe: Recipe, task: EvaluatedTask, rows: Rows, console: Console) -> None:
+def try_controls(recipe: Recipe, task: EvaluatedTask, rows: Rows, console: Console) -> None:
     """Refuse gates on controls that these test rows cannot have. Raises RecipeError."""
     may = task.model_kind.takes_images and SPLIT in rows.files
     pictured = may and any(task.list_pictures(row) for _, row in iterate_rows(rows, SPLIT))

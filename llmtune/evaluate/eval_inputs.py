@@ -142,8 +142,7 @@ def make_inputs(
     limit = (recipe.evaluate.limit if needs_texts else recipe.evaluate.samples) if facts.generates else None
     answered = [answerable[i] for i in cut_evenly(len(answerable), limit)]
     if needs_texts and len(answered) < len(numbers):
-        unanswerable = len(numbers) - len(answerable)
-        why = f"; {unanswerable} have no prompt or no text answer" if unanswerable else ""
+        why = f"; {left} have no prompt or no text answer" if (left := len(numbers) - len(answerable)) else ""
         notes["generated"] = f"answers are generated for {len(answered)} of {len(numbers)} rows{why}"
     choices, trees = tuple[str, ...](), dict[int, Tree]()
     if not task.predicts and set(CHOICE_METRICS) & set(metrics):

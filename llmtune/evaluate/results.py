@@ -16,14 +16,17 @@ from pydantic import ConfigDict
 from typing_extensions import TypedDict
 
 from llmtune.data.answer_parser import ParsedAnswer
+from llmtune.data.data_report import thumbnail
 from llmtune.evaluate.eval_inputs import EvalInputs
+from llmtune.evaluate.evaluated_task import EvaluatedTask
 from llmtune.evaluate.inference import Answers, TokenSums
 from llmtune.evaluate.metric import Measure, PairedMeasures
 from llmtune.evaluate.shared_prefix import find_choice
 from llmtune.evaluate.token_batches import cut_evenly
-from llmtune.store.atomic_files import explained, plain, read_json, write_text
+from llmtune.store.atomic_files import explained, plain, read_json, write_json, write_text
 from llmtune.store.json_shapes import find_misfit
-from llmtune.store.score_records import Flips
+from llmtune.store.run_folder import THUMBNAILS
+from llmtune.store.score_records import Evaluation, Flips
 
 PREDICTIONS, BASE, TUNED, SIMPLE = "predictions.jsonl", "base.json", "tuned.json", "simple_baseline.json"
 VECTORS = ".npy"
@@ -135,6 +138,23 @@ def load_base(folder: Path | None, inputs: str, name: str = BASE) -> BaseAnswers
         if corpus is None or len(corpus) != saved["corpus"]:
             return BaseAnswers(inputs)
     return BaseAnswers(inputs, Answers(sums or None, **by_row, corpus=corpus), saved.get("note", ""))
+
+
+MOST_THUMBNAILS = 64
+"""Pictures of test rows on a page, about 5 kB each."""
+
+
+def save_thumbnails(folder: Path, inputs: EvalInputs, task: EvaluatedTask, evaluation: Evaluation) -> None:
+    """Write small copies of the pictures of the rows that reports show, by the row's number; nothing without any."""
+    flips = [row for one in evaluation.flips.values() for row in (*one.gained_rows, *one.lost_rows)]
+    numbers = {int(row["row"]) for row in (*evaluation.samples, *flips) if "row" in row}
+    shown = [i for i, number in enumerate(inputs.rows) if number in numbers]
+    pictures = [(inputs.rows[i], one) for i in shown for one in task.list_pictures(inputs.questions[i])]
+    thumbnails: dict[str, list[str]] = {}
+    for number, picture in pictures[:MOST_THUMBNAILS]:
+        thumbnails.setdefault(str(number), []).append(thumbnail(picture))
+    if thumbnails:
+        write_json(folder / Path(THUMBNAILS).name, thumbnails)
 
 
 SAMPLE = (

@@ -34,9 +34,9 @@ from llmtune.report.run_sections import (
     training_section,
 )
 from llmtune.report.score_sections import against_champion, compare_metric
-from llmtune.store.atomic_files import plain, write_json, write_text
+from llmtune.store.atomic_files import plain, read_json, write_json, write_text
 from llmtune.store.report_record import Report
-from llmtune.store.run_folder import REPORTS, updating_reports
+from llmtune.store.run_folder import REPORTS, THUMBNAILS, updating_reports
 from llmtune.store.score_records import Evaluation, GateResult
 
 TITLES: dict[str, tuple[str, Tone]] = {
@@ -65,7 +65,8 @@ def write_report(report: Report, folder: Path) -> Sequence[str]:
 
     Numbers that JSON does not support become null. `make_report` has already redacted the report.
     """
-    page = make_report_page(report, list_thumbnails(report.evaluation, folder))
+    rows: Thumbnails = read_json(folder / "evaluation" / Path(THUMBNAILS).name) or {}
+    page = make_report_page(report, read_json(folder / THUMBNAILS) or (), rows)
     write_text(folder / "report.html", to_html(page))
     write_text(folder / "report.md", to_markdown(page))
     write_json(folder / "report.json", report_json(report))
@@ -82,30 +83,22 @@ def report_json(report: Report) -> Json:
     return values | {"verdict": verdict}
 
 
-def list_thumbnails(evaluation: Evaluation | None, folder: Path) -> Thumbnails:
-    """Return small copies of the pictures of the rows that a page shows; none without pictures."""
-    if evaluation is None or not evaluation.pictured:
-        return {}
-    from llmtune.data.thumbnails import read_thumbnails  # late: pages of reports need no transformers
+def make_report_page(report: Report, thumbnails: Sequence[str] = (), rows: Thumbnails = NO_PICTURES) -> Page:
+    """Return the page of a report; sections of steps not reached are empty.
 
-    flips = [row for one in evaluation.flips.values() for row in (*one.gained_rows, *one.lost_rows)]
-    numbers = [int(row["row"]) for row in (*evaluation.samples, *flips) if "row" in row]
-    return {str(row): one for row, one in read_thumbnails(folder / "data" / "rows", "test", numbers).items()}
-
-
-def make_report_page(report: Report, thumbnails: Thumbnails = NO_PICTURES) -> Page:
-    """Return the page of a report; sections of steps not reached are empty."""
+    `thumbnails` are in THUMBNAILS, and those of test `rows` in the file of that name in `evaluation`.
+    """
     evaluation, task = report.evaluation, report.task
     sections = [
         gate_section(report.gates, report.look),
         Section("Release", [Text(report.release["message"])] if report.release else []),
-        *(score_sections(evaluation, task, report.seeds, thumbnails=thumbnails) if evaluation else []),
+        *(score_sections(evaluation, task, report.seeds, thumbnails=rows) if evaluation else []),
         export_section(evaluation, report.deploy),
         power_section(report.power),
         explain_section(report.explanations, report.task if report.train is not None else None),
         training_section(report.train),
         suspect_section(report.suspects),
-        data_section(report.data, task),
+        data_section(report.data, task, thumbnails),
         model_section(report.model),
         adapter_section(report.adapter),
         step_section(report.steps, report.hardware),

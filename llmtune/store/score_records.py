@@ -219,10 +219,9 @@ class Control:
     base_difference: dict[str, Difference]
     """The same of the base model."""
     scores: Slice
-    """Both models with the rows' own pictures, on the rows that each also answered with the others."""
+    """Both models with the rows' own pictures, on the same rows."""
     rows: int = 0
-    note: str = ""
-    """Rows that were left out, and why."""
+    note: str = ""  # rows that were left out, and why
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,6 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from llmtune.data.pictures import open_picture
 from llmtune.evaluate.controls import grey_picture, swap_pictures
 from llmtune.evaluate.evaluation_file import load_evaluation
-from llmtune.report.report_page import list_thumbnails
 
 INKS = {"red": (255, 30, 30), "green": (30, 255, 30), "blue": (30, 30, 255)}
 THINGS = dict(zip(INKS, ("cat", "dog", "bird"), strict=True))
@@ -160,12 +159,6 @@ def test_rows_in_the_report_have_their_picture_and_the_blind_answer(looking):
     assert "data:image" not in text + (folder / "report.json").read_text()
     line = json.loads((folder / "evaluation" / "predictions.jsonl").read_text().splitlines()[0])
     assert {"blind", "blind_right", "swapped", "swapped_right"} <= line.keys()
-
-
-def test_a_report_without_its_pictures_is_still_made(looking, tmp_path):
-    _, folder = looking
-    assert all(map(len, list_thumbnails(evaluated(folder), folder).values()))
-    assert not any(map(len, list_thumbnails(evaluated(folder), tmp_path).values()))
 
 
 # Other pictures
