@@ -15,7 +15,7 @@ from llmtune.data.chat_encoding import encode_chat
 from llmtune.data.chat_messages import list_pictures
 from llmtune.data.chat_rows import ChatRow, Message
 from llmtune.data.collators import collate_padded
-from llmtune.data.example import Collate, ImageExample
+from llmtune.data.example import Collate, Example, ImageExample
 from llmtune.data.pictures import PLACE
 from llmtune.data.task_interface import Encoded
 from llmtune.errors import RecipeError
@@ -48,7 +48,7 @@ class ImageChat(Chat):
         """Return the examples of each conversation, with the tokens of its pictures."""
         images = open_images(processor, recipe)
         encoded = encode_chat(rows, processor, recipe, images.expand)
-        return [row if isinstance(row, str) else [*map(ImageExample.of, row)] for row in encoded]
+        return [row if isinstance(row, str) else [_unlabel(one, images) for one in row] for row in encoded]
 
     def prompt(self, row: ChatRow, processor: PreTrainedTokenizerBase, recipe: Recipe) -> Prompt:
         """Return the rendered conversation, ready for the next answer, with its pictures."""
@@ -114,6 +114,13 @@ class ImageChat(Chat):
         if reason is not None:
             what = f"model type {model.config.model_type} is not supported with pictures: it {reason}"
             raise RecipeError.of(what, "model.name", f"{self.model_kind.fix} Or set chat.images: false.")
+
+
+def _unlabel(example: Example, images: ImageProcessor) -> ImageExample:
+    """Return an example without labels on the tokens of its pictures, which `train_on: all` would train."""
+    read = ImageExample.of(example)
+    pictures = read.list_pictures()
+    return read.without_labels(images.special_ids(pictures)) if pictures else read
 
 
 def open_images(processor: PreTrainedTokenizerBase, recipe: Recipe) -> ImageProcessor:
