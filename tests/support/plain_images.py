@@ -6,7 +6,7 @@ import json
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from PIL import Image
@@ -75,9 +75,19 @@ class PlainModel:
         labels = torch.full_like(ids, -100)
         for start, end in zip(spans[::2], spans[1::2], strict=True):
             labels[0, start:end] = ids[0, start:end]
-        inputs = {name: part.float() if part.is_floating_point() else part for name, part in inputs.items()}
-        logits = self.model(**inputs, use_cache=False).logits[0, :-1].float()
+        logits = self.model(**_as_float(inputs), use_cache=False).logits[0, :-1].float()
         return torch.nn.functional.cross_entropy(logits, labels[0, 1:], ignore_index=-100, reduction="sum")
+
+
+    def generate(self, inputs: dict[str, torch.Tensor], **options: Any) -> list[int]:
+        """Return the ids that follow a prompt."""
+        with torch.inference_mode():
+            output = self.model.generate(**_as_float(inputs), **options)
+        return cast(list[int], output[0, inputs["input_ids"].shape[1] :].tolist())
+
+
+def _as_float(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: part.float() if part.is_floating_point() else part for name, part in inputs.items()}
 
 
 def as_parts(message: dict[str, Any]) -> dict[str, Any]:
