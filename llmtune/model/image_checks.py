@@ -84,7 +84,7 @@ def count_features(model: PreTrainedModel, media: Mapping[str, torch.Tensor]) ->
         raise _FeaturesSeenError(image_features)
 
     token = torch.tensor([[model.config.image_token_id]], device=model.device)
-    merging.get_placeholder_mask = stop  # type: ignore[assignment]
+    merging.get_placeholder_mask = stop
     try:
         model(input_ids=token, attention_mask=torch.ones_like(token), **inputs)
     except _FeaturesSeenError as seen:
@@ -92,7 +92,7 @@ def count_features(model: PreTrainedModel, media: Mapping[str, torch.Tensor]) ->
             return _count_vectors(seen.features)
     finally:
         del merging.get_placeholder_mask
-    return _count_vectors(merging.get_image_features(**inputs))  # type: ignore[operator] # Gemma 4 finds tokens first
+    return _count_vectors(merging.get_image_features(**inputs))  # Gemma 4 finds tokens first
 
 
 def _count_vectors(features: object) -> int:

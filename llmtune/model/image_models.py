@@ -87,8 +87,8 @@ class ImageProcessor:
         """Return the special tokens that the processor writes for pictures."""
         tokenizer = self.processor.tokenizer
         texts = dict.fromkeys(self.read(picture).text for picture in pictures)
-        ids = {one for text in texts for one in tokenizer(text, add_special_tokens=False)["input_ids"]}
-        return ids & tokenizer.added_tokens_decoder.keys()
+        ids: set[int] = {one for text in texts for one in tokenizer(text, add_special_tokens=False)["input_ids"]}
+        return ids & {*tokenizer.added_tokens_decoder}
 
     def media(self, pictures: Sequence[Picture], ids: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:
         """Return the model's inputs for the pictures of some texts, in order, and the kinds of their tokens [B, T].
