@@ -44,6 +44,11 @@ class ImageChat(Chat):
         """Whether the model reads pictures."""
         return image_text_class(config) is not None
 
+    def note_labels(self, stated: Recipe, inferred: Recipe) -> str | None:
+        """Say that rows are not packed, whatever `data.packing` says."""
+        why = "pictures are not packed"
+        return f"Rows are padded, in batches of similar length, because {why}." if inferred.data.packing else None
+
     def encode(self, rows: Sequence[ChatRow], processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[Encoded]:
         """Return the examples of each conversation, with the tokens of its pictures."""
         images = open_images(processor, recipe)
