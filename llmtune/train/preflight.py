@@ -45,8 +45,10 @@ def check_examples(rows: Rows, examples: Examples, task: TrainedTask, selected: 
         origins = enumerate(iterate_texts(rows, split)) if wrong else ()
         problems += [Problem(wrong[row], origin) for row, (origin, _) in origins if row in wrong]
     if problems:
-        fix = "Omit the image token in the text. If all rows have them, the processor belongs to another model."
-        what = f"{len(problems):,} rows have other image tokens than the model makes of their pictures"
+        what, fix = (
+            f"the model would read {len(problems):,} rows wrongly",
+            "The files of its processor may be another model's.",
+        )
         raise DataError(Problem(what, fix=fix), *problems[:SHOWN])
 
 
