@@ -74,6 +74,7 @@ from llmtune.store.run_origin import is_own, save_recipe
 from llmtune.store.run_request import RunRequest
 from llmtune.store.seed_runs import SEEDS_UNTIL, is_done, kept_findings, seed_folder, share_rows, with_seed
 from llmtune.tasks.base import next_steps
+from llmtune.tasks.registry import get_task
 from llmtune.train.loop import train
 from llmtune.train.metrics_log import log_results
 from llmtune.train.row_losses import list_hardest
@@ -176,7 +177,9 @@ def best_candidate(run: RunContext, loaded: LoadedRecipe) -> str:
         run.once(lambda: share_rows(run.folder, out, trial.fingerprint))
         run_pipeline(trial, RunRequest(out=out, until="train", offline=request.offline), console)
 
-    rows, choose = load_rows(run.folder.path / "data" / "rows"), partial(find_variant, recipe)
+    rows = load_rows(run.folder.path / "data" / "rows")
+    recipe = get_task(recipe.task).infer_section(recipe, rows)
+    choose = partial(find_variant, recipe)
     ranked = run.once(lambda: known_or_ranked(recipe, choose, rows, console, run.folder, run.device, request.offline))
     return ranked["chosen"] or choose_candidate(loaded, ranked, run.folder, console, run_trial, run.once)
 
