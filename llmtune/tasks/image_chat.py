@@ -85,6 +85,19 @@ class ImageChat(Chat):
         images = open_images(processor, recipe)
         return self._render(row, processor, recipe, images.expand)
 
+    def list_pictures(self, row: ChatRow) -> list[Picture]:
+        """Return the pictures of a conversation."""
+        return list_pictures(row["messages"])
+
+    def with_pictures(self, row: ChatRow, pictures: Sequence[Picture]) -> ChatRow:
+        """Return the conversation with other pictures in the places of its own."""
+        left = iter(pictures)
+        messages = [
+            {**message, "images": [next(left) for _ in message["images"]]} if "images" in message else message
+            for message in row["messages"]
+        ]
+        return cast(ChatRow, {**row, "messages": messages})
+
     def collator(self, processor: PreTrainedTokenizerBase, recipe: Recipe, packs: bool | None = None) -> Collate:
         """Return the function that makes padded micro-batches; `media` lists the names of the pictures' inputs."""
         images = open_images(processor, recipe)
