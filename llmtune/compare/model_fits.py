@@ -90,8 +90,7 @@ def list_fits(
             try:
                 recipe = _recipe(task, "lora")
                 variant = choose_variant(recipe, read_model_config(model_ref, recipe.model), model.name)
-                model_class, config = find_class(model_ref, recipe, variant)
-                skeleton = build_skeleton(model_class, config, recipe, towers=variant.model_kind.takes_images)
+                skeleton = build_skeleton(*find_class(model_ref, recipe, variant), recipe)
             except (RecipeError, EnvironmentProblem):
                 continue
             for method in METHODS:
@@ -118,12 +117,11 @@ def list_recipe_fits(
         if model_ref is None:
             fix = "Download it with `llmtune select`, or name a model from `llmtune models list`."
             raise RecipeError.of(f"the shape of {name} is not known without its files", "model.name", fix)
-        config = read_model_config(model_ref, loaded.recipe.model)
-        variant = choose_variant(_infer_section(loaded), config, name)
-        model_class, config = find_class(model_ref, loaded.recipe, variant)
-        skeleton = build_skeleton(model_class, config, loaded.recipe, towers=variant.model_kind.takes_images)
+        variant = choose_variant(_infer_section(loaded), read_model_config(model_ref, loaded.recipe.model), name)
+        shape = find_class(model_ref, loaded.recipe, variant)
+        skeleton = build_skeleton(*shape, loaded.recipe, towers=variant.model_kind.takes_images)
         tokens, longest = _trained_tokens(loaded)
-        length = min(longest, context_length(config) or longest)
+        length = min(longest, context_length(skeleton.config) or longest)
         for method in METHODS:
             try:
                 changed = load_recipe(recipe, [*sets, *change(loaded, method)]).recipe
@@ -207,9 +205,7 @@ def _fit(
         longest=max(tokens),
         rows=tokens[saving] // length,
         checkpointing=saving if stated == "auto" else stated,
-        seconds=None
-        if speed is None
-        else FLOPS[method] * parameters * MILLION / (speed * EFFICIENCY * layout.processes),
+        seconds=speed and FLOPS[method] * parameters * MILLION / (speed * EFFICIENCY * layout.processes),
     )
 
 
