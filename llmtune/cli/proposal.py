@@ -13,7 +13,7 @@ from typing import Any
 
 from llmtune.data.column_mapping import FIELD, HEADINGS, JOINT, find, name_words, with_aliases
 from llmtune.data.file_survey import Reading, Survey
-from llmtune.data.pictures import row_pictures
+from llmtune.data.pictures import row_pictures, without_pictures
 from llmtune.data.retrieval_layout import RetrievalSet, find_corpus, join_rows
 from llmtune.data.row_kind import kind_of_row, kind_of_task, write_prompt
 from llmtune.errors import RecipeError
@@ -341,10 +341,8 @@ def _round_up_tokens(characters: int, bounds: tuple[int, int], more: int = 0) ->
 def _count_row(row: Row, apart: bool) -> int:
     """Return the characters of a row, with those of an upper estimate of the tokens of its pictures."""
     pictures = row_pictures(row)
-    if pictures:
-        row = {**row, "messages": [{key: one[key] for key in one if key != "images"} for one in row["messages"]]}
     tokens = sum(max(PICTURE_TOKENS, math.prod(one["size"]) // PATCH_PIXELS) for one in pictures)
-    return _count_characters(row, apart) + CHARACTERS_A_TOKEN * tokens
+    return _count_characters(without_pictures(row) if pictures else row, apart) + CHARACTERS_A_TOKEN * tokens
 
 
 def _count_characters(value: object, apart: bool) -> int:
