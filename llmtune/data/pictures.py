@@ -318,8 +318,12 @@ def row_pictures(row: Row) -> list[Picture]:
 
 
 def without_pictures(row: Row) -> Row:
-    """Return a conversation without its pictures; its texts keep their places."""
-    return {**row, "messages": [{key: one[key] for key in one if key != "images"} for one in row["messages"]]}
+    """Return a conversation without its pictures, and other rows as they are; texts keep the places of pictures."""
+    return (
+        row
+        if not row_pictures(row)
+        else {**row, "messages": [{key: one[key] for key in one if key != "images"} for one in row["messages"]]}
+    )
 
 
 def show_places(message: Mapping[str, Any]) -> str:
@@ -361,6 +365,14 @@ def place_pictures(messages: Sequence[Any], column: object) -> None:
     if places != len(waiting):
         what = f"{places} places ({IMAGE}) without their own picture, and {len(waiting)} pictures in the row's column"
         raise RowError("pictures and places differ", what)
+
+
+def refuse_bare_marks(messages: Sequence[Mapping[str, Any]]) -> None:
+    """Raise RowError for a question with `<image>` and no picture: it would be read as text."""
+    for number, message in enumerate(messages, 1):
+        if message["role"] == "user" and IMAGE in message["content"]:
+            where = "in a column 'images' or 'image', or as a part of the message"
+            raise RowError("picture missing", f"message {number} has {IMAGE}, but no picture {where}")
 
 
 def read_pictures(messages: Sequence[Any], folder: Path | None) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from llmtune.data.chat_rows import MESSAGE_KEYS
 from llmtune.data.class_spelling import NoteName, tidy_cell
 from llmtune.data.column_mapping import fields, find, flatten, has_columns, rename, used_columns, with_aliases
-from llmtune.data.pictures import IMAGE, locate_picture, may_be_picture, read_pictures, row_pictures
+from llmtune.data.pictures import IMAGE, locate_picture, may_be_picture, read_pictures, refuse_bare_marks, row_pictures
 from llmtune.data.rejected_rows import RowError, find_file
 from llmtune.data.row_kind import MESSAGES, RowParser, kind_of_task
 from llmtune.errors import DataError, LlmtuneError, nearest
@@ -312,6 +312,7 @@ def parse_row(
     parsed: Row = parse(row)
     if kind_of_task(task) is MESSAGES:
         read_pictures(parsed["messages"], folder)
+        refuse_bare_marks(parsed["messages"])
     return parsed
 
 

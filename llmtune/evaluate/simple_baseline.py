@@ -11,6 +11,7 @@ from itertools import islice
 import numpy as np
 
 from llmtune.data.examples import ExampleReader
+from llmtune.data.pictures import without_pictures
 from llmtune.data.row_kind import write_prompt
 from llmtune.data.row_store import read_rows
 from llmtune.display.console import spinner
@@ -123,15 +124,20 @@ def answer_simply(
     return Answers(None, texts, {}, predictions, logits=logits), predicted.note
 
 
+def baseline_text(question: Row) -> str:
+    """Return the text of a prompt, without the names of pictures."""
+    return write_prompt(without_pictures(question))
+
+
 def choose_simply(context: EvalContext, inputs: EvalInputs, train: Sequence[Row]) -> tuple[Answers, str] | str:
     """Predict which of `evaluate.choices` answers a prompt, from the training rows that one of them answers."""
     numbers = {choice: number for number, choice in enumerate(inputs.choices)}
     pairs = [context.task.split_answer(row) for row in train]
-    usable = [(write_prompt(question), numbers[answer]) for question, answer in pairs if answer in numbers]
+    usable = [(baseline_text(question), numbers[answer]) for question, answer in pairs if answer in numbers]
     if not usable:
         return "no training row is answered with one of evaluate.choices"
     texts, targets = zip(*usable, strict=True)
-    queries = [inputs.prompts[i] for i in inputs.trees]
+    queries = [baseline_text(inputs.questions[i]) for i in inputs.trees]
     fitted = fit_tfidf("single", texts, np.array(targets), len(inputs.choices), queries)
     if isinstance(fitted, str):
         return fitted

@@ -15,9 +15,11 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from llmtune.data.chat_encoding import encode_chat
 from llmtune.data.chat_messages import list_pictures
 from llmtune.data.chat_rows import ChatRow, Message
+from llmtune.data.chat_template import Expand, refuse_pictures
 from llmtune.data.collators import collate_padded
 from llmtune.data.example import Collate, Example, ImageExample
-from llmtune.data.pictures import PLACE, Picture
+from llmtune.data.pictures import IMAGE, PLACE, Picture, refuse_bare_marks
+from llmtune.data.rejected_rows import RowError
 from llmtune.data.task_interface import Encoded
 from llmtune.errors import DataError, RecipeError, first_line
 from llmtune.model.causal_lm_loss import unwrap
@@ -73,6 +75,19 @@ class ImageChat(Chat):
             what = f"the chat template has no place for pictures: it never writes {images.placeholder}"
             fix = "Set model.chat_template to a file that writes it for each part of type image, or to the original's."
             raise RecipeError.of(what, "model.chat_template", fix)
+
+    def _render(
+        self,
+        row: ChatRow,
+        processor: PreTrainedTokenizerBase,
+        recipe: Recipe,
+        expand: Expand = refuse_pictures,
+    ) -> list[int]:
+        try:
+            refuse_bare_marks(row["messages"])
+        except RowError as error:
+            raise DataError.of(str(error), "the question", f"Give the picture, or write {IMAGE} differently.") from None
+        return super()._render(row, processor, recipe, expand)
 
     def prompt(self, row: ChatRow, processor: PreTrainedTokenizerBase, recipe: Recipe) -> Prompt:
         """Return the rendered conversation, ready for the next answer, with its pictures."""

@@ -148,9 +148,15 @@ def test_other_tasks_refuse_pictures_by_name(task, tmp_path):
         read(row, tmp_path, task)
 
 
-def test_a_text_without_pictures_keeps_its_marks(tmp_path):
-    row = read(chat("Write <image> in HTML."), tmp_path)
-    assert row == chat("Write <image> in HTML.")
+@pytest.mark.parametrize("column", [{}, {"images": []}, {"image": ""}, {"image": None}, {"image_path": "1.png"}])
+def test_a_mark_without_a_picture_is_never_read_as_text(column, tmp_path):
+    with pytest.raises(RowError, match=r"picture missing: message 1 has <image>, but no picture in a column"):
+        read(chat("<image>What is it?", **column), tmp_path)
+
+
+def test_an_answer_about_the_mark_is_text(tmp_path):
+    row = {"messages": [{"role": "user", "content": "HTML?"}, {"role": "assistant", "content": "Use <image>."}]}
+    assert read(row, tmp_path) == row
 
 
 def write_text(path, text="<svg xmlns='http://www.w3.org/2000/svg'/>"):

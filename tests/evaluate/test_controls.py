@@ -12,9 +12,11 @@ from support.image_text import build_image_text
 from support.runs import invoke, write_recipe
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from llmtune.data.pictures import open_picture
+from llmtune.data.pictures import PLACE, open_picture
+from llmtune.data.row_kind import write_prompt
 from llmtune.evaluate.controls import grey_picture, swap_pictures
 from llmtune.evaluate.evaluation_file import load_evaluation
+from llmtune.evaluate.simple_baseline import baseline_text
 
 INKS = {"red": (255, 30, 30), "green": (30, 255, 30), "blue": (30, 30, 255)}
 THINGS = dict(zip(INKS, ("cat", "dog", "bird"), strict=True))
@@ -248,3 +250,16 @@ def test_without_controls_the_verdict_says_that_the_reliance_on_pictures_is_unkn
     assert "blind:" not in result.output
     text = "Whether answers depend on the picture is unknown: evaluate.controls is off."
     assert text in json.loads((tmp_path / "run" / "report.json").read_text())["verdict"]["reason"]
+
+
+def test_the_baseline_without_a_language_model_does_not_read_the_names_of_pictures():
+    named, other = (
+        {
+            "messages": [
+                {"role": "user", "content": f"{PLACE}Which?", "images": [{"picture": f"/{name}", "content": "1"}]}
+            ]
+        }
+        for name in ("red.png", "blue.png")
+    )
+    assert write_prompt(named) == "[image: red.png]Which?"
+    assert baseline_text(named) == baseline_text(other) == f"{PLACE}Which?"
