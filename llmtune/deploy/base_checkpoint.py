@@ -66,8 +66,9 @@ class BaseCheckpoint:
 
     def ask_picture(self) -> None:
         """Ask the adapter on the complete base about a picture, before it is merged."""
-        if self.picture is not None or not self.tuned.task.model_kind.decodes:
-            return
+        kind = self.tuned.task.model_kind
+        if self.picture is not None or kind.takes_images or not kind.decodes:
+            return  # a model tuned with pictures has its towers, and answers pictures as its other questions
         try:
             processor = self._open_processor(self.folder)
             prompt = _write_prompt(processor)

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
+from pathlib import Path
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from llmtune.data.chat_encoding import encode_chat
 from llmtune.data.chat_messages import list_pictures
-from llmtune.data.chat_rows import ChatRow
+from llmtune.data.chat_rows import ChatRow, open_conversation
 from llmtune.data.collators import collate_padded
 from llmtune.data.example import Collate, ImageExample
+from llmtune.data.pictures import IMAGE
+from llmtune.data.rejected_rows import RowError, parse_cell
 from llmtune.data.task_interface import Encoded
+from llmtune.errors import DataError
 from llmtune.model.image_models import ImageProcessor, image_processor
 from llmtune.model.towers import image_text_class
 from llmtune.recipe.model_kind import IMAGE_TEXT
@@ -26,6 +30,8 @@ class ImageChat(Chat):
 
     model_kind = IMAGE_TEXT
     example_type = ImageExample
+    required_inputs = ()
+    optional_inputs = ("prompt", "system", "image")
 
     def matches(self, recipe: Recipe) -> bool:
         """Whether questions may have pictures."""
@@ -34,6 +40,20 @@ class ImageChat(Chat):
     def supports(self, config: PretrainedConfig) -> bool:
         """Whether the model reads pictures."""
         return image_text_class(config) is not None
+
+    def make_row(self, given: Mapping[str, str | None]) -> ChatRow:
+        """Return a conversation of one question with its pictures: a path, or several as a JSON list."""
+        stated, text = given.get("image"), given.get("prompt") or ""
+        system = given.get("system")
+        if not stated and text.strip():
+            return super().make_row({"prompt": text, "system": system})
+        paths = parse_cell(stated) if stated else []
+        try:
+            question = [{"role": "user", "content": text if text.strip() or not paths else IMAGE}]
+            images = [_make_absolute(str(one)) for one in (paths if isinstance(paths, list) else [stated])]
+            return open_conversation(question, system=system, images=images, folder=Path("/"), reads_pictures=True)
+        except RowError as error:
+            raise DataError.of(str(error), "--image", "Give a text, a picture, or both.") from None
 
     def encode(self, rows: Sequence[ChatRow], processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[Encoded]:
         """Return the examples of each conversation, with the tokens of its pictures."""
@@ -62,6 +82,10 @@ class ImageChat(Chat):
             return {**collate_padded(examples, processor.pad_token_id), **media, "media": tuple(media)}
 
         return collate
+
+
+def _make_absolute(picture: str) -> str:
+    return picture if picture.startswith("data:") or "://" in picture else str(Path(picture).absolute())
 
 
 def open_images(processor: PreTrainedTokenizerBase, recipe: Recipe) -> ImageProcessor:
