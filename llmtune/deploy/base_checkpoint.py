@@ -25,7 +25,7 @@ from llmtune.model.config import UNREADABLE, read_model_config
 from llmtune.model.library_logging import unreported
 from llmtune.model.processor import PROCESSOR_FILES, check_image_processor, open_processor
 from llmtune.model.quantized_base import keep_quantized_format
-from llmtune.model.towers import find_towers, image_text_class, patch_text_forward, text_class
+from llmtune.model.towers import find_projectors, find_towers, image_text_class, patch_text_forward, text_class
 from llmtune.recipe.task_facts import TASK_FACTS
 
 QUESTION = "What does the picture show?"
@@ -53,6 +53,8 @@ class BaseCheckpoint:
         self.tuned, self.folder = tuned, tuned.model_ref.path
         self.skeleton = build_complete(inner)
         """The complete model without memory."""
+        self.trained = find_projectors(self.skeleton) if tuned.recipe.adapter.train_projector else []
+        """Modules between its towers and its language model that are not the base's."""
         self.picture: AskedPicture | str | None = None
         """The picture after `ask_picture`, or why it could not be asked."""
 
@@ -113,7 +115,7 @@ class BaseCheckpoint:
         if not exported.is_folder or image_text_class(exported.model.config) is None:
             return certified
         self.ask_picture()
-        tensors, breaches = compare_other_tensors(self.folder, exported.path, self.skeleton)
+        tensors, breaches = compare_other_tensors(self.folder, exported.path, self.skeleton, self.trained)
         files = []
         if not self.tuned.task.model_kind.has_head:
             breaches += self._compare_processors(exported.path)

@@ -13,7 +13,7 @@ from rich.console import Console
 from llmtune import __version__
 from llmtune.deploy.export import export, open_to_export
 from llmtune.deploy.export_score import describe_export, reset_peak, score_export, time_export, time_tuned
-from llmtune.deploy.exported_model import WEIGHT_FILES, ExportedModel, open_folder
+from llmtune.deploy.exported_model import WEIGHT_FILES, ExportedModel, check_pictures, open_folder
 from llmtune.deploy.gguf_export import gguf_format
 from llmtune.deploy.gguf_readers import longest_text, open_gguf_export
 from llmtune.deploy.merged_model import merged_format
@@ -103,6 +103,8 @@ def open_export(path: Path, tuned: TunedModel) -> ExportedModel:
     """Open a file or a folder by the runtime that its kind belongs to; raises RecipeError for an unknown kind."""
     if not path.exists():
         raise RecipeError.of("not found", str(path), "Name a GGUF, ONNX or OpenVINO file, a model folder, or a URL.")
+    if not (path / "config.json").is_file():
+        check_pictures(tuned, str(path), "Certify the merged folder, or an endpoint: --url URL.")
     if path.suffix == ".gguf" or (path.is_dir() and any(path.glob("*.gguf"))):
         return open_gguf_export(path, tuned, longest_text(tuned))
     graphs = list_graph_files(path) if path.is_dir() else [path]

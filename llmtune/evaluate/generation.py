@@ -196,9 +196,7 @@ def _generate(model: torch.nn.Module, prompts: Sequence[Prompt], settings: Gener
     return generate(model, ids_BT.to(device), mask_BT.to(device), generation_config=settings, **media)
 
 
-def read_media(
-    model: torch.nn.Module, prompts: Sequence[Prompt], width: int, device: str
-) -> dict[str, torch.Tensor]:
+def read_media(model: torch.nn.Module, prompts: Sequence[Prompt], width: int, device: str) -> dict[str, torch.Tensor]:
     """Return the media of prompts, joined; numbers in the dtype of the model, kinds of tokens padded on the left."""
     dtype = unwrap(model).dtype
     media = [dict(prompt.media()) for prompt in prompts if prompt.media is not None]

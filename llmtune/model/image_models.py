@@ -37,8 +37,8 @@ class ImageProcessor:
 
     def __init__(self, processor: ProcessorMixin) -> None:
         self.processor = processor
-        self.token_types = ""
-        """Name of the model's input for the kinds of tokens; empty until a picture shows it, or without one."""
+        self.token_types = next((name for name in TOKEN_TYPES if name in processor.model_input_names), "")
+        """Name of the model's input for the kinds of tokens; empty for a model without one."""
         self._read: OrderedDict[str, PictureInputs] = OrderedDict()
         self._bytes = 0
 
@@ -64,7 +64,6 @@ class ImageProcessor:
         call = {"text": [self.placeholder], "images": [[open_picture(picture)]], "add_special_tokens": False}
         output = self.processor(**call, images_kwargs={"return_tensors": "pt"}, return_text_replacement_offsets=True)
         ((offsets,),) = output.pop("text_replacement_offsets")
-        self.token_types = next((name for name in TOKEN_TYPES if name in output), "")
         of_text = ("input_ids", "attention_mask", self.token_types)
         return PictureInputs(
             offsets["replacement"], {name: part for name, part in output.items() if name not in of_text}

@@ -116,7 +116,8 @@ class ChatSession:
                     self.console.print(text)
                 self.forgotten = forgotten
                 return prompt
-        what = f"the prompt has {len(prompt)} tokens and the answer may have {new}, but the model's context holds {room}"
+        needs = f"the prompt has {len(prompt)} tokens and the answer may have {new}"
+        what = f"{needs}, but the model's context holds {room}"
         fix = "Shorten the prompt, or lower the number of new tokens."
         raise RecipeError.of(what, "generation.max_new_tokens", fix)
 
@@ -357,7 +358,9 @@ class FinishedRun:
 
 
 def _ask(served: ServedModel, inputs: Inputs) -> Iterator[Delta]:
-    return ChatSession(served).answer(inputs.get("prompt") or "", system=inputs.get("system"), image=inputs.get("image"))
+    return ChatSession(served).answer(
+        inputs.get("prompt") or "", system=inputs.get("system"), image=inputs.get("image")
+    )
 
 
 def _name_inputs(inputs: Mapping[str, Given]) -> Inputs:

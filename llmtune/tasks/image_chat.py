@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import cast
 
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+import torch
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from llmtune.data.chat_encoding import encode_chat
 from llmtune.data.chat_messages import list_pictures
-from llmtune.data.chat_rows import ChatRow, open_conversation
+from llmtune.data.chat_rows import ChatRow, Message, open_conversation
 from llmtune.data.collators import collate_padded
 from llmtune.data.example import Collate, ImageExample
-from llmtune.data.pictures import IMAGE
+from llmtune.data.pictures import IMAGE, PLACE
 from llmtune.data.rejected_rows import RowError, parse_cell
 from llmtune.data.task_interface import Encoded
-from llmtune.errors import DataError
-from llmtune.model.image_models import ImageProcessor, image_processor
-from llmtune.model.towers import image_text_class
+from llmtune.errors import DataError, RecipeError
+from llmtune.model.causal_lm_loss import unwrap
+from llmtune.model.device import resolve_dtype
+from llmtune.model.image_checks import draw_probes, explain_unreadable_pictures, find_miscounts
+from llmtune.model.image_models import TOKEN_TYPES, ImageProcessor, image_processor
+from llmtune.model.towers import find_projectors, image_text_class
 from llmtune.recipe.model_kind import IMAGE_TEXT
 from llmtune.recipe.schema import Recipe
-from llmtune.records import Batch, Prompt
+from llmtune.records import Batch, Loss, Prompt
 from llmtune.tasks.chat import Chat
 
 
@@ -82,6 +89,49 @@ class ImageChat(Chat):
             return {**collate_padded(examples, processor.pad_token_id), **media, "media": tuple(media)}
 
         return collate
+
+    def loss(self, model: torch.nn.Module, batch: Batch, by_row: bool = False) -> Loss:
+        """Sum the cross entropy; texts without pictures give a trained projector a gradient of zero.
+
+        Without one, processes with such texts would wait forever for those with pictures.
+        """
+        loss = super().loss(model, batch, by_row)
+        if torch.is_grad_enabled() and not {*batch["media"]} - {*TOKEN_TYPES}:
+            inner = cast(PreTrainedModel, unwrap(model))
+            unused = [one for name in find_projectors(inner) for one in inner.get_submodule(name).parameters()]
+            for parameter in unused:
+                if parameter.requires_grad:
+                    loss = replace(loss, sum=loss.sum + 0 * parameter.sum())
+        return loss
+
+    def check_examples(
+        self,
+        model: PreTrainedModel,
+        processor: PreTrainedTokenizerBase,
+        recipe: Recipe,
+        examples: Iterable[ImageExample],
+    ) -> Iterator[tuple[int, str]]:
+        """Count the image tokens of each example; refuse a model that does not read pictures one by one as together."""
+        self._check_reading(model, processor, recipe)
+        yield from find_miscounts(model, open_images(processor, recipe), examples)
+
+    def _check_reading(self, model: PreTrainedModel, processor: PreTrainedTokenizerBase, recipe: Recipe) -> None:
+        """Raise RecipeError for a model that reads pictures wrongly, tried on three."""
+        long = recipe.model_copy(update={"data": recipe.data.model_copy(update={"max_length": sys.maxsize})})
+        answer: Message = {"role": "assistant", "content": "It is a picture."}
+        rows: list[ChatRow] = [
+            {"messages": [{"role": "user", "content": f"{PLACE}What is it?", "images": [picture]}, answer]}
+            for picture in draw_probes()
+        ]
+        encoded = self.encode(rows, processor, long)
+        reason = next((row for row in encoded if isinstance(row, str)), None)
+        if reason is None:
+            dtype = resolve_dtype(recipe.model.dtype, model.device.type)
+            examples = [cast(ImageExample, example) for row in encoded for example in row]
+            reason = explain_unreadable_pictures(model, dtype, self.collator(processor, recipe), examples)
+        if reason is not None:
+            what = f"model type {model.config.model_type} is not supported with pictures: it {reason}"
+            raise RecipeError.of(what, "model.name", f"{self.model_kind.fix} Or set chat.images: false.")
 
 
 def _make_absolute(picture: str) -> str:
