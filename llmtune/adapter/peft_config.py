@@ -91,7 +91,9 @@ def _name_whole(entries: Sequence[str], model: PreTrainedModel) -> list[str]:
     """Return name endings that PEFT matches; full names instead of an ending that also matches in a tower."""
     towers = set(tower_modules(model))
     names = [name for name, _ in model.named_modules() if name not in towers]
-    full = (ends_with(names, entry) if entry not in towers and ends_with(towers, entry) else [entry] for entry in entries)
+    full = (
+        ends_with(names, entry) if entry not in towers and ends_with(towers, entry) else [entry] for entry in entries
+    )
     return [name for some in full for name in some]
 
 

@@ -105,7 +105,8 @@ def generate_command(
         with spinner(console, "answering"):
             result = finished.answer(given, base=base, max_new_tokens=max_new_tokens)
         stated = {name: value for name, value in given.items() if value is not None and name != "passages"}
-        print_json({**stated, **result, "model": "base" if base else "tuned", "run": str(run)})
+        pictures = {"image": [*map(str, image)]} if image else {}
+        print_json({**stated, **pictures, **result, "model": "base" if base else "tuned", "run": str(run)})
     else:
         _print_pieces(finished.stream(given, base=base, max_new_tokens=max_new_tokens), console)
 
@@ -218,9 +219,9 @@ def _check_picture(session: ChatSession, picture: str, console: Console) -> list
     try:
         session.read_question("", [picture])
     except LlmtuneError as error:
-        console.print(f"[dim]{escape(error.problems[0].what)}[/]")
+        console.print(error.problems[0].what, style="dim", markup=False)
         return []
-    console.print("[dim]Added to the next message: before its text, or at <image> in it.[/]", markup=True)
+    console.print("[dim]Added to the next message: before its text, or at <image> in it.[/]")
     return [picture]
 
 

@@ -17,7 +17,7 @@ from llmtune.adapter.load import put_adapter
 from llmtune.adapter.reference_model import switches_off, without_adapter
 from llmtune.deploy.exported_model import ExportedModel, ModelSource
 from llmtune.deploy.parity import Certificate, Limits, measure_distance
-from llmtune.deploy.tuned_model import TunedModel
+from llmtune.deploy.tuned_model import QUESTION, TunedModel
 from llmtune.errors import RecipeError, first_line
 from llmtune.model.base_tensors import build_complete, compare_other_tensors
 from llmtune.model.causal_lm_loss import unwrap
@@ -28,7 +28,6 @@ from llmtune.model.quantized_base import keep_quantized_format
 from llmtune.model.towers import find_projectors, find_towers, image_text_class, patch_text_forward, text_class
 from llmtune.recipe.task_facts import TASK_FACTS
 
-QUESTION = "What does the picture show?"
 PIXELS = 224
 
 

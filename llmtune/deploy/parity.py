@@ -320,8 +320,8 @@ def describe_parity(measured: Certificate) -> str:
     effect = "" if measured.get("effect_kl") is None else f" (tuning had moved it by {measured['effect_kl']:.2g})"
     pictures = f" with {measured['pictures']} pictures" if measured.get("pictures") else ""
     return (
-        f"over {measured['positions']} positions{pictures} mean KL {_write(measured['kl_mean'])} nats{effect}, largest logit "
-        f"difference {_write(measured['largest_logit_difference'])}, same first choice "
+        f"over {measured['positions']} positions{pictures} mean KL {_write(measured['kl_mean'])} nats{effect}, "
+        f"largest logit difference {_write(measured['largest_logit_difference'])}, same first choice "
         f"{measured['top1_agreement']:.1%}, same answers {measured['answer_agreement']:.0%}, {ids}"
     )
 

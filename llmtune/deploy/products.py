@@ -103,11 +103,12 @@ def open_export(path: Path, tuned: TunedModel) -> ExportedModel:
     """Open a file or a folder by the runtime that its kind belongs to; raises RecipeError for an unknown kind."""
     if not path.exists():
         raise RecipeError.of("not found", str(path), "Name a GGUF, ONNX or OpenVINO file, a model folder, or a URL.")
-    if not (path / "config.json").is_file():
-        check_pictures(tuned, str(path), "Certify the merged folder, or an endpoint: --url URL.")
-    if path.suffix == ".gguf" or (path.is_dir() and any(path.glob("*.gguf"))):
-        return open_gguf_export(path, tuned, longest_text(tuned))
+    is_gguf = path.suffix == ".gguf" or (path.is_dir() and any(path.glob("*.gguf")))
     graphs = list_graph_files(path) if path.is_dir() else [path]
+    if is_gguf or graphs:
+        check_pictures(tuned, str(path), "Certify the merged folder, or an endpoint: --url URL.")
+    if is_gguf:
+        return open_gguf_export(path, tuned, longest_text(tuned))
     if any(one.suffix in (".onnx", OPENVINO_SUFFIX) for one in graphs):
         if all(one.suffix == ".onnx" for one in graphs):
             EnvironmentProblem.collect(missing_packages())

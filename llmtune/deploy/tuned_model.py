@@ -5,8 +5,6 @@ Shapes: T positions of a prompt and its answer, V vocabulary.
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -30,6 +28,7 @@ from llmtune.evaluate.calibration import RECORD as CALIBRATION
 from llmtune.evaluate.decision import RECORD as DECISION
 from llmtune.evaluate.generation import generate_batch, only_these_settings, read_media
 from llmtune.model.config import keeps_float32, read_model_config
+from llmtune.model.image_checks import draw_probes
 from llmtune.model.processor import open_processor
 from llmtune.model.quantized_base import kept_quantization
 from llmtune.plan import RunContext
@@ -60,7 +59,6 @@ SYSTEM = "Answer in one sentence."
 CONTEXT = "Paris is the capital of France. The train to Berlin leaves at nine o'clock, and 30 apples cost 15 euros."
 """The context of the fixed prompts, for tasks that find answers in a text."""
 QUESTION = "What does the picture show?"
-PICTURE_SIDES = ((224, 224), (320, 160))
 ANSWER_TOKENS = 16
 CERTIFIED_ROWS = 8
 """Rows of the run to ask after the fixed prompts."""
@@ -139,10 +137,9 @@ class TunedModel:
         """Return a question about a picture and one about two, of different sizes; empty if the model reads none."""
         if not self.task.model_kind.takes_images:
             return []
-        pictures = [draw_picture(*sides) for sides in PICTURE_SIDES]
-        return [
-            self.task.make_row({"prompt": QUESTION, "image": json.dumps(some)}) for some in (pictures[:1], pictures)
-        ]
+        pictures = [picture["picture"] for picture in draw_probes()]
+        asked = (pictures[:1], pictures[1:])
+        return [self.task.make_row({"prompt": QUESTION, "image": json.dumps(some)}) for some in asked]
 
     def certificate(self, breaches: Sequence[str]) -> Certificate:
         """Return the first fields of every certificate."""
@@ -242,16 +239,6 @@ def render_chats(tuned: TunedModel, tokenizer: PreTrainedTokenizerBase) -> list[
         chats.render(clean_messages(conversation["messages"]), conversation.get("tools"), answer_next=True)
         for conversation in tuned.questions
     ]
-
-
-def draw_picture(width: int, height: int) -> str:
-    """Return a picture of two gradients as a data URL."""
-    from PIL import Image
-
-    rows, file = Image.linear_gradient("L").resize((width, height)), io.BytesIO()
-    columns = Image.linear_gradient("L").rotate(90).resize((width, height))
-    Image.merge("RGB", [rows, columns, rows.rotate(180)]).save(file, "PNG")
-    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
 def served_by_folder(folder: Path, tuned: TunedModel) -> list[list[int]]:

@@ -57,8 +57,9 @@ def list_other_tensors(
 ) -> dict[str, StoredTensor]:
     """Return the tensors in a folder's safetensors that are outside the language model, by their names in the model.
 
-    Those of `trained` modules are not among them. `complete` is a model with its towers, without memory. If it is of the class that the folder of the base names,
-    tensors that this class does not load are listed too, such as layers that predict further tokens.
+    `complete` is a model with its towers, without memory. If it is of the class that the folder of the base names,
+    tensors that this class does not load are listed too, such as layers that predict further tokens. Tensors of
+    `trained` modules are left out.
     """
     towers, parameters = find_towers(complete), complete.state_dict()
     transforms = get_model_conversion_mapping(complete)
@@ -81,9 +82,7 @@ def list_other_tensors(
     return others
 
 
-def copy_other_tensors(
-    base: Path, complete: PreTrainedModel, folder: Path, trained: Collection[str] = ()
-) -> None:
+def copy_other_tensors(base: Path, complete: PreTrainedModel, folder: Path, trained: Collection[str] = ()) -> None:
     """Add the base's other tensors, byte for byte, to the files of a saved model, and index them all.
 
     Raises EnvironmentProblem if the base has none in safetensors.

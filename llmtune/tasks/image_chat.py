@@ -37,7 +37,7 @@ class ImageChat(Chat):
 
     model_kind = IMAGE_TEXT
     example_type = ImageExample
-    required_inputs = ()
+    required_inputs: tuple[str, ...] = ()
     optional_inputs = ("prompt", "system", "image")
 
     def matches(self, recipe: Recipe) -> bool:
