@@ -359,7 +359,7 @@ class _RowParser:
             drawn = content if row is written else hash_row(written)  # a renamed row stays in its split
             values = raw if self.split_by in raw else row
             shown = "".join(sorted(picture["content"] for picture in row_pictures(row)))  # stays on one side
-            drawn = xxhash.xxh3_128_digest(shown) if shown else drawn
+            drawn = xxhash.xxh3_128_digest(shown.encode()) if shown else drawn
             group = _split_group(values, self.split_by, required=split < 0) or int.from_bytes(drawn[8:], "big")
         except RowError as error:
             return origin, name_columns(error, detected.columns), ()

@@ -30,6 +30,8 @@ EFFECT_SHARE = 0.05
 SLACK = 0.1
 """A share of tuning's effect this far from 1 is a breach in float32, and the cause of other breaches elsewhere."""
 NOT_FINITE = "its outputs are not finite numbers"
+OTHER = "its processor makes other"
+"""The start of a breach: its model cannot answer what its processor makes of a picture."""
 LARGEST = 10
 """The largest difference of a vector or score may be this many times the limit of the mean."""
 NEGLIGIBLE = 100
@@ -218,7 +220,7 @@ def find_breaches(parity: Parity, limits: Limits) -> list[str]:
     if not parity.same_labels:
         breaches.append("its labels, or their order, are not those of the tuned model")
     breaches += [f"its answers do not end at {token!r}" for token in parity.missing_ends]
-    breaches += [f"its processor makes other {name} of a picture" for name in parity.other_inputs]
+    breaches += [f"{OTHER} {name} of a picture" for name in parity.other_inputs]
     kl = limits.kl(parity.effect_kl)
     if not math.isfinite(parity.kl_mean):
         breaches.append(NOT_FINITE)

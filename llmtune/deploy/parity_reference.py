@@ -165,29 +165,28 @@ class TextReference(TunedReference):
         """Tokens of the longest prompt with an answer."""
         return max(map(len, self.prompts)) + ANSWER_TOKENS
 
-    def read_logits(self, model: PreTrainedModel, inputs: Sequence[Prompt] | None = None) -> list[torch.Tensor]:
-        """Return the logits over each prompt with the tuned model's answer; `inputs` has other pixels of pictures."""
-        reader, pairs = TransformersReader(model), list(zip(inputs or self.inputs, self.answers, strict=True))
+    def read_logits(self, model: PreTrainedModel) -> list[torch.Tensor]:
+        """Return the logits over each prompt with the tuned model's answer."""
+        reader, pairs = TransformersReader(model), list(zip(self.inputs, self.answers, strict=True))
         return [reader.logits(extend_prompt(*pair)) for pair in self.follow(pairs, "likelihoods")]
 
     def parity(self, exported: ExportedModel) -> Parity:
         """Compare an export, with prompts made as in training and as by a server."""
         tuned, reader = self.tuned, TransformersReader(exported.model)
-        inputs, reason = self.inputs, None
+        made, reason = self.inputs, None
         try:
             made = read_prompts(tuned, exported.processor)
             same_ids = exported.served_prompts(tuned) == self.prompts == [[*prompt.ids] for prompt in made]
-            inputs = made if same_ids else inputs
         except (LlmtuneError, TemplateRefusal) as error:  # its template cannot render them
             same_ids, reason = False, first_line(error)
-        pairs = list(zip(inputs, self.answers, strict=True))
-        logits = self.read_logits(exported.model, inputs)
+        pairs = list(zip(self.inputs, self.answers, strict=True))
+        logits = self.read_logits(exported.model)
         answers = pairs if are_finite(logits) else []
         same = [reader.answer(prompt, self.stops) == expected for prompt, expected in self.follow(answers, "answers")]
         turns = stop_ids(tuned.processor, tuned.recipe) if tuned.recipe.variant.facts.templated else []
         compared = self.judge(logits, same, same_ids)
         pictures = sum(len(list_pictures(row.get("messages", ()))) for row in tuned.questions)
-        other = tuple(_find_other_media(self.inputs, inputs))
+        other = tuple(_find_other_media(self.inputs, made))
         missing = self.missing_ends(exported, turns)
         return replace(compared, ids_error=reason, missing_ends=missing, pictures=pictures, other_inputs=other)
 

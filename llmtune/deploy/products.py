@@ -20,7 +20,7 @@ from llmtune.deploy.merged_model import merged_format
 from llmtune.deploy.onnx_export import missing_packages, onnx_format
 from llmtune.deploy.onnx_model import list_graph_files, open_onnx_export
 from llmtune.deploy.onnx_session import OPENVINO_SUFFIX
-from llmtune.deploy.parity import LIMITS, NOT_FINITE, Certificate, describe_parity
+from llmtune.deploy.parity import LIMITS, NOT_FINITE, OTHER, Certificate, describe_parity
 from llmtune.deploy.quantized_model import SCHEMES, quantized_format
 from llmtune.deploy.search_parity import make_reference
 from llmtune.deploy.tuned_model import TunedModel
@@ -164,8 +164,9 @@ def certify_export(run: Path, path: Path, *, offline: bool, console: Console, li
     with explained(out):
         out.mkdir(parents=True, exist_ok=True)
         with foreign(path, tuned.device):
-            timed = {"runtime": exported.runtime, "bytes": exported.size, "usage": None, "unmeasured": NOT_FINITE}
-            if NOT_FINITE not in certified["breaches"]:
+            useless = next((one for one in certified["breaches"] if one == NOT_FINITE or one.startswith(OTHER)), None)
+            timed = {"runtime": exported.runtime, "bytes": exported.size, "usage": None, "unmeasured": useless}
+            if useless is None:
                 timed = time_export(exported, tuned, reset_peak())
             scored = score_export(context, exported, timed, out)
         scored |= usage

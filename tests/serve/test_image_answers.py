@@ -154,7 +154,6 @@ def test_the_base_is_asked_the_same_picture(talk, served):
 
 
 def bad_pictures(folder):
-    small, url = data_url(1), "image_url"
     (folder / "inside.png").write_bytes(picture_bytes())
     yield "a path", str(folder / "inside.png"), "only data URLs"
     yield "a file address", f"file://{folder / 'inside.png'}", "only data URLs"
