@@ -1,10 +1,10 @@
-"""Check a loaded model on pictures: it reads them, rows do not change each other, and tokens are as many as features."""
+"""Check a loaded model on pictures: rows do not change each other, and image tokens are as many as features."""
 
 from __future__ import annotations
 
 import io
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from transformers import PreTrainedModel
@@ -12,9 +12,8 @@ from xxhash import xxh3_128_hexdigest as hash_bytes
 
 from llmtune.data.example import Collate, ImageExample
 from llmtune.data.pictures import Picture, picture_name, read_picture
-from llmtune.errors import first_line
 from llmtune.model.causal_lm_loss import move_to, predicted_logits
-from llmtune.model.device import REFUSALS, compute_context, is_out_of_memory
+from llmtune.model.device import compute_context
 from llmtune.model.image_models import ImageProcessor
 from llmtune.model.self_checks import logits_agree
 
@@ -25,7 +24,7 @@ PROBE_SIZES = ((64, 64), (96, 48), (96, 48))
 class _FeaturesSeenError(Exception):
     """Ends a forward pass as soon as the model has made the features of a picture."""
 
-    def __init__(self, features: torch.Tensor) -> None:
+    def __init__(self, features: torch.Tensor | None) -> None:
         super().__init__()
         self.features = features
 
@@ -65,14 +64,9 @@ def explain_unreadable_pictures(
         return predicted_logits(model, move_to(model.device, collate(rows, 0))).float()
 
     first, second, other = examples
-    try:
-        with torch.inference_mode(), compute_context(dtype, model.device.type):
-            alone = [read(one) for one in (first, second, other)]
-            together = read(first, second)
-    except REFUSALS as error:
-        if is_out_of_memory(error):
-            raise
-        return f"cannot read pictures: {first_line(error)}"
+    with torch.inference_mode(), compute_context(dtype, model.device.type):
+        alone = [read(one) for one in (first, second, other)]
+        together = read(first, second)
     if not logits_agree(together, torch.cat(alone[:2]), dtype):
         return "reads a picture differently next to a row with another one"
     return "does not read pictures: two of them get the same scores" if torch.equal(*alone[1:]) else None
@@ -84,24 +78,27 @@ def count_features(model: PreTrainedModel, media: Mapping[str, torch.Tensor]) ->
     inputs = {name: part.to(model.dtype) if part.is_floating_point() else part for name, part in inputs.items()}
     merging = next((one for one in model.modules() if hasattr(one, "get_placeholder_mask")), None)
     if merging is None:  # idefics3
-        output = model.get_image_features(**inputs)
-        features = output.pooler_output if hasattr(output, "pooler_output") else output
-        features = torch.cat([*features]) if isinstance(features, tuple | list) else features
-        return int(features.shape[:-1].numel())
+        return _count_vectors(model.get_image_features(**inputs))
 
     def stop(*args: object, image_features: torch.Tensor | None = None, **kwargs: object) -> None:
-        if image_features is not None:
-            raise _FeaturesSeenError(image_features)
+        raise _FeaturesSeenError(image_features)
 
     token = torch.tensor([[model.config.image_token_id]], device=model.device)
-    merging.get_placeholder_mask = stop  # type: ignore[assignment]
+    merging.get_placeholder_mask = stop
     try:
         model(input_ids=token, attention_mask=torch.ones_like(token), **inputs)
     except _FeaturesSeenError as seen:
-        return int(seen.features.shape[:-1].numel())
+        if seen.features is not None:
+            return _count_vectors(seen.features)
     finally:
         del merging.get_placeholder_mask
-    return 0
+    return _count_vectors(merging.get_image_features(**inputs))  # Gemma 4 finds tokens first
+
+
+def _count_vectors(features: object) -> int:
+    vectors = getattr(features, "pooler_output", features)
+    parts = vectors if isinstance(vectors, tuple | list) else [vectors]
+    return sum(int(part.shape[:-1].numel()) for part in cast(Sequence[torch.Tensor], parts))
 
 
 def find_miscounts(

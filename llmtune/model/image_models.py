@@ -83,6 +83,13 @@ class ImageProcessor:
             return f"the chat template has {places} places for {len(pictures)} pictures"
         return list(expanded)
 
+    def special_ids(self, pictures: Iterable[Picture]) -> set[int]:
+        """Return the special tokens that the processor writes for pictures."""
+        tokenizer = self.processor.tokenizer
+        texts = dict.fromkeys(self.read(picture).text for picture in pictures)
+        ids: set[int] = {one for text in texts for one in tokenizer(text, add_special_tokens=False)["input_ids"]}
+        return ids & {*tokenizer.added_tokens_decoder}
+
     def media(self, pictures: Sequence[Picture], ids: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:
         """Return the model's inputs for the pictures of some texts, in order, and the kinds of their tokens [B, T].
 

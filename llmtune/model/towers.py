@@ -167,13 +167,10 @@ def describe_towers(model: PreTrainedModel) -> str | None:
         return None
     if hasattr(model, _DROPPED):
         return f"Towers frozen: {', '.join(names)}. A text does not have the same scores without them."
-    trained = [name for name in find_projectors(model) if any(p.requires_grad for p in _parameters(model, name))]
+    parts = {name: model.get_submodule(name) for name in find_projectors(model)}
+    trained = [name for name, part in parts.items() if any(one.requires_grad for one in part.parameters())]
     frozen = f"Towers frozen: {', '.join(name for name in names if name not in trained) or 'none'}"
     return f"{frozen}, except {', '.join(trained)}, which are trained completely." if trained else f"{frozen}."
-
-
-def _parameters(model: PreTrainedModel, name: str) -> Iterator[torch.nn.Parameter]:
-    return model.get_submodule(name).parameters()
 
 
 def patch_text_forward(model: PreTrainedModel) -> None:
