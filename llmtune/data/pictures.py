@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import io
 import os
 import re
 import struct
 import warnings
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
@@ -30,8 +29,14 @@ if TYPE_CHECKING:
 PLACE = "\ufffc"
 """Marks a picture in a message's text: U+FFFC, the object replacement character."""
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+SIGNS = re.compile(rb"image|\.(png|jpe?g|webp|gif|bmp|tiff?)\b", re.IGNORECASE)
+"""One of these is in the rows of a file with pictures."""
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 """Decoders that may run. Pillow has others, and one of them starts a program (EPS)."""
+PICTURE_PARTS = ("image", "image_url", "input_image")
+"""Types of parts with a picture: of transformers, of OpenAI's chat completions, and of its responses."""
+IMAGES = ("image", "images")
+"""Columns with pictures."""
 IMAGE = "<image>"
 """Marks a picture in the texts of rows with a column of pictures."""
 MARK = re.compile(f"{PLACE}|{IMAGE}")
@@ -129,19 +134,34 @@ def may_be_picture(value: object) -> bool:
     return isinstance(value, bytes)
 
 
-def _load(source: object, folder: Path | None) -> tuple[str, str, bytes]:
-    """Return the absolute path of a picture (empty if the row has it inside), a name for messages, and its bytes."""
+def absolute_pictures(value: Any, folder: Path, names: Collection[str] = (), is_picture: bool = False) -> Any:
+    """Return a row as its file has it with absolute paths of pictures, and data URLs in place of bytes.
+
+    Pictures are in the columns `names`, and in parts of messages.
+    """
+    if isinstance(value, Mapping):
+        is_part = is_picture or value.get("type") in PICTURE_PARTS
+        flags = {key: key in names or (is_part and key in LOCATIONS) for key in value}
+        return {key: absolute_pictures(one, folder, (), flags[key]) for key, one in value.items()}
+    if isinstance(value, list):
+        return [absolute_pictures(one, folder, (), is_picture) for one in value]
+    if isinstance(value, bytes):
+        return f"data:image/*;base64,{base64.b64encode(value).decode()}"
+    is_path = is_picture and isinstance(value, str) and value and ":" not in value[:8]
+    return str((folder / value).absolute()) if is_path else value
+
+
+def locate_picture(source: object, folder: Path | None) -> Path | bytes:
+    """Return the absolute path of a picture, or its bytes if the row has it inside. Raises RowError."""
     if isinstance(source, Mapping):
         key = next((key for key in LOCATIONS if source.get(key) is not None), None)
         if key is None:
             raise RowError("picture missing", "an object without 'path', 'url', 'base64' or 'bytes'")
         value = source[key]
         inside = key in ("base64", "data") and not str(value).startswith("data:")
-        return _load(f"data:;base64,{value}" if inside else value, folder)
+        return locate_picture(f"data:;base64,{value}" if inside else value, folder)
     if isinstance(source, bytes | bytearray | memoryview):
-        content = bytes(source)
-        _check_bytes(len(content), "the picture in the row")
-        return "", "the picture in the row", content
+        return bytes(source)
     if not isinstance(source, str) or not source:
         raise RowError("wrong type", f"a picture is {json_kind(source)}; it must be a path, a data URL or bytes")
     if source.startswith("data:"):
@@ -149,13 +169,13 @@ def _load(source: object, folder: Path | None) -> tuple[str, str, bytes]:
         if not head.endswith(";base64"):
             raise RowError("picture unreadable", "a data URL without ';base64,'")
         try:
-            return _load(base64.b64decode(text, validate=True), folder)
-        except binascii.Error as error:
+            return base64.b64decode(text, validate=True)
+        except ValueError as error:
             raise RowError("picture unreadable", f"the data URL is not base64: {error}") from None
-    return _load_file(source, folder)
+    return _locate_file(source, folder)
 
 
-def _load_file(source: str, folder: Path | None) -> tuple[str, str, bytes]:
+def _locate_file(source: str, folder: Path | None) -> Path:
     if "://" in source[:10] and not source.startswith("file://"):
         raise RowError("picture at an address", f"{source[:80]}: llmtune fetches no addresses; give a file")
     if folder is None:
@@ -163,26 +183,35 @@ def _load_file(source: str, folder: Path | None) -> tuple[str, str, bytes]:
     if "\0" in source:
         raise RowError("wrong type", f"the path {source!r} contains NUL")
     path = Path(source.removeprefix("file://"))
+    if path.is_absolute():
+        return path
+    path = Path(os.path.abspath(folder / path))
     try:
-        if not path.is_absolute():
-            path = Path(os.path.abspath(folder / path))
-            if not path.resolve().is_relative_to(folder.resolve()):
-                raise RowError("picture outside the folder", f"{source} leads out of {folder}; give an absolute path")
-        content = read_bytes(path, MAX_BYTES)
-    except FileNotFoundError:
-        raise RowError("picture missing", f"file not found: {path}") from None
+        inside = path.resolve().is_relative_to(folder.resolve())
     except (OSError, RuntimeError) as error:  # RuntimeError: symlinks in a circle
-        why = getattr(error, "strerror", None) or str(error)
-        raise RowError("picture unreadable", f"{path}: {why}") from None
-    _check_bytes(len(content), str(path))
-    return str(path), str(path), content
+        raise RowError("picture unreadable", f"{path}: {error}") from None
+    if not inside:
+        raise RowError("picture outside the folder", f"{source} leads out of {folder}; give an absolute path")
+    return path
 
 
-def _check_bytes(count: int, name: str) -> None:
-    if not count:
+def _load(source: object, folder: Path | None) -> tuple[str, str, bytes]:
+    """Return the absolute path of a picture (empty if the row has it inside), a name for messages, and its bytes."""
+    content = locate_picture(source, folder)
+    path = str(content) if isinstance(content, Path) else ""
+    name = path or "the picture in the row"
+    if isinstance(content, Path):
+        try:
+            content = read_bytes(content, MAX_BYTES)
+        except FileNotFoundError:
+            raise RowError("picture missing", f"file not found: {name}") from None
+        except OSError as error:
+            raise RowError("picture unreadable", f"{name}: {error.strerror or error}") from None
+    if not content:
         raise RowError("picture empty", f"{name} has no bytes")
-    if count > MAX_BYTES:
-        raise RowError("picture too large", f"{name} has {count:,} bytes; up to {MAX_BYTES:,} are read")
+    if len(content) > MAX_BYTES:
+        raise RowError("picture too large", f"{name} has {len(content):,} bytes; up to {MAX_BYTES:,} are read")
+    return path, name, content
 
 
 def _decode(content: bytes, name: str) -> tuple[PilImage, list[str], str]:
