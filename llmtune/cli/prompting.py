@@ -39,6 +39,16 @@ YOU = "\001\033[1;32m\002you\001\033[0m\002 "
 """The prompt, with zero-width sequences marked for readline."""
 STDIN = "-"
 System = Annotated[str | None, typer.Option("--system", help="A system message before all others (chat).")]
+Pictures = Annotated[
+    list[Path] | None,
+    typer.Option("--image", help="A picture before the text, or at each <image> in it (chat); may be repeated."),
+]
+RowFile = Annotated[
+    Path | None, typer.Option("--input", metavar="FILE", help="Answer every row of a file (CSV, JSON lines, ...).")
+]
+Output = Annotated[
+    Path | None, typer.Option("--output", metavar="FILE", help="JSON lines, one per row (default: standard output).")
+]
 Base = Annotated[bool, typer.Option("--base", help="Use the base model without the adapter.")]
 
 
@@ -53,22 +63,14 @@ def generate_command(
     context: Annotated[str | None, typer.Option("--context", help="The text with the answer (qa).")] = None,
     pair: Annotated[str | None, typer.Option("--pair", help="The second text of a pair (classify).")] = None,
     audio: Annotated[Path | None, typer.Option("--audio", help="A recording: wav, flac, mp3, ogg (speech).")] = None,
-    image: Annotated[
-        list[Path] | None,
-        typer.Option("--image", help="A picture before the text, or at each <image> in it (chat); may be repeated."),
-    ] = None,
+    image: Pictures = None,
     passages: Annotated[Path | None, typer.Option("--passages", help="A file of passages to rank or encode.")] = None,
     answer: Annotated[str | None, typer.Option("--answer", help="The answer to score (preference, reward).")] = None,
     source_language: Annotated[str | None, typer.Option(help="The text's language (translate).")] = None,
     target_language: Annotated[str | None, typer.Option(help="The answer's language (translate).")] = None,
     system: System = None,
-    rows: Annotated[
-        Path | None, typer.Option("--input", metavar="FILE", help="Answer every row of a file (CSV, JSON lines, ...).")
-    ] = None,
-    output: Annotated[
-        Path | None,
-        typer.Option("--output", metavar="FILE", help="JSON lines, one per row (default: standard output)."),
-    ] = None,
+    rows: RowFile = None,
+    output: Output = None,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Override the recipe's generation section.")] = None,
     base: Base = False,
     threads: Threads = None,

@@ -20,7 +20,7 @@ from rich.console import Console
 
 from llmtune.adapter.vllm_names import find_vllm_obstacle
 from llmtune.data.chat_messages import clean_messages, list_pictures, with_image_parts
-from llmtune.data.pictures import open_picture
+from llmtune.data.pictures import open_picture, row_pictures
 from llmtune.deploy.export import open_to_export
 from llmtune.deploy.export_score import describe_differences, score_answers
 from llmtune.deploy.parity import Certificate
@@ -286,7 +286,7 @@ def _compare_replies(reference: TextReference, replies: Sequence[Reply]) -> Cert
             differences.append(abs(float(logits_V.log_softmax(-1)[ours]) - logprob))
     return {
         "prompts": len(replies),
-        "pictures": sum(len(list_pictures(row.get("messages", ()))) for row in tuned.questions),
+        "pictures": sum(len(row_pictures(row)) for row in tuned.questions),
         "ids_known_by": "ids" if by_ids else "count" if by_count else "nothing",
         "same_ids": same / len(replies),
         "answer_agreement": (equal + ties) / len(replies),

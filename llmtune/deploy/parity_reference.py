@@ -16,8 +16,8 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llmtune.adapter.reference_model import switches_off, without_adapter
-from llmtune.data.chat_messages import list_pictures
 from llmtune.data.chat_template import stop_ids
+from llmtune.data.pictures import row_pictures
 from llmtune.data.template_facts import TemplateRefusal
 from llmtune.deploy.base_checkpoint import BaseCheckpoint
 from llmtune.deploy.exported_model import ExportedModel
@@ -185,7 +185,7 @@ class TextReference(TunedReference):
         same = [reader.answer(prompt, self.stops) == expected for prompt, expected in self.follow(answers, "answers")]
         turns = stop_ids(tuned.processor, tuned.recipe) if tuned.recipe.variant.facts.templated else []
         compared = self.judge(logits, same, same_ids)
-        pictures = sum(len(list_pictures(row.get("messages", ()))) for row in tuned.questions)
+        pictures = sum(len(row_pictures(row)) for row in tuned.questions)
         other = tuple(_find_other_media(self.inputs, made))
         missing = self.missing_ends(exported, turns)
         return replace(compared, ids_error=reason, missing_ends=missing, pictures=pictures, other_inputs=other)

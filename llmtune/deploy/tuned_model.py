@@ -16,9 +16,9 @@ import torch
 from rich.console import Console
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
-from llmtune.data.chat_messages import clean_messages, list_pictures
+from llmtune.data.chat_messages import clean_messages
 from llmtune.data.chat_template import ChatTemplate
-from llmtune.data.pictures import open_picture
+from llmtune.data.pictures import open_picture, row_pictures
 from llmtune.data.row_store import read_rows
 from llmtune.data.template_facts import TemplateRefusal
 from llmtune.data.template_text import check_length
@@ -261,7 +261,7 @@ def _served_with_pictures(
     texts = render_chats(tuned, saved) or []
     ids = []
     for text, question in zip(texts, tuned.questions, strict=True):
-        pictures = [open_picture(picture) for picture in list_pictures(question["messages"])]
+        pictures = [open_picture(picture) for picture in row_pictures(question)]
         encoded = processor(text=[text], images=[pictures] if pictures else None, add_special_tokens=False)
         ids.append(cast(list[int], [*encoded["input_ids"][0]]))
     return ids

@@ -165,9 +165,9 @@ def _read_training_row(
     """
     column, alpaca = input_columns.get("prompt", ""), FORMATS["alpaca"].parser(task.name)
     if column == "instruction" and alpaca:
-        row = cast(Row, task.split_answer(alpaca({**named, "output": "-"}))[0])
-        read_pictures(row.get("messages", ()), folder)
-        return row
+        prompt = cast(Row, task.split_answer(alpaca({**named, "output": "-"}))[0])
+        read_pictures(prompt.get("messages", ()), folder)
+        return prompt
     value, images = named.get(column), named.get(input_columns.get("image", "images"))
     if not (task.is_conversational and task.free_prompt):
         return None

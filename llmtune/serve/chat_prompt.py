@@ -8,7 +8,7 @@ from itertools import takewhile
 
 from llmtune.data.chat_rows import MESSAGE_KEYS, open_conversation
 from llmtune.data.chat_template import Tools
-from llmtune.data.message_fields import PICTURE_PARTS
+from llmtune.data.pictures import PICTURE_PARTS
 from llmtune.data.rejected_rows import RowError
 from llmtune.errors import LlmtuneError, nearest
 from llmtune.evaluate.generation import answer_template

@@ -103,14 +103,14 @@ class ChatSession:
         _check_inputs(self.task, inputs)
         return cast(list[Row], self.task.make_row(inputs)["messages"])
 
-    def _fit(self, rows: list[Row]) -> Prompt:
-        """Return the first prompt that leaves room for an answer; each further row drops a question."""
+    def _fit(self, conversations: list[Row]) -> Prompt:
+        """Return the first prompt that leaves room for an answer; each further conversation drops a question."""
         room, new = self.served.context, self.recipe.generation.max_new_tokens
         prompt = Prompt([])
-        for row in rows:
-            prompt = self.task.prompt(row, self.served.processor, self.recipe)
+        for conversation in conversations:
+            prompt = self.task.prompt(conversation, self.served.processor, self.recipe)
             if room is None or len(prompt) + new <= room:
-                forgotten = len(rows[0].get("messages", ())) - len(row.get("messages", ()))
+                forgotten = len(conversations[0].get("messages", ())) - len(conversation.get("messages", ()))
                 if forgotten > self.forgotten and self.console is not None:
                     text = f"[dim]The model's context is full. Dropped the first {forgotten} messages.[/]"
                     self.console.print(text)
