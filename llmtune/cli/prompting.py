@@ -21,7 +21,7 @@ from llmtune.cli.output_streams import (
     print_text,
     stderr_console,
 )
-from llmtune.errors import LlmtuneError, RecipeError, visible
+from llmtune.errors import DataError, LlmtuneError, RecipeError, visible
 from llmtune.store.process_environment import gc_paused, prepare_environment
 from llmtune.store.processes import world_size
 
@@ -40,8 +40,10 @@ YOU = "\001\033[1;32m\002you\001\033[0m\002 "
 STDIN = "-"
 System = Annotated[str | None, typer.Option("--system", help="A system message before all others (chat).")]
 Pictures = Annotated[
-    list[Path] | None,
-    typer.Option("--image", help="A picture before the text, or at each <image> in it (chat); may be repeated."),
+    list[str] | None,
+    typer.Option(
+        "--image", metavar="FILE", help="A picture before the text, or at an <image> in it (chat); may be repeated."
+    ),
 ]
 RowFile = Annotated[
     Path | None, typer.Option("--input", metavar="FILE", help="Answer every row of a file (CSV, JSON lines, ...).")
@@ -86,7 +88,7 @@ def generate_command(
     given = {"context": context, "pair": pair, "answer": answer, "system": system, "source_language": source_language}
     given |= {"target_language": target_language, "audio": None if audio is None else str(audio)}
     given["passages"] = None if passages is None else str(passages)
-    given["image"] = json.dumps([*map(str, image)]) if image else None
+    given["image"] = json.dumps(image) if image else None
     if rows is not None:
         _check_files(rows, output, [text, prompt, *given.values()])
     elif world_size() > 1:
@@ -107,7 +109,7 @@ def generate_command(
         with spinner(console, "answering"):
             result = finished.answer(given, base=base, max_new_tokens=max_new_tokens)
         stated = {name: value for name, value in given.items() if value is not None and name != "passages"}
-        pictures = {"image": [*map(str, image)]} if image else {}
+        pictures = {"image": image} if image else {}
         print_json({**stated, **pictures, **result, "model": "base" if base else "tuned", "run": str(run)})
     else:
         _print_pieces(finished.stream(given, base=base, max_new_tokens=max_new_tokens), console)
@@ -238,6 +240,11 @@ def _print_answer(session: ChatSession, line: str, pictures: list[str], system: 
             print_text(answer.add(piece.content))
             thinking = not piece.content and (thinking or bool(piece.reasoning))
         print_text(answer.rest() + "\n")
+        return True
+    except DataError as error:
+        if not sys.stdin.isatty():
+            raise
+        console.print(error.problems[0].what, style="dim", markup=False)
         return True
     except KeyboardInterrupt as stop:
         if isinstance(stop, Terminated) or not sys.stdin.isatty():

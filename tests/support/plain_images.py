@@ -78,7 +78,6 @@ class PlainModel:
         logits = self.model(**_as_float(inputs), use_cache=False).logits[0, :-1].float()
         return torch.nn.functional.cross_entropy(logits, labels[0, 1:], ignore_index=-100, reduction="sum")
 
-
     def generate(self, inputs: dict[str, torch.Tensor], **options: Any) -> list[int]:
         """Return the ids that follow a prompt."""
         with torch.inference_mode():
