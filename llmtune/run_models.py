@@ -15,10 +15,8 @@ from llmtune.adapter.data_init import sample_rows
 from llmtune.adapter.injection import adapter_settings, inject
 from llmtune.adapter.load import find_adapter
 from llmtune.adapter.saving import load_adapter
-from llmtune.data.examples import SHOWN, ExampleReader
-from llmtune.data.row_store import iterate_texts
 from llmtune.display.console import spinner
-from llmtune.errors import DataError, EnvironmentProblem, Problem
+from llmtune.errors import EnvironmentProblem
 from llmtune.evaluate.cache_keys import base_inputs, simple_inputs
 from llmtune.evaluate.champion import face_champion
 from llmtune.evaluate.champion_answers import ChampionModel, ask_champion, ask_classes
@@ -38,6 +36,7 @@ from llmtune.recipe.schema import Recipe
 from llmtune.records import AdaptedModel, ModelRef, Row, SelectedModel
 from llmtune.store.atomic_files import hash_folder
 from llmtune.train.distributed import join_processes
+from llmtune.train.preflight import check_examples
 from llmtune.train.sharding import Made, shard_model, share_model
 
 
@@ -74,25 +73,10 @@ def _make_adapted(context: RunContext, recipe: Recipe, device: str) -> AdaptedMo
             training=True,
             masters=not context.shards,
         )
-    _check_examples(context, selected)
+    check_examples(context.rows, context.examples, plan.task, selected, recipe)
     if recipe.adapter.init_lora_weights in DATA_STARTS:
         sample = sample_rows(context.examples, plan.task, selected, recipe)
     return inject(selected, recipe, context.console, sample)
-
-
-def _check_examples(context: RunContext, selected: SelectedModel) -> None:
-    """Raise DataError for the rows that the loaded model would read wrongly."""
-    plan, problems = context.plan, list[Problem]()
-    for split in context.examples.files:
-        reader = ExampleReader(context.examples, split, plan.task.example_type)
-        checked = plan.task.check_examples(selected.model, plan.processor, plan.recipe, reader)
-        wrong = {int(reader.rows[number]): reason for number, reason in checked}
-        origins = enumerate(iterate_texts(context.rows, split)) if wrong else ()
-        problems += [Problem(wrong[row], origin) for row, (origin, _) in origins if row in wrong]
-    if problems:
-        fix = "Omit the image token in the text. If all rows have them, the processor belongs to another model."
-        what = f"{len(problems):,} rows have other image tokens than the model makes of their pictures"
-        raise DataError(Problem(what, fix=fix), *problems[:SHOWN])
 
 
 @dataclass

@@ -18,6 +18,7 @@ from llmtune.adapter.data_init import RowSample, finish_start, prepare_start
 from llmtune.adapter.fused_lora import fuse_products
 from llmtune.adapter.load import continue_adapter, find_adapter, wrap_model
 from llmtune.adapter.peft_config import find_targets, make_config
+from llmtune.adapter.projector import freeze_rest, name_projectors
 from llmtune.adapter.reference_model import keep_reference, switches_off
 from llmtune.adapter.target_modules import (
     are_transposed,
@@ -40,7 +41,7 @@ from llmtune.model.config import (
 from llmtune.model.device import explain_oom, is_out_of_memory
 from llmtune.model.experts import count_quantized
 from llmtune.model.quantized_base import is_quantized, kept_quantization
-from llmtune.model.towers import describe_towers, find_projectors, tower_modules
+from llmtune.model.towers import describe_towers
 from llmtune.recipe.adapter_section import MUTATING, AdapterSection
 from llmtune.recipe.schema import Recipe
 from llmtune.records import AdaptedModel, Examples, ModelRef, SelectedModel
@@ -66,7 +67,7 @@ def inject(
     torch.manual_seed(recipe.seed)
     with explain_oom(f"putting the adapter into {selected.model_ref.name}", str(selected.model.device)):
         full = recipe.adapter.method == "full"
-        for name in _name_projectors(selected.model, recipe.adapter) if full else ():
+        for name in name_projectors(selected.model, recipe.adapter) if full else ():
             selected.model.get_submodule(name).requires_grad_(True)
         adapted = wrap_full(selected) if full else _add_adapter(selected, recipe, console, sample)
     if selected.needs_reference_model and (recipe.adapter.start_from is not None or not switches_off(adapted.model)):
@@ -214,7 +215,7 @@ def _new_adapter(selected: SelectedModel, recipe: Recipe, console: Console, samp
         model = wrap_model(selected.model, config)
         if isinstance(config, LoraConfig):
             finish_start(model, sample)
-        _freeze_rest(model, adapter)
+        freeze_rest(model, adapter)
     except UNREADABLE as error:  # modules that PEFT cannot adapt, sizes that do not divide
         if is_out_of_memory(error):
             raise
@@ -270,38 +271,13 @@ def _find_whole(selected: SelectedModel, adapter: AdapterSection) -> list[str]:
 
     Body layers with random weights (the pooling layer of an encoder that came without one) are among them.
     """
-    names = [*(adapter.modules_to_save or ()), *_name_projectors(selected.model, adapter)]
+    names = [*(adapter.modules_to_save or ()), *name_projectors(selected.model, adapter)]
     if selected.trains_head:
         heads, every = head_names(selected.model), [name for name, _ in selected.model.named_modules()]
         stated = [name for entry in names for name in ends_with(every, entry)]
         fresh = {name.rpartition(".")[0] for name in selected.new_weights if not in_heads(name, heads)}
         names += [name for name in (*heads, *sorted(fresh)) if not in_heads(name, stated)]
     return names
-
-
-def _name_projectors(model: PreTrainedModel, adapter: AdapterSection) -> list[str]:
-    """Return the modules of `adapter.train_projector`, if set; raises RecipeError if the model has none by itself."""
-    names = find_projectors(model) if adapter.train_projector else []
-    if adapter.train_projector and not names:
-        what = f"in a {type(model).__name__} no module is the projector: it is a part of the model's towers"
-        raise RecipeError.of(what, "adapter.train_projector", "Omit it: the towers stay as they are.")
-    return names
-
-
-def _freeze_rest(model: PeftModel, adapter: AdapterSection) -> None:
-    """Freeze biases of towers, which PEFT trains with `bias: all`, in place.
-
-    Raises RecipeError for a method that adapts modules of towers: it chooses them by itself.
-    """
-    towers = tower_modules(model.get_base_model())
-    for name, parameter in model.named_parameters() if towers else ():
-        inner = name.removeprefix("base_model.model.")
-        if not parameter.requires_grad or ".modules_to_save." in name or not in_heads(inner, towers):
-            continue
-        if not (adapter.bias == "all" and inner.endswith("bias")):
-            what = f"{adapter.method} would train {inner}, a part that reads images, and these stay frozen"
-            raise RecipeError.of(what, "adapter.method", "Use lora, or name modules in adapter.target_modules.")
-        parameter.requires_grad_(False)
 
 
 def _find_heads(adapter: AdapterSection, whole: list[str], selected: SelectedModel) -> list[Problem]:

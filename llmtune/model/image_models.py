@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from llmtune.data.pictures import Picture, open_picture
-from llmtune.model.processor import check_image_processor, open_processor
+from llmtune.model.processor import check_image_processor, open_processor, set_image_size
 
 CACHE_BYTES = 2**28
 """Memory for the tensors of pictures that were read last."""
@@ -133,4 +133,5 @@ def image_processor(tokenizer: PreTrainedTokenizerBase, trust_remote_code: bool 
     check_image_processor(folder, trust_remote_code, "")
     processor = open_processor(folder, trust_remote_code)
     processor.tokenizer = tokenizer
+    set_image_size(processor, tokenizer)
     return ImageProcessor(processor)

@@ -60,7 +60,13 @@ class ImageChat(Chat):
             images = [_make_absolute(str(one)) for one in (paths if isinstance(paths, list) else [stated])]
             return open_conversation(question, system=system, images=images, folder=Path("/"), reads_pictures=True)
         except RowError as error:
-            raise DataError.of(str(error), "--image", "Give a text, a picture's file, or both; and a file for each <image>.") from None
+            fix = "Give a text, a picture's file, or both; and a file for each <image>."
+            raise DataError.of(str(error), "--image", fix) from None
+
+    def note_labels(self, stated: Recipe, inferred: Recipe) -> str | None:
+        """Say that rows are not packed, whatever `data.packing` says."""
+        why = "pictures are not packed"
+        return f"Rows are padded, in batches of similar length, because {why}." if inferred.data.packing else None
 
     def encode(self, rows: Sequence[ChatRow], processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[Encoded]:
         """Return the examples of each conversation, with the tokens of its pictures."""

@@ -6,17 +6,19 @@ import shutil
 
 import pytest
 import torch
+from PIL import Image
 from support.adapting import open_model, quiet, recipe_with
 from support.image_text import FAMILIES, build_image_text
 from support.plain_images import PlainModel, mixed_rows, write_picture_rows
 from support.runs import llmtune, write_recipe
 from support.training import read_metrics, trained_bytes
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoProcessor
 
 from llmtune.adapter.injection import inject
-from llmtune.errors import DataError
+from llmtune.data.pictures import PLACE
+from llmtune.errors import DataError, RecipeError
 from llmtune.evaluate.generation import answer_ends, generate_completions
-from llmtune.model.processor import load_processor
+from llmtune.model.processor import load_processor, save_tokenizer
 from llmtune.model.resolve import resolve_model
 from llmtune.pipeline import run_pipeline
 from llmtune.recipe.loader import load_recipe
@@ -193,7 +195,7 @@ def test_a_processor_of_another_model_is_refused_with_file_and_line_before_train
     with pytest.raises(DataError) as caught:
         train(recipe, tmp_path / "run")
     text = str(caught.value)
-    assert "16 rows have other image tokens than the model makes of their pictures" in text
+    assert "the model would read 16 rows wrongly" in text
     assert re.search(r"rows.jsonl:2: the row has 5 image tokens for 1 pictures \(wide.png: 4 features, 5 tokens", text)
     assert not (tmp_path / "run/checkpoints").exists()
 
@@ -206,3 +208,106 @@ def test_an_image_token_in_the_words_of_a_row_is_no_picture(tmp_path, family):
     for row in rows[:2]:
         row["messages"][0]["content"] += f" what is {words}?"
     assert checked(folder, rows) == {}
+
+
+def count_tokens(folder, pictures):
+    """Return the tokens that the processor of a folder makes of each picture."""
+    processor = AutoProcessor.from_pretrained(folder)
+    texts = [processor(text=[processor.image_token], images=[[one]], add_special_tokens=False) for one in pictures]
+    return [len(one["input_ids"][0]) for one in texts]
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "glm46v"])
+def test_limits_of_pixels_are_saved_with_the_model(tmp_path, family):
+    patch = 28
+    limits = [4 * patch**2, 9 * patch**2]
+    recipe = write_image_recipe(tmp_path, family, model={"image_pixels": limits})
+    train(recipe, tmp_path / "run")
+    pictures = [Image.open(path) for path in sorted(tmp_path.glob("*.png"))] + [Image.new("RGB", (400, 300))]
+    before, after = (count_tokens(folder, pictures) for folder in (tmp_path / "model", tmp_path / "run/adapter"))
+    assert before != after
+    assert all(4 <= count <= 9 for count in after)
+    loaded = load_recipe(recipe).recipe
+    processor = load_processor(resolve_model(str(tmp_path / "model"), loaded.model, quiet()), loaded.model)
+    ours = open_images(processor, loaded).processor
+    assert [len(ours(text=[ours.image_token], images=[[one]])["input_ids"][0]) for one in pictures] == after
+    save_tokenizer(processor, tmp_path / "merged")
+    assert count_tokens(tmp_path / "merged", pictures) == after
+
+
+@pytest.mark.parametrize(
+    ("family", "instead"), [("gemma3", "'height': 56"), ("gemma4", "max_soft_tokens"), ("lfm2_vl", "max_image_tokens")]
+)
+def test_limits_of_pixels_are_refused_by_a_processor_without_them(tmp_path, family, instead):
+    recipe = write_image_recipe(tmp_path, family, model={"image_pixels": [3136, 12544]})
+    with pytest.raises(RecipeError, match=f"ImageProcessor of this model has no limits in pixels.*{instead}"):
+        train(recipe, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [{"adapter": {"train_projector": True}}, {"model": {"image_pixels": [3136, 12544]}}],
+    ids=["train_projector", "image_pixels"],
+)
+def test_keys_of_pictures_are_refused_for_rows_without_pictures(tmp_path, sections):
+    recipe = write_image_recipe(tmp_path, "qwen2_5_vl", **sections)
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[::3]))
+    with pytest.raises(RecipeError, match=r"'(adapter|model)\.\w+' has no effect: without pictures"):
+        train(recipe, tmp_path / "run")
+
+
+def test_prompt_methods_are_refused_by_name(tmp_path):
+    adapter = {"method": "prompt_tuning", "r": None, "lora_alpha": None}
+    recipe = write_image_recipe(tmp_path, adapter=adapter)
+    with pytest.raises(RecipeError, match="prompt_tuning, which does not work with pictures"):
+        train(recipe, tmp_path / "run")
+
+
+@pytest.mark.parametrize("way", ["truncate", "split"])
+def test_a_row_whose_picture_would_be_cut_is_refused_by_name(tmp_path, way):
+    folder = build_image_text(tmp_path / "model", "llava")
+    square = mixed_rows(tmp_path)[1]["messages"][0]["images"][0]
+    long = " and so on" * 10
+    answer = {"role": "assistant", "content": "yes"}
+    seen = {"role": "user", "content": f"{PLACE}what{long}?", "images": [square]}
+    plain = {"role": "user", "content": f"what{long}?"}
+    rows = [
+        {"messages": [seen, answer, plain, answer]},  # the picture is in the first exchange
+        {"messages": [plain, answer, seen, answer]},
+        {"messages": [plain, answer, plain, answer, plain, answer]},
+    ]
+    recipe = image_recipe(folder, data={"max_length": 130, "on_overlong": way})
+    processor, _ = processor_of(folder)
+    first, second, third = TASK.encode(rows, processor, recipe)
+    assert first.endswith(", and a picture would be cut")
+    assert first.startswith("too long")
+    image_token = AutoConfig.from_pretrained(folder).image_token_id
+    assert sum(list(one.input_ids).count(image_token) for one in second) == 16
+    assert [len(one.list_pictures()) for one in third] == [0] * len(third)
+
+
+def test_a_question_whose_picture_would_be_cut_is_refused_by_name(tmp_path):
+    folder = build_image_text(tmp_path / "model", "llava")
+    square = mixed_rows(tmp_path)[1]["messages"][0]["images"][0]
+    long = " and so on" * 30
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": text, "images": [square]},
+                {"role": "assistant", "content": "yes"},
+            ]
+        }
+        for text in (f"{PLACE}what{long}?", f"what{long}{PLACE}?")
+    ]
+    recipe = image_recipe(folder, data={"max_length": 90, "on_overlong": "truncate"})
+    first, second = TASK.encode(rows, processor_of(folder)[0], recipe)
+    assert first.endswith(", and a picture would be cut")
+    assert len(second[0].list_pictures()) == 1
+    assert len(second[0].input_ids) <= 90
+
+
+def test_a_run_says_once_that_rows_with_pictures_are_padded(tmp_path):
+    recipe, console = write_image_recipe(tmp_path), quiet()
+    run_pipeline(load_recipe(recipe), RunRequest(out=tmp_path / "run", until="select"), console)
+    assert console.file.getvalue().count("because pictures are not packed") == 1
