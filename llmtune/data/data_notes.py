@@ -53,17 +53,11 @@ def picture_blocks(facts: Json, thumbnails: Sequence[str] = ()) -> list[Block]:
         most_first = sorted(facts["converted"].items(), key=lambda item: (-item[1], item[0]))
         text += f" Converted: {', '.join(f'{count(number)} {what}' for what, number in most_first)}."
     cells: TableRows = []
-    for place, row in enumerate(facts["shown"]):
-        image = Markup('<img alt="{}" src="{}">').format(row["name"], thumbnails[place]) if thumbnails else None
-        cells.append([Cell(row["name"], note=row["size"]), Cell(picture=image), row["prompt"], row["answer"]])
+    for place, (name, size, *texts) in enumerate(facts["shown"]):
+        image = Markup('<img alt="{}" src="{}">').format(name, thumbnails[place]) if thumbnails else None
+        cells.append([Cell(name, note=size), Cell(picture=image), *texts])
     columns: TableColumns = ["picture", Column("", "picture"), "prompt", "answer"]
     return [Text(text), Table(columns, cells, "pictures of training rows")]
-
-
-def shorten(text: str) -> str:
-    """Return the start of a text on one line."""
-    line = " ".join(text.split())
-    return line if len(line) <= LONGEST else f"{line[: LONGEST - 1]}…"
 
 
 def filled_sentence(filled: int) -> str:

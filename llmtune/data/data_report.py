@@ -6,7 +6,7 @@ import base64
 import io
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from math import prod
 from pathlib import Path
 
@@ -64,8 +64,9 @@ def describe_examples(
     Keys: `rows_in`; `rows`, `examples`, `tokens`, `supervised` and `longest` by split; `supervised_share` (None if no
     tokens are predicted); `dropped` by reason (`rows` and `examples` together); `lost` (what truncated rows lost:
     `rows`, `answers`, `tokens`, and `supervised` tokens); `long_answers` (of `count_long_answers`); `filled` (null keys
-    that Arrow added); `vanishing` (rows by character that the tokenizer drops); `pictures` (of `describe_pictures`); `histogram` (training examples: `edges`
-    in tokens, `counts`); `example`, the first training example as pieces `[text, learned]`.
+    that Arrow added); `vanishing` (rows by character that the tokenizer drops); `pictures` (of
+    `describe_pictures`); `histogram` (training examples: `edges` in tokens, `counts`); `example`, the first training
+    example as pieces `[text, learned]`.
     """
     train = ExampleReader(examples, "train", task.example_type)
     edges, counts = _histogram(train.lengths)
@@ -76,27 +77,22 @@ def describe_examples(
     pieces = redact_all(task.highlighted_text(train[0], processor, recipe), secrets)
     classes = task.class_counts(rows, recipe)
     share = sum(examples.supervised.values()) / max(1, sum(examples.tokens.values()))
-    vanishing: dict[str, int] = {}
-    texts = (text for split in rows.files for _, text in iterate_texts(rows, split))
+    vanishing, texts = dict[str, int](), (text for split in rows.files for _, text in iterate_texts(rows, split))
     pictures, thumbnails = describe_pictures(rows)
     if thumbnails:
         write_json(examples.folder / Path(THUMBNAILS).name, thumbnails)
     if not TASK_FACTS[task.name].takes_audio:
         vanishing = find_vanishing((text.replace(PLACE, "") for text in texts), processor)
     long_answers = count_long_answers(task, examples, recipe)
-    notes = _notes(rows, examples, vanishing, long_answers)
-    blocks = [_splits(rows, examples), _dropped(rows.rows_in, dropped), *picture_blocks(pictures), *notes]
+    blocks = [_splits(rows, examples), _dropped(rows.rows_in, dropped), *picture_blocks(pictures)]
+    blocks += _notes(rows, examples, vanishing, long_answers)
     print_blocks([*blocks, _bars(edges, counts), *([_classes(classes)] if classes else [])], console)
     _name_unseen(classes, console)
     if task.predicts_tokens:
         console.print(f"{share:.1%} of all tokens are learned.")
     if recipe.data.system_prompt is None:
         _name_system_message(task, processor, recipe, "".join(text for text, _ in pieces), console)
-    start, end, title = "", "", "one example: green is learned"
-    if console.no_color or console.color_system is None:
-        start, end, title = ">>>", "<<<", "one example: >>>text<<< is learned"
-    marked = ((f"{start}{piece}{end}", "green") if learned else (piece, "dim") for piece, learned in pieces)
-    console.print(Panel(Text.assemble(*marked), title=title, title_align="left"))
+    _print_example(pieces, console)
     return {
         "rows_in": rows.rows_in,
         "rows": dict(rows.counts),
@@ -117,6 +113,14 @@ def describe_examples(
     }
 
 
+def _print_example(pieces: Sequence[tuple[str, bool]], console: Console) -> None:
+    start, end, title = "", "", "one example: green is learned"
+    if console.no_color or console.color_system is None:
+        start, end, title = ">>>", "<<<", "one example: >>>text<<< is learned"
+    marked = ((f"{start}{piece}{end}", "green") if learned else (piece, "dim") for piece, learned in pieces)
+    console.print(Panel(Text.assemble(*marked), title=title, title_align="left"))
+
+
 def describe_pictures(rows: Rows) -> tuple[Json, list[str]]:
     """Count the pictures of all rows; return facts, empty without pictures, and thumbnails as data URLs.
 
@@ -127,7 +131,7 @@ def describe_pictures(rows: Rows) -> tuple[Json, list[str]]:
     facts: Json = {"rows": 0, "pictures": 0}
     seen, sizes, shown = set[str](), list[list[int]](), dict[str, tuple[Picture, Row]]()
     converted: Counter[str] = Counter()
-    for split, text in ((split, text) for split in rows.files for _, text in iterate_texts(rows, split)):
+    for split, text in ((name, text) for name in rows.files for _, text in iterate_texts(rows, name)):
         row = json.loads(text) if '"look":' in text else {}
         pictures = row_pictures(row)
         facts["rows"] += bool(pictures)
@@ -149,11 +153,11 @@ def describe_pictures(rows: Rows) -> tuple[Json, list[str]]:
     return facts | {"shown": listed}, [_thumbnail(shown[content][0]) for content in sorted(shown)]
 
 
-def _show(picture: Picture, row: Row) -> dict[str, str]:
+def _show(picture: Picture, row: Row) -> list[str]:
     kind = kind_of_row(row)
     prompt, answer = write_prompt(kind.without_answer(row)), kind.answer(row)
     size = " x ".join(map(str, picture["size"]))
-    return {"name": picture_name(picture), "size": size, "prompt": shorten(prompt), "answer": shorten(answer)}
+    return [picture_name(picture), size, shorten(prompt), shorten(answer)]
 
 
 def _thumbnail(picture: Picture) -> str:

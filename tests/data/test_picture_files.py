@@ -189,10 +189,10 @@ def test_the_data_report_counts_pictures_and_shows_twelve_with_their_rows(tmp_pa
     assert "base64" not in markdown
     assert "21 pictures (21 different) in 21 rows, from 41 x 40 to 60 x 40 pixels." in markdown
     assert "Converted: 1 transparent parts on white." in markdown
-    for row in facts["shown"]:
-        assert f"[image: {row['name']}]" in row["prompt"]
-        assert len(row["prompt"]) <= 160
-        assert row["name"] in markdown
+    for name, _, prompt, _ in facts["shown"]:
+        assert prompt.startswith(f"[image: {name}]")
+        assert len(prompt) <= 160
+        assert name in markdown
 
 
 def test_rows_without_pictures_have_no_part_in_the_data_report(tmp_path):
