@@ -20,12 +20,17 @@ from llmtune.errors import DataError, RecipeError
 from llmtune.evaluate.generation import answer_ends, generate_completions
 from llmtune.model.processor import load_processor, save_tokenizer
 from llmtune.model.resolve import resolve_model
+from llmtune.model.towers import find_towers
 from llmtune.pipeline import run_pipeline
 from llmtune.recipe.loader import load_recipe
 from llmtune.store.run_request import RunRequest
 from llmtune.tasks.image_chat import ImageChat, open_images
 
 TASK = ImageChat()
+FAST = ("gemma3", "qwen3_vl", "llava", "smolvlm")
+SOME = pytest.mark.parametrize(
+    "family", [pytest.param(family, marks=[] if family in FAST else pytest.mark.slow) for family in FAMILIES]
+)
 ONE_SIZE = {"lfm2_vl": (["square"] * 3,)}
 """Families whose own processor takes two pictures in a text only if they have the same size."""
 
@@ -46,12 +51,13 @@ def encode(rows, processor, recipe):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_ids_pixels_losses_and_gradients_are_those_of_plain_transformers(tmp_path, family):
+def test_ids_pixels_losses_and_gradients_are_those_of_plain_transformers_and_tokens_are_counted(tmp_path, family):
     recipe = image_recipe(build_image_text(tmp_path / "model", family))
     selected, plain = open_model(recipe), PlainModel(tmp_path / "model")
     adapted = inject(selected, recipe, quiet())
     rows = mixed_rows(tmp_path, *ONE_SIZE.get(family, ()))
     examples = encode(rows, selected.processor, recipe)
+    assert dict(TASK.check_examples(selected.model, selected.processor, recipe, examples)) == {}
     batch = TASK.collator(selected.processor, recipe)(examples, 0)
     loss = TASK.loss(adapted.model, batch, True)
     (loss.sum / loss.count).backward()
@@ -84,7 +90,7 @@ def test_ids_pixels_losses_and_gradients_are_those_of_plain_transformers(tmp_pat
     assert any(one.grad is not None and one.grad.any() for one in trained.values())
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@SOME
 def test_no_label_lies_on_a_picture_and_the_answers_have_theirs(tmp_path, family):
     folder = build_image_text(tmp_path / "model", family)
     processor = load_processor(
@@ -150,7 +156,7 @@ def test_two_processes_learn_from_pictures_as_one_although_some_batches_have_non
         assert together["loss"] == pytest.approx(alone["loss"], rel=1e-4)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@SOME
 def test_rows_in_a_batch_score_and_answer_as_alone_and_as_transformers_generates(tmp_path, family):
     generation = {"max_new_tokens": 5}
     recipe = image_recipe(build_image_text(tmp_path / "model", family), generation=generation)
@@ -180,12 +186,6 @@ def checked(folder, rows):
     selected = open_model(recipe)
     examples = encode(rows, selected.processor, recipe)
     return dict(TASK.check_examples(selected.model, selected.processor, recipe, examples))
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_tokens_of_pictures_are_as_many_as_their_features(tmp_path, family):
-    folder = build_image_text(tmp_path / "model", family)
-    assert checked(folder, mixed_rows(tmp_path)) == {}
 
 
 def test_a_processor_of_another_model_is_refused_with_file_and_line_before_training(tmp_path):
@@ -311,3 +311,15 @@ def test_a_run_says_once_that_rows_with_pictures_are_padded(tmp_path):
     recipe, console = write_image_recipe(tmp_path), quiet()
     run_pipeline(load_recipe(recipe), RunRequest(out=tmp_path / "run", until="select"), console)
     assert console.file.getvalue().count("because pictures are not packed") == 1
+
+
+def test_the_key_images_decides_whether_the_model_keeps_its_towers(tmp_path):
+    folder = build_image_text(tmp_path / "model", "llava")
+    kept = {
+        images: find_towers(open_model(recipe_with(folder, chat={"images": images}, data={"packing": False})).model)
+        for images in (True, False)
+    }
+    assert kept == {True: ["model.vision_tower", "model.multi_modal_projector"], False: []}
+    recipe = write_image_recipe(tmp_path, chat={"images": False})
+    with pytest.raises(DataError, match=r"it has pictures, but chat\.images is false"):
+        train(recipe, tmp_path / "run")
