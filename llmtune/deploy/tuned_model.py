@@ -28,7 +28,7 @@ from llmtune.evaluate.calibration import RECORD as CALIBRATION
 from llmtune.evaluate.decision import RECORD as DECISION
 from llmtune.evaluate.generation import generate_batch, only_these_settings, read_media
 from llmtune.model.config import keeps_float32, read_model_config
-from llmtune.model.image_checks import draw_probes
+from llmtune.model.image_models import draw_probes
 from llmtune.model.processor import open_processor
 from llmtune.model.quantized_base import kept_quantization
 from llmtune.plan import RunContext
