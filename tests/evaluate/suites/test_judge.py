@@ -412,7 +412,8 @@ def test_a_served_run_without_a_clue_is_counted_as_such(tmp_path, tiny_llama, mo
 
 
 def test_a_judge_of_rows_with_pictures_is_said_to_read_text_alone(tmp_path):
-    suite = suite_for(tmp_path, "http://localhost:1", [("a", "b")])
+    with ScriptedJudge().serving() as url:
+        suite = suite_for(tmp_path, url, [("is worth 2", "is worth 1", 1)])
     assert "pictures" not in suite.limits()
     suite.context.inputs.pictured = frozenset({0})
     assert "The judge reads text alone: it does not see the pictures" in suite.limits()
