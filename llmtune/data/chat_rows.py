@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import NotRequired, TypedDict
+from pathlib import Path
+from typing import NotRequired, TypedDict, cast
 
 from llmtune.data.message_fields import (
     CONTENT_KEYS,
@@ -14,8 +15,11 @@ from llmtune.data.message_fields import (
     THINK_CLOSE,
     THINK_OPEN,
     first_key,
+    is_call,
+    read_parts,
     split_reasoning,
 )
+from llmtune.data.pictures import IMAGE, Picture, place_pictures, read_pictures
 from llmtune.data.rejected_rows import RowError, json_kind, nonempty_text, text_of
 from llmtune.data.row_text import RowInput, plain_form
 from llmtune.errors import nearest
@@ -67,6 +71,8 @@ class Message(TypedDict):
     tool_calls: NotRequired[list[ToolCall]]
     tool_call_id: NotRequired[str]
     name: NotRequired[str]
+    images: NotRequired[list[Picture]]
+    """One for each PLACE in `content`, in order; only users' messages have them."""
 
 
 class ChatRow(TypedDict):
@@ -89,7 +95,9 @@ def chat_from_messages(row: Mapping[str, object]) -> ChatRow:
     """Read `messages` (or ShareGPT's `conversations`) with the row's tools, system message and thoughts."""
     tools = row.get("tools")
     value = row["messages"] if "messages" in row else row["conversations"]
-    chat = canonical_messages(value, tools if tools is not None else row.get("functions"), row.get("system"))
+    chat = canonical_messages(
+        value, tools if tools is not None else row.get("functions"), row.get("system"), row.get("images")
+    )
     stated = row.get("train_reasoning")
     if stated is None:
         return chat
@@ -136,6 +144,14 @@ def completion_from_text(row: Mapping[str, object]) -> CompletionRow:
     return {"prompt": "", "completion": nonempty_text(row, "text")}
 
 
+def chat_from_picture(row: Mapping[str, object]) -> ChatRow:
+    """Read `image`, `answer`, and `question`, without which the picture alone is the user's message."""
+    question = row.get("question")
+    text = "" if question is None else text_of(question, "'question'")
+    turns = _alternate([text if text.strip() else IMAGE, nonempty_text(row, "answer")])
+    return chat_from_messages({**row, "messages": turns, "images": row["image"]})
+
+
 def _alpaca_prompt(row: Mapping[str, object]) -> str:
     extra = row.get("input")
     instruction = nonempty_text(row, "instruction")
@@ -149,13 +165,14 @@ def _alternate(turns: Sequence[object]) -> list[object]:
     return [{"role": ("user", "assistant")[number % 2], "content": turn} for number, turn in enumerate(turns)]
 
 
-def canonical_messages(value: object, tools: object = None, system: object = None) -> ChatRow:
-    """Check a conversation and return it as a canonical chat row.
+def canonical_messages(value: object, tools: object = None, system: object = None, images: object = None) -> ChatRow:
+    """Check a conversation and return it as a canonical chat row, but for its pictures (`read_pictures`).
 
     Args:
         value: A list of messages, `role`/`content` (OpenAI) or `from`/`value` (ShareGPT), or the same as JSON text.
         tools: A list of function descriptions, bare or wrapped in OpenAI's `{"type": "function", ...}`, or JSON text.
         system: A system message outside the list.
+        images: Pictures outside the list, or one.
 
     Raises:
         RowError: The row cannot be trained on.
@@ -174,16 +191,26 @@ def canonical_messages(value: object, tools: object = None, system: object = Non
     if len(messages) * letters > MAX_PREFIXES:
         raise RowError("too large", f"{len(messages):,} messages with {letters:,} characters")
     _check_order(messages)
+    place_pictures(messages, images)
     row: ChatRow = {"messages": messages}
     if described := _tools(tools):
         row["tools"] = described
     return row
 
 
-def open_conversation(value: object, tools: object = None, system: object = None) -> ChatRow:
+def open_conversation(
+    value: object,
+    tools: object = None,
+    system: object = None,
+    images: object = None,
+    *,
+    folder: Path | None = None,
+    reads_pictures: bool = False,
+) -> ChatRow:
     """Check a conversation that awaits an answer, and return it as a row; an answer at its end is left out.
 
-    Messages and their order are checked as in training: a placeholder answer is appended for the check.
+    Messages and their order are checked as in training: a placeholder answer is appended for the check. `folder` is the
+    base of paths of pictures (`read_picture`). Pictures are refused unless the model `reads_pictures`.
     """
     turns = _json_cell(value, "messages")
     if isinstance(turns, list):
@@ -192,7 +219,10 @@ def open_conversation(value: object, tools: object = None, system: object = None
         if isinstance(role, str) and ROLES.get(role.strip().lower()) == "assistant":
             turns = turns[:-1]
         turns = [*turns, {"role": "assistant", "content": "-"}]
-    row = canonical_messages(turns, tools, system)
+    row = canonical_messages(turns, tools, system, images)
+    if not reads_pictures and any("images" in message for message in row["messages"]):
+        raise RowError("content that is not text", "a message has a picture; only texts are read")
+    read_pictures(row["messages"], folder)
     row["messages"].pop()
     if not row["messages"] or row["messages"][-1]["role"] == "system":
         raise RowError("no question", "no message or only a system message; add a user message")
@@ -237,16 +267,17 @@ def _role_error(stated: object, where: str) -> RowError:
 
 
 def _said(turn: Mapping[str, object], content: object, where: str, role: str, calls: bool) -> Message:
-    """Return a message with its content, and its thoughts if it has any."""
-    thoughts = ""
+    """Return a message with its content, and its thoughts and pictures if it has any."""
+    thoughts, images = "", list[object]()
     if isinstance(content, list):
-        thoughts = "\n\n".join(_thought(part, where) for part in content if _is_thought(part))
-        content = "".join(_part_text(part, where) for part in content if not (_is_thought(part) or _is_call(part)))
+        content, thoughts, images = read_parts(content, where)
     if content is None:
         content = ""
     if not isinstance(content, str):
         raise RowError("wrong type", f"{where}: 'content' is {json_kind(content)}; it must be text")
     message: Message = {"role": role, "content": content}
+    if images:
+        message["images"] = cast(list[Picture], images)  # as stated, until `read_pictures`
     if role == "assistant":
         reasoning, message["content"] = split_reasoning(turn, content, thoughts, where)
         if reasoning is not None:
@@ -285,41 +316,12 @@ def read_call(call: ToolCall) -> tuple[str, dict[str, object]]:
     return call["function"]["name"], call["function"]["arguments"]
 
 
-def _is_thought(part: object) -> bool:
-    return isinstance(part, dict) and part.get("type") in ("thinking", "reasoning")
-
-
-def _is_call(part: object) -> bool:
-    return isinstance(part, dict) and part.get("type") == "tool_call"
-
-
-def _thought(part: Mapping[str, object], where: str) -> str:
-    """Read a content part with thoughts, in Anthropic's or Mistral's format."""
-    value = part.get("thinking", part.get("reasoning", part.get("text", part.get("value"))))
-    if isinstance(value, list):
-        return "".join(_part_text(inner, where) for inner in value)
-    return text_of(value, f"{where}: the thoughts in a part")
-
-
-def _part_text(part: object, where: str) -> str:
-    if isinstance(part, str):
-        return part
-    if not isinstance(part, dict):
-        raise RowError("wrong type", f"{where}: a part of 'content' is {json_kind(part)}")
-    kind = part.get("type", "text")
-    if kind not in ("text", "input_text", "output_text"):
-        raise RowError(
-            "content that is not text", f"{where}: a part of type {kind!r}; only text can be trained on so far"
-        )
-    return text_of(part.get("text", part.get("value")), f"{where}: 'text' of a part")
-
-
 def _tool_calls(turn: Mapping[str, object], where: str) -> list[ToolCall]:
     calls = _json_cell(turn.get("tool_calls"), f"{where}: 'tool_calls'")
     if not calls and turn.get("function_call"):
         calls = [_json_cell(turn["function_call"], f"{where}: 'function_call'")]
     if not calls and isinstance(parts := turn.get("content"), list):
-        calls = [_json_cell(part.get("value"), f"{where}: a call in a part") for part in parts if _is_call(part)]
+        calls = [_json_cell(part.get("value"), f"{where}: a call in a part") for part in parts if is_call(part)]
     if not calls:
         return []
     if not isinstance(calls, list):

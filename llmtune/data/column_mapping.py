@@ -25,6 +25,11 @@ COMPARED = ("chosen", "rejected", *CHOSEN_NAMES, *REJECTED_NAMES)
 """Answer columns that include a worse answer: only preference tasks may learn from them."""
 Aliases = Mapping[str, tuple[str, ...]]
 """Our column names, each with its usual other names in files."""
+PICTURES: Aliases = {
+    "images": ("image",),
+    "image": ("image_path", "image_file", "file_name", "filename", "path", "file", "picture", "photo", "images"),
+    "answer": (*ANSWER_NAMES, "caption", "text", "description", "label"),
+}
 
 HEADINGS = frozenset(("subject", "title", "headline", "heading", "betreff", "titel", "asunto", "objet", "sujet"))
 """Words in the names of columns that head a text, and belong to it even if they repeat."""

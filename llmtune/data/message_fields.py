@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from typing import TypeGuard
 
-from llmtune.data.rejected_rows import RowError, json_kind, parse_cell
+from llmtune.data.pictures import LOCATIONS, PLACE
+from llmtune.data.rejected_rows import RowError, json_kind, parse_cell, text_of
 
 ROLES = {
     "system": "system",
@@ -157,3 +159,61 @@ def _split_content(content: str) -> tuple[str | None, str]:
         return None, content
     answer = "\n\n".join([*texts["commentary"], *texts["final"]])
     return "\n\n".join(texts["analysis"]) or None, answer
+
+
+# The parts of a content
+
+
+PICTURE_PARTS = ("image", "image_url", "input_image")
+"""Types of parts with a picture: of transformers, of OpenAI's chat completions, and of its responses."""
+
+
+def read_parts(content: list[object], where: str) -> tuple[str, str, list[object]]:
+    """Return the text of a content with PLACE for each picture, its thoughts, and its pictures as the row states them.
+
+    A picture is None if the part is only a place for it. Raises RowError.
+    """
+    thoughts = [_thought(part, where) for part in content if _is_thought(part)]
+    texts = [_part_text(part, where) for part in content if not (_is_thought(part) or is_call(part))]
+    return "".join(texts), "\n\n".join(thoughts), [_part_picture(part) for part in content if _is_picture(part)]
+
+
+def _is_thought(part: object) -> TypeGuard[Mapping[str, object]]:
+    return isinstance(part, dict) and part.get("type") in ("thinking", "reasoning")
+
+
+def is_call(part: object) -> TypeGuard[Mapping[str, object]]:
+    """Whether a part is a tool call."""
+    return isinstance(part, dict) and part.get("type") == "tool_call"
+
+
+def _thought(part: Mapping[str, object], where: str) -> str:
+    """Read a content part with thoughts, in Anthropic's or Mistral's format."""
+    value = part.get("thinking", part.get("reasoning", part.get("text", part.get("value"))))
+    if isinstance(value, list):
+        return "".join(_part_text(inner, where) for inner in value)
+    return text_of(value, f"{where}: the thoughts in a part")
+
+
+def _is_picture(part: object) -> TypeGuard[Mapping[str, object]]:
+    return isinstance(part, dict) and part.get("type") in PICTURE_PARTS
+
+
+def _part_text(part: object, where: str) -> str:
+    """Return the text of a part; PLACE for a picture."""
+    if isinstance(part, str):
+        return part
+    if not isinstance(part, dict):
+        raise RowError("wrong type", f"{where}: a part of 'content' is {json_kind(part)}")
+    if _is_picture(part):
+        return PLACE
+    kind = part.get("type", "text")
+    if kind not in ("text", "input_text", "output_text"):
+        what = f"{where}: a part of type {kind!r}; only texts and pictures can be trained on so far"
+        raise RowError("content that is not text", what)
+    return text_of(part.get("text", part.get("value")), f"{where}: 'text' of a part")
+
+
+def _part_picture(part: Mapping[str, object]) -> object:
+    """Return the picture of a part as the row states it; None for a place without one."""
+    return part if any(part.get(key) is not None for key in LOCATIONS) else None

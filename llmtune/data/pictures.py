@@ -1,4 +1,4 @@
-"""Pictures in rows: checks each once, and opens it as RGB."""
+"""Pictures in rows: places them in messages, checks each picture once, and opens it as RGB."""
 
 from __future__ import annotations
 
@@ -6,16 +6,17 @@ import base64
 import binascii
 import io
 import os
+import re
 import struct
 import warnings
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NotRequired, TypedDict
+from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
 import xxhash
 
-from llmtune.data.rejected_rows import RowError, json_kind
+from llmtune.data.rejected_rows import RowError, json_kind, parse_cell
 from llmtune.errors import DataError
 from llmtune.recipe.extras import require_extra
 from llmtune.recipe.user_files import read_bytes
@@ -28,6 +29,9 @@ PLACE = "\ufffc"
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF")
 """Decoders that may run. Pillow has others, and one of them starts a program (EPS)."""
+IMAGE = "<image>"
+"""Marks a picture in the texts of rows with a column of pictures."""
+MARK = re.compile(f"{PLACE}|{IMAGE}")
 LOCATIONS = ("bytes", "base64", "data", "url", "path", "image", "image_url", "source")
 """Keys under which an object has a picture, the bytes first, as in the datasets library."""
 MAX_BYTES = 64 * 2**20
@@ -77,7 +81,7 @@ def read_picture(source: object, folder: Path | None) -> Picture:
     image, converted, kind = _decode(content, name)
     digest = xxhash.xxh3_128_hexdigest(content)
     url = location or f"data:image/{kind.lower()};base64,{base64.b64encode(content).decode()}"
-    picture: Picture = {"picture": url, "content": digest, "look": _look(image), "size": list(image.size)}
+    picture: Picture = {"picture": url, "content": digest, "look": _hash_look(image), "size": list(image.size)}
     return {**picture, "converted": ", ".join(converted)} if converted else picture
 
 
@@ -174,7 +178,7 @@ def _check_bytes(count: int, name: str) -> None:
 def _decode(content: bytes, name: str) -> tuple[PilImage, list[str], str]:
     """Return a picture as RGB, what was converted, and its format. Raises RowError."""
     require_extra("images", "data")
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # on damaged EXIF, and on sizes that `_check_size` refuses
@@ -186,7 +190,7 @@ def _decode(content: bytes, name: str) -> tuple[PilImage, list[str], str]:
                     raise RowError("picture animated", f"{name} has several frames; save one of them")
                 image.load()
                 return *_to_rgb(image, name), kind
-        except Image.UnidentifiedImageError:
+        except UnidentifiedImageError:
             raise RowError("not a picture", f"{name} is none of {', '.join(FORMATS)}") from None
         except Image.DecompressionBombError:
             raise RowError("picture too large", f"{name} has more than {MAX_PIXELS:,} pixels") from None
@@ -219,7 +223,7 @@ def _to_rgb(image: PilImage, name: str) -> tuple[PilImage, list[str]]:
         converted.append("16 bit to 8")
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         layers = image.convert("RGBA")
-        if layers.getextrema()[3][0] < 255:
+        if min(layers.getchannel("A").getextrema()) != 255:
             converted.append("transparent parts on white")
         image = Image.new("RGB", layers.size, "white")
         image.paste(layers, mask=layers.getchannel("A"))
@@ -241,7 +245,7 @@ def _to_8_bits(image: PilImage, name: str) -> PilImage:
     return Image.fromarray((values // 257).astype(np.uint8))
 
 
-def _look(image: PilImage) -> str:
+def _hash_look(image: PilImage) -> str:
     """Return the perceptual hash: the signs of the 8 x 8 lowest frequencies against their median, in hex."""
     import numpy as np
     from PIL import Image
@@ -251,3 +255,47 @@ def _look(image: PilImage) -> str:
     strengths = (waves @ np.asarray(grey, dtype=np.float64) @ waves.T).ravel()
     bits = strengths > np.median(strengths[1:])
     return np.packbits(bits).tobytes().hex()
+
+
+def place_pictures(messages: Sequence[Any], column: object) -> None:
+    """Give each place in the users' messages its picture, as the row states it; the messages change in place.
+
+    The picture is in the part, or the next one of the row's column. A mark in a text becomes PLACE. Pictures without
+    any place come first in the first message of the user, as in LLaMA-Factory and TRL.
+
+    Raises:
+        RowError: The row has more or fewer pictures than places, or an answer has one.
+    """
+    column = parse_cell(column)
+    waiting = column if isinstance(column, list) else [] if column in (None, "") else [column]
+    users = [message for message in messages if message["role"] == "user"]
+    if waiting and users and not any(MARK.search(message["content"]) for message in users):
+        users[0]["content"] = IMAGE * len(waiting) + users[0]["content"]
+    places = 0
+    for message in messages:
+        stated = iter(message.get("images", ()))
+        marks = MARK.findall(message["content"])
+        if message["role"] != "user" and (message.get("images") or (IMAGE in marks and waiting)):
+            raise RowError("picture in an answer", f"a message of the {message['role']} has a picture; only users' may")
+        if message["role"] != "user" or not (marks and (waiting or message.get("images"))):
+            continue
+        if marks.count(PLACE) != len(message.get("images", ())):
+            raise RowError("not a character", "U+FFFC in a text of a message with a picture; it stands for pictures")
+        images = [next(stated, None) if mark == PLACE else None for mark in marks]
+        places += images.count(None)
+        filled = iter(waiting[places - images.count(None) :])
+        message["images"] = [next(filled, None) if image is None else image for image in images]
+        message["content"] = message["content"].replace(IMAGE, PLACE)
+    if places != len(waiting):
+        what = f"{places} places ({IMAGE}) without their own picture, and {len(waiting)} pictures in the row's column"
+        raise RowError("pictures and places differ", what)
+
+
+def read_pictures(messages: Sequence[Any], folder: Path | None) -> None:
+    """Check the pictures that `place_pictures` placed; the messages change in place. Raises RowError."""
+    for number, message in enumerate(messages, 1):
+        if "images" in message:
+            try:
+                message["images"] = [read_picture(image, folder) for image in message["images"]]
+            except RowError as error:
+                raise RowError(error.reason, f"message {number}: {error.detail}") from None

@@ -9,8 +9,9 @@ from pathlib import Path
 from llmtune.data.chat_rows import MESSAGE_KEYS
 from llmtune.data.class_spelling import NoteName, tidy_cell
 from llmtune.data.column_mapping import fields, find, flatten, has_columns, rename, used_columns, with_aliases
+from llmtune.data.pictures import IMAGE, may_be_picture, read_pictures
 from llmtune.data.rejected_rows import RowError, find_file
-from llmtune.data.row_kind import RowParser, kind_of_task
+from llmtune.data.row_kind import MESSAGES, RowParser, kind_of_task
 from llmtune.errors import DataError, LlmtuneError, nearest
 from llmtune.recipe.task_facts import TASK_FACTS
 from llmtune.records import Row
@@ -25,6 +26,7 @@ EXAMPLES = {
     "tags": '["B-PERSON", "I-PERSON", "O"]',
     "spans": '[{"start": 0, "end": 3, "label": "PERSON"}]',
     "audio": '"recordings/1.wav"',
+    "image": '"pictures/1.jpg"',
     "relevance": "1",
     "passages": '["...", "..."]',
     "relevances": "[1, 0]",
@@ -44,6 +46,8 @@ class RowFormat:
     """An example for error messages, if one made of the required columns is not enough."""
     files: tuple[str, ...] = ()
     """Columns that name files, relative to the file of the row."""
+    picture: str = ""
+    """A column whose cells must look like pictures for the format to be detected."""
     labels: tuple[str, ...] = ()
     """Columns with names of classes, in any form: a text, a list, spans with a `label`."""
 
@@ -63,7 +67,7 @@ class RowFormat:
         return kind_of_task(task).parsers.get(self.name)
 
 
-_STATED = ("system", "tools", "functions", "train_reasoning")
+_STATED = ("system", "tools", "functions", "train_reasoning", "images")
 _KNOWN = (
     RowFormat("messages", ("messages",), _STATED),
     RowFormat("sharegpt", ("conversations",), _STATED),
@@ -74,6 +78,7 @@ _KNOWN = (
         '{"instruction": "...", "input": "...", "output": "..."}',
     ),
     RowFormat("prompt-completion", ("prompt", "completion"), _STATED),
+    RowFormat("image-answer", ("image", "answer"), ("question", "system"), picture="image"),
     RowFormat("text", ("text",), (), '{"text": "..."}, or a text file'),
     RowFormat("source-target", ("source", "target"), ("source_language", "target_language")),
     RowFormat("translation", ("translation",), ()),
@@ -168,14 +173,15 @@ def detect_format(
     larger = (one for one in aliased if any(set(smaller.required) < set(one.required) for smaller in fitting))
     fitting += [one for one in larger if one not in fitting]
     if not fitting and aliased:  # prefer the reading that leaves the fewest columns unused
-        read = [len(used_columns(map_columns(one, rows, task, columns), present)) for one in aliased]
+        mapped = [{name: name for name in one.columns} | map_columns(one, rows, task, columns) for one in aliased]
+        read = [len(used_columns(one, present) & {*present}) for one in mapped]
         fitting = [one for one, count in zip(aliased, read, strict=True) if count == max(read)]
     if len(fitting) > 1:  # the longer list of columns wins: conversations next to chosen and rejected
         fitting = [one for one in fitting if not any(set(one.required) < set(other.required) for other in fitting)]
     if len(fitting) == 1:
         return fitting[0]
     if fitting:
-        names = " and ".join(one.name for one in fitting)
+        named = " and ".join(one.name for one in fitting)
         fix = f"Choose with `format: {fitting[0].name}` or `format: {fitting[1].name}`."
         raise DataError.of(f"the columns {_name_list(present)} fit {names}", where, fix)
     suggestion = suggest()
@@ -216,7 +222,10 @@ def _has_required(row_format: RowFormat, rows: Sequence[Mapping[str, object]], c
     mapped = set(columns)
     if mapped.isdisjoint(row_format.required) and any(mapped & set(other.required) for other in FORMATS.values()):
         return False
-    return all(has_columns(row, columns.get(name, name)) for row in rows for name in row_format.required)
+    if not all(has_columns(row, columns.get(name, name)) for row in rows for name in row_format.required):
+        return False
+    column = columns.get(row_format.picture, row_format.picture)
+    return not column or sum(may_be_picture(find(row, column)) for row in rows) >= READABLE_SHARE * len(rows)
 
 
 def _check_forced(
@@ -255,7 +264,9 @@ def _unknown_format(
     what = f"unknown row format: the columns are {_name_list(present)}"
     if suggestion:
         return DataError.of(what, where, f"Map them; this line of the section `data` reads the file:\n    {suggestion}")
-    texts = max(reversed(usable), key=lambda one: min(len(one.required), len(present)))  # no messages for two texts
+    texts = max(
+        reversed(usable), key=lambda one: (not one.picture, min(len(one.required), len(present)))
+    )  # no messages for two texts
     mapped = ", ".join(f"{name}: YOUR_COLUMN" for name in texts.required)
     source = f"`train: {{path: {where}, columns: {{{mapped}}}}}`"
     return DataError.of(what, where, f"Formats:\n    {formats}\n    or map columns in the section `data`: {source}.")
@@ -290,7 +301,7 @@ def parse_row(
             other = next((one.name for one in FORMATS.values() if all(column in row for column in one.required)), None)
             hint = f"; it looks like a {other} row" if other else ""
             raise RowError("missing column", f"{row_format.name} rows need {name!r}{hint}")
-    _refuse_media(row, row_format)
+    _refuse_media(row, row_format, task)
     parse = row_format.parser(task)
     assert parse is not None, "detect_format() returns formats that the task can parse"
     if folder is not None:  # make the row's file names absolute
@@ -299,14 +310,19 @@ def parse_row(
     if row_format.labels:
         row = {**row, **{column: tidy_cell(row[column], note) for column in row_format.labels}}
     parsed: Row = parse(row)
+    if kind_of_task(task) is MESSAGES:
+        read_pictures(parsed["messages"], folder)
     return parsed
 
 
-def _refuse_media(row: Mapping[str, object], row_format: RowFormat) -> None:
-    """Refuse a text that refers to a picture, video or recording in another column. Raises RowError."""
+def _refuse_media(row: Mapping[str, object], row_format: RowFormat, task: str) -> None:
+    """Refuse a text that refers to a picture, video or recording in a column that is not read. Raises RowError."""
     for name, mark in MEDIA.items():
-        if name in row_format.columns or not row.get(name):
+        is_read = kind_of_task(task) is MESSAGES if mark == IMAGE else name in row_format.columns
+        if is_read or not row.get(name):
             continue
+        if name in row_format.columns:
+            raise RowError("content that is not text", f"{name!r} has a picture; only `task: chat` learns from them")
         if any(mark in str(row[column]) for column in row_format.columns if column in row):
             raise RowError("content that is not text", f"{mark} refers to the column {name!r}; only text is learned")
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from llmtune.data import audio, chat_rows, classify_rows, conversation_texts, search_rows, task_rows
-from llmtune.data.column_mapping import ANSWER_NAMES, CHOSEN_NAMES, PASSAGE_NAMES, REJECTED_NAMES, Aliases
+from llmtune.data.column_mapping import ANSWER_NAMES, CHOSEN_NAMES, PASSAGE_NAMES, PICTURES, REJECTED_NAMES, Aliases
 from llmtune.data.row_hash import hash_content, plain_label
 from llmtune.data.row_text import (
     LEARNED,
@@ -91,9 +91,8 @@ def _tagged_near(near: Callable[[Row], NearText]) -> Callable[[Row], str]:
 
 # The table, in order of preference for a file that several kinds can read
 
-_PROMPTS = ("question", "query", "input", "inputs", "user", "human", "request", "problem")
 _CONVERSATION = {
-    "prompt": _PROMPTS,
+    "prompt": ("question", "query", "input", "inputs", "user", "human", "request", "problem"),
     "completion": ANSWER_NAMES,
     "output": ("response", "answer", "completion"),
     "input": ("context",),
@@ -232,8 +231,9 @@ MESSAGES = RowKind(
         "sharegpt": chat_rows.chat_from_messages,
         "alpaca": chat_rows.chat_from_alpaca,
         "prompt-completion": chat_rows.chat_from_pair,
+        "image-answer": chat_rows.chat_from_picture,
     },
-    aliases=_CONVERSATION,
+    aliases={**_CONVERSATION, **PICTURES},
     near_text=conversation_texts.near_conversation,
     compared_text=conversation_texts.compared_conversation,
     row_input=conversation_texts.conversation_input,

@@ -300,6 +300,8 @@ def _split(prompt: object, row: Mapping[str, object], column: str) -> tuple[Row,
         raise RowError("no answer", f"'{column}' is empty")
     try:
         whole = canonical_messages(turns, row.get("tools"), row.get("system"))
+        if any("images" in message for message in whole["messages"]):
+            raise RowError("content that is not text", "preferences with pictures cannot be learned so far")
     except RowError as error:
         raise RowError(error.reason, f"'{column}': {error.detail}") from None
     *before_answer, answer = whole["messages"]

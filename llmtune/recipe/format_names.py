@@ -7,7 +7,7 @@ from collections.abc import Mapping
 WITH_ROLES = ("messages", "sharegpt", "prompt-completion", "conversation-pair", "conversation-thumb", "chosen-rejected")
 """Formats whose rows may contain messages."""
 ROW_KINDS: Mapping[str, tuple[str, ...]] = {
-    "messages": ("messages", "sharegpt", "alpaca", "prompt-completion"),
+    "messages": ("messages", "sharegpt", "alpaca", "prompt-completion", "image-answer"),
     "pairs": ("prompt-completion", "alpaca", "text"),
     "translation": ("source-target", "translation"),
     "summary": ("document-summary",),
@@ -25,7 +25,19 @@ ROW_KINDS: Mapping[str, tuple[str, ...]] = {
 """Kinds of rows (`llmtune.data.row_kind`), each with its row formats: values of a source's `format`."""
 COLUMNS = (
     *("answer", "answers", "audio", "chosen", "completion", "context", "conversations", "document", "file_name"),
-    *("functions", "history", "input", "instruction", "judged_passages", "label", "messages", "negatives", "output"),
+    *(
+        "functions",
+        "history",
+        "image",
+        "images",
+        "input",
+        "instruction",
+        "judged_passages",
+        "label",
+        "messages",
+        "negatives",
+        "output",
+    ),
     *("pair", "passage", "passages", "prompt", "query", "question", "rejected", "relevance", "relevances", "score"),
     *("source", "source_language", "spans", "summary", "system", "tags", "target", "target_language"),
     *("text", "tokens", "tools", "train_reasoning", "translation"),

@@ -148,8 +148,8 @@ def test_parts_may_contain_thoughts_text_and_calls_in_llama_factorys_format():
     assert unused_keys(row, FORMATS["messages"], {}) == []
 
 
-@pytest.mark.parametrize(("column", "mark"), [("images", "<image>"), ("image", "<image>"), ("videos", "<video>")])
-def test_a_row_with_text_around_a_picture_is_refused(column, mark):
+@pytest.mark.parametrize(("column", "mark"), [("audios", "<audio>"), ("video", "<video>"), ("videos", "<video>")])
+def test_a_row_with_text_around_a_video_or_recording_is_refused(column, mark):
     row = chat(f"{mark}What is this?") | {column: ["cat.jpg"]}
     assert f"{mark} refers to the column '{column}'" in refusal(row)
     assert read_row(row | {column: []}) == chat(f"{mark}What is this?")
@@ -211,8 +211,8 @@ def calls(stated):
          "no assistant answer: every assistant message says train: false"),
         ({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "train": "no"}]},
          "wrong type: message 2: 'train' is 'no'"),
-        (turns(("user", [{"type": "image_url", "image_url": "x"}]), ("assistant", "a")),
-         "content that is not text: message 1: a part of type 'image_url'"),
+        (turns(("user", [{"type": "video", "path": "x"}]), ("assistant", "a")),
+         "content that is not text: message 1: a part of type 'video'"),
         (turns(("user", [{"type": "text", "text": 3}]), ("assistant", "a")), "wrong type: message 1: 'text' of a part"),
         ({**chat("q"), "tools": [{"description": "x"}]}, "malformed tool: tool 1 has no function with a 'name'"),
         ({"messages": [{"role": "user", "content": "q"},

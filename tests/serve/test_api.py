@@ -135,7 +135,7 @@ REFUSED = [
     ({"messages": [*QUESTION, {"role": "assistant", "content": "blue"}]}, "Add a user message"),
     ({"messages": user("")}, "has no content"),
     ({"messages": [{"role": "user"}]}, "has no content"),
-    ({"messages": user(PICTURE)}, "'image_url'; only text"),
+    ({"messages": user(PICTURE)}, "a message has a picture; only texts are read"),
     ({"messages": [{"role": "robot", "content": "x"}]}, "'robot' is none of"),
     ({"messages": [{**QUESTION[0], "nane": "Ann"}]}, "Did you mean 'name'"),
 ]
