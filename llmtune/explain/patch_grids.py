@@ -38,7 +38,7 @@ class PatchGrid:
     @property
     def size(self) -> str:
         """Rows and columns, for display."""
-        return f"{len(self.tokens)} × {len(self.tokens[0])}"
+        return f"{len(self.tokens)}×{len(self.tokens[0])}"
 
     def heat(self, weights_P: Sequence[float] | Heat, width: int, height: int) -> Heat:
         """Spread the weights of the picture's tokens over pixels [height, width]; NaN where no patch is."""
@@ -133,7 +133,8 @@ def _one_view(processor: Any, output: Mapping[str, Any], picture: Image, count: 
     pixels = output["pixel_values"]
     if pixels.shape[:-3].numel() != 1:  # Gemma 3's pan and scan adds crops
         return []
-    rows, columns = _square_cells(*pixels.shape[-2:], count)
+    height, width = pixels.shape[-2:]
+    rows, columns = _square_cells(height, width, count)
     return _view(rows, columns) if rows else []
 
 
@@ -163,7 +164,8 @@ def _frame(processor: Any, picture: Image) -> Box:
 def _marked_tiles(processor: Any, output: Mapping[str, Any], picture: Image, count: int) -> list[PatchGrid]:
     """Square tiles, then the whole picture in one of the same size (Idefics 3, SmolVLM)."""
     rows, columns = (int(output[name][0][0]) for name in ("rows", "cols"))
-    cells = _square_cells(*output["pixel_values"].shape[-2:], count // (rows * columns + 1))
+    height, width = output["pixel_values"].shape[-2:]
+    cells = _square_cells(height, width, count // (rows * columns + 1))
     return _tiles(rows, columns, cells, cells) if all(cells) else []
 
 

@@ -193,9 +193,17 @@ def _check_packing(
 
 
 def load_plain(
-    model_ref: ModelRef, config: PreTrainedConfig, section: ModelSection, *, dtype: torch.dtype, device: str
+    model_ref: ModelRef,
+    config: PreTrainedConfig,
+    section: ModelSection,
+    *,
+    dtype: torch.dtype,
+    device: str,
+    images: bool = False,
 ) -> PreTrainedModel:
-    """Load a model as stored, without a recipe, for inspection of texts: with eager attention, in eval mode.
+    """Load a model as stored, without a recipe, for inspection: with eager attention, in eval mode.
+
+    Unless it is to read `images`, it loses the towers that texts do not need.
 
     Raises:
         EnvironmentProblem: the weights cannot be loaded, or memory runs out.
@@ -216,7 +224,8 @@ def load_plain(
         )
     model = cast(PreTrainedModel, (model if kept else model.to(device)).eval())
     patch_text_forward(model)
-    drop_towers(model)
+    if not images:
+        drop_towers(model)
     return model
 
 

@@ -129,5 +129,5 @@ def test_tokens_that_do_not_fill_the_grid_have_none(tmp_path):
     reader = Reader(tmp_path, "qwen3_vl")
     picture = Image.new("RGB", (80, 40))
     (grid,) = find_grids(reader.processor, reader.type, picture, 6)
-    assert (grid.size, grid.box) == ("2 × 3", WHOLE)
+    assert (grid.size, grid.box) == ("2×3", WHOLE)
     assert find_grids(reader.processor, reader.type, picture, 5) == []
