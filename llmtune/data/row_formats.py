@@ -181,7 +181,7 @@ def detect_format(
     if len(fitting) == 1:
         return fitting[0]
     if fitting:
-        named = " and ".join(one.name for one in fitting)
+        names = " and ".join(one.name for one in fitting)
         fix = f"Choose with `format: {fitting[0].name}` or `format: {fitting[1].name}`."
         raise DataError.of(f"the columns {_name_list(present)} fit {names}", where, fix)
     suggestion = suggest()

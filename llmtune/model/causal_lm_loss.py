@@ -144,7 +144,7 @@ def model_inputs(model: torch.nn.Module, batch: Batch) -> dict[str, Any]:
     """Return the parts of a batch that this model reads; audio features in the dtype of its weights."""
     inner = unwrap(model)
     accepted = accepted_arguments(type(inner))  # type: ignore[arg-type]
-    parts = {key: batch[key] for key in READ if key in batch and key in accepted}
+    parts = {key: batch[key] for key in (*READ, *batch.get("media", ())) if key in batch and key in accepted}
     inputs = {key: _as_read(part, inner) for key, part in parts.items()}
     if "cu_seq_lens_q" in batch:
         assert inner.config._attn_implementation == PACKED, "packed rows need a model that isolates them"

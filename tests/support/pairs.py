@@ -21,7 +21,7 @@ from llmtune.records import AdaptedModel, Examples
 from llmtune.store.processes import rank, world_size
 from llmtune.store.run_request import RunRequest
 from llmtune.tasks.base import AnyTask
-from llmtune.tasks.registry import choose_variant
+from llmtune.tasks.registry import choose_variant, get_task
 from llmtune.train.accumulation import step_gradients, validation_loss
 from llmtune.train.distributed import join_processes
 from llmtune.train.setup import TrainContext, set_up
@@ -81,11 +81,12 @@ def prepare_training(path: Path, folder: Path, sharded: bool = False) -> tuple[A
     """Encode the rows of a recipe, and load its model with an adapter on the CPU, as the pipeline would."""
     loaded = load_recipe(str(path))
     run_pipeline(loaded, RunRequest(out=folder, until="prepare"), quiet())
-    recipe = loaded.recipe
+    rows = load_rows(folder / "data" / "rows")
+    recipe = get_task(loaded.recipe.task).infer_section(loaded.recipe, rows)
     place = resolve_model(str(recipe.model.name), recipe.model, quiet(), True)
     config = read_model_config(place, recipe.model)
     task = choose_variant(recipe, config, place.name)
-    recipe = task.infer_labels(recipe, load_rows(folder / "data" / "rows"), config)
+    recipe = task.infer_labels(recipe, rows, config)
 
     examples = load_examples(folder / "data" / "examples")
 

@@ -13,6 +13,7 @@ from support import families
 from support.image_text import build_image_text
 from support.models import build_gpt2, build_llama
 from support.pairs import DOCUMENTS, LIKED, PAIRS, THUMBS
+from support.pictures import data_url
 
 COLOURS = ("red", "green", "blue", "black", "white")
 THINGS = ("cat", "dog", "bird", "fish", "fox", "house", "river", "stone")
@@ -20,6 +21,13 @@ WORDS = [
     (f"The quick {t} is {c}" + " and the sky is blue" * (i % 3), t, c) for i, t in enumerate(THINGS) for c in COLOURS
 ]
 TEXTS = [{"text": f"{text}."} for text, _, _ in WORDS]
+SEEN = [
+    {
+        "prompt": [{"role": "user", "content": [{"type": "image", "image": data_url(i)}, {"type": "text", "text": t}]}],
+        "completion": [{"role": "assistant", "content": f"It is {c}"}],
+    }
+    for i, (_, t, c) in enumerate(WORDS)
+]
 CHATS = [{"prompt": f"Which colour has the {t} {i}?", "completion": f"It is {c}"} for i, (_, t, c) in enumerate(WORDS)]
 SINGLE = [{"text": text, "label": c} for text, _, c in WORDS]
 MULTI = [{"text": text, "label": [c, t][: 1 + i % 2]} for i, (text, t, c) in enumerate(WORDS)]
@@ -80,6 +88,7 @@ def build_headless(folder: Path) -> Path:
 
 CASES = {
     "chat": Case("chat", 0, build_llama, CHATS),
+    "chat-pictures": Case("chat", 1, partial(build_image_text, family="gemma3"), SEEN),
     "completion-full": Case("completion", 0, build_gpt2, CHATS, method="full"),
     "completion": Case("completion", 0, build_llama, CHATS),
     "masked": Case("completion", 1, families.build_bert, TEXTS, MASKED, config=STILL),

@@ -332,9 +332,9 @@ for folder, auto_class, method, skipped, inputs, outputs in json.load(open(sys.a
             bnb_4bit_compute_dtype=torch.float32, llm_int8_skip_modules=skipped)
     if method == "full":
         model = plain.from_pretrained(folder, **options)
-    elif auto_class == "AutoModelForCTC":  # AutoPeftModel needs a token embedding, which it lacks
+    elif auto_class in ("AutoModelForCTC", "AutoModelForImageTextToText"):  # PEFT has no class that loads their base
         base = json.load(open(folder + "/adapter_config.json"))["base_model_name_or_path"]
-        config = transformers.AutoConfig.from_pretrained(folder)
+        config = transformers.AutoConfig.from_pretrained(folder if auto_class == "AutoModelForCTC" else base)
         model = peft.PeftModel.from_pretrained(plain.from_pretrained(base, config=config, **options), folder)
     else:
         if auto_class.endswith("Classification"):
