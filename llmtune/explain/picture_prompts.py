@@ -110,6 +110,7 @@ def grey_tensors(
 
 def grey_picture(width: int, height: int) -> Picture:
     from PIL import Image
+
     from llmtune.data.pictures import read_picture
 
     content = io.BytesIO()

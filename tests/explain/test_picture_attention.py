@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 from support.browser import browser, open_browser
-from support.explaining import expect, explain, page_data, train, values_of
+from support.explaining import expect, explain, page_data, values_of
 from support.image_text import build_image_text
 from support.models import build_llama
 from support.pictures import save
@@ -24,34 +24,11 @@ FAMILIES = ("gemma3", "qwen3_vl", "smolvlm", "llava")
 """Tokens that see each other both ways, positions in three dimensions, tiles, and a crop."""
 SIZE = (96, 56)
 QUESTION, ANSWER = "Which colour is it?", "red and blue"
-QUICK = {"train": {"num_train_epochs": 2, "batch_size": 4, "learning_rate": 0.05}, "evaluate": {"metrics": ["loss"]}}
 
 
 @pytest.fixture(scope="module")
 def picture(tmp_path_factory):
     return save(tmp_path_factory.mktemp("picture") / "shapes.png", size=SIZE)
-
-
-@pytest.fixture(scope="module")
-def image_run(tmp_path_factory):
-    """A run that was tuned on rows with pictures."""
-    folder = tmp_path_factory.mktemp("run")
-    rows = [
-        {
-            "messages": [
-                {
-                    "role": "user",
-                    "content": [
-                        {"type": "image", "path": str(save(folder / f"{number}.png", seed=number))},
-                        {"type": "text", "text": f"{QUESTION} {number}"},
-                    ],
-                },
-                {"role": "assistant", "content": "blue"},
-            ]
-        }
-        for number in range(12)
-    ]
-    return train(folder, build_image_text(folder / "model", "gemma3"), rows, **QUICK)
 
 
 def ask(model, picture, out, *options):
