@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from llmtune.data.chat_rows import Message, write_answer
+from llmtune.data.pictures import PLACE, row_pictures, show_places
 from llmtune.data.row_text import (
     LEARNED,
     NearText,
@@ -34,11 +35,13 @@ def _message_texts(messages: Sequence[Message]) -> list[str]:
 
 
 def near_conversation(row: Row) -> NearText:
-    """Return all messages; a short last answer must be equal."""
+    """Return all messages; a short last answer and the pictures must be equal."""
     *before, last = row["messages"] or [{"role": "user", "content": ""}]
     if last["role"] != "assistant" or "tool_calls" in last:
-        return NearText(" ".join(_message_texts(row["messages"])))
-    return with_answer(" ".join(_message_texts(before)), " ".join(_message_texts([last])))
+        near = NearText(" ".join(_message_texts(row["messages"])))
+    else:
+        near = with_answer(" ".join(_message_texts(before)), " ".join(_message_texts([last])))
+    return near._replace(context=_picture_hashes(row["messages"]))
 
 
 def near_preference(row: Row) -> NearText:
@@ -52,34 +55,42 @@ def near_preference(row: Row) -> NearText:
 
 
 def compared_conversation(row: Row) -> str:
-    """Return all messages except those of the system, and the rated answers."""
-    return " ".join([*_message_texts(row["messages"]), *(row[key] for key in RATED if key in row)])
+    """Return all messages except those of the system, and the rated answers; words count only with the pictures."""
+    text = " ".join([*_message_texts(row["messages"]), *(row[key] for key in RATED if key in row)])
+    return tag_words(text, pictures) if (pictures := _picture_hashes(row["messages"])) else text
+
+
+def _picture_hashes(messages: Sequence[Message]) -> str:
+    """Return the hashes of the pictures, separated by spaces."""
+    return " ".join(picture["content"] for picture in row_pictures({"messages": messages}))
 
 
 def conversation_input(row: Row) -> RowInput:
-    """Return the last question of a conversation, with everything before it as context."""
+    """Return the last question of a conversation, with everything before it and all pictures as context."""
     messages = before = row["messages"]
     rated = next((row[key] for key in RATED if key in row), None)
     if rated is None:
         places = range(len(messages) - 1, -1, -1)
         before = messages[: next((i for i in places if messages[i]["role"] == "assistant"), len(messages))]
     *earlier, last = before or [{"role": "user", "content": ""}]
+    pictures = _picture_hashes(before)
 
     def context() -> str:
         parts = [[one["role"], *map(plain_form, [one["content"], *_message_texts([one])])] for one in earlier]
-        return json.dumps([*parts, [last["role"], json.dumps(row.get("tools"), sort_keys=True)]])
+        return json.dumps([*parts, [last["role"], json.dumps(row.get("tools"), sort_keys=True)]]) + pictures
 
     def answer() -> str:
         text = rated if rated is not None else " ".join(_message_texts(messages[len(before) :][:1]))
         return f"{plain_form(text)} {row['good']}" if "good" in row else plain_form(text)
 
-    return RowInput(last["content"] or "", context, answer)
+    query = (last["content"] or "").replace(PLACE, " ") if pictures else last["content"] or ""
+    return RowInput(query, context, answer, pictures=tuple(pictures.split()))
 
 
 def conversation_prompt(row: Row) -> str:
     """Return plain text for a single message, else each message with its role."""
     turns = [
-        (str(message["role"]), write_answer(_content_text(message.get("content")), message.get("tool_calls") or ()))
+        (str(message["role"]), write_answer(_content_text(message), message.get("tool_calls") or ()))
         for message in row["messages"]
     ]
     return turns[0][1] if len(turns) == 1 else "\n".join(f"{role}: {text}" for role, text in turns)
@@ -91,8 +102,11 @@ def map_conversation(row: Row, change: Callable[[Any], Any]) -> Row:
     return {**changed, "messages": [{**one, "content": change(one.get("content"))} for one in row["messages"]]}
 
 
-def _content_text(content: object) -> str:
-    """Return the text of a message, whose content may be a list of parts."""
+def _content_text(message: Mapping[str, Any]) -> str:
+    """Return the text of a message, whose content may be a list of parts, with the names of its pictures."""
+    content = message.get("content")
+    if message.get("images"):
+        return show_places(message)
     if isinstance(content, list):
         return "".join(str(part.get("text", "")) for part in content if isinstance(part, dict))
     return "" if content is None else str(content)
@@ -101,7 +115,8 @@ def _content_text(content: object) -> str:
 def conversation_questions(row: Row) -> list[QuestionAnswer]:
     """Return the last message as the answer to those before it."""
     *before, last = row["messages"]
-    return [([one["content"] for one in before], {**last, "rest": [row.get(key) for key in LEARNED]})]
+    texts = [*(one["content"] for one in before), *filter(None, [_picture_hashes(before)])]
+    return [(texts, {**last, "rest": [row.get(key) for key in LEARNED]})]
 
 
 def without_last_answer(row: Row) -> Row:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from llmtune.display.blocks import Block, Column, Table, TableColumns, TableRows, Text
+from markupsafe import Markup
+
+from llmtune.display.blocks import Block, Cell, Column, Table, TableColumns, TableRows, Text
 from llmtune.display.number_format import count, score, share
 from llmtune.recipe.class_names import show_name
 from llmtune.records import Json
@@ -35,6 +37,27 @@ def name_changes_sentences(changes: Sequence[Mapping[str, Any]]) -> list[str]:
     for name in sorted(new & joined.keys()):
         sentences.append(f"{count(joined[name])} other rows have the class {show_name(name)}: they are one class now.")
     return sentences
+
+
+def picture_blocks(facts: Json, thumbnails: Sequence[str] = ()) -> list[Block]:
+    """Return how many pictures there are and what was converted, and a table of some with their rows.
+
+    `thumbnails` are data URLs, which only HTML pages show.
+    """
+    if not facts:
+        return []
+    sizes = [" x ".join(map(count, facts[name])) for name in ("smallest", "largest")]
+    text = f"{count(facts['pictures'])} pictures ({count(facts['different'])} different) in {count(facts['rows'])} rows"
+    text += f", from {sizes[0]} to {sizes[1]} pixels."
+    if facts["converted"]:
+        most_first = sorted(facts["converted"].items(), key=lambda item: (-item[1], item[0]))
+        text += f" Converted: {', '.join(f'{count(number)} {what}' for what, number in most_first)}."
+    cells: TableRows = []
+    for place, (name, size, *texts) in enumerate(facts["shown"]):
+        image = Markup('<img alt="{}" src="{}">').format(name, thumbnails[place]) if thumbnails else None
+        cells.append([Cell(name, note=size), Cell(picture=image), *texts])
+    columns: TableColumns = ["picture", Column("", "picture"), "prompt", "answer"]
+    return [Text(text), Table(columns, cells, "pictures of training rows")]
 
 
 def filled_sentence(filled: int) -> str:

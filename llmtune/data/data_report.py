@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import base64
+import io
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from math import prod
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -13,8 +19,17 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from llmtune.data.chat_template import read_template
-from llmtune.data.data_notes import filled_sentence, long_answers_sentence, lost_sentence, vanishing_sentence
+from llmtune.data.data_notes import (
+    filled_sentence,
+    long_answers_sentence,
+    lost_sentence,
+    picture_blocks,
+    shorten,
+    vanishing_sentence,
+)
 from llmtune.data.examples import ExampleReader
+from llmtune.data.pictures import PLACE, Picture, open_picture, picture_name, row_pictures
+from llmtune.data.row_kind import kind_of_row, write_prompt
 from llmtune.data.row_store import iterate_texts
 from llmtune.data.task_interface import TaskInterface
 from llmtune.data.tokenization import find_vanishing
@@ -24,11 +39,16 @@ from llmtune.display.console import print_blocks
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.secrets import redact_all, secret_values
 from llmtune.recipe.task_facts import TASK_FACTS
-from llmtune.records import Examples, Json, Rows
+from llmtune.records import Examples, Json, Row, Rows
+from llmtune.store.atomic_files import write_json
+from llmtune.store.run_folder import THUMBNAILS
 
 BINS = 10
 SHOWN = 30
 BAR_CELLS = 40
+PICTURES = 12
+"""How many pictures are shown with their rows."""
+THUMBNAIL_SIDE = 160
 
 
 def describe_examples(
@@ -44,8 +64,9 @@ def describe_examples(
     Keys: `rows_in`; `rows`, `examples`, `tokens`, `supervised` and `longest` by split; `supervised_share` (None if no
     tokens are predicted); `dropped` by reason (`rows` and `examples` together); `lost` (what truncated rows lost:
     `rows`, `answers`, `tokens`, and `supervised` tokens); `long_answers` (of `count_long_answers`); `filled` (null keys
-    that Arrow added); `vanishing` (rows by character that the tokenizer drops); `histogram` (training examples: `edges`
-    in tokens, `counts`); `example`, the first training example as pieces `[text, learned]`.
+    that Arrow added); `vanishing` (rows by character that the tokenizer drops); `pictures` (of
+    `describe_pictures`); `histogram` (training examples: `edges` in tokens, `counts`); `example`, the first training
+    example as pieces `[text, learned]`.
     """
     train = ExampleReader(examples, "train", task.example_type)
     edges, counts = _histogram(train.lengths)
@@ -56,23 +77,22 @@ def describe_examples(
     pieces = redact_all(task.highlighted_text(train[0], processor, recipe), secrets)
     classes = task.class_counts(rows, recipe)
     share = sum(examples.supervised.values()) / max(1, sum(examples.tokens.values()))
-    vanishing: dict[str, int] = {}
+    vanishing, texts = dict[str, int](), (text for split in rows.files for _, text in iterate_texts(rows, split))
+    pictures, thumbnails = describe_pictures(rows)
+    if thumbnails:
+        write_json(examples.folder / Path(THUMBNAILS).name, thumbnails)
     if not TASK_FACTS[task.name].takes_audio:
-        vanishing = find_vanishing((text for split in rows.files for _, text in iterate_texts(rows, split)), processor)
+        vanishing = find_vanishing((text.replace(PLACE, "") for text in texts), processor)
     long_answers = count_long_answers(task, examples, recipe)
-    notes = _notes(rows, examples, vanishing, long_answers)
-    blocks = [_splits(rows, examples), _dropped(rows.rows_in, dropped), *notes]
+    blocks = [_splits(rows, examples), _dropped(rows.rows_in, dropped), *picture_blocks(pictures)]
+    blocks += _notes(rows, examples, vanishing, long_answers)
     print_blocks([*blocks, _bars(edges, counts), *([_classes(classes)] if classes else [])], console)
     _name_unseen(classes, console)
     if task.predicts_tokens:
         console.print(f"{share:.1%} of all tokens are learned.")
     if recipe.data.system_prompt is None:
         _name_system_message(task, processor, recipe, "".join(text for text, _ in pieces), console)
-    start, end, title = "", "", "one example: green is learned"
-    if console.no_color or console.color_system is None:
-        start, end, title = ">>>", "<<<", "one example: >>>text<<< is learned"
-    marked = ((f"{start}{piece}{end}", "green") if learned else (piece, "dim") for piece, learned in pieces)
-    console.print(Panel(Text.assemble(*marked), title=title, title_align="left"))
+    _print_example(pieces, console)
     return {
         "rows_in": rows.rows_in,
         "rows": dict(rows.counts),
@@ -86,10 +106,65 @@ def describe_examples(
         "long_answers": long_answers,
         "filled": rows.filled,
         "vanishing": vanishing,
+        "pictures": pictures,
         "histogram": {"edges": edges, "counts": counts},
         "example": [list(piece) for piece in pieces],
         "classes": classes,
     }
+
+
+def _print_example(pieces: Sequence[tuple[str, bool]], console: Console) -> None:
+    start, end, title = "", "", "one example: green is learned"
+    if console.no_color or console.color_system is None:
+        start, end, title = ">>>", "<<<", "one example: >>>text<<< is learned"
+    marked = ((f"{start}{piece}{end}", "green") if learned else (piece, "dim") for piece, learned in pieces)
+    console.print(Panel(Text.assemble(*marked), title=title, title_align="left"))
+
+
+def describe_pictures(rows: Rows) -> tuple[Json, list[str]]:
+    """Count the pictures of all rows; return facts, empty without pictures, and thumbnails as data URLs.
+
+    Keys: `rows` with pictures, `pictures` in them, `different` ones; of these the size of the `smallest` and `largest`
+    (width and height), and how many were `converted`, by conversion; `shown`: name, size, prompt and answer of up to
+    PICTURES of training, chosen by hash.
+    """
+    facts: Json = {"rows": 0, "pictures": 0}
+    seen, sizes, shown = set[str](), list[list[int]](), dict[str, tuple[Picture, Row]]()
+    converted: Counter[str] = Counter()
+    for split, text in ((name, text) for name in rows.files for _, text in iterate_texts(rows, name)):
+        row = json.loads(text) if '"look":' in text else {}
+        pictures = row_pictures(row)
+        facts["rows"] += bool(pictures)
+        facts["pictures"] += len(pictures)
+        for picture in pictures:
+            if split == "train":
+                shown.setdefault(picture["content"], (picture, row))
+            if len(shown) > PICTURES:
+                del shown[max(shown)]
+            if picture["content"] not in seen:
+                seen.add(picture["content"])
+                sizes = [*sizes, picture["size"]]
+                sizes = [min(sizes, key=prod), max(sizes, key=prod)]
+                converted.update(filter(None, picture.get("converted", "").split(", ")))
+    if not seen:
+        return {}, []
+    listed = [_show(*shown[content]) for content in sorted(shown)]
+    facts |= {"different": len(seen), "smallest": sizes[0], "largest": sizes[1], "converted": dict(converted)}
+    return facts | {"shown": listed}, [_thumbnail(shown[content][0]) for content in sorted(shown)]
+
+
+def _show(picture: Picture, row: Row) -> list[str]:
+    kind = kind_of_row(row)
+    prompt, answer = write_prompt(kind.without_answer(row)), kind.answer(row)
+    size = " x ".join(map(str, picture["size"]))
+    return [picture_name(picture), size, shorten(prompt), shorten(answer)]
+
+
+def _thumbnail(picture: Picture) -> str:
+    image, stream = open_picture(picture), io.BytesIO()
+    image.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
+    image.save(stream, "JPEG", quality=80)
+    return f"data:image/jpeg;base64,{base64.b64encode(stream.getvalue()).decode()}"
 
 
 def count_long_answers(task: TaskInterface, examples: Examples, recipe: Recipe) -> Json:

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from llmtune.data.input_overlap import MOST_WORDS, JsonRows, find_shared_inputs, select_rows
+from llmtune.data.input_overlap import MOST_WORDS, JsonRows, find_near_pictures, find_shared_inputs, select_rows
 from llmtune.data.row_kind import near_text, row_input
 from llmtune.data.row_store import Index
 from llmtune.data.row_text import NearText, visible_form
@@ -118,7 +118,7 @@ def drop_near(
 def drop_shared_inputs(
     index: Index, split_N: npt.NDArray[np.int8], reason_N: npt.NDArray[np.object_], rows: JsonRows, folder: Path
 ) -> None:
-    """Find rows whose input is, or nearly is, that of a row of a split with priority, whatever their answers.
+    """Find rows whose input or picture is, or nearly is, that of a row of a split with priority, whatever the answers.
 
     Writes the reason into `reason_N` in place; the arguments are those of `drop_near`.
     """
@@ -129,7 +129,7 @@ def drop_shared_inputs(
         others = np.flatnonzero(kept_N & (split_N == below))
         if not len(tests) or not len(others):
             continue
-        matches = find_shared_inputs(tests, others, rows).others
+        matches = find_near_pictures(tests, others, rows) | find_shared_inputs(tests, others, rows).others
         if not row_input(json.loads(next(rows())[1][0].as_py())).labelled:  # else the near search compares these texts
             (keys := folder / SPLITS[below]).mkdir(exist_ok=True)
             left = np.setdiff1d(others, np.array([*matches], dtype=np.int64))

@@ -42,6 +42,7 @@ TEXT_PIECE = 2**16
 """Length in characters above which a text file is cut into several rows, at the next blank line."""
 
 MAX_JSON_BYTES = 2**30
+SEARCHED_BYTES = 2**18
 ROW_COLUMNS = frozenset(
     {"messages", "conversations", "conversation", "tools", "functions", "history", "prompt", "completion"}
 )
@@ -124,6 +125,14 @@ def _read_text_file(
         if encoding is None:
             refuse_wide(stream, name)
         yield from READERS[container](stream, name)
+
+
+def mentions(path: Path, pattern: re.Pattern[bytes]) -> bool:
+    """Whether a pattern is at the start or end of a file: in its first rows, or in the schema of a Parquet file."""
+    with open_bytes(path) as stream, path.open("rb") as raw:
+        raw.seek(max(0, path.stat().st_size - SEARCHED_BYTES))
+        ends = stream.read(SEARCHED_BYTES) + raw.read()
+    return pattern.search(ends.replace(b"\0", b"")) is not None  # also in wide encodings
 
 
 @contextmanager

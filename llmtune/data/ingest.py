@@ -20,6 +20,7 @@ from llmtune.data.arrow_rows import ArrowRow
 from llmtune.data.class_spelling import NameChange, note_tidied, rename_classes
 from llmtune.data.column_mapping import name_columns, rename
 from llmtune.data.file_readers import MAX_ROW_BYTES, NOT_UTF8, JsonLine, LazyRow
+from llmtune.data.pictures import row_pictures
 from llmtune.data.rejected_rows import RowError, parse_cell, too_many_bad
 from llmtune.data.row_formats import parse_row
 from llmtune.data.row_hash import BATCH_BYTES, BATCH_ROWS, HashedRow, plain_value, row_json
@@ -357,6 +358,8 @@ class _RowParser:
             content = hash_row(row)
             drawn = content if row is written else hash_row(written)  # a renamed row stays in its split
             values = raw if self.split_by in raw else row
+            shown = "".join(sorted(picture["content"] for picture in row_pictures(row)))  # stays on one side
+            drawn = xxhash.xxh3_128_digest(shown.encode()) if shown else drawn
             group = _split_group(values, self.split_by, required=split < 0) or int.from_bytes(drawn[8:], "big")
         except RowError as error:
             return origin, name_columns(error, detected.columns), ()

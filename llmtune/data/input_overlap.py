@@ -1,10 +1,10 @@
-"""Finds rows whose input is that of a held-out row: the same words, or short queries that differ by one word.
+"""Finds rows whose input is that of a held-out row: the same words or picture, or short queries one word apart.
 
 Short queries have too few word triples for the search for near duplicates. Two of up to 30 words match if one has a
 word more, or if one word differs and the answers are equal or the words begin alike. Words with digits and names
 (capital letters) never differ within a match, since such queries ask for different things; nor do the words of a
 template, which many different rows share. The first word may be a name: it differs only if the answers are equal.
-Labelled rows match this way only if they have the same label.
+Labelled rows match this way only if they have the same label. Rows with an equal picture match whatever their texts.
 
 Legend: K keys, W words, R rows of a batch, G distinct keys of the held-out rows, H hits.
 """
@@ -22,6 +22,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import xxhash
 
+from llmtune.data.pictures import Picture, look_same, row_pictures
 from llmtune.data.row_kind import row_input
 from llmtune.data.row_text import RowInput, plain_words
 from llmtune.data.word_hash import I64, U64, mix
@@ -42,8 +43,10 @@ STEM_LETTERS = 4
 """Words that differ only after so many letters are forms or spellings of one word."""
 FIXED = re.compile(r"[\d+#$=<>%]|^\W+$")
 """Words that never differ between two queries that match: numbers and signs."""
+LOOK_BITS = 10
+"""Of the 64 bits of a perceptual hash: copies in another size or compression differ in fewer."""
 NONE = np.iinfo(np.int64).max
-SAME, WHOLE, SHORTER, FRAME, CHANGED, SPELLED = range(11, 17)
+SAME, WHOLE, SHORTER, FRAME, CHANGED, SPELLED, PICTURE = range(11, 18)
 """Kinds of keys, as salts."""
 
 
@@ -112,6 +115,36 @@ def find_shared_inputs(held: I64, others: I64, rows: JsonRows) -> InputOverlap:
         {row: int(held[rank]) for row, rank in sorted(best_ranks.items())},
         _smallest(held[rank_K[matched]], first_K[matched]),
     )
+
+
+def find_near_pictures(held: I64, others: I64, rows: JsonRows) -> dict[int, int]:
+    """Return each of `others` with a picture nearly equal to one of a row in `held`, and that row; all by number.
+
+    Pictures match if their perceptual hashes differ in at most LOOK_BITS bits, and their thumbnails nowhere by much.
+    A picture that matches those of many rows is the task itself, such as an empty page.
+    """
+    sides = [_list_pictures(numbers, rows) for numbers in (held, others)]
+    if not all(sides):
+        return {}
+    look_H, look_O = (np.array([int(one["look"], 16) for one, _ in side.values()], np.uint64) for side in sides)
+    thumbnails: dict[str, npt.NDArray[np.float32]] = {}
+    there, matches = [*sides[1].values()], dict[int, int]()
+    for look, (picture, first) in zip(look_H, sides[0].values(), strict=True):
+        near = [there[place] for place in np.flatnonzero(np.bitwise_count(look_O ^ look) <= LOOK_BITS)]
+        near = [(one, numbers) for one, numbers in near if look_same(picture, one, thumbnails)]
+        if sum(len(numbers) for _, numbers in near) <= max(COMMON_ROWS, COMMON_SHARE * len(others)):
+            for row in (row for _, numbers in near for row in numbers):
+                matches.setdefault(row, first[0])
+    return matches
+
+
+def _list_pictures(numbers: I64, rows: JsonRows) -> dict[str, tuple[Picture, list[int]]]:
+    """Return the different pictures of the rows with these numbers, each with its rows."""
+    pictures: dict[str, tuple[Picture, list[int]]] = {}
+    for number, text in ((one, text) for batch in select_rows(numbers, rows) for one, text in zip(*batch, strict=True)):
+        for picture in row_pictures(json.loads(text)) if '"look":' in text else ():
+            pictures.setdefault(picture["content"], (picture, []))[1].append(int(number))
+    return pictures
 
 
 def _take_inputs(
@@ -187,6 +220,8 @@ class _InputSigner:
         halves: set[int] = set()
         for number, row in zip(batch[0].tolist(), batch[1], strict=True):
             input_parts = row_input(json.loads(row))
+            pictures = {hash((PICTURE, _hash(content))) for content in input_parts.pictures}
+            columns += [(key, number, key, key) for key in pictures]  # before the row's input, which counts
             words = plain_words(input_parts.query)
             text = " ".join(words).casefold()
             plain = text.split()

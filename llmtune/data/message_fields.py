@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TypeGuard
 
-from llmtune.data.pictures import LOCATIONS, PLACE
+from llmtune.data.pictures import LOCATIONS, PICTURE_PARTS, PLACE
 from llmtune.data.rejected_rows import RowError, json_kind, parse_cell, text_of
 
 ROLES = {
@@ -162,10 +162,6 @@ def _split_content(content: str) -> tuple[str | None, str]:
 
 
 # The parts of a content
-
-
-PICTURE_PARTS = ("image", "image_url", "input_image")
-"""Types of parts with a picture: of transformers, of OpenAI's chat completions, and of its responses."""
 
 
 def read_parts(content: list[object], where: str) -> tuple[str, str, list[object]]:

@@ -27,13 +27,16 @@ from llmtune.data.data_notes import name_changes_sentences
 from llmtune.data.deduplication import KEPT, drop_equal, drop_near, drop_shared_inputs
 from llmtune.data.file_survey import suspicions
 from llmtune.data.ingest import IngestState, ingest_rows
-from llmtune.data.rejected_rows import RowError, find_file
+from llmtune.data.pictures import IMAGES, absolute_pictures
+from llmtune.data.rejected_rows import RowError, find_file, parse_cell
+from llmtune.data.row_formats import CONVERSATIONS
 from llmtune.data.row_store import RECORD, Index, RowWriter, Spool, iterate_rows, iterate_texts, save_rows
 from llmtune.data.sources import Detected, hash_sources, resolve_inputs
 from llmtune.data.word_hash import fraction
 from llmtune.display.console import progress_bars
 from llmtune.errors import DataError, Problem
 from llmtune.recipe.data_section import ENCODING_KEYS, DataSection, Source
+from llmtune.recipe.format_names import ROW_KINDS
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.yaml_writer import source_line
 from llmtune.records import SPLITS, Rows
@@ -329,7 +332,7 @@ def write_test_rows(recipe: Recipe, rows: Rows, file: Path, beside: Path) -> str
     settings: dict[str, Source] = {}
     for detected in resolve_inputs(recipe.data, recipe.task):
         row_lines = [
-            json.dumps(locate_recording(value, detected, file), ensure_ascii=False, default=str)
+            json.dumps(locate_media(value, detected, file), ensure_ascii=False, default=str)
             for origin, value in detected.input.raw_rows()
             if origin in origins and not isinstance(value, RowError)
         ]
@@ -354,9 +357,13 @@ def write_test_rows(recipe: Recipe, rows: Rows, file: Path, beside: Path) -> str
     return source_line("test", source, path=path) if stated else f"test: {path}"
 
 
-def locate_recording(value: Mapping[str, object], detected: Detected, file: Path) -> Mapping[str, object]:
-    """Return a row whose recording, if it names one, has a path relative to the folder of `file`."""
+def locate_media(value: Mapping[str, object], detected: Detected, file: Path) -> Mapping[str, object]:
+    """Return a row whose recording has a path relative to the folder of `file`, and whose pictures an absolute one."""
     folder = detected.input.folder
+    if folder is not None and detected.row_format.name in ROW_KINDS["messages"]:
+        images, turns = ([detected.columns.get(one, one) for one in names] for names in (IMAGES, CONVERSATIONS))
+        parsed = {key: parse_cell(cell) if key in turns else cell for key, cell in value.items()}
+        return dict(absolute_pictures(parsed, folder, images))
     for column in detected.row_format.files:
         ours = detected.columns.get(column, column)
         name = find_file(value.get(ours))

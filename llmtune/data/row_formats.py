@@ -9,7 +9,7 @@ from pathlib import Path
 from llmtune.data.chat_rows import MESSAGE_KEYS
 from llmtune.data.class_spelling import NoteName, tidy_cell
 from llmtune.data.column_mapping import fields, find, flatten, has_columns, rename, used_columns, with_aliases
-from llmtune.data.pictures import IMAGE, may_be_picture, read_pictures
+from llmtune.data.pictures import IMAGE, locate_picture, may_be_picture, read_pictures, row_pictures
 from llmtune.data.rejected_rows import RowError, find_file
 from llmtune.data.row_kind import MESSAGES, RowParser, kind_of_task
 from llmtune.errors import DataError, LlmtuneError, nearest
@@ -313,6 +313,20 @@ def parse_row(
     if kind_of_task(task) is MESSAGES:
         read_pictures(parsed["messages"], folder)
     return parsed
+
+
+def list_media(row: Mapping[str, object], row_format: RowFormat, task: str, folder: Path) -> list[Path]:
+    """Return the files of the recordings and pictures that a row names, unread; none of a bad row."""
+    names = [name for column in row_format.files if (name := find_file(row.get(column)))]
+    if kind_of_task(task) is not MESSAGES or not row:
+        return [folder / name for name in names]
+    parse = row_format.parser(task)
+    try:
+        parsed = parse(row) if parse else {}
+        places = [locate_picture(picture, folder) for picture in row_pictures(parsed)]
+    except (RowError, LookupError):
+        return []
+    return [place for place in places if isinstance(place, Path)]
 
 
 def _refuse_media(row: Mapping[str, object], row_format: RowFormat, task: str) -> None:

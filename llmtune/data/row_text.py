@@ -51,6 +51,8 @@ class RowInput(NamedTuple):
     answer: Callable[[], str]
     labelled: bool = False
     """Whether rows with nearly equal queries and other answers teach the difference: their answers are labels."""
+    pictures: tuple[str, ...] = ()
+    """Hashes of its pictures; the context has them too."""
 
 
 QuestionAnswer = tuple[object, object]

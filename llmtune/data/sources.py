@@ -16,11 +16,12 @@ from typing import Literal, TypeVar
 from llmtune.data import hub_datasets as hub
 from llmtune.data.column_mapping import has_columns, infer_columns, rename
 from llmtune.data.encoding_guess import guess_encoding
-from llmtune.data.file_readers import NOT_UTF8, LazyRow, parse_lines, read_lazily
+from llmtune.data.file_readers import NOT_UTF8, LazyRow, mentions, parse_lines, read_lazily
 from llmtune.data.object_store import RemoteFile, find_objects, is_remote
-from llmtune.data.rejected_rows import RawRow, RowError, find_file
-from llmtune.data.row_formats import FORMATS, RowFormat, detect_format, map_columns, reads_rows, unused_keys
-from llmtune.data.row_kind import kind_of_task
+from llmtune.data.pictures import SIGNS
+from llmtune.data.rejected_rows import RawRow, RowError
+from llmtune.data.row_formats import FORMATS, RowFormat, detect_format, list_media, map_columns, reads_rows, unused_keys
+from llmtune.data.row_kind import MESSAGES, kind_of_task
 from llmtune.errors import STEERING, DataError, Problem, nearest, visible
 from llmtune.recipe.builtin import recipes_folder
 from llmtune.recipe.data_section import DATA_ENDINGS, DataSection, Source, data_ending
@@ -332,7 +333,7 @@ class SourceFile:
 def hash_sources(data: DataSection, task: str) -> str:
     """Hash everything that `prepare_rows` reads: sha256 over the sources, file names, file bytes, and hub commits.
 
-    With `task: speech` this includes the recordings that the rows name.
+    This includes the recordings and pictures that the rows name.
 
     Raises:
         DataError: A source cannot be read.
@@ -375,15 +376,18 @@ def _hash_source(source: Source, data: DataSection, key: str, task: str) -> Iter
         assert isinstance(one.path, Path)
         digest, lines = read_once(one.path, hash_lines)
         yield SourceFile(source.path, one.path.name, one.path, "sha256", digest, lines)
-        if TASK_FACTS[task].takes_audio and (detected := _detect(one, data, task, [])):
-            yield from _hash_recordings(detected, one.path)
+        names_media = TASK_FACTS[task].takes_audio or (kind_of_task(task) is MESSAGES and mentions(one.path, SIGNS))
+        if names_media and (detected := _detect(one, data, task, [])):
+            yield from _hash_media(detected, one.path, task)
 
 
-def _hash_recordings(detected: Detected, path: Path) -> Iterator[SourceFile]:
-    """Yield each recording that a file's rows name. Missing or unreadable ones are reported when they are read."""
-    source = detected.input.source
+def _hash_media(detected: Detected, path: Path, task: str) -> Iterator[SourceFile]:
+    """Yield each recording or picture that a file's rows name. Missing or bad ones are reported when they are read."""
+    source, seen = detected.input.source, set[Path]()
     for _, value in detected.input.raw_rows():
-        row = {} if isinstance(value, RowError) else rename(value, detected.columns)
-        name = next((file for column in detected.row_format.files if (file := find_file(row.get(column)))), None)
-        if name is not None and (recording := path.parent / name).is_file():
-            yield SourceFile(source.path, name, recording, "xxh3_128", read_once(recording, hash_recording))
+        row = {} if isinstance(value, RowError) else rename(value, detected.columns, detected.roles)
+        for file in list_media(row, detected.row_format, task, path.parent):
+            if file not in seen and file.is_file():
+                seen.add(file)
+                name = os.path.relpath(file, path.parent) if file.is_relative_to(path.parent) else str(file)
+                yield SourceFile(source.path, name, file, "xxh3_128", read_once(file, hash_recording))

@@ -33,9 +33,9 @@ from llmtune.report.run_sections import (
     training_section,
 )
 from llmtune.report.score_sections import against_champion, compare_metric
-from llmtune.store.atomic_files import plain, write_json, write_text
+from llmtune.store.atomic_files import plain, read_json, write_json, write_text
 from llmtune.store.report_record import Report
-from llmtune.store.run_folder import REPORTS, updating_reports
+from llmtune.store.run_folder import REPORTS, THUMBNAILS, updating_reports
 from llmtune.store.score_records import Evaluation, GateResult
 
 TITLES: dict[str, tuple[str, Tone]] = {
@@ -64,7 +64,7 @@ def write_report(report: Report, folder: Path) -> Sequence[str]:
 
     Numbers that JSON does not support become null. `make_report` has already redacted the report.
     """
-    page = make_report_page(report)
+    page = make_report_page(report, read_json(folder / THUMBNAILS) or ())
     write_text(folder / "report.html", to_html(page))
     write_text(folder / "report.md", to_markdown(page))
     write_json(folder / "report.json", report_json(report))
@@ -81,8 +81,8 @@ def report_json(report: Report) -> Json:
     return values | {"verdict": verdict}
 
 
-def make_report_page(report: Report) -> Page:
-    """Return the page of a report; sections of steps not reached are empty."""
+def make_report_page(report: Report, thumbnails: Sequence[str] = ()) -> Page:
+    """Return the page of a report; sections of steps not reached are empty. `thumbnails` are in THUMBNAILS."""
     evaluation, task = report.evaluation, report.task
     sections = [
         gate_section(report.gates, report.look),
@@ -93,7 +93,7 @@ def make_report_page(report: Report) -> Page:
         explain_section(report.explanations, report.task if report.train is not None else None),
         training_section(report.train),
         suspect_section(report.suspects),
-        data_section(report.data, task),
+        data_section(report.data, task, thumbnails),
         model_section(report.model),
         adapter_section(report.adapter),
         step_section(report.steps, report.hardware),

@@ -13,6 +13,7 @@ from llmtune.data.data_notes import (
     lost_sentence,
     name_changes_sentences,
     negatives_blocks,
+    picture_blocks,
     vanishing_sentence,
 )
 from llmtune.display.blocks import (
@@ -148,8 +149,8 @@ def points(curve: Sequence[Mapping[str, object]], key: str) -> list[ChartPoint]:
     return pairs
 
 
-def data_section(data: DataFacts | None, task: str | None) -> Section:
-    """Return rows in, kept and dropped, tokens and learned tokens, classes, and one example."""
+def data_section(data: DataFacts | None, task: str | None, thumbnails: Sequence[str] = ()) -> Section:
+    """Return rows in, kept and dropped, tokens and learned tokens, classes, pictures, and one example."""
     if not data:
         return Section("Data", [])
     kept, tokens, supervised = data.get("kept", {}), data.get("tokens", {}), data.get("supervised_tokens", {})
@@ -179,6 +180,7 @@ def data_section(data: DataFacts | None, task: str | None) -> Section:
     blocks: list[Block] = [Beside(left, chart)]
     if classes := data.get("classes"):
         blocks.append(class_counts(classes, "entities" if answer_kind(task) == "tags" else "rows"))
+    blocks += picture_blocks(data.get("pictures") or {}, thumbnails)
     blocks += negatives_blocks(data.get("mined"), data.get("surveyed"))
     if example := data.get("example"):
         learned = share(sum(supervised.values()), sum(tokens.values()) or None) if by_token else ""

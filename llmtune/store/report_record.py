@@ -109,6 +109,8 @@ class DataFacts(PreparedFacts, total=False):
     long_answers: Json
     filled: int
     vanishing: Counts
+    pictures: Json
+    """Facts of `data_report.describe_pictures`."""
     examples: Counts
     tokens: Counts
     supervised_tokens: Counts
@@ -318,7 +320,7 @@ def collect_facts(
         data |= {"supervised_tokens": encoded["supervised"], "lengths": encoded["histogram"]}
         data |= {"classes": encoded.get("classes") or {}, "lost": encoded.get("lost") or {}}
         data |= {"filled": encoded.get("filled", 0), "vanishing": encoded.get("vanishing") or {}}
-        data |= {"long_answers": encoded.get("long_answers") or {}}
+        data |= {"long_answers": encoded.get("long_answers") or {}, "pictures": encoded.get("pictures") or {}}
         data |= {"mined": done.get("mine"), "surveyed": done.get("survey")}
     return {
         "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(began)) if began else "",

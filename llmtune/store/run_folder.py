@@ -47,6 +47,8 @@ OWN_FILES = (
     *REPORTS,
     *("merged.failed.json", "endpoint.certificate.json"),
 )
+THUMBNAILS = "data/examples/thumbnails.json"
+"""Pictures of training rows for the report page, as data URLs."""
 CERTIFICATE = "certificate.json"
 """In the folder of each export."""
 AFTER_TRAINING = ("evaluate", "generation", "deploy")

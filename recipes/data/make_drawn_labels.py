@@ -1,4 +1,4 @@
-"""Make drawn-labels.jsonl: a section and a size of Debian packages, drawn in many fonts, with the fields as JSON.
+"""Make drawn-labels.jsonl: sections and sizes of Debian packages, drawn in many fonts, with the fields as JSON.
 
     pip download --no-deps --dest /tmp/fonts -r recipes/data/label-fonts.txt
     python recipes/data/make_drawn_labels.py --lists /tmp/lists --fonts /tmp/fonts recipes/data/drawn-labels.jsonl
@@ -23,14 +23,14 @@ from make_debian_sections import SECTIONS, fetch_lists
 from PIL import Image, ImageDraw, ImageFont
 
 QUESTION = "What is on the label?"
-DRAWS = 1000
+DRAWS = 1200
 """Labels that are drawn; a label that was drawn before is left out."""
 SIZE = 112
 MARGIN = 4
 LINE_HEIGHT = 44
 """Pixels of a line of text; the letters are as large as fits."""
-SIZES = range(100, 1000)
-"""Installed sizes in KiB: three digits."""
+MEGABYTES = range(1, 10)
+"""Installed sizes that are drawn: one digit."""
 WEIGHT = 600
 """Weight of a variable font; its default may be a hairline."""
 
@@ -58,22 +58,19 @@ def read_fonts(folder: Path) -> dict[str, bytes]:
 
 
 def draw_rows(lists: Path, fonts: dict[str, bytes]) -> Iterator[dict[str, object]]:
-    """Yield rows section by section in turn, so that each section is equally frequent; fonts are random."""
-    sizes: dict[str, list[int]] = {section: [] for section in SECTIONS}
-    for package in read_all(lists):
-        size = int(package.fields.get("Installed-Size", 0))
-        if package.section in sizes and size in SIZES:
-            sizes[package.section].append(size)
+    """Yield rows of the sections and sizes that packages have, each pair equally often, in random fonts."""
+    pairs = {(package.section, int(package.fields.get("Installed-Size", 0)) // 1024) for package in read_all(lists)}
+    pairs = sorted(pair for pair in pairs if pair[0] in SECTIONS and pair[1] in MEGABYTES)
     generator = random.Random(1)
     seen: set[tuple[str, int, str]] = set()
-    for section in itertools.islice(itertools.cycle(SECTIONS), DRAWS):
-        size, font = generator.choice(sizes[section]), generator.choice(sorted(fonts))
-        if (section, size, font) in seen:
+    for section, megabytes in itertools.islice(itertools.cycle(pairs), DRAWS):
+        font = generator.choice(sorted(fonts))
+        if (section, megabytes, font) in seen:
             continue
-        seen.add((section, size, font))
-        url = to_data_url(draw_label((section, str(size)), fonts[font]))
+        seen.add((section, megabytes, font))
+        url = to_data_url(draw_label((section, f"{megabytes} MB"), fonts[font]))
         content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": QUESTION}]
-        answer = json.dumps({"section": section, "size": size})
+        answer = json.dumps({"section": section, "megabytes": megabytes})
         messages = [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
         yield {"messages": messages, "font": font}
 

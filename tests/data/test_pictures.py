@@ -1,20 +1,31 @@
 """Pictures in rows: every form of row gives the same picture, and hostile files are refused by row."""
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
+from PIL import Image
 from support.pictures import (
     data_url,
     draw,
     picture_bytes,
+    save,
+    write_animated,
+    write_bomb,
+    write_cut,
+    write_link_out,
+    write_pipe,
 )
 
 from llmtune.data.column_mapping import rename
-from llmtune.data.pictures import PLACE, open_picture
+from llmtune.data.pictures import PLACE, open_picture, picture_name, read_picture
+from llmtune.data.rejected_rows import RowError
 from llmtune.data.row_formats import detect_format, map_columns, parse_row
 from llmtune.data.row_hash import row_json
-from llmtune.data.row_kind import hash_row
+from llmtune.data.row_kind import hash_row, write_prompt
+from llmtune.errors import DataError
 
 QUESTION = "What is it?"
 TEXT = {"type": "text", "text": QUESTION}
@@ -75,3 +86,229 @@ def test_every_form_of_row_gives_the_same_conversation(form, tmp_path):
     assert json.loads(row_json(row)) == row
     assert np.array_equal(np.asarray(open_picture(user["images"][0])), np.asarray(draw(1)))
     assert hash_row(row) == hash_row(read(FORMS["path"], tmp_path))
+
+
+def test_a_picture_alone_is_the_message_of_a_row_without_a_question(tmp_path):
+    save(tmp_path / "1.png")
+    assert read({"file_name": "1.png", "text": "A dot."}, tmp_path)["messages"][0]["content"] == PLACE
+
+
+def test_pictures_take_their_places_in_order_over_all_messages(tmp_path):
+    for number in (1, 2, 3):
+        save(tmp_path / f"{number}.png", number)
+    turns = ["<image>and<image>?", "Yes.", [{"type": "image", "path": "3.png"}, {"type": "text", "text": "now<image>"}]]
+    messages = [{"role": ("user", "assistant")[at % 2], "content": text} for at, text in enumerate([*turns, "No."])]
+    row = read({"messages": messages, "images": ["1.png", "2.png", "1.png"]}, tmp_path)
+    first, _, last, _ = row["messages"]
+    assert (first["content"], last["content"]) == (f"{PLACE}and{PLACE}?", f"{PLACE}now{PLACE}")
+    assert [picture_name(one) for one in first["images"] + last["images"]] == ["1.png", "2.png", "3.png", "1.png"]
+    assert "[image: 1.png]and[image: 2.png]?" in write_prompt(row)
+
+
+BAD_ROWS = {
+    "fewer places": (chat("<image>?", images=["1.png", "1.png"]), "pictures and places differ: 1 places"),
+    "more places": (chat("<image><image>?", images=["1.png"]), "pictures and places differ: 2 places"),
+    "no picture": (with_part(type="image"), "pictures and places differ: 1 places"),
+    "an address": (with_part(type="image", url="https://example.org/1.png"), "llmtune fetches no addresses"),
+    "the character": (chat(f"{PLACE}<image>?", images=["1.png"]), "not a character"),
+    "no base64": (
+        with_part(type="image_url", image_url="data:image/png;base64,*"),
+        "message 1: the data URL is not base64",
+    ),
+    "a plain data URL": (with_part(type="image_url", image_url="data:image/svg+xml,<svg/>"), "without ';base64,'"),
+    "a number": (chat("?", images=[7]), "a picture is a number"),
+    "an answer": (
+        {
+            "messages": [
+                {"role": "user", "content": "Draw."},
+                {"role": "assistant", "content": [TEXT, {"type": "image"}]},
+            ]
+        },
+        "picture in an answer: a message of the assistant",
+    ),
+    "a mark in an answer": (pair("Draw.") | {"completion": "<image>", "images": ["1.png"]}, "picture in an answer"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_ROWS)
+def test_a_row_whose_pictures_and_places_do_not_fit_is_refused(name, tmp_path):
+    save(tmp_path / "1.png")
+    row, reason = BAD_ROWS[name]
+    with pytest.raises(RowError, match=reason):
+        read(row, tmp_path)
+
+
+@pytest.mark.parametrize("task", ["completion", "preference"])
+def test_other_tasks_refuse_pictures_by_name(task, tmp_path):
+    row = {"prompt": "q", "completion": "a", "image": "1.png", "images": ["1.png"]}
+    if task == "preference":
+        part = [{"type": "image", "path": "1.png"}, TEXT]
+        row = {"prompt": [{"role": "user", "content": part}], "chosen": "a", "rejected": "b"}
+    with pytest.raises(RowError, match=r"only `task: chat` learns|preferences with pictures"):
+        read(row, tmp_path, task)
+
+
+def test_a_text_without_pictures_keeps_its_marks(tmp_path):
+    row = read(chat("Write <image> in HTML."), tmp_path)
+    assert row == chat("Write <image> in HTML.")
+
+
+def write_text(path, text="<svg xmlns='http://www.w3.org/2000/svg'/>"):
+    path.write_text(text)
+    return path
+
+
+HOSTILE = {
+    "cut.png": (write_cut, "picture unreadable"),
+    "cut.jpg": (write_cut, "picture unreadable"),
+    "cut.webp": (write_cut, "picture unreadable"),
+    "cut.bmp": (write_cut, "picture unreadable"),
+    "cut.tif": (write_cut, "picture unreadable"),
+    "one.png": (lambda path: save(path, size=(1, 1)), "picture too small"),
+    "long.png": (lambda path: save(path, size=(30_000, 2)), "picture too small"),
+    "narrow.png": (lambda path: save(path, size=(3_000, 10)), "picture too narrow"),
+    "bomb.png": (write_bomb, "picture too large"),
+    "less.png": (lambda path: write_bomb(path, 8_000), "picture too large.* 8,000 x 8,000 pixels"),
+    "text.png": (write_text, "not a picture"),
+    "drawing.svg": (write_text, "not a picture"),
+    "page.eps": (lambda path: write_text(path, "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"), "not a picture"),
+    "two.gif": (write_animated, "picture animated"),
+    "two.webp": (write_animated, "picture animated"),
+    "two.png": (write_animated, "picture animated"),
+    "two.tif": (write_animated, "picture animated"),
+    "nothing.png": (lambda path: path.write_bytes(b""), "picture empty"),
+    "folder.png": (lambda path: path.mkdir(), "picture unreadable.* a folder"),
+    "pipe.png": (write_pipe, "picture unreadable.* a pipe"),
+    "link.png": (write_link_out, "picture outside the folder"),
+    "circle.png": (lambda path: path.symlink_to(path), "picture unreadable"),
+    "none.png": (lambda path: None, "picture missing"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+@pytest.mark.timeout(20)
+def test_a_hostile_file_is_refused_with_its_reason(name, tmp_path):
+    (tmp_path / "rows").mkdir()
+    write, reason = HOSTILE[name]
+    write(tmp_path / "rows" / name)
+    with pytest.raises(RowError, match=reason) as error:
+        read_picture(name, tmp_path / "rows")
+    assert name in error.value.detail
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("a\0.png", "contains NUL"), ("../1.png", "outside the folder"), ("sub/../../1.png", "outside"), ("", "is text")],
+)
+def test_a_path_out_of_the_folder_is_refused(name, reason, tmp_path):
+    save(tmp_path / "1.png")
+    (tmp_path / "rows").mkdir()
+    with pytest.raises(RowError, match=reason):
+        read_picture(name, tmp_path / "rows")
+    assert read_picture(str(tmp_path / "1.png"), tmp_path / "rows")["size"] == [48, 40]
+
+
+def test_hostile_files_need_less_than_a_gigabyte(tmp_path):
+    save(tmp_path / "large.png", size=(8_160, 6_120), mode="RGBA")
+    write_bomb(tmp_path / "bomb.png")
+    program = f"""
+from pathlib import Path
+from llmtune.data.pictures import read_picture
+from llmtune.data.rejected_rows import RowError
+folder = Path({str(tmp_path)!r})
+try:
+    read_picture("bomb.png", folder)
+except RowError as error:
+    print(error.reason)
+print(read_picture("large.png", folder)["size"])
+status = Path("/proc/self/status").read_text().splitlines()  # the peak of getrusage includes the parent's
+print(next(line.split()[1] for line in status if line.startswith("VmHWM:")))
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    reason, size, peak = result.stdout.split("\n")[:3]
+    assert (reason, size) == ("picture too large", "[8160, 6120]")
+    assert int(peak) < 2**20  # KiB
+
+
+def test_the_orientation_of_a_photo_is_applied_once(tmp_path):
+    image = draw(1)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image.save(tmp_path / "1.jpg", exif=exif, quality=95)
+    picture = read_picture("1.jpg", tmp_path)
+    assert (picture["size"], picture["converted"]) == ([40, 48], "turned upright by EXIF")
+    upright = np.asarray(image.transpose(Image.Transpose.ROTATE_270), dtype=int)
+    assert abs(np.asarray(open_picture(picture), dtype=int) - upright).mean() < 8
+
+
+def half_clear(mode):
+    image = draw(1).convert("RGBA")
+    image.putalpha(Image.linear_gradient("L").resize(image.size))
+    return image.convert(mode)
+
+
+def clear_palette():
+    image = draw(1).quantize(16)
+    image.info["transparency"] = 0
+    return image
+
+
+CONVERTED = {
+    "rgba.png": (lambda: half_clear("RGBA"), "transparent parts on white"),
+    "la.png": (lambda: half_clear("LA"), "transparent parts on white"),
+    "palette.png": (lambda: draw(1).quantize(16), "palette to RGB"),
+    "clear.png": (clear_palette, "transparent parts on white"),
+    "grey.jpg": (lambda: draw(1, mode="L"), "grey to RGB"),
+    "bits.png": (lambda: draw(1, mode="1"), "black and white to RGB"),
+    "cmyk.jpg": (lambda: draw(1, mode="CMYK"), "CMYK to RGB"),
+    "deep.png": (lambda: Image.fromarray(np.linspace(0, 65_535, 400).reshape(20, 20).astype(np.uint16)), "16 bit to 8"),
+    "still.gif": (lambda: draw(1).quantize(16), "palette to RGB"),
+}
+
+
+@pytest.mark.parametrize("name", CONVERTED)
+def test_every_mode_becomes_rgb_and_the_conversion_is_noted(name, tmp_path):
+    make, note = CONVERTED[name]
+    image = make()
+    image.save(tmp_path / name)
+    picture = read_picture(name, tmp_path)
+    assert picture["converted"].startswith(note)
+    shown = open_picture(picture)
+    assert (shown.mode, list(shown.size)) == ("RGB", picture["size"])
+
+
+def test_transparent_parts_are_white_and_deep_pictures_are_scaled(tmp_path):
+    Image.new("RGBA", (8, 8), (255, 0, 0, 0)).save(tmp_path / "clear.png")
+    assert open_picture(read_picture("clear.png", tmp_path)).getpixel((0, 0)) == (255, 255, 255)
+    Image.fromarray(np.full((8, 8), 32_896, dtype=np.uint16)).save(tmp_path / "deep.png")
+    assert open_picture(read_picture("deep.png", tmp_path)).getpixel((0, 0)) == (128, 128, 128)
+
+
+def test_the_content_decides_and_not_the_ending(tmp_path):
+    (tmp_path / "1.png").write_bytes(picture_bytes(1, "JPEG", quality=95))
+    assert read_picture("1.png", tmp_path)["size"] == [48, 40]
+
+
+def test_a_picture_that_changed_after_its_row_was_read_is_refused(tmp_path):
+    picture = read_picture(str(save(tmp_path / "1.png")), tmp_path)
+    save(tmp_path / "1.png", 2)
+    with pytest.raises(DataError, match="the picture changed after its row was read"):
+        open_picture(picture)
+
+
+def test_a_row_without_a_file_only_has_pictures_inside(tmp_path):
+    save(tmp_path / "1.png")
+    with pytest.raises(RowError, match="only data URLs are read here"):
+        read_picture(str(tmp_path / "1.png"), None)
+    assert read_picture(data_url(1), None)["content"] == read_picture("1.png", tmp_path)["content"]
+
+
+def test_pillow_is_not_imported_for_rows_of_text():
+    program = "import sys, llmtune.data.preparation, llmtune.cli; assert 'PIL' not in sys.modules"
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_a_phones_photo_with_a_second_view_is_its_first(tmp_path):
+    draw(1).save(tmp_path / "1.jpg", "MPO", save_all=True, append_images=[draw(2)], quality=95)
+    shown = np.asarray(open_picture(read_picture("1.jpg", tmp_path)), dtype=int)
+    assert abs(shown - np.asarray(draw(1), dtype=int)).mean() < 8

@@ -155,6 +155,7 @@ ONE_KIND = ("audio", "classify_rows", "label_candidates", "search_rows", "task_r
 """Modules of `data/` about one kind of rows; only the tables and the tasks import them."""
 CONVERSATIONS = (
     *("chat_encoding", "chat_rows", "chat_template", "completion_encoding", "conversation_texts", "overlong"),
+    "pictures",
     "rendering_check",
 )
 """Modules of `data/` about conversations, with which many tasks write prompts."""
