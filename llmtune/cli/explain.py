@@ -48,8 +48,7 @@ def attention(
     ] = None,
     image: Images = None,
     word: Annotated[
-        str | None,
-        typer.Option("--word", help="Word of the answer whose attention is drawn on pictures (default: its first)."),
+        str | None, typer.Option("--word", help="Word of the answer that is drawn on pictures (default: its first).")
     ] = None,
     chat: Annotated[
         bool, typer.Option("--chat", help="Put the text into the chat template (default: use it unchanged).")

@@ -24,7 +24,7 @@ from llmtune.model.device import pick_device
 from llmtune.model.loading import load_plain
 from llmtune.model.processor import load_processor
 from llmtune.model.resolve import resolve_model
-from llmtune.model.towers import image_text_class
+from llmtune.model.towers import drop_towers, image_text_class
 from llmtune.plan import open_finished
 from llmtune.recipe.model_section import ModelSection
 from llmtune.recipe.schema import Recipe
@@ -126,7 +126,10 @@ def open_target(
     @contextmanager
     def open_model(model: str) -> Iterator[PreTrainedModel]:
         assert model == MODEL
-        yield load_plain(model_ref, config, settings, dtype=torch.float32, device=device, images=images)
+        loaded = load_plain(model_ref, config, settings, dtype=torch.float32, device=device)
+        if not images:
+            drop_towers(loaded)
+        yield loaded
 
     return Target(
         name=name,

@@ -16,7 +16,7 @@ from llmtune.data.language_codes import has_languages
 from llmtune.data.text_pairs import TextPair, first_token, source_ids, target_ids
 from llmtune.errors import DataError, Problem, RecipeError
 from llmtune.explain.explainer import Target
-from llmtune.explain.picture_prompts import PromptPicture, name_images, picture_prompt
+from llmtune.explain.picture_prompts import PromptPicture, picture_prompt
 from llmtune.explain.token_text import TokenLine, time_line
 from llmtune.model.audio_models import (
     SoundWindow,
@@ -88,8 +88,8 @@ class PromptRequest:
     def named(self) -> dict[str, str | None]:
         """Return the parts of the prompt by option name."""
         audio = str(self.audio) if self.audio else None
-        texts = {"prompt": self.prompt, "system": self.system, "context": self.context}
-        return {**texts, "audio": audio, "image": name_images(self.image)}
+        texts = {"prompt": self.prompt, "system": self.system, "context": self.context, "audio": audio}
+        return texts | {"image": ", ".join(map(str, self.image)) or None}
 
 
 @dataclass(frozen=True)
@@ -212,8 +212,7 @@ def read_attention_text(target: Target, request: AttentionRequest) -> ModelInput
 
 def _read_picture_question(target: Target, request: AttentionRequest, recipe: Recipe) -> ModelInputs:
     """Return the prompt of a question with pictures; the rows of a figure have one for each picture."""
-    given = {"prompt": request.text, "image": name_images(request.image)}
-    prompt, pictures = picture_prompt(target, given, recipe)
+    prompt, pictures = picture_prompt(target, request.text, None, request.image, recipe)
     rows = len(prompt) - sum(len(picture.stretch) - 1 for picture in pictures)
     if rows > request.max_tokens or len(prompt) > LONGEST_PROMPT:
         limits = f"at most {LONGEST_PROMPT:,} are drawn, {request.max_tokens:,} of text"
@@ -230,13 +229,8 @@ def check_text_options(target: Target, request: AttentionRequest) -> None:
     makes_vectors = target.task is not None and target.task.model_kind.is_bare
     paired = target.family == "encoder" and not makes_vectors
     seen = target.takes_images and bool(request.image)
-    options = {
-        "target": writes or seen,
-        "pair": paired,
-        "language": named and target.recipe is None,
-        "image": target.takes_images,
-        "word": seen,
-    }
+    options = {"target": writes or seen, "pair": paired, "language": named and target.recipe is None}
+    options |= {"image": target.takes_images, "word": seen}
     useful = {
         "audio" if target.takes_audio else "text": True,
         **{name: False for name, used in options.items() if used},
@@ -340,7 +334,7 @@ def read_prompt(target: Target, request: PromptRequest) -> ModelInputs:
     if target.family == "encoder":
         inputs = _read_masked(str(request.prompt), target, recipe)
     elif target.takes_images:
-        prompt, pictures = picture_prompt(target, request.named(), recipe)
+        prompt, pictures = picture_prompt(target, request.prompt, request.system, request.image, recipe)
         media = dict(prompt.media()) if pictures and prompt.media else {}
         inputs = ModelInputs([*prompt.ids], recipe, media, pictures=pictures)
     elif task is not None and task.model_kind.decodes:
@@ -376,6 +370,7 @@ def check_prompt_options(target: Target, request: PromptRequest) -> None:
     templated = has_template and target.family == "decoder" and not request.plain
     model_inputs = {"audio": True} if whisper else {"prompt": True, **({"system": False} if templated else {})}
     options, given = dict(task.inputs) if task else model_inputs, request.named()
+    options |= {"image": False} if target.takes_images else {}
     problems = check_options(given, options)
     for name in (name for name, needed in options.items() if needed and given.get(name) is not None):
         if not str(given[name]).strip():

@@ -111,7 +111,7 @@ def list_shares(maps: AttentionMaps, row: int) -> list[Block]:
     return [Text(says), Table(columns, rows)]
 
 
-def describe_pictures(pictures: Sequence[PromptPicture]) -> list[dict[str, Any]]:
+def picture_facts(pictures: Sequence[PromptPicture]) -> list[dict[str, Any]]:
     """Return the pictures as JSON values: their names, numbers of tokens, and grids."""
     return [
         {
@@ -133,7 +133,7 @@ def picture_values(maps: AttentionMaps, pictures: Sequence[PromptPicture], row: 
         for model, weights_P in weights.items()
     }
     looks = {"row": row, "layer": layer, "head": maps.head, "says": describe_row(maps.lines.source, row)}
-    return {"pictures": describe_pictures(pictures), "on_pictures": {**looks, "weights": by_model}}
+    return {"pictures": picture_facts(pictures), "on_pictures": {**looks, "weights": by_model}}
 
 
 def picture_data(
@@ -148,7 +148,7 @@ def picture_data(
     }
     items = [
         {**facts, "src": one.data_url(), "width": one.shown.width, "height": one.shown.height}
-        for facts, one in zip(describe_pictures(pictures), pictures, strict=True)
+        for facts, one in zip(picture_facts(pictures), pictures, strict=True)
     ]
     return {"items": items, "values": values, "row": row, "first": first_row(maps.lines.source)}
 

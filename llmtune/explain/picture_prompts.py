@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,10 +11,13 @@ from pathlib import Path
 
 import torch
 from PIL.Image import Image
+from PIL.Image import new as new_image
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from llmtune.data.chat_messages import list_pictures
-from llmtune.data.pictures import Picture, open_picture, picture_name
+from llmtune.data.chat_rows import ChatRow, open_conversation
+from llmtune.data.pictures import IMAGE, Picture, open_picture, picture_name, read_picture
+from llmtune.data.rejected_rows import RowError
 from llmtune.errors import DataError
 from llmtune.explain.explainer import Target
 from llmtune.explain.patch_grids import PatchGrid, find_grids
@@ -25,6 +27,7 @@ from llmtune.recipe.schema import Recipe
 from llmtune.records import Prompt
 from llmtune.tasks.image_chat import open_images
 
+GREY = (128, 128, 128)
 SHOWN_SIDE = 640
 """Longest side of a picture in a page, in pixels."""
 
@@ -66,23 +69,28 @@ class PromptPicture:
         return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
-def name_images(images: Sequence[Path]) -> str | None:
-    """Return the paths of pictures as a task's input; None without pictures."""
-    return json.dumps([*map(str, images)]) if images else None
-
-
 def picture_prompt(
-    target: Target, given: dict[str, str | None], recipe: Recipe
+    target: Target, text: str | None, system: str | None, files: Sequence[Path], recipe: Recipe
 ) -> tuple[Prompt, tuple[PromptPicture, ...]]:
     """Return the prompt of a question with pictures, as in training, and where the pictures are.
 
     Raises DataError for a picture that cannot be read.
     """
     assert target.task is not None, "only a run or a model that was opened with its towers reads pictures"
-    row = target.task.make_row(given)
+    row = _make_row(text or "", system, files)
     prompt = target.task.prompt(row, target.processor, recipe)
     images = open_images(target.processor, recipe)
     return prompt, tuple(_find_pictures(prompt.ids, list_pictures(row["messages"]), images, target.config))
+
+
+def _make_row(text: str, system: str | None, files: Sequence[Path]) -> ChatRow:
+    """Return a conversation of one question with its pictures: before the text, or at each mark in it."""
+    question = [{"role": "user", "content": text if text.strip() or not files else IMAGE}]
+    images = [str(file.absolute()) for file in files]
+    try:
+        return open_conversation(question, system=system, images=images, folder=Path("/"), reads_pictures=True)
+    except RowError as error:
+        raise DataError.of(str(error), "--image", "Give a text, a picture, or both.") from None
 
 
 def _find_pictures(
@@ -105,16 +113,12 @@ def grey_tensors(
 ) -> dict[str, torch.Tensor]:
     """Return the inputs of a prompt with a grey picture of the same size in place of each picture."""
     images = open_images(target.processor, recipe)
-    return images.media([grey_picture(*one.picture["size"]) for one in pictures], [ids])
+    return images.media([_grey_like(one.picture) for one in pictures], [ids])
 
 
-def grey_picture(width: int, height: int) -> Picture:
-    from PIL import Image
-
-    from llmtune.data.pictures import read_picture
-
-    content = io.BytesIO()
-    Image.new("L", (width, height), 128).save(content, "PNG")
+def _grey_like(picture: Picture) -> Picture:
+    """Return a grey picture of the same size."""
+    new_image("RGB", picture["size"], GREY).save(content := io.BytesIO(), "PNG")
     return read_picture(content.getvalue(), None)
 
 

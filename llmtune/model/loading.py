@@ -193,17 +193,9 @@ def _check_packing(
 
 
 def load_plain(
-    model_ref: ModelRef,
-    config: PreTrainedConfig,
-    section: ModelSection,
-    *,
-    dtype: torch.dtype,
-    device: str,
-    images: bool = False,
+    model_ref: ModelRef, config: PreTrainedConfig, section: ModelSection, *, dtype: torch.dtype, device: str
 ) -> PreTrainedModel:
-    """Load a model as stored, without a recipe, for inspection: with eager attention, in eval mode.
-
-    Unless it is to read `images`, it loses the towers that texts do not need.
+    """Load a model as stored, without a recipe, for inspection: with eager attention and towers, in eval mode.
 
     Raises:
         EnvironmentProblem: the weights cannot be loaded, or memory runs out.
@@ -224,8 +216,6 @@ def load_plain(
         )
     model = cast(PreTrainedModel, (model if kept else model.to(device)).eval())
     patch_text_forward(model)
-    if not images:
-        drop_towers(model)
     return model
 
 
