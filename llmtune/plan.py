@@ -237,7 +237,7 @@ def choose_settings(
     console = run.console
     plan = make_plan(loaded.recipe, model_ref, run.device, run.request.layout or layout(), rows)
     recipe, task = plan.recipe, plan.task
-    RecipeError.collect(find_idle_keys(recipe, style=task.style, reads_template=task.model_kind.reads_template))
+    RecipeError.collect(find_idle_keys(recipe, task.model_kind, task.style))
     if note := task.note_labels(loaded.recipe, recipe):
         console.print(note, highlight=False)
     text, count = read_model_config(model_ref, recipe.model).get_text_config(), rows.counts.get("train", 0)

@@ -36,6 +36,7 @@ from llmtune.recipe.schema import Recipe
 from llmtune.records import AdaptedModel, ModelRef, Row, SelectedModel
 from llmtune.store.atomic_files import hash_folder
 from llmtune.train.distributed import join_processes
+from llmtune.train.preflight import check_examples
 from llmtune.train.sharding import Made, shard_model, share_model
 
 
@@ -72,6 +73,7 @@ def _make_adapted(context: RunContext, recipe: Recipe, device: str) -> AdaptedMo
             training=True,
             masters=not context.shards,
         )
+    check_examples(context.rows, context.examples, plan.task, selected, recipe)
     if recipe.adapter.init_lora_weights in DATA_STARTS:
         sample = sample_rows(context.examples, plan.task, selected, recipe)
     return inject(selected, recipe, context.console, sample)

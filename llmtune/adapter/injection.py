@@ -18,6 +18,7 @@ from llmtune.adapter.data_init import RowSample, finish_start, prepare_start
 from llmtune.adapter.fused_lora import fuse_products
 from llmtune.adapter.load import continue_adapter, find_adapter, wrap_model
 from llmtune.adapter.peft_config import find_targets, make_config
+from llmtune.adapter.projector import freeze_rest, name_projectors
 from llmtune.adapter.reference_model import keep_reference, switches_off
 from llmtune.adapter.target_modules import (
     are_transposed,
@@ -66,6 +67,8 @@ def inject(
     torch.manual_seed(recipe.seed)
     with explain_oom(f"putting the adapter into {selected.model_ref.name}", str(selected.model.device)):
         full = recipe.adapter.method == "full"
+        for name in name_projectors(selected.model, recipe.adapter) if full else ():
+            selected.model.get_submodule(name).requires_grad_(True)
         adapted = wrap_full(selected) if full else _add_adapter(selected, recipe, console, sample)
     if selected.needs_reference_model and (recipe.adapter.start_from is not None or not switches_off(adapted.model)):
         keep_reference(adapted.model)
@@ -212,6 +215,7 @@ def _new_adapter(selected: SelectedModel, recipe: Recipe, console: Console, samp
         model = wrap_model(selected.model, config)
         if isinstance(config, LoraConfig):
             finish_start(model, sample)
+        freeze_rest(model, adapter)
     except UNREADABLE as error:  # modules that PEFT cannot adapt, sizes that do not divide
         if is_out_of_memory(error):
             raise
@@ -267,7 +271,7 @@ def _find_whole(selected: SelectedModel, adapter: AdapterSection) -> list[str]:
 
     Body layers with random weights (the pooling layer of an encoder that came without one) are among them.
     """
-    names = list(adapter.modules_to_save or ())
+    names = [*(adapter.modules_to_save or ()), *name_projectors(selected.model, adapter)]
     if selected.trains_head:
         heads, every = head_names(selected.model), [name for name, _ in selected.model.named_modules()]
         stated = [name for entry in names for name in ends_with(every, entry)]

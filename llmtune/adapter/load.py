@@ -31,7 +31,7 @@ from llmtune.model.config import UNREADABLE, in_heads, readable
 from llmtune.model.device import is_out_of_memory
 from llmtune.model.library_logging import hushed
 from llmtune.model.model_files import check_safetensors, read_json_object
-from llmtune.model.towers import dropped_modules
+from llmtune.model.towers import dropped_modules, find_projectors
 from llmtune.recipe.adapter_section import AdapterSection
 from llmtune.recipe.schema import Recipe
 from llmtune.records import SelectedModel
@@ -99,6 +99,9 @@ def continue_adapter(selected: SelectedModel, recipe: Recipe, folder: Path, cons
     problems = [*_compare_shape(config, adapter, source), *_compare_classes(selected, source)]
     if not problems and "target_modules" in adapter.model_fields_set:
         problems = list(_compare_targets(config, selected, recipe, source))
+    if adapter.train_projector and not {*find_projectors(selected.model)} <= {*(config.modules_to_save or ())}:
+        what, fix = f"the adapter in {source} has no projector", "Omit it: an adapter keeps its shape."
+        problems.append(Problem(what, "adapter.train_projector", fix))
     RecipeError.collect(problems)
     made_for = config.base_model_name_or_path
     if made_for not in (selected.model_ref.name, str(selected.model_ref.path)):
@@ -141,7 +144,7 @@ def attach(selected: SelectedModel, config: PeftConfig, source: Path, *, trainab
     towers = dropped_modules(selected.model)  # torch ignores weights of a module that is None
     if inside := [key for key in weights if in_heads(key.removeprefix("base_model.model."), towers)]:
         wrong = inside
-        fix = "It adapts modules that read images or sound, which are not loaded for text: train it without them."
+        fix = "It has modules that read images or sound, which are not loaded for text. Set chat.images: true."
     if wrong:
         what = f"{len(wrong)} weights of the adapter have no counterpart, such as {wrong[0]}"
         raise EnvironmentProblem.of(what, str(source), fix)

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from llmtune.adapter.target_modules import are_transposed, ends_with, shorten_targets
 from llmtune.adapter.wiring_check import find_reached_targets
 from llmtune.errors import RecipeError
-from llmtune.model.towers import dropped_modules
+from llmtune.model.towers import tower_modules
 from llmtune.recipe.adapter_section import DATA_STARTS, AdapterSection
 from llmtune.recipe.peft_options import options_of
 from llmtune.recipe.schema import Recipe
@@ -88,9 +88,12 @@ def make_config(
 
 
 def _name_whole(entries: Sequence[str], model: PreTrainedModel) -> list[str]:
-    """Return name endings that PEFT matches; full names instead of an ending that also matches in a dropped tower."""
-    names, towers = [name for name, _ in model.named_modules()], dropped_modules(model)
-    full = ((ends_with(names, entry) if ends_with(towers, entry) else [entry]) for entry in entries)
+    """Return name endings that PEFT matches; full names instead of an ending that also matches in a tower."""
+    towers = set(tower_modules(model))
+    names = [name for name, _ in model.named_modules() if name not in towers]
+    full = (
+        ends_with(names, entry) if entry not in towers and ends_with(towers, entry) else [entry] for entry in entries
+    )
     return [name for some in full for name in some]
 
 

@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from llmtune.errors import Problem, RecipeError, nearest
 from llmtune.model.config import expert_parameters, head_names, in_heads, linear_shape, linear_shapes
-from llmtune.model.towers import dropped_modules
+from llmtune.model.towers import tower_modules
 from llmtune.recipe.adapter_section import AdapterSection
 from llmtune.store.resource_limits import LimitExceeded, limited
 
@@ -36,14 +36,15 @@ def resolve_targets(model: torch.nn.Module, adapter: AdapterSection) -> list[str
 
     Raises one RecipeError for all entries that match nothing, listing the model's linear modules.
     """
-    heads = set(head_names(model))
-    linears = list(linear_shapes(model))
+    heads, towers = set(head_names(model)), tower_modules(model)
+    modules = {name: module for name, module in model.named_modules() if name not in set(towers)}
+    linears = [name for name in linear_shapes(model) if name in modules]
     linear_names = set(linears)
-    names = [name for name, module in model.named_modules() if isinstance(module, _ADAPTABLE) or name in linear_names]
+    names = [name for name, module in modules.items() if isinstance(module, _ADAPTABLE) or name in linear_names]
     if adapter.method == "ln_tuning":
-        norms = [(name, one) for name, one in model.named_modules() if "norm" in type(one).__name__.lower()]
+        norms = [(name, one) for name, one in modules.items() if "norm" in type(one).__name__.lower()]
         names = linears = [name for name, one in norms if [*one.parameters()]]
-    patterns, towers = adapter.target_modules, dropped_modules(model)
+    patterns = adapter.target_modules
     problems: list[Problem] = []
     if patterns == "all-linear":
         targets = [name for name in linears if not in_heads(name, heads) and _is_adaptable(model, name)]
@@ -53,7 +54,7 @@ def resolve_targets(model: torch.nn.Module, adapter: AdapterSection) -> list[str
     if adapter.exclude_modules:
         excluded, more = _match("adapter.exclude_modules", adapter.exclude_modules, [*names, *towers], linears)
         problems += more
-    every = [name for name, _ in model.named_modules() if name]
+    every = [name for name in modules if name]
     if adapter.modules_to_save:
         whole, more = _match("adapter.modules_to_save", adapter.modules_to_save, every, every, towers)
         excluded += [name for name in names if in_heads(name, whole)]
@@ -112,11 +113,11 @@ def count_adapted(model: torch.nn.Module) -> int:
 def shorten_targets(targets: Sequence[str], model: torch.nn.Module) -> list[str] | str:
     """Return name endings that match exactly `targets` in `model` and its towers, if any, else the full names; sorted.
 
-    If towers were dropped, an expression takes the place of full names: PEFT would shorten those to endings, which
+    If the model has towers, an expression takes the place of full names: PEFT would shorten those to endings, which
     also match in the towers.
     """
     endings = sorted({name.rpartition(".")[2] for name in targets})
-    towers = dropped_modules(model)
+    towers = tower_modules(model)
     every = [*(name for name, _ in model.named_modules()), *towers]
     if {name for name in every if name.rpartition(".")[2] in endings} == set(targets):
         return endings
@@ -165,7 +166,7 @@ def _match(
 ) -> tuple[list[str], list[Problem]]:
     """Return the names that `patterns` match, and a problem for each pattern without a match.
 
-    `towers` are the modules of towers that were dropped.
+    `towers` are the modules of towers, which get no adapter.
     """
     if isinstance(patterns, str):
         try:
@@ -188,7 +189,7 @@ def _match(
 
 
 def _in_tower(entry: str, key: str, name: str) -> Problem:
-    what = f"{entry!r} matches only modules that read images or sound, such as {name}, which text does not train"
+    what = f"{entry!r} matches only modules that read images or sound, such as {name}, which stay frozen"
     return Problem(what, key, "Name modules of the language model, or use all-linear.")
 
 

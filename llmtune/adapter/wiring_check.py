@@ -15,9 +15,10 @@ from peft.tuners.lora.layer import ParamWrapper
 from llmtune.adapter.target_modules import resolve_targets
 from llmtune.errors import EnvironmentProblem, Problem, RecipeError
 from llmtune.model.causal_lm_loss import unwrap, virtual_logits
-from llmtune.model.config import linear_shapes
+from llmtune.model.config import in_heads, linear_shapes
 from llmtune.model.device import compute_context, resolve_dtype
 from llmtune.model.library_logging import hushed
+from llmtune.model.towers import find_projectors
 from llmtune.recipe.schema import Recipe
 from llmtune.records import SelectedModel
 
@@ -79,6 +80,8 @@ def prove_wiring(
         _send_gradient(on)
         fused = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, ParamWrapper))
         dead = [name for name, parameter in model.named_parameters() if _is_dead(name, parameter, fused)]
+        projectors = [f"base_model.model.{name}" for name in find_projectors(selected.model)]
+        dead = [name for name in dead if not in_heads(name, projectors)]  # a text does not reach them
     for parameter in model.parameters():
         parameter.grad = None
     for module, mode in modes.items():

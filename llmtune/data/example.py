@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
@@ -81,6 +81,13 @@ class ImageExample(Example):
         if isinstance(example, ImageExample):
             return example
         return cls(**vars(example), pictures=json.dumps(pictures).encode())
+
+    def without_labels(self, ids: Collection[int]) -> ImageExample:
+        """Return the example with no label on these tokens."""
+        pairs = zip(self.spans[::2], self.spans[1::2], strict=True)
+        labels = {place for start, end in pairs for place in range(start, end) if self.input_ids[place] not in ids}
+        spans = [place + end for place in sorted(labels) for end in (0, 1) if place - 1 + 2 * end not in labels]
+        return self if len(spans) == len(self.spans) else replace(self, spans=spans)
 
     def list_pictures(self) -> list[Picture]:
         """Return the pictures."""

@@ -174,7 +174,10 @@ def encode_rows(
     """
     check_tools(rows, processor, recipe)
     tally, total = _Tally(), sum(rows.counts.values())
-    tally.digest.update(hash_value(processor.chat_template).encode())  # it renders the prompts of evaluation too
+    settings = (
+        [processor.chat_template, recipe.model.image_pixels] if recipe.model.image_pixels else processor.chat_template
+    )
+    tally.digest.update(hash_value(settings).encode())  # they make the prompts of evaluation too
     with explained(folder):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / RECORD).unlink(missing_ok=True)
@@ -368,7 +371,9 @@ def examples_inputs(
     recipe: Recipe, rows: Rows, model: ModelRef, processor: PreTrainedTokenizerBase, kind: type[Example]
 ) -> str:
     """Hash the inputs of examples: the rows, the tokenizer, the template, the task's section, and the columns."""
-    model_settings = recipe.model.model_dump(mode="json", include={"chat_template_kwargs", "add_tokens"})
+    model_settings = recipe.model.model_dump(
+        mode="json", include={"chat_template_kwargs", "add_tokens", "image_pixels"}
+    )
     settings = recipe.data.model_dump(mode="json", include={"max_dropped", *ENCODING_KEYS})
     settings |= {"section": recipe.task_section()}
     versions = package_versions(("transformers", "tokenizers"))

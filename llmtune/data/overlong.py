@@ -18,8 +18,10 @@ from typing import Any, NamedTuple, TypeAlias, cast
 
 from transformers import PreTrainedTokenizerBase
 
+from llmtune.data.chat_messages import list_pictures
 from llmtune.data.chat_rows import ChatRow, Message
 from llmtune.data.example import Example, span_sizes
+from llmtune.data.pictures import PLACE
 from llmtune.data.task_interface import Encoded
 from llmtune.data.tokenization import cut_start, tokenize_each
 
@@ -33,6 +35,8 @@ Encode = Callable[[Sequence[ChatRow]], list[Encoded]]
 """Encodes conversations of any length: returns the examples of each, or the reason why it has none."""
 Cut: TypeAlias = Generator[ChatRow, Encoded, Encoded]
 """Shortens one conversation: yields shorter versions, receives their encodings, returns its own."""
+
+CUTS_PICTURE = ", and a picture would be cut"
 
 _TRIES = 6
 _GUESSES = 4
@@ -119,6 +123,10 @@ class _Conversation:
         """Return the row with only these exchanges, after its system messages."""
         return {**self.row, "messages": [*self.system, *chain.from_iterable(self.exchanges[first:end])]}
 
+    def loses_picture(self, first: int) -> bool:
+        """Whether the exchanges before `first` have a picture, which the later ones may be about."""
+        return bool(list_pictures([*chain.from_iterable(self.exchanges[:first])]))
+
     def most(
         self, sizes: Sequence[float], take: Callable[[int], ChatRow]
     ) -> Generator[ChatRow, Encoded, tuple[int, Encoded]]:
@@ -181,6 +189,8 @@ def _truncate_chat(chat: _Conversation, fit: ChatFit) -> Cut:
     """Keep as many of the last exchanges as fit, at least one; cut its question if necessary."""
     n, max_length = len(chat.exchanges), fit.max_length
     kept, examples = yield from chat.most(chat.sizes[:0:-1], lambda last: chat.part(n - last, n))
+    if chat.loses_picture(n - max(kept, 1)):
+        return too_long(chat.tokens, max_length, CUTS_PICTURE)
     if isinstance(examples, str) and kept:
         return too_long(chat.tokens, max_length, f", and cut at a turn: {examples}")
     if not isinstance(examples, str):
@@ -194,11 +204,11 @@ def _truncate_chat(chat: _Conversation, fit: ChatFit) -> Cut:
             return _with_loss(examples, chat.examples)
         if question["role"] != "user":
             break
-        question = {
-            **question,
-            "content": cut_start(fit.processor, question["content"], longest(examples) - max_length),
-        }
-        if not question["content"]:
+        text = cut_start(fit.processor, question["content"], longest(examples) - max_length)
+        if text.count(PLACE) < question["content"].count(PLACE):
+            return too_long(chat.tokens, max_length, CUTS_PICTURE)
+        question = {**question, "content": text}
+        if not text:
             break
     return too_long(chat.tokens, max_length, ", and its last answer does not fit with any of its question")
 
@@ -216,6 +226,8 @@ def _split_chat(chat: _Conversation, fit: ChatFit) -> Cut:
         taken, examples = yield from chat.most(sizes, take)
         if not taken:
             return too_long(chat.tokens, fit.max_length, ", and one exchange alone does not fit")
+        if chat.loses_picture(first):
+            return too_long(chat.tokens, fit.max_length, CUTS_PICTURE)
         if not isinstance(examples, str):
             parts += examples
         elif not examples.startswith(NOTHING):

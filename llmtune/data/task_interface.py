@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -75,6 +75,12 @@ class TaskInterface:
 
     def check_model(self, model: PreTrainedModel, processor: PreTrainedTokenizerBase, recipe: Recipe) -> None:
         """Refuse a model that would fail later; called after loading."""
+
+    def check_examples(
+        self, model: PreTrainedModel, processor: PreTrainedTokenizerBase, recipe: Recipe, examples: Iterable[AnyExample]
+    ) -> Iterator[tuple[int, str]]:
+        """Yield the number of each example that a loaded model would read wrongly, and why; called before training."""
+        return iter(())
 
     def needs_float32(self, recipe: Recipe) -> bool:
         """Whether rounding costs accuracy: an encoder's frozen weights are float32 in training, and a single output."""

@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from llmtune.data.pictures import Picture, open_picture
-from llmtune.model.processor import check_image_processor, open_processor
+from llmtune.model.processor import check_image_processor, open_processor, set_image_size
 
 CACHE_BYTES = 2**28
 """Memory for the tensors of pictures that were read last."""
@@ -37,8 +37,8 @@ class ImageProcessor:
 
     def __init__(self, processor: ProcessorMixin) -> None:
         self.processor = processor
-        self.token_types = ""
-        """Name of the model's input for the kinds of tokens; empty until a picture shows it, or without one."""
+        self.token_types = next((name for name in TOKEN_TYPES if name in processor.model_input_names), "")
+        """Name of the model's input for the kinds of tokens; empty for a model without one."""
         self._read: OrderedDict[str, PictureInputs] = OrderedDict()
         self._bytes = 0
 
@@ -64,7 +64,6 @@ class ImageProcessor:
         call = {"text": [self.placeholder], "images": [[open_picture(picture)]], "add_special_tokens": False}
         output = self.processor(**call, images_kwargs={"return_tensors": "pt"}, return_text_replacement_offsets=True)
         ((offsets,),) = output.pop("text_replacement_offsets")
-        self.token_types = next((name for name in TOKEN_TYPES if name in output), "")
         of_text = ("input_ids", "attention_mask", self.token_types)
         return PictureInputs(
             offsets["replacement"], {name: part for name, part in output.items() if name not in of_text}
@@ -83,6 +82,13 @@ class ImageProcessor:
         if (places := sum(map(len, offsets))) != len(pictures):
             return f"the chat template has {places} places for {len(pictures)} pictures"
         return list(expanded)
+
+    def special_ids(self, pictures: Iterable[Picture]) -> set[int]:
+        """Return the special tokens that the processor writes for pictures."""
+        tokenizer = self.processor.tokenizer
+        texts = dict.fromkeys(self.read(picture).text for picture in pictures)
+        ids: set[int] = {one for text in texts for one in tokenizer(text, add_special_tokens=False)["input_ids"]}
+        return ids & {*tokenizer.added_tokens_decoder}
 
     def media(self, pictures: Sequence[Picture], ids: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:
         """Return the model's inputs for the pictures of some texts, in order, and the kinds of their tokens [B, T].
@@ -127,4 +133,5 @@ def image_processor(tokenizer: PreTrainedTokenizerBase, trust_remote_code: bool 
     check_image_processor(folder, trust_remote_code, "")
     processor = open_processor(folder, trust_remote_code)
     processor.tokenizer = tokenizer
+    set_image_size(processor, tokenizer)
     return ImageProcessor(processor)

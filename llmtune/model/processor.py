@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
+import sys
 from pathlib import Path
 from typing import cast
 
@@ -36,6 +38,8 @@ PROCESSOR_FILES = (
 """Files from which `AutoProcessor` makes the inputs of pictures, video and sound."""
 TEMPLATE_FILES = ("processor_config.json", "chat_template.json")
 """Files with the template of a processor of pictures; `AutoProcessor` reads them in this order, `.jinja` last."""
+_IMAGE_SIZE = "llmtune_image_size"
+"""Attribute of a tokenizer: the size of pictures that the recipe chose."""
 _PARTS = re.compile(r"['\".](type|text)\b")
 _FAST = "PreTrainedTokenizerFast"
 _WRITTEN_BY_5_ALONE = ("TokenizersBackend", "PythonBackend", "SentencePieceBackend")
@@ -83,7 +87,45 @@ def load_processor(
             if token in vocab
         )
         tokenizer.add_tokens(list(model.add_tokens))
+    if model.image_pixels:
+        setattr(tokenizer, _IMAGE_SIZE, _choose_size(model_ref.path, model, *model.image_pixels))
     return cast(PreTrainedTokenizerBase, tokenizer)
+
+
+def _choose_size(folder: Path, model: ModelSection, fewest: int, most: int) -> dict[str, int]:
+    """Return the size in an image processor's files for these limits of a picture's pixels.
+
+    Raises EnvironmentProblem if the folder has no processor that opens, RecipeError if its pictures have no limits.
+    """
+    check_image_processor(folder, model.trust_remote_code, "")
+    part = open_processor(folder, model.trust_remote_code).image_processor
+    resize = getattr(sys.modules[type(part).__module__], "smart_resize", None)
+    stated = {name: value for name, value in dict(getattr(part, "size", None) or {}).items() if value is not None}
+    if resize is None or stated.keys() != {"shortest_edge", "longest_edge"}:
+        others = {
+            name: value for name, value in vars(part).items() if re.search("tokens|tiles|patches|pinpoints", name)
+        }
+        what = f"the {type(part).__name__} of this model has no limits in pixels, but {stated | others or 'its own'}"
+        raise RecipeError.of(what, "model.image_pixels", "Omit it, or make the pictures smaller.")
+    frames = part.temporal_patch_size if "num_frames" in inspect.signature(resize).parameters else 1  # GLM counts them
+    return {"shortest_edge": fewest * frames, "longest_edge": most * frames}
+
+
+def set_image_size(processor: ProcessorMixin, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Give a processor of pictures the limits of `model.image_pixels`, in place, if the tokenizer has some."""
+    if size := getattr(tokenizer, _IMAGE_SIZE, None):
+        processor.image_processor.size = type(processor.image_processor.size)(**size)
+
+
+def _save_image_size(size: dict[str, int], folder: Path) -> None:
+    """Write the limits into the files of a processor of pictures, also under the names of earlier versions."""
+    for name in PROCESSOR_FILES[:2]:
+        content = json.loads((folder / name).read_text("utf-8")) if (folder / name).is_file() else {}
+        part = content.get("image_processor") if name != PREPROCESSOR else content
+        if part:
+            edges = {"min_pixels": size["shortest_edge"], "max_pixels": size["longest_edge"]}
+            part |= {"size": size, **{key: value for key, value in edges.items() if key in part}}
+            (folder / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
 
 
 def open_processor(folder: Path, trust_remote_code: bool) -> ProcessorMixin:
@@ -201,3 +243,5 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     for name in PROCESSOR_FILES if source.resolve() != folder.resolve() else ():
         if (source / name).is_file():
             (folder / name).write_bytes((source / name).read_bytes())
+    if size := getattr(tokenizer, _IMAGE_SIZE, None):
+        _save_image_size(size, folder)

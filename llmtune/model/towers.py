@@ -101,9 +101,42 @@ def drop_towers(model: PreTrainedModel) -> None:
 
 
 def freeze_towers(model: PreTrainedModel) -> None:
-    """Exclude the towers of a model from training, in place."""
-    for name in find_towers(model):
-        model.get_submodule(name).requires_grad_(False)
+    """Exclude the towers of a model from training, in place, and the parameters next to them."""
+    if towers := find_towers(model):
+        loose = {f"{owner}." if owner else "" for owner in {name.rpartition(".")[0] for name in towers}}
+        for name, parameter in model.named_parameters():
+            inside = any(name.startswith(f"{tower}.") for tower in towers)
+            if inside or name.removesuffix(name.rpartition(".")[2]) in loose:
+                parameter.requires_grad_(False)
+
+
+def find_projectors(model: PreTrainedModel) -> list[str]:
+    """Return the modules between the encoder of images and the language model; none if they cannot be told apart.
+
+    They are the towers that are no models of their own, or else the mergers in an encoder. Lists are given by their
+    parts.
+    """
+    towers = {name: model.get_submodule(name) for name in find_towers(model) if "audio" not in name}
+    parts = {name: tower for name, tower in towers.items() if not isinstance(tower, PreTrainedModel)} or {
+        f"{name}.{child}": part
+        for name, tower in towers.items()
+        for child, part in tower.named_children()
+        if "merger" in child
+    }
+    every = (_split_list(name, part) for name, part in parts.items())
+    return [name for names in every for name in names]
+
+
+def _split_list(name: str, part: torch.nn.Module) -> list[str]:
+    return [f"{name}.{i}" for i in range(len(part))] if isinstance(part, torch.nn.ModuleList) else [name]
+
+
+def tower_modules(model: torch.nn.Module) -> Sequence[str]:
+    """Return the names of all modules in the towers of a model, also of those that it lost."""
+    if (dropped := dropped_modules(model)) or not isinstance(model, PreTrainedModel):
+        return dropped
+    inside = tuple(f"{name}." for name in find_towers(model))
+    return [name for name, _ in model.named_modules() if f"{name}.".startswith(inside)] if inside else ()
 
 
 def remove_towers(model: PreTrainedModel) -> None:
@@ -130,8 +163,14 @@ def describe_towers(model: PreTrainedModel) -> str | None:
     dropped = dropped_modules(model)
     if names := [name for name in dropped if name.rpartition(".")[0] not in dropped]:
         return f"Towers left out: {', '.join(names)}. Without them a text has the same scores, to the bit."
-    names = find_towers(model)
-    return f"Towers frozen: {', '.join(names)}. A text does not have the same scores without them." if names else None
+    if not (names := find_towers(model)):
+        return None
+    if hasattr(model, _DROPPED):
+        return f"Towers frozen: {', '.join(names)}. A text does not have the same scores without them."
+    parts = {name: model.get_submodule(name) for name in find_projectors(model)}
+    trained = [name for name, part in parts.items() if any(one.requires_grad for one in part.parameters())]
+    frozen = f"Towers frozen: {', '.join(name for name in names if name not in trained) or 'none'}"
+    return f"{frozen}, except {', '.join(trained)}, which are trained completely." if trained else f"{frozen}."
 
 
 def patch_text_forward(model: PreTrainedModel) -> None:

@@ -92,6 +92,9 @@ class AdapterSection(RecipeSection):
     """Modules that are fully trained and saved with the adapter. Default none: each adds its full size."""
     layers_to_transform: Layers | None = None
     """Indices of the layers that get an adapter, from 0. Default none: all layers."""
+    train_projector: bool = False
+    """Also train the modules between the encoder of images and the language model, completely. They are saved with
+    the adapter. Default false: those of a trained model fit it already. Needed for a new projector."""
     bias: Literal["none", "all", "lora_only", "oft_only", "delora_only"] = "none"
     """Biases to train. Default `none`: trained biases change the model even with the adapter switched off."""
     use_dora: bool = False
@@ -138,6 +141,8 @@ class AdapterSection(RecipeSection):
             diagnostics.none_has_effect(self, "adapter", kept, "with adapter.start_from", fix, *because)
         if self.method != "qlora":
             diagnostics.none_has_effect(self, "adapter", QUANTIZATION_KEYS, why, "Remove it, or use qlora.", method)
+        if self.method != "full" and "modules_to_save" not in options_of(self.method):
+            diagnostics.none_has_effect(self, "adapter", ("train_projector",), why, "Remove it, or use lora.", method)
         self._check_options(diagnostics)
         if self.method != "full":
             self._check_patterns(diagnostics)
@@ -274,9 +279,8 @@ def _option_text(value: object) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-LORA_KEYS = tuple(
-    name for name in AdapterSection.model_fields if name not in ("method", "start_from", *QUANTIZATION_KEYS)
-)
+_OTHER_KEYS = ("method", "start_from", "train_projector", *QUANTIZATION_KEYS)
+LORA_KEYS = tuple(name for name in AdapterSection.model_fields if name not in _OTHER_KEYS)
 
 
 RESOLVED_KEYS = ("target_modules", "exclude_modules", "layers_to_transform")

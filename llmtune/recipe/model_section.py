@@ -12,6 +12,7 @@ from llmtune.recipe.builtin import recipes_folder
 from llmtune.recipe.section import (
     Many,
     NonEmpty,
+    Positive,
     RecipeSection,
     absolute,
     absolute_model,
@@ -87,6 +88,10 @@ class ModelSection(RecipeSection):
     add_tokens: Many[NonEmpty] = ()
     """Tokens to add to the vocabulary; their embeddings are trained with the adapter. Default none: new embeddings
     start untrained and make the adapter larger."""
+    image_pixels: Annotated[Many[Positive], Field(min_length=2, max_length=2)] | None = None
+    """Fewest and most pixels of a picture, such as `[65536, 1048576]`: others are resized before they are read. Saved
+    with the model, so it is served with the same limits. For models whose processor has such limits, such as Qwen's.
+    Default none: the model's own, which may make thousands of tokens of a photo."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Default false: that code can do anything on the machine."""
     use_safetensors: bool = True
@@ -110,6 +115,9 @@ class ModelSection(RecipeSection):
         elif self.name is not None and self.candidates is not None:
             fix = "Keep one of them; set the other to null if it comes from an extended recipe."
             diagnostics.add("model.candidates", "both 'model.name' and 'model.candidates' are given", fix, *both)
+        if self.image_pixels and self.image_pixels[0] > self.image_pixels[1]:
+            what = f"'model.image_pixels' is {list(self.image_pixels)}: the fewest are more than the most"
+            diagnostics.add("model.image_pixels", what, "Write the smaller number first.")
         names = {"model.name": self.name} if self.name is not None else {}
         listed = self.candidates if isinstance(self.candidates, tuple) else ()
         names |= {f"model.candidates.{i}": name for i, name in enumerate(listed)}

@@ -12,6 +12,7 @@ from llmtune.recipe.adapter_section import AdapterSection
 from llmtune.recipe.class_names import follow_renames
 from llmtune.recipe.data_section import DataSection
 from llmtune.recipe.evaluate_section import EvaluateSection
+from llmtune.recipe.model_kind import ModelKind
 from llmtune.recipe.model_section import ModelSection
 from llmtune.recipe.section import Positive, RecipeSection, Seed, descriptions, find_section, one_or_more
 from llmtune.recipe.source_map import Diagnostics
@@ -269,11 +270,17 @@ class Recipe(RecipeSection):
             diagnostics.no_effect("deploy.limit", "without test rows", fix, "data.test")
 
 
-def find_idle_keys(recipe: Recipe, *, style: str | None, reads_template: bool) -> Iterator[Problem]:
-    """Yield the keys of a resolved recipe that have no effect on its kind of model and of rows.
+def find_idle_keys(recipe: Recipe, kind: ModelKind, style: str | None) -> Iterator[Problem]:
+    """Yield the keys of a resolved recipe that have no effect on its kind of model and of rows, or do not fit them.
 
-    `style` is that of a qa model, and `reads_template` is whether the model's prompts are made by a chat template.
+    `style` is that of a qa model.
     """
+    if not kind.takes_images:
+        yield from _idle_problems("adapter", recipe.adapter, ["train_projector"], "without pictures")
+        yield from _idle_problems("model", recipe.model, ["image_pixels"], "without pictures")
+    elif recipe.adapter.is_prompt:
+        what = f"'adapter.method' is {recipe.adapter.method}, which does not work with pictures"
+        yield Problem(f"{what}: it gives the model vectors instead of tokens", "adapter.method", "Use lora.")
     if recipe.qa is not None and style is not None:
         others = (name for other, names in QA_KEYS.items() if other != style for name in names)
         fix = f"Remove it, and set qa.style: {style}."
@@ -281,7 +288,7 @@ def find_idle_keys(recipe: Recipe, *, style: str | None, reads_template: bool) -
     if recipe.embed is not None:
         others = (name for name, losses in EMBED_KEYS.items() if recipe.embed.loss not in losses)
         yield from _idle_problems("embed", recipe.embed, others, f"the loss of these rows is {recipe.embed.loss}")
-    if not reads_template and recipe.variant.facts.templated:
+    if not kind.reads_template and recipe.variant.facts.templated:
         for name, section in (("data", recipe.data), ("model", recipe.model)):
             yield from _idle_problems(name, section, TEMPLATE_KEYS[name], "this kind of model reads no chat template")
     if style == "extractive":

@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
+from typing import cast
 
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+import torch
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from llmtune.data.chat_encoding import encode_chat
 from llmtune.data.chat_messages import list_pictures
-from llmtune.data.chat_rows import ChatRow
+from llmtune.data.chat_rows import ChatRow, Message
 from llmtune.data.collators import collate_padded
-from llmtune.data.example import Collate, ImageExample
+from llmtune.data.example import Collate, Example, ImageExample
+from llmtune.data.pictures import PLACE
 from llmtune.data.task_interface import Encoded
+from llmtune.errors import RecipeError, first_line
+from llmtune.model.causal_lm_loss import unwrap
+from llmtune.model.device import REFUSALS, is_out_of_memory, resolve_dtype
+from llmtune.model.image_checks import draw_probes, explain_unreadable_pictures, find_miscounts
 from llmtune.model.image_models import ImageProcessor, image_processor
-from llmtune.model.towers import image_text_class
+from llmtune.model.towers import find_projectors, image_text_class
 from llmtune.recipe.model_kind import IMAGE_TEXT
 from llmtune.recipe.schema import Recipe
-from llmtune.records import Batch, Prompt
+from llmtune.records import Batch, Loss, Prompt
 from llmtune.tasks.chat import Chat
 
 
@@ -35,11 +44,16 @@ class ImageChat(Chat):
         """Whether the model reads pictures."""
         return image_text_class(config) is not None
 
+    def note_labels(self, stated: Recipe, inferred: Recipe) -> str | None:
+        """Say that rows are not packed, whatever `data.packing` says."""
+        why = "pictures are not packed"
+        return f"Rows are padded, in batches of similar length, because {why}." if inferred.data.packing else None
+
     def encode(self, rows: Sequence[ChatRow], processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[Encoded]:
         """Return the examples of each conversation, with the tokens of its pictures."""
         images = open_images(processor, recipe)
         encoded = encode_chat(rows, processor, recipe, images.expand)
-        return [row if isinstance(row, str) else [*map(ImageExample.of, row)] for row in encoded]
+        return [row if isinstance(row, str) else [_unlabel(one, images) for one in row] for row in encoded]
 
     def prompt(self, row: ChatRow, processor: PreTrainedTokenizerBase, recipe: Recipe) -> Prompt:
         """Return the rendered conversation, ready for the next answer, with its pictures."""
@@ -62,6 +76,63 @@ class ImageChat(Chat):
             return {**collate_padded(examples, processor.pad_token_id), **media, "media": tuple(media)}
 
         return collate
+
+    def loss(self, model: torch.nn.Module, batch: Batch, by_row: bool = False) -> Loss:
+        """Sum the cross entropy; a trained projector always gets a gradient, which is zero for texts without pictures.
+
+        A process with such texts alone would otherwise wait for gradients that never come.
+        """
+        loss = super().loss(model, batch, by_row)
+        if not torch.is_grad_enabled():
+            return loss
+        inner = cast(PreTrainedModel, unwrap(model))
+        parameters = (one for name in find_projectors(inner) for one in inner.get_submodule(name).parameters())
+        zeros = [0 * parameter.sum() for parameter in parameters if parameter.requires_grad]
+        return replace(loss, sum=sum(zeros, start=loss.sum)) if zeros else loss
+
+    def check_examples(
+        self,
+        model: PreTrainedModel,
+        processor: PreTrainedTokenizerBase,
+        recipe: Recipe,
+        examples: Iterable[ImageExample],
+    ) -> Iterator[tuple[int, str]]:
+        """Count the image tokens of each example; refuse a model that does not read pictures one by one as together."""
+        try:
+            miscounts = [*find_miscounts(model, open_images(processor, recipe), examples)]
+            reason = None if miscounts else self._explain_unreadable(model, processor, recipe)
+        except REFUSALS as error:
+            if is_out_of_memory(error):
+                raise
+            reason = f"cannot read pictures: {first_line(error)}"
+        if reason is not None:
+            what = f"model type {model.config.model_type} is not supported with pictures: it {reason}"
+            raise RecipeError.of(what, "model.name", f"{self.model_kind.fix} Or set chat.images: false.")
+        return iter(miscounts)
+
+    def _explain_unreadable(
+        self, model: PreTrainedModel, processor: PreTrainedTokenizerBase, recipe: Recipe
+    ) -> str | None:
+        """Return what a model reads wrongly, tried on three pictures; None if nothing."""
+        long = recipe.model_copy(update={"data": recipe.data.model_copy(update={"max_length": sys.maxsize})})
+        answer: Message = {"role": "assistant", "content": "It is a picture."}
+        rows: list[ChatRow] = [
+            {"messages": [{"role": "user", "content": f"{PLACE}What is it?", "images": [picture]}, answer]}
+            for picture in draw_probes()
+        ]
+        encoded = self.encode(rows, processor, long)
+        examples = [cast(ImageExample, example) for row in encoded for example in row if not isinstance(row, str)]
+        if reason := next((row for row in encoded if isinstance(row, str)), None):
+            return f"cannot encode them: {reason}"
+        dtype = resolve_dtype(recipe.model.dtype, model.device.type)
+        return explain_unreadable_pictures(model, dtype, self.collator(processor, recipe), examples)
+
+
+def _unlabel(example: Example, images: ImageProcessor) -> ImageExample:
+    """Return an example without labels on the tokens of its pictures, which `train_on: all` would train."""
+    read = ImageExample.of(example)
+    pictures = read.list_pictures()
+    return read.without_labels(images.special_ids(pictures)) if pictures else read
 
 
 def open_images(processor: PreTrainedTokenizerBase, recipe: Recipe) -> ImageProcessor:

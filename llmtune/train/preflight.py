@@ -13,11 +13,15 @@ import numpy as np
 import torch
 from rich.console import Console
 
+from llmtune.data.examples import SHOWN, ExampleReader
+from llmtune.data.row_store import iterate_texts
 from llmtune.display.console import spinner
-from llmtune.errors import EnvironmentProblem, LlmtuneError, TrainingError
+from llmtune.errors import DataError, EnvironmentProblem, LlmtuneError, Problem, TrainingError
 from llmtune.model.chunked_cross_entropy import takes_head_loss
 from llmtune.model.device import device_memory, release_memory
 from llmtune.model.prefix_packing import whole_documents
+from llmtune.recipe.schema import Recipe
+from llmtune.records import Examples, Rows, SelectedModel
 from llmtune.train.accumulation import MicroBatchTooLarge, make_batch, seed_micro_batch, try_memory
 from llmtune.train.batch_plan import Indexes, heaviest
 from llmtune.train.checkpoint import (
@@ -26,8 +30,26 @@ from llmtune.train.checkpoint import (
     read_checkpoint,
 )
 from llmtune.train.distributed import any_process, run_on_main
+from llmtune.train.objective import TrainedTask
 from llmtune.train.resume import restore_checkpoint, save
 from llmtune.train.setup import TrainContext, peak_bytes
+
+
+def check_examples(rows: Rows, examples: Examples, task: TrainedTask, selected: SelectedModel, recipe: Recipe) -> None:
+    """Raise DataError for the rows that the loaded model would read wrongly."""
+    problems: list[Problem] = []
+    for split in examples.files:
+        reader = ExampleReader(examples, split, task.example_type)
+        checked = task.check_examples(selected.model, selected.processor, recipe, reader)
+        wrong = {int(reader.rows[number]): reason for number, reason in checked}
+        origins = enumerate(iterate_texts(rows, split)) if wrong else ()
+        problems += [Problem(wrong[row], origin) for row, (origin, _) in origins if row in wrong]
+    if problems:
+        what, fix = (
+            f"the model would read {len(problems):,} rows wrongly",
+            "The files of its processor may be another model's.",
+        )
+        raise DataError(Problem(what, fix=fix), *problems[:SHOWN])
 
 
 def run_preflight(

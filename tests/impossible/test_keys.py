@@ -296,6 +296,9 @@ JUDGE = "evaluate/suites/test_judge.py"
 MINING = "test_mining.py"
 SELECTIVE = "evaluate/test_decision.py"
 ELSEWHERE = {
+    "chat.images": "tasks/test_image_chat.py::test_the_key_images_decides_whether_the_model_keeps_its_towers",
+    "adapter.train_projector": "adapter/test_image_adapters.py::test_full_training_reaches_the_projector_on_request",
+    "model.image_pixels": "tasks/test_image_chat.py::test_limits_of_pixels_are_saved_with_the_model",
     "extends": "recipe/test_loader.py::test_nearer_files_override_values_and_mappings_are_merged",
     "recipe_version": "recipe/test_validation.py::test_an_invalid_key_or_value_is_refused_with_place_cause_and_fix",
     "model.candidates": "model/test_model_selection.py::test_the_model_that_knows_the_rows_best_is_chosen",

@@ -25,7 +25,7 @@ OWN_TRAIN_KEYS = {
     *("batch_size", "batch_tokens", "early_stopping_patience", "early_stopping_threshold", "eval_metrics", "seeds"),
 }
 OF_TRL = {"loss_type"}
-OWN_ADAPTER_KEYS = {"method", "start_from"}
+OWN_ADAPTER_KEYS = {"method", "start_from", "train_projector"}
 
 
 def values(literal: object) -> set[str]:
