@@ -14,18 +14,16 @@ from PIL.Image import Image
 from PIL.Image import new as new_image
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from llmtune.data.chat_messages import list_pictures
 from llmtune.data.chat_rows import ChatRow, open_conversation
-from llmtune.data.pictures import IMAGE, Picture, open_picture, picture_name, read_picture
+from llmtune.data.pictures import IMAGE, Picture, open_picture, picture_name, read_picture, row_pictures
 from llmtune.data.rejected_rows import RowError
 from llmtune.errors import DataError
 from llmtune.explain.explainer import Target
 from llmtune.explain.patch_grids import PatchGrid, find_grids
 from llmtune.explain.token_text import Token, TokenLine, name_tokens
-from llmtune.model.image_models import ImageProcessor
+from llmtune.model.image_models import ImageProcessor, image_processor
 from llmtune.recipe.schema import Recipe
 from llmtune.records import Prompt
-from llmtune.tasks.image_chat import open_images
 
 GREY = (128, 128, 128)
 SHOWN_SIDE = 640
@@ -79,8 +77,8 @@ def picture_prompt(
     assert target.task is not None, "only a run or a model that was opened with its towers reads pictures"
     row = _make_row(text or "", system, files)
     prompt = target.task.prompt(row, target.processor, recipe)
-    images = open_images(target.processor, recipe)
-    return prompt, tuple(_find_pictures(prompt.ids, list_pictures(row["messages"]), images, target.config))
+    images = image_processor(target.processor, recipe.model.trust_remote_code)
+    return prompt, tuple(_find_pictures(prompt.ids, row_pictures(dict(row)), images, target.config))
 
 
 def _make_row(text: str, system: str | None, files: Sequence[Path]) -> ChatRow:
@@ -112,7 +110,7 @@ def grey_tensors(
     target: Target, ids: Sequence[int], pictures: Sequence[PromptPicture], recipe: Recipe
 ) -> dict[str, torch.Tensor]:
     """Return the inputs of a prompt with a grey picture of the same size in place of each picture."""
-    images = open_images(target.processor, recipe)
+    images = image_processor(target.processor, recipe.model.trust_remote_code)
     return images.media([_grey_like(one.picture) for one in pictures], [ids])
 
 
