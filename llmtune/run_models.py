@@ -20,6 +20,7 @@ from llmtune.errors import EnvironmentProblem
 from llmtune.evaluate.cache_keys import base_inputs, simple_inputs
 from llmtune.evaluate.champion import face_champion
 from llmtune.evaluate.champion_answers import ChampionModel, ask_champion, ask_classes
+from llmtune.evaluate.controls import control_inputs
 from llmtune.evaluate.eval_inputs import EvalContext, calibration_inputs, make_inputs
 from llmtune.evaluate.evaluator import ModelLoaders, Scored
 from llmtune.evaluate.label_check import check_labels
@@ -183,7 +184,10 @@ def score_models(context: RunContext, folder: Path | None, base_folder: Path | N
     join_processes(plan.device)
     inputs = make_inputs(rows, examples, task, processor, recipe) if examples.counts.get("test") else None
     validation = calibration_inputs(rows, examples, task, processor, recipe, inputs)
-    eval_context = EvalContext(recipe, task, processor, inputs, plan.device, context.console, folder, validation)
+    controls = control_inputs(rows, inputs, task, processor, recipe, context.console)
+    eval_context = EvalContext(
+        recipe, task, processor, inputs, plan.device, context.console, folder, validation, controls
+    )
     base = base_inputs(recipe, adapter_settings(recipe), plan.model_ref, rows, examples, plan.device)
     simple = load_base(base_folder, simple_inputs(recipe, rows, examples), SIMPLE)
     ask = partial(ask_champion, partial(load_champion, context), eval_context, rows, context.folder.path)

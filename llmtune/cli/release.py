@@ -115,6 +115,7 @@ def show_release(release: Stored, signers: Signers = None, as_json: AsJson = Fal
     from llmtune.deploy.releases import check_signature, summarize_release
     from llmtune.display.console import print_sections
     from llmtune.evaluate.release_records import find_record, read_release
+    from llmtune.report.control_sections import control_section
     from llmtune.report.evaluation_sections import gate_section
     from llmtune.report.score_sections import score_section, simple_baseline_section
     from llmtune.store.score_records import Evaluation
@@ -129,8 +130,9 @@ def show_release(release: Stored, signers: Signers = None, as_json: AsJson = Fal
         typer.echo(f"{summary['address']}{' (current)' if summary['current'] else ''}, from run {record['run']}")
     scores = record["base"], record["tuned"], record["difference"]
     evaluation = Evaluation(*scores, (), record["rows"], record["signatures"])
-    evaluation, task = replace(evaluation, simple_baseline=record.get("simple_baseline")), record["recipe"]["task"]
-    sections = [score_section(evaluation, task), simple_baseline_section(evaluation, task)]
+    simple, controls, task = record.get("simple_baseline"), record.get("controls", {}), record["recipe"]["task"]
+    evaluation = replace(evaluation, simple_baseline=simple, controls=controls, pictured=record.get("pictured", 0))
+    sections = [make(evaluation, task) for make in (score_section, control_section, simple_baseline_section)]
     sections.append(gate_section(record["gates"]))
     print_sections(sections, make_console(stderr=False))
     if signature:

@@ -10,6 +10,7 @@ from llmtune import __version__
 from llmtune.data.row_store import iterate_ids, load_rows
 from llmtune.errors import LlmtuneError
 from llmtune.evaluate.class_alignment import pair_metrics
+from llmtune.evaluate.control_verdict import list_reliances
 from llmtune.evaluate.gates import check_gates
 from llmtune.evaluate.metric_info import list_targets
 from llmtune.evaluate.opened_runs import OpenedRun, find_differing
@@ -169,6 +170,7 @@ def find_usage(run: OpenedRun) -> tuple[int | None, float | None]:
 
 def find_notes(runs: Sequence[OpenedRun]) -> Iterator[str]:
     """Yield notes needed to read the numbers correctly."""
+    yield from list_reliances({run.name: run.evaluation for run in runs})
     trained = [run.folder.facts("train") for run in runs]
     for run, train in zip(runs, trained, strict=True):
         if train.get("resumed_from"):

@@ -150,7 +150,7 @@ def describe_pictures(rows: Rows) -> tuple[Json, list[str]]:
         return {}, []
     listed = [_show(*shown[content]) for content in sorted(shown)]
     facts |= {"different": len(seen), "smallest": sizes[0], "largest": sizes[1], "converted": dict(converted)}
-    return facts | {"shown": listed}, [_thumbnail(shown[content][0]) for content in sorted(shown)]
+    return facts | {"shown": listed}, [thumbnail(shown[content][0]) for content in sorted(shown)]
 
 
 def _show(picture: Picture, row: Row) -> list[str]:
@@ -160,7 +160,8 @@ def _show(picture: Picture, row: Row) -> list[str]:
     return [picture_name(picture), size, shorten(prompt), shorten(answer)]
 
 
-def _thumbnail(picture: Picture) -> str:
+def thumbnail(picture: Picture) -> str:
+    """Return a small copy of a picture as a data URL, about 5 kB."""
     image, stream = open_picture(picture), io.BytesIO()
     image.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
     image.save(stream, "JPEG", quality=80)

@@ -190,6 +190,8 @@ def make_record(run: Path) -> Json:
         certificates=opened.folder.certificates(),
         rows=evaluation.rows,
         simple_baseline=evaluation.simple_baseline,
+        controls=evaluation.controls,
+        pictured=evaluation.pictured,
         measures="",
     )
     packed = base64.b64encode(pack_measures(measures)).decode()  # contains no path or secret
@@ -199,7 +201,8 @@ def make_record(run: Path) -> Json:
 def _without_paths(content: Release) -> Json:
     difference = {metric: asdict(change) for metric, change in content["difference"].items()}
     simple = content["simple_baseline"] and asdict(content["simple_baseline"])
-    values = {**content, "difference": difference, "simple_baseline": simple}
+    controls = {name: asdict(control) for name, control in content["controls"].items()}
+    values = {**content, "difference": difference, "simple_baseline": simple, "controls": controls}
     return {key: hide_paths(value) for key, value in values.items()}
 
 

@@ -232,6 +232,8 @@ class Sample:
     chosen: Sequence[ModelAnswer] = ()
     """The likeliest of the possible answers, by model."""
     origin: str = ""
+    pictures: Sequence[str] = ()
+    """Small copies of the prompt's pictures as data URLs; HTML pages only."""
 
 
 @dataclass(frozen=True)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Set
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from llmtune.data.answer_parser import ToolTurn
 from llmtune.data.corpus import load_corpus
+from llmtune.data.example import AnyExample
 from llmtune.data.examples import ExampleReader
 from llmtune.data.row_kind import write_prompt
 from llmtune.data.row_store import iterate_groups, iterate_rows
@@ -32,11 +34,28 @@ SPLIT = "test"
 SCHEMAS_NOTE = "tool_call_valid.schemas"
 
 
+class EncodedRows:
+    """Examples in memory, with the interface of `ExampleReader`."""
+
+    def __init__(self, encoded: Mapping[int, Sequence[AnyExample]]) -> None:
+        """Take the examples of rows, by their numbers in ascending order."""
+        self._examples = [example for examples in encoded.values() for example in examples]
+        self.rows = np.array([row for row, examples in encoded.items() for _ in examples], dtype=np.int32)
+        self.lengths = np.array([example.tokens for example in self._examples], dtype=np.int32)
+        self.supervised = np.array([example.supervised for example in self._examples], dtype=np.int32)
+
+    def __len__(self) -> int:
+        return len(self._examples)
+
+    def __getitem__(self, index: int) -> AnyExample:
+        return self._examples[index]
+
+
 @dataclass(frozen=True)
 class EvalInputs:
     """N rows of the test split (during training, of the validation split), in the order of `Rows`."""
 
-    reader: ExampleReader
+    reader: ExampleReader | EncodedRows
     rows: tuple[int, ...]
     """[N] numbers of the rows that have at least one example."""
     origins: tuple[str, ...]
@@ -69,6 +88,8 @@ class EvalInputs:
     """[N] the rows with their answers and kept columns, for the user's own metrics; empty without any."""
     corpus: tuple[str, ...] = ()
     """The passages of `data.corpus`."""
+    pictured: frozenset[int] = frozenset()
+    """Indexes into the rows above: the rows with pictures."""
     measured: tuple[int, ...] = ()
     """Indexes into the rows above: the only rows that are measured; empty for all."""
 
@@ -88,6 +109,8 @@ class EvalContext:
     """Where files of the evaluation go; None to keep nothing."""
     validation: EvalInputs | None = None
     """The validation rows to calibrate on, if the task chooses; they get no generated answers."""
+    controls: Mapping[str, EvalInputs] = field(default_factory=dict)
+    """By name, the test rows with other pictures (`llmtune.evaluate.controls`)."""
     checkpoints: int = 1
     """Number of checkpoints that training chose from by their scores on validation rows."""
 
@@ -119,8 +142,7 @@ def make_inputs(
     limit = (recipe.evaluate.limit if needs_texts else recipe.evaluate.samples) if facts.generates else None
     answered = [answerable[i] for i in cut_evenly(len(answerable), limit)]
     if needs_texts and len(answered) < len(numbers):
-        unanswerable = len(numbers) - len(answerable)
-        why = f"; {unanswerable} have no prompt or no text answer" if unanswerable else ""
+        why = f"; {left} have no prompt or no text answer" if (left := len(numbers) - len(answerable)) else ""
         notes["generated"] = f"answers are generated for {len(answered)} of {len(numbers)} rows{why}"
     choices, trees = tuple[str, ...](), dict[int, Tree]()
     if not task.predicts and set(CHOICE_METRICS) & set(metrics):
@@ -151,6 +173,7 @@ def make_inputs(
         clusters=read_clusters(rows, split, kept),
         full_rows=tuple(read_full_rows(rows, split, kept)) if recipe.evaluate.own_metrics else (),
         corpus=read_corpus(rows, split) if facts.searches else (),
+        pictured=frozenset(i for i, question in enumerate(questions) if task.list_pictures(question)),
     )
 
 

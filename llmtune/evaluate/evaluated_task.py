@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from llmtune.data.answer_parser import ToolTurn
+    from llmtune.data.pictures import Picture
     from llmtune.evaluate.metric import Measure
     from llmtune.recipe.schema import Recipe
     from llmtune.records import Rows
@@ -143,6 +144,14 @@ class EvaluatedTask(TaskInterface):
     def row_notes(self, rows: Rows, split: str, recipe: Recipe) -> dict[str, str]:
         """Return notes on the evaluated rows of a split for the report, by subject."""
         return {}
+
+    def list_pictures(self, row: Any) -> list[Picture]:
+        """Return the pictures of a row."""
+        return []
+
+    def with_pictures(self, row: Any, pictures: Sequence[Picture]) -> Any:
+        """Return the row with other pictures in the places of its own."""
+        raise NotImplementedError
 
     def can_answer(self, row: Row, processor: PreTrainedTokenizerBase) -> bool:
         """Return whether a row has what its answer needs besides a prompt, such as a mask."""

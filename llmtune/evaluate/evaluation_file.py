@@ -19,7 +19,9 @@ from llmtune.store.score_records import Evaluation, Study
 EVALUATION = "evaluation.json"
 PIECES = "loss.pieces"
 """Name of the note on the base model's loss per piece of a text."""
-SCORES = ("base", "intervals", "tuned", "export", "difference", "from_old", "scores", "before", "after")
+SCORES = (
+    *("base", "intervals", "tuned", "export", "difference", "base_difference", "from_old", "scores", "before", "after"),
+)
 """Keys of `evaluation.json` below which null means NaN."""
 
 

@@ -14,6 +14,7 @@ import torch
 from llmtune.data.row_store import iterate_rows
 from llmtune.errors import Problem
 from llmtune.evaluate.calibration import Chosen, calibrate, describe_reliability
+from llmtune.evaluate.controls import compare_controls, name_answers, shown_answers
 from llmtune.evaluate.decision import conclude, fit_decision, measure_decisions
 from llmtune.evaluate.eval_inputs import EvalContext, EvalInputs
 from llmtune.evaluate.evaluated_task import Corpus, EvalPrediction, EvaluatedTask
@@ -92,10 +93,12 @@ def evaluate(
         measures = PairedMeasures(*({name: one[name] for name in one if name not in problems} for one in both))
         decided, added = decide_answers(context, answers)
         measures = replace(measures, tuned={**measures.tuned, **added})
-        evaluation = compare_answers(context, context.inputs, base, tuned, measures, headless=stand_in is not None)
+        controls = compare_controls(context, answers, measures)
+        evaluation = compare_answers(context, context.inputs, answers, measures, headless=stand_in is not None)
         notes = {name: f"not measured: {problem.what}" for name, problem in problems.items()}
         failed = {name: (one.what, one.where or "", one.fix or "") for name, one in problems.items()}
         evaluation = replace(evaluation, signatures=evaluation.signatures | notes, failed=failed)
+        evaluation = replace(evaluation, controls=controls, pictured=len(context.inputs.pictured))
     elif context.recipe.evaluate.decisions:
         decided, _ = decide_answers(context, answers)
     studies = compare_suites(suites, measures, answers)
@@ -177,18 +180,22 @@ def run_models(
     headless: bool,
 ) -> None:
     """Run the rows and suites on base and tuned model; add answers that are missing from `answers`."""
+    controls = {control: replace(context, inputs=inputs) for control, inputs in context.controls.items()}
     for name, load in (("base", models.base), ("tuned", models.tuned)):
         predicts = context.inputs is not None and name not in answers
         running = () if name == "base" and headless else suites
         validation = replace(context, inputs=context.validation) if name == "tuned" else context
         calibrates = name == "tuned" and context.validation is not None
-        if not predicts and not running and not calibrates:
+        if not predicts and not running and not calibrates and not controls:
             continue
         with load() as model:
             if predicts:
                 answers[name] = predict(model, name, context, models.packs())
             if calibrates:
                 answers["validation"] = predict(model, "validation", validation, models.packs())
+            for control, other in controls.items():
+                key = name_answers(name, control)
+                answers[key] = predict(model, key, other, models.packs())
             for suite in running:
                 suite.run(name, model)
         del model  # frees the base's weights before the tuned ones are loaded
@@ -234,8 +241,7 @@ def find_guessable(
 def compare_answers(
     context: EvalContext,
     inputs: EvalInputs,
-    base: Answers,
-    tuned: Answers,
+    models: Mapping[str, Answers],
     measures: PairedMeasures,
     *,
     headless: bool,
@@ -243,6 +249,7 @@ def compare_answers(
     """Turn the answers of both models into scores, differences, samples, flips and slices."""
     task, recipe = context.task, context.recipe
     samples, seed = recipe.evaluate.samples, recipe.seed
+    base, tuned, shown = models["base"], models["tuned"], shown_answers(models, context.controls)
     base_scores, tuned_scores = measures.scores()
     references, prompts = [inputs.targets[i] for i in inputs.answered], [inputs.questions[i] for i in inputs.answered]
     details = {}
@@ -258,12 +265,12 @@ def compare_answers(
         tuned=tuned_scores,
         difference=measures.differences(seed),
         intervals={metric: own_interval(one, seed) for metric, one in measures.tuned.items()},
-        samples=pick_samples(inputs, base, tuned, samples),
+        samples=pick_samples(inputs, shown, samples),
         rows=len(inputs.rows),
         signatures=describe_metrics(measures.tuned, inputs, tuned, recipe) | compare_pieces(base.sums, recipe),
         details=details,
         guessable=find_guessable(task, recipe, references, prompts, measures.tuned) if headless else (),
-        flips=find_flips(measures, inputs, base, tuned, samples),
+        flips=find_flips(measures, inputs, shown, samples),
         slices=score_slices(inputs.slices, measures, seed),
     )
 

@@ -24,7 +24,7 @@ from llmtune.evaluate.evaluated_task import Corpus, EvalPrediction, EvaluatedTas
 from llmtune.evaluate.generation import CompletionOutput, answer_reader, generate_completions
 from llmtune.evaluate.intervals import Floats
 from llmtune.evaluate.metric import Measure, measure_right, measure_shares
-from llmtune.evaluate.shared_prefix import find_choice, score_trees
+from llmtune.evaluate.shared_prefix import find_choice, score_choices
 from llmtune.evaluate.suites.own_metrics import measure_own
 from llmtune.evaluate.text_metrics import CHOICE_METRIC, TEXT_MEASURES, TOKEN_METRICS, measure_tokens
 from llmtune.evaluate.token_batches import TOKEN_BUDGET, budget_for, over_processes, run_in_batches
@@ -102,7 +102,8 @@ def predict(model: torch.nn.Module, name: str, context: EvalContext, packs: bool
         scores: list[list[float]] = []
         if trees:
             advance = add_bar(bars, f"{name}: choices", len(trees))
-            scores = score_trees(model, list(trees.values()), device=device, advance=advance)
+            grown, processor = list(trees.values()), context.processor
+            scores = score_choices(model, grown, task, processor, recipe, device=device, advance=advance)
         if task.predicts:
             advance = add_bar(bars, f"{name}: answers", len(inputs.answered))
             rows = [inputs.questions[i] for i in inputs.answered]

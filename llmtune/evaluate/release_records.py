@@ -34,7 +34,7 @@ from llmtune.store.release_store import (
 )
 from llmtune.store.run_folder import MANIFEST
 from llmtune.store.run_listing import find_run
-from llmtune.store.score_records import Evaluation, GateResult, SimpleBaseline
+from llmtune.store.score_records import Control, Evaluation, GateResult, SimpleBaseline
 
 RELEASE_VERSION = 1
 RELEASE_FIX = "Write it again from its run: llmtune release RUN"
@@ -74,6 +74,8 @@ class Release(TypedDict):
     """The merged, exported or served model, with the numbers of its parity check."""
     rows: int
     simple_baseline: NotRequired[SimpleBaseline | None]
+    controls: NotRequired[dict[str, Control]]
+    pictured: NotRequired[int]
     measures: str
     """`measures.npz` of the tuned model, in base64: each row's hash, and its contribution to each score."""
 
@@ -204,5 +206,6 @@ def open_release(path: Path, name: str) -> ScoredRun:
         raise RecipeError.of(f"damaged: {error}", str(path), RELEASE_FIX) from None
     scores = release["base"], release["tuned"], release["difference"]
     evaluation = Evaluation(*scores, (), release["rows"], release["signatures"])
-    evaluation = replace(evaluation, simple_baseline=release.get("simple_baseline"))
+    simple, controls = release.get("simple_baseline"), release.get("controls", {})
+    evaluation = replace(evaluation, simple_baseline=simple, controls=controls, pictured=release.get("pictured", 0))
     return ScoredRun(name, recipe, evaluation, unpack_measures(packed, path, RELEASE_FIX))

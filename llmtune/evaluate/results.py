@@ -6,6 +6,7 @@ Shapes: N rows.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NotRequired
@@ -15,14 +16,17 @@ from pydantic import ConfigDict
 from typing_extensions import TypedDict
 
 from llmtune.data.answer_parser import ParsedAnswer
+from llmtune.data.data_report import thumbnail
 from llmtune.evaluate.eval_inputs import EvalInputs
+from llmtune.evaluate.evaluated_task import EvaluatedTask
 from llmtune.evaluate.inference import Answers, TokenSums
 from llmtune.evaluate.metric import Measure, PairedMeasures
 from llmtune.evaluate.shared_prefix import find_choice
 from llmtune.evaluate.token_batches import cut_evenly
-from llmtune.store.atomic_files import explained, plain, read_json, write_text
+from llmtune.store.atomic_files import explained, plain, read_json, write_json, write_text
 from llmtune.store.json_shapes import find_misfit
-from llmtune.store.score_records import Flips
+from llmtune.store.run_folder import THUMBNAILS
+from llmtune.store.score_records import Evaluation, Flips
 
 PREDICTIONS, BASE, TUNED, SIMPLE = "predictions.jsonl", "base.json", "tuned.json", "simple_baseline.json"
 VECTORS = ".npy"
@@ -71,16 +75,15 @@ class BaseAnswers:
     """How a simple baseline was fitted."""
 
 
-def save_predictions(folder: Path, inputs: EvalInputs, base: Answers, tuned: Answers) -> None:
-    """Write a line for each test row: origin, prompt, reference, and both models' answers."""
+def save_predictions(folder: Path, inputs: EvalInputs, models: Mapping[str, Answers]) -> None:
+    """Write a line for each test row: origin, prompt, reference, and the answers of the models by name."""
     # Nothing is redacted: these are the user's own rows, next to the copy in `data/`. Only shared reports are redacted.
-    answers = {"base": base, "tuned": tuned}
-    lines = [json.dumps(plain(prediction_row(i, inputs, answers)), ensure_ascii=False) for i in range(len(inputs.rows))]
+    lines = [json.dumps(plain(prediction_row(i, inputs, models)), ensure_ascii=False) for i in range(len(inputs.rows))]
     with explained(folder):
         write_text(folder / PREDICTIONS, "".join(line + "\n" for line in lines))
 
 
-def prediction_row(i: int, inputs: EvalInputs, models: dict[str, Answers]) -> dict[str, object]:
+def prediction_row(i: int, inputs: EvalInputs, models: Mapping[str, Answers]) -> dict[str, object]:
     """Return one row's line, without keys for what was not evaluated."""
     reference = inputs.references[i]
     line: dict[str, object] = {"origin": inputs.origins[i], "prompt": inputs.prompts[i], "reference": reference}
@@ -137,29 +140,49 @@ def load_base(folder: Path | None, inputs: str, name: str = BASE) -> BaseAnswers
     return BaseAnswers(inputs, Answers(sums or None, **by_row, corpus=corpus), saved.get("note", ""))
 
 
-SAMPLE = ("origin", "prompt", "reference", "base", "tuned", "base_choice", "tuned_choice")
+MOST_THUMBNAILS = 64
+"""Pictures of test rows on a page, about 5 kB each."""
+
+
+def save_thumbnails(folder: Path, inputs: EvalInputs, task: EvaluatedTask, evaluation: Evaluation) -> None:
+    """Write small copies of the pictures of the rows that reports show, by the row's number; nothing without any."""
+    flips = [row for one in evaluation.flips.values() for row in (*one.gained_rows, *one.lost_rows)]
+    numbers = {int(row["row"]) for row in (*evaluation.samples, *flips) if "row" in row}
+    shown = [i for i, number in enumerate(inputs.rows) if number in numbers]
+    pictures = [(inputs.rows[i], one) for i in shown for one in task.list_pictures(inputs.questions[i])]
+    thumbnails: dict[str, list[str]] = {}
+    for number, picture in pictures[:MOST_THUMBNAILS]:
+        thumbnails.setdefault(str(number), []).append(thumbnail(picture))
+    if thumbnails:
+        write_json(folder / Path(THUMBNAILS).name, thumbnails)
+
+
+SAMPLE = (
+    *("origin", "prompt", "reference", "row"),
+    *(f"{model}{part}" for part in ("", "_choice") for model in ("base", "tuned", "blind")),
+)
 """Keys of a sample row."""
 MOST_SHOWN = 5
 HALF = 0.5
 """Value of a tie."""
 
 
-def pick_samples(inputs: EvalInputs, base: Answers, tuned: Answers, count: int) -> tuple[dict[str, str], ...]:
+def pick_samples(inputs: EvalInputs, models: Mapping[str, Answers], count: int) -> tuple[dict[str, str], ...]:
     """Return sample rows, spread evenly over the answered ones; never chosen by how the answers look."""
-    shown = list(base.texts or base.scores)
-    return tuple(sample_row(shown[at], inputs, base, tuned) for at in cut_evenly(len(shown), count))
+    shown = list(models["base"].texts or models["base"].scores)
+    return tuple(sample_row(shown[at], inputs, models) for at in cut_evenly(len(shown), count))
 
 
-def sample_row(i: int, inputs: EvalInputs, base: Answers, tuned: Answers) -> dict[str, str]:
-    """Return row `i` with the answers of both models; missing answers are absent."""
-    line = prediction_row(i, inputs, {"base": base, "tuned": tuned})
+def sample_row(i: int, inputs: EvalInputs, models: Mapping[str, Answers]) -> dict[str, str]:
+    """Return row `i` with the answers of the models; missing answers are absent. With pictures it has its number."""
+    line = prediction_row(i, inputs, models) | ({"row": inputs.rows[i]} if i in inputs.pictured else {})
     return {key: str(line[key]) for key in SAMPLE if key in line}
 
 
 def find_flips(
-    measures: PairedMeasures, inputs: EvalInputs, base: Answers, tuned: Answers, count: int
+    measures: PairedMeasures, inputs: EvalInputs, models: Mapping[str, Answers], count: int
 ) -> dict[str, Flips]:
-    """Return the rows that only one of the models got right, by right-or-wrong metric.
+    """Return the rows that only one of base and tuned model got right, by right-or-wrong metric.
 
     A tie, half right, is no flip. Metrics whose base is all ties (rewards against the base itself) are skipped. At
     most `count` rows per direction, and never more than five, are shown, spread evenly over all flips.
@@ -171,7 +194,7 @@ def find_flips(
             continue
         gained, lost = flipped_rows(before, after)
         gained_rows, lost_rows = (
-            tuple(sample_row(way[at], inputs, base, tuned) for at in cut_evenly(len(way), min(count, MOST_SHOWN)))
+            tuple(sample_row(way[at], inputs, models) for at in cut_evenly(len(way), min(count, MOST_SHOWN)))
             for way in (gained, lost)
         )
         flips[metric] = Flips(len(gained), len(lost), len(after.at), gained_rows, lost_rows)

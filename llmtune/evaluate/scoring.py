@@ -11,13 +11,14 @@ from llmtune.data.inherited_rows import find_inheritance, find_learned
 from llmtune.data.row_kind import compared_text, prompt_row
 from llmtune.data.row_store import iterate_ids, iterate_texts, read_rows
 from llmtune.display.console import spinner
+from llmtune.evaluate.controls import shown_answers
 from llmtune.evaluate.decision import save_rules
 from llmtune.evaluate.eval_inputs import SCHEMAS_NOTE, SPLIT, EvalContext
 from llmtune.evaluate.evaluation_file import save_evaluation
 from llmtune.evaluate.evaluator import ModelLoaders, Scored, evaluate, predict_baseline
 from llmtune.evaluate.metric import Measure, PairedMeasures
 from llmtune.evaluate.per_row_scores import PerRowScores, name_test_rows, save_measures
-from llmtune.evaluate.results import TUNED, BaseAnswers, save_base, save_predictions
+from llmtune.evaluate.results import TUNED, BaseAnswers, save_base, save_predictions, save_thumbnails
 from llmtune.evaluate.simple_baseline import SimpleScores
 from llmtune.evaluate.slices import one_line, score_slice
 from llmtune.evaluate.suites.suite_registry import make_suites
@@ -127,7 +128,8 @@ def save_row_files(request: ScoreRequest, scored: Scored) -> Scored:
     context, answers = request.context, scored.answers
     if context.folder is not None and context.inputs is not None:
         save_measures(context.folder, scored.per_row)
-        save_predictions(context.folder, context.inputs, answers["base"], answers["tuned"])
+        save_predictions(context.folder, context.inputs, shown_answers(answers, context.controls))
+        save_thumbnails(context.folder, context.inputs, context.task, scored.evaluation)
         if request.base is not None and not request.headless:
             save_base(context.folder, answers["base"], request.base.inputs)
         if request.tuned is not None and context.recipe.evaluate.own_metrics:

@@ -8,17 +8,17 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from llmtune.data.collators import pad
-from llmtune.data.example import Example
+from llmtune.data.example import AnyExample, Example, ImageExample
 from llmtune.errors import DataError
 from llmtune.evaluate.evaluated_task import EvaluatedTask
 from llmtune.evaluate.token_batches import TOKEN_BUDGET, budget_for, over_processes, run_in_batches
-from llmtune.model.causal_lm_loss import predicted_logits, unwrap
+from llmtune.model.causal_lm_loss import move_to, predicted_logits, unwrap
 from llmtune.model.device import SuppressRefusal, computing_dtype
 from llmtune.recipe.class_names import tidy_name
 from llmtune.recipe.schema import Recipe
@@ -41,6 +41,8 @@ class Tree:
     """[C] the tokens after the prefix, at least one each."""
     unscored: tuple[int, ...]
     """[C] how many tokens at the start of each branch are not part of the answer."""
+    examples: tuple[AnyExample, ...] = ()
+    """[C] the complete texts, only for a model that reads pictures: each is scored as its own row."""
 
     @property
     def length(self) -> int:
@@ -82,6 +84,38 @@ def score_trees(
     Processes share the trees.
     """
     return over_processes(model, trees, lambda share: _score_here(model, share, device, advance, budget))
+
+
+def score_choices(
+    model: torch.nn.Module,
+    trees: Sequence[Tree],
+    task: EvaluatedTask,
+    processor: PreTrainedTokenizerBase,
+    recipe: Recipe,
+    *,
+    device: str,
+    advance: Callable[[int], None] = lambda rows: None,
+) -> list[list[float]]:
+    """Return what `score_trees` does for the trees of `choice_trees`, which may have pictures.
+
+    With pictures each choice is its own row, and the task makes its batches.
+    """
+    if not trees or not trees[0].examples:
+        return score_trees(model, trees, device=device, advance=advance)
+    collate = task.collator(processor, recipe)
+
+    def score(share: Sequence[Tree]) -> list[list[float]]:
+        def work(batch: list[int]) -> list[list[float]]:
+            examples = [example for i in batch for example in share[i].examples]
+            sums = task.loss(model, move_to(device, collate(examples, 0)), True).row_sums
+            assert sums is not None
+            parts = torch.split(-sums.double().cpu(), [len(share[i].examples) for i in batch])
+            return [part.tolist() for part in parts]
+
+        lengths = [len(tree.branches) * tree.longest for tree in share]
+        return run_in_batches(lengths, budget_for(device, TOKEN_BUDGET), work, advance)
+
+    return over_processes(model, trees, score)
 
 
 def _score_here(
@@ -281,4 +315,7 @@ def join_choices(encoded: Sequence[list[Example] | str]) -> Tree | None:
     texts = [example.input_ids[: example.spans[-1]] for example in examples]
     if len({text[0] for text in texts}) > 1:
         return None
-    return make_tree([[int(token) for token in text] for text in texts], starts)
+    tree = make_tree([[int(token) for token in text] for text in texts], starts)
+    if not isinstance(examples[0], ImageExample):
+        return tree
+    return replace(tree, examples=tuple(replace(example, spans=example.spans[-2:]) for example in examples))

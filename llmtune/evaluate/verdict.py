@@ -8,6 +8,7 @@ from statistics import fmean
 
 from llmtune.display.number_format import join_names, missing, score, signed
 from llmtune.evaluate.class_sentences import class_reasons
+from llmtune.evaluate.control_verdict import weigh_controls
 from llmtune.evaluate.metric_info import CHOICE, COSTS, better_side, direction, list_sides, rank_metrics
 from llmtune.evaluate.seed_spread import warn_of_spread
 from llmtune.evaluate.significance import (
@@ -19,7 +20,7 @@ from llmtune.evaluate.significance import (
     find_changes,
     speaking,
 )
-from llmtune.recipe.gate_grammar import NEW, parse_gate
+from llmtune.recipe.gate_grammar import NEW, Opponent, parse_gate
 from llmtune.records import FEWEST_ROWS, Difference
 from llmtune.store.report_record import (
     Seeds,
@@ -363,8 +364,20 @@ def judge_run(
         widened = replace(champion, difference=widen_all(champion.difference, alpha), classes=changes)
         evaluation = replace(evaluation, champion=widened)
     result = weigh_simple_baseline(verdict(evaluation, seeds, curve, gates, alpha, doubts), evaluation)
+    chance = alpha if champion else CHANCE
+    result = weigh_controls(result, evaluation, gates, list_gained(result.word, evaluation, gates, chance), alpha)
     added = [study.verdict for study in evaluation.studies.values() if study.verdict] if evaluation else []
     return replace(result, reason=" ".join([result.reason, *added]))
+
+
+def list_gained(
+    word: str, evaluation: Evaluation | None, gates: Sequence[GateResult], chance: float = CHANCE
+) -> list[str]:
+    """Return the metrics in which a model with the verdict `better` is better than its opponent."""
+    if evaluation is None or word != BETTER:
+        return []
+    opponent: Opponent = "champion" if evaluation.champion else "base"
+    return find_changes(countable(judged_differences(evaluation)), gates, opponent, chance).better
 
 
 def widen_all(differences: Differences, alpha: float) -> dict[str, Difference]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from ipaddress import ip_address
 from pathlib import Path, PurePath
 from typing import ClassVar
@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 from pydantic import Field
 
 from llmtune.errors import nearest
-from llmtune.recipe.gate_grammar import Gate
+from llmtune.recipe.gate_grammar import Gate, find_control_problem
 from llmtune.recipe.retired import RETIRED, retired_problem
 from llmtune.recipe.section import REMOTE, Many, NonEmpty, Positive, RecipeSection, absolute
 from llmtune.recipe.source_map import Diagnostics
@@ -277,6 +277,31 @@ def check_benchmark_keys(
         if name in names[:i]:
             fix = "Name each once. For another number of examples, include the task in a task file of another name."
             diagnostics.add(f"{key}.{i}", f"the scores of two benchmarks would both be called {name}", fix)
+
+
+def check_controls(
+    diagnostics: Diagnostics, controls: Sequence[str], gates: Iterable[tuple[str, Gate]], variant: TaskVariant
+) -> None:
+    """Report controls named twice or without pictures, and gates (with their keys) on controls that are not run."""
+    diagnostics.repeated("evaluate.controls", controls, "a control")
+    if not variant.may_have_images:
+        diagnostics.no_effect("evaluate.controls", "without pictures", "Remove it.", "task")
+    for key, gate in gates:
+        if problem := find_control_problem(gate, variant.may_have_images, controls):
+            diagnostics.add(key, *problem, "evaluate.controls")
+
+
+def check_export_gate(
+    diagnostics: Diagnostics, key: str, gate: Gate, metrics: Sequence[str], exports: Sequence[str]
+) -> None:
+    """Report a gate on an export that is not made, or on a metric that is not among the computed `metrics`."""
+    _, name, metric = (*gate.metric.split(".", 2), "")[:3]
+    if name not in exports:
+        fix = f"Add {name} to deploy, or remove the gate."
+        diagnostics.add(key, f"the gate {gate.text!r} uses an export that is not made", fix, "deploy")
+    elif metric not in metrics:
+        fix = f"{nearest(metric, metrics)} Write deploy.{name}.METRIC; metrics: {', '.join(metrics)}.".strip()
+        diagnostics.add(key, f"the gate {gate.text!r} uses a metric that is not computed", fix, "evaluate.metrics")
 
 
 def check_suite_gate(

@@ -19,6 +19,8 @@ from llmtune.recipe.eval_suites_section import (
     ForgettingSection,
     JudgeSection,
     check_benchmark_keys,
+    check_controls,
+    check_export_gate,
     check_suite_gate,
     fairness_without_effect,
 )
@@ -45,7 +47,7 @@ from llmtune.recipe.task_facts import (
 )
 from llmtune.recipe.task_variant import TaskVariant
 
-NEED_TEST_ROWS = ("metrics", "gates", "champion", "limit", "choices", "samples", "slices", "judge")
+NEED_TEST_ROWS = ("metrics", "gates", "champion", "limit", "choices", "samples", "slices", "judge", "controls")
 GATE_KEYS = frozenset({"gates", "champion", "when_unsure", "looks", "max_disagreement"})
 """Keys that judge scores and do not change the models' answers."""
 OWN_METRIC_KEYS = ("metric_seconds", "metric_network")
@@ -59,6 +61,7 @@ Choices = Annotated[
     Annotated[Literal["auto"], Tag("text")] | Annotated[Many[NonEmpty], Field(min_length=2), Tag("items")],
     by_type({str: "text"}, "items"),
 ]
+Controls = Many[Literal["blind", "swapped"]]
 Benchmarks = Annotated[
     tuple[BenchmarkSection, ...],
     BeforeValidator(sections_by("task"), json_schema_input_type=str | BenchmarkSection | list[str | BenchmarkSection]),
@@ -94,8 +97,8 @@ class EvaluateSection(RecipeSection):
     """Let your own metrics use the network. Default false: scores should not depend on a server."""
     gates: Many[str] = ()
     """Conditions such as `exact_match >= 0.8`, `rougeL > base` or `exact_match.low > base`. A baseline without a
-    language model has a name: `accuracy.low > tfidf`, `ndcg@10.low > bm25`. A failed gate ends the run with exit code
-    6. Default none: a gate is your decision."""
+    language model has a name: `accuracy.low > tfidf`, `ndcg@10.low > bm25`; so has each of `controls`:
+    `exact_match.low > blind`. A failed gate ends the run with exit code 6. Default none: a gate is your decision."""
     champion: NonEmpty | None = None
     """The model in production: `release:NAME` (the current release), `release:NAME@HASH`, a run (its folder, `NAME` or
     `NAME@HASH`), a release file, or a folder of release files (uses the newest with the recipe's name). The tuned
@@ -122,6 +125,10 @@ class EvaluateSection(RecipeSection):
     samples: int = Field(default=5, ge=0, le=1000)
     """Answers shown side by side in the report. Also the maximum number of rows shown (but at most 5) that flipped
     from wrong to right, or from right to wrong. Default 5: enough to see the style."""
+    controls: Controls = ("blind", "swapped")
+    """Test rows with pictures that both models answer again with other pictures: `blind` (grey ones of the same size)
+    and `swapped` (those of other rows). Without a difference, answers do not depend on the picture. Default both: a
+    gain in scores does not show that the model looks; `[]` saves the time."""
     slices: Many[str] = ()
     """Columns of the rows by which to break down the scores, with intervals. The task need not use them. Numeric
     columns with many values are split into four ranges. Default none: which slices matter depends on your question."""
@@ -207,6 +214,7 @@ class EvaluateSection(RecipeSection):
             diagnostics.no_effect("evaluate.suspects", why, fix, "task")
         self._check_unmeasured(diagnostics, variant)
         self._check_opponents(diagnostics)
+        check_controls(diagnostics, self.controls, self._parsed_gates(), variant)
         self._check_simple_baselines(diagnostics, variant)
         self._check_disagreement(diagnostics, variant)
         if has_test:
@@ -311,7 +319,7 @@ class EvaluateSection(RecipeSection):
             if gate.metric in metrics or gate.metric in decided:
                 continue
             if gate.on_export:
-                self._check_export_gate(diagnostics, key, gate, metrics, exports)
+                check_export_gate(diagnostics, key, gate, metrics, exports)
             elif "." in gate.metric:
                 self._check_suite_gate(diagnostics, key, gate, variant, has_test=True)
             elif adding := key_of_decision(gate.metric):
@@ -325,17 +333,6 @@ class EvaluateSection(RecipeSection):
             else:
                 fix = f"{nearest(gate.metric, allowed)} Computed metrics: {', '.join(metrics)}.".strip()
                 diagnostics.add(key, f"the gate {text!r} uses an unknown metric", fix, "evaluate.metrics", "task")
-
-    def _check_export_gate(
-        self, diagnostics: Diagnostics, key: str, gate: Gate, metrics: Sequence[str], exports: Sequence[str]
-    ) -> None:
-        _, name, metric = (*gate.metric.split(".", 2), "")[:3]
-        if name not in exports:
-            fix = f"Add {name} to deploy, or remove the gate."
-            diagnostics.add(key, f"the gate {gate.text!r} uses an export that is not made", fix, "deploy")
-        elif metric not in metrics:
-            fix = f"{nearest(metric, metrics)} Write deploy.{name}.METRIC; metrics: {', '.join(metrics)}.".strip()
-            diagnostics.add(key, f"the gate {gate.text!r} uses a metric that is not computed", fix, "evaluate.metrics")
 
     def _check_opponents(self, diagnostics: Diagnostics) -> None:
         for key, gate in self._parsed_gates():

@@ -6,7 +6,8 @@ Examples: `exact_match >= 0.8`, `rougeL > base`, `loss < base - 0.02`, `perplexi
 are `study.metric`: `forgetting.perplexity <= base * 1.05`, `fairness.gap <= 0.05`, `benchmarks.arc_easy.acc > base`.
 Metrics of an export are `deploy.format.metric`, compared with the tuned model:
 `deploy.gguf.accuracy.low > tuned - 0.01`. A baseline without a language model has a name: `accuracy.low > tfidf`,
-`ndcg@10.low > bm25`.
+`ndcg@10.low > bm25`. The tuned model with other pictures is `blind` (grey ones) and `swapped` (those of other rows):
+`exact_match.low > blind`.
 """
 
 from __future__ import annotations
@@ -17,11 +18,19 @@ from dataclasses import dataclass
 from typing import Literal, cast
 
 from llmtune.errors import RecipeError
-from llmtune.recipe.task_facts import CALIBRATION, COST, NEAREST_TO_ONE, SIMPLE_BASELINES, TaskFacts, at_ten
+from llmtune.recipe.task_facts import (
+    CALIBRATION,
+    CONTROLS,
+    COST,
+    NEAREST_TO_ONE,
+    SIMPLE_BASELINES,
+    TaskFacts,
+    at_ten,
+)
 
 Operator = Literal[">=", "<=", ">", "<", "=="]
 IntervalEnd = Literal["low", "high"]
-Opponent = Literal["base", "champion", "tuned", "tfidf", "bm25", "unigram", "lead3"]
+Opponent = Literal["base", "champion", "tuned", "tfidf", "bm25", "unigram", "lead3", "blind", "swapped"]
 
 JUDGE = "judge."
 """How the scores of `evaluate.judge` begin: its own interval belongs to each."""
@@ -31,7 +40,7 @@ EXPORT = "deploy."
 """How the metrics of exports begin."""
 NUMBER = r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]{1,3})?"
 NAME = r"[A-Za-z][A-Za-z0-9_]*(?:-[A-Za-z0-9_]+)*(?:@[0-9]+)?"
-OPPONENT = "|".join(("base", "champion", "tuned", *SIMPLE_BASELINES))
+OPPONENT = "|".join(("base", "champion", "tuned", *SIMPLE_BASELINES, *CONTROLS))
 LOWER_IS_BETTER = frozenset(
     {
         "loss",
@@ -81,7 +90,8 @@ class Gate:
     number: float | None
     """The wanted number, or None if it comes from the score of another model."""
     against: Opponent | None = None
-    """The model whose score is wanted: base, champion, a simple baseline, or for an export the tuned model."""
+    """The model whose score is wanted: base, champion, a simple baseline, for an export the tuned model, or the tuned
+    model with other pictures."""
     factor: float = 1.0
     offset: float = 0.0
     rows: str = ""
@@ -145,6 +155,21 @@ def find_baseline_problem(gate: Gate, facts: TaskFacts, measured: Sequence[str])
         return f"the gate {gate.text!r} uses {gate.against}, which this recipe does not have", fix
     if gate.metric not in metrics:
         return f"the gate {gate.text!r} compares {gate.metric}, which {name} does not have", f"Metrics of {has}."
+    return None
+
+
+def find_control_problem(gate: Gate, takes_images: bool, controls: Sequence[str]) -> tuple[str, str] | None:
+    """Return the problem of a gate on a control with other pictures, and a fix; `controls` are the recipe's."""
+    if gate.against not in CONTROLS:
+        return None
+    what = f"the gate {gate.text!r} uses {gate.against}"
+    if not takes_images:
+        return f"{what}, but no question has a picture", "Remove it, or give rows with pictures."
+    if gate.against not in controls:
+        return f"{what}, which evaluate.controls does not have", f"Add {gate.against} to evaluate.controls."
+    if gate.rows or "." in gate.metric:
+        fix = f"Write `METRIC.low > {gate.against}` with a metric of the test rows."
+        return f"{what}, which is scored on all test rows with pictures, and on them alone", fix
     return None
 
 

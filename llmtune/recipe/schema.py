@@ -144,6 +144,7 @@ class Recipe(RecipeSection):
     token_classify: TokenClassifySection | None = None
     """Settings of `task: token-classify`. Default none: the defaults of its keys."""
     chat: ChatSection | None = None
+    """Settings of `task: chat`. Default none: the defaults of its keys."""
     speech: SpeechSection | None = None
     """Settings of `task: speech`. Default none: the defaults of its keys."""
     embed: EmbedSection | None = None
@@ -176,6 +177,7 @@ class Recipe(RecipeSection):
             objective=section.objective if isinstance(section, CompletionSection) else None,
             style=section.style if isinstance(section, QaSection) else None,
             loss=section.loss if isinstance(section, PreferenceSection) else None,
+            images=section.images if isinstance(section, ChatSection) else None,
             kl_hindrance=hindrance,
         )
 

@@ -41,6 +41,8 @@ SIMPLE_BASELINES: Mapping[str, str] = {
     "lead3": "the first three sentences",
 }
 """Baselines without a language model, by the names that gates use."""
+CONTROLS: Mapping[str, str] = {"blind": "a grey picture", "swapped": "another row's picture"}
+"""Pictures that replace those of test rows, by the names that gates use."""
 CUT_METRIC = "answers_cut"
 """Share of truncated answers; measured whenever another metric generates answers."""
 PREDICTED = frozenset({*GENERATED, *MACHINE_TRANSLATION, *TOOL_METRICS, CUT_METRIC, "length_ratio", "f1", "wer", "cer"})
@@ -93,6 +95,8 @@ class TaskFacts:
     """Why fairness does not swap group words in rows of the task; None if it does."""
     takes_audio: bool = False
     """Whether rows are recordings."""
+    takes_images: bool = False
+    """Whether prompts may have pictures."""
     packages: tuple[str, ...] = ()
     """Import names of optional packages that rows of the task need, installed by an extra with the task's name."""
     answer_kind: str = "text"
@@ -165,6 +169,7 @@ _TASKS = (
         first_metrics=("loss", "rougeL", "chrf"),
         section="chat",
         section_measures=False,
+        takes_images=True,
         packs=True,
         templated=True,
         generates=True,

@@ -29,6 +29,8 @@ class TaskVariant:
     """`qa.style`; with `auto` it depends on the model."""
     loss: str | None = None
     """`preference.loss`."""
+    images: bool | None = None
+    """`chat.images`; None if the rows decide it."""
     kl_hindrance: str | None = None
     """Why the adapter cannot be switched off to compare with the base; None if it can."""
 
@@ -58,6 +60,11 @@ class TaskVariant:
         if self.loss is not None:
             return not self.is_reward
         return self.facts.generates and not self.is_masked and not self.is_extractive
+
+    @property
+    def may_have_images(self) -> bool:
+        """Return whether questions have pictures, or may have some as long as the rows are unknown."""
+        return self.facts.takes_images and self.images is not False
 
     @property
     def on_overlong(self) -> tuple[str, ...]:

@@ -19,7 +19,10 @@ from llmtune.display.number_format import count, score, signed
 from llmtune.evaluate.significance import INCONCLUSIVE, NOT_APPLICABLE
 from llmtune.recipe.task_facts import answer_kind
 from llmtune.report.confidence_sections import calibration_section, decision_section
+from llmtune.report.control_sections import control_section
 from llmtune.report.row_sections import (
+    NO_PICTURES,
+    Thumbnails,
     flip_section,
     overlap_section,
     sample_section,
@@ -84,7 +87,11 @@ def power_section(power: Sequence[Power]) -> Section:
 
 
 def score_sections(
-    evaluation: Evaluation, task: str | None, seeds: Seeds | None = None, section: str | None = None
+    evaluation: Evaluation,
+    task: str | None,
+    seeds: Seeds | None = None,
+    section: str | None = None,
+    thumbnails: Thumbnails = NO_PICTURES,
 ) -> list[Section]:
     """Return the sections of an evaluation, the most informative first; sections without blocks are not shown.
 
@@ -93,8 +100,9 @@ def score_sections(
     base = base_name(evaluation)
     return [
         score_section(evaluation, task),
+        control_section(evaluation, task),
         simple_baseline_section(evaluation, task),
-        sample_section(evaluation, task),
+        sample_section(evaluation, task, thumbnails),
         calibration_section(evaluation),
         champion_section(evaluation, task, section),
         new_section(evaluation, task),
@@ -105,5 +113,5 @@ def score_sections(
         slice_section(evaluation.slices, base),
         *suite_sections(evaluation),
         overlap_section(evaluation),
-        flip_section(evaluation, task),
+        flip_section(evaluation, task, thumbnails),
     ]

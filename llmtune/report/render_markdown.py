@@ -82,9 +82,11 @@ def render_samples(block: SampleList) -> str:
     shown = [sample for sample in block.samples[:MOST_SAMPLES] if sample.answers]
     if not shown:
         return ""
-    heads = [shown[0].prompt_name, shown[0].reference_name, *(answer.name for answer in shown[0].answers)]
-    rows = [[one.prompt, one.reference, *(answer.text for answer in one.answers)] for one in shown]
-    return table(heads, [[code(text) for text in row] for row in rows])
+    names = [*dict.fromkeys(answer.name for one in shown for answer in one.answers)]
+    heads = [shown[0].prompt_name, shown[0].reference_name, *names]
+    texts = [{answer.name: answer.text for answer in one.answers} for one in shown]
+    rows = [[one.prompt, one.reference, *map(of.get, names)] for one, of in zip(shown, texts, strict=True)]
+    return table(heads, [[code(text or "") for text in row] for row in rows])
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -11,17 +11,18 @@ from urllib.parse import quote
 
 from llmtune.display.blocks import TONES, Compared, Links, Page, Section, Text, Tone, VerdictCard
 from llmtune.display.number_format import DASH, count
+from llmtune.evaluate.control_verdict import find_reliance
 from llmtune.evaluate.metric_info import better_side, list_sides, rank_metrics
 from llmtune.evaluate.significance import CHANCE, INCONCLUSIVE, MetricChanges, find_changes
-from llmtune.evaluate.verdict import BETTER, MIXED, WITHIN, WORSE, judged_differences, simple_title
+from llmtune.evaluate.verdict import BETTER, MIXED, WITHIN, WORSE, judged_differences, list_gained, simple_title
 from llmtune.recipe.gate_grammar import Opponent
-from llmtune.recipe.task_facts import TASK_FACTS
+from llmtune.recipe.task_facts import CONTROLS, TASK_FACTS
 from llmtune.records import Json
 from llmtune.report.evaluation_sections import count_gates, gate_section, power_section, score_sections
 from llmtune.report.junit import to_junit
 from llmtune.report.render_html import render_html_section, to_html
 from llmtune.report.render_markdown import to_markdown
-from llmtune.report.row_sections import suspect_section
+from llmtune.report.row_sections import NO_PICTURES, Thumbnails, suspect_section
 from llmtune.report.run_sections import (
     adapter_section,
     data_section,
@@ -64,7 +65,8 @@ def write_report(report: Report, folder: Path) -> Sequence[str]:
 
     Numbers that JSON does not support become null. `make_report` has already redacted the report.
     """
-    page = make_report_page(report, read_json(folder / THUMBNAILS) or ())
+    rows: Thumbnails = read_json(folder / "evaluation" / Path(THUMBNAILS).name) or {}
+    page = make_report_page(report, read_json(folder / THUMBNAILS) or (), rows)
     write_text(folder / "report.html", to_html(page))
     write_text(folder / "report.md", to_markdown(page))
     write_json(folder / "report.json", report_json(report))
@@ -81,13 +83,16 @@ def report_json(report: Report) -> Json:
     return values | {"verdict": verdict}
 
 
-def make_report_page(report: Report, thumbnails: Sequence[str] = ()) -> Page:
-    """Return the page of a report; sections of steps not reached are empty. `thumbnails` are in THUMBNAILS."""
+def make_report_page(report: Report, thumbnails: Sequence[str] = (), rows: Thumbnails = NO_PICTURES) -> Page:
+    """Return the page of a report; sections of steps not reached are empty.
+
+    `thumbnails` are in THUMBNAILS, and those of test `rows` in the file of that name in `evaluation`.
+    """
     evaluation, task = report.evaluation, report.task
     sections = [
         gate_section(report.gates, report.look),
         Section("Release", [Text(report.release["message"])] if report.release else []),
-        *(score_sections(evaluation, task, report.seeds) if evaluation else []),
+        *(score_sections(evaluation, task, report.seeds, thumbnails=rows) if evaluation else []),
         export_section(evaluation, report.deploy),
         power_section(report.power),
         explain_section(report.explanations, report.task if report.train is not None else None),
@@ -128,6 +133,9 @@ def verdict_card(report: Report) -> VerdictCard:
     if evaluation and (simple := simple_title(report.verdict.word, evaluation)):
         title, opponent = TITLES[simple[0]][0], simple[1]
     evaluate = report.recipe.get("evaluate")
+    reliance = find_reliance(evaluation, gates)
+    if reliance and reliance.lacking and report.verdict.word == INCONCLUSIVE and list_gained(BETTER, evaluation, gates):
+        opponent = f"the same model with {CONTROLS[reliance.lacking[0]]}"
     looks = (isinstance(evaluate, dict) and evaluation and evaluation.champion and evaluate.get("looks")) or 1
     return VerdictCard(
         word=report.verdict.word,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from llmtune.display.blocks import (
@@ -31,6 +32,9 @@ from llmtune.store.score_records import Contamination, Evaluation, Slice
 
 LONGEST_SHOWN, HEAD, TAIL = 1600, 1000, 400
 """Maximum characters of a text shown in full, and the characters shown of the start and end of a longer text."""
+Thumbnails = Mapping[str, Sequence[str]]
+"""Small copies of the pictures of test rows, by the row's number."""
+NO_PICTURES: Thumbnails = {}
 NUMBERS = {
     "rating": "The numbers are log-likelihoods of the answers, or the scores of a reward model. ",
     "relevances": "Relevances and scores are in the order of the passages. ",
@@ -38,10 +42,14 @@ NUMBERS = {
 """By kind of answer, the meaning of answers that are numbers; none equals its reference."""
 
 
-def present_samples(samples: Sequence[Mapping[str, str]], evaluation: Evaluation, task: str | None) -> list[Sample]:
+def present_samples(
+    samples: Sequence[Mapping[str, str]], evaluation: Evaluation, task: str | None, thumbnails: Thumbnails = NO_PICTURES
+) -> list[Sample]:
     """Return rows with both models' answers; an answer equal to the reference is marked right."""
-    names = {"base": "baseline" if evaluation.baseline else "base", "tuned": "tuned"}
-    return [read_sample(sample, names, task) for sample in samples]
+    names = {"base": "baseline" if evaluation.baseline else "base", "tuned": "tuned", "blind": "tuned, grey picture"}
+    shown = [read_sample(sample, names, task) for sample in samples]
+    pictures = [thumbnails.get(str(sample.get("row")), ()) for sample in samples]
+    return [replace(one, pictures=some) for one, some in zip(shown, pictures, strict=True)]
 
 
 def read_sample(sample: Mapping[str, str], names: Mapping[str, str], task: str | None) -> Sample:
@@ -231,7 +239,7 @@ def overlap_section(evaluation: Evaluation) -> Section:
     return Section("Overlap with training data", [*blocks, Text(text, "soft")], "Overlap", "overlap")
 
 
-def flip_section(evaluation: Evaluation, task: str | None) -> Section:
+def flip_section(evaluation: Evaluation, task: str | None, thumbnails: Thumbnails = NO_PICTURES) -> Section:
     """Return how many rows flipped each way, by right-or-wrong metric, and some of them collapsed."""
     gained, lost = "wrong before, right now", "right before, wrong now"
     rows: TableRows = []
@@ -244,7 +252,7 @@ def flip_section(evaluation: Evaluation, task: str | None) -> Section:
         for title, some, number in ((gained, flips.gained_rows, flips.gained), (lost, flips.lost_rows, flips.lost)):
             if some:
                 part = f"{len(some)} of " if len(some) != number else ""
-                samples = SampleList(present_samples(some, evaluation, task))
+                samples = SampleList(present_samples(some, evaluation, task, thumbnails))
                 folded.append(Details(f"{spell_metrics([metric])}, {title}: {part}{count(number)}", [samples]))
     columns = [Column("metric"), *(Column(name, "number") for name in (gained, lost, "rows"))]
     who = "the baseline" if evaluation.baseline else "the base model"
@@ -253,9 +261,9 @@ def flip_section(evaluation: Evaluation, task: str | None) -> Section:
     return Section("What flipped", [Table(columns, rows), *folded, Text(text, "soft")] if rows else [], anchor="flips")
 
 
-def sample_section(evaluation: Evaluation, task: str | None) -> Section:
+def sample_section(evaluation: Evaluation, task: str | None, thumbnails: Thumbnails = NO_PICTURES) -> Section:
     """Return rows with their reference and both models' answers."""
-    samples = present_samples(evaluation.samples, evaluation, task)
+    samples = present_samples(evaluation.samples, evaluation, task, thumbnails)
     source = "Spread evenly over the test rows, not hand-picked. `evaluation/predictions.jsonl` has all rows."
     text = NUMBERS.get(answer_kind(task), "") + source
     return Section("Samples", [SampleList(samples), Text(text, "soft")] if samples else [])

@@ -35,7 +35,7 @@ from llmtune.evaluate.generation import (
     generation_settings,
     only_these_settings,
 )
-from llmtune.evaluate.shared_prefix import choice_trees, score_trees
+from llmtune.evaluate.shared_prefix import choice_trees, score_choices
 from llmtune.model.causal_lm_loss import unwrap, virtual_tokens
 from llmtune.model.device import compute_context, resolve_dtype
 from llmtune.model.layer_requests import own_passes
@@ -148,7 +148,9 @@ class ServedModel:
         limit = self.context or sys.maxsize
         fitting = {i: tree for i, tree in enumerate(trees) if tree is not None and tree.longest <= limit}
         with self._computing():
-            scores = score_trees(self.model, list(fitting.values()), device=self.device)
+            scores = score_choices(
+                self.model, list(fitting.values()), self.task, self.processor, self.recipe, device=self.device
+            )
         scores_by_row = dict(zip(fitting, scores, strict=True))
         logits = [scores_by_row.get(i, []) for i in range(len(rows))]
         temperature = self.calibration.temperature if self.calibration else 1.0

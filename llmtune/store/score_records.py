@@ -209,6 +209,22 @@ class SimpleBaseline:
 
 
 @dataclass(frozen=True)
+class Control:
+    """The test rows with pictures, answered by both models with other pictures."""
+
+    base: dict[str, float]
+    tuned: dict[str, float]
+    difference: dict[str, Difference]
+    """The tuned model with the rows' own pictures minus with the others: what the picture is worth."""
+    base_difference: dict[str, Difference]
+    """The same of the base model."""
+    scores: Slice
+    """Both models with the rows' own pictures, on the same rows."""
+    rows: int = 0
+    note: str = ""  # rows that were left out, and why
+
+
+@dataclass(frozen=True)
 class Calibration:
     """The temperature that corrects a tuned model's probabilities; `calibration.json` next to the model."""
 
@@ -342,6 +358,10 @@ class Evaluation:
     """None without a champion in the recipe."""
     simple_baseline: SimpleBaseline | None = None
     """None if the task or these rows have none; `signatures` then has the reason under its name."""
+    controls: dict[str, Control] = field(default_factory=dict)
+    """By name, as in `evaluate.controls`; empty without pictures."""
+    pictured: int = 0
+    """Test rows with pictures."""
     reliability: Reliability | None = None
     """None if the task does not choose, or without `evaluate.calibrate`."""
     decided: Decided | None = None

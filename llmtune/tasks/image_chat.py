@@ -16,7 +16,7 @@ from llmtune.data.chat_messages import list_pictures
 from llmtune.data.chat_rows import ChatRow, Message
 from llmtune.data.collators import collate_padded
 from llmtune.data.example import Collate, Example, ImageExample
-from llmtune.data.pictures import PLACE
+from llmtune.data.pictures import PLACE, Picture
 from llmtune.data.task_interface import Encoded
 from llmtune.errors import RecipeError, first_line
 from llmtune.model.causal_lm_loss import unwrap
@@ -65,6 +65,19 @@ class ImageChat(Chat):
         """Return the token ids of the rendered conversation, with those of pictures."""
         images = open_images(processor, recipe)
         return self._render(row, processor, recipe, images.expand)
+
+    def list_pictures(self, row: ChatRow) -> list[Picture]:
+        """Return the pictures of a conversation."""
+        return list_pictures(row["messages"])
+
+    def with_pictures(self, row: ChatRow, pictures: Sequence[Picture]) -> ChatRow:
+        """Return the conversation with other pictures in the places of its own."""
+        left = iter(pictures)
+        messages = [
+            {**message, "images": [next(left) for _ in message["images"]]} if "images" in message else message
+            for message in row["messages"]
+        ]
+        return cast(ChatRow, {**row, "messages": messages})
 
     def collator(self, processor: PreTrainedTokenizerBase, recipe: Recipe, packs: bool | None = None) -> Collate:
         """Return the function that makes padded micro-batches; `media` lists the names of the pictures' inputs."""

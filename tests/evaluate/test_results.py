@@ -21,9 +21,14 @@ def told():
     """A plan and the answers of both models: the base answers `b`, the tuned model `t`."""
     names = [str(i) for i in range(ROWS)]
     plan = SimpleNamespace(
-        origins=[f"rows.jsonl:{i}" for i in range(ROWS)], prompts=names, references=names, choices=("x", "y")
+        origins=[f"rows.jsonl:{i}" for i in range(ROWS)],
+        prompts=names,
+        references=names,
+        choices=("x", "y"),
+        pictured=(),
     )
-    return plan, *(Answers(None, dict.fromkeys(range(ROWS), said), {}) for said in "bt")
+    models = {"base": "b", "tuned": "t"}
+    return plan, {name: Answers(None, dict.fromkeys(range(ROWS), said), {}) for name, said in models.items()}
 
 
 def test_flips_are_counted_in_both_directions_and_a_few_are_shown_spread_over_all(told):

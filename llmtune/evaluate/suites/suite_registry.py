@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Console
 
 from llmtune.errors import Problem, RecipeError
+from llmtune.evaluate.controls import try_controls
 from llmtune.evaluate.decision import print_need
 from llmtune.evaluate.eval_inputs import EvalContext
 from llmtune.evaluate.evaluated_task import EvaluatedTask
@@ -66,6 +67,7 @@ def check_inputs(recipe: Recipe) -> None:
 def try_inputs(recipe: Recipe, task: EvaluatedTask, rows: Rows, console: Console) -> None:
     """Refuse, before training, settings that these rows rule out (`Suite.try_out`)."""
     print_need(recipe, rows, console)
+    try_controls(recipe, task, rows, console)
     for suite in requested_suites(recipe):
         suite.try_out(recipe, task, rows, console)
 

@@ -1,0 +1,139 @@
+"""Whether a tuned model's answers depend on the pictures of the test rows, and what that makes of a good verdict."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import cast
+
+from llmtune.display.number_format import join_names, missing, score, signed
+from llmtune.evaluate.metric_info import COSTS, better_side, rank_metrics
+from llmtune.evaluate.significance import CHANCE, INCONCLUSIVE, find_changes
+from llmtune.recipe.gate_grammar import Opponent
+from llmtune.recipe.task_facts import CALIBRATION, CONTROLS, LANGUAGE
+from llmtune.records import FEWEST_ROWS
+from llmtune.store.report_record import Verdict
+from llmtune.store.score_records import Control, Evaluation, GateResult
+
+LIKELIHOODS = frozenset({*LANGUAGE, *CALIBRATION})
+"""Metrics of probabilities, which change with any input. They count only where no answer is measured."""
+MOST = 0.5
+"""Share of test rows with pictures from which a gain in all test rows is a gain in them."""
+
+
+@dataclass(frozen=True)
+class Reliance:
+    """What the controls show."""
+
+    lacking: tuple[str, ...]
+    """Controls under which the tuned model is not shown to be worse than with the rows' own pictures."""
+    sentence: str
+    """Empty if its answers depend on the pictures."""
+
+
+def find_reliance(
+    evaluation: Evaluation | None, gates: Sequence[GateResult] = (), chance: float = CHANCE
+) -> Reliance | None:
+    """Return whether the tuned model's answers depend on the pictures; None without pictures, controls or enough rows.
+
+    Metrics of answers decide; without any, those of probabilities.
+    """
+    controls = {name: one for name, one in evaluation.controls.items() if is_judged(one)} if evaluation else {}
+    if not controls:
+        return None
+    lacking = tuple(name for name, one in controls.items() if not list_drops(name, one, gates, chance))
+    return Reliance(lacking, describe_reliance(controls, lacking))
+
+
+def list_reliances(evaluations: Mapping[str, Evaluation]) -> list[str]:
+    """Return a sentence for each run, by name, whose answers do not depend on the pictures."""
+    found = {name: find_reliance(evaluation) for name, evaluation in evaluations.items()}
+    return [f"{name}: {one.sentence}" for name, one in found.items() if one and one.sentence]
+
+
+def is_judged(control: Control) -> bool:
+    """Whether a control has a metric that can show a difference, on enough rows."""
+    return any(control.difference[metric].n >= FEWEST_ROWS for metric in judged_metrics(control))
+
+
+def judged_metrics(control: Control) -> list[str]:
+    """Return the metrics that decide whether answers depend on the picture, the most informative first."""
+    ranked = [name for name in rank_metrics(control.difference) if better_side(name) and name not in COSTS]
+    return [name for name in ranked if name not in LIKELIHOODS] or ranked
+
+
+def list_drops(
+    name: str, control: Control, gates: Sequence[GateResult], chance: float, metrics: Sequence[str] = ()
+) -> list[str]:
+    """Return the metrics, by default the deciding ones, that are better with the rows' own pictures."""
+    changes = {metric: control.difference[metric] for metric in metrics or judged_metrics(control)}
+    return find_changes(changes, gates, cast(Opponent, name), chance).better
+
+
+def describe_reliance(controls: dict[str, Control], lacking: Sequence[str]) -> str:
+    """Return the sentence on answers that do not depend on the picture; empty if they do."""
+    if not lacking:
+        return ""
+    if len(lacking) == len(controls):
+        what = "Answers do not depend on the picture"
+    elif "blind" in lacking:
+        what = "The picture does not help: only another row's picture makes answers worse"
+    else:
+        what = "Answers depend on a picture being there, not on which"
+    return f"{what}: {describe_controls(controls)}."
+
+
+def describe_controls(controls: dict[str, Control]) -> str:
+    """Return the most informative score with the rows' own pictures, and under each control with its difference."""
+    metric = judged_metrics(next(iter(controls.values())))[0]
+    parts = []
+    for name, control in controls.items():
+        change = control.difference[metric]
+        ends = "" if missing(change.low) else f" (difference {signed(change.low)} to {signed(change.high)})"
+        parts.append(f"{score(control.tuned[metric])} with {CONTROLS[name]}{ends}")
+    own = next(iter(controls.values())).scores.tuned[metric]
+    return f"{metric.replace('_', ' ')} is {score(own)} with its own, {', '.join(parts)}"
+
+
+def weigh_controls(
+    result: Verdict, evaluation: Evaluation | None, gates: Sequence[GateResult], gained: Sequence[str], chance: float
+) -> Verdict:
+    """Add to the verdict what the controls show; `gained` are the metrics in which the tuned model is better.
+
+    A gain that the model keeps with grey pictures, or with those of other rows, is no reason to be `better`, if most
+    test rows have pictures.
+    """
+    if evaluation is None or not evaluation.pictured:
+        return result
+    reliance = find_reliance(evaluation, gates, chance)
+    if reliance is None:
+        why = "too few test rows have one" if evaluation.controls else "evaluate.controls is off"
+        return replace(result, reason=f"{result.reason} Whether answers depend on the picture is unknown: {why}.")
+    kept = [metric for metric in gained if not needs_pictures(metric, evaluation, gates, chance)]
+    said = reliance.sentence or (describe_kept(gained, kept, evaluation) if gained else "")
+    for_nothing = bool(gained) and (bool(reliance.sentence) or len(kept) == len(gained))
+    many = evaluation.pictured >= MOST * evaluation.rows
+    word = INCONCLUSIVE if for_nothing and many and result.word == "better" else result.word
+    return Verdict(word, " ".join(part for part in (result.reason, said) if part))
+
+
+def needs_pictures(metric: str, evaluation: Evaluation, gates: Sequence[GateResult], chance: float) -> bool:
+    """Whether the tuned model is better in a metric with the rows' own pictures than under every control."""
+    return all(
+        metric in list_drops(name, one, gates, chance, [metric])
+        for name, one in evaluation.controls.items()
+        if metric in one.difference and is_judged(one)
+    )
+
+
+def describe_kept(gained: Sequence[str], kept: Sequence[str], evaluation: Evaluation) -> str:
+    """Return how much of the gain over the base the tuned model keeps under the first control."""
+    name, control = next(iter(evaluation.controls.items()))
+    texts = [f"The gain in {join_names(kept)} does not need the picture."] if kept else []
+    own = control.scores
+    metric = next((one for one in rank_metrics(gained) if one not in kept and one in own.base), None)
+    if metric is not None and (gain := own.tuned[metric] - own.base[metric]):
+        part = (control.tuned[metric] - own.base[metric]) / gain
+        rest = f"{part:.0%}" if part > 0 else "nothing"
+        texts.append(f"With {CONTROLS[name]}, {rest} of the gain in {metric.replace('_', ' ')} remains.")
+    return " ".join(texts)

@@ -1,0 +1,250 @@
+"""The same test rows with grey pictures and with those of other rows: what answers owe to the pictures."""
+
+import json
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from support.image_text import build_image_text
+from support.runs import invoke, write_recipe
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from llmtune.data.pictures import open_picture
+from llmtune.evaluate.controls import grey_picture, swap_pictures
+from llmtune.evaluate.evaluation_file import load_evaluation
+
+INKS = {"red": (255, 30, 30), "green": (30, 255, 30), "blue": (30, 30, 255)}
+THINGS = dict(zip(INKS, ("cat", "dog", "bird"), strict=True))
+SENTENCE = "Answers do not depend on the picture"
+QUESTION = "Which colour is"
+
+
+def paint(path: Path, colour: str, generator: np.random.Generator) -> None:
+    """Save a picture in shades of one colour; no two are nearly equal."""
+    shade = np.kron(generator.uniform(0.4, 1.0, (7, 7)), np.ones((8, 8)))[..., None]
+    Image.fromarray((shade * np.array(INKS[colour])).astype(np.uint8)).save(path)
+
+
+def write_pictured(folder: Path, rows: int = 120, *, look: bool, plain: int = 0) -> Path:
+    """Write rows about the colour in a picture; without `look`, the question gives the answer away.
+
+    The first `plain` rows have no picture.
+    """
+    generator, lines = np.random.default_rng(0), []
+    for i in range(rows):
+        colour, other = (list(INKS)[number] for number in generator.integers(len(INKS), size=2))
+        paint(folder / f"{i}.png", colour, generator)
+        answer = colour if look else other
+        question = f"{QUESTION} {i}?" if look else f"{QUESTION} {THINGS[other]} {i}?"
+        turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        lines.append({"messages": turns} | ({"images": [f"{i}.png"]} if i >= plain else {}))
+    file = folder / "rows.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return file
+
+
+def write_pictured_recipe(folder: Path, model: Path, rows: Path, *, steps: int = 36, evaluate=None, **sections) -> Path:
+    """Write a recipe that trains all weights, with a gate on blind; `evaluate` changes that section."""
+    measured = {"metrics": ["loss", "exact_match"], "samples": 2, "gates": ["exact_match.low > blind"]}
+    return write_recipe(
+        folder / "recipe.yaml",
+        model,
+        rows,
+        adapter={"method": "full", "r": None, "lora_alpha": None},
+        data={"test": 0.3, "validation": 0},
+        train={"learning_rate": 5e-3, "batch_size": 16, "max_steps": steps, "num_train_epochs": None},
+        generation={"max_new_tokens": 4},
+        evaluate=measured | (evaluate or {}),
+        **sections,
+    )
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return build_image_text(tmp_path_factory.mktemp("llava"), "llava")
+
+
+@pytest.fixture(scope="module")
+def looking(model, tmp_path_factory):
+    """A run on rows whose answers need the picture: its result and its folder."""
+    folder = tmp_path_factory.mktemp("looking")
+    recipe = write_pictured_recipe(folder, model, write_pictured(folder, look=True))
+    return invoke("run", recipe, "--out", folder / "run"), folder / "run"
+
+
+@pytest.fixture(scope="module")
+def guessing(model, tmp_path_factory):
+    """A run on rows whose answers are a function of the question."""
+    folder = tmp_path_factory.mktemp("guessing")
+    recipe = write_pictured_recipe(folder, model, write_pictured(folder, look=False))
+    return invoke("run", recipe, "--out", folder / "run"), folder / "run"
+
+
+def evaluated(folder):
+    evaluation = load_evaluation(folder / "evaluation")
+    assert evaluation is not None
+    return evaluation
+
+
+# Both must be seen
+
+
+def test_the_gate_on_blind_fails_where_answers_do_not_need_the_picture(guessing):
+    result, folder = guessing
+    assert result.exit_code == 6, result.output
+    report = json.loads((folder / "report.json").read_text())
+    assert report["verdict"]["word"] == "inconclusive"
+    assert f"{SENTENCE}: exact match is 1.000 with its own, 1.000 with a grey picture" in report["verdict"]["reason"]
+    blind = report["evaluation"]["controls"]["blind"]
+    assert blind["tuned"]["exact_match"] == blind["scores"]["tuned"]["exact_match"] == 1
+    (gate,) = report["gates"]
+    assert gate["passed"] is False
+    case = ElementTree.parse(folder / "junit.xml").find(".//testcase[@classname='llmtune.gates']")
+    assert case.get("name") == "exact_match.low > blind"
+    assert case.find("failure") is not None
+    page = (folder / "report.html").read_text()
+    assert "No clear difference from the same model with a grey picture" in page
+    assert f"{SENTENCE}:" in " ".join(result.output.split())
+
+
+def test_a_model_that_looks_is_better_than_itself_with_other_pictures(looking):
+    result, folder = looking
+    assert result.exit_code == 0, result.output
+    evaluation = evaluated(folder)
+    assert evaluation.tuned["exact_match"] == 1
+    for name in ("blind", "swapped"):
+        change = evaluation.controls[name].difference["exact_match"]
+        assert change.low > 0
+        assert change.n == evaluation.rows == evaluation.pictured
+    assert evaluation.controls["swapped"].tuned["exact_match"] == 0  # each row got a picture with another answer
+    verdict = json.loads((folder / "report.json").read_text())["verdict"]
+    assert verdict["word"] == "better"
+    assert "of the gain in exact match remains" in verdict["reason"]
+    assert SENTENCE not in verdict["reason"]
+
+
+def test_the_loss_with_grey_pictures_is_that_of_plain_transformers(looking):
+    _, folder = looking
+    control = evaluated(folder).controls["blind"]
+    processor = AutoProcessor.from_pretrained(folder / "weights")
+    model = AutoModelForImageTextToText.from_pretrained(folder / "weights", dtype=torch.float32).eval()
+    grey, nats, tokens = Image.new("RGB", (56, 56), (128, 128, 128)), 0.0, 0
+    for line in map(json.loads, (folder / "evaluation" / "predictions.jsonl").read_text().splitlines()):
+        question = line["prompt"][line["prompt"].index(QUESTION) :]
+        turns = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
+        prompt = processor.apply_chat_template(turns, add_generation_prompt=True)
+        turns.append({"role": "assistant", "content": [{"type": "text", "text": line["reference"]}]})
+        batch = processor(text=processor.apply_chat_template(turns), images=[grey], return_tensors="pt")
+        size = processor(text=prompt, images=[grey], return_tensors="pt")["input_ids"].shape[1]
+        end = size + line["tokens"]
+        logits = model(**batch).logits[0, size - 1 : end - 1]
+        nats += torch.nn.functional.cross_entropy(logits, batch["input_ids"][0, size:end], reduction="sum").item()
+        tokens += line["tokens"]
+    assert nats / tokens == pytest.approx(control.tuned["loss"], abs=1e-4)
+
+
+# Report
+
+
+def test_rows_in_the_report_have_their_picture_and_the_blind_answer(looking):
+    _, folder = looking
+    page, text = (folder / "report.html").read_text(), (folder / "report.md").read_text()
+    assert page.count('<img src="data:image/jpeg;base64,') >= 2
+    assert "http" not in page[page.index("<body") :].replace("http://www.w3.org/2000/svg", "")
+    assert "tuned, grey picture" in page
+    assert "tuned, grey picture" in text
+    assert "data:image" not in text + (folder / "report.json").read_text()
+    line = json.loads((folder / "evaluation" / "predictions.jsonl").read_text().splitlines()[0])
+    assert {"blind", "blind_right", "swapped", "swapped_right"} <= line.keys()
+
+
+# Other pictures
+
+
+@pytest.mark.parametrize("size", [(56, 40), (9, 300)])
+def test_a_grey_picture_has_the_size_of_the_rows_own(size):
+    picture = grey_picture(*size)
+    assert picture["size"] == [*size]
+    assert open_picture(picture).getcolors() == [(size[0] * size[1], (128, 128, 128))]
+
+
+def pictures(*contents):
+    return [{"content": content} for content in contents]
+
+
+def test_swapped_pictures_come_from_rows_with_another_answer_and_as_many_pictures():
+    answers = [*("yes" for _ in range(30)), *("no" for _ in range(10)), "yes", "no"]
+    rows = {i: pictures(f"{i}a", f"{i}b") if i % 3 else pictures(f"{i}") for i in range(len(answers))}
+    swapped = swap_pictures(rows, answers)
+    assert swapped.keys() == rows.keys()
+    owner = {one["content"]: i for i, row in rows.items() for one in row}
+    for i, row in swapped.items():
+        assert len(row) == len(rows[i])
+        (other,) = {owner[one["content"]] for one in row}
+        assert answers[other] != answers[i]
+    assert swapped == swap_pictures(rows, answers)
+
+
+def test_rows_with_the_same_answer_still_get_other_pictures_and_lonely_rows_are_left_out():
+    rows = {0: pictures("a"), 1: pictures("b"), 2: pictures("a"), 3: pictures("c", "d")}
+    swapped = swap_pictures(rows, ["yes"] * 4)
+    assert {i: [one["content"] for one in row] for i, row in swapped.items()} == {0: ["b"], 1: ["a"], 2: ["b"]}
+    assert swap_pictures({0: pictures("a"), 1: pictures("a")}, ["yes", "no"]) == {}
+
+
+def test_rows_of_text_do_not_count_in_the_controls(model, tmp_path):
+    rows = write_pictured(tmp_path, 60, look=True, plain=30)
+    recipe = write_pictured_recipe(tmp_path, model, rows, steps=2, evaluate={"gates": None, "limit": 12})
+    result = invoke("run", recipe, "--out", tmp_path / "run")
+    assert result.exit_code == 0, result.output
+    evaluation = evaluated(tmp_path / "run")
+    assert 0 < evaluation.pictured < evaluation.rows
+    blind = evaluation.controls["blind"]
+    assert blind.rows == blind.difference["loss"].n == evaluation.pictured
+    assert blind.difference["exact_match"].n < 12  # rows with pictures among those that evaluate.limit selects
+    assert f"blind: each model answers {blind.rows} test rows again" in result.output
+
+
+# Recipes
+
+
+@pytest.mark.parametrize(
+    ("sections", "what"),
+    [
+        ({"chat": {"images": False}}, "no question has a picture"),
+        ({"evaluate": {"controls": ["swapped"]}}, "which evaluate.controls does not have"),
+        ({"evaluate": {"controls": [], "gates": ["loss < swapped"]}}, "which evaluate.controls does not have"),
+        ({"evaluate": {"gates": ["exact_match[new] > blind"]}}, "on all test rows with pictures"),
+        ({"evaluate": {"gates": ["exact_match < blind"]}}, "passes a worse model"),
+        ({"chat": {"images": False}, "evaluate": {"gates": None, "controls": ["blind"]}}, "has no effect"),
+        ({"evaluate": {"controls": ["blind", "blind"]}}, "twice"),
+    ],
+)
+def test_a_recipe_with_a_gate_or_a_control_that_cannot_be_is_refused(model, tmp_path, sections, what):
+    rows = write_pictured(tmp_path, 4, look=True)
+    result = invoke("recipes", "check", write_pictured_recipe(tmp_path, model, rows, **sections))
+    assert result.exit_code == 2
+    assert what in " ".join(result.output.split())
+    assert "->" in result.output
+
+
+def test_a_gate_on_blind_without_a_picture_in_the_test_rows_is_refused_before_training(model, tmp_path):
+    rows = write_pictured(tmp_path, 40, look=True, plain=40)
+    result = invoke("run", write_pictured_recipe(tmp_path, model, rows), "--out", tmp_path / "run")
+    assert result.exit_code == 2
+    assert "uses blind, but no question has a picture" in " ".join(result.output.split())
+    assert not (tmp_path / "run" / "weights").exists()
+
+
+def test_without_controls_the_verdict_says_that_the_reliance_on_pictures_is_unknown(model, tmp_path):
+    rows = write_pictured(tmp_path, 60, look=True)
+    recipe = write_pictured_recipe(tmp_path, model, rows, steps=8, evaluate={"gates": None, "controls": []})
+    result = invoke("run", recipe, "--out", tmp_path / "run")
+    assert result.exit_code == 0, result.output
+    assert evaluated(tmp_path / "run").controls == {}
+    assert "blind:" not in result.output
+    text = "Whether answers depend on the picture is unknown: evaluate.controls is off."
+    assert text in json.loads((tmp_path / "run" / "report.json").read_text())["verdict"]["reason"]
