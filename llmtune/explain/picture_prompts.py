@@ -11,13 +11,13 @@ from pathlib import Path
 
 import torch
 from PIL.Image import Image
-from PIL.Image import new as new_image
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from llmtune.data.chat_rows import ChatRow, open_conversation
-from llmtune.data.pictures import IMAGE, Picture, open_picture, picture_name, read_picture, row_pictures
+from llmtune.data.pictures import IMAGE, Picture, open_picture, picture_name, row_pictures
 from llmtune.data.rejected_rows import RowError
 from llmtune.errors import DataError
+from llmtune.evaluate.controls import grey_picture
 from llmtune.explain.explainer import Target
 from llmtune.explain.patch_grids import PatchGrid, find_grids
 from llmtune.explain.token_text import Token, TokenLine, name_tokens
@@ -25,7 +25,6 @@ from llmtune.model.image_models import ImageProcessor, image_processor
 from llmtune.recipe.schema import Recipe
 from llmtune.records import Prompt
 
-GREY = (128, 128, 128)
 SHOWN_SIDE = 640
 """Longest side of a picture in a page, in pixels."""
 
@@ -111,13 +110,7 @@ def grey_tensors(
 ) -> dict[str, torch.Tensor]:
     """Return the inputs of a prompt with a grey picture of the same size in place of each picture."""
     images = image_processor(target.processor, recipe.model.trust_remote_code)
-    return images.media([_grey_like(one.picture) for one in pictures], [ids])
-
-
-def _grey_like(picture: Picture) -> Picture:
-    """Return a grey picture of the same size."""
-    new_image("RGB", picture["size"], GREY).save(content := io.BytesIO(), "PNG")
-    return read_picture(content.getvalue(), None)
+    return images.media([grey_picture(*one.picture["size"]) for one in pictures], [ids])
 
 
 def picture_line(
