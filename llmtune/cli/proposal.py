@@ -13,6 +13,7 @@ from typing import Any
 
 from llmtune.data.column_mapping import FIELD, HEADINGS, JOINT, find, name_words, with_aliases
 from llmtune.data.file_survey import Reading, Survey
+from llmtune.data.pictures import row_pictures, without_pictures
 from llmtune.data.retrieval_layout import RetrievalSet, find_corpus, join_rows
 from llmtune.data.row_kind import kind_of_row, kind_of_task, write_prompt
 from llmtune.errors import RecipeError
@@ -32,6 +33,10 @@ CHARACTERS_A_TOKEN = 3
 """Low, to leave room for the longest row; English has about four."""
 TEMPLATE_TOKENS = 48
 """Upper estimate of the tokens that a chat template adds to a row."""
+PICTURE_TOKENS = 1280
+"""Tokens of any picture in SmolVLM: 17 tiles of 64 tokens, and their marks."""
+PATCH_PIXELS = 28 * 28
+"""Pixels for each token in Qwen2.5-VL."""
 LENGTHS = (64, 8192)
 ANSWER_LENGTHS = (16, 1024)
 PACKAGED_LENGTH = 512
@@ -80,7 +85,8 @@ def propose_recipe(
     """Return the recipe's text and its model; `splits` and `corpus` are files of a retrieval set."""
     cuda = likely_device() == "cuda"
     memory = max(card.memory_bytes for card in list_cards()) if cuda else process_memory_limit() / 2
-    model = model or propose_model(reading.task, memory, on_gpu=cuda)
+    shows = any(map(row_pictures, reading.rows))
+    model = model or propose_model(reading.task, memory, on_gpu=cuda, pictures=shows)
     sources = _write_sources(survey, target)
     note = "the encodings differ, so each file is a source; add a line for a new file" if len(sources) > 1 else ""
     data = _list_source_lines("train", sources, note)
@@ -227,7 +233,7 @@ def write_first_recipe(
     counts duplicates that will be dropped. `has_test` says that `data` names the test rows too.
     """
     facts, settings = TASK_FACTS[task], settings or FirstSettings()
-    longest = max(_count_characters(row, apart=facts.searches) for row in rows)
+    longest = max(_count_row(row, apart=facts.searches) for row in rows)
     is_text = facts.splits_text and not any(map(write_prompt, rows))
     most = TEXT_LENGTH if is_text else PACKAGED_LENGTH if model == PROPOSED_MODELS["encoder"].packaged else LENGTHS[1]
     lengths = (LENGTHS[0], most)
@@ -314,11 +320,11 @@ def _max_dropped(unread: int, looked_at: int) -> list[str]:
     return [f"max_dropped: {math.ceil(100 * share + 1) / 100}  # {why}"]
 
 
-def propose_model(task: str, memory_bytes: float, *, on_gpu: bool) -> str:
+def propose_model(task: str, memory_bytes: float, *, on_gpu: bool, pictures: bool = False) -> str:
     """Return a hub model that can train in `memory_bytes`; without a GPU the packaged one, if it is installed."""
-    proposed = PROPOSED_MODELS[TASK_FACTS[task].models[0]]
+    proposed = PROPOSED_MODELS["image-text" if pictures else TASK_FACTS[task].models[0]]
     try:
-        if not on_gpu:
+        if proposed.packaged and not on_gpu:
             version(proposed.distribution)
             return proposed.packaged
     except PackageNotFoundError:
@@ -330,6 +336,13 @@ def _round_up_tokens(characters: int, bounds: tuple[int, int], more: int = 0) ->
     """Return enough tokens for a text: the next power of two, within bounds."""
     least, most = bounds
     return min(most, max(least, 1 << math.ceil(math.log2(characters / CHARACTERS_A_TOKEN + more + 1))))
+
+
+def _count_row(row: Row, apart: bool) -> int:
+    """Return the characters of a row, with those of an upper estimate of the tokens of its pictures."""
+    pictures = row_pictures(row)
+    tokens = sum(max(PICTURE_TOKENS, math.prod(one["size"]) // PATCH_PIXELS) for one in pictures)
+    return _count_characters(without_pictures(row) if pictures else row, apart) + CHARACTERS_A_TOKEN * tokens
 
 
 def _count_characters(value: object, apart: bool) -> int:

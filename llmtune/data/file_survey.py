@@ -18,6 +18,7 @@ from llmtune.data.column_mapping import (
     find,
     flatten,
     infer_columns,
+    is_text,
     name_columns,
     name_words,
     names_recordings,
@@ -27,6 +28,7 @@ from llmtune.data.encoding_guess import GUESSED_BYTES, guess_encoding
 from llmtune.data.file_readers import data_errors
 from llmtune.data.label_candidates import LabelCandidate, are_identifiers, find_class_columns
 from llmtune.data.message_fields import CONTENT_KEYS, first_key, is_message, propose_roles, read_turns
+from llmtune.data.pictures import may_be_picture, row_pictures
 from llmtune.data.rejected_rows import NO_VALUES, RowError
 from llmtune.data.row_formats import check_mapped, detect_format, map_columns, parse_row, reads_rows
 from llmtune.data.row_hash import hash_content, iterate_strings, row_json
@@ -208,6 +210,8 @@ def list_readings(survey: Survey, task: str | None = None, columns: Mapping[str,
     if task is None and not columns and any(names_recordings(survey.rows, name) for name in survey.columns):
         recordings = [one for one in readings if kind_of_task(one.task) is AUDIO]  # file names are no texts to learn
         return recordings or [_reading(survey, one, columns) for one, columns in _inferred(survey, AUDIO.tasks[0])]
+    if not columns and (task is None or kind_of_task(task) is MESSAGES):
+        readings = [*_pictured(survey, task or MESSAGES.tasks[0], readings), *readings]
     if not readings and (task is None or kind_of_task(task) is MESSAGES):
         readings = list(_conversations(survey, columns, task or MESSAGES.tasks[0]))
     if not readings and not columns and not refusals(survey, task):  # known names count, even if values are bad
@@ -216,6 +220,17 @@ def list_readings(survey: Survey, task: str | None = None, columns: Mapping[str,
         readings = _with_classes(survey, readings, columns, task)
     readings = [reading for reading in readings if reading.rows]
     return readings if task is not None else sorted_for_search(readings)
+
+
+def _pictured(survey: Survey, task: str, others: Sequence[Reading]) -> Iterator[Reading]:
+    """Read a table whose file names of pictures have a column of any name, with its last text as the answer."""
+    names = [name for name in survey.columns if all(may_be_picture(find(row, name)) for row in survey.first)]
+    texts = [name for name in survey.columns if name not in names and is_text(survey.first, name)]
+    if not names or not texts or any(row_pictures(row) for one in others for row in one.rows):
+        return
+    columns = {"image": names[0], "answer": texts[-1], **({"question": texts[0]} if len(texts) > 1 else {})}
+    if reads_rows(survey.first, task, columns, survey.row_files[0].parent):
+        yield _reading(survey, task, columns)
 
 
 def _with_classes(

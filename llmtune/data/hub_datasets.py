@@ -7,14 +7,16 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import xxhash
 
 from llmtune.data.arrow_rows import decode_class_ids, drop_filled
+from llmtune.data.pictures import MAX_BYTES
 from llmtune.data.rejected_rows import RawRow
 from llmtune.errors import DataError, EnvironmentProblem, write_origin
 from llmtune.recipe.data_section import Source
+from llmtune.recipe.user_files import read_bytes
 from llmtune.store.atomic_files import atomic_file, explained, write_text
 
 if TYPE_CHECKING:
@@ -109,10 +111,10 @@ def as_files_hold_it(
 ) -> tuple[Dataset | IterableDataset, Callable[[HubRow], HubRow]]:
     """Return rows with undecoded recordings and pictures, and a function that makes a row's values plain.
 
-    Class numbers become class names; a recording becomes the name of a file with its bytes. Null keys that Arrow added
-    are dropped.
+    Class numbers become class names, a recording the name of a file with its bytes, and a picture its bytes. Null keys
+    that Arrow added are dropped.
     """
-    from datasets import Audio, ClassLabel
+    from datasets import Audio, ClassLabel, Image
 
     features = rows.features or {}  # None if rows are streamed from files without a schema
     makers: dict[str, Callable[..., object]] = {}
@@ -122,14 +124,31 @@ def as_files_hold_it(
             makers[column] = partial(decode_class_ids, inner.names)
         if getattr(feature, "decode", False):  # audio, image or video
             rows = rows.cast_column(column, replace(feature, decode=False))
+        elif getattr(inner, "decode", False):
+            rows = rows.cast_column(column, replace(feature, feature=replace(inner, decode=False)))
         if isinstance(feature, Audio):
             makers[column] = store_recording
+        if isinstance(inner, Image):
+            makers[column] = load_pictures
 
     def plain(row: HubRow) -> HubRow:
         made = {**row, **{column: make(row[column]) for column, make in makers.items() if column in row}}
         return drop_filled(made, features)
 
     return rows, plain
+
+
+def load_pictures(value: Any) -> Any:
+    """Return undecoded pictures with their bytes. A file outside the hub's caches stays a path, which rows refuse."""
+    from datasets import config
+
+    if isinstance(value, list):
+        return [load_pictures(one) for one in value]
+    if not isinstance(value, dict) or value["bytes"] is not None or not value["path"]:
+        return value
+    file = Path(value["path"])
+    is_cached = file.is_file() and file.resolve().is_relative_to(Path(config.HF_CACHE_HOME).resolve())
+    return {**value, "bytes": read_bytes(file, MAX_BYTES)} if is_cached else value
 
 
 def store_recording(value: Recording | None) -> str | None:

@@ -317,6 +317,11 @@ def row_pictures(row: Row) -> list[Picture]:
     return [picture for message in row.get("messages") or () for picture in message.get("images", ())]
 
 
+def without_pictures(row: Row) -> Row:
+    """Return a conversation without its pictures; its texts keep their places."""
+    return {**row, "messages": [{key: one[key] for key in one if key != "images"} for one in row["messages"]]}
+
+
 def show_places(message: Mapping[str, Any]) -> str:
     """Return a message's text with the name of each picture in its place."""
     before, *after = str(message["content"]).split(PLACE)

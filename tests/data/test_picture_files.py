@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from datasets import Dataset, Features, Value
+from datasets import Dataset, Features, List, Value
 from datasets import Image as ImageFeature
 from PIL import Image
 from support.pictures import draw, picture_bytes, save, write_bomb, write_cut
@@ -11,8 +11,10 @@ from support.rows import make_recipe, prepare, rows_of, write_jsonl
 
 from llmtune.data.data_notes import picture_blocks
 from llmtune.data.data_report import describe_pictures
-from llmtune.data.pictures import PLACE, row_pictures
+from llmtune.data.hub_datasets import as_files_hold_it
+from llmtune.data.pictures import PLACE, read_picture, row_pictures
 from llmtune.data.preparation import write_test_rows
+from llmtune.data.rejected_rows import RowError
 from llmtune.data.row_kind import near_text, row_input
 from llmtune.data.sources import list_sources
 from llmtune.display.blocks import Page, Section
@@ -199,3 +201,21 @@ def test_rows_without_pictures_have_no_part_in_the_data_report(tmp_path):
     rows = prepare(tmp_path, str(write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "q", "completion": "a"}])))
     assert describe_pictures(rows) == ({}, [])
     assert picture_blocks({}) == []
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+def test_pictures_of_a_hub_data_set_are_read_from_their_bytes_and_caches_only(streamed, tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_CACHE_HOME", str(tmp_path / "cache"))
+    cached, other = save(tmp_path / "cache" / "1.png", 1), save(tmp_path / "2.png", 2)
+    cells = [{"bytes": picture_bytes(3), "path": None}, {"bytes": None, "path": str(cached)}]
+    cells += [{"bytes": None, "path": str(other)}]
+    features = Features({"image": ImageFeature(), "images": List(ImageFeature()), "answer": Value("string")})
+    columns = {"image": cells, "images": [[cell, cell] for cell in cells], "answer": ["a", "b", "c"]}
+    made = Dataset.from_dict(columns, features=features)
+    rows, plain = as_files_hold_it(made.to_iterable_dataset() if streamed else made)
+    plain_rows = [plain(row) for row in rows]
+    sizes = [read_picture(row["image"], None)["size"] for row in plain_rows[:2]]
+    sizes += [read_picture(one, None)["size"] for row in plain_rows[:2] for one in row["images"]]
+    assert sizes == [[48, 40]] * 6
+    with pytest.raises(RowError, match="picture in a file"):
+        read_picture(plain_rows[2]["image"], None)
