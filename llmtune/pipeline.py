@@ -73,7 +73,7 @@ from llmtune.store.run_lock import hash_keys, own_pins, read_pins
 from llmtune.store.run_origin import is_own, save_recipe
 from llmtune.store.run_request import RunRequest
 from llmtune.store.seed_runs import SEEDS_UNTIL, is_done, kept_findings, seed_folder, share_rows, with_seed
-from llmtune.tasks.base import next_steps
+from llmtune.tasks import base, registry
 from llmtune.train.loop import train
 from llmtune.train.metrics_log import log_results
 from llmtune.train.row_losses import list_hardest
@@ -176,7 +176,8 @@ def best_candidate(run: RunContext, loaded: LoadedRecipe) -> str:
         run.once(lambda: share_rows(run.folder, out, trial.fingerprint))
         run_pipeline(trial, RunRequest(out=out, until="train", offline=request.offline), console)
 
-    rows, choose = load_rows(run.folder.path / "data" / "rows"), partial(find_variant, recipe)
+    recipe = registry.get_task(recipe.task).infer_section(recipe, rows := load_rows(run.folder.path / "data" / "rows"))
+    choose = partial(find_variant, recipe)
     ranked = run.once(lambda: known_or_ranked(recipe, choose, rows, console, run.folder, run.device, request.offline))
     return ranked["chosen"] or choose_candidate(loaded, ranked, run.folder, console, run_trial, run.once)
 
@@ -391,7 +392,7 @@ def _conclude(run: RunContext, recipe: Recipe) -> Json:
         if "evaluate" in run.folder.ran:
             log_results(report, recipe.train.report_to, path, run.device, offline=request.offline)
         print_verdict(report.verdict, report.gates, console)
-        run.folder.note(next_steps=next_steps(path, run.plan.task, run.rows))
+        run.folder.note(next_steps=base.next_steps(path, run.plan.task, run.rows))
         console.print(run.folder.findings["next_steps"], highlight=False, markup=False, soft_wrap=True)
         conclude_release(run, report.gates)
         report = _write_report(run, recipe) if report.release != run.folder.findings.get("release") else report

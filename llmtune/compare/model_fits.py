@@ -16,6 +16,7 @@ from rich.console import Console
 from transformers import PreTrainedModel
 
 from llmtune.compare.compare_methods import change
+from llmtune.data.row_store import load_rows, rows_folder
 from llmtune.data.run_naming import default_folder
 from llmtune.data.task_interface import TaskInterface
 from llmtune.errors import DataError, EnvironmentProblem, RecipeError
@@ -30,7 +31,7 @@ from llmtune.recipe.schema import Recipe
 from llmtune.recipe.training_rule import choose_training
 from llmtune.records import ALONE, Layout, MemoryPlan
 from llmtune.store.run_folder import RunFolder, read_manifest
-from llmtune.tasks.registry import choose_variant
+from llmtune.tasks.registry import choose_variant, get_task
 
 METHODS = ("full", "lora", "qlora")
 MILLION = 10**6
@@ -89,8 +90,7 @@ def list_fits(
             try:
                 recipe = _recipe(task, "lora")
                 variant = choose_variant(recipe, read_model_config(model_ref, recipe.model), model.name)
-                model_class, config = find_class(model_ref, recipe, variant)
-                skeleton = build_skeleton(model_class, config, recipe)
+                skeleton = build_skeleton(*find_class(model_ref, recipe, variant), recipe)
             except (RecipeError, EnvironmentProblem):
                 continue
             for method in METHODS:
@@ -117,12 +117,11 @@ def list_recipe_fits(
         if model_ref is None:
             fix = "Download it with `llmtune select`, or name a model from `llmtune models list`."
             raise RecipeError.of(f"the shape of {name} is not known without its files", "model.name", fix)
-        config = read_model_config(model_ref, loaded.recipe.model)
-        variant = choose_variant(loaded.recipe, config, name)
-        model_class, config = find_class(model_ref, loaded.recipe, variant)
-        skeleton = build_skeleton(model_class, config, loaded.recipe)
+        variant = choose_variant(_infer_section(loaded), read_model_config(model_ref, loaded.recipe.model), name)
+        shape = find_class(model_ref, loaded.recipe, variant)
+        skeleton = build_skeleton(*shape, loaded.recipe, towers=variant.model_kind.takes_images)
         tokens, longest = _trained_tokens(loaded)
-        length = min(longest, context_length(config) or longest)
+        length = min(longest, context_length(skeleton.config) or longest)
         for method in METHODS:
             try:
                 changed = load_recipe(recipe, [*sets, *change(loaded, method)]).recipe
@@ -141,6 +140,14 @@ def list_recipe_fits(
         "efficiency": EFFICIENCY,
         "prices": prices,
     }
+
+
+def _infer_section(loaded: LoadedRecipe) -> Recipe:
+    """Return the recipe with settings that the rows decide, once they are prepared."""
+    rows = None
+    with suppress(DataError, EnvironmentProblem):  # rows that are not prepared here
+        rows = load_rows(rows_folder(default_folder(loaded)))
+    return get_task(loaded.recipe.task).infer_section(loaded.recipe, rows)
 
 
 def _trained_tokens(loaded: LoadedRecipe) -> tuple[int | None, int]:
@@ -198,9 +205,7 @@ def _fit(
         longest=max(tokens),
         rows=tokens[saving] // length,
         checkpointing=saving if stated == "auto" else stated,
-        seconds=None
-        if speed is None
-        else FLOPS[method] * parameters * MILLION / (speed * EFFICIENCY * layout.processes),
+        seconds=speed and FLOPS[method] * parameters * MILLION / (speed * EFFICIENCY * layout.processes),
     )
 
 

@@ -8,6 +8,7 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import accumulate, chain, groupby
 from pathlib import Path
 from typing import Any, NotRequired, cast
@@ -266,6 +267,15 @@ class ExampleReader:
         """int32 [n]: the number of supervised predictions of each example."""
         self.rows = self._column("row")
         """int32 [n]: the row of `Rows` that each example comes from."""
+
+    @cached_property
+    def pictures(self) -> npt.NDArray[np.int32]:
+        """int32 [n]: the number of pictures of each example."""
+        if "pictures" not in self._filled:
+            return np.zeros(len(self), dtype=np.int32)
+        columns = [batch.column("pictures") for batch in self._batches]
+        texts = (np.from_dlpack(column[i].values).tobytes() for column in columns for i in range(len(column)))
+        return np.array([text.count(b'"content": ') for text in texts], dtype=np.int32)
 
     def __len__(self) -> int:
         return int(self._starts[-1])

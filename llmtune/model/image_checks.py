@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple, cast
 
@@ -11,14 +10,11 @@ from transformers import PreTrainedModel
 from xxhash import xxh3_128_hexdigest as hash_bytes
 
 from llmtune.data.example import Collate, ImageExample
-from llmtune.data.pictures import Picture, picture_name, read_picture
+from llmtune.data.pictures import Picture, picture_name
 from llmtune.model.causal_lm_loss import move_to, predicted_logits
 from llmtune.model.device import compute_context
 from llmtune.model.image_models import ImageProcessor
 from llmtune.model.self_checks import logits_agree
-
-PROBE_SIZES = ((64, 64), (96, 48), (96, 48))
-"""Width and height of the pictures that a model is tried with; the last two differ in their colours alone."""
 
 
 class _FeaturesSeenError(Exception):
@@ -36,19 +32,6 @@ class PictureTokens(NamedTuple):
     """Image tokens that the processor writes for it."""
     features: int
     """Features that the model makes of it."""
-
-
-def draw_probes() -> list[Picture]:
-    """Return the pictures of PROBE_SIZES, with colours that differ from pixel to pixel."""
-    from PIL import Image
-
-    pictures = []
-    for number, (width, height) in enumerate(PROBE_SIZES):
-        colours = (x * 3 + y * 5 + c * 7 + number * 91 for y in range(height) for x in range(width) for c in range(3))
-        file = io.BytesIO()
-        Image.frombytes("RGB", (width, height), bytes(value % 256 for value in colours)).save(file, "PNG")
-        pictures.append(read_picture(file.getvalue(), None))
-    return pictures
 
 
 def explain_unreadable_pictures(

@@ -5,6 +5,7 @@ Shapes: B rows of a batch, T positions.
 
 from __future__ import annotations
 
+import io
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
@@ -14,13 +15,20 @@ from typing import NamedTuple
 import torch
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
-from llmtune.data.pictures import Picture, open_picture
+from llmtune.data.pictures import Picture, open_picture, read_picture
+from llmtune.errors import EnvironmentProblem, first_line
+from llmtune.model.device import REFUSALS
 from llmtune.model.processor import check_image_processor, open_processor, set_image_size
+from llmtune.recipe.model_kind import IMAGE_TEXT
 
 CACHE_BYTES = 2**28
 """Memory for the tensors of pictures that were read last."""
 TOKEN_TYPES = ("mm_token_type_ids", "token_type_ids")
 """Names under which models take the kind of each token: 1 in a picture, 0 in text."""
+
+
+PROBE_SIZES = ((64, 64), (96, 48), (96, 48))
+"""Width and height of the pictures that a model is tried with; the last two differ in their colours alone."""
 
 
 class PictureInputs(NamedTuple):
@@ -123,15 +131,34 @@ def _count_bytes(inputs: PictureInputs) -> int:
     return sum(part.nbytes for part in inputs.media.values())
 
 
+def draw_probes() -> list[Picture]:
+    """Return the pictures of PROBE_SIZES, with colours that differ from pixel to pixel."""
+    from PIL import Image
+
+    pictures = []
+    for number, (width, height) in enumerate(PROBE_SIZES):
+        colours = (x * 3 + y * 5 + c * 7 + number * 91 for y in range(height) for x in range(width) for c in range(3))
+        file = io.BytesIO()
+        Image.frombytes("RGB", (width, height), bytes(value % 256 for value in colours)).save(file, "PNG")
+        pictures.append(read_picture(file.getvalue(), None))
+    return pictures
+
+
 @lru_cache(maxsize=2)
 def image_processor(tokenizer: PreTrainedTokenizerBase, trust_remote_code: bool = False) -> ImageProcessor:
     """Return the processor in the folder of a tokenizer, with that tokenizer in it.
 
-    Raises EnvironmentProblem if the folder has none that opens.
+    Raises EnvironmentProblem if the folder has none that opens, or one that does not say where it puts pictures.
     """
     folder = Path(str(tokenizer.name_or_path))
     check_image_processor(folder, trust_remote_code, "")
     processor = open_processor(folder, trust_remote_code)
     processor.tokenizer = tokenizer
     set_image_size(processor, tokenizer)
-    return ImageProcessor(processor)
+    images = ImageProcessor(processor)
+    try:
+        images.read(draw_probes()[0])
+    except REFUSALS as error:
+        what = f"pictures are not supported with a {type(processor).__name__}: {first_line(error)}"
+        raise EnvironmentProblem.of(what, str(folder), f"{IMAGE_TEXT.fix} Or set chat.images: false.") from error
+    return images

@@ -28,6 +28,7 @@ from llmtune.model.config import (
 from llmtune.model.device import device_memory, resolve_dtype
 from llmtune.model.quantized_base import BaseQuantization, kept_quantization
 from llmtune.model.sharded_plan import divide_plan, fixed_bytes, plan_evaluation
+from llmtune.model.towers import find_projectors, find_towers
 from llmtune.recipe.adapter_section import MUTATING, AdapterSection
 from llmtune.recipe.peft_options import options_of
 from llmtune.recipe.schema import Recipe
@@ -64,7 +65,7 @@ def plan_memory(
     Raises RecipeError or EnvironmentProblem if the model cannot do the task or its configuration cannot be read.
     """
     model_class, config = find_class(model_ref, recipe, task)
-    skeleton = build_skeleton(model_class, config, recipe)
+    skeleton = build_skeleton(model_class, config, recipe, towers=task.model_kind.takes_images)
     plan = plan_skeleton(skeleton, recipe, task, tokens, device, device_memory(device))
     plan = plan_evaluation(plan, skeleton, recipe, tokens)
     return plan if layout == ALONE else divide_plan(plan, skeleton, recipe, layout, tokens)
@@ -100,6 +101,8 @@ def plan_skeleton(
         "activations": tokens * weight_bytes * _kept_activations(text, inner, recipe, device, kept is not None),
         "logits": logits_at_once * logit_bytes,
     }
+    if task.model_kind.takes_images:
+        parts["activations"] += tokens * weight_bytes * _tower_activations(skeleton)
     if recipe.adapter.method == "qlora" and device == "cpu":  # the weights before quantisation, in the same memory
         parts["loading"] = weight_bytes * _quantized(skeleton, inner)
     if task.needs_reference_model(recipe) and (full or recipe.adapter.start_from is not None):
@@ -181,11 +184,14 @@ def _trained_sizes(
     skeleton: PreTrainedModel, recipe: Recipe, task: TaskInterface
 ) -> tuple[dict[str, tuple[int, int]], list[int]]:
     """Return the linear shapes outside the heads, and the sizes of all trained matrices."""
-    heads = head_names(skeleton)
-    inner = {name: shape for name, shape in linear_shapes(skeleton).items() if not in_heads(name, heads)}
+    heads, towers = head_names(skeleton), find_towers(skeleton)
+    inner = {name: shape for name, shape in linear_shapes(skeleton).items() if not in_heads(name, [*heads, *towers])}
+    frozen = find_projectors(skeleton) if recipe.adapter.train_projector else []
+    projector = [one.numel() for name in frozen for one in skeleton.get_submodule(name).parameters()]
     if recipe.adapter.method == "full":
-        return inner, [parameter.numel() for parameter in skeleton.parameters()]
-    adapter = _adapter_sizes(inner, recipe.adapter)
+        whole = [one.numel() for name, one in skeleton.named_parameters() if not in_heads(name, towers)]
+        return inner, [*whole, *projector]
+    adapter = [*_adapter_sizes(inner, recipe.adapter), *projector]
     head = [parameter.numel() for name, parameter in skeleton.named_parameters() if in_heads(name, heads)]
     return inner, [*adapter, *(head if task.model_kind.has_head else [])]
 
@@ -330,6 +336,33 @@ def _kept_activations(
     layer = 10 * hidden + (6 if kept or recipe.adapter.method == "qlora" else 4) * intermediate
     saves = recipe.train.gradient_checkpointing is True and device != "cpu"
     return layers * hidden + layer if saves else layers * layer
+
+
+def _tower_activations(skeleton: PreTrainedModel) -> int:
+    """Estimate the numbers that towers need at once per token, if all tokens are those of pictures.
+
+    Towers are frozen, so only the states of their layers are kept, for models that read several, and the work of one.
+    A token stands for several patches if the model joins them, each with its pixels in float32.
+    """
+    config = skeleton.config
+    vision = getattr(config, "vision_config", None)
+    stated = {**vars(vision or config), **vars(config)}
+    shapes = [shape for name in find_towers(skeleton) for shape in linear_shapes(skeleton.get_submodule(name)).values()]
+    widest, width = max(map(max, shapes), default=0), max(map(min, shapes), default=0)
+    layers = int(stated.get("depth") or getattr(vision, "num_hidden_layers", 0) or 1)
+    sides = [stated[name] for name in _JOINED if isinstance(stated.get(name), int)]
+    sides += [round(1 / stated[name]) for name in _RATIOS if isinstance(stated.get(name), float)]
+    joined = max(sides, default=1) ** 2
+    if per_picture := stated.get("mm_tokens_per_image"):
+        joined = (int(stated["image_size"]) // int(stated["patch_size"])) ** 2 // per_picture
+    patch = stated.get("patch_size") or 16
+    pixels = 3 * int(patch[0] if isinstance(patch, list | tuple) else patch) ** 2
+    return joined * ((layers + 8) * width + 2 * widest + 2 * pixels)
+
+
+_JOINED = ("spatial_merge_size", "scale_factor", "pooling_kernel_size", "downsample_factor")
+_RATIOS = ("downsample_ratio", "pixel_shuffle_ratio")
+"""Names in configurations of how many patches, in each direction, make a token of a picture."""
 
 
 def _draw_plan(plan: MemoryPlan) -> Table:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import cast
@@ -18,11 +19,11 @@ from llmtune.data.collators import collate_padded
 from llmtune.data.example import Collate, Example, ImageExample
 from llmtune.data.pictures import PLACE, Picture
 from llmtune.data.task_interface import Encoded
-from llmtune.errors import RecipeError, first_line
+from llmtune.errors import DataError, RecipeError, first_line
 from llmtune.model.causal_lm_loss import unwrap
 from llmtune.model.device import REFUSALS, is_out_of_memory, resolve_dtype
-from llmtune.model.image_checks import draw_probes, explain_unreadable_pictures, find_miscounts
-from llmtune.model.image_models import ImageProcessor, image_processor
+from llmtune.model.image_checks import explain_unreadable_pictures, find_miscounts
+from llmtune.model.image_models import ImageProcessor, draw_probes, image_processor
 from llmtune.model.towers import find_projectors, image_text_class
 from llmtune.recipe.model_kind import IMAGE_TEXT
 from llmtune.recipe.schema import Recipe
@@ -52,8 +53,26 @@ class ImageChat(Chat):
     def encode(self, rows: Sequence[ChatRow], processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[Encoded]:
         """Return the examples of each conversation, with the tokens of its pictures."""
         images = open_images(processor, recipe)
+        if any(list_pictures(row["messages"]) for row in rows):
+            self._check_template(images, processor, recipe)
         encoded = encode_chat(rows, processor, recipe, images.expand)
         return [row if isinstance(row, str) else [_unlabel(one, images) for one in row] for row in encoded]
+
+    def _check_template(self, images: ImageProcessor, processor: PreTrainedTokenizerBase, recipe: Recipe) -> None:
+        """Raise RecipeError if the chat template writes no placeholder for a picture."""
+        places: list[int] = []
+
+        def count(texts: Sequence[str], pictures: Sequence[Picture]) -> list[str]:
+            places.append(sum(text.count(images.placeholder) for text in texts))
+            return [*texts]
+
+        question: Message = {"role": "user", "content": f"{PLACE}What is it?", "images": draw_probes()[:1]}
+        with suppress(DataError):  # reported with the first row
+            self._render({"messages": [question]}, processor, recipe, count)
+        if places == [0]:
+            what = f"the chat template has no place for pictures: it never writes {images.placeholder}"
+            fix = "Set model.chat_template to a file that writes it for each part of type image, or to the original's."
+            raise RecipeError.of(what, "model.chat_template", fix)
 
     def prompt(self, row: ChatRow, processor: PreTrainedTokenizerBase, recipe: Recipe) -> Prompt:
         """Return the rendered conversation, ready for the next answer, with its pictures."""

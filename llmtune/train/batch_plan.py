@@ -167,14 +167,19 @@ def occupied_tokens(rows: Indexes, lengths: npt.NDArray[np.int32], packed: bool)
 
 
 def heaviest(
-    lengths: npt.NDArray[np.int32], supervised: npt.NDArray[np.int32], budget: int, packed: bool, most_rows: int
+    lengths: npt.NDArray[np.int32],
+    weights: Sequence[npt.NDArray[np.int32]],
+    budget: int,
+    packed: bool,
+    most_rows: int,
 ) -> list[Indexes]:
-    """Return upper bounds of the real micro-batches: one of the longest rows, and one of the most supervised rows.
+    """Return upper bounds of the real micro-batches: one of the longest rows, and one of the heaviest by each weight.
 
-    The first needs the most attention and activations, the second the most logits. Neither has more than `most_rows`.
+    The first needs the most attention and activations; that of the most supervised rows the most logits, and that of
+    the most pictures the most pixels. None has more than `most_rows`.
     """
-    batches = []
-    for weight in (lengths, supervised):
+    batches: dict[frozenset[int], Indexes] = {}
+    for weight in (lengths, *weights):
         taken: list[int] = []
         widest = total = 0
         for index in np.argsort(-weight.astype(np.int64), kind="stable").tolist():
@@ -185,8 +190,8 @@ def heaviest(
                 widest, total = max(widest, size), total + size
             if len(taken) == most_rows or total >= budget:
                 break
-        batches.append(np.asarray(taken, dtype=np.int64))
-    return batches[:1] if set(batches[0].tolist()) == set(batches[1].tolist()) else batches
+        batches.setdefault(frozenset(taken), np.asarray(taken, dtype=np.int64))
+    return [*batches.values()]
 
 
 def padding_share(

@@ -10,6 +10,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from rich.console import Console
 
@@ -149,6 +150,9 @@ def _fits(training: TrainContext, budget: int) -> float | None:
     reader, held_out = training.examples, training.validation
     chunked = takes_head_loss(training.adapted.selected.model)  # then the memory of logits does not grow with tokens
 
+    def weigh(reader: ExampleReader, supervised: npt.NDArray[np.int32]) -> list[npt.NDArray[np.int32]]:
+        return [supervised, reader.pictures] if reader.pictures.any() else [supervised]
+
     def step() -> None:
         for index, rows in enumerate(batches):
             seed_micro_batch(training, 0, index)
@@ -158,13 +162,13 @@ def _fits(training: TrainContext, budget: int) -> float | None:
     def validate() -> None:
         assert held_out is not None
         supervised = held_out.lengths if chunked else held_out.supervised
-        for rows in heaviest(held_out.lengths, supervised, budget, training.packed, len(held_out)):
+        for rows in heaviest(held_out.lengths, weigh(held_out, supervised), budget, training.packed, len(held_out)):
             batch = make_batch(training, held_out, rows)
             with torch.no_grad(), training.compute():
                 training.objective.complete_loss(training.model, batch)
 
     supervised = reader.lengths if chunked else reader.supervised
-    batches = list(heaviest(reader.lengths, supervised, budget, training.packed, most))
+    batches = heaviest(reader.lengths, weigh(reader, supervised), budget, training.packed, most)
     with training.accelerator.no_sync(training.model), whole_documents():
         began = time.perf_counter()
         fits = try_memory(training, step)

@@ -296,6 +296,7 @@ JUDGE = "evaluate/suites/test_judge.py"
 MINING = "test_mining.py"
 SELECTIVE = "evaluate/test_decision.py"
 ELSEWHERE = {
+    "evaluate.controls": "evaluate/test_controls.py::test_a_recipe_with_a_gate_or_a_control_that_cannot_be_is_refused",
     "chat.images": "tasks/test_image_chat.py::test_the_key_images_decides_whether_the_model_keeps_its_towers",
     "adapter.train_projector": "adapter/test_image_adapters.py::test_full_training_reaches_the_projector_on_request",
     "model.image_pixels": "tasks/test_image_chat.py::test_limits_of_pixels_are_saved_with_the_model",

@@ -5,7 +5,9 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from support.adapting import build_family, documents, open_model, packed, quiet, recipe_with
+from support.adapting import build_family, documents, open_model, packed, quiet, recipe_with, task_for
+from support.image_text import build_image_text
+from transformers import AutoModelForImageTextToText
 
 from llmtune.adapter.injection import inject, trained_parameters
 from llmtune.errors import EnvironmentProblem
@@ -21,6 +23,7 @@ from llmtune.model.memory_plan import (
     suggest_recipe,
 )
 from llmtune.model.resolve import resolve_model
+from llmtune.model.towers import find_projectors, find_towers
 from llmtune.records import Layout, MemoryPlan
 from llmtune.tasks.registry import get_task
 from llmtune.train.optimizer import build_optimizer
@@ -241,3 +244,23 @@ def test_the_first_budget_follows_from_total_memory_and_fits_the_longest_row(fol
     assert micro_batch_tokens(tight, 100, 10) == pytest.approx(500, rel=0.05)
     assert micro_batch_tokens(tight, 100, 800) == 800
     assert micro_batch_tokens(dataclasses.replace(plan, limit=None), 100, 10) == 2048
+
+
+def test_a_run_on_pictures_plans_its_towers_and_what_they_compute(tmp_path):
+    for family in ("gemma3", "qwen3_vl", "smolvlm"):
+        folder = build_image_text(tmp_path / family, family)
+        plans = {}
+        for images in (False, True):
+            recipe = recipe_with(folder, chat={"images": images}, data={"packing": False})
+            place = resolve_model(str(folder), recipe.model, quiet(), True)
+            plans[images] = plan_memory(place, recipe, task_for(recipe), 64, "cpu").parts
+        model = AutoModelForImageTextToText.from_pretrained(folder)
+        towers = sum(one.numel() for name in find_towers(model) for one in model.get_submodule(name).parameters())
+        assert plans[True]["weights"] - plans[False]["weights"] == pytest.approx(4 * towers, rel=0.01)
+        assert plans[True]["adapter"] == plans[False]["adapter"]
+        assert plans[True]["activations"] > plans[False]["activations"]
+        recipe = recipe_with(folder, chat={"images": True}, adapter={"train_projector": True})
+        trained = plan_memory(place, recipe, task_for(recipe), 64, "cpu").parts["adapter"]
+        projector = [*find_projectors(model)]
+        more = sum(one.numel() for name in projector for one in model.get_submodule(name).parameters())
+        assert trained - plans[True]["adapter"] == 4 * more

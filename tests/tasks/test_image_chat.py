@@ -3,20 +3,30 @@
 import json
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 from support.adapting import open_model, quiet, recipe_with
-from support.image_text import FAMILIES, build_image_text
+from support.architectures import save_weights, shrink
+from support.image_text import FAMILIES, TEMPLATE, build_image_text
+from support.models import build_llama, train_tokenizer
 from support.plain_images import PlainModel, mixed_rows, write_picture_rows
 from support.runs import llmtune, write_recipe
 from support.training import read_metrics, trained_bytes
-from transformers import AutoConfig, AutoProcessor
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    MllamaImageProcessor,
+    MllamaProcessor,
+)
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from llmtune.adapter.injection import inject
 from llmtune.data.pictures import PLACE
-from llmtune.errors import DataError, RecipeError
+from llmtune.errors import DataError, LlmtuneError, RecipeError
 from llmtune.evaluate.generation import answer_ends, generate_completions
 from llmtune.model.processor import load_processor, save_tokenizer
 from llmtune.model.resolve import resolve_model
@@ -323,3 +333,54 @@ def test_the_key_images_decides_whether_the_model_keeps_its_towers(tmp_path):
     recipe = write_image_recipe(tmp_path, chat={"images": False})
     with pytest.raises(DataError, match=r"it has pictures, but chat\.images is false"):
         train(recipe, tmp_path / "run")
+
+
+def test_a_chat_template_without_a_place_for_pictures_is_refused_with_a_cure(tmp_path):
+    template = tmp_path / "words.jinja"
+    template.write_text(
+        "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+        "{{ message['content'] }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    recipe = write_image_recipe(tmp_path, model={"chat_template": str(template)})
+    with pytest.raises(RecipeError, match=r"has no place for pictures: it never writes <image>\n.*model.chat_template"):
+        train(recipe, tmp_path / "run")
+
+
+def test_candidates_are_ranked_with_the_pictures_of_the_rows(tmp_path):
+    build_image_text(tmp_path / "other", "gemma3")
+    build_llama(tmp_path / "words")
+    names = [str(tmp_path / name) for name in ("model", "other", "words")]
+    data = {"validation": 0.2}
+    recipe = write_image_recipe(tmp_path, model={"name": None, "candidates": names}, data=data)
+    console = quiet()
+    run_pipeline(load_recipe(recipe), RunRequest(out=tmp_path / "run", until="select"), console)
+    facts = json.loads((tmp_path / "run/run.json").read_text())["steps"]["select"]["facts"]
+    reasons = {Path(one["name"]).name: one["reason"] for one in facts["ranking"]["candidates"]}
+    assert reasons["model"] is reasons["other"] is None
+    assert "which needs AutoModelForImageTextToText" in reasons["words"]
+
+
+def build_mllama(folder):
+    """Save a tiny Llama 3.2 Vision, which reads pictures by cross attention, without features in place of tokens."""
+    tokenizer = train_tokenizer(TEMPLATE.format(placeholder="<|image|>"), named_tokens={"image_token": "<|image|>"})
+    config = shrink(CONFIG_MAPPING["mllama"])
+    config.vision_config.image_size, config.vision_config.max_num_tiles = 56, 1
+    config.vision_config.intermediate_layers_indices = [0]
+    config.vision_config.supported_aspect_ratios = [[1, 1]]
+    config.vision_config.vision_output_dim = 128
+    config.text_config.vocab_size = len(tokenizer)
+    config.image_token_index = tokenizer.convert_tokens_to_ids("<|image|>")
+    model = AutoModelForImageTextToText.from_config(type(config).from_dict(config.to_dict()), dtype=torch.float32)
+    save_weights(model, folder)
+    images = MllamaImageProcessor(size={"height": 56, "width": 56}, max_image_tiles=1)
+    MllamaProcessor(images, tokenizer, chat_template=tokenizer.chat_template).save_pretrained(folder)
+
+
+def test_a_model_that_puts_no_features_in_place_of_tokens_is_refused_by_name(tmp_path):
+    recipe = write_image_recipe(tmp_path)
+    shutil.rmtree(tmp_path / "model")
+    build_mllama(tmp_path / "model")
+    with pytest.raises(LlmtuneError, match=r"(?s)Mllama.*Or set chat.images: false"):
+        train(recipe, tmp_path / "run")
+    assert not (tmp_path / "run/adapter").exists()

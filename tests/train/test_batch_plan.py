@@ -96,7 +96,7 @@ def test_micro_batches_contain_each_row_once_within_the_budget_heaviest_first(le
 @given(lengths_of, st.integers(60, 200), st.booleans(), st.integers(1, 8), st.integers(0, 100))
 def test_the_rehearsed_micro_batch_has_the_longest_row_and_the_most_supervised_one(lengths, budget, packed, size, seed):
     supervised = np.random.default_rng(seed).integers(0, lengths + 1).astype(np.int32)
-    rehearsed = heaviest(lengths, supervised, budget, packed, size)
+    rehearsed = heaviest(lengths, [supervised], budget, packed, size)
     for rows in rehearsed:
         assert len(rows) <= size
         assert occupied_tokens(rows, lengths, packed) <= budget
@@ -139,3 +139,10 @@ def test_the_padding_share_counts_positions_without_a_token():
 def test_a_process_may_get_no_rows():
     assert [share.tolist() for share in divide(np.array([3]), np.full(5, 9, dtype=np.int32), 2)] == [[3], []]
     assert micro_batches(np.array([], dtype=np.int64), np.full(5, 9, dtype=np.int32), 64, True) == []
+
+
+def test_the_rehearsal_has_the_batch_with_the_most_pictures():
+    lengths = np.array([40, 30, 20, 10], dtype=np.int32)
+    supervised, pictures = np.array([9, 1, 1, 1], dtype=np.int32), np.array([0, 0, 1, 4], dtype=np.int32)
+    found = [rows.tolist() for rows in heaviest(lengths, [supervised, pictures], 40, False, 2)]
+    assert found == [[0], [3, 2]]
