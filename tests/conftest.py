@@ -67,6 +67,14 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def image_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """`image_run("gemma3")` is a run of a tiny model tuned with pictures, which no test may change."""
+    from support.image_runs import finish_image_run
+
+    return functools.cache(lambda family: finish_image_run(tmp_path_factory.mktemp(family), family))
+
+
+@pytest.fixture(scope="session")
 def tiny_gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from support.models import build_gpt2
 

@@ -50,7 +50,8 @@ def serve(
     ] = 64,
     max_batch: Annotated[int | None, typer.Option("--max-batch", hidden=True)] = None,
     max_body: Annotated[
-        int | None, typer.Option("--max-body", min=1024, help="Maximum bytes (default: 2 MiB; recordings 32 MiB).")
+        int | None,
+        typer.Option("--max-body", min=1024, help="Maximum bytes (default: 2 MiB; recordings and pictures 32 MiB)."),
     ] = None,
     grace: Annotated[
         float, typer.Option("--grace", min=0, max=3600, help="Seconds for answers to finish after SIGTERM.")

@@ -21,7 +21,7 @@ from llmtune.cli.output_streams import (
     print_text,
     stderr_console,
 )
-from llmtune.errors import RecipeError, visible
+from llmtune.errors import DataError, LlmtuneError, RecipeError, visible
 from llmtune.store.process_environment import gc_paused, prepare_environment
 from llmtune.store.processes import world_size
 
@@ -30,12 +30,27 @@ if TYPE_CHECKING:
 
     from llmtune.serve.finished_run import ChatSession, FinishedRun
 
-COMMANDS_OF_CHAT = "[dim]/reset forgets the conversation, /quit (or Ctrl-D) ends; Ctrl-C stops an answer.[/]"
+COMMANDS_OF_CHAT = (
+    "[dim]/image FILE adds a picture to the next message, /reset forgets the conversation, /quit (or Ctrl-D) ends; "
+    "Ctrl-C stops an answer.[/]"
+)
 ONCE_MORE = "[dim]Press Ctrl-C again to quit.[/]"
 YOU = "\001\033[1;32m\002you\001\033[0m\002 "
 """The prompt, with zero-width sequences marked for readline."""
 STDIN = "-"
 System = Annotated[str | None, typer.Option("--system", help="A system message before all others (chat).")]
+Pictures = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--image", metavar="FILE", help="A picture before the text, or at an <image> in it (chat); may be repeated."
+    ),
+]
+RowFile = Annotated[
+    Path | None, typer.Option("--input", metavar="FILE", help="Answer every row of a file (CSV, JSON lines, ...).")
+]
+Output = Annotated[
+    Path | None, typer.Option("--output", metavar="FILE", help="JSON lines, one per row (default: standard output).")
+]
 Base = Annotated[bool, typer.Option("--base", help="Use the base model without the adapter.")]
 
 
@@ -50,18 +65,14 @@ def generate_command(
     context: Annotated[str | None, typer.Option("--context", help="The text with the answer (qa).")] = None,
     pair: Annotated[str | None, typer.Option("--pair", help="The second text of a pair (classify).")] = None,
     audio: Annotated[Path | None, typer.Option("--audio", help="A recording: wav, flac, mp3, ogg (speech).")] = None,
+    image: Pictures = None,
     passages: Annotated[Path | None, typer.Option("--passages", help="A file of passages to rank or encode.")] = None,
     answer: Annotated[str | None, typer.Option("--answer", help="The answer to score (preference, reward).")] = None,
     source_language: Annotated[str | None, typer.Option(help="The text's language (translate).")] = None,
     target_language: Annotated[str | None, typer.Option(help="The answer's language (translate).")] = None,
     system: System = None,
-    rows: Annotated[
-        Path | None, typer.Option("--input", metavar="FILE", help="Answer every row of a file (CSV, JSON lines, ...).")
-    ] = None,
-    output: Annotated[
-        Path | None,
-        typer.Option("--output", metavar="FILE", help="JSON lines, one per row (default: standard output)."),
-    ] = None,
+    rows: RowFile = None,
+    output: Output = None,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Override the recipe's generation section.")] = None,
     base: Base = False,
     threads: Threads = None,
@@ -77,6 +88,7 @@ def generate_command(
     given = {"context": context, "pair": pair, "answer": answer, "system": system, "source_language": source_language}
     given |= {"target_language": target_language, "audio": None if audio is None else str(audio)}
     given["passages"] = None if passages is None else str(passages)
+    given["image"] = json.dumps(image) if image else None
     if rows is not None:
         _check_files(rows, output, [text, prompt, *given.values()])
     elif world_size() > 1:
@@ -84,7 +96,7 @@ def generate_command(
     elif output is not None:
         raise RecipeError.of("--output needs --input", "--output", "Add --input, or redirect standard output: > FILE.")
     else:
-        given["prompt"] = _prompt(text, prompt, needed=audio is None)
+        given["prompt"] = _prompt(text, prompt, needed=not (audio or image))
     prepare_environment(network=False, threads=threads)
     with spinner(console, "loading the model"), gc_paused():
         from llmtune.serve.finished_run import FinishedRun
@@ -97,7 +109,8 @@ def generate_command(
         with spinner(console, "answering"):
             result = finished.answer(given, base=base, max_new_tokens=max_new_tokens)
         stated = {name: value for name, value in given.items() if value is not None and name != "passages"}
-        print_json({**stated, **result, "model": "base" if base else "tuned", "run": str(run)})
+        pictures = {"image": image} if image else {}
+        print_json({**stated, **pictures, **result, "model": "base" if base else "tuned", "run": str(run)})
     else:
         _print_pieces(finished.stream(given, base=base, max_new_tokens=max_new_tokens), console)
 
@@ -176,7 +189,7 @@ def chat(
         import readline  # noqa: F401 - enables arrow keys in input(): history and moving in a line
 
         console.print(COMMANDS_OF_CHAT)
-    interrupted = False
+    interrupted, pictures = False, list[str]()
     while True:
         try:
             line = input(prompt).strip()
@@ -194,24 +207,44 @@ def chat(
             return
         if line == "/reset":
             session.reset()
+            pictures = []
             console.print("[dim]Conversation forgotten.[/]")
+        elif line.startswith("/image "):
+            pictures += _check_picture(session, line.removeprefix("/image ").strip(), console)
         elif line.startswith("/"):
             console.print(COMMANDS_OF_CHAT)
         elif line:
-            interrupted = not _print_answer(session, line, system, console)
+            interrupted = not _print_answer(session, line, pictures, system, console)
+            pictures = []
 
 
-def _print_answer(session: ChatSession, line: str, system: str | None, console: Console) -> bool:
+def _check_picture(session: ChatSession, picture: str, console: Console) -> list[str]:
+    """Return a picture for the next message; print why if it cannot be read."""
+    try:
+        session.read_question("", [picture])
+    except LlmtuneError as error:
+        console.print(error.problems[0].what, style="dim", markup=False)
+        return []
+    console.print("[dim]Added to the next message: before its text, or at <image> in it.[/]")
+    return [picture]
+
+
+def _print_answer(session: ChatSession, line: str, pictures: list[str], system: str | None, console: Console) -> bool:
     """Stream an answer; return False if Ctrl-C stopped it, in which case it is not remembered."""
     try:
         thinking, thoughts, answer = False, WordWrap(), WordWrap()
-        for piece in session.answer(line, system=system, keep=True):
+        for piece in session.answer(line, system=system, image=pictures or None, keep=True):
             typer.secho(visible(thoughts.add(piece.reasoning)), nl=False, dim=True, err=True)
             if thinking and piece.content:
                 typer.secho(f"{visible(thoughts.rest())}\n", dim=True, err=True)
             print_text(answer.add(piece.content))
             thinking = not piece.content and (thinking or bool(piece.reasoning))
         print_text(answer.rest() + "\n")
+        return True
+    except DataError as error:
+        if not sys.stdin.isatty():
+            raise
+        console.print(error.problems[0].what, style="dim", markup=False)
         return True
     except KeyboardInterrupt as stop:
         if isinstance(stop, Terminated) or not sys.stdin.isatty():

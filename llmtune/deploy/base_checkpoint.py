@@ -17,7 +17,7 @@ from llmtune.adapter.load import put_adapter
 from llmtune.adapter.reference_model import switches_off, without_adapter
 from llmtune.deploy.exported_model import ExportedModel, ModelSource
 from llmtune.deploy.parity import Certificate, Limits, measure_distance
-from llmtune.deploy.tuned_model import TunedModel
+from llmtune.deploy.tuned_model import QUESTION, TunedModel
 from llmtune.errors import RecipeError, first_line
 from llmtune.model.base_tensors import build_complete, compare_other_tensors
 from llmtune.model.causal_lm_loss import unwrap
@@ -25,10 +25,9 @@ from llmtune.model.config import UNREADABLE, read_model_config
 from llmtune.model.library_logging import unreported
 from llmtune.model.processor import PROCESSOR_FILES, check_image_processor, open_processor
 from llmtune.model.quantized_base import keep_quantized_format
-from llmtune.model.towers import find_towers, image_text_class, patch_text_forward, text_class
+from llmtune.model.towers import find_projectors, find_towers, image_text_class, patch_text_forward, text_class
 from llmtune.recipe.task_facts import TASK_FACTS
 
-QUESTION = "What does the picture show?"
 PIXELS = 224
 
 
@@ -53,6 +52,8 @@ class BaseCheckpoint:
         self.tuned, self.folder = tuned, tuned.model_ref.path
         self.skeleton = build_complete(inner)
         """The complete model without memory."""
+        self.trained = find_projectors(self.skeleton) if tuned.recipe.adapter.train_projector else []
+        """Modules between its towers and its language model that are not the base's."""
         self.picture: AskedPicture | str | None = None
         """The picture after `ask_picture`, or why it could not be asked."""
 
@@ -66,8 +67,9 @@ class BaseCheckpoint:
 
     def ask_picture(self) -> None:
         """Ask the adapter on the complete base about a picture, before it is merged."""
-        if self.picture is not None or not self.tuned.task.model_kind.decodes:
-            return
+        kind = self.tuned.task.model_kind
+        if self.picture is not None or kind.takes_images or not kind.decodes:
+            return  # a model tuned with pictures has its towers, and answers pictures as its other questions
         try:
             processor = self._open_processor(self.folder)
             prompt = _write_prompt(processor)
@@ -112,7 +114,7 @@ class BaseCheckpoint:
         if not exported.is_folder or image_text_class(exported.model.config) is None:
             return certified
         self.ask_picture()
-        tensors, breaches = compare_other_tensors(self.folder, exported.path, self.skeleton)
+        tensors, breaches = compare_other_tensors(self.folder, exported.path, self.skeleton, self.trained)
         files = []
         if not self.tuned.task.model_kind.has_head:
             breaches += self._compare_processors(exported.path)

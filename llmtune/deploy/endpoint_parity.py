@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -17,7 +19,8 @@ from pydantic.dataclasses import dataclass
 from rich.console import Console
 
 from llmtune.adapter.vllm_names import find_vllm_obstacle
-from llmtune.data.chat_messages import clean_messages
+from llmtune.data.chat_messages import clean_messages, list_pictures, with_image_parts
+from llmtune.data.pictures import open_picture, row_pictures
 from llmtune.deploy.export import open_to_export
 from llmtune.deploy.export_score import describe_differences, score_answers
 from llmtune.deploy.parity import Certificate
@@ -84,7 +87,7 @@ def certify_run(
     with client:
         name = choose_served_model(client, model, context.plan.recipe.name)
         tuned = load_tuned(context)
-        tuned = replace(tuned, rows=[row for row in tuned.rows if _is_plain_text(row)])
+        tuned = replace(tuned, rows=[row for row in tuned.rows if _is_sendable(row)])
         with spinner(console, "asking the tuned model"):
             reference = TextReference(tuned)
         with spinner(console, f"asking {url}"):
@@ -130,7 +133,7 @@ def _ask_test_rows(client: openai.OpenAI, model: str, chat: bool, evaluated: Eva
     inputs, tokens = evaluated.inputs, evaluated.recipe.generation.max_new_tokens
     assert inputs is not None
     indices = (
-        [i for i in inputs.generation_prompts if _is_plain_text(inputs.questions[i])]
+        [i for i in inputs.generation_prompts if _is_sendable(inputs.questions[i])]
         if evaluated.recipe.evaluate.predicted & {*inputs.metrics}
         else []
     )
@@ -138,11 +141,12 @@ def _ask_test_rows(client: openai.OpenAI, model: str, chat: bool, evaluated: Eva
     return Answers(None, {i: reply.text.strip() for i, reply in zip(indices, replies, strict=True)}, {})
 
 
-def _is_plain_text(conversation: Row) -> bool:
-    """Whether the messages contain only text."""
+def _is_sendable(conversation: Row) -> bool:
+    """Whether the messages contain only text and pictures."""
     messages: Sequence[Mapping[str, object]] = conversation.get("messages", ())
     return not conversation.get("tools") and all(
-        set(message) <= {"role", "content", "train"} and isinstance(message.get("content"), str) for message in messages
+        set(message) <= {"role", "content", "train", "images"} and isinstance(message.get("content"), str)
+        for message in messages
     )
 
 
@@ -216,7 +220,7 @@ def _complete(client: openai.OpenAI, model: str, prompt: Row, chat: bool, extra:
     if chat:
         completion = client.chat.completions.create(
             model=model,
-            messages=cast(list[ChatCompletionMessageParam], clean_messages(prompt["messages"])),
+            messages=cast(list[ChatCompletionMessageParam], [*map(_with_pictures, clean_messages(prompt["messages"]))]),
             temperature=0,
             max_tokens=tokens,
             extra_body=extra,
@@ -238,6 +242,22 @@ def _complete(client: openai.OpenAI, model: str, prompt: Row, chat: bool, extra:
         answer_ids=choice_fields.get("token_ids") or [],
         logprobs=list(logprobs),
     )
+
+
+def _with_pictures(message: Mapping[str, object]) -> Mapping[str, object]:
+    """Return a message in OpenAI's form, with its pictures as training read them: RGB and upright."""
+    if "images" not in message:
+        return message
+    pictures = iter(list_pictures([message]))
+    parts = []
+    for part in cast(list[dict[str, object]], with_image_parts(message)["content"]):
+        if part["type"] == "image":
+            file = io.BytesIO()
+            open_picture(next(pictures)).save(file, "PNG")
+            url = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+            part = {"type": "image_url", "image_url": {"url": url}}
+        parts.append(part)
+    return {**{key: value for key, value in message.items() if key != "images"}, "content": parts}
 
 
 # The comparison
@@ -266,6 +286,7 @@ def _compare_replies(reference: TextReference, replies: Sequence[Reply]) -> Cert
             differences.append(abs(float(logits_V.log_softmax(-1)[ours]) - logprob))
     return {
         "prompts": len(replies),
+        "pictures": sum(len(row_pictures(row)) for row in tuned.questions),
         "ids_known_by": "ids" if by_ids else "count" if by_count else "nothing",
         "same_ids": same / len(replies),
         "answer_agreement": (equal + ties) / len(replies),
@@ -314,4 +335,5 @@ def _describe_endpoint(measured: Certificate) -> str:
         parts.append(f"{measured['ties']} of them diverge at a tie")
     if measured["logprob_mean_difference"] is not None:
         parts.append(f"log-probabilities off by {measured['logprob_mean_difference']:.2g} nats on average")
-    return f"parity with the adapter over {measured['prompts']} prompts: {', '.join(parts)}"
+    pictures = f" with {measured['pictures']} pictures" if measured["pictures"] else ""
+    return f"parity with the adapter over {measured['prompts']} prompts{pictures}: {', '.join(parts)}"

@@ -14,6 +14,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from llmtune.deploy.parity import LIMITS, Limits, load_product
 from llmtune.deploy.tuned_model import TunedModel, served_by_folder
+from llmtune.errors import RecipeError
 from llmtune.model.processor import load_processor
 from llmtune.model.towers import image_text_class, patch_text_forward
 from llmtune.plan import Plan
@@ -58,6 +59,12 @@ class ExportedModel:
     def size(self) -> int:
         """Bytes of the weights on disk."""
         return weight_bytes(self.path)
+
+
+def check_pictures(source: ModelSource, where: str, fix: str) -> None:
+    """Raise RecipeError if a model was tuned with pictures: this export of it would not read them."""
+    if source.task.model_kind.takes_images:
+        raise RecipeError.of("this run was tuned with pictures, which such an export would not read", where, fix)
 
 
 WEIGHT_FILES = (".safetensors", ".bin", ".gguf", ".onnx", ".data", ".onnx_data", ".xml")

@@ -21,12 +21,14 @@ from llmtune.evaluate.generation import generation_settings
 from llmtune.model.audio_models import feature_extractor
 from llmtune.model.causal_lm_loss import unwrap
 from llmtune.model.config import is_encoder
-from llmtune.model.processor import PREPROCESSOR
+from llmtune.model.image_models import image_processor
+from llmtune.model.processor import PREPROCESSOR, PROCESSOR_FILES
 from llmtune.model.sentence_folder import LENGTH, MODULES, SIGMOID, SentenceSettings, read_settings
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_facts import TASK_FACTS
 from llmtune.store.atomic_files import plain, read_json
 
+PROCESSOR = PROCESSOR_FILES[0]
 GENERATION, TOKENIZER, CONFIG = "generation_config.json", "tokenizer_config.json", "config.json"
 Settings = dict[str, Mapping[str, object]]
 """Names and values of settings, by the file that states them."""
@@ -43,6 +45,8 @@ BOOKKEEPING = re.compile(
     r"|sentence_transformers|sbert_\w+|llmtune_\w+|output_\w+|return_dict|use_return_dict|torchscript|gradient_checkpointing"
 )
 """Keys of config.json that change no output, that weights decide, or that another comparison reads."""
+PARTS_OF_PROCESSOR = re.compile(r"_.*|.*_processor(?:_type|_class)?|tokenizer|feature_extractor|chat_template")
+"""Keys of a processor that are another part of it, or its name."""
 LONGEST = ("max_length", "max_new_tokens")
 QUERIES, PASSAGES = "the prompt of queries", "the prompt of passages"
 
@@ -58,6 +62,8 @@ def expected_settings(tuned: TunedModel) -> Settings:
         settings[CONFIG] = {**settings[CONFIG], **_read_head(model.config.to_dict(), tuned, model)}
     if task.model_kind.takes_audio:
         settings[PREPROCESSOR] = _read_features(tuned.processor)
+    if task.model_kind.takes_images:
+        settings[_name_image_file(tuned.model_ref.path)] = _read_images(tuned.processor)
     if (vectors := task.sentence_settings(tuned.recipe)) is not None:
         settings[MODULES] = _name_settings(vectors)
         settings[LENGTH] = {"max_seq_length": tuned.recipe.data.max_length, "do_lower_case": False}
@@ -87,11 +93,13 @@ def find_changed_settings(expected: Settings, exported: ExportedModel, tuned: Tu
     A folder without the files of sentence-transformers has the settings that sentence-transformers then chooses.
     """
     folder = exported.path if exported.path.is_dir() else exported.path.parent
+    kind = tuned.task.model_kind
     readers: dict[str, Callable[[], Mapping[str, object]]] = {
         GENERATION: lambda: _read_generation(exported.model.generation_config),
         TOKENIZER: lambda: _read_tokenizer(exported.processor),
         CONFIG: lambda: _read_config(_read_object(folder / CONFIG), tuned, exported),
-        PREPROCESSOR: lambda: _read_features(exported.processor),
+        PREPROCESSOR: lambda: (_read_features if kind.takes_audio else _read_images)(exported.processor),
+        PROCESSOR: lambda: _read_images(exported.processor),
         MODULES: lambda: _read_vectors(folder),
         LENGTH: lambda: {**_default_length(exported), **_read_object(folder / LENGTH)},
     }
@@ -189,6 +197,18 @@ def _read_head(stated: Mapping[str, Any], tuned: TunedModel, model: PreTrainedMo
 
 def _read_features(processor: PreTrainedTokenizerBase) -> dict[str, object]:
     return cast(dict[str, object], cast(Any, feature_extractor(processor)).to_dict())
+
+
+def _name_image_file(folder: Path) -> str:
+    """Return the file of a base that states how pictures are scaled."""
+    return PREPROCESSOR if (folder / PREPROCESSOR).is_file() else PROCESSOR
+
+
+def _read_images(processor: PreTrainedTokenizerBase) -> dict[str, object]:
+    """Return how pictures are scaled and counted, whichever of the files states it."""
+    stated = image_processor(processor).processor
+    sizes = {**stated.to_dict(), **stated.image_processor.to_dict()}
+    return {name: value for name, value in sizes.items() if not PARTS_OF_PROCESSOR.fullmatch(name)}
 
 
 def _read_vectors(folder: Path) -> dict[str, object]:

@@ -18,7 +18,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from llmtune.adapter.merging import check_mergeable
 from llmtune.adapter.merging import merge_adapter as merge_weights
 from llmtune.deploy.export import ExportFormat, WrittenExport
-from llmtune.deploy.exported_model import ExportedModel, ModelSource
+from llmtune.deploy.exported_model import ExportedModel, ModelSource, check_pictures
 from llmtune.deploy.gguf_converter import (
     FORMATS,
     K_QUANTS,
@@ -102,6 +102,8 @@ def check_gguf(
     if number_format in K_QUANTS:
         check_quantizer()
     task, recipe = source.task, source.recipe
+    fix = "Merge it, then run llama.cpp's convert_hf_to_gguf.py on the folder, and again with --mmproj."
+    check_pictures(source, "deploy", fix)
     if onto is not None and (adapter_only or training_base(recipe, source.model_ref) == "original"):
         what = "an adapter without its base ignores it" if adapter_only else "the base was not quantised in training"
         raise RecipeError.of(what, "--onto", "Omit --onto.")

@@ -17,7 +17,7 @@ from llmtune.adapter.merging import merge_adapter as merge_weights
 from llmtune.adapter.saving import writing_weights
 from llmtune.deploy.base_checkpoint import check_processor, describe_checkpoint
 from llmtune.deploy.export import ExportFormat, WrittenExport
-from llmtune.deploy.exported_model import ModelSource, open_folder
+from llmtune.deploy.exported_model import ModelSource, check_pictures, open_folder
 from llmtune.deploy.folder_settings import expected_generation
 from llmtune.deploy.parity import LIMITS, Certificate, Onto, check_onto, describe_distance, describe_parity
 from llmtune.deploy.parity_reference import TunedReference
@@ -26,11 +26,11 @@ from llmtune.display.console import spinner
 from llmtune.display.number_format import size
 from llmtune.errors import Problem, RecipeError
 from llmtune.model.base_tensors import copy_other_tensors
-from llmtune.model.config import OTHER_CLASSES, OTHER_ORDER, read_model_config
+from llmtune.model.config import OTHER_CLASSES, OTHER_ORDER, in_heads, read_model_config
 from llmtune.model.device import is_out_of_memory, release_memory
 from llmtune.model.processor import PROCESSOR_FILES, save_tokenizer
 from llmtune.model.quantized_base import kept_quantization
-from llmtune.model.towers import image_text_class, remove_towers, take_text, text_class
+from llmtune.model.towers import find_towers, image_text_class, remove_towers, take_text, text_class
 from llmtune.store.atomic_files import hash_file
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -74,6 +74,7 @@ def check_merge(source: ModelSource, onto: str | None = None, dtype: str = "auto
 
 def _check_text(source: ModelSource, config: PretrainedConfig) -> None:
     name = source.model_ref.name
+    check_pictures(source, "--text-only", "Omit it.")
     if image_text_class(config) is None:
         raise RecipeError.of(f"{name} reads text alone", "--text-only", "Omit it.")
     if not source.task.model_kind.decodes or text_class(config) is None:
@@ -157,11 +158,20 @@ def _compare_other_base(reference: TunedReference, onto: Onto) -> Certificate:
 def save_merged(merged: PreTrainedModel, reference: TunedReference, folder: Path, dtype: torch.dtype) -> None:
     """Save a model with tokenizer, chat template and the recipe's generation settings, and the base's towers."""
     save_settings(merged, reference.tuned, folder, dtype)
-    remove_towers(merged)  # those that a text needs are still in memory, in another format
+    checkpoint, weights = reference.checkpoint, None
+    if checkpoint is not None and checkpoint.trained:
+        towers = find_towers(merged)
+        weights = {
+            name: part
+            for name, part in merged.state_dict().items()
+            if in_heads(name, checkpoint.trained) or not in_heads(name, towers)
+        }
+    else:
+        remove_towers(merged)  # those in memory may have another format than the base's
     with writing_weights(folder):
-        merged.save_pretrained(folder, max_shard_size=SHARD_SIZE)
-        if reference.checkpoint is not None:
-            copy_other_tensors(reference.checkpoint.folder, reference.checkpoint.skeleton, folder)
+        merged.save_pretrained(folder, state_dict=weights, max_shard_size=SHARD_SIZE)
+        if checkpoint is not None:
+            copy_other_tensors(checkpoint.folder, checkpoint.skeleton, folder, checkpoint.trained)
 
 
 def save_settings(merged: PreTrainedModel, tuned: TunedModel, folder: Path, dtype: torch.dtype) -> None:

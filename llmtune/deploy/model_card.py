@@ -31,11 +31,17 @@ from llmtune.report.run_sections import export_section
 from llmtune.report.score_sections import base_name, score_section, seed_section, suite_sections
 from llmtune.store.report_record import Seeds
 from llmtune.store.score_records import Evaluation, GateResult
+from llmtune.tasks.registry import VARIANTS
 
 HUB_METRICS = {r"f1.*": "f1", r"rouge.*": "rouge", r"matthews": "matthews_correlation", r"auroc": "roc_auc"}
 """The hub's metric names by a pattern of ours, if they differ."""
 
 
+TUNED_WITH_PICTURES = (
+    "It was tuned with pictures, scaled by the processor's files in this folder. Pictures of another kind, and more of "
+    "them in one question than in the training rows, were not measured. The parts that read images are those of the "
+    "base{}."
+)
 TUNED_ON_TEXT = "It was tuned on text. The parts that read images are those of the base, and were not measured."
 Document = Mapping[str, Any]
 """A JSON document of a run or of a model: report.json, llmtune.lock, adapter_config.json."""
@@ -85,8 +91,16 @@ class Publication:
         return self.kind == "adapter" and not (self.folder / "modules.json").is_file()
 
     @property
+    def takes_images(self) -> bool:
+        """Whether it was tuned with pictures."""
+        section = TASK_FACTS[self.recipe.task].section
+        resolved = self.report["recipe"].get(section) if section else None
+        recipe = self.recipe.with_section(**resolved) if resolved else self.recipe
+        return any(one.model_kind.takes_images for one in VARIANTS[recipe.task] if one.matches(recipe))
+
+    @property
     def reads_images(self) -> bool:
-        """Whether it is a text tune of a checkpoint that also reads images."""
+        """Whether it is a tune, also one on text alone, of a checkpoint that reads images."""
         config, complete = self.config, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values()
         return not config.get("is_encoder_decoder") and any(name in complete for name in _stated_classes(config))
 
@@ -121,7 +135,11 @@ def write_card(published: Publication, console: Console) -> ModelCard:
     report = cast(Document, hide_paths({**published.report, "recipe": recipe.model_dump(mode="json")}))
     scores = TypeAdapter(Evaluation).validate_python(hide_paths(asdict(published.evaluation)))
     model_kind = CAUSAL if published.reads_images else find_model_kind(published.config)
-    notes = [*notes, *([TUNED_ON_TEXT] if published.reads_images else [])]
+    if published.takes_images:
+        projector = ", except its projector, which was trained" if recipe.adapter.train_projector else ""
+        notes = [*notes, TUNED_WITH_PICTURES.format(projector)]
+    elif published.reads_images:
+        notes = [*notes, TUNED_ON_TEXT]
     metadata = _metadata(published, scores, _source_names(report), model_kind)
     card: ModelCard = ModelCard.from_template(
         ModelCardData(base_model=base, license=license_name, model_name=name, **metadata),

@@ -12,7 +12,7 @@ import torch
 from llmtune.adapter.merging import check_mergeable
 from llmtune.adapter.merging import merge_adapter as merge_weights
 from llmtune.deploy.export import ExportFormat, WrittenExport
-from llmtune.deploy.exported_model import ModelSource, weight_bytes
+from llmtune.deploy.exported_model import ModelSource, check_pictures, weight_bytes
 from llmtune.deploy.failure_causes import LayerDifference, find_first_difference, record_layers
 from llmtune.deploy.merged_model import save_settings
 from llmtune.deploy.onnx_graphs import list_graphs, write_graph
@@ -53,6 +53,7 @@ def check_onnx(source: ModelSource) -> None:
     Raises EnvironmentProblem for a missing package, RecipeError for an adapter or a model that cannot be exported.
     """
     EnvironmentProblem.collect(missing_packages())
+    check_pictures(source, "deploy", "Use the merged model of `llmtune deploy merge`.")
     check_mergeable(source.recipe.adapter.method, source.recipe.adapter.options)
     kind, config = find_class(source.model_ref, source.recipe, source.task)
     text = config.get_text_config(decoder=True)

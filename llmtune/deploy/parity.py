@@ -30,6 +30,8 @@ EFFECT_SHARE = 0.05
 SLACK = 0.1
 """A share of tuning's effect this far from 1 is a breach in float32, and the cause of other breaches elsewhere."""
 NOT_FINITE = "its outputs are not finite numbers"
+OTHER = "its processor makes other"
+"""The start of a breach: its model cannot answer what its processor makes of a picture."""
 LARGEST = 10
 """The largest difference of a vector or score may be this many times the limit of the mean."""
 NEGLIGIBLE = 100
@@ -75,6 +77,10 @@ class Parity(Distance):
     """Why the saved tokenizer and template produce no token ids; None if they do."""
     missing_ends: tuple[str, ...] = ()
     """Tokens that end the tuned model's turns and not the product's."""
+    pictures: int = 0
+    """Number of pictures in the prompts."""
+    other_inputs: tuple[str, ...] = ()
+    """Inputs of the model that the product's processor makes differently of a picture."""
 
 
 @dataclass(frozen=True)
@@ -214,6 +220,7 @@ def find_breaches(parity: Parity, limits: Limits) -> list[str]:
     if not parity.same_labels:
         breaches.append("its labels, or their order, are not those of the tuned model")
     breaches += [f"its answers do not end at {token!r}" for token in parity.missing_ends]
+    breaches += [f"{OTHER} {name} of a picture" for name in parity.other_inputs]
     kl = limits.kl(parity.effect_kl)
     if not math.isfinite(parity.kl_mean):
         breaches.append(NOT_FINITE)
@@ -260,6 +267,7 @@ class ParityNumbers(TypedDict):
     top1_agreement: float
     answer_agreement: float
     same_ids: bool
+    pictures: NotRequired[int]
     effect_kl: NotRequired[float | None]
     kl_from_base: NotRequired[float | None]
 
@@ -312,9 +320,10 @@ def describe_parity(measured: Certificate) -> str:
             f"largest {_write(measured['difference_max'])}{ndcg}, {ids}"
         )
     effect = "" if measured.get("effect_kl") is None else f" (tuning had moved it by {measured['effect_kl']:.2g})"
+    pictures = f" with {measured['pictures']} pictures" if measured.get("pictures") else ""
     return (
-        f"over {measured['positions']} positions mean KL {_write(measured['kl_mean'])} nats{effect}, largest logit "
-        f"difference {_write(measured['largest_logit_difference'])}, same first choice "
+        f"over {measured['positions']} positions{pictures} mean KL {_write(measured['kl_mean'])} nats{effect}, "
+        f"largest logit difference {_write(measured['largest_logit_difference'])}, same first choice "
         f"{measured['top1_agreement']:.1%}, same answers {measured['answer_agreement']:.0%}, {ids}"
     )
 

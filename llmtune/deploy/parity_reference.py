@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llmtune.adapter.reference_model import switches_off, without_adapter
 from llmtune.data.chat_template import stop_ids
+from llmtune.data.pictures import row_pictures
 from llmtune.data.template_facts import TemplateRefusal
 from llmtune.deploy.base_checkpoint import BaseCheckpoint
 from llmtune.deploy.exported_model import ExportedModel
@@ -31,15 +32,15 @@ from llmtune.deploy.parity import (
     measure_distance,
     measure_step,
 )
-from llmtune.deploy.tuned_model import ANSWER_TOKENS, TransformersReader, TunedModel, render_prompts
+from llmtune.deploy.tuned_model import ANSWER_TOKENS, TransformersReader, TunedModel, read_prompts
 from llmtune.display.console import track_items
 from llmtune.errors import DataError, LlmtuneError, first_line
 from llmtune.evaluate.evaluated_task import LoadedModel
-from llmtune.evaluate.generation import answer_ends
+from llmtune.evaluate.generation import answer_ends, extend_prompt
 from llmtune.model.audio_models import heard_at_once
 from llmtune.model.causal_lm_loss import accepted_arguments, decoder_inputs, model_inputs, move_to, unwrap
 from llmtune.model.device import compute_context
-from llmtune.records import Batch
+from llmtune.records import Batch, Prompt
 
 T = TypeVar("T")
 
@@ -153,9 +154,10 @@ class TextReference(TunedReference):
     def __init__(self, tuned: TunedModel) -> None:
         reader = TransformersReader(tuned.model)
         self.stops = answer_ends(tuned.model, tuned.processor)
-        self.prompts = render_prompts(tuned, tuned.processor)
+        self.inputs = read_prompts(tuned, tuned.processor)
+        self.prompts = [[*prompt.ids] for prompt in self.inputs]
         self.tuned = tuned
-        self.answers = [reader.answer(prompt, self.stops) for prompt in self.follow(self.prompts, "answers")]
+        self.answers = [reader.answer(prompt, self.stops) for prompt in self.follow(self.inputs, "answers")]
         super().__init__(tuned)
 
     @property
@@ -165,24 +167,38 @@ class TextReference(TunedReference):
 
     def read_logits(self, model: PreTrainedModel) -> list[torch.Tensor]:
         """Return the logits over each prompt with the tuned model's answer."""
-        reader, pairs = TransformersReader(model), list(zip(self.prompts, self.answers, strict=True))
-        return [reader.logits([*prompt, *answer]) for prompt, answer in self.follow(pairs, "likelihoods")]
+        reader, pairs = TransformersReader(model), list(zip(self.inputs, self.answers, strict=True))
+        return [reader.logits(extend_prompt(*pair)) for pair in self.follow(pairs, "likelihoods")]
 
     def parity(self, exported: ExportedModel) -> Parity:
         """Compare an export, with prompts made as in training and as by a server."""
-        tuned, processor, reader = self.tuned, exported.processor, TransformersReader(exported.model)
-        reason = None
+        tuned, reader = self.tuned, TransformersReader(exported.model)
+        made, reason = self.inputs, None
         try:
-            same_ids = exported.served_prompts(tuned) == self.prompts == render_prompts(tuned, processor)
+            made = read_prompts(tuned, exported.processor)
+            same_ids = exported.served_prompts(tuned) == self.prompts == [[*prompt.ids] for prompt in made]
         except (LlmtuneError, TemplateRefusal) as error:  # its template cannot render them
             same_ids, reason = False, first_line(error)
-        pairs = list(zip(self.prompts, self.answers, strict=True))
+        pairs = list(zip(self.inputs, self.answers, strict=True))
         logits = self.read_logits(exported.model)
         answers = pairs if are_finite(logits) else []
         same = [reader.answer(prompt, self.stops) == expected for prompt, expected in self.follow(answers, "answers")]
         turns = stop_ids(tuned.processor, tuned.recipe) if tuned.recipe.variant.facts.templated else []
         compared = self.judge(logits, same, same_ids)
-        return replace(compared, ids_error=reason, missing_ends=self.missing_ends(exported, turns))
+        pictures = sum(len(row_pictures(row)) for row in tuned.questions)
+        other = tuple(_find_other_media(self.inputs, made))
+        missing = self.missing_ends(exported, turns)
+        return replace(compared, ids_error=reason, missing_ends=missing, pictures=pictures, other_inputs=other)
+
+
+def _find_other_media(expected: Sequence[Prompt], actual: Sequence[Prompt]) -> list[str]:
+    """Return the names of inputs that two processors make differently of the same pictures."""
+    names = set[str]()
+    for one, other in zip(expected, actual, strict=True):
+        ours, theirs = ({} if prompt.media is None else prompt.media() for prompt in (one, other))
+        shared = ours.keys() & theirs.keys()
+        names |= (ours.keys() ^ theirs.keys()) | {name for name in shared if not torch.equal(ours[name], theirs[name])}
+    return sorted(names)
 
 
 # Classes, tags, answer spans, translations, transcripts

@@ -13,14 +13,14 @@ from rich.console import Console
 from llmtune import __version__
 from llmtune.deploy.export import export, open_to_export
 from llmtune.deploy.export_score import describe_export, reset_peak, score_export, time_export, time_tuned
-from llmtune.deploy.exported_model import WEIGHT_FILES, ExportedModel, open_folder
+from llmtune.deploy.exported_model import WEIGHT_FILES, ExportedModel, check_pictures, open_folder
 from llmtune.deploy.gguf_export import gguf_format
 from llmtune.deploy.gguf_readers import longest_text, open_gguf_export
 from llmtune.deploy.merged_model import merged_format
 from llmtune.deploy.onnx_export import missing_packages, onnx_format
 from llmtune.deploy.onnx_model import list_graph_files, open_onnx_export
 from llmtune.deploy.onnx_session import OPENVINO_SUFFIX
-from llmtune.deploy.parity import LIMITS, NOT_FINITE, Certificate, describe_parity
+from llmtune.deploy.parity import LIMITS, NOT_FINITE, OTHER, Certificate, describe_parity
 from llmtune.deploy.quantized_model import SCHEMES, quantized_format
 from llmtune.deploy.search_parity import make_reference
 from llmtune.deploy.tuned_model import TunedModel
@@ -103,9 +103,12 @@ def open_export(path: Path, tuned: TunedModel) -> ExportedModel:
     """Open a file or a folder by the runtime that its kind belongs to; raises RecipeError for an unknown kind."""
     if not path.exists():
         raise RecipeError.of("not found", str(path), "Name a GGUF, ONNX or OpenVINO file, a model folder, or a URL.")
-    if path.suffix == ".gguf" or (path.is_dir() and any(path.glob("*.gguf"))):
-        return open_gguf_export(path, tuned, longest_text(tuned))
+    is_gguf = path.suffix == ".gguf" or (path.is_dir() and any(path.glob("*.gguf")))
     graphs = list_graph_files(path) if path.is_dir() else [path]
+    if is_gguf or graphs:
+        check_pictures(tuned, str(path), "Certify the merged folder, or an endpoint: --url URL.")
+    if is_gguf:
+        return open_gguf_export(path, tuned, longest_text(tuned))
     if any(one.suffix in (".onnx", OPENVINO_SUFFIX) for one in graphs):
         if all(one.suffix == ".onnx" for one in graphs):
             EnvironmentProblem.collect(missing_packages())
@@ -161,8 +164,9 @@ def certify_export(run: Path, path: Path, *, offline: bool, console: Console, li
     with explained(out):
         out.mkdir(parents=True, exist_ok=True)
         with foreign(path, tuned.device):
-            timed = {"runtime": exported.runtime, "bytes": exported.size, "usage": None, "unmeasured": NOT_FINITE}
-            if NOT_FINITE not in certified["breaches"]:
+            useless = next((one for one in certified["breaches"] if one == NOT_FINITE or one.startswith(OTHER)), None)
+            timed = {"runtime": exported.runtime, "bytes": exported.size, "usage": None, "unmeasured": useless}
+            if useless is None:
                 timed = time_export(exported, tuned, reset_peak())
             scored = score_export(context, exported, timed, out)
         scored |= usage

@@ -20,7 +20,7 @@ from llmtune.adapter.merging import check_mergeable
 from llmtune.data.examples import ExampleReader
 from llmtune.deploy.base_checkpoint import check_processor, describe_checkpoint
 from llmtune.deploy.export import ExportFormat, WrittenExport
-from llmtune.deploy.exported_model import ModelSource, open_folder
+from llmtune.deploy.exported_model import ModelSource, check_pictures, open_folder
 from llmtune.deploy.gptq import find_scales, round_layers
 from llmtune.deploy.merged_model import merge_to, save_merged, weight_facts
 from llmtune.deploy.parity import Limits, describe_parity
@@ -90,6 +90,7 @@ def check_quantizable(source: ModelSource, scheme: str) -> int:
         raise RecipeError.of(what, "--scheme", f"Choose one of: {', '.join(SCHEMES)}.")
     require_extra("quantized", "--scheme")
     recipe, name = source.recipe, source.model_ref.name
+    check_pictures(source, "deploy", MERGE_INSTEAD)
     check_mergeable(recipe.adapter.method, recipe.adapter.options)
     check_processor(source, scheme)
     if not source.task.model_kind.decodes:

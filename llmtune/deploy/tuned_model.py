@@ -5,6 +5,7 @@ Shapes: T positions of a prompt and its answer, V vocabulary.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import cycle
@@ -13,10 +14,11 @@ from typing import TypeVar, cast
 
 import torch
 from rich.console import Console
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from llmtune.data.chat_messages import clean_messages
 from llmtune.data.chat_template import ChatTemplate
+from llmtune.data.pictures import open_picture, row_pictures
 from llmtune.data.row_store import read_rows
 from llmtune.data.template_facts import TemplateRefusal
 from llmtune.data.template_text import check_length
@@ -24,8 +26,10 @@ from llmtune.deploy.parity import Certificate, Onto
 from llmtune.errors import LlmtuneError
 from llmtune.evaluate.calibration import RECORD as CALIBRATION
 from llmtune.evaluate.decision import RECORD as DECISION
-from llmtune.evaluate.generation import generate_batch, only_these_settings
+from llmtune.evaluate.generation import generate_batch, only_these_settings, read_media
 from llmtune.model.config import keeps_float32, read_model_config
+from llmtune.model.image_models import draw_probes
+from llmtune.model.processor import open_processor
 from llmtune.model.quantized_base import kept_quantization
 from llmtune.plan import RunContext
 from llmtune.recipe.schema import Recipe
@@ -54,6 +58,7 @@ TURNS = (
 SYSTEM = "Answer in one sentence."
 CONTEXT = "Paris is the capital of France. The train to Berlin leaves at nine o'clock, and 30 apples cost 15 euros."
 """The context of the fixed prompts, for tasks that find answers in a text."""
+QUESTION = "What does the picture show?"
 ANSWER_TOKENS = 16
 CERTIFIED_ROWS = 8
 """Rows of the run to ask after the fixed prompts."""
@@ -102,7 +107,7 @@ class TunedModel:
 
     @property
     def questions(self) -> list[Row]:
-        """Return `PROMPTS` as rows of the task, a conversation, and the run's rows without answers.
+        """Return `PROMPTS` as rows of the task, a conversation, drawn pictures, and the run's rows without answers.
 
         Prompts have the first row's languages or pair.
         """
@@ -111,7 +116,7 @@ class TunedModel:
             self.task.make_row({**row_inputs, "prompt": text, "context": CONTEXT, "passages": CONTEXT})
             for text in PROMPTS
         ]
-        return [*fixed, *self._conversation(), *(self.task.split_answer(row)[0] for row in self.rows)]
+        return [*fixed, *self._conversation(), *self._drawn(), *(self.task.split_answer(row)[0] for row in self.rows)]
 
     def _conversation(self) -> list[Row]:
         """Return `TURNS` as a row, with `SYSTEM` if the run's template takes it; empty if it takes no earlier turns."""
@@ -127,6 +132,14 @@ class TunedModel:
                 continue
             return [row]
         return []
+
+    def _drawn(self) -> list[Row]:
+        """Return a question about a picture and one about two, of different sizes; empty if the model reads none."""
+        if not self.task.model_kind.takes_images:
+            return []
+        pictures = [picture["picture"] for picture in draw_probes()]
+        asked = (pictures[:1], pictures[1:])
+        return [self.task.make_row({"prompt": QUESTION, "image": json.dumps(some)}) for some in asked]
 
     def certificate(self, breaches: Sequence[str]) -> Certificate:
         """Return the first fields of every certificate."""
@@ -186,24 +199,30 @@ class TransformersReader:
         self.model = model
 
     @torch.no_grad()
-    def logits(self, ids: Sequence[int]) -> torch.Tensor:
+    def logits(self, text: Prompt) -> torch.Tensor:
         """Return the logits [T, V] of every position, on the CPU in float32."""
-        ids_BT = torch.tensor([list(ids)], device=self.model.device)
-        logits_BTV: torch.Tensor = self.model(input_ids=ids_BT, use_cache=False).logits
-        return logits_BTV[0, -len(ids) :].float().cpu()  # prefix vectors have logits too
+        ids_BT = torch.tensor([list(text.ids)], device=self.model.device)
+        media = read_media(self.model, [text], len(text), str(self.model.device))
+        logits_BTV: torch.Tensor = self.model(input_ids=ids_BT, use_cache=False, **media).logits
+        return logits_BTV[0, -len(text) :].float().cpu()  # prefix vectors have logits too
 
-    def answer(self, prompt: Sequence[int], stops: Sequence[int], tokens: int = ANSWER_TOKENS) -> list[int]:
+    def answer(self, prompt: Prompt, stops: Sequence[int], tokens: int = ANSWER_TOKENS) -> list[int]:
         """Return the first `tokens` ids of the greedy answer, up to one of `stops`, which is included."""
         settings = GenerationConfig(
             max_new_tokens=tokens, do_sample=False, eos_token_id=list(stops) or None, pad_token_id=[*stops, 0][0]
         )
         with only_these_settings(self.model):
-            return generate_batch(self.model, [Prompt(prompt)], settings, str(self.model.device))[0]
+            return generate_batch(self.model, [prompt], settings, str(self.model.device))[0]
 
 
 def render_prompts(tuned: TunedModel, processor: PreTrainedTokenizerBase) -> list[list[int]]:
     """Return the ids of the questions, encoded by the task."""
     return [tuned.task.prompt_ids(row, processor, tuned.recipe) for row in tuned.questions]
+
+
+def read_prompts(tuned: TunedModel, processor: PreTrainedTokenizerBase) -> list[Prompt]:
+    """Return the questions as the task encodes them with a product's processor, with their pictures."""
+    return [tuned.task.prompt(row, processor, tuned.recipe) for row in tuned.questions]
 
 
 def render_chats(tuned: TunedModel, tokenizer: PreTrainedTokenizerBase) -> list[str] | None:
@@ -226,7 +245,23 @@ def served_by_folder(folder: Path, tuned: TunedModel) -> list[list[int]]:
     """Return the prompts' ids as a server makes them from a model folder alone."""
     trust = tuned.recipe.model.trust_remote_code
     saved = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=trust)
+    if tuned.task.model_kind.takes_images:
+        return _served_with_pictures(open_processor(folder, trust), saved, tuned)
     texts = render_chats(tuned, saved)
     if texts is None:
         return render_prompts(tuned, saved)
     return [cast(list[int], saved(text, add_special_tokens=False)["input_ids"]) for text in texts]
+
+
+def _served_with_pictures(
+    processor: ProcessorMixin, saved: PreTrainedTokenizerBase, tuned: TunedModel
+) -> list[list[int]]:
+    """Return the prompts' ids as `AutoProcessor` makes them, with its own chat template."""
+    saved.chat_template = processor.chat_template
+    texts = render_chats(tuned, saved) or []
+    ids = []
+    for text, question in zip(texts, tuned.questions, strict=True):
+        pictures = [open_picture(picture) for picture in row_pictures(question)]
+        encoded = processor(text=[text], images=[pictures] if pictures else None, add_special_tokens=False)
+        ids.append(cast(list[int], [*encoded["input_ids"][0]]))
+    return ids

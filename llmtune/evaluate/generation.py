@@ -192,17 +192,29 @@ def _generate(model: torch.nn.Module, prompts: Sequence[Prompt], settings: Gener
     for row, prompt in enumerate(prompts):
         ids_BT[row, width - len(prompt) :] = torch.tensor(prompt.ids)
         mask_BT[row, width - len(prompt) :] = 1
-    media = _read_media(prompts, width, unwrap(model).dtype, device)
+    media = read_media(model, prompts, width, device)
     return generate(model, ids_BT.to(device), mask_BT.to(device), generation_config=settings, **media)
 
 
-def _read_media(prompts: Sequence[Prompt], width: int, dtype: torch.dtype, device: str) -> dict[str, torch.Tensor]:
+def read_media(model: torch.nn.Module, prompts: Sequence[Prompt], width: int, device: str) -> dict[str, torch.Tensor]:
     """Return the media of prompts, joined; numbers in the dtype of the model, kinds of tokens padded on the left."""
+    dtype = unwrap(model).dtype
     media = [dict(prompt.media()) for prompt in prompts if prompt.media is not None]
     for one in media:
         one |= {name: functional.pad(one[name], (width - one[name].shape[1], 0)) for name in TOKEN_TYPES if name in one}
     joined = join_media(media)
     return {name: part.to(device, dtype if part.is_floating_point() else None) for name, part in joined.items()}
+
+
+def extend_prompt(prompt: Prompt, ids: Sequence[int]) -> Prompt:
+    """Return a prompt with further tokens of text, such as the beginning of its answer."""
+    media = prompt.media
+
+    def read() -> dict[str, torch.Tensor]:
+        parts = media() if media else {}
+        return {name: functional.pad(one, (0, len(ids))) if name in TOKEN_TYPES else one for name, one in parts.items()}
+
+    return Prompt([*prompt.ids, *ids], read if media else None)
 
 
 def generate(model: torch.nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor, **options: Any) -> Any:

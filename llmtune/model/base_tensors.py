@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from itertools import accumulate, groupby
@@ -52,11 +52,14 @@ def build_complete(model: PreTrainedModel) -> PreTrainedModel:
         return cast(PreTrainedModel, type(model)._from_config(copy.deepcopy(model.config)))
 
 
-def list_other_tensors(folder: Path, complete: PreTrainedModel) -> dict[str, StoredTensor]:
+def list_other_tensors(
+    folder: Path, complete: PreTrainedModel, trained: Collection[str] = ()
+) -> dict[str, StoredTensor]:
     """Return the tensors in a folder's safetensors that are outside the language model, by their names in the model.
 
     `complete` is a model with its towers, without memory. If it is of the class that the folder of the base names,
-    tensors that this class does not load are listed too, such as layers that predict further tokens.
+    tensors that this class does not load are listed too, such as layers that predict further tokens. Tensors of
+    `trained` modules are left out.
     """
     towers, parameters = find_towers(complete), complete.state_dict()
     transforms = get_model_conversion_mapping(complete)
@@ -72,17 +75,19 @@ def list_other_tensors(folder: Path, complete: PreTrainedModel) -> dict[str, Sto
             prefix = complete.base_model_prefix
             target, converted = rename_source_key(name, renamings, converters, prefix, parameters)
             unread = target not in parameters and leaves.isdisjoint(accumulate(target.split("."), "{}.{}".format))
+            if in_heads(target, trained):
+                continue
             if in_heads(target, towers) or (keeps_unread and unread):
                 others[target if converted is None else name] = StoredTensor(file, name)
     return others
 
 
-def copy_other_tensors(base: Path, complete: PreTrainedModel, folder: Path) -> None:
+def copy_other_tensors(base: Path, complete: PreTrainedModel, folder: Path, trained: Collection[str] = ()) -> None:
     """Add the base's other tensors, byte for byte, to the files of a saved model, and index them all.
 
     Raises EnvironmentProblem if the base has none in safetensors.
     """
-    others = list_other_tensors(base, complete)
+    others = list_other_tensors(base, complete, trained)
     if not others:
         what = f"its safetensors have no weights of {', '.join(find_towers(complete))}"
         raise EnvironmentProblem.of(what, str(base), "Download the model again, or merge the text alone: --text-only.")
@@ -104,9 +109,11 @@ def copy_other_tensors(base: Path, complete: PreTrainedModel, folder: Path) -> N
     write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))})
 
 
-def compare_other_tensors(base: Path, folder: Path, complete: PreTrainedModel) -> tuple[dict[str, object], list[str]]:
+def compare_other_tensors(
+    base: Path, folder: Path, complete: PreTrainedModel, trained: Collection[str] = ()
+) -> tuple[dict[str, object], list[str]]:
     """Return the certificate's fields on the tensors outside the language model, and what differs from the base's."""
-    expected, actual = list_other_tensors(base, complete), list_other_tensors(folder, complete)
+    expected, actual = (list_other_tensors(one, complete, trained) for one in (base, folder))
     digests = {name: one.digest() for name, one in sorted(expected.items())}
     different = [name for name, digest in digests.items() if name not in actual or actual[name].digest() != digest]
     fields: dict[str, object] = {

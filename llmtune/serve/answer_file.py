@@ -18,6 +18,7 @@ from rich.progress import MofNCompleteColumn
 from llmtune.data.chat_rows import open_conversation
 from llmtune.data.column_mapping import name_columns, rename, used_columns, with_aliases
 from llmtune.data.encoding_guess import guess_encoding
+from llmtune.data.pictures import IMAGE, read_pictures
 from llmtune.data.rejected_rows import RawRow, RowError
 from llmtune.data.row_formats import COLUMNS, CONVERSATIONS, FORMATS
 from llmtune.data.row_kind import kind_of_task
@@ -36,6 +37,7 @@ from llmtune.train.distributed import join_processes
 INPUT_COLUMNS: Mapping[str, tuple[str, ...]] = {
     "prompt": ("prompt", "instruction", "question", "query", "text", "source", "document"),
     "audio": ("audio", "file_name"),
+    "image": ("images", "image"),
     "answer": ("completion", "answer", "output"),
     "passages": ("passages", "passage"),
 }
@@ -148,22 +150,33 @@ def _read_prompt(
     """Return the prompt of a row, or the reason why it has none."""
     try:
         named = rename(row, columns, dict[str, Sequence[str]](run.recipe.data.roles.items()))
-        prompt = _read_training_row(named, input_columns, run.task)
+        prompt = _read_training_row(named, input_columns, folder, run.task)
         return _read_inputs(named, input_columns, folder, run.task) if prompt is None else prompt
     except RowError as error:
         return name_columns(error, columns)
 
 
-def _read_training_row(named: Mapping[str, object], input_columns: Mapping[str, str], task: AnyTask) -> Row | None:
-    """Return the prompt of a conversation or an instruction with its input; None for rows of other forms."""
+def _read_training_row(
+    named: Mapping[str, object], input_columns: Mapping[str, str], folder: Path, task: AnyTask
+) -> Row | None:
+    """Return the prompt of a conversation, a picture, or an instruction with its input; None for rows of other forms.
+
+    Paths of pictures are relative to `folder`.
+    """
     column, alpaca = input_columns.get("prompt", ""), FORMATS["alpaca"].parser(task.name)
-    value = named.get(column)
-    if task.is_conversational and task.free_prompt and (column in CONVERSATIONS or isinstance(value, list)):
-        tools = named.get("tools", named.get("functions"))
-        return dict(open_conversation(value, tools, named.get("system")))
     if column == "instruction" and alpaca:
-        return cast(Row, task.split_answer(alpaca({**named, "output": "-"}))[0])
-    return None
+        prompt = cast(Row, task.split_answer(alpaca({**named, "output": "-"}))[0])
+        read_pictures(prompt.get("messages", ()), folder)
+        return prompt
+    value, images = named.get(column), named.get(input_columns.get("image", "images"))
+    if not (task.is_conversational and task.free_prompt):
+        return None
+    if not (column in CONVERSATIONS or isinstance(value, list)):
+        if images in (None, "", []):
+            return None
+        value = [{"role": "user", "content": str(value or "").strip() or IMAGE}]
+    read = partial(open_conversation, folder=folder, reads_pictures=task.model_kind.takes_images)
+    return dict(read(value, named.get("tools", named.get("functions")), named.get("system"), images))
 
 
 def _read_inputs(named: Mapping[str, object], input_columns: Mapping[str, str], folder: Path, task: AnyTask) -> Row:

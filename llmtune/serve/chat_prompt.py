@@ -8,17 +8,20 @@ from itertools import takewhile
 
 from llmtune.data.chat_rows import MESSAGE_KEYS, open_conversation
 from llmtune.data.chat_template import Tools
+from llmtune.data.pictures import PICTURE_PARTS
 from llmtune.data.rejected_rows import RowError
 from llmtune.errors import LlmtuneError, nearest
 from llmtune.evaluate.generation import answer_template
 from llmtune.recipe.schema import Recipe
-from llmtune.records import Row
+from llmtune.records import Prompt, Row
 from llmtune.serve.schemas import ApiError, ChatRequest, ToolDefinition
 from llmtune.serve.served_model import ServedModel
 
 ARGUMENTS: Sequence[dict[str, object]] = ({}, {"a": 1}, {"b": ""})
 """Arguments for sample calls; their common prefix ends before any argument."""
 ANY_LENGTH = 1 << 30
+MAX_PICTURES = 16
+"""Pictures in one request: each may take a second to decode."""
 MAX_POSITIONS = 1 << 15
 """Tokens of prompt and answer for a model that does not state a limit."""
 
@@ -27,7 +30,7 @@ MAX_POSITIONS = 1 << 15
 class ServedPrompt:
     """The prompt of a request, and how its answer is read."""
 
-    ids: list[int]
+    prompt: Prompt
     begun: Sequence[int] = ()
     """Ids after the prompt that begin the answer with a call; none if the model may choose."""
     tools: Tools = None
@@ -40,19 +43,19 @@ def chat_prompt(request: ChatRequest, served: ServedModel) -> ServedPrompt:
 
     Raises ApiError that names the invalid parameter.
     """
-    conversation, recipe = read_messages(request), override_template_values(request, served)
+    conversation, recipe = read_messages(request, served), override_template_values(request, served)
     task, processor = served.task, served.processor
     try:
-        ids = task.prompt_ids(conversation, processor, recipe)
-        require_room(served, len(ids), None)  # a forced call costs as many readings of the prompt as there are tools
+        prompt = task.prompt(conversation, processor, recipe)
+        require_room(served, len(prompt), None)  # a forced call costs as many readings of the prompt as there are tools
         without = {key: value for key, value in conversation.items() if key != "tools"}
-        if conversation.get("tools") and task.prompt_ids(without, processor, recipe) == ids:
+        if conversation.get("tools") and task.prompt_ids(without, processor, recipe) == prompt.ids:
             raise ApiError(400, "The chat template of this model does not support tools.", param="tools")
         begun = begin_call(conversation, request, served, recipe)
     except LlmtuneError as error:
         raise ApiError.of(error, param="messages") from error
     turn = sum(message["role"] != "system" for message in conversation["messages"])
-    return ServedPrompt(ids, begun, conversation.get("tools"), turn)
+    return ServedPrompt(prompt, begun, conversation.get("tools"), turn)
 
 
 def require_room(served: ServedModel, tokens: int, max_tokens: int | None) -> int:
@@ -66,11 +69,13 @@ def require_room(served: ServedModel, tokens: int, max_tokens: int | None) -> in
     return room
 
 
-def read_messages(request: ChatRequest) -> Row:
+def read_messages(request: ChatRequest, served: ServedModel) -> Row:
     """Return the row of a conversation that awaits an answer.
 
-    Messages are checked as rows are, and so is their order.
+    Messages are checked as rows are, and so is their order. Pictures must be in the request: no address and no file of
+    this machine is read.
     """
+    _check_pictures(request)
     for number, message in enumerate(request.messages, 1):
         for key, value in message.items():
             if value is not None and key not in MESSAGE_KEYS:
@@ -80,9 +85,25 @@ def read_messages(request: ChatRequest) -> Row:
         raise ApiError(400, "The last message is the assistant's. Add a user message.", param="messages")
     tools = shown_tools(request)
     try:
-        return dict(open_conversation(request.messages, tools))
+        return dict(open_conversation(request.messages, tools, reads_pictures=served.task.model_kind.takes_images))
     except RowError as error:
         raise ApiError(400, f"messages: {error}", param="messages") from error
+
+
+def _check_pictures(request: ChatRequest) -> None:
+    """Raise ApiError for too many pictures, and for a `detail` that training did not have."""
+    contents = [content for message in request.messages if isinstance(content := message.get("content"), list)]
+    parts = [part for content in contents for part in content if isinstance(part, dict)]
+    pictures = [part for part in parts if part.get("type") in PICTURE_PARTS]
+    if len(pictures) > MAX_PICTURES:
+        what = f"messages: {len(pictures)} pictures; a request may have {MAX_PICTURES}"
+        raise ApiError(400, what, param="messages")
+    for part in pictures:
+        stated = part.get("image_url")
+        detail = part.get("detail") or (stated.get("detail") if isinstance(stated, dict) else None)
+        if detail not in (None, "auto"):
+            what = f"messages: detail {detail!r} is not supported: pictures are scaled as in training"
+            raise ApiError(400, what, param="messages", code="unsupported_parameter")
 
 
 def override_template_values(request: ChatRequest, served: ServedModel) -> Recipe:

@@ -19,7 +19,7 @@ from transformers import GenerationConfig
 
 from llmtune.errors import LlmtuneError
 from llmtune.model.device import is_out_of_memory, release_memory
-from llmtune.records import Row
+from llmtune.records import Prompt, Row
 from llmtune.serve.schemas import ApiError
 from llmtune.serve.served_model import Predicted, ServedModel
 
@@ -161,7 +161,7 @@ async def predict_parts(engine: Engine, served: ServedModel, parts: Sequence[Seq
 
 
 async def generate_ids(
-    engine: Engine, served: ServedModel, prompt: Sequence[int], settings: GenerationConfig, seed: int
+    engine: Engine, served: ServedModel, prompt: Prompt, settings: GenerationConfig, seed: int
 ) -> AsyncGenerator[list[int]]:
     """Yield the ids of an answer, all that are ready at a time. Closing the iterator ends the generation.
 

@@ -26,7 +26,7 @@ from llmtune.plan import RunContext, open_finished
 from llmtune.recipe.arguments import check_arguments
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_facts import TASK_FACTS
-from llmtune.records import Row
+from llmtune.records import Prompt, Row
 from llmtune.run_models import Models
 from llmtune.serve.answer_stream import Delta
 from llmtune.serve.served_model import ServedModel
@@ -40,6 +40,12 @@ from llmtune.tasks.base import AnyTask, option_of
 TRUNCATED = "The text is longer than the model reads. Only its first {:,} tokens were used."
 
 
+Inputs = Mapping[str, str | None]
+"""Inputs of a task, by the names of `Task.inputs`."""
+Given = str | Path | Sequence[str | Path] | None
+"""A value of an input in Python: passages and pictures may be several, a recording or a picture may be a path."""
+
+
 class ChatSession:
     """Answer prompts with one model, and remember the conversation on request.
 
@@ -50,7 +56,7 @@ class ChatSession:
 
     def __init__(self, served: ServedModel, console: Console | None = None) -> None:
         self.served, self.recipe, self.task, self.console = served, served.recipe, served.task, console
-        self.history: list[dict[str, str]] = []
+        self.history: list[Row] = []
         self.forgotten = 0
         """Messages at the start of the history that no longer fit the model's context."""
 
@@ -58,12 +64,15 @@ class ChatSession:
         """Forget the conversation."""
         self.history, self.forgotten = [], 0
 
-    def answer(self, prompt: str, *, system: str | None = None, keep: bool = False) -> Iterator[Delta]:
+    def answer(
+        self, prompt: str, *, system: str | None = None, image: Given = None, keep: bool = False
+    ) -> Iterator[Delta]:
         """Yield the answer to `prompt` in pieces; joined, they are the answer that evaluation would get.
 
         Args:
             prompt: the user's message; in task completion the text to continue.
             system: a system message before everything else (chat only).
+            image: a picture, or several, before the message or at each `<image>` in it (a run with pictures only).
             keep: continue the history, and remember prompt and answer once it is complete (chat only).
 
         Raises:
@@ -77,35 +86,42 @@ class ChatSession:
             yield from self._generate(self._fit([{"prompt": prompt, "completion": ""}]), 0)
             return
         head = [{"role": "system", "content": system}] if system else []
-        messages = [*(self.history if keep else []), {"role": "user", "content": prompt}]
+        messages = [*(self.history if keep else []), *self.read_question(prompt, image)]
         questions = [at for at, message in enumerate(messages) if message["role"] == "user"]
-        ids = self._fit([{"messages": [*head, *messages[at:]]} for at in questions])
+        fitting = self._fit([{"messages": [*head, *messages[at:]]} for at in questions])
         answer = Delta()
-        for piece in self._generate(ids, len(messages)):
+        for piece in self._generate(fitting, len(messages)):
             answer += piece
             yield piece
         if keep:
             thoughts = {"reasoning": answer.reasoning} if answer.reasoning else {}
             self.history = [*messages, {"role": "assistant", "content": answer.content, **thoughts}]
 
-    def _fit(self, prompts: list[Row]) -> list[int]:
-        """Return the ids of the first prompt that leaves room for an answer; each further one drops a question."""
+    def read_question(self, prompt: str, image: Given = None) -> list[Row]:
+        """Return the user's message; raises DataError or RecipeError for pictures that cannot be read."""
+        inputs = _name_inputs({"prompt": prompt, "image": image})
+        _check_inputs(self.task, inputs)
+        return cast(list[Row], self.task.make_row(inputs)["messages"])
+
+    def _fit(self, conversations: list[Row]) -> Prompt:
+        """Return the first prompt that leaves room for an answer; each further conversation drops a question."""
         room, new = self.served.context, self.recipe.generation.max_new_tokens
-        ids: list[int] = []
-        for prompt in prompts:
-            ids = self.task.prompt_ids(prompt, self.served.processor, self.recipe)
-            if room is None or len(ids) + new <= room:
-                forgotten = len(prompts[0].get("messages", ())) - len(prompt.get("messages", ()))
+        prompt = Prompt([])
+        for conversation in conversations:
+            prompt = self.task.prompt(conversation, self.served.processor, self.recipe)
+            if room is None or len(prompt) + new <= room:
+                forgotten = len(conversations[0].get("messages", ())) - len(conversation.get("messages", ()))
                 if forgotten > self.forgotten and self.console is not None:
                     text = f"[dim]The model's context is full. Dropped the first {forgotten} messages.[/]"
                     self.console.print(text)
                 self.forgotten = forgotten
-                return ids
-        what = f"the prompt has {len(ids)} tokens and the answer may have {new}, but the model's context holds {room}"
+                return prompt
+        needs = f"the prompt has {len(prompt)} tokens and the answer may have {new}"
+        what = f"{needs}, but the model's context holds {room}"
         fix = "Shorten the prompt, or lower the number of new tokens."
         raise RecipeError.of(what, "generation.max_new_tokens", fix)
 
-    def _generate(self, prompt: list[int], turn: int) -> Iterator[Delta]:
+    def _generate(self, prompt: Prompt, turn: int) -> Iterator[Delta]:
         """Generate in a second thread and yield final pieces; closing the iterator ends the thread."""
         queue: SimpleQueue[list[int] | BaseException | None] = SimpleQueue()
         cancelled = threading.Event()
@@ -118,7 +134,7 @@ class ChatSession:
             except BaseException as error:  # noqa: BLE001 - raised again in the thread that waits for text
                 queue.put(error)
 
-        stream = self.served.stream(prompt, chat=True)
+        stream = self.served.stream(prompt.ids, chat=True)
         worker = threading.Thread(target=work, daemon=True)
         worker.start()
         try:
@@ -132,12 +148,6 @@ class ChatSession:
         finally:
             cancelled.set()
             worker.join()
-
-
-Inputs = Mapping[str, str | None]
-"""Inputs of a task, by the names of `Task.inputs`."""
-Given = str | Path | list[str] | tuple[str, ...] | None
-"""A value of an input in Python: passages may be several texts, a recording may be a path."""
 
 
 @dataclass
@@ -192,6 +202,7 @@ class FinishedRun:
         context: str | None = None,
         pair: str | None = None,
         audio: str | Path | None = None,
+        image: str | Path | Sequence[str | Path] | None = None,
         passages: Sequence[str] | None = None,
         answer: str | None = None,
         source_language: str | None = None,
@@ -207,6 +218,7 @@ class FinishedRun:
             context: the text that holds the answer (qa).
             pair: the second text of a pair (classify).
             audio: a recording (speech).
+            image: a picture or several, before the prompt or at each `<image>` in it (chat, tuned with pictures).
             passages: the passages to rank for the prompt, or to turn into vectors.
             answer: the answer to score (preference, reward).
             source_language: the language of the prompt, instead of the recipe's (translate).
@@ -224,7 +236,7 @@ class FinishedRun:
         check_arguments("run.generate", locals())
         inputs: dict[str, Given] = {"prompt": prompt, "system": system, "context": context, "pair": pair}
         inputs |= {"answer": answer, "source_language": source_language, "target_language": target_language}
-        inputs |= {"audio": audio, "passages": None if passages is None else [*passages]}
+        inputs |= {"audio": audio, "image": image, "passages": None if passages is None else [*passages]}
         return str(self.answer(inputs, base=base, max_new_tokens=max_new_tokens)["text"])
 
     def answer(
@@ -249,7 +261,7 @@ class FinishedRun:
             run.answer({"prompt": "red shoes", "passages": ["Red trainers", "A blue hat"]})
         """
         check_arguments("run.answer", locals())
-        inputs = self._name_inputs(inputs)
+        inputs = _name_inputs({next(iter(self.task.inputs)): inputs} if isinstance(inputs, str) else inputs)
         served = self.load(inputs, base=base, max_new_tokens=max_new_tokens)
         task = served.task
         if task.free_prompt:
@@ -271,15 +283,6 @@ class FinishedRun:
             prediction, scores = served.read(output.token_ids), {}
         text = task.format_answer(prediction, row)
         return {"text": text, "prediction": label_scores(prediction, served.recipe), **scores}
-
-    def _name_inputs(self, inputs: str | Mapping[str, Given]) -> Inputs:
-        """Return inputs as `llmtune generate` has them; a text alone is the task's first input."""
-        if isinstance(inputs, str):
-            return {next(iter(self.task.inputs)): inputs}
-        return {
-            name: json.dumps([*value]) if isinstance(value, list | tuple) else None if value is None else str(value)
-            for name, value in inputs.items()
-        }
 
     def stream(self, inputs: Inputs, *, base: bool = False, max_new_tokens: int | None = None) -> Iterator[str]:
         """Yield the text of `answer`, in pieces as they are generated if the task has free prompts.
@@ -355,7 +358,17 @@ class FinishedRun:
 
 
 def _ask(served: ServedModel, inputs: Inputs) -> Iterator[Delta]:
-    return ChatSession(served).answer(str(inputs["prompt"]), system=inputs.get("system"))
+    return ChatSession(served).answer(
+        inputs.get("prompt") or "", system=inputs.get("system"), image=inputs.get("image")
+    )
+
+
+def _name_inputs(inputs: Mapping[str, Given]) -> Inputs:
+    """Return inputs as `llmtune generate` has them: several values of one as a JSON list."""
+    return {
+        name: None if value is None else str(value) if isinstance(value, str | Path) else json.dumps([*map(str, value)])
+        for name, value in inputs.items()
+    }
 
 
 def _check_inputs(task: AnyTask, inputs: Inputs) -> None:
@@ -369,8 +382,13 @@ def _check_inputs(task: AnyTask, inputs: Inputs) -> None:
         if required and not (inputs.get(name) or "").strip()
     ]
     problems += [
-        Problem(f"task {task.name} does not use it", option_of(name), f"Omit it; give {accepted}.")
+        Problem(_why_unused(name, task), option_of(name), f"Omit it; give {accepted}.")
         for name, value in inputs.items()
         if value is not None and name not in task.inputs
     ]
     RecipeError.collect(problems)
+
+
+def _why_unused(name: str, task: AnyTask) -> str:
+    unread = name == "image" and task.is_conversational
+    return "this run was tuned without pictures" if unread else f"task {task.name} does not use it"

@@ -21,6 +21,8 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from llmtune.data.chat_rows import ToolCall
 from llmtune.data.completion_encoding import prompt_ids
 from llmtune.errors import nearest
+from llmtune.evaluate.generation import extend_prompt
+from llmtune.records import Prompt
 from llmtune.serve.answer_stream import Delta
 from llmtune.serve.chat_prompt import ServedPrompt, chat_prompt, require_room
 from llmtune.serve.engine import Engine, generate_ids
@@ -55,7 +57,7 @@ def mount_generation(app: FastAPI, engine: Engine, *, chat: bool) -> None:
     async def continue_a_text(body: CompletionRequest, request: Request) -> Response:
         """No chat template is used. The tokenizer's start token is prepended, unless the text begins with it."""
         served = served_by_name(engine, body.model)
-        prompt = ServedPrompt(await in_text_thread(completion_ids, body, served))
+        prompt = ServedPrompt(Prompt(await in_text_thread(completion_ids, body, served)))
         ids = answer_ids(engine, served, prompt, body, body.max_tokens)
         return await send_answer(GeneratedAnswer(ids, served, prompt, body, chat=False), request)
 
@@ -97,12 +99,18 @@ def answer_ids(
     engine: Engine, served: ServedModel, prompt: ServedPrompt, request: GenerationRequest, max_tokens: int | None
 ) -> AsyncGenerator[list[int]]:
     """Generate the answer to a prompt; raises ApiError if prompt and answer do not fit the model's context."""
-    ids = [*prompt.ids, *prompt.begun]
-    room = require_room(served, len(ids), max_tokens)
+    begun = _read_later(extend_prompt(prompt.prompt, prompt.begun))
+    room = require_room(served, len(begun), max_tokens)
     stated = request.model_dump(include={*DRAWS, "repetition_penalty"}, exclude_none=True)
     settings = served.request_settings(stated, max_tokens or min(room, served.recipe.generation.max_new_tokens))
     seed = served.recipe.seed + prompt.turn if request.seed is None else request.seed
-    return generate_ids(engine, served, ids, settings, seed)
+    return generate_ids(engine, served, begun, settings, seed)
+
+
+def _read_later(prompt: Prompt) -> Prompt:
+    """Return a prompt whose media are made by the thread of texts, but not before the model answers it."""
+    media = prompt.media
+    return prompt if media is None else Prompt(prompt.ids, lambda: _TEXT_THREAD.submit(media).result())
 
 
 class GeneratedAnswer:
@@ -119,7 +127,7 @@ class GeneratedAnswer:
     ) -> None:
         self.generated, self.served, self.prompt, self.request, self.chat = generated, served, prompt, request, chat
         stops = [request.stop] if isinstance(request.stop, str) else request.stop or []
-        self.stream = served.stream(prompt.ids, chat=chat, tools=prompt.tools, stops=stops)
+        self.stream = served.stream(prompt.prompt.ids, chat=chat, tools=prompt.tools, stops=stops)
         self.envelope: Body = {
             "id": f"{'chatcmpl' if chat else 'cmpl'}-{secrets.token_hex(12)}",
             "created": int(time.time()),
@@ -158,7 +166,7 @@ class GeneratedAnswer:
     @property
     def usage(self) -> dict[str, int]:
         """Token counts, including the token that ended the answer."""
-        prompt, answer = len(self.prompt.ids), len(self.ids)
+        prompt, answer = len(self.prompt.prompt), len(self.ids)
         return {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer}
 
     def body(self) -> Body:
@@ -211,7 +219,7 @@ class GeneratedAnswer:
         return choice | ({"token_ids": ids} if self.request.return_token_ids else {})
 
     def _prompt_ids(self) -> Body:
-        return {"prompt_token_ids": self.prompt.ids} if self.request.return_token_ids else {}
+        return {"prompt_token_ids": self.prompt.prompt.ids} if self.request.return_token_ids else {}
 
 
 def server_sent_event(content: Body) -> str:

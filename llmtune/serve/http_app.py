@@ -63,7 +63,7 @@ def build_app(engine: Engine, *, body_bytes: int, key: str | None = None) -> ASG
         mount_task(app, task, engine)
     _mount_models(app, engine)
     _mount_state(app, engine)
-    _mount_pages(app, page_kind, needs_key=key is not None)
+    _mount_pages(app, page_kind, needs_key=key is not None, takes_images=task.model_kind.takes_images)
     _mount_error_handlers(app)
     return Gateway(app, body_bytes=body_bytes, key=key)
 
@@ -104,7 +104,7 @@ def _mount_state(app: FastAPI, engine: Engine) -> None:
         return JSONResponse(state.model_dump(), 200 if engine.ready else 503)
 
 
-def _mount_pages(app: FastAPI, kind: str | None, *, needs_key: bool) -> None:
+def _mount_pages(app: FastAPI, kind: str | None, *, needs_key: bool, takes_images: bool) -> None:
     """Mount the web pages; they are self-contained and may not load external content."""
     folder = files("llmtune.serve")
     docs = folder.joinpath("docs.html").read_text("utf-8")
@@ -113,8 +113,10 @@ def _mount_pages(app: FastAPI, kind: str | None, *, needs_key: bool) -> None:
     async def docs_page() -> Response:
         return page_response(docs)
 
-    marks = f'data-kind="{kind}" data-key="{"yes" if needs_key else "no"}"'
-    chat = folder.joinpath("chat.html").read_text("utf-8").replace('data-kind="chat" data-key="no"', marks)
+    key, images = ("yes" if one else "no" for one in (needs_key, takes_images))
+    marks = f'data-kind="{kind}" data-key="{key}" data-images="{images}"'
+    plain = 'data-kind="chat" data-key="no" data-images="no"'
+    chat = folder.joinpath("chat.html").read_text("utf-8").replace(plain, marks)
 
     @app.get("/", include_in_schema=False)
     async def home_page() -> Response:

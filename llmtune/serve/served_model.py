@@ -34,6 +34,7 @@ from llmtune.evaluate.generation import (
     generate,
     generation_settings,
     only_these_settings,
+    read_media,
 )
 from llmtune.evaluate.shared_prefix import choice_trees, score_choices
 from llmtune.model.causal_lm_loss import unwrap, virtual_tokens
@@ -41,7 +42,7 @@ from llmtune.model.device import compute_context, resolve_dtype
 from llmtune.model.layer_requests import own_passes
 from llmtune.model.memory_plan import context_length
 from llmtune.recipe.schema import Recipe
-from llmtune.records import Json, Row
+from llmtune.records import Json, Prompt, Row
 from llmtune.serve.answer_stream import AnswerStream
 from llmtune.store.score_records import Calibration, Decision
 from llmtune.tasks.base import AnyTask
@@ -200,7 +201,7 @@ class ServedModel:
 
     def generate(
         self,
-        prompt: Sequence[int],
+        prompt: Prompt,
         settings: GenerationConfig,
         seed: int,
         deliver: Callable[[list[int]], None],
@@ -211,7 +212,7 @@ class ServedModel:
         `deliver` gets the tokens one by one; with beam search it gets all of them at the end.
         """
         beams = settings.num_beams > 1
-        ids_BT = torch.tensor([list(prompt)], device=self.model.device)
+        ids_BT = torch.tensor([list(prompt.ids)], device=self.model.device)
         with torch.random.fork_rng(), only_these_settings(self.model), self._without_adapter():
             torch.manual_seed(seed)
             out_BT = generate(
@@ -221,6 +222,7 @@ class ServedModel:
                 generation_config=settings,
                 streamer=None if beams else _TokenStreamer(deliver),
                 stopping_criteria=StoppingCriteriaList([_Cancelled(is_cancelled)]),
+                **read_media(self.model, [prompt], len(prompt), self.device),
             )
         ids = cast(list[int], out_BT[0, len(prompt) :].tolist())
         if beams:

@@ -42,7 +42,7 @@ KEY_VARIABLE = "LLMTUNE_API_KEY"
 MIN_KEY_LENGTH = 16
 MAX_KEY_BYTES = 2**16
 BODY_BYTES = 2 * 2**20
-RECORDING_BYTES = 32 * 2**20
+MEDIA_BYTES = 32 * 2**20
 MAX_CONNECTIONS = 1000
 HEAD_SECONDS = 15
 """How long a connection may take to send the complete head of a request."""
@@ -92,7 +92,8 @@ def serve_run(
     except BaseException:
         bound.close()
         raise
-    body_bytes = options.max_body or (RECORDING_BYTES if context.plan.task.model_kind.takes_audio else BODY_BYTES)
+    kind = context.plan.task.model_kind
+    body_bytes = options.max_body or (MEDIA_BYTES if kind.takes_audio or kind.takes_images else BODY_BYTES)
     app = build_app(engine, body_bytes=body_bytes, key=key)
     host, port = bound.getsockname()[:2]
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}"

@@ -160,7 +160,7 @@ async def answer_row(engine: Engine, model: str | None, inputs: Mapping[str, str
         (predicted,) = await predict_parts(engine, served, [[row]])
     else:
         try:
-            prompt = await in_text_thread(task.prompt_ids, row, served.processor, served.recipe)
+            prompt = await in_text_thread(task.prompt, row, served.processor, served.recipe)
         except LlmtuneError as error:
             raise ApiError.of(error) from error
         generated = answer_ids(engine, served, ServedPrompt(prompt), GenerationRequest(), None)

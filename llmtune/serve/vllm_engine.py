@@ -16,6 +16,7 @@ from llmtune.adapter.load import find_adapter, read_config
 from llmtune.adapter.vllm_names import find_vllm_obstacle
 from llmtune.errors import EnvironmentProblem, RecipeError
 from llmtune.plan import Plan, RunContext
+from llmtune.serve.chat_prompt import MAX_PICTURES
 from llmtune.serve.server import KEY_VARIABLE, ServeOptions, open_served, public_name, read_key
 from llmtune.store.atomic_files import hash_value
 from llmtune.store.run_folder import trained_name
@@ -142,6 +143,8 @@ def vllm_command(opened: Mapping[str, RunContext], options: ServeOptions) -> lis
         command += ["--chat-template", str(template), *parser_options(template.read_text("utf-8"))]
     if recipe.adapter.method == "qlora" and not options.merged:
         command += ["--quantization", "bitsandbytes"]
+    if context.plan.task.model_kind.takes_images:
+        command += ["--limit-mm-per-prompt", json.dumps({"image": MAX_PICTURES, "video": 0})]
     if recipe.model.trust_remote_code:
         command.append("--trust-remote-code")
     return [*command, *adapters]

@@ -23,7 +23,7 @@ class Chat(Task[ChatRow, str]):
 
     name = "chat"
     model_kind = CAUSAL
-    optional_inputs = ("system",)
+    optional_inputs: tuple[str, ...] = ("system",)
     free_prompt = True
     is_conversational = True
 

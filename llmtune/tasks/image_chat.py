@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import cast
 
 import torch
@@ -14,10 +15,11 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from llmtune.data.chat_encoding import encode_chat
 from llmtune.data.chat_messages import list_pictures
-from llmtune.data.chat_rows import ChatRow, Message
+from llmtune.data.chat_rows import ChatRow, Message, open_conversation
 from llmtune.data.collators import collate_padded
 from llmtune.data.example import Collate, Example, ImageExample
-from llmtune.data.pictures import PLACE, Picture
+from llmtune.data.pictures import IMAGE, PLACE, Picture
+from llmtune.data.rejected_rows import RowError, parse_cell
 from llmtune.data.task_interface import Encoded
 from llmtune.errors import DataError, RecipeError, first_line
 from llmtune.model.causal_lm_loss import unwrap
@@ -36,6 +38,8 @@ class ImageChat(Chat):
 
     model_kind = IMAGE_TEXT
     example_type = ImageExample
+    required_inputs: tuple[str, ...] = ()
+    optional_inputs = ("prompt", "system", "image")
 
     def matches(self, recipe: Recipe) -> bool:
         """Whether questions may have pictures."""
@@ -44,6 +48,21 @@ class ImageChat(Chat):
     def supports(self, config: PretrainedConfig) -> bool:
         """Whether the model reads pictures."""
         return image_text_class(config) is not None
+
+    def make_row(self, given: Mapping[str, str | None]) -> ChatRow:
+        """Return a conversation of one question with its pictures: a path, or several as a JSON list."""
+        stated, text = given.get("image"), given.get("prompt") or ""
+        system = given.get("system")
+        if not stated and text.strip():
+            return super().make_row({"prompt": text, "system": system})
+        paths = parse_cell(stated) if stated else []
+        try:
+            question = [{"role": "user", "content": text if text.strip() or not paths else IMAGE}]
+            images = [_make_absolute(str(one)) for one in (paths if isinstance(paths, list) else [stated])]
+            return open_conversation(question, system=system, images=images, folder=Path("/"), reads_pictures=True)
+        except RowError as error:
+            fix = "Give a text, a picture's file, or both; and a file for each <image>."
+            raise DataError.of(str(error), "--image", fix) from None
 
     def note_labels(self, stated: Recipe, inferred: Recipe) -> str | None:
         """Say that rows are not packed, whatever `data.packing` says."""
@@ -165,6 +184,10 @@ def _unlabel(example: Example, images: ImageProcessor) -> ImageExample:
     read = ImageExample.of(example)
     pictures = read.list_pictures()
     return read.without_labels(images.special_ids(pictures)) if pictures else read
+
+
+def _make_absolute(picture: str) -> str:
+    return picture if picture.startswith("data:") or "://" in picture else str(Path(picture).absolute())
 
 
 def open_images(processor: PreTrainedTokenizerBase, recipe: Recipe) -> ImageProcessor:

@@ -1,3 +1,4 @@
+import copy
 import io
 import json
 import shutil
@@ -11,11 +12,13 @@ from support.serving import load_served, serving
 from support.templates import EMPTY_THOUGHTS
 from transformers import AutoTokenizer
 
+from llmtune.data.pictures import PLACE
 from llmtune.deploy.endpoint_parity import ask_all, certify_run, find_endpoint_breaches, find_ignored_adapter
 from llmtune.deploy.tuned_model import TransformersReader
 from llmtune.errors import EnvironmentProblem, GateFailed, RecipeError
 from llmtune.evaluate.suites.endpoint_client import connect
 from llmtune.plan import open_finished
+from llmtune.records import Prompt
 from llmtune.run_models import Models
 
 
@@ -49,10 +52,10 @@ def fake_server(model, processor, *, knows=(), start=False, base=False, usage=Tr
         ids = processor(text, add_special_tokens=False)["input_ids"]
         ids = [processor.bos_token_id, *ids] if start else ids
         with model.disable_adapter() if base else nullcontext():
-            written = reader.answer(ids, [processor.eos_token_id], body["max_tokens"])
+            written = reader.answer(Prompt(ids), [processor.eos_token_id], body["max_tokens"])
         choice = {"message": {"content": processor.decode(written, skip_special_tokens=True)}}
         if "logprobs" in body:
-            logprobs = reader.logits([*ids, *written])[len(ids) - 1 : -1].log_softmax(-1)
+            logprobs = reader.logits(Prompt([*ids, *written]))[len(ids) - 1 : -1].log_softmax(-1)
             pairs = zip(written, logprobs, strict=True)
             tokens = [{"token": processor.decode([token]), "logprob": float(row[token])} for token, row in pairs]
             choice["logprobs"] = {"content": tokens}
@@ -145,6 +148,35 @@ def test_our_own_server_passes(run, served, console):
     with serving(*load_served(tiny=run).values()) as url:
         certificate = certify(run, f"{url}/v1/", console, model="tiny")
     assert (certificate["passed"], certificate["measured"]["ids_known_by"]) == (True, "ids")
+
+
+def test_our_own_server_passes_with_pictures(image_run, tmp_path, console):
+    run = shutil.copytree(image_run("smolvlm"), tmp_path / "run")
+    with serving(*load_served(run=run).values()) as url:
+        certificate = certify(run, url, console, model="run")
+    assert certificate["passed"]
+    assert certificate["measured"]["ids_known_by"] == "ids"
+    assert certificate["measured"]["pictures"] >= 3
+    assert "prompts with" in console.file.getvalue()
+    assert certificate["score"]["rows"] > 0
+
+
+def test_an_endpoint_that_reads_the_texts_but_not_the_pictures_fails(image_run, tmp_path, console):
+    run = shutil.copytree(image_run("smolvlm"), tmp_path / "run")
+    model = load_served(run=run)["run"]
+    plain = model.task.prompt
+    model.task = copy.copy(model.task)
+    model.task.prompt = lambda row, *others: plain(without_pictures(row), *others)
+    with serving(model) as url, pytest.raises(GateFailed, match="other token ids of"):
+        certify(run, url, console, model="run")
+
+
+def without_pictures(conversation):
+    messages = [
+        {**{key: one[key] for key in one.keys() - {"images"}}, "content": one["content"].replace(PLACE, "")}
+        for one in conversation["messages"]
+    ]
+    return {**conversation, "messages": messages}
 
 
 def test_a_busy_endpoint_is_retried_with_the_api_key(run, served, console, tmp_path):

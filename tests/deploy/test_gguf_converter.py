@@ -22,6 +22,7 @@ from llmtune.deploy.gguf_tokenizer import (
 )
 from llmtune.errors import EnvironmentProblem
 from llmtune.recipe.model_kind import CLASSES
+from llmtune.records import Prompt
 
 PROMPT = [1, 100, 101]
 READABLE = [name for name, (config, _, _) in FAMILIES.items() if config.model_type in READ_BY_TRANSFORMERS]
@@ -46,7 +47,7 @@ def test_a_float32_file_has_the_models_logits_in_transformers(name, tmp_path):
     reader = TransformersGgufReader(tmp_path / "model.gguf", read_tokenizer(tmp_path / "model.gguf"), model.config)
     wanted = logits_of(model, ids)
     assert wanted.std() > 1
-    torch.testing.assert_close(reader.logits(ids), wanted, atol=1e-5, rtol=0)
+    torch.testing.assert_close(reader.logits(Prompt(ids)), wanted, atol=1e-5, rtol=0)
     assert reader.encode(TRICKY) == ids
 
 

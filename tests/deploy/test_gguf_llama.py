@@ -76,7 +76,7 @@ def test_first_32_tokens_of_smollm2_in_f16_are_those_of_the_merged_model_in_floa
         wanted += generate_batch(model, [*map(Prompt, prompts[at : at + 25])], settings, "cpu")
     exported = open_gguf_export(tmp_path / "gguf" / certificate["file"], tuned, max(map(len, prompts)) + TOKENS)
     reader = TransformersReader(exported.model)
-    got = [reader.answer(prompt, stops, TOKENS) for prompt in prompts]
+    got = [reader.answer(Prompt(prompt), stops, TOKENS) for prompt in prompts]
     same = sum(one == other[: len(one)] for one, other in zip(got, wanted, strict=True))
     print(f"{same} of {len(prompts)} answers are the same")
     assert len(set(asked)) == 100

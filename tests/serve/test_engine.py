@@ -5,6 +5,7 @@ import pytest
 import torch
 from support.serving import served_of
 
+from llmtune.records import Prompt
 from llmtune.serve.engine import Engine, generate_ids
 from llmtune.serve.finished_run import ChatSession
 from llmtune.serve.schemas import ApiError
@@ -34,7 +35,7 @@ def stream(engine, served, question, new_tokens=None):
     row = {"messages": [{"role": "user", "content": question}]}
     ids = served.task.prompt_ids(row, served.processor, served.recipe)
     settings = served.request_settings({}, new_tokens or served.recipe.generation.max_new_tokens)
-    return generate_ids(engine, served, ids, settings, served.recipe.seed + 1)
+    return generate_ids(engine, served, Prompt(ids), settings, served.recipe.seed + 1)
 
 
 async def ask(engine, served, question, new_tokens=None):

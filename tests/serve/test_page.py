@@ -1,9 +1,11 @@
+import base64
 import json
 from pathlib import Path
 
 from support.browser import browser, open_browser
 from support.learning import WEATHER
-from support.serving import served_of, serving
+from support.pictures import picture_bytes
+from support.serving import load_served, served_of, serving
 
 pytestmark = browser
 SAID = "[...document.querySelectorAll('.model .said')].map(e => e.textContent)"
@@ -139,3 +141,55 @@ def test_the_documentation_is_self_contained(tune, tmp_path: Path):
         page.take_picture(tmp_path / "docs.png")
         assert page.run("document.documentElement.scrollWidth <= innerWidth")
         assert {address.removeprefix(url) for address in page.asked} <= {"/docs", "/openapi.json"}
+
+
+def attach(page, number):
+    """Choose a drawn picture as a person does in the dialog of the browser."""
+    text = base64.b64encode(picture_bytes(number)).decode()
+    page.run(f"""(() => {{
+      const bytes = Uint8Array.from(atob("{text}"), (letter) => letter.charCodeAt(0)), chosen = new DataTransfer();
+      chosen.items.add(new File([bytes], "x.png", {{type: "image/png"}}));
+      document.querySelector("#file").files = chosen.files;
+      document.querySelector("#file").dispatchEvent(new Event("change"));
+    }})()""")
+
+
+def test_pictures_are_attached_and_asked_of_the_tuned_model_and_its_base(image_run, tmp_path):
+    models = load_served(tiny=image_run("gemma3"))
+    asked = []
+    for model in models.values():
+        plain = model.generate
+
+        def note(prompt, *others, plain=plain):
+            asked.append(prompt.media()["pixel_values"].shape[0])
+            return plain(prompt, *others)
+
+        model.generate = note
+    with serving(*models.values()) as url, open_browser(tmp_path / "profile") as page:
+        page.open(url)
+        page.wait("document.querySelector('#model').options.length === 2")
+        page.run("document.querySelector('#beside').value = document.querySelector('#model').options[1].value")
+        page.run("document.querySelector('#beside').dispatchEvent(new Event('change'))")
+        for number in (1, 2, 3):
+            attach(page, number)
+            page.wait(f"document.querySelectorAll('#attached img').length === {number}")
+        page.click("#attached img")
+        assert page.run("document.querySelectorAll('#attached img').length") == 2
+        page.type("#prompt", "Which is it?")
+        page.press_enter()
+        page.wait(f"{SAID}.length === 2 && {DONE}")
+        assert asked == [2, 2]
+        assert page.run("document.querySelectorAll('.user img').length") == 2
+        assert page.run("[...document.querySelectorAll('.user img')].every((one) => one.naturalWidth === 48)")
+        assert page.run("document.querySelectorAll('#attached img').length") == 0
+        page.type("#prompt", "And now?")
+        page.click("#send")
+        page.wait(f"{SAID}.length === 4 && {DONE}")
+        assert asked == [2] * 4
+        assert page.errors == []
+
+
+def test_the_page_of_a_run_without_pictures_offers_none(tune, tmp_path):
+    with serving(served_of(tune())) as url, open_browser(tmp_path / "profile") as page:
+        page.open(url)
+        assert page.run("document.querySelector('#attach').hidden")
