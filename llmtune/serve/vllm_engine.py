@@ -124,10 +124,7 @@ def vllm_command(opened: Mapping[str, RunContext], options: ServeOptions) -> lis
         whole = folders[name]
         served = [str(model_ref.path), "--tokenizer", str(whole), "--served-model-name", public_name(model_ref)]
         configs = [read_config(folder) for folder in folders.values()]
-        obstacle = find_vllm_obstacle(model_ref.path)
-        if recipe.model.image_pixels:
-            obstacle = "vLLM would scale pictures by the base's files, not by model.image_pixels"
-        if obstacle:
+        if obstacle := find_vllm_obstacle(model_ref.path):
             fix = f"Merge it and serve it with --merged: llmtune deploy merge {path}"
             raise RecipeError.of(obstacle, str(whole), fix)
         for folder, config in zip(folders.values(), configs, strict=True):

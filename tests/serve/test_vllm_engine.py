@@ -1,5 +1,4 @@
 import json
-from dataclasses import replace
 
 import pytest
 from peft import LoraConfig, MissConfig
@@ -9,9 +8,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 
 from llmtune.adapter.vllm_names import UNMAPPED, WITHOUT_LORA, find_vllm_obstacle
 from llmtune.errors import RecipeError
-from llmtune.serve.chat_prompt import MAX_PICTURES
-from llmtune.serve.server import ServeOptions, open_served
-from llmtune.serve.vllm_engine import check_vllm_adapter, parser_options, vllm_command
+from llmtune.serve.vllm_engine import check_vllm_adapter, parser_options
 
 CALLS = ["--enable-auto-tool-choice", "--tool-call-parser"]
 
@@ -79,17 +76,3 @@ def test_the_class_that_a_checkpoint_names_decides_whether_vllm_applies_an_adapt
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "any", "architectures": architectures}))
     obstacle = find_vllm_obstacle(tmp_path)
     assert obstacle is None if says is None else says in obstacle
-
-
-def test_vllm_takes_as_many_pictures_as_the_server_and_no_adapter_with_other_pixels(image_run, console):
-    options = ServeOptions()
-    context = open_served(image_run("qwen2_5_vl"), options, console)
-    command = vllm_command({"tiny": context}, options)
-    limit = json.loads(command[command.index("--limit-mm-per-prompt") + 1])
-    assert limit == {"image": MAX_PICTURES, "video": 0}
-    plan = context.plan
-    section = plan.recipe.model.model_copy(update={"image_pixels": [784, 3136]})
-    context.resolved = replace(plan, recipe=plan.recipe.model_copy(update={"model": section}))
-    with pytest.raises(RecipeError, match=r"model\.image_pixels") as refused:
-        vllm_command({"tiny": context}, options)
-    assert "deploy merge" in refused.value.problems[0].fix
