@@ -23,7 +23,7 @@ from llmtune.model.base_tensors import build_complete, compare_other_tensors
 from llmtune.model.causal_lm_loss import unwrap
 from llmtune.model.config import UNREADABLE, read_model_config
 from llmtune.model.library_logging import unreported
-from llmtune.model.processor import PROCESSOR_FILES, check_image_processor, open_processor
+from llmtune.model.processor import PROCESSOR_FILES, check_image_processor, open_processor, set_image_size
 from llmtune.model.quantized_base import keep_quantized_format
 from llmtune.model.towers import find_projectors, find_towers, image_text_class, patch_text_forward, text_class
 from llmtune.recipe.task_facts import TASK_FACTS
@@ -87,7 +87,10 @@ class BaseCheckpoint:
         self.picture = AskedPicture(prompt, inputs, _read_logits(model, inputs), base, _read_logits(model, other))
 
     def _open_processor(self, folder: Path) -> ProcessorMixin:
-        return open_processor(folder, self.tuned.recipe.model.trust_remote_code)
+        processor = open_processor(folder, self.tuned.recipe.model.trust_remote_code)
+        if folder == self.folder:  # an export has the limits of `model.image_pixels` in its own files
+            set_image_size(processor, self.tuned.processor)
+        return processor
 
     def _load_complete(self) -> PreTrainedModel:
         """Load the base with its towers as plain transformers and PEFT do, with the trained weights."""

@@ -10,6 +10,7 @@ from support.plain_images import PlainModel, mixed_rows
 from llmtune.adapter.injection import inject
 from llmtune.adapter.saving import load_adapter, save_adapter
 from llmtune.errors import LlmtuneError, RecipeError
+from llmtune.model.quantized_base import is_quantized
 from llmtune.model.towers import find_projectors, find_towers
 from llmtune.tasks.image_chat import ImageChat
 
@@ -158,3 +159,14 @@ def test_a_text_run_refuses_an_adapter_with_a_projector_and_takes_one_without(tm
     load_adapter(open_model(recipe, training=False), tmp_path / "False")
     with pytest.raises(LlmtuneError, match=r"chat.images: true"):
         load_adapter(open_model(recipe, training=False), tmp_path / "True")
+
+
+def test_qlora_quantises_the_language_model_alone(tmp_path, folders):
+    adapted, recipe = adapt(folders("llava"), method="qlora", r=4, train_projector=True)
+    inner = adapted.selected.model
+    packed = [name for name, one in inner.named_modules() if is_quantized(one)]
+    assert packed
+    assert all(".language_model." in f".{name}." for name in packed)
+    loss = TASK.loss(adapted.model, read_batch(adapted, recipe, tmp_path), True)
+    loss.sum.backward()
+    assert all(one.grad is not None for one in adapted.model.parameters() if one.requires_grad)

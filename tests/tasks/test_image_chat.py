@@ -245,6 +245,21 @@ def test_limits_of_pixels_are_saved_with_the_model(tmp_path, family):
     assert count_tokens(tmp_path / "merged", pictures) == after
 
 
+def test_a_merged_model_is_certified_with_the_limits_of_its_recipe(tmp_path):
+    sections = {"model": {"image_pixels": [3136, 7056]}, "data": {"test": 0.2}, "deploy": ["merged"]}
+    generation = {"max_new_tokens": 2}
+    recipe = write_image_recipe(
+        tmp_path, "qwen2_5_vl", **sections, generation=generation, evaluate={"metrics": ["loss"]}
+    )
+    torch.set_num_threads(1)
+    run_pipeline(load_recipe(recipe), RunRequest(out=tmp_path / "run"), quiet())
+    (certificate,) = tmp_path.glob("run/merged/*certificate*.json")
+    assert json.loads(certificate.read_text())["passed"]
+    pictures = [Image.new("RGB", (400, 300)), Image.new("RGB", (30, 30))]
+    counts = [count_tokens(tmp_path / name, pictures) for name in ("model", "run/adapter", "run/merged")]
+    assert counts[0] != counts[1] == counts[2]
+
+
 @pytest.mark.parametrize(
     ("family", "instead"), [("gemma3", "'height': 56"), ("gemma4", "max_soft_tokens"), ("lfm2_vl", "max_image_tokens")]
 )
