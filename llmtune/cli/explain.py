@@ -21,6 +21,10 @@ Looked = Annotated[
 OutFolder = Annotated[
     Path | None, typer.Option("--out", help="Folder for the pictures (default: RUN/explain, or explain/NAME).")
 ]
+Images = Annotated[
+    list[Path] | None,
+    typer.Option("--image", help="A picture before the text, or at each <image> in it (chat); may be repeated."),
+]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with a model (never for a run).")]
 
 
@@ -42,6 +46,10 @@ def attention(
         str | None,
         typer.Option("--language", help="Spoken language, or SOURCE,TARGET of a translator (never for a run)."),
     ] = None,
+    image: Images = None,
+    word: Annotated[
+        str | None, typer.Option("--word", help="Word of the answer that is drawn on pictures (default: its first).")
+    ] = None,
     chat: Annotated[
         bool, typer.Option("--chat", help="Put the text into the chat template (default: use it unchanged).")
     ] = False,
@@ -51,7 +59,9 @@ def attention(
     layer: Annotated[
         int | None,
         typer.Option(
-            "--layer", min=0, help="Layer, from 0 (default: where words look at words most; for a run, changed most)."
+            "--layer",
+            min=0,
+            help="Layer, from 0 (default: where words look most at words, or at pictures; for a run, changed most).",
         ),
     ] = None,
     head: Annotated[
@@ -70,11 +80,15 @@ def attention(
     as_json: AsJson = False,
 ) -> None:
     """Show which words look at which, as heatmap, graph and page of all heads; base, tuned and difference."""
-    opened = _open(run, threads, offline, trust_remote_code)
+    opened = _open(run, threads, offline, trust_remote_code, images=bool(image))
     from llmtune.explain.attention_explainer import AttentionExplainer
     from llmtune.explain.inputs import AttentionRequest
 
-    request = AttentionRequest(text, target, pair, audio, language, chat, max_tokens, cut, kind, layer, head, threshold)
+    request = AttentionRequest(
+        *(text, target, pair, audio, language, chat, max_tokens, cut, kind, layer, head, threshold),
+        image=tuple(image or ()),
+        word=word,
+    )
     _print_explanation(AttentionExplainer(opened, stderr_console(), request), opened, out, as_json)
 
 
@@ -88,6 +102,7 @@ def generation(
     system: Annotated[str | None, typer.Option("--system", help="A system message before the prompt (chat).")] = None,
     context: Annotated[str | None, typer.Option("--context", help="The text with the answer (qa).")] = None,
     audio: Annotated[Path | None, typer.Option("--audio", help="A recording (Whisper).")] = None,
+    image: Images = None,
     plain: Annotated[bool, typer.Option("--plain", help="Ignore a model's chat template (never for a run).")] = False,
     max_new_tokens: Annotated[
         int | None, typer.Option(min=1, max=256, help="Maximum tokens of the answer (default: the run's, or 32).")
@@ -112,12 +127,13 @@ def generation(
     as_json: AsJson = False,
 ) -> None:
     """Show word by word how an answer is generated: tokens, layers, likely words; and where base and tuned diverge."""
-    target = _open(run, threads, offline, trust_remote_code)
+    target = _open(run, threads, offline, trust_remote_code, images=bool(image))
     from llmtune.explain.generation_explainer import GenerationExplainer
     from llmtune.explain.inputs import PromptRequest
 
     request = PromptRequest(
-        prompt, system, context, audio, plain, max_new_tokens, temperature, top_p, top_k, sample, seed
+        *(prompt, system, context, audio, plain, max_new_tokens, temperature, top_p, top_k, sample, seed),
+        image=tuple(image or ()),
     )
     _print_explanation(GenerationExplainer(target, stderr_console(), request, top), target, out, as_json)
 
@@ -192,13 +208,15 @@ def adapter(
     _print_explanation(AdapterExplainer(target, stderr_console()), target, out, as_json)
 
 
-def _open(run: str, threads: int | None, offline: bool, trust_remote_code: bool = False) -> Target:
+def _open(
+    run: str, threads: int | None, offline: bool, trust_remote_code: bool = False, *, images: bool = False
+) -> Target:
     """Open a run or a model by its name."""
     prepare_environment(network=is_remote_model(run) and not offline, threads=threads)
     with gc_paused():
         from llmtune.explain.explainer import open_target
 
-    return open_target(run, stderr_console(), offline=offline, trust_remote_code=trust_remote_code)
+    return open_target(run, stderr_console(), offline=offline, trust_remote_code=trust_remote_code, images=images)
 
 
 def _print_explanation(explainer: Explainer, target: Target | None, out: Path | None, as_json: bool) -> None:

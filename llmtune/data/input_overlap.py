@@ -20,6 +20,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import xxhash
 
 from llmtune.data.pictures import Picture, look_same, row_pictures
@@ -123,8 +124,8 @@ def find_near_pictures(held: I64, others: I64, rows: JsonRows) -> dict[int, int]
     Pictures match if their perceptual hashes differ in at most LOOK_BITS bits, and their thumbnails nowhere by much.
     A picture that matches those of many rows is the task itself, such as an empty page.
     """
-    sides = [_list_pictures(numbers, rows) for numbers in (held, others)]
-    if not all(sides):
+    sides = [shown for numbers in (held, others) if (shown := _list_pictures(numbers, rows))]
+    if len(sides) < 2:
         return {}
     look_H, look_O = (np.array([int(one["look"], 16) for one, _ in side.values()], np.uint64) for side in sides)
     thumbnails: dict[str, npt.NDArray[np.float32]] = {}
@@ -141,9 +142,11 @@ def find_near_pictures(held: I64, others: I64, rows: JsonRows) -> dict[int, int]
 def _list_pictures(numbers: I64, rows: JsonRows) -> dict[str, tuple[Picture, list[int]]]:
     """Return the different pictures of the rows with these numbers, each with its rows."""
     pictures: dict[str, tuple[Picture, list[int]]] = {}
-    for number, text in ((one, text) for batch in select_rows(numbers, rows) for one, text in zip(*batch, strict=True)):
-        for picture in row_pictures(json.loads(text)) if '"look":' in text else ():
-            pictures.setdefault(picture["content"], (picture, []))[1].append(int(number))
+    for first, batch in rows():
+        shown = first + np.flatnonzero(pc.match_substring(batch, '"look":').to_numpy(zero_copy_only=False))
+        for number in np.intersect1d(shown, numbers).tolist() if len(shown) else ():
+            for picture in row_pictures(json.loads(batch[number - first].as_py())):
+                pictures.setdefault(picture["content"], (picture, []))[1].append(number)
     return pictures
 
 

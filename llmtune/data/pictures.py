@@ -344,6 +344,8 @@ def place_pictures(messages: Sequence[Any], column: object) -> None:
     """
     column = parse_cell(column)
     waiting = column if isinstance(column, list) else [] if column in (None, "") else [column]
+    if not waiting and not any("images" in message for message in messages):
+        return
     users = [message for message in messages if message["role"] == "user"]
     if waiting and users and not any(MARK.search(message["content"]) for message in users):
         users[0]["content"] = IMAGE * len(waiting) + users[0]["content"]

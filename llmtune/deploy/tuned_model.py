@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import cycle
+from itertools import cycle, takewhile
 from pathlib import Path
 from typing import TypeVar, cast
 
@@ -207,12 +207,16 @@ class TransformersReader:
         return logits_BTV[0, -len(text) :].float().cpu()  # prefix vectors have logits too
 
     def answer(self, prompt: Prompt, stops: Sequence[int], tokens: int = ANSWER_TOKENS) -> list[int]:
-        """Return the first `tokens` ids of the greedy answer, up to one of `stops`, which is included."""
+        """Return the first `tokens` ids of the greedy answer, up to one of `stops`, which is included.
+
+        An answer ends before the token of a picture, which no picture belongs to.
+        """
         settings = GenerationConfig(
             max_new_tokens=tokens, do_sample=False, eos_token_id=list(stops) or None, pad_token_id=[*stops, 0][0]
         )
         with only_these_settings(self.model):
-            return generate_batch(self.model, [prompt], settings, str(self.model.device))[0]
+            ids = generate_batch(self.model, [prompt], settings, str(self.model.device))[0]
+        return list(takewhile(lambda token: token != getattr(self.model.config, "image_token_id", None), ids))
 
 
 def render_prompts(tuned: TunedModel, processor: PreTrainedTokenizerBase) -> list[list[int]]:

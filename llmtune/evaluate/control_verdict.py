@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import cast
 
 from llmtune.display.number_format import join_names, missing, score, signed
-from llmtune.evaluate.metric_info import COSTS, better_side, rank_metrics
-from llmtune.evaluate.significance import CHANCE, INCONCLUSIVE, find_changes
-from llmtune.recipe.gate_grammar import Opponent
+from llmtune.evaluate.metric_info import COSTS, better_side, direction, rank_metrics
+from llmtune.evaluate.significance import INCONCLUSIVE, countable
 from llmtune.recipe.task_facts import CALIBRATION, CONTROLS, LANGUAGE
 from llmtune.records import FEWEST_ROWS
 from llmtune.store.report_record import Verdict
-from llmtune.store.score_records import Control, Evaluation, GateResult
+from llmtune.store.score_records import Control, Evaluation
 
 LIKELIHOODS = frozenset({*LANGUAGE, *CALIBRATION})
 """Metrics of probabilities, which change with any input. They count only where no answer is measured."""
@@ -31,17 +29,15 @@ class Reliance:
     """Empty if its answers depend on the pictures."""
 
 
-def find_reliance(
-    evaluation: Evaluation | None, gates: Sequence[GateResult] = (), chance: float = CHANCE
-) -> Reliance | None:
+def find_reliance(evaluation: Evaluation | None) -> Reliance | None:
     """Return whether the tuned model's answers depend on the pictures; None without pictures, controls or enough rows.
 
-    Metrics of answers decide; without any, those of probabilities.
+    Metrics of answers decide, each by its 95 % interval; without any, those of probabilities.
     """
     controls = {name: one for name, one in evaluation.controls.items() if is_judged(one)} if evaluation else {}
     if not controls:
         return None
-    lacking = tuple(name for name, one in controls.items() if not list_drops(name, one, gates, chance))
+    lacking = tuple(name for name, one in controls.items() if not list_drops(one, judged_metrics(one)))
     return Reliance(lacking, describe_reliance(controls, lacking))
 
 
@@ -62,12 +58,10 @@ def judged_metrics(control: Control) -> list[str]:
     return [name for name in ranked if name not in LIKELIHOODS] or ranked
 
 
-def list_drops(
-    name: str, control: Control, gates: Sequence[GateResult], chance: float, metrics: Sequence[str] = ()
-) -> list[str]:
-    """Return the metrics, by default the deciding ones, that are better with the rows' own pictures."""
-    changes = {metric: control.difference[metric] for metric in metrics or judged_metrics(control)}
-    return find_changes(changes, gates, cast(Opponent, name), chance).better
+def list_drops(control: Control, metrics: Sequence[str]) -> list[str]:
+    """Return the metrics in which the tuned model is better with the rows' own pictures than under a control."""
+    changes = countable(control.difference)
+    return [metric for metric in metrics if metric in changes and direction(metric, changes[metric]) > 0]
 
 
 def describe_reliance(controls: dict[str, Control], lacking: Sequence[str]) -> str:
@@ -75,9 +69,9 @@ def describe_reliance(controls: dict[str, Control], lacking: Sequence[str]) -> s
     if not lacking:
         return ""
     if len(lacking) == len(controls):
-        what = "Answers do not depend on the picture"
+        what = "Answers do not depend on the picture, as far as these rows show"
     elif "blind" in lacking:
-        what = "The picture does not help: only another row's picture makes answers worse"
+        what = "The picture is not shown to help; only another row's picture makes answers worse"
     else:
         what = "Answers depend on a picture being there, not on which"
     return f"{what}: {describe_controls(controls)}."
@@ -95,9 +89,7 @@ def describe_controls(controls: dict[str, Control]) -> str:
     return f"{metric.replace('_', ' ')} is {score(own)} with its own, {', '.join(parts)}"
 
 
-def weigh_controls(
-    result: Verdict, evaluation: Evaluation | None, gates: Sequence[GateResult], gained: Sequence[str], chance: float
-) -> Verdict:
+def weigh_controls(result: Verdict, evaluation: Evaluation | None, gained: Sequence[str]) -> Verdict:
     """Add to the verdict what the controls show; `gained` are the metrics in which the tuned model is better.
 
     A gain that the model keeps with grey pictures, or with those of other rows, is no reason to be `better`, if most
@@ -105,11 +97,11 @@ def weigh_controls(
     """
     if evaluation is None or not evaluation.pictured:
         return result
-    reliance = find_reliance(evaluation, gates, chance)
+    reliance = find_reliance(evaluation)
     if reliance is None:
         why = "too few test rows have one" if evaluation.controls else "evaluate.controls is off"
         return replace(result, reason=f"{result.reason} Whether answers depend on the picture is unknown: {why}.")
-    kept = [metric for metric in gained if not needs_pictures(metric, evaluation, gates, chance)]
+    kept = [metric for metric in gained if not needs_pictures(metric, evaluation)]
     said = reliance.sentence or (describe_kept(gained, kept, evaluation) if gained else "")
     for_nothing = bool(gained) and (bool(reliance.sentence) or len(kept) == len(gained))
     many = evaluation.pictured >= MOST * evaluation.rows
@@ -117,13 +109,10 @@ def weigh_controls(
     return Verdict(word, " ".join(part for part in (result.reason, said) if part))
 
 
-def needs_pictures(metric: str, evaluation: Evaluation, gates: Sequence[GateResult], chance: float) -> bool:
+def needs_pictures(metric: str, evaluation: Evaluation) -> bool:
     """Whether the tuned model is better in a metric with the rows' own pictures than under every control."""
-    return all(
-        metric in list_drops(name, one, gates, chance, [metric])
-        for name, one in evaluation.controls.items()
-        if metric in one.difference and is_judged(one)
-    )
+    controls = [one for one in evaluation.controls.values() if metric in one.difference and is_judged(one)]
+    return all(list_drops(one, [metric]) for one in controls)
 
 
 def describe_kept(gained: Sequence[str], kept: Sequence[str], evaluation: Evaluation) -> str:

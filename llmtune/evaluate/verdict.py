@@ -365,7 +365,7 @@ def judge_run(
         evaluation = replace(evaluation, champion=widened)
     result = weigh_simple_baseline(verdict(evaluation, seeds, curve, gates, alpha, doubts), evaluation)
     chance = alpha if champion else CHANCE
-    result = weigh_controls(result, evaluation, gates, list_gained(result.word, evaluation, gates, chance), alpha)
+    result = weigh_controls(result, evaluation, list_gained(result.word, evaluation, gates, chance))
     added = [study.verdict for study in evaluation.studies.values() if study.verdict] if evaluation else []
     return replace(result, reason=" ".join([result.reason, *added]))
 

@@ -17,6 +17,7 @@ from llmtune.display.console import spinner
 from llmtune.display.number_format import count, score
 from llmtune.errors import EnvironmentProblem, RecipeError
 from llmtune.explain.explainer import BASE, TUNED, Explainer, Target, figure_block, in_percent
+from llmtune.explain.fake_model import build_fake_model
 from llmtune.explain.figures import Panel, Ticks, Values, draw_heatmaps
 from llmtune.explain.trained_modules import (
     PREFIX,
@@ -30,6 +31,7 @@ from llmtune.explain.trained_modules import (
     tensor_files,
 )
 from llmtune.model.config import head_is_new
+from llmtune.model.towers import find_towers
 from llmtune.records import ModelRef
 
 LAYER = re.compile(r"(.*?)\.(\d+)\.(.+)")
@@ -87,6 +89,9 @@ class AdapterExplainer(Explainer):
         model_ref = ModelRef(target.name, Path(target.config.name_or_path), None, "")
         self.new_head = head_is_new(model_ref, target.recipe, target.task)
         self.model = str(target.recipe.model.name)
+        towers = build_fake_model(target).towers if target.takes_images else ()
+        moved = [f"{move.module}." for move in self.moves]
+        self.frozen = [name for name in towers if not any(one.startswith(f"{name}.") for one in moved)]
 
     @property
     def in_layers(self) -> list[Move]:
@@ -117,6 +122,7 @@ class AdapterExplainer(Explainer):
             "model": self.model,
             "method": self.trained.method,
             "new_head": self.new_head,
+            "frozen": self.frozen,
             "relative": together(self.moves),
             "by_layer": self.sizes("layer"),
             "by_module": self.sizes("column"),
@@ -137,8 +143,9 @@ class AdapterExplainer(Explainer):
 
     def sections(self, figures: Mapping[str, Path]) -> Iterator[Section]:
         """Yield the movement by module and by layer, and the modules that moved most."""
-        base = KeyValues([("base model", self.model), ("method", self.trained.method)])
-        yield Section("", [*map(Text, self._summary()), base])
+        facts = [("base model", self.model), ("method", self.trained.method)]
+        facts += [("frozen", ", ".join(self.frozen))] if self.frozen else []
+        yield Section("", [*map(Text, self._summary()), KeyValues(facts)])
         if figures:
             meanings = [Text(f"{title}. {meaning}", "soft") for title, meaning, _ in MEASURES]
             drawn = figure_block(
@@ -221,13 +228,16 @@ def full_moves(target: Target) -> Iterator[Move]:
         for name, parameter in model.named_parameters():
             owner, _, last = name.rpartition(".")
             modules.setdefault(owner, {})[last] = parameter
+        towers = tuple(f"{name}." for name in find_towers(model))
         for owner, before in modules.items():
             names = {last: f"{owner}.{last}".removeprefix(".") for last in before}
             after = {last: read_tensor(files[name], name) for last, name in names.items() if name in files}
             if not after:
                 what = f"the tuned weights of {owner} are missing"
                 raise EnvironmentProblem.of(what, str(folder), "The folder is incomplete: run the recipe again.")
-            yield compare_weights(owner, "weights", before, after)
+            move = compare_weights(owner, "weights", before, after)
+            if move.change or not f"{owner}.".startswith(towers):  # a frozen tower is named once
+                yield move
 
 
 def arrange(moves: Sequence[Move]) -> list[Move]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import nn
@@ -17,7 +17,6 @@ from llmtune.explain.module_tree import PLAIN, Group, Place, Unit, find_units, g
 from llmtune.explain.position_encodings import SLOPED
 from llmtune.model.config import layer_configs, linear_shape
 from llmtune.model.memory_plan import context_length
-from llmtune.model.towers import dropped_modules
 
 PART_TITLES = {
     "attention": "Self-attention",
@@ -132,8 +131,10 @@ class Architecture:
     stacks: tuple[Stack, ...]
     other: int
     """Parameters outside every stack, or not used for a text."""
-    towers: tuple[str, ...]
-    """Modules that read images, video or sound, and are left out."""
+    towers: Mapping[str, int]
+    """Parameters of the modules that read images, video or sound. No stack has them."""
+    reads_images: bool
+    """Whether the model keeps its towers, and their parameters count; otherwise they are left out."""
     untraced: str | None
     """Why the model could not run on shapes. Its parts are then in declared order, and no path is drawn."""
 
@@ -144,20 +145,21 @@ def describe_architecture(target: Target, fake: FakeModel) -> Architecture:
     config, context = model.config.get_text_config(), context_length(model.config)
     reader = _Reader(fake, target.family)
     stacks = tuple(reader.describe_stack(name) for name in reader.lists)
-    dropped = dropped_modules(model)
+    towers = sum(fake.towers.values()) if target.takes_images else 0
     used = {value for unit in reader.units for value in unit.module.parameters()} if stacks else set()
     return Architecture(
         name=target.name,
         model_class=type(model).__name__,
         model_type=str(config.model_type),
         family=target.family,
-        parameters=model.num_parameters(),
+        parameters=model.num_parameters() + towers,
         width=getattr(config, "hidden_size", None),
         vocabulary=getattr(config, "vocab_size", None),
         context=context if context and context > 0 else None,
         stacks=stacks,
         other=model.num_parameters() - sum(value.numel() for value in used),
-        towers=tuple(name for name in dropped if name.rpartition(".")[0] not in dropped),
+        towers=fake.towers,
+        reads_images=target.takes_images,
         untraced=reader.untraced,
     )
 

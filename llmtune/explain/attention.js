@@ -191,6 +191,79 @@ function drawGraphs() {
   drawEach("graphs", drawGraph);
 }
 
+// Attention on pictures
+
+const onPictures = new Map();
+function weightsOnPictures(side, layer, head) {
+  if (side === "difference") {
+    const base = weightsOnPictures("base", layer, head), tuned = weightsOnPictures("tuned", layer, head);
+    return base && tuned ? tuned.map((weight, i) => weight - base[i]) : null;
+  }
+  const key = `${side}/${layer}/${head}`;
+  if (onPictures.has(key)) return onPictures.get(key);
+  if (!(key in data.pictures.values)) return null;
+  const bytes = atob(data.pictures.values[key]), weights = new Float32Array(bytes.length / 2);
+  for (let i = 0; i < weights.length; i++) weights[i] = (bytes.charCodeAt(2 * i) + 256 * bytes.charCodeAt(2 * i + 1)) / data.full;
+  onPictures.set(key, weights);
+  return weights;
+}
+
+function paintPatches(grid, weights, side) {
+  const tall = grid.tokens.length, wide = grid.tokens[0].length, most = largest(weights);
+  const canvas = Object.assign(document.createElement("canvas"), { width: wide, height: tall });
+  const context = canvas.getContext("2d"), image = context.createImageData(wide, tall);
+  grid.tokens.flat().forEach((token, i) => {
+    const weight = weights[token], size = Math.sqrt(Math.min(1, Math.abs(weight) / most));
+    const colour = side === "difference" ? colours.difference[Math.round(127.5 + 127.5 * Math.sign(weight) * size)] : colours.weight[Math.round(255 * size)];
+    image.data.set([...colour, Math.round(255 * (0.15 + 0.65 * (side === "difference" ? size : 1 - size)))], 4 * i); // as in the PNG
+  });
+  context.putImageData(image, 0, 0);
+  return canvas;
+}
+
+function drawPicture(item, grid, weights, side, name) {
+  const figure = document.createElement("figure"), [left, top, right, bottom] = grid.box, { width, height } = item;
+  const share = weights.reduce((sum, weight) => sum + weight, 0);
+  figure.append(Object.assign(document.createElement("figcaption"), { textContent: `${name}: ${shown(share, side)} in all, up to ${shown(largest(weights), side)} a patch` }));
+  const svg = make("svg", { width: Math.min(width, 440), viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": name });
+  make("image", { width, height, href: item.src }, svg);
+  const area = { x: left * width, y: top * height, width: (right - left) * width, height: (bottom - top) * height };
+  make("image", { ...area, class: "heat", href: paintPatches(grid, weights, side).toDataURL(), preserveAspectRatio: "none" }, svg);
+  svg.addEventListener("pointermove", (event) => {
+    const box = svg.getBoundingClientRect();
+    const x = ((event.clientX - box.left) / box.width - left) / (right - left), y = ((event.clientY - box.top) / box.height - top) / (bottom - top);
+    const token = grid.tokens[Math.floor(y * grid.tokens.length)]?.[Math.floor(x * grid.tokens[0].length)];
+    if (token !== undefined) $("patch").textContent = `${name}, patch ${token}: ${shown(weights[token], side)}`;
+  });
+  figure.append(svg);
+  return figure;
+}
+
+function drawPictures() {
+  if (!data.pictures) return;
+  const count = data.pictures.items.reduce((sum, item) => sum + item.count, 0);
+  $("patches").replaceChildren();
+  for (const side of sidesShown()) {
+    const rows = weightsOnPictures(side, state.layer, state.head);
+    let first = Number($("word").value) * count;
+    for (const item of rows ? data.pictures.items : []) {
+      const weights = rows.slice(first, (first += item.count));
+      for (const grid of item.grids) {
+        const name = [side === "model" ? "" : side, item.name, item.grids.length > 1 ? grid.name : ""].filter(Boolean).join(", ");
+        $("patches").append(drawPicture(item, grid, weights, side, name));
+      }
+    }
+  }
+}
+
+function startPictures() {
+  if (!data.pictures?.items.some((item) => item.grids.length)) return;
+  const tokens = data.kinds[0].rows, words = tokens.map((token, i) => [i, i + 1 < tokens.length ? `${token.text} → ${tokens[i + 1].text}` : token.text]);
+  $("pictures").hidden = false;
+  fill($("word"), words.slice(data.pictures.first), data.pictures.row);
+  $("word").addEventListener("change", drawPictures);
+}
+
 // All layers and heads
 
 const LEFT = 30, TOP = 20;
@@ -254,6 +327,7 @@ function show() {
   $("side-label").hidden = !isRun;
   const whose = { mean: "mean over all heads", rollout: `rollout from layer ${kind.layers[0]} up to this one` };
   $("told").textContent = `${kind.title}. Layer ${state.layer}, ${whose[state.head] || `head ${state.head}`}. Rows: ${kind.axes[0]}; columns: ${kind.axes[1]}.`;
+  drawPictures();
   drawEach("maps", drawMap);
   drawGraphs();
   drawOverview();
@@ -283,6 +357,7 @@ function start() {
   }
   $("threshold").addEventListener("input", drawGraphs);
   $("special").addEventListener("change", drawGraphs);
+  startPictures();
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", drawOverview);
   show();
 }

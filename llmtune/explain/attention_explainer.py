@@ -43,6 +43,15 @@ from llmtune.explain.explainer import Explainer, Family, Target, in_percent
 from llmtune.explain.figures import DIFFERENCE_COLOURS, WEIGHT_COLOURS
 from llmtune.explain.generation_trace import Sampling, trace_answer
 from llmtune.explain.inputs import AttentionRequest, ModelInputs, fit_tokens, read_attention_text, transcript_ids
+from llmtune.explain.picture_attention import (
+    draw_pictures,
+    find_row,
+    list_shares,
+    list_unmapped,
+    picture_data,
+    picture_values,
+)
+from llmtune.explain.picture_prompts import picture_line
 from llmtune.explain.token_text import TokenLine, name_tokens, token_label
 from llmtune.model.causal_lm_loss import decoder_inputs
 from llmtune.model.memory_plan import context_length
@@ -94,29 +103,43 @@ class AttentionExplainer(Explainer):
 
     def run(self) -> None:
         """Run each model once on the same tokens, and keep its attention and the decoder's answer."""
-        target, inputs, tensors = self.target, self.inputs, self.inputs.text_tensors
-        source = inputs.frames or TokenLine.of(name_tokens(target.processor, inputs.ids))
+        target = self.target
         self.answer: str | None = None
         for number, name in enumerate(track_items(self.console, target.models, "attention")):
             with target.open_model(name) as model:
                 if number == 0:
-                    line = None
-                    if inputs.pair is not None:
-                        ids, self.answer = decode_target(model, inputs, target, self.request)
-                        tensors["decoder_input_ids"] = torch.tensor([ids])
-                        line = TokenLine.of(name_tokens(target.processor, ids))
-                        if not inputs.pair.target:
-                            what = f"target: {self.answer!r}, the {name}'s own answer; --target gives another"
-                            self.console.print(what, markup=False)
-                    self.maps = AttentionMaps(target.models, TextLines(source, line), self.shape, self.request)
+                    tensors, lines = self._read_lines(model, name)
+                    self.maps = AttentionMaps(target.models, lines, self.shape, self.request)
                 attend(model, tensors, target.family, partial(self.maps.add, name))
         kinds = self.maps.drawn_layers
         self.layers = {kind: [list_strongest(self.maps, kind, at) for at in self.maps.layers(kind)] for kind in kinds}
 
+    def _read_lines(self, model: PreTrainedModel, name: str) -> tuple[dict[str, torch.Tensor], TextLines]:
+        """Return the inputs of all models and their rows, with --target or the first model's own answer."""
+        target, inputs, request = self.target, self.inputs, self.request
+        tensors, line, pictures = inputs.text_tensors, None, inputs.pictures
+        source = inputs.frames or picture_line(target.processor, inputs.ids, pictures)
+        if inputs.pair is not None:
+            ids, self.answer = decode_target(model, inputs, target, request)
+            tensors["decoder_input_ids"] = torch.tensor([ids])
+            line = TokenLine.of(name_tokens(target.processor, ids))
+        if pictures:
+            ids, self.answer = answer_question(model, inputs, target, request)
+            tensors, answer = replace(inputs, ids=[*inputs.ids, *ids]).text_tensors, len(source)
+            source = picture_line(target.processor, [*inputs.ids, *ids], pictures)
+            self.row = find_row(source, answer, request.word)
+        if self.answer is not None and not request.target:
+            what = f"target: {self.answer!r}, the {name}'s own answer; --target gives another"
+            self.console.print(what, markup=False)
+        return tensors, TextLines(source, line, tuple(at for picture in pictures for at in picture.places))
+
     def draw(self, folder: Path) -> list[Path]:
-        """Draw a heatmap and a graph of each kind of attention."""
+        """Draw a heatmap and a graph of each kind of attention, and attention on pictures."""
         with spinner(self.console, "drawing"):
-            return draw_attention(self.maps, folder, self.console)
+            files = draw_attention(self.maps, folder, self.console)
+            if pictures := self.inputs.pictures:
+                files += draw_pictures(self.maps, pictures, self.row, folder)
+            return files
 
     def to_json(self) -> dict[str, object]:
         """Return the tokens, and the strongest pairs of each layer for each kind of attention."""
@@ -139,6 +162,7 @@ class AttentionExplainer(Explainer):
             "tokens": {name: [vars(token) for token in line.tokens] for name, line in lines.items() if line},
             **({"target": self.answer} if self.answer is not None else {}),
             "attention": kinds,
+            **(picture_values(maps, self.inputs.pictures, self.row) if self.inputs.pictures else {}),
         }
 
     def sections(self, figures: Mapping[str, Path]) -> Iterator[Section]:
@@ -146,6 +170,9 @@ class AttentionExplainer(Explainer):
         interactive: list[Block] = [Html(Markup(_asset("attention.html")))]  # noqa: S704 - the program's own
         complete = self.maps.keeps_all_heads and self._count_numbers() <= MOST_NUMBERS
         yield Section("", [*interactive, *([] if complete else [Text(NO_ROOM, "note")])], brief=False)
+        if self.inputs.pictures:
+            notes = [Text(note, "note") for note in list_unmapped(self.inputs.pictures, self.target.config.model_type)]
+            yield Section("Attention on the picture", [*notes, *list_shares(self.maps, self.row)])
         yield Section("Strongest between words", list(self._tables()))
         yield Section("How to read it", [Bullets(READING, soft=True)], brief=False)
 
@@ -153,12 +180,14 @@ class AttentionExplainer(Explainer):
         """Return the page with every kept layer and head, or only the drawn layer if those are too many."""
         few = self._count_numbers() <= MOST_NUMBERS
         kinds = {kind: self.maps.layers(kind) if few else [layer] for kind, layer in self.maps.drawn_layers.items()}
-        data = {
+        data: dict[str, object] = {
             "kinds": [self._pack_kind(kind, layers) for kind, layers in kinds.items()],
             "sides": list(self.maps.models),
             "colours": {"weight": WEIGHT_COLOURS, "difference": DIFFERENCE_COLOURS},
             "full": FULL,
         }
+        if pictures := self.inputs.pictures:
+            data["pictures"] = picture_data(self.maps, pictures, self.row, kinds[MASKED], pack)
         style, script = _asset("attention.css"), _asset("attention.js")
         return replace(super().page(figures), style=style, script=script, data=data)
 
@@ -243,6 +272,16 @@ def decode_target(
     labels, _, end = target_ids(pair, target.processor)
     shifted = decoder_inputs(model, torch.tensor([labels], device=model.device))[0].tolist()
     return fit_tokens([int(i) for i in shifted[:end]], "--target", target, request), text
+
+
+def answer_question(
+    model: PreTrainedModel, inputs: ModelInputs, target: Target, request: AttentionRequest
+) -> tuple[list[int], str]:
+    """Return the tokens and the text of the answer to a question with pictures: --target, or the model's own."""
+    if request.target is None:
+        answer = trace_answer(model, inputs, target.processor, Sampling(LONGEST_ANSWER))
+        return answer.ids, answer.text
+    return list(target.processor(request.target, add_special_tokens=False)["input_ids"]), request.target
 
 
 def list_strongest(maps: AttentionMaps, kind: AttentionKind, layer: int) -> dict[str, Any]:

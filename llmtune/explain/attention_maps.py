@@ -26,6 +26,7 @@ from llmtune.explain.inputs import AttentionRequest
 from llmtune.explain.token_text import TokenLine
 from llmtune.model.causal_lm_loss import accepted_arguments, unwrap
 from llmtune.model.config import layer_configs
+from llmtune.model.towers import find_towers
 
 AttentionKind = Literal["self", "masked-self", "cross"]
 SELF: AttentionKind = "self"
@@ -73,18 +74,24 @@ def attend(
     inner = unwrap(model)
     body = inner.base_model
     accepted = accepted_arguments(body.__class__)
-    options: dict[str, object] = {key: part.to(inner.device) for key, part in inputs.items() if key in accepted}
+    options: dict[str, object] = {
+        key: part.to(inner.device, inner.dtype if part.is_floating_point() else None)
+        for key, part in inputs.items()
+        if key in accepted
+    }
     if "use_cache" in accepted:
         options["use_cache"] = False
     half = inner.get_encoder() if family == "encoder-decoder" else inner
     encoder = set() if half is inner else set(half.modules())
+    towers = {module for name in find_towers(inner) for module in inner.get_submodule(name).modules()}
     layers: dict[AttentionKind, list[int]] = {}
 
     def attention(module: torch.nn.Module, *args: object, **given: object) -> tuple[torch.Tensor, torch.Tensor | None]:
         eager = inspect.unwrap(type(module).forward).__globals__["eager_attention_forward"]
         output, weights = eager(module, *args, **given)
-        if weights is not None:
-            kind = SELF if module in encoder else MASKED if is_causal(module, weights) else CROSS if encoder else SELF
+        if weights is not None and module not in towers:
+            masked = bool(towers) or is_causal(module, weights)  # tokens of one picture may see each other both ways
+            kind = SELF if module in encoder else MASKED if masked else CROSS if encoder else SELF
             before = layers.setdefault(kind, [])
             index = getattr(module, "layer_idx", None)
             shared = index in before  # as in ALBERT, whose positions share one layer
@@ -205,6 +212,8 @@ class TextLines:
 
     source: TokenLine
     target: TokenLine | None = None
+    patches: tuple[int, ...] = ()
+    """Positions of the tokens of pictures. The line has one row for each picture."""
 
     def of(self, kind: AttentionKind) -> tuple[TokenLine, TokenLine]:
         """Return the queries and the keys."""
@@ -215,7 +224,7 @@ class TextLines:
     def count(self, kind: AttentionKind) -> int:
         """Return the number of weights per head; masked ones do not count."""
         rows, columns = map(len, self.of(kind))
-        return rows * (rows + 1) // 2 if kind == MASKED else rows * columns
+        return (rows * (rows + 1) // 2 if kind == MASKED else rows * columns) + rows * len(self.patches)
 
     def among_words(self, kind: AttentionKind) -> Mask:
         """Return a mask [Q, T] of pairs of different words, without special tokens and the first token."""
@@ -238,6 +247,8 @@ class AttentionMaps:
     """The selection to draw. Defaults: the most telling layer, and about EDGES_PER_WORD edges per word."""
     kept: dict[str, dict[AttentionKind, dict[int, dict[Head, Matrix]]]] = field(default_factory=dict)
     """Weights [Q, T] by model, kind, layer and head: MEAN, ROLLOUT (not for cross-attention), or a head's number."""
+    seen: dict[str, dict[int, dict[Head, Matrix]]] = field(default_factory=dict)
+    """Weights [Q, P] of the tokens of all pictures by model, layer and head; empty without pictures."""
     _rolled: dict[tuple[str, AttentionKind], Matrix] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -254,13 +265,16 @@ class AttentionMaps:
         rows, columns = self.lines.of(seen.kind)
         weights_HQT = seen.weights.cpu().numpy()
         mean_QT = weights_HQT.mean(axis=0)
-        kept: dict[Head, Matrix] = {MEAN: merge_stretches(mean_QT, rows, columns)}
+        weights: dict[Head, Matrix] = {MEAN: mean_QT}
         if seen.kind != CROSS:
-            rolled = self._rolled[model, seen.kind] = roll(self._rolled.get((model, seen.kind)), mean_QT)
-            kept[ROLLOUT] = merge_stretches(rolled, rows, columns)
+            weights[ROLLOUT] = self._rolled[model, seen.kind] = roll(self._rolled.get((model, seen.kind)), mean_QT)
         if self.keeps_all_heads or seen.layer == self.request.layer:
-            kept.update(enumerate(np.array(merge_stretches(weights_HQT, rows, columns))))
+            weights.update(enumerate(weights_HQT.copy()))
+        kept = {head: merge_stretches(one, rows, columns) for head, one in weights.items()}
         self.kept.setdefault(model, {}).setdefault(seen.kind, {})[seen.layer] = kept
+        if self.lines.patches:
+            patches = {head: average_rows(one[:, self.lines.patches], rows) for head, one in weights.items()}
+            self.seen.setdefault(model, {})[seen.layer] = patches
 
     @property
     def shown(self) -> tuple[str, ...]:
@@ -281,6 +295,12 @@ class AttentionMaps:
             return self.weights(TUNED, kind, layer, head) - self.weights(BASE, kind, layer, head)
         return self.kept[model][kind][layer][head]
 
+    def on_pictures(self, model: str, layer: int, head: Head) -> Matrix:
+        """Return the weights [Q, P] of a model on the tokens of all pictures, or tuned minus base."""
+        if model == DIFFERENCE:
+            return self.on_pictures(TUNED, layer, head) - self.on_pictures(BASE, layer, head)
+        return self.seen[model][layer][head]
+
     @cached_property
     def drawn_layers(self) -> dict[AttentionKind, int]:
         """The drawn layer of each kind; raises RecipeError if that layer does not have this attention."""
@@ -292,7 +312,11 @@ class AttentionMaps:
                 raise RecipeError.of(f"layer {layer} has no {kind} attention", "--layer", fix)
             means = [{at: self.weights(model, kind, at, MEAN) for at in layers} for model in self.models]
             base, words_QT = means[0] if len(means) > 1 else None, self.lines.among_words(kind)
-            chosen[kind] = most_telling_layer(means[-1], base, words_QT) if layer is None else layer
+            if layer is None and self.lines.patches:
+                words_Q, seen = ~np.array(self.lines.source.special), self.seen[self.models[-1]]
+                chosen[kind] = max(layers, key=lambda at: float(seen[at][MEAN][words_Q].sum()))
+            else:
+                chosen[kind] = most_telling_layer(means[-1], base, words_QT) if layer is None else layer
         return chosen
 
     def drawn(self, model: str, kind: AttentionKind) -> Matrix:
@@ -313,11 +337,18 @@ def merge_stretches(weights: Matrix, rows: TokenLine, columns: TokenLine) -> Mat
     """
     if weights.shape[-2:] == (len(rows), len(columns)):
         return weights
-    starts_T, starts_Q = ([0, *accumulate(line.sizes)][:-1] for line in (columns, rows))
-    added = np.add.reduceat(weights, starts_T, axis=-1)
-    summed = np.add.reduceat(added, starts_Q, axis=-2)
-    merged: Matrix = (summed / np.asarray(rows.sizes)[:, None]).astype(np.float32)
-    return merged
+    return average_rows(np.add.reduceat(weights, _starts(columns), axis=-1), rows)
+
+
+def average_rows(weights: Matrix, rows: TokenLine) -> Matrix:
+    """Average the rows [..., positions, T] of each stretch."""
+    summed = np.add.reduceat(weights, _starts(rows), axis=-2)
+    averaged: Matrix = (summed / np.asarray(rows.sizes)[:, None]).astype(np.float32)
+    return averaged
+
+
+def _starts(line: TokenLine) -> list[int]:
+    return [0, *accumulate(line.sizes)][:-1]
 
 
 def roll(before_TT: Matrix | None, mean_TT: Matrix) -> Matrix:

@@ -24,6 +24,7 @@ from llmtune.model.device import pick_device
 from llmtune.model.loading import load_plain
 from llmtune.model.processor import load_processor
 from llmtune.model.resolve import resolve_model
+from llmtune.model.towers import drop_towers, image_text_class
 from llmtune.plan import open_finished
 from llmtune.recipe.model_section import ModelSection
 from llmtune.recipe.schema import Recipe
@@ -33,7 +34,7 @@ from llmtune.run_models import Models
 from llmtune.store.atomic_files import explained
 from llmtune.store.run_folder import MANIFEST
 from llmtune.tasks.base import AnyTask
-from llmtune.tasks.registry import get_task
+from llmtune.tasks.registry import VARIANTS, get_task
 
 Family = Literal["encoder", "decoder", "encoder-decoder"]
 MODEL, BASE, TUNED = "model", "base", "tuned"
@@ -59,7 +60,7 @@ class Target:
     recipe: Recipe | None = None
     """The run's resolved recipe; None for a model."""
     task: AnyTask | None = None
-    """The run's task, in the variant that its model supports; None for a model."""
+    """The run's task, in the variant that its model supports; for a model, only if it reads pictures."""
 
     @property
     def short_name(self) -> str:
@@ -70,6 +71,11 @@ class Target:
     def is_whisper(self) -> bool:
         """Whether the model transcribes speech with an encoder and a decoder."""
         return bool(self.config.model_type == "whisper")
+
+    @property
+    def takes_images(self) -> bool:
+        """Whether prompts may have pictures."""
+        return self.task is not None and self.task.model_kind.takes_images
 
     @property
     def takes_audio(self) -> bool:
@@ -85,7 +91,8 @@ class Target:
             task = next(name for name, facts in TASK_FACTS.items() if self.family in facts.models)
         elif self.family == "decoder" and self.processor.chat_template and chat:
             task = DEFAULT_TASK
-        stated = {"recipe_version": 1, "name": "model", "task": task, "data": {"train": "none"}}
+        stated: dict[str, object] = {"recipe_version": 1, "name": "model", "task": task, "data": {"train": "none"}}
+        stated |= {"chat": {"images": True}} if self.takes_images else {}
         return Recipe.model_validate({**stated, "model": {"name": self.name}})
 
     def first_window(self, audio: Path | None, recipe: Recipe) -> SoundWindow:
@@ -93,8 +100,12 @@ class Target:
         return get_task(recipe.task).first_window(Path(str(audio)), self.processor, recipe)
 
 
-def open_target(name: str, console: Console, *, offline: bool = False, trust_remote_code: bool = False) -> Target:
+def open_target(
+    name: str, console: Console, *, offline: bool = False, trust_remote_code: bool = False, images: bool = False
+) -> Target:
     """Open a run folder, or a model: a folder, a hub name, `builtin:NAME`. Weights are not read yet.
+
+    With `images`, a model that reads pictures keeps its towers; without, texts are read without them.
 
     Numbers are float32 whatever the recipe says, to avoid rounding. Attention is eager, to make its weights
     readable.
@@ -110,11 +121,15 @@ def open_target(name: str, console: Console, *, offline: bool = False, trust_rem
     with _without_recipe(name):
         model_ref = resolve_model(name, settings, console, offline)
     config, device = read_model_config(model_ref, settings), pick_device()
+    images = images and image_text_class(config) is not None
 
     @contextmanager
     def open_model(model: str) -> Iterator[PreTrainedModel]:
         assert model == MODEL
-        yield load_plain(model_ref, config, settings, dtype=torch.float32, device=device)
+        loaded = load_plain(model_ref, config, settings, dtype=torch.float32, device=device)
+        if not images:
+            drop_towers(loaded)
+        yield loaded
 
     return Target(
         name=name,
@@ -124,6 +139,7 @@ def open_target(name: str, console: Console, *, offline: bool = False, trust_rem
         models=(MODEL,),
         open_model=open_model,
         folder=Path("explain") / (re.sub(r"[^\w.-]+", "-", name).strip("-.") or MODEL),
+        task=next(task for task in VARIANTS[DEFAULT_TASK] if task.model_kind.takes_images) if images else None,
     )
 
 

@@ -11,7 +11,7 @@ import copy
 import inspect
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +36,7 @@ from llmtune.explain.trained_modules import read_tensor, tensor_files
 from llmtune.model.config import architecture_class, find_class
 from llmtune.model.device import is_out_of_memory, pick_device
 from llmtune.model.processor import count_ids
-from llmtune.model.towers import remove_towers
+from llmtune.model.towers import find_towers, remove_towers
 from llmtune.records import ModelRef
 
 UNRUNNABLE = (RuntimeError, ValueError, TypeError, NotImplementedError, IndexError, AttributeError)
@@ -69,6 +69,8 @@ class FakeModel:
 
     model: PreTrainedModel
     mode: FakeTensorMode
+    towers: Mapping[str, int]
+    """Parameters of the modules that it lost, which text does not use."""
 
     def run(self, tokens: int) -> Any:
         """Return the model's output for a text of `tokens` tokens; raises UntraceableError if it cannot run."""
@@ -128,12 +130,14 @@ def fake_model(build: Callable[[], PreTrainedModel]) -> FakeModel:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with mode, no_init_weights():
         model = build().eval()
+        parts = {name: model.get_submodule(name) for name in find_towers(model)}
+        towers = {name: sum(one.numel() for one in part.parameters()) for name, part in parts.items()}
         remove_towers(model)
     with mode:
         model.tie_weights()
     if getattr(model.config, "_experts_implementation", None) is not None:
         model.set_experts_implementation("batched_mm")  # routes to experts without reading values
-    return FakeModel(cast("PreTrainedModel", model), mode)
+    return FakeModel(cast("PreTrainedModel", model), mode, towers)
 
 
 def find_untied(model: PreTrainedModel, folder: Path) -> list[str]:

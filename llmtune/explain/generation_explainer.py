@@ -29,7 +29,8 @@ from llmtune.explain.generation_trace import (
     trace_masks,
 )
 from llmtune.explain.inputs import NO_WORDS_FIX, ModelInputs, PromptRequest, read_prompt
-from llmtune.explain.token_text import Token, name_tokens, word_label
+from llmtune.explain.picture_prompts import grey_tensors, picture_line
+from llmtune.explain.token_text import Token, word_label
 from llmtune.model.causal_lm_loss import unwrap
 from llmtune.model.memory_plan import context_length
 
@@ -48,6 +49,10 @@ LENS = (
     "point at a cell for its other predictions. Row 0 is the input of the first layer."
 )
 CANDIDATES = "Temperature, top-k and top-p would cut off the words in brackets; sampling would draw from the others."
+GREY_PICTURE = (
+    "Each word of the answer, given the words before it, with a grey picture of the same size in place of each "
+    "picture. A word that keeps its probability does not come from the picture."
+)
 HEAD, TAIL = 70, 30
 """Tokens shown of a long prompt: from its start and its end."""
 MOST_LAYERS = 40
@@ -89,9 +94,17 @@ class GenerationExplainer(Explainer):
         target, prompt = self.target, self.prompt
         self.traces: dict[str, Trace] = {}
         self.scores: dict[str, list[TokenScore]] = {}
+        self.blind: dict[str, tuple[list[TokenScore], list[TokenScore]]] = {}
+        """Each answer scored with its pictures, and with grey ones."""
         for name in target.models:
             with target.open_model(name) as model, self.console.status(f"{name} answers"):
-                self.traces[name] = trace_model(model, prompt, target, self.sampling)
+                self.traces[name] = trace = trace_model(model, prompt, target, self.sampling)
+                if prompt.pictures:
+                    blind = replace(prompt, tensors=grey_tensors(target, prompt.ids, prompt.pictures, prompt.recipe))
+                    pair = [
+                        score_answer(model, one, target.processor, trace.prefix, trace.ids) for one in (prompt, blind)
+                    ]
+                    self.blind[name] = (pair[0], pair[1])
                 if name == TUNED and not prompt.masks:
                     answer = (prompt, target.processor, self.traces[TUNED].prefix, self.traces[TUNED].ids)
                     self.scores[TUNED] = score_answer(model, *answer)
@@ -104,8 +117,9 @@ class GenerationExplainer(Explainer):
 
     @property
     def prompt_tokens(self) -> list[Token]:
-        """The tokens of the prompt, or for a recording the decoder's first tokens."""
-        return name_tokens(self.target.processor, self.prompt.ids or self.prompt.decoder_ids)
+        """The tokens of the prompt, one for each picture, or for a recording the decoder's first tokens."""
+        ids = self.prompt.ids or self.prompt.decoder_ids
+        return list(picture_line(self.target.processor, ids, self.prompt.pictures).tokens)
 
     @property
     def parting(self) -> int | None:
@@ -127,6 +141,7 @@ class GenerationExplainer(Explainer):
             "traces": {name: asdict(trace) for name, trace in self.traces.items()},
             "parting": self.parting,
             "scores": {name: [asdict(score) for score in scores] for name, scores in self.scores.items()},
+            "blind": {name: [asdict(score) for score in grey] for name, (_, grey) in self.blind.items()},
         }
 
     def page(self, figures: Mapping[str, Path]) -> Page:
@@ -147,16 +162,21 @@ class GenerationExplainer(Explainer):
         yield Section("1 Prompt to tokens", list(self._describe_prompt()))
         yield Section("2 Model processing", [Text(where), *self._lens_blocks(at)], anchor="lens")
         yield Section("3 Word prediction", list(self._step_blocks()), anchor="prediction")
+        if self.blind:
+            yield Section("Without the picture", [*self._compare_blind(), Text(GREY_PICTURE, "soft")], anchor="blind")
         yield Section(last, list(self._outputs()), anchor="output")
 
     def _describe_prompt(self) -> Iterator[Block]:
         tokens, note = self.prompt_tokens, self.prompt.note
         shown = join_tokens(tokens)
+        count = f"{len(self.prompt.ids or tokens):,} tokens"
+        if seen := sum(len(picture.places) for picture in self.prompt.pictures):
+            count += f", {seen:,} of them pictures"
         if len(tokens) <= HEAD + TAIL:
-            yield Text(f"{len(tokens)} tokens: {shown}")
+            yield Text(f"{count}: {shown}")
         else:
             more = f" … {len(tokens) - HEAD - TAIL:,} more … "
-            yield Text(f"{len(tokens)} tokens: {join_tokens(tokens[:HEAD])}{more}{join_tokens(tokens[-TAIL:])}")
+            yield Text(f"{count}: {join_tokens(tokens[:HEAD])}{more}{join_tokens(tokens[-TAIL:])}")
             yield Details("all tokens", [Text(shown)])
         if note:
             yield Text(note, "note")
@@ -213,6 +233,19 @@ class GenerationExplainer(Explainer):
                 rows.append([str(number), word_label(step.token), *numbers, listed])
             yield Table(columns, rows, name if several else "", scroll=True)
         yield Text(CANDIDATES, "soft")
+
+    def _compare_blind(self) -> Iterator[Table]:
+        """Yield the probability of each word of an answer with its pictures and with grey ones."""
+        for name, (seen, blind) in self.blind.items():
+            rows = []
+            for step, with_picture, grey in zip(self.traces[name].steps, seen, blind, strict=True):
+                numbers = [write_probability(one.probability, exact=True) for one in (with_picture, grey)]
+                factor = write_factor(with_picture.probability, grey.probability)
+                rows.append(
+                    [word_label(step.token), *numbers, factor, "the same" if grey.rank == 1 else _spell(grey.likeliest)]
+                )
+            columns = [Column("word"), *(Column(head, "number") for head in ("picture", "grey", "times"))]
+            yield Table([*columns, Column("grey predicts")], rows, name if len(self.blind) > 1 else "", scroll=True)
 
     def _outputs(self) -> Iterator[Block]:
         """Yield each model's answer, token by token."""

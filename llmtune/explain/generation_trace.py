@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import cast
 
 import torch
@@ -151,8 +151,8 @@ def trace_answer(
         if inner.config.is_encoder_decoder:
             out_BT = GenerationMixin.generate(inner, **inputs, generation_config=settings, logits_processor=processors)
         else:
-            ids_BT, mask_BT = inputs["input_ids"], torch.ones_like(inputs["input_ids"])
-            out_BT = generate(model, ids_BT, mask_BT, generation_config=settings, logits_processor=processors)
+            options = {**inputs, "generation_config": settings, "logits_processor": processors}
+            out_BT = generate(model, **options)
     ids = cast(list[int], out_BT[0].tolist())
     written = len(recorder.logs)
     prefix, answer, ends = ids[:-written], ids[-written:], settings.eos_token_id or []
@@ -193,10 +193,10 @@ def read_again(
 ) -> ForwardPass:
     """Let a model read an answer, its own or another's, and return its predictions at each token."""
     inner = unwrap(model)
-    ids_1T = torch.tensor([[*prefix, *answer[:-1]]], device=inner.device)
-    inputs: dict[str, object] = {"input_ids": ids_1T, "attention_mask": torch.ones_like(ids_1T)}
+    ids = [*prefix, *answer[:-1]]
+    inputs: dict[str, object] = {**place_inputs(replace(prompt, ids=ids), inner)}
     if inner.config.is_encoder_decoder:
-        inputs = {**place_inputs(prompt, inner), "decoder_input_ids": ids_1T}
+        inputs = {**place_inputs(prompt, inner), "decoder_input_ids": torch.tensor([ids], device=inner.device)}
     if "logits_to_keep" in accepted_arguments(inner.__class__):
         inputs["logits_to_keep"] = len(answer)
     return run_forward(model, inputs, slice(-len(answer), None))

@@ -16,6 +16,7 @@ from llmtune.data.language_codes import has_languages
 from llmtune.data.text_pairs import TextPair, first_token, source_ids, target_ids
 from llmtune.errors import DataError, Problem, RecipeError
 from llmtune.explain.explainer import Target
+from llmtune.explain.picture_prompts import PromptPicture, picture_prompt
 from llmtune.explain.token_text import TokenLine, time_line
 from llmtune.model.audio_models import (
     SoundWindow,
@@ -25,6 +26,7 @@ from llmtune.model.audio_models import (
     is_multilingual,
     set_speech,
 )
+from llmtune.model.image_models import TOKEN_TYPES
 from llmtune.model.memory_plan import context_length
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_facts import DEFAULT_TASK
@@ -58,6 +60,10 @@ class AttentionRequest:
     """A number from 0, mean, or rollout."""
     threshold: float | None = None
     """Minimum weight of an edge in a graph."""
+    image: tuple[Path, ...] = ()
+    """Pictures before the text, or at each `<image>` in it."""
+    word: str | None = None
+    """The word of the answer whose attention is drawn on the pictures; None for its first."""
 
 
 @dataclass(frozen=True)
@@ -76,11 +82,14 @@ class PromptRequest:
     top_k: int | None = None
     sample: bool | None = None
     seed: int | None = None
+    image: tuple[Path, ...] = ()
+    """Pictures before the prompt, or at each `<image>` in it."""
 
     def named(self) -> dict[str, str | None]:
         """Return the parts of the prompt by option name."""
         audio = str(self.audio) if self.audio else None
-        return {"prompt": self.prompt, "system": self.system, "context": self.context, "audio": audio}
+        texts = {"prompt": self.prompt, "system": self.system, "context": self.context, "audio": audio}
+        return texts | {"image": ", ".join(map(str, self.image)) or None}
 
 
 @dataclass(frozen=True)
@@ -105,14 +114,18 @@ class ModelInputs:
     """Positions of the mask tokens, which an encoder predicts."""
     note: str = ""
     """A note to the reader on how the inputs were made."""
+    pictures: tuple[PromptPicture, ...] = ()
+    """The pictures of the prompt; `tensors` has them."""
 
     @property
     def text_tensors(self) -> dict[str, torch.Tensor]:
         """All model inputs except the decoder's."""
         if not self.ids:
             return dict(self.tensors)
-        ids_1T = torch.tensor([self.ids])
-        return {"input_ids": ids_1T, "attention_mask": torch.ones_like(ids_1T), **self.tensors}
+        ids_1T, tensors = torch.tensor([self.ids]), dict(self.tensors)
+        for name in tensors.keys() & {*TOKEN_TYPES}:  # the tokens of an answer are text
+            tensors[name] = torch.nn.functional.pad(tensors[name], (0, len(self.ids) - tensors[name].shape[1]))
+        return {"input_ids": ids_1T, "attention_mask": torch.ones_like(ids_1T), **tensors}
 
 
 def check_options(given: Mapping[str, object], useful: Mapping[str, bool]) -> list[Problem]:
@@ -169,6 +182,8 @@ def read_attention_text(target: Target, request: AttentionRequest) -> ModelInput
     recipe = target.recipe or target.default_recipe()
     if target.takes_audio:
         return _read_recording(target, request, recipe)
+    if request.image:
+        return _read_picture_question(target, request, recipe)
     text, processor, tensors, note = str(request.text), target.processor, {}, ""
     pair = kinds = first = None
     if target.family == "encoder-decoder":
@@ -195,18 +210,33 @@ def read_attention_text(target: Target, request: AttentionRequest) -> ModelInput
     return ModelInputs(ids, recipe, tensors, pair, first=first, note=note)
 
 
+def _read_picture_question(target: Target, request: AttentionRequest, recipe: Recipe) -> ModelInputs:
+    """Return the prompt of a question with pictures; the rows of a figure have one for each picture."""
+    prompt, pictures = picture_prompt(target, request.text, None, request.image, recipe)
+    rows = len(prompt) - sum(len(picture.stretch) - 1 for picture in pictures)
+    if rows > request.max_tokens or len(prompt) > LONGEST_PROMPT:
+        limits = f"at most {LONGEST_PROMPT:,} are drawn, {request.max_tokens:,} of text"
+        what = f"it has {len(prompt):,} tokens, {rows:,} of text: {limits}"
+        raise DataError.of(what, "--text", "Shorten it, or give smaller pictures.")
+    assert prompt.media is not None, "it has pictures"
+    return ModelInputs([*prompt.ids], recipe, dict(prompt.media()), pictures=pictures)
+
+
 def check_text_options(target: Target, request: AttentionRequest) -> None:
     """Raise RecipeError or DataError for options that are missing, empty or inapplicable."""
     writes = target.family == "encoder-decoder"
     named = target.is_whisper or (writes and has_languages(target.processor))
     makes_vectors = target.task is not None and target.task.model_kind.is_bare
     paired = target.family == "encoder" and not makes_vectors
-    options = {"target": writes, "pair": paired, "language": named and target.recipe is None}
+    seen = target.takes_images and bool(request.image)
+    options = {"target": writes or seen, "pair": paired, "language": named and target.recipe is None}
+    options |= {"image": target.takes_images, "word": seen}
     useful = {
         "audio" if target.takes_audio else "text": True,
         **{name: False for name, used in options.items() if used},
     }
-    given = {name: getattr(request, name) for name in ("text", "audio", "target", "pair", "language")}
+    names = ("text", "audio", "target", "pair", "language", "image", "word")
+    given = {name: getattr(request, name) for name in names} | {"image": request.image or None}
     problems = check_options(given, useful)
     if request.chat and target.task is not None and makes_vectors:
         problems.append(Problem(f"a run of task {target.task.name} reads plain texts", "--chat", "Omit it."))
@@ -303,6 +333,10 @@ def read_prompt(target: Target, request: PromptRequest) -> ModelInputs:
         return replace(_whisper_inputs(target, window, recipe), note=note)
     if target.family == "encoder":
         inputs = _read_masked(str(request.prompt), target, recipe)
+    elif target.takes_images:
+        prompt, pictures = picture_prompt(target, request.prompt, request.system, request.image, recipe)
+        media = dict(prompt.media()) if pictures and prompt.media else {}
+        inputs = ModelInputs([*prompt.ids], recipe, media, pictures=pictures)
     elif task is not None and task.model_kind.decodes:
         inputs = ModelInputs(task.prompt_ids(task.make_row(request.named()), processor, recipe), recipe)
     elif task is not None or target.family == "encoder-decoder":
@@ -336,12 +370,14 @@ def check_prompt_options(target: Target, request: PromptRequest) -> None:
     templated = has_template and target.family == "decoder" and not request.plain
     model_inputs = {"audio": True} if whisper else {"prompt": True, **({"system": False} if templated else {})}
     options, given = dict(task.inputs) if task else model_inputs, request.named()
+    options |= {"image": False} if target.takes_images else {}
     problems = check_options(given, options)
     for name in (name for name, needed in options.items() if needed and given.get(name) is not None):
         if not str(given[name]).strip():
             problems.append(Problem("it is empty", f"--{name}", "Give a text."))
     if request.plain and (task is not None or not has_template):
-        what = "a run's prompt is always made as in training" if task else "the model has no chat template"
+        what = "a run's prompt is always made as in training" if target.recipe else "the model has no chat template"
+        what = "pictures are read in the chat template" if request.image and not target.recipe else what
         problems.append(Problem(what, "--plain", "Omit it."))
     RecipeError.collect(problems)
 

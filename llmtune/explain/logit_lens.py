@@ -17,6 +17,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from llmtune.model.causal_lm_loss import accepted_arguments, unwrap
 from llmtune.model.device import is_out_of_memory
+from llmtune.model.towers import find_towers
 
 ROWS = 64
 """Hidden states per replay; logits for each are in memory at once."""
@@ -29,10 +30,11 @@ LayerOutput = torch.Tensor | tuple[torch.Tensor | None, ...]
 def find_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
     """Return the layers before the head, in order, or an empty list if not found.
 
-    They are the longest module list nearest to the top of the body (for an encoder-decoder: of the decoder).
+    They are the longest module list nearest to the top of the body. For an encoder-decoder, or a model that has towers,
+    it is that of the decoder.
     """
     inner = unwrap(model)
-    body = inner.get_decoder() if inner.config.is_encoder_decoder else inner.base_model
+    body = inner.get_decoder() if inner.config.is_encoder_decoder or find_towers(inner) else inner.base_model
     lists = [(name.count("."), part) for name, part in body.named_modules() if isinstance(part, torch.nn.ModuleList)]
     nearest = min((depth for depth, _ in lists), default=0)
     return list(max((part for depth, part in lists if depth == nearest), key=len, default=()))

@@ -137,7 +137,11 @@ class ModelExplainer(Explainer):
         yield "kind", KINDS[model.family]
         yield "class", model.model_class
         yield "parameters", count(model.parameters)
-        if model.towers:
+        for name, size in model.towers.items() if model.reads_images else ():
+            trained = 0 if self.trained is None else self.trained.count_inside(name)
+            says = f"{trained:,} trained, the rest frozen" if trained else "frozen"
+            yield "reads pictures", f"{name}: {size:,} parameters, {says}"
+        if model.towers and not model.reads_images:
             yield "left out", f"{', '.join(model.towers)}: text does not use them"
         if model.width:
             yield "width", count(model.width)
@@ -253,6 +257,7 @@ def count_parts(architecture: Architecture) -> dict[str, int]:
                 title = GROUPS.get(part.kind) or part.kind.capitalize()
                 counts[title] += len(blocks.numbers) * part.parameters
     counts["Other"] += architecture.other
+    counts["Towers"] += sum(architecture.towers.values()) if architecture.reads_images else 0
     return {name: size for name, size in counts.items() if size}
 
 

@@ -17,6 +17,7 @@ from torch import nn
 
 from llmtune.model.causal_lm_loss import unwrap
 from llmtune.model.config import layer_configs
+from llmtune.model.towers import find_towers
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -106,10 +107,13 @@ def similarity_by_distance(scheme: Scheme, length: int) -> Array:
 
 
 def find_schemes(model: nn.Module) -> list[Scheme]:
-    """Return every position encoding of `model`; one shared by several layers appears once."""
+    """Return every position encoding of the words of `model`; one shared by several layers appears once."""
     inner = unwrap(model)
     schemes: list[Scheme] = []
+    towers = tuple(f"{name}." for name in find_towers(inner))
     for name, module in inner.named_modules():
+        if f"{name}.".startswith(towers):
+            continue
         for scheme in (*_tables(name, module), *_rotations(name, module, inner.config), *_biases(name, module)):
             if not any(old.kind == scheme.kind and np.array_equal(old.values, scheme.values) for old in schemes):
                 schemes.append(scheme)
@@ -176,6 +180,9 @@ def _rotations(name: str, module: nn.Module, config: PretrainedConfig) -> Iterat
             facts["base"] = f"{stated['rope_theta']:,g}"
         if isinstance(stated.get("factor"), int | float):
             facts["stretched by"] = f"{stated['factor']:g}"
+        if sections := getattr(module, "mrope_section", None):
+            sizes = f" ({', '.join(map(str, sections))} pairs)" if sum(sections) == len(angles) else ""
+            facts["token of a picture"] = f"rotated by time, row and column{sizes}; a word has one number for all three"
         if scaling not in (None, 1.0):
             facts["attention scaled by"] = f"{float(scaling):.4g}"
         facts["longest wave"] = f"{2 * np.pi / angles.min():,.0f} tokens" if angles.min() > 0 else "unlimited"

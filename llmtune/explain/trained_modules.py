@@ -73,6 +73,10 @@ class TrainedModules:
         base = "; the base in 4 bits" if self.method == "qlora" else ""
         return f"{what}: {self.parameters:,} parameters, {share(self.parameters, parameters, 2)} of the base's{base}"
 
+    def count_inside(self, name: str) -> int:
+        """Return the trained parameters in a module."""
+        return sum(one.parameters for module, one in self.modules.items() if f"{module}.".startswith(f"{name}."))
+
     def mark(self, names: Sequence[str]) -> str:
         """Return a label for one trained module across equal blocks; empty if none was trained."""
         modules = [self.modules[name] for name in names if name in self.modules]

@@ -195,7 +195,7 @@ def _check_packing(
 def load_plain(
     model_ref: ModelRef, config: PreTrainedConfig, section: ModelSection, *, dtype: torch.dtype, device: str
 ) -> PreTrainedModel:
-    """Load a model as stored, without a recipe, for inspection of texts: with eager attention, in eval mode.
+    """Load a model as stored, without a recipe, for inspection: with eager attention and towers, in eval mode.
 
     Raises:
         EnvironmentProblem: the weights cannot be loaded, or memory runs out.
@@ -216,7 +216,6 @@ def load_plain(
         )
     model = cast(PreTrainedModel, (model if kept else model.to(device)).eval())
     patch_text_forward(model)
-    drop_towers(model)
     return model
 
 

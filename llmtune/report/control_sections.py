@@ -33,7 +33,9 @@ def control_section(evaluation: Evaluation, task: str | None) -> Section:
     blocks: list[Block] = [Table(columns, rows)]
     for name, control in controls.items():
         left = f"; {control.note}" if control.note else ""
-        blocks.append(Text(f"`{name}` ({CONTROLS[name]}): {count(control.rows)} rows{left}.", "soft"))
+        blocks.append(
+            Text(f"`{name}` ({CONTROLS[name]}): {count(control.rows)} rows{left}.", "note" if left else "soft")
+        )
     return Section("With other pictures", [*blocks, Text(TEXT, "soft")], "Controls", "controls")
 
 

@@ -133,7 +133,7 @@ def verdict_card(report: Report) -> VerdictCard:
     if evaluation and (simple := simple_title(report.verdict.word, evaluation)):
         title, opponent = TITLES[simple[0]][0], simple[1]
     evaluate = report.recipe.get("evaluate")
-    reliance = find_reliance(evaluation, gates)
+    reliance = find_reliance(evaluation)
     if reliance and reliance.lacking and report.verdict.word == INCONCLUSIVE and list_gained(BETTER, evaluation, gates):
         opponent = f"the same model with {CONTROLS[reliance.lacking[0]]}"
     looks = (isinstance(evaluate, dict) and evaluation and evaluation.champion and evaluate.get("looks")) or 1

@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from support.image_runs import QUESTION, finish_image_run
+from support.image_text import build_image_text
 from support.pictures import picture_bytes
 from support.runs import invoke
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -28,8 +29,9 @@ from llmtune.deploy.products import certify_export
 from llmtune.deploy.publish import publish_run
 from llmtune.deploy.quantized_model import quantized_format
 from llmtune.deploy.search_parity import make_reference
-from llmtune.deploy.tuned_model import load_tuned
+from llmtune.deploy.tuned_model import TransformersReader, load_tuned
 from llmtune.errors import GateFailed, RecipeError
+from llmtune.records import Prompt
 
 ASKED = ["gemma3", "qwen2_5_vl", "smolvlm"]
 TOWERS = ("vision", "visual", "projector", "connector")
@@ -252,3 +254,13 @@ def test_the_code_on_the_card_answers_a_picture(image_run, tmp_path, quiet_conso
         "What does the picture show?", image=tmp_path / "teal.png", max_new_tokens=64
     )
     assert printed.getvalue().strip() == expected.strip()
+
+
+def test_an_answer_of_a_certificate_ends_before_the_token_of_a_picture(tmp_path):
+    model = AutoModelForImageTextToText.from_pretrained(build_image_text(tmp_path, "qwen2_5_vl")).eval()
+    prompt, picture = Prompt([5, 6, 7]), model.config.image_token_id
+    assert len(TransformersReader(model).answer(prompt, [], 4)) == 4
+    model.lm_head.register_forward_hook(
+        lambda head, inputs, logits: logits.index_fill(-1, torch.tensor([picture]), 1e4)
+    )
+    assert TransformersReader(model).answer(prompt, [], 4) == []

@@ -8,15 +8,24 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 from support.image_text import build_image_text
 from support.runs import invoke, write_recipe
+from support.variants import IMAGE_CHAT
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from llmtune.data.pictures import PLACE, open_picture
 from llmtune.data.row_kind import write_prompt
+from llmtune.deploy.releases import make_release
 from llmtune.evaluate.controls import grey_picture, swap_pictures
 from llmtune.evaluate.evaluation_file import load_evaluation
+from llmtune.evaluate.release_records import open_release
+from llmtune.evaluate.shared_prefix import choice_trees, score_choices
 from llmtune.evaluate.simple_baseline import baseline_text
+from llmtune.model.loading import load_model
+from llmtune.model.processor import load_processor
+from llmtune.model.resolve import resolve_model
+from llmtune.recipe.loader import load_recipe
 
 INKS = {"red": (255, 30, 30), "green": (30, 255, 30), "blue": (30, 30, 255)}
 THINGS = dict(zip(INKS, ("cat", "dog", "bird"), strict=True))
@@ -263,3 +272,65 @@ def test_the_baseline_without_a_language_model_does_not_read_the_names_of_pictur
     )
     assert write_prompt(named) == "[image: red.png]Which?"
     assert baseline_text(named) == baseline_text(other) == f"{PLACE}Which?"
+
+
+# Choices, and every other part of an evaluation
+
+
+@pytest.mark.parametrize("family", ["gemma3", "qwen2_5_vl"])
+def test_every_part_of_an_evaluation_reads_pictures(family, tmp_path):
+    rows = write_pictured(tmp_path, 40, look=True)
+    lines = [json.loads(line) for line in rows.read_text().splitlines()]
+    rows.write_text("".join(json.dumps(line | {"kind": "ab"[i % 2]}) + "\n" for i, line in enumerate(lines)))
+    measured = {
+        "gates": None,
+        "metrics": ["loss", "exact_match", "choice_accuracy", "nll"],
+        "limit": 8,
+        "slices": ["kind"],
+        "fairness": {"groups": ["kind"]},
+        "decide": {"risk": 0.4},
+    }
+    recipe = write_pictured_recipe(
+        tmp_path, build_image_text(tmp_path / family, family), rows, steps=2, evaluate=measured
+    )
+    result = invoke("run", recipe, "--out", tmp_path / "run", "--set", "data.validation=0.2")
+    assert result.exit_code == 0, result.output
+    evaluation = evaluated(tmp_path / "run")
+    for control in evaluation.controls.values():
+        assert {"loss", "exact_match", "choice_accuracy", "nll"} <= control.difference.keys()
+        assert control.difference["choice_accuracy"].n == evaluation.pictured
+        assert control.difference["exact_match"].n == 8
+
+
+def test_the_likelihood_of_a_choice_is_the_loss_of_the_row_that_has_it_as_its_answer(model, tmp_path):
+    recipe = load_recipe(str(write_pictured_recipe(tmp_path, model, write_pictured(tmp_path, 4, look=True)))).recipe
+    recipe = recipe.with_section(images=True)
+    place = resolve_model(str(model), recipe.model, Console(quiet=True), True)
+    processor = load_processor(place, recipe.model)
+    loaded = load_model(place, recipe, IMAGE_CHAT, processor, device="cpu", training=False).model
+    grey = [grey_picture(56, 56)]
+    turns = [{"role": "user", "content": f"{PLACE}Which colour?", "images": grey}]
+    trees = choice_trees([{"messages": turns}], [*INKS], IMAGE_CHAT, processor, recipe)
+    (scores,) = score_choices(loaded, trees, IMAGE_CHAT, processor, recipe, device="cpu")
+    reference = AutoModelForImageTextToText.from_pretrained(model, dtype=torch.float32).eval()
+    reads = AutoProcessor.from_pretrained(model)
+    parts = [{"type": "image"}, {"type": "text", "text": "Which colour?"}]
+    asked = [{"role": "user", "content": parts}]
+    for choice, got in zip(INKS, scores, strict=True):
+        both = [*asked, {"role": "assistant", "content": [{"type": "text", "text": choice}]}]
+        prompt = reads.apply_chat_template(asked, add_generation_prompt=True)
+        pixels = [open_picture(grey[0])]
+        start = reads(text=prompt, images=pixels, return_tensors="pt")["input_ids"].shape[1]
+        batch = reads(text=reads.apply_chat_template(both).rstrip("\n"), images=pixels, return_tensors="pt")
+        logs = reference(**batch).logits[0, start - 1 : -1].log_softmax(-1)
+        wanted = logs.gather(1, batch["input_ids"][0, start:, None]).sum().item()
+        assert got == pytest.approx(wanted, abs=1e-3)
+
+
+def test_a_release_keeps_the_controls(looking, tmp_path):
+    _, folder = looking
+    file = make_release(folder, tmp_path / "one.json")
+    assert open_release(file, "one").evaluation.controls == evaluated(folder).controls
+    shown = invoke("release", "show", file)
+    assert shown.exit_code == 0
+    assert "With other pictures" in shown.output

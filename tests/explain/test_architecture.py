@@ -53,7 +53,7 @@ def describe(folder: Path) -> tuple[Architecture, FakeModel]:
 
 def describe_config(auto: Any, settings: Any, kind: str = "decoder") -> Architecture:
     class Stand:
-        name, family = "tiny", kind
+        name, family, takes_images = "tiny", kind, False
 
     return describe_architecture(Stand, fake_model(lambda: auto.from_config(settings, attn_implementation="eager")))
 

@@ -22,7 +22,8 @@ CASE = Case(
     threads=["https://github.com/hiyouga/LlamaFactory/issues/6703"],
     rows=[row(*GOOD), {"messages": [{"role": "user", "content": PARTS}, {"role": "assistant", "content": "A cat."}]}],
     settings={"batch_size": 2},
-    reason=r"image (input|part|content)|(no|not support|without).*image|\bvision\b|\bmultimodal\b|not text",
+    reason=r"image (input|part|content)|(no|not support|without).*image|\bvision\b|\bmultimodal\b|not text"
+    r"|picture at an address",
     left_out=learns(qwen, [[SYSTEM, *GOOD]], ALL, "the other row only: {}"),
     wrong={
         **learns(qwen, with_question(TEXT), ALL, "the image dropped: {}"),

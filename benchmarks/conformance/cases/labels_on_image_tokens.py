@@ -7,6 +7,7 @@ from conformance.pictures import BORDERS, LABELLED, REFUSED, gemma, read, row, s
 from conformance.reference import IGNORED
 
 ROW = [("user", "<image>Which colour is it?"), ("assistant", "Blue.")], ["sky.png"]
+[WHOLE_TEXT] = WHOLE.values()
 TEXT = {name: learn for name, learn in BORDERS.items() if WHOLE.items() & {(name, learn)} or "border" in learn}
 
 
@@ -21,6 +22,12 @@ def without_its_lines(reference):
     return reference.gradient_of([reference.loss(ids, labels, **see(reference, ids, [read(*ROW[1])]))])
 
 
+def without_its_end(reference):
+    """Return the gradient of the text without the picture's tokens and borders, and without the last line break."""
+    ids, labels = reference.encode(gemma(*ROW[0], learn=WHOLE_TEXT))
+    return reference.gradient_of([reference.loss(ids, [*labels[:-1], IGNORED], **see(reference, ids, [read(*ROW[1])]))])
+
+
 CASE = Case(
     title="The tokens of a picture are not learned",
     group="what is learned",
@@ -33,6 +40,10 @@ CASE = Case(
     rows=[row(*ROW[0], images=ROW[1])],
     settings={"model": "gemma3", "kind": "pictures", "train_on": "all"},
     reason=REFUSED,
-    right={**sees([ROW], TEXT), "the whole text without the picture's lines": without_its_lines},
+    right={
+        **sees([ROW], TEXT),
+        "the whole text without the picture's lines": without_its_lines,
+        "the whole text without its end": without_its_end,
+    },
     wrong=sees([ROW], LABELLED),
 )

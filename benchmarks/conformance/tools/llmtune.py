@@ -30,6 +30,7 @@ def configure(job: Job) -> Configuration:
         raise NotOffered("no label smoothing but that of DPO")
     data = {"train": job["rows"], "validation": 0, "test": job["test_rows"] or 0, "max_length": job["max_length"]}
     data |= {"test": job["extra"]["validation"]} if "validation" in job["extra"] else {"deduplicate": "none"}
+    data |= {"train_on": "all"} if job["train_on"] == "all" and job["kind"] in CHAT else {}
     data |= {"packing": job["packing"]} if TASKS[job["kind"]] in ("chat", "completion") else {}
     adapter = {"method": job["method"]}
     adapter |= {"r": 4, "lora_alpha": 8, **job["extra"].get("lora", {})} if "lora" in job["method"] else {}
@@ -60,10 +61,6 @@ def train(job: Job, recipe: Configuration) -> dict[str, Any]:
     options: dict[str, Any] = {"out": run, "until": until, "threads": 1, "offline": True}
     if job["kind"] == "pictures":
         rewrite(job, as_parts)
-        try:
-            llmtune.run(folder / "recipe.yaml", **options)
-        except LlmtuneError as refusal:
-            raise NotOffered(f"rows with pictures are refused: {refusal}") from refusal
     if job["resume_from"]:
         threading.Thread(target=stop_after, args=(run / "checkpoints", job["save_steps"]), daemon=True).start()
         try:

@@ -64,6 +64,7 @@ LIMITS = (
     "A judge's errors are corrected as far as labelled pairs show them: pairs of the same kind of prompts and answers, "
     "and a bias for length. Other biases, such as for answers in its own style, remain."
 )
+TEXT_ALONE = "The judge reads text alone: it does not see the pictures, and did not compare answers without them."
 UNJUDGED = "The judge's accuracy is unknown: set evaluate.judge.labelled to measure and correct its errors."
 
 
@@ -156,12 +157,17 @@ class JudgeSuite(EvalSuite[None]):
         texts = self.signatures(judged, labelled, len(test))
         tables = [judge_table(measures, of_people), self.costs(replies)]
         study = self.study(
-            base, tuned | {name: one.value for name, one in scores.items()}, changes, texts, LIMITS, tables
+            base, tuned | {name: one.value for name, one in scores.items()}, changes, texts, self.limits(), tables
         )
         scores |= {name: halve(one) for name, one in changes.items()}
         return replace(
             study, verdict=describe_win_rate(scores["win_rate"], labelled, scores["inconsistent"]), intervals=scores
         )
+
+    def limits(self) -> str:
+        """Describe what the numbers can show."""
+        pictured = self.context.inputs is not None and self.context.inputs.pictured
+        return f"{LIMITS} {TEXT_ALONE}" if pictured else LIMITS
 
     def test_pairs(self) -> list[AnswerPair]:
         """Return the answers of both models to the test rows."""

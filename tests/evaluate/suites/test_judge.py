@@ -37,7 +37,11 @@ def suite_for(folder, url, pairs, labelled=None, **section):
     recipe = SimpleNamespace(evaluate=SimpleNamespace(judge=section), seed=3)
     rows = range(len(pairs))
     inputs = SimpleNamespace(
-        answered=rows, origins=[f"t:{i}" for i in rows], prompts=[f"prompt {i}" for i in rows], clusters=()
+        answered=rows,
+        origins=[f"t:{i}" for i in rows],
+        prompts=[f"prompt {i}" for i in rows],
+        clusters=(),
+        pictured=frozenset(),
     )
     console = Console(file=io.StringIO(), width=200)
     suite = JudgeSuite(EvalContext(recipe, None, None, inputs, "cpu", console, folder / "evaluation"))
@@ -405,3 +409,11 @@ def test_a_served_run_without_a_clue_is_counted_as_such(tmp_path, tiny_llama, mo
     )
     assert int(costs(study)["prompt tokens"].replace(",", "")) > 8 * 100
     assert 8 <= int(costs(study)["completion tokens"]) <= 8 * 4
+
+
+def test_a_judge_of_rows_with_pictures_is_said_to_read_text_alone(tmp_path):
+    with ScriptedJudge().serving() as url:
+        suite = suite_for(tmp_path, url, [("is worth 2", "is worth 1", 1)])
+    assert "pictures" not in suite.limits()
+    suite.context.inputs.pictured = frozenset({0})
+    assert "The judge reads text alone: it does not see the pictures" in suite.limits()
