@@ -258,7 +258,7 @@ def test_the_code_on_the_card_answers_a_picture(image_run, tmp_path, quiet_conso
 
 def test_an_answer_of_a_certificate_ends_before_the_token_of_a_picture(tmp_path):
     model = AutoModelForImageTextToText.from_pretrained(build_image_text(tmp_path, "qwen2_5_vl")).eval()
-    prompt, picture = Prompt([5, 6, 7]), model.config.image_token_id
+    prompt, picture = Prompt([5, 6, 7]), torch.tensor([model.config.image_token_id])
     assert len(TransformersReader(model).answer(prompt, [], 4)) == 4
     model.lm_head.register_forward_hook(
         lambda head, inputs, logits: logits.index_fill(-1, torch.tensor([picture]), 1e4)
