@@ -16,7 +16,7 @@ from llmtune.report.control_sections import control_section
 from llmtune.store.score_records import Champion, Control, Evaluation, Slice
 
 UP, LEVEL, DOWN = (0.4, 0.2, 0.6), (0.0, -0.1, 0.1), (-0.4, -0.6, -0.2)
-NOWHERE = "Answers do not depend on the picture"
+NOWHERE = "Answers do not depend on the picture, as far as these rows show"
 ANY = "Answers depend on a picture being there, not on which"
 WRONG_ONLY = "The picture is not shown to help; only another row's picture makes answers worse"
 
