@@ -29,7 +29,7 @@ from llmtune.recipe.loader import load_recipe
 
 INKS = {"red": (255, 30, 30), "green": (30, 255, 30), "blue": (30, 30, 255)}
 THINGS = dict(zip(INKS, ("cat", "dog", "bird"), strict=True))
-SENTENCE = "Answers do not depend on the picture"
+SENTENCE = "Answers do not depend on the picture, as far as these rows show"
 QUESTION = "Which colour is"
 
 
