@@ -176,8 +176,9 @@ def locate_picture(source: object, folder: Path | None) -> Path | bytes:
 
 
 def _locate_file(source: str, folder: Path | None) -> Path:
+    cure = "a data URL" if folder is None else "a file"
     if "://" in source[:10] and not source.startswith("file://"):
-        raise RowError("picture at an address", f"{source[:80]}: llmtune fetches no addresses; give a file")
+        raise RowError("picture at an address", f"{source[:80]}: llmtune fetches no addresses; give {cure}")
     if folder is None:
         raise RowError("picture in a file", "only data URLs are read here: `data:image/png;base64,...`")
     if "\0" in source:

@@ -91,11 +91,14 @@ def grey_picture(width: int, height: int) -> Picture:
 def swap_pictures(pictures: Mapping[int, Sequence[Picture]], references: Sequence[str]) -> dict[int, Sequence[Picture]]:
     """Return for each row the pictures of another row with as many; rows without such a partner are missing.
 
-    The partner has another reference answer if possible, and always other pictures. Partners are spread evenly.
+    The partner has another reference answer if possible, and always other pictures. Partners are spread evenly, in a
+    random order of the answers: neighbours in the alphabet often share a part, such as the first field of JSON.
     """
     by_count: dict[int, list[int]] = defaultdict(list)
-    order = np.random.default_rng(SWAP_SEED).permutation(len(references)).tolist()
-    for i in sorted(pictures, key=lambda i: (references[i].strip(), order[i])):
+    generator = np.random.default_rng(SWAP_SEED)
+    order, answers = generator.permutation(len(references)).tolist(), sorted({one.strip() for one in references})
+    ranks = dict(zip(answers, generator.permutation(len(answers)).tolist(), strict=True))
+    for i in sorted(pictures, key=lambda i: (ranks[references[i].strip()], order[i])):
         by_count[len(pictures[i])].append(i)
     partners = {}
     for group in by_count.values():

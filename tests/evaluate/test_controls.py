@@ -199,6 +199,13 @@ def test_swapped_pictures_come_from_rows_with_another_answer_and_as_many_picture
     assert swapped == swap_pictures(rows, answers)
 
 
+def test_the_partner_shares_parts_of_the_answer_no_more_often_than_by_chance():
+    answers = [json.dumps({"section": "abc"[i % 3], "size": i}) for i in range(90)]
+    swapped = swap_pictures({i: pictures(str(i)) for i in range(90)}, answers)
+    same = sum(i % 3 == int(row[0]["content"]) % 3 for i, row in swapped.items())
+    assert same < 45  # a third by chance; all but three in the order of the alphabet
+
+
 def test_rows_with_the_same_answer_still_get_other_pictures_and_lonely_rows_are_left_out():
     rows = {0: pictures("a"), 1: pictures("b"), 2: pictures("a"), 3: pictures("c", "d")}
     swapped = swap_pictures(rows, ["yes"] * 4)

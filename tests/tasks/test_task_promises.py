@@ -25,15 +25,17 @@ NAMES = {place_of(name): name for name in sorted(CASES, key=len, reverse=True)}
 """Row of the matrix -> its case with the shortest name."""
 OF_DECODERS = {"chat", "completion", "translate-decoder", "summarize-decoder", "qa-decoder"}
 OF_DECODERS |= {"preference", "preference-kto", "preference-orpo"}
+PICTURED = {"chat-pictures"}
 UNKNOWN_CLASS = "llama.cpp's converter does not know the model class"
 EXPORTS = {
     "GGUF": (["gguf"], {*OF_DECODERS, "classify"}, "read back by transformers or llama.cpp"),
-    "ONNX": (["onnx"], {*PLACES}, "in onnxruntime"),
-    "ONNX int8": (["onnx", "--int8"], {*PLACES}, "in onnxruntime, within the limits of 8 bits"),
+    "ONNX": (["onnx"], {*PLACES} - PICTURED, "in onnxruntime"),
+    "ONNX int8": (["onnx", "--int8"], {*PLACES} - PICTURED, "in onnxruntime, within the limits of 8 bits"),
     "quantized": (["quantize", "--scheme", "w8a8"], OF_DECODERS, "read by transformers, within the limits of 8 bits"),
 }
 """Promise -> command, the places that make it, and how the certificate compares the export."""
 REFUSALS = {
+    **{(promise, place): "tuned with pictures" for promise in EXPORTS for place in PICTURED},
     ("GGUF", "classify-multi"): f"{UNKNOWN_CLASS} DebertaV2ForSequenceClassification",
     ("GGUF", "classify-number"): f"{UNKNOWN_CLASS} LlamaForSequenceClassification",
     "GGUF": "GGUF export supports models that continue or classify a text",
