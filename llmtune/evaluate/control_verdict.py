@@ -43,8 +43,8 @@ def find_reliance(evaluation: Evaluation | None) -> Reliance | None:
 
 def list_reliances(evaluations: Mapping[str, Evaluation]) -> list[str]:
     """Return a sentence for each run, by name, whose answers do not depend on the pictures."""
-    found = {name: find_reliance(evaluation) for name, evaluation in evaluations.items()}
-    return [f"{name}: {one.sentence}" for name, one in found.items() if one and one.sentence]
+    reliances = {name: find_reliance(evaluation) for name, evaluation in evaluations.items()}
+    return [f"{name}: {one.sentence}" for name, one in reliances.items() if one and one.sentence]
 
 
 def is_judged(control: Control) -> bool:
@@ -85,8 +85,8 @@ def describe_controls(controls: dict[str, Control]) -> str:
         change = control.difference[metric]
         ends = "" if missing(change.low) else f" (difference {signed(change.low)} to {signed(change.high)})"
         parts.append(f"{score(control.tuned[metric])} with {CONTROLS[name]}{ends}")
-    own = next(iter(controls.values())).scores.tuned[metric]
-    return f"{metric.replace('_', ' ')} is {score(own)} with its own, {', '.join(parts)}"
+    value = next(iter(controls.values())).scores.tuned[metric]
+    return f"{metric.replace('_', ' ')} is {score(value)} with its own, {', '.join(parts)}"
 
 
 def weigh_controls(result: Verdict, evaluation: Evaluation | None, gained: Sequence[str]) -> Verdict:
@@ -101,12 +101,12 @@ def weigh_controls(result: Verdict, evaluation: Evaluation | None, gained: Seque
     if reliance is None:
         why = "too few test rows have one" if evaluation.controls else "evaluate.controls is off"
         return replace(result, reason=f"{result.reason} Whether answers depend on the picture is unknown: {why}.")
-    kept = [metric for metric in gained if not needs_pictures(metric, evaluation)]
-    said = reliance.sentence or (describe_kept(gained, kept, evaluation) if gained else "")
-    for_nothing = bool(gained) and (bool(reliance.sentence) or len(kept) == len(gained))
+    unneeded = [metric for metric in gained if not needs_pictures(metric, evaluation)]
+    sentence = reliance.sentence or (describe_kept(gained, unneeded, evaluation) if gained else "")
+    for_nothing = bool(gained) and (bool(reliance.sentence) or len(unneeded) == len(gained))
     many = evaluation.pictured >= MOST * evaluation.rows
     word = INCONCLUSIVE if for_nothing and many and result.word == "better" else result.word
-    return Verdict(word, " ".join(part for part in (result.reason, said) if part))
+    return Verdict(word, " ".join(part for part in (result.reason, sentence) if part))
 
 
 def needs_pictures(metric: str, evaluation: Evaluation) -> bool:
@@ -115,14 +115,14 @@ def needs_pictures(metric: str, evaluation: Evaluation) -> bool:
     return all(list_drops(one, [metric]) for one in controls)
 
 
-def describe_kept(gained: Sequence[str], kept: Sequence[str], evaluation: Evaluation) -> str:
+def describe_kept(gained: Sequence[str], unneeded: Sequence[str], evaluation: Evaluation) -> str:
     """Return how much of the gain over the base the tuned model keeps under the first control."""
     name, control = next(iter(evaluation.controls.items()))
-    texts = [f"The gain in {join_names(kept)} does not need the picture."] if kept else []
-    own = control.scores
-    metric = next((one for one in rank_metrics(gained) if one not in kept and one in own.base), None)
-    if metric is not None and (gain := own.tuned[metric] - own.base[metric]):
-        part = (control.tuned[metric] - own.base[metric]) / gain
+    texts = [f"The gain in {join_names(unneeded)} does not need the picture."] if unneeded else []
+    scores = control.scores
+    metric = next((one for one in rank_metrics(gained) if one not in unneeded and one in scores.base), None)
+    if metric is not None and (gain := scores.tuned[metric] - scores.base[metric]):
+        part = (control.tuned[metric] - scores.base[metric]) / gain
         rest = f"{part:.0%}" if part > 0 else "nothing"
         texts.append(f"With {CONTROLS[name]}, {rest} of the gain in {metric.replace('_', ' ')} remains.")
     return " ".join(texts)

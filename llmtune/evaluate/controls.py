@@ -132,21 +132,21 @@ def replace_rows(
         return None
     rows = {i: replaced[i] for i in examples}
     turns = {i: task.tool_turns(rows[i], recipe) for i in inputs.turns if i in rows}
-    asked = {i: task.split_answer(row)[0] for i, row in rows.items()}
+    questions = {i: task.split_answer(row)[0] for i, row in rows.items()}
     answered = tuple(i for i in inputs.answered if i in rows)
-    prompts = {i: [turn.question for turn in turns.get(i, ())] or [asked[i]] for i in answered}
-    grown = {i: asked[i] for i in inputs.trees if i in rows}
-    trees = choice_trees([*grown.values()], inputs.choices, task, processor, recipe) if grown else []
+    prompts = {i: [turn.question for turn in turns.get(i, ())] or [questions[i]] for i in answered}
+    tree_questions = {i: questions[i] for i in inputs.trees if i in rows}
+    trees = choice_trees([*tree_questions.values()], inputs.choices, task, processor, recipe) if tree_questions else []
     return replace(
         inputs,
         reader=EncodedRows({inputs.rows[i]: row for i, row in examples.items()}),
-        questions=tuple(asked.get(i, question) for i, question in enumerate(inputs.questions)),
+        questions=tuple(questions.get(i, question) for i, question in enumerate(inputs.questions)),
         answered=answered,
         generation_prompts={
             i: [task.prompt(row, processor, recipe) for row in before] for i, before in prompts.items()
         },
         turns=turns,
-        trees={i: tree for i, tree in zip(grown, trees, strict=True) if tree is not None},
+        trees={i: tree for i, tree in zip(tree_questions, trees, strict=True) if tree is not None},
         measured=tuple(rows),
     )
 
