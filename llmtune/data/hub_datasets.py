@@ -124,7 +124,7 @@ def as_files_hold_it(
             makers[column] = partial(decode_class_ids, inner.names)
         if getattr(feature, "decode", False):  # audio, image or video
             rows = rows.cast_column(column, replace(feature, decode=False))
-        elif getattr(inner, "decode", False):
+        elif isinstance(inner, Image):
             rows = rows.cast_column(column, replace(feature, feature=replace(inner, decode=False)))
         if isinstance(feature, Audio):
             makers[column] = store_recording

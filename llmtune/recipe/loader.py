@@ -23,7 +23,7 @@ from llmtune.recipe.yaml_writer import write_yaml
 ADDED = (
     *(("train", name) for name in ("optim_args", "loss_type", "neftune_noise_alpha")),
     *(("data", "system_prompt"), ("data", "columns"), ("data", "roles"), ("data", "negatives")),
-    *(("model", "licences"), ("model", "trials")),
+    *(("model", "licences"), ("model", "trials"), ("model", "image_pixels"), ("adapter", "train_projector")),
 )
 """Keys added later. The hash omits their defaults, so older runs keep their fingerprints."""
 
@@ -99,7 +99,8 @@ def fingerprint(recipe: Recipe) -> str:
     it. Neither do additional seeds, whose results are in their own folders.
     """
     section = TASK_FACTS[recipe.task].section
-    parts = {"seed", "task", "data", "model", "adapter", "train", *([section] if section else [])}
+    is_hashed = section and (TASK_FACTS[recipe.task].hashes_missing_section or getattr(recipe, section) is not None)
+    parts = {"seed", "task", "data", "model", "adapter", "train", *([section] if section and is_hashed else [])}
     dumped = recipe.model_dump(mode="json", include=parts)
     dumped["train"]["seeds"] = []
     defaults = [key for key in CHOSEN_KEYS if getattr(recipe.train, key) == TrainSection.model_fields[key].default]

@@ -77,6 +77,8 @@ class TaskFacts:
     """Name of the task's own section."""
     section_measures: bool = True
     """Whether keys of that section change what a metric measures; otherwise runs with other values are comparable."""
+    hashes_missing_section: bool = True
+    """Whether a recipe without the section is hashed with an empty one; not if the task got its section later."""
     packs: bool = False
     """Whether some models of the task train on packed rows."""
     templated: bool = False
@@ -169,6 +171,7 @@ _TASKS = (
         first_metrics=("loss", "rougeL", "chrf"),
         section="chat",
         section_measures=False,
+        hashes_missing_section=False,
         takes_images=True,
         packs=True,
         templated=True,

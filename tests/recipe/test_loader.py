@@ -289,3 +289,13 @@ def test_an_address_of_a_run_or_release_stays_unless_a_folder_has_its_name(write
     (tmp_path / address).mkdir()
     stated = load_recipe(path).recipe.evaluate.champion
     assert stated == (address if address.startswith("release:") else str(tmp_path / address))
+
+
+def test_a_chat_recipe_keeps_the_fingerprint_that_it_had_without_keys_for_pictures(tmp_path):
+    file = tmp_path / "recipe.yaml"
+    text = "task: chat\nmodel: {name: x/y}\ndata: {train: rows.jsonl}\n"
+    file.write_text(text)
+    assert load_recipe(file).fingerprint.startswith("9d43068a6067")
+    for line in ("chat: {images: true}\n", "adapter: {train_projector: true}\n"):
+        file.write_text(text + "chat: {images: true}\n" * ("adapter" in line) + line)
+        assert not load_recipe(file).fingerprint.startswith("9d43068a6067")
