@@ -290,7 +290,7 @@ main()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["staged", "sync_folder", "_point", "write_text"])
+@pytest.mark.parametrize("name", ["staged", "sync_folder", "_move_pointer", "write_text"])
 def test_a_run_killed_while_it_releases_leaves_the_old_release_and_the_same_command_completes(
     recipe: Path, name: str
 ) -> None:
