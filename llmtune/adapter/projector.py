@@ -12,7 +12,7 @@ from llmtune.recipe.adapter_section import AdapterSection
 
 
 def name_projectors(model: PreTrainedModel, adapter: AdapterSection) -> list[str]:
-    """Return the modules of `adapter.train_projector`, if set; raises RecipeError if the model has none by itself."""
+    """Return the modules of `adapter.train_projector`, if set; raises RecipeError if the model has no separate one."""
     names = find_projectors(model) if adapter.train_projector else []
     if adapter.train_projector and not names:
         what = f"in a {type(model).__name__} no module is the projector: it is a part of the model's towers"
@@ -23,7 +23,7 @@ def name_projectors(model: PreTrainedModel, adapter: AdapterSection) -> list[str
 def freeze_rest(model: PeftModel, adapter: AdapterSection) -> None:
     """Freeze biases of towers, which PEFT trains with `bias: all`, in place.
 
-    Raises RecipeError for a method that adapts modules of towers: it chooses them by itself.
+    Raises RecipeError for a method that adapts modules of towers: the method chooses them, not the recipe.
     """
     towers = tower_modules(model.get_base_model())
     for name, parameter in model.named_parameters() if towers else ():

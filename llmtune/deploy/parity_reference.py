@@ -173,10 +173,10 @@ class TextReference(TunedReference):
     def parity(self, exported: ExportedModel) -> Parity:
         """Compare an export, with prompts made as in training and as by a server."""
         tuned, reader = self.tuned, TransformersReader(exported.model)
-        made, reason = self.inputs, None
+        prompts, reason = self.inputs, None
         try:
-            made = read_prompts(tuned, exported.processor)
-            same_ids = exported.served_prompts(tuned) == self.prompts == [[*prompt.ids] for prompt in made]
+            prompts = read_prompts(tuned, exported.processor)
+            same_ids = exported.served_prompts(tuned) == self.prompts == [[*prompt.ids] for prompt in prompts]
         except (LlmtuneError, TemplateRefusal) as error:  # its template cannot render them
             same_ids, reason = False, first_line(error)
         pairs = list(zip(self.inputs, self.answers, strict=True))
@@ -186,7 +186,7 @@ class TextReference(TunedReference):
         turns = stop_ids(tuned.processor, tuned.recipe) if tuned.recipe.variant.facts.templated else []
         compared = self.judge(logits, same, same_ids)
         pictures = sum(len(row_pictures(row)) for row in tuned.questions)
-        other = tuple(_find_other_media(self.inputs, made))
+        other = tuple(_find_other_media(self.inputs, prompts))
         missing = self.missing_ends(exported, turns)
         return replace(compared, ids_error=reason, missing_ends=missing, pictures=pictures, other_inputs=other)
 

@@ -138,8 +138,8 @@ class TunedModel:
         if not self.task.model_kind.takes_images:
             return []
         pictures = [picture["picture"] for picture in draw_probes()]
-        asked = (pictures[:1], pictures[1:])
-        return [self.task.make_row({"prompt": QUESTION, "image": json.dumps(some)}) for some in asked]
+        groups = (pictures[:1], pictures[1:])
+        return [self.task.make_row({"prompt": QUESTION, "image": json.dumps(group)}) for group in groups]
 
     def certificate(self, breaches: Sequence[str]) -> Certificate:
         """Return the first fields of every certificate."""

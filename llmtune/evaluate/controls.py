@@ -65,10 +65,10 @@ def control_inputs(
     for name in recipe.evaluate.controls:
         others = swap_pictures(pictures, inputs.references) if name == "swapped" else blind_pictures(pictures)
         replaced = {i: task.with_pictures(full[i], other) for i, other in others.items()}
-        made = replace_rows(inputs, replaced, task, processor, recipe)
-        if made is not None:
-            controls[name] = made
-            what = f"{name}: each model answers {len(made.measured)} test rows again with {CONTROLS[name]}"
+        control_inputs = replace_rows(inputs, replaced, task, processor, recipe)
+        if control_inputs is not None:
+            controls[name] = control_inputs
+            what = f"{name}: each model answers {len(control_inputs.measured)} test rows again with {CONTROLS[name]}"
             console.print(f"{what} (evaluate.controls)", highlight=False)
     return controls
 

@@ -270,8 +270,8 @@ class AttentionMaps:
             weights[ROLLOUT] = self._rolled[model, seen.kind] = roll(self._rolled.get((model, seen.kind)), mean_QT)
         if self.keeps_all_heads or seen.layer == self.request.layer:
             weights.update(enumerate(weights_HQT.copy()))
-        kept = {head: merge_stretches(one, rows, columns) for head, one in weights.items()}
-        self.kept.setdefault(model, {}).setdefault(seen.kind, {})[seen.layer] = kept
+        merged = {head: merge_stretches(one, rows, columns) for head, one in weights.items()}
+        self.kept.setdefault(model, {}).setdefault(seen.kind, {})[seen.layer] = merged
         if self.lines.patches:
             patches = {head: average_rows(one[:, self.lines.patches], rows) for head, one in weights.items()}
             self.seen.setdefault(model, {})[seen.layer] = patches

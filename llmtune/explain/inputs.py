@@ -228,9 +228,9 @@ def check_text_options(target: Target, request: AttentionRequest) -> None:
     named = target.is_whisper or (writes and has_languages(target.processor))
     makes_vectors = target.task is not None and target.task.model_kind.is_bare
     paired = target.family == "encoder" and not makes_vectors
-    seen = target.takes_images and bool(request.image)
-    options = {"target": writes or seen, "pair": paired, "language": named and target.recipe is None}
-    options |= {"image": target.takes_images, "word": seen}
+    has_image = target.takes_images and bool(request.image)
+    options = {"target": writes or has_image, "pair": paired, "language": named and target.recipe is None}
+    options |= {"image": target.takes_images, "word": has_image}
     useful = {
         "audio" if target.takes_audio else "text": True,
         **{name: False for name, used in options.items() if used},

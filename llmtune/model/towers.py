@@ -111,7 +111,7 @@ def freeze_towers(model: PreTrainedModel) -> None:
 
 
 def find_projectors(model: PreTrainedModel) -> list[str]:
-    """Return the modules between the encoder of images and the language model; none if they cannot be told apart.
+    """Return the modules between the encoder of images and the language model; none if none are separate.
 
     They are the towers that are no models of their own, or else the mergers in an encoder. Lists are given by their
     parts.

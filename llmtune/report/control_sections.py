@@ -44,8 +44,9 @@ def control_cells(metric: str, model: str, evaluation: Evaluation) -> list[Cell 
     cells: list[Cell | str] = []
     for name in (name for name in HEADINGS if name in evaluation.controls):
         control: Control = evaluation.controls[name]
-        own, other = (control.scores.tuned, control.tuned) if model == "tuned" else (control.scores.base, control.base)
+        scores = control.scores.tuned if model == "tuned" else control.scores.base
+        controlled = control.tuned if model == "tuned" else control.base
         change = (control.difference if model == "tuned" else control.base_difference).get(metric)
-        cells += [] if cells else [score(own.get(metric))]
-        cells += [score(other.get(metric)), Compared(metric, None, None, change, better_side(metric)).tone_cell]
+        cells += [] if cells else [score(scores.get(metric))]
+        cells += [score(controlled.get(metric)), Compared(metric, None, None, change, better_side(metric)).tone_cell]
     return cells

@@ -66,21 +66,16 @@ class Chat(Task[ChatRow, str]):
 
     def encode(self, rows: Sequence[ChatRow], processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[Encoded]:
         """Return the examples of each conversation."""
-        return encode_chat(rows, processor, recipe)
+        return encode_chat(rows, processor, recipe, self.expander(processor, recipe))
 
     def prompt_ids(self, row: ChatRow, processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[int]:
         """Return the token ids of the rendered conversation, ready for the next answer."""
-        return self._render(row, processor, recipe)
-
-    def _render(
-        self,
-        row: ChatRow,
-        processor: PreTrainedTokenizerBase,
-        recipe: Recipe,
-        expand: Expand = refuse_pictures,
-    ) -> list[int]:
-        reasoning = row.get("train_reasoning")
+        reasoning, expand = row.get("train_reasoning"), self.expander(processor, recipe)
         return render_prompt(row["messages"], processor, recipe, row.get("tools"), reasoning, expand)
+
+    def expander(self, processor: PreTrainedTokenizerBase, recipe: Recipe) -> Expand:
+        """Return the function that writes the tokens of pictures; this one refuses them."""
+        return refuse_pictures
 
 
 def answers_of(row: ChatRow) -> list[int]:

@@ -13,10 +13,9 @@ from typing import cast
 import torch
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from llmtune.data.chat_encoding import encode_chat
 from llmtune.data.chat_messages import list_pictures
 from llmtune.data.chat_rows import ChatRow, Message, open_conversation
-from llmtune.data.chat_template import Expand, refuse_pictures
+from llmtune.data.chat_template import Expand, render_prompt
 from llmtune.data.collators import collate_padded
 from llmtune.data.example import Collate, Example, ImageExample
 from llmtune.data.pictures import IMAGE, PLACE, Picture, refuse_bare_marks
@@ -75,7 +74,7 @@ class ImageChat(Chat):
         images = open_images(processor, recipe)
         if any(list_pictures(row["messages"]) for row in rows):
             self._check_template(images, processor, recipe)
-        encoded = encode_chat(rows, processor, recipe, images.expand)
+        encoded = super().encode(rows, processor, recipe)
         return [row if isinstance(row, str) else [_unlabel(one, images) for one in row] for row in encoded]
 
     def _check_template(self, images: ImageProcessor, processor: PreTrainedTokenizerBase, recipe: Recipe) -> None:
@@ -88,35 +87,31 @@ class ImageChat(Chat):
 
         question: Message = {"role": "user", "content": f"{PLACE}What is it?", "images": draw_probes()[:1]}
         with suppress(DataError):  # reported with the first row
-            self._render({"messages": [question]}, processor, recipe, count)
+            render_prompt([question], processor, recipe, expand=count)
         if places == [0]:
             what = f"the chat template has no place for pictures: it never writes {images.placeholder}"
             fix = "Set model.chat_template to a file that writes it for each part of type image, or to the original's."
             raise RecipeError.of(what, "model.chat_template", fix)
 
-    def _render(
-        self,
-        row: ChatRow,
-        processor: PreTrainedTokenizerBase,
-        recipe: Recipe,
-        expand: Expand = refuse_pictures,
-    ) -> list[int]:
+    def expander(self, processor: PreTrainedTokenizerBase, recipe: Recipe) -> Expand:
+        """Return the function that writes the tokens of pictures, as the model's own processor does."""
+        return open_images(processor, recipe).expand
+
+    def prompt(self, row: ChatRow, processor: PreTrainedTokenizerBase, recipe: Recipe) -> Prompt:
+        """Return the rendered conversation, ready for the next answer, with its pictures."""
+        ids = self.prompt_ids(row, processor, recipe)
+        return Prompt(ids, partial(open_images(processor, recipe).media, list_pictures(row["messages"]), [ids]))
+
+    def prompt_ids(self, row: ChatRow, processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[int]:
+        """Return the token ids of the rendered conversation, with those of pictures.
+
+        Raises DataError for a mark without its picture.
+        """
         try:
             refuse_bare_marks(row["messages"])
         except RowError as error:
             raise DataError.of(str(error), "the question", f"Give the picture, or write {IMAGE} differently.") from None
-        return super()._render(row, processor, recipe, expand)
-
-    def prompt(self, row: ChatRow, processor: PreTrainedTokenizerBase, recipe: Recipe) -> Prompt:
-        """Return the rendered conversation, ready for the next answer, with its pictures."""
-        images = open_images(processor, recipe)
-        ids = self._render(row, processor, recipe, images.expand)
-        return Prompt(ids, partial(images.media, list_pictures(row["messages"]), [ids]))
-
-    def prompt_ids(self, row: ChatRow, processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[int]:
-        """Return the token ids of the rendered conversation, with those of pictures."""
-        images = open_images(processor, recipe)
-        return self._render(row, processor, recipe, images.expand)
+        return super().prompt_ids(row, processor, recipe)
 
     def list_pictures(self, row: ChatRow) -> list[Picture]:
         """Return the pictures of a conversation."""
