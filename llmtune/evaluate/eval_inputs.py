@@ -137,8 +137,10 @@ def make_inputs(
     metrics = measured_metrics(recipe, has_tools=any(turns))
     notes = start_notes(task, recipe) | task.row_notes(rows, split, recipe) | schema_notes(metrics, turns)
     generates = not task.predicts
-    answerable = [i for i in range(len(numbers)) if not generates or (write_prompt(questions[i]) and references[i])]
-    needs_texts = not generates or bool(recipe.evaluate.judge) or not recipe.evaluate.predicted.isdisjoint(metrics)
+    rated = task.has_rewards
+    writable = [bool(write_prompt(question) and (rated or text)) for question, text in zip(questions, references, strict=True)]
+    answerable = [i for i in range(len(numbers)) if not generates or writable[i]]
+    needs_texts = rated or not generates or bool(recipe.evaluate.judge) or not recipe.evaluate.predicted.isdisjoint(metrics)
     limit = (recipe.evaluate.limit if needs_texts else recipe.evaluate.samples) if facts.generates else None
     answered = [answerable[i] for i in cut_evenly(len(answerable), limit)]
     if needs_texts and len(answered) < len(numbers):
@@ -171,7 +173,7 @@ def make_inputs(
         slices=read_slices(rows, recipe.evaluate.slices, numbers),
         groups=read_slices(rows, fairness.groups if fairness else (), numbers, "evaluate.fairness.groups"),
         clusters=read_clusters(rows, split, kept),
-        full_rows=tuple(read_full_rows(rows, split, kept)) if recipe.evaluate.own_metrics else (),
+        full_rows=tuple(read_full_rows(rows, split, kept)) if rated or recipe.evaluate.own_metrics else (),
         corpus=read_corpus(rows, split) if facts.searches else (),
         pictured=frozenset(i for i, question in enumerate(questions) if task.list_pictures(question)),
     )

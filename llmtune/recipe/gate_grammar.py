@@ -53,6 +53,8 @@ LOWER_IS_BETTER = frozenset(
         "mae",
         "kl",
         "answers_cut",
+        "samples_cut",
+        "answer_tokens",
         *CALIBRATION,
         "decided_error",
         "set_size",

@@ -28,6 +28,8 @@ DECISIONS: Mapping[str, tuple[str, ...]] = {
     "out_of_scope": ("false_alarms",),
 }
 """Metrics of the tuned model's decisions on test rows, by the key of `evaluate` that adds them."""
+SAMPLED = ("reward", "greedy_reward", "pass@1", "pass@8", "answer_tokens", "samples_cut", "kl")
+"""Metrics of sampled answers and their rewards. The k of `pass@k` is at most `reinforce.samples`."""
 RANKING = ("ndcg@10", "mrr@10", "recall@1", "recall@5", "recall@10", "map")
 """Metrics of ranked passages; each cutoff after the @ may be another number."""
 NEAREST_TO_ONE = frozenset({"length_ratio"})
@@ -45,7 +47,7 @@ CONTROLS: Mapping[str, str] = {"blind": "a grey picture", "swapped": "another ro
 """Pictures that replace those of test rows, by the names that gates use."""
 CUT_METRIC = "answers_cut"
 """Share of truncated answers; measured whenever another metric generates answers."""
-PREDICTED = frozenset({*GENERATED, *MACHINE_TRANSLATION, *TOOL_METRICS, CUT_METRIC, "length_ratio", "f1", "wer", "cer"})
+PREDICTED = frozenset({*SAMPLED[:-1], *GENERATED, *MACHINE_TRANSLATION, *TOOL_METRICS, CUT_METRIC, "length_ratio", "f1", "wer", "cer"})
 """Metrics of generated answers, whose number `evaluate.limit` limits."""
 
 TEMPLATE_KEYS = {
@@ -148,8 +150,8 @@ class TaskFacts:
 
 
 def at_ten(metric: str) -> str:
-    """Return a ranking metric at cutoff 10, as `TaskFacts.metrics` lists it for all cutoffs; others unchanged."""
-    return re.sub(r"^(ndcg|mrr|recall)@[1-9][0-9]{0,3}$", r"\1@10", metric)
+    """Return a metric of the first k at 10, as `TaskFacts.metrics` lists it for all k; others unchanged."""
+    return re.sub(r"^(ndcg|mrr|recall|pass)@[1-9][0-9]{0,3}$", r"\1@10", metric)
 
 
 def answer_kind(task: str | None) -> str:

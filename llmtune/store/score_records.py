@@ -101,6 +101,8 @@ class Study:
     """A sentence to add to the run's verdict."""
     intervals: dict[str, Difference] = field(default_factory=dict)
     """Scores of `tuned` with their own 95 % intervals."""
+    doubtful: bool = False
+    """Whether `verdict` is a reason not to call the tuned model better."""
 
 
 @dataclass(frozen=True)
