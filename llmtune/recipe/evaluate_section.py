@@ -253,7 +253,8 @@ class EvaluateSection(RecipeSection):
     def _check_unmeasured(self, diagnostics: Diagnostics, variant: TaskVariant) -> None:
         for i, metric in enumerate(self.metrics):
             if metric in variant.facts.metrics and metric not in variant.metrics:
-                key = "completion.objective" if variant.is_masked else "preference.loss"
+                key = "preference.loss" if variant.loss else "adapter.method"
+                key = "completion.objective" if variant.is_masked else key
                 why = " with completion.objective: masked" if variant.is_masked else f": {variant.unmeasured[metric]}"
                 fix = f"Remove it. Allowed: {', '.join(variant.metrics)}."
                 diagnostics.add(f"evaluate.metrics.{i}", f"'{metric}' cannot be measured{why}", fix, key)
@@ -316,10 +317,13 @@ class EvaluateSection(RecipeSection):
                 (problem,) = error.problems
                 diagnostics.add(key, problem.what, problem.fix or "")
                 continue
-            if gate.metric in metrics or gate.metric in decided:
+            if gate.metric in (*metrics, *decided, *variant.study_metrics):
                 continue
             if gate.on_export:
                 check_export_gate(diagnostics, key, gate, metrics, exports)
+            elif variant.study_metrics and gate.metric.startswith("rewards."):
+                fix = f"{nearest(gate.metric, variant.study_metrics)} Rewards: {', '.join(variant.study_metrics)}.".strip()
+                diagnostics.add(key, f"the gate {text!r} uses an unknown reward", fix, "reinforce.rewards")
             elif "." in gate.metric:
                 self._check_suite_gate(diagnostics, key, gate, variant, has_test=True)
             elif adding := key_of_decision(gate.metric):

@@ -31,6 +31,8 @@ class TaskVariant:
     """`preference.loss`."""
     images: bool | None = None
     """`chat.images`; None if the rows decide it."""
+    rewards: tuple[str, ...] = ()
+    """Names of `reinforce.rewards`, and of the audit."""
     kl_hindrance: str | None = None
     """Why the adapter cannot be switched off to compare with the base; None if it can."""
 
@@ -73,9 +75,9 @@ class TaskVariant:
 
     @property
     def unmeasured(self) -> dict[str, str]:
-        """Return the preference metrics that the loss or the adapter does not have, each with the reason."""
+        """Return the metrics that the preference loss or the adapter does not have, each with the reason."""
         if self.loss is None:
-            return {}
+            return {"kl": self.kl_hindrance} if self.kl_hindrance and "kl" in self.facts.metrics else {}
         loss_metrics = LOSS_METRICS[self.loss]
         reason = f"preference.loss: {self.loss} does not have it"
         missing = {name: reason for name in self.facts.metrics if name not in loss_metrics}
@@ -89,6 +91,11 @@ class TaskVariant:
         if self.is_masked:
             return MASKED_METRICS
         return tuple(name for name in self.facts.metrics if name not in self.unmeasured)
+
+    @property
+    def study_metrics(self) -> tuple[str, ...]:
+        """Return the metrics of the study `rewards`, as gates name them."""
+        return tuple(f"rewards.{name}" for name in (*self.rewards, "repeats_prompt")) if self.rewards else ()
 
     @property
     def eval_metrics(self) -> tuple[str, ...]:
