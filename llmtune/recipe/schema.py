@@ -14,6 +14,7 @@ from llmtune.recipe.data_section import DataSection
 from llmtune.recipe.evaluate_section import EvaluateSection
 from llmtune.recipe.model_kind import ModelKind
 from llmtune.recipe.model_section import ModelSection
+from llmtune.recipe.reinforce_section import ReinforceSection
 from llmtune.recipe.section import Positive, RecipeSection, Seed, descriptions, find_section, one_or_more
 from llmtune.recipe.source_map import Diagnostics
 from llmtune.recipe.task_facts import TASK_FACTS, TEMPLATE_KEYS
@@ -151,6 +152,8 @@ class Recipe(RecipeSection):
     """Settings of `task: embed`. Default none: the defaults of its keys."""
     rerank: RerankSection | None = None
     """Settings of `task: rerank`. Default none: the defaults of its keys."""
+    reinforce: ReinforceSection | None = None
+    """Settings of `task: reinforce`, which needs `rewards`. Default none."""
 
     @property
     def exports(self) -> tuple[str, ...]:
