@@ -129,18 +129,16 @@ def make_inputs(
     """
     reader = ExampleReader(examples, split, task.example_type)
     numbers = sorted({*reader.rows.tolist()})
-    fairness, facts = recipe.evaluate.fairness, TASK_FACTS[recipe.task]
-    kept = set(numbers)
+    fairness, facts, kept = recipe.evaluate.fairness, TASK_FACTS[recipe.task], set(numbers)
     held_out = [pair for number, pair in enumerate(iterate_rows(rows, split)) if number in kept]
     questions, references = zip(*(task.split_answer(row) for _, row in held_out), strict=True)
     turns = [task.tool_turns(row, recipe) for _, row in held_out]
     metrics = measured_metrics(recipe, has_tools=any(turns))
     notes = start_notes(task, recipe) | task.row_notes(rows, split, recipe) | schema_notes(metrics, turns)
     generates = not task.predicts
-    rated = task.has_rewards
-    writable = [bool(write_prompt(question) and (rated or text)) for question, text in zip(questions, references, strict=True)]
-    answerable = [i for i in range(len(numbers)) if not generates or writable[i]]
-    needs_texts = rated or not generates or bool(recipe.evaluate.judge) or not recipe.evaluate.predicted.isdisjoint(metrics)
+    rated, prompts = task.has_rewards, [*map(write_prompt, questions)]
+    answerable = [i for i in range(len(numbers)) if not generates or (prompts[i] and (rated or references[i]))]
+    needs_texts = bool(rated or not generates or recipe.evaluate.judge or recipe.evaluate.predicted & {*metrics})
     limit = (recipe.evaluate.limit if needs_texts else recipe.evaluate.samples) if facts.generates else None
     answered = [answerable[i] for i in cut_evenly(len(answerable), limit)]
     if needs_texts and len(answered) < len(numbers):
@@ -159,7 +157,7 @@ def make_inputs(
         reader=reader,
         rows=tuple(numbers),
         origins=tuple(origin for origin, _ in held_out),
-        prompts=tuple(map(write_prompt, questions)),
+        prompts=tuple(prompts),
         references=tuple(references),
         questions=tuple(questions),
         targets=tuple(task.reference(row) for _, row in held_out),

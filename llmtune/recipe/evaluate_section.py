@@ -25,6 +25,7 @@ from llmtune.recipe.eval_suites_section import (
     fairness_without_effect,
 )
 from llmtune.recipe.gate_grammar import NAME, Gate, find_baseline_problem, find_reversed_problem, parse_gate
+from llmtune.recipe.metric_cutoffs import at_ten, samples_needed
 from llmtune.recipe.section import (
     Many,
     NonEmpty,
@@ -43,7 +44,6 @@ from llmtune.recipe.task_facts import (
     DECISIONS,
     PREDICTED,
     TASK_FACTS,
-    at_ten,
 )
 from llmtune.recipe.task_variant import TaskVariant
 
@@ -253,11 +253,14 @@ class EvaluateSection(RecipeSection):
     def _check_unmeasured(self, diagnostics: Diagnostics, variant: TaskVariant) -> None:
         for i, metric in enumerate(self.metrics):
             if metric in variant.facts.metrics and metric not in variant.metrics:
-                key = "preference.loss" if variant.loss else "adapter.method"
-                key = "completion.objective" if variant.is_masked else key
+                keys = {bool(variant.loss): "preference.loss", "@" in metric: "reinforce.samples"}
+                key = "completion.objective" if variant.is_masked else keys.get(True, "adapter.method")
                 why = " with completion.objective: masked" if variant.is_masked else f": {variant.unmeasured[metric]}"
                 fix = f"Remove it. Allowed: {', '.join(variant.metrics)}."
                 diagnostics.add(f"evaluate.metrics.{i}", f"'{metric}' cannot be measured{why}", fix, key)
+            elif (needed := samples_needed(metric)) > variant.samples > 0:
+                what, fix = f"'{metric}' needs {needed} samples", f"Set reinforce.samples to {needed}, or a smaller k."
+                diagnostics.add(f"evaluate.metrics.{i}", what, fix, "reinforce.samples")
 
     def _check_metrics(self, diagnostics: Diagnostics, variant: TaskVariant) -> None:
         key, allowed = "evaluate.metrics", variant.facts.metrics
@@ -322,8 +325,8 @@ class EvaluateSection(RecipeSection):
             if gate.on_export:
                 check_export_gate(diagnostics, key, gate, metrics, exports)
             elif variant.study_metrics and gate.metric.startswith("rewards."):
-                fix = f"{nearest(gate.metric, variant.study_metrics)} Rewards: {', '.join(variant.study_metrics)}.".strip()
-                diagnostics.add(key, f"the gate {text!r} uses an unknown reward", fix, "reinforce.rewards")
+                fix = f"{nearest(gate.metric, variant.study_metrics)} Rewards: {', '.join(variant.study_metrics)}."
+                diagnostics.add(key, f"the gate {text!r} uses an unknown reward", fix.strip(), "reinforce.rewards")
             elif "." in gate.metric:
                 self._check_suite_gate(diagnostics, key, gate, variant, has_test=True)
             elif adding := key_of_decision(gate.metric):

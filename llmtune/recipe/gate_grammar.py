@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Literal, cast
 
 from llmtune.errors import RecipeError
+from llmtune.recipe.metric_cutoffs import at_ten
 from llmtune.recipe.task_facts import (
     CALIBRATION,
     CONTROLS,
@@ -25,7 +26,6 @@ from llmtune.recipe.task_facts import (
     NEAREST_TO_ONE,
     SIMPLE_BASELINES,
     TaskFacts,
-    at_ten,
 )
 
 Operator = Literal[">=", "<=", ">", "<", "=="]

@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from llmtune.recipe.evaluate_section import absolute_metric
+from llmtune.recipe.evaluate_section import absolute_metric, metric_name
 from llmtune.recipe.section import NonEmpty, Positive
 from llmtune.recipe.source_map import Diagnostics
 from llmtune.recipe.task_sections import TaskSection
@@ -67,6 +67,11 @@ class ReinforceSection(TaskSection):
     def scales_rewards(self) -> bool:
         """Whether advantages are divided by the standard deviation of their prompt's rewards."""
         return (self.scale_rewards or ("none" if self.loss == "dr_grpo" else "group")) == "group"
+
+    @property
+    def reward_names(self) -> tuple[str, ...]:
+        """Return the names of the rewards and of the audit."""
+        return tuple(map(metric_name, (*self.rewards, *([self.audit] if self.audit else []))))
 
     def check(self, diagnostics: Diagnostics, max_length: int) -> None:
         """Report missing rewards, and keys that the method ignores."""

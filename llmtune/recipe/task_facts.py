@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -47,7 +46,9 @@ CONTROLS: Mapping[str, str] = {"blind": "a grey picture", "swapped": "another ro
 """Pictures that replace those of test rows, by the names that gates use."""
 CUT_METRIC = "answers_cut"
 """Share of truncated answers; measured whenever another metric generates answers."""
-PREDICTED = frozenset({*SAMPLED[:-1], *GENERATED, *MACHINE_TRANSLATION, *TOOL_METRICS, CUT_METRIC, "length_ratio", "f1", "wer", "cer"})
+PREDICTED = frozenset(
+    {*SAMPLED[:-1], *GENERATED, *MACHINE_TRANSLATION, *TOOL_METRICS, CUT_METRIC, "length_ratio", "f1", "wer", "cer"}
+)
 """Metrics of generated answers, whose number `evaluate.limit` limits."""
 
 TEMPLATE_KEYS = {
@@ -147,11 +148,6 @@ class TaskFacts:
     def splits_text(self) -> bool:
         """Return whether a long row can be split into several; only for language modelling tasks."""
         return "split" in self.overlong
-
-
-def at_ten(metric: str) -> str:
-    """Return a metric of the first k at 10, as `TaskFacts.metrics` lists it for all k; others unchanged."""
-    return re.sub(r"^(ndcg|mrr|recall|pass)@[1-9][0-9]{0,3}$", r"\1@10", metric)
 
 
 def answer_kind(task: str | None) -> str:
@@ -333,8 +329,8 @@ _TASKS = (
     TaskFacts(
         "reinforce",
         "sample answers and learn from their rewards",
-        (*GENERATED, *TOOL_METRICS, CUT_METRIC),
-        ("exact_match",),
+        (*SAMPLED, "pass@10", *GENERATED, *TOOL_METRICS, CUT_METRIC),
+        SAMPLED,
         rows="messages",
         models=("decoder",),
         columns=("prompt", "completion"),

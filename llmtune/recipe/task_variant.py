@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from llmtune.recipe.metric_cutoffs import samples_needed
 from llmtune.recipe.task_facts import TASK_FACTS, TaskFacts
 
 MASKED_METRICS = ("loss", "perplexity", "accuracy")
@@ -33,6 +34,8 @@ class TaskVariant:
     """`chat.images`; None if the rows decide it."""
     rewards: tuple[str, ...] = ()
     """Names of `reinforce.rewards`, and of the audit."""
+    samples: int = 0
+    """`reinforce.samples`."""
     kl_hindrance: str | None = None
     """Why the adapter cannot be switched off to compare with the base; None if it can."""
 
@@ -75,9 +78,13 @@ class TaskVariant:
 
     @property
     def unmeasured(self) -> dict[str, str]:
-        """Return the metrics that the preference loss or the adapter does not have, each with the reason."""
+        """Return the metrics that the loss, the samples or the adapter do not have, each with the reason."""
+        if self.rewards:
+            more = [name for name in self.facts.metrics if samples_needed(name) > self.samples]
+            missing = dict.fromkeys(more, f"reinforce.samples is {self.samples}")
+            return missing | ({"kl": self.kl_hindrance} if self.kl_hindrance else {})
         if self.loss is None:
-            return {"kl": self.kl_hindrance} if self.kl_hindrance and "kl" in self.facts.metrics else {}
+            return {}
         loss_metrics = LOSS_METRICS[self.loss]
         reason = f"preference.loss: {self.loss} does not have it"
         missing = {name: reason for name in self.facts.metrics if name not in loss_metrics}

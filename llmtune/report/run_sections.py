@@ -99,18 +99,17 @@ def training_section(train: TrainFacts | None) -> Section:
     return Section("Training", [*blocks, *hardest_rows(train.get("hardest_rows", []))])
 
 
-CHARTED = {"figures": "samples", "validation_metrics": "validation rows"}
-"""Keys of a line of `metrics.jsonl` with values by name, and the rows that they were measured on."""
+CHARTED = {"figures": ("samples", "other"), "validation_metrics": ("validation rows", "validation")}
+"""Keys of a line of `metrics.jsonl` with values by name; the rows that they were measured on, and the chart's style."""
 
 
 def metric_curves(curve: Sequence[Mapping[str, object]]) -> list[Block]:
     """Return a chart of each metric measured during training, on samples or on validation rows."""
     drawn = []
-    for key, rows in CHARTED.items():
+    for key, (rows, style) in CHARTED.items():
         lines = [{"step": line["step"], **metrics} for line in curve if isinstance(metrics := line.get(key), dict)]
         for name in dict.fromkeys(name for line in lines for name in line if name != "step"):
-            title, kind = f"{name.replace('_', ' ')} of {rows}", "validation" if key == "validation_metrics" else "other"
-            curves = [Curve(name, points(lines, name), kind)]
+            curves, title = [Curve(name, points(lines, name), style)], f"{name.replace('_', ' ')} of {rows}"
             drawn.append(Html(draw_curves(curves, label=f"{name} by step", title=title, height=150)))
     return [Beside(drawn[at : at + 1], drawn[at + 1 : at + 2]) for at in range(0, len(drawn), 2)]
 

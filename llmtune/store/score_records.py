@@ -101,8 +101,7 @@ class Study:
     """A sentence to add to the run's verdict."""
     intervals: dict[str, Difference] = field(default_factory=dict)
     """Scores of `tuned` with their own 95 % intervals."""
-    doubtful: bool = False
-    """Whether `verdict` is a reason not to call the tuned model better."""
+    doubtful: bool = False  # whether `verdict` is a reason not to call the tuned model better
 
 
 @dataclass(frozen=True)
@@ -285,8 +284,7 @@ class Threshold:
 class Decision:
     """Rules for a tuned model's answers, fitted on validation rows; `decision.json` next to the model.
 
-    They use its probabilities at temperature 1: a temperature fitted on the same rows would make them depend on these
-    rows' labels.
+    They use its probabilities at temperature 1: a temperature fitted on these rows would depend on their labels.
     """
 
     labels: tuple[str, ...]

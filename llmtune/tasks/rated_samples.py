@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
-from llmtune.data.chat_rows import ChatRow, write_answer
+from llmtune.data.chat_rows import write_answer
 from llmtune.data.collators import collate_padded
 from llmtune.data.example import Example
 from llmtune.evaluate.evaluated_task import EvaluatedTask, LoadedModel
 from llmtune.evaluate.generation import answer_ends, answer_reader
-from llmtune.evaluate.rewards import REWARDS, Reward, read_rewards, score_answers, weigh
-from llmtune.evaluate.sample_metrics import RatedPrompt, RewardFacts, repeats_prompt
+from llmtune.evaluate.rewards import REWARDS, Reward, read_rewards, reward_answers, weigh
+from llmtune.evaluate.sample_metrics import RatedAnswer, RatedPrompt, RatedSample, RewardFacts, repeats_prompt
 from llmtune.evaluate.sampled_decoding import SampledAnswer, sample_answers
 from llmtune.evaluate.token_batches import TOKEN_BUDGET, budget_for, run_in_batches
 from llmtune.model.causal_lm_loss import move_to
 from llmtune.recipe.reinforce_section import ReinforceSection
-from llmtune.records import Advance
+from llmtune.records import Advance, Row
 from llmtune.store.atomic_files import hash_file, hash_value
 from llmtune.tasks.preference_losses import kl_per_token
 
@@ -27,7 +26,7 @@ ROUND = 0
 
 
 def rate_samples(
-    task: EvaluatedTask, rows: Sequence[ChatRow], answers: Sequence[str], loaded: LoadedModel, section: ReinforceSection
+    task: EvaluatedTask, rows: Sequence[Row], answers: Sequence[str], loaded: LoadedModel, section: ReinforceSection
 ) -> list[RatedPrompt]:
     """Sample answers to rows, with random numbers that depend on the prompt alone, and rate them and `answers`."""
     model, processor, recipe, count = loaded.model, loaded.processor, loaded.recipe, section.samples
@@ -50,21 +49,24 @@ def rate_samples(
     ]
     rewards, audit = list_rewards(section)
     pairs = [(row, text) for row, answer, group in zip(rows, answers, texts, strict=True) for text in (answer, *group)]
-    limits = {"seconds": recipe.evaluate.metric_seconds, "network": recipe.evaluate.metric_network}
-    values = iter(score_answers([*rewards, *audit], pairs, **limits))
+    seconds, network = recipe.evaluate.metric_seconds, recipe.evaluate.metric_network
+    values = reward_answers([*rewards, *audit], pairs, seconds=seconds, network=network)
+    given = [
+        RatedAnswer(text=text, rewards=one, reward=weigh(rewards, one))
+        for (_, text), one in zip(pairs, values, strict=True)
+    ]
     kl = measure_kl(prompts, [group[0] for group in groups], loaded)
-    rated: list[RatedPrompt] = []
+    rated = []
     for i, (row, group) in enumerate(zip(rows, groups, strict=True)):
-        question = next((one.get("content") or "" for one in reversed(row["messages"]) if one["role"] == "user"), "")
-        greedy, *others = [
-            {"text": text, "rewards": one, "reward": weigh(rewards, one)}
-            for text, one in zip((answers[i], *texts[i]), values, strict=False)
-        ]
-        samples: list[Any] = [
-            {**one, "tokens": len(drawn.ids), "cut": drawn.truncated, "repeats": repeats_prompt(one["text"], question)}
+        greedy, *others = given[i * (count + 1) : (i + 1) * (count + 1)]
+        question = next((one["content"] for one in reversed(row["messages"]) if one["role"] == "user"), "")
+        samples = [
+            RatedSample(
+                **one, tokens=len(drawn.ids), cut=drawn.truncated, repeats=repeats_prompt(one["text"], question)
+            )
             for one, drawn in zip(others, group, strict=True)
         ]
-        rated.append({"greedy": greedy, "samples": samples, **({"kl": kl[i]} if kl else {})})
+        rated.append(RatedPrompt(greedy=greedy, samples=samples, kl=kl[i] if kl else None))
     return rated
 
 

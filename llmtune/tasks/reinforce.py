@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -11,10 +12,15 @@ from llmtune.data.example import AnyExample, Collate, Example
 from llmtune.data.overlong import too_long
 from llmtune.data.task_interface import Encoded
 from llmtune.errors import DataError
+from llmtune.evaluate.evaluated_task import EvalPrediction, LoadedModel
+from llmtune.evaluate.metric import Measure
+from llmtune.evaluate.sample_metrics import RatedPrompt, measure_samples, study_rewards
 from llmtune.recipe.reinforce_section import ReinforceSection
 from llmtune.recipe.schema import Recipe
-from llmtune.records import Batch, Rows
+from llmtune.records import Batch, Row, Rows
+from llmtune.store.score_records import Study
 from llmtune.tasks.chat import Chat
+from llmtune.tasks.rated_samples import describe_rewards, rate_samples
 from llmtune.tasks.rollouts import Rollouts
 from llmtune.train.objective import StepObjective
 
@@ -24,6 +30,8 @@ class Reinforce(Chat):
 
     name = "reinforce"
     has_row_loss = False
+    has_rewards = True
+    adapter_metrics = ("kl",)
 
     def matches(self, recipe: Recipe) -> bool:
         """Return True: there is one variant."""
@@ -71,6 +79,31 @@ class Reinforce(Chat):
     def objective(self, recipe: Recipe) -> StepObjective:
         """Return the objective that samples answers."""
         return Rollouts(self.loss, self, recipe)
+
+    def rate_samples(self, rows: Sequence[Row], answers: Sequence[str], loaded: LoadedModel) -> list[RatedPrompt]:
+        """Sample answers to complete rows, and rate them and the greedy `answers`."""
+        return rate_samples(self, rows, answers, loaded, reinforce_section(loaded.recipe))
+
+    def compute_metric(self, metric: str, output: EvalPrediction[Any], recipe: Recipe) -> Measure | None:
+        """Return a metric of the samples; None for one of the greedy answers."""
+        return measure_samples(metric, output.predictions, describe_rewards(reinforce_section(recipe)))
+
+    def study_answers(
+        self,
+        base: Mapping[int, RatedPrompt],
+        tuned: Mapping[int, RatedPrompt],
+        prompts: Sequence[str],
+        clusters: Sequence[int],
+        recipe: Recipe,
+    ) -> dict[str, Study]:
+        """Return the study of each reward, on the prompts that both models answered."""
+        rows = [row for row in tuned if row in base]
+        if not rows:
+            return {}
+        models = {"base": [base[row] for row in rows], "tuned": [tuned[row] for row in rows]}
+        shared, groups = [prompts[row] for row in rows], [clusters[row] for row in rows] if clusters else []
+        facts = describe_rewards(reinforce_section(recipe))
+        return {"rewards": study_rewards(models, shared, groups, facts, recipe.seed, recipe.evaluate.samples)}
 
 
 def reinforce_section(recipe: Recipe) -> ReinforceSection:

@@ -20,9 +20,7 @@ from llmtune.recipe.task_facts import SAMPLED
 from llmtune.store.score_records import Evaluation
 
 SHARES = frozenset({"right", "honest"})
-FACTS = RewardFacts(
-    1.0, {"right": 1.0}, None, SHARES, {"right": "answer is right", "honest": "a judge's"}, "4 samples"
-)
+FACTS = RewardFacts(1.0, {"right": 1.0}, None, SHARES, {"right": "answer is right", "honest": "a judge's"}, "4 samples")
 AUDITED = replace(FACTS, audit="honest")
 PROMPT = "How many hours are two days?"
 
@@ -34,7 +32,7 @@ def sample(reward, tokens=4, cut=False, text="48", **rewards):
 
 def rated(*values, greedy=1.0, **options):
     samples = [one if isinstance(one, dict) else sample(one, **options) for one in values]
-    return {"greedy": sample(greedy), "samples": samples}
+    return {"greedy": sample(greedy), "samples": samples, "kl": None}
 
 
 def value(metric, *prompts, facts=FACTS):
@@ -144,8 +142,7 @@ SHOWN = [("base", "0.0000"), ("base", "1.000"), ("tuned", "1.000"), ("tuned", "1
 def test_signs_of_reward_hacking_are_in_the_verdict_which_is_then_not_better(base, tuned, sign):
     found = study(base, tuned, AUDITED)
     assert sign in found.verdict
-    changes = {"reward": measure_samples("reward", [one] * 20, AUDITED) for one in (base,)}
-    paired = PairedMeasures(changes, {"reward": measure_samples("reward", [tuned] * 20, AUDITED)})
+    paired = PairedMeasures(*({"reward": measure_samples("reward", [one] * 20, AUDITED)} for one in (base, tuned)))
     evaluation = Evaluation(*paired.scores(), paired.differences(0), (), 20, studies={"rewards": found})
     judged = judge_run(evaluation, (), 0.05)
     assert judged.word == "inconclusive"

@@ -24,7 +24,8 @@ from llmtune.evaluate.simple_baseline import lead
 from llmtune.evaluate.tfidf import fit_tfidf
 from llmtune.pipeline import run_pipeline
 from llmtune.recipe.loader import load_recipe
-from llmtune.recipe.task_facts import SIMPLE_BASELINES, TASK_FACTS, at_ten
+from llmtune.recipe.metric_cutoffs import at_ten
+from llmtune.recipe.task_facts import SIMPLE_BASELINES, TASK_FACTS
 from llmtune.store.run_request import RunRequest
 
 SCORED = {
