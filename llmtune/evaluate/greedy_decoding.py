@@ -1,4 +1,4 @@
-"""Decoding of many prompts, greedy or by another choice of tokens: a shared prefix is read once; a row leaves the batch when its answer ends.
+"""Decoding of many prompts: a shared prefix is read once; a row leaves the batch when its answer ends.
 
 Shapes: B rows of a batch, T columns, V vocabulary, K key/value heads, D head width, N active rows. Rows are
 right-aligned.

@@ -44,12 +44,12 @@ def find_advantages(rewards: Sequence[float | None], section: ReinforceSection) 
     if section.method == "filter":
         return [float(reward is not None and reward >= section.accept) for reward in rewards]
     values = [reward for reward in rewards if reward is not None]
-    mean = fmean(values) if has_spread(rewards) else 0.0
-    scale = stdev(values) + SPREAD_EPSILON if section.scales_rewards and has_spread(rewards) else 1.0
-    return [0.0 if reward is None or not has_spread(rewards) else (reward - mean) / scale for reward in rewards]
+    mean = fmean(values) if rewards_differ(rewards) else 0.0
+    scale = stdev(values) + SPREAD_EPSILON if section.scales_rewards and rewards_differ(rewards) else 1.0
+    return [0.0 if reward is None or not rewards_differ(rewards) else (reward - mean) / scale for reward in rewards]
 
 
-def has_spread(rewards: Sequence[float | None]) -> bool:
+def rewards_differ(rewards: Sequence[float | None]) -> bool:
     """Whether two answers to a prompt have different rewards."""
     return len({reward for reward in rewards if reward is not None}) > 1
 

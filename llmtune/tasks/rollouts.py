@@ -25,7 +25,7 @@ from llmtune.data.row_store import load_rows, read_rows, rows_folder
 from llmtune.errors import Problem, TrainingError
 from llmtune.evaluate.evaluated_task import EvaluatedTask
 from llmtune.evaluate.generation import answer_ends, answer_reader, generate_completions
-from llmtune.evaluate.rewards import read_rewards, score_answers, weigh
+from llmtune.evaluate.rewards import read_rewards, reward_answers, weigh_rewards
 from llmtune.evaluate.sampled_decoding import sample_answers
 from llmtune.evaluate.token_batches import over_processes
 from llmtune.model.causal_lm_loss import move_to, target_losses
@@ -34,10 +34,11 @@ from llmtune.recipe.schema import Recipe
 from llmtune.records import Batch, Json, Loss, Prompt
 from llmtune.store.atomic_files import explained, hash_value, read_json_lines, write_text
 from llmtune.store.json_shapes import ROLLOUTS
-from llmtune.tasks.policy_losses import find_advantages, has_spread, policy_loss
+from llmtune.tasks.policy_losses import find_advantages, policy_loss, rewards_differ
 from llmtune.train.batch_plan import Indexes, StepPlan
 from llmtune.train.distributed import run_on_main
 from llmtune.train.objective import ComputeLoss, StepObjective, StepRows
+from llmtune.train.setup import TrainContext
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ class Rollouts(StepObjective):
         rewards = [one.reward for one in answers if one.reward is not None]
         self.figures = {
             "reward": fmean(rewards or [math.nan]),
-            "spread": fmean(has_spread([one.reward for one in group]) for group in groups),
+            "spread": fmean(rewards_differ([one.reward for one in group]) for group in groups),
             "answer_tokens": fmean(len(one.ids) for one in answers),
             "truncated": fmean(one.truncated for one in answers),
             "skipped": float(not trained),
@@ -100,7 +101,7 @@ class Rollouts(StepObjective):
         chosen = answers or [(groups[0][1][0], 0.0)]
         prompts = dict(zip(rows.tolist(), batch["prompts"], strict=True))
         pairs = [(prompts[one.row], one.ids) for one, _ in chosen]
-        made = make_batch(pairs, batch) | {"advantages_R": torch.tensor([weight for _, weight in chosen])}
+        made = answer_batch(pairs, batch) | {"advantages_R": torch.tensor([weight for _, weight in chosen])}
         if all(one.logps for one, _ in chosen):
             made["old_S"] = torch.tensor([logp for one, _ in chosen for logp in one.logps])
         return Loss(self._policy_loss(model, move_to(batch["input_ids"].device, made)), count)
@@ -113,12 +114,13 @@ class Rollouts(StepObjective):
             for prompt, i in zip(batch["prompts"], ids, strict=True)
             for _ in range(self.section.samples)
         ]
-        made = make_batch(answers, batch) | {"advantages_R": torch.ones(len(answers))}
+        made = answer_batch(answers, batch) | {"advantages_R": torch.ones(len(answers))}
         return Loss(self._policy_loss(model, move_to(batch["input_ids"].device, made)), len(made["targets_S"]))
 
     def validate(self, blocks: StepRows) -> float:
         """Return minus the mean reward of greedy answers to the validation prompts; its parts are in `metrics`."""
-        training, reader = blocks.training, blocks.reader
+        training: TrainContext = blocks.training
+        reader = blocks.reader
         generation = self.recipe.generation.model_copy(update={"max_new_tokens": self.section.max_new_tokens})
         recipe = self.recipe.model_copy(update={"generation": generation})
         prompts = [Prompt(reader[int(i)].input_ids) for i in blocks.rows]
@@ -136,7 +138,7 @@ class Rollouts(StepObjective):
 
     def _begin_round(self, step: StepRows, number: int, rows: Sequence[int], *, keeps_logps: bool) -> None:
         """Read the answers of a round, or sample, score and write them."""
-        training = step.training
+        training: TrainContext = step.training
         path = training.folder / ROLLOUTS / f"{number}.jsonl"
         count = len(rows) * self.section.samples
         header = {"round": number, "inputs": training.inputs, "prompts": [*rows], "answers": count}
@@ -159,7 +161,8 @@ class Rollouts(StepObjective):
 
     def _sample(self, step: StepRows, number: int, rows: Sequence[int], keeps_logps: bool) -> list[Rollout]:
         """Sample and score answers; a prompt's answers are in one process."""
-        training, section = step.training, self.section
+        training: TrainContext = step.training
+        section = self.section
         model, processor = training.adapted.model, training.adapted.selected.processor
         stops = set(answer_ends(model, processor, self.recipe))
 
@@ -185,14 +188,15 @@ class Rollouts(StepObjective):
         self, items: Sequence[tuple[int, list[int], list[int]]], step: StepRows, split: str
     ) -> list[tuple[str, dict[str, float | None], float | None]]:
         """Return text, rewards and weighted reward of answers, each given as row, prompt and tokens."""
-        training, section = step.training, self.recipe.evaluate
+        training: TrainContext = step.training
+        section = self.recipe.evaluate
         rows = read_rows(load_rows(rows_folder(training.folder)), split, [row for row, *_ in items])
         read = answer_reader(training.adapted.selected.processor, self.recipe)
         parsed = [read(ids, row.get("tools"), prompt) for row, (_, prompt, ids) in zip(rows, items, strict=True)]
         texts = [write_answer(one.text, one.tool_calls) for one in parsed]
         pairs = [*zip(rows, texts, strict=True)]
-        values = score_answers(self.rewards, pairs, seconds=section.metric_seconds, network=section.metric_network)
-        return [(text, one, weigh(self.rewards, one)) for text, one in zip(texts, values, strict=True)]
+        values = reward_answers(self.rewards, pairs, seconds=section.metric_seconds, network=section.metric_network)
+        return [(text, one, weigh_rewards(self.rewards, one)) for text, one in zip(texts, values, strict=True)]
 
     def _trained(self, row: int) -> list[tuple[int, float]]:
         """Return the answers of a group that have a gradient, by their numbers, with their advantages."""
@@ -224,7 +228,7 @@ class Rollouts(StepObjective):
         return policy_loss(losses_S, made, self.section)
 
 
-def make_batch(pairs: Sequence[tuple[list[int], list[int]]], like: Batch) -> Batch:
+def answer_batch(pairs: Sequence[tuple[list[int], list[int]]], like: Batch) -> Batch:
     """Return a batch of prompts with answers, packed or padded as the batch of prompts."""
     examples = [Example([*prompt, *ids], [len(prompt), len(prompt) + len(ids)], 0) for prompt, ids in pairs]
     return collate_packed(examples) if "cu_seq_lens_q" in like else collate_padded(examples, None)

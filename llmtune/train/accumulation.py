@@ -68,6 +68,7 @@ class ValidationStopped(Exception):
 class MicroBatches(StepRows):
     """The rows of a step, or all validation rows, with this process's micro-batches."""
 
+    training: TrainContext
     groups: list[Indexes]
     """Rows of each micro-batch of this process."""
     real: int

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -21,7 +21,6 @@ from llmtune.train.distributed import gather_lists, sum_over_processes
 if TYPE_CHECKING:
     from llmtune.errors import Problem
     from llmtune.recipe.schema import Recipe
-    from llmtune.train.setup import TrainContext
 
 T = TypeVar("T")
 ComputeLoss = Callable[[torch.nn.Module, Batch], Loss]
@@ -39,7 +38,8 @@ class StepRows:
     accelerator: Accelerator
     batch_size: int
     """`train.batch_size`."""
-    training: TrainContext
+    training: Any
+    """The `llmtune.train.setup.TrainContext`, which contains the objective."""
 
     @property
     def divided(self) -> bool:
