@@ -332,7 +332,11 @@ class Spool(AbstractContextManager["Spool"]):
         if self._writer is None:
             self._file = self._path(len(self._state["shards"]), "arrow").open("wb")
             self._writer = pa.ipc.new_stream(self._file, TEXTS)
-        texts = [[row.origin for row in rows], [row.row for row in rows], [row.columns for row in rows]]
+        texts: list[list[str | None]] = [
+            [row.origin for row in rows],
+            [row.row for row in rows],
+            [row.columns for row in rows],
+        ]
         self._writer.write_batch(pa.record_batch([text_column(part) for part in texts], schema=TEXTS))
         numbers = np.empty(len(rows), dtype=NUMBERS)
         numbers["content"] = np.frombuffer(b"".join(row.content for row in rows), dtype=">u8").reshape(-1, 2)
