@@ -51,12 +51,6 @@ PREDICTED = frozenset(
 )
 """Metrics of generated answers, whose number `evaluate.limit` limits."""
 
-TEMPLATE_KEYS = {
-    "data": ("reasoning", "special_tokens_in_text", "system_prompt"),
-    "model": ("chat_template", "chat_template_kwargs"),
-}
-"""Keys that only models with a chat template read, by section."""
-
 
 @dataclass(frozen=True)
 class TaskFacts:
@@ -118,6 +112,8 @@ class TaskFacts:
     """The hub's tags for models of the task."""
     searches: bool = False
     """Whether test queries are searched in passages, such as those of `data.corpus`."""
+    distils: bool = False
+    """Whether its models can learn the predictions of a teacher (`distil`)."""
     mines: bool = False
     """Whether negatives can be mined (`data.negatives`)."""
     after: str | None = None
@@ -179,6 +175,7 @@ _TASKS = (
         has_turns=True,
         simple_baseline="tfidf",
         baseline_metrics=CHOICE_METRICS,
+        distils=True,
     ),
     TaskFacts(
         "completion",
@@ -196,6 +193,7 @@ _TASKS = (
         overlong=_ANY_LENGTH,
         simple_baseline="tfidf",
         baseline_metrics=CHOICE_METRICS,
+        distils=True,
     ),
     TaskFacts(
         "translate",
@@ -217,6 +215,7 @@ _TASKS = (
         prompt_name="source",
         pipeline="translation",
         unswapped="a translation may have to change with the group",
+        distils=True,
     ),
     TaskFacts(
         "summarize",
@@ -237,6 +236,7 @@ _TASKS = (
         pipeline="summarization",
         simple_baseline="lead3",
         baseline_metrics=(*ROUGE, "chrf", "length_ratio"),
+        distils=True,
     ),
     TaskFacts(
         "qa",
@@ -272,6 +272,7 @@ _TASKS = (
         prompt_name="text",
         metric_notes={"loss": "loss per row, as in training", "accuracy": "label is right; with several, all of them"},
         decodes=False,
+        distils=True,
     ),
     TaskFacts(
         "token-classify",
@@ -295,6 +296,7 @@ _TASKS = (
             "recall": "share of true entities that were found",
         },
         decodes=False,
+        distils=True,
     ),
     TaskFacts(
         "speech",

@@ -9,7 +9,7 @@ from llmtune.data.collators import collate_padded
 from llmtune.data.example import Example
 from llmtune.evaluate.evaluated_task import EvaluatedTask, LoadedModel
 from llmtune.evaluate.generation import answer_ends, answer_reader
-from llmtune.evaluate.rewards import REWARDS, Reward, read_rewards, reward_answers, weigh
+from llmtune.evaluate.rewards import REWARDS, Reward, read_rewards, reward_answers, weigh_rewards
 from llmtune.evaluate.sample_metrics import RatedAnswer, RatedPrompt, RatedSample, RewardFacts, repeats_prompt
 from llmtune.evaluate.sampled_decoding import SampledAnswer, sample_answers
 from llmtune.evaluate.token_batches import TOKEN_BUDGET, budget_for, run_in_batches
@@ -52,7 +52,7 @@ def rate_samples(
     seconds, network = recipe.evaluate.metric_seconds, recipe.evaluate.metric_network
     values = reward_answers([*rewards, *audit], pairs, seconds=seconds, network=network)
     given = [
-        RatedAnswer(text=text, rewards=one, reward=weigh(rewards, one))
+        RatedAnswer(text=text, rewards=one, reward=weigh_rewards(rewards, one))
         for (_, text), one in zip(pairs, values, strict=True)
     ]
     kl = measure_kl(prompts, [group[0] for group in groups], loaded)
