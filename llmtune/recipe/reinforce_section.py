@@ -68,6 +68,11 @@ class ReinforceSection(TaskSection):
         """Whether advantages are divided by the standard deviation of their prompt's rewards."""
         return (self.scale_rewards or ("none" if self.loss == "dr_grpo" else "group")) == "group"
 
+    @property
+    def ties(self) -> bool:
+        """Whether the loss ties the model to the starting model."""
+        return self.method == "grpo" and self.beta > 0
+
     def check(self, diagnostics: Diagnostics, max_length: int) -> None:
         """Report missing rewards, and keys that the method ignores."""
         if not self.rewards:
