@@ -23,7 +23,7 @@ METRIC_NOTES = {
     "map": "mean precision at the ranks of the relevant passages",
     "reward": "mean reward of sampled answers",
     "greedy_reward": "reward of the greedy answer",
-    "pass@10": "chance that one of k sampled answers is accepted",
+    **dict.fromkeys(("pass@1", "pass@8", "pass@10"), "chance that one of k sampled answers is accepted"),
     CHOICE: "reference is the likeliest choice; independent of wording",
     "bleu": "shared word n-grams, 0 to 100",
     "wer": "wrong words per reference word",

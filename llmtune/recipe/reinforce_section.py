@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from llmtune.recipe.evaluate_section import absolute_metric, metric_name
+from llmtune.recipe.evaluate_section import absolute_metric
 from llmtune.recipe.section import NonEmpty, Positive
 from llmtune.recipe.source_map import Diagnostics
 from llmtune.recipe.task_sections import TaskSection
@@ -69,9 +69,14 @@ class ReinforceSection(TaskSection):
         return (self.scale_rewards or ("none" if self.loss == "dr_grpo" else "group")) == "group"
 
     @property
-    def reward_names(self) -> tuple[str, ...]:
-        """Return the names of the rewards and of the audit."""
-        return tuple(map(metric_name, (*self.rewards, *([self.audit] if self.audit else []))))
+    def all_rewards(self) -> tuple[str, ...]:
+        """Return the rewards and the audit, as stated."""
+        return *self.rewards, *([self.audit] if self.audit else ())
+
+    @property
+    def ties(self) -> bool:
+        """Whether the loss ties the model to the starting model."""
+        return self.method == "grpo" and self.beta > 0
 
     def check(self, diagnostics: Diagnostics, max_length: int) -> None:
         """Report missing rewards, and keys that the method ignores."""

@@ -184,7 +184,7 @@ class Recipe(RecipeSection):
             style=section.style if isinstance(section, QaSection) else None,
             loss=section.loss if isinstance(section, PreferenceSection) else None,
             images=section.images if isinstance(section, ChatSection) else None,
-            rewards=section.reward_names if isinstance(section, ReinforceSection) else (),
+            rewards=section.all_rewards if isinstance(section, ReinforceSection) else (),
             samples=section.samples if isinstance(section, ReinforceSection) else 0,
             kl_hindrance=hindrance,
         )

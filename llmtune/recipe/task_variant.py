@@ -33,7 +33,7 @@ class TaskVariant:
     images: bool | None = None
     """`chat.images`; None if the rows decide it."""
     rewards: tuple[str, ...] = ()
-    """Names of `reinforce.rewards`, and of the audit."""
+    """Those of `reinforce.rewards`, and the audit."""
     samples: int = 0
     """`reinforce.samples`."""
     kl_hindrance: str | None = None
@@ -102,7 +102,8 @@ class TaskVariant:
     @property
     def study_metrics(self) -> tuple[str, ...]:
         """Return the metrics of the study `rewards`, as gates name them."""
-        return tuple(f"rewards.{name}" for name in (*self.rewards, "repeats_prompt")) if self.rewards else ()
+        names = [*(one.rpartition(":")[2] for one in self.rewards), "repeats_prompt"]
+        return tuple(f"rewards.{name}" for name in names) if self.rewards else ()
 
     @property
     def eval_metrics(self) -> tuple[str, ...]:

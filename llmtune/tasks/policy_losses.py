@@ -64,7 +64,7 @@ def policy_loss(losses_S: torch.Tensor, batch: Batch, section: ReinforceSection)
     ratios_S = (logps_S - batch.get("old_S", logps_S.detach())).exp()
     clipped_S = ratios_S.clamp(1 - section.epsilon, 1 + section.epsilon)
     tokens_S = -torch.minimum(ratios_S * advantages_S, clipped_S * advantages_S)
-    if section.beta:
+    if section.ties:
         gaps_S = batch["reference_S"] - logps_S
         tokens_S = tokens_S + section.beta * (gaps_S.exp() - gaps_S - 1)
     if section.loss == "grpo":

@@ -43,7 +43,7 @@ class Reinforce(Chat):
 
     def needs_reference_model(self, recipe: Recipe) -> bool:
         """Whether the loss compares with the starting model, or evaluation does with a continued adapter."""
-        return reinforce_section(recipe).beta > 0 or recipe.adapter.start_from is not None
+        return reinforce_section(recipe).ties or recipe.adapter.start_from is not None
 
     def split_answer(self, row: ChatRow) -> tuple[ChatRow, str]:
         """Split a row at its last answer, which is the reference; a row that ends with a question has none."""

@@ -81,7 +81,7 @@ class Rollouts(StepObjective):
             self._begin_round(step, number, rows, keeps_logps=len(steps) > 1)
         groups = [self.groups[row] for row in step.rows.tolist()]
         answers = [answer for group in groups for answer in group]
-        trained = any(self._trained(row) for row in step.rows.tolist())
+        trained = any(weight for row in step.rows.tolist() for _, weight in self._trained(row))
         self.idle = None if trained else Problem(*_explain_idle(answers, self.section))
         rewards = [one.reward for one in answers if one.reward is not None]
         self.figures = {
@@ -199,14 +199,11 @@ class Rollouts(StepObjective):
         return [(text, one, weigh_rewards(self.rewards, one)) for text, one in zip(texts, values, strict=True)]
 
     def _trained(self, row: int) -> list[tuple[int, float]]:
-        """Return the answers of a group that have a gradient, by their numbers, with their advantages."""
-        masks, ties = self.section.method == "grpo" and self.section.mask_truncated, self.section.beta > 0
-        group, advantages = self.groups[row], self.advantages[row]
-        spread = any(advantages)
+        """Return the answers of a group that have a loss, by their numbers, with their advantages."""
+        masks = self.section.method == "grpo" and self.section.mask_truncated
+        pairs = enumerate(zip(self.groups[row], self.advantages[row], strict=True))
         return [
-            (i, weight)
-            for i, (one, weight) in enumerate(zip(group, advantages, strict=True))
-            if (weight or (ties and spread)) and not (masks and one.truncated)
+            (i, weight) for i, (one, weight) in pairs if (weight or self.section.ties) and not (masks and one.truncated)
         ]
 
     def _count(self, answers: Sequence[Rollout], trained: Sequence[Rollout]) -> int:
@@ -221,7 +218,7 @@ class Rollouts(StepObjective):
 
     def _policy_loss(self, model: torch.nn.Module, made: Batch) -> torch.Tensor:
         temperature = self.section.temperature if self.section.method == "grpo" else 1.0
-        if self.section.beta and self.section.method == "grpo":
+        if self.section.ties:
             with torch.no_grad(), evaluating(model), reference_of(model):
                 made["reference_S"] = -target_losses(model, made, temperature=temperature)[0]
         losses_S, _ = target_losses(model, made, temperature=temperature)
