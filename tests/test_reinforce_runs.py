@@ -81,6 +81,20 @@ def test_a_second_evaluation_draws_the_same_samples(run: Path):
     assert (run / "evaluation/predictions.jsonl").read_bytes() == before
 
 
+def test_another_version_of_a_reward_rates_both_models_again(tmp_path: Path, tiny_llama: Path):
+    run = reinforce(tmp_path, tiny_llama, train={"max_steps": 1, "num_train_epochs": None})
+    before = load_evaluation(run / "evaluation")
+    lock = json.loads((run / "llmtune.lock").read_text())
+    assert lock["metrics"].keys() == {str(tmp_path / "rewards.py")}
+    (tmp_path / "rewards.py").write_text(REWARDS.replace("aeiou", "aeiouy "))
+    assert invoke("evaluate", run).exit_code == 0
+    after = load_evaluation(run / "evaluation")
+    assert before is not None
+    assert after is not None
+    assert after.base["reward"] > before.base["reward"]
+    assert after.tuned["reward"] > before.tuned["reward"]
+
+
 def test_gates_judge_samples_and_each_reward(run: Path):
     passing = ["pass@1 >= 0", "pass@3 <= 1", "answer_tokens <= base", "rewards.brief.high > base - 1", "kl < 1"]
     gates = ", ".join([*passing, "rewards.vowels > 1", "reward.low > base + 1"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -11,9 +10,10 @@ from llmtune import __version__
 from llmtune.errors import DataError
 from llmtune.evaluate.per_row_scores import MEASURES
 from llmtune.evaluate.release_records import locate_champion
+from llmtune.evaluate.rewards import reward_files
 from llmtune.evaluate.suites.lm_eval import list_task_files
 from llmtune.recipe.eval_suites_section import is_task_file
-from llmtune.recipe.evaluate_section import EXTRA_KEYS, GATE_KEYS, is_own_metric
+from llmtune.recipe.evaluate_section import EXTRA_KEYS, GATE_KEYS
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_facts import DECISIONS
 from llmtune.records import Examples, ModelRef, Rows
@@ -53,7 +53,8 @@ def base_inputs(
     settings += [recipe.task_section(), adapter, *(one.model_dump(mode="json") for one in sections)]
     contents = [model.content_hash, rows.content_hash, examples.content_hash]
     contents += [rows.corpus_hash] if rows.corpus_hash else []
-    rewards = [hash_file(Path(file)) for file in list_files(recipe.variant.rewards)]
+    files = [Path(file) for file in reward_files(recipe.variant.rewards)]
+    rewards = [hash_file(file) for file in files if file.is_file()]
     contents += [hash_value([recipe.seed, rewards])] if recipe.variant.rewards else []
     drawn = recipe.seed if recipe.generation.do_sample else None
     return hash_value([__version__, package_versions(("torch", "transformers")), contents, settings, drawn])
@@ -68,12 +69,7 @@ def simple_inputs(recipe: Recipe, rows: Rows, examples: Examples) -> str:
 
 def own_metric_files(recipe: Recipe) -> list[str]:
     """Return the files of the user's own metrics and rewards."""
-    return list_files([*recipe.evaluate.own_metrics.values(), *recipe.variant.rewards])
-
-
-def list_files(stated: Iterable[str]) -> list[str]:
-    """Return the files of functions that are given as `FILE.py:FUNCTION`, among other names."""
-    return sorted({one.rpartition(":")[0] for one in stated if is_own_metric(one)})
+    return reward_files([*recipe.evaluate.own_metrics.values(), *recipe.variant.rewards])
 
 
 def lock_trained(folder: RunFolder, trained: str) -> None:
