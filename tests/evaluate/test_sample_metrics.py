@@ -5,41 +5,30 @@ import math
 from dataclasses import replace
 
 import pytest
+from support.rated_samples import RATED_FACTS, SAMPLED_METRICS, rate_prompt, rate_sample
 
 from llmtune.evaluate.metric import PairedMeasures
 from llmtune.evaluate.metric_info import COSTS, better_side, full_note
 from llmtune.evaluate.sample_metrics import (
-    RewardFacts,
     estimate_pass,
     measure_samples,
     repeats_prompt,
     study_rewards,
 )
 from llmtune.evaluate.verdict import judge_run
-from llmtune.recipe.task_facts import SAMPLED
 from llmtune.store.score_records import Evaluation
 
-SHARES = frozenset({"right", "honest"})
-FACTS = RewardFacts(1.0, {"right": 1.0}, None, SHARES, {"right": "answer is right", "honest": "a judge's"}, "4 samples")
-AUDITED = replace(FACTS, audit="honest")
+FACTS, AUDITED = RATED_FACTS, replace(RATED_FACTS, audit="honest")
 PROMPT = "How many hours are two days?"
-
-
-def sample(reward, tokens=4, cut=False, text="48", **rewards):
-    rewards = {"right": reward} | rewards
-    return {"text": text, "rewards": rewards, "reward": reward, "tokens": tokens, "cut": cut, "repeats": PROMPT in text}
-
-
-def rated(*values, greedy=1.0, **options):
-    samples = [one if isinstance(one, dict) else sample(one, **options) for one in values]
-    return {"greedy": sample(greedy), "samples": samples, "kl": None}
 
 
 def value(metric, *prompts, facts=FACTS):
     return measure_samples(metric, prompts, facts).value
 
 
-@pytest.mark.parametrize(("samples", "passing"), [(4, 0), (4, 1), (5, 3), (8, 2), (8, 8)])
+@pytest.mark.promise("metric", "referee", equal="the share of all subsets of k samples", place="pass@8")
+@pytest.mark.promise("metric", "referee", equal="the share of all subsets of k samples", place="pass@10")
+@pytest.mark.parametrize(("samples", "passing"), [(4, 0), (4, 1), (5, 3), (8, 2), (8, 8), (11, 3)])
 def test_pass_at_k_is_the_share_of_subsets_of_k_samples_with_one_that_passes(samples, passing):
     right = [n < passing for n in range(samples)]
     for k in range(1, samples + 1):
@@ -57,25 +46,30 @@ def test_pass_at_k_is_unbiased_where_the_plain_estimate_is_not(p):
     assert plain < mean - 0.01 or p == 0.9
 
 
+@pytest.mark.promise("metric", "referee", equal="means and subsets counted by hand", place="reward")
+@pytest.mark.promise("metric", "referee", equal="means and subsets counted by hand", place="greedy_reward")
+@pytest.mark.promise("metric", "referee", equal="means and subsets counted by hand", place="pass@1")
+@pytest.mark.promise("metric", "referee", equal="means and subsets counted by hand", place="answer_tokens")
+@pytest.mark.promise("metric", "referee", equal="means and subsets counted by hand", place="samples_cut")
 def test_metrics_are_means_over_prompts():
-    prompts = rated(1.0, 0.0, 0.5, 1.0), rated(0.0, 0.0, 0.0, 0.0, greedy=0.0)
+    prompts = rate_prompt(1.0, 0.0, 0.5, 1.0), rate_prompt(0.0, 0.0, 0.0, 0.0, greedy=0.0)
     assert value("reward", *prompts) == pytest.approx(0.3125)
     assert value("greedy_reward", *prompts) == 0.5
     assert value("pass@1", *prompts) == 0.25
     assert value("pass@4", *prompts) == 0.5
     assert value("pass@2", *prompts) == pytest.approx((1 - 1 / 6) / 2)
-    assert value("answer_tokens", rated(sample(1.0, tokens=3), sample(0.0, tokens=9, cut=True))) == 6
-    assert value("samples_cut", rated(sample(1.0), sample(0.0, cut=True))) == 0.5
+    assert value("answer_tokens", rate_prompt(rate_sample(1.0, tokens=3), rate_sample(0.0, tokens=9, cut=True))) == 6
+    assert value("samples_cut", rate_prompt(rate_sample(1.0), rate_sample(0.0, cut=True))) == 0.5
     assert value("kl", {**prompts[0], "kl": 0.5}, {**prompts[1], "kl": 1.0}) == 0.75
     assert measure_samples("rougeL", prompts, FACTS) is None
 
 
 def test_an_answer_passes_although_its_weighted_sum_is_rounded():
-    assert value("pass@1", rated(0.1 + 0.2 + 0.7 - 1e-16, 0.99)) == 0.5
+    assert value("pass@1", rate_prompt(0.1 + 0.2 + 0.7 - 1e-16, 0.99)) == 0.5
 
 
 def test_a_sample_without_a_reward_is_left_out_and_does_not_count_as_zero():
-    prompts = rated(1.0, None, 1.0, None), rated(None, None, None, None), rated(0.0, 0.0, 1.0, 1.0)
+    prompts = rate_prompt(1.0, None, 1.0, None), rate_prompt(None, None, None, None), rate_prompt(0.0, 0.0, 1.0, 1.0)
     assert value("reward", *prompts) == 0.75
     assert value("pass@1", *prompts) == 0.75
     assert value("pass@4", *prompts) == 1.0, "only one prompt has four rewards"
@@ -83,8 +77,8 @@ def test_a_sample_without_a_reward_is_left_out_and_does_not_count_as_zero():
 
 
 def test_a_model_without_rewards_for_a_prompt_is_still_paired_by_prompt():
-    base = [rated(0.0, 0.0), *[rated(0.0, 1.0)] * 11]
-    tuned = [rated(None, None), *[rated(1.0, 1.0)] * 11]
+    base = [rate_prompt(0.0, 0.0), *[rate_prompt(0.0, 1.0)] * 11]
+    tuned = [rate_prompt(None, None), *[rate_prompt(1.0, 1.0)] * 11]
     pair = [{"reward": measure_samples("reward", one, FACTS)} for one in (base, tuned)]
     change = PairedMeasures(*pair).differences(0)["reward"]
     assert change.value == pytest.approx(1 - 11 * 0.5 / 12)
@@ -93,7 +87,7 @@ def test_a_model_without_rewards_for_a_prompt_is_still_paired_by_prompt():
 
 def test_intervals_of_samples_count_prompts_and_not_samples():
     few = PairedMeasures(
-        *({"pass@1": measure_samples("pass@1", [rated(*[reward] * 64)] * 3, FACTS)} for reward in (0.0, 1.0))
+        *({"pass@1": measure_samples("pass@1", [rate_prompt(*[reward] * 64)] * 3, FACTS)} for reward in (0.0, 1.0))
     )
     change = few.differences(0)["pass@1"]
     assert change.n == 3
@@ -101,7 +95,7 @@ def test_intervals_of_samples_count_prompts_and_not_samples():
 
 
 def test_every_metric_of_samples_has_a_meaning_and_a_better_side():
-    for name in (*SAMPLED, "pass@3"):
+    for name in (*SAMPLED_METRICS, "pass@3"):
         assert full_note(name, "reinforce")
         assert better_side(name) == (-1 if name in COSTS else 1)
 
@@ -117,7 +111,7 @@ def vary(one, more):
 
 
 def test_the_study_has_each_reward_with_its_audit_and_samples_before_and_after():
-    found = study(rated(0.0, 1.0, honest=0.25), rated(1.0, 1.0, honest=0.75), AUDITED)
+    found = study(rate_prompt(0.0, 1.0, honest=0.25), rate_prompt(1.0, 1.0, honest=0.75), AUDITED)
     assert found.tuned == {"right": 1.0, "honest": 0.75, "repeats_prompt": 0.0}
     assert found.difference["honest"].low > 0
     assert not found.verdict
@@ -125,21 +119,22 @@ def test_the_study_has_each_reward_with_its_audit_and_samples_before_and_after()
     (table,) = found.tables
     assert table.rows[:4] == tuple((PROMPT, model, reward, "48") for model, reward in SHOWN)
     assert len(table.rows) == 8, "two prompts, two models, two samples"
-    assert "reinforce.audit" in study(rated(0.0), rated(1.0)).limits
+    assert "reinforce.audit" in study(rate_prompt(0.0), rate_prompt(1.0)).limits
 
 
 SHOWN = [("base", "0.0000"), ("base", "1.000"), ("tuned", "1.000"), ("tuned", "1.000")]
 
 
 @pytest.mark.parametrize(
-    ("base", "tuned", "sign"),
+    ("before", "after", "sign"),
     [
-        (rated(0.0, 0.5, honest=0.8), rated(1.0, 1.0, honest=0.2), "the audit honest falls (0.8000 to 0.2000)"),
-        (rated(0.0, honest=0.5), rated(1.0, tokens=40, honest=0.5), "Answers grew from 4.000 to 40.95 tokens."),
-        (rated(0.0, honest=0.5), rated(1.0, text=PROMPT, honest=0.5), "100% of the answers repeat their prompt (0%"),
+        ({"honest": 0.8}, {"honest": 0.2}, "the audit honest falls (0.8000 to 0.2000)"),
+        ({}, {"tokens": 40}, "Answers grew from 4.000 to 40.95 tokens."),
+        ({}, {"repeats": True}, "100% of the answers repeat their prompt (0%"),
     ],
 )
-def test_signs_of_reward_hacking_are_in_the_verdict_which_is_then_not_better(base, tuned, sign):
+def test_signs_of_reward_hacking_are_in_the_verdict_which_is_then_not_better(before, after, sign):
+    base, tuned = rate_prompt(0.0, **{"honest": 0.5, **before}), rate_prompt(1.0, **{"honest": 0.5, **after})
     found = study(base, tuned, AUDITED)
     assert sign in found.verdict
     paired = PairedMeasures(*({"reward": measure_samples("reward", [one] * 20, AUDITED)} for one in (base, tuned)))
@@ -150,8 +145,8 @@ def test_signs_of_reward_hacking_are_in_the_verdict_which_is_then_not_better(bas
 
 
 def test_a_longer_answer_or_a_lower_audit_within_chance_is_no_sign():
-    assert not study(rated(0.0, honest=0.5), rated(1.0, tokens=5, honest=0.5), AUDITED).verdict
-    few = study(rated(0.0, honest=0.5), rated(1.0, tokens=40, honest=0.4), AUDITED, prompts=2)
+    assert not study(rate_prompt(0.0, honest=0.5), rate_prompt(1.0, tokens=5, honest=0.5), AUDITED).verdict
+    few = study(rate_prompt(0.0, honest=0.5), rate_prompt(1.0, tokens=40, honest=0.4), AUDITED, prompts=2)
     assert not few.verdict
 
 
