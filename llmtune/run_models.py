@@ -20,6 +20,7 @@ from llmtune.errors import EnvironmentProblem
 from llmtune.evaluate.cache_keys import base_inputs, simple_inputs
 from llmtune.evaluate.champion import face_champion
 from llmtune.evaluate.champion_answers import ChampionModel, ask_champion, ask_classes
+from llmtune.evaluate.control_runs import compare_control_run
 from llmtune.evaluate.controls import control_inputs
 from llmtune.evaluate.eval_inputs import EvalContext, calibration_inputs, make_inputs
 from llmtune.evaluate.evaluator import ModelLoaders, Scored
@@ -200,6 +201,7 @@ def score_models(context: RunContext, folder: Path | None, base_folder: Path | N
         tuned=load_base(base_folder, base + hash_folder(context.trained_folder), TUNED),
         score_simply=partial(score_simple_baseline, eval_context, rows, examples, simple),
         challenge=partial(face_champion, plan.stated, context.folder, rows, ask),
+        compare_control=partial(compare_control_run, recipe, context.folder.path),
         trained=context.trained_folder,
     )
     return score_run(request)

@@ -10,6 +10,7 @@ from pydantic import BeforeValidator, Field
 from llmtune.errors import Problem
 from llmtune.recipe.adapter_section import AdapterSection
 from llmtune.recipe.class_names import follow_renames
+from llmtune.recipe.control_run import ControlRun, find_control_run_problem
 from llmtune.recipe.data_section import DataSection
 from llmtune.recipe.evaluate_section import EvaluateSection
 from llmtune.recipe.model_kind import ModelKind
@@ -158,6 +159,15 @@ class Recipe(RecipeSection):
         return tuple(product for product in self.deploy.products if product != RELEASE)
 
     @property
+    def control_run(self) -> ControlRun | None:
+        """Return the control run of one of its sections, also if it is turned off; None without test rows."""
+        return next(self._control_runs(), None) if self.data.test else None
+
+    def _control_runs(self) -> Iterator[ControlRun]:
+        controls = (value.as_control() for _, value in self if isinstance(value, RecipeSection))
+        return (one for one in controls if one is not None)
+
+    @property
     def needs_rows_apart(self) -> str | None:
         """Return why rows cannot be packed, or None."""
         noise = "the noise of train.neftune_noise_alpha depends on a row's length"
@@ -241,6 +251,12 @@ class Recipe(RecipeSection):
         self.train.check_task(diagnostics, variant)
         self.generation.check(diagnostics, variant)
         self.evaluate.check(diagnostics, variant, bool(self.data.test), self.exports, bool(self.data.validation))
+        for one in () if self.data.test else self._control_runs():
+            fix = "Give data.test a share of the rows or sources, or remove it."
+            diagnostics.no_effect(one.key, "without test rows", fix, "data.test")
+        for key, gate in self.evaluate.parsed_gates():
+            if problem := find_control_run_problem(gate, control := self.control_run):
+                diagnostics.add(key, *problem, *([control.key] if control else []))
         self._check_deploy(diagnostics, variant)
 
     def _check_deploy(self, diagnostics: Diagnostics, variant: TaskVariant) -> None:
