@@ -57,7 +57,7 @@ def base_inputs(
     sections = (recipe.generation, recipe.model)
     left_out = {*GATE_KEYS, *EXTRA_KEYS, "calibrate", *DECISIONS}
     settings: list[Any] = [recipe.evaluate.model_dump(mode="json", exclude=left_out), device]
-    settings += [recipe.task_section(), adapter, *(one.model_dump(mode="json") for one in sections)]
+    settings += [recipe.task_section(measuring=True), adapter, *(one.model_dump(mode="json") for one in sections)]
     contents = [model.content_hash, rows.content_hash, examples.content_hash]
     contents += [rows.corpus_hash] if rows.corpus_hash else []
     drawn = recipe.seed if recipe.generation.do_sample else None

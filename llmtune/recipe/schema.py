@@ -218,10 +218,14 @@ class Recipe(RecipeSection):
             follow_renames(section.rename or {}) if isinstance(section, ClassifySection | TokenClassifySection) else {}
         )
 
-    def task_section(self) -> dict[str, object] | None:
-        """Return the task's own section, including inferred labels once they are known."""
-        name = TASK_FACTS[self.task].section
-        return self._own_section().model_dump(mode="json") if name and getattr(self, name) else None
+    def task_section(self, *, measuring: bool = False) -> dict[str, object] | None:
+        """Return the task's own section, including inferred labels once they are known, without its control run.
+
+        With `measuring`, without keys that change the training alone.
+        """
+        name, section = TASK_FACTS[self.task].section, self._own_section()
+        left_out = {"control", *(section.training_keys if measuring else ())}
+        return section.model_dump(mode="json", exclude=left_out) if name and getattr(self, name) else None
 
     def _own_section(self) -> TaskSection:
         """Return the task's own section; keys the recipe does not set have their defaults."""
