@@ -108,7 +108,7 @@ def fingerprint(recipe: Recipe) -> str:
     parts = {"seed", "task", "data", "model", "adapter", "train", *([section] if section and is_hashed else [])}
     dumped = recipe.model_dump(mode="json", include=parts)
     dumped["train"]["seeds"] = []
-    if section and is_hashed:
+    if section and dumped.get(section):
         dumped[section].pop("control", None)
     defaults = [key for key in CHOSEN_KEYS if getattr(recipe.train, key) == TrainSection.model_fields[key].default]
     if stated := sorted(recipe.train.model_fields_set.intersection(defaults)):
