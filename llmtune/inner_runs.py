@@ -8,6 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from llmtune.errors import TrainingError
 from llmtune.plan import RunContext
 from llmtune.recipe.loader import LoadedRecipe
 from llmtune.records import Json
@@ -17,7 +18,6 @@ from llmtune.store.seed_runs import (
     SEEDS_UNTIL,
     as_control,
     control_folder,
-    is_done,
     kept_findings,
     seed_folder,
     share_rows,
@@ -36,11 +36,20 @@ def run_seeds(run: RunContext, loaded: LoadedRecipe, run_recipe: RunRecipe) -> N
 
 
 def run_control(run: RunContext, loaded: LoadedRecipe, run_recipe: RunRecipe) -> None:
-    """Train and score the recipe's control run, if it has one, before the run itself is scored."""
-    control = loaded.recipe.control_run
-    if control and control.on and run.request.until in SEEDS_UNTIL:
-        further, out = as_control(loaded, control), control_folder(run.folder.path, control)
-        _run_inside(run, further, out, {}, run_recipe)
+    """Train and score the recipe's control run, if it has one, before the run itself is scored.
+
+    A control run that cannot be trained is noted, and does not end the run.
+    """
+    control, failure = loaded.recipe.control_run, ""
+    if not control or not control.on or run.request.until not in SEEDS_UNTIL:
+        return
+    try:
+        out = control_folder(run.folder.path, control)
+        _run_inside(run, as_control(loaded, control), out, {}, run_recipe)
+    except TrainingError as error:
+        failure = error.problems[0].what
+        run.console.print(f"control {control.name} failed: {failure}", style="yellow", highlight=False, markup=False)
+    run.once(lambda: run.folder.note(control_failure=failure))
 
 
 def _run_inside(run: RunContext, further: LoadedRecipe, out: Path, findings: Json, run_recipe: RunRecipe) -> None:
@@ -54,17 +63,3 @@ def _run_inside(run: RunContext, further: LoadedRecipe, out: Path, findings: Jso
     base = run.request.base or path / "evaluation"
     request = RunRequest(out=out, until=until, offline=offline, pins=own_pins(path), findings=findings, base=base)
     run_recipe(further, request, run.console)
-
-
-def rescore_control(loaded: LoadedRecipe, path: Path, rescore: Callable[[LoadedRecipe, Path], Json]) -> None:
-    """Score the control run of a finished run again, if it is trained."""
-    control = loaded.recipe.control_run
-    if control and control.on and is_done(out := control_folder(path, control), "train"):
-        rescore(as_control(loaded, control), out)
-
-
-def rescore_seeds(loaded: LoadedRecipe, path: Path, rescore: Callable[[LoadedRecipe, Path], Json]) -> None:
-    """Score the runs of further seeds of a finished run again, those that are trained."""
-    for seed in loaded.recipe.train.seeds:
-        if is_done(out := seed_folder(path, seed), "train"):
-            rescore(with_seed(loaded, seed), out)

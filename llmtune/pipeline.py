@@ -40,7 +40,7 @@ from llmtune.evaluate.eval_inputs import warn_of_cuts
 from llmtune.evaluate.evaluation_file import list_failed, load_evaluation
 from llmtune.evaluate.gates import note_gates, require_gates
 from llmtune.evaluate.suites.suite_registry import try_inputs
-from llmtune.inner_runs import rescore_control, rescore_seeds, run_control, run_seeds
+from llmtune.inner_runs import run_control, run_seeds
 from llmtune.mining import mine_step, survey_step
 from llmtune.model.catalogue import candidate_names
 from llmtune.model.device import release_memory
@@ -74,7 +74,7 @@ from llmtune.store.run_listing import find_start, pin_start
 from llmtune.store.run_lock import hash_keys, read_pins
 from llmtune.store.run_origin import is_own, save_recipe
 from llmtune.store.run_request import RunRequest
-from llmtune.store.seed_runs import SEEDS_UNTIL, share_rows
+from llmtune.store.seed_runs import SEEDS_UNTIL, as_control, control_folder, is_done, seed_folder, share_rows, with_seed
 from llmtune.tasks import base, registry
 from llmtune.train.loop import train
 from llmtune.train.metrics_log import log_results
@@ -275,8 +275,8 @@ def evaluate_step(run: RunContext) -> None:
                 print_scores(evaluation, run.console, run.plan.recipe.task)
             return
         with staged(target) if rank() == 0 else nullcontext() as folder:
-            base = run.request.base or earlier or find_control_scores(run.plan.recipe, run.folder.path)
-            print_scored(score_models(run, folder, base), run.plan.recipe, run.console)
+            folders = run.request.base, earlier, find_control_scores(run.plan.recipe, run.folder.path)
+            print_scored(score_models(run, folder, folders), run.plan.recipe, run.console)
             save_label_errors(run, folder)
         judged = hash_keys(run.folder.path / "recipe.yaml", judging=True)
         step.facts.update(trained=run.once(lambda: hash_folder(run.trained_folder)), recipe=judged)
@@ -350,9 +350,13 @@ def evaluate_run(
         inputs = {"evaluate": evaluation_inputs(plan.recipe, plan.model_ref, rows, examples, path)}
         run.resolved = replace(plan, inputs=inputs)
         again = partial(evaluate_run, console=console, offline=offline, base=base or path / "evaluation")
-        rescore_control(loaded, path, again)
+        control = loaded.recipe.control_run
+        if control and control.on and is_done(further := control_folder(path, control), "train"):
+            again(as_control(loaded, control), further)
         run_steps(run, ["evaluate"])
-        rescore_seeds(loaded, path, again)
+        for seed in loaded.recipe.train.seeds:
+            if is_done(further := seed_folder(path, seed), "train"):
+                again(with_seed(loaded, seed), further)
         return conclude_run(run, plan.recipe)
 
 

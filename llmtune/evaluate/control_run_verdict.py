@@ -35,7 +35,7 @@ def judge_control_run(control: ControlScores, gates: Sequence[GateResult] = ()) 
     if not parts:
         ranked = rank_metrics(control.difference)
         metric = next((name for name in ranked if better_side(name) and name not in COSTS), None)
-        shown = f" ({describe_changes([metric], control)})" if metric else ""
+        shown = f": {describe_changes([metric], control)}" if metric else ""
         return INCONCLUSIVE, f"{claim}: {INCONCLUSIVE}, no metric shows a clear difference{shown}."
     word = INCONCLUSIVE if len(parts) == 2 else YES if changes.better else NO
     return word, f"{claim}: {word}, {' and '.join(parts)}."

@@ -20,6 +20,7 @@ from llmtune.evaluate.per_row_scores import PerRowScores
 from llmtune.recipe.schema import Recipe
 from llmtune.records import FEWEST_ROWS, Difference
 from llmtune.store.control_scores import ControlScores
+from llmtune.store.run_folder import RunFolder
 from llmtune.store.seed_runs import control_folder, is_done
 
 
@@ -32,8 +33,8 @@ def find_control_scores(recipe: Recipe, run: Path) -> Path | None:
     return folder / "evaluation" if is_done(folder, "evaluate") else None
 
 
-def compare_control_run(recipe: Recipe, run: Path, measures: PerRowScores) -> ControlScores | None:
-    """Compare the tuned model's measures in a run folder with those of its control run; None if the recipe has none.
+def compare_control_run(recipe: Recipe, run: RunFolder, measures: PerRowScores) -> ControlScores | None:
+    """Compare the tuned model's measures of a run with those of its control run; None if the recipe has none.
 
     Metrics that the two measure differently are left out. Raises EnvironmentProblem if its scores are damaged.
     """
@@ -43,9 +44,11 @@ def compare_control_run(recipe: Recipe, run: Path, measures: PerRowScores) -> Co
     record = ControlScores(control.name, control.claim, control.meaning)
     if not control.on:
         return replace(record, why_none=f"{control.key} is false")
-    if find_control_scores(recipe, run) is None:
-        return replace(record, why_none="the control run has no scores: run the recipe again")
-    other = open_run_scores(control_folder(run, control), control.name)
+    if find_control_scores(recipe, run.path) is None:
+        failure = run.findings.get("control_failure")
+        why = f"the control run failed: {failure}" if failure else "the control run has no scores; run the recipe again"
+        return replace(record, why_none=why)
+    other = open_run_scores(control_folder(run.path, control), control.name)
     tuned = ScoredRun("the tuned model", recipe, other.evaluation, keep_asked(measures, recipe))
     pairs, left_out = pair_measures(other, tuned)
     for metric in [*pairs]:

@@ -101,7 +101,7 @@ def fingerprint(recipe: Recipe) -> str:
     """Hash everything that affects the trained model: seed, task and its section, data, model, adapter, train.
 
     Name, gates, metrics and generation settings do not affect it, nor does `data.corpus`, unless negatives are mined in
-    it. Neither do additional seeds, whose results are in their own folders.
+    it. Neither do additional seeds and control runs, whose results are in their own folders.
     """
     section = TASK_FACTS[recipe.task].section
     is_hashed = section and (TASK_FACTS[recipe.task].hashes_missing_section or getattr(recipe, section) is not None)
@@ -110,6 +110,8 @@ def fingerprint(recipe: Recipe) -> str:
     dumped["train"]["seeds"] = []
     if section and dumped.get(section):
         dumped[section].pop("control", None)
+    if recipe.distil is not None:
+        dumped["distil"] = recipe.distil.model_dump(mode="json", exclude={"control"})
     defaults = [key for key in CHOSEN_KEYS if getattr(recipe.train, key) == TrainSection.model_fields[key].default]
     if stated := sorted(recipe.train.model_fields_set.intersection(defaults)):
         dumped["train"]["stated"] = stated  # without the key, another value would be chosen

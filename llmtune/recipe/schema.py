@@ -12,6 +12,7 @@ from llmtune.recipe.adapter_section import AdapterSection
 from llmtune.recipe.class_names import follow_renames
 from llmtune.recipe.control_run import ControlRun, find_control_run_problem
 from llmtune.recipe.data_section import DataSection
+from llmtune.recipe.distil_section import DistilSection
 from llmtune.recipe.evaluate_section import EvaluateSection
 from llmtune.recipe.model_kind import ModelKind
 from llmtune.recipe.model_section import ModelSection
@@ -152,6 +153,8 @@ class Recipe(RecipeSection):
     """Settings of `task: embed`. Default none: the defaults of its keys."""
     rerank: RerankSection | None = None
     """Settings of `task: rerank`. Default none: the defaults of its keys."""
+    distil: DistilSection | None = None
+    """Learn from a teacher, next to the labels. Default none: the labels are all that the model learns."""
 
     @property
     def exports(self) -> tuple[str, ...]:
@@ -253,6 +256,8 @@ class Recipe(RecipeSection):
         self.adapter.check(diagnostics, variant, bool(self.model.add_tokens))
         self.train.check(diagnostics, self.data, self.adapter, self.seed, variant)
         self.train.check_task(diagnostics, variant)
+        if self.distil:
+            self.distil.check(diagnostics, variant, self.train.loss_type)
         self.generation.check(diagnostics, variant)
         self.evaluate.check(diagnostics, variant, bool(self.data.test), self.exports, bool(self.data.validation))
         for one in () if self.data.test else self._control_runs():

@@ -23,14 +23,14 @@ from make_debian_sections import SECTIONS, fetch_lists
 from PIL import Image, ImageDraw, ImageFont
 
 QUESTION = "What is on the label?"
-DRAWS = 1200
-"""Labels that are drawn; a label that was drawn before is left out."""
+DRAWS = 1000
+"""Labels that are drawn; repetitions are omitted."""
 SIZE = 112
 MARGIN = 4
-LINE_HEIGHT = 44
-"""Pixels of a line of text; the letters are as large as fits."""
+SECTION_HEIGHT = 36
+"""Pixels for the section at the top; the digit has the rest. Both are as large as fits."""
 MEGABYTES = range(1, 10)
-"""Installed sizes that are drawn: one digit."""
+"""Installed sizes that are drawn: one digit, because the packaged model sees a label as 4 x 4 patches."""
 WEIGHT = 600
 """Weight of a variable font; its default may be a hairline."""
 
@@ -68,31 +68,32 @@ def draw_rows(lists: Path, fonts: dict[str, bytes]) -> Iterator[dict[str, object
         if (section, megabytes, font) in seen:
             continue
         seen.add((section, megabytes, font))
-        url = to_data_url(draw_label((section, f"{megabytes} MB"), fonts[font]))
+        url = to_data_url(draw_label(section, str(megabytes), fonts[font]))
         content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": QUESTION}]
         answer = json.dumps({"section": section, "megabytes": megabytes})
         messages = [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
         yield {"messages": messages, "font": font}
 
 
-def draw_label(lines: tuple[str, ...], font: bytes) -> Image.Image:
-    """Draw lines of text one below the other, black on white, each as large as fits."""
+def draw_label(section: str, digit: str, font: bytes) -> Image.Image:
+    """Draw a section with a digit under it, black on white."""
     picture = Image.new("L", (SIZE, SIZE), 255)
     draw = ImageDraw.Draw(picture)
-    for number, line in enumerate(lines):
-        letters, (left, top, _, bottom) = fit(draw, line, font)
-        middle = SIZE * (2 * number + 1) / (2 * len(lines))
-        draw.text((MARGIN - left, middle - (bottom + top) / 2), line, 0, letters)
+    for line, top, bottom in ((section, 0, SECTION_HEIGHT), (digit, SECTION_HEIGHT, SIZE)):
+        letters, box = fit(draw, line, font, bottom - top - MARGIN)
+        draw.text((MARGIN - box[0], (top + bottom - box[1] - box[3]) / 2), line, 0, letters)
     return picture
 
 
-def fit(draw: ImageDraw.ImageDraw, line: str, font: bytes) -> tuple[ImageFont.FreeTypeFont, tuple[float, ...]]:
+def fit(
+    draw: ImageDraw.ImageDraw, line: str, font: bytes, height: int
+) -> tuple[ImageFont.FreeTypeFont, tuple[float, ...]]:
     """Return the largest letters with which a line fits, and its box."""
-    for pixels in range(LINE_HEIGHT, 0, -1):
+    for pixels in range(2 * height, 0, -1):
         letters = ImageFont.truetype(io.BytesIO(font), pixels)
         set_weight(letters)
         box = draw.textbbox((0, 0), line, font=letters)
-        if box[2] - box[0] <= SIZE - 2 * MARGIN and box[3] - box[1] <= LINE_HEIGHT:
+        if box[2] - box[0] <= SIZE - 2 * MARGIN and box[3] - box[1] <= height:
             break
     return letters, box
 
