@@ -74,7 +74,7 @@ from llmtune.store.run_listing import find_start, pin_start
 from llmtune.store.run_lock import hash_keys, read_pins
 from llmtune.store.run_origin import is_own, save_recipe
 from llmtune.store.run_request import RunRequest
-from llmtune.store.seed_runs import SEEDS_UNTIL, as_control, control_folder, is_done, seed_folder, share_rows, with_seed
+from llmtune.store.seed_runs import SEEDS_UNTIL, control_folder, is_done, scored_as, seed_folder, share_rows, with_seed
 from llmtune.tasks import base, registry
 from llmtune.train.loop import train
 from llmtune.train.metrics_log import log_results
@@ -352,7 +352,7 @@ def evaluate_run(
         again = partial(evaluate_run, console=console, offline=offline, base=base or path / "evaluation")
         control = loaded.recipe.control_run
         if control and control.on and is_done(further := control_folder(path, control), "train"):
-            again(as_control(loaded, control), further)
+            again(scored_as(further, loaded), further)
         run_steps(run, ["evaluate"])
         for seed in loaded.recipe.train.seeds:
             if is_done(further := seed_folder(path, seed), "train"):

@@ -13,7 +13,7 @@ from llmtune.recipe.loader import LoadedRecipe, find_idle_defaults
 from llmtune.recipe.schema import DeploySection
 from llmtune.records import Until
 from llmtune.store.atomic_files import explained, hash_value, staged, write_json
-from llmtune.store.run_folder import MANIFEST, RunFolder, read_manifest
+from llmtune.store.run_folder import MANIFEST, RunFolder, read_manifest, read_run, recipe_of_run
 
 FOLDER, CONTROLS = "seeds", "controls"
 SHARED = ("prepare", "mine", "encode")
@@ -68,6 +68,21 @@ def as_control(loaded: LoadedRecipe, control: ControlRun) -> LoadedRecipe:
         recipe=recipe,
         without_effect=single.without_effect | idle,
         fingerprint=hash_value([loaded.fingerprint, control.name]),
+    )
+
+
+def scored_as(run: Path, loaded: LoadedRecipe) -> LoadedRecipe:
+    """Return the recipe of a finished run, to be scored as another recipe says; without gates."""
+    trained, scored = recipe_of_run(read_run(run)), without_gates(loaded)
+    sections = {name: getattr(scored.recipe, name) for name in ("evaluate", "generation")}
+    prefixes = tuple(f"{name}." for name in sections)
+    origins = {key: origin for key, origin in scored.origins.items() if key.startswith(prefixes)}
+    idle = {key for key in scored.without_effect if key.startswith(prefixes)}
+    return replace(
+        trained,
+        recipe=trained.recipe.model_copy(update=sections),
+        origins=trained.origins | origins,
+        without_effect=frozenset(idle | {key for key in trained.without_effect if not key.startswith(prefixes)}),
     )
 
 
