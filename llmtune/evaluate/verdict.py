@@ -8,6 +8,7 @@ from statistics import fmean
 
 from llmtune.display.number_format import join_names, missing, score, signed
 from llmtune.evaluate.class_sentences import class_reasons
+from llmtune.evaluate.control_run_verdict import explain_gain
 from llmtune.evaluate.control_verdict import weigh_controls
 from llmtune.evaluate.metric_info import CHOICE, COSTS, better_side, direction, list_sides, rank_metrics
 from llmtune.evaluate.seed_spread import warn_of_spread
@@ -367,7 +368,7 @@ def judge_run(
     chance = alpha if champion else CHANCE
     result = weigh_controls(result, evaluation, list_gained(result.word, evaluation, gates, chance))
     studies = evaluation.studies.values() if evaluation else ()
-    added = [study.verdict for study in studies if study.verdict]
+    added = [*(study.verdict for study in studies if study.verdict), *explain_gain(evaluation, gates)]
     in_doubt = any(study.doubtful for study in studies) and result.word in (BETTER, WITHIN)
     return Verdict(INCONCLUSIVE if in_doubt else result.word, " ".join([result.reason, *added]))
 
