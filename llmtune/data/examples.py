@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from typing_extensions import TypedDict
 
 from llmtune import __version__
+from llmtune.data.arrow_columns import number_column
 from llmtune.data.example import Example, list_columns
 from llmtune.data.overlong import TOO_LONG, Lost
 from llmtune.data.rejected_rows import listed, too_many_bad
@@ -330,7 +331,7 @@ def record_batch(examples: Sequence[tuple[int, Example]], kind: type[Example] = 
     lists = [_lists([getattr(example, name) for _, example in examples], number) for name, number in formats]
     numbers = [[getattr(example, name) for _, example in examples] for name in NUMBERS]
     numbers.append([row for row, _ in examples])
-    columns = [*lists, *(pa.array(np.asarray(column, dtype=np.int32)) for column in numbers)]
+    columns = [*lists, *(number_column(np.asarray(column, dtype=np.int32)) for column in numbers)]
     return pa.record_batch(columns, schema=example_schema(kind))
 
 
@@ -342,7 +343,7 @@ def _lists(parts: Sequence[Sequence[float] | Numbers], kind: type[np.generic]) -
         values = np.concatenate([np.asarray(part, dtype=kind) for part in parts])
     else:
         values = np.fromiter(chain.from_iterable(parts), dtype=kind, count=int(borders[-1]))
-    return pa.ListArray.from_arrays(pa.array(borders), pa.array(values))
+    return pa.ListArray.from_arrays(number_column(borders), number_column(values))
 
 
 def _check_left_out(tally: _Tally, rows: Rows, recipe: Recipe, list_file: Path) -> None:

@@ -23,6 +23,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import xxhash
 
+from llmtune.data.arrow_columns import number_column
 from llmtune.data.pictures import Picture, look_same, row_pictures
 from llmtune.data.row_kind import row_input
 from llmtune.data.row_text import RowInput, plain_words
@@ -143,8 +144,8 @@ def _list_pictures(numbers: I64, rows: JsonRows) -> dict[str, tuple[Picture, lis
     """Return the different pictures of the rows with these numbers, each with its rows."""
     pictures: dict[str, tuple[Picture, list[int]]] = {}
     for first, batch in rows():
-        shown = first + np.flatnonzero(pc.match_substring(batch, '"look":').to_numpy(zero_copy_only=False))
-        for number in np.intersect1d(shown, numbers).tolist() if len(shown) else ():
+        shown = pc.indices_nonzero(pc.match_substring(batch, '"look":')).to_pylist()
+        for number in np.intersect1d(first + np.asarray(shown, dtype=np.int64), numbers).tolist() if shown else ():
             for picture in row_pictures(json.loads(batch[number - first].as_py())):
                 pictures.setdefault(picture["content"], (picture, []))[1].append(number)
     return pictures
@@ -202,7 +203,7 @@ def select_rows(numbers: I64, rows: JsonRows) -> Iterator[tuple[I64, list[str]]]
     for first, batch in rows():
         places = np.flatnonzero(taken[first : first + len(batch)])
         if len(places):
-            yield first + places, batch.take(pa.array(places)).to_pylist()
+            yield first + places, batch.take(number_column(places)).to_pylist()
 
 
 @dataclass(frozen=True)

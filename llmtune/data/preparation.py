@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from llmtune import __version__
+from llmtune.data.arrow_columns import number_column
 from llmtune.data.class_spelling import list_changes, require_one_spelling, warn_of_idle_renames
 from llmtune.data.corpus import save_corpus
 from llmtune.data.data_notes import name_changes_sentences
@@ -193,7 +194,9 @@ def _write_rows(
         for split, name in enumerate(SPLITS):
             taken = np.repeat(np.arange(batch.num_rows), np.where(split_N[here] == split, copies_N[here], 0))
             if len(taken):
-                writers[name].add(batch.take(pa.array(taken)), index.content[here][taken], index.group[here][taken])
+                writers[name].add(
+                    batch.take(number_column(taken)), index.content[here][taken], index.group[here][taken]
+                )
     digest = hashlib.sha256()
     for name in SPLITS:
         if name in writers:

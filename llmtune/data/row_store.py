@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from typing_extensions import TypedDict
 
+from llmtune.data.arrow_columns import number_column, text_column
 from llmtune.data.row_hash import BATCH_BYTES, BATCH_ROWS, HashedRow
 from llmtune.errors import DataError, EnvironmentProblem, first_line, system_problem
 from llmtune.records import Json, Row, Rows
@@ -67,8 +68,8 @@ class RowWriter:
 
     def add(self, batch: pa.RecordBatch, content_R2: U64, group_R: U64) -> None:
         """Write rows from the spool, with hashes of their contents and of their groups."""
-        ids = pa.array([f"{high:016x}{low:016x}" for high, low in content_R2.tolist()])
-        groups = [pa.array(group_R)] if GROUP in self._schema else []
+        ids = text_column([f"{high:016x}{low:016x}" for high, low in content_R2.tolist()])
+        groups = [number_column(group_R)] if GROUP in self._schema else []
         if groups:
             self._kept.update(group_R.tobytes())
             self._keeps = True
@@ -154,7 +155,9 @@ def gather_rows(rows: Rows, indexes: Mapping[str, Sequence[int]], folder: Path, 
     for name, numbers in indexes.items():
         if len(numbers):
             with pa.memory_map(str(rows.files[name])) as source:
-                parts.append(pa.ipc.open_file(source).read_all().take(pa.array(numbers, type=pa.int64())))
+                parts.append(
+                    pa.ipc.open_file(source).read_all().take(number_column(np.asarray(numbers, dtype=np.int64)))
+                )
     picked = pa.concat_tables(parts)
     with pa.OSFile(str(target), "wb") as file, pa.ipc.new_file(file, picked.schema) as writer:
         writer.write_table(picked)
@@ -329,8 +332,12 @@ class Spool(AbstractContextManager["Spool"]):
         if self._writer is None:
             self._file = self._path(len(self._state["shards"]), "arrow").open("wb")
             self._writer = pa.ipc.new_stream(self._file, TEXTS)
-        texts = [[row.origin for row in rows], [row.row for row in rows], [row.columns for row in rows]]
-        self._writer.write_batch(pa.record_batch([pa.array(part, pa.string()) for part in texts], schema=TEXTS))
+        texts: list[list[str | None]] = [
+            [row.origin for row in rows],
+            [row.row for row in rows],
+            [row.columns for row in rows],
+        ]
+        self._writer.write_batch(pa.record_batch([text_column(part) for part in texts], schema=TEXTS))
         numbers = np.empty(len(rows), dtype=NUMBERS)
         numbers["content"] = np.frombuffer(b"".join(row.content for row in rows), dtype=">u8").reshape(-1, 2)
         for name in ("text", "group", "source", "split"):

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
-from functools import partial
+from functools import cached_property, partial
 from itertools import chain
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -66,15 +66,20 @@ class WorkerPool(Generic[BatchT, ResultT]):
     def __init__(self, function: Callable[[BatchT], ResultT], *, cores: int | None = None, eager: bool = False) -> None:
         """Take a function that can be pickled; `eager` starts the workers at once."""
         self._function = function
-        self._workers = (usable_cores() if cores is None else cores) - 1
-        self._start = elsewhere.get() or (partial(_start_processes, self._workers) if self._workers else None)
+        self._cores = cores
         self._eager = eager
+
+    @cached_property
+    def _start(self) -> Callable[[bytes], AbstractContextManager[Workers]] | None:
+        """Return what starts workers; None without any. Counting cores imports joblib, so small data do without."""
+        workers = (usable_cores() if self._cores is None else self._cores) - 1
+        return elsewhere.get() or (partial(_start_processes, workers) if workers else None)
 
     def map(self, batches: Iterable[BatchT], size: Callable[[BatchT], int], total: int) -> Iterator[ResultT]:
         """Yield the result of each batch in order; sizes add up to `total`, used to estimate the remaining work."""
         began, done = time.monotonic(), 0
         batches = iter(batches)
-        if not self._eager or self._start is None:
+        if not (self._eager and self._start):
             for batch in batches:
                 yield self._function(batch)
                 done += size(batch)

@@ -96,13 +96,15 @@ def fingerprint(recipe: Recipe) -> str:
     """Hash everything that affects the trained model: seed, task and its section, data, model, adapter, train.
 
     Name, gates, metrics and generation settings do not affect it, nor does `data.corpus`, unless negatives are mined in
-    it. Neither do additional seeds, whose results are in their own folders.
+    it. Neither do additional seeds and control runs, whose results are in their own folders.
     """
     section = TASK_FACTS[recipe.task].section
     is_hashed = section and (TASK_FACTS[recipe.task].hashes_missing_section or getattr(recipe, section) is not None)
     parts = {"seed", "task", "data", "model", "adapter", "train", *([section] if section and is_hashed else [])}
     dumped = recipe.model_dump(mode="json", include=parts)
     dumped["train"]["seeds"] = []
+    if recipe.distil is not None:
+        dumped["distil"] = recipe.distil.model_dump(mode="json", exclude={"control"})
     defaults = [key for key in CHOSEN_KEYS if getattr(recipe.train, key) == TrainSection.model_fields[key].default]
     if stated := sorted(recipe.train.model_fields_set.intersection(defaults)):
         dumped["train"]["stated"] = stated  # without the key, another value would be chosen

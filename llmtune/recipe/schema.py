@@ -11,6 +11,7 @@ from llmtune.errors import Problem
 from llmtune.recipe.adapter_section import AdapterSection
 from llmtune.recipe.class_names import follow_renames
 from llmtune.recipe.data_section import DataSection
+from llmtune.recipe.distil_section import DistilSection
 from llmtune.recipe.evaluate_section import EvaluateSection
 from llmtune.recipe.model_kind import ModelKind
 from llmtune.recipe.model_section import ModelSection
@@ -154,6 +155,8 @@ class Recipe(RecipeSection):
     """Settings of `task: rerank`. Default none: the defaults of its keys."""
     reinforce: ReinforceSection | None = None
     """Settings of `task: reinforce`, which needs `rewards`. Default none."""
+    distil: DistilSection | None = None
+    """Learn from a teacher, next to the labels. Default none: the labels are all that the model learns."""
 
     @property
     def exports(self) -> tuple[str, ...]:
@@ -242,6 +245,8 @@ class Recipe(RecipeSection):
         self.adapter.check(diagnostics, variant, bool(self.model.add_tokens))
         self.train.check(diagnostics, self.data, self.adapter, self.seed, variant)
         self.train.check_task(diagnostics, variant)
+        if self.distil:
+            self.distil.check(diagnostics, variant, self.train.loss_type)
         self.generation.check(diagnostics, variant)
         self.evaluate.check(diagnostics, variant, bool(self.data.test), self.exports, bool(self.data.validation))
         self._check_deploy(diagnostics, variant)

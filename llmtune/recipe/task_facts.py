@@ -115,6 +115,8 @@ class TaskFacts:
     """The hub's tags for models of the task."""
     searches: bool = False
     """Whether test queries are searched in passages, such as those of `data.corpus`."""
+    distils: bool = False
+    """Whether its models can learn the predictions of a teacher (`distil`)."""
     mines: bool = False
     """Whether negatives can be mined (`data.negatives`)."""
     after: str | None = None
@@ -181,6 +183,7 @@ _TASKS = (
         has_turns=True,
         simple_baseline="tfidf",
         baseline_metrics=CHOICE_METRICS,
+        distils=True,
     ),
     TaskFacts(
         "completion",
@@ -198,6 +201,7 @@ _TASKS = (
         overlong=_ANY_LENGTH,
         simple_baseline="tfidf",
         baseline_metrics=CHOICE_METRICS,
+        distils=True,
     ),
     TaskFacts(
         "translate",
@@ -219,6 +223,7 @@ _TASKS = (
         prompt_name="source",
         pipeline="translation",
         unswapped="a translation may have to change with the group",
+        distils=True,
     ),
     TaskFacts(
         "summarize",
@@ -239,6 +244,7 @@ _TASKS = (
         pipeline="summarization",
         simple_baseline="lead3",
         baseline_metrics=(*ROUGE, "chrf", "length_ratio"),
+        distils=True,
     ),
     TaskFacts(
         "qa",
@@ -274,6 +280,7 @@ _TASKS = (
         prompt_name="text",
         metric_notes={"loss": "loss per row, as in training", "accuracy": "label is right; with several, all of them"},
         decodes=False,
+        distils=True,
     ),
     TaskFacts(
         "token-classify",
@@ -297,6 +304,7 @@ _TASKS = (
             "recall": "share of true entities that were found",
         },
         decodes=False,
+        distils=True,
     ),
     TaskFacts(
         "speech",

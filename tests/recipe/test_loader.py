@@ -163,6 +163,13 @@ def test_the_fingerprint_ignores_name_gates_metrics_and_generation_only(write):
     assert len({plain, *others}) == len(others) + 1
 
 
+def test_a_teacher_changes_the_fingerprint_and_its_control_run_does_not(write):
+    sets = ["distil.teacher=a/b"], ["distil={teacher: a/b, control: false}"], ["distil={teacher: a/b, weight: 0.3}"]
+    plain, (alone, with_control, weighted) = load_recipe(write()), (load_recipe(write(), one) for one in sets)
+    assert alone.fingerprint == with_control.fingerprint
+    assert len({plain.fingerprint, alone.fingerprint, weighted.fingerprint}) == 3
+
+
 @pytest.mark.parametrize("key", CHOSEN_KEYS)
 def test_a_stated_default_that_replaces_a_choice_is_another_recipe(write, key: str):
     default = TrainSection.model_fields[key].default

@@ -4,6 +4,7 @@ from llmtune.recipe.loader import load_recipe
 
 TWO = "data.train=[a.jsonl, b.jsonl]"
 MASKED, PREFERENCE = ["task=completion", "completion.objective=masked"], ["task=preference"]
+TEACHER = "distil={teacher: owner/teacher}"
 CANDIDATES = ["model.name=null", "model.candidates=[a/b, c/d]"]
 POINTING, WRITING = ["task=qa", "qa.style=extractive"], ["task=qa", "qa.style=generative"]
 
@@ -110,6 +111,12 @@ def test_the_same_key_is_accepted_where_it_has_an_effect(write, sets, key):
         (["model.name=a", "model.candidates=[a, b]"], "both 'model.name' and 'model.candidates'", "Keep one of them"),
         (["model.name=null"], "neither 'model.name' nor 'model.candidates'", "Name a model"),
         (["model.name=null", "model.candidates=[a, a]"], "names a model twice", "once"),
+        (["task=qa", TEACHER], "'distil' has no effect with task: qa", "chat, completion, translate, summarize"),
+        (["task=completion", "completion.objective=masked", TEACHER], "masks other tokens", "objective: causal"),
+        (["train.loss_type=dft", TEACHER], "'train.loss_type' is dft", "remove distil"),
+        (["task=classify", "distil={teacher: a/b, top_k: 8}"], "'distil.top_k' has no effect", "Remove it"),
+        (["task=token-classify", "distil={teacher: a/b, top_k: 8}"], "'distil.top_k' has no effect", "Remove it"),
+        (["distil.weight=0.3"], "'distil.teacher' is missing", ""),
         (["task=rerank", *CANDIDATES], "its models start from a new head", "one model"),
         (["task=embed", *CANDIDATES, "model.trials=5"], "'model.trials' compares bits per byte", "before tuning"),
         (["model.name=a/b/c"], "'model.name' is 'a/b/c'", "Name an existing folder"),
