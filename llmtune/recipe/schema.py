@@ -13,12 +13,12 @@ from llmtune.recipe.class_names import follow_renames
 from llmtune.recipe.data_section import DataSection
 from llmtune.recipe.distil_section import DistilSection
 from llmtune.recipe.evaluate_section import EvaluateSection
-from llmtune.recipe.model_kind import ModelKind
+from llmtune.recipe.model_kind import TEMPLATE_KEYS, ModelKind
 from llmtune.recipe.model_section import ModelSection
 from llmtune.recipe.reinforce_section import ReinforceSection
 from llmtune.recipe.section import Positive, RecipeSection, Seed, descriptions, find_section, one_or_more
 from llmtune.recipe.source_map import Diagnostics
-from llmtune.recipe.task_facts import TASK_FACTS, TEMPLATE_KEYS
+from llmtune.recipe.task_facts import TASK_FACTS
 from llmtune.recipe.task_sections import (
     EMBED_KEYS,
     QA_KEYS,
