@@ -107,7 +107,7 @@ def test_gates_judge_samples_and_each_reward(run: Path):
 @pytest.mark.parametrize(
     ("change", "what", "fix"),
     [
-        ("evaluate.gates=[rewards.vowel > base]", "uses an unknown reward", "rewards.vowels"),
+        ("evaluate.gates=[rewards.vowel > base]", "uses an unknown metric", "rewards.vowels"),
         ("evaluate.gates=[pass@2 > base]", "uses a metric that is not computed", "Add pass@2 to evaluate.metrics"),
         ("evaluate.metrics=[pass@x]", "unknown metric 'pass@x'", "pass@1"),
         ("evaluate.metrics=[pass@9]", "'pass@9' needs 9 samples", "Set reinforce.samples"),

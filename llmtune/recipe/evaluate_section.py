@@ -309,7 +309,8 @@ class EvaluateSection(RecipeSection):
             diagnostics.no_effect("evaluate.limit", "without a metric on generated answers", fix, key)
 
     def _check_gates(self, diagnostics: Diagnostics, variant: TaskVariant, exports: Sequence[str]) -> None:
-        metrics, allowed = self.chosen_metrics(variant), variant.facts.metrics
+        metrics = (*self.chosen_metrics(variant), *variant.study_metrics)
+        allowed = (*variant.facts.metrics, *variant.study_metrics)
         if CUT_METRIC in allowed and variant.generates and self.predicted & set(metrics):
             metrics = tuple(dict.fromkeys((*metrics, CUT_METRIC)))
         decided = [metric for key in self.decisions for metric in DECISIONS[key]]
@@ -321,14 +322,11 @@ class EvaluateSection(RecipeSection):
                 (problem,) = error.problems
                 diagnostics.add(key, problem.what, problem.fix or "")
                 continue
-            if gate.metric in (*metrics, *decided, *variant.study_metrics):
+            if gate.metric in (*metrics, *decided):
                 continue
             if gate.on_export:
                 check_export_gate(diagnostics, key, gate, metrics, exports)
-            elif variant.study_metrics and gate.metric.startswith("rewards."):
-                fix = f"{nearest(gate.metric, variant.study_metrics)} Rewards: {', '.join(variant.study_metrics)}."
-                diagnostics.add(key, f"the gate {text!r} uses an unknown reward", fix.strip(), "reinforce.rewards")
-            elif "." in gate.metric:
+            elif "." in gate.metric and not (variant.rewards and gate.metric.startswith("rewards.")):
                 self._check_suite_gate(diagnostics, key, gate, variant, has_test=True)
             elif adding := key_of_decision(gate.metric):
                 what = f"the gate {text!r} uses a metric that is not computed"

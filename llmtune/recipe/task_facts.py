@@ -35,13 +35,6 @@ NEAREST_TO_ONE = frozenset({"length_ratio"})
 """Metrics that are best near 1: neither more nor less is better."""
 COST = "_cost"
 """Ending of a metric's name for which lower is better; so users mark their own metrics."""
-SIMPLE_BASELINES: Mapping[str, str] = {
-    "tfidf": "TF-IDF with logistic regression",
-    "bm25": "BM25",
-    "unigram": "the most frequent tag of each word",
-    "lead3": "the first three sentences",
-}
-"""Baselines without a language model, by the names that gates use."""
 CONTROLS: Mapping[str, str] = {"blind": "a grey picture", "swapped": "another row's picture"}
 """Pictures that replace those of test rows, by the names that gates use."""
 CONTROL_RUNS: Mapping[str, str] = {

@@ -282,8 +282,7 @@ class Threshold:
 class Decision:
     """Rules for a tuned model's answers, fitted on validation `rows`; `decision.json` next to the model.
 
-    `labels` and `many` are as in `Calibration`. The rules use the probabilities at temperature 1: a temperature fitted
-    on the same rows would make them depend on these rows' labels.
+    `labels` and `many` are as in `Calibration`. The rules use temperature 1, which does not depend on these rows' labels.
     """
 
     labels: tuple[str, ...]

@@ -10,10 +10,11 @@ A batch comes from `llmtune.data.collators`, one row per answer. In addition, th
 
 With the ratio r = p(token) / p_old(token) and the advantage A of the token's answer, each token's loss is
 
-    -min(r A, clip(r, 1 - epsilon, 1 + epsilon) A) + beta (q - log q - 1), q = p_reference(token) / p(token)
+    -min(r A, clip(r, 1 - epsilon, 1 + epsilon) A) + beta r (q - log q - 1), q = p_reference(token) / p(token)
 
 Shao et al. 2024, "DeepSeekMath", arXiv:2402.03300, eq. 3; the second term is Schulman's estimator k3 of the KL
-divergence. The sum of a step is divided by
+divergence, times r as in DeepSeek-V3.2, arXiv:2512.02556, which makes its gradient unbiased. The sum of a step is
+divided by
 
     dr_grpo   answers times the longest possible answer: Liu et al. 2025, arXiv:2503.20783
     grpo      answers, after each answer's loss is divided by its own tokens
@@ -66,7 +67,7 @@ def policy_loss(losses_S: torch.Tensor, batch: Batch, section: ReinforceSection)
     tokens_S = -torch.minimum(ratios_S * advantages_S, clipped_S * advantages_S)
     if section.ties:
         gaps_S = batch["reference_S"] - logps_S
-        tokens_S = tokens_S + section.beta * (gaps_S.exp() - gaps_S - 1)
+        tokens_S = tokens_S + section.beta * ratios_S * (gaps_S.exp() - gaps_S - 1)
     if section.loss == "grpo":
         counts_R = rows_S.bincount(minlength=batch["n_rows"])
         tokens_S = tokens_S / counts_R[rows_S]

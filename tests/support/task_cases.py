@@ -58,8 +58,8 @@ RANKED = [
 NO_TEXT = {"generation": {"max_new_tokens": None}}
 RATES = {"lora": 1e-2, "qlora": 4e-3, "full": 2e-3}
 MASKED = {"completion": {"objective": "masked"}, "generation": {"max_new_tokens": None}}
-SAMPLED = {"rewards": {"chrf": 1.0}, "samples": 4, "max_new_tokens": 8, "mask_truncated": False, "loss": "dapo"}
-KEPT = {"method": "filter", "rewards": {"chrf": 1.0}, "samples": 4, "max_new_tokens": 8, "accept": 0.1}
+SAMPLED = {"rewards": {"chrf": 1.0}, "samples": 16, "max_new_tokens": 2, "mask_truncated": False, "loss": "dapo"}
+KEPT = {"method": "filter", "rewards": {"chrf": 1.0}, "samples": 4, "max_new_tokens": 8, "accept": 0.02, "rounds": 1}
 STILL = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
 
