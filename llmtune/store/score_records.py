@@ -282,7 +282,7 @@ class Threshold:
 class Decision:
     """Rules for a tuned model's answers, fitted on validation `rows`; `decision.json` next to the model.
 
-    `labels` and `many` are as in `Calibration`. The rules use temperature 1, which does not depend on these rows' labels.
+    `labels` and `many` are as in `Calibration`. Rules use temperature 1, which does not depend on these rows' labels.
     """
 
     labels: tuple[str, ...]
