@@ -80,11 +80,10 @@ def print_check(document: Json) -> None:
     def interval(one: Json) -> list[str]:
         return [f"{one['value']:.3f}", f"{one['low']:.3f} to {one['high']:.3f}"]
 
-    table = [
-        [one["answers"], *interval(one["reward"]), *(interval(one["gap"]) if "gap" in one else ["", ""])]
-        + ["" if one.get("clear", True) else "not clear"]
-        for one in document["probes"].values()
-    ]
+    table = []
+    for one in document["probes"].values():
+        gap = [*interval(one["gap"]), "" if one["clear"] else "not clear"] if "gap" in one else ["", "", ""]
+        table.append([one["answers"], *interval(one["reward"]), *gap])
     names = ("reward", "95 %", "references are above by", "95 %", "")
     title = f"{document['rows']} rows; " + "; ".join(
         f"{one['name']}: {one['signature']}" for one in document["rewards"]
@@ -92,7 +91,8 @@ def print_check(document: Json) -> None:
     console = make_console(stderr=False)
     print_blocks([Table(["answers", *(Column(name, "number") for name in names)], table, title)], console)
     correlation = interval(document["length_correlation"])
-    lines = [f"Rank correlation of wrong answers with their length: {correlation[0]} ({correlation[1]})"]
+    longer = "; longer ones get more" if document["length_correlation"]["low"] > 0 else ""
+    lines = [f"Rank correlation of wrong answers with their length: {correlation[0]} ({correlation[1]}){longer}"]
     lines += [f"Time per call: {1000 * document['seconds_per_call']:.3g} ms"]
     lines += [f"None, not applicable: {sum(document['none'].values())} answers"] if document["none"] else []
     lines += [f"Suggested: reinforce.accept: {document['recipe']['accept']:g}"] if document["ok"] else []

@@ -56,7 +56,7 @@ MALFORMED = (
 NEUTRAL = (
     "well then we may say this in some other way as it was before and now it seems so to us here while others "
     "often look at that from far away or near by day and night until they come home again with more of the same"
-).split()
+)
 LENGTHS = (0, 4, 16, 64, 256)
 """Neutral words after a wrong answer."""
 PROBES = {
@@ -149,8 +149,8 @@ def make_probes(rows: Sequence[Row], answer_form: str, seed: int) -> dict[str, l
         probes["options"].append(answer_form.replace("{}", "\n".join(options)))
         probes["malformed"].append(MALFORMED[number % len(MALFORMED)])
         for words in LENGTHS:
-            padding = (NEUTRAL * (1 + words // len(NEUTRAL)))[:words]
-            probes[f"padded{words}"].append(" ".join([wrong, *padding]))
+            padding = NEUTRAL.split() * LENGTHS[-1]
+            probes[f"padded{words}"].append(" ".join([wrong, *padding[:words]]))
     return {**probes, "padded": probes[f"padded{LENGTHS[-1]}"]}
 
 
