@@ -10,7 +10,6 @@ from llmtune.data.example import Example
 from llmtune.evaluate.evaluated_task import EvaluatedTask, LoadedModel
 from llmtune.evaluate.generation import answer_ends, answer_reader
 from llmtune.evaluate.rewards import REWARDS, Reward, read_rewards, reward_answers, weigh_rewards
-from llmtune.evaluate.sample_metrics import RatedAnswer, RatedPrompt, RatedSample, RewardFacts, repeats_prompt
 from llmtune.evaluate.sampled_decoding import SampledAnswer, sample_answers
 from llmtune.evaluate.token_batches import TOKEN_BUDGET, budget_for, run_in_batches
 from llmtune.model.causal_lm_loss import move_to
@@ -18,6 +17,7 @@ from llmtune.recipe.reinforce_section import ReinforceSection
 from llmtune.records import Advance, Row
 from llmtune.store.atomic_files import hash_file, hash_value
 from llmtune.tasks.preference_losses import kl_per_token
+from llmtune.tasks.sample_metrics import RatedAnswer, RatedPrompt, RatedSample, RewardFacts, repeats_prompt
 
 SHARES = REWARDS.keys() - {"chrf"}
 """Rewards that are numbers from 0 to 1."""

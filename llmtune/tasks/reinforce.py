@@ -14,7 +14,6 @@ from llmtune.data.task_interface import Encoded
 from llmtune.errors import DataError
 from llmtune.evaluate.evaluated_task import EvalPrediction, LoadedModel
 from llmtune.evaluate.metric import Measure
-from llmtune.evaluate.sample_metrics import RatedPrompt, measure_samples, study_rewards
 from llmtune.recipe.reinforce_section import ReinforceSection
 from llmtune.recipe.schema import Recipe
 from llmtune.records import Batch, Row, Rows
@@ -22,6 +21,7 @@ from llmtune.store.score_records import Study
 from llmtune.tasks.chat import Chat
 from llmtune.tasks.rated_samples import describe_rewards, rate_samples
 from llmtune.tasks.rollouts import Rollouts
+from llmtune.tasks.sample_metrics import RatedPrompt, measure_samples, study_rewards
 from llmtune.train.objective import StepObjective
 
 

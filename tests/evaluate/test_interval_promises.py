@@ -37,7 +37,6 @@ from llmtune.evaluate.metric import Measure, measure_right, measure_shares, pair
 from llmtune.evaluate.metric_info import better_side
 from llmtune.evaluate.paired_statistics import widen
 from llmtune.evaluate.ranking_metrics import RankedQuery, measure_ranking, measure_spread
-from llmtune.evaluate.sample_metrics import measure_samples
 from llmtune.evaluate.suites.own_metrics import OwnMetric, measure_values
 from llmtune.evaluate.text_metrics import (
     SQUAD_METRICS,
@@ -55,6 +54,7 @@ from llmtune.recipe.task_sections import PreferenceSection
 from llmtune.records import Difference
 from llmtune.store.score_records import Champion, Decision, Evaluation, Study, Threshold
 from llmtune.tasks.preference_metrics import measure_preferences
+from llmtune.tasks.sample_metrics import measure_samples
 
 BAR = 0.05
 TRIALS, FEW_TRIALS = 300, 100

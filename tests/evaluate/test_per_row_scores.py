@@ -25,12 +25,12 @@ from llmtune.evaluate.classification_metrics import (
 from llmtune.evaluate.metric import Measure, paired_difference
 from llmtune.evaluate.per_row_scores import MEASURES, PerRowScores, load_measures, name_rows, save_measures
 from llmtune.evaluate.ranking_metrics import RankedQuery, measure_ranking, measure_spread
-from llmtune.evaluate.sample_metrics import measure_samples
 from llmtune.evaluate.text_metrics import TEXT_MEASURES, TOKEN_METRICS, measure_cer, measure_tokens, measure_wer
 from llmtune.evaluate.tool_metrics import measure_tools
 from llmtune.recipe.task_facts import CALIBRATION, RANKING, TASK_FACTS, TOOL_METRICS
 from llmtune.recipe.task_sections import PreferenceSection
 from llmtune.tasks.preference_metrics import measure_preferences
+from llmtune.tasks.sample_metrics import measure_samples
 
 ROWS = 12
 random = np.random.default_rng(3)

@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from llmtune.evaluate.sample_metrics import RatedPrompt, RewardFacts
 from llmtune.recipe.task_facts import SAMPLED
+from llmtune.tasks.sample_metrics import RatedPrompt, RewardFacts
 
 SAMPLED_METRICS = (*SAMPLED, "pass@10")
 SIGNATURES = {"right": "answer is right", "honest": "a judge's"}

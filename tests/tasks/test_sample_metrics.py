@@ -9,14 +9,14 @@ from support.rated_samples import RATED_FACTS, SAMPLED_METRICS, rate_prompt, rat
 
 from llmtune.evaluate.metric import PairedMeasures
 from llmtune.evaluate.metric_info import COSTS, better_side, full_note
-from llmtune.evaluate.sample_metrics import (
+from llmtune.evaluate.verdict import judge_run
+from llmtune.store.score_records import Evaluation
+from llmtune.tasks.sample_metrics import (
     estimate_pass,
     measure_samples,
     repeats_prompt,
     study_rewards,
 )
-from llmtune.evaluate.verdict import judge_run
-from llmtune.store.score_records import Evaluation
 
 FACTS, AUDITED = RATED_FACTS, replace(RATED_FACTS, audit="honest")
 PROMPT = "How many hours are two days?"
