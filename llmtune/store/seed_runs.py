@@ -15,7 +15,7 @@ from llmtune.store.atomic_files import explained, hash_value, staged, write_json
 from llmtune.store.run_folder import MANIFEST, RunFolder, read_manifest
 
 FOLDER = "seeds"
-SHARED = ("prepare", "mine", "encode")
+SHARED = ("prepare", "mine", "encode", "teach")
 """Steps whose results do not depend on the seed."""
 SEEDS_UNTIL: dict[Until, Until] = {"train": "train", "evaluate": "evaluate", "run": "evaluate"}
 """Last step of the run -> last step of its additional seeds."""
