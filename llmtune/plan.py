@@ -26,6 +26,7 @@ from llmtune.errors import EnvironmentProblem, RecipeError
 from llmtune.evaluate.cache_keys import evaluation_inputs
 from llmtune.evaluate.suites.judge_client import host
 from llmtune.evaluate.suites.suite_registry import check_inputs, check_variant
+from llmtune.evaluate.teacher import find_teacher, teacher_inputs
 from llmtune.model.config import read_model_config
 from llmtune.model.device import describe_device, pick_device
 from llmtune.model.kernels import check_kernels
@@ -52,7 +53,6 @@ from llmtune.store.run_request import RunRequest
 from llmtune.tasks.base import AnyTask
 from llmtune.tasks.registry import choose_variant, get_task
 from llmtune.train.setup import train_inputs
-from llmtune.train.teacher_cache import find_teacher, teacher_inputs
 
 T = TypeVar("T")
 SHARDED = ("full", "lora", "qlora")

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, cached_property, partial
 from pathlib import Path
-from sys import maxsize
 
 import torch
 from transformers import PreTrainedModel
@@ -16,9 +15,8 @@ from llmtune.adapter.data_init import sample_rows
 from llmtune.adapter.injection import adapter_settings, inject
 from llmtune.adapter.load import find_adapter
 from llmtune.adapter.saving import load_adapter
-from llmtune.data.examples import ExampleReader
 from llmtune.display.console import spinner
-from llmtune.errors import EnvironmentProblem, RecipeError
+from llmtune.errors import EnvironmentProblem
 from llmtune.evaluate.cache_keys import base_inputs, simple_inputs
 from llmtune.evaluate.champion import face_champion
 from llmtune.evaluate.champion_answers import ChampionModel, ask_champion, ask_classes
@@ -30,38 +28,27 @@ from llmtune.evaluate.results import SIMPLE, TUNED, load_base
 from llmtune.evaluate.scoring import ScoreRequest, score_run
 from llmtune.evaluate.simple_baseline import score_simple_baseline
 from llmtune.evaluate.suites.label_errors import save_suspects
-from llmtune.model.causal_lm_loss import move_to
-from llmtune.model.config import find_class, keeps_float32, read_model_config, why_headless
-from llmtune.model.device import compute_context, loading_device, pick_device, release_memory, resolve_dtype
+from llmtune.evaluate.teacher import (
+    FOLDER,
+    begin_recording,
+    check_teacher,
+    plan_teacher,
+    record_predictions,
+    recorded_facts,
+    teacher_run,
+)
+from llmtune.model.config import find_class, keeps_float32, why_headless
+from llmtune.model.device import loading_device, pick_device, release_memory
 from llmtune.model.loading import load_model
-from llmtune.model.memory_plan import check_context
 from llmtune.model.processor import load_processor
-from llmtune.model.teacher_loss import Recorder
 from llmtune.plan import RunContext, find_variant, open_finished
-from llmtune.recipe.adapter_section import DATA_STARTS, AdapterSection
+from llmtune.recipe.adapter_section import DATA_STARTS
 from llmtune.recipe.schema import Recipe
 from llmtune.records import AdaptedModel, ModelRef, Row, SelectedModel
 from llmtune.store.atomic_files import hash_folder
-from llmtune.store.processes import rank, world_size
 from llmtune.train.distributed import join_processes, wait_for_processes
 from llmtune.train.preflight import check_examples
 from llmtune.train.sharding import Made, shard_model, share_model
-from llmtune.train.teacher_cache import (
-    FOLDER,
-    KEY,
-    LEARNED,
-    Records,
-    begin_recording,
-    check_tokenizers,
-    find_teacher,
-    is_run,
-    plan_bytes,
-    record_teacher,
-    recorded_facts,
-    to_records,
-)
-
-SHOWN_LABELS = 10
 
 
 def make_adapted(context: RunContext) -> AdaptedModel:
@@ -88,14 +75,9 @@ def _make(context: RunContext, make: Callable[[Recipe, str], Made], *, training:
 def _make_adapted(context: RunContext, recipe: Recipe, device: str) -> AdaptedModel:
     plan, sample = context.plan, None
     with spinner(context.console, "loading the model"):
+        masters = not context.shards
         selected = load_model(
-            plan.model_ref,
-            recipe,
-            plan.task,
-            plan.processor,
-            device=device,
-            training=True,
-            masters=not context.shards,
+            plan.model_ref, recipe, plan.task, plan.processor, device=device, training=True, masters=masters
         )
     check_examples(context.rows, context.examples, plan.task, selected, recipe)
     if recipe.adapter.init_lora_weights in DATA_STARTS:
@@ -240,99 +222,35 @@ def save_label_errors(context: RunContext, folder: Path | None) -> None:
 
 def record_step(context: RunContext) -> None:
     """Record the teacher's predictions that training needs, in all processes, and free its memory."""
-    plan, folder = context.plan, context.folder
-    inputs, section = plan.inputs.get("teach"), plan.recipe.distil
-    if inputs is None or section is None or context.once(lambda: folder.is_valid("train", plan.inputs["train"])):
+    plan, folder, inputs = context.plan, context.folder, context.plan.inputs.get("teach")
+    if inputs is None or context.once(lambda: folder.is_valid("train", plan.inputs["train"])):
         return
-    target, name = folder.path / "data" / FOLDER, f"data/{FOLDER}"
+    target, examples = folder.path / "data" / FOLDER, context.examples
     is_damaged = context.once(lambda: folder.is_done("teach"))  # if it has to be done again
-    with context.step("teach", inputs, [name]) as step:
-        if step.skipped:
-            return
-        join_processes(plan.device)
-        needed = plan_bytes(plan.task, plan.recipe, context.examples)
-        context.once(lambda: begin_recording(target, inputs, needed, restart=is_damaged))
-        with open_teacher(context) as (model, packs):
-            _record(context, model, packs, target)
-        release_memory()
-        wait_for_processes()
-        step.facts.update(recorded_facts(target, section, context.examples))
+    with context.step("teach", inputs, [f"data/{FOLDER}"]) as step:
+        if not step.skipped:
+            join_processes(plan.device)
+            context.once(lambda: begin_recording(target, inputs, plan, examples, restart=is_damaged))
+            with open_teacher(context) as (model, packs):
+                record_predictions(plan, model, packs, examples, target, context.console, context.shards)
+            wait_for_processes()
+            step.facts.update(recorded_facts(target, plan.recipe, examples))
+    release_memory()
 
 
 @contextmanager
 def open_teacher(context: RunContext) -> Iterator[tuple[torch.nn.Module, bool]]:
-    """Yield the teacher of a run, which must be able to predict for its student, and whether it reads packed rows.
-
-    Raises:
-        RecipeError: it does another task, or has another tokenizer or other classes.
-        DataError: a row is longer than its context.
-    """
-    plan, task = context.plan, context.plan.task
-    section = plan.recipe.distil
-    assert section is not None, "the recipe has a teacher"
-    trained, offline = is_run(section.teacher), context.request.offline
-    teacher = open_finished(Path(section.teacher), context.console, offline) if trained else _plain_teacher(context)
-    there, name = teacher.plan, section.teacher
-    if type(there.task) is not type(task):
-        what = f"{name} is a model for task {there.recipe.task} ({there.task.model_kind.auto_class})"
-        raise RecipeError.of(f"{what}, but the student is for {plan.recipe.task}", KEY, "Name one for the same task.")
-    kinds = [one.task.output_kind(one.recipe) for one in (there, plan)]
-    labels = [one.task.output_labels(one.recipe) for one in (there, plan)]
-    if kinds[0] != kinds[1] or "number" in kinds:
-        what = f"{name} predicts another kind of label" if kinds[0] != kinds[1] else "numbers have no distribution"
-        raise RecipeError.of(f"{what}, so the student cannot learn it", KEY, "Remove distil, or name another teacher.")
-    if labels[0] != labels[1]:
-        shown = " and ".join(", ".join(one[:SHOWN_LABELS]) for one in labels)
-        what = f"{name} has other classes, or another order: the teacher's and the student's are {shown}"
-        raise RecipeError.of(
-            what, KEY, "List the student's in the same order, or train the teacher on the same classes."
-        )
-    if not trained and (headless := why_headless(there.model_ref, there.recipe, task)):
-        raise RecipeError.of(f"{name} cannot teach: {headless}", KEY, "Name a trained run.")
-    check_tokenizers(plan.processor, there.processor, context.rows, name)
-    check_context(there.model_ref, there.recipe, task, max(context.examples.reach.values()))
+    """Yield the teacher of a run, and whether it reads packed rows. Raises as `check_teacher` does."""
+    plan, offline = context.plan, context.request.offline
+    run = teacher_run(plan.recipe)
+    if run is not None:
+        teacher = open_finished(run, context.console, offline)
+    else:
+        recipe, model_ref = plan_teacher(plan.recipe, context.console, offline)
+        task, processor = find_variant(recipe, model_ref), cache(partial(load_processor, model_ref, recipe.model))
+        there = replace(plan, recipe=recipe, task=task, model_ref=model_ref, open_processor=processor)
+        teacher = replace(context, resolved=there)
+    check_teacher(teacher.plan, plan, context.rows, max(context.examples.reach.values()))
     models = Models(teacher)
-    with ExitStack() as stack:
-        with spinner(context.console, "loading the teacher"):
-            model = stack.enter_context(models.tuned() if trained else models.base())
+    with models.tuned() if run else models.base() as model:
         yield model.eval(), bool(models.packs)
-
-
-def _plain_teacher(context: RunContext) -> RunContext:
-    """Return a context in which the base model is the teacher, read by the student's recipe without its adapter."""
-    plan, section = context.plan, context.plan.recipe.distil
-    model_ref = find_teacher(plan.recipe, context.console, context.request.offline)
-    assert section is not None
-    assert model_ref is not None
-    model = plan.recipe.model.model_copy(update={"name": section.teacher, "revision": "main"})
-    recipe = plan.recipe.model_copy(update={"model": model, "adapter": AdapterSection()})
-    processor = cache(partial(load_processor, model_ref, model, recipe.data.system_prompt))
-    task = find_variant(recipe, model_ref)
-    return replace(
-        context, resolved=replace(plan, recipe=recipe, task=task, model_ref=model_ref, open_processor=processor)
-    )
-
-
-def _record(context: RunContext, model: torch.nn.Module, packs: bool, folder: Path) -> None:
-    plan, task, section = context.plan, context.plan.task, context.plan.recipe.distil
-    assert section is not None
-    config = read_model_config(plan.model_ref, plan.recipe.model).get_text_config()
-    vocabulary = max(config.vocab_size, len(plan.processor)) if task.predicts_tokens else maxsize
-    top_k = section.top_k if task.predicts_tokens else maxsize  # all classes
-    collate = task.collator(plan.processor, plan.recipe, packs)
-    dtype = resolve_dtype(plan.recipe.model.dtype, plan.device)
-
-    def record(reader: ExampleReader, rows: Sequence[int]) -> Records:
-        recorder = Recorder(top_k, section.temperature, vocabulary)
-        batch = move_to(plan.device, collate([reader[row] for row in rows], 0))
-        with torch.no_grad(), compute_context(dtype, plan.device):
-            task.loss(model, {**batch, "teacher": recorder})
-        return to_records(torch.cat(recorder.ids), torch.cat(recorder.logs))
-
-    splits = [split for split in LEARNED if context.examples.counts.get(split)]
-    readers = {split: ExampleReader(context.examples, split, task.example_type) for split in splits}
-    share = (0, 1) if context.shards else (rank(), world_size())
-    writes = rank() == share[0]
-    record_teacher(
-        readers, record, folder, context.console, device=plan.device, packed=packs, share=share, writes=writes
-    )

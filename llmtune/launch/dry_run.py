@@ -19,6 +19,7 @@ from llmtune.errors import EnvironmentProblem, LlmtuneError
 from llmtune.evaluate.champion import check_champion
 from llmtune.evaluate.decision import print_need
 from llmtune.evaluate.eval_inputs import warn_of_cuts
+from llmtune.evaluate.teacher import count_predictions, find_teacher, plan_bytes
 from llmtune.model.device import check_card
 from llmtune.model.memory_plan import check_memory, plan_training
 from llmtune.model.model_selection import peek_model, plan_candidates
@@ -47,7 +48,6 @@ from llmtune.store.run_listing import find_start, pin_start
 from llmtune.store.run_lock import read_pins
 from llmtune.store.run_request import RunRequest
 from llmtune.store.seed_runs import seed_folder
-from llmtune.train.teacher_cache import count_predictions, find_teacher, plan_bytes
 
 STEPS = ("prepare", "encode", "train", "evaluate")
 """The steps that a dry run names; the others take seconds."""

@@ -40,7 +40,7 @@ class Teacher:
 
 
 @dataclass
-class Recorder(Teacher):
+class BinRecorder(Teacher):
     """Records the distributions of the model that is the teacher; its losses are zero."""
 
     top_k: int
@@ -62,7 +62,7 @@ class Recorder(Teacher):
         with torch.no_grad(), torch.autocast(inputs_SD.device.type, enabled=False):
             for part in split_tokens(len(inputs_SD), _width(inputs_SD, weight_VD), CHUNK_ELEMENTS):
                 logits_cV = _logits(inputs_SD[part], weight_VD, bias_V)
-                for rows in _pieces(logits_cV):
+                for rows in _cut_pieces(logits_cV):
                     values_pV, _ = _bend(logits_cV[rows, : self.vocabulary], shape)
                     logs_pV = (values_pV / self.temperature).log_softmax(1)
                     top_pK, ids_pK = logs_pV.topk(min(self.top_k, logs_pV.shape[1]))
@@ -102,7 +102,7 @@ class Distribution(Teacher):
         """Return the losses of the predictions `part`; with `keep`, turn `logits_cV` into their gradient, in place."""
         losses_c = torch.empty(len(logits_cV), dtype=torch.float32, device=logits_cV.device)
         ids_cK, logs_cL = self.ids[part], self.logs[part]
-        for rows in _pieces(logits_cV):
+        for rows in _cut_pieces(logits_cV):
             values_pV, slopes_pV = _bend(logits_cV[rows], shape)
             losses_p, gradient_pV = self._divergence(values_pV / self.temperature, ids_cK[rows], logs_cL[rows], keep)
             losses_c[rows] = losses_p * (self.weight * self.temperature**2)
@@ -214,7 +214,7 @@ def _width(inputs_SD: torch.Tensor, weight_VD: torch.Tensor | None) -> int:
     return (inputs_SD.shape[1:] if weight_VD is None else weight_VD.shape)[0]
 
 
-def _pieces(logits_cV: torch.Tensor) -> Iterator[slice]:
+def _cut_pieces(logits_cV: torch.Tensor) -> Iterator[slice]:
     return split_tokens(len(logits_cV), logits_cV.shape[1], PIECE_ELEMENTS << (4 if logits_cV.is_cuda else 0))
 
 

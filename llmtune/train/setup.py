@@ -36,7 +36,7 @@ from llmtune.train.metrics_log import start_trackers, tracker_folder
 from llmtune.train.objective import StepObjective, TrainedTask
 from llmtune.train.optimizer import build_optimizer, build_schedule, updates_elementwise
 from llmtune.train.sharding import shard_model
-from llmtune.train.teacher_cache import choose_objective
+from llmtune.train.teacher_objective import choose_objective
 from llmtune.train.whole_updates import WholeUpdates
 
 if TYPE_CHECKING:

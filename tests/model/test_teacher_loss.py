@@ -8,7 +8,7 @@ from torch.nn.functional import cross_entropy, linear, softplus
 
 from llmtune.model import teacher_loss
 from llmtune.model.chunked_cross_entropy import LogitShape
-from llmtune.model.teacher_loss import Distribution, Recorder
+from llmtune.model.teacher_loss import BinRecorder, Distribution
 
 S, D, V = 37, 8, 53
 
@@ -30,7 +30,7 @@ def parts() -> SimpleNamespace:
 
 
 def record(logits_SV: torch.Tensor, top_k: int, temperature: float, weight: float) -> Distribution:
-    recorder = Recorder(top_k, temperature, logits_SV.shape[1])
+    recorder = BinRecorder(top_k, temperature, logits_SV.shape[1])
     recorder.losses(logits_SV, None, None, torch.zeros(len(logits_SV)))
     return Distribution(torch.cat(recorder.ids), torch.cat(recorder.logs), weight, temperature)
 

@@ -1,4 +1,4 @@
-"""A teacher's predictions for each learned token: recorded once before training, and read by the loss.
+"""A teacher's predictions for each learned token, recorded once before training.
 
 They are in files of `BLOCK` examples each, written atomically. A killed recording continues after the last file, and
 the files do not depend on the number of processes.
@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from functools import lru_cache
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from sys import maxsize
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -27,25 +27,29 @@ from llmtune.data.examples import ExampleReader
 from llmtune.data.row_store import iterate_texts
 from llmtune.display.console import progress_bars
 from llmtune.errors import EnvironmentProblem, LlmtuneError, RecipeError
+from llmtune.evaluate.evaluated_task import EvaluatedTask
 from llmtune.evaluate.token_batches import TOKEN_BUDGET, budget_for, run_in_batches
+from llmtune.model.causal_lm_loss import move_to
+from llmtune.model.config import read_model_config, why_headless
+from llmtune.model.device import compute_context, resolve_dtype
+from llmtune.model.memory_plan import check_context
 from llmtune.model.resolve import resolve_model
-from llmtune.model.teacher_loss import Distribution
-from llmtune.recipe.distil_section import DistilSection
+from llmtune.model.teacher_loss import BinRecorder
+from llmtune.recipe.adapter_section import AdapterSection
 from llmtune.recipe.schema import Recipe
-from llmtune.records import Batch, Examples, Json, Loss, ModelRef, Rows
+from llmtune.records import Examples, Json, ModelRef, Rows
 from llmtune.store.atomic_files import atomic_file, hash_folder, hash_value, read_json, remove_unfinished, write_json
+from llmtune.store.processes import rank, world_size
 from llmtune.store.run_folder import MANIFEST, read_run, recipe_of_run, trained_name
 from llmtune.store.run_lock import LOCK, Pins, check_pin, read_pins
-from llmtune.train.batch_plan import Indexes
-from llmtune.train.objective import ComputeLoss, StepObjective, StepRows, SummedLoss, TrainedTask
 
 FOLDER = "teacher"
 """In the folder `data` of the run."""
 RECORD = "teacher.json"
 BLOCK = 256
 """Examples in a file: a killed recording loses at most the work on one."""
-OPEN_BLOCKS = 64
 PROBED_ROWS = 64
+SHOWN_LABELS = 10
 LEARNED = ("train", "validation")
 """Splits whose predictions are recorded."""
 KEY = "distil.teacher"
@@ -53,12 +57,36 @@ Records = npt.NDArray[np.void]
 """One record of `record_format` for each prediction."""
 
 
+class PlannedModel(Protocol):
+    """What a plan says of its model."""
+
+    @property
+    def recipe(self) -> Recipe:
+        """With the names of classes."""
+
+    @property
+    def task(self) -> EvaluatedTask:
+        """The task's variant."""
+
+    @property
+    def model_ref(self) -> ModelRef:
+        """The base model."""
+
+    @property
+    def device(self) -> str:
+        """Where it computes."""
+
+    @property
+    def processor(self) -> PreTrainedTokenizerBase:
+        """Its tokenizer."""
+
+
 def record_format(top_k: int) -> np.dtype[Any]:
     """Return the format of a prediction: the likeliest tokens, and log-probabilities of them and of the rest."""
     return np.dtype([("ids", "<i4", (top_k,)), ("logs", "<f2", (top_k + 1,))])
 
 
-def plan_bytes(task: TrainedTask, recipe: Recipe, examples: Examples) -> int:
+def plan_bytes(task: EvaluatedTask, recipe: Recipe, examples: Examples) -> int:
     """Return the bytes that the predictions of the recipe's teacher will take."""
     count, labels = count_predictions(examples), len(task.output_labels(recipe))
     if task.predicts_tokens:
@@ -77,9 +105,10 @@ def count_predictions(examples: Examples) -> int:
 # The teacher
 
 
-def is_run(teacher: str) -> bool:
-    """Return whether a teacher is a run folder."""
-    return (Path(teacher) / MANIFEST).is_file()
+def teacher_run(recipe: Recipe) -> Path | None:
+    """Return the run folder that is a recipe's teacher; None for another model, or without a teacher."""
+    folder = None if recipe.distil is None else Path(recipe.distil.teacher)
+    return folder if folder and (folder / MANIFEST).is_file() else None
 
 
 def find_teacher(recipe: Recipe, console: Console, offline: bool, pins: Pins | None = None) -> ModelRef | None:
@@ -97,8 +126,8 @@ def find_teacher(recipe: Recipe, console: Console, offline: bool, pins: Pins | N
 
 
 def _find_files(name: str, recipe: Recipe, console: Console, offline: bool) -> ModelRef:
-    if is_run(name):
-        folder = read_run(Path(name))
+    if run := teacher_run(recipe):
+        folder = read_run(run)
         folder.require_trained()
         trained = folder.path / trained_name(recipe_of_run(folder).recipe)
         content = hash_value([read_pins(folder.path / LOCK).model_hash, hash_folder(trained)])
@@ -110,12 +139,43 @@ def _find_files(name: str, recipe: Recipe, console: Console, offline: bool) -> M
         raise type(error)(*problems) from error
 
 
+def plan_teacher(recipe: Recipe, console: Console, offline: bool) -> tuple[Recipe, ModelRef]:
+    """Return a teacher that is no run, with the recipe by which it reads the student's rows: without an adapter."""
+    model_ref = find_teacher(recipe, console, offline)
+    assert model_ref is not None, "the recipe has a teacher"
+    model = recipe.model.model_copy(update={"name": model_ref.name, "revision": "main"})
+    return recipe.model_copy(update={"model": model, "adapter": AdapterSection()}), model_ref
+
+
 def teacher_inputs(recipe: Recipe, examples: Examples, teacher: ModelRef | None) -> str | None:
     """Hash what the recorded predictions depend on; None without a teacher."""
     if recipe.distil is None or teacher is None:
         return None
     settings = [recipe.distil.top_k, recipe.distil.temperature, recipe.model.dtype, recipe.model.attn_implementation]
     return hash_value([__version__, examples.content_hash, teacher.content_hash, settings])
+
+
+def check_teacher(teacher: PlannedModel, student: PlannedModel, rows: Rows, longest: int) -> None:
+    """Raise RecipeError if a teacher cannot predict for a student, DataError if a row is longer than its context."""
+    task, (there, here) = student.task, (teacher.recipe, student.recipe)
+    name = here.distil.teacher if here.distil else ""
+    if type(teacher.task) is not type(task):
+        what = f"{name} is a model for task {there.task} ({teacher.task.model_kind.auto_class})"
+        fix = f"Name a {task.model_kind.auto_class} for task {here.task}."
+        raise RecipeError.of(f"{what}, but the student is for {here.task} ({task.model_kind.auto_class})", KEY, fix)
+    kinds = [task.output_kind(recipe) for recipe in (there, here)]
+    if kinds[0] != kinds[1] or "number" in kinds:
+        what = f"{name} predicts another kind of label" if kinds[0] != kinds[1] else "numbers have no distribution"
+        raise RecipeError.of(f"{what}, so the student cannot learn it", KEY, "Remove distil, or name another teacher.")
+    labels = [task.output_labels(recipe) for recipe in (there, here)]
+    if labels[0] != labels[1]:
+        shown = " and ".join(", ".join(names[:SHOWN_LABELS]) for names in labels)
+        what = f"{name} has other classes than the student, or another order: {shown}"
+        raise RecipeError.of(what, KEY, "Train the teacher on the same classes, or list them in its order.")
+    if teacher_run(here) is None and (headless := why_headless(teacher.model_ref, there, task)):
+        raise RecipeError.of(f"{name} cannot teach: {headless}", KEY, "Name a trained run.")
+    check_tokenizers(student.processor, teacher.processor, rows, name)
+    check_context(teacher.model_ref, there, task, longest)
 
 
 def check_tokenizers(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, rows: Rows, name: str) -> None:
@@ -136,49 +196,69 @@ def check_tokenizers(student: PreTrainedTokenizerBase, teacher: PreTrainedTokeni
 # Recording
 
 
-def record_teacher(
-    readers: Mapping[str, ExampleReader],
-    record: Callable[[ExampleReader, Sequence[int]], Records],
+def record_predictions(
+    student: PlannedModel,
+    teacher: torch.nn.Module,
+    packs: bool,
+    examples: Examples,
     folder: Path,
     console: Console,
-    *,
-    device: str,
-    packed: bool,
-    share: tuple[int, int] = (0, 1),
-    writes: bool = True,
+    sharded: bool,
 ) -> None:
-    """Write the predictions for all examples to `folder`, except for those that it already has.
+    """Write the teacher's predictions for a student's examples to `folder`, in all processes.
 
-    `record` returns the predictions for a batch of examples, in their order. `share` is this process's number and the
-    count of those that divide the blocks. One that does not write only runs the model.
+    `packs` says whether the teacher reads packed rows, `sharded` whether each process holds a part of it. Processes
+    divide the blocks otherwise.
 
-    Raises EnvironmentProblem if an example does not fit into memory; an OSError if the disk is full.
+    Raises EnvironmentProblem if an example does not fit into memory, an OSError if the disk is full.
     """
+    task, recipe, section = student.task, student.recipe, student.recipe.distil
+    assert section is not None, "the recipe has a teacher"
+    config = read_model_config(student.model_ref, recipe.model).get_text_config()
+    vocabulary = max(config.vocab_size, len(student.processor)) if task.predicts_tokens else maxsize
+    top_k = section.top_k if task.predicts_tokens else maxsize  # all classes
+    collate, dtype = task.collator(student.processor, recipe, packs), resolve_dtype(recipe.model.dtype, student.device)
+
+    def record(reader: ExampleReader, rows: Sequence[int]) -> Records:
+        recorder = BinRecorder(top_k, section.temperature, vocabulary)
+        batch = move_to(student.device, collate([reader[row] for row in rows], 0))
+        with torch.no_grad(), compute_context(dtype, student.device):
+            task.loss(teacher, {**batch, "teacher": recorder})
+        return to_records(torch.cat(recorder.ids), torch.cat(recorder.logs))
+
+    splits = [split for split in LEARNED if examples.counts.get(split)]
+    readers = {split: ExampleReader(examples, split, task.example_type) for split in splits}
+    share = (0, 1) if sharded else (rank(), world_size())
     with progress_bars(console, MofNCompleteColumn()) as progress:
         bar = progress.add_task("teach", total=sum(map(len, readers.values())))
         for split, reader in readers.items():
-            for number, rows in enumerate(_blocks(len(reader))):
-                path = _block_file(folder, split, number)
+            for number, rows in enumerate(cut_blocks(len(reader))):
+                path = block_file(folder, split, number)
                 if not path.exists() and number % share[1] == share[0]:
-                    records = _record_block(reader, rows, record, device, packed)
-                    if writes:
-                        with atomic_file(path) as temporary, temporary.open("wb") as file:
-                            np.save(file, records)
-                            file.flush()
-                            os.fsync(file.fileno())
+                    records = _record_block(reader, rows, record, student.device, packs)
+                    if rank() == share[0]:
+                        _write_block(records, path)
                 progress.advance(bar, len(rows))
 
 
-def begin_recording(folder: Path, inputs: str, needed: int, *, restart: bool) -> None:
+def _write_block(records: Records, path: Path) -> None:
+    with atomic_file(path) as temporary, temporary.open("wb") as file:
+        np.save(file, records)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def begin_recording(folder: Path, inputs: str, student: PlannedModel, examples: Examples, *, restart: bool) -> None:
     """Prepare a folder for predictions with these inputs, without those of others; with `restart`, without any.
 
-    Raises EnvironmentProblem if the disk has less space than is `needed`.
+    Raises EnvironmentProblem if the disk has less space than they need.
     """
     if restart or read_json(folder / RECORD) != {"inputs": inputs}:
         shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
     remove_unfinished(folder)
     write_json(folder / RECORD, {"inputs": inputs})
+    needed = plan_bytes(student.task, student.recipe, examples)
     left = needed - sum(path.stat().st_size for path in folder.iterdir())
     if left > (free := shutil.disk_usage(folder).free):
         what = f"the teacher's predictions need {left / 1e6:,.0f} MB more, but the disk has {free / 1e6:,.0f} MB free"
@@ -195,24 +275,26 @@ def _record_block(
     def work(batch: list[int]) -> list[Records]:
         chosen = [rows[i] for i in batch]
         records, counts = record(reader, chosen), reader.supervised[chosen].astype(np.int64)
-        return np.split(records, np.cumsum(counts)[:-1] * _outputs(records, counts))
+        return np.split(records, np.cumsum(counts)[:-1] * count_outputs(records, counts))
 
     lengths = reader.lengths[rows.start : rows.stop].tolist()
     return np.concatenate(run_in_batches(lengths, budget_for(device, TOKEN_BUDGET), work, packed=packed))
 
 
-def _outputs(records: Records, counts: npt.NDArray[np.int64]) -> int:
+def count_outputs(records: Records, counts: npt.NDArray[np.int64]) -> int:
     """Return the outputs of a prediction: several if a text may have several classes."""
     each, rest = divmod(len(records), max(1, int(counts.sum())))
     assert not rest, "each prediction has the same number of outputs"
     return each
 
 
-def _blocks(count: int) -> Iterator[range]:
+def cut_blocks(count: int) -> Iterator[range]:
+    """Return the examples of each file."""
     return (range(start, min(start + BLOCK, count)) for start in range(0, count, BLOCK))
 
 
-def _block_file(folder: Path, split: str, number: int) -> Path:
+def block_file(folder: Path, split: str, number: int) -> Path:
+    """Return the file of a block."""
     return folder / f"{split}-{number:05}.npy"
 
 
@@ -223,77 +305,11 @@ def to_records(ids_SK: torch.Tensor, logs_SL: torch.Tensor) -> Records:
     return records
 
 
-# Reading
-
-
-class TeacherReader:
-    """Reads the predictions for examples of a split."""
-
-    def __init__(self, folder: Path, split: str, reader: ExampleReader) -> None:
-        self.folder, self.split = folder, split
-        self.supervised = reader.supervised.astype(np.int64)
-        self._open = lru_cache(OPEN_BLOCKS)(self._open_block)
-
-    def read(self, rows: Indexes) -> Records:
-        """Return the predictions of examples, in their order."""
-        parts = []
-        for row in rows.tolist():
-            records, starts = self._open(row // BLOCK)
-            parts.append(records[starts[row % BLOCK] : starts[row % BLOCK + 1]])
-        return np.concatenate(parts)
-
-    def _open_block(self, number: int) -> tuple[Records, list[int]]:
-        path = _block_file(self.folder, self.split, number)
-        counts = self.supervised[number * BLOCK : (number + 1) * BLOCK]
-        try:
-            records = np.load(path, mmap_mode="r")
-            starts = np.concatenate([[0], np.cumsum(counts)]) * _outputs(records, counts)
-        except (OSError, ValueError, AssertionError) as error:
-            fix = "Run the same command again: it records them again."
-            raise EnvironmentProblem.of("the teacher's predictions are missing or damaged", str(path), fix) from error
-        return records, starts.tolist()
-
-
-class Distilled(SummedLoss):
-    """The losses compare the student's predictions with those of the teacher."""
-
-    def __init__(self, compute: ComputeLoss, section: DistilSection, readers: Mapping[str, TeacherReader]) -> None:
-        super().__init__(compute)
-        self.section, self.readers, self.split = section, readers, LEARNED[0]
-
-    def loss(self, model: torch.nn.Module, batch: Batch, rows: Indexes) -> Loss:
-        """Return the task's loss, measured by the teacher's predictions."""
-        records, device = self.readers[self.split].read(rows), batch["input_ids"].device
-        logs_SL = torch.from_numpy(records["logs"].astype(np.float32)).log_softmax(1)  # their rounded sum is not 1
-        teacher = Distribution(
-            torch.from_numpy(records["ids"].astype(np.int64)).to(device),
-            logs_SL.to(device),
-            self.section.weight,
-            self.section.temperature,
-        )
-        return self.compute(model, {**batch, "teacher": teacher})
-
-    def validate(self, blocks: StepRows) -> float:
-        """Return the mean of the same loss over the validation rows."""
-        self.split = LEARNED[1]
-        try:
-            return super().validate(blocks)
-        finally:
-            self.split = LEARNED[0]
-
-
-def choose_objective(
-    task: TrainedTask, recipe: Recipe, examples: Examples, readers: Mapping[str, ExampleReader | None]
-) -> StepObjective:
-    """Return the objective of a task, or one that learns from the teacher's recorded predictions."""
-    if recipe.distil is None:
-        return task.objective(recipe)
-    folder = examples.folder.with_name(FOLDER)
-    stored = {split: TeacherReader(folder, split, reader) for split, reader in readers.items() if reader is not None}
-    return Distilled(task.loss, recipe.distil, stored)
-
-
-def recorded_facts(folder: Path, section: DistilSection, examples: Examples) -> Json:
+def recorded_facts(folder: Path, recipe: Recipe, examples: Examples) -> Json:
     """Return the facts of recorded predictions for the manifest."""
     size = sum(path.stat().st_size for path in folder.glob("*.npy"))
-    return {"teacher": section.teacher, "predictions": count_predictions(examples), "bytes": size}
+    return {
+        "teacher": recipe.distil and recipe.distil.teacher,
+        "predictions": count_predictions(examples),
+        "bytes": size,
+    }
