@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from llmtune.data.chat_rows import Message, write_answer
+from llmtune.data.chat_rows import Message, ToolCall, write_answer
 from llmtune.data.pictures import PLACE, row_pictures, show_places
 from llmtune.data.row_text import (
     LEARNED,
@@ -123,3 +123,12 @@ def without_last_answer(row: Row) -> Row:
     """Return the conversation up to its last answer."""
     answers = [i for i, message in enumerate(row["messages"]) if message["role"] == "assistant"]
     return {**row, "messages": row["messages"][: answers[-1]] if answers else []}
+
+
+def split_reference(row: Row) -> tuple[Row, str | None, Sequence[ToolCall]]:
+    """Split a row into its prompt and its last answer as text, with its calls; None if it does not end with one."""
+    *before, last = row["messages"]
+    if last["role"] != "assistant":
+        return row, None, ()
+    calls = last.get("tool_calls") or ()
+    return {**row, "messages": before}, write_answer(last.get("content") or "", calls), calls

@@ -36,10 +36,15 @@ def is_valid_call(call: ToolCall, tools: Sequence[Tool]) -> bool:
     """
     name, arguments = read_call(call)
     schemas = schemas_of(tools)
-    if name not in schemas or schema_problem(schemas[name]) is not None:
+    return name in schemas and fits_schema(arguments, schemas[name])
+
+
+def fits_schema(value: object, schema: Any) -> bool:
+    """Whether a value matches a JSON Schema that can be used."""
+    if schema_problem(schema) is not None:
         return False
     try:
-        return bool(_validator(schemas[name]).is_valid(arguments))
+        return bool(_validator(schema).is_valid(value))
     except (re.error, RecursionError):  # an invalid pattern; a schema that only refers to itself
         return False
 

@@ -1,9 +1,10 @@
-"""Runs one metric of the user's own in its own process, on rows from stdin. Imports the standard library only.
+"""Runs one function of the user's own in its own process, on calls from stdin. Imports the standard library only.
 
     python -P -m llmtune.evaluate.suites.own_metric_process JSON    with "file", "function", "seconds", "network", ...
 
-Each line of stdin is a row and an answer, `[row, answer]`. Each line of stdout is the value of one of them, or the
-error that ended the work, with the line of the file that raised it.
+Each line of stdin is a call, `[arguments, keywords]`. Each line of stdout is the value of one of them, or the error
+that ended the work, with the line of the file that raised it. With "observe" an error ends only its call, and each
+line also has the seconds of the call and the exceptions that the file caught.
 """
 
 from __future__ import annotations
@@ -15,8 +16,10 @@ import os
 import random
 import socket
 import sys
+import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from types import FrameType
 from typing import Any
 
@@ -27,7 +30,7 @@ SEED = 0
 
 
 def compute_values() -> None:
-    """Read the request and the rows, and write the values."""
+    """Read the request and the calls, and write the values."""
     request, pid = json.loads(sys.argv[1]), os.getpid()
     with os.fdopen(os.dup(1), "w") as results:
         os.dup2(2, 1)  # prints of the user's code must not mix with the values
@@ -37,13 +40,16 @@ def compute_values() -> None:
         try:
             with limited(request["seconds"]):
                 function = load_function(request["file"], request["function"])
+                if isinstance(function, type):  # a class whose objects are called
+                    function = function()
                 for line in lines:
-                    value = as_number(function(*json.loads(line)), request["kind"])
+                    plain_call = {} if request.get("observe") else {"value": call(function, line, request["kind"])}
+                    written = plain_call or observe_call(function, line, request)
                     if os.getpid() != pid:
                         os._exit(1)  # the code forked, and this is the copy
                     if uses:
                         raise PermissionError(BLOCKED)  # even if the code caught the first one
-                    print(json.dumps({"value": value}), file=results, flush=True)
+                    print(json.dumps(written), file=results, flush=True)
         except BaseException as error:  # noqa: BLE001 - also SystemExit: the code must not end this process unseen
             if os.getpid() != pid:
                 os._exit(1)
@@ -53,7 +59,48 @@ def compute_values() -> None:
             )
 
 
-def load_function(file: str, name: str) -> Callable[[Any, Any], object]:
+def call(function: Callable[..., object], line: str, kind: str) -> float | None:
+    """Call the function with the arguments of a line, and return its value as a number."""
+    arguments, keywords = json.loads(line)
+    return as_number(function(*arguments, **keywords), kind)
+
+
+def observe_call(function: Callable[..., object], line: str, request: dict[str, Any]) -> dict[str, Any]:
+    """Return the value or the error of a call, its seconds, and the first exception that the file caught in it."""
+    seen: dict[str, Any] = {"value": None}
+    started = time.perf_counter()
+    try:
+        with caught_exceptions(request["file"]) if request["observe"] == "exceptions" else nullcontext(()) as caught:
+            seen["value"] = call(function, line, request["kind"])
+        seen |= {"caught": caught[0]} if caught else {}
+    except LimitExceeded:
+        raise
+    except BaseException as error:  # noqa: BLE001 - also SystemExit
+        seen |= {"error": describe_failed_call(error, []), "line": find_line(error, request["file"])}
+    return seen | {"seconds": round(time.perf_counter() - started, 9)}
+
+
+@contextmanager
+def caught_exceptions(file: str) -> Iterator[list[tuple[int, str]]]:
+    """Collect the line and the type of each exception that passes through the file's code inside the block."""
+    passed: list[tuple[int, str]] = []
+
+    def trace(frame: FrameType, event: str, argument: Any) -> Any:
+        if frame.f_code.co_filename != file:
+            return None
+        frame.f_trace_lines = False
+        if event == "exception" and not issubclass(argument[0], StopIteration | GeneratorExit):
+            passed.append((frame.f_lineno, argument[0].__name__))
+        return trace
+
+    sys.settrace(trace)
+    try:
+        yield passed
+    finally:
+        sys.settrace(None)
+
+
+def load_function(file: str, name: str) -> Callable[..., object]:
     """Import the file under a name of its own, and return its function."""
     spec = importlib.util.spec_from_file_location("own_metrics", file)
     assert spec is not None
@@ -61,7 +108,7 @@ def load_function(file: str, name: str) -> Callable[[Any, Any], object]:
     module = importlib.util.module_from_spec(spec)
     sys.modules["own_metrics"] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
-    function: Callable[[Any, Any], object] = getattr(module, name)
+    function: Callable[..., object] = getattr(module, name)
     return function
 
 
@@ -69,8 +116,19 @@ class WrongValueError(Exception):
     """The function returned something that is not a value of its kind."""
 
 
-def as_number(value: Any, kind: str) -> float:
-    """Return a value as a number; raises WrongValueError if it is not one, or not of its kind."""
+def as_number(value: Any, kind: str) -> float | None:
+    """Return a value as a number; raises WrongValueError if it is not one, or not of its kind.
+
+    The kind "reward" also has None, for an answer that the reward does not apply to; "rewards" is a list of one.
+    """
+    if kind == "rewards":
+        if hasattr(value, "tolist"):  # an array of numpy or torch
+            value = value.tolist()
+        if not isinstance(value, list | tuple) or len(value) != 1:
+            raise WrongValueError(f"it returned {repr(value)[:80]}, which is not a list of one reward per completion")
+        value = value[0]
+    if kind in ("reward", "rewards") and value is None:
+        return None
     value = value.item() if hasattr(value, "item") else value  # a number of numpy or torch
     shown = f"it returned {repr(value)[:80]}"
     if kind == "bool" and not isinstance(value, bool):

@@ -9,13 +9,13 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from rich.console import Console
 
@@ -50,8 +50,10 @@ NO_RANGE = (
 )
 GRACE_SECONDS = 5.0
 """Time after the limit for a metric to end, before its process is killed: code in C does not see the limit."""
-MOST_ERROR_BYTES, MOST_VALUE_BYTES = 2**16, 64
-"""Limits of an error and of a value, as the process of a metric writes them."""
+MOST_ERROR_BYTES, MOST_VALUE_BYTES, MOST_OBSERVED_BYTES = 2**16, 64, 2**11
+"""Limits of an error, of a value, and of what is observed in a call, as the process of a metric writes them."""
+REWARD_KINDS = ("reward", "rewards")
+"""Kinds of values that may be None; `rewards` are in a list of one."""
 INTO_PIPE = "into the pipe of its values; print to stdout or stderr instead"
 Kind = Literal["bool", "share", "number"]
 MOST_TRIED = 200
@@ -91,35 +93,50 @@ def read_metric(stated: str) -> OwnMetric:
     Raises RecipeError if the file is missing or not Python, or has no such function of two parameters with a type.
     """
     file, _, name = stated.rpartition(":")
-    try:
-        tree = ast.parse(read_text_file(Path(file)), file)
-    except OSError as error:
-        fix = "Check the path: it is relative to the recipe file, and with --set to the working folder."
-        raise RecipeError.of(f"cannot be read: {error.strerror}", f"{KEY}: {file}", fix) from None
-    except (RecursionError, MemoryError) as error:  # the latter from the stack of Python's parser
-        raise RecipeError.of(f"nested too deep: {error}", file, "Split its expressions into smaller ones.") from None
-    except (SyntaxError, ValueError) as error:
-        line = getattr(error, "lineno", None)
-        raise RecipeError.of(f"not Python: {error}", f"{file}:{line}" if line else file, "Correct the file.") from None
-    functions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
+    nodes = parse_functions(file, KEY)
+    functions = {node.name: node for node in nodes if isinstance(node, ast.FunctionDef)}
     if name not in functions:
-        fix = f"{nearest(name, [*functions])} Its functions: {', '.join(functions) or 'none'}.".strip()
-        raise RecipeError.of(f"no function {name!r} in {file}", KEY, fix)
+        raise no_function(name, functions, file, KEY)
     node, where = functions[name], f"{file}:{functions[name].lineno}"
     least, most = count_parameters(node.args)
     if not least <= 2 <= most:
         fix = f"Write it as: def {name}(row: dict, answer: str) -> bool."
         raise RecipeError.of(f"{name} cannot be called with a row and an answer", where, fix)
-    returned = "a type nested too deep" if node.returns else ""
-    with suppress(RecursionError):
-        returned = ast.unparse(node.returns).strip("'") if node.returns else ""  # an annotation may be quoted
-    kind: Kind | None = "bool" if returned == "bool" else "number" if returned in ("float", "int") else None
-    kind = "share" if SHARE.fullmatch(returned) else kind
+    returned, kind = read_kind(node)
     if kind is None:
         what = f"{name} is annotated to return {returned}" if returned else f"{name} does not state what it returns"
         raise RecipeError.of(what, where, f"Annotate it with one of: {TYPES}.")
     summary = (ast.get_docstring(node) or "").strip().split("\n")[0]
     return OwnMetric(name, Path(file), kind, summary)
+
+
+def parse_functions(file: str, key: str) -> list[ast.stmt]:
+    """Return the top-level statements of a file of the user's. Raises RecipeError."""
+    try:
+        return ast.parse(read_text_file(Path(file)), file).body
+    except OSError as error:
+        fix = "Check the path: it is relative to the recipe file, and with --set to the working folder."
+        raise RecipeError.of(f"cannot be read: {error.strerror}", f"{key}: {file}", fix) from None
+    except (RecursionError, MemoryError) as error:  # the latter from the stack of Python's parser
+        raise RecipeError.of(f"nested too deep: {error}", file, "Split its expressions into smaller ones.") from None
+    except (SyntaxError, ValueError) as error:
+        line = getattr(error, "lineno", None)
+        raise RecipeError.of(f"not Python: {error}", f"{file}:{line}" if line else file, "Correct the file.") from None
+
+
+def no_function(name: str, names: Iterable[str], file: str, key: str) -> RecipeError:
+    """Return the error for a function that the file lacks."""
+    fix = f"{nearest(name, [*names])} Its functions: {', '.join(names) or 'none'}.".strip()
+    return RecipeError(Problem(f"no function {name!r} in {file}", key, fix))
+
+
+def read_kind(node: ast.FunctionDef) -> tuple[str, Kind | None]:
+    """Return the annotation of a function's value, and the kind of metric that it states."""
+    returned = "a type nested too deep" if node.returns else ""
+    with suppress(RecursionError):
+        returned = ast.unparse(node.returns).strip("'") if node.returns else ""  # an annotation may be quoted
+    kind: Kind | None = "bool" if returned == "bool" else "number" if returned in ("float", "int") else None
+    return returned, "share" if SHARE.fullmatch(returned) else kind
 
 
 def count_parameters(given: ast.arguments) -> tuple[int, int]:
@@ -145,40 +162,58 @@ def run_metric(metric: OwnMetric, pairs: Sequence[Pair], section: EvaluateSectio
     """Compute one metric on pairs in its own process, each call with its own copy of the row."""
     request = Json(file=str(metric.file), function=metric.name, kind=metric.kind)
     request |= {"seconds": section.metric_seconds, "network": section.metric_network}
+    outcomes = run_calls(request, [(pair, {}) for pair in pairs])
+    return outcomes if isinstance(outcomes, Failure) else [float(one["value"]) for one in outcomes]
+
+
+def run_calls(request: Json, calls: Sequence[tuple[Sequence[object], Mapping[str, object]]]) -> list[Json] | Failure:
+    """Call a function in its own process with arguments and keywords; returns what it wrote about each call."""
     words = [sys.executable, "-P", "-B", "-m", "llmtune.evaluate.suites.own_metric_process", json.dumps(request)]
     environment = {**os.environ, "PYTHONHASHSEED": "0"}  # the order of sets must not change scores
-    most_bytes = MOST_ERROR_BYTES + MOST_VALUE_BYTES * len(pairs)
+    most_bytes = MOST_ERROR_BYTES + (MOST_OBSERVED_BYTES if "observe" in request else MOST_VALUE_BYTES) * len(calls)
     with tempfile.TemporaryFile() as given:
-        given.writelines(json.dumps(plain(pair)).encode() + b"\n" for pair in pairs)
+        given.writelines(json.dumps(plain(call)).encode() + b"\n" for call in calls)
         given.seek(0)
-        done = run_bounded(words, given, section.metric_seconds + GRACE_SECONDS, most_bytes, environment)
+        done = run_bounded(words, given, request["seconds"] + GRACE_SECONDS, most_bytes, environment)
     ended = f"its process ended with status {done.status}"
     if not done.in_time:
-        ended = f"{TOOK_LONGER} {section.metric_seconds:g} s"
+        ended = f"{TOOK_LONGER} {request['seconds']:g} s"
     elif done.status is None:
         ended = f"it wrote more than {most_bytes:,} bytes {INTO_PIPE}"
-    return read_values(done.output, len(pairs), ended)
+    return read_outcomes(done.output, len(calls), ended, request)
 
 
-def read_values(written: bytes, count: int, ended: str) -> list[float] | Failure:
-    """Read the lines of the process: a value for each of `count` pairs, or those before its error."""
-    values: list[float] = []
+def read_outcomes(written: bytes, count: int, ended: str, request: Json) -> list[Json] | Failure:
+    """Read the lines of the process: one for each of `count` calls, or those before its error."""
+    outcomes: list[Json] = []
     for line in written.split(b"\n")[:-1]:
         try:
             match json.loads(line):
-                case {"value": float() | int() as value} if math.isfinite(value) and len(values) < count:
-                    values.append(float(value))
+                case {"value": float() | int() as value} as outcome if math.isfinite(value) and len(outcomes) < count:
+                    outcomes.append(outcome)
+                    continue
+                case {"value": None} as outcome if request["kind"] in REWARD_KINDS and len(outcomes) < count:
+                    outcomes.append(outcome)
                     continue
                 case {"error": str() as error, "line": int() | None as number}:
-                    return Failure(error, len(values) if len(values) < count else None, number)
+                    return Failure(error, len(outcomes) if len(outcomes) < count else None, number)
         except (ValueError, OverflowError, RecursionError):
             pass
-        return Failure(f"it wrote {line[:40]!r} {INTO_PIPE}", len(values) if len(values) < count else None, None)
-    return values if len(values) == count else Failure(ended, len(values), None)
+        return Failure(f"it wrote {line[:40]!r} {INTO_PIPE}", len(outcomes) if len(outcomes) < count else None, None)
+    return outcomes if len(outcomes) == count else Failure(ended, len(outcomes), None)
 
 
-def describe_failure(metric: OwnMetric, failure: Failure, origins: Sequence[str]) -> Problem:
-    """Return the problem of a metric that failed: its line, the row, and what to do."""
+class OwnFunction(Protocol):
+    """A metric or a reward of the user's own."""
+
+    @property
+    def name(self) -> str: ...  # noqa: D102
+    @property
+    def file(self) -> Path | None: ...  # noqa: D102
+
+
+def describe_failure(metric: OwnFunction, failure: Failure, origins: Sequence[str]) -> Problem:
+    """Return the problem of a function that failed: its line, the row, and what to do."""
     where = f"{metric.file}:{failure.line}" if failure.line else str(metric.file)
     row = f", on the row {origins[failure.pair]}" if failure.pair is not None and origins else ""
     fix = "Correct the function."

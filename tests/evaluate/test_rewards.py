@@ -1,0 +1,206 @@
+"""Rewards: built-in ones equal the metrics; own ones may have the signature of llmtune, TRL, ms-swift or verl."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llmtune.errors import RecipeError
+from llmtune.evaluate.rewards import REWARDS, RewardError, read_rewards, reward_answers, reward_files, weigh_rewards
+from llmtune.records import Row
+
+
+def sum_row(a: int, b: int, **columns: object) -> Row:
+    messages = [{"role": "user", "content": f"{a} + {b}?"}, {"role": "assistant", "content": str(a + b)}]
+    return {"messages": messages, **columns}
+
+
+PAIRS: list[tuple[Row, str]] = [(sum_row(1, 2), "3"), (sum_row(2, 2), "5"), (sum_row(4, 5), " 9 ")]
+TOOL = {"type": "function", "function": {"name": "set_timer", "parameters": {"type": "object"}}}
+
+
+def write_rewards(folder: Path, text: str) -> Path:
+    path = folder / "rewards.py"
+    path.write_text(text)
+    return path
+
+
+def values_of(folder: Path, text: str, pairs: list[tuple[Row, str]] = PAIRS, name: str = "mine") -> list[float | None]:
+    """Return the values of the reward `mine` in a file with this text."""
+    (reward,) = read_rewards({f"{write_rewards(folder, text)}:{name}": 1.0})
+    return [one[name] for one in reward_answers([reward], pairs, seconds=20)]
+
+
+OURS = "def mine(row, answer):\n    return float(answer.strip() == row['messages'][-1]['content'])\n"
+TRL_TEXTS = """
+def mine(completions, solution, **kwargs):
+    return [float(c.strip() == s) for c, s in zip(completions, solution)]
+"""
+TRL_MESSAGES = """
+def text_of(completion):
+    return completion[0]["content"]
+
+def mine(prompts, completions, answer, **kwargs):
+    assert [turn["role"] for turn in prompts[0]] == ["user"]
+    return [float(text_of(c).strip() == a) for c, a in zip(completions, answer)]
+"""
+SWIFT = """
+class mine:
+    def __init__(self, args=None, **kwargs):
+        self.calls = 0
+
+    def __call__(self, completions, solution, **kwargs):
+        return [1.0 if c.strip() == s else 0.0 for c, s in zip(completions, solution)]
+"""
+VERL = """
+def mine(data_source, solution_str, ground_truth, extra_info=None):
+    return 1.0 if solution_str.strip() == ground_truth else 0.0
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "signature"),
+    [
+        (OURS, "row signature"),
+        (TRL_TEXTS, "TRL signature, completions are texts"),
+        (TRL_MESSAGES, "TRL signature, completions are messages"),
+        (SWIFT, "ms-swift signature, completions are texts"),
+        (VERL, "verl signature"),
+    ],
+)
+def test_a_reward_is_called_in_the_signature_that_it_was_written_in(tmp_path: Path, text: str, signature: str) -> None:
+    (reward,) = read_rewards({f"{write_rewards(tmp_path, text)}:mine": 2.0})
+    assert (reward.name, reward.weight, reward.signature) == ("mine", 2.0, signature)
+    assert reward_answers([reward], PAIRS, seconds=20) == [{"mine": 1.0}, {"mine": 0.0}, {"mine": 1.0}]
+
+
+def test_columns_of_the_rows_reach_a_reward_and_come_before_the_reference(tmp_path: Path) -> None:
+    pairs: list[tuple[Row, str]] = [(sum_row(1, 2, solution="seven", level=4), "3")]
+    text = "def mine(completions, level, solution, **columns):\n    assert solution == ['seven']\n    return level\n"
+    assert values_of(tmp_path, text, pairs) == [4.0]
+    named = "def mine(completions, level):\n    return level\n"
+    assert values_of(tmp_path, named, pairs) == [4.0], "without **columns it gets those that it names"
+
+
+def test_a_column_that_the_rows_lack_is_named(tmp_path: Path) -> None:
+    with pytest.raises(RewardError, match=r"mine takes `difficulty`, and the rows have no such column"):
+        values_of(tmp_path, "def mine(completions, difficulty, **columns):\n    return difficulty\n")
+
+
+def test_none_is_not_zero(tmp_path: Path) -> None:
+    text = "def mine(completions, **columns):\n    return [None if c == '5' else 0.5 for c in completions]\n"
+    assert values_of(tmp_path, text) == [0.5, None, 0.5]
+    rewards = read_rewards({f"{tmp_path / 'rewards.py'}:mine": 2.0, "exact_match": 3.0})
+    assert [weigh_rewards(rewards, one) for one in reward_answers(rewards, PAIRS, seconds=20)] == [4.0, 0.0, 4.0]
+    assert weigh_rewards(rewards[:1], {"mine": None}) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "what", "line"),
+    [
+        (
+            "def mine(row, answer):\n    return 1 / (len(answer) - 1) if answer == '5' else 1.0\n",
+            "ZeroDivisionError",
+            2,
+        ),
+        ("def mine(row, answer):\n    return float('nan') if answer == '5' else 1.0\n", "it returned nan", None),
+        ("def mine(completions):\n    return [1.0, 2.0] if '5' in completions else [1.0]\n", "not a list of one", None),
+        ("import socket\ndef mine(row, answer):\n    return 1.0 if answer != '5' else socket.socket()\n", "network", 3),
+    ],
+)
+def test_a_failure_names_reward_row_and_line(tmp_path: Path, text: str, what: str, line: int | None) -> None:
+    (reward,) = read_rewards({f"{write_rewards(tmp_path, text)}:mine": 1.0})
+    with pytest.raises(RewardError) as raised:
+        reward_answers([reward], PAIRS, seconds=20, origins=["rows.jsonl:1", "rows.jsonl:2", "rows.jsonl:3"])
+    (problem,) = raised.value.problems
+    assert what in problem.what
+    assert problem.what.startswith("mine: ")
+    assert problem.what.endswith("on the row rows.jsonl:2")
+    assert problem.where == (f"{tmp_path / 'rewards.py'}:{line}" if line else str(tmp_path / "rewards.py"))
+    assert raised.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        ("def other(row, answer): ...\n", "no function 'mine'"),
+        ("def mine(answer): ...\n", "mine cannot be called as a reward"),
+        ("async def mine(completions): ...\n", "mine is async, which is not supported"),
+        ("class mine:\n    pass\n", "mine is a class without __call__"),
+        ("class mine:\n    def __call__(self, row, answer): ...\n", "mine cannot be called as a reward"),
+        (
+            "class mine:\n    def __init__(self, model): ...\n    def __call__(self, completions): ...\n",
+            "needs arguments",
+        ),
+        ("def mine(row, answer:\n", "not Python"),
+    ],
+)
+def test_a_file_without_such_a_reward_is_refused_without_an_import(tmp_path: Path, text: str, what: str) -> None:
+    path = write_rewards(tmp_path, f"{text}raise SystemExit\n" if "answer:" not in text else text)
+    with pytest.raises(RecipeError, match=what):
+        read_rewards({f"{path}:mine": 1.0})
+
+
+def test_all_problems_of_a_recipe_are_reported_at_once(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError) as raised:
+        read_rewards({"exactmatch": 1.0, f"{tmp_path / 'absent.py'}:mine": 1.0})
+    assert [problem.what for problem in raised.value.problems] == [
+        "unknown reward 'exactmatch'",
+        "cannot be read: No such file or directory",
+    ]
+    assert "Did you mean 'exact_match'?" in str(raised.value)
+
+
+def test_two_rewards_of_one_name_are_refused(tmp_path: Path) -> None:
+    for name in ("one.py", "two.py"):
+        (tmp_path / name).write_text(OURS)
+    stated = {f"{tmp_path / name}:mine": 1.0 for name in ("one.py", "two.py")}
+    with pytest.raises(RecipeError, match="two rewards are named 'mine'"):
+        read_rewards(stated)
+    assert reward_files([*stated, "exact_match"]) == [str(tmp_path / "one.py"), str(tmp_path / "two.py")]
+
+
+def builtin(name: str, row: Row, answer: str) -> float | None:
+    return REWARDS[name]([(row, answer)])[0]
+
+
+def test_text_rewards_equal_the_metrics_row_by_row() -> None:
+    rewards = read_rewards({"exact_match": 1.0, "rougeL": 0.5, "chrf": 0.01})
+    values = reward_answers(rewards, PAIRS)
+    assert [one["exact_match"] for one in values] == [1, 0, 1]
+    assert [one["rougeL"] for one in values] == [1, 0, 1]
+    assert values[0]["chrf"] == pytest.approx(100)
+    prompt = {"messages": [{"role": "user", "content": "Hello"}]}
+    assert reward_answers(rewards, [(prompt, "x"), PAIRS[0]])[0] == {"exact_match": None, "rougeL": None, "chrf": None}
+
+
+def json_row(reference: object, **columns: Any) -> Row:
+    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": json.dumps(reference)}]
+    return {"messages": messages, **columns}
+
+
+def test_json_rewards_read_schema_and_fields() -> None:
+    row = json_row({"city": "Bergen", "days": 2, "tags": ["a"]})
+    assert builtin("json_schema", row, '{"city": "Oslo", "days": 1.5, "tags": []}') == 1
+    for wrong in ('{"city": "Oslo"}', '{"city": 1, "days": 1, "tags": []}', "Oslo", "null", "", '{"city": "Oslo", '):
+        assert builtin("json_schema", row, wrong) == 0, wrong
+    stated = json_row({"city": "Bergen"}, json_schema={"type": "object", "required": ["land"]})
+    assert [builtin("json_schema", stated, text) for text in ('{"city": "Bergen"}', '{"land": 1}')] == [0, 1]
+    assert builtin("json_fields", row, '{"city": "Bergen", "days": 3, "tags": ["a"]}') == pytest.approx(2 / 3)
+    assert builtin("json_fields", row, "Bergen") == 0
+    assert [builtin(name, PAIRS[0][0], "3") for name in ("json_schema", "json_fields")] == [None, None]
+
+
+def test_rows_with_tools_are_scored_by_their_calls() -> None:
+    call = {"type": "function", "function": {"name": "set_timer", "arguments": {"minutes": 5, "label": "tea"}}}
+    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    row: Row = {"messages": messages, "tools": [TOOL]}
+    right, half, other = (
+        f"set_timer({json.dumps(one)})" for one in ({"minutes": 5, "label": "tea"}, {"minutes": 5}, {})
+    )
+    assert [builtin("json_schema", row, text) for text in (right, half, "tea", "stop({})")] == [1, 1, 0, 0]
+    assert [builtin("tool_arguments", row, text) for text in (right, half, other)] == [1, 0, 0]
+    assert builtin("json_fields", row, half) == pytest.approx(2 / 3)
+    assert builtin("exact_match", row, right) == 1, "the reference has its calls as lines"
+    assert builtin("json_fields", row, "set_timer({5})") == 0
