@@ -34,11 +34,13 @@ from llmtune.deploy.release_folder import conclude_release, release_kept
 from llmtune.errors import EnvironmentProblem
 from llmtune.evaluate.cache_keys import evaluation_inputs, lock_trained, note_own_metrics
 from llmtune.evaluate.champion import check_champion, note_look
+from llmtune.evaluate.control_runs import find_control_scores
 from llmtune.evaluate.decision import refresh_rules
 from llmtune.evaluate.eval_inputs import warn_of_cuts
 from llmtune.evaluate.evaluation_file import list_failed, load_evaluation
 from llmtune.evaluate.gates import note_gates, require_gates
 from llmtune.evaluate.suites.suite_registry import try_inputs
+from llmtune.inner_runs import run_control, run_seeds
 from llmtune.mining import mine_step, survey_step
 from llmtune.model.catalogue import candidate_names
 from llmtune.model.device import release_memory
@@ -68,10 +70,10 @@ from llmtune.store.processes import once, rank, world_size
 from llmtune.store.report_record import Report
 from llmtune.store.run_folder import Manifest, RunFolder, open_run, trained_name
 from llmtune.store.run_listing import find_start, pin_start
-from llmtune.store.run_lock import hash_keys, own_pins, read_pins
+from llmtune.store.run_lock import hash_keys, read_pins
 from llmtune.store.run_origin import is_own, save_recipe
 from llmtune.store.run_request import RunRequest
-from llmtune.store.seed_runs import SEEDS_UNTIL, is_done, kept_findings, seed_folder, share_rows, with_seed
+from llmtune.store.seed_runs import SEEDS_UNTIL, control_folder, is_done, scored_as, seed_folder, share_rows, with_seed
 from llmtune.tasks import base, registry
 from llmtune.train.loop import train
 from llmtune.train.metrics_log import log_results
@@ -105,11 +107,14 @@ def run_pipeline(loaded: LoadedRecipe, request: RunRequest, console: Console) ->
             raise EnvironmentProblem.of("run folder not found on this machine", str(path), fix)
         run = RunContext(RunFolder(path, manifest), console, request)
         run.resolved = plan_run(run, loaded)
-        run_steps(run, UNTIL[: UNTIL.index(request.until) + 1])
+        last = UNTIL.index(request.until) + 1
+        run_steps(run, UNTIL[: min(last, SCORING)])
+        run_control(run, loaded, run_pipeline)
+        run_steps(run, UNTIL[SCORING:last])
         recipe = run.resolved.recipe if run.resolved else loaded.recipe
         if loaded.recipe.train.seeds and request.until in SEEDS_UNTIL:
             run.once(lambda: _write_report(run, recipe))  # in case a further seed is stopped
-            run_seeds(run, loaded)
+            run_seeds(run, loaded, run_pipeline)
         return conclude_run(run, recipe)
 
 
@@ -264,7 +269,8 @@ def evaluate_step(run: RunContext) -> None:
                 print_scores(evaluation, run.console, run.plan.recipe.task)
             return
         with staged(target) if rank() == 0 else nullcontext() as folder:
-            scored = run_models.score_models(run, folder, run.request.base or earlier)
+            folders = run.request.base, earlier, find_control_scores(run.plan.recipe, run.folder.path)
+            scored = run_models.score_models(run, folder, folders)
             print_scored(scored, run.plan.recipe, run.console)
             run_models.save_label_errors(run, folder)
         judged = hash_keys(run.folder.path / "recipe.yaml", judging=True)
@@ -308,23 +314,11 @@ STEPS = (
     Step("run", deploy_step, "rank 0"),
 )
 """The steps of a run once its plan is made."""
+SCORING = UNTIL.index("evaluate")
+"""Where the steps begin that need the scores of a control run."""
 
 
-# Further seeds, and a finished run
-
-
-def run_seeds(run: RunContext, loaded: LoadedRecipe) -> None:
-    """Run the recipe once for each further seed: as far as the run, but without gates and products.
-
-    A valid seed run is skipped, and an interrupted one resumes. Rows, model and micro-batches are those of the run.
-    """
-    path, until, offline = run.folder.path, SEEDS_UNTIL[run.request.until], run.request.offline
-    same = RunRequest(until=until, offline=offline, pins=own_pins(path), findings=kept_findings(run.folder))
-    for seed in loaded.recipe.train.seeds:
-        further, out = with_seed(loaded, seed), seed_folder(path, seed)
-        run.console.rule(f"seed {seed}", align="left")
-        run.once(partial(share_rows, run.folder, out, further.fingerprint))
-        run_pipeline(further, replace(same, out=out, base=path / "evaluation"), run.console)
+# A finished run
 
 
 def evaluate_run(
@@ -332,7 +326,7 @@ def evaluate_run(
 ) -> Json:
     """Score a finished run again, with the settings of `loaded`; nothing is read, encoded or trained again.
 
-    `base` is as in `RunRequest`. Trained runs of further seeds are scored again too.
+    `base` is as in `RunRequest`. A control run and runs of further seeds are scored again too, if they are trained.
     """
     EnvironmentProblem.collect(find_missing_extras(loaded.recipe))
     with ExitStack() as stack:
@@ -351,10 +345,14 @@ def evaluate_run(
             run.begin(step, skipped=True)
         inputs = {"evaluate": evaluation_inputs(plan.recipe, plan.model_ref, rows, examples, path)}
         run.resolved = replace(plan, inputs=inputs)
+        again = partial(evaluate_run, console=console, offline=offline, base=base or path / "evaluation")
+        control = loaded.recipe.control_run
+        if control and control.on and is_done(further := control_folder(path, control), "train"):
+            again(scored_as(further, loaded), further)
         run_steps(run, ["evaluate"])
         for seed in loaded.recipe.train.seeds:
             if is_done(further := seed_folder(path, seed), "train"):
-                evaluate_run(with_seed(loaded, seed), further, console, offline=offline, base=path / "evaluation")
+                again(with_seed(loaded, seed), further)
         return conclude_run(run, plan.recipe)
 
 

@@ -23,7 +23,7 @@ from llmtune.data.row_store import load_rows, rows_folder
 from llmtune.data.sources import hash_sources, list_sources
 from llmtune.display.console import phase
 from llmtune.errors import EnvironmentProblem, RecipeError
-from llmtune.evaluate.cache_keys import evaluation_inputs
+from llmtune.evaluate.cache_keys import evaluation_inputs, hash_evaluation
 from llmtune.evaluate.suites.judge_client import host
 from llmtune.evaluate.suites.suite_registry import check_inputs, check_variant
 from llmtune.evaluate.teacher import find_teacher, teacher_inputs
@@ -42,7 +42,7 @@ from llmtune.recipe.schema import Recipe, find_idle_keys
 from llmtune.recipe.training_rule import choose_training, few_steps, with_choices, with_length
 from llmtune.recipe.user_files import read_text_file
 from llmtune.records import ALONE, Examples, Json, Layout, ModelRef, Rows
-from llmtune.store.atomic_files import hash_folder, hash_value
+from llmtune.store.atomic_files import hash_value
 from llmtune.store.process_environment import refuse_network
 from llmtune.store.processes import layout, once, world_size
 from llmtune.store.release_store import SERVED_RECIPE, TEMPLATE, check_store, find_source, is_stored
@@ -295,8 +295,8 @@ def decide_checkpointing(run: RunContext, draft: Plan, longest: int) -> bool:
 
 
 def evaluation_hash(run: RunContext) -> str:
-    """Hash the inputs of the scores, including the trained weights."""
-    return hash_value([run.plan.inputs["evaluate"], hash_folder(run.trained_folder)])
+    """Hash the inputs of the scores, including the trained weights and the scores of a control run."""
+    return hash_evaluation(run.plan.inputs["evaluate"], run.trained_folder, run.plan.recipe)
 
 
 def select_step(run: RunContext) -> None:

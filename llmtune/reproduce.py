@@ -37,7 +37,7 @@ from llmtune.store.run_listing import RUNS
 from llmtune.store.run_lock import LOCK, Lock, Pins, hardware, package_versions, read_lock, read_pins
 from llmtune.store.run_origin import list_model_code, name_code
 from llmtune.store.run_request import RunRequest
-from llmtune.store.seed_runs import kept_findings, without_gates, without_seeds
+from llmtune.store.seed_runs import kept_findings, single_run
 from llmtune.store.verification import Verification, relocated, split_pattern, verify_run
 
 RESULT = "reproduction.json"
@@ -89,7 +89,7 @@ def reproduce(
         pins=hold(read_pins(run / LOCK), loaded.recipe, lock, run),
         findings={**kept_findings(folder), "reproduces": str(run)},
     )
-    loaded = without_gates(without_seeds(replace(loaded, recipe=at_commits(loaded.recipe, lock))))
+    loaded = single_run(replace(loaded, recipe=at_commits(loaded.recipe, lock)))
     run_pipeline(loaded, request, console)  # without gates: only equality with the run counts
     if rank():
         return {}

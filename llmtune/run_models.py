@@ -20,11 +20,12 @@ from llmtune.errors import EnvironmentProblem
 from llmtune.evaluate.cache_keys import base_inputs, simple_inputs
 from llmtune.evaluate.champion import face_champion
 from llmtune.evaluate.champion_answers import ChampionModel, ask_champion, ask_classes
+from llmtune.evaluate.control_runs import compare_control_run
 from llmtune.evaluate.controls import control_inputs
 from llmtune.evaluate.eval_inputs import EvalContext, calibration_inputs, make_inputs
 from llmtune.evaluate.evaluator import ModelLoaders, Scored
 from llmtune.evaluate.label_check import check_labels
-from llmtune.evaluate.results import SIMPLE, TUNED, load_base
+from llmtune.evaluate.results import SIMPLE, TUNED, load_first
 from llmtune.evaluate.scoring import ScoreRequest, score_run
 from llmtune.evaluate.simple_baseline import score_simple_baseline
 from llmtune.evaluate.suites.label_errors import save_suspects
@@ -182,8 +183,8 @@ def check_new_labels(context: RunContext) -> None:
     check_labels(partial(load_champion, context), context.plan.stated, context.folder, context.rows, context.console)
 
 
-def score_models(context: RunContext, folder: Path | None, base_folder: Path | None) -> Scored:
-    """Evaluate both models in all processes; rank 0 writes to `folder`. `base_folder` may have earlier base answers."""
+def score_models(context: RunContext, folder: Path | None, base_folders: Sequence[Path | None]) -> Scored:
+    """Evaluate both models in all processes; rank 0 writes to `folder`. `base_folders` may have base answers."""
     plan, rows, examples = context.plan, context.rows, context.examples
     recipe, task, processor = plan.recipe, plan.task, plan.processor
     join_processes(plan.device)
@@ -194,17 +195,18 @@ def score_models(context: RunContext, folder: Path | None, base_folder: Path | N
         recipe, task, processor, inputs, plan.device, context.console, folder, validation, controls
     )
     base = base_inputs(recipe, adapter_settings(recipe), plan.model_ref, rows, examples, plan.device)
-    simple = load_base(base_folder, simple_inputs(recipe, rows, examples), SIMPLE)
+    simple = load_first(base_folders, simple_inputs(recipe, rows, examples), SIMPLE)
     ask = partial(ask_champion, partial(load_champion, context), eval_context, rows, context.folder.path)
     request = ScoreRequest(
         Models(context).loaders,
         eval_context,
         rows,
         headless=why_headless(plan.model_ref, recipe, task),
-        base=load_base(base_folder, base),
-        tuned=load_base(base_folder, base + hash_folder(context.trained_folder), TUNED),
+        base=load_first(base_folders, base),
+        tuned=load_first(base_folders, base + hash_folder(context.trained_folder), TUNED),
         score_simply=partial(score_simple_baseline, eval_context, rows, examples, simple),
         challenge=partial(face_champion, plan.stated, context.folder, rows, ask),
+        compare_control=partial(compare_control_run, recipe, context.folder),
         trained=context.trained_folder,
     )
     return score_run(request)

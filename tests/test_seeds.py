@@ -120,7 +120,7 @@ def test_seeds_of_older_rows_or_settings_are_not_mixed_with_a_newer_run(
 ) -> None:
     """The run is trained and scored again, and killed before its seeds are."""
 
-    def stop(context: RunContext, loaded: object) -> None:
+    def stop(context: RunContext, loaded: object, run_recipe: object) -> None:
         raise Stopped(Problem("stopped"), signal_number=15)
 
     monkeypatch.setattr("llmtune.pipeline.run_seeds", stop)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -114,11 +114,11 @@ def show_release(release: Stored, signers: Signers = None, as_json: AsJson = Fal
     """Show the scores and gates of a release, and check its signature if it has one."""
     from llmtune.deploy.releases import check_signature, summarize_release
     from llmtune.display.console import print_sections
-    from llmtune.evaluate.release_records import find_record, read_release
+    from llmtune.evaluate.release_records import find_record, read_release, released_evaluation
+    from llmtune.report.control_run_section import control_run_section
     from llmtune.report.control_sections import control_section
     from llmtune.report.evaluation_sections import gate_section
     from llmtune.report.score_sections import score_section, simple_baseline_section
-    from llmtune.store.score_records import Evaluation
 
     file = find_record(release)
     record, signature = read_release(file), check_signature(file, signers)
@@ -128,11 +128,9 @@ def show_release(release: Stored, signers: Signers = None, as_json: AsJson = Fal
         return
     if summary["address"]:
         typer.echo(f"{summary['address']}{' (current)' if summary['current'] else ''}, from run {record['run']}")
-    scores = record["base"], record["tuned"], record["difference"]
-    evaluation = Evaluation(*scores, (), record["rows"], record["signatures"])
-    simple, controls, task = record.get("simple_baseline"), record.get("controls", {}), record["recipe"]["task"]
-    evaluation = replace(evaluation, simple_baseline=simple, controls=controls, pictured=record.get("pictured", 0))
-    sections = [make(evaluation, task) for make in (score_section, control_section, simple_baseline_section)]
+    evaluation, task = released_evaluation(record), record["recipe"]["task"]
+    makers = (score_section, control_run_section, control_section, simple_baseline_section)
+    sections = [make(evaluation, task) for make in makers]
     sections.append(gate_section(record["gates"]))
     print_sections(sections, make_console(stderr=False))
     if signature:

@@ -29,6 +29,9 @@ PARQUET_ROWS = 512
 PARQUET_BYTES = 2**27
 """A longer batch is converted row by row."""
 
+FILE_KEYS = {"bytes", "path"}
+"""Keys of a picture or recording of the datasets library, which writes null for one of them."""
+
 
 class ArrowRow(dict[str, object]):
     """A row without the keys that Arrow filled in; `filled` counts them."""
@@ -58,7 +61,8 @@ def _drop(value: object, feature: Any) -> tuple[object, int]:
         return [one for one, _ in parts], sum(filled for _, filled in parts)
     of_key = feature if isinstance(feature, Mapping) else {}
     kept = {key: _drop(one, of_key.get(key)) for key, one in value.items() if one is not None}
-    filled = len(value) - len(kept) + sum(inner for _, inner in kept.values())
+    nulls = 0 if value.keys() == FILE_KEYS else len(value) - len(kept)
+    filled = nulls + sum(inner for _, inner in kept.values())
     return {key: one for key, (one, _) in kept.items()}, filled
 
 

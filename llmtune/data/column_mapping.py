@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from statistics import mean
 
 from llmtune.data.message_fields import with_roles
+from llmtune.data.pictures import may_be_picture
 from llmtune.data.rejected_rows import RowError, json_kind
 
 FIELD = re.compile(r"\{([^{}]+)\}")
@@ -233,10 +234,16 @@ def names_recordings(rows: RawRows, name: str) -> bool:
     return all(RECORDING.search(str(row.get(name))) for row in rows)
 
 
+def names_pictures(rows: RawRows, name: str) -> bool:
+    """Whether all cells of a column look like pictures."""
+    return all(may_be_picture(find(row, name)) for row in rows)
+
+
 def is_text(rows: RawRows, name: str) -> bool:
     """Whether a column has text that differs from row to row; numbers, dates, identifiers and files do not count."""
     values = [value for row in rows if isinstance(value := row.get(name), str) and value.strip()]
-    if (len(values) > 2 and len(set(values)) == 1) or names_recordings(rows, name):
+    is_file = names_recordings(rows, name) or names_pictures(rows, name)
+    if is_file or (len(values) > 2 and len(set(values)) == 1):
         return False
     letters = [sum(sign.isalpha() or sign.isspace() for sign in value) / len(value) for value in values]
     return len(values) >= TEXT_SHARE * len(rows) and mean(letters) > TEXT_SHARE

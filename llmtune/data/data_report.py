@@ -87,7 +87,7 @@ def describe_examples(
     blocks = [_splits(rows, examples), _dropped(rows.rows_in, dropped), *picture_blocks(pictures)]
     blocks += _notes(rows, examples, vanishing, long_answers)
     print_blocks([*blocks, _bars(edges, counts), *([_classes(classes)] if classes else [])], console)
-    _name_unseen(classes, console)
+    _name_missing(classes, console)
     if task.predicts_tokens:
         console.print(f"{share:.1%} of all tokens are learned.")
     if recipe.data.system_prompt is None:
@@ -129,7 +129,7 @@ def describe_pictures(rows: Rows) -> tuple[Json, list[str]]:
     PICTURES of training, chosen by hash.
     """
     facts: Json = {"rows": 0, "pictures": 0}
-    seen, sizes, shown = set[str](), list[list[int]](), dict[str, tuple[Picture, Row]]()
+    contents, sizes, shown = set[str](), list[list[int]](), dict[str, tuple[Picture, Row]]()
     converted: Counter[str] = Counter()
     for split, text in ((name, text) for name in rows.files for _, text in iterate_texts(rows, name)):
         row = json.loads(text) if '"look":' in text else {}
@@ -141,15 +141,15 @@ def describe_pictures(rows: Rows) -> tuple[Json, list[str]]:
                 shown.setdefault(picture["content"], (picture, row))
             if len(shown) > PICTURES:
                 del shown[max(shown)]
-            if picture["content"] not in seen:
-                seen.add(picture["content"])
+            if picture["content"] not in contents:
+                contents.add(picture["content"])
                 sizes = [*sizes, picture["size"]]
                 sizes = [min(sizes, key=prod), max(sizes, key=prod)]
                 converted.update(filter(None, picture.get("converted", "").split(", ")))
-    if not seen:
+    if not contents:
         return {}, []
     listed = [_show(*shown[content]) for content in sorted(shown)]
-    facts |= {"different": len(seen), "smallest": sizes[0], "largest": sizes[1], "converted": dict(converted)}
+    facts |= {"different": len(contents), "smallest": sizes[0], "largest": sizes[1], "converted": dict(converted)}
     return facts | {"shown": listed}, [thumbnail(shown[content][0]) for content in sorted(shown)]
 
 
@@ -198,11 +198,11 @@ def _notes(rows: Rows, examples: Examples, vanishing: Mapping[str, int], long_an
         yield Note(long_answers_sentence(long_answers), "note")
 
 
-def _name_unseen(classes: Mapping[str, Mapping[str, int]], console: Console) -> None:
+def _name_missing(classes: Mapping[str, Mapping[str, int]], console: Console) -> None:
     """Print the classes that have no training rows."""
-    if unseen := [name for name, counts in classes.items() if not counts["train"]]:
-        what = f"{len(unseen)} of {len(classes)} classes have no training rows and cannot be learned"
-        console.print(f"{what}: {escape(', '.join(unseen[:SHOWN]))}", style="yellow", highlight=False)
+    if missing := [name for name, counts in classes.items() if not counts["train"]]:
+        what = f"{len(missing)} of {len(classes)} classes have no training rows and cannot be learned"
+        console.print(f"{what}: {escape(', '.join(missing[:SHOWN]))}", style="yellow", highlight=False)
 
 
 def _name_system_message(

@@ -21,6 +21,7 @@ from llmtune.data.column_mapping import (
     is_text,
     name_columns,
     name_words,
+    names_pictures,
     names_recordings,
     rename,
 )
@@ -28,7 +29,7 @@ from llmtune.data.encoding_guess import GUESSED_BYTES, guess_encoding
 from llmtune.data.file_readers import data_errors
 from llmtune.data.label_candidates import LabelCandidate, are_identifiers, find_class_columns
 from llmtune.data.message_fields import CONTENT_KEYS, first_key, is_message, propose_roles, read_turns
-from llmtune.data.pictures import may_be_picture, row_pictures
+from llmtune.data.pictures import row_pictures
 from llmtune.data.rejected_rows import NO_VALUES, RowError
 from llmtune.data.row_formats import check_mapped, detect_format, map_columns, parse_row, reads_rows
 from llmtune.data.row_hash import hash_content, iterate_strings, row_json
@@ -224,7 +225,7 @@ def list_readings(survey: Survey, task: str | None = None, columns: Mapping[str,
 
 def _pictured(survey: Survey, task: str, others: Sequence[Reading]) -> Iterator[Reading]:
     """Read a table whose file names of pictures have a column of any name, with its last text as the answer."""
-    names = [name for name in survey.columns if all(may_be_picture(find(row, name)) for row in survey.first)]
+    names = [name for name in survey.columns if names_pictures(survey.first, name)]
     texts = [name for name in survey.columns if name not in names and is_text(survey.first, name)]
     if not names or not texts or any(row_pictures(row) for one in others for row in one.rows):
         return

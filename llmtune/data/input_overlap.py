@@ -130,12 +130,12 @@ def find_near_pictures(held: I64, others: I64, rows: JsonRows) -> dict[int, int]
         return {}
     look_H, look_O = (np.array([int(one["look"], 16) for one, _ in side.values()], np.uint64) for side in sides)
     thumbnails: dict[str, npt.NDArray[np.float32]] = {}
-    there, matches = [*sides[1].values()], dict[int, int]()
+    others_O, matches = [*sides[1].values()], dict[int, int]()
     for look, (picture, first) in zip(look_H, sides[0].values(), strict=True):
-        near = [there[place] for place in np.flatnonzero(np.bitwise_count(look_O ^ look) <= LOOK_BITS)]
-        near = [(one, numbers) for one, numbers in near if look_same(picture, one, thumbnails)]
-        if sum(len(numbers) for _, numbers in near) <= max(COMMON_ROWS, COMMON_SHARE * len(others)):
-            for row in (row for _, numbers in near for row in numbers):
+        pairs = [others_O[place] for place in np.flatnonzero(np.bitwise_count(look_O ^ look) <= LOOK_BITS)]
+        pairs = [(one, numbers) for one, numbers in pairs if look_same(picture, one, thumbnails)]
+        if sum(len(numbers) for _, numbers in pairs) <= max(COMMON_ROWS, COMMON_SHARE * len(others)):
+            for row in (row for _, numbers in pairs for row in numbers):
                 matches.setdefault(row, first[0])
     return matches
 

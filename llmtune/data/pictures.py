@@ -344,29 +344,29 @@ def place_pictures(messages: Sequence[Any], column: object) -> None:
         RowError: The row has more or fewer pictures than places, or an answer has one.
     """
     column = parse_cell(column)
-    waiting = column if isinstance(column, list) else [] if column in (None, "") else [column]
-    if not waiting and not any("images" in message for message in messages):
+    pictures = column if isinstance(column, list) else [] if column in (None, "") else [column]
+    if not pictures and not any("images" in message for message in messages):
         return
     users = [message for message in messages if message["role"] == "user"]
-    if waiting and users and not any(MARK.search(message["content"]) for message in users):
-        users[0]["content"] = IMAGE * len(waiting) + users[0]["content"]
+    if pictures and users and not any(MARK.search(message["content"]) for message in users):
+        users[0]["content"] = IMAGE * len(pictures) + users[0]["content"]
     places = 0
     for message in messages:
-        stated = iter(message.get("images", ()))
+        of_parts = iter(message.get("images", ()))
         marks = MARK.findall(message["content"])
-        if message["role"] != "user" and (message.get("images") or (IMAGE in marks and waiting)):
+        if message["role"] != "user" and (message.get("images") or (IMAGE in marks and pictures)):
             raise RowError("picture in an answer", f"a message of the {message['role']} has a picture; only users' may")
-        if message["role"] != "user" or not (marks and (waiting or message.get("images"))):
+        if message["role"] != "user" or not (marks and (pictures or message.get("images"))):
             continue
         if marks.count(PLACE) != len(message.get("images", ())):
             raise RowError("not a character", "U+FFFC in a text of a message with a picture; it stands for pictures")
-        images = [next(stated, None) if mark == PLACE else None for mark in marks]
+        images = [next(of_parts, None) if mark == PLACE else None for mark in marks]
         places += images.count(None)
-        filled = iter(waiting[places - images.count(None) :])
-        message["images"] = [next(filled, None) if image is None else image for image in images]
+        of_column = iter(pictures[places - images.count(None) :])
+        message["images"] = [next(of_column, None) if image is None else image for image in images]
         message["content"] = message["content"].replace(IMAGE, PLACE)
-    if places != len(waiting):
-        what = f"{places} places ({IMAGE}) without their own picture, and {len(waiting)} pictures in the row's column"
+    if places != len(pictures):
+        what = f"{places} places ({IMAGE}) without their own picture, and {len(pictures)} pictures in the row's column"
         raise RowError("pictures and places differ", what)
 
 

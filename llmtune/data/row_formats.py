@@ -8,7 +8,16 @@ from pathlib import Path
 
 from llmtune.data.chat_rows import MESSAGE_KEYS
 from llmtune.data.class_spelling import NoteName, tidy_cell
-from llmtune.data.column_mapping import fields, find, flatten, has_columns, rename, used_columns, with_aliases
+from llmtune.data.column_mapping import (
+    fields,
+    find,
+    flatten,
+    has_columns,
+    names_pictures,
+    rename,
+    used_columns,
+    with_aliases,
+)
 from llmtune.data.pictures import IMAGE, locate_picture, may_be_picture, read_pictures, refuse_bare_marks, row_pictures
 from llmtune.data.rejected_rows import RowError, find_file
 from llmtune.data.row_kind import MESSAGES, RowParser, kind_of_task
@@ -269,6 +278,10 @@ def _unknown_format(
     )  # no messages for two texts
     mapped = ", ".join(f"{name}: YOUR_COLUMN" for name in texts.required)
     source = f"`train: {{path: {where}, columns: {{{mapped}}}}}`"
+    pictured = next((name for name in present if names_pictures(rows, name)), None)
+    if pictured and not any(one.picture for one in usable):
+        readers = [name for name in TASK_FACTS if any(one.picture and one.parser(name) for one in FORMATS.values())]
+        what += f"; {pictured!r} has pictures, which only `task: {' or '.join(readers)}` reads"
     return DataError.of(what, where, f"Formats:\n    {formats}\n    or map columns in the section `data`: {source}.")
 
 

@@ -383,11 +383,11 @@ def _hash_source(source: Source, data: DataSection, key: str, task: str) -> Iter
 
 def _hash_media(detected: Detected, path: Path, task: str) -> Iterator[SourceFile]:
     """Yield each recording or picture that a file's rows name. Missing or bad ones are reported when they are read."""
-    source, seen = detected.input.source, set[Path]()
+    source, files = detected.input.source, set[Path]()
     for _, value in detected.input.raw_rows():
         row = {} if isinstance(value, RowError) else rename(value, detected.columns, detected.roles)
         for file in list_media(row, detected.row_format, task, path.parent):
-            if file not in seen and file.is_file():
-                seen.add(file)
+            if file not in files and file.is_file():
+                files.add(file)
                 name = os.path.relpath(file, path.parent) if file.is_relative_to(path.parent) else str(file)
                 yield SourceFile(source.path, name, file, "xxh3_128", read_once(file, hash_recording))

@@ -298,8 +298,11 @@ def highlight(ids: Sequence[int], spans: Sequence[int], processor: PreTrainedTok
 
 
 def decode_shortened(ids: Sequence[int], processor: PreTrainedTokenizerBase) -> str:
-    """Return the text of token ids with special tokens; shorten a long one in the middle."""
-    text = decode(processor, list(ids))
+    """Return the text of token ids with special tokens; shorten runs of one of those, and a long text in the middle."""
+    added = processor.added_tokens_decoder
+    special = "|".join(re.escape(added[token].content) for token in sorted({*ids} & added.keys()))
+    run, text = re.compile(rf"({special or '$.'})\1{{3,}}"), decode(processor, list(ids))
+    text = run.sub(lambda one: f"{one[1]} [... {len(one[0]) // len(one[1]) - 1:,} more ...] ", text)
     if len(text) <= SHOWN_CHARACTERS:
         return text
     half = SHOWN_CHARACTERS // 2

@@ -192,6 +192,8 @@ def make_record(run: Path) -> Json:
         simple_baseline=evaluation.simple_baseline,
         controls=evaluation.controls,
         pictured=evaluation.pictured,
+        control_run=evaluation.control_run,
+        teacher=evaluation.teacher,
         measures="",
     )
     packed = base64.b64encode(pack_measures(measures)).decode()  # contains no path or secret
@@ -200,9 +202,11 @@ def make_record(run: Path) -> Json:
 
 def _without_paths(content: Release) -> Json:
     difference = {metric: asdict(change) for metric, change in content["difference"].items()}
-    simple = content["simple_baseline"] and asdict(content["simple_baseline"])
     controls = {name: asdict(control) for name, control in content["controls"].items()}
+    opponents = (content["simple_baseline"], content["control_run"], content["teacher"])
+    simple, control_run, teacher = (one and asdict(one) for one in opponents)
     values = {**content, "difference": difference, "simple_baseline": simple, "controls": controls}
+    values |= {"control_run": control_run, "teacher": teacher}
     return {key: hide_paths(value) for key, value in values.items()}
 
 

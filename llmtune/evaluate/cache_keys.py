@@ -8,6 +8,7 @@ from typing import Any
 
 from llmtune import __version__
 from llmtune.errors import DataError
+from llmtune.evaluate.control_runs import find_control_scores
 from llmtune.evaluate.per_row_scores import MEASURES
 from llmtune.evaluate.release_records import locate_champion
 from llmtune.evaluate.suites.lm_eval import list_task_files
@@ -16,7 +17,7 @@ from llmtune.recipe.evaluate_section import EXTRA_KEYS, GATE_KEYS
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_facts import DECISIONS
 from llmtune.records import Examples, ModelRef, Rows
-from llmtune.store.atomic_files import hash_file, hash_value, write_json
+from llmtune.store.atomic_files import hash_file, hash_folder, hash_value, write_json
 from llmtune.store.run_folder import RunFolder
 from llmtune.store.run_lock import LOCK, note_trained, package_versions, read_lock
 
@@ -39,6 +40,13 @@ def evaluation_inputs(recipe: Recipe, model: ModelRef, rows: Rows, examples: Exa
     return hash_value([__version__, versions, contents, settings, recipe.seed])
 
 
+def hash_evaluation(inputs: str, trained: Path, recipe: Recipe) -> str:
+    """Hash the inputs of the scores of a run: `evaluation_inputs`, its `trained` folder, and its control run."""
+    scores, control = find_control_scores(recipe, trained.parent), recipe.control_run
+    further = [[control.on, hash_folder(scores) if scores else None]] if control else []
+    return hash_value([inputs, hash_folder(trained), *further])
+
+
 def base_inputs(
     recipe: Recipe, adapter: list[Any], model: ModelRef, rows: Rows, examples: Examples, device: str
 ) -> str:
@@ -49,7 +57,7 @@ def base_inputs(
     sections = (recipe.generation, recipe.model)
     left_out = {*GATE_KEYS, *EXTRA_KEYS, "calibrate", *DECISIONS}
     settings: list[Any] = [recipe.evaluate.model_dump(mode="json", exclude=left_out), device]
-    settings += [recipe.task_section(), adapter, *(one.model_dump(mode="json") for one in sections)]
+    settings += [recipe.task_section(measuring=True), adapter, *(one.model_dump(mode="json") for one in sections)]
     contents = [model.content_hash, rows.content_hash, examples.content_hash]
     contents += [rows.corpus_hash] if rows.corpus_hash else []
     drawn = recipe.seed if recipe.generation.do_sample else None

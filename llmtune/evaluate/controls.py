@@ -180,20 +180,20 @@ def shown_answers(answers: Mapping[str, Answers], controls: Iterable[str]) -> di
     return {"base": answers["base"], "tuned": answers["tuned"]} | others
 
 
-def compare_control(name: str, other: PairedMeasures, own: PairedMeasures, seed: int) -> Control:
+def compare_control(name: str, control: PairedMeasures, originals: PairedMeasures, seed: int) -> Control:
     """Compare the measures under one control with those of the rows' own pictures, on the rows of both."""
     models: list[dict[str, Measure]] = [{}, {}, {}, {}]
-    for metric in (metric for metric in other.tuned if metric in own.tuned):
-        parts = [of.get(metric) for of in (other.base, other.tuned, own.base, own.tuned)]
+    for metric in (metric for metric in control.tuned if metric in originals.tuned):
+        parts = [of.get(metric) for of in (control.base, control.tuned, originals.base, originals.tuned)]
         shared = set.intersection(*({*one.at} for one in parts if one is not None))
         for model, one in zip(models, parts, strict=True):
             if one is not None and shared:
                 model[metric] = one.subset(shared)
-    base, tuned, base_own, tuned_own = models
-    both = PairedMeasures(base_own, tuned_own)
+    base, tuned, base_before, tuned_before = models
+    both = PairedMeasures(base_before, tuned_before)
     return Control(
         *PairedMeasures(base, tuned).scores(),
-        difference=PairedMeasures(tuned, tuned_own).differences(seed),
-        base_difference=PairedMeasures(base, base_own).differences(seed),
+        difference=PairedMeasures(tuned, tuned_before).differences(seed),
+        base_difference=PairedMeasures(base, base_before).differences(seed),
         scores=Slice("own pictures", 0, *both.scores(), both.differences(seed)),
     )

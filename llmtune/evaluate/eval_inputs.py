@@ -83,7 +83,7 @@ class EvalInputs:
     groups: dict[str, Parts]
     """By column of `evaluate.fairness.groups`."""
     clusters: tuple[int, ...] = ()
-    """[N] equal for rows that belong together (`data.split_by`); empty if no rows do."""
+    """[N] equal for rows that belong together (`data.split_by`, or a picture); empty if no rows do."""
     full_rows: tuple[Row, ...] = ()
     """[N] the rows with their answers and kept columns, for the user's own metrics; empty without any."""
     corpus: tuple[str, ...] = ()
@@ -130,13 +130,13 @@ def make_inputs(
     reader = ExampleReader(examples, split, task.example_type)
     numbers = sorted({*reader.rows.tolist()})
     fairness, facts = recipe.evaluate.fairness, TASK_FACTS[recipe.task]
-    kept = set(numbers)
+    kept, generates = set(numbers), not task.predicts
     held_out = [pair for number, pair in enumerate(iterate_rows(rows, split)) if number in kept]
     questions, references = zip(*(task.split_answer(row) for _, row in held_out), strict=True)
+    pictures = [{picture["content"] for picture in task.list_pictures(question)} for question in questions]
     turns = [task.tool_turns(row, recipe) for _, row in held_out]
     metrics = measured_metrics(recipe, has_tools=any(turns))
     notes = start_notes(task, recipe) | task.row_notes(rows, split, recipe) | schema_notes(metrics, turns)
-    generates = not task.predicts
     answerable = [i for i in range(len(numbers)) if not generates or (write_prompt(questions[i]) and references[i])]
     needs_texts = not generates or bool(recipe.evaluate.judge) or not recipe.evaluate.predicted.isdisjoint(metrics)
     limit = (recipe.evaluate.limit if needs_texts else recipe.evaluate.samples) if facts.generates else None
@@ -170,10 +170,10 @@ def make_inputs(
         notes=notes,
         slices=read_slices(rows, recipe.evaluate.slices, numbers),
         groups=read_slices(rows, fairness.groups if fairness else (), numbers, "evaluate.fairness.groups"),
-        clusters=read_clusters(rows, split, kept),
+        clusters=cluster_rows(pictures, [group for at, group in enumerate(iterate_groups(rows, split)) if at in kept]),
         full_rows=tuple(read_full_rows(rows, split, kept)) if recipe.evaluate.own_metrics else (),
         corpus=read_corpus(rows, split) if facts.searches else (),
-        pictured=frozenset(i for i, question in enumerate(questions) if task.list_pictures(question)),
+        pictured=frozenset(i for i, contents in enumerate(pictures) if contents),
     )
 
 
@@ -225,11 +225,30 @@ def calibration_inputs(
         return None
 
 
-def read_clusters(rows: Rows, split: str, kept: Set[int]) -> tuple[int, ...]:
-    """Return a number for each of the `kept` rows, equal for rows with the same `data.split_by` value."""
-    groups = [group for number, group in enumerate(iterate_groups(rows, split)) if number in kept]
-    numbers = {group: number for number, group in enumerate(dict.fromkeys(groups))}
-    return tuple(numbers[group] for group in groups) if len(numbers) < len(groups) else ()
+def cluster_rows(pictures: Sequence[Set[str]], groups: Sequence[int]) -> tuple[int, ...]:
+    """Return a number for each row, equal for rows that belong together; empty if no rows do.
+
+    Rows belong together if they share a picture or their group. A picture of all rows with pictures counts only in a
+    row without others: it may be an example.
+
+    Args:
+        pictures: Hashes of the contents of each row's pictures.
+        groups: Each row's group by `data.split_by`; empty without it.
+    """
+    everywhere = frozenset[str]().union(*pictures).intersection(*filter(None, pictures))
+    first, joined = dict[str | int, int](), [*range(len(pictures))]
+
+    def find_first(row: int) -> int:
+        while joined[row] != row:
+            row = joined[row]
+        return row
+
+    for row, contents in enumerate(pictures):
+        keys: list[str | int] = [*groups[row : row + 1], *(contents - everywhere or contents)]
+        for key in keys:
+            joined[find_first(row)] = find_first(first.setdefault(key, row))
+    numbers = {root: number for number, root in enumerate(dict.fromkeys(map(find_first, joined)))}
+    return tuple(numbers[find_first(row)] for row in joined) if len(numbers) < len(joined) else ()
 
 
 def start_notes(task: EvaluatedTask, recipe: Recipe) -> dict[str, str]:

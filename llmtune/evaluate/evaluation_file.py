@@ -21,6 +21,7 @@ PIECES = "loss.pieces"
 """Name of the note on the base model's loss per piece of a text."""
 SCORES = (
     *("base", "intervals", "tuned", "export", "difference", "base_difference", "from_old", "scores", "before", "after"),
+    "shares",
 )
 """Keys of `evaluation.json` below which null means NaN."""
 

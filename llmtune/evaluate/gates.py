@@ -16,7 +16,7 @@ from llmtune.recipe.evaluate_section import ERROR, EvaluateSection, WhenUnsure
 from llmtune.recipe.gate_grammar import Gate, Operator, parse_gate
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.section import RELEASE_PREFIX
-from llmtune.recipe.task_facts import CONTROLS, SIMPLE_BASELINES
+from llmtune.recipe.task_facts import CONTROL_RUNS, CONTROLS, SIMPLE_BASELINES
 from llmtune.records import Difference, Json
 from llmtune.store.report_record import Power
 from llmtune.store.run_folder import RunFolder
@@ -32,7 +32,7 @@ COMPARE: dict[str, Callable[[float, float], bool]] = {
 NO_INTERVAL = "{} are too few for an interval, or the metric has no range and nearly all of them have the same value"
 ORIGINS: Mapping[str | None, str] = {
     "champion": " from the champion",
-    **{name: f" from {name}" for name in SIMPLE_BASELINES},
+    **{name: f" from {name}" for name in (*SIMPLE_BASELINES, *CONTROL_RUNS)},
     **{name: f" from the tuned model with {pictures}" for name, pictures in CONTROLS.items()},
 }
 """What a difference is from, by the gate's other model; the base needs no name."""
@@ -45,9 +45,9 @@ def check_gates(section: EvaluateSection, evaluation: Evaluation) -> tuple[GateR
     `X > base` compares the scores. `X.low > base` compares the low end of the difference's paired interval (95 %, wider
     with `evaluate.looks`) with zero. `X.high <= 0.05` compares an end of the score's own interval. `champion` is the
     run named by `evaluate.champion`; scores are then compared on the rows that both runs share, and a gate passes if
-    `release:NAME` has no release yet. A simple baseline such as `tfidf` answers the same rows. `blind` and `swapped`
-    are the tuned model itself, on the test rows with pictures. `decide` has the rule for interval ends. `when_unsure`
-    sets how an inconclusive gate counts.
+    `release:NAME` has no release yet. A simple baseline such as `tfidf` and a control run such as `sft` answer the same
+    rows. `blind` and `swapped` are the tuned model itself, on the test rows with pictures. `decide` has the rule for
+    interval ends. `when_unsure` sets how an inconclusive gate counts.
 
     Raises RecipeError for a text that is not a gate.
     """
@@ -182,6 +182,9 @@ def compared_scores(
     if gate.against is not None and gate.against in CONTROLS:
         control = evaluation.controls.get(gate.against)
         return (control.scores.tuned, control.tuned, control.difference) if control else ({}, {}, {})
+    if gate.against is not None and gate.against in CONTROL_RUNS:
+        control_run = evaluation.control_run
+        return (control_run.tuned, control_run.scores, control_run.difference) if control_run else ({}, {}, {})
     if gate.against != "champion" and gate.against not in SIMPLE_BASELINES:
         others = evaluation.of_exports() if gate.on_export else evaluation.by_name("base")
         return evaluation.by_name("tuned"), others, evaluation.differences()
@@ -225,6 +228,9 @@ def why_unmeasured(gate: Gate, evaluation: Evaluation) -> str:
         return evaluation.signatures.get(name, "not measured")
     if name in CONTROLS:
         return "not measured: no test row has a picture, or evaluate.controls was off"
+    if (control_run := evaluation.control_run) and name == control_run.name:
+        why = control_run.why_none or control_run.left_out.get(gate.metric, "")
+        return f"not measured: {why}" if why else "not measured"
     if gate.rows and gate.against == "champion":
         return "not comparable: the champion's model could not answer the new rows"
     left_out = evaluation.champion.left_out if evaluation.champion and gate.against == "champion" else {}

@@ -211,9 +211,11 @@ def find_other_keys(first: ScoredRun, second: ScoredRun, metrics: Collection[str
     keys += ["generation."] if first.recipe.evaluate.predicted & set(metrics) and facts.generates else []
     if any(run.recipe.data.on_overlong in ("truncate", "split") for run in (first, second)):
         keys += ["data.max_length", "data.on_overlong"]
-    classes = [f"{facts.section}.{name}" for name in ("labels", "rename")]  # `class_alignment` joins classes
+    section = getattr(first.recipe, facts.section) if facts.section else None
+    names = ("labels", "rename", "control", *(section.training_keys if section else ()))  # classes are aligned
+    left_out = [f"{facts.section}.{name}" for name in names]
     for key, (one, other) in find_differing(first, second).items():
-        if key.startswith(tuple(keys)) and key not in classes and "auto" not in (one, other):
+        if key.startswith(tuple(keys)) and key not in left_out and "auto" not in (one, other):
             yield f"measured with {key}: {other}, but {first.name} with {one}"
 
 

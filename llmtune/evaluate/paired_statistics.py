@@ -43,11 +43,11 @@ NARROWEST = 0.25
 """Least distance from the value to the interval's end at zero, as a share of the interval's width, by which `widen`
 moves that end. The draws of a ratio may lie on one side of its value."""
 METHOD = (
-    f"95 %, from {RESAMPLES} draws of weights for the rows (with data.split_by for its groups) and for a pseudo-row at "
-    "either end of the metric's range (Gaffke's bound; shares of right rows: Clopper and Pearson's interval); metrics "
-    "without a range: pseudo-rows outside of the seen range, at least Student's t, none for a difference below "
-    f"{FEWEST_UNBOUNDED} rows or a score below {FEWEST_UNSEEN}; other levels: ends moved as the quantiles of Student's "
-    "t; p: the level whose interval ends at zero"
+    f"95 %, from {RESAMPLES} draws of weights for the rows (or groups, by data.split_by or a shared picture) and for a "
+    "pseudo-row at either end of the metric's range (Gaffke's bound; shares of right rows: Clopper and Pearson's "
+    "interval); metrics without a range: pseudo-rows outside of the seen range, at least Student's t, none for a "
+    f"difference below {FEWEST_UNBOUNDED} rows or a score below {FEWEST_UNSEEN}; other levels: ends moved as the "
+    "quantiles of Student's t; p: the level whose interval ends at zero"
 )
 
 

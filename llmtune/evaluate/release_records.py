@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import json
 import os
-from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, NotRequired
@@ -21,6 +20,7 @@ from llmtune.recipe.schema import Recipe
 from llmtune.recipe.section import RELEASE_PREFIX
 from llmtune.records import Difference, Json
 from llmtune.store.atomic_files import explained, read_json
+from llmtune.store.control_scores import ControlScores, TeacherScores
 from llmtune.store.release_store import (
     RECORD_FILE,
     RELEASES,
@@ -37,6 +37,8 @@ from llmtune.store.run_listing import find_run
 from llmtune.store.score_records import Control, Evaluation, GateResult, SimpleBaseline
 
 RELEASE_VERSION = 1
+OPPONENTS = ("simple_baseline", "controls", "pictured", "control_run", "teacher")
+"""Keys of a release that an evaluation has too, and that earlier versions of llmtune did not write."""
 RELEASE_FIX = "Write it again from its run: llmtune release RUN"
 
 
@@ -76,6 +78,8 @@ class Release(TypedDict):
     simple_baseline: NotRequired[SimpleBaseline | None]
     controls: NotRequired[dict[str, Control]]
     pictured: NotRequired[int]
+    control_run: NotRequired[ControlScores | None]
+    teacher: NotRequired[TeacherScores | None]
     measures: str
     """`measures.npz` of the tuned model, in base64: each row's hash, and its contribution to each score."""
 
@@ -204,8 +208,11 @@ def open_release(path: Path, name: str) -> ScoredRun:
         ) from None
     except ValueError as error:
         raise RecipeError.of(f"damaged: {error}", str(path), RELEASE_FIX) from None
+    return ScoredRun(name, recipe, released_evaluation(release), unpack_measures(packed, path, RELEASE_FIX))
+
+
+def released_evaluation(release: Release) -> Evaluation:
+    """Return the scores in a release as an evaluation."""
     scores = release["base"], release["tuned"], release["difference"]
-    evaluation = Evaluation(*scores, (), release["rows"], release["signatures"])
-    simple, controls = release.get("simple_baseline"), release.get("controls", {})
-    evaluation = replace(evaluation, simple_baseline=simple, controls=controls, pictured=release.get("pictured", 0))
-    return ScoredRun(name, recipe, evaluation, unpack_measures(packed, path, RELEASE_FIX))
+    opponents: Json = {name: one for name, one in release.items() if name in OPPONENTS}
+    return Evaluation(*scores, (), release["rows"], release["signatures"], **opponents)

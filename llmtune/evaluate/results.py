@@ -6,7 +6,7 @@ Shapes: N rows.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NotRequired
@@ -138,6 +138,12 @@ def load_base(folder: Path | None, inputs: str, name: str = BASE) -> BaseAnswers
         if corpus is None or len(corpus) != saved["corpus"]:
             return BaseAnswers(inputs)
     return BaseAnswers(inputs, Answers(sums or None, **by_row, corpus=corpus), saved.get("note", ""))
+
+
+def load_first(folders: Sequence[Path | None], inputs: str, name: str = BASE) -> BaseAnswers:
+    """Read the answers to these inputs from the first folder that has them, as `load_base` does."""
+    read = (load_base(folder, inputs, name) for folder in folders)
+    return next((one for one in read if one.answers is not None), BaseAnswers(inputs))
 
 
 MOST_THUMBNAILS = 64

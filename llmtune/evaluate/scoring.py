@@ -25,6 +25,7 @@ from llmtune.evaluate.suites.suite_registry import make_suites
 from llmtune.recipe.training_rule import compared_checkpoints
 from llmtune.records import Rows
 from llmtune.store.atomic_files import hash_folder
+from llmtune.store.control_scores import ControlScores
 from llmtune.store.json_shapes import read_curve
 from llmtune.store.score_records import Champion, Contamination, Evaluation, Slice
 
@@ -61,6 +62,8 @@ class ScoreRequest:
     score_simply: Callable[[Mapping[str, Measure]], SimpleScores | None] = lambda measures: None
     """Scores a simple baseline."""
     challenge: Challenge = lambda evaluation, scores: None
+    compare_control: Callable[[PerRowScores], ControlScores | None] = lambda scores: None
+    """Compares with the control run, if any."""
     trained: Path | None = None
     """The run's trained weights."""
 
@@ -149,11 +152,18 @@ def add_champion(request: ScoreRequest, scored: Scored) -> Scored:
     return replace(scored, evaluation=replace(scored.evaluation, champion=champion))
 
 
+def add_control_run(request: ScoreRequest, scored: Scored) -> Scored:
+    """Add the comparison with the control run, if the recipe has one."""
+    control = request.compare_control(scored.per_row)
+    return replace(scored, evaluation=replace(scored.evaluation, control_run=control))
+
+
 ROW_SCORES: tuple[Callable[[ScoreRequest, Scored], Scored], ...] = (
     add_simple_baseline,
     save_row_files,
     add_contamination,
     add_champion,
+    add_control_run,
 )
 """The steps after both models are scored, in order; each returns the scores with its own added."""
 

@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 
 from llmtune.display.number_format import join_names
+from llmtune.evaluate.control_run_verdict import count_beaten
 from llmtune.evaluate.metric_info import COSTS, better_side
 from llmtune.store.report_record import SeedRun, Seeds, Spread
 from llmtune.store.score_records import Evaluation
@@ -25,7 +26,8 @@ def describe_spread(scored: Mapping[int, Evaluation], missing: Sequence[int]) ->
         ends = {name: (change.low, change.high) for name, change in one.difference.items() if name in shared}
         tuned = {name: one.tuned[name] for name in shared}
         runs.append(SeedRun(seed, tuned, {name: ends[name] for name in shared if name in ends}))
-    return Seeds(runs, missing, metrics, describe_gain(metrics, len(scored), missing))
+    sentences = [describe_gain(metrics, len(scored), missing), count_beaten(scored.values())]
+    return Seeds(runs, missing, metrics, " ".join(sentence for sentence in sentences if sentence))
 
 
 def spread(metric: str, scores: Sequence[float], base: float | None) -> Spread:

@@ -8,6 +8,7 @@ from statistics import fmean
 
 from llmtune.display.number_format import join_names, missing, score, signed
 from llmtune.evaluate.class_sentences import class_reasons
+from llmtune.evaluate.control_run_verdict import explain_gain
 from llmtune.evaluate.control_verdict import weigh_controls
 from llmtune.evaluate.metric_info import CHOICE, COSTS, better_side, direction, list_sides, rank_metrics
 from llmtune.evaluate.seed_spread import warn_of_spread
@@ -367,6 +368,7 @@ def judge_run(
     chance = alpha if champion else CHANCE
     result = weigh_controls(result, evaluation, list_gained(result.word, evaluation, gates, chance))
     added = [study.verdict for study in evaluation.studies.values() if study.verdict] if evaluation else []
+    added += explain_gain(evaluation, gates)
     return replace(result, reason=" ".join([result.reason, *added]))
 
 

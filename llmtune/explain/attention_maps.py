@@ -140,17 +140,17 @@ def _read_outputs(
         "encoder_attentions": SELF,
         "decoder_attentions": MASKED,
     }
-    seen = [
+    layers = [
         Attended(kind, layer, weights[0].float())
         for name, kind in {**names, "cross_attentions": CROSS}.items()
         for layer, weights in enumerate(getattr(outputs, name, None) or ())
         if weights is not None and weights.dim() == 4
     ]
-    if not seen:
+    if not layers:
         what = f"{type(body).__name__} does not show its attention weights"
         fix = "It computes attention in its own way. Use a model of a common architecture."
         raise EnvironmentProblem.of(what, getattr(body, "name_or_path", None) or None, fix)
-    for attended in seen:
+    for attended in layers:
         look(attended)
 
 
@@ -247,7 +247,7 @@ class AttentionMaps:
     """The selection to draw. Defaults: the most telling layer, and about EDGES_PER_WORD edges per word."""
     kept: dict[str, dict[AttentionKind, dict[int, dict[Head, Matrix]]]] = field(default_factory=dict)
     """Weights [Q, T] by model, kind, layer and head: MEAN, ROLLOUT (not for cross-attention), or a head's number."""
-    seen: dict[str, dict[int, dict[Head, Matrix]]] = field(default_factory=dict)
+    picture_maps: dict[str, dict[int, dict[Head, Matrix]]] = field(default_factory=dict)
     """Weights [Q, P] of the tokens of all pictures by model, layer and head; empty without pictures."""
     _rolled: dict[tuple[str, AttentionKind], Matrix] = field(default_factory=dict)
 
@@ -260,21 +260,21 @@ class AttentionMaps:
             what = f"the heads of all layers are {numbers / 1e6:.0f} million weights on this text: too many to keep"
             raise RecipeError.of(what, "--layer", "Name a layer, or give a shorter text.")
 
-    def add(self, model: str, seen: Attended) -> None:
+    def add(self, model: str, entry: Attended) -> None:
         """Keep mean and rollout of one layer; keep its heads if they fit or if the layer is drawn."""
-        rows, columns = self.lines.of(seen.kind)
-        weights_HQT = seen.weights.cpu().numpy()
+        rows, columns = self.lines.of(entry.kind)
+        weights_HQT = entry.weights.cpu().numpy()
         mean_QT = weights_HQT.mean(axis=0)
         weights: dict[Head, Matrix] = {MEAN: mean_QT}
-        if seen.kind != CROSS:
-            weights[ROLLOUT] = self._rolled[model, seen.kind] = roll(self._rolled.get((model, seen.kind)), mean_QT)
-        if self.keeps_all_heads or seen.layer == self.request.layer:
+        if entry.kind != CROSS:
+            weights[ROLLOUT] = self._rolled[model, entry.kind] = roll(self._rolled.get((model, entry.kind)), mean_QT)
+        if self.keeps_all_heads or entry.layer == self.request.layer:
             weights.update(enumerate(weights_HQT.copy()))
         merged = {head: merge_stretches(one, rows, columns) for head, one in weights.items()}
-        self.kept.setdefault(model, {}).setdefault(seen.kind, {})[seen.layer] = merged
+        self.kept.setdefault(model, {}).setdefault(entry.kind, {})[entry.layer] = merged
         if self.lines.patches:
             patches = {head: average_rows(one[:, self.lines.patches], rows) for head, one in weights.items()}
-            self.seen.setdefault(model, {})[seen.layer] = patches
+            self.picture_maps.setdefault(model, {})[entry.layer] = patches
 
     @property
     def shown(self) -> tuple[str, ...]:
@@ -299,7 +299,7 @@ class AttentionMaps:
         """Return the weights [Q, P] of a model on the tokens of all pictures, or tuned minus base."""
         if model == DIFFERENCE:
             return self.on_pictures(TUNED, layer, head) - self.on_pictures(BASE, layer, head)
-        return self.seen[model][layer][head]
+        return self.picture_maps[model][layer][head]
 
     @cached_property
     def drawn_layers(self) -> dict[AttentionKind, int]:
@@ -313,8 +313,8 @@ class AttentionMaps:
             means = [{at: self.weights(model, kind, at, MEAN) for at in layers} for model in self.models]
             base, words_QT = means[0] if len(means) > 1 else None, self.lines.among_words(kind)
             if layer is None and self.lines.patches:
-                words_Q, seen = ~np.array(self.lines.source.special), self.seen[self.models[-1]]
-                chosen[kind] = max(layers, key=lambda at: float(seen[at][MEAN][words_Q].sum()))
+                words_Q, maps = ~np.array(self.lines.source.special), self.picture_maps[self.models[-1]]
+                chosen[kind] = max(layers, key=lambda at: float(maps[at][MEAN][words_Q].sum()))
             else:
                 chosen[kind] = most_telling_layer(means[-1], base, words_QT) if layer is None else layer
         return chosen

@@ -101,7 +101,7 @@ def paint_heat(heat: Heat, most: float, difference: bool) -> Heat:
 
 def list_shares(maps: AttentionMaps, row: int) -> list[Block]:
     """Return the share of a row's attention that the pictures have, by layer and model: the mean over heads."""
-    layers = sorted(maps.seen[maps.models[0]])
+    layers = sorted(maps.picture_maps[maps.models[0]])
     columns = [Column("layer", "number"), *(Column(model, "number") for model in maps.models)]
     cells = [
         [in_percent(float(maps.on_pictures(model, at, MEAN)[row].sum())) for model in maps.models] for at in layers
@@ -142,7 +142,7 @@ def picture_data(
     """Return the data of the page's script: pictures, and weights of all rows in the given layers."""
     values = {
         f"{model}/{layer}/{head}": pack(weights_QP, masked=False)
-        for model, by_layer in maps.seen.items()
+        for model, by_layer in maps.picture_maps.items()
         for layer in layers
         for head, weights_QP in by_layer[layer].items()
     }

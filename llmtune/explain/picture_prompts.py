@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,9 +14,7 @@ import torch
 from PIL.Image import Image
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from llmtune.data.chat_rows import ChatRow, open_conversation
-from llmtune.data.pictures import IMAGE, Picture, open_picture, picture_name, row_pictures
-from llmtune.data.rejected_rows import RowError
+from llmtune.data.pictures import Picture, open_picture, picture_name, row_pictures
 from llmtune.errors import DataError
 from llmtune.evaluate.controls import grey_picture
 from llmtune.explain.explainer import Target
@@ -74,20 +73,11 @@ def picture_prompt(
     Raises DataError for a picture that cannot be read.
     """
     assert target.task is not None, "only a run or a model that was opened with its towers reads pictures"
-    row = _make_row(text or "", system, files)
+    paths = json.dumps([str(file) for file in files]) if files else None
+    row = target.task.make_row({"prompt": text, "system": system, "image": paths})
     prompt = target.task.prompt(row, target.processor, recipe)
     images = image_processor(target.processor, recipe.model.trust_remote_code)
     return prompt, tuple(_find_pictures(prompt.ids, row_pictures(dict(row)), images, target.config))
-
-
-def _make_row(text: str, system: str | None, files: Sequence[Path]) -> ChatRow:
-    """Return a conversation of one question with its pictures: before the text, or at each mark in it."""
-    question = [{"role": "user", "content": text if text.strip() or not files else IMAGE}]
-    images = [str(file.absolute()) for file in files]
-    try:
-        return open_conversation(question, system=system, images=images, folder=Path("/"), reads_pictures=True)
-    except RowError as error:
-        raise DataError.of(str(error), "--image", "Give a text, a picture, or both.") from None
 
 
 def _find_pictures(

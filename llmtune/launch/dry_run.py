@@ -47,7 +47,7 @@ from llmtune.store.run_folder import peek_run
 from llmtune.store.run_listing import find_start, pin_start
 from llmtune.store.run_lock import read_pins
 from llmtune.store.run_request import RunRequest
-from llmtune.store.seed_runs import seed_folder
+from llmtune.store.seed_runs import control_folder, seed_folder
 
 STEPS = ("prepare", "encode", "train", "evaluate")
 """The steps that a dry run names; the others take seconds."""
@@ -73,6 +73,9 @@ def dry_run(loaded: LoadedRecipe, request: RunRequest, console: Console) -> Json
     else:
         choose, longest = partial(find_variant, recipe), _longest_row(context, recipe)
         plans = plan_candidates(recipe, choose, longest, context.device, console, request.offline)
+    if (control := recipe.control_run) and control.on:
+        place = control_folder(path, control)
+        console.print(f"control run {control.name} would be trained and scored in {place}", markup=False)
     for seed in recipe.train.seeds:
         console.print(f"seed {seed} would follow in {seed_folder(path, seed)}", markup=False)
     power = print_power(recipe, folder, console, prepared=valid["prepare"])

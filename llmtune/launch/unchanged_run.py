@@ -46,7 +46,8 @@ def finish_noted(loaded: LoadedRecipe, path: Path, until: str) -> Iterator[None]
 
 
 def _note(loaded: LoadedRecipe, path: Path, until: str) -> None:
-    if until in CONCLUDING and not loaded.recipe.train.seeds and not loaded.recipe.evaluate.looks:
+    recipe = loaded.recipe
+    if until in CONCLUDING and not (recipe.train.seeds or recipe.control_run or recipe.evaluate.looks):
         folder = read_run(path)
         folder.manifest["finished"] = _hash_command(loaded, folder, until)
         folder.write()

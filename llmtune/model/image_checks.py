@@ -70,9 +70,9 @@ def count_features(model: PreTrainedModel, media: Mapping[str, torch.Tensor]) ->
     merging.get_placeholder_mask = stop
     try:
         model(input_ids=token, attention_mask=torch.ones_like(token), **inputs)
-    except _FeaturesSeenError as seen:
-        if seen.features is not None:
-            return _count_vectors(seen.features)
+    except _FeaturesSeenError as error:
+        if error.features is not None:
+            return _count_vectors(error.features)
     finally:
         del merging.get_placeholder_mask
     return _count_vectors(merging.get_image_features(**inputs))  # Gemma 4 finds tokens first

@@ -32,7 +32,7 @@ from llmtune.recipe.training_rule import with_length
 from llmtune.records import Json, Rows
 from llmtune.store.atomic_files import hash_file, hash_value, plain
 from llmtune.store.run_folder import RunFolder, read_run
-from llmtune.store.seed_runs import without_gates, without_seeds
+from llmtune.store.seed_runs import single_run
 
 FOLDER = "trials"
 
@@ -124,7 +124,7 @@ def candidate_folder(run: Path, name: str, steps: int) -> Path:
 
 def with_candidate(loaded: LoadedRecipe, candidate: RankedModel, steps: int) -> LoadedRecipe:
     """Return the recipe of a trial: one model and number of steps, no gates, further seeds, trackers or deployment."""
-    alone, name = without_gates(without_seeds(loaded)), candidate.name
+    alone, name = single_run(loaded), candidate.name
     if candidate.context is not None and candidate.context < loaded.recipe.data.max_length:
         alone = with_length(alone, candidate.context, name)
     model = {"name": name, "candidates": None, "licences": (), "trials": 0}

@@ -45,7 +45,7 @@ def shrink_model(name: str, layers: int, out: Path, console: Console, offline: b
     dtype = getattr(config, "dtype", None) or torch.float32
     model = load_plain(model_ref, config, section, dtype=dtype, device="cpu")
     before = model.num_parameters()
-    _keep_layers(model, kept, count, name)
+    _cut_layers(model, kept, count, name)
     with explained(out), staged(out) as folder:
         shutil.copytree(model_ref.path, folder, ignore=shutil.ignore_patterns(*WEIGHTS), dirs_exist_ok=True)
         model.save_pretrained(folder)
@@ -67,7 +67,7 @@ def _count_layers(config: PreTrainedConfig, name: str) -> int:
     return int(text.num_hidden_layers)
 
 
-def _keep_layers(model: PreTrainedModel, kept: list[int], count: int, name: str) -> None:
+def _cut_layers(model: PreTrainedModel, kept: list[int], count: int, name: str) -> None:
     """Remove the other layers from a model and its configuration, in place."""
     stacks = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList) and len(module) == count]
     if len(stacks) != 1:

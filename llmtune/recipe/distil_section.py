@@ -6,6 +6,7 @@ from typing import ClassVar
 
 from pydantic import Field
 
+from llmtune.recipe.control_run import ControlRun
 from llmtune.recipe.section import NonEmpty, Positive, RecipeSection, absolute_model
 from llmtune.recipe.source_map import Diagnostics
 from llmtune.recipe.task_facts import TASK_FACTS
@@ -33,6 +34,10 @@ class DistilSection(RecipeSection):
     takes as long as the run, and without it the verdict cannot tell."""
 
     paths: ClassVar = {"teacher": absolute_model}
+
+    def as_control(self) -> ControlRun:
+        """Return the control run: the recipe without a teacher."""
+        return ControlRun("sft", "distilling beat SFT", "distil.control", {"distil": None}, self.control)
 
     def check(self, diagnostics: Diagnostics, variant: TaskVariant, loss_type: str) -> None:
         """Report tasks and losses that have no predictions to learn; `loss_type` is `train.loss_type`."""

@@ -98,7 +98,8 @@ class EvaluateSection(RecipeSection):
     gates: Many[str] = ()
     """Conditions such as `exact_match >= 0.8`, `rougeL > base` or `exact_match.low > base`. A baseline without a
     language model has a name: `accuracy.low > tfidf`, `ndcg@10.low > bm25`; so has each of `controls`:
-    `exact_match.low > blind`. A failed gate ends the run with exit code 6. Default none: a gate is your decision."""
+    `exact_match.low > blind`; and a control run: `loss.high < sft`. A failed gate ends the run with exit code 6.
+    Default none: a gate is your decision."""
     champion: NonEmpty | None = None
     """The model in production: `release:NAME` (the current release), `release:NAME@HASH`, a run (its folder, `NAME` or
     `NAME@HASH`), a release file, or a folder of release files (uses the newest with the recipe's name). The tuned
@@ -214,7 +215,7 @@ class EvaluateSection(RecipeSection):
             diagnostics.no_effect("evaluate.suspects", why, fix, "task")
         self._check_unmeasured(diagnostics, variant)
         self._check_opponents(diagnostics)
-        check_controls(diagnostics, self.controls, self._parsed_gates(), variant)
+        check_controls(diagnostics, self.controls, self.parsed_gates(), variant)
         self._check_simple_baselines(diagnostics, variant)
         self._check_disagreement(diagnostics, variant)
         if has_test:
@@ -335,7 +336,7 @@ class EvaluateSection(RecipeSection):
                 diagnostics.add(key, f"the gate {text!r} uses an unknown metric", fix, "evaluate.metrics", "task")
 
     def _check_opponents(self, diagnostics: Diagnostics) -> None:
-        for key, gate in self._parsed_gates():
+        for key, gate in self.parsed_gates():
             if gate.against and (gate.against == "tuned") != gate.on_export:
                 fix = "Compare an export with `tuned`, and the tuned model with another model."
                 diagnostics.add(key, f"the gate {gate.text!r} compares with the wrong model", fix)
@@ -350,7 +351,7 @@ class EvaluateSection(RecipeSection):
                 what = f"the gate {gate.text!r} uses the champion, but evaluate.champion is not set"
                 diagnostics.add(key, what, fix, "evaluate.champion")
 
-        if not any(gate.part for _, gate in self._parsed_gates()):
+        if not any(gate.part for _, gate in self.parsed_gates()):
             fix = "Write one such as `exact_match.low > base`, or remove it."
             for key in ("evaluate.when_unsure", "evaluate.looks"):
                 diagnostics.no_effect(key, "without a gate on the end of an interval", fix, "evaluate.gates")
@@ -361,7 +362,7 @@ class EvaluateSection(RecipeSection):
     def _check_simple_baselines(self, diagnostics: Diagnostics, variant: TaskVariant) -> None:
         without_choices = variant.facts.generates and self.choices is None
         metrics = [] if without_choices and CHOICE in variant.facts.baseline_metrics else self.chosen_metrics(variant)
-        for key, gate in self._parsed_gates():
+        for key, gate in self.parsed_gates():
             if problem := find_baseline_problem(gate, variant.facts, metrics):
                 diagnostics.add(key, *problem, "task")
             if problem := find_reversed_problem(gate, variant.facts):
@@ -375,14 +376,15 @@ class EvaluateSection(RecipeSection):
             fix = "Set evaluate.champion to the model in production."
             diagnostics.no_effect(key, "without a champion", fix, "evaluate.champion")
 
-    def _parsed_gates(self) -> Iterator[tuple[str, Gate]]:
+    def parsed_gates(self) -> Iterator[tuple[str, Gate]]:
+        """Yield the valid gates, each with its key."""
         for i, text in enumerate(self.gates):
             with suppress(RecipeError):
                 yield f"evaluate.gates.{i}", parse_gate(text)
 
     def _suite_gates(self) -> list[tuple[str, Gate]] | None:
         """Return the gates with their keys if all use suites and so need no test rows; else None."""
-        gates = list(self._parsed_gates())
+        gates = list(self.parsed_gates())
         alone = all("." in gate.metric and not gate.on_export for _, gate in gates)
         return gates if len(gates) == len(self.gates) and alone else None
 

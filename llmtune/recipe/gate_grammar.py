@@ -7,7 +7,7 @@ are `study.metric`: `forgetting.perplexity <= base * 1.05`, `fairness.gap <= 0.0
 Metrics of an export are `deploy.format.metric`, compared with the tuned model:
 `deploy.gguf.accuracy.low > tuned - 0.01`. A baseline without a language model has a name: `accuracy.low > tfidf`,
 `ndcg@10.low > bm25`. The tuned model with other pictures is `blind` (grey ones) and `swapped` (those of other rows):
-`exact_match.low > blind`.
+`exact_match.low > blind`. A control run has a name: `loss.high < sft`, `reward.low > filter`.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Literal, cast
 from llmtune.errors import RecipeError
 from llmtune.recipe.task_facts import (
     CALIBRATION,
+    CONTROL_RUNS,
     CONTROLS,
     COST,
     NEAREST_TO_ONE,
@@ -30,7 +31,9 @@ from llmtune.recipe.task_facts import (
 
 Operator = Literal[">=", "<=", ">", "<", "=="]
 IntervalEnd = Literal["low", "high"]
-Opponent = Literal["base", "champion", "tuned", "tfidf", "bm25", "unigram", "lead3", "blind", "swapped"]
+Opponent = Literal[
+    "base", "champion", "tuned", "tfidf", "bm25", "unigram", "lead3", "blind", "swapped", "sft", "filter"
+]
 
 JUDGE = "judge."
 """How the scores of `evaluate.judge` begin: its own interval belongs to each."""
@@ -40,7 +43,7 @@ EXPORT = "deploy."
 """How the metrics of exports begin."""
 NUMBER = r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]{1,3})?"
 NAME = r"[A-Za-z][A-Za-z0-9_]*(?:-[A-Za-z0-9_]+)*(?:@[0-9]+)?"
-OPPONENT = "|".join(("base", "champion", "tuned", *SIMPLE_BASELINES, *CONTROLS))
+OPPONENT = "|".join(("base", "champion", "tuned", *SIMPLE_BASELINES, *CONTROLS, *CONTROL_RUNS))
 LOWER_IS_BETTER = frozenset(
     {
         "loss",
@@ -90,8 +93,8 @@ class Gate:
     number: float | None
     """The wanted number, or None if it comes from the score of another model."""
     against: Opponent | None = None
-    """The model whose score is wanted: base, champion, a simple baseline, for an export the tuned model, or the tuned
-    model with other pictures."""
+    """The model whose score is wanted: base, champion, a simple baseline, a control run, for an export the tuned model,
+    or the tuned model with other pictures."""
     factor: float = 1.0
     offset: float = 0.0
     rows: str = ""

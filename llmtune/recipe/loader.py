@@ -61,15 +61,20 @@ def resolve_recipe(root: Node, file: Path) -> LoadedRecipe:
     source_map = SourceMap(root)
     written = validate(root, default_name(file))
     recipe = fill_defaults(absolute_paths(written, source_map))
-    defaults = Diagnostics(source_map, assume_stated=True)
-    recipe.check(defaults)
     return LoadedRecipe(
         recipe=recipe,
         origins=list_origins(recipe, source_map),
         file=Path(os.path.abspath(file)),
         fingerprint=fingerprint(written),
-        without_effect=frozenset(key for key in defaults.keys if not source_map.stated(key)),
+        without_effect=frozenset(key for key in find_idle_defaults(recipe) if not source_map.stated(key)),
     )
+
+
+def find_idle_defaults(recipe: Recipe) -> set[str]:
+    """Return the keys that would be reported as without effect if the recipe stated all keys."""
+    diagnostics = Diagnostics(SourceMap(Node({}, DEFAULT, Path())), assume_stated=True)
+    recipe.check(diagnostics)
+    return diagnostics.keys
 
 
 def reload_recipe(file: Path, sets: Sequence[str] = (), changeable: Collection[str] = ()) -> LoadedRecipe:
@@ -103,6 +108,8 @@ def fingerprint(recipe: Recipe) -> str:
     parts = {"seed", "task", "data", "model", "adapter", "train", *([section] if section and is_hashed else [])}
     dumped = recipe.model_dump(mode="json", include=parts)
     dumped["train"]["seeds"] = []
+    if section and dumped.get(section):
+        dumped[section].pop("control", None)
     if recipe.distil is not None:
         dumped["distil"] = recipe.distil.model_dump(mode="json", exclude={"control"})
     defaults = [key for key in CHOSEN_KEYS if getattr(recipe.train, key) == TrainSection.model_fields[key].default]

@@ -10,6 +10,7 @@ from pydantic import BeforeValidator, Field
 from llmtune.errors import Problem
 from llmtune.recipe.adapter_section import AdapterSection
 from llmtune.recipe.class_names import follow_renames
+from llmtune.recipe.control_run import ControlRun, find_control_run_problem
 from llmtune.recipe.data_section import DataSection
 from llmtune.recipe.distil_section import DistilSection
 from llmtune.recipe.evaluate_section import EvaluateSection
@@ -161,6 +162,15 @@ class Recipe(RecipeSection):
         return tuple(product for product in self.deploy.products if product != RELEASE)
 
     @property
+    def control_run(self) -> ControlRun | None:
+        """Return the control run of one of its sections, also if it is turned off; None without test rows."""
+        return next(self._control_runs(), None) if self.data.test else None
+
+    def _control_runs(self) -> Iterator[ControlRun]:
+        controls = (value.as_control() for _, value in self if isinstance(value, RecipeSection))
+        return (one for one in controls if one is not None)
+
+    @property
     def needs_rows_apart(self) -> str | None:
         """Return why rows cannot be packed, or None."""
         noise = "the noise of train.neftune_noise_alpha depends on a row's length"
@@ -211,10 +221,14 @@ class Recipe(RecipeSection):
             follow_renames(section.rename or {}) if isinstance(section, ClassifySection | TokenClassifySection) else {}
         )
 
-    def task_section(self) -> dict[str, object] | None:
-        """Return the task's own section, including inferred labels once they are known."""
-        name = TASK_FACTS[self.task].section
-        return self._own_section().model_dump(mode="json") if name and getattr(self, name) else None
+    def task_section(self, *, measuring: bool = False) -> dict[str, object] | None:
+        """Return the task's own section, including inferred labels once they are known, without its control run.
+
+        With `measuring`, without keys that change the training alone.
+        """
+        name, section = TASK_FACTS[self.task].section, self._own_section()
+        left_out = {"control", *(section.training_keys if measuring else ())}
+        return section.model_dump(mode="json", exclude=left_out) if name and getattr(self, name) else None
 
     def _own_section(self) -> TaskSection:
         """Return the task's own section; keys the recipe does not set have their defaults."""
@@ -246,6 +260,12 @@ class Recipe(RecipeSection):
             self.distil.check(diagnostics, variant, self.train.loss_type)
         self.generation.check(diagnostics, variant)
         self.evaluate.check(diagnostics, variant, bool(self.data.test), self.exports, bool(self.data.validation))
+        for one in () if self.data.test else self._control_runs():
+            fix = "Give data.test a share of the rows or sources, or remove it."
+            diagnostics.no_effect(one.key, "without test rows", fix, "data.test")
+        for key, gate in self.evaluate.parsed_gates():
+            if problem := find_control_run_problem(gate, control := self.control_run):
+                diagnostics.add(key, *problem, *([control.key] if control else []))
         self._check_deploy(diagnostics, variant)
 
     def _check_deploy(self, diagnostics: Diagnostics, variant: TaskVariant) -> None:

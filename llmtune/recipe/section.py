@@ -11,9 +11,12 @@ import typing
 from collections.abc import Callable, Mapping
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, ClassVar, TypeGuard, TypeVar
+from typing import TYPE_CHECKING, Annotated, ClassVar, TypeGuard, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field
+
+if TYPE_CHECKING:
+    from llmtune.recipe.control_run import ControlRun
 
 ItemT = TypeVar("ItemT")
 REMOTE = ("hub:", "builtin:")
@@ -39,6 +42,10 @@ class RecipeSection(BaseModel):
 
     paths: ClassVar[Mapping[str, Callable[[str, Path], str]]] = {}
     """Keys that contain paths -> the function that resolves them against the folder of the recipe file."""
+
+    def as_control(self) -> ControlRun | None:
+        """Return the control run that shows what this section is worth; None if the section has none."""
+        return None
 
 
 AnySection = TypeVar("AnySection", bound=RecipeSection)

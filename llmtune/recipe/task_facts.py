@@ -43,6 +43,11 @@ SIMPLE_BASELINES: Mapping[str, str] = {
 """Baselines without a language model, by the names that gates use."""
 CONTROLS: Mapping[str, str] = {"blind": "a grey picture", "swapped": "another row's picture"}
 """Pictures that replace those of test rows, by the names that gates use."""
+CONTROL_RUNS: Mapping[str, str] = {
+    "sft": "the same recipe without a teacher",
+    "filter": "supervised training on the samples that the rewards accept",
+}
+"""Variants of a recipe that a run also trains, by the names that gates use."""
 CUT_METRIC = "answers_cut"
 """Share of truncated answers; measured whenever another metric generates answers."""
 PREDICTED = frozenset({*GENERATED, *MACHINE_TRANSLATION, *TOOL_METRICS, CUT_METRIC, "length_ratio", "f1", "wer", "cer"})

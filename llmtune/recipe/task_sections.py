@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, Tag
 
@@ -38,6 +38,9 @@ EMBED_KEYS = {"scale": ("ranking", "cosent"), "margin": ("triplet",)}
 
 class TaskSection(RecipeSection):
     """A section that only one task has."""
+
+    training_keys: ClassVar[frozenset[str]] = frozenset()
+    """Keys that change the training alone: runs that differ in them are measured in the same way."""
 
     def check(self, diagnostics: Diagnostics, max_length: int) -> None:
         """Report errors; `max_length` is `data.max_length`."""

@@ -127,6 +127,8 @@ def list_scores(report: Report) -> dict[str, str]:
     named |= {f"tuned.{metric}.rows": str(interval.n) for metric, interval in evaluation.intervals.items()}
     if simple := evaluation.simple_baseline:
         named |= {f"{simple.name}.{metric}": score(value) for metric, value in simple.scores.items()}
+    for name, one in (("teacher", evaluation.teacher), ("control_run", evaluation.control_run)):
+        named |= {f"{name}.{metric}": score(value) for metric, value in one.scores.items()} if one else {}
     for name, control in evaluation.controls.items():
         named |= {f"{name}.{metric}": score(value) for metric, value in control.tuned.items()}
     if champion := evaluation.champion:

@@ -11,6 +11,7 @@ from urllib.parse import quote
 
 from llmtune.display.blocks import TONES, Compared, Links, Page, Section, Text, Tone, VerdictCard
 from llmtune.display.number_format import DASH, count
+from llmtune.evaluate.control_run_verdict import judge_control_run
 from llmtune.evaluate.control_verdict import find_reliance
 from llmtune.evaluate.metric_info import better_side, list_sides, rank_metrics
 from llmtune.evaluate.significance import CHANCE, INCONCLUSIVE, MetricChanges, find_changes
@@ -75,11 +76,16 @@ def write_report(report: Report, folder: Path) -> Sequence[str]:
 
 
 def report_json(report: Report) -> Json:
-    """Return the content of report.json: the fields of the report, with the seeds under `evaluation`."""
+    """Return the content of report.json: the fields of the report, with the seeds under `evaluation`.
+
+    `evaluation.control_run.beaten` is yes, no, inconclusive or unknown.
+    """
     values: Json = plain(report)
     seeds, verdict = values.pop("seeds"), values.pop("verdict")
     if values["evaluation"]:
         values["evaluation"]["seeds"] = seeds
+    if report.evaluation and (control := report.evaluation.control_run):
+        values["evaluation"]["control_run"]["beaten"] = judge_control_run(control, report.gates)[0]
     return values | {"verdict": verdict}
 
 

@@ -71,7 +71,9 @@ def score_section(evaluation: Evaluation, task: str | None) -> Section:
     text = f"{'Baseline and tuned model' if baseline else 'Both models'} answered the same rows. Green and red: the "
     text += "paired interval excludes zero (one in 20 does by chance). The verdict corrects p for many metrics (Holm)."
     if any(change.groups for change in changes.values()):
-        text += " Rows with the same value of `data.split_by` form a group; groups, not rows, are resampled."
+        text += (
+            " Rows with the same value of `data.split_by`, or a picture in common, form a group; groups are resampled."
+        )
     if {*shown} - changes.keys():
         text += " A dash: measured for the tuned model only."
     blocks: list[Block] = [difference_table(rows, base=base_name(evaluation), code=True)]

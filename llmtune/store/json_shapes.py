@@ -159,6 +159,8 @@ class Findings(TypedDict, total=False):
     """The outcome of all gates on the present weights; None until they are judged."""
     reproduces: str
     """The run that this one reproduces."""
+    control_failure: str
+    """Why its control run could not be trained; empty if it was."""
 
 
 METRICS = "metrics.jsonl"

@@ -39,7 +39,7 @@ BUDGET = ".micro_batch_tokens"
 EXPORT_FOLDERS = ("merged", "gguf", "onnx", "quantized")
 OWN_FOLDERS = (
     *("data", "model", "adapter", "weights", "checkpoints", "trackers"),
-    *("evaluation", *EXPORT_FOLDERS, "certified", "explain", "seeds"),
+    *("evaluation", *EXPORT_FOLDERS, "certified", "explain", "seeds", "controls"),
 )
 REPORTS = ("report.html", "report.md", "report.json", "junit.xml")
 OWN_FILES = (

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from llmtune.records import Difference, Json
+from llmtune.store.control_scores import ControlScores, TeacherScores
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,6 @@ class Study:
     better: dict[str, int]
     """By metric: 1 if more is better, -1 if less is better, 0 if neither."""
     signatures: dict[str, str] = field(default_factory=dict)
-    """How each metric was computed."""
     limits: str = ""
     """What these numbers can and cannot show, in plain words."""
     tables: tuple[StudyTable, ...] = ()
@@ -105,10 +105,9 @@ class Study:
 
 @dataclass(frozen=True)
 class Contamination:
-    """Test rows that overlap with training rows, by kind of overlap; a row counts for each kind that applies."""
+    """Test `rows` that overlap with training rows, by kind of overlap; a row counts for each kind that applies."""
 
     rows: int
-    """Test rows."""
     train_rows: int
     equal: int
     near: int
@@ -197,7 +196,7 @@ class SimpleBaseline:
     """A baseline without a language model on the rows that both it and the tuned model answered."""
 
     name: str
-    """As gates name it: `tfidf`, `bm25`, `unigram` or `lead3`."""
+    """As gates name it, such as `tfidf`."""
     title: str
     scores: dict[str, float]
     difference: dict[str, Difference]
@@ -265,33 +264,30 @@ class Reliability:
 
 @dataclass(frozen=True)
 class Threshold:
-    """The lowest confidence that proves `evaluate.decide` on validation rows."""
+    """The lowest confidence that proves `evaluate.decide` on validation `rows`."""
 
     risk: float
     confidence: float
     value: float | None
     """Answers with at least this confidence are decided; None: none is."""
     rows: int
-    """Validation rows."""
     decided: int
-    """Validation rows with at least this confidence."""
+    """Rows with at least this confidence."""
     wrong: int
     """Errors among them."""
 
 
 @dataclass(frozen=True)
 class Decision:
-    """Rules for a tuned model's answers, fitted on validation rows; `decision.json` next to the model.
+    """Rules for a tuned model's answers, fitted on validation `rows`; `decision.json` next to the model.
 
-    They use its probabilities at temperature 1: a temperature fitted on the same rows would make them depend on these
-    rows' labels.
+    `labels` and `many` are as in `Calibration`. The rules use the probabilities at temperature 1: a temperature fitted
+    on the same rows would make them depend on these rows' labels.
     """
 
     labels: tuple[str, ...]
-    """As in `Calibration`."""
     many: bool
     rows: int
-    """Validation rows."""
     checkpoints: int
     """Checkpoints that training chose from by their scores on the same rows."""
     threshold: Threshold | None = None
@@ -362,6 +358,10 @@ class Evaluation:
     """By name, as in `evaluate.controls`; empty without pictures."""
     pictured: int = 0
     """Test rows with pictures."""
+    control_run: ControlScores | None = None
+    """None if the recipe has no control run; `why_none` tells if it was turned off."""
+    teacher: TeacherScores | None = None
+    """None without a teacher."""
     reliability: Reliability | None = None
     """None if the task does not choose, or without `evaluate.calibrate`."""
     decided: Decided | None = None

@@ -1,4 +1,4 @@
-"""`train.seeds`: run folder and recipe of each additional seed, inside the run's own folder."""
+"""Runs inside a run's folder, each with its recipe: additional seeds (`train.seeds`), and a control run."""
 
 from __future__ import annotations
 
@@ -7,23 +7,29 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+from llmtune.recipe.control_run import ControlRun
 from llmtune.recipe.evaluate_section import GATE_KEYS
-from llmtune.recipe.loader import LoadedRecipe
+from llmtune.recipe.loader import LoadedRecipe, find_idle_defaults
 from llmtune.recipe.schema import DeploySection
 from llmtune.records import Until
 from llmtune.store.atomic_files import explained, hash_value, staged, write_json
-from llmtune.store.run_folder import MANIFEST, RunFolder, read_manifest
+from llmtune.store.run_folder import MANIFEST, RunFolder, read_manifest, read_run, recipe_of_run
 
-FOLDER = "seeds"
+FOLDER, CONTROLS = "seeds", "controls"
 SHARED = ("prepare", "mine", "encode", "teach")
 """Steps whose results do not depend on the seed."""
 SEEDS_UNTIL: dict[Until, Until] = {"train": "train", "evaluate": "evaluate", "run": "evaluate"}
-"""Last step of the run -> last step of its additional seeds."""
+"""Last step of the run -> last step of the runs in its folder."""
 
 
 def seed_folder(run: Path, seed: int) -> Path:
     """Return the run folder of an additional seed."""
     return run / FOLDER / str(seed)
+
+
+def control_folder(run: Path, control: ControlRun) -> Path:
+    """Return the run folder of a control run."""
+    return run / CONTROLS / control.name
 
 
 def without_seeds(loaded: LoadedRecipe) -> LoadedRecipe:
@@ -42,16 +48,54 @@ def without_gates(loaded: LoadedRecipe) -> LoadedRecipe:
     )
 
 
+def single_run(loaded: LoadedRecipe) -> LoadedRecipe:
+    """Return the recipe without gates, additional seeds and control run, to repeat its training and scores."""
+    single, control = without_gates(without_seeds(loaded)), loaded.recipe.control_run
+    if control is None:
+        return single
+    name, _, key = control.key.partition(".")
+    section = getattr(single.recipe, name).model_copy(update={key: False})
+    return replace(single, recipe=single.recipe.model_copy(update={name: section}))
+
+
+def as_control(loaded: LoadedRecipe, control: ControlRun) -> LoadedRecipe:
+    """Return the recipe of a control run, without gates, additional seeds and deployment."""
+    single = without_gates(without_seeds(loaded))
+    recipe = single.recipe.model_copy(update={**control.changes, "deploy": DeploySection()})
+    idle = {key for key in find_idle_defaults(recipe) if key.partition(".")[0] in control.changes}
+    return replace(
+        single,
+        recipe=recipe,
+        without_effect=single.without_effect | idle,
+        fingerprint=hash_value([loaded.fingerprint, control.name]),
+    )
+
+
+def scored_as(run: Path, loaded: LoadedRecipe) -> LoadedRecipe:
+    """Return the recipe of a finished run, to be scored as another recipe says; without gates."""
+    trained, scored = recipe_of_run(read_run(run)), without_gates(loaded)
+    sections = {name: getattr(scored.recipe, name) for name in ("evaluate", "generation")}
+    prefixes = tuple(f"{name}." for name in sections)
+    origins = {key: origin for key, origin in scored.origins.items() if key.startswith(prefixes)}
+    idle = {key for key in scored.without_effect if key.startswith(prefixes)}
+    return replace(
+        trained,
+        recipe=trained.recipe.model_copy(update=sections),
+        origins=trained.origins | origins,
+        without_effect=frozenset(idle | {key for key in trained.without_effect if not key.startswith(prefixes)}),
+    )
+
+
 def with_seed(loaded: LoadedRecipe, seed: int) -> LoadedRecipe:
     """Return the recipe for one additional seed, without gates and deployment, which only the main run has."""
-    alone = without_gates(without_seeds(loaded))
-    recipe = alone.recipe.model_copy(update={"seed": seed, "deploy": DeploySection()})
+    single = without_gates(without_seeds(loaded))
+    recipe = single.recipe.model_copy(update={"seed": seed, "deploy": DeploySection()})
     origins = {**loaded.origins, "seed": loaded.origins.get("train.seeds", "train.seeds")}
-    return replace(alone, recipe=recipe, origins=origins, fingerprint=hash_value([loaded.fingerprint, seed]))
+    return replace(single, recipe=recipe, origins=origins, fingerprint=hash_value([loaded.fingerprint, seed]))
 
 
 def share_rows(folder: RunFolder, out: Path, fingerprint: str) -> None:
-    """Create the folder of an additional seed with the run's rows and examples, which all seeds share."""
+    """Create the folder of a further run with the run's rows and examples, which both share."""
     if (out / MANIFEST).exists():
         return
     steps = {name: folder.manifest["steps"][name] for name in SHARED if name in folder.manifest["steps"]}

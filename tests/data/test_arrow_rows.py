@@ -111,6 +111,17 @@ def test_columns_and_items_of_lists_keep_their_nulls():
     assert kept.filled == 2
 
 
+def test_a_file_of_the_datasets_library_has_no_key_that_arrow_added():
+    files = {"audio": {"bytes": None, "path": "a.wav"}, "images": [{"bytes": b"1", "path": None}]}
+    kept = drop_filled({**files, "turns": [{"part": {"bytes": b"1", "path": None, "text": None}}]})
+    assert kept == {
+        "audio": {"path": "a.wav"},
+        "images": [{"bytes": b"1"}],
+        "turns": [{"part": {"bytes": b"1"}}],
+    }
+    assert kept.filled == 2, "of the part, which has another key"
+
+
 def test_the_data_report_counts_the_keys_that_were_dropped(tmp_path, console):
     write_parquet(tmp_path)
     filled = str(pq.read_table(tmp_path / "rows.parquet").to_pylist()).count(": None")

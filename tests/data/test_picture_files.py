@@ -1,6 +1,7 @@
 """Files of rows with pictures: bad rows by line, splits by picture, the lock, and texts that are not slower."""
 
 import json
+import re
 
 import pytest
 from datasets import Dataset, Features, List, Value
@@ -8,6 +9,7 @@ from datasets import Image as ImageFeature
 from PIL import Image
 from support.pictures import draw, picture_bytes, save, write_bomb, write_cut
 from support.rows import make_recipe, prepare, rows_of, write_jsonl
+from support.runs import invoke
 
 from llmtune.data.data_notes import picture_blocks
 from llmtune.data.data_report import describe_pictures
@@ -19,6 +21,7 @@ from llmtune.data.row_kind import near_text, row_input
 from llmtune.data.sources import list_sources
 from llmtune.display.blocks import Page, Section
 from llmtune.errors import DataError
+from llmtune.recipe.task_facts import TASK_FACTS
 from llmtune.report.render_html import to_html
 from llmtune.report.render_markdown import to_markdown
 
@@ -68,6 +71,43 @@ def test_parquet_of_the_datasets_library_is_read(inside, tmp_path):
     assert all(one["picture"].startswith("data:image/png;base64,") for one in pictures) or not inside
     assert [one["size"] for one in pictures] == [[48, 40]] * 2
     assert pictures[0]["content"] != pictures[1]["content"]
+    assert rows.filled == 0, "one of bytes and path is null in every row"
+
+
+def table(folder, head, texts):
+    """Write a table whose first column names pictures, and a Parquet file of the datasets library with the same."""
+    names = [str(save(folder / f"{n}.png", n)) for n in range(1, 13)]
+    cells = dict(zip(head, [names, *([text.format(n, n % 2) for n in range(1, 13)] for text in texts)], strict=True))
+    data = Dataset.from_dict(cells)
+    data.to_csv(folder / "table.csv")
+    data.cast_column(head[0], ImageFeature()).to_parquet(folder / "table.parquet")
+    return [str(folder / f"table.{ending}") for ending in ("csv", "parquet")]
+
+
+OTHER_TASKS = sorted(TASK_FACTS.keys() - {"chat"})
+
+
+@pytest.mark.parametrize("task", OTHER_TASKS)
+def test_a_task_without_pictures_is_never_advised_to_read_their_names(task, tmp_path):
+    for file in table(tmp_path, ("picture", "kind"), ["kind {}"]):
+        with pytest.raises(DataError) as refusal:
+            prepare(tmp_path, file, task=task)
+        assert "'picture' has pictures, which only `task: chat` reads" in str(refusal.value)
+        assert not re.search(r"\w+: (picture|kind)\b", str(refusal.value))
+
+
+def test_the_advice_for_a_table_with_pictures_maps_its_texts(tmp_path):
+    for file in table(tmp_path, ("scan", "words", "kind"), ["so many words {}", "kind {1}"]):
+        with pytest.raises(DataError, match=r"text: words, label: kind") as refusal:
+            prepare(tmp_path, file, task="classify")
+        assert "text: scan" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("task", ["classify", "completion", "summarize", "translate"])
+def test_init_proposes_no_names_of_pictures_as_texts(task, tmp_path):
+    for file in table(tmp_path, ("scan", "kind"), ["kind {}"]):
+        assert invoke("init", file, "--task", task, "--out", tmp_path / "recipe.yaml").exit_code == 3
+        assert not (tmp_path / "recipe.yaml").exists()
 
 
 def test_bad_pictures_are_listed_with_file_and_line(tmp_path):

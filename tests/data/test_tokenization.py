@@ -1,5 +1,7 @@
 """Ids joined from pieces, compared with those of complete texts."""
 
+from itertools import groupby
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -8,7 +10,13 @@ from support.templates import OWN_TOKENS, tokenizer_with
 from tokenizers import AddedToken, Regex, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from llmtune.data.tokenization import tokenize_by_pieces, tokenize_each, tokenize_with_borders
+from llmtune.data.tokenization import (
+    decode,
+    decode_shortened,
+    tokenize_by_pieces,
+    tokenize_each,
+    tokenize_with_borders,
+)
 
 TOKENS = ["<|im_start|>", "<|im_end|>", "<|endoftext|>", *OWN_TOKENS]
 PARTS = st.one_of(
@@ -124,3 +132,25 @@ def test_a_tokenizer_whose_pieces_disagree_gets_complete_texts():
     assert ids_by_pieces(tokenizer, ASSORTED) is None
     tokenizer = Cleaning(tokenizer_object=tokenizer_with(CHATML).backend_tokenizer)
     assert ids_by_pieces(tokenizer, [text.replace("家", "?") for text in ASSORTED]) is not None
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from(["word", "of", "<|endoftext|>", "<|im_end|>"]), st.integers(1, 9)), max_size=9)
+)
+@settings(deadline=None)
+def test_only_runs_of_a_special_token_are_shortened(runs):
+    tokenizer = tokenizer_with(CHATML)
+    merged = [(text, sum(count for _, count in group)) for text, group in groupby(runs, key=lambda run: run[0])]
+    shown = ""
+    for text, count in merged:
+        special = text in tokenizer.get_added_vocab() and count > 3
+        shown += f"{text} [... {count - 1} more ...] " if special else text * count
+    ids = tokenizer("".join(text * count for text, count in runs), add_special_tokens=False)["input_ids"]
+    assert decode_shortened(ids, tokenizer) == shown
+    assert "more" in shown or decode(tokenizer, ids) == shown
+
+
+def test_a_long_text_with_a_picture_is_not_cut_inside_its_tokens():
+    tokenizer = tokenizer_with(CHATML)
+    ids = tokenizer("Look: " + "<|im_end|>" * 4096 + "What is it?", add_special_tokens=False)["input_ids"]
+    assert decode_shortened(ids, tokenizer) == "Look: <|im_end|> [... 4,095 more ...] What is it?"

@@ -3,11 +3,15 @@
 import json
 from dataclasses import replace
 
+import networkx
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from support.rows import prepare, write_jsonl
 from support.templates import conversation
 
+from llmtune.evaluate.eval_inputs import cluster_rows
 from llmtune.evaluate.gates import check_gates
 from llmtune.evaluate.metric import measure_right, paired_difference, ratio
 from llmtune.evaluate.paired_statistics import difference, difference_weighted, row_deviation, share_bounds
@@ -125,6 +129,33 @@ def test_an_inconclusive_gate_names_the_rows_and_groups_it_needs():
     assert found.passed is None
     assert "60 rows in 12 groups are too few" in found.note
     assert " groups would tell" in found.note
+
+
+@given(
+    st.lists(st.sets(st.sampled_from("abcdef"), max_size=3), max_size=12),
+    st.booleans(),
+    st.lists(st.integers(0, 5), min_size=12, max_size=12),
+)
+def test_rows_that_share_a_picture_or_a_group_belong_together(pictures, grouped, drawn):
+    groups = drawn[: len(pictures)] if grouped else []
+    shown = [row for row in pictures if row]
+    common = set.intersection(*shown) if shown else set()
+    graph = networkx.Graph()
+    graph.add_nodes_from(range(len(pictures)))
+    for row, contents in enumerate(pictures):
+        keys = [f"picture {one}" for one in (contents - common or contents)]
+        graph.add_edges_from((row, key) for key in [*keys, *(f"group {one}" for one in groups[row : row + 1])])
+    parts = [{one for one in part if isinstance(one, int)} for part in networkx.connected_components(graph)]
+    clusters = cluster_rows(pictures, groups)
+    assert bool(clusters) == (len(parts) < len(pictures))
+    if clusters:
+        found = [{row for row, number in enumerate(clusters) if number == cluster} for cluster in set(clusters)]
+        assert sorted(map(sorted, found)) == sorted(map(sorted, parts))
+
+
+def test_an_example_picture_in_every_row_joins_no_rows():
+    assert cluster_rows([{"example", "a"}, {"example", "b"}, {"example", "a"}, set()], []) == (0, 1, 0, 2)
+    assert cluster_rows([{"page"}] * 3, []) == (0, 0, 0)
 
 
 GROUPED = """

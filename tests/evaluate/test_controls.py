@@ -226,6 +226,24 @@ def test_rows_of_text_do_not_count_in_the_controls(model, tmp_path):
     assert f"blind: each model answers {blind.rows} test rows again" in result.output
 
 
+def test_rows_that_share_a_picture_are_drawn_together_in_scores_and_controls(model, tmp_path):
+    rows = write_pictured(tmp_path, 60, look=True)
+    lines = [json.loads(line) for line in rows.read_text().splitlines()]
+    shared = [line | {"images": [f"{i // 3}.png"]} for i, line in enumerate(lines)]
+    rows.write_text("".join(json.dumps(line) + "\n" for line in shared))
+    recipe = write_pictured_recipe(tmp_path, model, rows, steps=2, evaluate={"gates": None})
+    result = invoke("run", recipe, "--out", tmp_path / "run")
+    assert result.exit_code == 0, result.output
+    evaluation = evaluated(tmp_path / "run")
+    controls = [one.difference for one in evaluation.controls.values()]
+    assert len(controls) == 2
+    for change in (one["loss"] for one in (evaluation.difference, *controls)):
+        assert (change.n, change.groups) == (evaluation.rows, evaluation.rows // 3)
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert f"{evaluation.rows} in {evaluation.rows // 3} groups" in page
+    assert "or a picture in common, form a group" in page
+
+
 # Recipes
 
 

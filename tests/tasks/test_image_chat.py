@@ -127,6 +127,18 @@ def test_no_label_lies_on_a_picture_and_the_answers_have_theirs(tmp_path, family
                 assert sum(map(len, labels)) == len(others)
 
 
+@pytest.mark.parametrize("family", ["gemma3", "qwen3_vl", "llava", "smolvlm", "internvl"])
+def test_an_example_shows_a_picture_once_with_the_number_of_its_tokens(tmp_path, family):
+    folder = build_image_text(tmp_path / "model", family)
+    processor, recipe = processor_of(folder)
+    token = AutoConfig.from_pretrained(folder).image_token_id
+    for example in encode(mixed_rows(tmp_path), processor, recipe):
+        shown = "".join(piece.text for piece in TASK.highlighted_text(example, processor, recipe))
+        more = [int(number) for number in re.findall(r"\[\.\.\. (\d+) more \.\.\.\]", shown)]
+        assert shown.count(processor.decode([token])) == len(more) == len(example.list_pictures())
+        assert sum(more) + len(more) == list(example.input_ids).count(token)
+
+
 def write_image_recipe(folder, family="llava", **sections):
     """Write a tiny model, rows and the recipe that trains on them; return the recipe's file."""
     build_image_text(folder / "model", family)
