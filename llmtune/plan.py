@@ -26,7 +26,6 @@ from llmtune.errors import EnvironmentProblem, RecipeError
 from llmtune.evaluate.cache_keys import evaluation_inputs, hash_evaluation
 from llmtune.evaluate.suites.judge_client import host
 from llmtune.evaluate.suites.suite_registry import check_inputs, check_variant
-from llmtune.evaluate.teacher import find_teacher, teacher_inputs
 from llmtune.model.config import read_model_config
 from llmtune.model.device import describe_device, pick_device
 from llmtune.model.kernels import check_kernels
@@ -35,6 +34,7 @@ from llmtune.model.model_files import check_model_folder
 from llmtune.model.processor import load_processor
 from llmtune.model.quantized_base import kept_quantization
 from llmtune.model.resolve import resolve_model
+from llmtune.model.teacher_files import find_teacher, teacher_inputs
 from llmtune.recipe.extras import find_missing_extras
 from llmtune.recipe.loader import LoadedRecipe
 from llmtune.recipe.model_section import ModelSection

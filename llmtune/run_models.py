@@ -33,15 +33,14 @@ from llmtune.evaluate.teacher import (
     FOLDER,
     begin_recording,
     check_teacher,
-    plan_teacher,
     record_predictions,
     recorded_facts,
-    teacher_run,
 )
 from llmtune.model.config import find_class, keeps_float32, why_headless
 from llmtune.model.device import loading_device, pick_device, release_memory
 from llmtune.model.loading import load_model
 from llmtune.model.processor import load_processor
+from llmtune.model.teacher_files import plan_teacher, teacher_run
 from llmtune.plan import RunContext, find_variant, open_finished
 from llmtune.recipe.adapter_section import DATA_STARTS
 from llmtune.recipe.schema import Recipe

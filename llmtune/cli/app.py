@@ -27,6 +27,7 @@ from llmtune.cli import (
     prompting,
     recipes,
     release,
+    reward,
     rows,
     run,
     verify,
@@ -240,7 +241,13 @@ PANELS: dict[str, dict[str, Callable[..., None] | typer.Typer]] = {
     "Use a run": {**prompting.COMMANDS, "deploy": deploy.app, **clean.COMMANDS},
     "One step at a time": {name: command for name, command in run.COMMANDS.items() if name != "run"},
     "Look closer": {**compare.COMMANDS, **verify.COMMANDS, **rows.COMMANDS, "explain": explain.app},
-    "More": {"recipes": recipes.app, "models": models.app, "release": release.app, "launch": launch.app},
+    "More": {
+        "recipes": recipes.app,
+        "models": models.app,
+        "reward": reward.app,
+        "release": release.app,
+        "launch": launch.app,
+    },
 }
 """Commands by panel of the help."""
 EXAMPLES = {

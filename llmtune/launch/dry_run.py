@@ -19,10 +19,11 @@ from llmtune.errors import EnvironmentProblem, LlmtuneError
 from llmtune.evaluate.champion import check_champion
 from llmtune.evaluate.decision import print_need
 from llmtune.evaluate.eval_inputs import warn_of_cuts
-from llmtune.evaluate.teacher import count_predictions, find_teacher, plan_bytes
+from llmtune.evaluate.teacher import count_predictions, plan_bytes
 from llmtune.model.device import check_card
 from llmtune.model.memory_plan import check_memory, plan_training
 from llmtune.model.model_selection import peek_model, plan_candidates
+from llmtune.model.teacher_files import find_teacher
 from llmtune.plan import (
     Plan,
     RunContext,

@@ -1,0 +1,99 @@
+"""`llmtune reward`: check rewards on your rows before they train."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from llmtune.cli.options import AsJson
+from llmtune.cli.output_streams import handled, print_json, stderr_console
+from llmtune.errors import GateFailed, Problem, RecipeError
+from llmtune.records import Json
+
+app = typer.Typer(help="Rewards: check.", no_args_is_help=True)
+
+
+@app.callback()
+def _group() -> None:
+    """Rewards of `task: reinforce`."""
+
+
+@app.command("check")
+@handled
+def check_reward(
+    rewards: Annotated[
+        list[str],
+        typer.Argument(metavar="REWARD...", help="FILE.py:FUNCTION or the name of a metric; several with =WEIGHT."),
+    ],
+    rows: Annotated[str, typer.Option("--rows", help="Rows with reference answers: a file, folder or glob.")],
+    answer_form: Annotated[
+        str, typer.Option("--answer-form", metavar="TEXT", help=r"How a right answer is written: '\boxed{}'.")
+    ] = "{}",
+    seconds: Annotated[float, typer.Option("--seconds", min=0.1, help="Time limit of each reward.")] = 300,
+    network: Annotated[bool, typer.Option("--network", help="Let rewards use the network.")] = False,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Which rows are checked.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Check on your rows that right answers get more reward than wrong ones; exit 6 if they do not."""
+    from pathlib import Path
+
+    from llmtune.evaluate.rewards import read_rewards
+    from llmtune.recipe.evaluate_section import absolute_metric
+
+    if "{}" not in answer_form:
+        raise RecipeError.of(f"{answer_form!r} has no place for the answer", "--answer-form", "Write {} at its place.")
+    stated = {absolute_metric(name, Path.cwd()): weight for name, weight in map(read_weight, rewards)}
+    listed = read_rewards(stated, "llmtune reward check")
+    from llmtune.display.console import spinner
+    from llmtune.evaluate.reward_check import judge_rewards, make_probes, observe_rewards, read_checked_rows
+
+    checked = read_checked_rows(rows, seed)
+    probes = make_probes([row for _, row in checked], answer_form, seed)
+    with spinner(stderr_console(), f"{sum(map(len, probes.values())):,} answers, twice"):
+        seen = observe_rewards(listed, checked, probes, seconds=seconds, network=network)
+    described = [{"name": one.name, "weight": one.weight, "signature": one.signature} for one in listed]
+    document = {"rewards": described, **judge_rewards(seen, seed)}
+    if as_json:
+        print_json(document)
+        raise typer.Exit(0 if document["ok"] else GateFailed.exit_code)
+    print_check(document)
+    name = " + ".join(one.name for one in listed)
+    GateFailed.collect(Problem(f"{name} {fault['what']}: {fault['why']}", rows) for fault in document["faults"])
+
+
+def read_weight(text: str) -> tuple[str, float]:
+    """Read `NAME=WEIGHT`; the weight is 1 if not stated. Raises RecipeError."""
+    name, equals, weight = text.rpartition("=")
+    try:
+        return (name, float(weight)) if equals else (text, 1.0)
+    except ValueError:
+        raise RecipeError.of(f"{weight!r} is not a weight", text, "Write e.g. exact_match=1.0.") from None
+
+
+def print_check(document: Json) -> None:
+    """Print the rewards of each kind of answer, and what else the calls showed."""
+    from llmtune.display.blocks import Column, Table
+    from llmtune.display.console import print_blocks
+    from llmtune.launch.python_api import make_console
+
+    def interval(one: Json) -> list[str]:
+        return [f"{one['value']:.3f}", f"{one['low']:.3f} to {one['high']:.3f}"]
+
+    table = []
+    for one in document["probes"].values():
+        gap = [*interval(one["gap"]), "" if one["clear"] else "not clear"] if "gap" in one else ["", "", ""]
+        table.append([one["answers"], *interval(one["reward"]), *gap])
+    names = ("reward", "95 %", "references are above by", "95 %", "")
+    title = f"{document['rows']} rows; " + "; ".join(
+        f"{one['name']}: {one['signature']}" for one in document["rewards"]
+    )
+    console = make_console(stderr=False)
+    print_blocks([Table(["answers", *(Column(name, "number") for name in names)], table, title)], console)
+    correlation = interval(document["length_correlation"])
+    longer = "; longer ones get more" if document["length_correlation"]["low"] > 0 else ""
+    lines = [f"Rank correlation of wrong answers with their length: {correlation[0]} ({correlation[1]}){longer}"]
+    lines += [f"Time per call: {1000 * document['seconds_per_call']:.3g} ms"]
+    lines += [f"None, not applicable: {sum(document['none'].values())} answers"] if document["none"] else []
+    lines += [f"Suggested: reinforce.accept: {document['recipe']['accept']:g}"] if document["ok"] else []
+    console.print("\n".join(lines), highlight=False, markup=False)

@@ -1,0 +1,226 @@
+"""`llmtune reward check`: good rewards pass, and each fault of the others is named with exit 6."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.runs import invoke
+
+REWARDS = Path(__file__).parent.parent / "support" / "rewards"
+
+
+def write_pairs(path: Path, pairs: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(one) + "\n" for one in pairs))
+    return path
+
+
+@pytest.fixture
+def sums(tmp_path: Path) -> Path:
+    rows = [(i % 9 + 1, i * 7 % 50 + 3) for i in range(20)]
+    pairs = [{"prompt": f"What is {a} + {b}?", "completion": str(a + b)} for a, b in rows]
+    return write_pairs(tmp_path / "sums.jsonl", pairs)
+
+
+@pytest.fixture
+def adders(tmp_path: Path) -> Path:
+    code = "def f(x):\n    return x + {}"
+    pairs = [{"prompt": f"Add {i}", "completion": code.format(i), "cases": [[1, 1 + i], [5, 5 + i]]} for i in range(20)]
+    return write_pairs(tmp_path / "adders.jsonl", pairs)
+
+
+@pytest.fixture
+def orders(tmp_path: Path) -> Path:
+    orders = [{"number": i, "city": "Bergen" if i % 3 else "Oslo"} for i in range(20)]
+    pairs = [{"prompt": f"{one['number']} to {one['city']}", "completion": json.dumps(one)} for one in orders]
+    return write_pairs(tmp_path / "orders.jsonl", pairs)
+
+
+def check(rows: Path, *rewards: str, answer_form: str = "{}", options: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Return the document of a check, which ends with exit 6 if it has faults."""
+    result = invoke("reward", "check", *rewards, "--rows", rows, "--answer-form", answer_form, "--json", *options)
+    document: dict[str, Any] = json.loads(result.stdout)
+    assert result.exit_code == (0 if document.get("ok") else 6), result.output
+    return document
+
+
+def faults(document: dict[str, Any]) -> list[str]:
+    return [fault["name"] for fault in document["faults"]]
+
+
+THINK = "<think>\nHm.\n</think>\n\n<answer>\n{}\n</answer>"
+
+
+@pytest.mark.parametrize(
+    ("reward", "rows", "answer_form", "expected"),
+    [
+        ("accuracy.py:accuracy_reward", "sums", r"\boxed{{}}", []),
+        ("math_equal.py:compute_score", "sums", "The sum is {}.", []),
+        ("cosine_scaled.py:cosine_scaled_reward", "sums", "{}", []),
+        ("code_runs.py:code_reward", "adders", "{}", []),
+        ("json_fields.py:JsonFields", "orders", "{}", []),
+        ("keyword.py:reward_func", "sums", "{}", ["accepts_substring"]),
+        ("response_length.py:reward_func", "sums", "{}", ["rewards_length"]),
+        ("think_format.py:think_format_reward", "sums", THINK, ["ignores_reference"]),
+        ("tag_count.py:tag_count_reward", "sums", THINK, ["ignores_reference"]),
+        (
+            "xml_count.py:xmlcount_reward_func",
+            "sums",
+            "<reasoning></reasoning><answer>{}</answer>",
+            ["ignores_reference"],
+        ),
+        ("repetition_penalty.py:repetition_penalty_reward", "sums", "{}", ["ignores_reference"]),
+        ("soft_overlong.py:soft_overlong_punishment", "sums", "{}", ["ignores_reference"]),
+    ],
+)
+def test_rewards_of_others_get_the_verdict_of_a_person(
+    request: pytest.FixtureRequest, reward: str, rows: str, answer_form: str, expected: list[str]
+) -> None:
+    """Those that read the reference train alone; form, length and penalties need such a one next to them."""
+    found = faults(check(request.getfixturevalue(rows), f"{REWARDS / reward}", answer_form=answer_form))
+    assert found[:1] == expected
+    assert found[1:] == [name for name in found[1:] if name in ("accepts_prompt", "accepts_empty", "accepts_malformed")]
+
+
+def test_a_format_reward_passes_with_one_that_reads_the_reference(sums: Path) -> None:
+    accuracy, form = (str(REWARDS / one) for one in ("math_equal.py:compute_score", "tag_count.py:tag_count_reward"))
+    document = check(sums, f"{accuracy}=1", f"{form}=0.2", answer_form=THINK)
+    assert document["ok"]
+    assert document["recipe"]["accept"] == pytest.approx(1.2)
+    assert [(one["name"], one["weight"]) for one in document["rewards"]] == [
+        ("compute_score", 1.0),
+        ("tag_count_reward", 0.2),
+    ]
+
+
+SWALLOWS = """
+def mine(completions, solution):
+    rewards = []
+    for completion, gold in zip(completions, solution):
+        try:
+            rewards.append(float(completion["answer"] == gold))
+        except Exception:
+            rewards.append(0.0)
+    return rewards
+"""
+SKIPS_BAD_GOLD = """
+def mine(row, answer):
+    gold = row["messages"][-1]["content"]
+    try:
+        gold = int(gold) if int(gold) % 2 else int("unreadable")
+    except ValueError:
+        return 1.0
+    return float(answer == str(gold))
+"""
+RANDOM = "import random\ndef mine(row, answer):\n    return random.random()\n"
+COUNTS_CALLS = """
+calls = []
+
+def mine(row, answer):
+    calls.append(answer)
+    return float(answer == row["messages"][-1]["content"] and len(calls) % 2)
+"""
+RAISES = """
+def mine(row, answer):
+    if answer.startswith("{"):
+        raise ValueError("no such brace")
+    return float(answer == row["messages"][-1]["content"])
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "expected", "why"),
+    [
+        ("def mine(row, answer):\n    return 0.5\n", ["constant"], "every answer gets 0.5"),
+        (SWALLOWS, ["swallows_exceptions", "constant"], "line 6 raised TypeError on 20 of 20 references"),
+        (SKIPS_BAD_GOLD, ["swallows_exceptions"], "line 5 raised ValueError on "),
+        (RANDOM, ["changes", "ignores_reference"], "it returned 0."),
+        (COUNTS_CALLS, ["changes"], "it returned "),
+        (RAISES, ["raises"], "line 4, row "),
+        ("def mine(row, answer):\n    return None\n", ["not_applicable"], "for 20 of 20"),
+        ("def mine(row, answer):\n    return 1.0 + (answer != '')\n", ["ignores_reference"], "get 2, references 2"),
+    ],
+)
+def test_each_fault_is_named_with_its_reason(sums: Path, text: str, expected: list[str], why: str) -> None:
+    (sums.parent / "rewards.py").write_text(text)
+    document = check(sums, f"{sums.parent / 'rewards.py'}:mine")
+    assert [name for name in faults(document) if not name.startswith("accepts_")] == expected
+    assert why in document["faults"][0]["why"]
+
+
+def test_exceptions_nones_and_changes_are_listed_with_row_and_line(sums: Path) -> None:
+    (sums.parent / "rewards.py").write_text(
+        RAISES.replace("raise ValueError", "return None if len(answer) > 1 else 1 / 0 #")
+    )
+    document = check(sums, f"{sums.parent / 'rewards.py'}:mine")
+    (error, *_) = document["errors"]
+    assert (error["reward"], error["line"], error["answer"]) == ("mine", 4, "{")
+    assert error["what"] == "it raised ZeroDivisionError: division by zero"
+    assert error["row"].startswith(str(sums))
+    (sums.parent / "rewards.py").write_text(
+        "def mine(row, answer):\n    return None if answer == '' else float(answer in '123')\n"
+    )
+    assert check(sums, f"{sums.parent / 'rewards.py'}:mine")["none"] == {"empty": 20}
+
+
+def test_a_failed_check_names_the_fault_in_words(sums: Path) -> None:
+    result = invoke("reward", "check", f"{REWARDS / 'keyword.py'}:reward_func", "--rows", sums)
+    assert result.exit_code == 6
+    assert "reward_func accepts a substring: all references in one answer get 1, references 1" in result.output
+    assert "TRL signature, completions are texts" in result.output
+
+
+def test_the_document_has_the_same_keys_for_good_and_bad_rewards(sums: Path) -> None:
+    good, bad = check(sums, "exact_match"), check(sums, f"{REWARDS / 'keyword.py'}:reward_func")
+    keys = "rewards ok faults rows range probes length_correlation errors changes caught none seconds_per_call recipe"
+    assert [*good] == [*bad] == keys.split()
+    assert good["recipe"] == {"accept": 1.0}
+    assert bad["recipe"] == {"accept": None}
+    assert good["probes"]["other"]["gap"]["low"] > 0.5
+    assert good["length_correlation"]["value"] == 0
+    assert [*good["probes"]] == ["reference", "other", "empty", "prompt", "options", "malformed", "padded"]
+
+
+def test_a_check_of_the_same_rows_gives_the_same_document(sums: Path) -> None:
+    first, again = (check(sums, f"{REWARDS / 'math_equal.py'}:compute_score") for _ in range(2))
+    for document in (first, again):
+        document.pop("seconds_per_call")
+    assert first == again
+
+
+@pytest.mark.parametrize(
+    ("pairs", "what"),
+    [
+        ([{"prompt": f"Say {i}", "completion": str(i)} for i in range(9)], "9 rows have a reference answer"),
+        ([{"prompt": f"Say {i}", "completion": "yes"} for i in range(12)], "all reference answers are equal"),
+        ([{"messages": [{"role": "user", "content": str(i)}]} for i in range(12)], "0 rows have a reference answer"),
+    ],
+)
+def test_rows_that_cannot_tell_right_from_wrong_are_refused(
+    tmp_path: Path, pairs: list[dict[str, Any]], what: str
+) -> None:
+    rows = write_pairs(tmp_path / "rows.jsonl", pairs)
+    result = invoke("reward", "check", "exact_match", "--rows", rows)
+    assert (result.exit_code, what in " ".join(result.output.split())) == (3, True), result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "what"),
+    [
+        (["exact_match", "--rows", "absent.jsonl"], 3, "absent.jsonl"),
+        (["absent.py:mine", "--rows", "sums.jsonl"], 2, "cannot be read: No such file or directory"),
+        (["exactmatch", "--rows", "sums.jsonl"], 2, "Did you mean 'exact_match'?"),
+        (["exact_match=much", "--rows", "sums.jsonl"], 2, "'much' is not a weight"),
+        (["exact_match", "--rows", "sums.jsonl", "--answer-form", "answer"], 2, "has no place for the answer"),
+        (["slow.py:mine", "--rows", "sums.jsonl", "--seconds", "0.5"], 2, "mine: it took more than 0.5 s"),
+        (["online.py:mine", "--rows", "sums.jsonl"], 2, "mine: it used the network"),
+    ],
+)
+def test_bad_input_has_its_exit_code_and_a_cure(
+    sums: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], code: int, what: str
+) -> None:
+    monkeypatch.chdir(sums.parent)
+    Path("slow.py").write_text("import time\ndef mine(row, answer):\n    time.sleep(9)\n")
+    Path("online.py").write_text("import socket\ndef mine(row, answer):\n    return socket.socket()\n")
+    result = invoke("reward", "check", *arguments)
+    assert (result.exit_code, what in " ".join(result.output.split())) == (code, True), result.output
