@@ -28,11 +28,12 @@ def causal_loss(model: torch.nn.Module, batch: Batch, by_row: bool = False) -> L
     `model` may be wrapped by PEFT or DDP. With `by_row`, losses and correct first choices are also given per row.
     """
     if not takes_head_loss(unwrap(model)):
-        losses_S, correct_S = CrossEntropy.apply(predicted_logits(model, batch), batch["targets_S"])  # type: ignore[no-untyped-call]
+        losses_S, correct_S = _measure_tokens(predicted_logits(model, batch), batch)
         return _sum_up(weigh_by_probability(losses_S, model), correct_S if by_row else None, batch)
     if takes_shared_prefixes(unwrap(model)):
         batch = share_prefixes(batch)
     targets = {"predict_S": batch["predict_S"], "targets_S": batch["targets_S"], "choices": by_row}
+    targets |= {key: batch[key] for key in ("teacher",) if key in batch}
     output = model(**_decoder_arguments(model, batch), **targets)
     losses_S = weigh_by_probability(output["losses_S"], model)
     return _sum_up(losses_S, output["correct_S"] if by_row else None, batch)
@@ -49,8 +50,16 @@ def weigh_by_probability(losses_S: torch.Tensor, model: torch.nn.Module) -> torc
 
 def token_losses(logits_SV: torch.Tensor, batch: Batch, by_row: bool = False) -> Loss:
     """Sum the cross-entropy of `targets_S` under their logits [S, V]; `rows_S` and `n_rows` map tokens to rows."""
-    losses_S, correct_S = CrossEntropy.apply(logits_SV, batch["targets_S"])  # type: ignore[no-untyped-call]
+    losses_S, correct_S = _measure_tokens(logits_SV, batch)
     return _sum_up(losses_S, correct_S if by_row else None, batch)
+
+
+def _measure_tokens(logits_SV: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the loss of each prediction, by the batch's `teacher` if it has one, and which were the first choice."""
+    if "teacher" in batch:
+        losses_S = batch["teacher"].losses(logits_SV, None, None, batch["targets_S"])
+        return losses_S, logits_SV.argmax(1) == batch["targets_S"]
+    return CrossEntropy.apply(logits_SV, batch["targets_S"])  # type: ignore[no-untyped-call, no-any-return]
 
 
 def _sum_up(losses_S: torch.Tensor, correct_S: torch.Tensor | None, batch: Batch) -> Loss:
