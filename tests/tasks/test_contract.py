@@ -258,7 +258,8 @@ def test_two_processes_learn_as_one(name, finished, tmp_path):
     # Sums in another order differ in the last digits, more with each step. Dropout is drawn per process.
     tolerance = 0.05 if name in WITH_DROPOUT else 1e-3
     for alone, together in pairs[:5]:
-        assert together["loss"] == pytest.approx(alone["loss"], rel=tolerance)
+        # A loss of samples with equal rewards is zero up to rounding.
+        assert together["loss"] == pytest.approx(alone["loss"], rel=tolerance, abs=1e-7)
 
 
 @pytest.mark.promise("task", "two processes", by="name", equal="one process: scores within 1e-5, the same answers")
