@@ -129,16 +129,16 @@ def make_inputs(
     """
     reader = ExampleReader(examples, split, task.example_type)
     numbers = sorted({*reader.rows.tolist()})
-    fairness, facts = recipe.evaluate.fairness, TASK_FACTS[recipe.task]
-    kept, generates = set(numbers), not task.predicts
+    fairness, facts, kept = recipe.evaluate.fairness, TASK_FACTS[recipe.task], set(numbers)
     held_out = [pair for number, pair in enumerate(iterate_rows(rows, split)) if number in kept]
     questions, references = zip(*(task.split_answer(row) for _, row in held_out), strict=True)
     pictures = [{picture["content"] for picture in task.list_pictures(question)} for question in questions]
     turns = [task.tool_turns(row, recipe) for _, row in held_out]
     metrics = measured_metrics(recipe, has_tools=any(turns))
     notes = start_notes(task, recipe) | task.row_notes(rows, split, recipe) | schema_notes(metrics, turns)
-    answerable = [i for i in range(len(numbers)) if not generates or (write_prompt(questions[i]) and references[i])]
-    needs_texts = not generates or bool(recipe.evaluate.judge) or not recipe.evaluate.predicted.isdisjoint(metrics)
+    generates, rated, prompts = not task.predicts, task.has_rewards, [*map(write_prompt, questions)]
+    answerable = [i for i in range(len(numbers)) if not generates or (prompts[i] and (rated or references[i]))]
+    needs_texts = bool(rated or not generates or recipe.evaluate.judge or recipe.evaluate.predicted & {*metrics})
     limit = (recipe.evaluate.limit if needs_texts else recipe.evaluate.samples) if facts.generates else None
     answered = [answerable[i] for i in cut_evenly(len(answerable), limit)]
     if needs_texts and len(answered) < len(numbers):
@@ -157,7 +157,7 @@ def make_inputs(
         reader=reader,
         rows=tuple(numbers),
         origins=tuple(origin for origin, _ in held_out),
-        prompts=tuple(map(write_prompt, questions)),
+        prompts=tuple(prompts),
         references=tuple(references),
         questions=tuple(questions),
         targets=tuple(task.reference(row) for _, row in held_out),
@@ -171,7 +171,7 @@ def make_inputs(
         slices=read_slices(rows, recipe.evaluate.slices, numbers),
         groups=read_slices(rows, fairness.groups if fairness else (), numbers, "evaluate.fairness.groups"),
         clusters=cluster_rows(pictures, [group for at, group in enumerate(iterate_groups(rows, split)) if at in kept]),
-        full_rows=tuple(read_full_rows(rows, split, kept)) if recipe.evaluate.own_metrics else (),
+        full_rows=tuple(read_full_rows(rows, split, kept)) if rated or recipe.evaluate.own_metrics else (),
         corpus=read_corpus(rows, split) if facts.searches else (),
         pictured=frozenset(i for i, contents in enumerate(pictures) if contents),
     )

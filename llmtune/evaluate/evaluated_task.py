@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeAlias, TypeVar
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from llmtune.evaluate.metric import Measure
     from llmtune.recipe.schema import Recipe
     from llmtune.records import Rows
+    from llmtune.store.score_records import Study
 
 PredictionT = TypeVar("PredictionT")
 """A task's prediction for a row: a JSON value."""
@@ -87,6 +88,8 @@ class EvaluatedTask(TaskInterface):
     """Whether the loss of a single row can be computed."""
     answer_keys: tuple[str, ...] = ()
     """Keys of a prediction that are written next to it."""
+    has_rewards: bool = False
+    """Whether sampled answers are rated by rewards, with `rate_samples`; rows then need no reference."""
     adapter_metrics: tuple[str, ...] = ()
     """Metrics that compare a model with itself without its adapter; exports, which have none, lack them."""
 
@@ -172,6 +175,24 @@ class EvaluatedTask(TaskInterface):
     def predict(self, rows: Sequence[Any], loaded: LoadedModel) -> list[Any]:
         """Return a prediction for each prompt row, in order."""
         raise NotImplementedError
+
+    def rate_samples(self, rows: Sequence[Row], answers: Sequence[str], loaded: LoadedModel) -> list[Any]:
+        """Sample answers to complete rows, and rate them and the `answers` that the model gave; for tasks with rewards.
+
+        Raises an LlmtuneError if a reward fails.
+        """
+        raise NotImplementedError
+
+    def study_answers(
+        self,
+        base: Mapping[int, Any],
+        tuned: Mapping[int, Any],
+        prompts: Sequence[str],
+        clusters: Sequence[int],
+        recipe: Recipe,
+    ) -> dict[str, Study]:
+        """Return further studies of both models' predictions, by name; the keys are indexes into the evaluated rows."""
+        return {}
 
     def format_prediction(self, prediction: Any) -> str:
         """Return a prediction as text for display."""

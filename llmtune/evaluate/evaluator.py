@@ -111,7 +111,7 @@ def evaluate(
             evaluation = replace(evaluation, teacher=score_teacher(measures, teacher, context.recipe.seed, costs))
     elif context.recipe.evaluate.decisions:
         decided, _ = decide_answers(context, answers)
-    studies = compare_suites(suites, measures, answers)
+    studies = {**evaluation.studies, **compare_suites(suites, measures, answers)}
     evaluation = replace(evaluation, baseline=stand_in, studies=studies, reliability=reliability, decided=decided)
     return Scored(evaluation, answers, measures)
 
@@ -311,6 +311,7 @@ def compare_answers(
         intervals={metric: own_interval(one, seed) for metric, one in measures.tuned.items()},
         samples=pick_samples(inputs, shown, samples),
         rows=len(inputs.rows),
+        studies=task.study_answers(base.predictions, tuned.predictions, inputs.prompts, inputs.clusters, recipe),
         signatures=describe_metrics(measures.tuned, inputs, tuned, recipe) | compare_pieces(base.sums, recipe),
         details=details,
         guessable=find_guessable(task, recipe, references, prompts, measures.tuned) if headless else (),

@@ -121,7 +121,23 @@ def predict(model: torch.nn.Module, name: str, context: EvalContext, packs: bool
             advance = add_bar(bars, f"{name}: answers", len(flat))
             outputs = generate_completions(model, flat, context.processor, recipe, device=device, advance=advance)
     choice_scores = dict(zip(trees, scores, strict=True))
-    return parse_outputs(Answers(sums, {}, choice_scores), prompts, outputs, context)
+    answers = parse_outputs(Answers(sums, {}, choice_scores), prompts, outputs, context)
+    return rate_answers(model, name, answers, context) if task.has_rewards and inputs.metrics else answers
+
+
+def rate_answers(model: torch.nn.Module, name: str, answers: Answers, context: EvalContext) -> Answers:
+    """Add sampled answers with their rewards, and the rewards of the given answers; the processes share the rows."""
+    inputs, task = context.inputs, context.task
+    assert inputs is not None
+    with inference_on(model, context) as bars:
+        advance = add_bar(bars, f"{name}: samples", len(answers.texts))
+        loaded = LoadedModel(model, context.processor, context.recipe, context.device, advance)
+
+        def work(part: Sequence[int]) -> list[object]:
+            return task.rate_samples([inputs.full_rows[i] for i in part], [answers.texts[i] for i in part], loaded)
+
+        rated = over_processes(model, [*answers.texts], work)
+    return replace(answers, predictions=dict(zip(answers.texts, rated, strict=True)))
 
 
 def predict_rows(
@@ -254,7 +270,7 @@ def compute_metrics(
     """
     inputs, section = context.inputs, context.recipe.evaluate
     assert inputs is not None
-    given = answers.predictions or answers.texts
+    given = answers.predictions if context.task.predicts else answers.texts
     failed: dict[str, Problem] = {} if problems is None else problems
     user_measures = measure_own(context.recipe, inputs.full_rows, inputs.origins, given, failed, context.console)
     metrics = [name for name in dict.fromkeys((*inputs.metrics, CUT_METRIC)) if name not in section.own_metrics]

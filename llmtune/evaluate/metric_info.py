@@ -7,12 +7,13 @@ from dataclasses import dataclass
 
 from llmtune.display.number_format import missing
 from llmtune.recipe.gate_grammar import LOWER_IS_BETTER
-from llmtune.recipe.task_facts import COST, NEAREST_TO_ONE, TASK_FACTS, at_ten
+from llmtune.recipe.metric_cutoffs import at_ten
+from llmtune.recipe.task_facts import COST, NEAREST_TO_ONE, TASK_FACTS
 from llmtune.records import Difference
 from llmtune.store.score_records import Decided
 
 CHOICE = "choice_accuracy"
-COSTS = frozenset({"kl", "answers_cut", "ece", "random_cosine", "effective_rank"})
+COSTS = frozenset({"kl", "answers_cut", "samples_cut", "answer_tokens", "ece", "random_cosine", "effective_rank"})
 """Metrics that show the cost or conditions of a gain. A change in only these does not make a model worse."""
 
 METRIC_NOTES = {
@@ -20,6 +21,9 @@ METRIC_NOTES = {
     "mrr@10": "1 / rank of the first relevant passage; 0 beyond rank k",
     **dict.fromkeys(("recall@1", "recall@5", "recall@10"), "share of a query's relevant passages among the first k"),
     "map": "mean precision at the ranks of the relevant passages",
+    "reward": "mean reward of sampled answers",
+    "greedy_reward": "reward of the greedy answer",
+    **dict.fromkeys(("pass@1", "pass@8", "pass@10"), "chance that one of k sampled answers is accepted"),
     CHOICE: "reference is the likeliest choice; independent of wording",
     "bleu": "shared word n-grams, 0 to 100",
     "wer": "wrong words per reference word",
@@ -67,6 +71,8 @@ METRIC_NOTES = {
     "length_ratio": "length relative to the reference; best near 1",
     "kl": "distance from the base model, nats per token; a cost",
     "answers_cut": "answers truncated at max_new_tokens",
+    "samples_cut": "sampled answers truncated at max_new_tokens",
+    "answer_tokens": "tokens of a sampled answer; a cost",
 }
 """Meaning of each metric, the most informative metrics first."""
 BETTER_NOTES = {1: "higher is better", -1: "lower is better", 0: "neither more nor less is better"}

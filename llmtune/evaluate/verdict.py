@@ -367,9 +367,10 @@ def judge_run(
     result = weigh_simple_baseline(verdict(evaluation, seeds, curve, gates, alpha, doubts), evaluation)
     chance = alpha if champion else CHANCE
     result = weigh_controls(result, evaluation, list_gained(result.word, evaluation, gates, chance))
-    added = [study.verdict for study in evaluation.studies.values() if study.verdict] if evaluation else []
-    added += explain_gain(evaluation, gates)
-    return replace(result, reason=" ".join([result.reason, *added]))
+    studies = evaluation.studies.values() if evaluation else ()
+    added = [*(study.verdict for study in studies if study.verdict), *explain_gain(evaluation, gates)]
+    in_doubt = any(study.doubtful for study in studies) and result.word in (BETTER, WITHIN)
+    return Verdict(INCONCLUSIVE if in_doubt else result.word, " ".join([result.reason, *added]))
 
 
 def list_gained(

@@ -25,6 +25,7 @@ from llmtune.recipe.eval_suites_section import (
     fairness_without_effect,
 )
 from llmtune.recipe.gate_grammar import NAME, Gate, find_baseline_problem, find_reversed_problem, parse_gate
+from llmtune.recipe.metric_cutoffs import at_ten, samples_needed
 from llmtune.recipe.section import (
     Many,
     NonEmpty,
@@ -43,7 +44,6 @@ from llmtune.recipe.task_facts import (
     DECISIONS,
     PREDICTED,
     TASK_FACTS,
-    at_ten,
 )
 from llmtune.recipe.task_variant import TaskVariant
 
@@ -254,10 +254,14 @@ class EvaluateSection(RecipeSection):
     def _check_unmeasured(self, diagnostics: Diagnostics, variant: TaskVariant) -> None:
         for i, metric in enumerate(self.metrics):
             if metric in variant.facts.metrics and metric not in variant.metrics:
-                key = "completion.objective" if variant.is_masked else "preference.loss"
+                keys = {bool(variant.loss): "preference.loss", "@" in metric: "reinforce.samples"}
+                key = "completion.objective" if variant.is_masked else keys.get(True, "adapter.method")
                 why = " with completion.objective: masked" if variant.is_masked else f": {variant.unmeasured[metric]}"
                 fix = f"Remove it. Allowed: {', '.join(variant.metrics)}."
                 diagnostics.add(f"evaluate.metrics.{i}", f"'{metric}' cannot be measured{why}", fix, key)
+            elif (needed := samples_needed(metric)) > variant.samples > 0:
+                what, fix = f"'{metric}' needs {needed} samples", f"Set reinforce.samples to {needed}, or a smaller k."
+                diagnostics.add(f"evaluate.metrics.{i}", what, fix, "reinforce.samples")
 
     def _check_metrics(self, diagnostics: Diagnostics, variant: TaskVariant) -> None:
         key, allowed = "evaluate.metrics", variant.facts.metrics
@@ -305,7 +309,8 @@ class EvaluateSection(RecipeSection):
             diagnostics.no_effect("evaluate.limit", "without a metric on generated answers", fix, key)
 
     def _check_gates(self, diagnostics: Diagnostics, variant: TaskVariant, exports: Sequence[str]) -> None:
-        metrics, allowed = self.chosen_metrics(variant), variant.facts.metrics
+        metrics = (*self.chosen_metrics(variant), *variant.study_metrics)
+        allowed = (*variant.facts.metrics, *variant.study_metrics)
         if CUT_METRIC in allowed and variant.generates and self.predicted & set(metrics):
             metrics = tuple(dict.fromkeys((*metrics, CUT_METRIC)))
         decided = [metric for key in self.decisions for metric in DECISIONS[key]]
@@ -317,11 +322,11 @@ class EvaluateSection(RecipeSection):
                 (problem,) = error.problems
                 diagnostics.add(key, problem.what, problem.fix or "")
                 continue
-            if gate.metric in metrics or gate.metric in decided:
+            if gate.metric in (*metrics, *decided):
                 continue
             if gate.on_export:
                 check_export_gate(diagnostics, key, gate, metrics, exports)
-            elif "." in gate.metric:
+            elif "." in gate.metric and not (variant.rewards and gate.metric.startswith("rewards.")):
                 self._check_suite_gate(diagnostics, key, gate, variant, has_test=True)
             elif adding := key_of_decision(gate.metric):
                 what = f"the gate {text!r} uses a metric that is not computed"

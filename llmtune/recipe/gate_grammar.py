@@ -13,20 +13,19 @@ Metrics of an export are `deploy.format.metric`, compared with the tuned model:
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, cast
 
 from llmtune.errors import RecipeError
+from llmtune.recipe.metric_cutoffs import at_ten
 from llmtune.recipe.task_facts import (
     CALIBRATION,
     CONTROL_RUNS,
     CONTROLS,
     COST,
     NEAREST_TO_ONE,
-    SIMPLE_BASELINES,
     TaskFacts,
-    at_ten,
 )
 
 Operator = Literal[">=", "<=", ">", "<", "=="]
@@ -35,6 +34,13 @@ Opponent = Literal[
     "base", "champion", "tuned", "tfidf", "bm25", "unigram", "lead3", "blind", "swapped", "sft", "filter"
 ]
 
+SIMPLE_BASELINES: Mapping[str, str] = {
+    "tfidf": "TF-IDF with logistic regression",
+    "bm25": "BM25",
+    "unigram": "the most frequent tag of each word",
+    "lead3": "the first three sentences",
+}
+"""Baselines without a language model, by the names that gates use."""
 JUDGE = "judge."
 """How the scores of `evaluate.judge` begin: its own interval belongs to each."""
 NEW = "new"
@@ -56,6 +62,8 @@ LOWER_IS_BETTER = frozenset(
         "mae",
         "kl",
         "answers_cut",
+        "samples_cut",
+        "answer_tokens",
         *CALIBRATION,
         "decided_error",
         "set_size",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -28,19 +27,14 @@ DECISIONS: Mapping[str, tuple[str, ...]] = {
     "out_of_scope": ("false_alarms",),
 }
 """Metrics of the tuned model's decisions on test rows, by the key of `evaluate` that adds them."""
+SAMPLED = ("reward", "greedy_reward", "pass@1", "pass@8", "answer_tokens", "samples_cut", "kl")
+"""Metrics of sampled answers and their rewards. The k of `pass@k` is at most `reinforce.samples`."""
 RANKING = ("ndcg@10", "mrr@10", "recall@1", "recall@5", "recall@10", "map")
 """Metrics of ranked passages; each cutoff after the @ may be another number."""
 NEAREST_TO_ONE = frozenset({"length_ratio"})
 """Metrics that are best near 1: neither more nor less is better."""
 COST = "_cost"
 """Ending of a metric's name for which lower is better; so users mark their own metrics."""
-SIMPLE_BASELINES: Mapping[str, str] = {
-    "tfidf": "TF-IDF with logistic regression",
-    "bm25": "BM25",
-    "unigram": "the most frequent tag of each word",
-    "lead3": "the first three sentences",
-}
-"""Baselines without a language model, by the names that gates use."""
 CONTROLS: Mapping[str, str] = {"blind": "a grey picture", "swapped": "another row's picture"}
 """Pictures that replace those of test rows, by the names that gates use."""
 CONTROL_RUNS: Mapping[str, str] = {
@@ -50,14 +44,10 @@ CONTROL_RUNS: Mapping[str, str] = {
 """Variants of a recipe that a run also trains, by the names that gates use."""
 CUT_METRIC = "answers_cut"
 """Share of truncated answers; measured whenever another metric generates answers."""
-PREDICTED = frozenset({*GENERATED, *MACHINE_TRANSLATION, *TOOL_METRICS, CUT_METRIC, "length_ratio", "f1", "wer", "cer"})
+PREDICTED = frozenset(
+    {*SAMPLED[:-1], *GENERATED, *MACHINE_TRANSLATION, *TOOL_METRICS, CUT_METRIC, "length_ratio", "f1", "wer", "cer"}
+)
 """Metrics of generated answers, whose number `evaluate.limit` limits."""
-
-TEMPLATE_KEYS = {
-    "data": ("reasoning", "special_tokens_in_text", "system_prompt"),
-    "model": ("chat_template", "chat_template_kwargs"),
-}
-"""Keys that only models with a chat template read, by section."""
 
 
 @dataclass(frozen=True)
@@ -152,11 +142,6 @@ class TaskFacts:
     def splits_text(self) -> bool:
         """Return whether a long row can be split into several; only for language modelling tasks."""
         return "split" in self.overlong
-
-
-def at_ten(metric: str) -> str:
-    """Return a ranking metric at cutoff 10, as `TaskFacts.metrics` lists it for all cutoffs; others unchanged."""
-    return re.sub(r"^(ndcg|mrr|recall)@[1-9][0-9]{0,3}$", r"\1@10", metric)
 
 
 def answer_kind(task: str | None) -> str:
@@ -340,6 +325,20 @@ _TASKS = (
         templated=True,
         answer_kind="rating",
         metric_notes={"loss": "loss per pair, as in training", "accuracy": "better answer has the higher reward"},
+    ),
+    TaskFacts(
+        "reinforce",
+        "sample answers and learn from their rewards",
+        (*SAMPLED, "pass@10", *GENERATED, *TOOL_METRICS, CUT_METRIC),
+        SAMPLED,
+        rows="messages",
+        models=("decoder",),
+        columns=("prompt", "completion"),
+        first_lines=("rewards: {exact_match: 1.0}  # DECIDE: what makes an answer good",),
+        section="reinforce",
+        packs=True,
+        templated=True,
+        generates=True,
     ),
     TaskFacts(
         "embed",

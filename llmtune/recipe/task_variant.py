@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from llmtune.recipe.metric_cutoffs import samples_needed
 from llmtune.recipe.task_facts import TASK_FACTS, TaskFacts
 
 MASKED_METRICS = ("loss", "perplexity", "accuracy")
@@ -31,6 +32,10 @@ class TaskVariant:
     """`preference.loss`."""
     images: bool | None = None
     """`chat.images`; None if the rows decide it."""
+    rewards: tuple[str, ...] = ()
+    """Those of `reinforce.rewards`, and the audit."""
+    samples: int = 0
+    """`reinforce.samples`."""
     kl_hindrance: str | None = None
     """Why the adapter cannot be switched off to compare with the base; None if it can."""
 
@@ -73,7 +78,11 @@ class TaskVariant:
 
     @property
     def unmeasured(self) -> dict[str, str]:
-        """Return the preference metrics that the loss or the adapter does not have, each with the reason."""
+        """Return the metrics that the loss, the samples or the adapter do not have, each with the reason."""
+        if self.rewards:
+            more = [name for name in self.facts.metrics if samples_needed(name) > self.samples]
+            missing = dict.fromkeys(more, f"reinforce.samples is {self.samples}")
+            return missing | ({"kl": self.kl_hindrance} if self.kl_hindrance else {})
         if self.loss is None:
             return {}
         loss_metrics = LOSS_METRICS[self.loss]
@@ -89,6 +98,12 @@ class TaskVariant:
         if self.is_masked:
             return MASKED_METRICS
         return tuple(name for name in self.facts.metrics if name not in self.unmeasured)
+
+    @property
+    def study_metrics(self) -> tuple[str, ...]:
+        """Return the metrics of the study `rewards`, as gates name them."""
+        names = [*(one.rpartition(":")[2] for one in self.rewards), "repeats_prompt"]
+        return tuple(f"rewards.{name}" for name in names) if self.rewards else ()
 
     @property
     def eval_metrics(self) -> tuple[str, ...]:

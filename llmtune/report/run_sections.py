@@ -93,28 +93,24 @@ def training_section(train: TrainFacts | None) -> Section:
         for title, key in (("Learning rate", "learning_rate"), ("Gradient norm", "grad_norm"))
     )
     courses = [Beside([rate], [norm])] if len(curve) >= FEWEST_POINTS else []
-    blocks: list[Block] = [Beside([drawn], [KeyValues(known(facts))]), *validation_curves(curve), *courses]
+    blocks: list[Block] = [Beside([drawn], [KeyValues(known(facts))]), *metric_curves(curve), *courses]
     if collapse := train.get("collapse"):
         blocks.insert(0, Text(collapse, "note"))
     return Section("Training", [*blocks, *hardest_rows(train.get("hardest_rows", []))])
 
 
-def validation_curves(curve: Sequence[Mapping[str, object]]) -> list[Block]:
-    """Return a chart of each metric measured on validation rows during training."""
-    lines = [
-        {"step": line["step"], **metrics}
-        for line in curve
-        if isinstance(metrics := line.get("validation_metrics"), dict)
-    ]
-    drawn = [
-        Html(
-            draw_curves(
-                [Curve(name, points(lines, name), "validation")], label=f"{name} by step", title=title, height=150
-            )
-        )
-        for name in dict.fromkeys(key for line in lines for key in line if key != "step")
-        if (title := f"{name.replace('_', ' ')} of validation rows")
-    ]
+CHARTED = {"figures": ("samples", "other"), "validation_metrics": ("validation rows", "validation")}
+"""Keys of a line of `metrics.jsonl` with values by name; the rows that they were measured on, and the chart's style."""
+
+
+def metric_curves(curve: Sequence[Mapping[str, object]]) -> list[Block]:
+    """Return a chart of each metric measured during training, on samples or on validation rows."""
+    drawn = []
+    for key, (rows, style) in CHARTED.items():
+        lines = [{"step": line["step"], **metrics} for line in curve if isinstance(metrics := line.get(key), dict)]
+        for name in dict.fromkeys(name for line in lines for name in line if name != "step"):
+            curves, title = [Curve(name, points(lines, name), style)], f"{name.replace('_', ' ')} of {rows}"
+            drawn.append(Html(draw_curves(curves, label=f"{name} by step", title=title, height=150)))
     return [Beside(drawn[at : at + 1], drawn[at + 1 : at + 2]) for at in range(0, len(drawn), 2)]
 
 

@@ -101,6 +101,7 @@ class Study:
     """A sentence to add to the run's verdict."""
     intervals: dict[str, Difference] = field(default_factory=dict)
     """Scores of `tuned` with their own 95 % intervals."""
+    doubtful: bool = False  # whether `verdict` is a reason not to call the tuned model better
 
 
 @dataclass(frozen=True)
@@ -281,8 +282,7 @@ class Threshold:
 class Decision:
     """Rules for a tuned model's answers, fitted on validation `rows`; `decision.json` next to the model.
 
-    `labels` and `many` are as in `Calibration`. The rules use the probabilities at temperature 1: a temperature fitted
-    on the same rows would make them depend on these rows' labels.
+    `labels` and `many` are as in `Calibration`. Rules use temperature 1, which does not depend on these rows' labels.
     """
 
     labels: tuple[str, ...]

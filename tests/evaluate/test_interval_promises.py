@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache, partial
 from itertools import product
 from pathlib import Path
@@ -17,6 +18,7 @@ import numpy as np
 import pytest
 from support import interval_scenes as simulated
 from support.interval_scenes import KINDS, SCENES, SIZES
+from support.rated_samples import RATED_FACTS, SAMPLED_METRICS, rate_prompt
 
 from llmtune.data.answer_parser import ParsedAnswer, ToolTurn
 from llmtune.evaluate import intervals
@@ -52,6 +54,7 @@ from llmtune.recipe.task_sections import PreferenceSection
 from llmtune.records import Difference
 from llmtune.store.score_records import Champion, Decision, Evaluation, Study, Threshold
 from llmtune.tasks.preference_metrics import measure_preferences
+from llmtune.tasks.sample_metrics import measure_samples
 
 BAR = 0.05
 TRIALS, FEW_TRIALS = 300, 100
@@ -146,6 +149,8 @@ BUILT["choice_accuracy"].append(partial(measure_right, [True, False], "choice_ac
 BUILT["answers_cut"].append(partial(measure_shares, "answers_cut", [0.0, 1.0], ""))
 for _metric in [name for names in DECISIONS.values() for name in names]:
     BUILT[_metric].append(partial(decided, _metric))
+for _metric, _facts in product(SAMPLED_METRICS, (RATED_FACTS, replace(RATED_FACTS, shares=frozenset()))):
+    BUILT[_metric].append(partial(measure_samples, _metric, [rate_prompt(1.0, 0.0)] * 2, _facts))
 for _kind_of_value in ("bool", "share", "number"):
     _own = OwnMetric("own", Path(__file__), _kind_of_value, "")
     BUILT[f"own ({_kind_of_value})"].append(partial(measure_values, _own, [0.0, 1.0]))

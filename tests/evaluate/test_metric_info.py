@@ -19,7 +19,7 @@ HIGHER = {
     *("auroc", "pearson", "spearman", "rouge1", "rouge2", "rougeL", "rougeLsum", "chrf", "bleu", "margin"),
     *("choice_accuracy", "likelihood_accuracy", "tool_call_valid", "tool_name", "tool_arguments"),
     *("tool_arguments_f1", "no_call", "ndcg@10", "mrr@10", "recall@1", "recall@5", "recall@10", "map"),
-    "effective_rank",
+    *("effective_rank", "reward", "greedy_reward", "pass@1", "pass@8", "pass@10"),
 }
 """Repeated here on purpose: a person has to decide the direction of each new metric."""
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support.rated_samples import RATED_FACTS, SAMPLED_METRICS, rate_prompt
 
 from llmtune.data.answer_parser import ParsedAnswer, ToolTurn
 from llmtune.data.chat_rows import ToolCall
@@ -29,6 +30,7 @@ from llmtune.evaluate.tool_metrics import measure_tools
 from llmtune.recipe.task_facts import CALIBRATION, RANKING, TASK_FACTS, TOOL_METRICS
 from llmtune.recipe.task_sections import PreferenceSection
 from llmtune.tasks.preference_metrics import measure_preferences
+from llmtune.tasks.sample_metrics import measure_samples
 
 ROWS = 12
 random = np.random.default_rng(3)
@@ -89,6 +91,15 @@ def tools(metric: str, rows: list[int]) -> Measure:
     return measure_tools(metric, dict(enumerate(of(CALLED, rows))), dict(enumerate(of(TURNS, rows))))
 
 
+RATED = [rate_prompt(*random.integers(0, 2, 10) * 1.0, kl=i * 0.1, tokens=i) for i in range(ROWS)]
+
+
+def samples(metric: str, rows: list[int]) -> Measure:
+    found = measure_samples(metric, of(RATED, rows), RATED_FACTS)
+    assert found is not None
+    return found
+
+
 LOGITS = random.normal(size=(ROWS, len(LABELS)))
 CHOSEN = {
     "choices": np.eye(len(LABELS))[[i % len(LABELS) for i in range(ROWS)]] > 0,
@@ -132,6 +143,7 @@ METRICS: dict[str, Callable[[list[int]], Measure]] = {
         f"{metric} of rankings": lambda rows, metric=metric: measure_ranking(metric, of(RANKED, rows))
         for metric in RANKING
     },
+    **{metric: partial(samples, metric) for metric in SAMPLED_METRICS},
 }
 """Every metric, on some of twelve rows."""
 
