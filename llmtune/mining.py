@@ -14,7 +14,7 @@ import shutil
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -31,6 +31,7 @@ from llmtune.data.row_text import text_key
 from llmtune.display.console import print_blocks, progress_bars, spinner
 from llmtune.errors import RecipeError
 from llmtune.evaluate.evaluated_task import LoadedModel
+from llmtune.evaluate.mined_negatives import Mined, Pairs, mining_facts
 from llmtune.evaluate.ranking_metrics import RELEVANT, measure_vectors
 from llmtune.evaluate.token_batches import cut_evenly
 from llmtune.model.config import head_is_new, read_model_config
@@ -60,33 +61,6 @@ SURVEYED = 512
 """Training rows in the estimate of false negatives."""
 NEAR = 0.95
 """A negative is likely right from this share of the score of the query's own passage on."""
-
-
-@dataclass(frozen=True)
-class Pairs:
-    """The different queries (Q) of a split to mine for, and all passages that are searched for them."""
-
-    queries: list[str]
-    origins: list[str]
-    """[Q] where each query's first row is from."""
-    passages: list[str]
-    right: list[list[int]]
-    """[Q] right passages."""
-    wrong: list[list[int]]
-    """[Q] passages that the rows name as irrelevant."""
-    itself: list[int | None]
-    """[Q] the passage equal to the query, if any."""
-
-
-@dataclass(frozen=True)
-class Mined:
-    """The negatives of each query, the nearest first, and what was skipped."""
-
-    negatives: list[list[int]]
-    skipped: int
-    """Passages that were too near."""
-    nearest: tuple[int, int, int, float, float] | None
-    """The query with the nearest skipped passage, that passage, its own passage, and the scores of both."""
 
 
 def mine_step(run: RunContext, recipe: Recipe, base: ModelRef) -> None:
@@ -152,32 +126,6 @@ def mine_rows(rows: Rows, recipe: Recipe, model_ref: ModelRef, device: str, fold
     facts: Json = {"model": model_ref.name, "sha256": model_ref.content_hash, "corpus": len(corpus)}
     facts |= {"mine": section.mine, "below": section.below} | mining_facts(mined, section)
     return facts | ({"test_passages": count_test_passages(rows, *mined["train"])} if corpus else {})
-
-
-def mining_facts(mined: Mapping[str, tuple[Pairs, Mined]], section: NegativesSection) -> Json:
-    """Return how much was searched and found over all splits, and the nearest skipped passage of a training query."""
-    counts = [len(nearest) for _, result in mined.values() for nearest in result.negatives]
-    pairs, result = mined["train"]
-    facts: Json = {
-        "searched": {split: len(pairs.passages) for split, (pairs, _) in mined.items()},
-        "queries": len(counts),
-        "negatives": sum(counts),
-        "skipped": sum(result.skipped for _, result in mined.values()),
-        "short": sum(one < section.mine for one in counts),
-        "without": counts.count(0),
-        "example": None,
-    }
-    if result.nearest is not None:
-        query, passage, right, score, right_score = result.nearest
-        facts["example"] = {
-            "query": pairs.queries[query],
-            "passage": pairs.passages[right],
-            "negative": pairs.passages[passage],
-            "origin": pairs.origins[query],
-            "passage_score": right_score,
-            "negative_score": score,
-        }
-    return facts
 
 
 def judged(row: Row) -> Iterator[tuple[str, bool]]:

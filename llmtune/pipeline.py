@@ -23,7 +23,7 @@ from typing import Literal
 from rich.console import Console
 from rich.markup import escape
 
-from llmtune import __version__
+from llmtune import __version__, run_models
 from llmtune.adapter.injection import describe_adapter
 from llmtune.data.data_report import describe_examples
 from llmtune.data.examples import ExampleReader, encode_rows, examples_inputs
@@ -65,7 +65,6 @@ from llmtune.records import UNTIL, Json, ModelRef, Until, read_model_ref
 from llmtune.report.report_page import report_json, write_report
 from llmtune.report.run_report import make_report
 from llmtune.report.terminal import print_scored, print_scores, print_seeds, print_verdict
-from llmtune.run_models import ask_champion_classes, check_new_labels, make_adapted, save_label_errors, score_models
 from llmtune.store.atomic_files import hash_folder, plain, staged
 from llmtune.store.processes import once, rank, world_size
 from llmtune.store.report_record import Report
@@ -211,18 +210,18 @@ def adapt_step(run: RunContext) -> None:
         return
     with run.step("adapt", run.plan.inputs["adapt"]) as step:
         if not step.skipped:
-            step.facts.update(describe_adapter(make_adapted(run)))
+            step.facts.update(describe_adapter(run_models.make_adapted(run)))
 
 
 def check_step(run: RunContext) -> None:
     """Check before hours of training that the run can be evaluated, and its new labels against the champion's."""
     if run.request.until != "train" and not run.folder.is_done("train"):
         run.once(lambda: _check_evaluation(run))
-        check_new_labels(run)
+        run_models.check_new_labels(run)
 
 
 def _check_evaluation(run: RunContext) -> None:
-    ask = partial(ask_champion_classes, run)
+    ask = partial(run_models.ask_champion_classes, run)
     check_champion(run.plan.stated, run.folder, run.rows, run.examples, run.console, ask)
     try_inputs(run.plan.recipe, run.plan.task, run.rows, run.console)
 
@@ -237,16 +236,11 @@ def adapt_and_train(run: RunContext) -> None:
     """Add the adapter and train it, as two steps, in all processes."""
     plan, folder = run.plan, run.folder
     with run.step("adapt", plan.inputs["adapt"], always=True) as step:
-        adapted = make_adapted(run)
+        adapted = run_models.make_adapted(run)
         step.facts.update(describe_adapter(adapted))
     with run.step("train", plan.inputs["train"], [trained_name(plan.recipe)], always=True) as step:
         trained = train(
-            adapted,
-            run.examples,
-            plan.task,
-            plan.recipe,
-            folder.path,
-            run.console,
+            *(adapted, run.examples, plan.task, plan.recipe, folder.path, run.console),
             budget=folder.findings["micro_batch_tokens"],
             on_budget=folder.note_budget if rank() == 0 or run.shards else lambda tokens: None,
             inputs=plan.inputs["train"],
@@ -276,8 +270,9 @@ def evaluate_step(run: RunContext) -> None:
             return
         with staged(target) if rank() == 0 else nullcontext() as folder:
             folders = run.request.base, earlier, find_control_scores(run.plan.recipe, run.folder.path)
-            print_scored(score_models(run, folder, folders), run.plan.recipe, run.console)
-            save_label_errors(run, folder)
+            scored = run_models.score_models(run, folder, folders)
+            print_scored(scored, run.plan.recipe, run.console)
+            run_models.save_label_errors(run, folder)
         judged = hash_keys(run.folder.path / "recipe.yaml", judging=True)
         step.facts.update(trained=run.once(lambda: hash_folder(run.trained_folder)), recipe=judged)
 
@@ -311,6 +306,7 @@ STEPS = (
     Step("select", survey_step, "rank 0"),
     Step("adapt", adapt_step, "rank 0"),
     Step("train", check_step, "all"),
+    Step("train", run_models.record_step, "all"),
     Step("train", train_step, "all"),
     Step("train", lock_step, "rank 0"),
     Step("evaluate", evaluate_step, "all"),

@@ -34,6 +34,7 @@ from llmtune.model.model_files import check_model_folder
 from llmtune.model.processor import load_processor
 from llmtune.model.quantized_base import kept_quantization
 from llmtune.model.resolve import resolve_model
+from llmtune.model.teacher_files import find_teacher, teacher_inputs
 from llmtune.recipe.extras import find_missing_extras
 from llmtune.recipe.loader import LoadedRecipe
 from llmtune.recipe.model_section import ModelSection
@@ -174,8 +175,7 @@ def rows_hash(run: RunContext, recipe: Recipe) -> str:
 def locate_pinned(run: RunContext, model: ModelSection, name: str) -> ModelRef:
     """Find a model at the commit in a lock: that of the request, else the run's own.
 
-    Raises:
-        EnvironmentProblem: the model is not found, or its content differs from the request's lock.
+    Raises EnvironmentProblem if the model is not found, or its content differs from the request's lock.
     """
     required, console, offline = run.request.pins, run.console, run.request.offline
     pins = required or (None if run.request.fresh else own_pins(run.folder.path))
@@ -260,7 +260,10 @@ def decide_rest(run: RunContext, draft: Plan, rows: Rows, examples: Examples) ->
     """Resolve what depends on the encoded rows: checkpointing, and the input hash of each step."""
     adapted = adapter_inputs(draft.recipe, draft.model_ref, examples)
     evaluated = evaluation_inputs(draft.recipe, draft.model_ref, rows, examples, run.folder.path)
-    inputs = {"adapt": adapted, "train": train_inputs(draft.recipe, adapted), "evaluate": evaluated}
+    teacher = find_teacher(draft.recipe, run.console, run.request.offline, run.request.pins)
+    taught = teacher_inputs(draft.recipe, examples, teacher)
+    inputs = {"adapt": adapted, "train": train_inputs(draft.recipe, adapted, taught), "evaluate": evaluated}
+    inputs |= {"teach": taught} if taught else {}
     return {"checkpointing": decide_checkpointing(run, draft, max(examples.longest.values())), "inputs": inputs}
 
 
@@ -299,9 +302,7 @@ def evaluation_hash(run: RunContext) -> str:
 def select_step(run: RunContext) -> None:
     """Check the model's context length and the device's memory.
 
-    Raises:
-        DataError: a row is longer than the model's context.
-        EnvironmentProblem: the model cannot be trained in this memory.
+    Raises DataError if a row is longer than the context, EnvironmentProblem if the memory cannot train the model.
     """
     plan, examples = run.plan, run.examples
     recipe, model_ref, longest = plan.recipe, plan.model_ref, max(examples.longest.values())
@@ -357,6 +358,7 @@ def lock_run(run: RunContext) -> None:
         device=describe_device(plan.device),
         judge={"model": judge.model, "host": host(judge)} if (judge := recipe.evaluate.judge) else None,
         miner=resolve_model(miner, recipe.model, run.console, run.request.offline) if miner else None,
+        teacher=find_teacher(recipe, run.console, run.request.offline),
     )
 
 
@@ -366,9 +368,7 @@ def lock_run(run: RunContext) -> None:
 def open_finished(run: Path, console: Console, offline: bool, recipe: Recipe | None = None) -> RunContext:
     """Open a trained run or a release, to use its model; `recipe` replaces the run's own.
 
-    Raises:
-        RecipeError: not a run folder, or not trained yet.
-        EnvironmentProblem: its base model is missing or was changed.
+    Raises RecipeError if it is not a trained run, EnvironmentProblem if its base model is missing or was changed.
     """
     folder = read_run(run)
     folder.require_trained()

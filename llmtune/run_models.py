@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 
 import torch
@@ -29,15 +29,24 @@ from llmtune.evaluate.results import SIMPLE, TUNED, load_first
 from llmtune.evaluate.scoring import ScoreRequest, score_run
 from llmtune.evaluate.simple_baseline import score_simple_baseline
 from llmtune.evaluate.suites.label_errors import save_suspects
+from llmtune.evaluate.teacher import (
+    FOLDER,
+    begin_recording,
+    check_teacher,
+    record_predictions,
+    recorded_facts,
+)
 from llmtune.model.config import find_class, keeps_float32, why_headless
-from llmtune.model.device import loading_device, pick_device
+from llmtune.model.device import loading_device, pick_device, release_memory
 from llmtune.model.loading import load_model
-from llmtune.plan import RunContext, open_finished
+from llmtune.model.processor import load_processor
+from llmtune.model.teacher_files import plan_teacher, teacher_run
+from llmtune.plan import RunContext, find_variant, open_finished
 from llmtune.recipe.adapter_section import DATA_STARTS
 from llmtune.recipe.schema import Recipe
 from llmtune.records import AdaptedModel, ModelRef, Row, SelectedModel
 from llmtune.store.atomic_files import hash_folder
-from llmtune.train.distributed import join_processes
+from llmtune.train.distributed import join_processes, wait_for_processes
 from llmtune.train.preflight import check_examples
 from llmtune.train.sharding import Made, shard_model, share_model
 
@@ -66,14 +75,9 @@ def _make(context: RunContext, make: Callable[[Recipe, str], Made], *, training:
 def _make_adapted(context: RunContext, recipe: Recipe, device: str) -> AdaptedModel:
     plan, sample = context.plan, None
     with spinner(context.console, "loading the model"):
+        masters = not context.shards
         selected = load_model(
-            plan.model_ref,
-            recipe,
-            plan.task,
-            plan.processor,
-            device=device,
-            training=True,
-            masters=not context.shards,
+            plan.model_ref, recipe, plan.task, plan.processor, device=device, training=True, masters=masters
         )
     check_examples(context.rows, context.examples, plan.task, selected, recipe)
     if recipe.adapter.init_lora_weights in DATA_STARTS:
@@ -212,3 +216,42 @@ def save_label_errors(context: RunContext, folder: Path | None) -> None:
     plan, console = context.plan, context.console
     eval_context = EvalContext(plan.recipe, plan.task, plan.processor, None, plan.device, console, folder)
     save_suspects(Models(context).tuned, eval_context, context.rows, context.examples)
+
+
+# A teacher
+
+
+def record_step(context: RunContext) -> None:
+    """Record the teacher's predictions that training needs, in all processes, and free its memory."""
+    plan, folder, inputs = context.plan, context.folder, context.plan.inputs.get("teach")
+    if inputs is None or context.once(lambda: folder.is_valid("train", plan.inputs["train"])):
+        return
+    target, examples = folder.path / "data" / FOLDER, context.examples
+    is_damaged = context.once(lambda: folder.is_done("teach"))  # if it has to be done again
+    with context.step("teach", inputs, [f"data/{FOLDER}"]) as step:
+        if not step.skipped:
+            join_processes(plan.device)
+            context.once(lambda: begin_recording(target, inputs, plan, examples, restart=is_damaged))
+            with open_teacher(context) as (model, packs):
+                record_predictions(plan, model, packs, examples, target, context.console, context.shards)
+            wait_for_processes()
+            step.facts.update(recorded_facts(target, plan.recipe, examples))
+    release_memory()
+
+
+@contextmanager
+def open_teacher(context: RunContext) -> Iterator[tuple[torch.nn.Module, bool]]:
+    """Yield the teacher of a run, and whether it reads packed rows. Raises as `check_teacher` does."""
+    plan, offline = context.plan, context.request.offline
+    run = teacher_run(plan.recipe)
+    if run is not None:
+        teacher = open_finished(run, context.console, offline)
+    else:
+        recipe, model_ref = plan_teacher(plan.recipe, context.console, offline)
+        task, processor = find_variant(recipe, model_ref), cache(partial(load_processor, model_ref, recipe.model))
+        there = replace(plan, recipe=recipe, task=task, model_ref=model_ref, open_processor=processor)
+        teacher = replace(context, resolved=there)
+    check_teacher(teacher.plan, plan, context.rows, max(context.examples.reach.values()))
+    models = Models(teacher)
+    with models.tuned() if run else models.base() as model:
+        yield model.eval(), bool(models.packs)

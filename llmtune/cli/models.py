@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
 
-from llmtune.cli.options import AsJson, Sets
+from llmtune.cli.options import AsJson, Offline, Sets
 from llmtune.cli.output_streams import handled, print_json, stderr_console
 from llmtune.errors import RecipeError
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from llmtune.compare.model_fits import Fit
     from llmtune.display.blocks import Cell
 
-app = typer.Typer(help="Models: list, show, fits.", no_args_is_help=True)
+app = typer.Typer(help="Models: list, show, fits, shrink.", no_args_is_help=True)
 TaskOption = Annotated[str | None, typer.Option("--task", help="Only models for this task.")]
 LicenceOption = Annotated[list[str] | None, typer.Option("--licence", help="Only this licence; may be repeated.")]
 LanguageOption = Annotated[
@@ -144,6 +145,31 @@ def fits(
     if left_out:
         reasons = f"{len(left_out)} more filtered out; --json has the reasons"
         console.print(reasons, highlight=False, soft_wrap=True)
+
+
+@app.command()
+@handled
+def shrink(
+    base: Annotated[str, typer.Argument(metavar="BASE", help="A folder, a hub name or builtin:NAME.")],
+    layers: Annotated[int, typer.Option("--layers", help="Layers to keep, taken evenly.")],
+    out: Annotated[Path | None, typer.Option("--out", help="New folder (default: NAME-N-layers).")] = None,
+    offline: Offline = False,
+    as_json: AsJson = False,
+) -> None:
+    """Save a model with fewer layers of BASE, as a student to train with `distil`."""
+    from llmtune.store.process_environment import prepare_environment
+
+    prepare_environment(network=not offline)
+    from llmtune.model.shrink import shrink_model
+
+    folder = out or Path(f"{Path(base.removeprefix('builtin:')).name}-{layers}-layers")
+    done = shrink_model(base, layers, folder, stderr_console(), offline)
+    if as_json:
+        print_json(done)
+        return
+    before, after = done["parameters"]
+    kept = ", ".join(str(i + 1) for i in done["kept"])
+    typer.echo(f"{folder}: {layers} of {done['layers']} layers ({kept}), {after:,} of {before:,} parameters")
 
 
 def _fit_recipe(recipe: str, sets: Sequence[str], price: Sequence[str], as_json: bool) -> None:

@@ -19,9 +19,11 @@ from llmtune.errors import EnvironmentProblem, LlmtuneError
 from llmtune.evaluate.champion import check_champion
 from llmtune.evaluate.decision import print_need
 from llmtune.evaluate.eval_inputs import warn_of_cuts
+from llmtune.evaluate.teacher import count_predictions, plan_bytes
 from llmtune.model.device import check_card
 from llmtune.model.memory_plan import check_memory, plan_training
 from llmtune.model.model_selection import peek_model, plan_candidates
+from llmtune.model.teacher_files import find_teacher
 from llmtune.plan import (
     Plan,
     RunContext,
@@ -40,6 +42,7 @@ from llmtune.recipe.loader import LoadedRecipe
 from llmtune.recipe.schema import Recipe
 from llmtune.records import Examples, Json, MemoryPlan, ModelRef, Rows
 from llmtune.report.terminal import print_power
+from llmtune.store.process_environment import is_remote_model
 from llmtune.store.processes import layout
 from llmtune.store.run_folder import peek_run
 from llmtune.store.run_listing import find_start, pin_start
@@ -103,13 +106,14 @@ def _plan_named(context: RunContext, loaded: LoadedRecipe, name: str, valid: dic
             shown = context if valid["prepare"] else replace(context, console=Console(quiet=True))
             draft, _ = choose_settings(loaded, shown, model_ref, rows)
             examples = _find_examples(context, draft, rows, valid, Path(scratch))
-        if rows is None or examples is None:
-            longest, lengths = _longest_row(context, recipe), None
+        longest, lengths = _longest_row(context, recipe), None
+        if examples is not None:
+            longest, lengths = max(examples.longest.values()), row_lengths(examples)
+        if rows is not None and examples is not None and _has_teacher(context, draft, examples):
+            plan = finish_plan(draft, decide_rest(offline, draft, rows, examples))
+        else:
             checkpointing = decide_checkpointing(context, draft, longest)
             plan = finish_plan(draft, {"checkpointing": checkpointing, "inputs": {}})
-        else:
-            longest, lengths = max(examples.longest.values()), row_lengths(examples)
-            plan = finish_plan(draft, decide_rest(context, draft, rows, examples))
         memory = plan_training(model_ref, plan.recipe, plan.task, longest, plan.device, lengths, plan.layout)
     check_memory(memory, plan.recipe, console)
     if rows is not None:
@@ -117,10 +121,28 @@ def _plan_named(context: RunContext, loaded: LoadedRecipe, name: str, valid: dic
     if valid.get("encode") and rows is not None and examples is not None:
         warn_of_cuts(rows, examples, plan.task, plan.processor, plan.recipe, console)
         check_champion(recipe, folder, rows, examples, console)
+    if valid.get("encode") and plan.inputs:
         context.resolved = plan
         valid["train"] = folder.is_valid("train", plan.inputs["train"])
         valid["evaluate"] = folder.is_valid("evaluate", evaluation_hash(context))
     return memory
+
+
+def _has_teacher(context: RunContext, draft: Plan, examples: Examples) -> bool:
+    """Print what the teacher's predictions will take; return False if the teacher is not on this machine yet."""
+    if draft.recipe.distil is None:
+        return True
+    size, teacher = plan_bytes(draft.task, draft.recipe, examples), draft.recipe.distil.teacher
+    message = f"teach: {count_predictions(examples):,} predictions of {teacher} would take {size / 1e6:,.1f} MB"
+    context.console.print(message, markup=False, highlight=False)
+    try:
+        find_teacher(draft.recipe, context.console, offline=True)
+    except EnvironmentProblem:
+        if context.request.offline or not is_remote_model(teacher):
+            raise
+        context.console.print(f"{escape(teacher)} would be downloaded first")
+        return False
+    return True
 
 
 @contextmanager

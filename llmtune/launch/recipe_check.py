@@ -131,9 +131,9 @@ def _missing(loaded: LoadedRecipe) -> Iterator[Problem]:
     names = [model.name] if model.name else candidate_names(loaded.recipe)
     missing = [("model.name", name) for name in names if os.path.isabs(name) and not os.path.exists(name)]
     missing = missing if len(missing) == len(names) else []  # one of several may be missing: it is skipped
-    miner = loaded.recipe.data.negatives and loaded.recipe.data.negatives.model
-    if miner and os.path.isabs(miner) and not os.path.exists(miner):
-        missing.append(("data.negatives.model", miner))
+    negatives, distil = loaded.recipe.data.negatives, loaded.recipe.distil
+    further = (("data.negatives.model", negatives and negatives.model), ("distil.teacher", distil and distil.teacher))
+    missing += [(key, name) for key, name in further if name and os.path.isabs(name) and not os.path.exists(name)]
     for key, name in missing:
         parent = Path(name).parent
         siblings = [entry.name for entry in parent.iterdir()] if parent.is_dir() else []

@@ -40,11 +40,11 @@ def target_losses(
     """
     if not takes_head_loss(unwrap(model)):
         logits_SV = predicted_logits(model, batch)
-        logits_SV = logits_SV if temperature == 1 else logits_SV / temperature
-        return cast(tuple[torch.Tensor, torch.Tensor], CrossEntropy.apply(logits_SV, batch["targets_S"]))  # type: ignore[no-untyped-call]
+        return _measure_tokens(logits_SV if temperature == 1 else logits_SV / temperature, batch)
     if takes_shared_prefixes(unwrap(model)):
         batch = share_prefixes(batch)
     targets = {"predict_S": batch["predict_S"], "targets_S": batch["targets_S"], "choices": choices}
+    targets |= {key: batch[key] for key in ("teacher",) if key in batch}
     output = model(**_decoder_arguments(model, batch), **targets, temperature=temperature)
     return output["losses_S"], output["correct_S"]
 
@@ -60,8 +60,16 @@ def weigh_by_probability(losses_S: torch.Tensor, model: torch.nn.Module) -> torc
 
 def token_losses(logits_SV: torch.Tensor, batch: Batch, by_row: bool = False) -> Loss:
     """Sum the cross-entropy of `targets_S` under their logits [S, V]; `rows_S` and `n_rows` map tokens to rows."""
-    losses_S, correct_S = CrossEntropy.apply(logits_SV, batch["targets_S"])  # type: ignore[no-untyped-call]
+    losses_S, correct_S = _measure_tokens(logits_SV, batch)
     return _sum_up(losses_S, correct_S if by_row else None, batch)
+
+
+def _measure_tokens(logits_SV: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the loss of each prediction, by the batch's `teacher` if it has one, and which were the first choice."""
+    if "teacher" in batch:
+        losses_S = batch["teacher"].losses(logits_SV, None, None, batch["targets_S"])
+        return losses_S, logits_SV.argmax(1) == batch["targets_S"]
+    return CrossEntropy.apply(logits_SV, batch["targets_S"])  # type: ignore[no-untyped-call, no-any-return]
 
 
 def _sum_up(losses_S: torch.Tensor, correct_S: torch.Tensor | None, batch: Batch) -> Loss:

@@ -58,14 +58,15 @@ def install_head_loss(model: PreTrainedModel) -> bool:
         predict_S: torch.Tensor | None = None,
         choices: bool = False,
         temperature: float = 1.0,
+        teacher: Any = None,
         **kwargs: object,
     ) -> object:
         if targets_S is None:
             return original(self, *args, **kwargs)
         hidden_BTD = self.base_model(*args, **kwargs)[0]
         hidden_SD = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])[predict_S]
-        shape = replace(logit_shape(self.config), heat=1 / temperature)
-        return head_loss(hidden_SD, self.get_output_embeddings(), targets_S, shape, choices)
+        head, shape = self.get_output_embeddings(), replace(logit_shape(self.config), heat=1 / temperature)
+        return head_loss(hidden_SD, head, targets_S, shape, choices, teacher)
 
     model.forward = MethodType(forward, model)
     setattr(model, _MARK, True)
@@ -98,12 +99,22 @@ def logit_shape(config: PreTrainedConfig) -> LogitShape:
 
 
 def head_loss(
-    hidden_SD: torch.Tensor, head: torch.nn.Linear, targets_S: torch.Tensor, shape: LogitShape, choices: bool
+    hidden_SD: torch.Tensor,
+    head: torch.nn.Linear,
+    targets_S: torch.Tensor,
+    shape: LogitShape,
+    choices: bool,
+    teacher: Any = None,
 ) -> dict[str, torch.Tensor]:
-    """Return each target's cross-entropy, float32 nats, with gradient, and whether it was the first choice."""
+    """Return each target's cross-entropy, float32 nats, with gradient, and whether it was the first choice.
+
+    A `teacher` (`llmtune.model.teacher_loss`) measures them instead, without choices.
+    """
     kind = hidden_SD.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else head.weight.dtype
     bias = None if head.bias is None else head.bias.to(dtype)
+    if teacher is not None:
+        return {"losses_S": teacher.losses(hidden_SD.to(dtype), head.weight.to(dtype), bias, targets_S, shape)}
     outputs = _HeadLoss.apply(hidden_SD.to(dtype), head.weight.to(dtype), bias, targets_S, shape, choices)  # type: ignore[no-untyped-call]
     losses_S, correct_S = cast(tuple[torch.Tensor, torch.Tensor], outputs)
     return {"losses_S": losses_S, "correct_S": correct_S}
@@ -130,7 +141,7 @@ class _HeadLoss(torch.autograd.Function):
         eager = hidden_SD.requires_grad and not trained
         gradient_SD = torch.empty_like(hidden_SD) if eager else None
         with torch.autocast(hidden_SD.device.type, enabled=False):
-            for part in _chunks(count, weight_VD.shape[0], CHUNK_ELEMENTS):
+            for part in split_tokens(count, weight_VD.shape[0], CHUNK_ELEMENTS):
                 logits_cV = linear(hidden_SD[part], weight_VD, bias_V)
                 if choices:
                     correct_S[part] = logits_cV.argmax(1) == targets_S[part]
@@ -159,7 +170,7 @@ class _HeadLoss(torch.autograd.Function):
         dh_SD = torch.empty_like(hidden_SD)
         dw_VD = torch.zeros(weight_VD.shape, dtype=torch.float32, device=weight_VD.device)
         db_V = None if bias_V is None else torch.zeros(len(bias_V), dtype=torch.float32, device=weight_VD.device)
-        for part in _chunks(len(targets_S), weight_VD.shape[0], CHUNK_ELEMENTS):
+        for part in split_tokens(len(targets_S), weight_VD.shape[0], CHUNK_ELEMENTS):
             logits_cV = linear(hidden_SD[part], weight_VD, bias_V)
             losses_c = torch.empty(len(logits_cV), dtype=torch.float32, device=logits_cV.device)
             slopes_c = _losses(logits_cV, targets_S[part], ctx.shape, losses_c, keep=True)
@@ -218,7 +229,7 @@ class CrossEntropy(torch.autograd.Function):
         losses_S = torch.empty(len(targets_S), dtype=torch.float32, device=logits_SV.device)
         totals_S = torch.empty_like(losses_S)
         correct_S = torch.empty(len(targets_S), dtype=torch.bool, device=logits_SV.device)
-        for part in _chunks(len(logits_SV), logits_SV.shape[1], _FLOAT32_ELEMENTS):
+        for part in split_tokens(len(logits_SV), logits_SV.shape[1], _FLOAT32_ELEMENTS):
             logits_cV, targets_c = logits_SV[part].to(torch.float32, copy=True), targets_S[part]
             highest_c, choices_c = logits_cV.max(1)
             logits_cV -= highest_c[:, None]  # a loss near zero keeps its digits
@@ -235,7 +246,7 @@ class CrossEntropy(torch.autograd.Function):
         """Gradient of each token's loss [S] -> of the logits [S, V]: softmax minus one at the target."""
         logits_SV, targets_S, totals_S = ctx.saved_tensors
         gradient_SV = torch.empty_like(logits_SV)
-        for part in _chunks(len(logits_SV), logits_SV.shape[1], _FLOAT32_ELEMENTS):
+        for part in split_tokens(len(logits_SV), logits_SV.shape[1], _FLOAT32_ELEMENTS):
             probabilities_cV = (logits_SV[part].float() - totals_S[part, None]).exp_()
             targets_c1 = targets_S[part, None]
             probabilities_cV.scatter_add_(1, targets_c1, torch.full_like(targets_c1, -1, dtype=torch.float32))
@@ -243,7 +254,8 @@ class CrossEntropy(torch.autograd.Function):
         return gradient_SV, None
 
 
-def _chunks(tokens: int, vocabulary: int, elements: int) -> Iterator[slice]:
+def split_tokens(tokens: int, vocabulary: int, elements: int) -> Iterator[slice]:
+    """Yield slices of at most `elements` logits, and of at least one token."""
     step = max(1, elements // vocabulary)
     for start in range(0, tokens, step):
         yield slice(start, start + step)

@@ -213,7 +213,7 @@ def _find_unused_models(cleaning: Cleaning, kept: Collection[str]) -> None:
     used: set[str] = set()
     for file in _find_in_runs(LOCK):
         lock = read_json(file)
-        models = [lock.get(key) for key in ("model", "miner")] if isinstance(lock, dict) else []
+        models = [lock.get(key) for key in ("model", "miner", "teacher")] if isinstance(lock, dict) else []
         used |= {Path(model["folder"]).name for model in models if isinstance(model, dict) and "folder" in model}
     names = {
         name

@@ -53,7 +53,7 @@ CERTIFICATE = "certificate.json"
 """In the folder of each export."""
 AFTER_TRAINING = ("evaluate", "generation", "deploy")
 """Recipe sections that may change after training."""
-STEPS = ("prepare", "mine", "encode", "select", "survey", "adapt", "train", "evaluate", "deploy")
+STEPS = ("prepare", "mine", "encode", "select", "survey", "teach", "adapt", "train", "evaluate", "deploy")
 
 StepFacts = dict[str, Any]
 """Facts that a step recorded; the keys depend on the step."""

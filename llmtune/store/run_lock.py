@@ -87,6 +87,8 @@ class Lock(TypedDict):
     start_from: NotRequired[LockedFolder | None]
     miner: NotRequired[LockedModel]
     """The model that mined negatives, if the recipe names another one."""
+    teacher: NotRequired[LockedModel]
+    """The model of `distil.teacher`."""
     template: dict[str, str]
     packages: dict[str, str | None]
     seed: int
@@ -109,6 +111,7 @@ class Pins:
     revision: str | None
     model_hash: str
     data_hash: str
+    teacher_hash: str | None = None
 
 
 def write_lock(
@@ -125,11 +128,13 @@ def write_lock(
     device: Mapping[str, object] | None = None,
     judge: Mapping[str, str] | None = None,
     miner: ModelRef | None = None,
+    teacher: ModelRef | None = None,
 ) -> None:
     """Write llmtune.lock to a run folder that already has recipe.yaml.
 
     `model` is the model's folder, `start_from` the adapter that training continues, `device` the compute device,
-    `judge` the model and host of `evaluate.judge`, `miner` the model of `data.negatives`.
+    `judge` the model and host of `evaluate.judge`, `miner` the model of `data.negatives`,
+    `teacher` that of `distil`.
     """
     lock = Lock(
         lock_version=LOCK_VERSION,
@@ -150,6 +155,8 @@ def write_lock(
         lock["judge"] = dict(judge)
     if miner:
         lock["miner"] = _lock_model(miner)
+    if teacher:
+        lock["teacher"] = _lock_model(teacher)
     write_json(folder / LOCK, lock)
 
 
@@ -220,7 +227,8 @@ def read_pins(path: Path) -> Pins:
     """Read the values that a lock pins; raises as `read_lock` does."""
     lock = read_lock(path)
     model = lock["model"]
-    return Pins(model["name"], model["revision"], model["sha256"], lock["data"]["sha256"])
+    teacher = lock["teacher"]["sha256"] if "teacher" in lock else None
+    return Pins(model["name"], model["revision"], model["sha256"], lock["data"]["sha256"], teacher)
 
 
 def own_pins(folder: Path) -> Pins | None:

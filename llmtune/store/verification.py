@@ -235,11 +235,12 @@ def _added_files(source: str, recorded_paths: set[Path], old_run: str | None, ru
 
 
 def _check_model(lock: Lock, run: Path) -> Iterator[Finding]:
-    """Check the model that training started from, the adapter that it continued, and the model that mined negatives."""
+    """Check the model that training started from, the adapter that it continued, miner and teacher."""
     if start := lock.get("start_from"):
         folder = relocated(start["folder"], lock.get("folder"), run)
         yield from _compare_all("start_from", f"{folder}{os.sep}", start["files"], list_folder(folder))
-    for model in (lock["model"], *([lock["miner"]] if "miner" in lock else [])):
+    others = [lock.get("miner"), lock.get("teacher")]
+    for model in (lock["model"], *(one for one in others if one)):
         yield from _check_model_files(model, lock.get("folder"), run)
 
 

@@ -11,7 +11,6 @@ from typing import Any, TypedDict
 
 import numpy as np
 import torch
-from torch.nn import functional
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from transformers.modeling_outputs import SequenceClassifierOutput
 
@@ -39,6 +38,7 @@ from llmtune.evaluate.token_batches import run_encoder
 from llmtune.model.causal_lm_loss import model_inputs
 from llmtune.model.config import head_names, in_heads, name_outputs
 from llmtune.model.device import in_own_dtype
+from llmtune.model.teacher_loss import class_losses, yes_no_losses
 from llmtune.recipe.model_kind import CLASSES
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_sections import ClassifySection
@@ -216,11 +216,11 @@ class Classify(ReadingTask[ClassifyRow, ClassPrediction]):
         with in_own_dtype(model, batch["input_ids"].device.type) if number and not model.training else nullcontext():
             logits_RK = model(**model_inputs(model, batch)).logits.float()
         if "classes_R" in batch:
-            losses_R = functional.cross_entropy(logits_RK, batch["classes_R"], reduction="none")
+            losses_R = class_losses(logits_RK, batch["classes_R"], batch.get("teacher"))
             correct_R = logits_RK.argmax(-1) == batch["classes_R"]
         elif logits_RK.shape[1] == batch["values_RK"].shape[1] and not number:
             targets_RK = batch["values_RK"]
-            losses_R = functional.binary_cross_entropy_with_logits(logits_RK, targets_RK, reduction="none").mean(-1)
+            losses_R = yes_no_losses(logits_RK, targets_RK, batch.get("teacher"))
             correct_R = ((logits_RK > 0) == (targets_RK > 0.5)).all(-1)
         else:
             losses_R = (logits_RK[:, 0] - batch["values_RK"][:, 0]).square()

@@ -26,6 +26,12 @@ def join_processes(device: str) -> int:
     return int(PartialState(cpu=device == "cpu", timeout=timedelta(seconds=SILENCE_SECONDS), **both).num_processes)
 
 
+def wait_for_processes() -> None:
+    """Wait until all processes are here; `join_processes` has connected them."""
+    if world_size() > 1:
+        PartialState().wait_for_everyone()
+
+
 def sum_over_processes(accelerator: Accelerator, values: Sequence[float]) -> list[float]:
     """Return the sums of `values` over all processes, in double precision if the device supports it."""
     if accelerator.num_processes == 1:

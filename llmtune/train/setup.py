@@ -36,6 +36,7 @@ from llmtune.train.metrics_log import start_trackers, tracker_folder
 from llmtune.train.objective import StepObjective, TrainedTask
 from llmtune.train.optimizer import build_optimizer, build_schedule, updates_elementwise
 from llmtune.train.sharding import shard_model
+from llmtune.train.teacher_objective import choose_objective
 from llmtune.train.whole_updates import WholeUpdates
 
 if TYPE_CHECKING:
@@ -186,7 +187,7 @@ def set_up(
         optimizer=optimizer,
         schedule=build_schedule(optimizer.optimizer, recipe, plan.total_steps),
         task=task,
-        objective=task.objective(recipe),
+        objective=choose_objective(task, recipe, examples, {"train": reader, "validation": held_out}),
         recipe=recipe,
         plan=plan,
         examples=reader,
@@ -242,7 +243,8 @@ def deterministic() -> Iterator[None]:
         switches.fill_uninitialized_memory = filled
 
 
-def train_inputs(recipe: Recipe, adapter: str) -> str:
-    """Hash what training depends on: the adapted model, by the hash of its own inputs, and the train section."""
+def train_inputs(recipe: Recipe, adapter: str, teacher: str | None = None) -> str:
+    """Hash what training depends on: adapted model and teacher, by hashes of their inputs, and the train section."""
     settings = [{**recipe.train.model_dump(mode="json"), "seeds": []}, recipe.data.packing]
+    settings += [teacher, recipe.distil.weight] if recipe.distil else []
     return hash_value([__version__, adapter, settings])

@@ -1,0 +1,238 @@
+"""A teacher's predictions for each learned token, recorded once before training.
+
+They are in files of `BLOCK` examples each, written atomically. A killed recording continues after the last file, and
+the files do not depend on the number of processes.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from sys import maxsize
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from rich.console import Console
+from rich.progress import MofNCompleteColumn
+from transformers import PreTrainedTokenizerBase
+
+from llmtune.data.examples import ExampleReader
+from llmtune.display.console import progress_bars
+from llmtune.errors import EnvironmentProblem, RecipeError
+from llmtune.evaluate.evaluated_task import EvaluatedTask
+from llmtune.evaluate.token_batches import TOKEN_BUDGET, budget_for, run_in_batches
+from llmtune.model.causal_lm_loss import move_to
+from llmtune.model.config import read_model_config, why_headless
+from llmtune.model.device import compute_context, resolve_dtype
+from llmtune.model.memory_plan import check_context
+from llmtune.model.teacher_files import KEY, check_tokenizers, teacher_run
+from llmtune.model.teacher_loss import BinRecorder
+from llmtune.recipe.schema import Recipe
+from llmtune.records import Examples, Json, ModelRef, Rows
+from llmtune.store.atomic_files import atomic_file, read_json, remove_unfinished, write_json
+from llmtune.store.processes import rank, world_size
+
+FOLDER = "teacher"
+"""In the folder `data` of the run."""
+RECORD = "teacher.json"
+BLOCK = 256
+"""Examples in a file: a killed recording loses at most the work on one."""
+SHOWN_LABELS = 10
+LEARNED = ("train", "validation")
+"""Splits whose predictions are recorded."""
+Records = npt.NDArray[np.void]
+"""One record of `record_format` for each prediction."""
+
+
+class PlannedModel(Protocol):
+    """What a plan says of its model."""
+
+    @property
+    def recipe(self) -> Recipe:
+        """With the names of classes."""
+
+    @property
+    def task(self) -> EvaluatedTask:
+        """The task's variant."""
+
+    @property
+    def model_ref(self) -> ModelRef:
+        """The base model."""
+
+    @property
+    def device(self) -> str:
+        """Where it computes."""
+
+    @property
+    def processor(self) -> PreTrainedTokenizerBase:
+        """Its tokenizer."""
+
+
+def record_format(top_k: int) -> np.dtype[Any]:
+    """Return the format of a prediction: the likeliest tokens, and log-probabilities of them and of the rest."""
+    return np.dtype([("ids", "<i4", (top_k,)), ("logs", "<f2", (top_k + 1,))])
+
+
+def plan_bytes(task: EvaluatedTask, recipe: Recipe, examples: Examples) -> int:
+    """Return the bytes that the predictions of the recipe's teacher will take."""
+    count, labels = count_predictions(examples), len(task.output_labels(recipe))
+    if task.predicts_tokens:
+        return count * record_format(recipe.distil.top_k if recipe.distil else 0).itemsize
+    each = (
+        labels * record_format(2).itemsize if task.output_kind(recipe) == "yes-no" else record_format(labels).itemsize
+    )
+    return count * each
+
+
+def count_predictions(examples: Examples) -> int:
+    """Return the number of learned tokens, or texts with classes, whose predictions are recorded."""
+    return sum(examples.supervised.get(split, 0) for split in LEARNED)
+
+
+def check_teacher(teacher: PlannedModel, student: PlannedModel, rows: Rows, longest: int) -> None:
+    """Raise RecipeError if a teacher cannot predict for a student, DataError if a row is longer than its context."""
+    task, (there, here) = student.task, (teacher.recipe, student.recipe)
+    name = here.distil.teacher if here.distil else ""
+    if type(teacher.task) is not type(task):
+        what = f"{name} is a model for task {there.task} ({teacher.task.model_kind.auto_class})"
+        fix = f"Name a {task.model_kind.auto_class} for task {here.task}."
+        raise RecipeError.of(f"{what}, but the student is for {here.task} ({task.model_kind.auto_class})", KEY, fix)
+    kinds = [task.output_kind(recipe) for recipe in (there, here)]
+    if kinds[0] != kinds[1] or "number" in kinds:
+        what = f"{name} predicts another kind of label" if kinds[0] != kinds[1] else "numbers have no distribution"
+        raise RecipeError.of(f"{what}, so the student cannot learn it", KEY, "Remove distil, or name another teacher.")
+    labels = [task.output_labels(recipe) for recipe in (there, here)]
+    if labels[0] != labels[1]:
+        shown = " and ".join(", ".join(names[:SHOWN_LABELS]) for names in labels)
+        what = f"{name} has other classes than the student, or another order: {shown}"
+        raise RecipeError.of(what, KEY, "Train the teacher on the same classes, or list them in its order.")
+    if teacher_run(here) is None and (headless := why_headless(teacher.model_ref, there, task)):
+        raise RecipeError.of(f"{name} cannot teach: {headless}", KEY, "Name a trained run.")
+    check_tokenizers(student.processor, teacher.processor, rows, name)
+    check_context(teacher.model_ref, there, task, longest)
+
+
+# Recording
+
+
+def record_predictions(
+    student: PlannedModel,
+    teacher: torch.nn.Module,
+    packs: bool,
+    examples: Examples,
+    folder: Path,
+    console: Console,
+    sharded: bool,
+) -> None:
+    """Write the teacher's predictions for a student's examples to `folder`, in all processes.
+
+    `packs` says whether the teacher reads packed rows, `sharded` whether each process holds a part of it. Processes
+    divide the blocks otherwise.
+
+    Raises EnvironmentProblem if an example does not fit into memory, an OSError if the disk is full.
+    """
+    task, recipe, section = student.task, student.recipe, student.recipe.distil
+    assert section is not None, "the recipe has a teacher"
+    config = read_model_config(student.model_ref, recipe.model).get_text_config()
+    vocabulary = max(config.vocab_size, len(student.processor)) if task.predicts_tokens else maxsize
+    top_k = section.top_k if task.predicts_tokens else maxsize  # all classes
+    collate, dtype = task.collator(student.processor, recipe, packs), resolve_dtype(recipe.model.dtype, student.device)
+
+    def record(reader: ExampleReader, rows: Sequence[int]) -> Records:
+        recorder = BinRecorder(top_k, section.temperature, vocabulary)
+        batch = move_to(student.device, collate([reader[row] for row in rows], 0))
+        with torch.no_grad(), compute_context(dtype, student.device):
+            task.loss(teacher, {**batch, "teacher": recorder})
+        return to_records(torch.cat(recorder.ids), torch.cat(recorder.logs))
+
+    splits = [split for split in LEARNED if examples.counts.get(split)]
+    readers = {split: ExampleReader(examples, split, task.example_type) for split in splits}
+    share = (0, 1) if sharded else (rank(), world_size())
+    with progress_bars(console, MofNCompleteColumn()) as progress:
+        bar = progress.add_task("teach", total=sum(map(len, readers.values())))
+        for split, reader in readers.items():
+            for number, rows in enumerate(cut_blocks(len(reader))):
+                path = block_file(folder, split, number)
+                if not path.exists() and number % share[1] == share[0]:
+                    records = _record_block(reader, rows, record, student.device, packs)
+                    if rank() == share[0]:
+                        _write_block(records, path)
+                progress.advance(bar, len(rows))
+
+
+def _write_block(records: Records, path: Path) -> None:
+    with atomic_file(path) as temporary, temporary.open("wb") as file:
+        np.save(file, records)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def begin_recording(folder: Path, inputs: str, student: PlannedModel, examples: Examples, *, restart: bool) -> None:
+    """Prepare a folder for predictions with these inputs, without those of others; with `restart`, without any.
+
+    Raises EnvironmentProblem if the disk has less space than they need.
+    """
+    if restart or read_json(folder / RECORD) != {"inputs": inputs}:
+        shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    remove_unfinished(folder)
+    write_json(folder / RECORD, {"inputs": inputs})
+    needed = plan_bytes(student.task, student.recipe, examples)
+    left = needed - sum(path.stat().st_size for path in folder.iterdir())
+    if left > (free := shutil.disk_usage(folder).free):
+        what = f"the teacher's predictions need {left / 1e6:,.0f} MB more, but the disk has {free / 1e6:,.0f} MB free"
+        raise EnvironmentProblem.of(what, str(folder), "Free space, or lower distil.top_k.")
+
+
+def _record_block(
+    reader: ExampleReader,
+    rows: range,
+    record: Callable[[ExampleReader, Sequence[int]], Records],
+    device: str,
+    packed: bool,
+) -> Records:
+    def work(batch: list[int]) -> list[Records]:
+        chosen = [rows[i] for i in batch]
+        records, counts = record(reader, chosen), reader.supervised[chosen].astype(np.int64)
+        return np.split(records, np.cumsum(counts)[:-1] * count_outputs(records, counts))
+
+    lengths = reader.lengths[rows.start : rows.stop].tolist()
+    return np.concatenate(run_in_batches(lengths, budget_for(device, TOKEN_BUDGET), work, packed=packed))
+
+
+def count_outputs(records: Records, counts: npt.NDArray[np.int64]) -> int:
+    """Return the outputs of a prediction: several if a text may have several classes."""
+    each, rest = divmod(len(records), max(1, int(counts.sum())))
+    assert not rest, "each prediction has the same number of outputs"
+    return each
+
+
+def cut_blocks(count: int) -> Iterator[range]:
+    """Return the examples of each file."""
+    return (range(start, min(start + BLOCK, count)) for start in range(0, count, BLOCK))
+
+
+def block_file(folder: Path, split: str, number: int) -> Path:
+    """Return the file of a block."""
+    return folder / f"{split}-{number:05}.npy"
+
+
+def to_records(ids_SK: torch.Tensor, logs_SL: torch.Tensor) -> Records:
+    """Return predictions as they are stored."""
+    records = np.empty(len(ids_SK), dtype=record_format(ids_SK.shape[1]))
+    records["ids"], records["logs"] = ids_SK.cpu().numpy(), logs_SL.cpu().numpy()
+    return records
+
+
+def recorded_facts(folder: Path, recipe: Recipe, examples: Examples) -> Json:
+    """Return the facts of recorded predictions for the manifest."""
+    size = sum(path.stat().st_size for path in folder.glob("*.npy"))
+    return {
+        "teacher": recipe.distil and recipe.distil.teacher,
+        "predictions": count_predictions(examples),
+        "bytes": size,
+    }
