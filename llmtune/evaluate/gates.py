@@ -13,10 +13,10 @@ from llmtune.evaluate.evaluation_file import list_failed, load_with_exports
 from llmtune.evaluate.paired_statistics import name_groups, row_deviation, rows_needed, smallest_difference, widen
 from llmtune.evaluate.significance import INCONCLUSIVE, NOT_APPLICABLE
 from llmtune.recipe.evaluate_section import ERROR, EvaluateSection, WhenUnsure
-from llmtune.recipe.gate_grammar import Gate, Operator, parse_gate
+from llmtune.recipe.gate_grammar import SIMPLE_BASELINES, Gate, Operator, parse_gate
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.section import RELEASE_PREFIX
-from llmtune.recipe.task_facts import CONTROL_RUNS, CONTROLS, SIMPLE_BASELINES
+from llmtune.recipe.task_facts import CONTROL_RUNS, CONTROLS
 from llmtune.records import Difference, Json
 from llmtune.store.report_record import Power
 from llmtune.store.run_folder import RunFolder

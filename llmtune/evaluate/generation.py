@@ -178,14 +178,16 @@ def cache_budget(device: str, column_bytes: int) -> int:
 
 
 def generate_batch(
-    model: torch.nn.Module, prompts: Sequence[Prompt], settings: GenerationConfig, device: str
+    model: torch.nn.Module, prompts: Sequence[Prompt], settings: GenerationConfig, device: str, **options: Any
 ) -> list[list[int]]:
     """Generate from prompts in one batch; return the new ids of each, padding included."""
-    out_BT = _generate(model, prompts, settings, device)
+    out_BT = _generate(model, prompts, settings, device, **options)
     return cast(list[list[int]], out_BT[:, max(map(len, prompts)) :].tolist())
 
 
-def _generate(model: torch.nn.Module, prompts: Sequence[Prompt], settings: GenerationConfig, device: str) -> Any:
+def _generate(
+    model: torch.nn.Module, prompts: Sequence[Prompt], settings: GenerationConfig, device: str, **options: Any
+) -> Any:
     width = max(map(len, prompts))
     ids_BT = torch.full((len(prompts), width), int(settings.pad_token_id), dtype=torch.int64)
     mask_BT = torch.zeros((len(prompts), width), dtype=torch.int64)
@@ -193,7 +195,7 @@ def _generate(model: torch.nn.Module, prompts: Sequence[Prompt], settings: Gener
         ids_BT[row, width - len(prompt) :] = torch.tensor(prompt.ids)
         mask_BT[row, width - len(prompt) :] = 1
     media = read_media(model, prompts, width, device)
-    return generate(model, ids_BT.to(device), mask_BT.to(device), generation_config=settings, **media)
+    return generate(model, ids_BT.to(device), mask_BT.to(device), generation_config=settings, **media, **options)
 
 
 def read_media(model: torch.nn.Module, prompts: Sequence[Prompt], width: int, device: str) -> dict[str, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""Greedy decoding of many prompts: a shared prefix is read once; a row leaves the batch when its answer ends.
+"""Decoding of many prompts: a shared prefix is read once; a row leaves the batch when its answer ends.
 
 Shapes: B rows of a batch, T columns, V vocabulary, K key/value heads, D head width, N active rows. Rows are
 right-aligned.
@@ -6,7 +6,7 @@ right-aligned.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain, groupby
 from typing import Any, cast
 
@@ -239,16 +239,34 @@ def read_virtual_tokens(model: torch.nn.Module, cache: Cache, rows: int = 1) -> 
     return cache
 
 
+Pick = Callable[[torch.Tensor, Sequence[int], int], torch.Tensor]
+"""Returns the next tokens [B] from their logits [B, V], the numbers of the rows, and how many tokens they have."""
+
+
 def decode_greedily(
     model: torch.nn.Module, prompts: Sequence[Sequence[int]], new_tokens: int, stops: set[int], device: str
 ) -> list[list[int]]:
     """Return the greedy continuation of each prompt: up to `new_tokens` tokens, or a stop token."""
+    return decode_tokens(
+        model, prompts, new_tokens, stops, device, lambda logits_BV, rows, written: logits_BV.argmax(-1)
+    )
+
+
+def decode_tokens(
+    model: torch.nn.Module,
+    prompts: Sequence[Sequence[int]],
+    new_tokens: int,
+    stops: set[int],
+    device: str,
+    pick: Pick,
+) -> list[list[int]]:
+    """Return the continuation of each prompt by the tokens that `pick` chooses: up to `new_tokens`, or a stop token."""
     batch = DecodeBatch(model, prompts, new_tokens, device)
     shared = common_beginning(prompts)
     if shared * (len(prompts) - 1) < WORTH_SHARING:
         shared = 0
     answers: list[list[int]] = [[] for _ in prompts]
-    tokens_B = batch.read(shared, budget_for(device, TOKEN_BUDGET)).argmax(-1)
+    tokens_B = pick(batch.read(shared, budget_for(device, TOKEN_BUDGET)), batch.order, 0)
     for written in range(new_tokens):
         tokens = tokens_B.tolist()
         for i, token in zip(batch.order, tokens, strict=True):
@@ -258,7 +276,7 @@ def decode_greedily(
             break
         if ended:
             tokens_B = tokens_B[batch.leave(ended)]
-        tokens_B = batch.step(tokens_B, written).argmax(-1)
+        tokens_B = pick(batch.step(tokens_B, written), batch.order, written + 1)
     return answers
 
 

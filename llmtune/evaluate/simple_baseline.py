@@ -23,7 +23,8 @@ from llmtune.evaluate.per_row_scores import PerRowScores
 from llmtune.evaluate.results import SIMPLE, BaseAnswers, save_base
 from llmtune.evaluate.tfidf import MOST_TEXTS, fit_tfidf, logits_of
 from llmtune.evaluate.token_batches import cut_evenly
-from llmtune.recipe.task_facts import CUT_METRIC, SIMPLE_BASELINES, TASK_FACTS, at_ten
+from llmtune.recipe.gate_grammar import SIMPLE_BASELINES
+from llmtune.recipe.task_facts import CUT_METRIC, TASK_FACTS, at_ten
 from llmtune.records import Examples, Row, Rows
 from llmtune.store.score_records import Evaluation, SimpleBaseline
 

@@ -27,15 +27,26 @@ def causal_loss(model: torch.nn.Module, batch: Batch, by_row: bool = False) -> L
 
     `model` may be wrapped by PEFT or DDP. With `by_row`, losses and correct first choices are also given per row.
     """
+    losses_S, correct_S = target_losses(model, batch, choices=by_row)
+    return _sum_up(weigh_by_probability(losses_S, model), correct_S if by_row else None, batch)
+
+
+def target_losses(
+    model: torch.nn.Module, batch: Batch, *, choices: bool = False, temperature: float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the cross-entropy [S] of each supervised token, with gradient; the temperature divides the logits.
+
+    With `choices`, also whether each token was the first choice [S]; otherwise that part may be empty.
+    """
     if not takes_head_loss(unwrap(model)):
-        losses_S, correct_S = CrossEntropy.apply(predicted_logits(model, batch), batch["targets_S"])  # type: ignore[no-untyped-call]
-        return _sum_up(weigh_by_probability(losses_S, model), correct_S if by_row else None, batch)
+        logits_SV = predicted_logits(model, batch)
+        logits_SV = logits_SV if temperature == 1 else logits_SV / temperature
+        return cast(tuple[torch.Tensor, torch.Tensor], CrossEntropy.apply(logits_SV, batch["targets_S"]))  # type: ignore[no-untyped-call]
     if takes_shared_prefixes(unwrap(model)):
         batch = share_prefixes(batch)
-    targets = {"predict_S": batch["predict_S"], "targets_S": batch["targets_S"], "choices": by_row}
-    output = model(**_decoder_arguments(model, batch), **targets)
-    losses_S = weigh_by_probability(output["losses_S"], model)
-    return _sum_up(losses_S, output["correct_S"] if by_row else None, batch)
+    targets = {"predict_S": batch["predict_S"], "targets_S": batch["targets_S"], "choices": choices}
+    output = model(**_decoder_arguments(model, batch), **targets, temperature=temperature)
+    return output["losses_S"], output["correct_S"]
 
 
 def weigh_by_probability(losses_S: torch.Tensor, model: torch.nn.Module) -> torch.Tensor:

@@ -10,7 +10,7 @@ Shapes: B batch, T positions, S supervised tokens, c tokens of one chunk, V voca
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import wraps
 from types import MethodType
 from typing import Any, cast
@@ -31,10 +31,12 @@ _MARK = "_llmtune_head_loss"
 
 @dataclass(frozen=True)
 class LogitShape:
-    """A model's transformation of its logits: multiplied by `scale`, then capped to -cap .. cap."""
+    """A model's transformation of its logits: multiplied by `scale`, capped to -cap .. cap, then times `heat`."""
 
     scale: float = 1.0
     cap: float | None = None
+    heat: float = 1.0
+    """The inverse of the temperature."""
 
 
 def install_head_loss(model: PreTrainedModel) -> bool:
@@ -55,13 +57,15 @@ def install_head_loss(model: PreTrainedModel) -> bool:
         targets_S: torch.Tensor | None = None,
         predict_S: torch.Tensor | None = None,
         choices: bool = False,
+        temperature: float = 1.0,
         **kwargs: object,
     ) -> object:
         if targets_S is None:
             return original(self, *args, **kwargs)
         hidden_BTD = self.base_model(*args, **kwargs)[0]
         hidden_SD = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])[predict_S]
-        return head_loss(hidden_SD, self.get_output_embeddings(), targets_S, logit_shape(self.config), choices)
+        shape = replace(logit_shape(self.config), heat=1 / temperature)
+        return head_loss(hidden_SD, self.get_output_embeddings(), targets_S, shape, choices)
 
     model.forward = MethodType(forward, model)
     setattr(model, _MARK, True)
@@ -177,25 +181,27 @@ def _losses(
 
     Returns the slope [c] of each target's own logit, which that gradient does not include yet.
     """
-    slopes_c = torch.full_like(losses_c, shape.scale)
+    slope = shape.scale * shape.heat
+    slopes_c = torch.full_like(losses_c, slope)
     step = len(logits_cV) if logits_cV.is_cuda else max(1, _PIECE_ELEMENTS // logits_cV.shape[1])
     for start in range(0, len(logits_cV), step):
         rows = slice(start, start + step)
         values_pV, targets_p1 = logits_cV[rows].to(torch.float32, copy=True), targets_c[rows, None]
-        if shape.scale != 1:
-            values_pV.mul_(shape.scale)
+        before_cap = slope if shape.cap is None else shape.scale
+        if before_cap != 1:
+            values_pV.mul_(before_cap)
         bent_pV = None
         if shape.cap is not None:
             values_pV.div_(shape.cap).tanh_()
-            bent_pV = (1 - values_pV.square()).mul_(shape.scale)
+            bent_pV = (1 - values_pV.square()).mul_(slope)
             slopes_c[rows] = bent_pV.gather(1, targets_p1)[:, 0]
-            values_pV.mul_(shape.cap)
+            values_pV.mul_(shape.cap * shape.heat)
         values_pV -= values_pV.amax(1, keepdim=True)  # a loss near zero keeps its digits
         own_p = values_pV.gather(1, targets_p1)[:, 0]
         sums_p1 = values_pV.exp_().sum(1, keepdim=True)
         losses_c[rows] = sums_p1[:, 0].log() - own_p
         if keep:
-            values_pV.mul_((shape.scale if bent_pV is None else 1.0) / sums_p1)
+            values_pV.mul_((slope if bent_pV is None else 1.0) / sums_p1)
             logits_cV[rows] = values_pV if bent_pV is None else values_pV.mul_(bent_pV)
     return slopes_c
 

@@ -12,6 +12,7 @@ from pydantic import BeforeValidator, Field, Tag
 
 from llmtune.errors import nearest
 from llmtune.recipe.format_names import COLUMNS, ROW_FORMATS, WITH_ROLES
+from llmtune.recipe.model_kind import TEMPLATE_KEYS
 from llmtune.recipe.section import (
     REMOTE,
     STORES,
@@ -26,7 +27,6 @@ from llmtune.recipe.section import (
     sections_by,
 )
 from llmtune.recipe.source_map import Diagnostics
-from llmtune.recipe.task_facts import TEMPLATE_KEYS
 from llmtune.recipe.task_variant import TaskVariant
 
 SPLITS = ("train", "validation", "test")

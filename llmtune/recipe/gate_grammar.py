@@ -13,7 +13,7 @@ Metrics of an export are `deploy.format.metric`, compared with the tuned model:
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, cast
 
@@ -24,7 +24,6 @@ from llmtune.recipe.task_facts import (
     CONTROLS,
     COST,
     NEAREST_TO_ONE,
-    SIMPLE_BASELINES,
     TaskFacts,
     at_ten,
 )
@@ -35,6 +34,13 @@ Opponent = Literal[
     "base", "champion", "tuned", "tfidf", "bm25", "unigram", "lead3", "blind", "swapped", "sft", "filter"
 ]
 
+SIMPLE_BASELINES: Mapping[str, str] = {
+    "tfidf": "TF-IDF with logistic regression",
+    "bm25": "BM25",
+    "unigram": "the most frequent tag of each word",
+    "lead3": "the first three sentences",
+}
+"""Baselines without a language model, by the names that gates use."""
 JUDGE = "judge."
 """How the scores of `evaluate.judge` begin: its own interval belongs to each."""
 NEW = "new"

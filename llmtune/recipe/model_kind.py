@@ -4,6 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+TEMPLATE_KEYS = {
+    "data": ("reasoning", "special_tokens_in_text", "system_prompt"),
+    "model": ("chat_template", "chat_template_kwargs"),
+}
+"""Keys that only models with a chat template read, by section."""
+
 
 @dataclass(frozen=True)
 class ModelKind:

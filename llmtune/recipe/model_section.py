@@ -9,6 +9,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import BeforeValidator, Discriminator, Field, Tag
 
 from llmtune.recipe.builtin import recipes_folder
+from llmtune.recipe.model_kind import TEMPLATE_KEYS
 from llmtune.recipe.section import (
     Many,
     NonEmpty,
@@ -21,7 +22,6 @@ from llmtune.recipe.section import (
     one_or_more,
 )
 from llmtune.recipe.source_map import Diagnostics
-from llmtune.recipe.task_facts import TEMPLATE_KEYS
 from llmtune.recipe.task_variant import TaskVariant
 
 BUILTIN = "builtin:"

@@ -14,11 +14,12 @@ from llmtune.recipe.control_run import ControlRun, find_control_run_problem
 from llmtune.recipe.data_section import DataSection
 from llmtune.recipe.distil_section import DistilSection
 from llmtune.recipe.evaluate_section import EvaluateSection
-from llmtune.recipe.model_kind import ModelKind
+from llmtune.recipe.model_kind import TEMPLATE_KEYS, ModelKind
 from llmtune.recipe.model_section import ModelSection
+from llmtune.recipe.reinforce_section import ReinforceSection
 from llmtune.recipe.section import Positive, RecipeSection, Seed, descriptions, find_section, one_or_more
 from llmtune.recipe.source_map import Diagnostics
-from llmtune.recipe.task_facts import TASK_FACTS, TEMPLATE_KEYS
+from llmtune.recipe.task_facts import TASK_FACTS
 from llmtune.recipe.task_sections import (
     EMBED_KEYS,
     QA_KEYS,
@@ -153,6 +154,8 @@ class Recipe(RecipeSection):
     """Settings of `task: embed`. Default none: the defaults of its keys."""
     rerank: RerankSection | None = None
     """Settings of `task: rerank`. Default none: the defaults of its keys."""
+    reinforce: ReinforceSection | None = None
+    """Settings of `task: reinforce`, which needs `rewards`. Default none."""
     distil: DistilSection | None = None
     """Learn from a teacher, next to the labels. Default none: the labels are all that the model learns."""
 

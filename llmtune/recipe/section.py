@@ -64,6 +64,8 @@ def change_paths(section: AnySection, change: ChangePath, prefix: str = "") -> A
             update[name] = tuple(change_paths(item, change, f"{key}.{i}.") for i, item in enumerate(value))
         elif resolve and isinstance(value, tuple):
             update[name] = tuple(change(f"{key}.{i}", item, resolve) for i, item in enumerate(value))
+        elif resolve and isinstance(value, Mapping):
+            update[name] = {change(f"{key}.{path}", path, resolve): item for path, item in value.items()}
         elif resolve and isinstance(value, str):
             update[name] = change(key, value, resolve)
     return section.model_copy(update=update)

@@ -32,11 +32,13 @@ class SourceMap:
         """Return the deepest existing node on the path `key`, and whether the complete path exists.
 
         A single source counts as a list of one, and a short form as the key in `SHORT_FORMS`: `data.train.0.path` finds
-        both.
+        both. A name in a mapping may contain dots, as a file's does.
         """
         node = self.root
-        for step in key:
-            value = node.value
+        for i, step in enumerate(key):
+            value, rest = node.value, ".".join(map(str, key[i:]))
+            if isinstance(value, dict) and rest in value:
+                return value[rest], True
             if isinstance(value, dict) and str(step) in value:
                 node = value[str(step)]
             elif isinstance(value, list) and str(step).isdigit() and int(step) < len(value):

@@ -34,13 +34,6 @@ NEAREST_TO_ONE = frozenset({"length_ratio"})
 """Metrics that are best near 1: neither more nor less is better."""
 COST = "_cost"
 """Ending of a metric's name for which lower is better; so users mark their own metrics."""
-SIMPLE_BASELINES: Mapping[str, str] = {
-    "tfidf": "TF-IDF with logistic regression",
-    "bm25": "BM25",
-    "unigram": "the most frequent tag of each word",
-    "lead3": "the first three sentences",
-}
-"""Baselines without a language model, by the names that gates use."""
 CONTROLS: Mapping[str, str] = {"blind": "a grey picture", "swapped": "another row's picture"}
 """Pictures that replace those of test rows, by the names that gates use."""
 CONTROL_RUNS: Mapping[str, str] = {
@@ -52,12 +45,6 @@ CUT_METRIC = "answers_cut"
 """Share of truncated answers; measured whenever another metric generates answers."""
 PREDICTED = frozenset({*GENERATED, *MACHINE_TRANSLATION, *TOOL_METRICS, CUT_METRIC, "length_ratio", "f1", "wer", "cer"})
 """Metrics of generated answers, whose number `evaluate.limit` limits."""
-
-TEMPLATE_KEYS = {
-    "data": ("reasoning", "special_tokens_in_text", "system_prompt"),
-    "model": ("chat_template", "chat_template_kwargs"),
-}
-"""Keys that only models with a chat template read, by section."""
 
 
 @dataclass(frozen=True)
@@ -340,6 +327,20 @@ _TASKS = (
         templated=True,
         answer_kind="rating",
         metric_notes={"loss": "loss per pair, as in training", "accuracy": "better answer has the higher reward"},
+    ),
+    TaskFacts(
+        "reinforce",
+        "sample answers and learn from their rewards",
+        (*GENERATED, *TOOL_METRICS, CUT_METRIC),
+        ("exact_match",),
+        rows="messages",
+        models=("decoder",),
+        columns=("prompt", "completion"),
+        first_lines=("rewards: {exact_match: 1.0}  # DECIDE: what makes an answer good",),
+        section="reinforce",
+        packs=True,
+        templated=True,
+        generates=True,
     ),
     TaskFacts(
         "embed",

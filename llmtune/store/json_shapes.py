@@ -164,6 +164,8 @@ class Findings(TypedDict, total=False):
 
 
 METRICS = "metrics.jsonl"
+ROLLOUTS = "rollouts"
+"""Folder of the sampled answers of a run."""
 """File in the run folder, with a line for each log step."""
 
 

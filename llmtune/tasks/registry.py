@@ -14,6 +14,7 @@ from llmtune.tasks import (
     image_chat,
     preference,
     qa,
+    reinforce,
     rerank,
     speech,
     summarize,
@@ -24,7 +25,7 @@ from llmtune.tasks.base import AnyTask
 
 _FILES = (
     *(chat, image_chat, completion, translate, summarize, qa, classify, token_classify, speech, preference, embed),
-    rerank,
+    *(reinforce, rerank),
 )
 _ALL = [variant for file in _FILES for variant in file.VARIANTS]
 VARIANTS: dict[str, tuple[AnyTask, ...]] = {

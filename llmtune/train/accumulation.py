@@ -126,6 +126,9 @@ def step_gradients(training: TrainContext, step: int, budget: int, loss_scale: f
     groups, real = batches.groups, batches.real
     losses: list[Loss] = []
     training.objective.prepare(batches)
+    if training.objective.idle:
+        nothing, tokens = np.empty(0, dtype=np.int64), int(lengths[rows].sum())
+        return StepLoss(0.0, 0.0, expected, tokens, 0.0, nothing, rows, np.full(len(rows), math.nan))
 
     def attempt(index: int) -> bool:
         seed_micro_batch(training, step, index)

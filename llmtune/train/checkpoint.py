@@ -72,6 +72,11 @@ class TrainState:
     log_count: int = 0
     log_tokens: int = 0
     log_seconds: float = 0.0
+    log_figures: dict[str, float] = field(default_factory=dict)
+    """Sums of the objective's figures since the last logged step."""
+    log_steps: int = 0
+    idle_steps: int = 0
+    """Steps in a row without a gradient."""
     validation_loss: float | None = None
     best_loss: float | None = None
     """The validation loss at the best step."""

@@ -13,7 +13,7 @@ import torch
 from llmtune.adapter.reference_model import own_part
 from llmtune.errors import Problem, TrainingError
 from llmtune.train.accumulation import StepLoss, find_guilty_rows
-from llmtune.train.checkpoint import LossHistory, list_checkpoints
+from llmtune.train.checkpoint import LossHistory, TrainState, list_checkpoints
 from llmtune.train.distributed import any_process, gather_lists
 from llmtune.train.setup import TrainContext
 
@@ -22,6 +22,8 @@ WINDOW = 10
 """Number of steps in the median; up to four bad batches do not move it."""
 LEAST_RISE = 4.0
 """Nats above the best so far at which a loss counts as diverged; e^4: each token is about 50 times less likely."""
+IDLE_STEPS = 10
+"""Training ends if its first steps, this many, have no gradient; or all steps of an epoch."""
 FAR = 10
 """Multiple of the initial loss that counts as diverged, for losses without a scale of their own."""
 
@@ -79,6 +81,18 @@ class Divergence:
         """Restore the state that `save` returned."""
         self.first, self.best = history["first"], history["best"]
         self.recent = deque(history["recent"], maxlen=WINDOW)
+
+
+def note_figures(training: TrainContext, state: TrainState, step: int) -> None:
+    """Add the objective's figures of a step to `state`; raise TrainingError after too many steps without a gradient."""
+    idle, epoch = training.objective.idle, training.plan.steps_per_epoch
+    state.idle_steps = state.idle_steps + 1 if idle else 0
+    if idle and state.idle_steps >= (min(IDLE_STEPS, epoch) if state.idle_steps == step else epoch):
+        what = f"no update in {state.idle_steps} steps, up to step {step}: {idle.what}"
+        raise TrainingError.of(what, idle.where, idle.fix)
+    state.log_steps += 1
+    for name, value in training.objective.figures.items():
+        state.log_figures[name] = state.log_figures.get(name, 0.0) + value
 
 
 def non_finite_error(training: TrainContext, step: int, loss: StepLoss, learning_rate: float) -> TrainingError:

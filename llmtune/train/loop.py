@@ -36,6 +36,7 @@ from llmtune.train.divergence import (
     divergence_error,
     name_last_checkpoint,
     non_finite_error,
+    note_figures,
     ruined_weights_error,
     weights_are_numbers,
 )
@@ -167,6 +168,7 @@ def _take_step(run: Run) -> None:
     if wrong is not None:
         raise divergence_error(training, step, loss, state.learning_rate, wrong)
     _update(run, step)
+    note_figures(training, state, step)
     seconds = time.perf_counter() - started
     if run.seconds_to_first_step is None:
         run.seconds_to_first_step = seconds_of_process() - run.rehearsal_seconds
@@ -180,7 +182,7 @@ def _take_step(run: Run) -> None:
     state.log_count += loss.count
     state.log_tokens += loss.tokens
     state.log_seconds += seconds
-    run.display.step(step, loss.mean, loss.tokens / seconds, peak_bytes(training.device))
+    run.display.step(step, loss.mean, loss.tokens / seconds, peak_bytes(training.device), training.objective.figures)
 
 
 def _gradients(run: Run, step: int) -> StepLoss:
@@ -200,6 +202,9 @@ def _gradients(run: Run, step: int) -> StepLoss:
 
 def _update(run: Run, step: int) -> None:
     training = run.training
+    if training.objective.idle:
+        training.schedule.step()
+        return
     if not fits_in_memory(training.optimizer.step):
         # Some weights may already be updated, so the step cannot be repeated.
         raise TrainingError.of(
@@ -267,13 +272,17 @@ def _log(run: Run, validated: bool) -> None:
         "tokens_per_second": state.log_tokens / max(1e-9, state.log_seconds),
         "peak_bytes": peak_bytes(training.device),
     }
+    if state.log_figures:
+        line["figures"] = {name: value / state.log_steps for name, value in state.log_figures.items()}
+        state.log_figures, state.log_steps = {}, 0
     if validated:
         line["validation_loss"] = state.validation_loss
         line["validation_metrics"] = state.validation_metrics
     state.log_sum, state.log_count, state.log_tokens, state.log_seconds = 0.0, 0, 0, 0.0
     run_on_main(training.accelerator, lambda: append_line(training.folder / METRICS, line))
     if training.recipe.train.report_to:
-        values = {key: value for key, value in line.items() if key not in ("step", "validation_metrics")}
+        values = {key: value for key, value in line.items() if key not in ("step", "validation_metrics", "figures")}
+        values |= line.get("figures", {})
         values |= {f"validation_{name}": value for name, value in line.get("validation_metrics", {}).items()}
         training.accelerator.log(tracker_names(values), step=state.step)
     run.display.line(line)

@@ -32,6 +32,8 @@ class MetricsLine(TypedDict):
     grad_norm: float
     tokens_per_second: float
     peak_bytes: int
+    figures: NotRequired[dict[str, float]]
+    """Figures of the task's objective: means over the steps."""
     validation_loss: NotRequired[float | None]
     validation_metrics: NotRequired[dict[str, float]]
 
@@ -79,10 +81,12 @@ class Display:
     task: TaskID
     total: int
 
-    def step(self, step: int, loss: float, tokens_per_second: float, peak_bytes: int) -> None:
-        """Move the bar."""
-        figures = f"loss {loss:.4f}  {tokens_per_second:,.0f} tokens/s  {peak_bytes / 1e9:.2f} GB"
-        self.bar.update(self.task, completed=step, figures=figures)
+    def step(
+        self, step: int, loss: float, tokens_per_second: float, peak_bytes: int, figures: Mapping[str, float]
+    ) -> None:
+        """Move the bar; `figures` are those of the objective."""
+        text = f"loss {loss:.4f}  {tokens_per_second:,.0f} tokens/s  {peak_bytes / 1e9:.2f} GB{write_figures(figures)}"
+        self.bar.update(self.task, completed=step, figures=text)
 
     def line(self, line: MetricsLine) -> None:
         """Print a line of metrics if there is no bar, and every validation."""
@@ -92,12 +96,18 @@ class Display:
             tail = f"  validation {validation:.4f}{scores}" if validation is not None else ""
             self.console.print(
                 f"step {line['step']}/{self.total}  loss {line['loss']:.4f}  lr {line['learning_rate']:.2e}  "
-                f"{line['tokens_per_second']:,.0f} tokens/s  {line['peak_bytes'] / 1e9:.2f} GB{tail}",
+                f"{line['tokens_per_second']:,.0f} tokens/s  {line['peak_bytes'] / 1e9:.2f} GB"
+                f"{write_figures(line.get('figures', {}))}{tail}",
                 highlight=False,
                 soft_wrap=True,
             )
         elif validation is not None:
             self.console.print(f"step {line['step']}: validation loss {validation:.4f}{scores}", highlight=False)
+
+
+def write_figures(figures: Mapping[str, float]) -> str:
+    """Return figures of the objective for display."""
+    return "".join(f"  {name.replace('_', ' ')} {value:.3g}" for name, value in figures.items())
 
 
 @contextmanager

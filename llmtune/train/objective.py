@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -19,6 +19,7 @@ from llmtune.train.batch_plan import Indexes
 from llmtune.train.distributed import gather_lists, sum_over_processes
 
 if TYPE_CHECKING:
+    from llmtune.errors import Problem
     from llmtune.recipe.schema import Recipe
 
 T = TypeVar("T")
@@ -37,6 +38,8 @@ class StepRows:
     accelerator: Accelerator
     batch_size: int
     """`train.batch_size`."""
+    training: Any
+    """The `llmtune.train.setup.TrainContext`, which contains the objective."""
 
     @property
     def divided(self) -> bool:
@@ -63,6 +66,10 @@ class StepObjective:
         """The task's loss of a micro-batch."""
         self.metrics: dict[str, float] = {}
         """Metrics of the last validation, in addition to the loss."""
+        self.figures: dict[str, float] = {}
+        """Figures of the prepared step, in addition to the loss."""
+        self.idle: Problem | None = None
+        """Why the prepared step has no gradient; None if it has one. Without a gradient, no optimiser step is taken."""
 
     def prepare(self, step: StepRows) -> None:
         """Compute what the losses of the micro-batches need from the complete step."""

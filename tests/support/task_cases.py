@@ -58,6 +58,8 @@ RANKED = [
 NO_TEXT = {"generation": {"max_new_tokens": None}}
 RATES = {"lora": 1e-2, "qlora": 4e-3, "full": 2e-3}
 MASKED = {"completion": {"objective": "masked"}, "generation": {"max_new_tokens": None}}
+SAMPLED = {"rewards": {"chrf": 1.0}, "samples": 16, "max_new_tokens": 2, "mask_truncated": False, "loss": "dapo"}
+KEPT = {"method": "filter", "rewards": {"chrf": 1.0}, "samples": 4, "max_new_tokens": 8, "accept": 0.02, "rounds": 1}
 STILL = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
 
@@ -119,6 +121,8 @@ CASES = {
     "preference": Case("preference", 0, build_llama, LIKED, {"preference": {"loss": "dpo"}}),
     "preference-kto": Case("preference", 0, build_llama, THUMBS, {"preference": {"loss": "kto"}}),
     "preference-orpo": Case("preference", 0, build_llama, LIKED, {"preference": {"loss": "orpo"}}),
+    "reinforce": Case("reinforce", 0, build_llama, CHATS, {"reinforce": SAMPLED}),
+    "reinforce-filter": Case("reinforce", 0, build_llama, CHATS, {"reinforce": KEPT}),
     "embed": Case("embed", 0, families.build_bert, FOUND, NO_TEXT, config=STILL),
     "embed-scores-full": Case("embed", 0, families.build_modernbert, SCORED, NO_TEXT, method="full"),
     "embed-labels": Case(
@@ -154,7 +158,7 @@ RELATED |= {
 }
 """A text tune of a checkpoint that also reads images."""
 SECOND = ("completion", "masked-full", "translate-full", "qa-extractive-full", "classify-qlora", "token-classify-full")
-SECOND += ("embed-labels", "whisper-full", "ctc-headless", "preference-orpo", "rerank-decoder")
+SECOND += ("reinforce-filter", "embed-labels", "whisper-full", "ctc-headless", "preference-orpo", "rerank-decoder")
 """Cases of a variant that the default suite covers with another method, model or loss."""
 SLOW = {*VARIED, *RELATED, *SECOND}
 CELLS = CASES | VARIED | RELATED

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -108,8 +109,12 @@ def test_micro_batches_padding_and_packing_change_no_loss_and_no_gradient(name, 
 
 @every_case
 def test_a_run_learns_and_measures_base_and_tuned_model_by_the_same_metrics(name, finished):
-    _, report = finished(name)
-    assert report["train"]["train_loss"] < report["train"]["first_loss"]
+    run, report = finished(name)
+    if name.startswith("reinforce") and "filter" not in name:  # a policy gradient's loss does not fall; rewards rise
+        rewards = [line["figures"]["reward"] for line in read_metrics(run)]
+        assert fmean(rewards[-4:]) > fmean(rewards[:4])
+    else:
+        assert report["train"]["train_loss"] < report["train"]["first_loss"]
     scores, variant = report["evaluation"], VARIANTS[CELLS[name].task][CELLS[name].variant]
     assert scores["difference"].keys() == scores["base"].keys() & scores["tuned"].keys()
     baseline = BASELINES.get(re.sub(f"-({'|'.join([*RATES, 'images'])})$", "", name))

@@ -23,8 +23,9 @@ from llmtune.evaluate.release_records import open_release
 from llmtune.evaluate.simple_baseline import lead
 from llmtune.evaluate.tfidf import fit_tfidf
 from llmtune.pipeline import run_pipeline
+from llmtune.recipe.gate_grammar import SIMPLE_BASELINES
 from llmtune.recipe.loader import load_recipe
-from llmtune.recipe.task_facts import SIMPLE_BASELINES, TASK_FACTS, at_ten
+from llmtune.recipe.task_facts import TASK_FACTS, at_ten
 from llmtune.store.run_request import RunRequest
 
 SCORED = {
