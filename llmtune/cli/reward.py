@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from llmtune.cli.options import AsJson
+from llmtune.cli.options import AsJson, Offline
 from llmtune.cli.output_streams import handled, print_json, stderr_console
 from llmtune.errors import GateFailed, Problem, RecipeError
 from llmtune.records import Json
@@ -33,6 +33,14 @@ def check_reward(
     seconds: Annotated[float, typer.Option("--seconds", min=0.1, help="Time limit of each reward.")] = 300,
     network: Annotated[bool, typer.Option("--network", help="Let rewards use the network.")] = False,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Which rows are checked.")] = 0,
+    model: Annotated[
+        str | None, typer.Option("--model", metavar="NAME", help="Also sample answers of this model.")
+    ] = None,
+    samples: Annotated[int, typer.Option("--samples", min=2, max=1024, help="With --model: answers per prompt.")] = 8,
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", min=1, max=2**20, help="With --model: the longest answer.")
+    ] = 256,
+    offline: Offline = False,
     as_json: AsJson = False,
 ) -> None:
     """Check on your rows that right answers get more reward than wrong ones; exit 6 if they do not."""
@@ -46,7 +54,13 @@ def check_reward(
     stated = {absolute_metric(name, Path.cwd()): weight for name, weight in map(read_weight, rewards)}
     listed = read_rewards(stated, "llmtune reward check")
     from llmtune.display.console import spinner
-    from llmtune.evaluate.reward_check import judge_rewards, make_probes, observe_rewards, read_checked_rows
+    from llmtune.evaluate.reward_check import (
+        add_samples,
+        judge_rewards,
+        make_probes,
+        observe_rewards,
+        read_checked_rows,
+    )
 
     checked = read_checked_rows(rows, seed)
     probes = make_probes([row for _, row in checked], answer_form, seed)
@@ -54,6 +68,14 @@ def check_reward(
         seen = observe_rewards(listed, checked, probes, seconds=seconds, network=network)
     described = [{"name": one.name, "weight": one.weight, "signature": one.signature} for one in listed]
     document = {"rewards": described, **judge_rewards(seen, seed)}
+    if model is not None and document["ok"]:
+        from llmtune.explain.reward_samples import SampleRequest, describe_samples
+        from llmtune.recipe.reinforce_section import ReinforceSection
+
+        accept = document["recipe"]["accept"]
+        section = ReinforceSection(rewards=stated, samples=samples, max_new_tokens=max_new_tokens, accept=accept)
+        request = SampleRequest(model, section, seed, seconds, network, offline)
+        document = add_samples(document, describe_samples(request, listed, checked, stderr_console()))
     if as_json:
         print_json(document)
         raise typer.Exit(0 if document["ok"] else GateFailed.exit_code)
@@ -95,5 +117,15 @@ def print_check(document: Json) -> None:
     lines = [f"Rank correlation of wrong answers with their length: {correlation[0]} ({correlation[1]}){longer}"]
     lines += [f"Time per call: {1000 * document['seconds_per_call']:.3g} ms"]
     lines += [f"None, not applicable: {sum(document['none'].values())} answers"] if document["none"] else []
-    lines += [f"Suggested: reinforce.accept: {document['recipe']['accept']:g}"] if document["ok"] else []
+    if one := document["model"]:
+        names = {
+            "pass@1": "pass@1",
+            f"pass@{one['samples']}": f"pass@{one['samples']}",
+            "spread": "prompts with spread",
+        }
+        shown = (f"{title} {' ('.join(interval(one[name]))})" for name, title in names.items())
+        lines += [f"{one['name']}, {one['prompts']} prompts: {', '.join(shown)}, truncated {one['truncated']:.0%}"]
+    stated = {name: value for name, value in document["recipe"].items() if value is not None}
+    suggested = ", ".join(f"reinforce.{name}: {value:g}" for name, value in stated.items())
+    lines += [f"Suggested: {suggested}"] if document["ok"] else []
     console.print("\n".join(lines), highlight=False, markup=False)

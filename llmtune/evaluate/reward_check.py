@@ -215,13 +215,13 @@ def judge_rewards(seen: Observed, seed: int) -> Json:
     for name, title in PROBES.items():
         shares = scaled[name][np.isfinite(scaled[name])]
         mean = own_interval(measure_shares("reward", shares.tolist(), ""), seed)
-        probes[name] = {"answers": title, "rows": len(shares), "reward": _rescale(mean, reach, low)}
+        probes[name] = {"answers": title, "rows": len(shares), "reward": rescale_interval(mean, reach, low)}
         if name != "reference":
             both = np.isfinite(scaled[name]) & np.isfinite(scaled["reference"])
             base, best = (measure_shares("reward", scaled[one][both].tolist(), "") for one in (name, "reference"))
             gap = paired_difference(base, best, seed)
             is_clear = bool(gap.low > 0 and gap.value >= LEAST_GAP)
-            probes[name] |= {"gap": _rescale(gap, reach, 0.0), "clear": is_clear}
+            probes[name] |= {"gap": rescale_interval(gap, reach, 0.0), "clear": is_clear}
             unclear |= {} if is_clear else {name: title}
     length = correlate_length(np.array([seen.values[f"padded{words}"] for words in LENGTHS]), seed)
     faults = find_faults(seen, probes, unclear, length, low == high)
@@ -238,11 +238,23 @@ def judge_rewards(seen: Observed, seed: int) -> Json:
         "caught": [*seen.caught.values()],
         "none": dict(seen.nones),
         "seconds_per_call": seen.seconds,
-        "recipe": {"accept": accept},
+        "model": None,
+        "recipe": {"accept": accept, "samples": None},
     }
 
 
-def _rescale(one: Difference, factor: float, offset: float) -> Json:
+def add_samples(document: Json, samples: Json) -> Json:
+    """Return the document with what a model's samples show; without any spread the rewards cannot train it."""
+    faults, recipe = document["faults"], {**document["recipe"], "samples": samples["samples_needed"]}
+    if samples["spread"]["value"] == 0:
+        answers = f"all {samples['samples']} answers of {samples['name']}"
+        why = f"{answers} to each of {samples['prompts']} prompts get the same reward"
+        faults = [*faults, {"name": "no_spread", "what": FAULTS["no_spread"], "why": why}]
+    return {**document, "ok": not faults, "faults": faults, "model": samples, "recipe": recipe}
+
+
+def rescale_interval(one: Difference, factor: float, offset: float) -> Json:
+    """Return a value and its interval, multiplied by `factor`, plus `offset`."""
     ends = {"value": one.value, "low": one.low, "high": one.high}
     return {name: offset + factor * end for name, end in ends.items()}
 
@@ -257,7 +269,9 @@ def correlate_length(values_LN: Floats, seed: int) -> Json:
     lengths_L = np.arange(len(LENGTHS)) - (len(LENGTHS) - 1) / 2
     norm_N = np.sqrt((lengths_L**2).sum() * (ranks_LN**2).sum(0))
     correlation_N = np.divide(lengths_L @ ranks_LN, norm_N, out=np.zeros(len(norm_N)), where=norm_N > 0)
-    return _rescale(own_interval(measure_shares("length", ((correlation_N + 1) / 2).tolist(), ""), seed), 2.0, -1.0)
+    return rescale_interval(
+        own_interval(measure_shares("length", ((correlation_N + 1) / 2).tolist(), ""), seed), 2.0, -1.0
+    )
 
 
 def find_faults(

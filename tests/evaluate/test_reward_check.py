@@ -172,10 +172,10 @@ def test_a_failed_check_names_the_fault_in_words(sums: Path) -> None:
 
 def test_the_document_has_the_same_keys_for_good_and_bad_rewards(sums: Path) -> None:
     good, bad = check(sums, "exact_match"), check(sums, f"{REWARDS / 'keyword.py'}:reward_func")
-    keys = "rewards ok faults rows range probes length_correlation errors changes caught none seconds_per_call recipe"
-    assert [*good] == [*bad] == keys.split()
-    assert good["recipe"] == {"accept": 1.0}
-    assert bad["recipe"] == {"accept": None}
+    keys = ["rewards", "ok", "faults", "rows", "range", "probes", "length_correlation", "errors", "changes", "caught"]
+    assert [*good] == [*bad] == [*keys, "none", "seconds_per_call", "model", "recipe"]
+    assert good["recipe"] == {"accept": 1.0, "samples": None}
+    assert bad["recipe"] == {"accept": None, "samples": None}
     assert good["probes"]["other"]["gap"]["low"] > 0.5
     assert good["length_correlation"]["value"] == 0
     assert [*good["probes"]] == ["reference", "other", "empty", "prompt", "options", "malformed", "padded"]
