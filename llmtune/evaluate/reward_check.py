@@ -14,6 +14,7 @@ from time import perf_counter
 
 import numpy as np
 from numpy.typing import NDArray
+from rich.console import Console
 
 from llmtune.data.column_mapping import rename
 from llmtune.data.conversation_texts import split_reference
@@ -21,6 +22,7 @@ from llmtune.data.rejected_rows import RowError
 from llmtune.data.row_formats import parse_row
 from llmtune.data.row_kind import MESSAGES
 from llmtune.data.sources import resolve_inputs
+from llmtune.display.console import spinner
 from llmtune.errors import DataError, Problem
 from llmtune.evaluate.intervals import Floats
 from llmtune.evaluate.metric import measure_shares, own_interval, paired_difference
@@ -87,6 +89,14 @@ FAULTS = {
 """What is wrong with a reward, in the order of the report."""
 
 
+@dataclass(frozen=True)
+class Limits:
+    """What a reward may use."""
+
+    seconds: float
+    network: bool
+
+
 @dataclass
 class Observed:
     """What the calls showed, for each probe and row: `values[probe]` is [N], NaN for None and errors."""
@@ -128,6 +138,22 @@ def read_checked_rows(path: str, seed: int) -> list[tuple[str, Row]]:
     return [rows[i] for i in np.random.default_rng(seed).permutation(len(rows))[:CHECKED_ROWS]]
 
 
+def check_rewards(
+    rewards: Sequence[Reward],
+    rows: Sequence[tuple[str, Row]],
+    answer_form: str,
+    seed: int,
+    limits: Limits,
+    console: Console,
+) -> Json:
+    """Return the document of `llmtune reward check` without a model. Raises RewardError if a reward cannot run."""
+    probes = make_probes([row for _, row in rows], answer_form, seed)
+    with spinner(console, f"{sum(map(len, probes.values())):,} answers, twice"):
+        seen = observe_rewards(rewards, rows, probes, limits)
+    described = [{"name": one.name, "weight": one.weight, "signature": one.signature} for one in rewards]
+    return {"rewards": described, **judge_rewards(seen, seed)}
+
+
 def make_probes(rows: Sequence[Row], answer_form: str, seed: int) -> dict[str, list[str]]:
     """Return the answers [N] of each probe, and of `LENGTHS` as `padded0` and so on.
 
@@ -158,9 +184,7 @@ def observe_rewards(
     rewards: Sequence[Reward],
     rows: Sequence[tuple[str, Row]],
     probes: Mapping[str, Sequence[str]],
-    *,
-    seconds: float,
-    network: bool,
+    limits: Limits,
 ) -> Observed:
     """Call the rewards on all answers, twice and in another order. Raises RewardError if a reward cannot run."""
     places = [(name, number) for name, answers in probes.items() for number in range(len(answers))]
@@ -170,9 +194,9 @@ def observe_rewards(
     failed = set[int]()
     for reward in rewards:
         started = perf_counter()
-        first = _run_reward(reward, pairs, origins, seconds, network, "exceptions")
+        first = _run_reward(reward, pairs, origins, limits, "exceptions")
         times.append((perf_counter() - started) / len(pairs))
-        again = _run_reward(reward, pairs[::-1], origins[::-1], seconds, network, "values")[::-1]
+        again = _run_reward(reward, pairs[::-1], origins[::-1], limits, "values")[::-1]
         if reward.file is not None:
             times[-1] = median(one["seconds"] for one in again)
         for i, ((name, number), one, other) in enumerate(zip(places, first, again, strict=True)):
@@ -195,16 +219,16 @@ def observe_rewards(
 
 
 def _run_reward(
-    reward: Reward, pairs: Sequence[RewardPair], origins: Sequence[str], seconds: float, network: bool, observe: str
+    reward: Reward, pairs: Sequence[RewardPair], origins: Sequence[str], limits: Limits, observe: str
 ) -> list[Json]:
-    outcomes = call_reward(reward, pairs, seconds=seconds, network=network, observe=observe)
+    outcomes = call_reward(reward, pairs, seconds=limits.seconds, network=limits.network, observe=observe)
     if isinstance(outcomes, Failure):
         raise RewardError(describe_failure(reward, outcomes, origins))
     return outcomes
 
 
 def judge_rewards(seen: Observed, seed: int) -> Json:
-    """Return the document of `llmtune reward check`: intervals by probe, faults, and values for a recipe."""
+    """Return intervals by probe, faults, and values for a recipe."""
     values = {name: seen.values[name] for name in PROBES}
     flat = np.concatenate([*seen.values.values()])
     finite = flat[np.isfinite(flat)]

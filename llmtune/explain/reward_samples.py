@@ -18,7 +18,7 @@ from llmtune.display.console import spinner
 from llmtune.evaluate.generation import answer_ends, answer_reader
 from llmtune.evaluate.intervals import Floats
 from llmtune.evaluate.metric import measure_right, measure_shares, own_interval
-from llmtune.evaluate.reward_check import rescale_interval
+from llmtune.evaluate.reward_check import Limits, rescale_interval
 from llmtune.evaluate.rewards import Reward, reward_answers, weigh_rewards
 from llmtune.evaluate.sampled_decoding import sample_answers
 from llmtune.model.device import pick_device
@@ -42,27 +42,31 @@ class SampleRequest:
     """How a model is sampled."""
 
     model: str
-    section: ReinforceSection
+    samples: int
+    max_new_tokens: int
+    accept: float
     seed: int
-    seconds: float
-    network: bool
     offline: bool
 
 
 def describe_samples(
-    request: SampleRequest, rewards: Sequence[Reward], rows: Sequence[tuple[str, Row]], console: Console
+    request: SampleRequest,
+    rewards: Sequence[Reward],
+    rows: Sequence[tuple[str, Row]],
+    limits: Limits,
+    console: Console,
 ) -> Json:
     """Return pass@1, pass@k and the share of prompts with different rewards, each with an interval.
 
     Raises RewardError if a reward fails on a sample; EnvironmentProblem if the model cannot be loaded.
     """
-    section, rows = request.section, rows[:MOST_PROMPTS]
+    rows, section = rows[:MOST_PROMPTS], ReinforceSection(max_new_tokens=request.max_new_tokens)
     stated: Mapping[str, object] = {"task": DEFAULT_TASK, "data": {"train": "none"}, "model": {"name": request.model}}
     recipe, device = Recipe.model_validate(stated), pick_device()
     model_ref = resolve_model(request.model, recipe.model, console, request.offline)
     task, processor = find_variant(recipe, model_ref), load_processor(model_ref, recipe.model)
     prompts = [task.prompt_ids(split_reference(row)[0], processor, recipe) for _, row in rows]
-    places = [(row, sample) for row in range(len(rows)) for sample in range(section.samples)]
+    places = [(row, sample) for row in range(len(rows)) for sample in range(request.samples)]
     with spinner(console, f"{len(places):,} answers of {request.model}"), torch.no_grad():
         model = load_model(model_ref, recipe, task, processor, device=device, training=False).model
         keys = [(request.seed, 0, *place) for place in places]
@@ -74,11 +78,11 @@ def describe_samples(
         parsed = read(one.ids, rows[number][1].get("tools"), prompts[number])
         pairs.append((rows[number][1], write_answer(parsed.text, parsed.tool_calls)))
     origins = [rows[number][0] for number, _ in places]
-    values = reward_answers(rewards, pairs, seconds=request.seconds, network=request.network, origins=origins)
+    values = reward_answers(rewards, pairs, seconds=limits.seconds, network=limits.network, origins=origins)
     sums = [weigh_rewards(rewards, one) for one in values]
     rewards_NK = np.array([np.nan if one is None else one for one in sums]).reshape(len(rows), -1)
     truncated = sum(one.truncated for one in sampled) / len(sampled)
-    return {"name": request.model, **measure_groups(rewards_NK, section.accept, request.seed), "truncated": truncated}
+    return {"name": request.model, **measure_groups(rewards_NK, request.accept, request.seed), "truncated": truncated}
 
 
 def measure_groups(rewards_NK: Floats, accept: float, seed: int) -> Json:
@@ -88,7 +92,7 @@ def measure_groups(rewards_NK: Floats, accept: float, seed: int) -> Json:
     has_spread = [len({*one[np.isfinite(one)].tolist()}) > 1 for one in rewards_NK]
     measures = {
         "pass@1": measure_shares("pass@1", share_N.tolist(), ""),
-        f"pass@{samples}": measure_right(passing_NK.any(1).tolist(), "pass", ""),
+        f"pass@{samples}": measure_right([bool(one.any()) for one in passing_NK], "pass", ""),
         "spread": measure_right(has_spread, "spread", ""),
     }
     found = {name: rescale_interval(own_interval(measure, seed), 1.0, 0.0) for name, measure in measures.items()}

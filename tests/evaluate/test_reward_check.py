@@ -211,6 +211,8 @@ def test_rows_that_cannot_tell_right_from_wrong_are_refused(
         (["absent.py:mine", "--rows", "sums.jsonl"], 2, "cannot be read: No such file or directory"),
         (["exactmatch", "--rows", "sums.jsonl"], 2, "Did you mean 'exact_match'?"),
         (["exact_match=much", "--rows", "sums.jsonl"], 2, "'much' is not a weight"),
+        (["exact_match=0", "--rows", "sums.jsonl"], 2, "'0' is not a weight"),
+        (["exact_match=nan", "--rows", "sums.jsonl"], 2, "'nan' is not a weight"),
         (["exact_match", "--rows", "sums.jsonl", "--answer-form", "answer"], 2, "has no place for the answer"),
         (["slow.py:mine", "--rows", "sums.jsonl", "--seconds", "0.5"], 2, "mine: it took more than 0.5 s"),
         (["online.py:mine", "--rows", "sums.jsonl"], 2, "mine: it used the network"),
