@@ -55,10 +55,10 @@ def check_reward(
         raise RecipeError.of(f"{answer_form!r} has no place for the answer", "--answer-form", "Write {} at its place.")
     stated = {absolute_metric(name, Path.cwd()): weight for name, weight in map(read_weight, rewards)}
     listed = read_rewards(stated, "llmtune reward check")
-    from llmtune.evaluate.reward_check import Limits, add_samples, check_rewards, read_checked_rows
+    from llmtune.evaluate.reward_check import RewardLimits, add_samples, check_rewards, read_checked_rows
 
     checked, console = read_checked_rows(rows, seed), stderr_console()
-    limits = Limits(seconds, network)
+    limits = RewardLimits(seconds, network)
     document = check_rewards(listed, checked, answer_form, seed, limits, console)
     if model is not None and document["ok"]:
         from llmtune.explain.reward_samples import SampleRequest, describe_samples

@@ -90,7 +90,7 @@ FAULTS = {
 
 
 @dataclass(frozen=True)
-class Limits:
+class RewardLimits:
     """What a reward may use."""
 
     seconds: float
@@ -143,7 +143,7 @@ def check_rewards(
     rows: Sequence[tuple[str, Row]],
     answer_form: str,
     seed: int,
-    limits: Limits,
+    limits: RewardLimits,
     console: Console,
 ) -> Json:
     """Return the document of `llmtune reward check` without a model. Raises RewardError if a reward cannot run."""
@@ -184,7 +184,7 @@ def observe_rewards(
     rewards: Sequence[Reward],
     rows: Sequence[tuple[str, Row]],
     probes: Mapping[str, Sequence[str]],
-    limits: Limits,
+    limits: RewardLimits,
 ) -> Observed:
     """Call the rewards on all answers, twice and in another order. Raises RewardError if a reward cannot run."""
     places = [(name, number) for name, answers in probes.items() for number in range(len(answers))]
@@ -219,7 +219,7 @@ def observe_rewards(
 
 
 def _run_reward(
-    reward: Reward, pairs: Sequence[RewardPair], origins: Sequence[str], limits: Limits, observe: str
+    reward: Reward, pairs: Sequence[RewardPair], origins: Sequence[str], limits: RewardLimits, observe: str
 ) -> list[Json]:
     outcomes = call_reward(reward, pairs, seconds=limits.seconds, network=limits.network, observe=observe)
     if isinstance(outcomes, Failure):

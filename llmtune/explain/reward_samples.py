@@ -18,7 +18,7 @@ from llmtune.display.console import spinner
 from llmtune.evaluate.generation import answer_ends, answer_reader
 from llmtune.evaluate.intervals import Floats
 from llmtune.evaluate.metric import measure_right, measure_shares, own_interval
-from llmtune.evaluate.reward_check import Limits, rescale_interval
+from llmtune.evaluate.reward_check import RewardLimits, rescale_interval
 from llmtune.evaluate.rewards import Reward, reward_answers, weigh_rewards
 from llmtune.evaluate.sampled_decoding import sample_answers
 from llmtune.model.device import pick_device
@@ -53,7 +53,7 @@ def describe_samples(
     request: SampleRequest,
     rewards: Sequence[Reward],
     rows: Sequence[tuple[str, Row]],
-    limits: Limits,
+    limits: RewardLimits,
     console: Console,
 ) -> Json:
     """Return pass@1, pass@k and the share of prompts with different rewards, each with an interval.
