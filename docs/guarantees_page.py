@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 TESTS = Path(__file__).resolve().parent.parent / "tests"
-GROUPS = {0: "Data", 10: "Recipe", 13: "Training", 19: "Deployment", 21: "Everywhere"}
+GROUPS = {0: "Data", 10: "Recipe", 13: "Training", 19: "Deployment", 21: "Everywhere", 24: "Pictures"}
 """The first number of each group -> its heading."""
 
 

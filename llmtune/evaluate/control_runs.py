@@ -19,7 +19,7 @@ from llmtune.evaluate.paired_statistics import draw_counts, interval
 from llmtune.evaluate.per_row_scores import PerRowScores
 from llmtune.recipe.schema import Recipe
 from llmtune.records import FEWEST_ROWS, Difference
-from llmtune.store.control_scores import ControlScores
+from llmtune.store.control_scores import ControlScores, ModelCosts, TeacherScores
 from llmtune.store.run_folder import RunFolder
 from llmtune.store.seed_runs import control_folder, is_done
 
@@ -64,17 +64,33 @@ def compare_control_run(recipe: Recipe, run: RunFolder, measures: PerRowScores) 
     )
 
 
+def score_teacher(
+    measures: PairedMeasures, teacher: Mapping[str, Measure], seed: int, costs: Mapping[str, ModelCosts]
+) -> TeacherScores:
+    """Compare base and tuned model with their teacher, in the metrics that all measure on the same rows."""
+    shared = {
+        name: one for name, one in teacher.items() if name in measures.tuned and measures.tuned[name].at == one.at
+    }
+    return TeacherScores(
+        scores={name: one.value for name, one in shared.items()},
+        difference=PairedMeasures(shared, measures.tuned).differences(seed),
+        shares=gap_shares(measures, shared, seed),
+        costs={name: costs[name] for name in ("tuned", "teacher") if name in costs},
+    )
+
+
 def gap_shares(measures: PairedMeasures, teacher: Mapping[str, Measure], seed: int) -> dict[str, Difference]:
     """Return the share of the gap from base to teacher that the tuned model closed, by metric.
 
     A metric counts only if the teacher is clearly better than the base: a share of no gap says nothing.
     """
-    gaps = PairedMeasures(measures.base, teacher).differences(seed)
     shares = {}
-    for name, gap in gaps.items():
-        base, tuned, best = measures.base[name], measures.tuned.get(name), teacher[name]
-        clear = gap.n >= FEWEST_ROWS and direction(name, gap) > 0
-        if clear and tuned is not None and base.at == tuned.at == best.at:
+    for name, best in teacher.items():
+        base, tuned = measures.base.get(name), measures.tuned.get(name)
+        if base is None or tuned is None or not base.at == tuned.at == best.at:
+            continue
+        gap = paired_difference(base, best, seed)
+        if gap.n >= FEWEST_ROWS and direction(name, gap) > 0:
             shares[name] = gap_share(base, tuned, best, seed)
     return shares
 

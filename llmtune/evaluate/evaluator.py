@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
@@ -10,10 +11,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import PreTrainedModel
 
 from llmtune.data.row_store import iterate_rows
-from llmtune.errors import Problem
+from llmtune.errors import EnvironmentProblem, Problem, RecipeError
 from llmtune.evaluate.calibration import Chosen, calibrate, describe_reliability
+from llmtune.evaluate.control_runs import score_teacher
 from llmtune.evaluate.controls import compare_controls, name_answers, shown_answers
 from llmtune.evaluate.decision import conclude, fit_decision, measure_decisions
 from llmtune.evaluate.eval_inputs import EvalContext, EvalInputs
@@ -32,6 +35,7 @@ from llmtune.model.device import release_memory
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_facts import TASK_FACTS
 from llmtune.records import Row, Rows
+from llmtune.store.control_scores import ModelCosts
 from llmtune.store.score_records import Decided, Evaluation, Reliability
 
 PIECES_APART = 0.5
@@ -48,6 +52,8 @@ class ModelLoaders:
     tuned: Callable[[], AbstractContextManager[torch.nn.Module]]
     packs: Callable[[], bool | None] = lambda: None
     """Whether the model entered last supports losses of packed rows; None leaves the choice to the recipe."""
+    teacher: Callable[[], AbstractContextManager[tuple[torch.nn.Module, bool]]] | None = None
+    """Loads the tuned model's teacher, and tells whether it reads packed rows; None without a teacher."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +88,8 @@ def evaluate(
     Raises EnvironmentProblem if a single row does not fit in memory.
     """
     answers = {name: one for name, one in (("base", base), ("tuned", tuned)) if one is not None}
-    run_models(models, context, suites, answers, headless=headless)
+    costs = run_models(models, context, suites, answers, headless=headless)
+    costs |= run_teacher(models, context, answers)
     evaluation, measures, reliability = Evaluation({}, {}, {}, (), 0), PairedMeasures(), None
     decided: Decided | None = None
     if context.recipe.evaluate.calibrate:
@@ -99,6 +106,9 @@ def evaluate(
         failed = {name: (one.what, one.where or "", one.fix or "") for name, one in problems.items()}
         evaluation = replace(evaluation, signatures=evaluation.signatures | notes, failed=failed)
         evaluation = replace(evaluation, controls=controls, pictured=len(context.inputs.pictured))
+        if "teacher" in answers:
+            teacher = compute_metrics(context, answers["teacher"], base, {})
+            evaluation = replace(evaluation, teacher=score_teacher(measures, teacher, context.recipe.seed, costs))
     elif context.recipe.evaluate.decisions:
         decided, _ = decide_answers(context, answers)
     studies = compare_suites(suites, measures, answers)
@@ -178,8 +188,9 @@ def run_models(
     answers: dict[str, Answers],
     *,
     headless: bool,
-) -> None:
-    """Run the rows and suites on base and tuned model; add answers that are missing from `answers`."""
+) -> dict[str, ModelCosts]:
+    """Run the rows and suites on base and tuned model; add answers that are missing from `answers`; return costs."""
+    costs: dict[str, ModelCosts] = {}
     controls = {control: replace(context, inputs=inputs) for control, inputs in context.controls.items()}
     for name, load in (("base", models.base), ("tuned", models.tuned)):
         predicts = context.inputs is not None and name not in answers
@@ -190,7 +201,7 @@ def run_models(
             continue
         with load() as model:
             if predicts:
-                answers[name] = predict(model, name, context, models.packs())
+                answers[name], costs[name] = predict_timed(model, name, context, models.packs())
             if calibrates:
                 answers["validation"] = predict(model, "validation", validation, models.packs())
             for control, other in controls.items():
@@ -200,6 +211,39 @@ def run_models(
                 suite.run(name, model)
         del model  # frees the base's weights before the tuned ones are loaded
         release_memory()
+    return costs
+
+
+def run_teacher(models: ModelLoaders, context: EvalContext, answers: dict[str, Answers]) -> dict[str, ModelCosts]:
+    """Add the teacher's answers to the test rows, and return its costs.
+
+    A teacher that cannot be loaded any more is skipped: the tuned model does not need it.
+    """
+    if models.teacher is None or context.inputs is None:
+        return {}
+    try:
+        with models.teacher() as (model, packs):
+            answers["teacher"], costs = predict_timed(model, "teacher", context, packs)
+        del model
+        release_memory()
+    except (RecipeError, EnvironmentProblem) as error:
+        text = f"teacher: not scored, because {error.problems[0].what}"
+        context.console.print(text, style="yellow", highlight=False, markup=False)
+        return {}
+    return {"teacher": costs}
+
+
+def predict_timed(
+    model: torch.nn.Module, name: str, context: EvalContext, packs: bool | None
+) -> tuple[Answers, ModelCosts]:
+    """Return a model's answers to the test rows, and its size and speed."""
+    assert context.inputs is not None
+    weights, began = [*model.parameters()], time.monotonic()
+    size = sum(one.numel() * one.element_size() for one in weights)
+    # transformers counts a packed tensor of 4 bits as the weights in it
+    parameters = model.num_parameters() if isinstance(model, PreTrainedModel) else sum(one.numel() for one in weights)
+    answers = predict(model, name, context, packs)
+    return answers, ModelCosts(parameters, size, len(context.inputs.rows) / (time.monotonic() - began))
 
 
 def predict_baseline(context: EvalContext, inputs: EvalInputs, rows: Rows) -> tuple[str, Answers]:

@@ -16,7 +16,7 @@ class ControlRun:
     name: str
     """A key of `CONTROL_RUNS`: its folder, and its name in gates."""
     claim: str
-    """The statement that the verdict tests, such as `grpo beat filter`."""
+    """The statement that the verdict tests, such as `GRPO beat filter`."""
     key: str
     """The key that turns it off, such as `reinforce.control`."""
     changes: Mapping[str, object]

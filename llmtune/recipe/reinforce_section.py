@@ -27,7 +27,7 @@ class ReinforceSection(TaskSection):
     with a higher reward than the other answers to their prompt. Default `grpo`."""
     rewards: dict[NonEmpty, Annotated[float, Field(gt=0, le=1000)]] = Field(default={})
     """Rewards and their weights, as `{exact_match: 1.0}`: a metric of the answer, or your own as `FILE.py:FUNCTION`,
-    relative to the recipe. An answer's reward is the weighted sum. Required: only you know what a good answer is."""
+    relative to the recipe. An answer's reward is the weighted sum. No default: only you know what a good answer is."""
     samples: int = Field(default=8, ge=2, le=1024)
     """Answers sampled for each prompt. Default 8: fewer leave many prompts without two different rewards."""
     temperature: float = Field(default=1.0, gt=0, le=100)

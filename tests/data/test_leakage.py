@@ -22,6 +22,7 @@ def asked(question, answer):
 
 INPUTS = {
     "chat": lambda text, n: asked(text, f"answer {n}"),
+    "reinforce": lambda text, n: asked(text, f"answer {n}"),
     "completion": lambda text, n: {"prompt": text, "completion": f" answer {n}"},
     "translate": lambda text, n: {"source": text, "target": f"Antwort {n}"},
     "summarize": lambda text, n: {"document": text, "summary": f"summary {n}"},
@@ -176,6 +177,7 @@ CONTRASTS = {
     "token-classify": lambda text, n: {"tokens": text.split(), "tags": ["O"] * 30 + ["B-X" if n else "B-Y"] * 10},
     "qa": lambda text, n: {"question": text, "context": "Ada wrote it in 1843.", "answer": ("Ada", "1843")[n]},
     "chat": lambda text, n: asked(text, ("yes", "no")[n]),
+    "reinforce": lambda text, n: asked(text, ("yes", "no")[n]),
     "completion": lambda text, n: {"prompt": text, "completion": (" yes", " no")[n]},
     "translate": lambda text, n: {"source": text, "target": ("ja", "nein")[n]},
     "summarize": lambda text, n: {"document": text, "summary": ("good", "bad")[n]},

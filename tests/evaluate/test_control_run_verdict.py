@@ -28,7 +28,7 @@ def control(rows=100, **ends):
     """A control run with the score 0.5 in each metric, from which the tuned model differs by `ends`."""
     changes = {name: change(one, rows) for name, one in ends.items()}
     tuned = {name: 0.5 + one.value for name, one in changes.items()}
-    return ControlScores("filter", "grpo beat filter", "what", "", dict.fromkeys(ends, 0.5), changes, tuned)
+    return ControlScores("filter", "GRPO beat filter", "what", "", dict.fromkeys(ends, 0.5), changes, tuned)
 
 
 def evaluation(control_run, teacher=None):
@@ -51,7 +51,7 @@ def evaluation(control_run, teacher=None):
 def test_the_verdict_says_whether_the_control_run_was_beaten(ends, word, sentence):
     assert judge_control_run(control(**ends))[0] == word
     reason = judge_run(evaluation(control(**ends)), (), 0.05).reason
-    assert f"Grpo beat filter: {word}, {sentence}" in reason
+    assert f"GRPO beat filter: {word}, {sentence}" in reason
 
 
 def test_too_few_rows_are_inconclusive():
@@ -62,7 +62,7 @@ def test_without_a_control_run_the_verdict_says_what_it_does_not_know():
     off = replace(control(), why_none="reinforce.control is false")
     assert judge_control_run(off)[0] == "unknown"
     result = judge_run(evaluation(off), (), 0.05)
-    assert result.reason.endswith("Grpo beat filter: unknown, because reinforce.control is false.")
+    assert result.reason.endswith("GRPO beat filter: unknown, because reinforce.control is false.")
     assert result.word == "better"  # the base is beaten all the same
     assert "filter" not in judge_run(evaluation(None), (), 0.05).reason
 
@@ -106,7 +106,7 @@ def test_the_power_of_the_rows_is_planned_against_the_control_run():
 def test_several_seeds_count_how_often_they_beat_their_own_control_run():
     seeds = [evaluation(control(exact_match=ends)) for ends in (UP, UP, LEVEL)]
     told = count_beaten(seeds)
-    assert told == "Over 3 seeds, each with its own control run, grpo beat filter: yes 2, no 0, inconclusive 1."
+    assert told == "Over 3 seeds, each with its own control run, GRPO beat filter: yes 2, no 0, inconclusive 1."
     assert count_beaten([evaluation(None)]) == ""
 
 
