@@ -196,8 +196,9 @@ def score_models(context: RunContext, folder: Path | None, base_folders: Sequenc
     base = base_inputs(recipe, adapter_settings(recipe), plan.model_ref, rows, examples, plan.device)
     simple = load_first(base_folders, simple_inputs(recipe, rows, examples), SIMPLE)
     ask = partial(ask_champion, partial(load_champion, context), eval_context, rows, context.folder.path)
+    loaders = replace(Models(context).loaders, teacher=partial(open_teacher, context) if recipe.distil else None)
     request = ScoreRequest(
-        Models(context).loaders,
+        loaders,
         eval_context,
         rows,
         headless=why_headless(plan.model_ref, recipe, task),

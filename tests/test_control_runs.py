@@ -280,6 +280,29 @@ def test_damaged_scores_of_the_control_run_are_named(place: Path, finished: tupl
     assert report["evaluation"]["control_run"]["beaten"] == "yes", "evaluate scores the control run again"
 
 
+def test_the_report_has_the_teacher_and_the_share_of_the_gap_that_was_closed(place: Path) -> None:
+    run(place, "teacher", "train.max_steps=20", recipe="plain.yaml")
+    report, said = run(place, "taught", f"distil.teacher={place / 'teacher'}", OFF)
+    teacher, scores = report["evaluation"]["teacher"], report["evaluation"]
+    own = json.loads((place / "teacher/evaluation/evaluation.json").read_text())["tuned"]
+    assert teacher["scores"]["loss"] == pytest.approx(own["loss"], abs=1e-6)
+    gap, gain = (scores["base"]["loss"] - one["loss"] for one in (teacher["scores"], scores["tuned"]))
+    share = teacher["shares"]["loss"]
+    assert share["value"] == pytest.approx(gain / gap)
+    assert share["interval"][0] < share["value"] < share["interval"][1]
+    assert f"It closed {share['value']:.0%}" in report["verdict"]["reason"]
+    assert list(teacher["costs"]) == ["tuned", "teacher"]
+    assert all("share of the gap" in text for text in (said, (place / "taught/report.md").read_text()))
+    shutil.rmtree(place / "teacher")
+    console = Console(file=io.StringIO(), width=250)
+    again = evaluate_run(recipe_of_run(read_run(place / "taught")), place / "taught", console, offline=True)
+    assert again["evaluation"]["teacher"] is not None, "nothing changed, so nothing was scored"
+    loaded = recipe_of_run(read_run(place / "taught"), ["evaluate.metrics=[loss, perplexity]"])
+    again = evaluate_run(loaded, place / "taught", console, offline=True)
+    assert again["evaluation"]["teacher"] is None
+    assert "teacher: not scored, because" in console.file.getvalue()  # type: ignore[attr-defined]
+
+
 @pytest.mark.slow
 def test_two_processes_train_and_score_the_control_run(place: Path) -> None:
     done = llmtune("launch", "local", "tiny.yaml", "--processes", "2", "--threads", "1", "--out", "two", cwd=place)

@@ -17,7 +17,7 @@ from support.training import trained_bytes
 
 from llmtune import run_models
 from llmtune.data.examples import ExampleReader
-from llmtune.errors import EnvironmentProblem
+from llmtune.errors import EnvironmentProblem, RecipeError
 from llmtune.evaluate import teacher as recording
 from llmtune.model.causal_lm_loss import move_to
 from llmtune.model.teacher_loss import BinRecorder, Distribution
@@ -245,3 +245,34 @@ def test_a_damaged_recording_is_made_again(taught):
             path.unlink() if path.is_file() else path.rmdir()
     train(recipe, "damaged")
     assert recorded(run) == recorded(taught / "run")
+
+
+def test_a_teacher_with_other_classes_or_for_another_task_is_refused(taught, tmp_path):
+    colours = make_teacher(tmp_path, "classify")
+    again = [{**row, "label": "blue" if row["label"] == "red" else row["label"]} for row in SINGLE]
+    student = recipe_of(
+        tmp_path / "student",
+        tmp_path / "teacher" / "model",
+        again,
+        "classify",
+        **NO_TEXT,
+        data=SPLIT,
+        distil={"teacher": str(colours), "control": False},
+    )
+    with pytest.raises(RecipeError, match="has other classes than the student"):
+        train(student)
+    with pytest.raises(RecipeError, match="is a model for task classify"):
+        train(write_chat(taught, colours), "other-task")
+
+
+def test_a_teacher_with_another_tokenizer_is_refused_with_the_first_id_that_differs(taught, tmp_path):
+    other = build_llama(tmp_path / "other")
+    file = other / "tokenizer.json"
+    content = json.loads(file.read_text(encoding="utf-8"))
+    vocabulary = content["model"]["vocab"]
+    first, second = sorted(vocabulary, key=lambda text: vocabulary[text])[40:42]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    file.write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(RecipeError, match="has another tokenizer: id 40 is ") as caught:
+        train(write_chat(taught, other), "other-tokenizer")
+    assert caught.value.exit_code == 2

@@ -297,6 +297,10 @@ MINING = "test_mining.py"
 SELECTIVE = "evaluate/test_decision.py"
 ELSEWHERE = {
     "distil.control": "test_control_runs.py::test_without_a_control_run_the_verdict_says_what_it_does_not_know",
+    "distil.teacher": "test_distil.py::test_a_teacher_that_was_trained_further_makes_its_predictions_stale",
+    "distil.top_k": "test_distil.py::test_only_what_changes_the_predictions_records_them_again",
+    "distil.temperature": "test_distil.py::test_only_what_changes_the_predictions_records_them_again",
+    "distil.weight": "test_distil.py::test_only_what_changes_the_predictions_records_them_again",
     "evaluate.controls": "evaluate/test_controls.py::test_a_recipe_with_a_gate_or_a_control_that_cannot_be_is_refused",
     "chat.images": "tasks/test_image_chat.py::test_the_key_images_decides_whether_the_model_keeps_its_towers",
     "adapter.train_projector": "adapter/test_image_adapters.py::test_full_training_reaches_the_projector_on_request",
