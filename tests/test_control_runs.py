@@ -303,6 +303,26 @@ def test_the_report_has_the_teacher_and_the_share_of_the_gap_that_was_closed(pla
     assert "teacher: not scored, because" in console.file.getvalue()  # type: ignore[attr-defined]
 
 
+def test_grpo_is_compared_with_the_filter_on_as_many_samples(place: Path, tiny_llama: Path) -> None:
+    (place / "reward.py").write_text("def score(row, answer):\n    return len(answer) * 7 % 5 / 4\n")
+    reinforce = {"rewards": {"reward.py:score": 1.0}, "samples": 4, "max_new_tokens": 8, "accept": 0.25}
+    train = {"num_train_epochs": None, "max_steps": 2}
+    sections: dict[str, Any] = {"task": "reinforce", "reinforce": reinforce | {"mask_truncated": False}, "train": train}
+    evaluate = {"metrics": ["chrf"], "samples": 0, "gates": ["chrf >= 0"]}
+    write_recipe(place / "grpo.yaml", tiny_llama, "rows.jsonl", evaluate=evaluate, **sections)
+    report, said = run(place, "grpo", recipe="grpo.yaml")
+    inner = recipe_of_run(read_run(place / "grpo/controls/filter")).recipe
+    assert inner.reinforce is not None
+    assert (inner.reinforce.method, inner.reinforce.samples, inner.control_run) == ("filter", 4, None)
+    assert report["evaluation"]["control_run"]["name"] == "filter"
+    assert "GRPO beat filter: " in report["verdict"]["reason"]
+    assert said.count("base: reusing its answers") == 1
+    assert verify_run(place / "grpo").failed == verify_run(place / "grpo/controls/filter").failed == []
+    loaded = recipe_of_run(read_run(place / "grpo"), ["evaluate.metrics=[chrf, exact_match]"])
+    again = evaluate_run(loaded, place / "grpo", Console(quiet=True), offline=True)
+    assert set(again["evaluation"]["control_run"]["scores"]) == {"chrf", "exact_match"}
+
+
 @pytest.mark.slow
 def test_two_processes_train_and_score_the_control_run(place: Path) -> None:
     done = llmtune("launch", "local", "tiny.yaml", "--processes", "2", "--threads", "1", "--out", "two", cwd=place)

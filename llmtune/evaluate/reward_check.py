@@ -14,6 +14,7 @@ from time import perf_counter
 
 import numpy as np
 from numpy.typing import NDArray
+from rich.console import Console
 
 from llmtune.data.column_mapping import rename
 from llmtune.data.conversation_texts import split_reference
@@ -21,6 +22,7 @@ from llmtune.data.rejected_rows import RowError
 from llmtune.data.row_formats import parse_row
 from llmtune.data.row_kind import MESSAGES
 from llmtune.data.sources import resolve_inputs
+from llmtune.display.console import spinner
 from llmtune.errors import DataError, Problem
 from llmtune.evaluate.intervals import Floats
 from llmtune.evaluate.metric import measure_shares, own_interval, paired_difference
@@ -87,6 +89,14 @@ FAULTS = {
 """What is wrong with a reward, in the order of the report."""
 
 
+@dataclass(frozen=True)
+class RewardLimits:
+    """What a reward may use."""
+
+    seconds: float
+    network: bool
+
+
 @dataclass
 class Observed:
     """What the calls showed, for each probe and row: `values[probe]` is [N], NaN for None and errors."""
@@ -128,6 +138,22 @@ def read_checked_rows(path: str, seed: int) -> list[tuple[str, Row]]:
     return [rows[i] for i in np.random.default_rng(seed).permutation(len(rows))[:CHECKED_ROWS]]
 
 
+def check_rewards(
+    rewards: Sequence[Reward],
+    rows: Sequence[tuple[str, Row]],
+    answer_form: str,
+    seed: int,
+    limits: RewardLimits,
+    console: Console,
+) -> Json:
+    """Return the document of `llmtune reward check` without a model. Raises RewardError if a reward cannot run."""
+    probes = make_probes([row for _, row in rows], answer_form, seed)
+    with spinner(console, f"{sum(map(len, probes.values())):,} answers, twice"):
+        seen = observe_rewards(rewards, rows, probes, limits)
+    described = [{"name": one.name, "weight": one.weight, "signature": one.signature} for one in rewards]
+    return {"rewards": described, **judge_rewards(seen, seed)}
+
+
 def make_probes(rows: Sequence[Row], answer_form: str, seed: int) -> dict[str, list[str]]:
     """Return the answers [N] of each probe, and of `LENGTHS` as `padded0` and so on.
 
@@ -158,9 +184,7 @@ def observe_rewards(
     rewards: Sequence[Reward],
     rows: Sequence[tuple[str, Row]],
     probes: Mapping[str, Sequence[str]],
-    *,
-    seconds: float,
-    network: bool,
+    limits: RewardLimits,
 ) -> Observed:
     """Call the rewards on all answers, twice and in another order. Raises RewardError if a reward cannot run."""
     places = [(name, number) for name, answers in probes.items() for number in range(len(answers))]
@@ -170,9 +194,9 @@ def observe_rewards(
     failed = set[int]()
     for reward in rewards:
         started = perf_counter()
-        first = _run_reward(reward, pairs, origins, seconds, network, "exceptions")
+        first = _run_reward(reward, pairs, origins, limits, "exceptions")
         times.append((perf_counter() - started) / len(pairs))
-        again = _run_reward(reward, pairs[::-1], origins[::-1], seconds, network, "values")[::-1]
+        again = _run_reward(reward, pairs[::-1], origins[::-1], limits, "values")[::-1]
         if reward.file is not None:
             times[-1] = median(one["seconds"] for one in again)
         for i, ((name, number), one, other) in enumerate(zip(places, first, again, strict=True)):
@@ -195,16 +219,16 @@ def observe_rewards(
 
 
 def _run_reward(
-    reward: Reward, pairs: Sequence[RewardPair], origins: Sequence[str], seconds: float, network: bool, observe: str
+    reward: Reward, pairs: Sequence[RewardPair], origins: Sequence[str], limits: RewardLimits, observe: str
 ) -> list[Json]:
-    outcomes = call_reward(reward, pairs, seconds=seconds, network=network, observe=observe)
+    outcomes = call_reward(reward, pairs, seconds=limits.seconds, network=limits.network, observe=observe)
     if isinstance(outcomes, Failure):
         raise RewardError(describe_failure(reward, outcomes, origins))
     return outcomes
 
 
 def judge_rewards(seen: Observed, seed: int) -> Json:
-    """Return the document of `llmtune reward check`: intervals by probe, faults, and values for a recipe."""
+    """Return intervals by probe, faults, and values for a recipe."""
     values = {name: seen.values[name] for name in PROBES}
     flat = np.concatenate([*seen.values.values()])
     finite = flat[np.isfinite(flat)]
@@ -215,13 +239,13 @@ def judge_rewards(seen: Observed, seed: int) -> Json:
     for name, title in PROBES.items():
         shares = scaled[name][np.isfinite(scaled[name])]
         mean = own_interval(measure_shares("reward", shares.tolist(), ""), seed)
-        probes[name] = {"answers": title, "rows": len(shares), "reward": _rescale(mean, reach, low)}
+        probes[name] = {"answers": title, "rows": len(shares), "reward": rescale_interval(mean, reach, low)}
         if name != "reference":
             both = np.isfinite(scaled[name]) & np.isfinite(scaled["reference"])
             base, best = (measure_shares("reward", scaled[one][both].tolist(), "") for one in (name, "reference"))
             gap = paired_difference(base, best, seed)
             is_clear = bool(gap.low > 0 and gap.value >= LEAST_GAP)
-            probes[name] |= {"gap": _rescale(gap, reach, 0.0), "clear": is_clear}
+            probes[name] |= {"gap": rescale_interval(gap, reach, 0.0), "clear": is_clear}
             unclear |= {} if is_clear else {name: title}
     length = correlate_length(np.array([seen.values[f"padded{words}"] for words in LENGTHS]), seed)
     faults = find_faults(seen, probes, unclear, length, low == high)
@@ -238,11 +262,23 @@ def judge_rewards(seen: Observed, seed: int) -> Json:
         "caught": [*seen.caught.values()],
         "none": dict(seen.nones),
         "seconds_per_call": seen.seconds,
-        "recipe": {"accept": accept},
+        "model": None,
+        "recipe": {"accept": accept, "samples": None},
     }
 
 
-def _rescale(one: Difference, factor: float, offset: float) -> Json:
+def add_samples(document: Json, samples: Json) -> Json:
+    """Return the document with what a model's samples show; without any spread the rewards cannot train it."""
+    faults, recipe = document["faults"], {**document["recipe"], "samples": samples["samples_needed"]}
+    if samples["spread"]["value"] == 0:
+        answers = f"all {samples['samples']} answers of {samples['name']}"
+        why = f"{answers} to each of {samples['prompts']} prompts get the same reward"
+        faults = [*faults, {"name": "no_spread", "what": FAULTS["no_spread"], "why": why}]
+    return {**document, "ok": not faults, "faults": faults, "model": samples, "recipe": recipe}
+
+
+def rescale_interval(one: Difference, factor: float, offset: float) -> Json:
+    """Return a value and its interval, multiplied by `factor`, plus `offset`."""
     ends = {"value": one.value, "low": one.low, "high": one.high}
     return {name: offset + factor * end for name, end in ends.items()}
 
@@ -257,7 +293,9 @@ def correlate_length(values_LN: Floats, seed: int) -> Json:
     lengths_L = np.arange(len(LENGTHS)) - (len(LENGTHS) - 1) / 2
     norm_N = np.sqrt((lengths_L**2).sum() * (ranks_LN**2).sum(0))
     correlation_N = np.divide(lengths_L @ ranks_LN, norm_N, out=np.zeros(len(norm_N)), where=norm_N > 0)
-    return _rescale(own_interval(measure_shares("length", ((correlation_N + 1) / 2).tolist(), ""), seed), 2.0, -1.0)
+    return rescale_interval(
+        own_interval(measure_shares("length", ((correlation_N + 1) / 2).tolist(), ""), seed), 2.0, -1.0
+    )
 
 
 def find_faults(

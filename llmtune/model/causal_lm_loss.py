@@ -46,7 +46,7 @@ def target_losses(
     targets = {"predict_S": batch["predict_S"], "targets_S": batch["targets_S"], "choices": choices}
     targets |= {key: batch[key] for key in ("teacher",) if key in batch}
     output = model(**_decoder_arguments(model, batch), **targets, temperature=temperature)
-    return output["losses_S"], output.get("correct_S", output["losses_S"].new_empty(0))
+    return output["losses_S"], output["correct_S"]
 
 
 def weigh_by_probability(losses_S: torch.Tensor, model: torch.nn.Module) -> torch.Tensor:

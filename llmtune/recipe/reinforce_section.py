@@ -8,6 +8,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
+from llmtune.recipe.control_run import ControlRun
 from llmtune.recipe.evaluate_section import absolute_metric
 from llmtune.recipe.section import NonEmpty, Positive
 from llmtune.recipe.source_map import Diagnostics
@@ -21,6 +22,8 @@ class ReinforceSection(TaskSection):
     """Settings of the task `reinforce`."""
 
     paths: ClassVar[Mapping[str, Callable[[str, Path], str]]] = {"rewards": absolute_metric, "audit": absolute_metric}
+
+    training_keys: ClassVar[frozenset[str]] = frozenset({"method", "rounds", *GRPO_KEYS})
 
     method: Literal["filter", "grpo"] = "grpo"
     """`filter` samples answers and trains on those that the rewards accept. `grpo` raises the probability of answers
@@ -77,6 +80,15 @@ class ReinforceSection(TaskSection):
     def ties(self) -> bool:
         """Whether the loss ties the model to the starting model."""
         return self.method == "grpo" and self.beta > 0
+
+    def as_control(self) -> ControlRun | None:
+        """Return the control run of `method: grpo`: the recipe with `method: filter`."""
+        if self.method == "filter":
+            return None
+        defaults = {name: type(self).model_fields[name].default for name in GRPO_KEYS}
+        section = self.model_copy(update={**defaults, "method": "filter"})
+        on = self.control is not False
+        return ControlRun("filter", "GRPO beat filter", "reinforce.control", {"reinforce": section}, on)
 
     def check(self, diagnostics: Diagnostics, max_length: int) -> None:
         """Report missing rewards, and keys that the method ignores."""

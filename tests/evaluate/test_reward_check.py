@@ -172,10 +172,10 @@ def test_a_failed_check_names_the_fault_in_words(sums: Path) -> None:
 
 def test_the_document_has_the_same_keys_for_good_and_bad_rewards(sums: Path) -> None:
     good, bad = check(sums, "exact_match"), check(sums, f"{REWARDS / 'keyword.py'}:reward_func")
-    keys = "rewards ok faults rows range probes length_correlation errors changes caught none seconds_per_call recipe"
-    assert [*good] == [*bad] == keys.split()
-    assert good["recipe"] == {"accept": 1.0}
-    assert bad["recipe"] == {"accept": None}
+    keys = ["rewards", "ok", "faults", "rows", "range", "probes", "length_correlation", "errors", "changes", "caught"]
+    assert [*good] == [*bad] == [*keys, "none", "seconds_per_call", "model", "recipe"]
+    assert good["recipe"] == {"accept": 1.0, "samples": None}
+    assert bad["recipe"] == {"accept": None, "samples": None}
     assert good["probes"]["other"]["gap"]["low"] > 0.5
     assert good["length_correlation"]["value"] == 0
     assert [*good["probes"]] == ["reference", "other", "empty", "prompt", "options", "malformed", "padded"]
@@ -211,6 +211,8 @@ def test_rows_that_cannot_tell_right_from_wrong_are_refused(
         (["absent.py:mine", "--rows", "sums.jsonl"], 2, "cannot be read: No such file or directory"),
         (["exactmatch", "--rows", "sums.jsonl"], 2, "Did you mean 'exact_match'?"),
         (["exact_match=much", "--rows", "sums.jsonl"], 2, "'much' is not a weight"),
+        (["exact_match=0", "--rows", "sums.jsonl"], 2, "'0' is not a weight"),
+        (["exact_match=nan", "--rows", "sums.jsonl"], 2, "'nan' is not a weight"),
         (["exact_match", "--rows", "sums.jsonl", "--answer-form", "answer"], 2, "has no place for the answer"),
         (["slow.py:mine", "--rows", "sums.jsonl", "--seconds", "0.5"], 2, "mine: it took more than 0.5 s"),
         (["online.py:mine", "--rows", "sums.jsonl"], 2, "mine: it used the network"),
