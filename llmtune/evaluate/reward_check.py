@@ -230,20 +230,20 @@ def _run_reward(
 def judge_rewards(seen: Observed, seed: int) -> Json:
     """Return intervals by probe, faults, and values for a recipe."""
     values = {name: seen.values[name] for name in PROBES}
-    flat = np.concatenate([*seen.values.values()])
-    finite = flat[np.isfinite(flat)]
-    low, high = (float(finite.min()), float(finite.max())) if len(finite) else (np.nan, np.nan)
-    reach = high - low if high > low else 1.0
-    scaled = {name: (one - low) / reach for name, one in values.items()}
+    low, high = find_range([*seen.values.values()])
     probes, unclear = dict[str, Json](), dict[str, str]()
     for name, title in PROBES.items():
-        shares = scaled[name][np.isfinite(scaled[name])]
+        # Only the compared answers set the range: long answers may have rewards far from all others.
+        least, most = find_range([values[name], values["reference"]])
+        reach = most - least if most > least else 1.0
+        scaled, best = ((values[one] - least) / reach for one in (name, "reference"))
+        shares = scaled[np.isfinite(scaled)]
         mean = own_interval(measure_shares("reward", shares.tolist(), ""), seed)
-        probes[name] = {"answers": title, "rows": len(shares), "reward": rescale_interval(mean, reach, low)}
+        probes[name] = {"answers": title, "rows": len(shares), "reward": rescale_interval(mean, reach, least)}
         if name != "reference":
-            both = np.isfinite(scaled[name]) & np.isfinite(scaled["reference"])
-            base, best = (measure_shares("reward", scaled[one][both].tolist(), "") for one in (name, "reference"))
-            gap = paired_difference(base, best, seed)
+            both = np.isfinite(scaled) & np.isfinite(best)
+            pair = (measure_shares("reward", one[both].tolist(), "") for one in (scaled, best))
+            gap = paired_difference(*pair, seed)
             is_clear = bool(gap.low > 0 and gap.value >= LEAST_GAP)
             probes[name] |= {"gap": rescale_interval(gap, reach, 0.0), "clear": is_clear}
             unclear |= {} if is_clear else {name: title}
@@ -265,6 +265,13 @@ def judge_rewards(seen: Observed, seed: int) -> Json:
         "model": None,
         "recipe": {"accept": accept, "samples": None},
     }
+
+
+def find_range(columns: Sequence[Floats]) -> tuple[float, float]:
+    """Return the lowest and the highest finite reward; NaN without any."""
+    flat = np.concatenate(columns)
+    finite = flat[np.isfinite(flat)]
+    return (float(finite.min()), float(finite.max())) if len(finite) else (np.nan, np.nan)
 
 
 def add_samples(document: Json, samples: Json) -> Json:

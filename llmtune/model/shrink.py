@@ -39,7 +39,7 @@ def shrink_model(name: str, layers: int, out: Path, console: Console, offline: b
     config = read_model_config(model_ref, section)
     count = _count_layers(config, name)
     if not 2 <= layers < count:
-        fix = f"Choose a number from 2 to {count - 1}."
+        fix = f"Choose a number from 2 to {count - 1}." if count > 2 else "Use a model with more layers."
         raise RecipeError.of(f"{name} has {count} layers, so it cannot be cut to {layers}", "--layers", fix)
     kept = [(i * (count - 1) + (layers - 1) // 2) // (layers - 1) for i in range(layers)]
     dtype = getattr(config, "dtype", None) or torch.float32

@@ -23,7 +23,7 @@ WINDOW = 10
 LEAST_RISE = 4.0
 """Nats above the best so far at which a loss counts as diverged; e^4: each token is about 50 times less likely."""
 IDLE_STEPS = 10
-"""Training ends if its first steps, this many, have no gradient; or all steps of an epoch."""
+"""Training ends if its first steps, this many, have no gradient; or all steps of an epoch, or of the training."""
 FAR = 10
 """Multiple of the initial loss that counts as diverged, for losses without a scale of their own."""
 
@@ -86,8 +86,9 @@ class Divergence:
 def note_figures(training: TrainContext, state: TrainState, step: int) -> None:
     """Add the objective's figures of a step to `state`; raise TrainingError after too many steps without a gradient."""
     idle, epoch = training.objective.idle, training.plan.steps_per_epoch
+    first = min(IDLE_STEPS, epoch, training.plan.total_steps)
     state.idle_steps = state.idle_steps + 1 if idle else 0
-    if idle and state.idle_steps >= (min(IDLE_STEPS, epoch) if state.idle_steps == step else epoch):
+    if idle and state.idle_steps >= (first if state.idle_steps == step else epoch):
         what = f"no update in {state.idle_steps} steps, up to step {step}: {idle.what}"
         raise TrainingError.of(what, idle.where, idle.fix)
     state.log_steps += 1

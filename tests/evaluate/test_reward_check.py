@@ -226,3 +226,11 @@ def test_bad_input_has_its_exit_code_and_a_cure(
     Path("online.py").write_text("import socket\ndef mine(row, answer):\n    return socket.socket()\n")
     result = invoke("reward", "check", *arguments)
     assert (result.exit_code, what in " ".join(result.output.split())) == (code, True), result.output
+
+
+def test_a_penalty_for_length_does_not_hide_that_references_win(sums: Path) -> None:
+    text = 'def mine(row, answer):\n    return (answer == row["messages"][-1]["content"]) - len(answer) / 100\n'
+    (sums.parent / "rewards.py").write_text(text)
+    document = check(sums, f"{sums.parent / 'rewards.py'}:mine")
+    assert document["probes"]["empty"]["gap"]["low"] > 0.5
+    assert document["ok"]
