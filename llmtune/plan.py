@@ -24,6 +24,7 @@ from llmtune.data.sources import hash_sources, list_sources
 from llmtune.display.console import phase
 from llmtune.errors import EnvironmentProblem, RecipeError
 from llmtune.evaluate.cache_keys import evaluation_inputs, hash_evaluation
+from llmtune.evaluate.rewards import hash_reward_files
 from llmtune.evaluate.suites.judge_client import host
 from llmtune.evaluate.suites.suite_registry import check_inputs, check_variant
 from llmtune.model.config import read_model_config
@@ -359,6 +360,7 @@ def lock_run(run: RunContext) -> None:
         judge={"model": judge.model, "host": host(judge)} if (judge := recipe.evaluate.judge) else None,
         miner=resolve_model(miner, recipe.model, run.console, run.request.offline) if miner else None,
         teacher=find_teacher(recipe, run.console, run.request.offline),
+        rewards=hash_reward_files(recipe.variant.rewards),
     )
 
 

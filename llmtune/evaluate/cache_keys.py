@@ -11,7 +11,7 @@ from llmtune.errors import DataError
 from llmtune.evaluate.control_runs import find_control_scores
 from llmtune.evaluate.per_row_scores import MEASURES
 from llmtune.evaluate.release_records import locate_champion
-from llmtune.evaluate.rewards import reward_files
+from llmtune.evaluate.rewards import hash_reward_files, reward_files
 from llmtune.evaluate.suites.lm_eval import list_task_files
 from llmtune.recipe.eval_suites_section import is_task_file
 from llmtune.recipe.evaluate_section import EXTRA_KEYS, GATE_KEYS
@@ -61,8 +61,7 @@ def base_inputs(
     settings += [recipe.task_section(measuring=True), adapter, *(one.model_dump(mode="json") for one in sections)]
     contents = [model.content_hash, rows.content_hash, examples.content_hash]
     contents += [rows.corpus_hash] if rows.corpus_hash else []
-    files = [Path(file) for file in reward_files(recipe.variant.rewards)]
-    rewards = [hash_file(file) for file in files if file.is_file()]
+    rewards = [*hash_reward_files(recipe.variant.rewards).values()]
     contents += [hash_value([recipe.seed, rewards])] if recipe.variant.rewards else []
     drawn = recipe.seed if recipe.generation.do_sample else None
     return hash_value([__version__, package_versions(("torch", "transformers")), contents, settings, drawn])

@@ -28,6 +28,7 @@ from llmtune.evaluate.text_metrics import ROUGE_METRICS, TEXT_MEASURES
 from llmtune.evaluate.tool_metrics import TOOL_SCORES, fits_schema, score_argument_values
 from llmtune.recipe.evaluate_section import is_own_metric, metric_name
 from llmtune.records import Json, Row
+from llmtune.store.atomic_files import hash_file
 
 KEY = "reinforce.rewards"
 SECONDS = 300.0
@@ -101,6 +102,11 @@ def read_rewards(stated: Mapping[str, float], key: str = KEY) -> list[Reward]:
 def reward_files(stated: Iterable[str]) -> list[str]:
     """Return the files of the user's own rewards, to be hashed."""
     return sorted({one.rpartition(":")[0] for one in stated if is_own_metric(one)})
+
+
+def hash_reward_files(stated: Iterable[str]) -> dict[str, str]:
+    """Hash the files of the user's own rewards; missing ones are reported elsewhere."""
+    return {file: hash_file(Path(file)) for file in reward_files(stated) if Path(file).is_file()}
 
 
 def read_reward(stated: str, weight: float, key: str = KEY) -> Reward:

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -65,7 +64,7 @@ class TokenSampler(LogitsProcessor):  # type: ignore[misc]
             self.logps[row].append(logp)
         return tokens_B1[:, 0]
 
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **options: Any) -> torch.Tensor:
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Leave only the picked tokens, for the loop of transformers."""
         tokens_B = self.pick(scores, range(len(scores)), input_ids.shape[1] - self.start)
         return torch.full_like(scores, -torch.inf).scatter_(1, tokens_B[:, None], 0.0)

@@ -89,6 +89,8 @@ class Lock(TypedDict):
     """The model that mined negatives, if the recipe names another one."""
     teacher: NotRequired[LockedModel]
     """The model of `distil.teacher`."""
+    rewards: NotRequired[dict[str, str]]
+    """Hash of each file of the user's own rewards, as training used it."""
     template: dict[str, str]
     packages: dict[str, str | None]
     seed: int
@@ -129,12 +131,13 @@ def write_lock(
     judge: Mapping[str, str] | None = None,
     miner: ModelRef | None = None,
     teacher: ModelRef | None = None,
+    rewards: Mapping[str, str] | None = None,
 ) -> None:
     """Write llmtune.lock to a run folder that already has recipe.yaml.
 
     `model` is the model's folder, `start_from` the adapter that training continues, `device` the compute device,
     `judge` the model and host of `evaluate.judge`, `miner` the model of `data.negatives`,
-    `teacher` that of `distil`.
+    `teacher` that of `distil`, `rewards` the hashes of the user's own reward files.
     """
     lock = Lock(
         lock_version=LOCK_VERSION,
@@ -157,6 +160,8 @@ def write_lock(
         lock["miner"] = _lock_model(miner)
     if teacher:
         lock["teacher"] = _lock_model(teacher)
+    if rewards:
+        lock["rewards"] = dict(rewards)
     write_json(folder / LOCK, lock)
 
 

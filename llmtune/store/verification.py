@@ -281,8 +281,9 @@ def _check_template(folder: RunFolder, lock: Lock) -> Iterator[Finding]:
 
 
 def _check_metrics(lock: Lock, run: Path) -> Iterator[Finding]:
-    """Check the files of the user's own metrics."""
-    for file, recorded_hash in lock.get("metrics", {}).items():
+    """Check the files of the user's own metrics, and those of the rewards of training."""
+    files = {**lock.get("metrics", {}), **lock.get("rewards", {})}
+    for file, recorded_hash in files.items():
         path = relocated(file, lock.get("folder"), run)
         yield compare_hashes("metrics", str(path), recorded_hash, hash_file(path) if path.is_file() else None)
 

@@ -25,6 +25,7 @@ from llmtune import __version__
 from llmtune.data.example import Collate
 from llmtune.data.examples import ExampleReader
 from llmtune.errors import EnvironmentProblem, Problem, RecipeError
+from llmtune.evaluate.rewards import hash_reward_files
 from llmtune.model.causal_lm_loss import DFT
 from llmtune.model.device import compute_context, pick_device, resolve_dtype
 from llmtune.records import AdaptedModel, Examples
@@ -244,7 +245,11 @@ def deterministic() -> Iterator[None]:
 
 
 def train_inputs(recipe: Recipe, adapter: str, teacher: str | None = None) -> str:
-    """Hash what training depends on: adapted model and teacher, by hashes of their inputs, and the train section."""
+    """Hash what training depends on: adapted model and teacher, by hashes of their inputs, the train section, rewards.
+
+    The settings of the rewards are inputs of the adapted model, as those of every task.
+    """
     settings = [{**recipe.train.model_dump(mode="json"), "seeds": []}, recipe.data.packing]
     settings += [teacher, recipe.distil.weight] if recipe.distil else []
+    settings += [[*hash_reward_files(recipe.variant.rewards).values()]] if recipe.variant.rewards else []
     return hash_value([__version__, adapter, settings])
