@@ -69,7 +69,7 @@ class Resolved:
 
     @cached_property
     def made_rows(self) -> Any:
-        return prepare_rows(self.recipe, self.folder / "rows", QUIET)
+        return prepare_rows(self.recipe, self.folder / "data" / "rows", QUIET)
 
     @cached_property
     def plan(self) -> Plan:
@@ -290,12 +290,21 @@ FLIPS = {
     **flips("preference", "loss", STATES, recipe="preference.yaml", loss="ipo", beta="0.5", label_smoothing="0.3"),
     **flips("preference", "loss", recipe="thumbs.yaml", desirable_weight="3.0", undesirable_weight="3.0"),
     **flips("preference", "loss", "preference.loss=reward", recipe="preference.yaml", center_rewards_coefficient="0.5"),
+    **flips("reinforce", "events", recipe="reinforce.yaml", method="filter", rewards="{reward.py:score: 2.0}"),
+    **flips("reinforce", "events", recipe="reinforce.yaml", samples="3", max_new_tokens="4", mask_truncated="true"),
+    **flips("reinforce", "events", recipe="reinforce.yaml", temperature="2.0", top_p="0.5", top_k="5"),
+    **flips("reinforce", "events", recipe="reinforce.yaml", loss="grpo", scale_rewards="group", beta="5.0"),
+    **flips("reinforce", "events", recipe="reinforce.yaml", rounds="1"),
+    **flips("reinforce", "events", "reinforce.rounds=1", recipe="reinforce.yaml", epsilon="0.0001"),
+    **flips("reinforce", "events", recipe="filter.yaml", accept="0.75"),
 }
 HUB = "data/test_hub_datasets.py"
 JUDGE = "evaluate/suites/test_judge.py"
 MINING = "test_mining.py"
 SELECTIVE = "evaluate/test_decision.py"
 ELSEWHERE = {
+    "reinforce.control": "test_control_runs.py::test_grpo_is_compared_with_the_filter_on_as_many_samples",
+    "reinforce.audit": "test_reinforce_runs.py::test_both_models_are_sampled_and_rated_on_every_test_prompt",
     "distil.control": "test_control_runs.py::test_without_a_control_run_the_verdict_says_what_it_does_not_know",
     "distil.teacher": "test_distil.py::test_a_teacher_that_was_trained_further_makes_its_predictions_stale",
     "distil.top_k": "test_distil.py::test_only_what_changes_the_predictions_records_them_again",
@@ -517,6 +526,12 @@ def make_tasks(place: Path, questions: list[tuple[str, str]]) -> None:
     write("embed-scores", "embed", "encoder", "scored", ["spearman"], **quiet)
     write("preference", "preference", "model", "pairs-of-answers", ["margin"], **quiet)
     write("thumbs", "preference", "model", "thumbs", ["margin"], preference={"loss": "kto"}, **quiet)
+    (place / "reward.py").write_text("def score(row, answer):\n    return len(answer) * 7 % 5 / 4\n")
+    rewarded = {"rewards": {"reward.py:score": 1.0}, "samples": 4, "max_new_tokens": 6}
+    write(
+        "filter", "reinforce", "model", "rows", ["reward"], reinforce={**rewarded, "method": "filter", "accept": 0.25}
+    )
+    write("reinforce", "reinforce", "model", "rows", ["reward"], reinforce={**rewarded, "mask_truncated": False})
 
 
 def _write_task(place: Path, name: str, task: str, model: str, rows: str, metrics: list[str], **sections: Any) -> None:

@@ -147,7 +147,8 @@ SHARED_FILES_THAT_KNOW_A_TASK = {
 task. `column`: a column that only some kinds of rows have. `class`: a transformers class of one kind of model.
 """
 TABLES = (
-    *("recipe/task_facts.py", "recipe/task_sections.py", "recipe/format_names.py", "recipe/model_kind.py"),
+    *("recipe/task_facts.py", "recipe/task_sections.py", "recipe/reinforce_section.py", "recipe/format_names.py"),
+    "recipe/model_kind.py",
     *("recipe/first_settings.py", "data/row_kind.py", "tasks/"),
     "model/audio_models.py",
 )
