@@ -192,7 +192,6 @@ def test_rows_without_what_a_reward_needs_are_refused_by_its_name(
     assert re.search(r"rows.jsonl:\d+: the reward exact_match needs a reference answer, and the row has none", shown)
     assert "wrong takes `total`, and the rows have no such column" in shown
     assert "right takes" not in shown
-    write_recipe(
-        here / "mine.yaml", "owner/model", "rows.jsonl", **sections, reinforce={"rewards": {"own.py:right": 1.0}}
-    )
-    assert invoke(*command, "mine.yaml").exit_code == 0
+    kept = {"rewards": {"own.py:right": 1.0}}
+    write_recipe(here / "mine.yaml", "owner/model", "rows.jsonl", **sections, reinforce=kept)
+    assert invoke(*command, "mine.yaml").exit_code == (0 if command == LIGHT else 4)  # a run has no such model
