@@ -28,7 +28,7 @@ from llmtune.adapter.injection import describe_adapter
 from llmtune.data.data_report import describe_examples
 from llmtune.data.examples import ExampleReader, encode_rows, examples_inputs
 from llmtune.data.preparation import has_rows, prepare_rows
-from llmtune.data.row_store import load_rows
+from llmtune.data.row_store import iterate_full_rows, load_rows
 from llmtune.deploy.products import check_products, make_products, reporting
 from llmtune.deploy.release_folder import conclude_release, release_kept
 from llmtune.errors import EnvironmentProblem
@@ -75,6 +75,7 @@ from llmtune.store.run_origin import is_own, save_recipe
 from llmtune.store.run_request import RunRequest
 from llmtune.store.seed_runs import SEEDS_UNTIL, control_folder, is_done, scored_as, seed_folder, share_rows, with_seed
 from llmtune.tasks import base, registry
+from llmtune.tasks.reward_rules import check_rewarded_rows
 from llmtune.train.loop import train
 from llmtune.train.metrics_log import log_results
 from llmtune.train.row_losses import list_hardest
@@ -168,6 +169,9 @@ def prepare_step(run: RunContext, recipe: Recipe) -> None:
                 if not has_rows(target, made.content_hash):
                     run.folder.refuse_released()
             step.facts.update(made.as_facts())
+    if recipe.variant.rewards:
+        rows = load_rows(target)
+        check_rewarded_rows(recipe, (pair for split in rows.files for pair in iterate_full_rows(rows, split)))
 
 
 def best_candidate(run: RunContext, loaded: LoadedRecipe) -> str:

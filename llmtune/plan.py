@@ -263,7 +263,7 @@ def decide_rest(run: RunContext, draft: Plan, rows: Rows, examples: Examples) ->
     evaluated = evaluation_inputs(draft.recipe, draft.model_ref, rows, examples, run.folder.path)
     teacher = find_teacher(draft.recipe, run.console, run.request.offline, run.request.pins)
     taught = teacher_inputs(draft.recipe, examples, teacher)
-    inputs = {"adapt": adapted, "train": train_inputs(draft.recipe, adapted, taught), "evaluate": evaluated}
+    inputs = {"adapt": adapted, "train": train_inputs(draft.recipe, rows, adapted, taught), "evaluate": evaluated}
     inputs |= {"teach": taught} if taught else {}
     return {"checkpointing": decide_checkpointing(run, draft, max(examples.longest.values())), "inputs": inputs}
 

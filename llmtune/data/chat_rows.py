@@ -177,7 +177,7 @@ def canonical_messages(value: object, tools: object = None, system: object = Non
     Raises:
         RowError: The row cannot be trained on.
     """
-    turns = _json_cell(value, "messages")
+    turns = json_cell(value, "messages")
     if not isinstance(turns, list):
         raise RowError("wrong type", f"'messages' is {json_kind(turns)}; it must be a list of messages")
     if not turns:
@@ -212,7 +212,7 @@ def open_conversation(
     Messages and their order are checked as in training: a placeholder answer is appended for the check. `folder` is the
     base of paths of pictures (`read_picture`). Pictures are refused unless the model `reads_pictures`.
     """
-    turns = _json_cell(value, "messages")
+    turns = json_cell(value, "messages")
     if isinstance(turns, list):
         last = turns[-1] if turns else None
         role = last.get(first_key(last, ROLE_KEYS)) if isinstance(last, dict) else None
@@ -240,7 +240,7 @@ def _message(turn: object, number: int) -> Message:
     content = turn.get(first_key(turn, CONTENT_KEYS))
     calls = _tool_calls(turn, where)
     if stated == "function_call":
-        calls, content = [_call(_json_cell(content, f"{where}: the function call"), where)], ""
+        calls, content = [_call(json_cell(content, f"{where}: the function call"), where)], ""
     message = _said(turn, content, where, role, bool(calls))
     train = turn.get("train", turn.get("weight", turn.get("loss_weight")))  # OpenAI's and LLaMA-Factory's: 0 or 1
     if train is not None:
@@ -317,11 +317,11 @@ def read_call(call: ToolCall) -> tuple[str, dict[str, object]]:
 
 
 def _tool_calls(turn: Mapping[str, object], where: str) -> list[ToolCall]:
-    calls = _json_cell(turn.get("tool_calls"), f"{where}: 'tool_calls'")
+    calls = json_cell(turn.get("tool_calls"), f"{where}: 'tool_calls'")
     if not calls and turn.get("function_call"):
-        calls = [_json_cell(turn["function_call"], f"{where}: 'function_call'")]
+        calls = [json_cell(turn["function_call"], f"{where}: 'function_call'")]
     if not calls and isinstance(parts := turn.get("content"), list):
-        calls = [_json_cell(part.get("value"), f"{where}: a call in a part") for part in parts if is_call(part)]
+        calls = [json_cell(part.get("value"), f"{where}: a call in a part") for part in parts if is_call(part)]
     if not calls:
         return []
     if not isinstance(calls, list):
@@ -334,7 +334,7 @@ def _call(call: object, where: str) -> ToolCall:
     function = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise RowError("malformed tool call", f"{where}: a tool call needs a function with a 'name' and 'arguments'")
-    arguments = _json_cell(function.get("arguments") or {}, f"{where}: the arguments of {function['name']!r}")
+    arguments = json_cell(function.get("arguments") or {}, f"{where}: the arguments of {function['name']!r}")
     if not isinstance(arguments, dict):
         raise RowError(
             "malformed tool call", f"{where}: the arguments of {function['name']!r} are {json_kind(arguments)}"
@@ -346,7 +346,7 @@ def _call(call: object, where: str) -> ToolCall:
 
 
 def _tools(tools: object) -> list[Tool]:
-    described = _json_cell(tools, "'tools'")
+    described = json_cell(tools, "'tools'")
     if not described:
         return []
     if not isinstance(described, list):
@@ -376,7 +376,7 @@ def _check_order(messages: Sequence[Message]) -> None:
         raise RowError("no assistant answer", "every assistant message says train: false")
 
 
-def _json_cell(value: object, what: str) -> object:
+def json_cell(value: object, what: str) -> object:
     """Parse JSON text, which tables use in place of a list or object."""
     if not isinstance(value, str):
         return value

@@ -69,7 +69,7 @@ def conversation_input(row: Row) -> RowInput:
     """Return the last question of a conversation, with everything before it and all pictures as context."""
     messages = before = row["messages"]
     rated = next((row[key] for key in RATED if key in row), None)
-    if rated is None:
+    if rated is None and ends_answered(row):
         places = range(len(messages) - 1, -1, -1)
         before = messages[: next((i for i in places if messages[i]["role"] == "assistant"), len(messages))]
     *earlier, last = before or [{"role": "user", "content": ""}]
@@ -113,14 +113,28 @@ def _content_text(message: Mapping[str, Any]) -> str:
 
 
 def conversation_questions(row: Row) -> list[QuestionAnswer]:
-    """Return the last message as the answer to those before it."""
+    """Return the last message as the answer to those before it; nothing without an answer."""
+    if not ends_answered(row):
+        return []
     *before, last = row["messages"]
     texts = [*(one["content"] for one in before), *filter(None, [_picture_hashes(before)])]
     return [(texts, {**last, "rest": [row.get(key) for key in LEARNED]})]
 
 
+def ends_answered(row: Row) -> bool:
+    """Whether the last message is an answer."""
+    return bool(row["messages"]) and row["messages"][-1]["role"] == "assistant"
+
+
+def last_answer(row: Row) -> str:
+    """Return the text of the answer that ends a conversation; empty without one."""
+    return str(row["messages"][-1]["content"]) if ends_answered(row) else ""
+
+
 def without_last_answer(row: Row) -> Row:
-    """Return the conversation up to its last answer."""
+    """Return the conversation up to its last answer; all of it if it ends with a question."""
+    if row["messages"] and not ends_answered(row):
+        return row
     answers = [i for i, message in enumerate(row["messages"]) if message["role"] == "assistant"]
     return {**row, "messages": row["messages"][: answers[-1]] if answers else []}
 

@@ -29,6 +29,7 @@ from llmtune.data.sources import Detected, encoding_hint
 from llmtune.data.worker_pool import WorkerPool
 from llmtune.errors import DataError, Problem, nearest
 from llmtune.recipe.data_section import DataSection
+from llmtune.recipe.task_facts import TASK_FACTS
 from llmtune.records import SPLITS, Advance, Json
 from llmtune.store.atomic_files import atomic_file
 
@@ -365,16 +366,16 @@ class _RowParser:
             return origin, name_columns(error, detected.columns), ()
         except RecursionError:
             return origin, RowError("nested too deeply", "lists and objects are nested hundreds deep"), ()
-        kept = None
-        if tested:
+        kept, every = None, TASK_FACTS[self.task].rates_answers
+        if tested or every:
             labels = {detected.columns.get(name, name): row[name] for name in detected.row_format.labels if name in row}
-            cells = {**raw, **labels}
-            kept = json.dumps({name: cells[name] for name in self.kept_columns if name in raw}, default=str)
+            others = (name for name in raw if every and name not in detected.row_format.columns)
+            cells, names = {**raw, **labels}, dict.fromkeys((*self.kept_columns, *others))
+            kept = json.dumps({name: cells[name] for name in names if name in raw}, default=str)
         text_hash = xxhash.xxh3_64_intdigest(text.encode())
-        names = tuple(raw) if tested else ()
         filled = value.filled if isinstance(value, ArrowRow) else 0
         hashed = HashedRow(origin, text, kept, content, text_hash, group, one.number, split, filled, tuple(changes))
-        return origin, hashed, names
+        return origin, hashed, tuple(raw) if tested else ()
 
 
 def _split_group(raw: Mapping[str, object], split_by: str | None, required: bool) -> int | None:

@@ -39,6 +39,7 @@ from llmtune.errors import DataError, Problem
 from llmtune.recipe.data_section import ENCODING_KEYS, DataSection, Source
 from llmtune.recipe.format_names import ROW_KINDS
 from llmtune.recipe.schema import Recipe
+from llmtune.recipe.task_facts import TASK_FACTS
 from llmtune.recipe.yaml_writer import source_line
 from llmtune.records import SPLITS, Rows
 from llmtune.store.atomic_files import explained, hash_value, read_json, write_text
@@ -74,8 +75,8 @@ def prepare_rows(recipe: Recipe, folder: Path, console: Console, inputs: str | N
     """
     data, task = recipe.data, recipe.task
     detected = resolve_inputs(data, task)
-    used = {data.split_by, *recipe.evaluate.columns}
-    if unused := dict.fromkeys(name for one in detected for name in one.unused if name not in used):
+    idle = (name for one in detected for name in one.unused if name not in (data.split_by, *recipe.evaluate.columns))
+    if unused := dict.fromkeys(() if TASK_FACTS[task].rates_answers else idle):
         console.print(f"not used: {escape(', '.join(unused))}", style="dim")
     if renamed := {ours: theirs for one in detected for ours, theirs in one.columns.items()}:
         listing = ", ".join(f"{ours} is {theirs!r}" for ours, theirs in renamed.items())

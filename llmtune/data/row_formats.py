@@ -19,9 +19,11 @@ from llmtune.data.column_mapping import (
     with_aliases,
 )
 from llmtune.data.pictures import IMAGE, locate_picture, may_be_picture, read_pictures, refuse_bare_marks, row_pictures
+from llmtune.data.prompt_rows import OPEN_PARSERS
 from llmtune.data.rejected_rows import RowError, find_file
 from llmtune.data.row_kind import MESSAGES, RowParser, kind_of_task
 from llmtune.errors import DataError, LlmtuneError, nearest
+from llmtune.recipe.format_names import PROMPT_ALONE
 from llmtune.recipe.task_facts import TASK_FACTS
 from llmtune.records import Row
 
@@ -73,7 +75,8 @@ class RowFormat:
 
     def parser(self, task: str) -> RowParser | None:
         """Return the parser for `task`, or None."""
-        return kind_of_task(task).parsers.get(self.name)
+        parser = OPEN_PARSERS.get(self.name) if TASK_FACTS[task].rates_answers else None
+        return parser or kind_of_task(task).parsers.get(self.name)
 
 
 _STATED = ("system", "tools", "functions", "train_reasoning", "images")
@@ -139,8 +142,11 @@ _KNOWN = (
         '{"query": "...", "judged_passages": [{"text": "...", "relevance": 1}, {"text": "...", "relevance": 0}]}',
     ),
     RowFormat("query-passage-negatives", ("query", "passage", "negatives"), ()),
+    RowFormat(PROMPT_ALONE, ("prompt",), ("completion", *_STATED)),
 )
 FORMATS = {one.name: one for one in _KNOWN}
+SIGNIFICANT = tuple(one for one in _KNOWN if one.name != PROMPT_ALONE)
+"""Formats whose columns tell what a file is for."""
 CONVERSATIONS = ("messages", "conversations")
 READABLE_SHARE = 0.5
 """Share of the first rows that a reading must accept: a file may have bad rows."""
@@ -174,7 +180,8 @@ def detect_format(
     present = list(dict.fromkeys(name for row in rows for name in row))
     check_mapped(columns, rows, where)
     usable = [one for one in FORMATS.values() if one.parser(task)]
-    matching = [one for one in FORMATS.values() if _has_required(one, rows, columns)]
+    known = (one for one in FORMATS.values() if one in SIGNIFICANT or one in usable)
+    matching = [one for one in known if _has_required(one, rows, columns)]
     aliased = [one for one in usable if _has_required(one, rows, map_columns(one, rows, task, columns))]
     if forced:
         return _check_forced(FORMATS[forced], [*matching, *aliased], usable, task, present, where)
@@ -264,7 +271,7 @@ def _unknown_format(
     where: str,
     suggestion: str | None,
 ) -> LlmtuneError:
-    kinds = [next((one.name for one in FORMATS.values() if _has_required(one, [row], columns)), None) for row in rows]
+    kinds = [next((one.name for one in SIGNIFICANT if _has_required(one, [row], columns)), None) for row in rows]
     if len(set(kinds)) > 1:
         other = next(number for number, kind in enumerate(kinds) if kind != kinds[0])
         names = f"row 1 is {kinds[0] or 'of no known format'}, row {other + 1} {kinds[other] or 'of no known format'}"
@@ -311,7 +318,7 @@ def parse_row(
     """
     for name in row_format.required:
         if name not in row:
-            other = next((one.name for one in FORMATS.values() if all(column in row for column in one.required)), None)
+            other = next((one.name for one in SIGNIFICANT if all(column in row for column in one.required)), None)
             hint = f"; it looks like a {other} row" if other else ""
             raise RowError("missing column", f"{row_format.name} rows need {name!r}{hint}")
     _refuse_media(row, row_format, task)

@@ -216,8 +216,14 @@ def iterate_columns(rows: Rows, split: str) -> Iterator[dict[str, object]]:
             yield json.loads(text) if text else {}
 
 
-def read_rows(rows: Rows, split: str, indexes: Sequence[int]) -> list[Row]:
-    """Return the rows of a split at `indexes`, in that order, without reading others."""
+def iterate_full_rows(rows: Rows, split: str) -> Iterator[tuple[str, Row]]:
+    """Yield (origin, row with its kept columns) of a split in order."""
+    both = zip(iterate_rows(rows, split), iterate_columns(rows, split), strict=True)
+    yield from ((origin, {**columns, **row}) for (origin, row), columns in both)
+
+
+def read_rows(rows: Rows, split: str, indexes: Sequence[int], *, full: bool = False) -> list[Row]:
+    """Return the rows of a split at `indexes`, in that order, without reading others; `full` with kept columns."""
     if not len(indexes):
         return []
     firsts, batches = zip(*iterate_batches(rows, split), strict=True)
@@ -226,11 +232,10 @@ def read_rows(rows: Rows, split: str, indexes: Sequence[int]) -> list[Row]:
     if places.min() < 0 or places.max() >= count:
         raise IndexError(f"{split} has {count} rows")
     numbers = np.searchsorted(firsts, places, side="right") - 1
-    texts = (
-        batches[number].column("row")[place - firsts[number]].as_py()
-        for number, place in zip(numbers.tolist(), places.tolist(), strict=True)
-    )
-    return [json.loads(text) for text in texts]
+    found = [(batches[number], place - firsts[number]) for number, place in zip(numbers, places.tolist(), strict=True)]
+    read = [json.loads(batch.column("row")[place].as_py()) for batch, place in found]
+    kept = (json.loads(batch.column("columns")[place].as_py() or "{}") for batch, place in found)
+    return [{**columns, **row} for columns, row in zip(kept, read, strict=True)] if full else read
 
 
 # The spool: good rows in complete shards, from which a killed preparation resumes

@@ -27,10 +27,11 @@ from llmtune.evaluate.suites.own_metrics import (
 from llmtune.evaluate.text_metrics import ROUGE_METRICS, TEXT_MEASURES
 from llmtune.evaluate.tool_metrics import TOOL_SCORES, fits_schema, score_argument_values
 from llmtune.recipe.evaluate_section import is_own_metric, metric_name
+from llmtune.recipe.reinforce_section import ReinforceSection
 from llmtune.records import Json, Row
 from llmtune.store.atomic_files import hash_file
 
-KEY = "reinforce.rewards"
+KEY, AUDIT_KEY = "reinforce.rewards", "reinforce.audit"
 SECONDS = 300.0
 Form = Literal["row", "TRL", "ms-swift", "verl"]
 SIGNATURES = {
@@ -97,6 +98,27 @@ def read_rewards(stated: Mapping[str, float], key: str = KEY) -> list[Reward]:
     problems += [Problem(f"two rewards are named {name!r}", key, "Rename one of the functions.") for name in twice]
     RecipeError.collect(problems)
     return rewards
+
+
+def list_rewards(section: ReinforceSection) -> tuple[list[Reward], list[Reward]]:
+    """Return the rewards of a section, and its audit, which no sum has.
+
+    Raises one RecipeError with the problems of all.
+    """
+    read, problems = list[list[Reward]](), list[Problem]()
+    for key, stated in ((KEY, section.rewards), (AUDIT_KEY, {section.audit: 1.0} if section.audit else {})):
+        try:
+            read.append(read_rewards(stated, key))
+        except RecipeError as error:
+            problems += error.problems
+    RecipeError.collect(problems)
+    rewards, audit = read
+    trained = {one.name for one in rewards}
+    fix = "Rename one of the functions."
+    RecipeError.collect(
+        Problem(f"a reward is also named {one.name!r}", AUDIT_KEY, fix) for one in audit if one.name in trained
+    )
+    return rewards, audit
 
 
 def reward_files(stated: Iterable[str]) -> list[str]:
@@ -191,6 +213,26 @@ def reward_answers(
             raise RewardError(describe_failure(reward, outcomes, origins))
         values[reward.name] = [one["value"] for one in outcomes]
     return [{name: column[i] for name, column in values.items()} for i in range(len(pairs))]
+
+
+NEEDS_REFERENCE = frozenset({"exact_match", *ROUGE_METRICS, "chrf", "json_schema", "json_fields"})
+"""Built-in rewards that compare with the reference answer; `json_schema` only without a column of that name."""
+
+
+def find_lack(reward: Reward, origin: str, row: Row) -> Problem | None:
+    """Return why a reward cannot rate answers to a row: it has no reference answer, or a column is missing."""
+    if reward.file is None:
+        has_schema = reward.name == "json_schema" and row.get("json_schema")
+        if reward.name not in NEEDS_REFERENCE or has_schema or split_reference(row)[1] is not None:
+            return None
+        fix = "Add the right answer as the last message, or use a reward that needs none, such as your own."
+        return Problem(f"the reward {reward.name} needs a reference answer, and the row has none", origin, fix)
+    try:
+        make_call(reward, row, "")
+    except RewardError as error:
+        problem = error.problems[0]
+        return Problem(f"{problem.what}: {problem.where}", origin, problem.fix)
+    return None
 
 
 def weigh_rewards(rewards: Sequence[Reward], values: Mapping[str, float | None]) -> float | None:

@@ -39,12 +39,12 @@ def check_recipe(loaded: LoadedRecipe, *, trains: bool = False) -> list[Detected
 
     Raises:
         RecipeError: `evaluate.champion` is not a run of this task with scores, or a file of `evaluate.metrics` has no
-            such function.
+            such function, or rewards are unknown or cannot be called.
         EnvironmentProblem: a tracker is not installed, or a model's folder is missing.
         DataError: a file is missing, empty or in a format that the task does not know.
     """
     errors: list[LlmtuneError] = []
-    for stage in (_try_champion, _try_metrics, partial(_try_machine, trains=trains)):
+    for stage in (_try_champion, _try_metrics, _try_rewards, partial(_try_machine, trains=trains)):
         try:
             stage(loaded)
         except LlmtuneError as error:
@@ -77,6 +77,13 @@ def _try_metrics(loaded: LoadedRecipe) -> None:
         list_own_metrics(loaded.recipe.evaluate)
 
 
+def _try_rewards(loaded: LoadedRecipe) -> None:
+    if loaded.recipe.variant.rewards:
+        from llmtune.tasks.reward_rules import require_rewards  # late: imports numpy and pyarrow
+
+        require_rewards(loaded.recipe)
+
+
 def _try_machine(loaded: LoadedRecipe, trains: bool) -> None:
     packages = [*missing_trackers(loaded.recipe), *find_missing_extras(loaded.recipe)] if trains else []
     EnvironmentProblem.collect([*packages, *_missing(loaded)])
@@ -103,6 +110,11 @@ def try_recipe_rows(loaded: LoadedRecipe, detected: Sequence[Detected], *, split
     recipe = loaded.recipe
     try_corpus(recipe.data)
     tried = try_rows(detected, recipe.data, recipe.task, recipe.evaluate.columns, recipe.renames)
+    if recipe.variant.rewards:
+        from llmtune.tasks.reward_rules import check_rewarded_rows
+
+        full = ({**json.loads(row.columns or "{}"), **json.loads(row.row)} for row in tried.good)
+        check_rewarded_rows(recipe, zip((row.origin for row in tried.good), full, strict=True))
     if any(one.row_format.labels for one in detected):
         require_one_spelling(((row.origin, json.loads(row.row)) for row in tried.good), recipe)
     sources = {id(source) for _, place, source in recipe.data.named_sources() if place != "corpus"}

@@ -114,7 +114,8 @@ def head_loss(
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else head.weight.dtype
     bias = None if head.bias is None else head.bias.to(dtype)
     if teacher is not None:
-        return {"losses_S": teacher.losses(hidden_SD.to(dtype), head.weight.to(dtype), bias, targets_S, shape)}
+        losses_S = teacher.losses(hidden_SD.to(dtype), head.weight.to(dtype), bias, targets_S, shape)
+        return {"losses_S": losses_S, "correct_S": torch.empty(0, dtype=torch.bool, device=losses_S.device)}
     outputs = _HeadLoss.apply(hidden_SD.to(dtype), head.weight.to(dtype), bias, targets_S, shape, choices)  # type: ignore[no-untyped-call]
     losses_S, correct_S = cast(tuple[torch.Tensor, torch.Tensor], outputs)
     return {"losses_S": losses_S, "correct_S": correct_S}

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 
 WITH_ROLES = ("messages", "sharegpt", "prompt-completion", "conversation-pair", "conversation-thumb", "chosen-rejected")
 """Formats whose rows may contain messages."""
+PROMPT_ALONE = "prompt"
+"""The further format of `messages` rows for tasks whose rows need no answer."""
 ROW_KINDS: Mapping[str, tuple[str, ...]] = {
     "messages": ("messages", "sharegpt", "alpaca", "prompt-completion", "image-answer"),
     "pairs": ("prompt-completion", "alpaca", "text"),
@@ -43,5 +45,5 @@ COLUMNS = (
     *("text", "tokens", "tools", "train_reasoning", "translation"),
 )
 """Names of row columns: the allowed keys of a source's `columns`."""
-ROW_FORMATS = tuple(dict.fromkeys(name for formats in ROW_KINDS.values() for name in formats))
+ROW_FORMATS = (*dict.fromkeys(name for formats in ROW_KINDS.values() for name in formats), PROMPT_ALONE)
 """Every row format once."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from llmtune.recipe.format_names import ROW_KINDS, WITH_ROLES
+from llmtune.recipe.format_names import PROMPT_ALONE, ROW_KINDS, WITH_ROLES
 
 LANGUAGE = ("loss", "perplexity", "bits_per_byte", "accuracy")
 ROUGE = ("rouge1", "rouge2", "rougeL", "rougeLsum")
@@ -15,10 +15,8 @@ MACHINE_TRANSLATION = ("bleu", "chrf", "ter", "exact_match")
 TOOL_METRICS = ("tool_call_valid", "tool_name", "tool_arguments", "tool_arguments_f1", "no_call")
 CALIBRATION = ("ece", "brier", "nll")
 """Metrics of the probabilities of a task with a fixed set of labels."""
-CLASSIFICATION = (
-    *("accuracy", "f1_macro", "f1_micro", "f1_weighted", "matthews", "auroc", *CALIBRATION),
-    *("mse", "mae", "pearson", "spearman"),
-)
+LABEL_METRICS = ("accuracy", "f1_macro", "f1_micro", "f1_weighted", "matthews", "auroc", *CALIBRATION)
+CLASSIFICATION = (*LABEL_METRICS, "mse", "mae", "pearson", "spearman")
 CHOICE_METRICS = ("choice_accuracy", *CALIBRATION)
 """Metrics of chat and completion that need choices."""
 DECISIONS: Mapping[str, tuple[str, ...]] = {
@@ -62,6 +60,8 @@ class TaskFacts:
     """The kind of the task's rows: a key of `ROW_KINDS`."""
     models: tuple[str, ...]
     """Supported kinds of models: decoder, encoder, encoder-decoder, speech; `llmtune init` proposes the first."""
+    rates_answers: bool = False
+    """Whether rewards rate the model's own answers: rows need none, and keep all columns."""
     columns: tuple[str, ...] = ()
     """Columns to map from files with other column names: inputs first, the target last."""
     first_metrics: tuple[str, ...] = ()
@@ -126,7 +126,7 @@ class TaskFacts:
     @property
     def formats(self) -> tuple[str, ...]:
         """Return the row formats of the task by name."""
-        return ROW_KINDS[self.rows]
+        return (*ROW_KINDS[self.rows], *((PROMPT_ALONE,) if self.rates_answers else ()))
 
     @property
     def library(self) -> str:
@@ -336,6 +336,7 @@ _TASKS = (
         columns=("prompt", "completion"),
         first_lines=("rewards: {exact_match: 1.0}  # DECIDE: what makes an answer good",),
         section="reinforce",
+        rates_answers=True,
         packs=True,
         templated=True,
         generates=True,

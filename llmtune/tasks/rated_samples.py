@@ -9,7 +9,7 @@ from llmtune.data.collators import collate_padded
 from llmtune.data.example import Example
 from llmtune.evaluate.evaluated_task import EvaluatedTask, LoadedModel
 from llmtune.evaluate.generation import answer_ends, answer_reader
-from llmtune.evaluate.rewards import REWARDS, Reward, read_rewards, reward_answers, weigh_rewards
+from llmtune.evaluate.rewards import REWARDS, Reward, list_rewards, reward_answers, weigh_rewards
 from llmtune.evaluate.sampled_decoding import SampledAnswer, sample_answers
 from llmtune.evaluate.token_batches import TOKEN_BUDGET, budget_for, run_in_batches
 from llmtune.model.causal_lm_loss import move_to
@@ -100,11 +100,6 @@ def measure_kl(prompts: Sequence[list[int]], answers: Sequence[SampledAnswer], l
 
     lengths = [len(example.input_ids) for example in examples]
     return run_in_batches(lengths, budget_for(loaded.device, TOKEN_BUDGET), work)
-
-
-def list_rewards(section: ReinforceSection) -> tuple[list[Reward], list[Reward]]:
-    """Return the rewards of a recipe, and its audit, which no sum has."""
-    return read_rewards(section.rewards), read_rewards({section.audit: 1.0} if section.audit else {})
 
 
 def describe_rewards(section: ReinforceSection) -> RewardFacts:

@@ -190,7 +190,7 @@ class Rollouts(StepObjective):
         """Return text, rewards and weighted reward of answers, each given as row, prompt and tokens."""
         training: TrainContext = step.training
         section = self.recipe.evaluate
-        rows = read_rows(load_rows(rows_folder(training.folder)), split, [row for row, *_ in items])
+        rows = read_rows(load_rows(rows_folder(training.folder)), split, [row for row, *_ in items], full=True)
         read = answer_reader(training.adapted.selected.processor, self.recipe)
         parsed = [read(ids, row.get("tools"), prompt) for row, (_, prompt, ids) in zip(rows, items, strict=True)]
         texts = [write_answer(one.text, one.tool_calls) for one in parsed]

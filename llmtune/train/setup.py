@@ -28,7 +28,8 @@ from llmtune.errors import EnvironmentProblem, Problem, RecipeError
 from llmtune.evaluate.rewards import hash_reward_files
 from llmtune.model.causal_lm_loss import DFT
 from llmtune.model.device import compute_context, pick_device, resolve_dtype
-from llmtune.records import AdaptedModel, Examples
+from llmtune.recipe.task_facts import TASK_FACTS
+from llmtune.records import AdaptedModel, Examples, Rows
 from llmtune.store.atomic_files import hash_value
 from llmtune.store.machine import resident_peak_bytes
 from llmtune.train.batch_plan import PASS_TOKENS, StepPlan
@@ -244,12 +245,14 @@ def deterministic() -> Iterator[None]:
         switches.fill_uninitialized_memory = filled
 
 
-def train_inputs(recipe: Recipe, adapter: str, teacher: str | None = None) -> str:
+def train_inputs(recipe: Recipe, rows: Rows, adapter: str, teacher: str | None = None) -> str:
     """Hash what training depends on: adapted model and teacher, by hashes of their inputs, the train section, rewards.
 
-    The settings of the rewards are inputs of the adapted model, as those of every task.
+    The settings of the rewards are inputs of the adapted model, as those of every task; columns of the rows count
+    where rewards read them.
     """
     settings = [{**recipe.train.model_dump(mode="json"), "seeds": []}, recipe.data.packing]
     settings += [teacher, recipe.distil.weight] if recipe.distil else []
     settings += [[*hash_reward_files(recipe.variant.rewards).values()]] if recipe.variant.rewards else []
+    settings += [rows.columns_hash] if TASK_FACTS[recipe.task].rates_answers else []
     return hash_value([__version__, adapter, settings])

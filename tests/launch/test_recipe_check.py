@@ -1,6 +1,7 @@
 """Problems with the files and tools that a recipe names are reported before heavy imports."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -127,3 +128,70 @@ def test_a_folder_of_another_recipe_is_refused_with_both_alternatives(here: Path
     assert found.exit_code == 2
     assert "--out" in found.stderr
     assert "--fresh" in found.stderr
+
+
+@COMMANDS
+def test_bad_rewards_and_a_bad_audit_are_refused_at_once_before_rows_are_read(here: Path, command: list[str]) -> None:
+    (here / "rows.csv").write_text("prompt,completion\nWhere?,There.\n")
+    (here / "own.py").write_text("def score(a, b, c):\n    return 1.0\n")
+    reinforce = {"rewards": {"exact_mach": 1.0, "none.py:score": 1.0, "own.py:score": 1.0}, "audit": "own.py:scores"}
+    write_recipe(
+        here / "mine.yaml",
+        "owner/model",
+        "rows.csv",
+        task="reinforce",
+        evaluate={"metrics": ["reward"]},
+        reinforce=reinforce,
+    )
+    found = invoke(*command, "mine.yaml")
+    assert found.exit_code == 2
+    shown = " ".join(found.stderr.split())
+    assert "unknown reward 'exact_mach'" in shown
+    assert "none.py: cannot be read" in shown
+    assert "score cannot be called as a reward" in shown
+    assert "no function 'scores'" in shown
+    assert "reinforce.audit" in shown
+
+
+def test_an_audit_named_as_a_reward_is_refused(here: Path) -> None:
+    (here / "rows.csv").write_text("prompt,completion\nWhere?,There.\n")
+    for file in ("one.py", "two.py"):
+        (here / file).write_text("def score(row, answer):\n    return 1.0\n")
+    reinforce = {"rewards": {"one.py:score": 1.0}, "audit": "two.py:score"}
+    write_recipe(
+        here / "mine.yaml",
+        "owner/model",
+        "rows.csv",
+        task="reinforce",
+        evaluate={"metrics": ["reward"]},
+        reinforce=reinforce,
+    )
+    found = invoke(*LIGHT, "mine.yaml")
+    assert found.exit_code == 2
+    assert "a reward is also named 'score'" in " ".join(found.stderr.split())
+
+
+@pytest.mark.parametrize("command", [["recipes", "check"], ["run", "--until", "prepare"]], ids=" ".join)
+def test_rows_without_what_a_reward_needs_are_refused_by_its_name(
+    here: Path, command: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(sys.modules, "llmtune.pipeline")
+    rows = [{"prompt": f"What is {i} + {i}?", "number": 2 * i} for i in range(40)]
+    (here / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (here / "own.py").write_text(
+        "def right(completions, number, **columns):\n    return [1.0]\n\n\n"
+        "def wrong(completions, total, **columns):\n    return [1.0]\n"
+    )
+    rewards = {"exact_match": 1.0, "own.py:right": 1.0}
+    reinforce = {"rewards": rewards, "audit": "own.py:wrong"}
+    sections = {"task": "reinforce", "evaluate": {"metrics": ["reward"]}}
+    write_recipe(here / "mine.yaml", "owner/model", "rows.jsonl", **sections, reinforce=reinforce)
+    found = invoke(*command, "mine.yaml")
+    shown = " ".join(found.stderr.split())
+    assert found.exit_code == 3
+    assert re.search(r"rows.jsonl:\d+: the reward exact_match needs a reference answer, and the row has none", shown)
+    assert "wrong takes `total`, and the rows have no such column" in shown
+    assert "right takes" not in shown
+    kept = {"rewards": {"own.py:right": 1.0}}
+    write_recipe(here / "mine.yaml", "owner/model", "rows.jsonl", **sections, reinforce=kept)
+    assert invoke(*command, "mine.yaml").exit_code == (0 if command == LIGHT else 4)  # a run has no such model

@@ -156,11 +156,10 @@ ONE_KIND = ("audio", "classify_rows", "label_candidates", "search_rows", "task_r
 """Modules of `data/` about one kind of rows; only the tables and the tasks import them."""
 CONVERSATIONS = (
     *("chat_encoding", "chat_rows", "chat_template", "completion_encoding", "conversation_texts", "overlong"),
-    "pictures",
-    "rendering_check",
+    *("pictures", "prompt_rows", "rendering_check"),
 )
 """Modules of `data/` about conversations, with which many tasks write prompts."""
-FOR_ALL_TASKS = {"base", "label_rules", "registry"}
+FOR_ALL_TASKS = {"base", "label_rules", "registry", "reward_rules"}
 KIND_COLUMNS = {
     *("messages", "prompt", "completion", "source", "target", "document", "summary", "question", "context", "answers"),
     *("label", "pair", "tokens", "tags", "audio", "chosen", "rejected", "answer", "good"),

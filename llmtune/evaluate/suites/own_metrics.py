@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 from rich.console import Console
 
 from llmtune.data.row_kind import hash_row
-from llmtune.data.row_store import iterate_columns, iterate_rows
+from llmtune.data.row_store import iterate_full_rows, iterate_rows
 from llmtune.display.console import spinner
 from llmtune.display.number_format import score
 from llmtune.errors import Problem, RecipeError, nearest
@@ -225,9 +225,8 @@ def describe_failure(metric: OwnFunction, failure: Failure, origins: Sequence[st
 
 
 def read_full_rows(rows: Rows, split: str, numbers: Set[int]) -> Iterator[Row]:
-    """Yield the rows with these numbers as own metrics get them: with answers, and columns of `evaluate.slices`."""
-    both = zip(iterate_rows(rows, split), iterate_columns(rows, split), strict=True)
-    yield from ({**columns, **row} for number, ((_, row), columns) in enumerate(both) if number in numbers)
+    """Yield the rows with these numbers as own metrics get them: with answers and kept columns."""
+    yield from (row for number, (_, row) in enumerate(iterate_full_rows(rows, split)) if number in numbers)
 
 
 def label_scores(prediction: object, recipe: Recipe) -> object:
