@@ -386,10 +386,7 @@ def open_finished(run: Path, console: Console, offline: bool, recipe: Recipe | N
 
 
 def read_served_recipe(folder: Path) -> Recipe | None:
-    """Return the resolved recipe of a release; None for a run, which infers it from its rows.
-
-    Raises EnvironmentProblem if it is damaged.
-    """
+    """Return the resolved recipe of a release; None for a run. Raises EnvironmentProblem if it is damaged."""
     if not is_stored(folder):
         return None
     try:

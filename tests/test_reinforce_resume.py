@@ -1,19 +1,13 @@
-"""Reinforcement that is interrupted, repeated, changed or in vain."""
+"""Reinforcement that is repeated with other rewards, or in vain."""
 
 import json
-import os
-import signal
 from pathlib import Path
 from typing import Any
 
-import pytest
-from support.process import run_in_child
-from support.runs import invoke, llmtune, write_recipe, write_sums
-from support.training import read_metrics, trained_bytes
+from support.runs import invoke, write_recipe, write_sums
 
-from llmtune.store.atomic_files import hash_file, read_json_lines
+from llmtune.store.atomic_files import hash_file
 from llmtune.store.run_folder import read_run
-from llmtune.tasks.rollouts import Rollouts
 
 REWARD = """
 def vowels(row, answer):
@@ -24,7 +18,6 @@ def brief(row, answer):
     return 1 / (1 + len(answer))
 """
 CHRF = {"rewards": {"chrf": 1.0}, "samples": 4, "max_new_tokens": 4, "mask_truncated": False}
-MOMENTS = ["before sampling", "while sampling", "after the file of the round", "in the step", "after a checkpoint"]
 
 
 def write(folder: Path, model: Path, reinforce: dict[str, Any], **train: Any) -> Path:
@@ -45,84 +38,6 @@ def rollouts(run: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in (run / "rollouts").iterdir()}
 
 
-def kill() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def train_and_die(recipe: str, run: str, moment: str) -> None:
-    """Train, and kill this process in step 4: at the end of it for `after a checkpoint`."""
-    import torch
-
-    from llmtune.cli.app import app
-    from llmtune.evaluate.sampled_decoding import TokenSampler
-    from llmtune.tasks import rollouts as objective
-    from llmtune.train import resume
-
-    reached = Path(run) / "rollouts"
-    torch.set_num_threads(1)
-
-    def die(owner: Any, name: str, file: str, *, after: bool = False, call: int = 1) -> None:
-        original, calls = getattr(owner, name), []
-
-        def wrapped(*values: Any, **named: Any) -> Any:
-            calls.extend([1] if (reached / file).is_file() else [])
-            if not after and len(calls) == call:
-                kill()
-            result = original(*values, **named)
-            if after and (reached / file).is_file():
-                kill()
-            return result
-
-        setattr(owner, name, wrapped)
-
-    if moment == "before sampling":
-        die(objective.Rollouts, "_sample", "3.jsonl")
-    elif moment == "while sampling":
-        die(TokenSampler, "pick", "3.jsonl", call=3)
-    elif moment == "after the file of the round":
-        die(objective, "write_rollouts", "4.jsonl", after=True)
-    elif moment == "in the step":
-        die(objective.Rollouts, "_policy_loss", "4.jsonl")
-    else:
-        die(resume, "write_checkpoint", "4.jsonl", after=True)
-    app(["train", recipe, "--out", run])
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
-    """A folder with a recipe and its training without a break."""
-    folder = tmp_path_factory.mktemp("whole")
-    (folder / "rewards.py").write_text(REWARD)
-    section = CHRF | {"rewards": {f"{folder / 'rewards.py'}:vowels": 1.0}, "max_new_tokens": 6}
-    done = train(write(folder, tiny_llama, section), folder / "run")
-    assert done.exit_code == 0, done.stderr
-    return folder
-
-
-@pytest.mark.parametrize("moment", MOMENTS)
-def test_a_training_killed_at_any_moment_ends_with_the_same_bytes(moment, whole, tmp_path, monkeypatch):
-    run, recipe = tmp_path / "killed", whole / "tiny.yaml"
-    died = run_in_child(train_and_die, run, str(recipe), str(run), moment)
-    assert died.returncode == -signal.SIGKILL, died.stderr
-    resumes_at = 4 if moment == "after a checkpoint" else 2
-    assert [*rollouts(run)] != []
-    written = len(rollouts(run))
-    sampled = []
-    original = Rollouts._sample
-
-    def sample(self, step, number, *rest):
-        sampled.append(number)
-        return original(self, step, number, *rest)
-
-    monkeypatch.setattr(Rollouts, "_sample", sample)
-    done = train(recipe, run)
-    assert done.exit_code == 0, done.stderr
-    assert read_run(run).facts("train")["resumed_from"] == resumes_at
-    assert sampled == [*range(written + 1, 7)], "rounds with a file are not sampled again"
-    assert rollouts(run) == rollouts(whole / "run")
-    assert trained_bytes(run) == trained_bytes(whole / "run")
-
-
 def test_changed_reward_files_train_again_from_the_beginning(tmp_path, tiny_llama):
     file = tmp_path / "rewards.py"
     file.write_text(REWARD)
@@ -138,26 +53,6 @@ def test_changed_reward_files_train_again_from_the_beginning(tmp_path, tiny_llam
     assert read_run(run).facts("train")["resumed_from"] is None
     assert json.loads((run / "llmtune.lock").read_text())["rewards"] == {str(file): hash_file(file)}
     assert {name: data for name, data in rollouts(run).items() if first[name] == data} == {}
-
-
-@pytest.mark.parametrize(
-    ("change", "trains"),
-    [
-        ("reinforce.control=false", False),
-        ("evaluate.gates=[reward >= 0]", False),
-        ("reinforce.temperature=0.5", True),
-        ("reinforce.rewards={chrf: 2.0}", True),
-        ("reinforce.audit=exact_match", True),
-    ],
-)
-def test_settings_of_rewards_train_again_but_control_and_gates_do_not(change, trains, tiny_llama, tmp_path):
-    recipe, run = write(tmp_path, tiny_llama, CHRF, max_steps=1), tmp_path / "run"
-    assert train(recipe, run).exit_code == 0
-    before = read_run(run).manifest["steps"]["train"]
-    done = train(recipe, run, change)
-    assert done.exit_code == 0, done.stderr
-    after = read_run(run).manifest["steps"]["train"]
-    assert (after["inputs"] != before["inputs"], after["started"] != before["started"]) == (trains, trains)
 
 
 @pytest.mark.parametrize("steps", [3, 12])
@@ -179,36 +74,3 @@ def test_a_round_of_the_filter_without_an_accepted_answer_ends_with_exit_code_5(
     assert done.exit_code == 5, text
     assert "round 1: no answer is accepted: the best reward is" in text
     assert "reinforce.accept is 1" in text
-
-
-def test_skipped_steps_are_counted_and_leave_the_weights_alone(tmp_path, tiny_llama):
-    section = CHRF | {"samples": 2, "max_new_tokens": 1}
-    train_keys = {"batch_size": 1, "max_steps": 8, "save_steps": 1, "save_total_limit": 9, "logging_steps": 1}
-    done = train(write(tmp_path, tiny_llama, section, **train_keys), tmp_path / "run")
-    assert done.exit_code == 0, done.stderr
-    lines = read_metrics(tmp_path / "run")
-    skipped = [line["figures"]["skipped"] for line in lines]
-    expected = []
-    for line in lines:
-        _, *answers = read_json_lines(tmp_path / "run/rollouts" / f"{line['step']}.jsonl") or []
-        expected.append(float(len({answer["reward"] for answer in answers}) == 1))
-    assert skipped == expected
-    assert {*skipped} == {0.0, 1.0}
-    assert [line["grad_norm"] == 0 for line in lines] == [bool(one) for one in skipped]
-
-
-@pytest.mark.slow
-def test_two_processes_sample_and_learn_as_one(tmp_path, tiny_llama):
-    recipe = write(tmp_path, tiny_llama, CHRF, max_steps=3)
-    two = llmtune("launch", "local", recipe, "--processes", 2, "--threads", 1, "--out", "two", cwd=tmp_path)
-    assert two.returncode == 0, two.stderr
-    one = llmtune("train", recipe, "--out", "one", cwd=tmp_path)
-    assert one.returncode == 0, one.stderr
-    _, *alone = read_json_lines(tmp_path / "one/rollouts/1.jsonl") or []
-    _, *together = read_json_lines(tmp_path / "two/rollouts/1.jsonl") or []
-    assert alone == together != []
-    pairs = [*zip(read_metrics(tmp_path / "one"), read_metrics(tmp_path / "two"), strict=True)]
-    assert len(pairs) == 3
-    for first, second in pairs:
-        assert second["loss"] == pytest.approx(first["loss"], rel=1e-3, abs=1e-6)
-        assert second["figures"]["reward"] == pytest.approx(first["figures"]["reward"], abs=0.01)

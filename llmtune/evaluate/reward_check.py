@@ -242,8 +242,8 @@ def judge_rewards(seen: Observed, seed: int) -> Json:
         probes[name] = {"answers": title, "rows": len(shares), "reward": rescale_interval(mean, reach, least)}
         if name != "reference":
             both = np.isfinite(scaled) & np.isfinite(best)
-            pair = (measure_shares("reward", one[both].tolist(), "") for one in (scaled, best))
-            gap = paired_difference(*pair, seed)
+            lower, upper = (measure_shares("reward", one[both].tolist(), "") for one in (scaled, best))
+            gap = paired_difference(lower, upper, seed)
             is_clear = bool(gap.low > 0 and gap.value >= LEAST_GAP)
             probes[name] |= {"gap": rescale_interval(gap, reach, 0.0), "clear": is_clear}
             unclear |= {} if is_clear else {name: title}
