@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 from support.runs import invoke, write_recipe, write_sums
 
 from llmtune.store.atomic_files import hash_file
