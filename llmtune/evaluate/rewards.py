@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from llmtune.data.answer_parser import ParsedAnswer, ToolTurn
 from llmtune.data.chat_rows import ToolCall
 from llmtune.data.conversation_texts import split_reference
 from llmtune.data.row_kind import MESSAGES
@@ -25,9 +24,9 @@ from llmtune.evaluate.suites.own_metrics import (
     run_calls,
 )
 from llmtune.evaluate.text_metrics import ROUGE_METRICS, TEXT_MEASURES
-from llmtune.evaluate.tool_metrics import TOOL_SCORES, fits_schema, score_argument_values
 from llmtune.recipe.evaluate_section import is_own_metric, metric_name
 from llmtune.recipe.reinforce_section import ReinforceSection
+from llmtune.recipe.task_facts import TOOL_METRICS
 from llmtune.records import Json, Row
 from llmtune.store.atomic_files import hash_file
 
@@ -293,6 +292,9 @@ def score_texts(pairs: Sequence[RewardPair], metric: str) -> list[float | None]:
 
 def score_calls(pairs: Sequence[RewardPair], metric: str) -> list[float | None]:
     """Return a metric of `TOOL_SCORES` for each answer; None for rows whose reference calls no tool."""
+    from llmtune.data.answer_parser import ParsedAnswer, ToolTurn  # late: imports transformers
+    from llmtune.evaluate.tool_metrics import TOOL_SCORES
+
     values = list[float | None]()
     for row, answer in pairs:
         prompt, _, calls = split_reference(row)
@@ -311,6 +313,8 @@ def score_schemas(pairs: Sequence[RewardPair]) -> list[float | None]:
 
     For references that call tools it is `tool_call_valid`.
     """
+    from llmtune.evaluate.tool_metrics import fits_schema  # late: imports transformers
+
     values = score_calls(pairs, "tool_call_valid")
     for i, (row, answer) in enumerate(pairs):
         reference, stated = parse_json(split_reference(row)[1] or ""), row.get("json_schema")
@@ -326,6 +330,9 @@ def score_fields(pairs: Sequence[RewardPair]) -> list[float | None]:
 
     For references that call tools it is `tool_arguments_f1`.
     """
+    from llmtune.data.answer_parser import ParsedAnswer, ToolTurn  # late: imports transformers
+    from llmtune.evaluate.tool_metrics import score_argument_values
+
     values = score_calls(pairs, "tool_arguments_f1")
     for i, (row, answer) in enumerate(pairs):
         given, reference = parse_json(answer), parse_json(split_reference(row)[1] or "")
@@ -365,7 +372,7 @@ def schema_of_shape(value: Any) -> Json:
 
 REWARDS: Mapping[str, Callable[[Sequence[RewardPair]], Sequence[float | None]]] = {
     **{metric: partial(score_texts, metric=metric) for metric in ("exact_match", *ROUGE_METRICS, "chrf")},
-    **{metric: partial(score_calls, metric=metric) for metric, (_, calling, _) in TOOL_SCORES.items() if calling},
+    **{metric: partial(score_calls, metric=metric) for metric in TOOL_METRICS if metric != "no_call"},
     "json_schema": score_schemas,
     "json_fields": score_fields,
 }

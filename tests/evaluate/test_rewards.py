@@ -1,6 +1,8 @@
 """Rewards: built-in ones equal the metrics; own ones may have the signature of llmtune, TRL, ms-swift or verl."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -204,3 +206,8 @@ def test_rows_with_tools_are_scored_by_their_calls() -> None:
     assert builtin("json_fields", row, half) == pytest.approx(2 / 3)
     assert builtin("exact_match", row, right) == 1, "the reference has its calls as lines"
     assert builtin("json_fields", row, "set_timer({5})") == 0
+
+
+def test_checking_the_rewards_of_a_recipe_does_not_import_transformers() -> None:
+    code = "import sys, llmtune.evaluate.rewards; assert not {'transformers', 'torch'} & {*sys.modules}"
+    subprocess.run([sys.executable, "-c", code], check=True)
