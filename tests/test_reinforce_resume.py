@@ -1,14 +1,19 @@
-"""Reinforcement that is repeated with other rewards, or in vain."""
+"""Reinforcement that is interrupted, repeated with other rewards, or in vain."""
 
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support.process import run_in_child
 from support.runs import invoke, write_recipe, write_sums
+from support.training import trained_bytes
 
 from llmtune.store.atomic_files import hash_file
 from llmtune.store.run_folder import read_run
+from llmtune.tasks.rollouts import Rollouts
 
 REWARD = """
 def vowels(row, answer):
@@ -19,6 +24,13 @@ def brief(row, answer):
     return 1 / (1 + len(answer))
 """
 CHRF = {"rewards": {"chrf": 1.0}, "samples": 4, "max_new_tokens": 4, "mask_truncated": False}
+MOMENTS = [
+    "in the step",
+    *(
+        pytest.param(moment, marks=pytest.mark.slow)
+        for moment in ("before sampling", "while sampling", "after the file of the round", "after a checkpoint")
+    ),
+]
 
 
 def write(folder: Path, model: Path, reinforce: dict[str, Any], **train: Any) -> Path:
@@ -37,6 +49,84 @@ def train(recipe: Path, run: Path, *changes: str) -> Any:
 
 def rollouts(run: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in (run / "rollouts").iterdir()}
+
+
+def kill() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def train_and_die(recipe: str, run: str, moment: str) -> None:
+    """Train, and kill this process in step 4: at the end of it for `after a checkpoint`."""
+    import torch
+
+    from llmtune.cli.app import app
+    from llmtune.evaluate.sampled_decoding import TokenSampler
+    from llmtune.tasks import rollouts as objective
+    from llmtune.train import resume
+
+    reached = Path(run) / "rollouts"
+    torch.set_num_threads(1)
+
+    def die(owner: Any, name: str, file: str, *, after: bool = False, call: int = 1) -> None:
+        original, calls = getattr(owner, name), []
+
+        def wrapped(*values: Any, **named: Any) -> Any:
+            calls.extend([1] if (reached / file).is_file() else [])
+            if not after and len(calls) == call:
+                kill()
+            result = original(*values, **named)
+            if after and (reached / file).is_file():
+                kill()
+            return result
+
+        setattr(owner, name, wrapped)
+
+    if moment == "before sampling":
+        die(objective.Rollouts, "_sample", "3.jsonl")
+    elif moment == "while sampling":
+        die(TokenSampler, "pick", "3.jsonl", call=3)
+    elif moment == "after the file of the round":
+        die(objective, "write_rollouts", "4.jsonl", after=True)
+    elif moment == "in the step":
+        die(objective.Rollouts, "_policy_loss", "4.jsonl")
+    else:
+        die(resume, "write_checkpoint", "4.jsonl", after=True)
+    app(["train", recipe, "--out", run])
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
+    """A folder with a recipe and its training without a break."""
+    folder = tmp_path_factory.mktemp("whole")
+    (folder / "rewards.py").write_text(REWARD)
+    section = CHRF | {"rewards": {f"{folder / 'rewards.py'}:vowels": 1.0}, "max_new_tokens": 6}
+    done = train(write(folder, tiny_llama, section), folder / "run")
+    assert done.exit_code == 0, done.stderr
+    return folder
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_training_killed_at_any_moment_ends_with_the_same_bytes(moment, whole, tmp_path, monkeypatch):
+    run, recipe = tmp_path / "killed", whole / "tiny.yaml"
+    died = run_in_child(train_and_die, run, str(recipe), str(run), moment)
+    assert died.returncode == -signal.SIGKILL, died.stderr
+    resumes_at = 4 if moment == "after a checkpoint" else 2
+    assert [*rollouts(run)] != []
+    written = len(rollouts(run))
+    sampled = []
+    original = Rollouts._sample
+
+    def sample(self, step, number, *rest):
+        sampled.append(number)
+        return original(self, step, number, *rest)
+
+    monkeypatch.setattr(Rollouts, "_sample", sample)
+    done = train(recipe, run)
+    assert done.exit_code == 0, done.stderr
+    assert read_run(run).facts("train")["resumed_from"] == resumes_at
+    assert sampled == [*range(written + 1, 7)], "rounds with a file are not sampled again"
+    assert rollouts(run) == rollouts(whole / "run")
+    assert trained_bytes(run) == trained_bytes(whole / "run")
 
 
 def test_changed_reward_files_train_again_from_the_beginning(tmp_path, tiny_llama):
