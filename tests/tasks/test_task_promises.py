@@ -24,7 +24,7 @@ pytestmark = pytest.mark.slow
 NAMES = {place_of(name): name for name in sorted(CASES, key=len, reverse=True)}
 """Row of the matrix -> its case with the shortest name."""
 OF_DECODERS = {"chat", "completion", "translate-decoder", "summarize-decoder", "qa-decoder"}
-OF_DECODERS |= {"preference", "preference-kto", "preference-orpo"}
+OF_DECODERS |= {"preference", "preference-kto", "preference-orpo", "reinforce", "reinforce-filter"}
 PICTURED = {"chat-pictures"}
 UNKNOWN_CLASS = "llama.cpp's converter does not know the model class"
 EXPORTS = {
