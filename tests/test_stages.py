@@ -17,7 +17,10 @@ SMALL = ("train.max_steps=2", "train.batch_size=4", "data.test=0.4", "adapter.r=
 OF_STAGE = {
     "sft": (),
     "dpo": (),
-    "rewards": ("reinforce.samples=4", "reinforce.max_new_tokens=6", "reinforce.control=false", "data.max_length=256"),
+    "rewards": (
+        *("reinforce.samples=4", "reinforce.max_new_tokens=6", "reinforce.mask_truncated=false"),
+        *("reinforce.control=false", "data.max_length=256"),
+    ),
 }
 
 

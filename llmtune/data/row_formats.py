@@ -206,7 +206,7 @@ def detect_format(
         what = f"{matching[0].name} rows, which task: {task} cannot use"
         instead = f"map the columns:\n    {suggestion}" if suggestion else "give other rows."
         raise DataError.of(what, where, f"Set {others}, or {instead}")
-    raise _unknown_format(rows, columns, usable, present, where, suggestion)
+    raise _unknown_format(rows, task, columns, usable, present, where, suggestion)
 
 
 def map_columns(
@@ -265,6 +265,7 @@ def _check_forced(
 
 def _unknown_format(
     rows: Sequence[Mapping[str, object]],
+    task: str,
     columns: Mapping[str, str],
     usable: Sequence[RowFormat],
     present: list[str],
@@ -286,8 +287,8 @@ def _unknown_format(
     mapped = ", ".join(f"{name}: YOUR_COLUMN" for name in texts.required)
     source = f"`train: {{path: {where}, columns: {{{mapped}}}}}`"
     pictured = next((name for name in present if names_pictures(rows, name)), None)
-    if pictured and not any(one.picture for one in usable):
-        readers = [name for name in TASK_FACTS if any(one.picture and one.parser(name) for one in FORMATS.values())]
+    if pictured and not TASK_FACTS[task].takes_images:
+        readers = [name for name, facts in TASK_FACTS.items() if facts.takes_images]
         what += f"; {pictured!r} has pictures, which only `task: {' or '.join(readers)}` reads"
     return DataError.of(what, where, f"Formats:\n    {formats}\n    or map columns in the section `data`: {source}.")
 

@@ -21,7 +21,7 @@ from llmtune.data.file_readers import parse_lines, read_lazily
 from llmtune.data.rejected_rows import RowError
 from llmtune.errors import DataError, EnvironmentProblem, RecipeError
 from llmtune.evaluate.suites.endpoint_client import hide_key
-from llmtune.evaluate.suites.own_metrics import Failure, read_values
+from llmtune.evaluate.suites.own_metrics import Failure, read_outcomes
 from llmtune.launch.topology import is_host
 from llmtune.recipe.eval_suites_section import is_endpoint, is_local
 from llmtune.recipe.gate_grammar import parse_gate
@@ -143,8 +143,8 @@ KEY = "Zm9vYmFy-none-of-your-business-42"
 @given(st.binary(max_size=200) | st.lists(st.sampled_from(LINES), max_size=20).map("".join).map(str.encode))
 @MANY
 def test_any_output_of_a_metric_is_values_or_a_failure(written):
-    found = read_values(written, 2, "it ended")
-    assert isinstance(found, Failure) or (len(found) == 2 and all(map(math.isfinite, found)))
+    found = read_outcomes(written, 2, "it ended", {"kind": "number"})
+    assert isinstance(found, Failure) or [math.isfinite(one["value"]) for one in found] == [True, True]
 
 
 @pytest.mark.slow

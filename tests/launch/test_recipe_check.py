@@ -1,5 +1,6 @@
 """Problems with the files and tools that a recipe names are reported before heavy imports."""
 
+import importlib
 import json
 import re
 import sys
@@ -8,6 +9,8 @@ from pathlib import Path
 import pytest
 from junitparser.xunit2 import JUnitXml
 from support.runs import invoke, write_recipe
+
+PIPELINE = importlib.import_module("llmtune.pipeline")
 
 LIGHT = ["recipes", "check"]
 
@@ -175,7 +178,7 @@ def test_an_audit_named_as_a_reward_is_refused(here: Path) -> None:
 def test_rows_without_what_a_reward_needs_are_refused_by_its_name(
     here: Path, command: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delitem(sys.modules, "llmtune.pipeline")
+    monkeypatch.setitem(sys.modules, "llmtune.pipeline", PIPELINE)  # `run` needs it
     rows = [{"prompt": f"What is {i} + {i}?", "number": 2 * i} for i in range(40)]
     (here / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (here / "own.py").write_text(
