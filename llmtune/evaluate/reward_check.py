@@ -86,7 +86,7 @@ FAULTS = {
     "accepts_padded": "accepts wrong answers with more words",
     "no_spread": "has no spread",
 }
-"""What is wrong with a reward, in the order of the report."""
+"""Faults of a reward, in the order of the report."""
 
 
 @dataclass(frozen=True)
@@ -213,8 +213,8 @@ def observe_rewards(
                 seen.caught.setdefault(number, {**facts, "line": one["caught"][0], "what": one["caught"][1]})
     sums = [None if i in failed else weigh_rewards(rewards, column) for i, column in enumerate(columns)]
     for (name, _), value in zip(places, sums, strict=True):
-        known = seen.values.get(name, np.empty(0))
-        seen.values[name] = np.append(known, np.nan if value is None else value)
+        earlier_values = seen.values.get(name, np.empty(0))
+        seen.values[name] = np.append(earlier_values, np.nan if value is None else value)
     return replace(seen, seconds=sum(times), nones=+seen.nones)
 
 

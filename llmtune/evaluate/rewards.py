@@ -263,9 +263,9 @@ def make_call(reward: Reward, row: Row, answer: str) -> tuple[Sequence[object], 
         columns = {"data_source": "", "extra_info": {}, **columns, "solution_str": answer}
     else:
         completion: object = [{"role": "assistant", "content": answer}] if reward.reads_messages else answer
-        asked: object = prompt["messages"] if reward.reads_messages else MESSAGES.prompt_text(prompt)
+        question: object = prompt["messages"] if reward.reads_messages else MESSAGES.prompt_text(prompt)
         columns = {**{name: [value] for name, value in columns.items()}, "completions": [completion]}
-        columns["prompts"] = [asked]
+        columns["prompts"] = [question]
     if missing := [name for name in reward.required if name not in columns]:
         what = f"{reward.name} takes `{missing[0]}`, and the rows have no such column"
         fix = f"Rename the parameter; {', '.join(REFERENCE_NAMES[:3])} ... get the reference answer, if rows have one."

@@ -25,7 +25,7 @@ class ControlRun:
 
     @property
     def meaning(self) -> str:
-        """What is trained."""
+        """The training of the control run, in words."""
         return CONTROL_RUNS[self.name]
 
 

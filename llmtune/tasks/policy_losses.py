@@ -4,7 +4,7 @@ Shapes: S trained tokens of a batch, R answers.
 
 A batch comes from `llmtune.data.collators`, one row per answer. In addition, the losses read:
 
-    advantages_R    float [R]   0 for an answer that only stands in
+    advantages_R    float [R]   0 for a placeholder answer
     old_S           float [S]   log-probabilities when the answers were sampled; missing if the weights are the same
     reference_S     float [S]   log-probabilities under the starting model; only with `beta`
 

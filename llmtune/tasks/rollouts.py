@@ -97,7 +97,7 @@ class Rollouts(StepObjective):
         groups = [(row, self.groups[row]) for row in rows.tolist()]
         answers = [(self.groups[row][i], weight) for row, _ in groups for i, weight in self._trained(row)]
         count = self._count([one for _, group in groups for one in group], [one for one, _ in answers])
-        # Every process needs a backward pass, so one answer stands in if none is trained.
+        # Every process needs a backward pass: without a trained answer, one with weight zero is used.
         chosen = answers or [(groups[0][1][0], 0.0)]
         prompts = dict(zip(rows.tolist(), batch["prompts"], strict=True))
         pairs = [(prompts[one.row], one.ids) for one, _ in chosen]

@@ -51,7 +51,7 @@ NO_RANGE = (
 GRACE_SECONDS = 5.0
 """Time after the limit for a metric to end, before its process is killed: code in C does not see the limit."""
 MOST_ERROR_BYTES, MOST_VALUE_BYTES, MOST_OBSERVED_BYTES = 2**16, 64, 2**11
-"""Limits of an error, of a value, and of what is observed in a call, as the process of a metric writes them."""
+"""Limits of an error, a value and the observations of a call, as the process of a metric writes them."""
 REWARD_KINDS = ("reward", "rewards")
 """Kinds of values that may be None; `rewards` are in a list of one."""
 INTO_PIPE = "into the pipe of its values; print to stdout or stderr instead"
@@ -167,7 +167,7 @@ def run_metric(metric: OwnMetric, pairs: Sequence[Pair], section: EvaluateSectio
 
 
 def run_calls(request: Json, calls: Sequence[tuple[Sequence[object], Mapping[str, object]]]) -> list[Json] | Failure:
-    """Call a function in its own process with arguments and keywords; returns what it wrote about each call."""
+    """Call a function in its own process with arguments and keywords; return one line of its output per call."""
     words = [sys.executable, "-P", "-B", "-m", "llmtune.evaluate.suites.own_metric_process", json.dumps(request)]
     environment = {**os.environ, "PYTHONHASHSEED": "0"}  # the order of sets must not change scores
     most_bytes = MOST_ERROR_BYTES + (MOST_OBSERVED_BYTES if "observe" in request else MOST_VALUE_BYTES) * len(calls)
