@@ -24,7 +24,7 @@ OTHER = $(if $(filter-out bfloat16,$(DTYPE)),-$(DTYPE))
 PEERS = $(if $(LLAMAFACTORY),--llamafactory $(LLAMAFACTORY))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup models demo test test-quick test-random test-slow test-gpu test-fake-cuda test-oldest test-newest test-extras check format docs architectures promises torture hostile site same build bench conformance clean
+.PHONY: help setup models demo test test-quick test-random test-slow test-gpu test-fake-cuda test-oldest test-newest test-extras check format docs architectures promises torture hostile site same build bench bench-guard conformance clean
 
 help:  ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -181,6 +181,10 @@ bench: $(READY) $(MODELS)  ## Compare with other tools, into benchmarks/RESULTS.
 	$(call MEASURE,preparation) >$(BENCH)/preparation.json
 	$(call MEASURE,generation) >$(BENCH)/generation.json
 	$(BIN)/python benchmarks/results.py $(BENCH) --out benchmarks/RESULTS.md
+
+# About ten minutes on two quiet cores. UPDATE=1 writes the ratios; TURNS may be set.
+bench-guard: $(READY) $(MODELS)  ## Fail if a speed, as a ratio to a peer, is 10 % below that in benchmarks/ratios.json
+	$(BIN)/python benchmarks/guard.py $(if $(TURNS),--turns $(TURNS)) $(if $(UPDATE),--update)
 
 # Makes an environment per tool in build/conformance (several GB). TOOLS: names in benchmarks/conformance/tools.toml.
 conformance: $(READY)  ## Run TOOLS (default: all) through cases of known failures, into benchmarks/CONFORMANCE.md

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from clock import Asked, Clock
+from machine import describe_machine
 from datasets import Dataset
 from losses import draw_losses
 from peft import LoraConfig, get_peft_model
@@ -58,7 +59,8 @@ def main() -> int:
     difference = max(abs(a - b) for a, b in zip(ours, theirs, strict=True))
     if options.losses:
         options.losses.write_text(draw_losses({"llmtune, packed": ours, "Trainer, unpacked": theirs}))
-    tell({"steps": len(ours), "largest_difference": difference, "llmtune": ours, "trainer": theirs}, options.json)
+    found = {"steps": len(ours), "largest_difference": difference, "llmtune": ours, "trainer": theirs}
+    tell(found | {"machine": describe_machine()}, options.json)
     return 0
 
 

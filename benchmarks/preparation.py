@@ -25,6 +25,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from machine import describe_machine
 from workload import write_rows
 
 MODEL = "builtin:smollm2-135m-instruct"
@@ -55,7 +56,8 @@ def main() -> int:
             for tool in TOOLS:
                 runs[tool].append(run_apart(tool, file, asked))
                 print(f"pair {pair + 1}: {tool} {runs[tool][-1]}", file=sys.stderr)
-    print(json.dumps({"rows": asked.rows, "threads": asked.threads, **summarise(runs)}, indent=2))
+    found = {"rows": asked.rows, "threads": asked.threads, **summarise(runs), "machine": describe_machine()}
+    print(json.dumps(found, indent=2))
     return 0
 
 
@@ -139,7 +141,8 @@ def run_llmtune(file: Path, asked: argparse.Namespace) -> dict[str, Any]:
     alone = measure(read)
     found["tokens"] = int(lengths[0].sum())
     found["peak_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {**found, "tokenizer_rows_per_cpu_s": alone["rows_per_cpu_s"], "aside_seconds": time.monotonic() - began}
+    tokenizer = {f"tokenizer_{name}": alone[name] for name in ("rows_per_cpu_s", "cpu_s", "seconds")}
+    return {**found, **tokenizer, "aside_seconds": time.monotonic() - began}
 
 
 def load(folder: Path) -> Any:

@@ -45,9 +45,17 @@ def write_page(found: dict[str, Found]) -> str:
     parts = [HEAD, table(["", ""], [[key.replace("_", " "), shown(value)] for key, value in machine.items()])]
     for name, (title, write) in SECTIONS.items():
         if name in found:
-            parts.append(f"## {title}\n\n{write(found[name])}")
-    parts += [f"## {name.capitalize()}\n\n{write_any(found[name])}" for name in found if name not in SECTIONS]
+            parts.append(f"## {title}\n\n{write_conditions(found[name])}\n\n{write(found[name])}")
+    for name in found:
+        if name not in SECTIONS:
+            parts.append(f"## {name.capitalize()}\n\n{write_conditions(found[name])}\n\n{write_any(found[name])}")
     return "\n\n".join(part.strip() for part in parts) + "\n"
+
+
+def write_conditions(found: Found) -> str:
+    """Return version, date and processor of a document."""
+    machine = found["machine"]
+    return f"llmtune {machine['llmtune']} on {machine['date']}, {machine['processor']}, {machine['instructions']}."
 
 
 def write_training(found: Found) -> str:

@@ -1,0 +1,115 @@
+"""The guard of speed fails on a planted slowdown, and published figures name a version that is not old."""
+
+import importlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from llmtune import __version__
+from llmtune.model.device import resolve_dtype
+
+ROOT = Path(__file__).resolve().parent.parent
+BENCHMARKS = ROOT / "benchmarks"
+MINOR = [int(part) for part in __version__.split(".")[:2]]
+FIGURE = re.compile(r"\d+ tokens|\d (?:CPU )?s\b|\d+(?:\.\d+)? times as|tokens per CPU second")
+CONDITIONS = re.compile(r"llmtune (\d+)\.(\d+)\.\d+ \(?(?:on |commit \w+, )\d{4}-\d\d-\d\d")
+ALWAYS_32 = {
+    "condition": resolve_dtype("auto", "cpu") is torch.float32,
+    "reason": "dtype: auto is float32 on this processor",
+}
+SLEEP_PER_ROW = """
+def _sleep(self, batch, encode=_BatchEncoder.__call__):
+    __import__("time").sleep(0.0002 * len(batch.rows))
+    return encode(self, batch)
+_BatchEncoder.__call__ = _sleep
+"""
+FLOAT32_HEAD = """
+def linear(x, weight, bias=None, product=linear):
+    return product(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
+"""
+
+
+@pytest.fixture(scope="module")
+def guard() -> Any:
+    sys.path.insert(0, str(BENCHMARKS))
+    yield importlib.import_module("guard")
+    sys.path.remove(str(BENCHMARKS))
+
+
+def test_a_ratio_more_than_ten_percent_below_the_committed_one_is_listed(guard: Any) -> None:
+    committed = {"training": {"cpu_seconds": 3.0, "seconds": 3.0}}
+
+    assert not guard.list_losses({"training": {"cpu_seconds": 2.71, "seconds": 9.0}}, committed)
+    assert guard.list_losses({"training": {"cpu_seconds": 2.69, "seconds": 3.0}}, committed) == [
+        "training became slower: 2.690 of its peer's speed in cpu seconds, was 3.000"
+    ]
+
+
+def test_a_ratio_is_that_of_the_fastest_turns(guard: Any) -> None:
+    turns = [({"seconds": 2.0}, {"seconds": 9.0}), ({"seconds": 4.0}, {"seconds": 3.0})]
+
+    assert guard.compute_ratios(turns) == {"seconds": 1.5}
+
+
+def test_a_machine_without_committed_ratios_is_not_compared(tmp_path: Path) -> None:
+    done = run_guard(ROOT, tmp_path / "none.json", "start-up")
+
+    assert done.returncode == 1
+    assert "none.json has no ratios for" in done.stdout
+
+
+def test_each_figure_of_speed_in_the_readme_is_of_the_last_minor_version() -> None:
+    speed = (ROOT / "README.md").read_text().partition("\n## Speed\n")[2].partition("\n## ")[0]
+    paragraphs = [part for part in speed.strip().split("\n\n") if FIGURE.search(part)]
+    assert len(paragraphs) >= 2
+
+    for paragraph in paragraphs:
+        conditions = CONDITIONS.search(paragraph)
+        assert conditions, f"no version and date: {paragraph}"
+        assert [int(part) for part in conditions.groups()] >= MINOR, f"measured with an older version: {paragraph}"
+
+
+def test_results_state_the_version_and_the_date_of_every_section() -> None:
+    text = (BENCHMARKS / "RESULTS.md").read_text()
+
+    for section in text.split("\n## ")[1:]:
+        assert CONDITIONS.search(section), f"no version and date: {section.splitlines()[0]}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("case", "module", "planted"),
+    [
+        ("preparation", "data/examples.py", SLEEP_PER_ROW),
+        pytest.param("training", "model/chunked_cross_entropy.py", FLOAT32_HEAD, marks=pytest.mark.skipif(**ALWAYS_32)),
+    ],
+)
+def test_a_planted_slowdown_fails_the_guard(tmp_path: Path, case: str, module: str, planted: str) -> None:
+    tree, ratios = tmp_path / "tree", tmp_path / "ratios.json"
+    for part in ("llmtune", "benchmarks", "recipes"):
+        shutil.copytree(ROOT / part, tree / part, ignore=shutil.ignore_patterns("__pycache__"))
+    assert run_guard(tree, ratios, case, "--update").returncode == 0
+    with (tree / "llmtune" / module).open("a") as file:
+        file.write(planted)
+
+    done = run_guard(tree, ratios, case)
+
+    assert done.returncode == 1
+    assert f"{case} became slower" in done.stdout
+    assert "Commits since" in done.stdout
+
+
+def run_guard(tree: Path, ratios: Path, case: str, *options: str) -> subprocess.CompletedProcess[str]:
+    """Run the guard of a tree on one case; git is that of this repository."""
+    command = [sys.executable, str(tree / "benchmarks" / "guard.py"), "--only", case, "--turns", "2"]
+    variables = {**os.environ, "PYTHONPATH": str(tree), "GIT_DIR": str(ROOT / ".git"), "GIT_WORK_TREE": str(ROOT)}
+    return subprocess.run(
+        [*command, "--ratios", str(ratios), *options], env=variables, capture_output=True, text=True, check=False
+    )
