@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 from clock import Asked, Clock
-from machine import describe_machine
 from datasets import Dataset
 from losses import draw_losses
+from machine import describe_machine
 from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from run_llmtune import describe_recipe

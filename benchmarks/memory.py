@@ -15,7 +15,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from machine import describe_machine
 from training import ask, find_model, read_options, take_turns, tell
 
 WORDS, WIDTH, LAYERS, PACK = 150_000, 512, 8, 4096
@@ -36,7 +35,7 @@ def main() -> int:
         options.tokens = options.pack = options.large_pack
         large = replace(ask(options, folder), measure_limit=False)
         found["large vocabulary"] = take_turns(large, options.tools, options.pairs, options.llamafactory, folder)
-    tell(found | {"machine": describe_machine()}, options.json)
+    tell(found, options.json)
     return 0
 
 

@@ -14,6 +14,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from startup import find_key
+
 OURS, SETTLED = "llmtune", "llmtune-settled"
 NAMES = {
     "llmtune": "llmtune",
@@ -41,7 +43,7 @@ def main() -> int:
 
 def write_page(found: dict[str, Found]) -> str:
     """Return the page in Markdown; `found` has the JSON documents by file name."""
-    machine = next((document["machine"] for document in found.values() if "machine" in document), {})
+    machine = find_key(found, "machine") or {}
     parts = [HEAD, table(["", ""], [[key.replace("_", " "), shown(value)] for key, value in machine.items()])]
     for name, (title, write) in SECTIONS.items():
         if name in found:
@@ -54,7 +56,7 @@ def write_page(found: dict[str, Found]) -> str:
 
 def write_conditions(found: Found) -> str:
     """Return version, date and processor of a document."""
-    machine = found["machine"]
+    machine = find_key(found, "machine")
     return f"llmtune {machine['llmtune']} on {machine['date']}, {machine['processor']}, {machine['instructions']}."
 
 
