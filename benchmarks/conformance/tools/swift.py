@@ -53,10 +53,11 @@ def configure(job: Job) -> Configuration:
 
 
 def sampling(job: Job) -> Configuration:
-    """Return the arguments of GRPO; a top_k of -1 means all tokens."""
+    """Return the arguments of GRPO, without its tie to the starting model; a top_k of -1 means all tokens."""
     extra = job["extra"]
     settings = {"rlhf_type": "grpo", "use_vllm": False, "reward_funcs": "conformance", "loss_type": extra.get("loss")}
     settings |= {"num_generations": extra["samples"], "max_completion_length": extra["max_new_tokens"]}
+    settings |= {"beta": 0.0}
     settings |= {"overlong_filter": extra.get("mask_truncated")} | extra["sampling"]
     return settings | {"top_k": extra["sampling"]["top_k"] or -1}
 
