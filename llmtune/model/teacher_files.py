@@ -76,7 +76,7 @@ def plan_teacher(recipe: Recipe, console: Console, offline: bool) -> tuple[Recip
 
 def teacher_inputs(recipe: Recipe, examples: Examples, teacher: ModelRef | None) -> str | None:
     """Hash what the recorded predictions depend on; None without a teacher."""
-    if recipe.distil is None or teacher is None:
+    if recipe.distil is None or teacher is None or not recipe.distil.weight:
         return None
     settings = [recipe.distil.top_k, recipe.distil.temperature, recipe.model.dtype, recipe.model.attn_implementation]
     return hash_value([__version__, examples.content_hash, teacher.content_hash, settings])
