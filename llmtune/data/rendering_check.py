@@ -78,7 +78,9 @@ def find_missing(
     texts = [unmark(text) for message in messages for text in _texts_of(message)]
     for part in dict.fromkeys(filter(None, texts)):
         wanted = sum(one.count(part) for one in texts)
-        written = sum(text.count(form) for form in {*_forms(part)})
+        if wanted <= text.count(part):
+            continue
+        written = sum(text.count(form) for form in {*_forms(part)}) if wanted > 1 else 0
         if 0 < written < wanted:  # the match may be another message, or a part of one
             return f"the chat template leaves out one of {wanted} messages that say {part[:SHOWN]!r}"
     return None

@@ -166,11 +166,8 @@ class _Pieces:
         """Return the ids of each text, and the number of ids before each of its borders."""
         cut = [self._cut_added(text) for text in texts]
         placed = [_find_places(parts, ends) for parts, ends in zip(cut, borders, strict=True)]
-        pieces = {piece: self._cut_words(piece) for parts in cut for piece in parts[::2]}
-        pieces |= {head: self._cut_words(head) for places in placed for _, head in places}
-        self._learn(list(pieces.values()))
-        first, word = self._first, self._word.__getitem__
-        ids = {piece: first[words[0]] + b"".join(map(word, words[1:])) for piece, words in pieces.items()} | self._added
+        heads = (head for places in placed for _, head in places)
+        ids = self._ids_of(dict.fromkeys(chain((piece for parts in cut for piece in parts[::2]), heads))) | self._added
         ids_and_counts = []
         for parts, places in zip(cut, placed, strict=True):
             part_ids = [ids[part] for part in parts]
@@ -181,6 +178,22 @@ class _Pieces:
             ]
             ids_and_counts.append((memoryview(b"".join(part_ids)).cast("i").tolist(), counts))
         return ids_and_counts
+
+    def _ids_of(self, pieces: Iterable[str]) -> dict[str, bytes]:
+        """Return the ids of each piece, joined from its words."""
+        ids, new = dict[str, bytes](), dict[str, list[str]]()
+        first, word = self._first, self._word.__getitem__
+        for piece in pieces:
+            start, *others = words = self._cut_words(piece)
+            try:
+                ids[piece] = first[start] + b"".join(map(word, others))
+            except KeyError:
+                new[piece] = words
+        if new:
+            self._learn([*new.values()])
+            first, word = self._first, self._word.__getitem__
+            ids |= {piece: first[words[0]] + b"".join(map(word, words[1:])) for piece, words in new.items()}
+        return ids
 
     def _learn(self, pieces: list[list[str]]) -> None:
         """Tokenize new words."""
