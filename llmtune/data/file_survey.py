@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -371,13 +371,10 @@ def suspicions(rows: Iterable[tuple[str, Row]]) -> list[str]:
     pair = ("", "")
     empty: Counter[str] = Counter()
     labels: list[Any] = []
-    rows = iter(rows)
-    first_row = next(rows, None)
-    if first_row is None:
-        return []
-    kind = kind_of_row(first_row[1])  # rows of one task have one kind
-    questions = ((origin, row, question) for origin, row in chain([first_row], rows) for question in kind.questions(row))
+    kind: RowKind | None = None
+    questions = ((origin, row, question) for origin, row in rows for question in kind_of_row(row).questions(row))
     for origin, row, (prompt, answer) in islice(questions, MOST_QUESTIONS):
+        kind = kind_of_row(row)
         labels.append(kind.label(row))
         texts = {text.strip() for text in iterate_strings(prompt)}
         if placeholders := NO_VALUES & texts.union(text.strip() for text in iterate_strings(answer)):
@@ -392,8 +389,8 @@ def suspicions(rows: Iterable[tuple[str, Row]]) -> list[str]:
     sentences = [
         f"rows with {text!r}, a placeholder for a missing value: {count:,}" for text, count in empty.most_common()
     ]
-    sentences += [f"{what}. {fix}" for what, fix in kind.doubts(labels)]
-    if several:
+    sentences += [f"{what}. {fix}" for what, fix in kind.doubts(labels)] if kind else []
+    if kind and several:
         where = f", first in {pair[0]} and {pair[1]}" if all(pair) else ""
         sentences.append(f"{kind.conflict} in different rows: {len(several):,}{where}")
     return sentences

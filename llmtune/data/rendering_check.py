@@ -11,6 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
+from functools import lru_cache
 from typing import cast
 
 from transformers import PreTrainedTokenizerBase
@@ -146,6 +147,12 @@ def _tool_parts(facts: TemplateFacts, tools: Tools) -> Iterator[Expected]:
             yield text, name, written
 
 
+@lru_cache
+def _marks_answers(source: str) -> bool:
+    """Whether a template has `{% generation %}` marks."""
+    return _GENERATION.search(source) is not None
+
+
 def check_marks(example: Example, chat: PreparedChat, messages: int, template: ChatTemplate) -> str | None:
     """Compare the spans of the first `messages` of a conversation with the template's own `{% generation %}` marks.
 
@@ -153,7 +160,7 @@ def check_marks(example: Example, chat: PreparedChat, messages: int, template: C
     """
     processor = template.processor
     plain = processor.is_fast and not chat.marked and not list_pictures(chat.messages[:messages])
-    if not plain or not _GENERATION.search(template.text(chat.tools)):
+    if not plain or not _marks_answers(template.text(chat.tools)):
         return None
     rendered = processor.apply_chat_template(
         list(inline_thoughts(template, chat.messages[:messages])),

@@ -11,11 +11,8 @@ from __future__ import annotations
 import json
 import random
 import re
-import string
-import unicodedata
 from array import array
 from bisect import bisect_right
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate, chain, groupby
 from typing import NamedTuple, TypeAlias, cast
@@ -360,7 +357,6 @@ def _added_text(processor: PreTrainedTokenizerBase, before: list[int], both: lis
 UNKNOWN = "text that the tokenizer does not know (<unk>) in the supervised part"
 """Prefix of the reason for a row with such a target."""
 SHOWN_WORDS, LONGEST_SHOWN = 5, 24
-PRINTABLE = frozenset(string.ascii_letters + string.digits + string.punctuation + " ")
 
 
 def refused_token(processor: PreTrainedTokenizerBase, recipe: Recipe) -> int | None:
@@ -382,27 +378,6 @@ def find_unknown(examples: Sequence[Example], token: int, row: str, processor: P
     unknown = [word for word in words if token in processor(word, add_special_tokens=False)["input_ids"]]
     listed = ", ".join(repr(word[:LONGEST_SHOWN]) for word in unknown[:SHOWN_WORDS]) or processor.unk_token
     return f"{UNKNOWN}: {listed}" + (" and others" if len(unknown) > SHOWN_WORDS else "")
-
-
-def find_vanishing(texts: Iterable[str], processor: PreTrainedTokenizerBase) -> dict[str, int]:
-    """Return the characters that make no token, each with the number of rows (given as JSON) that contain it.
-
-    Tokenizers without `<unk>` drop unknown text, and some drop control characters in any case. Combining marks do not
-    count if the tokenizer strips all accents on purpose.
-    """
-    vanishes: dict[str, bool] = {}
-    counts: Counter[str] = Counter()
-    accented, plain = processor(["\xe9", "e"], add_special_tokens=False)["input_ids"]
-    strips_accents = list(accented) == list(plain)
-    for text in texts:
-        spelled = "".join(iterate_strings(json.loads(text))) if "\\" in text else text
-        letters = {*spelled} - PRINTABLE
-        for letter in letters - vanishes.keys():
-            with_it, without = processor([f"a{letter}b", "ab"], add_special_tokens=False)["input_ids"]
-            stripped = strips_accents and unicodedata.category(letter) == "Mn"
-            vanishes[letter] = list(with_it) == list(without) and not stripped
-        counts.update(letter for letter in letters if vanishes[letter])
-    return dict(sorted(counts.items()))
 
 
 def _learns(example: Example, token: int) -> bool:
