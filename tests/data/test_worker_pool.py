@@ -119,7 +119,9 @@ def test_every_variant_can_be_pickled_for_a_worker(variant):
 def test_a_worker_encodes_conversations_without_torch(tmp_path):
     (tmp_path / "encode").write_bytes(pickle.dumps(get_task("chat").row_encoder()))
     code = "import pickle, sys; pickle.load(open(sys.argv[1], 'rb')); print('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code, tmp_path / "encode"], stdout=subprocess.PIPE, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "encode"], stdout=subprocess.PIPE, text=True, check=True
+    )
     assert done.stdout.strip() == "False"
 
 
