@@ -24,7 +24,14 @@ from torch.distributed.fsdp import FSDPModule
 from torch.utils._pytree import tree_map_only
 
 from llmtune.errors import LlmtuneError, LostProcess
-from llmtune.model.layer_messages import CacheMirrors, CacheUpdates, OutputOf, PendingOutput, pack, unpack
+from llmtune.model.layer_messages import (
+    CacheMirrors,
+    CacheUpdates,
+    OutputOf,
+    PendingOutput,
+    pack_message,
+    unpack_message,
+)
 from llmtune.model.layer_owners import IN_REFERENCE, PLACED, LayerOwners, layers_of_shards
 from llmtune.store.processes import LOST_SECONDS, lost_process
 
@@ -121,7 +128,7 @@ class LayerCalls:
         self.computing.release()
         for rank in self.peers:
             with suppress(LostProcess):
-                self._send(rank, REQUEST, pack(failed))
+                self._send(rank, REQUEST, pack_message(failed))
         end = time.monotonic() + LOST_SECONDS / 2
         for thread in threads:
             thread.join(max(0, end - time.monotonic()) if failed else None)
@@ -149,7 +156,7 @@ class LayerCalls:
             message.outputs.append(weakref.ref(output))
             return output
         value = self.flush()
-        if isinstance(before, torch.Tensor) and _is_plain(value, before):
+        if isinstance(before, torch.Tensor) and _keeps_shape(value, before):
             self.plain.add((number, before.dtype))
         return value
 
@@ -166,7 +173,7 @@ class LayerCalls:
         kind, updates = self.placed.device.type, self.updates[message.owner]
         autocast = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
         mode = torch.is_inference_mode_enabled(), autocast, getattr(self.model, IN_REFERENCE, False)
-        value, states = self._ask(message.owner, pack((message.calls, numbers, mode), updates, message))
+        value, states = self._ask(message.owner, pack_message((message.calls, numbers, mode), updates, message))
         updates.note_states(states)
         message.values[last], message.calls = value, []
         self.before[message.owner] = message
@@ -177,7 +184,7 @@ class LayerCalls:
         if message is self.message:
             self.flush()
         if number not in message.values:
-            message.values[number] = self._ask(message.owner, pack(number))
+            message.values[number] = self._ask(message.owner, pack_message(number))
         return cast(torch.Tensor, message.values[number])
 
     def _ask(self, owner: int, request: torch.Tensor) -> Any:
@@ -189,7 +196,7 @@ class LayerCalls:
         finally:
             self.computing.acquire()
         self._check_others()
-        answer = unpack(reply, self.placed.device)
+        answer = unpack_message(reply, self.placed.device)
         if isinstance(answer, Exception):
             raise answer
         return answer
@@ -216,20 +223,20 @@ class LayerCalls:
         """Return an output of the last request, or of new calls, or the error that ended them; None at the end."""
         try:
             with self.computing:
-                request: Any = unpack(packed, self.placed.device, mirrors)
+                request: Any = unpack_message(packed, self.placed.device, mirrors)
                 if isinstance(request, tuple):
-                    return pack(self._run(request, mirrors, outputs))
+                    return pack_message(self._run(request, mirrors, outputs))
                 if not isinstance(request, bool):
-                    return pack(outputs[request])
+                    return pack_message(outputs[request])
             if request:
                 what = f"process {rank} stopped, so the sharded model cannot be used any more"
                 self._note_problem(LostProcess.of(what, None, "Its own error is the cause."))
             return None
         except Exception as error:  # noqa: BLE001 - the process that asked raises it
             try:
-                return pack(error.with_traceback(None))
+                return pack_message(error.with_traceback(None))
             except (pickle.PicklingError, TypeError):
-                return pack(RuntimeError(f"{type(error).__name__}: {error}"))
+                return pack_message(RuntimeError(f"{type(error).__name__}: {error}"))
 
     def _run(self, request: _Request, mirrors: CacheMirrors, kept: dict[int, Any]) -> tuple[Any, list[Any]]:
         """Return the last output of calls, and the state of caches; the outputs asked for are `kept`."""
@@ -249,7 +256,7 @@ class LayerCalls:
                 )
                 with self._as_there(number, off, in_reference):
                     outputs.append(self._compute(number, *args, **kwargs))
-                assert len(outputs) == len(calls) or _is_plain(outputs[-1], args[0]), "an output changed its shape"
+                assert len(outputs) == len(calls) or _keeps_shape(outputs[-1], args[0]), "an output changed its shape"
         kept.update((number, outputs[number]) for number in numbers)
         return outputs[-1], [*mirrors.read_states({*chain.from_iterable(self.indexes[number] for number, *_ in calls)})]
 
@@ -328,7 +335,7 @@ class _Message:
         return [output for reference in self.outputs if (output := reference()) is not None]
 
 
-def _is_plain(output: object, before: torch.Tensor) -> bool:
+def _keeps_shape(output: object, before: torch.Tensor) -> bool:
     return isinstance(output, torch.Tensor) and (output.shape, output.dtype) == (before.shape, before.dtype)
 
 

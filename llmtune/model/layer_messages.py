@@ -83,7 +83,7 @@ class PendingOutput(torch.Tensor):
 # Caches
 
 
-def _lists(cache: Any) -> list[list[Any]]:
+def _layer_lists(cache: Any) -> list[list[Any]]:
     """Return the lists of layers of a cache: two of an encoder-decoder."""
     if hasattr(cache, "self_attention_cache"):
         return [cache.self_attention_cache.layers, cache.cross_attention_cache.layers]
@@ -171,7 +171,7 @@ class CacheUpdates:
             if hasattr(type(cache), POSITION):
                 cache.states[index] = state
                 continue
-            layers = _lists(cache)[place]
+            layers = _layer_lists(cache)[place]
             layers.extend(copy.copy(state) for _ in range(len(layers), index + 1))
             layers[index] = state
 
@@ -213,7 +213,7 @@ class CacheMirrors:
                     if index in cache.states and index not in here:  # they keep their shapes
                         yield number, 0, index, _on_meta(cache.states[index])
                 else:
-                    for place, layers in enumerate(_lists(cache)):
+                    for place, layers in enumerate(_layer_lists(cache)):
                         if index < len(layers):
                             state = copy.copy(layers[index])
                             vars(state).update(_on_meta(vars(state)))
@@ -222,7 +222,7 @@ class CacheMirrors:
 
     @staticmethod
     def _parts(cache: Any, indexes: Iterable[int]) -> list[Any]:
-        return [layers[index] for layers in _lists(cache) for index in indexes if index < len(layers)]
+        return [layers[index] for layers in _layer_lists(cache) for index in indexes if index < len(layers)]
 
 
 def _on_meta(value: Any) -> Any:
@@ -289,7 +289,7 @@ class _Unpacker(pickle.Unpickler):
         return torch.empty(mark[0], dtype=mark[1], device="meta")
 
 
-def pack(value: object, updates: CacheUpdates | None = None, message: object = None) -> torch.Tensor:
+def pack_message(value: object, updates: CacheUpdates | None = None, message: object = None) -> torch.Tensor:
     """Return a value as bytes [N] in main memory; pending outputs of `message` become OutputOf."""
     tensors: list[torch.Tensor] = []
 
@@ -318,8 +318,8 @@ def pack(value: object, updates: CacheUpdates | None = None, message: object = N
     return packed
 
 
-def unpack(packed: torch.Tensor, device: torch.device, mirrors: CacheMirrors | None = None) -> Any:
-    """Return the value of `pack`; tensors that were not in main memory are on `device`."""
+def unpack_message(packed: torch.Tensor, device: torch.device, mirrors: CacheMirrors | None = None) -> Any:
+    """Return the value of `pack_message`; tensors that were not in main memory are on `device`."""
     size = int(packed[:8].view(torch.int64)[0])
     (first, *updates), specs = pickle.loads(packed[8 : 8 + size].numpy().tobytes())  # noqa: S301 - of this run
     tensors, end = [], _align(8 + size)

@@ -73,12 +73,12 @@ def place_layers(model: torch.nn.Module, device: torch.device) -> None:
             module._buffers[name] = buffer if buffer is None else buffer.to(device)
     home = torch.device("cpu") if offloads_params() else device
     for layer, owner in zip(layers, placed.owners, strict=True):
-        _place(layer, owner, device, home, ignored)
-    _place(model, None, device, device, {*ignored, *(one for layer in layers for one in layer.parameters())})
+        _place_weights(layer, owner, device, home, ignored)
+    _place_weights(model, None, device, device, {*ignored, *(one for layer in layers for one in layer.parameters())})
     setattr(model, PLACED, placed)
 
 
-def _place(
+def _place_weights(
     module: torch.nn.Module,
     owner: int | None,
     device: torch.device,

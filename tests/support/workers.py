@@ -290,6 +290,42 @@ def run_own_passes(folder: str, strategy: str) -> dict[str, object]:
     return {name: all(one.get(name, found[name]) for one in everywhere) for name in found}
 
 
+def compare_kinds(folder: str) -> dict[str, bool]:
+    """Generate with models of several kinds, placed and complete; return whether all processes' results are equal."""
+    import torch
+    from accelerate.utils import gather_object
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
+
+    from llmtune.evaluate.greedy_decoding import column_bytes_of
+    from llmtune.model.layer_calls import own_passes
+    from llmtune.model.layer_owners import place_layers
+    from llmtune.train.distributed import join_processes
+
+    join_processes("cpu")
+    classes = {"bert": AutoModelForSequenceClassification, "t5": AutoModelForSeq2SeqLM}
+    ids = torch.arange(4, 18 + 4 * rank()).view(2, -1) % 60
+    mask, found = torch.ones_like(ids), {}
+    mask[0, :2] = 0
+    for path in sorted(Path(folder).iterdir()):
+        auto = classes.get(path.name, AutoModelForCausalLM)
+        model, alone = (auto.from_pretrained(path).eval() for _ in range(2))
+        place_layers(model, torch.device("cpu"))
+        with own_passes(model), torch.inference_mode():
+            if path.name == "bert":
+                pairs = [[one(ids, attention_mask=mask).logits for one in (model, alone)]]
+            else:
+                options = {"attention_mask": mask, "max_new_tokens": 8 + rank(), "do_sample": False}
+                pairs = [
+                    [one.generate(ids, num_beams=beams, **options) for one in (model, alone)] for beams in (1, 1, 3)
+                ]
+            same = all(torch.equal(one, other) for one, other in pairs)
+            if auto is AutoModelForCausalLM:
+                same = same and column_bytes_of(model, "cpu") == column_bytes_of(alone, "cpu")
+        found[path.name] = same
+    everywhere = gather_object([found])
+    return {name: all(one[name] for one in everywhere) for name in found}
+
+
 def measure_pipeline(recipe: str, out: str, until: str) -> list[list[int]]:
     """Run a recipe; return the most resident memory of each process, all and without files, beyond its libraries'."""
     import psutil
@@ -461,7 +497,9 @@ def die_between_passes() -> None:
     from llmtune.train.distributed import join_processes
 
     join_processes("cpu")
-    config = LlamaConfig(32, 16, 32, num_hidden_layers=4, num_attention_heads=2)
+    config = LlamaConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=4, num_attention_heads=2
+    )
     model = LlamaForCausalLM(config).eval()
     place_layers(model, torch.device("cpu"))
     with torch.inference_mode(), own_passes(model):
