@@ -8,17 +8,15 @@ Shapes: Q queries, P passages, D numbers of a vector, K candidates of a query.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
-import pyarrow as pa
 import torch
 from rich.console import Console
 from torch.nn import functional
@@ -26,7 +24,8 @@ from torch.nn import functional
 from llmtune import __version__
 from llmtune.data.corpus import load_corpus
 from llmtune.data.data_notes import negatives_blocks
-from llmtune.data.row_store import MINED, iterate_batches, iterate_rows, iterate_texts, load_rows, read_rows, save_rows
+from llmtune.data.preparation import write_changed
+from llmtune.data.row_store import MINED, iterate_rows, iterate_texts, load_rows, read_rows
 from llmtune.data.row_text import text_key
 from llmtune.display.console import print_blocks, progress_bars, spinner
 from llmtune.errors import RecipeError
@@ -48,7 +47,6 @@ from llmtune.recipe.task_sections import EmbedSection
 from llmtune.records import Advance, Json, ModelRef, Row, Rows
 from llmtune.store.atomic_files import hash_value, staged
 from llmtune.store.run_lock import package_versions
-from llmtune.store.seed_runs import hard_link
 from llmtune.tasks.embed_settings import infer_rows
 from llmtune.tasks.registry import get_task
 from llmtune.tasks.sentence_vectors import embed_texts, resolve_settings
@@ -101,13 +99,11 @@ def mine_rows(rows: Rows, recipe: Recipe, model_ref: ModelRef, device: str, fold
     assert section is not None, "the recipe mines"
     if not ranks and (kind := infer_rows(rows)) != "passages":
         raise RecipeError.of(f"rows with {kind} have no negatives to mine", "data.negatives", "Remove it.")
-    for path in rows.folder.iterdir():
-        hard_link(str(path), str(folder / path.name))
     corpus, mined = load_corpus(rows.folder), dict[str, tuple[Pairs, Mined]]()
     searched = {split: collect_pairs(rows, split, corpus) for split in (rows.files if ranks else ("train",))}
     texts = dict.fromkeys(text for pairs in searched.values() for text in pairs.passages)
     place = {text: i for i, text in enumerate(texts)}
-    digest = hashlib.sha256(rows.content_hash.encode())
+    changed = dict[str, Iterator[str]]()
     with open_embedder(recipe, model_ref, device, console) as loaded:
         with progress_bars(console) as progress:
             bar = progress.add_task("mine: read the passages", total=len(texts))
@@ -120,9 +116,8 @@ def mine_rows(rows: Rows, recipe: Recipe, model_ref: ModelRef, device: str, fold
             mined[split] = pairs, result
             negatives = [[pairs.passages[i] for i in nearest] for nearest in result.negatives]
             by_query = dict(zip(map(text_key, pairs.queries), negatives, strict=True))
-            write_split(rows, split, folder, by_query, digest)
-    files = {split: folder / path.name for split, path in rows.files.items()}
-    save_rows(replace(rows, folder=folder, files=files, content_hash=digest.hexdigest()))
+            changed[split] = map(partial(add_negatives, by_query), (row for _, row in iterate_rows(rows, split)))
+    write_changed(rows, changed, folder)
     facts: Json = {"model": model_ref.name, "sha256": model_ref.content_hash, "corpus": len(corpus)}
     facts |= {"mine": section.mine, "below": section.below} | mining_facts(mined, section)
     return facts | ({"test_passages": count_test_passages(rows, *mined["train"])} if corpus else {})
@@ -244,24 +239,7 @@ def mine(queries_QD: torch.Tensor, passages_PD: torch.Tensor, pairs: Pairs, sect
     return Mined(negatives, skipped, nearest)
 
 
-def write_split(rows: Rows, split: str, folder: Path, texts: Mapping[str, list[str]], digest: hashlib._Hash) -> None:
-    """Write the rows of a split with negatives by query; add their texts to the digest."""
-    target, left = folder / rows.files[split].name, dict(texts)
-    target.unlink()  # a link to the file that is read
-    with pa.OSFile(str(target), "wb") as file:
-        writer = None
-        for _, batch in iterate_batches(rows, split):
-            changed = [add_negatives(json.loads(text), left) for text in batch.column("row").to_pylist()]
-            for text in changed:
-                digest.update(text.encode() + b"\n")
-            batch = batch.set_column(batch.schema.get_field_index("row"), "row", pa.array(changed, pa.string()))
-            writer = writer or pa.ipc.new_file(file, batch.schema)
-            writer.write_batch(batch)
-        assert writer is not None, "a split has rows"
-        writer.close()
-
-
-def add_negatives(row: Row, texts: dict[str, list[str]]) -> str:
+def add_negatives(texts: dict[str, list[str]], row: Row) -> str:
     """Return a row as JSON with the negatives of its query; those of a reranker are taken out of `texts`."""
     if "relevances" in row:
         added = texts.pop(text_key(row["query"]), [])

@@ -168,6 +168,7 @@ def prepare_step(run: RunContext, recipe: Recipe) -> None:
                 made = prepare_rows(recipe, folder, run.console, inputs)
                 if not has_rows(target, made.content_hash):
                     run.folder.refuse_released()
+                    run_models.drop_answers(run.folder.path)
             step.facts.update(made.as_facts())
     if recipe.variant.rewards:
         rows = load_rows(target)
@@ -194,6 +195,7 @@ def encode_step(run: RunContext, plan: Plan) -> None:
     """Encode, mask and pack the rows for the model, in rank 0."""
     if run.request.until == "run":
         check_products(plan)  # before training, not after it
+    run_models.answer_step(replace(run, resolved=plan))
     rows, processor, recipe, task = run.rows, plan.processor, plan.recipe, plan.task
     inputs = examples_inputs(recipe, rows, plan.model_ref, processor, task.example_type)
     with run.step("encode", inputs, ["data/examples"]) as step:

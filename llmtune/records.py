@@ -126,11 +126,12 @@ class MemoryPlan:
     """Bytes that training will need, by part, and the memory of the device."""
 
     parts: dict[str, int]
-    """weights, adapter, gradients, optimizer, activations, logits; reference, if the original weights are kept.
+    """weights, adapter, gradients, optimizer, activations, logits; reference, if the original weights are kept;
+    samples, if training samples answers.
 
     A sharded model also has gathered (weights gathered temporarily) and evaluation (needs beyond training)."""
     lower_bound: int
-    """Minimum: all parts except activations and logits, plus the logits of one token row."""
+    """Minimum: all parts except activations, logits and samples, plus the logits of one token row."""
     limit: int | None
     """Total bytes of the device (or control group); None if unknown."""
     device: str

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -15,8 +16,10 @@ from llmtune.adapter.data_init import sample_rows
 from llmtune.adapter.injection import adapter_settings, inject
 from llmtune.adapter.load import find_adapter
 from llmtune.adapter.saving import load_adapter
+from llmtune.data.examples import examples_inputs
+from llmtune.data.row_store import ANSWERED, has_pictures, load_rows
 from llmtune.display.console import spinner
-from llmtune.errors import EnvironmentProblem
+from llmtune.errors import EnvironmentProblem, RecipeError
 from llmtune.evaluate.cache_keys import base_inputs, simple_inputs
 from llmtune.evaluate.champion import face_champion
 from llmtune.evaluate.champion_answers import ChampionModel, ask_champion, ask_classes
@@ -30,23 +33,28 @@ from llmtune.evaluate.scoring import ScoreRequest, score_run
 from llmtune.evaluate.simple_baseline import score_simple_baseline
 from llmtune.evaluate.suites.label_errors import save_suspects
 from llmtune.evaluate.teacher import (
+    ANSWERS,
     FOLDER,
+    answer_rows,
+    begin_blocks,
     begin_recording,
     check_teacher,
+    longest_answered,
     record_predictions,
     recorded_facts,
+    write_answered,
 )
 from llmtune.model.config import find_class, keeps_float32, why_headless
 from llmtune.model.device import loading_device, pick_device, release_memory
 from llmtune.model.layer_owners import place_layers
 from llmtune.model.loading import load_model
 from llmtune.model.processor import load_processor
-from llmtune.model.teacher_files import plan_teacher, teacher_run
+from llmtune.model.teacher_files import find_teacher, plan_teacher, teacher_run
 from llmtune.plan import RunContext, find_variant, open_finished
 from llmtune.recipe.adapter_section import DATA_STARTS
 from llmtune.recipe.schema import Recipe
-from llmtune.records import AdaptedModel, ModelRef, Row, SelectedModel
-from llmtune.store.atomic_files import hash_folder
+from llmtune.records import ALONE, AdaptedModel, ModelRef, Row, Rows, SelectedModel
+from llmtune.store.atomic_files import hash_folder, hash_value, staged
 from llmtune.train.distributed import join_processes, wait_for_processes
 from llmtune.train.preflight import check_examples
 from llmtune.train.sharding import Made, share_model
@@ -197,7 +205,8 @@ def score_models(context: RunContext, folder: Path | None, base_folders: Sequenc
     base = base_inputs(recipe, adapter_settings(recipe), plan.model_ref, rows, examples, plan.device)
     simple = load_first(base_folders, simple_inputs(recipe, rows, examples), SIMPLE)
     ask = partial(ask_champion, partial(load_champion, context), eval_context, rows, context.folder.path)
-    loaders = replace(Models(context).loaders, teacher=partial(open_teacher, context) if recipe.distil else None)
+    taught = recipe.distil is not None and recipe.distil.weight > 0
+    loaders = replace(Models(context).loaders, teacher=partial(open_teacher, context) if taught else None)
     request = ScoreRequest(
         loaders,
         eval_context,
@@ -223,6 +232,43 @@ def save_label_errors(context: RunContext, folder: Path | None) -> None:
 # A teacher
 
 
+def answer_step(context: RunContext) -> None:
+    """Let the teacher answer the rows of train and validation, in rank 0, if the recipe asks for it."""
+    plan, recipe, data = context.plan, context.plan.recipe, context.folder.path / "data"
+    if recipe.distil is None or not recipe.distil.answers:
+        return
+    rows, context = load_rows(data / "rows"), replace(context, resolved=replace(plan, layout=ALONE))
+    if has_pictures(rows):
+        what = "teachers do not answer questions about pictures yet"
+        raise RecipeError.of(what, "distil.answers", "Remove it: the rows need answers.")
+    teacher = find_teacher(recipe, context.console, context.request.offline, context.request.pins)
+    assert teacher is not None, "the recipe has a teacher"
+    inputs = hash_value(
+        [
+            examples_inputs(recipe, rows, plan.model_ref, plan.processor, plan.task.example_type),
+            [teacher.content_hash, recipe.generation.max_new_tokens, recipe.model.dtype],
+        ]
+    )
+    with context.step("answer", inputs, [f"data/{ANSWERED}"]) as step:
+        if not step.skipped:
+            begin_blocks(data / ANSWERS, inputs, restart=False)
+            with open_teacher(context, rows, longest_answered(plan, rows)) as (model, _):
+                answer_rows(plan, model, rows, data / ANSWERS, context.console)
+            release_memory()
+            with staged(data / ANSWERED) as folder:
+                step.facts.update(write_answered(rows, data / ANSWERS, folder))
+            shutil.rmtree(data / ANSWERS)
+    if truncated := context.folder.facts("answer").get("truncated"):
+        most = f"generation.max_new_tokens ({recipe.generation.max_new_tokens})"
+        text = f"{truncated:,} of {context.folder.facts('answer')['answered']:,} answers were truncated at {most}"
+        context.console.print(f"{text}: the student learns to stop there. Raise it.", style="yellow", highlight=False)
+
+
+def drop_answers(folder: Path) -> None:
+    """Remove a teacher's answers to rows that changed."""
+    shutil.rmtree(folder / "data" / ANSWERED, ignore_errors=True)
+
+
 def record_step(context: RunContext) -> None:
     """Record the teacher's predictions that training needs, in all processes, and free its memory."""
     plan, folder, inputs = context.plan, context.folder, context.plan.inputs.get("teach")
@@ -242,8 +288,13 @@ def record_step(context: RunContext) -> None:
 
 
 @contextmanager
-def open_teacher(context: RunContext) -> Iterator[tuple[torch.nn.Module, bool]]:
-    """Yield the teacher of a run, and whether it reads packed rows. Raises as `check_teacher` does."""
+def open_teacher(
+    context: RunContext, rows: Rows | None = None, longest: int | None = None
+) -> Iterator[tuple[torch.nn.Module, bool]]:
+    """Yield the teacher of a run, and whether it reads packed rows. Raises as `check_teacher` does.
+
+    `rows` and `longest`, the tokens of the longest one, are those of the run by default.
+    """
     plan, offline = context.plan, context.request.offline
     run = teacher_run(plan.recipe)
     if run is not None:
@@ -253,7 +304,10 @@ def open_teacher(context: RunContext) -> Iterator[tuple[torch.nn.Module, bool]]:
         task, processor = find_variant(recipe, model_ref), cache(partial(load_processor, model_ref, recipe.model))
         there = replace(plan, recipe=recipe, task=task, model_ref=model_ref, open_processor=processor)
         teacher = replace(context, resolved=there)
-    check_teacher(teacher.plan, plan, context.rows, max(context.examples.reach.values()))
+    if not plan.layout.sharded:
+        teacher = replace(teacher, resolved=replace(teacher.plan, layout=plan.layout))
+    longest = max(context.examples.reach.values()) if longest is None else longest
+    check_teacher(teacher.plan, plan, rows or context.rows, longest)
     models = Models(teacher)
     with models.tuned() if run else models.base() as model:
         yield model.eval(), bool(models.packs)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from support import families
 from support.adapting import quiet
-from support.models import build_llama
+from support.models import CHATML, build_llama
 from support.pairs import DOCUMENTS, PAIRS, recipe_of
 from support.task_cases import CHATS, MULTI, NO_TEXT, SINGLE, TAGS
 from support.training import trained_bytes
@@ -201,6 +201,7 @@ def test_a_disk_with_too_little_space_is_refused_before_the_teacher_runs(taught,
         ({"distil": {"temperature": 3.0}}, True),
         ({"data": {"max_length": 40}}, True),
         ({"model": {"dtype": "bfloat16"}}, True),
+        ({"model": {"chat_template": "other.jinja"}}, True),
     ],
 )
 def test_only_what_changes_the_predictions_records_them_again(taught, monkeypatch, sections, recorded_again):
@@ -208,6 +209,7 @@ def test_only_what_changes_the_predictions_records_them_again(taught, monkeypatc
     sizes = count_batches(monkeypatch)
     teacher = taught / "teacher" / "run"
     run = taught / "edited"
+    (taught / "other.jinja").write_text(CHATML.replace("<|im_start|>", "<|im_start|>to "))
     if not run.exists():
         train(write_chat(taught, teacher), "edited")
         sizes.clear()
@@ -217,6 +219,18 @@ def test_only_what_changes_the_predictions_records_them_again(taught, monkeypatc
     manifest.write_text(json.dumps(changed))
     train(recipe, "edited")
     assert bool(sizes) == recorded_again
+
+
+def test_a_changed_row_makes_the_predictions_stale(tmp_path, monkeypatch):
+    teacher = make_teacher(tmp_path, "chat")
+    recipe = write_chat(tmp_path, teacher)
+    train(recipe)
+    sizes = count_batches(monkeypatch)
+    rows = next(tmp_path.glob("*.jsonl"))
+    first, rest = rows.read_text(encoding="utf-8").split("\n", 1)
+    rows.write_text(first.replace("Which", "What", 1) + "\n" + rest, encoding="utf-8")
+    train(recipe)
+    assert sizes
 
 
 def test_a_teacher_that_was_trained_further_makes_its_predictions_stale(taught, tmp_path, monkeypatch):

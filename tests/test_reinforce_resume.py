@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from support.process import run_in_child
 from support.runs import invoke, write_recipe, write_sums
 from support.training import trained_bytes
 
-from llmtune.store.atomic_files import hash_file
+from llmtune.store.atomic_files import hash_file, read_json_lines
 from llmtune.store.run_folder import read_run
 from llmtune.tasks.rollouts import Rollouts
 
@@ -22,6 +23,11 @@ def vowels(row, answer):
 
 def brief(row, answer):
     return 1 / (1 + len(answer))
+"""
+ODD = """
+
+def odd(row, answer):
+    return vowels(row, answer) * (int(row["messages"][-1]["content"]) % 2)
 """
 CHRF = {"rewards": {"chrf": 1.0}, "samples": 4, "max_new_tokens": 4, "mask_truncated": False}
 MOMENTS = [
@@ -57,8 +63,6 @@ def kill() -> None:
 
 def train_and_die(recipe: str, run: str, moment: str) -> None:
     """Train, and kill this process in step 4: at the end of it for `after a checkpoint`."""
-    import torch
-
     from llmtune.cli.app import app
     from llmtune.evaluate.sampled_decoding import TokenSampler
     from llmtune.tasks import rollouts as objective
@@ -144,6 +148,33 @@ def test_changed_reward_files_train_again_from_the_beginning(tmp_path, tiny_llam
     assert read_run(run).facts("train")["resumed_from"] is None
     assert json.loads((run / "llmtune.lock").read_text())["rewards"] == {str(file): hash_file(file)}
     assert {name: data for name, data in rollouts(run).items() if first[name] == data} == {}
+
+
+def test_a_step_without_spread_updates_no_weight_and_is_counted(tmp_path, tiny_llama):
+    file = tmp_path / "rewards.py"
+    file.write_text(REWARD + ODD)
+    section = CHRF | {"rewards": {f"{file}:odd": 1.0}}
+    recipe = write(tmp_path, tiny_llama, section, batch_size=1, max_steps=8, save_steps=1, save_total_limit=9)
+    run = tmp_path / "run"
+    done = invoke("run", recipe, "--out", run)
+    assert done.exit_code == 0, done.stderr
+    updates, before = 0, None
+    for line in read_json_lines(run / "metrics.jsonl"):
+        _, *answers = read_json_lines(run / f"rollouts/{line['step']}.jsonl")
+        spread = len({one["reward"] for one in answers}) > 1
+        updates += spread
+        assert (line["figures"]["spread"], line["figures"]["skipped"]) == (spread, not spread)
+        checkpoint = run / f"checkpoints/step-{line['step']}"
+        weights = (checkpoint / "trainable.safetensors").read_bytes()
+        assert before is None or (weights != before) == spread
+        before = weights
+        optimizer = torch.load(checkpoint / "optimizer.pt", weights_only=True)["optimizer"]
+        assert {int(one["step"]) for one in optimizer["state"].values()} == ({updates} if updates else set())
+        assert f"step {line['step']}/8" in done.stderr
+    assert 0 < updates < 8
+    assert read_run(run).facts("train")["skipped_steps"] == 8 - updates
+    for report in ("report.md", "report.html"):
+        assert "steps without an update" in (run / report).read_text()
 
 
 @pytest.mark.parametrize("steps", [3, 12])

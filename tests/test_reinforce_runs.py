@@ -1,6 +1,7 @@
 """The evaluation of reinforced runs: samples of base and tuned model, their rewards, gates, verdict and report."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from support.runs import finish_run, invoke
 from llmtune.evaluate.evaluation_file import load_evaluation
 from llmtune.evaluate.per_row_scores import load_measures
 from llmtune.store.atomic_files import read_json_lines
+from llmtune.store.verification import verify_run
 
 REWARDS = '''
 def vowels(row, answer):
@@ -87,12 +89,45 @@ def test_another_version_of_a_reward_rates_both_models_again(tmp_path: Path, tin
     lock = json.loads((run / "llmtune.lock").read_text())
     assert lock["metrics"].keys() == {str(tmp_path / "rewards.py")}
     (tmp_path / "rewards.py").write_text(REWARDS.replace("aeiou", "aeiouy "))
+    failed = {(one.kind, Path(one.name).name, one.state) for one in verify_run(run).failed}
+    assert failed == {(kind, "rewards.py", "changed") for kind in ("metrics", "rewards")}
+    verified = invoke("verify", run)
+    assert verified.exit_code == 6
+    assert f"{tmp_path / 'rewards.py'}: rewards: changed since the run" in verified.stderr.replace("\n", "")
     assert invoke("evaluate", run).exit_code == 0
     after = load_evaluation(run / "evaluation")
     assert before is not None
     assert after is not None
     assert after.base["reward"] > before.base["reward"]
     assert after.tuned["reward"] > before.tuned["reward"]
+
+
+@pytest.mark.parametrize("change", ["reinforce.control=filter", "evaluate.gates=[reward >= 0]"])
+def test_a_control_run_or_a_gate_added_later_trains_nothing_again(run: Path, tmp_path: Path, change: str):
+    copied = tmp_path / "run"
+    shutil.copytree(run, copied)
+    done = invoke("run", run.parent.parent / "tiny.yaml", "--out", copied, "--json", "--set", change)
+    assert done.exit_code == 0, done.stderr
+    assert {step["name"]: step["skipped"] for step in json.loads(done.stdout)["steps"]}["train"]
+    weights = [(one / "adapter/adapter_model.safetensors").read_bytes() for one in (run, copied)]
+    assert weights[0] == weights[1]
+    assert (copied / "controls/filter/adapter").exists() is ("control" in change)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "rewards={rewards.py:vowels: 2.0}",
+        "rewards={rewards.py:vowels: 1.0, rewards.py:brief: 0.1}",
+        "temperature=0.7",
+        "rounds=1",
+        "beta=0.1",
+    ],
+)
+def test_other_weights_and_settings_are_another_recipe(run: Path, change: str):
+    refused = invoke("train", run.parent.parent / "tiny.yaml", "--out", run, "--set", f"reinforce.{change}")
+    assert refused.exit_code == 2
+    assert "a run of another recipe" in " ".join(refused.stderr.split())
 
 
 def test_gates_judge_samples_and_each_reward(run: Path):

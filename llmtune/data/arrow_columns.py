@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -30,3 +32,19 @@ def number_column(numbers: npt.NDArray[Any]) -> pa.Array:
     """Return an array of numbers [N] as a column that shares its memory."""
     buffer = pa.py_buffer(np.ascontiguousarray(numbers))
     return pa.Array.from_buffers(pa.from_numpy_dtype(numbers.dtype), len(numbers), [None, buffer])
+
+
+def replace_column(source: Path, target: Path, name: str, texts: Iterable[str]) -> Iterator[str]:
+    """Copy an Arrow file with other texts in one column, a batch at a time; yield the texts that were written."""
+    left = iter(texts)
+    with (
+        pa.memory_map(str(source)) as content,
+        pa.ipc.open_file(content) as reader,
+        pa.OSFile(str(target), "wb") as file,
+        pa.ipc.new_file(file, reader.schema) as writer,
+    ):
+        for number in range(reader.num_record_batches):
+            batch = reader.get_batch(number)
+            changed = [*islice(left, batch.num_rows)]
+            writer.write_batch(batch.set_column(batch.schema.get_field_index(name), name, text_column(changed)))
+            yield from changed

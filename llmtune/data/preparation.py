@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from llmtune import __version__
-from llmtune.data.arrow_columns import number_column
+from llmtune.data.arrow_columns import number_column, replace_column
 from llmtune.data.class_spelling import list_changes, require_one_spelling, warn_of_idle_renames
 from llmtune.data.corpus import save_corpus
 from llmtune.data.data_notes import name_changes_sentences
@@ -31,7 +31,15 @@ from llmtune.data.ingest import IngestState, ingest_rows
 from llmtune.data.pictures import IMAGES, absolute_pictures
 from llmtune.data.rejected_rows import RowError, find_file, parse_cell
 from llmtune.data.row_formats import CONVERSATIONS
-from llmtune.data.row_store import RECORD, Index, RowWriter, Spool, iterate_rows, iterate_texts, save_rows
+from llmtune.data.row_store import (
+    RECORD,
+    Index,
+    RowWriter,
+    Spool,
+    iterate_rows,
+    iterate_texts,
+    save_rows,
+)
 from llmtune.data.sources import Detected, hash_sources, resolve_inputs
 from llmtune.data.word_hash import fraction
 from llmtune.display.console import progress_bars
@@ -43,6 +51,7 @@ from llmtune.recipe.task_facts import TASK_FACTS
 from llmtune.recipe.yaml_writer import source_line
 from llmtune.records import SPLITS, Rows
 from llmtune.store.atomic_files import explained, hash_value, read_json, write_text
+from llmtune.store.seed_runs import hard_link
 
 TRAIN, VALIDATION, TEST = range(len(SPLITS))
 BAD_ROWS = "bad_rows.jsonl"
@@ -115,6 +124,18 @@ def prepare_rows(recipe: Recipe, folder: Path, console: Console, inputs: str | N
     for suspicion in suspicions(read) if not console.quiet else ():
         console.print(f"  {escape(suspicion)}", style="yellow", highlight=False, soft_wrap=True)
     return rows
+
+
+def write_changed(rows: Rows, texts: Mapping[str, Iterable[str]], folder: Path) -> None:
+    """Write rows into `folder` with other texts, by split and in order; other files are linked."""
+    digest = hashlib.sha256(rows.content_hash.encode())
+    files = {split: folder / path.name for split, path in rows.files.items()}
+    for path in {*rows.folder.iterdir()} - {rows.files[split] for split in texts}:
+        hard_link(str(path), str(folder / path.name))
+    for split, changed in texts.items():
+        for text in replace_column(rows.files[split], files[split], "row", changed):
+            digest.update(text.encode() + b"\n")
+    save_rows(replace(rows, folder=folder, files=files, content_hash=digest.hexdigest()))
 
 
 def _check_class_names(rows: Rows, recipe: Recipe) -> list[str]:

@@ -27,10 +27,10 @@ from llmtune.store.json_shapes import Count, Counts, read_record
 
 AGAIN = "Run the recipe again to recreate missing or damaged files."
 RECORD = "rows.json"
-MINED = "mined"
+MINED, ANSWERED = "mined", "answered"
+"""Folders of the rows with mined negatives, or with a teacher's answers, next to the prepared rows."""
 PICTURES = '"images":[{'
 """Part of each row with pictures. Inside a text, quotes are escaped with backslashes."""
-"""Folder of the rows with mined negatives, next to the prepared rows."""
 RECORDED = (
     *("counts", "rows_in", "dropped", "content_hash", "columns", "columns_hash", "filled", "corpus_hash"),
     "class_changes",
@@ -109,9 +109,9 @@ def save_rows(rows: Rows) -> None:
 
 
 def rows_folder(run: Path) -> Path:
-    """Return the folder of a run's rows: with mined negatives if there are any."""
-    mined = run / "data" / MINED
-    return mined if (mined / RECORD).exists() else run / "data" / "rows"
+    """Return the folder of a run's rows: with mined negatives or a teacher's answers if there are any."""
+    folders = (run / "data" / name for name in (MINED, ANSWERED))
+    return next((one for one in folders if (one / RECORD).exists()), run / "data" / "rows")
 
 
 def load_rows(folder: Path) -> Rows:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from llmtune.data.example import AnyExample, Collate, Example
 from llmtune.data.tokenization import Segment, highlight
@@ -21,6 +21,17 @@ if TYPE_CHECKING:
 
 Encoded: TypeAlias = list[Example] | str
 """The examples of a row, or the reason why it has none."""
+
+
+class StepCosts(NamedTuple):
+    """Costs of training examples in tokens, in one process."""
+
+    longest: int
+    """Of one example."""
+    step: int
+    """Of all examples of a step."""
+    epoch: int | None
+    """Of all examples; None before they are encoded."""
 
 
 class TaskInterface:
@@ -89,6 +100,13 @@ class TaskInterface:
     def needs_reference_model(self, recipe: Recipe) -> bool:
         """Whether training needs a frozen copy of the original model as reference."""
         return False
+
+    def sampled_batch(self, recipe: Recipe, costs: StepCosts, device: str, column_bytes: int) -> tuple[int, int]:
+        """Return rows and length in tokens of the largest batch of answers that training samples; 0 rows without.
+
+        A token takes `column_bytes` in the KV cache.
+        """
+        return 0, costs.longest
 
     def highlighted_text(
         self, example: AnyExample, processor: PreTrainedTokenizerBase, recipe: Recipe

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
-    from llmtune.data.answer_parser import ToolTurn
+    from llmtune.data.answer_parser import ParsedAnswer, ToolTurn
     from llmtune.data.pictures import Picture
     from llmtune.evaluate.metric import Measure
     from llmtune.recipe.schema import Recipe
@@ -107,6 +107,10 @@ class EvaluatedTask(TaskInterface):
         question, before = self.split_answer(row)
         changed = [key for key, value in row.items() if value == before and question.get(key) != value]
         return {**row, **dict.fromkeys(changed, answer)}
+
+    def take_answer(self, row: Any, answer: ParsedAnswer) -> Any:
+        """Return the row with a generated answer in the place of its own."""
+        return self.fill_answer(row, answer.text)
 
     def reference(self, row: Any) -> Any:
         """Return the value that predictions are compared with."""

@@ -18,7 +18,7 @@ from llmtune.data.answer_parser import ParsedAnswer, parse_answer
 from llmtune.data.chat_template import ChatTemplate, Tools, read_template, stop_ids
 from llmtune.data.tokenization import decode
 from llmtune.evaluate.greedy_decoding import cache_argument, column_bytes_of, decode_greedily, read_virtual_tokens
-from llmtune.evaluate.token_batches import GENERATION_BUDGET, budget_for, over_processes, run_in_batches
+from llmtune.evaluate.token_batches import GENERATION_BUDGET, batch_size, budget_for, over_processes, run_in_batches
 from llmtune.model.causal_lm_loss import unwrap, virtual_logits, virtual_tokens
 from llmtune.model.device import SuppressRefusal, computing_dtype, device_memory
 from llmtune.model.image_models import TOKEN_TYPES, join_media
@@ -175,6 +175,11 @@ def cache_budget(device: str, column_bytes: int) -> int:
     if limit is None:
         return budget_for(device, GENERATION_BUDGET)
     return max(1, int(limit * CACHE_SHARE) // max(1, column_bytes))
+
+
+def cache_rows(device: str, column_bytes: int, longest: int) -> int:
+    """Return how many rows of `longest` positions one batch may have."""
+    return min(budget_for(device, MOST_ROWS), batch_size(longest, cache_budget(device, column_bytes)))
 
 
 def generate_batch(

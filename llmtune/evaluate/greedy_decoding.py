@@ -1,4 +1,4 @@
-"""Decoding of many prompts: a shared prefix is read once; a row leaves the batch when its answer ends.
+"""Decoding of many prompts: equal prompts and a shared prefix are read once; a row leaves when its answer ends.
 
 Shapes: B rows of a batch, T columns, V vocabulary, K key/value heads, D head width, N active rows. Rows are
 right-aligned.
@@ -119,7 +119,15 @@ class DecodeBatch:
         self.model, self.prompts, self.device = model, prompts, device
         self.virtual = virtual_tokens(model)
         self.lengths = [self.virtual + len(prompt) for prompt in prompts]
-        self.order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+        rows_of: dict[tuple[int, ...], list[int]] = {}
+        for i, prompt in enumerate(prompts):
+            rows_of.setdefault(tuple(prompt), []).append(i)
+        groups = sorted(rows_of.values(), key=lambda rows: -len(prompts[rows[0]]))
+        self.distinct = [rows[0] for rows in groups]
+        """One row of each different prompt, the longest first; they have the first slots."""
+        self.order = [*self.distinct, *(i for rows in groups for i in rows[1:])]
+        self.sources = [slot for slot, rows in enumerate(groups) for _ in rows[1:]]
+        """For each further slot, the one with the same prompt."""
         self.width = max(self.lengths)
         self.cache = KVCache(len(prompts), self.width + max(0, new_tokens - 1))
         self.mask_BT = torch.ones((len(prompts), self.cache.width), dtype=torch.int64)
@@ -130,7 +138,8 @@ class DecodeBatch:
     def read(self, shared: int, budget: int) -> torch.Tensor:
         """Read the prompts, at most `budget` tokens at a time; return the next-token logits [B, V].
 
-        All prompts begin with the same `shared` tokens, which are read once, and each has at least one more.
+        All prompts begin with the same `shared` tokens, which are read once, and each has at least one more. Of equal
+        prompts one is read; the others get copies of its cache.
         """
         start = self.virtual + shared
         prefix = KVCache(1, start)
@@ -140,20 +149,22 @@ class DecodeBatch:
             ids_1T = torch.tensor([self.prompts[self.order[0]][:shared]], device=self.device)
             next_logits(self.model, prefix, ids_1T, torch.arange(self.virtual, start, device=self.device)[None], None)
         logits = [self._read_rows(rows, start, prefix) for rows in self._cut(start, budget)]
+        count = len(self.distinct)
         self.cache.active, self.cache.first, self.cache.end = slice(0, len(self.order)), 0, self.width
-        return torch.cat(logits)
+        self.cache.move(range(count, len(self.order)), self.sources)
+        return torch.cat(logits)[[*range(count), *self.sources]]
 
     def _cut(self, shared: int, budget: int) -> Iterator[slice]:
-        """Yield groups of rows to read together; the longest rows come first.
+        """Yield groups of different rows to read together; the longest rows come first.
 
         With virtual tokens, which cannot be read again, the rows of a group have the same length.
         """
         start = 0
-        while start < len(self.order):
-            longest = self.lengths[self.order[start]]
-            stop = min(start + batch_size(longest - shared, budget), len(self.order))
+        while start < len(self.distinct):
+            longest = self.lengths[self.distinct[start]]
+            stop = min(start + batch_size(longest - shared, budget), len(self.distinct))
             if self.virtual:
-                stop = start + sum(self.lengths[i] == longest for i in self.order[start:stop])
+                stop = start + sum(self.lengths[i] == longest for i in self.distinct[start:stop])
             yield slice(start, stop)
             start = stop
 
@@ -273,7 +284,7 @@ def decode_tokens(
     """Return the continuation of each prompt by the tokens that `pick` chooses: up to `new_tokens`, or a stop token."""
     batch = DecodeBatch(model, prompts, new_tokens, device)
     shared = common_beginning(prompts)
-    if shared * (len(prompts) - 1) < WORTH_SHARING:
+    if shared * (len(batch.distinct) - 1) < WORTH_SHARING:
         shared = 0
     answers: list[list[int]] = [[] for _ in prompts]
     tokens_B = pick(batch.read(shared, budget_for(device, TOKEN_BUDGET)), batch.order, 0)

@@ -6,6 +6,7 @@ the files do not depend on the number of processes.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -20,10 +21,16 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn
 from transformers import PreTrainedTokenizerBase
 
+from llmtune.data.answer_parser import ParsedAnswer
 from llmtune.data.examples import ExampleReader
+from llmtune.data.preparation import write_changed
+from llmtune.data.row_kind import write_prompt
+from llmtune.data.row_store import iterate_rows, read_rows
 from llmtune.display.console import progress_bars
-from llmtune.errors import EnvironmentProblem, RecipeError
-from llmtune.evaluate.evaluated_task import EvaluatedTask
+from llmtune.errors import DataError, EnvironmentProblem, RecipeError
+from llmtune.evaluate.evaluated_task import EvaluatedTask, LoadedModel
+from llmtune.evaluate.generation import answer_ends, answer_reader
+from llmtune.evaluate.sampled_decoding import sample_answers
 from llmtune.evaluate.token_batches import TOKEN_BUDGET, budget_for, run_in_batches
 from llmtune.model.causal_lm_loss import move_to
 from llmtune.model.config import read_model_config, why_headless
@@ -32,13 +39,14 @@ from llmtune.model.layer_calls import own_passes
 from llmtune.model.memory_plan import check_context
 from llmtune.model.teacher_files import KEY, check_tokenizers, teacher_run
 from llmtune.model.teacher_loss import BinRecorder
+from llmtune.recipe.reinforce_section import ReinforceSection
 from llmtune.recipe.schema import Recipe
-from llmtune.records import Examples, Json, ModelRef, Rows
-from llmtune.store.atomic_files import atomic_file, read_json, remove_unfinished, write_json
+from llmtune.records import Examples, Json, ModelRef, Row, Rows
+from llmtune.store.atomic_files import atomic_file, hash_value, read_json, remove_unfinished, write_json
 from llmtune.store.processes import rank, world_size
 
-FOLDER = "teacher"
-"""In the folder `data` of the run."""
+FOLDER, ANSWERS = "teacher", "answers"
+"""Predictions, and answers until all are there; in the folder `data` of the run."""
 RECORD = "teacher.json"
 BLOCK = 256
 """Examples in a file: a killed recording loses at most the work on one."""
@@ -172,16 +180,21 @@ def begin_recording(folder: Path, inputs: str, student: PlannedModel, examples: 
 
     Raises EnvironmentProblem if the disk has less space than they need.
     """
-    if restart or read_json(folder / RECORD) != {"inputs": inputs}:
-        shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    remove_unfinished(folder)
-    write_json(folder / RECORD, {"inputs": inputs})
+    begin_blocks(folder, inputs, restart=restart)
     needed = plan_bytes(student.task, student.recipe, examples)
     left = needed - sum(path.stat().st_size for path in folder.iterdir())
     if left > (free := shutil.disk_usage(folder).free):
         what = f"the teacher's predictions need {left / 1e6:,.0f} MB more, but the disk has {free / 1e6:,.0f} MB free"
         raise EnvironmentProblem.of(what, str(folder), "Free space, or lower distil.top_k.")
+
+
+def begin_blocks(folder: Path, inputs: str, *, restart: bool) -> None:
+    """Prepare a folder for blocks made of these inputs, without those of others."""
+    if restart or read_json(folder / RECORD) != {"inputs": inputs}:
+        shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    remove_unfinished(folder)
+    write_json(folder / RECORD, {"inputs": inputs})
 
 
 def _record_block(
@@ -232,3 +245,87 @@ def recorded_facts(folder: Path, recipe: Recipe, examples: Examples) -> Json:
         "predictions": count_predictions(examples),
         "bytes": size,
     }
+
+
+# Answers
+
+
+def longest_answered(student: PlannedModel, rows: Rows) -> int:
+    """Return the tokens of the longest prompt with its answer; 0 for encoder-decoders, which cut their source.
+
+    Raises DataError if a row has no prompt.
+    """
+    task, recipe, longest = student.task, student.recipe, 0
+    for split in LEARNED:
+        for origin, row in iterate_rows(rows, split):
+            if not write_prompt(row).strip():
+                fix = "Remove distil.answers, or give each row a prompt."
+                raise DataError.of("the row has no prompt that the teacher could answer", origin, fix)
+            if not task.predicts:
+                longest = max(longest, len(task.prompt_ids(task.split_answer(row)[0], student.processor, recipe)))
+    return longest and longest + recipe.generation.max_new_tokens
+
+
+def answer_rows(student: PlannedModel, teacher: torch.nn.Module, rows: Rows, folder: Path, console: Console) -> None:
+    """Write the rows of train and validation with the teacher's answers to `folder`, in files of `BLOCK` rows."""
+    dtype = resolve_dtype(student.recipe.model.dtype, student.device)
+    with progress_bars(console, MofNCompleteColumn()) as progress:
+        bar = progress.add_task("answer", total=sum(rows.counts.get(split, 0) for split in LEARNED))
+        for split in LEARNED:
+            for number, block in enumerate(cut_blocks(rows.counts.get(split, 0))):
+                path = answers_file(folder, split, number)
+                if not path.exists():
+                    with torch.no_grad(), compute_context(dtype, student.device):
+                        write_json(path, _answer_block(student, teacher, read_rows(rows, split, block)))
+                progress.advance(bar, len(block))
+
+
+def _answer_block(student: PlannedModel, teacher: torch.nn.Module, rows: Sequence[Row]) -> list[Json]:
+    """Sample an answer to each row; its random numbers depend on the prompt, or on the block if `predict` samples."""
+    task, recipe, processor, device = student.task, student.recipe, student.processor, student.device
+    questions = [task.split_answer(row)[0] for row in rows]
+    if task.predicts:
+        ended = [True] * len(rows)
+        sampled = {"do_sample": True, "num_beams": 1, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+        generation = recipe.generation.model_copy(update=sampled)
+        recipe = recipe.model_copy(update={"generation": generation, "seed": _prompt_number(questions)})
+
+        def note_end(row: int, is_cut: bool) -> None:
+            ended[row] = not is_cut
+
+        texts = task.predict(questions, LoadedModel(teacher, processor, recipe, device, note_end=note_end))
+        answers = [*map(ParsedAnswer, texts)]
+    else:
+        prompts = [task.prompt_ids(question, processor, recipe) for question in questions]
+        section = ReinforceSection(max_new_tokens=recipe.generation.max_new_tokens)
+        stops = set(answer_ends(teacher, processor, recipe))
+        made = sample_answers(teacher, prompts, [[_prompt_number(one)] for one in prompts], section, stops, device)
+        ended, read = [not one.truncated for one in made], answer_reader(processor, recipe)
+        triples = zip(rows, prompts, made, strict=True)
+        answers = [read(one.ids, row.get("tools"), prompt) for row, prompt, one in triples]
+    return [
+        {"row": task.take_answer(row, answer), "ended": end}
+        for row, answer, end in zip(rows, answers, ended, strict=True)
+    ]
+
+
+def _prompt_number(prompt: object) -> int:
+    return int(hash_value(prompt)[:15], 16)
+
+
+def answers_file(folder: Path, split: str, number: int) -> Path:
+    """Return the file of a block of answered rows."""
+    return folder / f"{split}-{number:05}.json"
+
+
+def write_answered(rows: Rows, answers: Path, folder: Path) -> Json:
+    """Write the answered rows, and those of test as they are, into `folder`; return facts for the manifest."""
+    blocks = {
+        split: [answers_file(answers, split, number) for number, _ in enumerate(cut_blocks(rows.counts[split]))]
+        for split in LEARNED
+        if rows.counts.get(split)
+    }
+    answered = [one for files in blocks.values() for file in files for one in read_json(file)]
+    texts = (json.dumps(one["row"], ensure_ascii=False) for one in answered)
+    write_changed(rows, dict.fromkeys(blocks, texts), folder)
+    return {"answered": len(answered), "truncated": sum(not one["ended"] for one in answered)}

@@ -9,7 +9,7 @@ Shapes: B batch, T positions, S supervised tokens, c tokens of one chunk, V voca
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import wraps
 from types import MethodType
@@ -168,22 +168,50 @@ class _HeadLoss(torch.autograd.Function):
             (gradient_SD,) = ctx.saved_tensors
             return gradient_SD * raised_S[:, None].to(gradient_SD.dtype), None, None, None, None, None
         hidden_SD, weight_VD, bias_V, targets_S = ctx.saved_tensors
-        dh_SD = torch.empty_like(hidden_SD)
-        dw_VD = torch.zeros(weight_VD.shape, dtype=torch.float32, device=weight_VD.device)
-        db_V = None if bias_V is None else torch.zeros(len(bias_V), dtype=torch.float32, device=weight_VD.device)
-        for part in split_tokens(len(targets_S), weight_VD.shape[0], CHUNK_ELEMENTS):
-            logits_cV = linear(hidden_SD[part], weight_VD, bias_V)
+
+        def turn(logits_cV: torch.Tensor, part: slice) -> None:
             losses_c = torch.empty(len(logits_cV), dtype=torch.float32, device=logits_cV.device)
             slopes_c = _losses(logits_cV, targets_S[part], ctx.shape, losses_c, keep=True)
-            targets_c1 = targets_S[part, None]
-            logits_cV.scatter_add_(1, targets_c1, -slopes_c[:, None].to(logits_cV.dtype))
-            logits_cV.mul_(raised_S[part, None])
-            dh_SD[part] = logits_cV @ weight_VD
-            dw_VD += logits_cV.T @ hidden_SD[part]
-            if db_V is not None:
-                db_V += logits_cV.sum(0, dtype=torch.float32)
-        db = None if db_V is None else db_V.to(weight_VD.dtype)
-        return dh_SD, dw_VD.to(weight_VD.dtype), db, None, None, None
+            logits_cV.scatter_add_(1, targets_S[part, None], -slopes_c[:, None].to(logits_cV.dtype))
+
+        return *propagate(hidden_SD, weight_VD, bias_V, raised_S, turn), None, None, None
+
+
+def propagate(
+    inputs_SD: torch.Tensor,
+    weight_VD: torch.Tensor | None,
+    bias_V: torch.Tensor | None,
+    raised_S: torch.Tensor,
+    turn: Callable[[torch.Tensor, slice], object],
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """Return the gradients of inputs, weight and bias from those of the losses, with the logits computed again.
+
+    `turn` replaces the logits of a chunk by their gradient, in place.
+    """
+    inner_SD = torch.empty_like(inputs_SD)
+    dw_VD = None if weight_VD is None else torch.zeros_like(weight_VD, dtype=torch.float32)
+    db_V = None if bias_V is None else torch.zeros_like(bias_V, dtype=torch.float32)
+    for part in split_tokens(len(inputs_SD), head_width(inputs_SD, weight_VD), CHUNK_ELEMENTS):
+        logits_cV = chunk_logits(inputs_SD[part], weight_VD, bias_V)
+        turn(logits_cV, part)
+        logits_cV.mul_(raised_S[part, None])
+        inner_SD[part] = logits_cV if weight_VD is None else logits_cV @ weight_VD
+        if dw_VD is not None:
+            dw_VD += logits_cV.T @ inputs_SD[part]
+        if db_V is not None:
+            db_V += logits_cV.sum(0, dtype=torch.float32)
+    dw, db = (None if sums is None else sums.to(inputs_SD.dtype) for sums in (dw_VD, db_V))
+    return inner_SD, dw, db
+
+
+def chunk_logits(inputs_cD: torch.Tensor, weight_VD: torch.Tensor | None, bias_V: torch.Tensor | None) -> torch.Tensor:
+    """Return logits that may be changed in place; without a weight, the inputs are logits."""
+    return inputs_cD.clone() if weight_VD is None else linear(inputs_cD, weight_VD, bias_V)
+
+
+def head_width(inputs_SD: torch.Tensor, weight_VD: torch.Tensor | None) -> int:
+    """Return the number of logits of a prediction."""
+    return (inputs_SD.shape[1:] if weight_VD is None else weight_VD.shape)[0]
 
 
 def _losses(

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from llmtune.data.task_interface import TaskInterface
+from llmtune.data.task_interface import StepCosts, TaskInterface
 from llmtune.display.number_format import size as format_bytes
 from llmtune.errors import DataError, EnvironmentProblem
 from llmtune.model.chunked_cross_entropy import CHUNK_ELEMENTS
@@ -27,7 +27,7 @@ from llmtune.model.config import (
 )
 from llmtune.model.device import device_memory, resolve_dtype
 from llmtune.model.quantized_base import BaseQuantization, kept_quantization
-from llmtune.model.sharded_plan import divide_plan, fixed_bytes, plan_evaluation
+from llmtune.model.sharded_plan import divide_plan, fixed_bytes, plan_evaluation, plan_samples
 from llmtune.model.towers import find_projectors, find_towers
 from llmtune.recipe.adapter_section import MUTATING, AdapterSection
 from llmtune.recipe.peft_options import options_of
@@ -58,16 +58,24 @@ _CUDA_TOKENS = 32768
 
 
 def plan_memory(
-    model_ref: ModelRef, recipe: Recipe, task: TaskInterface, tokens: int, device: str, layout: Layout = ALONE
+    model_ref: ModelRef,
+    recipe: Recipe,
+    task: TaskInterface,
+    tokens: int,
+    device: str,
+    layout: Layout = ALONE,
+    costs: StepCosts | None = None,
 ) -> MemoryPlan:
     """Estimate the bytes of training with `tokens` in a micro-batch, in one of the processes.
 
+    With `costs`, the answers that training samples are planned too.
     Raises RecipeError or EnvironmentProblem if the model cannot do the task or its configuration cannot be read.
     """
     model_class, config = find_class(model_ref, recipe, task)
     skeleton = build_skeleton(model_class, config, recipe, towers=task.model_kind.takes_images)
     plan = plan_skeleton(skeleton, recipe, task, tokens, device, device_memory(device))
     plan = plan_evaluation(plan, skeleton, recipe, tokens)
+    plan = plan if costs is None else plan_samples(plan, skeleton, recipe, task, costs)
     return plan if layout == ALONE else divide_plan(plan, skeleton, recipe, layout, tokens)
 
 
@@ -132,7 +140,10 @@ def plan_training(
     if lengths is not None and len(lengths) and recipe.data.packing and recipe.train.batch_tokens is None:
         step_tokens = int(np.sort(lengths)[-recipe.train.batch_size :].sum())
     step_tokens = max(longest, -(-step_tokens // layout.processes))
-    return replace(plan_memory(model_ref, recipe, task, min(budget, step_tokens), device, layout), tokens=budget)
+    epoch = None if lengths is None else max(step_tokens, -(-int(lengths.sum()) // layout.processes))
+    costs = StepCosts(longest, step_tokens, epoch)
+    plan = plan_memory(model_ref, recipe, task, min(budget, step_tokens), device, layout, costs)
+    return replace(plan, tokens=budget)
 
 
 def resolve_checkpointing(

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from llmtune.data.task_interface import StepCosts, TaskInterface
 from llmtune.errors import RecipeError
 from llmtune.model.causal_lm_loss import unwrap
 from llmtune.model.config import head_names, in_heads, layer_configs, linear_shapes
@@ -16,8 +17,10 @@ from llmtune.model.quantized_base import kept_quantization
 from llmtune.recipe.schema import Recipe
 from llmtune.records import Layout, MemoryPlan
 
-_WHOLE = {"libraries", "activations", "logits"}
+_WHOLE = {"libraries", "activations", "logits", "samples"}
 """Parts of a plan that are not sharded."""
+_PICKED_BYTES = 28
+"""Bytes per row and vocabulary entry while a token is sampled: logits, scores, probabilities, their sums and logs."""
 
 
 def divide_plan(plan: MemoryPlan, skeleton: PreTrainedModel, recipe: Recipe, layout: Layout, tokens: int) -> MemoryPlan:
@@ -59,6 +62,17 @@ def plan_evaluation(plan: MemoryPlan, skeleton: PreTrainedModel, recipe: Recipe,
     units = _Units.of(plan, skeleton, recipe)
     cache = _cache_bytes(skeleton, units.compute_bytes) * tokens
     return replace(plan, evaluated=units.stored + cache + plan.parts.get("libraries", 0))
+
+
+def plan_samples(
+    plan: MemoryPlan, skeleton: PreTrainedModel, recipe: Recipe, task: TaskInterface, costs: StepCosts
+) -> MemoryPlan:
+    """Return the plan with the answers that training samples: the KV cache of a batch, and what picks its tokens."""
+    column = _cache_bytes(skeleton, torch.finfo(resolve_dtype(recipe.model.dtype, plan.device)).bits // 8)
+    rows, length = task.sampled_batch(recipe, costs, plan.device, column)
+    vocabulary = int(getattr(skeleton.config.get_text_config(), "vocab_size", 0))
+    samples = rows * (length * column + _PICKED_BYTES * vocabulary)
+    return replace(plan, parts=plan.parts | {"samples": samples}) if samples else plan
 
 
 @dataclass(frozen=True)
@@ -110,8 +124,8 @@ def _cached_numbers(layer: PreTrainedConfig) -> int:
 
 
 def fixed_bytes(parts: Mapping[str, int]) -> int:
-    """Add up the parts that do not grow with a micro-batch."""
-    return sum(size for part, size in parts.items() if part not in ("activations", "logits", "evaluation"))
+    """Add up the parts that are in memory during a micro-batch and do not grow with it."""
+    return sum(size for part, size in parts.items() if part not in ("activations", "logits", "evaluation", "samples"))
 
 
 def kept_together(model: torch.nn.Module) -> list[torch.nn.Module]:

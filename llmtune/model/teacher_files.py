@@ -46,11 +46,19 @@ def find_teacher(recipe: Recipe, console: Console, offline: bool, pins: Pins | N
 
 def _find_files(name: str, recipe: Recipe, console: Console, offline: bool) -> ModelRef:
     if run := teacher_run(recipe):
-        folder = read_run(run)
-        folder.require_trained()
-        trained = folder.path / trained_name(recipe_of_run(folder).recipe)
-        content = hash_value([read_pins(folder.path / LOCK).model_hash, hash_folder(trained)])
+        teacher = read_run(run)
+        teacher.require_trained()
+        trained = teacher.path / trained_name(recipe_of_run(teacher).recipe)
+        content = hash_value([read_pins(teacher.path / LOCK).model_hash, hash_folder(trained)])
         return ModelRef(name, trained, None, content)
+    if (folder := Path(name).expanduser()).joinpath("adapter_config.json").is_file():
+        run = folder.resolve().parent
+        fix = (
+            f"Name its run: {run}."
+            if (run / MANIFEST).is_file()
+            else "Name the folder of a model that it is merged in."
+        )
+        raise RecipeError.of(f"{name} is an adapter without its model", KEY, fix)
     try:
         return resolve_model(name, recipe.model.model_copy(update={"revision": "main"}), console, offline)
     except LlmtuneError as error:
@@ -68,7 +76,7 @@ def plan_teacher(recipe: Recipe, console: Console, offline: bool) -> tuple[Recip
 
 def teacher_inputs(recipe: Recipe, examples: Examples, teacher: ModelRef | None) -> str | None:
     """Hash what the recorded predictions depend on; None without a teacher."""
-    if recipe.distil is None or teacher is None:
+    if recipe.distil is None or teacher is None or not recipe.distil.weight:
         return None
     settings = [recipe.distil.top_k, recipe.distil.temperature, recipe.model.dtype, recipe.model.attn_implementation]
     return hash_value([__version__, examples.content_hash, teacher.content_hash, settings])

@@ -15,9 +15,16 @@ from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, linear
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
-from llmtune.model.chunked_cross_entropy import CHUNK_ELEMENTS, LogitShape, split_tokens
+from llmtune.model.chunked_cross_entropy import (
+    CHUNK_ELEMENTS,
+    LogitShape,
+    chunk_logits,
+    head_width,
+    propagate,
+    split_tokens,
+)
 
 PIECE_ELEMENTS = 1 << 19
 """Float32 logits at a time: some copies of them fit a CPU's cache."""
@@ -36,6 +43,13 @@ class Teacher:
         shape: LogitShape = PLAIN,
     ) -> torch.Tensor:
         """Return the loss of each prediction, float32 nats; without a weight, `inputs_SD` are logits."""
+        losses_S: torch.Tensor = _TeacherLoss.apply(inputs_SD, weight_VD, bias_V, targets_S, self, shape)  # type: ignore[no-untyped-call]
+        return losses_S
+
+    def measure(
+        self, logits_cV: torch.Tensor, targets_c: torch.Tensor, part: slice, shape: LogitShape, *, keep: bool
+    ) -> torch.Tensor:
+        """Return the losses of the predictions `part`; with `keep`, turn `logits_cV` into their gradient, in place."""
         raise NotImplementedError
 
 
@@ -50,26 +64,19 @@ class BinRecorder(Teacher):
     ids: list[torch.Tensor] = field(default_factory=list)
     logs: list[torch.Tensor] = field(default_factory=list)
 
-    def losses(
-        self,
-        inputs_SD: torch.Tensor,
-        weight_VD: torch.Tensor | None,
-        bias_V: torch.Tensor | None,
-        targets_S: torch.Tensor,
-        shape: LogitShape = PLAIN,
+    def measure(
+        self, logits_cV: torch.Tensor, targets_c: torch.Tensor, part: slice, shape: LogitShape, *, keep: bool
     ) -> torch.Tensor:
-        """Record the bins of each prediction."""
-        with torch.no_grad(), torch.autocast(inputs_SD.device.type, enabled=False):
-            for part in split_tokens(len(inputs_SD), _width(inputs_SD, weight_VD), CHUNK_ELEMENTS):
-                logits_cV = _logits(inputs_SD[part], weight_VD, bias_V)
-                for rows in _cut_pieces(logits_cV):
-                    values_pV, _ = _bend(logits_cV[rows, : self.vocabulary], shape)
-                    logs_pV = (values_pV / self.temperature).log_softmax(1)
-                    top_pK, ids_pK = logs_pV.topk(min(self.top_k, logs_pV.shape[1]))
-                    rest_p = logs_pV.scatter_(1, ids_pK, -torch.inf).logsumexp(1)
-                    self.ids.append(ids_pK)
-                    self.logs.append(torch.cat([top_pK, rest_p[:, None]], 1))
-        return inputs_SD.new_zeros(len(inputs_SD), dtype=torch.float32)
+        """Record the bins of the predictions."""
+        assert not keep, "a recorder learns nothing"
+        for rows in _cut_pieces(logits_cV):
+            values_pV, _ = _bend(logits_cV[rows, : self.vocabulary], shape)
+            logs_pV = (values_pV / self.temperature).log_softmax(1)
+            top_pK, ids_pK = logs_pV.topk(min(self.top_k, logs_pV.shape[1]))
+            rest_p = logs_pV.scatter_(1, ids_pK, -torch.inf).logsumexp(1)
+            self.ids.append(ids_pK)
+            self.logs.append(torch.cat([top_pK, rest_p[:, None]], 1))
+        return logits_cV.new_zeros(len(logits_cV), dtype=torch.float32)
 
 
 @dataclass(frozen=True)
@@ -83,23 +90,10 @@ class Distribution(Teacher):
     weight: float
     temperature: float
 
-    def losses(
-        self,
-        inputs_SD: torch.Tensor,
-        weight_VD: torch.Tensor | None,
-        bias_V: torch.Tensor | None,
-        targets_S: torch.Tensor,
-        shape: LogitShape = PLAIN,
-    ) -> torch.Tensor:
-        """Return weight * T^2 * KL at temperature T, plus (1 - weight) * cross entropy."""
-        assert len(self.ids) == len(targets_S), "the teacher predicts the same tokens"
-        losses_S: torch.Tensor = _TeacherLoss.apply(inputs_SD, weight_VD, bias_V, targets_S, self, shape)  # type: ignore[no-untyped-call]
-        return losses_S
-
     def measure(
         self, logits_cV: torch.Tensor, targets_c: torch.Tensor, part: slice, shape: LogitShape, *, keep: bool
     ) -> torch.Tensor:
-        """Return the losses of the predictions `part`; with `keep`, turn `logits_cV` into their gradient, in place."""
+        """Return weight * T^2 * KL at temperature T, plus (1 - weight) * cross entropy, of the predictions `part`."""
         losses_c = torch.empty(len(logits_cV), dtype=torch.float32, device=logits_cV.device)
         ids_cK, logs_cL = self.ids[part], self.logs[part]
         for rows in _cut_pieces(logits_cV):
@@ -153,7 +147,7 @@ def yes_no_losses(logits_RK: torch.Tensor, targets_RK: torch.Tensor, teacher: Te
 
 
 class _TeacherLoss(torch.autograd.Function):
-    """Hidden states, or logits, into the losses of a `Distribution`."""
+    """Hidden states, or logits, into the losses of a `Teacher`."""
 
     @staticmethod
     def forward(
@@ -162,7 +156,7 @@ class _TeacherLoss(torch.autograd.Function):
         weight_VD: torch.Tensor | None,
         bias_V: torch.Tensor | None,
         targets_S: torch.Tensor,
-        teacher: Distribution,
+        teacher: Teacher,
         shape: LogitShape,
     ) -> torch.Tensor:
         """Return nats [S] float32; for a frozen head, also compute the gradient of the inputs."""
@@ -172,8 +166,8 @@ class _TeacherLoss(torch.autograd.Function):
         gradient_SD = torch.empty_like(inputs_SD) if eager else None
         losses_S = torch.empty(len(targets_S), dtype=torch.float32, device=inputs_SD.device)
         with torch.autocast(inputs_SD.device.type, enabled=False):
-            for part in split_tokens(len(targets_S), _width(inputs_SD, weight_VD), CHUNK_ELEMENTS):
-                logits_cV = _logits(inputs_SD[part], weight_VD, bias_V)
+            for part in split_tokens(len(targets_S), head_width(inputs_SD, weight_VD), CHUNK_ELEMENTS):
+                logits_cV = chunk_logits(inputs_SD[part], weight_VD, bias_V)
                 losses_S[part] = teacher.measure(logits_cV, targets_S[part], part, shape, keep=eager)
                 if gradient_SD is not None and weight_VD is not None:
                     gradient_SD[part] = logits_cV @ weight_VD
@@ -189,29 +183,11 @@ class _TeacherLoss(torch.autograd.Function):
             (gradient_SD,) = ctx.saved_tensors
             return gradient_SD * raised_S[:, None].to(gradient_SD.dtype), None, None, None, None, None
         inputs_SD, weight_VD, bias_V, targets_S = ctx.saved_tensors
-        inner_SD = torch.empty_like(inputs_SD)
-        dw_VD = None if weight_VD is None else torch.zeros_like(weight_VD, dtype=torch.float32)
-        db_V = None if bias_V is None else torch.zeros_like(bias_V, dtype=torch.float32)
-        for part in split_tokens(len(targets_S), _width(inputs_SD, weight_VD), CHUNK_ELEMENTS):
-            logits_cV = _logits(inputs_SD[part], weight_VD, bias_V)
+
+        def turn(logits_cV: torch.Tensor, part: slice) -> None:
             ctx.teacher.measure(logits_cV, targets_S[part], part, ctx.shape, keep=True)
-            logits_cV.mul_(raised_S[part, None])
-            inner_SD[part] = logits_cV if weight_VD is None else logits_cV @ weight_VD
-            if dw_VD is not None:
-                dw_VD += logits_cV.T @ inputs_SD[part]
-            if db_V is not None:
-                db_V += logits_cV.sum(0, dtype=torch.float32)
-        dw = None if dw_VD is None else dw_VD.to(weight_VD.dtype)
-        return inner_SD, dw, None if db_V is None else db_V.to(bias_V.dtype), None, None, None
 
-
-def _logits(inputs_cD: torch.Tensor, weight_VD: torch.Tensor | None, bias_V: torch.Tensor | None) -> torch.Tensor:
-    """Return logits that may be changed in place."""
-    return inputs_cD.clone() if weight_VD is None else linear(inputs_cD, weight_VD, bias_V)
-
-
-def _width(inputs_SD: torch.Tensor, weight_VD: torch.Tensor | None) -> int:
-    return (inputs_SD.shape[1:] if weight_VD is None else weight_VD.shape)[0]
+        return *propagate(inputs_SD, weight_VD, bias_V, raised_S, turn), None, None, None
 
 
 def _cut_pieces(logits_cV: torch.Tensor) -> Iterator[slice]:

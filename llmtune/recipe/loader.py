@@ -24,6 +24,7 @@ ADDED = (
     *(("train", name) for name in ("optim_args", "loss_type", "neftune_noise_alpha")),
     *(("data", "system_prompt"), ("data", "columns"), ("data", "roles"), ("data", "negatives")),
     *(("model", "licences"), ("model", "trials"), ("model", "image_pixels"), ("adapter", "train_projector")),
+    ("distil", "answers"),
 )
 """Keys added later. The hash omits their defaults, so older runs keep their fingerprints."""
 

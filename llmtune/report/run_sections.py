@@ -69,6 +69,7 @@ def training_section(train: TrainFacts | None) -> Section:
         ("last training loss", score(train.get("train_loss"))),
         ("validation loss", score(train.get("validation_loss"))),
         ("steps", count(train.get("steps"))),
+        ("steps without an update", count(train.get("skipped_steps") or None)),
         ("epochs", score(train.get("epochs"))),
         ("best step", count(train.get("best_step"))),
         ("tokens", count(train.get("tokens"))),

@@ -112,6 +112,7 @@ class TrainedFacts(TypedDict):
     stopped_early: NotRequired[str | None]
     collapse: NotRequired[str | None]
     resumed_from: NotRequired[Count | None]
+    skipped_steps: NotRequired[Count]
     hardest_rows: NotRequired[list[HardRow]]
 
 

@@ -53,7 +53,7 @@ CERTIFICATE = "certificate.json"
 """In the folder of each export."""
 AFTER_TRAINING = ("evaluate", "generation", "deploy")
 """Recipe sections that may change after training."""
-STEPS = ("prepare", "mine", "encode", "select", "survey", "teach", "adapt", "train", "evaluate", "deploy")
+STEPS = ("prepare", "mine", "answer", "encode", "select", "survey", "teach", "adapt", "train", "evaluate", "deploy")
 
 StepFacts = dict[str, Any]
 """Facts that a step recorded; the keys depend on the step."""
@@ -184,7 +184,7 @@ class RunFolder:
         if step.skipped:
             yield step
             return
-        if name in STEPS[1:3]:  # they write the examples of the trained model
+        if name in STEPS[1:4]:  # they write the examples of the trained model
             self.refuse_released()
         self.ran.add(name)
         before = self.manifest["steps"].get(name)

@@ -16,7 +16,7 @@ from llmtune.store.atomic_files import explained, hash_value, staged, write_json
 from llmtune.store.run_folder import MANIFEST, RunFolder, read_manifest, read_run, recipe_of_run
 
 FOLDER, CONTROLS = "seeds", "controls"
-SHARED = ("prepare", "mine", "encode", "teach")
+SHARED = ("prepare", "mine", "answer", "encode", "teach")
 """Steps whose results do not depend on the seed."""
 SEEDS_UNTIL: dict[Until, Until] = {"train": "train", "evaluate": "evaluate", "run": "evaluate"}
 """Last step of the run -> last step of the runs in its folder."""

@@ -282,10 +282,10 @@ def _check_template(folder: RunFolder, lock: Lock) -> Iterator[Finding]:
 
 def _check_metrics(lock: Lock, run: Path) -> Iterator[Finding]:
     """Check the files of the user's own metrics, and those of the rewards of training."""
-    files = {**lock.get("metrics", {}), **lock.get("rewards", {})}
-    for file, recorded_hash in files.items():
+    files = {"metrics": lock.get("metrics", {}), "rewards": lock.get("rewards", {})}
+    for kind, file, recorded_hash in ((kind, *pair) for kind, hashes in files.items() for pair in hashes.items()):
         path = relocated(file, lock.get("folder"), run)
-        yield compare_hashes("metrics", str(path), recorded_hash, hash_file(path) if path.is_file() else None)
+        yield compare_hashes(kind, str(path), recorded_hash, hash_file(path) if path.is_file() else None)
 
 
 def _check_outputs(folder: RunFolder, lock: Lock) -> Iterator[Finding]:

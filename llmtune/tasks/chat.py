@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-from llmtune.data.answer_parser import ToolTurn
+from llmtune.data.answer_parser import ParsedAnswer, ToolTurn
 from llmtune.data.chat_encoding import encode_chat
 from llmtune.data.chat_rows import ChatRow, Message, write_answer
 from llmtune.data.chat_template import Expand, refuse_pictures, render_prompt
@@ -46,6 +46,17 @@ class Chat(Task[ChatRow, str]):
         last = messages[answers[-1]]
         text = write_answer(last.get("content") or "", last.get("tool_calls", ()))
         return {**row, "messages": messages[: answers[-1]]}, text
+
+    def take_answer(self, row: ChatRow, answer: ParsedAnswer) -> ChatRow:
+        """Return the row with a generated last answer, which is the only one that is trained."""
+        question: ChatRow = self.split_answer(row)[0]
+        before: list[Message] = [
+            {**one, "train": False} if one["role"] == "assistant" else one for one in question["messages"]
+        ]
+        written: Message = {"role": "assistant", "content": answer.text}
+        if answer.tool_calls:
+            written["tool_calls"] = [*answer.tool_calls]
+        return {**question, "messages": [*before, written]}
 
     def infer_section(self, recipe: Recipe, rows: Rows | None) -> Recipe:
         """Set `chat.images` if the recipe does not: whether the rows have pictures."""

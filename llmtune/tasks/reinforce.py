@@ -10,9 +10,10 @@ from transformers import PreTrainedTokenizerBase
 from llmtune.data.chat_rows import ChatRow
 from llmtune.data.example import AnyExample, Collate, Example
 from llmtune.data.overlong import too_long
-from llmtune.data.task_interface import Encoded
+from llmtune.data.task_interface import Encoded, StepCosts
 from llmtune.errors import DataError
 from llmtune.evaluate.evaluated_task import EvalPrediction, LoadedModel
+from llmtune.evaluate.generation import cache_rows
 from llmtune.evaluate.metric import Measure
 from llmtune.recipe.reinforce_section import ReinforceSection
 from llmtune.recipe.schema import Recipe
@@ -44,6 +45,14 @@ class Reinforce(Chat):
     def needs_reference_model(self, recipe: Recipe) -> bool:
         """Whether the loss compares with the starting model, or evaluation does with a continued adapter."""
         return reinforce_section(recipe).ties or recipe.adapter.start_from is not None
+
+    def sampled_batch(self, recipe: Recipe, costs: StepCosts, device: str, column_bytes: int) -> tuple[int, int]:
+        """Return the answers of a round that fit into a batch, and the length of the longest prompt with its answer."""
+        section = reinforce_section(recipe)
+        length = -(-costs.longest // section.samples)
+        most = cache_rows(device, column_bytes, length)
+        together = costs.step if section.method == "grpo" and section.rounds is None else costs.epoch
+        return most if together is None else min(most, -(-together // length)), length
 
     def split_answer(self, row: ChatRow) -> tuple[ChatRow, str]:
         """Split a row at its last answer, which is the reference; a row that ends with a question has none."""

@@ -77,6 +77,8 @@ class TrainState:
     log_steps: int = 0
     idle_steps: int = 0
     """Steps in a row without a gradient."""
+    skipped_steps: int = 0
+    """All steps without a gradient."""
     validation_loss: float | None = None
     best_loss: float | None = None
     """The validation loss at the best step."""

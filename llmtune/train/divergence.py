@@ -88,6 +88,7 @@ def note_figures(training: TrainContext, state: TrainState, step: int) -> None:
     idle, epoch = training.objective.idle, training.plan.steps_per_epoch
     first = min(IDLE_STEPS, epoch, training.plan.total_steps)
     state.idle_steps = state.idle_steps + 1 if idle else 0
+    state.skipped_steps += idle is not None
     if idle and state.idle_steps >= (first if state.idle_steps == step else epoch):
         what = f"no update in {state.idle_steps} steps, up to step {step}: {idle.what}"
         raise TrainingError.of(what, idle.where, idle.fix)

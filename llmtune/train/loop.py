@@ -379,6 +379,7 @@ def _summary(run: Run, adapter: Path, resumed: int | None) -> TrainedRun:
         stopped_early=state.stopped_early,
         collapse=state.collapse,
         resumed_from=resumed,
+        skipped_steps=state.skipped_steps,
         rehearsal_seconds=run.rehearsal_seconds,
         seconds_to_first_step=run.seconds_to_first_step,
         padding_share=padding_share(

@@ -61,6 +61,8 @@ class TrainedRun:
     collapse: str | None = None
     """The last warning that vectors came too close."""
     resumed_from: int | None = None
+    skipped_steps: int = 0
+    """Steps without a gradient, which changed no weight."""
     padding_share: float | None = None
     """Share of computed positions without a token; 0 if rows were packed."""
     rehearsal_seconds: float = 0.0

@@ -83,7 +83,7 @@ def choose_objective(
     task: TrainedTask, recipe: Recipe, examples: Examples, readers: Mapping[str, ExampleReader | None]
 ) -> StepObjective:
     """Return the objective of a task, or one that learns from the teacher's recorded predictions."""
-    if recipe.distil is None:
+    if recipe.distil is None or not recipe.distil.weight:
         return task.objective(recipe)
     folder = examples.folder.with_name(FOLDER)
     stored = {split: TeacherReader(folder, split, reader) for split, reader in readers.items() if reader is not None}

@@ -58,6 +58,32 @@ def test_samples_do_not_depend_on_the_budget_or_the_shared_prefix(monkeypatch):
     assert_same(sample(model, mixed, keys_of(mixed))[:-1], together)
 
 
+@pytest.mark.parametrize("family", ["llama", "mistral", "gpt2", "bloom", "mamba"])
+@pytest.mark.parametrize("beginning", [[], BEGINNING], ids=["nothing shared", "a shared beginning"])
+def test_several_samples_of_a_prompt_are_those_of_each_alone(family, beginning):
+    model, prompts = make_decoder(family), prompts_of([6, 9, 6, 1], beginning)
+    groups = [prompt for prompt in prompts for _ in range(4)]
+    keys = [(7, 1, row, number) for row in range(4) for number in range(4)]
+    together = sample(model, groups, keys)
+    assert len({tuple(one) for one in ids(together)}) > 10
+    alone = [sample(model, [prompt], [key])[0] for prompt, key in zip(groups, keys, strict=True)]
+    assert_same(alone, together)
+    mixed = [i * 7 % 16 for i in range(16)]
+    assert_same(sample(model, [groups[i] for i in mixed], [keys[i] for i in mixed]), [together[i] for i in mixed])
+
+
+def test_a_prompt_with_several_samples_is_read_once():
+    model, prompts, read = make_decoder("llama"), prompts_of([9, 6, 9]), []
+    model.model.register_forward_pre_hook(
+        lambda _, args, given: read.append(given["input_ids"].shape), with_kwargs=True
+    )
+    groups = [prompt for prompt in prompts for _ in range(8)]
+    sample(model, groups, keys_of(groups), SECTION.model_copy(update={"max_new_tokens": 2}), stops=set())
+    assert read[-2:] == [(3, 9), (24, 1)]
+    sample(model, groups[:8], keys_of(groups[:8]), SECTION.model_copy(update={"max_new_tokens": 2}), stops=set())
+    assert read[-2:] == [(1, 9), (8, 1)], "a prompt has no prefix to share with itself"
+
+
 def test_a_model_without_our_cache_gives_the_same_samples(monkeypatch):
     model, prompts = make_decoder("llama"), prompts_of(LENGTHS)
     keys = keys_of(prompts)

@@ -90,6 +90,7 @@ def test_batched_and_single_greedy_answers_are_those_of_the_forward_pass(family,
     with torch.inference_mode():
         assert column_bytes_of(model, "cpu") is not None
         answers = decode_greedily(model, prompts, 8, set(), "cpu")
+        assert decode_greedily(model, [*prompts, *prompts[::-1]], 8, set(), "cpu") == [*answers, *answers[::-1]]
     assert answers == [first_choices(model, *pair) for pair in zip(prompts, answers, strict=True)]
     assert [answer_alone(model, prompt) for prompt in prompts[:3]] == answers[:3]
     with torch.inference_mode(), model.disable_adapter():

@@ -1,16 +1,23 @@
 """Planned bytes match measured ones, and a refusal names a recipe that fits."""
 
 import dataclasses
+import io
+import weakref
 
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from support.adapting import build_family, documents, open_model, packed, quiet, recipe_with, task_for
 from support.image_text import build_image_text
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 from transformers import AutoModelForImageTextToText
 
 from llmtune.adapter.injection import inject, trained_parameters
 from llmtune.errors import EnvironmentProblem
+from llmtune.evaluate.greedy_decoding import column_bytes_of
+from llmtune.evaluate.sampled_decoding import sample_answers
 from llmtune.model.causal_lm_loss import causal_loss
 from llmtune.model.config import build_skeleton, find_class
 from llmtune.model.memory_plan import (
@@ -24,6 +31,7 @@ from llmtune.model.memory_plan import (
 )
 from llmtune.model.resolve import resolve_model
 from llmtune.model.towers import find_projectors, find_towers
+from llmtune.recipe.schema import Recipe
 from llmtune.records import Layout, MemoryPlan
 from llmtune.tasks.registry import get_task
 from llmtune.train.optimizer import build_optimizer
@@ -264,3 +272,75 @@ def test_a_run_on_pictures_plans_its_towers_and_what_they_compute(tmp_path):
         projector = [*find_projectors(model)]
         more = sum(one.numel() for name in projector for one in model.get_submodule(name).parameters())
         assert trained - plans[True]["adapter"] == 4 * more
+
+
+class LivePeak(TorchDispatchMode):
+    """Measures the most bytes of the tensors that are made in it and live at the same time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self.storages = weakref.WeakSet[torch.UntypedStorage]()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        tree_map_only(torch.Tensor, self.note, made)
+        return made
+
+    def note(self, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if storage not in self.storages:
+            self.storages.add(storage)
+            self.live += storage.nbytes()
+            self.peak = max(self.peak, self.live)
+            weakref.finalize(storage, self.free, storage.nbytes())
+
+    def free(self, size: int) -> None:
+        self.live -= size
+
+
+@pytest.mark.parametrize(("vocabulary", "prompt", "new"), [(425, 20, 60), (425, 60, 20), (20_000, 20, 8)])
+def test_planned_samples_match_the_peak_while_answers_are_sampled(tmp_path, vocabulary, prompt, new):
+    folder = build_family(tmp_path, "llama", vocab_size=vocabulary, num_hidden_layers=4)
+    reinforce = {"rewards": {"chrf": 1.0}, "samples": 8, "max_new_tokens": new}
+    sections = {"data": {"train": "/nowhere.jsonl"}, "model": {"name": str(folder), "dtype": "float32"}}
+    recipe = Recipe.model_validate(
+        {"task": "reinforce", "reinforce": reinforce, "train": {"batch_size": 3}, **sections}
+    )
+    place, task = resolve_model(str(folder), recipe.model, quiet()), get_task("reinforce")
+    cost = 8 * (prompt + new)
+    plan = plan_training(place, recipe, task, cost, "cpu", np.array([cost] * 9, dtype=np.int32))
+    model = open_model(recipe, training=False).model.eval()
+    prompts = [[7 + row] * prompt for row in range(3) for _ in range(8)]
+    with torch.inference_mode():
+        column_bytes_of(model, "cpu")
+    with LivePeak() as memory, torch.no_grad():
+        sample_answers(model, prompts, [(i,) for i in range(24)], recipe.reinforce, set(), "cpu")
+    assert 0.7 * memory.peak < plan.parts["samples"] < 1.3 * memory.peak
+    assert plan.lower_bound == plan_memory(place, recipe, task, cost, "cpu").lower_bound
+    console = Console(file=io.StringIO(), width=200)
+    check_memory(plan, recipe, console)
+    assert "samples" in console.file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("changes", "rows"),
+    [({}, 16), ({"method": "filter"}, 200), ({"rounds": 2}, 200), ({"method": "filter", "samples": 16}, 256)],
+)
+def test_samples_are_planned_for_a_round_up_to_the_largest_batch(folder, changes, rows):
+    reinforce = {"rewards": {"chrf": 1.0}, "samples": 8, "max_new_tokens": 4, **changes}
+    sections = {"data": {"train": "/nowhere.jsonl"}, "model": {"name": str(folder), "dtype": "float32"}}
+    recipe = Recipe.model_validate(
+        {"task": "reinforce", "reinforce": reinforce, "train": {"batch_size": 2}, **sections}
+    )
+    place, task = resolve_model(str(folder), recipe.model, quiet()), get_task("reinforce")
+    cost = recipe.reinforce.samples * 20
+
+    def plan(prompts: int) -> int:
+        lengths = np.array([cost] * prompts, dtype=np.int32)
+        return plan_training(place, recipe, task, cost, "cpu", lengths).parts["samples"]
+
+    each = plan(1) / recipe.reinforce.samples if changes else plan(25) / 16
+    assert plan(25) == rows * each
+    chat = recipe_with(folder)
+    assert "samples" not in plan_training(place, chat, get_task("chat"), 20, "cpu").parts
