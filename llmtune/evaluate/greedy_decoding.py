@@ -151,7 +151,7 @@ class DecodeBatch:
         logits = [self._read_rows(rows, start, prefix) for rows in self._cut(start, budget)]
         count = len(self.distinct)
         self.cache.active, self.cache.first, self.cache.end = slice(0, len(self.order)), 0, self.width
-        self.cache.move(range(count, len(self.order)), self.sources)
+        self.cache.move(range(count, len(self.order)), self.sources, slice(0, self.width))
         return torch.cat(logits)[[*range(count), *self.sources]]
 
     def _cut(self, shared: int, budget: int) -> Iterator[slice]:
