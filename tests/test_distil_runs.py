@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 from pathlib import Path
 
@@ -70,6 +71,9 @@ def test_a_dry_run_says_what_the_recorded_predictions_would_take(recipe, tmp_pat
     done = invoke("run", recipe, "--dry-run", "--out", tmp_path / "run")
     assert done.exit_code == 0, done.output
     assert "teach: " in done.output
+    assert " of cpu" not in done.output  # its speed is not known
+    planned = invoke("run", recipe, "--dry-run", "--device", "t4", "--out", tmp_path / "run")
+    assert re.search(r"teach: [\d,]+ predictions of \S+ would take [\d.]+ MB and [\d.]+ s of t4", planned.output)
     assert not (tmp_path / "run").exists()
 
 

@@ -22,7 +22,7 @@ from llmtune.data.task_interface import TaskInterface
 from llmtune.errors import DataError, EnvironmentProblem, RecipeError
 from llmtune.model.catalogue import CatalogueModel
 from llmtune.model.config import build_skeleton, find_class, read_model_config
-from llmtune.model.device import CARDS, device_memory
+from llmtune.model.device import CARDS, EFFICIENCY, device_memory
 from llmtune.model.memory_plan import USABLE, context_length, plan_skeleton
 from llmtune.model.model_selection import peek_model
 from llmtune.model.sharded_plan import divide_plan
@@ -35,8 +35,6 @@ from llmtune.tasks.registry import choose_variant, get_task
 
 METHODS = ("full", "lora", "qlora")
 MILLION = 10**6
-EFFICIENCY = 0.35
-"""Fraction of peak operations that training reaches; 0.3 to 0.45 is usual on one card."""
 FLOPS = {"full": 6, "lora": 4, "qlora": 4}
 """Operations per parameter and token: forward 2, backward 4; 2 if weights are frozen."""
 

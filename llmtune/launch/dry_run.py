@@ -15,15 +15,17 @@ from rich.markup import escape
 
 from llmtune.data.examples import encode_rows, examples_inputs, row_lengths
 from llmtune.data.preparation import prepare_rows
+from llmtune.display.number_format import duration
 from llmtune.errors import EnvironmentProblem, LlmtuneError
 from llmtune.evaluate.champion import check_champion
 from llmtune.evaluate.decision import print_need
 from llmtune.evaluate.eval_inputs import warn_of_cuts
-from llmtune.evaluate.teacher import count_predictions, plan_bytes
-from llmtune.model.device import check_card
+from llmtune.evaluate.teacher import LEARNED, count_predictions, plan_bytes
+from llmtune.model.config import build_skeleton, find_class
+from llmtune.model.device import CARDS, EFFICIENCY, check_card
 from llmtune.model.memory_plan import check_memory, plan_training
 from llmtune.model.model_selection import peek_model, plan_candidates
-from llmtune.model.teacher_files import find_teacher
+from llmtune.model.teacher_files import find_teacher, plan_teacher, teacher_run
 from llmtune.plan import (
     Plan,
     RunContext,
@@ -36,6 +38,7 @@ from llmtune.plan import (
     finish_plan,
     locate_pinned,
     make_plan,
+    open_finished,
     rows_hash,
 )
 from llmtune.recipe.loader import LoadedRecipe
@@ -130,19 +133,40 @@ def _plan_named(context: RunContext, loaded: LoadedRecipe, name: str, valid: dic
 
 def _has_teacher(context: RunContext, draft: Plan, examples: Examples) -> bool:
     """Print what the teacher's predictions will take; return False if the teacher is not on this machine yet."""
-    if draft.recipe.distil is None:
+    section, console = draft.recipe.distil, context.console
+    if section is None:
         return True
-    size, teacher = plan_bytes(draft.task, draft.recipe, examples), draft.recipe.distil.teacher
-    message = f"teach: {count_predictions(examples):,} predictions of {teacher} would take {size / 1e6:,.1f} MB"
-    context.console.print(message, markup=False, highlight=False)
+    if section.answers:
+        count = sum(examples.counts.get(split, 0) for split in LEARNED)
+        console.print(f"answer: {count:,} rows would be answered by {section.teacher}", markup=False, highlight=False)
+    size, teacher, seconds = plan_bytes(draft.task, draft.recipe, examples), section.teacher, None
     try:
-        find_teacher(draft.recipe, context.console, offline=True)
+        find_teacher(draft.recipe, console, offline=True)
+        seconds = _recording_seconds(context, draft, examples)
     except EnvironmentProblem:
         if context.request.offline or not is_remote_model(teacher):
             raise
-        context.console.print(f"{escape(teacher)} would be downloaded first")
+        console.print(f"{escape(teacher)} would be downloaded first")
         return False
+    finally:
+        if section.weight:
+            message = f"teach: {count_predictions(examples):,} predictions of {teacher} would take {size / 1e6:,.1f} MB"
+            message += f" and {duration(seconds)} of {context.device}" if seconds else ""
+            console.print(message, markup=False, highlight=False)
     return True
+
+
+def _recording_seconds(context: RunContext, draft: Plan, examples: Examples) -> float | None:
+    """Estimate the time that the teacher needs for the rows; None if the speed of the device is not known."""
+    if context.device not in CARDS:
+        return None
+    recipe, model_ref = plan_teacher(draft.recipe, Console(quiet=True), offline=True)
+    if run := teacher_run(draft.recipe):
+        model_ref = open_finished(run, Console(quiet=True), offline=True).plan.model_ref
+    skeleton = build_skeleton(*find_class(model_ref, recipe, draft.task), recipe)
+    tokens = sum(examples.tokens.get(split, 0) for split in LEARNED)
+    operations: int = 2 * tokens * skeleton.num_parameters()
+    return operations / (CARDS[context.device][1] * EFFICIENCY)
 
 
 @contextmanager

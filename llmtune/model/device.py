@@ -30,6 +30,8 @@ CARDS: Mapping[str, tuple[float, float]] = {
     "t4": (16e9, 65e12),
 }
 """Cards by name: bytes of memory, and dense 16-bit operations per second, from the makers' data sheets."""
+EFFICIENCY = 0.35
+"""Fraction of peak operations that training reaches; 0.3 to 0.45 is usual on one card."""
 DRIVER_BYTES = 600_000_000
 """Bytes that CUDA and its libraries reserve on a card."""
 _WITHOUT_BFLOAT16 = ("t4",)
