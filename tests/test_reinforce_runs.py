@@ -130,6 +130,13 @@ def test_other_weights_and_settings_are_another_recipe(run: Path, change: str):
     assert "a run of another recipe" in " ".join(refused.stderr.split())
 
 
+def test_allowed_values_are_written_as_in_yaml(run: Path):
+    refused = invoke("train", run.parent.parent / "tiny.yaml", "--set", "reinforce.control=never")
+    assert refused.exit_code == 2
+    assert "'reinforce.control' is 'never'" in refused.stderr
+    assert "Allowed: false or filter." in " ".join(refused.stderr.split())
+
+
 def test_gates_judge_samples_and_each_reward(run: Path):
     passing = ["pass@1 >= 0", "pass@3 <= 1", "answer_tokens <= base", "rewards.brief.high > base - 1", "kl < 1"]
     gates = ", ".join([*passing, "rewards.vowels > 1", "reward.low > base + 1"])
@@ -154,6 +161,26 @@ def test_impossible_metrics_and_gates_are_refused_with_their_cure(run: Path, cha
     text = " ".join(refused.stderr.split())
     assert what in text
     assert fix in text
+
+
+def test_a_metric_that_needs_references_is_not_measured_on_prompts_alone(tmp_path: Path, tiny_llama: Path):
+    file = tmp_path / "prompts.jsonl"
+    questions = [{"messages": [{"role": "user", "content": f"What follows {i}?"}]} for i in range(9)]
+    file.write_text("".join(json.dumps(one) + "\n" for one in questions))
+    evaluate = {"metrics": ["reward", "exact_match"], "gates": ["reward >= 0"]}
+    train = {"max_steps": 1, "num_train_epochs": None}
+    run = reinforce(
+        tmp_path, tiny_llama, {"mask_truncated": False}, data={"test": str(file)}, evaluate=evaluate, train=train
+    )
+    evaluation = load_evaluation(run / "evaluation")
+    assert evaluation is not None
+    assert "exact_match" not in evaluation.tuned
+    why = "not measured: 9 of 9 test rows have no reference answer"
+    assert evaluation.signatures["exact_match"] == why
+    assert why in (run / "report.html").read_text()
+    failed = invoke("evaluate", run, "--set", "evaluate.gates=[exact_match >= 0]")
+    assert failed.exit_code == 6
+    assert "wanted exact_match >= 0, got not measured" in " ".join(failed.stderr.split())
 
 
 def test_all_weights_have_no_distance_from_the_base(tmp_path: Path, tiny_llama: Path):

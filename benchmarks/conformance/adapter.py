@@ -11,7 +11,7 @@ import os
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from importlib.machinery import ModuleSpec
@@ -19,6 +19,8 @@ from importlib.metadata import version
 from importlib.util import module_from_spec
 from pathlib import Path
 from typing import Any
+
+from conformance.reward import score
 
 Job = dict[str, Any]
 Configuration = dict[str, Any]
@@ -155,8 +157,12 @@ def given(settings: Configuration) -> Configuration:
 
 
 def trainer_arguments(job: Job) -> Configuration:
-    """Return the job in the arguments of transformers' Trainer, which several tools take."""
-    micro = job["micro_batch_size"]
+    """Return the job in the arguments of transformers' Trainer, which several tools take.
+
+    A row that is a prompt counts as often as it is answered.
+    """
+    answers = job["extra"].get("samples", 1)
+    micro = job["micro_batch_size"] * answers
     settings = {name: job[name] for name in ("learning_rate", "optim", "seed")}
     settings |= {"use_cpu": True, "report_to": "none", "logging_steps": 1}
     settings |= {"num_train_epochs": job["epochs"]} if job["epochs"] else {"max_steps": job["steps"]}
@@ -164,7 +170,7 @@ def trainer_arguments(job: Job) -> Configuration:
     settings |= {name: job[name] for name in ("max_grad_norm", "weight_decay", "warmup_steps")}
     settings |= {"label_smoothing_factor": job["extra"]["label_smoothing"]} if "label_smoothing" in job["extra"] else {}
     settings |= {"per_device_train_batch_size": micro, "save_steps": job["save_steps"] or job["steps"]}
-    settings["gradient_accumulation_steps"] = job["batch_size"] // micro // job["processes"]
+    settings["gradient_accumulation_steps"] = job["batch_size"] * answers // micro // job["processes"]
     return settings | evaluation(job)
 
 
@@ -186,6 +192,22 @@ def read_losses(folder: Path) -> dict[str, Any]:
     states = sorted(folder.rglob("trainer_state.json"), key=lambda path: path.stat().st_mtime)
     history = json.loads(states[-1].read_text())["log_history"] if states else []
     return {"losses": [float(entry["eval_loss"]) for entry in history if "eval_loss" in entry]}
+
+
+def reward(job: Job, numbers: Sequence[int], texts: Sequence[str], answers: Sequence[Sequence[int]]) -> list[float]:
+    """Return the rewards of sampled answers, and note them with their tokens; `numbers` are those of their rows."""
+    rows = read_lines(Path(job["rows"]))
+    rewards = [score(rows[number], text) for number, text in zip(numbers, texts, strict=True)]
+    with Path(job["out"], "samples.jsonl").open("a") as file:
+        for number, ids, value in zip(numbers, answers, rewards, strict=True):
+            file.write(json.dumps({"row": int(number), "ids": [int(token) for token in ids], "reward": value}) + "\n")
+    return rewards
+
+
+def read_samples(job: Job) -> dict[str, Any]:
+    """Return the sampled answers that `reward` noted, if any."""
+    path = Path(job["out"], "samples.jsonl")
+    return {"samples": read_lines(path)} if path.exists() else {}
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -39,6 +39,12 @@ PREPROCESSOR = {"do_normalize": True, "do_rescale": True, "do_resize": True, "im
 PREPROCESSOR |= {"image_std": [0.5] * 3, "resample": 2, "rescale_factor": 1 / 255}
 PREPROCESSOR |= {"image_processor_type": "Gemma3ImageProcessor", "size": {"height": SIDE, "width": SIDE}}
 CALLS = ["<tool_call>", "</tool_call>"]
+WORDS = [" red", " green", " blue", " cat", " dog", " bird", " fish"]
+SETTINGS = {
+    "ends": {"eos_token_id": ["<|im_end|>", "<|endoftext|>"]},
+    "picky": {"do_sample": True, "temperature": 0.2, "top_k": 2, "top_p": 0.5, "repetition_penalty": 4.0},
+}
+"""Variant of a model that writes words -> what its `generation_config.json` adds; tokens stand for their ids."""
 THOUGHTS = [*CALLS, "<tool_response>", "</tool_response>", "<think>", "</think>"]
 SHAPE: dict[str, Any] = {
     "hidden_size": 64,
@@ -65,7 +71,8 @@ def build_model(family: str, folder: Path, seed: int = 0) -> Path:
     """Save a model and its tokenizer in `folder`: qwen2.5, qwen3, llama3, t5 or gemma3, which also reads pictures.
 
     `llama3-unpadded` has no pad token, as the real one; `llama3-scaled` scales rotations as Llama 3.1 does;
-    `qwen2.5-overflowing` has a norm that overflows float32; `qwen2.5-plain` has no chat template.
+    `qwen2.5-overflowing` has a norm that overflows float32; `qwen2.5-plain` has no chat template; `qwen2.5-words`
+    samples a few words and ends; `qwen2.5-words-ends` and `qwen2.5-words-picky` have other generation settings.
     """
     torch.manual_seed(seed)
     if family == "t5":
@@ -93,7 +100,10 @@ def build_model(family: str, folder: Path, seed: int = 0) -> Path:
         config, added = (Qwen3Config, THOUGHTS) if family == "qwen3" else (Qwen2Config, CALLS)
         tokenizer = train_tokenizer(CHATML, added, eos="<|im_end|>", pad="<|endoftext|>")
         tokenizer.chat_template = read_template("qwen3" if family == "qwen3" else "qwen2_5")
-        model = AutoModelForCausalLM.from_config(config(**SHAPE, **ids_of(tokenizer), tie_word_embeddings=True))
+        tied = "-words" not in family
+        model = AutoModelForCausalLM.from_config(config(**SHAPE, **ids_of(tokenizer), tie_word_embeddings=tied))
+        if not tied:
+            prefer_words(model, tokenizer, CHATML[::2] if family.endswith("-ends") else CHATML[2:])
         if family.endswith("-overflowing"):
             torch.nn.init.constant_(model.model.norm.weight, 3e38)
         if family.endswith("-plain"):
@@ -102,11 +112,25 @@ def build_model(family: str, folder: Path, seed: int = 0) -> Path:
     tokenizer.save_pretrained(folder)
     # The form that every tool reads, not only those with the newest transformers.
     add_settings(folder / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
+    for name, value in SETTINGS.get(family.rpartition("-")[2], {}).items():
+        ids = tokenizer.convert_tokens_to_ids(value) if name == "eos_token_id" else value
+        add_settings(folder / "generation_config.json", **{name: ids})
     if family == "gemma3":
         finish_gemma(folder)
     elif family != "t5" and not family.endswith("-scaled"):
         add_settings(folder / "config.json", rope_theta=10000.0)
     return folder
+
+
+def prefer_words(model: Any, tokenizer: Any, ends: list[str]) -> None:
+    """Give all tokens one dimension in common, and the head a weight on it for a few words and the end tokens."""
+    ids = [tokenizer(word)["input_ids"] for word in WORDS]
+    assert all(len(one) == 1 for one in ids), "each word is one token"
+    with torch.no_grad():
+        model.model.embed_tokens.weight[:, 0] = 1.0
+        model.lm_head.weight[:, 0] = 0.0
+        model.lm_head.weight[[one[0] for one in ids], 0] = 4.0
+        model.lm_head.weight[tokenizer.convert_tokens_to_ids(ends), 0] = 4.0
 
 
 def finish_gemma(folder: Path) -> None:

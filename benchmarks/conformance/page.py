@@ -39,8 +39,9 @@ what it did, and since which commit it passes.
 Each tool trains a tiny random model for one step of plain SGD, from the same rows. The change of its weights, divided
 by the learning rate, is the gradient that it used. Plain torch (`conformance/reference.py`) computes the gradient of
 the text that the case states by hand, and those of known mistakes. So the table shows what each tool learned, from its
-weights alone. Some cases compare something else, such as answers or exported files. Of a model that reads
-pictures, a gradient is that of its language model, as several tools freeze the rest by default.
+weights alone. Some cases compare something else, such as answers or exported files. In cases on rewards each tool
+samples its own answers, and plain torch rewards and learns those. Of a model that reads pictures, a gradient is that of
+its language model, as several tools freeze the rest by default.
 
 A cell has two lines where the documented defaults differ from the setting that the documentation names for the task.
 **The documented setting counts**, here and in the README. Each tool has the newest version that installs here, and

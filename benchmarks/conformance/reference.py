@@ -119,9 +119,10 @@ class Reference:
         means = [sum(total for total, _ in part) / sum(count for _, count in part) for part in parts]
         return self.differentiate(sum(means) / len(means))
 
-    def differentiate(self, loss: Any) -> Weights:
+    def differentiate(self, loss: Any, again: bool = False) -> Weights:
+        """Return the gradient of a loss; `again` keeps its graph for another."""
         names, weights = zip(*self.parameters.items(), strict=True)
-        found = torch.autograd.grad(loss, weights, allow_unused=True)
+        found = torch.autograd.grad(loss, weights, allow_unused=True, retain_graph=again)
         return {n: torch.zeros_like(w) if g is None else g for n, w, g in zip(names, weights, found, strict=True)}
 
     def after_steps(self, steps: Sequence[Sequence[Text]], rates: Sequence[float]) -> Weights:

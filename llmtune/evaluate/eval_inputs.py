@@ -27,7 +27,7 @@ from llmtune.evaluate.tool_metrics import calls_tool, uncheckable_tools
 from llmtune.recipe.class_names import show_name, similar_names
 from llmtune.recipe.evaluate_section import EvaluateSection, metric_name
 from llmtune.recipe.schema import Recipe
-from llmtune.recipe.task_facts import CHOICE_METRICS, TASK_FACTS, TOOL_METRICS
+from llmtune.recipe.task_facts import CHOICE_METRICS, GENERATED, TASK_FACTS, TOOL_METRICS
 from llmtune.records import Examples, Prompt, Row, Rows
 
 SPLIT = "test"
@@ -135,7 +135,7 @@ def make_inputs(
     pictures = [{picture["content"] for picture in task.list_pictures(question)} for question in questions]
     turns = [task.tool_turns(row, recipe) for _, row in held_out]
     metrics = measured_metrics(recipe, has_tools=any(turns))
-    notes = start_notes(task, recipe) | task.row_notes(rows, split, recipe) | schema_notes(metrics, turns)
+    notes = start_notes(task, recipe) | task.row_notes(rows, split, recipe)
     generates, rated, prompts = not task.predicts, task.has_rewards, [*map(write_prompt, questions)]
     answerable = [i for i in range(len(numbers)) if not generates or (prompts[i] and (rated or references[i]))]
     needs_texts = bool(rated or not generates or recipe.evaluate.judge or recipe.evaluate.predicted & {*metrics})
@@ -166,8 +166,8 @@ def make_inputs(
         turns={i: turns[i] for i in inputs if turns[i]},
         choices=choices,
         trees=trees,
-        metrics=metrics,
-        notes=notes,
+        metrics=tuple(metric for metric in metrics if not (rated and "" in references and metric in GENERATED)),
+        notes=notes | lack_notes(metrics, turns, references if rated else ()),
         slices=read_slices(rows, recipe.evaluate.slices, numbers),
         groups=read_slices(rows, fairness.groups if fairness else (), numbers, "evaluate.fairness.groups"),
         clusters=cluster_rows(pictures, [group for at, group in enumerate(iterate_groups(rows, split)) if at in kept]),
@@ -260,11 +260,16 @@ def start_notes(task: EvaluatedTask, recipe: Recipe) -> dict[str, str]:
     return notes
 
 
-def schema_notes(metrics: Sequence[str], turns: Sequence[Sequence[ToolTurn]]) -> dict[str, str]:
-    """Return a note on the tools that `tool_call_valid` cannot check, if it is measured."""
+def lack_notes(
+    metrics: Sequence[str], turns: Sequence[Sequence[ToolTurn]], references: Sequence[str]
+) -> dict[str, str]:
+    """Return notes on tools that `tool_call_valid` cannot check, and on metrics that references are missing for."""
     wrong = uncheckable_tools(turn for of_row in turns for turn in of_row) if "tool_call_valid" in metrics else {}
     listed = "; ".join(f"{name} ({why})" for name, why in wrong.items())
-    return {SCHEMAS_NOTE: f"not measured for tools without a valid JSON Schema: {listed}"} if wrong else {}
+    notes = {SCHEMAS_NOTE: f"not measured for tools without a valid JSON Schema: {listed}"} if wrong else {}
+    missing = references.count("")
+    why = f"not measured: {missing} of {len(references)} test rows have no reference answer"
+    return notes | {metric: why for metric in metrics if metric in GENERATED and missing}
 
 
 def measured_metrics(recipe: Recipe, *, has_tools: bool) -> tuple[str, ...]:

@@ -27,6 +27,7 @@ from llmtune.errors import DataError, Problem
 from llmtune.evaluate.intervals import Floats
 from llmtune.evaluate.metric import measure_shares, own_interval, paired_difference
 from llmtune.evaluate.rewards import Reward, RewardError, RewardPair, call_reward, weigh_rewards
+from llmtune.evaluate.suites.own_metric_process import RAISED
 from llmtune.evaluate.suites.own_metrics import Failure, describe_failure
 from llmtune.recipe.data_section import DataSection, Source
 from llmtune.records import Difference, Json, Row
@@ -40,6 +41,7 @@ SWALLOWED_SHARE = 0.05
 """Share of references on which the file may catch an exception and score them like other answers."""
 MOST_OPTIONS = 16
 SHOWN = 5
+LIMIT_FLAGS = ("raise --seconds", "give --network")
 REFERENCE_SHARE = 0.9
 """`accept` is the reward that this share of references reaches."""
 MALFORMED = (
@@ -73,6 +75,7 @@ PROBES = {
 """Answers to each row, by name; all but the first must not win."""
 FAULTS = {
     "raises": "raises exceptions",
+    "invalid": "returns invalid values",
     "changes": "differs from call to call",
     "not_applicable": "returns None for the references",
     "swallows_exceptions": "swallows exceptions",
@@ -223,7 +226,7 @@ def _run_reward(
 ) -> list[Json]:
     outcomes = call_reward(reward, pairs, seconds=limits.seconds, network=limits.network, observe=observe)
     if isinstance(outcomes, Failure):
-        raise RewardError(describe_failure(reward, outcomes, origins))
+        raise RewardError(describe_failure(reward, outcomes, origins, LIMIT_FLAGS))
     return outcomes
 
 
@@ -235,8 +238,9 @@ def judge_rewards(seen: Observed, seed: int) -> Json:
     for name, title in PROBES.items():
         # Only the compared answers set the range: long answers may have rewards far from all others.
         least, most = find_range([values[name], values["reference"]])
-        reach = most - least if most > least else 1.0
-        scaled, best = ((values[one] - least) / reach for one in (name, "reference"))
+        least, most = (least, most) if most > least else (low, high)  # all of them are equal
+        reach = most - least
+        scaled, best = ((values[one] - least) / (reach or 1.0) for one in (name, "reference"))
         shares = scaled[np.isfinite(scaled)]
         mean = own_interval(measure_shares("reward", shares.tolist(), ""), seed)
         probes[name] = {"answers": title, "rows": len(shares), "reward": rescale_interval(mean, reach, least)}
@@ -310,9 +314,10 @@ def find_faults(
 ) -> dict[str, str]:
     """Return why the rewards cannot train, by the names of `FAULTS`."""
     faults, rows = dict[str, str](), len(seen.values["reference"])
-    if seen.errors:
-        first = seen.errors[0]
-        faults["raises"] = f"on {len(seen.errors)} answers; {_place(first)} {first['what']}"
+    raised = [one for one in seen.errors if one["what"].startswith(RAISED)]
+    for name, errors in (("raises", raised), ("invalid", [one for one in seen.errors if one not in raised])):
+        if errors:
+            faults[name] = f"on {len(errors)} answers; {_place(errors[0])} {errors[0]['what']}"
     if seen.changes:
         first = seen.changes[0]
         was, now = first["values"]

@@ -16,6 +16,7 @@ from llmtune.data.conversation_texts import split_reference
 from llmtune.data.row_kind import MESSAGES
 from llmtune.errors import Problem, RecipeError, nearest
 from llmtune.evaluate.suites.own_metrics import (
+    LIMIT_KEYS,
     Failure,
     count_parameters,
     describe_failure,
@@ -192,6 +193,7 @@ def reward_answers(
     seconds: float = SECONDS,
     network: bool = False,
     origins: Sequence[str] = (),
+    limits: tuple[str, str] = LIMIT_KEYS,
 ) -> list[dict[str, float | None]]:
     """Return the value of each reward for each answer; None where a reward does not apply.
 
@@ -201,6 +203,7 @@ def reward_answers(
         seconds: For all answers together.
         network: Whether the user's own may use it.
         origins: Where each pair's row is from, for errors.
+        limits: How to raise the limits of time and network, for errors.
 
     Raises:
         RewardError: A reward failed.
@@ -209,7 +212,7 @@ def reward_answers(
     for reward in rewards:
         outcomes = call_reward(reward, pairs, seconds=seconds, network=network)
         if isinstance(outcomes, Failure):
-            raise RewardError(describe_failure(reward, outcomes, origins))
+            raise RewardError(describe_failure(reward, outcomes, origins, limits))
         values[reward.name] = [one["value"] for one in outcomes]
     return [{name: column[i] for name, column in values.items()} for i in range(len(pairs))]
 

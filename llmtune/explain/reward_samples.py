@@ -18,7 +18,7 @@ from llmtune.display.console import spinner
 from llmtune.evaluate.generation import answer_ends, answer_reader
 from llmtune.evaluate.intervals import Floats
 from llmtune.evaluate.metric import measure_right, measure_shares, own_interval
-from llmtune.evaluate.reward_check import RewardLimits, rescale_interval
+from llmtune.evaluate.reward_check import LIMIT_FLAGS, RewardLimits, rescale_interval
 from llmtune.evaluate.rewards import Reward, reward_answers, weigh_rewards
 from llmtune.evaluate.sampled_decoding import sample_answers
 from llmtune.model.device import pick_device
@@ -78,7 +78,8 @@ def describe_samples(
         parsed = read(one.ids, rows[number][1].get("tools"), prompts[number])
         pairs.append((rows[number][1], write_answer(parsed.text, parsed.tool_calls)))
     origins = [rows[number][0] for number, _ in places]
-    values = reward_answers(rewards, pairs, seconds=limits.seconds, network=limits.network, origins=origins)
+    seconds, network = limits.seconds, limits.network
+    values = reward_answers(rewards, pairs, seconds=seconds, network=network, origins=origins, limits=LIMIT_FLAGS)
     sums = [weigh_rewards(rewards, one) for one in values]
     rewards_NK = np.array([np.nan if one is None else one for one in sums]).reshape(len(rows), -1)
     truncated = sum(one.truncated for one in sampled) / len(sampled)

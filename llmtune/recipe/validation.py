@@ -224,7 +224,7 @@ def wrong_value(error: ErrorDetails, key: Key, source_map: SourceMap) -> Problem
     name = dotted(key)
     what = f"'{name}' is {show_value(value)}"
     if kind == "literal_error":
-        allowed = context["expected"].replace("'", "")
+        allowed = context["expected"].replace("'", "").replace("True", "true").replace("False", "false")
         hint = VARIANTS.get(str(value).casefold(), "") if dotted(key) == "adapter.method" else ""
         hint = hint or nearest(str(value), allowed.replace(" or ", ", ").split(", "))
         fix = f"{hint} Allowed: {allowed}.".strip()

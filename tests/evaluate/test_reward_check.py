@@ -137,6 +137,7 @@ def mine(row, answer):
         (RANDOM, ["changes", "ignores_reference"], "it returned 0."),
         (COUNTS_CALLS, ["changes"], "it returned "),
         (RAISES, ["raises"], "line 4, row "),
+        ("def mine(row, answer):\n    return float('nan')\n", ["invalid"], "it returned nan, which is not a finite"),
         ("def mine(row, answer):\n    return None\n", ["not_applicable"], "for 20 of 20"),
         ("def mine(row, answer):\n    return 1.0 + (answer != '')\n", ["ignores_reference"], "get 2, references 2"),
     ],
@@ -181,6 +182,13 @@ def test_the_document_has_the_same_keys_for_good_and_bad_rewards(sums: Path) -> 
     assert [*good["probes"]] == ["reference", "other", "empty", "prompt", "options", "malformed", "padded"]
 
 
+def test_intervals_stay_within_the_rewards_that_were_seen(sums: Path) -> None:
+    (sums.parent / "rewards.py").write_text("def mine(row, answer):\n    return 0.5\n")
+    for reward, low, high in (("exact_match", 0.0, 1.0), (f"{sums.parent / 'rewards.py'}:mine", 0.5, 0.5)):
+        for probe in check(sums, reward)["probes"].values():
+            assert low <= probe["reward"]["low"] <= probe["reward"]["value"] <= probe["reward"]["high"] <= high
+
+
 def test_a_check_of_the_same_rows_gives_the_same_document(sums: Path) -> None:
     first, again = (check(sums, f"{REWARDS / 'math_equal.py'}:compute_score") for _ in range(2))
     for document in (first, again):
@@ -213,6 +221,11 @@ def test_rows_that_cannot_tell_right_from_wrong_are_refused(
         (["exact_match=much", "--rows", "sums.jsonl"], 2, "'much' is not a weight"),
         (["exact_match=0", "--rows", "sums.jsonl"], 2, "'0' is not a weight"),
         (["exact_match=nan", "--rows", "sums.jsonl"], 2, "'nan' is not a weight"),
+        (["absent.py:mine", "--rows", "sums.jsonl"], 2, "Check the path: it is relative to the working folder."),
+        (["imports.py:mine", "--rows", "sums.jsonl"], 2, "imports.py:2: mine: importing its file raised"),
+        (["imports.py:mine", "--rows", "sums.jsonl"], 2, "-> Install the module in the environment of llmtune"),
+        (["slow.py:mine", "--rows", "sums.jsonl", "--seconds", "0.5"], 2, "or raise --seconds"),
+        (["online.py:mine", "--rows", "sums.jsonl"], 2, "or give --network"),
         (["exact_match", "--rows", "sums.jsonl", "--answer-form", "answer"], 2, "has no place for the answer"),
         (["slow.py:mine", "--rows", "sums.jsonl", "--seconds", "0.5"], 2, "mine: it took more than 0.5 s"),
         (["online.py:mine", "--rows", "sums.jsonl"], 2, "mine: it used the network"),
@@ -224,7 +237,9 @@ def test_bad_input_has_its_exit_code_and_a_cure(
     monkeypatch.chdir(sums.parent)
     Path("slow.py").write_text("import time\ndef mine(row, answer):\n    time.sleep(9)\n")
     Path("online.py").write_text("import socket\ndef mine(row, answer):\n    return socket.socket()\n")
+    Path("imports.py").write_text("import json\nimport absent_module\ndef mine(row, answer):\n    return 1.0\n")
     result = invoke("reward", "check", *arguments)
+    assert "on the row" not in result.output or "imports.py" not in arguments[0]
     assert (result.exit_code, what in " ".join(result.output.split())) == (code, True), result.output
 
 

@@ -345,11 +345,13 @@ for folder, auto_class, method, skipped, inputs, outputs in json.load(open(sys.a
     else:
         if auto_class.endswith("Classification"):
             config = transformers.AutoConfig.from_pretrained(folder)
-            options |= {"num_labels": config.num_labels, "pad_token_id": config.pad_token_id}
+            options["num_labels"] = config.num_labels
         named = "AutoPeftModel" if "Question" in auto_class else "AutoPeft" + auto_class.removeprefix("Auto")
         named += "ForFeatureExtraction" if auto_class == "AutoModel" else ""
         auto = getattr(peft, named, peft.AutoPeftModel)
         model = auto.from_pretrained(folder, **options)
+        if auto_class.endswith("Classification"):  # transformers 5.2x refuses it as an argument of some models
+            model.get_base_model().config.pad_token_id = config.pad_token_id
     for module in model.modules():  # bitsandbytes' inference kernel rounds differently
         module.support_avx512bf16_for_cpu = False
     with torch.no_grad():

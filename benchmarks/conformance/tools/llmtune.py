@@ -10,7 +10,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from conformance.adapter import Configuration, Job, NotOffered, rewrite, serve
+from conformance.adapter import Configuration, Job, NotOffered, read_lines, rewrite, serve
+from conformance.environments import HERE
 from conformance.formats import as_parts
 
 import llmtune
@@ -19,7 +20,7 @@ from llmtune.model import memory_plan
 
 CHAT = dict.fromkeys(("messages", "prompt_completion", "pictures"), "chat")
 TASKS = CHAT | {"text": "completion", "seq2seq": "translate"}
-TASKS |= {"preference": "preference", "classify": "classify", "rerank": "rerank"}
+TASKS |= {"preference": "preference", "classify": "classify", "rerank": "rerank", "prompts": "reinforce"}
 
 
 def configure(job: Job) -> Configuration:
@@ -49,7 +50,15 @@ def configure(job: Job) -> Configuration:
     recipe |= {"deploy": products} if (products := [name for name in ("merged", "gguf") if name in job["ask"]]) else {}
     recipe |= {"generation": {"max_new_tokens": job["ask"]["answers"]}} if "answers" in job["ask"] else {}
     recipe |= {"evaluate": {"metrics": ["recall@1"]}} if "rankings" in job["ask"] else {}
+    recipe |= {"reinforce": sampling(job)} if job["kind"] == "prompts" else {}
     return recipe | {"train": train, "model": model, "patched": {"llmtune.model.memory_plan._CPU_TOKENS": tokens}}
+
+
+def sampling(job: Job) -> Configuration:
+    """Return the section `reinforce`. There is no penalty of repetitions to state."""
+    settings = {name: value for name, value in job["extra"].items() if name != "sampling"}
+    settings |= {name: value for name, value in job["extra"]["sampling"].items() if name != "repetition_penalty"}
+    return settings | {"rewards": {f"{HERE / 'reward.py'}:score": 1.0}}
 
 
 def train(job: Job, recipe: Configuration) -> dict[str, Any]:
@@ -76,6 +85,9 @@ def train(job: Job, recipe: Configuration) -> dict[str, Any]:
         found["answers"] = [json.loads(line)["tuned"] for line in lines]
     if "rankings" in job["ask"]:
         found |= read_rankings(run, Path(job["test_rows"]))
+    if job["kind"] == "prompts":
+        files = sorted((run / "rollouts").glob("*.jsonl"), key=lambda file: int(file.stem))
+        found["samples"] = [line for file in files for line in read_lines(file)[1:]]
     if "losses" in job["ask"]:
         scores = json.loads((run / "report.json").read_text())["evaluation"]
         found["losses"] = [scores[side]["loss"] for side in ("base", "tuned")]

@@ -1,4 +1,4 @@
-"""TRL: SFTTrainer and DPOTrainer, with rows as its documentation describes them."""
+"""TRL: SFTTrainer, DPOTrainer and GRPOTrainer, with rows as its documentation describes them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from conformance.formats import as_parts
 from datasets import Dataset, Image, load_dataset
 from peft import AutoPeftModelForCausalLM, LoraConfig
 from transformers import BitsAndBytesConfig
-from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 from trl.trainer.utils import remove_none_values
 
 SAME = {"bf16": False, "save_only_model": False}
@@ -22,13 +22,16 @@ MODULES = {"gemma3": {"target_modules": "all-linear"}}
 
 def configure(job: Job) -> Configuration:
     """Return the arguments of the trainer's configuration."""
-    if job["kind"] not in ("messages", "prompt_completion", "text", "preference", "pictures"):
+    if job["kind"] not in ("messages", "prompt_completion", "text", "preference", "pictures", "prompts"):
         raise NotOffered(f"no trainer for {job['kind']}")
     if "processor" in job["ask"]:
         raise NotOffered("no command that merges: a script saves the processor")
     if missing := {"validation", "add_tokens", "thinking", "gguf", "answers"} & {*job["extra"], *job["ask"]}:
         raise NotOffered(f"no setting of the trainer for {', '.join(missing)}")
-    settings = adapter.trainer_arguments(job) | SAME | {"max_length": job["max_length"]}
+    settings = adapter.trainer_arguments(job) | SAME
+    if job["kind"] == "prompts":
+        return settings | sampling(job)
+    settings |= {"max_length": job["max_length"]}
     settings |= {"packing": True} if job["packing"] else {}
     documented, family = job["column"] == "documented", Path(job["model"]).name.partition("-")[0]
     if documented and job["kind"] == "pictures":
@@ -44,7 +47,33 @@ def configure(job: Job) -> Configuration:
     return settings | ({"gradient_checkpointing": True} if job["extra"].get("gradient_checkpointing") else {})
 
 
+def sampling(job: Job) -> Configuration:
+    """Return the settings of GRPO, by the names of TRL."""
+    extra = job["extra"]
+    settings = {"num_generations": extra["samples"], "max_completion_length": extra["max_new_tokens"]}
+    settings |= {"mask_truncated_completions": extra["mask_truncated"]} if "mask_truncated" in extra else {}
+    return settings | ({"loss_type": extra["loss"]} if "loss" in extra else {}) | extra["sampling"]
+
+
+def reinforce(job: Job, settings: Configuration) -> dict[str, Any]:
+    def score(completions: list[Any], completion_ids: list[list[int]], number: list[int], **_: Any) -> list[float]:
+        return adapter.reward(job, number, [messages[0]["content"] for messages in completions], completion_ids)
+
+    folder, rows = f"{job['out']}/model", adapter.read_lines(Path(job["rows"]))
+    training = GRPOTrainer(
+        model=job["model"],
+        args=GRPOConfig(output_dir=folder, model_init_kwargs={"dtype": torch.float32}, **settings),
+        train_dataset=Dataset.from_list([{"prompt": row["messages"], "number": i} for i, row in enumerate(rows)]),
+        reward_funcs=score,
+    )
+    training.train()
+    training.save_model(folder)
+    return {"model": folder, **adapter.read_samples(job)}
+
+
 def train(job: Job, settings: Configuration) -> dict[str, Any]:
+    if job["kind"] == "prompts":
+        return reinforce(job, settings)
     settings, folder = dict(settings), f"{job['out']}/model"
     config, trainer = (DPOConfig, DPOTrainer) if job["kind"] == "preference" else (SFTConfig, SFTTrainer)
     rows = load_dataset("json" if job["file"] == "jsonl" else job["file"], data_files=job["rows"], split="train")

@@ -3,8 +3,8 @@
     python -P -m llmtune.evaluate.suites.own_metric_process JSON    with "file", "function", "seconds", "network", ...
 
 Each line of stdin is a call, `[arguments, keywords]`. Each line of stdout is the value of one of them, or the error
-that ended the work, with the line of the file that raised it. With "observe" an error ends only its call, and each
-line also has the seconds of the call and the exceptions that the file caught.
+that ended the work, with the line of the file that raised it, and whether the file was loaded. With "observe" an error
+ends only its call, and each line also has the seconds of the call and the exceptions that the file caught.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from typing import Any
 from llmtune.store.resource_limits import LimitExceeded, limited
 
 BLOCKED = "it used the network"
+RAISED = "it raised"
 SEED = 0
 
 
@@ -37,11 +38,13 @@ def compute_values() -> None:
         lines = sys.stdin.read().split("\n")[:-1]
         uses = [] if request["network"] else block_network(request["file"])
         random.seed(SEED)
+        loaded = False
         try:
             with limited(request["seconds"]):
                 function = load_function(request["file"], request["function"])
                 if isinstance(function, type):  # a class whose objects are called
                     function = function()
+                loaded = True
                 for line in lines:
                     plain_call = {} if request.get("observe") else {"value": call(function, line, request["kind"])}
                     written = plain_call or observe_call(function, line, request)
@@ -54,9 +57,8 @@ def compute_values() -> None:
             if os.getpid() != pid:
                 os._exit(1)
             line_number = uses[0] if uses else find_line(error, request["file"])
-            print(
-                json.dumps({"error": describe_failed_call(error, uses), "line": line_number}), file=results, flush=True
-            )
+            failure = {"error": describe_failed_call(error, uses), "line": line_number, "loaded": loaded}
+            print(json.dumps(failure), file=results, flush=True)
 
 
 def call(function: Callable[..., object], line: str, kind: str) -> float | None:
@@ -178,7 +180,7 @@ def describe_failed_call(error: BaseException, uses: list[int | None]) -> str:
     text = (str(error).strip().splitlines() or [""])[0][:200]
     if isinstance(error, WrongValueError | LimitExceeded):
         return text
-    return f"it raised {type(error).__name__}{': ' if text else ''}{text}"
+    return f"{RAISED} {type(error).__name__}{': ' if text else ''}{text}"
 
 
 if __name__ == "__main__":

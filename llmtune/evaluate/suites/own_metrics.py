@@ -28,7 +28,7 @@ from llmtune.evaluate.metric import Measure, measure_means, measure_shares
 from llmtune.evaluate.metric_info import better_side
 from llmtune.evaluate.per_row_scores import name_rows
 from llmtune.evaluate.suites import Suite
-from llmtune.evaluate.suites.own_metric_process import BLOCKED
+from llmtune.evaluate.suites.own_metric_process import BLOCKED, RAISED
 from llmtune.recipe.evaluate_section import EvaluateSection
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_facts import answer_kind
@@ -56,6 +56,8 @@ REWARD_KINDS = ("reward", "rewards")
 """Kinds of values that may be None; `rewards` are in a list of one."""
 INTO_PIPE = "into the pipe of its values; print to stdout or stderr instead"
 Kind = Literal["bool", "share", "number"]
+LIMIT_KEYS = ("raise evaluate.metric_seconds", "set evaluate.metric_network: true")
+"""How a recipe raises the limits of time and network."""
 MOST_TRIED = 200
 """Reference answers to try before training."""
 Pair = tuple[Row, object]
@@ -115,7 +117,8 @@ def parse_functions(file: str, key: str) -> list[ast.stmt]:
     try:
         return ast.parse(read_text_file(Path(file)), file).body
     except OSError as error:
-        fix = "Check the path: it is relative to the recipe file, and with --set to the working folder."
+        place = "the recipe file, and with --set to the working folder" if "." in key else "the working folder"
+        fix = f"Check the path: it is relative to {place}."
         raise RecipeError.of(f"cannot be read: {error.strerror}", f"{key}: {file}", fix) from None
     except (RecursionError, MemoryError) as error:  # the latter from the stack of Python's parser
         raise RecipeError.of(f"nested too deep: {error}", file, "Split its expressions into smaller ones.") from None
@@ -195,6 +198,8 @@ def read_outcomes(written: bytes, count: int, ended: str, request: Json) -> list
                 case {"value": None} as outcome if request["kind"] in REWARD_KINDS and len(outcomes) < count:
                     outcomes.append(outcome)
                     continue
+                case {"error": str() as error, "line": int() | None as number, "loaded": False}:
+                    return Failure(error.replace(RAISED, "importing its file raised", 1), None, number)
                 case {"error": str() as error, "line": int() | None as number}:
                     return Failure(error, len(outcomes) if len(outcomes) < count else None, number)
         except (ValueError, OverflowError, RecursionError):
@@ -212,15 +217,19 @@ class OwnFunction(Protocol):
     def file(self) -> Path | None: ...  # noqa: D102
 
 
-def describe_failure(metric: OwnFunction, failure: Failure, origins: Sequence[str]) -> Problem:
-    """Return the problem of a function that failed: its line, the row, and what to do."""
+def describe_failure(
+    metric: OwnFunction, failure: Failure, origins: Sequence[str], limits: tuple[str, str] = LIMIT_KEYS
+) -> Problem:
+    """Return the problem of a function that failed: its line, the row, and what to do; `limits` raise the limits."""
     where = f"{metric.file}:{failure.line}" if failure.line else str(metric.file)
     row = f", on the row {origins[failure.pair]}" if failure.pair is not None and origins else ""
     fix = "Correct the function."
     if failure.what.startswith(TOOK_LONGER):
-        fix = "Make it faster, or raise evaluate.metric_seconds."
+        fix = f"Make it faster, or {limits[0]}."
     if failure.what == BLOCKED:
-        fix = "Remove the access, or set evaluate.metric_network: true."
+        fix = f"Remove the access, or {limits[1]}."
+    if "ModuleNotFoundError" in failure.what:
+        fix = "Install the module in the environment of llmtune, or remove its import."
     return Problem(f"{metric.name}: {failure.what}{row}", where, fix)
 
 

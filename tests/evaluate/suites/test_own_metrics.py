@@ -157,7 +157,7 @@ def test_a_metric_does_not_see_the_files_next_to_it(tmp_path: Path) -> None:
     (tmp_path / "neighbour.py").write_text("")
     path = write_metric(tmp_path, "return 1.0", head="import neighbour")
     found = run_metric(read_metric(f"{path}:mine"), [], EvaluateSection())
-    assert found == Failure("it raised ModuleNotFoundError: No module named 'neighbour'", None, 1)
+    assert found == Failure("importing its file raised ModuleNotFoundError: No module named 'neighbour'", None, 1)
 
 
 # What a metric leaves behind
