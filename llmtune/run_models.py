@@ -46,6 +46,7 @@ from llmtune.evaluate.teacher import (
 )
 from llmtune.model.config import find_class, keeps_float32, why_headless
 from llmtune.model.device import loading_device, pick_device, release_memory
+from llmtune.model.layer_owners import place_layers
 from llmtune.model.loading import load_model
 from llmtune.model.processor import load_processor
 from llmtune.model.teacher_files import find_teacher, plan_teacher, teacher_run
@@ -56,7 +57,7 @@ from llmtune.records import ALONE, AdaptedModel, ModelRef, Row, Rows, SelectedMo
 from llmtune.store.atomic_files import hash_folder, hash_value, staged
 from llmtune.train.distributed import join_processes, wait_for_processes
 from llmtune.train.preflight import check_examples
-from llmtune.train.sharding import Made, shard_model, share_model
+from llmtune.train.sharding import Made, share_model
 
 
 def make_adapted(context: RunContext) -> AdaptedModel:
@@ -165,11 +166,11 @@ class Models:
         return load_adapter(selected, trained)
 
     def _shard(self, make: Callable[[Recipe, str], Made]) -> Made:
-        """Make a model, each process its shard if the run is sharded."""
+        """Make a model, each process its layers if the run is sharded."""
         made = _make(self.context, make, training=False)
         self.packs = made.packs if isinstance(made, SelectedModel) else made.selected.packs
         if self.context.shards:
-            shard_model(made.model, torch.device(pick_device()))
+            place_layers(made.model, torch.device(pick_device()))
         return made
 
 
@@ -280,7 +281,7 @@ def record_step(context: RunContext) -> None:
             join_processes(plan.device)
             context.once(lambda: begin_recording(target, inputs, plan, examples, restart=is_damaged))
             with open_teacher(context) as (model, packs):
-                record_predictions(plan, model, packs, examples, target, context.console, context.shards)
+                record_predictions(plan, model, packs, examples, target, context.console)
             wait_for_processes()
             step.facts.update(recorded_facts(target, plan.recipe, examples))
     release_memory()

@@ -12,9 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.distributed.tensor import DTensor
 
 from llmtune.adapter.wiring_check import SWITCHES_OFF
-
-KEPT = "weights_before_training"
-"""Attribute with the initial trainable weights by name, if switching the adapter off does not restore them."""
+from llmtune.model.layer_owners import IN_REFERENCE, REFERENCE
 
 
 def switches_off(model: torch.nn.Module) -> bool:
@@ -35,7 +33,7 @@ def own_part(tensor: torch.Tensor) -> torch.Tensor:
 def keep_reference(model: torch.nn.Module) -> None:
     """Keep a copy of the trainable weights on the model (of this process's shards), which needs as much memory."""
     trained = {name: own_part(p).detach() for name, p in model.named_parameters() if p.requires_grad}
-    setattr(model, KEPT, {name: part.clone() for name, part in trained.items()})
+    setattr(model, REFERENCE, {name: part.clone() for name, part in trained.items()})
 
 
 def reference_of(model: torch.nn.Module) -> AbstractContextManager[object]:
@@ -45,7 +43,7 @@ def reference_of(model: torch.nn.Module) -> AbstractContextManager[object]:
     kept weights are restored. Any other model is its own reference.
     """
     inner = cast(torch.nn.Module, getattr(model, "module", model))
-    kept = getattr(inner, KEPT, None)
+    kept = getattr(inner, REFERENCE, None)
     if kept is not None:
         return _restored(inner, kept)
     return inner.disable_adapter() if isinstance(inner, PeftModel) else nullcontext()
@@ -78,8 +76,10 @@ def _restored(model: torch.nn.Module, kept: dict[str, torch.Tensor]) -> Iterator
         _exchange(parameters, kept, sharded)
         for name in now:
             parameters[name].data = kept[name]
+        setattr(model, IN_REFERENCE, True)
         yield
     finally:
+        setattr(model, IN_REFERENCE, False)
         for name, weights in now.items():
             parameters[name].data = weights
         _exchange(parameters, kept, sharded)

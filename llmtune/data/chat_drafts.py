@@ -57,7 +57,7 @@ class Draft:
     answer_bytes: Sequence[int]
     """Bytes of messages in each supervised segment; a single number if everything is supervised."""
 
-    @property
+    @cached_property
     def pictures(self) -> list[Picture]:
         """The pictures in it."""
         return list_pictures(self.chat.messages[: self.messages])
@@ -77,7 +77,7 @@ class Draft:
         """All segments, joined."""
         return "".join(segment.text for segment in self.segments)
 
-    @property
+    @cached_property
     def borders(self) -> list[int]:
         """Return the positions of the borders between segments, including both ends."""
         return list(accumulate((len(segment.text) for segment in self.segments), initial=0))

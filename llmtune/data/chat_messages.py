@@ -55,7 +55,8 @@ def with_argument_texts(message: Message) -> Message:
 
 def list_pictures(messages: Sequence[Mapping[str, object]]) -> list[Picture]:
     """Return the pictures of a conversation, in the order of their places."""
-    return [picture for message in messages for picture in cast(list[Picture], message.get("images", ()))]
+    pictured = (message["images"] for message in messages if "images" in message)
+    return [picture for pictures in pictured for picture in cast(list[Picture], pictures)]
 
 
 def with_image_parts(message: Mapping[str, object]) -> Mapping[str, object]:

@@ -19,7 +19,7 @@ from typing import cast
 
 import jinja2
 from transformers import PreTrainedTokenizerBase
-from transformers.utils.chat_template_utils import render_jinja_template
+from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
 
 from llmtune.data.answer_format import shared_start
 from llmtune.data.chat_messages import (
@@ -108,12 +108,15 @@ class ChatTemplate:
     def _write(self, conversations: Sequence[Conversation], tools: Tools, answer_next: bool) -> list[str]:
         if not all(conversations):
             raise TemplateRefusal("an answer has nothing before it")
+        source = self.text(tools)
         try:
+            compiled = _compile_jinja_template(source)  # cached
+            compiled.globals = {**compiled.globals}  # a copy of their ChainMap takes longer than a rendering
             with limited(SECONDS + SECONDS_MORE * (len(conversations) - 1), EXTRA_BYTES):
                 texts, _ = render_jinja_template(  # `apply_chat_template` calls it after copying all messages
                     conversations=[[with_image_parts(message) for message in messages] for messages in conversations],
                     tools=tools,
-                    chat_template=self.text(tools),
+                    chat_template=source,
                     add_generation_prompt=answer_next,
                     **{**self.processor.special_tokens_map, **self.kwargs},
                 )

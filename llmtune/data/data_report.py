@@ -5,8 +5,10 @@ from __future__ import annotations
 import base64
 import io
 import json
+import string
+import unicodedata
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from math import prod
 from pathlib import Path
 
@@ -29,10 +31,10 @@ from llmtune.data.data_notes import (
 )
 from llmtune.data.examples import ExampleReader
 from llmtune.data.pictures import PLACE, Picture, open_picture, picture_name, row_pictures
+from llmtune.data.row_hash import iterate_strings
 from llmtune.data.row_kind import kind_of_row, write_prompt
 from llmtune.data.row_store import iterate_texts
 from llmtune.data.task_interface import TaskInterface
-from llmtune.data.tokenization import find_vanishing
 from llmtune.display.blocks import Column, Table
 from llmtune.display.blocks import Text as Note
 from llmtune.display.console import print_blocks
@@ -49,6 +51,7 @@ BAR_CELLS = 40
 PICTURES = 12
 """How many pictures are shown with their rows."""
 THUMBNAIL_SIDE = 160
+PRINTABLE = frozenset(string.ascii_letters + string.digits + string.punctuation + " ")
 
 
 def describe_examples(
@@ -269,3 +272,24 @@ def _classes(classes: dict[str, dict[str, int]]) -> Table:
         share = f"{counts['train'] / total:.1%}" if counts["train"] else "none"
         cells.append([name, *(f"{counts[split]:,}" for split in splits), share])
     return Table(["class", *_numbers(*splits, "share of train")], cells, "classes")
+
+
+def find_vanishing(texts: Iterable[str], processor: PreTrainedTokenizerBase) -> dict[str, int]:
+    """Return the characters that make no token, each with the number of rows (given as JSON) that contain it.
+
+    Tokenizers without `<unk>` drop unknown text, and some drop control characters in any case. Combining marks do not
+    count if the tokenizer strips all accents on purpose.
+    """
+    vanishes: dict[str, bool] = {}
+    counts: Counter[str] = Counter()
+    accented, plain = processor(["\xe9", "e"], add_special_tokens=False)["input_ids"]
+    strips_accents = list(accented) == list(plain)
+    for text in texts:
+        spelled = "".join(iterate_strings(json.loads(text))) if "\\" in text else text
+        letters = {*spelled} - PRINTABLE
+        for letter in letters - vanishes.keys():
+            with_it, without = processor([f"a{letter}b", "ab"], add_special_tokens=False)["input_ids"]
+            stripped = strips_accents and unicodedata.category(letter) == "Mn"
+            vanishes[letter] = list(with_it) == list(without) and not stripped
+        counts.update(letter for letter in letters if vanishes[letter])
+    return dict(sorted(counts.items()))

@@ -28,7 +28,7 @@ from llmtune.data.overlong import TOO_LONG, Lost
 from llmtune.data.rejected_rows import listed, too_many_bad
 from llmtune.data.rendering_check import check_tools
 from llmtune.data.row_store import AGAIN, iterate_texts, open_arrow
-from llmtune.data.task_interface import TaskInterface
+from llmtune.data.task_interface import EncodeRows, TaskInterface
 from llmtune.data.tokenization import UNKNOWN, find_unknown, refused_token
 from llmtune.data.worker_pool import WorkerPool
 from llmtune.display.console import progress_bars
@@ -88,12 +88,13 @@ class _EncodedBatch:
 class _BatchEncoder:
     """Encodes a batch; pickled for the workers."""
 
-    task: TaskInterface
+    encode: EncodeRows
+    kind: type[Example]
     processor: PreTrainedTokenizerBase
     recipe: Recipe
 
     def __call__(self, batch: _RowBatch) -> _EncodedBatch:
-        results = self.task.encode([json.loads(text) for _, text in batch.rows], self.processor, self.recipe)
+        results = self.encode([json.loads(text) for _, text in batch.rows], self.processor, self.recipe)
         unknown = refused_token(self.processor, self.recipe)
         kept: list[tuple[int, Example]] = []
         refused: list[tuple[str, str]] = []
@@ -109,7 +110,7 @@ class _BatchEncoder:
                 kept.append((number, example))
                 if example.lost is not None:
                     lost.update({"rows": 1, **Lost(*example.lost)._asdict()})
-        examples = record_batch(kept, self.task.example_type) if kept else None
+        examples = record_batch(kept, self.kind) if kept else None
         return _EncodedBatch(batch.split, len(batch.rows), examples, refused, lost)
 
 
@@ -186,7 +187,8 @@ def encode_rows(
         with progress_bars(console, MofNCompleteColumn()) as progress, listed(folder.parent / LEFT_OUT) as left_out:
             bar = progress.add_task("encode", total=total)
             batches = (batch for split in rows.files for batch in _batches(split, iterate_texts(rows, split)))
-            encoded = pool(_BatchEncoder(task, processor, recipe)).map(batches, lambda b: len(b.rows), total)
+            encoder = _BatchEncoder(task.row_encoder(), task.example_type, processor, recipe)
+            encoded = pool(encoder).map(batches, lambda b: len(b.rows), total)
             for split, results in groupby(encoded, key=lambda result: result.split):
                 sink = pa.OSFile(str(folder / f"{split}.arrow"), "wb")
                 with sink, pa.ipc.new_file(sink, example_schema(task.example_type)) as file:

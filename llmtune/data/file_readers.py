@@ -64,6 +64,10 @@ class JsonLine(NamedTuple):
     line: bytes
     offset: int
 
+    def may_contain(self, text: bytes) -> bool:
+        """Whether a part of the line, or a letter written as an escape sequence, may be this ASCII text."""
+        return text in self.line or b"\\u" in self.line
+
     def parse(self) -> dict[str, object] | RowError:
         """Return the row, or the error."""
         try:

@@ -377,7 +377,8 @@ def suspicions(rows: Iterable[tuple[str, Row]]) -> list[str]:
         kind = kind_of_row(row)
         labels.append(kind.label(row))
         texts = {text.strip() for text in iterate_strings(prompt)}
-        empty.update(NO_VALUES & texts.union(text.strip() for text in iterate_strings(answer)))
+        if placeholders := NO_VALUES & texts.union(text.strip() for text in iterate_strings(answer)):
+            empty.update(placeholders)
         if kind.repeats_prompts or not any(texts):
             continue
         key, answer_hash = hash_content({"prompt": prompt}), hash_content({"answer": answer})

@@ -270,7 +270,7 @@ def _read_rows(parser: _RowParser, account: IngestState, spool: Spool, advance: 
     # The hub does not report sizes in bytes.
     total = sum(one.input.size if one.input.path else sys.maxsize for one in parser.inputs)
     batches = _read_batches(parser.inputs, account, advance)
-    for number, parsed in WorkerPool(parser).map(batches, lambda batch: batch.bytes, total):
+    for number, parsed in WorkerPool(parser, worth_seconds=2.0).map(batches, lambda batch: batch.bytes, total):
         limit, source = limits[number], parser.inputs[number].input.number
         for place, (origin, row, names) in parsed:
             if limit is not None and account.taken[source] >= limit:

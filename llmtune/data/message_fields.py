@@ -40,7 +40,10 @@ ASSISTANTS = ("agent", "support", "operator", "advisor", "staff", "teacher", "do
 
 def first_key(turn: Mapping[str, object], keys: Sequence[str]) -> str | None:
     """Return the first of `keys` that a message has, or None."""
-    return next((key for key in keys if key in turn), None)
+    for key in keys:
+        if key in turn:
+            return key
+    return None
 
 
 def with_roles(row: Mapping[str, object], roles: Mapping[str, Sequence[str]]) -> Mapping[str, object]:
@@ -127,7 +130,8 @@ def split_reasoning(turn: Mapping[str, object], content: str, parts: str, where:
     Raises:
         RowError: Thoughts are not text, or are given twice and differ.
     """
-    stated = [text.strip() for key in REASONING_KEYS if (text := _thought_text(turn.get(key), f"{where}: {key!r}"))]
+    present = [key for key in REASONING_KEYS if turn.get(key) is not None]
+    stated = [text.strip() for key in present if (text := _thought_text(turn[key], f"{where}: {key!r}"))]
     stated += [parts.strip()] if parts.strip() else []
     inline, rest = _split_content(content)
     thoughts = list(dict.fromkeys([*stated, *([inline] if inline else [])]))
@@ -137,8 +141,6 @@ def split_reasoning(turn: Mapping[str, object], content: str, parts: str, where:
 
 
 def _thought_text(value: object, what: str) -> str:
-    if value is None:
-        return ""
     if not isinstance(value, str):
         raise RowError("wrong type", f"{what} is {json_kind(value)}; it must be text")
     return value

@@ -31,6 +31,8 @@ PLACE = "\ufffc"
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 SIGNS = re.compile(rb"image|\.(png|jpe?g|webp|gif|bmp|tiff?)\b", re.IGNORECASE)
 """One of these is in the rows of a file with pictures."""
+PICTURE_KEY = b"image"
+"""A part of every column in IMAGES and of every type in PICTURE_PARTS."""
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 """Decoders that may run. Pillow has others, and one of them starts a program (EPS)."""
 PICTURE_PARTS = ("image", "image_url", "input_image")

@@ -11,6 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
+from functools import lru_cache
 from typing import cast
 
 from transformers import PreTrainedTokenizerBase
@@ -78,7 +79,9 @@ def find_missing(
     texts = [unmark(text) for message in messages for text in _texts_of(message)]
     for part in dict.fromkeys(filter(None, texts)):
         wanted = sum(one.count(part) for one in texts)
-        written = sum(text.count(form) for form in {*_forms(part)})
+        if wanted <= text.count(part):
+            continue
+        written = sum(text.count(form) for form in {*_forms(part)}) if wanted > 1 else 0
         if 0 < written < wanted:  # the match may be another message, or a part of one
             return f"the chat template leaves out one of {wanted} messages that say {part[:SHOWN]!r}"
     return None
@@ -144,6 +147,12 @@ def _tool_parts(facts: TemplateFacts, tools: Tools) -> Iterator[Expected]:
             yield text, name, written
 
 
+@lru_cache
+def _marks_answers(source: str) -> bool:
+    """Whether a template has `{% generation %}` marks."""
+    return _GENERATION.search(source) is not None
+
+
 def check_marks(example: Example, chat: PreparedChat, messages: int, template: ChatTemplate) -> str | None:
     """Compare the spans of the first `messages` of a conversation with the template's own `{% generation %}` marks.
 
@@ -151,7 +160,7 @@ def check_marks(example: Example, chat: PreparedChat, messages: int, template: C
     """
     processor = template.processor
     plain = processor.is_fast and not chat.marked and not list_pictures(chat.messages[:messages])
-    if not plain or not _GENERATION.search(template.text(chat.tools)):
+    if not plain or not _marks_answers(template.text(chat.tools)):
         return None
     rendered = processor.apply_chat_template(
         list(inline_thoughts(template, chat.messages[:messages])),

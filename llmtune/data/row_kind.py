@@ -303,6 +303,7 @@ RETRIEVAL = RowKind(
 )
 KINDS = (PREFERENCE, RANKING, TAGS, AUDIO, QUESTION, TRANSLATION, SUMMARY, MESSAGES, LABELLED, PAIRS, RETRIEVAL)
 _BY_NAME = {kind.name: kind for kind in KINDS}
+_BY_COLUMN = [(column, kind) for kind in KINDS for column in kind.columns]
 
 
 def kind_of_task(task: str) -> RowKind:
@@ -312,7 +313,7 @@ def kind_of_task(task: str) -> RowKind:
 
 def kind_of_row(row: Row) -> RowKind:
     """Return the kind of a canonical row."""
-    return next(kind for kind in KINDS if any(column in row for column in kind.columns))
+    return next(kind for column, kind in _BY_COLUMN if column in row)
 
 
 def near_text(row: Row) -> NearText:

@@ -16,9 +16,9 @@ from typing import Literal, TypeVar
 from llmtune.data import hub_datasets as hub
 from llmtune.data.column_mapping import has_columns, infer_columns, rename
 from llmtune.data.encoding_guess import guess_encoding
-from llmtune.data.file_readers import NOT_UTF8, LazyRow, mentions, parse_lines, read_lazily
+from llmtune.data.file_readers import NOT_UTF8, JsonLine, LazyRow, mentions, parse_lines, read_lazily
 from llmtune.data.object_store import RemoteFile, find_objects, is_remote
-from llmtune.data.pictures import SIGNS
+from llmtune.data.pictures import IMAGES, PICTURE_KEY, SIGNS
 from llmtune.data.rejected_rows import RawRow, RowError
 from llmtune.data.row_formats import FORMATS, RowFormat, detect_format, list_media, map_columns, reads_rows, unused_keys
 from llmtune.data.row_kind import MESSAGES, kind_of_task
@@ -384,7 +384,10 @@ def _hash_source(source: Source, data: DataSection, key: str, task: str) -> Iter
 def _hash_media(detected: Detected, path: Path, task: str) -> Iterator[SourceFile]:
     """Yield each recording or picture that a file's rows name. Missing or bad ones are reported when they are read."""
     source, files = detected.input.source, set[Path]()
-    for _, value in detected.input.raw_rows():
+    rows = detected.input.lazy_rows(lambda count: None)
+    if kind_of_task(task) is MESSAGES and not any(name in detected.columns for name in IMAGES):
+        rows = (row for row in rows if not isinstance(row[1], JsonLine) or row[1].may_contain(PICTURE_KEY))
+    for _, value in parse_lines(rows):
         row = {} if isinstance(value, RowError) else rename(value, detected.columns, detected.roles)
         for file in list_media(row, detected.row_format, task, path.parent):
             if file not in files and file.is_file():

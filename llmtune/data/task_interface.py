@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 Encoded: TypeAlias = list[Example] | str
 """The examples of a row, or the reason why it has none."""
+EncodeRows: TypeAlias = "Callable[[Sequence[Any], PreTrainedTokenizerBase, Recipe], list[Encoded]]"
 
 
 class StepCosts(NamedTuple):
@@ -58,6 +59,10 @@ class TaskInterface:
     def encode(self, rows: Sequence[Any], processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[Encoded]:
         """Return the examples of each row, or the reason why it has none."""
         raise NotImplementedError
+
+    def row_encoder(self) -> EncodeRows:
+        """Return `encode` as a worker process gets it; a function of `llmtune.data` spares it the import of torch."""
+        return self.encode
 
     def collator(self, processor: PreTrainedTokenizerBase, recipe: Recipe, packs: bool | None = None) -> Collate:
         """Return the function that makes micro-batches; `packs` as in `SelectedModel`.

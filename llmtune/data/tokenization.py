@@ -11,11 +11,8 @@ from __future__ import annotations
 import json
 import random
 import re
-import string
-import unicodedata
 from array import array
 from bisect import bisect_right
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate, chain, groupby
 from typing import NamedTuple, TypeAlias, cast
@@ -166,11 +163,8 @@ class _Pieces:
         """Return the ids of each text, and the number of ids before each of its borders."""
         cut = [self._cut_added(text) for text in texts]
         placed = [_find_places(parts, ends) for parts, ends in zip(cut, borders, strict=True)]
-        pieces = {piece: self._cut_words(piece) for parts in cut for piece in parts[::2]}
-        pieces |= {head: self._cut_words(head) for places in placed for _, head in places}
-        self._learn(list(pieces.values()))
-        first, word = self._first, self._word.__getitem__
-        ids = {piece: first[words[0]] + b"".join(map(word, words[1:])) for piece, words in pieces.items()} | self._added
+        heads = (head for places in placed for _, head in places)
+        ids = self._ids_of(dict.fromkeys(chain((piece for parts in cut for piece in parts[::2]), heads))) | self._added
         ids_and_counts = []
         for parts, places in zip(cut, placed, strict=True):
             part_ids = [ids[part] for part in parts]
@@ -181,6 +175,22 @@ class _Pieces:
             ]
             ids_and_counts.append((memoryview(b"".join(part_ids)).cast("i").tolist(), counts))
         return ids_and_counts
+
+    def _ids_of(self, pieces: Iterable[str]) -> dict[str, bytes]:
+        """Return the ids of each piece, joined from its words."""
+        ids, new = dict[str, bytes](), dict[str, list[str]]()
+        first, word = self._first, self._word.__getitem__
+        for piece in pieces:
+            start, *others = words = self._cut_words(piece)
+            try:
+                ids[piece] = first[start] + b"".join(map(word, others))
+            except KeyError:
+                new[piece] = words
+        if new:
+            self._learn([*new.values()])
+            first, word = self._first, self._word.__getitem__
+            ids |= {piece: first[words[0]] + b"".join(map(word, words[1:])) for piece, words in new.items()}
+        return ids
 
     def _learn(self, pieces: list[list[str]]) -> None:
         """Tokenize new words."""
@@ -347,7 +357,6 @@ def _added_text(processor: PreTrainedTokenizerBase, before: list[int], both: lis
 UNKNOWN = "text that the tokenizer does not know (<unk>) in the supervised part"
 """Prefix of the reason for a row with such a target."""
 SHOWN_WORDS, LONGEST_SHOWN = 5, 24
-PRINTABLE = frozenset(string.ascii_letters + string.digits + string.punctuation + " ")
 
 
 def refused_token(processor: PreTrainedTokenizerBase, recipe: Recipe) -> int | None:
@@ -369,27 +378,6 @@ def find_unknown(examples: Sequence[Example], token: int, row: str, processor: P
     unknown = [word for word in words if token in processor(word, add_special_tokens=False)["input_ids"]]
     listed = ", ".join(repr(word[:LONGEST_SHOWN]) for word in unknown[:SHOWN_WORDS]) or processor.unk_token
     return f"{UNKNOWN}: {listed}" + (" and others" if len(unknown) > SHOWN_WORDS else "")
-
-
-def find_vanishing(texts: Iterable[str], processor: PreTrainedTokenizerBase) -> dict[str, int]:
-    """Return the characters that make no token, each with the number of rows (given as JSON) that contain it.
-
-    Tokenizers without `<unk>` drop unknown text, and some drop control characters in any case. Combining marks do not
-    count if the tokenizer strips all accents on purpose.
-    """
-    vanishes: dict[str, bool] = {}
-    counts: Counter[str] = Counter()
-    accented, plain = processor(["\xe9", "e"], add_special_tokens=False)["input_ids"]
-    strips_accents = list(accented) == list(plain)
-    for text in texts:
-        spelled = "".join(iterate_strings(json.loads(text))) if "\\" in text else text
-        letters = {*spelled} - PRINTABLE
-        for letter in letters - vanishes.keys():
-            with_it, without = processor([f"a{letter}b", "ab"], add_special_tokens=False)["input_ids"]
-            stripped = strips_accents and unicodedata.category(letter) == "Mn"
-            vanishes[letter] = list(with_it) == list(without) and not stripped
-        counts.update(letter for letter in letters if vanishes[letter])
-    return dict(sorted(counts.items()))
 
 
 def _learns(example: Example, token: int) -> bool:

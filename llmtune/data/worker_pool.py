@@ -63,11 +63,27 @@ class WorkerPool(Generic[BatchT, ResultT]):
     Workers are fresh processes, here or `elsewhere`, with a pickled copy of the function. This process works too.
     """
 
-    def __init__(self, function: Callable[[BatchT], ResultT], *, cores: int | None = None, eager: bool = False) -> None:
-        """Take a function that can be pickled; `eager` starts the workers at once."""
+    def __init__(
+        self,
+        function: Callable[[BatchT], ResultT],
+        *,
+        cores: int | None = None,
+        eager: bool = False,
+        worth_seconds: float = WORTH_SECONDS,
+    ) -> None:
+        """Take a function that can be pickled.
+
+        Args:
+            function: Runs in this process and in workers.
+            cores: The largest number of processes, this one included; by default the number of usable cores.
+            eager: Start the workers at once.
+            worth_seconds: Start them if more work than this remains. Functions whose modules import little need less
+                than the default.
+        """
         self._function = function
         self._cores = cores
         self._eager = eager
+        self._worth_seconds = worth_seconds
 
     @cached_property
     def _start(self) -> Callable[[bytes], AbstractContextManager[Workers]] | None:
@@ -77,6 +93,13 @@ class WorkerPool(Generic[BatchT, ResultT]):
 
     def map(self, batches: Iterable[BatchT], size: Callable[[BatchT], int], total: int) -> Iterator[ResultT]:
         """Yield the result of each batch in order; sizes add up to `total`, used to estimate the remaining work."""
+        gc.freeze()  # spare the garbage collector the imported modules: rows are many new objects
+        try:
+            yield from self._map(batches, size, total)
+        finally:
+            gc.unfreeze()
+
+    def _map(self, batches: Iterable[BatchT], size: Callable[[BatchT], int], total: int) -> Iterator[ResultT]:
         began, done = time.monotonic(), 0
         batches = iter(batches)
         if not (self._eager and self._start):
@@ -84,7 +107,7 @@ class WorkerPool(Generic[BatchT, ResultT]):
                 yield self._function(batch)
                 done += size(batch)
                 elapsed = time.monotonic() - began
-                worth = elapsed > FIRST_SECONDS and elapsed * (total / max(done, 1) - 1) > WORTH_SECONDS
+                worth = elapsed > FIRST_SECONDS and elapsed * (total / max(done, 1) - 1) > self._worth_seconds
                 if worth and self._start is not None:
                     break
         first = next(batches, None)

@@ -35,6 +35,7 @@ from llmtune.evaluate.token_batches import TOKEN_BUDGET, budget_for, run_in_batc
 from llmtune.model.causal_lm_loss import move_to
 from llmtune.model.config import read_model_config, why_headless
 from llmtune.model.device import compute_context, resolve_dtype
+from llmtune.model.layer_calls import own_passes
 from llmtune.model.memory_plan import check_context
 from llmtune.model.teacher_files import KEY, check_tokenizers, teacher_run
 from llmtune.model.teacher_loss import BinRecorder
@@ -134,12 +135,10 @@ def record_predictions(
     examples: Examples,
     folder: Path,
     console: Console,
-    sharded: bool,
 ) -> None:
     """Write the teacher's predictions for a student's examples to `folder`, in all processes.
 
-    `packs` says whether the teacher reads packed rows, `sharded` whether each process holds a part of it. Processes
-    divide the blocks otherwise.
+    `packs` says whether the teacher reads packed rows. Processes divide the blocks.
 
     Raises EnvironmentProblem if an example does not fit into memory, an OSError if the disk is full.
     """
@@ -159,16 +158,13 @@ def record_predictions(
 
     splits = [split for split in LEARNED if examples.counts.get(split)]
     readers = {split: ExampleReader(examples, split, task.example_type) for split in splits}
-    share = (0, 1) if sharded else (rank(), world_size())
-    with progress_bars(console, MofNCompleteColumn()) as progress:
+    with own_passes(teacher), progress_bars(console, MofNCompleteColumn()) as progress:
         bar = progress.add_task("teach", total=sum(map(len, readers.values())))
         for split, reader in readers.items():
             for number, rows in enumerate(cut_blocks(len(reader))):
                 path = block_file(folder, split, number)
-                if not path.exists() and number % share[1] == share[0]:
-                    records = _record_block(reader, rows, record, student.device, packs)
-                    if rank() == share[0]:
-                        _write_block(records, path)
+                if not path.exists() and number % world_size() == rank():
+                    _write_block(_record_block(reader, rows, record, student.device, packs), path)
                 progress.advance(bar, len(rows))
 
 

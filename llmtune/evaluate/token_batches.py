@@ -16,7 +16,7 @@ from llmtune.data.example import Example
 from llmtune.errors import EnvironmentProblem
 from llmtune.model.causal_lm_loss import model_inputs, move_to
 from llmtune.model.device import fits_in_memory, release_memory
-from llmtune.model.layer_requests import own_passes
+from llmtune.model.layer_calls import own_passes
 from llmtune.records import Advance
 from llmtune.store.processes import world_size
 

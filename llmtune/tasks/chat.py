@@ -11,7 +11,7 @@ from llmtune.data.chat_encoding import encode_chat
 from llmtune.data.chat_rows import ChatRow, Message, write_answer
 from llmtune.data.chat_template import Expand, refuse_pictures, render_prompt
 from llmtune.data.row_store import has_pictures
-from llmtune.data.task_interface import Encoded
+from llmtune.data.task_interface import Encoded, EncodeRows
 from llmtune.recipe.model_kind import CAUSAL
 from llmtune.recipe.schema import Recipe
 from llmtune.records import Rows
@@ -78,6 +78,10 @@ class Chat(Task[ChatRow, str]):
     def encode(self, rows: Sequence[ChatRow], processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[Encoded]:
         """Return the examples of each conversation."""
         return encode_chat(rows, processor, recipe, self.expander(processor, recipe))
+
+    def row_encoder(self) -> EncodeRows:
+        """Return the function behind `encode`, unless a subclass changes it."""
+        return encode_chat if type(self) is Chat else self.encode
 
     def prompt_ids(self, row: ChatRow, processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[int]:
         """Return the token ids of the rendered conversation, ready for the next answer."""

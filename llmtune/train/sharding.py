@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import io
-import mmap
-import sys
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, cast
 
@@ -18,15 +15,14 @@ from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from torch.nn.utils.parametrize import is_parametrized
 from transformers import BitsAndBytesConfig
 
-from llmtune.adapter.reference_model import KEPT, keep_reference, own_part
+from llmtune.adapter.reference_model import keep_reference, own_part
 from llmtune.model.causal_lm_loss import unwrap
+from llmtune.model.layer_owners import REFERENCE, page_out
 from llmtune.model.sharded_plan import kept_together
 from llmtune.model.sharded_quantization import make_shardable, move_states
 from llmtune.records import AdaptedModel, SelectedModel
 from llmtune.store.processes import offloads_params
 
-_MADV_PAGEOUT = 21
-"""Number of that advice on Linux; Python's mmap has no name for it."""
 Made = TypeVar("Made", AdaptedModel, SelectedModel)
 
 
@@ -46,8 +42,8 @@ def share_model(make: Callable[[], Made]) -> Made:
 
 def _make_shardable(make: Callable[[], Made]) -> Made:
     made = make()
-    if hasattr(made.model, KEPT):
-        setattr(made.model, KEPT, {})  # `shard_model` fills it with each process's shard
+    if hasattr(made.model, REFERENCE):
+        setattr(made.model, REFERENCE, {})  # `shard_model` fills it with each process's shard
     quantization = getattr(unwrap(made.model).config, "quantization_config", None)
     if isinstance(quantization, BitsAndBytesConfig):
         quantization.bnb_4bit_quant_storage = quantization.bnb_4bit_compute_dtype
@@ -122,7 +118,7 @@ def shard_model(
     switch = getattr(model, "set_reduce_scatter_unused_params", None)  # of newer torch
     if switch is not None:  # some weights, such as an expert's, get gradients in some processes only
         switch(True)
-    if hasattr(model, KEPT):
+    if hasattr(model, REFERENCE):
         keep_reference(model)
 
 
@@ -135,16 +131,7 @@ def _fill_parts(piece: torch.nn.Module, whole: dict[str, torch.Tensor], mesh: De
         shard = distribute_tensor(sent, mesh, parameter.placements if isinstance(parameter, DTensor) else [Replicate()])
         own_part(parameter).copy_(own_part(shard))
         if here.device.type == "cpu":
-            _page_out(here)
-
-
-def _page_out(tensor: torch.Tensor) -> None:
-    """Drop the memory of weights that are mapped from a file (`madvise(2)`, MADV_PAGEOUT); other memory stays."""
-    page = mmap.PAGESIZE
-    start = -(-tensor.data_ptr() // page) * page
-    size = tensor.data_ptr() + tensor.nbytes - start
-    if sys.platform == "linux" and size > 0:
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), _MADV_PAGEOUT)
+            page_out(here)
 
 
 def cut_like(value: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:

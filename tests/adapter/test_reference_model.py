@@ -5,8 +5,9 @@ import torch
 from support.adapting import logits, nudge, open_model, quiet, recipe_with, train_a_little
 
 from llmtune.adapter.injection import inject, trained_parameters
-from llmtune.adapter.reference_model import KEPT, keep_reference, reference_of, switches_off
+from llmtune.adapter.reference_model import keep_reference, reference_of, switches_off
 from llmtune.adapter.saving import save_adapter
+from llmtune.model.layer_owners import REFERENCE
 from llmtune.recipe.schema import Recipe
 
 FRESH = {"lora": {}, "dora": {"use_dora": True}, "qlora": {"method": "qlora"}}
@@ -35,7 +36,7 @@ def adapt(model, loss="dpo", **adapter):
 def test_the_reference_is_the_model_before_training_and_leaves_trained_weights_unchanged(kind, tiny_llama, tiny_gpt2):
     model = adapt(tiny_gpt2 if kind == "bias" else tiny_llama, **{**FRESH, **COPIED}[kind])  # Llama has no biases
     assert switches_off(model) is (kind in FRESH)
-    assert hasattr(model, KEPT) is (kind in COPIED), "weights are kept only where they have to be"
+    assert hasattr(model, REFERENCE) is (kind in COPIED), "weights are kept only where they have to be"
     before = logits(model)
     nudge(model)
     after = logits(model)
@@ -68,7 +69,7 @@ def test_a_continued_adapter_is_itself_the_reference(tiny_llama, tmp_path):
 
 @pytest.mark.parametrize(("loss", "has_one"), LOSSES.items())
 def test_a_loss_without_a_reference_keeps_no_copy(loss, has_one, tiny_llama):
-    assert hasattr(adapt(tiny_llama, loss, method="full"), KEPT) is has_one
+    assert hasattr(adapt(tiny_llama, loss, method="full"), REFERENCE) is has_one
 
 
 def test_a_gradient_is_that_of_the_policy_even_with_the_reference_used_in_between(tiny_llama):
@@ -95,10 +96,10 @@ def test_a_wrapped_model_is_unwrapped_and_one_without_an_adapter_is_its_own_refe
     nudge(model)
     with reference_of(wrapped):
         torch.testing.assert_close(logits(model), before)
-    delattr(model, KEPT)
+    delattr(model, REFERENCE)
     after = logits(model)
     with reference_of(model):
         assert torch.equal(logits(model), after)
     keep_reference(model)
-    pairs = zip(model.parameters(), getattr(model, KEPT).values(), strict=True)
+    pairs = zip(model.parameters(), getattr(model, REFERENCE).values(), strict=True)
     assert all(torch.equal(weight, kept) for weight, kept in pairs)

@@ -10,11 +10,10 @@ from support.templates import CHATML, conversation, recipe_for, tokenizer_with
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from llmtune.data.data_report import describe_examples
+from llmtune.data.data_report import describe_examples, find_vanishing
 from llmtune.data.examples import ExampleReader, encode_rows
 from llmtune.data.preparation import prepare_rows
 from llmtune.data.row_store import iterate_texts
-from llmtune.data.tokenization import find_vanishing
 from llmtune.tasks.registry import get_task
 
 

@@ -10,7 +10,7 @@ from tokenizers import normalizers
 from llmtune.data.chat_encoding import encode_chat
 from llmtune.data.chat_template import render_prompt
 from llmtune.data.completion_encoding import encode_completion, prompt_ids
-from llmtune.data.tokenization import find_vanishing
+from llmtune.data.data_report import find_vanishing
 
 TEXTS = ["\0", "\0\0", "a\0b", "\x07", "\u0301", "cafe\u0301", "a\u200b", "\ufe0f"]
 DROPPED = "the tokenizer drops every character of"

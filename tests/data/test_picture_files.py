@@ -190,6 +190,17 @@ def test_the_lock_lists_every_picture_once_and_notices_a_change(tmp_path):
     assert list_sources(recipe.data, "chat")[0] != before
 
 
+@pytest.mark.parametrize("key", ["images", "\\u0069mages", "photo"])
+def test_pictures_are_listed_whatever_names_their_column(key, tmp_path):
+    save(tmp_path / "1.png", 1)
+    (tmp_path / "1.png").rename(tmp_path / "dot")
+    lines = [f'{{"prompt": "{text}", "completion": "A dot.", "{key}": "dot"}}' for text in ("What?", "What image?")]
+    (tmp_path / "rows.jsonl").write_text("\n".join([lines[0], lines[1].replace('"dot"', "null")]))
+    source = {"path": str(tmp_path / "rows.jsonl"), "columns": {"images": "photo"} if key == "photo" else {}}
+    recipe = make_recipe(tmp_path, [source])
+    assert [one.name for one in list_sources(recipe.data, "chat")[1]] == ["rows.jsonl", "dot"]
+
+
 def test_written_test_rows_name_their_pictures(tmp_path):
     for number in range(1, 9):
         save(tmp_path / "rows" / f"{number}.png", number)

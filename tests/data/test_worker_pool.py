@@ -1,5 +1,6 @@
 """Work on several cores: results keep their order, whatever the number of workers."""
 
+import gc
 import operator
 import os
 import pickle
@@ -15,10 +16,12 @@ from support.rows import write_jsonl
 from support.templates import conversation, recipe_for, tokenizer_with
 
 from llmtune.data import deduplication, ingest
+from llmtune.data.chat_encoding import encode_chat
 from llmtune.data.examples import encode_rows
 from llmtune.data.preparation import prepare_rows
 from llmtune.data.worker_pool import WorkerPool, usable_cores
 from llmtune.errors import DataError, EnvironmentProblem
+from llmtune.tasks.chat import Chat
 from llmtune.tasks.registry import VARIANTS, get_task
 
 BATCHES = [[number, number + 1] for number in range(40)]
@@ -111,3 +114,24 @@ def test_an_error_in_a_worker_becomes_the_error_of_the_run():
 @pytest.mark.parametrize("variant", [variant for variants in VARIANTS.values() for variant in variants])
 def test_every_variant_can_be_pickled_for_a_worker(variant):
     assert pickle.loads(pickle.dumps(variant.encode)).__func__ is type(variant).encode
+
+
+def test_a_worker_encodes_conversations_without_torch(tmp_path):
+    (tmp_path / "encode").write_bytes(pickle.dumps(get_task("chat").row_encoder()))
+    code = "import pickle, sys; pickle.load(open(sys.argv[1], 'rb')); print('torch' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "encode"], stdout=subprocess.PIPE, text=True, check=True
+    )
+    assert done.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize("variant", [variant for variants in VARIANTS.values() for variant in variants])
+def test_a_worker_encodes_as_its_task_does(variant):
+    assert variant.row_encoder() == (encode_chat if type(variant) is Chat else variant.encode)
+
+
+def test_objects_are_collected_again_after_a_map():
+    results = WorkerPool(lambda batch: gc.get_freeze_count(), cores=1).map([0, 0], lambda batch: 1, 2)
+    assert next(results) > 0
+    results.close()
+    assert gc.get_freeze_count() == 0

@@ -182,19 +182,19 @@ def learn_all(folder: str, strategy: str) -> dict[str, list[list[float]]]:
 
 def evaluate_all(folder: str) -> dict[str, bool]:
     """Score every trained run that the test left in `folder` again; return whether its models were sharded, by name."""
-    from llmtune.model.layer_requests import LayerRequests
+    from llmtune.model.layer_calls import LayerCalls
     from llmtune.pipeline import run_pipeline
     from llmtune.recipe.loader import load_recipe
     from llmtune.store.run_request import RunRequest
     from support.adapting import quiet
 
-    serve, served, found = LayerRequests.serve, list[LayerRequests](), {}
+    running, served, found = LayerCalls.running, list[LayerCalls](), {}
 
-    def note(self: LayerRequests) -> None:
+    def note(self: LayerCalls) -> Any:
         served.append(self)
-        serve(self)
+        return running(self)
 
-    LayerRequests.serve = note  # type: ignore[method-assign]
+    LayerCalls.running = note  # type: ignore[method-assign]
     for path in sorted(Path(folder).glob("*/recipe.yaml")):
         served.clear()
         run_pipeline(load_recipe(str(path)), RunRequest(out=path.parent / "run", until="evaluate"), quiet())
@@ -202,46 +202,65 @@ def evaluate_all(folder: str) -> dict[str, bool]:
     return found
 
 
-def run_own_passes(folder: str) -> dict[str, object]:
-    """Run different passes of one sharded model in each process; compare their results with the unsharded model's."""
+def run_own_passes(folder: str, strategy: str) -> dict[str, object]:
+    """Run different passes of one divided model in each process; compare their results with a complete model's.
+
+    The model is `placed` for inference, or `sharded` for training and divided in each block.
+    """
     import torch
     from accelerate.utils import gather_object
     from transformers import AutoModelForCausalLM
 
-    from llmtune.model.layer_requests import own_passes
+    from llmtune.evaluate.greedy_decoding import column_bytes_of, decode_greedily
+    from llmtune.model.layer_calls import own_passes
+    from llmtune.model.layer_owners import place_layers
     from llmtune.train.distributed import join_processes
     from llmtune.train.sharding import shard_model
 
-    count = join_processes("cpu")
+    join_processes("cpu")
+    sharded, device = strategy == "sharded", torch.device("cpu")
     alone, model = (AutoModelForCausalLM.from_pretrained(folder).eval() for _ in range(2))
-    shard_model(model, torch.device("cpu"))
+    (shard_model if sharded else place_layers)(model, device)
     layers, rank = model.get_submodule("model.layers"), int(os.environ["RANK"])
-    ids = [torch.arange(4, 9 + i)[None] for i in range(4)]
+    ids = [torch.arange(4, 9 + i)[None] for i in range(2 * world_size())]
+    prompts = [[4, 5, 6, *range(7, 8 + i + rank)] for i in range(5)]
 
     def equal(find: Callable[[Any], torch.Tensor], mode: Any = torch.no_grad) -> bool:
         with mode():
-            return torch.allclose(find(model), find(alone), atol=1e-6)
+            return torch.equal(find(model), find(alone))
+
+    def held() -> int:
+        return sum(one.is_meta for layer in layers for one in layer.parameters())
+
+    def states(one: Any) -> torch.Tensor:
+        return torch.cat(one(ids[0], output_hidden_states=True).hidden_states)
 
     def fail(*_: object) -> None:
         raise ValueError("refused")
 
-    found = {
-        "sharded": layers[0].mlp.up_proj.weight.to_local().numel() * count
-        == alone.model.layers[0].mlp.up_proj.weight.numel()
-    }
+    found = {}
     with own_passes(model):
+        parts = sum(1 for layer in layers for _ in layer.parameters())
+        found["divided"] = held() == parts - parts // world_size()
         found["modes"] = all(
             equal(lambda one: one(ids[0]).logits, mode) for mode in (torch.inference_mode, torch.no_grad)
         )
     with own_passes(model):  # the first process runs none
         found["unequal numbers"] = all(equal(lambda one, i=i: one(ids[i]).logits) for i in range(2 * rank))
     with own_passes(model):
+        found["states"] = equal(states) and equal(states)
         if rank == 0:
             found["parts"] = equal(lambda one: one.model(ids[0]).last_hidden_state)
             found["generated"] = equal(lambda one: one.generate(ids[1], max_new_tokens=5, do_sample=False).float())
         else:
             found["parts"] = equal(lambda one: one.lm_head(one.model.embed_tokens(ids[2])))
             found["generated"] = equal(lambda one: one.generate(ids[2], max_new_tokens=3, num_beams=2).float())
+    with own_passes(model), torch.inference_mode():
+        found["decoded"] = all(
+            decode_greedily(model, prompts, count, {9}, "cpu") == decode_greedily(alone, prompts, count, {9}, "cpu")
+            for count in range(1, 9)
+        )
+        found["cache"] = column_bytes_of(model, "cpu") == column_bytes_of(alone, "cpu")
     with own_passes(model):
         if rank == 1:  # a pass that ends in the middle, as one that runs out of memory
             hook = layers[1].register_forward_pre_hook(fail)
@@ -249,22 +268,60 @@ def run_own_passes(folder: str) -> dict[str, object]:
                 model(ids[0])
             hook.remove()
         found["after a refusal"] = equal(lambda one: one(ids[rank]).logits)
+    if sharded:
+        found["same passes"] = equal(lambda one: one(ids[0]).logits)
+        found["resharded"] = all(type(one).__name__ == "DTensor" for one in model.parameters())
+        with own_passes(model):
+            if rank == 1:
+                model(ids[0])
+        for one in (model, alone):
+            one(ids[1], labels=ids[1]).loss.backward()
+        whole, own = alone.model.layers[0].mlp.up_proj.weight.grad, layers[0].mlp.up_proj.weight.grad
+        found["trained between"] = torch.allclose(own.full_tensor(), whole, atol=1e-6)
+    everywhere = gather_object([found])
     try:
         with own_passes(model):
             if rank == 1:
                 raise ValueError("mine")
-            model(ids[0])
+            for _ in range(1000):
+                model(ids[0])
     except (ValueError, LostProcess) as error:
         found["ended"] = ("mine" if rank == 1 else "process 1 stopped") in str(error)
-    found["same passes"] = equal(lambda one: one(ids[0]).logits)
-    found["resharded"] = all(type(one).__name__ == "DTensor" for one in model.parameters())
-    with own_passes(model):
-        if rank == 1:
-            model(ids[0])
-    for one in (model, alone):
-        one(ids[1], labels=ids[1]).loss.backward()
-    whole, own = alone.model.layers[0].mlp.up_proj.weight.grad, layers[0].mlp.up_proj.weight.grad
-    found["trained between"] = torch.allclose(own.full_tensor(), whole, atol=1e-6)
+    return {name: all(one.get(name, found[name]) for one in everywhere) for name in found}
+
+
+def compare_kinds(folder: str) -> dict[str, bool]:
+    """Generate with models of several kinds, placed and complete; return whether all processes' results are equal."""
+    import torch
+    from accelerate.utils import gather_object
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
+
+    from llmtune.evaluate.greedy_decoding import column_bytes_of
+    from llmtune.model.layer_calls import own_passes
+    from llmtune.model.layer_owners import place_layers
+    from llmtune.train.distributed import join_processes
+
+    join_processes("cpu")
+    classes = {"bert": AutoModelForSequenceClassification, "t5": AutoModelForSeq2SeqLM}
+    ids = torch.arange(4, 18 + 4 * rank()).view(2, -1) % 60
+    mask, found = torch.ones_like(ids), {}
+    mask[0, :2] = 0
+    for path in sorted(Path(folder).iterdir()):
+        auto = classes.get(path.name, AutoModelForCausalLM)
+        model, alone = (auto.from_pretrained(path).eval() for _ in range(2))
+        place_layers(model, torch.device("cpu"))
+        with own_passes(model), torch.inference_mode():
+            if path.name == "bert":
+                pairs = [[one(ids, attention_mask=mask).logits for one in (model, alone)]]
+            else:
+                options = {"attention_mask": mask, "max_new_tokens": 8 + rank(), "do_sample": False}
+                pairs = [
+                    [one.generate(ids, num_beams=beams, **options) for one in (model, alone)] for beams in (1, 1, 3)
+                ]
+            same = all(torch.equal(one, other) for one, other in pairs)
+            if auto is AutoModelForCausalLM:
+                same = same and column_bytes_of(model, "cpu") == column_bytes_of(alone, "cpu")
+        found[path.name] = same
     everywhere = gather_object([found])
     return {name: all(one[name] for one in everywhere) for name in found}
 
@@ -305,7 +362,7 @@ def measure_pipeline(recipe: str, out: str, until: str) -> list[list[int]]:
 
 def run_and_die(recipe: str, out: str, rank_to_kill: str, event: str, text: str) -> bool:
     """Run a recipe; one process is killed soon after its `event` with this text: a line, or one of Python's audit."""
-    from llmtune.model.layer_requests import LayerRequests
+    from llmtune.model.layer_calls import LayerCalls
     from llmtune.pipeline import run_pipeline
     from llmtune.recipe.loader import load_recipe
     from llmtune.store.run_request import RunRequest
@@ -316,15 +373,15 @@ def run_and_die(recipe: str, out: str, rank_to_kill: str, event: str, text: str)
     if str(rank()) == rank_to_kill and event != "line":
         sys.addaudithook(lambda name, given: kill_at(name, given, event, text))
     elif str(rank()) == rank_to_kill:
-        requests, gather_next = [0], LayerRequests._gather_next
+        requests, ask = [0], LayerCalls._ask
 
-        def count(self: LayerRequests, wanted: int) -> int:
+        def count(self: LayerCalls, owner: int, request: Any) -> Any:
             requests[0] += 1
             if requests[0] == 20:
                 os.kill(os.getpid(), signal.SIGKILL)
-            return gather_next(self, wanted)
+            return ask(self, owner, request)
 
-        console.file = Watched(text, lambda: setattr(LayerRequests, "_gather_next", count))
+        console.file = Watched(text, lambda: setattr(LayerCalls, "_ask", count))
     run_pipeline(load_recipe(recipe), RunRequest(out=Path(out)), console)
     return True
 
@@ -433,19 +490,22 @@ def end_rank_one(how: str) -> None:
 def die_between_passes() -> None:
     """Run passes of a sharded model; the second process is killed after some."""
     import torch
-    from torch.distributed.fsdp import fully_shard
+    from transformers import LlamaConfig, LlamaForCausalLM
 
-    from llmtune.model.layer_requests import own_passes
+    from llmtune.model.layer_calls import own_passes
+    from llmtune.model.layer_owners import place_layers
     from llmtune.train.distributed import join_processes
 
     join_processes("cpu")
-    model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))
-    for part in (*model, model):
-        fully_shard(part)
+    config = LlamaConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=4, num_attention_heads=2
+    )
+    model = LlamaForCausalLM(config).eval()
+    place_layers(model, torch.device("cpu"))
     with torch.inference_mode(), own_passes(model):
         for number in range(1_000_000):
-            model(torch.ones(1, 8))
-            if rank() and number == 20:
+            model(torch.ones(1, 8, dtype=torch.int64))
+            if rank() == 1 and number == 20:
                 os.kill(os.getpid(), signal.SIGKILL)
 
 
