@@ -157,7 +157,7 @@ def _trained_tokens(loaded: LoadedRecipe) -> tuple[int | None, int]:
     facts = RunFolder(path, manifest).facts("encode") if path and manifest else None
     if not facts:
         return None, recipe.data.max_length
-    tokens, rows = facts["tokens"]["train"], facts["counts"]["train"]
+    tokens, rows = facts["tokens"]["train"], facts["rows"]["train"]
     chosen = choose_training(recipe, rows, None, False)
     epochs = chosen["num_train_epochs"].value if "num_train_epochs" in chosen else recipe.train.num_train_epochs
     batch = chosen["batch_size"].value if "batch_size" in chosen else recipe.train.batch_size

@@ -154,6 +154,22 @@ def test_fits_are_listed_by_method_with_the_longest_row():
     assert "million" in shown
 
 
+def test_fits_of_a_prepared_recipe_state_the_hours_of_its_tokens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_llama: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    recipe = write_recipe(tmp_path / "recipe.yaml", tiny_llama, write_colours(tmp_path / "rows.jsonl"))
+    before = json.loads(invoke("models", "fits", "--recipe", recipe, "--json").stdout)
+    assert invoke("run", recipe, "--until", "select", "--offline").exit_code == 0
+
+    found = json.loads(invoke("models", "fits", "--recipe", recipe, "--json").stdout)
+
+    assert before["trained_tokens"] is None
+    assert found["trained_tokens"] > 0
+    assert all(one["hours"] is None for one in before["fits"])
+    assert any(one["hours"] for one in found["fits"] if one["card"] == "h100")
+
+
 def test_cards_together_fit_what_one_does_not():
     words = ("models", "fits", "--licence", "llama3.1", "--json", "--devices")
     fits = {}
