@@ -310,6 +310,7 @@ ELSEWHERE = {
     "distil.top_k": "test_distil.py::test_only_what_changes_the_predictions_records_them_again",
     "distil.temperature": "test_distil.py::test_only_what_changes_the_predictions_records_them_again",
     "distil.weight": "test_distil.py::test_only_what_changes_the_predictions_records_them_again",
+    "distil.answers": "test_distil_answers.py::test_the_teacher_answers_train_and_validation_and_leaves_test",
     "evaluate.controls": "evaluate/test_controls.py::test_a_recipe_with_a_gate_or_a_control_that_cannot_be_is_refused",
     "chat.images": "tasks/test_image_chat.py::test_the_key_images_decides_whether_the_model_keeps_its_towers",
     "adapter.train_projector": "adapter/test_image_adapters.py::test_full_training_reaches_the_projector_on_request",

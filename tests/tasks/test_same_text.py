@@ -155,9 +155,9 @@ def test_mining_knows_a_right_passage_in_any_look(monkeypatch: pytest.MonkeyPatc
     assert pairs.passages == [VARIANTS[0], "second", "third", OTHER]
     assert (pairs.queries, pairs.right, pairs.wrong) == (["query"], [[0, 1]], [[2]])
     for row in rows:
-        assert json.loads(add_negatives(row, {"query": ["mined"]}))["negatives"][-1] == "mined"
+        assert json.loads(add_negatives({"query": ["mined"]}, row))["negatives"][-1] == "mined"
     ranked = {"query": "query\n", "passages": ["a"], "relevances": [1.0]}
-    assert json.loads(add_negatives(ranked, {"query": ["mined"]}))["relevances"] == [1.0, 0.0]
+    assert json.loads(add_negatives({"query": ["mined"]}, ranked))["relevances"] == [1.0, 0.0]
 
 
 def test_bm25_counts_a_passage_once() -> None:
