@@ -98,8 +98,10 @@ def test_ratios_are_taken_within_each_turn(load: Any) -> None:
 
 def test_the_page_shows_results_of_unknown_benchmarks(load: Any) -> None:
     runs = {"ours": [{"rows": 3}, {"rows": 5}], "theirs": [{"rows": 1}, {"rows": 1}]}
-    page = load("results").write_page({"reading": {"runs": runs, "note": {"of": "files"}}, "other": {"speed": 2.5}})
-    assert "## Reading" in page
+    machine = {"llmtune": "0.2.0", "date": "2026-12-01", "processor": "EPYC", "instructions": "AVX2"}
+    reading = {"runs": runs, "note": {"of": "files"}, "machine": machine}
+    page = load("results").write_page({"reading": reading, "other": {"speed": 2.5, "machine": machine}})
+    assert "## Reading\n\nllmtune 0.2.0 on 2026-12-01, EPYC, AVX2.\n" in page
     assert "| ours | 4 (3–5) |" in page
     assert "- note, of: files" in page
     assert "- speed: 2.5" in page
