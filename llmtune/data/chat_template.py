@@ -110,9 +110,9 @@ class ChatTemplate:
             raise TemplateRefusal("an answer has nothing before it")
         source = self.text(tools)
         try:
-            compiled = _compile_jinja_template(source)  # cached
-            compiled.globals = {**compiled.globals}  # a copy of their ChainMap takes longer than a rendering
             with limited(SECONDS + SECONDS_MORE * (len(conversations) - 1), EXTRA_BYTES):
+                compiled = _compile_jinja_template(source)  # cached; computes constants, such as a text of 10 GB
+                compiled.globals = {**compiled.globals}  # a copy of their ChainMap takes longer than a rendering
                 texts, _ = render_jinja_template(  # `apply_chat_template` calls it after copying all messages
                     conversations=[[with_image_parts(message) for message in messages] for messages in conversations],
                     tools=tools,
