@@ -60,8 +60,10 @@ def main() -> int:
     ratios = {name: compute_ratios(turns) for name, turns in pairs.items()}
     print(json.dumps(ratios, indent=1))
     if options.update:
-        about = {key: machine[key] for key in ("date", "processor", "llmtune", "torch", "transformers", "peft", "trl")}
-        entry = {"commit": git("rev-parse", "HEAD"), **about, "turns": options.turns, "ratios": ratios}
+        conditions = {
+            key: machine[key] for key in ("date", "processor", "llmtune", "torch", "transformers", "peft", "trl")
+        }
+        entry = {"commit": git("rev-parse", "HEAD"), **conditions, "turns": options.turns, "ratios": ratios}
         options.ratios.write_text(json.dumps(saved | {kind: entry}, indent=1) + "\n")
         return 0
     losses = list_losses(ratios, committed["ratios"])
@@ -128,8 +130,8 @@ def prepare(folder: Path, turns: int) -> list[Pair]:
     from workload import write_rows
 
     file = write_rows(folder / "rows.jsonl", 5000, seed=0)
-    asked = argparse.Namespace(threads=1, seed=0, deduplicate="none")
-    runs = [run_apart("llmtune", file, asked) for _ in range(turns)]
+    options = argparse.Namespace(threads=1, seed=0, deduplicate="none")
+    runs = [run_apart("llmtune", file, options) for _ in range(turns)]
     return [
         (
             {"cpu_seconds": run["cpu_s"], "seconds": run["seconds"]},
@@ -147,11 +149,11 @@ def evaluate(folder: Path, turns: int) -> list[Pair]:
 
 def generate(folder: Path, turns: int) -> list[Pair]:
     """Answer prompts greedily."""
-    found = run_script(folder, "generation.py", "--pairs", str(turns), "--rows", "32", "--loop-rows", "1")
+    document = run_script(folder, "generation.py", "--pairs", str(turns), "--rows", "32", "--loop-rows", "1")
     rates = {"cpu_seconds": "tokens_per_cpu_second", "seconds": "tokens_per_second"}
     tools = ("llmtune", "generate, padded batches")
     ours, peer = (
-        [{clock: 1 / run[rate] for clock, rate in rates.items()} for run in found["runs"][tool]] for tool in tools
+        [{clock: 1 / run[rate] for clock, rate in rates.items()} for run in document["runs"][tool]] for tool in tools
     )
     return list(zip(ours, peer, strict=True))
 

@@ -6,7 +6,7 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,9 @@ TEXT = [("<|im_start|>user\nWhich colour?<|im_end|>\n<|im_start|>assistant\n", F
 
 
 @pytest.fixture(scope="module")
-def load() -> Any:
+def load(load_benchmark: Callable[[str], Any]) -> Callable[[str], Any]:
     """Import a module of the suite by its name."""
-    sys.path.insert(0, str(BENCHMARKS))
-    yield lambda name: importlib.import_module(f"conformance.{name}")
-    sys.path.remove(str(BENCHMARKS))
+    return lambda name: load_benchmark(f"conformance.{name}")
 
 
 @pytest.fixture(scope="module")

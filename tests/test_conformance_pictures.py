@@ -2,7 +2,7 @@
 
 import importlib
 import shutil
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 TURNS = [("user", "<image>Which colour?"), ("assistant", "Blue.")]
 
 
 @pytest.fixture(scope="module")
-def load() -> Any:
+def load(load_benchmark: Callable[[str], Any]) -> Callable[[str], Any]:
     """Import a module of the suite by its name."""
-    sys.path.insert(0, str(BENCHMARKS))
-    yield lambda name: importlib.import_module(f"conformance.{name}")
-    sys.path.remove(str(BENCHMARKS))
+    return lambda name: load_benchmark(f"conformance.{name}")
 
 
 @pytest.fixture(scope="module")

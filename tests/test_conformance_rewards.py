@@ -1,8 +1,6 @@
 """The conformance suite's cases on rewards: their reference, and the mistakes that they name."""
 
-import importlib
-import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +8,6 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 ROWS = [0] * 4 + [1] * 4
 ANSWERS = [
     " red<|im_end|>", " blue cat<|im_end|>", " dog dog dog<|im_end|>", " fish cat red blue",
@@ -19,11 +16,9 @@ ANSWERS = [
 
 
 @pytest.fixture(scope="module")
-def load() -> Any:
+def load(load_benchmark: Callable[[str], Any]) -> Callable[[str], Any]:
     """Import a module of the suite by its name."""
-    sys.path.insert(0, str(BENCHMARKS))
-    yield lambda name: importlib.import_module(f"conformance.{name}")
-    sys.path.remove(str(BENCHMARKS))
+    return lambda name: load_benchmark(f"conformance.{name}")
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +146,7 @@ def test_an_answer_ends_at_each_end_token_which_is_learned(judge: Any) -> None:
     dropped = f"the sampled end token is not learned in {sum(other)} of 5 answers: {way}"
     assert judge("several_ends", without, rows, learning()) == ("silently wrong", dropped)
     late = [answer.replace("<|endoftext|>", "<|endoftext|> red<|im_end|>") for answer in answers]
-    assert judge("several_ends", late, rows)[1] == "answers go on after an end token: 2 of 5"
+    assert judge("several_ends", late, rows)[1] == "answers continue after an end token: 2 of 5"
 
 
 def truncated(loss: str, masked: Sequence[int], all_counted: bool = False, answers: int | None = None) -> Any:

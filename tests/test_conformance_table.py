@@ -1,9 +1,8 @@
 """The conformance suite's runs, statements and page."""
 
 import dataclasses
-import importlib
 import json
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,11 +13,9 @@ BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 
 
 @pytest.fixture(scope="module")
-def load() -> Any:
+def load(load_benchmark: Callable[[str], Any]) -> Callable[[str], Any]:
     """Import a module of the suite by its name."""
-    sys.path.insert(0, str(BENCHMARKS))
-    yield lambda name: importlib.import_module(f"conformance.{name}")
-    sys.path.remove(str(BENCHMARKS))
+    return lambda name: load_benchmark(f"conformance.{name}")
 
 
 def test_statements_name_cases_outcomes_and_addresses(load: Any) -> None:

@@ -129,7 +129,7 @@ def check_samples(reference: Reference, result: Result, ends: Sequence[str]) -> 
     stops = reference.tokenizer.convert_tokens_to_ids(list(ends))
     samples, longest = read_samples(result), result.job["extra"]["max_new_tokens"]
     if late := sum(any(token in stops for token in one.ids[:-1]) for one in samples):
-        return Finding("silently wrong", f"answers go on after an end token: {late} of {len(samples)}")
+        return Finding("silently wrong", f"answers continue after an end token: {late} of {len(samples)}")
     if any(len(one.ids) > longest for one in samples):
         return Finding("unexplained", f"answers of more than {longest} tokens")
     expected = SampledStep(reference, result.job["rows"], samples).rewards()

@@ -43,9 +43,9 @@ def reference_of(model: torch.nn.Module) -> AbstractContextManager[object]:
     kept weights are restored. Any other model is its own reference.
     """
     inner = cast(torch.nn.Module, getattr(model, "module", model))
-    kept = getattr(inner, REFERENCE, None)
-    if kept is not None:
-        return _restored(inner, kept)
+    weights = getattr(inner, REFERENCE, None)
+    if weights is not None:
+        return _restored(inner, weights)
     return inner.disable_adapter() if isinstance(inner, PeftModel) else nullcontext()
 
 

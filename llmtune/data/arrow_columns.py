@@ -36,7 +36,7 @@ def number_column(numbers: npt.NDArray[Any]) -> pa.Array:
 
 def replace_column(source: Path, target: Path, name: str, texts: Iterable[str]) -> Iterator[str]:
     """Copy an Arrow file with other texts in one column, a batch at a time; yield the texts that were written."""
-    left = iter(texts)
+    remaining = iter(texts)
     with (
         pa.memory_map(str(source)) as content,
         pa.ipc.open_file(content) as reader,
@@ -45,6 +45,6 @@ def replace_column(source: Path, target: Path, name: str, texts: Iterable[str]) 
     ):
         for number in range(reader.num_record_batches):
             batch = reader.get_batch(number)
-            changed = [*islice(left, batch.num_rows)]
+            changed = [*islice(remaining, batch.num_rows)]
             writer.write_batch(batch.set_column(batch.schema.get_field_index(name), name, text_column(changed)))
             yield from changed

@@ -31,15 +31,7 @@ from llmtune.data.ingest import IngestState, ingest_rows
 from llmtune.data.pictures import IMAGES, absolute_pictures
 from llmtune.data.rejected_rows import RowError, find_file, parse_cell
 from llmtune.data.row_formats import CONVERSATIONS
-from llmtune.data.row_store import (
-    RECORD,
-    Index,
-    RowWriter,
-    Spool,
-    iterate_rows,
-    iterate_texts,
-    save_rows,
-)
+from llmtune.data.row_store import RECORD, Index, RowWriter, Spool, iterate_rows, iterate_texts, save_rows
 from llmtune.data.sources import Detected, hash_sources, resolve_inputs
 from llmtune.data.word_hash import fraction
 from llmtune.display.console import progress_bars

@@ -166,10 +166,10 @@ class LayerCalls:
         if message is None:
             return None
         if (before := self.before.pop(message.owner, None)) is not None:
-            for output in before.left():
+            for output in before.live_outputs():
                 output.read()  # the owner forgets it with the next call
         last = len(message.calls) - 1
-        numbers = [output.number for output in message.left() if output.number < last]
+        numbers = [output.number for output in message.live_outputs() if output.number < last]
         kind, updates = self.placed.device.type, self.updates[message.owner]
         autocast = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
         mode = torch.is_inference_mode_enabled(), autocast, getattr(self.model, IN_REFERENCE, False)
@@ -238,11 +238,11 @@ class LayerCalls:
             except (pickle.PicklingError, TypeError):
                 return pack_message(RuntimeError(f"{type(error).__name__}: {error}"))
 
-    def _run(self, request: _Request, mirrors: CacheMirrors, kept: dict[int, Any]) -> tuple[Any, list[Any]]:
-        """Return the last output of calls, and the state of caches; the outputs asked for are `kept`."""
+    def _run(self, request: _Request, mirrors: CacheMirrors, requested: dict[int, Any]) -> tuple[Any, list[Any]]:
+        """Return the last output of calls, and the state of caches; other outputs that are needed go to `requested`."""
         calls, numbers, (inference, (autocast, dtype), in_reference) = request
         outputs: list[Any] = []
-        kept.clear()
+        requested.clear()
         kind = self.placed.device.type
         with (
             torch.inference_mode(inference),
@@ -257,7 +257,7 @@ class LayerCalls:
                 with self._as_there(number, off, in_reference):
                     outputs.append(self._compute(number, *args, **kwargs))
                 assert len(outputs) == len(calls) or _keeps_shape(outputs[-1], args[0]), "an output changed its shape"
-        kept.update((number, outputs[number]) for number in numbers)
+        requested.update((number, outputs[number]) for number in numbers)
         return outputs[-1], [*mirrors.read_states({*chain.from_iterable(self.indexes[number] for number, *_ in calls)})]
 
     @contextmanager
@@ -330,8 +330,8 @@ class _Message:
         """Return the output of the last call, if it is pending."""
         return self.outputs[-1]() if self.outputs else None
 
-    def left(self) -> list[PendingOutput]:
-        """Return the pending outputs that are still used."""
+    def live_outputs(self) -> list[PendingOutput]:
+        """Return the pending outputs that are still referenced."""
         return [output for reference in self.outputs if (output := reference()) is not None]
 
 

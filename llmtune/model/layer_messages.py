@@ -57,9 +57,9 @@ class PendingOutput(torch.Tensor):
     def __new__(cls: type[PendingOutput], like: torch.Tensor) -> PendingOutput:
         """Make an output of the shape and dtype of the layer's input."""
         with DisableTorchFunctionSubclass():
-            made = torch.Tensor._make_wrapper_subclass(cls, like.shape, dtype=like.dtype, device=like.device)
-        assert isinstance(made, PendingOutput)
-        return made
+            output = torch.Tensor._make_wrapper_subclass(cls, like.shape, dtype=like.dtype, device=like.device)
+        assert isinstance(output, PendingOutput)
+        return output
 
     @classmethod
     def __torch_function__(
@@ -149,12 +149,14 @@ class CacheUpdates:
 
     def take_changes(self) -> list[tuple[int, list[Any], dict[str, Any]]]:
         """Return what changed in the caches of the next message."""
-        found = []
+        updates = []
         for number, cache in self.used.items():
             changes: list[Any] = getattr(cache, CHANGED)
             names = getattr(type(cache), POSITION, ())
-            found.append((number, changes[self.sent.get(number, 0) :], {name: getattr(cache, name) for name in names}))
-        return found
+            updates.append(
+                (number, changes[self.sent.get(number, 0) :], {name: getattr(cache, name) for name in names})
+            )
+        return updates
 
     def take_new(self) -> tuple[list[int], dict[int, bytes]]:
         """Return the numbers of caches that are gone, and new caches without contents."""

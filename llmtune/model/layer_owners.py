@@ -133,20 +133,20 @@ def layers_of_shards(model: FSDPModule) -> Iterator[LayerOwners]:
     state._lazy_init()
     whole, *layers = (module for module in model.modules() if isinstance(module, FSDPModule))
     placed = LayerOwners(layers, divide_layers(layers, distributed.get_world_size()), state._device)
-    kept: dict[str, torch.Tensor] = getattr(model, REFERENCE, {})
+    shards: dict[str, torch.Tensor] = getattr(model, REFERENCE, {})
     names = {parameter: name for name, parameter in model.named_parameters()}
     # No process receives all its layers before the others free theirs.
     units = sorted((_Unit(unit, placed) for unit in (whole, *layers)), key=lambda unit: unit.turn)
     managed = [module for module in model.modules() if getattr(module, _MANAGED, False)]
     with torch.inference_mode(False), torch.no_grad():
-        reference = {name: weights for unit in units for name, weights in unit.gather_layer(names, kept).items()}
+        reference = {name: weights for unit in units for name, weights in unit.gather_layer(names, shards).items()}
     for module in managed:
         setattr(module, _MANAGED, False)
-    if kept:
+    if shards:
         setattr(model, REFERENCE, reference)
     yield placed
-    if kept:
-        setattr(model, REFERENCE, kept)
+    if shards:
+        setattr(model, REFERENCE, shards)
     for module in managed:
         setattr(module, _MANAGED, True)
     with torch.inference_mode(False), torch.no_grad():
@@ -176,14 +176,14 @@ class _Unit:
         return self.number - self.placed.owners.index(self.owner), self.owner
 
     def gather_layer(
-        self, names: Mapping[torch.nn.Parameter, str], kept: Mapping[str, torch.Tensor]
+        self, names: Mapping[torch.nn.Parameter, str], reference_shards: Mapping[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
-        """Give the owner complete weights; return those of the reference, by name, of which `kept` has the shards."""
+        """Give the owner complete weights; return the complete weights of the reference, by name."""
         weights = self._gather()
         shards = {names[shard.sharded_param]: shard.sharded_param.to_local() for shard in self.shards}
-        changed = {name: local.clone() for name, local in shards.items() if name in kept}
+        changed = {name: local.clone() for name, local in shards.items() if name in reference_shards}
         for name in changed:
-            shards[name].copy_(kept[name])
+            shards[name].copy_(reference_shards[name])
         before = dict(zip(shards, self._gather() if changed else [], strict=bool(changed)))
         for name, local in changed.items():
             shards[name].copy_(local)

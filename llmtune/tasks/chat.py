@@ -80,7 +80,7 @@ class Chat(Task[ChatRow, str]):
         return encode_chat(rows, processor, recipe, self.expander(processor, recipe))
 
     def row_encoder(self) -> EncodeRows:
-        """Return the function behind `encode`, unless a subclass changes it."""
+        """Return a function that workers import without torch; a subclass may encode in another way."""
         return encode_chat if type(self) is Chat else self.encode
 
     def prompt_ids(self, row: ChatRow, processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[int]:
