@@ -102,16 +102,19 @@ def processor_seconds() -> float:
 
 
 def run_llmtune(file: Path, asked: argparse.Namespace) -> dict[str, Any]:
-    from rich.console import Console
+    from llmtune.store.process_environment import gc_paused
 
-    from llmtune.data.examples import ExampleReader, encode_rows
-    from llmtune.data.preparation import prepare_rows
-    from llmtune.data.row_store import iterate_rows
-    from llmtune.model.processor import load_processor
-    from llmtune.model.resolve import resolve_model
-    from llmtune.recipe.schema import Recipe
-    from llmtune.tasks.registry import get_task
-    from llmtune.train.batch_plan import best_fit
+    with gc_paused():  # as the command line does
+        from rich.console import Console
+
+        from llmtune.data.examples import ExampleReader, encode_rows
+        from llmtune.data.preparation import prepare_rows
+        from llmtune.data.row_store import iterate_rows
+        from llmtune.model.processor import load_processor
+        from llmtune.model.resolve import resolve_model
+        from llmtune.recipe.schema import Recipe
+        from llmtune.tasks.registry import get_task
+        from llmtune.train.batch_plan import best_fit
 
     data = {"train": str(file), "validation": 0, "test": 0, "deduplicate": asked.deduplicate, "max_length": LONGEST}
     stated = {"recipe_version": 1, "name": "preparation", "task": "chat", "data": data, "model": {"name": MODEL}}

@@ -93,13 +93,6 @@ class WorkerPool(Generic[BatchT, ResultT]):
 
     def map(self, batches: Iterable[BatchT], size: Callable[[BatchT], int], total: int) -> Iterator[ResultT]:
         """Yield the result of each batch in order; sizes add up to `total`, used to estimate the remaining work."""
-        gc.freeze()  # spare the garbage collector the imported modules: rows are many new objects
-        try:
-            yield from self._map(batches, size, total)
-        finally:
-            gc.unfreeze()
-
-    def _map(self, batches: Iterable[BatchT], size: Callable[[BatchT], int], total: int) -> Iterator[ResultT]:
         began, done = time.monotonic(), 0
         batches = iter(batches)
         if not (self._eager and self._start):

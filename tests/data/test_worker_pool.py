@@ -130,8 +130,9 @@ def test_a_worker_encodes_as_its_task_does(variant):
     assert variant.row_encoder() == (encode_chat if type(variant) is Chat else variant.encode)
 
 
-def test_objects_are_collected_again_after_a_map():
-    results = WorkerPool(lambda batch: gc.get_freeze_count(), cores=1).map([0, 0], lambda batch: 1, 2)
-    assert next(results) > 0
-    results.close()
-    assert gc.get_freeze_count() == 0
+def test_imports_that_are_frozen_stay_so_after_a_map():
+    before = gc.get_freeze_count()
+    gc.freeze()
+    frozen = gc.get_freeze_count()
+    assert list(WorkerPool(sum, cores=1).map([[0]], len, 1)) == [0]
+    assert gc.get_freeze_count() == frozen > before
