@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import time
@@ -282,9 +283,17 @@ for _name, _hidden in {
 def command_tree(words: list[str]) -> typer.Typer:
     """Return the command or group that `words` begin with: Typer reads the annotations of each, which takes a while.
 
-    An unknown word, an option and `help` need all of them.
+    The help of the program shows no options of commands, so its groups are empty. An unknown word, another option and
+    `help` need all of them.
     """
     tree = copy(app)
+    if words in (["--help"], ["-h"], []):
+        tree.registered_commands = [one for one in app.registered_commands if not one.hidden]
+        tree.registered_groups = [copy(one) for one in app.registered_groups]
+        for group in tree.registered_groups:
+            group.typer_instance = copy(group.typer_instance)
+            vars(group.typer_instance).update(registered_commands=[], registered_groups=[])
+        return tree
     tree.registered_commands = [
         one for one in app.registered_commands if [one.name] == words[:1] and one.callback is not show_help
     ]
@@ -295,6 +304,8 @@ def command_tree(words: list[str]) -> typer.Typer:
 def main() -> None:
     """Entry point of the `llmtune` command."""
     start()
+    # pydantic otherwise reads the metadata of every installed package, in search of plugins.
+    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
     sys.excepthook = _report_bug
     code: Any = 1
     try:

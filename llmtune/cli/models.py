@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.markup import escape
 
 from llmtune.cli.options import AsJson, Offline, Sets
 from llmtune.cli.output_streams import handled, print_json, stderr_console
@@ -175,7 +174,7 @@ def shrink(
 def _fit_recipe(recipe: str, sets: Sequence[str], price: Sequence[str], as_json: bool) -> None:
     """Print a recipe's table: one row per card, one column per method."""
     console = stderr_console()
-    console.print(f"Planning {escape(recipe)} on each card.")
+    console.print(f"Planning {recipe} on each card.", markup=False)
     from llmtune.compare.model_fits import METHODS, cheapest, list_recipe_fits
     from llmtune.display.console import spinner
     from llmtune.display.number_format import size

@@ -8,9 +8,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-
-from rich.console import Console
-from rich.markup import escape
+from typing import TYPE_CHECKING
 
 from llmtune.data.column_mapping import PASSAGE_NAMES, has_columns, rename
 from llmtune.data.hub_datasets import dataset_name
@@ -22,6 +20,9 @@ from llmtune.data.sources import Input, local_input, open_sources
 from llmtune.errors import DataError, LlmtuneError, Problem
 from llmtune.recipe.data_section import DataSection
 from llmtune.store.atomic_files import atomic_file
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 CORPUS = "corpus.jsonl"
 """File with a passage of `data.corpus` per line, next to the prepared rows."""
@@ -74,6 +75,8 @@ def save_corpus(data: DataSection, folder: Path, console: Console) -> str:
     if len(bad) > data.max_dropped * total:
         looked = f"{len(bad):,} of {total:,} passages of data.corpus"
         raise DataError(too_many_bad(looked, len(bad) / total, data.max_dropped), *bad[:SHOWN])
+    from rich.markup import escape  # late: `recipes check` does not need it
+
     left_out = f"; {len(bad):,} left out ({escape(bad[0].what)}: {escape(bad[0].where or '')})" if bad else ""
     console.print(f"corpus: {len(seen):,} different passages of {total:,}{left_out}", highlight=False)
     return digest.hexdigest()

@@ -99,8 +99,6 @@ def try_recipe_rows(loaded: LoadedRecipe, detected: Sequence[Detected], *, split
             misread.
         RecipeError: a metric or a key does not fit the labels.
     """
-    from rich.console import Console
-
     from llmtune.data.class_spelling import require_one_spelling
     from llmtune.data.corpus import try_corpus
     from llmtune.data.ingest import try_rows
@@ -121,6 +119,8 @@ def try_recipe_rows(loaded: LoadedRecipe, detected: Sequence[Detected], *, split
     if not tried.whole or {id(one.input.source) for one in detected} != sources:
         return
     if len(tried.good) <= split_up_to or tried.different <= FEW_GROUPS:
+        from rich.console import Console
+
         from llmtune.data.preparation import prepare_rows  # takes half a second to import
 
         alone = recipe.model_copy(update={"data": recipe.data.model_copy(update={"corpus": None})})

@@ -5,8 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from support.runs import ROWS, heavy_imports, write_colours, write_recipe, write_sums
+from typer.testing import CliRunner
 
+from llmtune.cli.app import app, command_tree
 from llmtune.launch.recipe_check import FEW_ROWS
 from llmtune.store.process_environment import gc_paused
 
@@ -30,6 +33,27 @@ def test_help_does_not_load_the_recipe_schema() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_a_check_loads_neither_the_terminal_library_nor_plugins(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path / "recipe.yaml", tmp_path, write_sums(tmp_path / "rows.jsonl", FEW_ROWS + 1))
+    code = (
+        f"import sys; sys.argv = ['llmtune', 'recipes', 'check', {str(recipe)!r}]; from llmtune.cli import main\n"
+        "try: main()\n"
+        "finally:\n"
+        "    from pydantic.plugin import _loader\n"
+        "    print('rich.console' in sys.modules, _loader._plugins)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "False None"
+
+
+@pytest.mark.parametrize("words", [["--help"], ["-h"], []])
+def test_the_help_of_the_program_needs_no_commands_of_groups(words: list[str]) -> None:
+    tree = command_tree(words)
+    assert not any(group.typer_instance.registered_commands for group in tree.registered_groups)
+    assert all(group.typer_instance.registered_commands for group in app.registered_groups)
+    assert CliRunner().invoke(tree, words).output == CliRunner().invoke(app, words).output
 
 
 def test_fast_imports_restore_the_garbage_collector() -> None:
