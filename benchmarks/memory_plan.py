@@ -17,6 +17,8 @@ from typing import Any
 
 HERE = Path(__file__).parent
 MEASURED = HERE / "memory_plan.json"
+TRAIN = "from llmtune.train import preflight; preflight.PARTS = 1; from llmtune.cli import main; main()"
+"""The command, with a rehearsal of the complete largest batch, however much memory is free."""
 SMOL = "builtin:smollm2-135m-instruct"
 SHAPES = {
     "tiny": {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2, "vocab_size": 49152},
@@ -129,7 +131,7 @@ def measure(case: dict[str, Any], folder: Path) -> dict[str, Any]:
         recipe.write_text(json.dumps(write_recipe(case, folder)), "utf-8")
     words = [str(case.get("recipe", recipe)), "--out", str(run), "--fresh", "--json"]
     more = ["--set", "train.max_steps=2"] if "recipe" in case else []
-    done = subprocess.run([sys.executable, "-m", "llmtune", "train", *words, *more], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", TRAIN, "train", *words, *more], capture_output=True, text=True)
     if done.returncode:
         return {"error": done.stderr[-600:]}
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]

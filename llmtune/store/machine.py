@@ -90,6 +90,18 @@ def process_memory_limit() -> int:
     return min(limits)
 
 
+def free_memory() -> int:
+    """Return the bytes that this process may still take: available RAM, within its control group and address space."""
+    now = psutil.Process().memory_info()
+    free = [psutil.virtual_memory().available, process_memory_limit() - now.rss]
+    if os.name == "posix":
+        import resource
+
+        address_space = resource.getrlimit(resource.RLIMIT_AS)[0]
+        free += [address_space - now.vms] if address_space != resource.RLIM_INFINITY else []
+    return max(0, min(free))
+
+
 class Meter:
     """Measures time and peak memory from its creation. On Linux it first resets the kernel's high-water mark."""
 
@@ -118,12 +130,17 @@ def seconds_of_process() -> float:
     return time.time() - psutil.Process().create_time()
 
 
+def resident_bytes() -> int:
+    """Return the current resident size of this process."""
+    return int(psutil.Process().memory_info().rss)
+
+
 def resident_peak_bytes() -> int:
     """Return the peak resident size since the last reset (Linux), else the current resident size."""
     try:
         line = next(line for line in STATUS.read_text().splitlines() if line.startswith("VmHWM"))
     except (OSError, StopIteration):
-        return int(psutil.Process().memory_info().rss)
+        return resident_bytes()
     return int(line.split()[1]) * 1024
 
 

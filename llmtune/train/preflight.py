@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -23,6 +24,7 @@ from llmtune.model.device import device_memory, release_memory
 from llmtune.model.prefix_packing import whole_documents
 from llmtune.recipe.schema import Recipe
 from llmtune.records import Examples, Rows, SelectedModel
+from llmtune.store.machine import free_memory, resident_bytes, resident_peak_bytes
 from llmtune.train.accumulation import MicroBatchTooLarge, make_batch, seed_micro_batch, try_memory
 from llmtune.train.batch_plan import Indexes, heaviest
 from llmtune.train.checkpoint import (
@@ -34,6 +36,11 @@ from llmtune.train.distributed import any_process, run_on_main
 from llmtune.train.objective import TrainedTask
 from llmtune.train.resume import restore_checkpoint, save
 from llmtune.train.setup import TrainContext, peak_bytes
+
+LARGE_TOKENS = 512
+"""Smaller micro-batches cost little, and are tried completely."""
+PARTS = 4
+"""The share of a large micro-batch to try first, as a divisor of its rows."""
 
 
 def check_examples(rows: Rows, examples: Examples, task: TrainedTask, selected: SelectedModel, recipe: Recipe) -> None:
@@ -70,7 +77,7 @@ def run_preflight(
         stack.enter_context(spinner(console, "rehearsing the largest batch, a validation and a checkpoint"))
         pace = _try_heaviest_work(training, state, console, on_budget)
     console.print(
-        f"Rehearsed: micro-batches of {state.budget:,} tokens fit, peak {peak_bytes(training.device) / 1e9:.2f} "
+        f"Rehearsed: micro-batches of {state.budget:,} tokens fit, peak so far {peak_bytes(training.device) / 1e9:.2f} "
         "GB; a checkpoint was written and read back."
     )
     console.print(f"{training.plan.total_steps:,} steps, {_expected_time(training, state, pace)}", highlight=False)
@@ -144,7 +151,8 @@ def shrink_budget(
 def _fits(training: TrainContext, budget: int) -> float | None:
     """Run the heaviest micro-batches through a complete step, and the heaviest validation batch, in every process.
 
-    Returns the seconds per token of the step; None if it does not fit.
+    Of a large one, a part is enough if memory is ample (`_try_rows`). Returns the seconds per token of the step; None
+    if it does not fit.
     """
     most = len(training.examples) if training.recipe.train.batch_tokens else training.recipe.train.batch_size
     reader, held_out = training.examples, training.validation
@@ -153,26 +161,36 @@ def _fits(training: TrainContext, budget: int) -> float | None:
     def weigh(reader: ExampleReader, supervised: npt.NDArray[np.int32]) -> list[npt.NDArray[np.int32]]:
         return [supervised, reader.pictures] if reader.pictures.any() else [supervised]
 
+    def train_on(rows: Indexes) -> None:
+        batch = make_batch(training, reader, rows)
+        with training.compute():
+            loss = training.objective.complete_loss(training.model, batch)
+        training.accelerator.backward(loss.sum / max(1, loss.count))
+
+    def measure(rows: Indexes) -> None:
+        assert held_out is not None
+        batch = make_batch(training, held_out, rows)
+        with torch.no_grad(), training.compute():
+            training.objective.complete_loss(training.model, batch)
+
     def step() -> None:
         for index, rows in enumerate(batches):
             seed_micro_batch(training, 0, index)
-            _train_on(training, rows)
+            tried.append(_try_rows(training, train_on, rows, reader))
         training.optimizer.step()
 
     def validate() -> None:
         assert held_out is not None
         supervised = held_out.lengths if chunked else held_out.supervised
         for rows in heaviest(held_out.lengths, weigh(held_out, supervised), budget, training.packed, len(held_out)):
-            batch = make_batch(training, held_out, rows)
-            with torch.no_grad(), training.compute():
-                training.objective.complete_loss(training.model, batch)
+            _try_rows(training, measure, rows, held_out)
 
     supervised = reader.lengths if chunked else reader.supervised
-    batches = heaviest(reader.lengths, weigh(reader, supervised), budget, training.packed, most)
+    batches, tried = heaviest(reader.lengths, weigh(reader, supervised), budget, training.packed, most), list[int]()
     with training.accelerator.no_sync(training.model), whole_documents():
         began = time.perf_counter()
         fits = try_memory(training, step)
-        pace = (time.perf_counter() - began) / max(1, sum(int(reader.lengths[rows].sum()) for rows in batches))
+        pace = (time.perf_counter() - began) / max(1, sum(tried))
         if fits and held_out is not None:
             training.model.eval()
             fits = try_memory(training, validate)
@@ -181,11 +199,31 @@ def _fits(training: TrainContext, budget: int) -> float | None:
     return None if any_process(training.accelerator, not fits) else pace
 
 
-def _train_on(training: TrainContext, rows: Indexes) -> None:
-    batch = make_batch(training, training.examples, rows)
-    with training.compute():
-        loss = training.objective.complete_loss(training.model, batch)
-    training.accelerator.backward(loss.sum / max(1, loss.count))
+def _try_rows(training: TrainContext, work: Callable[[Indexes], object], rows: Indexes, reader: ExampleReader) -> int:
+    """Do `work` for `rows`, heaviest first; return the number of tokens.
+
+    On a CPU a large micro-batch takes longer than the rest of the rehearsal, so a part of its rows comes first. The
+    memory of a micro-batch grows at most with the square of its tokens, because of attention. If all rows would take
+    less than half of the free memory by this bound, the others are not tried.
+    """
+    part, lengths, tokens = rows[: -(-len(rows) // PARTS)], reader.lengths, 0
+    if len(part) < len(rows) and lengths[rows].sum() >= LARGE_TOKENS and _grows_with_tokens(training, reader):
+        release_memory()
+        before, free, tokens = resident_bytes(), free_memory(), int(lengths[part].sum())
+        work(part)
+        growth = resident_peak_bytes() - before
+        if growth * (int(lengths[rows].max()) * len(rows) / tokens) ** 2 <= free / 2:
+            return tokens
+    work(rows)
+    return tokens + int(lengths[rows].sum())
+
+
+def _grows_with_tokens(training: TrainContext, reader: ExampleReader) -> bool:
+    """Whether a micro-batch alone decides how much resident memory grows, and by its number of tokens."""
+    recipe, alone = training.recipe, training.accelerator.num_processes == 1
+    on_cpu = training.device.type == "cpu" and sys.platform == "linux"  # others report no peak of resident memory
+    constant = recipe.adapter.method == "full" or recipe.train.torch_compile  # gradients of all weights; graphs
+    return on_cpu and alone and not constant and not reader.pictures.any()
 
 
 def _read_back(training: TrainContext, folder: Path) -> bool:

@@ -12,7 +12,7 @@ from support.training import adapt, make_recipe, read_metrics, run_training, tra
 from llmtune.errors import TrainingError
 from llmtune.tasks.registry import get_task
 from llmtune.train.checkpoint import TrainState
-from llmtune.train.preflight import run_preflight
+from llmtune.train.preflight import LARGE_TOKENS, run_preflight
 from llmtune.train.setup import set_up
 
 CHAT = get_task("chat")
@@ -81,6 +81,37 @@ def test_out_of_memory_halves_the_budget_without_changing_the_loss(
     assert trained_bytes(tmp_path / "run") == before
 
 
+@pytest.mark.parametrize(("free", "share"), [(10**18, 0.3), (0, 1)])
+def test_a_quarter_of_a_large_batch_is_enough_only_if_memory_is_ample(
+    free, share, tmp_path, tiny_llama, console, monkeypatch
+):
+    sizes = []
+
+    def loss(model, batch, by_row=False):
+        sizes.append(batch["input_ids"].numel())
+        return CHAT.loss(model, batch, by_row)
+
+    monkeypatch.setattr("llmtune.train.preflight.free_memory", lambda: free)
+    recipe = make_recipe(tmp_path, tiny_llama, train={"batch_size": 64})
+    examples = write_examples(tmp_path / "examples", train=64)
+    task = with_methods(CHAT, loss=loss)
+    training = set_up(adapt(recipe), examples, task, recipe, tmp_path / "run", console, "inputs")
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    run_preflight(training, TrainState(budget=4096), console, lambda tokens: None)
+    largest = int(training.examples.lengths.sum())
+    assert largest >= LARGE_TOKENS
+    assert max(sizes) == pytest.approx(share * largest, rel=0.25 if share < 1 else 0)
+
+
+def test_a_large_batch_that_may_not_fit_is_tried_completely(tmp_path, tiny_llama, console, monkeypatch):
+    monkeypatch.setattr("llmtune.train.preflight.free_memory", lambda: 0)
+    recipe = make_recipe(tmp_path, tiny_llama, train={"batch_size": 64, "max_steps": 2})
+    examples = write_examples(tmp_path / "examples", train=64)
+    _, budgets = run(tmp_path / "run", recipe, examples, chat_with_memory_for(600), console, budget=4096)
+    assert budgets == [2048, 1024, 512, 512]
+    assert "Out of memory in step" not in console.file.getvalue()
+
+
 def test_a_budget_below_the_longest_row_starts_at_the_longest_row(tmp_path, tiny_llama, examples):
     trained = run_training(tmp_path / "run", make_recipe(tmp_path, tiny_llama), examples, budget=1)
     assert trained.micro_batch_tokens == 40
@@ -102,6 +133,7 @@ def test_a_limited_address_space_shrinks_the_micro_batch_and_training_continues(
     done = train_in_process(tmp_path, tmp_path / "run", "--memory", 100, "--budget", 16384)
     assert done.returncode == 0, done.stderr
     assert "Out of memory in the rehearsal" in done.stderr
+    assert "Out of memory in step" not in done.stderr
     found = int(done.stdout.split()[-1])
     assert 40 < found < 16384
     run_training(tmp_path / "roomy", recipe, examples, budget=16384)
