@@ -82,7 +82,7 @@ def train_counted(asked: Asked, clock: Clock, context: RunContext) -> torch.nn.M
     """Do the same as `pipeline.adapt_and_train`, with micro-batches of one pack like other tools, or automatic ones."""
     plain = context.plan.task.loss
 
-    def counted(model: torch.nn.Module, batch: dict[str, Any], by_row: bool) -> Loss:
+    def counted(model: torch.nn.Module, batch: dict[str, Any], by_row: bool = False) -> Loss:
         loss = plain(model, batch, by_row)
         clock.count(batch["input_ids"].numel(), loss.count, loss.sum.detach())
         return loss

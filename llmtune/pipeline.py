@@ -23,7 +23,7 @@ from typing import Literal
 from rich.console import Console
 from rich.markup import escape
 
-from llmtune import __version__, run_models
+from llmtune import __version__, run_models, vllm_models
 from llmtune.adapter.injection import describe_adapter
 from llmtune.data.data_report import describe_examples
 from llmtune.data.examples import ExampleReader, encode_rows, examples_inputs
@@ -50,7 +50,6 @@ from llmtune.plan import (
     RunContext,
     begin_training,
     check_first,
-    evaluation_hash,
     find_variant,
     locate_pinned,
     open_finished,
@@ -285,7 +284,7 @@ def evaluate_step(run: RunContext) -> None:
 
 def _begin_evaluation(run: RunContext) -> Json:
     """Count the look at the scores; return the hash of their inputs, and whether scores of these inputs are there."""
-    inputs = evaluation_hash(run)
+    inputs = vllm_models.hash_scores(run)
     note_look(run.plan.stated, run.folder, run.console)
     unchanged = run.folder.is_valid("evaluate", inputs) and not list_failed(run.folder.path / "evaluation")
     if not unchanged:
@@ -328,20 +327,21 @@ SCORING = UNTIL.index("evaluate")
 
 
 def evaluate_run(
-    loaded: LoadedRecipe, path: Path, console: Console, *, offline: bool, base: Path | None = None
+    loaded: LoadedRecipe, path: Path, console: Console, *, offline: bool, base: Path | None = None, engine: str = "own"
 ) -> Json:
     """Score a finished run again, with the settings of `loaded`; nothing is read, encoded or trained again.
 
-    `base` is as in `RunRequest`. A control run and runs of further seeds are scored again too, if they are trained.
+    `base` and `engine` are those of `RunRequest`. Trained control runs and runs of further seeds are scored again too.
     """
     EnvironmentProblem.collect(find_missing_extras(loaded.recipe))
     with ExitStack() as stack:
         folder = RunFolder(path, once(lambda: stack.enter_context(open_run(path, loaded.fingerprint)).manifest))
-        request = RunRequest(out=path, until="evaluate", offline=offline, base=base)
+        request = RunRequest(out=path, until="evaluate", offline=offline, base=base, engine=engine)
         run = replace(open_finished(path, console, offline, loaded.recipe), folder=folder, request=request)
         plan, rows, examples = run.plan, run.rows, run.examples
         if examples.counts.get("test"):
             ExampleReader(examples, "test")  # raises before the folder changes
+        vllm_models.check_engine(run, scores=True)
         run.once(lambda: _check_evaluation(run))
         is_same = path.joinpath("recipe.yaml").read_text(encoding="utf-8") == loaded.to_yaml()
         run.once(lambda: save_recipe(path, loaded.to_yaml(), mark=is_own(path)))
@@ -351,7 +351,7 @@ def evaluate_run(
             run.begin(step, skipped=True)
         inputs = {"evaluate": evaluation_inputs(plan.recipe, plan.model_ref, rows, examples, path)}
         run.resolved = replace(plan, inputs=inputs)
-        again = partial(evaluate_run, console=console, offline=offline, base=base or path / "evaluation")
+        again = partial(evaluate_run, console=console, offline=offline, base=base or path / "evaluation", engine=engine)
         control = loaded.recipe.control_run
         if control and control.on and is_done(further := control_folder(path, control), "train"):
             again(scored_as(further, loaded), further)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, cached_property, partial
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -58,6 +59,7 @@ from llmtune.store.atomic_files import hash_folder, hash_value, staged
 from llmtune.train.distributed import join_processes, wait_for_processes
 from llmtune.train.preflight import check_examples
 from llmtune.train.sharding import Made, share_model
+from llmtune.vllm_models import VllmModels, describe_engine
 
 
 def make_adapted(context: RunContext) -> AdaptedModel:
@@ -199,14 +201,19 @@ def score_models(context: RunContext, folder: Path | None, base_folders: Sequenc
     inputs = make_inputs(rows, examples, task, processor, recipe) if examples.counts.get("test") else None
     validation = calibration_inputs(rows, examples, task, processor, recipe, inputs)
     controls = control_inputs(rows, inputs, task, processor, recipe, context.console)
+    engine = describe_engine(context)
     eval_context = EvalContext(
-        recipe, task, processor, inputs, plan.device, context.console, folder, validation, controls
+        recipe, task, processor, inputs, plan.device, context.console, folder, validation, controls, engine=engine
     )
     base = base_inputs(recipe, adapter_settings(recipe), plan.model_ref, rows, examples, plan.device)
+    base = hash_value([base, engine]) if engine else base
     simple = load_first(base_folders, simple_inputs(recipe, rows, examples), SIMPLE)
     ask = partial(ask_champion, partial(load_champion, context), eval_context, rows, context.folder.path)
     taught = recipe.distil is not None and recipe.distil.weight > 0
     loaders = replace(Models(context).loaders, teacher=partial(open_teacher, context) if taught else None)
+    if engine:
+        turns = inputs.generation_prompts.values() if inputs else ()
+        loaders = VllmModels(context, [*chain.from_iterable(turns)]).loaders
     request = ScoreRequest(
         loaders,
         eval_context,

@@ -8,7 +8,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, Literal, get_type_hints
 
 import typer
 
@@ -44,6 +44,10 @@ Device = Annotated[
 Offline = Annotated[bool, typer.Option("--offline", help="Forbid any network access.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print no progress, only errors on stderr.")]
+AnswerEngine = Annotated[
+    Literal["own", "vllm"],
+    typer.Option("--engine", metavar="ENGINE", help="What generates the answers: own, or vllm if installed."),
+]
 ModelName = Annotated[
     str | None, typer.Option("--model", metavar="NAME", help="The base model, as --set model.name=NAME.")
 ]

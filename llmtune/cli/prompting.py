@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from llmtune.cli.options import AsJson, Offline, RunArgument, Threads
+from llmtune.cli.options import AnswerEngine, AsJson, Offline, RunArgument, Threads
 from llmtune.cli.output_streams import (
     Terminated,
     WordWrap,
@@ -75,6 +75,7 @@ def generate_command(
     output: Output = None,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Override the recipe's generation section.")] = None,
     base: Base = False,
+    engine: AnswerEngine = "own",
     threads: Threads = None,
     offline: Offline = False,
     as_json: AsJson = False,
@@ -86,21 +87,22 @@ def generate_command(
     read_run(run).require_trained()
     console = stderr_console()
     given = {"context": context, "pair": pair, "answer": answer, "system": system, "source_language": source_language}
-    given |= {"target_language": target_language, "audio": None if audio is None else str(audio)}
-    given["passages"] = None if passages is None else str(passages)
-    given["image"] = json.dumps(image) if image else None
+    given |= {"target_language": target_language, "audio": str(audio) if audio else None}
+    given |= {"image": json.dumps(image) if image else None, "passages": str(passages) if passages else None}
     if rows is not None:
         _check_files(rows, output, [text, prompt, *given.values()])
     elif world_size() > 1:
         raise RecipeError.of("several processes answer the rows of a file", "--input", "Add it, or omit torchrun.")
     elif output is not None:
         raise RecipeError.of("--output needs --input", "--output", "Add --input, or redirect standard output: > FILE.")
+    elif engine != "own":
+        raise RecipeError.of(f"--engine {engine} answers the rows of a file", "--engine", "Add --input, or omit it.")
     else:
         given["prompt"] = _prompt(text, prompt, needed=not (audio or image))
     prepare_environment(network=False, threads=threads)
     with spinner(console, "loading the model"), gc_paused():
         from llmtune.serve.finished_run import FinishedRun
-    finished = FinishedRun(run, offline, console)
+    finished = FinishedRun(run, offline, console, engine)
     if passages is not None:
         given["passages"] = _read_passages(passages)
     if rows is not None:

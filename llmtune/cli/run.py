@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from llmtune.cli.options import RecipeArgument, RunOptions, takes_options
+from llmtune.cli.options import AnswerEngine, RecipeArgument, RunOptions, takes_options
 from llmtune.cli.output_streams import handled_by_all, print_json, stderr_console
 from llmtune.cli.run_result import RunResult, result_of
 from llmtune.errors import RecipeError
@@ -50,14 +50,18 @@ def run_command(
     run_until(until, recipe, options, result_of("run", recipe, options.out))
 
 
-def run_until(until: Until, recipe: str, options: RunOptions, ending: RunResult) -> None:
+def run_until(until: Until, recipe: str, options: RunOptions, ending: RunResult, engine: str = "own") -> None:
     """Run a recipe up to a step. `evaluate` also accepts a finished run, and `select` plans for another card."""
     if until == "evaluate" and (folder := find_named(recipe)) is not None:
         request = options.request(until)
         if request != RunRequest(until=until, threads=options.threads, offline=options.offline):
-            raise RecipeError.of("a run folder accepts only --set, --threads, --offline and --json")
+            raise RecipeError.of("a run folder accepts only --set, --engine, --threads, --offline and --json")
+        request = replace(request, engine=engine)
         evaluate_folder(folder, options.values, request, stderr_console(quiet=options.quiet), ending.begin)
         return
+    if engine != "own":
+        fix = f"Run the recipe, then score its run: llmtune evaluate RUN --engine {engine}"
+        raise RecipeError.of(f"only a finished run can be scored with --engine {engine}", "--engine", fix)
     options = replace(options, dry_run=options.dry_run or options.device is not None)
     request = options.request(until)
     result = run_recipe(recipe, options.values, request, stderr_console(quiet=options.quiet), ending.begin)
@@ -105,6 +109,13 @@ def prepare_command(
         once(lambda: write_test_file(recipe, options.values, options.out, file, console))
 
 
+@handled_by_all
+@takes_options("device")
+def evaluate_command(recipe: RecipeArgument, *, engine: AnswerEngine = "own", options: RunOptions) -> None:
+    """Step 5: score base and tuned model on the same held-out rows. Also accepts a run: its folder or address."""
+    run_until("evaluate", recipe, options, result_of("evaluate", recipe, options.out), engine)
+
+
 def find_named(text: str) -> Path | None:
     """Return the run that a folder or an address names; None for a recipe, whose name alone is not an address here."""
     from llmtune.recipe.section import RELEASE_PREFIX  # keep --help fast: it imports pydantic
@@ -145,8 +156,5 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "select": step_command("select", "Step 2: choose a model, plan its memory."),
     "adapt": step_command("adapt", "Step 3: insert the adapter and prove that it works."),
     "train": step_command("train", "Step 4: train, with checkpoints."),
-    "evaluate": step_command(
-        "evaluate",
-        "Step 5: score base and tuned model on the same held-out rows. Also accepts a run: its folder or address.",
-    ),
+    "evaluate": evaluate_command,
 }

@@ -18,7 +18,7 @@ from openai.types.chat import ChatCompletion, ChatCompletionMessageParam
 from pydantic.dataclasses import dataclass
 from rich.console import Console
 
-from llmtune.adapter.vllm_names import find_vllm_obstacle
+from llmtune.adapter.vllm_lora import find_vllm_obstacle
 from llmtune.data.chat_messages import clean_messages, list_pictures, with_image_parts
 from llmtune.data.pictures import open_picture, row_pictures
 from llmtune.deploy.export import open_to_export

@@ -113,6 +113,8 @@ class EvalContext:
     """By name, the test rows with other pictures (`llmtune.evaluate.controls`)."""
     checkpoints: int = 1
     """Number of checkpoints that training chose from by their scores on validation rows."""
+    engine: str = ""
+    """What generates the answers, if not our own loop."""
 
 
 def make_inputs(

@@ -312,7 +312,9 @@ def compare_answers(
         samples=pick_samples(inputs, shown, samples),
         rows=len(inputs.rows),
         studies=task.study_answers(base.predictions, tuned.predictions, inputs.prompts, inputs.clusters, recipe),
-        signatures=describe_metrics(measures.tuned, inputs, tuned, recipe) | compare_pieces(base.sums, recipe),
+        signatures=describe_metrics(measures.tuned, inputs, tuned, recipe)
+        | compare_pieces(base.sums, recipe)
+        | ({"engine": context.engine} if context.engine else {}),
         details=details,
         guessable=find_guessable(task, recipe, references, prompts, measures.tuned) if headless else (),
         flips=find_flips(measures, inputs, shown, samples),

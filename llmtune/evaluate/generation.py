@@ -1,4 +1,4 @@
-"""Generate answers to many prompts in batches: greedy ones by our own loop, others by that of transformers."""
+"""Generate answers to many prompts: greedy ones by our own loop, others by that of transformers, or all by vLLM."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from llmtune.data.chat_template import ChatTemplate, Tools, read_template, stop_
 from llmtune.data.tokenization import decode
 from llmtune.evaluate.greedy_decoding import cache_argument, column_bytes_of, decode_greedily, read_virtual_tokens
 from llmtune.evaluate.token_batches import GENERATION_BUDGET, batch_size, budget_for, over_processes, run_in_batches
+from llmtune.evaluate.vllm_completions import VllmModel
 from llmtune.model.causal_lm_loss import unwrap, virtual_logits, virtual_tokens
 from llmtune.model.device import SuppressRefusal, computing_dtype, device_memory
 from llmtune.model.image_models import TOKEN_TYPES, join_media
@@ -129,8 +130,12 @@ def _generate_here(
     device: str,
     advance: Callable[[int], None],
 ) -> list[CompletionOutput]:
-    settings = generation_settings(model, processor, recipe)
     stops = set(answer_ends(model, processor, recipe))
+    if isinstance(model, VllmModel):
+        answers = model.complete(prompts, recipe, stops)
+        advance(len(prompts))
+        return [end_output(ids, stops) for ids in answers]
+    settings = generation_settings(model, processor, recipe)
     new = recipe.generation.max_new_tokens
     lengths = [len(prompt) + new for prompt in prompts]
     longest = max(lengths, default=0)

@@ -275,8 +275,9 @@ def compute_metrics(
     user_measures = measure_own(context.recipe, inputs.full_rows, inputs.origins, given, failed, context.console)
     metrics = [name for name in dict.fromkeys((*inputs.metrics, CUT_METRIC)) if name not in section.own_metrics]
     measures = user_measures | {metric: measure_one(metric, context, inputs, answers, base) for metric in metrics}
+    by_engine = "; answers by vLLM" if context.engine else ""  # scores of other engines are not comparable
     return {
-        metric: one.in_clusters(inputs.clusters)
+        metric: replace(one, signature=one.signature + by_engine).in_clusters(inputs.clusters)
         for metric, one in measures.items()
         if one is not None and len(one.sums_NK)
     }

@@ -290,7 +290,7 @@ def evaluate_folder(
         from llmtune.pipeline import evaluate_run
 
     with phase(console, request.until):
-        return evaluate_run(loaded, run, console, offline=request.offline)
+        return evaluate_run(loaded, run, console, offline=request.offline, engine=request.engine)
 
 
 def make_console(*, quiet: bool = False, stderr: bool = True) -> Console:

@@ -34,6 +34,13 @@ def require_extra(extra: str, where: str) -> None:
     EnvironmentProblem.collect(find_missing_extra(extra, where))
 
 
+def require_vllm() -> None:
+    """Raise EnvironmentProblem if vLLM is not installed; it is no extra, as its versions fit few other packages."""
+    if find_spec("vllm") is None:
+        fix = "Install it (pip install vllm; it needs a GPU), or omit --engine: llmtune's own loop needs none."
+        raise EnvironmentProblem.of("vLLM is not installed: package vllm not found", "--engine", fix)
+
+
 def find_missing_extras(recipe: Recipe) -> Iterator[Problem]:
     """Yield a problem for each extra that a recipe's task and keys need before training."""
     if TASK_FACTS[recipe.task].packages:

@@ -36,6 +36,7 @@ from llmtune.store.report_record import require_report
 from llmtune.store.run_folder import read_run, recipe_of_run
 from llmtune.store.score_records import Evaluation, GateResult
 from llmtune.tasks.base import AnyTask, option_of
+from llmtune.vllm_models import VllmModels, check_engine
 
 TRUNCATED = "The text is longer than the model reads. Only its first {:,} tokens were used."
 
@@ -163,6 +164,8 @@ class FinishedRun:
     folder: Path
     offline: bool = False
     console: Console = field(default_factory=lambda: Console(stderr=True, quiet=True), repr=False)
+    engine: str = "own"
+    """What generates the answers to the rows of a file: own, or vllm."""
     _loaded: dict[bool, ServedModel] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
@@ -343,16 +346,18 @@ class FinishedRun:
     def _opened(self) -> RunContext:
         with as_in_new_process():
             prepare_environment(network=False)
-            return open_finished(self.folder, self.console, self.offline)
+            context = open_finished(self.folder, self.console, self.offline)
+            return replace(context, request=replace(context.request, engine=self.engine))
 
     def _load(self, base: bool) -> ServedModel:
         if base not in self._loaded:
-            plan, models = self._opened.plan, Models(self._opened)
+            plan, record, rules = self._opened.plan, None, None
+            if not base:
+                record, rules = run_calibration(self._opened.folder), run_decision(self._opened.folder)
+            check_engine(self._opened, base=base, chooses=bool(record or rules))
+            models = VllmModels(self._opened) if self.engine == "vllm" else Models(self._opened)
             with as_in_new_process(), models.base() if base else models.tuned() as model:
-                name = "base" if base else "tuned"
-                served = ServedModel(name, model, plan.processor, plan.recipe, plan.task)
-                record = None if base else run_calibration(self._opened.folder)
-                rules = None if base else run_decision(self._opened.folder)
+                served = ServedModel("base" if base else "tuned", model, plan.processor, plan.recipe, plan.task)
                 self._loaded[base] = replace(served, calibration=record, decision=rules)
         return self._loaded[base]
 

@@ -37,6 +37,7 @@ from llmtune.evaluate.generation import (
     read_media,
 )
 from llmtune.evaluate.shared_prefix import choice_trees, score_choices
+from llmtune.evaluate.vllm_completions import VllmModel
 from llmtune.model.causal_lm_loss import unwrap, virtual_tokens
 from llmtune.model.device import compute_context, resolve_dtype
 from llmtune.model.layer_calls import own_passes
@@ -73,7 +74,7 @@ class ServedModel:
     """A model with a name; a tuned model and its base may share `model`."""
 
     name: str
-    model: PreTrainedModel | PeftModel
+    model: PreTrainedModel | PeftModel | VllmModel
     processor: PreTrainedTokenizerBase
     recipe: Recipe
     task: AnyTask
@@ -97,6 +98,8 @@ class ServedModel:
             virtual, context = virtual_tokens(self.model), context_length(inner.config)
         self.context = context - virtual if context is not None else None
         """Maximum tokens of prompt and answer together; None if the model's configuration does not say."""
+        if isinstance(self.model, VllmModel):
+            self.context = self.model.context
         data = self.recipe.data
         if self.context is not None and not (self.generates or self.task.model_kind.takes_audio):
             data = data.model_copy(update={"max_length": min(data.max_length, self.context)})

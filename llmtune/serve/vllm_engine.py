@@ -7,13 +7,12 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from peft import PeftConfig
 from rich.console import Console
 
 from llmtune.adapter.load import find_adapter, read_config
-from llmtune.adapter.vllm_names import find_vllm_obstacle
+from llmtune.adapter.vllm_lora import explain_unapplied, find_vllm_obstacle, largest_rank
 from llmtune.errors import EnvironmentProblem, RecipeError
 from llmtune.plan import Plan, RunContext
 from llmtune.serve.chat_prompt import MAX_PICTURES
@@ -22,8 +21,6 @@ from llmtune.store.atomic_files import hash_value
 from llmtune.store.run_folder import trained_name
 
 VLLM_KEY_VARIABLE = "VLLM_API_KEY"
-RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512, 1 << 30)
-"""Values that vLLM accepts for --max-lora-rank, and a huge one that vLLM refuses itself."""
 Parsers = Sequence[tuple[tuple[str, ...], str]]
 """Marks that a template must all have, and the parser; the first match wins. The names come from
 https://docs.vllm.ai/en/latest/features/tool_calling.html and `reasoning_outputs.html`."""
@@ -129,8 +126,7 @@ def vllm_command(opened: Mapping[str, RunContext], options: ServeOptions) -> lis
             raise RecipeError.of(obstacle, str(whole), fix)
         for folder, config in zip(folders.values(), configs, strict=True):
             check_vllm_adapter(config, str(folder))
-        rank = max(max(config.r, *(config.rank_pattern or {}).values(), 1) for config in configs)
-        adapters = ["--enable-lora", "--max-lora-rank", str(next(limit for limit in RANKS if limit >= rank))]
+        adapters = ["--enable-lora", "--max-lora-rank", str(largest_rank(*configs))]
         adapters += ["--max-loras", str(len(folders)), "--lora-modules"]
         adapters += [f"{run}={folder}" for run, folder in folders.items()]
     generation = recipe.generation.model_dump(exclude_none=True, exclude={"do_sample", "num_beams"})
@@ -151,36 +147,10 @@ def vllm_command(opened: Mapping[str, RunContext], options: ServeOptions) -> lis
 
 
 def check_vllm_adapter(config: PeftConfig, where: str) -> None:
-    """Raise RecipeError for an adapter that vLLM would not apply as trained.
-
-    vLLM refuses DoRA and fully trained modules only after loading the base. Otherwise it reads `r`, `lora_alpha`,
-    `use_rslora` and the matrices of modules (its `PEFTHelper`), and ignores the rest.
-    """
-    options = vars(config)
-    biases = options.get("bias", "none") != "none" or options.get("lora_bias")
-    kinds = {
-        f"it is of {config.peft_type.lower()}": config.peft_type != "LORA",
-        "it adapts experts (target_parameters)": options.get("target_parameters"),
-        "it is activated by tokens (alora_invocation_tokens)": options.get("alora_invocation_tokens"),
-        "it is a DoRA (use_dora)": options.get("use_dora"),
-        "modules are fully trained (modules_to_save)": options.get("modules_to_save"),
-        "biases are trained (bias, lora_bias)": biases,
-        "tokens are trained (trainable_token_indices)": options.get("trainable_token_indices"),
-        "modules have different scales (rank_pattern, alpha_pattern)": config.peft_type == "LORA"
-        and len(_scales(options)) > 1,
-    }
-    if kind := next((kind for kind, applies in kinds.items() if applies), None):
-        merge = "" if "activated" in kind else " Or merge it and serve it with --merged."
-        what = f"vLLM would not apply this adapter as trained: {kind}"
+    """Raise RecipeError for an adapter that vLLM would not apply as trained."""
+    if what := explain_unapplied(config):
+        merge = "" if "activated" in what else " Or merge it and serve it with --merged."
         raise RecipeError.of(what, where, f"Serve it without --engine vllm.{merge}")
-
-
-def _scales(options: Mapping[str, Any]) -> set[float]:
-    """Return the scales of a LoRA's modules: PEFT follows the patterns, vLLM has one scale per adapter."""
-    ranks, alphas = options.get("rank_pattern") or {}, options.get("alpha_pattern") or {}
-    power = 0.5 if options.get("use_rslora") else 1.0
-    sizes = [(ranks.get(key, options["r"]), alphas.get(key, options["lora_alpha"])) for key in ("", *ranks, *alphas)]
-    return {alpha / rank**power for rank, alpha in sizes}
 
 
 def parser_options(template: str) -> list[str]:

@@ -37,6 +37,8 @@ class RunRequest:
     """Findings to reuse from another run of the same recipe, such as its micro-batch budget."""
     reason: str = ""
     """Why the default run folder is a new one."""
+    engine: str = "own"
+    """What generates the answers of a finished run: own, or vllm."""
     base: Path | None = None
     """The evaluation of another run, to reuse its base answers to the same questions."""
 

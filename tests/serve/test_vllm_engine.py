@@ -6,7 +6,7 @@ from support.models import CHATML
 from support.templates import ALWAYS_THINKS, HERMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-from llmtune.adapter.vllm_names import UNMAPPED, WITHOUT_LORA, find_vllm_obstacle
+from llmtune.adapter.vllm_lora import UNMAPPED, WITHOUT_LORA, find_vllm_obstacle
 from llmtune.errors import RecipeError
 from llmtune.serve.vllm_engine import check_vllm_adapter, parser_options
 

@@ -41,6 +41,8 @@ class EvalSuite(Suite, Generic[SuiteOutput]):
     """By metric, a short meaning, and 1 if more is better, -1 if less is, 0 if neither."""
     decoder_input: ClassVar[str] = ""
     """A need of the suite that only a decoder language model meets; empty if other models can run it."""
+    runs_models: ClassVar[bool] = True
+    """Whether it queries the models; otherwise it reads their answers to the test rows and the scores."""
     fewest_rows: ClassVar[int] = 0
     """Rows needed to give a difference an interval."""
 

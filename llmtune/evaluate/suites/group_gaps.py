@@ -44,6 +44,7 @@ class GroupGapSuite(EvalSuite[None]):
     """Gaps between groups of the test rows, computed from existing scores."""
 
     key, part = "fairness", "groups"
+    runs_models = False
     metrics: ClassVar = {"gap": ("between best and worst served group", -1)}
 
     def run(self, name: str, model: torch.nn.Module) -> None:

@@ -96,6 +96,7 @@ class JudgeSuite(EvalSuite[None]):
     """Ask the judge about the answers to the test rows, and about labelled pairs."""
 
     key = "judge"
+    runs_models = False
     metrics: ClassVar = {
         "win_rate": ("the judge prefers its answer; with labelled pairs corrected for the judge's errors", 1),
         "win_rate_uncorrected": ("as the judge says", 1),
