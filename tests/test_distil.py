@@ -63,7 +63,10 @@ def make_teacher(folder: Path, case: str) -> Path:
     return train(write(folder / "teacher", case, None, train=train_settings))
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, marks=[pytest.mark.slow] if case in ("summarize", "token-classify") else []) for case in CASES],
+)
 def test_recorded_predictions_give_the_loss_and_gradient_of_the_live_teacher(tmp_path, case):
     teacher = make_teacher(tmp_path, case)
     weight = 1.0 if case == "completion" else 0.4

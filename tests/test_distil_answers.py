@@ -75,7 +75,10 @@ def answered(tmp_path_factory: pytest.TempPathFactory) -> Path:
         return train(write(tmp_path_factory.mktemp("answered")))
 
 
-@pytest.mark.parametrize("task", CASES)
+@pytest.mark.parametrize(
+    "task",
+    [pytest.param(task, marks=[pytest.mark.slow] if task in ("completion", "summarize") else []) for task in CASES],
+)
 def test_the_teacher_answers_train_and_validation_and_leaves_test(tmp_path, task):
     run = train(write(tmp_path, task))
     before, after = splits(run / "data" / "rows"), splits(rows_folder(run))

@@ -703,8 +703,8 @@ PROPOSED = {
 """Model, rows, and values that the proposed recipe must have."""
 
 
-@pytest.mark.parametrize("kind", PROPOSED)
-def test_a_proposed_recipe_fits_the_rows_and_the_model_and_runs(kind: str, built: Callable[..., Path]) -> None:
+def propose(kind: str, built: Callable[..., Path]) -> dict[str, Any]:
+    """Write the proposed recipe into `rows.yaml`, and check it; returns the recipe."""
     family, rows, expected = PROPOSED[kind]
     Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     task = ["--task", expected.get("task", "translate")]
@@ -715,6 +715,22 @@ def test_a_proposed_recipe_fits_the_rows_and_the_model_and_runs(kind: str, built
         section, _, name = key.rpartition(".")
         assert (recipe[section] if section else recipe)[name] == value, key
     assert invoke("recipes", "check", "rows.yaml").exit_code == 0
+    return recipe
+
+
+@pytest.mark.parametrize("kind", PROPOSED)
+def test_a_proposed_recipe_fits_the_rows_and_the_model(kind: str, built: Callable[..., Path]) -> None:
+    propose(kind, built)
+    prepared = invoke("prepare", "rows.yaml", "--out", "run", "--set", "data.deduplicate=exact")
+    assert prepared.exit_code == 0, prepared.stderr
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(kind, marks=[] if kind in ("thumbs", "T5") else [pytest.mark.slow]) for kind in PROPOSED],
+)
+def test_a_proposed_recipe_fits_the_rows_and_the_model_and_runs(kind: str, built: Callable[..., Path]) -> None:
+    recipe = propose(kind, built)
     ran = invoke("run", "rows.yaml", "--out", "run", "--set", "train.max_steps=1", "--set", "data.deduplicate=exact")
     assert ran.exit_code == 0, ran.stderr
     scores = json.loads(Path("run/report.json").read_text())["evaluation"]["tuned"]

@@ -190,8 +190,15 @@ def test_a_bug_prints_the_document_too(recipe, monkeypatch):
     assert document["error"]["kind"] == "ZeroDivisionError"
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-@pytest.mark.parametrize("state", ["loading", "training"])
+@pytest.mark.parametrize(
+    ("state", "number", "code"),
+    [
+        ("loading", signal.SIGTERM, 143),
+        ("training", signal.SIGINT, 130),
+        pytest.param("loading", signal.SIGINT, 130, marks=pytest.mark.slow),
+        pytest.param("training", signal.SIGTERM, 143, marks=pytest.mark.slow),
+    ],
+)
 def test_a_signal_prints_the_document(recipe, tmp_path, state, number, code):
     run = tmp_path / "run"
     command = [sys.executable, "-m", "llmtune", "run", str(recipe), "--out", str(run), "--json"]
@@ -240,12 +247,20 @@ def test_jq_alone_reads_the_document(finished):
     assert Path(jq(".reports.junit").strip()).exists()
 
 
+RESULTS = ("score loss (lower is better): ", "report junit: ")
+"""Lines of the script for a run with scores."""
+
+
 @pytest.mark.skipif(shutil.which("jq") is None, reason="jq is not installed: apt-get install jq")
 @pytest.mark.parametrize(
     ("more", "code", "lines"),
     [
-        ((), 0, ["gate passed: loss < 100", "score loss (lower is better): ", "report junit: "]),
-        (("--set", "evaluate.gates=['loss < 0.001']"), 6, ["gate FAILED: loss < 0.001", "error at loss < 0.001: "]),
+        pytest.param((), 0, ["gate passed: loss < 100", *RESULTS], marks=pytest.mark.slow),
+        (
+            ("--set", "evaluate.gates=['loss < 0.001', 'loss < 100']"),
+            6,
+            ["gate FAILED: loss < 0.001", "error at loss < 0.001: ", "gate passed: loss < 100", *RESULTS],
+        ),
         (("--set", "data.train=missing.jsonl"), 3, ["verdict: none   exit code 3", "error at "]),
         (("--bogus",), 2, ["no run folder", "error at the command line: No such option: --bogus"]),
     ],

@@ -136,7 +136,7 @@ def test_tensors_keep_older_names_of_a_base(tune, tmp_path):
     open_complete(out)
 
 
-@pytest.mark.parametrize("onto", ["original", "dequantized"])
+@pytest.mark.parametrize("onto", [pytest.param("original", marks=pytest.mark.slow), "dequantized"])
 def test_a_4_bit_adapter_is_merged_into_a_complete_checkpoint(tune, tmp_path, onto):
     base = build_image_text(tmp_path / "base", "gemma3", intermediate_size=128)
     tuned = tune(base, 3.0, adapter={"method": "qlora"})  # rounding changes few choices next to a strong adapter
@@ -331,6 +331,7 @@ def test_a_projector_of_another_model_fails_the_certificate(run, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_a_merge_of_an_adapter_on_the_tower_fails_the_certificate(run, tmp_path):
     folder = copy_merged(run, tmp_path)
     for layer in (0, 1):
@@ -338,7 +339,9 @@ def test_a_merge_of_an_adapter_on_the_tower_fails_the_certificate(run, tmp_path)
     assert_named(run, folder, "2 of 48 tensors of model.vision_tower are not the base's bytes")
 
 
-@pytest.mark.parametrize("name", ["processor_config.json", "preprocessor_config.json"])
+@pytest.mark.parametrize(
+    "name", ["processor_config.json", pytest.param("preprocessor_config.json", marks=pytest.mark.slow)]
+)
 def test_a_missing_processor_file_fails_the_certificate(run, tmp_path, name):
     folder = copy_merged(run, tmp_path)
     (folder / name).unlink()

@@ -158,7 +158,8 @@ RELATED |= {
 }
 """A text tune of a checkpoint that also reads images."""
 SECOND = ("completion", "masked-full", "translate-full", "qa-extractive-full", "classify-qlora", "token-classify-full")
-SECOND += ("reinforce-filter", "embed-labels", "whisper-full", "ctc-headless", "preference-orpo", "rerank-decoder")
+SECOND += ("reinforce-filter", "embed-labels", "whisper-full", "ctc-headless", "preference-orpo", "preference-kto")
+SECOND += ("rerank-decoder", "embed-scores-full")
 """Cases of a variant that the default suite covers with another method, model or loss."""
 SLOW = {*VARIED, *RELATED, *SECOND}
 CELLS = CASES | VARIED | RELATED

@@ -28,12 +28,16 @@ from llmtune.deploy.release_folder import promote_run
 from llmtune.deploy.tuned_model import rules_of_run
 from llmtune.errors import EnvironmentProblem
 from llmtune.evaluate.generation import answer_reader, generate_completions
+from llmtune.evaluate.metric import paired_difference
 from llmtune.evaluate.opened_runs import open_run_scores
+from llmtune.evaluate.per_row_scores import load_measures
 from llmtune.launch.topology import Topology
 from llmtune.model.causal_lm_loss import decoder_inputs, model_inputs, unwrap
 from llmtune.pipeline import run_pipeline
 from llmtune.plan import Plan, open_finished
 from llmtune.recipe.loader import load_recipe
+from llmtune.recipe.metric_cutoffs import at_ten
+from llmtune.recipe.task_facts import TASK_FACTS
 from llmtune.run_models import Models
 from llmtune.store.run_request import RunRequest
 from llmtune.tasks.base import Task
@@ -53,6 +57,22 @@ BASELINES = {
     "reward": "the same score for every answer",
 }
 """The baselines that replace a base model without a trained head."""
+SCORED = {
+    "chat": "choice_accuracy",
+    "completion": None,
+    "classify": "accuracy",
+    "classify-multi": "f1_micro",
+    "classify-number": "mse",
+    "token-classify": "f1",
+    "embed": "ndcg@10",
+    "embed-labels": "ndcg@10",
+    "embed-scores-full": None,
+    "rerank": "ndcg@10",
+    "summarize": "rougeL",
+    "translate": None,
+    "qa": None,
+}
+"""By case, a metric of its baseline without a language model; None if these rows, or the task, have none."""
 EVERY = [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in CELLS]
 every_case = pytest.mark.parametrize("name", EVERY)
 
@@ -124,6 +144,26 @@ def test_a_run_learns_and_measures_base_and_tuned_model_by_the_same_metrics(name
     for difference in scores["difference"].values():
         low, high = difference["interval"]
         assert low is None or low <= difference["value"] <= high  # None if there are too few rows
+
+
+@pytest.mark.parametrize("name", [cell for cell in EVERY if cell.values[0] in SCORED])
+def test_a_run_scores_the_baseline_of_its_task_on_the_rows_of_the_tuned_model(name, finished):
+    folder, report = finished(name)
+    simple, metric = report["evaluation"]["simple_baseline"], SCORED[name]
+    if metric is None:
+        assert simple is None
+        return
+    facts = TASK_FACTS[CASES[name].task]
+    assert simple["name"] == facts.simple_baseline
+    assert metric in simple["scores"]
+    assert {at_ten(one) for one in simple["scores"]} <= {*facts.baseline_metrics}
+    measures = load_measures(folder / "evaluation")
+    before, after = measures.simple[metric], measures.tuned[metric]
+    assert before.at == after.at
+    assert simple["scores"][metric] == pytest.approx(before.value)
+    assert simple["tuned"][metric] == report["evaluation"]["tuned"][metric]
+    change = paired_difference(before, after, load_recipe(str(folder.parent / "recipe.yaml")).recipe.seed)
+    assert simple["difference"][metric]["value"] == pytest.approx(change.value)
 
 
 @every_case

@@ -199,7 +199,7 @@ def test_scores_are_not_rounded_to_bfloat16(bert: Path, tmp_path: Path, monkeypa
     assert scores_of(run) == pytest.approx(encoder.predict(PAIRS), abs=1e-6)
 
 
-@pytest.mark.parametrize("label", ["LABEL_0", "score"])
+@pytest.mark.parametrize("label", ["LABEL_0", pytest.param("score", marks=pytest.mark.slow)])
 def test_a_trained_reranker_is_its_own_base(label: str, run: Path, tmp_path: Path) -> None:
     """Whatever it calls its output."""
     export(open_finished(run, quiet(), True), merged_format(), tmp_path / "base")

@@ -9,7 +9,6 @@ import pytest
 from rich.console import Console
 from support.classifying import colour_rows, recipe_for, run
 from support.runs import invoke
-from support.task_cases import CASES
 
 from llmtune.compare.compare_runs import compare_runs
 from llmtune.data.row_store import iterate_rows, load_rows
@@ -17,54 +16,14 @@ from llmtune.deploy.releases import make_release
 from llmtune.display.number_format import score
 from llmtune.errors import GateFailed
 from llmtune.evaluate.evaluation_file import load_evaluation
-from llmtune.evaluate.metric import paired_difference
-from llmtune.evaluate.per_row_scores import load_measures
 from llmtune.evaluate.release_records import open_release
 from llmtune.evaluate.simple_baseline import lead
 from llmtune.evaluate.tfidf import fit_tfidf
 from llmtune.pipeline import run_pipeline
 from llmtune.recipe.gate_grammar import SIMPLE_BASELINES
 from llmtune.recipe.loader import load_recipe
-from llmtune.recipe.metric_cutoffs import at_ten
 from llmtune.recipe.task_facts import TASK_FACTS
 from llmtune.store.run_request import RunRequest
-
-SCORED = {
-    "chat": "choice_accuracy",
-    "completion": None,
-    "classify": "accuracy",
-    "classify-multi": "f1_micro",
-    "classify-number": "mse",
-    "token-classify": "f1",
-    "embed": "ndcg@10",
-    "embed-labels": "ndcg@10",
-    "embed-scores-full": None,
-    "rerank": "ndcg@10",
-    "summarize": "rougeL",
-    "translate": None,
-    "qa": None,
-}
-"""By case, a metric of its baseline; None if these rows, or the task, have none."""
-
-
-@pytest.mark.parametrize("name", SCORED)
-def test_a_run_scores_the_baseline_of_its_task_on_the_rows_of_the_tuned_model(name, finished):
-    folder, report = finished(name)
-    simple, metric = report["evaluation"]["simple_baseline"], SCORED[name]
-    if metric is None:
-        assert simple is None
-        return
-    facts = TASK_FACTS[CASES[name].task]
-    assert simple["name"] == facts.simple_baseline
-    assert metric in simple["scores"]
-    assert {at_ten(one) for one in simple["scores"]} <= {*facts.baseline_metrics}
-    measures = load_measures(folder / "evaluation")
-    before, after = measures.simple[metric], measures.tuned[metric]
-    assert before.at == after.at
-    assert simple["scores"][metric] == pytest.approx(before.value)
-    assert simple["tuned"][metric] == report["evaluation"]["tuned"][metric]
-    change = paired_difference(before, after, load_recipe(str(folder.parent / "recipe.yaml")).recipe.seed)
-    assert simple["difference"][metric]["value"] == pytest.approx(change.value)
 
 
 def test_every_baseline_of_a_task_has_metrics_of_the_task():
