@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Collection, Mapping
 from datetime import datetime
+from functools import lru_cache
 
 import jinja2
 from jinja2 import meta, nodes
@@ -42,6 +43,7 @@ def template_variables(template: str) -> set[str]:
     return meta.find_undeclared_variables(_parse(template)) - GIVEN
 
 
+@lru_cache(maxsize=16)  # asked for every prompt
 def reads_date(template: str) -> bool:
     """Whether a template uses today's date, under its own name or another; it may ask whether there is one."""
     parsed = _parse(template)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +39,15 @@ def load_evaluation(folder: Path) -> Evaluation | None:
     if saved is None:
         return None
     try:
-        return TypeAdapter(Evaluation).validate_python(restore_nan(saved))
+        return _reader().validate_python(restore_nan(saved))
     except ValidationError:
         return None
+
+
+@cache
+def _reader() -> TypeAdapter[Evaluation]:
+    """Return the reader of evaluations; making it takes longer than reading one, and a run reads several."""
+    return TypeAdapter(Evaluation)
 
 
 def list_failed(folder: Path) -> list[Problem]:
