@@ -39,13 +39,13 @@ def load_evaluation(folder: Path) -> Evaluation | None:
     if saved is None:
         return None
     try:
-        return _reader().validate_python(restore_nan(saved))
+        return _evaluation_reader().validate_python(restore_nan(saved))
     except ValidationError:
         return None
 
 
 @cache
-def _reader() -> TypeAdapter[Evaluation]:
+def _evaluation_reader() -> TypeAdapter[Evaluation]:
     """Return the reader of evaluations; making it takes longer than reading one, and a run reads several."""
     return TypeAdapter(Evaluation)
 
