@@ -124,11 +124,11 @@ def secret_parts(key: str) -> list[str]:
 
 def redact_yaml(text: str) -> str:
     """Return YAML text without secrets; comments are kept. Raises RecipeError if it is not a recipe's YAML."""
-    parse_yaml(text, "recipe.yaml", Path())  # its limits: an alias is walked at every use
-    writer = YAML()  # keeps comments
-    writer.width = 10_000
-    read = writer.load(text)
-    if _hide_within(read):
+    if _hide_within(parse_yaml(text, "recipe.yaml", Path()).plain()):
+        writer = YAML()  # keeps comments
+        writer.width = 10_000
+        read = writer.load(text)
+        _hide_within(read)
         written = StringIO()
         writer.dump(read, written)
         text = written.getvalue()

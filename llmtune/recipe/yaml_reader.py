@@ -11,6 +11,7 @@ import os
 import re
 import warnings
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from ruamel.yaml import YAML, nodes
@@ -171,12 +172,8 @@ def parse_yaml(text: str, label: str, folder: Path, by_line: bool = True, *, old
     """
     check_size(len(text.encode("utf-8", "surrogatepass")), label)
     reader = NodeReader(label, folder, by_line, old_booleans)
-    yaml = YAML(typ="safe", pure=True)
-    yaml.Resolver = PlainResolver
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", ReusedAnchorWarning)
-            root = yaml.compose(text)
+        root = _compose(text)
     except ReusedAnchorWarning as warning:
         what = str(warning).strip().splitlines()[0]
         raise RecipeError.of(f"not valid YAML: {what}", label, "Use a different name for each anchor.") from None
@@ -194,6 +191,17 @@ def parse_yaml(text: str, label: str, folder: Path, by_line: bool = True, *, old
     node = Node(None, origin, folder) if root is None else reader.read(root, origin)
     RecipeError.collect(reader.problems)
     return node
+
+
+@lru_cache(maxsize=4)  # a run reads its recipe five times
+def _compose(text: str) -> nodes.Node | None:
+    """Return the nodes of a YAML document; a `NodeReader` does not change them."""
+    yaml = YAML(typ="safe", pure=True)
+    yaml.Resolver = PlainResolver
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ReusedAnchorWarning)
+        root: nodes.Node | None = yaml.compose(text)
+        return root
 
 
 def check_size(size_bytes: int, label: str) -> None:

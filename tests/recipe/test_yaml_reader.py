@@ -134,3 +134,12 @@ VALUES = st.recursive(
 @given(value=VALUES)
 def test_written_values_are_read_back_unchanged(value):
     assert repr(parse_yaml(scalar(value), "value", Path()).plain()) == repr(value)
+
+
+def test_the_same_text_in_two_files_has_the_lines_of_each():
+    first, second = (parse_yaml("a: 1\nb: [2]\n", label, Path(label)) for label in ("one.yaml", "two.yaml"))
+    assert first.plain() == second.plain() == {"a": 1, "b": [2]}
+    assert [(node.value["b"].origin, node.value["b"].folder) for node in (first, second)] == [
+        ("one.yaml:2", Path("one.yaml")),
+        ("two.yaml:2", Path("two.yaml")),
+    ]
