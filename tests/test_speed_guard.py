@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from llmtune import __version__
 from llmtune.model.device import resolve_dtype
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -67,6 +68,18 @@ def test_results_state_the_version_and_the_date_of_every_section() -> None:
 
     for section in text.split("\n## ")[1:]:
         assert CONDITIONS.search(section), f"no version and date: {section.splitlines()[0]}"
+
+
+def test_figures_of_speed_in_the_readme_are_not_older_than_the_last_minor_version() -> None:
+    section = (ROOT / "README.md").read_text().split("\n## Speed\n")[1].split("\n## ")[0]
+    paragraphs = [part for part in section.split("\n\n") if re.search(r"\d", part) and not part.startswith("|")]
+    major, minor = (int(part) for part in __version__.split(".")[:2])
+
+    assert len(paragraphs) >= 2, "the ratios, and preparation of many rows"
+    for paragraph in paragraphs:
+        stated = CONDITIONS.search(paragraph)
+        assert stated, f"no version and date: {paragraph[:60]}"
+        assert (int(stated[1]), int(stated[2])) >= (major, minor), f"measured with an old version: {paragraph[:60]}"
 
 
 @pytest.mark.slow
