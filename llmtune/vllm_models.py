@@ -1,4 +1,4 @@
-"""The models of a finished run in vLLM, which answers instead of our own loop; and what it cannot do for a run."""
+"""Models of a finished run in vLLM, as the engine of its answers, and the requests that this engine refuses."""
 
 from __future__ import annotations
 
@@ -56,16 +56,16 @@ def locate_vllm_weights(context: RunContext) -> VllmWeights:
     if plan.recipe.adapter.method == "full":
         return VllmWeights(base, context.trained_folder)
     adapter = find_adapter(run)
-    what = find_vllm_obstacle(base) or explain_unapplied(read_config(adapter))
+    reason = find_vllm_obstacle(base) or explain_unapplied(read_config(adapter))
     if plan.recipe.adapter.method == "qlora":
-        what = "vLLM does not read its base, which is in 4 bits of bitsandbytes"
-    if what is None:
+        reason = "vLLM does not read its base, which is in 4 bits of bitsandbytes"
+    if reason is None:
         return VllmWeights(base, base, adapter)
     merged = run / "merged"
     if (read_json(merged / CERTIFICATE) or {}).get("trained_sha256") == hash_folder(context.trained_folder):
         return VllmWeights(base, merged)
     fix = f"If its method can be merged, merge it (llmtune deploy merge {run}) and try again; else omit --engine."
-    raise RecipeError.of(f"{what}, and the run has no merged weights", str(adapter), fix)
+    raise RecipeError.of(f"{reason}, and the run has no merged weights", str(adapter), fix)
 
 
 def find_unanswerable(recipe: Recipe, task: EvaluatedTask, *, base: bool) -> Iterator[Problem]:
@@ -132,7 +132,7 @@ def check_engine(context: RunContext, *, base: bool = True, scores: bool = False
 
 
 def describe_engine(context: RunContext) -> str:
-    """Return what answers instead of our own loop: vLLM's version, and what it loads; empty if nothing does."""
+    """Return vLLM's version and the weights that it loads; empty if our own loop generates the answers."""
     if context.request.engine != "vllm":
         return ""
     weights = locate_vllm_weights(context)
@@ -142,7 +142,7 @@ def describe_engine(context: RunContext) -> str:
 
 
 def hash_scores(context: RunContext) -> str:
-    """Hash the inputs of the scores, with what answers if that is not our own loop."""
+    """Hash the inputs of the scores, with the engine of the answers if it is not our own loop."""
     inputs, engine = evaluation_hash(context), describe_engine(context)
     return hash_value([inputs, engine]) if engine else inputs
 

@@ -51,7 +51,7 @@ MODULES = itertools.count()
 def imports_are_no_garbage() -> None:
     """Freeze all imported objects, as the command line does: every run collects garbage five times."""
     if next(MODULES) % 20 == 0:
-        gc.unfreeze()  # each command freezes what it finds, garbage included
+        gc.unfreeze()  # each command freezes all objects, garbage included
     gc.collect()
     gc.freeze()
 

@@ -46,7 +46,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print no progress, only errors on stderr.")]
 AnswerEngine = Annotated[
     Literal["own", "vllm"],
-    typer.Option("--engine", metavar="ENGINE", help="What generates the answers: own, or vllm if installed."),
+    typer.Option("--engine", metavar="ENGINE", help="Engine of the answers: own, or vllm if installed."),
 ]
 ModelName = Annotated[
     str | None, typer.Option("--model", metavar="NAME", help="The base model, as --set model.name=NAME.")

@@ -38,8 +38,8 @@ def test_vllm_gives_the_answers_and_scores_of_our_own_loop(tmp_path: Path, metho
     write_recipe(tmp_path / "tiny.yaml", model, "rows.jsonl", data=data, evaluate=evaluate, **METHODS[method])
     done = llmtune("run", "tiny.yaml", "--out", "run", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    own, own_scores = read_answers(tmp_path / "run"), read_evaluation(tmp_path / "run")
-    assert len({row["tuned"] for row in own}) > 1, "the model gives one answer to all rows: nothing is compared"
+    answers, plain_scores = read_answers(tmp_path / "run"), read_evaluation(tmp_path / "run")
+    assert len({row["tuned"] for row in answers}) > 1, "the model gives one answer to all rows: nothing is compared"
     done = llmtune("evaluate", "run", "--engine", "vllm", cwd=tmp_path, timeout=MINUTES)
     assert done.returncode == 0, done.stderr
     theirs, scores = read_answers(tmp_path / "run"), read_evaluation(tmp_path / "run")
@@ -47,14 +47,14 @@ def test_vllm_gives_the_answers_and_scores_of_our_own_loop(tmp_path: Path, metho
     assert "vLLM" in scores["signatures"]["exact_match"]
     assert "vLLM" in (tmp_path / "run/report.md").read_text() + (tmp_path / "run/report.html").read_text()
     for name in ("base", "tuned"):
-        same = sum(one[name] == other[name] for one, other in zip(own, theirs, strict=True))
-        assert same >= 0.9 * len(own)
-        assert scores[name]["exact_match"] == pytest.approx(own_scores[name]["exact_match"], abs=0.1)
+        same = sum(one[name] == other[name] for one, other in zip(answers, theirs, strict=True))
+        assert same >= 0.9 * len(answers)
+        assert scores[name]["exact_match"] == pytest.approx(plain_scores[name]["exact_match"], abs=0.1)
     again = llmtune("evaluate", "run", "--engine", "vllm", cwd=tmp_path, timeout=MINUTES)
     assert "evaluate unchanged, skipped" in again.stderr
     back = llmtune("evaluate", "run", cwd=tmp_path)
     assert "reusing" not in back.stderr, "answers of vLLM were taken for those of our own loop"
-    assert read_answers(tmp_path / "run") == own
+    assert read_answers(tmp_path / "run") == answers
     assert "engine" not in read_evaluation(tmp_path / "run")["signatures"]
 
 
@@ -67,9 +67,9 @@ def test_vllm_answers_the_rows_of_a_file_with_the_adapter(tmp_path: Path) -> Non
     assert done.returncode == 0, done.stderr
     questions = [{"prompt": f"Which colour has the cat number {i}?"} for i in range(10)] + [{"prompt": "long " * 4000}]
     (tmp_path / "questions.jsonl").write_text("".join(json.dumps(one) + "\n" for one in questions))
-    own = llmtune("generate", "run", "--input", "questions.jsonl", cwd=tmp_path)
+    plain = llmtune("generate", "run", "--input", "questions.jsonl", cwd=tmp_path)
     theirs = llmtune("generate", "run", "--input", "questions.jsonl", "--engine", "vllm", cwd=tmp_path, timeout=MINUTES)
     assert theirs.returncode == 0, theirs.stderr
-    pairs = [*zip(own.stdout.splitlines(), theirs.stdout.splitlines(), strict=True)]
+    pairs = [*zip(plain.stdout.splitlines(), theirs.stdout.splitlines(), strict=True)]
     assert sum(one == other for one, other in pairs) >= 0.9 * len(pairs)
     assert "error" in json.loads(pairs[-1][1])
