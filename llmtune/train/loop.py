@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -14,7 +15,7 @@ from rich.console import Console
 
 from llmtune.adapter.saving import save_adapter, stored_dtype
 from llmtune.errors import Problem, Stopped, TrainingError
-from llmtune.model.device import fits_in_memory
+from llmtune.model.device import fits_in_memory, keep_freed_memory
 from llmtune.recipe.schema import Recipe
 from llmtune.records import AdaptedModel, Examples
 from llmtune.store.json_shapes import METRICS
@@ -109,7 +110,7 @@ def train(
         EnvironmentProblem: the disk is full or not writable, or a tracker or an optimiser is not available.
         RecipeError: the schedule or `batch_tokens` is invalid.
     """
-    with deterministic():
+    with deterministic(), keep_freed_memory() if recipe.adapter.method == "full" else nullcontext():
         training = set_up(adapted, examples, task, recipe, folder, console, inputs, sharded)
         measure = metrics_of_validation(training, examples)
         half = training.dtype == torch.float16

@@ -1,5 +1,6 @@
 """Dtypes and memory limits of this machine."""
 
+import ctypes
 import resource
 
 import psutil
@@ -15,6 +16,7 @@ from llmtune.model.device import (
     explain_oom,
     has_fast_bfloat16,
     is_out_of_memory,
+    keep_freed_memory,
     resolve_dtype,
 )
 
@@ -98,3 +100,20 @@ def test_a_model_or_adapter_without_room_gives_no_traceback(tiny_llama, tmp_path
 )
 def test_running_out_of_memory_is_distinguished_from_other_errors(error, is_memory):
     assert is_out_of_memory(error) is is_memory
+
+
+def _page_faults_of_large_blocks() -> int:
+    """Page faults of writing ten blocks of 64 MB, each freed before the next."""
+    torch.empty(64 * 2**20, dtype=torch.uint8).fill_(1)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(10):
+        torch.empty(64 * 2**20, dtype=torch.uint8).fill_(1)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="an option of glibc")
+def test_freed_blocks_are_reused_only_inside_the_block():
+    mapped = _page_faults_of_large_blocks()
+    with keep_freed_memory():
+        assert _page_faults_of_large_blocks() < mapped / 10
+    assert _page_faults_of_large_blocks() > mapped / 2
