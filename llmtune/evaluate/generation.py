@@ -157,7 +157,8 @@ def _generate_here(
         return run_in_batches(lengths, cache_budget(device, column_bytes), work, advance, most=most)
     budget = budget_for(device, GENERATION_BUDGET) // recipe.generation.num_beams
     with torch.random.fork_rng(), only_these_settings(model):
-        alone = alone or windows_count_padding(model, longest) or not ignores_padding(model, settings, device)
+        if len(prompts) > 1:  # a single prompt has no padding
+            alone = alone or windows_count_padding(model, longest) or not ignores_padding(model, settings, device)
         torch.manual_seed(recipe.seed)
         return run_in_batches(lengths, budget, work, advance, most=1 if alone else None)
 
