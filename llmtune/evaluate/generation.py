@@ -132,9 +132,7 @@ def _generate_here(
 ) -> list[CompletionOutput]:
     stops = set(answer_ends(model, processor, recipe))
     if isinstance(model, VllmModel):
-        answers = model.complete(prompts, recipe, stops)
-        advance(len(prompts))
-        return [end_output(ids, stops) for ids in answers]
+        return [end_output(ids, stops) for ids in model.complete(prompts, recipe, stops, advance)]
     settings = generation_settings(model, processor, recipe)
     new = recipe.generation.max_new_tokens
     lengths = [len(prompt) + new for prompt in prompts]
