@@ -137,7 +137,7 @@ def _generate_here(
     new = recipe.generation.max_new_tokens
     lengths = [len(prompt) + new for prompt in prompts]
     longest = max(lengths, default=0)
-    alone = positions_depend_on_neighbours(model, longest)
+    alone = len(prompts) < 2 or positions_depend_on_neighbours(model, longest)  # a single prompt has no padding
     plain = all(prompt.media is None for prompt in prompts)
     ours = is_greedy(recipe) and len(prompts) > FEW_PROMPTS and plain and not alone
     column_bytes = column_bytes_of(model, device) if ours else None
@@ -155,8 +155,7 @@ def _generate_here(
         return run_in_batches(lengths, cache_budget(device, column_bytes), work, advance, most=most)
     budget = budget_for(device, GENERATION_BUDGET) // recipe.generation.num_beams
     with torch.random.fork_rng(), only_these_settings(model):
-        if len(prompts) > 1:  # a single prompt has no padding
-            alone = alone or windows_count_padding(model, longest) or not ignores_padding(model, settings, device)
+        alone = alone or windows_count_padding(model, longest) or not ignores_padding(model, settings, device)
         torch.manual_seed(recipe.seed)
         return run_in_batches(lengths, budget, work, advance, most=1 if alone else None)
 
