@@ -23,6 +23,9 @@ TRAINING = $(call MEASURE,training) --dtype $(DTYPE) $(PEERS)
 OTHER = $(if $(filter-out bfloat16,$(DTYPE)),-$(DTYPE))
 PEERS = $(if $(LLAMAFACTORY),--llamafactory $(LLAMAFACTORY))
 
+# Images of Python often set it. Every process that a test starts would compile all of llmtune, and each worker all tests.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .PHONY: help setup models demo test test-quick test-random test-slow test-gpu test-fake-cuda test-oldest test-newest test-extras check format docs architectures promises torture hostile site same build bench bench-guard conformance clean
 

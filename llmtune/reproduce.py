@@ -13,6 +13,7 @@ from rich.markup import escape
 
 from llmtune.data.sources import hash_sources
 from llmtune.errors import DataError, EnvironmentProblem, Problem, RecipeError
+from llmtune.evaluate.evaluation_file import answered_by_vllm
 from llmtune.evaluate.suites.judge_client import check_evaluation
 from llmtune.model.device import describe_device, pick_device
 from llmtune.pipeline import run_pipeline
@@ -81,11 +82,13 @@ def reproduce(
     loaded = move_recipe(recipe_of_run(folder), lock, run)
     name_code(run, list_model_code(loaded.recipe), console)
     check_evaluation(run, loaded.recipe, console)
+    if answered_by_vllm(run):
+        console.print("its scores are not reproduced: vLLM generated the answers")
     request = RunRequest(
         out=target,
         fresh=fresh,
         offline=offline,
-        until="evaluate" if folder.is_done("evaluate") else "train",
+        until="evaluate" if folder.is_done("evaluate") and not answered_by_vllm(run) else "train",
         pins=hold(read_pins(run / LOCK), loaded.recipe, lock, run),
         findings={**kept_findings(folder), "reproduces": str(run)},
     )
@@ -154,19 +157,17 @@ def compare_with_original(
     files = list(compare_trained(folder, now, lock, trained))
     losses = [judge_numbers(*numbers, tolerances.loss) for numbers in compare_losses(was, now)]
     scores = [judge_numbers(*numbers, tolerances.score) for numbers in compare_scores(was, now)]
-    if folder.is_done("evaluate") and not scores:
+    if folder.is_done("evaluate") and not scores and not answered_by_vllm(was):
         scores = [{"name": "evaluation", "was": None, "now": None, "equal": False, "within": False}]
     by_bytes = not settings and device_of(folder, lock) == "cpu"
-    same_bytes = all(file["equal"] for file in files)
     judged = files + scores if by_bytes else losses + scores
-    altered = sorted({finding.name for finding in verification.failed})
     differences = find_differences(was, now, trained)
     return {
         "run": str(was),
         "reproduction": str(now),
         "equal": all(item["equal"] if by_bytes else item["within"] for item in judged),
         "judged_by": "bytes" if by_bytes else "tolerance",
-        "same_bytes": same_bytes,
+        "same_bytes": all(file["equal"] for file in files),
         "tolerances": vars(tolerances),
         "settings": settings,
         "files": files,
@@ -174,7 +175,7 @@ def compare_with_original(
         "scores": scores,
         "first_difference": vars(differences[0]) | {"told": str(differences[0])} if differences else None,
         "differences": [vars(difference) for difference in differences],
-        "altered_since": altered,
+        "altered_since": sorted({finding.name for finding in verification.failed}),
     }
 
 

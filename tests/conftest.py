@@ -43,17 +43,25 @@ def pytest_report_header() -> list[str]:
     return [f"skipped, as {name} is not installed: {', '.join(files)}" for name, files in SKIPPED.items()]
 
 
-MODULES = itertools.count()
-"""The modules whose tests have begun."""
+FROZEN = itertools.count()
+"""How often imports were frozen."""
+imported = 0
+"""The number of imported modules when they were last frozen."""
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(autouse=True)
 def imports_are_no_garbage() -> None:
-    """Freeze all imported objects, as the command line does: every run collects garbage five times."""
-    if next(MODULES) % 20 == 0:
-        gc.unfreeze()  # each command freezes all objects, garbage included
-    gc.collect()
-    gc.freeze()
+    """Freeze imported objects, as the command line does: every run collects garbage five times.
+
+    Libraries import modules late, at their first use in a test, so this counts the modules before each test.
+    """
+    global imported
+    if len(sys.modules) > imported + 20:
+        if next(FROZEN) % 20 == 0:
+            gc.unfreeze()  # each command freezes all objects, garbage included
+        gc.collect()
+        gc.freeze()
+        imported = len(sys.modules)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -72,6 +72,23 @@ def test_a_moved_run_is_reproduced_byte_for_byte_with_its_budget(
     assert [read_run(run).findings["micro_batch_tokens"] for run in (project / "runs/tiny", out)] == [BUDGET, BUDGET]
 
 
+def test_scores_of_answers_by_vllm_are_not_reproduced(project: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(project / "runs/tiny", project / "runs/by_vllm")
+    scores = run / "evaluation/evaluation.json"
+    evaluation = json.loads(scores.read_text())
+    evaluation["tuned"]["exact_match"] = 0.5
+    scores.write_text(json.dumps(evaluation))
+    assert not again(run, tmp_path / "own", tolerances=Tolerances(score=0))["equal"]
+    evaluation["signatures"]["engine"] = "vLLM 0.33.0, with the adapter on its base"
+    scores.write_text(json.dumps(evaluation))
+    console = Console(file=io.StringIO())
+    result = reproduce(run, console, out=tmp_path / "again")
+    assert "its scores are not reproduced: vLLM generated the answers" in console.file.getvalue()
+    assert result["equal"]
+    assert not result["scores"]
+    assert result["losses"]
+
+
 def test_differences_are_named_and_judged_by_bytes(
     project: Path, reproduced: tuple[dict[str, Any], Path], tmp_path: Path
 ) -> None:

@@ -11,12 +11,16 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
+from support.classifying import scored
 from support.runs import FAST, finish_run, invoke
 from support.training import make_recipe
 
 from llmtune.errors import RecipeError
-from llmtune.evaluate.vllm_completions import engine_arguments, sampling_arguments
+from llmtune.evaluate.metric import BY_VLLM
+from llmtune.evaluate.opened_runs import find_other_measure, pair_measures
+from llmtune.evaluate.vllm_completions import engine_arguments, progress_bar, sampling_arguments
 from llmtune.plan import open_finished
+from llmtune.serve import answer_file
 from llmtune.store.atomic_files import hash_folder
 from llmtune.tasks.registry import get_task
 from llmtune.vllm_models import check_engine, find_unanswerable, find_unmeasurable, locate_vllm_weights
@@ -110,6 +114,44 @@ def test_models_and_settings_that_vllm_does_not_have_are_refused(tmp_path: Path,
     assert "add_tokens" not in alone
     for task in ("classify", "token-classify", "embed", "rerank", "speech", "preference"):
         assert f"task {task}" in problems(find_unanswerable(recipe, get_task(task), base=True))
+
+
+def test_scores_of_answers_by_vllm_and_by_our_own_loop_are_not_paired() -> None:
+    own = scored(["a", "b"], ["a", "b", "b"], ["a", "b", "a"])
+    signed = {name: replace(one, signature=one.signature + BY_VLLM) for name, one in own.measures.tuned.items()}
+    by_vllm = replace(own, name="theirs", measures=replace(own.measures, tuned=signed))
+    assert pair_measures(by_vllm, by_vllm)[0].keys() == own.measures.tuned.keys()
+    for pair in ((own, by_vllm), (by_vllm, own)):
+        pairs, left_out = pair_measures(*pair)
+        assert not pairs
+        assert left_out == dict.fromkeys(own.measures.tuned, "vLLM generated the answers of only one of them")
+    assert find_other_measure(own, by_vllm, "accuracy")[1] == " (--engine vllm)"
+
+
+def test_the_bar_advances_by_answers_and_not_by_the_prompts_that_vllm_reads(capfd: pytest.CaptureFixture[str]) -> None:
+    advanced: list[int] = []
+    assert [*progress_bar(advanced.append, [1, 2, 3], desc="Rendering prompts")] == [1, 2, 3]
+    assert not advanced
+    bar = progress_bar(advanced.append, total=3, desc="Processed prompts", dynamic_ncols=True, postfix="speed")
+    for _ in range(3):
+        assert bar.format_dict["elapsed"] > 0
+        bar.update(1)
+    bar.close()
+    assert advanced == [1, 1, 1]
+    assert capfd.readouterr() == ("", "")
+
+
+def test_sampled_answers_to_the_parts_of_a_file_are_drawn_anew(
+    copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(answer_file, "AT_ONCE", 2)
+    recipe = copied / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("do_sample: false", "do_sample: true"))
+    (tmp_path / "rows.jsonl").write_text(4 * (json.dumps({"prompt": "What comes after 3?"}) + "\n"))
+    ended = invoke("generate", copied, "--input", tmp_path / "rows.jsonl", "--output", tmp_path / "answers.jsonl")
+    assert ended.exit_code == 0, ended.output
+    answers = [json.loads(line)["answer"] for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    assert answers[:2] != answers[2:]
 
 
 @without_vllm

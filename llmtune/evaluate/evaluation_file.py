@@ -44,6 +44,12 @@ def load_evaluation(folder: Path) -> Evaluation | None:
         return None
 
 
+def answered_by_vllm(run: Path) -> bool:
+    """Return whether a run's scores are of answers by vLLM."""
+    evaluation = load_evaluation(run / "evaluation")
+    return evaluation is not None and "engine" in evaluation.signatures
+
+
 @cache
 def _evaluation_reader() -> TypeAdapter[Evaluation]:
     """Return the reader of evaluations; making it takes longer than reading one, and a run reads several."""

@@ -132,14 +132,12 @@ def _generate_here(
 ) -> list[CompletionOutput]:
     stops = set(answer_ends(model, processor, recipe))
     if isinstance(model, VllmModel):
-        answers = model.complete(prompts, recipe, stops)
-        advance(len(prompts))
-        return [end_output(ids, stops) for ids in answers]
+        return [end_output(ids, stops) for ids in model.complete(prompts, recipe, stops, advance)]
     settings = generation_settings(model, processor, recipe)
     new = recipe.generation.max_new_tokens
     lengths = [len(prompt) + new for prompt in prompts]
     longest = max(lengths, default=0)
-    alone = positions_depend_on_neighbours(model, longest)
+    alone = len(prompts) < 2 or positions_depend_on_neighbours(model, longest)  # a single prompt has no padding
     plain = all(prompt.media is None for prompt in prompts)
     ours = is_greedy(recipe) and len(prompts) > FEW_PROMPTS and plain and not alone
     column_bytes = column_bytes_of(model, device) if ours else None

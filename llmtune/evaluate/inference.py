@@ -23,7 +23,7 @@ from llmtune.evaluate.eval_inputs import EvalContext, EvalInputs
 from llmtune.evaluate.evaluated_task import Corpus, EvalPrediction, EvaluatedTask, LoadedModel
 from llmtune.evaluate.generation import CompletionOutput, answer_reader, generate_completions
 from llmtune.evaluate.intervals import Floats
-from llmtune.evaluate.metric import Measure, measure_right, measure_shares
+from llmtune.evaluate.metric import BY_VLLM, Measure, measure_right, measure_shares
 from llmtune.evaluate.shared_prefix import find_choice, score_choices
 from llmtune.evaluate.suites.own_metrics import measure_own
 from llmtune.evaluate.text_metrics import CHOICE_METRIC, TEXT_MEASURES, TOKEN_METRICS, measure_tokens
@@ -275,7 +275,7 @@ def compute_metrics(
     user_measures = measure_own(context.recipe, inputs.full_rows, inputs.origins, given, failed, context.console)
     metrics = [name for name in dict.fromkeys((*inputs.metrics, CUT_METRIC)) if name not in section.own_metrics]
     measures = user_measures | {metric: measure_one(metric, context, inputs, answers, base) for metric in metrics}
-    by_engine = "; answers by vLLM" if context.engine else ""  # scores of other engines are not comparable
+    by_engine = BY_VLLM if context.engine else ""
     return {
         metric: replace(one, signature=one.signature + by_engine).in_clusters(inputs.clusters)
         for metric, one in measures.items()

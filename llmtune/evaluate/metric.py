@@ -28,6 +28,9 @@ from llmtune.evaluate.paired_statistics import (
 from llmtune.recipe.evaluate_section import ERROR
 from llmtune.records import Difference
 
+BY_VLLM = "; answers by vLLM"
+"""The end of the signature of a metric of vLLM's answers."""
+
 
 @dataclass(frozen=True)
 class Measure:

@@ -14,7 +14,7 @@ import numpy as np
 
 from llmtune.errors import DataError, EnvironmentProblem, LlmtuneError, Problem, RecipeError
 from llmtune.evaluate.evaluation_file import load_evaluation
-from llmtune.evaluate.metric import Measure, PairedMeasures, ratio
+from llmtune.evaluate.metric import BY_VLLM, Measure, PairedMeasures, ratio
 from llmtune.evaluate.per_row_scores import PerRowScores, load_measures
 from llmtune.recipe.evaluate_section import GATE_KEYS
 from llmtune.recipe.schema import Recipe
@@ -198,7 +198,8 @@ def find_other_measure(first: ScoredRun, second: ScoredRun, metric: str) -> tupl
     """Return how a metric of both runs differs, and the keys that decide it; None if it is the same."""
     signatures = [run.measures.tuned[metric].signature for run in (first, second)]
     if signatures[0] != signatures[1]:
-        return f"{metric} is '{signatures[1]}', but in {first.name} '{signatures[0]}'", ""
+        key = " (--engine vllm)" if answered_by_others(*signatures) else ""
+        return f"{metric} is '{signatures[1]}', but in {first.name} '{signatures[0]}'", key
     if choices_of(first, metric) != choices_of(second, metric):
         return f"{metric} chooses among other answers than in {first.name}", " (evaluate.choices)"
     return None
@@ -217,6 +218,11 @@ def find_other_keys(first: ScoredRun, second: ScoredRun, metrics: Collection[str
     for key, (one, other) in find_differing(first, second).items():
         if key.startswith(tuple(keys)) and key not in left_out and "auto" not in (one, other):
             yield f"measured with {key}: {other}, but {first.name} with {one}"
+
+
+def answered_by_others(before: str, after: str) -> bool:
+    """Return whether one of two signatures is of vLLM's answers, and the other of our own loop's."""
+    return before.endswith(BY_VLLM) != after.endswith(BY_VLLM)
 
 
 def choices_of(run: ScoredRun, metric: str) -> list[str]:
@@ -248,6 +254,8 @@ def pair_measures(first: ScoredRun, second: ScoredRun) -> tuple[dict[str, tuple[
         if not shared:
             names = second.name_inputs(metric)
             left_out[metric] = "no row in common" + (f" with the same {names}" if names != "rows" else "")
+        elif answered_by_others(before.signature, after.signature):
+            left_out[metric] = "vLLM generated the answers of only one of them"
         elif metric in first.recipe.evaluate.own_metrics and before.signature != after.signature:
             left_out[metric] = f"measured with another file: {after.signature}, before {before.signature}"
         elif before.sums_NK.shape[1] != after.sums_NK.shape[1]:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import os
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from llmtune.errors import EnvironmentProblem
@@ -35,20 +38,30 @@ class VllmModel(torch.nn.Module):
         """Most tokens of a prompt and its answer."""
         return int(self.engine.model_config.max_model_len)
 
-    def complete(self, prompts: Sequence[Prompt], recipe: Recipe, stops: Collection[int]) -> list[list[int]]:
+    def complete(
+        self, prompts: Sequence[Prompt], recipe: Recipe, stops: Collection[int], advance: Callable[[int], None]
+    ) -> list[list[int]]:
         """Return the ids of the answer to each prompt; an end token, if there is one, is the last.
 
-        Raises EnvironmentProblem if vLLM fails.
+        `advance` gets the number of answers as they finish. Raises EnvironmentProblem if vLLM fails.
         """
         if not prompts:
             return []
         vllm, lora = import_vllm(), import_module("vllm.lora.request")
         adapter = lora.LoRARequest("tuned", 1, str(self.adapter)) if self.adapter else None
         given = [vllm.TokensPrompt(prompt_token_ids=list(prompt.ids)) for prompt in prompts]
-        settings = [vllm.SamplingParams(**sampling_arguments(recipe, stops, at)) for at in range(len(prompts))]
+        params = [vllm.SamplingParams(**sampling_arguments(recipe, stops, at)) for at in range(len(prompts))]
         with _explain_failure("answer"):
-            outputs = self.engine.generate(given, settings, use_tqdm=False, lora_request=adapter)
+            outputs = self.engine.generate(given, params, use_tqdm=partial(progress_bar, advance), lora_request=adapter)
         return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+def progress_bar(advance: Callable[[int], None], requests: Iterable[Any] | None = None, **options: Any) -> Any:
+    """Return a silent bar for vLLM, which calls `advance` for answers, not for the `requests` it reads."""
+    bar = tqdm(requests, **options, file=io.StringIO())
+    if requests is None:
+        bar.update = advance
+    return bar
 
 
 def sampling_arguments(recipe: Recipe, stops: Collection[int], at: int) -> dict[str, Any]:

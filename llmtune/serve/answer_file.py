@@ -88,7 +88,8 @@ def answer_file(
             batch = raw[first : first + AT_ONCE]
             given = [row if isinstance(row, RowError) else read(row) for _, row in batch]
             usable = [one for one in given if not isinstance(one, RowError)]
-            answers = _answer_rows(served, usable, partial(progress.advance, bar))
+            recipe = served.recipe.model_copy(update={"seed": served.recipe.seed + first})  # other draws per part
+            answers = _answer_rows(replace(served, recipe=recipe), usable, partial(progress.advance, bar))
             for (origin, row), one in zip(batch, given, strict=True):
                 answer = {"error": f"{origin}: {one}"} if isinstance(one, RowError) else next(answers)
                 answered += "error" not in answer

@@ -82,7 +82,10 @@ def test_exports_made_before_one_that_fails_keep_their_certificates_and_the_next
     assert all(outcome == [] for name, outcome in cases(run)[1].items())
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGKILL, -9), (signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)],
+)
 def test_a_run_stopped_while_it_exports_has_its_report_with_the_exports_unfinished(recipe, tmp_path, number, code):
     run = tmp_path / "run"
     command = [sys.executable, "-m", "llmtune", "run", str(recipe), "--out", str(run)]

@@ -48,6 +48,16 @@ def test_answers_keep_the_order_of_the_prompts_for_any_batches(tiny_llama, bench
     assert len(advanced) > 1
 
 
+def test_a_single_prompt_is_read_without_a_trial_of_padding(tiny_llama, bench):
+    model, tokenizer = load(tiny_llama)
+    passes = []
+    model.register_forward_hook(lambda module, inputs, output: passes.append(output.logits.shape[0]))
+    (output,) = generate_completions(
+        model, [Prompt(tokenizer(PROMPTS[0]).input_ids)], tokenizer, settings(bench, max_new_tokens=5), device="cpu"
+    )
+    assert passes == [1] * (len(output.token_ids) + (output.finish_reason == "stop"))
+
+
 def test_an_answer_ends_before_the_end_of_turn_or_is_truncated():
     assert end_output([5, 6, 2, 7, 0, 0], {2, 3}) == CompletionOutput([5, 6], "stop")
     assert end_output([5, 6], {2, 3}) == CompletionOutput([5, 6], "length")

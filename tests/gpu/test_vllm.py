@@ -6,7 +6,11 @@ from typing import Any
 
 import pytest
 from support.models import build_llama
-from support.runs import llmtune, write_colours, write_recipe
+from support.runs import FAST, finish_run, llmtune, write_colours, write_recipe
+
+from llmtune.evaluate.generation import generate_completions
+from llmtune.records import Prompt
+from llmtune.serve.finished_run import FinishedRun
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 MINUTES = 900
@@ -73,3 +77,17 @@ def test_vllm_answers_the_rows_of_a_file_with_the_adapter(tmp_path: Path) -> Non
     pairs = [*zip(plain.stdout.splitlines(), theirs.stdout.splitlines(), strict=True)]
     assert sum(one == other for one, other in pairs) >= 0.9 * len(pairs)
     assert "error" in json.loads(pairs[-1][1])
+
+
+@pytest.mark.timeout(MINUTES)
+@pytest.mark.filterwarnings("ignore")  # of vLLM
+def test_the_progress_bar_advances_while_vllm_answers(tmp_path: Path) -> None:
+    model = build_llama(tmp_path / "model", hidden_size=256, intermediate_size=256)
+    run = FinishedRun(finish_run(tmp_path, model, train=FAST), offline=True, engine="vllm")
+    served = run.load({"prompt": "text"}, base=False, max_new_tokens=40)
+    prompts, advanced = [Prompt([token, 5, 6]) for token in range(10, 50)], list[int]()
+    outputs = generate_completions(
+        served.model, prompts, served.processor, served.recipe, device=served.device, advance=advanced.append
+    )
+    assert len(outputs) == sum(advanced) == len(prompts)
+    assert len(advanced) > 1, "the bar advanced only at the end"

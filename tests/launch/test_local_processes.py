@@ -121,6 +121,10 @@ def test_a_mistake_in_one_process_is_raised_here_with_its_rank(console):
 def test_rank_0_ends_only_after_the_others_have_read_its_result(console):
     """Rank 0 hosts the store: if it ends first, the others lose their connection after a complete run."""
     assert launch_work("read_late", ["result"], Topology(2), console) == "done"
+
+
+@pytest.mark.slow
+def test_rank_0_ends_only_after_the_others_have_read_its_error(console):
     with pytest.raises(DataError) as caught:
         launch_work("read_late", ["error"], Topology(2), console)
     assert caught.value.problems[0].where == "rows.jsonl:7"

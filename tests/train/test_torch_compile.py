@@ -37,18 +37,22 @@ def test_compiled_training_matches_plain_losses_and_prints_the_compile_time(tmp_
     assert "Compiled: " in console.file.getvalue()
 
 
-def test_rows_of_many_lengths_compile_once_and_resumed_training_ends_with_the_same_bytes(
-    tmp_path, tiny_llama, examples
-):
-    recipe = compiled(tmp_path, tiny_llama)
+def test_rows_of_many_lengths_compile_once(tmp_path, tiny_llama, examples):
     torch._dynamo.reset()
     counters = torch._dynamo.utils.counters
     counters.clear()
-    run_training(tmp_path / "whole", recipe, examples)
+    run_training(tmp_path / "run", compiled(tmp_path, tiny_llama), examples)
     assert (
         0 < counters["stats"]["unique_graphs"] <= 8
     )  # norm and MLP, in training and evaluation, and those of the first layer
     assert not counters["graph_break"]
+
+
+@pytest.mark.slow
+def test_resumed_compiled_training_ends_with_the_same_bytes(tmp_path, tiny_llama, examples):
+    recipe = compiled(tmp_path, tiny_llama)
+    torch._dynamo.reset()
+    run_training(tmp_path / "whole", recipe, examples)
     shutil.copytree(tmp_path / "whole", tmp_path / "halved")
     shutil.rmtree(tmp_path / "halved" / "checkpoints" / "step-6")
     torch._dynamo.reset()  # like a new process
