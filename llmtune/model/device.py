@@ -167,7 +167,7 @@ def fits_in_memory(work: Callable[[], object]) -> bool:
     return True
 
 
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4
 """Options of mallopt(3)."""
 REFUSALS = (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError)
 """Errors that models raise for unsupported inputs."""
@@ -204,8 +204,10 @@ def keep_freed_memory() -> Iterator[None]:
     try:
         yield
     finally:
-        mallopt(M_MMAP_MAX, 65_536)  # the defaults of glibc
-        mallopt(M_TRIM_THRESHOLD, 128 * 1024)
+        mallopt(M_MMAP_MAX, 65_536)  # the default
+        mallopt(M_MMAP_THRESHOLD, 32 * 2**20)  # what glibc comes to by itself, once a large block was freed
+        mallopt(M_TRIM_THRESHOLD, 64 * 2**20)
+        release_memory()
 
 
 @contextmanager
