@@ -117,7 +117,7 @@ def check_engine(context: RunContext, *, base: bool = True, scores: bool = False
         scores: Whether the answers are scored.
         chooses: Whether answers have probabilities.
 
-    Raises RecipeError if it cannot, EnvironmentProblem if it is not installed.
+    Raises RecipeError if it cannot, EnvironmentProblem if it is not installed or cannot be imported.
     """
     if context.request.engine == "vllm":
         plan = context.plan
@@ -129,6 +129,7 @@ def check_engine(context: RunContext, *, base: bool = True, scores: bool = False
         RecipeError.collect(problems)
         locate_vllm_weights(context)
         require_vllm()
+        import_vllm()
 
 
 def describe_engine(context: RunContext) -> str:

@@ -1,6 +1,7 @@
 """`evaluate` and `generate` with --engine vllm: what vLLM gets, and refusals. `tests/gpu/test_vllm.py` runs vLLM."""
 
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -12,7 +13,7 @@ import pytest
 import torch
 from rich.console import Console
 from support.classifying import scored
-from support.runs import FAST, finish_run, invoke
+from support.runs import FAST, finish_run, invoke, llmtune
 from support.training import make_recipe
 
 from llmtune.errors import RecipeError
@@ -164,6 +165,19 @@ def test_without_vllm_a_command_ends_with_exit_4_and_changes_nothing(copied: Pat
         assert ended.exit_code == 4, ended.output
         assert "--engine: vLLM is not installed" in ended.output
         assert "pip install vllm" in ended.output
+    assert hash_folder(copied) == before
+
+
+def test_a_vllm_that_cannot_be_imported_ends_with_exit_4_and_changes_nothing(copied: Path, tmp_path: Path) -> None:
+    (tmp_path / "vllm").mkdir()
+    (tmp_path / "vllm/__init__.py").write_text("raise ImportError('libcudart.so.12: cannot open shared object file')")
+    before = hash_folder(copied)
+    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    words = ["evaluate", copied, "--set", ANSWERS, "--engine", "vllm"]
+    ended = llmtune(*words, cwd=copied.parent, PYTHONPATH=path)
+    assert ended.returncode == 4, ended.stderr
+    assert "error --engine: vLLM cannot be imported: libcudart.so.12: cannot open" in ended.stderr
+    assert "Traceback" not in ended.stderr
     assert hash_folder(copied) == before
 
 

@@ -46,8 +46,7 @@ def load_evaluation(folder: Path) -> Evaluation | None:
 
 def answered_by_vllm(run: Path) -> bool:
     """Return whether a run's scores are of answers by vLLM."""
-    evaluation = load_evaluation(run / "evaluation")
-    return evaluation is not None and "engine" in evaluation.signatures
+    return "engine" in getattr(load_evaluation(run / "evaluation"), "signatures", ())
 
 
 @cache

@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from llmtune.errors import EnvironmentProblem
+from llmtune.errors import EnvironmentProblem, first_line
 from llmtune.recipe.schema import Recipe
 from llmtune.records import Prompt
 
@@ -72,8 +72,7 @@ def sampling_arguments(recipe: Recipe, stops: Collection[int], at: int) -> dict[
     section = recipe.generation
     settings = section.model_dump(exclude_none=True, exclude={"do_sample", "max_new_tokens", "num_beams"})
     settings |= {"seed": recipe.seed + at} if section.do_sample else {"temperature": 0.0}
-    ends = {"max_tokens": section.max_new_tokens, "stop_token_ids": sorted(stops)}
-    return {**settings, **ends, "detokenize": False}
+    return settings | {"max_tokens": section.max_new_tokens, "stop_token_ids": sorted(stops), "detokenize": False}
 
 
 def engine_arguments(
@@ -106,20 +105,25 @@ def start_vllm(arguments: Mapping[str, Any]) -> Any:
 
 
 def import_vllm() -> Any:
-    """Return the package, whose messages go to stderr: standard output is for results."""
+    """Return the package, whose messages go to stderr: standard output is for results.
+
+    Raises EnvironmentProblem if it cannot be imported, as with another torch than it was built for.
+    """
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")  # this process has threads
-    return import_module("vllm")
+    try:
+        return import_module("vllm")
+    except ImportError as error:
+        fix = "Install a vLLM that fits this Python and torch, or omit --engine."
+        raise EnvironmentProblem.of(f"vLLM cannot be imported: {first_line(error)}", "--engine", fix) from error
 
 
 @contextmanager
 def _explain_failure(doing: str) -> Iterator[None]:
     """Raise EnvironmentProblem for errors of vLLM, which prints their cause itself."""
-    import_vllm()
     try:
         yield
     except (OSError, RuntimeError, ValueError, import_module("vllm.exceptions").VLLMError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        fix = "Its own messages are above. Free memory of the GPU, or omit --engine."
-        raise EnvironmentProblem.of(f"vLLM cannot {doing}: {first}", "--engine vllm", fix) from error
+        fix = "Its own messages are above. Free memory of the GPU (CPU: VLLM_CPU_KVCACHE_SPACE=4), or omit --engine."
+        raise EnvironmentProblem.of(f"vLLM cannot {doing}: {first_line(error)}", "--engine vllm", fix) from error
