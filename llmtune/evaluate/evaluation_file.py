@@ -20,6 +20,8 @@ from llmtune.store.score_records import Evaluation, Study
 EVALUATION = "evaluation.json"
 PIECES = "loss.pieces"
 """Name of the note on the base model's loss per piece of a text."""
+OUTSIDE = "generated.outside"
+"""Name of the note on prompts that leave no room for an answer."""
 SCORES = (
     *("base", "intervals", "tuned", "export", "difference", "base_difference", "from_old", "scores", "before", "after"),
     "shares",

@@ -21,7 +21,7 @@ from llmtune.evaluate.controls import compare_controls, name_answers, shown_answ
 from llmtune.evaluate.decision import conclude, fit_decision, measure_decisions
 from llmtune.evaluate.eval_inputs import EvalContext, EvalInputs
 from llmtune.evaluate.evaluated_task import Corpus, EvalPrediction, EvaluatedTask
-from llmtune.evaluate.evaluation_file import PIECES
+from llmtune.evaluate.evaluation_file import OUTSIDE, PIECES
 from llmtune.evaluate.inference import Answers, TokenSums, compute_metrics, predict, read_choices
 from llmtune.evaluate.metric import Measure, PairedMeasures, own_interval
 from llmtune.evaluate.metric_info import better_side
@@ -337,5 +337,7 @@ def describe_metrics(
         answered = sum(map(len, inputs.turns.values()))
         by_metric["generated.turns"] = f"{answered} answers to {len(inputs.turns)} rows with tools, one per turn"
     if outside := max(0, len(inputs.generation_prompts) - len(answers.texts)):
-        by_metric["generated.outside"] = f"{outside} prompts skipped: they exceed the context with their answers"
+        new = recipe.generation.max_new_tokens
+        what = f"{outside} of {len(inputs.generation_prompts)} prompts skipped"
+        by_metric[OUTSIDE] = f"{what}: with generation.max_new_tokens ({new}) they exceed the model's context"
     return by_metric

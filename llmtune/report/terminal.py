@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from llmtune.display.console import print_blocks, print_sections
-from llmtune.evaluate.evaluation_file import PIECES
+from llmtune.evaluate.evaluation_file import OUTSIDE, PIECES
 from llmtune.evaluate.gates import plan_power
 from llmtune.evaluate.significance import INCONCLUSIVE, NOT_APPLICABLE
 from llmtune.recipe.gate_grammar import parse_gate
@@ -51,11 +51,12 @@ def print_verdict(verdict: Verdict, gates: Sequence[GateResult], console: Consol
 
 
 def print_scored(scored: Scored, recipe: Recipe, console: Console) -> None:
-    """Print scores, the warning of `compare_pieces`, and how many answers `generation.max_new_tokens` truncated."""
+    """Print scores, warnings about how they were measured, and the number of truncated answers."""
     evaluation, answers = scored.evaluation, scored.answers
     print_scores(evaluation, console, recipe.task)
-    if PIECES in evaluation.signatures:
-        console.print(f"[yellow]{evaluation.signatures[PIECES]}[/]", highlight=False)
+    for note in (PIECES, OUTSIDE):
+        if note in evaluation.signatures:
+            console.print(f"[yellow]{evaluation.signatures[note]}[/]", highlight=False)
     counts = {name: sum(share > 0 for share in one.cut.values()) for name, one in answers.items()}
     shown = [f"{name} {count} of {len(answers[name].cut)}" for name, count in counts.items() if count]
     if shown:

@@ -152,6 +152,16 @@ def test_truncated_answers_are_counted_and_reported(bench, console):
     )
 
 
+def test_prompts_without_room_for_an_answer_are_counted_and_reported(bench, console):
+    longer = bench.recipe.generation.model_copy(update={"max_new_tokens": 2040})
+    bench.recipe, bench.steps = bench.recipe.model_copy(update={"generation": longer}), 0
+    assert not bench.evaluate(metrics=("exact_match",)).tuned
+    rows = bench.examples.counts["test"]
+    told = " ".join(console.file.getvalue().split())
+    skipped = f"{rows} of {rows} prompts skipped"
+    assert f"{skipped}: with generation.max_new_tokens (2040) they exceed the model's context" in told
+
+
 @pytest.mark.parametrize("train_on", ["assistant", "all"])
 def test_references_longer_than_max_new_tokens_are_reported_before_training(make_bench, train_on):
     rows = [conversation(f"What is {i}?", "ten " * i) for i in range(1, 30)]
