@@ -12,8 +12,9 @@
 
 llmtune and peer take turns on one thread. A ratio is the peer's time divided by llmtune's, each the lowest of all
 turns, once in CPU seconds and once in wall seconds. A case that is more than 10 % below its committed ratio is measured
-again, and fails if it still is: the commits since then are listed. Ratios are kept by instruction set, because bfloat16
-products are several times faster with AVX512-BF16. About ten minutes on two quiet cores. `--update` writes the file.
+again. If it still is, the guard fails and lists the commits since then. Each instruction set has its own ratios:
+bfloat16 products are several times faster with AVX512-BF16. A run takes about ten minutes on two idle cores. `--update`
+writes the file.
 """
 
 from __future__ import annotations
@@ -33,14 +34,18 @@ from startup import time_command
 from training import HERE, ask, environment, read_options, take_turns
 
 Seconds = dict[str, float]
-"""CPU seconds and wall seconds, as `cpu_seconds` and `seconds`; per token or row if tools do not get the same ones."""
+"""`cpu_seconds` and `seconds` (wall time). Per token in training and generation, where token counts can differ."""
 Pair = tuple[Seconds, Seconds]
-"""What llmtune took, and its peer."""
+"""The seconds of llmtune, and those of its peer, in one turn."""
 TOLERANCE = 0.1
+"""Share by which a ratio may be below the committed one."""
+RATES = {"cpu_seconds": "tokens_per_cpu_second", "seconds": "tokens_per_second"}
+"""Clock -> the key of the rate in the runs of other benchmarks."""
 RATIOS = HERE / "ratios.json"
-MEASURED = ("llmtune", "pyproject.toml")
-"""What the listed commits changed."""
+CODE = ("llmtune", "pyproject.toml")
+"""Paths whose commits are listed."""
 IMPORTS = "import typer, pydantic, yaml"
+"""Script that start-up is compared with."""
 
 
 def main() -> int:
@@ -48,10 +53,10 @@ def main() -> int:
     options = read_arguments()
     machine = describe_machine()
     kind = f"{machine['instructions']}{machine['processor'].partition('model')[2].partition(',')[2]}"
-    saved: dict[str, Any] = json.loads(options.ratios.read_text()) if options.ratios.exists() else {}
-    committed: dict[str, Any] = saved.get(kind, {})
+    entries: dict[str, Any] = json.loads(options.ratios.read_text()) if options.ratios.exists() else {}
+    committed: dict[str, Any] = entries.get(kind, {})
     if not committed and not options.update:
-        print(f"{options.ratios.name} has no ratios for {kind}: measure them at an earlier commit with --update")
+        print(f"{options.ratios.name} has no ratios for {kind}. Measure them at an earlier commit with --update.")
         return 1
     pairs = {name: measure(name, options.turns) for name in options.only}
     if not options.update:
@@ -64,11 +69,11 @@ def main() -> int:
             key: machine[key] for key in ("date", "processor", "llmtune", "torch", "transformers", "peft", "trl")
         }
         entry = {"commit": git("rev-parse", "HEAD"), **conditions, "turns": options.turns, "ratios": ratios}
-        options.ratios.write_text(json.dumps(saved | {kind: entry}, indent=1) + "\n")
+        options.ratios.write_text(json.dumps(entries | {kind: entry}, indent=1) + "\n")
         return 0
     losses = list_losses(ratios, committed["ratios"])
     if losses:
-        since = git("log", "--oneline", f"{committed['commit']}..HEAD", "--", *MEASURED)
+        since = git("log", "--oneline", f"{committed['commit']}..HEAD", "--", *CODE)
         print("\n".join([*losses, f"Commits since {committed['commit'][:8]} ({committed['date']}):", since]))
     return int(bool(losses))
 
@@ -93,7 +98,7 @@ def measure(name: str, turns: int) -> list[Pair]:
 
 
 def compute_ratios(pairs: list[Pair]) -> dict[str, float]:
-    """Return how many times as long as llmtune the peer takes, by clock."""
+    """Return by clock the peer's time divided by llmtune's, each the lowest of all turns."""
     clocks = pairs[0][0]
     return {
         clock: round(min(peer[clock] for _, peer in pairs) / min(ours[clock] for ours, _ in pairs), 3)
@@ -112,20 +117,23 @@ def list_losses(ratios: dict[str, dict[str, float]], committed: dict[str, dict[s
 
 
 def train(folder: Path, turns: int) -> list[Pair]:
-    """Train packed rows in the number format that `dtype: auto` selects."""
+    """Train on packed rows in the dtype that `model.dtype: auto` selects."""
     from llmtune.model.device import resolve_dtype
 
     dtype = str(resolve_dtype("auto", "cpu")).removeprefix("torch.")
     options = read_options(None).parse_args(["--steps", "1", "--tokens", "1024", "--dtype", dtype])
     tools = ("llmtune", "trl-packed")
-    runs = take_turns(ask(options, folder), tools, turns, None, folder)["runs"]
-    rates = {"cpu_seconds": "tokens_per_cpu_second", "seconds": "tokens_per_second"}
-    ours, peer = ([{clock: 1 / run[rate] for clock, rate in rates.items()} for run in runs[tool]] for tool in tools)
+    return pair_runs(take_turns(ask(options, folder), tools, turns, None, folder)["runs"], tools)
+
+
+def pair_runs(runs: dict[str, Any], tools: tuple[str, str]) -> list[Pair]:
+    """Return the seconds per token of the runs of llmtune and its peer, by turn."""
+    ours, peer = ([{clock: 1 / run[rate] for clock, rate in RATES.items()} for run in runs[tool]] for tool in tools)
     return list(zip(ours, peer, strict=True))
 
 
 def prepare(folder: Path, turns: int) -> list[Pair]:
-    """Prepare chat rows from a file, up to packs."""
+    """Prepare 5,000 chat rows from a file, packing included."""
     from preparation import run_apart
     from workload import write_rows
 
@@ -148,14 +156,9 @@ def evaluate(folder: Path, turns: int) -> list[Pair]:
 
 
 def generate(folder: Path, turns: int) -> list[Pair]:
-    """Answer prompts greedily."""
+    """Answer 32 prompts greedily."""
     document = run_script(folder, "generation.py", "--pairs", str(turns), "--rows", "32", "--loop-rows", "1")
-    rates = {"cpu_seconds": "tokens_per_cpu_second", "seconds": "tokens_per_second"}
-    tools = ("llmtune", "generate, padded batches")
-    ours, peer = (
-        [{clock: 1 / run[rate] for clock, rate in rates.items()} for run in document["runs"][tool]] for tool in tools
-    )
-    return list(zip(ours, peer, strict=True))
+    return pair_runs(document["runs"], ("llmtune", "generate, padded batches"))
 
 
 def start(folder: Path, turns: int) -> list[Pair]:

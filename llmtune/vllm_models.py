@@ -1,4 +1,4 @@
-"""Models of a finished run in vLLM, as the engine of its answers, and the requests that this engine refuses."""
+"""Base and tuned model of a finished run in vLLM, which generates their answers, and what vLLM does not support."""
 
 from __future__ import annotations
 
@@ -34,11 +34,12 @@ from llmtune.store.processes import world_size
 from llmtune.store.run_folder import CERTIFICATE
 
 OMIT = "Omit --engine."
+IN_4_BITS = "vLLM cannot load a base that bitsandbytes quantised to 4 bits"
 
 
 @dataclass(frozen=True)
 class VllmWeights:
-    """The folders that vLLM loads for a run."""
+    """The folders that vLLM loads for the base and the tuned model of a run; with an adapter both are the base's."""
 
     base: Path
     tuned: Path
@@ -47,9 +48,12 @@ class VllmWeights:
 
 
 def locate_vllm_weights(context: RunContext) -> VllmWeights:
-    """Return the weights of a run for vLLM: with the adapter, or the run's merged weights if it cannot apply it.
+    """Return the folders that vLLM loads for a run.
 
-    Raises RecipeError if it can read neither.
+    They are the base with the adapter. If vLLM cannot apply the adapter, they are the base and the run's merged
+    weights, which must have been made from this adapter. With `method: full` they are the base and the trained weights.
+
+    Raises RecipeError if the run has no weights that vLLM can load.
     """
     plan, run = context.plan, context.folder.path
     base = plan.model_ref.path
@@ -58,54 +62,54 @@ def locate_vllm_weights(context: RunContext) -> VllmWeights:
     adapter = find_adapter(run)
     reason = find_vllm_obstacle(base) or explain_unapplied(read_config(adapter))
     if plan.recipe.adapter.method == "qlora":
-        reason = "vLLM does not read its base, which is in 4 bits of bitsandbytes"
+        reason = IN_4_BITS
     if reason is None:
         return VllmWeights(base, base, adapter)
     merged = run / "merged"
     if (read_json(merged / CERTIFICATE) or {}).get("trained_sha256") == hash_folder(context.trained_folder):
         return VllmWeights(base, merged)
-    fix = f"If its method can be merged, merge it (llmtune deploy merge {run}) and try again; else omit --engine."
+    fix = f"Run llmtune deploy merge {run} if the adapter's method can be merged, or omit --engine."
     raise RecipeError.of(f"{reason}, and the run has no merged weights", str(adapter), fix)
 
 
 def find_unanswerable(recipe: Recipe, task: EvaluatedTask, *, base: bool) -> Iterator[Problem]:
-    """Yield why vLLM cannot answer as our own loop does; `base` is whether the base model answers too."""
+    """Yield the reasons why vLLM cannot answer as our own loop does; `base`: whether the base model answers too."""
     if task.predicts:
         yield Problem(f"vLLM only generates text, which models of task {task.name} do not", "--engine", OMIT)
     if task.model_kind.takes_images:
-        yield Problem("--engine vllm gets token ids, but this run was tuned with pictures", "--engine", OMIT)
-    if recipe.generation.num_beams > 1:
-        yield Problem("vLLM does not search with beams", "generation.num_beams", OMIT)
+        yield Problem("--engine vllm sends no pictures, but this run was tuned with some", "--engine", OMIT)
+    if (beams := recipe.generation.num_beams) > 1:
+        yield Problem(f"--engine vllm does not support beam search (num_beams: {beams})", "generation.num_beams", OMIT)
     if base and recipe.model.add_tokens:
         yield Problem("vLLM cannot add tokens to the base model", "model.add_tokens", OMIT)
     if base and recipe.adapter.method == "qlora":
-        yield Problem("vLLM does not read a base in 4 bits of bitsandbytes", "adapter.method", OMIT)
-    if world_size() > 1:
-        yield Problem("vLLM answers in one process", "--engine", "Omit --engine, or start a single process.")
+        yield Problem(IN_4_BITS, "adapter.method", OMIT)
+    if (processes := world_size()) > 1:
+        what = f"vLLM answers in a single process, but this command has {processes}"
+        yield Problem(what, "--engine", "Omit --engine, or start a single process.")
 
 
 def find_unmeasurable(recipe: Recipe, task: EvaluatedTask) -> Iterator[Problem]:
-    """Yield the parts of an evaluation that need more than answers, or answers of our own loop."""
-    section, stated = recipe.evaluate, recipe.evaluate.metrics or recipe.variant.default_metrics
+    """Yield a problem for each part of an evaluation that needs more than answers, or answers of our own loop."""
+    section, metrics = recipe.evaluate, recipe.evaluate.metrics or recipe.variant.default_metrics
     if task.has_rewards:
-        yield Problem("rewards are of samples by llmtune's own loop", "task", OMIT)
+        yield Problem("rewards are scores of samples that llmtune's own loop generates", "task", OMIT)
         return
-    if others := [metric_name(metric) for metric in stated if metric_name(metric) not in section.predicted]:
-        is_default = tuple(stated) == recipe.variant.default_metrics
-        unstated = TOOL_METRICS if is_default else ()  # of the default metrics, they need rows with tools
-        answered = [one for one in stated if metric_name(one) in section.predicted and one not in unstated]
-        answered = answered or ["exact_match"]
-        what = f"vLLM returns answers, but no likelihoods, which these metrics need: {', '.join(others)}"
-        fix = f"Add --set 'evaluate.metrics=[{', '.join(answered)}]', or omit --engine."
+    if likelihood_metrics := [metric_name(one) for one in metrics if metric_name(one) not in section.predicted]:
+        is_default = tuple(metrics) == recipe.variant.default_metrics
+        tool_metrics = TOOL_METRICS if is_default else ()  # if stated, they require rows with tools
+        names = [one for one in metrics if metric_name(one) in section.predicted and one not in tool_metrics]
+        what = f"vLLM returns answers, but no likelihoods, which these metrics need: {', '.join(likelihood_metrics)}"
+        fix = f"Add --set 'evaluate.metrics=[{', '.join(names or ['exact_match'])}]', or omit --engine."
         yield Problem(what, "evaluate.metrics", fix)
     for suite in requested_suites(recipe):
         if issubclass(suite, EvalSuite) and suite.runs_models:
-            yield Problem("vLLM returns only answers to the test rows", f"evaluate.{suite.key}", OMIT)
-    compared = {"evaluate.champion": section.champion, "distil": recipe.distil and recipe.distil.weight}
-    for key, value in compared.items():
+            yield Problem("it queries the models, but vLLM answers only test rows", f"evaluate.{suite.key}", OMIT)
+    other_models = {"evaluate.champion": section.champion, "distil": recipe.distil and recipe.distil.weight}
+    for key, value in other_models.items():
         if value:
             fix = f"Add --set {key}=null, or omit --engine." if key == "evaluate.champion" else OMIT
-            yield Problem("its model is not run by vLLM, so answers would not be comparable", key, fix)
+            yield Problem("vLLM does not run this model, so its answers would not be comparable", key, fix)
 
 
 def check_engine(context: RunContext, *, base: bool = True, scores: bool = False, chooses: bool = False) -> None:
@@ -115,7 +119,7 @@ def check_engine(context: RunContext, *, base: bool = True, scores: bool = False
         context: The finished run.
         base: Whether the base model answers too.
         scores: Whether the answers are scored.
-        chooses: Whether answers have probabilities.
+        chooses: Whether the answers need probabilities of choices, for a calibration or a decision rule.
 
     Raises RecipeError if it cannot, EnvironmentProblem if it is not installed or cannot be imported.
     """
@@ -124,7 +128,7 @@ def check_engine(context: RunContext, *, base: bool = True, scores: bool = False
         problems = [*find_unanswerable(plan.recipe, plan.task, base=base)]
         problems += find_unmeasurable(plan.recipe, plan.task) if scores and not plan.task.predicts else ()
         if chooses:
-            what = "this run's answers have probabilities of its choices, which vLLM does not return"
+            what = "this run's answers need probabilities of its choices, which vLLM does not return"
             problems.append(Problem(what, "--engine", OMIT))
         RecipeError.collect(problems)
         locate_vllm_weights(context)
@@ -137,34 +141,36 @@ def describe_engine(context: RunContext) -> str:
     if context.request.engine != "vllm":
         return ""
     weights = locate_vllm_weights(context)
-    merged = weights.tuned.name == "merged" and f"the merged weights {hash_folder(weights.tuned)[:8]}"
-    loaded = "the adapter on its base" if weights.adapter else merged or "the trained weights"
+    is_merged = weights.tuned.name == "merged"
+    complete = f"the merged weights {hash_folder(weights.tuned)[:8]}" if is_merged else "the trained weights"
+    loaded = "the adapter on its base" if weights.adapter else complete
     return f"vLLM {import_vllm().__version__}, with {loaded}"
 
 
 def hash_scores(context: RunContext) -> str:
-    """Hash the inputs of the scores, with the engine of the answers if it is not our own loop."""
+    """Return the hash of what the scores depend on; with vLLM, its version and the weights that it loads too."""
     inputs, engine = evaluation_hash(context), describe_engine(context)
     return hash_value([inputs, engine]) if engine else inputs
 
 
 @dataclass
 class VllmModels:
-    """Base and tuned model of a run in vLLM, which share their weights if the tuned one has an adapter."""
+    """Base and tuned model of a run in vLLM, one engine at a time; they share it if the tuned one has an adapter."""
 
     context: RunContext
     prompts: Sequence[Prompt] = ()
-    """All prompts, if they are known: vLLM then reserves memory for the longest one, else for what fits."""
+    """All prompts, if they are known: the longest one, with its answer, then sets `max_model_len`; else memory does."""
     _started: tuple[Path, Any] | None = None
+    """The folder of the loaded weights, and vLLM's `LLM`."""
 
     @contextmanager
     def base(self) -> Iterator[torch.nn.Module]:
-        """The base model."""
+        """Yield the base model."""
         yield self._open(self._weights.base, None)
 
     @contextmanager
     def tuned(self) -> Iterator[torch.nn.Module]:
-        """The tuned model."""
+        """Yield the tuned model."""
         yield self._open(self._weights.tuned, self._weights.adapter)
 
     @property
@@ -180,15 +186,15 @@ class VllmModels:
         plan = self.context.plan
         skeleton = build_skeleton(*find_class(plan.model_ref, plan.recipe, plan.task), plan.recipe)
         if self._started is None or self._started[0] != weights:
-            new, self._started = plan.recipe.generation.max_new_tokens, None
-            release_memory()  # ends the process with the other weights
+            self._started = None
+            release_memory()  # collects the engine of the other weights, which ends its process
             rank = largest_rank(read_config(self._weights.adapter)) if self._weights.adapter else None
             dtype = resolve_dtype(plan.recipe.model.dtype, plan.device)
             limit = context_limit(skeleton)
-            fitting = [length for prompt in self.prompts if (length := len(prompt) + new) <= limit]
-            longest = max(fitting, default=AUTO)
+            lengths = (len(prompt) + plan.recipe.generation.max_new_tokens for prompt in self.prompts)
+            longest = max((length for length in lengths if length <= limit), default=AUTO)
             arguments = engine_arguments(weights, plan.recipe, dtype=dtype, longest=longest, rank=rank)
             self._started = weights, start_vllm(arguments)
-        with suppress(OSError):  # without the file, its settings are those of the configuration
+        with suppress(OSError):  # without the file, the configuration's settings apply
             skeleton.generation_config = GenerationConfig.from_pretrained(weights)
         return VllmModel(skeleton.eval(), self._started[1], adapter)

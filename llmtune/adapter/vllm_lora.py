@@ -1,4 +1,4 @@
-"""Adapters that vLLM would not apply as trained: by their settings, and by the class that their checkpoint names."""
+"""Adapters that vLLM would not apply as trained, because of their settings or of their base's class."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from peft import PeftConfig
 from llmtune.model.model_files import read_config_file
 
 VLLM_VERSION = "0.33"
-"""The version whose `SupportsLoRA` and `hf_to_vllm_mapper` these lists repeat."""
+"""The version whose `SupportsLoRA` and `hf_to_vllm_mapper` the sets below were read from."""
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512, 1 << 30)
-"""Values that vLLM accepts for max_lora_rank, and a huge one that vLLM refuses itself."""
+"""Values that vLLM accepts for `max_lora_rank`; it refuses the last one, which represents all larger ranks."""
 WITHOUT_LORA = frozenset(
     {
         "AriaForConditionalGeneration",
@@ -27,7 +27,7 @@ WITHOUT_LORA = frozenset(
         "Step3p7ForConditionalGeneration",
     }
 )
-"""vLLM ends after loading these if it gets an adapter."""
+"""Classes that vLLM loads and then exits with an error if it gets an adapter."""
 UNMAPPED = frozenset(
     {
         "Ernie4_5_VLMoeForConditionalGeneration",
@@ -37,13 +37,13 @@ UNMAPPED = frozenset(
         "UnlimitedOcrForConditionalGeneration",
     }
 )
-"""The language model has another name in transformers than vLLM expects in an adapter."""
+"""Classes whose language model has another name in transformers than vLLM expects in an adapter."""
 
 
 def find_vllm_obstacle(base: Path) -> str | None:
     """Return why vLLM would not apply an adapter on the checkpoint in the folder `base`; None if it would."""
-    named = read_config_file(base).get("architectures")
-    name = str(named[0]) if isinstance(named, list) and named else ""
+    architectures = read_config_file(base).get("architectures")
+    name = str(architectures[0]) if isinstance(architectures, list) and architectures else ""
     if name in WITHOUT_LORA:
         return f"vLLM {VLLM_VERSION} has no LoRA for {name}"
     if name in UNMAPPED:
@@ -54,32 +54,34 @@ def find_vllm_obstacle(base: Path) -> str | None:
 def explain_unapplied(config: PeftConfig) -> str | None:
     """Return why vLLM would not apply an adapter as trained; None if it would.
 
-    vLLM refuses DoRA and fully trained modules only after loading the base. Otherwise it reads `r`, `lora_alpha`,
-    `use_rslora` and the matrices of modules (its `PEFTHelper`), and ignores the rest.
+    vLLM refuses DoRA and fully trained modules only after loading the base. Apart from that it reads `r`, `lora_alpha`,
+    `use_rslora` and the matrices of modules (its `PEFTHelper`), and ignores all other settings.
     """
     options = vars(config)
-    biases = options.get("bias", "none") != "none" or options.get("lora_bias")
-    kinds = {
+    reasons = {
         f"it is of {config.peft_type.lower()}": config.peft_type != "LORA",
         "it adapts experts (target_parameters)": options.get("target_parameters"),
         "it is activated by tokens (alora_invocation_tokens)": options.get("alora_invocation_tokens"),
         "it is a DoRA (use_dora)": options.get("use_dora"),
         "modules are fully trained (modules_to_save)": options.get("modules_to_save"),
-        "biases are trained (bias, lora_bias)": biases,
+        "biases are trained (bias, lora_bias)": options.get("bias", "none") != "none" or options.get("lora_bias"),
         "tokens are trained (trainable_token_indices)": options.get("trainable_token_indices"),
         "modules have different scales (rank_pattern, alpha_pattern)": config.peft_type == "LORA"
         and len(_scales(options)) > 1,
     }
-    kind = next((kind for kind, applies in kinds.items() if applies), None)
-    return kind and f"vLLM would not apply this adapter as trained: {kind}"
+    reason = next((reason for reason, applies in reasons.items() if applies), None)
+    return reason and f"vLLM would not apply this adapter as trained: {reason}"
 
 
 def _scales(options: Mapping[str, Any]) -> set[float]:
-    """Return the scales of a LoRA's modules: PEFT follows the patterns, vLLM has one scale per adapter."""
+    """Return the distinct scales of a LoRA's modules: `alpha / r`, with rsLoRA `alpha / sqrt(r)`.
+
+    PEFT follows the patterns. vLLM has one scale per adapter.
+    """
     ranks, alphas = options.get("rank_pattern") or {}, options.get("alpha_pattern") or {}
     power = 0.5 if options.get("use_rslora") else 1.0
-    sizes = [(ranks.get(key, options["r"]), alphas.get(key, options["lora_alpha"])) for key in ("", *ranks, *alphas)]
-    return {alpha / rank**power for rank, alpha in sizes}
+    pairs = [(ranks.get(key, options["r"]), alphas.get(key, options["lora_alpha"])) for key in ("", *ranks, *alphas)]
+    return {alpha / rank**power for rank, alpha in pairs}
 
 
 def largest_rank(*configs: PeftConfig) -> int:

@@ -1,4 +1,4 @@
-"""Completions by vLLM: of the same prompt ids, with the end tokens and settings of our own loop."""
+"""Completions by vLLM, from the same prompt ids, end tokens and generation settings as by our own loop."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ from llmtune.recipe.schema import Recipe
 from llmtune.records import Prompt
 
 AUTO = -1
-"""vLLM's `max_model_len` for as many tokens as fit into its memory."""
+"""Value of vLLM's `max_model_len` for as many tokens as fit into memory."""
 
 
 class VllmModel(torch.nn.Module):
-    """A model that vLLM computes, with or without an adapter.
+    """A model that vLLM runs, with or without an adapter.
 
-    `module` is the transformers model without weights. It has the configuration, and the end tokens of answers.
+    `module` is the transformers model without weights: the source of the configuration and the end tokens of answers.
+    `engine` is vLLM's `LLM`.
     """
 
     def __init__(self, skeleton: PreTrainedModel, engine: Any, adapter: Path | None) -> None:
@@ -35,7 +36,7 @@ class VllmModel(torch.nn.Module):
 
     @property
     def context(self) -> int:
-        """Most tokens of a prompt and its answer."""
+        """Maximum number of tokens of a prompt with its answer."""
         return int(self.engine.model_config.max_model_len)
 
     def complete(
@@ -43,21 +44,26 @@ class VllmModel(torch.nn.Module):
     ) -> list[list[int]]:
         """Return the ids of the answer to each prompt; an end token, if there is one, is the last.
 
-        `advance` gets the number of answers as they finish. Raises EnvironmentProblem if vLLM fails.
+        Calls `advance` with the number of newly finished answers. Raises EnvironmentProblem if vLLM fails.
         """
         if not prompts:
             return []
         vllm, lora = import_vllm(), import_module("vllm.lora.request")
         adapter = lora.LoRARequest("tuned", 1, str(self.adapter)) if self.adapter else None
-        given = [vllm.TokensPrompt(prompt_token_ids=list(prompt.ids)) for prompt in prompts]
+        inputs = [vllm.TokensPrompt(prompt_token_ids=list(prompt.ids)) for prompt in prompts]
         params = [vllm.SamplingParams(**sampling_arguments(recipe, stops, at)) for at in range(len(prompts))]
         with _explain_failure("answer"):
-            outputs = self.engine.generate(given, params, use_tqdm=partial(progress_bar, advance), lora_request=adapter)
+            bar = partial(progress_bar, advance)
+            outputs = self.engine.generate(inputs, params, use_tqdm=bar, lora_request=adapter)
         return [list(output.outputs[0].token_ids) for output in outputs]
 
 
 def progress_bar(advance: Callable[[int], None], requests: Iterable[Any] | None = None, **options: Any) -> Any:
-    """Return a silent bar for vLLM, which calls `advance` for answers, not for the `requests` it reads."""
+    """Return a silent progress bar for vLLM.
+
+    vLLM makes one bar over the `requests` that it reads, and one without them for the answers: only updates of the
+    second call `advance`.
+    """
     bar = tqdm(requests, **options, file=io.StringIO())
     if requests is None:
         bar.update = advance
@@ -67,7 +73,7 @@ def progress_bar(advance: Callable[[int], None], requests: Iterable[Any] | None 
 def sampling_arguments(recipe: Recipe, stops: Collection[int], at: int) -> dict[str, Any]:
     """Return the arguments of vLLM's `SamplingParams` for the prompt with the index `at`.
 
-    Each sampled answer has a seed of its own, so it does not depend on the other prompts of its batch.
+    Each sampled answer has its own seed (`seed` + `at`), so its random numbers do not depend on the rest of the batch.
     """
     section = recipe.generation
     settings = section.model_dump(exclude_none=True, exclude={"do_sample", "max_new_tokens", "num_beams"})
@@ -84,14 +90,14 @@ def engine_arguments(
         weights: The folder of the base, or of complete tuned weights.
         recipe: The run's recipe.
         dtype: The dtype of weights and computation.
-        longest: Most tokens of a prompt and its answer, or `AUTO`.
+        longest: Maximum number of tokens of a prompt with its answer, or `AUTO`.
         rank: vLLM's `max_lora_rank`; None without an adapter.
     """
     arguments: dict[str, Any] = {
         "model": str(weights),
         "dtype": str(dtype).removeprefix("torch."),
         "max_model_len": longest,
-        "generation_config": "vllm",  # not that of the checkpoint: the recipe decides
+        "generation_config": "vllm",  # the recipe's settings, not those of the checkpoint
         "trust_remote_code": recipe.model.trust_remote_code,
         "use_tqdm_on_load": False,
     }
@@ -99,15 +105,16 @@ def engine_arguments(
 
 
 def start_vllm(arguments: Mapping[str, Any]) -> Any:
-    """Return vLLM's `LLM`, whose process ends with it. Raises EnvironmentProblem if it does not start."""
+    """Start vLLM's `LLM`; its engine process ends with the object. Raises EnvironmentProblem if it does not start."""
     with _explain_failure("load this model"):
         return import_vllm().LLM(**arguments)
 
 
 def import_vllm() -> Any:
-    """Return the package, whose messages go to stderr: standard output is for results.
+    """Import vLLM, with its messages on stderr, as standard output is for results.
 
-    Raises EnvironmentProblem if it cannot be imported, as with another torch than it was built for.
+    Sets environment variables of vLLM that are not set yet. Raises EnvironmentProblem if the import fails, for example
+    because vLLM was built for another torch.
     """
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -121,9 +128,9 @@ def import_vllm() -> Any:
 
 @contextmanager
 def _explain_failure(doing: str) -> Iterator[None]:
-    """Raise EnvironmentProblem for errors of vLLM, which prints their cause itself."""
+    """Raise EnvironmentProblem for errors of vLLM, whose own messages state the cause."""
     try:
         yield
     except (OSError, RuntimeError, ValueError, import_module("vllm.exceptions").VLLMError) as error:
-        fix = "Its own messages are above. Free memory of the GPU (CPU: VLLM_CPU_KVCACHE_SPACE=4), or omit --engine."
+        fix = "See its messages above. Free GPU memory (on a CPU, set VLLM_CPU_KVCACHE_SPACE=4), or omit --engine."
         raise EnvironmentProblem.of(f"vLLM cannot {doing}: {first_line(error)}", "--engine vllm", fix) from error

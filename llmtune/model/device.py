@@ -167,8 +167,6 @@ def fits_in_memory(work: Callable[[], object]) -> bool:
     return True
 
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4
-"""Options of mallopt(3)."""
 REFUSALS = (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError)
 """Errors that models raise for unsupported inputs."""
 
@@ -182,31 +180,36 @@ class SuppressRefusal(AbstractContextManager[None]):
 
 
 def release_memory() -> None:
-    """Free unused memory for a smaller attempt or another model."""
+    """Return unused memory to the system and the GPU, for a smaller attempt or another model."""
     gc.collect()  # a model's modules refer to one another
     torch.cuda.empty_cache()
     if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
         trim(0)  # glibc keeps a free list per thread, so memory freed by gradients cannot be reused for weights
 
 
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4
+"""Options of mallopt(3)."""
+
+
 @contextmanager
 def keep_freed_memory() -> Iterator[None]:
-    """Let glibc's malloc reuse large blocks inside the block of code, instead of mapping and clearing them every time.
+    """Inside this context, let glibc's malloc reuse large freed blocks; by default it unmaps them.
 
-    Full tuning on a CPU frees and allocates gradients as large as the weights at each step.
+    The kernel clears every newly mapped page, and full tuning on a CPU frees and allocates gradients as large as the
+    weights at each step. Afterwards unused memory returns to the system. Without glibc there is no effect.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is None:
         yield
         return
     mallopt(M_MMAP_MAX, 0)
-    mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+    mallopt(M_TRIM_THRESHOLD, 2**31 - 1)  # the largest value, in bytes
     try:
         yield
     finally:
         mallopt(M_MMAP_MAX, 65_536)  # the default
-        mallopt(M_MMAP_THRESHOLD, 32 * 2**20)  # what glibc comes to by itself, once a large block was freed
-        mallopt(M_TRIM_THRESHOLD, 64 * 2**20)
+        mallopt(M_MMAP_THRESHOLD, 32 * 2**20)  # largest value of glibc's dynamic threshold, which mallopt turned off
+        mallopt(M_TRIM_THRESHOLD, 64 * 2**20)  # twice that, as glibc sets it
         release_memory()
 
 

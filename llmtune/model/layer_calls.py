@@ -1,8 +1,8 @@
 """Passes of a model whose layers are divided over processes: activations go to the process that has the layer.
 
-Each process runs unchanged forward passes on its own rows. A layer of another process sends its arguments there and
-returns the output; consecutive layers of one process are one message. The owner has the KV cache of its layers. As each
-process runs a batch of its own, as many batches are in flight as there are processes, and none waits for a schedule.
+Each process runs unchanged forward passes on its own rows. A call of another process's layer sends the arguments there
+and returns the output; calls of consecutive layers of one process are one message. The owner has the KV cache of its
+layers. Each process runs its own batch, so as many batches are in flight as there are processes, without a schedule.
 """
 
 from __future__ import annotations
@@ -36,18 +36,17 @@ from llmtune.model.layer_owners import IN_REFERENCE, PLACED, LayerOwners, layers
 from llmtune.store.processes import LOST_SECONDS, lost_process
 
 REQUEST, REPLY = 1, 2
-"""Tags of messages."""
+"""Tags of messages: calls, and their outputs."""
 SILENCE_SECONDS = 1800
-"""How long a process waits for the others before it gives up: longer than rank 0 needs for a checkpoint."""
+"""Timeout of a message: longer than rank 0 needs for a checkpoint."""
 _SWITCH = "_disable_adapters"
 """Attribute of PEFT's modules: whether their adapter is off."""
 _LayerCall = tuple[int, tuple[Any, ...], dict[str, Any], bool]
 """The number of a layer, its arguments, and whether its adapter is off."""
-
 _Mode = tuple[bool, tuple[bool, torch.dtype], bool]
-"""Whether tensors are those of inference mode, autocast, and whether the reference computes."""
+"""Whether inference mode is on, autocast (whether it is on, and its dtype), and whether the reference computes."""
 _Request = tuple[Sequence[_LayerCall], Sequence[int], _Mode]
-"""Calls, the numbers of those whose output is kept, and the mode that they run in."""
+"""Calls, the numbers of those whose output the owner keeps, and the mode that they run in."""
 
 
 @contextmanager
@@ -55,11 +54,11 @@ def own_passes(model: torch.nn.Module) -> Iterator[None]:
     """Inside the block, processes may run different numbers and kinds of forward passes of a divided `model`.
 
     A model that FSDP2 shards is divided for the length of the block. All processes must enter the block, and it ends
-    when all have run their passes. An exception in one process ends the block in all: LostProcess is raised in the
-    others. Any other model needs none of this.
+    when all have run their passes. An exception in one process ends the block in all: the others raise LostProcess. For
+    any other model the block has no effect.
     """
     if isinstance(model, FSDPModule):
-        with layers_of_shards(model) as placed, LayerCalls(model, placed).running():
+        with layers_of_shards(model) as placement, LayerCalls(model, placement).running():
             yield
     elif hasattr(model, PLACED):
         with LayerCalls(model, getattr(model, PLACED)).running():
@@ -69,33 +68,34 @@ def own_passes(model: torch.nn.Module) -> Iterator[None]:
 
 
 class LayerCalls:
-    """The calls of this process to layers of others, and theirs to its own.
+    """The calls of this process to layers of other processes, and the calls of those to its own layers.
 
-    A thread per other process answers its calls. One thread computes at a time: the main thread, unless it waits.
+    One thread per other process answers its calls. One thread computes at a time, the one with the lock `computing`: it
+    is the main thread, unless that waits for a reply.
     """
 
-    def __init__(self, model: torch.nn.Module, placed: LayerOwners) -> None:
-        self.model, self.placed, self.rank = model, placed, distributed.get_rank()
+    def __init__(self, model: torch.nn.Module, placement: LayerOwners) -> None:
+        self.model, self.placement, self.rank = model, placement, distributed.get_rank()
         self.group, self.computing = _message_group(), threading.Lock()
         self.ended = False
-        """Whether the others know that this process makes no more calls."""
+        """Whether this process makes no more calls."""
         self.problem: LlmtuneError | None = None
-        """Why the block ends, if another process stopped or is gone."""
+        """Why the block ends, if another process stopped or was lost."""
         self.message: _Message | None = None
-        """Calls that wait to be sent."""
-        self.plain = set[tuple[int, torch.dtype]]()
+        """Calls that are not sent yet."""
+        self.shape_keeping = set[tuple[int, torch.dtype]]()
         """Layers, with the dtype of their input, whose output is one tensor of the same shape and dtype."""
         self.peers = [rank for rank in range(distributed.get_world_size()) if rank != self.rank]
         self.updates = {rank: CacheUpdates() for rank in self.peers}
-        self.before: dict[int, _Message] = {}
-        """By owner, the last message, whose outputs are still there."""
-        self.forwards = [layer.forward for layer in placed.layers]
-        self.indexes = [_cache_indexes(layer) for layer in placed.layers]
-        self.switches = [[part for part in layer.modules() if hasattr(part, _SWITCH)] for layer in placed.layers]
+        self.last_sent: dict[int, _Message] = {}
+        """By owner, the last message sent to it, whose outputs it still has."""
+        self.forwards = [layer.forward for layer in placement.layers]
+        self.indexes = [_cache_indexes(layer) for layer in placement.layers]
+        self.switches = [[part for part in layer.modules() if hasattr(part, _SWITCH)] for layer in placement.layers]
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Answer calls, and make calls of layers of other processes, until all processes have left this block."""
+        """Answer calls, and redirect calls of other processes' layers, until all processes have left this block."""
         threads = [threading.Thread(target=self._answer, args=(rank,), daemon=True) for rank in self.peers]
         for thread in threads:
             thread.start()
@@ -110,18 +110,22 @@ class LayerCalls:
 
     @contextmanager
     def _redirected_layers(self) -> Iterator[None]:
+        """Replace `forward` of other processes' layers, and of layers here whose weights are in main memory."""
         with ExitStack() as stack:
-            for number, layer in enumerate(self.placed.layers):
-                away = self.placed.owners[number] != self.rank
-                if away or any(one.device != self.placed.device for one in layer.parameters()):
+            for number, layer in enumerate(self.placement.layers):
+                is_remote = self.placement.owners[number] != self.rank
+                if is_remote or any(one.device != self.placement.device for one in layer.parameters()):
                     before = vars(layer).get("forward")
-                    layer.forward = partial(self._call if away else self._compute, number)
+                    layer.forward = partial(self._call if is_remote else self._compute, number)
                     undo = (delattr, layer, "forward") if before is None else (setattr, layer, "forward", before)
                     stack.callback(*undo)
             yield
 
     def _end(self, threads: Sequence[threading.Thread], *, failed: bool) -> None:
-        """Tell the others that this process makes no more calls, and answer theirs; briefly if it `failed`."""
+        """Announce that this process makes no more calls, and answer those of the others until they end.
+
+        If it `failed`, wait for at most half of LOST_SECONDS. Else raise the error of a process that stopped.
+        """
         if self.ended:
             return
         self.ended = True
@@ -129,58 +133,58 @@ class LayerCalls:
         for rank in self.peers:
             with suppress(LostProcess):
                 self._send(rank, REQUEST, pack_message(failed))
-        end = time.monotonic() + LOST_SECONDS / 2
+        deadline = time.monotonic() + LOST_SECONDS / 2
         for thread in threads:
-            thread.join(max(0, end - time.monotonic()) if failed else None)
+            thread.join(max(0, deadline - time.monotonic()) if failed else None)
         if not failed:
             self._check_others()
 
     # Calls of other processes' layers
 
     def _call(self, number: int, *args: Any, **kwargs: Any) -> Any:
-        """Call a layer of another process; its output may be a PendingOutput, for the next layer there."""
-        owner, before = self.placed.owners[number], args[0] if args else None
+        """Call a layer of another process; may return a PendingOutput if that process also has the next layer."""
+        owner, hidden = self.placement.owners[number], args[0] if args else None
         message = self.message
-        if message is None or message.owner != owner or before is not message.last():
+        if message is None or message.owner != owner or hidden is not message.last():
             self.flush()
             message = self.message = _Message(owner)
         elif message.calls:
             args = (OutputOf(len(message.calls) - 1), *args[1:])
-        off = bool(self.switches[number]) and getattr(self.switches[number][0], _SWITCH)
-        message.calls.append((number, args, kwargs, off))
-        last = number + 1 == len(self.placed.owners) or self.placed.owners[number + 1] != owner
-        if not last and isinstance(before, torch.Tensor) and (number, before.dtype) in self.plain:
-            output = PendingOutput(before)
+        adapter_off = bool(self.switches[number]) and getattr(self.switches[number][0], _SWITCH)
+        message.calls.append((number, args, kwargs, adapter_off))
+        last = number + 1 == len(self.placement.owners) or self.placement.owners[number + 1] != owner
+        if not last and isinstance(hidden, torch.Tensor) and (number, hidden.dtype) in self.shape_keeping:
+            output = PendingOutput(hidden)
             output.message, output.number = message, len(message.calls) - 1
             output.read = partial(self._read, message, output.number)
             message.outputs.append(weakref.ref(output))
             return output
         value = self.flush()
-        if isinstance(before, torch.Tensor) and _keeps_shape(value, before):
-            self.plain.add((number, before.dtype))
+        if isinstance(hidden, torch.Tensor) and _keeps_shape(value, hidden):
+            self.shape_keeping.add((number, hidden.dtype))
         return value
 
     def flush(self) -> Any:
-        """Send the calls that wait; return the output of the last."""
+        """Send the calls that are not sent yet; return the output of the last one, None if there are none."""
         message, self.message = self.message, None
         if message is None:
             return None
-        if (before := self.before.pop(message.owner, None)) is not None:
-            for output in before.live_outputs():
-                output.read()  # the owner forgets it with the next call
+        if (previous := self.last_sent.pop(message.owner, None)) is not None:
+            for output in previous.live_outputs():
+                output.read()  # the owner deletes it at the next message
         last = len(message.calls) - 1
         numbers = [output.number for output in message.live_outputs() if output.number < last]
-        kind, updates = self.placed.device.type, self.updates[message.owner]
+        kind, updates = self.placement.device.type, self.updates[message.owner]
         autocast = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
         mode = torch.is_inference_mode_enabled(), autocast, getattr(self.model, IN_REFERENCE, False)
         value, states = self._ask(message.owner, pack_message((message.calls, numbers, mode), updates, message))
         updates.note_states(states)
         message.values[last], message.calls = value, []
-        self.before[message.owner] = message
+        self.last_sent[message.owner] = message
         return value
 
     def _read(self, message: _Message, number: int) -> torch.Tensor:
-        """Return the output of a call."""
+        """Return the output of the call `number` of `message`, which is sent first if it was not."""
         if message is self.message:
             self.flush()
         if number not in message.values:
@@ -188,6 +192,7 @@ class LayerCalls:
         return cast(torch.Tensor, message.values[number])
 
     def _ask(self, owner: int, request: torch.Tensor) -> Any:
+        """Send a packed request and return its reply; raise the error that ended it there."""
         self._check_others()
         self.computing.release()
         try:
@@ -196,7 +201,7 @@ class LayerCalls:
         finally:
             self.computing.acquire()
         self._check_others()
-        answer = unpack_message(reply, self.placed.device)
+        answer = unpack_message(reply, self.placement.device)
         if isinstance(answer, Exception):
             raise answer
         return answer
@@ -208,11 +213,11 @@ class LayerCalls:
     # Calls of this process's layers
 
     def _answer(self, rank: int) -> None:
-        """Run this process's layers for another one, until that has left the block."""
-        if self.placed.device.type == "cuda":
-            torch.cuda.set_device(self.placed.device)
+        """Run this process's layers for the process `rank`, until that has left the block."""
+        if self.placement.device.type == "cuda":
+            torch.cuda.set_device(self.placement.device)
         mirrors, outputs = CacheMirrors(), dict[int, Any]()
-        with suppress(LostProcess):  # noted for the main thread
+        with suppress(LostProcess):  # the main thread raises it
             while (reply := self._reply(rank, self._receive(rank, REQUEST), mirrors, outputs)) is not None:
                 self._send(rank, REPLY, reply)
                 del reply
@@ -220,15 +225,18 @@ class LayerCalls:
     def _reply(
         self, rank: int, packed: torch.Tensor, mirrors: CacheMirrors, outputs: dict[int, Any]
     ) -> torch.Tensor | None:
-        """Return an output of the last request, or of new calls, or the error that ended them; None at the end."""
+        """Return the packed reply to a request: outputs of its calls, an earlier output, or an error.
+
+        None if the other process has left the block.
+        """
         try:
             with self.computing:
-                request: Any = unpack_message(packed, self.placed.device, mirrors)
+                request: Any = unpack_message(packed, self.placement.device, mirrors)
                 if isinstance(request, tuple):
                     return pack_message(self._run(request, mirrors, outputs))
                 if not isinstance(request, bool):
                     return pack_message(outputs[request])
-            if request:
+            if request:  # it failed
                 what = f"process {rank} stopped, so the sharded model cannot be used any more"
                 self._note_problem(LostProcess.of(what, None, "Its own error is the cause."))
             return None
@@ -238,36 +246,36 @@ class LayerCalls:
             except (pickle.PicklingError, TypeError):
                 return pack_message(RuntimeError(f"{type(error).__name__}: {error}"))
 
-    def _run(self, request: _Request, mirrors: CacheMirrors, requested: dict[int, Any]) -> tuple[Any, list[Any]]:
-        """Return the last output of calls, and the state of caches; other outputs that are needed go to `requested`."""
+    def _run(self, request: _Request, mirrors: CacheMirrors, kept_outputs: dict[int, Any]) -> tuple[Any, list[Any]]:
+        """Return the last output of calls and the states of caches; put requested outputs into `kept_outputs`."""
         calls, numbers, (inference, (autocast, dtype), in_reference) = request
         outputs: list[Any] = []
-        requested.clear()
-        kind = self.placed.device.type
+        kept_outputs.clear()
+        kind = self.placement.device.type
         with (
             torch.inference_mode(inference),
             torch.no_grad(),
             torch.autocast(kind, dtype, enabled=autocast),
         ):
             mirrors.repeat_changes()
-            for number, args, kwargs, off in calls:
+            for number, args, kwargs, adapter_off in calls:
                 args, kwargs = tree_map_only(
                     OutputOf, lambda one: outputs[one.number], (args, kwargs), is_leaf=lambda one: type(one) is OutputOf
                 )
-                with self._as_there(number, off, in_reference):
+                with self._in_state(number, adapter_off, in_reference):
                     outputs.append(self._compute(number, *args, **kwargs))
                 assert len(outputs) == len(calls) or _keeps_shape(outputs[-1], args[0]), "an output changed its shape"
-        requested.update((number, outputs[number]) for number in numbers)
+        kept_outputs.update((number, outputs[number]) for number in numbers)
         return outputs[-1], [*mirrors.read_states({*chain.from_iterable(self.indexes[number] for number, *_ in calls)})]
 
     @contextmanager
-    def _as_there(self, number: int, off: bool, in_reference: bool) -> Iterator[None]:
-        """Switch a layer to the state that it has in the process that asks."""
+    def _in_state(self, number: int, adapter_off: bool, in_reference: bool) -> Iterator[None]:
+        """Give a layer the adapter switch and the weights that it has in the calling process."""
         switched = [(part, getattr(part, _SWITCH)) for part in self.switches[number]]
-        versions = [(one, one.data, pair[in_reference]) for one, *pair in self.placed.versions.get(number, [])]
+        versions = [(one, one.data, pair[in_reference]) for one, *pair in self.placement.versions.get(number, [])]
         try:
             for part, _ in switched:
-                setattr(part, _SWITCH, off)
+                setattr(part, _SWITCH, adapter_off)
             for parameter, _, weights in versions:
                 parameter.data = weights
             yield
@@ -279,13 +287,14 @@ class LayerCalls:
 
     def _compute(self, number: int, *args: Any, **kwargs: Any) -> Any:
         """Run a layer of this process, on its device if its weights are in main memory."""
-        moved = [(one, one.data) for one in self.placed.layers[number].parameters() if one.device != self.placed.device]
+        device = self.placement.device
+        offloaded = [(one, one.data) for one in self.placement.layers[number].parameters() if one.device != device]
         try:
-            for parameter, weights in moved:
-                parameter.data = weights.to(self.placed.device)
+            for parameter, weights in offloaded:
+                parameter.data = weights.to(device)
             return self.forwards[number](*args, **kwargs)
         finally:
-            for parameter, weights in moved:
+            for parameter, weights in offloaded:
                 parameter.data = weights
 
     # Messages
@@ -317,7 +326,7 @@ class LayerCalls:
 
 
 class _Message:
-    """Calls of layers of one process, to be sent together."""
+    """Calls of layers of the process `owner`, to be sent together."""
 
     def __init__(self, owner: int) -> None:
         self.owner = owner
@@ -340,13 +349,13 @@ def _keeps_shape(output: object, before: torch.Tensor) -> bool:
 
 
 def _cache_indexes(layer: torch.nn.Module) -> set[int]:
-    """Return the numbers under which a layer writes into caches."""
+    """Return the indexes at which a layer writes into caches (`layer_idx`)."""
     numbers: list[Any] = [getattr(part, "layer_idx", None) for part in layer.modules()]
     return {number for number in numbers if isinstance(number, int)}
 
 
 @cache
 def _message_group() -> distributed.ProcessGroup:
-    """Return a group of its own for messages through main memory, whose tags no other exchange uses."""
+    """Return a separate gloo group for messages, so no other communication uses their tags."""
     group: distributed.ProcessGroup = distributed.new_group(backend="gloo", timeout=timedelta(seconds=SILENCE_SECONDS))
     return group

@@ -1,9 +1,9 @@
 """Calls of layers as bytes: arguments, outputs, and the changes of KV caches.
 
-A cache stays with its layers. The process that runs the passes has a Cache whose layers elsewhere are on `meta`, with
-the right shapes. The owner of these layers has a mirror of the cache with their values. Layers are not all that changes
-a cache: beams change their order, and rows leave. Such calls are recorded, and repeated on the mirror before its next
-use.
+A cache stays with its layers. The process that runs the passes has a Cache in which the layers of other processes are
+on `meta`, with the right shapes. The owner of these layers has a mirror of the cache with their values. Not only layers
+change a cache: beams are reordered, and finished rows are removed. Such calls are recorded and repeated on the mirror
+before its next use.
 """
 
 from __future__ import annotations
@@ -36,16 +36,17 @@ _BLANK = "blank"
 _SHAPES = {getattr(torch.Tensor, name) for name in ("dim", "size", "numel", "is_floating_point", "element_size")} | {
     getattr(torch.Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "is_cuda", "requires_grad")
 }
+"""Functions of a tensor whose result does not depend on its values."""
 
 
 class OutputOf(NamedTuple):
-    """In a message, the output of an earlier call in it."""
+    """In a message, a placeholder for the output of its call `number`."""
 
     number: int
 
 
 class PendingOutput(torch.Tensor):
-    """The output of a layer that another process runs, or will run; any use of it fetches its value."""
+    """The output of a layer that another process runs, or will run; any use of its values fetches them."""
 
     read: Callable[[], torch.Tensor]
     number: int
@@ -55,7 +56,7 @@ class PendingOutput(torch.Tensor):
 
     @staticmethod
     def __new__(cls: type[PendingOutput], like: torch.Tensor) -> PendingOutput:
-        """Make an output of the shape and dtype of the layer's input."""
+        """Return an output with the shape, dtype and device of the layer's input, `like`."""
         with DisableTorchFunctionSubclass():
             output = torch.Tensor._make_wrapper_subclass(cls, like.shape, dtype=like.dtype, device=like.device)
         assert isinstance(output, PendingOutput)
@@ -65,7 +66,7 @@ class PendingOutput(torch.Tensor):
     def __torch_function__(
         cls, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Answer questions of shape and dtype; use the value for everything else."""
+        """Return shape, dtype and device without fetching the value; fetch it for everything else."""
         if func in _SHAPES:
             with DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
@@ -75,7 +76,7 @@ class PendingOutput(torch.Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Use the value."""
+        """Run `func` with the values of pending outputs."""
         args, kwargs = tree_map_only(PendingOutput, lambda one: one.read(), (args, kwargs or {}))
         return func(*args, **kwargs)
 
@@ -84,7 +85,7 @@ class PendingOutput(torch.Tensor):
 
 
 def _layer_lists(cache: Any) -> list[list[Any]]:
-    """Return the lists of layers of a cache: two of an encoder-decoder."""
+    """Return the lists of layers of a cache: one, or two for an encoder-decoder (self- and cross-attention)."""
     if hasattr(cache, "self_attention_cache"):
         return [cache.self_attention_cache.layers, cache.cross_attention_cache.layers]
     return [cache.layers]
@@ -94,7 +95,7 @@ class _BlankPickler(pickle.Pickler):
     """Pickle a cache without the contents of its tensors."""
 
     def persistent_id(self, value: object) -> object:
-        """Return a mark for a tensor, and None for anything else."""
+        """Return a mark for a tensor, None for anything else."""
         return "empty" if isinstance(value, torch.Tensor) else None
 
 
@@ -105,7 +106,7 @@ class _BlankUnpickler(pickle.Unpickler):
 
 
 def _record_changes(cache: Any) -> None:
-    """Record the calls of methods that change a cache of transformers."""
+    """Let a cache record the calls of its methods in `_CHANGES`, and pickle it without contents."""
     file = io.BytesIO()
     _BlankPickler(file).dump(cache)
     setattr(cache, _BLANK, file.getvalue())
@@ -117,13 +118,14 @@ def _record_changes(cache: Any) -> None:
 
 
 def _change(reference: weakref.ref[Any], name: str, *args: Any) -> Any:
+    """Record a call of the method `name`, and run it."""
     cache = reference()
     getattr(cache, CHANGED).append((name, args))
     return getattr(type(cache), name)(cache, *args)
 
 
 class CacheUpdates:
-    """The caches of the passes here, as one other process has seen them."""
+    """The caches of this process, and which of their changes one other process has received."""
 
     def __init__(self) -> None:
         self.numbers = weakref.WeakKeyDictionary[Cache, int]()
@@ -134,9 +136,10 @@ class CacheUpdates:
         self.used = dict[int, Cache]()
         """The caches in the next message."""
         self.forgotten: list[int] = []
+        """Numbers of caches that were deleted since the last message."""
 
     def name(self, cache: Cache) -> int:
-        """Return the number of a cache, which takes part in the next message."""
+        """Return the number of a cache, and add the cache to the next message."""
         if cache not in self.numbers:
             if not hasattr(cache, _BLANK):
                 _record_changes(cache)
@@ -148,18 +151,19 @@ class CacheUpdates:
         return number
 
     def take_changes(self) -> list[tuple[int, list[Any], dict[str, Any]]]:
-        """Return what changed in the caches of the next message."""
+        """Return, for each cache of the next message, its number, unsent changes, and `POSITION` attributes by name."""
         updates = []
         for number, cache in self.used.items():
-            changes: list[Any] = getattr(cache, CHANGED)
-            names = getattr(type(cache), POSITION, ())
-            updates.append(
-                (number, changes[self.sent.get(number, 0) :], {name: getattr(cache, name) for name in names})
-            )
+            changes: list[Any] = getattr(cache, CHANGED)[self.sent.get(number, 0) :]
+            position = {name: getattr(cache, name) for name in getattr(type(cache), POSITION, ())}
+            updates.append((number, changes, position))
         return updates
 
     def take_new(self) -> tuple[list[int], dict[int, bytes]]:
-        """Return the numbers of caches that are gone, and new caches without contents."""
+        """Return the numbers of deleted caches, and new caches without contents, pickled, by number.
+
+        Marks all changes as sent, and begins the next message.
+        """
         gone = [self.forgotten.pop() for _ in range(len(self.forgotten))]
         new = {number: getattr(cache, _BLANK) for number, cache in self.used.items() if number not in self.sent}
         self.sent |= {number: len(getattr(cache, CHANGED)) for number, cache in self.used.items()}
@@ -167,29 +171,33 @@ class CacheUpdates:
         return gone, new
 
     def note_states(self, states: Iterable[tuple[int, int, int, Any]]) -> None:
-        """Take over the shapes of layers that the other process has."""
-        for number, place, index, state in states:
+        """Put the layers of the other process, with tensors on `meta`, into the caches.
+
+        Each state is the number of a cache, the place of a list in `_layer_lists`, the layer's index and the layer.
+        For a cache with `POSITION`, it has the entry of `states` instead of the layer.
+        """
+        for number, place, index, layer in states:
             cache: Any = self.caches[number]
             if hasattr(type(cache), POSITION):
-                cache.states[index] = state
+                cache.states[index] = layer
                 continue
             layers = _layer_lists(cache)[place]
-            layers.extend(copy.copy(state) for _ in range(len(layers), index + 1))
-            layers[index] = state
+            layers.extend(copy.copy(layer) for _ in range(len(layers), index + 1))
+            layers[index] = layer
 
 
 class CacheMirrors:
-    """Another process's caches, with the layers of this one."""
+    """Mirrors of another process's caches, with the values of this process's layers."""
 
     def __init__(self) -> None:
         self.caches: dict[int, Any] = {}
         self.layers: dict[int, set[int]] = {}
-        """By cache, the indexes of its layers that are here."""
+        """By cache, the indexes of its layers that this process has."""
         self.changes: list[tuple[int, list[Any], dict[str, Any]]] = []
         """What changed in the caches of this message since their last use."""
 
     def replace_all(self, gone: Iterable[int], new: dict[int, bytes]) -> None:
-        """Forget and make caches."""
+        """Delete the caches `gone`, and make the caches `new` without contents."""
         for number in gone:
             self.caches.pop(number, None)
             self.layers.pop(number, None)
@@ -207,7 +215,7 @@ class CacheMirrors:
                     getattr(part, name)(*args)
 
     def read_states(self, indexes: Iterable[int]) -> Iterator[tuple[int, int, int, Any]]:
-        """Yield the layers `indexes` of the caches in this message, with tensors on `meta`."""
+        """Yield the layers `indexes` of the caches in this message, for `CacheUpdates.note_states`."""
         for number, *_ in self.changes:
             cache, here = self.caches[number], self.layers[number]
             for index in indexes:
@@ -235,7 +243,7 @@ def _on_meta(value: Any) -> Any:
 
 
 class _Packer(pickle.Pickler):
-    """Pickle a value, with its tensors apart."""
+    """Pickle a value; its tensors are appended to `tensors` instead."""
 
     def __init__(
         self, file: io.BytesIO, tensors: list[torch.Tensor], updates: CacheUpdates | None, message: object
@@ -245,7 +253,10 @@ class _Packer(pickle.Pickler):
         self.places = {id(tensor): place for place, tensor in enumerate(tensors)}
 
     def persistent_id(self, value: object) -> object:
-        """Return the place of a tensor, and the number of a pending output or of a cache; else None."""
+        """Return a mark for a tensor, a pending output or a cache, None for anything else.
+
+        The mark of a tensor is its index in `tensors`; on `meta`, its shape and dtype.
+        """
         if isinstance(value, PendingOutput):
             if value.message is self.message:
                 return OutputOf(value.number)
@@ -262,7 +273,7 @@ class _Packer(pickle.Pickler):
         return None
 
     def reducer_override(self, value: Any) -> Any:
-        """Refuse an object that a layer may change: the change would be lost."""
+        """Raise EnvironmentProblem for an object with tensors that a layer may change: the change would be lost."""
         state = getattr(value, "__dict__", {})
         if self.updates is not None and not isinstance(value, type | dict) and _has_tensor(state):
             what = f"layers of this model take a {type(value).__name__}, which cannot be sent to another process"
@@ -280,7 +291,7 @@ class _Unpacker(pickle.Unpickler):
         self.tensors, self.mirrors = tensors, mirrors
 
     def persistent_load(self, mark: Any) -> Any:
-        """Return what `_Packer.persistent_id` describes."""
+        """Return the value that a mark of `_Packer.persistent_id` represents."""
         if isinstance(mark, int):
             return self.tensors[mark]
         if isinstance(mark, OutputOf):
@@ -292,7 +303,11 @@ class _Unpacker(pickle.Unpickler):
 
 
 def pack_message(value: object, updates: CacheUpdates | None = None, message: object = None) -> torch.Tensor:
-    """Return a value as bytes [N] in main memory; pending outputs of `message` become OutputOf."""
+    """Return a value as uint8 [N] in main memory; pending outputs of `message` become OutputOf.
+
+    With `updates`, which are then marked as sent, the bytes also contain the changes of the value's caches. Raises
+    EnvironmentProblem for an object that cannot be sent.
+    """
     tensors: list[torch.Tensor] = []
 
     def dump(part: object) -> bytes:
@@ -302,8 +317,8 @@ def pack_message(value: object, updates: CacheUpdates | None = None, message: ob
 
     parts = [dump(value)]
     if updates is not None:
-        parts = [*parts, dump(updates.take_changes())]  # first, because it may name further caches
-        parts = [*parts, dump(updates.take_new())]
+        parts.append(dump(updates.take_changes()))  # before take_new, because it may name further caches
+        parts.append(dump(updates.take_new()))
     flat = [one.detach().contiguous().reshape(-1).view(torch.uint8) if one.numel() else None for one in tensors]
     sizes = [0 if one is None else one.numel() for one in flat]
     head = pickle.dumps((parts, [(one.shape, one.dtype, one.device.type != "cpu") for one in tensors]))
@@ -321,7 +336,10 @@ def pack_message(value: object, updates: CacheUpdates | None = None, message: ob
 
 
 def unpack_message(packed: torch.Tensor, device: torch.device, mirrors: CacheMirrors | None = None) -> Any:
-    """Return the value of `pack_message`; tensors that were not in main memory are on `device`."""
+    """Return the value of `pack_message`; tensors that were not in main memory are on `device`.
+
+    Also applies the sender's deleted and new caches to `mirrors`, and keeps their changes for `repeat_changes`.
+    """
     size = int(packed[:8].view(torch.int64)[0])
     (first, *updates), specs = pickle.loads(packed[8 : 8 + size].numpy().tobytes())  # noqa: S301 - of this run
     tensors, end = [], _align(8 + size)

@@ -30,11 +30,11 @@ PLACED = "layer_owners"
 REFERENCE = "weights_before_training"
 """Attribute with the initial trainable weights by name, if switching the adapter off does not restore them."""
 IN_REFERENCE = "computes_reference"
-"""Attribute of a model, set while it computes with these weights."""
+"""Attribute of a model: whether it computes with the weights of `REFERENCE`."""
 _MADV_PAGEOUT = 21
-"""Number of that advice on Linux; Python's mmap has no name for it."""
+"""Value of MADV_PAGEOUT on Linux; Python's mmap does not define it."""
 _MANAGED = "_is_fsdp_managed_module"
-"""Attribute of torch by which transformers makes all processes generate the same number of tokens."""
+"""Attribute of FSDP2's modules; with it, transformers makes all processes generate the same number of tokens."""
 
 
 @dataclass(eq=False)
@@ -65,27 +65,31 @@ def place_layers(model: torch.nn.Module, device: torch.device) -> None:
 
     The first process keeps the weights of its own layers where they are, if they are on `device`.
     """
-    device = torch.empty(0, device=device).device  # with its number
+    device = torch.empty(0, device=device).device  # with its index
     ignored, layers = move_states(model, device), kept_together(model)
-    placed = LayerOwners(layers, divide_layers(layers, distributed.get_world_size()), device)
+    placement = LayerOwners(layers, divide_layers(layers, distributed.get_world_size()), device)
     for module in model.modules():
         for name, buffer in module._buffers.items():
             module._buffers[name] = buffer if buffer is None else buffer.to(device)
-    home = torch.device("cpu") if offloads_params() else device
-    for layer, owner in zip(layers, placed.owners, strict=True):
-        _place_weights(layer, owner, device, home, ignored)
+    weights_device = torch.device("cpu") if offloads_params() else device
+    for layer, owner in zip(layers, placement.owners, strict=True):
+        _place_weights(layer, owner, device, weights_device, ignored)
     _place_weights(model, None, device, device, {*ignored, *(one for layer in layers for one in layer.parameters())})
-    setattr(model, PLACED, placed)
+    setattr(model, PLACED, placement)
 
 
 def _place_weights(
     module: torch.nn.Module,
     owner: int | None,
     device: torch.device,
-    home: torch.device,
+    weights_device: torch.device,
     ignored: set[torch.nn.Parameter],
 ) -> None:
-    """Send the first process's weights of `module` to their owner, or to all; they are `meta` elsewhere."""
+    """Send the first process's weights of `module` to the rank `owner`, or to all if it is None.
+
+    They are sent through `device`, and are on `weights_device` there and on `meta` in other processes. Parameters in
+    `ignored` stay as they are.
+    """
     moved: dict[torch.nn.Parameter, torch.nn.Parameter] = {}
     for holder in module.modules():
         for name, parameter in holder._parameters.items():
@@ -93,7 +97,7 @@ def _place_weights(
                 continue
             if parameter not in moved:
                 weights = _send_weights(parameter.detach(), owner, device)
-                weights = weights if weights.is_meta else weights.to(home)
+                weights = weights if weights.is_meta else weights.to(weights_device)
                 moved[parameter] = torch.nn.Parameter(weights, parameter.requires_grad)
             holder._parameters[name] = moved[parameter]
 
@@ -103,10 +107,10 @@ def _send_weights(weights: torch.Tensor, owner: int | None, device: torch.device
     elsewhere = torch.empty(weights.shape, dtype=weights.dtype, device="meta")
     if owner == 0:
         return weights.to(device) if rank == 0 else elsewhere
-    sent = weights.to(device).contiguous() if rank == 0 else torch.empty_like(elsewhere, device=device)
-    distributed.broadcast(sent, 0)
+    received = weights.to(device).contiguous() if rank == 0 else torch.empty_like(elsewhere, device=device)
+    distributed.broadcast(received, 0)
     if owner in (None, rank):
-        return sent
+        return received
     if rank == 0 and weights.device.type == "cpu":
         page_out(weights)
     return elsewhere
@@ -131,12 +135,12 @@ def layers_of_shards(model: FSDPModule) -> Iterator[LayerOwners]:
     assert isinstance(model, torch.nn.Module)
     state: Any = model._get_fsdp_state()
     state._lazy_init()
-    whole, *layers = (module for module in model.modules() if isinstance(module, FSDPModule))
-    placed = LayerOwners(layers, divide_layers(layers, distributed.get_world_size()), state._device)
+    root, *layers = (module for module in model.modules() if isinstance(module, FSDPModule))
+    placement = LayerOwners(layers, divide_layers(layers, distributed.get_world_size()), state._device)
     shards: dict[str, torch.Tensor] = getattr(model, REFERENCE, {})
     names = {parameter: name for name, parameter in model.named_parameters()}
     # No process receives all its layers before the others free theirs.
-    units = sorted((_Unit(unit, placed) for unit in (whole, *layers)), key=lambda unit: unit.turn)
+    units = sorted((_Unit(unit, placement) for unit in (root, *layers)), key=lambda unit: unit.turn)
     managed = [module for module in model.modules() if getattr(module, _MANAGED, False)]
     with torch.inference_mode(False), torch.no_grad():
         reference = {name: weights for unit in units for name, weights in unit.gather_layer(names, shards).items()}
@@ -144,7 +148,7 @@ def layers_of_shards(model: FSDPModule) -> Iterator[LayerOwners]:
         setattr(module, _MANAGED, False)
     if shards:
         setattr(model, REFERENCE, reference)
-    yield placed
+    yield placement
     if shards:
         setattr(model, REFERENCE, shards)
     for module in managed:
@@ -157,28 +161,31 @@ def layers_of_shards(model: FSDPModule) -> Iterator[LayerOwners]:
 class _Unit:
     """A part of a model that FSDP2 gathers at once: a layer, or everything outside layers."""
 
-    def __init__(self, unit: Any, placed: LayerOwners) -> None:
-        self.unit, self.state, self.placed = unit, unit._get_fsdp_state(), placed
-        self.number = placed.layers.index(unit) if unit in placed.layers else None
-        self.owner = None if self.number is None else placed.owners[self.number]
-        self.here = self.owner in (None, distributed.get_rank())
+    def __init__(self, unit: Any, placement: LayerOwners) -> None:
+        self.unit, self.state, self.placement = unit, unit._get_fsdp_state(), placement
+        self.number = placement.layers.index(unit) if unit in placement.layers else None
+        self.owner = None if self.number is None else placement.owners[self.number]
+        self.is_here = self.owner in (None, distributed.get_rank())
         groups = getattr(self.state, "_fsdp_param_groups", None) or [self.state._fsdp_param_group]  # newer torch
         self.shards = [shard for group in groups if group is not None for shard in group.fsdp_params]
         self.complete: list[torch.nn.Parameter] = []
-        self.freed: dict[Any, int] = {}
-        """Bytes of the shards that are freed."""
+        self.freed_bytes: dict[Any, int] = {}
+        """By shard, the bytes that were freed."""
 
     @property
     def turn(self) -> tuple[int, int]:
-        """When this unit moves: the first layer of each process, then the second of each."""
+        """The order of units: weights outside layers, then the first layer of each process, then the second of each."""
         if self.number is None or self.owner is None:
             return -1, 0
-        return self.number - self.placed.owners.index(self.owner), self.owner
+        return self.number - self.placement.owners.index(self.owner), self.owner
 
     def gather_layer(
         self, names: Mapping[torch.nn.Parameter, str], reference_shards: Mapping[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
-        """Give the owner complete weights; return the complete weights of the reference, by name."""
+        """Give the owner complete weights; return the complete weights of the reference, by name.
+
+        The owner of weights outside layers is every process. `names` has the name of each sharded parameter.
+        """
         weights = self._gather()
         shards = {names[shard.sharded_param]: shard.sharded_param.to_local() for shard in self.shards}
         changed = {name: local.clone() for name, local in shards.items() if name in reference_shards}
@@ -193,30 +200,33 @@ class _Unit:
             storage = shard._sharded_param_data.untyped_storage()
             shared = storage.data_ptr() == parameter.to_local().untyped_storage().data_ptr()
             if shared and value.dtype == parameter.dtype and not offloads_params():
-                self.freed[shard] = storage.nbytes()
+                self.freed_bytes[shard] = storage.nbytes()
                 storage.resize_(0)
             shard._setattr_on_modules(self.complete[-1])
         self.state._pre_forward_hook_handle.remove()
         self.state._post_forward_hook_handle.remove()
-        if self.here and self.number is not None and changed:
+        if self.is_here and self.number is not None and changed:
             pairs = zip(shards, self.complete, strict=True)
-            self.placed.versions[self.number] = [
+            self.placement.versions[self.number] = [
                 (one, one.data, before[name]) for name, one in pairs if name in changed
             ]
         return {name: before[name] for name in changed}
 
     def _gather(self) -> list[torch.Tensor]:
+        """Return copies of the unit's complete weights, on `meta` where another process owns them."""
         try:
             self.unit.unshard()
         except MEMORY_ERRORS as error:
             if not is_out_of_memory(error):
                 raise
-            what = "out of memory while a layer of the sharded model was gathered"
+            what = "out of memory while gathering a layer of the sharded model"
             fix = "Use more processes or cards with more memory, or lower data.max_length."
             raise EnvironmentProblem.of(what, f"process {distributed.get_rank()}", fix) from error
-        home = "cpu" if offloads_params() and self.owner is not None else self.placed.device
+        device = "cpu" if offloads_params() and self.owner is not None else self.placement.device
         gathered = [shard.unsharded_param.detach() for shard in self.shards]
-        complete = [one.to(home, copy=True) if self.here else torch.empty_like(one, device="meta") for one in gathered]
+        complete = [
+            one.to(device, copy=True) if self.is_here else torch.empty_like(one, device="meta") for one in gathered
+        ]
         self.unit.reshard()
         return complete
 
@@ -224,9 +234,9 @@ class _Unit:
         """Put the shards back in place of complete weights, with FSDP2's hooks."""
         for shard, complete in zip(self.shards, self.complete, strict=True):
             parameter = shard.sharded_param
-            if shard in self.freed:
-                shard._sharded_param_data.untyped_storage().resize_(self.freed[shard])
-                value = complete.data if self.here else torch.empty_like(complete, device=self.placed.device)
+            if shard in self.freed_bytes:
+                shard._sharded_param_data.untyped_storage().resize_(self.freed_bytes[shard])
+                value = complete.data if self.is_here else torch.empty_like(complete, device=self.placement.device)
                 cut = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=self.owner)
                 shard._sharded_param_data.zero_()
                 parameter.to_local().copy_(cut.to_local())

@@ -27,20 +27,16 @@ from llmtune.records import Examples, Rows, SelectedModel
 from llmtune.store.machine import free_memory, resident_bytes, resident_peak_bytes
 from llmtune.train.accumulation import MicroBatchTooLarge, make_batch, seed_micro_batch, try_memory
 from llmtune.train.batch_plan import Indexes, heaviest
-from llmtune.train.checkpoint import (
-    Damage,
-    TrainState,
-    read_checkpoint,
-)
+from llmtune.train.checkpoint import Damage, TrainState, read_checkpoint
 from llmtune.train.distributed import any_process, run_on_main
 from llmtune.train.objective import TrainedTask
 from llmtune.train.resume import restore_checkpoint, save
 from llmtune.train.setup import TrainContext, peak_bytes
 
 LARGE_TOKENS = 512
-"""Smaller micro-batches cost little, and are tried completely."""
+"""Micro-batches of fewer tokens take little time, and are tried completely."""
 PARTS = 4
-"""The share of a large micro-batch to try first, as a divisor of its rows."""
+"""One in so many rows of a large micro-batch is tried first."""
 
 
 def check_examples(rows: Rows, examples: Examples, task: TrainedTask, selected: SelectedModel, recipe: Recipe) -> None:
@@ -53,17 +49,16 @@ def check_examples(rows: Rows, examples: Examples, task: TrainedTask, selected: 
         origins = enumerate(iterate_texts(rows, split)) if wrong else ()
         problems += [Problem(wrong[row], origin) for row, (origin, _) in origins if row in wrong]
     if problems:
-        what, fix = (
-            f"the model would read {len(problems):,} rows wrongly",
-            "The files of its processor may be another model's.",
-        )
-        raise DataError(Problem(what, fix=fix), *problems[:SHOWN])
+        fix = "The files of its processor may be another model's."
+        raise DataError(Problem(f"the model would read {len(problems):,} rows wrongly", fix=fix), *problems[:SHOWN])
 
 
 def run_preflight(
     training: TrainContext, state: TrainState, console: Console, on_budget: Callable[[int], None]
 ) -> None:
-    """Try the heaviest work of the training, shrink `state.budget` until it fits, and restore everything bit by bit.
+    """Try the heaviest work of the training, shrink `state.budget` until it fits, then restore all states bit for bit.
+
+    Calls `on_budget` with each smaller budget, in tokens. Checkpoints for the trial are deleted afterwards.
 
     Raises:
         TrainingError: not even the longest example alone fits into memory.
@@ -75,30 +70,31 @@ def run_preflight(
 
             stack.enter_context(check_compiled(console))
         stack.enter_context(spinner(console, "rehearsing the largest batch, a validation and a checkpoint"))
-        pace = _try_heaviest_work(training, state, console, on_budget)
+        token_seconds = _try_heaviest_work(training, state, console, on_budget)
     console.print(
         f"Rehearsed: micro-batches of {state.budget:,} tokens fit, peak so far {peak_bytes(training.device) / 1e9:.2f} "
         "GB; a checkpoint was written and read back."
     )
-    console.print(f"{training.plan.total_steps:,} steps, {_expected_time(training, state, pace)}", highlight=False)
+    expected = _expected_time(training, state, token_seconds)
+    console.print(f"{training.plan.total_steps:,} steps, {expected}", highlight=False)
 
 
-def _expected_time(training: TrainContext, state: TrainState, pace: float) -> str:
-    """Format the expected time at `pace` seconds per token: an upper bound, as the rehearsed step is slower."""
+def _expected_time(training: TrainContext, state: TrainState, token_seconds: float) -> str:
+    """Format the expected time: an upper bound, as the rehearsed step takes more `token_seconds` than later ones."""
     epochs = (training.plan.total_steps - state.step) / training.plan.steps_per_epoch
-    seconds = pace * float(training.examples.lengths.sum()) * epochs / training.accelerator.num_processes
+    seconds = token_seconds * float(training.examples.lengths.sum()) * epochs / training.accelerator.num_processes
     return f"about {seconds / 60:.0f} minutes at most" if seconds >= 90 else "about a minute at most"
 
 
 def _try_heaviest_work(
     training: TrainContext, state: TrainState, console: Console, on_budget: Callable[[int], None]
 ) -> float:
-    """Return the seconds per token."""
+    """Rehearse until the budget fits, and restore all states; return the seconds per token."""
     before, after = training.checkpoints / ".tmp-before", training.checkpoints / ".tmp-after"
-    with _preflight_states():
+    with _restored_random_states():
         save(training, state, before)
         try:
-            while (pace := _rehearse(training, state, before, after)) is None:
+            while (token_seconds := _rehearse(training, state, before, after)) is None:
                 shrink_budget(training, state, console, on_budget, "the rehearsal")
         except MicroBatchTooLarge as error:
             shrink_budget(training, state, console, on_budget, "the rehearsal", error)
@@ -108,19 +104,19 @@ def _try_heaviest_work(
                 _discard(before, after)
             raise
         run_on_main(training.accelerator, lambda: _discard(before, after))
-    return pace
+    return token_seconds
 
 
 def _rehearse(training: TrainContext, state: TrainState, before: Path, after: Path) -> float | None:
-    """Try a step, a validation, a save and a reload, and restore the state saved in `before`.
+    """Try a step, a validation, a save to `after` and a reload, then restore the state saved in `before`.
 
-    Returns the seconds per token; None if any process ran out of memory.
+    Returns the seconds per token of the step; None if any process ran out of memory.
     """
-    pace = _fits(training, state.budget)
-    if pace is not None:
+    token_seconds = _fits(training, state.budget)
+    if token_seconds is not None:
         save(training, state, after)
-        pace = pace if _read_back(training, after) else None
-    return pace if _read_back(training, before) else None
+        token_seconds = token_seconds if _read_back(training, after) else None
+    return token_seconds if _read_back(training, before) else None
 
 
 def shrink_budget(
@@ -131,7 +127,7 @@ def shrink_budget(
     occasion: str,
     error: MicroBatchTooLarge | None = None,
 ) -> None:
-    """Halve the token budget, but not below the longest example, and print it.
+    """Halve the token budget, but not below the longest example, and print it; `occasion` names the work.
 
     Raises TrainingError if it cannot shrink, or if the `error` occurred in this process `alone`.
     """
@@ -151,8 +147,8 @@ def shrink_budget(
 def _fits(training: TrainContext, budget: int) -> float | None:
     """Run the heaviest micro-batches through a complete step, and the heaviest validation batch, in every process.
 
-    Of a large one, a part is enough if memory is ample (`_try_rows`). Returns the seconds per token of the step; None
-    if it does not fit.
+    If memory is ample, some rows of a large micro-batch are enough (`_try_rows`). Returns the seconds per token of the
+    step; None if it does not fit in every process.
     """
     most = len(training.examples) if training.recipe.train.batch_tokens else training.recipe.train.batch_size
     reader, held_out = training.examples, training.validation
@@ -190,27 +186,27 @@ def _fits(training: TrainContext, budget: int) -> float | None:
     with training.accelerator.no_sync(training.model), whole_documents():
         began = time.perf_counter()
         fits = try_memory(training, step)
-        pace = (time.perf_counter() - began) / max(1, sum(tried))
+        token_seconds = (time.perf_counter() - began) / max(1, sum(tried))
         if fits and held_out is not None:
             training.model.eval()
             fits = try_memory(training, validate)
             training.model.train()
     training.optimizer.zero_grad(set_to_none=True)
-    return None if any_process(training.accelerator, not fits) else pace
+    return None if any_process(training.accelerator, not fits) else token_seconds
 
 
 def _try_rows(training: TrainContext, work: Callable[[Indexes], object], rows: Indexes, reader: ExampleReader) -> int:
-    """Do `work` for `rows`, heaviest first; return the number of tokens.
+    """Run `work` on `rows`, which are sorted with the heaviest first; return the number of tokens tried.
 
-    On a CPU a large micro-batch takes longer than the rest of the rehearsal, so a part of its rows comes first. The
-    memory of a micro-batch grows at most with the square of its tokens, because of attention. If all rows would take
-    less than half of the free memory by this bound, the others are not tried.
+    On a CPU a large micro-batch takes longer than the rest of the rehearsal, so the first `1 / PARTS` of its rows are
+    tried first. The memory of a micro-batch grows at most with the square of its tokens, because of attention. If by
+    this bound all rows would take less than half of the free memory, the others are not tried.
     """
-    part, lengths, tokens = rows[: -(-len(rows) // PARTS)], reader.lengths, 0
-    if len(part) < len(rows) and lengths[rows].sum() >= LARGE_TOKENS and _grows_with_tokens(training, reader):
+    first, lengths, tokens = rows[: -(-len(rows) // PARTS)], reader.lengths, 0
+    if len(first) < len(rows) and lengths[rows].sum() >= LARGE_TOKENS and _grows_with_tokens(training, reader):
         release_memory()
-        before, free, tokens = resident_bytes(), free_memory(), int(lengths[part].sum())
-        work(part)
+        before, free, tokens = resident_bytes(), free_memory(), int(lengths[first].sum())
+        work(first)
         growth = resident_peak_bytes() - before
         if growth * (int(lengths[rows].max()) * len(rows) / tokens) ** 2 <= free / 2:
             return tokens
@@ -219,15 +215,18 @@ def _try_rows(training: TrainContext, work: Callable[[Indexes], object], rows: I
 
 
 def _grows_with_tokens(training: TrainContext, reader: ExampleReader) -> bool:
-    """Whether a micro-batch alone decides how much resident memory grows, and by its number of tokens."""
+    """Whether the growth of resident memory depends only on the number of tokens of the micro-batch."""
     recipe, alone = training.recipe, training.accelerator.num_processes == 1
-    on_cpu = training.device.type == "cpu" and sys.platform == "linux"  # others report no peak of resident memory
-    constant = recipe.adapter.method == "full" or recipe.train.torch_compile  # gradients of all weights; graphs
-    return on_cpu and alone and not constant and not reader.pictures.any()
+    on_cpu = training.device.type == "cpu" and sys.platform == "linux"  # only Linux reports the resident peak
+    has_fixed_part = recipe.adapter.method == "full" or recipe.train.torch_compile  # gradients of all weights; graphs
+    return on_cpu and alone and not has_fixed_part and not reader.pictures.any()
 
 
 def _read_back(training: TrainContext, folder: Path) -> bool:
-    """Load a checkpoint as a test; return False if any process ran out of memory."""
+    """Load the checkpoint in `folder` into the training; return False if any process ran out of memory.
+
+    Raises EnvironmentProblem if the checkpoint is damaged.
+    """
 
     def work() -> None:
         training.optimizer.optimizer.state.clear()  # free it before reading: it can be twice as large as the model
@@ -247,14 +246,14 @@ def _read_back(training: TrainContext, folder: Path) -> bool:
 def _does_not_fit(training: TrainContext) -> LlmtuneError:
     reader, device = training.examples, training.device
     limit = device_memory(str(device))
-    has = f": {limit / 1e9:.2f} GB" if limit else " is full"
+    size = f": {limit / 1e9:.2f} GB" if limit else " is full"
     ways = ["Lower data.max_length"]
     if training.recipe.train.gradient_checkpointing is not True:
         ways.append("set train.gradient_checkpointing: true")
     if not training.adapted.selected.quantized:
         ways.append("set adapter.method: " + ("lora" if training.recipe.adapter.method == "full" else "qlora"))
     return TrainingError.of(
-        f"out of memory: the longest row ({training.longest:,} tokens) does not fit alone; {device.type} memory{has}",
+        f"out of memory: the longest row ({training.longest:,} tokens) does not fit alone; {device.type} memory{size}",
         f"training example {int(reader.lengths.argmax())}, micro-batch of one row",
         f"{'; or '.join(ways)}; or use a smaller model.",
     )
@@ -266,7 +265,7 @@ def _discard(*folders: Path) -> None:
 
 
 @contextmanager
-def _preflight_states() -> Iterator[None]:
+def _restored_random_states() -> Iterator[None]:
     """Restore all random number generators after the block."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
