@@ -65,11 +65,17 @@ def locate_vllm_weights(context: RunContext) -> VllmWeights:
         reason = IN_4_BITS
     if reason is None:
         return VllmWeights(base, base, adapter)
-    merged = run / "merged"
-    if (read_json(merged / CERTIFICATE) or {}).get("trained_sha256") == hash_folder(context.trained_folder):
+    if merged := find_merged(context):
         return VllmWeights(base, merged)
     fix = f"Run llmtune deploy merge {run} if the adapter's method can be merged, or omit --engine."
     raise RecipeError.of(f"{reason}, and the run has no merged weights", str(adapter), fix)
+
+
+def find_merged(context: RunContext) -> Path | None:
+    """Return the folder of a run's merged weights; None if there are none, or if they are of an earlier training."""
+    merged = context.folder.path / "merged"
+    made_of = (read_json(merged / CERTIFICATE) or {}).get("trained_sha256")
+    return merged if made_of == hash_folder(context.trained_folder) else None
 
 
 def find_unanswerable(recipe: Recipe, task: EvaluatedTask, *, base: bool) -> Iterator[Problem]:

@@ -19,6 +19,7 @@ from llmtune.serve.chat_prompt import MAX_PICTURES
 from llmtune.serve.server import KEY_VARIABLE, ServeOptions, open_served, public_name, read_key
 from llmtune.store.atomic_files import hash_value
 from llmtune.store.run_folder import trained_name
+from llmtune.vllm_models import IN_4_BITS, find_merged
 
 VLLM_KEY_VARIABLE = "VLLM_API_KEY"
 Parsers = Sequence[tuple[tuple[str, ...], str]]
@@ -111,9 +112,14 @@ def vllm_command(opened: Mapping[str, RunContext], options: ServeOptions) -> lis
     """Return the command that serves the runs; tokenizer and chat template come from the first run's folder."""
     name, context = next(iter(opened.items()))
     recipe, model_ref, path = context.plan.recipe, context.plan.model_ref, context.folder.path
-    whole = path / ("merged" if options.merged else trained_name(recipe))
-    if options.merged and not (whole / "config.json").is_file():
-        raise RecipeError.of("no merged model found", str(whole), f"Make it: llmtune deploy merge {path}")
+    whole = find_merged(context) if options.merged else path / trained_name(recipe)
+    if whole is None:
+        what = "no merged model of this training found"
+        raise RecipeError.of(what, str(path / "merged"), f"Make it: llmtune deploy merge {path}")
+    if recipe.generation.num_beams > 1:
+        raise RecipeError.of(
+            "vLLM does not search with beams", "generation.num_beams", "Serve it without --engine vllm."
+        )
     served = [str(whole), "--tokenizer", str(whole), "--served-model-name", name]
     adapters: list[str] = []
     if not options.merged and recipe.adapter.method != "full":
@@ -121,7 +127,8 @@ def vllm_command(opened: Mapping[str, RunContext], options: ServeOptions) -> lis
         whole = folders[name]
         served = [str(model_ref.path), "--tokenizer", str(whole), "--served-model-name", public_name(model_ref)]
         configs = [read_config(folder) for folder in folders.values()]
-        if obstacle := find_vllm_obstacle(model_ref.path):
+        obstacle = IN_4_BITS if recipe.adapter.method == "qlora" else find_vllm_obstacle(model_ref.path)
+        if obstacle:
             fix = f"Merge it and serve it with --merged: llmtune deploy merge {path}"
             raise RecipeError.of(obstacle, str(whole), fix)
         for folder, config in zip(folders.values(), configs, strict=True):
@@ -137,8 +144,6 @@ def vllm_command(opened: Mapping[str, RunContext], options: ServeOptions) -> lis
     command += ["--override-generation-config", json.dumps(generation)]
     if (template := whole / "chat_template.jinja").is_file():
         command += ["--chat-template", str(template), *parser_options(template.read_text("utf-8"))]
-    if recipe.adapter.method == "qlora" and not options.merged:
-        command += ["--quantization", "bitsandbytes"]
     if context.plan.task.model_kind.takes_images:
         command += ["--limit-mm-per-prompt", json.dumps({"image": MAX_PICTURES, "video": 0})]
     if recipe.model.trust_remote_code:

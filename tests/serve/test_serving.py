@@ -1,9 +1,11 @@
 import json
 import os
+import shutil
 import socket
 import stat
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +21,10 @@ from llmtune.cli.app import app
 from llmtune.errors import RecipeError
 from llmtune.plan import open_finished
 from llmtune.serve.finished_run import FinishedRun
-from llmtune.serve.server import ServeOptions, read_key
-from llmtune.serve.vllm_engine import check_shared_base
+from llmtune.serve.server import ServeOptions, open_served, read_key
+from llmtune.serve.vllm_engine import check_shared_base, vllm_command
+from llmtune.store.atomic_files import hash_folder, write_json
+from llmtune.store.run_folder import CERTIFICATE
 
 KEY = "correct-horse-battery"
 BRIEF = {"num_train_epochs": None, "max_steps": 1}
@@ -127,6 +131,35 @@ def test_without_vllm_the_error_says_how_to_install_it(runs: dict[str, Path]) ->
     done = serve(runs["plain"], "--engine", "vllm", PATH="/nowhere")
     assert done.exit_code == 4
     assert "pip install vllm" in done.output
+
+
+@pytest.mark.parametrize(
+    ("section", "change", "reason"),
+    [("adapter", {"method": "qlora"}, "quantised to 4 bits"), ("generation", {"num_beams": 2}, "with beams")],
+)
+def test_vllm_is_not_asked_for_what_it_cannot_do(
+    runs: dict[str, Path], section: str, change: dict[str, Any], reason: str
+) -> None:
+    context = open_served(runs["plain"], ServeOptions(), quiet())
+    recipe = context.plan.recipe
+    changed = recipe.model_copy(update={section: getattr(recipe, section).model_copy(update=change)})
+    context.resolved = replace(context.plan, recipe=changed)
+    with pytest.raises(RecipeError, match=reason):
+        vllm_command({"plain": context}, ServeOptions())
+
+
+def test_vllm_gets_only_the_merged_weights_of_this_training(runs: dict[str, Path], tmp_path: Path) -> None:
+    run = Path(shutil.copytree(runs["plain"], tmp_path / "run"))
+    options = ServeOptions(merged=True)
+    context = open_served(run, options, quiet())
+    merged = run / "merged"
+    merged.mkdir()
+    (merged / "config.json").touch()
+    write_json(merged / CERTIFICATE, {"trained_sha256": "that of an earlier training"})
+    with pytest.raises(RecipeError, match=r"no merged model of this training found(?s:.*)llmtune deploy merge"):
+        vllm_command({"plain": context}, options)
+    write_json(merged / CERTIFICATE, {"trained_sha256": hash_folder(run / "adapter")})
+    assert vllm_command({"plain": context}, options)[2] == str(merged)
 
 
 @pytest.mark.slow
