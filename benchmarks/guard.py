@@ -55,8 +55,15 @@ def main() -> int:
     kind = f"{machine['instructions']}{machine['processor'].partition('model')[2].partition(',')[2]}"
     entries: dict[str, Any] = json.loads(options.ratios.read_text()) if options.ratios.exists() else {}
     committed: dict[str, Any] = entries.get(kind, {})
-    if not committed and not options.update:
-        print(f"{options.ratios.name} has no ratios for {kind}. Measure them at an earlier commit with --update.")
+    others = committed.get("ratios", {}).keys()
+    if options.update and (lost := others - set(options.only)):
+        print(f"--update replaces all ratios of {kind}. Add to --only: {' '.join(sorted(lost))}")
+        return 1
+    if not options.update and (missing := set(options.only) - others):
+        cases = "" if missing == CASES.keys() else f" of {' '.join(sorted(missing))}"
+        print(
+            f"{options.ratios.name} has no ratios{cases} for {kind}. Measure them at an earlier commit with --update."
+        )
         return 1
     pairs = {name: measure(name, options.turns) for name in options.only}
     if not options.update:
@@ -112,7 +119,7 @@ def list_losses(ratios: dict[str, dict[str, float]], committed: dict[str, dict[s
         f"{name} became slower: {ratio:.3f} of its peer's speed in {clock.replace('_', ' ')}, was {before:.3f}"
         for name, clocks in ratios.items()
         for clock, ratio in clocks.items()
-        if (before := committed.get(name, {}).get(clock)) and ratio < (1 - TOLERANCE) * before
+        if ratio < (1 - TOLERANCE) * (before := committed[name][clock])
     ]
 
 

@@ -1,5 +1,6 @@
 """The guard of speed fails on a planted slowdown, and published figures name a version that is not old."""
 
+import json
 import os
 import re
 import shutil
@@ -54,13 +55,31 @@ def test_a_ratio_is_that_of_the_fastest_turns(guard: Any) -> None:
     assert guard.compute_ratios(turns) == {"seconds": 1.5}
 
 
-def test_a_machine_without_committed_ratios_is_not_compared(
-    guard: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--only", "start-up"], "has no ratios of start-up for"),
+        (["--update", "--only", "start-up"], "Add to --only: training"),
+    ],
+)
+def test_no_case_is_skipped_or_lost(
+    guard: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    words: list[str],
+    told: str,
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["guard.py", "--only", "start-up", "--ratios", str(tmp_path / "none.json")])
+    ratios = tmp_path / "ratios.json"
+    kinds = json.loads((BENCHMARKS / "ratios.json").read_text())
+    machine = guard.describe_machine()
+    monkeypatch.setattr(guard, "describe_machine", lambda: {**machine, "processor": "any", "instructions": "avx0"})
+    ratios.write_text(json.dumps({"avx0": {"ratios": {"training": next(iter(kinds.values()))["ratios"]["training"]}}}))
+    monkeypatch.setattr(sys, "argv", ["guard.py", *words, "--ratios", str(ratios)])
 
     assert guard.main() == 1
-    assert "none.json has no ratios for" in capsys.readouterr().out
+    assert told in capsys.readouterr().out
+    assert list(json.loads(ratios.read_text())["avx0"]["ratios"]) == ["training"]
 
 
 def test_results_state_the_version_and_the_date_of_every_section() -> None:
