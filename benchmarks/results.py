@@ -97,13 +97,13 @@ def write_settled(runs: dict[str, list[Found]]) -> str:
 
 
 def write_limit(ours: Sequence[Found]) -> str:
-    """Return the share of the machine's limit that llmtune reaches; the limit is measured within each run."""
+    """Return the share of the machine's limit that llmtune reaches; the limit is measured in the first turn."""
     limits = [run["limit"] for run in ours if "limit" in run]
     if not limits:
         return ""
     unit = limits[0]["unit"]
     rate = "tokens_per_second" if unit == "second" else "tokens_per_cpu_second"
-    shares = [run[rate] / run["limit"]["tokens_per_second"] for run in ours]
+    shares = [run[rate] / run["limit"]["tokens_per_second"] for run in ours if "limit" in run]
     parts = {part: median(limit["microseconds_a_token"][part] for limit in limits) for part in limits[0][PARTS]}
     needed = ", ".join(f"{part} {value:.0f}" for part, value in parts.items())
     rates = spread([limit["tokens_per_second"] for limit in limits], "{:.0f}")

@@ -143,7 +143,8 @@ def take_turns(
     for turn in range(pairs):
         for tool in chosen:
             python = llamafactory if tool == "llamafactory" and llamafactory else sys.executable
-            found = run_tool(replace(asked, tool=tool), python, folder, base)
+            limit = asked.measure_limit and turn == 0 and tool == "llmtune"  # takes longer than the steps
+            found = run_tool(replace(asked, tool=tool, measure_limit=limit), python, folder, base)
             runs[tool].append(found)
             rates = (
                 f"{found['tokens_per_cpu_second']:.0f} tokens a cpu-second, {found['tokens_per_second']:.0f} a second"

@@ -337,7 +337,5 @@ def describe_metrics(
         answered = sum(map(len, inputs.turns.values()))
         by_metric["generated.turns"] = f"{answered} answers to {len(inputs.turns)} rows with tools, one per turn"
     if outside := max(0, len(inputs.generation_prompts) - len(answers.texts)):
-        new = recipe.generation.max_new_tokens
-        what = f"{outside} of {len(inputs.generation_prompts)} prompts skipped"
-        by_metric[OUTSIDE] = f"{what}: with generation.max_new_tokens ({new}) they exceed the model's context"
+        by_metric[OUTSIDE] = f"{outside} prompts skipped: with generation.max_new_tokens they exceed the model's context"
     return by_metric

@@ -35,6 +35,8 @@ from llmtune.train.setup import TrainContext, peak_bytes
 
 LARGE_TOKENS = 512
 """Micro-batches of fewer tokens take little time, and are tried completely."""
+RESERVED = 64 * 2**20
+"""Most bytes to leave unused."""
 PARTS = 4
 """One in so many rows of a large micro-batch is tried first."""
 
@@ -183,7 +185,7 @@ def _fits(training: TrainContext, budget: int) -> float | None:
 
     supervised = reader.lengths if chunked else reader.supervised
     batches, tried = heaviest(reader.lengths, weigh(reader, supervised), budget, training.packed, most), list[int]()
-    with training.accelerator.no_sync(training.model), whole_documents():
+    with training.accelerator.no_sync(training.model), whole_documents(), _reserve():
         began = time.perf_counter()
         fits = try_memory(training, step)
         token_seconds = (time.perf_counter() - began) / max(1, sum(tried))
@@ -193,6 +195,17 @@ def _fits(training: TrainContext, budget: int) -> float | None:
             training.model.train()
     training.optimizer.zero_grad(set_to_none=True)
     return None if any_process(training.accelerator, not fits) else token_seconds
+
+
+@contextmanager
+def _reserve() -> Iterator[None]:
+    """Leave a tenth of the free address space, at most `RESERVED` bytes, unused inside the block.
+
+    The steps find the same memory in smaller pieces, between gradients and the states of the optimiser.
+    """
+    block = torch.empty(min(free_memory() // 10, RESERVED), dtype=torch.uint8)
+    yield
+    del block
 
 
 def _try_rows(training: TrainContext, work: Callable[[Indexes], object], rows: Indexes, reader: ExampleReader) -> int:
