@@ -53,7 +53,7 @@ LATENCY = 50e-6
 LOOPBACK = (8e-5, 8e8)
 """Seconds a message, bytes a second: gloo between two processes of a machine under other load."""
 SPEEDS, ADAPTER = (228.0, 237.0, 252.0), 4_884_480
-"""Tokens a second of one thread, with 0.1.0 on 2026-11-25 (lowest, median, highest; TOKENS a step), and the numbers it trains."""
+"""Tokens a second of one thread with 0.1.0 (lowest, median, highest; TOKENS a step), and the numbers it trains."""
 STEP_TOKENS = 65_536
 MACHINES = (1, 2, 4, 8, 16, 32)
 DRAWS = 2000

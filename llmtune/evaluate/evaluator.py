@@ -337,5 +337,7 @@ def describe_metrics(
         answered = sum(map(len, inputs.turns.values()))
         by_metric["generated.turns"] = f"{answered} answers to {len(inputs.turns)} rows with tools, one per turn"
     if outside := max(0, len(inputs.generation_prompts) - len(answers.texts)):
-        by_metric[OUTSIDE] = f"{outside} prompts skipped: with generation.max_new_tokens they exceed the model's context"
+        by_metric[OUTSIDE] = (
+            f"{outside} prompts skipped: with generation.max_new_tokens they exceed the model's context"
+        )
     return by_metric
