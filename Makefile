@@ -71,8 +71,8 @@ demo: $(MODEL)  ## Fine-tune a packaged 135M model on real rows, and show what i
 	@echo "The report: $(abspath $(QUICKSTART))/report.html"
 	@echo "Talk to it: $(BIN)/llmtune generate $(QUICKSTART) --system 'Name the Debian section of the package.' --prompt 'Puzzle game with penguins.'"
 
-test: $(READY)  ## Run the default test suite, offline and on the CPU: about 15 minutes on two cores
-	@echo 'This takes about 15 minutes on two cores; pytest prints the time at the end. `make test-quick` is shorter.'
+test: $(READY)  ## Run the default test suite, offline and on the CPU: about 20 minutes on two cores
+	@echo 'This takes about 20 minutes on two cores; pytest prints the time at the end. `make test-quick` is shorter.'
 	$(BIN)/pytest -m 'not slow and not gpu' -n $(JOBS) --dist loadfile
 
 # The claims that break first, of every package.

@@ -56,7 +56,7 @@ def test_a_ratio_is_that_of_the_fastest_turns(guard: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("options", "message"),
     [
         (["--only", "start-up"], "has no ratios of start-up for"),
         (["--update", "--only", "start-up"], "Add to --only: training"),
@@ -67,18 +67,18 @@ def test_no_case_is_skipped_or_lost(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-    words: list[str],
-    told: str,
+    options: list[str],
+    message: str,
 ) -> None:
     ratios = tmp_path / "ratios.json"
     kinds = json.loads((BENCHMARKS / "ratios.json").read_text())
     machine = guard.describe_machine()
     monkeypatch.setattr(guard, "describe_machine", lambda: {**machine, "processor": "any", "instructions": "avx0"})
     ratios.write_text(json.dumps({"avx0": {"ratios": {"training": next(iter(kinds.values()))["ratios"]["training"]}}}))
-    monkeypatch.setattr(sys, "argv", ["guard.py", *words, "--ratios", str(ratios)])
+    monkeypatch.setattr(sys, "argv", ["guard.py", *options, "--ratios", str(ratios)])
 
     assert guard.main() == 1
-    assert told in capsys.readouterr().out
+    assert message in capsys.readouterr().out
     assert list(json.loads(ratios.read_text())["avx0"]["ratios"]) == ["training"]
 
 

@@ -115,14 +115,14 @@ def print_page_faults() -> None:
     """Print the page faults before, inside and after the block."""
     mapped = page_faults()
     with keep_freed_memory():
-        kept = page_faults()
-    print(mapped, kept, page_faults())
+        reused = page_faults()
+    print(mapped, reused, page_faults())
 
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="an option of glibc")
 def test_freed_blocks_are_reused_only_inside_the_block(tmp_path):
     done = run_in_child(print_page_faults, tmp_path / "child")
     assert done.returncode == 0, done.stderr
-    mapped, kept, after = map(int, done.stdout.split())
-    assert kept < mapped / 10
+    mapped, reused, after = map(int, done.stdout.split())
+    assert reused < mapped / 10
     assert after > mapped / 2
