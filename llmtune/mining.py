@@ -52,7 +52,8 @@ from llmtune.tasks.registry import get_task
 from llmtune.tasks.sentence_vectors import embed_texts, resolve_settings
 
 WIDER = 10
-"""Candidates per mined negative, as in sentence-transformers: some are too near."""
+"""Candidates per mined negative, as in sentence-transformers: some are too near. It adds two per right passage, and one
+for the query itself."""
 SCORES = 1 << 26
 """Scores of queries and passages in memory at a time: 256 MB."""
 SURVEYED = 512
@@ -216,7 +217,7 @@ def collect_pairs(rows: Rows, split: str, corpus: Sequence[str]) -> Pairs:
 def mine(queries_QD: torch.Tensor, passages_PD: torch.Tensor, pairs: Pairs, section: NegativesSection) -> Mined:
     """Return each query's nearest passages that score at most `below` x the lowest of its right passages."""
     most = max(map(len, pairs.right), default=0)
-    limit = min(section.mine * WIDER + 2 * most, len(passages_PD))
+    limit = min(section.mine * WIDER + 2 * most + 1, len(passages_PD))
     negatives, skipped, nearest = list[list[int]](), 0, None
     step = max(1, SCORES // max(1, len(passages_PD)))
     for start in range(0, len(queries_QD), step):
