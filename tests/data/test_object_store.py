@@ -22,6 +22,8 @@ from llmtune.errors import DataError, EnvironmentProblem
 from llmtune.launch.python_api import names_remote
 from llmtune.store.process_environment import refuse_network
 
+pytestmark = pytest.mark.needs("aiohttp", "gcp_storage_emulator", "gcsfs", "moto", "s3fs")
+
 ROWS = [chat(f"question {i}", f"answer {i}") for i in range(1500)]
 SECRET = "a-secret-of-the-store"
 S3_SERVER = """
@@ -56,7 +58,6 @@ def serving(script: str, *arguments: object) -> Iterator[int]:
 
 @pytest.fixture(scope="module")
 def server():
-    pytest.importorskip("moto", reason="the S3 server is not installed")
     with serving(S3_SERVER) as port:
         yield f"http://127.0.0.1:{port}"
 
@@ -88,8 +89,8 @@ def s3(server, monkeypatch):
 
 @pytest.fixture
 def gs(monkeypatch):
-    gcsfs = pytest.importorskip("gcsfs", reason="gcsfs is not installed")
-    pytest.importorskip("gcp_storage_emulator", reason="the server is not installed")
+    import gcsfs
+
     with serving(GS_SERVER) as port:
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{port}")
         gcsfs.GCSFileSystem.clear_instance_cache()
@@ -132,7 +133,8 @@ def test_rows_of_googles_store_equal_those_on_disk_and_their_etag_identifies_ver
 
 @pytest.mark.parametrize("status", [401, 403])
 def test_access_denied_by_googles_store_differs_from_a_missing_file(tmp_path, monkeypatch, capfd, status):
-    gcsfs = pytest.importorskip("gcsfs", reason="gcsfs is not installed")
+    import gcsfs
+
     denial = {"error": {"code": status, "message": "Anonymous caller does not have storage.objects.list access"}}
     gcsfs.GCSFileSystem.clear_instance_cache()
     with answering(lambda *request: (status, denial, {})) as address:
@@ -166,7 +168,6 @@ def make_certificate(folder: Path) -> tuple[Path, Path]:
 
 @pytest.mark.slow
 def test_a_self_signed_store_is_read_if_trusted_and_refused_otherwise(tmp_path, monkeypatch):
-    pytest.importorskip("moto", reason="the S3 server is not installed")
     certificate, key = make_certificate(tmp_path)
     with serving(S3_SERVER, certificate, key) as port:
         monkeypatch.setenv("AWS_CA_BUNDLE", str(certificate))

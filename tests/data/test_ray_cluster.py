@@ -18,6 +18,8 @@ from llmtune.data.worker_pool import WorkerPool, spread_on_ray
 from llmtune.errors import EnvironmentProblem
 from llmtune.tasks.registry import get_task
 
+pytestmark = pytest.mark.needs("ray")
+
 BATCHES = [[number, number + 1] for number in range(100)]
 
 
@@ -28,7 +30,6 @@ def work(address: str, function, batches=BATCHES) -> list:
 
 @pytest.fixture(scope="module")
 def cluster():
-    pytest.importorskip("ray", reason="Ray is not installed")
     from ray.cluster_utils import Cluster
 
     with pytest.MonkeyPatch.context() as patch:
@@ -94,6 +95,5 @@ def test_an_unusable_cluster_is_refused_by_name(monkeypatch):
 
 @pytest.mark.slow
 def test_an_unreachable_address_is_reported_immediately():
-    pytest.importorskip("ray", reason="Ray is not installed")
     with pytest.raises(EnvironmentProblem, match="nothing answers at"):
         work("127.0.0.1:9", sum)

@@ -7,12 +7,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import lm_eval
 import numpy as np
 import pytest
 import torch
-from lm_eval.api.group import AggMetricConfig, Group
-from lm_eval.api.instance import Instance
 from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from support.benchmark_tasks import CHOOSE, GROUP, LIKELY, rows_to_learn, write_tasks
@@ -25,10 +22,11 @@ from llmtune.evaluate.eval_inputs import EvalContext
 from llmtune.evaluate.metric import paired_difference
 from llmtune.evaluate.suites.benchmarks import measure_group, measure_task
 from llmtune.evaluate.suites.lm_eval import quietly
-from llmtune.evaluate.suites.lm_eval_model import BatchedLM
 from llmtune.pipeline import evaluate_run, run_pipeline
 from llmtune.recipe.loader import load_recipe
 from llmtune.store.run_request import RunRequest
+
+pytestmark = pytest.mark.needs("lm_eval")
 
 
 @pytest.fixture(scope="module")
@@ -166,6 +164,10 @@ def test_trained_tokens_of_tied_embeddings_are_scored_as_trained(bench: Any) -> 
     with torch.no_grad():
         logs = model(torch.tensor([ids])).logits[0].log_softmax(-1)
     expected = sum(float(logs[at, token]) for at, token in enumerate(ids[1:]))
+    from lm_eval.api.instance import Instance
+
+    from llmtune.evaluate.suites.lm_eval_model import BatchedLM
+
     request = Instance("loglikelihood", {}, ("", "the red house"), 0, ("task", 0, 1))
     ((nats, _),) = BatchedLM(model, context, lambda rows: None).loglikelihood([request])
     assert nats == pytest.approx(expected, rel=1e-5)
@@ -205,6 +207,8 @@ def test_a_group_has_a_score_and_an_interval_besides_those_of_its_tasks(done: Pa
 
 
 def test_a_mean_over_tasks_is_compared_with_a_model_that_scores_zero_in_all_of_them() -> None:
+    from lm_eval.api.group import AggMetricConfig, Group
+
     group = Group("g", aggregate_metric_list=[AggMetricConfig("acc", weight_by_size=False)])
     found = []
     for first, second in ((0.0, 0.0), (1.0, 0.5)):
@@ -221,6 +225,8 @@ def test_a_mean_over_tasks_is_compared_with_a_model_that_scores_zero_in_all_of_t
 
 
 def test_the_task_that_replaces_stereotype_pairs_gives_their_share_with_a_paired_interval(done: Path) -> None:
+    import lm_eval
+
     shipped = Path(lm_eval.__file__).parent / "tasks" / "crows_pairs" / "crows_pairs_english.yaml"
     pairs = [{"sent_more": f"The cat is {a}.", "sent_less": f"The dog is {a}."} for a in ("red", "blue", "old")]
     write_jsonl(done / "pairs.jsonl", pairs)

@@ -60,10 +60,10 @@ def run_week(champion: Path, out: Path, rows: str, built: Any, against: Path | N
     return invoke("run", recipe, "--out", out, "--offline", "--json")
 
 
+@pytest.mark.needs("cleanlab")
 def test_a_week_with_wrong_labels_is_named_before_training_and_fails_on_its_new_rows(
     champion: Path, tmp_path: Path, built: Any
 ) -> None:
-    pytest.importorskip("cleanlab", reason="needs llmtune-cli[labels]")
     done = run_week(champion, tmp_path / "bad", "bad.jsonl", built, suspects=True)
     assert done.exit_code == 6, done.stderr
     told = " ".join(done.stderr.split())

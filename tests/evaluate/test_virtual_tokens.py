@@ -160,25 +160,33 @@ def test_an_explained_answer_is_that_of_the_forward_pass(tiny_llama, adapter):
 
 
 @pytest.mark.parametrize("adapter", ADAPTERS.values(), ids=ADAPTERS)
-def test_choices_and_benchmarks_are_scored_by_the_forward_pass(tiny_llama, adapter):
-    adapted, recipe = adapt(tiny_llama, **adapter)
-    model, processor = adapted.model, adapted.selected.processor
+def test_choices_are_scored_by_the_forward_pass(tiny_llama, adapter):
+    adapted, _ = adapt(tiny_llama, **adapter)
+    model = adapted.model
     prompt, answers = [*range(5, 17)], [[30, 31, 32], [40, 41]]
     tree = make_tree([[*prompt, *answer] for answer in answers], [len(prompt)] * 2)
     expected = [float(log_probability(model, prompt, answer)) for answer in answers]
     with torch.inference_mode():
         assert score_trees(model, [tree], device="cpu")[0] == pytest.approx(expected, rel=1e-4)
-    api = pytest.importorskip("lm_eval.api.instance", reason="needs llmtune-cli[benchmarks]")
+
+
+@pytest.mark.needs("lm_eval")
+@pytest.mark.parametrize("adapter", ADAPTERS.values(), ids=ADAPTERS)
+def test_benchmarks_are_scored_by_the_forward_pass(tiny_llama, adapter):
+    from lm_eval.api.instance import Instance
+
     from llmtune.evaluate.suites.lm_eval_model import BatchedLM
 
+    adapted, recipe = adapt(tiny_llama, **adapter)
+    model, processor = adapted.model, adapted.selected.processor
     context = SimpleNamespace(processor=processor, recipe=recipe, device="cpu")
     judge = BatchedLM(model, context, lambda rows: None)
     text, word = "Where is the red box", " now"
-    ask = api.Instance("loglikelihood", {}, (text, word), 0, ("task", 0, 1))
+    ask = Instance("loglikelihood", {}, (text, word), 0, ("task", 0, 1))
     ids, both = judge.tok_encode(text), judge.tok_encode(text + word)
     ((nats, _),) = judge.loglikelihood([ask])
     assert nats == pytest.approx(float(log_probability(model, ids, both[len(ids) :])), rel=1e-4)
-    ask = api.Instance("generate_until", {}, (text, {"until": ["nothing"], "max_gen_toks": 6}), 0, ("task", 0, 1))
+    ask = Instance("generate_until", {}, (text, {"until": ["nothing"], "max_gen_toks": 6}), 0, ("task", 0, 1))
     (answer,) = judge.generate_until([ask])
     assert answer == processor.decode(likeliest(model, ids, 6), skip_special_tokens=True)
 

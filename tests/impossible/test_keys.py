@@ -362,6 +362,8 @@ ELSEWHERE = {
 
 
 REPEATED = {key for key in FLIPS if "@" in key} - {"generation.num_beams@t5", "generation.do_sample@whisper"}
+BENCHMARKED = {key for key, flip in FLIPS.items() if QUIZ in flip.also}
+MARKS = [(pytest.mark.slow, REPEATED), (pytest.mark.needs("lm_eval"), BENCHMARKED)]
 """Keys that the default suite flips for another kind of model; one of search and one of sampling stay in it."""
 
 
@@ -389,7 +391,7 @@ def test_every_key_of_the_schema_is_tested() -> None:
 
 
 @pytest.mark.parametrize(
-    "key", [pytest.param(key, marks=[pytest.mark.slow] if key in REPEATED else []) for key in FLIPS]
+    "key", [pytest.param(key, marks=[mark for mark, keys in MARKS if key in keys]) for key in FLIPS]
 )
 def test_a_flipped_key_changes_a_resolved_object(place: Path, key: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")  # only the request for a compiler matters

@@ -52,8 +52,8 @@ def test_the_task_runs_torchrun_on_the_recipe_in_its_folder(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:Support for class-based:DeprecationWarning")  # Kubeflow's
+@pytest.mark.needs("kubeflow_trainer_api")
 def test_the_train_job_matches_the_published_kubeflow_schema():
-    pytest.importorskip("kubeflow_trainer_api")
     from kubeflow_trainer_api.models import IoK8sApiCoreV1PodSpec, TrainerV1alpha1TrainJob
 
     job = read("trainjob.yaml")

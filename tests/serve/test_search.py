@@ -112,9 +112,11 @@ def test_the_openai_client_gets_the_most_texts_of_a_request_from_an_idle_server(
     np.testing.assert_allclose(vectors[::97], theirs.encode_document(texts[::97]), atol=1e-5)
 
 
+@pytest.mark.needs("langchain_openai")
 def test_langchain_gets_the_vectors_of_documents_and_queries(embedder: Path) -> None:
     """It sends 1,000 texts at a time, and base64 is its client's format."""
-    langchain = pytest.importorskip("langchain_openai")
+    import langchain_openai as langchain
+
     theirs = SentenceTransformer(str(embedder / "merged"), device="cpu", local_files_only=True)
     texts = [f"number {i} {THINGS[i % 8]}" for i in range(1001)]
     with serving(*load_served(mine=embedder).values()) as url:

@@ -74,8 +74,9 @@ def test_perplexity_equals_that_of_a_plain_loop_over_windows(bench, tmp_path):
     assert found.difference["perplexity"].n == 60
 
 
+@pytest.mark.needs("lm_eval")
 def test_accuracy_equals_that_of_lm_eval(bench, tmp_path, tiny_llama):
-    lm_eval = pytest.importorskip("lm_eval", reason="needs llmtune-cli[benchmarks]")
+    import lm_eval
     from lm_eval.tasks import TaskManager
 
     rows = (resources.files("llmtune.evaluate.suites") / "general" / "questions.jsonl").read_text()

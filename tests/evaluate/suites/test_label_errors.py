@@ -22,6 +22,8 @@ from llmtune.recipe.loader import load_recipe
 from llmtune.records import SPLITS
 from llmtune.tasks.registry import get_task
 
+pytestmark = pytest.mark.needs("cleanlab")
+
 BRIEF = {"num_train_epochs": None, "max_steps": 6}
 SETS = {"evaluate": {"suspects": True, "metrics": ["loss"]}, "data": {"deduplicate": "none"}, "train": BRIEF}
 

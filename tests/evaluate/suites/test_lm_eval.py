@@ -18,6 +18,8 @@ from llmtune.evaluate.suites.lm_eval import check_task_names, list_task_files, l
 from llmtune.launch.python_api import names_remote
 from llmtune.recipe.schema import Recipe
 
+pytestmark = pytest.mark.needs("lm_eval")
+
 
 def test_lm_eval_stays_quiet_and_leaves_random_states_alone(
     tasks: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
