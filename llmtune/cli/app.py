@@ -133,7 +133,10 @@ EXIT_CODES = {
     "6": "a gate, a parity check or a verification failed",
     "7": "inconclusive: too few rows for a gate on an interval (with evaluate.when_unsure: report)",
     "130, 143": "interrupted or terminated, with the work saved",
+    "141": "the reader of the output left, as in llmtune models list | head",
 }
+READER_LEFT = 128 + signal.SIGPIPE
+"""Exit code if the reader of the output leaves, as in `llmtune models list | head`; Rich and the parser exit with 1."""
 FIRST_STEPS = 'Your own rows: llmtune init rows.csv, then llmtune run rows.yaml, then llmtune generate rows "TEXT"'
 
 app = typer.Typer(
@@ -303,6 +306,9 @@ def command_tree(words: list[str]) -> typer.Typer:
 
 def main() -> None:
     """Entry point of the `llmtune` command."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the caller: `>&-`
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w", encoding="utf-8"))
     start()
     # pydantic otherwise reads the metadata of every installed package, in search of plugins.
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
@@ -311,8 +317,8 @@ def main() -> None:
     try:
         command_tree(sys.argv[1:])()
     except SystemExit as end:
-        code = end.code
-        raise
+        code = READER_LEFT if isinstance(end.__context__, BrokenPipeError) else end.code
+        raise SystemExit(code) from None
     finally:
         leave(code)
         for number in (signal.SIGINT, signal.SIGTERM):

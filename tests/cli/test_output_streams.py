@@ -1,4 +1,7 @@
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import typer
@@ -47,3 +50,21 @@ def test_only_commands_with_a_run_folder_promise_to_resume(capsys, options, show
         command(**options)
     assert caught.value.exit_code == 130
     assert shows in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [["models", "list"], ["--help"], ["recipes", "schema"]], ids=" ".join)
+def test_a_reader_that_leaves_ends_a_command_as_it_ends_other_programs(command):
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, "-m", "llmtune", *command], stdout=writer, stderr=subprocess.PIPE, check=False
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+def test_a_closed_standard_output_is_no_bug():
+    command = f"{sys.executable} -m llmtune models list >&-"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    assert "Traceback" not in done.stderr
