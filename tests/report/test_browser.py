@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,13 @@ import pytest
 from support.browser import Page, browser, open_browser
 from support.http_server import answering
 
+from llmtune.records import Difference
 from llmtune.report.report_page import write_report
+from llmtune.store.report_record import Report
+from llmtune.store.score_records import Control, GateResult, Slice
 
 pytestmark = browser
-PHONE_WIDTH = 390
+PHONE_WIDTH = 375
 POLICY = re.compile(r'<meta http-equiv="Content-Security-Policy"[^>]*>')
 
 
@@ -76,6 +80,22 @@ def test_nothing_overflows_on_a_phone(shown: Page) -> None:
     assert width == PHONE_WIDTH
     assert out == []
     assert needed <= width
+
+
+def test_gates_and_picture_controls_fit_a_phone(chromium: Page, report: Report, tmp_path: Path) -> None:
+    """A gate is a card, as four columns break its words; the intervals of controls wrap."""
+    change = Difference(-0.2843, -0.3921, -0.1456, p=0.001, n=100)
+    slices = Slice("all", 100, {"accuracy": 0.43}, {"accuracy": 0.83}, {})
+    control = Control({"accuracy": 0.4}, {"accuracy": 0.5}, {"accuracy": change}, {"accuracy": change}, slices, 100)
+    evaluation = replace(report.evaluation, controls={"blind": control, "swapped": control})
+    gate = GateResult("accuracy.low > champion - 0.01", "accuracy.low > 0.7432", "0.7321 (inconclusive)", None)
+    write_report(replace(report, evaluation=evaluation, gates=[gate]), tmp_path)
+    chromium.resize(PHONE_WIDTH, 900)
+    chromium.open((tmp_path / "report.html").as_uri())
+    width, needed, out = visit(chromium, "phone")
+    assert out == []
+    assert needed <= width
+    assert chromium.run("getComputedStyle(document.querySelector('#gates tbody tr')).display") == "flex"
 
 
 def test_text_can_be_read_in_light_and_in_dark(shown: Page) -> None:
