@@ -130,11 +130,24 @@ class Distribution(Teacher):
         return terms_pL.sum(1), gradient_pV.scatter_(1, ids_pK, top_pK.exp() - teacher_pL[:, :-1])
 
 
-def class_losses(logits_RK: torch.Tensor, classes_R: torch.Tensor, teacher: Teacher | None) -> torch.Tensor:
-    """Return the loss of each row that has one class: cross entropy, or that of its teacher."""
+def class_losses(
+    logits_RK: torch.Tensor,
+    classes_R: torch.Tensor,
+    weights_R: torch.Tensor | None,
+    teacher: Distribution | BinRecorder | None,
+) -> torch.Tensor:
+    """Return the loss of each row that has one class: cross entropy times `weights_R`, or that of its teacher.
+
+    The weights apply to the labels' share of a teacher's loss, not to the teacher's.
+    """
     if teacher is None:
-        return cross_entropy(logits_RK, classes_R, reduction="none")
-    return teacher.losses(logits_RK, None, None, classes_R)
+        losses_R = cross_entropy(logits_RK, classes_R, reduction="none")
+        return losses_R if weights_R is None else losses_R * weights_R
+    losses_R = teacher.losses(logits_RK, None, None, classes_R)
+    if weights_R is None or isinstance(teacher, BinRecorder):
+        return losses_R
+    labels_R = cross_entropy(logits_RK, classes_R, reduction="none")
+    return losses_R + (1 - teacher.weight) * (weights_R - 1) * labels_R
 
 
 def yes_no_losses(logits_RK: torch.Tensor, targets_RK: torch.Tensor, teacher: Teacher | None) -> torch.Tensor:
