@@ -40,6 +40,7 @@ from llmtune.evaluate.teacher import (
     begin_blocks,
     begin_recording,
     check_teacher,
+    describe_answers,
     longest_answered,
     record_predictions,
     recorded_facts,
@@ -265,10 +266,8 @@ def answer_step(context: RunContext) -> None:
             with staged(data / ANSWERED) as folder:
                 step.facts.update(write_answered(rows, data / ANSWERS, folder))
             shutil.rmtree(data / ANSWERS)
-    if truncated := context.folder.facts("answer").get("truncated"):
-        most = f"generation.max_new_tokens ({recipe.generation.max_new_tokens})"
-        text = f"{truncated:,} of {context.folder.facts('answer')['answered']:,} answers were truncated at {most}"
-        context.console.print(f"{text}: the student learns to stop there. Raise it.", style="yellow", highlight=False)
+    for line in describe_answers(context.folder.facts("answer"), recipe.generation.max_new_tokens):
+        context.console.print(line, style="yellow", highlight=False)
 
 
 def drop_answers(folder: Path) -> None:

@@ -1,7 +1,7 @@
 """A teacher's predictions for each learned token, recorded once before training.
 
-They are in files of `BLOCK` examples each, written atomically. A killed recording continues after the last file, and
-the files do not depend on the number of processes.
+They are in files of `BLOCK` examples each, written atomically, each with its hash at its end. A killed recording
+continues after the last intact file, and the files do not depend on the number of processes.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 import torch
+import xxhash
 from rich.console import Console
 from rich.progress import MofNCompleteColumn
 from transformers import PreTrainedTokenizerBase
@@ -42,7 +43,7 @@ from llmtune.model.teacher_loss import BinRecorder
 from llmtune.recipe.reinforce_section import ReinforceSection
 from llmtune.recipe.schema import Recipe
 from llmtune.records import Examples, Json, ModelRef, Row, Rows
-from llmtune.store.atomic_files import atomic_file, hash_value, read_json, remove_unfinished, write_json
+from llmtune.store.atomic_files import atomic_file, hash_recording, hash_value, read_json, remove_unfinished, write_json
 from llmtune.store.processes import rank, world_size
 
 FOLDER, ANSWERS = "teacher", "answers"
@@ -50,7 +51,10 @@ FOLDER, ANSWERS = "teacher", "answers"
 RECORD = "teacher.json"
 BLOCK = 256
 """Examples in a file: a killed recording loses at most the work on one."""
+HASH_BYTES = 32
 SHOWN_LABELS = 10
+OUTCOMES = ("truncated", "truncated_in_thoughts", "unreadable_calls")
+"""Facts of an answer that are counted."""
 LEARNED = ("train", "validation")
 """Splits whose predictions are recorded."""
 Records = npt.NDArray[np.void]
@@ -163,7 +167,7 @@ def record_predictions(
         for split, reader in readers.items():
             for number, rows in enumerate(cut_blocks(len(reader))):
                 path = block_file(folder, split, number)
-                if not path.exists() and number % world_size() == rank():
+                if number % world_size() == rank() and not is_intact(path):
                     _write_block(_record_block(reader, rows, record, student.device, packs), path)
                 progress.advance(bar, len(rows))
 
@@ -172,7 +176,15 @@ def _write_block(records: Records, path: Path) -> None:
     with atomic_file(path) as temporary, temporary.open("wb") as file:
         np.save(file, records)
         file.flush()
+        file.write(hash_recording(temporary).encode())
+        file.flush()
         os.fsync(file.fileno())
+
+
+def is_intact(path: Path) -> bool:
+    """Return whether a block ends in the hash of its predictions."""
+    data = path.read_bytes() if path.is_file() else b""
+    return xxhash.xxh3_128_hexdigest(memoryview(data)[:-HASH_BYTES]).encode() == data[-HASH_BYTES:]
 
 
 def begin_recording(folder: Path, inputs: str, student: PlannedModel, examples: Examples, *, restart: bool) -> None:
@@ -274,9 +286,10 @@ def answer_rows(student: PlannedModel, teacher: torch.nn.Module, rows: Rows, fol
         for split in LEARNED:
             for number, block in enumerate(cut_blocks(rows.counts.get(split, 0))):
                 path = answers_file(folder, split, number)
-                if not path.exists():
+                if read_answers(path) is None:
                     with torch.no_grad(), compute_context(dtype, student.device):
-                        write_json(path, _answer_block(student, teacher, read_rows(rows, split, block)))
+                        answered = _answer_block(student, teacher, read_rows(rows, split, block))
+                    write_json(path, {"hash": hash_value(answered), "rows": answered})
                 progress.advance(bar, len(block))
 
 
@@ -303,8 +316,22 @@ def _answer_block(student: PlannedModel, teacher: torch.nn.Module, rows: Sequenc
         ended, read = [not one.truncated for one in made], answer_reader(processor, recipe)
         triples = zip(rows, prompts, made, strict=True)
         answers = [read(one.ids, row.get("tools"), prompt) for row, prompt, one in triples]
+    if (
+        any(one.reasoning for one in answers)
+        and not recipe.variant.facts.has_messages
+        and recipe.data.reasoning != "drop"
+    ):
+        what = f"the teacher writes thoughts before its answers, and task {task.name} cannot learn them"
+        fix = "Set model.chat_template_kwargs so that it does not think, or data.reasoning: drop to learn the texts."
+        raise RecipeError.of(what, "distil.answers", fix)
     return [
-        {"row": task.take_answer(row, answer), "ended": end}
+        {
+            # A call that cannot be parsed would be learned as text: the row is left empty, and encoding drops it.
+            "row": task.take_answer(row, ParsedAnswer("") if answer.error else answer),
+            "truncated": not end,
+            "truncated_in_thoughts": not end and bool(answer.reasoning) and not (answer.text or answer.tool_calls),
+            "unreadable_calls": answer.error is not None,
+        }
         for row, answer, end in zip(rows, answers, ended, strict=True)
     ]
 
@@ -318,6 +345,26 @@ def answers_file(folder: Path, split: str, number: int) -> Path:
     return folder / f"{split}-{number:05}.json"
 
 
+def describe_answers(facts: Json, most: int) -> Iterator[str]:
+    """Yield the warnings about answers that are learned in part or left out; `most` is their limit of tokens."""
+    truncated, unfinished, calls = (facts.get(name, 0) for name in OUTCOMES)
+    if truncated:
+        text = f"{truncated:,} of {facts['answered']:,} answers were truncated at"
+        text += f" generation.max_new_tokens ({most}): the student learns to stop there"
+        text += f", except for {unfinished:,} truncated in their thoughts, which are left out" if unfinished else ""
+        yield f"{text}. Raise it."
+    if calls:
+        yield f"{calls:,} of {facts['answered']:,} answers have a call that cannot be parsed, and are left out."
+
+
+def read_answers(path: Path) -> list[Json] | None:
+    """Return the answered rows of a block; None if it is missing or damaged."""
+    match read_json(path):
+        case {"hash": str() as digest, "rows": list() as answered} if hash_value(answered) == digest:
+            return answered
+    return None
+
+
 def write_answered(rows: Rows, answers: Path, folder: Path) -> Json:
     """Write the answered rows, and those of test as they are, into `folder`; return facts for the manifest."""
     blocks = {
@@ -325,7 +372,7 @@ def write_answered(rows: Rows, answers: Path, folder: Path) -> Json:
         for split in LEARNED
         if rows.counts.get(split)
     }
-    answered = [one for files in blocks.values() for file in files for one in read_json(file)]
+    answered = [one for files in blocks.values() for file in files for one in read_answers(file) or ()]
     texts = (json.dumps(one["row"], ensure_ascii=False) for one in answered)
     write_changed(rows, dict.fromkeys(blocks, texts), folder)
-    return {"answered": len(answered), "truncated": sum(not one["ended"] for one in answered)}
+    return {"answered": len(answered), **{name: sum(one[name] for one in answered) for name in OUTCOMES}}
