@@ -1,9 +1,11 @@
 import json
+import sys
+from contextlib import suppress
 
 import pytest
 import typer
 
-from llmtune.cli.output_streams import handled, print_json
+from llmtune.cli.output_streams import end_with, handled, print_json
 from llmtune.errors import RecipeError
 
 
@@ -47,3 +49,19 @@ def test_only_commands_with_a_run_folder_promise_to_resume(capsys, options, show
         command(**options)
     assert caught.value.exit_code == 130
     assert shows in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("prints", [True, False], ids=["by the command", "at its end"])
+def test_a_document_that_a_full_disk_refuses_is_one_message(capsys, monkeypatch, prints):
+    @handled
+    def command(as_json: bool) -> None:
+        if prints:
+            print_json({"loss": 1.5})
+        end_with(lambda exit_code, error: {"exit_code": exit_code})
+
+    with suppress(OSError), open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        with pytest.raises(typer.Exit) as caught:
+            command(as_json=True)
+    assert caught.value.exit_code == 4
+    assert capsys.readouterr().err.count("the disk is full") == 1

@@ -31,6 +31,7 @@ from llmtune.evaluate.suites import Suite
 from llmtune.evaluate.suites.own_metric_process import BLOCKED, RAISED
 from llmtune.recipe.evaluate_section import EvaluateSection
 from llmtune.recipe.schema import Recipe
+from llmtune.recipe.secrets import hide_environment, redact
 from llmtune.recipe.task_facts import answer_kind
 from llmtune.recipe.user_files import read_text_file
 from llmtune.records import Json, Row, Rows
@@ -108,7 +109,7 @@ def read_metric(stated: str) -> OwnMetric:
     if kind is None:
         what = f"{name} is annotated to return {returned}" if returned else f"{name} does not state what it returns"
         raise RecipeError.of(what, where, f"Annotate it with one of: {TYPES}.")
-    summary = (ast.get_docstring(node) or "").strip().split("\n")[0]
+    summary = redact((ast.get_docstring(node) or "").strip().split("\n")[0])
     return OwnMetric(name, Path(file), kind, summary)
 
 
@@ -204,7 +205,8 @@ def read_outcomes(written: bytes, count: int, ended: str, request: Json) -> list
                     return Failure(error, len(outcomes) if len(outcomes) < count else None, number)
         except (ValueError, OverflowError, RecursionError):
             pass
-        return Failure(f"it wrote {line[:40]!r} {INTO_PIPE}", len(outcomes) if len(outcomes) < count else None, None)
+        shown = hide_environment(repr(line))[:40]
+        return Failure(f"it wrote {shown} {INTO_PIPE}", len(outcomes) if len(outcomes) < count else None, None)
     return outcomes if len(outcomes) == count else Failure(ended, len(outcomes), None)
 
 

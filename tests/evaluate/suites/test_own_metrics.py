@@ -281,6 +281,12 @@ def test_a_function_that_is_no_metric_is_refused_without_importing_it(tmp_path: 
         read_metric(f"{path}:mine")
 
 
+def test_the_first_line_of_a_docstring_has_no_secrets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_KEY", "k3y-0123456789")
+    file = write_metric(tmp_path, '"""Score with k3y-0123456789 and hf_abcdefghijklmnopqrstuvwxyz."""\nreturn 1.0')
+    assert read_metric(f"{file}:mine").summary == "Score with [removed] and [removed]."
+
+
 def test_the_kind_comes_from_the_annotation(tmp_path: Path) -> None:
     path, kinds = tmp_path / "metrics.py", {"bool": "bool", "float": "number", "int": "number"}
     kinds |= {"'bool'": "bool", "Annotated[float, 0, 1]": "share", "typing.Annotated[float, 0.0, 1.0]": "share"}
