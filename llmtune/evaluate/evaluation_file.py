@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from llmtune.errors import Problem
 from llmtune.evaluate.metric_info import better_side
 from llmtune.recipe.secrets import hide_environment
 from llmtune.records import Difference
-from llmtune.store.atomic_files import explained, plain, read_json, write_json
+from llmtune.store.atomic_files import explained, read_json, write_json
 from llmtune.store.run_folder import RunFolder
 from llmtune.store.score_records import Evaluation, Study
 
@@ -33,7 +33,7 @@ SCORES = (
 def save_evaluation(evaluation: Evaluation, folder: Path) -> None:
     """Write `evaluation.json` atomically."""
     with explained(folder):
-        write_json(folder / EVALUATION, hide_environment(plain(evaluation)))
+        write_json(folder / EVALUATION, hide_environment(asdict(evaluation)))
 
 
 def load_evaluation(folder: Path) -> Evaluation | None:

@@ -24,7 +24,7 @@ from types import FrameType
 from typing import Any
 
 from llmtune.recipe.secrets import environment_secrets, hide_environment
-from llmtune.store.resource_limits import LimitExceeded, limited
+from llmtune.store.resource_limits import LARGEST_NUMBER, LimitExceeded, limited
 
 BLOCKED = "it used the network"
 RAISED = "it raised"
@@ -138,8 +138,10 @@ def as_number(value: Any, kind: str) -> float | None:
     shown = show(value)
     if kind == "bool" and not isinstance(value, bool):
         raise WrongValueError(f"{shown}, but is annotated to return bool")
-    if not isinstance(value, int | float) or not math.isfinite(value):
+    if not isinstance(value, int | float) or not abs(value) < math.inf:
         raise WrongValueError(f"{shown}, which is not a finite number")
+    if abs(value) > LARGEST_NUMBER:
+        raise WrongValueError(f"{shown}, but numbers have a size of at most {LARGEST_NUMBER:g}")
     if kind == "share" and not 0 <= value <= 1:
         raise WrongValueError(f"{shown}, but is annotated to return numbers from 0 to 1")
     return float(value)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import json
-import math
 import os
 import re
 import sys
@@ -38,7 +37,7 @@ from llmtune.records import Json, Row, Rows
 from llmtune.store.atomic_files import hash_file, plain
 from llmtune.store.bounded_process import run_bounded
 from llmtune.store.processes import once
-from llmtune.store.resource_limits import TOOK_LONGER
+from llmtune.store.resource_limits import LARGEST_NUMBER, TOOK_LONGER
 
 if TYPE_CHECKING:
     from llmtune.evaluate.evaluated_task import EvaluatedTask
@@ -193,10 +192,12 @@ def read_outcomes(written: bytes, count: int, ended: str, request: Json) -> list
     for line in written.split(b"\n")[:-1]:
         try:
             match json.loads(line):
-                case {"value": float() | int() as value} as outcome if math.isfinite(value) and len(outcomes) < count:
+                case {"value": None} as outcome if request["kind"] in REWARD_KINDS and len(outcomes) < count:
                     outcomes.append(outcome)
                     continue
-                case {"value": None} as outcome if request["kind"] in REWARD_KINDS and len(outcomes) < count:
+                case {"value": float() | int() as value} as outcome if (
+                    abs(value) <= LARGEST_NUMBER and len(outcomes) < count
+                ):
                     outcomes.append(outcome)
                     continue
                 case {"error": str() as error, "line": int() | None as number, "loaded": False}:

@@ -71,6 +71,11 @@ def test_a_metric_that_changes_the_row_changes_only_its_copy(tmp_path: Path) -> 
         ("return float('nan') if row['n'] == 2 else 1.0", "float", "it returned nan, which is not a finite number"),
         ("return float('inf') if row['n'] == 2 else 1.0", "float", "it returned inf, which is not a finite number"),
         ("return None if row['n'] == 2 else 1.0", "float", "it returned None, which is not a finite number"),
+        (
+            "return 1e308 if row['n'] == 2 else 1.0",
+            "float",
+            "it returned 1e+308, but numbers have a size of at most 1e+30",
+        ),
         ("return 'yes' if row['n'] == 2 else 1.0", "float", "it returned 'yes', which is not a finite number"),
         ("return 0.5 if row['n'] == 2 else True", "bool", "it returned 0.5, but is annotated to return bool"),
         ("return row['n'] * 0.6", "Annotated[float, 0, 1]", "it returned 1.2, but is annotated to return numbers"),
