@@ -23,7 +23,6 @@ from llmtune.data.row_store import iterate_rows, load_rows, rows_folder
 from llmtune.errors import DataError, RecipeError
 from llmtune.evaluate import teacher as answering
 from llmtune.evaluate.sampled_decoding import SampledAnswer
-from llmtune.evaluate.teacher import describe_answers
 from llmtune.pipeline import run_pipeline
 from llmtune.recipe.loader import load_recipe
 from llmtune.records import Row
@@ -235,19 +234,12 @@ def test_thoughts_of_a_teacher_are_learned_and_answers_that_end_in_them_are_coun
     assert {(one["reasoning"], one["content"]) for one in answers} == {("hm", "blue"), ("so", ""), ("so", "red")}
     cut = sum(not one["content"] for one in answers)
     steps = json.loads((run / "run.json").read_text())["steps"]
-    facts = {"answered": len(answers), "truncated": 2 * cut, "truncated_in_thoughts": cut, "unreadable_calls": 0}
-    assert steps["answer"]["facts"] == facts
+    assert steps["answer"]["facts"] == {"answered": len(answers), "truncated": 2 * cut, "unreadable_calls": 0}
     assert steps["encode"]["facts"]["dropped"] == {CUT_THOUGHTS: cut}
-    assert f"except for {cut} truncated in their thoughts, which are left out" in console.file.getvalue()
+    assert ": those that end in their thoughts are left out" in console.file.getvalue()
     tokenizer = train_tokenizer()
     examples = ExampleReader(load_examples(run / "data" / "examples"), "train")
     assert {learned(one, tokenizer)[0] for one in examples} == {texts[0], f"{texts[2]}<|im_end|>"}
-
-
-def test_a_call_that_cannot_be_parsed_is_left_out_and_counted():
-    assert [*describe_answers({"answered": 9, "truncated": 0, "unreadable_calls": 2}, 64)] == [
-        "2 of 9 answers have a call that cannot be parsed, and are left out."
-    ]
 
 
 def test_thoughts_that_a_task_cannot_learn_are_refused_with_the_key(tmp_path, monkeypatch):

@@ -7,9 +7,11 @@ continues after the last intact file, and the files do not depend on the number 
 from __future__ import annotations
 
 import json
+import operator
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from sys import maxsize
 from typing import Any, Protocol
@@ -53,8 +55,6 @@ BLOCK = 256
 """Examples in a file: a killed recording loses at most the work on one."""
 HASH_BYTES = 32
 SHOWN_LABELS = 10
-OUTCOMES = ("truncated", "truncated_in_thoughts", "unreadable_calls")
-"""Facts of an answer that are counted."""
 LEARNED = ("train", "validation")
 """Splits whose predictions are recorded."""
 Records = npt.NDArray[np.void]
@@ -237,9 +237,9 @@ def cut_blocks(count: int) -> Iterator[range]:
     return (range(start, min(start + BLOCK, count)) for start in range(0, count, BLOCK))
 
 
-def block_file(folder: Path, split: str, number: int) -> Path:
-    """Return the file of a block."""
-    return folder / f"{split}-{number:05}.npy"
+def block_file(folder: Path, split: str, number: int, suffix: str = "npy") -> Path:
+    """Return the file of a block of predictions, or with the suffix `json` of answers."""
+    return folder / f"{split}-{number:05}.{suffix}"
 
 
 def to_records(ids_SK: torch.Tensor, logs_SL: torch.Tensor) -> Records:
@@ -247,16 +247,6 @@ def to_records(ids_SK: torch.Tensor, logs_SL: torch.Tensor) -> Records:
     records = np.empty(len(ids_SK), dtype=record_format(ids_SK.shape[1]))
     records["ids"], records["logs"] = ids_SK.cpu().numpy(), logs_SL.cpu().numpy()
     return records
-
-
-def recorded_facts(folder: Path, recipe: Recipe, examples: Examples) -> Json:
-    """Return the facts of recorded predictions for the manifest."""
-    size = sum(path.stat().st_size for path in folder.glob("*.npy"))
-    return {
-        "teacher": recipe.distil and recipe.distil.teacher,
-        "predictions": count_predictions(examples),
-        "bytes": size,
-    }
 
 
 # Answers
@@ -285,7 +275,7 @@ def answer_rows(student: PlannedModel, teacher: torch.nn.Module, rows: Rows, fol
         bar = progress.add_task("answer", total=sum(rows.counts.get(split, 0) for split in LEARNED))
         for split in LEARNED:
             for number, block in enumerate(cut_blocks(rows.counts.get(split, 0))):
-                path = answers_file(folder, split, number)
+                path = block_file(folder, split, number, "json")
                 if read_answers(path) is None:
                     with torch.no_grad(), compute_context(dtype, student.device):
                         answered = _answer_block(student, teacher, read_rows(rows, split, block))
@@ -298,14 +288,11 @@ def _answer_block(student: PlannedModel, teacher: torch.nn.Module, rows: Sequenc
     task, recipe, processor, device = student.task, student.recipe, student.processor, student.device
     questions = [task.split_answer(row)[0] for row in rows]
     if task.predicts:
-        ended = [True] * len(rows)
+        truncated = [False] * len(rows)
         sampled = {"do_sample": True, "num_beams": 1, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
         generation = recipe.generation.model_copy(update=sampled)
         recipe = recipe.model_copy(update={"generation": generation, "seed": _prompt_number(questions)})
-
-        def note_end(row: int, is_cut: bool) -> None:
-            ended[row] = not is_cut
-
+        note_end = partial(operator.setitem, truncated)
         texts = task.predict(questions, LoadedModel(teacher, processor, recipe, device, note_end=note_end))
         answers = [*map(ParsedAnswer, texts)]
     else:
@@ -313,26 +300,22 @@ def _answer_block(student: PlannedModel, teacher: torch.nn.Module, rows: Sequenc
         section = ReinforceSection(max_new_tokens=recipe.generation.max_new_tokens)
         stops = set(answer_ends(teacher, processor, recipe))
         made = sample_answers(teacher, prompts, [[_prompt_number(one)] for one in prompts], section, stops, device)
-        ended, read = [not one.truncated for one in made], answer_reader(processor, recipe)
+        truncated, read = [one.truncated for one in made], answer_reader(processor, recipe)
         triples = zip(rows, prompts, made, strict=True)
         answers = [read(one.ids, row.get("tools"), prompt) for row, prompt, one in triples]
-    if (
-        any(one.reasoning for one in answers)
-        and not recipe.variant.facts.has_messages
-        and recipe.data.reasoning != "drop"
-    ):
+    thinks = any(one.reasoning for one in answers) and recipe.data.reasoning != "drop"
+    if thinks and not recipe.variant.facts.has_messages:
         what = f"the teacher writes thoughts before its answers, and task {task.name} cannot learn them"
         fix = "Set model.chat_template_kwargs so that it does not think, or data.reasoning: drop to learn the texts."
         raise RecipeError.of(what, "distil.answers", fix)
+    # A call that cannot be parsed would be learned as text: its row is left empty, and encoding drops it.
     return [
         {
-            # A call that cannot be parsed would be learned as text: the row is left empty, and encoding drops it.
             "row": task.take_answer(row, ParsedAnswer("") if answer.error else answer),
-            "truncated": not end,
-            "truncated_in_thoughts": not end and bool(answer.reasoning) and not (answer.text or answer.tool_calls),
+            "truncated": is_cut,
             "unreadable_calls": answer.error is not None,
         }
-        for row, answer, end in zip(rows, answers, ended, strict=True)
+        for row, answer, is_cut in zip(rows, answers, truncated, strict=True)
     ]
 
 
@@ -340,39 +323,21 @@ def _prompt_number(prompt: object) -> int:
     return int(hash_value(prompt)[:15], 16)
 
 
-def answers_file(folder: Path, split: str, number: int) -> Path:
-    """Return the file of a block of answered rows."""
-    return folder / f"{split}-{number:05}.json"
-
-
-def describe_answers(facts: Json, most: int) -> Iterator[str]:
-    """Yield the warnings about answers that are learned in part or left out; `most` is their limit of tokens."""
-    truncated, unfinished, calls = (facts.get(name, 0) for name in OUTCOMES)
-    if truncated:
-        text = f"{truncated:,} of {facts['answered']:,} answers were truncated at"
-        text += f" generation.max_new_tokens ({most}): the student learns to stop there"
-        text += f", except for {unfinished:,} truncated in their thoughts, which are left out" if unfinished else ""
-        yield f"{text}. Raise it."
-    if calls:
-        yield f"{calls:,} of {facts['answered']:,} answers have a call that cannot be parsed, and are left out."
-
-
 def read_answers(path: Path) -> list[Json] | None:
     """Return the answered rows of a block; None if it is missing or damaged."""
-    match read_json(path):
-        case {"hash": str() as digest, "rows": list() as answered} if hash_value(answered) == digest:
-            return answered
-    return None
+    saved = read_json(path)
+    return saved["rows"] if isinstance(saved, dict) and saved.get("hash") == hash_value(saved.get("rows")) else None
 
 
 def write_answered(rows: Rows, answers: Path, folder: Path) -> Json:
     """Write the answered rows, and those of test as they are, into `folder`; return facts for the manifest."""
     blocks = {
-        split: [answers_file(answers, split, number) for number, _ in enumerate(cut_blocks(rows.counts[split]))]
+        split: [block_file(answers, split, number, "json") for number, _ in enumerate(cut_blocks(rows.counts[split]))]
         for split in LEARNED
         if rows.counts.get(split)
     }
     answered = [one for files in blocks.values() for file in files for one in read_answers(file) or ()]
     texts = (json.dumps(one["row"], ensure_ascii=False) for one in answered)
     write_changed(rows, dict.fromkeys(blocks, texts), folder)
-    return {"answered": len(answered), **{name: sum(one[name] for one in answered) for name in OUTCOMES}}
+    outcomes = {name: sum(one[name] for one in answered) for name in ("truncated", "unreadable_calls")}
+    return {"answered": len(answered), **outcomes}

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -61,6 +61,7 @@ class BinRecorder(Teacher):
     temperature: float
     vocabulary: int
     """Logits after the first so many are padding of the student's or the teacher's head."""
+    weight: ClassVar[float] = 1.0
     ids: list[torch.Tensor] = field(default_factory=list)
     logs: list[torch.Tensor] = field(default_factory=list)
 
@@ -133,21 +134,17 @@ class Distribution(Teacher):
 def class_losses(
     logits_RK: torch.Tensor,
     classes_R: torch.Tensor,
-    weights_R: torch.Tensor | None,
+    weights_R: torch.Tensor | float,
     teacher: Distribution | BinRecorder | None,
 ) -> torch.Tensor:
     """Return the loss of each row that has one class: cross entropy times `weights_R`, or that of its teacher.
 
     The weights apply to the labels' share of a teacher's loss, not to the teacher's.
     """
-    if teacher is None:
-        losses_R = cross_entropy(logits_RK, classes_R, reduction="none")
-        return losses_R if weights_R is None else losses_R * weights_R
-    losses_R = teacher.losses(logits_RK, None, None, classes_R)
-    if weights_R is None or isinstance(teacher, BinRecorder):
-        return losses_R
     labels_R = cross_entropy(logits_RK, classes_R, reduction="none")
-    return losses_R + (1 - teacher.weight) * (weights_R - 1) * labels_R
+    if teacher is None:
+        return labels_R * weights_R
+    return teacher.losses(logits_RK, None, None, classes_R) + (1 - teacher.weight) * (weights_R - 1) * labels_R
 
 
 def yes_no_losses(logits_RK: torch.Tensor, targets_RK: torch.Tensor, teacher: Teacher | None) -> torch.Tensor:

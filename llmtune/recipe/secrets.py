@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import fields, is_dataclass, replace
+from functools import reduce
 from io import StringIO
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -124,15 +125,14 @@ def hide_environment(value: T, secrets: Collection[str] | None = None) -> T:
 
     Everything that others may read passes here: JSON, console and the files of a run that have words of its code.
     """
-    secrets, hidden = environment_secrets() if secrets is None else secrets, cast(Any, value)
-    if isinstance(value, str) and any(secret in value for secret in secrets) and not os.path.exists(value):
-        for secret in secrets:
-            hidden = hidden.replace(secret, REMOVED)
-    elif isinstance(value, Mapping):
-        hidden = {hide_environment(key, secrets): hide_environment(item, secrets) for key, item in value.items()}
-    elif isinstance(value, list | tuple):
-        hidden = [hide_environment(item, secrets) for item in value]
-    return cast(T, hidden)
+    known, given = environment_secrets() if secrets is None else secrets, cast(Any, value)
+    if isinstance(given, Mapping):
+        given = {hide_environment(key, known): hide_environment(item, known) for key, item in given.items()}
+    elif isinstance(given, list | tuple):
+        given = [hide_environment(item, known) for item in given]
+    elif isinstance(given, str) and not os.path.exists(given):
+        given = reduce(lambda text, secret: text.replace(secret, REMOVED), known, given)
+    return cast(T, given)
 
 
 def secret_parts(key: str) -> list[str]:

@@ -39,15 +39,6 @@ class Lengths(TypedDict):
     counts: list[Count]
 
 
-class AnsweredFacts(TypedDict):
-    """Rows that a teacher answered, and how many of its answers are learned in part or left out."""
-
-    answered: Count
-    truncated: Count
-    truncated_in_thoughts: NotRequired[Count]
-    unreadable_calls: NotRequired[Count]
-
-
 class EncodedFacts(TypedDict):
     """Examples and tokens by split."""
 
@@ -196,7 +187,6 @@ class CurveLine(TypedDict):
 
 STEP_FACTS: dict[str, Any] = {
     "prepare": PreparedFacts,
-    "answer": AnsweredFacts,
     "encode": EncodedFacts,
     "select": SelectedFacts,
     "adapt": AdaptedFacts,

@@ -216,7 +216,7 @@ class Classify(ReadingTask[ClassifyRow, ClassPrediction]):
         with in_own_dtype(model, batch["input_ids"].device.type) if number and not model.training else nullcontext():
             logits_RK = model(**model_inputs(model, batch)).logits.float()
         if "classes_R" in batch:
-            losses_R = class_losses(logits_RK, batch["classes_R"], batch.get("weights_R"), batch.get("teacher"))
+            losses_R = class_losses(logits_RK, batch["classes_R"], batch.get("weights_R", 1.0), batch.get("teacher"))
             correct_R = logits_RK.argmax(-1) == batch["classes_R"]
         elif logits_RK.shape[1] == batch["values_RK"].shape[1] and not number:
             targets_RK = batch["values_RK"]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -171,9 +171,7 @@ class Rollouts(StepObjective):
         answers = read_rollouts(path, header, header["answers"] * (TOKEN_BYTES * section.max_new_tokens + LINE_BYTES))
         vocabulary = unwrap(training.model).get_input_embeddings().weight.shape[0]
         expected = [(row, sample) for row in header["prompts"] for sample in range(section.samples)]
-        if answers is None or [(one.row, one.sample) for one in answers] != expected:
-            return None
-        is_ours = all(
+        is_ours = [(one.row, one.sample) for one in answers] == expected and all(
             0 < len(one.ids) <= section.max_new_tokens
             and max(one.ids) < vocabulary
             and len(one.logps) == keeps_logps * len(one.ids)
@@ -277,17 +275,16 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
         model.train(trains)
 
 
-def read_rollouts(path: Path, header: Mapping[str, Any], most_bytes: int) -> list[Rollout] | None:
-    """Return the answers in a file with this header; None if it is missing, damaged or larger than `most_bytes`."""
-    if not path.is_file() or path.stat().st_size > most_bytes:
-        return None
-    first, *lines = read_json_lines(path) or [{}]
+def read_rollouts(path: Path, header: Mapping[str, Any], most_bytes: int) -> list[Rollout]:
+    """Return the answers in a file with this header; none if it is missing, damaged or larger than `most_bytes`."""
+    is_read = path.is_file() and path.stat().st_size <= most_bytes
+    first, *lines = (read_json_lines(path) if is_read else []) or [{}]
     hashes = [line.pop("hash", None) for line in lines]
-    try:
+    with suppress(ValidationError, RecursionError):
         answers = [ROLLOUT.validate_json(json.dumps(line), strict=True) for line in lines]
-    except (ValidationError, RecursionError):
-        return None
-    return answers if first == header and hashes == [hash_value(asdict(one)) for one in answers] else None
+        if first == header and hashes == [hash_value(asdict(one)) for one in answers]:
+            return answers
+    return []
 
 
 def write_rollouts(path: Path, header: Mapping[str, Any], answers: Sequence[Rollout]) -> None:

@@ -34,11 +34,8 @@ class TeacherReader:
 
     def read(self, rows: Indexes) -> Records:
         """Return the predictions of examples, in their order."""
-        parts = []
-        for row in rows.tolist():
-            records, starts = self._open(row // BLOCK)
-            parts.append(records[starts[row % BLOCK] : starts[row % BLOCK + 1]])
-        return np.concatenate(parts)
+        blocks = [(*self._open(row // BLOCK), row % BLOCK) for row in rows.tolist()]
+        return np.concatenate([records[starts[i] : starts[i + 1]] for records, starts, i in blocks])
 
     def _open_block(self, number: int) -> tuple[Records, list[int]]:
         path = block_file(self.folder, self.split, number)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import math
 import os
 import random
 import socket
@@ -138,10 +137,8 @@ def as_number(value: Any, kind: str) -> float | None:
     shown = show(value)
     if kind == "bool" and not isinstance(value, bool):
         raise WrongValueError(f"{shown}, but is annotated to return bool")
-    if not isinstance(value, int | float) or not abs(value) < math.inf:
-        raise WrongValueError(f"{shown}, which is not a finite number")
-    if abs(value) > LARGEST_NUMBER:
-        raise WrongValueError(f"{shown}, but numbers have a size of at most {LARGEST_NUMBER:g}")
+    if not isinstance(value, int | float) or not abs(value) <= LARGEST_NUMBER:
+        raise WrongValueError(f"{shown}, which is not a finite number of at most {LARGEST_NUMBER:g}")
     if kind == "share" and not 0 <= value <= 1:
         raise WrongValueError(f"{shown}, but is annotated to return numbers from 0 to 1")
     return float(value)

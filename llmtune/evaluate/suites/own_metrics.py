@@ -192,11 +192,8 @@ def read_outcomes(written: bytes, count: int, ended: str, request: Json) -> list
     for line in written.split(b"\n")[:-1]:
         try:
             match json.loads(line):
-                case {"value": None} as outcome if request["kind"] in REWARD_KINDS and len(outcomes) < count:
-                    outcomes.append(outcome)
-                    continue
-                case {"value": float() | int() as value} as outcome if (
-                    abs(value) <= LARGEST_NUMBER and len(outcomes) < count
+                case {"value": float() | int() | None as value} as outcome if len(outcomes) < count and (
+                    request["kind"] in REWARD_KINDS if value is None else abs(value) <= LARGEST_NUMBER
                 ):
                     outcomes.append(outcome)
                     continue
@@ -206,8 +203,8 @@ def read_outcomes(written: bytes, count: int, ended: str, request: Json) -> list
                     return Failure(error, len(outcomes) if len(outcomes) < count else None, number)
         except (ValueError, OverflowError, RecursionError):
             pass
-        shown = hide_environment(repr(line))[:40]
-        return Failure(f"it wrote {shown} {INTO_PIPE}", len(outcomes) if len(outcomes) < count else None, None)
+        what = f"it wrote {hide_environment(repr(line))[:40]} {INTO_PIPE}"
+        return Failure(what, len(outcomes) if len(outcomes) < count else None, None)
     return outcomes if len(outcomes) == count else Failure(ended, len(outcomes), None)
 
 

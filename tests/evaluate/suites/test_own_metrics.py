@@ -74,7 +74,7 @@ def test_a_metric_that_changes_the_row_changes_only_its_copy(tmp_path: Path) -> 
         (
             "return 1e308 if row['n'] == 2 else 1.0",
             "float",
-            "it returned 1e+308, but numbers have a size of at most 1e+30",
+            "it returned 1e+308, which is not a finite number of at most 1e+30",
         ),
         ("return 'yes' if row['n'] == 2 else 1.0", "float", "it returned 'yes', which is not a finite number"),
         ("return 0.5 if row['n'] == 2 else True", "bool", "it returned 0.5, but is annotated to return bool"),
