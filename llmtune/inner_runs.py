@@ -11,6 +11,7 @@ from rich.console import Console
 from llmtune.errors import TrainingError
 from llmtune.plan import RunContext
 from llmtune.recipe.loader import LoadedRecipe
+from llmtune.recipe.secrets import redact
 from llmtune.records import Json
 from llmtune.store.run_lock import own_pins
 from llmtune.store.run_request import RunRequest
@@ -47,7 +48,7 @@ def run_control(run: RunContext, loaded: LoadedRecipe, run_recipe: RunRecipe) ->
         out = control_folder(run.folder.path, control)
         _run_inside(run, as_control(loaded, control), out, {}, run_recipe)
     except TrainingError as error:
-        failure = error.problems[0].what
+        failure = redact(error.problems[0].what)
         run.console.print(f"control {control.name} failed: {failure}", style="yellow", highlight=False, markup=False)
     run.once(lambda: run.folder.note(control_failure=failure))
 

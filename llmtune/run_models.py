@@ -40,9 +40,9 @@ from llmtune.evaluate.teacher import (
     begin_blocks,
     begin_recording,
     check_teacher,
+    count_predictions,
     longest_answered,
     record_predictions,
-    recorded_facts,
     write_answered,
 )
 from llmtune.model.config import find_class, keeps_float32, why_headless
@@ -265,10 +265,11 @@ def answer_step(context: RunContext) -> None:
             with staged(data / ANSWERED) as folder:
                 step.facts.update(write_answered(rows, data / ANSWERS, folder))
             shutil.rmtree(data / ANSWERS)
-    if truncated := context.folder.facts("answer").get("truncated"):
-        most = f"generation.max_new_tokens ({recipe.generation.max_new_tokens})"
-        text = f"{truncated:,} of {context.folder.facts('answer')['answered']:,} answers were truncated at {most}"
-        context.console.print(f"{text}: the student learns to stop there. Raise it.", style="yellow", highlight=False)
+    facts = context.folder.facts("answer")
+    if truncated := facts.get("truncated"):
+        text = f"{truncated} of {facts['answered']} answers were truncated at generation.max_new_tokens: those that"
+        text += " end in their thoughts are left out, and of the others the student learns to stop there. Raise it."
+        context.console.print(text, style="yellow", highlight=False)
 
 
 def drop_answers(folder: Path) -> None:
@@ -290,7 +291,7 @@ def record_step(context: RunContext) -> None:
             with open_teacher(context) as (model, packs):
                 record_predictions(plan, model, packs, examples, target, context.console)
             wait_for_processes()
-            step.facts.update(recorded_facts(target, plan.recipe, examples))
+            step.facts["predictions"] = count_predictions(examples)
     release_memory()
 
 

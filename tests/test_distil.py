@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -174,6 +175,28 @@ def test_a_killed_recording_continues_and_ends_with_the_same_bytes(taught, tmp_p
     train(recipe, "killed")
     assert recorded(taught / "killed") == recorded(taught / "run")
     assert trained_bytes(taught / "killed") == trained_bytes(taught / "run")
+
+
+def test_a_half_recorded_block_that_ends_in_zeros_is_recorded_again(taught, monkeypatch):
+    recipe = write_chat(taught, taught / "teacher" / "run")
+    with monkeypatch.context() as patched:
+        interrupt_after(2, KeyboardInterrupt(), patched)
+        with pytest.raises(KeyboardInterrupt):
+            train(recipe, "halved")
+    block = taught / "halved" / "data" / "teacher" / "train-00001.npy"
+    block.write_bytes(block.read_bytes()[:-400] + bytes(400))
+    train(recipe, "halved")
+    assert recorded(taught / "halved") == recorded(taught / "run")
+
+
+def test_a_block_that_changed_is_not_trained_on(taught, tmp_path):
+    block = tmp_path / "train-00000.npy"
+    whole = (taught / "run" / "data" / "teacher" / block.name).read_bytes()
+    reader = SimpleNamespace(supervised=np.ones(1))
+    for damaged in (whole[:-400] + bytes(400), whole[:150] + b"!" + whole[151:], whole[:-32], whole[:20], b""):
+        block.write_bytes(damaged)
+        with pytest.raises(EnvironmentProblem, match="the teacher's predictions are missing or damaged"):
+            TeacherReader(tmp_path, "train", reader).read(np.array([0]))
 
 
 def test_a_full_disk_gives_one_message_and_keeps_what_was_recorded(taught, monkeypatch):

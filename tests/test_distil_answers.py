@@ -1,24 +1,32 @@
 """Runs whose rows are answered by the teacher."""
 
 import json
+from io import StringIO
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 from support import families
 from support.adapting import quiet
-from support.models import build_llama
+from support.encoding import learned
+from support.models import build_llama, train_tokenizer
 from support.pairs import DOCUMENTS, PAIRS, recipe_of
 from support.runs import invoke
 from support.task_cases import CHATS, NO_TEXT, SINGLE
 from support.training import trained_bytes
 
+from llmtune.data.chat_template import CUT_THOUGHTS
+from llmtune.data.examples import ExampleReader, load_examples
 from llmtune.data.row_store import iterate_rows, load_rows, rows_folder
 from llmtune.errors import DataError, RecipeError
 from llmtune.evaluate import teacher as answering
+from llmtune.evaluate.sampled_decoding import SampledAnswer
 from llmtune.pipeline import run_pipeline
 from llmtune.recipe.loader import load_recipe
 from llmtune.records import Row
+from llmtune.store.atomic_files import hash_value, write_json
 from llmtune.store.run_request import RunRequest
 from llmtune.store.verification import verify_run
 from llmtune.train import teacher_objective
@@ -32,7 +40,13 @@ CASES: dict[str, tuple[Any, str, list[dict[str, Any]]]] = {
 }
 
 
-def write(folder: Path, task: str = "chat", rows: list[dict[str, Any]] | None = None, **section: Any) -> Path:
+def write(
+    folder: Path,
+    task: str = "chat",
+    rows: list[dict[str, Any]] | None = None,
+    max_dropped: float = 0.05,
+    **section: Any,
+) -> Path:
     """Write a recipe whose teacher answers, and build student and teacher."""
     build, _, given = CASES[task]
     for name, seed in (("model", 0), ("teacher", 3)):
@@ -40,7 +54,7 @@ def write(folder: Path, task: str = "chat", rows: list[dict[str, Any]] | None = 
             build(folder / name, **({"seed": seed} if build is build_llama else {}))
     train = {"max_steps": 2, "num_train_epochs": None}
     section = {"teacher": str(folder / "teacher"), "top_k": 7, "answers": True, "control": False, **section}
-    data, generation = {"validation": 0.2, "test": 0.1}, {"max_new_tokens": 6}
+    data, generation = {"validation": 0.2, "test": 0.1, "max_dropped": max_dropped}, {"max_new_tokens": 6}
     rows = given if rows is None else rows
     return recipe_of(
         folder, folder / "model", rows, task, train=train, data=data, generation=generation, distil=section
@@ -196,6 +210,52 @@ def test_answers_of_classes_and_weight_zero_without_answers_are_refused(tmp_path
     recipe = write(tmp_path / "other", answers=False, weight=0)
     with pytest.raises(RecipeError, match=r"'distil\.weight' is 0, so nothing is learned from the teacher"):
         load_recipe(str(recipe))
+
+
+def script(texts: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the teacher write these texts in turn; those without an end token are truncated."""
+    turn, tokenizer = cycle(texts), train_tokenizer()
+
+    def write_next(model: Any, prompts: list[list[int]], *arguments: Any) -> list[SampledAnswer]:
+        written = [next(turn) for _ in prompts]
+        return [SampledAnswer(tokenizer(one)["input_ids"], [], not one.endswith("<|im_end|>")) for one in written]
+
+    monkeypatch.setattr(answering, "sample_answers", write_next)
+
+
+def test_thoughts_of_a_teacher_are_learned_and_answers_that_end_in_them_are_counted(tmp_path, monkeypatch):
+    texts = ["<think>\nhm\n</think>\n\nblue<|im_end|>", "<think>\nso", "<think>\nso\n</think>\n\nred"]
+    script(texts, monkeypatch)
+    recipe, console = write(tmp_path, max_dropped=0.5), Console(file=StringIO(), width=300)
+    run = tmp_path / "run"
+    run_pipeline(load_recipe(str(recipe)), RunRequest(out=run, until="train"), console)
+    rows = splits(rows_folder(run))
+    answers = [row["messages"][-1] for split in ("train", "validation") for row in rows[split]]
+    assert {(one["reasoning"], one["content"]) for one in answers} == {("hm", "blue"), ("so", ""), ("so", "red")}
+    cut = sum(not one["content"] for one in answers)
+    steps = json.loads((run / "run.json").read_text())["steps"]
+    assert steps["answer"]["facts"] == {"answered": len(answers), "truncated": 2 * cut, "unreadable_calls": 0}
+    assert steps["encode"]["facts"]["dropped"] == {CUT_THOUGHTS: cut}
+    assert ": those that end in their thoughts are left out" in console.file.getvalue()
+    tokenizer = train_tokenizer()
+    examples = ExampleReader(load_examples(run / "data" / "examples"), "train")
+    assert {learned(one, tokenizer)[0] for one in examples} == {texts[0], f"{texts[2]}<|im_end|>"}
+
+
+def test_thoughts_that_a_task_cannot_learn_are_refused_with_the_key(tmp_path, monkeypatch):
+    script(["<think>\nhm\n</think>\n\nblue<|im_end|>"], monkeypatch)
+    with pytest.raises(RecipeError, match="task summarize cannot learn them") as caught:
+        train(write(tmp_path, "summarize"))
+    assert (caught.value.problems[0].where, "data.reasoning: drop" in str(caught.value)) == ("distil.answers", True)
+
+
+def test_a_damaged_block_of_answers_is_not_read(tmp_path):
+    file, answered = tmp_path / "train-00000.json", [{"row": {"prompt": "a", "completion": "b"}}]
+    write_json(file, {"hash": hash_value(answered), "rows": answered})
+    assert answering.read_answers(file) == answered
+    for damaged in (file.read_bytes()[:-9] + bytes(9), file.read_bytes().replace(b'"b"', b'"c"'), b"[]", b""):
+        file.write_bytes(damaged)
+        assert answering.read_answers(file) is None
 
 
 def test_a_text_without_a_prompt_is_refused_before_the_teacher_is_loaded(tmp_path):

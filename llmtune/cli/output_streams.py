@@ -11,7 +11,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, ParamSpec, TextIO
@@ -30,6 +30,7 @@ from llmtune.errors import (
     visible,
 )
 from llmtune.launch.python_api import make_console
+from llmtune.recipe.secrets import hide_environment, redact_all
 from llmtune.store.atomic_files import plain
 from llmtune.store.processes import LEFT, join, lost_process, reports, world_size
 
@@ -57,7 +58,7 @@ def stderr_console(*, quiet: bool = False) -> Console:
 
 def print_json(value: Any) -> None:
     """Print one JSON document on stdout."""
-    text = json.dumps(plain(value), indent=2, ensure_ascii=False)
+    text = json.dumps(hide_environment(plain(value)), indent=2, ensure_ascii=False)
     typer.echo(STEERING.sub(_json_escape, text), file=_document[-1] if _document else None)
 
 
@@ -96,7 +97,8 @@ def _print_end(exit_code: int, kind: str = "", problems: Sequence[Problem] = ())
         return
     error = {"kind": kind, "exit_code": exit_code, "problems": plain(problems)} if kind else None
     if error or _endings[-1] is not _describe_failure:
-        print_json(_endings[-1](exit_code, error))
+        with suppress(*[OSError] * bool(error)):  # the error may be that nothing can be written there
+            print_json(_endings[-1](exit_code, error))
 
 
 def _json_escape(match: re.Match[str]) -> str:
@@ -158,6 +160,7 @@ def handled(command: Callable[P, None], *, by_all: bool = False) -> Callable[P, 
                     for name in [name for name in RUN_PARAMETERS & kwargs.keys() if kwargs[name] is not None]:
                         kwargs[name] = _resolve_runs(kwargs[name])
                     command(*args, **kwargs)
+                    _print_end(0)
             except LlmtuneError as error:
                 if reports(error):
                     _print_error(error)
@@ -174,7 +177,6 @@ def handled(command: Callable[P, None], *, by_all: bool = False) -> Callable[P, 
             except Exception as bug:
                 _print_end(1, type(bug).__name__, [Problem(first_line(bug), fix=REPORT_BUG)])
                 raise
-            _print_end(0)
 
     return wrapper
 
@@ -256,10 +258,7 @@ def _terminate(number: int, frame: FrameType | None) -> None:
 def _print_error(error: LlmtuneError) -> None:
     from rich.markup import escape
 
-    from llmtune.recipe.secrets import environment_secrets, redact_all  # late: imports the schema, slow for --help
-
-    console, secrets = stderr_console(), environment_secrets()
-    problems = [redact_all(problem, secrets) for problem in error.problems]
+    console, problems = stderr_console(), redact_all(list(error.problems))
     for problem in problems[:SHOWN_PROBLEMS]:
         place = f"[bold]{escape(problem.where)}[/]: " if problem.where else ""
         console.print(f"[bold red]error[/] {place}{escape(problem.what)}")

@@ -15,6 +15,8 @@ from llmtune.data.chat_template import ChatTemplate, Tools
 from llmtune.data.tokenization import decode
 from llmtune.records import Json, Row
 
+THOUGHT_FIELDS = ("reasoning_content", "thinking")
+
 
 @dataclass(frozen=True)
 class ParsedAnswer:
@@ -23,7 +25,7 @@ class ParsedAnswer:
     text: str
     """The text, stripped of surrounding white space."""
     reasoning: str | None = None
-    """The thoughts before the text; None if they are missing or empty."""
+    """The thoughts before the text; empty if their marks have none between them, None without marks."""
     tool_calls: tuple[ToolCall, ...] = ()
     complete: bool = True
     """Whether the answer ended; False if it was truncated."""
@@ -53,13 +55,14 @@ def parse_answer(
         stray = {added[token].content for token in ids if token in added and added[token].special}
     parser = response_parser(template, tools, prompt)
     try:
-        parser.feed(text)
-        message, _ = parser.finalize()
+        events = parser.feed(text)
+        message, last_events = parser.finalize()
         calls = tuple(canonical_call(call) for call in message.get("tool_calls") or ())
     except (ValueError, KeyError, TypeError) as error:
         return ParsedAnswer(_remove_tokens(stray, text), complete=complete, error=str(error).splitlines()[0])
-    reasoning = message.get("reasoning_content") or message.get("thinking")
-    return ParsedAnswer(_remove_tokens(stray, str(message.get("content") or "")), reasoning or None, calls, complete)
+    has_marks = any(event["field"] in THOUGHT_FIELDS for event in (*events, *last_events))
+    reasoning = next((message[field] for field in THOUGHT_FIELDS if field in message), "" if has_marks else None)
+    return ParsedAnswer(_remove_tokens(stray, str(message.get("content") or "")), reasoning, calls, complete)
 
 
 def _remove_tokens(stray: Collection[str], text: str) -> str:

@@ -65,6 +65,8 @@ CLOSED = (
     "the prompt closes the thoughts before the answer begins, and this answer has some: "
     "set data.reasoning: drop, or set model.chat_template_kwargs to let the model think"
 )
+CUT_THOUGHTS = "an answer ends in its thoughts: raise generation.max_new_tokens"
+"""Only a generated answer: those of files are refused when they are read."""
 _RENDER_ERRORS = (
     *(jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError),
     *(ArithmeticError, RuntimeError, AssertionError, SyntaxError, NameError),  # Jinja compiles infinity to a name
@@ -258,6 +260,9 @@ def prepare_chats(rows: Sequence[ChatRow], template: ChatTemplate, recipe: Recip
 def _prepare_chat(
     row: ChatRow, template: ChatTemplate, recipe: Recipe, pattern: re.Pattern[str] | None
 ) -> PreparedChat | str:
+    for message in row["messages"]:
+        if message["role"] == "assistant" and not (message["content"].strip() or message.get("tool_calls")):
+            return CUT_THOUGHTS if message.get("reasoning") else "an answer is empty"
     reasoning = row.get("train_reasoning", recipe.data.reasoning)
     messages = template.prepare(row["messages"], reasoning == "drop")
     tools = row.get("tools") or None
@@ -335,8 +340,6 @@ def split_answer(
     reasoning = message.get("reasoning_content")
     body, end = _split_end(facts, message, _written_after(facts, reasoning, prompt, whole))
     content = message["content"].strip()
-    if not content and not message.get("tool_calls"):
-        raise TemplateRefusal("an answer is empty")
     if facts.end in content and not is_marked(content):
         raise TemplateRefusal(f"an answer contains the end-of-turn token {facts.end}")
     if reasoning and reasoning not in body:

@@ -13,6 +13,7 @@ from llmtune.data.task_rows import THUMBS
 from llmtune.data.written_numbers import read_number
 from llmtune.recipe.class_names import tidy_name
 from llmtune.records import Row
+from llmtune.store.resource_limits import LARGEST_NUMBER
 
 SHOWN_CHARACTERS = 80
 
@@ -100,7 +101,7 @@ def _finite(value: object) -> float | None:
         number = math.nan if isinstance(value, bool) else float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError, OverflowError):
         return None
-    return number if math.isfinite(number) else None
+    return number if abs(number) <= LARGEST_NUMBER else None
 
 
 def shortened(value: object) -> str:
@@ -218,7 +219,7 @@ def _relevance(value: object) -> float:
     except (TypeError, ValueError):
         what = f"'relevance' is {value!r}" if isinstance(value, str) else f"'relevance' is {json_kind(value)}"
         raise RowError("no relevance", f"{what}; it must be a number from 0, or true or false") from None
-    if not math.isfinite(number) or number < 0:
+    if not 0 <= number <= LARGEST_NUMBER:
         raise RowError("no relevance", f"'relevance' is {shortened(value)}; 0 is irrelevant, and more is better")
     return number
 

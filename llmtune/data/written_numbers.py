@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from llmtune.store.resource_limits import LARGEST_NUMBER
+
 PLAIN = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 CODE = re.compile(r"[+-]?0\d+", re.ASCII)
 """A postcode or an account, which is no number."""
@@ -59,7 +61,7 @@ def _text(value: object) -> str | None:
 
 
 def _plain(text: str) -> PlainNumber | None:
-    if not PLAIN.fullmatch(text):
+    if not PLAIN.fullmatch(text) or abs(float(text)) > LARGEST_NUMBER:
         return None
     return int(text) if text.lstrip("+-").isdecimal() else float(text)
 

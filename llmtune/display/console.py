@@ -37,6 +37,7 @@ from rich.text import Text as RichText
 from llmtune.display.blocks import Beside, Block, Bullets, Column, KeyValues, Page, Section, Table, Text
 from llmtune.display.number_format import duration
 from llmtune.errors import visible
+from llmtune.recipe.secrets import environment_secrets, hide_environment
 
 LEAST_TEXT = 12
 """Minimum width of text columns."""
@@ -52,7 +53,7 @@ T = TypeVar("T")
 
 
 class VisibleConsole(Console):
-    """A console that shows escape codes as text, so data cannot control the terminal."""
+    """A console that shows escape codes as text, so data cannot control the terminal, and no environment's secrets."""
 
     def __init__(self, *, beats: bool = True, **options: Any) -> None:
         super().__init__(**options)
@@ -67,8 +68,10 @@ class VisibleConsole(Console):
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
         """Render as rich does, and make all control characters visible except rich's own."""
+        secrets = environment_secrets()
         for segment in super().render(renderable, options):
-            yield segment if segment.control else Segment(visible(segment.text), segment.style)
+            text = segment.text if segment.control else visible(hide_environment(segment.text, secrets))
+            yield Segment(text, segment.style, segment.control)
 
 
 class Heartbeat:

@@ -12,6 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from llmtune.errors import Problem
 from llmtune.evaluate.metric_info import better_side
+from llmtune.recipe.secrets import hide_environment
 from llmtune.records import Difference
 from llmtune.store.atomic_files import explained, read_json, write_json
 from llmtune.store.run_folder import RunFolder
@@ -32,7 +33,7 @@ SCORES = (
 def save_evaluation(evaluation: Evaluation, folder: Path) -> None:
     """Write `evaluation.json` atomically."""
     with explained(folder):
-        write_json(folder / EVALUATION, asdict(evaluation))
+        write_json(folder / EVALUATION, hide_environment(asdict(evaluation)))
 
 
 def load_evaluation(folder: Path) -> Evaluation | None:

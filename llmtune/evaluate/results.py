@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, NotRequired
+from typing import Any
 
 import numpy as np
 from pydantic import ConfigDict
@@ -23,7 +23,7 @@ from llmtune.evaluate.inference import Answers, TokenSums
 from llmtune.evaluate.metric import Measure, PairedMeasures
 from llmtune.evaluate.shared_prefix import find_choice
 from llmtune.evaluate.token_batches import cut_evenly
-from llmtune.store.atomic_files import explained, plain, read_json, write_json, write_text
+from llmtune.store.atomic_files import explained, hash_recording, hash_value, plain, read_json, write_json, write_text
 from llmtune.store.json_shapes import find_misfit
 from llmtune.store.run_folder import THUMBNAILS
 from llmtune.store.score_records import Evaluation, Flips
@@ -58,9 +58,11 @@ class SavedAnswers(TypedDict):
     parts: list[tuple[int, list[SavedPart]]]
     cut: list[tuple[int, float]]
     logits: list[tuple[int, list[list[float | None]]]]
-    corpus: NotRequired[int]
-    """Passages of a corpus, whose vectors are in the file next to it."""
-    note: NotRequired[str]
+    corpus: str
+    """Hash of the file next to it with the vectors of a corpus; empty without any."""
+    note: str
+    hash: str
+    """Of all other keys."""
 
 
 @dataclass(frozen=True)
@@ -116,9 +118,9 @@ def save_base(folder: Path, answers: Answers, inputs: str, name: str = BASE, not
     with explained(folder):
         if answers.corpus is not None:
             np.save((folder / name).with_suffix(VECTORS), answers.corpus)
-        searched = 0 if answers.corpus is None else len(answers.corpus)
+        searched = "" if answers.corpus is None else hash_recording((folder / name).with_suffix(VECTORS))
         saved = {"inputs": inputs, "sums": sums, **by_row, "corpus": searched, "note": note}
-        write_text(folder / name, json.dumps(saved, ensure_ascii=False))
+        write_text(folder / name, json.dumps({**saved, "hash": hash_value(saved)}, ensure_ascii=False))
 
 
 def load_base(folder: Path | None, inputs: str, name: str = BASE) -> BaseAnswers:
@@ -126,18 +128,20 @@ def load_base(folder: Path | None, inputs: str, name: str = BASE) -> BaseAnswers
     saved = read_json(folder / name) if folder else None
     if saved is None or find_misfit(saved, SavedAnswers) or saved["inputs"] != inputs:
         return BaseAnswers(inputs)
+    if saved.pop("hash") != hash_value(saved):
+        return BaseAnswers(inputs)
     if saved["sums"] and saved["sums"].keys() != {one.name for one in fields(TokenSums)}:
         return BaseAnswers(inputs)
     sums = saved["sums"] and TokenSums(**{name: np.asarray(values) for name, values in saved["sums"].items()})
     by_row: dict[str, Any] = {name: dict(saved[name]) for name in BY_ROW}
     by_row["parts"] = {i: [ParsedAnswer(**answer) for answer in parsed] for i, parsed in by_row["parts"].items()}
     corpus = None
-    if folder is not None and saved.get("corpus"):
+    if folder is not None and saved["corpus"]:
         vectors = (folder / name).with_suffix(VECTORS)
-        corpus = np.load(vectors) if vectors.exists() else None
-        if corpus is None or len(corpus) != saved["corpus"]:
+        if not vectors.is_file() or hash_recording(vectors) != saved["corpus"]:
             return BaseAnswers(inputs)
-    return BaseAnswers(inputs, Answers(sums or None, **by_row, corpus=corpus), saved.get("note", ""))
+        corpus = np.load(vectors)
+    return BaseAnswers(inputs, Answers(sums or None, **by_row, corpus=corpus), saved["note"])
 
 
 def load_first(folders: Sequence[Path | None], inputs: str, name: str = BASE) -> BaseAnswers:

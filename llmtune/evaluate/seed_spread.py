@@ -10,6 +10,7 @@ from llmtune.display.number_format import join_names
 from llmtune.evaluate.control_run_verdict import count_beaten
 from llmtune.evaluate.metric_info import COSTS, better_side
 from llmtune.store.report_record import SeedRun, Seeds, Spread
+from llmtune.store.resource_limits import LARGEST_NUMBER
 from llmtune.store.score_records import Evaluation
 
 
@@ -33,9 +34,9 @@ def describe_spread(scored: Mapping[int, Evaluation], missing: Sequence[int]) ->
 def spread(metric: str, scores: Sequence[float], base: float | None) -> Spread:
     """Return mean, deviation and range of the scores, and whether the gain over the base exceeds their range.
 
-    Numbers are None for a single seed, without a base, or if a score is not finite.
+    Numbers are None for a single seed, without a base, or if a score is not finite, or too large for a mean.
     """
-    if len(scores) < 2 or not all(map(math.isfinite, scores)):
+    if len(scores) < 2 or not all(abs(score) <= LARGEST_NUMBER for score in scores):
         return Spread(list(scores), base)
     mean, between, better = statistics.fmean(scores), max(scores) - min(scores), better_side(metric)
     gain = mean - base if base is not None and math.isfinite(base) else None

@@ -1,15 +1,17 @@
 """A teacher's predictions for each learned token, recorded once before training.
 
-They are in files of `BLOCK` examples each, written atomically. A killed recording continues after the last file, and
-the files do not depend on the number of processes.
+They are in files of `BLOCK` examples each, written atomically, each with its hash at its end. A killed recording
+continues after the last intact file, and the files do not depend on the number of processes.
 """
 
 from __future__ import annotations
 
 import json
+import operator
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from sys import maxsize
 from typing import Any, Protocol
@@ -17,6 +19,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 import torch
+import xxhash
 from rich.console import Console
 from rich.progress import MofNCompleteColumn
 from transformers import PreTrainedTokenizerBase
@@ -42,7 +45,7 @@ from llmtune.model.teacher_loss import BinRecorder
 from llmtune.recipe.reinforce_section import ReinforceSection
 from llmtune.recipe.schema import Recipe
 from llmtune.records import Examples, Json, ModelRef, Row, Rows
-from llmtune.store.atomic_files import atomic_file, hash_value, read_json, remove_unfinished, write_json
+from llmtune.store.atomic_files import atomic_file, hash_recording, hash_value, read_json, remove_unfinished, write_json
 from llmtune.store.processes import rank, world_size
 
 FOLDER, ANSWERS = "teacher", "answers"
@@ -50,6 +53,7 @@ FOLDER, ANSWERS = "teacher", "answers"
 RECORD = "teacher.json"
 BLOCK = 256
 """Examples in a file: a killed recording loses at most the work on one."""
+HASH_BYTES = 32
 SHOWN_LABELS = 10
 LEARNED = ("train", "validation")
 """Splits whose predictions are recorded."""
@@ -163,7 +167,7 @@ def record_predictions(
         for split, reader in readers.items():
             for number, rows in enumerate(cut_blocks(len(reader))):
                 path = block_file(folder, split, number)
-                if not path.exists() and number % world_size() == rank():
+                if number % world_size() == rank() and not is_intact(path):
                     _write_block(_record_block(reader, rows, record, student.device, packs), path)
                 progress.advance(bar, len(rows))
 
@@ -172,7 +176,15 @@ def _write_block(records: Records, path: Path) -> None:
     with atomic_file(path) as temporary, temporary.open("wb") as file:
         np.save(file, records)
         file.flush()
+        file.write(hash_recording(temporary).encode())
+        file.flush()
         os.fsync(file.fileno())
+
+
+def is_intact(path: Path) -> bool:
+    """Return whether a block ends in the hash of its predictions."""
+    data = path.read_bytes() if path.is_file() else b""
+    return xxhash.xxh3_128_hexdigest(memoryview(data)[:-HASH_BYTES]).encode() == data[-HASH_BYTES:]
 
 
 def begin_recording(folder: Path, inputs: str, student: PlannedModel, examples: Examples, *, restart: bool) -> None:
@@ -225,9 +237,9 @@ def cut_blocks(count: int) -> Iterator[range]:
     return (range(start, min(start + BLOCK, count)) for start in range(0, count, BLOCK))
 
 
-def block_file(folder: Path, split: str, number: int) -> Path:
-    """Return the file of a block."""
-    return folder / f"{split}-{number:05}.npy"
+def block_file(folder: Path, split: str, number: int, suffix: str = "npy") -> Path:
+    """Return the file of a block of predictions, or with the suffix `json` of answers."""
+    return folder / f"{split}-{number:05}.{suffix}"
 
 
 def to_records(ids_SK: torch.Tensor, logs_SL: torch.Tensor) -> Records:
@@ -235,16 +247,6 @@ def to_records(ids_SK: torch.Tensor, logs_SL: torch.Tensor) -> Records:
     records = np.empty(len(ids_SK), dtype=record_format(ids_SK.shape[1]))
     records["ids"], records["logs"] = ids_SK.cpu().numpy(), logs_SL.cpu().numpy()
     return records
-
-
-def recorded_facts(folder: Path, recipe: Recipe, examples: Examples) -> Json:
-    """Return the facts of recorded predictions for the manifest."""
-    size = sum(path.stat().st_size for path in folder.glob("*.npy"))
-    return {
-        "teacher": recipe.distil and recipe.distil.teacher,
-        "predictions": count_predictions(examples),
-        "bytes": size,
-    }
 
 
 # Answers
@@ -273,10 +275,11 @@ def answer_rows(student: PlannedModel, teacher: torch.nn.Module, rows: Rows, fol
         bar = progress.add_task("answer", total=sum(rows.counts.get(split, 0) for split in LEARNED))
         for split in LEARNED:
             for number, block in enumerate(cut_blocks(rows.counts.get(split, 0))):
-                path = answers_file(folder, split, number)
-                if not path.exists():
+                path = block_file(folder, split, number, "json")
+                if read_answers(path) is None:
                     with torch.no_grad(), compute_context(dtype, student.device):
-                        write_json(path, _answer_block(student, teacher, read_rows(rows, split, block)))
+                        answered = _answer_block(student, teacher, read_rows(rows, split, block))
+                    write_json(path, {"hash": hash_value(answered), "rows": answered})
                 progress.advance(bar, len(block))
 
 
@@ -285,14 +288,11 @@ def _answer_block(student: PlannedModel, teacher: torch.nn.Module, rows: Sequenc
     task, recipe, processor, device = student.task, student.recipe, student.processor, student.device
     questions = [task.split_answer(row)[0] for row in rows]
     if task.predicts:
-        ended = [True] * len(rows)
+        truncated = [False] * len(rows)
         sampled = {"do_sample": True, "num_beams": 1, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
         generation = recipe.generation.model_copy(update=sampled)
         recipe = recipe.model_copy(update={"generation": generation, "seed": _prompt_number(questions)})
-
-        def note_end(row: int, is_cut: bool) -> None:
-            ended[row] = not is_cut
-
+        note_end = partial(operator.setitem, truncated)
         texts = task.predict(questions, LoadedModel(teacher, processor, recipe, device, note_end=note_end))
         answers = [*map(ParsedAnswer, texts)]
     else:
@@ -300,12 +300,22 @@ def _answer_block(student: PlannedModel, teacher: torch.nn.Module, rows: Sequenc
         section = ReinforceSection(max_new_tokens=recipe.generation.max_new_tokens)
         stops = set(answer_ends(teacher, processor, recipe))
         made = sample_answers(teacher, prompts, [[_prompt_number(one)] for one in prompts], section, stops, device)
-        ended, read = [not one.truncated for one in made], answer_reader(processor, recipe)
+        truncated, read = [one.truncated for one in made], answer_reader(processor, recipe)
         triples = zip(rows, prompts, made, strict=True)
         answers = [read(one.ids, row.get("tools"), prompt) for row, prompt, one in triples]
+    thinks = any(one.reasoning for one in answers) and recipe.data.reasoning != "drop"
+    if thinks and not recipe.variant.facts.has_messages:
+        what = f"the teacher writes thoughts before its answers, and task {task.name} cannot learn them"
+        fix = "Set model.chat_template_kwargs so that it does not think, or data.reasoning: drop to learn the texts."
+        raise RecipeError.of(what, "distil.answers", fix)
+    # A call that cannot be parsed would be learned as text: its row is left empty, and encoding drops it.
     return [
-        {"row": task.take_answer(row, answer), "ended": end}
-        for row, answer, end in zip(rows, answers, ended, strict=True)
+        {
+            "row": task.take_answer(row, ParsedAnswer("") if answer.error else answer),
+            "truncated": is_cut,
+            "unreadable_calls": answer.error is not None,
+        }
+        for row, answer, is_cut in zip(rows, answers, truncated, strict=True)
     ]
 
 
@@ -313,19 +323,21 @@ def _prompt_number(prompt: object) -> int:
     return int(hash_value(prompt)[:15], 16)
 
 
-def answers_file(folder: Path, split: str, number: int) -> Path:
-    """Return the file of a block of answered rows."""
-    return folder / f"{split}-{number:05}.json"
+def read_answers(path: Path) -> list[Json] | None:
+    """Return the answered rows of a block; None if it is missing or damaged."""
+    saved = read_json(path)
+    return saved["rows"] if isinstance(saved, dict) and saved.get("hash") == hash_value(saved.get("rows")) else None
 
 
 def write_answered(rows: Rows, answers: Path, folder: Path) -> Json:
     """Write the answered rows, and those of test as they are, into `folder`; return facts for the manifest."""
     blocks = {
-        split: [answers_file(answers, split, number) for number, _ in enumerate(cut_blocks(rows.counts[split]))]
+        split: [block_file(answers, split, number, "json") for number, _ in enumerate(cut_blocks(rows.counts[split]))]
         for split in LEARNED
         if rows.counts.get(split)
     }
-    answered = [one for files in blocks.values() for file in files for one in read_json(file)]
+    answered = [one for files in blocks.values() for file in files for one in read_answers(file) or ()]
     texts = (json.dumps(one["row"], ensure_ascii=False) for one in answered)
     write_changed(rows, dict.fromkeys(blocks, texts), folder)
-    return {"answered": len(answered), "truncated": sum(not one["ended"] for one in answered)}
+    outcomes = {name: sum(one[name] for one in answered) for name in ("truncated", "unreadable_calls")}
+    return {"answered": len(answered), **outcomes}

@@ -79,7 +79,7 @@ def teacher_inputs(recipe: Recipe, examples: Examples, teacher: ModelRef | None)
     if recipe.distil is None or teacher is None or not recipe.distil.weight:
         return None
     settings = [recipe.distil.top_k, recipe.distil.temperature, recipe.model.dtype, recipe.model.attn_implementation]
-    return hash_value([__version__, examples.content_hash, teacher.content_hash, settings])
+    return hash_value([__version__, "hashed blocks", examples.content_hash, teacher.content_hash, settings])
 
 
 def check_tokenizers(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, rows: Rows, name: str) -> None:

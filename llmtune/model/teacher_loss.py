@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -61,6 +61,7 @@ class BinRecorder(Teacher):
     temperature: float
     vocabulary: int
     """Logits after the first so many are padding of the student's or the teacher's head."""
+    weight: ClassVar[float] = 1.0
     ids: list[torch.Tensor] = field(default_factory=list)
     logs: list[torch.Tensor] = field(default_factory=list)
 
@@ -130,11 +131,20 @@ class Distribution(Teacher):
         return terms_pL.sum(1), gradient_pV.scatter_(1, ids_pK, top_pK.exp() - teacher_pL[:, :-1])
 
 
-def class_losses(logits_RK: torch.Tensor, classes_R: torch.Tensor, teacher: Teacher | None) -> torch.Tensor:
-    """Return the loss of each row that has one class: cross entropy, or that of its teacher."""
+def class_losses(
+    logits_RK: torch.Tensor,
+    classes_R: torch.Tensor,
+    weights_R: torch.Tensor | float,
+    teacher: Distribution | BinRecorder | None,
+) -> torch.Tensor:
+    """Return the loss of each row that has one class: cross entropy times `weights_R`, or that of its teacher.
+
+    The weights apply to the labels' share of a teacher's loss, not to the teacher's.
+    """
+    labels_R = cross_entropy(logits_RK, classes_R, reduction="none")
     if teacher is None:
-        return cross_entropy(logits_RK, classes_R, reduction="none")
-    return teacher.losses(logits_RK, None, None, classes_R)
+        return labels_R * weights_R
+    return teacher.losses(logits_RK, None, None, classes_R) + (1 - teacher.weight) * (weights_R - 1) * labels_R
 
 
 def yes_no_losses(logits_RK: torch.Tensor, targets_RK: torch.Tensor, teacher: Teacher | None) -> torch.Tensor:

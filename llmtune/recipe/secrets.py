@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import fields, is_dataclass, replace
+from functools import reduce
 from io import StringIO
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from ruamel.yaml import YAML
-
 from llmtune.errors import EnvironmentProblem, Problem
-from llmtune.recipe.yaml_reader import parse_yaml
 
 T = TypeVar("T")
 REMOVED = "[removed]"
@@ -65,8 +64,11 @@ SHORTEST_KEY, SHORTEST_WORD = 8, 20
 
 
 def redact(text: str, secrets: Collection[str] = ()) -> str:
-    """Replace tokens, keys, passwords in URLs, authorization headers and `secrets` by `[removed]`."""
-    for secret in secrets:
+    """Replace tokens, keys, passwords in URLs, authorization headers and `secrets` by `[removed]`.
+
+    So are the secrets of the environment, here and in `redact_all`.
+    """
+    for secret in (*secrets, *environment_secrets()):
         text = text.replace(secret, REMOVED)
     text = PRIVATE_KEY.sub(REMOVED, text)
     text = IN_URL.sub(lambda match: match["head"] + REMOVED + "@", text)
@@ -112,9 +114,25 @@ def secret_values(value: object, secret: bool = False) -> Iterator[str]:
 
 
 def environment_secrets() -> list[str]:
-    """Return the secrets in environment variables, to remove them from errors and reports; long ones first."""
+    """Return the secrets in environment variables, also as Python and JSON quote them; long ones first."""
     parts = {part for name, value in os.environ.items() if VARIABLE.fullmatch(name) for part in secret_parts(value)}
-    return sorted(parts, key=len, reverse=True)
+    forms = {form for part in parts for form in (part, repr(part)[1:-1], json.dumps(part)[1:-1])}
+    return sorted(forms, key=len, reverse=True)
+
+
+def hide_environment(value: T, secrets: Collection[str] | None = None) -> T:
+    """Return a JSON value without the environment's secrets, by default; a name of an existing file keeps them.
+
+    Everything that others may read passes here: JSON, console and the files of a run that have words of its code.
+    """
+    known, given = environment_secrets() if secrets is None else secrets, cast(Any, value)
+    if isinstance(given, Mapping):
+        given = {hide_environment(key, known): hide_environment(item, known) for key, item in given.items()}
+    elif isinstance(given, list | tuple):
+        given = [hide_environment(item, known) for item in given]
+    elif isinstance(given, str) and not os.path.exists(given):
+        given = reduce(lambda text, secret: text.replace(secret, REMOVED), known, given)
+    return cast(T, given)
 
 
 def secret_parts(key: str) -> list[str]:
@@ -124,6 +142,10 @@ def secret_parts(key: str) -> list[str]:
 
 def redact_yaml(text: str) -> str:
     """Return YAML text without secrets; comments are kept. Raises RecipeError if it is not a recipe's YAML."""
+    from ruamel.yaml import YAML  # late: slow for --help
+
+    from llmtune.recipe.yaml_reader import parse_yaml
+
     if _hide_within(parse_yaml(text, "recipe.yaml", Path()).plain()):
         writer = YAML()  # keeps comments
         writer.width = 10_000
@@ -188,6 +210,8 @@ def is_local_path(text: str) -> bool:
 
 def recipe_to_share(values: Mapping[str, object]) -> str:
     """Return a resolved recipe as YAML, without local paths and origin comments."""
+    from ruamel.yaml import YAML
+
     writer = YAML(typ="safe")
     writer.default_flow_style = False
     writer.sort_base_mapping_type_on_output = False  # type: ignore[assignment]

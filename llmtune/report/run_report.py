@@ -14,7 +14,7 @@ from llmtune.evaluate.seed_spread import describe_spread
 from llmtune.evaluate.source_labels import compare_sources, describe_disagreement, describe_outliers
 from llmtune.evaluate.verdict import judge_run
 from llmtune.recipe.schema import RELEASE, Recipe
-from llmtune.recipe.secrets import environment_secrets, redact_all, redact_yaml, secret_values
+from llmtune.recipe.secrets import redact_all, redact_yaml, secret_values
 from llmtune.recipe.yaml_reader import read_recipe_text
 from llmtune.report.report_page import find_explanations
 from llmtune.store.atomic_files import read_json, read_json_lines
@@ -66,7 +66,7 @@ def make_report(folder: RunFolder, recipe: Recipe, device: str) -> Report:
         explanations=find_explanations(folder.path),
         **collect_facts(folder.done_facts(), began, curve, folder.facts("deploy")),
     )
-    return redact_all(report, [*secret_values(settings), *environment_secrets()])
+    return redact_all(report, [*secret_values(settings)])
 
 
 def summarize_suspects(path: Path) -> SuspectFacts | None:

@@ -12,11 +12,12 @@ from typing_extensions import TypedDict
 
 from llmtune.errors import EnvironmentProblem, LlmtuneError
 from llmtune.store.atomic_files import explained, plain, read_json, read_json_lines
+from llmtune.store.resource_limits import LARGEST_NUMBER
 
 FIX = "Restore the file, or run the recipe again with --fresh."
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 Counts = dict[str, Count]
-Finite = Annotated[float, Field(allow_inf_nan=False)]
+Finite = Annotated[float, Field(allow_inf_nan=False, ge=-LARGEST_NUMBER, le=LARGEST_NUMBER)]
 Number = Finite | None
 Moment = Annotated[float, Field(ge=0, lt=1e11)]
 """Seconds since 1970, until the year 5138."""

@@ -15,6 +15,8 @@ AGAIN_SECONDS = 0.5
 """Interval of repeated stop signals: Python ignores errors raised in destructors and garbage collector callbacks."""
 
 
+LARGEST_NUMBER = 1e30
+"""Size of the largest number accepted from the user's code and files: sums and squares of such numbers are finite."""
 TOOK_LONGER = "it took more than"
 """How the text of a LimitExceeded about time begins."""
 

@@ -54,8 +54,10 @@ class Chat(Task[ChatRow, str]):
             {**one, "train": False} if one["role"] == "assistant" else one for one in question["messages"]
         ]
         written: Message = {"role": "assistant", "content": answer.text}
-        if answer.tool_calls:
-            written["tool_calls"] = [*answer.tool_calls]
+        if answer.reasoning is not None:
+            written["reasoning"] = answer.reasoning
+        if answer.tool_calls:  # Mistral's templates require ids
+            written["tool_calls"] = [{**call, "id": f"call{i:05}"} for i, call in enumerate(answer.tool_calls)]
         return {**question, "messages": [*before, written]}
 
     def infer_section(self, recipe: Recipe, rows: Rows | None) -> Recipe:

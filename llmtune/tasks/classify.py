@@ -210,13 +210,13 @@ class Classify(ReadingTask[ClassifyRow, ClassPrediction]):
     def loss(self, model: torch.nn.Module, batch: Batch, by_row: bool = False) -> Loss:
         """Sum the loss over rows: cross entropy (single), mean binary cross entropy (multi), squared error (number).
 
-        With `weights_R` each row is weighted in the sum, but counts once in the count.
+        With `weights_R` each row's label is weighted in the sum, but counts once in the count.
         """
         number = "values_RK" in batch and not batch["many"]
         with in_own_dtype(model, batch["input_ids"].device.type) if number and not model.training else nullcontext():
             logits_RK = model(**model_inputs(model, batch)).logits.float()
         if "classes_R" in batch:
-            losses_R = class_losses(logits_RK, batch["classes_R"], batch.get("teacher"))
+            losses_R = class_losses(logits_RK, batch["classes_R"], batch.get("weights_R", 1.0), batch.get("teacher"))
             correct_R = logits_RK.argmax(-1) == batch["classes_R"]
         elif logits_RK.shape[1] == batch["values_RK"].shape[1] and not number:
             targets_RK = batch["values_RK"]
@@ -225,8 +225,6 @@ class Classify(ReadingTask[ClassifyRow, ClassPrediction]):
         else:
             losses_R = (logits_RK[:, 0] - batch["values_RK"][:, 0]).square()
             correct_R = torch.zeros_like(losses_R, dtype=torch.bool)
-        if "weights_R" in batch:
-            losses_R = losses_R * batch["weights_R"]
         return loss_of_rows(losses_R, correct_R, by_row)
 
     def start_head(self, adapted: AdaptedModel, examples: Iterable[ClassExample], recipe: Recipe) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from pydantic import TypeAdapter, ValidationError
 
 from llmtune.adapter.reference_model import reference_of
 from llmtune.data.chat_rows import write_answer
@@ -28,12 +29,12 @@ from llmtune.evaluate.generation import answer_ends, answer_reader, generate_com
 from llmtune.evaluate.rewards import read_rewards, reward_answers, weigh_rewards
 from llmtune.evaluate.sampled_decoding import sample_answers
 from llmtune.evaluate.token_batches import over_processes
-from llmtune.model.causal_lm_loss import move_to, target_losses
+from llmtune.model.causal_lm_loss import move_to, target_losses, unwrap
 from llmtune.recipe.reinforce_section import ReinforceSection
 from llmtune.recipe.schema import Recipe
-from llmtune.records import Batch, Json, Loss, Prompt
+from llmtune.records import Batch, Loss, Prompt
 from llmtune.store.atomic_files import explained, hash_value, read_json_lines, write_text
-from llmtune.store.json_shapes import ROLLOUTS
+from llmtune.store.json_shapes import ROLLOUTS, Count, Finite, Number
 from llmtune.tasks.policy_losses import find_advantages, policy_loss, rewards_differ
 from llmtune.train.batch_plan import Indexes, StepPlan
 from llmtune.train.distributed import run_on_main
@@ -45,19 +46,24 @@ from llmtune.train.setup import TrainContext
 class Rollout:
     """A sampled answer and its rewards."""
 
-    row: int
+    row: Count
     """The training example that it answers."""
-    sample: int
-    ids: list[int]
+    sample: Count
+    ids: list[Count]
     """Its tokens, the end token included."""
     answer: str
     truncated: bool
-    rewards: dict[str, float | None]
+    rewards: dict[str, Number]
     """By name; None where a reward does not apply."""
     reward: float | None
     """The weighted sum."""
-    logps: list[float] = field(default_factory=list)
+    logps: list[Finite] = field(default_factory=list)
     """Log-probabilities of the tokens when they were sampled; empty if the answers are used with the same weights."""
+
+
+ROLLOUT = TypeAdapter(Rollout)
+TOKEN_BYTES, LINE_BYTES = 2**10, 2**16
+"""More than a token and the rest of an answer take in a file."""
 
 
 class Rollouts(StepObjective):
@@ -142,13 +148,11 @@ class Rollouts(StepObjective):
         path = training.folder / ROLLOUTS / f"{number}.jsonl"
         count = len(rows) * self.section.samples
         header = {"round": number, "inputs": training.inputs, "prompts": [*rows], "answers": count}
-        lines = run_on_main(training.accelerator, lambda: read_rollouts(path, header))
-        if lines is None:
+        answers = run_on_main(training.accelerator, lambda: self._read_round(path, header, training, keeps_logps))
+        if answers is None:
             with evaluating(training.model), torch.no_grad(), training.compute():
                 answers = self._sample(step, number, rows, keeps_logps)
             run_on_main(training.accelerator, lambda: write_rollouts(path, header, answers))
-        else:
-            answers = [Rollout(**line) for line in lines]
         self.groups = {row: [] for row in rows}
         for answer in answers:
             self.groups[answer.row].append(answer)
@@ -158,6 +162,24 @@ class Rollouts(StepObjective):
         if self.section.method == "filter" and not any(map(any, self.advantages.values())):
             what, _, fix = _explain_idle(answers, self.section)
             raise TrainingError.of(f"round {number}: {what}", str(path), fix)
+
+    def _read_round(
+        self, path: Path, header: Mapping[str, Any], training: TrainContext, keeps_logps: bool
+    ) -> list[Rollout] | None:
+        """Return the recorded answers of a round; None if they are missing, damaged, or not of this training."""
+        section, names = self.section, {one.name for one in self.rewards}
+        answers = read_rollouts(path, header, header["answers"] * (TOKEN_BYTES * section.max_new_tokens + LINE_BYTES))
+        vocabulary = unwrap(training.model).get_input_embeddings().weight.shape[0]
+        expected = [(row, sample) for row in header["prompts"] for sample in range(section.samples)]
+        is_ours = [(one.row, one.sample) for one in answers] == expected and all(
+            0 < len(one.ids) <= section.max_new_tokens
+            and max(one.ids) < vocabulary
+            and len(one.logps) == keeps_logps * len(one.ids)
+            and one.rewards.keys() == names
+            and one.reward == weigh_rewards(self.rewards, one.rewards)
+            for one in answers
+        )
+        return answers if is_ours else None
 
     def _sample(self, step: StepRows, number: int, rows: Sequence[int], keeps_logps: bool) -> list[Rollout]:
         """Sample and score answers; a prompt's answers are in one process."""
@@ -253,12 +275,16 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
         model.train(trains)
 
 
-def read_rollouts(path: Path, header: Mapping[str, Any]) -> list[Json] | None:
-    """Return the answers of a round of this training; None if they are missing or damaged."""
-    first, *lines = read_json_lines(path) or [{}]
-    if first != header or any(line.pop("hash", None) != hash_value(line) for line in lines):
-        return None
-    return lines if len(lines) == header["answers"] else None
+def read_rollouts(path: Path, header: Mapping[str, Any], most_bytes: int) -> list[Rollout]:
+    """Return the answers in a file with this header; none if it is missing, damaged or larger than `most_bytes`."""
+    is_read = path.is_file() and path.stat().st_size <= most_bytes
+    first, *lines = (read_json_lines(path) if is_read else []) or [{}]
+    hashes = [line.pop("hash", None) for line in lines]
+    with suppress(ValidationError, RecursionError):
+        answers = [ROLLOUT.validate_json(json.dumps(line), strict=True) for line in lines]
+        if first == header and hashes == [hash_value(asdict(one)) for one in answers]:
+            return answers
+    return []
 
 
 def write_rollouts(path: Path, header: Mapping[str, Any], answers: Sequence[Rollout]) -> None:

@@ -11,11 +11,12 @@ import torch
 
 from llmtune.data.examples import ExampleReader
 from llmtune.errors import EnvironmentProblem
-from llmtune.evaluate.teacher import BLOCK, FOLDER, LEARNED, Records, block_file, count_outputs
+from llmtune.evaluate.teacher import BLOCK, FOLDER, LEARNED, Records, block_file, count_outputs, is_intact
 from llmtune.model.teacher_loss import Distribution
 from llmtune.recipe.distil_section import DistilSection
 from llmtune.recipe.schema import Recipe
 from llmtune.records import Batch, Examples, Loss
+from llmtune.store.atomic_files import read_once
 from llmtune.train.batch_plan import Indexes
 from llmtune.train.objective import ComputeLoss, StepObjective, StepRows, SummedLoss, TrainedTask
 
@@ -33,16 +34,15 @@ class TeacherReader:
 
     def read(self, rows: Indexes) -> Records:
         """Return the predictions of examples, in their order."""
-        parts = []
-        for row in rows.tolist():
-            records, starts = self._open(row // BLOCK)
-            parts.append(records[starts[row % BLOCK] : starts[row % BLOCK + 1]])
-        return np.concatenate(parts)
+        blocks = [(*self._open(row // BLOCK), row % BLOCK) for row in rows.tolist()]
+        return np.concatenate([records[starts[i] : starts[i + 1]] for records, starts, i in blocks])
 
     def _open_block(self, number: int) -> tuple[Records, list[int]]:
         path = block_file(self.folder, self.split, number)
         counts = self.supervised[number * BLOCK : (number + 1) * BLOCK]
         try:
+            if not read_once(path, is_intact):
+                raise ValueError("its hash differs")
             records = np.load(path, mmap_mode="r")
             starts = np.concatenate([[0], np.cumsum(counts)]) * count_outputs(records, counts)
         except (OSError, ValueError, AssertionError) as error:

@@ -2,11 +2,12 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import suppress
 
 import pytest
 import typer
 
-from llmtune.cli.output_streams import handled, print_json
+from llmtune.cli.output_streams import end_with, handled, print_json
 from llmtune.errors import RecipeError
 
 
@@ -68,3 +69,19 @@ def test_a_closed_standard_output_is_no_bug():
     done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
     assert done.returncode == 0
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("prints", [True, False], ids=["by the command", "at its end"])
+def test_a_document_that_a_full_disk_refuses_is_one_message(capsys, monkeypatch, prints):
+    @handled
+    def command(as_json: bool) -> None:
+        if prints:
+            print_json({"loss": 1.5})
+        end_with(lambda exit_code, error: {"exit_code": exit_code})
+
+    with suppress(OSError), open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        with pytest.raises(typer.Exit) as caught:
+            command(as_json=True)
+    assert caught.value.exit_code == 4
+    assert capsys.readouterr().err.count("the disk is full") == 1

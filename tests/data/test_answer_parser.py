@@ -16,7 +16,7 @@ CALL = {"type": "function", "function": {"name": "sum", "arguments": {"a": 1}}}
         ("four<|im_end|>", ParsedAnswer("four")),
         ("four", ParsedAnswer("four", complete=False)),
         ("<think>\nhm\n</think>\n\nfour<|im_end|>\n", ParsedAnswer("four", "hm")),
-        ("<think>\n\n</think>\n\nfour<|im_end|>", ParsedAnswer("four")),
+        ("<think>\n\n</think>\n\nfour<|im_end|>", ParsedAnswer("four", "")),
         ("<think>\nhm", ParsedAnswer("", "hm", complete=False)),
     ],
 )

@@ -57,6 +57,11 @@ def test_a_single_cell_has_a_number_unless_its_comma_may_separate_thousands() ->
     assert [read_number(cell) for cell in ("1,234", "a", "", None, True)] == [None] * 5
 
 
+@pytest.mark.parametrize("cell", [1e308, "1e308", 10**400, "9" * 5000, "1e999", -1e31])
+def test_a_number_too_large_for_a_mean_is_none(cell: object) -> None:
+    assert read_number(cell) is None
+
+
 def test_scores_and_relevances_may_have_a_decimal_comma() -> None:
     texts = {"query": "a", "passage": "b"}
     assert embed_from_pair({**texts, "score": "0,85"})["score"] == 0.85

@@ -5,7 +5,7 @@ import pytest
 
 from llmtune.evaluate.inference import Answers
 from llmtune.evaluate.metric import Measure, PairedMeasures, columns, measure_means, ratio
-from llmtune.evaluate.results import find_flips, flipped_rows
+from llmtune.evaluate.results import find_flips, flipped_rows, load_base, save_base
 
 ROWS = 30
 
@@ -64,3 +64,22 @@ def test_a_tie_is_not_a_flip_and_a_base_of_ties_has_none(told):
     before, after = right([0.5, 0.5, 0, 1]), right([1, 0, 1, 0.5])
     assert flipped_rows(before, after) == ([2], [])
     assert find_flips(PairedMeasures({"m": right([0.5] * 4)}, {"m": after}), *told, 5) == {}
+
+
+def test_recorded_answers_are_read_only_as_they_were_written(tmp_path):
+    answers = Answers(None, {0: "yes", 1: "no"}, {0: [0.5, float("nan")]}, corpus=np.ones((2, 300)))
+    save_base(tmp_path, answers, "inputs")
+    files = {path: path.read_bytes() for path in (tmp_path / "base.json", tmp_path / "base.npy")}
+    read = load_base(tmp_path, "inputs").answers
+    assert read is not None
+    assert (read.texts, read.corpus.tolist()) == (answers.texts, answers.corpus.tolist())
+    for path, whole in files.items():
+        for damaged in (
+            whole[:-90] + bytes(90),
+            whole[:-90],
+            whole.replace(b"yes", b"yet").replace(b"\xf0?", b"\xf1?"),
+            b"",
+        ):
+            path.write_bytes(damaged)
+            assert load_base(tmp_path, "inputs").answers is None
+        path.write_bytes(whole)

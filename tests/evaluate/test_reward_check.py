@@ -249,3 +249,28 @@ def test_a_penalty_for_length_does_not_hide_that_references_win(sums: Path) -> N
     document = check(sums, f"{sums.parent / 'rewards.py'}:mine")
     assert document["probes"]["empty"]["gap"]["low"] > 0.5
     assert document["ok"]
+
+
+KEY = "k3y-" + "0123456789abcdef" * 8
+LEAKS = {
+    "an exception": "raise ValueError('x' * 150 + os.environ['MY_KEY'])",
+    "its name": "raise type(os.environ['MY_KEY'], (Exception,), {})()",
+    "a value": "return os.environ['MY_KEY']",
+    "a quoted value": "return [{'a': os.environ['MY_KEY']}]",
+    "a caught exception": "\n    try:\n        raise type(os.environ['MY_KEY'], (Exception,), {})()"
+    "\n    except Exception:\n        return 0.0",
+}
+
+
+@pytest.mark.parametrize("body", LEAKS.values(), ids=LEAKS)
+@pytest.mark.parametrize("as_json", [True, False])
+def test_secrets_of_the_environment_are_not_printed_nor_parts_of_them(
+    sums: Path, monkeypatch: pytest.MonkeyPatch, body: str, as_json: bool
+) -> None:
+    monkeypatch.setenv("MY_KEY", KEY)
+    file = sums.with_name("mine.py")
+    file.write_text(f"import os\n\ndef mine(row, answer):\n    {body}\n")
+    result = invoke("reward", "check", f"{file}:mine", "--rows", sums, *(["--json"] if as_json else []))
+    assert result.exit_code == 6
+    assert KEY[:8] not in result.output
+    assert "[removed]" in result.output or not as_json

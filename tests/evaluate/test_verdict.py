@@ -434,6 +434,7 @@ def test_mean_deviation_and_range_match_the_scores() -> None:
         ("accuracy", [0.4, 0.5], 0.4, False, True),
         ("length_ratio", [1.0, 1.1], 3.0, None, False),
         ("loss", [1.0, math.nan], 3.0, None, None),
+        ("mine", [1e308, 1e308], 3.0, None, None),
         ("loss", [1.0, 1.1], None, None, None),
         ("loss", [1.0], 3.0, None, None),
     ],

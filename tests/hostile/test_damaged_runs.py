@@ -223,7 +223,10 @@ def test_hostile_yaml_in_the_recipe_of_a_run_is_refused_in_time(command: str, ki
 
 
 @pytest.mark.usefixtures("here")
-@pytest.mark.parametrize("line", ["[]", "{", '{"step": "x"}', '{"validation_loss": 1}', '{"step": 2, "loss": "x"}'])
+@pytest.mark.parametrize(
+    "line",
+    ["[]", "{", '{"step": "x"}', '{"validation_loss": 1}', '{"step": 2, "loss": "x"}', '{"step": 2, "loss": 1e308}'],
+)
 def test_damaged_lines_of_a_curve_are_skipped(line: str) -> None:
     Path("metrics.jsonl").write_text('{"step": 1, "validation_loss": 2.5}\n' + line + "\n")
     assert [line["validation_loss"] for line in read_curve(Path())] == [2.5]

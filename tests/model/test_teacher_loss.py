@@ -8,7 +8,7 @@ from torch.nn.functional import cross_entropy, linear, softplus
 
 from llmtune.model import teacher_loss
 from llmtune.model.chunked_cross_entropy import LogitShape
-from llmtune.model.teacher_loss import BinRecorder, Distribution
+from llmtune.model.teacher_loss import BinRecorder, Distribution, class_losses
 
 S, D, V = 37, 8, 53
 
@@ -118,3 +118,16 @@ def test_two_outcomes_equal_the_binary_divergence(parts):
     cross = p * softplus(-student_S) + (1 - p) * softplus(student_S)
     entropy = p * softplus(-teacher_S) + (1 - p) * softplus(teacher_S)
     torch.testing.assert_close(ours, cross - entropy, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("weight", [1.0, 0.4])
+def test_class_weights_weigh_the_labels_and_not_the_teacher(parts, weight):
+    logits_SV = linear(parts.hidden_SD, parts.weight_VD).requires_grad_()
+    weights_S, teacher = torch.linspace(0.5, 5, S), record(parts.teacher_SV, V, 2.0, weight)
+    ours = class_losses(logits_SV, parts.targets_S, weights_S, teacher)
+    alone = dense_loss(logits_SV, parts.teacher_SV, parts.targets_S, V, 2.0, 1.0)
+    labels_S = cross_entropy(logits_SV, parts.targets_S, reduction="none")
+    expected = weight * alone + (1 - weight) * weights_S * labels_S
+    torch.testing.assert_close(ours, expected, rtol=2e-5, atol=2e-5)
+    gradients = [torch.autograd.grad(losses.sum(), logits_SV, retain_graph=True)[0] for losses in (ours, expected)]
+    torch.testing.assert_close(*gradients, rtol=2e-5, atol=2e-5)

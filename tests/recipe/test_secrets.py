@@ -1,7 +1,17 @@
+import json
+
 import pytest
 
 from llmtune.errors import RecipeError
-from llmtune.recipe.secrets import hide_paths, holds_secret, redact, redact_all, redact_yaml, secret_values
+from llmtune.recipe.secrets import (
+    hide_environment,
+    hide_paths,
+    holds_secret,
+    redact,
+    redact_all,
+    redact_yaml,
+    secret_values,
+)
 
 SECRETS = [
     "hf_abcdefghijklmnopqrstuvwxyzABCDEFGH",
@@ -153,3 +163,19 @@ def test_redacting_an_alias_bomb_is_refused_in_time():
 def test_local_paths_are_cut_in_keys_too():
     lock = {"metrics": {"/home/ann/own.py": "1a2b"}, "folder": "/home/ann/run", "files": ["/home/ann/rows.jsonl"]}
     assert hide_paths(lock) == {"metrics": {"own.py": "1a2b"}, "files": ["rows.jsonl"]}
+
+
+def test_secrets_of_the_environment_are_hidden_in_keys_and_texts_and_kept_in_names_of_files(monkeypatch, tmp_path):
+    monkeypatch.setenv("MY_API_KEY", "s3cr3t-of-mine")
+    file = tmp_path / "s3cr3t-of-mine.jsonl"
+    file.touch()
+    value = {"s3cr3t-of-mine": [("a s3cr3t-of-mine", 5, None)], "file": str(file), "plain": "abc"}
+    expected = {"[removed]": [["a [removed]", 5, None]], "file": str(file), "plain": "abc"}
+    assert hide_environment(value) == expected
+    assert redact(f"at {file}") == f"at {tmp_path}/[removed].jsonl"
+
+
+@pytest.mark.parametrize("quote", [str, repr, json.dumps, lambda text: repr(json.dumps(text))])
+def test_quoted_secrets_of_the_environment_are_hidden(monkeypatch, quote):
+    monkeypatch.setenv("DB_PASSWORD", "p'a\"ss\\wörd9")
+    assert "wör" not in redact(quote("p'a\"ss\\wörd9")).encode("ascii", "backslashreplace").decode("unicode_escape")

@@ -6,8 +6,9 @@ import pytest
 from junitparser import Failure, Skipped
 from junitparser.xunit2 import JUnitXml
 
+from llmtune.errors import RecipeError
 from llmtune.records import Difference
-from llmtune.report.junit import to_junit
+from llmtune.report.junit import error_to_junit, to_junit
 from llmtune.store.score_records import Champion, Contamination, SimpleBaseline, Study
 
 
@@ -92,3 +93,10 @@ def test_each_score_has_the_number_of_its_rows(report):
     assert (found["tuned.decided_error"], found["tuned.decided_error.rows"]) == ("0.1500", "244")
     both = [found[f"{model}.decided_error"] for model in ("champion", "tuned_against_champion")]
     assert (both, found["champion.decided_error.rows"]) == (["0.0000", "0.1400"], "280")
+
+
+def test_an_error_has_no_secrets_of_the_environment(monkeypatch):
+    monkeypatch.setenv("MY_TOKEN", "s3cr3t-of-mine")
+    written = error_to_junit("run", RecipeError.of("it raised s3cr3t-of-mine", "a.py:3", "Correct it."))
+    assert "it raised [removed]" in written
+    assert "s3cr3t" not in written

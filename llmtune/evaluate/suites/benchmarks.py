@@ -36,6 +36,7 @@ from llmtune.evaluate.suites.lm_eval import (
 from llmtune.evaluate.token_batches import of_first_process
 from llmtune.recipe.eval_suites_section import plain_name
 from llmtune.recipe.schema import Recipe
+from llmtune.recipe.secrets import hide_environment
 from llmtune.records import Advance, Rows
 from llmtune.store.atomic_files import write_text
 from llmtune.store.score_records import Study
@@ -275,5 +276,5 @@ def save_results(path: Path, results: EvalResults) -> None:
     from lm_eval.utils import handle_non_serializable
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    kept = {key: value for key, value in results.items() if key != "samples"}
+    kept = hide_environment({key: value for key, value in results.items() if key != "samples"})
     write_text(path, json.dumps(kept, indent=2, default=handle_non_serializable, ensure_ascii=False) + "\n")

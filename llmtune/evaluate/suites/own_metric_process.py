@@ -1,4 +1,4 @@
-"""Runs one function of the user's own in its own process, on calls from stdin. Imports the standard library only.
+"""Runs one function of the user's own in its own process, on calls from stdin. Imports nothing heavy.
 
     python -P -m llmtune.evaluate.suites.own_metric_process JSON    with "file", "function", "seconds", "network", ...
 
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import math
 import os
 import random
 import socket
@@ -23,11 +22,14 @@ from contextlib import contextmanager, nullcontext
 from types import FrameType
 from typing import Any
 
-from llmtune.store.resource_limits import LimitExceeded, limited
+from llmtune.recipe.secrets import environment_secrets, hide_environment
+from llmtune.store.resource_limits import LARGEST_NUMBER, LimitExceeded, limited
 
 BLOCKED = "it used the network"
 RAISED = "it raised"
 SEED = 0
+SECRETS = environment_secrets()
+"""Of before the user's code runs; hidden before a text is cut, as a part of one cannot be found."""
 
 
 def compute_values() -> None:
@@ -92,7 +94,7 @@ def caught_exceptions(file: str) -> Iterator[list[tuple[int, str]]]:
             return None
         frame.f_trace_lines = False
         if event == "exception" and not issubclass(argument[0], StopIteration | GeneratorExit):
-            passed.append((frame.f_lineno, argument[0].__name__))
+            passed.append((frame.f_lineno, hide_environment(argument[0].__name__, SECRETS)))
         return trace
 
     sys.settrace(trace)
@@ -127,19 +129,24 @@ def as_number(value: Any, kind: str) -> float | None:
         if hasattr(value, "tolist"):  # an array of numpy or torch
             value = value.tolist()
         if not isinstance(value, list | tuple) or len(value) != 1:
-            raise WrongValueError(f"it returned {repr(value)[:80]}, which is not a list of one reward per completion")
+            raise WrongValueError(f"{show(value)}, which is not a list of one reward per completion")
         value = value[0]
     if kind in ("reward", "rewards") and value is None:
         return None
     value = value.item() if hasattr(value, "item") else value  # a number of numpy or torch
-    shown = f"it returned {repr(value)[:80]}"
+    shown = show(value)
     if kind == "bool" and not isinstance(value, bool):
         raise WrongValueError(f"{shown}, but is annotated to return bool")
-    if not isinstance(value, int | float) or not math.isfinite(value):
-        raise WrongValueError(f"{shown}, which is not a finite number")
+    if not isinstance(value, int | float) or not abs(value) <= LARGEST_NUMBER:
+        raise WrongValueError(f"{shown}, which is not a finite number of at most {LARGEST_NUMBER:g}")
     if kind == "share" and not 0 <= value <= 1:
         raise WrongValueError(f"{shown}, but is annotated to return numbers from 0 to 1")
     return float(value)
+
+
+def show(value: object) -> str:
+    """Return the beginning of a sentence on a value."""
+    return f"it returned {hide_environment(repr(value), SECRETS)[:80]}"
 
 
 def block_network(file: str) -> list[int | None]:
@@ -177,10 +184,10 @@ def describe_failed_call(error: BaseException, uses: list[int | None]) -> str:
     """Return what went wrong, as the end of a sentence about the metric."""
     if uses:
         return BLOCKED
-    text = (str(error).strip().splitlines() or [""])[0][:200]
+    text = hide_environment((str(error).strip().splitlines() or [""])[0], SECRETS)[:200]
     if isinstance(error, WrongValueError | LimitExceeded):
         return text
-    return f"{RAISED} {type(error).__name__}{': ' if text else ''}{text}"
+    return f"{RAISED} {hide_environment(type(error).__name__, SECRETS)}{': ' if text else ''}{text}"
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import json
-import math
 import os
 import re
 import sys
@@ -31,13 +30,14 @@ from llmtune.evaluate.suites import Suite
 from llmtune.evaluate.suites.own_metric_process import BLOCKED, RAISED
 from llmtune.recipe.evaluate_section import EvaluateSection
 from llmtune.recipe.schema import Recipe
+from llmtune.recipe.secrets import hide_environment, redact
 from llmtune.recipe.task_facts import answer_kind
 from llmtune.recipe.user_files import read_text_file
 from llmtune.records import Json, Row, Rows
 from llmtune.store.atomic_files import hash_file, plain
 from llmtune.store.bounded_process import run_bounded
 from llmtune.store.processes import once
-from llmtune.store.resource_limits import TOOK_LONGER
+from llmtune.store.resource_limits import LARGEST_NUMBER, TOOK_LONGER
 
 if TYPE_CHECKING:
     from llmtune.evaluate.evaluated_task import EvaluatedTask
@@ -108,7 +108,7 @@ def read_metric(stated: str) -> OwnMetric:
     if kind is None:
         what = f"{name} is annotated to return {returned}" if returned else f"{name} does not state what it returns"
         raise RecipeError.of(what, where, f"Annotate it with one of: {TYPES}.")
-    summary = (ast.get_docstring(node) or "").strip().split("\n")[0]
+    summary = redact((ast.get_docstring(node) or "").strip().split("\n")[0])
     return OwnMetric(name, Path(file), kind, summary)
 
 
@@ -192,10 +192,9 @@ def read_outcomes(written: bytes, count: int, ended: str, request: Json) -> list
     for line in written.split(b"\n")[:-1]:
         try:
             match json.loads(line):
-                case {"value": float() | int() as value} as outcome if math.isfinite(value) and len(outcomes) < count:
-                    outcomes.append(outcome)
-                    continue
-                case {"value": None} as outcome if request["kind"] in REWARD_KINDS and len(outcomes) < count:
+                case {"value": float() | int() | None as value} as outcome if len(outcomes) < count and (
+                    request["kind"] in REWARD_KINDS if value is None else abs(value) <= LARGEST_NUMBER
+                ):
                     outcomes.append(outcome)
                     continue
                 case {"error": str() as error, "line": int() | None as number, "loaded": False}:
@@ -204,7 +203,8 @@ def read_outcomes(written: bytes, count: int, ended: str, request: Json) -> list
                     return Failure(error, len(outcomes) if len(outcomes) < count else None, number)
         except (ValueError, OverflowError, RecursionError):
             pass
-        return Failure(f"it wrote {line[:40]!r} {INTO_PIPE}", len(outcomes) if len(outcomes) < count else None, None)
+        what = f"it wrote {hide_environment(repr(line))[:40]} {INTO_PIPE}"
+        return Failure(what, len(outcomes) if len(outcomes) < count else None, None)
     return outcomes if len(outcomes) == count else Failure(ended, len(outcomes), None)
 
 

@@ -71,6 +71,11 @@ def test_a_metric_that_changes_the_row_changes_only_its_copy(tmp_path: Path) -> 
         ("return float('nan') if row['n'] == 2 else 1.0", "float", "it returned nan, which is not a finite number"),
         ("return float('inf') if row['n'] == 2 else 1.0", "float", "it returned inf, which is not a finite number"),
         ("return None if row['n'] == 2 else 1.0", "float", "it returned None, which is not a finite number"),
+        (
+            "return 1e308 if row['n'] == 2 else 1.0",
+            "float",
+            "it returned 1e+308, which is not a finite number of at most 1e+30",
+        ),
         ("return 'yes' if row['n'] == 2 else 1.0", "float", "it returned 'yes', which is not a finite number"),
         ("return 0.5 if row['n'] == 2 else True", "bool", "it returned 0.5, but is annotated to return bool"),
         ("return row['n'] * 0.6", "Annotated[float, 0, 1]", "it returned 1.2, but is annotated to return numbers"),
@@ -279,6 +284,12 @@ def test_a_function_that_is_no_metric_is_refused_without_importing_it(tmp_path: 
     path.write_text(f"import os\nos._exit(1)\n{text}\n")
     with pytest.raises(RecipeError, match=what):
         read_metric(f"{path}:mine")
+
+
+def test_the_first_line_of_a_docstring_has_no_secrets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_KEY", "k3y-0123456789")
+    file = write_metric(tmp_path, '"""Score with k3y-0123456789 and hf_abcdefghijklmnopqrstuvwxyz."""\nreturn 1.0')
+    assert read_metric(f"{file}:mine").summary == "Score with [removed] and [removed]."
 
 
 def test_the_kind_comes_from_the_annotation(tmp_path: Path) -> None:
