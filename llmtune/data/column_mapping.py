@@ -20,8 +20,8 @@ NUMBERED = ("negatives",)
 """Columns that a file may spread over numbered ones, as sentence-transformers does: `negative_1`, `negative_2`."""
 ANSWER_NAMES = ("response", "answer", "output", "outputs", "target", "targets", "assistant", "reply", "bot", "solution")
 PASSAGE_NAMES = ("document", "doc", "text", "paragraph", "context", "content")
-CHOSEN_NAMES = ("chosen_response", "chosen_messages", "preferred")
-REJECTED_NAMES = ("rejected_response", "rejected_messages", "dispreferred")
+CHOSEN_NAMES = ("chosen_response", "chosen_messages", "preferred", "preferred_output")
+REJECTED_NAMES = ("rejected_response", "rejected_messages", "dispreferred", "non_preferred_output")
 COMPARED = ("chosen", "rejected", *CHOSEN_NAMES, *REJECTED_NAMES)
 """Answer columns that include a worse answer: only preference tasks may learn from them."""
 Aliases = Mapping[str, tuple[str, ...]]

@@ -20,8 +20,9 @@ from llmtune.data.file_readers import NOT_UTF8, JsonLine, LazyRow, mentions, par
 from llmtune.data.object_store import RemoteFile, find_objects, is_remote
 from llmtune.data.pictures import IMAGES, PICTURE_KEY, SIGNS
 from llmtune.data.rejected_rows import RawRow, RowError
-from llmtune.data.row_formats import FORMATS, RowFormat, detect_format, list_media, map_columns, reads_rows, unused_keys
+from llmtune.data.row_formats import FORMATS, RowFormat, detect_format, list_media, map_columns, reads_rows
 from llmtune.data.row_kind import MESSAGES, kind_of_task
+from llmtune.data.unused_keys import unused_keys
 from llmtune.errors import STEERING, DataError, Problem, nearest, visible
 from llmtune.recipe.builtin import recipes_folder
 from llmtune.recipe.data_section import DATA_ENDINGS, DataSection, Source, data_ending
