@@ -11,7 +11,7 @@ import warnings
 import zlib
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
+from typing import TYPE_CHECKING, Any, NotRequired, TypedDict, cast
 
 import xxhash
 
@@ -266,7 +266,7 @@ def _to_rgb(image: PilImage, name: str, deep: bool) -> tuple[PilImage, list[str]
         image, bits = _to_8_bits(image, name)
         converted.append("16 bit to 8" if bits == DEPTHS[-1] else f"{bits} bit in 16 to 8")
     elif deep:  # Pillow keeps the upper 8 of 16 bits in pictures of several channels
-        if (high := max(band.getextrema()[1] for band in image.convert("RGB").split())) < 2**6:
+        if (high := max(cast(Any, band.getextrema())[1] for band in image.convert("RGB").split())) < 2**6:
             what = (
                 f"{name} has 16 bits a channel, but no value above {high * 256 + 255:,} of 65,535; scale them to 8 bits"
             )

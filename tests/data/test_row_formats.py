@@ -6,12 +6,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.rows import chat, read_row, refusal
 
-from llmtune.data.column_mapping import rename
+from llmtune.data.column_mapping import rename, unused_keys
 from llmtune.data.rejected_rows import RowError
 from llmtune.data.row_formats import FORMATS, detect_format, parse_row
 from llmtune.data.row_hash import hash_content, row_json
 from llmtune.data.row_kind import near_text
-from llmtune.data.unused_keys import unused_keys
 from llmtune.errors import DataError
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
@@ -141,7 +140,7 @@ def test_parts_may_contain_thoughts_text_and_calls_in_llama_factorys_format():
     assert (asked["content"], result["content"], answer["content"]) == ("hi", "rain", "It rains.")
     assert (called["reasoning"], called["content"], called["train"]) == ("Look it up.", "", True)
     assert called["tool_calls"] == [{"type": "function", "function": function}]
-    assert unused_keys(row, FORMATS["messages"], {}) == []
+    assert unused_keys(row, FORMATS["messages"].columns, {}) == []
 
 
 @pytest.mark.parametrize(("column", "mark"), [("audios", "<audio>"), ("video", "<video>"), ("videos", "<video>")])

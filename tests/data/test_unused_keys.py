@@ -4,8 +4,8 @@ import json
 
 import pytest
 
+from llmtune.data.column_mapping import unused_keys
 from llmtune.data.row_formats import FORMATS
-from llmtune.data.unused_keys import unused_keys
 
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {}}}
 ASKED = {"messages": [{"role": "user", "content": "q"}], "tools": [TOOL], "parallel_tool_calls": True}
@@ -14,7 +14,7 @@ NAME = "name (in a message, unless the chat template writes it)"
 
 
 def unused(name, row, **columns):
-    return unused_keys(row, FORMATS[name], columns)
+    return unused_keys(row, FORMATS[name].columns, columns)
 
 
 def says(message):
