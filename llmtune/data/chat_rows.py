@@ -28,9 +28,10 @@ from llmtune.records import Row
 MAX_MESSAGES = 1000
 MAX_PREFIXES = 2**29
 """Limit on messages times characters: each answer is rendered with everything before it."""
+WEIGHT_KEYS = ("train", "weight", "loss_weight")
+"""Keys that say whether a message is learned, the last two as 0 or 1: OpenAI's, and LLaMA-Factory's."""
 MESSAGE_KEYS = frozenset(
-    {*ROLE_KEYS, *CONTENT_KEYS, "train", "weight", "loss_weight"}
-    | {"tool_calls", "function_call", "tool_call_id", "name", *REASONING_KEYS}
+    {*ROLE_KEYS, *CONTENT_KEYS, *WEIGHT_KEYS, *REASONING_KEYS} | {"tool_calls", "function_call", "tool_call_id", "name"}
 )
 TRAIN_REASONING = ("learn", "keep", "drop")
 
@@ -242,11 +243,12 @@ def _message(turn: object, number: int) -> Message:
     if stated == "function_call":
         calls, content = [_call(json_cell(content, f"{where}: the function call"), where)], ""
     message = _said(turn, content, where, role, bool(calls))
-    train = turn.get("train", turn.get("weight", turn.get("loss_weight")))  # OpenAI's and LLaMA-Factory's: 0 or 1
-    if train is not None:
-        if train not in (0, 1):
-            raise RowError("wrong type", f"{where}: 'train' is {train!r}; it must be true or false")
-        message["train"] = bool(train)
+    for key in WEIGHT_KEYS:
+        if (train := turn.get(key)) is not None:
+            if train not in (0, 1):
+                allowed = "true or false" if key == "train" else "0 or 1"
+                raise RowError("wrong type", f"{where}: {key!r} is {train!r}; it must be {allowed}")
+            message.setdefault("train", bool(train))
     if calls:
         message["tool_calls"] = calls
     if turn.get("tool_call_id") is not None:
@@ -274,7 +276,9 @@ def _said(turn: Mapping[str, object], content: object, where: str, role: str, ca
     if content is None:
         content = ""
     if not isinstance(content, str):
-        raise RowError("wrong type", f"{where}: 'content' is {json_kind(content)}; it must be text")
+        raise RowError(
+            "wrong type", f"{where}: {first_key(turn, CONTENT_KEYS)!r} is {json_kind(content)}; it must be text"
+        )
     message: Message = {"role": role, "content": content}
     if images:
         message["images"] = cast(list[Picture], images)  # as stated, until `read_pictures`

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from statistics import mean
 
-from llmtune.data.message_fields import with_roles
-from llmtune.data.pictures import may_be_picture
-from llmtune.data.rejected_rows import RowError, json_kind
+from llmtune.data.chat_rows import MESSAGE_KEYS, WEIGHT_KEYS
+from llmtune.data.message_fields import (
+    CONTENT_KEYS,
+    CONVERSATIONS,
+    ROLE_KEYS,
+    ROLES,
+    first_key,
+    is_message,
+    with_roles,
+)
+from llmtune.data.pictures import IMAGES, LOCATIONS, may_be_picture
+from llmtune.data.rejected_rows import RowError, json_kind, parse_cell
+from llmtune.data.search_rows import RELEVANCE_KEYS, TEXT_KEYS
 
 FIELD = re.compile(r"\{([^{}]+)\}")
 """A column name in a template."""
@@ -20,8 +30,8 @@ NUMBERED = ("negatives",)
 """Columns that a file may spread over numbered ones, as sentence-transformers does: `negative_1`, `negative_2`."""
 ANSWER_NAMES = ("response", "answer", "output", "outputs", "target", "targets", "assistant", "reply", "bot", "solution")
 PASSAGE_NAMES = ("document", "doc", "text", "paragraph", "context", "content")
-CHOSEN_NAMES = ("chosen_response", "chosen_messages", "preferred")
-REJECTED_NAMES = ("rejected_response", "rejected_messages", "dispreferred")
+CHOSEN_NAMES = ("chosen_response", "chosen_messages", "preferred", "preferred_output")
+REJECTED_NAMES = ("rejected_response", "rejected_messages", "dispreferred", "non_preferred_output")
 COMPARED = ("chosen", "rejected", *CHOSEN_NAMES, *REJECTED_NAMES)
 """Answer columns that include a worse answer: only preference tasks may learn from them."""
 Aliases = Mapping[str, tuple[str, ...]]
@@ -247,3 +257,78 @@ def is_text(rows: RawRows, name: str) -> bool:
         return False
     letters = [sum(sign.isalpha() or sign.isspace() for sign in value) / len(value) for value in values]
     return len(values) >= TEXT_SHARE * len(rows) and mean(letters) > TEXT_SHARE
+
+
+# Unused: columns, and keys of the objects in their cells
+
+
+_COLUMNS = {
+    **dict.fromkeys(CONVERSATIONS, "message"),
+    **dict.fromkeys(IMAGES, "picture"),
+    **dict.fromkeys(("passage", "passages", "negatives", "judged_passages"), "passage"),
+    "answers": "answer",
+    "spans": "span",
+    "tools": "tool",
+}
+"""Columns with objects, each with the name of one."""
+_ONE_OF = (ROLE_KEYS, CONTENT_KEYS, WEIGHT_KEYS)
+_READ: Mapping[str, tuple[tuple[str, ...], ...]] = {
+    "message": (*_ONE_OF, *((key,) for key in MESSAGE_KEYS.difference(*_ONE_OF, {"name"}))),
+    "prompt": (("messages",), ("tools",)),
+    "part": (("type",), ("text",), ("value",), ("thinking",), ("reasoning",), LOCATIONS),
+    "picture": (("type",), ("media_type",), LOCATIONS),
+    "tool": (("type",), ("function",)),
+    "tool call": (("type",), ("id",), ("function",), ("name",), ("arguments",)),
+    "passage": (("title",), TEXT_KEYS, RELEVANCE_KEYS),
+    "answer": (("text",), ("answer_start", "start")),
+    "span": (("start",), ("end",), ("label",)),
+}
+"""Keys of each object that are read; of several in one group, the first that it has."""
+_INSIDE = {
+    ("message", "content"): "part",
+    ("message", "tool_calls"): "tool call",
+    ("message", "function_call"): "tool call",
+    ("tool call", "function"): "tool call",
+    ("part", "image_url"): "picture",
+    ("part", "source"): "picture",
+    ("prompt", "messages"): "message",
+    ("prompt", "tools"): "tool",
+}
+"""Objects inside others."""
+
+
+def unused_keys(row: Mapping[str, object], ours: Sequence[str], columns: Mapping[str, str]) -> list[str]:
+    """Return the columns, nested columns and keys of objects that a format with `ours` does not read."""
+    mapping = {name: columns.get(name, name) for name in ours}
+    used = {field for theirs in mapping.values() for field in fields(theirs, row)}
+    unused = []
+    for path in flatten(row):
+        if not any(f"{path}.".startswith(f"{field}.") for field in used):
+            column = next(name for name in row if f"{path}.".startswith(f"{name}."))
+            unused.append(path if any(field.startswith(f"{column}.") for field in used) else column)
+    for name, theirs in mapping.items():
+        if name in _COLUMNS:
+            unused += _list_unread(parse_cell(find(row, theirs)), _COLUMNS[name])
+    return [*dict.fromkeys(unused)]
+
+
+def _list_unread(value: object, kind: str) -> Iterator[str]:
+    """Yield the keys of an object, or of a list of them, that are not read."""
+    items = value if isinstance(value, list) else [value]
+    for item in (item for item in items if isinstance(item, Mapping)):
+        present = [key for key in item if item[key] is not None]
+        if kind == "tool" and "function" not in item:
+            continue  # a bare function, which is kept as it is
+        if kind == "message" and not is_message(item):
+            yield from _list_unread(item, "prompt") if "messages" in item else ()
+            continue
+        read = {next((key for key in group if key in present), None) for group in _READ[kind]}
+        for key in present:
+            if (kind, key) == ("message", "name"):
+                role = str(item.get(first_key(item, ROLE_KEYS))).strip().lower()
+                if ROLES.get(role) != "tool":  # there it is the function's
+                    yield "name (in a message, unless the chat template writes it)"
+            elif key not in read:
+                yield f"{key} (in {'an' if kind[0] == 'a' else 'a'} {kind})"
+            elif (kind, key) in _INSIDE:
+                yield from _list_unread(item[key], _INSIDE[kind, key])

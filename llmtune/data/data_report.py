@@ -35,6 +35,7 @@ from llmtune.data.row_hash import iterate_strings
 from llmtune.data.row_kind import kind_of_row, write_prompt
 from llmtune.data.row_store import iterate_texts
 from llmtune.data.task_interface import TaskInterface
+from llmtune.data.tokenization import decode
 from llmtune.display.blocks import Column, Table
 from llmtune.display.blocks import Text as Note
 from llmtune.display.console import print_blocks
@@ -288,8 +289,9 @@ def find_vanishing(texts: Iterable[str], processor: PreTrainedTokenizerBase) -> 
         spelled = "".join(iterate_strings(json.loads(text))) if "\\" in text else text
         letters = {*spelled} - PRINTABLE
         for letter in letters - vanishes.keys():
-            with_it, without = processor([f"a{letter}b", "ab"], add_special_tokens=False)["input_ids"]
+            ids = processor([f"a{letter}b", "ab"], add_special_tokens=False)["input_ids"]
+            with_it, without = (decode(processor, one) for one in ids)  # "ab" may be one token, and "a", "b" two
             stripped = strips_accents and unicodedata.category(letter) == "Mn"
-            vanishes[letter] = list(with_it) == list(without) and not stripped
+            vanishes[letter] = with_it == without and not stripped
         counts.update(letter for letter in letters if vanishes[letter])
     return dict(sorted(counts.items()))

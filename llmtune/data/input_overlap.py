@@ -122,22 +122,29 @@ def find_shared_inputs(held: I64, others: I64, rows: JsonRows) -> InputOverlap:
 def find_near_pictures(held: I64, others: I64, rows: JsonRows) -> dict[int, int]:
     """Return each of `others` with a picture nearly equal to one of a row in `held`, and that row; all by number.
 
-    Pictures match if their perceptual hashes differ in at most LOOK_BITS bits, and their thumbnails nowhere by much.
     A picture that matches those of many rows is the task itself, such as an empty page.
     """
-    sides = [shown for numbers in (held, others) if (shown := _list_pictures(numbers, rows))]
-    if len(sides) < 2:
-        return {}
-    look_H, look_O = (np.array([int(one["look"], 16) for one, _ in side.values()], np.uint64) for side in sides)
-    thumbnails: dict[str, npt.NDArray[np.float32]] = {}
-    others_O, matches = [*sides[1].values()], dict[int, int]()
-    for look, (picture, first) in zip(look_H, sides[0].values(), strict=True):
-        pairs = [others_O[place] for place in np.flatnonzero(np.bitwise_count(look_O ^ look) <= LOOK_BITS)]
-        pairs = [(one, numbers) for one, numbers in pairs if look_same(picture, one, thumbnails)]
-        if sum(len(numbers) for _, numbers in pairs) <= max(COMMON_ROWS, COMMON_SHARE * len(others)):
-            for row in (row for _, numbers in pairs for row in numbers):
+    shown_H, shown_O = ([*_list_pictures(numbers, rows).values()] for numbers in (held, others))
+    matches = dict[int, int]()
+    alike_H = match_looks([one for one, _ in shown_H], [one for one, _ in shown_O])
+    for (_, first), alike in zip(shown_H, alike_H, strict=True):
+        near = [row for place in alike for row in shown_O[place][1]]
+        if len(near) <= max(COMMON_ROWS, COMMON_SHARE * len(others)):
+            for row in near:
                 matches.setdefault(row, first[0])
     return matches
+
+
+def match_looks(pictures: Sequence[Picture], others: Sequence[Picture]) -> Iterator[list[int]]:
+    """Yield for each picture the places of those in `others` that are nearly equal.
+
+    Their perceptual hashes differ in at most LOOK_BITS bits, and their thumbnails nowhere by much.
+    """
+    look_O = np.array([int(one["look"], 16) for one in others], np.uint64)
+    thumbnails: dict[str, npt.NDArray[np.float32]] = {}
+    for picture in pictures:
+        near = np.flatnonzero(np.bitwise_count(look_O ^ np.uint64(int(picture["look"], 16))) <= LOOK_BITS)
+        yield [place for place in near.tolist() if look_same(picture, others[place], thumbnails)]
 
 
 def _list_pictures(numbers: I64, rows: JsonRows) -> dict[str, tuple[Picture, list[int]]]:

@@ -11,7 +11,7 @@ import warnings
 import zlib
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
+from typing import TYPE_CHECKING, Any, NotRequired, TypedDict, cast
 
 import xxhash
 
@@ -52,6 +52,8 @@ MIN_SIDE = 4
 """Image processors take an array with a side of 1 or 3 for one whose channels come first."""
 MAX_RATIO = 200
 """Of the sides: the limit of Qwen's image processors."""
+DEPTHS = (8, 10, 12, 14, 16)
+"""Bits of a value in a file with 16: cameras, scanners and microscopes often use fewer, at its lower end."""
 LOOK_SIDE = 32
 THUMBNAIL = 64
 LOOK_STEP = 1.5
@@ -103,7 +105,7 @@ def read_picture(source: object, folder: Path | None) -> Picture:
 
 
 def open_picture(picture: Picture) -> PilImage:
-    """Return a picture as RGB: upright by its EXIF orientation, transparent parts on white, 16 bits scaled to 8.
+    """Return a picture as RGB: upright by its EXIF orientation, transparent parts on white, 16 bits as 8.
 
     Raises:
         DataError: It is missing or not the picture that `read_picture` described.
@@ -227,11 +229,11 @@ def _decode(content: bytes, name: str) -> tuple[PilImage, list[str], str]:
         try:
             with Image.open(io.BytesIO(content), formats=FORMATS) as image:
                 _check_size(image, name)
-                kind = str(image.format)
+                kind, deep = str(image.format), ";16" in str(image.tile)
                 if kind != "MPO" and getattr(image, "is_animated", False):  # a phone's MPO: the first is the picture
                     raise RowError("picture animated", f"{name} has several frames; save one of them")
                 image.load()
-                return *_to_rgb(image, name), kind
+                return *_to_rgb(image, name, deep), kind
         except UnidentifiedImageError:
             raise RowError("not a picture", f"{name} is none of {', '.join(FORMATS)}") from None
         except Image.DecompressionBombError:
@@ -253,7 +255,7 @@ def _check_size(image: PilImage, name: str) -> None:
         raise RowError("picture too narrow", f"{name} has {width:,} x {height:,} pixels; sides up to 1:{MAX_RATIO}")
 
 
-def _to_rgb(image: PilImage, name: str) -> tuple[PilImage, list[str]]:
+def _to_rgb(image: PilImage, name: str, deep: bool) -> tuple[PilImage, list[str]]:
     from PIL import Image, ImageOps
 
     converted = []
@@ -261,7 +263,14 @@ def _to_rgb(image: PilImage, name: str) -> tuple[PilImage, list[str]]:
         converted.append("turned upright by EXIF")
         image = ImageOps.exif_transpose(image)  # it copies others too
     if image.mode.startswith("I") or image.mode == "F":
-        image = _to_8_bits(image, name)
+        image, bits = _to_8_bits(image, name)
+        converted.append("16 bit to 8" if bits == DEPTHS[-1] else f"{bits} bit in 16 to 8")
+    elif deep:  # Pillow keeps the upper 8 of 16 bits in pictures of several channels
+        if (high := max(cast(Any, band.getextrema())[1] for band in image.convert("RGB").split())) < 2**6:
+            what = (
+                f"{name} has 16 bits a channel, but no value above {high * 256 + 255:,} of 65,535; scale them to 8 bits"
+            )
+            raise RowError("picture nearly black", what)
         converted.append("16 bit to 8")
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         layers = image if image.mode == "RGBA" else image.convert("RGBA")
@@ -276,15 +285,16 @@ def _to_rgb(image: PilImage, name: str) -> tuple[PilImage, list[str]]:
     return image, converted
 
 
-def _to_8_bits(image: PilImage, name: str) -> PilImage:
-    """Scale 16 bits a pixel to 8; Pillow's conversion would clip them."""
+def _to_8_bits(image: PilImage, name: str) -> tuple[PilImage, int]:
+    """Scale the bits in use of 16 bits a pixel to 8, and return how many; Pillow's conversion would clip them."""
     import numpy as np
     from PIL import Image
 
     values = np.asarray(image)
-    if image.mode == "F" or values.min() < 0 or values.max() > 2**16 - 1:
+    if image.mode == "F" or values.min() < 0 or values.max() >= 2 ** DEPTHS[-1]:
         raise RowError("picture unreadable", f"{name} has 32 bits a pixel; 8 and 16 are read")
-    return Image.fromarray((values // 257).astype(np.uint8))
+    bits = next(bits for bits in DEPTHS if values.max() < 2**bits)
+    return Image.fromarray((values.astype(np.uint32) * 255 // (2**bits - 1)).astype(np.uint8)), bits
 
 
 def _hash_look(image: PilImage) -> str:

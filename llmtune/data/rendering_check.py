@@ -156,7 +156,8 @@ def _marks_answers(source: str) -> bool:
 def check_marks(example: Example, chat: PreparedChat, messages: int, template: ChatTemplate) -> str | None:
     """Compare the spans of the first `messages` of a conversation with the template's own `{% generation %}` marks.
 
-    Marks may omit whatever is not the answer's text: a header, line breaks, the end-of-turn token.
+    Marks may omit whatever is not the answer's text: a header, line breaks, the end-of-turn token. An example with
+    thoughts that the template leaves out is not the template's rendering, and has no marks.
     """
     processor = template.processor
     plain = processor.is_fast and not chat.marked and not list_pictures(chat.messages[:messages])
@@ -170,15 +171,17 @@ def check_marks(example: Example, chat: PreparedChat, messages: int, template: C
         return_assistant_tokens_mask=True,
         **template.kwargs,
     )
-    marks = rendered["assistant_masks"]
+    marks, ids = rendered["assistant_masks"], list(example.input_ids)
+    if rendered["input_ids"][: len(ids)] != ids:
+        return None
     for start, end in zip(example.spans[::2], example.spans[1::2], strict=True):
         inside = [i for i in range(start, end) if marks[i]]
-        left = [*example.input_ids[start : inside[0]], *example.input_ids[inside[-1] + 1 : end]] if inside else []
+        left = [*ids[start : inside[0]], *ids[inside[-1] + 1 : end]] if inside else []
         before = start
-        while before and marks[before - 1]:
+        while before and marks[before - 1] and not chat.keeps_reasoning:  # else the answer's thoughts are before it
             before -= 1
-        text = decode(processor, [*left, *example.input_ids[before:start]])
-        for token in template.facts.special:
+        text = decode(processor, [*left, *ids[before:start]])
+        for token in (*template.facts.special, template.facts.thoughts.opener.strip()):
             text = text.replace(token, "")
         if text.strip() or not inside or len(inside) != inside[-1] + 1 - inside[0]:
             return "the chat template's {% generation %} marks are not where its answers are"

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from llmtune.data.chat_rows import MESSAGE_KEYS
 from llmtune.data.class_spelling import NoteName, tidy_cell
 from llmtune.data.column_mapping import (
     fields,
@@ -379,14 +378,3 @@ def reads_rows(
         except RowError:
             pass
     return good >= READABLE_SHARE * len(rows)
-
-
-def unused_keys(row: Mapping[str, object], row_format: RowFormat, columns: Mapping[str, str]) -> list[str]:
-    """Return the columns and message keys that are not part of the canonical row."""
-    used = used_columns({name: columns.get(name, name) for name in row_format.columns}, row)
-    unused = [name for name in row if name not in used]
-    cells = (find(row, columns.get(name, name)) for name in CONVERSATIONS)
-    for turn in next((turns for turns in cells if isinstance(turns, list)), []):
-        if isinstance(turn, dict):
-            unused += [f"{key} (in a message)" for key in turn if key not in MESSAGE_KEYS and turn[key] is not None]
-    return unused

@@ -14,13 +14,13 @@ from pathlib import Path, PurePath, PurePosixPath
 from typing import Literal, TypeVar
 
 from llmtune.data import hub_datasets as hub
-from llmtune.data.column_mapping import has_columns, infer_columns, rename
+from llmtune.data.column_mapping import has_columns, infer_columns, rename, unused_keys
 from llmtune.data.encoding_guess import guess_encoding
 from llmtune.data.file_readers import NOT_UTF8, JsonLine, LazyRow, mentions, parse_lines, read_lazily
 from llmtune.data.object_store import RemoteFile, find_objects, is_remote
 from llmtune.data.pictures import IMAGES, PICTURE_KEY, SIGNS
 from llmtune.data.rejected_rows import RawRow, RowError
-from llmtune.data.row_formats import FORMATS, RowFormat, detect_format, list_media, map_columns, reads_rows, unused_keys
+from llmtune.data.row_formats import FORMATS, RowFormat, detect_format, list_media, map_columns, reads_rows
 from llmtune.data.row_kind import MESSAGES, kind_of_task
 from llmtune.errors import STEERING, DataError, Problem, nearest, visible
 from llmtune.recipe.builtin import recipes_folder
@@ -178,7 +178,7 @@ def _detect(one: Input, data: DataSection, task: str, problems: list[Problem]) -
         problems += error.problems
         return None
     columns = map_columns(row_format, rows, task, columns)
-    unused = tuple(name for row in rows for name in unused_keys(row, row_format, columns))
+    unused = tuple(name for row in rows for name in unused_keys(row, row_format.columns, columns))
     return Detected(one, row_format, columns, dict[str, Sequence[str]](data.roles.items()), unused)
 
 

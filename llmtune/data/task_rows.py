@@ -233,8 +233,12 @@ def summary_from_pair(row: Mapping[str, object]) -> SummarizeRow:
 def preference_from_pair(row: Mapping[str, object]) -> Row:
     """Read `prompt`, `chosen` and `rejected`: texts, or lists of messages that may begin with the prompt.
 
-    Without a `prompt` the messages that both answers share are the prompt.
+    Without a `prompt` the messages that both answers share are the prompt. OpenAI's `input` is an object with the
+    prompt's `messages` and `tools`.
     """
+    prompt = parse_cell(row.get("prompt"))
+    if isinstance(prompt, Mapping) and "messages" in prompt:
+        row = {**row, "prompt": prompt["messages"], "tools": row.get("tools") or prompt.get("tools")}
     return _pair(_turns(row.get("prompt")), row)
 
 

@@ -15,6 +15,7 @@ import numpy as np
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
+from llmtune.data.input_overlap import match_looks
 from llmtune.data.pictures import Picture, read_picture
 from llmtune.data.row_store import iterate_rows, read_rows
 from llmtune.errors import Problem, RecipeError
@@ -88,12 +89,21 @@ def grey_picture(width: int, height: int) -> Picture:
     return read_picture(content.getvalue(), None)
 
 
+def _looks_of(pictures: Mapping[int, Sequence[Picture]]) -> dict[str, set[str]]:
+    """Return for the content of each picture those of the pictures that look the same, itself included."""
+    shown = [*{one["content"]: one for row in pictures.values() for one in row}.values()]
+    alike = zip(shown, match_looks(shown, shown), strict=True)
+    return {one["content"]: {shown[place]["content"] for place in places} for one, places in alike}
+
+
 def swap_pictures(pictures: Mapping[int, Sequence[Picture]], references: Sequence[str]) -> dict[int, Sequence[Picture]]:
     """Return for each row the pictures of another row with as many; rows without such a partner are missing.
 
-    The partner has another reference answer if possible, and always other pictures. Partners are spread evenly, in a
-    random order of the answers: neighbours in the alphabet often share a part, such as the first field of JSON.
+    The partner has another reference answer and no picture that looks like one of the row's own, if possible; one of
+    its pictures always looks different. Partners are spread evenly, in a random order of the answers: neighbours in
+    the alphabet often share a part, such as the first field of JSON.
     """
+    looks = _looks_of(pictures)
     by_count: dict[int, list[int]] = defaultdict(list)
     generator = np.random.default_rng(SWAP_SEED)
     order, answers = generator.permutation(len(references)).tolist(), sorted({one.strip() for one in references})
@@ -111,10 +121,11 @@ def swap_pictures(pictures: Mapping[int, Sequence[Picture]], references: Sequenc
             others = [*group[end:], *group[:first]]
             shift = (place - first) % len(others) if others else 0
             candidates = (*others[shift:], *others[:shift], *group[place + 1 : end], *group[first:place])
-            contents = [one["content"] for one in pictures[i]]
-            different = (j for j in candidates if [one["content"] for one in pictures[j]] != contents)
-            if (partner := next(different, None)) is not None:
-                partners[i] = partner
+            own = {content for one in pictures[i] for content in looks[one["content"]]}
+            for differs in (all, any):
+                other = (j for j in candidates if differs(one["content"] not in own for one in pictures[j]))
+                if i not in partners and (partner := next(other, None)) is not None:
+                    partners[i] = partner
     return {i: pictures[partners[i]] for i in sorted(partners)}
 
 

@@ -85,8 +85,8 @@ def _find_pictures(
 ) -> list[PromptPicture]:
     token = getattr(config, "image_token_id", None) or config.image_token_index
     places, shown = [at for at, one in enumerate(ids) if one == token], []
-    for picture in pictures:
-        expanded = images.processor.tokenizer(images.read(picture).text, add_special_tokens=False)["input_ids"]
+    for picture, text in zip(pictures, images.read(pictures).texts, strict=True):
+        expanded = images.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
         here, places = places[: (count := expanded.count(token))], places[count:]
         if not here:
             raise DataError.of("the prompt has no tokens of it", picture_name(picture), "Use another model.")
@@ -100,7 +100,7 @@ def grey_tensors(
 ) -> dict[str, torch.Tensor]:
     """Return the inputs of a prompt with a grey picture of the same size in place of each picture."""
     images = image_processor(target.processor, recipe.model.trust_remote_code)
-    return images.media([grey_picture(*one.picture["size"]) for one in pictures], [ids])
+    return images.media([[grey_picture(*one.picture["size"]) for one in pictures]], [ids])
 
 
 def picture_line(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple, cast
+from typing import cast
 
 import torch
 from transformers import PreTrainedModel
@@ -25,34 +25,24 @@ class _FeaturesSeenError(Exception):
         self.features = features
 
 
-class PictureTokens(NamedTuple):
-    """How a picture is counted."""
-
-    tokens: int
-    """Image tokens that the processor writes for it."""
-    features: int
-    """Features that the model makes of it."""
-
-
 def explain_unreadable_pictures(
     model: PreTrainedModel, dtype: torch.dtype, collate: Collate, examples: Sequence[ImageExample]
 ) -> str | None:
     """Return what prevents `model`, in eval mode, from reading rows with pictures; None if nothing does.
 
-    `examples` have the pictures of `draw_probes`. The first two must have the same scores together as alone, and the
-    last two, with the same text, different ones.
+    All `examples` but the last must have the same scores together as alone. The last two, with the same text and
+    different pictures of one size, must have different scores.
     """
 
     def read(*rows: ImageExample) -> torch.Tensor:
         return predicted_logits(model, move_to(model.device, collate(rows, 0))).float()
 
-    first, second, other = examples
     with torch.inference_mode(), compute_context(dtype, model.device.type):
-        alone = [read(one) for one in (first, second, other)]
-        together = read(first, second)
-    if not logits_agree(together, torch.cat(alone[:2]), dtype):
+        alone = [read(one) for one in examples]
+        together = read(*examples[:-1])
+    if not logits_agree(together, torch.cat(alone[:-1]), dtype):
         return "reads a picture differently next to a row with another one"
-    return "does not read pictures: two of them get the same scores" if torch.equal(*alone[1:]) else None
+    return "does not read pictures: two of them get the same scores" if torch.equal(*alone[-2:]) else None
 
 
 def count_features(model: PreTrainedModel, media: Mapping[str, torch.Tensor]) -> int:
@@ -89,29 +79,29 @@ def find_miscounts(
 ) -> Iterator[tuple[int, str]]:
     """Yield the number of each example whose image tokens are not as many as the features of its pictures, and why.
 
-    Tokens and features of a picture depend on its size alone: pictures of one size are counted once.
+    Tokens and features of a row depend on the sizes of its pictures alone: rows with equal sizes are counted once.
     """
     token, count = model.config.image_token_id, _counter(model, images)
     for number, example in enumerate(examples):
         pictures, tokens = example.list_pictures(), list(example.input_ids).count(token)
-        counts = [count(picture) for picture in pictures]
-        parts = ", ".join(
-            f"{picture_name(picture)}: {one.features:,} features, {one.tokens:,} tokens"
-            for picture, one in zip(pictures, counts, strict=True)
-        )
-        if tokens != sum(one.features for one in counts) or any(one.tokens != one.features for one in counts):
-            yield number, f"the row has {tokens:,} image tokens for {len(pictures)} pictures ({parts or 'none'})"
+        written, features = count(pictures) if pictures else ([], 0)
+        if not tokens == sum(written) == features:
+            named = zip(map(picture_name, pictures), written, strict=True)
+            parts = ", ".join(f"{name}: {tokens:,} tokens" for name, tokens in named) or "none"
+            what = f"the row has {tokens:,} image tokens for {len(pictures)} pictures ({parts})"
+            yield number, f"{what}, of which the model makes {features:,} features"
 
 
-def _counter(model: PreTrainedModel, images: ImageProcessor) -> Callable[[Picture], PictureTokens]:
+def _counter(model: PreTrainedModel, images: ImageProcessor) -> Callable[[Sequence[Picture]], tuple[list[int], int]]:
+    """Return a function that counts the image tokens of each picture of a row, and the features of all of them."""
     features: dict[tuple[object, ...], int] = {}
-    sizes: dict[tuple[int, ...], PictureTokens] = {}
+    sizes: dict[tuple[object, ...], tuple[list[int], int]] = {}
 
-    def count(picture: Picture) -> PictureTokens:
-        size = tuple(picture["size"])
+    def count(pictures: Sequence[Picture]) -> tuple[list[int], int]:
+        size = tuple(side for picture in pictures for side in picture["size"])
         if size not in sizes:
-            text, media = images.read(picture)
-            ids = images.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+            texts, media = images.read(pictures)
+            ids = images.processor.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
             signature = tuple(
                 (name, part.shape, None if part.is_floating_point() else hash_bytes(part.numpy().tobytes()))
                 for name, part in media.items()
@@ -119,7 +109,7 @@ def _counter(model: PreTrainedModel, images: ImageProcessor) -> Callable[[Pictur
             if signature not in features:
                 with torch.inference_mode():
                     features[signature] = count_features(model, media)
-            sizes[size] = PictureTokens(ids.count(model.config.image_token_id), features[signature])
+            sizes[size] = [one.count(model.config.image_token_id) for one in ids], features[signature]
         return sizes[size]
 
     return count

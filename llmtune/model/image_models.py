@@ -10,14 +10,14 @@ from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from llmtune.data.pictures import Picture, open_picture, read_picture
 from llmtune.errors import EnvironmentProblem, first_line
-from llmtune.model.device import REFUSALS
+from llmtune.model.device import REFUSALS, is_out_of_memory
 from llmtune.model.processor import check_image_processor, open_processor, set_image_size
 from llmtune.recipe.model_kind import IMAGE_TEXT
 
@@ -32,10 +32,10 @@ PROBE_SIZES = ((64, 64), (96, 48), (96, 48))
 
 
 class PictureInputs(NamedTuple):
-    """One picture as its model reads it."""
+    """The pictures of a row as their model reads them; some processors read several differently than one."""
 
-    text: str
-    """What the processor writes in place of the picture's placeholder."""
+    texts: Sequence[str]
+    """What the processor writes in place of each picture's placeholder."""
     media: Mapping[str, torch.Tensor]
     """Inputs of the model's forward by name, such as `pixel_values`."""
 
@@ -47,7 +47,7 @@ class ImageProcessor:
         self.processor = processor
         self.token_types = next((name for name in TOKEN_TYPES if name in processor.model_input_names), "")
         """Name of the model's input for the kinds of tokens; empty for a model without one."""
-        self._read: OrderedDict[str, PictureInputs] = OrderedDict()
+        self._read: OrderedDict[tuple[str, ...], PictureInputs] = OrderedDict()
         self._bytes = 0
 
     @property
@@ -55,55 +55,63 @@ class ImageProcessor:
         """The text that the chat template writes for a picture."""
         return str(self.processor.image_token)
 
-    def read(self, picture: Picture) -> PictureInputs:
-        """Return the inputs of one picture; the latest are kept in memory by the hash of their content."""
-        key = picture["content"]
+    def read(self, pictures: Sequence[Picture]) -> PictureInputs:
+        """Return the inputs of a row's pictures; the latest are kept in memory by the hashes of their contents."""
+        key = tuple(picture["content"] for picture in pictures)
+        if not key:
+            return PictureInputs([], {})
         if key in self._read:
             self._read.move_to_end(key)
             return self._read[key]
-        inputs = self._process(picture)
-        self._read[key] = inputs
+        output = self.process(self.placeholder * len(pictures), pictures)
+        (offsets,) = output.pop("text_replacement_offsets")
+        of_text = ("input_ids", "attention_mask", self.token_types)
+        media = {name: part for name, part in output.items() if name not in of_text}
+        inputs = self._read[key] = PictureInputs([one["replacement"] for one in offsets], media)
         self._bytes += _count_bytes(inputs)
         while self._bytes > CACHE_BYTES and len(self._read) > 1:
             self._bytes -= _count_bytes(self._read.popitem(last=False)[1])
         return inputs
 
-    def _process(self, picture: Picture) -> PictureInputs:
-        call = {"text": [self.placeholder], "images": [[open_picture(picture)]], "add_special_tokens": False}
-        output = self.processor(**call, images_kwargs={"return_tensors": "pt"}, return_text_replacement_offsets=True)
-        ((offsets,),) = output.pop("text_replacement_offsets")
-        of_text = ("input_ids", "attention_mask", self.token_types)
-        return PictureInputs(
-            offsets["replacement"], {name: part for name, part in output.items() if name not in of_text}
+    def process(self, text: str, pictures: Sequence[Picture]) -> dict[str, Any]:
+        """Return what the processor makes of a text with a placeholder for each picture."""
+        call = {"text": [text], "images": [[*map(open_picture, pictures)]], "add_special_tokens": False}
+        return dict(
+            self.processor(**call, images_kwargs={"return_tensors": "pt"}, return_text_replacement_offsets=True)
         )
 
     def expand(self, texts: Sequence[str], pictures: Sequence[Picture]) -> list[str] | str:
         """Write the tokens of each picture in place of its placeholder in consecutive texts, as the processor does.
 
-        Returns the reason if the placeholders are not as many as the pictures.
+        Returns the reason if the placeholders are not as many as the pictures, or the processor refuses the pictures.
         """
         if not pictures:
             return [*texts]
-        replacements = [self.read(picture).text for picture in pictures]
+        try:
+            replacements = self.read(pictures).texts
+        except REFUSALS as error:
+            if is_out_of_memory(error):
+                raise
+            return f"the processor refuses its pictures: {first_line(error)}"
         marks = [*replacements, *[self.placeholder] * sum(text.count(self.placeholder) for text in texts)]
         expanded, offsets = self.processor.get_text_with_replacements([*texts], images_replacements=marks)
         if (places := sum(map(len, offsets))) != len(pictures):
             return f"the chat template has {places} places for {len(pictures)} pictures"
         return list(expanded)
 
-    def special_ids(self, pictures: Iterable[Picture]) -> set[int]:
+    def special_ids(self, pictures: Sequence[Picture]) -> set[int]:
         """Return the special tokens that the processor writes for pictures."""
         tokenizer = self.processor.tokenizer
-        texts = dict.fromkeys(self.read(picture).text for picture in pictures)
+        texts = dict.fromkeys(self.read(pictures).texts)
         ids: set[int] = {one for text in texts for one in tokenizer(text, add_special_tokens=False)["input_ids"]}
         return ids & {*tokenizer.added_tokens_decoder}
 
-    def media(self, pictures: Sequence[Picture], ids: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:
-        """Return the model's inputs for the pictures of some texts, in order, and the kinds of their tokens [B, T].
+    def media(self, pictures: Iterable[Sequence[Picture]], ids: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:
+        """Return the model's inputs for the pictures of each text, and the kinds of the texts' tokens [B, T].
 
         Texts are padded on the right.
         """
-        joined = join_media([self.read(picture).media for picture in pictures])
+        joined = join_media([self.read(row).media for row in pictures])
         if self.token_types:
             width = max(map(len, ids))
             types = self.processor.create_mm_token_type_ids([list(row) for row in ids])
@@ -112,7 +120,7 @@ class ImageProcessor:
 
 
 def join_media(media: Iterable[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """Join the inputs of several pictures along their first dimension; others are padded with zeros."""
+    """Join the inputs of several rows along their first dimension; others are padded with zeros."""
     parts = [*media]
     names = dict.fromkeys(name for part in parts for name in part)
     return {name: _concatenate_padded([part[name] for part in parts if name in part]) for name in names}
@@ -157,7 +165,7 @@ def image_processor(tokenizer: PreTrainedTokenizerBase, trust_remote_code: bool 
     set_image_size(processor, tokenizer)
     images = ImageProcessor(processor)
     try:
-        images.read(draw_probes()[0])
+        images.read(draw_probes()[:1])
     except REFUSALS as error:
         what = f"pictures are not supported with a {type(processor).__name__}: {first_line(error)}"
         raise EnvironmentProblem.of(what, str(folder), f"{IMAGE_TEXT.fix} Or set chat.images: false.") from error

@@ -100,7 +100,7 @@ class ImageChat(Chat):
     def prompt(self, row: ChatRow, processor: PreTrainedTokenizerBase, recipe: Recipe) -> Prompt:
         """Return the rendered conversation, ready for the next answer, with its pictures."""
         ids = self.prompt_ids(row, processor, recipe)
-        return Prompt(ids, partial(open_images(processor, recipe).media, list_pictures(row["messages"]), [ids]))
+        return Prompt(ids, partial(open_images(processor, recipe).media, [list_pictures(row["messages"])], [ids]))
 
     def prompt_ids(self, row: ChatRow, processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[int]:
         """Return the token ids of the rendered conversation, with those of pictures.
@@ -131,7 +131,7 @@ class ImageChat(Chat):
         images = open_images(processor, recipe)
 
         def collate(examples: Sequence[ImageExample], draw: int = 0) -> Batch:
-            pictures = [picture for example in examples for picture in example.list_pictures()]
+            pictures = [example.list_pictures() for example in examples]
             media = images.media(pictures, [example.input_ids for example in examples])
             return {**collate_padded(examples, processor.pad_token_id), **media, "media": tuple(media)}
 
@@ -173,17 +173,27 @@ class ImageChat(Chat):
     def _explain_unreadable(
         self, model: PreTrainedModel, processor: PreTrainedTokenizerBase, recipe: Recipe
     ) -> str | None:
-        """Return what a model reads wrongly, tried on three pictures; None if nothing."""
+        """Return what a model reads wrongly, tried on rows with one and two pictures; None if nothing."""
         long = recipe.model_copy(update={"data": recipe.data.model_copy(update={"max_length": sys.maxsize})})
         answer: Message = {"role": "assistant", "content": "It is a picture."}
+        probes, images, expected = draw_probes(), open_images(processor, recipe), list[list[int]]()
         rows: list[ChatRow] = [
-            {"messages": [{"role": "user", "content": f"{PLACE}What is it?", "images": [picture]}, answer]}
-            for picture in draw_probes()
+            {"messages": [{"role": "user", "content": f"What is it?{PLACE * len(one)}", "images": [*one]}, answer]}
+            for one in (probes[:2], *([picture] for picture in probes))
         ]
-        encoded = self.encode(rows, processor, long)
-        examples = [cast(ImageExample, example) for row in encoded for example in row if not isinstance(row, str)]
-        if reason := next((row for row in encoded if isinstance(row, str)), None):
+
+        def expand(texts: Sequence[str], pictures: Sequence[Picture]) -> list[str] | str:
+            expected.extend(torch.as_tensor(images.process(texts[0], pictures)["input_ids"]).tolist())
+            return images.expand(texts, pictures)
+
+        several, *single = self.encode(rows, processor, long)  # some processors take one picture alone
+        if reason := next((row for row in single if isinstance(row, str)), None):
             return f"cannot encode them: {reason}"
+        question = rows[isinstance(several, str)]["messages"][:1]
+        if expected != [render_prompt(question, processor, recipe, expand=expand)]:
+            return "needs other tokens around pictures, which its own processor writes"
+        encoded = [row for row in (several, *single) if not isinstance(row, str)]
+        examples = [cast(ImageExample, example) for row in encoded for example in row]
         dtype = resolve_dtype(recipe.model.dtype, model.device.type)
         return explain_unreadable_pictures(model, dtype, self.collator(processor, recipe), examples)
 

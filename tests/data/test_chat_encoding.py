@@ -142,6 +142,21 @@ def test_marks_that_include_the_header_are_distinguished_from_the_answer():
     assert "marks are not where its answers are" in encode(CHAT, tokenizer_with(early))
 
 
+@pytest.mark.parametrize("reasoning", ["learn", "keep", "drop"])
+@pytest.mark.parametrize("prompt", ["assistant\n", "assistant\n<think>\n", "assistant\n<think>"])
+@pytest.mark.parametrize("content", ["message['content']", "message['content'].split('</think>')[-1]"])
+def test_marks_change_nothing_whether_the_template_writes_thoughts_or_leaves_them_out(content, prompt, reasoning):
+    marked = MARKED.replace("generation %}{{ message['content']", f"generation %}}{{{{ {content}").replace(
+        "add_generation_prompt %}{{ '<|im_start|>assistant\n'", f"add_generation_prompt %}}{{{{ '<|im_start|>{prompt}'"
+    )
+    plain = marked.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+    for answer in ("two", "<think>many words before the answer</think>two"):
+        row = canonical_messages([*conversation("one", answer)["messages"], *conversation("three", answer)["messages"]])
+        with_marks, without = (encode(row, tokenizer_with(one), reasoning=reasoning) for one in (marked, plain))
+        assert with_marks == without
+        assert not isinstance(without, str)
+
+
 def test_an_answer_whose_first_token_would_merge_with_the_prompt_is_encoded_separately():
     tokenizer = tokenizer_with(CHATML.replace("assistant\n' }}", "assistant\nsk' }}"))
     with pytest.raises(EnvironmentProblem, match="cannot be split"):

@@ -7,7 +7,7 @@ import string
 import pytest
 from rich.console import Console
 from support.templates import CHATML, conversation, recipe_for, tokenizer_with
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from llmtune.data.data_report import describe_examples, find_vanishing
@@ -110,3 +110,12 @@ def test_characters_that_vanish_without_an_unk_token_are_counted(tmp_path, conso
     read = [text for split in prepared.files for _, text in iterate_texts(prepared, split)]
     assert find_vanishing(read, byteless_tokenizer(unknown=True)) == {}
     assert find_vanishing(read, tokenizer_with(CHATML)) == {}
+
+
+def test_a_character_vanishes_also_between_letters_that_are_one_token_without_it():
+    alphabet = [letter for letter in pre_tokenizers.ByteLevel.alphabet() if letter != "\u0104"]  # byte 4
+    backend = Tokenizer(models.BPE({letter: i for i, letter in enumerate([*sorted(alphabet), "ab"])}, [("a", "b")]))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    assert [len(tokenizer(text)["input_ids"]) for text in ("a\x04b", "ab")] == [2, 1]
+    assert find_vanishing([json.dumps("one\x04two\x05"), json.dumps("\x04é")], tokenizer) == {"\x04": 2}

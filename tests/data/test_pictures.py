@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 from support.pictures import (
     data_url,
+    deep_png,
     draw,
     picture_bytes,
     save,
@@ -288,6 +289,28 @@ def test_transparent_parts_are_white_and_deep_pictures_are_scaled(tmp_path):
     assert open_picture(read_picture("clear.png", tmp_path)).getpixel((0, 0)) == (255, 255, 255)
     Image.fromarray(np.full((8, 8), 32_896, dtype=np.uint16)).save(tmp_path / "deep.png")
     assert open_picture(read_picture("deep.png", tmp_path)).getpixel((0, 0)) == (128, 128, 128)
+
+
+@pytest.mark.parametrize("bits", [8, 10, 12, 14, 16])
+def test_a_deep_grey_picture_is_scaled_by_the_bits_in_use(bits, tmp_path):
+    values = np.linspace(0, 2**bits - 1, 400).reshape(20, 20).astype(np.uint16)
+    for name in ("deep.png", "deep.tif"):
+        Image.fromarray(values).save(tmp_path / name)
+        picture = read_picture(name, tmp_path)
+        assert picture["converted"].startswith("16 bit to 8" if bits == 16 else f"{bits} bit in 16 to 8")
+        assert open_picture(picture).getextrema() == ((0, 255),) * 3
+
+
+@pytest.mark.parametrize(("bits", "channels"), [(10, 3), (12, 3), (12, 2), (12, 4), (16, 3)])
+def test_a_deep_picture_of_several_channels_is_refused_if_its_upper_bits_are_empty(bits, channels):
+    values = np.linspace(0, 2**bits - 1, 400 * channels).reshape(20, 20, channels)
+    if bits == 16:
+        picture = read_picture(deep_png(values), None)
+        assert picture["converted"] == "16 bit to 8"
+        assert max(high for _, high in open_picture(picture).getextrema()) == 255
+    else:
+        with pytest.raises(RowError, match=f"no value above {2**bits - 1:,} of 65,535; scale them to 8 bits"):
+            read_picture(deep_png(values), None)
 
 
 def test_the_content_decides_and_not_the_ending(tmp_path):

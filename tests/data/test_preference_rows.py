@@ -10,6 +10,9 @@ from support.rows import make_recipe, prepare, rows_of, write_jsonl
 from support.templates import CHATML, tokenizer_with
 from support.variants import PREFERENCE
 
+from llmtune.data.column_mapping import rename
+from llmtune.data.row_formats import parse_row
+from llmtune.data.sources import resolve_inputs
 from llmtune.recipe.task_sections import PreferenceSection
 from llmtune.tasks.preference import encode_answers
 
@@ -51,6 +54,17 @@ def refusal(row):
 )
 def test_a_pair_is_read_from_texts_and_from_messages(row):
     assert read(row) == PAIR
+
+
+def test_openais_form_is_read_with_the_tools_in_its_input(tmp_path):
+    tool = {"type": "function", "function": {"name": "weather"}}
+    asked = {"messages": [QUESTION], "tools": [tool], "parallel_tool_calls": True}
+    row = {"input": asked, "preferred_output": [RED], "non_preferred_output": [BLUE]}
+    file = write_jsonl(tmp_path / "rows.jsonl", [row] * 2)
+    recipe = make_recipe(tmp_path, str(file), "preference")
+    (detected,) = resolve_inputs(recipe.data, "preference")
+    assert {*detected.unused} == {"parallel_tool_calls (in a prompt)"}
+    assert parse_row(rename(row, detected.columns), detected.row_format, "preference") == {**PAIR, "tools": [tool]}
 
 
 def test_a_pair_may_end_a_conversation_with_system_message_and_tools():

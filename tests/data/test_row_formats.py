@@ -6,9 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.rows import chat, read_row, refusal
 
-from llmtune.data.column_mapping import rename
+from llmtune.data.column_mapping import rename, unused_keys
 from llmtune.data.rejected_rows import RowError
-from llmtune.data.row_formats import FORMATS, detect_format, parse_row, unused_keys
+from llmtune.data.row_formats import FORMATS, detect_format, parse_row
 from llmtune.data.row_hash import hash_content, row_json
 from llmtune.data.row_kind import near_text
 from llmtune.errors import DataError
@@ -72,11 +72,6 @@ def test_columns_map_any_names_and_mistakes_are_reported():
     assert "column 'questoin' not found" in detected([row], columns={"prompt": "questoin"})
     assert "Did you mean 'question'?" in detected([row], columns={"prompt": "questoin"})
     assert "Did you mean 'prompt'?" in detected([row], columns={"promt": "question"})
-
-
-def test_unused_keys_are_listed():
-    row = {"messages": [{"role": "user", "content": "q", "id": 7}], "source": "x"}
-    assert unused_keys(row, FORMATS["messages"], {}) == ["source", "id (in a message)"]
 
 
 def test_sharegpt_becomes_messages():
@@ -145,7 +140,7 @@ def test_parts_may_contain_thoughts_text_and_calls_in_llama_factorys_format():
     assert (asked["content"], result["content"], answer["content"]) == ("hi", "rain", "It rains.")
     assert (called["reasoning"], called["content"], called["train"]) == ("Look it up.", "", True)
     assert called["tool_calls"] == [{"type": "function", "function": function}]
-    assert unused_keys(row, FORMATS["messages"], {}) == []
+    assert unused_keys(row, FORMATS["messages"].columns, {}) == []
 
 
 @pytest.mark.parametrize(("column", "mark"), [("audios", "<audio>"), ("video", "<video>"), ("videos", "<video>")])
@@ -210,7 +205,12 @@ def calls(stated):
         ({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "train": False}]},
          "no assistant answer: every assistant message says train: false"),
         ({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "train": "no"}]},
-         "wrong type: message 2: 'train' is 'no'"),
+         "wrong type: message 2: 'train' is 'no'; it must be true or false"),
+        ({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "weight": 2}]},
+         "wrong type: message 2: 'weight' is 2; it must be 0 or 1"),
+        ({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "loss_weight": 0.5}]},
+         "wrong type: message 2: 'loss_weight' is 0.5; it must be 0 or 1"),
+        ({"conversations": [{"from": "human", "value": 5}]}, "wrong type: message 1: 'value' is a number"),
         (turns(("user", [{"type": "video", "path": "x"}]), ("assistant", "a")),
          "content that is not text: message 1: a part of type 'video'"),
         (turns(("user", [{"type": "text", "text": 3}]), ("assistant", "a")), "wrong type: message 1: 'text' of a part"),

@@ -1,6 +1,8 @@
 """The same test rows with grey pictures and with those of other rows: what answers owe to the pictures."""
 
+import io
 import json
+from functools import cache
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -14,7 +16,7 @@ from support.runs import invoke, write_recipe
 from support.variants import IMAGE_CHAT
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from llmtune.data.pictures import PLACE, open_picture
+from llmtune.data.pictures import PLACE, open_picture, read_picture
 from llmtune.data.row_kind import write_prompt
 from llmtune.deploy.releases import make_release
 from llmtune.evaluate.controls import grey_picture, swap_pictures
@@ -182,35 +184,57 @@ def test_a_grey_picture_has_the_size_of_the_rows_own(size):
     assert open_picture(picture).getcolors() == [(size[0] * size[1], (128, 128, 128))]
 
 
-def pictures(*contents):
-    return [{"content": content} for content in contents]
+@cache
+def pattern(number: int, size=(64, 64), kind="PNG"):
+    """Return a picture of its own, in any size and format."""
+    shades = np.random.default_rng(number).integers(256, size=(8, 8), dtype=np.uint8)
+    Image.fromarray(shades).resize(size, Image.Resampling.BICUBIC).save(stream := io.BytesIO(), kind)
+    return read_picture(stream.getvalue(), None)
+
+
+def swapped_contents(rows, answers):
+    return {i: [one["content"] for one in row] for i, row in swap_pictures(dict(enumerate(rows)), answers).items()}
 
 
 def test_swapped_pictures_come_from_rows_with_another_answer_and_as_many_pictures():
     answers = [*("yes" for _ in range(30)), *("no" for _ in range(10)), "yes", "no"]
-    rows = {i: pictures(f"{i}a", f"{i}b") if i % 3 else pictures(f"{i}") for i in range(len(answers))}
-    swapped = swap_pictures(rows, answers)
-    assert swapped.keys() == rows.keys()
-    owner = {one["content"]: i for i, row in rows.items() for one in row}
+    rows = [[pattern(i), pattern(100 + i)] if i % 3 else [pattern(i)] for i in range(len(answers))]
+    swapped = swapped_contents(rows, answers)
+    assert [*swapped] == [*range(len(rows))]
+    owner = {one["content"]: i for i, row in enumerate(rows) for one in row}
     for i, row in swapped.items():
         assert len(row) == len(rows[i])
-        (other,) = {owner[one["content"]] for one in row}
+        (other,) = {owner[one] for one in row}
         assert answers[other] != answers[i]
-    assert swapped == swap_pictures(rows, answers)
+    assert swapped == swapped_contents(rows, answers)
 
 
 def test_the_partner_shares_parts_of_the_answer_no_more_often_than_by_chance():
     answers = [json.dumps({"section": "abc"[i % 3], "size": i}) for i in range(90)]
-    swapped = swap_pictures({i: pictures(str(i)) for i in range(90)}, answers)
-    same = sum(i % 3 == int(row[0]["content"]) % 3 for i, row in swapped.items())
+    rows = [[pattern(i)] for i in range(90)]
+    owner = {row[0]["content"]: i for i, row in enumerate(rows)}
+    same = sum(i % 3 == owner[row[0]] % 3 for i, row in swapped_contents(rows, answers).items())
     assert same < 45  # a third by chance; all but three in the order of the alphabet
 
 
 def test_rows_with_the_same_answer_still_get_other_pictures_and_lonely_rows_are_left_out():
-    rows = {0: pictures("a"), 1: pictures("b"), 2: pictures("a"), 3: pictures("c", "d")}
-    swapped = swap_pictures(rows, ["yes"] * 4)
-    assert {i: [one["content"] for one in row] for i, row in swapped.items()} == {0: ["b"], 1: ["a"], 2: ["b"]}
-    assert swap_pictures({0: pictures("a"), 1: pictures("a")}, ["yes", "no"]) == {}
+    a, b, c, d = map(pattern, range(4))
+    swapped = swapped_contents([[a], [b], [a], [c, d]], ["yes"] * 4)
+    assert swapped == {0: [b["content"]], 1: [a["content"]], 2: [b["content"]]}
+    assert swapped_contents([[a], [a]], ["yes", "no"]) == {}
+
+
+def test_no_row_is_swapped_with_its_own_picture_in_another_size_or_format_or_its_own_two_in_another_order():
+    a, b, c = map(pattern, range(3))
+    copies = [[a], [pattern(0, (128, 128))], [pattern(0, (64, 90), "JPEG")]]
+    assert swapped_contents(copies, ["x", "y", "z"]) == {}
+    assert swapped_contents([[a, b], [b, a], [pattern(1, (128, 128)), a]], ["x", "y", "z"]) == {}
+    assert swapped_contents([[a, b], [a, c]], ["x", "y"]) == {
+        0: [a["content"], c["content"]],
+        1: [a["content"], b["content"]],
+    }
+    d, e = pattern(3), pattern(4)
+    assert swapped_contents([[a, b], [b, c], [d, e]], ["x", "y", "x"])[0] == [d["content"], e["content"]]
 
 
 def test_rows_of_text_do_not_count_in_the_controls(model, tmp_path):

@@ -67,6 +67,7 @@ _LLAMA4_TOKENS = {
     "tile_x_token": "<|tile_x_separator|>",
     "tile_y_token": "<|tile_y_separator|>",
 }
+_TILES = [[28, 28], [28, 56], [56, 28], [56, 56]]
 _SQUARE = {"size": {"height": 56, "width": 56}}
 _PIXTRAL = Family(
     {"image_token": "[IMG]", "image_break_token": "[IMG_BREAK]", "image_end_token": "[IMG_END]"},
@@ -177,6 +178,25 @@ FAMILIES: dict[str, Family] = {
         {"image_seq_length": 16},
         {"image_size": 56, "patch_size": 14},
     ),
+    "llava_onevision": Family(
+        {"image_token": "<image>"},
+        "LlavaOnevisionProcessor",
+        "LlavaOnevisionImageProcessor",
+        {"size": {"height": 28, "width": 28}, "image_grid_pinpoints": _TILES},
+        {"num_image_tokens": 4, "vision_feature_select_strategy": "full", "vision_aspect_ratio": "anyres_max_9"},
+        {"image_grid_pinpoints": _TILES, "vision_aspect_ratio": "anyres_max_9"},
+        {"image_size": 28, "patch_size": 14},
+        video_processor="LlavaOnevisionVideoProcessor",
+    ),
+    "llava_next": Family(
+        {"image_token": "<image>"},
+        "LlavaNextProcessor",
+        "LlavaNextImageProcessor",
+        {"size": {"shortest_edge": 28}, "crop_size": {"height": 28, "width": 28}, "image_grid_pinpoints": _TILES},
+        {"patch_size": 14, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1},
+        {"image_grid_pinpoints": _TILES},
+        {"image_size": 28, "patch_size": 14},
+    ),
     "glm46v": Family(
         {
             "image_token": "<|image|>",
@@ -205,8 +225,8 @@ FAMILIES: dict[str, Family] = {
         {
             "tile_size": 64,
             "min_image_tokens": 4,
-            "max_image_tokens": 4,
-            "max_num_patches": 16,
+            "max_image_tokens": 16,
+            "max_num_patches": 64,
             "do_image_splitting": False,
         },
     ),

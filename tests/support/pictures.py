@@ -42,14 +42,23 @@ def data_url(seed=1):
 
 def write_bomb(path, side=60_000):
     """Write a PNG of a few kilobytes whose header promises `side` x `side` pixels."""
+    path.write_bytes(_png(side, side, 8, 2, bytes(2**20)))
+    return path
 
+
+def deep_png(values):
+    """Return a PNG with 16 bits in each of two to four channels, which Pillow cannot write."""
+    height, width, channels = values.shape
+    lines = b"".join(b"\0" + line.astype(">u2").tobytes() for line in values)
+    return _png(width, height, 16, {2: 4, 3: 2, 4: 6}[channels], lines)
+
+
+def _png(width, height, bits, kind, lines):
     def chunk(name, content):
         return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
 
-    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
-    pixels = zlib.compress(bytes(2**20), 9)
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b""))
-    return path
+    header = struct.pack(">IIBBBBB", width, height, bits, kind, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(lines, 9)) + chunk(b"IEND", b"")
 
 
 def write_animated(path):
