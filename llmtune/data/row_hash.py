@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 import unicodedata
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from datetime import date, datetime
+from datetime import date, datetime, time
 from decimal import Decimal
 from typing import NamedTuple
 
@@ -43,6 +44,17 @@ class HashedRow(NamedTuple):
     """The number of null keys that Arrow added, and that were dropped."""
     changes: tuple[tuple[str, str, str], ...] = ()
     """Class names that changed, as `class_spelling.NameChange`."""
+
+
+def write_columns(cells: Mapping[str, object]) -> str:
+    """Write the columns that no format reads as JSON: dates as ISO text, bytes in base64, Decimals as text."""
+    return json.dumps(cells, default=_write_cell)
+
+
+def _write_cell(value: object) -> str:
+    if isinstance(value, bytes):
+        return base64.b64encode(value).decode()
+    return value.isoformat() if isinstance(value, date | time) else str(value)
 
 
 def row_json(row: Mapping[str, object]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, Protocol, cast
 
@@ -73,10 +73,14 @@ def answer_reader(processor: PreTrainedTokenizerBase, recipe: Recipe) -> AnswerR
     """Return a reader for generated ids; it also takes the tools that may be called and the prompt's ids."""
     template = answer_template(processor, recipe)
 
-    def read(ids: Sequence[int], tools: Tools, prompt: Sequence[int] = ()) -> ParsedAnswer:
+    def read(
+        ids: Sequence[int], tools: Tools, prompt: Sequence[int] = (), truncated: bool | None = None
+    ) -> ParsedAnswer:
         if template is None:
-            return ParsedAnswer(cast(str, processor.decode(ids, skip_special_tokens=True)))
-        return parse_answer(ids, template, tools, prompt_end(processor, prompt))
+            parsed = ParsedAnswer(text := decode(processor, ids, skips_special=True), sampled=text)
+        else:
+            parsed = parse_answer(ids, template, tools, prompt_end(processor, prompt))
+        return parsed if truncated is None else replace(parsed, complete=not truncated)
 
     return read
 
@@ -89,8 +93,10 @@ def prompt_end(processor: PreTrainedTokenizerBase, prompt: Sequence[int]) -> str
 class AnswerReader(Protocol):
     """Reads generated ids."""
 
-    def __call__(self, ids: Sequence[int], tools: Tools, prompt: Sequence[int] = ()) -> ParsedAnswer:
-        """Return the answer split into its parts."""
+    def __call__(
+        self, ids: Sequence[int], tools: Tools, prompt: Sequence[int] = (), truncated: bool | None = None
+    ) -> ParsedAnswer:
+        """Return the answer split into its parts; without `truncated` it is complete if the ids have its end token."""
 
 
 @dataclass(frozen=True)

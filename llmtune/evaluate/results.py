@@ -44,6 +44,7 @@ class SavedPart(TypedDict):
     tool_calls: list[dict[str, object]]
     complete: bool
     error: str | None
+    sampled: NotRequired[str]
 
 
 class SavedAnswers(TypedDict):

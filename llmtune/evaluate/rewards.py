@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import ast
 import json
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from llmtune.data.answer_parser import ParsedAnswer, ToolTurn
 from llmtune.data.chat_rows import ToolCall
 from llmtune.data.conversation_texts import split_reference
 from llmtune.data.row_kind import MESSAGES
@@ -35,15 +35,16 @@ KEY, AUDIT_KEY = "reinforce.rewards", "reinforce.audit"
 SECONDS = 300.0
 Form = Literal["row", "TRL", "ms-swift", "verl"]
 SIGNATURES = {
-    "row": "def {name}(row: dict, answer: str) -> float",
+    "row": "def {name}(row: dict, answer: str) -> float, and calls, content, thoughts or truncated after them",
     "TRL": "def {name}(completions, **columns)",
     "ms-swift": "class {name} with __call__(self, completions, **columns)",
     "verl": "def {name}(data_source, solution_str, ground_truth, extra_info=None)",
 }
 REFERENCE_NAMES = ("solution", "answer", "ground_truth", "reference", "target", "label", "expected", "gold")
 """Parameters that get the reference answer, unless the rows have a column of that name."""
-CALL_LINE = re.compile(r"([\w.-]+)\((\{.*\})\)")
-RewardPair = tuple[Row, str]
+ANSWER_PARTS = ("calls", "content", "thoughts", "truncated")
+"""Parameters that get a part of the answer, unless the rows have a column of that name."""
+RewardPair = tuple[Row, ParsedAnswer]
 """A row, with its reference answer as the last message if it has one, and an answer to it."""
 
 
@@ -159,8 +160,8 @@ def read_reward(stated: str, weight: float, key: str = KEY) -> Reward:
     parameters = tuple(one.arg for one in (*positional, *given.kwonlyargs))
     form: Form = "ms-swift" if is_class else "TRL" if "completions" in parameters else "verl"
     if not {"completions", "solution_str"} & {*parameters}:
-        least, most = count_parameters(given)
-        if is_class or not least <= 2 <= most:
+        others = {one.arg for one in needed} - {*parameters[:2], *ANSWER_PARTS}
+        if is_class or others or count_parameters(given)[1] < 2:
             raise RecipeError.of(f"{name} cannot be called as a reward", where, fix)
         form = "row"
     required, reads_messages = tuple(one.arg for one in needed), form == "TRL" and mentions_content(node, nodes)
@@ -230,11 +231,26 @@ def find_lack(reward: Reward, origin: str, row: Row) -> Problem | None:
         fix = "Add the right answer as the last message, or use a reward that needs none, such as your own."
         return Problem(f"the reward {reward.name} needs a reference answer, and the row has none", origin, fix)
     try:
-        make_call(reward, row, "")
+        make_call(reward, row, ParsedAnswer(""))
     except RewardError as error:
         problem = error.problems[0]
         return Problem(f"{problem.what}: {problem.where}", origin, problem.fix)
     return None
+
+
+SLACK = 1e-9
+"""Rounding error of a weighted sum of rewards."""
+
+
+def lowest_accepted(accept: float) -> float:
+    """Return the lowest reward that passes: 0.7 + 0.2 + 0.1 is 0.9999999999999999 and passes 1."""
+    return accept - SLACK
+
+
+def rewards_differ(rewards: Sequence[float | None]) -> bool:
+    """Whether two answers to a prompt have different rewards."""
+    values = [reward for reward in rewards if reward is not None]
+    return bool(values) and max(values) - min(values) > SLACK
 
 
 def weigh_rewards(rewards: Sequence[Reward], values: Mapping[str, float | None]) -> float | None:
@@ -255,17 +271,21 @@ def call_reward(
     return run_calls(request, [make_call(reward, *pair) for pair in pairs])
 
 
-def make_call(reward: Reward, row: Row, answer: str) -> tuple[Sequence[object], Mapping[str, object]]:
+def make_call(reward: Reward, row: Row, answer: ParsedAnswer) -> tuple[Sequence[object], Mapping[str, object]]:
     """Return the arguments and keywords of the call for one answer. Raises RewardError if the row lacks a column."""
+    calls, text = list(answer.tool_calls), answer.sampled
+    values = (calls, answer.text, answer.reasoning or "", not answer.complete)
+    columns: dict[str, Any] = dict(zip(ANSWER_PARTS, values, strict=True))
     if reward.form == "row":
-        return (row, answer), {}
+        return (row, text), {name: columns[name] for name in reward.parameters[2:] if name in columns}
     prompt, reference, _ = split_reference(row)
-    columns: dict[str, Any] = {} if reference is None else dict.fromkeys(REFERENCE_NAMES, reference)
+    columns |= {} if reference is None else dict.fromkeys(REFERENCE_NAMES, reference)
     columns |= {name: value for name, value in row.items() if name != "messages"}
     if reward.form == "verl":
-        columns = {"data_source": "", "extra_info": {}, **columns, "solution_str": answer}
+        columns = {"data_source": "", "extra_info": {}, **columns, "solution_str": text}
     else:
-        completion: object = [{"role": "assistant", "content": answer}] if reward.reads_messages else answer
+        message = {"role": "assistant", "content": text, **({"tool_calls": calls} if calls else {})}
+        completion: object = [message] if reward.reads_messages else text
         question: object = prompt["messages"] if reward.reads_messages else MESSAGES.prompt_text(prompt)
         columns = {**{name: [value] for name, value in columns.items()}, "completions": [completion]}
         columns["prompts"] = [question]
@@ -280,13 +300,14 @@ def make_call(reward: Reward, row: Row, answer: str) -> tuple[Sequence[object], 
 
 
 def score_texts(pairs: Sequence[RewardPair], metric: str) -> list[float | None]:
-    """Return a metric of `TEXT_MEASURES` for each answer; None without a reference."""
-    references = [split_reference(row)[1] for row, _ in pairs]
+    """Return a metric of `TEXT_MEASURES` for each answer; None without a reference, or if it calls a tool."""
+    split = [split_reference(row) for row, _ in pairs]
+    references = [None if prompt.get("tools") and calls else reference for prompt, reference, calls in split]
     numbers = [i for i, reference in enumerate(references) if reference is not None]
     values: list[float | None] = [None] * len(pairs)
     if not numbers:
         return values
-    measure = TEXT_MEASURES[metric]([pairs[i][1] for i in numbers], [references[i] or "" for i in numbers])
+    measure = TEXT_MEASURES[metric]([pairs[i][1].text for i in numbers], [references[i] or "" for i in numbers])
     assert measure.formula is not None
     for i, value in zip(numbers, measure.formula(measure.sums_NK).tolist(), strict=True):
         values[i] = value
@@ -295,19 +316,13 @@ def score_texts(pairs: Sequence[RewardPair], metric: str) -> list[float | None]:
 
 def score_calls(pairs: Sequence[RewardPair], metric: str) -> list[float | None]:
     """Return a metric of `TOOL_SCORES` for each answer; None for rows whose reference calls no tool."""
-    from llmtune.data.answer_parser import ParsedAnswer, ToolTurn  # late: imports transformers
-    from llmtune.evaluate.tool_metrics import TOOL_SCORES
+    from llmtune.evaluate.tool_metrics import TOOL_SCORES  # late: jsonschema takes time
 
     values = list[float | None]()
     for row, answer in pairs:
         prompt, _, calls = split_reference(row)
-        lines = map(CALL_LINE.fullmatch, answer.strip().splitlines())
-        given = [make_tool_call(line[1], parse_json(line[2])) for line in lines if line]
-        error = None if all(isinstance(one["function"]["arguments"], dict) for one in given) else "not JSON"
-        parsed = ParsedAnswer(answer, tool_calls=() if error else tuple(given), error=error)
-        values.append(
-            TOOL_SCORES[metric][0](parsed, ToolTurn(prompt, calls)) if prompt.get("tools") and calls else None
-        )
+        turn = ToolTurn(prompt, calls) if prompt.get("tools") and calls else None
+        values.append(TOOL_SCORES[metric][0](answer, turn) if turn else None)
     return values
 
 
@@ -316,14 +331,14 @@ def score_schemas(pairs: Sequence[RewardPair]) -> list[float | None]:
 
     For references that call tools it is `tool_call_valid`.
     """
-    from llmtune.evaluate.tool_metrics import fits_schema  # late: imports transformers
+    from llmtune.evaluate.tool_metrics import fits_schema  # late: jsonschema takes time
 
     values = score_calls(pairs, "tool_call_valid")
     for i, (row, answer) in enumerate(pairs):
         reference, stated = parse_json(split_reference(row)[1] or ""), row.get("json_schema")
         schema = parse_json(stated) if isinstance(stated, str) else stated
         if values[i] is None and (schema or isinstance(reference, dict | list)):
-            given = parse_json(answer)
+            given = parse_json(answer.text)
             values[i] = float(given is not NO_JSON and fits_schema(given, schema or schema_of_shape(reference)))
     return values
 
@@ -333,16 +348,15 @@ def score_fields(pairs: Sequence[RewardPair]) -> list[float | None]:
 
     For references that call tools it is `tool_arguments_f1`.
     """
-    from llmtune.data.answer_parser import ParsedAnswer, ToolTurn  # late: imports transformers
-    from llmtune.evaluate.tool_metrics import score_argument_values
+    from llmtune.evaluate.tool_metrics import score_argument_values  # late: jsonschema takes time
 
     values = score_calls(pairs, "tool_arguments_f1")
     for i, (row, answer) in enumerate(pairs):
-        given, reference = parse_json(answer), parse_json(split_reference(row)[1] or "")
+        given, reference = parse_json(answer.text), parse_json(split_reference(row)[1] or "")
         if values[i] is None and isinstance(reference, dict):
             calls = (make_tool_call("", given),) if isinstance(given, dict) else ()
             turn = ToolTurn(row, [make_tool_call("", reference)])
-            values[i] = score_argument_values(ParsedAnswer(answer, tool_calls=calls), turn)
+            values[i] = score_argument_values(ParsedAnswer("", tool_calls=calls), turn)
     return values
 
 
@@ -350,9 +364,11 @@ NO_JSON = object()
 
 
 def parse_json(text: str) -> Any:
-    """Return the value of a JSON text; `NO_JSON` for any other text."""
+    """Return the value of a JSON text; `NO_JSON` for any other text, also with NaN or a number beyond all floats."""
     try:
-        return json.loads(text)
+        value = json.loads(text)
+        json.dumps(value, allow_nan=False)
+        return value
     except (ValueError, RecursionError):
         return NO_JSON
 

@@ -91,10 +91,10 @@ class EvaluateSection(RecipeSection):
     """Metrics to compute: those of the task, and your own as `FILE.py:FUNCTION`, relative to the recipe. Default none:
     the task's default metrics."""
     metric_seconds: Annotated[float, Field(gt=0, le=86_400)] = 300.0
-    """Longest time that one of your own metrics may take for all answers of a model, in seconds. Default 300: an
-    endless loop ends, and slow libraries have time to load."""
+    """Longest time that one of your own metrics or rewards may take for all answers of a model, or of a round, in
+    seconds. Default 300: an endless loop ends, and slow libraries have time to load."""
     metric_network: bool = False
-    """Let your own metrics use the network. Default false: scores should not depend on a server."""
+    """Let your own metrics and rewards use the network. Default false: scores should not depend on a server."""
     gates: Many[str] = ()
     """Conditions such as `exact_match >= 0.8`, `rougeL > base` or `exact_match.low > base`. A baseline without a
     language model has a name: `accuracy.low > tfidf`, `ndcg@10.low > bm25`; so has each of `controls`:
@@ -275,10 +275,10 @@ class EvaluateSection(RecipeSection):
                 fix = "Name a function in it: FILE.py:FUNCTION." if metric.endswith(".py") else fix.strip()
                 diagnostics.add(f"{key}.{i}", f"unknown metric '{metric}'", fix, "task")
         diagnostics.repeated(key, tuple(map(metric_name, self.metrics)), "a metric")
-        if not self.own_metrics:
+        if not any(map(is_own_metric, (*self.metrics, *variant.rewards))):
             for name in OWN_METRIC_KEYS:
                 fix = "Add one as FILE.py:FUNCTION, or remove it."
-                diagnostics.no_effect(f"evaluate.{name}", "without a metric of your own", fix, key)
+                diagnostics.no_effect(f"evaluate.{name}", "without a metric or reward of your own", fix, key)
 
     def _check_own_metric(self, diagnostics: Diagnostics, key: str, metric: str, variant: TaskVariant) -> None:
         name, taken = metric_name(metric), {one for facts in TASK_FACTS.values() for one in facts.metrics}

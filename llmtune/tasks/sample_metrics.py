@@ -17,12 +17,11 @@ from typing_extensions import TypedDict
 from llmtune.display.number_format import score
 from llmtune.evaluate.metric import Measure, PairedMeasures, columns, own_interval, ratio
 from llmtune.evaluate.paired_statistics import share_bounds
+from llmtune.evaluate.rewards import lowest_accepted
 from llmtune.evaluate.token_batches import cut_evenly
 from llmtune.records import Difference
 from llmtune.store.score_records import Study, StudyTable
 
-SLACK = 1e-9
-"""Rounding error of a weighted sum of rewards."""
 GROWTH = 1.5
 """Factor from which longer answers are a sign of reward hacking."""
 REPEATED = 0.1
@@ -38,6 +37,7 @@ class RatedAnswer(TypedDict):
     """One answer and its rewards."""
 
     text: str
+    """As it was sampled."""
     rewards: dict[str, float | None]
     """By name, the audit included; None if a reward does not apply."""
     reward: float | None
@@ -101,7 +101,7 @@ def rewards_of(one: RatedPrompt) -> list[float]:
 def pass_rate(one: RatedPrompt, k: int, accept: float) -> float | None:
     """Return the estimated pass@k of a prompt; None with fewer than k rewarded samples."""
     values = rewards_of(one)
-    passing = sum(value >= accept - SLACK for value in values)
+    passing = sum(value >= lowest_accepted(accept) for value in values)
     return estimate_pass(len(values), passing, k) if k <= len(values) else None
 
 
