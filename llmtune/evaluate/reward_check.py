@@ -30,7 +30,7 @@ from llmtune.display.console import spinner
 from llmtune.errors import DataError, Problem
 from llmtune.evaluate.intervals import Floats
 from llmtune.evaluate.metric import measure_shares, own_interval, paired_difference
-from llmtune.evaluate.rewards import SLACK, Reward, RewardError, RewardPair, call_reward, weigh_rewards
+from llmtune.evaluate.rewards import Reward, RewardError, RewardPair, call_reward, weigh_rewards
 from llmtune.evaluate.suites.own_metric_process import RAISED
 from llmtune.evaluate.suites.own_metrics import Failure, describe_failure
 from llmtune.recipe.data_section import DataSection, Source
@@ -49,7 +49,7 @@ LIMIT_FLAGS = ("raise --seconds", "give --network")
 REFERENCE_SHARE = 0.9
 """`accept` is the reward that this share of references reaches."""
 DIGITS = 9
-"""Decimals of `accept`: rounding moves it by less than `SLACK`."""
+"""Decimals of `accept`: rounding moves it by less than the slack of its comparison."""
 MALFORMED = (
     "{",
     "[1, 2",
@@ -267,7 +267,7 @@ def judge_rewards(seen: Observed, seed: int) -> Json:
             probes[name] |= {"gap": rescale_interval(gap, reach, 0.0), "clear": is_clear}
             unclear |= {} if is_clear else {name: title}
     length = correlate_length(np.array([seen.values[f"padded{words}"] for words in LENGTHS]), seed)
-    faults = find_faults(seen, probes, unclear, length, high - low <= SLACK)
+    faults = find_faults(seen, probes, unclear, length, low == high)
     best = values["reference"][np.isfinite(values["reference"])]
     accept = None if faults else round(float(np.quantile(best, 1 - REFERENCE_SHARE, method="lower")), DIGITS)
     return {

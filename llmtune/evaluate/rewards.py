@@ -32,6 +32,8 @@ from llmtune.records import Json, Row
 from llmtune.store.atomic_files import hash_file
 
 KEY, AUDIT_KEY = "reinforce.rewards", "reinforce.audit"
+RESERVED = ("reward", "answer_tokens", "repeats_prompt")
+"""Measures of samples that the report shows next to the rewards."""
 SECONDS = 300.0
 Form = Literal["row", "TRL", "ms-swift", "verl"]
 SIGNATURES = {
@@ -97,6 +99,8 @@ def read_rewards(stated: Mapping[str, float], key: str = KEY) -> list[Reward]:
     names = [reward.name for reward in rewards]
     twice = {name for name in names if names.count(name) > 1}
     problems += [Problem(f"two rewards are named {name!r}", key, "Rename one of the functions.") for name in twice]
+    fix = f"Rename the function. Reserved: {', '.join(RESERVED)}."
+    problems += [Problem(f"{name!r} is a measure of llmtune's own", key, fix) for name in names if name in RESERVED]
     RecipeError.collect(problems)
     return rewards
 
@@ -236,21 +240,6 @@ def find_lack(reward: Reward, origin: str, row: Row) -> Problem | None:
         problem = error.problems[0]
         return Problem(f"{problem.what}: {problem.where}", origin, problem.fix)
     return None
-
-
-SLACK = 1e-9
-"""Rounding error of a weighted sum of rewards."""
-
-
-def lowest_accepted(accept: float) -> float:
-    """Return the lowest reward that passes: 0.7 + 0.2 + 0.1 is 0.9999999999999999 and passes 1."""
-    return accept - SLACK
-
-
-def rewards_differ(rewards: Sequence[float | None]) -> bool:
-    """Whether two answers to a prompt have different rewards."""
-    values = [reward for reward in rewards if reward is not None]
-    return bool(values) and max(values) - min(values) > SLACK
 
 
 def weigh_rewards(rewards: Sequence[Reward], values: Mapping[str, float | None]) -> float | None:

@@ -18,7 +18,7 @@ from llmtune.evaluate.generation import answer_ends, answer_reader
 from llmtune.evaluate.intervals import Floats
 from llmtune.evaluate.metric import measure_right, measure_shares, own_interval
 from llmtune.evaluate.reward_check import LIMIT_FLAGS, RewardLimits, rescale_interval
-from llmtune.evaluate.rewards import Reward, lowest_accepted, reward_answers, rewards_differ, weigh_rewards
+from llmtune.evaluate.rewards import Reward, reward_answers, weigh_rewards
 from llmtune.evaluate.sampled_decoding import sample_answers
 from llmtune.model.device import pick_device
 from llmtune.model.loading import load_model
@@ -29,6 +29,7 @@ from llmtune.recipe.reinforce_section import ReinforceSection
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_facts import DEFAULT_TASK
 from llmtune.records import Json, Row
+from llmtune.tasks.policy_losses import lowest_accepted, rewards_differ
 
 MOST_PROMPTS = 32
 SAMPLES = (2, 4, 8, 16, 32, 64)

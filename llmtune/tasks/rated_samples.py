@@ -115,7 +115,7 @@ def describe_rewards(section: ReinforceSection) -> RewardFacts:
         section.accept,
         {one.name: one.weight for one in rewards},
         next((one.name for one in audit), None),
-        frozenset(one.name for one in (*rewards, *audit) if one.name in SHARES),
+        frozenset(one.name for one in (*rewards, *audit) if one.stated in SHARES),
         {one.name: sign_reward(one) for one in (*rewards, *audit)},
         sampling,
     )

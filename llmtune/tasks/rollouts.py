@@ -24,7 +24,7 @@ from llmtune.data.row_store import load_rows, read_rows, rows_folder
 from llmtune.errors import Problem, TrainingError
 from llmtune.evaluate.evaluated_task import EvaluatedTask
 from llmtune.evaluate.generation import answer_ends, answer_reader, generate_completions
-from llmtune.evaluate.rewards import read_rewards, reward_answers, rewards_differ, weigh_rewards
+from llmtune.evaluate.rewards import read_rewards, reward_answers, weigh_rewards
 from llmtune.evaluate.sampled_decoding import sample_answers
 from llmtune.evaluate.token_batches import over_processes
 from llmtune.model.causal_lm_loss import move_to, target_losses
@@ -33,7 +33,7 @@ from llmtune.recipe.schema import Recipe
 from llmtune.records import Batch, Json, Loss, Prompt
 from llmtune.store.atomic_files import explained, hash_value, read_json_lines, write_text
 from llmtune.store.json_shapes import ROLLOUTS
-from llmtune.tasks.policy_losses import find_advantages, policy_loss
+from llmtune.tasks.policy_losses import find_advantages, policy_loss, rewards_differ
 from llmtune.train.batch_plan import Indexes, StepPlan
 from llmtune.train.distributed import run_on_main
 from llmtune.train.objective import ComputeLoss, StepObjective, StepRows

@@ -17,10 +17,10 @@ from typing_extensions import TypedDict
 from llmtune.display.number_format import score
 from llmtune.evaluate.metric import Measure, PairedMeasures, columns, own_interval, ratio
 from llmtune.evaluate.paired_statistics import share_bounds
-from llmtune.evaluate.rewards import lowest_accepted
 from llmtune.evaluate.token_batches import cut_evenly
 from llmtune.records import Difference
 from llmtune.store.score_records import Study, StudyTable
+from llmtune.tasks.policy_losses import lowest_accepted
 
 GROWTH = 1.5
 """Factor from which longer answers are a sign of reward hacking."""

@@ -16,15 +16,18 @@ from llmtune.data.chat_template import read_template
 from llmtune.errors import RecipeError
 from llmtune.evaluate.generation import answer_reader
 from llmtune.evaluate.rewards import (
+    RESERVED,
     REWARDS,
     RewardError,
     RewardPair,
+    list_rewards,
     read_rewards,
     reward_answers,
     reward_files,
     weigh_rewards,
 )
 from llmtune.evaluate.tool_metrics import measure_tools
+from llmtune.recipe.reinforce_section import ReinforceSection
 from llmtune.recipe.task_facts import TOOL_METRICS
 from llmtune.records import Row
 
@@ -183,6 +186,20 @@ def test_two_rewards_of_one_name_are_refused(tmp_path: Path) -> None:
     assert reward_files([*stated, "exact_match"]) == [str(tmp_path / "one.py"), str(tmp_path / "two.py")]
 
 
+@pytest.mark.parametrize("name", RESERVED)
+@pytest.mark.parametrize("place", ["rewards", "audit"])
+def test_a_reward_with_the_name_of_another_measure_is_refused_with_the_reserved_names(
+    tmp_path: Path, name: str, place: str
+) -> None:
+    stated = f"{write_rewards(tmp_path, OURS.replace('mine', name))}:{name}"
+    section = {"rewards": {"exact_match": 1.0}, "audit": stated} if place == "audit" else {"rewards": {stated: 1.0}}
+    with pytest.raises(RecipeError, match=f"'{name}' is a measure of llmtune's own") as raised:
+        list_rewards(ReinforceSection.model_validate(section))
+    (problem,) = raised.value.problems
+    assert problem.where == f"reinforce.{place}"
+    assert all(one in (problem.fix or "") for one in RESERVED)
+
+
 def builtin(name: str, row: Row, answer: str | ParsedAnswer) -> float | None:
     return REWARDS[name]([(row, read_written(answer) if isinstance(answer, str) else answer)])[0]
 
@@ -253,7 +270,13 @@ WEATHER: Any = {"type": "function", "function": {"name": "weather", "parameters"
 ASKS: Row = {"messages": [{"role": "user", "content": "?"}], "tools": [WEATHER]}
 CALLS: Row = {**ASKS, "messages": [*ASKS["messages"], {"role": "assistant", "content": "", "tool_calls": [CALL]}]}
 ARGUMENTS = ('{"city": "Oslo", "days": 2}', '{"city": "Oslo"}', '{"city": 1}', "{}", '{"days": NaN, "city": "Oslo"}')
-BARE = ("{name}({arguments})", '{{"name": "{name}", "arguments": {arguments}}}', "Call {name} with {arguments}.")
+BARE = (
+    "{name}({arguments})",
+    "`{name}({arguments})`",
+    "[{name}({arguments})]",
+    '{{"name": "{name}", "arguments": {arguments}}}',
+    "Call {name} with {arguments}.",
+)
 MARKED = '<tool_call>\n{{"name": "{name}", "arguments": {arguments}}}\n</tool_call>'
 FORMS = (
     *BARE,
@@ -278,7 +301,7 @@ def test_rewards_and_metrics_of_one_name_agree_however_a_call_is_written() -> No
     tokenizer, recipe = family_tokenizer("qwen-2.5"), recipe_for()
     read, template, turn = answer_reader(tokenizer, recipe), read_template(tokenizer, recipe), ToolTurn(ASKS, [CALL])
     answers, seen = write_calls(), set[float | None]()
-    assert len(answers) > 180
+    assert len(answers) > 200
     for text, marked in answers.items():
         sampled = read(tokenizer(f"{text}<|im_end|>")["input_ids"], [WEATHER])
         generated = parse_answer(f"{text}<|im_end|>", template, [WEATHER])
