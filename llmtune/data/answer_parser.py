@@ -67,8 +67,8 @@ def parse_answer(
     except (ValueError, KeyError, TypeError) as error:
         why = str(error).splitlines()[0]
         return ParsedAnswer(_remove_tokens(stray, text), complete=complete, error=why, sampled=sampled)
-    reasoning = message.get("reasoning_content") or message.get("thinking")
-    content = _remove_tokens(stray, str(message.get("content") or ""))
+    thoughts = message.get("reasoning_content") or message.get("thinking")
+    content, reasoning = (_remove_tokens(stray, str(text or "")) for text in (message.get("content"), thoughts))
     return ParsedAnswer(content, reasoning or None, calls, complete, sampled=sampled)
 
 

@@ -56,6 +56,8 @@ def test_stray_special_tokens_are_removed_and_text_that_looks_like_them_stays():
     tokenizer = tokenizer_with(EMPTY_THOUGHTS)
     template = read_template(tokenizer, recipe_for())
     assert parse_answer(tokenizer("blue<|im_start|> sky<pad>")["input_ids"], template).text == "blue sky"
+    thought = tokenizer("<think>\nblue<|im_start|> sky<pad>\n</think>\n\nfour<|im_end|>")["input_ids"]
+    assert parse_answer(thought, template) == ParsedAnswer("four", "blue sky")
     spelled = tokenizer("it ends by <|im_end|> alone", split_special_tokens=True)["input_ids"]
     assert parse_answer(spelled, template) == ParsedAnswer("it ends by <|im_end|> alone", complete=False)
 
