@@ -91,7 +91,7 @@ def print_check(document: Json) -> None:
 
     def interval(one: Json) -> list[str]:
         if not isfinite(one["value"]):  # the reward failed on each of them, or does not apply
-            return ["none", ""]
+            return ["none", "no reward"]
         return [f"{one['value']:.3f}", f"{one['low']:.3f} to {one['high']:.3f}"]
 
     table = []
@@ -106,8 +106,7 @@ def print_check(document: Json) -> None:
     print_blocks([Table(["answers", *(Column(name, "number") for name in heads)], table, title)], console)
     correlation = interval(document["length_correlation"])
     longer = "; longer ones get more" if document["length_correlation"]["low"] > 0 else ""
-    between = f" ({correlation[1]})" if correlation[1] else ""
-    lines = [f"Rank correlation of wrong answers with their length: {correlation[0]}{between}{longer}"]
+    lines = [f"Rank correlation of wrong answers with their length: {correlation[0]} ({correlation[1]}){longer}"]
     lines += [f"Time per call: {1000 * document['seconds_per_call']:.3g} ms"]
     lines += [f"None, not applicable: {sum(document['none'].values())} answers"] if document["none"] else []
     if one := document["model"]:

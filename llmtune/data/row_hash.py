@@ -8,7 +8,7 @@ import re
 import unicodedata
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from datetime import date, datetime, time
+from datetime import date, datetime
 from decimal import Decimal
 from typing import NamedTuple
 
@@ -47,14 +47,8 @@ class HashedRow(NamedTuple):
 
 
 def write_columns(cells: Mapping[str, object]) -> str:
-    """Write the columns that no format reads as JSON: dates as ISO text, bytes in base64, Decimals as text."""
-    return json.dumps(cells, default=_write_cell)
-
-
-def _write_cell(value: object) -> str:
-    if isinstance(value, bytes):
-        return base64.b64encode(value).decode()
-    return value.isoformat() if isinstance(value, date | time) else str(value)
+    """Write the columns that no format reads as JSON: bytes in base64, and dates and Decimals as text."""
+    return json.dumps(cells, default=lambda one: base64.b64encode(one).decode() if isinstance(one, bytes) else str(one))
 
 
 def row_json(row: Mapping[str, object]) -> str:

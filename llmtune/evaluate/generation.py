@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch.nn import functional
@@ -70,19 +70,8 @@ def answer_template(processor: PreTrainedTokenizerBase, recipe: Recipe) -> ChatT
 
 
 def answer_reader(processor: PreTrainedTokenizerBase, recipe: Recipe) -> AnswerReader:
-    """Return a reader for generated ids; it also takes the tools that may be called and the prompt's ids."""
-    template = answer_template(processor, recipe)
-
-    def read(
-        ids: Sequence[int], tools: Tools, prompt: Sequence[int] = (), truncated: bool | None = None
-    ) -> ParsedAnswer:
-        if template is None:
-            parsed = ParsedAnswer(text := decode(processor, ids, skips_special=True), sampled=text)
-        else:
-            parsed = parse_answer(ids, template, tools, prompt_end(processor, prompt))
-        return parsed if truncated is None else replace(parsed, complete=not truncated)
-
-    return read
+    """Return a reader for generated ids."""
+    return AnswerReader(processor, answer_template(processor, recipe))
 
 
 def prompt_end(processor: PreTrainedTokenizerBase, prompt: Sequence[int]) -> str | None:
@@ -90,13 +79,26 @@ def prompt_end(processor: PreTrainedTokenizerBase, prompt: Sequence[int]) -> str
     return decode(processor, prompt[-PROMPT_END:]) if len(prompt) else None
 
 
-class AnswerReader(Protocol):
+@dataclass(frozen=True)
+class AnswerReader:
     """Reads generated ids."""
+
+    processor: PreTrainedTokenizerBase
+    template: ChatTemplate | None
+    """None if answers are plain text."""
 
     def __call__(
         self, ids: Sequence[int], tools: Tools, prompt: Sequence[int] = (), truncated: bool | None = None
     ) -> ParsedAnswer:
-        """Return the answer split into its parts; without `truncated` it is complete if the ids have its end token."""
+        """Return an answer in its parts, from the tools that may be called and the prompt's ids.
+
+        Without `truncated` it is complete if it has its end token.
+        """
+        if self.template is None:
+            parsed = ParsedAnswer(text := decode(self.processor, ids, skips_special=True), sampled=text)
+        else:
+            parsed = parse_answer(ids, self.template, tools, prompt_end(self.processor, prompt))
+        return parsed if truncated is None else replace(parsed, complete=not truncated)
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ class SavedPart(TypedDict):
     tool_calls: list[dict[str, object]]
     complete: bool
     error: str | None
-    sampled: NotRequired[str]
+    sampled: str
 
 
 class SavedAnswers(TypedDict):

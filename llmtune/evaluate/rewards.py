@@ -85,45 +85,33 @@ class Reward:
         return f"{self.form} signature{completions if 'completions' in self.parameters else ''}"
 
 
-def read_rewards(stated: Mapping[str, float], key: str = KEY) -> list[Reward]:
-    """Read rewards, given with their weights; parses the files of the user's own and does not import them.
+def read_rewards(stated: Mapping[str, float], key: str = KEY, audit: str | None = None) -> list[Reward]:
+    """Read rewards, given with their weights, and an audit; parses the files of the user's own without importing them.
 
     Raises one RecipeError with the problems of all.
     """
     rewards, problems = list[Reward](), list[Problem]()
-    for name, weight in stated.items():
+    places = dict.fromkeys(stated, key) | ({audit: AUDIT_KEY} if audit else {})
+    for name, place in places.items():
         try:
-            rewards.append(read_reward(name, weight, key))
+            rewards.append(read_reward(name, stated.get(name, 1.0), place))
         except RecipeError as error:
             problems += error.problems
     names = [reward.name for reward in rewards]
-    twice = {name for name in names if names.count(name) > 1}
-    problems += [Problem(f"two rewards are named {name!r}", key, "Rename one of the functions.") for name in twice]
-    fix = f"Rename the function. Reserved: {', '.join(RESERVED)}."
-    problems += [Problem(f"{name!r} is a measure of llmtune's own", key, fix) for name in names if name in RESERVED]
+    for number, (name, reward) in enumerate(zip(names, rewards, strict=True)):
+        if name in names[:number]:
+            problems.append(Problem(f"two rewards are named {name!r}", places[reward.stated], "Rename one of them."))
+        if name in RESERVED:
+            fix = f"Rename the function. Reserved: {', '.join(RESERVED)}."
+            problems.append(Problem(f"{name!r} is a measure of llmtune's own", places[reward.stated], fix))
     RecipeError.collect(problems)
     return rewards
 
 
 def list_rewards(section: ReinforceSection) -> tuple[list[Reward], list[Reward]]:
-    """Return the rewards of a section, and its audit, which no sum has.
-
-    Raises one RecipeError with the problems of all.
-    """
-    read, problems = list[list[Reward]](), list[Problem]()
-    for key, stated in ((KEY, section.rewards), (AUDIT_KEY, {section.audit: 1.0} if section.audit else {})):
-        try:
-            read.append(read_rewards(stated, key))
-        except RecipeError as error:
-            problems += error.problems
-    RecipeError.collect(problems)
-    rewards, audit = read
-    trained = {one.name for one in rewards}
-    fix = "Rename one of the functions."
-    RecipeError.collect(
-        Problem(f"a reward is also named {one.name!r}", AUDIT_KEY, fix) for one in audit if one.name in trained
-    )
-    return rewards, audit
+    """Return the rewards of a section, and its audit, which no sum has. Raises as `read_rewards` does."""
+    read, count = read_rewards(section.rewards, audit=section.audit), len(section.rewards)
+    return read[:count], read[count:]
 
 
 def reward_files(stated: Iterable[str]) -> list[str]:
@@ -229,8 +217,13 @@ NEEDS_REFERENCE = frozenset({"exact_match", *ROUGE_METRICS, "chrf", "json_schema
 def find_lack(reward: Reward, origin: str, row: Row) -> Problem | None:
     """Return why a reward cannot rate answers to a row: it has no reference answer, or a column is missing."""
     if reward.file is None:
-        has_schema = reward.name == "json_schema" and row.get("json_schema")
-        if reward.name not in NEEDS_REFERENCE or has_schema or split_reference(row)[1] is not None:
+        schema = read_schema(row) if reward.name == "json_schema" else None
+        if schema is not None:
+            from llmtune.evaluate.tool_metrics import schema_problem  # late: jsonschema takes time
+
+            why = schema_problem(schema)
+            return Problem(f"its json_schema is no JSON Schema: {why}", origin, "Correct the column.") if why else None
+        if reward.name not in NEEDS_REFERENCE or split_reference(row)[1] is not None:
             return None
         fix = "Add the right answer as the last message, or use a reward that needs none, such as your own."
         return Problem(f"the reward {reward.name} needs a reference answer, and the row has none", origin, fix)
@@ -290,8 +283,7 @@ def make_call(reward: Reward, row: Row, answer: ParsedAnswer) -> tuple[Sequence[
 
 def score_texts(pairs: Sequence[RewardPair], metric: str) -> list[float | None]:
     """Return a metric of `TEXT_MEASURES` for each answer; None without a reference, or if it calls a tool."""
-    split = [split_reference(row) for row, _ in pairs]
-    references = [None if prompt.get("tools") and calls else reference for prompt, reference, calls in split]
+    references = [None if called_turn(row) else split_reference(row)[1] for row, _ in pairs]
     numbers = [i for i, reference in enumerate(references) if reference is not None]
     values: list[float | None] = [None] * len(pairs)
     if not numbers:
@@ -307,12 +299,14 @@ def score_calls(pairs: Sequence[RewardPair], metric: str) -> list[float | None]:
     """Return a metric of `TOOL_SCORES` for each answer; None for rows whose reference calls no tool."""
     from llmtune.evaluate.tool_metrics import TOOL_SCORES  # late: jsonschema takes time
 
-    values = list[float | None]()
-    for row, answer in pairs:
-        prompt, _, calls = split_reference(row)
-        turn = ToolTurn(prompt, calls) if prompt.get("tools") and calls else None
-        values.append(TOOL_SCORES[metric][0](answer, turn) if turn else None)
-    return values
+    score = TOOL_SCORES[metric][0]
+    return [score(answer, turn) if (turn := called_turn(row)) else None for row, answer in pairs]
+
+
+def called_turn(row: Row) -> ToolTurn | None:
+    """Return the last turn of a row whose reference calls a tool; None for other rows."""
+    prompt, _, calls = split_reference(row)
+    return ToolTurn(prompt, calls) if prompt.get("tools") and calls else None
 
 
 def score_schemas(pairs: Sequence[RewardPair]) -> list[float | None]:
@@ -324,12 +318,18 @@ def score_schemas(pairs: Sequence[RewardPair]) -> list[float | None]:
 
     values = score_calls(pairs, "tool_call_valid")
     for i, (row, answer) in enumerate(pairs):
-        reference, stated = parse_json(split_reference(row)[1] or ""), row.get("json_schema")
-        schema = parse_json(stated) if isinstance(stated, str) else stated
+        reference, schema = parse_json(split_reference(row)[1] or ""), read_schema(row)
         if values[i] is None and (schema or isinstance(reference, dict | list)):
             given = parse_json(answer.text)
             values[i] = float(given is not NO_JSON and fits_schema(given, schema or schema_of_shape(reference)))
     return values
+
+
+def read_schema(row: Row) -> Any:
+    """Return the row's column `json_schema`, whose text may be JSON; None without one."""
+    stated = row.get("json_schema") or None
+    read = parse_json(stated) if isinstance(stated, str) else stated
+    return stated if read is NO_JSON else read
 
 
 def score_fields(pairs: Sequence[RewardPair]) -> list[float | None]:

@@ -26,14 +26,12 @@ ROUND = 0
 
 
 def rate_samples(
-    task: EvaluatedTask,
-    rows: Sequence[Row],
-    answers: Sequence[ParsedAnswer],
-    loaded: LoadedModel,
-    section: ReinforceSection,
+    task: EvaluatedTask, rows: Sequence[Row], answers: Sequence[ParsedAnswer], loaded: LoadedModel
 ) -> list[RatedPrompt]:
     """Sample answers to rows, with random numbers that depend on the prompt alone, and rate them and `answers`."""
-    model, processor, recipe, count = loaded.model, loaded.processor, loaded.recipe, section.samples
+    model, processor, recipe, section = loaded.model, loaded.processor, loaded.recipe, loaded.recipe.reinforce
+    assert section is not None
+    count = section.samples
     prompts = [task.prompt_ids(task.split_answer(row)[0], processor, recipe) for row in rows]
     numbers = [int(hash_value(prompt)[:16], 16) for prompt in prompts]
     sampled = sample_answers(

@@ -94,7 +94,7 @@ class Reinforce(Chat):
         self, rows: Sequence[Row], answers: Sequence[ParsedAnswer], loaded: LoadedModel
     ) -> list[RatedPrompt]:
         """Sample answers to complete rows, and rate them and the greedy `answers`."""
-        return rate_samples(self, rows, answers, loaded, reinforce_section(loaded.recipe))
+        return rate_samples(self, rows, answers, loaded)
 
     def compute_metric(self, metric: str, output: EvalPrediction[Any], recipe: Recipe) -> Measure | None:
         """Return a metric of the samples; None for one of the greedy answers."""

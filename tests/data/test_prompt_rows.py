@@ -91,7 +91,7 @@ def test_other_tasks_do_not_keep_columns(tmp_path: Path):
 def test_typed_columns_of_parquet_have_one_form_in_training_and_in_the_check_of_rewards(tmp_path: Path):
     day = datetime(2026, 3, 4, 5, 6)
     cells = {"at": day, "day": day.date(), "hour": day.time(), "price": Decimal("12.50"), "key": b"\x00\xff", "n": 2}
-    written = {"at": "2026-03-04T05:06:00", "day": "2026-03-04", "hour": "05:06:00", "price": "12.50", "key": "AP8="}
+    written = {"at": "2026-03-04 05:06:00", "day": "2026-03-04", "hour": "05:06:00", "price": "12.50", "key": "AP8="}
     rows = [{"prompt": f"{i}?", "completion": str(i), **cells} for i in range(20)]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
     trained = next(row for _, row in iterate_full_rows(prepare(tmp_path, "rows.parquet", "reinforce"), "train"))

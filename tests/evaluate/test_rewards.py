@@ -20,6 +20,7 @@ from llmtune.evaluate.rewards import (
     REWARDS,
     RewardError,
     RewardPair,
+    find_lack,
     list_rewards,
     read_rewards,
     reward_answers,
@@ -367,3 +368,23 @@ def test_a_reward_of_trl_gives_the_same_on_the_same_samples() -> None:
     pairs: list[RewardPair] = [(PAIRS[0][0], read(one, None)) for one in ids]
     assert [one["think_format_reward"] for one in reward_answers(rewards, pairs, seconds=20)] == expected
     assert [answer.sampled for _, answer in pairs] == contents
+
+
+@pytest.mark.parametrize(
+    ("schema", "why"),
+    [
+        ("{", "its json_schema is no JSON Schema: not an object"),
+        ('{"type": 5}', "its json_schema is no JSON Schema: 5 is not"),
+        ({"$ref": "https://example.org/schema"}, "cannot be resolved"),
+        ('{"type": "object"}', None),
+        ({}, None),
+    ],
+)
+def test_a_schema_that_cannot_be_used_is_refused_with_its_row(schema: object, why: str | None) -> None:
+    (reward,) = read_rewards({"json_schema": 1.0})
+    problem = find_lack(reward, "rows.jsonl:3", json_row({"x": 1}, json_schema=schema))
+    assert (problem is None) == (why is None)
+    if problem is not None:
+        assert problem.where == "rows.jsonl:3"
+        assert why in problem.what
+        assert builtin("json_schema", json_row({"x": 1}, json_schema=schema), "{}") == 0
