@@ -124,10 +124,10 @@ def measure_samples(metric: str, rated: Sequence[RatedPrompt], facts: RewardFact
     value = partial(pass_rate, k=int(passing), accept=facts.accept) if passing else values.get(metric)
     if value is None:
         return None
-    weighted = " + ".join(f"{weight:g} {facts.signatures[name]}" for name, weight in facts.weights.items())
+    weighted = " + ".join(f"{weight:.15g} {facts.signatures[name]}" for name, weight in facts.weights.items())
     signature = facts.sampling
     if passing:
-        signature = f"unbiased estimate of Chen et al.; an answer passes from {facts.accept:g}; {weighted}; {signature}"
+        signature = f"unbiased estimate of Chen et al.; an answer passes from {facts.accept:.15g}; {weighted}; {signature}"
     elif metric.endswith("reward"):
         signature = f"{weighted}; {'the greedy answer' if metric == 'greedy_reward' else signature}"
     elif metric == "kl":
