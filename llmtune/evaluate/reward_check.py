@@ -20,7 +20,7 @@ from rich.console import Console
 from llmtune.data.answer_parser import ParsedAnswer, read_written
 from llmtune.data.chat_rows import ToolCall, write_answer
 from llmtune.data.column_mapping import rename
-from llmtune.data.conversation_texts import split_reference
+from llmtune.data.conversation_texts import last_answer, split_reference
 from llmtune.data.rejected_rows import RowError
 from llmtune.data.row_formats import parse_row
 from llmtune.data.row_hash import write_columns
@@ -170,14 +170,13 @@ def make_probes(rows: Sequence[Row], answer_form: str, seed: int) -> dict[str, l
     """
     generator = np.random.default_rng(seed)
     written = [split_reference(row)[1] or "" for row in rows]
-    references = {text: row["messages"][-1] for text, row in zip(written, rows, strict=True)}
+    references = {text: (last_answer(row), split_reference(row)[2]) for text, row in zip(written, rows, strict=True)}
     distinct = sorted(references)
     probes = {name: list[ParsedAnswer]() for name in (*PROBES, *(f"padded{words}" for words in LENGTHS))}
 
     def answer(names: Sequence[str], words: Sequence[str] = ()) -> ParsedAnswer:
-        texts = [text for name in names if (text := references[name].get("content") or "")]
-        calls: list[ToolCall] = [call for name in names for call in references[name].get("tool_calls") or ()]
-        text = answer_form.replace("{}", "\n".join(texts))
+        calls: list[ToolCall] = [call for name in names for call in references[name][1]]
+        text = answer_form.replace("{}", "\n".join(filter(None, (references[name][0] for name in names))))
         return read_written(" ".join(filter(None, [text, *words])), calls)
 
     for number, (row, reference) in enumerate(zip(rows, written, strict=True)):
@@ -190,7 +189,7 @@ def make_probes(rows: Sequence[Row], answer_form: str, seed: int) -> dict[str, l
         probes["prompt"].append(read_written(MESSAGES.row_input(split_reference(row)[0]).query))
         probes["options"].append(answer(options))
         # A call that is written as text is none: clients read it as text.
-        is_call = number % 2 and references[reference].get("tool_calls")
+        is_call = number % 2 and references[reference][1]
         probes["malformed"].append(read_written(reference if is_call else MALFORMED[number % len(MALFORMED)]))
         for words in LENGTHS:
             probes[f"padded{words}"].append(answer(others[:1], (NEUTRAL.split() * LENGTHS[-1])[:words]))

@@ -25,11 +25,10 @@ from llmtune.model.loading import load_model
 from llmtune.model.processor import load_processor
 from llmtune.model.resolve import resolve_model
 from llmtune.plan import find_variant
-from llmtune.recipe.reinforce_section import ReinforceSection
+from llmtune.recipe.reinforce_section import ReinforceSection, lowest_accepted, rewards_differ
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_facts import DEFAULT_TASK
 from llmtune.records import Json, Row
-from llmtune.tasks.policy_losses import lowest_accepted, rewards_differ
 
 MOST_PROMPTS = 32
 SAMPLES = (2, 4, 8, 16, 32, 64)

@@ -30,24 +30,11 @@ from statistics import fmean, stdev
 
 import torch
 
-from llmtune.recipe.reinforce_section import ReinforceSection
+from llmtune.recipe.reinforce_section import ReinforceSection, lowest_accepted, rewards_differ
 from llmtune.records import Batch
 
 SPREAD_EPSILON = 1e-4
 """Added to the standard deviation that divides advantages, as in TRL."""
-SLACK = 1e-9
-"""Rounding error of a weighted sum of rewards."""
-
-
-def lowest_accepted(accept: float) -> float:
-    """Return the lowest reward that passes: 0.7 + 0.2 + 0.1 is 0.9999999999999999 and passes 1."""
-    return accept - SLACK
-
-
-def rewards_differ(rewards: Sequence[float | None]) -> bool:
-    """Whether two answers to a prompt have different rewards."""
-    values = [reward for reward in rewards if reward is not None]
-    return bool(values) and max(values) - min(values) > SLACK
 
 
 def find_advantages(rewards: Sequence[float | None], section: ReinforceSection) -> list[float]:

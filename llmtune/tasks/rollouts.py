@@ -28,12 +28,12 @@ from llmtune.evaluate.rewards import read_rewards, reward_answers, weigh_rewards
 from llmtune.evaluate.sampled_decoding import sample_answers
 from llmtune.evaluate.token_batches import over_processes
 from llmtune.model.causal_lm_loss import move_to, target_losses
-from llmtune.recipe.reinforce_section import ReinforceSection
+from llmtune.recipe.reinforce_section import ReinforceSection, rewards_differ
 from llmtune.recipe.schema import Recipe
 from llmtune.records import Batch, Json, Loss, Prompt
 from llmtune.store.atomic_files import explained, hash_value, read_json_lines, write_text
 from llmtune.store.json_shapes import ROLLOUTS
-from llmtune.tasks.policy_losses import find_advantages, policy_loss, rewards_differ
+from llmtune.tasks.policy_losses import find_advantages, policy_loss
 from llmtune.train.batch_plan import Indexes, StepPlan
 from llmtune.train.distributed import run_on_main
 from llmtune.train.objective import ComputeLoss, StepObjective, StepRows

@@ -18,9 +18,9 @@ from llmtune.display.number_format import score
 from llmtune.evaluate.metric import Measure, PairedMeasures, columns, own_interval, ratio
 from llmtune.evaluate.paired_statistics import share_bounds
 from llmtune.evaluate.token_batches import cut_evenly
+from llmtune.recipe.reinforce_section import lowest_accepted
 from llmtune.records import Difference
 from llmtune.store.score_records import Study, StudyTable
-from llmtune.tasks.policy_losses import lowest_accepted
 
 GROWTH = 1.5
 """Factor from which longer answers are a sign of reward hacking."""
@@ -127,7 +127,8 @@ def measure_samples(metric: str, rated: Sequence[RatedPrompt], facts: RewardFact
     weighted = " + ".join(f"{weight:.15g} {facts.signatures[name]}" for name, weight in facts.weights.items())
     signature = facts.sampling
     if passing:
-        signature = f"unbiased estimate of Chen et al.; an answer passes from {facts.accept:.15g}; {weighted}; {signature}"
+        threshold = f"an answer passes from {facts.accept:.15g}"
+        signature = f"unbiased estimate of Chen et al.; {threshold}; {weighted}; {signature}"
     elif metric.endswith("reward"):
         signature = f"{weighted}; {'the greedy answer' if metric == 'greedy_reward' else signature}"
     elif metric == "kl":
