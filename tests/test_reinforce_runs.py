@@ -51,7 +51,9 @@ def test_both_models_are_sampled_and_rated_on_every_test_prompt(run: Path):
     for line in lines:
         for model in ("base", "tuned"):
             rated = line[f"{model}_prediction"]
-            assert line[model] == rated["greedy"]["text"]
+            (greedy,) = line[f"{model}_parts"]
+            assert rated["greedy"]["text"] == greedy["sampled"], "rewards and samples have the text as sampled"
+            assert line[model] == greedy["sampled"].strip()
             assert len(rated["samples"]) == 4
             for sample in rated["samples"]:
                 assert sample["rewards"].keys() == {"vowels", "brief"}

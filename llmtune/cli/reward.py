@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from math import isfinite
 from typing import Annotated
 
 import typer
@@ -89,6 +90,8 @@ def print_check(document: Json) -> None:
     from llmtune.launch.python_api import make_console
 
     def interval(one: Json) -> list[str]:
+        if not isfinite(one["value"]):  # the reward failed on each of them, or does not apply
+            return ["none", "no reward"]
         return [f"{one['value']:.3f}", f"{one['low']:.3f} to {one['high']:.3f}"]
 
     table = []
@@ -111,6 +114,6 @@ def print_check(document: Json) -> None:
         shown = (f"{name} {' ('.join(interval(one[name]))})" for name in names)
         lines += [f"{one['name']}, {one['prompts']} prompts: {', '.join(shown)}, truncated {one['truncated']:.0%}"]
     stated = {name: value for name, value in document["recipe"].items() if value is not None}
-    suggested = ", ".join(f"reinforce.{name}: {value:g}" for name, value in stated.items())
+    suggested = ", ".join(f"reinforce.{name}: {value:.15g}" for name, value in stated.items())
     lines += [f"Suggested: {suggested}"] if document["ok"] else []
     console.print("\n".join(lines), highlight=False, markup=False)

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import takewhile
-from typing import cast
-
-from transformers.utils.chat_parsing import ResponseParser
+from typing import TYPE_CHECKING, cast
 
 from llmtune.data.answer_format import NO_CALLS, make_response_template
-from llmtune.data.chat_rows import Tool, ToolCall
-from llmtune.data.chat_template import ChatTemplate, Tools
-from llmtune.data.tokenization import decode
+from llmtune.data.chat_rows import Tool, ToolCall, answer_message
 from llmtune.records import Json, Row
+
+if TYPE_CHECKING:
+    from transformers.utils.chat_parsing import ResponseParser
+
+    from llmtune.data.chat_template import ChatTemplate, Tools
 
 THOUGHT_FIELDS = ("reasoning_content", "thinking")
 
@@ -30,7 +32,9 @@ class ParsedAnswer:
     complete: bool = True
     """Whether the answer ended; False if it was truncated."""
     error: str | None = None
-    """Why a call cannot be parsed. In that case `content` has the complete text."""
+    """Why a call cannot be parsed. In that case `text` has the complete text."""
+    sampled: str = field(default="", compare=False)
+    """The text as it was sampled: with thoughts, marks and white space, without special tokens. Rewards read it."""
 
 
 def parse_answer(
@@ -42,15 +46,19 @@ def parse_answer(
     text is searched there: some templates supply nothing after a tool result. Calls are parsed only if `tools` are
     offered, because any text may look like a call. Arguments written without types get the types of their declaration.
     """
+    from llmtune.data.tokenization import decode  # late: imports transformers
+
     stray: Collection[str] = ()
     if isinstance(generated, str):
         ends = [template.facts.end, template.facts.calls.end, template.processor.eos_token]
         at = min((generated.index(end) for end in ends if end and end in generated), default=None)
-        text, complete = generated[:at], at is not None
+        sampled = text = generated[:at]
+        complete = at is not None
     else:
         end_ids = template.end_ids
         ids = list(takewhile(lambda token: token not in end_ids, generated))
-        text, complete = decode(template.processor, ids), len(ids) < len(generated)
+        text, sampled = decode(template.processor, ids), decode(template.processor, ids, skips_special=True)
+        complete = len(ids) < len(generated)
         added = template.processor.added_tokens_decoder
         stray = {added[token].content for token in ids if token in added and added[token].special}
     parser = response_parser(template, tools, prompt)
@@ -59,10 +67,19 @@ def parse_answer(
         message, last_events = parser.finalize()
         calls = tuple(canonical_call(call) for call in message.get("tool_calls") or ())
     except (ValueError, KeyError, TypeError) as error:
-        return ParsedAnswer(_remove_tokens(stray, text), complete=complete, error=str(error).splitlines()[0])
+        why = str(error).splitlines()[0]
+        return ParsedAnswer(_remove_tokens(stray, text), complete=complete, error=why, sampled=sampled)
     has_marks = any(event["field"] in THOUGHT_FIELDS for event in (*events, *last_events))
-    reasoning = next((message[field] for field in THOUGHT_FIELDS if field in message), "" if has_marks else None)
-    return ParsedAnswer(_remove_tokens(stray, str(message.get("content") or "")), reasoning, calls, complete)
+    thoughts = next((str(message[field]) for field in THOUGHT_FIELDS if field in message), "" if has_marks else None)
+    reasoning = thoughts and _remove_tokens(stray, thoughts)
+    content = _remove_tokens(stray, str(message.get("content") or ""))
+    return ParsedAnswer(content, reasoning, calls, complete, sampled=sampled)
+
+
+def read_written(text: str, calls: Sequence[ToolCall] = ()) -> ParsedAnswer:
+    """Return the parts of an answer that no template wrote: thoughts are in `<think>` as in rows, calls are apart."""
+    message = answer_message(text)
+    return ParsedAnswer(message["content"].strip(), message.get("reasoning") or None, tuple(calls), sampled=text)
 
 
 def _remove_tokens(stray: Collection[str], text: str) -> str:
@@ -78,6 +95,8 @@ def response_parser(template: ChatTemplate, tools: Tools = None, prompt: str | N
     The fields are `content`, `reasoning_content` and, if `tools` are offered, `tool_calls`. A tokenizer's own response
     template may name the thoughts `thinking`.
     """
+    from transformers.utils.chat_parsing import ResponseParser  # late: takes seconds
+
     supplied = template.facts.supplied if prompt is None or prompt.endswith(template.facts.supplied) else ""
     form = response_template(template, calls=bool(tools))
     return ResponseParser(form, prefix=supplied, tools=list(tools) if tools else None)
@@ -105,6 +124,7 @@ def canonical_call(call: Mapping[str, object]) -> ToolCall:
     arguments = function.get("arguments", function.get("parameters", {}))
     if not isinstance(arguments, dict):
         raise ValueError(f"the arguments of {function['name']!r} are not an object: {arguments!r}")
+    json.dumps(arguments, allow_nan=False)  # Python's reader takes NaN and 1e999, which no other reader of JSON does
     return cast(ToolCall, {"type": "function", "function": {"name": function["name"], "arguments": arguments}})
 
 

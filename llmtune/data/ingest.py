@@ -23,7 +23,7 @@ from llmtune.data.file_readers import MAX_ROW_BYTES, NOT_UTF8, JsonLine, LazyRow
 from llmtune.data.pictures import row_pictures
 from llmtune.data.rejected_rows import RowError, parse_cell, too_many_bad
 from llmtune.data.row_formats import parse_row
-from llmtune.data.row_hash import BATCH_BYTES, BATCH_ROWS, HashedRow, plain_value, row_json
+from llmtune.data.row_hash import BATCH_BYTES, BATCH_ROWS, HashedRow, plain_value, row_json, write_columns
 from llmtune.data.row_kind import hash_row
 from llmtune.data.sources import Detected, encoding_hint
 from llmtune.data.worker_pool import WorkerPool
@@ -371,7 +371,7 @@ class _RowParser:
             labels = {detected.columns.get(name, name): row[name] for name in detected.row_format.labels if name in row}
             others = (name for name in raw if every and name not in detected.row_format.columns)
             cells, names = {**raw, **labels}, dict.fromkeys((*self.kept_columns, *others))
-            kept = json.dumps({name: cells[name] for name in names if name in raw}, default=str)
+            kept = write_columns({name: cells[name] for name in names if name in raw})
         text_hash = xxhash.xxh3_64_intdigest(text.encode())
         filled = value.filled if isinstance(value, ArrowRow) else 0
         hashed = HashedRow(origin, text, kept, content, text_hash, group, one.number, split, filled, tuple(changes))

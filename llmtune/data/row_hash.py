@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 import unicodedata
@@ -43,6 +44,11 @@ class HashedRow(NamedTuple):
     """The number of null keys that Arrow added, and that were dropped."""
     changes: tuple[tuple[str, str, str], ...] = ()
     """Class names that changed, as `class_spelling.NameChange`."""
+
+
+def write_columns(cells: Mapping[str, object]) -> str:
+    """Write the columns that no format reads as JSON: bytes in base64, and dates and Decimals as text."""
+    return json.dumps(cells, default=lambda one: base64.b64encode(one).decode() if isinstance(one, bytes) else str(one))
 
 
 def row_json(row: Mapping[str, object]) -> str:

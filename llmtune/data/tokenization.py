@@ -291,9 +291,9 @@ def _sees_one_piece(pre_tokenizer: Mapping[str, object]) -> bool:
     return all(_sees_one_piece(step) for step in steps)
 
 
-def decode(processor: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
-    """Return the text of ids, special tokens included."""
-    return str(processor.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+def decode(processor: PreTrainedTokenizerBase, ids: Sequence[int], *, skips_special: bool = False) -> str:
+    """Return the text of ids with its white space, special tokens included unless they are skipped."""
+    return str(processor.decode(ids, skip_special_tokens=skips_special, clean_up_tokenization_spaces=False))
 
 
 def highlight(ids: Sequence[int], spans: Sequence[int], processor: PreTrainedTokenizerBase) -> list[Segment]:

@@ -180,7 +180,7 @@ class EvaluatedTask(TaskInterface):
         """Return a prediction for each prompt row, in order."""
         raise NotImplementedError
 
-    def rate_samples(self, rows: Sequence[Row], answers: Sequence[str], loaded: LoadedModel) -> list[Any]:
+    def rate_samples(self, rows: Sequence[Row], answers: Sequence[ParsedAnswer], loaded: LoadedModel) -> list[Any]:
         """Sample answers to complete rows, and rate them and the `answers` that the model gave; for tasks with rewards.
 
         Raises an LlmtuneError if a reward fails.

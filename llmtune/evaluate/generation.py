@@ -5,9 +5,9 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch.nn import functional
@@ -70,15 +70,8 @@ def answer_template(processor: PreTrainedTokenizerBase, recipe: Recipe) -> ChatT
 
 
 def answer_reader(processor: PreTrainedTokenizerBase, recipe: Recipe) -> AnswerReader:
-    """Return a reader for generated ids; it also takes the tools that may be called and the prompt's ids."""
-    template = answer_template(processor, recipe)
-
-    def read(ids: Sequence[int], tools: Tools, prompt: Sequence[int] = ()) -> ParsedAnswer:
-        if template is None:
-            return ParsedAnswer(cast(str, processor.decode(ids, skip_special_tokens=True)))
-        return parse_answer(ids, template, tools, prompt_end(processor, prompt))
-
-    return read
+    """Return a reader for generated ids."""
+    return AnswerReader(processor, answer_template(processor, recipe))
 
 
 def prompt_end(processor: PreTrainedTokenizerBase, prompt: Sequence[int]) -> str | None:
@@ -86,11 +79,26 @@ def prompt_end(processor: PreTrainedTokenizerBase, prompt: Sequence[int]) -> str
     return decode(processor, prompt[-PROMPT_END:]) if len(prompt) else None
 
 
-class AnswerReader(Protocol):
+@dataclass(frozen=True)
+class AnswerReader:
     """Reads generated ids."""
 
-    def __call__(self, ids: Sequence[int], tools: Tools, prompt: Sequence[int] = ()) -> ParsedAnswer:
-        """Return the answer split into its parts."""
+    processor: PreTrainedTokenizerBase
+    template: ChatTemplate | None
+    """None if answers are plain text."""
+
+    def __call__(
+        self, ids: Sequence[int], tools: Tools, prompt: Sequence[int] = (), truncated: bool | None = None
+    ) -> ParsedAnswer:
+        """Return an answer in its parts, from the tools that may be called and the prompt's ids.
+
+        Without `truncated` it is complete if it has its end token.
+        """
+        if self.template is None:
+            parsed = ParsedAnswer(text := decode(self.processor, ids, skips_special=True), sampled=text)
+        else:
+            parsed = parse_answer(ids, self.template, tools, prompt_end(self.processor, prompt))
+        return parsed if truncated is None else replace(parsed, complete=not truncated)
 
 
 @dataclass(frozen=True)

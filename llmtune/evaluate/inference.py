@@ -62,7 +62,7 @@ class Answers:
     predictions: dict[int, object] = field(default_factory=dict)
     """Answers in the task's own form; for tasks that answer in text they are in `texts`."""
     parts: dict[int, list[ParsedAnswer]] = field(default_factory=dict)
-    """Generated answers with more than text: all answers of a row with tools, its own last."""
+    """Generated answers with more than text, or with rewards: all answers of a row with tools, its own last."""
     cut: dict[int, float] = field(default_factory=dict)
     """Per row with generated answers, the share that `generation.max_new_tokens` truncated."""
     logits: dict[int, list[list[float]]] = field(default_factory=dict)
@@ -134,7 +134,7 @@ def rate_answers(model: torch.nn.Module, name: str, answers: Answers, context: E
         loaded = LoadedModel(model, context.processor, context.recipe, context.device, advance)
 
         def work(part: Sequence[int]) -> list[object]:
-            return task.rate_samples([inputs.full_rows[i] for i in part], [answers.texts[i] for i in part], loaded)
+            return task.rate_samples([inputs.full_rows[i] for i in part], [answers.parts[i][-1] for i in part], loaded)
 
         rated = over_processes(model, [*answers.texts], work)
     return replace(answers, predictions=dict(zip(answers.texts, rated, strict=True)))
@@ -202,10 +202,13 @@ def parse_outputs(
     for row, turns in prompts.items():
         assert read is not None
         answered, tools = [*islice(left, len(turns))], inputs.questions[row].get("tools")
-        parsed = [read(output.token_ids, tools, prompt.ids) for output, prompt in zip(answered, turns, strict=True)]
+        parsed = [
+            read(output.token_ids, tools, prompt.ids, output.finish_reason == "length")
+            for output, prompt in zip(answered, turns, strict=True)
+        ]
         answers.texts[row] = write_answer(parsed[-1].text, parsed[-1].tool_calls)
-        answers.cut[row] = sum(output.finish_reason == "length" for output in answered) / len(answered)
-        if row in inputs.turns or parsed[-1].reasoning or parsed[-1].tool_calls:
+        answers.cut[row] = sum(not one.complete for one in parsed) / len(answered)
+        if context.task.has_rewards or row in inputs.turns or parsed[-1].reasoning or parsed[-1].tool_calls:
             answers.parts[row] = parsed
     return answers
 

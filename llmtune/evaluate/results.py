@@ -44,6 +44,7 @@ class SavedPart(TypedDict):
     tool_calls: list[dict[str, object]]
     complete: bool
     error: str | None
+    sampled: str
 
 
 class SavedAnswers(TypedDict):

@@ -5,6 +5,7 @@ Shapes: N rows, L lengths.
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,10 +17,13 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
 
+from llmtune.data.answer_parser import ParsedAnswer, read_written
+from llmtune.data.chat_rows import ToolCall, write_answer
 from llmtune.data.column_mapping import rename
-from llmtune.data.conversation_texts import split_reference
+from llmtune.data.conversation_texts import last_answer, split_reference
 from llmtune.data.rejected_rows import RowError
 from llmtune.data.row_formats import parse_row
+from llmtune.data.row_hash import write_columns
 from llmtune.data.row_kind import MESSAGES
 from llmtune.data.sources import resolve_inputs
 from llmtune.display.console import spinner
@@ -44,6 +48,8 @@ SHOWN = 5
 LIMIT_FLAGS = ("raise --seconds", "give --network")
 REFERENCE_SHARE = 0.9
 """`accept` is the reward that this share of references reaches."""
+DIGITS = 9
+"""Decimals of `accept`: rounding moves it by less than the slack of its comparison."""
 MALFORMED = (
     "{",
     "[1, 2",
@@ -129,7 +135,7 @@ def read_checked_rows(path: str, seed: int) -> list[tuple[str, Row]]:
                 raw = rename(value, detected.columns, detected.roles)
                 row = parse_row(raw, detected.row_format, "chat", detected.input.folder)
                 columns = {name: cell for name, cell in raw.items() if name not in detected.row_format.columns}
-                rows.append((origin, {**columns, **row}))
+                rows.append((origin, {**json.loads(write_columns(columns)), **row}))  # as training reads them
             except RowError as error:
                 bad.append(Problem(str(error), origin))
     if len(rows) < FEWEST_ROWS:
@@ -157,36 +163,43 @@ def check_rewards(
     return {"rewards": described, **judge_rewards(seen, seed)}
 
 
-def make_probes(rows: Sequence[Row], answer_form: str, seed: int) -> dict[str, list[str]]:
+def make_probes(rows: Sequence[Row], answer_form: str, seed: int) -> dict[str, list[ParsedAnswer]]:
     """Return the answers [N] of each probe, and of `LENGTHS` as `padded0` and so on.
 
-    `answer_form` is how an answer is written, with {} for a row's reference.
+    `answer_form` is how an answer is written, with {} for the text of a row's reference; its calls are apart.
     """
     generator = np.random.default_rng(seed)
-    references = [split_reference(row)[1] or "" for row in rows]
-    distinct = sorted({*references})
-    probes = {name: list[str]() for name in (*PROBES, *(f"padded{words}" for words in LENGTHS))}
-    for number, (row, reference) in enumerate(zip(rows, references, strict=True)):
+    written = [split_reference(row)[1] or "" for row in rows]
+    references = {text: (last_answer(row), split_reference(row)[2]) for text, row in zip(written, rows, strict=True)}
+    distinct = sorted(references)
+    probes = {name: list[ParsedAnswer]() for name in (*PROBES, *(f"padded{words}" for words in LENGTHS))}
+
+    def answer(names: Sequence[str], words: Sequence[str] = ()) -> ParsedAnswer:
+        calls: list[ToolCall] = [call for name in names for call in references[name][1]]
+        text = answer_form.replace("{}", "\n".join(filter(None, (references[name][0] for name in names))))
+        return read_written(" ".join(filter(None, [text, *words])), calls)
+
+    for number, (row, reference) in enumerate(zip(rows, written, strict=True)):
         others = [distinct[i] for i in generator.permutation(len(distinct)) if distinct[i] != reference]
         options = [reference, *others][:MOST_OPTIONS]
         options = [options[i] for i in generator.permutation(len(options))]
-        wrong = answer_form.replace("{}", others[0])
-        probes["reference"].append(answer_form.replace("{}", reference))
-        probes["other"].append(wrong)
-        probes["empty"].append("")
-        probes["prompt"].append(MESSAGES.row_input(split_reference(row)[0]).query)
-        probes["options"].append(answer_form.replace("{}", "\n".join(options)))
-        probes["malformed"].append(MALFORMED[number % len(MALFORMED)])
+        probes["reference"].append(answer([reference]))
+        probes["other"].append(answer(others[:1]))
+        probes["empty"].append(read_written(""))
+        probes["prompt"].append(read_written(MESSAGES.row_input(split_reference(row)[0]).query))
+        probes["options"].append(answer(options))
+        # A call that is written as text is none: clients read it as text.
+        is_call = number % 2 and references[reference][1]
+        probes["malformed"].append(read_written(reference if is_call else MALFORMED[number % len(MALFORMED)]))
         for words in LENGTHS:
-            padding = NEUTRAL.split() * LENGTHS[-1]
-            probes[f"padded{words}"].append(" ".join([wrong, *padding[:words]]))
+            probes[f"padded{words}"].append(answer(others[:1], (NEUTRAL.split() * LENGTHS[-1])[:words]))
     return {**probes, "padded": probes[f"padded{LENGTHS[-1]}"]}
 
 
 def observe_rewards(
     rewards: Sequence[Reward],
     rows: Sequence[tuple[str, Row]],
-    probes: Mapping[str, Sequence[str]],
+    probes: Mapping[str, Sequence[ParsedAnswer]],
     limits: RewardLimits,
 ) -> Observed:
     """Call the rewards on all answers, twice and in another order. Raises RewardError if a reward cannot run."""
@@ -204,7 +217,8 @@ def observe_rewards(
             times[-1] = median(one["seconds"] for one in again)
         for i, ((name, number), one, other) in enumerate(zip(places, first, again, strict=True)):
             columns[i][reward.name] = one["value"]
-            facts = {"reward": reward.name, "row": origins[i], "answer": pairs[i][1][:80]}
+            shown = write_answer(pairs[i][1].sampled, pairs[i][1].tool_calls)
+            facts = {"reward": reward.name, "row": origins[i], "answer": shown[:80]}
             if "error" in one:
                 failed.add(i)
                 seen.errors.append({**facts, "line": one["line"], "what": one["error"]})
@@ -253,7 +267,8 @@ def judge_rewards(seen: Observed, seed: int) -> Json:
             unclear |= {} if is_clear else {name: title}
     length = correlate_length(np.array([seen.values[f"padded{words}"] for words in LENGTHS]), seed)
     faults = find_faults(seen, probes, unclear, length, low == high)
-    accept = float(np.quantile(values["reference"], 1 - REFERENCE_SHARE, method="lower")) if not faults else None
+    best = values["reference"][np.isfinite(values["reference"])]
+    accept = None if faults else round(float(np.quantile(best, 1 - REFERENCE_SHARE, method="lower")), DIGITS)
     return {
         "ok": not faults,
         "faults": [{"name": name, "what": FAULTS[name], "why": faults[name]} for name in FAULTS if name in faults],

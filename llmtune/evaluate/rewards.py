@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import ast
 import json
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from llmtune.data.answer_parser import ParsedAnswer, ToolTurn
 from llmtune.data.chat_rows import ToolCall
 from llmtune.data.conversation_texts import split_reference
 from llmtune.data.row_kind import MESSAGES
@@ -32,18 +32,21 @@ from llmtune.records import Json, Row
 from llmtune.store.atomic_files import hash_file
 
 KEY, AUDIT_KEY = "reinforce.rewards", "reinforce.audit"
+RESERVED = ("reward", "answer_tokens", "repeats_prompt")
+"""Measures of samples that the report shows next to the rewards."""
 SECONDS = 300.0
 Form = Literal["row", "TRL", "ms-swift", "verl"]
 SIGNATURES = {
-    "row": "def {name}(row: dict, answer: str) -> float",
+    "row": "def {name}(row: dict, answer: str) -> float, and calls, content, thoughts or truncated after them",
     "TRL": "def {name}(completions, **columns)",
     "ms-swift": "class {name} with __call__(self, completions, **columns)",
     "verl": "def {name}(data_source, solution_str, ground_truth, extra_info=None)",
 }
 REFERENCE_NAMES = ("solution", "answer", "ground_truth", "reference", "target", "label", "expected", "gold")
 """Parameters that get the reference answer, unless the rows have a column of that name."""
-CALL_LINE = re.compile(r"([\w.-]+)\((\{.*\})\)")
-RewardPair = tuple[Row, str]
+ANSWER_PARTS = ("calls", "content", "thoughts", "truncated")
+"""Parameters that get a part of the answer, unless the rows have a column of that name."""
+RewardPair = tuple[Row, ParsedAnswer]
 """A row, with its reference answer as the last message if it has one, and an answer to it."""
 
 
@@ -82,43 +85,33 @@ class Reward:
         return f"{self.form} signature{completions if 'completions' in self.parameters else ''}"
 
 
-def read_rewards(stated: Mapping[str, float], key: str = KEY) -> list[Reward]:
-    """Read rewards, given with their weights; parses the files of the user's own and does not import them.
+def read_rewards(stated: Mapping[str, float], key: str = KEY, audit: str | None = None) -> list[Reward]:
+    """Read rewards, given with their weights, and an audit; parses the files of the user's own without importing them.
 
     Raises one RecipeError with the problems of all.
     """
     rewards, problems = list[Reward](), list[Problem]()
-    for name, weight in stated.items():
+    places = dict.fromkeys(stated, key) | ({audit: AUDIT_KEY} if audit else {})
+    for name, place in places.items():
         try:
-            rewards.append(read_reward(name, weight, key))
+            rewards.append(read_reward(name, stated.get(name, 1.0), place))
         except RecipeError as error:
             problems += error.problems
     names = [reward.name for reward in rewards]
-    twice = {name for name in names if names.count(name) > 1}
-    problems += [Problem(f"two rewards are named {name!r}", key, "Rename one of the functions.") for name in twice]
+    for number, (name, reward) in enumerate(zip(names, rewards, strict=True)):
+        if name in names[:number]:
+            problems.append(Problem(f"two rewards are named {name!r}", places[reward.stated], "Rename one of them."))
+        if name in RESERVED:
+            fix = f"Rename the function. Reserved: {', '.join(RESERVED)}."
+            problems.append(Problem(f"{name!r} is a measure of llmtune's own", places[reward.stated], fix))
     RecipeError.collect(problems)
     return rewards
 
 
 def list_rewards(section: ReinforceSection) -> tuple[list[Reward], list[Reward]]:
-    """Return the rewards of a section, and its audit, which no sum has.
-
-    Raises one RecipeError with the problems of all.
-    """
-    read, problems = list[list[Reward]](), list[Problem]()
-    for key, stated in ((KEY, section.rewards), (AUDIT_KEY, {section.audit: 1.0} if section.audit else {})):
-        try:
-            read.append(read_rewards(stated, key))
-        except RecipeError as error:
-            problems += error.problems
-    RecipeError.collect(problems)
-    rewards, audit = read
-    trained = {one.name for one in rewards}
-    fix = "Rename one of the functions."
-    RecipeError.collect(
-        Problem(f"a reward is also named {one.name!r}", AUDIT_KEY, fix) for one in audit if one.name in trained
-    )
-    return rewards, audit
+    """Return the rewards of a section, and its audit, which no sum has. Raises as `read_rewards` does."""
+    read, count = read_rewards(section.rewards, audit=section.audit), len(section.rewards)
+    return read[:count], read[count:]
 
 
 def reward_files(stated: Iterable[str]) -> list[str]:
@@ -159,8 +152,8 @@ def read_reward(stated: str, weight: float, key: str = KEY) -> Reward:
     parameters = tuple(one.arg for one in (*positional, *given.kwonlyargs))
     form: Form = "ms-swift" if is_class else "TRL" if "completions" in parameters else "verl"
     if not {"completions", "solution_str"} & {*parameters}:
-        least, most = count_parameters(given)
-        if is_class or not least <= 2 <= most:
+        others = {one.arg for one in needed} - {*parameters[:2], *ANSWER_PARTS}
+        if is_class or others or count_parameters(given)[1] < 2:
             raise RecipeError.of(f"{name} cannot be called as a reward", where, fix)
         form = "row"
     required, reads_messages = tuple(one.arg for one in needed), form == "TRL" and mentions_content(node, nodes)
@@ -224,13 +217,18 @@ NEEDS_REFERENCE = frozenset({"exact_match", *ROUGE_METRICS, "chrf", "json_schema
 def find_lack(reward: Reward, origin: str, row: Row) -> Problem | None:
     """Return why a reward cannot rate answers to a row: it has no reference answer, or a column is missing."""
     if reward.file is None:
-        has_schema = reward.name == "json_schema" and row.get("json_schema")
-        if reward.name not in NEEDS_REFERENCE or has_schema or split_reference(row)[1] is not None:
+        schema = read_schema(row) if reward.name == "json_schema" else None
+        if schema is not None:
+            from llmtune.evaluate.tool_metrics import schema_problem  # late: jsonschema takes time
+
+            why = schema_problem(schema)
+            return Problem(f"its json_schema is no JSON Schema: {why}", origin, "Correct the column.") if why else None
+        if reward.name not in NEEDS_REFERENCE or split_reference(row)[1] is not None:
             return None
         fix = "Add the right answer as the last message, or use a reward that needs none, such as your own."
         return Problem(f"the reward {reward.name} needs a reference answer, and the row has none", origin, fix)
     try:
-        make_call(reward, row, "")
+        make_call(reward, row, ParsedAnswer(""))
     except RewardError as error:
         problem = error.problems[0]
         return Problem(f"{problem.what}: {problem.where}", origin, problem.fix)
@@ -255,17 +253,21 @@ def call_reward(
     return run_calls(request, [make_call(reward, *pair) for pair in pairs])
 
 
-def make_call(reward: Reward, row: Row, answer: str) -> tuple[Sequence[object], Mapping[str, object]]:
+def make_call(reward: Reward, row: Row, answer: ParsedAnswer) -> tuple[Sequence[object], Mapping[str, object]]:
     """Return the arguments and keywords of the call for one answer. Raises RewardError if the row lacks a column."""
+    calls, text = list(answer.tool_calls), answer.sampled
+    values = (calls, answer.text, answer.reasoning or "", not answer.complete)
+    columns: dict[str, Any] = dict(zip(ANSWER_PARTS, values, strict=True))
     if reward.form == "row":
-        return (row, answer), {}
+        return (row, text), {name: columns[name] for name in reward.parameters[2:] if name in columns}
     prompt, reference, _ = split_reference(row)
-    columns: dict[str, Any] = {} if reference is None else dict.fromkeys(REFERENCE_NAMES, reference)
+    columns |= {} if reference is None else dict.fromkeys(REFERENCE_NAMES, reference)
     columns |= {name: value for name, value in row.items() if name != "messages"}
     if reward.form == "verl":
-        columns = {"data_source": "", "extra_info": {}, **columns, "solution_str": answer}
+        columns = {"data_source": "", "extra_info": {}, **columns, "solution_str": text}
     else:
-        completion: object = [{"role": "assistant", "content": answer}] if reward.reads_messages else answer
+        message = {"role": "assistant", "content": text, **({"tool_calls": calls} if calls else {})}
+        completion: object = [message] if reward.reads_messages else text
         question: object = prompt["messages"] if reward.reads_messages else MESSAGES.prompt_text(prompt)
         columns = {**{name: [value] for name, value in columns.items()}, "completions": [completion]}
         columns["prompts"] = [question]
@@ -280,13 +282,13 @@ def make_call(reward: Reward, row: Row, answer: str) -> tuple[Sequence[object], 
 
 
 def score_texts(pairs: Sequence[RewardPair], metric: str) -> list[float | None]:
-    """Return a metric of `TEXT_MEASURES` for each answer; None without a reference."""
-    references = [split_reference(row)[1] for row, _ in pairs]
+    """Return a metric of `TEXT_MEASURES` for each answer; None without a reference, or if it calls a tool."""
+    references = [None if called_turn(row) else split_reference(row)[1] for row, _ in pairs]
     numbers = [i for i, reference in enumerate(references) if reference is not None]
     values: list[float | None] = [None] * len(pairs)
     if not numbers:
         return values
-    measure = TEXT_MEASURES[metric]([pairs[i][1] for i in numbers], [references[i] or "" for i in numbers])
+    measure = TEXT_MEASURES[metric]([pairs[i][1].text for i in numbers], [references[i] or "" for i in numbers])
     assert measure.formula is not None
     for i, value in zip(numbers, measure.formula(measure.sums_NK).tolist(), strict=True):
         values[i] = value
@@ -295,20 +297,16 @@ def score_texts(pairs: Sequence[RewardPair], metric: str) -> list[float | None]:
 
 def score_calls(pairs: Sequence[RewardPair], metric: str) -> list[float | None]:
     """Return a metric of `TOOL_SCORES` for each answer; None for rows whose reference calls no tool."""
-    from llmtune.data.answer_parser import ParsedAnswer, ToolTurn  # late: imports transformers
-    from llmtune.evaluate.tool_metrics import TOOL_SCORES
+    from llmtune.evaluate.tool_metrics import TOOL_SCORES  # late: jsonschema takes time
 
-    values = list[float | None]()
-    for row, answer in pairs:
-        prompt, _, calls = split_reference(row)
-        lines = map(CALL_LINE.fullmatch, answer.strip().splitlines())
-        given = [make_tool_call(line[1], parse_json(line[2])) for line in lines if line]
-        error = None if all(isinstance(one["function"]["arguments"], dict) for one in given) else "not JSON"
-        parsed = ParsedAnswer(answer, tool_calls=() if error else tuple(given), error=error)
-        values.append(
-            TOOL_SCORES[metric][0](parsed, ToolTurn(prompt, calls)) if prompt.get("tools") and calls else None
-        )
-    return values
+    score = TOOL_SCORES[metric][0]
+    return [score(answer, turn) if (turn := called_turn(row)) else None for row, answer in pairs]
+
+
+def called_turn(row: Row) -> ToolTurn | None:
+    """Return the last turn of a row whose reference calls a tool; None for other rows."""
+    prompt, _, calls = split_reference(row)
+    return ToolTurn(prompt, calls) if prompt.get("tools") and calls else None
 
 
 def score_schemas(pairs: Sequence[RewardPair]) -> list[float | None]:
@@ -316,16 +314,22 @@ def score_schemas(pairs: Sequence[RewardPair]) -> list[float | None]:
 
     For references that call tools it is `tool_call_valid`.
     """
-    from llmtune.evaluate.tool_metrics import fits_schema  # late: imports transformers
+    from llmtune.evaluate.tool_metrics import fits_schema  # late: jsonschema takes time
 
     values = score_calls(pairs, "tool_call_valid")
     for i, (row, answer) in enumerate(pairs):
-        reference, stated = parse_json(split_reference(row)[1] or ""), row.get("json_schema")
-        schema = parse_json(stated) if isinstance(stated, str) else stated
+        reference, schema = parse_json(split_reference(row)[1] or ""), read_schema(row)
         if values[i] is None and (schema or isinstance(reference, dict | list)):
-            given = parse_json(answer)
+            given = parse_json(answer.text)
             values[i] = float(given is not NO_JSON and fits_schema(given, schema or schema_of_shape(reference)))
     return values
+
+
+def read_schema(row: Row) -> Any:
+    """Return the row's column `json_schema`, whose text may be JSON; None without one."""
+    stated = row.get("json_schema") or None
+    read = parse_json(stated) if isinstance(stated, str) else stated
+    return stated if read is NO_JSON else read
 
 
 def score_fields(pairs: Sequence[RewardPair]) -> list[float | None]:
@@ -333,16 +337,15 @@ def score_fields(pairs: Sequence[RewardPair]) -> list[float | None]:
 
     For references that call tools it is `tool_arguments_f1`.
     """
-    from llmtune.data.answer_parser import ParsedAnswer, ToolTurn  # late: imports transformers
-    from llmtune.evaluate.tool_metrics import score_argument_values
+    from llmtune.evaluate.tool_metrics import score_argument_values  # late: jsonschema takes time
 
     values = score_calls(pairs, "tool_arguments_f1")
     for i, (row, answer) in enumerate(pairs):
-        given, reference = parse_json(answer), parse_json(split_reference(row)[1] or "")
+        given, reference = parse_json(answer.text), parse_json(split_reference(row)[1] or "")
         if values[i] is None and isinstance(reference, dict):
             calls = (make_tool_call("", given),) if isinstance(given, dict) else ()
             turn = ToolTurn(row, [make_tool_call("", reference)])
-            values[i] = score_argument_values(ParsedAnswer(answer, tool_calls=calls), turn)
+            values[i] = score_argument_values(ParsedAnswer("", tool_calls=calls), turn)
     return values
 
 
@@ -350,9 +353,11 @@ NO_JSON = object()
 
 
 def parse_json(text: str) -> Any:
-    """Return the value of a JSON text; `NO_JSON` for any other text."""
+    """Return the value of a JSON text; `NO_JSON` for any other text, also with NaN or a number beyond all floats."""
     try:
-        return json.loads(text)
+        value = json.loads(text)
+        json.dumps(value, allow_nan=False)
+        return value
     except (ValueError, RecursionError):
         return NO_JSON
 

@@ -89,8 +89,9 @@ def name_ranges(edges_Q: Sequence[float]) -> list[str]:
 
 
 def write_value(value: object) -> str:
-    """Write a value on one line, shortened."""
-    return one_line(plain_value(value), LONGEST_VALUE) or MISSING
+    """Write a value on one line, shortened; in quotes if it has the name of other or missing values."""
+    text = one_line(plain_value(value), LONGEST_VALUE)
+    return repr(text) if text in (OTHER, MISSING) else text or MISSING
 
 
 def one_line(text: str, longest: int) -> str:

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from llmtune.data.chat_rows import write_answer
 from llmtune.data.conversation_texts import split_reference
 from llmtune.display.console import spinner
 from llmtune.evaluate.generation import answer_ends, answer_reader
@@ -26,7 +25,7 @@ from llmtune.model.loading import load_model
 from llmtune.model.processor import load_processor
 from llmtune.model.resolve import resolve_model
 from llmtune.plan import find_variant
-from llmtune.recipe.reinforce_section import ReinforceSection
+from llmtune.recipe.reinforce_section import ReinforceSection, lowest_accepted, rewards_differ
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_facts import DEFAULT_TASK
 from llmtune.records import Json, Row
@@ -73,10 +72,10 @@ def describe_samples(
         stops = set(answer_ends(model, processor, recipe))
         sampled = sample_answers(model, [prompts[row] for row, _ in places], keys, section, stops, device)
     read = answer_reader(processor, recipe)
-    pairs = []
-    for (number, _), one in zip(places, sampled, strict=True):
-        parsed = read(one.ids, rows[number][1].get("tools"), prompts[number])
-        pairs.append((rows[number][1], write_answer(parsed.text, parsed.tool_calls)))
+    pairs = [
+        (rows[number][1], read(one.ids, rows[number][1].get("tools"), prompts[number], one.truncated))
+        for (number, _), one in zip(places, sampled, strict=True)
+    ]
     origins = [rows[number][0] for number, _ in places]
     seconds, network = limits.seconds, limits.network
     values = reward_answers(rewards, pairs, seconds=seconds, network=network, origins=origins, limits=LIMIT_FLAGS)
@@ -88,9 +87,9 @@ def describe_samples(
 
 def measure_groups(rewards_NK: Floats, accept: float, seed: int) -> Json:
     """Return what the rewards [N, samples] of each prompt show; NaN where no reward applies."""
-    passing_NK = rewards_NK >= accept - 1e-9
+    passing_NK = rewards_NK >= lowest_accepted(accept)
     share_N, samples = passing_NK.mean(1), rewards_NK.shape[1]
-    has_spread = [len({*one[np.isfinite(one)].tolist()}) > 1 for one in rewards_NK]
+    has_spread = [rewards_differ(one[np.isfinite(one)].tolist()) for one in rewards_NK]
     measures = {
         "pass@1": measure_shares("pass@1", share_N.tolist(), ""),
         f"pass@{samples}": measure_right([bool(one.any()) for one in passing_NK], "pass", ""),

@@ -24,7 +24,7 @@ from llmtune.recipe.eval_suites_section import (
     check_suite_gate,
     fairness_without_effect,
 )
-from llmtune.recipe.gate_grammar import NAME, Gate, find_baseline_problem, find_reversed_problem, parse_gate
+from llmtune.recipe.gate_grammar import NAME, RESERVED, Gate, find_baseline_problem, find_reversed_problem, parse_gate
 from llmtune.recipe.metric_cutoffs import at_ten, samples_needed
 from llmtune.recipe.section import (
     Many,
@@ -91,10 +91,10 @@ class EvaluateSection(RecipeSection):
     """Metrics to compute: those of the task, and your own as `FILE.py:FUNCTION`, relative to the recipe. Default none:
     the task's default metrics."""
     metric_seconds: Annotated[float, Field(gt=0, le=86_400)] = 300.0
-    """Longest time that one of your own metrics may take for all answers of a model, in seconds. Default 300: an
-    endless loop ends, and slow libraries have time to load."""
+    """Longest time that one of your own metrics or rewards may take for all answers of a model, or of a round, in
+    seconds. Default 300: an endless loop ends, and slow libraries have time to load."""
     metric_network: bool = False
-    """Let your own metrics use the network. Default false: scores should not depend on a server."""
+    """Let your own metrics and rewards use the network. Default false: scores should not depend on a server."""
     gates: Many[str] = ()
     """Conditions such as `exact_match >= 0.8`, `rougeL > base` or `exact_match.low > base`. A baseline without a
     language model has a name: `accuracy.low > tfidf`, `ndcg@10.low > bm25`; so has each of `controls`:
@@ -275,10 +275,9 @@ class EvaluateSection(RecipeSection):
                 fix = "Name a function in it: FILE.py:FUNCTION." if metric.endswith(".py") else fix.strip()
                 diagnostics.add(f"{key}.{i}", f"unknown metric '{metric}'", fix, "task")
         diagnostics.repeated(key, tuple(map(metric_name, self.metrics)), "a metric")
-        if not self.own_metrics:
-            for name in OWN_METRIC_KEYS:
-                fix = "Add one as FILE.py:FUNCTION, or remove it."
-                diagnostics.no_effect(f"evaluate.{name}", "without a metric of your own", fix, key)
+        for name in () if any(map(is_own_metric, (*self.metrics, *variant.rewards))) else OWN_METRIC_KEYS:
+            fix = "Add one as FILE.py:FUNCTION, or remove it."
+            diagnostics.no_effect(f"evaluate.{name}", "without a metric or reward of your own", fix, key)
 
     def _check_own_metric(self, diagnostics: Diagnostics, key: str, metric: str, variant: TaskVariant) -> None:
         name, taken = metric_name(metric), {one for facts in TASK_FACTS.values() for one in facts.metrics}
@@ -288,8 +287,9 @@ class EvaluateSection(RecipeSection):
         elif not re.fullmatch(NAME, name, re.ASCII) or "-" in name:
             fix = "Use a function whose name starts with an ASCII letter, then letters, digits and _."
             diagnostics.add(key, f"'{name}' cannot be the name of a metric", fix)
-        elif name in taken:
-            diagnostics.add(key, f"'{name}' is the name of one of llmtune's metrics", "Rename the function.")
+        elif name in taken | RESERVED:
+            what, others = f"'{name}' is the name of one of llmtune's metrics or notes", ", ".join(sorted(RESERVED))
+            diagnostics.add(key, what, f"Rename the function. Also reserved: {others}.")
 
     def _check_choices(self, diagnostics: Diagnostics, variant: TaskVariant) -> None:
         key, metrics = "evaluate.metrics", self.chosen_metrics(variant)

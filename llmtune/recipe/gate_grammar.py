@@ -24,6 +24,7 @@ from llmtune.recipe.task_facts import (
     CONTROL_RUNS,
     CONTROLS,
     COST,
+    DECISIONS,
     NEAREST_TO_ONE,
     TaskFacts,
 )
@@ -45,6 +46,11 @@ JUDGE = "judge."
 """How the scores of `evaluate.judge` begin: its own interval belongs to each."""
 NEW = "new"
 """Test rows whose input the champion never saw: the only rows that a gate can select."""
+RESERVED = frozenset(
+    {"base", "engine", "generated", "generation", "intervals", "passages", "queries", "vectors"}
+    | {metric for metrics in DECISIONS.values() for metric in metrics}
+)
+"""Names next to those of the metrics in the tables of signatures and scores."""
 EXPORT = "deploy."
 """How the metrics of exports begin."""
 NUMBER = r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]{1,3})?"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
@@ -16,6 +16,19 @@ from llmtune.recipe.task_sections import TaskSection
 
 GRPO_KEYS = ("loss", "scale_rewards", "epsilon", "beta", "mask_truncated", "control")
 """Keys of `reinforce` that only `method: grpo` reads."""
+SLACK = 1e-9
+"""Rounding error of a weighted sum of rewards."""
+
+
+def lowest_accepted(accept: float) -> float:
+    """Return the lowest reward that passes: 0.7 + 0.2 + 0.1 is 0.9999999999999999 and passes 1."""
+    return accept - SLACK
+
+
+def rewards_differ(rewards: Sequence[float | None]) -> bool:
+    """Whether two answers to a prompt have different rewards."""
+    values = [reward for reward in rewards if reward is not None]
+    return bool(values) and max(values) - min(values) > SLACK
 
 
 class ReinforceSection(TaskSection):

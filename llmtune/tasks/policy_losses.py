@@ -30,7 +30,7 @@ from statistics import fmean, stdev
 
 import torch
 
-from llmtune.recipe.reinforce_section import ReinforceSection
+from llmtune.recipe.reinforce_section import ReinforceSection, lowest_accepted, rewards_differ
 from llmtune.records import Batch
 
 SPREAD_EPSILON = 1e-4
@@ -43,16 +43,11 @@ def find_advantages(rewards: Sequence[float | None], section: ReinforceSection) 
     For `filter` it is 1 for an accepted answer, else 0.
     """
     if section.method == "filter":
-        return [float(reward is not None and reward >= section.accept) for reward in rewards]
+        return [float(reward is not None and reward >= lowest_accepted(section.accept)) for reward in rewards]
     values = [reward for reward in rewards if reward is not None]
     mean = fmean(values) if rewards_differ(rewards) else 0.0
     scale = stdev(values) + SPREAD_EPSILON if section.scales_rewards and rewards_differ(rewards) else 1.0
     return [0.0 if reward is None or not rewards_differ(rewards) else (reward - mean) / scale for reward in rewards]
-
-
-def rewards_differ(rewards: Sequence[float | None]) -> bool:
-    """Whether two answers to a prompt have different rewards."""
-    return len({reward for reward in rewards if reward is not None}) > 1
 
 
 def policy_loss(losses_S: torch.Tensor, batch: Batch, section: ReinforceSection) -> torch.Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from llmtune.data.chat_rows import write_answer
+from llmtune.data.answer_parser import ParsedAnswer
 from llmtune.data.collators import collate_padded
 from llmtune.data.example import Example
 from llmtune.evaluate.evaluated_task import EvaluatedTask, LoadedModel
@@ -26,10 +26,12 @@ ROUND = 0
 
 
 def rate_samples(
-    task: EvaluatedTask, rows: Sequence[Row], answers: Sequence[str], loaded: LoadedModel, section: ReinforceSection
+    task: EvaluatedTask, rows: Sequence[Row], answers: Sequence[ParsedAnswer], loaded: LoadedModel
 ) -> list[RatedPrompt]:
     """Sample answers to rows, with random numbers that depend on the prompt alone, and rate them and `answers`."""
-    model, processor, recipe, count = loaded.model, loaded.processor, loaded.recipe, section.samples
+    model, processor, recipe, section = loaded.model, loaded.processor, loaded.recipe, loaded.recipe.reinforce
+    assert section is not None
+    count = section.samples
     prompts = [task.prompt_ids(task.split_answer(row)[0], processor, recipe) for row in rows]
     numbers = [int(hash_value(prompt)[:16], 16) for prompt in prompts]
     sampled = sample_answers(
@@ -43,28 +45,28 @@ def rate_samples(
     )
     groups = [sampled[start : start + count] for start in range(0, len(sampled), count)]
     read = answer_reader(processor, recipe)
-    texts = [
-        [write_answer(one.text, one.tool_calls) for one in (read(each.ids, row.get("tools"), prompt) for each in group)]
-        for row, prompt, group in zip(rows, prompts, groups, strict=True)
+    pairs = [
+        (row, parsed)
+        for row, prompt, answer, group in zip(rows, prompts, answers, groups, strict=True)
+        for parsed in (answer, *(read(one.ids, row.get("tools"), prompt, one.truncated) for one in group))
     ]
     rewards, audit = list_rewards(section)
-    pairs = [(row, text) for row, answer, group in zip(rows, answers, texts, strict=True) for text in (answer, *group)]
     seconds, network = recipe.evaluate.metric_seconds, recipe.evaluate.metric_network
     values = reward_answers([*rewards, *audit], pairs, seconds=seconds, network=network)
     given = [
-        RatedAnswer(text=text, rewards=one, reward=weigh_rewards(rewards, one))
-        for (_, text), one in zip(pairs, values, strict=True)
+        RatedAnswer(text=parsed.sampled, rewards=one, reward=weigh_rewards(rewards, one))
+        for (_, parsed), one in zip(pairs, values, strict=True)
     ]
     kl = measure_kl(prompts, [group[0] for group in groups], loaded)
     rated = []
     for i, (row, group) in enumerate(zip(rows, groups, strict=True)):
-        greedy, *others = given[i * (count + 1) : (i + 1) * (count + 1)]
+        own = slice(i * (count + 1), (i + 1) * (count + 1))
+        greedy, *others = given[own]
+        contents = [parsed.text for _, parsed in pairs[own][1:]]  # thoughts may repeat the prompt
         question = next((one["content"] for one in reversed(row["messages"]) if one["role"] == "user"), "")
         samples = [
-            RatedSample(
-                **one, tokens=len(drawn.ids), cut=drawn.truncated, repeats=repeats_prompt(one["text"], question)
-            )
-            for one, drawn in zip(others, group, strict=True)
+            RatedSample(**one, tokens=len(drawn.ids), cut=drawn.truncated, repeats=repeats_prompt(content, question))
+            for one, drawn, content in zip(others, group, contents, strict=True)
         ]
         rated.append(RatedPrompt(greedy=greedy, samples=samples, kl=kl[i] if kl else None))
     return rated
@@ -111,7 +113,7 @@ def describe_rewards(section: ReinforceSection) -> RewardFacts:
         section.accept,
         {one.name: one.weight for one in rewards},
         next((one.name for one in audit), None),
-        frozenset(one.name for one in (*rewards, *audit) if one.name in SHARES),
+        frozenset(one.name for one in (*rewards, *audit) if one.stated in SHARES),
         {one.name: sign_reward(one) for one in (*rewards, *audit)},
         sampling,
     )

@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from llmtune.data.answer_parser import ParsedAnswer
 from llmtune.data.chat_rows import ChatRow
 from llmtune.data.example import AnyExample, Collate, Example
 from llmtune.data.overlong import too_long
@@ -89,9 +90,11 @@ class Reinforce(Chat):
         """Return the objective that samples answers."""
         return Rollouts(self.loss, self, recipe)
 
-    def rate_samples(self, rows: Sequence[Row], answers: Sequence[str], loaded: LoadedModel) -> list[RatedPrompt]:
+    def rate_samples(
+        self, rows: Sequence[Row], answers: Sequence[ParsedAnswer], loaded: LoadedModel
+    ) -> list[RatedPrompt]:
         """Sample answers to complete rows, and rate them and the greedy `answers`."""
-        return rate_samples(self, rows, answers, loaded, reinforce_section(loaded.recipe))
+        return rate_samples(self, rows, answers, loaded)
 
     def compute_metric(self, metric: str, output: EvalPrediction[Any], recipe: Recipe) -> Measure | None:
         """Return a metric of the samples; None for one of the greedy answers."""

@@ -19,7 +19,6 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 
 from llmtune.adapter.reference_model import reference_of
-from llmtune.data.chat_rows import write_answer
 from llmtune.data.collators import collate_packed, collate_padded
 from llmtune.data.example import Example
 from llmtune.data.row_store import load_rows, read_rows, rows_folder
@@ -30,12 +29,12 @@ from llmtune.evaluate.rewards import read_rewards, reward_answers, weigh_rewards
 from llmtune.evaluate.sampled_decoding import sample_answers
 from llmtune.evaluate.token_batches import over_processes
 from llmtune.model.causal_lm_loss import move_to, target_losses, unwrap
-from llmtune.recipe.reinforce_section import ReinforceSection
+from llmtune.recipe.reinforce_section import ReinforceSection, rewards_differ
 from llmtune.recipe.schema import Recipe
 from llmtune.records import Batch, Loss, Prompt
 from llmtune.store.atomic_files import explained, hash_value, read_json_lines, write_text
 from llmtune.store.json_shapes import ROLLOUTS, Count, Finite, Number
-from llmtune.tasks.policy_losses import find_advantages, policy_loss, rewards_differ
+from llmtune.tasks.policy_losses import find_advantages, policy_loss
 from llmtune.train.batch_plan import Indexes, StepPlan
 from llmtune.train.distributed import run_on_main
 from llmtune.train.objective import ComputeLoss, StepObjective, StepRows
@@ -52,6 +51,7 @@ class Rollout:
     ids: list[Count]
     """Its tokens, the end token included."""
     answer: str
+    """Its text as it was sampled."""
     truncated: bool
     rewards: dict[str, Number]
     """By name; None where a reward does not apply."""
@@ -110,7 +110,8 @@ class Rollouts(StepObjective):
         made = answer_batch(pairs, batch) | {"advantages_R": torch.tensor([weight for _, weight in chosen])}
         if all(one.logps for one, _ in chosen):
             made["old_S"] = torch.tensor([logp for one, _ in chosen for logp in one.logps])
-        return Loss(self._policy_loss(model, move_to(batch["input_ids"].device, made)), count)
+        made = move_to(batch["input_ids"].device, made)
+        return Loss(self._policy_loss(model, made, placeholder=not answers), count)
 
     def complete_loss(self, model: torch.nn.Module, batch: Batch) -> Loss:
         """Return the loss of answers of the greatest length to the prompts: what a step needs at most."""
@@ -134,7 +135,7 @@ class Rollouts(StepObjective):
         with torch.no_grad(), training.compute():
             outputs = generate_completions(model, prompts, processor, recipe, device=str(training.device))
         items = [
-            (int(reader.rows[int(i)]), list(prompt.ids), output.token_ids)
+            (int(reader.rows[int(i)]), list(prompt.ids), output.token_ids, output.finish_reason == "length")
             for i, prompt, output in zip(blocks.rows, prompts, outputs, strict=True)
         ]
         scored = over_processes(model, items, lambda share: self._score(share, blocks, "validation"))
@@ -194,7 +195,7 @@ class Rollouts(StepObjective):
             keys = [(self.recipe.seed, number, row, sample) for row, sample in pairs]
             sampled = sample_answers(model, prompts, keys, section, stops, str(training.device))
             items = [
-                (int(step.reader.rows[row]), prompt, one.ids)
+                (int(step.reader.rows[row]), prompt, one.ids, one.truncated)
                 for (row, _), prompt, one in zip(pairs, prompts, sampled, strict=True)
             ]
             scored = self._score(items, step, "train")
@@ -207,18 +208,22 @@ class Rollouts(StepObjective):
         return [one for group in over_processes(model, rows, work) for one in group]
 
     def _score(
-        self, items: Sequence[tuple[int, list[int], list[int]]], step: StepRows, split: str
+        self, items: Sequence[tuple[int, list[int], list[int], bool]], step: StepRows, split: str
     ) -> list[tuple[str, dict[str, float | None], float | None]]:
-        """Return text, rewards and weighted reward of answers, each given as row, prompt and tokens."""
+        """Return text, rewards and weighted reward of answers, each given as row, prompt, tokens, and if truncated."""
         training: TrainContext = step.training
         section = self.recipe.evaluate
         rows = read_rows(load_rows(rows_folder(training.folder)), split, [row for row, *_ in items], full=True)
         read = answer_reader(training.adapted.selected.processor, self.recipe)
-        parsed = [read(ids, row.get("tools"), prompt) for row, (_, prompt, ids) in zip(rows, items, strict=True)]
-        texts = [write_answer(one.text, one.tool_calls) for one in parsed]
-        pairs = [*zip(rows, texts, strict=True)]
+        pairs = [
+            (row, read(ids, row.get("tools"), prompt, truncated))
+            for row, (_, prompt, ids, truncated) in zip(rows, items, strict=True)
+        ]
         values = reward_answers(self.rewards, pairs, seconds=section.metric_seconds, network=section.metric_network)
-        return [(text, one, weigh_rewards(self.rewards, one)) for text, one in zip(texts, values, strict=True)]
+        return [
+            (answer.sampled, one, weigh_rewards(self.rewards, one))
+            for (_, answer), one in zip(pairs, values, strict=True)
+        ]
 
     def _trained(self, row: int) -> list[tuple[int, float]]:
         """Return the answers of a group that have a loss, by their numbers, with their advantages."""
@@ -238,12 +243,14 @@ class Rollouts(StepObjective):
         masked = sum(len(one.ids) for one in answers if not (section.mask_truncated and one.truncated))
         return len(answers) if section.loss == "grpo" else masked
 
-    def _policy_loss(self, model: torch.nn.Module, made: Batch) -> torch.Tensor:
+    def _policy_loss(self, model: torch.nn.Module, made: Batch, *, placeholder: bool = False) -> torch.Tensor:
         temperature = self.section.temperature if self.section.method == "grpo" else 1.0
         if self.section.ties:
             with torch.no_grad(), evaluating(model), reference_of(model):
                 made["reference_S"] = -target_losses(model, made, temperature=temperature)[0]
         losses_S, _ = target_losses(model, made, temperature=temperature)
+        if placeholder:  # it has no distance from the starting model either
+            made["reference_S"] = -losses_S.detach()
         return policy_loss(losses_S, made, self.section)
 
 
@@ -298,14 +305,16 @@ def write_rollouts(path: Path, header: Mapping[str, Any], answers: Sequence[Roll
 
 def _explain_idle(answers: Sequence[Rollout], section: ReinforceSection) -> tuple[str, str, str]:
     """Return why answers teach nothing, where, and what to do."""
-    rewards = sorted({one.reward for one in answers if one.reward is not None})
+    rewards = sorted(one.reward for one in answers if one.reward is not None)
     fix = "Check the rewards with `llmtune reward check`; give easier or harder prompts, or raise reinforce.samples."
     if section.method == "filter":
-        best = f"the best reward is {rewards[-1]:g}" if rewards else "no reward applies"
-        return f"no answer is accepted: {best}, and reinforce.accept is {section.accept:g}", "reinforce.accept", fix
-    if len(rewards) == 1:
+        best = f"the best reward is {rewards[-1]:.15g}" if rewards else "no reward applies"
+        return f"no answer is accepted: {best}, and reinforce.accept is {section.accept:.15g}", "reinforce.accept", fix
+    if not rewards:
+        return "no reward applies to any answer", "reinforce.rewards", fix
+    if not rewards_differ(rewards):
         return f"all rewards equal {rewards[0]:g}", "reinforce.rewards", fix
-    if rewards and all(one.truncated for one in answers):
+    if all(one.truncated for one in answers):
         fix = "Raise reinforce.max_new_tokens, or set reinforce.mask_truncated: false."
         return "all answers are truncated, so they are masked", "reinforce.max_new_tokens", fix
     return "the answers to each prompt have the same reward", "reinforce.rewards", fix

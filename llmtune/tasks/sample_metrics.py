@@ -18,11 +18,10 @@ from llmtune.display.number_format import score
 from llmtune.evaluate.metric import Measure, PairedMeasures, columns, own_interval, ratio
 from llmtune.evaluate.paired_statistics import share_bounds
 from llmtune.evaluate.token_batches import cut_evenly
+from llmtune.recipe.reinforce_section import lowest_accepted
 from llmtune.records import Difference
 from llmtune.store.score_records import Study, StudyTable
 
-SLACK = 1e-9
-"""Rounding error of a weighted sum of rewards."""
 GROWTH = 1.5
 """Factor from which longer answers are a sign of reward hacking."""
 REPEATED = 0.1
@@ -38,6 +37,7 @@ class RatedAnswer(TypedDict):
     """One answer and its rewards."""
 
     text: str
+    """As it was sampled."""
     rewards: dict[str, float | None]
     """By name, the audit included; None if a reward does not apply."""
     reward: float | None
@@ -101,7 +101,7 @@ def rewards_of(one: RatedPrompt) -> list[float]:
 def pass_rate(one: RatedPrompt, k: int, accept: float) -> float | None:
     """Return the estimated pass@k of a prompt; None with fewer than k rewarded samples."""
     values = rewards_of(one)
-    passing = sum(value >= accept - SLACK for value in values)
+    passing = sum(value >= lowest_accepted(accept) for value in values)
     return estimate_pass(len(values), passing, k) if k <= len(values) else None
 
 
@@ -124,10 +124,11 @@ def measure_samples(metric: str, rated: Sequence[RatedPrompt], facts: RewardFact
     value = partial(pass_rate, k=int(passing), accept=facts.accept) if passing else values.get(metric)
     if value is None:
         return None
-    weighted = " + ".join(f"{weight:g} {facts.signatures[name]}" for name, weight in facts.weights.items())
+    weighted = " + ".join(f"{weight:.15g} {facts.signatures[name]}" for name, weight in facts.weights.items())
     signature = facts.sampling
     if passing:
-        signature = f"unbiased estimate of Chen et al.; an answer passes from {facts.accept:g}; {weighted}; {signature}"
+        threshold = f"an answer passes from {facts.accept:.15g}"
+        signature = f"unbiased estimate of Chen et al.; {threshold}; {weighted}; {signature}"
     elif metric.endswith("reward"):
         signature = f"{weighted}; {'the greedy answer' if metric == 'greedy_reward' else signature}"
     elif metric == "kl":

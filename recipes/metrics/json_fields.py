@@ -9,6 +9,7 @@ def json_fields(row: dict, answer: str) -> Annotated[float, 0, 1]:
     expected = json.loads(row["messages"][-1]["content"])
     try:
         fields = json.loads(answer)
+        json.dumps(fields, allow_nan=False)  # Python reads NaN and 1e999, which are no JSON
     except ValueError:
         return 0.0
     if not isinstance(fields, dict):

@@ -4,7 +4,7 @@ import pytest
 from support.templates import EMPTY_THOUGHTS, FAMILY_FILES, family_tokenizer, recipe_for, tokenizer_with
 
 from llmtune.data.answer_format import NAME, QUESTION, TOOL, call_message
-from llmtune.data.answer_parser import ParsedAnswer, parse_answer, response_template
+from llmtune.data.answer_parser import ParsedAnswer, parse_answer, read_written, response_template
 from llmtune.data.chat_template import read_template
 
 CALL = {"type": "function", "function": {"name": "sum", "arguments": {"a": 1}}}
@@ -27,10 +27,37 @@ def test_an_answer_is_parsed_into_thoughts_calls_and_text(written, parts):
     assert parse_answer(tokenizer(written)["input_ids"], template) == parts
 
 
+def test_the_text_as_sampled_keeps_thoughts_marks_and_white_space_without_special_tokens():
+    template = read_template(family_tokenizer("qwen-3"), recipe_for())
+    call = '<tool_call>\n{"name": "sum", "arguments": {"a": 1}}\n</tool_call>'
+    for written in (f"<think>\nhm\n</think>\n\nSo: {call}\n", "<think>\nhm", " four \n", f"{call[:-20]}"):
+        ids = template.processor(f"{written}<|im_end|>")["input_ids"]
+        assert parse_answer(ids, template, [TOOL]).sampled == parse_answer(ids, template).sampled == written
+        assert parse_answer(f"{written}<|im_end|>", template, [TOOL]).sampled == written
+    stray = template.processor("blue<|im_start|> sky")["input_ids"]
+    assert parse_answer(stray, template).sampled == "blue sky"
+
+
+def test_an_answer_that_no_template_wrote_is_read_as_a_row():
+    assert read_written("<think>hm</think>\nfour ", [CALL]) == ParsedAnswer("four", "hm", (CALL,))
+    assert read_written("<think>hm") == ParsedAnswer("<think>hm")
+    assert read_written("<think>hm</think>\nfour ").sampled == "<think>hm</think>\nfour "
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999"])
+def test_arguments_that_are_no_standard_json_are_no_call(number):
+    template = read_template(family_tokenizer("qwen-2.5"), recipe_for())
+    written = f'<tool_call>\n{{"name": "sum", "arguments": {{"a": [{number}]}}}}\n</tool_call><|im_end|>'
+    read = parse_answer(written, template, [TOOL])
+    assert (read.tool_calls, bool(read.error)) == ((), True)
+
+
 def test_stray_special_tokens_are_removed_and_text_that_looks_like_them_stays():
     tokenizer = tokenizer_with(EMPTY_THOUGHTS)
     template = read_template(tokenizer, recipe_for())
     assert parse_answer(tokenizer("blue<|im_start|> sky<pad>")["input_ids"], template).text == "blue sky"
+    thought = tokenizer("<think>\nblue<|im_start|> sky<pad>\n</think>\n\nfour<|im_end|>")["input_ids"]
+    assert parse_answer(thought, template) == ParsedAnswer("four", "blue sky")
     spelled = tokenizer("it ends by <|im_end|> alone", split_special_tokens=True)["input_ids"]
     assert parse_answer(spelled, template) == ParsedAnswer("it ends by <|im_end|> alone", complete=False)
 

@@ -1,8 +1,12 @@
 """Rows of tasks that rate answers by rewards: answers are optional, and columns that no format reads are kept."""
 
 import json
+from datetime import datetime
+from decimal import Decimal
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 from support.rows import chat, make_recipe, prepare, read_row, refusal, write_jsonl
@@ -11,6 +15,7 @@ from llmtune.data.conversation_texts import conversation_input, conversation_que
 from llmtune.data.preparation import prepare_rows
 from llmtune.data.row_kind import kind_of_row
 from llmtune.data.row_store import iterate_full_rows, read_rows
+from llmtune.evaluate.reward_check import read_checked_rows
 
 QUESTION = {"role": "user", "content": "2 + 3?"}
 ANSWER = {"role": "assistant", "content": "5"}
@@ -81,3 +86,15 @@ def test_rewarded_rows_keep_their_other_columns_in_all_splits(tmp_path: Path):
 def test_other_tasks_do_not_keep_columns(tmp_path: Path):
     file = write_jsonl(tmp_path / "rows.jsonl", [{**chat(f"{i}?"), "answer_number": i} for i in range(10)])
     assert prepare(tmp_path, str(file)).columns_hash == ""
+
+
+def test_typed_columns_of_parquet_have_one_form_in_training_and_in_the_check_of_rewards(tmp_path: Path):
+    day = datetime(2026, 3, 4, 5, 6)
+    cells = {"at": day, "day": day.date(), "hour": day.time(), "price": Decimal("12.50"), "key": b"\x00\xff", "n": 2}
+    written = {"at": "2026-03-04 05:06:00", "day": "2026-03-04", "hour": "05:06:00", "price": "12.50", "key": "AP8="}
+    rows = [{"prompt": f"{i}?", "completion": str(i), **cells} for i in range(20)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    trained = next(row for _, row in iterate_full_rows(prepare(tmp_path, "rows.parquet", "reinforce"), "train"))
+    (_, checked), *_ = read_checked_rows(str(tmp_path / "rows.parquet"), 0)
+    for row in (trained, checked):
+        assert {name: row[name] for name in cells} == {**written, "n": 2}

@@ -274,3 +274,75 @@ def test_secrets_of_the_environment_are_not_printed_nor_parts_of_them(
     assert result.exit_code == 6
     assert KEY[:8] not in result.output
     assert "[removed]" in result.output or not as_json
+
+
+@pytest.fixture
+def orders_by_call(tmp_path: Path) -> Path:
+    tool = {"type": "function", "function": {"name": "order", "parameters": {"type": "object"}}}
+    rows = []
+    for i in range(20):
+        call = {"type": "function", "function": {"name": "order", "arguments": {"number": i}}}
+        answer = {"role": "assistant", "content": "", "tool_calls": [call]}
+        rows.append({"messages": [{"role": "user", "content": f"Order {i}."}, answer], "tools": [tool]})
+    return write_pairs(tmp_path / "calls.jsonl", rows)
+
+
+READS_LINES = """
+def mine(row, answer):
+    (call,) = row["messages"][-1]["tool_calls"]
+    return float(str(call["function"]["arguments"]["number"]) in answer)
+"""
+READS_CALLS = """
+def mine(row, answer, calls):
+    return float([one["function"] for one in calls] == [one["function"] for one in row["messages"][-1]["tool_calls"]])
+"""
+
+
+@pytest.mark.parametrize(
+    ("reward", "passes"), [("tool_arguments", True), (READS_CALLS, True), (READS_LINES, False), ("tool_name", False)]
+)
+def test_calls_reach_a_reward_apart_from_the_text(orders_by_call: Path, reward: str, passes: bool) -> None:
+    if "\n" in reward:
+        (orders_by_call.parent / "rewards.py").write_text(reward)
+        reward = f"{orders_by_call.parent / 'rewards.py'}:mine"
+    found = faults(check(orders_by_call, reward))
+    assert ("ignores_reference" in found, not found) == (not passes, passes), found
+    assert ("accepts_malformed" in found) == (reward != "tool_name" and not passes), "a call written as text is none"
+
+
+@pytest.mark.parametrize("reward", ["exact_match", "exact_match+form"])
+def test_thoughts_of_the_answer_form_are_read_as_in_training(sums: Path, reward: str) -> None:
+    """Built-in rewards read the answer without thoughts; a reward of the form reads the text as it was sampled."""
+    names = ["exact_match", f"{REWARDS / 'think_format.py'}:think_format_reward=0.2"][: reward.count("+") + 1]
+    document = check(sums, *names, answer_form="<think>\nHm.\n</think>\n\n{}")
+    assert document["ok"]
+    assert document["recipe"]["accept"] == (1.2 if "+" in reward else 1.0)
+
+
+@pytest.mark.parametrize(
+    ("value", "accept", "printed"),
+    [
+        ("0.1 + 0.7 + 0.1", 0.9, "0.9"),
+        ("1.23456789", 1.23456789, "1.23456789"),
+        ("3.0 if len(gold) > 1 else None", 3.0, "3"),
+    ],
+)
+def test_the_proposed_threshold_is_a_number_that_references_reach_as_it_is_printed(
+    sums: Path, value: str, accept: float, printed: str
+) -> None:
+    body = f"gold = row['messages'][-1]['content']\n    return ({value}) if answer == gold else 0.0"
+    (sums.parent / "rewards.py").write_text(f"def mine(row, answer):\n    {body}\n")
+    name = f"{sums.parent / 'rewards.py'}:mine"
+    assert check(sums, name)["recipe"]["accept"] == accept
+    result = invoke("reward", "check", name, "--rows", sums)
+    assert f"Suggested: reinforce.accept: {printed}\n" in result.output, result.output
+
+
+def test_a_reward_that_always_raises_has_no_numbers(sums: Path) -> None:
+    (sums.parent / "rewards.py").write_text("def mine(row, answer):\n    raise ValueError\n")
+    name = f"{sums.parent / 'rewards.py'}:mine"
+    result = invoke("reward", "check", name, "--rows", sums)
+    assert (result.exit_code, "nan" in result.output) == (6, False), result.output
+    document = check(sums, name)
+    assert document["range"] == [None, None]
+    assert document["probes"]["empty"]["reward"] == {"value": None, "low": None, "high": None}

@@ -3,13 +3,33 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support.templates import family_tokenizer, recipe_for
+from trl.rewards import format_rewards, think_format_reward
 
+from llmtune.data.answer_parser import ParsedAnswer, ToolTurn, parse_answer, read_written
+from llmtune.data.chat_template import read_template
 from llmtune.errors import RecipeError
-from llmtune.evaluate.rewards import REWARDS, RewardError, read_rewards, reward_answers, reward_files, weigh_rewards
+from llmtune.evaluate.generation import answer_reader
+from llmtune.evaluate.rewards import (
+    RESERVED,
+    REWARDS,
+    RewardError,
+    RewardPair,
+    find_lack,
+    list_rewards,
+    read_rewards,
+    reward_answers,
+    reward_files,
+    weigh_rewards,
+)
+from llmtune.evaluate.tool_metrics import measure_tools
+from llmtune.recipe.reinforce_section import ReinforceSection
+from llmtune.recipe.task_facts import TOOL_METRICS
 from llmtune.records import Row
 
 
@@ -18,7 +38,11 @@ def sum_row(a: int, b: int, **columns: object) -> Row:
     return {"messages": messages, **columns}
 
 
-PAIRS: list[tuple[Row, str]] = [(sum_row(1, 2), "3"), (sum_row(2, 2), "5"), (sum_row(4, 5), " 9 ")]
+PAIRS: list[RewardPair] = [
+    (sum_row(1, 2), read_written("3")),
+    (sum_row(2, 2), read_written("5")),
+    (sum_row(4, 5), read_written(" 9 ")),
+]
 TOOL = {"type": "function", "function": {"name": "set_timer", "parameters": {"type": "object"}}}
 
 
@@ -28,7 +52,7 @@ def write_rewards(folder: Path, text: str) -> Path:
     return path
 
 
-def values_of(folder: Path, text: str, pairs: list[tuple[Row, str]] = PAIRS, name: str = "mine") -> list[float | None]:
+def values_of(folder: Path, text: str, pairs: list[RewardPair] = PAIRS, name: str = "mine") -> list[float | None]:
     """Return the values of the reward `mine` in a file with this text."""
     (reward,) = read_rewards({f"{write_rewards(folder, text)}:{name}": 1.0})
     return [one[name] for one in reward_answers([reward], pairs, seconds=20)]
@@ -78,7 +102,7 @@ def test_a_reward_is_called_in_the_signature_that_it_was_written_in(tmp_path: Pa
 
 
 def test_columns_of_the_rows_reach_a_reward_and_come_before_the_reference(tmp_path: Path) -> None:
-    pairs: list[tuple[Row, str]] = [(sum_row(1, 2, solution="seven", level=4), "3")]
+    pairs: list[RewardPair] = [(sum_row(1, 2, solution="seven", level=4), read_written("3"))]
     text = "def mine(completions, level, solution, **columns):\n    assert solution == ['seven']\n    return level\n"
     assert values_of(tmp_path, text, pairs) == [4.0]
     named = "def mine(completions, level):\n    return level\n"
@@ -163,8 +187,22 @@ def test_two_rewards_of_one_name_are_refused(tmp_path: Path) -> None:
     assert reward_files([*stated, "exact_match"]) == [str(tmp_path / "one.py"), str(tmp_path / "two.py")]
 
 
-def builtin(name: str, row: Row, answer: str) -> float | None:
-    return REWARDS[name]([(row, answer)])[0]
+@pytest.mark.parametrize("name", RESERVED)
+@pytest.mark.parametrize("place", ["rewards", "audit"])
+def test_a_reward_with_the_name_of_another_measure_is_refused_with_the_reserved_names(
+    tmp_path: Path, name: str, place: str
+) -> None:
+    stated = f"{write_rewards(tmp_path, OURS.replace('mine', name))}:{name}"
+    section = {"rewards": {"exact_match": 1.0}, "audit": stated} if place == "audit" else {"rewards": {stated: 1.0}}
+    with pytest.raises(RecipeError, match=f"'{name}' is a measure of llmtune's own") as raised:
+        list_rewards(ReinforceSection.model_validate(section))
+    (problem,) = raised.value.problems
+    assert problem.where == f"reinforce.{place}"
+    assert all(one in (problem.fix or "") for one in RESERVED)
+
+
+def builtin(name: str, row: Row, answer: str | ParsedAnswer) -> float | None:
+    return REWARDS[name]([(row, read_written(answer) if isinstance(answer, str) else answer)])[0]
 
 
 def test_text_rewards_equal_the_metrics_row_by_row() -> None:
@@ -174,7 +212,8 @@ def test_text_rewards_equal_the_metrics_row_by_row() -> None:
     assert [one["rougeL"] for one in values] == [1, 0, 1]
     assert values[0]["chrf"] == pytest.approx(100)
     prompt = {"messages": [{"role": "user", "content": "Hello"}]}
-    assert reward_answers(rewards, [(prompt, "x"), PAIRS[0]])[0] == {"exact_match": None, "rougeL": None, "chrf": None}
+    values = reward_answers(rewards, [(prompt, read_written("x")), PAIRS[0]])
+    assert values[0] == {"exact_match": None, "rougeL": None, "chrf": None}
 
 
 def json_row(reference: object, **columns: Any) -> Row:
@@ -182,10 +221,21 @@ def json_row(reference: object, **columns: Any) -> Row:
     return {"messages": messages, **columns}
 
 
+NOT_STANDARD = [f'{{"city": "Oslo", "days": {number}, "tags": []}}' for number in ("NaN", "-Infinity", "1e999")]
+
+
 def test_json_rewards_read_schema_and_fields() -> None:
     row = json_row({"city": "Bergen", "days": 2, "tags": ["a"]})
     assert builtin("json_schema", row, '{"city": "Oslo", "days": 1.5, "tags": []}') == 1
-    for wrong in ('{"city": "Oslo"}', '{"city": 1, "days": 1, "tags": []}', "Oslo", "null", "", '{"city": "Oslo", '):
+    for wrong in (
+        *NOT_STANDARD,
+        '{"city": "Oslo"}',
+        '{"city": 1, "days": 1, "tags": []}',
+        "Oslo",
+        "null",
+        "",
+        '{"city": "Oslo", ',
+    ):
         assert builtin("json_schema", row, wrong) == 0, wrong
     stated = json_row({"city": "Bergen"}, json_schema={"type": "object", "required": ["land"]})
     assert [builtin("json_schema", stated, text) for text in ('{"city": "Bergen"}', '{"land": 1}')] == [0, 1]
@@ -199,15 +249,142 @@ def test_rows_with_tools_are_scored_by_their_calls() -> None:
     messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
     row: Row = {"messages": messages, "tools": [TOOL]}
     right, half, other = (
-        f"set_timer({json.dumps(one)})" for one in ({"minutes": 5, "label": "tea"}, {"minutes": 5}, {})
+        read_written("", [{"type": "function", "function": {"name": "set_timer", "arguments": one}}])
+        for one in ({"minutes": 5, "label": "tea"}, {"minutes": 5}, {})
     )
-    assert [builtin("json_schema", row, text) for text in (right, half, "tea", "stop({})")] == [1, 1, 0, 0]
-    assert [builtin("tool_arguments", row, text) for text in (right, half, other)] == [1, 0, 0]
+    assert [builtin("json_schema", row, answer) for answer in (right, half, "tea")] == [1, 1, 0]
+    assert [builtin("tool_arguments", row, answer) for answer in (right, half, other)] == [1, 0, 0]
     assert builtin("json_fields", row, half) == pytest.approx(2 / 3)
-    assert builtin("exact_match", row, right) == 1, "the reference has its calls as lines"
-    assert builtin("json_fields", row, "set_timer({5})") == 0
+    bare = f"set_timer({json.dumps(call['function']['arguments'])})"
+    assert {builtin(name, row, bare) for name in ("json_schema", "json_fields", "tool_arguments")} == {0}
+    assert builtin("exact_match", row, bare) is None, "text metrics do not apply to calls"
 
 
 def test_checking_the_rewards_of_a_recipe_does_not_import_transformers() -> None:
     code = "import sys, llmtune.evaluate.rewards; assert not {'transformers', 'torch'} & {*sys.modules}"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+CALL: Any = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo", "days": 2}}}
+CITY = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+WEATHER: Any = {"type": "function", "function": {"name": "weather", "parameters": CITY}}
+ASKS: Row = {"messages": [{"role": "user", "content": "?"}], "tools": [WEATHER]}
+CALLS: Row = {**ASKS, "messages": [*ASKS["messages"], {"role": "assistant", "content": "", "tool_calls": [CALL]}]}
+ARGUMENTS = ('{"city": "Oslo", "days": 2}', '{"city": "Oslo"}', '{"city": 1}', "{}", '{"days": NaN, "city": "Oslo"}')
+BARE = (
+    "{name}({arguments})",
+    "`{name}({arguments})`",
+    "[{name}({arguments})]",
+    '{{"name": "{name}", "arguments": {arguments}}}',
+    "Call {name} with {arguments}.",
+)
+MARKED = '<tool_call>\n{{"name": "{name}", "arguments": {arguments}}}\n</tool_call>'
+FORMS = (
+    *BARE,
+    MARKED,
+    f"Wait. {MARKED}",
+    f"{MARKED}\nDone.",
+    f"{MARKED}\n{MARKED}",
+    MARKED[:-9],
+    MARKED[:-15],
+    "{name}",
+)
+
+
+def write_calls() -> dict[str, bool]:
+    """Return 200 answers, and whether a client can read a call in each."""
+    named = [(name, arguments) for name in ("weather", "clock") for arguments in ARGUMENTS]
+    texts = {form.format(name=name, arguments=one): MARKED in form for form in FORMS for name, one in named}
+    return texts | {f"<think>\n{text}\n</think>\n\n{text}": marked for text, marked in texts.items()}
+
+
+def test_rewards_and_metrics_of_one_name_agree_however_a_call_is_written() -> None:
+    tokenizer, recipe = family_tokenizer("qwen-2.5"), recipe_for()
+    read, template, turn = answer_reader(tokenizer, recipe), read_template(tokenizer, recipe), ToolTurn(ASKS, [CALL])
+    answers, seen = write_calls(), set[float | None]()
+    assert len(answers) > 200
+    for text, marked in answers.items():
+        sampled = read(tokenizer(f"{text}<|im_end|>")["input_ids"], [WEATHER])
+        generated = parse_answer(f"{text}<|im_end|>", template, [WEATHER])
+        for name in TOOL_METRICS[:4]:
+            metric = measure_tools(name, {0: [generated]}, {0: [turn]}).value
+            assert builtin(name, CALLS, sampled) == metric, text
+            assert marked or metric == 0, text
+            seen.add(metric)
+        assert builtin("json_schema", CALLS, sampled) == builtin("tool_call_valid", CALLS, sampled)
+    assert {0, 1} < seen
+
+
+PARTS = """
+def by_row(row, answer, calls, *, content, thoughts, truncated):
+    assert (answer, content, thoughts) == ("<think>hm</think> four", "four", "hm"), (answer, content)
+    return calls[0]["function"]["arguments"]["days"] + 10 * truncated
+
+def by_trl(completions, calls, thoughts, truncated):
+    (message,) = completions[0]
+    assert message == {"role": "assistant", "content": "<think>hm</think> four", "tool_calls": calls[0]}
+    return by_row(None, message["content"], calls[0], content="four", thoughts=thoughts[0], truncated=truncated[0]),
+
+class by_swift:
+    def __call__(self, completions, calls, **columns):
+        assert completions == ["<think>hm</think> four"]
+        return [calls[0][0]["function"]["arguments"]["days"] + 10 * columns["truncated"][0]]
+
+def by_verl(data_source, solution_str, ground_truth, calls, truncated, extra_info=None):
+    return calls[0]["function"]["arguments"]["days"] + 10 * truncated
+"""
+
+
+@pytest.mark.parametrize("name", ["by_row", "by_trl", "by_swift", "by_verl"])
+def test_an_own_reward_gets_the_text_as_sampled_and_each_part_apart(tmp_path: Path, name: str) -> None:
+    answer = read_written("<think>hm</think> four", [CALL])
+    pairs = [(CALLS, answer), (CALLS, replace(answer, complete=False))]
+    assert values_of(tmp_path, PARTS, pairs, name) == [2.0, 12.0]
+
+
+def test_a_column_of_the_rows_comes_before_a_part_of_the_answer(tmp_path: Path) -> None:
+    text = "def mine(completions, calls):\n    return calls\n"
+    assert values_of(tmp_path, text, [(sum_row(1, 2, calls=7), read_written("3"))]) == [7.0]
+
+
+THOUGHTS = [
+    "<think>\nhm\n</think>\n\nfour<|im_end|>",
+    " <think>\nhm\n</think>\nfour",
+    "<think>\nhm",
+    "<think>hm<think></think>four<|im_end|>",
+    "\n\nfour <|im_end|>",
+    "<|im_start|><think></think>four<|im_end|>",
+]
+
+
+def test_a_reward_of_trl_gives_the_same_on_the_same_samples() -> None:
+    tokenizer = family_tokenizer("qwen-3")
+    read = answer_reader(tokenizer, recipe_for())
+    ids = [tokenizer(text)["input_ids"] for text in THOUGHTS]
+    contents = tokenizer.batch_decode(ids, skip_special_tokens=True)  # as `GRPOTrainer` does
+    expected = think_format_reward([[{"role": "assistant", "content": content}] for content in contents])
+    assert {*expected} == {0.0, 1.0}
+    rewards = read_rewards({f"{format_rewards.__file__}:think_format_reward": 1.0})
+    pairs: list[RewardPair] = [(PAIRS[0][0], read(one, None)) for one in ids]
+    assert [one["think_format_reward"] for one in reward_answers(rewards, pairs, seconds=20)] == expected
+    assert [answer.sampled for _, answer in pairs] == contents
+
+
+@pytest.mark.parametrize(
+    ("schema", "why"),
+    [
+        ("{", "its json_schema is no JSON Schema: not an object"),
+        ('{"type": 5}', "its json_schema is no JSON Schema: 5 is not"),
+        ({"$ref": "https://example.org/schema"}, "cannot be resolved"),
+        ('{"type": "object"}', None),
+        ({}, None),
+    ],
+)
+def test_a_schema_that_cannot_be_used_is_refused_with_its_row(schema: object, why: str | None) -> None:
+    (reward,) = read_rewards({"json_schema": 1.0})
+    problem = find_lack(reward, "rows.jsonl:3", json_row({"x": 1}, json_schema=schema))
+    assert (problem is None) == (why is None)
+    if problem is not None:
+        assert problem.where == "rows.jsonl:3"
+        assert why in problem.what
+        assert builtin("json_schema", json_row({"x": 1}, json_schema=schema), "{}") == 0

@@ -187,3 +187,14 @@ def test_a_tables_texts_are_numbers_with_a_decimal_point_or_a_decimal_comma() ->
     few = split_by_value(["10,5", "9,25", "", "10.5"])
     assert few == {"9.25": {1}, "10.5": {0, 3}, MISSING: {2}}
     assert [*split_by_value([f"0{number}" for number in range(1000, 1020)])][-1] == "(other)"  # postcodes
+
+
+def test_a_value_with_the_name_of_missing_or_other_values_is_a_slice_of_its_own():
+    values = ["(none)", None, "(other)", *"aabbccddeeffgghhiijjk", "(none)", "(other)"]
+    parts = split_by_value(values)
+    assert {name: parts[name] for name in ("'(none)'", "(none)", "'(other)'")} == {
+        "'(none)'": {0, 24},
+        "(none)": {1},
+        "'(other)'": {2, 25},
+    }
+    assert parts["(other)"] == {23}

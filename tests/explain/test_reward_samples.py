@@ -5,7 +5,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.models import build_llama
 from support.runs import invoke
+from support.templates import ALWAYS_THINKS
 
 from llmtune.explain.reward_samples import measure_groups
 
@@ -56,3 +58,20 @@ def closeness(row, answer):
 def test_a_model_that_is_missing_ends_with_exit_4(sums: Path) -> None:
     result = invoke("reward", "check", "exact_match", "--rows", sums, "--model", sums.parent / "absent", "--offline")
     assert result.exit_code == 4, result.output
+
+
+def test_the_thoughts_of_a_models_answers_reach_a_reward(sums: Path, tmp_path: Path) -> None:
+    """The prompt begins the thoughts, and answers of a few tokens do not end them."""
+    model = build_llama(tmp_path / "thinker", ALWAYS_THINKS)
+    (sums.parent / "rewards.py").write_text("""
+def thinks(row, answer, content, thoughts):
+    if content:
+        return 10.0 * (content == row["messages"][-1]["content"])
+    assert answer.strip() == thoughts
+    return len(thoughts) / 100
+""")
+    options = ("--model", model, "--samples", 4, "--max-new-tokens", 4, "--json")
+    result = invoke("reward", "check", f"{sums.parent / 'rewards.py'}:thinks", "--rows", sums, *options)
+    document = json.loads(result.stdout)
+    assert document["ok"], result.output
+    assert document["model"]["spread"]["value"] > 0.5

@@ -171,7 +171,7 @@ def test_an_audit_named_as_a_reward_is_refused(here: Path) -> None:
     )
     found = invoke(*LIGHT, "mine.yaml")
     assert found.exit_code == 2
-    assert "a reward is also named 'score'" in " ".join(found.stderr.split())
+    assert "two rewards are named 'score'" in " ".join(found.stderr.split())
 
 
 @pytest.mark.parametrize("command", [["recipes", "check"], ["run", "--until", "prepare"]], ids=" ".join)

@@ -62,10 +62,11 @@ def test_each_part_is_streamed_as_soon_as_it_is_final():
     assert deltas[-1] == Delta()
 
 
-def test_a_call_that_cannot_be_read_becomes_text():
-    stream, _ = stream_of('Look: <tool_call>{"name": "sum", "arg</tool_call> and more', tools=[TOOL])
+@pytest.mark.parametrize("call", ['{"name": "sum", "arg', '{"name": "sum", "arguments": {"a": NaN}}'])
+def test_a_call_that_cannot_be_read_becomes_text(call):
+    stream, _ = stream_of(f"Look: <tool_call>{call}</tool_call> and more", tools=[TOOL])
     assert stream.tool_calls == []
-    assert stream.content.startswith('Look: {"name": "sum", "arg')
+    assert stream.content.startswith(f"Look: {call}")
     assert stream.content.endswith("and more")
 
 

@@ -14,8 +14,10 @@ from support.pairs import gradient, recipe_of, start_training
 from transformers import AutoModelForCausalLM
 from trl import GRPOConfig, GRPOTrainer
 
-from llmtune.evaluate.generation import answer_ends
+from llmtune.evaluate.generation import answer_ends, answer_reader
+from llmtune.recipe.reinforce_section import ReinforceSection
 from llmtune.records import Json
+from llmtune.tasks.policy_losses import find_advantages
 from llmtune.tasks.rollouts import Rollout, write_rollouts
 
 ROWS = [{"prompt": f"Which colour has the {thing}?", "completion": "It is red"} for thing in ("cat", "dog", "bird")]
@@ -48,15 +50,15 @@ def move(training: Any, seed: int) -> None:
             parameter.add_(0.05 * noise)
 
 
-def make_rollouts(training: Any) -> list[Rollout]:
-    """Make answers: most end with one of two end tokens, some are truncated."""
+def make_rollouts(training: Any, cut_row: int | None = None) -> list[Rollout]:
+    """Make answers: most end with one of two end tokens; some are truncated, and all to the prompt `cut_row`."""
     chance, processor = random.Random(5), training.adapted.selected.processor
     stops = answer_ends(training.adapted.model, processor, training.recipe)
     assert len(stops) > 1
     rollouts = []
     for row, rewards in enumerate(REWARDS):
         for sample, reward in enumerate(rewards):
-            truncated = (row, sample) in ((0, 1), (1, 2), (2, 3))
+            truncated = row == cut_row or (row, sample) in ((0, 1), (1, 2), (2, 3))
             length = LONGEST if truncated else chance.randint(1, LONGEST - 1)
             ids = [chance.randrange(10, 250) for _ in range(length)]
             ids += [] if truncated else [stops[sample % len(stops)]]
@@ -77,7 +79,10 @@ def build_trainer(training: Any, rollouts: list[Rollout], folder: Path, options:
         ids = [list(training.examples[one.row].input_ids) for one in rollouts]
         return {"prompt_ids": ids, "completion_ids": [one.ids for one in rollouts], "logprobs": None}
 
+    read = answer_reader(processor, training.recipe)
+
     def reward(completions: list[str], **columns: Any) -> list[float | None]:
+        assert completions == [read(one.ids, None).sampled for one in rollouts], "the text that rewards read"
         return [one.reward for one in rollouts]
 
     config = GRPOConfig(
@@ -113,6 +118,7 @@ SETTINGS: dict[str, tuple[Json, Json]] = {
     "warm": ({"temperature": 0.7}, {"loss_type": "dr_grpo", "scale_rewards": "none", "temperature": 0.7}),
     "tied": ({"beta": 0.1}, {"loss_type": "dr_grpo", "scale_rewards": "none", "beta": 0.1}),
     "tied-grpo": ({"beta": 0.1, "loss": "grpo"}, {"loss_type": "grpo", "scale_rewards": "group", "beta": 0.1}),
+    "tied-cut": ({"beta": 0.1}, {"loss_type": "dr_grpo", "scale_rewards": "none", "beta": 0.1}),
     "reused": ({"rounds": 1}, {"loss_type": "dr_grpo", "scale_rewards": "none", "num_iterations": 2}),
     "clipped": (
         {"rounds": 1, "epsilon": 0.02, "loss": "grpo"},
@@ -126,7 +132,7 @@ SETTINGS: dict[str, tuple[Json, Json]] = {
 def test_the_same_samples_give_the_loss_and_gradient_of_trl(name: str, model: Path, tmp_path: Path) -> None:
     section, options = SETTINGS[name]
     training = start(model, tmp_path, section)
-    rollouts = make_rollouts(training)
+    rollouts = make_rollouts(training, 0 if name == "tied-cut" else None)
     trainer = build_trainer(training, rollouts, tmp_path, options)
     move(training, 0)  # away from the start, where half of the gradient is zero
     copy_adapter(training, trainer.model)
@@ -149,3 +155,16 @@ def test_the_same_samples_give_the_loss_and_gradient_of_trl(name: str, model: Pa
         assert found_loss == pytest.approx(loss.item(), abs=1e-5)
         assert float(expected.norm()) > 1e-3
         assert float((found - expected).norm() / expected.norm()) < 1e-5
+
+
+@pytest.mark.parametrize("total", [0.7 + 0.2 + 0.1, 1.0, 1.0 - 1e-8])
+def test_an_answer_is_accepted_although_its_weighted_sum_is_rounded(total: float) -> None:
+    section = ReinforceSection(method="filter", rewards={"exact_match": 1.0})
+    assert find_advantages([total, None, 0.0], section) == [float(total > 1 - 1e-8), 0.0, 0.0]
+
+
+def test_rewards_that_differ_by_rounding_alone_teach_nothing() -> None:
+    for scale in ("none", "group"):
+        section = ReinforceSection(rewards={"exact_match": 1.0}, scale_rewards=scale)
+        assert find_advantages([0.7 + 0.2 + 0.1, 1.0, None], section) == [0.0, 0.0, 0.0]
+        assert find_advantages([0.5, 1.0], section)[1] > 0

@@ -6,7 +6,7 @@ import re
 import resource
 import shutil
 import time
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from llmtune.evaluate.suites.own_metrics import (
 )
 from llmtune.pipeline import run_pipeline
 from llmtune.recipe.evaluate_section import EvaluateSection
+from llmtune.recipe.gate_grammar import RESERVED
 from llmtune.recipe.loader import load_recipe
 from llmtune.records import Json, Row
 from llmtune.store.run_request import RunRequest
@@ -486,6 +487,7 @@ def right_in_big(row: dict, answer: dict) -> bool:
     [
         ({"metrics": ["metrics.py"]}, "unknown metric 'metrics.py'"),
         ({"metrics": ["metrics.py:accuracy"]}, "'accuracy' is the name of one of llmtune's metrics"),
+        *(({"metrics": [f"m.py:{name}"]}, f"'{name}' is the name of one of llmtune's") for name in sorted(RESERVED)),
         ({"metrics": ["metrics.py:no-name"]}, "'no-name' cannot be the name of a metric"),
         ({"metrics": ["metrics.py:one", "other.py:one"]}, "names a metric twice"),
         ({"metrics": ["loss"], "metric_seconds": 5.0}, "'evaluate.metric_seconds' has no effect"),
@@ -516,3 +518,13 @@ def test_checking_a_recipe_reads_the_file_and_does_not_import_it(tmp_path: Path,
     assert checked.exit_code == 2
     assert "Check the path: it is relative to the recipe file" in checked.output
     assert load_recipe(recipe).recipe.evaluate.own_metrics == {"mine": f"{tmp_path}/metrics.py:mine"}
+
+
+@pytest.mark.parametrize("key", ["metric_seconds", "metric_network"])
+def test_a_recipe_with_a_reward_of_its_own_may_set_the_limits(tmp_path: Path, key: str) -> None:
+    evaluate = {"metrics": ["reward"], key: 5.0 if key == "metric_seconds" else True}
+    for rewards, obeys in (({"rewards.py:mine": 1.0}, True), ({"exact_match": 1.0}, False)):
+        sections: Json = {"task": "reinforce", "reinforce": {"rewards": rewards}, "evaluate": evaluate}
+        recipe = write_recipe(tmp_path / "tiny.yaml", "model", "rows.jsonl", **sections)
+        with nullcontext() if obeys else pytest.raises(RecipeError, match=f"'evaluate.{key}' has no effect"):
+            load_recipe(recipe)
