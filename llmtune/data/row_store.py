@@ -150,7 +150,7 @@ def pick_rows(rows: Rows, split: str, indexes: Sequence[int], folder: Path) -> R
 
 
 def gather_rows(rows: Rows, indexes: Mapping[str, Sequence[int]], folder: Path, split: str) -> Rows:
-    """Write rows of several splits, by split and index, into `folder`; return them in that order as one `split`."""
+    """Write rows of several splits into `folder`; return them as one `split`, in that order, with the corpus of `rows`."""
     target, parts = folder / f"{split}.rows.arrow", []
     for name, numbers in indexes.items():
         if len(numbers):
@@ -162,7 +162,8 @@ def gather_rows(rows: Rows, indexes: Mapping[str, Sequence[int]], folder: Path, 
     with pa.OSFile(str(target), "wb") as file, pa.ipc.new_file(file, picked.schema) as writer:
         writer.write_table(picked)
     digest = hashlib.sha256("\n".join(picked.column("row").to_pylist()).encode()).hexdigest()
-    return Rows(folder, {split: target}, {split: len(picked)}, len(picked), {}, digest, rows.columns)
+    counts = {split: len(picked)}
+    return Rows(rows.folder, {split: target}, counts, len(picked), {}, digest, rows.columns, "", 0, rows.corpus_hash)
 
 
 def iterate_batches(rows: Rows, split: str) -> Iterator[tuple[int, pa.RecordBatch]]:
