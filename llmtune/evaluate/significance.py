@@ -22,6 +22,8 @@ INCONCLUSIVE = "inconclusive"
 """A word of every verdict, and of gates."""
 NOT_APPLICABLE = "not applicable"
 """The result of a gate that finds nothing to judge."""
+ALL_TIES, ALL_CHANCE = "the judge called every row a tie", "the judge agrees with people no more than chance"
+"""The `test` of a difference that its judge cannot tell: the interval covers everything."""
 Differences = Mapping[str, Difference]
 
 

@@ -277,7 +277,8 @@ def weigh(findings: MetricChanges, changes: Differences, opponent: str | None) -
     costs = any(direction(metric, changes[metric]) for metric in changes.keys() & COSTS)
     what = "No metric of quality" if costs else "No metric"
     moved = f"{what} shows a clear difference{f' from {opponent}' if opponent else ''}."
-    rest = "Use more held-out rows, or train longer."
+    same = all(change.value == 0 for change in changes.values())
+    rest = "Train longer, or on more rows." if same else "Use more held-out rows, or train longer."
     return Verdict(INCONCLUSIVE, " ".join(part for part in (moved, findings.bar, rest) if part))
 
 

@@ -118,6 +118,7 @@ def list_scores(report: Report) -> dict[str, str]:
     """
     evaluation = report.evaluation
     named = {"verdict": f"{report.verdict.word}: {report.verdict.reason}"}
+    named |= {"doubtful_files": " ".join(report.doubts)} if report.doubts else {}
     if evaluation is None:
         return named
     if evaluation.baseline:
@@ -140,6 +141,7 @@ def list_scores(report: Report) -> dict[str, str]:
         named |= {f"champion.new_class.{one.label}": describe_new_class(one) for one in changes.new}
         named |= {"champion.lost_classes": ", ".join(changes.lost)} if changes.lost else {}
         named |= {f"champion.renamed.{name}": f"{old}?" for name, old, *_ in changes.hints}
+        named |= {f"champion.renamed.{name}": old for old, name in changes.renamed.items()}
     if champion and (new := champion.new):
         scores = {"base": new.scores.base, "tuned": new.scores.tuned, "champion": new.before}
         named |= {"new.rows": str(new.scores.rows), "champion.new.rows": str(new.rows)}

@@ -180,6 +180,8 @@ class RunDocument(TypedDict):
     scores: dict[str, ScorePart]
     """By metric, on the test rows; of studies by `study.metric`."""
     champion: ChampionPart | None
+    properties: dict[str, str]
+    """Verdict, scores, classes of the champion that come, go or may be renamed, and doubtful files, as in junit.xml."""
     exports: list[ExportPart]
     release: ReleaseOutcome | None
     """What became of `release` in the recipe's `deploy`."""
@@ -215,6 +217,7 @@ def describe_report(report: Json | None, folder: Path) -> Json:
         "gates": [pick({"applies": True, **gate}, GatePart.__annotations__) for gate in content.get("gates", ())],
         "scores": _list_scores(evaluation),
         "champion": _describe_champion(evaluation.get("champion")),
+        "properties": content.get("properties", {}) if evaluation else {},
         "exports": list(_list_exports(content, folder)),
         "release": content.get("release"),
         "model": model and {"name": model["name"], "revision": model.get("revision")},
