@@ -30,7 +30,7 @@ from llmtune.display.number_format import count, missing
 from llmtune.errors import RecipeError
 from llmtune.evaluate.metric_info import better_side, full_note, rank_metrics
 from llmtune.evaluate.opened_runs import check_alike, open_runs
-from llmtune.evaluate.verdict import BETTER, MIXED, WORSE
+from llmtune.evaluate.verdict import BETTER, MIXED, UNCLEARLY, WORSE
 from llmtune.recipe.secrets import redact_all
 from llmtune.records import Json
 from llmtune.report.evaluation_sections import passed_cell
@@ -174,7 +174,9 @@ def pair_section(pair: RunPair, metrics: Sequence[str], task: str) -> Section:
     blocks: list[Block] = [Text(pair.verdict.reason)]
     blocks += [difference_table(rows, base=None)] if rows else []
     blocks += [Text(f"{metric} is omitted: {why}.") for metric, why in sorted(pair.left_out.items())]
-    return Section(f"{pair.second} minus {pair.first}: {pair.verdict.word}", blocks)
+    reason = pair.verdict.reason.partition(". ")[0].removesuffix(".")
+    basis = f"{reason[0].lower()}{reason[1:]}" if pair.verdict.word in WORDS else pair.verdict.word
+    return Section(f"{pair.second} minus {pair.first}: {basis}", blocks)
 
 
 def describe_pairs(pairs: Sequence[RunPair]) -> list[str]:
@@ -189,7 +191,8 @@ def describe_pairs(pairs: Sequence[RunPair]) -> list[str]:
 
 def describe_pair(pair: RunPair) -> str:
     """Say which of two runs is better, in one line."""
-    text = WORDS.get(pair.verdict.word, UNKNOWN).format(first=pair.first, second=pair.second)
+    words = "{second} against {first}:" if UNCLEARLY in pair.verdict.reason else WORDS.get(pair.verdict.word, UNKNOWN)
+    text = words.format(first=pair.first, second=pair.second)
     return f"{text} {pair.verdict.reason}"
 
 

@@ -31,6 +31,7 @@ from llmtune.store.score_records import Champion, Evaluation, GateResult, NewRow
 
 BETTER, WORSE, MIXED, WITHIN = "better", "worse", "mixed", "within margin"
 """The words of every verdict, with `INCONCLUSIVE`: on a run, on a pair of runs."""
+UNCLEARLY = "but not clearly."
 PRICE = "The cost: the tuned model is farther from the base model (kl)."
 
 
@@ -260,6 +261,8 @@ def weigh(findings: MetricChanges, changes: Differences, opponent: str | None) -
     better, worse, within = findings.better, findings.worse, findings.within
     than = f" than {opponent}" if opponent else ""
     margin, bar = name_within(findings), f" {findings.bar}" if findings.bar else ""
+    verb, side = "is" if len(findings.contrary) == 1 else "are", WORSE if better else BETTER
+    other = f"{join_names(findings.contrary)} {verb} {side}, {UNCLEARLY}" if findings.contrary else ""
     if worse and (better or within):
         gained = f"Better in {join_names(better)}{than}, worse in {join_names(worse)}." if better else ""
         reason = gained or f"Worse in {join_names(worse)}{than}."
@@ -268,10 +271,10 @@ def weigh(findings: MetricChanges, changes: Differences, opponent: str | None) -
             " ".join(part for part in (reason, margin, findings.bar, "Read the samples before you decide.") if part),
         )
     if worse:
-        return Verdict(WORSE, f"Worse in {join_names(worse)}{than}; no metric got better.{bar}")
+        return Verdict(WORSE, f"Worse in {join_names(worse)}{than}; {other or 'no metric got better.'}{bar}")
     if better:
-        rest = margin or "No metric got worse."
-        return Verdict(BETTER, f"Better in {join_names(better)}{than}. {rest}{bar}")
+        rest = f"; {other} {margin}".rstrip() if other else f". {margin or 'No metric got worse.'}"
+        return Verdict(BETTER, f"Better in {join_names(better)}{than}{rest}{bar}")
     if within:
         return Verdict(WITHIN, f"{margin}{bar}")
     costs = any(direction(metric, changes[metric]) for metric in changes.keys() & COSTS)
