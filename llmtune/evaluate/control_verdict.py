@@ -37,11 +37,8 @@ def find_reliance(evaluation: Evaluation | None) -> Reliance | None:
     controls = {name: one for name, one in evaluation.controls.items() if is_judged(one)} if evaluation else {}
     if not controls:
         return None
-    lacking = tuple(
-        name
-        for name in controls
-        if not any(is_lost(metric, name, controls) for metric in judged_metrics(controls[name]))
-    )
+    lost = {name: [one for one in judged_metrics(controls[name]) if is_lost(one, name, controls)] for name in controls}
+    lacking = tuple(name for name in controls if not lost[name])
     return Reliance(lacking, describe_reliance(controls, lacking))
 
 

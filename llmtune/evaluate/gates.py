@@ -11,7 +11,7 @@ from llmtune.errors import GateFailed, GateUnsure, Problem, RecipeError
 from llmtune.evaluate.champion import open_champion
 from llmtune.evaluate.evaluation_file import list_failed, load_with_exports
 from llmtune.evaluate.paired_statistics import name_groups, row_deviation, rows_needed, smallest_difference, widen
-from llmtune.evaluate.significance import ALL_CHANCE, ALL_TIES, INCONCLUSIVE, NOT_APPLICABLE, is_open
+from llmtune.evaluate.significance import ALL_CHANCE, ALL_TIES, INCONCLUSIVE, NOT_APPLICABLE, is_open, outcome
 from llmtune.evaluate.source_labels import DOUBTFUL
 from llmtune.recipe.evaluate_section import ERROR, EvaluateSection, WhenUnsure
 from llmtune.recipe.gate_grammar import SIMPLE_BASELINES, Gate, Operator, parse_gate
@@ -86,9 +86,9 @@ def check_gate(gate: Gate, evaluation: Evaluation, section: EvaluateSection) -> 
     tuned, scores, differences = compared_scores(gate, evaluation)
     if gate.metric not in tuned or (gate.against and gate.metric not in scores):
         return GateResult(gate.text, gate.text, why_unmeasured(gate, evaluation), passed=False)
+    name = f"{gate.metric}[{gate.rows}]" if gate.rows else gate.metric
     if gate.part is None:
         actual, limit = tuned[gate.metric], threshold(gate, scores.get(gate.metric, math.nan))
-        name = f"{gate.metric}[{gate.rows}]" if gate.rows else gate.metric
         wanted = f"{name} {gate.op} {number(limit)}"
         passed: bool | None = is_met(gate.op, actual, limit)
         note = UNDEFINED if math.isnan(actual) or math.isnan(limit) else ""
@@ -110,7 +110,6 @@ def check_gate(gate: Gate, evaluation: Evaluation, section: EvaluateSection) -> 
         note = f"worse, and shown to be within the margin: {number(wide.low)} to {number(wide.high)}"
     origin = ORIGINS.get(gate.against, "")
     level = f", at {100 * (1 - alpha):.5g} %," if section.looks else ""
-    name = f"{gate.metric}[{gate.rows}]" if gate.rows else gate.metric
     what = f"interval of {name}" if gate.on_own_interval else f"difference{origin}"
     what += f" in {name}" if gate.rows and not gate.on_own_interval else ""
     wanted = f"{gate.part} end of the {what}{level} {gate.op} {number(limit)}"
@@ -254,9 +253,8 @@ def why_unmeasured(gate: Gate, evaluation: Evaluation) -> str:
     if gate.rows and gate.against == "champion":
         return "not comparable: the champion's model could not answer the new rows"
     left_out = evaluation.champion.left_out if evaluation.champion and gate.against == "champion" else {}
-    if gate.metric in left_out:
-        return f"not comparable: {left_out[gate.metric]}"
-    return f"{NOT_MEASURED}: {name or 'the tuned model'} has no {gate.metric} on these rows"
+    absent = f"{NOT_MEASURED}: {name or 'the tuned model'} has no {gate.metric} on these rows"
+    return f"not comparable: {left_out[gate.metric]}" if gate.metric in left_out else absent
 
 
 def require_gates(gates: Sequence[GateResult], report: Json, failed_metrics: Sequence[Problem] = ()) -> None:
@@ -265,18 +263,17 @@ def require_gates(gates: Sequence[GateResult], report: Json, failed_metrics: Seq
     Raises RecipeError first if metrics of the user's own failed: gates on them say nothing about the model.
     """
     RecipeError.collect(failed_metrics)
-    failed, unsure = (
-        [
-            Problem(f"{what}wanted {outcome(gate)}", gate.name, suggest_step(gate))
-            for gate in gates
-            if gate.passed is one
-        ]
-        for what, one in (("gate failed: ", False), ("", None))
-    )
+    failed, unsure = ([to_problem(gate) for gate in gates if gate.passed is one] for one in (False, None))
     if failed or unsure:
         error = GateFailed(*failed) if failed else GateUnsure(*unsure)
         error.report = report
         raise error
+
+
+def to_problem(gate: GateResult) -> Problem:
+    """Return why a gate did not pass, and what may help."""
+    failed = "gate failed: " if gate.passed is False else ""
+    return Problem(f"{failed}wanted {outcome(gate)}", gate.name, suggest_step(gate))
 
 
 def suggest_step(gate: GateResult) -> str:
@@ -300,11 +297,6 @@ def note_gates(run: RunFolder, recipe: Recipe, gates: Sequence[GateResult]) -> N
     judged = len(results) >= len(recipe.evaluate.gates) and not list_failed(run.path / "evaluation")
     together = "failed" if False in results else "undecided" if None in results else "passed"
     run.note(gates=together if judged else None)
-
-
-def outcome(gate: GateResult) -> str:
-    """Return the wanted value, the actual value and the note."""
-    return "; ".join(part for part in (f"{gate.wanted}, got {gate.got}", gate.note) if part)
 
 
 def threshold(gate: Gate, other: float) -> float:

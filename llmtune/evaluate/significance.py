@@ -51,6 +51,11 @@ def is_open(gate: GateResult) -> bool:
     return gate.passed is None or gate.note.startswith(INCONCLUSIVE)
 
 
+def outcome(gate: GateResult) -> str:
+    """Return the wanted value, the actual value and the note."""
+    return "; ".join(part for part in (f"{gate.wanted}, got {gate.got}", gate.note) if part)
+
+
 def countable(differences: Differences) -> dict[str, Difference]:
     """Return the differences with enough rows."""
     return {metric: change for metric, change in differences.items() if change.n >= FEWEST_ROWS}

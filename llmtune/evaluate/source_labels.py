@@ -94,9 +94,7 @@ def gate_labels(doubts: Sequence[str], recipe: Recipe) -> tuple[GateResult, ...]
     """
     if not doubts or not (recipe.evaluate.gates or recipe.evaluate.champion or RELEASE in recipe.deploy.products):
         return ()
-    note = (
-        f"{INCONCLUSIVE}: correct the labels or remove the file; if they are right, add --set {accept_labels(recipe)}"
-    )
+    note = f"{INCONCLUSIVE}: correct the labels; if they are right, add --set {accept_labels(recipe)}"
     wanted = "no source file with far more doubtful labels than expected"
     return (GateResult(DOUBTFUL, wanted, " ".join(doubts).removesuffix(" Check them."), None, note),)
 

@@ -31,7 +31,6 @@ from llmtune.store.score_records import Champion, Evaluation, GateResult, NewRow
 
 BETTER, WORSE, MIXED, WITHIN = "better", "worse", "mixed", "within margin"
 """The words of every verdict, with `INCONCLUSIVE`: on a run, on a pair of runs."""
-UNCLEARLY = "but not clearly."
 PRICE = "The cost: the tuned model is farther from the base model (kl)."
 
 
@@ -262,7 +261,7 @@ def weigh(findings: MetricChanges, changes: Differences, opponent: str | None) -
     than = f" than {opponent}" if opponent else ""
     margin, bar = name_within(findings), f" {findings.bar}" if findings.bar else ""
     verb, side = "is" if len(findings.contrary) == 1 else "are", WORSE if better else BETTER
-    other = f"{join_names(findings.contrary)} {verb} {side}, {UNCLEARLY}" if findings.contrary else ""
+    other = f"{join_names(findings.contrary)} {verb} {side}, but not clearly." if findings.contrary else ""
     if worse and (better or within):
         gained = f"Better in {join_names(better)}{than}, worse in {join_names(worse)}." if better else ""
         reason = gained or f"Worse in {join_names(worse)}{than}."

@@ -118,7 +118,7 @@ def test_a_run_that_learned_less_is_worse_and_the_reverse_is_better(compare, tra
     assert (pair["verdict"]["word"], back["verdict"]["word"]) == ("worse", "better")
     low, high = pair["difference"]["loss"]["interval"]
     assert 0 < low < high
-    assert "shorter is worse than good. Worse in loss" in read()
+    assert "shorter against good: Worse in loss" in read()
 
 
 def test_a_difference_is_that_of_the_scores(compare, train, good):
@@ -305,7 +305,7 @@ SECRET = "hf_" + "s3cret" * 6
 
 
 def test_a_methods_cost_is_reported_relative_to_the_first(made):
-    assert describe_pair(made.pairs[0]).startswith("shorter is worse than good. Worse in loss")
+    assert describe_pair(made.pairs[0]).startswith("shorter against good: Worse in loss")
     unclear = Verdict("worse", "Worse in loss; accuracy is better, but not clearly. Read on.")
     pair = replace(made.pairs[0], verdict=unclear)
     assert describe_pair(pair) == f"shorter against good: {unclear.reason}", "no headline says worse alone"
