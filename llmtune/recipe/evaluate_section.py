@@ -159,9 +159,8 @@ class EvaluateSection(RecipeSection):
 
     max_disagreement: Annotated[float, Field(gt=0, le=1)] | None = None
     """Share of a source file's labels that may differ from the champion's predictions, such as 0.6; more is an error
-    before training (exit code 3). Compares at most 200 rows of a file that the champion never saw, of known classes. 1
-    accepts all labels. Default none: a file that differs far more than the champion's own test is named and trained
-    on, and the result is inconclusive (exit code 7)."""
+    before training (exit code 3); 1 accepts all. Compares at most 200 rows of a file that the champion never saw, of
+    known classes. Default none: trains, but a file that differs far more than usual is inconclusive (exit code 7)."""
 
     paths: ClassVar = {"champion": absolute_or_address, "metrics": absolute_metric}
 
