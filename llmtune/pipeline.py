@@ -62,7 +62,7 @@ from llmtune.recipe.loader import LoadedRecipe
 from llmtune.recipe.schema import Recipe
 from llmtune.records import UNTIL, Json, ModelRef, Until, read_model_ref
 from llmtune.report.report_page import report_json, write_report
-from llmtune.report.run_report import make_report
+from llmtune.report.run_report import list_remedies, make_report
 from llmtune.report.terminal import print_scored, print_scores, print_seeds, print_verdict
 from llmtune.store.atomic_files import hash_folder, plain, staged
 from llmtune.store.processes import once, rank, world_size
@@ -392,7 +392,7 @@ def _conclude(run: RunContext, recipe: Recipe) -> Json:
         if "evaluate" in run.folder.ran:
             log_results(report, recipe.train.report_to, path, run.device, offline=request.offline)
         print_verdict(report.verdict, report.gates, console)
-        run.folder.note(next_steps=base.next_steps(path, run.plan.task, run.rows))
+        run.folder.note(next_steps=base.next_steps(path, run.plan.task, run.rows, list_remedies(report, recipe, path)))
         console.print(run.folder.findings["next_steps"], highlight=False, markup=False, soft_wrap=True)
         conclude_release(run, report.gates)
         report = _write_report(run, recipe) if report.release != run.folder.findings.get("release") else report

@@ -209,10 +209,11 @@ def test_releases_of_a_growing_test_set_are_compared_on_their_common_rows(recipe
     assert f"the {compared['rows']['common']} test rows of both" in shown
 
 
-def test_rankings_are_compared_though_the_passages_grew_with_the_test_rows(here: Path) -> None:
+@pytest.mark.parametrize("corpus", [None, "pairs.jsonl"])
+def test_rankings_are_compared_though_the_passages_grew_with_the_rows(here: Path, corpus: str | None) -> None:
     evaluate = {"metrics": ["ndcg@10"], "champion": "release:tiny", "gates": ["ndcg@10.low > champion - 1.1"]}
     sections: dict[str, Any] = {"task": "embed", "generation": None, "evaluate": evaluate}
-    sections |= {"train": {"learning_rate": 1e-12}, "deploy": ["release"]}
+    sections |= {"train": {"learning_rate": 1e-12}, "deploy": ["release"], "data": {"corpus": corpus}}
     recipe = write_recipe(here / "tiny.yaml", build_bert(here / "bert"), "pairs.jsonl", **sections)
     for count in (60, 120):
         pairs = [{"query": f"number {i}", "passage": f"The thing with the number {i} is here."} for i in range(count)]

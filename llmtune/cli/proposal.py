@@ -246,7 +246,7 @@ def write_first_recipe(
     if facts.has_turns and len(set(answers)) <= min(FEW_ANSWERS, len(answers) // 4):
         metrics = ("loss", "exact_match", "choice_accuracy")
     judged = metrics[-1 if facts.has_turns else 0 if facts.searches else 1]
-    gate = f"{judged}.high < base" if judged in ERRORS else f"{judged}.low > base"
+    end, margin = (".high <", "* 1.05") if judged in ERRORS else (".low >", "* 0.95")
     test = [] if has_test else _name_test(name, len(rows) - copies)
     mined = f"negatives: {{mine: {MINED}}}  # for each query, the {MINED} nearest wrong passages: they teach the most"
     negatives = [mined] if mines_negatives(facts, rows) else []
@@ -269,7 +269,9 @@ def write_first_recipe(
         tokens = _round_up_tokens(max(map(len, answers)), ANSWER_LENGTHS)
         lines += ["generation:", f"  max_new_tokens: {tokens}  # estimate of the longest answer"]
     lines += ["evaluate:", f"  metrics: [{', '.join(metrics)}]"]
-    lines += [f"  gates: []  # DECIDE: when is the model good enough? e.g. [{gate}]"]
+    lines += [f"  gates: []  # DECIDE: when is the model good enough? e.g. [{judged}{end} base]"]
+    weekly = f"['{judged}{end} champion {margin}', '{judged}[new]{end} base']"
+    lines += [f"  # each week: champion: release:{name}, gates: {weekly}, and deploy: [release]"]
     return "\n".join(lines) + "\n"
 
 

@@ -39,12 +39,7 @@ from llmtune.report.render_markdown import to_markdown
 from llmtune.report.score_sections import spell_metrics
 from llmtune.store.atomic_files import explained, hash_value, plain, write_json, write_text
 
-WORDS = {
-    BETTER: "{second} is better than {first}.",
-    WORSE: "{second} is worse than {first}.",
-    MIXED: "{second} is better than {first} in some metrics and worse in others.",
-}
-UNKNOWN = "There is no clear difference between {first} and {second}."
+CLEAR = (BETTER, WORSE, MIXED)
 METHOD = (
     "All differences are paired: both models answered the same rows, matched by content in any order. "
     "The intervals are 95 %, from a bootstrap over rows; “better” and “worse” also require that the change holds among "
@@ -121,7 +116,7 @@ def make_comparison_page(made: Comparison) -> Page:
     settings: TableRows = [[Cell(one.key, code=True), *map(shorten_value, one.values)] for one in made.settings]
     folders = [f"{run.name}: `{run.folder}`" for run in runs]
     few = len(made.pairs) <= FEW
-    shown = [pair for pair in made.pairs if few or pair.first == made.pairs[0].first or pair.verdict.word in WORDS]
+    shown = [pair for pair in made.pairs if few or pair.first == made.pairs[0].first or pair.verdict.word in CLEAR]
     sections = [
         Section("Costs", [cost_table(runs)]),
         Section("Scores", [score_table(metric, made) for metric in metrics]),
@@ -174,12 +169,14 @@ def pair_section(pair: RunPair, metrics: Sequence[str], task: str) -> Section:
     blocks: list[Block] = [Text(pair.verdict.reason)]
     blocks += [difference_table(rows, base=None)] if rows else []
     blocks += [Text(f"{metric} is omitted: {why}.") for metric, why in sorted(pair.left_out.items())]
-    return Section(f"{pair.second} minus {pair.first}: {pair.verdict.word}", blocks)
+    reason = pair.verdict.reason.partition(". ")[0].removesuffix(".")
+    basis = f"{reason[0].lower()}{reason[1:]}" if pair.verdict.word in CLEAR else pair.verdict.word
+    return Section(f"{pair.second} minus {pair.first}: {basis}", blocks)
 
 
 def describe_pairs(pairs: Sequence[RunPair]) -> list[str]:
     """Say which run of each pair is better; if there are many, unclear pairs are counted in one line."""
-    clear = [pair for pair in pairs if pair.verdict.word in WORDS or len(pairs) <= FEW]
+    clear = [pair for pair in pairs if pair.verdict.word in CLEAR or len(pairs) <= FEW]
     others = len(pairs) - len(clear)
     text = (
         f"In {'the other ' if clear else ''}{others} pairs there is no clear difference: more held-out rows would tell."
@@ -189,8 +186,7 @@ def describe_pairs(pairs: Sequence[RunPair]) -> list[str]:
 
 def describe_pair(pair: RunPair) -> str:
     """Say which of two runs is better, in one line."""
-    text = WORDS.get(pair.verdict.word, UNKNOWN).format(first=pair.first, second=pair.second)
-    return f"{text} {pair.verdict.reason}"
+    return f"{pair.second} against {pair.first}: {pair.verdict.reason}"
 
 
 def describe_costs(runs: Sequence[RunSummary]) -> list[str]:

@@ -8,7 +8,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NotRequired
 
@@ -150,7 +150,7 @@ def pick_rows(rows: Rows, split: str, indexes: Sequence[int], folder: Path) -> R
 
 
 def gather_rows(rows: Rows, indexes: Mapping[str, Sequence[int]], folder: Path, split: str) -> Rows:
-    """Write rows of several splits, by split and index, into `folder`; return them in that order as one `split`."""
+    """Write rows of several splits into `folder`; return them in that order as one `split`, with their corpus."""
     target, parts = folder / f"{split}.rows.arrow", []
     for name, numbers in indexes.items():
         if len(numbers):
@@ -162,7 +162,7 @@ def gather_rows(rows: Rows, indexes: Mapping[str, Sequence[int]], folder: Path, 
     with pa.OSFile(str(target), "wb") as file, pa.ipc.new_file(file, picked.schema) as writer:
         writer.write_table(picked)
     digest = hashlib.sha256("\n".join(picked.column("row").to_pylist()).encode()).hexdigest()
-    return Rows(folder, {split: target}, {split: len(picked)}, len(picked), {}, digest, rows.columns)
+    return replace(rows, files={split: target}, counts={split: len(picked)}, dropped={}, content_hash=digest)
 
 
 def iterate_batches(rows: Rows, split: str) -> Iterator[tuple[int, pa.RecordBatch]]:

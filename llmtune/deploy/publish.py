@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -22,6 +23,7 @@ from llmtune.deploy.products import EXPORT_FORMATS
 from llmtune.errors import EnvironmentProblem, GateFailed, LlmtuneError, Problem, RecipeError
 from llmtune.evaluate.decision import copy_rules
 from llmtune.evaluate.evaluation_file import load_with_exports
+from llmtune.evaluate.gates import to_problem
 from llmtune.model.resolve import LICENSES, NO_ANSWER
 from llmtune.recipe.secrets import hide_paths, is_local_path, recipe_to_share, redact, refuse_paths
 from llmtune.store.atomic_files import explained, hash_folder, hash_path, staged, write_json, write_text
@@ -29,7 +31,7 @@ from llmtune.store.process_environment import offline_switches
 from llmtune.store.report_record import read_report
 from llmtune.store.run_folder import CERTIFICATE, RunFolder, read_run, recipe_of_run
 from llmtune.store.run_lock import LOCK, read_lock, read_resolved
-from llmtune.store.score_records import Evaluation
+from llmtune.store.score_records import Evaluation, GateResult
 
 
 def check_upload(offline: bool) -> None:
@@ -160,15 +162,8 @@ def _read_scores(folder: RunFolder) -> tuple[Document, Evaluation]:
 
 def _check_gates(report: Document) -> None:
     fix = "To publish anyway, add --despite-gates. The card then shows the gates."
-    GateFailed.collect(
-        Problem(
-            f"gate {'failed' if gate['passed'] is False else 'not passed'}: wanted {gate['wanted']}, got {gate['got']}",
-            gate["name"],
-            fix,
-        )
-        for gate in report["gates"]
-        if not gate["passed"]
-    )
+    gates = (GateResult(**gate) for gate in report["gates"])
+    GateFailed.collect(replace(to_problem(gate), fix=fix) for gate in gates if not gate.passed)
 
 
 # The model, and the proof that it is the evaluated one

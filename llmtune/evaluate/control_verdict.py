@@ -37,7 +37,8 @@ def find_reliance(evaluation: Evaluation | None) -> Reliance | None:
     controls = {name: one for name, one in evaluation.controls.items() if is_judged(one)} if evaluation else {}
     if not controls:
         return None
-    lacking = tuple(name for name, one in controls.items() if not list_drops(one, judged_metrics(one)))
+    lost = {name: [one for one in judged_metrics(controls[name]) if is_lost(one, name, controls)] for name in controls}
+    lacking = tuple(name for name in controls if not lost[name])
     return Reliance(lacking, describe_reliance(controls, lacking))
 
 
@@ -62,6 +63,20 @@ def list_drops(control: Control, metrics: Sequence[str]) -> list[str]:
     """Return the metrics in which the tuned model is better with the rows' own pictures than under a control."""
     changes = countable(control.difference)
     return [metric for metric in metrics if metric in changes and direction(metric, changes[metric]) > 0]
+
+
+def is_lost(metric: str, name: str, controls: Mapping[str, Control]) -> bool:
+    """Whether the tuned model loses in a metric under a control, as both controls show together.
+
+    With few answers, a constant guess under a grey picture is often right. If the rows do not show that grey pictures
+    cost less than swapped ones, the loss under swapped ones decides.
+    """
+    if list_drops(controls[name], [metric]):
+        return True
+    swapped, grey = (controls[one].difference.get(metric) if one in controls else None for one in ("swapped", name))
+    if swapped is None or grey is None or name == "swapped" or not list_drops(controls["swapped"], [metric]):
+        return False
+    return grey.low <= swapped.high and swapped.low <= grey.high
 
 
 def describe_reliance(controls: dict[str, Control], lacking: Sequence[str]) -> str:
@@ -111,8 +126,8 @@ def weigh_controls(result: Verdict, evaluation: Evaluation | None, gained: Seque
 
 def needs_pictures(metric: str, evaluation: Evaluation) -> bool:
     """Whether the tuned model is better in a metric with the rows' own pictures than under every control."""
-    controls = [one for one in evaluation.controls.values() if metric in one.difference and is_judged(one)]
-    return all(list_drops(one, [metric]) for one in controls)
+    controls = {name: one for name, one in evaluation.controls.items() if metric in one.difference and is_judged(one)}
+    return all(is_lost(metric, name, controls) for name in controls)
 
 
 def describe_kept(gained: Sequence[str], unneeded: Sequence[str], evaluation: Evaluation) -> str:

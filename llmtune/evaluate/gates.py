@@ -11,7 +11,8 @@ from llmtune.errors import GateFailed, GateUnsure, Problem, RecipeError
 from llmtune.evaluate.champion import open_champion
 from llmtune.evaluate.evaluation_file import list_failed, load_with_exports
 from llmtune.evaluate.paired_statistics import name_groups, row_deviation, rows_needed, smallest_difference, widen
-from llmtune.evaluate.significance import INCONCLUSIVE, NOT_APPLICABLE
+from llmtune.evaluate.significance import ALL_CHANCE, ALL_TIES, INCONCLUSIVE, NOT_APPLICABLE, is_open, outcome
+from llmtune.evaluate.source_labels import DOUBTFUL
 from llmtune.recipe.evaluate_section import ERROR, EvaluateSection, WhenUnsure
 from llmtune.recipe.gate_grammar import SIMPLE_BASELINES, Gate, Operator, parse_gate
 from llmtune.recipe.schema import Recipe
@@ -36,6 +37,11 @@ ORIGINS: Mapping[str | None, str] = {
     **{name: f" from the tuned model with {pictures}" for name, pictures in CONTROLS.items()},
 }
 """What a difference is from, by the gate's other model; the base needs no name."""
+UNABLE = (ALL_TIES, ALL_CHANCE)
+UNDEFINED = "the score is undefined on these rows"
+UNDECIDABLE = "no number of rows would decide it"
+NOT_MEASURED = "not measured"
+READ = "Read the rows that it gets wrong in report.html."
 COUNTED: dict[WhenUnsure, bool | None] = {"fail": False, "pass": True, "report": None}
 
 
@@ -80,24 +86,30 @@ def check_gate(gate: Gate, evaluation: Evaluation, section: EvaluateSection) -> 
     tuned, scores, differences = compared_scores(gate, evaluation)
     if gate.metric not in tuned or (gate.against and gate.metric not in scores):
         return GateResult(gate.text, gate.text, why_unmeasured(gate, evaluation), passed=False)
+    name = f"{gate.metric}[{gate.rows}]" if gate.rows else gate.metric
     if gate.part is None:
         actual, limit = tuned[gate.metric], threshold(gate, scores.get(gate.metric, math.nan))
-        name = f"{gate.metric}[{gate.rows}]" if gate.rows else gate.metric
         wanted = f"{name} {gate.op} {number(limit)}"
-        return GateResult(gate.text, wanted, number(actual), is_met(gate.op, actual, limit))
+        passed: bool | None = is_met(gate.op, actual, limit)
+        note = UNDEFINED if math.isnan(actual) or math.isnan(limit) else ""
+        own = evaluation.own_intervals().get(gate.metric)
+        if own is not None and own.test in UNABLE:
+            passed, note = COUNTED[section.when_unsure], f"{INCONCLUSIVE}: {own.test}, so {UNDECIDABLE}"
+        return GateResult(gate.text, wanted, number(actual), passed, note)
     change, limit = differences.get(gate.metric), margin(gate, scores[gate.metric])
     if change is None:
-        return GateResult(gate.text, gate.text, "no interval", passed=False)
+        return GateResult(gate.text, gate.text, "no interval: these rows give none", passed=False)
     wide, alpha = widen(change, section.alpha), section.alpha
     actual = wide.low if gate.part == "low" else wide.high
     passed, note = decide(gate, actual, wide, limit), ""
     if passed is None:
         passed, note = COUNTED[section.when_unsure], f"{INCONCLUSIVE}: {explain_unsure(gate, change, limit, alpha)}"
+    elif math.isnan(change.value):
+        note = UNDEFINED
     elif passed and not gate.on_own_interval and is_worse(gate.op, wide):
         note = f"worse, and shown to be within the margin: {number(wide.low)} to {number(wide.high)}"
     origin = ORIGINS.get(gate.against, "")
     level = f", at {100 * (1 - alpha):.5g} %," if section.looks else ""
-    name = f"{gate.metric}[{gate.rows}]" if gate.rows else gate.metric
     what = f"interval of {name}" if gate.on_own_interval else f"difference{origin}"
     what += f" in {name}" if gate.rows and not gate.on_own_interval else ""
     wanted = f"{gate.part} end of the {what}{level} {gate.op} {number(limit)}"
@@ -130,10 +142,12 @@ def explain_unsure(gate: Gate, change: Difference, limit: float, alpha: float) -
     """Return how many rows would decide the gate, and at which true difference; `change` has its 95 % interval."""
     if math.isnan(change.low):
         return NO_INTERVAL.format(f"{change.n} rows{name_groups(change.n, change)}")
+    if change.test in UNABLE:
+        return f"{change.test}, so {UNDECIDABLE}"
     assumed, needed = plan_rows(gate, change, limit, alpha)
     score = gate.metric if gate.on_own_interval else "the difference"
     if needed is None:
-        return f"{score} is at the limit, {number(limit)}, so no number of rows would decide it"
+        return f"{score} is at the limit, {number(limit)}, so {UNDECIDABLE}"
     if needed <= change.n:  # the plan has 80 % power: this is the other 20 %, or there was a change
         assumed, needed = change.value, rows_needed(row_deviation(change), abs(change.value - limit), alpha)
     unchanged = assumed == 0 and not gate.on_own_interval
@@ -224,17 +238,23 @@ def why_unmeasured(gate: Gate, evaluation: Evaluation) -> str:
     """Return why there is no score to compare with."""
     if gate.on_export:
         return "not measured: `llmtune run` makes and scores the exports"
-    if (name := gate.against or "") in SIMPLE_BASELINES:
-        return evaluation.signatures.get(name, "not measured")
-    if name in CONTROLS:
-        return "not measured: no test row has a picture, or evaluate.controls was off"
-    if (control_run := evaluation.control_run) and name == control_run.name:
-        why = control_run.why_none or control_run.left_out.get(gate.metric, "")
-        return f"not measured: {why}" if why else "not measured"
+    study, notes = evaluation.studies.get(gate.metric.partition(".")[0]), evaluation.signatures
+    known = [study.signatures.get(gate.metric.partition(".")[2], ""), *study.signatures.values()] if study else []
+    reasons = [one for one in (notes.get(gate.metric, ""), *known) if one.startswith(NOT_MEASURED)]
+    if gate.metric not in evaluation.by_name("tuned"):
+        return next(iter(reasons), f"{NOT_MEASURED}: the last evaluation did not compute it")
+    if (name := gate.against or "") in SIMPLE_BASELINES and evaluation.simple_baseline is None and name in notes:
+        return notes[name]
+    if name in CONTROLS and name not in evaluation.controls:
+        return f"{NOT_MEASURED}: no test row has a picture, or evaluate.controls was off"
+    run = evaluation.control_run if evaluation.control_run and name == evaluation.control_run.name else None
+    if run and (why := run.why_none or run.left_out.get(gate.metric, "")):
+        return f"{NOT_MEASURED}: {why}"
     if gate.rows and gate.against == "champion":
         return "not comparable: the champion's model could not answer the new rows"
     left_out = evaluation.champion.left_out if evaluation.champion and gate.against == "champion" else {}
-    return f"not comparable: {left_out[gate.metric]}" if gate.metric in left_out else "not measured"
+    absent = f"{NOT_MEASURED}: {name or 'the tuned model'} has no {gate.metric} on these rows"
+    return f"not comparable: {left_out[gate.metric]}" if gate.metric in left_out else absent
 
 
 def require_gates(gates: Sequence[GateResult], report: Json, failed_metrics: Sequence[Problem] = ()) -> None:
@@ -243,13 +263,29 @@ def require_gates(gates: Sequence[GateResult], report: Json, failed_metrics: Seq
     Raises RecipeError first if metrics of the user's own failed: gates on them say nothing about the model.
     """
     RecipeError.collect(failed_metrics)
-    fix = "Add rows to data.test or widen the gate's margin; evaluate.when_unsure sets how this counts."
-    failed = [Problem(f"gate failed: wanted {outcome(gate)}", gate.name) for gate in gates if gate.passed is False]
-    unsure = [Problem(f"wanted {outcome(gate)}", gate.name, fix) for gate in gates if gate.passed is None]
+    failed, unsure = ([to_problem(gate) for gate in gates if gate.passed is one] for one in (False, None))
     if failed or unsure:
         error = GateFailed(*failed) if failed else GateUnsure(*unsure)
         error.report = report
         raise error
+
+
+def to_problem(gate: GateResult) -> Problem:
+    """Return why a gate did not pass, and what may help."""
+    failed = "gate failed: " if gate.passed is False else ""
+    return Problem(f"{failed}wanted {outcome(gate)}", gate.name, suggest_step(gate))
+
+
+def suggest_step(gate: GateResult) -> str:
+    """Return what may help a gate that did not pass."""
+    if gate.name == DOUBTFUL:
+        return "Correct the labels, or remove the file from data."
+    if not is_open(gate):
+        named = gate.got.startswith((NOT_MEASURED, "not comparable", "no interval")) or gate.note == UNDEFINED
+        return "Correct the cause, or change the gate." if named else f"{READ} Then correct rows, training or gate."
+    if UNDECIDABLE in gate.note:
+        return "More test rows do not help: change the training or its rows, or the gate's limit."
+    return "Add rows to data.test or widen the gate's margin; evaluate.when_unsure sets how this counts."
 
 
 def note_gates(run: RunFolder, recipe: Recipe, gates: Sequence[GateResult]) -> None:
@@ -258,14 +294,9 @@ def note_gates(run: RunFolder, recipe: Recipe, gates: Sequence[GateResult]) -> N
     None if they are not judged: the run was not scored, or metrics of the user's own failed.
     """
     results = [gate.passed for gate in gates]
-    judged = len(results) == len(recipe.evaluate.gates) and not list_failed(run.path / "evaluation")
+    judged = len(results) >= len(recipe.evaluate.gates) and not list_failed(run.path / "evaluation")
     together = "failed" if False in results else "undecided" if None in results else "passed"
     run.note(gates=together if judged else None)
-
-
-def outcome(gate: GateResult) -> str:
-    """Return the wanted value, the actual value and the note."""
-    return "; ".join(part for part in (f"{gate.wanted}, got {gate.got}", gate.note) if part)
 
 
 def threshold(gate: Gate, other: float) -> float:

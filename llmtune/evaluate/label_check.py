@@ -21,7 +21,7 @@ from llmtune.evaluate.champion import find_champion_run, open_champion
 from llmtune.evaluate.champion_answers import LoadChampion, measure_champion, name_classes
 from llmtune.evaluate.class_alignment import follow_rows
 from llmtune.evaluate.opened_runs import ScoredRun, name_sources
-from llmtune.evaluate.source_labels import FEWEST_LABELS, compare_sources, describe_disagreement
+from llmtune.evaluate.source_labels import ACCEPTED, FEWEST_LABELS, compare_sources, describe_disagreement
 from llmtune.evaluate.token_batches import cut_evenly
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_facts import TASK_FACTS
@@ -29,7 +29,6 @@ from llmtune.records import SPLITS, Rows
 from llmtune.store.report_record import SourceLabels
 from llmtune.store.run_folder import RunFolder
 
-KEY = "evaluate.max_disagreement"
 METRIC = "accuracy"
 MOST_ROWS = 200
 """Rows of a source file that are compared: enough to tell 50 % from 30 %."""
@@ -85,10 +84,10 @@ def check_labels(load: LoadChampion, recipe: Recipe, run: RunFolder, rows: Rows,
 def refuse_disagreement(recipe: Recipe, sources: list[SourceLabels]) -> None:
     """Raise DataError for source files with more disagreement than the recipe allows."""
     limit = recipe.evaluate.max_disagreement
-    fix = f"Correct the labels, remove the file from data, or raise {KEY} if the labels are right."
+    fix = f"Correct the labels, remove the file from data, or raise {ACCEPTED} if the labels are right."
     DataError.collect(
         Problem(
-            f"{one.doubtful} of {one.labels} labels differ from the champion's predictions ({KEY}: {limit:g})",
+            f"{one.doubtful} of {one.labels} labels differ from the champion's predictions ({ACCEPTED}: {limit:g})",
             one.file,
             fix,
         )

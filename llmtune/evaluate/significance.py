@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
 from llmtune.display.number_format import chance as chance_text
 from llmtune.display.number_format import missing
-from llmtune.evaluate.metric_info import COSTS, better_side, direction
+from llmtune.evaluate.metric_info import COSTS, better_side, direction, rank_metrics
 from llmtune.recipe.gate_grammar import Opponent, parse_gate
 from llmtune.records import FEWEST_ROWS, Difference
 from llmtune.store.score_records import GateResult
@@ -22,6 +23,8 @@ INCONCLUSIVE = "inconclusive"
 """A word of every verdict, and of gates."""
 NOT_APPLICABLE = "not applicable"
 """The result of a gate that finds nothing to judge."""
+ALL_TIES, ALL_CHANCE = "the judge called every row a tie", "the judge agrees with people no more than chance"
+"""The `test` of a difference that its judge cannot tell: the interval covers everything."""
 Differences = Mapping[str, Difference]
 
 
@@ -37,6 +40,8 @@ class MetricChanges:
     """The metrics of `within` that are worse."""
     failed: list[str]
     """Worse, with a gate that did not pass."""
+    contrary: Sequence[str] = ()
+    """Metrics that tell more than all of `better` and `worse`, with values on the other side, but not clearly."""
     bar: str = ""
     """A sentence on the bar for p; empty if it is 0.05 and every metric below 0.05 is beyond it."""
 
@@ -44,6 +49,11 @@ class MetricChanges:
 def is_open(gate: GateResult) -> bool:
     """Return whether a gate is inconclusive, whatever `evaluate.when_unsure` makes of it."""
     return gate.passed is None or gate.note.startswith(INCONCLUSIVE)
+
+
+def outcome(gate: GateResult) -> str:
+    """Return the wanted value, the actual value and the note."""
+    return "; ".join(part for part in (f"{gate.wanted}, got {gate.got}", gate.note) if part)
 
 
 def countable(differences: Differences) -> dict[str, Difference]:
@@ -78,12 +88,17 @@ def find_changes(
     better, worse = ([name for name in differences if signs.get(name) == sign] for sign in (1, -1))
     clear = {*better, *worse, *within}
     short = {name: change for name, change in countable(differences).items() if name not in clear and sides.get(name)}
+    sign = bool(better) - bool(worse)
+    telling = takewhile(
+        short.__contains__, rank_metrics([*better, *worse, *(name for name in short if name not in COSTS)])
+    )
     return MetricChanges(
         better=distinct(better, differences),
         worse=distinct([name for name in worse if name not in within], differences),
         within=within,
         tolerated=[name for name in within if signs[name] < 0],
         failed=[name for name in gated if signs[name] < 0 and name not in passed],
+        contrary=[name for name in telling if short[name].value * sides[name] * sign < 0],
         bar=describe_bar(short, list_family(others, sides), clear, chance),
     )
 

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from llmtune.display.number_format import count, share
+from llmtune.evaluate.significance import INCONCLUSIVE
+from llmtune.recipe.schema import RELEASE, Recipe
 from llmtune.store.report_record import SourceLabels
+from llmtune.store.score_records import GateResult
 
+ACCEPTED = "evaluate.max_disagreement"
+"""At 1 it accepts the labels of every source file."""
 CHANCE = 0.01
 """Error of the test over all files."""
 FAR_MORE = 2.0
 """Least ratio of a file's share of doubtful labels to that of the others: large files make small ones significant."""
 FEWEST_LABELS = 10
+DOUBTFUL = "doubtful_files == 0"
+"""The gate on source files whose labels stand out: every recipe that has something to decide has it."""
 
 
 def compare_sources(
@@ -78,6 +85,23 @@ def describe_outliers(sources: Iterable[SourceLabels]) -> str:
             text += " Check them."
             parts.append(text)
     return " ".join(parts)
+
+
+def gate_labels(doubts: Sequence[str], recipe: Recipe) -> tuple[GateResult, ...]:
+    """Return the gate `DOUBTFUL`, inconclusive, if the labels of a source file are in doubt; else nothing.
+
+    Nothing too for a recipe without gates, champion and release: its verdict decides nothing.
+    """
+    if not doubts or not (recipe.evaluate.gates or recipe.evaluate.champion or RELEASE in recipe.deploy.products):
+        return ()
+    note = f"{INCONCLUSIVE}: correct the labels; if they are right, add --set {accept_labels(recipe)}"
+    wanted = "no source file with far more doubtful labels than expected"
+    return (GateResult(DOUBTFUL, wanted, " ".join(doubts).removesuffix(" Check them."), None, note),)
+
+
+def accept_labels(recipe: Recipe) -> str:
+    """Return the setting that accepts the labels of all source files."""
+    return f"{ACCEPTED}=1" if recipe.evaluate.champion else "evaluate.suspects=false"
 
 
 def unchecked_sentence(unchecked: Mapping[str, int]) -> str:

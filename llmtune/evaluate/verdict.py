@@ -260,6 +260,8 @@ def weigh(findings: MetricChanges, changes: Differences, opponent: str | None) -
     better, worse, within = findings.better, findings.worse, findings.within
     than = f" than {opponent}" if opponent else ""
     margin, bar = name_within(findings), f" {findings.bar}" if findings.bar else ""
+    verb, side = "is" if len(findings.contrary) == 1 else "are", WORSE if better else BETTER
+    other = f"{join_names(findings.contrary)} {verb} {side}, but not clearly." if findings.contrary else ""
     if worse and (better or within):
         gained = f"Better in {join_names(better)}{than}, worse in {join_names(worse)}." if better else ""
         reason = gained or f"Worse in {join_names(worse)}{than}."
@@ -268,16 +270,17 @@ def weigh(findings: MetricChanges, changes: Differences, opponent: str | None) -
             " ".join(part for part in (reason, margin, findings.bar, "Read the samples before you decide.") if part),
         )
     if worse:
-        return Verdict(WORSE, f"Worse in {join_names(worse)}{than}; no metric got better.{bar}")
+        return Verdict(WORSE, f"Worse in {join_names(worse)}{than}; {other or 'no metric got better.'}{bar}")
     if better:
-        rest = margin or "No metric got worse."
-        return Verdict(BETTER, f"Better in {join_names(better)}{than}. {rest}{bar}")
+        rest = f"; {other} {margin}".rstrip() if other else f". {margin or 'No metric got worse.'}"
+        return Verdict(BETTER, f"Better in {join_names(better)}{than}{rest}{bar}")
     if within:
         return Verdict(WITHIN, f"{margin}{bar}")
     costs = any(direction(metric, changes[metric]) for metric in changes.keys() & COSTS)
     what = "No metric of quality" if costs else "No metric"
     moved = f"{what} shows a clear difference{f' from {opponent}' if opponent else ''}."
-    rest = "Use more held-out rows, or train longer."
+    same = all(change.value == 0 for change in changes.values())
+    rest = "Train longer, or on more rows." if same else "Use more held-out rows, or train longer."
     return Verdict(INCONCLUSIVE, " ".join(part for part in (moved, findings.bar, rest) if part))
 
 

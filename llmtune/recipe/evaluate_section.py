@@ -157,10 +157,10 @@ class EvaluateSection(RecipeSection):
     their 5 % false-positive budget by it. `releases.jsonl` next to the champion's release file keeps count. Default
     none: each run has 5 % of its own."""
 
-    max_disagreement: Share | None = None
+    max_disagreement: Annotated[float, Field(gt=0, le=1)] | None = None
     """Share of a source file's labels that may differ from the champion's predictions, such as 0.6; more is an error
-    before training (exit code 3). Compares at most 200 rows of a file that the champion never saw, of known classes.
-    Default none: a file that differs far more than the champion's own test is named, and trained on."""
+    before training (exit code 3); 1 accepts all. Compares at most 200 rows of a file that the champion never saw, of
+    known classes. Default none: trains, but a file that differs far more than usual is inconclusive (exit code 7)."""
 
     paths: ClassVar = {"champion": absolute_or_address, "metrics": absolute_metric}
 

@@ -6,66 +6,58 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree as Tree  # only writes XML, so parser attacks do not apply
 
 from llmtune.display.number_format import score
 from llmtune.errors import GateFailed, LlmtuneError
+from llmtune.evaluate.significance import outcome
 from llmtune.recipe.secrets import redact_all
 from llmtune.report.score_sections import describe_new_class
 from llmtune.store.atomic_files import write_text
 from llmtune.store.report_record import UNFINISHED, Report, ReportedExport, list_exports
 from llmtune.store.run_folder import updating_reports
 
+GATE_RESULTS = {True: ("", ""), False: ("failure", "GateFailed"), None: ("skipped", "GateUnsure")}
 NOT_XML = re.compile(r"[^\t\n\r -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
 def to_junit(report: Report) -> str:
     """Return one test suite with a test case per gate; verdict and all scores are its properties."""
-    gates, exports = report.gates, list_exports(report.deploy)
-    failed, unsure = (sum(gate.passed is outcome for gate in gates) for outcome in (False, None))
-    broken = [one.failure for one in exports if one.failure]
-    errors = sum(failure["exit_code"] != GateFailed.exit_code for failure in broken)
-    unfinished = sum(one.state == "unfinished" for one in exports)
-    unsure += sum(not gate.applies for gate in gates)
-    seconds = next((step.seconds for step in report.steps if step.name == "evaluate"), 0)
-    released = report.release
-    counts = {"tests": str(len(gates) + len(exports) + (released is not None))}
-    counts |= {"failures": str(failed + len(broken) - errors), "errors": str(errors), "time": f"{seconds:.3f}"}
-    skipped = unsure + unfinished + (released is not None and not released["promoted"])
-    root, suite = begin_suite(report.name, counts, skipped=skipped)
+    seconds = next((step.seconds for step in report.steps if step.name == "evaluate"), 0.0)
+    suite = begin_suite(report.name, seconds)
     add_properties(suite, list_scores(report))
-    for gate in gates:
-        case = Tree.SubElement(suite, "testcase", classname="llmtune.gates", name=xml_text(gate.name), time="0")
-        add_properties(case, {"wanted": gate.wanted, "got": gate.got, **({"note": gate.note} if gate.note else {})})
-        message = xml_text("; ".join(part for part in (f"wanted {gate.wanted}, got {gate.got}", gate.note) if part))
-        if not gate.applies:
-            Tree.SubElement(case, "skipped", message=message, type="GateNotApplicable").text = message
-        elif gate.passed is None:
-            Tree.SubElement(case, "skipped", message=message, type="GateUnsure").text = message
-        elif not gate.passed:
-            Tree.SubElement(case, "failure", message=message, type="GateFailed").text = message
-    for one in exports:
+    for gate in report.gates:
+        given = {"wanted": gate.wanted, "got": gate.got, **({"note": gate.note} if gate.note else {})}
+        tag, kind = GATE_RESULTS[gate.passed] if gate.applies else ("skipped", "GateNotApplicable")
+        add_case(suite, "gates", gate.name, (tag, kind, f"wanted {outcome(gate)}"), given)
+    for one in list_exports(report.deploy):
         add_export(suite, one)
-    if released is not None:
-        case = Tree.SubElement(
-            suite, "testcase", classname="llmtune.release", name=xml_text(released["name"]), time="0"
-        )
-        message = xml_text(released["message"])
-        add_properties(case, {"current": released["current"] or ""})
-        if not released["promoted"]:
-            Tree.SubElement(case, "skipped", message=message, type="NotReleased").text = message
-    return write_xml(root)
+    if released := report.release:
+        tag, current = "" if released["promoted"] else "skipped", {"current": released["current"] or ""}
+        add_case(suite, "release", released["name"], (tag, "NotReleased", released["message"]), current)
+    return write_suite(suite)
 
 
 def add_export(suite: Tree.Element, export: ReportedExport) -> None:
     """Add a test case of an export: passed, failed, in error, or skipped because it is unfinished."""
-    case = Tree.SubElement(suite, "testcase", classname="llmtune.exports", name=export.name, time="0")
-    if export.state == "unfinished":
-        Tree.SubElement(case, "skipped", message=UNFINISHED, type="Unfinished").text = UNFINISHED
-    elif export.failure:
-        kind, message = export.failure["kind"], xml_text(export.failure["message"])
+    result = ("skipped", "Unfinished", UNFINISHED) if export.state == "unfinished" else ("", "", "")
+    if export.failure:
         tag = "failure" if export.failure["exit_code"] == GateFailed.exit_code else "error"
-        Tree.SubElement(case, tag, message=message.splitlines()[0], type=kind).text = message
+        result = tag, export.failure["kind"], export.failure["message"]
+    add_case(suite, "exports", export.name, result)
+
+
+def add_case(
+    suite: Tree.Element, group: str, name: str, result: tuple[str, str, str], given: Mapping[str, str] | None = None
+) -> None:
+    """Add a test case with its `result`: tag (empty if it passed), type and message; and its properties `given`."""
+    case = Tree.SubElement(suite, "testcase", classname=f"llmtune.{group}", name=xml_text(name), time="0")
+    add_properties(case, given or {})
+    tag, kind, message = result
+    if tag:
+        text = xml_text(message)
+        Tree.SubElement(case, tag, message=text.splitlines()[0], type=kind).text = text
 
 
 @contextmanager
@@ -84,28 +76,31 @@ def failures_in_junit(folder: Path, name: str) -> Iterator[None]:
 
 def error_to_junit(name: str, error: LlmtuneError) -> str:
     """Return one test suite with a test case in error, and all problems as its text."""
-    root, suite = begin_suite(name, {"tests": "1", "failures": "0", "errors": "1", "time": "0"})
-    case = Tree.SubElement(suite, "testcase", classname="llmtune.run", name=type(error).__name__, time="0")
-    message = xml_text(redact_all(str(error)))
-    Tree.SubElement(case, "error", message=message.splitlines()[0], type=type(error).__name__).text = message
-    return write_xml(root)
+    suite, kind = begin_suite(name), type(error).__name__
+    add_case(suite, "run", kind, ("error", kind, redact_all(str(error))))
+    return write_suite(suite)
 
 
-def begin_suite(name: str, counts: Mapping[str, str], skipped: int = 0) -> tuple[Tree.Element, Tree.Element]:
-    """Return the root of a file with one test suite, and the suite."""
-    root = Tree.Element("testsuites", {"name": "llmtune", **counts})
-    attributes = {"name": f"llmtune.{xml_text(name)}", "skipped": str(skipped), **counts}
-    return root, Tree.SubElement(root, "testsuite", attributes)
+def begin_suite(name: str, seconds: float = 0.0) -> Tree.Element:
+    """Return a test suite without cases."""
+    return Tree.Element("testsuite", {"name": f"llmtune.{xml_text(name)}", "time": f"{seconds:.3f}"})
 
 
-def write_xml(root: Tree.Element) -> str:
-    """Return the XML document as text."""
+def write_suite(suite: Tree.Element) -> str:
+    """Return the XML document with a test suite, and with the counts of its results, as text."""
+    paths = {"tests": "testcase", **{f"{tag}s": f"testcase/{tag}" for tag in ("failure", "error")}}
+    counts = {name: str(len(suite.findall(path))) for name, path in paths.items()}
+    suite.attrib |= {"skipped": str(len(suite.findall("testcase/skipped"))), **counts}
+    root = Tree.Element("testsuites", {"name": "llmtune", "time": suite.attrib["time"], **counts})
+    root.append(suite)
     Tree.indent(root)
     return '<?xml version="1.0" encoding="UTF-8"?>\n' + Tree.tostring(root, encoding="unicode") + "\n"
 
 
 def add_properties(element: Tree.Element, values: Mapping[str, str]) -> None:
     """Add named values to an element as properties."""
+    if not values:
+        return
     properties = Tree.SubElement(element, "properties")
     for key, value in values.items():
         Tree.SubElement(properties, "property", name=xml_text(key), value=xml_text(value))
@@ -118,33 +113,35 @@ def list_scores(report: Report) -> dict[str, str]:
     """
     evaluation = report.evaluation
     named = {"verdict": f"{report.verdict.word}: {report.verdict.reason}"}
+    named |= {"doubtful_files": " ".join(report.doubts)} if report.doubts else {}
     if evaluation is None:
         return named
-    if evaluation.baseline:
-        named["baseline"] = evaluation.baseline
-    for model in ("base", "tuned"):
-        named |= {f"{model}.{metric}": score(value) for metric, value in evaluation.by_name(model).items()}
+    named |= {"baseline": evaluation.baseline} if evaluation.baseline else {}
     named |= {f"tuned.{metric}.rows": str(interval.n) for metric, interval in evaluation.intervals.items()}
-    if simple := evaluation.simple_baseline:
-        named |= {f"{simple.name}.{metric}": score(value) for metric, value in simple.scores.items()}
-    for name, one in (("teacher", evaluation.teacher), ("control_run", evaluation.control_run)):
-        named |= {f"{name}.{metric}": score(value) for metric, value in one.scores.items()} if one else {}
-    for name, control in evaluation.controls.items():
-        named |= {f"{name}.{metric}": score(value) for metric, value in control.tuned.items()}
-    if champion := evaluation.champion:
+    simple, champion = evaluation.simple_baseline, evaluation.champion
+    others: dict[str, Any] = {
+        "teacher": evaluation.teacher,
+        "control_run": evaluation.control_run,
+        "champion": champion,
+    }
+    others |= {simple.name: simple} if simple else {}
+    scores = {model: evaluation.by_name(model) for model in ("base", "tuned")}
+    scores |= {name: one.scores for name, one in others.items() if one}
+    scores |= {name: control.tuned for name, control in evaluation.controls.items()}
+    if champion:
+        scores["tuned_against_champion"] = champion.tuned
         named["champion.rows"] = str(champion.rows)
-        named |= {f"champion.{metric}": score(value) for metric, value in champion.scores.items()}
-        named |= {f"tuned_against_champion.{metric}": score(value) for metric, value in champion.tuned.items()}
         named |= {f"champion.{metric}.rows": str(change.n) for metric, change in champion.difference.items()}
+    named |= {f"{model}.{metric}": score(value) for model, one in scores.items() for metric, value in one.items()}
     if champion and (changes := champion.classes):
         named |= {f"champion.new_class.{one.label}": describe_new_class(one) for one in changes.new}
         named |= {"champion.lost_classes": ", ".join(changes.lost)} if changes.lost else {}
         named |= {f"champion.renamed.{name}": f"{old}?" for name, old, *_ in changes.hints}
+        named |= {f"champion.renamed.{name}": old for old, name in changes.renamed.items()}
     if champion and (new := champion.new):
-        scores = {"base": new.scores.base, "tuned": new.scores.tuned, "champion": new.before}
+        on_new = {"base": new.scores.base, "tuned": new.scores.tuned, "champion": new.before}
         named |= {"new.rows": str(new.scores.rows), "champion.new.rows": str(new.rows)}
-        for model, values in scores.items():
-            named |= {f"{model}.{metric}[new]": score(value) for metric, value in values.items()}
+        named |= {f"{model}.{name}[new]": score(value) for model, one in on_new.items() for name, value in one.items()}
     if overlap := evaluation.contamination:
         named["overlapping_test_rows"] = f"{overlap.overlapping} of {overlap.rows}"
     return named

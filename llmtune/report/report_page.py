@@ -20,7 +20,7 @@ from llmtune.recipe.gate_grammar import Opponent
 from llmtune.recipe.task_facts import CONTROLS, TASK_FACTS
 from llmtune.records import Json
 from llmtune.report.evaluation_sections import count_gates, gate_section, power_section, score_sections
-from llmtune.report.junit import to_junit
+from llmtune.report.junit import list_scores, to_junit
 from llmtune.report.render_html import render_html_section, to_html
 from llmtune.report.render_markdown import to_markdown
 from llmtune.report.row_sections import NO_PICTURES, Thumbnails, suspect_section
@@ -78,7 +78,7 @@ def write_report(report: Report, folder: Path) -> Sequence[str]:
 def report_json(report: Report) -> Json:
     """Return the content of report.json: the fields of the report, with the seeds under `evaluation`.
 
-    `evaluation.control_run.beaten` is yes, no, inconclusive or unknown.
+    `evaluation.control_run.beaten` is yes, no, inconclusive or unknown. `properties` are those of junit.xml.
     """
     values: Json = plain(report)
     seeds, verdict = values.pop("seeds"), values.pop("verdict")
@@ -86,7 +86,7 @@ def report_json(report: Report) -> Json:
         values["evaluation"]["seeds"] = seeds
     if report.evaluation and (control := report.evaluation.control_run):
         values["evaluation"]["control_run"]["beaten"] = judge_control_run(control, report.gates)[0]
-    return values | {"verdict": verdict}
+    return values | {"verdict": verdict, "properties": list_scores(report)}
 
 
 def make_report_page(report: Report, thumbnails: Sequence[str] = (), rows: Thumbnails = NO_PICTURES) -> Page:

@@ -180,6 +180,8 @@ class RunDocument(TypedDict):
     scores: dict[str, ScorePart]
     """By metric, on the test rows; of studies by `study.metric`."""
     champion: ChampionPart | None
+    properties: dict[str, str]
+    """Verdict, scores, classes of the champion that come, go or may be renamed, and doubtful files, as in junit.xml."""
     exports: list[ExportPart]
     release: ReleaseOutcome | None
     """What became of `release` in the recipe's `deploy`."""
@@ -215,6 +217,7 @@ def describe_report(report: Json | None, folder: Path) -> Json:
         "gates": [pick({"applies": True, **gate}, GatePart.__annotations__) for gate in content.get("gates", ())],
         "scores": _list_scores(evaluation),
         "champion": _describe_champion(evaluation.get("champion")),
+        "properties": content.get("properties", {}) if evaluation else {},
         "exports": list(_list_exports(content, folder)),
         "release": content.get("release"),
         "model": model and {"name": model["name"], "revision": model.get("revision")},
@@ -234,31 +237,21 @@ def _list_scores(evaluation: Mapping[str, Any]) -> dict[str, Json]:
     for prefix, one in {"": evaluation, **studies}.items():
         for metric in dict.fromkeys([*one.get("base", {}), *one.get("tuned", {})]):
             side = one["better"].get(metric, 0) if prefix else better_side(metric)
-            scores[f"{prefix}{metric}"] = {
-                "better": BETTER.get(side),
-                "base": one["base"].get(metric),
-                "tuned": one["tuned"].get(metric),
-                "difference": _list_change(one["difference"].get(metric)),
-            }
+            scores[f"{prefix}{metric}"] = _describe_score(metric, side, "base", one["base"], one)
     return scores
 
 
-def _list_change(change: Json | None) -> Json | None:
-    return change and pick(change, CHANGE_KEYS)
+def _describe_score(metric: str, side: int, name: str, before: Json, after: Mapping[str, Any]) -> Json:
+    scores = {"better": BETTER.get(side), name: before.get(metric), "tuned": after["tuned"].get(metric)}
+    change = after["difference"].get(metric)
+    return scores | {"difference": change and pick(change, CHANGE_KEYS)}
 
 
 def _describe_champion(champion: Json | None) -> Json | None:
     if champion is None:
         return None
-    scores = {
-        metric: {
-            "better": BETTER.get(better_side(metric)),
-            "champion": value,
-            "tuned": champion["tuned"].get(metric),
-            "difference": _list_change(champion["difference"].get(metric)),
-        }
-        for metric, value in champion["scores"].items()
-    }
+    before = champion["scores"]
+    scores = {one: _describe_score(one, better_side(one), "champion", before, champion) for one in before}
     return {"name": champion["folder"], "rows": champion["rows"], "scores": scores}
 
 

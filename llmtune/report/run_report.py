@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter
 from pathlib import Path
 from typing import Any, cast
 
 from llmtune import __version__
 from llmtune.evaluate.evaluation_file import load_evaluation, load_with_exports
-from llmtune.evaluate.gates import check_gates, list_power
+from llmtune.evaluate.gates import READ, check_gates, list_power, suggest_step
 from llmtune.evaluate.opened_runs import name_sources
 from llmtune.evaluate.seed_spread import describe_spread
-from llmtune.evaluate.source_labels import compare_sources, describe_disagreement, describe_outliers
-from llmtune.evaluate.verdict import judge_run
+from llmtune.evaluate.source_labels import (
+    DOUBTFUL,
+    accept_labels,
+    compare_sources,
+    describe_disagreement,
+    describe_outliers,
+    gate_labels,
+)
+from llmtune.evaluate.verdict import WORSE, judge_run
 from llmtune.recipe.schema import RELEASE, Recipe
 from llmtune.recipe.secrets import redact_all, redact_yaml, secret_values
 from llmtune.recipe.yaml_reader import read_recipe_text
@@ -46,11 +54,12 @@ def make_report(folder: RunFolder, recipe: Recipe, device: str) -> Report:
     began = max((step["started"] for step in folder.manifest["steps"].values()), default=None)
     gates = check_gates(recipe.evaluate, evaluation) if evaluation else ()
     suspects = summarize_suspects(folder.path / "evaluation" / SUSPECTS)
+    doubts = list_label_doubts(folder, recipe, suspects) if evaluation else []
     report = Report(
         llmtune=__version__,
         name=recipe.name,
         task=recipe.task,
-        verdict=judge_run(evaluation, gates, recipe.evaluate.alpha, seeds, curve, list_label_doubts(folder, suspects)),
+        verdict=judge_run(evaluation, gates, recipe.evaluate.alpha, seeds, curve, doubts),
         recipe=settings,
         recipe_yaml=redact_yaml(read_recipe_text(folder.path / "recipe.yaml")),
         fingerprint=folder.manifest["fingerprint"],
@@ -58,7 +67,8 @@ def make_report(folder: RunFolder, recipe: Recipe, device: str) -> Report:
         steps=folder.timings(),
         evaluation=evaluation,
         seeds=seeds,
-        gates=gates,
+        gates=(*gates, *gate_labels(doubts, recipe)),
+        doubts=doubts,
         release=folder.findings.get("release") if RELEASE in recipe.deploy.products else None,
         look=folder.findings.get("look") if recipe.evaluate.looks else None,
         power=list_power(recipe.evaluate, evaluation) if evaluation else (),
@@ -67,6 +77,19 @@ def make_report(folder: RunFolder, recipe: Recipe, device: str) -> Report:
         **collect_facts(folder.done_facts(), began, curve, folder.facts("deploy")),
     )
     return redact_all(report, [*secret_values(settings)])
+
+
+def list_remedies(report: Report, recipe: Recipe, run: Path) -> list[str]:
+    """Return what would help a model that did not pass its gates or is worse; empty for all others."""
+    remedies = dict.fromkeys(suggest_step(gate) for gate in report.gates if not gate.passed)
+    if any(gate.name == DOUBTFUL for gate in report.gates):
+        name = shlex.quote(str(run))
+        line = f"llmtune evaluate {name} --set {accept_labels(recipe)}"
+        line += f" && llmtune release {name}" if RELEASE in recipe.deploy.products else ""
+        remedies[f"If the labels are right: {line}"] = None
+    if report.verdict.word == WORSE and not remedies:
+        remedies[f"{READ} Then correct the rows or lower train.learning_rate."] = None
+    return list(remedies)
 
 
 def summarize_suspects(path: Path) -> SuspectFacts | None:
@@ -86,8 +109,13 @@ def summarize_suspects(path: Path) -> SuspectFacts | None:
     return cast(SuspectFacts, {"found": split_counts, "listed": listed, "unchecked": unchecked, "sources": sources})
 
 
-def list_label_doubts(run: RunFolder, suspects: SuspectFacts | None) -> list[str]:
-    """Return sentences on source files whose labels stand out among the suspects, or against the champion."""
+def list_label_doubts(run: RunFolder, recipe: Recipe, suspects: SuspectFacts | None) -> list[str]:
+    """Return sentences on source files whose labels stand out among the suspects, or against the champion.
+
+    Empty if the recipe accepts all labels (`evaluate.max_disagreement: 1`).
+    """
+    if recipe.evaluate.max_disagreement == 1:
+        return []
     check, texts = run.findings.get("label_check"), [describe_outliers(suspects["sources"])] if suspects else []
     if check:
         sources = [SourceLabels(**one) for one in check["sources"]]

@@ -12,7 +12,7 @@ from rich.markup import escape
 from llmtune.display.console import print_blocks, print_sections
 from llmtune.evaluate.evaluation_file import OUTSIDE, PIECES
 from llmtune.evaluate.gates import plan_power
-from llmtune.evaluate.significance import INCONCLUSIVE, NOT_APPLICABLE
+from llmtune.evaluate.significance import INCONCLUSIVE, NOT_APPLICABLE, outcome
 from llmtune.recipe.gate_grammar import parse_gate
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_facts import TASK_FACTS
@@ -43,8 +43,7 @@ def print_verdict(verdict: Verdict, gates: Sequence[GateResult], console: Consol
     """Print the gates, then one line with the verdict and how many gates passed."""
     for gate in gates:
         word = WORDS[gate.passed] if gate.applies else f"[yellow]{NOT_APPLICABLE}[/]"
-        note = f"; {gate.note}" if gate.note else ""
-        detail = f"wanted {gate.wanted}, got {gate.got}{note}" if gate.applies else gate.note
+        detail = f"wanted {outcome(gate)}" if gate.applies else gate.note
         console.print(f"gate {word}  {escape(gate.name)}  [dim]({escape(detail)})[/]")
     counted = f" {count_gates(gates)}." if gates else ""
     console.print(f"[bold]{verdict.word}[/]: {escape(verdict.reason)}{counted}", highlight=False)

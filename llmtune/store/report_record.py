@@ -202,6 +202,8 @@ class Report:
     evaluation: Evaluation | None = None
     seeds: Seeds | None = None
     gates: Sequence[GateResult] = ()
+    doubts: Sequence[str] = ()
+    """Sentences on source files whose labels stand out."""
     power: Sequence[Power] = ()
     look: str | None = None
     """Which of `evaluate.looks` this is; None if looks are not counted."""

@@ -158,8 +158,8 @@ def option_of(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def next_steps(run: Path, task: Task[Any, Any], rows: Rows) -> str:
-    """Return the path of a run's report, and the commands to use and serve its model.
+def next_steps(run: Path, task: Task[Any, Any], rows: Rows, remedies: Sequence[str] = ()) -> str:
+    """Return the path of a run's report, and the commands to use and serve its model, or what would help it.
 
     An optional input is named if the first row has it; the prompt also if no input is required.
     """
@@ -170,7 +170,7 @@ def next_steps(run: Path, task: Task[Any, Any], rows: Rows) -> str:
     given = " ".join('"TEXT"' if one == "prompt" else f"{option_of(one)} {one.upper()}" for one in inputs)
     talk = [f"llmtune chat {name}"] if task.is_conversational and task.free_prompt else []
     commands = [*talk, f"llmtune generate {name} {given}", f"llmtune deploy serve {name}"]
-    return "\n".join([f"report: {run / 'report.html'}", *(f"next: {command}" for command in commands)])
+    return "\n".join([f"report: {run / 'report.html'}", *(f"next: {command}" for command in remedies or commands)])
 
 
 def loss_of_rows(losses_R: torch.Tensor, correct_R: torch.Tensor, by_row: bool) -> Loss:

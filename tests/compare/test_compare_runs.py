@@ -17,6 +17,7 @@ from llmtune.compare.compare_runs import (
     describe_pair,
     describe_pairs,
     finish,
+    pair_section,
 )
 from llmtune.compare.comparison_pictures import shown_metrics
 from llmtune.compare.run_comparison import make_comparison
@@ -117,7 +118,7 @@ def test_a_run_that_learned_less_is_worse_and_the_reverse_is_better(compare, tra
     assert (pair["verdict"]["word"], back["verdict"]["word"]) == ("worse", "better")
     low, high = pair["difference"]["loss"]["interval"]
     assert 0 < low < high
-    assert "shorter is worse than good. Worse in loss" in read()
+    assert "shorter against good: Worse in loss" in read()
 
 
 def test_a_difference_is_that_of_the_scores(compare, train, good):
@@ -304,7 +305,12 @@ SECRET = "hf_" + "s3cret" * 6
 
 
 def test_a_methods_cost_is_reported_relative_to_the_first(made):
-    assert describe_pair(made.pairs[0]).startswith("shorter is worse than good. Worse in loss")
+    assert describe_pair(made.pairs[0]).startswith("shorter against good: Worse in loss")
+    unclear = Verdict("worse", "Worse in loss; accuracy is better, but not clearly. Read on.")
+    pair = replace(made.pairs[0], verdict=unclear)
+    assert describe_pair(pair) == f"shorter against good: {unclear.reason}", "no headline says worse alone"
+    section = pair_section(pair, [], "chat")
+    assert section.title == "shorter minus good: worse in loss; accuracy is better, but not clearly"
     same = replace(made.pairs[0], verdict=Verdict("inconclusive", ""))
     told = describe_pairs([made.pairs[0], *[same] * 9])
     assert told == [
@@ -324,7 +330,7 @@ def test_names_stay_text_secrets_are_redacted_and_a_missing_number_is_a_dash(mad
     page, text = (tmp_path / "compare.html").read_text(), (tmp_path / "compare.md").read_text()
     assert "<b>tickets" not in page
     assert r"a \| note" in text
-    assert "## shorter minus good: worse" in text
+    assert "## shorter minus good: worse in loss" in text
     assert "loss is omitted: other units." in text
     assert "| training | 1 min 40 s | – |" in text
     assert json.loads((tmp_path / "compare.json").read_text())["runs"][0]["rate"] == "the recipe's"

@@ -90,7 +90,7 @@ def test_gates_compare_with_the_control_run(gate, ends, passed):
     [
         (replace(control(), why_none="reinforce.control is false"), "not measured: reinforce.control is false"),
         (replace(control(), left_out={"exact_match": "other classes"}), "not measured: other classes"),
-        (None, "not measured"),
+        (None, "not measured: filter has no exact_match on these rows"),
     ],
 )
 def test_a_gate_without_scores_of_the_control_run_fails_with_the_reason(record, why):

@@ -16,6 +16,7 @@ from llmtune.report.control_sections import control_section
 from llmtune.store.score_records import Champion, Control, Evaluation, Slice
 
 UP, LEVEL, DOWN = (0.4, 0.2, 0.6), (0.0, -0.1, 0.1), (-0.4, -0.6, -0.2)
+UNCLEAR, CLEAR = (0.31, -0.06, 0.62), (0.75, 0.34, 0.93)  # with four answers, a guess is often right
 NOWHERE = "Answers do not depend on the picture, as far as these rows show"
 ANY = "Answers depend on a picture being there, not on which"
 WRONG_ONLY = "The picture is not shown to help; only another row's picture makes answers worse"
@@ -50,6 +51,9 @@ def evaluation(blind, swapped, *, rows=100, pictured=100, gain=UP):
         (DOWN, DOWN, "inconclusive", NOWHERE),
         (UP, LEVEL, "inconclusive", ANY),
         (LEVEL, UP, "inconclusive", WRONG_ONLY),
+        (UNCLEAR, CLEAR, "better", "With a grey picture, 61% of the gain in exact match remains."),
+        (UNCLEAR, UNCLEAR, "inconclusive", NOWHERE),
+        (CLEAR, UNCLEAR, "inconclusive", ANY),
     ],
 )
 def test_a_gain_that_a_control_has_too_is_not_better_and_the_verdict_says_so(blind, swapped, word, sentence):

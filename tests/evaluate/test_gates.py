@@ -4,10 +4,11 @@ from dataclasses import replace
 import pytest
 
 from llmtune.errors import GateFailed, GateUnsure, RecipeError
-from llmtune.evaluate.gates import check_gates, require_gates
+from llmtune.evaluate.gates import check_gates, require_gates, suggest_step
+from llmtune.evaluate.significance import ALL_CHANCE, ALL_TIES
 from llmtune.recipe.evaluate_section import EvaluateSection
 from llmtune.records import Difference
-from llmtune.store.score_records import Champion, Evaluation, GateResult, SimpleBaseline
+from llmtune.store.score_records import Champion, Evaluation, GateResult, SimpleBaseline, Study
 
 EVALUATION = Evaluation(
     base={"exact_match": 0.5, "loss": 2.0, "chrf": 40.0},
@@ -80,7 +81,76 @@ def test_a_gate_reports_the_wanted_and_the_actual_value():
     score, low, absent = check(EVALUATION, "loss < base - 0.6", "exact_match.low > base + 0.15", "rougeL > 1")
     assert (score.wanted, score.got) == ("loss < 1.4", "1.5")
     assert (low.wanted, low.got) == ("low end of the difference > 0.15", "0.1")
-    assert absent.got == "not measured"
+    assert absent.got == "not measured: the last evaluation did not compute it"
+
+
+def judged(test, low=0.0, high=1.0):
+    """An evaluation with a judge's win rate."""
+    change, own = Difference(0.0, -1.0, 1.0, 1.0, 60, test), Difference(0.5, low, high, 1.0, 60, test)
+    study = Study("Judge", {"win_rate": 0.5}, {"win_rate": 0.5}, {"win_rate": change}, {}, {})
+    return replace(EVALUATION, studies={"judge": replace(study, intervals={"win_rate": own})})
+
+
+@pytest.mark.parametrize(
+    "gate", ["judge.win_rate.low > 0.45", "judge.win_rate > 0.45", "judge.win_rate.low > base - 0.1"]
+)
+@pytest.mark.parametrize("why", [ALL_TIES, ALL_CHANCE])
+def test_a_gate_on_a_judge_that_cannot_tell_is_inconclusive_whatever_the_number_of_rows(gate, why):
+    (found,) = check(judged(why), gate, when_unsure="report")
+    assert (found.passed, found.note) == (None, f"inconclusive: {why}, so no number of rows would decide it")
+    assert "Add rows" not in suggest_step(found)
+    (usual,) = check(judged("Fieller", 0.46, 0.54), "judge.win_rate.low > 0.45")
+    assert usual.passed
+
+
+MISSING = "not measured: no reply about 4 rows has a verdict"
+
+
+@pytest.mark.parametrize(
+    ("gate", "got"),
+    [
+        ("bleu > 1", "not measured: these rows lack its inputs"),
+        ("judge.win_rate > 0.5", MISSING),
+        ("judge.win_rate.low > base", MISSING),
+        ("chrf > bm25", "not measured: bm25 has no chrf on these rows"),
+        ("exact_match.low > blind", "not measured: no test row has a picture, or evaluate.controls was off"),
+        ("seconds.low > 0.5", "no interval: these rows give none"),
+        ("deploy.gguf.chrf > tuned", "not measured: `llmtune run` makes and scores the exports"),
+    ],
+)
+def test_a_gate_that_got_nothing_says_why(gate, got):
+    silent = Study("Judge", {}, {}, {}, {}, {}, {"win_rate": MISSING})
+    evaluation = replace(
+        EVALUATION,
+        tuned={**EVALUATION.tuned, "seconds": 2.0},
+        signatures={"bleu": "not measured: these rows lack its inputs"},
+        studies={"judge": silent},
+    )
+    (found,) = check(evaluation, gate)
+    assert (found.passed, found.got) == (False, got)
+    assert suggest_step(found) == "Correct the cause, or change the gate."
+
+
+@pytest.mark.parametrize("gate", ["chrf >= 0", "chrf.low > base", "chrf.low >= 0.1"])
+def test_a_gate_on_an_undefined_score_says_so(gate):
+    evaluation = replace(EVALUATION, intervals={"chrf": Difference(math.nan, math.nan, math.nan, 1, 100)})
+    (found,) = check(evaluation, gate)
+    assert (found.passed, found.note) == (False, "the score is undefined on these rows")
+
+
+def test_more_rows_are_proposed_only_where_a_number_of_rows_would_decide_the_gate():
+    at_limit = replace(EVALUATION, difference={"exact_match": Difference(0.0, -0.1, 0.1, 1, 100)})
+    undecidable, undecided = (
+        check(at_limit, gate, when_unsure=unsure)[0]
+        for unsure in ("report", "fail")
+        for gate in ("exact_match.low > base", "exact_match.low > base - 0.05")
+        if (gate.endswith("base")) == (unsure == "report")
+    )
+    assert "no number of rows would decide it" in undecidable.note
+    assert suggest_step(undecidable).startswith("More test rows do not help")
+    assert (undecided.passed, suggest_step(undecided)[:8]) == (False, "Add rows")
+    (failed,) = check(EVALUATION, "exact_match > 0.8")
+    assert suggest_step(failed).startswith("Read the rows that it gets wrong in report.html.")
 
 
 @pytest.mark.parametrize(
@@ -191,7 +261,7 @@ def test_the_worst_gate_decides_how_a_run_ends():
 def test_a_gate_that_cannot_be_compared_with_the_champion_fails_and_says_why():
     left_out, unknown = check(EVALUATION, "loss.high < champion", "chrf.low > champion")
     assert (left_out.passed, left_out.got) == (False, "not comparable: counted in other units per row")
-    assert (unknown.passed, unknown.got) == (False, "not measured")
+    assert (unknown.passed, unknown.got) == (False, "not measured: champion has no chrf on these rows")
 
 
 def test_invalid_gates_are_refused():

@@ -88,6 +88,27 @@ def test_a_week_with_wrong_labels_is_named_before_training_and_fails_on_its_new_
     assert {"new.rows", "tuned.accuracy[new]", "champion.accuracy[new]", "base.accuracy[new]"} <= names
 
 
+def test_a_week_with_wrong_labels_is_promoted_only_with_the_line_that_it_prints(
+    champion: Path, tmp_path: Path, built: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = run_week(champion, Path("bad"), "bad.jsonl", built, gates=["accuracy >= 0.1"])
+    document, told = json.loads(done.stdout), " ".join(done.stderr.split())
+    assert (done.exit_code, [gate["passed"] for gate in document["gates"]]) == (7, [True, None]), told
+    suite = ElementTree.parse("bad/junit.xml").getroot()[0]
+    stated = {one.get("name"): one.get("value") for one in suite.iter("property")}
+    for facts in (document["properties"], read_report(done)["properties"], stated):
+        assert facts["doubtful_files"].startswith("bad.jsonl: 82 of 120 labels")
+    assert "generate" not in told.split("report: ")[1]
+    assert invoke("release", "bad", "--offline").exit_code == 7
+    assert not Path("releases").exists()
+    (line,) = [one for one in done.stderr.splitlines() if one.startswith("next: If the labels are right: ")]
+    words = line.partition("right: llmtune ")[2].split()
+    assert words == ["evaluate", "bad", "--set", "evaluate.max_disagreement=1"]
+    assert invoke(*words, "--offline").exit_code == 0
+    assert invoke("release", "bad", "--offline").exit_code == 0
+
+
 @pytest.mark.slow
 def test_a_week_with_right_labels_passes_its_gates_on_new_rows(champion: Path, tmp_path: Path, built: Any) -> None:
     done = run_week(champion, tmp_path / "good", "good.jsonl", built)

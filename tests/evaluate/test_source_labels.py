@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from scipy.stats import fisher_exact  # type: ignore[import-untyped]
 
-from llmtune.evaluate.source_labels import compare_sources, describe_outliers
+from llmtune.errors import GateUnsure
+from llmtune.evaluate.gates import require_gates
+from llmtune.evaluate.source_labels import compare_sources, describe_outliers, gate_labels
 from llmtune.evaluate.verdict import verdict
+from llmtune.recipe.schema import Recipe
 from llmtune.records import Difference
 from llmtune.report.row_sections import suspect_section
 from llmtune.store.score_records import Evaluation
@@ -62,6 +67,30 @@ def test_without_a_bad_file_one_in_a_hundred_sets_of_files_has_a_name_at_most() 
         for _ in range(500)
     )
     assert named <= 10
+
+
+@pytest.mark.parametrize(
+    ("sections", "accepts"),
+    [
+        ({"evaluate": {"champion": "release:x"}}, "evaluate.max_disagreement=1"),
+        ({"evaluate": {"gates": ["loss < 1"], "suspects": True}}, "evaluate.suspects=false"),
+        ({"deploy": ["release"]}, "evaluate.suspects=false"),
+        ({}, ""),
+    ],
+)
+def test_a_bad_file_makes_every_decision_inconclusive_and_the_gate_names_what_accepts_it(
+    sections: dict[str, Any], accepts: str
+) -> None:
+    values = {"recipe_version": 1, "name": "x", "task": "classify", "data": {"train": "a"}, "model": {"name": "m"}}
+    recipe = Recipe.model_validate(values | sections)
+    gates = gate_labels(["94 labels differ. Check them."], recipe)
+    assert gate_labels([], recipe) == ()
+    assert [(gate.passed, gate.got, gate.note.endswith(f"add --set {accepts}")) for gate in gates] == (
+        [(None, "94 labels differ.", True)] if accepts else []
+    )
+    if accepts:
+        with pytest.raises(GateUnsure, match="Correct the labels, or remove the file from data"):
+            require_gates(gates, {})
 
 
 def test_a_bad_file_prevents_a_good_verdict_and_is_in_the_section_on_suspects() -> None:

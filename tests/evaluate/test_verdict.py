@@ -95,6 +95,27 @@ def test_a_model_that_chooses_all_answers_rightly_has_learned_more_than_the_form
     assert (result.word, "format" in result.reason) == ("better", False)
 
 
+@pytest.mark.parametrize(
+    ("accuracy", "loss", "reason"),
+    [
+        (0.04, MORE, "Worse in loss; accuracy is better, but not clearly."),
+        (-0.04, LESS, "Better in loss; accuracy is worse, but not clearly."),
+        (-0.04, MORE, "Worse in loss; no metric got better."),
+        (0.04, LESS, "Better in loss. No metric got worse."),
+    ],
+)
+def test_a_verdict_names_a_more_telling_metric_with_a_score_on_the_other_side(accuracy, loss, reason):
+    changes = differences(loss=loss) | {"accuracy": Difference(accuracy, accuracy - 0.1, accuracy + 0.1, 0.4, 100)}
+    assert judge_changes(**changes).reason == reason
+    assert judge_changes(**changes | {"kl": Difference(0.1, 0.05, 0.2, 0.4, 100)}).reason.startswith(reason)
+
+
+def test_more_rows_are_not_proposed_where_nothing_changed_at_all():
+    same = {"accuracy": Difference(0.0, -0.01, 0.01, 1.0, 100), "loss": Difference(0.0, -0.1, 0.1, 1.0, 100)}
+    assert "held-out rows" not in judge_changes(**same).reason
+    assert "Use more held-out rows" in judge_changes(**same | {"loss": Difference(0.01, -0.1, 0.1, 1.0, 100)}).reason
+
+
 def test_too_few_rows_are_inconclusive():
     found = judge(n=9, exact_match=BETTER)
     assert found.word == "inconclusive"

@@ -56,6 +56,7 @@ def test_the_json_keys_are_stable(report, tmp_path):
             "train",
             "evaluation",
             "gates",
+            "doubts",
             "power",
             "look",
             "suspects",
@@ -64,6 +65,7 @@ def test_the_json_keys_are_stable(report, tmp_path):
             "explanations",
             "date",
             "verdict",
+            "properties",
         ),
     ]
     assert sorted(saved["evaluation"]) == [

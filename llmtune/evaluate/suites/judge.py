@@ -21,6 +21,7 @@ from llmtune.errors import DataError, Problem
 from llmtune.evaluate.eval_inputs import EvalContext
 from llmtune.evaluate.evaluated_task import EvaluatedTask
 from llmtune.evaluate.metric import PairedMeasures
+from llmtune.evaluate.significance import ALL_TIES
 from llmtune.evaluate.suites.eval_suite import EvalSuite, read_sources
 from llmtune.evaluate.suites.judge_client import (
     Judge,
@@ -151,6 +152,8 @@ class JudgeSuite(EvalSuite[None]):
         labelled, seed = people if len(people.longer_N) else None, self.context.recipe.seed
         changes = {"win_rate": win_rate(judged, labelled)}
         changes |= {"win_rate_uncorrected": win_rate(judged)} if labelled else {}
+        if not (judged.shown_first_N.any() or judged.shown_second_N.any() or all(pair.is_equal for pair in test)):
+            changes = {name: replace(one, low=-1.0, high=1.0, p=1.0, test=ALL_TIES) for name, one in changes.items()}
         measures = measure_judge(judged, seed)
         of_people = measure_judge(people, seed) if labelled else {}
         scores = of_people | measures
@@ -264,6 +267,8 @@ def halve(change: Difference) -> Difference:
 
 def describe_win_rate(rate: Difference, labelled: JudgedPairs | None, inconsistent: Difference) -> str:
     """Return a sentence for the verdict: whom the judge prefers, and who judged the judge."""
+    if rate.test == ALL_TIES:
+        return "The judge cannot tell: it called every row a tie in both orders."
     if labelled and not fit_correction(labelled).is_informative():
         pairs = len(labelled.longer_N)
         return f"The judge cannot tell: on {pairs} labelled pairs it does not agree with people more than chance."

@@ -21,6 +21,7 @@ import numpy as np
 from llmtune.evaluate.intervals import Floats, Formula, bound
 from llmtune.evaluate.metric import ratio
 from llmtune.evaluate.paired_statistics import Bounds, add_up, conclude_interval, share_bounds, unknown
+from llmtune.evaluate.significance import ALL_CHANCE
 from llmtune.recipe.evaluate_section import ERROR
 from llmtune.records import Difference
 
@@ -118,7 +119,7 @@ def win_rate(test: JudgedPairs, labelled: JudgedPairs | None = None, alpha: floa
     few = min(units, fitted.units or units)
     groups = units if len(test.clusters) else 0
     if few < 2 or not fitted.is_informative(alpha):
-        return Difference(value, -1.0, 1.0, 1.0, rows, "Fieller", groups)
+        return Difference(value, -1.0, 1.0, 1.0, rows, "Fieller" if few < 2 else ALL_CHANCE, groups)
     if labelled is None:
         worse_N, better_N = (end(test.shown_first_N, test.shown_second_N) for end in (np.minimum, np.maximum))
         low, _, of_worse = mean_interval(test, fitted, worse_N, alpha, few)

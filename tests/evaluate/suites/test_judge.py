@@ -65,6 +65,18 @@ def within(cell, value):
     return low <= value <= high
 
 
+def test_a_judge_that_calls_every_row_a_tie_cannot_tell(tmp_path):
+    judge = ScriptedJudge(word=lambda verdict: "Verdict: tie")
+    with judge.serving() as url:
+        study = suite_for(tmp_path, url, [*draw_answers(60, 1, win=0.7), ("same", "same")]).compare(PairedMeasures())
+        equal = suite_for(tmp_path, url, [("same", "same")] * 60).compare(PairedMeasures())
+    change, own = study.difference["win_rate"], study.intervals["win_rate"]
+    assert (change.low, change.high, own.low, own.high) == (-1, 1, 0, 1)
+    assert change.test == own.test == "the judge called every row a tie"
+    assert study.verdict == "The judge cannot tell: it called every row a tie in both orders."
+    assert equal.intervals["win_rate"].low > 0.45, "equal answers are a tie that nobody judged"
+
+
 def test_the_known_biases_of_a_judge_are_measured_and_corrected(tmp_path):
     judge = ScriptedJudge(position=0.2, length=0.2, error=0.1)
     test, labelled = draw_answers(80, 1, win=0.7, longer=0.75), draw_answers(80, 2, win=0.5, tie=0.05)
