@@ -120,15 +120,18 @@ def over_processes(
     """Return `work(items)`, one result each; every process does every Nth item, so all of them must call this.
 
     `work` may run `model`, which may be sharded. Without `divide`, or if `model` is split, every process does all
-    items.
+    items; the results of a split model are those of the first process.
     """
     count = world_size()
     if count == 1:
         return list(work(items))
-    divide = divide and not is_split(model)
+    split = is_split(model)
+    divide = divide and not split
     share = items[distributed.get_rank() :: count] if divide else items
     with own_passes(model):
         results = list(work(share)) if share else []
+    if split:  # rewards of the user's own may differ
+        return of_first_process(results)
     if not divide:
         return results
     parts: list[list[T]] = [[] for _ in range(count)]
