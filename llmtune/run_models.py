@@ -47,10 +47,10 @@ from llmtune.evaluate.teacher import (
 )
 from llmtune.model.config import find_class, keeps_float32, why_headless
 from llmtune.model.device import loading_device, pick_device, release_memory
-from llmtune.model.layer_owners import place_layers
 from llmtune.model.loading import load_model
 from llmtune.model.processor import load_processor
 from llmtune.model.teacher_files import find_teacher, plan_teacher, teacher_run
+from llmtune.model.tensor_parallel import split_model, why_unsplit
 from llmtune.plan import RunContext, find_variant, open_finished
 from llmtune.recipe.adapter_section import DATA_STARTS
 from llmtune.recipe.schema import Recipe
@@ -58,7 +58,7 @@ from llmtune.records import ALONE, AdaptedModel, ModelRef, Row, Rows, SelectedMo
 from llmtune.store.atomic_files import hash_folder, hash_value, staged
 from llmtune.train.distributed import join_processes, wait_for_processes
 from llmtune.train.preflight import check_examples
-from llmtune.train.sharding import Made, share_model
+from llmtune.train.sharding import Made, shard_model, share_model
 from llmtune.vllm_models import VllmModels, describe_engine
 
 
@@ -168,11 +168,20 @@ class Models:
         return load_adapter(selected, trained)
 
     def _shard(self, make: Callable[[Recipe, str], Made]) -> Made:
-        """Make a model, each process its layers if the run is sharded."""
+        """Make a model, each process a part if the run is sharded: slices of matrices, or shards of FSDP2."""
         made = _make(self.context, make, training=False)
         self.packs = made.packs if isinstance(made, SelectedModel) else made.selected.packs
         if self.context.shards:
-            place_layers(made.model, torch.device(pick_device()))
+            device = torch.device(pick_device())
+            reason = why_unsplit(made.model)
+            if reason is None and not split_model(made.model, device):
+                reason = "its logits would change"
+            if reason is not None:
+                shard_model(made.model, device)
+                if self.context.plan.task.model_kind.decodes:
+                    slow = "Answers are slow: each process gathers every layer for each token"
+                    fix = "Use --engine vllm or one process for many answers."
+                    self.context.console.print(f"{slow}, because {reason}. {fix}", style="yellow", highlight=False)
         return made
 
 

@@ -50,7 +50,7 @@ class FusedLinear(Linear):  # type: ignore[misc]
             return None
         names = [name for name in self.active_adapters if name in self.lora_A]
         base = self.get_base_layer()
-        hooked = base._forward_hooks or base._forward_pre_hooks
+        hooked = base._forward_hooks or base._forward_pre_hooks or "forward" in vars(base)  # the last: it is split
         trained = any(parameter.requires_grad for parameter in base.parameters())  # e.g. `bias: lora_only`
         if len(names) != 1 or type(base) is not torch.nn.Linear or hooked or trained:
             return None

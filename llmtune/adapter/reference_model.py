@@ -12,7 +12,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.distributed.tensor import DTensor
 
 from llmtune.adapter.wiring_check import SWITCHES_OFF
-from llmtune.model.layer_owners import IN_REFERENCE, REFERENCE
+
+REFERENCE = "weights_before_training"
+"""Attribute with the initial trainable weights by name, if switching the adapter off does not restore them."""
 
 
 def switches_off(model: torch.nn.Module) -> bool:
@@ -76,10 +78,8 @@ def _restored(model: torch.nn.Module, kept: dict[str, torch.Tensor]) -> Iterator
         _exchange(parameters, kept, sharded)
         for name in now:
             parameters[name].data = kept[name]
-        setattr(model, IN_REFERENCE, True)
         yield
     finally:
-        setattr(model, IN_REFERENCE, False)
         for name, weights in now.items():
             parameters[name].data = weights
         _exchange(parameters, kept, sharded)

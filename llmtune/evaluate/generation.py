@@ -24,6 +24,7 @@ from llmtune.model.causal_lm_loss import unwrap, virtual_logits, virtual_tokens
 from llmtune.model.device import SuppressRefusal, computing_dtype, device_memory
 from llmtune.model.image_models import TOKEN_TYPES, join_media
 from llmtune.model.self_checks import logits_agree, positions_depend_on_neighbours
+from llmtune.model.tensor_parallel import same_everywhere
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_facts import TASK_FACTS
 from llmtune.records import Prompt
@@ -182,7 +183,7 @@ def is_greedy(recipe: Recipe) -> bool:
 
 def cache_budget(device: str, column_bytes: int) -> int:
     """Return how many positions one batch may have, based on the device's total memory, not its free memory."""
-    limit = device_memory(device)
+    limit = same_everywhere(device_memory(device))
     if limit is None:
         return budget_for(device, GENERATION_BUDGET)
     return max(1, int(limit * CACHE_SHARE) // max(1, column_bytes))

@@ -26,14 +26,9 @@ class KVCache(Cache):  # type: ignore[misc]
     the model builds its mask from the columns, which have the same distances within a row as its tokens.
     """
 
-    position = ("active", "first", "end")
-    """The attributes that processes with layers of this cache need, besides `changes`."""
-
     def __init__(self, rows: int, width: int) -> None:
         """Reserve `rows` rows of `width` columns; layers allocate memory on their first write."""
         super().__init__(layers=[])
-        self.changes: list[tuple[str, tuple[Any, ...]]] = []
-        """Calls that changed rows, for processes that have layers of this cache (`llmtune.model.layer_messages`)."""
         self.rows, self.width = rows, width
         self.states: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         """Per layer, its keys [B, K, T, D] and values [B, K, T, D]; their D may differ."""
@@ -54,10 +49,6 @@ class KVCache(Cache):  # type: ignore[misc]
         values[self.active, :, self.end : stop] = value_states
         seen = (self.active, slice(None), slice(self.first, stop))
         return keys[seen], values[seen]
-
-    def __reduce__(self) -> tuple[type[KVCache], tuple[int, int]]:
-        """Return what makes an empty cache of this size."""
-        return KVCache, (self.rows, self.width)
 
     def _layer(self, number: int, like: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """Return a layer's states, allocated on first use; zeros, because masked columns are multiplied too."""
@@ -84,15 +75,14 @@ class KVCache(Cache):  # type: ignore[misc]
 
     def copy_prefix(self, source: KVCache, rows: slice, start: int, count: int) -> None:
         """Copy the first `count` columns of the one-row cache `source` to `rows`, starting at column `start`."""
-        self.changes.append(("copy_prefix", (source, rows, start, count)))
         for number, prefix in source.states.items():
             for target, part in zip(self._layer(number, prefix), prefix, strict=True):
                 target[rows, :, start : start + count] = part[:, :, :count]
 
-    def move(self, slots: Sequence[int], rows: Sequence[int], columns: slice) -> None:
+    def move(self, slots: Sequence[int], rows: Sequence[int]) -> None:
         """Overwrite the slots of finished rows with other rows, in the columns still attended to."""
         if slots:
-            self.changes.append(("move", (slots, rows, columns)))
+            columns = slice(self.first, self.end)
             for part in chain.from_iterable(self.states.values()):
                 part[list(slots), :, columns] = part[list(rows), :, columns]
 
@@ -151,7 +141,7 @@ class DecodeBatch:
         logits = [self._read_rows(rows, start, prefix) for rows in self._cut(start, budget)]
         count = len(self.distinct)
         self.cache.active, self.cache.first, self.cache.end = slice(0, len(self.order)), 0, self.width
-        self.cache.move(range(count, len(self.order)), self.sources, slice(0, self.width))
+        self.cache.move(range(count, len(self.order)), self.sources)
         return torch.cat(logits)[[*range(count), *self.sources]]
 
     def _cut(self, shared: int, budget: int) -> Iterator[slice]:
@@ -207,7 +197,7 @@ class DecodeBatch:
         stays = len(self.order) - len(ended)
         holes = [slot for slot in ended if slot < stays]
         last = [slot for slot in range(stays, len(self.order)) if slot not in set(ended)]
-        self.cache.move(holes, last, slice(self.cache.first, self.cache.end))
+        self.cache.move(holes, last)
         moved = dict(zip(holes, last, strict=True))
         taken = [moved.get(slot, slot) for slot in range(stays)]
         self.order = [self.order[slot] for slot in taken]

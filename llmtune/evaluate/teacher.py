@@ -38,10 +38,11 @@ from llmtune.evaluate.token_batches import TOKEN_BUDGET, budget_for, run_in_batc
 from llmtune.model.causal_lm_loss import move_to
 from llmtune.model.config import read_model_config, why_headless
 from llmtune.model.device import compute_context, resolve_dtype
-from llmtune.model.layer_calls import own_passes
+from llmtune.model.layer_requests import own_passes
 from llmtune.model.memory_plan import check_context
 from llmtune.model.teacher_files import KEY, check_tokenizers, teacher_run
 from llmtune.model.teacher_loss import BinRecorder
+from llmtune.model.tensor_parallel import is_split
 from llmtune.recipe.reinforce_section import ReinforceSection
 from llmtune.recipe.schema import Recipe
 from llmtune.records import Examples, Json, ModelRef, Row, Rows
@@ -142,7 +143,7 @@ def record_predictions(
 ) -> None:
     """Write the teacher's predictions for a student's examples to `folder`, in all processes.
 
-    `packs` says whether the teacher reads packed rows. Processes divide the blocks.
+    `packs` says whether the teacher reads packed rows. Processes divide the blocks, unless the teacher is split.
 
     Raises EnvironmentProblem if an example does not fit into memory, an OSError if the disk is full.
     """
@@ -162,13 +163,16 @@ def record_predictions(
 
     splits = [split for split in LEARNED if examples.counts.get(split)]
     readers = {split: ExampleReader(examples, split, task.example_type) for split in splits}
+    all_blocks = is_split(teacher)
     with own_passes(teacher), progress_bars(console, MofNCompleteColumn()) as progress:
         bar = progress.add_task("teach", total=sum(map(len, readers.values())))
         for split, reader in readers.items():
             for number, rows in enumerate(cut_blocks(len(reader))):
                 path = block_file(folder, split, number)
-                if number % world_size() == rank() and not is_intact(path):
-                    _write_block(_record_block(reader, rows, record, student.device, packs), path)
+                if not is_intact(path) and (all_blocks or number % world_size() == rank()):
+                    records = _record_block(reader, rows, record, student.device, packs)
+                    if not (all_blocks and rank()):
+                        _write_block(records, path)
                 progress.advance(bar, len(rows))
 
 

@@ -16,7 +16,8 @@ from llmtune.data.example import Example
 from llmtune.errors import EnvironmentProblem
 from llmtune.model.causal_lm_loss import model_inputs, move_to
 from llmtune.model.device import fits_in_memory, release_memory
-from llmtune.model.layer_calls import own_passes
+from llmtune.model.layer_requests import own_passes
+from llmtune.model.tensor_parallel import in_lockstep, is_split
 from llmtune.records import Advance
 from llmtune.store.processes import world_size
 
@@ -41,7 +42,8 @@ def run_in_batches(
 
     A batch has as many rows as fit into `budget` positions, concatenated if `packed`, else padded to the longest; at
     most `most` rows. A batch that runs out of memory is halved, and the budget stays halved from then on.
-    Raises EnvironmentProblem when a single row does not fit.
+    Raises EnvironmentProblem when a single row does not fit, or any batch of a split model: the other processes wait
+    for this one within a pass.
     """
     results: dict[int, T] = {}
 
@@ -56,9 +58,10 @@ def run_in_batches(
         if fits_in_memory(partial(run, batch)):
             left = left[len(batch) :]
             continue
-        if len(batch) == 1:
+        if len(batch) == 1 or in_lockstep():
+            described = "a single row" if len(batch) == 1 else f"{len(batch)} rows"
             raise EnvironmentProblem.of(
-                f"out of memory while evaluating a single row of {lengths[batch[0]]} tokens",
+                f"out of memory while evaluating {described} of {lengths[batch[0]]} tokens",
                 fix="Lower data.max_length or generation.max_new_tokens, or use a larger device.",
             )
         half = batch[: len(batch) // 2]
@@ -116,14 +119,19 @@ def over_processes(
 ) -> list[T]:
     """Return `work(items)`, one result each; every process does every Nth item, so all of them must call this.
 
-    `work` may run `model`, which may be sharded. Without `divide`, every process does all items.
+    `work` may run `model`, which may be sharded. Without `divide`, or if `model` is split, every process does all
+    items; the results of a split model are those of the first process.
     """
     count = world_size()
     if count == 1:
         return list(work(items))
+    split = is_split(model)
+    divide = divide and not split
     share = items[distributed.get_rank() :: count] if divide else items
     with own_passes(model):
         results = list(work(share)) if share else []
+    if split:  # rewards of the user's own may differ
+        return of_first_process(results)
     if not divide:
         return results
     parts: list[list[T]] = [[] for _ in range(count)]

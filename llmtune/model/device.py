@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import gc
+import mmap
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -185,6 +186,19 @@ def release_memory() -> None:
     torch.cuda.empty_cache()
     if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
         trim(0)  # glibc keeps a free list per thread, so memory freed by gradients cannot be reused for weights
+
+
+_MADV_PAGEOUT = 21
+"""Number of that advice on Linux; Python's mmap has no name for it."""
+
+
+def page_out(tensor: torch.Tensor) -> None:
+    """Drop the memory of weights that are mapped from a file (`madvise(2)`, MADV_PAGEOUT); other memory stays."""
+    page = mmap.PAGESIZE
+    start = -(-tensor.data_ptr() // page) * page
+    size = tensor.data_ptr() + tensor.nbytes - start
+    if sys.platform == "linux" and size > 0:
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), _MADV_PAGEOUT)
 
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4

@@ -40,7 +40,7 @@ from llmtune.evaluate.shared_prefix import choice_trees, score_choices
 from llmtune.evaluate.vllm_completions import VllmModel
 from llmtune.model.causal_lm_loss import unwrap, virtual_tokens
 from llmtune.model.device import compute_context, resolve_dtype
-from llmtune.model.layer_calls import own_passes
+from llmtune.model.layer_requests import own_passes
 from llmtune.model.memory_plan import context_length
 from llmtune.recipe.schema import Recipe
 from llmtune.records import Json, Prompt, Row

@@ -15,9 +15,9 @@ from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from torch.nn.utils.parametrize import is_parametrized
 from transformers import BitsAndBytesConfig
 
-from llmtune.adapter.reference_model import keep_reference, own_part
+from llmtune.adapter.reference_model import REFERENCE, keep_reference, own_part
 from llmtune.model.causal_lm_loss import unwrap
-from llmtune.model.layer_owners import REFERENCE, page_out
+from llmtune.model.device import page_out
 from llmtune.model.sharded_plan import kept_together
 from llmtune.model.sharded_quantization import make_shardable, move_states
 from llmtune.records import AdaptedModel, SelectedModel

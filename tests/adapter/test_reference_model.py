@@ -5,9 +5,8 @@ import torch
 from support.adapting import logits, nudge, open_model, quiet, recipe_with, train_a_little
 
 from llmtune.adapter.injection import inject, trained_parameters
-from llmtune.adapter.reference_model import keep_reference, reference_of, switches_off
+from llmtune.adapter.reference_model import REFERENCE, keep_reference, reference_of, switches_off
 from llmtune.adapter.saving import save_adapter
-from llmtune.model.layer_owners import REFERENCE
 from llmtune.recipe.schema import Recipe
 
 FRESH = {"lora": {}, "dora": {"use_dora": True}, "qlora": {"method": "qlora"}}

@@ -5,6 +5,7 @@ import torch
 
 from llmtune.errors import EnvironmentProblem
 from llmtune.evaluate.token_batches import cut_evenly, run_in_batches
+from llmtune.model.layer_requests import own_passes
 
 
 def note(batches):
@@ -45,6 +46,16 @@ def test_a_row_that_does_not_fit_alone_is_an_error_with_its_length():
 
     with pytest.raises(EnvironmentProblem, match="77 tokens"):
         run_in_batches([77, 3], 10, work)
+
+
+def test_a_batch_of_a_split_model_is_not_halved_because_other_processes_wait_within_its_pass():
+    def work(batch):
+        raise torch.OutOfMemoryError("cuda")
+
+    model = torch.nn.Module()
+    model._tp_size = 2
+    with own_passes(model), pytest.raises(EnvironmentProblem, match="2 rows of 77 tokens"):
+        run_in_batches([77, 3], 200, work)
 
 
 def test_other_errors_propagate():

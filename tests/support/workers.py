@@ -12,7 +12,9 @@ import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -180,87 +182,72 @@ def learn_all(folder: str, strategy: str) -> dict[str, list[list[float]]]:
     return found
 
 
-def evaluate_all(folder: str) -> dict[str, bool]:
-    """Score every trained run that the test left in `folder` again; return whether its models were sharded, by name."""
-    from llmtune.model.layer_calls import LayerCalls
+def evaluate_all(folder: str) -> dict[str, str]:
+    """Score every trained run that the test left in `folder` again; return how its models were divided, by name."""
+    from torch.distributed.fsdp import FSDPModule
+
+    from llmtune import run_models
+    from llmtune.model.tensor_parallel import is_split
     from llmtune.pipeline import run_pipeline
     from llmtune.recipe.loader import load_recipe
     from llmtune.store.run_request import RunRequest
     from support.adapting import quiet
 
-    running, served, found = LayerCalls.running, list[LayerCalls](), {}
+    divide, ways, found = run_models.Models._shard, set[str](), {}
 
-    def note(self: LayerCalls) -> Any:
-        served.append(self)
-        return running(self)
+    def note(self: Any, make: Any) -> Any:
+        made = divide(self, make)
+        ways.add("split" if is_split(made.model) else "sharded" if isinstance(made.model, FSDPModule) else "complete")
+        return made
 
-    LayerCalls.running = note  # type: ignore[method-assign]
+    run_models.Models._shard = note  # type: ignore[assignment, method-assign]
     for path in sorted(Path(folder).glob("*/recipe.yaml")):
-        served.clear()
+        ways.clear()
         run_pipeline(load_recipe(str(path)), RunRequest(out=path.parent / "run", until="evaluate"), quiet())
-        found[path.parent.name] = bool(served)
+        found[path.parent.name] = " and ".join(sorted(ways))
     return found
 
 
-def run_own_passes(folder: str, strategy: str) -> dict[str, object]:
-    """Run different passes of one divided model in each process; compare their results with a complete model's.
-
-    The model is `placed` for inference, or `sharded` for training and divided in each block.
-    """
+def run_own_passes(folder: str) -> dict[str, object]:
+    """Run different passes of one sharded model in each process; compare their results with the unsharded model's."""
     import torch
     from accelerate.utils import gather_object
     from transformers import AutoModelForCausalLM
 
-    from llmtune.evaluate.greedy_decoding import column_bytes_of, decode_greedily
-    from llmtune.model.layer_calls import own_passes
-    from llmtune.model.layer_owners import place_layers
+    from llmtune.model.layer_requests import own_passes
     from llmtune.train.distributed import join_processes
     from llmtune.train.sharding import shard_model
 
-    join_processes("cpu")
-    sharded, device = strategy == "sharded", torch.device("cpu")
+    count = join_processes("cpu")
     alone, model = (AutoModelForCausalLM.from_pretrained(folder).eval() for _ in range(2))
-    (shard_model if sharded else place_layers)(model, device)
+    shard_model(model, torch.device("cpu"))
     layers, rank = model.get_submodule("model.layers"), int(os.environ["RANK"])
-    ids = [torch.arange(4, 9 + i)[None] for i in range(2 * world_size())]
-    prompts = [[4, 5, 6, *range(7, 8 + i + rank)] for i in range(5)]
+    ids = [torch.arange(4, 9 + i)[None] for i in range(4)]
 
     def equal(find: Callable[[Any], torch.Tensor], mode: Any = torch.no_grad) -> bool:
         with mode():
-            return torch.equal(find(model), find(alone))
-
-    def held() -> int:
-        return sum(one.is_meta for layer in layers for one in layer.parameters())
-
-    def states(one: Any) -> torch.Tensor:
-        return torch.cat(one(ids[0], output_hidden_states=True).hidden_states)
+            return torch.allclose(find(model), find(alone), atol=1e-6)
 
     def fail(*_: object) -> None:
         raise ValueError("refused")
 
-    found = {}
+    found = {
+        "sharded": layers[0].mlp.up_proj.weight.to_local().numel() * count
+        == alone.model.layers[0].mlp.up_proj.weight.numel()
+    }
     with own_passes(model):
-        parts = sum(1 for layer in layers for _ in layer.parameters())
-        found["divided"] = held() == parts - parts // world_size()
         found["modes"] = all(
             equal(lambda one: one(ids[0]).logits, mode) for mode in (torch.inference_mode, torch.no_grad)
         )
     with own_passes(model):  # the first process runs none
         found["unequal numbers"] = all(equal(lambda one, i=i: one(ids[i]).logits) for i in range(2 * rank))
     with own_passes(model):
-        found["states"] = equal(states) and equal(states)
         if rank == 0:
             found["parts"] = equal(lambda one: one.model(ids[0]).last_hidden_state)
             found["generated"] = equal(lambda one: one.generate(ids[1], max_new_tokens=5, do_sample=False).float())
         else:
             found["parts"] = equal(lambda one: one.lm_head(one.model.embed_tokens(ids[2])))
             found["generated"] = equal(lambda one: one.generate(ids[2], max_new_tokens=3, num_beams=2).float())
-    with own_passes(model), torch.inference_mode():
-        found["decoded"] = all(
-            decode_greedily(model, prompts, count, {9}, "cpu") == decode_greedily(alone, prompts, count, {9}, "cpu")
-            for count in range(1, 9)
-        )
-        found["cache"] = column_bytes_of(model, "cpu") == column_bytes_of(alone, "cpu")
     with own_passes(model):
         if rank == 1:  # a pass that ends in the middle, as one that runs out of memory
             hook = layers[1].register_forward_pre_hook(fail)
@@ -268,62 +255,87 @@ def run_own_passes(folder: str, strategy: str) -> dict[str, object]:
                 model(ids[0])
             hook.remove()
         found["after a refusal"] = equal(lambda one: one(ids[rank]).logits)
-    if sharded:
-        found["same passes"] = equal(lambda one: one(ids[0]).logits)
-        found["resharded"] = all(type(one).__name__ == "DTensor" for one in model.parameters())
-        with own_passes(model):
-            if rank == 1:
-                model(ids[0])
-        for one in (model, alone):
-            one(ids[1], labels=ids[1]).loss.backward()
-        whole, own = alone.model.layers[0].mlp.up_proj.weight.grad, layers[0].mlp.up_proj.weight.grad
-        found["trained between"] = torch.allclose(own.full_tensor(), whole, atol=1e-6)
-    everywhere = gather_object([found])
     try:
         with own_passes(model):
             if rank == 1:
                 raise ValueError("mine")
-            for _ in range(1000):
-                model(ids[0])
+            model(ids[0])
     except (ValueError, LostProcess) as error:
         found["ended"] = ("mine" if rank == 1 else "process 1 stopped") in str(error)
-    return {name: all(one.get(name, found[name]) for one in everywhere) for name in found}
-
-
-def compare_kinds(folder: str) -> dict[str, bool]:
-    """Generate with models of several kinds, placed and complete; return whether all processes' results are equal."""
-    import torch
-    from accelerate.utils import gather_object
-    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
-
-    from llmtune.evaluate.greedy_decoding import column_bytes_of
-    from llmtune.model.layer_calls import own_passes
-    from llmtune.model.layer_owners import place_layers
-    from llmtune.train.distributed import join_processes
-
-    join_processes("cpu")
-    classes = {"bert": AutoModelForSequenceClassification, "t5": AutoModelForSeq2SeqLM}
-    ids = torch.arange(4, 18 + 4 * rank()).view(2, -1) % 60
-    mask, found = torch.ones_like(ids), {}
-    mask[0, :2] = 0
-    for path in sorted(Path(folder).iterdir()):
-        auto = classes.get(path.name, AutoModelForCausalLM)
-        model, alone = (auto.from_pretrained(path).eval() for _ in range(2))
-        place_layers(model, torch.device("cpu"))
-        with own_passes(model), torch.inference_mode():
-            if path.name == "bert":
-                pairs = [[one(ids, attention_mask=mask).logits for one in (model, alone)]]
-            else:
-                options = {"attention_mask": mask, "max_new_tokens": 8 + rank(), "do_sample": False}
-                pairs = [
-                    [one.generate(ids, num_beams=beams, **options) for one in (model, alone)] for beams in (1, 1, 3)
-                ]
-            same = all(torch.equal(one, other) for one, other in pairs)
-            if auto is AutoModelForCausalLM:
-                same = same and column_bytes_of(model, "cpu") == column_bytes_of(alone, "cpu")
-        found[path.name] = same
+    found["same passes"] = equal(lambda one: one(ids[0]).logits)
+    found["resharded"] = all(type(one).__name__ == "DTensor" for one in model.parameters())
+    with own_passes(model):
+        if rank == 1:
+            model(ids[0])
+    for one in (model, alone):
+        one(ids[1], labels=ids[1]).loss.backward()
+    whole, own = alone.model.layers[0].mlp.up_proj.weight.grad, layers[0].mlp.up_proj.weight.grad
+    found["trained between"] = torch.allclose(own.full_tensor(), whole, atol=1e-6)
     everywhere = gather_object([found])
     return {name: all(one[name] for one in everywhere) for name in found}
+
+
+def split_models(folder: str) -> dict[str, object]:
+    """Split each model and adapter in `folder`; return whether all processes answer as one, and their largest share."""
+    import torch
+    from accelerate.utils import gather_object
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    from llmtune.adapter.fused_lora import fuse_products
+    from llmtune.adapter.reference_model import own_part
+    from llmtune.evaluate.greedy_decoding import decode_greedily
+    from llmtune.model.causal_lm_loss import unwrap
+    from llmtune.model.tensor_parallel import is_split, split_model, why_unsplit
+    from llmtune.train.distributed import join_processes
+    from llmtune.train.sharding import shard_model, share_model
+
+    join_processes("cpu")
+    ids, prompts = torch.arange(4, 24).view(2, -1), [[4, 5, 6, *range(7, 8 + i)] for i in range(5)]
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    ways: list[dict[str, object]] = [{}, {"num_beams": 3}, {"do_sample": True}]
+
+    def make(path: Path, tuned: bool) -> Any:
+        model = AutoModelForCausalLM.from_pretrained(path).eval()
+        if tuned:
+            model = PeftModel.from_pretrained(model, path / "adapter").eval()
+            fuse_products(model)
+        return SimpleNamespace(model=model)
+
+    def answers(model: Any) -> list[Any]:
+        found = [decode_greedily(model, prompts, 8, {9}, "cpu")]
+        for way in ways:
+            torch.manual_seed(7)
+            options = {"attention_mask": mask, "max_new_tokens": 12, "do_sample": False, **way}
+            found.append(model.generate(input_ids=ids, **options).tolist())
+        return found
+
+    def held(model: torch.nn.Module) -> int:
+        return sum(own_part(one).numel() for one in model.parameters())
+
+    found: dict[str, list[object]] = {}
+    for path in sorted(Path(folder).iterdir()):
+        for tuned in (False, True):
+            alone, model = make(path, tuned).model, share_model(partial(make, path, tuned)).model
+            assert why_unsplit(model) is None
+            with torch.inference_mode():
+                is_same = split_model(model, torch.device("cpu")) and is_split(model)
+                is_same &= torch.allclose(model(ids).logits, alone(ids).logits, atol=1e-5)
+                is_same &= answers(model) == answers(alone)
+                if tuned:
+                    with model.disable_adapter(), alone.disable_adapter():
+                        is_same &= torch.allclose(model(ids).logits, alone(ids).logits, atol=1e-5)
+            found[f"{path.name}, {'adapter' if tuned else 'base'}"] = [is_same, held(model) / held(alone)]
+    alone, model = make(path, True).model, share_model(partial(make, path, True)).model
+    unwrap(model).tp_plan = {**unwrap(model).tp_plan, "model.layers.*.mlp": "all_reduce"}
+    is_split_now = split_model(model, torch.device("cpu"))
+    shard_model(model, torch.device("cpu"))
+    with torch.no_grad():
+        is_same = torch.allclose(model(ids).logits, alone(ids).logits, atol=1e-5)
+    found["wrong plan"] = [is_same and not is_split_now, 0.0]
+    everywhere = gather_object([found])
+    return {name: [all(one[name][0] for one in everywhere), max(one[name][1] for one in everywhere)] for name in found}
 
 
 def measure_pipeline(recipe: str, out: str, until: str) -> list[list[int]]:
@@ -362,7 +374,8 @@ def measure_pipeline(recipe: str, out: str, until: str) -> list[list[int]]:
 
 def run_and_die(recipe: str, out: str, rank_to_kill: str, event: str, text: str) -> bool:
     """Run a recipe; one process is killed soon after its `event` with this text: a line, or one of Python's audit."""
-    from llmtune.model.layer_calls import LayerCalls
+    from torch import distributed
+
     from llmtune.pipeline import run_pipeline
     from llmtune.recipe.loader import load_recipe
     from llmtune.store.run_request import RunRequest
@@ -373,15 +386,15 @@ def run_and_die(recipe: str, out: str, rank_to_kill: str, event: str, text: str)
     if str(rank()) == rank_to_kill and event != "line":
         sys.addaudithook(lambda name, given: kill_at(name, given, event, text))
     elif str(rank()) == rank_to_kill:
-        requests, ask = [0], LayerCalls._ask
+        sums, add = [0], distributed.all_reduce
 
-        def count(self: LayerCalls, owner: int, request: Any) -> Any:
-            requests[0] += 1
-            if requests[0] == 20:
+        def count(*args: Any, **kwargs: Any) -> Any:
+            sums[0] += 1
+            if sums[0] == 20:
                 os.kill(os.getpid(), signal.SIGKILL)
-            return ask(self, owner, request)
+            return add(*args, **kwargs)
 
-        console.file = Watched(text, lambda: setattr(LayerCalls, "_ask", count))
+        console.file = Watched(text, lambda: setattr(distributed, "all_reduce", count))
     run_pipeline(load_recipe(recipe), RunRequest(out=Path(out)), console)
     return True
 
@@ -488,12 +501,11 @@ def end_rank_one(how: str) -> None:
 
 
 def die_between_passes() -> None:
-    """Run passes of a sharded model; the second process is killed after some."""
+    """Run passes of a split model; the second process is killed after some."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from llmtune.model.layer_calls import own_passes
-    from llmtune.model.layer_owners import place_layers
+    from llmtune.model.tensor_parallel import split_model
     from llmtune.train.distributed import join_processes
 
     join_processes("cpu")
@@ -501,11 +513,11 @@ def die_between_passes() -> None:
         vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=4, num_attention_heads=2
     )
     model = LlamaForCausalLM(config).eval()
-    place_layers(model, torch.device("cpu"))
-    with torch.inference_mode(), own_passes(model):
+    assert split_model(model, torch.device("cpu"))
+    with torch.inference_mode():
         for number in range(1_000_000):
             model(torch.ones(1, 8, dtype=torch.int64))
-            if rank() == 1 and number == 20:
+            if rank() and number == 20:
                 os.kill(os.getpid(), signal.SIGKILL)
 
 
