@@ -27,6 +27,7 @@ from llmtune.store.atomic_files import (
     hash_file,
     read_json,
     read_json_lines,
+    refuse_links,
     staged,
     write_text,
 )
@@ -289,6 +290,7 @@ def rollback(name: str, to: str | None = None) -> tuple[str, str]:
 def changing(name: str) -> Iterator[None]:
     """Lock the releases of a name against other processes; create their folder, and the rules for git."""
     folder = RELEASES / name
+    refuse_links(folder)
     with explained(folder):
         folder.mkdir(parents=True, exist_ok=True)
         if not (RELEASES / ".gitignore").exists():
