@@ -6,6 +6,7 @@ The server tokenizes in two threads, and setting the truncation of a tokenizer c
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from threading import Lock
 from typing import Any
 
@@ -15,6 +16,8 @@ CHARACTERS = 16
 """Characters per token of the limit that are read first. A text whose tokens are longer is read further."""
 WIDER = 4
 """Factor to the next length."""
+MOST_CHARACTERS = 1 << 18
+"""Characters that are read at most, or CHARACTERS per token: a word of a million letters may be a single token."""
 SURE = 2
 """A start with so many times the limit in tokens determines the first ones, wherever its last word was cut."""
 _TOKENIZING = Lock()
@@ -29,19 +32,20 @@ def tokenize(processor: PreTrainedTokenizerBase, *texts: str | Sequence[str], **
 def start_of(text: str, processor: PreTrainedTokenizerBase, limit: int) -> str:
     """Return a start of the text that has its first `limit` tokens; a short text is returned unchanged.
 
-    A start that is shorter than the text has at least twice as many tokens as the limit.
+    A start that is shorter than the text has at least twice as many tokens as the limit, or MOST_CHARACTERS.
     """
-    size = CHARACTERS * limit
-    while size < len(text):
+    size, most = CHARACTERS * limit, max(CHARACTERS * limit, MOST_CHARACTERS)
+    while size < min(len(text), most):
         if len(tokenize(processor, text[:size], add_special_tokens=False)["input_ids"]) >= SURE * limit:
             return text[:size]
         size *= WIDER
-    return text
+    return text[:most]
 
 
 def count_tokens(text: str, processor: PreTrainedTokenizerBase, limit: int, **options: Any) -> int:
     """Return the number of tokens of a text; of a long one, some number above `limit`."""
-    return len(tokenize(processor, start_of(text, processor, limit), **options)["input_ids"])
+    count = len(tokenize(processor, start := start_of(text, processor, limit), **options)["input_ids"])
+    return count if len(start) == len(text) else max(count, limit + 1)
 
 
 def tokenize_columns(
@@ -60,22 +64,63 @@ def tokenize_columns(
 def tokenize_pairs(
     pairs: Sequence[tuple[str, str]], processor: PreTrainedTokenizerBase, limit: int
 ) -> list[tuple[list[int], list[int]]]:
-    """Return the ids and token types of pairs, cut to `limit` tokens; each different text is tokenized once.
+    """Return the ids and token types of pairs, cut to `limit` tokens; a text is tokenized once, whatever its pairs.
 
     They equal those of `processor(*pair, truncation=True, max_length=limit)`. If both texts have more than `limit`
     tokens, one token may come from the other text.
     """
-    starts = {text: start_of(text, processor, limit) for text in dict.fromkeys(text for pair in pairs for text in pair)}
-    backend = getattr(processor, "backend_tokenizer", None)
-    if backend is None:  # a tokenizer in Python has no encodings to join
-        texts = [[starts[text] for text in column] for column in zip(*pairs, strict=True)]
+    frame = _pair_frame(processor)
+    if not frame:
+        texts = [[start_of(text, processor, limit) for text in column] for column in zip(*pairs, strict=True)]
         tokenized = tokenize(processor, *texts, truncation=True, max_length=limit)
         return list(zip(tokenized["input_ids"], tokenized.get("token_type_ids") or [[]] * len(pairs), strict=True))
     typed = "token_type_ids" in processor.model_input_names
+    room, joined = limit - sum(place is None for *_, place in frame), list[tuple[list[int], list[int]]]()
+    for first, second in pairs:
+        ids = _start_ids(first, processor, limit), _start_ids.__wrapped__(second, processor, limit)
+        parts = [_cut(one, size, processor) for one, size in zip(ids, _share(*map(len, ids), room), strict=True)]
+        pieces = [([token] if place is None else parts[place], kind) for token, kind, place in frame]
+        types = [kind for piece, kind in pieces for _ in piece] if typed else []
+        joined.append(([token for piece, _ in pieces for token in piece], types))
+    return joined
+
+
+@lru_cache(maxsize=8)  # a query has many passages, which may be asked for a few at a time
+def _start_ids(text: str, processor: PreTrainedTokenizerBase, limit: int) -> list[int]:
+    """Return the ids of a start of the text, which has its first `limit` tokens."""
+    start = start_of(text, processor, limit)
+    return list(tokenize(processor, start, add_special_tokens=False)["input_ids"])
+
+
+def _pair_frame(processor: PreTrainedTokenizerBase) -> list[tuple[int, int, int | None]]:
+    """Return what a pair consists of: id, type and None of each added token; 0 or 1 in the place of each text.
+
+    Empty for a tokenizer in Python, which does not show it.
+    """
+    backend = getattr(processor, "backend_tokenizer", None)
+    if backend is None:
+        return []
     with _TOKENIZING:
         backend.no_truncation()
         backend.no_padding()
-        encodings = {text: backend.encode(start, add_special_tokens=False) for text, start in starts.items()}
-        backend.enable_truncation(limit, direction=processor.truncation_side)
-        joined = [backend.post_process(encodings[first], encodings[second]) for first, second in pairs]
-    return [(one.ids, one.type_ids if typed else []) for one in joined]
+        text = backend.encode("a", add_special_tokens=False)
+        pair = backend.post_process(text, text)
+    frame, seen = list[tuple[int, int, int | None]](), 0
+    for token, kind, is_added in zip(pair.ids, pair.type_ids, pair.special_tokens_mask, strict=True):
+        if is_added:
+            frame.append((token, kind, None))
+        else:
+            frame += [(token, kind, seen // len(text.ids))] if seen % len(text.ids) == 0 else []
+            seen += 1
+    return frame if seen else []
+
+
+def _share(first: int, second: int, room: int) -> tuple[int, int]:
+    """Return how many tokens of each of two texts stay: the longer one is cut, down to the length of the other."""
+    short = min(first, second, room // 2)
+    return (short, min(second, room - short)) if first <= second else (min(first, room - short), short)
+
+
+def _cut(ids: list[int], size: int, processor: PreTrainedTokenizerBase) -> list[int]:
+    """Return the first `size` tokens of a text, or the last ones, as the tokenizer truncates."""
+    return ids[:size] if processor.truncation_side == "right" else ids[max(0, len(ids) - size) :]
