@@ -133,7 +133,7 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
             line = json.loads(text)
         except (ValueError, RecursionError):
             continue
-        if isinstance(line, dict):
+        if isinstance(line, dict) and not _too_deep(line):
             lines.append(line)
     return lines
 
