@@ -116,19 +116,19 @@ def _too_deep(content: object) -> bool:
     return bool(level)
 
 
-def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """Read the objects of a JSON lines file written by llmtune; empty if it is missing. Skips damaged lines.
+def read_json_lines(path: Path, last: int | None = None) -> list[dict[str, Any]]:
+    """Read the objects of a JSON lines file written by llmtune, or of its `last` bytes; empty if it is missing.
 
-    Raises EnvironmentProblem if it cannot be read.
+    Skips damaged lines. Raises EnvironmentProblem if it cannot be read.
     """
-    from llmtune.recipe.user_files import read_text_file
+    from llmtune.recipe.user_files import read_bytes
 
     lines: list[dict[str, Any]] = []
     if not path.exists():
         return lines
     with explained(path):
-        texts = read_text_file(path, MAX_JSON_BYTES, errors="replace").splitlines()
-    for text in texts:
+        content = read_bytes(path, MAX_JSON_BYTES, last)
+    for text in content.decode("utf-8", "replace").splitlines():
         try:
             line = json.loads(text)
         except (ValueError, RecursionError):
