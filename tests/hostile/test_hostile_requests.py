@@ -13,20 +13,23 @@ import httpx
 import pytest
 import uvicorn
 from starlette.requests import Request
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from llmtune.serve.generation_endpoints import in_text_thread
 from llmtune.serve.http_app import Gateway
 from llmtune.serve.server import TimedProtocol
 
+LONG = b"x" * 2**24
+"""A response that no buffer holds."""
+
 
 async def answer(scope: Scope, receive: Receive, send: Send) -> None:
     request = Request(scope, receive)
     if request.url.path == "/slow":
         await in_text_thread(time.sleep, 1.5)
-    long = {"long": "x" * 2**25} if request.url.path == "/long" else {}
-    await JSONResponse({"path": request.url.path, **long})(scope, receive, send)
+    long = request.url.path == "/long"
+    await (Response(LONG) if long else JSONResponse({"path": request.url.path}))(scope, receive, send)
 
 
 @pytest.fixture
@@ -138,10 +141,10 @@ def test_clients_that_hold_connections_do_not_keep_others_out(port: int, kind: s
             held.append(post(port, 10**6) if kind == "bodies" else post(port, 1, path="/long"))
             began = time.monotonic()
             assert steady.get(f"{url}/").status_code == 200
-            assert time.monotonic() - began < 1
+            assert time.monotonic() - began < 2  # 1 s on a machine that is not busy
         began = time.monotonic()
         assert httpx.get(f"{url}/", timeout=5).status_code == 200, "also for the same address"
-        assert time.monotonic() - began < 1
+        assert time.monotonic() - began < 2
         assert [*other._pool.connections] == [before], "another client keeps its connection"
         for one in held:
             one.close()
@@ -150,7 +153,7 @@ def test_clients_that_hold_connections_do_not_keep_others_out(port: int, kind: s
 def test_a_client_that_does_not_take_its_response_is_cut_off(port: int) -> None:
     with post(port, 1, path="/long") as client:
         time.sleep(2)
-        assert len(read_all(client)) < 2**25
+        assert len(read_all(client)) < len(LONG)
 
 
 def test_an_address_has_a_share_of_the_connections(port: int) -> None:
