@@ -69,58 +69,35 @@ def tokenize_pairs(
     They equal those of `processor(*pair, truncation=True, max_length=limit)`. If both texts have more than `limit`
     tokens, one token may come from the other text.
     """
-    frame = _pair_frame(processor)
-    if not frame:
+    backend, typed = getattr(processor, "backend_tokenizer", None), "token_type_ids" in processor.model_input_names
+    if backend is None or not backend.encode("a", add_special_tokens=False).ids:  # it does not show what it adds
         texts = [[start_of(text, processor, limit) for text in column] for column in zip(*pairs, strict=True)]
         tokenized = tokenize(processor, *texts, truncation=True, max_length=limit)
         return list(zip(tokenized["input_ids"], tokenized.get("token_type_ids") or [[]] * len(pairs), strict=True))
-    typed = "token_type_ids" in processor.model_input_names
-    room, joined = limit - sum(place is None for *_, place in frame), list[tuple[list[int], list[int]]]()
-    for first, second in pairs:
-        ids = _start_ids(first, processor, limit), _start_ids.__wrapped__(second, processor, limit)
-        parts = [_cut(one, size, processor) for one, size in zip(ids, _share(*map(len, ids), room), strict=True)]
-        pieces = [([token] if place is None else parts[place], kind) for token, kind, place in frame]
-        types = [kind for piece, kind in pieces for _ in piece] if typed else []
-        joined.append(([token for piece, _ in pieces for token in piece], types))
+    with _TOKENIZING:
+        backend.no_truncation()
+        backend.no_padding()
+        word = backend.encode("a", add_special_tokens=False)
+        frame = backend.post_process(word, word)
+    ids, types, size = frame.ids, frame.type_ids, len(word.ids)
+    places = [place for place, is_added in enumerate(frame.special_tokens_mask) if not is_added]
+    left, right, room = places[0], places[size], limit - len(ids) + len(places)
+    joined: list[tuple[list[int], list[int]]] = []
+
+    def cut(ids: list[int], most: int) -> list[int]:
+        return ids[:most] if processor.truncation_side == "right" else ids[max(0, len(ids) - most) :]
+
+    for pair in pairs:  # a post-processor would join everything that it cuts off too
+        first, second = _start_ids(pair[0], processor, limit), _start_ids.__wrapped__(pair[1], processor, limit)
+        first = cut(first, max(room // 2, room - len(second)))
+        second = cut(second, room - len(first))
+        both = [*ids[:left], *first, *ids[left + size : right], *second, *ids[right + size :]]
+        kinds = [types[left]] * len(first) + types[left + size : right] + [types[right]] * len(second)
+        joined.append((both, [*types[:left], *kinds, *types[right + size :]] if typed else []))
     return joined
 
 
 @lru_cache(maxsize=8)  # a query has many passages, which may be asked for a few at a time
 def _start_ids(text: str, processor: PreTrainedTokenizerBase, limit: int) -> list[int]:
     """Return the ids of a start of the text, which has its first `limit` tokens."""
-    start = start_of(text, processor, limit)
-    return list(tokenize(processor, start, add_special_tokens=False)["input_ids"])
-
-
-def _pair_frame(processor: PreTrainedTokenizerBase) -> list[tuple[int, int, int | None]]:
-    """Return what a pair consists of: id, type and None of each added token; 0 or 1 in the place of each text.
-
-    Empty for a tokenizer in Python, which does not show it.
-    """
-    backend = getattr(processor, "backend_tokenizer", None)
-    if backend is None:
-        return []
-    with _TOKENIZING:
-        backend.no_truncation()
-        backend.no_padding()
-        text = backend.encode("a", add_special_tokens=False)
-        pair = backend.post_process(text, text)
-    frame, seen = list[tuple[int, int, int | None]](), 0
-    for token, kind, is_added in zip(pair.ids, pair.type_ids, pair.special_tokens_mask, strict=True):
-        if is_added:
-            frame.append((token, kind, None))
-        else:
-            frame += [(token, kind, seen // len(text.ids))] if seen % len(text.ids) == 0 else []
-            seen += 1
-    return frame if seen else []
-
-
-def _share(first: int, second: int, room: int) -> tuple[int, int]:
-    """Return how many tokens of each of two texts stay: the longer one is cut, down to the length of the other."""
-    short = min(first, second, room // 2)
-    return (short, min(second, room - short)) if first <= second else (min(first, room - short), short)
-
-
-def _cut(ids: list[int], size: int, processor: PreTrainedTokenizerBase) -> list[int]:
-    """Return the first `size` tokens of a text, or the last ones, as the tokenizer truncates."""
-    return ids[:size] if processor.truncation_side == "right" else ids[max(0, len(ids) - size) :]
+    return list(tokenize(processor, start_of(text, processor, limit), add_special_tokens=False)["input_ids"])
