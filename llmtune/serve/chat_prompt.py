@@ -65,7 +65,7 @@ def refuse_long(text: str, served: ServedModel) -> None:
     context = served.context or MAX_POSITIONS
     start = start_of(text, served.processor, context)
     if len(start) < len(text) and count_tokens(start, served.processor, context) > context:
-        message = f"The prompt is longer than the model's context, which holds {context} tokens."
+        message = f"The prompt is longer than the model's context holds: {context} tokens."
         raise ApiError(400, message, code="context_length_exceeded")
 
 
