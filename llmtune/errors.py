@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import re
+import signal
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -182,6 +183,12 @@ def first_line(error: BaseException) -> str:
     """Return the first line of a library's error, with the next one after a colon, or its type if it has no text."""
     lines = [*map(str.strip, str(error).strip().splitlines())] or [type(error).__name__]
     return " ".join(lines[: 1 + lines[0].endswith(":")])
+
+
+def describe_end(status: int) -> str:
+    """Return how a process ended, from its exit status, which is negative for a signal."""
+    name = next((one.name for one in signal.Signals if one == -status), f"signal {-status}")
+    return f"was killed by {name}" if status < 0 else f"ended with status {status}"
 
 
 def visible(text: str) -> str:

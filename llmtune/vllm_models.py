@@ -86,6 +86,7 @@ def find_unanswerable(recipe: Recipe, task: EvaluatedTask, *, base: bool) -> Ite
         yield Problem("--engine vllm sends no pictures, but this run was tuned with some", "--engine", OMIT)
     if (beams := recipe.generation.num_beams) > 1:
         yield Problem(f"--engine vllm does not support beam search (num_beams: {beams})", "generation.num_beams", OMIT)
+    yield from find_other_sampling(recipe)
     if base and recipe.model.add_tokens:
         yield Problem("vLLM cannot add tokens to the base model", "model.add_tokens", OMIT)
     if base and recipe.adapter.method == "qlora":
@@ -93,6 +94,16 @@ def find_unanswerable(recipe: Recipe, task: EvaluatedTask, *, base: bool) -> Ite
     if (processes := world_size()) > 1:
         what = f"vLLM answers in a single process, but this command has {processes}"
         yield Problem(what, "--engine", "Omit --engine, or start a single process.")
+
+
+def find_other_sampling(recipe: Recipe) -> Iterator[Problem]:
+    """Yield the problem of settings by which vLLM samples from other tokens than transformers.
+
+    Top-p counts the probability of the tokens that min-p left, or of all: vLLM applies min-p first, transformers last.
+    """
+    if recipe.generation.min_p and (recipe.generation.top_p or 1) < 1:
+        fix = "Remove generation.min_p or generation.top_p, or omit --engine."
+        yield Problem("vLLM applies min_p before top_p, and transformers after it", "generation.min_p", fix)
 
 
 def find_unmeasurable(recipe: Recipe, task: EvaluatedTask) -> Iterator[Problem]:

@@ -113,6 +113,10 @@ def test_models_and_settings_that_vllm_does_not_have_are_refused(tmp_path: Path,
     alone = problems(find_unanswerable(recipe, get_task("chat"), base=False))
     assert "num_beams" in alone
     assert "add_tokens" not in alone
+    sampling = {"do_sample": True, "min_p": 0.1}
+    for top_p in (None, 1.0, 0.9):
+        recipe = make_recipe(tmp_path, tiny_llama, generation={**sampling, "top_p": top_p})
+        assert ("min_p" in problems(find_unanswerable(recipe, get_task("chat"), base=True))) == (top_p == 0.9)
     for task in ("classify", "token-classify", "embed", "rerank", "speech", "preference"):
         assert f"task {task}" in problems(find_unanswerable(recipe, get_task(task), base=True))
 

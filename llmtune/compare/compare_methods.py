@@ -35,6 +35,7 @@ from llmtune.errors import (
     Problem,
     RecipeError,
     Stopped,
+    describe_end,
     nearest,
 )
 from llmtune.recipe.adapter_section import LORA_KEYS, QUANTIZATION_KEYS, RESOLVED_KEYS
@@ -311,9 +312,8 @@ def trial_error(method: str, code: int, output: IO[str]) -> Exception:
     """Turn how a trial ended into an error."""
     again = "Repeat the command to continue from there."
     if code < 0:
-        name = signal.Signals(-code).name
         fix = f"The system probably ran out of memory. {again}" if -code == signal.SIGKILL else again
-        return EnvironmentProblem.of(f"the run was killed by {name}", method, fix)
+        return EnvironmentProblem.of(f"the run {describe_end(code)}", method, fix)
     if code > 128:
         return Stopped(Problem("stopped; progress is saved", method, again), signal_number=code - 128)
     output.seek(0)

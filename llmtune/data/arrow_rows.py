@@ -115,7 +115,7 @@ def _class_names(metadata: Mapping[bytes, bytes]) -> dict[str, list[str]]:
         inner = {column: feature.get("feature", feature) for column, feature in whole.items()}
         labels = {column: one for column, one in inner.items() if isinstance(one, dict) and one.get("names")}
         return {column: list(one["names"]) for column, one in labels.items() if one.get("_type") == "ClassLabel"}
-    except (ValueError, KeyError, TypeError, AttributeError):  # another program's, or none
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError):  # another program's, or none
         return {}
 
 

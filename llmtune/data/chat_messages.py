@@ -92,7 +92,7 @@ def _with_arguments(call: ToolCall) -> ToolCall:
         return call
     try:
         arguments = json.loads(cast(str, function["arguments"]))
-    except ValueError:
+    except (ValueError, RecursionError):
         return call
     return cast(ToolCall, {**call, "function": {**function, "arguments": arguments}})
 

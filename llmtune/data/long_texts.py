@@ -6,6 +6,7 @@ The server tokenizes in two threads, and setting the truncation of a tokenizer c
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from threading import Lock
 from typing import Any
 
@@ -15,6 +16,8 @@ CHARACTERS = 16
 """Characters per token of the limit that are read first. A text whose tokens are longer is read further."""
 WIDER = 4
 """Factor to the next length."""
+MOST_CHARACTERS = 1 << 18
+"""Characters that are read at most, or CHARACTERS per token: a word of a million letters may be a single token."""
 SURE = 2
 """A start with so many times the limit in tokens determines the first ones, wherever its last word was cut."""
 _TOKENIZING = Lock()
@@ -29,19 +32,20 @@ def tokenize(processor: PreTrainedTokenizerBase, *texts: str | Sequence[str], **
 def start_of(text: str, processor: PreTrainedTokenizerBase, limit: int) -> str:
     """Return a start of the text that has its first `limit` tokens; a short text is returned unchanged.
 
-    A start that is shorter than the text has at least twice as many tokens as the limit.
+    A start that is shorter than the text has at least twice as many tokens as the limit, or MOST_CHARACTERS.
     """
-    size = CHARACTERS * limit
-    while size < len(text):
+    size, most = CHARACTERS * limit, max(CHARACTERS * limit, MOST_CHARACTERS)
+    while size < min(len(text), most):
         if len(tokenize(processor, text[:size], add_special_tokens=False)["input_ids"]) >= SURE * limit:
             return text[:size]
         size *= WIDER
-    return text
+    return text[:most]
 
 
 def count_tokens(text: str, processor: PreTrainedTokenizerBase, limit: int, **options: Any) -> int:
     """Return the number of tokens of a text; of a long one, some number above `limit`."""
-    return len(tokenize(processor, start_of(text, processor, limit), **options)["input_ids"])
+    count = len(tokenize(processor, start := start_of(text, processor, limit), **options)["input_ids"])
+    return count if len(start) == len(text) else max(count, limit + 1)
 
 
 def tokenize_columns(
@@ -60,22 +64,40 @@ def tokenize_columns(
 def tokenize_pairs(
     pairs: Sequence[tuple[str, str]], processor: PreTrainedTokenizerBase, limit: int
 ) -> list[tuple[list[int], list[int]]]:
-    """Return the ids and token types of pairs, cut to `limit` tokens; each different text is tokenized once.
+    """Return the ids and token types of pairs, cut to `limit` tokens; a text is tokenized once, whatever its pairs.
 
     They equal those of `processor(*pair, truncation=True, max_length=limit)`. If both texts have more than `limit`
     tokens, one token may come from the other text.
     """
-    starts = {text: start_of(text, processor, limit) for text in dict.fromkeys(text for pair in pairs for text in pair)}
-    backend = getattr(processor, "backend_tokenizer", None)
-    if backend is None:  # a tokenizer in Python has no encodings to join
-        texts = [[starts[text] for text in column] for column in zip(*pairs, strict=True)]
+    backend, typed = getattr(processor, "backend_tokenizer", None), "token_type_ids" in processor.model_input_names
+    if backend is None or not backend.encode("a", add_special_tokens=False).ids:  # it does not show what it adds
+        texts = [[start_of(text, processor, limit) for text in column] for column in zip(*pairs, strict=True)]
         tokenized = tokenize(processor, *texts, truncation=True, max_length=limit)
         return list(zip(tokenized["input_ids"], tokenized.get("token_type_ids") or [[]] * len(pairs), strict=True))
-    typed = "token_type_ids" in processor.model_input_names
     with _TOKENIZING:
         backend.no_truncation()
         backend.no_padding()
-        encodings = {text: backend.encode(start, add_special_tokens=False) for text, start in starts.items()}
-        backend.enable_truncation(limit, direction=processor.truncation_side)
-        joined = [backend.post_process(encodings[first], encodings[second]) for first, second in pairs]
-    return [(one.ids, one.type_ids if typed else []) for one in joined]
+        word = backend.encode("a", add_special_tokens=False)
+        frame = backend.post_process(word, word)
+    ids, types, size = frame.ids, frame.type_ids, len(word.ids)
+    places = [place for place, is_added in enumerate(frame.special_tokens_mask) if not is_added]
+    left, right, room = places[0], places[size], limit - len(ids) + len(places)
+    joined: list[tuple[list[int], list[int]]] = []
+
+    def cut(ids: list[int], most: int) -> list[int]:
+        return ids[:most] if processor.truncation_side == "right" else ids[max(0, len(ids) - most) :]
+
+    for pair in pairs:  # a post-processor would join everything that it cuts off too
+        first, second = _start_ids(pair[0], processor, limit), _start_ids.__wrapped__(pair[1], processor, limit)
+        first = cut(first, max(room // 2, room - len(second)))
+        second = cut(second, room - len(first))
+        both = [*ids[:left], *first, *ids[left + size : right], *second, *ids[right + size :]]
+        kinds = [types[left]] * len(first) + types[left + size : right] + [types[right]] * len(second)
+        joined.append((both, [*types[:left], *kinds, *types[right + size :]] if typed else []))
+    return joined
+
+
+@lru_cache(maxsize=8)  # a query has many passages, which may be asked for a few at a time
+def _start_ids(text: str, processor: PreTrainedTokenizerBase, limit: int) -> list[int]:
+    """Return the ids of a start of the text, which has its first `limit` tokens."""
+    return list(tokenize(processor, start_of(text, processor, limit), add_special_tokens=False)["input_ids"])

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from datetime import datetime
 from functools import lru_cache
+from typing import TypeVar
 
 import jinja2
 from jinja2 import meta, nodes
@@ -15,6 +16,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from llmtune.errors import EnvironmentProblem, Problem, RecipeError, nearest
 from llmtune.recipe.secrets import REMOVED, hide
 
+T = TypeVar("T")
 GIVEN = frozenset({"messages", "tools", "documents", "add_generation_prompt", "raise_exception", "strftime_now"})
 """Variables that every template gets, whatever the recipe says."""
 REMOVE = "Remove it. To unset a value of an extended or shipped recipe, set `model.chat_template_kwargs: null`."
@@ -40,13 +42,16 @@ def check_length(template: str, name: str) -> None:
 
 def template_variables(template: str) -> set[str]:
     """Return the variables that a chat template reads, except messages and tools."""
-    return meta.find_undeclared_variables(_parse(template)) - GIVEN
+    return _find(template, meta.find_undeclared_variables) - GIVEN
 
 
 @lru_cache(maxsize=16)  # asked for every prompt
 def reads_date(template: str) -> bool:
     """Whether a template uses today's date, under its own name or another; it may ask whether there is one."""
-    parsed = _parse(template)
+    return _find(template, _reads_date)
+
+
+def _reads_date(parsed: nodes.Template) -> bool:
     tested_nodes = {id(test.node) for test in parsed.find_all(nodes.Test) if test.name == "defined"}
     names = (
         name for name in parsed.find_all(nodes.Name) if name.name == "strftime_now" and id(name) not in tested_nodes
@@ -54,13 +59,16 @@ def reads_date(template: str) -> bool:
     return any(names)
 
 
-def _parse(template: str) -> nodes.Template:
-    """Return the syntax tree of a template; an empty one if it is invalid, which its first rendering reports."""
+def _find(template: str, find: Callable[[nodes.Template], T]) -> T:
+    """Return what `find` finds in the syntax tree of a template.
+
+    The tree is empty if the template is invalid or nested too deeply, which its first rendering reports.
+    """
     environment = ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"])
     try:
-        return environment.parse(_GENERATION_TAGS.sub("", template))
-    except jinja2.TemplateSyntaxError:
-        return nodes.Template([], lineno=1)
+        return find(environment.parse(_GENERATION_TAGS.sub("", template)))
+    except (jinja2.TemplateSyntaxError, RecursionError):
+        return find(environment.parse(""))
 
 
 def with_defaults(template: str, kwargs: Mapping[str, object]) -> str:

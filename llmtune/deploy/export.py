@@ -26,7 +26,7 @@ from llmtune.evaluate.decision import copy_rules
 from llmtune.model.device import explain_oom, release_memory
 from llmtune.plan import RunContext, open_finished
 from llmtune.records import Json
-from llmtune.store.atomic_files import explained, plain, read_json, staged, write_json
+from llmtune.store.atomic_files import explained, plain, read_json, refuse_links_out, staged, write_json
 from llmtune.store.run_folder import CERTIFICATE
 
 
@@ -80,7 +80,11 @@ class CertifiedExport:
 
 
 def open_to_export(run: Path, console: Console, *, offline: bool, limit: int | None = None) -> RunContext:
-    """Open a finished run to export it; `limit` replaces its `deploy.limit`. Raises as `open_finished` does."""
+    """Open a finished run to export it; `limit` replaces its `deploy.limit`.
+
+    Raises as `open_finished` does, and EnvironmentProblem if a link leads out of the run's folder.
+    """
+    refuse_links_out(run)
     context = open_finished(run, console, offline)
     if limit is not None:
         recipe = context.plan.recipe

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -25,6 +26,7 @@ from llmtune.deploy.quantized_model import SCHEMES, quantized_format
 from llmtune.deploy.search_parity import make_reference
 from llmtune.deploy.tuned_model import TunedModel
 from llmtune.display.console import spinner
+from llmtune.display.number_format import size
 from llmtune.errors import EnvironmentProblem, GateFailed, LlmtuneError, Problem, RecipeError
 from llmtune.model.causal_lm_loss import unwrap
 from llmtune.model.config import readable
@@ -32,7 +34,9 @@ from llmtune.model.device import explain_oom
 from llmtune.model.library_logging import silent
 from llmtune.plan import Plan, RunContext
 from llmtune.recipe.secrets import redact_all
+from llmtune.recipe.user_files import check_regular
 from llmtune.store.atomic_files import explained, hash_file, hash_folder, hash_value, plain, write_json
+from llmtune.store.machine import process_memory_limit
 from llmtune.store.report_record import ExportFailure
 from llmtune.store.run_folder import CERTIFICATE, StepFacts
 
@@ -46,6 +50,8 @@ EXPORT_FORMATS = {
     **{scheme: quantized_format(scheme) for scheme in SCHEMES},
 }
 """By name in the recipe's `deploy`."""
+MOST_FILES, MOST_MEMORIES = 10_000, 2
+"""Files of an export of somebody else, and its bytes, as a multiple of this machine's memory."""
 
 
 def check_products(plan: Plan) -> None:
@@ -119,6 +125,26 @@ def open_export(path: Path, tuned: TunedModel) -> ExportedModel:
     raise RecipeError.of("not an export that llmtune can open", str(path), fix)
 
 
+def check_files(path: Path) -> None:
+    """Raise EnvironmentProblem for an export that cannot be read to its end: pipes, devices, or too many bytes.
+
+    The files next to a single file count too: it may name them, and its tokenizer is one of them.
+    """
+    below = path.rglob("*") if path.is_dir() else path.parent.iterdir() if path.exists() else ()
+    files = [one for one in islice(below, MOST_FILES) if not (one.is_dir() or one.is_socket())]
+    problems, total, most = list[Problem](), 0, MOST_MEMORIES * process_memory_limit()
+    for file in files:
+        try:
+            count = check_regular(file).st_size
+            total += count if path in (file, *file.parents) else 0
+        except OSError as error:
+            problems.append(Problem(f"cannot be read: {error.strerror}", str(file), "Remove it."))
+    if total > most:
+        what = f"{size(total)}, and no more than {size(most)} are read: {MOST_MEMORIES} times the memory"
+        problems.append(Problem(what, str(path), "Name an export of this run, or use a larger machine."))
+    EnvironmentProblem.collect(problems)
+
+
 @contextmanager
 def foreign(path: Path, device: str) -> Iterator[None]:
     """Turn errors that somebody else's export causes in libraries into an EnvironmentProblem.
@@ -142,8 +168,10 @@ def certify_export(run: Path, path: Path, *, offline: bool, console: Console, li
 
     Raises:
         RecipeError: an unknown kind of file.
+        EnvironmentProblem: as `check_files` does.
         GateFailed: the export differs from the tuned model by more than the limits.
     """
+    check_files(path)
     context = open_to_export(run, console, offline=offline, limit=limit)
     tuned, usage = time_tuned(context)
     with spinner(console, "asking the tuned model"):

@@ -12,7 +12,7 @@ from pathlib import Path
 from pydantic import TypeAdapter
 
 from llmtune import __version__
-from llmtune.errors import EnvironmentProblem, GateFailed, Problem, RecipeError
+from llmtune.errors import EnvironmentProblem, GateFailed, Problem, RecipeError, describe_end
 from llmtune.evaluate.champion import hash_weights
 from llmtune.evaluate.class_alignment import classes_of, pair_metrics
 from llmtune.evaluate.gates import require_gates
@@ -131,6 +131,7 @@ def _call_program(words: list[str]) -> None:
     if done.returncode:
         reason = re.sub(r"\s+", " ", done.stderr.decode(errors="replace")).strip()[-300:]
         fix = f"Try it by hand: {' '.join(words)}"
+        reason = reason or f"it {describe_end(done.returncode)}"
         raise EnvironmentProblem.of(f"{words[0]} did not sign: {reason}", "--sign", fix)
 
 

@@ -5,7 +5,6 @@ Text metrics equal their reference library or script. Shapes: N rows.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import string
@@ -33,7 +32,7 @@ from llmtune.evaluate.metric import (
 )
 from llmtune.evaluate.paired_statistics import Bounds, share_bounds
 from llmtune.recipe.task_facts import CHOICE_METRICS
-from llmtune.recipe.user_files import read_text_file
+from llmtune.store.atomic_files import read_json
 
 if TYPE_CHECKING:
     from jiwer import AlignmentChunk
@@ -323,7 +322,7 @@ def find_spellings(model: ModelSection) -> dict[str, str] | None:
         source = try_to_load_from_cache(name, SPELLINGS, revision=model.revision) if named else None
     if not isinstance(source, str | Path) or not Path(source).is_file():
         return None
-    content = json.loads(read_text_file(Path(source)))
+    content = read_json(Path(source))
     return {str(british): str(american) for british, american in content.items()} if isinstance(content, dict) else None
 
 

@@ -56,7 +56,10 @@ def schemas_of(tools: Sequence[Tool]) -> dict[str, Any]:
 
 def schema_problem(schema: Any) -> str | None:
     """Return why a JSON Schema cannot be used to check arguments; None if it can."""
-    return _problem_of(json.dumps(schema))
+    try:
+        return _problem_of(json.dumps(schema))
+    except RecursionError:
+        return "nested too deeply"
 
 
 @cache

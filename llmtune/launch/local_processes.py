@@ -39,6 +39,7 @@ from llmtune.errors import (
     Problem,
     RecipeError,
     Stopped,
+    describe_end,
 )
 from llmtune.launch.topology import Topology, why_not
 from llmtune.recipe.loader import load_recipe
@@ -307,7 +308,7 @@ def _killed(rank: int, number: int, words: Sequence[str]) -> LlmtuneError:
         fix = f"The system probably ran out of memory: start fewer processes. {fix}"
     last = "".join(f"\n    {line}" for line in words)
     return EnvironmentProblem.of(
-        f"process {rank} was killed by {signal.Signals(number).name}{'; its last output:' if last else ''}{last}",
+        f"process {rank} {describe_end(-number)}{'; its last output:' if last else ''}{last}",
         f"process {rank}",
         fix,
     )

@@ -14,7 +14,7 @@ from pathlib import Path
 from rich.console import Console
 
 from llmtune.data.run_naming import default_folder
-from llmtune.errors import EnvironmentProblem, RecipeError
+from llmtune.errors import EnvironmentProblem, RecipeError, describe_end
 from llmtune.launch.recipe_check import check_recipe
 from llmtune.launch.topology import Topology, why_not
 from llmtune.recipe.loader import LoadedRecipe, load_recipe
@@ -147,6 +147,6 @@ def call_scheduler(words: Sequence[str], stdin: str | None = None) -> str:
         raise EnvironmentProblem.of(f"command {words[0]} not found", words[0], INSTALL)
     done = subprocess.run(words, input=stdin, capture_output=True, text=True, check=False)  # noqa: S603
     if done.returncode:
-        message = (done.stderr or done.stdout).strip() or f"exit code {done.returncode}"
+        message = (done.stderr or done.stdout).strip() or f"{words[0]} {describe_end(done.returncode)}"
         raise EnvironmentProblem.of(message, words[0], "Fix what Slurm refused; --dry-run prints the job script.")
     return done.stdout.strip()

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, cast
 
 import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -13,6 +12,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from llmtune.data.waveforms import Waveform, to_float
 from llmtune.errors import EnvironmentProblem, RecipeError, first_line, nearest
 from llmtune.model.causal_lm_loss import model_inputs, unwrap
+from llmtune.model.model_files import read_json_object
 from llmtune.records import Batch
 
 MASKING = ("wav2vec2", "hubert", "wavlm", "unispeech", "unispeech-sat")
@@ -109,10 +109,10 @@ def is_multilingual(processor: PreTrainedTokenizerBase) -> bool:
     """
     folder = Path(str(processor.name_or_path))
     path = folder / "generation_config.json"
-    stated = json.loads(path.read_text("utf-8")).get("is_multilingual") if path.is_file() else None
+    stated = read_json_object(path).get("is_multilingual") if path.is_file() else None
     if stated is None:
         path = folder / "config.json"
-        stated = not path.is_file() or json.loads(path.read_text("utf-8")).get("vocab_size", 51865) >= 51865
+        stated = not path.is_file() or cast(int, read_json_object(path).get("vocab_size", 51865)) >= 51865
     return bool(stated)
 
 

@@ -57,9 +57,11 @@ def open_regular(path: Path) -> RegularFile:
     return RegularFile(str(path), "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
 
 
-def read_bytes(path: Path, limit: int = MAX_TEXT_BYTES) -> bytes:
-    """Read a regular file of at most `limit` bytes; raises OSError."""
+def read_bytes(path: Path, limit: int = MAX_TEXT_BYTES, last: int | None = None) -> bytes:
+    """Read a regular file of at most `limit` bytes, or its `last` bytes; raises OSError."""
     with open_regular(path) as file:
+        if last is not None:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - last))
         parts: list[bytes] = []
         size = 0
         while part := file.read(2**20):

@@ -8,6 +8,7 @@ from itertools import takewhile
 
 from llmtune.data.chat_rows import MESSAGE_KEYS, open_conversation
 from llmtune.data.chat_template import Tools
+from llmtune.data.long_texts import count_tokens, start_of
 from llmtune.data.pictures import PICTURE_PARTS
 from llmtune.data.rejected_rows import RowError
 from llmtune.errors import LlmtuneError, nearest
@@ -45,6 +46,7 @@ def chat_prompt(request: ChatRequest, served: ServedModel) -> ServedPrompt:
     """
     conversation, recipe = read_messages(request, served), override_template_values(request, served)
     task, processor = served.task, served.processor
+    refuse_long("\n".join(str(message.get("content") or "") for message in conversation["messages"]), served)
     try:
         prompt = task.prompt(conversation, processor, recipe)
         require_room(served, len(prompt), None)  # a forced call costs as many readings of the prompt as there are tools
@@ -56,6 +58,15 @@ def chat_prompt(request: ChatRequest, served: ServedModel) -> ServedPrompt:
         raise ApiError.of(error, param="messages") from error
     turn = sum(message["role"] != "system" for message in conversation["messages"])
     return ServedPrompt(prompt, begun, conversation.get("tools"), turn)
+
+
+def refuse_long(text: str, served: ServedModel) -> None:
+    """Raise ApiError for a text that the context cannot hold, at the cost of its start: others wait meanwhile."""
+    context = served.context or MAX_POSITIONS
+    start = start_of(text, served.processor, context)
+    if len(start) < len(text) and count_tokens(start, served.processor, context) > context:
+        message = f"The prompt is longer than the model's context holds: {context} tokens."
+        raise ApiError(400, message, code="context_length_exceeded")
 
 
 def require_room(served: ServedModel, tokens: int, max_tokens: int | None) -> int:

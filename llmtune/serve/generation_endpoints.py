@@ -24,7 +24,7 @@ from llmtune.errors import nearest
 from llmtune.evaluate.generation import extend_prompt
 from llmtune.records import Prompt
 from llmtune.serve.answer_stream import Delta
-from llmtune.serve.chat_prompt import ServedPrompt, chat_prompt, require_room
+from llmtune.serve.chat_prompt import ServedPrompt, chat_prompt, refuse_long, require_room
 from llmtune.serve.engine import Engine, generate_ids
 from llmtune.serve.schemas import ApiError, ChatRequest, CompletionRequest, GenerationRequest
 from llmtune.serve.served_model import DRAWS, ServedModel
@@ -83,6 +83,7 @@ def completion_ids(request: CompletionRequest, served: ServedModel) -> list[int]
     """
     first = request.prompt if isinstance(request.prompt, str) else request.prompt[0]
     if isinstance(first, str):
+        refuse_long(first, served)
         start = served.processor.bos_token
         if start and first.startswith(str(start)):
             ids: list[int] = served.processor(first, add_special_tokens=False)["input_ids"]

@@ -7,6 +7,8 @@ import base64
 import hmac
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from difflib import get_close_matches
 from hashlib import sha256
 from importlib.resources import files
 
@@ -19,7 +21,6 @@ from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Re
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import llmtune
-from llmtune.errors import nearest
 from llmtune.recipe.retired import RETIRED
 from llmtune.serve.engine import Engine
 from llmtune.serve.generation_endpoints import ClientDisconnected, mount_generation, served_by_name
@@ -33,8 +34,11 @@ PUBLIC_PATHS = ("/", "/docs", "/openapi.json", "/health/live", "/health/ready")
 HOST = re.compile(r"(?:[\w.-]*|\[[0-9A-Fa-f:.]+\])(?::\d{1,5})?", re.ASCII)
 BODY_SECONDS = 30
 """How long a body may take to arrive."""
-DRAIN_FACTOR = 8
-"""A refused body is read and discarded up to this many times the limit, as many clients send all before they read."""
+DRAIN_FACTOR, DRAIN_SECONDS = 8, 5
+"""The rest of a refused body is discarded up to this many times the limit, and for so long, before the connection is
+closed: many clients send all before they read, and a connection that is closed with unread bytes is reset."""
+NEAR = 0.65
+"""Likeness of two paths from which one may be meant for the other: /v1/moderations is not /v1/completions."""
 ABOUT = """Models tuned with llmtune. `/v1/models` lists them; `model` in a request chooses one.
 
 Undocumented parameters are refused by name, never ignored. If the server was started with an API key, every path
@@ -159,8 +163,10 @@ def _mount_error_handlers(app: FastAPI) -> None:
         message = str(error.detail)
         if error.status_code == 404:
             paths = [path for path in app.openapi()["paths"] if path.startswith("/v1")]
-            message = f"{request.url.path!r} not found.{nearest(request.url.path, paths)} Known paths: "
-            message += f"{', '.join(paths)}."
+            ends = {path.removeprefix("/v1/"): path for path in paths}  # what all paths share makes none of them near
+            near = get_close_matches(request.url.path.removeprefix("/v1").strip("/"), ends, 1, NEAR)
+            message = f"{request.url.path!r} not found.{f' Did you mean {ends[near[0]]!r}?' if near else ''} "
+            message += f"Known paths: {', '.join(paths)}."
             message = RETIRED.get(f"{request.method} {request.url.path}", message)
         return error_response(ApiError(error.status_code, message, headers=dict(error.headers or {})))
 
@@ -219,13 +225,30 @@ class Gateway:
                 message["headers"] = [*message.get("headers", ()), (b"x-content-type-options", b"nosniff")]
             await send(message)
 
+        unread = True
+
+        async def noted() -> Message:
+            nonlocal unread
+            message = await receive()
+            unread = message.get("more_body", False)
+            return message
+
         try:
             self._check(scope)
-            body = await self._read(receive)
-            if body is not None:
-                await self.app(scope, _replay(body, receive), unsniffed)
+            body = await self._read(noted)
         except ApiError as error:
-            await error_response(error)(scope, receive, unsniffed)
+            response = error_response(error)
+            response.headers["Connection"] = "close"
+            await response(scope, receive, lambda message: unsniffed({**message, "more_body": True}))
+            with suppress(TimeoutError):
+                async with asyncio.timeout(DRAIN_SECONDS):
+                    left = DRAIN_FACTOR * self.body_bytes
+                    while unread and left > 0:
+                        left -= len((await noted()).get("body", b""))
+            await send({"type": "http.response.body"})
+            return
+        if body is not None:
+            await self.app(scope, _replay(body, receive), unsniffed)
 
     def _check(self, scope: Scope) -> None:
         headers = Headers(scope=scope)
@@ -246,10 +269,7 @@ class Gateway:
             raise ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
 
     async def _read(self, receive: Receive) -> bytes | None:
-        """Read the body; above the limit, discard it but keep reading for a while.
-
-        Returns None if the client disconnected before its request was complete.
-        """
+        """Read the body; returns None if the client disconnected before its request was complete."""
         limit, parts, size = self.body_bytes, [], 0
         try:
             async with asyncio.timeout(BODY_SECONDS):
@@ -257,16 +277,14 @@ class Gateway:
                     message = await receive()
                     if message["type"] == "http.disconnect":
                         return None
-                    size += len(message.get("body", b""))
-                    if size <= limit:
-                        parts.append(message.get("body", b""))
-                    if not message.get("more_body", False) or size > DRAIN_FACTOR * limit:
-                        break
+                    parts.append(message.get("body", b""))
+                    size += len(parts[-1])
+                    if size > limit:
+                        raise ApiError(413, f"The body is larger than {limit:,} bytes.", code="request_too_large")
+                    if not message.get("more_body", False):
+                        return b"".join(parts)
         except TimeoutError:
             raise ApiError(408, f"The body did not arrive within {BODY_SECONDS} s.", code="timeout") from None
-        if size > limit:
-            raise ApiError(413, f"The body is larger than {limit:,} bytes.", code="request_too_large")
-        return b"".join(parts)
 
 
 def error_response(error: ApiError) -> JSONResponse:

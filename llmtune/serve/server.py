@@ -7,8 +7,10 @@ import logging
 import os
 import resource
 import socket
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from ipaddress import ip_address
 from pathlib import Path
 from types import FrameType
 from typing import cast
@@ -44,8 +46,12 @@ MAX_KEY_BYTES = 2**16
 BODY_BYTES = 2 * 2**20
 MEDIA_BYTES = 32 * 2**20
 MAX_CONNECTIONS = 1000
+MAX_SHARE = 4
+"""A client, by its IPv4 address or its /64 of IPv6, has at most one in so many connections."""
 HEAD_SECONDS = 15
 """How long a connection may take to send the complete head of a request."""
+TAKE_SECONDS = 30
+"""How long a client may leave a response unread that does not fit the buffers."""
 OPEN_FILES = 4096
 OTHER_FILES = 128
 """Open files other than connections."""
@@ -210,28 +216,43 @@ def parse_run_names(runs: Sequence[Path], named: Sequence[str]) -> dict[str, Pat
 
 
 class TimedProtocol(H11Protocol):
-    """uvicorn's protocol; it closes connections that take too long to send a request."""
+    """uvicorn's protocol; it closes connections whose client takes too long, or has too many."""
 
     waiting: asyncio.TimerHandle | None = None
     since = 0.0
-    """When the connection began to wait for a request."""
+    """When the connection began to wait for its client."""
+    network = ""
+    """The client's address; of IPv6 only the /64, which one client has as a whole."""
     limit = MAX_CONNECTIONS
 
     @property
     def idle(self) -> bool:
-        """Whether no request is in progress."""
+        """Whether no request has begun to arrive since the last response."""
         return self.conn.their_state is h11.IDLE and (self.cycle is None or self.cycle.response_complete)
 
+    @property
+    def waits(self) -> bool:
+        """Whether it is the client's turn: to send the rest of a request, or to take a response."""
+        answered = self.cycle is None or self.cycle.response_complete
+        return answered or self.conn.their_state in (h11.IDLE, h11.SEND_BODY) or self.flow.write_paused
+
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Accept a connection; above the limit, close the one idle for longest, or this one if none is idle."""
+        """Accept a connection; above a limit, close the one that waits for longest, or this one if none waits.
+
+        It is one of the same client, or of the client with the most connections.
+        """
         super().connection_made(transport)
+        address = ip_address(self.client[0] if self.client else "::")
+        self.network = str(getattr(address, "ipv4_mapped", None) or address.exploded[:19])
         self._watch()
-        if len(self.connections) > self.limit:
-            others = [cast(TimedProtocol, one) for one in self.connections if one is not self]
-            idle = [one for one in others if one.idle]
-            doomed = min(idle, key=lambda one: one.since) if idle else self
+        open_ones = cast(set[TimedProtocol], self.connections)
+        counts = Counter(one.network for one in open_ones)
+        own = counts[self.network] > self.limit // MAX_SHARE
+        if own or len(open_ones) > self.limit:
+            waiting = [one for one in open_ones - {self} if one.waits and (one.network == self.network or not own)]
+            doomed = min(waiting, key=lambda one: (-counts[one.network], one.since), default=self)
             self.connections.discard(doomed)
-            doomed.transport.close()
+            doomed.transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget the connection."""
@@ -243,12 +264,29 @@ class TimedProtocol(H11Protocol):
         super().data_received(data)
         self._watch()
 
+    def on_response_complete(self) -> None:
+        """Wait for the next request."""
+        self.since = self.loop.time()
+        super().on_response_complete()
+
+    def pause_writing(self) -> None:
+        """Wait for the client to take a response, with a limit."""
+        super().pause_writing()
+        self._watch()
+
+    def resume_writing(self) -> None:
+        """Send the rest of a response."""
+        super().resume_writing()
+        self._watch()
+
     def _watch(self) -> None:
-        if not self.idle:
+        """Limit how long the client may take; the gateway limits the time of a body."""
+        if not (self.idle or self.flow.write_paused):
             self._stop_watching()
         elif self.waiting is None:
             self.since = self.loop.time()
-            self.waiting = self.loop.call_later(HEAD_SECONDS, self.transport.close)
+            seconds = TAKE_SECONDS if self.flow.write_paused else HEAD_SECONDS
+            self.waiting = self.loop.call_later(seconds, self.transport.abort)
 
     def _stop_watching(self) -> None:
         if self.waiting is not None:

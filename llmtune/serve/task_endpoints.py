@@ -15,6 +15,7 @@ from starlette.datastructures import UploadFile
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from llmtune.data.long_texts import MOST_CHARACTERS
 from llmtune.errors import DataError, LlmtuneError
 from llmtune.recipe.task_facts import TASK_FACTS
 from llmtune.serve.chat_prompt import ServedPrompt
@@ -35,8 +36,6 @@ FIELDS = {
     "source_language": "The language of the text; default: the recipe's.",
     "target_language": "The language of the translation; default: the recipe's.",
 }
-MOST_CHARACTERS = 1 << 18
-"""Characters of a text, about 65,000 tokens: a model that reads it in windows keeps other clients waiting meanwhile."""
 MODEL = "A name of `/v1/models`; default: the first one."
 
 

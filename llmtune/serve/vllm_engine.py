@@ -19,7 +19,7 @@ from llmtune.serve.chat_prompt import MAX_PICTURES
 from llmtune.serve.server import KEY_VARIABLE, ServeOptions, open_served, public_name, read_key
 from llmtune.store.atomic_files import hash_value
 from llmtune.store.run_folder import trained_name
-from llmtune.vllm_models import IN_4_BITS, find_merged
+from llmtune.vllm_models import IN_4_BITS, find_merged, find_other_sampling
 
 VLLM_KEY_VARIABLE = "VLLM_API_KEY"
 Parsers = Sequence[tuple[tuple[str, ...], str]]
@@ -120,6 +120,7 @@ def vllm_command(opened: Mapping[str, RunContext], options: ServeOptions) -> lis
         raise RecipeError.of(
             "vLLM does not search with beams", "generation.num_beams", "Serve it without --engine vllm."
         )
+    RecipeError.collect(find_other_sampling(recipe))
     served = [str(whole), "--tokenizer", str(whole), "--served-model-name", name]
     adapters: list[str] = []
     if not options.merged and recipe.adapter.method != "full":

@@ -116,34 +116,52 @@ def _too_deep(content: object) -> bool:
     return bool(level)
 
 
-def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """Read the objects of a JSON lines file written by llmtune; empty if it is missing. Skips damaged lines.
+def read_json_lines(path: Path, last: int | None = None) -> list[dict[str, Any]]:
+    """Read the objects of a JSON lines file written by llmtune, or of its `last` bytes; empty if it is missing.
 
-    Raises EnvironmentProblem if it cannot be read.
+    Skips damaged lines. Raises EnvironmentProblem if it cannot be read.
     """
-    from llmtune.recipe.user_files import read_text_file
+    from llmtune.recipe.user_files import read_bytes
 
     lines: list[dict[str, Any]] = []
     if not path.exists():
         return lines
     with explained(path):
-        texts = read_text_file(path, MAX_JSON_BYTES, errors="replace").splitlines()
-    for text in texts:
+        content = read_bytes(path, MAX_JSON_BYTES, last)
+    for text in content.decode("utf-8", "replace").splitlines():
         try:
             line = json.loads(text)
         except (ValueError, RecursionError):
             continue
-        if isinstance(line, dict):
+        if isinstance(line, dict) and not _too_deep(line):
             lines.append(line)
     return lines
+
+
+def refuse_links(*paths: Path) -> None:
+    """Raise EnvironmentProblem that names the paths that are links: what they lead to belongs to somebody else."""
+    fix = "Remove the link, or move what it leads to into its place."
+    EnvironmentProblem.collect(Problem(describe_link(path), str(path), fix) for path in paths if path.is_symlink())
+
+
+def describe_link(path: Path) -> str:
+    """Return why a link, and what it leads to, stay as they are."""
+    return f"a link to {os.readlink(path)}, and llmtune changes nothing outside its own folders"
+
+
+def refuse_links_out(folder: Path) -> None:
+    """Raise EnvironmentProblem that names the links at any depth of a folder that lead out of it."""
+    inside = os.path.realpath(folder) + os.sep
+    refuse_links(*(path for path in folder.rglob("*") if not os.path.realpath(path).startswith(inside)))
 
 
 @contextmanager
 def exclusive(path: Path, place: Path, fix: str = BUSY_FIX) -> Iterator[None]:
     """Lock a file or folder, and with it `place`, against other processes; no-op on file systems without locks.
 
-    Raises EnvironmentProblem, naming the process that has the lock.
+    Raises EnvironmentProblem, naming the process that has the lock, and for a link.
     """
+    refuse_links(path)
     handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT, 0o666)
     try:
         try:
@@ -178,10 +196,11 @@ def staged(folder: Path, *, durable: bool = False) -> Iterator[Path]:
     """Yield an empty folder to write to; it replaces `folder` at the end, or is removed on an error.
 
     With `durable`, all files are on the disk before that. Raises EnvironmentProblem if another process is staging the
-    same folder.
+    same folder, or a name that is needed is a link.
     """
     temporary = folder.with_name(f".{folder.name}.new")
     old = folder.with_name(f".{folder.name}.old")
+    refuse_links(folder, temporary, old)
     temporary.mkdir(parents=True, exist_ok=True)
     with exclusive(temporary, folder):
         try:

@@ -15,7 +15,16 @@ from pathlib import Path
 import psutil
 
 from llmtune.errors import EnvironmentProblem, LlmtuneError, RecipeError
-from llmtune.store.atomic_files import UNFINISHED, exclusive, explained, find_cache, hash_file, read_json, remove
+from llmtune.store.atomic_files import (
+    UNFINISHED,
+    describe_link,
+    exclusive,
+    explained,
+    find_cache,
+    hash_file,
+    read_json,
+    remove,
+)
 from llmtune.store.release_store import RELEASES, changing, is_stored, list_release_names, list_stored, read_history
 from llmtune.store.run_folder import CERTIFICATE, MANIFEST, RunFolder, read_manifest
 from llmtune.store.run_listing import RUNS
@@ -53,9 +62,12 @@ class Cleaning:
         """Size of all that may go."""
         return sum(one.bytes for one in self.removable)
 
-    def add(self, path: Path, reason: str) -> None:
-        """Add a file or folder, unless its parent is already listed."""
-        if not any(one.path in (path, *path.parents) for one in self.removable):
+    def add(self, path: Path, reason: str, root: Path) -> None:
+        """Add a file or folder below `root`, unless its parent is already listed; skip what is reached by a link."""
+        below = [path, *path.parents][: len(path.parts) - len(root.parts)]
+        if links := [one for one in below if one.is_symlink()]:
+            self.skipped[str(links[-1])] = describe_link(links[-1])
+        elif not any(one.path in (path, *path.parents) for one in self.removable):
             self.removable.append(Removable(path, measure_bytes(path), reason))
 
     def remove(self) -> None:
@@ -120,7 +132,7 @@ def _clean_releases(cleaning: Cleaning, keep: int | None) -> None:
     for name in list_release_names():
         try:
             with changing(name):
-                _find_leftovers(list((RELEASES / name).glob(".*")), cleaning)
+                _find_leftovers(list((RELEASES / name).glob(".*")), cleaning, RELEASES)
                 if keep is not None:
                     _find_old_releases(name, cleaning, keep)
                 cleaning.remove()
@@ -156,18 +168,18 @@ def _find_in_run(run: RunFolder, cleaning: Cleaning) -> None:
     checkpoints = run.path / CHECKPOINTS
     for pattern, reason in PUT_ASIDE.items():
         for path in sorted(checkpoints.glob(pattern)):
-            cleaning.add(path, reason)
+            cleaning.add(path, reason, run.path)
     steps = sorted((int(match[1]), path) for path in checkpoints.glob("*") if (match := _STEP.fullmatch(path.name)))
     trained = run.is_whole("train")
     kept = set() if trained else _needed_checkpoints([path for _, path in reversed(steps)])
     for _, path in steps:
         if path not in kept:
-            cleaning.add(path, "training is finished" if trained else "there is a newer checkpoint")
+            cleaning.add(path, "training is finished" if trained else "there is a newer checkpoint", run.path)
     for file in _search(run.path, CERTIFICATE):
         certificate = read_json(file)
         if isinstance(certificate, dict) and not run.certifies(certificate):
-            cleaning.add(file.parent, "export of an earlier training in this folder")
-    _find_leftovers(_search(run.path, ".*"), cleaning)
+            cleaning.add(file.parent, "export of an earlier training in this folder", run.path)
+    _find_leftovers(_search(run.path, ".*"), cleaning, run.path)
 
 
 def _search(run: Path, pattern: str) -> list[Path]:
@@ -189,10 +201,10 @@ def _needed_checkpoints(newest_first: list[Path]) -> set[Path]:
     return {*newest_first}
 
 
-def _find_leftovers(hidden: list[Path], cleaning: Cleaning) -> None:
+def _find_leftovers(hidden: list[Path], cleaning: Cleaning, root: Path) -> None:
     for path in hidden:
-        if any(path.match(pattern) for pattern in UNFINISHED) and not _is_being_written(path):
-            cleaning.add(path, "left by a killed process")
+        if any(path.match(pattern) for pattern in UNFINISHED) and (path.is_symlink() or not _is_being_written(path)):
+            cleaning.add(path, "left by a killed process", root)
 
 
 def _is_being_written(path: Path) -> bool:
@@ -225,7 +237,8 @@ def _find_unused_models(cleaning: Cleaning, kept: Collection[str]) -> None:
         if not path.is_dir() or path.name in {*used, *kept}:
             continue
         if not any(path.name.startswith(f"{name}-") for name in names):
-            cleaning.add(path, "packaged model that no run in runs/ uses; it can be converted from its package again")
+            reason = "packaged model that no run in runs/ uses; it can be converted from its package again"
+            cleaning.add(path, reason, find_cache())
 
 
 def _read_folder(file: Path) -> str:
@@ -246,4 +259,4 @@ def _find_old_releases(name: str, cleaning: Cleaning, keep: int) -> None:
     for one in stored:
         uses = f"{name}@{one.hash}" in named or f"{name}/{one.hash}" in named
         if not one.current and one.hash not in last[:keep] and not uses:
-            cleaning.add(one.folder, f"release {one.address}, not current")
+            cleaning.add(one.folder, f"release {one.address}, not current", RELEASES)

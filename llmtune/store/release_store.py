@@ -27,6 +27,7 @@ from llmtune.store.atomic_files import (
     hash_file,
     read_json,
     read_json_lines,
+    refuse_links,
     staged,
     write_text,
 )
@@ -39,6 +40,7 @@ RECORD_FILE = "release.json"
 CURRENT, HISTORY = "current", "history.jsonl"
 SERVED_RECIPE, TEMPLATE = "serving.json", "chat_template.jinja"
 """In a release: the recipe with everything resolved that a run infers from its rows, and the user's own template."""
+HISTORY_BYTES = 2**20
 RELEASE_HASH = re.compile(r"[0-9a-f]{8}")
 IGNORED = """\
 # Weights stay out of git. Records, pointers and histories of releases go in.
@@ -149,8 +151,8 @@ def read_current(name: str) -> str | None:
 
 
 def read_history(name: str) -> list[Promotion]:
-    """Return the promotions and rollbacks of a name, the oldest first, without damaged lines."""
-    lines = read_json_lines(RELEASES / name / HISTORY)
+    """Return the promotions and rollbacks of a name, the oldest first, without damaged lines: about the last 8,000."""
+    lines = read_json_lines(RELEASES / name / HISTORY, HISTORY_BYTES)
     return [Promotion(**line) for line in lines if find_misfit(line, Promotion) is None]  # type: ignore[typeddict-item]
 
 
@@ -289,6 +291,7 @@ def rollback(name: str, to: str | None = None) -> tuple[str, str]:
 def changing(name: str) -> Iterator[None]:
     """Lock the releases of a name against other processes; create their folder, and the rules for git."""
     folder = RELEASES / name
+    refuse_links(folder)
     with explained(folder):
         folder.mkdir(parents=True, exist_ok=True)
         if not (RELEASES / ".gitignore").exists():

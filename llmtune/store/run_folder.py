@@ -24,6 +24,7 @@ from llmtune.store.atomic_files import (
     hash_path,
     list_folder,
     read_json,
+    refuse_links_out,
     remove_unfinished,
     write_json,
     write_text,
@@ -280,11 +281,12 @@ def open_run(path: Path, fingerprint: str, *, resume: bool = False, fresh: bool 
 
     Raises:
         RecipeError: the folder has a run of another recipe or other files, or `resume` finds nothing.
-        EnvironmentProblem: it cannot be written, or another process is using it.
+        EnvironmentProblem: it cannot be written, another process is using it, or a link leads out of it.
     """
     with explained(path):
         peek_run(path, fingerprint, resume=resume, fresh=fresh)  # refuse before creating anything
         path.mkdir(parents=True, exist_ok=True)
+        refuse_links_out(path)
         with exclusive(path / ".lock", path):
             folder = peek_run(path, fingerprint, resume=resume, fresh=fresh)
             remove_unfinished(path)

@@ -298,11 +298,14 @@ def _checkpoint(run: Run) -> Path:
     state.divergence = run.divergence.save()
     folder = training.checkpoints / f"step-{state.step}"
     save(training, state, folder)
-    best = state.best_step if training.recipe.train.load_best_model_at_end else None
-    run_on_main(
-        training.accelerator, lambda: rotate(training.checkpoints, training.recipe.train.save_total_limit, best)
-    )
+    _rotate_checkpoints(run)
     return folder
+
+
+def _rotate_checkpoints(run: Run) -> None:
+    training, settings = run.training, run.training.recipe.train
+    best = run.state.best_step if settings.load_best_model_at_end else None
+    run_on_main(training.accelerator, lambda: rotate(training.checkpoints, settings.save_total_limit, best))
 
 
 def _stop_if_asked(run: Run) -> None:
@@ -352,6 +355,7 @@ def _finish(run: Run) -> Path:
     run_on_main(training.accelerator, lambda: _save(training, folder, whole))
     run_on_main(training.accelerator, lambda: save_row_losses(training.row_losses, training.examples, training.folder))
     run_on_main(training.accelerator, lambda: remove_put_aside(training.checkpoints, run.console))
+    _rotate_checkpoints(run)  # a process that was killed after its last checkpoint did not
     return folder
 
 

@@ -1,5 +1,6 @@
 """Long texts, cut in characters before they are tokenized, have the tokens that their first characters have."""
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from support.families import build_bert, build_roberta
 from support.models import build_llama
 from transformers import AutoTokenizer
 
-from llmtune.data.long_texts import count_tokens, start_of, tokenize_columns, tokenize_pairs
+from llmtune.data.long_texts import MOST_CHARACTERS, count_tokens, start_of, tokenize_columns, tokenize_pairs
 
 BUILDERS = (build_bert, build_roberta, build_llama)
 TEXTS = {
@@ -54,3 +55,19 @@ def test_pairs_have_the_tokens_of_the_processor_though_each_text_is_tokenized_on
 def test_a_long_text_is_read_no_further_than_its_first_tokens(processor: Any) -> None:
     assert len(start_of("the red cat " * 100_000, processor, 64)) == 64 * 16
     assert start_of(TEXTS["short"], processor, 64) == TEXTS["short"]
+
+
+def test_a_long_query_costs_little_with_each_of_many_passages(processor: Any) -> None:
+    began = time.process_time()
+    for number in range(50):  # as a server asks, a few at a time
+        tokenize_pairs([("the red cat " * 1000, f"{number} the red cat " * 100) for _ in range(4)], processor, 64)
+    assert time.process_time() - began < 1
+
+
+@pytest.mark.parametrize("letter", ["a", " "])
+def test_of_a_word_of_a_million_letters_a_bounded_start_is_read_and_the_text_counts_as_cut(
+    letter: str, processor: Any
+) -> None:
+    text = letter * 1_900_000
+    assert len(start_of(text, processor, 64)) <= MOST_CHARACTERS
+    assert count_tokens(text, processor, 64) > 64

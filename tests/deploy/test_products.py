@@ -6,12 +6,15 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
+from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 from support.runs import invoke, write_colours, write_recipe
 
-from llmtune.deploy.products import EXPORT_FORMATS
+from llmtune.deploy.products import EXPORT_FORMATS, check_files
+from llmtune.errors import EnvironmentProblem
 from llmtune.store.atomic_files import read_json
 from llmtune.store.run_folder import EXPORT_FOLDERS
 
@@ -107,3 +110,23 @@ def test_a_run_stopped_while_it_exports_has_its_report_with_the_exports_unfinish
 
 def test_each_export_goes_into_a_folder_that_belongs_to_a_run():
     assert {form.folder.partition("/")[0] for form in EXPORT_FORMATS.values()} == {*EXPORT_FOLDERS}
+
+
+@pytest.mark.parametrize("name", ["fifo", "folder", "neighbour", "sparse", "missing"])
+def test_an_export_that_cannot_be_read_to_its_end_is_refused_before_anything_is_loaded(
+    name: str, tmp_path: Path
+) -> None:
+    model = tmp_path / "export" / "model.onnx"
+    model.parent.mkdir()
+    if name == "sparse":
+        with model.open("wb") as file:
+            file.truncate(2**40)
+    elif name in ("fifo", "folder"):
+        os.mkfifo(model)
+    elif name == "neighbour":
+        model.touch()
+        os.mkfifo(model.with_name("tokenizer.json"))
+    words = {"sparse": "1.1 TB, and no more than .* are read"}
+    refused = pytest.raises(EnvironmentProblem, match=words.get(name, "a pipe, not a regular file"))
+    with nullcontext() if name == "missing" else refused:
+        check_files(model.parent if name == "folder" else model)

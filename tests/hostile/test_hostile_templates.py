@@ -11,6 +11,11 @@ from support.models import CHATML
 from support.runs import write_recipe
 
 from llmtune.data import chat_template
+from llmtune.data.arrow_rows import _class_names
+from llmtune.data.chat_messages import _with_arguments
+from llmtune.data.template_text import reads_date, template_variables
+from llmtune.evaluate.tool_metrics import schema_problem
+from llmtune.store.atomic_files import read_json_lines
 
 LOOP = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
 TEMPLATES = {
@@ -44,7 +49,16 @@ TEMPLATES = {
 }
 
 
-BRIEF = ("loop", "a gigabyte of text", "a long text", "half a character", "deep loops", "attributes", "escape codes")
+BRIEF = (
+    "deep brackets",
+    "loop",
+    "a gigabyte of text",
+    "a long text",
+    "half a character",
+    "deep loops",
+    "attributes",
+    "escape codes",
+)
 
 
 @pytest.mark.parametrize(
@@ -58,6 +72,26 @@ def test_a_hostile_template_is_refused(
     (here / "template.jinja").write_text(template + CHATML)
     write_recipe(here / "recipe.yaml", tiny_llama, chat_rows, model={"chat_template": "template.jinja"})
     assert words in attempt("prepare", "recipe.yaml", "--out", "run", code=4)
+
+
+@pytest.mark.parametrize("depth", [100, 500, 3000])
+def test_a_deep_file_of_a_stranger_is_read_or_refused_by_name(depth: int) -> None:
+    for template in ("{{ " + "(" * depth + "1" + ")" * depth + " }}", "{% if a %}" * depth + "{% endif %}" * depth):
+        assert not reads_date(template)
+        assert template_variables(template) <= {"a"}
+    schema: dict[str, object] = {}
+    for _ in range(depth):
+        schema = {"properties": {"a": schema}}
+    assert schema_problem(schema) == "nested too deeply"
+    text = "[" * depth + "]" * depth
+    assert _class_names({b"huggingface": text.encode()}) == {}
+    call = {"type": "function", "function": {"name": "f", "arguments": text}}
+    assert _with_arguments(call)
+
+
+def test_a_deep_line_of_a_record_is_skipped(tmp_path: Path) -> None:
+    (tmp_path / "lines.jsonl").write_text("".join('{"a": ' + "[" * n + "]" * n + "}\n" for n in (1, 200, 900, 3000)))
+    assert read_json_lines(tmp_path / "lines.jsonl") == [{"a": []}]
 
 
 @pytest.mark.parametrize("name", ["fifo", "/dev/zero", "."])

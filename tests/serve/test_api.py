@@ -224,6 +224,33 @@ def test_bodies_that_are_invalid_json_too_large_or_of_another_type_are_refused(t
     assert RETIRED["GET /metrics"] in httpx.get(f"{url}/metrics").json()["error"]["message"]
 
 
+@pytest.mark.parametrize(
+    ("path", "meant"),
+    [
+        *((f"/v1/{name}", None) for name in ("embeddings", "responses", "messages", "moderations", "score", "files")),
+        ("/v1/complete", "/v1/completions"),
+        ("/v1/model", "/v1/models"),
+        ("/chat/completions", "/v1/chat/completions"),
+    ],
+)
+def test_a_wrong_path_suggests_only_a_path_that_is_near(talk, path, meant):
+    message = httpx.post(f"{talk[1]}{path}", json={}).json()["error"]["message"]
+    assert message.partition("Did you mean ")[2].partition("?")[0] == (repr(meant) if meant else "")
+
+
+@pytest.mark.parametrize("text", ["a" * 1_000_000, "the red cat " * 80_000])
+def test_a_text_far_beyond_the_context_is_refused_by_its_start(talk, text):
+    _, url, _ = talk
+    asked_by_path = {
+        "chat/completions": {"messages": [{"role": "user", "content": text}]},
+        "completions": {"prompt": text},
+    }
+    for path, asked in asked_by_path.items():
+        answer = httpx.post(f"{url}/v1/{path}", json=asked, timeout=60)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (400, "context_length_exceeded")
+        assert "longer than the model's context" in answer.json()["error"]["message"], "it was not tokenized in full"
+
+
 def test_other_origins_and_host_names_are_refused(served):
     with serving(served) as url:
         assert httpx.get(f"{url}/v1/models").status_code == 200

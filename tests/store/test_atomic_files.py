@@ -106,3 +106,14 @@ def test_lines_are_counted_in_text_only(tmp_path: Path, content: bytes, lines: i
     path = tmp_path / "rows"
     path.write_bytes(content)
     assert hash_lines(path) == (hash_file(path), lines)
+
+
+@pytest.mark.parametrize("name", ["folder", ".folder.new", ".folder.old"])
+def test_staging_changes_nothing_behind_a_link(name: str, tmp_path: Path) -> None:
+    (outside := tmp_path / "outside").mkdir()
+    (outside / "file").write_text("kept")
+    (tmp_path / name).symlink_to(outside)
+    with pytest.raises(EnvironmentProblem, match=f"a link to {outside}"), staged(tmp_path / "folder") as folder:
+        (folder / "new").touch()
+    assert (tmp_path / name).is_symlink()
+    assert [path.name for path in outside.iterdir()] == ["file"]

@@ -262,3 +262,62 @@ def test_a_run_that_is_a_link_keeps_the_model_and_the_release_that_it_names(run:
     assert model.is_dir()
     assert (RELEASES / "tiny" / "11111111").is_dir()
     assert not [*(tmp_path / "disk").rglob("step-*")]
+
+
+@pytest.mark.parametrize(
+    "place", ["checkpoints", "checkpoints/step-2", "seeds", "seeds/8/checkpoints", "gguf", ".x.new"]
+)
+def test_what_a_link_leads_to_stays_and_the_link_is_named(run: Path, tmp_path: Path, place: str) -> None:
+    outside, link = tmp_path / "outside", run / place
+    if link.exists():
+        shutil.move(link, outside)
+    else:
+        write_json(outside / "f16" / "certificate.json", {"trained_sha256": "0" * 64})
+    link.symlink_to(outside, target_is_directory=True)
+    before = {path: path.read_bytes() for path in outside.rglob("*") if path.is_file()}
+    result = clean("--all")
+    assert link.is_symlink()
+    assert {path: path.read_bytes() for path in outside.rglob("*") if path.is_file()} == before
+    assert not any(link in (path := Path(one["path"]), *path.parents) for one in result["removed"])
+    named = {one["path"]: one["reason"] for one in result["skipped"]}
+    found_by_search = place in ("seeds", "gguf")  # a search does not follow links
+    assert found_by_search or f"a link to {outside}" in named[str(link)]
+
+
+def test_releases_and_models_behind_links_stay(run: Path, tmp_path: Path) -> None:
+    write_releases("aaaaaaaa", "bbbbbbbb", "cccccccc")
+    shutil.move(RELEASES / "tiny" / "aaaaaaaa", tmp_path / "release")
+    (RELEASES / "tiny" / "aaaaaaaa").symlink_to(tmp_path / "release")
+    shutil.copytree(RELEASES / "tiny", tmp_path / "other", symlinks=True)
+    (RELEASES / "other").symlink_to(tmp_path / "other")
+    (model := tmp_path / "model").mkdir()
+    (tmp_path / "cache" / "models").mkdir(parents=True)
+    (tmp_path / "cache" / "models" / "unused-1-1").symlink_to(model)
+    result = clean("--all", "--keep-releases", "0")
+    assert [one["path"] for one in result["removed"] if "releases" in one["path"]] == ["releases/tiny/bbbbbbbb"]
+    assert (tmp_path / "release" / "release.json").is_file()
+    assert len([*(tmp_path / "other").glob("*/release.json")]) == 3
+    assert model.is_dir()
+    links = {"releases/other", "releases/tiny/aaaaaaaa", str(tmp_path / "cache" / "models" / "unused-1-1")}
+    assert {one["path"] for one in result["skipped"]} == links
+    assert all(Path(link).is_symlink() for link in links)
+
+
+@pytest.mark.parametrize("words", [("run", "tiny.yaml", "--fresh"), ("evaluate",), ("deploy", "merge"), ("release",)])
+def test_a_run_with_a_link_out_of_its_folder_is_refused_before_anything_changes(
+    run: Path, tmp_path: Path, words: tuple[str, ...]
+) -> None:
+    place = Path("releases/tiny") if words == ("release",) else run / "merged"
+    place.parent.mkdir(exist_ok=True)
+    if place.exists():
+        shutil.move(place, tmp_path / "outside")
+    else:
+        (tmp_path / "outside").mkdir()
+    place.symlink_to(tmp_path / "outside")
+    before = every_file()
+    done = invoke(*words, *(["--out", run] if words[0] == "run" else [run]))
+    assert done.exit_code == 4, done.stderr
+    assert f"a link to {tmp_path / 'outside'}" in " ".join(done.stderr.split())
+    changed = {path.name for path, content in every_file().items() if before.pop(path) != content}
+    assert changed <= {"junit.xml", "run.json"}, "which state the error"
+    assert not before

@@ -17,6 +17,7 @@ from llmtune.store.atomic_files import hash_file, write_json
 from llmtune.store.release_store import (
     CURRENT,
     HISTORY,
+    RELEASES,
     list_release_names,
     list_stored,
     promote,
@@ -232,3 +233,15 @@ def test_the_history_is_one_json_object_a_line(here: Path) -> None:
     promote("tickets", FIRST, fill("one"))
     lines = (here / "releases" / "tickets" / HISTORY).read_text().splitlines()
     assert [json.loads(line)["action"] for line in lines] == ["promote"]
+
+
+def test_of_an_endless_history_the_last_lines_are_read(here: Path) -> None:
+    line = {"date": "2026-01-01T00:00:00Z", "action": "promote", "before": None, "after": "aaaaaaaa"}
+    history = RELEASES / "tiny" / HISTORY
+    history.parent.mkdir(parents=True)
+    with history.open("w") as file:
+        file.writelines(json.dumps(line) + "\n" for _ in range(50_000))
+        file.write(json.dumps(line | {"after": "bbbbbbbb"}) + "\n")
+    read = read_history("tiny")
+    assert 5000 < len(read) < 20_000
+    assert read[-1]["after"] == "bbbbbbbb"

@@ -141,6 +141,12 @@ def test_with_every_checkpoint_damaged_training_restarts_and_ends_the_same(copy,
     assert trained_bytes(copy) == trained_bytes(finished[0])
 
 
+def test_a_checkpoint_that_a_killed_process_did_not_rotate_goes_at_the_end(copy, finished, examples):
+    shutil.copytree(copy / "checkpoints" / "step-15", copy / "checkpoints" / "step-14")
+    assert run_training(copy, finished[1], examples).resumed_from == 16
+    assert [path.name for path in list_checkpoints(copy / "checkpoints")] == ["step-16", "step-15"]
+
+
 VARIED = [
     {"model": {"dtype": "bfloat16"}},
     {"adapter": {"method": "qlora"}},

@@ -22,7 +22,7 @@ from llmtune.data.row_kind import hash_row
 from llmtune.data.row_store import iterate_full_rows, iterate_rows
 from llmtune.display.console import spinner
 from llmtune.display.number_format import score
-from llmtune.errors import Problem, RecipeError, nearest
+from llmtune.errors import Problem, RecipeError, describe_end, nearest
 from llmtune.evaluate.metric import Measure, measure_means, measure_shares
 from llmtune.evaluate.metric_info import better_side
 from llmtune.evaluate.per_row_scores import name_rows
@@ -178,7 +178,7 @@ def run_calls(request: Json, calls: Sequence[tuple[Sequence[object], Mapping[str
         given.writelines(json.dumps(plain(call)).encode() + b"\n" for call in calls)
         given.seek(0)
         done = run_bounded(words, given, request["seconds"] + GRACE_SECONDS, most_bytes, environment)
-    ended = f"its process ended with status {done.status}"
+    ended = f"its process {describe_end(done.status or 0)}"
     if not done.in_time:
         ended = f"{TOOK_LONGER} {request['seconds']:g} s"
     elif done.status is None:
@@ -226,6 +226,8 @@ def describe_failure(
     fix = "Correct the function."
     if failure.what.startswith(TOOK_LONGER):
         fix = f"Make it faster, or {limits[0]}."
+    if "was killed by" in failure.what:
+        fix = "Run the command again. If it happens again, free memory, or correct the function."
     if failure.what == BLOCKED:
         fix = f"Remove the access, or {limits[1]}."
     if "ModuleNotFoundError" in failure.what:

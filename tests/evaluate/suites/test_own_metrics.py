@@ -146,12 +146,20 @@ def test_a_metric_that_hides_from_its_limit_is_killed(tmp_path: Path, monkeypatc
 
 @pytest.mark.parametrize(
     ("body", "what"),
-    [("raise SystemExit(0)", "it raised SystemExit: 0"), ("import os\nos._exit(3)", "its process ended with status 3")],
+    [
+        ("raise SystemExit(0)", "it raised SystemExit: 0"),
+        ("import os\nos._exit(3)", "its process ended with status 3"),
+        ("import os\nos.kill(os.getpid(), 9)", "its process was killed by SIGKILL"),
+        ("import os\nos.kill(os.getpid(), 40)", "its process was killed by signal 40"),
+    ],
 )
 def test_a_metric_cannot_end_unseen(tmp_path: Path, body: str, what: str) -> None:
     found = run_on_pairs(tmp_path, body)
     assert isinstance(found, Failure)
     assert (found.what, found.pair) == (what, 0)
+    fix = describe_failure(read_metric(f"{write_metric(tmp_path, body)}:mine"), found, ["rows.jsonl:1"]).fix
+    assert fix is not None
+    assert fix.startswith("Run the command again") == ("killed" in what), "the function may be right"
 
 
 def test_random_numbers_and_sets_are_the_same_each_time(tmp_path: Path) -> None:
