@@ -24,8 +24,10 @@ from llmtune.evaluate.intervals import (
     Interval,
     Weighted,
     bound,
+    effective_number,
     learn,
     pseudo_values,
+    typical_size,
 )
 from llmtune.recipe.evaluate_section import ERROR
 from llmtune.records import Difference
@@ -45,7 +47,8 @@ moves that end. The draws of a ratio may lie on one side of its value."""
 METHOD = (
     f"95 %, from {RESAMPLES} draws of weights for the rows (or groups, by data.split_by or a shared picture) and for a "
     "pseudo-row at either end of the metric's range (Gaffke's bound; shares of right rows: Clopper and Pearson's "
-    "interval); metrics without a range: pseudo-rows outside of the seen range, at least Student's t, none for a "
+    "interval); its size is the mean of the groups' sizes, weighted by size (Kish's effective number of groups, which "
+    "also sets the degrees of freedom of Student's t); metrics without a range: pseudo-rows outside of the seen range, at least Student's t, none for a "
     f"difference below {FEWEST_UNBOUNDED} rows or a score below {FEWEST_UNSEEN}; other levels: ends moved as the "
     "quantiles of Student's t; p: the level whose interval ends at zero"
 )
@@ -71,18 +74,17 @@ def difference(
     With too few of them the interval is NaN and p is 1.
     """
     rows, bounds = len(base_NK), share_bounds if right_wrong else bounds
-    groups = 0
     if len(clusters):
         base_NK, tuned_NK = add_up(base_NK, clusters), add_up(tuned_NK, clusters)
-        groups = len(base_NK)
     units, value = len(base_NK), float(formula(tuned_NK.sum(0)) - formula(base_NK.sum(0)))
     if units < 2 or not math.isfinite(value):
-        return replace(unknown(value, rows), groups=groups)
+        return unknown(value, rows, clusters)
     if bounds is None:
         base_U, tuned_U = pseudo_values(base_NK, formula), pseudo_values(tuned_NK, formula)
         reach = float(np.ptp(np.concatenate([base_U, tuned_U])))
         unchanged = int((base_NK == tuned_NK).all(1).sum())
-        interval = learn(tuned_U - base_U, seed, reach=reach, unchanged=unchanged, resamples=resamples)
+        options = {"resamples": resamples, "effective": count_groups(clusters)[1]}
+        interval = learn(tuned_U - base_U, seed, reach=reach, unchanged=unchanged, **options)
     else:
         worst, best = bounds(np.concatenate([base_NK, tuned_NK]))
         with_ends = [np.concatenate([base_NK, best, worst]), np.concatenate([tuned_NK, worst, best])]
@@ -90,7 +92,7 @@ def difference(
             lambda weights_RU: formula(weights_RU @ with_ends[1]) - formula(weights_RU @ with_ends[0]),
             *(units, len(worst), seed, resamples),
         )
-    return conclude_interval(value, interval, rows, groups)
+    return conclude_interval(value, interval, rows, clusters)
 
 
 def difference_weighted(
@@ -101,9 +103,8 @@ def difference_weighted(
     Both statistics take the weights [R, N + 2 * ends] of the rows and of the pseudo-rows of either end.
     """
     unit_N = np.unique(clusters, return_inverse=True)[1] if len(clusters) else np.arange(rows)
-    units = len(np.unique(unit_N))
-    groups = units if len(clusters) else 0
-    size = rows / max(1, units)  # a pseudo-row counts as a group of average size
+    size_U = np.bincount(unit_N).astype(np.float64)
+    units, size = len(size_U), typical_size(size_U)
 
     def values(weights_RU: Floats) -> Floats:
         weights_RN = np.concatenate([weights_RU[:, :units][:, unit_N], weights_RU[:, units:] * size], axis=1)
@@ -111,16 +112,23 @@ def difference_weighted(
 
     value = float(values(np.append(np.ones(units), np.zeros(2 * ends))[None])[0]) if rows else math.nan
     if not math.isfinite(value):
-        return replace(unknown(value, rows), groups=groups)
-    return conclude_interval(value, bound(values, units, ends, seed), rows, groups)
+        return unknown(value, rows, clusters)
+    return conclude_interval(value, bound(values, units, ends, seed), rows, clusters)
 
 
-def conclude_interval(value: float, interval: Interval, rows: int, groups: int) -> Difference:
+def conclude_interval(value: float, interval: Interval, rows: int, clusters: Sequence[int] = ()) -> Difference:
     """Return a difference, or a score, with its interval; without a test if it has none."""
     low, high = min(interval.low, value), max(interval.high, value)
+    change = unknown(value, rows, clusters)
     if math.isnan(interval.low):
-        return replace(unknown(value, rows), groups=groups)
-    return Difference(value, low, high, p_of_interval(value, low, high, groups or rows), rows, BOOTSTRAP, groups)
+        return change
+    return replace(change, low=low, high=high, p=p_of_interval(value, low, high, change.units), test=BOOTSTRAP)
+
+
+def count_groups(clusters: Sequence[int]) -> tuple[int, float]:
+    """Return the number of groups and their effective number, by rows; 0 without groups."""
+    size_U = np.unique(clusters, return_counts=True)[1].astype(np.float64)
+    return len(size_U), effective_number(size_U)
 
 
 def add_up(sums_NK: Floats, clusters: Sequence[int]) -> Floats:
@@ -132,8 +140,8 @@ def add_up(sums_NK: Floats, clusters: Sequence[int]) -> Floats:
 
 
 def share_bounds(sums_MK: Floats) -> tuple[Floats, Floats]:
-    """(right, counted): nothing right, and everything, in a row of average length."""
-    counted = float(sums_MK[:, 1].mean())
+    """(right, counted): nothing right, and everything."""
+    counted = typical_size(sums_MK[:, 1])
     return np.array([[0.0, counted]]), np.array([[counted, counted]])
 
 
@@ -146,12 +154,12 @@ def interval(value: float, values_R: Floats, rows: int) -> Difference:
 
     tail = float(scipy.stats.norm.cdf(np.sqrt(rows / (rows - 1)) * scipy.stats.t.ppf(ERROR / 2, rows - 1)))
     low, high = np.quantile(defined, [tail, 1 - tail])
-    return conclude_interval(value, Interval(float(low), float(high)), rows, 0)
+    return conclude_interval(value, Interval(float(low), float(high)), rows)
 
 
-def unknown(value: float, rows: int) -> Difference:
+def unknown(value: float, rows: int, clusters: Sequence[int] = ()) -> Difference:
     """Return a difference without an interval."""
-    return Difference(value, float("nan"), float("nan"), 1.0, rows)
+    return Difference(value, math.nan, math.nan, 1.0, rows, "", *count_groups(clusters))
 
 
 def draw_counts(rows: int, seed: int, resamples: int) -> Iterator[Floats]:
@@ -177,8 +185,10 @@ def row_deviation(change: Difference) -> float:
 
 
 def name_groups(rows: int, change: Difference) -> str:
-    """Return ` in 12 groups` for this many rows in groups of the compared size; empty without groups."""
-    return f" in {math.ceil(rows * change.groups / change.n):,} groups" if change.groups else ""
+    """Return ` in 12 groups` for this many rows in groups of the compared sizes; empty without groups."""
+    share = rows / change.n if change.n else 0
+    uneven = f", as informative as {math.floor(change.units * share):,} equal ones," if change.is_uneven else ""
+    return f" in {math.ceil(change.groups * share):,} groups{uneven}" if change.groups else ""
 
 
 def move_ends(low: float, high: float, value: float) -> tuple[float, float]:
@@ -202,7 +212,7 @@ def widen(change: Difference, alpha: float) -> Difference:
     return replace(change, low=change.low - more * down, high=change.high + more * up)
 
 
-def p_of_interval(value: float, low: float, high: float, units: int) -> float:
+def p_of_interval(value: float, low: float, high: float, units: float) -> float:
     """Return the p-value: the error at which the end of an interval that `widen` moved reaches zero.
 
     It has no smallest value, as a share of draws would: corrections for many metrics and looks need small ones.

@@ -34,6 +34,8 @@ class Rows:
 
     quality_NQ: Floats  # noqa: N815
     clusters: tuple[int, ...] = ()
+    length_N: Floats | None = None  # noqa: N815
+    """The rows' lengths; None if they are from 3 to 29."""
 
 
 # Scenes
@@ -65,7 +67,21 @@ def groups(generator: Generator, rows: int) -> Rows:
     return Rows(right[group_N].astype(float), tuple(group_N.tolist()))
 
 
-SCENES = {scene.__name__: scene for scene in (ties, rare, between, groups)}
+def unequal(generator: Generator, rows: int) -> Rows:
+    """All answers of a group are right or wrong together; the k-th largest of the groups has 1 / k of the largest."""
+    sizes = np.ceil(min(rows, 200) / (1 + np.arange(rows) % 200)).astype(int) if rows < TRUTH_ROWS else 1
+    group_N = np.repeat(np.arange(rows), sizes)
+    right = generator.random((rows, 2)) < (0.9, 0.8)
+    return Rows(right[group_N].astype(float), tuple(group_N.tolist()))
+
+
+def long(generator: Generator, rows: int) -> Rows:
+    """Answers are right or wrong as a whole; few rows have most of the words."""
+    right = generator.random((rows, 2)) < (0.9, 0.8)
+    return Rows(right.astype(float), length_N=np.ceil(generator.lognormal(2, 1.2, rows)))
+
+
+SCENES = {scene.__name__: scene for scene in (ties, rare, between, groups, unequal, long)}
 
 
 # Kinds of metrics: sums per row from qualities
@@ -185,7 +201,7 @@ SHARE = metrics.share_bounds
 KINDS = {
     "right or wrong": Kind(lambda quality_N, _: ones(quality_N), bounds=SHARE, right_wrong=True),
     "share": Kind(lambda quality_N, _: ones(quality_N), bounds=SHARE),
-    "share of counted": Kind(some, metrics.ratio_of_counted, metrics.counted_bounds),
+    "share of counted": Kind(some, metrics.ratio_of_counted, metrics.share_bounds),
     "share of tokens": Kind(tokens, bounds=SHARE),
     "mean of tasks": Kind(of_tasks, benchmarks.mean_of_ratios, metrics.mean_share_bounds),
     "errors": Kind(errors, texts.error_rate, metrics.error_bounds),
@@ -215,7 +231,8 @@ KINDS = {
 
 def draw(kind: Kind, scene: str, generator: Generator, rows: int) -> list[Measure]:
     """Return the measures of base and tuned model on new rows."""
-    drawn, length_N = SCENES[scene](generator, rows), lengths(generator, rows)
+    drawn = SCENES[scene](generator, rows)
+    length_N = lengths(generator, len(drawn.quality_NQ)) if drawn.length_N is None else drawn.length_N
     return [kind.measure(quality_N, length_N, drawn.clusters) for quality_N in drawn.quality_NQ.T]
 
 
