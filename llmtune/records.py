@@ -6,6 +6,7 @@ This module does not import torch or transformers. Records that outlive a proces
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -242,6 +243,8 @@ class Difference:
     """Number of row groups that were resampled and permuted as units; 0 if rows are independent."""
     effective: float = 0.0
     """Number of groups of equal size that tell as much (`intervals.effective_number`); 0 if rows are independent."""
+    other: tuple[float, float] = (math.nan, math.nan)
+    """The 95 % interval of the score that was subtracted."""
 
     @property
     def units(self) -> float:

@@ -17,7 +17,7 @@ Shapes: R draws, U units (rows, or groups of rows), P pseudo-units at either end
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -58,19 +58,25 @@ class Interval(NamedTuple):
 
 
 def bound(statistic: Weighted, units: int, ends: int, seed: int, resamples: int = RESAMPLES) -> Interval:
-    """Return the interval of a metric with bounds.
+    """Return the interval of a metric with bounds; with fewer than two units there is none. `bound_all` has the rest."""
+    return bound_all(lambda weights_RU: (statistic(weights_RU),), units, ends, seed, resamples)[0]
 
-    `statistic` takes the weights [R, units + 2 * ends] of the rows, the pseudo-rows of one end, and those of the other.
-    The weights of rows and pseudo-rows add up to `units`. With fewer than two units there is no interval.
+
+def bound_all(
+    statistics: Callable[[Floats], Sequence[Floats]], units: int, ends: int, seed: int, resamples: int = RESAMPLES
+) -> list[Interval]:
+    """Return the interval of each statistic of a metric with bounds, from the same draws.
+
+    `statistics` take the weights [R, units + 2 * ends] of the rows, the pseudo-rows of one end, and those of the other.
+    The weights of rows and pseudo-rows add up to `units`.
     """
-    if units < 2:
-        return Interval()
-    values: tuple[list[Floats], list[Floats]] = ([], [])
-    for weights_RU in draw_weights(units + ends, units, seed, resamples):
+    drawn = []
+    for weights_RU in draw_weights(units + ends, max(units, 1), seed, resamples if units > 1 else 1):
         rows, pseudo, none = weights_RU[:, :units], weights_RU[:, units:], np.zeros((len(weights_RU), ends))
-        for side, parts in zip(values, ([rows, pseudo, none], [rows, none, pseudo]), strict=True):
-            side.append(statistic(np.concatenate(parts, axis=1)))
-    return cut_tails([np.concatenate(side) for side in values])
+        sides = ([rows, pseudo, none], [rows, none, pseudo])
+        drawn.append(np.array([statistics(np.concatenate(parts, axis=1)) for parts in sides]))
+    values_2SR = np.concatenate(drawn, axis=2)
+    return [cut_tails(values_2SR[:, one]) if units > 1 else Interval() for one in range(values_2SR.shape[1])]
 
 
 def learn(
@@ -124,8 +130,8 @@ def draw_weights(units: int, total: int, seed: int, resamples: int) -> Iterator[
         yield drawn_RU * (total / drawn_RU.sum(1, keepdims=True))
 
 
-def cut_tails(sides: list[Floats]) -> Interval:
-    """Return the outer quantiles of the values [R] with either kind of pseudo-row."""
+def cut_tails(sides: Floats) -> Interval:
+    """Return the outer quantiles of the values [2, R] with either kind of pseudo-row."""
     lows, highs = [], []
     for values_R in sides:
         defined = values_R[np.isfinite(values_R)]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 
@@ -23,7 +24,7 @@ from llmtune.evaluate.intervals import (
     Formula,
     Interval,
     Weighted,
-    bound,
+    bound_all,
     effective_number,
     learn,
     pseudo_values,
@@ -40,6 +41,8 @@ Bounds = Callable[[Floats], tuple[Floats, Floats]]
 POWER = 0.8
 """Share of repetitions in which an existing difference is shown."""
 MOST_STEPS = 20
+ROUNDING = 1e-9
+"""Distance of two scores, of about 1, that is only rounding."""
 BOOTSTRAP, EXACT, INDEPENDENT = "Bayesian bootstrap", "Clopper-Pearson", "independent rows"
 NARROWEST = 0.25
 """Least distance from the value to the interval's end at zero, as a share of the interval's width, by which `widen`
@@ -85,14 +88,24 @@ def difference(
         unchanged = int((base_NK == tuned_NK).all(1).sum())
         options = {"resamples": resamples, "effective": count_groups(clusters)[1]}
         interval = learn(tuned_U - base_U, seed, reach=reach, unchanged=unchanged, **options)
+        other = learn(base_U, seed, **options)
     else:
         worst, best = bounds(np.concatenate([base_NK, tuned_NK]))
         with_ends = [np.concatenate([base_NK, best, worst]), np.concatenate([tuned_NK, worst, best])]
-        interval = bound(
-            lambda weights_RU: formula(weights_RU @ with_ends[1]) - formula(weights_RU @ with_ends[0]),
-            *(units, len(worst), seed, resamples),
-        )
-    return conclude_interval(value, interval, rows, clusters)
+        base, tuned = (partial(weigh_sums, formula, sums_UK) for sums_UK in with_ends)
+        interval, other = bound_all(partial(compare_weighted, base, tuned), units, len(worst), seed, resamples)
+    return replace(conclude_interval(value, interval, rows, clusters), other=other)
+
+
+def compare_weighted(base: Weighted, tuned: Weighted, weights_RU: Floats) -> tuple[Floats, Floats]:
+    """Return the difference [R] of two weighted metrics, and the first of them."""
+    base_R = base(weights_RU)
+    return tuned(weights_RU) - base_R, base_R
+
+
+def weigh_sums(formula: Formula, sums_UK: Floats, weights_RU: Floats) -> Floats:
+    """Return the metric [R] of weighted units."""
+    return formula(weights_RU @ sums_UK)
 
 
 def difference_weighted(
@@ -106,14 +119,15 @@ def difference_weighted(
     size_U = np.bincount(unit_N).astype(np.float64)
     units, size = len(size_U), typical_size(size_U)
 
-    def values(weights_RU: Floats) -> Floats:
+    def values(weights_RU: Floats) -> tuple[Floats, Floats]:
         weights_RN = np.concatenate([weights_RU[:, :units][:, unit_N], weights_RU[:, units:] * size], axis=1)
-        return tuned(weights_RN) - base(weights_RN)
+        return compare_weighted(base, tuned, weights_RN)
 
-    value = float(values(np.append(np.ones(units), np.zeros(2 * ends))[None])[0]) if rows else math.nan
+    value = float(values(np.append(np.ones(units), np.zeros(2 * ends))[None])[0][0]) if rows else math.nan
     if not math.isfinite(value):
         return unknown(value, rows, clusters)
-    return conclude_interval(value, bound(values, units, ends, seed), rows, clusters)
+    interval, other = bound_all(values, units, ends, seed)
+    return replace(conclude_interval(value, interval, rows, clusters), other=other)
 
 
 def conclude_interval(value: float, interval: Interval, rows: int, clusters: Sequence[int] = ()) -> Difference:
@@ -212,6 +226,16 @@ def widen(change: Difference, alpha: float) -> Difference:
     return replace(change, low=change.low - more * down, high=change.high + more * up)
 
 
+def allow_for_other(change: Difference, other: float, factor: float) -> Difference:
+    """Return the difference with an interval for comparing it with (factor - 1) times the other model's score.
+
+    That score is not exact either. Tuned minus factor * other is the difference minus (factor - 1) * other; both of their
+    intervals are added, as if their errors came together.
+    """
+    down, up = sorted((1 - factor) * (end - other) for end in change.other) if factor != 1 else (0.0, 0.0)
+    return replace(change, low=change.low + down, high=change.high + up)
+
+
 def p_of_interval(value: float, low: float, high: float, units: float) -> float:
     """Return the p-value: the error at which the end of an interval that `widen` moved reaches zero.
 
@@ -249,7 +273,7 @@ def smallest_difference(deviation: float, rows: int, alpha: float = ERROR) -> fl
 
     if rows < 2:
         return math.inf
-    return float(sum(scipy.stats.t.ppf((1 - alpha / 2, POWER), rows - 1))) * deviation / math.sqrt(rows)
+    return float(sum(scipy.stats.t.ppf((1 - alpha / 2, POWER), float(rows - 1)))) * deviation / math.sqrt(rows)
 
 
 def rows_needed(deviation: float, distance: float, alpha: float = ERROR) -> int | None:
@@ -259,7 +283,7 @@ def rows_needed(deviation: float, distance: float, alpha: float = ERROR) -> int 
     """
     import scipy.stats
 
-    if not distance > 0 or math.isnan(deviation):
+    if not distance > ROUNDING * max(1.0, deviation):
         return None
     normal = float(sum(scipy.stats.norm.ppf((1 - alpha / 2, POWER))))
     rows = max(2, math.ceil((normal * deviation / distance) ** 2))

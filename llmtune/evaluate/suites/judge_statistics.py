@@ -18,9 +18,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from llmtune.evaluate.intervals import Floats, Formula, bound
+from llmtune.evaluate.intervals import Floats, Formula, bound, typical_size
 from llmtune.evaluate.metric import ratio
-from llmtune.evaluate.paired_statistics import Bounds, add_up, conclude_interval, share_bounds, unknown
+from llmtune.evaluate.paired_statistics import Bounds, add_up, conclude_interval, share_bounds, unknown, weigh_sums
 from llmtune.recipe.evaluate_section import ERROR
 from llmtune.records import Difference
 
@@ -216,11 +216,6 @@ def score_intervals(parts: Mapping[str, Part], pairs: JudgedPairs, seed: int) ->
         weighted = partial(weigh_sums, part.formula, with_ends)
         intervals[name] = conclude_interval(value, bound(weighted, len(sums_UK), ends, seed), rows, pairs.clusters)
     return intervals
-
-
-def weigh_sums(formula: Formula, sums_NK: Floats, weights_RN: Floats) -> Floats:
-    """Return the metric [R] of weighted rows."""
-    return formula(weights_RN @ sums_NK)
 
 
 def kappa(sums: Floats) -> Floats:
