@@ -58,7 +58,7 @@ class Interval(NamedTuple):
 
 
 def bound(statistic: Weighted, units: int, ends: int, seed: int, resamples: int = RESAMPLES) -> Interval:
-    """Return the interval of a metric with bounds; with fewer than two units there is none. `bound_all` has the rest."""
+    """Return the interval of a metric with bounds by `bound_all`; with fewer than two units there is none."""
     return bound_all(lambda weights_RU: (statistic(weights_RU),), units, ends, seed, resamples)[0]
 
 

@@ -142,12 +142,12 @@ def paired_difference(base: Measure, tuned: Measure, seed: int) -> Difference:
     bounds, clusters = tuned.bounds, tuned.clusters or base.clusters
     if len(set(clusters)) == rows:
         clusters = ()
+    if lacks_interval(bounds, clusters, rows):
+        return unknown(tuned.value - base.value, rows, clusters)
     if tuned.formula is not None:
         sums, right_wrong = (base.sums_NK, tuned.sums_NK), tuned.right_wrong
         return difference(*sums, tuned.formula, right_wrong=right_wrong, seed=seed, bounds=bounds, clusters=clusters)
     assert bounds is not None, "rankings have bounds"
-    if not rows or is_line(bounds, clusters, rows):
-        return unknown(tuned.value - base.value, rows)
     worst, best = bounds(np.concatenate([base.sums_NK, tuned.sums_NK]))
     base_also, tuned_also = with_rows(base, best, worst, fixed=True), with_rows(tuned, worst, best)
     return difference_weighted(base_also, tuned_also, rows, len(worst), seed=seed, clusters=clusters)
@@ -165,8 +165,8 @@ def own_interval(measure: Measure, seed: int) -> Difference:
     if rows and is_share and sums_NK[:, 1].all() and not clusters:
         low, high = exact_interval(int(sums_NK[:, 0].sum()), rows, ERROR)
         return Difference(measure.value, low, high, 1.0, rows, EXACT)
-    if not rows or not math.isfinite(measure.value) or is_line(bounds, clusters, rows):
-        return unknown(measure.value, rows)
+    if not math.isfinite(measure.value) or lacks_interval(bounds, clusters, rows):
+        return unknown(measure.value, rows, clusters)
     if measure.formula is None:
         assert bounds is not None, "rankings have bounds"
         worst, best = bounds(sums_NK)
@@ -183,9 +183,9 @@ def own_interval(measure: Measure, seed: int) -> Difference:
     return conclude_interval(measure.value, interval, rows, clusters)
 
 
-def is_line(bounds: Bounds | None, clusters: Sequence[int], rows: int) -> bool:
-    """Whether a correlation says nothing: two points are always on a line."""
-    return bounds is correlation_bounds and (len(set(clusters)) or rows) < 3
+def lacks_interval(bounds: Bounds | None, clusters: Sequence[int], rows: int) -> bool:
+    """Whether a metric has no interval, or a correlation says nothing: two points are always on a line."""
+    return not rows or bounds is without_interval or (bounds is correlation_bounds and (len({*clusters}) or rows) < 3)
 
 
 def nothing(weights_RN: Floats) -> Floats:
@@ -256,8 +256,9 @@ def difference_of_ratios(sums: Floats) -> Floats:
 # Bounds: rows at either end of a metric's range.
 #
 # Ten rows with equal answers do not prove that all rows have equal answers. Intervals of bounded metrics therefore
-# weigh pseudo-rows of typical size too, in which a model is as bad or as good as the metric allows (`intervals.py`). A mean over
-# classes or tasks gets one for each of the rarest, because a single row may be all that shows them.
+# weigh pseudo-rows too, in which a model is as bad or as good as the metric allows, and which are as long as the row of
+# a typical word (`intervals.py`). A mean over classes or tasks gets one for each of the rarest, because a single row
+# may be all that shows them.
 # Shapes: M rows of both models, or groups of rows added up; P pseudo-rows at either end.
 
 MOST_CLASSES = 5
@@ -344,12 +345,9 @@ def brier_bounds(sums_M2: Floats) -> tuple[Floats, Floats]:
     return np.array([[2 * choices, choices]]), np.array([[0.0, choices]])
 
 
-def reliability_bounds(sums_M3B: Floats) -> tuple[Floats, Floats]:
-    """(probability, right, choices) by bin: certain and wrong, and certain and right."""
-    choices = typical_size(np.split(sums_M3B, 3, axis=1)[2].sum(1))
-    worst, best = np.zeros((2, 3, sums_M3B.shape[1] // 3))
-    worst[[0, 2], -1] = best[:, -1] = choices
-    return worst.reshape(1, -1), best.reshape(1, -1)
+def without_interval(sums_MK: Floats) -> tuple[Floats, Floats]:
+    """Mark a metric that noise alone moves to one side, by more for some models than for others: it has no interval."""
+    raise AssertionError("a metric without an interval has no bounds")
 
 
 BOUNDS: Mapping[str, Bounds] = {
@@ -364,6 +362,6 @@ BOUNDS: Mapping[str, Bounds] = {
     "ranks": rank_bounds,
     "correlation": correlation_bounds,
     "brier": brier_bounds,
-    "reliability": reliability_bounds,
+    "reliability": without_interval,
 }
 """By their names on disk."""

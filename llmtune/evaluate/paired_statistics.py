@@ -48,11 +48,11 @@ NARROWEST = 0.25
 """Least distance from the value to the interval's end at zero, as a share of the interval's width, by which `widen`
 moves that end. The draws of a ratio may lie on one side of its value."""
 METHOD = (
-    f"95 %, from {RESAMPLES} draws of weights for the rows (or groups, by data.split_by or a shared picture) and for a "
-    "pseudo-row at either end of the metric's range (Gaffke's bound; shares of right rows: Clopper and Pearson's "
-    "interval); its size is the mean of the groups' sizes, weighted by size (Kish's effective number of groups, which "
-    "also sets the degrees of freedom of Student's t); metrics without a range: pseudo-rows outside of the seen range, at least Student's t, none for a "
-    f"difference below {FEWEST_UNBOUNDED} rows or a score below {FEWEST_UNSEEN}; other levels: ends moved as the "
+    f"95 %, from {RESAMPLES} draws of weights for the rows (or groups, by data.split_by, a shared picture, or a prompt "
+    "that is sampled) and for a pseudo-row at either end of the metric's range (Gaffke's bound; shares of right rows: "
+    "Clopper and Pearson's interval) with the mean size of groups, weighted by size (Kish's effective number of groups, "
+    "also for Student's t); metrics without a range: pseudo-rows outside of the seen range, at least Student's t, none "
+    f"for a difference below {FEWEST_UNBOUNDED} rows or a score below {FEWEST_UNSEEN}; other levels: ends moved as the "
     "quantiles of Student's t; p: the level whose interval ends at zero"
 )
 
@@ -160,9 +160,9 @@ def share_bounds(sums_MK: Floats) -> tuple[Floats, Floats]:
 
 
 def interval(value: float, values_R: Floats, rows: int) -> Difference:
-    """Return the interval of resampled differences, with widened tails, and a p-value."""
+    """Return the interval of resampled differences of `rows` units, with widened tails, and a p-value."""
     defined = values_R[np.isfinite(values_R)]
-    if not np.isfinite(value) or len(defined) < (1 - UNDEFINED_SHARE) * len(values_R):
+    if rows < 2 or not np.isfinite(value) or len(defined) < (1 - UNDEFINED_SHARE) * len(values_R):
         return unknown(value, rows)
     import scipy.stats  # type: ignore[import-untyped]  # takes a third of a second, and training does not need it
 
@@ -219,9 +219,9 @@ def widen(change: Difference, alpha: float) -> Difference:
     """
     import scipy.stats
 
-    if alpha == ERROR or change.units < 2:
+    if alpha == ERROR:
         return change
-    inner, outer = scipy.stats.t.ppf((1 - ERROR / 2, 1 - alpha / 2), change.units - 1)
+    inner, outer = scipy.stats.t.ppf((1 - ERROR / 2, 1 - alpha / 2), max(1, change.units - 1))
     (down, up), more = move_ends(change.low, change.high, change.value), float(outer / inner) - 1
     return replace(change, low=change.low - more * down, high=change.high + more * up)
 
@@ -229,7 +229,7 @@ def widen(change: Difference, alpha: float) -> Difference:
 def allow_for_other(change: Difference, other: float, factor: float) -> Difference:
     """Return the difference with an interval for comparing it with (factor - 1) times the other model's score.
 
-    That score is not exact either. Tuned minus factor * other is the difference minus (factor - 1) * other; both of their
+    That score is not exact either. Tuned minus factor * other is the difference minus (factor - 1) * other; both
     intervals are added, as if their errors came together.
     """
     down, up = sorted((1 - factor) * (end - other) for end in change.other) if factor != 1 else (0.0, 0.0)
@@ -247,8 +247,9 @@ def p_of_interval(value: float, low: float, high: float, units: float) -> float:
     end, move = (low, down) if value > 0 else (-high, up)
     if value == 0 or move <= 0:
         return float(value == 0)
-    steps = max(0.0, 1 + end / move) * float(scipy.stats.t.ppf(1 - ERROR / 2, units - 1))
-    return 2 * float(scipy.stats.t.sf(steps, units - 1))
+    freedom = max(1, units - 1)
+    steps = max(0.0, 1 + end / move) * float(scipy.stats.t.ppf(1 - ERROR / 2, freedom))
+    return 2 * float(scipy.stats.t.sf(steps, freedom))
 
 
 def subtract_intervals(first: Difference, second: Difference) -> Difference:

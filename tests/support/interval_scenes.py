@@ -12,7 +12,6 @@ from functools import cache
 
 import numpy as np
 
-from llmtune.evaluate import calibration
 from llmtune.evaluate import classification_metrics as classes
 from llmtune.evaluate import metric as metrics
 from llmtune.evaluate import text_metrics as texts
@@ -155,17 +154,6 @@ def brier(quality_N: Floats, length_N: Floats) -> Floats:
     return ones(2 * (1 - quality_N) ** 2)
 
 
-def binned(quality_N: Floats, length_N: Floats) -> Floats:
-    """Probabilities of 0.95 and 0.65; answers of half quality or more are right."""
-    bins = calibration.BINS
-    sums = np.zeros((len(quality_N), 3, bins))
-    bin_N = np.where(length_N > 12, bins - 1, int(0.65 * bins))
-    sums[np.arange(len(bin_N)), :, bin_N] = np.stack(
-        [np.where(length_N > 12, 0.95, 0.65), quality_N >= 0.5, np.ones(len(bin_N))], 1
-    )
-    return sums.reshape(len(bin_N), 3 * bins)
-
-
 def of_tasks(quality_N: Floats, length_N: Floats) -> Floats:
     """Three tasks, of 80, 16 and 4 % of the questions."""
     task_N = np.digitize(length_N, [24.6, 28.9])
@@ -220,7 +208,6 @@ KINDS = {
     "pearson": Kind(numbered, None, metrics.correlation_bounds, ranking=classes.correlation),
     "spearman": Kind(numbered, None, metrics.correlation_bounds, ranking=classes.rank_correlation),
     "brier": Kind(brier, bounds=metrics.brier_bounds),
-    "reliability": Kind(binned, calibration.ece_formula, metrics.reliability_bounds),
     "number": Kind(squares),
     "nats": Kind(nats),
     "perplexity": Kind(nats, texts.exponential_ratio),

@@ -147,10 +147,11 @@ def bound_change(
 ) -> Interval:
     """Return the interval of a gap's change from simultaneous intervals of the groups' scores and changes.
 
-    With t_p and b_p the differences between the two groups of an ordered pair p, by the tuned model and by the base, the
-    change is the maximum over p of the minimum over q of t_p - b_q, in any order of both. Each t_p - b_q has the interval
-    of Zou and Donner ("Construction of confidence limits about effect measures: A general approach", 2008), paired in
-    groups that p and q have on the same side. Groups that are not `apart` share clusters: their errors may add up.
+    With t_p and b_p the differences between the two groups of an ordered pair p, by the tuned model and by the base,
+    the change is the maximum over p of the minimum over q of t_p - b_q, in any order of both. Each t_p - b_q has the
+    interval of Zou and Donner ("Construction of confidence limits about effect measures: A general approach", 2008),
+    paired in groups that p and q have on the same side. The errors of groups that are not `apart`, as they share
+    clusters, may add up.
     """
     ends_P2 = np.array([*permutations(range(len(base_G)), 2)])
     sign_PG = np.eye(len(base_G))[ends_P2[:, 0]] - np.eye(len(base_G))[ends_P2[:, 1]]
@@ -171,9 +172,10 @@ def bound_change(
 
 def distances(scores_G: Sequence[Difference], sign: Floats) -> Floats:
     """Return how far each score [..., G] may be above its value (sign 1) or below (-1); 0 for sign 0."""
-    up_G, down_G = (np.array([abs(end - one.value) for one, end in ends]) for ends in (
-        [(one, one.high) for one in scores_G], [(one, one.low) for one in scores_G]
-    ))
+    up_G, down_G = (
+        np.array([abs(end - one.value) for one, end in ends])
+        for ends in ([(one, one.high) for one in scores_G], [(one, one.low) for one in scores_G])
+    )
     return np.where(sign > 0, up_G, np.where(sign < 0, down_G, 0.0))
 
 
@@ -184,8 +186,18 @@ def gap_tables(gaps: Sequence[GroupGap], judged: Sequence[JudgedGap]) -> Iterato
     first = [gap for gap in gaps if gap.metric == gaps[0].metric]
     for gap, found in zip(first, judged, strict=True):
         rows = [
-            (name, str(len(rows)), f"{base.value:.3g}", f"{tuned.value:.3g}", show(tuned), f"{change.value:+.3g}", show(change, "+"))
-            for (name, rows), base, tuned, change in zip(gap.groups.items(), gap.base_G, found.tuned_G, found.change_G, strict=True)
+            (
+                name,
+                str(len(rows)),
+                f"{base.value:.3g}",
+                f"{tuned.value:.3g}",
+                show(tuned),
+                f"{change.value:+.3g}",
+                show(change, "+"),
+            )
+            for (name, rows), base, tuned, change in zip(
+                gap.groups.items(), gap.base_G, found.tuned_G, found.change_G, strict=True
+            )
         ]
         rows += [(name, str(size), NO_GROUP.get(name, "too few rows"), *[""] * 4) for name, size in gap.few.items()]
         heads = (gap.column, "rows", "base", "tuned", "its interval", "change", "its interval")
@@ -199,7 +211,10 @@ def show(score: Difference, sign: str = "") -> str:
 
 def gap_row(gap: GroupGap) -> tuple[str, ...]:
     """Show one gap and the groups at its ends."""
-    names, base_G, tuned_G = list(gap.groups), *(np.array([one.value for one in part]) for part in (gap.base_G, gap.tuned_G))
+    names, base_G, tuned_G = (
+        list(gap.groups),
+        *(np.array([one.value for one in part]) for part in (gap.base_G, gap.tuned_G)),
+    )
     low, high, base, tuned = int(np.argmin(tuned_G)), int(np.argmax(tuned_G)), np.ptp(base_G), np.ptp(tuned_G)
     ends = [f"{names[at]} {tuned_G[at]:.3g}" for at in (low, high)] if low != high else ["none", "none"]
     return (gap.column, gap.metric, *ends, f"{base:.3g}", f"{tuned:.3g}", f"{tuned - base:+.3g}")
