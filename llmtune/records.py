@@ -6,6 +6,7 @@ This module does not import torch or transformers. Records that outlive a proces
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -240,15 +241,24 @@ class Difference:
     """The method of interval and p, such as `Bayesian bootstrap`; empty without an interval."""
     groups: int = 0
     """Number of row groups that were resampled and permuted as units; 0 if rows are independent."""
+    effective: float = 0.0
+    """Number of groups of equal size that tell as much (`intervals.effective_number`); 0 if rows are independent."""
+    other: tuple[float, float] = (math.nan, math.nan)
+    """The 95 % interval of the score that was subtracted."""
 
     @property
-    def units(self) -> int:
-        """Return the number of resampled units: groups, or rows."""
-        return self.groups or self.n
+    def units(self) -> float:
+        """Return the effective number of resampled units: groups, or rows."""
+        return self.effective or self.groups or self.n
+
+    @property
+    def is_uneven(self) -> bool:
+        """Whether groups differ so much in size that equal ones would tell more."""
+        return 0 < self.effective < 0.9 * self.groups
 
     def to_json(self) -> dict[str, object]:
-        """Return the form in report.json: `groups` only if rows are grouped."""
-        groups = {"groups": self.groups} if self.groups else {}
+        """Return the form in report.json: `groups` and their effective number only if rows are grouped."""
+        groups = {"groups": self.groups, "effective_groups": round(self.units, 1)} if self.groups else {}
         interval = {"value": self.value, "interval": [self.low, self.high]}
         return {**interval, "p": self.p, "n": self.n, **groups, "test": self.test}
 

@@ -149,8 +149,9 @@ def difference_table(
 
 
 def write_rows(change: Difference) -> str:
-    """Return the number of rows, and of their groups if rows are grouped."""
-    return count(change.n) + (f" in {count(change.groups)} groups" if change.groups else "")
+    """Return the number of rows, and of their groups, with the effective number, if rows are grouped."""
+    effective = f" (effectively {change.units:.1f})" if change.is_uneven else ""
+    return count(change.n) + (f" in {count(change.groups)} groups{effective}" if change.groups else "")
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from llmtune.errors import EnvironmentProblem
 from llmtune.evaluate.intervals import Floats, Formula
-from llmtune.evaluate.metric import Measure, PairedMeasures, brier_bounds, columns, quotient, ratio, reliability_bounds
+from llmtune.evaluate.metric import Measure, PairedMeasures, brier_bounds, columns, quotient, ratio, without_interval
 from llmtune.evaluate.paired_statistics import Bounds, share_bounds
 from llmtune.recipe.task_facts import CALIBRATION
 from llmtune.store.atomic_files import read_json, write_json
@@ -114,11 +114,12 @@ def measure_calibration(metric: str, chosen: Chosen, temperature: float = 1.0) -
     """Build a metric of `CALIBRATION`; all choices of a row are added up.
 
     `ece` is the expected calibration error of Guo et al., "On Calibration of Modern Neural Networks", 2017: it compares
-    the probability of the likeliest label, or with `many` of each label, with how often that label is right. `brier`
-    (Brier, "Verification of Forecasts Expressed in Terms of Probability", 1950) sums over the labels, from 0 to 2; with
-    `many` it is a mean over them, as `nll` is. If the reference is none of the labels, the answer is wrong for `ece`;
-    `brier` adds the unlisted answer as a label of probability 0, and `nll` is the mean over the labels, which is lowest
-    if no label is preferred.
+    the probability of the likeliest label, or with `many` of each label, with how often that label is right. It has no
+    interval: noise in the bins makes it larger, by more the less certain a model is, so two calibrated models differ.
+    `brier` (Brier, "Verification of Forecasts Expressed in Terms of Probability", 1950) sums over the labels, from 0 to
+    2; with `many` it is a mean over them, as `nll` is. If the reference is none of the labels, the answer is wrong for
+    `ece`; `brier` adds the unlisted answer as a label of probability 0, and `nll` is the mean over the labels, which is
+    lowest if no label is preferred.
     """
     logits_UK, right_UK, many = chosen.logits_UK / temperature, chosen.right_UK, chosen.many
     formula: Formula = ratio
@@ -126,7 +127,7 @@ def measure_calibration(metric: str, chosen: Chosen, temperature: float = 1.0) -
     if metric == "ece":
         what = "each label's probability" if many else "the highest probability"
         signature = f"distance between {what} and how often it is right, mean over {BINS} bins of equal width by size"
-        parts, formula, bounds = sum_bins(chosen, temperature), ece_formula, reliability_bounds
+        parts, formula, bounds = sum_bins(chosen, temperature), ece_formula, without_interval
     elif metric == "brier":
         signature = f"squared errors of the probabilities, {'mean' if many else 'sum'} over the labels"
         parts = count_choices((chosen.probabilities(temperature) - right_UK) ** 2, many=many)
@@ -230,7 +231,10 @@ def describe_reliability(
         return Reliability(None, why, PairedMeasures(before).scores()[0], bins_before=before_bins)
     # One temperature cannot move a row across the range of a metric, which `bounds` allows for.
     paired = PairedMeasures(
-        *({name: replace(one, bounds=None) for name, one in part.items()} for part in (before, after))
+        *(
+            {name: one if name == "ece" else replace(one, bounds=None) for name, one in part.items()}
+            for part in (before, after)
+        )
     )
     return Reliability(record, why, *paired.scores(), paired.differences(seed), before_bins, after_bins)
 

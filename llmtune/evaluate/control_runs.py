@@ -15,7 +15,7 @@ from llmtune.evaluate.intervals import RESAMPLES, Floats
 from llmtune.evaluate.metric import Measure, PairedMeasures, paired_difference
 from llmtune.evaluate.metric_info import direction
 from llmtune.evaluate.opened_runs import ScoredRun, find_other_measure, keep_asked, open_run_scores, pair_measures
-from llmtune.evaluate.paired_statistics import draw_counts, interval
+from llmtune.evaluate.paired_statistics import count_groups, draw_counts, interval
 from llmtune.evaluate.per_row_scores import PerRowScores
 from llmtune.recipe.schema import Recipe
 from llmtune.records import FEWEST_ROWS, Difference
@@ -107,4 +107,5 @@ def gap_share(base: Measure, tuned: Measure, teacher: Measure, seed: int) -> Dif
 
     units = int(unit_N.max()) + 1
     values_R = np.concatenate([shares(counts_RU) for counts_RU in draw_counts(units, seed, RESAMPLES)])
-    return replace(interval(float(shares(np.ones((1, units)))[0]), values_R, units), n=rows)
+    effective = int(count_groups(unit_N.tolist())[1])
+    return replace(interval(float(shares(np.ones((1, units)))[0]), values_R, effective), n=rows)

@@ -20,13 +20,8 @@ from llmtune.display.number_format import count
 from llmtune.evaluate.calibration import RECORD as CALIBRATION_RECORD
 from llmtune.evaluate.calibration import Chosen, log_probabilities, read_rules, save_calibration
 from llmtune.evaluate.intervals import Floats
-from llmtune.evaluate.metric import (
-    Measure,
-    counted_bounds,
-    measure_means,
-    measure_shares,
-    ratio_of_counted,
-)
+from llmtune.evaluate.metric import Measure, measure_means, measure_shares, ratio_of_counted
+from llmtune.evaluate.paired_statistics import share_bounds
 from llmtune.evaluate.selective_prediction import (
     fit_sets,
     highest_bound,
@@ -141,7 +136,7 @@ def measure_errors(decided_N: NDArray[np.bool_], wrong_N: NDArray[np.bool_]) -> 
     """
     sums_N2 = np.stack([decided_N & wrong_N, decided_N], axis=1).astype(np.float64)
     signature = "share of decided answers that are wrong"
-    return Measure("decided_error", sums_N2, ratio_of_counted, signature=signature, bounds=counted_bounds)
+    return Measure("decided_error", sums_N2, ratio_of_counted, signature=signature, bounds=share_bounds)
 
 
 def is_decided(record: Decision, confidence_N: Floats) -> NDArray[np.bool_]:

@@ -83,7 +83,7 @@ class EvalInputs:
     groups: dict[str, Parts]
     """By column of `evaluate.fairness.groups`."""
     clusters: tuple[int, ...] = ()
-    """[N] equal for rows that belong together (`data.split_by`, or a picture); empty if no rows do."""
+    """[N] equal for rows that belong together (`data.split_by`, a picture, a sampled prompt); empty if no rows do."""
     full_rows: tuple[Row, ...] = ()
     """[N] the rows with their answers and kept columns, for the user's own metrics; empty without any."""
     corpus: tuple[str, ...] = ()
@@ -155,6 +155,8 @@ def make_inputs(
             trees = {i: tree for i, tree in zip(saying, grown, strict=True) if tree is not None}
         notes[CHOICE_METRIC + ".choices"] = describe_choices(choices, references, saying, trees)
     inputs = {i: [turn.question for turn in turns[i]] or [questions[i]] for i in answered} if generates else {}
+    asked = {i: [task.prompt(row, processor, recipe) for row in before] for i, before in inputs.items()}
+    groups = [group for at, group in enumerate(iterate_groups(rows, split)) if at in kept]
     return EvalInputs(
         reader=reader,
         rows=tuple(numbers),
@@ -164,7 +166,7 @@ def make_inputs(
         questions=tuple(questions),
         targets=tuple(task.reference(row) for _, row in held_out),
         answered=tuple(answered),
-        generation_prompts={i: [task.prompt(row, processor, recipe) for row in before] for i, before in inputs.items()},
+        generation_prompts=asked,
         turns={i: turns[i] for i in inputs if turns[i]},
         choices=choices,
         trees=trees,
@@ -172,7 +174,9 @@ def make_inputs(
         notes=notes | lack_notes(metrics, turns, references if rated else ()),
         slices=read_slices(rows, recipe.evaluate.slices, numbers),
         groups=read_slices(rows, fairness.groups if fairness else (), numbers, "evaluate.fairness.groups"),
-        clusters=cluster_rows(pictures, [group for at, group in enumerate(iterate_groups(rows, split)) if at in kept]),
+        clusters=cluster_rows(
+            pictures, groups, {i: tuple(each[-1].ids) for i, each in asked.items()} if rated else None
+        ),
         full_rows=tuple(read_full_rows(rows, split, kept)) if rated or recipe.evaluate.own_metrics else (),
         corpus=read_corpus(rows, split) if facts.searches else (),
         pictured=frozenset(i for i, contents in enumerate(pictures) if contents),
@@ -227,18 +231,21 @@ def calibration_inputs(
         return None
 
 
-def cluster_rows(pictures: Sequence[Set[str]], groups: Sequence[int]) -> tuple[int, ...]:
+def cluster_rows(
+    pictures: Sequence[Set[str]], groups: Sequence[int], prompts: Mapping[int, tuple[int, ...]] | None = None
+) -> tuple[int, ...]:
     """Return a number for each row, equal for rows that belong together; empty if no rows do.
 
-    Rows belong together if they share a picture or their group. A picture of all rows with pictures counts only in a
-    row without others: it may be an example.
+    Rows belong together if they share a picture, their group, or a prompt. A picture of all rows with pictures counts
+    only in a row without others: it may be an example.
 
     Args:
         pictures: Hashes of the contents of each row's pictures.
         groups: Each row's group by `data.split_by`; empty without it.
+        prompts: By row, the ids of a prompt that is sampled: equal prompts get the same samples.
     """
     everywhere = frozenset[str]().union(*pictures).intersection(*filter(None, pictures))
-    first, joined = dict[str | int, int](), [*range(len(pictures))]
+    first, joined = dict[str | int | tuple[int, ...], int](), [*range(len(pictures))]
 
     def find_first(row: int) -> int:
         while joined[row] != row:
@@ -246,8 +253,8 @@ def cluster_rows(pictures: Sequence[Set[str]], groups: Sequence[int]) -> tuple[i
         return row
 
     for row, contents in enumerate(pictures):
-        keys: list[str | int] = [*groups[row : row + 1], *(contents - everywhere or contents)]
-        for key in keys:
+        sampled = [prompts[row]] if prompts and row in prompts else []
+        for key in [*groups[row : row + 1], *(contents - everywhere or contents), *sampled]:
             joined[find_first(row)] = find_first(first.setdefault(key, row))
     numbers = {root: number for number, root in enumerate(dict.fromkeys(map(find_first, joined)))}
     return tuple(numbers[find_first(row)] for row in joined) if len(numbers) < len(joined) else ()

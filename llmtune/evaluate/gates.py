@@ -10,7 +10,15 @@ from dataclasses import replace
 from llmtune.errors import GateFailed, GateUnsure, Problem, RecipeError
 from llmtune.evaluate.champion import open_champion
 from llmtune.evaluate.evaluation_file import list_failed, load_with_exports
-from llmtune.evaluate.paired_statistics import name_groups, row_deviation, rows_needed, smallest_difference, widen
+from llmtune.evaluate.paired_statistics import (
+    ROUNDING,
+    allow_for_other,
+    name_groups,
+    row_deviation,
+    rows_needed,
+    smallest_difference,
+    widen,
+)
 from llmtune.evaluate.significance import ALL_CHANCE, ALL_TIES, INCONCLUSIVE, NOT_APPLICABLE, is_open, outcome
 from llmtune.evaluate.source_labels import DOUBTFUL
 from llmtune.recipe.evaluate_section import ERROR, EvaluateSection, WhenUnsure
@@ -28,7 +36,7 @@ COMPARE: dict[str, Callable[[float, float], bool]] = {
     "<=": operator.le,
     ">": operator.gt,
     "<": operator.lt,
-    "==": math.isclose,
+    "==": operator.eq,
 }
 NO_INTERVAL = "{} are too few for an interval, or the metric has no range and nearly all of them have the same value"
 ORIGINS: Mapping[str | None, str] = {
@@ -99,6 +107,7 @@ def check_gate(gate: Gate, evaluation: Evaluation, section: EvaluateSection) -> 
     change, limit = differences.get(gate.metric), margin(gate, scores[gate.metric])
     if change is None:
         return GateResult(gate.text, gate.text, "no interval: these rows give none", passed=False)
+    change = allow_for_other(change, scores[gate.metric], gate.factor)
     wide, alpha = widen(change, section.alpha), section.alpha
     actual = wide.low if gate.part == "low" else wide.high
     passed, note = decide(gate, actual, wide, limit), ""
@@ -112,6 +121,7 @@ def check_gate(gate: Gate, evaluation: Evaluation, section: EvaluateSection) -> 
     level = f", at {100 * (1 - alpha):.5g} %," if section.looks else ""
     what = f"interval of {name}" if gate.on_own_interval else f"difference{origin}"
     what += f" in {name}" if gate.rows and not gate.on_own_interval else ""
+    what += f", widened by the error of {gate.against} * {gate.factor:g}," if gate.factor != 1 else ""
     wanted = f"{gate.part} end of the {what}{level} {gate.op} {number(limit)}"
     return GateResult(gate.text, wanted, number(actual), passed, note)
 
@@ -128,7 +138,7 @@ def decide(gate: Gate, actual: float, change: Difference, limit: float) -> bool 
         return True
     if op == "==" or math.isnan(limit) or math.isnan(change.value):
         return False
-    beyond = change.high < limit if op in (">", ">=") else change.low > limit
+    beyond = is_met("<", change.high, limit) if op in (">", ">=") else is_met(">", change.low, limit)
     is_margin = not gate.on_own_interval and is_met(op, 0.0, limit)
     return False if beyond or (is_margin and is_worse(op, change)) else None
 
@@ -172,7 +182,9 @@ def plan_rows(gate: Gate, change: Difference, limit: float, alpha: float) -> tup
 
 
 def is_met(op: Operator, actual: float, limit: float) -> bool:
-    """Whether a comparison of two numbers holds; False for NaN."""
+    """Whether a comparison of two numbers holds; False for NaN. Numbers that differ only by rounding are equal."""
+    if math.isclose(actual, limit, rel_tol=ROUNDING, abs_tol=ROUNDING):
+        actual = limit
     return not (math.isnan(actual) or math.isnan(limit)) and COMPARE[op](actual, limit)
 
 
@@ -327,6 +339,7 @@ def list_power(section: EvaluateSection, evaluation: Evaluation, rows: int | Non
         _, scores, differences = compared_scores(gate, evaluation)
         change = differences.get(gate.metric)
         if gate.part and change and gate.metric in scores and has_spread(change):
+            change = allow_for_other(change, scores[gate.metric], gate.factor)
             assumed, needed = plan_rows(gate, change, margin(gate, scores[gate.metric]), section.alpha)
             one = measure_power(gate.metric, gate.against or "", change, evaluation, rows, section.alpha)
             powers.append(replace(one, gate=gate.text, assumed=assumed, rows_needed=needed))

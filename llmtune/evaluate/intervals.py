@@ -7,13 +7,17 @@ statistics for a nonparametric one-sided hypothesis on the mean of a nonnegative
 Learned-Miller and Thomas, "A New Confidence Interval for the Mean of a Bounded Random Variable", 2020). For shares of
 right rows it equals the exact interval of Clopper and Pearson, and for paired right-or-wrong rows its error at zero is
 that of McNemar's exact test. Equal rows therefore have an interval as wide as their number allows.
+
+Units may have unequal sizes: groups of rows, or rows with answers of unequal length. A pseudo-row then has the size of
+the unit that a random part of the rows is in, so its share of the whole is one in the effective number of units (Kish,
+"Survey Sampling", 1965). With the average size, low ends of 200 groups with Zipf's sizes err in 12 of 100 samples.
 Shapes: R draws, U units (rows, or groups of rows), P pseudo-units at either end, K sums.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -54,19 +58,25 @@ class Interval(NamedTuple):
 
 
 def bound(statistic: Weighted, units: int, ends: int, seed: int, resamples: int = RESAMPLES) -> Interval:
-    """Return the interval of a metric with bounds.
+    """Return the interval of a metric with bounds by `bound_all`; with fewer than two units there is none."""
+    return bound_all(lambda weights_RU: (statistic(weights_RU),), units, ends, seed, resamples)[0]
 
-    `statistic` takes the weights [R, units + 2 * ends] of the rows, the pseudo-rows of one end, and those of the other.
-    The weights of rows and pseudo-rows add up to `units`. With fewer than two units there is no interval.
+
+def bound_all(
+    statistics: Callable[[Floats], Sequence[Floats]], units: int, ends: int, seed: int, resamples: int = RESAMPLES
+) -> list[Interval]:
+    """Return the interval of each statistic of a metric with bounds, from the same draws.
+
+    `statistics` take the weights [R, units + 2 * ends] of the rows, the pseudo-rows of one end, and those of the other.
+    The weights of rows and pseudo-rows add up to `units`.
     """
-    if units < 2:
-        return Interval()
-    values: tuple[list[Floats], list[Floats]] = ([], [])
-    for weights_RU in draw_weights(units + ends, units, seed, resamples):
+    drawn = []
+    for weights_RU in draw_weights(units + ends, max(units, 1), seed, resamples if units > 1 else 1):
         rows, pseudo, none = weights_RU[:, :units], weights_RU[:, units:], np.zeros((len(weights_RU), ends))
-        for side, parts in zip(values, ([rows, pseudo, none], [rows, none, pseudo]), strict=True):
-            side.append(statistic(np.concatenate(parts, axis=1)))
-    return cut_tails([np.concatenate(side) for side in values])
+        sides = ([rows, pseudo, none], [rows, none, pseudo])
+        drawn.append(np.array([statistics(np.concatenate(parts, axis=1)) for parts in sides]))
+    values_2SR = np.concatenate(drawn, axis=2)
+    return [cut_tails(values_2SR[:, one]) if units > 1 else Interval() for one in range(values_2SR.shape[1])]
 
 
 def learn(
@@ -77,8 +87,9 @@ def learn(
     unchanged: int = 0,
     fewest: int = FEWEST_UNBOUNDED,
     resamples: int = RESAMPLES,
+    effective: float = 0.0,
 ) -> Interval:
-    """Return the interval of the mean of numbers without bounds.
+    """Return the interval of the mean of numbers without bounds; `effective` is the number of units, if it is smaller.
 
     The pseudo-rows are at the ends of the seen range, widened by `BEYOND`. Units with the most frequent number, or the
     `unchanged` ones of a difference, do not count there. The interval is at least that of Student's t. If all numbers
@@ -89,14 +100,15 @@ def learn(
     import scipy.stats  # type: ignore[import-untyped]  # takes a third of a second, and training does not need it
 
     units = len(parts_U)
-    if units < fewest or not np.isfinite(parts_U).all():
+    evenness = (effective or units) / units
+    if evenness * units < fewest or not np.isfinite(parts_U).all():
         return Interval()
     low, high, mean = float(parts_U.min()), float(parts_U.max()), float(parts_U.mean())
     scale = max(abs(low), abs(high), reach)
     most = max(unchanged, int(np.unique(np.round(parts_U / (SAME * scale or 1)), return_counts=True)[1].max()))
     varied = units - most if most > 1 else units
     if varied >= FEWEST_VARIED:
-        beyond = (high - low) * BEYOND / varied
+        beyond = (high - low) * BEYOND / (varied * evenness)
         low, high = low - beyond, high + beyond
     elif not varied and reach > SAME * scale and units >= FEWEST_UNSEEN:
         low, high = min(low, -reach), max(high, reach)
@@ -105,7 +117,7 @@ def learn(
     with_ends = np.append(parts_U, [low, high])
     interval = bound(lambda weights_RU: weights_RU @ with_ends / units, units, 1, seed, resamples)
     error = float(parts_U.std(ddof=1)) / math.sqrt(units)
-    half = float(scipy.stats.t.ppf(1 - ERROR / 2, units - 1)) * error
+    half = float(scipy.stats.t.ppf(1 - ERROR / 2, evenness * units - 1)) * error
     return Interval(min(interval.low, mean - half), max(interval.high, mean + half))
 
 
@@ -118,8 +130,8 @@ def draw_weights(units: int, total: int, seed: int, resamples: int) -> Iterator[
         yield drawn_RU * (total / drawn_RU.sum(1, keepdims=True))
 
 
-def cut_tails(sides: list[Floats]) -> Interval:
-    """Return the outer quantiles of the values [R] with either kind of pseudo-row."""
+def cut_tails(sides: Floats) -> Interval:
+    """Return the outer quantiles of the values [2, R] with either kind of pseudo-row."""
     lows, highs = [], []
     for values_R in sides:
         defined = values_R[np.isfinite(values_R)]
@@ -129,6 +141,18 @@ def cut_tails(sides: list[Floats]) -> Interval:
         lows.append(float(low))
         highs.append(float(high))
     return Interval(min(lows), max(highs))
+
+
+def effective_number(size_U: Floats) -> float:
+    """Return the number of equal units with the variance of these unequal ones, by Kish: (sum)^2 / sum of squares."""
+    total, squares = float(size_U.sum()), float(size_U @ size_U)
+    return total * total / squares if squares else 0.0
+
+
+def typical_size(size_U: Floats) -> float:
+    """Return the size of a pseudo-row: the mean of the units' sizes, weighted by size."""
+    total = float(size_U.sum())
+    return float(size_U @ size_U) / total if total else 0.0
 
 
 def pseudo_values(sums_UK: Floats, formula: Formula) -> Floats:

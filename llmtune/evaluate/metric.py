@@ -13,13 +13,25 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from llmtune.evaluate.intervals import FEWEST_UNSEEN, Floats, Formula, Weighted, exact_interval, learn, pseudo_values
+from llmtune.evaluate.intervals import (
+    FEWEST_UNSEEN,
+    Floats,
+    Formula,
+    Weighted,
+    bound,
+    effective_number,
+    exact_interval,
+    learn,
+    pseudo_values,
+    typical_size,
+)
 from llmtune.evaluate.paired_statistics import (
     EXACT,
     Bounds,
     RankStatistic,
     add_up,
     conclude_interval,
+    count_groups,
     difference,
     difference_weighted,
     share_bounds,
@@ -130,12 +142,12 @@ def paired_difference(base: Measure, tuned: Measure, seed: int) -> Difference:
     bounds, clusters = tuned.bounds, tuned.clusters or base.clusters
     if len(set(clusters)) == rows:
         clusters = ()
+    if lacks_interval(bounds, clusters, rows):
+        return unknown(tuned.value - base.value, rows, clusters)
     if tuned.formula is not None:
         sums, right_wrong = (base.sums_NK, tuned.sums_NK), tuned.right_wrong
         return difference(*sums, tuned.formula, right_wrong=right_wrong, seed=seed, bounds=bounds, clusters=clusters)
     assert bounds is not None, "rankings have bounds"
-    if not rows or is_line(bounds, clusters, rows):
-        return unknown(tuned.value - base.value, rows)
     worst, best = bounds(np.concatenate([base.sums_NK, tuned.sums_NK]))
     base_also, tuned_also = with_rows(base, best, worst, fixed=True), with_rows(tuned, worst, best)
     return difference_weighted(base_also, tuned_also, rows, len(worst), seed=seed, clusters=clusters)
@@ -153,22 +165,27 @@ def own_interval(measure: Measure, seed: int) -> Difference:
     if rows and is_share and sums_NK[:, 1].all() and not clusters:
         low, high = exact_interval(int(sums_NK[:, 0].sum()), rows, ERROR)
         return Difference(measure.value, low, high, 1.0, rows, EXACT)
-    if not rows or not math.isfinite(measure.value) or is_line(bounds, clusters, rows):
-        return unknown(measure.value, rows)
-    if bounds is not None:
+    if not math.isfinite(measure.value) or lacks_interval(bounds, clusters, rows):
+        return unknown(measure.value, rows, clusters)
+    if measure.formula is None:
+        assert bounds is not None, "rankings have bounds"
         worst, best = bounds(sums_NK)
-        return difference_weighted(
-            nothing, with_rows(measure, worst, best), rows, len(worst), seed=seed, clusters=clusters
-        )
-    assert measure.formula is not None, "rankings have bounds"
+        score = with_rows(measure, worst, best)
+        return difference_weighted(nothing, score, rows, len(worst), seed=seed, clusters=clusters)
     sums_UK = add_up(sums_NK, clusters) if clusters else sums_NK
-    interval = learn(pseudo_values(sums_UK, measure.formula), seed, fewest=FEWEST_UNSEEN)
-    return conclude_interval(measure.value, interval, rows, len(sums_UK) if clusters else 0)
+    if bounds is None:
+        parts_U, effective = pseudo_values(sums_UK, measure.formula), count_groups(clusters)[1]
+        interval = learn(parts_U, seed, fewest=FEWEST_UNSEEN, effective=effective)
+    else:
+        worst, best = bounds(sums_UK)
+        score = with_rows(replace(measure, sums_NK=sums_UK), worst, best)
+        interval = bound(score, len(sums_UK), len(worst), seed)
+    return conclude_interval(measure.value, interval, rows, clusters)
 
 
-def is_line(bounds: Bounds | None, clusters: Sequence[int], rows: int) -> bool:
-    """Whether a correlation says nothing: two points are always on a line."""
-    return bounds is correlation_bounds and (len(set(clusters)) or rows) < 3
+def lacks_interval(bounds: Bounds | None, clusters: Sequence[int], rows: int) -> bool:
+    """Whether a metric has no interval, or a correlation says nothing: two points are always on a line."""
+    return not rows or bounds is without_interval or (bounds is correlation_bounds and (len({*clusters}) or rows) < 3)
 
 
 def nothing(weights_RN: Floats) -> Floats:
@@ -239,8 +256,9 @@ def difference_of_ratios(sums: Floats) -> Floats:
 # Bounds: rows at either end of a metric's range.
 #
 # Ten rows with equal answers do not prove that all rows have equal answers. Intervals of bounded metrics therefore
-# weigh pseudo-rows too, in which a model is as bad or as good as the metric allows (`intervals.py`). A mean over
-# classes or tasks gets one for each of the rarest, because a single row may be all that shows them.
+# weigh pseudo-rows too, in which a model is as bad or as good as the metric allows, and which are as long as the row of
+# a typical word (`intervals.py`). A mean over classes or tasks gets one for each of the rarest, because a single row
+# may be all that shows them.
 # Shapes: M rows of both models, or groups of rows added up; P pseudo-rows at either end.
 
 MOST_CLASSES = 5
@@ -253,17 +271,12 @@ def rarest(counts_C: Floats) -> NDArray[np.int64]:
     return order_C[: int((counts_C == 0).sum()) + MOST_CLASSES]
 
 
-def counted_bounds(sums_MK: Floats) -> tuple[Floats, Floats]:
-    """(wrong, counted) where a model need not count a row: a row that counts, at either end."""
-    return share_bounds(np.ones_like(sums_MK))
-
-
 def mean_share_bounds(sums_MK: Floats) -> tuple[Floats, Floats]:
     """(right, counted) of several tasks: a question of each of the smallest tasks, where one counts most."""
-    tasks = 2 * rarest(sums_MK[:, 1::2].sum(0))
+    tasks, size = 2 * rarest(sums_MK[:, 1::2].sum(0)), typical_size(sums_MK[:, 1::2].sum(1))
     worst, best = np.zeros((2, len(tasks), sums_MK.shape[1]))
     each = np.arange(len(tasks))
-    worst[each, tasks + 1] = best[each, tasks] = best[each, tasks + 1] = 1
+    worst[each, tasks + 1] = best[each, tasks] = best[each, tasks + 1] = size
     return worst, best
 
 
@@ -272,13 +285,13 @@ def error_bounds(sums_MK: Floats) -> tuple[Floats, Floats]:
 
     An error rate has no upper bound: an answer may never end. The lower bound of the first row is an empty answer.
     """
-    length = float(sums_MK[:, 1].mean())
+    length = typical_size(sums_MK[:, 1])
     return np.array([[max(length, float(sums_MK[:, 0].max())), length]]), np.array([[0.0, length]])
 
 
 def chrf_bounds(sums_MK: Floats) -> tuple[Floats, Floats]:
-    """(answer, reference, match) by n-gram order: an average reference without a match, and matched by itself."""
-    reference = sums_MK.mean(0)[1::3]
+    """(answer, reference, match) by n-gram order: a reference without a match, and matched by itself."""
+    reference = sums_MK.mean(0)[1::3] * len(sums_MK) / (effective_number(sums_MK[:, 1]) or 1)
     worst, best = np.repeat(reference, 3), np.repeat(reference, 3)
     worst[2::3] = 0
     return worst[None], best[None]
@@ -286,22 +299,23 @@ def chrf_bounds(sums_MK: Floats) -> tuple[Floats, Floats]:
 
 def bleu_bounds(sums_MK: Floats) -> tuple[Floats, Floats]:
     """(length, reference length, matches by order, n-grams by order): no match, and only matches."""
-    length, orders = float(sums_MK[:, 1].mean()), (sums_MK.shape[1] - 2) // 2
+    length, orders = typical_size(sums_MK[:, 1]), (sums_MK.shape[1] - 2) // 2
     grams = np.maximum(length - np.arange(orders), 0)
     lengths = [length, length]
     return np.concatenate([lengths, 0 * grams, grams])[None], np.concatenate([lengths, grams, grams])[None]
 
 
 def hit_bounds(sums_MK: Floats) -> tuple[Floats, Floats]:
-    """(hits, predicted, right): nothing found, and everything, in a row with an average number to find."""
-    right = float(sums_MK[:, 2].mean())
+    """(hits, predicted, right): nothing found, and everything."""
+    right = typical_size(sums_MK[:, 2])
     return np.array([[0.0, right, right]]), np.array([[right, right, right]])
 
 
 def class_bounds(sums_M3K: Floats) -> tuple[Floats, Floats]:
     """(hits, predicted, right) by class: a row of each of the rarest classes, predicted as the most frequent other."""
-    right_K = np.split(sums_M3K, 3, axis=1)[2].sum(0)
-    size, rare_P = float(right_K.sum()) / len(sums_M3K), rarest(right_K)
+    right_MK = np.split(sums_M3K, 3, axis=1)[2]
+    right_K, size = right_MK.sum(0), typical_size(right_MK.sum(1))
+    rare_P = rarest(right_K)
     worst, best = np.zeros((2, len(rare_P), 3, len(right_K)))
     common = np.argsort(-right_K, kind="stable")
     for row, label in enumerate(rare_P):
@@ -326,22 +340,19 @@ def correlation_bounds(seen_M2: Floats) -> tuple[Floats, Floats]:
 
 
 def brier_bounds(sums_M2: Floats) -> tuple[Floats, Floats]:
-    """(squared errors, choices): certain of a wrong label, and of the right one, in a row of average length."""
-    choices = float(sums_M2[:, 1].mean())
+    """(squared errors, choices): certain of a wrong label, and of the right one."""
+    choices = typical_size(sums_M2[:, 1])
     return np.array([[2 * choices, choices]]), np.array([[0.0, choices]])
 
 
-def reliability_bounds(sums_M3B: Floats) -> tuple[Floats, Floats]:
-    """(probability, right, choices) by bin: certain and wrong, and certain and right, in a row of average length."""
-    choices = float(np.split(sums_M3B, 3, axis=1)[2].sum(1).mean())
-    worst, best = np.zeros((2, 3, sums_M3B.shape[1] // 3))
-    worst[[0, 2], -1] = best[:, -1] = choices
-    return worst.reshape(1, -1), best.reshape(1, -1)
+def without_interval(sums_MK: Floats) -> tuple[Floats, Floats]:
+    """Mark a metric that noise alone moves to one side, by more for some models than for others: it has no interval."""
+    raise AssertionError("a metric without an interval has no bounds")
 
 
 BOUNDS: Mapping[str, Bounds] = {
     "share": share_bounds,
-    "counted": counted_bounds,
+    "counted": share_bounds,
     "mean of shares": mean_share_bounds,
     "errors": error_bounds,
     "chrf": chrf_bounds,
@@ -351,6 +362,6 @@ BOUNDS: Mapping[str, Bounds] = {
     "ranks": rank_bounds,
     "correlation": correlation_bounds,
     "brier": brier_bounds,
-    "reliability": reliability_bounds,
+    "reliability": without_interval,
 }
 """By their names on disk."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 
@@ -23,9 +24,11 @@ from llmtune.evaluate.intervals import (
     Formula,
     Interval,
     Weighted,
-    bound,
+    bound_all,
+    effective_number,
     learn,
     pseudo_values,
+    typical_size,
 )
 from llmtune.recipe.evaluate_section import ERROR
 from llmtune.records import Difference
@@ -38,15 +41,18 @@ Bounds = Callable[[Floats], tuple[Floats, Floats]]
 POWER = 0.8
 """Share of repetitions in which an existing difference is shown."""
 MOST_STEPS = 20
+ROUNDING = 1e-9
+"""Distance of two scores, of about 1, that is only rounding."""
 BOOTSTRAP, EXACT, INDEPENDENT = "Bayesian bootstrap", "Clopper-Pearson", "independent rows"
 NARROWEST = 0.25
 """Least distance from the value to the interval's end at zero, as a share of the interval's width, by which `widen`
 moves that end. The draws of a ratio may lie on one side of its value."""
 METHOD = (
-    f"95 %, from {RESAMPLES} draws of weights for the rows (or groups, by data.split_by or a shared picture) and for a "
-    "pseudo-row at either end of the metric's range (Gaffke's bound; shares of right rows: Clopper and Pearson's "
-    "interval); metrics without a range: pseudo-rows outside of the seen range, at least Student's t, none for a "
-    f"difference below {FEWEST_UNBOUNDED} rows or a score below {FEWEST_UNSEEN}; other levels: ends moved as the "
+    f"95 %, from {RESAMPLES} draws of weights for the rows (or groups, by data.split_by, a shared picture, or a prompt "
+    "that is sampled) and for a pseudo-row at either end of the metric's range (Gaffke's bound; shares of right rows: "
+    "Clopper and Pearson's interval) with the mean size of groups, weighted by size (Kish's effective number of groups, "
+    "also for Student's t); metrics without a range: pseudo-rows outside of the seen range, at least Student's t, none "
+    f"for a difference below {FEWEST_UNBOUNDED} rows or a score below {FEWEST_UNSEEN}; other levels: ends moved as the "
     "quantiles of Student's t; p: the level whose interval ends at zero"
 )
 
@@ -71,26 +77,35 @@ def difference(
     With too few of them the interval is NaN and p is 1.
     """
     rows, bounds = len(base_NK), share_bounds if right_wrong else bounds
-    groups = 0
     if len(clusters):
         base_NK, tuned_NK = add_up(base_NK, clusters), add_up(tuned_NK, clusters)
-        groups = len(base_NK)
     units, value = len(base_NK), float(formula(tuned_NK.sum(0)) - formula(base_NK.sum(0)))
     if units < 2 or not math.isfinite(value):
-        return replace(unknown(value, rows), groups=groups)
+        return unknown(value, rows, clusters)
     if bounds is None:
         base_U, tuned_U = pseudo_values(base_NK, formula), pseudo_values(tuned_NK, formula)
         reach = float(np.ptp(np.concatenate([base_U, tuned_U])))
         unchanged = int((base_NK == tuned_NK).all(1).sum())
-        interval = learn(tuned_U - base_U, seed, reach=reach, unchanged=unchanged, resamples=resamples)
+        options = {"resamples": resamples, "effective": count_groups(clusters)[1]}
+        interval = learn(tuned_U - base_U, seed, reach=reach, unchanged=unchanged, **options)
+        other = learn(base_U, seed, **options)
     else:
         worst, best = bounds(np.concatenate([base_NK, tuned_NK]))
         with_ends = [np.concatenate([base_NK, best, worst]), np.concatenate([tuned_NK, worst, best])]
-        interval = bound(
-            lambda weights_RU: formula(weights_RU @ with_ends[1]) - formula(weights_RU @ with_ends[0]),
-            *(units, len(worst), seed, resamples),
-        )
-    return conclude_interval(value, interval, rows, groups)
+        base, tuned = (partial(weigh_sums, formula, sums_UK) for sums_UK in with_ends)
+        interval, other = bound_all(partial(compare_weighted, base, tuned), units, len(worst), seed, resamples)
+    return replace(conclude_interval(value, interval, rows, clusters), other=other)
+
+
+def compare_weighted(base: Weighted, tuned: Weighted, weights_RU: Floats) -> tuple[Floats, Floats]:
+    """Return the difference [R] of two weighted metrics, and the first of them."""
+    base_R = base(weights_RU)
+    return tuned(weights_RU) - base_R, base_R
+
+
+def weigh_sums(formula: Formula, sums_UK: Floats, weights_RU: Floats) -> Floats:
+    """Return the metric [R] of weighted units."""
+    return formula(weights_RU @ sums_UK)
 
 
 def difference_weighted(
@@ -101,26 +116,33 @@ def difference_weighted(
     Both statistics take the weights [R, N + 2 * ends] of the rows and of the pseudo-rows of either end.
     """
     unit_N = np.unique(clusters, return_inverse=True)[1] if len(clusters) else np.arange(rows)
-    units = len(np.unique(unit_N))
-    groups = units if len(clusters) else 0
-    size = rows / max(1, units)  # a pseudo-row counts as a group of average size
+    size_U = np.bincount(unit_N).astype(np.float64)
+    units, size = len(size_U), typical_size(size_U)
 
-    def values(weights_RU: Floats) -> Floats:
+    def values(weights_RU: Floats) -> tuple[Floats, Floats]:
         weights_RN = np.concatenate([weights_RU[:, :units][:, unit_N], weights_RU[:, units:] * size], axis=1)
-        return tuned(weights_RN) - base(weights_RN)
+        return compare_weighted(base, tuned, weights_RN)
 
-    value = float(values(np.append(np.ones(units), np.zeros(2 * ends))[None])[0]) if rows else math.nan
+    value = float(values(np.append(np.ones(units), np.zeros(2 * ends))[None])[0][0]) if rows else math.nan
     if not math.isfinite(value):
-        return replace(unknown(value, rows), groups=groups)
-    return conclude_interval(value, bound(values, units, ends, seed), rows, groups)
+        return unknown(value, rows, clusters)
+    interval, other = bound_all(values, units, ends, seed)
+    return replace(conclude_interval(value, interval, rows, clusters), other=other)
 
 
-def conclude_interval(value: float, interval: Interval, rows: int, groups: int) -> Difference:
+def conclude_interval(value: float, interval: Interval, rows: int, clusters: Sequence[int] = ()) -> Difference:
     """Return a difference, or a score, with its interval; without a test if it has none."""
     low, high = min(interval.low, value), max(interval.high, value)
+    change = unknown(value, rows, clusters)
     if math.isnan(interval.low):
-        return replace(unknown(value, rows), groups=groups)
-    return Difference(value, low, high, p_of_interval(value, low, high, groups or rows), rows, BOOTSTRAP, groups)
+        return change
+    return replace(change, low=low, high=high, p=p_of_interval(value, low, high, change.units), test=BOOTSTRAP)
+
+
+def count_groups(clusters: Sequence[int]) -> tuple[int, float]:
+    """Return the number of groups and their effective number, by rows; 0 without groups."""
+    size_U = np.unique(clusters, return_counts=True)[1].astype(np.float64)
+    return len(size_U), effective_number(size_U)
 
 
 def add_up(sums_NK: Floats, clusters: Sequence[int]) -> Floats:
@@ -132,26 +154,26 @@ def add_up(sums_NK: Floats, clusters: Sequence[int]) -> Floats:
 
 
 def share_bounds(sums_MK: Floats) -> tuple[Floats, Floats]:
-    """(right, counted): nothing right, and everything, in a row of average length."""
-    counted = float(sums_MK[:, 1].mean())
+    """(right, counted): nothing right, and everything."""
+    counted = typical_size(sums_MK[:, 1])
     return np.array([[0.0, counted]]), np.array([[counted, counted]])
 
 
 def interval(value: float, values_R: Floats, rows: int) -> Difference:
-    """Return the interval of resampled differences, with widened tails, and a p-value."""
+    """Return the interval of resampled differences of `rows` units, with widened tails, and a p-value."""
     defined = values_R[np.isfinite(values_R)]
-    if not np.isfinite(value) or len(defined) < (1 - UNDEFINED_SHARE) * len(values_R):
+    if rows < 2 or not np.isfinite(value) or len(defined) < (1 - UNDEFINED_SHARE) * len(values_R):
         return unknown(value, rows)
     import scipy.stats  # type: ignore[import-untyped]  # takes a third of a second, and training does not need it
 
     tail = float(scipy.stats.norm.cdf(np.sqrt(rows / (rows - 1)) * scipy.stats.t.ppf(ERROR / 2, rows - 1)))
     low, high = np.quantile(defined, [tail, 1 - tail])
-    return conclude_interval(value, Interval(float(low), float(high)), rows, 0)
+    return conclude_interval(value, Interval(float(low), float(high)), rows)
 
 
-def unknown(value: float, rows: int) -> Difference:
+def unknown(value: float, rows: int, clusters: Sequence[int] = ()) -> Difference:
     """Return a difference without an interval."""
-    return Difference(value, float("nan"), float("nan"), 1.0, rows)
+    return Difference(value, math.nan, math.nan, 1.0, rows, "", *count_groups(clusters))
 
 
 def draw_counts(rows: int, seed: int, resamples: int) -> Iterator[Floats]:
@@ -177,8 +199,10 @@ def row_deviation(change: Difference) -> float:
 
 
 def name_groups(rows: int, change: Difference) -> str:
-    """Return ` in 12 groups` for this many rows in groups of the compared size; empty without groups."""
-    return f" in {math.ceil(rows * change.groups / change.n):,} groups" if change.groups else ""
+    """Return ` in 12 groups` for this many rows in groups of the compared sizes; empty without groups."""
+    share = rows / change.n if change.n else 0
+    uneven = f", as informative as {math.floor(change.units * share):,} equal ones," if change.is_uneven else ""
+    return f" in {math.ceil(change.groups * share):,} groups{uneven}" if change.groups else ""
 
 
 def move_ends(low: float, high: float, value: float) -> tuple[float, float]:
@@ -195,14 +219,24 @@ def widen(change: Difference, alpha: float) -> Difference:
     """
     import scipy.stats
 
-    if alpha == ERROR or change.units < 2:
+    if alpha == ERROR:
         return change
-    inner, outer = scipy.stats.t.ppf((1 - ERROR / 2, 1 - alpha / 2), change.units - 1)
+    inner, outer = scipy.stats.t.ppf((1 - ERROR / 2, 1 - alpha / 2), max(1, change.units - 1))
     (down, up), more = move_ends(change.low, change.high, change.value), float(outer / inner) - 1
     return replace(change, low=change.low - more * down, high=change.high + more * up)
 
 
-def p_of_interval(value: float, low: float, high: float, units: int) -> float:
+def allow_for_other(change: Difference, other: float, factor: float) -> Difference:
+    """Return the difference with an interval for comparing it with (factor - 1) times the other model's score.
+
+    That score is not exact either. Tuned minus factor * other is the difference minus (factor - 1) * other; both
+    intervals are added, as if their errors came together.
+    """
+    down, up = sorted((1 - factor) * (end - other) for end in change.other) if factor != 1 else (0.0, 0.0)
+    return replace(change, low=change.low + down, high=change.high + up)
+
+
+def p_of_interval(value: float, low: float, high: float, units: float) -> float:
     """Return the p-value: the error at which the end of an interval that `widen` moved reaches zero.
 
     It has no smallest value, as a share of draws would: corrections for many metrics and looks need small ones.
@@ -213,8 +247,9 @@ def p_of_interval(value: float, low: float, high: float, units: int) -> float:
     end, move = (low, down) if value > 0 else (-high, up)
     if value == 0 or move <= 0:
         return float(value == 0)
-    steps = max(0.0, 1 + end / move) * float(scipy.stats.t.ppf(1 - ERROR / 2, units - 1))
-    return 2 * float(scipy.stats.t.sf(steps, units - 1))
+    freedom = max(1, units - 1)
+    steps = max(0.0, 1 + end / move) * float(scipy.stats.t.ppf(1 - ERROR / 2, freedom))
+    return 2 * float(scipy.stats.t.sf(steps, freedom))
 
 
 def subtract_intervals(first: Difference, second: Difference) -> Difference:
@@ -239,7 +274,7 @@ def smallest_difference(deviation: float, rows: int, alpha: float = ERROR) -> fl
 
     if rows < 2:
         return math.inf
-    return float(sum(scipy.stats.t.ppf((1 - alpha / 2, POWER), rows - 1))) * deviation / math.sqrt(rows)
+    return float(sum(scipy.stats.t.ppf((1 - alpha / 2, POWER), float(rows - 1)))) * deviation / math.sqrt(rows)
 
 
 def rows_needed(deviation: float, distance: float, alpha: float = ERROR) -> int | None:
@@ -249,7 +284,7 @@ def rows_needed(deviation: float, distance: float, alpha: float = ERROR) -> int 
     """
     import scipy.stats
 
-    if not distance > 0 or math.isnan(deviation):
+    if not distance > ROUNDING * max(1.0, deviation):
         return None
     normal = float(sum(scipy.stats.norm.ppf((1 - alpha / 2, POWER))))
     rows = max(2, math.ceil((normal * deviation / distance) ** 2))

@@ -6,6 +6,7 @@ Q inner edges.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 from itertools import pairwise
@@ -13,18 +14,21 @@ from typing import TypeVar
 
 import numpy as np
 
-from llmtune.data.row_hash import plain_value
+from llmtune.data.row_hash import DECIMAL, plain_value
 from llmtune.data.row_store import iterate_columns
+from llmtune.data.row_text import text_key
 from llmtune.data.written_numbers import read_numbers
 from llmtune.errors import DataError, Problem, nearest
 from llmtune.evaluate.metric import PairedMeasures
 from llmtune.records import FEWEST_ROWS, Rows
+from llmtune.store.atomic_files import hash_value
 from llmtune.store.score_records import Slice
 
 MOST_VALUES = 12
 LONGEST_VALUE = 80
 LONGEST_WHOLE = 1e12
 OTHER, MISSING = "(other)", "(none)"
+NO_DIGIT = re.compile(r"[^0-9]")
 QUARTERS = (0.25, 0.5, 0.75)
 Name = TypeVar("Name", int, str)
 Parts = Mapping[str, Set[int]]
@@ -61,10 +65,16 @@ def split_by_value(values: Sequence[object]) -> Parts:
     """Put each row into the slice of its value [N], of a range of numbers, or of other values.
 
     More than twelve different numbers are put into four ranges with about as many rows each. Of other values the
-    twelve most frequent get a slice each. A table's text is a number too, with a decimal point or a decimal comma.
+    twelve most frequent get a slice each. A table's text is a number too, with a decimal point or a decimal comma,
+    unless texts with different digits are one number: versions 1.1 and 1.10.
     """
     numbers = read_numbers(values)
-    names = [write_value(value) for value in (values if numbers is None else numbers)]
+    written = {
+        (n, NO_DIGIT.sub("", text)) for n, text in zip(numbers or (), values, strict=False) if isinstance(text, str)
+    }
+    if len({number for number, _ in written}) < len(written) <= MOST_VALUES:
+        numbers = None
+    names = name_values(values if numbers is None else numbers)
     if numbers is not None and len({*names} - {MISSING}) > MOST_VALUES:
         edges_Q = sorted(
             {float(edge) for edge in np.quantile([n for n in numbers if n is not None], QUARTERS, method="lower")}
@@ -86,6 +96,16 @@ def name_ranges(edges_Q: Sequence[float]) -> list[str]:
     texts = [f"{edge:.0f}" if edge.is_integer() and abs(edge) < LONGEST_WHOLE else f"{edge:g}" for edge in edges_Q]
     inner = [f"above {low}, up to {high}" for low, high in pairwise(texts)]
     return [f"up to {texts[0]}", *inner, f"above {texts[-1]}"]
+
+
+def name_values(values: Sequence[object]) -> list[str]:
+    """Write each value on one line, shortened. Different values with the same short text get their hash as well."""
+    keys = [text_key(value) if isinstance(value, str) else "" for value in values]
+    texts = [key if DECIMAL.fullmatch(key) else plain_value(value) for key, value in zip(keys, values, strict=True)]
+    lines = {text: one_line(text, LONGEST_VALUE) for text in texts}
+    shared = Counter([*lines.values(), OTHER, MISSING])
+    names = {text: f"{line} ({hash_value(text)[:6]})" if shared[line] > 1 else line for text, line in lines.items()}
+    return [names[text] if lines[text] else MISSING for text in texts]
 
 
 def write_value(value: object) -> str:

@@ -6,7 +6,7 @@ Shapes: N prompts.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -82,11 +82,16 @@ def describe_samples(
     sums = [weigh_rewards(rewards, one) for one in values]
     rewards_NK = np.array([np.nan if one is None else one for one in sums]).reshape(len(rows), -1)
     truncated = sum(one.truncated for one in sampled) / len(sampled)
-    return {"name": request.model, **measure_groups(rewards_NK, request.accept, request.seed), "truncated": truncated}
+    clusters = [prompts.index(prompt) for prompt in prompts]
+    measured = measure_groups(rewards_NK, request.accept, request.seed, clusters)
+    return {"name": request.model, **measured, "truncated": truncated}
 
 
-def measure_groups(rewards_NK: Floats, accept: float, seed: int) -> Json:
-    """Return what the rewards [N, samples] of each prompt show; NaN where no reward applies."""
+def measure_groups(rewards_NK: Floats, accept: float, seed: int, clusters: Sequence[int] = ()) -> Json:
+    """Return what the rewards [N, samples] of each prompt show; NaN where no reward applies.
+
+    Rows with equal numbers in `clusters` [N] have the same prompt.
+    """
     passing_NK = rewards_NK >= lowest_accepted(accept)
     share_N, samples = passing_NK.mean(1), rewards_NK.shape[1]
     has_spread = [rewards_differ(one[np.isfinite(one)].tolist()) for one in rewards_NK]
@@ -95,6 +100,7 @@ def measure_groups(rewards_NK: Floats, accept: float, seed: int) -> Json:
         f"pass@{samples}": measure_right([bool(one.any()) for one in passing_NK], "pass", ""),
         "spread": measure_right(has_spread, "spread", ""),
     }
+    measures = {name: replace(measure, clusters=tuple(clusters)) for name, measure in measures.items()}
     found = {name: rescale_interval(own_interval(measure, seed), 1.0, 0.0) for name, measure in measures.items()}
     expected = {k: float((1 - share_N**k - (1 - share_N) ** k).mean()) for k in SAMPLES}
     enough = next((k for k, share in expected.items() if share >= LEAST_SPREAD), None)

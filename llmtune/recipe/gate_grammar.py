@@ -139,6 +139,9 @@ def parse_gate(text: str) -> Gate:
             None,
             f"Write `{match['metric']}.{part} {match['op']} base`, or omit `.{part}`.",
         )
+    if part and match["metric"].rpartition(".")[2] == "ece":
+        what = f"{text!r} needs an interval, and ece has none: noise makes it larger, by more for some models"
+        raise RecipeError.of(what, None, "Use brier or nll, which have intervals, such as `brier.high < base`.")
     if (rows := match["rows"]) is not None and (rows.strip() != NEW or "." in match["metric"]):
         what = f"{text!r} has no metric of the test rows"
         if rows.strip() != NEW:

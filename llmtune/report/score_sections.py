@@ -40,6 +40,8 @@ from llmtune.store.score_records import ClassChanges, Evaluation, NewClass, Slic
 
 MOST_CLASSES, MOST_PAIRS = 20, 15
 """Maximum classes of a readable confusion matrix, and maximum listed pairs of classes."""
+FEWEST_GROUPS = 12
+"""Effective groups below which a report warns."""
 
 
 def base_name(evaluation: Evaluation) -> str:
@@ -70,10 +72,14 @@ def score_section(evaluation: Evaluation, task: str | None) -> Section:
     rows = [compare_metric(name, evaluation, note=full_note(name, task)) for name in shown]
     text = f"{'Baseline and tuned model' if baseline else 'Both models'} answered the same rows. Green and red: the "
     text += "paired interval excludes zero (one in 20 does by chance). The verdict corrects p for many metrics (Holm)."
-    if any(change.groups for change in changes.values()):
-        text += (
-            " Rows with the same value of `data.split_by`, or a picture in common, form a group; groups are resampled."
-        )
+    if grouped := [change for change in changes.values() if change.groups]:
+        text += " Rows with the same value of `data.split_by`, or a picture or prompt in common, form a group; groups "
+        text += "are resampled."
+        if (fewest := min(change.units for change in grouped)) < FEWEST_GROUPS:
+            text += (
+                f" **Few groups**: they tell as much as {fewest:.1f} of equal size. Below {FEWEST_GROUPS}, the largest "
+            )
+            text += "groups decide the intervals. Add groups to the test rows, or limit the rows of the largest."
     if {*shown} - changes.keys():
         text += " A dash: measured for the tuned model only."
     blocks: list[Block] = [difference_table(rows, base=base_name(evaluation), code=True)]

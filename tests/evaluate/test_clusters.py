@@ -14,7 +14,7 @@ from support.templates import conversation
 from llmtune.evaluate.eval_inputs import cluster_rows
 from llmtune.evaluate.gates import check_gates
 from llmtune.evaluate.metric import measure_right, paired_difference, ratio
-from llmtune.evaluate.paired_statistics import difference, difference_weighted, row_deviation, share_bounds
+from llmtune.evaluate.paired_statistics import difference, difference_weighted, name_groups, row_deviation, share_bounds
 from llmtune.evaluate.per_row_scores import load_measures
 from llmtune.recipe.evaluate_section import EvaluateSection
 from llmtune.report.score_sections import score_section
@@ -151,6 +151,21 @@ def test_rows_that_share_a_picture_or_a_group_belong_together(pictures, grouped,
     if clusters:
         found = [{row for row, number in enumerate(clusters) if number == cluster} for cluster in set(clusters)]
         assert sorted(map(sorted, found)) == sorted(map(sorted, parts))
+
+
+def test_rows_with_one_sampled_prompt_belong_together():
+    assert cluster_rows([set()] * 4, [], {0: (1, 2), 1: (1,), 3: (1, 2)}) == (0, 1, 2, 0)
+    assert cluster_rows([set()] * 2, [], {0: (1,), 1: (2,)}) == ()
+
+
+def test_groups_of_unequal_size_tell_as_much_as_fewer_equal_ones():
+    clusters = tuple(np.repeat(range(8), [20, 1, 1, 1, 1, 1, 1, 1]).tolist())
+    models = [replace(measure_right([n % 9 < right for n in range(27)], "m"), clusters=clusters) for right in (4, 6)]
+    change = paired_difference(*models, seed=0)
+    assert (change.groups, change.effective) == (8, pytest.approx(27**2 / 407))
+    assert name_groups(change.n, change) == " in 8 groups, as informative as 1 equal ones,"
+    section = score_section(Evaluation({"m": 0.4}, {"m": 0.6}, {"m": change}, (), 27), "chat")
+    assert "as much as 1.8 of equal size" in section.blocks[-1].text
 
 
 def test_an_example_picture_in_every_row_joins_no_rows():

@@ -14,7 +14,7 @@ EVALUATION = Evaluation(
     base={"exact_match": 0.5, "loss": 2.0, "chrf": 40.0},
     tuned={"exact_match": 0.8, "loss": 1.5, "chrf": math.nan},
     difference={
-        "exact_match": Difference(0.3, 0.1, 0.4, 0.001, 100),
+        "exact_match": Difference(0.3, 0.1, 0.4, 0.001, 100, other=(0.4, 0.6)),
         "loss": Difference(-0.5, -0.7, -0.3, 0.001, 100),
         "chrf": Difference(math.nan, math.nan, math.nan, 1, 100),
     },
@@ -24,7 +24,7 @@ EVALUATION = Evaluation(
     champion=Champion(
         "runs/best",
         {"exact_match": 0.79},
-        {"exact_match": Difference(0.01, -0.02, 0.04, 0.5, 100)},
+        {"exact_match": Difference(0.01, -0.02, 0.04, 0.5, 100, other=(0.7, 0.86))},
         {"loss": "counted in other units per row"},
     ),
 )

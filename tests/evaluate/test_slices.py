@@ -65,6 +65,16 @@ def test_few_numbers_booleans_and_lists_are_plain_values():
     assert list(split_by_value([math.nan, 1.0, *range(20)]))[-1] == MISSING
 
 
+def test_values_that_differ_late_and_versions_have_slices_of_their_own():
+    start = "x" * 90
+    parts = split_by_value([start + "a", start + "b", start + "a", "(none)", None])
+    assert sorted(map(sorted, parts.values())) == [[0, 2], [1], [3], [4]]
+    assert all(len(name) < 90 for name in parts)
+    assert split_by_value(["1.10", "1.1", "1.10"]) == {"1.10": {0, 2}, "1.1": {1}}
+    assert split_by_value(["1.10", "1.1", "2.0.1"]).keys() == {"1.10", "1.1", "2.0.1"}
+    assert split_by_value(["3.5", "3,5", "4"]) == {"3.5": {0, 1}, "4": {2}}
+
+
 def test_a_slices_scores_cover_only_its_rows():
     generator = np.random.default_rng(0)
     before, after = generator.random(60) < 0.4, generator.random(60) < 0.8

@@ -12,7 +12,6 @@ from functools import cache
 
 import numpy as np
 
-from llmtune.evaluate import calibration
 from llmtune.evaluate import classification_metrics as classes
 from llmtune.evaluate import metric as metrics
 from llmtune.evaluate import text_metrics as texts
@@ -34,6 +33,8 @@ class Rows:
 
     quality_NQ: Floats  # noqa: N815
     clusters: tuple[int, ...] = ()
+    length_N: Floats | None = None  # noqa: N815
+    """The rows' lengths; None if they are from 3 to 29."""
 
 
 # Scenes
@@ -65,7 +66,21 @@ def groups(generator: Generator, rows: int) -> Rows:
     return Rows(right[group_N].astype(float), tuple(group_N.tolist()))
 
 
-SCENES = {scene.__name__: scene for scene in (ties, rare, between, groups)}
+def unequal(generator: Generator, rows: int) -> Rows:
+    """All answers of a group are right or wrong together; the k-th largest of the groups has 1 / k of the largest."""
+    sizes = np.ceil(min(rows, 200) / (1 + np.arange(rows) % 200)).astype(int) if rows < TRUTH_ROWS else 1
+    group_N = np.repeat(np.arange(rows), sizes)
+    right = generator.random((rows, 2)) < (0.9, 0.8)
+    return Rows(right[group_N].astype(float), tuple(group_N.tolist()))
+
+
+def long(generator: Generator, rows: int) -> Rows:
+    """Answers are right or wrong as a whole; few rows have most of the words."""
+    right = generator.random((rows, 2)) < (0.9, 0.8)
+    return Rows(right.astype(float), length_N=np.ceil(generator.lognormal(2, 1.2, rows)))
+
+
+SCENES = {scene.__name__: scene for scene in (ties, rare, between, groups, unequal, long)}
 
 
 # Kinds of metrics: sums per row from qualities
@@ -139,17 +154,6 @@ def brier(quality_N: Floats, length_N: Floats) -> Floats:
     return ones(2 * (1 - quality_N) ** 2)
 
 
-def binned(quality_N: Floats, length_N: Floats) -> Floats:
-    """Probabilities of 0.95 and 0.65; answers of half quality or more are right."""
-    bins = calibration.BINS
-    sums = np.zeros((len(quality_N), 3, bins))
-    bin_N = np.where(length_N > 12, bins - 1, int(0.65 * bins))
-    sums[np.arange(len(bin_N)), :, bin_N] = np.stack(
-        [np.where(length_N > 12, 0.95, 0.65), quality_N >= 0.5, np.ones(len(bin_N))], 1
-    )
-    return sums.reshape(len(bin_N), 3 * bins)
-
-
 def of_tasks(quality_N: Floats, length_N: Floats) -> Floats:
     """Three tasks, of 80, 16 and 4 % of the questions."""
     task_N = np.digitize(length_N, [24.6, 28.9])
@@ -185,7 +189,7 @@ SHARE = metrics.share_bounds
 KINDS = {
     "right or wrong": Kind(lambda quality_N, _: ones(quality_N), bounds=SHARE, right_wrong=True),
     "share": Kind(lambda quality_N, _: ones(quality_N), bounds=SHARE),
-    "share of counted": Kind(some, metrics.ratio_of_counted, metrics.counted_bounds),
+    "share of counted": Kind(some, metrics.ratio_of_counted, metrics.share_bounds),
     "share of tokens": Kind(tokens, bounds=SHARE),
     "mean of tasks": Kind(of_tasks, benchmarks.mean_of_ratios, metrics.mean_share_bounds),
     "errors": Kind(errors, texts.error_rate, metrics.error_bounds),
@@ -204,7 +208,6 @@ KINDS = {
     "pearson": Kind(numbered, None, metrics.correlation_bounds, ranking=classes.correlation),
     "spearman": Kind(numbered, None, metrics.correlation_bounds, ranking=classes.rank_correlation),
     "brier": Kind(brier, bounds=metrics.brier_bounds),
-    "reliability": Kind(binned, calibration.ece_formula, metrics.reliability_bounds),
     "number": Kind(squares),
     "nats": Kind(nats),
     "perplexity": Kind(nats, texts.exponential_ratio),
@@ -215,7 +218,8 @@ KINDS = {
 
 def draw(kind: Kind, scene: str, generator: Generator, rows: int) -> list[Measure]:
     """Return the measures of base and tuned model on new rows."""
-    drawn, length_N = SCENES[scene](generator, rows), lengths(generator, rows)
+    drawn = SCENES[scene](generator, rows)
+    length_N = lengths(generator, len(drawn.quality_NQ)) if drawn.length_N is None else drawn.length_N
     return [kind.measure(quality_N, length_N, drawn.clusters) for quality_N in drawn.quality_NQ.T]
 
 

@@ -1,39 +1,37 @@
 """Gaps between groups: how far apart the best and worst served slices of a column are, by any metric.
 
-Shapes: N rows, G groups, R resamples, M rows of a group.
+Shapes: N rows, G groups, P ordered pairs of groups.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from dataclasses import dataclass, replace
+from itertools import permutations
 from typing import ClassVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from llmtune.evaluate.intervals import CHUNK_CELLS, Floats
-from llmtune.evaluate.metric import Measure, PairedMeasures
+from llmtune.evaluate.intervals import Floats, Interval
+from llmtune.evaluate.metric import Measure, PairedMeasures, own_interval, paired_difference
 from llmtune.evaluate.metric_info import rank_metrics
-from llmtune.evaluate.paired_statistics import draw_counts, interval
+from llmtune.evaluate.paired_statistics import conclude_interval, widen
 from llmtune.evaluate.slices import MISSING, OTHER, Parts
 from llmtune.evaluate.suites.eval_suite import EvalSuite
+from llmtune.recipe.evaluate_section import ERROR
 from llmtune.records import FEWEST_ROWS, Difference
 from llmtune.store.score_records import Study, StudyTable
 
-RESAMPLES = 2000
-PERMUTATIONS = 2000
-OF_RANKS = 300
-"""Resamples and permutations of rank metrics, each of which needs a sort."""
 METHOD = (
-    f"largest minus smallest of the groups with at least {FEWEST_ROWS} rows; intervals by {RESAMPLES} resamples of "
-    "rows within each group; by chance: mean and p of shuffled group labels"
+    f"largest minus smallest of the groups with at least {FEWEST_ROWS} rows; intervals hold for all groups together "
+    "(Bonferroni); the interval of a gap's change allows for any group at either end"
 )
 LIMITS = (
     "A gap is the largest difference, so chance alone puts it above zero, more so with more groups and fewer "
-    "rows. It shows that groups are served differently, not why: their rows may be harder."
+    "rows. Groups are shown to differ where their intervals do not overlap. That does not show why: their rows may be "
+    "harder."
 )
 NO_GROUP = {OTHER: "several values", MISSING: "no value"}
 """Slices that are not a group, with the reason."""
@@ -53,22 +51,23 @@ class GroupGapSuite(EvalSuite[None]):
     def compare(self, rows: PairedMeasures) -> Study:
         """Return the largest gap of the most informative metric."""
         columns = self.context.inputs.groups if self.context.inputs else {}
-        gaps = find_gaps(columns, rows, self.context.recipe.seed)
+        gaps = find_gaps(columns, rows)
         without = [column for column in columns if column not in {gap.column for gap in gaps}]
         few = f"no two groups of {' or '.join(without)} have {FEWEST_ROWS} rows" if without else ""
         if not gaps:
             self.unmeasured = f"not measured: {few}" if few else ""
             return self.study({}, {}, {}, {})
         largest = [gap for gap in gaps if gap.metric == gaps[0].metric]
-        score = score_gap(largest)
-        by_chance = (
-            f"random groups of these sizes have a gap of {score.chance:.3g} on average, "
-            f"and one as large as the tuned model's in {100 * score.p:.2g} of 100 draws"
-        )
+        judged = judge_gaps(largest, self.context.recipe.seed)
+        base, tuned, change = judged[0].base, judged[0].tuned, judged[0].change
+        for other in judged[1:]:  # the largest gap of several columns changes by no more than one of them
+            base, tuned = max(base, other.base), max(tuned, other.tuned)
+            change = replace(change, low=min(change.low, other.change.low), high=max(change.high, other.change.high))
         what = f"{gaps[0].metric} by {', '.join(gap.column for gap in largest)}"
-        signature = "; ".join(part for part in (what, METHOD, by_chance, few) if part)
-        scores = {"gap": score.base}, {"gap": score.tuned}, {"gap": score.difference}
-        return self.study(*scores, {"gap": signature}, f"{LIMITS} Here {by_chance}.", gap_tables(gaps))
+        signature = "; ".join(part for part in (what, METHOD, few) if part)
+        change = conclude_interval(tuned - base, Interval(change.low, change.high), change.n)
+        scores = {"gap": base}, {"gap": tuned}, {"gap": change}
+        return self.study(*scores, {"gap": signature}, LIMITS, gap_tables(gaps, judged))
 
 
 @dataclass(frozen=True)
@@ -81,44 +80,35 @@ class GroupGap:
     """[G] by name, the numbers of the metric's rows in the group."""
     few: Mapping[str, int]
     """Slices that are not compared, with their sizes."""
-    base_G: Floats  # noqa: N815
-    tuned_G: Floats  # noqa: N815
-    base_R: Floats  # noqa: N815
-    """Gaps of the base model with rows resampled within each group."""
-    tuned_R: Floats  # noqa: N815
-    """Those of the tuned model with the same draws."""
-    chance_R: Floats  # noqa: N815
-    """Gaps of the tuned model between random groups."""
+    base_G: list[Measure]  # noqa: N815
+    """The base's metric on each group."""
+    tuned_G: list[Measure]  # noqa: N815
 
 
 @dataclass(frozen=True)
-class GapScore:
-    """The largest gap over some columns."""
+class JudgedGap:
+    """The gap between the groups of a column, with intervals that all hold together in 95 of 100 samples."""
 
     base: float
     tuned: float
-    difference: Difference
-    chance: float
-    """Mean gap of the tuned model with random groups."""
-    p: float
-    """Share of random gaps as large as the tuned model's, at least 1 / (R + 1)."""
+    change: Difference
+    tuned_G: list[Difference]  # noqa: N815
+    """Scores of the tuned model."""
+    change_G: list[Difference]  # noqa: N815
+    """Tuned minus base."""
 
 
-def find_gaps(columns: Mapping[str, Parts], measures: PairedMeasures, seed: int) -> list[GroupGap]:
-    """Measure the gap of every metric between the groups of every column with at least two."""
+def find_gaps(columns: Mapping[str, Parts], measures: PairedMeasures) -> list[GroupGap]:
+    """Split every metric by the groups of every column with at least two."""
     gaps = []
     for column, parts in columns.items():
         for metric in rank_metrics([name for name in measures.tuned if name in measures.base]):
             base, tuned = measures.base[metric], measures.tuned[metric]
             assert base.at == tuned.at, "both models answered the same rows"
             groups, few = group_rows(parts, tuned)
-            if len(groups) < 2:
-                continue
-            rows = list(groups.values())
-            base_G, tuned_G = (np.array([one.take(group).value for group in rows]) for one in (base, tuned))
-            base_R, tuned_R = (np.ptp(resample_groups(one, rows, seed), axis=1) for one in (base, tuned))
-            chance_R = shuffle_groups(tuned, rows, seed)
-            gaps.append(GroupGap(column, metric, groups, few, base_G, tuned_G, base_R, tuned_R, chance_R))
+            if len(groups) > 1:
+                base_G, tuned_G = ([one.take(rows) for rows in groups.values()] for one in (base, tuned))
+                gaps.append(GroupGap(column, metric, groups, few, base_G, tuned_G))
     return gaps
 
 
@@ -130,76 +120,101 @@ def group_rows(parts: Parts, measure: Measure) -> tuple[dict[str, Ints], dict[st
     return groups, {name: size for name, size in others.items() if size or name not in NO_GROUP}
 
 
-def score_gap(gaps: Sequence[GroupGap]) -> GapScore:
-    """Return the largest gap over columns, each of which is resampled and shuffled on its own."""
-    base = float(max(np.ptp(gap.base_G) for gap in gaps))
-    tuned = float(max(np.ptp(gap.tuned_G) for gap in gaps))
-    base_R = np.max([gap.base_R for gap in gaps], axis=0)
-    tuned_R = np.max([gap.tuned_R for gap in gaps], axis=0)
-    chance_R = np.max([gap.chance_R for gap in gaps], axis=0)
-    rows = max(sum(map(len, gap.groups.values())) for gap in gaps)
-    finite_R = chance_R[np.isfinite(chance_R)]
-    p = (int((finite_R >= tuned - 1e-12).sum()) + 1) / (len(finite_R) + 1) if np.isfinite(tuned) else 1.0
-    mean = float(finite_R.mean()) if len(finite_R) else float("nan")
-    return GapScore(base, tuned, interval(tuned - base, tuned_R - base_R, rows), mean, p)
+def judge_gaps(gaps: Sequence[GroupGap], seed: int) -> list[JudgedGap]:
+    """Return the change of one metric's gap by column, and the intervals of its groups.
+
+    A maximum of resampled scores would be biased: noise alone makes a gap larger than the true one. An end of the
+    interval of `bound_change` errs only if an ordered pair of groups errs against one fixed pair, so these share the
+    error.
+    """
+    alpha = ERROR / sum(len(gap.groups) * (len(gap.groups) - 1) for gap in gaps)
+    judged = []
+    for gap in gaps:
+        own = [[own_interval(one, seed) for one in part] for part in (gap.base_G, gap.tuned_G)]
+        paired = [paired_difference(*both, seed) for both in zip(gap.base_G, gap.tuned_G, strict=True)]
+        base_G, tuned_G, change_G = ([widen(one, alpha) for one in part] for part in (*own, paired))
+        clusters = [{*(tuned.clusters or base.clusters)} for base, tuned in zip(gap.base_G, gap.tuned_G, strict=True)]
+        apart = len(set[int]().union(*clusters)) == sum(map(len, clusters))
+        base, tuned = (float(np.ptp([one.value for one in part])) for part in own)
+        ends = bound_change(base_G, tuned_G, change_G, apart=apart)
+        change = conclude_interval(tuned - base, ends, sum(map(len, gap.groups.values())))
+        judged.append(JudgedGap(base, tuned, change, tuned_G, change_G))
+    return judged
 
 
-def resample_groups(measure: Measure, groups: Sequence[Ints], seed: int) -> Floats:
-    """Return the metric [R, G] of groups with resampled rows; all metrics and models use the same draws."""
-    resamples = RESAMPLES if measure.ranking is None else OF_RANKS
-    values = []
-    for number, rows in enumerate(groups):
-        group = measure.take(rows)
-        counts = draw_counts(len(rows), seed + number, resamples)
-        values.append(np.concatenate([group.resampled(counts_RM) for counts_RM in counts]))
-    return np.stack(values, axis=1)
+def bound_change(
+    base_G: Sequence[Difference], tuned_G: Sequence[Difference], change_G: Sequence[Difference], *, apart: bool
+) -> Interval:
+    """Return the interval of a gap's change from simultaneous intervals of the groups' scores and changes.
+
+    With t_p and b_p the differences between the two groups of an ordered pair p, by the tuned model and by the base,
+    the change is the maximum over p of the minimum over q of t_p - b_q, in any order of both. Each t_p - b_q has the
+    interval of Zou and Donner ("Construction of confidence limits about effect measures: A general approach", 2008),
+    paired in groups that p and q have on the same side. The errors of groups that are not `apart`, as they share
+    clusters, may add up.
+    """
+    ends_P2 = np.array([*permutations(range(len(base_G)), 2)])
+    sign_PG = np.eye(len(base_G))[ends_P2[:, 0]] - np.eye(len(base_G))[ends_P2[:, 1]]
+    tuned_P1G, base_1PG = sign_PG[:, None], -sign_PG[None]
+    (base, tuned) = (sign_PG @ np.array([one.value for one in part]) for part in (base_G, tuned_G))
+
+    def reach(side: int) -> Floats:
+        """Return how far each t_p - b_q [P, P] may be beyond its value, on one side."""
+        paired, of_tuned = (distances(part, tuned_P1G * side) for part in (change_G, tuned_G))
+        parts_PPG = np.where(tuned_P1G == -base_1PG, paired, of_tuned + distances(base_G, base_1PG * side))
+        return np.asarray(np.sqrt((parts_PPG**2).sum(-1)) if apart else parts_PPG.sum(-1))
+
+    value_PP = tuned[:, None] - base[None]
+    low, high = np.nan_to_num(value_PP - reach(-1), nan=-np.inf), np.nan_to_num(value_PP + reach(1), nan=np.inf)
+    ends = float(low.max(0).min()), float(high.min(1).max())
+    return Interval(*ends) if np.isfinite(ends).all() else Interval()
 
 
-def shuffle_groups(measure: Measure, groups: Sequence[Ints], seed: int) -> Floats:
-    """Return the gap [R] between random groups of the same sizes."""
-    every, ends = np.concatenate(groups), np.cumsum([0, *map(len, groups)])
-    count, generator = PERMUTATIONS if measure.ranking is None else OF_RANKS, np.random.default_rng(seed)
-    chunk = max(1, min(count, CHUNK_CELLS // len(every)))
-    gaps = []
-    for start in range(0, count, chunk):
-        shuffled_RN = generator.permuted(np.tile(every, (min(chunk, count - start), 1)), axis=1)
-        values = [value_of_rows(measure, shuffled_RN[:, a:b]) for a, b in pairwise(ends)]
-        gaps.append(np.ptp(np.stack(values, axis=1), axis=1))
-    return np.concatenate(gaps)
+def distances(scores_G: Sequence[Difference], sign: Floats) -> Floats:
+    """Return how far each score [..., G] may be above its value (sign 1) or below (-1); 0 for sign 0."""
+    up_G, down_G = (
+        np.array([abs(end - one.value) for one, end in ends])
+        for ends in ([(one, one.high) for one in scores_G], [(one, one.low) for one in scores_G])
+    )
+    return np.where(sign > 0, up_G, np.where(sign < 0, down_G, 0.0))
 
 
-def value_of_rows(measure: Measure, rows_RM: Ints) -> Floats:
-    """Return the metric [R] of M rows each."""
-    if measure.formula is not None:
-        return measure.formula(measure.sums_NK[rows_RM].sum(1))
-    counts_RN = np.zeros((len(rows_RM), len(measure.sums_NK)))
-    np.put_along_axis(counts_RN, rows_RM, 1.0, axis=1)
-    return measure.resampled(counts_RN)
-
-
-def gap_tables(gaps: Sequence[GroupGap]) -> Iterator[StudyTable]:
+def gap_tables(gaps: Sequence[GroupGap], judged: Sequence[JudgedGap]) -> Iterator[StudyTable]:
     """Show the gaps, one row per column and metric, and each group's scores by the most informative metric."""
-    first_heads = ("column", "metric", "lowest", "highest", "base", "tuned", "change", "95 % interval")
-    heads = (*first_heads, "by chance", "p of the gap")
-    if gaps:
-        yield StudyTable("Gaps between groups", heads, tuple(map(gap_row, gaps)))
-    first = {gap.column: gap for gap in reversed(gaps)}
-    for column in dict.fromkeys(gap.column for gap in gaps):
-        gap = first[column]
+    heads = ("column", "metric", "lowest", "highest", "base", "tuned", "change")
+    yield StudyTable("Gaps between groups", heads, tuple(map(gap_row, gaps)))
+    first = [gap for gap in gaps if gap.metric == gaps[0].metric]
+    for gap, found in zip(first, judged, strict=True):
         rows = [
-            (name, str(len(rows)), f"{base:.3g}", f"{tuned:.3g}")
-            for (name, rows), base, tuned in zip(gap.groups.items(), gap.base_G, gap.tuned_G, strict=True)
+            (
+                name,
+                str(len(rows)),
+                f"{base.value:.3g}",
+                f"{tuned.value:.3g}",
+                show(tuned),
+                f"{change.value:+.3g}",
+                show(change, "+"),
+            )
+            for (name, rows), base, tuned, change in zip(
+                gap.groups.items(), gap.base_G, found.tuned_G, found.change_G, strict=True
+            )
         ]
-        rows += [(name, str(size), NO_GROUP.get(name, "too few rows"), "") for name, size in gap.few.items()]
-        yield StudyTable(f"{gap.metric} by {column}", (column, "rows", "base", "tuned"), tuple(rows))
+        rows += [(name, str(size), NO_GROUP.get(name, "too few rows"), *[""] * 4) for name, size in gap.few.items()]
+        heads = (gap.column, "rows", "base", "tuned", "its interval", "change", "its interval")
+        yield StudyTable(f"{gap.metric} by {gap.column}", heads, tuple(rows))
+
+
+def show(score: Difference, sign: str = "") -> str:
+    """Write an interval; empty without one."""
+    return "" if np.isnan(score.low) else f"{score.low:{sign}.3g} to {score.high:{sign}.3g}"
 
 
 def gap_row(gap: GroupGap) -> tuple[str, ...]:
-    """Show one gap, the groups at its ends, and its chance level."""
-    names, low, high = list(gap.groups), int(np.argmin(gap.tuned_G)), int(np.argmax(gap.tuned_G))
-    ends = [f"{names[at]} {gap.tuned_G[at]:.3g}" for at in (low, high)] if low != high else ["none", "none"]
-    score = score_gap([gap])
-    change = score.difference
-    between = "" if np.isnan(change.low) else f"{change.low:+.3g} to {change.high:+.3g}"
-    numbers = (f"{score.base:.3g}", f"{score.tuned:.3g}", f"{change.value:+.3g}", between)
-    return (gap.column, gap.metric, *ends, *numbers, f"{score.chance:.3g}", f"{score.p:.2g}")
+    """Show one gap and the groups at its ends."""
+    names, base_G, tuned_G = (
+        list(gap.groups),
+        *(np.array([one.value for one in part]) for part in (gap.base_G, gap.tuned_G)),
+    )
+    low, high, base, tuned = int(np.argmin(tuned_G)), int(np.argmax(tuned_G)), np.ptp(base_G), np.ptp(tuned_G)
+    ends = [f"{names[at]} {tuned_G[at]:.3g}" for at in (low, high)] if low != high else ["none", "none"]
+    return (gap.column, gap.metric, *ends, f"{base:.3g}", f"{tuned:.3g}", f"{tuned - base:+.3g}")

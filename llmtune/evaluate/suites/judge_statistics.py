@@ -18,9 +18,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from llmtune.evaluate.intervals import Floats, Formula, bound
+from llmtune.evaluate.intervals import Floats, Formula, bound, typical_size
 from llmtune.evaluate.metric import ratio
-from llmtune.evaluate.paired_statistics import Bounds, add_up, conclude_interval, share_bounds, unknown
+from llmtune.evaluate.paired_statistics import Bounds, add_up, conclude_interval, share_bounds, unknown, weigh_sums
 from llmtune.evaluate.significance import ALL_CHANCE
 from llmtune.recipe.evaluate_section import ERROR
 from llmtune.records import Difference
@@ -209,19 +209,14 @@ class Part(NamedTuple):
 
 def score_intervals(parts: Mapping[str, Part], pairs: JudgedPairs, seed: int) -> dict[str, Difference]:
     """Return scores with intervals, with a pseudo-pair at either end of their range."""
-    rows, groups, intervals = len(pairs.longer_N), pairs.units if len(pairs.clusters) else 0, {}
+    rows, intervals = len(pairs.longer_N), {}
     for name, part in parts.items():
         value, sums_UK = float(part.formula(part.sums_NK.sum(0))), add_up(part.sums_NK, group_numbers(pairs))
         with_ends = np.concatenate([sums_UK, *part.bounds(sums_UK)])
-        ends = (len(with_ends) - pairs.units) // 2
+        ends = (len(with_ends) - len(sums_UK)) // 2
         weighted = partial(weigh_sums, part.formula, with_ends)
-        intervals[name] = conclude_interval(value, bound(weighted, pairs.units, ends, seed), rows, groups)
+        intervals[name] = conclude_interval(value, bound(weighted, len(sums_UK), ends, seed), rows, pairs.clusters)
     return intervals
-
-
-def weigh_sums(formula: Formula, sums_NK: Floats, weights_RN: Floats) -> Floats:
-    """Return the metric [R] of weighted rows."""
-    return formula(weights_RN @ sums_NK)
 
 
 def kappa(sums: Floats) -> Floats:
@@ -236,7 +231,7 @@ def kappa(sums: Floats) -> Floats:
 
 def kappa_bounds(sums_GK: Floats) -> tuple[Floats, Floats]:
     """Pseudo-pairs: one with full disagreement and one with full agreement, spread over the labels."""
-    size = float(sums_GK.sum()) / len(sums_GK)
+    size = typical_size(sums_GK.sum(1))
     agree = np.eye(3).ravel()
     return ((1 - agree) * size / 6)[None], (agree * size / 3)[None]
 
