@@ -156,6 +156,7 @@ def make_inputs(
         notes[CHOICE_METRIC + ".choices"] = describe_choices(choices, references, saying, trees)
     inputs = {i: [turn.question for turn in turns[i]] or [questions[i]] for i in answered} if generates else {}
     asked = {i: [task.prompt(row, processor, recipe) for row in before] for i, before in inputs.items()}
+    sampled = {i: tuple(each[-1].ids) for i, each in asked.items()} if rated else None
     groups = [group for at, group in enumerate(iterate_groups(rows, split)) if at in kept]
     return EvalInputs(
         reader=reader,
@@ -174,9 +175,7 @@ def make_inputs(
         notes=notes | lack_notes(metrics, turns, references if rated else ()),
         slices=read_slices(rows, recipe.evaluate.slices, numbers),
         groups=read_slices(rows, fairness.groups if fairness else (), numbers, "evaluate.fairness.groups"),
-        clusters=cluster_rows(
-            pictures, groups, {i: tuple(each[-1].ids) for i, each in asked.items()} if rated else None
-        ),
+        clusters=cluster_rows(pictures, groups, sampled),
         full_rows=tuple(read_full_rows(rows, split, kept)) if rated or recipe.evaluate.own_metrics else (),
         corpus=read_corpus(rows, split) if facts.searches else (),
         pictured=frozenset(i for i, contents in enumerate(pictures) if contents),

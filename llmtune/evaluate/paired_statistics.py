@@ -50,8 +50,8 @@ moves that end. The draws of a ratio may lie on one side of its value."""
 METHOD = (
     f"95 %, from {RESAMPLES} draws of weights for the rows (or groups, by data.split_by, a shared picture, or a prompt "
     "that is sampled) and for a pseudo-row at either end of the metric's range (Gaffke's bound; shares of right rows: "
-    "Clopper and Pearson's interval) with the mean size of groups, weighted by size (Kish's effective number of groups, "
-    "also for Student's t); metrics without a range: pseudo-rows outside of the seen range, at least Student's t, none "
+    "Clopper and Pearson's interval) with the mean size of groups, weighted by size (Kish's effective number of "
+    "groups, also for Student's t); metrics without a range: pseudo-rows outside of the seen range, at least Student's t, none "
     f"for a difference below {FEWEST_UNBOUNDED} rows or a score below {FEWEST_UNSEEN}; other levels: ends moved as the "
     "quantiles of Student's t; p: the level whose interval ends at zero"
 )

@@ -191,9 +191,9 @@ def gap_tables(gaps: Sequence[GroupGap], judged: Sequence[JudgedGap]) -> Iterato
                 str(len(rows)),
                 f"{base.value:.3g}",
                 f"{tuned.value:.3g}",
-                show(tuned),
+                write_bounds(tuned),
                 f"{change.value:+.3g}",
-                show(change, "+"),
+                write_bounds(change, "+"),
             )
             for (name, rows), base, tuned, change in zip(
                 gap.groups.items(), gap.base_G, found.tuned_G, found.change_G, strict=True
@@ -204,7 +204,7 @@ def gap_tables(gaps: Sequence[GroupGap], judged: Sequence[JudgedGap]) -> Iterato
         yield StudyTable(f"{gap.metric} by {gap.column}", heads, tuple(rows))
 
 
-def show(score: Difference, sign: str = "") -> str:
+def write_bounds(score: Difference, sign: str = "") -> str:
     """Write an interval; empty without one."""
     return "" if np.isnan(score.low) else f"{score.low:{sign}.3g} to {score.high:{sign}.3g}"
 
