@@ -16,7 +16,7 @@ import typer
 from llmtune.cli.options import AsJson
 from llmtune.cli.output_streams import handled, print_json, stderr_console
 from llmtune.cli.recipes import migrate_file
-from llmtune.errors import DataError, LlmtuneError, Problem, RecipeError, nearest
+from llmtune.errors import DataError, LlmtuneError, Problem, RecipeError, nearest, refuse_repeated
 from llmtune.store.atomic_files import explained
 
 if TYPE_CHECKING:
@@ -153,6 +153,7 @@ def _mapped(columns: list[str]) -> dict[str, str]:
             raise RecipeError.of(
                 f"{ours!r} is not a mapping", "--columns", "Write OURS=THEIRS, such as prompt=Question."
             )
+    refuse_repeated([ours.strip() for ours, _, _ in pairs], "--columns")
     return {ours.strip(): theirs.strip() for ours, _, theirs in pairs}
 
 
@@ -230,12 +231,19 @@ def _choose_label(survey: Survey, reading: Reading, columns: Mapping[str, str], 
 
 def _print_survey(survey: Survey, reading: Reading, readings: list[Reading], console: Console) -> None:
     """Print the findings for the user to check."""
+    from llmtune.data.excel_sheets import list_sheets
     from llmtune.data.file_survey import suspicions
+    from llmtune.recipe.data_section import DATA_ENDINGS, data_ending
 
     count = f"{len(reading.rows) + sum(reading.bad.values()):,}" + ("" if survey.whole else " and more")
     files = f"{len(survey.files):,} files, " if len(survey.files) > 1 else ""
     summary = f"{files}{count} rows, {survey.encodings}; columns {', '.join(survey.columns)}"
     console.print(f"{survey.path}: {summary}", markup=False)
+    for file in [file for file in survey.files if DATA_ENDINGS.get(data_ending(file)) == "excel"]:
+        sheets = ", ".join(map(repr, list_sheets(file)))
+        if sheets.count("'") > 2:
+            note = f"the first sheet of {sheets} is read. For another one: train: {{path: {file.name}, config: SHEET}}"
+            console.print(f"  {note}", markup=False, highlight=False)
     notes = [(number, f"cannot be read ({reason})") for reason, number in reading.bad.items()]
     for number, what in (*notes, (reading.copies, "are copies of others")):
         if number:

@@ -37,7 +37,7 @@ from llmtune.data.row_kind import AUDIO, KINDS, LABELLED, MESSAGES, PAIRS, RowKi
 from llmtune.data.sources import LOOKED_AT, Input, find_files, local_input
 from llmtune.data.written_numbers import read_number
 from llmtune.errors import DataError, Problem
-from llmtune.recipe.data_section import Source
+from llmtune.recipe.data_section import BINARY, Source
 from llmtune.recipe.task_facts import TASK_FACTS
 from llmtune.records import Row
 
@@ -147,7 +147,7 @@ def _check_tables(inputs: Sequence[Input], rows: Sequence[Mapping[str, object]],
         if one.container == "text" and first and (cells := _count_cells(str(first[0]["text"]))):
             what = f"the file looks like a table: its lines have {cells} cells"
             problems.append(Problem(what, one.name, "End its name with .csv. A .txt file is read as one text."))
-        if one.container == "csv" and first and (value := _headerless(first)):
+        if one.container in ("csv", "excel") and first and (value := _headerless(first)):
             what = f"the first line is a row, not the names of the columns: {value!r} is a value of its column"
             problems.append(Problem(what, one.name, HEADER))
     DataError.collect(problems)
@@ -174,7 +174,7 @@ def _headerless(rows: Sequence[Mapping[str, object]]) -> str | None:
 
 def _with_encoding(one: Input) -> Source:
     """Return the source of a file with its encoding, if it is not UTF-8."""
-    if one.path is None or one.container == "parquet":
+    if one.path is None or one.container in BINARY:
         return one.source
     with data_errors(one.name):
         return one.source.model_copy(update={"encoding": guess_encoding(one.path)})
@@ -192,7 +192,7 @@ def _name_sources(path: str, inputs: Sequence[Input]) -> list[Source]:
 
 def _is_ascii(one: Input) -> bool:
     """Whether a file starts with ASCII only, so its encoding does not matter."""
-    if one.path is None or one.container == "parquet":
+    if one.path is None or one.container in BINARY:
         return True
     with open_bytes(one.path) as stream:
         return stream.read(GUESSED_BYTES).isascii()

@@ -85,16 +85,18 @@ def clean_run(folder: Path, *, dry_run: bool) -> Cleaning:
     return cleaning
 
 
-def clean_all(*, keep_releases: int | None, keep_models: Collection[str], dry_run: bool) -> Cleaning:
-    """Clean all runs in `runs/`, and remove packaged models in llmtune's cache that none of them uses.
+def clean_all(*, keep_releases: int | None, keep_models: Collection[str] | None, dry_run: bool) -> Cleaning:
+    """Clean all runs in `runs/`, the releases, and llmtune's cache.
 
-    `keep_models` names folders of the cache that stay. `keep_releases` is the number of releases that each name keeps,
-    besides the current one; None keeps all.
+    `keep_models` names packaged models in the cache that stay, as those that a run names do; None keeps all, because
+    runs of other folders share the cache. `keep_releases` is the number of releases that each name keeps, besides the
+    current one; None keeps all.
     """
     cleaning = Cleaning(dry_run=dry_run)
     for folder in _list_folders():
         _clean_runs_below(folder, cleaning)
-    _find_unused_models(cleaning, keep_models)
+    if keep_models is not None:
+        _find_unused_models(cleaning, keep_models)
     cleaning.remove()
     _clean_releases(cleaning, keep_releases)
     return cleaning

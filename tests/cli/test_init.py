@@ -2,6 +2,7 @@
 
 import codecs
 import csv
+import hashlib
 import json
 import os
 import pty
@@ -402,9 +403,25 @@ def test_columns_mapped_by_the_user_are_used() -> None:
     done = init("desk.csv", "--columns", "prompt={a} {c},completion=b")
     assert done.exit_code == 0, done.stderr
     assert load_recipe("desk.yaml").recipe.data.columns == {"prompt": "{a} {c}", "completion": "b"}
-    for given, code, words in (("prompt=d", 3, "column 'd' not found"), ("prompt", 2, "Write OURS=THEIRS")):
+    refusals = {"prompt=d": (3, "column 'd' not found"), "prompt": (2, "Write OURS=THEIRS")}
+    refusals["prompt=a, prompt=b"] = (2, "'prompt' is given twice")
+    for given, (code, words) in refusals.items():
         refused = init("desk.csv", "--columns", given, "--out", "other.yaml")
         assert (refused.exit_code, words in refused.stderr) == (code, True), refused.stderr
+
+
+def random_id(i: int) -> str:
+    return hashlib.sha256(str(i).encode()).hexdigest()[:24]
+
+
+@pytest.mark.parametrize("task", [(), ("--task", "chat"), ("--task", "completion"), ("--task", "embed")])
+@pytest.mark.parametrize("names", [("id", "request_id"), ("ticket", "answer_id"), ("trace", "our reply")])
+def test_a_column_of_identifiers_is_never_an_answer(names: tuple[str, str], task: tuple[str, ...]) -> None:
+    message = {"message": {"role": "assistant", "content": "Hello."}}
+    rows = [{names[0]: f"chatcmpl-{random_id(i)}", names[1]: f"req_{random_id(-i)}"} for i in range(1, 41)]
+    write_lines("stored.jsonl", [{**row, "choices": [message]} for row in rows])
+    done = init("stored.jsonl", *task)
+    assert (done.exit_code, Path("stored.yaml").exists()) == (3, False), done.stdout
 
 
 def test_columns_and_roles_of_a_recipe_are_checked() -> None:
