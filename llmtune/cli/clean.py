@@ -21,7 +21,7 @@ def clean_command(
     clean_all: Annotated[bool, typer.Option("--all", help="Clean all runs in runs/.")] = False,
     models: Annotated[
         bool,
-        typer.Option("--models", help="With --all: remove packaged models in the cache that no run in runs/ uses."),
+        typer.Option("--models", help="With --all: remove packaged models from the cache, which all folders share."),
     ] = False,
     keep_releases: Annotated[
         int | None,

@@ -77,9 +77,13 @@ def init(
     if asks and len(reading.candidates) > 1:
         reading = _choose_label(survey, reading, mapped, console)
     candidates = reading.candidates
-    provisional = {"data.columns.label": candidates[0].column} if len(candidates) > 1 else {}
+    provisional: dict[str, object] = {"data.columns.label": candidates[0].column} if len(candidates) > 1 else {}
     corpus = retrieval.corpus if retrieval else None
-    text, model = propose_recipe(survey, reading, target, model, splits, corpus)
+    text, model, note = propose_recipe(survey, reading, target, model, splits, corpus)
+    if note:
+        console.print(f"model: {model}  # {note}", markup=False, highlight=False, soft_wrap=True)
+    if f"rewards: {UNDECIDED}" in text:
+        provisional["reinforce.rewards"] = {"tool_call_valid": 1.0}  # of those that need no reference answer
     is_ready = _write_recipe(target, text, provisional, console)
     if as_json:
         details = {"columns": reading.columns, "roles": reading.roles, "undecided": [*provisional], "ready": is_ready}
@@ -105,7 +109,7 @@ def _join_files(path: str, target: Path, console: Console) -> tuple[RetrievalSet
     return retrieval, splits
 
 
-def _write_recipe(target: Path, text: str, provisional: Mapping[str, str], console: Console) -> bool:
+def _write_recipe(target: Path, text: str, provisional: Mapping[str, object], console: Console) -> bool:
     """Write the recipe and its schema, and report problems of its rows; open values count as `provisional`.
 
     Return whether the rows can be prepared.
@@ -119,8 +123,9 @@ def _write_recipe(target: Path, text: str, provisional: Mapping[str, str], conso
         target.with_name(SCHEMA).write_text(json.dumps(json_schema(), indent=2) + "\n", encoding="utf-8")
     loaded = load_recipe(target, [f"{key}={json.dumps(value)}" for key, value in provisional.items()])
     try:
-        try_recipe_rows(loaded, check_recipe(loaded))
-    except (DataError, RecipeError) as error:
+        for note in try_recipe_rows(loaded, check_recipe(loaded)):
+            console.print(f"note: {note}", style="yellow", markup=False, highlight=False)
+    except LlmtuneError as error:
         console.print(f"{target} needs a look before it runs:\n{error}", style="yellow", markup=False, highlight=False)
         return False
     return True
@@ -158,7 +163,8 @@ def _mapped(columns: list[str]) -> dict[str, str]:
 
 
 def _unread(survey: Survey, task: str | None, columns: Mapping[str, str]) -> LlmtuneError:
-    from llmtune.data.file_survey import CELLS, HEADER, refusals
+    from llmtune.data.file_survey import CELLS, HEADER, RATED, refusals
+    from llmtune.data.row_formats import reads_rows
     from llmtune.recipe.task_facts import RETRIEVAL_TASKS, TASK_FACTS
 
     if task in RETRIEVAL_TASKS and len(survey.columns) == 1 and not columns:
@@ -170,6 +176,11 @@ def _unread(survey: Survey, task: str | None, columns: Mapping[str, str]) -> Llm
         fix = HEADER
     elif reasons:
         fix = f"The first row is bad:\n    {reasons}"
+        fix += (
+            "\n    Prompts without answers are for --task reinforce."
+            if reads_rows(survey.first, RATED[0], columns)
+            else ""
+        )
     elif task is None:
         fix = f"Name a task with --task ({', '.join(TASK_FACTS)}), or --columns OURS=THEIRS, such as prompt=Question."
     else:
@@ -231,10 +242,13 @@ def _choose_label(survey: Survey, reading: Reading, columns: Mapping[str, str], 
 
 def _print_survey(survey: Survey, reading: Reading, readings: list[Reading], console: Console) -> None:
     """Print the findings for the user to check."""
+    from llmtune.cli.proposal import list_renames
     from llmtune.data.excel_sheets import list_sheets
     from llmtune.data.file_survey import suspicions
+    from llmtune.recipe.class_names import SAME_WAY, show_name
     from llmtune.recipe.data_section import DATA_ENDINGS, data_ending
 
+    renames = list_renames(reading)
     count = f"{len(reading.rows) + sum(reading.bad.values()):,}" + ("" if survey.whole else " and more")
     files = f"{len(survey.files):,} files, " if len(survey.files) > 1 else ""
     summary = f"{files}{count} rows, {survey.encodings}; columns {', '.join(survey.columns)}"
@@ -249,6 +263,8 @@ def _print_survey(survey: Survey, reading: Reading, readings: list[Reading], con
         if number:
             console.print(f"  {number:,} rows {what}", style="yellow", highlight=False)
     for suspicion in suspicions(("", row) for row in reading.rows):
+        if any(show_name(old) in suspicion for old in renames):
+            suspicion = suspicion.replace(SAME_WAY, "The recipe renames them.")
         console.print(f"  {suspicion}", style="yellow", markup=False, highlight=False)
     folders = sorted({file.parent.name for file in survey.files})
     if len(folders) > 1 and survey.columns == ["text"]:

@@ -63,10 +63,10 @@ def choose_delimiter(data: DataSection, texts: Sequence[str]) -> str:
     from llmtune.data.language_guess import DECIMAL_POINTS, guess_language
     from llmtune.data.sources import open_sources
 
-    with suppress(DataError, OSError, UnicodeError):  # files that are gone
+    with suppress(DataError, OSError):  # files that are gone
         for one in open_sources(data.train, "data.train"):
             if one.container == "csv" and one.path is not None:
-                return read_delimiter(one.path, one.source.encoding)
+                return read_delimiter(one.path)
     return "," if guess_language(texts) in DECIMAL_POINTS else ";"
 
 

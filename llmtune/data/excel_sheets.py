@@ -7,7 +7,7 @@ import warnings
 import zipfile
 import zlib
 from collections.abc import Iterator
-from datetime import datetime, time
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,8 @@ from llmtune.errors import DataError, nearest, write_origin
 from llmtune.recipe.extras import require_extra
 
 DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, KeyError, ValueError, TypeError, AttributeError, SyntaxError)
-"""What openpyxl raises for other files, files with a password, and damaged ones."""
-AS_CSV = "In Excel, save it as Excel workbook (.xlsx), or as CSV UTF-8."
+"""What pandas and openpyxl raise for other files, files with a password, and damaged ones."""
+AT_MIDNIGHT = r"^(\d{4}-\d\d-\d\d) 00:00:00$"
 
 
 def read_sheet(stream: ByteStream, name: str, sheet: str | None) -> Iterator[RawRow]:
@@ -28,9 +28,12 @@ def read_sheet(stream: ByteStream, name: str, sheet: str | None) -> Iterator[Raw
 
     Raises DataError for files that are no workbook, or have no such sheet or header.
     """
-    lines = [[_write_cell(cell) for cell in cells] for cells in _read_cells(stream, name, sheet)]
-    used = [any(column) for column in zip(*lines, strict=True)]  # sheets may have formats right of their cells
-    lines = [[cell for cell, is_used in zip(line, used, strict=True) if is_used] for line in lines]
+    with _opened(stream, name) as book:
+        if sheet not in (None, *book.sheet_names):
+            fix = f"Its sheets are: {', '.join(book.sheet_names)}.{nearest(sheet or '', book.sheet_names)}"
+            raise DataError.of(f"the workbook has no sheet {sheet!r}", name, fix)
+        table = book.parse(sheet or 0, header=None, dtype=str, na_filter=False)
+        lines = table.replace(AT_MIDNIGHT, r"\1", regex=True).to_numpy().tolist()
     refuse_title(lines[:LOOKED_AT], f"{name}:row 1")
     header = [cell.strip() for cell in lines[0]] if lines else []
     check_column_names(header, f"{name}:row 1")
@@ -41,13 +44,15 @@ def read_sheet(stream: ByteStream, name: str, sheet: str | None) -> Iterator[Raw
 
 def list_sheets(path: Path) -> list[str]:
     """Return the names of a workbook's sheets."""
-    with open_bytes(path) as stream:
-        return [one.title for one in _open_workbook(stream, str(path)).worksheets]
+    with open_bytes(path) as stream, _opened(stream, str(path)) as book:
+        return [str(name) for name in book.sheet_names]
 
 
-def _open_workbook(stream: ByteStream, name: str) -> Any:
+@contextmanager
+def _opened(stream: ByteStream, name: str) -> Iterator[Any]:
+    """Open a workbook of pandas; raise DataError if it is none, or damaged."""
     require_extra("excel", name)
-    import openpyxl  # late: an extra
+    import pandas as pd  # late: slow
 
     content = io.BytesIO(stream.read())
     try:
@@ -56,33 +61,7 @@ def _open_workbook(stream: ByteStream, name: str) -> Any:
             raise GrowthError
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # on formats that rows do not have
-            return openpyxl.load_workbook(content, read_only=True, data_only=True)
+            yield pd.ExcelFile(content, engine="openpyxl")
     except DAMAGE as error:
-        raise DataError.of("the file is not a readable Excel workbook", name, AS_CSV) from error
-
-
-def _read_cells(stream: ByteStream, name: str, sheet: str | None) -> list[list[object]]:
-    """Return the cells of a sheet, all rows equally long."""
-    sheets = {one.title: one for one in _open_workbook(stream, name).worksheets}
-    if not sheets or sheet not in (None, *sheets):
-        fix = f"Its sheets are: {', '.join(sheets) or 'none'}.{nearest(sheet or '', [*sheets])}"
-        raise DataError.of(f"the workbook has no sheet {sheet!r}" if sheet else "the workbook has no sheet", name, fix)
-    chosen = sheets[sheet] if sheet else next(iter(sheets.values()))
-    chosen.reset_dimensions()  # as other programs state them
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            rows = [[*cells] for cells in chosen.iter_rows(values_only=True)]
-    except DAMAGE as error:
-        raise DataError.of(f"the sheet {chosen.title!r} is damaged", name, AS_CSV) from error
-    width = max(map(len, rows), default=0)
-    return [[*cells, *[None] * (width - len(cells))] for cells in rows]
-
-
-def _write_cell(cell: object) -> str:
-    """Write a cell as a CSV file has it."""
-    if isinstance(cell, datetime) and cell.time() == time():
-        return str(cell.date())
-    if isinstance(cell, float) and cell.is_integer():
-        return str(int(cell))
-    return "" if cell is None else str(cell)
+        fix = "In Excel, save it as Excel workbook (.xlsx), or as CSV UTF-8."
+        raise DataError.of("the file is not a readable Excel workbook", name, fix) from error

@@ -130,29 +130,21 @@ def read_lazily(
 def _read_text_file(
     path: Path | RemoteFile, name: str, container: str, advance: Advance, encoding: str | None
 ) -> Iterator[LazyRow]:
-    with _open_decoded(path, advance, encoding) as (stream, is_decoded):
-        refuse_other_files(stream, name)
-        if not is_decoded:
-            refuse_wide(stream, name)
-        yield from READERS[container](stream, name)
-
-
-@contextmanager
-def _open_decoded(path: Path | RemoteFile, advance: Advance, encoding: str | None) -> Iterator[tuple[ByteStream, bool]]:
-    """Open a text file as UTF-8; also yield whether its encoding is stated, by the recipe or a mark."""
     with open_bytes(path, advance) as stream:
         encoding = encoding or wide_mark(stream.peek(PEEKED_BYTES))  # the mark states it
         if encoding is not None:
             stream = io.BufferedReader(Transcoded(stream, encoding))
-        yield stream, encoding is not None
+        refuse_other_files(stream, name)
+        if encoding is None:
+            refuse_wide(stream, name)
+        yield from READERS[container](stream, name)
 
 
-def read_delimiter(path: Path | RemoteFile, encoding: str | None) -> str:
-    """Return the delimiter of a CSV file, by its first line."""
-    with _open_decoded(path, lambda count: None, encoding) as (stream, _):
-        line = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="replace").readline(MAX_ROW_BYTES)
-    stated = _SEPARATOR_LINE.fullmatch(line)
-    return stated[1] if stated else _find_delimiter(line)
+def read_delimiter(path: Path | RemoteFile) -> str:
+    """Return the delimiter of a CSV file in any encoding, by its first line."""
+    with open_bytes(path) as stream:
+        line = stream.readline(PEEKED_BYTES).replace(b"\0", b"")
+    return _find_delimiter(line.decode(errors="replace"))
 
 
 def mentions(path: Path, pattern: re.Pattern[bytes]) -> bool:

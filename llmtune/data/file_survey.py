@@ -49,6 +49,7 @@ LANGUAGES = re.compile(
     "|deutsch|englisch|französisch|italienisch|spanisch|español|inglés|français|anglais|allemand|italiano|inglese"
 )
 """Codes and names of languages that name a column of a translation."""
+RATED = [name for name, facts in TASK_FACTS.items() if facts.rates_answers]
 MOST_CLASSES = 50
 LEAST_DELIMITERS = 2
 """A line of a table in a text file has at least so many."""
@@ -217,6 +218,8 @@ def list_readings(survey: Survey, task: str | None = None, columns: Mapping[str,
         readings = list(_conversations(survey, columns, task or MESSAGES.tasks[0]))
     if not readings and not columns and not refusals(survey, task):  # known names count, even if values are bad
         readings = [_reading(survey, one, columns) for one, columns in _inferred(survey, task)]
+    if not readings and task is None and not refusals(survey):  # prompts without answers
+        readings = [_reading(survey, one, columns) for one in RATED if reads_rows(survey.first, one, columns, folder)]
     if task is None or kind_of_task(task) is LABELLED:
         readings = _with_classes(survey, readings, columns, task)
     readings = [reading for reading in readings if reading.rows]

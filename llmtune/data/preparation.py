@@ -24,7 +24,7 @@ from llmtune import __version__
 from llmtune.data.arrow_columns import number_column, replace_column
 from llmtune.data.class_spelling import list_changes, require_one_spelling, warn_of_idle_renames
 from llmtune.data.corpus import save_corpus
-from llmtune.data.data_notes import name_changes_sentences
+from llmtune.data.data_notes import name_changes_sentences, warn_of_few_test_rows
 from llmtune.data.deduplication import KEPT, drop_equal, drop_near, drop_shared_inputs
 from llmtune.data.file_survey import suspicions
 from llmtune.data.ingest import IngestState, ingest_rows
@@ -106,6 +106,7 @@ def prepare_rows(recipe: Recipe, folder: Path, console: Console, inputs: str | N
                 rows = replace(rows, corpus_hash=corpus_hash, class_changes=tuple(list_changes(account.changes)))
                 if any(one.row_format.labels for one in detected):
                     notes += _check_class_names(rows, recipe)
+                notes += warn_of_few_test_rows(recipe.evaluate.gates, rows.counts)
                 save_rows(rows)
         except DataError:
             spool.remove()

@@ -37,7 +37,7 @@ from llmtune.model.config import read_model_config, why_headless
 from llmtune.model.device import compute_context, resolve_dtype
 from llmtune.model.layer_calls import own_passes
 from llmtune.model.memory_plan import check_context
-from llmtune.model.teacher_files import KEY, check_tokenizers, teacher_run
+from llmtune.model.teacher_files import KEY, check_tokenizers, other_classes, teacher_run
 from llmtune.model.teacher_loss import BinRecorder
 from llmtune.recipe.reinforce_section import ReinforceSection
 from llmtune.recipe.schema import Recipe
@@ -50,7 +50,6 @@ FOLDER, ANSWERS = "teacher", "answers"
 RECORD = "teacher.json"
 BLOCK = 256
 """Examples in a file: a killed recording loses at most the work on one."""
-SHOWN_LABELS = 10
 LEARNED = ("train", "validation")
 """Splits whose predictions are recorded."""
 Records = npt.NDArray[np.void]
@@ -116,9 +115,7 @@ def check_teacher(teacher: PlannedModel, student: PlannedModel, rows: Rows, long
         raise RecipeError.of(f"{what}, so the student cannot learn it", KEY, "Remove distil, or name another teacher.")
     labels = [task.output_labels(recipe) for recipe in (there, here)]
     if labels[0] != labels[1]:
-        shown = " and ".join(", ".join(names[:SHOWN_LABELS]) for names in labels)
-        what = f"{name} has other classes than the student, or another order: {shown}"
-        raise RecipeError.of(what, KEY, "Train the teacher on the same classes, or list them in its order.")
+        raise other_classes(name, *labels)
     if teacher_run(here) is None and (headless := why_headless(teacher.model_ref, there, task)):
         raise RecipeError.of(f"{name} cannot teach: {headless}", KEY, "Name a trained run.")
     check_tokenizers(student.processor, teacher.processor, rows, name)
