@@ -284,7 +284,7 @@ def test_a_teacher_with_other_classes_or_for_another_task_is_refused(taught, tmp
         train(other_task, "other-task")
     for recipe, words in ((student, "other classes than the student"), (other_task, "a model for task classify")):
         checked = invoke("recipes", "check", recipe)
-        assert (checked.exit_code, words in " ".join(checked.stderr.split())) == (2, True), checked.stderr
+        assert (checked.exit_code, words in " ".join(checked.stderr.split())) == (2, True), (recipe, checked.output)
 
 
 def test_a_teacher_with_another_tokenizer_is_refused_with_the_first_id_that_differs(taught, tmp_path):

@@ -7,7 +7,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -68,32 +68,37 @@ def init(
     retrieval, splits = _join_files(path, target, console) if task in (None, *RETRIEVAL_TASKS) else (None, {})
     task = RETRIEVAL_TASKS[0] if retrieval and task is None else task
     survey = survey_files(str(splits["train"]) if splits else path)
-    readings = list_readings(survey, task, mapped)
-    if not readings:
+    if not (readings := list_readings(survey, task, mapped)):
         raise _unread(survey, task, mapped)
     reading = _choose(readings, asks, console)
     _refuse_lost(survey, reading)
     _print_survey(survey, reading, readings, console)
     if asks and len(reading.candidates) > 1:
         reading = _choose_label(survey, reading, mapped, console)
-    candidates = reading.candidates
-    provisional: dict[str, object] = {"data.columns.label": candidates[0].column} if len(candidates) > 1 else {}
     corpus = retrieval.corpus if retrieval else None
     text, model, note = propose_recipe(survey, reading, target, model, splits, corpus)
     if note:
         console.print(f"model: {model}  # {note}", markup=False, highlight=False, soft_wrap=True)
-    if f"rewards: {UNDECIDED}" in text:
-        provisional["reinforce.rewards"] = {"tool_call_valid": 1.0}  # of those that need no reference answer
+    provisional = _stand_in(reading, text)
     is_ready = _write_recipe(target, text, provisional, console)
     if as_json:
         details = {"columns": reading.columns, "roles": reading.roles, "undecided": [*provisional], "ready": is_ready}
-        counted = [{"column": one.column, "classes": dict(one.counts.most_common())} for one in candidates]
+        counted = [{"column": one.column, "classes": dict(one.counts.most_common())} for one in reading.candidates]
         print_json({"recipe": str(target), "task": reading.task, "model": model, **details, "candidates": counted})
         return
     typer.echo(f"wrote {target} (task {reading.task}, model {model}) and {SCHEMA}")
     fix = "" if is_ready else f"fix the problems above, in the rows or in {target}; then "
     choose = f"choose {', '.join(provisional)} in {target}, marked {UNDECIDED}; then " if provisional else ""
     typer.echo(f"next: {fix}{choose}llmtune run {target}")
+
+
+def _stand_in(reading: Reading, text: str) -> dict[str, object]:
+    """Return a value for each key that the recipe leaves open, to try its rows."""
+    from llmtune.recipe.undecided import UNDECIDED
+
+    label = {"data.columns.label": reading.candidates[0].column} if len(reading.candidates) > 1 else {}
+    rewards = {"reinforce.rewards": {"tool_call_valid": 1.0}} if f"rewards: {UNDECIDED}" in text else {}
+    return {**label, **rewards}  # this reward needs no reference answer
 
 
 def _join_files(path: str, target: Path, console: Console) -> tuple[RetrievalSet | None, dict[str, Path]]:
@@ -219,9 +224,16 @@ def _choose(readings: list[Reading], asks: bool, console: Console) -> Reading:
     if not asks or len(readings) == 1:
         return readings[0]
     names = [reading.task for reading in readings]
-    while (answer := console.input(f"task ({', '.join(names)}) [{names[0]}]: ").strip() or names[0]) not in names:
-        console.print(f"unknown task {answer!r}")
-    return readings[names.index(answer)]
+    return readings[names.index(_ask_name(f"task ({', '.join(names)})", names, console))]
+
+
+def _ask_name(question: str, names: Sequence[str], console: Console) -> str:
+    """Return the name that the user types; Enter takes the first."""
+    from rich.markup import escape
+
+    while (answer := console.input(escape(f"{question} [{names[0]}]: ")).strip() or names[0]) not in names:
+        console.print(f"unknown: {answer!r}", markup=False)
+    return answer
 
 
 def _choose_label(survey: Survey, reading: Reading, columns: Mapping[str, str], console: Console) -> Reading:
@@ -229,11 +241,7 @@ def _choose_label(survey: Survey, reading: Reading, columns: Mapping[str, str], 
     from llmtune.data.file_survey import list_readings
 
     names = [one.column for one in reading.candidates]
-    question = f"Which column is the label? {', '.join(names)} [{names[0]}]: "
-    from rich.markup import escape
-
-    while (answer := console.input(escape(question)).strip() or names[0]) not in names:
-        console.print(f"unknown column {answer!r}", markup=False)
+    answer = _ask_name(f"Which column is the label? {', '.join(names)}", names, console)
     (chosen,) = list_readings(survey, reading.task, {**columns, "label": answer})
     others = ", ".join(str(one) for one in reading.candidates if one.column != answer)
     console.print(f"  label is {answer!r}; not used: {others}", markup=False, highlight=False)

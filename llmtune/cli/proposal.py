@@ -240,14 +240,7 @@ def write_first_recipe(
         else [str(kind_of_row(row).answer(row)) for row in rows]
     )
     metrics = metrics or settings.metrics or facts.first_metrics or facts.default_metrics
-    is_choice = len(set(answers)) <= min(FEW_ANSWERS, len(answers) // 4)
-    is_word = facts.has_turns and bool(answers) and not any(len(answer.split()) > 1 for answer in answers)
-    if facts.has_turns and (is_word or is_choice):
-        metrics = ("loss", "exact_match", *(("choice_accuracy",) if is_choice else ()))
-    judged = "exact_match" if is_word else metrics[-1 if facts.has_turns else 0 if facts.searches else 1]
-    gate = f"{judged}.high < base" if judged in ERRORS else f"{judged}.low > base"
-    known = [f"{judged}.low > {other}" for other in ("base", "blind")] if any(map(row_pictures, rows)) else []
-    gates = known or ([gate] if is_word else [])
+    measures = _name_measures(facts, metrics, answers, shows=any(map(row_pictures, rows)))
     test = [] if has_test else _name_test(name, len(rows) - copies)
     mined = f"negatives: {{mine: {MINED}}}  # for each query, the {MINED} nearest wrong passages: they teach the most"
     negatives = [mined] if mines_negatives(facts, rows) else []
@@ -272,10 +265,21 @@ def write_first_recipe(
     if answers:
         tokens = _round_up_tokens(max(map(len, answers)), ANSWER_LENGTHS)
         lines += ["generation:", f"  max_new_tokens: {tokens}  # estimate of the longest answer"]
-    lines += ["evaluate:", f"  metrics: [{', '.join(metrics)}]"]
+    return "\n".join([*lines, "evaluate:", *(f"  {line}" for line in measures)]) + "\n"
+
+
+def _name_measures(facts: TaskFacts, metrics: Sequence[str], answers: Sequence[str], *, shows: bool) -> list[str]:
+    """Return the lines of `evaluate`; with gates where answers are one word, or should depend on pictures (`shows`)."""
+    is_choice = len(set(answers)) <= min(FEW_ANSWERS, len(answers) // 4)
+    is_word = facts.has_turns and bool(answers) and not any(len(answer.split()) > 1 for answer in answers)
+    if facts.has_turns and (is_word or is_choice):
+        metrics = ("loss", "exact_match", *(("choice_accuracy",) if is_choice else ()))
+    judged = "exact_match" if is_word else metrics[-1 if facts.has_turns else 0 if facts.searches else 1]
+    gate = f"{judged}.high < base" if judged in ERRORS else f"{judged}.low > base"
+    gates = [gate, f"{judged}.low > blind"] if shows else [gate] if is_word else []
     example = "" if gates else f" e.g. [{gate}]"
-    lines += [f"  gates: [{', '.join(gates)}]  # DECIDE: when is the model good enough?{example}"]
-    return "\n".join(lines) + "\n"
+    decide = f"# DECIDE: when is the model good enough?{example}"
+    return [f"metrics: [{', '.join(metrics)}]", f"gates: [{', '.join(gates)}]  {decide}"]
 
 
 def mines_negatives(facts: TaskFacts, rows: Sequence[Row]) -> bool:

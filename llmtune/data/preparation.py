@@ -106,13 +106,12 @@ def prepare_rows(recipe: Recipe, folder: Path, console: Console, inputs: str | N
                 rows = replace(rows, corpus_hash=corpus_hash, class_changes=tuple(list_changes(account.changes)))
                 if any(one.row_format.labels for one in detected):
                     notes += _check_class_names(rows, recipe)
-                notes += warn_of_few_test_rows(recipe.evaluate.gates, rows.counts)
                 save_rows(rows)
         except DataError:
             spool.remove()
             raise
         spool.remove()
-    _print_rows(rows, account, notes, console)
+    _print_rows(rows, account, [*notes, *warn_of_few_test_rows(recipe.evaluate.gates, rows.counts)], console)
     read = (pair for split in rows.files for pair in iterate_rows(rows, split))
     for suspicion in suspicions(read) if not console.quiet else ():
         console.print(f"  {escape(suspicion)}", style="yellow", highlight=False, soft_wrap=True)

@@ -380,10 +380,8 @@ def _hash_source(source: Source, data: DataSection, key: str, task: str) -> Iter
         assert isinstance(one.path, Path)
         digest, lines = read_once(one.path, hash_lines)
         yield SourceFile(source.path, one.path.name, one.path, "sha256", digest, lines)
-        may_mention = one.container == "excel" or mentions(one.path, SIGNS)  # a workbook is packed
-        if (TASK_FACTS[task].takes_audio or (kind_of_task(task) is MESSAGES and may_mention)) and (
-            detected := _detect(one, data, task, [])
-        ):
+        shows = kind_of_task(task) is MESSAGES and (one.container == "excel" or mentions(one.path, SIGNS))
+        if (TASK_FACTS[task].takes_audio or shows) and (detected := _detect(one, data, task, [])):
             yield from _hash_media(detected, one.path, task)
 
 

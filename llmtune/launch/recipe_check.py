@@ -171,13 +171,15 @@ def _try_teacher(recipe: Recipe, texts: Sequence[str]) -> None:
 
     if (folder := teacher_run(recipe)) is None:
         return
-    teacher = recipe_of_run(read_run(folder)).recipe
+    run = read_run(folder)
+    teacher = recipe_of_run(run).recipe
     if teacher.task != recipe.task:
         what = f"{folder} is a model for task {teacher.task}, but the student is for {recipe.task}"
         raise RecipeError.of(what, KEY, f"Name a model for task {recipe.task}.")
     names = recipe.classes or sorted({name for text in texts for name in names_in(json.loads(text))})
-    if teacher.classes and (teacher.classes != names if recipe.classes else {*teacher.classes} != {*names}):
-        raise other_classes(str(folder), teacher.classes, names)
+    theirs = tuple(run.facts("encode").get("classes") or ()) or teacher.classes
+    if theirs and (theirs != names if recipe.classes else {*theirs} != {*names}):
+        raise other_classes(str(folder), theirs, names)
 
 
 def missing_trackers(recipe: Recipe) -> Iterator[Problem]:

@@ -546,7 +546,7 @@ def test_in_a_terminal_init_asks_for_the_task_and_the_label() -> None:
     os.close(ours)
     os.close(theirs)
     assert process.returncode == 0, printed
-    assert "unknown column 'Stunden'" in printed
+    assert "unknown: 'Stunden'" in printed
     assert "label is 'Priorität'; not used: Team (4 classes" in printed
     recipe = load_recipe("desk.yaml").recipe
     assert recipe.data.columns == {"text": "{Betreff}\n\n{Text}", "label": "Priorität"}
