@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import re
 import signal
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -177,6 +178,12 @@ def nearest(word: str, names: Sequence[str]) -> str:
     spelled = {name.casefold(): name for name in reversed(names)}
     close = get_close_matches(word.casefold(), spelled, n=1, cutoff=0.6)
     return f" Did you mean '{spelled[close[0]]}'?" if close else ""
+
+
+def refuse_repeated(names: Iterable[str], where: str) -> None:
+    """Raise RecipeError for names that an option gives twice: the last value would win without a word."""
+    twice = [name for name, number in Counter(names).items() if number > 1]
+    RecipeError.collect(Problem(f"{name!r} is given twice", where, "Give it once.") for name in twice)
 
 
 def first_line(error: BaseException) -> str:

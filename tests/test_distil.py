@@ -13,6 +13,7 @@ from support import families
 from support.adapting import quiet
 from support.models import CHATML, build_llama
 from support.pairs import DOCUMENTS, PAIRS, recipe_of
+from support.runs import invoke
 from support.task_cases import CHATS, MULTI, NO_TEXT, SINGLE, TAGS
 from support.training import trained_bytes
 
@@ -299,10 +300,14 @@ def test_a_teacher_with_other_classes_or_for_another_task_is_refused(taught, tmp
         data=SPLIT,
         distil={"teacher": str(colours), "control": False},
     )
+    other_task = write_chat(taught, colours)
     with pytest.raises(RecipeError, match="has other classes than the student"):
         train(student)
     with pytest.raises(RecipeError, match="is a model for task classify"):
-        train(write_chat(taught, colours), "other-task")
+        train(other_task, "other-task")
+    for recipe, words in ((student, "other classes than the student"), (other_task, "a model for task classify")):
+        checked = invoke("recipes", "check", recipe)
+        assert (checked.exit_code, words in " ".join(checked.stderr.split())) == (2, True), (recipe, checked.output)
 
 
 def test_a_teacher_with_another_tokenizer_is_refused_with_the_first_id_that_differs(taught, tmp_path):

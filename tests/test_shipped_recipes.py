@@ -14,6 +14,7 @@ from rich.console import Console
 from support import families
 from support.image_text import build_image_text
 from support.models import build_llama
+from support.runs import invoke
 from support.templates import recipe_for, tokenizer_with
 
 from llmtune.data.answer_parser import parse_answer
@@ -243,3 +244,11 @@ def test_quickstart_rows_are_balanced_and_match_the_recipes_choices() -> None:
     counts = {answer: answers.count(answer) for answer in answers}
     assert sorted(counts) == list(load_recipe("quickstart").recipe.evaluate.choices)
     assert min(counts.values()) > 0.75 * max(counts.values())
+
+
+def test_a_recipe_whose_rows_a_script_makes_names_its_command() -> None:
+    done = invoke("recipes", "check", "chat-images-offline")
+    words = " ".join(done.stderr.split())
+    assert "A script makes it: python " in words
+    assert "make_tuxpaint_stamps.py" in words.partition("A script makes it")[2]
+    assert "Did you mean" not in words

@@ -18,8 +18,10 @@ def clean_command(
     run: Annotated[
         Path | None, typer.Argument(metavar="RUN", help="A run folder, the name of a recipe with a run, or latest.")
     ] = None,
-    clean_all: Annotated[
-        bool, typer.Option("--all", help="Clean all runs in runs/, and packaged models in the cache that none uses.")
+    clean_all: Annotated[bool, typer.Option("--all", help="Clean all runs in runs/.")] = False,
+    models: Annotated[
+        bool,
+        typer.Option("--models", help="With --all: remove packaged models from the cache, which all folders share."),
     ] = False,
     keep_releases: Annotated[
         int | None,
@@ -37,11 +39,12 @@ def clean_command(
 
     if (run is None) != clean_all:
         raise RecipeError.of("give one run, or --all", "llmtune clean", "Name a run folder, or use --all.")
-    if keep_releases is not None and run is not None:
-        fix = "Use: llmtune clean --all --keep-releases N"
-        raise RecipeError.of("it applies to all runs only", "--keep-releases", fix)
+    for option, given in (("--keep-releases", keep_releases is not None), ("--models", models)):
+        if given and run is not None:
+            raise RecipeError.of("it applies to all runs only", option, f"Use: llmtune clean --all {option}")
     if run is None:
-        result = cleaning.clean_all(keep_releases=keep_releases, keep_models=list_unrestorable(), dry_run=dry_run)
+        keep_models = list_unrestorable() if models else None
+        result = cleaning.clean_all(keep_releases=keep_releases, keep_models=keep_models, dry_run=dry_run)
     else:
         result = cleaning.clean_run(run, dry_run=dry_run)
     if as_json:

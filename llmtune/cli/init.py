@@ -7,7 +7,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,7 +16,7 @@ import typer
 from llmtune.cli.options import AsJson
 from llmtune.cli.output_streams import handled, print_json, stderr_console
 from llmtune.cli.recipes import migrate_file
-from llmtune.errors import DataError, LlmtuneError, Problem, RecipeError, nearest
+from llmtune.errors import DataError, LlmtuneError, Problem, RecipeError, nearest, refuse_repeated
 from llmtune.store.atomic_files import explained
 
 if TYPE_CHECKING:
@@ -68,28 +68,37 @@ def init(
     retrieval, splits = _join_files(path, target, console) if task in (None, *RETRIEVAL_TASKS) else (None, {})
     task = RETRIEVAL_TASKS[0] if retrieval and task is None else task
     survey = survey_files(str(splits["train"]) if splits else path)
-    readings = list_readings(survey, task, mapped)
-    if not readings:
+    if not (readings := list_readings(survey, task, mapped)):
         raise _unread(survey, task, mapped)
     reading = _choose(readings, asks, console)
     _refuse_lost(survey, reading)
     _print_survey(survey, reading, readings, console)
     if asks and len(reading.candidates) > 1:
         reading = _choose_label(survey, reading, mapped, console)
-    candidates = reading.candidates
-    provisional = {"data.columns.label": candidates[0].column} if len(candidates) > 1 else {}
     corpus = retrieval.corpus if retrieval else None
-    text, model = propose_recipe(survey, reading, target, model, splits, corpus)
+    text, model, note = propose_recipe(survey, reading, target, model, splits, corpus)
+    if note:
+        console.print(f"model: {model}  # {note}", markup=False, highlight=False, soft_wrap=True)
+    provisional = _stand_in(reading, text)
     is_ready = _write_recipe(target, text, provisional, console)
     if as_json:
         details = {"columns": reading.columns, "roles": reading.roles, "undecided": [*provisional], "ready": is_ready}
-        counted = [{"column": one.column, "classes": dict(one.counts.most_common())} for one in candidates]
+        counted = [{"column": one.column, "classes": dict(one.counts.most_common())} for one in reading.candidates]
         print_json({"recipe": str(target), "task": reading.task, "model": model, **details, "candidates": counted})
         return
     typer.echo(f"wrote {target} (task {reading.task}, model {model}) and {SCHEMA}")
     fix = "" if is_ready else f"fix the problems above, in the rows or in {target}; then "
     choose = f"choose {', '.join(provisional)} in {target}, marked {UNDECIDED}; then " if provisional else ""
     typer.echo(f"next: {fix}{choose}llmtune run {target}")
+
+
+def _stand_in(reading: Reading, text: str) -> dict[str, object]:
+    """Return a value for each key that the recipe leaves open, to try its rows."""
+    from llmtune.recipe.undecided import UNDECIDED
+
+    label = {"data.columns.label": reading.candidates[0].column} if len(reading.candidates) > 1 else {}
+    rewards = {"reinforce.rewards": {"tool_call_valid": 1.0}} if f"rewards: {UNDECIDED}" in text else {}
+    return {**label, **rewards}  # this reward needs no reference answer
 
 
 def _join_files(path: str, target: Path, console: Console) -> tuple[RetrievalSet | None, dict[str, Path]]:
@@ -105,7 +114,7 @@ def _join_files(path: str, target: Path, console: Console) -> tuple[RetrievalSet
     return retrieval, splits
 
 
-def _write_recipe(target: Path, text: str, provisional: Mapping[str, str], console: Console) -> bool:
+def _write_recipe(target: Path, text: str, provisional: Mapping[str, object], console: Console) -> bool:
     """Write the recipe and its schema, and report problems of its rows; open values count as `provisional`.
 
     Return whether the rows can be prepared.
@@ -119,8 +128,9 @@ def _write_recipe(target: Path, text: str, provisional: Mapping[str, str], conso
         target.with_name(SCHEMA).write_text(json.dumps(json_schema(), indent=2) + "\n", encoding="utf-8")
     loaded = load_recipe(target, [f"{key}={json.dumps(value)}" for key, value in provisional.items()])
     try:
-        try_recipe_rows(loaded, check_recipe(loaded))
-    except (DataError, RecipeError) as error:
+        for note in try_recipe_rows(loaded, check_recipe(loaded)):
+            console.print(f"note: {note}", style="yellow", markup=False, highlight=False)
+    except LlmtuneError as error:
         console.print(f"{target} needs a look before it runs:\n{error}", style="yellow", markup=False, highlight=False)
         return False
     return True
@@ -153,11 +163,13 @@ def _mapped(columns: list[str]) -> dict[str, str]:
             raise RecipeError.of(
                 f"{ours!r} is not a mapping", "--columns", "Write OURS=THEIRS, such as prompt=Question."
             )
+    refuse_repeated([ours.strip() for ours, _, _ in pairs], "--columns")
     return {ours.strip(): theirs.strip() for ours, _, theirs in pairs}
 
 
 def _unread(survey: Survey, task: str | None, columns: Mapping[str, str]) -> LlmtuneError:
-    from llmtune.data.file_survey import CELLS, HEADER, refusals
+    from llmtune.data.file_survey import CELLS, HEADER, RATED, refusals
+    from llmtune.data.row_formats import reads_rows
     from llmtune.recipe.task_facts import RETRIEVAL_TASKS, TASK_FACTS
 
     if task in RETRIEVAL_TASKS and len(survey.columns) == 1 and not columns:
@@ -169,6 +181,11 @@ def _unread(survey: Survey, task: str | None, columns: Mapping[str, str]) -> Llm
         fix = HEADER
     elif reasons:
         fix = f"The first row is bad:\n    {reasons}"
+        fix += (
+            "\n    Prompts without answers are for --task reinforce."
+            if reads_rows(survey.first, RATED[0], columns)
+            else ""
+        )
     elif task is None:
         fix = f"Name a task with --task ({', '.join(TASK_FACTS)}), or --columns OURS=THEIRS, such as prompt=Question."
     else:
@@ -207,9 +224,16 @@ def _choose(readings: list[Reading], asks: bool, console: Console) -> Reading:
     if not asks or len(readings) == 1:
         return readings[0]
     names = [reading.task for reading in readings]
-    while (answer := console.input(f"task ({', '.join(names)}) [{names[0]}]: ").strip() or names[0]) not in names:
-        console.print(f"unknown task {answer!r}")
-    return readings[names.index(answer)]
+    return readings[names.index(_ask_name(f"task ({', '.join(names)})", names, console))]
+
+
+def _ask_name(question: str, names: Sequence[str], console: Console) -> str:
+    """Return the name that the user types; Enter takes the first."""
+    from rich.markup import escape
+
+    while (answer := console.input(escape(f"{question} [{names[0]}]: ")).strip() or names[0]) not in names:
+        console.print(f"unknown: {answer!r}", markup=False)
+    return answer
 
 
 def _choose_label(survey: Survey, reading: Reading, columns: Mapping[str, str], console: Console) -> Reading:
@@ -217,11 +241,7 @@ def _choose_label(survey: Survey, reading: Reading, columns: Mapping[str, str], 
     from llmtune.data.file_survey import list_readings
 
     names = [one.column for one in reading.candidates]
-    question = f"Which column is the label? {', '.join(names)} [{names[0]}]: "
-    from rich.markup import escape
-
-    while (answer := console.input(escape(question)).strip() or names[0]) not in names:
-        console.print(f"unknown column {answer!r}", markup=False)
+    answer = _ask_name(f"Which column is the label? {', '.join(names)}", names, console)
     (chosen,) = list_readings(survey, reading.task, {**columns, "label": answer})
     others = ", ".join(str(one) for one in reading.candidates if one.column != answer)
     console.print(f"  label is {answer!r}; not used: {others}", markup=False, highlight=False)
@@ -230,17 +250,29 @@ def _choose_label(survey: Survey, reading: Reading, columns: Mapping[str, str], 
 
 def _print_survey(survey: Survey, reading: Reading, readings: list[Reading], console: Console) -> None:
     """Print the findings for the user to check."""
+    from llmtune.cli.proposal import list_renames
+    from llmtune.data.excel_sheets import list_sheets
     from llmtune.data.file_survey import suspicions
+    from llmtune.recipe.class_names import SAME_WAY, show_name
+    from llmtune.recipe.data_section import DATA_ENDINGS, data_ending
 
+    renames = list_renames(reading)
     count = f"{len(reading.rows) + sum(reading.bad.values()):,}" + ("" if survey.whole else " and more")
     files = f"{len(survey.files):,} files, " if len(survey.files) > 1 else ""
     summary = f"{files}{count} rows, {survey.encodings}; columns {', '.join(survey.columns)}"
     console.print(f"{survey.path}: {summary}", markup=False)
+    for file in [file for file in survey.files if DATA_ENDINGS.get(data_ending(file)) == "excel"]:
+        sheets = ", ".join(map(repr, list_sheets(file)))
+        if sheets.count("'") > 2:
+            note = f"the first sheet of {sheets} is read. For another one: train: {{path: {file.name}, config: SHEET}}"
+            console.print(f"  {note}", markup=False, highlight=False)
     notes = [(number, f"cannot be read ({reason})") for reason, number in reading.bad.items()]
     for number, what in (*notes, (reading.copies, "are copies of others")):
         if number:
             console.print(f"  {number:,} rows {what}", style="yellow", highlight=False)
     for suspicion in suspicions(("", row) for row in reading.rows):
+        if any(show_name(old) in suspicion for old in renames):
+            suspicion = suspicion.replace(SAME_WAY, "The recipe renames them.")
         console.print(f"  {suspicion}", style="yellow", markup=False, highlight=False)
     folders = sorted({file.parent.name for file in survey.files})
     if len(folders) > 1 and survey.columns == ["text"]:

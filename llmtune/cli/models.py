@@ -12,7 +12,7 @@ import typer
 
 from llmtune.cli.options import AsJson, Offline, Sets
 from llmtune.cli.output_streams import handled, print_json, stderr_console
-from llmtune.errors import RecipeError
+from llmtune.errors import RecipeError, refuse_repeated
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -225,6 +225,7 @@ def _read_prices(texts: Sequence[str]) -> dict[str, float]:
     from llmtune.model.device import check_card
 
     prices: dict[str, float] = {}
+    refuse_repeated([text.partition("=")[0].strip() for text in texts], "--price")
     for text in texts:
         card, _, value = text.partition("=")
         check_card(card.strip())

@@ -5,26 +5,28 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from llmtune.cli.proposed_model import look_up_config, propose_model
+from llmtune.data.class_spelling import NAMED, propose_renames, write_renames
 from llmtune.data.column_mapping import FIELD, HEADINGS, JOINT, find, name_words, with_aliases
 from llmtune.data.file_survey import Reading, Survey
+from llmtune.data.language_guess import guess_language
 from llmtune.data.pictures import row_pictures, without_pictures
 from llmtune.data.retrieval_layout import RetrievalSet, find_corpus, join_rows
-from llmtune.data.row_kind import kind_of_row, kind_of_task, write_prompt
+from llmtune.data.row_kind import compared_text, kind_of_row, kind_of_task, names_in, write_prompt
 from llmtune.errors import RecipeError
-from llmtune.model.catalogue import read_catalogue
+from llmtune.recipe.class_names import tidy_name
 from llmtune.recipe.first_settings import FIRST_SETTINGS, FirstSettings
 from llmtune.recipe.model_kind import PROPOSED_MODELS
 from llmtune.recipe.task_facts import TASK_FACTS, TaskFacts
 from llmtune.recipe.undecided import UNDECIDED
 from llmtune.recipe.yaml_writer import flow, scalar
 from llmtune.records import Row
-from llmtune.store.atomic_files import atomic_file, explained, read_json
+from llmtune.store.atomic_files import atomic_file, explained
 from llmtune.store.machine import likely_device, list_cards, process_memory_limit
 from llmtune.tasks.label_rules import LABEL_METRICS
 
@@ -53,7 +55,7 @@ DEFAULT_DROPPED, MOST_DROPPED = 0.05, 0.3
 """Shares of unreadable rows: the default limit of a recipe, and the share at which `init` no longer raises it."""
 TEST_ROWS = 20
 """Minimum test rows for a useful interval; with fewer than ten the verdict is inconclusive."""
-LEAST_TEST, MOST_TEST = 0.1, 0.3
+LEAST_TEST, MOST_TEST = 0.1, 0.5
 FEW_ANSWERS = 20
 """Maximum different answers to treat as choices, whose likelihoods are compared too."""
 
@@ -81,15 +83,18 @@ def propose_recipe(
     model: str | None,
     splits: Mapping[str, Path],
     corpus: Path | None,
-) -> tuple[str, str]:
-    """Return the recipe's text and its model; `splits` and `corpus` are files of a retrieval set."""
+) -> tuple[str, str, str]:
+    """Return the recipe's text, its model, and why; `splits` and `corpus` are files of a retrieval set."""
     cuda = likely_device() == "cuda"
     memory = max(card.memory_bytes for card in list_cards()) if cuda else process_memory_limit() / 2
     shows = any(map(row_pictures, reading.rows))
-    model = model or propose_model(reading.task, memory, on_gpu=cuda, pictures=shows)
+    note = ""
+    if model is None:
+        language = guess_language(compared_text(row) for row in reading.rows)
+        model, note = propose_model(reading.task, memory, on_gpu=cuda, pictures=shows, language=language)
     sources = _write_sources(survey, target)
-    note = "the encodings differ, so each file is a source; add a line for a new file" if len(sources) > 1 else ""
-    data = _list_source_lines("train", sources, note)
+    each = "the encodings differ, so each file is a source; add a line for a new file" if len(sources) > 1 else ""
+    data = _list_source_lines("train", sources, each)
     data += [f"{split}: {flow(_relative(file, target))}" for split, file in splits.items() if split != "train"]
     data += [*_name_columns(survey, reading), *_name_corpus(survey, reading, sources, target, corpus)]
     if reading.roles:
@@ -105,25 +110,15 @@ def propose_recipe(
         data,
         reading.rows,
         model=model,
+        model_note=note or "a folder, owner/model on the hub, or builtin:NAME",
+        renames=list_renames(reading),
         metrics=choose_metrics([*map(kind_of_task(reading.task).label, reading.rows)]) if choose_metrics else None,
         settings=choose_settings(reading.rows, _name_class(config)) if choose_settings else FirstSettings(),
         unread=sum(reading.bad.values()),
         copies=reading.copies,
         has_test="test" in splits,
     )
-    return text, model
-
-
-def look_up_config(model: str) -> Mapping[str, Any]:
-    """Return the configuration of a model in a folder, the hub's cache or the catalogue; empty if unknown."""
-    from huggingface_hub import try_to_load_from_cache
-
-    file: object = Path(model) / "config.json"
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", model) and not Path(model).is_dir():
-        file = try_to_load_from_cache(model, "config.json")
-    config = read_json(Path(file)) if isinstance(file, str | Path) else None
-    listed = read_catalogue().get(model) if config is None else None
-    return config if isinstance(config, dict) else listed.config if listed else {}
+    return text, model, note
 
 
 def _name_class(config: Mapping[str, Any]) -> str:
@@ -220,6 +215,8 @@ def write_first_recipe(
     rows: Sequence[Row],
     *,
     model: str,
+    model_note: str,
+    renames: Mapping[str, str],
     metrics: Sequence[str] | None = None,
     settings: FirstSettings | None = None,
     unread: int = 0,
@@ -228,9 +225,9 @@ def write_first_recipe(
 ) -> str:
     """Return the first recipe for canonical rows, with comments.
 
-    `data` has the lines of the section `data` that name and map the rows. `metrics` override the task's metrics if
-    they depend on the labels, `settings` what depends on rows or model. `unread` counts unreadable rows, `copies`
-    counts duplicates that will be dropped. `has_test` says that `data` names the test rows too.
+    `data` has the lines of the section `data` that name and map the rows. `renames` join classes. `metrics` override
+    the task's metrics if they depend on the labels, `settings` what depends on rows or model. `unread` counts
+    unreadable rows, `copies` duplicates that will be dropped. `has_test` says that `data` names the test rows too.
     """
     facts, settings = TASK_FACTS[task], settings or FirstSettings()
     longest = max(_count_row(row, apart=facts.searches) for row in rows)
@@ -243,10 +240,7 @@ def write_first_recipe(
         else [str(kind_of_row(row).answer(row)) for row in rows]
     )
     metrics = metrics or settings.metrics or facts.first_metrics or facts.default_metrics
-    if facts.has_turns and len(set(answers)) <= min(FEW_ANSWERS, len(answers) // 4):
-        metrics = ("loss", "exact_match", "choice_accuracy")
-    judged = metrics[-1 if facts.has_turns else 0 if facts.searches else 1]
-    end, margin = (".high <", "* 1.05") if judged in ERRORS else (".low >", "* 0.95")
+    measures = _name_measures(name, facts, metrics, answers, shows=any(map(row_pictures, rows)))
     test = [] if has_test else _name_test(name, len(rows) - copies)
     mined = f"negatives: {{mine: {MINED}}}  # for each query, the {MINED} nearest wrong passages: they teach the most"
     negatives = [mined] if mines_negatives(facts, rows) else []
@@ -260,19 +254,39 @@ def write_first_recipe(
         *(f"  {line}" for line in (*data, *negatives, *_max_dropped(unread, len(rows) + unread), *test)),
         *(f"  {line}" for line in _name_length(facts, longest, lengths, is_text)),
     ]
-    lines += ["model:", f"  name: {model}  # a folder, owner/model on the hub, or builtin:NAME"]
-    if section := facts.first_lines if settings.lines is None else settings.lines:
+    lines += ["model:", f"  name: {model}  # {model_note}"]
+    section = facts.first_lines if settings.lines is None else settings.lines
+    if renames:
+        section = (*section, f"rename: {write_renames(renames)}  # spellings of one class, the most frequent wins")
+    if section:
         lines += [f"{facts.section}:", *(f"  {line}" for line in section)]
     usual = "# train: epochs, learning rate and batch size depend on rows and model; set them to override"
     lines += _name_batch_size(rows) if facts.searches else [usual]
     if answers:
         tokens = _round_up_tokens(max(map(len, answers)), ANSWER_LENGTHS)
         lines += ["generation:", f"  max_new_tokens: {tokens}  # estimate of the longest answer"]
-    lines += ["evaluate:", f"  metrics: [{', '.join(metrics)}]"]
-    lines += [f"  gates: []  # DECIDE: when is the model good enough? e.g. [{judged}{end} base]"]
+    return "\n".join([*lines, "evaluate:", *(f"  {line}" for line in measures)]) + "\n"
+
+
+def _name_measures(
+    name: str, facts: TaskFacts, metrics: Sequence[str], answers: Sequence[str], *, shows: bool
+) -> list[str]:
+    """Return the lines of `evaluate`; with gates where answers are one word, or should depend on pictures (`shows`)."""
+    is_choice = len(set(answers)) <= min(FEW_ANSWERS, len(answers) // 4)
+    is_word = facts.has_turns and bool(answers) and not any(len(answer.split()) > 1 for answer in answers)
+    if facts.has_turns and (is_word or is_choice):
+        metrics = ("loss", "exact_match", *(("choice_accuracy",) if is_choice else ()))
+    judged = "exact_match" if is_word else metrics[-1 if facts.has_turns else 0 if facts.searches else 1]
+    end, margin = (".high <", "* 1.05") if judged in ERRORS else (".low >", "* 0.95")
+    gate = f"{judged}{end} base"
+    gates = [gate, f"{judged}.low > blind"] if shows else [gate] if is_word else []
+    example = "" if gates else f" e.g. [{gate}]"
     weekly = f"['{judged}{end} champion {margin}', '{judged}[new]{end} base']"
-    lines += [f"  # each week: champion: release:{name}, gates: {weekly}, and deploy: [release]"]
-    return "\n".join(lines) + "\n"
+    return [
+        f"metrics: [{', '.join(metrics)}]",
+        f"gates: [{', '.join(gates)}]  # DECIDE: when is the model good enough?{example}",
+        f"# each week: champion: release:{name}, gates: {weekly}, and deploy: [release]",
+    ]
 
 
 def mines_negatives(facts: TaskFacts, rows: Sequence[Row]) -> bool:
@@ -322,16 +336,20 @@ def _max_dropped(unread: int, looked_at: int) -> list[str]:
     return [f"max_dropped: {math.ceil(100 * share + 1) / 100}  # {why}"]
 
 
-def propose_model(task: str, memory_bytes: float, *, on_gpu: bool, pictures: bool = False) -> str:
-    """Return a hub model that can train in `memory_bytes`; without a GPU the packaged one, if it is installed."""
-    proposed = PROPOSED_MODELS["image-text" if pictures else TASK_FACTS[task].models[0]]
-    try:
-        if proposed.packaged and not on_gpu:
-            version(proposed.distribution)
-            return proposed.packaged
-    except PackageNotFoundError:
-        pass
-    return [model for least, model in proposed.hub if memory_bytes >= least][-1]
+def list_renames(reading: Reading) -> dict[str, str]:
+    """Return renames to one spelling of each class, in all columns that may be the label."""
+    if TASK_FACTS[reading.task].answer_kind not in NAMED:
+        return {}
+    columns = [one.counts for one in reading.candidates]
+    columns = columns or [Counter(name for row in reading.rows for name in names_in(row))]
+    renames = dict[str, str]()
+    for counts in columns:
+        tidy = Counter[str]()
+        for name, number in counts.items():
+            tidy[tidy_name(name)] += number
+        found = propose_renames(tidy)
+        renames |= {old: new for old, new in found.items() if new not in renames and old not in renames.values()}
+    return renames
 
 
 def _round_up_tokens(characters: int, bounds: tuple[int, int], more: int = 0) -> int:

@@ -148,8 +148,8 @@ def check(recipe: RecipeArgument, sets: Sets = None, as_json: AsJson = False) ->
     for line in marks:
         stderr_console().print(f"still the starter's value: {line}", style="yellow", markup=False)
     detected = check_recipe(loaded)
-    try_recipe_rows(loaded, detected)
-    notes = [f"{one.what}; a run needs it: {one.fix}" for one in missing_trackers(loaded.recipe)]
+    notes = try_recipe_rows(loaded, detected)
+    notes += [f"{one.what}; a run needs it: {one.fix}" for one in missing_trackers(loaded.recipe)]
     for note in notes:
         stderr_console().print(f"note: {note}", style="yellow", markup=False)
     if as_json:

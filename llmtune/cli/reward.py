@@ -10,7 +10,7 @@ import typer
 
 from llmtune.cli.options import AsJson, Offline
 from llmtune.cli.output_streams import handled, print_json, stderr_console
-from llmtune.errors import GateFailed, Problem, RecipeError
+from llmtune.errors import GateFailed, Problem, RecipeError, refuse_repeated
 from llmtune.records import Json
 
 MOST_WEIGHT = 1000
@@ -54,7 +54,9 @@ def check_reward(
 
     if "{}" not in answer_form:
         raise RecipeError.of(f"{answer_form!r} has no place for the answer", "--answer-form", "Write {} at its place.")
-    stated = {absolute_metric(name, Path.cwd()): weight for name, weight in map(read_weight, rewards)}
+    pairs = [(absolute_metric(name, Path.cwd()), weight) for name, weight in map(read_weight, rewards)]
+    refuse_repeated([name for name, _ in pairs], "llmtune reward check")
+    stated = dict(pairs)
     listed = read_rewards(stated, "llmtune reward check")
     from llmtune.evaluate.reward_check import RewardLimits, add_samples, check_rewards, read_checked_rows
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from llmtune.cli.options import AsJson, Offline, RunArgument, Threads
 from llmtune.cli.output_streams import handled, print_json, stderr_console
-from llmtune.errors import RecipeError
+from llmtune.errors import DataError, RecipeError
 from llmtune.store.process_environment import gc_paused, prepare_environment
+
+if TYPE_CHECKING:
+    from llmtune.recipe.data_section import DataSection
 
 
 @handled
@@ -45,11 +49,25 @@ def rows_command(
     require_labels(plan.recipe)
     evaluated = EvalContext(plan.recipe, plan.task, plan.processor, None, plan.device, context.console)
     wrong_labels, unchecked = find_suspects(Models(context).tuned, evaluated, context.rows, context.examples)
-    write_suspects(wrong_labels, suspects)
+    texts = [one.text for one in wrong_labels]
+    write_suspects(wrong_labels, suspects, choose_delimiter(plan.recipe.data, texts))
     if as_json:
         print_json({"file": str(suspects), "found": len(wrong_labels), "unchecked": unchecked})
     else:
         typer.echo(f"{len(wrong_labels)} labels are likely wrong; written to {suspects}")
+
+
+def choose_delimiter(data: DataSection, texts: Sequence[str]) -> str:
+    """Return the delimiter of the first CSV file of the rows; without one, that of spreadsheets in their language."""
+    from llmtune.data.file_readers import read_delimiter
+    from llmtune.data.language_guess import DECIMAL_POINTS, guess_language
+    from llmtune.data.sources import open_sources
+
+    with suppress(DataError, OSError):  # files that are gone
+        for one in open_sources(data.train, "data.train"):
+            if one.container == "csv" and one.path is not None:
+                return read_delimiter(one.path)
+    return "," if guess_language(texts) in DECIMAL_POINTS else ";"
 
 
 COMMANDS: dict[str, Callable[..., None]] = {"rows": rows_command}

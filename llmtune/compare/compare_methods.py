@@ -37,6 +37,7 @@ from llmtune.errors import (
     Stopped,
     describe_end,
     nearest,
+    refuse_repeated,
 )
 from llmtune.recipe.adapter_section import LORA_KEYS, QUANTIZATION_KEYS, RESOLVED_KEYS
 from llmtune.recipe.gate_grammar import parse_gate
@@ -104,6 +105,7 @@ def read_methods(text: str) -> tuple[str, ...]:
 def read_rates(texts: Sequence[str], methods: Sequence[str]) -> dict[str, float]:
     """Read `full=2e-5`, ... Raises RecipeError."""
     rates, problems = {}, []
+    refuse_repeated([text.partition("=")[0].strip() for text in texts], "--learning-rate")
     for text in texts:
         method, _, value = text.partition("=")
         fix = "Write METHOD=NUMBER, e.g. full=2e-5"

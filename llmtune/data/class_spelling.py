@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from llmtune.data.rejected_rows import parse_cell
 from llmtune.data.row_kind import names_in, rename_row
 from llmtune.data.written_numbers import PLAIN
 from llmtune.errors import DataError, Problem, nearest, read_origin
-from llmtune.recipe.class_names import show_name, similar_names, tidy_name
+from llmtune.recipe.class_names import SAME_WAY, show_name, similar_names, tidy_name
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_facts import TASK_FACTS
 from llmtune.recipe.yaml_writer import plain_or_quoted
@@ -67,9 +67,23 @@ def warn_of_idle_renames(
     used = {*earlier, *(change["from"] for change in changes if change["why"] == RENAMED)}
     names = [name for name in dict.fromkeys([*used, *current]) if name not in renames]
     idle = [old for old in renames if old not in used]
+    if len(idle) > 1:
+        return [f"rename: no row has the classes {', '.join(map(show_name, idle))}. Remove those that are done."]
     return [
         f"rename: no row has the class {show_name(old)}.{nearest(old, names)} Remove it if it is done." for old in idle
     ]
+
+
+def propose_renames(counts: Mapping[str, int], distinct: Collection[str] = ()) -> dict[str, str]:
+    """Return the renames that give each class its most frequent spelling; the names in `distinct` are classes."""
+    words = [name for name in counts if not PLAIN.fullmatch(name)]
+    groups = [sorted(group, key=lambda name: (-counts[name], name)) for group in similar_names(words, distinct)]
+    return {name: best for best, *others in groups for name in others}
+
+
+def write_renames(renames: Mapping[str, str]) -> str:
+    """Write renames for the recipe."""
+    return f"{{{', '.join(f'{_in_yaml(old)}: {_in_yaml(new)}' for old, new in renames.items())}}}"
 
 
 @dataclass
@@ -99,7 +113,7 @@ def require_one_spelling(rows: Iterable[tuple[str, Row]], recipe: Recipe) -> lis
     Raises:
         DataError: One problem for each group of names, with the rows of each.
     """
-    spellings = defaultdict[str, Spelling](Spelling)
+    spellings, problems = defaultdict[str, Spelling](Spelling), list[Problem]()
     for origin, row in rows:
         file = read_origin(origin)[0]
         for name in names_in(row):
@@ -107,21 +121,18 @@ def require_one_spelling(rows: Iterable[tuple[str, Row]], recipe: Recipe) -> lis
             spellings[name].first.setdefault(file, origin)
     facts = TASK_FACTS[recipe.task]
     key = facts.section if facts.answer_kind in NAMED else None
-    words = [name for name in spellings if not PLAIN.fullmatch(name)]
-    DataError.collect(_problem(group, spellings, key) for group in similar_names(words, recipe.classes))
-    return [*spellings]
-
-
-def _problem(group: list[str], spellings: Mapping[str, Spelling], key: str | None) -> Problem:
-    """Return the problem of names that are probably one class; the most frequent is proposed."""
-    best, *others = sorted(group, key=lambda name: (-spellings[name].files.total(), name))
-    listed = "; ".join(spellings[name].describe(name) for name in (best, *others))
-    fix = "Write it the same way in all rows."
+    renames = propose_renames({name: one.files.total() for name, one in spellings.items()}, recipe.classes)
+    groups = [[best, *(old for old in renames if renames[old] == best)] for best in dict.fromkeys(renames.values())]
+    fix = SAME_WAY
     if key is not None:
-        pairs = ", ".join(f"{_in_yaml(name)}: {_in_yaml(best)}" for name in others)
-        fix = f"Write it the same way in all rows, or set {key}.rename: {{{pairs}}}. "
+        fix = f"{SAME_WAY.rstrip('.')}, or set {key}.rename: {write_renames(renames)}. "
         fix += f"If they are different classes, list both in {key}.labels."
-    return Problem(f"one class in several spellings: {listed}", key and f"{key}.labels", fix)
+    for group in groups:
+        listed = "; ".join(spellings[name].describe(name) for name in group)
+        what = f"one class in several spellings: {listed}"
+        problems.append(Problem(what, key and f"{key}.labels", fix if group is groups[-1] else None))
+    DataError.collect(problems)
+    return [*spellings]
 
 
 def _in_yaml(name: str) -> str:

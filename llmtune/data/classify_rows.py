@@ -12,7 +12,7 @@ from typing import TypeAlias, TypedDict
 from llmtune.data.rejected_rows import RowError, json_kind, nonempty_text, parse_cell, text_of
 from llmtune.data.row_hash import DECIMAL
 from llmtune.data.row_text import NearText, pair_text
-from llmtune.recipe.class_names import join_labels, spelling_key, tidy_name
+from llmtune.recipe.class_names import SAME_WAY, join_labels, spelling_key, tidy_name
 from llmtune.records import Row
 
 Label: TypeAlias = str | float | list[str]
@@ -112,7 +112,7 @@ def class_doubts(labels: Iterable[Label], kind: str = "auto") -> Iterator[tuple[
         spellings[TRUTH.get(name, whole)].add(name)
     for spelled in spellings.values():
         if len(spelled) > 1:
-            yield f"one class in several spellings: {_some(sorted(spelled))}", "Write it the same way in all rows."
+            yield f"one class in several spellings: {_some(sorted(spelled))}", SAME_WAY
 
 
 def _written_numbers(texts: Iterable[str]) -> list[str]:

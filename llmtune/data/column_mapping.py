@@ -176,6 +176,9 @@ RawRows = Sequence[Mapping[str, object]]
 TEXT_SHARE = 0.5
 MANY_ROWS = 8
 """Fewer rows do not show which values repeat."""
+IDENTIFIER = re.compile(r"(?=.*\d)[\w.:/@+=-]{4,}", re.ASCII)
+"""One word of letters and digits, such as an order number or a UUID."""
+IDENTIFIER_WORDS = frozenset(("id", "ids", "uuid", "guid"))
 RECORDING = re.compile(r"\.(wav|flac|mp3|ogg|opus)$", re.IGNORECASE)
 
 
@@ -253,7 +256,9 @@ def is_text(rows: RawRows, name: str) -> bool:
     """Whether a column has text that differs from row to row; numbers, dates, identifiers and files do not count."""
     values = [value for row in rows if isinstance(value := row.get(name), str) and value.strip()]
     is_file = names_recordings(rows, name) or names_pictures(rows, name)
-    if is_file or (len(values) > 2 and len(set(values)) == 1):
+    if is_file or (len(values) > 2 and len(set(values)) == 1) or name_words(name) & IDENTIFIER_WORDS:
+        return False
+    if sum(map(bool, map(IDENTIFIER.fullmatch, values))) > len(values) / 2:
         return False
     letters = [sum(sign.isalpha() or sign.isspace() for sign in value) / len(value) for value in values]
     return len(values) >= TEXT_SHARE * len(rows) and mean(letters) > TEXT_SHARE

@@ -10,7 +10,8 @@ from markupsafe import Markup
 from llmtune.display.blocks import Block, Cell, Column, Table, TableColumns, TableRows, Text
 from llmtune.display.number_format import count, score, share
 from llmtune.recipe.class_names import show_name
-from llmtune.records import Json
+from llmtune.recipe.gate_grammar import parse_gate
+from llmtune.records import FEWEST_ROWS, Json
 
 SHOWN_NAMES = 8
 """How many changed names a sentence lists."""
@@ -37,6 +38,15 @@ def name_changes_sentences(changes: Sequence[Mapping[str, Any]]) -> list[str]:
     for name in sorted(new & joined.keys()):
         sentences.append(f"{count(joined[name])} other rows have the class {show_name(name)}: they are one class now.")
     return sentences
+
+
+def warn_of_few_test_rows(gates: Sequence[str], counts: Mapping[str, int]) -> list[str]:
+    """Return a sentence if the test rows can hardly decide the gates on intervals."""
+    gate, rows = next((text for text in gates if parse_gate(text).part), None), counts.get("test", 0)
+    if gate is None or not 0 < rows < FEWEST_ROWS:
+        return []
+    text = f"{rows} test rows can hardly decide the gate {gate!r}: a difference is judged from {FEWEST_ROWS} rows on."
+    return [f"{text} Give more rows, or raise data.test."]
 
 
 def picture_blocks(facts: Json, thumbnails: Sequence[str] = ()) -> list[Block]:

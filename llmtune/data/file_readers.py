@@ -11,8 +11,9 @@ import csv
 import io
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,9 +31,11 @@ from llmtune.data.byte_streams import (
     wide_mark,
 )
 from llmtune.data.encoding_guess import guess_encoding
+from llmtune.data.excel_sheets import read_sheet
 from llmtune.data.message_fields import is_message
 from llmtune.data.object_store import RemoteFile, is_damage, reached
 from llmtune.data.rejected_rows import RawRow, RowError, json_kind
+from llmtune.data.table_header import DELIMITERS, LOOKED_AT, refuse_title, split_lines
 from llmtune.errors import DataError, write_origin
 from llmtune.records import Advance
 
@@ -101,14 +104,20 @@ def read_lazily(
     container: str,
     advance: Advance = lambda count: None,
     encoding: str | None = None,
+    sheet: str | None = None,
 ) -> Iterator[LazyRow]:
     """Yield the rows of a file; their origins begin with `name`, and lines of JSON are not parsed.
 
-    `encoding` is that of its text, if not UTF-8. Raises DataError if the file becomes unreadable at some point.
+    `encoding` is that of its text, if not UTF-8; `sheet` is that of a workbook, if not the first.
+    Raises DataError if the file becomes unreadable at some point.
     """
     with data_errors(name), reached(path.url) if isinstance(path, RemoteFile) else nullcontext():
         if container == "parquet":
             yield from read_parquet(path, name, advance)
+            return
+        if container == "excel":
+            with open_bytes(path, advance) as stream:
+                yield from read_sheet(stream, name, sheet)
             return
         try:
             yield from _read_text_file(path, name, container, advance, encoding)
@@ -129,6 +138,13 @@ def _read_text_file(
         if encoding is None:
             refuse_wide(stream, name)
         yield from READERS[container](stream, name)
+
+
+def read_delimiter(path: Path | RemoteFile) -> str:
+    """Return the delimiter of a CSV file in any encoding, by its first line."""
+    with open_bytes(path) as stream:
+        line = stream.readline(PEEKED_BYTES).replace(b"\0", b"")
+    return _find_delimiter(line.decode(errors="replace"))
 
 
 def mentions(path: Path, pattern: re.Pattern[bytes]) -> bool:
@@ -257,13 +273,13 @@ def _looks_like_lines(start: bytes) -> bool:
 
 def _read_csv(stream: ByteStream, name: str) -> Iterator[RawRow]:
     text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
-    header_line = text.readline(MAX_ROW_BYTES)
-    skipped = 0
-    if stated := _SEPARATOR_LINE.fullmatch(header_line):
-        header_line, skipped = text.readline(MAX_ROW_BYTES), 1
-    delimiter = stated[1] if stated else _find_delimiter(header_line)
     csv.field_size_limit(MAX_ROW_BYTES)
-    lines = csv.reader(_short_lines(header_line, text, name), delimiter=delimiter, strict=True)
+    first = [*islice(iter(lambda: text.readline(MAX_ROW_BYTES), ""), LOOKED_AT)]
+    stated = _SEPARATOR_LINE.fullmatch(first[0]) if first else None
+    skipped = 1 if stated else 0
+    refuse_title(split_lines(first[skipped:]), f"{name}:{1 + skipped}")
+    delimiter = stated[1] if stated else _find_delimiter(first[0] if first else "")
+    lines = csv.reader(_short_lines(first[skipped:], text, name), delimiter=delimiter, strict=True)
     try:
         header = _check_header(next(lines, []), name)
         line = lines.line_num + 1 + skipped
@@ -278,19 +294,16 @@ def _read_csv(stream: ByteStream, name: str) -> Iterator[RawRow]:
 
 def _find_delimiter(header_line: str) -> str:
     """Return the most frequent delimiter outside quotes."""
-    return max(",;\t|", key=_QUOTED.sub("", header_line).count)
+    return max(DELIMITERS, key=_QUOTED.sub("", header_line).count)
 
 
-def _short_lines(first: str, rest: io.TextIOWrapper, name: str) -> Iterator[str]:
+def _short_lines(first: Sequence[str], rest: io.TextIOWrapper, name: str) -> Iterator[str]:
     """Yield lines, each a row or part of one. Raises DataError for a line without an end."""
-    line, number = first, 1
-    while line:
+    for number, line in enumerate(chain(first, iter(lambda: rest.readline(MAX_ROW_BYTES), "")), 1):
         if len(line) >= MAX_ROW_BYTES:
             what = f"a line of more than {MAX_ROW_BYTES >> 20} MiB"
             raise DataError.of(what, f"{name}:{number}", "Check that it is CSV with one row per line.")
         yield line
-        line = rest.readline(MAX_ROW_BYTES)
-        number += 1
 
 
 def _check_header(header: list[str], name: str) -> list[str]:

@@ -37,7 +37,7 @@ from llmtune.data.row_kind import AUDIO, KINDS, LABELLED, MESSAGES, PAIRS, RowKi
 from llmtune.data.sources import LOOKED_AT, Input, find_files, local_input
 from llmtune.data.written_numbers import read_number
 from llmtune.errors import DataError, Problem
-from llmtune.recipe.data_section import Source
+from llmtune.recipe.data_section import BINARY, Source
 from llmtune.recipe.task_facts import TASK_FACTS
 from llmtune.records import Row
 
@@ -49,6 +49,7 @@ LANGUAGES = re.compile(
     "|deutsch|englisch|französisch|italienisch|spanisch|español|inglés|français|anglais|allemand|italiano|inglese"
 )
 """Codes and names of languages that name a column of a translation."""
+RATED = [name for name, facts in TASK_FACTS.items() if facts.rates_answers]
 MOST_CLASSES = 50
 LEAST_DELIMITERS = 2
 """A line of a table in a text file has at least so many."""
@@ -147,7 +148,7 @@ def _check_tables(inputs: Sequence[Input], rows: Sequence[Mapping[str, object]],
         if one.container == "text" and first and (cells := _count_cells(str(first[0]["text"]))):
             what = f"the file looks like a table: its lines have {cells} cells"
             problems.append(Problem(what, one.name, "End its name with .csv. A .txt file is read as one text."))
-        if one.container == "csv" and first and (value := _headerless(first)):
+        if one.container in ("csv", "excel") and first and (value := _headerless(first)):
             what = f"the first line is a row, not the names of the columns: {value!r} is a value of its column"
             problems.append(Problem(what, one.name, HEADER))
     DataError.collect(problems)
@@ -174,7 +175,7 @@ def _headerless(rows: Sequence[Mapping[str, object]]) -> str | None:
 
 def _with_encoding(one: Input) -> Source:
     """Return the source of a file with its encoding, if it is not UTF-8."""
-    if one.path is None or one.container == "parquet":
+    if one.path is None or one.container in BINARY:
         return one.source
     with data_errors(one.name):
         return one.source.model_copy(update={"encoding": guess_encoding(one.path)})
@@ -192,7 +193,7 @@ def _name_sources(path: str, inputs: Sequence[Input]) -> list[Source]:
 
 def _is_ascii(one: Input) -> bool:
     """Whether a file starts with ASCII only, so its encoding does not matter."""
-    if one.path is None or one.container == "parquet":
+    if one.path is None or one.container in BINARY:
         return True
     with open_bytes(one.path) as stream:
         return stream.read(GUESSED_BYTES).isascii()
@@ -217,6 +218,8 @@ def list_readings(survey: Survey, task: str | None = None, columns: Mapping[str,
         readings = list(_conversations(survey, columns, task or MESSAGES.tasks[0]))
     if not readings and not columns and not refusals(survey, task):  # known names count, even if values are bad
         readings = [_reading(survey, one, columns) for one, columns in _inferred(survey, task)]
+    if not readings and task is None and not refusals(survey):  # prompts without answers
+        readings = [_reading(survey, one, columns) for one in RATED if reads_rows(survey.first, one, columns, folder)]
     if task is None or kind_of_task(task) is LABELLED:
         readings = _with_classes(survey, readings, columns, task)
     readings = [reading for reading in readings if reading.rows]

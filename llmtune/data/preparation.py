@@ -24,7 +24,7 @@ from llmtune import __version__
 from llmtune.data.arrow_columns import number_column, replace_column
 from llmtune.data.class_spelling import list_changes, require_one_spelling, warn_of_idle_renames
 from llmtune.data.corpus import save_corpus
-from llmtune.data.data_notes import name_changes_sentences
+from llmtune.data.data_notes import name_changes_sentences, warn_of_few_test_rows
 from llmtune.data.deduplication import KEPT, drop_equal, drop_near, drop_shared_inputs
 from llmtune.data.file_survey import suspicions
 from llmtune.data.ingest import IngestState, ingest_rows
@@ -111,7 +111,7 @@ def prepare_rows(recipe: Recipe, folder: Path, console: Console, inputs: str | N
             spool.remove()
             raise
         spool.remove()
-    _print_rows(rows, account, notes, console)
+    _print_rows(rows, account, [*notes, *warn_of_few_test_rows(recipe.evaluate.gates, rows.counts)], console)
     read = (pair for split in rows.files for pair in iterate_rows(rows, split))
     for suspicion in suspicions(read) if not console.quiet else ():
         console.print(f"  {escape(suspicion)}", style="yellow", highlight=False, soft_wrap=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import lru_cache
 from typing import cast
@@ -202,7 +202,13 @@ def find_dropped(template: ChatTemplate, ids: Sequence[int], answer: str) -> str
 
 
 def check_tools(rows: Rows, processor: PreTrainedTokenizerBase, recipe: Recipe) -> None:
-    """Refuse a chat template that omits tool contents of the rows; the error names a fix.
+    """Refuse a chat template that omits tool contents of the rows. Raises as `refuse_lost_tools` does."""
+    texts = (text for split in rows.files for _, text in iterate_texts(rows, split))
+    refuse_lost_tools(texts, rows.rows_in, processor, recipe)
+
+
+def refuse_lost_tools(texts: Iterable[str], rows_in: int, processor: PreTrainedTokenizerBase, recipe: Recipe) -> None:
+    """Refuse a chat template that omits tool contents of rows, in JSON; the error names a fix.
 
     If no more rows are affected than `data.max_dropped` allows, they are left out one by one instead.
 
@@ -211,19 +217,18 @@ def check_tools(rows: Rows, processor: PreTrainedTokenizerBase, recipe: Recipe) 
     """
     if not TASK_FACTS[recipe.task].has_messages or not processor.chat_template:
         return
-    texts = (text for split in rows.files for _, text in iterate_texts(rows, split))
     used = Counter(_used_parts(json.loads(text)) for text in texts if any(key in text for key in KEYS))
     del used[()]
-    if used.total() <= recipe.data.max_dropped * rows.rows_in:
+    if used.total() <= recipe.data.max_dropped * rows_in:
         return
     template = read_template(processor, recipe)
     written = template.facts.calls.writes
     lost = {parts: count for parts, count in used.items() if not written.issuperset(parts)}
     count = sum(lost.values())
-    if count <= recipe.data.max_dropped * rows.rows_in:
+    if count <= recipe.data.max_dropped * rows_in:
         return
     left_out = [part for part in dict.fromkeys(part for parts in lost for part in parts) if part not in written]
-    what = f"the chat template leaves out {', '.join(left_out)}, which {count:,} of {rows.rows_in:,} rows have"
+    what = f"the chat template leaves out {', '.join(left_out)}, which {count:,} of {rows_in:,} rows have"
     switch = _find_switch(template, {part for parts in used for part in parts})
     other = " (`builtin:chatml` is one)" if CHATML in template.text() else ""
     fix = f"Set model.chat_template_kwargs: {switch}." if switch else f"{OTHER}{other}, or a model whose template does."

@@ -33,7 +33,8 @@ from llmtune.store.atomic_files import hash_lines, hash_recording, read_once
 
 IN_FOLDERS = tuple(ending for ending in DATA_ENDINGS if ending != ".md")
 """File patterns taken from a folder: its README is no data."""
-CONTAINERS = ("jsonl", "json", "csv", "parquet", "text")
+CONTAINERS = ("jsonl", "json", "csv", "parquet", "excel", "text")
+SPREADSHEETS = (".xls", ".xlsb", ".ods", ".numbers")
 METADATA = "metadata"
 """Stem of the metadata file of a folder of recordings; other files there are no rows."""
 FileT = TypeVar("FileT", Path, RemoteFile)
@@ -67,7 +68,7 @@ class Input:
         """Read it from the start, with lines of JSON unparsed; `advance` gets the number of bytes read."""
         if self.path is None:
             return iter(hub.read_hub(self.name.removeprefix(hub.HUB), self.source))
-        return read_lazily(self.path, self.name, self.container, advance, self.source.encoding)
+        return read_lazily(self.path, self.name, self.container, advance, self.source.encoding, self.source.config)
 
     @property
     def size(self) -> int:
@@ -246,7 +247,7 @@ def _builtin_path(name: str, key: str) -> Path:
 def _files_in(folder: Path, key: str) -> list[Path]:
     with _walked(key, str(folder)):
         names = sorted(walk_files(folder))
-    hidden = (".", "_")
+    hidden = (".", "_", "~$")  # Excel keeps a file of the last name while a workbook is open
     names = [path for path in names if not any(part.startswith(hidden) for part in path.relative_to(folder).parts)]
     if (folder / "dataset_info.json").is_file() or (folder / "dataset_dict.json").is_file():
         fix = "Write it as Parquet (`dataset.to_parquet(...)`) and give that file."
@@ -292,6 +293,8 @@ def _missing_hint(path: Path) -> str:
     parent = path.parent
     while not parent.is_dir():
         path, parent = parent, parent.parent
+    if (script := parent / f"make_{path.name.split('.')[0].replace('-', '_')}.py").is_file():
+        return f"A script makes it: python {written_path(str(script))}"
     names = sorted(entry.name for entry in parent.iterdir()) if os.access(parent, os.R_OK) else []
     return f"Looked in {parent}.{nearest(path.name, names)}"
 
@@ -303,6 +306,7 @@ def _container(path: PurePath, source: Source, key: str) -> str:
         return source.format
     if ending is None:
         fix = f"Set `format:` to one of {', '.join(CONTAINERS)}; known endings are {', '.join(DATA_ENDINGS)}."
+        fix = "Save it as CSV UTF-8, or as .xlsx." if data_ending(path) in SPREADSHEETS else fix
         raise DataError.of(f"the ending {data_ending(path)!r} does not show the file type", f"{key}: {path}", fix)
     return ending
 
@@ -376,8 +380,8 @@ def _hash_source(source: Source, data: DataSection, key: str, task: str) -> Iter
         assert isinstance(one.path, Path)
         digest, lines = read_once(one.path, hash_lines)
         yield SourceFile(source.path, one.path.name, one.path, "sha256", digest, lines)
-        names_media = TASK_FACTS[task].takes_audio or (kind_of_task(task) is MESSAGES and mentions(one.path, SIGNS))
-        if names_media and (detected := _detect(one, data, task, [])):
+        shows = kind_of_task(task) is MESSAGES and (one.container == "excel" or mentions(one.path, SIGNS))
+        if (TASK_FACTS[task].takes_audio or shows) and (detected := _detect(one, data, task, [])):
             yield from _hash_media(detected, one.path, task)
 
 

@@ -154,7 +154,7 @@ def make_inputs(
             grown = choice_trees([questions[i] for i in saying], choices, task, processor, recipe)
             trees = {i: tree for i, tree in zip(saying, grown, strict=True) if tree is not None}
         notes[CHOICE_METRIC + ".choices"] = describe_choices(choices, references, saying, trees)
-    inputs = {i: [turn.question for turn in turns[i]] or [questions[i]] for i in answered} if generates else {}
+    inputs = {i: [turn.question for turn in turns[i]] or [questions[i]] for i in answered if generates}
     asked = {i: [task.prompt(row, processor, recipe) for row in before] for i, before in inputs.items()}
     sampled = {i: tuple(each[-1].ids) for i, each in asked.items()} if rated else None
     groups = [group for at, group in enumerate(iterate_groups(rows, split)) if at in kept]
@@ -253,7 +253,8 @@ def cluster_rows(
 
     for row, contents in enumerate(pictures):
         sampled = [prompts[row]] if prompts and row in prompts else []
-        for key in [*groups[row : row + 1], *(contents - everywhere or contents), *sampled]:
+        keys: list[str | int | tuple[int, ...]] = [*groups[row : row + 1], *(contents - everywhere or contents)]
+        for key in [*keys, *sampled]:
             joined[find_first(row)] = find_first(first.setdefault(key, row))
     numbers = {root: number for number, root in enumerate(dict.fromkeys(map(find_first, joined)))}
     return tuple(numbers[find_first(row)] for row in joined) if len(numbers) < len(joined) else ()

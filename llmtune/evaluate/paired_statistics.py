@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -51,9 +52,9 @@ METHOD = (
     f"95 %, from {RESAMPLES} draws of weights for the rows (or groups, by data.split_by, a shared picture, or a prompt "
     "that is sampled) and for a pseudo-row at either end of the metric's range (Gaffke's bound; shares of right rows: "
     "Clopper and Pearson's interval) with the mean size of groups, weighted by size (Kish's effective number of "
-    "groups, also for Student's t); metrics without a range: pseudo-rows outside of the seen range, at least Student's t, none "
-    f"for a difference below {FEWEST_UNBOUNDED} rows or a score below {FEWEST_UNSEEN}; other levels: ends moved as the "
-    "quantiles of Student's t; p: the level whose interval ends at zero"
+    "groups, also for Student's t); metrics without a range: pseudo-rows outside of the seen range, at least "
+    f"Student's t, none for a difference below {FEWEST_UNBOUNDED} rows or a score below {FEWEST_UNSEEN}; other levels: "
+    "ends moved as the quantiles of Student's t; p: the level whose interval ends at zero"
 )
 
 
@@ -86,7 +87,7 @@ def difference(
         base_U, tuned_U = pseudo_values(base_NK, formula), pseudo_values(tuned_NK, formula)
         reach = float(np.ptp(np.concatenate([base_U, tuned_U])))
         unchanged = int((base_NK == tuned_NK).all(1).sum())
-        options = {"resamples": resamples, "effective": count_groups(clusters)[1]}
+        options: dict[str, Any] = {"resamples": resamples, "effective": count_groups(clusters)[1]}
         interval = learn(tuned_U - base_U, seed, reach=reach, unchanged=unchanged, **options)
         other = learn(base_U, seed, **options)
     else:

@@ -40,7 +40,7 @@ from llmtune.model.config import read_model_config, why_headless
 from llmtune.model.device import compute_context, resolve_dtype
 from llmtune.model.layer_requests import own_passes
 from llmtune.model.memory_plan import check_context
-from llmtune.model.teacher_files import KEY, check_tokenizers, teacher_run
+from llmtune.model.teacher_files import KEY, check_tokenizers, other_classes, teacher_run
 from llmtune.model.teacher_loss import BinRecorder
 from llmtune.model.tensor_parallel import is_split
 from llmtune.recipe.reinforce_section import ReinforceSection
@@ -55,7 +55,6 @@ RECORD = "teacher.json"
 BLOCK = 256
 """Examples in a file: a killed recording loses at most the work on one."""
 HASH_BYTES = 32
-SHOWN_LABELS = 10
 LEARNED = ("train", "validation")
 """Splits whose predictions are recorded."""
 Records = npt.NDArray[np.void]
@@ -121,9 +120,7 @@ def check_teacher(teacher: PlannedModel, student: PlannedModel, rows: Rows, long
         raise RecipeError.of(f"{what}, so the student cannot learn it", KEY, "Remove distil, or name another teacher.")
     labels = [task.output_labels(recipe) for recipe in (there, here)]
     if labels[0] != labels[1]:
-        shown = " and ".join(", ".join(names[:SHOWN_LABELS]) for names in labels)
-        what = f"{name} has other classes than the student, or another order: {shown}"
-        raise RecipeError.of(what, KEY, "Train the teacher on the same classes, or list them in its order.")
+        raise other_classes(name, *labels)
     if teacher_run(here) is None and (headless := why_headless(teacher.model_ref, there, task)):
         raise RecipeError.of(f"{name} cannot teach: {headless}", KEY, "Name a trained run.")
     check_tokenizers(student.processor, teacher.processor, rows, name)

@@ -7,16 +7,19 @@ import os
 import re
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llmtune.errors import EnvironmentProblem, LlmtuneError, Problem, nearest
+from llmtune.errors import EnvironmentProblem, LlmtuneError, Problem, RecipeError, nearest
 from llmtune.model.catalogue import candidate_names
 from llmtune.recipe.builtin import read_starter
 from llmtune.recipe.extras import find_missing_extras
 from llmtune.recipe.loader import LoadedRecipe
+from llmtune.recipe.task_facts import TASK_FACTS
+from llmtune.records import ModelRef
 
 if TYPE_CHECKING:
     from llmtune.data.sources import Detected
@@ -89,10 +92,11 @@ def _try_machine(loaded: LoadedRecipe, trains: bool) -> None:
     EnvironmentProblem.collect([*packages, *_missing(loaded)])
 
 
-def try_recipe_rows(loaded: LoadedRecipe, detected: Sequence[Detected], *, split_up_to: int = FEW_ROWS) -> None:
+def try_recipe_rows(loaded: LoadedRecipe, detected: Sequence[Detected], *, split_up_to: int = FEW_ROWS) -> list[str]:
     """Refuse data that `prepare` would refuse: check all rows of small files, and the first rows of large ones.
 
-    Up to `split_up_to` rows are also deduplicated and split. Labels are checked as for training.
+    Up to `split_up_to` rows are also deduplicated and split. Labels are checked as for training. Return a warning if
+    the test rows are too few.
 
     Raises:
         DataError: too many rows or passages are bad, no row is left for a split, a column is missing, or labels are
@@ -115,19 +119,67 @@ def try_recipe_rows(loaded: LoadedRecipe, detected: Sequence[Detected], *, split
         check_rewarded_rows(recipe, zip((row.origin for row in tried.good), full, strict=True))
     if any(one.row_format.labels for one in detected):
         require_one_spelling(((row.origin, json.loads(row.row)) for row in tried.good), recipe)
+    _try_template(recipe, [row.row for row in tried.good])
     sources = {id(source) for _, place, source in recipe.data.named_sources() if place != "corpus"}
     if not tried.whole or {id(one.input.source) for one in detected} != sources:
-        return
+        return []
+    notes = []
     if len(tried.good) <= split_up_to or tried.different <= FEW_GROUPS:
         from rich.console import Console
 
+        from llmtune.data.data_notes import warn_of_few_test_rows
         from llmtune.data.preparation import prepare_rows  # takes half a second to import
 
         alone = recipe.model_copy(update={"data": recipe.data.model_copy(update={"corpus": None})})
         with tempfile.TemporaryDirectory() as folder:
-            prepare_rows(alone, Path(folder) / "rows", Console(quiet=True))
+            rows = prepare_rows(alone, Path(folder) / "rows", Console(quiet=True))
+            notes = warn_of_few_test_rows(recipe.evaluate.gates, rows.counts)
     if check := LABEL_CHECKS.get(recipe.task):
         check(recipe, [kind_of_task(recipe.task).label(json.loads(row.row)) for row in tried.good])
+    if recipe.distil:
+        _try_teacher(recipe, [row.row for row in tried.good])
+    return notes
+
+
+def _try_template(recipe: Recipe, texts: Sequence[str]) -> None:
+    """Refuse a chat template that leaves out tools of rows, if the model needs no download."""
+    name = recipe.model.name or ""
+    if not (TASK_FACTS[recipe.task].has_messages and any("tool" in text for text in texts)):
+        return
+    from rich.console import Console
+
+    from llmtune.model.builtin_models import resolve_builtin
+    from llmtune.model.cached_models import find_local_model
+
+    folder = find_local_model(name, recipe.model.revision)
+    if name.startswith("builtin:"):
+        with suppress(EnvironmentProblem):  # its package is not installed
+            folder = resolve_builtin(name.removeprefix("builtin:"), Console(quiet=True))
+    if folder is not None:
+        from llmtune.data.rendering_check import refuse_lost_tools  # late: imports transformers
+        from llmtune.model.processor import load_processor
+
+        processor = load_processor(ModelRef(name, folder, None, ""), recipe.model, recipe.data.system_prompt)
+        refuse_lost_tools(texts, len(texts), processor, recipe)
+
+
+def _try_teacher(recipe: Recipe, texts: Sequence[str]) -> None:
+    """Refuse a teacher's run for another task, or whose classes are not those of the rows; `select` checks the rest."""
+    from llmtune.data.row_kind import names_in
+    from llmtune.model.teacher_files import KEY, other_classes, teacher_run  # late: imports transformers
+    from llmtune.store.run_folder import read_run, recipe_of_run
+
+    if (folder := teacher_run(recipe)) is None:
+        return
+    run = read_run(folder)
+    teacher = recipe_of_run(run).recipe
+    if teacher.task != recipe.task:
+        what = f"{folder} is a model for task {teacher.task}, but the student is for {recipe.task}"
+        raise RecipeError.of(what, KEY, f"Name a model for task {recipe.task}.")
+    names = recipe.classes or sorted({name for text in texts for name in names_in(json.loads(text))})
+    theirs = tuple(run.facts("encode").get("classes") or ()) or teacher.classes
+    if theirs and (theirs != names if recipe.classes else {*theirs} != {*names}):
+        raise other_classes(str(folder), theirs, names)
 
 
 def missing_trackers(recipe: Recipe) -> Iterator[Problem]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import constants
+from huggingface_hub import constants, try_to_load_from_cache
 
 from llmtune.model.builtin_models import PACKAGED, packaged_folder
 from llmtune.store.atomic_files import read_json
@@ -24,6 +25,15 @@ class CachedModel:
     bytes: int
     missing: str | None
     """What an interrupted download did not bring; None if the model is complete."""
+
+
+def find_local_model(name: str, revision: str = "main") -> Path | None:
+    """Return the folder of a model that needs no download: its own, or a snapshot in the hub's cache."""
+    if (folder := Path(name).expanduser()).is_dir():
+        return folder
+    is_hub_name = re.fullmatch(r"[\w.-]+/[\w.-]+", name)
+    file = try_to_load_from_cache(name, "config.json", revision=revision) if is_hub_name else None
+    return Path(file).parent if isinstance(file, str) else None
 
 
 def list_cached_models() -> list[CachedModel]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -22,6 +23,7 @@ from llmtune.store.run_lock import LOCK, Pins, check_pin, read_pins
 
 KEY = "distil.teacher"
 PROBED_ROWS = 64
+SHOWN_LABELS = 10
 
 
 def teacher_run(recipe: Recipe) -> Path | None:
@@ -72,6 +74,13 @@ def plan_teacher(recipe: Recipe, console: Console, offline: bool) -> tuple[Recip
     assert model_ref is not None, "the recipe has a teacher"
     model = recipe.model.model_copy(update={"name": model_ref.name, "revision": "main"})
     return recipe.model_copy(update={"model": model, "adapter": AdapterSection()}), model_ref
+
+
+def other_classes(name: str, theirs: Sequence[str], ours: Sequence[str]) -> LlmtuneError:
+    """Return the error of a teacher whose classes are not the student's."""
+    shown = " and ".join(", ".join(names[:SHOWN_LABELS]) for names in (theirs, ours))
+    what = f"{name} has other classes than the student, or another order: {shown}"
+    return RecipeError.of(what, KEY, "Train the teacher on the same classes, or list them in its order.")
 
 
 def teacher_inputs(recipe: Recipe, examples: Examples, teacher: ModelRef | None) -> str | None:

@@ -11,6 +11,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator, Field
 
+SAME_WAY = "Write it the same way in all rows."
 OUTSIDE = "O"
 """The tag of a word outside entities."""
 INVISIBLE = str.maketrans(dict.fromkeys("\u00ad\u200b\u200e\u200f\u2060\ufeff"))

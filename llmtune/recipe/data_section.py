@@ -35,7 +35,7 @@ ENCODING_KEYS = (
     *("reasoning", "special_tokens_in_text", "unknown_tokens", "system_prompt", "negatives"),
 )
 """Keys that affect encoded examples but not rows."""
-Container = Literal["jsonl", "json", "csv", "parquet"]
+Container = Literal["jsonl", "json", "csv", "parquet", "excel"]
 MessageRole = Literal["system", "user", "assistant", "tool"]
 DATA_ENDINGS: Mapping[str, str] = {
     ".jsonl": "jsonl",
@@ -44,11 +44,15 @@ DATA_ENDINGS: Mapping[str, str] = {
     ".csv": "csv",
     ".tsv": "csv",
     ".parquet": "parquet",
+    ".xlsx": "excel",
+    ".xlsm": "excel",
     ".txt": "text",
     ".text": "text",
     ".md": "text",
 }
 """Reader of a file, by file extension."""
+BINARY = ("parquet", "excel")
+"""Readers of files that state no encoding."""
 PACKED = (".gz", ".zst", ".zstd")
 if TYPE_CHECKING:
     Format = str
@@ -68,15 +72,16 @@ class Source(RecipeSection):
     """A file, a glob, a folder, a URL (`s3://`, `gs://`, `https://`), `hub:NAME` or `builtin:NAME`. Relative to the
     recipe file that sets it."""
     config: NonEmpty | None = None
-    """Configuration of a hub data set. Default none: the data set's default."""
+    """Configuration of a hub data set, or sheet of an Excel workbook. Default none: the data set's default; the first
+    sheet."""
     split: NonEmpty | None = None
     """Split of a hub data set. Default none: `train`, or the only split."""
     revision: NonEmpty | None = None
     """Branch, tag or commit of a hub data set. Default none: the newest commit. The lock file detects changes; name a
     commit to pin it."""
     format: Format | None = None
-    """File format (`jsonl`, `json`, `csv`, `parquet`, `text`) or row format (such as `messages` or `text-label`,
-    depending on the task). Default none: detected from the file."""
+    """File format (`jsonl`, `json`, `csv`, `parquet`, `excel`, `text`) or row format (such as `messages` or
+    `text-label`, depending on the task). Default none: detected from the file."""
     columns: dict[str, str] = Field(default={})
     """Column mapping. The left side is llmtune's name. The right side is the file's column, a nested key such as
     `thread.messages`, or a template such as `"{subject}\\n\\n{body}"`. Default none: `data.columns`."""
@@ -103,7 +108,10 @@ class Source(RecipeSection):
             diagnostics.add(f"{key}.path", what, fix)
         if kind != "hub":
             fix = "Remove it, or name a hub data set."
-            hub_keys = ("config", "split", "revision")
+            reader = self.format if self.format in BINARY else DATA_ENDINGS.get(data_ending(PurePath(self.path)))
+            if reader in BINARY and self.encoding is not None:
+                diagnostics.no_effect(f"{key}.encoding", f"for {reader} files", "Remove it.", f"{key}.path")
+            hub_keys = ("split", "revision", *(("config",) if reader != "excel" else ()))
             diagnostics.none_has_effect(self, key, hub_keys, "except for hub:NAME", fix, f"{key}.path")
         elif self.format in get_args(Container):
             fix = "Remove it, or name a row format."

@@ -11,6 +11,7 @@ from llmtune.recipe.task_facts import TASK_FACTS
 
 EXTRAS = {
     "benchmarks": ("lm_eval",),
+    "excel": ("openpyxl",),
     "images": ("PIL", "torchvision"),
     "judge": ("openai",),
     "labels": ("cleanlab",),

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from llmtune.recipe.model_kind import MASKED, SEQ2SEQ
 from llmtune.recipe.task_variant import TaskVariant
+from llmtune.recipe.undecided import UNDECIDED
 from llmtune.records import Row
 
 TRANSLATORS = {
@@ -59,10 +60,18 @@ def _for_translators(rows: Sequence[Row], model_class: str) -> FirstSettings:
     return FirstSettings(lines=next((lines for name, lines in TRANSLATORS.items() if re.search(name, model_class)), ()))
 
 
+def _for_prompts(rows: Sequence[Row], model_class: str) -> FirstSettings:
+    if rows[0]["messages"][-1]["role"] == "assistant":
+        return FirstSettings()
+    own = "{rewards.py:FUNCTION: 1.0}, your own function: the rows have no reference answers"
+    return FirstSettings(lines=(f"rewards: {UNDECIDED}  # {own}",))
+
+
 FIRST_SETTINGS: Mapping[str, Callable[[Sequence[Row], str], FirstSettings]] = {
     "embed": _for_scores,
     "preference": _for_thumbs,
     "completion": _for_masks,
     "translate": _for_translators,
+    "reinforce": _for_prompts,
 }
 """By task, the function of canonical rows and the model's class (empty if unknown) for the recipe of `llmtune init`."""

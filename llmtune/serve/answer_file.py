@@ -27,6 +27,7 @@ from llmtune.display.console import progress_bars
 from llmtune.errors import DataError, RecipeError
 from llmtune.evaluate.generation import answer_reader, generate_completions
 from llmtune.model.device import pick_device
+from llmtune.recipe.data_section import BINARY
 from llmtune.records import Json, Prompt, Row
 from llmtune.serve.finished_run import FinishedRun
 from llmtune.serve.served_model import Predicted, ServedModel
@@ -114,7 +115,7 @@ def _save_vectors(output: Path, vectors: Sequence[list[float] | None]) -> None:
 
 def _read_raw_rows(rows: Path, run: FinishedRun) -> list[RawRow]:
     source = local_input(rows)
-    if source.container != "parquet" and (encoding := guess_encoding(rows)):
+    if source.container not in BINARY and (encoding := guess_encoding(rows)):
         run.console.print(f"{rows} is read as {encoding}", markup=False, highlight=False)
         source = replace(source, source=source.source.model_copy(update={"encoding": encoding}))
     if source.container == "text" and run.task.model_kind.answer_column == "vectors":

@@ -35,7 +35,6 @@ PUT_ASIDE = {"other-*": "checkpoints of other rows or settings", "damaged-*": "d
 """Descriptions of checkpoints that no training resumes from, by pattern."""
 _STEP = re.compile(r"step-([1-9][0-9]*)")
 _WRITER = re.compile(r"\.(\d+)\.tmp$")
-_PACKAGED = re.compile(r"builtin:([\w.-]+)")
 
 
 @dataclass(frozen=True)
@@ -97,16 +96,17 @@ def clean_run(folder: Path, *, dry_run: bool) -> Cleaning:
     return cleaning
 
 
-def clean_all(*, keep_releases: int | None, keep_models: Collection[str], dry_run: bool) -> Cleaning:
-    """Clean all runs in `runs/`, and remove packaged models in llmtune's cache that none of them uses.
+def clean_all(*, keep_releases: int | None, keep_models: Collection[str] | None, dry_run: bool) -> Cleaning:
+    """Clean all runs in `runs/`, the releases, and llmtune's cache.
 
-    `keep_models` names folders of the cache that stay. `keep_releases` is the number of releases that each name keeps,
-    besides the current one; None keeps all.
+    `keep_models` names packaged models in the cache that stay; None keeps all, because runs of other folders share the
+    cache. `keep_releases` is the number of releases that each name keeps, besides the current one; None keeps all.
     """
     cleaning = Cleaning(dry_run=dry_run)
     for folder in _list_folders():
         _clean_runs_below(folder, cleaning)
-    _find_unused_models(cleaning, keep_models)
+    if keep_models is not None:
+        _find_models(cleaning, keep_models)
     cleaning.remove()
     _clean_releases(cleaning, keep_releases)
     return cleaning
@@ -220,34 +220,16 @@ def _is_being_written(path: Path) -> bool:
         return True
 
 
-def _find_unused_models(cleaning: Cleaning, kept: Collection[str]) -> None:
-    """Add packaged models in the cache that no run in `runs/` names, without those in `kept`."""
-    used: set[str] = set()
-    for file in _find_in_runs(LOCK):
-        lock = read_json(file)
-        models = [lock.get(key) for key in ("model", "miner", "teacher")] if isinstance(lock, dict) else []
-        used |= {Path(model["folder"]).name for model in models if isinstance(model, dict) and "folder" in model}
-    names = {
-        name
-        for file in _find_in_runs("recipe.yaml")
-        for name in _PACKAGED.findall(_read_folder(file))
-        if not _locked(file)
-    }
+def _find_models(cleaning: Cleaning, kept: Collection[str]) -> None:
+    """Add the packaged models in the cache, without those in `kept`."""
     for path in sorted((find_cache() / MODELS).glob("*")):
-        if not path.is_dir() or path.name in {*used, *kept}:
-            continue
-        if not any(path.name.startswith(f"{name}-") for name in names):
-            reason = "packaged model that no run in runs/ uses; it can be converted from its package again"
-            cleaning.add(path, reason, find_cache())
+        if path.is_dir() and path.name not in kept:
+            cleaning.add(path, "packaged model; its next use converts it again from its package", find_cache())
 
 
 def _read_folder(file: Path) -> str:
     with explained(file):
         return file.read_text("utf-8", errors="replace")
-
-
-def _locked(recipe: Path) -> bool:
-    return recipe.with_name(LOCK).is_file()
 
 
 def _find_old_releases(name: str, cleaning: Cleaning, keep: int) -> None:

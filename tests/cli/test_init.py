@@ -2,6 +2,7 @@
 
 import codecs
 import csv
+import hashlib
 import json
 import os
 import pty
@@ -28,6 +29,7 @@ from llmtune.recipe.loader import load_recipe
 from llmtune.recipe.model_kind import PROPOSED_MODELS
 from llmtune.records import SPLITS, Rows
 from llmtune.store import machine
+from llmtune.store.process_environment import OFFLINE
 from llmtune.tasks.class_labels import REGRESSION_METRICS, choose_label_metrics
 
 TICKETS = [(str(i), f"Order {i} late", f"Where is parcel number {i}?", f"It comes in {i} days.") for i in range(40)]
@@ -62,7 +64,7 @@ def test_a_ticket_file_gives_a_valid_recipe_and_the_next_command() -> None:
     recipe = load_recipe("tickets.yaml").recipe
     assert recipe.task == "chat"
     assert recipe.data.columns == {"prompt": "{subject}\n\n{body}", "completion": "answer"}
-    assert (recipe.data.max_length, recipe.generation.max_new_tokens, recipe.data.test) == (128, 16, 0.3)
+    assert (recipe.data.max_length, recipe.generation.max_new_tokens, recipe.data.test) == (128, 16, 0.5)
     assert not recipe.train.model_fields_set
     assert json.loads(Path("recipe.schema.json").read_text())["title"] == "llmtune recipe"
     assert invoke("recipes", "check", "tickets.yaml").exit_code == 0
@@ -402,9 +404,25 @@ def test_columns_mapped_by_the_user_are_used() -> None:
     done = init("desk.csv", "--columns", "prompt={a} {c},completion=b")
     assert done.exit_code == 0, done.stderr
     assert load_recipe("desk.yaml").recipe.data.columns == {"prompt": "{a} {c}", "completion": "b"}
-    for given, code, words in (("prompt=d", 3, "column 'd' not found"), ("prompt", 2, "Write OURS=THEIRS")):
+    refusals = {"prompt=d": (3, "column 'd' not found"), "prompt": (2, "Write OURS=THEIRS")}
+    refusals["prompt=a, prompt=b"] = (2, "'prompt' is given twice")
+    for given, (code, words) in refusals.items():
         refused = init("desk.csv", "--columns", given, "--out", "other.yaml")
         assert (refused.exit_code, words in refused.stderr) == (code, True), refused.stderr
+
+
+def random_id(i: int) -> str:
+    return hashlib.sha256(str(i).encode()).hexdigest()[:24]
+
+
+@pytest.mark.parametrize("task", [(), ("--task", "chat"), ("--task", "completion"), ("--task", "embed")])
+@pytest.mark.parametrize("names", [("id", "request_id"), ("ticket", "answer_id"), ("trace", "our reply")])
+def test_a_column_of_identifiers_is_never_an_answer(names: tuple[str, str], task: tuple[str, ...]) -> None:
+    message = {"message": {"role": "assistant", "content": "Hello."}}
+    rows = [{names[0]: f"chatcmpl-{random_id(i)}", names[1]: f"req_{random_id(-i)}"} for i in range(1, 41)]
+    write_lines("stored.jsonl", [{**row, "choices": [message]} for row in rows])
+    done = init("stored.jsonl", *task)
+    assert (done.exit_code, Path("stored.yaml").exists()) == (3, False), done.stdout
 
 
 def test_columns_and_roles_of_a_recipe_are_checked() -> None:
@@ -528,7 +546,7 @@ def test_in_a_terminal_init_asks_for_the_task_and_the_label() -> None:
     os.close(ours)
     os.close(theirs)
     assert process.returncode == 0, printed
-    assert "unknown column 'Stunden'" in printed
+    assert "unknown: 'Stunden'" in printed
     assert "label is 'Priorität'; not used: Team (4 classes" in printed
     recipe = load_recipe("desk.yaml").recipe
     assert recipe.data.columns == {"text": "{Betreff}\n\n{Text}", "label": "Priorität"}
@@ -567,7 +585,8 @@ def test_a_gpu_gets_a_model_by_its_memory(mebibytes: int, proposed: str, monkeyp
     program.write_text(f"#!/bin/sh\necho 'Some card, {mebibytes}, 8.9'\n")
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{program.parent.resolve()}{os.pathsep}{os.environ['PATH']}")
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    for name in ("CUDA_VISIBLE_DEVICES", *OFFLINE):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(machine, "torch_cuda", lambda: "13.0")  # as in a build of torch for CUDA
     write("tickets.csv", "id,subject,body,answer", TICKETS)
     assert init().exit_code == 0
@@ -655,7 +674,7 @@ def test_a_text_with_tabs_is_no_table() -> None:
 
 
 def test_what_has_to_be_fixed_is_the_next_step() -> None:
-    write("tickets.csv", "text,label", [(f"Ticket {i}", ("Team A", "team a", "Other")[i % 3]) for i in range(60)])
+    write("tickets.csv", "question,answer", [("Where is it?", "It is here.")] * 60)
     done = init("tickets.csv")
     assert "next: fix the problems above, in the rows or in tickets.yaml; then llmtune run" in done.stdout
     assert json.loads(init("tickets.csv", "--json", "--out", "other.yaml").stdout)["ready"] is False

@@ -62,6 +62,7 @@ def test_rows_with_pictures_get_a_recipe_that_reads_them(form, tmp_path):
     assert recipe.task == "chat"
     assert recipe.model.name in [model for _, model in PROPOSED_MODELS["image-text"].hub]
     assert recipe.data.max_length >= 1280
+    assert [gate.partition(" > ")[2] for gate in recipe.evaluate.gates] == ["base", "blind"]
     assert invoke("recipes", "check", "dots.yaml").exit_code == 0
     rows = prepare_rows(recipe, tmp_path / "rows", Console(quiet=True))
     pairs = [row for split in rows.files for _, row in iterate_rows(rows, split)]

@@ -89,6 +89,8 @@ def test_invalid_learning_rates_are_refused(text: str) -> None:
     with pytest.raises(RecipeError, match="METHOD=NUMBER"):
         read_rates([text], ("full", "lora"))
     assert read_rates(["full=2e-5"], ("full", "lora")) == {"full": 2e-5}
+    with pytest.raises(RecipeError, match="'full' is given twice"):
+        read_rates(["full=2e-5", "full=1e-5"], ("full", "lora"))
 
 
 def test_a_learning_rate_out_of_range_is_refused(place: Path) -> None:

@@ -228,6 +228,7 @@ def test_rows_that_cannot_tell_right_from_wrong_are_refused(
         (["online.py:mine", "--rows", "sums.jsonl"], 2, "or give --network"),
         (["exact_match", "--rows", "sums.jsonl", "--answer-form", "answer"], 2, "has no place for the answer"),
         (["slow.py:mine", "--rows", "sums.jsonl", "--seconds", "0.5"], 2, "mine: it took more than 0.5 s"),
+        (["exact_match=2", "exact_match=0.5", "--rows", "sums.jsonl"], 2, "'exact_match' is given twice"),
         (["online.py:mine", "--rows", "sums.jsonl"], 2, "mine: it used the network"),
     ],
 )

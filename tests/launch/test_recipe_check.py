@@ -8,7 +8,10 @@ from pathlib import Path
 
 import pytest
 from junitparser.xunit2 import JUnitXml
+from support.conversation_table import SHAPES, tools_of
+from support.models import build_llama
 from support.runs import invoke, write_recipe
+from support.templates import CHATML, HERMES
 
 PIPELINE = importlib.import_module("llmtune.pipeline")
 
@@ -198,3 +201,18 @@ def test_rows_without_what_a_reward_needs_are_refused_by_its_name(
     kept = {"rewards": {"own.py:right": 1.0}}
     write_recipe(here / "mine.yaml", "owner/model", "rows.jsonl", **sections, reinforce=kept)
     assert invoke(*command, "mine.yaml").exit_code == (0 if command == LIGHT else 4)  # a run has no such model
+
+
+@pytest.mark.parametrize(("template", "words"), [(CHATML, "leaves out tools, calls of tools"), (HERMES, "")])
+def test_a_template_that_leaves_out_tools_of_rows_is_refused_by_check_and_init(
+    here: Path, template: str, words: str
+) -> None:
+    model = build_llama(here / "model", template)
+    asked = [[{"role": "user", "content": f"And on day {i}?"}, *SHAPES["call"][1:]] for i in range(30)]
+    weather = [{"messages": messages, "tools": tools_of("call")} for messages in asked]
+    (here / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in weather))
+    written = invoke("init", "rows.jsonl", "--model", model, "--out", "mine.yaml")
+    checked = invoke("recipes", "check", "mine.yaml")
+    for done in (written, checked):
+        assert words in " ".join(done.stderr.split()), done.stderr
+    assert (checked.exit_code, "fix the problems" in written.stdout) == ((4, True) if words else (0, False))

@@ -124,6 +124,7 @@ def test_models_are_chosen_by_task_licence_and_language_with_a_reason_against_ea
         (("fits", "--device", "h1000"), "Did you mean 'h100'?"),
         (("fits", "--device", "cpu", "--price", "h100=2"), "have no effect without --recipe"),
         (("fits", "--recipe", "quickstart", "--price", "h100=much"), "'h100=much' is not a price"),
+        (("fits", "--recipe", "quickstart", "--price", "t4=1", "--price", "t4=2"), "'t4' is given twice"),
     ],
 )
 def test_unknown_values_are_refused_with_the_known_ones(words: tuple[str, ...], said: str):

@@ -151,20 +151,15 @@ def test_all_includes_runs_of_comparisons_and_names_a_damaged_one(run: Path) -> 
     assert [one["path"] for one in result["skipped"]] == ["runs/broken"]
 
 
-def test_all_removes_packaged_models_that_no_run_uses(run: Path, tmp_path: Path) -> None:
-    models = tmp_path / "cache" / "models"
-    for name in ("used-11-1", "unused-22-1", "planned-33-1"):
-        (models / name).mkdir(parents=True)
-        (models / name / "model.safetensors").write_bytes(b"12345")
+def test_packaged_models_of_the_shared_cache_go_only_if_asked(run: Path, tmp_path: Path) -> None:
+    model = tmp_path / "cache" / "models" / "of-another-project-11-1"
+    model.mkdir(parents=True)
+    (model / "model.safetensors").write_bytes(b"12345")
     (tmp_path / "cache" / "origin.key").write_bytes(b"secret")
-    lock = json.loads((run / "llmtune.lock").read_text())
-    write_json(run / "llmtune.lock", lock | {"model": lock["model"] | {"folder": str(models / "used-11-1")}})
-    Path("runs/next").mkdir()
-    Path("runs/next/recipe.yaml").write_text("model: {name: builtin:planned}")
-    removed = {one["path"]: one["bytes"] for one in clean("--all")["removed"]}
-    assert removed[str(models / "unused-22-1")] == 5
-    assert {path.name for path in models.iterdir()} == {"used-11-1", "planned-33-1"}
-    assert (tmp_path / "cache" / "origin.key").is_file()
+    assert str(model) not in str(clean("--all")), "runs of other folders share the cache"
+    assert invoke("clean", run, "--models").exit_code == 2
+    assert {one["path"]: one["bytes"] for one in clean("--all", "--models")["removed"]} == {str(model): 5}
+    assert sorted(path.name for path in (tmp_path / "cache").rglob("*")) == ["models", "origin.key"]
 
 
 def test_all_keeps_a_packaged_model_that_no_command_converts_again(
@@ -177,7 +172,7 @@ def test_all_keeps_a_packaged_model_that_no_command_converts_again(
     monkeypatch.syspath_prepend(installed.parent.parent)
     for name in names:
         packaged_folder(name, PACKAGED[name]).mkdir(parents=True)
-    removed = [Path(one["path"]).name for one in clean("--all")["removed"]]
+    removed = [Path(one["path"]).name for one in clean("--all", "--models")["removed"]]
     script, convertible = (packaged_folder(name, PACKAGED[name]) for name in names)
     assert (script.is_dir(), convertible.is_dir()) == (True, False)
     assert convertible.name in removed

@@ -68,3 +68,17 @@ def rows_of(rows: Rows, side: str = "train") -> list[dict[str, Any]]:
 def questions(rows: Rows) -> dict[str, list[str]]:
     """Return the first message of every row, by split, sorted."""
     return {side: sorted(row["messages"][0]["content"] for row in rows_of(rows, side)) for side in SPLITS}
+
+
+def write_workbook(path, *sheets):
+    """Write sheets, each a title and lines."""
+    import openpyxl
+
+    book = openpyxl.Workbook()
+    book.remove(book.active)
+    for title, lines in sheets:
+        sheet = book.create_sheet(title)
+        for line in lines:
+            sheet.append(line)
+    book.save(path)
+    return path

@@ -185,7 +185,7 @@ def gap_tables(gaps: Sequence[GroupGap], judged: Sequence[JudgedGap]) -> Iterato
     yield StudyTable("Gaps between groups", heads, tuple(map(gap_row, gaps)))
     first = [gap for gap in gaps if gap.metric == gaps[0].metric]
     for gap, found in zip(first, judged, strict=True):
-        rows = [
+        rows: list[tuple[str, ...]] = [
             (
                 name,
                 str(len(rows)),

@@ -283,13 +283,18 @@ def add_texts(
                 yield Suspect(*place, split, given, suggested, share, write_prompt(row), word, position)
 
 
-def write_suspects(suspects: Sequence[Suspect], path: Path) -> None:
-    """Write the list as JSON lines, or as CSV if the name ends with .csv."""
+def write_suspects(suspects: Sequence[Suspect], path: Path, delimiter: str = ",") -> None:
+    """Write the list as JSON lines, or if the name ends with .csv as Excel opens it: with a byte order mark.
+
+    With semicolons as the `delimiter`, scores have decimal commas.
+    """
     lines, text = [asdict(one) for one in suspects], io.StringIO()
     if path.suffix == ".csv":
-        writer = csv.DictWriter(text, [field.name for field in fields(Suspect)])
+        text.write("\ufeff")
+        writer = csv.DictWriter(text, [field.name for field in fields(Suspect)], delimiter=delimiter)
         writer.writeheader()
-        writer.writerows(lines)
+        comma = "," if delimiter == ";" else "."
+        writer.writerows({**line, "score": str(line["score"]).replace(".", comma)} for line in lines)
     else:
         text.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     with explained(path):

@@ -70,7 +70,7 @@ def test_the_command_writes_what_the_report_lists(
     report, out, _ = planted
     done = invoke("rows", out, "--suspects", tmp_path / "s.csv")
     assert done.exit_code == 0, done.output
-    with (tmp_path / "s.csv").open() as file:
+    with (tmp_path / "s.csv").open(encoding="utf-8-sig") as file:
         written = [*csv.DictReader(file)]
     assert len(written) == sum(report["suspects"]["found"].values())
     assert [*written[0]] == ["file", "line", "row", "split", "given", "suggested", "score", "text", "word", "position"]
