@@ -11,8 +11,9 @@ from __future__ import annotations
 import json
 import shutil
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -30,7 +31,6 @@ from llmtune.data.row_text import text_key
 from llmtune.display.console import print_blocks, progress_bars, spinner
 from llmtune.errors import RecipeError
 from llmtune.evaluate.evaluated_task import LoadedModel
-from llmtune.evaluate.mined_negatives import Mined, Pairs, mining_facts
 from llmtune.evaluate.ranking_metrics import RELEVANT, measure_vectors
 from llmtune.evaluate.token_batches import cut_evenly
 from llmtune.model.config import head_is_new, read_model_config
@@ -50,6 +50,60 @@ from llmtune.store.run_lock import package_versions
 from llmtune.tasks.embed_settings import infer_rows
 from llmtune.tasks.registry import get_task
 from llmtune.tasks.sentence_vectors import embed_texts, resolve_settings
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """The different queries (Q) of a split to mine for, and all passages that are searched for them."""
+
+    queries: list[str]
+    origins: list[str]
+    """[Q] where each query's first row is from."""
+    passages: list[str]
+    right: list[list[int]]
+    """[Q] right passages."""
+    wrong: list[list[int]]
+    """[Q] passages that the rows name as irrelevant."""
+    itself: list[int | None]
+    """[Q] the passage equal to the query, if any."""
+
+
+@dataclass(frozen=True)
+class Mined:
+    """The negatives of each query, the nearest first, and what was skipped."""
+
+    negatives: list[list[int]]
+    skipped: int
+    """Passages that were too near."""
+    nearest: tuple[int, int, int, float, float] | None
+    """The query with the nearest skipped passage, that passage, its own passage, and the scores of both."""
+
+
+def mining_facts(mined: Mapping[str, tuple[Pairs, Mined]], section: NegativesSection) -> Json:
+    """Return how much was searched and found over all splits, and the nearest skipped passage of a training query."""
+    counts = [len(nearest) for _, result in mined.values() for nearest in result.negatives]
+    pairs, result = mined["train"]
+    facts: Json = {
+        "searched": {split: len(pairs.passages) for split, (pairs, _) in mined.items()},
+        "queries": len(counts),
+        "negatives": sum(counts),
+        "skipped": sum(result.skipped for _, result in mined.values()),
+        "short": sum(one < section.mine for one in counts),
+        "without": counts.count(0),
+        "example": None,
+    }
+    if result.nearest is not None:
+        query, passage, right, score, right_score = result.nearest
+        facts["example"] = {
+            "query": pairs.queries[query],
+            "passage": pairs.passages[right],
+            "negative": pairs.passages[passage],
+            "origin": pairs.origins[query],
+            "passage_score": right_score,
+            "negative_score": score,
+        }
+    return facts
+
 
 WIDER = 10
 """Candidates per mined negative, as in sentence-transformers: some are too near. It adds two per right passage, and one

@@ -8,7 +8,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.generation.utils import GenerationMixin
 
-from llmtune.data.language_codes import starts_with_language
+from llmtune.data.text_pairs import starts_with_language
 from llmtune.evaluate.generation import generation_settings
 from llmtune.model.causal_lm_loss import unwrap
 from llmtune.recipe.schema import Recipe

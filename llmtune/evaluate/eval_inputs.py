@@ -144,16 +144,13 @@ def make_inputs(
     limit = (recipe.evaluate.limit if needs_texts else recipe.evaluate.samples) if facts.generates else None
     answered = [answerable[i] for i in cut_evenly(len(answerable), limit)]
     if needs_texts and len(answered) < len(numbers):
-        why = f"; {left} have no prompt or no text answer" if (left := len(numbers) - len(answerable)) else ""
-        notes["generated"] = f"answers are generated for {len(answered)} of {len(numbers)} rows{why}"
+        notes["generated"] = describe_answered(len(answered), len(answerable), len(numbers))
     choices, trees = tuple[str, ...](), dict[int, Tree]()
     if not task.predicts and set(CHOICE_METRICS) & set(metrics):
-        saying = [i for i in answerable if not calls_tool(turns[i])]
+        saying = {i: questions[i] for i in answerable if not calls_tool(turns[i])}
         choices = resolve_choices(rows, task, recipe, references, split)
-        if choices:
-            grown = choice_trees([questions[i] for i in saying], choices, task, processor, recipe)
-            trees = {i: tree for i, tree in zip(saying, grown, strict=True) if tree is not None}
-        notes[CHOICE_METRIC + ".choices"] = describe_choices(choices, references, saying, trees)
+        trees = grow_trees(saying, choices, task, processor, recipe) if choices else {}
+        notes[CHOICE_METRIC + ".choices"] = describe_choices(choices, references, [*saying], trees)
     inputs = {i: [turn.question for turn in turns[i]] or [questions[i]] for i in answered if generates}
     asked = {i: [task.prompt(row, processor, recipe) for row in before] for i, before in inputs.items()}
     sampled = {i: tuple(each[-1].ids) for i, each in asked.items()} if rated else None
@@ -180,6 +177,24 @@ def make_inputs(
         corpus=read_corpus(rows, split) if facts.searches else (),
         pictured=frozenset(i for i, contents in enumerate(pictures) if contents),
     )
+
+
+def describe_answered(answered: int, answerable: int, rows: int) -> str:
+    """Say for how many rows answers are generated, and how many cannot have one."""
+    why = f"; {rows - answerable} have no prompt or no text answer" if answerable < rows else ""
+    return f"answers are generated for {answered} of {rows} rows{why}"
+
+
+def grow_trees(
+    questions: Mapping[int, Row],
+    choices: tuple[str, ...],
+    task: EvaluatedTask,
+    processor: PreTrainedTokenizerBase,
+    recipe: Recipe,
+) -> dict[int, Tree]:
+    """Return the tree of each question's choices; none of a question that exceeds the context."""
+    grown = choice_trees([*questions.values()], choices, task, processor, recipe)
+    return {i: tree for i, tree in zip(questions, grown, strict=True) if tree is not None}
 
 
 def limit_inputs(inputs: EvalInputs, limit: int | None) -> EvalInputs:

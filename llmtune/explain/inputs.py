@@ -12,8 +12,7 @@ import torch
 
 from llmtune.data.chat_template import render_prompt
 from llmtune.data.completion_encoding import prompt_ids
-from llmtune.data.language_codes import has_languages
-from llmtune.data.text_pairs import TextPair, first_token, source_ids, target_ids
+from llmtune.data.text_pairs import TextPair, first_token, has_languages, source_ids, target_ids
 from llmtune.errors import DataError, Problem, RecipeError
 from llmtune.explain.explainer import Target
 from llmtune.explain.picture_prompts import PromptPicture, picture_prompt

@@ -18,11 +18,10 @@ from llmtune.data.chat_template import render_prompt
 from llmtune.data.collators import IGNORED, pad, pad_texts
 from llmtune.data.completion_encoding import encode_completion, prompt_ids
 from llmtune.data.example import Example
-from llmtune.data.language_codes import starts_with_language
 from llmtune.data.long_texts import count_tokens
 from llmtune.data.overlong import Lost, too_long
 from llmtune.data.task_interface import Encoded
-from llmtune.data.text_pairs import TextPair, first_token, source_ids, target_ids
+from llmtune.data.text_pairs import TextPair, first_token, source_ids, starts_with_language, target_ids
 from llmtune.data.tokenization import Segment, cut_start, decode_shortened, highlight
 from llmtune.errors import EnvironmentProblem, Problem
 from llmtune.evaluate.decoder_generation import decoder_settings, run_generation

@@ -6,9 +6,8 @@ from collections.abc import Mapping
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from llmtune.data.language_codes import has_languages
 from llmtune.data.task_rows import TranslateRow
-from llmtune.data.text_pairs import TextPair
+from llmtune.data.text_pairs import TextPair, has_languages
 from llmtune.errors import Problem, RecipeError
 from llmtune.evaluate.evaluated_task import EvalPrediction
 from llmtune.evaluate.metric import Measure

@@ -5,8 +5,7 @@ from support import families
 from support.templates import CHATML, tokenizer_with
 from transformers import AutoTokenizer, MBartTokenizer
 
-from llmtune.data.language_codes import set_languages, starts_with_language
-from llmtune.data.text_pairs import first_token, target_ids
+from llmtune.data.text_pairs import first_token, set_languages, starts_with_language, target_ids
 from llmtune.errors import RecipeError
 from llmtune.recipe.schema import Recipe
 from llmtune.tasks import summarize, translate
