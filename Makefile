@@ -41,7 +41,7 @@ $(INSTALLED): pyproject.toml | $(BIN)/python
 	$(PIP) --editable .
 	@touch $@
 
-$(VENV)/.ready-%: $(INSTALLED)
+$(VENV)/.ready-test $(VENV)/.ready-test-all: $(VENV)/.ready-%: $(INSTALLED)
 	$(PIP) --editable '.[$*,check]'
 	@touch $@
 
