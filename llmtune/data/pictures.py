@@ -54,6 +54,10 @@ MAX_RATIO = 200
 """Of the sides: the limit of Qwen's image processors."""
 DEPTHS = (8, 10, 12, 14, 16)
 """Bits of a value in a file with 16: cameras, scanners and microscopes often use fewer, at its lower end."""
+GREY_STEPS = (("L;2", 85), ("L;4", 17))
+"""The distance of two grey values of 2 and 4 bits, as 8 bits."""
+PHOTOMETRIC = 262
+"""The tag of TIFF that is 0 if zero is white."""
 LOOK_SIDE = 32
 THUMBNAIL = 64
 LOOK_STEP = 1.5
@@ -229,10 +233,13 @@ def _decode(content: bytes, name: str) -> tuple[PilImage, list[str], str]:
         try:
             with Image.open(io.BytesIO(content), formats=FORMATS) as image:
                 _check_size(image, name)
-                kind, deep = str(image.format), ";16" in str(image.tile)
+                kind, tile = str(image.format), str(image.tile)
+                deep = ";16" in tile
                 if kind != "MPO" and getattr(image, "is_animated", False):  # a phone's MPO: the first is the picture
                     raise RowError("picture animated", f"{name} has several frames; save one of them")
                 image.load()
+                if isinstance(key := image.info.get("transparency"), int):  # Pillow scales grey values alone
+                    image.info["transparency"] = key * next((n for bits, n in GREY_STEPS if bits in tile), 1)
                 return *_to_rgb(image, name, deep), kind
         except UnidentifiedImageError:
             raise RowError("not a picture", f"{name} is none of {', '.join(FORMATS)}") from None
@@ -259,11 +266,16 @@ def _to_rgb(image: PilImage, name: str, deep: bool) -> tuple[PilImage, list[str]
     from PIL import Image, ImageOps
 
     converted = []
+    inverted = getattr(image, "tag_v2", {}).get(PHOTOMETRIC) == 0 and image.mode.startswith("I")
     if image.getexif().get(0x0112, 1) in range(2, 9):
         converted.append("turned upright by EXIF")
         image = ImageOps.exif_transpose(image)  # it copies others too
+    if deep and "transparency" in image.info:
+        what = f"{name} has 16 bits a channel and a transparent colour, which is lost with 8 bits; save it with 8 bits"
+        raise RowError("picture unreadable", what)
     if image.mode.startswith("I") or image.mode == "F":
         image, bits = _to_8_bits(image, name)
+        image = ImageOps.invert(image) if inverted else image  # Pillow inverts 8 bits alone
         converted.append("16 bit to 8" if bits == DEPTHS[-1] else f"{bits} bit in 16 to 8")
     elif deep:  # Pillow keeps the upper 8 of 16 bits in pictures of several channels
         if (high := max(cast(Any, band.getextrema())[1] for band in image.convert("RGB").split())) < 2**6:

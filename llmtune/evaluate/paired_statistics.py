@@ -95,7 +95,7 @@ def difference(
         with_ends = [np.concatenate([base_NK, best, worst]), np.concatenate([tuned_NK, worst, best])]
         base, tuned = (partial(weigh_sums, formula, sums_UK) for sums_UK in with_ends)
         interval, other = bound_all(partial(compare_weighted, base, tuned), units, len(worst), seed, resamples)
-    return replace(conclude_interval(value, interval, rows, clusters), other=other)
+    return replace(conclude_interval(value, interval, rows, clusters), other=(other.low, other.high))
 
 
 def compare_weighted(base: Weighted, tuned: Weighted, weights_RU: Floats) -> tuple[Floats, Floats]:
@@ -128,7 +128,7 @@ def difference_weighted(
     if not math.isfinite(value):
         return unknown(value, rows, clusters)
     interval, other = bound_all(values, units, ends, seed)
-    return replace(conclude_interval(value, interval, rows, clusters), other=other)
+    return replace(conclude_interval(value, interval, rows, clusters), other=(other.low, other.high))
 
 
 def conclude_interval(value: float, interval: Interval, rows: int, clusters: Sequence[int] = ()) -> Difference:

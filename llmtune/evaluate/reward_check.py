@@ -262,7 +262,7 @@ def judge_rewards(seen: Observed, seed: int) -> Json:
             both = np.isfinite(scaled) & np.isfinite(best)
             lower, upper = (measure_shares("reward", one[both].tolist(), "") for one in (scaled, best))
             gap = paired_difference(lower, upper, seed)
-            is_clear = bool(gap.low > 0 and gap.value >= LEAST_GAP)
+            is_clear = not len(shares) or bool(gap.low > 0 and gap.value >= LEAST_GAP)  # without a reward nothing wins
             probes[name] |= {"gap": rescale_interval(gap, reach, 0.0), "clear": is_clear}
             unclear |= {} if is_clear else {name: title}
     length = correlate_length(np.array([seen.values[f"padded{words}"] for words in LENGTHS]), seed)

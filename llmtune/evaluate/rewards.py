@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from llmtune.data.answer_parser import ParsedAnswer, ToolTurn
-from llmtune.data.chat_rows import ToolCall
+from llmtune.data.chat_rows import ToolCall, write_answer
 from llmtune.data.conversation_texts import split_reference
 from llmtune.data.row_kind import MESSAGES
 from llmtune.errors import Problem, RecipeError, nearest
@@ -288,7 +288,8 @@ def score_texts(pairs: Sequence[RewardPair], metric: str) -> list[float | None]:
     values: list[float | None] = [None] * len(pairs)
     if not numbers:
         return values
-    measure = TEXT_MEASURES[metric]([pairs[i][1].text for i in numbers], [references[i] or "" for i in numbers])
+    answers = [write_answer(pairs[i][1].text, pairs[i][1].tool_calls) for i in numbers]
+    measure = TEXT_MEASURES[metric](answers, [references[i] or "" for i in numbers])
     assert measure.formula is not None
     for i, value in zip(numbers, measure.formula(measure.sums_NK).tolist(), strict=True):
         values[i] = value
@@ -320,7 +321,7 @@ def score_schemas(pairs: Sequence[RewardPair]) -> list[float | None]:
     for i, (row, answer) in enumerate(pairs):
         reference, schema = parse_json(split_reference(row)[1] or ""), read_schema(row)
         if values[i] is None and (schema or isinstance(reference, dict | list)):
-            given = parse_json(answer.text)
+            given = parse_json(write_answer(answer.text, answer.tool_calls))
             values[i] = float(given is not NO_JSON and fits_schema(given, schema or schema_of_shape(reference)))
     return values
 
@@ -341,7 +342,8 @@ def score_fields(pairs: Sequence[RewardPair]) -> list[float | None]:
 
     values = score_calls(pairs, "tool_arguments_f1")
     for i, (row, answer) in enumerate(pairs):
-        given, reference = parse_json(answer.text), parse_json(split_reference(row)[1] or "")
+        given = parse_json(write_answer(answer.text, answer.tool_calls))
+        reference = parse_json(split_reference(row)[1] or "")
         if values[i] is None and isinstance(reference, dict):
             calls = (make_tool_call("", given),) if isinstance(given, dict) else ()
             turn = ToolTurn(row, [make_tool_call("", reference)])

@@ -93,25 +93,26 @@ def split_by_value(values: Sequence[object]) -> Parts:
 
 def name_ranges(edges_Q: Sequence[float]) -> list[str]:
     """Name the Q + 1 ranges between inner edges, in ascending order; a range includes its upper end."""
-    texts = [f"{edge:.0f}" if edge.is_integer() and abs(edge) < LONGEST_WHOLE else f"{edge:g}" for edge in edges_Q]
+    digits = next((n for n in range(6, 17) if len({f"{edge:.{n}g}" for edge in edges_Q}) == len(edges_Q)), 17)
+    texts = [
+        f"{edge:.0f}" if edge.is_integer() and abs(edge) < LONGEST_WHOLE else f"{edge:.{digits}g}" for edge in edges_Q
+    ]
     inner = [f"above {low}, up to {high}" for low, high in pairwise(texts)]
     return [f"up to {texts[0]}", *inner, f"above {texts[-1]}"]
 
 
 def name_values(values: Sequence[object]) -> list[str]:
-    """Write each value on one line, shortened. Different values with the same short text get their hash as well."""
+    """Write each value on one line, shortened.
+
+    Different values with the same short text get their hash as well; the names of other and missing values, quotes.
+    """
     keys = [text_key(value) if isinstance(value, str) else "" for value in values]
     texts = [key if DECIMAL.fullmatch(key) else plain_value(value) for key, value in zip(keys, values, strict=True)]
     lines = {text: one_line(text, LONGEST_VALUE) for text in texts}
-    shared = Counter([*lines.values(), OTHER, MISSING])
+    lines = {text: repr(line) if line in (OTHER, MISSING) else line for text, line in lines.items()}
+    shared = Counter(lines.values())
     names = {text: f"{line} ({hash_value(text)[:6]})" if shared[line] > 1 else line for text, line in lines.items()}
     return [names[text] if lines[text] else MISSING for text in texts]
-
-
-def write_value(value: object) -> str:
-    """Write a value on one line, shortened; in quotes if it has the name of other or missing values."""
-    text = one_line(plain_value(value), LONGEST_VALUE)
-    return repr(text) if text in (OTHER, MISSING) else text or MISSING
 
 
 def one_line(text: str, longest: int) -> str:

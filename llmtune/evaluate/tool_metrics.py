@@ -9,7 +9,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import jsonschema  # type: ignore[import-untyped]
@@ -141,23 +141,24 @@ def score_arguments(answer: ParsedAnswer, turn: ToolTurn) -> float:
 def score_argument_values(answer: ParsedAnswer, turn: ToolTurn) -> float:
     """F1 of the arguments, by name and value; 1 if neither side has any and the names agree.
 
-    Each call of the reference is compared with the most similar call of the same tool.
+    The calls of a tool are paired with those of the reference so that most arguments agree.
     """
-    left, right = list(answer.tool_calls), 0
-    for expected in turn.calls:
-        same = [call for call in left if read_call(call)[0] == read_call(expected)[0]]
-        if same:
-            nearest = max(same, key=partial(count_equal_arguments, expected))
-            right += count_equal_arguments(expected, nearest)
-            left.remove(nearest)
+    from scipy.optimize import linear_sum_assignment  # late: takes time
+
+    equal = np.zeros((len(turn.calls), len(answer.tool_calls)))
+    for i, expected in enumerate(turn.calls):
+        for j, call in enumerate(answer.tool_calls):
+            equal[i, j] = count_equal_arguments(expected, call)
+    right = float(equal[linear_sum_assignment(equal, maximize=True)].sum())
     total = sum(len(read_call(call)[1]) for call in (*answer.tool_calls, *turn.calls))
     return 2 * right / total if total else score_names(answer, turn)
 
 
 def count_equal_arguments(one: ToolCall, other: ToolCall) -> int:
-    """Count the arguments that two calls share, values included."""
-    given, expected = read_call(one)[1], read_call(other)[1]
-    return sum(name in given and is_same_value(given[name], value) for name, value in expected.items())
+    """Count the arguments that two calls of one tool share, values included."""
+    (tool, given), (expected_tool, expected) = read_call(one), read_call(other)
+    same = [name for name, value in expected.items() if name in given and is_same_value(given[name], value)]
+    return len(same) if tool == expected_tool else 0
 
 
 def score_silence(answer: ParsedAnswer, turn: ToolTurn) -> float:

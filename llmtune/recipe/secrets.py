@@ -57,8 +57,9 @@ IN_QUERY = re.compile(
 PRIVATE_KEY = re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)", re.DOTALL)
 SHORTEST = 4
 """Minimum length of secrets to remove from texts; shorter strings occur by chance."""
-VARIABLE = re.compile(r"(?:.*_)?(?:KEY|TOKEN|SECRET|PASSWORD|PASSWD)")
+VARIABLE = re.compile(r".*(?:KEY|KEY_ID|TOKEN|SECRET|PASSWORD|PASSWD)|.*_(?:PASS|PAT|PWD)", re.IGNORECASE)
 """Names of environment variables with secrets."""
+PASSWORD_IN_URL = re.compile(r"://[^\s/@:]*:([^\s/@]+)@")
 SHORTEST_KEY, SHORTEST_WORD = 8, 20
 """Minimum length of keys to remove: local servers take EMPTY, and production is the value of some APP_KEY."""
 
@@ -115,7 +116,9 @@ def secret_values(value: object, secret: bool = False) -> Iterator[str]:
 
 def environment_secrets() -> list[str]:
     """Return the secrets in environment variables, also as Python and JSON quote them; long ones first."""
-    parts = {part for name, value in os.environ.items() if VARIABLE.fullmatch(name) for part in secret_parts(value)}
+    values = [value for name, value in os.environ.items() if VARIABLE.fullmatch(name)]
+    values += [found for value in os.environ.values() for found in PASSWORD_IN_URL.findall(value)]
+    parts = {part for value in values for part in secret_parts(value)}
     forms = {form for part in parts for form in (part, repr(part)[1:-1], json.dumps(part)[1:-1])}
     return sorted(forms, key=len, reverse=True)
 

@@ -1,8 +1,10 @@
 """Pictures in rows: every form of row gives the same picture, and hostile files are refused by row."""
 
 import json
+import struct
 import subprocess
 import sys
+import zlib
 
 import numpy as np
 import pytest
@@ -299,6 +301,41 @@ def test_a_deep_grey_picture_is_scaled_by_the_bits_in_use(bits, tmp_path):
         picture = read_picture(name, tmp_path)
         assert picture["converted"].startswith("16 bit to 8" if bits == 16 else f"{bits} bit in 16 to 8")
         assert open_picture(picture).getextrema() == ((0, 255),) * 3
+
+
+@pytest.mark.parametrize(("values", "kind"), [(np.uint8, "L"), (np.uint16, "I;16")])
+def test_a_tiff_whose_zero_is_white_is_no_negative(values, kind, tmp_path):
+    grey = np.tile(np.linspace(0, np.iinfo(values).max, 64).astype(values), (64, 1))
+    Image.fromarray(grey).save(tmp_path / "white.tif", tiffinfo={262: 0})
+    with Image.open(tmp_path / "white.tif") as stored:
+        assert stored.mode == kind
+        ends = [255, 0] if kind == "I;16" else np.asarray(stored)[0, [0, -1]].tolist()
+    shown = np.asarray(open_picture(read_picture("white.tif", tmp_path)))
+    assert shown[0, [0, -1], 0].tolist() == ends
+
+
+def grey_png(depth: int, key: int) -> bytes:
+    """A row of 8 pixels of value `key` between rows of zeros, with `key` as the transparent value."""
+    rows = [[0] * 8, [key] * 8] * 8
+    packed = [b"\0" + int("".join(f"{pixel:0{depth}b}" for pixel in row), 2).to_bytes(depth, "big") for row in rows]
+    header = struct.pack(">IIBBBBB", 8, 16, depth, 0, 0, 0, 0)
+    chunks = {b"IHDR": header, b"tRNS": struct.pack(">H", key), b"IDAT": zlib.compress(b"".join(packed)), b"IEND": b""}
+    parts = [
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in chunks.items()
+    ]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+@pytest.mark.parametrize(("depth", "key"), [(1, 1), (2, 1), (4, 7), (8, 100)])
+def test_a_transparent_grey_value_is_white_at_every_depth(depth, key):
+    shown = np.asarray(open_picture(read_picture(grey_png(depth, key), None)))
+    assert (shown[0, 0, 0], shown[1, 0, 0]) == (0, 255)
+
+
+def test_a_transparent_value_of_16_bits_is_refused():
+    with pytest.raises(RowError, match="a transparent colour, which is lost with 8 bits"):
+        read_picture(grey_png(16, 1000), None)
 
 
 @pytest.mark.parametrize(("bits", "channels"), [(10, 3), (12, 3), (12, 2), (12, 4), (16, 3)])

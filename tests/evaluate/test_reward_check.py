@@ -339,6 +339,12 @@ def test_the_proposed_threshold_is_a_number_that_references_reach_as_it_is_print
     assert f"Suggested: reinforce.accept: {printed}\n" in result.output, result.output
 
 
+def test_an_answer_without_a_reward_beats_no_reference(sums: Path) -> None:
+    body = "return None if not answer.strip() else float(answer == row['messages'][-1]['content'])"
+    (sums.parent / "rewards.py").write_text(f"def mine(row, answer):\n    {body}\n")
+    assert "accepts_empty" not in faults(check(sums, f"{sums.parent / 'rewards.py'}:mine"))
+
+
 def test_a_reward_that_always_raises_has_no_numbers(sums: Path) -> None:
     (sums.parent / "rewards.py").write_text("def mine(row, answer):\n    raise ValueError\n")
     name = f"{sums.parent / 'rewards.py'}:mine"

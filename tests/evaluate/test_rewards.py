@@ -12,6 +12,7 @@ from support.templates import family_tokenizer, recipe_for
 from trl.rewards import format_rewards, think_format_reward
 
 from llmtune.data.answer_parser import ParsedAnswer, ToolTurn, parse_answer, read_written
+from llmtune.data.chat_rows import write_answer
 from llmtune.data.chat_template import read_template
 from llmtune.errors import RecipeError
 from llmtune.evaluate.generation import answer_reader
@@ -27,6 +28,7 @@ from llmtune.evaluate.rewards import (
     reward_files,
     weigh_rewards,
 )
+from llmtune.evaluate.text_metrics import TEXT_MEASURES
 from llmtune.evaluate.tool_metrics import measure_tools
 from llmtune.recipe.reinforce_section import ReinforceSection
 from llmtune.recipe.task_facts import TOOL_METRICS
@@ -313,6 +315,19 @@ def test_rewards_and_metrics_of_one_name_agree_however_a_call_is_written() -> No
             seen.add(metric)
         assert builtin("json_schema", CALLS, sampled) == builtin("tool_call_valid", CALLS, sampled)
     assert {0, 1} < seen
+
+
+@pytest.mark.parametrize("name", ["exact_match", "chrf", "rougeL"])
+def test_rewards_of_texts_count_an_unwanted_call_as_their_metrics_do(name: str) -> None:
+    row = {"messages": [*CALLS["messages"][:-1], {"role": "assistant", "content": "It rains."}]}
+    answer = read_written("It rains.", [CALL])
+    measure = TEXT_MEASURES[name]([write_answer(answer.text, answer.tool_calls)], ["It rains."])
+    assert measure.formula is not None
+    assert (
+        builtin(name, row, answer)
+        == measure.formula(measure.sums_NK)[0]
+        < builtin(name, row, read_written("It rains."))
+    )
 
 
 PARTS = """

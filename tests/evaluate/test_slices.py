@@ -35,6 +35,11 @@ def rows_of_two_kinds(extra=()):
     ]
 
 
+def test_ranges_of_close_numbers_have_names_of_their_own():
+    found = split_by_value([1234567.13 + i * 0.01 for i in range(60)])
+    assert [len(rows) for rows in found.values()] == [15] * 4, found
+
+
 def test_each_value_is_a_slice_most_frequent_first_and_missing_last():
     parts = split_by_value(["b", None, "a", "b", "", "c", "a", "b"])
     assert list(parts.items()) == [("b", {0, 3, 7}), ("a", {2, 6}), ("c", {5}), ("(none)", {1, 4})]

@@ -36,6 +36,7 @@ CASES = [
     (answer(call("wether", city="Paris", days=2)), turn(PARIS), 0, 0, 0, 0),
     (answer(ROME, PARIS), turn(PARIS, ROME), 1, 1, 1, 1),
     (answer(PARIS), turn(PARIS, ROME), 1, 0, 0, 4 / 5),
+    (answer(PARIS, call("weather", city="Paris")), turn(call("weather", city="Paris"), PARIS), 1, 1, 1, 1),
     (answer(PARIS, PARIS), turn(PARIS), 1, 0, 0, 4 / 6),
     (answer(call("clock")), turn(call("clock")), 1, 1, 1, 1),
     (answer(text="It rains."), turn(PARIS), 0, 0, 0, 0),

@@ -175,6 +175,19 @@ def test_secrets_of_the_environment_are_hidden_in_keys_and_texts_and_kept_in_nam
     assert redact(f"at {file}") == f"at {tmp_path}/[removed].jsonl"
 
 
+@pytest.mark.parametrize(
+    "name", ["PGPASSWORD", "OPENAI_APIKEY", "openai_api_key", "GITHUB_PAT", "DB_PASS", "AWS_ACCESS_KEY_ID"]
+)
+def test_variables_with_other_names_of_secrets_are_hidden(monkeypatch, name):
+    monkeypatch.setenv(name, "s3cr3t-of-mine")
+    assert (hide_environment("a s3cr3t-of-mine"), redact("a s3cr3t-of-mine")) == ("a [removed]",) * 2
+
+
+def test_the_password_in_an_address_of_the_environment_is_hidden_alone(monkeypatch):
+    monkeypatch.setenv("DATABASE_URL", "postgres://bob:s3cretpw@db/x")
+    assert hide_environment("s3cretpw of bob at db/x") == "[removed] of bob at db/x"
+
+
 @pytest.mark.parametrize("quote", [str, repr, json.dumps, lambda text: repr(json.dumps(text))])
 def test_quoted_secrets_of_the_environment_are_hidden(monkeypatch, quote):
     monkeypatch.setenv("DB_PASSWORD", "p'a\"ss\\wörd9")

@@ -21,7 +21,7 @@ from llmtune.evaluate.eval_inputs import EvalContext, EvalInputs
 from llmtune.evaluate.inference import predict
 from llmtune.evaluate.metric import Measure, PairedMeasures, measure_right
 from llmtune.evaluate.shared_prefix import choice_trees
-from llmtune.evaluate.slices import write_value
+from llmtune.evaluate.slices import name_values
 from llmtune.evaluate.suites.eval_suite import OWN_FILES, EvalSuite, read_sources, read_utf8
 from llmtune.evaluate.token_batches import cut_evenly
 from llmtune.recipe.eval_suites_section import OWN
@@ -270,7 +270,7 @@ class SwapSuite(EvalSuite[SwapAnswers]):
         cells = []
         for i in (rows[at] for at in cut_evenly(len(rows), self.context.recipe.evaluate.samples)):
             words = dict.fromkeys(self.swaps.swap_row(self.inputs.questions[i])[1])
-            shown = [write_value(self.write_answer(one)) for one in tuned[i]]
+            shown = name_values([self.write_answer(one) for one in tuned[i]])
             too = ["yes" if self.answers.differ(*base[i]) else "no"] if base else []
             swapped = ", ".join(f"{word} → {self.swaps.swap(word)}" for word in words)
             cells.append((self.inputs.origins[i], swapped, *shown, *too))
