@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image as PilImage
 
 PLACE = "\ufffc"
-"""Marks a picture in a message's text: U+FFFC, the object replacement character."""
+"""Marks a picture in a text: U+FFFC, the object replacement character."""
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 SIGNS = re.compile(rb"image|\.(png|jpe?g|webp|gif|bmp|tiff?)\b", re.IGNORECASE)
 """One of these is in the rows of a file with pictures."""
@@ -38,29 +38,19 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 PICTURE_PARTS = ("image", "image_url", "input_image")
 """Types of parts with a picture: of transformers, of OpenAI's chat completions, and of its responses."""
 IMAGES = ("image", "images")
-"""Columns with pictures."""
 IMAGE = "<image>"
 """Marks a picture in the texts of rows with a column of pictures."""
 MARK = re.compile(f"{PLACE}|{IMAGE}")
 LOCATIONS = ("bytes", "base64", "data", "url", "path", "image", "image_url", "source")
 """Keys under which an object has a picture, the bytes first, as in the datasets library."""
 MAX_BYTES = 64 * 2**20
-"""A camera's largest files are smaller."""
 MAX_PIXELS = 50_000_000
 """The largest pictures of phones: 8,160 x 6,120. With transparency, decoding needs 9 bytes a pixel: 450 MB."""
-MIN_SIDE = 4
-"""Image processors take an array with a side of 1 or 3 for one whose channels come first."""
-MAX_RATIO = 200
-"""Of the sides: the limit of Qwen's image processors."""
+MIN_SIDE, MAX_RATIO = 4, 200
+"""Image processors take a side of 1 or 3 for the channels; 200 is the limit of Qwen's."""
 DEPTHS = (8, 10, 12, 14, 16)
 """Bits of a value in a file with 16: cameras, scanners and microscopes often use fewer, at its lower end."""
-GREY_STEPS = (("L;2", 85), ("L;4", 17))
-"""The distance of two grey values of 2 and 4 bits, as 8 bits."""
-PHOTOMETRIC = 262
-"""The tag of TIFF that is 0 if zero is white."""
-LOOK_SIDE = 32
-THUMBNAIL = 64
-LOOK_STEP = 1.5
+LOOK_SIDE, THUMBNAIL, LOOK_STEP = 32, 64, 1.5
 """Largest difference between two thumbnails that look the same, in standard deviations of their values.
 
 Measured for photos, cards and pages of text: up to 0.7 for nearly all copies in half and double size, in JPEG quality
@@ -234,13 +224,12 @@ def _decode(content: bytes, name: str) -> tuple[PilImage, list[str], str]:
             with Image.open(io.BytesIO(content), formats=FORMATS) as image:
                 _check_size(image, name)
                 kind, tile = str(image.format), str(image.tile)
-                deep = ";16" in tile
                 if kind != "MPO" and getattr(image, "is_animated", False):  # a phone's MPO: the first is the picture
                     raise RowError("picture animated", f"{name} has several frames; save one of them")
                 image.load()
                 if isinstance(key := image.info.get("transparency"), int):  # Pillow scales grey values alone
-                    image.info["transparency"] = key * next((n for bits, n in GREY_STEPS if bits in tile), 1)
-                return *_to_rgb(image, name, deep), kind
+                    image.info["transparency"] = key * (85 if "L;2" in tile else 17 if "L;4" in tile else 1)
+                return *_to_rgb(image, name, ";16" in tile), kind
         except UnidentifiedImageError:
             raise RowError("not a picture", f"{name} is none of {', '.join(FORMATS)}") from None
         except Image.DecompressionBombError:
@@ -266,13 +255,12 @@ def _to_rgb(image: PilImage, name: str, deep: bool) -> tuple[PilImage, list[str]
     from PIL import Image, ImageOps
 
     converted = []
-    inverted = getattr(image, "tag_v2", {}).get(PHOTOMETRIC) == 0 and image.mode.startswith("I")
+    inverted = getattr(image, "tag_v2", {}).get(262) == 0 and image.mode.startswith("I")  # zero is white
     if image.getexif().get(0x0112, 1) in range(2, 9):
         converted.append("turned upright by EXIF")
         image = ImageOps.exif_transpose(image)  # it copies others too
     if deep and "transparency" in image.info:
-        what = f"{name} has 16 bits a channel and a transparent colour, which is lost with 8 bits; save it with 8 bits"
-        raise RowError("picture unreadable", what)
+        raise RowError("picture unreadable", f"{name} has a transparent colour of 16 bits; save it with 8 bits")
     if image.mode.startswith("I") or image.mode == "F":
         image, bits = _to_8_bits(image, name)
         image = ImageOps.invert(image) if inverted else image  # Pillow inverts 8 bits alone

@@ -334,7 +334,7 @@ def test_a_transparent_grey_value_is_white_at_every_depth(depth, key):
 
 
 def test_a_transparent_value_of_16_bits_is_refused():
-    with pytest.raises(RowError, match="a transparent colour, which is lost with 8 bits"):
+    with pytest.raises(RowError, match="a transparent colour of 16 bits"):
         read_picture(grey_png(16, 1000), None)
 
 
