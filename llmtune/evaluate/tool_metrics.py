@@ -143,7 +143,7 @@ def score_argument_values(answer: ParsedAnswer, turn: ToolTurn) -> float:
 
     The calls of a tool are paired with those of the reference so that most arguments agree.
     """
-    from scipy.optimize import linear_sum_assignment  # late: takes time
+    from scipy.optimize import linear_sum_assignment  # type: ignore[import-untyped]  # late: takes time
 
     equal = np.zeros((len(turn.calls), len(answer.tool_calls)))
     for i, expected in enumerate(turn.calls):

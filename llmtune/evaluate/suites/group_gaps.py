@@ -5,7 +5,7 @@ Shapes: N rows, G groups, P ordered pairs of groups.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import permutations
 from typing import ClassVar
@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from llmtune.display.number_format import score, signed
 from llmtune.evaluate.intervals import Floats, Interval
 from llmtune.evaluate.metric import Measure, PairedMeasures, own_interval, paired_difference
 from llmtune.evaluate.metric_info import rank_metrics
@@ -189,11 +190,11 @@ def gap_tables(gaps: Sequence[GroupGap], judged: Sequence[JudgedGap]) -> Iterato
             (
                 name,
                 str(len(rows)),
-                f"{base.value:.3g}",
-                f"{tuned.value:.3g}",
+                score(base.value),
+                score(tuned.value),
                 write_bounds(tuned),
-                f"{change.value:+.3g}",
-                write_bounds(change, "+"),
+                signed(change.value),
+                write_bounds(change, signed),
             )
             for (name, rows), base, tuned, change in zip(
                 gap.groups.items(), gap.base_G, found.tuned_G, found.change_G, strict=True
@@ -204,9 +205,9 @@ def gap_tables(gaps: Sequence[GroupGap], judged: Sequence[JudgedGap]) -> Iterato
         yield StudyTable(f"{gap.metric} by {gap.column}", heads, tuple(rows))
 
 
-def write_bounds(score: Difference, sign: str = "") -> str:
+def write_bounds(found: Difference, write: Callable[[float], str] = score) -> str:
     """Write an interval; empty without one."""
-    return "" if np.isnan(score.low) else f"{score.low:{sign}.3g} to {score.high:{sign}.3g}"
+    return "" if np.isnan(found.low) else f"{write(found.low)} to {write(found.high)}"
 
 
 def gap_row(gap: GroupGap) -> tuple[str, ...]:
@@ -216,5 +217,5 @@ def gap_row(gap: GroupGap) -> tuple[str, ...]:
         *(np.array([one.value for one in part]) for part in (gap.base_G, gap.tuned_G)),
     )
     low, high, base, tuned = int(np.argmin(tuned_G)), int(np.argmax(tuned_G)), np.ptp(base_G), np.ptp(tuned_G)
-    ends = [f"{names[at]} {tuned_G[at]:.3g}" for at in (low, high)] if low != high else ["none", "none"]
-    return (gap.column, gap.metric, *ends, f"{base:.3g}", f"{tuned:.3g}", f"{tuned - base:+.3g}")
+    ends = [f"{names[at]} {score(tuned_G[at])}" for at in (low, high)] if low != high else ["none", "none"]
+    return (gap.column, gap.metric, *ends, score(base), score(tuned), signed(tuned - base))

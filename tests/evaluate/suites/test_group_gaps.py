@@ -50,7 +50,7 @@ def test_groups_of_few_rows_are_named_and_not_compared():
     judged = judge_gaps(gaps, 0)
     assert judged[0].tuned == 0.5
     shown, by_kind = gap_tables(gaps, judged)
-    assert shown.rows[0][:4] == ("kind", "m", "b 0.5", "a 1")
+    assert shown.rows[0][:4] == ("kind", "m", "b 0.5000", "a 1.000")
     assert [row[:4] for row in by_kind.rows] == [
         ("a", "20", "1", "1"),
         ("b", "20", "0.5", "0.5"),
