@@ -52,8 +52,8 @@ def test_groups_of_few_rows_are_named_and_not_compared():
     shown, by_kind = gap_tables(gaps, judged)
     assert shown.rows[0][:4] == ("kind", "m", "b 0.5000", "a 1.000")
     assert [row[:4] for row in by_kind.rows] == [
-        ("a", "20", "1", "1"),
-        ("b", "20", "0.5", "0.5"),
+        ("a", "20", "1.000", "1.000"),
+        ("b", "20", "0.5000", "0.5000"),
         ("c", "9", "too few rows", ""),
         ("(none)", "3", "no value", ""),
     ]
