@@ -30,7 +30,6 @@ from llmtune.errors import (
     visible,
 )
 from llmtune.launch.python_api import make_console
-from llmtune.recipe.secrets import hide_environment, redact_all
 from llmtune.store.atomic_files import plain
 from llmtune.store.processes import LEFT, join, lost_process, reports, world_size
 
@@ -58,6 +57,8 @@ def stderr_console(*, quiet: bool = False) -> Console:
 
 def print_json(value: Any) -> None:
     """Print one JSON document on stdout."""
+    from llmtune.recipe.secrets import hide_environment  # late: imports the schema, slow for --help
+
     text = json.dumps(hide_environment(plain(value)), indent=2, ensure_ascii=False)
     typer.echo(STEERING.sub(_json_escape, text), file=_document[-1] if _document else None)
 
@@ -257,6 +258,8 @@ def _terminate(number: int, frame: FrameType | None) -> None:
 
 def _print_error(error: LlmtuneError) -> None:
     from rich.markup import escape
+
+    from llmtune.recipe.secrets import redact_all  # late, as above
 
     console, problems = stderr_console(), redact_all(list(error.problems))
     for problem in problems[:SHOWN_PROBLEMS]:

@@ -42,6 +42,9 @@ def _are_names(cells: Sequence[str]) -> bool:
 
 
 def split_lines(lines: Sequence[str]) -> list[list[str]]:
-    """Return the cells of a file's first lines, by the delimiter that most lines have."""
-    tables = [[*csv.reader(lines, delimiter=delimiter)] for delimiter in DELIMITERS]
+    """Return the cells of a file's first lines, by the delimiter that most lines have; none if a cell is too long."""
+    try:
+        tables = [[*csv.reader(lines, delimiter=delimiter)] for delimiter in DELIMITERS]
+    except csv.Error:
+        return []  # reading the rows refuses it with its line
     return max(tables, key=lambda table: sum(len(cells) > 1 for cells in table))

@@ -285,7 +285,7 @@ def rows_needed(deviation: float, distance: float, alpha: float = ERROR) -> int 
     """
     import scipy.stats
 
-    if not distance > ROUNDING * max(1.0, deviation):
+    if math.isnan(deviation) or not distance > ROUNDING * max(1.0, deviation):
         return None
     normal = float(sum(scipy.stats.norm.ppf((1 - alpha / 2, POWER))))
     rows = max(2, math.ceil((normal * deviation / distance) ** 2))

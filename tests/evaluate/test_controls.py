@@ -265,7 +265,7 @@ def test_rows_that_share_a_picture_are_drawn_together_in_scores_and_controls(mod
         assert (change.n, change.groups) == (evaluation.rows, evaluation.rows // 3)
     page = (tmp_path / "run" / "report.html").read_text()
     assert f"{evaluation.rows} in {evaluation.rows // 3} groups" in page
-    assert "or a picture in common, form a group" in page
+    assert "or a picture or prompt in common, form a group" in page
 
 
 # Recipes

@@ -137,6 +137,7 @@ def test_row_formats_and_columns_match_the_reader():
 
 
 SHARED_FILES_THAT_KNOW_A_TASK = {
+    "data/column_mapping.py": "import: the keys that each kind of row reads, to name those that are not used",
     "data/file_survey.py": "import: which task reads a file that several can read",
     "mining.py": "column, import, literal, section: queries and passages, of which negatives are mined",
     "recipe/schema.py": "literal, section: keys of a section without effect on a kind of model or of rows",

@@ -288,7 +288,7 @@ def test_releases_and_models_behind_links_stay(run: Path, tmp_path: Path) -> Non
     (model := tmp_path / "model").mkdir()
     (tmp_path / "cache" / "models").mkdir(parents=True)
     (tmp_path / "cache" / "models" / "unused-1-1").symlink_to(model)
-    result = clean("--all", "--keep-releases", "0")
+    result = clean("--all", "--models", "--keep-releases", "0")
     assert [one["path"] for one in result["removed"] if "releases" in one["path"]] == ["releases/tiny/bbbbbbbb"]
     assert (tmp_path / "release" / "release.json").is_file()
     assert len([*(tmp_path / "other").glob("*/release.json")]) == 3
