@@ -45,7 +45,8 @@ def pictured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., s
     cannot="a picture with another number of tokens than the model makes features of it",
     kept="Before step 1, the tokens of the pictures of every row are counted, and compared with the features of the "
     "model's own tower.",
-    shows="error rows.jsonl:1: the row has 5 image tokens for 1 pictures (0.png: 5 tokens), of which the model makes 4 features",
+    shows="error rows.jsonl:1: the row has 5 image tokens for 1 pictures (0.png: 5 tokens), of which the model makes 4 "
+    "features",
     also=["tasks/test_image_chat.py"],
     cases=["picture_reaches_the_model", "picture_cut_off"],
 )
