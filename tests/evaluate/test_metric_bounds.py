@@ -98,7 +98,7 @@ def test_the_bounds_are_the_metrics_worst_and_best_possible_rows(metric):
 def test_the_worst_row_of_an_error_rate_is_the_worst_one_observed():
     """It has no upper bound: an answer may never end."""
     assert [part.tolist() for part in error_bounds(np.array([[0.0, 6.0], [40.0, 4.0]]))] == [[[40, 5.2]], [[0, 5.2]]]
-    assert [part.tolist() for part in error_bounds(np.array([[0.0, 6.0], [1.0, 4.0]]))] == [[[5, 5]], [[0, 5]]]
+    assert [part.tolist() for part in error_bounds(np.array([[0.0, 6.0], [1.0, 4.0]]))] == [[[5.2, 5.2]], [[0, 5.2]]]
 
 
 def test_an_interval_is_no_wider_than_the_range():
