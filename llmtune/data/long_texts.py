@@ -70,7 +70,7 @@ def tokenize_pairs(
     tokens, one token may come from the other text.
     """
     backend, typed = getattr(processor, "backend_tokenizer", None), "token_type_ids" in processor.model_input_names
-    if backend is None or not backend.encode("a", add_special_tokens=False).ids:  # it does not show what it adds
+    if backend is None or not backend.encode("a", add_special_tokens=False).ids:  # its special tokens are unknown
         texts = [[start_of(text, processor, limit) for text in column] for column in zip(*pairs, strict=True)]
         tokenized = tokenize(processor, *texts, truncation=True, max_length=limit)
         return list(zip(tokenized["input_ids"], tokenized.get("token_type_ids") or [[]] * len(pairs), strict=True))

@@ -139,13 +139,13 @@ def read_json_lines(path: Path, last: int | None = None) -> list[dict[str, Any]]
 
 
 def refuse_links(*paths: Path) -> None:
-    """Raise EnvironmentProblem that names the paths that are links: what they lead to belongs to somebody else."""
-    fix = "Remove the link, or move what it leads to into its place."
+    """Raise EnvironmentProblem that names the paths that are links: their targets belong to somebody else."""
+    fix = "Remove the link, or move its target into its place."
     EnvironmentProblem.collect(Problem(describe_link(path), str(path), fix) for path in paths if path.is_symlink())
 
 
 def describe_link(path: Path) -> str:
-    """Return why a link, and what it leads to, stay as they are."""
+    """Return why a link and its target stay as they are."""
     return f"a link to {os.readlink(path)}, and llmtune changes nothing outside its own folders"
 
 

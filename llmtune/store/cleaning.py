@@ -62,7 +62,7 @@ class Cleaning:
         return sum(one.bytes for one in self.removable)
 
     def add(self, path: Path, reason: str, root: Path) -> None:
-        """Add a file or folder below `root`, unless its parent is already listed; skip what is reached by a link."""
+        """Add a file or folder below `root`, unless its parent is already listed; skip paths through a link."""
         below = [path, *path.parents][: len(path.parts) - len(root.parts)]
         if links := [one for one in below if one.is_symlink()]:
             self.skipped[str(links[-1])] = describe_link(links[-1])
