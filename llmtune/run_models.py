@@ -29,9 +29,9 @@ from llmtune.evaluate.controls import control_inputs
 from llmtune.evaluate.eval_inputs import EvalContext, calibration_inputs, make_inputs
 from llmtune.evaluate.evaluator import ModelLoaders, Scored
 from llmtune.evaluate.label_check import check_labels
-from llmtune.evaluate.results import SIMPLE, TUNED, load_first
+from llmtune.evaluate.results import TUNED, load_first
 from llmtune.evaluate.scoring import ScoreRequest, score_run
-from llmtune.evaluate.simple_baseline import score_simple_baseline
+from llmtune.evaluate.simple_baseline import SimpleScorer, name_file
 from llmtune.evaluate.suites.label_errors import save_suspects
 from llmtune.evaluate.teacher import (
     ANSWERS,
@@ -53,6 +53,7 @@ from llmtune.model.teacher_files import find_teacher, plan_teacher, teacher_run
 from llmtune.model.tensor_parallel import split_model, why_unsplit
 from llmtune.plan import RunContext, find_variant, open_finished
 from llmtune.recipe.adapter_section import DATA_STARTS
+from llmtune.recipe.gate_grammar import SIMPLE_BASELINES
 from llmtune.recipe.schema import Recipe
 from llmtune.records import ALONE, AdaptedModel, ModelRef, Row, Rows, SelectedModel
 from llmtune.store.atomic_files import hash_folder, hash_value, staged
@@ -216,7 +217,9 @@ def score_models(context: RunContext, folder: Path | None, base_folders: Sequenc
     )
     base = base_inputs(recipe, adapter_settings(recipe), plan.model_ref, rows, examples, plan.device)
     base = hash_value([base, engine]) if engine else base
-    simple = load_first(base_folders, simple_inputs(recipe, rows, examples), SIMPLE)
+    learned = simple_inputs(recipe, rows, examples)
+    keys = dict.fromkeys(SIMPLE_BASELINES, learned) | {"frozen": hash_value([learned, base])}
+    caches = {name: load_first(base_folders, key, name_file(name)) for name, key in keys.items()}
     ask = partial(ask_champion, partial(load_champion, context), eval_context, rows, context.folder.path)
     taught = recipe.distil is not None and recipe.distil.weight > 0
     loaders = replace(Models(context).loaders, teacher=partial(open_teacher, context) if taught else None)
@@ -230,7 +233,7 @@ def score_models(context: RunContext, folder: Path | None, base_folders: Sequenc
         headless=why_headless(plan.model_ref, recipe, task),
         base=load_first(base_folders, base),
         tuned=load_first(base_folders, base + hash_folder(context.trained_folder), TUNED),
-        score_simply=partial(score_simple_baseline, eval_context, rows, examples, simple),
+        score_simply=SimpleScorer(eval_context, rows, examples, loaders.base, caches).score,
         challenge=partial(face_champion, plan.stated, context.folder, rows, ask),
         compare_control=partial(compare_control_run, recipe, context.folder),
         trained=context.trained_folder,

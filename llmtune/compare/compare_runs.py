@@ -82,8 +82,8 @@ def finish(comparison: Comparison, out: Path, console: Console) -> Json:
     comparison = redact_all(replace(comparison, folder=str(out)))
     page = make_comparison_page(comparison)
     content: Json = plain(comparison)
-    for run in content["runs"]:  # runs have rates and gates only if methods are compared, and not all have a baseline
-        for key in [key for key in ("rate", "gates", "simple_baseline") if run[key] is None]:
+    for run in content["runs"]:  # runs have rates and gates only if methods are compared
+        for key in [key for key in ("rate", "gates") if run[key] is None]:
             del run[key]
     print_page(page, console)
     with explained(out):
@@ -151,7 +151,8 @@ def score_table(metric: str, made: Comparison) -> Table:
     simple = {
         (one.name, one.scores[metric])
         for run in made.runs
-        if (one := run.simple_baseline) is not None and metric in one.scores
+        for one in run.simple_baselines.values()
+        if metric in one.scores
     }
     rows += [Compared(name, None, value, None, better_side(metric)) for name, value in sorted(simple)]
     note = full_note(metric, made.task)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import combinations
 
 from llmtune import __version__
@@ -62,7 +62,7 @@ class RunSummary:
     rate: str | None = None
     """Origin of its learning rate, if methods are compared."""
     gates: Sequence[GateResult] | None = None
-    simple_baseline: SimpleBaseline | None = None
+    simple_baselines: dict[str, SimpleBaseline] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,7 @@ def summarize(run: OpenedRun) -> RunSummary:
         tuned=evaluation.tuned,
         difference=evaluation.difference,
         verdict=judge_run(evaluation, check_gates(run.recipe.evaluate, evaluation), run.recipe.evaluate.alpha),
-        simple_baseline=evaluation.simple_baseline,
+        simple_baselines=evaluation.simple_baselines,
     )
 
 

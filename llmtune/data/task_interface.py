@@ -75,8 +75,14 @@ class TaskInterface:
         """Return the summed loss and its count; PEFT or DDP may have wrapped the model."""
         raise NotImplementedError
 
-    def start_head(self, adapted: AdaptedModel, examples: Iterable[AnyExample], recipe: Recipe) -> None:
-        """Initialise a new head in place, from its training examples."""
+    def start_head(
+        self, adapted: AdaptedModel, examples: Sequence[AnyExample], recipe: Recipe, *, whole: bool
+    ) -> str | None:
+        """Initialise a new head in place, from its training examples; return what it starts at, None if at random.
+
+        The model can be run only if it is `whole`: not about to be sharded.
+        """
+        return None
 
     def guessing_loss(self, config: PretrainedConfig, examples: Iterable[AnyExample], recipe: Recipe) -> float:
         """Estimate the loss of guessing without looking at the input; training should get below it."""

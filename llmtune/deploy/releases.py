@@ -190,7 +190,7 @@ def make_record(run: Path) -> Json:
         gates=report["gates"],
         certificates=opened.folder.certificates(),
         rows=evaluation.rows,
-        simple_baseline=evaluation.simple_baseline,
+        simple_baselines=evaluation.simple_baselines,
         controls=evaluation.controls,
         pictured=evaluation.pictured,
         control_run=evaluation.control_run,
@@ -204,9 +204,9 @@ def make_record(run: Path) -> Json:
 def _without_paths(content: Release) -> Json:
     difference = {metric: asdict(change) for metric, change in content["difference"].items()}
     controls = {name: asdict(control) for name, control in content["controls"].items()}
-    opponents = (content["simple_baseline"], content["control_run"], content["teacher"])
-    simple, control_run, teacher = (one and asdict(one) for one in opponents)
-    values = {**content, "difference": difference, "simple_baseline": simple, "controls": controls}
+    simple = {name: asdict(one) for name, one in content["simple_baselines"].items()}
+    control_run, teacher = (one and asdict(one) for one in (content["control_run"], content["teacher"]))
+    values = {**content, "difference": difference, "simple_baselines": simple, "controls": controls}
     values |= {"control_run": control_run, "teacher": teacher}
     return {key: hide_paths(value) for key, value in values.items()}
 

@@ -210,8 +210,18 @@ class EvaluatedTask(TaskInterface):
         """Return name and predictions of the baseline for a base without a trained head, from training references."""
         raise NotImplementedError
 
+    def frozen_features(self, rows: Sequence[Any], loaded: LoadedModel) -> list[NDArray[np.float64]]:
+        """Return the features [F] of rows by a base without training; for tasks with the baseline `frozen`."""
+        raise NotImplementedError
+
+    def predict_frozen(
+        self, train: Sequence[Any], prompts: Sequence[Any], features: Sequence[NDArray[np.float64]], recipe: Recipe
+    ) -> SimplePredictions | str:
+        """Predict from features of the training rows and then of the prompts; the reason if it cannot be."""
+        raise NotImplementedError
+
     def predict_simply(self, train: Sequence[Any], prompts: Sequence[Any], recipe: Recipe) -> SimplePredictions | str:
-        """Predict with the baseline of `TaskFacts.simple_baseline`, from training rows; the reason if it cannot be."""
+        """Predict with a baseline that counts words, from training rows; the reason if it cannot be."""
         raise NotImplementedError
 
     def measure_words(

@@ -16,7 +16,7 @@ from llmtune.recipe.secrets import hide_environment
 from llmtune.records import Difference
 from llmtune.store.atomic_files import explained, read_json, write_json
 from llmtune.store.run_folder import RunFolder
-from llmtune.store.score_records import Evaluation, Study
+from llmtune.store.score_records import Evaluation, Study, name_baselines
 
 EVALUATION = "evaluation.json"
 PIECES = "loss.pieces"
@@ -42,7 +42,7 @@ def load_evaluation(folder: Path) -> Evaluation | None:
     if saved is None:
         return None
     try:
-        return _evaluation_reader().validate_python(restore_nan(saved))
+        return _evaluation_reader().validate_python(restore_nan(name_baselines(saved)))
     except ValidationError:
         return None
 

@@ -214,7 +214,8 @@ def compared_scores(
     if gate.against != "champion" and gate.against not in SIMPLE_BASELINES:
         others = evaluation.of_exports() if gate.on_export else evaluation.by_name("base")
         return evaluation.by_name("tuned"), others, evaluation.differences()
-    opponent = evaluation.champion if gate.against == "champion" else evaluation.simple_baseline
+    known = evaluation.simple_baselines
+    opponent = evaluation.champion if gate.against == "champion" else known.get(gate.against or "")
     if opponent is None:
         return evaluation.by_name("tuned"), {}, {}
     return {**evaluation.by_name("tuned"), **opponent.tuned}, opponent.scores, opponent.difference
@@ -255,7 +256,7 @@ def why_unmeasured(gate: Gate, evaluation: Evaluation) -> str:
     reasons = [one for one in (notes.get(gate.metric, ""), *known) if one.startswith(NOT_MEASURED)]
     if gate.metric not in evaluation.by_name("tuned"):
         return next(iter(reasons), f"{NOT_MEASURED}: the last evaluation did not compute it")
-    if (name := gate.against or "") in SIMPLE_BASELINES and evaluation.simple_baseline is None and name in notes:
+    if (name := gate.against or "") in SIMPLE_BASELINES and name not in evaluation.simple_baselines and name in notes:
         return notes[name]
     if name in CONTROLS and name not in evaluation.controls:
         return f"{NOT_MEASURED}: no test row has a picture, or evaluate.controls was off"

@@ -125,7 +125,7 @@ def open_export_scores(path: Path, certificate: Json, name: str) -> OpenedRun:
     )
     scores = {metric: one.value for metric, one in measures.tuned.items()}
     difference = pairs.differences(run.recipe.seed)
-    evaluation = replace(run.evaluation, tuned=scores, difference=difference, simple_baseline=None)
+    evaluation = replace(run.evaluation, tuned=scores, difference=difference, simple_baselines={})
     return OpenedRun(name, run.recipe, evaluation, measures, run.folder, certificate)
 
 

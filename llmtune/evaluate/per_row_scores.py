@@ -87,8 +87,8 @@ class PerRowScores(PairedMeasures):
     """[P] names of the test rows: a content hash and a number among equal rows, independent of position."""
     clusters: tuple[int, ...] = ()
     """[P] equal for rows that belong together; empty if no rows do."""
-    simple: Mapping[str, Measure] = field(default_factory=dict)
-    """The measures of a simple baseline."""
+    simple: Mapping[str, Mapping[str, Measure]] = field(default_factory=dict)
+    """The measures of each simple baseline."""
 
     def with_rows(self, others: PerRowScores) -> PerRowScores:
         """Return the tuned model's scores on the rows of both; a metric missing from `others` keeps its own rows.
@@ -152,7 +152,7 @@ def pack_measures(scores: PerRowScores) -> bytes:
     arrays: dict[str, NDArray[np.generic]] = {"rows": np.asarray(scores.rows, dtype=np.str_)}
     if scores.clusters:
         arrays["clusters"] = np.asarray(scores.clusters, dtype=np.int64)
-    models = {"base": scores.base, "tuned": scores.tuned, **({"simple": scores.simple} if scores.simple else {})}
+    models = {"base": scores.base, "tuned": scores.tuned, **scores.simple}
     described: dict[str, dict[str, Description]] = {name: {} for name in models}
     for name, one_model in models.items():
         for metric, measure in one_model.items():
@@ -198,20 +198,22 @@ def unpack_measures(packed: bytes, path: Path, fix: str) -> PerRowScores:
             if record["version"] != VERSION:
                 raise EnvironmentProblem.of(f"written by another version of llmtune ({record['version']})", str(path))
             clusters = tuple(arrays["clusters"].tolist()) if "clusters" in arrays else ()
-            base, tuned, simple = (
-                {
-                    metric: restore_measure(metric, arrays, name, described).in_clusters(clusters)
-                    for metric, described in {"simple": {}, **record}[name].items()
+            models = {
+                name: {
+                    metric: restore_measure(metric, arrays, name, one).in_clusters(clusters)
+                    for metric, one in described.items()
                 }
-                for name in ("base", "tuned", "simple")
-            )
-            return PerRowScores(base, tuned, tuple(arrays["rows"].tolist()), clusters, simple)
+                for name, described in record.items()
+                if name != "version"
+            }
+            base, tuned = models.pop("base"), models.pop("tuned")
+            return PerRowScores(base, tuned, tuple(arrays["rows"].tolist()), clusters, models)
     except UNREADABLE as error:
         raise EnvironmentProblem.of(f"damaged: {error}", str(path), fix) from None
 
 
 def restore_measure(metric: str, arrays: Mapping[str, NDArray[Any]], model: str, described: Description) -> Measure:
-    """Rebuild a metric of `base`, `tuned` or `simple` from its sums and the name of its formula."""
+    """Rebuild a metric of a model from its sums and the name of its formula."""
     sums_NK, at = arrays[f"{model}/{metric}/sums"], tuple(arrays[f"{model}/{metric}/at"].tolist())
     names = tuple(arrays[key].tolist()) if (key := f"{model}/{metric}/names") in arrays else ()
     name, right_wrong, signature = described["formula"], described["right_wrong"], described["signature"]

@@ -34,10 +34,10 @@ from llmtune.store.release_store import (
 )
 from llmtune.store.run_folder import MANIFEST
 from llmtune.store.run_listing import find_run
-from llmtune.store.score_records import Control, Evaluation, GateResult, SimpleBaseline
+from llmtune.store.score_records import Control, Evaluation, GateResult, SimpleBaseline, name_baselines
 
 RELEASE_VERSION = 1
-OPPONENTS = ("simple_baseline", "controls", "pictured", "control_run", "teacher")
+OPPONENTS = ("simple_baselines", "controls", "pictured", "control_run", "teacher")
 """Keys of a release that an evaluation has too, and that earlier versions of llmtune did not write."""
 RELEASE_FIX = "Write it again from its run: llmtune release RUN"
 
@@ -75,7 +75,7 @@ class Release(TypedDict):
     certificates: dict[str, Json]
     """The merged, exported or served model, with the numbers of its parity check."""
     rows: int
-    simple_baseline: NotRequired[SimpleBaseline | None]
+    simple_baselines: NotRequired[dict[str, SimpleBaseline]]
     controls: NotRequired[dict[str, Control]]
     pictured: NotRequired[int]
     control_run: NotRequired[ControlScores | None]
@@ -92,7 +92,7 @@ def read_release(path: Path) -> Release:
         what = "not a release file" if path.exists() else "file not found"
         raise RecipeError.of(what, str(path), "Name a release (llmtune release list) or the file of one.")
     try:
-        release = TypeAdapter(Release).validate_python(restore_nan(content))
+        release = TypeAdapter(Release).validate_python(restore_nan(name_baselines(content)))
     except ValidationError as error:
         raise RecipeError.of(f"not a release file ({_first_problem(error)})", str(path), RELEASE_FIX) from None
     if release["release_version"] > RELEASE_VERSION:

@@ -28,7 +28,7 @@ from llmtune.store.json_shapes import find_misfit
 from llmtune.store.run_folder import THUMBNAILS
 from llmtune.store.score_records import Evaluation, Flips
 
-PREDICTIONS, BASE, TUNED, SIMPLE = "predictions.jsonl", "base.json", "tuned.json", "simple_baseline.json"
+PREDICTIONS, BASE, TUNED = "predictions.jsonl", "base.json", "tuned.json"
 VECTORS = ".npy"
 BY_ROW = ("texts", "scores", "predictions", "parts", "cut", "logits")
 """Row-wise fields of `Answers`, as named in `base.json`."""

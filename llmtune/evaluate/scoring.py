@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -59,8 +59,8 @@ class ScoreRequest:
     """The base model's answers of an earlier evaluation, if any; they are saved under its inputs."""
     tuned: BaseAnswers | None = None
     """The same of the tuned model, for recipes with metrics of the user's own."""
-    score_simply: Callable[[Mapping[str, Measure]], SimpleScores | None] = lambda measures: None
-    """Scores a simple baseline."""
+    score_simply: Callable[[Mapping[str, Measure]], Iterable[SimpleScores]] = lambda measures: ()
+    """Scores the simple baselines."""
     challenge: Challenge = lambda evaluation, scores: None
     compare_control: Callable[[PerRowScores], ControlScores | None] = lambda scores: None
     """Compares with the control run, if any."""
@@ -117,12 +117,11 @@ def score_models_and_suites(request: ScoreRequest) -> Scored:
     return replace(scored, evaluation=evaluation, per_row=per_row)
 
 
-def add_simple_baseline(request: ScoreRequest, scored: Scored) -> Scored:
-    """Add the scores of a baseline without a language model, if the task has one; only for a run with a folder."""
-    simple = request.score_simply(scored.measures.tuned) if request.context.folder is not None else None
-    if simple is None:
-        return scored
-    evaluation, per_row = simple.add_to(scored.evaluation, scored.per_row)
+def add_simple_baselines(request: ScoreRequest, scored: Scored) -> Scored:
+    """Add the scores of baselines without fine-tuning, if the task has any."""
+    evaluation, per_row = scored.evaluation, scored.per_row
+    for simple in request.score_simply(scored.measures.tuned):
+        evaluation, per_row = simple.add_to(evaluation, per_row)
     return replace(scored, evaluation=evaluation, per_row=per_row)
 
 
@@ -159,7 +158,7 @@ def add_control_run(request: ScoreRequest, scored: Scored) -> Scored:
 
 
 ROW_SCORES: tuple[Callable[[ScoreRequest, Scored], Scored], ...] = (
-    add_simple_baseline,
+    add_simple_baselines,
     save_row_files,
     add_contamination,
     add_champion,

@@ -1,28 +1,36 @@
-"""Score a baseline without a language model on the test rows: what tuning must beat to be worth its cost."""
+"""Score baselines without fine-tuning on the test rows: what tuning must beat to be worth its cost."""
 
 from __future__ import annotations
 
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 
 import numpy as np
+import torch
 
 from llmtune.data.examples import ExampleReader
 from llmtune.data.pictures import without_pictures
 from llmtune.data.row_kind import write_prompt
 from llmtune.data.row_store import read_rows
 from llmtune.display.console import spinner
+from llmtune.errors import RecipeError
 from llmtune.evaluate.bm25 import BM25_NOTE
 from llmtune.evaluate.eval_inputs import EvalContext, EvalInputs
-from llmtune.evaluate.inference import Answers, compute_metrics
+from llmtune.evaluate.evaluated_task import LoadedModel
+from llmtune.evaluate.inference import Answers, add_bar, compute_metrics, inference_on
+from llmtune.evaluate.intervals import Floats
 from llmtune.evaluate.metric import Measure, paired_difference
 from llmtune.evaluate.per_row_scores import PerRowScores
-from llmtune.evaluate.results import SIMPLE, BaseAnswers, save_base
-from llmtune.evaluate.tfidf import MOST_TEXTS, fit_tfidf, logits_of
-from llmtune.evaluate.token_batches import cut_evenly
+from llmtune.evaluate.regression import MOST_TEXTS, logits_of
+from llmtune.evaluate.results import BaseAnswers, save_base
+from llmtune.evaluate.tfidf import fit_tfidf
+from llmtune.evaluate.token_batches import cut_evenly, over_processes
+from llmtune.model.device import release_memory
 from llmtune.recipe.gate_grammar import SIMPLE_BASELINES
 from llmtune.recipe.metric_cutoffs import at_ten
 from llmtune.recipe.task_facts import CUT_METRIC, TASK_FACTS
@@ -31,7 +39,6 @@ from llmtune.store.score_records import Evaluation, SimpleBaseline
 
 SENTENCE = re.compile(r".+?(?:[.!?…]+[\"'”’)\]]*(?=\s|$)|[。！？]+[”」』）]*|\n|$)", re.DOTALL)
 LEAD = 3
-RIDGE = "TF-IDF with ridge regression"
 
 
 @dataclass(frozen=True)
@@ -48,82 +55,129 @@ class SimpleScores:
     def add_to(self, evaluation: Evaluation, scores: PerRowScores) -> tuple[Evaluation, PerRowScores]:
         """Return an evaluation and its scores by row with those of the baseline."""
         signatures = evaluation.signatures | {self.name: self.note}
-        noted = replace(evaluation, simple_baseline=self.record, signatures=signatures)
-        return noted, replace(scores, simple=self.measures)
+        known = evaluation.simple_baselines | ({self.name: self.record} if self.record else {})
+        noted = replace(evaluation, simple_baselines=known, signatures=signatures)
+        return noted, replace(scores, simple={**scores.simple, self.name: self.measures})
 
 
-def score_simple_baseline(
-    context: EvalContext, rows: Rows, examples: Examples, cache: BaseAnswers, tuned: Mapping[str, Measure]
-) -> SimpleScores | None:
-    """Score the task's simple baseline on the rows of `context`, and compare it with the tuned model's measures.
+@dataclass(frozen=True)
+class SimpleScorer:
+    """Scores the task's simple baselines on the test rows."""
 
-    It learns from the training rows that the model was trained on, and from nothing else. `cache` has the answers of an
-    earlier evaluation, if any; new ones are saved in the context's folder. None if the task, or the recipe's metrics,
-    have no such baseline.
-    """
-    inputs, recipe, task = context.inputs, context.recipe, context.task
-    facts = TASK_FACTS[recipe.task]
-    name = facts.simple_baseline
-    if inputs is None or not name:
-        return None
-    metrics = tuple(metric for metric in inputs.metrics if at_ten(metric) in facts.baseline_metrics)
-    if not metrics or (name == "tfidf" and not task.predicts and not inputs.trees):
-        return None
-    began, answers = time.monotonic(), cache.answers
-    if facts.searches:
-        with spinner(context.console, f"ranking by {SIMPLE_BASELINES[name]}"):
-            by_words = {metric: task.measure_words(metric, inputs.targets, inputs.corpus, recipe) for metric in metrics}
-        measures = {metric: one.in_clusters(inputs.clusters) for metric, one in by_words.items() if one is not None}
-        note = BM25_NOTE
-    else:
-        with spinner(context.console, f"fitting {SIMPLE_BASELINES[name]}"):
-            answered = (answers, cache.note) if answers is not None else answer_simply(context, inputs, rows, examples)
-        if isinstance(answered, str):
-            return SimpleScores(name, None, {}, f"not measured: {answered}")
-        answers, note = answered
-        if context.folder is not None:
-            save_base(context.folder, answers, cache.inputs, SIMPLE, note)
-        section = recipe.evaluate.model_copy(update={"metrics": metrics})  # without metrics of the user's own
-        reduced = recipe.model_copy(update={"evaluate": section})
-        scored = replace(context, inputs=replace(inputs, metrics=metrics), recipe=reduced)
-        measures = compute_metrics(scored, answers, answers)
-        measures.pop(CUT_METRIC, None)
-    if not measures:
-        return None
-    source = "reusing its answers from an earlier evaluation" if cache.answers else f"{time.monotonic() - began:.1f} s"
-    context.console.print(f"{name}: {note} ({source})", highlight=False, markup=False)
-    title = RIDGE if name == "tfidf" and task.output_kind(recipe) == "number" else SIMPLE_BASELINES[name]
-    pairs = {metric: on_shared_rows(one, tuned[metric]) for metric, one in measures.items() if metric in tuned}
-    record = SimpleBaseline(
-        name=name,
-        title=title,
-        scores={metric: before.value for metric, (before, _) in pairs.items()},
-        difference={metric: paired_difference(*pair, recipe.seed) for metric, pair in pairs.items()},
-        tuned={metric: after.value for metric, (_, after) in pairs.items()},
-        note=note,
-    )
-    return SimpleScores(name, record, measures, note)
+    context: EvalContext
+    rows: Rows
+    examples: Examples
+    load_base: Callable[[], AbstractContextManager[torch.nn.Module]]
+    caches: Mapping[str, BaseAnswers]
+    """By name: the answers of an earlier evaluation, if any. New ones are saved in the context's folder."""
+
+    def score(self, tuned: Mapping[str, Measure]) -> Iterator[SimpleScores]:
+        """Yield the scores of each baseline, compared with the tuned model's measures; all processes must call this.
+
+        They learn from the training rows that the model was trained on, and from nothing else. A task, or the recipe's
+        metrics, may have no such baseline.
+        """
+        inputs, recipe, task = self.context.inputs, self.context.recipe, self.context.task
+        facts = TASK_FACTS[recipe.task]
+        if inputs is None or (facts.simple_baselines[:1] == ("tfidf",) and not task.predicts and not inputs.trees):
+            return
+        metrics = tuple(metric for metric in inputs.metrics if at_ten(metric) in facts.baseline_metrics)
+        for name in facts.simple_baselines if metrics else ():
+            one = self.score_one(name, metrics, inputs, tuned)
+            if one is not None:
+                yield one
+
+    def score_one(
+        self, name: str, metrics: tuple[str, ...], inputs: EvalInputs, tuned: Mapping[str, Measure]
+    ) -> SimpleScores | None:
+        """Return one baseline's scores; None in other processes than the first, and without measures."""
+        context, recipe, task, cache = self.context, self.context.recipe, self.context.task, self.caches[name]
+        began, answers, note = time.monotonic(), cache.answers, cache.note
+        features = self.read_features(inputs) if name == "frozen" and answers is None else None
+        if context.folder is None:
+            return None
+        if name == "bm25":
+            with spinner(context.console, f"ranking by {SIMPLE_BASELINES[name]}"):
+                words = {one: task.measure_words(one, inputs.targets, inputs.corpus, recipe) for one in metrics}
+            measures = {metric: one.in_clusters(inputs.clusters) for metric, one in words.items() if one is not None}
+            note = BM25_NOTE
+        else:
+            if answers is None:
+                with spinner(context.console, f"fitting {SIMPLE_BASELINES[name]}"):
+                    answered = features if isinstance(features, str) else self.answer(name, inputs, features)
+                if isinstance(answered, str):
+                    return SimpleScores(name, None, {}, f"not measured: {answered}")
+                answers, note = answered
+            save_base(context.folder, answers, cache.inputs, name_file(name), note)
+            section = recipe.evaluate.model_copy(update={"metrics": metrics})  # without metrics of the user's own
+            reduced = recipe.model_copy(update={"evaluate": section})
+            scored = replace(context, inputs=replace(inputs, metrics=metrics), recipe=reduced)
+            measures = compute_metrics(scored, answers, answers)
+            measures.pop(CUT_METRIC, None)
+        if not measures:
+            return None
+        seconds = f"{time.monotonic() - began:.1f} s"
+        source = "reusing its answers from an earlier evaluation" if cache.answers else seconds
+        context.console.print(f"{name}: {note} ({source})", highlight=False, markup=False)
+        title = SIMPLE_BASELINES[name]
+        if task.output_kind(recipe) == "number":
+            title = title.replace("logistic", "ridge")
+        pairs = {metric: on_shared_rows(one, tuned[metric]) for metric, one in measures.items() if metric in tuned}
+        record = SimpleBaseline(
+            name=name,
+            title=title,
+            scores={metric: before.value for metric, (before, _) in pairs.items()},
+            difference={metric: paired_difference(*pair, recipe.seed) for metric, pair in pairs.items()},
+            tuned={metric: after.value for metric, (_, after) in pairs.items()},
+            note=note,
+        )
+        return SimpleScores(name, record, measures, note)
+
+    def training_rows(self) -> list[Row]:
+        """Return the rows that were learned, of many some that are spread evenly."""
+        numbers = np.unique(ExampleReader(self.examples, "train").rows)
+        return read_rows(self.rows, "train", numbers[[*cut_evenly(len(numbers), MOST_TEXTS)]].tolist())
+
+    def read_features(self, inputs: EvalInputs) -> list[Floats] | str:
+        """Return the base's features of the training rows, then of the prompts; the reason if it has none."""
+        context, rows = self.context, [*self.training_rows(), *(inputs.questions[i] for i in inputs.answered)]
+        try:
+            with self.load_base() as model, inference_on(model, context) as bars:
+                advance = add_bar(bars, "frozen: texts", len(rows))
+                loaded = LoadedModel(model, context.processor, context.recipe, context.device, advance)
+                return over_processes(model, rows, partial(context.task.frozen_features, loaded=loaded))
+        except RecipeError as error:
+            return error.problems[0].what
+        finally:
+            release_memory()
+
+    def answer(self, name: str, inputs: EvalInputs, features: list[Floats] | None) -> tuple[Answers, str] | str:
+        """Return the baseline's answers, with a note on how it was fitted; the reason if it cannot be fitted."""
+        context = self.context
+        if name == "lead3":
+            texts = {i: lead(inputs.questions[i]["document"]) for i in inputs.answered}
+            return Answers(None, texts, {}), f"{SIMPLE_BASELINES[name]} of each document"
+        train = self.training_rows()
+        if inputs.trees:
+            return choose_simply(context, inputs, train)
+        prompts = [inputs.questions[i] for i in inputs.answered]
+        task, recipe = context.task, context.recipe
+        predicted = (
+            task.predict_frozen(train, prompts, features, recipe)
+            if features
+            else task.predict_simply(train, prompts, recipe)
+        )
+        if isinstance(predicted, str):
+            return predicted
+        predictions = dict(zip(inputs.answered, predicted.predictions, strict=True))
+        texts = {i: context.task.format_prediction(one) for i, one in predictions.items()}
+        logits = dict(zip(inputs.answered, predicted.logits, strict=False))
+        return Answers(None, texts, {}, predictions, logits=logits), predicted.note
 
 
-def answer_simply(
-    context: EvalContext, inputs: EvalInputs, rows: Rows, examples: Examples
-) -> tuple[Answers, str] | str:
-    """Return the baseline's answers, with a note on how it was fitted; the reason instead if it cannot be fitted."""
-    if TASK_FACTS[context.recipe.task].simple_baseline == "lead3":
-        texts = {i: lead(inputs.questions[i]["document"]) for i in inputs.answered}
-        return Answers(None, texts, {}), f"{SIMPLE_BASELINES['lead3']} of each document"
-    numbers = np.unique(ExampleReader(examples, "train").rows)
-    train = read_rows(rows, "train", numbers[[*cut_evenly(len(numbers), MOST_TEXTS)]].tolist())
-    if inputs.trees:
-        return choose_simply(context, inputs, train)
-    prompts = [inputs.questions[i] for i in inputs.answered]
-    predicted = context.task.predict_simply(train, prompts, context.recipe)
-    if isinstance(predicted, str):
-        return predicted
-    predictions = dict(zip(inputs.answered, predicted.predictions, strict=True))
-    texts = {i: context.task.format_prediction(one) for i, one in predictions.items()}
-    logits = dict(zip(inputs.answered, predicted.logits, strict=False))
-    return Answers(None, texts, {}, predictions, logits=logits), predicted.note
+def name_file(name: str) -> str:
+    """Return the name of the file with a simple baseline's answers."""
+    return f"{name}.json"
 
 
 def baseline_text(question: Row) -> str:

@@ -300,50 +300,51 @@ def is_base(simple: SimpleBaseline, evaluation: Evaluation) -> bool:
     return bool(evaluation.baseline) and all(evaluation.base.get(name) == one for name, one in simple.scores.items())
 
 
-def find_unbeaten(evaluation: Evaluation | None) -> tuple[str, int] | None:
-    """Return the metric in which the tuned model is not shown to beat the simple baseline, and its side.
+def find_unbeaten(evaluation: Evaluation | None) -> list[tuple[int, SimpleBaseline, str]]:
+    """Return the simple baselines that the tuned model is not shown to beat, with side and metric, the best first.
 
-    The side is -1 if the baseline is better, else 0. The most informative metric decides. None if the baseline is
+    The side is -1 if the baseline is better, else 0. The most informative metric decides. Without baselines that are
     beaten, or cannot be compared.
     """
-    simple = evaluation.simple_baseline if evaluation else None
-    if evaluation is None or simple is None or is_base(simple, evaluation):
-        return None
-    ranked = (name for name in rank_metrics(simple.difference) if better_side(name) and name not in COSTS)
-    metric = next(ranked, None)
-    change = simple.difference[metric] if metric else None
-    if metric is None or change is None or change.n < FEWEST_ROWS or (side := direction(metric, change)) > 0:
-        return None
-    return metric, side
+    unbeaten = []
+    for simple in evaluation.simple_baselines.values() if evaluation else ():
+        ranked = (name for name in rank_metrics(simple.difference) if better_side(name) and name not in COSTS)
+        metric = None if evaluation is None or is_base(simple, evaluation) else next(ranked, None)
+        if metric is None or (change := simple.difference[metric]).n < FEWEST_ROWS:
+            continue
+        if (side := direction(metric, change)) <= 0:
+            unbeaten.append((side, simple, metric))
+    return sorted(unbeaten, key=lambda one: (one[0], better_side(one[2]) * one[1].difference[one[2]].value))
 
 
 def simple_title(word: str, evaluation: Evaluation) -> tuple[str, str] | None:
-    """Return the word and the opponent for the title of a verdict that `weigh_simple_baseline` changed; else None."""
-    simple, unbeaten = evaluation.simple_baseline, find_unbeaten(evaluation)
-    if simple is None or unbeaten is None or not evaluation.baseline or evaluation.champion is not None:
+    """Return the word and the opponent for the title of a verdict that `weigh_simple_baselines` changed; else None."""
+    unbeaten = find_unbeaten(evaluation)
+    if not unbeaten or not evaluation.baseline or evaluation.champion is not None:
         return None
-    shown = {(INCONCLUSIVE, 0): INCONCLUSIVE, (MIXED, -1): WORSE}.get((word, unbeaten[1]))
+    side, simple, _ = unbeaten[0]
+    shown = {(INCONCLUSIVE, 0): INCONCLUSIVE, (MIXED, -1): WORSE}.get((word, side))
     return (shown, simple.title) if shown else None
 
 
-def weigh_simple_baseline(result: Verdict, evaluation: Evaluation | None) -> Verdict:
-    """Add a sentence to the verdict unless the tuned model is shown to be better than the simple baseline.
+def weigh_simple_baselines(result: Verdict, evaluation: Evaluation | None) -> Verdict:
+    """Add a sentence to the verdict for each simple baseline that the tuned model is not shown to beat.
 
-    `better` than a trivial baseline then becomes `mixed` if the tuned model is shown to be worse than the simple one,
+    `better` than a trivial baseline then becomes `mixed` if the tuned model is shown to be worse than a simple one,
     else `inconclusive`.
     """
-    simple, unbeaten = evaluation.simple_baseline if evaluation else None, find_unbeaten(evaluation)
-    if evaluation is None or simple is None or unbeaten is None:
+    unbeaten = find_unbeaten(evaluation)
+    if evaluation is None or not unbeaten:
         return result
-    metric, side = unbeaten
-    change = simple.difference[metric]
-    ends = "" if missing(change.low) else f" ({signed(change.low)} to {signed(change.high)})"
-    how = "Worse" if side else "Not better" if better_side(metric) * change.value <= 0 else "Not clearly better"
-    numbers = f"{metric.replace('_', ' ')} {score(simple.tuned[metric])} against {score(simple.scores[metric])}{ends}"
-    reason = f"{result.reason} {how} than {simple.title}: {numbers}."
-    word = result.word
+    reason, word = result.reason, result.word
+    for side, simple, metric in unbeaten:
+        change = simple.difference[metric]
+        ends = "" if missing(change.low) else f" ({signed(change.low)} to {signed(change.high)})"
+        how = "Worse" if side else "Not better" if better_side(metric) * change.value <= 0 else "Not clearly better"
+        numbers = f"{score(simple.tuned[metric])} against {score(simple.scores[metric])}{ends}"
+        reason += f" {how} than {simple.title}: {metric.replace('_', ' ')} {numbers}."
     if word == BETTER and evaluation.baseline and evaluation.champion is None:
-        word = MIXED if side else INCONCLUSIVE
+        word = MIXED if unbeaten[0][0] else INCONCLUSIVE
     return Verdict(word, reason)
 
 
@@ -367,7 +368,7 @@ def judge_run(
             changes = replace(changes, known=class_slice)
         widened = replace(champion, difference=widen_all(champion.difference, alpha), classes=changes)
         evaluation = replace(evaluation, champion=widened)
-    result = weigh_simple_baseline(verdict(evaluation, seeds, curve, gates, alpha, doubts), evaluation)
+    result = weigh_simple_baselines(verdict(evaluation, seeds, curve, gates, alpha, doubts), evaluation)
     chance = alpha if champion else CHANCE
     result = weigh_controls(result, evaluation, list_gained(result.word, evaluation, gates, chance))
     studies = evaluation.studies.values() if evaluation else ()

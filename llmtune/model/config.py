@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from llmtune.data.task_interface import TaskInterface
 from llmtune.errors import EnvironmentProblem, Problem, RecipeError, first_line, system_errno
 from llmtune.model.device import is_out_of_memory
+from llmtune.model.mean_layer import name_mean_layer
 from llmtune.model.quantized_base import check_training, is_quantized, kept_quantization, prepare_reading
 from llmtune.model.towers import image_text_class, remove_towers
 from llmtune.recipe.model_kind import CAUSAL, CLASSES, MASKED, VECTORS, ModelKind
@@ -223,7 +224,8 @@ def readable(what: str, where: str, fix: str) -> Iterator[None]:
 def head_names(model: torch.nn.Module) -> list[str]:
     """Return the names of the modules that turn hidden states into scores: never quantised, never given a LoRA.
 
-    They are a model's children other than its body; for a model without a separate body (T5), its output layer.
+    They are a model's children other than its body, and an added layer that averages tokens; for a model without a
+    separate body (T5), its output layer.
     """
     if not isinstance(model, PreTrainedModel):
         return ["lm_head"]
@@ -231,7 +233,7 @@ def head_names(model: torch.nn.Module) -> list[str]:
     if body is not model:
         heads = [name for name, child in model.named_children() if child is not body and [*child.parameters()]]
         if heads:
-            return heads
+            return [*name_mean_layer(model), *heads]
     output = model.get_output_embeddings()
     return [name for name, module in model.named_modules() if output is not None and module is output] or ["lm_head"]
 

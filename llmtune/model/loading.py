@@ -32,6 +32,7 @@ from llmtune.model.device import explain_oom, resolve_dtype
 from llmtune.model.experts import quantize_experts
 from llmtune.model.kernels import apply_liger, compute_numbers_in_float32, fuse_norms
 from llmtune.model.library_logging import unreported
+from llmtune.model.mean_layer import initialize_mean_layer, name_mean_layer
 from llmtune.model.memory_plan import plan_memory
 from llmtune.model.packed_attention import PACKED, choose_attention, install_packed, pool_documents
 from llmtune.model.processor import count_ids
@@ -330,6 +331,8 @@ def _initialize_head(
                 else:
                     parameter.fill_(float("norm" in name.lower() and name.endswith("weight")))
             new |= in_head.keys()
+    if name_mean_layer(model) and new:
+        initialize_mean_layer(model)
     if order := getattr(config, OTHER_ORDER, None):
         put_in_order(model, heads, order)
     return new

@@ -32,16 +32,17 @@ from llmtune.recipe.task_facts import (
 Operator = Literal[">=", "<=", ">", "<", "=="]
 IntervalEnd = Literal["low", "high"]
 Opponent = Literal[
-    "base", "champion", "tuned", "tfidf", "bm25", "unigram", "lead3", "blind", "swapped", "sft", "filter"
+    "base", "champion", "tuned", "tfidf", "frozen", "bm25", "unigram", "lead3", "blind", "swapped", "sft", "filter"
 ]
 
 SIMPLE_BASELINES: Mapping[str, str] = {
     "tfidf": "TF-IDF with logistic regression",
+    "frozen": "the frozen base with logistic regression",
     "bm25": "BM25",
     "unigram": "the most frequent tag of each word",
     "lead3": "the first three sentences",
 }
-"""Baselines without a language model, by the names that gates use."""
+"""Baselines without fine-tuning, by the names that gates use."""
 JUDGE = "judge."
 """How the scores of `evaluate.judge` begin: its own interval belongs to each."""
 NEW = "new"
@@ -165,7 +166,8 @@ def find_baseline_problem(gate: Gate, facts: TaskFacts, measured: Sequence[str])
     """Return the problem of a gate on a simple baseline, and a fix; `measured` are the recipe's metrics."""
     if gate.against not in SIMPLE_BASELINES:
         return None
-    name, metrics = facts.simple_baseline, [one for one in measured if at_ten(one) in facts.baseline_metrics]
+    names, metrics = facts.simple_baselines, [one for one in measured if at_ten(one) in facts.baseline_metrics]
+    name = gate.against if gate.against in names else "".join(names[:1])
     if gate.rows:
         what = f"the gate {gate.text!r} compares {gate.rows} rows with {gate.against}, which is scored on all rows"
         return what, "Compare them with a number, `base` or `champion`."

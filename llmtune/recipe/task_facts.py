@@ -116,10 +116,10 @@ class TaskFacts:
     """Whether negatives can be mined (`data.negatives`)."""
     after: str | None = None
     """Task that `llmtune init` proposes before this one for a file that both read."""
-    simple_baseline: str = ""
-    """The baseline of `SIMPLE_BASELINES` that is scored on the same test rows; empty without one."""
+    simple_baselines: tuple[str, ...] = ()
+    """The baselines of `SIMPLE_BASELINES` that are scored on the same test rows."""
     baseline_metrics: tuple[str, ...] = ()
-    """Metrics of that baseline."""
+    """Metrics of those baselines."""
     split_by: str | None = None
     """Column that groups rows if the recipe does not set `data.split_by`; all rows of the task have it once parsed."""
 
@@ -171,7 +171,7 @@ _TASKS = (
         ranks=True,
         overlong=_ANY_LENGTH,
         has_turns=True,
-        simple_baseline="tfidf",
+        simple_baselines=("tfidf",),
         baseline_metrics=CHOICE_METRICS,
         distils=True,
     ),
@@ -189,7 +189,7 @@ _TASKS = (
         generates=True,
         ranks=True,
         overlong=_ANY_LENGTH,
-        simple_baseline="tfidf",
+        simple_baselines=("tfidf",),
         baseline_metrics=CHOICE_METRICS,
         distils=True,
     ),
@@ -232,7 +232,7 @@ _TASKS = (
         overlong=("error", "drop", "truncate"),
         prompt_name="document",
         pipeline="summarization",
-        simple_baseline="lead3",
+        simple_baselines=("lead3",),
         baseline_metrics=(*ROUGE, "chrf", "length_ratio"),
         distils=True,
     ),
@@ -265,7 +265,7 @@ _TASKS = (
         packs=True,
         overlong=("error", "drop", "truncate"),
         answer_kind="labels",
-        simple_baseline="tfidf",
+        simple_baselines=("tfidf", "frozen"),
         baseline_metrics=CLASSIFICATION,
         prompt_name="text",
         metric_notes={"loss": "loss per row, as in training", "accuracy": "label is right; with several, all of them"},
@@ -283,7 +283,7 @@ _TASKS = (
         packs=True,
         overlong=("error", "drop"),
         answer_kind="tags",
-        simple_baseline="unigram",
+        simple_baselines=("unigram",),
         baseline_metrics=("f1", "precision", "recall", "accuracy"),
         prompt_name="text",
         metric_notes={
@@ -358,7 +358,7 @@ _TASKS = (
         unswapped="queries and passages may have to change together",
         searches=True,
         mines=True,
-        simple_baseline="bm25",
+        simple_baselines=("bm25",),
         baseline_metrics=RANKING,
         split_by="query",
         pipeline="sentence-similarity",
@@ -385,7 +385,7 @@ _TASKS = (
         after="embed",
         tags=("cross-encoder", "reranker"),
         mines=True,
-        simple_baseline="bm25",
+        simple_baselines=("bm25",),
         baseline_metrics=RANKING,
         split_by="query",
         decodes=False,

@@ -118,13 +118,13 @@ def list_scores(report: Report) -> dict[str, str]:
         return named
     named |= {"baseline": evaluation.baseline} if evaluation.baseline else {}
     named |= {f"tuned.{metric}.rows": str(interval.n) for metric, interval in evaluation.intervals.items()}
-    simple, champion = evaluation.simple_baseline, evaluation.champion
+    champion = evaluation.champion
     others: dict[str, Any] = {
         "teacher": evaluation.teacher,
         "control_run": evaluation.control_run,
         "champion": champion,
+        **evaluation.simple_baselines,
     }
-    others |= {simple.name: simple} if simple else {}
     scores = {model: evaluation.by_name(model) for model in ("base", "tuned")}
     scores |= {name: one.scores for name, one in others.items() if one}
     scores |= {name: control.tuned for name, control in evaluation.controls.items()}

@@ -36,7 +36,7 @@ from llmtune.recipe.class_names import show_name
 from llmtune.recipe.task_facts import DECISIONS, TASK_FACTS
 from llmtune.records import Difference, Json
 from llmtune.store.report_record import Seeds
-from llmtune.store.score_records import ClassChanges, Evaluation, NewClass, Slice
+from llmtune.store.score_records import ClassChanges, Evaluation, NewClass, SimpleBaseline, Slice
 
 MOST_CLASSES, MOST_PAIRS = 20, 15
 """Maximum classes of a readable confusion matrix, and maximum listed pairs of classes."""
@@ -199,17 +199,21 @@ def length_section(details: Json, base: str) -> Section:
 
 
 def simple_baseline_section(evaluation: Evaluation, task: str | None) -> Section:
-    """Return a row per metric against the simple baseline, and how it was fitted."""
-    simple = evaluation.simple_baseline
-    if simple is None or is_base(simple, evaluation):
-        return Section("Against a simple baseline", [])
+    """Return a row per metric against each simple baseline, and how it was fitted."""
+    shown = [one for one in evaluation.simple_baselines.values() if not is_base(one, evaluation) and one.difference]
+    blocks = [block for one in shown for block in baseline_blocks(one, task)]
+    title = f"Against {shown[0].title}" if len(shown) == 1 else "Against simple baselines"
+    return Section(title, blocks, "Baseline", "simple-baseline")
+
+
+def baseline_blocks(simple: SimpleBaseline, task: str | None) -> list[Block]:
+    """Return the table against one simple baseline, and a note."""
     rows = [
         Compared(name, simple.scores[name], simple.tuned[name], change, better_side(name), full_note(name, task))
         for name, change in simple.difference.items()
     ]
-    text = f"`{simple.name}` needs no language model and answered the same rows: {simple.note}."
-    blocks: list[Block] = [difference_table(rows, base=simple.name, code=True), Text(text, "note")]
-    return Section(f"Against {simple.title}", blocks if rows else [], "Baseline", "simple-baseline")
+    text = f"`{simple.name}`, which was not fine-tuned, answered the same rows: {simple.note}."
+    return [difference_table(rows, base=simple.name, code=True), Text(text, "note")]
 
 
 def class_blocks(changes: ClassChanges, key: str) -> list[Block]:

@@ -194,7 +194,7 @@ class Champion:
 
 @dataclass(frozen=True)
 class SimpleBaseline:
-    """A baseline without a language model on the rows that both it and the tuned model answered."""
+    """A baseline without fine-tuning on the rows that both it and the tuned model answered."""
 
     name: str
     """As gates name it, such as `tfidf`."""
@@ -206,6 +206,12 @@ class SimpleBaseline:
     """Scores of the tuned model on the same rows."""
     note: str
     """What it was fitted on, and how."""
+
+
+def name_baselines(saved: Json) -> Json:
+    """Return a saved evaluation or release; llmtune 0.2.0 wrote one baseline without its name as the key."""
+    one = saved.get("simple_baseline")
+    return {**saved, "simple_baselines": {one["name"]: one}} if one else saved
 
 
 @dataclass(frozen=True)
@@ -352,8 +358,8 @@ class Evaluation:
     """None without test rows."""
     champion: Champion | None = None
     """None without a champion in the recipe."""
-    simple_baseline: SimpleBaseline | None = None
-    """None if the task or these rows have none; `signatures` then has the reason under its name."""
+    simple_baselines: dict[str, SimpleBaseline] = field(default_factory=dict)
+    """By name; `signatures` has the reason of one that could not be scored."""
     controls: dict[str, Control] = field(default_factory=dict)
     """By name, as in `evaluate.controls`; empty without pictures."""
     pictured: int = 0

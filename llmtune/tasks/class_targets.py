@@ -3,16 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from llmtune.data.classify_rows import ClassifyRow, Label
+from llmtune.data.example import Example
 from llmtune.data.written_numbers import read_number
-from llmtune.evaluate.classification_metrics import LabelKind, true_classes
-from llmtune.evaluate.tfidf import Fitted, Targets, fit_tfidf
+from llmtune.evaluate.classification_metrics import true_classes
+from llmtune.evaluate.intervals import Floats
+from llmtune.evaluate.regression import Fitted, Targets, fit_features
+from llmtune.evaluate.tfidf import fit_tfidf
 from llmtune.recipe.task_sections import ClassifySection
 from llmtune.tasks.class_labels import UNKNOWN_LABEL, names_of
+
+
+@dataclass(frozen=True)
+class ClassExample(Example):
+    """A text with its classes, or its number."""
+
+    class_ids: Sequence[int] = ()
+    """The class of the text, as a one-element list."""
+    values: Sequence[float] = ()
+    """1 or 0 for each class, if a text may have several; or a single number."""
+    weights: Sequence[float] = ()
+    """The example's weight in the loss, as a one-element list."""
 
 
 def class_target(label: Label | None, section: ClassifySection) -> dict[str, Any] | str:
@@ -44,13 +60,20 @@ def as_target(label: Label, kind: str) -> Label:
 
 
 def fit_labels(
-    train: Sequence[ClassifyRow], prompts: Sequence[ClassifyRow], section: ClassifySection, kind: LabelKind
+    train: Sequence[ClassifyRow],
+    prompts: Sequence[ClassifyRow],
+    section: ClassifySection,
+    features: Sequence[Floats] | None = None,
 ) -> Fitted | str:
-    """Fit TF-IDF on training rows and predict the prompts' labels; the reason instead if nothing can be fitted.
+    """Fit on training rows and predict the prompts' labels; the reason instead if nothing can be fitted.
 
-    A text and its pair count as one text. Rows whose labels were left out of training are left out here too.
+    The features are TF-IDF, or those given of training rows and then prompts. A text and its pair count as one text.
+    Rows whose labels were left out of training are left out here too.
     """
-    usable = [row for row in train if not isinstance(class_target(row["label"], section), str)]
+    assert section.kind != "auto"
+    kind = section.kind
+    kept = [i for i, row in enumerate(train) if not isinstance(class_target(row["label"], section), str)]
+    usable = [train[i] for i in kept]
     targets = [as_target(row["label"], kind) for row in usable if row["label"] is not None]
     if not usable:
         return "no training row has a label"
@@ -59,6 +82,9 @@ def fit_labels(
     else:
         true_NK = true_classes(kind, targets, section.labels or ())
         wanted = true_NK.argmax(1) if kind == "single" else true_NK
+    if features is not None:
+        train_NF, new_AF = np.stack([features[i] for i in kept]), np.stack(features[len(train) :])
+        return fit_features(kind, train_NF, wanted, len(section.labels or ()), new_AF, "the base's features")
     texts, prompt_texts = (
         ["\n".join([row["text"], row.get("pair") or ""]) for row in rows] for rows in (usable, prompts)
     )

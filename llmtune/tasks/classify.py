@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypedDict
 
@@ -33,11 +33,12 @@ from llmtune.evaluate.classification_metrics import (
 from llmtune.evaluate.evaluated_task import EvalPrediction, LearnedClasses, LoadedModel, SimplePredictions
 from llmtune.evaluate.intervals import Floats
 from llmtune.evaluate.metric import Measure
-from llmtune.evaluate.tfidf import logits_of
+from llmtune.evaluate.regression import Fitted, logits_of
 from llmtune.evaluate.token_batches import run_encoder
 from llmtune.model.causal_lm_loss import model_inputs
-from llmtune.model.config import head_names, in_heads, name_outputs
+from llmtune.model.config import name_outputs
 from llmtune.model.device import in_own_dtype
+from llmtune.model.mean_layer import add_mean_layer
 from llmtune.model.teacher_loss import class_losses, yes_no_losses
 from llmtune.recipe.model_kind import CLASSES
 from llmtune.recipe.schema import Recipe
@@ -52,7 +53,8 @@ from llmtune.tasks.class_labels import (
     sort_names,
     weigh_classes,
 )
-from llmtune.tasks.class_targets import as_target, class_target, fit_labels
+from llmtune.tasks.class_targets import ClassExample, as_target, class_target, fit_labels
+from llmtune.tasks.frozen_base import read_features, start_at_regression
 
 PROBLEM_TYPES = {
     "single": "single_label_classification",
@@ -73,18 +75,6 @@ class ClassPrediction(TypedDict):
 
     label: Label
     scores: list[float]
-
-
-@dataclass(frozen=True)
-class ClassExample(Example):
-    """A text with its classes, or its number."""
-
-    class_ids: Sequence[int] = ()
-    """The class of the text, as a one-element list."""
-    values: Sequence[float] = ()
-    """1 or 0 for each class, if a text may have several; or a single number."""
-    weights: Sequence[float] = ()
-    """The example's weight in the loss, as a one-element list."""
 
 
 class Classify(ReadingTask[ClassifyRow, ClassPrediction]):
@@ -131,8 +121,9 @@ class Classify(ReadingTask[ClassifyRow, ClassPrediction]):
         return AS_NUMBERS if is_chosen and classify_section(inferred).kind == "regression" else None
 
     def configure_head(self, config: PretrainedConfig, recipe: Recipe) -> None:
-        """Give the model the number and names of classes."""
+        """Give the model the number and names of classes, and a sentence encoder a layer that averages its tokens."""
         section = classify_section(recipe)
+        add_mean_layer(config)
         names = ("value",) if section.kind == "regression" else section.labels or ()
         name_outputs(config, names, PROBLEM_TYPES.get(section.kind))
 
@@ -227,16 +218,13 @@ class Classify(ReadingTask[ClassifyRow, ClassPrediction]):
             correct_R = torch.zeros_like(losses_R, dtype=torch.bool)
         return loss_of_rows(losses_R, correct_R, by_row)
 
-    def start_head(self, adapted: AdaptedModel, examples: Iterable[ClassExample], recipe: Recipe) -> None:
-        """Initialise the bias of a new regression head to the mean label: far from it, training only moves the bias."""
-        if classify_section(recipe).kind != "regression":
-            return
-        heads = head_names(adapted.selected.model)
-        mean = float(np.mean([example.values[0] for example in examples]))
-        for name, parameter in adapted.selected.model.named_parameters():
-            plain = name.replace(".modules_to_save.default", "")
-            if in_heads(plain, heads) and plain in adapted.selected.new_weights and parameter.shape == (1,):
-                torch.nn.init.constant_(parameter, mean)
+    def start_head(
+        self, adapted: AdaptedModel, examples: Sequence[ClassExample], recipe: Recipe, *, whole: bool
+    ) -> str | None:
+        """Start a new head at a regression on the base's features; see `start_at_regression`."""
+        section = classify_section(recipe)
+        assert section.kind != "auto"
+        return start_at_regression(adapted, examples, section.kind, len(section.labels or ()) or 1, recipe, whole=whole)
 
     def guessing_loss(self, config: PretrainedConfig, examples: Iterable[ClassExample], recipe: Recipe) -> float:
         """Return the variance of numeric labels."""
@@ -308,13 +296,28 @@ class Classify(ReadingTask[ClassifyRow, ClassPrediction]):
         ]
         return BASELINES[section.kind], predictions
 
+    def frozen_features(self, rows: Sequence[ClassifyRow], loaded: LoadedModel) -> list[Floats]:
+        """Return the base's vector of each text, and its pair, as its own pooling makes it."""
+        return read_features(tokenize_texts(rows, loaded.processor, loaded.recipe.data.max_length), loaded)
+
+    def predict_frozen(
+        self,
+        train: Sequence[ClassifyRow],
+        prompts: Sequence[ClassifyRow],
+        features: Sequence[Floats],
+        recipe: Recipe,
+    ) -> SimplePredictions | str:
+        """Return the predictions of logistic regression on the base's features, or of ridge regression."""
+        return self._as_predictions(fit_labels(train, prompts, classify_section(recipe), features), recipe)
+
     def predict_simply(
         self, train: Sequence[ClassifyRow], prompts: Sequence[ClassifyRow], recipe: Recipe
     ) -> SimplePredictions | str:
         """Return the predictions of TF-IDF with logistic regression, or with ridge regression for numbers."""
+        return self._as_predictions(fit_labels(train, prompts, classify_section(recipe)), recipe)
+
+    def _as_predictions(self, fitted: Fitted | str, recipe: Recipe) -> SimplePredictions | str:
         section = classify_section(recipe)
-        assert section.kind != "auto"
-        fitted = fit_labels(train, prompts, section, section.kind)
         if isinstance(fitted, str):
             return fitted
         predictions = [{"label": label_of(row, section), "scores": row.tolist()} for row in fitted.scores_AK]

@@ -141,9 +141,12 @@ def train(
 
 def _run_steps(run: Run) -> None:
     state, total, objective = run.state, run.training.plan.total_steps, run.training.objective
-    if state.step == 0 and objective.measures_start and run.training.validation is not None:
-        _validate(run)  # how far apart vectors are before training
-        state.first_spread = {**objective.metrics}
+    if state.step == 0 and run.training.validation is not None:
+        if objective.measures_start:
+            _validate(run)  # how far apart vectors are before training
+            state.first_spread = {**objective.metrics}
+        if run.training.head_started and state.best_step is None:
+            _measure_start(run)
     run.training.model.train()
     _stop_if_asked(run)
     while True:
@@ -154,6 +157,16 @@ def _run_steps(run: Run) -> None:
             return
         _take_step(run)
         _stop_if_asked(run)
+
+
+def _measure_start(run: Run) -> None:
+    """Validate before step 1, as a head that starts at a regression may already be the best; save it then."""
+    loss = _validate(run)
+    if loss is None:
+        return
+    record_validation(run.training, run.state, loss, run.measure(), run.console)
+    if run.training.recipe.train.load_best_model_at_end:
+        _checkpoint(run)
 
 
 def _take_step(run: Run) -> None:

@@ -25,7 +25,9 @@ from llmtune import __version__
 from llmtune.data.example import Collate
 from llmtune.data.examples import ExampleReader
 from llmtune.errors import EnvironmentProblem, Problem, RecipeError
+from llmtune.evaluate.regression import MOST_TEXTS
 from llmtune.evaluate.rewards import hash_reward_files
+from llmtune.evaluate.token_batches import cut_evenly
 from llmtune.model.causal_lm_loss import DFT
 from llmtune.model.device import compute_context, pick_device, resolve_dtype
 from llmtune.recipe.task_facts import TASK_FACTS
@@ -72,6 +74,8 @@ class TrainContext:
     """Loss of each training example so far (`llmtune.train.row_losses.LossTable`)."""
     sharded: bool
     """Whether the model is sharded over the processes (FSDP2): each pass then needs all of them."""
+    head_started: bool = False
+    """Whether the head starts at a regression, so that the model may be best before step 1."""
 
     @property
     def checkpoints(self) -> Path:
@@ -162,10 +166,14 @@ def set_up(
     plan = StepPlan(
         reader.lengths, recipe.seed, train.batch_size, train.batch_tokens, train.num_train_epochs, train.max_steps
     )
+    started = None
+    if recipe.adapter.start_from is None:
+        kept = [reader[i] for i in cut_evenly(len(reader), MOST_TEXTS)]
+        started = task.start_head(adapted, kept, recipe, whole=not sharded)
+    if started:
+        console.print(f"head: starts at {started}", highlight=False, markup=False)
     if train.torch_compile:
         _compile(adapted, console)
-    if recipe.adapter.start_from is None:
-        task.start_head(adapted, reader, recipe)
     _mark_loss(adapted, task, recipe)
     device = next(adapted.model.parameters()).device
     if sharded:
@@ -198,6 +206,7 @@ def set_up(
         collate=task.collator(adapted.selected.processor, recipe, adapted.selected.packs),
         folder=folder,
         inputs=inputs,
+        head_started=bool(started),
         row_losses=np.zeros((len(reader), 3), dtype=np.float32),
         sharded=sharded,
     )

@@ -225,7 +225,7 @@ TFIDF = SimpleBaseline(
     ],
 )
 def test_scores_are_compared_with_a_simple_baseline(gate, passed, wanted):
-    (found,) = check(replace(EVALUATION, simple_baseline=TFIDF), gate, when_unsure="report")
+    (found,) = check(replace(EVALUATION, simple_baselines={"tfidf": TFIDF}), gate, when_unsure="report")
     assert (found.passed, found.wanted) == (passed, wanted)
 
 

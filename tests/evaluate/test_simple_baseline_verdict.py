@@ -8,7 +8,7 @@ from rich.console import Console
 
 from llmtune.display.blocks import Page
 from llmtune.display.console import print_sections
-from llmtune.evaluate.verdict import simple_title, weigh_simple_baseline
+from llmtune.evaluate.verdict import simple_title, weigh_simple_baselines
 from llmtune.records import Difference
 from llmtune.report.evaluation_sections import score_sections
 from llmtune.report.render_html import to_html
@@ -24,7 +24,9 @@ def scored(low: float, high: float, *, rows: int = 100, tuned: float = 0.702, ba
     """Return an evaluation whose model has 0.702 against 0.723 of TF-IDF, with this interval of the difference."""
     change = Difference(tuned - 0.723, low, high, 0.04, rows)
     simple = SimpleBaseline("tfidf", TITLE, {"accuracy": 0.723}, {"accuracy": change}, {"accuracy": tuned}, NOTE)
-    return Evaluation({"accuracy": 0.2}, {"accuracy": tuned}, {}, (), rows, baseline=baseline, simple_baseline=simple)
+    return Evaluation(
+        {"accuracy": 0.2}, {"accuracy": tuned}, {}, (), rows, baseline=baseline, simple_baselines={"tfidf": simple}
+    )
 
 
 @pytest.mark.parametrize(
@@ -47,7 +49,7 @@ def scored(low: float, high: float, *, rows: int = 100, tuned: float = 0.702, ba
     ],
 )
 def test_the_verdict_names_a_baseline_that_is_not_beaten(evaluation, word, sentence):
-    found = weigh_simple_baseline(FOUND, evaluation)
+    found = weigh_simple_baselines(FOUND, evaluation)
     assert found.word == word
     assert found.reason.startswith(FOUND.reason)
     assert sentence in found.reason
@@ -64,20 +66,32 @@ def test_the_verdict_names_a_baseline_that_is_not_beaten(evaluation, word, sente
     ],
 )
 def test_the_title_names_the_baseline_that_decided(evaluation, title):
-    found = weigh_simple_baseline(FOUND, evaluation)
+    found = weigh_simple_baselines(FOUND, evaluation)
     assert simple_title(found.word, evaluation) == title
+
+
+def test_every_unbeaten_baseline_is_named_and_the_best_decides():
+    both = scored(-0.05, 0.01)
+    title = "the frozen base with logistic regression"
+    change = {"accuracy": Difference(-0.1, -0.15, -0.05, 0.01, 100)}
+    frozen = replace(both.simple_baselines["tfidf"], name="frozen", title=title, difference=change)
+    evaluation = replace(both, simple_baselines={**both.simple_baselines, "frozen": frozen})
+    found = weigh_simple_baselines(FOUND, evaluation)
+    assert found.word == "mixed"
+    assert found.reason.index(f"Worse than {title}") < found.reason.index(f"Not better than {TITLE}")
+    assert simple_title(found.word, evaluation) == ("worse", title)
 
 
 def test_a_verdict_on_the_champion_keeps_its_word():
     champion = Champion("runs/best", {}, {}, {})
-    found = weigh_simple_baseline(FOUND, replace(scored(-0.05, -0.01), champion=champion))
+    found = weigh_simple_baselines(FOUND, replace(scored(-0.05, -0.01), champion=champion))
     assert found.word == "better"
     assert "Worse than" in found.reason
 
 
 def test_a_baseline_that_replaces_the_base_is_not_named_twice():
     evaluation = replace(scored(-0.05, 0.01), base={"accuracy": 0.723})
-    assert weigh_simple_baseline(FOUND, evaluation) == FOUND
+    assert weigh_simple_baselines(FOUND, evaluation) == FOUND
     assert TITLE not in to_markdown(Page("p", score_sections(evaluation, "classify")))
 
 

@@ -6,8 +6,9 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.pipeline import make_pipeline, make_union
 
-from llmtune.evaluate import tfidf
-from llmtune.evaluate.tfidf import fit_tfidf, logits_of, thin_out
+from llmtune.evaluate import regression, tfidf
+from llmtune.evaluate.regression import logits_of
+from llmtune.evaluate.tfidf import fit_tfidf, thin_out
 
 WORDS = ("river", "stone", "house", "cloud", "bread", "music", "light", "green")
 TOPICS = (("goal", "match", "referee"), ("vote", "senate", "law"), ("cell", "gene", "protein"))
@@ -30,7 +31,7 @@ def library(last):
 
 @pytest.mark.parametrize("exact", [True, False])
 def test_probabilities_equal_those_of_scikit_learn_on_few_and_on_many_texts(exact, monkeypatch):
-    monkeypatch.setattr(tfidf, "STRENGTHS", (10.0,))
+    monkeypatch.setattr(regression, "STRENGTHS", (10.0,))
     if not exact:
         monkeypatch.setattr(tfidf, "EXACT", 50)
     texts, topics = texts_of(150)
@@ -43,7 +44,7 @@ def test_probabilities_equal_those_of_scikit_learn_on_few_and_on_many_texts(exac
 
 
 def test_numbers_equal_those_of_ridge_regression(monkeypatch):
-    monkeypatch.setattr(tfidf, "STRENGTHS", (10.0,))
+    monkeypatch.setattr(regression, "STRENGTHS", (10.0,))
     texts, topics = texts_of(120)
     asked, _ = texts_of(30, seed=1)
     fitted = fit_tfidf("regression", texts, topics / 2, 0, asked)

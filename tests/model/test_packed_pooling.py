@@ -15,7 +15,7 @@ from llmtune.adapter.injection import enable_checkpointing, inject
 from llmtune.model.packed_attention import LENGTHS, PACKED, first_tokens, install_packed, means, pool_documents
 from llmtune.model.self_checks import isolates_documents
 from llmtune.recipe.schema import Recipe
-from llmtune.tasks.classify import ClassExample
+from llmtune.tasks.class_targets import ClassExample
 
 SECTIONS: dict[str, dict[str, Any]] = {
     "classify": {"classify": {"kind": "single", "labels": ["a", "b", "c"]}},

@@ -36,7 +36,7 @@ def test_each_gate_is_a_test_case_and_a_failed_gate_names_the_wanted_value(repor
 
 def test_the_scores_of_a_simple_baseline_are_properties(report):
     simple = SimpleBaseline("tfidf", "TF-IDF", {"choice_accuracy": 0.5}, {}, {"choice_accuracy": 0.75}, "")
-    _, suite = read(replace(report, evaluation=replace(report.evaluation, simple_baseline=simple)))
+    _, suite = read(replace(report, evaluation=replace(report.evaluation, simple_baselines={"tfidf": simple})))
     assert named(suite)["tfidf.choice_accuracy"] == "0.5000"
 
 

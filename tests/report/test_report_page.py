@@ -91,7 +91,7 @@ def test_the_json_keys_are_stable(report, tmp_path):
             "samples",
             "seeds",
         ),
-        *("signatures", "simple_baseline", "slices", "studies", "teacher", "tuned"),
+        *("signatures", "simple_baselines", "slices", "studies", "teacher", "tuned"),
     ]
     change = {"value": -1.04, "interval": [-1.13, -0.95], "p": 0.001, "n": 148, "test": ""}
     assert saved["evaluation"]["difference"]["loss"] == change

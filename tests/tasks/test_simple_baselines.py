@@ -28,8 +28,8 @@ from llmtune.store.run_request import RunRequest
 
 def test_every_baseline_of_a_task_has_metrics_of_the_task():
     for facts in TASK_FACTS.values():
-        assert bool(facts.simple_baseline) == bool(facts.baseline_metrics)
-        assert not facts.simple_baseline or facts.simple_baseline in SIMPLE_BASELINES
+        assert bool(facts.simple_baselines) == bool(facts.baseline_metrics)
+        assert {*facts.simple_baselines} <= {*SIMPLE_BASELINES}
         assert {*facts.baseline_metrics} <= {*facts.metrics}
 
 
@@ -53,14 +53,14 @@ def test_a_classifier_is_compared_with_tfidf_on_the_rows_that_it_was_trained_on(
         [f"{row['text']}\n" for row in test],
     )
     right = np.mean([labels[k] == row["label"] for k, row in zip(fitted.scores_AK.argmax(1), test, strict=True)])
-    assert report["evaluation"]["simple_baseline"]["scores"]["accuracy"] == pytest.approx(float(right))
+    assert report["evaluation"]["simple_baselines"]["tfidf"]["scores"]["accuracy"] == pytest.approx(float(right))
     assert report["evaluation"]["signatures"]["tfidf"] == fitted.note
 
 
 def test_probabilities_of_the_baseline_are_measured_too(built, tmp_path):
     metrics = ["accuracy", "nll", "brier", "ece"]
     report, _ = run(recipe_for(tmp_path / "r.yaml", built("bert"), colour_rows(), evaluate={"metrics": metrics}))
-    scores = report["evaluation"]["simple_baseline"]["scores"]
+    scores = report["evaluation"]["simple_baselines"]["tfidf"]["scores"]
     assert scores.keys() == {*metrics}
     assert 0 < scores["nll"] < np.log(3)
 
@@ -68,7 +68,7 @@ def test_probabilities_of_the_baseline_are_measured_too(built, tmp_path):
 def test_pairs_of_texts_are_one_text_for_the_baseline(built, tmp_path):
     rows = [{**row, "pair": row["text"], "text": f"number {i}"} for i, row in enumerate(colour_rows())]
     report, _ = run(recipe_for(tmp_path / "r.yaml", built("bert"), rows))
-    assert report["evaluation"]["simple_baseline"]["scores"]["accuracy"] == 1.0
+    assert report["evaluation"]["simple_baselines"]["tfidf"]["scores"]["accuracy"] == 1.0
 
 
 def test_a_failed_gate_on_the_baseline_ends_the_run_and_a_new_evaluation_reuses_its_answers(built, tmp_path):
@@ -85,25 +85,25 @@ def test_a_failed_gate_on_the_baseline_ends_the_run_and_a_new_evaluation_reuses_
     (gate,) = caught.value.report["gates"]
     assert gate["wanted"] == "low end of the difference from tfidf > 0"
     assert "reusing its answers from an earlier evaluation" in console.file.getvalue()
-    again = json.loads((folder / "report.json").read_text())["evaluation"]["simple_baseline"]
-    before = report["evaluation"]["simple_baseline"]
+    again = json.loads((folder / "report.json").read_text())["evaluation"]["simple_baselines"]["tfidf"]
+    before = report["evaluation"]["simple_baselines"]["tfidf"]
     assert (again["note"], again["scores"]["accuracy"]) == (before["note"], before["scores"]["accuracy"])
     assert 'name="tfidf.accuracy"' in (folder / "junit.xml").read_text()
 
 
 def test_a_release_and_a_comparison_name_the_baseline(finished, tmp_path, console):
     folder, report = finished("classify")
-    simple = report["evaluation"]["simple_baseline"]
+    simple = report["evaluation"]["simple_baselines"]["tfidf"]
     file = make_release(folder, tmp_path / "one.json")
-    assert json.loads(file.read_text())["simple_baseline"]["scores"] == simple["scores"]
+    assert json.loads(file.read_text())["simple_baselines"]["tfidf"]["scores"] == simple["scores"]
     assert (
-        open_release(file, "one").evaluation.simple_baseline == load_evaluation(folder / "evaluation").simple_baseline
+        open_release(file, "one").evaluation.simple_baselines == load_evaluation(folder / "evaluation").simple_baselines
     )
     shown = invoke("release", "show", str(file)).stdout
-    assert "Against TF-IDF with logistic regression" in shown
+    assert "Against simple baselines" in shown
     again = shutil.copytree(folder, tmp_path / "again")
     made = compare_runs([folder, again], tmp_path / "comparison", console)
-    assert [run["simple_baseline"]["scores"] for run in made["runs"]] == [simple["scores"]] * 2
+    assert [run["simple_baselines"]["tfidf"]["scores"] for run in made["runs"]] == [simple["scores"]] * 2
     page = (tmp_path / "comparison" / "compare.md").read_text()
     assert f"| tfidf | – | {score(simple['scores']['accuracy'])} |" in page
 
@@ -112,9 +112,9 @@ def test_rows_that_teach_nothing_give_the_reason_and_no_scores(built, tmp_path):
     rows = [{"text": "?" * (i + 1), "label": "ab"[i % 2]} for i in range(60)]
     data = {"deduplicate": "none", "max_length": 128}
     report, folder = run(recipe_for(tmp_path / "r.yaml", built("bert"), rows, data=data))
-    assert report["evaluation"]["simple_baseline"] is None
+    assert report["evaluation"]["simple_baselines"].get("tfidf") is None
     assert report["evaluation"]["signatures"]["tfidf"] == "not measured: the training rows have no words"
-    assert load_evaluation(folder / "evaluation").simple_baseline is None
+    assert "tfidf" not in load_evaluation(folder / "evaluation").simple_baselines
 
 
 @pytest.mark.parametrize(

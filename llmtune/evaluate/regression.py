@@ -1,0 +1,156 @@
+"""Logistic and ridge regression of labels on features of texts; folds choose the strength of the penalty.
+
+Shapes: N training texts, A texts to predict, K classes, F features.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llmtune.evaluate.intervals import Floats
+
+TargetKind = Literal["single", "multi", "regression"]
+Targets: TypeAlias = NDArray[np.int64] | NDArray[np.bool_] | Floats
+"""[N] numbers of classes (single), [N, K] whether a class applies (multi), or [N] numbers (regression)."""
+MOST_TEXTS = 20_000
+ENOUGH = 2_500
+"""Training texts that choose the strength; of more, as many are spread evenly."""
+STRENGTHS = (1.0, 10.0, 100.0)
+"""Values of scikit-learn's C to choose from."""
+FOLDS = 3
+UNSEEN = 10.0
+"""Logits by which a class without a training row is below the others."""
+LEAST_SHARE = 1e-6
+"""The probability of a class without a training row must not be zero: its logarithm is measured."""
+
+
+class Fitted(NamedTuple):
+    """Predictions for the texts that were asked for."""
+
+    scores_AK: Floats  # noqa: N815
+    """Probabilities of classes; [A, 1] numbers for a regression."""
+    note: str
+
+
+def fit_features(
+    kind: TargetKind, features_NF: Floats, targets: Targets, classes: int, new_AF: Floats, what: str
+) -> Fitted | str:
+    """Fit on dense features, and predict `new_AF`; return the reason instead if nothing can be fitted.
+
+    `what` names the features for the note.
+    """
+    if len(np.unique(targets, axis=0)) < 2:
+        return "all training rows have the same label"
+    size = root_mean_square(features_NF)
+    with quiet_fits():
+        strength = choose_strength(kind, features_NF / size, targets)
+        model = fit(kind, strength, features_NF / size, targets)
+        scores_AK = predict_values(kind, model, new_AF / size, classes)
+    return Fitted(scores_AK, name_fit(kind, what, len(targets), len(targets), strength))
+
+
+def fit_head(
+    kind: TargetKind, features_NF: Floats, targets: Targets, classes: int, weights_N: Floats | None = None
+) -> tuple[Floats, Floats]:
+    """Return weights [K, F] and biases [K] of a linear layer that computes a regression's logits; for numbers, K is 1.
+
+    The penalty is the strongest of `STRENGTHS`: training goes on from a layer with small weights, and not from one that
+    fits every row. A class without a training row gets a bias below all others.
+    """
+    size = root_mean_square(features_NF)
+    with quiet_fits():
+        model = fit(kind, STRENGTHS[0], features_NF / size, targets, weights_N)
+    weights_KF, biases_K = np.zeros((classes, features_NF.shape[1])), np.zeros(classes)
+    if kind == "regression":
+        weights_KF[0], biases_K[0] = model.coef_, model.intercept_
+    elif kind == "multi":
+        for number, one in enumerate(model.estimators_):
+            if hasattr(one, "coef_"):
+                weights_KF[number], biases_K[number] = one.coef_[0], one.intercept_[0]
+            else:  # all rows or none have the class
+                biases_K[number] = UNSEEN if targets[:, number].any() else -UNSEEN
+    else:
+        halves_K = np.array([[-0.5], [0.5]]) if len(model.classes_) == 2 else np.ones((len(model.classes_), 1))
+        weights_KF[model.classes_] = halves_K * model.coef_
+        biases_K[model.classes_] = halves_K[:, 0] * model.intercept_
+        biases_K[np.setdiff1d(np.arange(classes), model.classes_)] = biases_K.min() - UNSEEN
+    return weights_KF / size, biases_K
+
+
+def root_mean_square(features_NF: Floats) -> float:
+    """Return the typical length of a row: the penalty's strength is relative to it."""
+    return float(np.sqrt((features_NF**2).sum(1).mean())) or 1.0
+
+
+@contextmanager
+def quiet_fits() -> Iterator[None]:
+    """Silence scikit-learn on few rows of a class, classes that all rows have, and fits that were cut short."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def name_fit(kind: TargetKind, what: str, rows: int, given: int, strength: float) -> str:
+    """Describe a fit on `rows` of the `given` training rows."""
+    of = f"{rows:,} training rows" if rows == given else f"{rows:,} of {given:,} rows"
+    return f"{'ridge' if kind == 'regression' else 'logistic'} regression on {what}; {of}, C {strength:g}"
+
+
+def logits_of(scores_AK: Floats, *, many: bool) -> Floats:
+    """Return logits whose softmax, or sigmoids if `many` classes may apply, are these probabilities."""
+    shares_AK = np.clip(scores_AK, LEAST_SHARE, 1 - LEAST_SHARE)
+    return np.asarray(np.log(shares_AK) - (np.log1p(-shares_AK) if many else 0.0))
+
+
+def fit(kind: TargetKind, strength: float, features: Any, targets: Targets, weights_N: Floats | None = None) -> Any:
+    """Return a fitted regression of scikit-learn; `weights_N` are those of rows with one class each."""
+    from sklearn.linear_model import LogisticRegression, Ridge
+    from sklearn.multiclass import OneVsRestClassifier
+
+    if kind == "regression":
+        return Ridge(alpha=1 / strength, random_state=0).fit(features, targets)
+    logistic = LogisticRegression(C=strength, max_iter=300, random_state=0)
+    if kind == "multi":
+        return OneVsRestClassifier(logistic).fit(features, targets)
+    return logistic.fit(features, targets, weights_N)
+
+
+def predict_values(kind: TargetKind, model: Any, features: Any, classes: int) -> Floats:
+    """Return probabilities [A, K], zero for classes without a training row, or numbers [A, 1]."""
+    if kind == "regression":
+        return np.asarray(model.predict(features), dtype=np.float64)[:, None]
+    shares = np.asarray(model.predict_proba(features), dtype=np.float64)
+    if kind == "multi":
+        return shares
+    scores_AK = np.zeros((shares.shape[0], classes))
+    scores_AK[:, model.classes_] = shares
+    return scores_AK
+
+
+def choose_strength(kind: TargetKind, features_NF: Floats, targets: Targets) -> float:
+    """Return the C with the most right labels (regression: the least error) over folds; the first of equals."""
+    from sklearn.model_selection import KFold, StratifiedKFold
+
+    if len(targets) > ENOUGH:
+        few = np.arange(ENOUGH) * len(targets) // ENOUGH
+        features_NF, targets = features_NF[few], targets[few]
+    single = kind == "single"
+    if len(targets) < 2 * FOLDS or (single and np.bincount(targets.astype(np.int64)).max() < FOLDS):
+        return STRENGTHS[1]
+    folds = (StratifiedKFold if single else KFold)(FOLDS, shuffle=True, random_state=0)
+    gains = dict.fromkeys(STRENGTHS, 0.0)
+    for train, held_out in folds.split(features_NF, targets if single else None):
+        if len(np.unique(targets[train], axis=0)) < 2:
+            continue
+        for strength in STRENGTHS:
+            model = fit(kind, strength, features_NF[train], targets[train])
+            predicted = np.asarray(model.predict(features_NF[held_out]))
+            errors = (predicted - targets[held_out]) ** 2 if kind == "regression" else predicted != targets[held_out]
+            gains[strength] -= float(errors.sum())
+    return max(gains, key=gains.__getitem__)
