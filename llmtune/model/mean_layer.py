@@ -1,10 +1,10 @@
 """Mean pooling for classes of transformers that read the first token: one more layer, whose first token averages all.
 
 A sentence encoder was trained with the mean of its token vectors, but `BertForSequenceClassification` reads the first
-token through a pooler that was never trained. In the layer added here, queries and keys are zero, so each token attends
-to all of them equally; values are copied and scaled up, so that the residual connection hardly counts, and the feed-
-forward part adds nothing. The first token then has the mean, normalised. The pooler after it passes it on. The model
-stays a plain one of its class, with one layer more, and all of the layer is trained with the head.
+token through a pooler that was never trained. In the layer added here, queries and keys are nearly zero, so that each
+token attends to all of them equally; values are copied and scaled up, so that the residual connection hardly counts;
+and the feed-forward part adds nearly nothing. The first token then has the mean, normalised, and the pooler passes it
+on. The model stays a plain one of its class, with one layer more, which is trained with the head.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from llmtune.model.sentence_folder import read_settings
 
 MARK = "averages_tokens"
 """Attribute of a configuration whose last layer was added."""
+QUIET = 0.05
+"""The share of random weights that stays: with none they would get no gradient."""
 LOUDER = 16.0
 """The mean's size relative to the residual connection."""
 LINEAR = 0.25
@@ -45,10 +47,10 @@ def name_mean_layer(model: PreTrainedModel) -> list[str]:
 
 @torch.no_grad()
 def initialize_mean_layer(model: PreTrainedModel) -> None:
-    """Set the weights of the added layer and of the pooler, in place."""
+    """Set the weights of the added layer and of the pooler, in place; those of a new layer are random before."""
     layer, pooler = (model.get_submodule(name) for name in name_mean_layer(model))
-    for name, parameter in layer.named_parameters():
-        parameter.fill_(float("LayerNorm.weight" in name))
+    for name in ("attention.self.query", "attention.self.key", "output.dense"):
+        layer.get_submodule(name).weight.mul_(QUIET)
     torch.nn.init.eye_(layer.get_submodule("attention.self.value").weight)
     torch.nn.init.eye_(layer.get_submodule("attention.output.dense").weight).mul_(LOUDER)
     torch.nn.init.eye_(pooler.get_submodule("dense").weight).mul_(LINEAR)

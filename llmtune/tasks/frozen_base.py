@@ -24,6 +24,7 @@ from llmtune.evaluate.token_batches import run_encoder
 from llmtune.model.causal_lm_loss import unwrap
 from llmtune.model.config import head_names, in_heads, is_encoder
 from llmtune.model.device import compute_context, resolve_dtype
+from llmtune.model.mean_layer import name_mean_layer
 from llmtune.model.sentence_folder import read_settings
 from llmtune.recipe.schema import Recipe
 from llmtune.records import AdaptedModel
@@ -43,9 +44,11 @@ def read_features(examples: Sequence[Example], loaded: LoadedModel) -> list[Floa
     pooling = read_settings(Path(body.config.name_or_path)).pooling
     mode = pooling or ("mean" if is_encoder(body.config) else "lasttoken")
 
+    body.config.output_hidden_states = added = bool(name_mean_layer(unwrap(loaded.model)))
+
     def read(i: int, output: ModelOutput, row: int) -> Floats:
-        hidden_TD = output.last_hidden_state[row, : len(examples[i].input_ids)]
-        return np.asarray(pool(hidden_TD, mode).double().cpu())
+        hidden_BTD = output.hidden_states[-2] if added else output.last_hidden_state
+        return np.asarray(pool(hidden_BTD[row, : len(examples[i].input_ids)], mode).double().cpu())
 
     return run_encoder(body, examples, loaded.processor.pad_token_id, loaded.device, read, loaded.advance)
 
