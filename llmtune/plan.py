@@ -251,7 +251,7 @@ def choose_settings(
         console.print(f"data.max_length: {reach} (chosen: the context of {model_ref.name})", highlight=False)
     recipe = recipe.model_copy(update={"train": loaded.recipe.train, "data": loaded.recipe.data})
     for key, choice in choices.items():
-        console.print(f"train.{key}: {choice.value:g} (chosen: {choice.why})", highlight=False)
+        console.print(f"train.{key}: {choice}", highlight=False)
     if warning := few_steps(recipe, count):
         console.print(warning, style="yellow", highlight=False)
     return replace(plan, recipe=recipe, stated=loaded.recipe), loaded

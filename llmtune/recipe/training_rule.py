@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from llmtune.recipe.loader import LoadedRecipe
 from llmtune.recipe.peft_options import rate_factor
@@ -30,6 +30,8 @@ BATCHES = ((1600, 16), (400, 8), (0, 4))
 """(minimum training rows, batch size), largest first."""
 STEPS, MOST_EPOCHS = 100, 4
 HEAD_BATCH, HEAD_STEPS, MOST_HEAD_EPOCHS = 16, 300, 20
+MOST_STARTED_EPOCHS = 5
+"""For a head that starts at a regression (`llmtune.tasks.frozen_base`): it need not be found from random weights."""
 FEW_STEPS = 50
 """A run with fewer steps warns: the schedule has too little time."""
 
@@ -37,8 +39,14 @@ FEW_STEPS = 50
 class Choice(NamedTuple):
     """A value and the reason for it."""
 
-    value: float
+    value: Any
+    """A number, a metric, or a tuple of metrics."""
     why: str
+
+    def __str__(self) -> str:
+        """Write the value with its reason."""
+        shown = f"{self.value:g}" if isinstance(self.value, float | int) else "".join(self.value)
+        return f"{shown} (chosen: {self.why})"
 
 
 def choose_training(recipe: Recipe, rows: int, width: int | None, new_head: bool) -> dict[str, Choice]:
@@ -48,13 +56,15 @@ def choose_training(recipe: Recipe, rows: int, width: int | None, new_head: bool
         recipe: As loaded; `model_fields_set` distinguishes stated values from defaults.
         rows: Training rows.
         width: Hidden size of the model, if its configuration names one.
-        new_head: Whether training starts with a new, random head.
+        new_head: Whether training starts with a new head.
     """
     train = recipe.train
     batch = HEAD_BATCH if new_head else next(size for least, size in BATCHES if rows >= least)
     if "batch_size" in train.model_fields_set or train.batch_tokens is not None:
         batch = train.batch_size
-    steps, most = (HEAD_STEPS, MOST_HEAD_EPOCHS) if new_head else (STEPS, MOST_EPOCHS)
+    started = new_head and "frozen" in recipe.variant.facts.simple_baselines
+    most_epochs = MOST_STARTED_EPOCHS if started else MOST_HEAD_EPOCHS
+    steps, most = (HEAD_STEPS, most_epochs) if new_head else (STEPS, MOST_EPOCHS)
     epochs = min(most, max(1, math.ceil(steps * batch / max(rows, 1))))
     rate = min(HIGHEST_LORA_RATE, LORA_RATE * (WIDTH / (width or WIDTH)) ** EXPONENT)
     rate *= rate_factor(recipe.adapter.method)
@@ -63,6 +73,7 @@ def choose_training(recipe: Recipe, rows: int, width: int | None, new_head: bool
         "learning_rate": Choice(float(f"{rate:.1e}"), f"{recipe.adapter.method}, width {width or 'unknown'}"),
         "num_train_epochs": Choice(float(epochs), f"{rows} rows, about {steps} steps, at most {most} epochs"),
         "batch_size": Choice(batch, f"{rows} rows"),
+        **choose_measure(recipe),
     }
     instead = {"num_train_epochs": train.max_steps, "batch_size": train.batch_tokens}
     return {
@@ -70,9 +81,24 @@ def choose_training(recipe: Recipe, rows: int, width: int | None, new_head: bool
     }
 
 
+def choose_measure(recipe: Recipe) -> dict[str, Choice]:
+    """Return accuracy as the measure of the best checkpoint of a classifier, unless the recipe has a measure.
+
+    A model that learned few rows is sure of its errors, so that the loss is lowest at an early step, where the learning
+    rate is still high and the labels are worse.
+    """
+    train, section = recipe.train, recipe.classify
+    chooses = bool(recipe.data.validation) and train.load_best_model_at_end
+    stated = {"eval_metrics", "metric_for_best_model"} & train.model_fields_set
+    if not chooses or stated or recipe.task != "classify" or (section is not None and section.kind == "regression"):
+        return {}
+    why = "the loss of few rows is lowest too early"
+    return {"eval_metrics": Choice(("accuracy",), why), "metric_for_best_model": Choice("accuracy", why)}
+
+
 def with_choices(loaded: LoadedRecipe, choices: Mapping[str, Choice]) -> LoadedRecipe:
     """Return the recipe with the chosen values set, and their reasons as origins."""
-    values = {key: int(one.value) if key == "batch_size" else one.value for key, one in choices.items()}
+    values = {key: one.value for key, one in choices.items()}
     train = loaded.recipe.train.model_copy(update=values)
     origins = {f"train.{key}": f"chosen: {one.why}" for key, one in choices.items()}
     recipe = loaded.recipe.model_copy(update={"train": train})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,7 +27,7 @@ from llmtune.recipe.secrets import redact_all, redact_yaml, secret_values
 from llmtune.recipe.yaml_reader import read_recipe_text
 from llmtune.report.report_page import find_explanations
 from llmtune.store.atomic_files import read_json, read_json_lines
-from llmtune.store.json_shapes import read_curve
+from llmtune.store.json_shapes import KEPT_START, read_curve
 from llmtune.store.report_record import (
     LABELS_BY_SOURCE,
     SUSPECTS,
@@ -55,11 +56,14 @@ def make_report(folder: RunFolder, recipe: Recipe, device: str) -> Report:
     gates = check_gates(recipe.evaluate, evaluation) if evaluation else ()
     suspects = summarize_suspects(folder.path / "evaluation" / SUSPECTS)
     doubts = list_label_doubts(folder, recipe, suspects) if evaluation else []
+    verdict = judge_run(evaluation, gates, recipe.evaluate.alpha, seeds, curve, doubts)
+    if folder.done_facts().get("train", {}).get("best_step") == 0:
+        verdict = replace(verdict, reason=f"{verdict.reason} {KEPT_START}")
     report = Report(
         llmtune=__version__,
         name=recipe.name,
         task=recipe.task,
-        verdict=judge_run(evaluation, gates, recipe.evaluate.alpha, seeds, curve, doubts),
+        verdict=verdict,
         recipe=settings,
         recipe_yaml=redact_yaml(read_recipe_text(folder.path / "recipe.yaml")),
         fingerprint=folder.manifest["fingerprint"],

@@ -166,6 +166,7 @@ class Findings(TypedDict, total=False):
 
 
 METRICS = "metrics.jsonl"
+KEPT_START = "Training did not improve on its start by the validation rows: this is the frozen base with a regression."
 ROLLOUTS = "rollouts"
 """Folder of the sampled answers of a run."""
 """File in the run folder, with a line for each log step."""

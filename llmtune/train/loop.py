@@ -23,10 +23,7 @@ from llmtune.store.machine import seconds_of_process
 from llmtune.train.accumulation import MicroBatchTooLarge, StepLoss, step_gradients, validation_loss
 from llmtune.train.batch_plan import padding_share
 from llmtune.train.checkpoint import (
-    Checkpoint,
-    Damage,
     TrainState,
-    read_checkpoint,
     remove_put_aside,
     rotate,
     staged_on_disk,
@@ -53,7 +50,7 @@ from llmtune.train.metrics_log import (
 from llmtune.train.objective import TrainedTask
 from llmtune.train.optimizer import averaged_weights, set_mode
 from llmtune.train.preflight import run_preflight, shrink_budget
-from llmtune.train.resume import restore_checkpoint, restore_weights, resume, save
+from llmtune.train.resume import resume, save, take_best
 from llmtune.train.row_losses import add_step, save_row_losses
 from llmtune.train.setup import TrainContext, deterministic, peak_bytes, set_up
 from llmtune.train.sharding import whole_state
@@ -340,26 +337,11 @@ def _stop_if_asked(run: Run) -> None:
     raise Stopped(Problem(what, where, "Run the same command again to resume."), signal_number=number)
 
 
-def _take(training: TrainContext, best: Checkpoint) -> None:
-    """Load the weights of a checkpoint; schedule-free optimisers also need its optimiser state for their average."""
-    if not hasattr(training.optimizer.optimizer, "eval"):
-        training.optimizer.optimizer.state.clear()  # no step follows; a sharded checkpoint reads a second state
-        restore_weights(training, best)
-        return
-    seen = training.row_losses.copy()
-    restore_checkpoint(training, best)
-    training.row_losses[:] = seen
-
-
 def _finish(run: Run) -> Path:
     """Restore the best weights if the recipe asks for them, and save the adapter (or the weights)."""
     training, state = run.training, run.state
     if training.recipe.train.load_best_model_at_end and state.best_step not in (None, state.step):
-        best = read_checkpoint(training.checkpoints / f"step-{state.best_step}")
-        if isinstance(best, Damage):
-            run.console.print(f"[yellow]The best checkpoint is damaged ({best.reason}); using the last step.[/]")
-        else:
-            _take(training, best)
+        take_best(training, state, run.console)
     set_mode(training.optimizer.optimizer, "eval")
     full = training.adapted.method == "full"
     folder = training.folder / ("weights" if full else "adapter")

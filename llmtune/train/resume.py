@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from llmtune.store.atomic_files import remove_unfinished
-from llmtune.store.json_shapes import METRICS
+from llmtune.store.json_shapes import KEPT_START, METRICS
 from llmtune.train.checkpoint import (
     SHARDS,
     Checkpoint,
@@ -28,6 +28,23 @@ from llmtune.train.metrics_log import cut_back
 from llmtune.train.setup import TrainContext
 from llmtune.train.sharded_checkpoint import cut_state, read_shards, write_shards
 from llmtune.train.sharding import load_whole
+
+
+def take_best(training: TrainContext, state: TrainState, console: Console) -> None:
+    """Load the weights of the best checkpoint, with its optimiser state if the weights are averages of a schedule."""
+    best = read_checkpoint(training.checkpoints / f"step-{state.best_step}")
+    if isinstance(best, Damage):
+        console.print(f"[yellow]The best checkpoint is damaged ({best.reason}); using the last step.[/]")
+        return
+    if state.best_step == 0:
+        console.print(KEPT_START, style="yellow", highlight=False)
+    if not hasattr(training.optimizer.optimizer, "eval"):
+        training.optimizer.optimizer.state.clear()  # no step follows; a sharded checkpoint reads a second state
+        restore_weights(training, best)
+        return
+    seen = training.row_losses.copy()
+    restore_checkpoint(training, best)
+    training.row_losses[:] = seen
 
 
 def save(training: TrainContext, state: TrainState, folder: Path) -> None:

@@ -67,7 +67,7 @@ def record_validation(training: TrainContext, state: TrainState, loss: float, sc
     name = train.metric_for_best_model
     value, better = {"loss": loss, **scores}.get(name, math.nan), better_side(name)
     gain = math.inf if state.best_metric is None else better * (value - state.best_metric)
-    improved = gain > 0 and math.isfinite(value)
+    improved = gain >= 0 and math.isfinite(value)  # of equals the last: its learning rate was the lowest
     state.validation_loss, state.validation_metrics = loss, scores
     state.stale_validations = 0 if improved and gain > train.early_stopping_threshold else state.stale_validations + 1
     if improved:
