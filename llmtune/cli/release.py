@@ -115,8 +115,7 @@ def show_release(release: Stored, signers: Signers = None, as_json: AsJson = Fal
     from llmtune.deploy.releases import check_signature, summarize_release
     from llmtune.display.console import print_sections
     from llmtune.evaluate.release_records import find_record, read_release, released_evaluation
-    from llmtune.report.control_run_section import control_run_section
-    from llmtune.report.control_sections import control_section
+    from llmtune.report.control_sections import control_run_section, control_section
     from llmtune.report.evaluation_sections import gate_section
     from llmtune.report.score_sections import score_section, simple_baseline_section
 

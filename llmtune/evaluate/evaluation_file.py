@@ -13,10 +13,10 @@ from pydantic import TypeAdapter, ValidationError
 from llmtune.errors import Problem
 from llmtune.evaluate.metric_info import better_side
 from llmtune.recipe.secrets import hide_environment
-from llmtune.records import Difference
+from llmtune.records import Difference, Json
 from llmtune.store.atomic_files import explained, read_json, write_json
 from llmtune.store.run_folder import RunFolder
-from llmtune.store.score_records import Evaluation, Study, name_baselines
+from llmtune.store.score_records import Evaluation, Study
 
 EVALUATION = "evaluation.json"
 PIECES = "loss.pieces"
@@ -45,6 +45,12 @@ def load_evaluation(folder: Path) -> Evaluation | None:
         return _evaluation_reader().validate_python(restore_nan(name_baselines(saved)))
     except ValidationError:
         return None
+
+
+def name_baselines(saved: Json) -> Json:
+    """Return a saved evaluation or release; llmtune 0.2.0 wrote one baseline without its name as the key."""
+    one = saved.get("simple_baseline")
+    return {**saved, "simple_baselines": {one["name"]: one}} if one else saved
 
 
 def answered_by_vllm(run: Path) -> bool:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from llmtune.display.number_format import missing
 from llmtune.recipe.gate_grammar import LOWER_IS_BETTER
-from llmtune.recipe.metric_cutoffs import at_ten
 from llmtune.recipe.task_facts import COST, NEAREST_TO_ONE, TASK_FACTS
+from llmtune.recipe.task_variant import at_ten
 from llmtune.records import Difference
 from llmtune.store.score_records import Decided
 

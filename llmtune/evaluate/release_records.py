@@ -13,7 +13,7 @@ from pydantic import AfterValidator, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
 from llmtune.errors import RecipeError
-from llmtune.evaluate.evaluation_file import restore_nan
+from llmtune.evaluate.evaluation_file import name_baselines, restore_nan
 from llmtune.evaluate.opened_runs import ScoredRun
 from llmtune.evaluate.per_row_scores import unpack_measures
 from llmtune.recipe.schema import Recipe
@@ -34,7 +34,7 @@ from llmtune.store.release_store import (
 )
 from llmtune.store.run_folder import MANIFEST
 from llmtune.store.run_listing import find_run
-from llmtune.store.score_records import Control, Evaluation, GateResult, SimpleBaseline, name_baselines
+from llmtune.store.score_records import Control, Evaluation, GateResult, SimpleBaseline
 
 RELEASE_VERSION = 1
 OPPONENTS = ("simple_baselines", "controls", "pictured", "control_run", "teacher")

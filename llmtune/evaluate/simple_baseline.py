@@ -26,14 +26,13 @@ from llmtune.evaluate.inference import Answers, add_bar, compute_metrics, infere
 from llmtune.evaluate.intervals import Floats
 from llmtune.evaluate.metric import Measure, paired_difference
 from llmtune.evaluate.per_row_scores import PerRowScores
-from llmtune.evaluate.regression import MOST_TEXTS, logits_of
+from llmtune.evaluate.regression import MOST_TEXTS, fit_tfidf, logits_of
 from llmtune.evaluate.results import BaseAnswers, save_base
-from llmtune.evaluate.tfidf import fit_tfidf
 from llmtune.evaluate.token_batches import cut_evenly, over_processes
 from llmtune.model.device import release_memory
 from llmtune.recipe.gate_grammar import SIMPLE_BASELINES
-from llmtune.recipe.metric_cutoffs import at_ten
 from llmtune.recipe.task_facts import CUT_METRIC, TASK_FACTS
+from llmtune.recipe.task_variant import at_ten
 from llmtune.records import Examples, Row, Rows
 from llmtune.store.score_records import Evaluation, SimpleBaseline
 

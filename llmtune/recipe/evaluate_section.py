@@ -25,7 +25,6 @@ from llmtune.recipe.eval_suites_section import (
     fairness_without_effect,
 )
 from llmtune.recipe.gate_grammar import NAME, RESERVED, Gate, find_baseline_problem, find_reversed_problem, parse_gate
-from llmtune.recipe.metric_cutoffs import at_ten, samples_needed
 from llmtune.recipe.section import (
     Many,
     NonEmpty,
@@ -45,7 +44,7 @@ from llmtune.recipe.task_facts import (
     PREDICTED,
     TASK_FACTS,
 )
-from llmtune.recipe.task_variant import TaskVariant
+from llmtune.recipe.task_variant import TaskVariant, at_ten, samples_needed
 
 NEED_TEST_ROWS = ("metrics", "gates", "champion", "limit", "choices", "samples", "slices", "judge", "controls")
 GATE_KEYS = frozenset({"gates", "champion", "when_unsure", "looks", "max_disagreement"})

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from typing import Literal, cast
 
 from llmtune.errors import RecipeError
-from llmtune.recipe.metric_cutoffs import at_ten
 from llmtune.recipe.task_facts import (
     CALIBRATION,
     CONTROL_RUNS,
@@ -28,6 +27,7 @@ from llmtune.recipe.task_facts import (
     NEAREST_TO_ONE,
     TaskFacts,
 )
+from llmtune.recipe.task_variant import at_ten
 
 Operator = Literal[">=", "<=", ">", "<", "=="]
 IntervalEnd = Literal["low", "high"]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
-from llmtune.recipe.metric_cutoffs import samples_needed
 from llmtune.recipe.task_facts import TASK_FACTS, TaskFacts
 
 MASKED_METRICS = ("loss", "perplexity", "accuracy")
@@ -128,3 +128,14 @@ class TaskVariant:
         if self.is_reward:
             return "with preference.loss: reward a model only gives scores", "preference.loss"
         return None
+
+
+def at_ten(metric: str) -> str:
+    """Return a metric of the first k at 10, as `TaskFacts.metrics` lists it for all k; others unchanged."""
+    return re.sub(r"^(ndcg|mrr|recall|pass)@[1-9][0-9]{0,3}$", r"\1@10", metric)
+
+
+def samples_needed(metric: str) -> int:
+    """Return the k of `pass@k`; 0 for other metrics."""
+    match = re.fullmatch(r"pass@([0-9]+)", metric)
+    return int(match[1]) if match else 0

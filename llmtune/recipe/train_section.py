@@ -9,11 +9,10 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag
 from llmtune.errors import nearest
 from llmtune.recipe.adapter_section import AdapterSection
 from llmtune.recipe.data_section import DataSection
-from llmtune.recipe.metric_cutoffs import at_ten
 from llmtune.recipe.section import Many, NonEmpty, Positive, RecipeSection, Seed, one_or_more
 from llmtune.recipe.source_map import Diagnostics
 from llmtune.recipe.task_facts import NEAREST_TO_ONE
-from llmtune.recipe.task_variant import TaskVariant
+from llmtune.recipe.task_variant import TaskVariant, at_ten
 
 AdamW = Literal["adamw_torch", "adamw_torch_fused", "adamw_8bit", "adamw_bnb_8bit"]
 PagedAdamW = Literal["paged_adamw_8bit", "paged_adamw_32bit"]

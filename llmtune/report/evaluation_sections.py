@@ -19,8 +19,7 @@ from llmtune.display.number_format import count, score, signed
 from llmtune.evaluate.significance import INCONCLUSIVE, NOT_APPLICABLE
 from llmtune.recipe.task_facts import answer_kind
 from llmtune.report.confidence_sections import calibration_section, decision_section
-from llmtune.report.control_run_section import control_run_section
-from llmtune.report.control_sections import control_section
+from llmtune.report.control_sections import control_run_section, control_section
 from llmtune.report.row_sections import (
     NO_PICTURES,
     Thumbnails,

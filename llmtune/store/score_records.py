@@ -208,12 +208,6 @@ class SimpleBaseline:
     """What it was fitted on, and how."""
 
 
-def name_baselines(saved: Json) -> Json:
-    """Return a saved evaluation or release; llmtune 0.2.0 wrote one baseline without its name as the key."""
-    one = saved.get("simple_baseline")
-    return {**saved, "simple_baselines": {one["name"]: one}} if one else saved
-
-
 @dataclass(frozen=True)
 class Control:
     """The test rows with pictures, answered by both models with other pictures."""

@@ -13,8 +13,7 @@ from llmtune.data.example import Example
 from llmtune.data.written_numbers import read_number
 from llmtune.evaluate.classification_metrics import true_classes
 from llmtune.evaluate.intervals import Floats
-from llmtune.evaluate.regression import Fitted, Targets, fit_features
-from llmtune.evaluate.tfidf import fit_tfidf
+from llmtune.evaluate.regression import Fitted, Targets, fit_features, fit_tfidf
 from llmtune.recipe.task_sections import ClassifySection
 from llmtune.tasks.class_labels import UNKNOWN_LABEL, names_of
 

@@ -291,10 +291,7 @@ class Classify(ReadingTask[ClassifyRow, ClassPrediction]):
         usable = [label for label in references if not isinstance(class_target(label, section), str)]
         targets = [as_target(label, section.kind) for label in usable]  # rows with other labels were left out
         scores = majority_scores(targets, section.kind, labels, len(prompts))
-        predictions: list[ClassPrediction] = [
-            {"label": label_of(row, section), "scores": row.tolist()} for row in scores
-        ]
-        return BASELINES[section.kind], predictions
+        return BASELINES[section.kind], [{"label": label_of(row, section), "scores": row.tolist()} for row in scores]
 
     def frozen_features(self, rows: Sequence[ClassifyRow], loaded: LoadedModel) -> list[Floats]:
         """Return the base's vector of each text, and its pair, as its own pooling makes it."""

@@ -8,10 +8,10 @@ from transformers import PretrainedConfig
 
 from llmtune.data.row_store import iterate_rows
 from llmtune.errors import DataError, Problem
-from llmtune.recipe.metric_cutoffs import at_ten
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_facts import RANKING, TASK_FACTS
 from llmtune.recipe.task_sections import EmbedSection
+from llmtune.recipe.task_variant import at_ten
 from llmtune.records import SPLITS, Rows
 from llmtune.tasks.sentence_vectors import SPREAD
 

@@ -43,7 +43,6 @@ def read_features(examples: Sequence[Example], loaded: LoadedModel) -> list[Floa
     body = unwrap(loaded.model).base_model
     pooling = read_settings(Path(body.config.name_or_path)).pooling
     mode = pooling or ("mean" if is_encoder(body.config) else "lasttoken")
-
     body.config.output_hidden_states = added = bool(name_mean_layer(unwrap(loaded.model)))
 
     def read(i: int, output: ModelOutput, row: int) -> Floats:
@@ -86,7 +85,7 @@ def start_at_regression(
         return None
     if whole:
         weights_N = np.array([example.weights[0] for example in examples]) if len(examples[0].weights) else None
-        features_NH = read_inputs(adapted, layer, examples, recipe)
+        features_NH = read_head_inputs(adapted, layer, examples, recipe)
         weights_KH, biases_K = fit_head(kind, features_NH, targets, outputs, weights_N)
         layer.weight.data.copy_(torch.from_numpy(weights_KH))
     else:
@@ -96,17 +95,19 @@ def start_at_regression(
     return name_fit(kind, "the base's features", len(examples), len(examples), STRENGTHS[0]) if whole else None
 
 
-def read_inputs(adapted: AdaptedModel, layer: torch.nn.Linear, examples: Sequence[Example], recipe: Recipe) -> Floats:
+def read_head_inputs(
+    adapted: AdaptedModel, layer: torch.nn.Linear, examples: Sequence[Example], recipe: Recipe
+) -> Floats:
     """Return what the layer gets [N, H] for each text; of a layer that reads every token, the text's last."""
-    inputs: list[torch.Tensor] = []
-    hook = layer.register_forward_pre_hook(lambda _, given: inputs.append(given[0].detach()))
+    latest: dict[str, torch.Tensor] = {}
+    hook = layer.register_forward_pre_hook(lambda _, given: latest.update(features=given[0]))
     model, device = adapted.model, str(layer.weight.device)
     pad_id = getattr(adapted.selected.processor, "pad_token_id", None)
     trained = model.training
     model.eval()
 
     def read(i: int, output: ModelOutput, row: int) -> Floats:
-        features = inputs[-1][row]
+        features = latest["features"][row]
         last = features[len(examples[i].input_ids) - 1] if features.dim() == 2 else features
         return np.asarray(last.double().cpu())
 

@@ -34,11 +34,11 @@ from llmtune.model.causal_lm_loss import model_inputs
 from llmtune.model.config import name_outputs
 from llmtune.model.device import in_own_dtype
 from llmtune.model.sentence_folder import SIGMOID
-from llmtune.recipe.metric_cutoffs import at_ten
 from llmtune.recipe.model_kind import CLASSES
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_facts import RANKING
 from llmtune.recipe.task_sections import RerankSection
+from llmtune.recipe.task_variant import at_ten
 from llmtune.records import Batch, Loss, Rows
 from llmtune.tasks.base import Endpoint, ReadingTask, loss_of_rows
 from llmtune.tasks.classify import fitted_texts, tokenize_texts

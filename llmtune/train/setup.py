@@ -166,12 +166,7 @@ def set_up(
     plan = StepPlan(
         reader.lengths, recipe.seed, train.batch_size, train.batch_tokens, train.num_train_epochs, train.max_steps
     )
-    started = None
-    if recipe.adapter.start_from is None:
-        kept = [reader[i] for i in cut_evenly(len(reader), MOST_TEXTS)]
-        started = task.start_head(adapted, kept, recipe, whole=not sharded)
-    if started:
-        console.print(f"head: starts at {started}", highlight=False, markup=False)
+    started = _start_head(adapted, reader, task, recipe, console, whole=not sharded)
     if train.torch_compile:
         _compile(adapted, console)
     _mark_loss(adapted, task, recipe)
@@ -206,10 +201,23 @@ def set_up(
         collate=task.collator(adapted.selected.processor, recipe, adapted.selected.packs),
         folder=folder,
         inputs=inputs,
-        head_started=bool(started),
+        head_started=started,
         row_losses=np.zeros((len(reader), 3), dtype=np.float32),
         sharded=sharded,
     )
+
+
+def _start_head(
+    adapted: AdaptedModel, reader: ExampleReader, task: TrainedTask, recipe: Recipe, console: Console, *, whole: bool
+) -> bool:
+    """Let the task initialise a new head from training rows, of many some; return whether it starts at a regression."""
+    if recipe.adapter.start_from is not None:
+        return False
+    kept = [reader[i] for i in cut_evenly(len(reader), MOST_TEXTS)]
+    started = task.start_head(adapted, kept, recipe, whole=whole)
+    if started:
+        console.print(f"head: starts at {started}", highlight=False, markup=False)
+    return bool(started)
 
 
 def _compile(adapted: AdaptedModel, console: Console) -> None:

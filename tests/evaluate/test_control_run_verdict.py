@@ -12,7 +12,7 @@ from llmtune.evaluate.metric import PairedMeasures, measure_means
 from llmtune.evaluate.verdict import judge_run
 from llmtune.recipe.evaluate_section import EvaluateSection
 from llmtune.records import Difference
-from llmtune.report.control_run_section import control_run_section
+from llmtune.report.control_sections import control_run_section
 from llmtune.store.control_scores import ControlScores, ModelCosts, TeacherScores
 from llmtune.store.score_records import Evaluation
 

@@ -36,8 +36,8 @@ from llmtune.model.causal_lm_loss import decoder_inputs, model_inputs, unwrap
 from llmtune.pipeline import run_pipeline
 from llmtune.plan import Plan, open_finished
 from llmtune.recipe.loader import load_recipe
-from llmtune.recipe.metric_cutoffs import at_ten
 from llmtune.recipe.task_facts import TASK_FACTS
+from llmtune.recipe.task_variant import at_ten
 from llmtune.run_models import Models
 from llmtune.store.run_request import RunRequest
 from llmtune.tasks.base import Task

@@ -16,9 +16,9 @@ from llmtune.deploy.releases import make_release
 from llmtune.display.number_format import score
 from llmtune.errors import GateFailed
 from llmtune.evaluate.evaluation_file import load_evaluation
+from llmtune.evaluate.regression import fit_tfidf
 from llmtune.evaluate.release_records import open_release
 from llmtune.evaluate.simple_baseline import lead
-from llmtune.evaluate.tfidf import fit_tfidf
 from llmtune.pipeline import run_pipeline
 from llmtune.recipe.gate_grammar import SIMPLE_BASELINES
 from llmtune.recipe.loader import load_recipe

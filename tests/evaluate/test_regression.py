@@ -6,9 +6,8 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.pipeline import make_pipeline, make_union
 
-from llmtune.evaluate import regression, tfidf
-from llmtune.evaluate.regression import logits_of
-from llmtune.evaluate.tfidf import fit_tfidf, thin_out
+from llmtune.evaluate import regression
+from llmtune.evaluate.regression import fit_tfidf, logits_of, thin_out
 
 WORDS = ("river", "stone", "house", "cloud", "bread", "music", "light", "green")
 TOPICS = (("goal", "match", "referee"), ("vote", "senate", "law"), ("cell", "gene", "protein"))
@@ -33,7 +32,7 @@ def library(last):
 def test_probabilities_equal_those_of_scikit_learn_on_few_and_on_many_texts(exact, monkeypatch):
     monkeypatch.setattr(regression, "STRENGTHS", (10.0,))
     if not exact:
-        monkeypatch.setattr(tfidf, "EXACT", 50)
+        monkeypatch.setattr(regression, "EXACT", 50)
     texts, topics = texts_of(150)
     asked, _ = texts_of(40, seed=1)
     fitted = fit_tfidf("single", texts, topics, 4, asked)
@@ -95,12 +94,12 @@ def test_one_row_of_each_class_is_enough():
 
 
 def test_too_many_or_too_long_texts_are_thinned_out_evenly(monkeypatch):
-    monkeypatch.setattr(tfidf, "MOST_TEXTS", 40)
+    monkeypatch.setattr(regression, "MOST_TEXTS", 40)
     assert thin_out(["word"] * 100).tolist() == [i * 100 // 40 for i in range(40)]
-    monkeypatch.setattr(tfidf, "MOST_CHARACTERS", 100)
+    monkeypatch.setattr(regression, "MOST_CHARACTERS", 100)
     assert len(thin_out(["word" * 5] * 10)) == 5
     texts, topics = texts_of(100)
-    monkeypatch.setattr(tfidf, "MOST_CHARACTERS", 10**6)
+    monkeypatch.setattr(regression, "MOST_CHARACTERS", 10**6)
     assert "40 of 100 rows" in fit_tfidf("single", texts, topics, 3, texts[:1]).note
 
 
