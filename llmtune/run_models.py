@@ -233,7 +233,7 @@ def score_models(context: RunContext, folder: Path | None, base_folders: Sequenc
         headless=why_headless(plan.model_ref, recipe, task),
         base=load_first(base_folders, base),
         tuned=load_first(base_folders, base + hash_folder(context.trained_folder), TUNED),
-        score_simply=SimpleScorer(eval_context, rows, examples, loaders.base, caches).score,
+        simple=SimpleScorer(eval_context, rows, examples, caches),
         challenge=partial(face_champion, plan.stated, context.folder, rows, ask),
         compare_control=partial(compare_control_run, recipe, context.folder),
         trained=context.trained_folder,

@@ -78,17 +78,18 @@ def evaluate(
     *,
     stand_in: str | None = None,
     headless: bool = False,
+    on_base: Callable[[torch.nn.Module], None] | None = None,
 ) -> Scored:
     """Score base and tuned model on the test rows of `context` and by `suites`; write and print nothing.
 
     `base` and `tuned` hold known answers of a model, which is then not run on the rows. A base model without a trained
-    head (`headless`) is not loaded: `stand_in` names the source of `base`. Without test rows the evaluation contains
-    only the suites' results.
+    head (`headless`) is not run: `stand_in` names the source of `base`. `on_base` gets the base before the tuned model
+    is loaded. Without test rows the evaluation contains only the suites' results.
 
     Raises EnvironmentProblem if a single row does not fit in memory.
     """
     answers = {name: one for name, one in (("base", base), ("tuned", tuned)) if one is not None}
-    costs = run_models(models, context, suites, answers, headless=headless)
+    costs = run_models(models, context, suites, answers, on_base if context.inputs else None, headless=headless)
     costs |= run_teacher(models, context, answers)
     evaluation, measures, reliability = Evaluation({}, {}, {}, (), 0), PairedMeasures(), None
     decided: Decided | None = None
@@ -186,6 +187,7 @@ def run_models(
     context: EvalContext,
     suites: Sequence[EvalSuite[Any]],
     answers: dict[str, Answers],
+    on_base: Callable[[torch.nn.Module], None] | None,
     *,
     headless: bool,
 ) -> dict[str, ModelCosts]:
@@ -197,9 +199,12 @@ def run_models(
         running = () if name == "base" and headless else suites
         validation = replace(context, inputs=context.validation) if name == "tuned" else context
         calibrates = name == "tuned" and context.validation is not None
-        if not predicts and not running and not calibrates and not controls:
+        reads = on_base if name == "base" else None
+        if not predicts and not running and not calibrates and not controls and not reads:
             continue
         with load() as model:
+            if reads:
+                reads(model)
             if predicts:
                 answers[name], costs[name] = predict_timed(model, name, context, models.packs())
             if calibrates:

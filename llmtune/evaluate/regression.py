@@ -129,30 +129,36 @@ def fit_features(
 
 def fit_head(
     kind: TargetKind, features_NF: Floats, targets: Targets, classes: int, weights_N: Floats | None = None
-) -> tuple[Floats, Floats]:
-    """Return weights [K, F] and biases [K] of a linear layer that computes a regression's logits; for numbers, K is 1.
+) -> tuple[Floats, Floats, float]:
+    """Return weights [K, F] and biases [K] of a linear layer that labels as a regression does, and the C of that.
 
-    The penalty is the strongest of `STRENGTHS`: training goes on from a layer with small weights, and not from one that
-    fits every row. A class without a training row gets a bias below all others.
+    The logits are as small as those of the strongest penalty: training goes on from them, and a layer that is sure of
+    every training row would give it no gradient. A class without a training row gets a bias below all others. For
+    numbers, K is 1, and nothing is scaled.
     """
     size = root_mean_square(features_NF)
     with quiet_fits():
-        model = fit(kind, STRENGTHS[0], features_NF / size, targets, weights_N)
+        strength = choose_strength(kind, features_NF / size, targets)
+        model = fit(kind, strength, features_NF / size, targets, weights_N)
+        calm = fit(kind, STRENGTHS[0], features_NF / size, targets, weights_N)
     weights_KF, biases_K = np.zeros((classes, features_NF.shape[1])), np.zeros(classes)
     if kind == "regression":
         weights_KF[0], biases_K[0] = model.coef_, model.intercept_
-    elif kind == "multi":
+        return weights_KF / size, biases_K, strength
+    if kind == "multi":
         for number, one in enumerate(model.estimators_):
             if hasattr(one, "coef_"):
-                weights_KF[number], biases_K[number] = one.coef_[0], one.intercept_[0]
+                ratio = np.linalg.norm(calm.estimators_[number].coef_) / np.linalg.norm(one.coef_)
+                weights_KF[number], biases_K[number] = ratio * one.coef_[0], ratio * one.intercept_[0]
             else:  # all rows or none have the class
                 biases_K[number] = UNSEEN if targets[:, number].any() else -UNSEEN
-    else:
-        halves_K = np.array([[-0.5], [0.5]]) if len(model.classes_) == 2 else np.ones((len(model.classes_), 1))
-        weights_KF[model.classes_] = halves_K * model.coef_
-        biases_K[model.classes_] = halves_K[:, 0] * model.intercept_
-        biases_K[np.setdiff1d(np.arange(classes), model.classes_)] = biases_K.min() - UNSEEN
-    return weights_KF / size, biases_K
+        return weights_KF / size, biases_K, strength
+    halves_K = np.array([[-0.5], [0.5]]) if len(model.classes_) == 2 else np.ones((len(model.classes_), 1))
+    halves_K = halves_K * np.linalg.norm(calm.coef_) / np.linalg.norm(model.coef_)
+    weights_KF[model.classes_] = halves_K * model.coef_
+    biases_K[model.classes_] = halves_K[:, 0] * model.intercept_
+    biases_K[np.setdiff1d(np.arange(classes), model.classes_)] = biases_K.min() - UNSEEN
+    return weights_KF / size, biases_K, strength
 
 
 def root_mean_square(features_NF: Floats) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,10 +16,10 @@ from llmtune.evaluate.decision import save_rules
 from llmtune.evaluate.eval_inputs import SCHEMAS_NOTE, SPLIT, EvalContext
 from llmtune.evaluate.evaluation_file import save_evaluation
 from llmtune.evaluate.evaluator import ModelLoaders, Scored, evaluate, predict_baseline
-from llmtune.evaluate.metric import Measure, PairedMeasures
+from llmtune.evaluate.metric import PairedMeasures
 from llmtune.evaluate.per_row_scores import PerRowScores, name_test_rows, save_measures
 from llmtune.evaluate.results import TUNED, BaseAnswers, save_base, save_predictions, save_thumbnails
-from llmtune.evaluate.simple_baseline import SimpleScores
+from llmtune.evaluate.simple_baseline import SimpleScorer
 from llmtune.evaluate.slices import one_line, score_slice
 from llmtune.evaluate.suites.suite_registry import make_suites
 from llmtune.recipe.training_rule import compared_checkpoints
@@ -59,8 +59,8 @@ class ScoreRequest:
     """The base model's answers of an earlier evaluation, if any; they are saved under its inputs."""
     tuned: BaseAnswers | None = None
     """The same of the tuned model, for recipes with metrics of the user's own."""
-    score_simply: Callable[[Mapping[str, Measure]], Iterable[SimpleScores]] = lambda measures: ()
-    """Scores the simple baselines."""
+    simple: SimpleScorer | None = None
+    """Scores the simple baselines, if any."""
     challenge: Challenge = lambda evaluation, scores: None
     compare_control: Callable[[PerRowScores], ControlScores | None] = lambda scores: None
     """Compares with the control run, if any."""
@@ -108,7 +108,17 @@ def score_models_and_suites(request: ScoreRequest) -> Scored:
     tuned = request.tuned.answers if request.tuned is not None else None
     if tuned is not None:
         console.print("tuned: reusing its answers to these rows from an earlier evaluation")
-    scored = evaluate(request.models, context, suites, base, tuned, stand_in=stand_in, headless=bool(request.headless))
+    on_base = request.simple.read_base if request.simple and request.simple.needs_base else None
+    scored = evaluate(
+        request.models,
+        context,
+        suites,
+        base,
+        tuned,
+        stand_in=stand_in,
+        headless=bool(request.headless),
+        on_base=on_base,
+    )
     if inputs is None:
         return scored
     evaluation = replace(scored.evaluation, baseline_reason=request.headless)
@@ -120,7 +130,7 @@ def score_models_and_suites(request: ScoreRequest) -> Scored:
 def add_simple_baselines(request: ScoreRequest, scored: Scored) -> Scored:
     """Add the scores of baselines without fine-tuning, if the task has any."""
     evaluation, per_row = scored.evaluation, scored.per_row
-    for simple in request.score_simply(scored.measures.tuned):
+    for simple in request.simple.score(scored.measures.tuned) if request.simple else ():
         evaluation, per_row = simple.add_to(evaluation, per_row)
     return replace(scored, evaluation=evaluation, per_row=per_row)
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -29,7 +28,6 @@ from llmtune.evaluate.per_row_scores import PerRowScores
 from llmtune.evaluate.regression import MOST_TEXTS, fit_tfidf, logits_of
 from llmtune.evaluate.results import BaseAnswers, save_base
 from llmtune.evaluate.token_batches import cut_evenly, over_processes
-from llmtune.model.device import release_memory
 from llmtune.recipe.gate_grammar import SIMPLE_BASELINES
 from llmtune.recipe.task_facts import CUT_METRIC, TASK_FACTS
 from llmtune.recipe.task_variant import at_ten
@@ -59,42 +57,65 @@ class SimpleScores:
         return noted, replace(scores, simple={**scores.simple, self.name: self.measures})
 
 
-@dataclass(frozen=True)
+@dataclass
 class SimpleScorer:
     """Scores the task's simple baselines on the test rows."""
 
     context: EvalContext
     rows: Rows
     examples: Examples
-    load_base: Callable[[], AbstractContextManager[torch.nn.Module]]
     caches: Mapping[str, BaseAnswers]
     """By name: the answers of an earlier evaluation, if any. New ones are saved in the context's folder."""
+    features: list[Floats] | str = ""
+    """The base's features of the training rows, then of the prompts; the reason if it has none."""
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Return the recipe's metrics that the baselines have; none without baselines for these rows."""
+        inputs, task, facts = self.context.inputs, self.context.task, TASK_FACTS[self.context.recipe.task]
+        chooses = facts.simple_baselines[:1] == ("tfidf",)
+        if inputs is None or (chooses and not task.predicts and not inputs.trees):
+            return ()
+        return tuple(metric for metric in inputs.metrics if at_ten(metric) in facts.baseline_metrics)
+
+    @property
+    def needs_base(self) -> bool:
+        """Return whether `read_base` must be called before the tuned model is loaded: it may change the base."""
+        names = TASK_FACTS[self.context.recipe.task].simple_baselines
+        return "frozen" in names and bool(self.metrics) and self.caches["frozen"].answers is None
+
+    def read_base(self, model: torch.nn.Module) -> None:
+        """Read the base's features; all processes must call this."""
+        context, inputs = self.context, self.context.inputs
+        assert inputs is not None
+        rows = [*self.training_rows(), *(inputs.questions[i] for i in inputs.answered)]
+        try:
+            with inference_on(model, context) as bars:
+                advance = add_bar(bars, "frozen: texts", len(rows))
+                loaded = LoadedModel(model, context.processor, context.recipe, context.device, advance)
+                self.features = over_processes(model, rows, partial(context.task.frozen_features, loaded=loaded))
+        except RecipeError as error:
+            self.features = error.problems[0].what
 
     def score(self, tuned: Mapping[str, Measure]) -> Iterator[SimpleScores]:
-        """Yield the scores of each baseline, compared with the tuned model's measures; all processes must call this.
+        """Yield the scores of each baseline, compared with the tuned model's measures; only for a run with a folder.
 
         They learn from the training rows that the model was trained on, and from nothing else. A task, or the recipe's
         metrics, may have no such baseline.
         """
-        inputs, recipe, task = self.context.inputs, self.context.recipe, self.context.task
-        facts = TASK_FACTS[recipe.task]
-        if inputs is None or (facts.simple_baselines[:1] == ("tfidf",) and not task.predicts and not inputs.trees):
-            return
-        metrics = tuple(metric for metric in inputs.metrics if at_ten(metric) in facts.baseline_metrics)
-        for name in facts.simple_baselines if metrics else ():
-            one = self.score_one(name, metrics, inputs, tuned)
+        names = TASK_FACTS[self.context.recipe.task].simple_baselines
+        for name in names if self.context.folder is not None and self.metrics else ():
+            one = self.score_one(name, tuned)
             if one is not None:
                 yield one
 
-    def score_one(
-        self, name: str, metrics: tuple[str, ...], inputs: EvalInputs, tuned: Mapping[str, Measure]
-    ) -> SimpleScores | None:
-        """Return one baseline's scores; None in other processes than the first, and without measures."""
-        context, recipe, task, cache = self.context, self.context.recipe, self.context.task, self.caches[name]
-        began, answers, note = time.monotonic(), cache.answers, cache.note
-        features = self.read_features(inputs) if name == "frozen" and answers is None else None
-        if context.folder is None:
-            return None
+    def score_one(self, name: str, tuned: Mapping[str, Measure]) -> SimpleScores | None:
+        """Return one baseline's scores; None without measures."""
+        context, recipe, task, inputs = self.context, self.context.recipe, self.context.task, self.context.inputs
+        assert inputs is not None
+        assert context.folder is not None
+        metrics, cache, began = self.metrics, self.caches[name], time.monotonic()
+        answers, note = cache.answers, cache.note
         if name == "bm25":
             with spinner(context.console, f"ranking by {SIMPLE_BASELINES[name]}"):
                 words = {one: task.measure_words(one, inputs.targets, inputs.corpus, recipe) for one in metrics}
@@ -103,7 +124,7 @@ class SimpleScorer:
         else:
             if answers is None:
                 with spinner(context.console, f"fitting {SIMPLE_BASELINES[name]}"):
-                    answered = features if isinstance(features, str) else self.answer(name, inputs, features)
+                    answered = self.answer(name, inputs)
                 if isinstance(answered, str):
                     return SimpleScores(name, None, {}, f"not measured: {answered}")
                 answers, note = answered
@@ -118,11 +139,17 @@ class SimpleScorer:
         seconds = f"{time.monotonic() - began:.1f} s"
         source = "reusing its answers from an earlier evaluation" if cache.answers else seconds
         context.console.print(f"{name}: {note} ({source})", highlight=False, markup=False)
-        title = SIMPLE_BASELINES[name]
-        if task.output_kind(recipe) == "number":
+        return SimpleScores(name, self.compare(name, measures, tuned, note), measures, note)
+
+    def compare(
+        self, name: str, measures: Mapping[str, Measure], tuned: Mapping[str, Measure], note: str
+    ) -> SimpleBaseline:
+        """Return a baseline's scores on the rows that the tuned model answered too, and the differences."""
+        title, recipe = SIMPLE_BASELINES[name], self.context.recipe
+        if self.context.task.output_kind(recipe) == "number":
             title = title.replace("logistic", "ridge")
         pairs = {metric: on_shared_rows(one, tuned[metric]) for metric, one in measures.items() if metric in tuned}
-        record = SimpleBaseline(
+        return SimpleBaseline(
             name=name,
             title=title,
             scores={metric: before.value for metric, (before, _) in pairs.items()},
@@ -130,27 +157,13 @@ class SimpleScorer:
             tuned={metric: after.value for metric, (_, after) in pairs.items()},
             note=note,
         )
-        return SimpleScores(name, record, measures, note)
 
     def training_rows(self) -> list[Row]:
         """Return the rows that were learned, of many some that are spread evenly."""
         numbers = np.unique(ExampleReader(self.examples, "train").rows)
         return read_rows(self.rows, "train", numbers[[*cut_evenly(len(numbers), MOST_TEXTS)]].tolist())
 
-    def read_features(self, inputs: EvalInputs) -> list[Floats] | str:
-        """Return the base's features of the training rows, then of the prompts; the reason if it has none."""
-        context, rows = self.context, [*self.training_rows(), *(inputs.questions[i] for i in inputs.answered)]
-        try:
-            with self.load_base() as model, inference_on(model, context) as bars:
-                advance = add_bar(bars, "frozen: texts", len(rows))
-                loaded = LoadedModel(model, context.processor, context.recipe, context.device, advance)
-                return over_processes(model, rows, partial(context.task.frozen_features, loaded=loaded))
-        except RecipeError as error:
-            return error.problems[0].what
-        finally:
-            release_memory()
-
-    def answer(self, name: str, inputs: EvalInputs, features: list[Floats] | None) -> tuple[Answers, str] | str:
+    def answer(self, name: str, inputs: EvalInputs) -> tuple[Answers, str] | str:
         """Return the baseline's answers, with a note on how it was fitted; the reason if it cannot be fitted."""
         context = self.context
         if name == "lead3":
@@ -159,17 +172,17 @@ class SimpleScorer:
         train = self.training_rows()
         if inputs.trees:
             return choose_simply(context, inputs, train)
-        prompts = [inputs.questions[i] for i in inputs.answered]
-        task, recipe = context.task, context.recipe
-        predicted = (
-            task.predict_frozen(train, prompts, features, recipe)
-            if features
-            else task.predict_simply(train, prompts, recipe)
-        )
+        prompts, task = [inputs.questions[i] for i in inputs.answered], context.task
+        if name != "frozen":
+            predicted = task.predict_simply(train, prompts, context.recipe)
+        elif isinstance(self.features, str):
+            return self.features
+        else:
+            predicted = task.predict_frozen(train, prompts, self.features, context.recipe)
         if isinstance(predicted, str):
             return predicted
         predictions = dict(zip(inputs.answered, predicted.predictions, strict=True))
-        texts = {i: context.task.format_prediction(one) for i, one in predictions.items()}
+        texts = {i: task.format_prediction(one) for i, one in predictions.items()}
         logits = dict(zip(inputs.answered, predicted.logits, strict=False))
         return Answers(None, texts, {}, predictions, logits=logits), predicted.note
 

@@ -9,11 +9,13 @@ on. The model stays a plain one of its class, with one layer more, which is trai
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
+from llmtune.errors import RecipeError
 from llmtune.model.sentence_folder import read_settings
 
 MARK = "averages_tokens"
@@ -29,12 +31,14 @@ LINEAR = 0.25
 def add_mean_layer(config: PretrainedConfig) -> None:
     """Count one more layer in the configuration of a BERT that was trained with mean pooling, in place.
 
-    Raises as `read_settings` does.
+    Raises EnvironmentProblem if its files about pooling are damaged.
     """
-    marked = hasattr(config, MARK)
-    if config.model_type == "bert" and not marked and read_settings(Path(config.name_or_path)).pooling == "mean":
-        config.num_hidden_layers += 1
-        setattr(config, MARK, True)
+    if config.model_type != "bert" or hasattr(config, MARK):
+        return
+    with suppress(RecipeError):  # it pools in a way that llmtune does not know
+        if read_settings(Path(config.name_or_path)).pooling == "mean":
+            config.num_hidden_layers += 1
+            setattr(config, MARK, True)
 
 
 def name_mean_layer(model: PreTrainedModel) -> list[str]:

@@ -19,7 +19,7 @@ from transformers.utils import ModelOutput
 from llmtune.data.example import Example
 from llmtune.evaluate.evaluated_task import LoadedModel
 from llmtune.evaluate.intervals import Floats
-from llmtune.evaluate.regression import STRENGTHS, TargetKind, fit_head, name_fit
+from llmtune.evaluate.regression import TargetKind, fit_head, name_fit
 from llmtune.evaluate.token_batches import run_encoder
 from llmtune.model.causal_lm_loss import unwrap
 from llmtune.model.config import head_names, in_heads, is_encoder
@@ -86,13 +86,13 @@ def start_at_regression(
     if whole:
         weights_N = np.array([example.weights[0] for example in examples]) if len(examples[0].weights) else None
         features_NH = read_head_inputs(adapted, layer, examples, recipe)
-        weights_KH, biases_K = fit_head(kind, features_NH, targets, outputs, weights_N)
+        weights_KH, biases_K, strength = fit_head(kind, features_NH, targets, outputs, weights_N)
         layer.weight.data.copy_(torch.from_numpy(weights_KH))
     else:
         biases_K = np.array([targets.mean()] if kind == "regression" else [0.0] * outputs)
     if layer.bias is not None:
         layer.bias.data.copy_(torch.from_numpy(biases_K))
-    return name_fit(kind, "the base's features", len(examples), len(examples), STRENGTHS[0]) if whole else None
+    return name_fit(kind, "the base's features", len(examples), len(examples), strength) if whole else None
 
 
 def read_head_inputs(
