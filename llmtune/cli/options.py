@@ -26,24 +26,9 @@ RunArgument = Annotated[
     ),
 ]
 RunFolderOption = Annotated[Path | None, typer.Option("--out", help="The run folder (default: runs/<name>-<hash>).")]
-
-
-def _refuse_repeated_keys(sets: list[str] | None) -> list[str] | None:
-    keys = [text.partition("=")[0].strip() for text in sets or ()]
-    for key in keys:
-        if keys.count(key) > 1:
-            raise typer.BadParameter(f"{key!r} is given twice. Give it once.")
-    return sets
-
-
 Sets = Annotated[
     list[str] | None,
-    typer.Option(
-        "--set",
-        metavar="KEY=VALUE",
-        help="Override one recipe value; may be repeated.",
-        callback=_refuse_repeated_keys,
-    ),
+    typer.Option("--set", metavar="KEY=VALUE", help="Override one recipe value; may be repeated."),
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Resume the existing run; exit 2 if there is none.")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Start over and delete the run folder's contents.")]
