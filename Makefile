@@ -127,12 +127,11 @@ versions-%:
 
 # Uses a separate environment, because gptqmodel pins other versions, for example of numpy.
 EXTRAS_VENV ?= .venv-extras
-test-extras:  ## Test GPTQ, AWQ, torchao and compressed-tensors bases, and OpenVINO, with the packages that they need
+test-extras:  ## Test GPTQ, AWQ, torchao and compressed-tensors bases with the packages that they need
 	$(PYTHON) -m venv $(EXTRAS_VENV)
-	$(EXTRAS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[test,quantized,gptq,openvino]'
-	$(EXTRAS_VENV)/bin/python -c 'import compressed_tensors, gptqmodel, openvino, torchao # or the tests would skip'
+	$(EXTRAS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[test,quantized,gptq]'
+	$(EXTRAS_VENV)/bin/python -c 'import compressed_tensors, gptqmodel, torchao # or the tests would skip'
 	$(EXTRAS_VENV)/bin/pytest tests/adapter/test_quantized_bases.py
-	$(EXTRAS_VENV)/bin/pytest tests/deploy/test_onnx_export.py -k openvino
 
 check: $(READY)  ## Check format, lint, types, layers, budget and generated pages
 	$(BIN)/ruff format --check .

@@ -67,13 +67,11 @@ def check_pictures(source: ModelSource, where: str, fix: str) -> None:
         raise RecipeError.of("this run was tuned with pictures, which such an export would not read", where, fix)
 
 
-WEIGHT_FILES = (".safetensors", ".bin", ".gguf", ".onnx", ".data", ".onnx_data", ".xml")
+WEIGHT_FILES = (".safetensors", ".bin", ".gguf", ".onnx", ".data", ".onnx_data")
 
 
 def weight_bytes(path: Path) -> int:
     """Return the bytes of the weight files at `path`, a file or a folder; pickles next to safetensors do not count."""
-    if path.suffix == ".xml":  # OpenVINO's weights are in a file next to it
-        return path.stat().st_size + path.with_suffix(".bin").stat().st_size
     files = [path] if path.is_file() else [one for one in path.iterdir() if one.suffix in WEIGHT_FILES]
     if any(one.suffix == ".safetensors" for one in files):
         files = [one for one in files if one.suffix != ".bin"]

@@ -1,4 +1,4 @@
-"""ONNX or OpenVINO files in their own runtime, called like the transformers model that they were made from.
+"""ONNX files in onnxruntime, called like the transformers model that they were made from.
 
 Shapes: B rows, T tokens, P tokens in the cache, S positions of the encoder, K outputs.
 """
@@ -16,7 +16,7 @@ from transformers.modeling_outputs import BaseModelOutput, CausalLMOutputWithPas
 from transformers.utils import GENERATION_CONFIG_NAME, ModelOutput
 
 from llmtune.deploy.exported_model import ExportedModel, ModelSource, borrow_class, saved_processor
-from llmtune.deploy.onnx_session import OPENVINO_SUFFIX, PAST, OnnxSession, Tensors, open_session
+from llmtune.deploy.onnx_session import PAST, OnnxSession, Tensors
 from llmtune.deploy.tuned_model import render_prompts, served_by_folder
 from llmtune.errors import EnvironmentProblem
 from llmtune.evaluate.greedy_decoding import cache_argument
@@ -36,7 +36,7 @@ def read_inner_values(file: Path, layers: Mapping[str, str], given: Tensors) -> 
 
 
 def open_onnx_export(path: Path, source: ModelSource) -> ExportedModel:
-    """Open an ONNX or OpenVINO file, or a folder of them, as this run's model.
+    """Open an ONNX file, or a folder of them, as this run's model.
 
     Labels and their order come from the folder's `config.json`, the tokenizer and the tokens that end answers from its
     files. Without these files, they come from the run.
@@ -46,7 +46,7 @@ def open_onnx_export(path: Path, source: ModelSource) -> ExportedModel:
     stated = read_json(folder / "config.json") or {}
     columns = order_labels(config, stated) if source.task.model_kind.has_head else None
     files = _find_graphs(path)
-    sessions = [open_session(file) for file in files]
+    sessions = [OnnxSession(file) for file in files]
     if len(sessions) == 2:
         model = _borrow_encoder_decoder(kind, config, *sessions)
     elif any(name.startswith(PAST) for name in sessions[0].inputs):
@@ -63,18 +63,12 @@ def open_onnx_export(path: Path, source: ModelSource) -> ExportedModel:
     processor = saved_processor(folder, source.model_ref, source.recipe.model) if has_tokenizer else source.processor
     served = partial(served_by_folder, folder) if has_tokenizer else partial(render_prompts, processor=processor)
     coarsest = next((one for one in sessions if one.is_rounded()), sessions[0])
-    return ExportedModel(coarsest.format, coarsest.runtime, model, processor, path, coarsest.limits(), served)
-
-
-def list_graph_files(folder: Path) -> list[Path]:
-    """Return the ONNX files of a folder, and its OpenVINO files: XML files with weights next to them."""
-    models = [one for one in folder.glob(f"*{OPENVINO_SUFFIX}") if one.with_suffix(".bin").is_file()]
-    return sorted([*folder.glob("*.onnx"), *models])
+    return ExportedModel("onnx", coarsest.runtime, model, processor, path, coarsest.limits(), served)
 
 
 def _find_graphs(path: Path) -> list[Path]:
     """Return the file of a model, or the files of its encoder and its decoder."""
-    files = [path] if path.is_file() else list_graph_files(path)
+    files = [path] if path.is_file() else sorted(path.glob("*.onnx"))
     if [file.stem for file in files] == [Path(DECODER).stem, Path(ENCODER).stem]:
         return files[::-1]
     if len(files) != 1:

@@ -1,4 +1,4 @@
-"""A graph in the program that computes it: an ONNX file in onnxruntime, an OpenVINO file in OpenVINO."""
+"""An ONNX file in onnxruntime."""
 
 from __future__ import annotations
 
@@ -6,11 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, cast
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from llmtune.deploy.parity import LIMITS, Limits
 from llmtune.errors import EnvironmentProblem, first_line
@@ -18,9 +16,7 @@ from llmtune.recipe.model_kind import ModelKind
 
 PAST = "past_key_values"
 """First part of the names of the inputs with the keys and values of earlier tokens."""
-OPENVINO_SUFFIX = ".xml"
 INT8_LIMITS = Limits(kl_floor=3e-2, kl_cap=3e-2, top1=0.9, cosine=3e-2, score=5e-2)
-INTEGERS = ('element_type="u8"', 'element_type="i8"', 'element_type="u4"', 'element_type="i4"')
 ONNX_TYPES = {
     "tensor(int64)": "int64",
     "tensor(int32)": "int32",
@@ -35,8 +31,6 @@ Tensors = Mapping[str, torch.Tensor | None]
 
 class OnnxSession:
     """One ONNX file, opened by onnxruntime on the CPU with the threads of this process."""
-
-    format, package = "onnx", "onnxruntime"
 
     def __init__(self, file: Path, layers: Sequence[str] = ()) -> None:
         """Open `file`; `layers` are inner values to return as well."""
@@ -74,7 +68,7 @@ class OnnxSession:
     @property
     def runtime(self) -> str:
         """Name and version of the program."""
-        return f"{self.package} {version(self.package)}"
+        return f"onnxruntime {version('onnxruntime')}"
 
     def is_rounded(self) -> bool:
         """Return whether weights are integers."""
@@ -106,7 +100,7 @@ class OnnxSession:
         try:
             yield
         except kinds as error:
-            reason = f"{self.package} cannot {what} the file: {first_line(error)}"
+            reason = f"onnxruntime cannot {what} the file: {first_line(error)}"
             raise EnvironmentProblem.of(reason, str(self.file)) from error
 
     def check_head(self, widths: Sequence[int], kind: ModelKind) -> None:
@@ -137,65 +131,5 @@ class OnnxSession:
             else:
                 raise EnvironmentProblem.of(f"the file needs the unknown input {name!r}", str(self.file))
         with self.explained("run"):
-            arrays = self.compute(feed)
+            arrays = self.session.run(None, feed)
         return {name: torch.from_numpy(part) for name, part in zip(self.outputs, arrays, strict=True)}
-
-    def compute(self, feed: dict[str, NDArray[Any]]) -> Sequence[NDArray[Any]]:
-        """Return the outputs in order."""
-        return cast(Sequence[NDArray[Any]], self.session.run(None, feed))
-
-
-class OpenVinoSession(OnnxSession):
-    """One OpenVINO file (IR), opened by OpenVINO on the CPU with the threads of this process."""
-
-    format, package = "openvino", "openvino"
-
-    def __init__(self, file: Path) -> None:
-        """Open `file`, a .xml file with its .bin file next to it."""
-        try:
-            import openvino
-        except ImportError as error:
-            what = "OpenVINO files need the package openvino"
-            raise EnvironmentProblem.of(what, str(file), "Run: pip install 'llmtune-cli[openvino]'") from error
-        self.file = file
-        with self.explained("open"):
-            options = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "INFERENCE_PRECISION_HINT": "f32"}
-            self.compiled = openvino.Core().compile_model(str(file), "CPU", options)
-        self.inputs = {
-            one.any_name: (one.element_type.to_dtype().name, [*map(_axis_size, one.partial_shape)])
-            for one in self.compiled.inputs
-        }
-        self.outputs = [one.any_name for one in self.compiled.outputs]
-        self.shape = [*map(_axis_size, self.compiled.outputs[0].partial_shape)]
-
-    def is_rounded(self) -> bool:
-        """Return whether weights are integers."""
-        text = self.file.read_text()
-        return any(kind in text for kind in INTEGERS)
-
-    def limits(self) -> Limits:
-        """Return how far the number format of the weights may move the model."""
-        halves = 'element_type="f16"' in self.file.read_text()
-        return INT8_LIMITS if self.is_rounded() else LIMITS["rounded" if halves else "exact"]
-
-    @contextmanager
-    def explained(self, what: str) -> Iterator[None]:
-        """Turn errors of OpenVINO into an EnvironmentProblem."""
-        try:
-            yield
-        except RuntimeError as error:
-            reason = f"{self.package} cannot {what} the file: {first_line(error)}"
-            raise EnvironmentProblem.of(reason, str(self.file)) from error
-
-    def compute(self, feed: dict[str, NDArray[Any]]) -> Sequence[NDArray[Any]]:
-        """Return the outputs in order."""
-        return [*self.compiled(feed).values()]
-
-
-def _axis_size(axis: Any) -> int | str:
-    return axis.get_length() if axis.is_static else "any"
-
-
-def open_session(file: Path) -> OnnxSession:
-    """Open a file by the program that its suffix belongs to."""
-    return OpenVinoSession(file) if file.suffix == OPENVINO_SUFFIX else OnnxSession(file)

@@ -19,8 +19,7 @@ from llmtune.deploy.gguf_export import gguf_format
 from llmtune.deploy.gguf_readers import longest_text, open_gguf_export
 from llmtune.deploy.merged_model import merged_format
 from llmtune.deploy.onnx_export import missing_packages, onnx_format
-from llmtune.deploy.onnx_model import list_graph_files, open_onnx_export
-from llmtune.deploy.onnx_session import OPENVINO_SUFFIX
+from llmtune.deploy.onnx_model import open_onnx_export
 from llmtune.deploy.parity import LIMITS, NOT_FINITE, OTHER, Certificate, describe_parity
 from llmtune.deploy.quantized_model import SCHEMES, quantized_format
 from llmtune.deploy.search_parity import make_reference
@@ -33,6 +32,7 @@ from llmtune.model.config import readable
 from llmtune.model.device import explain_oom
 from llmtune.model.library_logging import silent
 from llmtune.plan import Plan, RunContext
+from llmtune.recipe.retired import refuse_retired
 from llmtune.recipe.secrets import redact_all
 from llmtune.recipe.user_files import check_regular
 from llmtune.store.atomic_files import explained, hash_file, hash_folder, hash_value, plain, write_json
@@ -108,20 +108,22 @@ def _make_one(context: RunContext, name: str, facts: StepFacts) -> None:
 def open_export(path: Path, tuned: TunedModel) -> ExportedModel:
     """Open a file or a folder by the runtime that its kind belongs to; raises RecipeError for an unknown kind."""
     if not path.exists():
-        raise RecipeError.of("not found", str(path), "Name a GGUF, ONNX or OpenVINO file, a model folder, or a URL.")
+        raise RecipeError.of("not found", str(path), "Name a GGUF or ONNX file, a model folder, or a URL.")
     is_gguf = path.suffix == ".gguf" or (path.is_dir() and any(path.glob("*.gguf")))
-    graphs = list_graph_files(path) if path.is_dir() else [path]
-    if is_gguf or graphs:
+    is_onnx = path.suffix == ".onnx" or (path.is_dir() and any(path.glob("*.onnx")))
+    graphs = path.glob("*.xml") if path.is_dir() else [path] if path.suffix == ".xml" else []
+    if any(one.with_suffix(".bin").is_file() for one in graphs):
+        raise refuse_retired("deploy certify FILE.xml")
+    if is_gguf or is_onnx:
         check_pictures(tuned, str(path), "Certify the merged folder, or an endpoint: --url URL.")
     if is_gguf:
         return open_gguf_export(path, tuned, longest_text(tuned))
-    if any(one.suffix in (".onnx", OPENVINO_SUFFIX) for one in graphs):
-        if all(one.suffix == ".onnx" for one in graphs):
-            EnvironmentProblem.collect(missing_packages())
+    if is_onnx:
+        EnvironmentProblem.collect(missing_packages())
         return open_onnx_export(path, tuned)
     if (path / "config.json").is_file() and any(file.suffix in WEIGHT_FILES for file in path.iterdir()):
         return open_folder(path, tuned)
-    fix = "Name a GGUF, ONNX or OpenVINO file, a model folder with config.json and weights, or the URL of an endpoint."
+    fix = "Name a GGUF or ONNX file, a model folder with config.json and weights, or the URL of an endpoint."
     raise RecipeError.of("not an export that llmtune can open", str(path), fix)
 
 

@@ -137,8 +137,9 @@ def paired_difference(base: Measure, tuned: Measure, seed: int) -> Difference:
     Rows that belong together are drawn together, by the clusters of `tuned`, else those of `base`.
     """
     assert base.metric == tuned.metric
+    assert len(base.sums_NK) == len(tuned.sums_NK)
+    base, tuned = only_measured(base, tuned)
     rows = len(base.sums_NK)
-    assert rows == len(tuned.sums_NK)
     bounds, clusters = tuned.bounds, tuned.clusters or base.clusters
     if len(set(clusters)) == rows:
         clusters = ()
@@ -155,9 +156,7 @@ def paired_difference(base: Measure, tuned: Measure, seed: int) -> Difference:
 
 def own_interval(measure: Measure, seed: int) -> Difference:
     """Return a model's score with its 95 % interval, by the construction of `intervals.py`."""
-    if measure.formula is ratio_of_counted:
-        counted = measure.take(np.flatnonzero(measure.sums_NK[:, 1]))
-        measure = replace(counted, formula=ratio, bounds=share_bounds)
+    (measure,) = only_measured(measure)
     rows, sums_NK = len(measure.sums_NK), measure.sums_NK
     bounds = share_bounds if measure.right_wrong else measure.bounds
     clusters = measure.clusters if len(set(measure.clusters)) < rows else ()
@@ -181,6 +180,14 @@ def own_interval(measure: Measure, seed: int) -> Difference:
         score = with_rows(replace(measure, sums_NK=sums_UK), worst, best)
         interval = bound(score, len(sums_UK), len(worst), seed)
     return conclude_interval(measure.value, interval, rows, clusters)
+
+
+def only_measured(*models: Measure) -> list[Measure]:
+    """Return a ratio's measures without the rows that none of the models counts: they must not count as evidence."""
+    if models[0].formula not in (ratio, ratio_of_counted):
+        return [*models]
+    counted = np.flatnonzero(np.any([one.sums_NK.any(1) for one in models], axis=0))
+    return [one.take(counted) for one in models]
 
 
 def lacks_interval(bounds: Bounds | None, clusters: Sequence[int], rows: int) -> bool:

@@ -34,6 +34,7 @@ from llmtune.evaluate.rewards import Reward, RewardError, RewardPair, call_rewar
 from llmtune.evaluate.suites.own_metric_process import RAISED
 from llmtune.evaluate.suites.own_metrics import Failure, describe_failure
 from llmtune.recipe.data_section import DataSection, Source
+from llmtune.recipe.reinforce_section import SLACK
 from llmtune.records import Difference, Json, Row
 
 READ_ROWS, CHECKED_ROWS, FEWEST_ROWS = 5000, 100, 10
@@ -266,7 +267,7 @@ def judge_rewards(seen: Observed, seed: int) -> Json:
             probes[name] |= {"gap": rescale_interval(gap, reach, 0.0), "clear": is_clear}
             unclear |= {} if is_clear else {name: title}
     length = correlate_length(np.array([seen.values[f"padded{words}"] for words in LENGTHS]), seed)
-    faults = find_faults(seen, probes, unclear, length, low == high)
+    faults = find_faults(seen, probes, unclear, length, high - low)
     best = values["reference"][np.isfinite(values["reference"])]
     accept = None if faults else round(float(np.quantile(best, 1 - REFERENCE_SHARE, method="lower")), DIGITS)
     return {
@@ -325,7 +326,7 @@ def correlate_length(values_LN: Floats, seed: int) -> Json:
 
 
 def find_faults(
-    seen: Observed, probes: Mapping[str, Json], unclear: Mapping[str, str], length: Json, constant: bool
+    seen: Observed, probes: Mapping[str, Json], unclear: Mapping[str, str], length: Json, spread: float
 ) -> dict[str, str]:
     """Return why the rewards cannot train, by the names of `FAULTS`."""
     faults, rows = dict[str, str](), len(seen.values["reference"])
@@ -345,8 +346,10 @@ def find_faults(
         faults["swallows_exceptions"] = f"{why}, which score no better than other answers to their rows"
     if probes["reference"]["rows"] < rows / 2 and not seen.errors:
         faults["not_applicable"] = f"for {rows - probes['reference']['rows']} of {rows}"
-    elif constant:
+    elif spread == 0:
         faults["constant"] = f"every answer gets {seen.values['reference'][0]:g}"
+    elif spread <= 2 * SLACK:  # no `accept` would separate them
+        faults["constant"] = f"rewards differ by {spread:g}, which training takes as equal; raise the weight"
     elif not seen.errors:
         faults |= name_unclear(probes, unclear, length)
     return faults

@@ -21,6 +21,7 @@ RETIRED = {
     "adapter.start_from to the folder.",
     "deploy serve --max-batch": "Omit it: requests are answered one at a time. For many clients, add --engine vllm.",
     "deploy serve RUN RUN": "Serve each run on its own --port, or add --engine vllm, which serves several adapters.",
+    "deploy certify FILE.xml": "Certify the .onnx file, which OpenVINO reads itself.",
     "GET /metrics": "Add --engine vllm: its server has /metrics in Prometheus' format.",
     "evaluate.fairness.pairs": PAIRS,
     **dict.fromkeys((f"fairness.{name}" for name in ("stereotype", "stereotype_distance", "lm_score", "icat")), PAIRS),

@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -32,6 +33,7 @@ from llmtune.model import device
 from llmtune.pipeline import run_pipeline
 from llmtune.plan import open_finished
 from llmtune.recipe.loader import load_recipe
+from llmtune.recipe.retired import RETIRED
 from llmtune.serve.finished_run import FinishedRun
 from llmtune.store.run_request import RunRequest
 
@@ -323,21 +325,13 @@ def test_labels_without_numbers_are_refused(labels, tmp_path, trained, console):
         open_onnx_export(tmp_path, plan)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("case", ["classify", "qa", "chat", "translate"])
-def test_openvino_files_are_certified_by_openvino(case, tmp_path, trained, console):
-    openvino = pytest.importorskip("openvino")
-    run = shutil.copytree(trained(case), tmp_path / "run")
-    export(open_finished(run, console, offline=True), onnx_format())
-    out = shutil.copytree(run / "onnx/float32", tmp_path / "openvino")
-    for file in out.glob("*.onnx"):
-        openvino.save_model(openvino.convert_model(file), file.with_suffix(".xml"))
-        file.unlink()
-    result = invoke("deploy", "certify", out, "--run", run, "--json")
-    assert result.exit_code == 0, result.output
-    certificate = json.loads(result.stdout)
-    assert certificate["reader"].startswith("openvino")
-    assert certificate["measured"]["answer_agreement"] == 1
+def test_openvino_files_are_refused_with_the_file_to_certify(tmp_path, trained, console):
+    tuned = load_tuned(open_finished(trained("classify"), console, offline=True))
+    for name in ("config.json", "model.bin", "model.xml"):
+        (tmp_path / name).touch()
+    for path in (tmp_path, tmp_path / "model.xml"):
+        with pytest.raises(RecipeError, match=re.escape(RETIRED["deploy certify FILE.xml"])):
+            open_export(path, tuned)
 
 
 def test_missing_packages_and_models_with_other_states_are_refused(tmp_path, trained, console, monkeypatch):

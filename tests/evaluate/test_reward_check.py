@@ -132,6 +132,11 @@ def mine(row, answer):
     ("text", "expected", "why"),
     [
         ("def mine(row, answer):\n    return 0.5\n", ["constant"], "every answer gets 0.5"),
+        (
+            "def mine(row, answer):\n    return 1e-12 * (row['messages'][-1]['content'] == answer)\n",
+            ["constant"],
+            "differ by 1e-12",
+        ),
         (SWALLOWS, ["swallows_exceptions", "constant"], "line 6 raised TypeError on 20 of 20 references"),
         (SKIPS_BAD_GOLD, ["swallows_exceptions"], "line 5 raised ValueError on "),
         (RANDOM, ["changes", "ignores_reference"], "it returned 0."),

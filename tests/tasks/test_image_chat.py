@@ -19,6 +19,9 @@ from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
     AutoProcessor,
+    AutoTokenizer,
+    ChameleonImageProcessor,
+    ChameleonProcessor,
     MllamaImageProcessor,
     MllamaProcessor,
 )
@@ -408,3 +411,15 @@ def test_a_model_that_puts_no_features_in_place_of_tokens_is_refused_by_name(tmp
     with pytest.raises(LlmtuneError, match=r"(?s)Mllama.*Or set chat.images: false"):
         train(recipe, tmp_path / "run")
     assert not (tmp_path / "run/adapter").exists()
+
+
+def test_a_processor_that_writes_other_tokens_around_pictures_is_refused_by_name(tmp_path):
+    folder = build_image_text(tmp_path, "llava")
+    model, tokenizer = AutoModelForImageTextToText.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    tokenizer.sep_token = tokenizer.eos_token  # this processor ends each text with it
+    tokenizer.boi_token = tokenizer.eoi_token = tokenizer.image_token
+    pictures = ChameleonImageProcessor(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56})
+    ChameleonProcessor(pictures, tokenizer, image_seq_length=16).save_pretrained(folder)
+    processor, recipe = processor_of(folder)
+    with pytest.raises(RecipeError, match="needs other tokens around pictures, which its own processor writes"):
+        TASK.check_examples(model, processor, recipe, [])

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 from support.rated_samples import RATED_FACTS, SAMPLED_METRICS, rate_prompt, rate_sample
 
-from llmtune.evaluate.metric import PairedMeasures
+from llmtune.evaluate.metric import PairedMeasures, own_interval, paired_difference
 from llmtune.evaluate.metric_info import COSTS, better_side, full_note
 from llmtune.evaluate.verdict import judge_run
 from llmtune.store.score_records import Evaluation
@@ -74,6 +74,18 @@ def test_a_sample_without_a_reward_is_left_out_and_does_not_count_as_zero():
     assert value("pass@1", *prompts) == 0.75
     assert value("pass@4", *prompts) == 1.0, "only one prompt has four rewards"
     assert len(measure_samples("pass@8", prompts, FACTS).sums_NK) == 0
+
+
+@pytest.mark.parametrize(("metric", "measured"), [("pass@1", 12), ("pass@2", 11), ("reward", 12), ("kl", 14)])
+def test_intervals_count_only_the_prompts_that_are_measured(metric, measured):
+    prompts = [*[rate_prompt(0.0, 1.0)] * 11, rate_prompt(1.0, None), *[rate_prompt(None, None)] * 2]
+    one = measure_samples(metric, prompts, FACTS)
+    assert own_interval(one, 0).n == measured
+    assert paired_difference(one, replace(one), 0).n == measured
+    some = measure_samples(
+        metric, [prompt for prompt in prompts if len(measure_samples(metric, [prompt], FACTS).sums_NK)], FACTS
+    )
+    assert own_interval(one, 0) == own_interval(some, 0)
 
 
 def test_a_model_without_rewards_for_a_prompt_is_still_paired_by_prompt():
