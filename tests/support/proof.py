@@ -1,0 +1,491 @@
+"""The ledger of proof, docs/proof.json: what each test last showed, when, and whether its code has changed since.
+
+    python -m support.proof run --minutes 30 [--only WORD ...]   run what was never run, then the stalest
+    python -m support.proof check                                exit 1 on a failure; warn of what is stale or never run
+    python -m support.proof merge OTHER                          add the results of another ledger; the later ones count
+
+A line is a result, so two ledgers also merge in git (.gitattributes: union); of two lines on one test the later counts.
+With CI set, `run` leaves the ledger alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from support.executed import ROOT, Code, Tracer, pack, read_children, write_settings
+
+LEDGER = ROOT / "docs" / "proof.json"
+JOURNALS = ROOT / "build" / "proof"
+STATES = ("proven", "stale", "failed", "never run")
+OLD = timedelta(days=14)
+BATCH = 240.0
+"""Expected seconds of a batch of tests, which share a process."""
+STARTUP = 30.0
+"""Seconds until the first test of a batch runs."""
+UNKNOWN = {"promise": 5.0, "slow": 15.0, "torture": 15.0, "same": 240.0, "conformance": 60.0}
+"""Expected seconds of what was never run; of commands on their own, below."""
+ALONE = {
+    "test-fake-cuda": 1200.0,
+    "test-oldest": 2400.0,
+    "test-newest": 2400.0,
+    "test-extras": 1200.0,
+    "hostile": 600.0,
+}
+ALONE |= {"bench-guard": 700.0}
+
+
+@dataclass
+class Entry:
+    """The last result of one test, or of one command."""
+
+    test: str
+    kind: str
+    outcome: str = "never run"
+    """`passed`, `failed`, `skipped` (nothing is known, but for the reason) or `never run`."""
+    seconds: float = 0.0
+    """Of an outcome `never run`: those after which it was stopped, as the minutes had passed."""
+    date: str = ""
+    commit: str = ""
+    hash: str = ""
+    code: str = ""
+    """The functions that it executed (`support.executed.pack`); `hash` is that of their code at the time."""
+
+    @property
+    def known(self) -> bool:
+        return self.outcome in ("passed", "failed")
+
+    @property
+    def expected(self) -> float:
+        return 1.3 * self.seconds + 1 if self.seconds else UNKNOWN.get(self.kind, 60.0)
+
+    def find_state(self, code: Code) -> str:
+        if not self.known:
+            return "never run"
+        unchanged = self.hash and self.hash == code.hash(self.code)
+        return "failed" if self.outcome == "failed" else "proven" if unchanged else "stale"
+
+
+Ledger = dict[str, Entry]
+Counts = dict[str, Any]
+"""`date` and `commit` of a run, and by kind the numbers of each state."""
+
+
+def read_ledger(path: Path = LEDGER) -> tuple[Ledger, Counts]:
+    """Read the ledger, and the counts at its last run. After a merge in git there may be several lines on one test."""
+    ledger, counts = Ledger(), Counts()
+    for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        line = json.loads(text.removesuffix(",")) if text.startswith("{") else {}
+        if "test" in line:
+            add(ledger, Entry(**line))
+        elif line.get("date", "") > counts.get("date", ""):
+            counts = line
+    return ledger, counts
+
+
+def add(ledger: Ledger, entry: Entry) -> None:
+    """Add a result; the later one counts, and any counts more than a skipped test."""
+    before = ledger.get(entry.test)
+    if before is None or (entry.known, entry.date) >= (before.known, before.date):
+        ledger[entry.test] = entry
+
+
+def write_ledger(ledger: Ledger, counts: Counts, path: Path = LEDGER) -> None:
+    lines = [{key: value for key, value in asdict(ledger[test]).items() if value} for test in sorted(ledger)]
+    text = ",\n".join(json.dumps(line, ensure_ascii=False) for line in [*lines, counts])
+    new = path.with_suffix(".new")
+    new.write_text(f"[\n{text}\n]\n", encoding="utf-8")
+    new.replace(path)
+
+
+def count(ledger: Ledger, code: Code) -> Counts:
+    states = Counter((entry.kind, entry.find_state(code)) for entry in ledger.values())
+    kinds = sorted({kind for kind, _ in states})
+    return {"date": now(), "commit": commit(), "counts": {k: [states[k, state] for state in STATES] for k in kinds}}
+
+
+def now() -> str:
+    return datetime.now(UTC).isoformat(timespec="minutes").removesuffix("+00:00")
+
+
+def commit() -> str:
+    return git("rev-parse", "--short=8", "HEAD")
+
+
+def git(*arguments: str) -> str:
+    return subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True).stdout.strip()
+
+
+# What there is to prove.
+
+
+def list_all() -> Iterator[Entry]:
+    """Yield all that there is to prove, as if it had never been run."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    import same
+
+    marks = ("mark.slow", "mark.promise(")
+    files = [
+        str(path) for path in sorted((ROOT / "tests").rglob("test_*.py")) if any(m in path.read_text() for m in marks)
+    ]
+    yield from collect([file for file in files if "/fake_cuda/" not in file])
+    yield from (Entry(f"make same ONLY={name}", "same") for name in [*same.RUNS, *same.STATIC])
+    cases = sorted((ROOT / "benchmarks/conformance/cases").glob("*.py"))
+    yield from (Entry(f"conformance {path.stem}", "conformance") for path in cases)
+    yield from (Entry(f"make {target}", target, seconds=seconds) for target, seconds in ALONE.items())
+
+
+def collect(files: Iterable[str]) -> list[Entry]:
+    """Collect the slow tests and those that hold a promise, in a process that ends."""
+    with tempfile.NamedTemporaryFile() as listed:
+        if start_python("list", listed.name, *files, stdout=sys.stderr).wait():
+            raise SystemExit("a module of the tests could not be collected")
+        return [Entry(*pair) for pair in json.loads(listed.read())]
+
+
+def write_list(path: str, files: Iterable[str]) -> int:
+    """Write the tests of these files that belong into the ledger, with their kinds."""
+
+    class Lister:
+        def pytest_collection_finish(self, session: pytest.Session) -> None:
+            Path(path).write_text(json.dumps([(item.nodeid, kind(item)) for item in session.items]))
+
+    marked = ["-m", "(slow or promise) and not gpu", "--collect-only", "-qq"]
+    return int(pytest.main([*marked, *files], plugins=[Lister()]))
+
+
+def kind(item: pytest.Item) -> str:
+    if item.nodeid.startswith("tests/torture/"):
+        return "torture"
+    return "promise" if item.get_closest_marker("promise") else "slow"
+
+
+def command_of(entry: Entry) -> list[str]:
+    """Return the command that proves what is not a test of pytest."""
+    if entry.kind == "conformance":
+        run = [sys.executable, "benchmarks/conformance/run.py", "--tools", "llmtune", "--no-page", "--strict"]
+        return [*run, "--cases", entry.test.split()[1]]
+    base = entry.commit if git("cat-file", "-t", entry.commit or "none") == "commit" else "HEAD"
+    variables = [f"VENV={sys.prefix}", *([f"BASE={base}"] if entry.kind == "same" else [])]
+    return [*entry.test.split(), *variables]
+
+
+# Running tests of pytest, in a process of their own.
+
+
+class Recorder:
+    """Runs chosen tests in the given order while there is time; writes each result with the code that it executed."""
+
+    def __init__(self, plan: dict[str, Any], folder: Path) -> None:
+        self.until, self.parent, self.seconds = plan["until"], plan["parent"], dict(plan["tests"])
+        self.journal, self.tracer = Path(plan["journal"]), Tracer(folder)
+        self.fixtures: dict[tuple[str, str], set[str]] = {}
+        self.reports: list[pytest.TestReport] = []
+
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        items[:] = [item for item in items if item.nodeid in self.seconds]
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_fixture_setup(self, fixturedef, request) -> Iterator[None]:
+        """Record fixtures that tests share apart from the test that happens to be first."""
+        if fixturedef.scope == "function":
+            return (yield)
+        key = (fixturedef.argname, fixturedef.baseid)
+        name = " ".join(["fixture", *key])
+        before = self.tracer.switch(name)
+        try:
+            return (yield)
+        finally:
+            self.tracer.switch(before)
+            self.fixtures[key] = self.fixtures.get(key, set()) | self.tracer.read(name)
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_protocol(self, item: pytest.Item, nextitem: pytest.Item | None) -> bool | None:
+        late = time.time() + self.seconds[item.nodeid] > self.until or os.getppid() != self.parent
+        if not late:
+            self.item, self.reports = item, []
+            self.write(test=item.nodeid, outcome="started", date=now())
+            self.tracer.switch(item.nodeid)
+        return True if late else None
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self.reports.append(report)
+
+    def pytest_runtest_logfinish(self, nodeid: str) -> None:
+        self.tracer.switch("")
+        shared = [
+            found
+            for (name, base), found in self.fixtures.items()
+            if nodeid.startswith(base) and name in self.item.fixturenames
+        ]
+        executed = self.tracer.read(nodeid).union(*shared)
+        bad = [report for report in self.reports if report.outcome != "passed" and not hasattr(report, "wasxfail")]
+        self.write(
+            test=nodeid,
+            outcome="failed" if any(report.failed for report in bad) else "skipped" if bad else "passed",
+            seconds=round(sum(report.duration for report in self.reports), 1),
+            date=now(),
+            code=pack(executed),
+            why="\n".join(str(report.longrepr)[-4000:] for report in bad if report.failed),
+        )
+
+    def write(self, **line: object) -> None:
+        with self.journal.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def run_batch(plan: Path) -> int:
+    """Run the tests of a plan."""
+    del os.environ["PYTHONPATH"]  # it was for this module; tests start processes without it
+    chosen = json.loads(plan.read_text())
+    files = dict.fromkeys(test.partition("::")[0] for test in chosen["tests"])
+    with tempfile.TemporaryDirectory() as folder:
+        recorder = Recorder(chosen, Path(folder))
+        return int(pytest.main(["-q", "-p", "no:cacheprovider", *files], plugins=[recorder]))
+
+
+def start_python(*arguments: str, **options: Any) -> subprocess.Popen[str]:
+    """Start this module."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    return start([sys.executable, "-m", "support.proof", *arguments], env=environment, **options)
+
+
+def start(command: list[str], **options: Any) -> subprocess.Popen[str]:
+    """Start a command in a session of its own, which `kill` ends."""
+    return subprocess.Popen(command, cwd=ROOT, text=True, start_new_session=True, **options)
+
+
+# Choosing and running within the minutes.
+
+
+@dataclass
+class Proof:
+    """A run: what is to be proven, until when, and what has been tried."""
+
+    ledger: Ledger
+    code: Code
+    until: float
+    path: Path
+    journals: Path
+    only: list[str] = field(default_factory=list)
+    jobs: int = 1
+    tried: set[str] = field(default_factory=set)
+    running: set[subprocess.Popen[str]] = field(default_factory=set)
+    results: list[Entry] = field(default_factory=list)
+    lock: threading.RLock = field(default_factory=threading.RLock)
+
+    def __post_init__(self) -> None:
+        self.slots = threading.Semaphore(self.jobs)
+
+    def choose(self) -> list[Entry]:
+        """Return what to run next: a command, or a batch of tests, in order of files; nothing if no time is left."""
+        with self.lock:
+            left, chosen, used = self.until - time.time(), list[Entry](), 0.0
+            for entry in sorted(self.ledger.values(), key=self.order):
+                fits = entry.expected + (0 if is_command(entry) else STARTUP + used) <= left
+                fresh = entry.test not in self.tried and (not self.only or any(w in entry.test for w in self.only))
+                if not fits or not fresh or (chosen and (is_command(entry) or used + entry.expected > BATCH)):
+                    continue
+                chosen.append(entry)
+                used += entry.expected
+                if is_command(entry):
+                    break
+            self.tried |= {entry.test for entry in chosen}
+            return sorted(chosen, key=lambda entry: entry.test.partition("::")[0])
+
+    def order(self, entry: Entry) -> tuple[object, ...]:
+        state = entry.find_state(self.code)
+        rank = 0 if entry.outcome == "never run" else 2 if state == "proven" else 1
+        return rank, entry.date[:10], entry.expected, entry.test
+
+    def work(self) -> None:
+        """Run batch after batch, and keep the results of each."""
+        while chosen := self.choose():
+            wanted = self.jobs if chosen[0].kind == "bench-guard" else 1  # speeds are measured alone
+            for _ in range(wanted):
+                self.slots.acquire()
+            (self.run_command if is_command(chosen[0]) else self.run_tests)(chosen)
+            self.slots.release(wanted)
+            with self.lock:
+                write_ledger(self.ledger, count(self.ledger, self.code), self.path)
+
+    def run_tests(self, chosen: list[Entry]) -> None:
+        journal = self.journals / f"{os.getpid()}-{len(self.tried)}.jsonl"
+        plan, log = journal.with_suffix(".plan"), journal.with_suffix(".log")
+        tests = {entry.test: entry.expected for entry in chosen}
+        plan.write_text(
+            json.dumps({"tests": tests, "until": self.until, "parent": os.getpid(), "journal": str(journal)})
+        )
+        with log.open("w") as file:
+            code = self.wait(start_python("batch", str(plan), stdout=file, stderr=subprocess.STDOUT))
+        if code not in (0, 1, None):  # 1: a test failed, and is in the journal
+            print(log.read_text()[-4000:], file=sys.stderr)
+        plan.unlink()
+        self.absorb(journal, "killed" if code is None else f"its process ended with exit code {code}")
+
+    def run_command(self, chosen: list[Entry]) -> None:
+        (entry,), began = chosen, time.time()
+        log = self.journals / f"{entry.test.replace('/', ' ')}.log"
+        with tempfile.TemporaryDirectory() as place, log.open("w") as file:
+            traced = {} if entry.kind == "bench-guard" else {"COVERAGE_PROCESS_START": str(write_settings(Path(place)))}
+            code = self.wait(
+                start(command_of(entry), stdout=file, stderr=subprocess.STDOUT, env={**os.environ, **traced})
+            )
+            executed = read_children(Path(place)) if traced else self.code.list_package()
+        outcome = "never run" if code is None else "failed" if code else "passed"
+        why = log.read_text(errors="replace")[-4000:] if code else ""
+        made = {
+            "test": entry.test,
+            "outcome": outcome,
+            "seconds": round(time.time() - began, 1),
+            "date": now(),
+            "why": why,
+        }
+        self.record({**made, "code": pack(executed)})
+
+    def wait(self, process: subprocess.Popen[str]) -> int | None:
+        """Wait for a process; after the last minute kill it, and return None."""
+        self.running.add(process)
+        try:
+            return process.wait(max(0, self.until - time.time()))
+        except subprocess.TimeoutExpired:
+            return None
+        finally:
+            kill(process)
+            self.running.discard(process)
+
+    def absorb(self, journal: Path, end: str = "") -> None:
+        """Keep the results of a journal. A test that ended its process failed; a killed one needs more time."""
+        started = None
+        for text in journal.read_text(encoding="utf-8").splitlines() if journal.exists() else ():
+            line = json.loads(text)
+            started = line if line["outcome"] == "started" else None
+            if not started:
+                self.record(line)
+        if started and end == "killed":
+            seconds = time.time() - datetime.fromisoformat(f"{started['date']}+00:00").timestamp()
+            self.record({**started, "outcome": "never run", "seconds": round(seconds, 1)})
+        elif started and end:
+            self.record({**started, "outcome": "failed", "why": end})
+        journal.unlink(missing_ok=True)
+
+    def record(self, line: dict[str, Any]) -> None:
+        with self.lock:
+            why, before = line.pop("why", ""), self.ledger.get(line["test"])
+            if before is None:  # of another checkout
+                return
+            made = Entry(**line, kind=before.kind, commit=commit(), hash=self.code.hash(line.get("code", "")))
+            if not (made.outcome == "never run" and before.known):
+                add(self.ledger, made)
+            self.results.append(made)
+            if made.outcome == "failed":
+                print(f"failed: {made.test}\n{why}", file=sys.stderr, flush=True)
+
+
+def is_command(entry: Entry) -> bool:
+    return entry.kind not in ("promise", "slow", "torture")
+
+
+def kill(process: subprocess.Popen[str]) -> None:
+    """End a process with all that it started."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return
+    process.wait()
+
+
+# The commands.
+
+
+def run(minutes: float, only: list[str], jobs: int) -> int:
+    """Prove for some minutes; exit 1 if anything failed."""
+    until = time.time() + 60 * minutes
+    with tempfile.TemporaryDirectory() as scratch:
+        journals, path = (Path(scratch), Path(scratch) / "proof.json") if os.environ.get("CI") else (JOURNALS, LEDGER)
+        journals.mkdir(parents=True, exist_ok=True)
+        stored, _ = read_ledger()
+        ledger = {one.test: replace(stored.get(one.test, one), kind=one.kind) for one in list_all()}
+        proof = Proof(ledger, Code(), until, path, journals, only, jobs)
+        for journal in journals.glob("*.jsonl"):  # of a run that was killed
+            proof.absorb(journal)
+        write_ledger(ledger, count(ledger, proof.code), path)
+        with ThreadPoolExecutor(jobs) as pool:
+            try:
+                for done in [pool.submit(proof.work) for _ in range(jobs)]:
+                    done.result()
+            except KeyboardInterrupt:
+                proof.until = 0
+                for process in [*proof.running]:
+                    kill(process)
+    outcomes = Counter(entry.outcome for entry in proof.results)
+    print(f"{len(proof.results)} results: {dict(outcomes)}", file=sys.stderr)
+    show(count(ledger, proof.code))
+    return 1 if outcomes["failed"] else 0
+
+
+def show(counts: Counts) -> None:
+    for name, numbers in [*counts["counts"].items(), ("all", map(sum, zip(*counts["counts"].values(), strict=True)))]:
+        print(f"{name:<16}", *(f"{number:>6} {state}" for number, state in zip(numbers, STATES, strict=True)))
+
+
+def check() -> int:
+    """Exit 1 if a result is a failure; warn of what is old and of what is unknown."""
+    ledger, code = read_ledger()[0], Code()
+    states = {test: entry.find_state(code) for test, entry in ledger.items()}
+    before = (datetime.now(UTC) - OLD).isoformat()
+    old = sum(state == "stale" and ledger[test].date < before for test, state in states.items())
+    unknown = sum(state == "never run" for state in states.values())
+    if old or unknown:
+        print(f"docs/proof.json: {old} results stale for more than {OLD.days} days, {unknown} never run (make proof)")
+    failed = [test for test, state in states.items() if state == "failed"]
+    for test in failed:
+        entry = ledger[test]
+        print(f"docs/proof.json: failed at {entry.commit} ({entry.date}): {test}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def merge(other: Path) -> int:
+    """Add the results of another ledger."""
+    (ledger, counts), (others, _) = read_ledger(), read_ledger(other)
+    for entry in others.values():
+        add(ledger, entry)
+    write_ledger(ledger, counts)
+    return 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    running = commands.add_parser("run")
+    running.add_argument("--minutes", type=float, default=30)
+    running.add_argument("--only", nargs="*", default=[], help="parts of the names of tests")
+    running.add_argument("--jobs", type=int, default=1)
+    commands.add_parser("check")
+    commands.add_parser("merge").add_argument("other", type=Path)
+    given = parser.parse_args()
+    if given.command == "run":
+        return run(given.minutes, given.only, given.jobs)
+    return check() if given.command == "check" else merge(given.other)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["list"]:
+        sys.exit(write_list(sys.argv[2], sys.argv[3:]))
+    sys.exit(run_batch(Path(sys.argv[2])) if sys.argv[1:2] == ["batch"] else main())
