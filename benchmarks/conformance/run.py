@@ -51,18 +51,22 @@ def main() -> int:
     parser.add_argument("--cache", type=Path, default=Path("build/conformance"))
     parser.add_argument("--fresh", action="store_true", help="run again what is cached")
     parser.add_argument("--no-page", action="store_true", help="print the findings only")
+    parser.add_argument("--strict", action="store_true", help="exit 1 if a tool is wrong or stops in a case")
     options = parser.parse_args()
     cache = options.cache.resolve()
     tools, cases = list_tools(cache), list_cases()
     shown = [name for name, tool in tools.items() if not tool.absent]
     pairs = [(tool, case) for tool in options.tools or shown for case in options.cases or cases]
+    verdicts = set[str]()
     for name in dict.fromkeys(tool for tool, _ in pairs):
-        run_tool(tools[name], {case: cases[case] for tool, case in pairs if tool == name}, cache, options.fresh)
+        verdicts |= run_tool(
+            tools[name], {case: cases[case] for tool, case in pairs if tool == name}, cache, options.fresh
+        )
     if not options.no_page:
         table = collect(cases, tools, cache, pairs)
         TABLE.write_text(json.dumps(table, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         PAGE.write_text(render(table), encoding="utf-8")
-    return 0
+    return 1 if options.strict and not verdicts <= {"right", "refused", "not offered"} else 0
 
 
 def list_cases() -> dict[str, Case]:
@@ -71,13 +75,13 @@ def list_cases() -> dict[str, Case]:
     return {name: importlib.import_module(f"conformance.cases.{name}").CASE for name in names}
 
 
-def run_tool(tool: Tool, cases: Mapping[str, Case], cache: Path, fresh: bool) -> None:
-    """Bring the stored findings of one tool up to date."""
+def run_tool(tool: Tool, cases: Mapping[str, Case], cache: Path, fresh: bool) -> set[str]:
+    """Bring the stored findings of one tool up to date; return its verdicts."""
     try:
         versions = tool.read_versions()
     except subprocess.CalledProcessError as error:
         print(f"{tool.name} does not install here: {(error.stderr or str(error)).strip()[-300:]}", flush=True)
-        return
+        return {"not run"}
     keys = {name: make_key(tool, case, versions) for name, case in cases.items()}
     columns: dict[str, dict[str, Any]] = {name: {} for name in cases}
     for column in COLUMNS:
@@ -93,6 +97,7 @@ def run_tool(tool: Tool, cases: Mapping[str, Case], cache: Path, fresh: bool) ->
     for name, entries in columns.items():
         origin = read_origin(cache / "runs" / tool.name / "default" / name)
         store(cache, tool, name, cases[name], versions, origin, entries)
+    return {entry["verdict"] for entries in columns.values() for entry in entries.values()}
 
 
 def compare_runs(first: Entry, second: Entry) -> Entry:

@@ -322,8 +322,10 @@ class Proof:
                 self.slots.acquire()
             (self.run_command if is_command(chosen[0]) else self.run_tests)(chosen)
             self.slots.release(wanted)
-            with self.lock:
-                write_ledger(self.ledger, count(self.ledger, self.code), self.path)
+
+    def save(self) -> None:
+        with self.lock:
+            write_ledger(self.ledger, count(self.ledger, self.code), self.path)
 
     def run_tests(self, chosen: list[Entry]) -> None:
         journal = self.journals / f"{os.getpid()}-{len(self.tried)}.jsonl"
@@ -358,6 +360,7 @@ class Proof:
             "why": why,
         }
         self.record({**made, "code": pack(executed)})
+        self.save()
 
     def wait(self, process: subprocess.Popen[str]) -> int | None:
         """Wait for a process; after the last minute kill it, and return None."""
@@ -383,6 +386,7 @@ class Proof:
             self.record({**started, "outcome": "never run", "seconds": round(seconds, 1)})
         elif started and end:
             self.record({**started, "outcome": "failed", "why": end})
+        self.save()
         journal.unlink(missing_ok=True)
 
     def record(self, line: dict[str, Any]) -> None:
@@ -391,7 +395,9 @@ class Proof:
             if before is None:  # of another checkout
                 return
             made = Entry(**line, kind=before.kind, commit=commit(), hash=self.code.hash(line.get("code", "")))
-            if not (made.outcome == "never run" and before.known):
+            if made.outcome == "never run" and before.known:
+                before.seconds = max(made.seconds, before.seconds)
+            else:
                 add(self.ledger, made)
             self.results.append(made)
             if made.outcome == "failed":
@@ -425,7 +431,7 @@ def run(minutes: float, only: list[str], jobs: int) -> int:
         proof = Proof(ledger, Code(), until, path, journals, only, jobs)
         for journal in journals.glob("*.jsonl"):  # of a run that was killed
             proof.absorb(journal)
-        write_ledger(ledger, count(ledger, proof.code), path)
+        proof.save()
         with ThreadPoolExecutor(jobs) as pool:
             try:
                 for done in [pool.submit(proof.work) for _ in range(jobs)]:
@@ -445,9 +451,8 @@ def show(counts: Counts) -> None:
         print(f"{name:<16}", *(f"{number:>6} {state}" for number, state in zip(numbers, STATES, strict=True)))
 
 
-def check() -> int:
+def check(ledger: Ledger, code: Code) -> int:
     """Exit 1 if a result is a failure; warn of what is old and of what is unknown."""
-    ledger, code = read_ledger()[0], Code()
     states = {test: entry.find_state(code) for test, entry in ledger.items()}
     before = (datetime.now(UTC) - OLD).isoformat()
     old = sum(state == "stale" and ledger[test].date < before for test, state in states.items())
@@ -461,12 +466,12 @@ def check() -> int:
     return 1 if failed else 0
 
 
-def merge(other: Path) -> int:
+def merge(other: Path, into: Path = LEDGER) -> int:
     """Add the results of another ledger."""
-    (ledger, counts), (others, _) = read_ledger(), read_ledger(other)
+    (ledger, counts), (others, _) = read_ledger(into), read_ledger(other)
     for entry in others.values():
         add(ledger, entry)
-    write_ledger(ledger, counts)
+    write_ledger(ledger, counts, into)
     return 0
 
 
@@ -482,7 +487,7 @@ def main() -> int:
     given = parser.parse_args()
     if given.command == "run":
         return run(given.minutes, given.only, given.jobs)
-    return check() if given.command == "check" else merge(given.other)
+    return check(read_ledger()[0], Code()) if given.command == "check" else merge(given.other)
 
 
 if __name__ == "__main__":
