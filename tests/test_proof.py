@@ -38,7 +38,7 @@ if __name__ == "__main__":
     print(Box().open())
 """,
     "tests/test_slow.py": """
-import pathlib, subprocess, sys, time
+import functools, pathlib, subprocess, sys, time
 import pytest
 from llmtune.numbers import count
 
@@ -51,6 +51,14 @@ def counted():
 @pytest.mark.parametrize("place", [1, 2])
 def test_fixture(counted, place):
     assert counted == 3
+
+@pytest.fixture(scope="module")
+def made():
+    return functools.cache(count)
+
+@pytest.mark.parametrize("place", [1, 2])
+def test_made(made, place):
+    assert made(9) == 3
 
 def test_child():
     assert subprocess.check_output([sys.executable, "-m", "llmtune.numbers"]) == b"4\\n"
@@ -69,12 +77,21 @@ def test_fails():
     "benchmarks/same.py": "RUNS, STATIC = {}, ()\n",
     "docs/page.md": "",
 }
+SHARED = {"fixture", "made"}
 CHANGES = {
     "a comment and a docstring": ("numbers.py", ("'''Count.'''", "'''Return a number.'''  # new"), set()),
     "a function that no test executes": ("numbers.py", ("return OTHER", "return OTHER + 1"), set()),
     "a value that such a function reads": ("limits.py", ("OTHER = 5", "OTHER = 6"), set()),
-    "the function of a shared fixture": ("numbers.py", ("min(value, LIMIT)", "min(LIMIT, value)"), {"fixture"}),
-    "a value that a value of another module is made of": ("limits.py", ("FIRST = 2", "FIRST = 1 + 1"), {"fixture"}),
+    "a function that only the first test executes": (
+        "numbers.py",
+        ("min(value, LIMIT)", "min(LIMIT, value)"),
+        SHARED,
+    ),
+    "a value that a value of another module is made of": (
+        "limits.py",
+        ("FIRST = 2", "FIRST = 1 + 1"),
+        SHARED,
+    ),
     "a function that a child executes": ("numbers.py", ("return self.size", "return self.size + 0"), {"child"}),
     "a field of its class": ("numbers.py", ("size = 4", "size = 2 + 2"), {"child"}),
 }
@@ -134,6 +151,18 @@ def test_a_change_of_the_test_itself_makes_its_result_stale(proven: Path, tmp_pa
     assert [name for name, entry in results_of(project).items() if entry.find_state(code) == "stale"] == [
         "test_nothing"
     ]
+
+
+def test_two_runs_of_one_ledger_keep_the_results_of_both(tmp_path: Path) -> None:
+    code, path = Code(make(tmp_path)), tmp_path / "ledger"
+    first, second = (
+        proof.Proof({"a": Entry("a", "slow"), "b": Entry("b", "slow")}, code, 0, path, tmp_path) for _ in "ab"
+    )
+    for run, test in ((first, "a"), (second, "b"), (first, "")):
+        if test:
+            run.record({"test": test, "outcome": "passed", "date": proof.now()})
+        run.save()
+    assert [entry.outcome for entry in read_ledger(path)[0].values()] == ["passed", "passed"]
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -27,9 +28,8 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-import pytest
-
-from support.executed import ROOT, Code, Tracer, pack, read_children, write_settings
+from support.executed import ROOT, Code, pack, read_children, write_settings
+from support.recorder import now
 
 LEDGER = ROOT / "docs" / "proof.json"
 JOURNALS = ROOT / "build" / "proof"
@@ -41,14 +41,8 @@ STARTUP = 30.0
 """Seconds until the first test of a batch runs."""
 UNKNOWN = {"promise": 5.0, "slow": 15.0, "torture": 15.0, "same": 240.0, "conformance": 60.0}
 """Expected seconds of what was never run; of commands on their own, below."""
-ALONE = {
-    "test-fake-cuda": 1200.0,
-    "test-oldest": 2400.0,
-    "test-newest": 2400.0,
-    "test-extras": 1200.0,
-    "hostile": 600.0,
-}
-ALONE |= {"bench-guard": 700.0}
+ALONE = {"hostile": 600.0, "bench-guard": 700.0, "test-fake-cuda": 1200.0, "test-extras": 1200.0}
+ALONE |= {"test-oldest": 2400.0, "test-newest": 2400.0}
 
 
 @dataclass
@@ -73,7 +67,7 @@ class Entry:
 
     @property
     def expected(self) -> float:
-        return 1.3 * self.seconds + 1 if self.seconds else UNKNOWN.get(self.kind, 60.0)
+        return 1.3 * self.seconds + 0.3 if self.seconds or self.known else UNKNOWN.get(self.kind, 60.0)
 
     def find_state(self, code: Code) -> str:
         if not self.known:
@@ -102,7 +96,7 @@ def read_ledger(path: Path = LEDGER) -> tuple[Ledger, Counts]:
 def add(ledger: Ledger, entry: Entry) -> None:
     """Add a result; the later one counts, and any counts more than a skipped test."""
     before = ledger.get(entry.test)
-    if before is None or (entry.known, entry.date) >= (before.known, before.date):
+    if before is None or (entry.known, entry.date) > (before.known, before.date):
         ledger[entry.test] = entry
 
 
@@ -118,10 +112,6 @@ def count(ledger: Ledger, code: Code) -> Counts:
     states = Counter((entry.kind, entry.find_state(code)) for entry in ledger.values())
     kinds = sorted({kind for kind, _ in states})
     return {"date": now(), "commit": commit(), "counts": {k: [states[k, state] for state in STATES] for k in kinds}}
-
-
-def now() -> str:
-    return datetime.now(UTC).isoformat(timespec="minutes").removesuffix("+00:00")
 
 
 def commit() -> str:
@@ -140,11 +130,9 @@ def list_all() -> Iterator[Entry]:
     sys.path.insert(0, str(ROOT / "benchmarks"))
     import same
 
-    marks = ("mark.slow", "mark.promise(")
-    files = [
-        str(path) for path in sorted((ROOT / "tests").rglob("test_*.py")) if any(m in path.read_text() for m in marks)
-    ]
-    yield from collect([file for file in files if "/fake_cuda/" not in file])
+    files = sorted(set((ROOT / "tests").rglob("test_*.py")) - set((ROOT / "tests/fake_cuda").glob("*")))
+    marked = [str(path) for path in files if re.search(r"mark\.(slow|promise)", path.read_text())]
+    yield from collect(marked)  # importing the others would take a minute
     yield from (Entry(f"make same ONLY={name}", "same") for name in [*same.RUNS, *same.STATIC])
     cases = sorted((ROOT / "benchmarks/conformance/cases").glob("*.py"))
     yield from (Entry(f"conformance {path.stem}", "conformance") for path in cases)
@@ -159,23 +147,6 @@ def collect(files: Iterable[str]) -> list[Entry]:
         return [Entry(*pair) for pair in json.loads(listed.read())]
 
 
-def write_list(path: str, files: Iterable[str]) -> int:
-    """Write the tests of these files that belong into the ledger, with their kinds."""
-
-    class Lister:
-        def pytest_collection_finish(self, session: pytest.Session) -> None:
-            Path(path).write_text(json.dumps([(item.nodeid, kind(item)) for item in session.items]))
-
-    marked = ["-m", "(slow or promise) and not gpu", "--collect-only", "-qq"]
-    return int(pytest.main([*marked, *files], plugins=[Lister()]))
-
-
-def kind(item: pytest.Item) -> str:
-    if item.nodeid.startswith("tests/torture/"):
-        return "torture"
-    return "promise" if item.get_closest_marker("promise") else "slow"
-
-
 def command_of(entry: Entry) -> list[str]:
     """Return the command that proves what is not a test of pytest."""
     if entry.kind == "conformance":
@@ -186,84 +157,10 @@ def command_of(entry: Entry) -> list[str]:
     return [*entry.test.split(), *variables]
 
 
-# Running tests of pytest, in a process of their own.
-
-
-class Recorder:
-    """Runs chosen tests in the given order while there is time; writes each result with the code that it executed."""
-
-    def __init__(self, plan: dict[str, Any], folder: Path) -> None:
-        self.until, self.parent, self.seconds = plan["until"], plan["parent"], dict(plan["tests"])
-        self.journal, self.tracer = Path(plan["journal"]), Tracer(folder)
-        self.fixtures: dict[tuple[str, str], set[str]] = {}
-        self.reports: list[pytest.TestReport] = []
-
-    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        items[:] = [item for item in items if item.nodeid in self.seconds]
-
-    @pytest.hookimpl(wrapper=True)
-    def pytest_fixture_setup(self, fixturedef, request) -> Iterator[None]:
-        """Record fixtures that tests share apart from the test that happens to be first."""
-        if fixturedef.scope == "function":
-            return (yield)
-        key = (fixturedef.argname, fixturedef.baseid)
-        name = " ".join(["fixture", *key])
-        before = self.tracer.switch(name)
-        try:
-            return (yield)
-        finally:
-            self.tracer.switch(before)
-            self.fixtures[key] = self.fixtures.get(key, set()) | self.tracer.read(name)
-
-    @pytest.hookimpl(tryfirst=True)
-    def pytest_runtest_protocol(self, item: pytest.Item, nextitem: pytest.Item | None) -> bool | None:
-        late = time.time() + self.seconds[item.nodeid] > self.until or os.getppid() != self.parent
-        if not late:
-            self.item, self.reports = item, []
-            self.write(test=item.nodeid, outcome="started", date=now())
-            self.tracer.switch(item.nodeid)
-        return True if late else None
-
-    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        self.reports.append(report)
-
-    def pytest_runtest_logfinish(self, nodeid: str) -> None:
-        self.tracer.switch("")
-        shared = [
-            found
-            for (name, base), found in self.fixtures.items()
-            if nodeid.startswith(base) and name in self.item.fixturenames
-        ]
-        executed = self.tracer.read(nodeid).union(*shared)
-        bad = [report for report in self.reports if report.outcome != "passed" and not hasattr(report, "wasxfail")]
-        self.write(
-            test=nodeid,
-            outcome="failed" if any(report.failed for report in bad) else "skipped" if bad else "passed",
-            seconds=round(sum(report.duration for report in self.reports), 1),
-            date=now(),
-            code=pack(executed),
-            why="\n".join(str(report.longrepr)[-4000:] for report in bad if report.failed),
-        )
-
-    def write(self, **line: object) -> None:
-        with self.journal.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-
-
-def run_batch(plan: Path) -> int:
-    """Run the tests of a plan."""
-    del os.environ["PYTHONPATH"]  # it was for this module; tests start processes without it
-    chosen = json.loads(plan.read_text())
-    files = dict.fromkeys(test.partition("::")[0] for test in chosen["tests"])
-    with tempfile.TemporaryDirectory() as folder:
-        recorder = Recorder(chosen, Path(folder))
-        return int(pytest.main(["-q", "-p", "no:cacheprovider", *files], plugins=[recorder]))
-
-
 def start_python(*arguments: str, **options: Any) -> subprocess.Popen[str]:
-    """Start this module."""
+    """Start the module that runs tests."""
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
-    return start([sys.executable, "-m", "support.proof", *arguments], env=environment, **options)
+    return start([sys.executable, "-m", "support.recorder", *arguments], env=environment, **options)
 
 
 def start(command: list[str], **options: Any) -> subprocess.Popen[str]:
@@ -289,6 +186,7 @@ class Proof:
     running: set[subprocess.Popen[str]] = field(default_factory=set)
     results: list[Entry] = field(default_factory=list)
     lock: threading.RLock = field(default_factory=threading.RLock)
+    commit: str = field(default_factory=commit)
 
     def __post_init__(self) -> None:
         self.slots = threading.Semaphore(self.jobs)
@@ -324,18 +222,21 @@ class Proof:
             self.slots.release(wanted)
 
     def save(self) -> None:
+        """Write the ledger, with what other runs have added meanwhile."""
         with self.lock:
+            for entry in read_ledger(self.path)[0].values():
+                if entry.test in self.ledger:
+                    add(self.ledger, entry)
             write_ledger(self.ledger, count(self.ledger, self.code), self.path)
 
     def run_tests(self, chosen: list[Entry]) -> None:
         journal = self.journals / f"{os.getpid()}-{len(self.tried)}.jsonl"
         plan, log = journal.with_suffix(".plan"), journal.with_suffix(".log")
         tests = {entry.test: entry.expected for entry in chosen}
-        plan.write_text(
-            json.dumps({"tests": tests, "until": self.until, "parent": os.getpid(), "journal": str(journal)})
-        )
+        about = {"tests": tests, "until": self.until, "parent": os.getpid(), "journal": str(journal)}
+        plan.write_text(json.dumps(about))
         with log.open("w") as file:
-            code = self.wait(start_python("batch", str(plan), stdout=file, stderr=subprocess.STDOUT))
+            code = self.wait(start_python("run", str(plan), stdout=file, stderr=subprocess.STDOUT))
         if code not in (0, 1, None):  # 1: a test failed, and is in the journal
             print(log.read_text()[-4000:], file=sys.stderr)
         plan.unlink()
@@ -344,22 +245,17 @@ class Proof:
     def run_command(self, chosen: list[Entry]) -> None:
         (entry,), began = chosen, time.time()
         log = self.journals / f"{entry.test.replace('/', ' ')}.log"
+        alone = entry.kind == "bench-guard"  # nothing may slow it down
         with tempfile.TemporaryDirectory() as place, log.open("w") as file:
-            traced = {} if entry.kind == "bench-guard" else {"COVERAGE_PROCESS_START": str(write_settings(Path(place)))}
-            code = self.wait(
-                start(command_of(entry), stdout=file, stderr=subprocess.STDOUT, env={**os.environ, **traced})
-            )
-            executed = read_children(Path(place)) if traced else self.code.list_package()
+            traced = {} if alone else {"COVERAGE_PROCESS_START": str(write_settings(Path(place)))}
+            environment = {**os.environ, **traced}
+            code = self.wait(start(command_of(entry), stdout=file, stderr=subprocess.STDOUT, env=environment))
+            executed = self.code.list_package() if alone else read_children(Path(place))
         outcome = "never run" if code is None else "failed" if code else "passed"
         why = log.read_text(errors="replace")[-4000:] if code else ""
-        made = {
-            "test": entry.test,
-            "outcome": outcome,
-            "seconds": round(time.time() - began, 1),
-            "date": now(),
-            "why": why,
-        }
-        self.record({**made, "code": pack(executed)})
+        seconds = round(time.time() - began, 1)
+        made = {"test": entry.test, "outcome": outcome, "seconds": seconds, "date": now(), "code": pack(executed)}
+        self.record({**made, "why": why})
         self.save()
 
     def wait(self, process: subprocess.Popen[str]) -> int | None:
@@ -394,11 +290,11 @@ class Proof:
             why, before = line.pop("why", ""), self.ledger.get(line["test"])
             if before is None:  # of another checkout
                 return
-            made = Entry(**line, kind=before.kind, commit=commit(), hash=self.code.hash(line.get("code", "")))
-            if made.outcome == "never run" and before.known:
+            made = Entry(**line, kind=before.kind, commit=self.commit, hash=self.code.hash(line.get("code", "")))
+            if made.known or not before.known:
+                self.ledger[made.test] = made
+            elif made.outcome == "never run":
                 before.seconds = max(made.seconds, before.seconds)
-            else:
-                add(self.ledger, made)
             self.results.append(made)
             if made.outcome == "failed":
                 print(f"failed: {made.test}\n{why}", file=sys.stderr, flush=True)
@@ -491,6 +387,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["list"]:
-        sys.exit(write_list(sys.argv[2], sys.argv[3:]))
-    sys.exit(run_batch(Path(sys.argv[2])) if sys.argv[1:2] == ["batch"] else main())
+    sys.exit(main())
