@@ -1,9 +1,9 @@
 """The code that a test executes: which functions, in this process and its children, and a hash of what they are now.
 
 A function counts with its decorators, the fields of its class, and the module-level values that it reads, also through
-imports from this repository. Comments, docstrings and layout do not count. Not seen:
-module-level statements without an assignment, values that an earlier test left in a module's cache, children that are
-killed or get no environment, files that only a child reads, and other packages.
+imports from this repository. Comments, docstrings and layout do not count. Not seen: module-level statements without an
+assignment, values that an earlier test left in a module's cache, children that are killed or get no environment, files
+that only a child reads, and other packages.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ BATCH = 240.0
 """Expected seconds of a batch of tests, which share a process."""
 STARTUP = 30.0
 """Seconds until the first test of a batch runs."""
-UNKNOWN = {"promise": 5.0, "slow": 15.0, "torture": 15.0, "same": 240.0, "conformance": 60.0}
+UNKNOWN = {"promise": 5.0, "slow": 15.0, "torture": 15.0, "same": 240.0, "conformance": 20.0}
 """Expected seconds of what was never run; of commands on their own, below."""
 ALONE = {"hostile": 600.0, "bench-guard": 700.0, "test-fake-cuda": 1200.0, "test-extras": 1200.0}
 ALONE |= {"test-oldest": 2400.0, "test-newest": 2400.0}
@@ -147,11 +147,11 @@ def collect(files: Iterable[str]) -> list[Entry]:
         return [Entry(*pair) for pair in json.loads(listed.read())]
 
 
-def command_of(entry: Entry) -> list[str]:
-    """Return the command that proves what is not a test of pytest."""
+def command_of(entry: Entry, *others: Entry) -> list[str]:
+    """Return the command that proves what is not a test of pytest. `make same` compares with the last equal commit."""
     if entry.kind == "conformance":
         run = [sys.executable, "benchmarks/conformance/run.py", "--tools", "llmtune", "--no-page", "--strict"]
-        return [*run, "--cases", entry.test.split()[1]]
+        return [*run, "--cases", *(one.test.split()[1] for one in (entry, *others))]
     base = entry.commit if git("cat-file", "-t", entry.commit or "none") == "commit" else "HEAD"
     variables = [f"VENV={sys.prefix}", *([f"BASE={base}"] if entry.kind == "same" else [])]
     return [*entry.test.split(), *variables]
@@ -192,18 +192,15 @@ class Proof:
         self.slots = threading.Semaphore(self.jobs)
 
     def choose(self) -> list[Entry]:
-        """Return what to run next: a command, or a batch of tests, in order of files; nothing if no time is left."""
+        """Return what to run next: a command, or a batch of tests by files; nothing if no time is left."""
         with self.lock:
             left, chosen, used = self.until - time.time(), list[Entry](), 0.0
             for entry in sorted(self.ledger.values(), key=self.order):
-                fits = entry.expected + (0 if is_command(entry) else STARTUP + used) <= left
                 fresh = entry.test not in self.tried and (not self.only or any(w in entry.test for w in self.only))
-                if not fits or not fresh or (chosen and (is_command(entry) or used + entry.expected > BATCH)):
-                    continue
-                chosen.append(entry)
-                used += entry.expected
-                if is_command(entry):
-                    break
+                joins = not chosen or (group(entry) == group(chosen[0]) and used + entry.expected <= BATCH)
+                if fresh and joins and STARTUP + used + entry.expected <= left:
+                    chosen.append(entry)
+                    used += entry.expected
             self.tried |= {entry.test for entry in chosen}
             return sorted(chosen, key=lambda entry: entry.test.partition("::")[0])
 
@@ -218,7 +215,7 @@ class Proof:
             wanted = self.jobs if chosen[0].kind == "bench-guard" else 1  # speeds are measured alone
             for _ in range(wanted):
                 self.slots.acquire()
-            (self.run_command if is_command(chosen[0]) else self.run_tests)(chosen)
+            (self.run_tests if group(chosen[0]) == "pytest" else self.run_command)(chosen)
             self.slots.release(wanted)
 
     def save(self) -> None:
@@ -243,19 +240,20 @@ class Proof:
         self.absorb(journal, "killed" if code is None else f"its process ended with exit code {code}")
 
     def run_command(self, chosen: list[Entry]) -> None:
-        (entry,), began = chosen, time.time()
-        log = self.journals / f"{entry.test.replace('/', ' ')}.log"
-        alone = entry.kind == "bench-guard"  # nothing may slow it down
+        began, log = time.time(), self.journals / f"{chosen[0].test.replace('/', ' ')}.log"
+        alone = chosen[0].kind == "bench-guard"  # nothing may slow it down
         with tempfile.TemporaryDirectory() as place, log.open("w") as file:
             traced = {} if alone else {"COVERAGE_PROCESS_START": str(write_settings(Path(place)))}
             environment = {**os.environ, **traced}
-            code = self.wait(start(command_of(entry), stdout=file, stderr=subprocess.STDOUT, env=environment))
+            end = self.wait(start(command_of(*chosen), stdout=file, stderr=subprocess.STDOUT, env=environment))
             executed = self.code.list_package() if alone else read_children(Path(place))
-        outcome = "never run" if code is None else "failed" if code else "passed"
-        why = log.read_text(errors="replace")[-4000:] if code else ""
-        seconds = round(time.time() - began, 1)
-        made = {"test": entry.test, "outcome": outcome, "seconds": seconds, "date": now(), "code": pack(executed)}
-        self.record({**made, "why": why})
+        seconds, text = round((time.time() - began) / len(chosen), 1), log.read_text(errors="replace")
+        wrong = re.search("^not right: (.*)", text, re.MULTILINE)  # of several, these failed
+        for entry in chosen:
+            failed = end and (not wrong or entry.test.split()[1] in wrong[1].split())
+            outcome = "never run" if end is None else "failed" if failed else "passed"
+            made = {"test": entry.test, "outcome": outcome, "seconds": seconds, "date": now(), "code": pack(executed)}
+            self.record({**made, "why": text[-4000:]})
         self.save()
 
     def wait(self, process: subprocess.Popen[str]) -> int | None:
@@ -290,18 +288,22 @@ class Proof:
             why, before = line.pop("why", ""), self.ledger.get(line["test"])
             if before is None:  # of another checkout
                 return
-            made = Entry(**line, kind=before.kind, commit=self.commit, hash=self.code.hash(line.get("code", "")))
+            failed = line["outcome"] == "failed"
+            at = before.commit if failed and before.kind == "same" and before.commit else self.commit
+            made = Entry(**line, kind=before.kind, commit=at, hash=self.code.hash(line.get("code", "")))
             if made.known or not before.known:
                 self.ledger[made.test] = made
             elif made.outcome == "never run":
                 before.seconds = max(made.seconds, before.seconds)
             self.results.append(made)
-            if made.outcome == "failed":
+            if failed:
                 print(f"failed: {made.test}\n{why}", file=sys.stderr, flush=True)
 
 
-def is_command(entry: Entry) -> bool:
-    return entry.kind not in ("promise", "slow", "torture")
+def group(entry: Entry) -> str:
+    """Return what may run in one process or command with an entry."""
+    tests = {"promise": "pytest", "slow": "pytest", "torture": "pytest", "conformance": "conformance"}
+    return tests.get(entry.kind, entry.test)
 
 
 def kill(process: subprocess.Popen[str]) -> None:
