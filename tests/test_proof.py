@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 from support import proof
-from support.executed import Code, unpack
-from support.proof import Counts, Entry, Ledger, read_ledger, write_ledger
+from support.executed import ROOT, Code, unpack
+from support.proof import Entry, Ledger, read_ledger, write_ledger
 
 PROJECT = {
     "llmtune/__init__.py": "",
@@ -241,19 +241,36 @@ def test_the_check_fails_on_a_failed_result_and_counts_the_old_and_the_unknown(
 
 
 def test_the_later_result_counts_when_ledgers_merge_also_in_git(tmp_path: Path) -> None:
-    ours, theirs = tmp_path / "ours.json", tmp_path / "theirs.json"
-    counts: Counts = {"date": "2026-12-01", "counts": {}}
-    entries = [Entry("a", "slow", "passed", date="2026-12-02"), Entry("b", "slow", "passed", date="2026-12-01")]
-    write_ledger({entry.test: entry for entry in entries}, counts, ours)
-    entries = [Entry("a", "slow", "failed", date="2026-12-01"), Entry("b", "slow", "failed", date="2026-12-03")]
-    entries += [Entry("c", "slow", "skipped", date="2026-12-04")]
-    write_ledger({entry.test: entry for entry in entries}, counts, theirs)
-    both = tmp_path / "both.json"
-    both.write_text(ours.read_text() + theirs.read_text())  # as git's `union` leaves it
-    proof.merge(theirs, ours)
-    for path in (ours, both):
-        outcomes = {name: entry.outcome for name, entry in read_ledger(path)[0].items()}
-        assert outcomes == {"a": "passed", "b": "failed", "c": "skipped"}
+    def write(path: Path, day: str, **outcomes: str) -> None:
+        entries = {test: Entry(test, "slow", outcome[:-1], date=outcome[-1]) for test, outcome in outcomes.items()}
+        write_ledger(entries, {"date": day, "counts": {}}, path)
+
+    def git(*words: str) -> None:
+        identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        subprocess.run(["git", *identity, *words], cwd=tmp_path, check=True, capture_output=True)
+
+    ledger, theirs = tmp_path / "docs" / "proof.json", tmp_path / "theirs.json"
+    ledger.parent.mkdir()
+    shutil.copy(ROOT / ".gitattributes", tmp_path)
+    git("init", "-b", "main")
+    for branch, day, outcomes in (
+        ("main", "1", {"a": "passed1", "b": "passed1"}),
+        ("theirs", "3", {"a": "failed2", "b": "failed3", "c": "skipped4"}),
+        ("ours", "2", {"a": "passed3", "b": "passed2"}),
+    ):
+        git(*(["checkout", "-b", branch, "main"] if branch != "main" else ["add", ".gitattributes"]))
+        write(ledger, day, **outcomes)
+        git("add", "docs")
+        git("commit", "-m", branch)
+    write(theirs, "3", a="failed2", b="failed3", c="skipped4")
+    wanted = {"a": "passed", "b": "failed", "c": "skipped"}
+    git("merge", "theirs")
+    results, counts = read_ledger(ledger)
+    assert {name: entry.outcome for name, entry in results.items()} == wanted
+    assert counts["date"] == "3"
+    git("reset", "--hard", "HEAD~1")
+    proof.merge(theirs, ledger)
+    assert {name: entry.outcome for name, entry in read_ledger(ledger)[0].items()} == wanted
 
 
 def test_the_never_run_come_first_then_the_oldest_and_the_shortest_of_one_day(tmp_path: Path) -> None:
