@@ -150,8 +150,9 @@ def collect(files: Iterable[str]) -> list[Entry]:
 def command_of(entry: Entry, *others: Entry) -> list[str]:
     """Return the command that proves what is not a test of pytest. `make same` compares with the last equal commit."""
     if entry.kind == "conformance":
-        run = [sys.executable, "benchmarks/conformance/run.py", *"--tools llmtune --no-page --strict --fresh".split()]
-        return [*run, "--cases", *(one.test.split()[1] for one in (entry, *others))]
+        options = ["--tools", "llmtune", "--no-page", "--strict", "--fresh", "--cases"]
+        cases = [one.test.split()[1] for one in (entry, *others)]
+        return [sys.executable, "benchmarks/conformance/run.py", *options, *cases]
     base = entry.commit if git("cat-file", "-t", entry.commit or "none") == "commit" else "HEAD"
     variables = [f"VENV={sys.prefix}", *([f"BASE={base}"] if entry.kind == "same" else [])]
     return [*entry.test.split(), *variables]
