@@ -99,7 +99,7 @@ CHANGES = {
 
 def start(project: Path, *arguments: str, **variables: str) -> subprocess.Popen[str]:
     paths = os.pathsep.join([str(Path(__file__).parent), str(project)])
-    kept = {name: value for name, value in os.environ.items() if name != "CI"}
+    kept = {name: value for name, value in os.environ.items() if name != "CI" and not name.startswith("COVERAGE_")}
     environment = {**kept, "PROOF_ROOT": str(project), "PYTHONPATH": paths, **variables}
     environment["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # for speed
     command = [sys.executable, "-m", "support.proof", *arguments]
