@@ -12,6 +12,7 @@ MODEL := $(VENV)/.model
 MODELS := $(VENV)/.models
 LLAMA := $(VENV)/.llama
 JOBS ?= 2
+MINUTES ?= 30
 DIST ?= dist
 QUICKSTART ?= runs/quickstart
 BENCH ?= build/bench
@@ -27,7 +28,7 @@ PEERS = $(if $(LLAMAFACTORY),--llamafactory $(LLAMAFACTORY))
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup models demo test test-optional test-quick test-random test-slow test-gpu test-fake-cuda test-oldest test-newest test-extras check format docs architectures promises torture hostile site same build bench bench-guard conformance clean
+.PHONY: help setup models demo test test-optional test-quick test-random test-slow test-gpu test-fake-cuda test-oldest test-newest test-extras check format docs architectures proof torture hostile site same build bench bench-guard conformance clean
 
 help:  ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -133,7 +134,7 @@ test-extras:  ## Test GPTQ, AWQ, torchao and compressed-tensors bases with the p
 	$(EXTRAS_VENV)/bin/python -c 'import compressed_tensors, gptqmodel, torchao # or the tests would skip'
 	$(EXTRAS_VENV)/bin/pytest tests/adapter/test_quantized_bases.py
 
-check: $(READY)  ## Check format, lint, types, layers, budget and generated pages
+check: $(READY)  ## Check format, lint, types, layers, budget, generated pages and the ledger of proof
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
@@ -141,6 +142,7 @@ check: $(READY)  ## Check format, lint, types, layers, budget and generated page
 	$(BIN)/python .ci/check_house.py
 	$(BIN)/python .ci/check_needs.py
 	$(BIN)/python docs/generate.py --check
+	PYTHONPATH=tests $(BIN)/python -m support.proof check
 
 format: $(READY)  ## Format the code and apply automatic fixes
 	$(BIN)/ruff format .
@@ -153,8 +155,9 @@ docs: $(READY) models  ## Regenerate the generated pages and the pictures of doc
 architectures: $(READY)  ## Train a small model of every transformers architecture, and write docs/architectures.md (KIND=image-text for one kind)
 	PYTHONPATH=tests $(BIN)/python -m support.architecture_checks $(KIND)
 
-promises: $(READY) models $(LLAMA)  ## Run the test of every cell of docs/promises.md, and record the results (SELECT: pytest's options)
-	PYTHONPATH=tests $(BIN)/python -m support.promises run $(SELECT)
+proof: $(READY) models $(LLAMA)  ## For MINUTES=30, run what is stalest of all slow checks; record results (ONLY: parts of names)
+	PYTHONPATH=tests $(BIN)/python -m support.proof run --minutes $(MINUTES) --jobs $(JOBS) $(if $(ONLY),--only $(ONLY)); \
+	code=$$?; $(if $(CI),,$(BIN)/python docs/generate.py &&) exit $$code
 
 torture: $(READY)  ## Disturb commands in 240 rounds, and write docs/torture.md (as root: also with full disks)
 	PYTHONPATH=tests $(BIN)/python -m torture.rounds --rounds 240 >docs/torture.md

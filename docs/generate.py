@@ -30,7 +30,7 @@ MEMORY = ("<!-- memory: made by `make docs` from benchmarks/memory_plan.json -->
 PYTHON = ("<!-- reference: made by `make docs` from the docstrings -->", "<!-- end of reference -->")
 GUARANTEES = ("<!-- guarantees: made by `make docs` from tests/impossible -->", "<!-- end of guarantees -->")
 PROMISES = (
-    "<!-- promises: made by `make docs` from tests marked `promise`, tests/promises.toml and promises.json -->",
+    "<!-- promises: made by `make docs` from tests marked `promise`, tests/promises.toml and proof.json -->",
     "<!-- end of promises -->",
 )
 CODE_HEAD = """\

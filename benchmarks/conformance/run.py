@@ -51,17 +51,24 @@ def main() -> int:
     parser.add_argument("--cache", type=Path, default=Path("build/conformance"))
     parser.add_argument("--fresh", action="store_true", help="run again what is cached")
     parser.add_argument("--no-page", action="store_true", help="print the findings only")
+    parser.add_argument("--strict", action="store_true", help="exit 1 if a tool is wrong or stops in a case")
     options = parser.parse_args()
     cache = options.cache.resolve()
     tools, cases = list_tools(cache), list_cases()
     shown = [name for name, tool in tools.items() if not tool.absent]
     pairs = [(tool, case) for tool in options.tools or shown for case in options.cases or cases]
+    wrong = list[str]()
     for name in dict.fromkeys(tool for tool, _ in pairs):
-        run_tool(tools[name], {case: cases[case] for tool, case in pairs if tool == name}, cache, options.fresh)
+        wrong += run_tool(
+            tools[name], {case: cases[case] for tool, case in pairs if tool == name}, cache, options.fresh
+        )
     if not options.no_page:
         table = collect(cases, tools, cache, pairs)
         TABLE.write_text(json.dumps(table, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         PAGE.write_text(render(table), encoding="utf-8")
+    if options.strict and wrong:
+        print("not right:", *wrong)
+        return 1
     return 0
 
 
@@ -71,13 +78,13 @@ def list_cases() -> dict[str, Case]:
     return {name: importlib.import_module(f"conformance.cases.{name}").CASE for name in names}
 
 
-def run_tool(tool: Tool, cases: Mapping[str, Case], cache: Path, fresh: bool) -> None:
-    """Bring the stored findings of one tool up to date."""
+def run_tool(tool: Tool, cases: Mapping[str, Case], cache: Path, fresh: bool) -> list[str]:
+    """Bring the stored findings of one tool up to date; return the cases in which it is wrong or stops."""
     try:
         versions = tool.read_versions()
     except subprocess.CalledProcessError as error:
         print(f"{tool.name} does not install here: {(error.stderr or str(error)).strip()[-300:]}", flush=True)
-        return
+        return [*cases]
     keys = {name: make_key(tool, case, versions) for name, case in cases.items()}
     columns: dict[str, dict[str, Any]] = {name: {} for name in cases}
     for column in COLUMNS:
@@ -93,6 +100,8 @@ def run_tool(tool: Tool, cases: Mapping[str, Case], cache: Path, fresh: bool) ->
     for name, entries in columns.items():
         origin = read_origin(cache / "runs" / tool.name / "default" / name)
         store(cache, tool, name, cases[name], versions, origin, entries)
+    right = {"right", "refused", "not offered"}
+    return [name for name, found in columns.items() if not {entry["verdict"] for entry in found.values()} <= right]
 
 
 def compare_runs(first: Entry, second: Entry) -> Entry:

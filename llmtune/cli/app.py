@@ -319,6 +319,10 @@ def main() -> None:
     except SystemExit as end:
         code = READER_LEFT if isinstance(end.__context__, BrokenPipeError) else end.code
         raise SystemExit(code) from None
+    except KeyboardInterrupt:  # before the command began
+        code = 128 + signal.SIGINT
+        print("interrupted. Run the same command again.", file=sys.stderr)
+        raise SystemExit(code) from None
     finally:
         leave(code)
         for number in (signal.SIGINT, signal.SIGTERM):

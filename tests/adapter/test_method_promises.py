@@ -72,7 +72,7 @@ def test_loss_and_gradient_do_not_depend_on_how_rows_are_batched(method, adapted
     tuned, recipe = adapted
     rows = documents([9, 17, 30, 12])
     tuned.model.train(method not in NOISY)
-    if method != "qlora":
+    if method not in ("qlora", "adamss"):  # which keep the dtype of their layers
         tuned.model.double()  # some methods enlarge differences in the last digits
     loss, gradients = gradients_of(tuned.model, [padded([row]) for row in rows])
     ways = [[padded(rows)], [padded(rows[:1]), padded(rows[1:])]]

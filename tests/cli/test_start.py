@@ -48,6 +48,16 @@ def test_a_check_loads_neither_the_terminal_library_nor_plugins(tmp_path: Path) 
     assert done.stdout.splitlines()[-1] == "False None"
 
 
+def test_ctrl_c_before_the_command_begins_prints_no_traceback() -> None:
+    code = (
+        "import os, signal, sys; sys.argv = ['llmtune', 'run']; from llmtune.cli import app\n"
+        "app.command_tree = lambda words: os.kill(os.getpid(), signal.SIGINT)\n"
+        "app.main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "interrupted. Run the same command again.\n")
+
+
 @pytest.mark.parametrize("words", [["--help"], ["-h"], []])
 def test_the_help_of_the_program_needs_no_commands_of_groups(words: list[str]) -> None:
     tree = command_tree(words)

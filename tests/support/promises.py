@@ -1,24 +1,18 @@
-"""The matrix of promises: which test holds which cell, and what the last run of all of them showed.
+"""The matrix of promises: which test holds which cell of docs/promises.md.
 
-python -m support.promises list    print each cell with its tests, as JSON
-python -m support.promises run     run the tests of all cells, or of those that pytest's arguments select; record them
+python -m support.promises    print each cell with its tests, as JSON
 """
 
 import json
-import subprocess
 import sys
-import time
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from datetime import date
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 TESTS = Path(__file__).resolve().parent.parent
-RECORD = TESTS.parent / "docs" / "promises.json"
 REASONS = TESTS / "promises.toml"
 MARK = "promise"
 
@@ -67,56 +61,24 @@ def read_marks(item: pytest.Item) -> Iterator[Cell]:
 
 
 class Collector:
-    """Collects the cells of all tests; with `record` also their outcomes and seconds."""
+    """Collects the cells of all tests."""
 
     def __init__(self) -> None:
         self.cells: list[Cell] = []
-        self.results: dict[str, dict[str, Any]] = {}
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         self.cells += [cell for item in items for cell in read_marks(item)]
 
-    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        one = self.results.setdefault(report.nodeid, {"outcome": "passed", "seconds": 0.0})
-        one["seconds"] += report.duration
-        if report.outcome != "passed":
-            one["outcome"] = report.outcome
 
-
-def marked_files() -> list[str]:
-    """The test files that hold a cell: importing the others would take a minute."""
-    return [str(path) for path in sorted(TESTS.rglob("test_*.py")) if f"mark.{MARK}(" in path.read_text()]
-
-
-def collect(arguments: Sequence[str]) -> Collector:
-    """Run pytest on all tests that hold a cell."""
+def collect() -> list[Cell]:
+    """Collect the cells of the test files that hold one: importing the others would take a minute."""
+    files = [str(path) for path in sorted(TESTS.rglob("test_*.py")) if f"mark.{MARK}(" in path.read_text()]
     collector = Collector()
-    code = pytest.main(["-q", "-m", MARK, *arguments, *marked_files()], plugins=[collector])
-    assert code not in (pytest.ExitCode.INTERNAL_ERROR, pytest.ExitCode.USAGE_ERROR), code
-    if code == pytest.ExitCode.INTERRUPTED and not collector.results:
-        raise SystemExit("interrupted, or a module could not be collected")  # what ran before Ctrl-C is recorded
-    return collector
-
-
-def record(arguments: Sequence[str]) -> int:
-    """Run the tests and add their outcomes to the record, each with its commit and date."""
-    git = ["git", "-C", str(TESTS), "rev-parse", "--short=8", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    started, collector = time.time(), collect(arguments)
-    known = json.loads(RECORD.read_text()) if RECORD.exists() else {}
-    for test, result in collector.results.items():
-        seconds = round(result["seconds"], 1)
-        known[test] = {**result, "seconds": seconds, "commit": commit, "date": date.today().isoformat()}
-    known = {test: known[test] for test in sorted(known)}
-    RECORD.write_text(json.dumps(known, indent=1) + "\n")
-    failed = [test for test, result in collector.results.items() if result["outcome"] == "failed"]
-    print(f"{len(collector.results)} tests in {time.time() - started:.0f} s, {len(failed)} failed", file=sys.stderr)
-    return 1 if failed else 0
+    code = pytest.main(["-q", "-m", MARK, "--collect-only", *files], plugins=[collector])
+    assert code == pytest.ExitCode.OK, code
+    return collector.cells
 
 
 if __name__ == "__main__":
-    what, *rest = sys.argv[1:]
-    if what == "run":
-        sys.exit(record(rest))
     stdout, sys.stdout = sys.stdout, sys.stderr
-    print(json.dumps([vars(cell) for cell in [*collect(["--collect-only"]).cells, *read_reasons()]]), file=stdout)
+    print(json.dumps([vars(cell) for cell in [*collect(), *read_reasons()]]), file=stdout)
