@@ -49,8 +49,8 @@ def load_evaluation(folder: Path) -> Evaluation | None:
 
 def name_baselines(saved: Json) -> Json:
     """Return a saved evaluation or release; llmtune 0.2.0 wrote one baseline without its name as the key."""
-    one = saved.get("simple_baseline")
-    return {**saved, "simple_baselines": {one["name"]: one}} if one else saved
+    one = saved.get("simple_baseline") if isinstance(saved, dict) else None
+    return {**saved, "simple_baselines": {one.get("name"): one}} if isinstance(one, dict) else saved
 
 
 def answered_by_vllm(run: Path) -> bool:

@@ -134,11 +134,11 @@ def fit_head(
 
     The logits are as small as those of the strongest penalty: training goes on from them, and a layer that is sure of
     every training row would give it no gradient. A class without a training row gets a bias below all others. For
-    numbers, K is 1, and nothing is scaled.
+    numbers, K is 1, and the penalty is the strongest: a layer with large weights would diverge.
     """
     size = root_mean_square(features_NF)
     with quiet_fits():
-        strength = choose_strength(kind, features_NF / size, targets)
+        strength = STRENGTHS[0] if kind == "regression" else choose_strength(kind, features_NF / size, targets)
         model = fit(kind, strength, features_NF / size, targets, weights_N)
         calm = fit(kind, STRENGTHS[0], features_NF / size, targets, weights_N)
     weights_KF, biases_K = np.zeros((classes, features_NF.shape[1])), np.zeros(classes)

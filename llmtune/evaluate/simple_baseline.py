@@ -116,7 +116,7 @@ class SimpleScorer:
         assert context.folder is not None
         metrics, cache, began = self.metrics, self.caches[name], time.monotonic()
         answers, note = cache.answers, cache.note
-        if name == "bm25":
+        if TASK_FACTS[recipe.task].searches:
             with spinner(context.console, f"ranking by {SIMPLE_BASELINES[name]}"):
                 words = {one: task.measure_words(one, inputs.targets, inputs.corpus, recipe) for one in metrics}
             measures = {metric: one.in_clusters(inputs.clusters) for metric, one in words.items() if one is not None}

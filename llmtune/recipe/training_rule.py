@@ -32,6 +32,7 @@ STEPS, MOST_EPOCHS = 100, 4
 HEAD_BATCH, HEAD_STEPS, MOST_HEAD_EPOCHS = 16, 300, 20
 MOST_STARTED_EPOCHS = 5
 """For a head that starts at a regression (`llmtune.tasks.frozen_base`): it need not be found from random weights."""
+ACCURACY = "accuracy"
 FEW_STEPS = 50
 """A run with fewer steps warns: the schedule has too little time."""
 
@@ -62,8 +63,7 @@ def choose_training(recipe: Recipe, rows: int, width: int | None, new_head: bool
     batch = HEAD_BATCH if new_head else next(size for least, size in BATCHES if rows >= least)
     if "batch_size" in train.model_fields_set or train.batch_tokens is not None:
         batch = train.batch_size
-    started = new_head and "frozen" in recipe.variant.facts.simple_baselines
-    most_epochs = MOST_STARTED_EPOCHS if started else MOST_HEAD_EPOCHS
+    most_epochs = MOST_STARTED_EPOCHS if starts_fitted(recipe) else MOST_HEAD_EPOCHS
     steps, most = (HEAD_STEPS, most_epochs) if new_head else (STEPS, MOST_EPOCHS)
     epochs = min(most, max(1, math.ceil(steps * batch / max(rows, 1))))
     rate = min(HIGHEST_LORA_RATE, LORA_RATE * (WIDTH / (width or WIDTH)) ** EXPONENT)
@@ -82,18 +82,23 @@ def choose_training(recipe: Recipe, rows: int, width: int | None, new_head: bool
 
 
 def choose_measure(recipe: Recipe) -> dict[str, Choice]:
-    """Return accuracy as the measure of the best checkpoint of a classifier, unless the recipe has a measure.
+    """Return accuracy as the measure of the best checkpoint of a head that starts at a regression.
 
     A model that learned few rows is sure of its errors, so that the loss is lowest at an early step, where the learning
-    rate is still high and the labels are worse.
+    rate is still high and the labels are worse. Nothing if the recipe has a measure, or its labels are numbers.
     """
-    train, section = recipe.train, recipe.classify
+    train, measured = recipe.train, recipe.evaluate.metrics
     chooses = bool(recipe.data.validation) and train.load_best_model_at_end
     stated = {"eval_metrics", "metric_for_best_model"} & train.model_fields_set
-    if not chooses or stated or recipe.task != "classify" or (section is not None and section.kind == "regression"):
+    if not chooses or stated or not starts_fitted(recipe) or ACCURACY not in measured:
         return {}
     why = "the loss of few rows is lowest too early"
-    return {"eval_metrics": Choice(("accuracy",), why), "metric_for_best_model": Choice("accuracy", why)}
+    return {"eval_metrics": Choice((ACCURACY,), why), "metric_for_best_model": Choice(ACCURACY, why)}
+
+
+def starts_fitted(recipe: Recipe) -> bool:
+    """Return whether a new head starts at a regression on the base's features, the one that `frozen` scores."""
+    return "frozen" in recipe.variant.facts.simple_baselines
 
 
 def with_choices(loaded: LoadedRecipe, choices: Mapping[str, Choice]) -> LoadedRecipe:

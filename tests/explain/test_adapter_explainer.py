@@ -34,7 +34,10 @@ def full_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def class_run(built: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("classes")
-    sections = {"adapter": {"r": 4, "lora_alpha": 8, "bias": "lora_only"}, "train": {"num_train_epochs": 1}}
+    sections = {
+        "adapter": {"r": 4, "lora_alpha": 8, "bias": "lora_only"},
+        "train": {"num_train_epochs": 1, "load_best_model_at_end": False},
+    }
     recipe = recipe_for(folder / "classes.yaml", built("bert"), colour_rows(), **sections)
     run_pipeline(load_recipe(str(recipe)), RunRequest(out=folder / "run"), quiet())
     return folder / "run"

@@ -60,7 +60,11 @@ def train_family(
     until: str = "train",
     **sections: Any,
 ) -> Path:
-    """Train a tiny model of a family, `llama` or one of support.families; return the run folder."""
+    """Train a tiny model of a family, `llama` or one of support.families; return the run folder.
+
+    The last step is the result: the start might be the best of so few, and its adapter has no effect.
+    """
+    sections["train"] = {"load_best_model_at_end": False, **sections.get("train", {})}
     base = tiny_llama if family == "llama" else getattr(families, f"build_{family}")(folder / family)
     recipe = pairs.recipe_of(folder, base, rows(folder) if callable(rows) else rows, task, **sections)
     run_pipeline(load_recipe(str(recipe)), RunRequest(out=folder / "run", until=until), pairs.quiet())

@@ -77,7 +77,7 @@ def test_a_run_with_metrics_and_row_losses_resumes_to_the_same_bytes(run: Path, 
 
 
 @pytest.mark.parametrize(
-    ("metric", "scores", "best"), [("exact_match", [0.2, 0.6, 0.5, 0.6, 0.9], 4), ("perplexity", [9.0, 7, 8, 7.5], 4)]
+    ("metric", "scores", "best"), [("exact_match", [0.2, 0.6, 0.5, 0.4, 0.9], 4), ("perplexity", [9.0, 7, 8, 7.5], 4)]
 )
 def test_the_best_checkpoint_and_early_stopping_follow_the_named_metric(
     metric: str, scores: list[float], best: int, examples: Any, tmp_path: Path, tiny_llama: Path, monkeypatch: Any
@@ -93,6 +93,17 @@ def test_the_best_checkpoint_and_early_stopping_follow_the_named_metric(
         line["step"]: line["validation_loss"] for line in read_metrics(tmp_path / "run") if "validation_loss" in line
     }
     assert trained.validation_loss == losses[best]
+
+
+def test_of_equal_checkpoints_the_last_is_the_best(
+    examples: Any, tmp_path: Path, tiny_llama: Path, monkeypatch: Any
+) -> None:
+    train = {"eval_metrics": ["exact_match"], "metric_for_best_model": "exact_match", "num_train_epochs": 3}
+    recipe = make_recipe(tmp_path, tiny_llama, train=train)
+    left = iter([0.6, 0.6, 0.2])
+    monkeypatch.setattr(loop, "metrics_of_validation", lambda *arguments: lambda: {"exact_match": next(left)})
+    trained = run_training(tmp_path / "run", recipe, examples)
+    assert trained.best_step == trained.steps * 2 // 3
 
 
 @pytest.mark.parametrize(
