@@ -85,12 +85,13 @@ def find_lost_steps(steps: Sequence[LayerStep], weights: Mapping[str, torch.Tens
         return []
     share = taken / total
     if share < LOST:
-        return [f"the adapter is lost: its weights moved by {share:.0%} of what tuning did to the base model's"]
+        moved = f"{round(share, 2) + 0.0:.0%} of what tuning did to the base model's"
+        return [f"the adapter is lost: its weights moved by {moved}"]
     if not abs(share - 1) <= SLACK + 4 * noise**0.5 / total:
-        return [f"its weights moved by {share:.0%} of what tuning did to the base model's"]
+        return [f"its weights moved by {round(share, 2) + 0.0:.0%} of what tuning did to the base model's"]
     if off:
         _, worst, name = max(off)
-        return [f"the weights of {name} moved by {worst:.0%} of what tuning did to the base model's"]
+        return [f"the weights of {name} moved by {round(worst, 2) + 0.0:.0%} of what tuning did to the base model's"]
     return []
 
 
@@ -166,7 +167,7 @@ def find_first_difference(
             worst, text = growth, f"the first layer that differs is {name}: its outputs differ by {difference:.1%}"
             if layer.base is not None:
                 share, _ = measure_step([layer.base], [layer.tuned], [actual[name]], "layer")
-                text += "" if share is None else f", and have {share:.0%} of its adapter's effect"
+                text += "" if share is None else f", and have {round(share, 2) + 0.0:.0%} of its adapter's effect"
             text += f"; those of earlier layers differ by at most {before:.1%}" if before else ""
             first = LayerDifference(name, text)
         before = max(before, difference)

@@ -242,7 +242,7 @@ def find_breaches(parity: Parity, limits: Limits) -> list[str]:
 
 def describe_share(taken: float) -> str:
     """Describe a product that took only a share of tuning's step."""
-    return f"its outputs moved by {taken:.0%} of what tuning did to the base model's"
+    return f"its outputs moved by {round(taken, 2) + 0.0:.0%} of what tuning did to the base model's"
 
 
 def find_lost_adapter(parity: Parity) -> list[str]:

@@ -281,7 +281,9 @@ def test_int8_fails_if_too_many_layers_would_stay_in_float32(outlier_run, tmp_pa
 def test_labels_in_another_order_than_the_outputs_fail(tmp_path, trained, console, monkeypatch):
     run = shutil.copytree(trained("classify"), tmp_path / "run")
     monkeypatch.setattr(exporting, "save_settings", swap_labels)
-    fails(run, console, ["its labels, or their order, are not those of the tuned model", "first choice agrees"])
+    fails(
+        run, console, ["its labels, or their order, are not those of the tuned model", "the largest logit difference"]
+    )
 
 
 # Scores, other people's files, refusals
