@@ -174,10 +174,10 @@ def describe_towers(model: PreTrainedModel) -> str | None:
 
 
 def patch_text_forward(model: PreTrainedModel) -> None:
-    """Let two classes of transformers 5.24 read text alone, in place.
+    """Let two classes of transformers read text alone, in place.
 
-    Llama 4's wrapper reads an output `image_outputs` that its language model does not return. Molmo 2 requires the
-    kinds of its tokens in training.
+    Before 5.25 Llama 4's wrapper reads an output `image_outputs` that its language model does not return. Molmo 2
+    requires the kinds of its tokens in training.
     """
     if type(model).__name__ == "Llama4ForConditionalGeneration":
         model.language_model.register_forward_hook(lambda *inputs: setattr(inputs[-1], "image_outputs", None))
