@@ -97,6 +97,21 @@ def test_the_user_writes_the_results_of_calls_and_two_models_answer_side_by_side
         assert page.errors == []
 
 
+def test_a_conversation_goes_on_that_began_before_the_models_were_listed(tune, tmp_path):
+    with serving(served_of(tune())) as url, open_browser(tmp_path / "profile") as page:
+        page.open(url)
+        page.wait("document.querySelector('#model').options.length === 1")
+        page.run("document.querySelector('#model').replaceChildren()")  # the list is on its way
+        page.type("#prompt", "Tell me everything.")
+        page.press_enter()
+        page.wait(f"{SAID}.length === 1 && {DONE}")
+        page.run("listModels()")
+        page.type("#prompt", "And now?")
+        page.press_enter()
+        page.wait(f"{SAID}.length === 2 && {DONE}")
+        assert page.run("talks[0].messages.length") == 4
+
+
 def test_stop_ends_the_answer_and_frees_its_row(tune, tmp_path):
     served = served_of(tune(generation={"max_new_tokens": 2000}))
     with serving(served) as url, open_browser(tmp_path / "profile") as page:
