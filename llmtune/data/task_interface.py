@@ -35,6 +35,14 @@ class StepCosts(NamedTuple):
     """Of all examples; None before they are encoded."""
 
 
+class HeadStart(NamedTuple):
+    """What a new head starts at instead of random weights."""
+
+    note: str
+    warning: str = ""
+    """Why this base may be a wrong choice for the rows."""
+
+
 class TaskInterface:
     """Defines how rows become examples, batches and a loss, and how the model is loaded."""
 
@@ -77,7 +85,7 @@ class TaskInterface:
 
     def start_head(
         self, adapted: AdaptedModel, examples: Sequence[AnyExample], recipe: Recipe, *, whole: bool
-    ) -> str | None:
+    ) -> HeadStart | None:
         """Initialise a new head in place, from its training examples; return what it starts at, None if at random.
 
         The model can be run only if it is `whole`: not about to be sharded.

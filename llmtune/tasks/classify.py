@@ -20,7 +20,7 @@ from llmtune.data.example import Example
 from llmtune.data.long_texts import tokenize_columns
 from llmtune.data.overlong import Lost, too_long
 from llmtune.data.row_store import iterate_rows
-from llmtune.data.task_interface import Encoded
+from llmtune.data.task_interface import Encoded, HeadStart
 from llmtune.data.tokenization import Segment, decode_shortened
 from llmtune.evaluate.classification_metrics import (
     CLASS_METRICS,
@@ -220,7 +220,7 @@ class Classify(ReadingTask[ClassifyRow, ClassPrediction]):
 
     def start_head(
         self, adapted: AdaptedModel, examples: Sequence[ClassExample], recipe: Recipe, *, whole: bool
-    ) -> str | None:
+    ) -> HeadStart | None:
         """Start a new head at a regression on the base's features; see `start_at_regression`."""
         section = classify_section(recipe)
         assert section.kind != "auto"

@@ -17,9 +17,10 @@ import torch
 from transformers.utils import ModelOutput
 
 from llmtune.data.example import Example
+from llmtune.data.task_interface import HeadStart
 from llmtune.evaluate.evaluated_task import LoadedModel
 from llmtune.evaluate.intervals import Floats
-from llmtune.evaluate.regression import TargetKind, fit_head, name_fit
+from llmtune.evaluate.regression import TargetKind, compare_with_words, fit_head, name_fit
 from llmtune.evaluate.token_batches import run_encoder
 from llmtune.model.causal_lm_loss import unwrap
 from llmtune.model.config import head_names, in_heads, is_encoder
@@ -72,7 +73,7 @@ def start_at_regression(
     recipe: Recipe,
     *,
     whole: bool,
-) -> str | None:
+) -> HeadStart | None:
     """Set the head's last layer to a regression of the labels on what it reads; return what was fitted.
 
     None, and no change, if the head is not new or has no linear layer at its end, or if all labels are equal. A model
@@ -92,7 +93,14 @@ def start_at_regression(
         biases_K = np.array([targets.mean()] if kind == "regression" else [0.0] * outputs)
     if layer.bias is not None:
         layer.bias.data.copy_(torch.from_numpy(biases_K))
-    return name_fit(kind, "the base's features", len(examples), len(examples), strength) if whole else None
+    if not whole:
+        return None
+    note = name_fit(kind, "the base's features", len(examples), len(examples), strength)
+    if kind == "regression":
+        return HeadStart(note)
+    texts = adapted.selected.processor.batch_decode([one.input_ids for one in examples], skip_special_tokens=True)
+    told, warning = compare_with_words(kind, features_NH, texts, targets)
+    return HeadStart(f"{note}{told}", warning)
 
 
 def read_head_inputs(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -25,7 +24,7 @@ from llmtune.data.search_rows import RerankRow, given_passages, write_ranking
 from llmtune.data.task_interface import Encoded
 from llmtune.data.tokenization import Segment, decode_shortened
 from llmtune.errors import DataError
-from llmtune.evaluate.bm25 import BM25_NOTE, LENGTH_SHARE, SATURATION, words
+from llmtune.evaluate.bm25 import BM25_NOTE, index_words
 from llmtune.evaluate.evaluated_task import EvalPrediction, LoadedModel, SimplePredictions
 from llmtune.evaluate.metric import Measure
 from llmtune.evaluate.ranking_metrics import RELEVANT, RankedQuery, measure_ranking, name_query
@@ -279,17 +278,10 @@ def ranked(scores: list[float]) -> RerankPrediction:
 
 
 def bm25(rows: Sequence[RerankRow]) -> list[list[float]]:
-    """Score passages by Robertson and Zaragoza, "The Probabilistic Relevance Framework: BM25 and Beyond", 2009."""
-    counts = {text_key(passage): Counter(words(passage)) for row in rows for passage in row["passages"]}
-    holders = Counter(word for word_counts in counts.values() for word in word_counts)
-    mean = sum(word_counts.total() for word_counts in counts.values()) / max(len(counts), 1) or 1.0
-
-    def score(query: list[str], word_counts: Counter[str]) -> float:
-        norm = SATURATION * (1 - LENGTH_SHARE + LENGTH_SHARE * word_counts.total() / mean)
-        rarity = {word: math.log1p((len(counts) - holders[word] + 0.5) / (holders[word] + 0.5)) for word in query}
-        return sum(rarity[word] * word_counts[word] * (SATURATION + 1) / (word_counts[word] + norm) for word in query)
-
-    return [[score(words(row["query"]), counts[text_key(text)]) for text in row["passages"]] for row in rows]
+    """Score the passages of each row; they count among all different passages of the rows."""
+    passages = {text_key(passage): passage for row in rows for passage in row["passages"]}
+    places, score = {key: place for place, key in enumerate(passages)}, index_words([*passages.values()])
+    return [score([row["query"]])[0, [places[text_key(text)] for text in row["passages"]]].tolist() for row in rows]
 
 
 VARIANTS = (Rerank(),)

@@ -216,8 +216,10 @@ def _start_head(
     kept = [reader[i] for i in cut_evenly(len(reader), MOST_TEXTS)]
     started = task.start_head(adapted, kept, recipe, whole=whole)
     if started:
-        console.print(f"head: starts at {started}", highlight=False, markup=False)
-    return bool(started)
+        console.print(f"head: starts at {started.note}", highlight=False, markup=False)
+        if started.warning:
+            console.print(started.warning, style="yellow", highlight=False, markup=False)
+    return started is not None
 
 
 def _compile(adapted: AdaptedModel, console: Console) -> None:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from transformers import AutoModel, AutoModelForSequenceClassification, AutoToke
 
 from llmtune.data.row_store import iterate_rows, load_rows
 from llmtune.evaluate import regression
-from llmtune.evaluate.regression import fit_features, fit_head
+from llmtune.evaluate.regression import compare_with_words, fit_features, fit_head
 
 STILL = {"max_steps": 1, "num_train_epochs": None, "learning_rate": 1e-9}
 
@@ -35,7 +36,7 @@ def drawn():
 @pytest.fixture(params=[1.0, 100.0])
 def strength(request, monkeypatch):
     """The C that folds choose; the first of the list gives the size of the logits."""
-    monkeypatch.setattr(regression, "choose_strength", lambda *_: request.param)
+    monkeypatch.setattr(regression, "choose_strength", lambda *_: (request.param, None))
     return request.param
 
 
@@ -88,6 +89,25 @@ def test_nothing_is_fitted_to_one_class(drawn):
     assert fit_features("single", features, np.zeros(80, int), 2, features, "it") == (
         "all training rows have the same label"
     )
+
+
+def test_words_that_label_better_than_features_are_clearly_better(drawn):
+    features, classes = drawn
+    named = [f"the colour is {('red', 'green', 'blue', 'grey')[one]}" for one in classes]
+    blind = np.random.default_rng(1).normal(size=features.shape)
+    told, warning = compare_with_words("single", blind, named, classes)
+    assert told.endswith("by words alone 1.00")
+    assert "model.name" in warning
+    told, warning = compare_with_words("single", features, ["the same"] * 80, classes)
+    assert told.startswith("; labels right over 3 folds: 0.")
+    assert not warning
+    applies = np.stack([classes == 0, classes != 1], axis=1)
+    assert compare_with_words("multi", blind, named, applies)[1]
+
+
+@pytest.mark.parametrize("texts", [["red", "green"], ["?", "!"]])
+def test_too_few_rows_or_no_words_are_not_compared(drawn, texts):
+    assert compare_with_words("single", drawn[0][:2], texts, np.array([0, 1])) == ("", "")
 
 
 # In a run
@@ -145,6 +165,19 @@ def test_training_begins_at_the_regression_and_says_so(kept):
     assert "head: starts at logistic regression on the base's features" in said
     assert report["evaluation"]["tuned"]["accuracy"] > report["evaluation"]["base"]["accuracy"]
     assert report["train"]["first_loss"] < np.log(3)
+
+
+def test_before_training_a_run_says_whether_the_base_knows_more_than_words(kept, tmp_path):
+    base, _, _, said = kept
+    assert "labels right over 3 folds: " in said
+    assert "Words alone label" not in said
+    illiterate = AutoModel.from_pretrained(base)
+    torch.nn.init.zeros_(illiterate.embeddings.word_embeddings.weight)
+    shutil.copytree(base, tmp_path / "base")
+    illiterate.save_pretrained(tmp_path / "base")
+    console = Console(file=io.StringIO(), width=200)
+    run(recipe_for(tmp_path / "r.yaml", tmp_path / "base", colour_rows(120), train=STILL), console=console)
+    assert "Words alone label the training rows better than this base's features" in console.file.getvalue()
 
 
 def test_a_start_that_training_does_not_improve_is_kept_and_named(kept, tmp_path):
